@@ -1,0 +1,125 @@
+"""Saving and loading, atomically: a file is there whole, or the one before it still is."""
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from relloc.errors import CheckpointError
+
+BACKBONE_FILE = "backbone.safetensors"
+_KEPT = 2
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} could not be written ({error.strerror}). What was saved before is untouched; "
+            "free some space and start the same command with the same hydra.run.dir to go on"
+        ) from error
+
+
+def training_folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def save_training(run_dir: Path, state: Mapping[str, Any], step: int) -> Path:
+    """Save the state of a training after `step` steps; the newest two are kept.
+
+    Raises:
+        CheckpointError: no space or no permission; earlier checkpoints stay.
+    """
+    buffer = io.BytesIO()
+    torch.save({**state, "step": step}, buffer)
+    path = training_folder(run_dir) / f"step_{step:09d}.pt"
+    _write(path, buffer.getbuffer())
+    for old in saved_trainings(run_dir)[:-_KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def saved_trainings(run_dir: Path) -> list[Path]:
+    """The checkpoints in a run folder, oldest first."""
+    return sorted(training_folder(run_dir).glob("step_*.pt"))
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """The state that `save_training` saved, on the CPU.
+
+    Raises:
+        CheckpointError: not a readable checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint of relloc: {error}") from error
+
+
+def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:
+    """Save a backbone's weights as safetensors, with `about` (JSON) telling what built and made it."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    _write(path, save(tensors, metadata={"relloc": json.dumps(about, sort_keys=True)}))
+
+
+def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and `about` of a backbone: from its file, or from the run folder that holds it.
+
+    Raises:
+        CheckpointError: nothing there, or no backbone of relloc.
+    """
+    file = path / BACKBONE_FILE if path.is_dir() else path
+    if not file.exists():
+        raise CheckpointError(
+            f"{file} does not exist: give a {BACKBONE_FILE} or the run folder of a finished pretraining"
+        )
+    if file.suffix == ".pt":
+        return _backbone_of_training(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = (opened.metadata() or {}).get("relloc")
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+    if about is None:
+        raise CheckpointError(f"{file} holds weights, but relloc did not write it: its backbone is unknown")
+    return weights, json.loads(about)
+
+
+def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state = load_training(file)
+    prefix = "backbone."
+    weights = {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
+    return weights, state["about"]
+
+
+def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Load weights into a backbone, all or nothing.
+
+    Raises:
+        CheckpointError: names or shapes do not fit, with what does not.
+    """
+    wanted = backbone.state_dict()
+    missing = sorted(set(wanted) - set(weights))
+    unknown = sorted(set(weights) - set(wanted))
+    misfits = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
+    if missing or unknown or misfits:
+        kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits}
+        told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
+        raise CheckpointError(f"{origin} does not fit this backbone: {told}. Give the model it was trained with")
+    backbone.load_state_dict(dict(weights))

@@ -1,0 +1,70 @@
+"""What pretraining takes from each image: one square crop, as large as the grid's span."""
+
+import dataclasses
+import random
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from relloc.data.image_set import ImageSet
+from relloc.data.images import crop_resized
+from relloc.errors import DataError, UnreadableImage
+from relloc.geometry import PatchGrid
+
+_MOST_TRIES = 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Crop:
+    """A crop, the index of the image it is from, and why any image before it could not be used."""
+
+    pixels: UInt8[Tensor, "3 s s"]
+    index: int
+    unreadable: dict[str, str]
+
+
+class Crops(Dataset[Crop]):
+    """Crops by (index, seed): the same pair gives the same crop in any worker, process or epoch.
+
+    `centered` takes the middle of each image instead of a random place. An image that can't be
+    read is replaced by the next one and named in `Crop.unreadable`, so that batches stay full.
+    """
+
+    def __init__(self, images: ImageSet, grid: PatchGrid, *, centered: bool) -> None:
+        self.images = images
+        self.grid = grid
+        self.centered = centered
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, sample: tuple[int, int]) -> Crop:
+        index, seed = sample
+        unreadable: dict[str, str] = {}
+        for tried in range(min(_MOST_TRIES, len(self))):
+            place = (index + tried) % len(self)
+            try:
+                pixels = self._crop(place, random.Random(seed))
+            except UnreadableImage as error:
+                unreadable[self.images.source(place)] = str(error)
+            else:
+                return Crop(pixels=pixels, index=place, unreadable=unreadable)
+        first, reason = next(iter(unreadable.items()))
+        raise DataError(f"{len(unreadable)} images in a row can't be used; the first is {first}: {reason}")
+
+    def _crop(self, index: int, chance: random.Random) -> UInt8[Tensor, "3 s s"]:
+        image = self.images.read(index)
+        side = self.grid.span_px
+        try:
+            height, width = self.grid.resized(image.height, image.width, chance.random())
+        except ValueError as error:
+            raise UnreadableImage(str(error)) from error
+        free = (height - side, width - side)
+        corner = (free[0] // 2, free[1] // 2)
+        if not self.centered:
+            corner = (chance.randint(0, free[0]), chance.randint(0, free[1]))
+        cropped = crop_resized(image, (height, width), corner, side)
+        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()

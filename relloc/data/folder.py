@@ -1,0 +1,146 @@
+"""`data=folder` and every data set that lies on disk as folders of images.
+
+Two layouts are understood. ROOT/train/CLASS/* and ROOT/val/CLASS/* with the same classes on both
+sides is a labeled data set (ImageNet, Imagenette, Places as everyone has them). Any other folder,
+or several, is unlabeled: every image below it, a share of them held out by the hash of its name.
+"""
+
+import dataclasses
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from relloc.data.image_set import Splits, hash_lines
+from relloc.data.images import SUFFIXES, read_rgb
+from relloc.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderImages:
+    """An `ImageSet` of files, each named by its path."""
+
+    name: str
+    split: str
+    paths: Sequence[str]
+    labels: Sequence[int] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Image.Image:
+        return read_rgb(Path(self.paths[index]))
+
+    def source(self, index: int) -> str:
+        return self.paths[index]
+
+    def digest(self) -> str:
+        common = os.path.commonpath(self.paths)  # the same images elsewhere are the same set
+        return hash_lines(os.path.relpath(path, common) for path in self.paths)
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        for file in sorted(files):
+            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
+                yield os.path.join(parent, file)
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+
+
+def _require(root: str | None, setting: str) -> Path:
+    if root is None:
+        raise DataError(f"{setting} is not set: give {setting}=FOLDER, or set the environment variable RELLOC_DATA")
+    if not Path(root).is_dir():
+        raise DataError(f"{setting}={root} is not a folder: give the folder that holds the images")
+    return Path(root)
+
+
+def _labeled(name: str, folder: Path, classes: tuple[str, ...]) -> FolderImages:
+    paths, labels = [], []
+    for label, class_name in enumerate(classes):
+        found = list(_images_below(folder / class_name))
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+    return FolderImages(name=name, split=folder.name, paths=paths, labels=labels, classes=classes)
+
+
+def class_folders(
+    *, name: str, root: str | None, train: str, val: str, published_images: Mapping[str, int] | None = None
+) -> Splits:
+    """ROOT/`train`/CLASS/* and ROOT/`val`/CLASS/*; the label is the place of CLASS in sorted order.
+
+    `published_images` gives the official counts: another count is a warning, since its results
+    are not those of the published data set.
+
+    Raises:
+        DataError: the root or a split is missing, empty, or the two splits have other classes.
+    """
+    base = _require(root, "data.root")
+    for split in (train, val):
+        if not _class_folders(base / split):
+            raise DataError(
+                f"{base / split} has no class folders: {name} needs {base}/{train}/CLASS/* and {base}/{val}/CLASS/*"
+            )
+    classes, other = _class_folders(base / train), _class_folders(base / val)
+    if classes != other:
+        odd = sorted(set(classes) ^ set(other))
+        raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {odd[0]}")
+    splits = Splits(train=_labeled(name, base / train, classes), held_out=_labeled(name, base / val, classes))
+    for images in (splits.train, splits.held_out):
+        published = (published_images or {}).get(images.split, len(images))
+        if len(images) != published:
+            warnings.warn(
+                f"{name} {images.split} has {len(images)} images, the published set {published}", stacklevel=2
+            )
+    return splits
+
+
+def _hashed_share(name: str) -> float:
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+
+
+def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float) -> Splits:
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for root in roots:
+        for path in _images_below(root):
+            held_out = _hashed_share(os.path.relpath(path, root)) < held_out_share
+            parts[held_out].append(path)
+    if not parts[False] or not parts[True]:
+        where = ", ".join(map(str, roots))
+        raise DataError(
+            f"{where}: {len(parts[False])} images to train on and {len(parts[True])} held out "
+            f"({', '.join(SUFFIXES)}); both need some: check data.root and data.source.held_out_share"
+        )
+    return Splits(
+        train=FolderImages(name=name, split="train", paths=parts[False]),
+        held_out=FolderImages(name=name, split="held_out", paths=parts[True]),
+    )
+
+
+def folder(*, name: str, root: str | Sequence[str] | None, held_out_share: float) -> Splits:
+    """A labeled data set if `root` has train/ and val/ with class folders, else unlabeled images.
+
+    Several roots are pooled, unlabeled. Whether an image is held out depends on its path below
+    its root alone, so that adding images moves none.
+
+    Raises:
+        DataError: a root that does not exist or holds too few images.
+    """
+    if not 0 < held_out_share < 1:
+        raise DataError(f"data.source.held_out_share is {held_out_share}, not between 0 and 1")
+    roots = [_require(one, "data.root") for one in ([root] if isinstance(root, str) or root is None else root)]
+    if len(roots) == 1 and _class_folders(roots[0] / "train") and _class_folders(roots[0] / "val"):
+        return class_folders(name=name, root=str(roots[0]), train="train", val="val")
+    return _unlabeled(name, roots, held_out_share)

@@ -1,0 +1,55 @@
+"""What a set of images is to everything else: numbered, readable, perhaps labeled."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from PIL import Image
+
+
+class ImageSet(Protocol):
+    """Images 0..len-1 of one split.
+
+    `labels` is None for unlabeled images, else one class number an image. `source(index)` names
+    what the image was taken from (a path, a photograph): images of one source are not independent.
+    """
+
+    name: str
+    split: str
+    labels: Sequence[int] | None
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Image.Image:
+        """The image in RGB. Raises `UnreadableImage`."""
+        ...
+
+    def source(self, index: int) -> str: ...
+
+    def digest(self) -> str:
+        """Hash of what the set consists of: names and labels, or pixels."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Images to train on, and others never trained on."""
+
+    train: ImageSet
+    held_out: ImageSet
+
+    @property
+    def labeled(self) -> bool:
+        """Whether both splits have labels, of the same classes."""
+        both = self.train.labels is not None and self.held_out.labels is not None
+        return both and self.train.classes == self.held_out.classes
+
+
+def hash_lines(lines: Iterable[str]) -> str:
+    """Short hash of lines of text, order included."""
+    hasher = hashlib.sha256()
+    for line in lines:
+        hasher.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return hasher.hexdigest()[:16]

@@ -1,0 +1,80 @@
+"""In which order images are seen: a function of seed and step, so that any step can be resumed."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from relloc.errors import DataError
+
+
+def key(*numbers: int) -> int:
+    """A 63-bit seed from several numbers, well mixed: the same numbers give the same seed."""
+    return int(np.random.SeedSequence([*numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """How the images of an optimizer step are spread over processes and forwards.
+
+    A step takes `images_per_step` images; each of `world` processes runs `accumulation` forwards
+    of `images_per_forward`, the batch that batch norm sees. An epoch drops its incomplete last step.
+
+    Raises:
+        DataError: numbers that do not divide, or a data set smaller than a step.
+    """
+
+    n_images: int
+    images_per_step: int
+    images_per_forward: int
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        at_once = self.images_per_forward * self.world
+        if self.images_per_step % at_once:
+            raise DataError(
+                f"data.images_per_step is {self.images_per_step}, not a multiple of {self.images_per_forward} "
+                f"images_per_forward x {self.world} processes = {at_once}"
+            )
+        if self.n_images < self.images_per_step:
+            raise DataError(
+                f"{self.n_images} training images are fewer than one step takes: set data.images_per_step "
+                f"(now {self.images_per_step}) and data.images_per_forward to {self.n_images} or less"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.n_images // self.images_per_step
+
+    @property
+    def accumulation(self) -> int:
+        return self.images_per_step // (self.images_per_forward * self.world)
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, seed) for one process, forward by forward, from `first_step` to `steps`."""
+
+    def __init__(self, plan: StepPlan, *, seed: int, first_step: int, steps: int, rank: int = 0) -> None:
+        self.plan = plan
+        self.seed = seed
+        self.first_step = first_step
+        self.steps = steps
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, order_epoch = np.empty(0, np.int64), -1
+        for step in range(self.first_step, self.steps):
+            epoch, place = divmod(step, self.plan.steps_per_epoch)
+            if epoch != order_epoch:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.plan.n_images)
+                order_epoch = epoch
+            start = place * self.plan.images_per_step
+            images = order[start : start + self.plan.images_per_step].reshape(
+                self.plan.accumulation, -1, self.plan.images_per_forward
+            )
+            for forward in images[:, self.rank]:
+                yield [(int(index), key(self.seed, epoch, int(index))) for index in forward]

@@ -1,0 +1,1 @@
+"""From a frozen backbone and images to pooled features, layer by layer."""

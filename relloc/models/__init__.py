@@ -1,0 +1,1 @@
+"""Backbones, and the head that answers where one patch lies relative to another."""

@@ -1,0 +1,41 @@
+"""A residual network small enough to learn something on two CPU cores in minutes."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from relloc.models.backbone import STAGES, Backbone
+
+
+def _halving_block(inputs: int, outputs: int) -> BasicBlock:
+    shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+    return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
+
+
+class SmallBackbone(Backbone):
+    """A stem and four residual blocks, each halving the map: strides 2 to 32, as in a ResNet."""
+
+    pooled_sides = (12, 6, 4, 3, 2)
+
+    def __init__(self, *, widths: tuple[int, ...] | list[int]) -> None:
+        super().__init__()
+        if len(widths) != len(STAGES):
+            raise ValueError(f"model.backbone.widths has {len(widths)} numbers, one a stage makes {len(STAGES)}")
+        self.stage_channels = tuple(widths)
+        self.embedding_dim = widths[-1]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], 7, stride=4, padding=3, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        self.blocks = nn.ModuleList(map(_halving_block, widths[:-1], widths[1:]))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        maps = [self.stem(images)]
+        for block in self.blocks:
+            maps.append(block(maps[-1]))
+        return dict(zip(STAGES, maps, strict=True))
+
+    def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
+        return self(patches)["feature5"].mean(dim=(2, 3))

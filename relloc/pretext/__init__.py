@@ -1,0 +1,1 @@
+"""Pretraining: the objective, its optimization, and how a run is kept from losing work."""

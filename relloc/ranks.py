@@ -1,0 +1,56 @@
+"""Processes that train together, started by torchrun: the identity where there is only one."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """Which of this machine's processes, and so of its GPUs, this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes if torchrun started several: NCCL between GPUs, gloo between CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Part from the other processes; collective calls are the identity from here on."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_first(text: str) -> str:
+    """The text of rank 0, on every rank."""
+    box = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all ranks, on every rank; changes `values` in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def union(texts: dict[str, str]) -> dict[str, str]:
+    """The dictionaries of all ranks in one, on every rank."""
+    if not dist.is_initialized():
+        return texts
+    gathered: list[dict[str, str]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(gathered, texts)
+    return {name: text for part in gathered for name, text in part.items()}

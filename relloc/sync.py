@@ -1,0 +1,51 @@
+"""python -m relloc.sync RUN_DIR [RUN_DIR ...] [--uri URI]: send to MLflow what it lacks of run folders."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from relloc.tracking import RunRecord, StoreError, absolute_uri, sync
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Send each folder, print one line for each; 0 if all were sent, 1 if not."""
+    options = _parser().parse_args(arguments)
+    sent = [_send(run_dir, options.uri) for run_dir in options.run_dirs]
+    return 0 if all(sent) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m relloc.sync", description=__doc__)
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
+    parser.add_argument("--uri", help="the MLflow store; by default the one noted in each run.json")
+    return parser
+
+
+def _send(run_dir: Path, uri: str | None) -> bool:
+    try:
+        uri = absolute_uri(uri or _noted_uri(run_dir))
+        sent = sync(run_dir, uri)
+    except FileNotFoundError as error:
+        return _complain(run_dir, f"not a run folder: {error.filename or error} is missing")
+    except (StoreError, OSError, ValueError) as error:
+        return _complain(run_dir, str(error))
+    counts = f"{sent.params} params, {sent.points} points, {sent.artifacts} artifacts"
+    print(f"{run_dir}: {counts if sent else 'nothing new'} -> {uri}")
+    return True
+
+
+def _noted_uri(run_dir: Path) -> str:
+    uri = RunRecord.read(run_dir).tracking_uri
+    if not uri:
+        raise ValueError("run.json names no store: give one with --uri")
+    return uri
+
+
+def _complain(run_dir: Path, reason: str) -> bool:
+    print(f"{run_dir}: {reason}", file=sys.stderr)
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

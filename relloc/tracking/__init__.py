@@ -1,0 +1,40 @@
+"""Tracking: the run folder is the truth and MLflow mirrors it. Importing this does not import mlflow."""
+
+from relloc.tracking.artifacts import add_artifact, list_artifacts_to_send
+from relloc.tracking.journal import Journal, read_journal
+from relloc.tracking.mirror import Mirror
+from relloc.tracking.mlflow import Note, Sent, finish, read_note, sync
+from relloc.tracking.record import (
+    DatasetRecord,
+    RunRecord,
+    environment_tags,
+    flatten,
+    read_status,
+    write_status,
+)
+from relloc.tracking.store import StoreError, absolute_uri, open_store, search, ui_command, ui_link
+
+__all__ = [
+    "DatasetRecord",
+    "Journal",
+    "Mirror",
+    "Note",
+    "RunRecord",
+    "Sent",
+    "StoreError",
+    "absolute_uri",
+    "add_artifact",
+    "environment_tags",
+    "finish",
+    "flatten",
+    "list_artifacts_to_send",
+    "open_store",
+    "read_journal",
+    "read_note",
+    "read_status",
+    "search",
+    "sync",
+    "ui_command",
+    "ui_link",
+    "write_status",
+]

@@ -1,0 +1,332 @@
+"""Sending a run folder to MLflow: what is missing there, once, at any time, again after any crash.
+
+mlflow.json in the run folder notes what was sent where. Before points of a file are sent, the file is
+noted as `unsure`, and after them no longer; a file that is still unsure, or a missing note, says that
+a sender died half-way, and the store is asked which points it has.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from relloc.results import Result, read_results
+from relloc.tracking.artifacts import list_artifacts_to_send
+from relloc.tracking.journal import read_journal
+from relloc.tracking.record import (
+    RUN_FILE,
+    DatasetRecord,
+    RunRecord,
+    Scalar,
+    legal_name,
+    now_ms,
+    read_status,
+    write_json,
+    write_status,
+)
+from relloc.tracking.store import (
+    StoreError,
+    absolute_uri,
+    artifact_location,
+    locked,
+    open_store,
+    store_errors,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+NOTE_FILE = "mlflow.json"
+# MLflow's limits (mlflow.utils.validation, 3.17).
+POINTS_A_BATCH = 1000
+PARAM_CHARACTERS = 6000
+TAG_CHARACTERS = 8000
+DIGEST_CHARACTERS = 36
+
+POINT_FIELDS = ("lines", "results")
+Point = tuple[str, int, float, int]  # metric name, step, value, Unix ms
+Batch = tuple[list[Point], dict[str, Any]]  # points, and what the note says when they are sent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Note:
+    """What was sent where; see the module's docstring for `unsure`.
+
+    `lines` and `results` count the lines sent of the journal and of the result rows. `record` and
+    `results_digest` are hashes of the run.json and of the rows that were sent. `artifacts` holds size
+    in bytes and modification time in ns of each file when it was sent.
+    """
+
+    uri: str
+    experiment_id: str
+    run_id: str
+    unsure: Sequence[str] = ()
+    record: str = ""
+    lines: int = 0
+    results: int = 0
+    results_digest: str = ""
+    artifacts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    status: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sent:
+    """How much a sync sent: params, points (journal and results), artifact files; and to where."""
+
+    params: int
+    points: int
+    artifacts: int
+    experiment_id: str
+    run_id: str
+
+    def __bool__(self) -> bool:
+        return bool(self.params or self.points or self.artifacts)
+
+
+def sync(run_dir: Path, uri: str) -> Sent:
+    """Send what the store lacks of the run folder; twice in a row sends nothing the second time.
+
+    Raises:
+        StoreError: the store cannot be reached or written, or refuses; what was sent is noted.
+        FileNotFoundError: the folder has no run.json.
+        ValueError: a file of the run folder is malformed.
+    """
+    run_dir, uri = run_dir.resolve(), absolute_uri(uri)
+    record = RunRecord.read(run_dir)
+    client = open_store(uri)
+    with store_errors(uri), locked(run_dir / f"{NOTE_FILE}.lock"):
+        note = _noted_run(client, run_dir, record, uri)
+        note, params = _send_record(client, run_dir, record, note)
+        note, points = _send_points(client, run_dir, note, "lines", _journal_batches(run_dir, note))
+        rows = read_results(run_dir)
+        note = _unsure_if_rewritten(note, rows)
+        note, more = _send_points(client, run_dir, note, "results", _result_batches(rows, note))
+        note, artifacts = _send_artifacts(client, run_dir, note)
+        note = _send_status(client, run_dir, note)
+    return Sent(
+        params=params,
+        points=points + more,
+        artifacts=artifacts,
+        experiment_id=note.experiment_id,
+        run_id=note.run_id,
+    )
+
+
+def finish(run_dir: Path, uri: str, status: str) -> Sent:
+    """Note how the run ended ("FINISHED", "FAILED" or "KILLED") and sync; raises as `sync` does."""
+    write_status(run_dir, status)
+    return sync(run_dir, uri)
+
+
+def read_note(run_dir: Path) -> Note | None:
+    """The run folder's note; None if there is none or it cannot be read, which costs only time."""
+    try:
+        return Note(**json.loads((run_dir / NOTE_FILE).read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def _keep(run_dir: Path, note: Note, **changes: Any) -> Note:
+    note = dataclasses.replace(note, **changes)
+    write_json(run_dir / NOTE_FILE, dataclasses.asdict(note))
+    return note
+
+
+def _noted_run(client: "MlflowClient", run_dir: Path, record: RunRecord, uri: str) -> Note:
+    note = read_note(run_dir)
+    if note and note.uri == uri and _is_there(client, note.run_id):
+        return note
+    experiment_id = _experiment(client, record.experiment, uri).experiment_id
+    found = client.search_runs([experiment_id], f"tags.`relloc.uid` = '{record.uid}'", max_results=1)
+    run = found[0] if found else _new_run(client, experiment_id, record)
+    note = Note(uri=uri, experiment_id=experiment_id, run_id=run.info.run_id)
+    return _keep(run_dir, note, unsure=POINT_FIELDS if found else ())
+
+
+def _is_there(client: "MlflowClient", run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    if run.info.lifecycle_stage == "deleted":
+        raise StoreError(f"run {run_id} was deleted in MLflow; restore it, or remove {NOTE_FILE} to resend")
+    return True
+
+
+def _experiment(client: "MlflowClient", name: str, uri: str) -> "Experiment":
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.get_experiment(client.create_experiment(name, artifact_location(uri, name)))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another process may have been faster
+            if found is None:
+                raise
+    return found
+
+
+def _new_run(client: "MlflowClient", experiment_id: str, record: RunRecord) -> "Run":
+    tags = {"relloc.uid": record.uid}
+    return client.create_run(experiment_id, record.started_ms, tags=tags, run_name=record.name)
+
+
+def _send_record(client: "MlflowClient", run_dir: Path, record: RunRecord, note: Note) -> tuple[Note, int]:
+    digest = hashlib.sha256((run_dir / RUN_FILE).read_bytes()).hexdigest()
+    if digest == note.record:
+        return note, 0
+    from mlflow.entities import Param, RunTag
+
+    run = client.get_run(note.run_id)
+    params = {legal_name(name): _text(value) for name, value in record.params.items()}
+    fresh = {name: text for name, text in params.items() if name not in run.data.params}
+    tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(run_dir)}
+    tags |= _changed_params(run.data.params, params)
+    client.log_batch(
+        note.run_id,
+        params=[Param(name, text) for name, text in fresh.items()],
+        tags=[RunTag(legal_name(name), text[:TAG_CHARACTERS]) for name, text in tags.items()],
+    )
+    client.log_inputs(note.run_id, _inputs(record.datasets))
+    if run.info.run_name != record.name:
+        client.update_run(note.run_id, name=record.name)
+    return _keep(run_dir, note, record=digest), len(fresh)
+
+
+def _text(value: Scalar) -> str:
+    return (value if isinstance(value, str) else json.dumps(value))[:PARAM_CHARACTERS]
+
+
+def _changed_params(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
+    # MLflow never changes a param: a resumed run's other values can only be told in a tag.
+    changes = [f"{name}: {old[name]} -> {new[name]}" for name in new if old.get(name, new[name]) != new[name]]
+    return {"relloc.changed_params": "; ".join(changes)} if changes else {}
+
+
+def _inputs(datasets: Iterable[DatasetRecord]) -> list[Any]:
+    """One MLflow input per data set; MLflow would drop the second context of the same data."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    by_identity: dict[tuple[str, str], list[DatasetRecord]] = {}
+    for dataset in datasets:
+        by_identity.setdefault((dataset.name, dataset.digest), []).append(dataset)
+    return [
+        DatasetInput(
+            Dataset(
+                name=uses[0].name,
+                digest=uses[0].digest[:DIGEST_CHARACTERS],
+                source_type="local",
+                source=json.dumps({"uri": uses[0].source}),
+                profile=json.dumps({"n_images": uses[0].n_images}),
+            ),
+            [InputTag("mlflow.data.context", ", ".join(dict.fromkeys(use.context for use in uses)))],
+        )
+        for uses in by_identity.values()
+    ]
+
+
+def _send_points(
+    client: "MlflowClient", run_dir: Path, note: Note, field: str, batches: Iterable[Batch]
+) -> tuple[Note, int]:
+    from mlflow.entities import Metric
+
+    sent, known = 0, None
+    for points, changes in batches:
+        if known is None:
+            known = _points_there(client, note.run_id) if field in note.unsure else set()
+            note = _keep(run_dir, note, unsure=sorted({*note.unsure, field}))
+        fresh = [point for point in points if _identity(*point[:3]) not in known]
+        metrics = [Metric(name, value, time_ms, step) for name, step, value, time_ms in fresh]
+        client.log_batch(note.run_id, metrics=metrics)
+        note = _keep(run_dir, note, **changes)
+        sent += len(fresh)
+    if known is not None:
+        note = _keep(run_dir, note, unsure=[other for other in note.unsure if other != field])
+    return note, sent
+
+
+def _points_there(client: "MlflowClient", run_id: str) -> set[tuple[str, int, str]]:
+    names = client.get_run(run_id).data.metrics
+    histories = [client.get_metric_history(run_id, name) for name in names]
+    return {_identity(point.key, point.step, point.value) for history in histories for point in history}
+
+
+def _identity(name: str, step: int, value: float) -> tuple[str, int, str]:
+    # Stores keep infinities as the largest number, and nan is not equal to itself.
+    largest = sys.float_info.max
+    return name, step, "nan" if math.isnan(value) else repr(max(-largest, min(largest, value)))
+
+
+def _journal_batches(run_dir: Path, note: Note) -> Iterator[Batch]:
+    points: list[Point] = []
+    entries = read_journal(run_dir, note.lines)
+    for line, entry in enumerate(entries, start=note.lines + 1):
+        points += [(legal_name(name), entry.step, v, entry.time_ms) for name, v in entry.metrics.items()]
+        if len(points) >= POINTS_A_BATCH or line == note.lines + len(entries):
+            yield points, {"lines": line}
+            points = []
+
+
+def _unsure_if_rewritten(note: Note, rows: Sequence[Result]) -> Note:
+    """Rows that were already sent and now differ (an evaluation was done anew) are all looked at again."""
+    if _digest(rows[: note.results]) == note.results_digest or not note.results:
+        return note
+    return dataclasses.replace(note, results=0, unsure=sorted({*note.unsure, "results"}))
+
+
+def _result_batches(rows: Sequence[Result], note: Note) -> Iterator[Batch]:
+    fresh = rows[note.results :]
+    if fresh:
+        # Of two values of one name and step MLflow shows the one with the later time.
+        points = [point for later, row in enumerate(fresh) for point in _row_points(row, now_ms() + later)]
+        yield points, {"results": len(rows), "results_digest": _digest(rows)}
+
+
+def _row_points(row: Result, time_ms: int) -> list[Point]:
+    """A row under its name and, for feature1 to feature5, as a point of a curve over the layers."""
+    name = legal_name(row.tracked_name)
+    points = [(name, 0, row.value, time_ms)]
+    variant, layer, metric = name.rpartition(f"/{row.layer}/")
+    if layer and row.layer.startswith("feature"):
+        step = int(row.layer.removeprefix("feature"))
+        points.append((f"{variant}/{metric}_by_layer", step, row.value, time_ms))
+    return points
+
+
+def _digest(rows: Sequence[Result]) -> str:
+    return hashlib.sha256(repr([dataclasses.astuple(row) for row in rows]).encode()).hexdigest()
+
+
+def _send_artifacts(client: "MlflowClient", run_dir: Path, note: Note) -> tuple[Note, int]:
+    sent = 0
+    for name in list_artifacts_to_send(run_dir):
+        about = (run_dir / name).stat()
+        mark = [about.st_size, about.st_mtime_ns]
+        if note.artifacts.get(name) == mark:
+            continue
+        folder = PurePosixPath(name).parent
+        client.log_artifact(note.run_id, str(run_dir / name), None if folder.name == "" else str(folder))
+        note = _keep(run_dir, note, artifacts={**note.artifacts, name: mark})
+        sent += 1
+    return note, sent
+
+
+def _send_status(client: "MlflowClient", run_dir: Path, note: Note) -> Note:
+    status = read_status(run_dir)
+    if status is None or status == note.status:
+        return note
+    if status["status"] in ("RUNNING", "SCHEDULED"):
+        client.update_run(note.run_id, status["status"])
+    else:
+        client.set_terminated(note.run_id, status["status"], status["time_ms"])
+    return _keep(run_dir, note, status=status)

@@ -1,0 +1,228 @@
+"""The MLflow store behind an address: opening it safely, its UI, and its runs as plain dicts."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import shlex
+import shutil
+import sqlite3
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+PROBE_S = 4.0
+UI_PORT = 5000
+NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+# Retries are left to the next sending: the default of 7 blocks each call to a dead server for 246 s.
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+
+
+class StoreError(RuntimeError):
+    """The store cannot be reached, read or written, or refuses what is sent; the text says why."""
+
+
+@functools.cache
+def load_mlflow() -> ModuleType:
+    """Import mlflow and what its sqlite store needs (about 3 s), quiet and without telemetry.
+
+    Settings of the caller's environment win over ours.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        # mlflow 3.17 maps its tables with a strategy that SQLAlchemy 2.1 deprecates.
+        warnings.filterwarnings("ignore", message=".*noload", category=DeprecationWarning)
+        import alembic.command  # noqa: F401
+        import mlflow
+        import mlflow.store.tracking.sqlalchemy_store
+    return mlflow
+
+
+def absolute_uri(uri: str) -> str:
+    """The same address wherever it is used: a relative sqlite path is taken from the current folder."""
+    if not uri.startswith("sqlite:"):
+        return uri.rstrip("/")
+    path = uri.removeprefix(SQLITE)
+    if not uri.startswith(SQLITE) or path in ("", ":memory:"):
+        raise ValueError(f"{uri!r} names no file: give sqlite:////absolute/path.db")
+    return SQLITE + os.path.abspath(path)
+
+
+def is_server(uri: str) -> bool:
+    """Whether the address is that of an MLflow server."""
+    return uri.startswith(("http://", "https://"))
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Where an experiment's files go: beside a sqlite file; None leaves it to the server."""
+    if not uri.startswith(SQLITE):
+        return None
+    folder = _sqlite_path(uri).parent / "mlartifacts"
+    return (folder / experiment.replace("/", "_")).as_uri()
+
+
+def open_store(uri: str) -> "MlflowClient":
+    """A client of the store; a sqlite file and its schema are made if they are missing (about 5 s).
+
+    Raises:
+        StoreError: a server that does not answer within seconds, a file that is no database of this
+            MLflow, a folder that cannot be written.
+    """
+    uri = absolute_uri(uri)
+    with store_errors(uri):
+        mlflow = load_mlflow()
+        if is_server(uri):
+            _probe(uri)
+        if not uri.startswith(SQLITE):
+            return mlflow.MlflowClient(uri, registry_uri=uri)
+        path = _sqlite_path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(path.name + ".lock")):
+            _make_schema(path)
+            return mlflow.MlflowClient(uri, registry_uri=uri)
+
+
+def _sqlite_path(uri: str) -> Path:
+    return Path(uri.removeprefix(SQLITE))
+
+
+def _probe(uri: str) -> None:
+    import requests
+
+    try:
+        requests.get(f"{uri}/health", timeout=PROBE_S).close()
+    except requests.RequestException as error:
+        raise StoreError(f"no answer from {uri} ({type(error).__name__})") from error
+
+
+def _make_schema(path: Path) -> None:
+    """Build a missing database aside and move it into place: MLflow's migrations neither bear company
+    nor being killed half-way."""
+    if path.exists() and path.stat().st_size:
+        _check_is_database(path)
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for left_by_killed in path.parent.glob(f".{path.name}-*"):
+        shutil.rmtree(left_by_killed, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        SqlAlchemyStore(f"{SQLITE}{new}", (path.parent / "mlartifacts").as_uri()).engine.dispose()
+        os.replace(new, path)
+
+
+def _check_is_database(path: Path) -> None:
+    # MLflow itself would retry for 100 s before it says that a file is not a database.
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("SELECT name FROM sqlite_master").fetchone()
+
+
+@contextlib.contextmanager
+def store_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow and its layers raise into a `StoreError` with one short line."""
+    mlflow = load_mlflow()
+    import alembic.util
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except (
+        mlflow.MlflowException,
+        sqlalchemy.exc.SQLAlchemyError,
+        alembic.util.CommandError,
+        sqlite3.Error,
+        json.JSONDecodeError,
+        OSError,  # requests' exceptions are OSErrors too
+    ) as error:
+        lines = str(error).splitlines() or [""]
+        raise StoreError(f"{uri}: {lines[0][:300] or type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock among processes and threads; no lock on file systems that have none."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS_HERE:
+                raise
+        try:
+            yield
+        finally:
+            # Said out loud: a process forked meanwhile (a loader's worker) has the file open too.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def ui_command(uri: str, port: int = UI_PORT) -> str:
+    """The shell line that opens the UI of a store; for a server, which has one, its address."""
+    uri = absolute_uri(uri)
+    if is_server(uri):
+        return uri
+    quiet = "MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
+    return f"{quiet} mlflow server --workers 1 --port {port} --backend-store-uri {shlex.quote(uri)}"
+
+
+def ui_link(uri: str, experiment_id: str, port: int = UI_PORT) -> str:
+    """The address of an experiment's charts, on the server itself or where `ui_command` serves."""
+    server = uri.rstrip("/") if is_server(uri) else f"http://127.0.0.1:{port}"
+    return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+
+
+def search(uri: str, experiment: str) -> list[dict[str, Any]]:
+    """An experiment's runs, newest first, each as {"name", "status", "run_id", "run_dir", "params",
+    "metrics", "tags"}; params that read as numbers or booleans are such, metrics are the latest ones.
+
+    Raises:
+        StoreError: the store cannot be read.
+        ValueError: it has no such experiment, or the sqlite file does not exist.
+    """
+    uri = absolute_uri(uri)
+    if uri.startswith(SQLITE) and not _sqlite_path(uri).exists():
+        raise ValueError(f"{uri}: there is no such file")
+    client = open_store(uri)
+    with store_errors(uri):
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise ValueError(f"{uri} has no experiment {experiment!r}")
+        runs = list(page := client.search_runs([found.experiment_id]))
+        while page.token:
+            runs += (page := client.search_runs([found.experiment_id], page_token=page.token))
+    return [_plain_run(run) for run in runs]
+
+
+def _plain_run(run: Any) -> dict[str, Any]:
+    return {
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "run_id": run.info.run_id,
+        "run_dir": run.data.tags.get("relloc.run_dir"),
+        "params": {name: _plain(text) for name, text in run.data.params.items()},
+        "metrics": dict(run.data.metrics),
+        "tags": dict(run.data.tags),
+    }
+
+
+def _plain(text: str) -> str | int | float | bool:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return value if isinstance(value, (int, float)) else text

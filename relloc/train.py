@@ -1,0 +1,16 @@
+"""python -m relloc.train: pretrain, then evaluate frozen features beside random initialization."""
+
+from omegaconf import DictConfig
+
+from relloc.runs.launch import launch
+
+
+def run(config: DictConfig) -> None:
+    """Pretrain and evaluate what `config` says."""
+    from relloc.runs.pretraining import pretrain  # torch loads here: --help does without
+
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    launch(run, "train")

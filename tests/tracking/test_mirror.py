@@ -1,0 +1,148 @@
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from relloc.tracking import Journal, Mirror, StoreError, mirror, open_store, read_note, search, sync
+
+NewRun = Callable[..., Path]
+DEAD = "http://127.0.0.1:9"
+
+
+def wait_until(true: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.02)
+
+
+def stored_steps(run_dir: Path, uri: str) -> list[int]:
+    note = read_note(run_dir)
+    history = open_store(uri).get_metric_history(note.run_id, "train/loss") if note else []
+    return sorted(point.step for point in history)
+
+
+def test_mlflow_follows_while_training_goes_on_and_gets_the_rest_at_the_end(
+    uri: str, new_run: NewRun
+) -> None:
+    run_dir, warnings = new_run(), []
+    follower = Mirror(run_dir, uri, warn=warnings.append, every_s=0.05)
+    follower.start()
+    wait_until(lambda: stored_steps(run_dir, uri) == [0, 10, 20])
+    journal = Journal(run_dir)
+    journal.log({"train/loss": 1.0}, 30)
+    wait_until(lambda: stored_steps(run_dir, uri) == [0, 10, 20, 30])
+    assert search(uri, "relloc")[0]["status"] == "RUNNING"
+    journal.log({"train/loss": 0.5}, 40)
+    assert follower.close("FINISHED") is None
+    assert stored_steps(run_dir, uri) == [0, 10, 20, 30, 40]
+    assert search(uri, "relloc")[0]["status"] == "FINISHED"
+    assert warnings == []
+
+
+def test_a_resumed_run_goes_back_to_running(uri: str, new_run: NewRun) -> None:
+    run_dir = new_run()
+    first = Mirror(run_dir, uri, warn=pytest.fail)
+    first.start()
+    assert first.close("KILLED") is None
+    second = Mirror(run_dir, uri, warn=pytest.fail)
+    second.start()
+    wait_until(lambda: search(uri, "relloc")[0]["status"] == "RUNNING")
+    assert second.close("FINISHED") is None
+    assert len(search(uri, "relloc")) == 1
+
+
+def test_a_dead_server_costs_one_warning_and_one_message_and_nothing_is_lost(
+    uri: str, new_run: NewRun
+) -> None:
+    run_dir, warnings = new_run(), []
+    follower = Mirror(run_dir, DEAD, warn=warnings.append, every_s=0.01)
+    follower.start()
+    wait_until(lambda: follower._failures >= 3)
+    start = time.monotonic()
+    message = follower.close("FINISHED")
+    assert time.monotonic() - start < 10
+    assert message is not None and "Nothing is lost" in message
+    assert f"no answer from {DEAD}" in message
+    assert message.endswith(f"python -m relloc.sync {run_dir} --uri {DEAD}")
+    assert len(warnings) == 1 and f"no answer from {DEAD}" in warnings[0]
+    assert sync(run_dir, uri).points == 6
+    assert stored_steps(run_dir, uri) == [0, 10, 20]
+    assert search(uri, "relloc")[0]["status"] == "FINISHED"
+
+
+def test_attempts_grow_rarer(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[float] = []
+
+    def fail(*_: object) -> None:
+        times.append(time.monotonic())
+        raise StoreError("down")
+
+    monkeypatch.setattr(mirror, "sync", fail)
+    follower = Mirror(new_run(), DEAD, warn=lambda _: None, every_s=0.05)
+    follower.start()
+    wait_until(lambda: len(times) == 5)
+    follower.close("FAILED")
+    pauses = [later - sooner for sooner, later in pairwise(times)]
+    assert all(pause >= 0.05 * 2**failures for failures, pause in enumerate(pauses[:4], start=1))
+
+
+def test_a_store_that_comes_back_gets_everything(
+    uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, warnings, down = new_run(), [], threading.Event()
+    down.set()
+
+    def flaky(folder: Path, address: str) -> object:
+        if down.is_set():
+            raise StoreError("disk is full")
+        return sync(folder, address)
+
+    monkeypatch.setattr(mirror, "sync", flaky)
+    follower = Mirror(run_dir, uri, warn=warnings.append, every_s=0.01)
+    follower.start()
+    wait_until(lambda: warnings)
+    down.clear()
+    wait_until(lambda: stored_steps(run_dir, uri) == [0, 10, 20])
+    assert follower.close("FINISHED") is None
+    assert len(warnings) == 1 and "disk is full" in warnings[0]
+
+
+def test_a_store_that_hangs_does_not_hold_up_the_end(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(mirror, "sync", lambda *_: release.wait(30))
+    follower = Mirror(new_run(), DEAD, warn=pytest.fail)
+    follower.start()
+    start = time.monotonic()
+    message = follower.close("FINISHED", timeout_s=0.2)
+    assert time.monotonic() - start < 5
+    release.set()
+    assert message is not None and "longer than 0.2 s" in message
+
+
+def test_a_broken_database_is_only_a_message(new_run: NewRun, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database\n" * 50)
+    warnings: list[str] = []
+    follower = Mirror(new_run(), f"sqlite:///{tmp_path}/mlflow.db", warn=warnings.append)
+    follower.start()
+    message = follower.close("FAILED")
+    assert message is not None and "file is not a database" in message
+    assert len(warnings) == 1
+
+
+def test_a_mirror_that_never_began_says_so(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ImportError("No module named 'mlflow'")
+
+    monkeypatch.setattr(mirror, "load_mlflow", missing)
+    warnings: list[str] = []
+    follower = Mirror(new_run(), DEAD, warn=warnings.append)
+    follower.start()
+    message = follower.close("FINISHED")
+    assert message is not None and "No module named 'mlflow'" in message
+    assert len(warnings) == 1
