@@ -1,6 +1,5 @@
 """What pretraining takes from each image: one square crop, as large as the grid's span."""
 
-import dataclasses
 import random
 
 import numpy as np
@@ -11,26 +10,18 @@ from torch.utils.data import Dataset
 
 from relloc.data.image_set import ImageSet
 from relloc.data.images import crop_resized
+from relloc.data.loader import Sample
 from relloc.errors import DataError, UnreadableImage
 from relloc.geometry import PatchGrid
 
 _MOST_TRIES = 50
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Crop:
-    """A crop, the index of the image it is from, and why any image before it could not be used."""
-
-    pixels: UInt8[Tensor, "3 s s"]
-    index: int
-    unreadable: dict[str, str]
-
-
-class Crops(Dataset[Crop]):
+class Crops(Dataset[Sample]):
     """Crops by (index, seed): the same pair gives the same crop in any worker, process or epoch.
 
     `centered` takes the middle of each image instead of a random place. An image that can't be
-    read is replaced by the next one and named in `Crop.unreadable`, so that batches stay full.
+    read is replaced by the next one and named in `Sample.unreadable`, so that batches stay full.
     """
 
     def __init__(self, images: ImageSet, grid: PatchGrid, *, centered: bool) -> None:
@@ -41,7 +32,7 @@ class Crops(Dataset[Crop]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, sample: tuple[int, int]) -> Crop:
+    def __getitem__(self, sample: tuple[int, int]) -> Sample:
         index, seed = sample
         unreadable: dict[str, str] = {}
         for tried in range(min(_MOST_TRIES, len(self))):
@@ -51,7 +42,7 @@ class Crops(Dataset[Crop]):
             except UnreadableImage as error:
                 unreadable[self.images.source(place)] = str(error)
             else:
-                return Crop(pixels=pixels, index=place, unreadable=unreadable)
+                return Sample(index=place, pixels=pixels, unreadable=unreadable)
         first, reason = next(iter(unreadable.items()))
         raise DataError(f"{len(unreadable)} images in a row can't be used; the first is {first}: {reason}")
 
@@ -62,9 +53,8 @@ class Crops(Dataset[Crop]):
             height, width = self.grid.resized(image.height, image.width, chance.random())
         except ValueError as error:
             raise UnreadableImage(str(error)) from error
-        free = (height - side, width - side)
-        corner = (free[0] // 2, free[1] // 2)
+        corner = ((height - side) // 2, (width - side) // 2)
         if not self.centered:
-            corner = (chance.randint(0, free[0]), chance.randint(0, free[1]))
+            corner = (chance.randint(0, height - side), chance.randint(0, width - side))
         cropped = crop_resized(image, (height, width), corner, side)
         return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()

@@ -15,10 +15,17 @@ class ImageSet(Protocol):
     what the image was taken from (a path, a photograph): images of one source are not independent.
     """
 
-    name: str
-    split: str
-    labels: Sequence[int] | None
-    classes: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def labels(self) -> Sequence[int] | None: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 

@@ -1,36 +1,63 @@
-"""Loading in worker processes: crops for pretraining, views for evaluations."""
+"""Loading in worker processes: samples become batches there, so that one tensor travels for each batch."""
 
+import dataclasses
 import signal
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from relloc.errors import DataError
 
-T = TypeVar("T")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Pixels of image `index`, or None if it can't be used; `unreadable` says why, by image name."""
+
+    index: int
+    pixels: UInt8[Tensor, "3 s s"] | None
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _leave_signals_to_parent(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The samples of a batch that have pixels, and the reasons of those that have none."""
+
+    pixels: UInt8[Tensor, "b 3 s s"]
+    indices: Int[Tensor, "b"]
+    unreadable: dict[str, str]
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory, from which a GPU copies faster; torch's loader calls this."""
+        return dataclasses.replace(self, pixels=self.pixels.pin_memory())
 
 
-def _as_list(items: list[Any]) -> list[Any]:
-    return items
+def collate(samples: list[Sample]) -> Batch:
+    """One batch of samples of one size."""
+    good = [(sample.pixels, sample.index) for sample in samples if sample.pixels is not None]
+    pixels = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    unreadable = {name: reason for sample in samples for name, reason in sample.unreadable.items()}
+    return Batch(pixels=pixels, indices=torch.tensor([index for _, index in good]).long(), unreadable=unreadable)
 
 
-def load(
-    dataset: Dataset[T], batches: Iterable[Sequence[Any]] | Sampler[list[Any]], *, workers: int, pin: bool
-) -> Iterable[list[T]]:
-    """Lists of samples, one list for each batch of sample keys, in that order whatever `workers` is."""
+def _leave_ctrl_c_to_parent(_worker: int) -> None:
+    # A terminal sends SIGINT to every process of the run; workers end when the parent tells them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def load(samples: Dataset[Sample], batches: Iterable[list[Any]], *, workers: int, pin: bool) -> Iterable[Batch]:
+    """One `Batch` for each list of sample keys, in that order whatever `workers` is."""
     return DataLoader(
-        dataset,
+        samples,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_list,
+        collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_leave_ctrl_c_to_parent,
     )
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import importlib.resources
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Literal
 
 from PIL import Image
@@ -93,10 +92,7 @@ class PhotoTiles:
             for photo, image in self._photos.items()
             for found in tiles_of(photo, *image.size, split=split, tiles=tiles, stride=stride)
         ]
-
-    @cached_property
-    def labels(self) -> Sequence[int]:
-        return [self.classes.index(tile.photo) for tile in self.tiles]
+        self.labels: Sequence[int] | None = [self.classes.index(tile.photo) for tile in self.tiles]
 
     def __len__(self) -> int:
         return len(self.tiles)

@@ -1,29 +1,17 @@
 """The one fixed view of an image that frozen evaluations use: short side resized, center cropped."""
 
-import dataclasses
-
 import numpy as np
 import torch
-from jaxtyping import UInt8
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from relloc.data.image_set import ImageSet
 from relloc.data.images import crop_resized
+from relloc.data.loader import Sample
 from relloc.errors import UnreadableImage
 from relloc.geometry import ShortSide
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class View:
-    """The view of image `index`, or why there is none."""
-
-    index: int
-    pixels: UInt8[Tensor, "3 s s"] | None
-    problem: str = ""
-
-
-class CenterViews(Dataset[View]):
+class CenterViews(Dataset[Sample]):
     """Short side `short_px`, then the central `crop_px` square (256 and 224: protocols.md 3.3, 3.7)."""
 
     def __init__(self, images: ImageSet, *, short_px: int, crop_px: int) -> None:
@@ -36,12 +24,12 @@ class CenterViews(Dataset[View]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> View:
+    def __getitem__(self, index: int) -> Sample:
         try:
             image = self.images.read(index)
         except UnreadableImage as error:
-            return View(index=index, pixels=None, problem=f"{self.images.source(index)}: {error}")
+            return Sample(index=index, pixels=None, unreadable={self.images.source(index): str(error)})
         height, width = self.resize.size(image.height, image.width, 0)
         corner = (round((height - self.crop_px) / 2), round((width - self.crop_px) / 2))
         cropped = crop_resized(image, (height, width), corner, self.crop_px)
-        return View(index=index, pixels=torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous())
+        return Sample(index=index, pixels=torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from relloc.errors import UsageError
-from relloc.features.source import Bank, FeatureSource, bank_gib, fill_bank
+from relloc.features.source import Bank, FeatureSource, bank_device, bank_gib, fill_bank
 from relloc.results import Score
 
 
@@ -72,7 +72,9 @@ class Knn:
                 f"eval.knn needs {needed:.1f} GiB for {train.n} images at {', '.join(self.layers)}, more than "
                 f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise it"
             )
-        bank = fill_bank(train, self.layers, self.batch)
+        bank = (
+            train if isinstance(train, Bank) else fill_bank(train, self.layers, self.batch, bank_device(needed, device))
+        )
         allowed = [k for k in self.k if k <= bank.n]
         if not allowed:
             raise UsageError(f"eval.knn.k {list(self.k)}: the bank has only {bank.n} images")

@@ -11,7 +11,7 @@ from relloc.data.image_set import ImageSet, Splits
 from relloc.data.loader import Unreadable
 from relloc.errors import UsageError
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import FeatureSource, LiveFeatures, Reading, bank_gib, fill_bank
+from relloc.features.source import FeatureSource, LiveFeatures, Reading, bank_device, bank_gib, fill_bank
 from relloc.models.backbone import Backbone
 from relloc.results import Result, Score
 
@@ -105,9 +105,12 @@ def _keep(
 ) -> tuple[FeatureSource, FeatureSource]:
     """The sources with all features in memory, if there is room for them."""
     layers = sorted({layer for evaluation in evaluations.values() for layer in evaluation.layers})
-    if bank_gib(train, layers) + bank_gib(held_out, layers) > terms.bank_gib:
+    needed = bank_gib(train, layers) + bank_gib(held_out, layers)
+    if needed > terms.bank_gib:
         return train, held_out
-    return tuple(fill_bank(source, layers, terms.reading.batch) for source in (train, held_out))
+    device = bank_device(needed, terms.reading.device)
+    size = terms.reading.batch
+    return fill_bank(train, layers, size, device), fill_bank(held_out, layers, size, device)
 
 
 def _calibration_batches(images: ImageSet, terms: Terms) -> Iterator[torch.Tensor]:
@@ -117,8 +120,8 @@ def _calibration_batches(images: ImageSet, terms: Terms) -> Iterator[torch.Tenso
     places = order[: max(size, terms.calibration_images // size * size)].tolist()
     bad = Unreadable(n_images=len(images), most_share=reading.unreadable_share)
     for views in reading.views(images, places[: len(places) // size * size], size):
-        bad.add({images.source(view.index): view.problem for view in views if view.pixels is None})
-        yield reading.to_device([view.pixels for view in views if view.pixels is not None])
+        bad.add(views.unreadable)
+        yield reading.to_device(views.pixels)
 
 
 def _named(score: Score, name: str, subject: Subject, images: ImageSet, seed: int, batch_norm: str, how: str) -> Result:

@@ -8,22 +8,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from relloc.data.image_set import ImageSet
+from relloc.data.loader import Batch as ImageBatch
 from relloc.data.loader import Unreadable, load
-from relloc.data.views import CenterViews, View
+from relloc.data.views import CenterViews
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 
 Features = dict[str, Float[Tensor, "b _d"]]
 Batch = tuple[Features, Int[Tensor, "b"]]
-ProgressBar = Callable[[Iterable[list[View]], str, int], Iterable[list[View]]]
+ProgressBar = Callable[[Iterable[ImageBatch], str, int], Iterable[ImageBatch]]
 
 
-def _silent(batches: Iterable[list[View]], _what: str, _total: int) -> Iterable[list[View]]:
+def _silent(batches: Iterable[ImageBatch], _what: str, _total: int) -> Iterable[ImageBatch]:
     return batches
 
 
@@ -61,16 +62,16 @@ class Reading:
     unreadable_share: float
     progress: ProgressBar = _silent
 
-    def views(self, images: ImageSet, places: Iterable[int], size: int) -> Iterable[list[View]]:
+    def views(self, images: ImageSet, places: Iterable[int], size: int) -> Iterable[ImageBatch]:
         """Views of the images at `places`, `size` at a time."""
         chosen = list(places)
         batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         views = CenterViews(images, short_px=self.short_px, crop_px=self.crop_px)
         return load(views, batches, workers=self.workers, pin=self.device.type == "cuda")
 
-    def to_device(self, pixels: Sequence[Tensor]) -> Float[Tensor, "b 3 s s"]:
+    def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """Views as the network takes them."""
-        return ByDataset()(torch.stack(list(pixels)).to(self.device, non_blocking=True).float())
+        return ByDataset()(pixels.to(self.device, non_blocking=True).float())
 
 
 class LiveFeatures:
@@ -95,13 +96,12 @@ class LiveFeatures:
         loaded = self.reading.views(self.images, places.tolist(), size)
         what = f"features of {self.images.name} {self.images.split}"
         for views in self.reading.progress(loaded, what, -(-len(places) // size)):
-            good = [view for view in views if view.pixels is not None]
-            self.unreadable.add(dict(view.problem.split(": ", 1) for view in views if view.pixels is None))
-            if good:
-                pixels = self.reading.to_device([view.pixels for view in good if view.pixels is not None])
+            self.unreadable.add(views.unreadable)
+            if len(views.pixels):
+                pixels = self.reading.to_device(views.pixels)
                 with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.reading.bf16):
                     features = pooled_layers(self.backbone, pixels, tuple(layers))
-                yield features, labels[[view.index for view in good]]
+                yield features, labels[views.indices]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,18 +126,18 @@ class Bank:
             yield {layer: self.features[layer][chosen] for layer in layers}, self.labels[chosen]
 
 
-def fill_bank(source: FeatureSource, layers: Sequence[str], size: int) -> Bank:
-    """All of a source's features of the named layers, in memory on the CPU.
+def fill_bank(source: FeatureSource, layers: Sequence[str], size: int, device: torch.device) -> Bank:
+    """All of a source's features of the named layers, in the memory of `device`.
 
     Matrices are allocated once: the peak is the bank itself and one batch.
     """
-    rows = {layer: torch.empty(source.n, source.dims[layer]) for layer in layers}
+    rows = {layer: torch.empty(source.n, source.dims[layer], device=device) for layer in layers}
     labels = torch.empty(source.n, dtype=torch.int64)
     filled = 0
     for features, batch_labels in source.batches(torch.arange(source.n), size, layers):
         end = filled + len(batch_labels)
         for layer, matrix in rows.items():
-            matrix[filled:end] = features[layer].cpu()
+            matrix[filled:end] = features[layer]
         labels[filled:end] = batch_labels
         filled = end
     return Bank(
@@ -146,6 +146,13 @@ def fill_bank(source: FeatureSource, layers: Sequence[str], size: int) -> Bank:
         n_classes=source.n_classes,
         channels=source.channels,
     )
+
+
+def bank_device(gib: float, device: torch.device) -> torch.device:
+    """`device` if a bank of `gib` takes less than half of its free memory, else the CPU."""
+    if device.type == "cuda" and gib * 2**30 < torch.cuda.mem_get_info(device)[0] / 2:
+        return device
+    return torch.device("cpu")
 
 
 def bank_gib(source: FeatureSource, layers: Sequence[str]) -> float:

@@ -29,14 +29,15 @@ class PairHead(nn.Module):
         super().__init__()
         width = embed_dim or embedding_dim
         self.embed = nn.Linear(embedding_dim, embed_dim) if embed_dim else nn.Identity()
+        joint = nn.Linear(2 * width, hidden_dim)
         self.neck = nn.Sequential(
-            nn.Linear(2 * width, hidden_dim),
+            joint,
             nn.BatchNorm1d(hidden_dim, momentum=batch_norm_momentum),
             nn.ReLU(),
             nn.Dropout(dropout),
         )
         self.answer = nn.Linear(hidden_dim, len(OFFSETS))
-        for layer, std in ((self.neck[0], neck_std), (self.answer, head_std)):
+        for layer, std in ((joint, neck_std), (self.answer, head_std)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
