@@ -1,0 +1,1 @@
+"""What the commands do, from a composed config to a finished run folder: the only users of Hydra."""

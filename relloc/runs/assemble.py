@@ -1,0 +1,168 @@
+"""From a composed config to the objects of a run."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from relloc import ranks
+from relloc.data.image_set import ImageSet, Splits
+from relloc.errors import UsageError
+from relloc.evals.run import Evaluation, Terms
+from relloc.features.source import Reading
+from relloc.models.backbone import Backbone
+from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext.objective import RelativeLocation
+from relloc.runs import console
+from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
+
+# Settings that must not change results: a run may be resumed with others.
+_NEUTRAL = ("device", "precision", "workers", "bank_gib", "runs", "tracking", "save_every_s", "report_every_steps", "eval", "batch_norm", "calibration_images", "view", "experiment")
+
+
+def call(node: DictConfig, **more: Any) -> Any:
+    """What the `_target_` of a node makes of its keys and `more`; lists and mappings become plain ones."""
+    return hydra.utils.instantiate(node, _convert_="all", **more)
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A node with everything in it resolved, as JSON has it."""
+    content = OmegaConf.to_container(node, resolve=True)
+    return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
+
+
+def device(config: DictConfig) -> torch.device:
+    """The device asked for; this process's own GPU where there are several.
+
+    Raises:
+        UsageError: a GPU was asked for and there is none.
+    """
+    asked = config.device
+    if asked not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device={asked} is not one of auto, cpu, cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, or give device=cpu")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = ranks.local_rank()
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"process {index} has no GPU of its own: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def bf16(config: DictConfig, on: torch.device) -> bool:
+    """Whether forwards run in bfloat16: asked for, or the GPU has it.
+
+    Raises:
+        UsageError: an unknown precision.
+    """
+    if config.precision not in ("auto", "bf16", "fp32"):
+        raise UsageError(f"precision={config.precision} is not one of auto, bf16, fp32")
+    if config.precision == "auto":
+        return on.type == "cuda" and torch.cuda.is_bf16_supported()
+    return config.precision == "bf16"
+
+
+def workers(config: DictConfig, on: torch.device) -> int:
+    """Loader processes: as asked; else this process's share of the cores, none where the CPU trains."""
+    if config.workers != "auto":
+        return int(config.workers)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // processes) if on.type == "cuda" else 0
+
+
+def splits(config: DictConfig) -> Splits:
+    """The images, with a line that says what was found."""
+    found = call(config.data.source)
+    if ranks.rank() == 0:
+        labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
+        console.say(f"data    {found.train.name}: {len(found.train)} images to train on, {len(found.held_out)} held out, {labels}")
+    return found
+
+
+def backbone(model: DictConfig | Mapping[str, Any]) -> Backbone:
+    """A backbone at its initialization; seed torch before."""
+    return call(OmegaConf.create(dict(model)).backbone)
+
+
+def pretext_model(config: DictConfig) -> RelativeLocation:
+    """Backbone and head at the initialization that config.seed gives."""
+    torch.manual_seed(config.seed)
+    trunk = backbone(config.model)
+    head = call(config.model.head, embedding_dim=trunk.embedding_dim)
+    return RelativeLocation(trunk, head, batch_norm=config.pretext_batch_norm)
+
+
+def patches(config: DictConfig) -> PatchPipeline:
+    """How patches are sampled, cut, treated and normalized."""
+    return PatchPipeline(grid=call(config.grid), color=call(config.color), normalize=call(config.normalize))
+
+
+def evaluations(config: DictConfig) -> dict[str, Evaluation]:
+    """The evaluations that `eval` names."""
+    return {str(name): call(node) for name, node in (config.eval or {}).items()}
+
+
+def terms(config: DictConfig, on: torch.device) -> Terms:
+    """How evaluations are run."""
+    ways = [config.batch_norm] if isinstance(config.batch_norm, str) else list(config.batch_norm)
+    reading = Reading(
+        short_px=config.view.short_px,
+        crop_px=config.view.crop_px,
+        batch=config.view.batch,
+        workers=workers(config, on),
+        device=on,
+        bf16=bf16(config, on),
+        unreadable_share=config.data.unreadable_share,
+        progress=console.counted,
+    )
+    return Terms(
+        reading=reading,
+        batch_norms=ways,
+        calibration_images=config.calibration_images,
+        bank_gib=config.bank_gib,
+        seed=config.seed,
+    )
+
+
+def run_dir() -> Path:
+    """This run's folder, which Hydra made: rank 0's on every rank."""
+    return Path(ranks.from_first(os.path.abspath(HydraConfig.get().runtime.output_dir)))
+
+
+def computed(config: DictConfig) -> dict[str, Any]:
+    """The settings that decide what pretraining computes, flat."""
+    return flatten({name: value for name, value in plain(config).items() if name not in _NEUTRAL})
+
+
+def record(config: DictConfig, name: str, kind: str, data: Splits, on: torch.device) -> RunRecord:
+    """What a tracker is told of this run."""
+    devices = [torch.cuda.get_device_name(on)] * ranks.world_size() if on.type == "cuda" else ["cpu"]
+    choices = HydraConfig.get().runtime.choices
+    tags = {"relloc.kind": kind, "relloc.run_dir": str(run_dir()), "relloc.data": config.data.name}
+    if choices.get("experiment"):
+        tags["relloc.preset"] = str(choices["experiment"])
+    return RunRecord(
+        name=name,
+        experiment=config.tracking.experiment,
+        tracking_uri=config.tracking.uri or "",
+        tags=tags | environment_tags(devices),
+        params=flatten(plain(config)),
+        datasets=tuple(_dataset(images, use) for images, use in ((data.train, "train"), (data.held_out, "eval"))),
+    )
+
+
+def _dataset(images: ImageSet, use: str) -> DatasetRecord:
+    return DatasetRecord(
+        name=f"{images.name}-{images.split}",
+        context=use,
+        digest=images.digest(),
+        source=os.path.dirname(images.source(0)) or "scikit-image, scikit-learn",
+        n_images=len(images),
+    )

@@ -1,0 +1,85 @@
+"""A run's folder while the run lives: its record, its mirror in MLflow, and the words at the end."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from relloc.results import RESULTS_FILE, read_results
+from relloc.runs import console
+from relloc.tracking import Mirror, RunRecord, add_artifact, read_note, ui_command, ui_link
+
+CONFIG_FILE = "config.yaml"
+UNREADABLE_FILE = "unreadable.txt"
+
+
+class RunFolder:
+    """The folder, and whether its run came to its end."""
+
+    def __init__(self, path: Path, uri: str | None) -> None:
+        self.path = path
+        self.uri = uri
+        self.status = "FAILED"
+        self._unreadable: dict[str, str] = {}
+
+    def keep(self, name: str) -> None:
+        """Have the tracker hold a copy of a file of this folder."""
+        add_artifact(self.path, name)
+
+    def stopped(self) -> None:
+        """The run was asked to stop, and can go on."""
+        self.status = "KILLED"
+
+    def note_unreadable(self, reasons: dict[str, str]) -> None:
+        """Remember images that could not be used."""
+        self._unreadable |= reasons
+
+    def summarize(self) -> None:
+        """The run is finished: say what came out, and where it is."""
+        self.status = "FINISHED"
+        rows = read_results(self.path)
+        if self._unreadable:
+            self._tell_unreadable()
+        for row in rows:
+            if row.eval == "pretext":
+                console.say(console.pretext_line(row))
+        if any(row.eval != "pretext" for row in rows):
+            console.console.print(console.results_table(rows))
+        self.keep(RESULTS_FILE)
+
+    def _tell_unreadable(self) -> None:
+        lines = [f"{name}: {reason}" for name, reason in sorted(self._unreadable.items())]
+        (self.path / UNREADABLE_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+        self.keep(UNREADABLE_FILE)
+        console.say(f"{len(lines)} images could not be used, such as {lines[0]}; all are named in {self.path / UNREADABLE_FILE}")
+
+
+@contextlib.contextmanager
+def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[RunFolder]:
+    """Write the record and config, follow the run in MLflow, and say at the end where everything is."""
+    folder = RunFolder(path, config.tracking.uri)
+    console.say(f"run     {path}")
+    record.write(path)
+    (path / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    folder.keep(CONFIG_FILE)
+    mirror = Mirror(path, folder.uri, warn=console.say) if folder.uri else None
+    if mirror:
+        mirror.start()
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        folder.stopped()
+        raise
+    finally:
+        if mirror:
+            _say_where(folder, mirror.close(folder.status))
+        console.say(f"run     {path}: {folder.status.lower()}")
+
+
+def _say_where(folder: RunFolder, trouble: str | None) -> None:
+    note = read_note(folder.path)
+    if trouble:
+        console.say(trouble)
+    if note and folder.uri:
+        console.say(f"compare runs in MLflow:\n  {ui_command(folder.uri)}\n  {ui_link(folder.uri, note.experiment_id)}")

@@ -1,0 +1,107 @@
+"""Starting a command: finding conf/, composing with Hydra, turning mistakes into one clear message.
+
+Nothing here imports torch, so that --help and a misspelt key are answered at once.
+"""
+
+import contextlib
+import difflib
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from relloc.errors import UsageError
+
+EXIT_MISTAKE = 2
+
+
+def conf_dir() -> Path:
+    """The folder of configs: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    for found in (here / "conf", here.parent / "conf"):
+        if (found / "train.yaml").is_file():
+            return found
+    raise UsageError(f"conf/ is neither in {here} nor beside it: install relloc again")
+
+
+def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
+    """Compose the config from the command line, run `task`, and exit.
+
+    Mistakes that a user can make end in one message on stderr and exit code 2, Ctrl-C in 130.
+    HYDRA_FULL_ERROR=1 shows where an error was raised instead.
+    """
+    show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the lines below instead of Hydra's printer
+    if int(os.environ.get("RANK", "0")) > 0:
+        sys.argv += _silent_rank()
+    start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
+
+    @functools.wraps(task)
+    def explained_task(config: DictConfig) -> None:
+        with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
+            task(config)
+
+    with _explained(config_name, show_all):
+        start(explained_task)()
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def _explained(config_name: str, show_all: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UsageError, HydraException, OmegaConfBaseException) as error:
+        explained = None if show_all else _explain(error, config_name)
+        if explained is None:
+            raise
+        print(f"relloc: {explained}", file=sys.stderr)
+        sys.exit(EXIT_MISTAKE)
+
+
+def _silent_rank() -> list[str]:
+    """Overrides that keep Hydra on all ranks but the first from writing in the run folder."""
+    return [f"hydra.run.dir={tempfile.mkdtemp(prefix='relloc_rank_')}", "hydra.output_subdir=null"]
+
+
+def _explain(error: Exception, config_name: str) -> str | None:
+    """One message for a user's mistake; None for an error inside a call that is none."""
+    if isinstance(error, InstantiationException):
+        return _explain_call(error)
+    if isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, ConfigKeyError):
+        return _explain_key(error.__cause__, config_name)
+    return str(error)
+
+
+def _explain_call(error: InstantiationException) -> str | None:
+    cause = error.__cause__
+    if isinstance(cause, ValueError | UsageError):
+        return str(cause)
+    return str(error) if isinstance(cause, TypeError) else None
+
+
+def _explain_key(error: ConfigKeyError, config_name: str) -> str:
+    wrong = str(error.full_key)
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        known = list(_keys(OmegaConf.to_container(hydra.compose(config_name), resolve=False)))
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]}?" if near else "See --help for the settings there are."
+    return f"there is no setting {wrong}. {hint}"
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield f"{prefix}{name}"
+            yield from _keys(child, f"{prefix}{name}.")

@@ -1,0 +1,266 @@
+"""Pretraining from start to end, in the order of this file: prepare, train, ask held-out images, evaluate."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from relloc import checkpoints, ranks
+from relloc.data.crops import Crops
+from relloc.data.image_set import Splits
+from relloc.data.loader import Batch, Unreadable, collate, load
+from relloc.data.order import StepPlan, StepSampler, key
+from relloc.errors import CheckpointError, UsageError
+from relloc.evals.run import Subject
+from relloc.patches.picture import draw_patches
+from relloc.pretext.held_out import accuracy, count_hits
+from relloc.pretext.loop import Progress, Task, train
+from relloc.pretext.stopping import StopRequest, stop_request
+from relloc.results import Result, append_results, read_results
+from relloc.runs import assemble, console
+from relloc.runs.evaluating import evaluate_subjects
+from relloc.runs.folder import RunFolder, open_folder
+from relloc.tracking import Journal
+
+PICTURE = "patches.png"
+_PICTURED = 6
+
+
+def pretrain(config: DictConfig) -> None:
+    """Pretrain, or go on with what the run folder holds, then run the evaluations that `eval` names."""
+    device = assemble.device(config)
+    ranks.join(device)
+    try:
+        data = assemble.splits(config)
+        task, plan = _task(config, data, device)
+        run_dir = assemble.run_dir()
+        if ranks.rank() > 0:
+            _train(config, data, task, plan, run_dir, None)
+            return
+        name = f"{config.model.name} gap{config.grid.gap_px} s{config.seed} {config.data.name}"
+        with open_folder(config, assemble.record(config, name, "train", data, device), run_dir) as folder:
+            _draw(config, data, task, folder)
+            _train(config, data, task, plan, run_dir, folder)
+            ranks.leave()
+            _finish(config, data, task, folder)
+    finally:
+        ranks.leave()
+
+
+def _task(config: DictConfig, data: Splits, device: torch.device) -> tuple[Task, StepPlan]:
+    plan = StepPlan(
+        n_images=len(data.train),
+        images_per_step=config.data.images_per_step,
+        images_per_forward=config.data.images_per_forward,
+        world=ranks.world_size(),
+    )
+    model = assemble.pretext_model(config).to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - an overload torch lacks
+    task = Task(
+        model=model,
+        optimizer=assemble.call(config.optimizer, model=model),
+        schedule=assemble.call(config.schedule),
+        patches=assemble.patches(config),
+        steps_per_epoch=plan.steps_per_epoch,
+        accumulation=plan.accumulation,
+        seed_of=lambda step, forward: key(config.seed, step, forward),
+        device=device,
+        bf16=assemble.bf16(config, device),
+    )
+    return task, plan
+
+
+def _draw(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> None:
+    pipeline = assemble.patches(config)
+    crops = Crops(data.train, pipeline.grid, centered=False)
+    chosen = range(0, len(data.train), max(1, len(data.train) // _PICTURED))
+    images = collate([crops[index, key(config.seed, index)] for index in chosen[:_PICTURED]]).pixels
+    draw_patches(images, pipeline, folder.path / PICTURE, seed=config.seed)
+    folder.keep(PICTURE)
+
+
+def _train(
+    config: DictConfig, data: Splits, task: Task, plan: StepPlan, run_dir: Path, folder: RunFolder | None
+) -> None:
+    """Train from the newest checkpoint in the run folder, or from the start; only rank 0 has a folder."""
+    first_step = _resume(config, task, run_dir)
+    if first_step >= task.steps:
+        return
+    grid = assemble.patches(config).grid
+    sampler = StepSampler(plan, seed=config.seed, first_step=first_step, steps=task.steps, rank=ranks.rank())
+    crops = Crops(data.train, grid, centered=False)
+    loaded = load(crops, sampler, workers=assemble.workers(config, task.device), pin=task.device.type == "cuda")
+    unreadable = Unreadable(n_images=len(data.train), most_share=config.data.unreadable_share)
+    with stop_request() as stop, _reporting(task, plan, first_step, folder) as report:
+        saver = _Saver(config, task, run_dir, stop)
+        done = train(
+            task,
+            _pixels(loaded, unreadable),
+            first_step=first_step,
+            report_every=config.report_every_steps,
+            report=report,
+            after_step=saver.after_step,
+        )
+    if folder:
+        folder.note_unreadable(unreadable.reasons)
+    if done < task.steps:
+        if folder:
+            console.say(f"stopped after step {done} of {task.steps}, saved; the same command with hydra.run.dir={run_dir} goes on")
+            folder.stopped()
+        sys.exit(stop.exit_code)
+
+
+def _pixels(loaded: Iterable[Batch], unreadable: Unreadable) -> Iterator[torch.Tensor]:
+    for crops in loaded:
+        unreadable.add(crops.unreadable)
+        yield crops.pixels
+
+
+def _resume(config: DictConfig, task: Task, run_dir: Path) -> int:
+    saved = checkpoints.saved_trainings(run_dir)
+    if not saved:
+        return 0
+    state = checkpoints.load_training(saved[-1])
+    changed = _changed(state["computed"], json.loads(json.dumps(assemble.computed(config))))
+    if changed:
+        raise UsageError(
+            f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own settings"
+        )
+    task.model.load_state_dict(state["model"])
+    task.optimizer.load_state_dict(state["optimizer"])
+    if ranks.rank() == 0:
+        console.say(f"resume  {saved[-1]} after step {state['step']} of {task.steps}")
+    return state["step"]
+
+
+def _changed(before: dict[str, object], now: dict[str, object]) -> str:
+    names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
+
+
+class _Saver:
+    """Saves every `save_every_s` seconds, at the end, and when asked to stop."""
+
+    def __init__(self, config: DictConfig, task: Task, run_dir: Path, stop: StopRequest) -> None:
+        self.config = config
+        self.task = task
+        self.run_dir = run_dir
+        self.stop = stop
+        self.last = time.monotonic()
+
+    def after_step(self, done: int) -> bool:
+        stopping = self._anyone_stops()
+        due = time.monotonic() - self.last > self.config.save_every_s
+        if ranks.rank() == 0 and (stopping or due or done == self.task.steps):
+            self._save(done)
+            self.last = time.monotonic()
+        return stopping
+
+    def _anyone_stops(self) -> bool:
+        if ranks.world_size() == 1:
+            return bool(self.stop)
+        asked = torch.tensor([self.stop.signal or 0], device=self.task.device)
+        highest = int(ranks.total(asked).item())
+        if highest and not self.stop:
+            self.stop.signal = highest
+        return bool(highest)
+
+    def _save(self, done: int) -> None:
+        state = {
+            "model": self.task.model.state_dict(),
+            "optimizer": self.task.optimizer.state_dict(),
+            "computed": assemble.computed(self.config),
+            "about": about(self.config, done),
+        }
+        checkpoints.save_training(self.run_dir, state, done)
+
+
+def about(config: DictConfig, step: int) -> dict[str, object]:
+    """What a backbone file tells of itself: enough to build it, and how it came to be."""
+    return {"model": assemble.plain(config.model), "step": step, "computed": assemble.computed(config)}
+
+
+@contextlib.contextmanager
+def _reporting(task: Task, plan: StepPlan, first_step: int, folder: RunFolder | None) -> Iterator:
+    if folder is None:
+        yield lambda progress: None
+        return
+    journal = Journal(folder.path)
+    clock = [time.monotonic(), first_step]
+    with console.progress_bar("pretrain", task.steps, first_step) as bar:
+
+        def report(progress: Progress) -> None:
+            now = time.monotonic()
+            rate = (progress.step - clock[1]) * plan.images_per_step / (now - clock[0])
+            clock[:] = [now, progress.step]
+            journal.log(
+                {
+                    "train/loss": progress.loss,
+                    "train/top1": progress.top1,
+                    "train/lr": progress.lr,
+                    "train/epoch": progress.epoch,
+                    "speed/images_per_s": rate,
+                },
+                progress.step,
+            )
+            bar(progress.step, f"loss {progress.loss:.3f}  top-1 {progress.top1:.1f} %  {rate:.0f} images/s")
+
+        yield report
+
+
+def _finish(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> None:
+    weights = folder.path / checkpoints.BACKBONE_FILE
+    if not weights.exists():
+        checkpoints.save_backbone(weights, task.model.backbone, about(config, task.steps))
+    folder.keep(checkpoints.BACKBONE_FILE)
+    if not any(row.eval == "pretext" for row in read_results(folder.path)):
+        append_results(folder.path, [_held_out(config, data, task, str(weights))])
+    evaluations = assemble.evaluations(config)
+    if evaluations and not data.labeled:
+        console.say(
+            f"eval    skipped: {data.train.name} has no labels; on labeled data: "
+            f"python -m relloc.evaluate checkpoint={folder.path} data=…"
+        )
+    elif evaluations:
+        torch.manual_seed(config.seed)
+        untrained = assemble.backbone(config.model).to(task.device)
+        subjects = [
+            Subject(backbone=task.model.backbone, checkpoint=str(weights), model=config.model.name),
+            Subject(backbone=untrained, checkpoint="random", model=config.model.name),
+        ]
+        evaluate_subjects(subjects, data, evaluations, assemble.terms(config, task.device), folder)
+    folder.summarize()
+
+
+def _held_out(config: DictConfig, data: Splits, task: Task, checkpoint: str) -> Result:
+    crops = Crops(data.held_out, assemble.patches(config).grid, centered=True)
+    size = config.data.images_per_forward
+    places = [(index, key(config.seed, index)) for index in range(len(data.held_out))]
+    batches = [places[start : start + size] for start in range(0, len(places), size)]
+    loaded = load(crops, batches, workers=assemble.workers(config, task.device), pin=task.device.type == "cuda")
+    unreadable = Unreadable(n_images=len(crops), most_share=config.data.unreadable_share)
+    pixels = _pixels(console.counted(loaded, "held-out pretext", len(batches)), unreadable)
+    hits = count_hits(task.model, pixels, task.patches, seed=config.seed, device=task.device, bf16=task.bf16)
+    sources = [data.held_out.source(index) for index in range(len(data.held_out))]
+    found = accuracy(hits, sources, seed=config.seed)
+    return Result(
+        eval="pretext",
+        dataset=data.held_out.name,
+        split=data.held_out.split,
+        layer="avgpool",
+        metric="top1",
+        value=found.percent,
+        low=found.low,
+        high=found.high,
+        n=found.n_pairs,
+        seed=config.seed,
+        protocol="1.1 center crop, eight pairs with the center, jitter and colors as in training; interval: bootstrap over sources",
+        checkpoint=checkpoint,
+        model=config.model.name,
+    )
