@@ -6,7 +6,7 @@ boxes are half-open (top, left, bottom, right). A grid is 3x3, its cells numbere
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 CELLS = 9
 CENTER = 4
@@ -26,6 +26,7 @@ def opposite(label: int) -> int:
     return len(OFFSETS) - 1 - label
 
 
+@runtime_checkable
 class Resize(Protocol):
     """How large an image becomes before the grid is placed in it."""
 
@@ -38,11 +39,19 @@ class Resize(Protocol):
         ...
 
 
+def _check_side(px: int) -> None:
+    if px < 1:
+        raise ValueError(f"grid.resize.px is {px}, an image needs at least 1 px")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortSide:
     """The short side becomes `px`, the aspect ratio stays (mmselfsup 0.x; torchvision's rounding)."""
 
     px: int
+
+    def __post_init__(self) -> None:
+        _check_side(self.px)
 
     def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
         if height <= width:
@@ -58,6 +67,9 @@ class Square:
     """Both sides become `px`, the aspect ratio is lost (google 2019 and mmselfsup 1.x)."""
 
     px: int
+
+    def __post_init__(self) -> None:
+        _check_side(self.px)
 
     def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
         return self.px, self.px

@@ -7,6 +7,7 @@ or several, is unlabeled: every image below it, a share of them held out by the 
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,26 +40,37 @@ class FolderImages:
         return self.paths[index]
 
     def digest(self) -> str:
-        common = os.path.commonpath(self.paths)  # the same images elsewhere are the same set
-        return hash_lines(os.path.relpath(path, common) for path in self.paths)
+        paths = [os.path.abspath(path) for path in self.paths]
+        common = os.path.commonpath({os.path.dirname(path) for path in paths})  # the same set wherever it lies
+        return hash_lines([*self.classes, *(os.path.relpath(path, common) for path in paths)])
 
 
 def _images_below(folder: Path) -> Iterator[str]:
+    entered: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+        real = os.path.realpath(parent)
+        if real in entered:  # a link led here again: no image is taken twice
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in sorted(files):
             if file.lower().endswith(SUFFIXES) and not file.startswith("."):
                 yield os.path.join(parent, file)
 
 
+def _is_class(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
 def _class_folders(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         return ()
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if _is_class(entry)))
 
 
 def _require(root: str | None, setting: str) -> Path:
-    if root is None:
+    if not root:
         raise DataError(f"{setting} is not set: give {setting}=FOLDER, or set the environment variable RELLOC_DATA")
     if not Path(root).is_dir():
         raise DataError(f"{setting}={root} is not a folder: give the folder that holds the images")
@@ -112,6 +124,9 @@ def _hashed_share(name: str) -> float:
 
 
 def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float) -> Splits:
+    for one, other in itertools.permutations(roots, 2):
+        if other.resolve().is_relative_to(one.resolve()):
+            raise DataError(f"data.root: {other} lies in {one}, so that its images would be taken twice; name one")
     parts: dict[bool, list[str]] = {True: [], False: []}
     for root in roots:
         for path in _images_below(root):

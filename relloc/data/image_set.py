@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
 
+@runtime_checkable
 class ImageSet(Protocol):
     """Images 0..len-1 of one split.
 

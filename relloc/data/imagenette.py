@@ -18,7 +18,7 @@ def imagenette(*, root: str | None, size: Literal["full", "320px", "160px"], dow
     Raises:
         DataError: no root, or the images are neither there nor to be downloaded.
     """
-    if root is None:
+    if not root:
         raise DataError("data.root is not set: give data.root=FOLDER to keep Imagenette in, or set RELLOC_DATA")
     if size not in _FOLDERS:
         raise DataError(f"data.source.size is {size!r}, not one of {', '.join(_FOLDERS)}")

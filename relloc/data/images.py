@@ -1,13 +1,28 @@
 """Reading one image as RGB, whatever a photographer's disk holds; scaling and cropping it at once."""
 
+import os
+import struct
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from relloc.errors import UnreadableImage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+_BROKEN = (  # what Pillow raises on files that are broken in one place or another
+    *(OSError, UnidentifiedImageError, SyntaxError, ValueError, TypeError, IndexError, struct.error),
+    Image.DecompressionBombError,
+)
+_UPRIGHT = {  # by the orientation that EXIF gives
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_rgb(path: Path) -> Image.Image:
@@ -22,15 +37,24 @@ def read_rgb(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                return _to_rgb(_upright(image))
+    except _BROKEN as error:
         raise UnreadableImage(_reason(path, error)) from error
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if path.exists() and path.stat().st_size == 0:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "is an empty file"
     return f"{type(error).__name__}: {error}".replace(str(path), "it")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose also writes the rest of the metadata anew, and fails where that is odd.
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError, struct.error):
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

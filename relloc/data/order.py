@@ -31,6 +31,11 @@ class StepPlan:
     world: int = 1
 
     def __post_init__(self) -> None:
+        if min(self.images_per_step, self.images_per_forward, self.world) < 1:
+            raise DataError(
+                f"data.images_per_step is {self.images_per_step}, data.images_per_forward {self.images_per_forward}, "
+                f"on {self.world} processes: each must be 1 or more"
+            )
         at_once = self.images_per_forward * self.world
         if self.images_per_step % at_once:
             raise DataError(

@@ -65,12 +65,16 @@ def tiles_of(photo: str, width: int, height: int, *, split: Split, tiles: Sequen
         ValueError: the held-out strip leaves no room for training.
     """
     short, long = sorted((width, height))
-    strip = round(max(tiles) * short)
-    if min(tiles) <= 0 or stride <= 0 or 2 * strip > long:
-        raise ValueError(f"data.source.tiles {list(tiles)}, stride {stride}: a tile is half a photograph at most")
+    sides = [round(tile * short) for tile in tiles]
+    strip = max(sides, default=0)
+    if min(sides, default=0) < 1 or stride <= 0 or 2 * strip > long or strip > short:
+        raise ValueError(
+            f"data.source.tiles {list(tiles)}, stride {stride}: a tile is 1 px at least and half a photograph at most "
+            f"(here {width}x{height} px), a stride above 0"
+        )
     first, last = (long - strip, long) if split == "held_out" else (0, long - strip)
     found = []
-    for side in (round(tile * short) for tile in tiles):
+    for side in sides:
         along = _starts(first, last - side, stride * side)
         across = _starts(0, short - side, stride * side)
         places = [(a, c) if width >= height else (c, a) for a in along for c in across]

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -18,6 +18,7 @@ from relloc.results import Result, Score
 BATCH_NORMS = ("as_trained", "recalibrated")
 
 
+@runtime_checkable
 class Evaluation(Protocol):
     """What evals/ members are: constants, and a call that yields scores."""
 

@@ -48,6 +48,8 @@ class Gray:
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
             raise ValueError(f"color.p is {self.p}, not a probability")
+        if self.weights not in ("luma", "mean"):
+            raise ValueError(f"color.weights is {self.weights!r}, neither 'luma' nor 'mean'")
 
     def __call__(self, patches: Patches, generator: torch.Generator) -> Patches:
         chosen = torch.rand(len(patches), generator=generator, device=patches.device) < self.p
@@ -65,6 +67,10 @@ class Drop:
 
     noise: Literal["gaussian", "uniform"]
     noise_ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.noise not in ("gaussian", "uniform"):
+            raise ValueError(f"color.noise is {self.noise!r}, neither 'gaussian' nor 'uniform'")
 
     def __call__(self, patches: Patches, generator: torch.Generator) -> Patches:
         b, n = patches.shape[:2]

@@ -4,9 +4,10 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """How long a run is, and how its learning rate moves."""
 

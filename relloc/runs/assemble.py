@@ -22,7 +22,10 @@ from relloc.runs import console
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
 # Settings that must not change results: a run may be resumed with others.
-_NEUTRAL = ("device", "precision", "workers", "bank_gib", "runs", "tracking", "save_every_s", "report_every_steps", "eval", "batch_norm", "calibration_images", "view", "experiment")
+_NEUTRAL = (
+    *("device", "precision", "workers", "bank_gib", "runs", "tracking", "save_every_s", "report_every_steps"),
+    *("eval", "batch_norm", "calibration_images", "view"),
+)
 
 
 def call(node: DictConfig, **more: Any) -> Any:
@@ -46,7 +49,10 @@ def device(config: DictConfig) -> torch.device:
     if asked not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device={asked} is not one of auto, cpu, cuda")
     if asked == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, or give device=cpu")
+        raise UsageError(
+            "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, "
+            "or give device=cpu"
+        )
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     index = ranks.local_rank()
@@ -70,11 +76,11 @@ def bf16(config: DictConfig, on: torch.device) -> bool:
 
 
 def workers(config: DictConfig, on: torch.device) -> int:
-    """Loader processes: as asked; else this process's share of the cores, none where the CPU trains."""
+    """Loader processes: as asked; else this process's share of the cores, or a quarter where the CPU trains."""
     if config.workers != "auto":
         return int(config.workers)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // processes) if on.type == "cuda" else 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores) if on.type == "cuda" else cores // 4
 
 
 def splits(config: DictConfig) -> Splits:
@@ -82,7 +88,8 @@ def splits(config: DictConfig) -> Splits:
     found = call(config.data.source)
     if ranks.rank() == 0:
         labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
-        console.say(f"data    {found.train.name}: {len(found.train)} images to train on, {len(found.held_out)} held out, {labels}")
+        counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
+        console.say(f"data    {found.train.name}: {counts}, {labels}")
     return found
 
 
@@ -141,11 +148,11 @@ def computed(config: DictConfig) -> dict[str, Any]:
     return flatten({name: value for name, value in plain(config).items() if name not in _NEUTRAL})
 
 
-def record(config: DictConfig, name: str, kind: str, data: Splits, on: torch.device) -> RunRecord:
+def record(config: DictConfig, name: str, data: Splits, on: torch.device, run_dir: Path) -> RunRecord:
     """What a tracker is told of this run."""
     devices = [torch.cuda.get_device_name(on)] * ranks.world_size() if on.type == "cuda" else ["cpu"]
     choices = HydraConfig.get().runtime.choices
-    tags = {"relloc.kind": kind, "relloc.run_dir": str(run_dir()), "relloc.data": config.data.name}
+    tags = {"relloc.kind": HydraConfig.get().job.name, "relloc.run_dir": str(run_dir), "relloc.data": config.data.name}
     if choices.get("experiment"):
         tags["relloc.preset"] = str(choices["experiment"])
     return RunRecord(

@@ -28,7 +28,12 @@ def say(text: str) -> None:
 def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Update]:
     """A bar on a terminal, a plain line every half minute elsewhere; call it with (done, text)."""
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(what, total=total, completed=done, text="")
             yield lambda done, text: bar.update(task, completed=done, text=text)

@@ -30,8 +30,8 @@ def evaluate_checkpoint(config: DictConfig) -> None:
     if not evaluations:
         raise UsageError("eval=[] leaves nothing to do: name evaluations, such as eval=[linear,knn]")
     name = f"{subject.model} {Path(subject.checkpoint).parent.name or subject.checkpoint} on {config.data.name}"
-    record = assemble.record(config, name, "evaluate", data, device)
-    with open_folder(config, record, assemble.run_dir()) as folder:
+    run_dir = assemble.run_dir()
+    with open_folder(config, assemble.record(config, name, data, device, run_dir), run_dir) as folder:
         evaluate_subjects([subject], data, evaluations, assemble.terms(config, device), folder)
         folder.summarize()
 
@@ -42,7 +42,9 @@ def evaluate_subjects(
     """Write the rows of every evaluation of every subject as they come; those already there are kept."""
     for subject in subjects:
         subject.backbone.eval()
-        there = {(row.eval, row.batch_norm) for row in read_results(folder.path) if row.checkpoint == subject.checkpoint}
+        there = {
+            (row.eval, row.batch_norm) for row in read_results(folder.path) if row.checkpoint == subject.checkpoint
+        }
         rows_of_each = evaluate(
             subject,
             data,
@@ -81,7 +83,9 @@ def supervised_weights(model: str) -> dict[str, Tensor]:
         CheckpointError: the download failed.
     """
     if model not in _SUPERVISED:
-        raise UsageError(f"torchvision has no supervised weights for model={model}: use one of {', '.join(_SUPERVISED)}")
+        raise UsageError(
+            f"torchvision has no supervised weights for model={model}: use one of {', '.join(_SUPERVISED)}"
+        )
     weights: Any = getattr(torchvision.models, _SUPERVISED[model]).IMAGENET1K_V1
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)

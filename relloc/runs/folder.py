@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relloc.results import RESULTS_FILE, read_results
 from relloc.runs import console
-from relloc.tracking import Mirror, RunRecord, add_artifact, read_note, ui_command, ui_link
+from relloc.tracking import Mirror, RunRecord, add_artifact, read_note, ui_command, ui_link, write_status
 
 CONFIG_FILE = "config.yaml"
 UNREADABLE_FILE = "unreadable.txt"
@@ -46,13 +46,16 @@ class RunFolder:
                 console.say(console.pretext_line(row))
         if any(row.eval != "pretext" for row in rows):
             console.console.print(console.results_table(rows))
-        self.keep(RESULTS_FILE)
+        if rows:
+            self.keep(RESULTS_FILE)
 
     def _tell_unreadable(self) -> None:
         lines = [f"{name}: {reason}" for name, reason in sorted(self._unreadable.items())]
         (self.path / UNREADABLE_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
         self.keep(UNREADABLE_FILE)
-        console.say(f"{len(lines)} images could not be used, such as {lines[0]}; all are named in {self.path / UNREADABLE_FILE}")
+        console.say(
+            f"{len(lines)} images could not be used, such as {lines[0]}; all are named in {self.path / UNREADABLE_FILE}"
+        )
 
 
 @contextlib.contextmanager
@@ -63,6 +66,7 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
     record.write(path)
     (path / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
     folder.keep(CONFIG_FILE)
+    write_status(path, "RUNNING")
     mirror = Mirror(path, folder.uri, warn=console.say) if folder.uri else None
     if mirror:
         mirror.start()
@@ -70,11 +74,15 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         yield folder
     except KeyboardInterrupt:
         folder.stopped()
+        console.say("interrupted; what was saved and evaluated before stays")
         raise
     finally:
+        write_status(path, folder.status)
         if mirror:
             _say_where(folder, mirror.close(folder.status))
         console.say(f"run     {path}: {folder.status.lower()}")
+        if folder.status != "FINISHED":
+            console.say(f"        the same command with hydra.run.dir={path} goes on from there")
 
 
 def _say_where(folder: RunFolder, trouble: str | None) -> None:

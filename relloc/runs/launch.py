@@ -5,6 +5,7 @@ Nothing here imports torch, so that --help and a misspelt key are answered at on
 
 import contextlib
 import difflib
+import errno
 import functools
 import os
 import sys
@@ -22,6 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from relloc.errors import UsageError
 
 EXIT_MISTAKE = 2
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def conf_dir() -> Path:
@@ -65,8 +67,17 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         explained = None if show_all else _explain(error, config_name)
         if explained is None:
             raise
-        print(f"relloc: {explained}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
+        _exit(explained)
+    except OSError as error:
+        if show_all or error.errno not in _DISK_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _exit(f"{error.strerror}{where}. What was saved before stays; mend this and go on with the run's hydra.run.dir")
+
+
+def _exit(explained: str) -> NoReturn:
+    print(f"relloc: {explained}", file=sys.stderr)
+    sys.exit(EXIT_MISTAKE)
 
 
 def _silent_rank() -> list[str]:

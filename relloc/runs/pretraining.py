@@ -15,7 +15,7 @@ from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.order import StepPlan, StepSampler, key
-from relloc.errors import CheckpointError, UsageError
+from relloc.errors import UsageError
 from relloc.evals.run import Subject
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, count_hits
@@ -43,7 +43,7 @@ def pretrain(config: DictConfig) -> None:
             _train(config, data, task, plan, run_dir, None)
             return
         name = f"{config.model.name} gap{config.grid.gap_px} s{config.seed} {config.data.name}"
-        with open_folder(config, assemble.record(config, name, "train", data, device), run_dir) as folder:
+        with open_folder(config, assemble.record(config, name, data, device, run_dir), run_dir) as folder:
             _draw(config, data, task, folder)
             _train(config, data, task, plan, run_dir, folder)
             ranks.leave()
@@ -111,7 +111,7 @@ def _train(
         folder.note_unreadable(unreadable.reasons)
     if done < task.steps:
         if folder:
-            console.say(f"stopped after step {done} of {task.steps}, saved; the same command with hydra.run.dir={run_dir} goes on")
+            console.say(f"stopped after step {done} of {task.steps}; everything is saved")
             folder.stopped()
         sys.exit(stop.exit_code)
 
@@ -130,7 +130,8 @@ def _resume(config: DictConfig, task: Task, run_dir: Path) -> int:
     changed = _changed(state["computed"], json.loads(json.dumps(assemble.computed(config))))
     if changed:
         raise UsageError(
-            f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own settings"
+            f"{run_dir} holds a run with other settings: {changed}. "
+            "Give another hydra.run.dir, or the run's own settings"
         )
     task.model.load_state_dict(state["model"])
     task.optimizer.load_state_dict(state["optimizer"])
@@ -260,7 +261,8 @@ def _held_out(config: DictConfig, data: Splits, task: Task, checkpoint: str) -> 
         high=found.high,
         n=found.n_pairs,
         seed=config.seed,
-        protocol="1.1 center crop, eight pairs with the center, jitter and colors as in training; interval: bootstrap over sources",
+        protocol="1.1 center crop, eight pairs with the center, jitter and colors as in training; "
+        "interval: bootstrap over sources",
         checkpoint=checkpoint,
         model=config.model.name,
     )

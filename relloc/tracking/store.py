@@ -128,7 +128,7 @@ def _make_schema(path: Path) -> None:
 
 
 def _check_is_database(path: Path) -> None:
-    # MLflow itself would retry for 100 s before it says that a file is not a database.
+    # MLflow itself retries for 101 s, and tells of each, before it says that it cannot open the file.
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("SELECT name FROM sqlite_master").fetchone()
 

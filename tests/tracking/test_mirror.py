@@ -25,9 +25,7 @@ def stored_steps(run_dir: Path, uri: str) -> list[int]:
     return sorted(point.step for point in history)
 
 
-def test_mlflow_follows_while_training_goes_on_and_gets_the_rest_at_the_end(
-    uri: str, new_run: NewRun
-) -> None:
+def test_mlflow_follows_while_training_goes_on_and_gets_the_rest_at_the_end(uri: str, new_run: NewRun) -> None:
     run_dir, warnings = new_run(), []
     follower = Mirror(run_dir, uri, warn=warnings.append, every_s=0.05)
     follower.start()
@@ -55,9 +53,7 @@ def test_a_resumed_run_goes_back_to_running(uri: str, new_run: NewRun) -> None:
     assert len(search(uri, "relloc")) == 1
 
 
-def test_a_dead_server_costs_one_warning_and_one_message_and_nothing_is_lost(
-    uri: str, new_run: NewRun
-) -> None:
+def test_a_dead_server_costs_one_warning_and_one_message_and_nothing_is_lost(uri: str, new_run: NewRun) -> None:
     run_dir, warnings = new_run(), []
     follower = Mirror(run_dir, DEAD, warn=warnings.append, every_s=0.01)
     follower.start()
@@ -65,10 +61,12 @@ def test_a_dead_server_costs_one_warning_and_one_message_and_nothing_is_lost(
     start = time.monotonic()
     message = follower.close("FINISHED")
     assert time.monotonic() - start < 10
-    assert message is not None and "Nothing is lost" in message
+    assert message is not None
+    assert "Nothing is lost" in message
     assert f"no answer from {DEAD}" in message
     assert message.endswith(f"python -m relloc.sync {run_dir} --uri {DEAD}")
-    assert len(warnings) == 1 and f"no answer from {DEAD}" in warnings[0]
+    assert len(warnings) == 1
+    assert f"no answer from {DEAD}" in warnings[0]
     assert sync(run_dir, uri).points == 6
     assert stored_steps(run_dir, uri) == [0, 10, 20]
     assert search(uri, "relloc")[0]["status"] == "FINISHED"
@@ -90,9 +88,7 @@ def test_attempts_grow_rarer(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -
     assert all(pause >= 0.05 * 2**failures for failures, pause in enumerate(pauses[:4], start=1))
 
 
-def test_a_store_that_comes_back_gets_everything(
-    uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_comes_back_gets_everything(uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, warnings, down = new_run(), [], threading.Event()
     down.set()
 
@@ -108,12 +104,11 @@ def test_a_store_that_comes_back_gets_everything(
     down.clear()
     wait_until(lambda: stored_steps(run_dir, uri) == [0, 10, 20])
     assert follower.close("FINISHED") is None
-    assert len(warnings) == 1 and "disk is full" in warnings[0]
+    assert len(warnings) == 1
+    assert "disk is full" in warnings[0]
 
 
-def test_a_store_that_hangs_does_not_hold_up_the_end(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_hangs_does_not_hold_up_the_end(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(mirror, "sync", lambda *_: release.wait(30))
     follower = Mirror(new_run(), DEAD, warn=pytest.fail)
@@ -122,7 +117,8 @@ def test_a_store_that_hangs_does_not_hold_up_the_end(
     message = follower.close("FINISHED", timeout_s=0.2)
     assert time.monotonic() - start < 5
     release.set()
-    assert message is not None and "longer than 0.2 s" in message
+    assert message is not None
+    assert "longer than 0.2 s" in message
 
 
 def test_a_broken_database_is_only_a_message(new_run: NewRun, tmp_path: Path) -> None:
@@ -131,7 +127,8 @@ def test_a_broken_database_is_only_a_message(new_run: NewRun, tmp_path: Path) ->
     follower = Mirror(new_run(), f"sqlite:///{tmp_path}/mlflow.db", warn=warnings.append)
     follower.start()
     message = follower.close("FAILED")
-    assert message is not None and "file is not a database" in message
+    assert message is not None
+    assert "file is not a database" in message
     assert len(warnings) == 1
 
 
@@ -144,5 +141,6 @@ def test_a_mirror_that_never_began_says_so(new_run: NewRun, monkeypatch: pytest.
     follower = Mirror(new_run(), DEAD, warn=warnings.append)
     follower.start()
     message = follower.close("FINISHED")
-    assert message is not None and "No module named 'mlflow'" in message
+    assert message is not None
+    assert "No module named 'mlflow'" in message
     assert len(warnings) == 1

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -25,6 +26,7 @@ from relloc.tracking import (
     read_note,
     sync,
 )
+from relloc.tracking.store import locked
 
 NewRun = Callable[..., Path]
 LINEAR = Result(
@@ -68,7 +70,8 @@ def test_a_run_arrives_whole(uri: str, new_run: NewRun) -> None:
     run = mlflow_run(run_dir, uri)
     assert run.info.run_name == "r50 seed0"
     assert run.info.start_time == RunRecord.read(run_dir).started_ms
-    assert run.data.tags["devices"] == "cpu" and run.data.tags["relloc.run_dir"] == str(run_dir)
+    assert run.data.tags["devices"] == "cpu"
+    assert run.data.tags["relloc.run_dir"] == str(run_dir)
     assert points(run_dir, uri) == JOURNAL_POINTS
     experiment = open_store(uri).get_experiment(sent.experiment_id)
     assert experiment.name == "relloc"
@@ -155,7 +158,8 @@ def test_dying_between_sending_and_noting_costs_no_double_points(
     Journal(run_dir).log({"train/loss": 1.0}, 30)
     sync(run_dir, uri)
     after = points(run_dir, uri)
-    assert stored <= after and max(after.values()) == 1
+    assert stored <= after
+    assert max(after.values()) == 1
     assert len(after) == 6 + 11 + 1
 
 
@@ -224,9 +228,7 @@ def test_datasets_arrive_as_inputs_without_the_data(uri: str, new_run: NewRun) -
     assert (inputs.dataset.name, json.loads(inputs.dataset.source)) == ("imagenet", {"uri": "/data/in"})
 
 
-def test_artifacts_lie_beside_the_store_and_are_sent_again_only_when_changed(
-    uri: str, new_run: NewRun
-) -> None:
+def test_artifacts_lie_beside_the_store_and_are_sent_again_only_when_changed(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
     (run_dir / "pictures").mkdir()
     for name in ("config.yaml", "pictures/map.png"):
@@ -234,26 +236,32 @@ def test_artifacts_lie_beside_the_store_and_are_sent_again_only_when_changed(
         add_artifact(run_dir, name)
     first = sync(run_dir, uri)
     assert first.artifacts == 2
-    folder = (
-        Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / "relloc" / first.run_id / "artifacts"
-    )
+    folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / "relloc" / first.run_id / "artifacts"
     copy = folder / "pictures" / "map.png"
-    assert copy.read_text() == "old" and (folder / "config.yaml").exists()
+    assert copy.read_text() == "old"
+    assert (folder / "config.yaml").exists()
     copy.write_text("marked")
-    assert sync(run_dir, uri).artifacts == 0 and copy.read_text() == "marked"
+    assert sync(run_dir, uri).artifacts == 0
+    assert copy.read_text() == "marked"
     (run_dir / "pictures" / "map.png").write_text("new")
     os.utime(run_dir / "pictures" / "map.png", ns=(1, 1))
-    assert sync(run_dir, uri).artifacts == 1 and copy.read_text() == "new"
+    assert sync(run_dir, uri).artifacts == 1
+    assert copy.read_text() == "new"
 
 
-def test_status_follows_and_a_resumed_run_runs_again(uri: str, new_run: NewRun) -> None:
+def test_status_follows_and_a_resumed_run_runs_again(
+    uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = new_run()
     sync(run_dir, uri)
     assert mlflow_run(run_dir, uri).info.status == "RUNNING"
     finish(run_dir, uri, "FAILED")
     ended = mlflow_run(run_dir, uri).info
-    assert ended.status == "FAILED" and ended.end_time >= ended.start_time
-    sync(run_dir, uri)
+    assert ended.status == "FAILED"
+    assert ended.end_time >= ended.start_time
+    with monkeypatch.context() as patch:
+        patch.delattr("mlflow.MlflowClient.set_terminated")
+        sync(run_dir, uri)
     assert mlflow_run(run_dir, uri).info.status == "FAILED", "a later sync does not bring it back to life"
     finish(run_dir, uri, "RUNNING")
     assert mlflow_run(run_dir, uri).info.status == "RUNNING"
@@ -273,16 +281,39 @@ def test_a_changed_description_is_sent_and_changed_params_are_told(uri: str, new
     assert run.data.tags["relloc.changed_params"] == "epochs: 70 -> 90"
 
 
-def test_another_store_gets_the_whole_run(
-    uri: str, new_run: NewRun, empty_database: Path, tmp_path: Path
-) -> None:
+def test_another_store_gets_the_whole_run(uri: str, new_run: NewRun, empty_database: Path, tmp_path: Path) -> None:
     run_dir = new_run()
     first = finish(run_dir, uri, "FINISHED")
     other = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'other.db')}"
     moved = sync(run_dir, other)
-    assert moved.points == 6 and moved.run_id != first.run_id
+    assert moved.points == 6
+    assert moved.run_id != first.run_id
     assert points(run_dir, other) == JOURNAL_POINTS
     assert mlflow_run(run_dir, other).info.status == "FINISHED"
+
+
+def test_a_store_restored_from_a_copy_gets_what_it_missed(uri: str, new_run: NewRun, tmp_path: Path) -> None:
+    run_dir = new_run()
+    first = sync(run_dir, uri)
+    copy = f"sqlite:///{shutil.copy(uri.removeprefix('sqlite:///'), tmp_path / 'copy.db')}"
+    Journal(run_dir).log({"train/loss": 1.0}, 30)
+    sync(run_dir, uri)
+    again = sync(run_dir, copy)
+    assert (again.run_id, again.points) == (first.run_id, 1)
+    assert points(run_dir, copy) == points(run_dir, uri)
+
+
+def test_senders_of_one_run_folder_take_turns(uri: str, new_run: NewRun) -> None:
+    run_dir = new_run()
+    open_store(uri)
+    other = threading.Thread(target=sync, args=(run_dir, uri))
+    with locked(run_dir / "mlflow.json.lock"):
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+        assert read_note(run_dir) is None
+    other.join(20)
+    assert points(run_dir, uri) == JOURNAL_POINTS
 
 
 def test_a_store_that_lost_the_run_gets_it_again(uri: str, new_run: NewRun) -> None:
@@ -294,7 +325,8 @@ def test_a_store_that_lost_the_run_gets_it_again(uri: str, new_run: NewRun) -> N
         database.execute("DELETE FROM tags")
         database.commit()
     again = sync(run_dir, uri)
-    assert again.run_id != first.run_id and again.points == 6
+    assert again.run_id != first.run_id
+    assert again.points == 6
 
 
 def test_a_run_deleted_in_mlflow_is_not_brought_back(uri: str, new_run: NewRun) -> None:

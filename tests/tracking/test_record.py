@@ -57,7 +57,8 @@ def test_status_round_trip(tmp_path: Path) -> None:
     assert read_status(tmp_path) is None
     write_status(tmp_path, "KILLED")
     status = read_status(tmp_path)
-    assert status is not None and status["status"] == "KILLED"
+    assert status is not None
+    assert status["status"] == "KILLED"
     with pytest.raises(ValueError, match="status is 'done'"):
         write_status(tmp_path, "done")
 
@@ -82,7 +83,8 @@ def test_legal_names_are_taken_by_mlflow_and_stay_as_they_are(name: str) -> None
 
     legal = legal_name(name)
     _validate_metric_name(legal)
-    assert legal_name(legal) == legal and 0 < len(legal) <= 250
+    assert legal_name(legal) == legal
+    assert 0 < len(legal) <= 250
 
 
 def test_legal_name_changes_only_what_must_change() -> None:
@@ -92,9 +94,7 @@ def test_legal_name_changes_only_what_must_change() -> None:
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-    done = subprocess.run(
-        ["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 
@@ -107,7 +107,8 @@ def test_the_commit_is_that_of_the_checkout_that_tracks_the_file(tmp_path: Path)
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     head = git(tmp_path, "rev-parse", "HEAD")
-    assert commit_of(file) == head and len(head) == 40
+    assert commit_of(file) == head
+    assert len(head) == 40
     file.write_text("b")
     assert commit_of(file) == f"{head}-dirty"
 
@@ -118,7 +119,8 @@ def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None
     assert "relloc.commit" not in tags
     assert tags["devices"] == "NVIDIA H200, NVIDIA H200"
     assert tags["version.python"] == sys.version.split()[0]
-    assert tags["version.torch"][0].isdigit() and tags["host"]
+    assert tags["version.torch"][0].isdigit()
+    assert tags["host"]
 
 
 def test_importing_the_room_does_not_import_mlflow() -> None:

@@ -40,6 +40,13 @@ def test_a_file_that_is_no_database_is_told_at_once_and_left_alone(tmp_path: Pat
     assert path.read_text() == "my notes\n" * 100
 
 
+def test_a_file_that_cannot_be_opened_is_told_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(StoreError, match="unable to open database file"):
+        open_store(f"sqlite:///{tmp_path}")
+    assert time.monotonic() - start < 10
+
+
 def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="Not a directory"):
@@ -94,9 +101,7 @@ def test_search_gives_plain_values(uri: str, new_run: Callable[..., Path]) -> No
     assert [type(params[name]) for name in sorted(params)] == [str, int, float, bool]
 
 
-def test_search_reads_every_page(
-    uri: str, new_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_search_reads_every_page(uri: str, new_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     for name in ("a", "b", "c"):

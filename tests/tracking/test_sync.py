@@ -13,9 +13,7 @@ from relloc.tracking import search
 NewRun = Callable[..., Path]
 
 
-def test_each_run_gets_one_line_with_counts(
-    uri: str, new_run: NewRun, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_run_gets_one_line_with_counts(uri: str, new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = new_run("first", tracking_uri=uri), new_run("second", tracking_uri=uri)
     assert main([str(first), str(second)]) == 0
     counts = "4 params, 6 points, 0 artifacts"
@@ -77,18 +75,7 @@ def test_two_processes_start_on_a_fresh_file_and_both_arrive_whole(new_run: NewR
     assert sorted(os.listdir(tmp_path / "deep" / "er")) == ["mlflow.db", "mlflow.db.lock"]
 
 
-def test_two_processes_on_one_run_folder_send_each_point_once(uri: str, new_run: NewRun) -> None:
-    run_dir = new_run()
-    command = [sys.executable, "-m", "relloc.sync", str(run_dir), "--uri", uri]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = sorted(process.communicate(timeout=120)[0] for process in processes)
-    assert [line.count("6 points") + 2 * line.count("nothing new") for line in said] == [1, 2]
-    assert len(search(uri, "relloc")) == 1
-
-
-def test_a_run_folder_may_move(
-    uri: str, new_run: NewRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_folder_may_move(uri: str, new_run: NewRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = new_run(tracking_uri=uri)
     main([str(run_dir)])
     shutil.move(run_dir, tmp_path / "moved")

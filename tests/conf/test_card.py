@@ -1,0 +1,118 @@
+"""`model=resnet50 data=in1k` is the recipe of the published card, value by value (protocols.md 1.1, 2.1, column M0)."""
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from relloc.data.order import StepPlan
+from relloc.pretext.objective import RelativeLocation
+from relloc.runs import assemble
+
+
+@pytest.fixture(
+    scope="module", params=[["model=resnet50", "data=in1k"], ["experiment=card2022"]], ids=["words", "preset"]
+)
+def card(request, compose):
+    return compose("train", request.param)
+
+
+@pytest.fixture(scope="module")
+def model(card) -> RelativeLocation:
+    return assemble.pretext_model(card)
+
+
+@pytest.mark.parametrize(
+    ("key", "published"),
+    [
+        ("grid.resize.px", 292),
+        ("grid.patch_px", 64),
+        ("color.p", 0.66),
+        ("color.weights", "luma"),
+        ("normalize._target_", "relloc.patches.normalize.ByDataset"),
+        ("model.head.hidden_dim", 4096),
+        ("model.head.batch_norm_momentum", 0.003),
+        ("model.head.dropout", 0.5),
+        ("model.head.neck_std", 0.01),
+        ("model.head.head_std", 0.005),
+        ("optimizer.lr", 0.2),
+        ("optimizer.momentum", 0.9),
+        ("optimizer.weight_decay", 1e-4),
+        ("optimizer.head_weight_decay", 5e-4),
+        ("schedule.epochs", 70),
+        ("schedule.warmup_epochs", 5),
+        ("schedule.warmup_from", 0.1),
+        ("schedule.milestone_epochs", [30, 50]),
+        ("schedule.gamma", 0.1),
+        ("data.images_per_step", 512),
+        ("data.images_per_forward", 64),
+        ("pretext_batch_norm", "separate"),
+        ("eval.linear.epochs", 90),
+        ("eval.linear.milestone_epochs", [30, 60]),
+        ("eval.linear.learning_rates", [0.01]),
+        ("eval.linear.momentum", 0.9),
+        ("eval.linear.weight_decay", 1e-4),
+        ("eval.linear.batch", 256),
+        ("eval.knn.k", [10, 20, 100, 200]),
+        ("eval.knn.temperature", 0.07),
+        ("view.short_px", 256),
+        ("view.crop_px", 224),
+        ("batch_norm", "as_trained"),
+    ],
+)
+def test_setting(card, key, published):
+    node = card
+    for name in key.split("."):
+        node = node[name]
+    assert node == published
+
+
+def test_crop_is_255_of_three_cells_of_85_with_a_random_64_px_crop_in_each(card):
+    grid = instantiate(card.grid, _convert_="all")
+    assert grid.span_px == 255
+    assert grid.pitch_px == 85
+    assert [grid.lowest_corner(cell)[1] for cell in range(3)] == [0, 85, 170]
+    assert grid.jitter_range == (0, 85 - 64)
+
+
+def test_network_and_initialization(model):
+    neck, norm, _, dropout = model.head.neck
+    assert (neck.in_features, neck.out_features) == (2 * 2048, 4096)
+    assert (norm.num_features, norm.momentum, norm.affine) == (4096, 0.003, True)
+    assert dropout.p == 0.5
+    assert (model.head.answer.in_features, model.head.answer.out_features) == (4096, 8)
+    assert neck.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert model.head.answer.weight.std().item() == pytest.approx(0.005, rel=0.03)
+    assert not neck.bias.any()
+    assert not model.head.answer.bias.any()
+    convolutions = [module for module in model.backbone.modules() if isinstance(module, nn.Conv2d)]
+    for convolution in convolutions:
+        fan_out = convolution.out_channels * convolution.kernel_size[0] ** 2
+        assert convolution.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.08)
+    last_norms = [block.bn3 for layer in (model.backbone.layer1, model.backbone.layer4) for block in layer]
+    assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in last_norms)  # zero_init_residual off
+
+
+def test_optimizer_rates_and_decays_are_the_published_ones(card, model):
+    optimizer = assemble.call(card.optimizer, model=model)
+    trunk, head = optimizer.param_groups
+    assert (trunk["lr"], trunk["momentum"], trunk["weight_decay"], trunk["nesterov"]) == (0.2, 0.9, 1e-4, False)
+    assert (head["lr"], head["weight_decay"]) == (0.2, 5e-4)
+    assert len(head["params"]) == len(list(model.head.parameters()))  # biases and batch norm decay as well
+
+
+def test_rates_over_the_run(card):
+    schedule = instantiate(card.schedule, _convert_="all")
+    rates = {epoch: 0.2 * schedule.factor(epoch) for epoch in (0, 2.5, 5, 29.99, 30, 50, 69.9)}
+    assert rates == pytest.approx({0: 0.02, 2.5: 0.11, 5: 0.2, 29.99: 0.2, 30: 0.02, 50: 0.002, 69.9: 0.002})
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(8, 1), (1, 8)])
+def test_one_epoch_has_2502_steps_on_eight_gpus_and_on_one(card, world, accumulation):
+    plan = StepPlan(
+        n_images=1_281_167,
+        images_per_step=card.data.images_per_step,
+        images_per_forward=card.data.images_per_forward,
+        world=world,
+    )
+    assert (plan.steps_per_epoch, plan.accumulation) == (2502, accumulation)

@@ -1,0 +1,85 @@
+"""Every member of every group composes, and its objects can be made."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from relloc.runs import assemble
+from relloc.runs.launch import conf_dir
+
+GROUPS = ("model", "grid", "color", "normalize", "optimizer", "schedule", "tracking", "experiment")
+
+
+def members(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def test_the_groups_and_members_are_those_of_the_study():
+    assert members("model") == ["alexnet", "resnet18", "resnet50", "small"]
+    assert members("data") == ["folder", "imagenette", "in1k", "photos"]
+    assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
+    assert members("color") == ["drop", "gray", "none", "projection"]
+    assert members("eval") == ["knn", "linear"]
+    assert members("tracking") == ["none", "server", "sqlite"]
+    assert members("experiment") == ["card2022", "doersch2015", "google2019"]
+
+
+@pytest.mark.parametrize("choice", [f"{group}={member}" for group in GROUPS for member in members(group)])
+def test_a_member_composes_and_makes_its_objects(compose, choice):
+    config = compose("train", [choice])
+    OmegaConf.to_container(config, resolve=True)  # every interpolation has a value
+    model = assemble.pretext_model(config)
+    assert assemble.patches(config).grid.span_px > 0
+    assert assemble.call(config.optimizer, model=model).param_groups
+    assert assemble.call(config.schedule).factor(0) >= 0
+    assert set(assemble.evaluations(config)) == {"linear", "knn"}
+
+
+@pytest.mark.parametrize("root", ["train", "evaluate"])
+@pytest.mark.parametrize("data", members("data"))
+def test_a_data_set_composes_for_both_commands(compose, root, data):
+    config = compose(root, [f"data={data}", "checkpoint=random"] if root == "evaluate" else [f"data={data}"])
+    settings = OmegaConf.to_container(config.data, resolve=True)
+    assert {"epochs", "images_per_step", "images_per_forward", "lr", "linear", "knn"} <= set(settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"), [("[linear,knn]", {"linear", "knn"}), ("[knn]", {"knn"}), ("linear", {"linear"}), ("[]", set())]
+)
+def test_eval_names_several_one_or_none(compose, asked, names):
+    assert set(assemble.evaluations(compose("train", [f"eval={asked}"]))) == names
+
+
+def test_a_preset_wins_over_the_root_and_the_command_line_over_both(compose):
+    assert compose("train", ["experiment=doersch2015"]).grid.patch_px == 96
+    assert compose("train", ["experiment=doersch2015", "grid.patch_px=80"]).grid.patch_px == 80
+
+
+@pytest.mark.parametrize("preset", members("experiment"))
+def test_a_preset_opens_with_what_it_reproduces_the_command_the_cost_and_what_to_expect(preset):
+    opening = (Path(conf_dir()) / "experiment" / f"{preset}.yaml").read_text().split("defaults:")[0]
+    for word in ("Reproduces:", "Command:", "Cost:", "Expect:", f"experiment={preset}"):
+        assert word in opening
+
+
+@pytest.mark.parametrize("preset", members("experiment"))
+def test_a_preset_only_overrides(compose, preset):
+    def keys(node: object, prefix: str = "") -> set[str]:
+        if not isinstance(node, dict):
+            return {prefix}
+        return {key for name, child in node.items() for key in keys(child, f"{prefix}.{name}")}
+
+    alone = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{preset}.yaml"))
+    assert isinstance(alone, dict)
+    overridden = [line for line in alone.pop("defaults") if next(iter(line)).startswith("override ")]
+    choices = [f"{next(iter(line)).split('/')[1]}={next(iter(line.values()))}" for line in overridden]
+    without = OmegaConf.to_container(compose("train", choices))
+    added = {key for key in keys(alone) if key not in keys(without)}
+    assert added == set()
+
+
+def test_settings_that_must_not_change_results_are_left_out_of_what_is_computed(compose):
+    neutral = ["device=cpu", "workers=2", "tracking=none", "bank_gib=1", "report_every_steps=3", "eval=[]"]
+    assert assemble.computed(compose("train", neutral)) == assemble.computed(compose("train", []))
+    assert assemble.computed(compose("train", ["grid.gap_px=8"])) != assemble.computed(compose("train", []))

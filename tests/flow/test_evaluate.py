@@ -1,0 +1,121 @@
+"""Any backbone through any evaluations."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import TINY  # pyright: ignore[reportAttributeAccessIssue] - pytest puts this folder on the path
+from PIL import Image
+
+from relloc.results import read_results
+
+LOOK = tuple(word for word in TINY if word.startswith(("view.", "data.source", "data.linear")))
+
+
+@pytest.fixture
+def pretrained(relloc, tmp_path) -> Path:
+    run_dir = tmp_path / "pretrained"
+    assert relloc("train", *TINY, "eval=[]", "tracking=none", f"hydra.run.dir={run_dir}").code == 0
+    return run_dir
+
+
+def test_our_checkpoint_as_folder_file_and_training_state(relloc, tmp_path, pretrained):
+    found = []
+    state = next((pretrained / "checkpoints").glob("*.pt"))
+    for name, checkpoint in enumerate((pretrained, pretrained / "backbone.safetensors", state)):
+        out = tmp_path / f"e{name}"
+        done = relloc(
+            "evaluate", f"checkpoint={checkpoint}", "eval=[knn]", *LOOK, "tracking=none", f"hydra.run.dir={out}"
+        )
+        assert done.code == 0, done.text
+        found.append({(row.layer, row.metric): row.value for row in read_results(out)})
+    assert found[0] == found[1] == found[2]
+    assert found[0]
+
+
+def test_both_batch_norms_are_named_rows(relloc, tmp_path, pretrained):
+    out = tmp_path / "e"
+    line = (f"checkpoint={pretrained}", "eval=[linear]", "batch_norm=[as_trained,recalibrated]", f"hydra.run.dir={out}")
+    done = relloc("evaluate", *line, *LOOK, "tracking=none", "calibration_images=64")
+    assert done.code == 0, done.text
+    rows = read_results(out)
+    assert {row.batch_norm for row in rows} == {"as_trained", "recalibrated"}
+    assert all("re-estimated on 64 training images" in row.protocol for row in rows if row.batch_norm == "recalibrated")
+    assert all("as trained" in row.protocol for row in rows if row.batch_norm == "as_trained")
+
+
+def test_another_backbone_is_refused_with_what_does_not_fit(relloc, pretrained):
+    done = relloc("evaluate", f"checkpoint={pretrained}", "model=resnet18", *LOOK, "tracking=none")
+    assert done.code == 2
+    assert "does not fit this backbone" in done.text
+    assert "(a small)" in done.text
+
+
+def test_torchvisions_supervised_weights_from_its_cache(relloc, environment, tmp_path):
+    cache = tmp_path / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    environment["TORCH_HOME"] = str(tmp_path / "torch")
+    file = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    torch.manual_seed(7)
+    torch.save(torchvision.models.resnet18().state_dict(), cache / file)
+    line = ("checkpoint=torchvision", "model=resnet18", "eval=[knn]", *LOOK, "tracking=none")
+    supervised = relloc("evaluate", *line, f"hydra.run.dir={tmp_path / 'e'}")
+    assert supervised.code == 0, supervised.text
+    assert {row.checkpoint for row in read_results(tmp_path / "e")} == {"torchvision"}
+
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, cache / file)
+    damaged = relloc("evaluate", *line)
+    assert damaged.code == 2
+    assert "missing" in damaged.text
+
+
+def test_mistakes_end_in_one_message(relloc, tmp_path):
+    not_ours = tmp_path / "x.safetensors"
+    not_ours.write_bytes(b"nothing of the kind")
+    for arguments, message in [
+        (["checkpoint=random"], "needs model=NAME"),
+        (["checkpoint=torchvision", "model=alexnet"], "torchvision has no supervised weights for model=alexnet"),
+        (["checkpoint=/nowhere"], "does not exist"),
+        ([f"checkpoint={not_ours}"], "damaged"),
+        (["checkpoint=random", "model=small", "eval=[]"], "leaves nothing to do"),
+        ([], "checkpoint"),
+    ]:
+        done = relloc("evaluate", *arguments, "tracking=none")
+        assert done.code == 2, (arguments, done.text)
+        assert message in done.text
+        assert "Traceback" not in done.text
+
+
+def images(folder: Path, count: int, size: tuple[int, int] = (80, 70)) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+
+
+def test_unreadable_images_are_skipped_counted_and_named_until_they_are_too_many(relloc, tmp_path):
+    images(tmp_path / "photos", 60)
+    for name in ("3.jpg", "7.jpg"):
+        broken = tmp_path / "photos" / name
+        broken.write_bytes(broken.read_bytes()[:300])
+    line = (
+        "data=folder",
+        f"data.root={tmp_path / 'photos'}",
+        "eval=[]",
+        "tracking=none",
+        "data.source.held_out_share=0.2",
+    )
+    tiny = tuple(word for word in TINY if not word.startswith("data.source"))
+    done = relloc("train", *line, *tiny, f"hydra.run.dir={tmp_path / 'out'}")
+    assert done.code == 0, done.text
+    assert "images could not be used" in done.text
+    named = (tmp_path / "out" / "unreadable.txt").read_text()
+    assert "3.jpg" in named
+    assert "7.jpg" in named
+
+    strict = relloc("train", *line, *tiny, "data.unreadable_share=0.01")
+    assert strict.code == 2
+    assert "can't be used" in strict.text
+    assert "unreadable_share=0.01" in strict.text

@@ -1,0 +1,206 @@
+"""The main job from start to end on the embedded photographs."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY  # pyright: ignore[reportAttributeAccessIssue] - pytest puts this folder on the path
+from safetensors.torch import load_file
+
+from relloc.results import read_results
+from relloc.tracking import read_journal, search
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "backbone.safetensors")
+
+
+def test_the_whole_run(relloc, tmp_path):
+    run_dir = tmp_path / "out"
+    done = relloc("train", *TINY, "eval=[linear,knn]", f"hydra.run.dir={run_dir}")
+    assert done.code == 0, done.text
+
+    rows = read_results(run_dir)
+    pretext = [row for row in rows if row.eval == "pretext"]
+    assert [(row.metric, row.split) for row in pretext] == [("top1", "held_out")]
+    assert pretext[0].low is not None
+    assert pretext[0].high is not None
+    assert pretext[0].low <= pretext[0].value <= pretext[0].high
+    five = {f"feature{number}" for number in range(1, 6)}
+    for who in ("random", str(run_dir / "backbone.safetensors")):
+        assert {row.layer for row in rows if row.eval == "linear" and row.checkpoint == who} == five
+        nearest = [row for row in rows if row.eval == "knn" and row.checkpoint == who]
+        assert {row.layer for row in nearest} == five | {"avgpool"}
+        assert "top1_k10" in {row.metric for row in nearest}
+        assert "top1_k200" not in {row.metric for row in nearest}  # the bank has fewer images
+    assert all(0 <= row.value <= 100 and row.n > 0 and "3." in row.protocol for row in rows if row.eval != "pretext")
+
+    journal = read_journal(run_dir)
+    losses = [entry.metrics["train/loss"] for entry in journal]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert len({entry.step for entry in journal}) == len(journal)
+
+    assert (run_dir / "patches.png").stat().st_size > 10_000
+    assert set(weights(run_dir))
+    for words in ("chance is 12.5 %", "pretrained", "random", "mlflow server", str(run_dir)):
+        assert words in done.text
+
+    (tracked,) = search(f"sqlite:///{tmp_path}/runs/mlflow.db", "relloc")
+    assert tracked["metrics"]["linear/feature4/top1"] == pytest.approx(
+        next(row.value for row in rows if row.tracked_name == "linear/feature4/top1")
+    )
+    assert "linear_random/feature4/top1" in tracked["metrics"]
+    assert tracked["params"]["grid.gap_px"] == 4
+    assert tracked["status"] == "FINISHED"
+    assert {"relloc.kind", "version.torch"} <= set(tracked["tags"])
+
+    again = relloc("train", *TINY, "eval=[linear,knn]", f"hydra.run.dir={run_dir}")
+    assert again.code == 0, again.text
+    assert read_results(run_dir) == rows  # nothing is trained, evaluated or written twice
+
+
+def test_seed_and_neutral_settings(relloc, tmp_path):
+    base = (*TINY, "eval=[]", "tracking=none")
+    relloc("train", *base, f"hydra.run.dir={tmp_path / 'a'}")
+    relloc("train", *base, f"hydra.run.dir={tmp_path / 'b'}", "workers=2", "report_every_steps=5", "save_every_s=0")
+    relloc("train", *base, f"hydra.run.dir={tmp_path / 'c'}", "seed=1")
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+    assert [row.eval for row in read_results(tmp_path / "a")] == ["pretext"]  # eval=[]
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, environment, tmp_path):
+    line = (*TINY, "eval=[]", "tracking=none", "data.epochs=12", "report_every_steps=1")
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert relloc("train", *line, f"hydra.run.dir={straight}").code == 0
+
+    command = [sys.executable, "-m", "relloc.train", *line, f"hydra.run.dir={stopped}"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (stopped / "journal.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)  # until training is on its way
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "everything is saved" in text
+    assert not (stopped / "backbone.safetensors").exists()
+    assert json.loads((stopped / "status.json").read_text())["status"] == "KILLED"
+
+    resumed = relloc("train", *line, f"hydra.run.dir={stopped}")
+    assert resumed.code == 0, resumed.text
+    assert "resume" in resumed.text
+    a, b = weights(straight), weights(stopped)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+    other = relloc("train", *line, f"hydra.run.dir={stopped}", "grid.gap_px=5")
+    assert other.code == 2
+    assert "grid.gap_px was 4, now 5" in other.text
+
+
+def test_a_dead_server_costs_nothing_and_sync_sends_the_rest(relloc, tmp_path):
+    run_dir = tmp_path / "out"
+    server = ("tracking=server", "tracking.uri=http://127.0.0.1:9")
+    done = relloc("train", *TINY, "eval=[knn]", *server, f"hydra.run.dir={run_dir}")
+    assert done.code == 0, done.text
+    assert "python -m relloc.sync" in done.text
+    assert {row.eval for row in read_results(run_dir)} == {"pretext", "knn"}
+
+    store = f"sqlite:///{tmp_path}/later.db"
+    sent = relloc("sync", str(run_dir), "--uri", store)
+    assert sent.code == 0, sent.text
+    (tracked,) = search(store, "relloc")
+    assert "knn/avgpool/top1_k10" in tracked["metrics"]
+    assert tracked["status"] == "FINISHED"
+
+
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(relloc, tmp_path):
+    run_dir = tmp_path / "out"
+    line = (*TINY, "eval=[]", "tracking=none", f"hydra.run.dir={run_dir}", "save_every_s=0")
+    assert relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]").code == 0
+    saved = sorted((run_dir / "checkpoints").iterdir())
+    for file in ("backbone.safetensors", "results.jsonl"):
+        (run_dir / file).unlink()
+
+    def small_files_only() -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    full = relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]", preexec_fn=small_files_only)
+    assert full.code == 2, full.text
+    assert "could not be written" in full.text
+    assert "hydra.run.dir" in full.text
+    assert sorted((run_dir / "checkpoints").iterdir()) == saved
+    assert relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]").code == 0
+
+
+def test_a_sweep_runs_every_point(relloc, tmp_path):
+    done = relloc(
+        "train", "-m", *TINY, "eval=[]", "tracking=none", "grid.gap_px=0,4", f"hydra.sweep.dir={tmp_path / 's'}"
+    )
+    assert done.code == 0, done.text
+    assert sorted(path.parent.name for path in (tmp_path / "s").glob("*/backbone.safetensors")) == ["0", "1"]
+
+
+def test_two_processes_share_one_run_folder(relloc, tmp_path):
+    run_dir = tmp_path / "out"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    line = (*TINY, "data.images_per_forward=8", "eval=[knn]", "tracking=none", f"hydra.run.dir={run_dir}")
+    done = relloc("train", *line, launcher=torchrun)
+    assert done.code == 0, done.text
+    assert (run_dir / "backbone.safetensors").exists()
+    assert done.text.count("chance is 12.5 %") == 1  # one of them speaks
+
+    alone = tmp_path / "alone"
+    relloc("train", *(word for word in line if not word.startswith("hydra.run.dir")), f"hydra.run.dir={alone}")
+    together, accumulated = weights(run_dir), weights(alone)
+    learned = [name for name in together if "running" not in name and "num_batches" not in name]
+    assert all(torch.allclose(together[name], accumulated[name], atol=1e-5) for name in learned)
+
+
+def test_help_lists_groups_and_members_without_loading_torch_or_mlflow(relloc, environment):
+    environment["PYTHONPROFILEIMPORTTIME"] = "1"
+    for command in ("train", "evaluate"):
+        done = relloc(command, "--help")
+        assert done.code == 0
+        assert "data: folder, imagenette, in1k, photos" in done.text
+        loaded = {line.rpartition("|")[2].strip() for line in done.text.splitlines() if "import time:" in line}
+        assert "hydra" in loaded
+        assert not loaded & {"torch", "torchvision", "mlflow", "matplotlib"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="torch.cuda is asked on the same machine")
+def test_messages_before_anything_is_made(relloc, tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["grid.gap_pxx=3"], "there is no setting grid.gap_pxx. Did you mean grid.gap_px?"),
+        (["mdoel=resnet50"], "there is no setting mdoel. Did you mean model?"),
+        (["grid=mmselfsupp"], "mmselfsup"),
+        (["grid.gap_px=300"], "grid needs 813 px"),
+        (["grid.gap_px=-1"], "grid.gap_px is -1"),
+        (["data=in1k"], "set the environment variable RELLOC_DATA"),
+        (["data=folder", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
+        (["data=folder", f"data.root={tmp_path / 'empty'}"], "0 images to train on"),
+        (["data.images_per_step=100000", "data.images_per_forward=1000"], "fewer than one step takes"),
+        (["schedule.milestone_epochs=[99]"], "never reached"),
+        (["device=tpu"], "device=tpu is not one of"),
+        (["batch_norm=frozen", *TINY, "eval=[knn]"], "batch_norm=frozen is not one of"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["device=cuda"], "torch finds no GPU"))
+    for arguments, message in cases:
+        done = relloc("train", *arguments, "tracking=none")
+        assert done.code == 2, (arguments, done.text)
+        assert message in done.text
+        assert "Traceback" not in done.text

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from relloc.geometry import PatchGrid
+from relloc.patches.color import Drop, Gray, Keep
+from relloc.patches.cut import cut
+from relloc.patches.normalize import ByDataset, PerPatch
+from relloc.patches.pipeline import PatchPipeline
+from relloc.patches.sample import sample_corners
+
+GRID = PatchGrid(patch_px=8, gap_px=3, jitter_px=(0, 3), resize=None)  # spans 33
+IMAGES = torch.randint(256, (6, 3, 33, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_patches_are_cut_treated_and_normalized_in_this_order() -> None:
+    treatment, normalize = Gray(p=1, weights="luma"), PerPatch()
+    found = PatchPipeline(grid=GRID, color=treatment, normalize=normalize)(IMAGES, seeded(1))
+    patches = cut(IMAGES, sample_corners(GRID, 6, seeded(1)), 8).float()
+    assert found.shape == (6, 9, 3, 8, 8)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, normalize(treatment(patches, seeded(0))))
+
+
+def test_the_generator_decides_everything() -> None:
+    pipeline = PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=ByDataset())
+    first, again, other = (pipeline(IMAGES, seeded(seed)) for seed in (2, 2, 3))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("side", [32, 34])
+def test_images_of_another_size_than_the_span_are_refused(side: int) -> None:
+    pipeline = PatchPipeline(grid=GRID, color=Keep(), normalize=ByDataset())
+    with pytest.raises(ValueError, match=f"images are {side} px, the grid spans 33 px"):
+        pipeline(torch.zeros(2, 3, side, side, dtype=torch.uint8), seeded(0))

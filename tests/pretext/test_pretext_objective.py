@@ -1,0 +1,177 @@
+import copy
+import math
+from collections.abc import Callable
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from relloc.models.backbone import Backbone
+from relloc.models.pair_head import PairHead
+from relloc.models.resnet import ResNetBackbone
+from relloc.models.small import SmallBackbone
+from relloc.pretext import objective
+from relloc.pretext.objective import RelativeLocation
+
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "small": lambda: SmallBackbone(widths=(6, 8, 10, 12, 14)),
+    "resnet18": lambda: ResNetBackbone(depth=18),
+}
+NEIGHBOR_CELLS = (0, 1, 2, 3, 5, 6, 7, 8)
+every_backbone = pytest.mark.parametrize("kind", BACKBONES)
+
+
+def model_of(kind: str, batch_norm: str = "separate", **head_changes: object) -> RelativeLocation:
+    torch.manual_seed(0)
+    backbone = BACKBONES[kind]()
+    settings = {"hidden_dim": 16, "batch_norm_momentum": 0.1, "dropout": 0.0, "neck_std": 0.3, "head_std": 0.3}
+    head = PairHead(embedding_dim=backbone.embedding_dim, **{**settings, **head_changes})  # type: ignore[arg-type]
+    return RelativeLocation(backbone, head, batch_norm=batch_norm).double()  # type: ignore[arg-type]
+
+
+def patches_of(b: int = 4) -> Tensor:
+    return torch.randn(b, 9, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def loss_with_every_center_encoded_eight_times(model: RelativeLocation, patches: Tensor) -> Tensor:
+    """The published way (mmselfsup): eight image pairs, both halves through the trunk, in two calls."""
+    pairs = [(image[cell], image[4], label) for image in patches for label, cell in enumerate(NEIGHBOR_CELLS)]
+    neighbors = model.backbone.embed(torch.stack([neighbor for neighbor, _, _ in pairs]))
+    centers = model.backbone.embed(torch.stack([center for _, center, _ in pairs]))
+    hidden = model.head.neck(torch.cat([neighbors, centers], dim=1))
+    right = torch.tensor([label for _, _, label in pairs])
+    return cross_entropy(model.head.answer(hidden).float(), right)  # in float32, as ours
+
+
+def norms_of(model: RelativeLocation) -> dict[str, nn.BatchNorm2d]:
+    return {name: m for name, m in model.backbone.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+
+@every_backbone
+def test_encoding_the_center_once_gives_loss_and_gradients_of_encoding_it_eight_times(kind: str) -> None:
+    ours, twin = model_of(kind).train(), model_of(kind).train()
+    patches = patches_of()
+    loss = objective.loss(ours(patches))
+    expected = loss_with_every_center_encoded_eight_times(twin, patches)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-7)
+    for (name, value), other in zip(ours.named_parameters(), twin.parameters(), strict=True):
+        assert value.grad is not None, name
+        assert value.grad.abs().max() > 0, name
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@every_backbone
+def test_running_means_equal_the_published_and_variances_differ_by_bessels_factor_alone(kind: str) -> None:
+    ours, twin = model_of(kind).train(), model_of(kind).train()
+    values: dict[str, int] = {}
+    for name, norm in norms_of(ours).items():
+        norm.register_forward_hook(
+            lambda _module, inputs, _output, name=name: values.update({name: inputs[0].numel() // inputs[0].shape[1]})
+        )
+    momentum = 0.1
+    ours(patches_of())
+    loss_with_every_center_encoded_eight_times(twin, patches_of())
+    last_only = copy.deepcopy(ours).apply(lambda module: setattr(module, "momentum", 1.0))
+    last_only(patches_of())  # with momentum 1 the statistics are those of the last group, the centers
+    for name, norm in norms_of(ours).items():
+        other, m = norms_of(twin)[name], values[name]
+        torch.testing.assert_close(norm.running_mean, other.running_mean, rtol=1e-10, atol=1e-12)
+        of_centers = norms_of(last_only)[name].running_var
+        without_neighbors_part = norm.running_var - momentum * of_centers
+        corrected = without_neighbors_part + momentum * of_centers / ((m - 1 / 8) / (m - 1))
+        torch.testing.assert_close(other.running_var, corrected, rtol=1e-10, atol=1e-12)
+        assert norm.num_batches_tracked == other.num_batches_tracked == 2
+
+
+@every_backbone
+def test_joint_is_one_pass_over_all_nine_patches_and_another_thing_than_separate(kind: str) -> None:
+    joint, plain, separate = model_of(kind, "joint").train(), model_of(kind).train(), model_of(kind).train()
+    patches = patches_of()
+    embedded = plain.backbone.embed(patches.reshape(-1, 3, 32, 32)).reshape(len(patches), 9, -1)
+    pairs = [torch.cat([image[cell], image[4]]) for image in embedded for cell in NEIGHBOR_CELLS]
+    expected = plain.head.answer(plain.head.neck(torch.stack(pairs))).reshape(-1, 8, 8)
+    logits = joint(patches)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
+    for name, norm in norms_of(joint).items():
+        torch.testing.assert_close(norm.running_var, norms_of(plain)[name].running_var, rtol=1e-10, atol=1e-12)
+        assert norm.num_batches_tracked == 1
+    assert not torch.allclose(logits, separate(patches), rtol=1e-3)
+
+
+@every_backbone
+@torch.no_grad()
+def test_in_evaluation_separate_and_joint_agree_and_permuted_images_give_permuted_logits(kind: str) -> None:
+    separate, joint = model_of(kind).eval(), model_of(kind, "joint").eval()
+    patches = patches_of(b=5)
+    logits = separate(patches)
+    torch.testing.assert_close(joint(patches), logits)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    torch.testing.assert_close(separate(patches[order]), logits[order])
+    torch.testing.assert_close(separate(patches[2:3]), logits[2:3])
+
+
+class CellNumber(Backbone):
+    """Embeds a patch that is filled with one value as that value."""
+
+    stage_channels = (1,) * 5
+    pooled_sides = (1,) * 5
+    embedding_dim = 1
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def embed(self, patches: Tensor) -> Tensor:
+        return patches[:, 0, 0, :1]
+
+
+class Difference(nn.Module):
+    def forward(self, neighbors: Tensor, centers: Tensor) -> Tensor:
+        return (neighbors - centers.unsqueeze(1)).expand(-1, -1, 8)
+
+
+@pytest.mark.parametrize("batch_norm", ["separate", "joint"])
+def test_pair_i_is_the_ith_cell_of_the_grid_that_is_not_the_center_with_the_center(batch_norm: str) -> None:
+    model = RelativeLocation(CellNumber(), Difference(), batch_norm=batch_norm)  # type: ignore[arg-type]
+    cells = torch.stack([torch.arange(9.0), torch.arange(9.0) * 10])  # cell numbers, and ten times as much
+    patches = cells.reshape(2, 9, 1, 1, 1).expand(2, 9, 3, 32, 32)
+    expected = torch.tensor([cell - 4.0 for cell in NEIGHBOR_CELLS])
+    answers = model(patches)
+    assert torch.equal(answers[0, :, 0], expected)
+    assert torch.equal(answers[1, :, 0], 10 * expected)
+
+
+def test_labels_loss_and_hits_are_as_defined() -> None:
+    logits = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(3))
+    labels = objective.labels(logits)
+    assert labels.tolist() == [list(range(8))] * 5
+    total, right = 0.0, []
+    for image in logits.tolist():
+        answers = [row.index(max(row)) for row in image]
+        right.append(sum(answer == pair for pair, answer in enumerate(answers)))
+        total += sum(math.log(sum(map(math.exp, row))) - row[pair] for pair, row in enumerate(image))
+    assert objective.loss(logits).item() == pytest.approx(total / 40, rel=1e-6)
+    assert objective.hits(logits).tolist() == right
+    assert objective.hits(20 * torch.eye(8).expand(2, 8, 8)).tolist() == [8, 8]
+    assert objective.hits(20 * torch.eye(8).roll(1, dims=1).expand(2, 8, 8)).tolist() == [0, 0]
+
+
+def test_a_network_that_knows_nothing_has_a_loss_of_log_8() -> None:
+    assert objective.loss(torch.zeros(3, 8, 8)).item() == pytest.approx(math.log(8))
+    assert objective.loss(torch.full((3, 8, 8), 7.5)).item() == pytest.approx(math.log(8))
+
+
+def test_the_loss_of_bfloat16_logits_is_taken_in_float32() -> None:
+    logits = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    loss = objective.loss(logits)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, objective.loss(logits.float()))
+
+
+def test_another_batch_norm_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    with pytest.raises(ValueError, match=r"pretext\.batch_norm is 'sync', not 'separate' or 'joint'"):
+        RelativeLocation(CellNumber(), Difference(), batch_norm="sync")  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from relloc.pretext.stopping import stop_request
+
+
+@pytest.fixture
+def handlers() -> Iterator[dict[int, object]]:
+    """Handlers of our own before the block, so that putting them back shows; pytest's own return after."""
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: lambda got, _frame: seen.append(got) for number in before}
+    for number, handler in ours.items():
+        signal.signal(number, handler)
+    yield ours
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert seen == []
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def installed() -> dict[int, object]:
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_becomes_a_request_with_the_shells_exit_code(
+    handlers: dict[int, object], number: int, code: int
+) -> None:
+    with stop_request() as request:
+        assert not request
+        assert request.signal is None
+        send(number)
+        assert request
+        assert request.signal == number
+        assert request.exit_code == code
+    assert installed() == handlers
+
+
+def test_a_second_ctrl_c_interrupts_at_once(handlers: dict[int, object]) -> None:
+    with pytest.raises(KeyboardInterrupt), stop_request() as request:
+        send(signal.SIGINT)
+        assert request
+        send(signal.SIGINT)
+        pytest.fail("went on after the second SIGINT")
+    assert installed() == handlers
+
+
+def test_sigterm_never_interrupts_however_often_a_cluster_sends_it(handlers: dict[int, object]) -> None:
+    with stop_request() as request:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert request.exit_code == 143
+    assert installed() == handlers
+
+
+def test_handlers_are_put_back_after_an_error(handlers: dict[int, object]) -> None:
+    with pytest.raises(ZeroDivisionError), stop_request():
+        assert installed() != handlers
+        raise ZeroDivisionError
+    assert installed() == handlers
+
+
+def test_without_a_signal_nothing_is_requested(handlers: dict[int, object]) -> None:
+    with stop_request() as request:
+        pass
+    assert not request
+    assert installed() == handlers
