@@ -38,7 +38,7 @@ def vote(
         order = similar.argsort(dim=1, descending=True, stable=True)[:, : max(k)]
         best = similar.gather(1, order)
         places = torch.cat([places, here], dim=1).gather(1, order)
-    weights = torch.exp(best / temperature)
+    weights = torch.exp((best - best[:, :1]) / temperature)  # a common factor: nothing overflows, votes stay
     classes = labels.to(queries.device)[places]
     return {count: _winner(weights[:, :count], classes[:, :count], n_classes) for count in k}
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import skip_init
 
 from relloc.features.source import FeatureSource
 from relloc.results import Score
@@ -19,20 +20,19 @@ class Heads(nn.Module):
     """For each layer one batch norm without scale and shift, then one linear head a learning rate.
 
     Batch norm on pooled maps normalizes each channel over images and places (momentum 0.1), as
-    BatchNorm2d before the flattening does. Weights are N(0, 0.01), biases zero.
+    BatchNorm2d before the flattening does. Weights are N(0, 0.01), biases zero; `seed` starts the
+    weights of every head anew, so that no head depends on which others are trained beside it.
     """
 
-    def __init__(self, dims: dict[str, int], channels: dict[str, int], n_heads: int, n_classes: int) -> None:
+    def __init__(
+        self, dims: dict[str, int], channels: dict[str, int], n_heads: int, n_classes: int, *, seed: int
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.norms = nn.ModuleDict({layer: nn.BatchNorm1d(channels[layer], affine=False) for layer in dims})
         self.heads = nn.ModuleDict(
-            {layer: nn.ModuleList(nn.Linear(dim, n_classes) for _ in range(n_heads)) for layer, dim in dims.items()}
+            {layer: nn.ModuleList(_head(dim, n_classes, seed) for _ in range(n_heads)) for layer, dim in dims.items()}
         )
-        for linear in self.modules():
-            if isinstance(linear, nn.Linear):
-                nn.init.normal_(linear.weight, std=0.01)
-                nn.init.zeros_(linear.bias)
 
     def forward(self, features: dict[str, Float[Tensor, "b _d"]]) -> dict[str, list[Float[Tensor, "b classes"]]]:
         """Logits by layer, one tensor a learning rate."""
@@ -43,6 +43,13 @@ class Heads(nn.Module):
             normalized = self.norms[layer](maps).flatten(1)
             logits[layer] = [head(normalized) for head in heads]  # pyright: ignore[reportGeneralTypeIssues]
         return logits
+
+
+def _head(dim: int, n_classes: int, seed: int) -> nn.Linear:
+    head = skip_init(nn.Linear, dim, n_classes)
+    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.bias)
+    return head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +77,10 @@ class Linear:
         self, train: FeatureSource, held_out: FeatureSource, *, device: torch.device, seed: int
     ) -> Iterator[Score]:
         """Top-1 of the last epoch on `held_out`, one score a layer."""
-        torch.manual_seed(seed)  # the heads' initialization
         order = torch.randperm(train.n, generator=torch.Generator().manual_seed(seed))
-        held_back = order[: train.n // _HELD_BACK] if len(self.learning_rates) > 1 else order[:0]
+        held_back = order[: max(1, train.n // _HELD_BACK)] if len(self.learning_rates) > 1 else order[:0]
         trained_on = order[len(held_back) :]
-        heads = self._heads(train).to(device)
+        heads = self._heads(train, seed).to(device)
         self._fit(heads, train, trained_on, device, seed)
         heads.eval()
         chosen = self._choose(heads, train, held_back, device)
@@ -84,9 +90,10 @@ class Linear:
             rate = self.learning_rates[chosen[layer]]
             yield Score(layer=layer, metric="top1", value=value, n=seen, protocol=self._protocol(rate))
 
-    def _heads(self, train: FeatureSource) -> Heads:
+    def _heads(self, train: FeatureSource, seed: int) -> Heads:
         dims = {layer: train.dims[layer] for layer in self.layers}
-        return Heads(dims, {layer: train.channels[layer] for layer in dims}, len(self.learning_rates), train.n_classes)
+        channels = {layer: train.channels[layer] for layer in dims}
+        return Heads(dims, channels, len(self.learning_rates), train.n_classes, seed=seed)
 
     def _fit(self, heads: Heads, train: FeatureSource, places: Tensor, device: torch.device, seed: int) -> None:
         optimizer = self._optimizer(heads)

@@ -30,7 +30,7 @@ def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path
     figure, axes = plt.subplots(2, len(images), figsize=(2.4 * len(images), 5), squeeze=False, layout="constrained")
     for column in range(len(images)):
         _draw_boxes(axes[0, column], images[column], corners[column], grid.patch_px)
-        axes[1, column].imshow(_mosaic(patches[column], corners[column], grid.span_px))
+        axes[1, column].imshow(_mosaic(patches[column], corners[column], grid.span_px).numpy())
         for axis in axes[:, column]:
             axis.set_axis_off()
     axes[0, 0].set_title(

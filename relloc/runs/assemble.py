@@ -148,6 +148,14 @@ def computed(config: DictConfig) -> dict[str, Any]:
     return flatten({name: value for name, value in plain(config).items() if name not in _NEUTRAL})
 
 
+def short_name(config: DictConfig) -> str:
+    """A pretraining's name, what is studied first: `gap21 jit0..21 gray small s0`."""
+    jitter = config.grid.jitter_px
+    moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
+    color = HydraConfig.get().runtime.choices.color
+    return f"gap{config.grid.gap_px} jit{moved} {color} {config.model.name} s{config.seed}"
+
+
 def record(config: DictConfig, name: str, data: Splits, on: torch.device, run_dir: Path) -> RunRecord:
     """What a tracker is told of this run."""
     devices = [torch.cuda.get_device_name(on)] * ranks.world_size() if on.type == "cuda" else ["cpu"]

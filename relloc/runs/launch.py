@@ -8,6 +8,7 @@ import difflib
 import errno
 import functools
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +17,14 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+)
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from relloc.errors import UsageError
 
@@ -89,8 +95,16 @@ def _explain(error: Exception, config_name: str) -> str | None:
     """One message for a user's mistake; None for an error inside a call that is none."""
     if isinstance(error, InstantiationException):
         return _explain_call(error)
-    if isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, ConfigKeyError):
-        return _explain_key(error.__cause__, config_name)
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, member = error.missing_cfg_file.rpartition("/")
+        near = difflib.get_close_matches(member, error.options, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        return f"there is no {group}={member}. {hint}There are {', '.join(error.options)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set: give {error.full_key}=VALUE (see --help)"
+    unknown = re.match(r"Could not override '(.+?)'", str(error))
+    if isinstance(error, ConfigCompositionException) and unknown:
+        return _explain_key(unknown[1], config_name)
     return str(error)
 
 
@@ -101,18 +115,25 @@ def _explain_call(error: InstantiationException) -> str | None:
     return str(error) if isinstance(cause, TypeError) else None
 
 
-def _explain_key(error: ConfigKeyError, config_name: str) -> str:
-    wrong = str(error.full_key)
+def _explain_key(wrong: str, config_name: str) -> str:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         known = list(_keys(OmegaConf.to_container(hydra.compose(config_name), resolve=False)))
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.4)
-    hint = f"Did you mean {near[0]}?" if near else "See --help for the settings there are."
-    return f"there is no setting {wrong}. {hint}"
+    parent = wrong.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.8) or difflib.get_close_matches(wrong, known, n=1)
+    if near and (near[0] in siblings or not siblings):
+        return f"there is no setting {wrong}. Did you mean {near[0]}?"
+    if siblings and parent:
+        names = ", ".join(name.rpartition(".")[2] for name in siblings)
+        return f"there is no setting {wrong}: {parent} has {names}"
+    return f"there is no setting {wrong}. See --help for the settings there are"
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(node, Mapping):
         for name, child in node.items():
+            if name == "_target_":
+                continue
             yield f"{prefix}{name}"
             yield from _keys(child, f"{prefix}{name}.")

@@ -42,8 +42,8 @@ def pretrain(config: DictConfig) -> None:
         if ranks.rank() > 0:
             _train(config, data, task, plan, run_dir, None)
             return
-        name = f"{config.model.name} gap{config.grid.gap_px} s{config.seed} {config.data.name}"
-        with open_folder(config, assemble.record(config, name, data, device, run_dir), run_dir) as folder:
+        record = assemble.record(config, assemble.short_name(config), data, device, run_dir)
+        with open_folder(config, record, run_dir) as folder:
             _draw(config, data, task, folder)
             _train(config, data, task, plan, run_dir, folder)
             ranks.leave()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TINY  # pyright: ignore[reportAttributeAccessIssue] - pytest puts this folder on the path
 from PIL import Image
 
 from relloc.results import read_results
+from tiny import TINY
 
 LOOK = tuple(word for word in TINY if word.startswith(("view.", "data.source", "data.linear")))
 
@@ -80,7 +80,7 @@ def test_mistakes_end_in_one_message(relloc, tmp_path):
         (["checkpoint=/nowhere"], "does not exist"),
         ([f"checkpoint={not_ours}"], "damaged"),
         (["checkpoint=random", "model=small", "eval=[]"], "leaves nothing to do"),
-        ([], "checkpoint"),
+        ([], "checkpoint is not set: give checkpoint="),
     ]:
         done = relloc("evaluate", *arguments, "tracking=none")
         assert done.code == 2, (arguments, done.text)

@@ -1,0 +1,10 @@
+.PHONY: check test
+
+check:
+	ruff check .
+	ruff format --check .
+	pyright
+	lint-imports
+
+test:
+	pytest

@@ -1,0 +1,38 @@
+"""Results of all runs as one table, read from the run folders: the truth, not its mirror."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from relloc.results import NOT_OURS, RESULTS_FILE, read_results
+from relloc.tracking import RunRecord
+
+
+def runs_folder() -> Path:
+    """Where the commands put their run folders: RELLOC_RUNS, or runs/ here or in the folder above."""
+    if "RELLOC_RUNS" in os.environ:
+        return Path(os.environ["RELLOC_RUNS"])
+    return next((path for path in (Path("runs"), Path("../runs")) if path.is_dir()), Path("runs"))
+
+
+def load_results(runs: Path) -> pd.DataFrame:
+    """A row a result, with the run's name and folder; `weights` is "random", "torchvision" or "pretrained".
+
+    Raises:
+        FileNotFoundError: no run below `runs` has results.
+    """
+    rows = []
+    for file in sorted(runs.rglob(RESULTS_FILE)):
+        record = RunRecord.read(file.parent)
+        for result in read_results(file.parent):
+            weights = result.checkpoint if result.checkpoint in NOT_OURS else "pretrained"
+            rows.append(
+                dataclasses.asdict(result) | {"run": record.name, "folder": str(file.parent), "weights": weights}
+            )
+    if not rows:
+        raise FileNotFoundError(
+            f"no {RESULTS_FILE} below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS"
+        )
+    return pd.DataFrame(rows)

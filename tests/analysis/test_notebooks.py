@@ -1,0 +1,52 @@
+"""Notebooks are executed as notebooks, on results written here."""
+
+from pathlib import Path
+
+import jupytext
+import pytest
+from nbclient import NotebookClient
+
+from relloc.results import Result, append_results
+from relloc.tracking import RunRecord
+
+ANALYSIS = Path(__file__).parents[2] / "analysis"
+NOTEBOOKS = sorted(path for path in ANALYSIS.glob("*.py") if "jupytext" in path.read_text())
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    run_dir = tmp_path / "one"
+    run_dir.mkdir()
+    RunRecord(name="small gap21 s0", experiment="relloc").write(run_dir)
+    names = {"dataset": "photos", "split": "held_out", "n": 100, "seed": 0, "protocol": "3.3", "model": "small"}
+    append_results(
+        run_dir,
+        [
+            Result(
+                eval=evaluation, layer=f"feature{stage}", metric=metric, value=value + stage, checkpoint=who, **names
+            )
+            for evaluation, metric in (("linear", "top1"), ("knn", "top1_k20"))
+            for who, value in (("random", 30.0), ("/x/backbone.safetensors", 60.0))
+            for stage in range(1, 6)
+        ],
+    )
+    monkeypatch.setenv("RELLOC_RUNS", str(tmp_path))
+    return tmp_path
+
+
+def test_there_is_a_notebook_to_execute():
+    assert [path.stem for path in NOTEBOOKS] == ["accuracy_by_layer"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_draws(path, runs):
+    notebook = jupytext.read(path)
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ANALYSIS)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    table = next(output["data"]["text/plain"] for output in outputs if "text/html" in output.get("data", {}))
+    assert "31.0" in table  # random, feature1
+    assert "65.0" in table  # pretrained, feature5
+    assert (runs / f"{path.stem}.png").stat().st_size > 10_000

@@ -1,0 +1,246 @@
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from relloc.data.folder import FolderImages
+from relloc.data.image_set import Splits
+from relloc.errors import UsageError
+from relloc.evals.knn import Knn
+from relloc.evals.linear import Linear
+from relloc.evals.run import Evaluation, Subject, Terms, evaluate
+from relloc.features.batch_norm import recalibrate
+from relloc.features.source import LiveFeatures, Reading, fill_bank
+from relloc.models.small import SmallBackbone
+from relloc.results import Result
+
+CPU = torch.device("cpu")
+PX = 32
+CLASSES = ("blue", "green", "red")
+LAYERS = ("feature1", "feature5")
+
+
+def write_split(folder: Path, split: str, n: int, broken: tuple[int, ...] = ()) -> FolderImages:
+    """Noise around the color of the class, so that classes can be told apart, but not in every image."""
+    chance = np.random.default_rng(len(split))
+    paths = []
+    for place in range(n):
+        pixels = chance.normal(100, 40, size=(PX, PX, 3)) + chance.normal(0, 8, size=3)
+        pixels[..., 2 - place % 3] += 12
+        paths.append(str(folder / f"{split}{place}.png"))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
+        if place in broken:
+            Path(paths[-1]).write_bytes(b"no image")
+    labels = [place % 3 for place in range(n)]
+    return FolderImages(name="colors", split=split, paths=paths, labels=labels, classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Splits:
+    folder = tmp_path_factory.mktemp("colors")
+    return Splits(train=write_split(folder, "train", 30), held_out=write_split(folder, "val", 18))
+
+
+@pytest.fixture
+def subject() -> Subject:
+    torch.manual_seed(0)
+    backbone = SmallBackbone(widths=(4, 4, 6, 8, 8)).eval()
+    return Subject(backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small")
+
+
+EVALUATIONS: dict[str, Evaluation] = {
+    "linear": Linear(
+        layers=LAYERS,
+        epochs=5,
+        milestone_epochs=(3,),
+        gamma=0.1,
+        learning_rates=(0.01, 0.1),
+        momentum=0.9,
+        weight_decay=1e-4,
+        batch=8,
+    ),
+    "knn": Knn(k=(1, 5), temperature=0.07, layers=("avgpool",), batch=8, bank_gib=1),
+}
+
+
+def terms(**changes: object) -> Terms:
+    reading = {"short_px": PX, "crop_px": PX, "batch": 8, "workers": 0, "device": CPU, "bf16": False}
+    reading |= {"unreadable_share": 0.5} | {
+        name: changes.pop(name) for name in ("batch", "progress") if name in changes
+    }
+    settings = {"batch_norms": ["as_trained"], "calibration_images": 20, "bank_gib": 1.0, "seed": 3}
+    return Terms(reading=Reading(**reading), **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def rows_of(
+    subject: Subject,
+    splits: Splits,
+    terms: Terms,
+    evaluations: Mapping[str, Evaluation] = EVALUATIONS,
+    is_done: Callable[[str, str], bool] = lambda _name, _batch_norm: False,
+    unreadable: Callable[[dict[str, str]], None] = lambda _reasons: None,
+) -> list[Result]:
+    found = evaluate(subject, splits, evaluations, terms, is_done=is_done, unreadable=unreadable)
+    return [row for rows in found for row in rows]
+
+
+def names(rows: Iterable[Result]) -> list[tuple[str, str, str, str]]:
+    return [(row.eval, row.layer, row.metric, row.batch_norm) for row in rows]
+
+
+def test_rows_carry_all_names(subject: Subject, splits: Splits) -> None:
+    rows = rows_of(subject, splits, terms())
+    assert names(rows) == [
+        ("linear", "feature1", "top1", "as_trained"),
+        ("linear", "feature5", "top1", "as_trained"),
+        ("knn", "avgpool", "top1_k1", "as_trained"),
+        ("knn", "avgpool", "top1_k5", "as_trained"),
+    ]
+    for row in rows:
+        assert (row.dataset, row.split, row.n, row.seed) == ("colors", "val", 18, 3)
+        assert (row.checkpoint, row.model) == ("/runs/one/backbone.safetensors", "small")
+        assert row.protocol.startswith("3.3 five heads" if row.eval == "linear" else "3.7 weighted kNN")
+        assert row.protocol.endswith("; batch norm: statistics as trained")
+    assert 100 / 3 < max(row.value for row in rows) <= 100
+
+
+def test_the_numbers_are_those_of_the_evaluation_on_the_features(subject: Subject, splits: Splits) -> None:
+    ours = terms()
+    train, held_out = (
+        fill_bank(LiveFeatures(subject.backbone, images, ours.reading), (*LAYERS, "avgpool"), 8, CPU)
+        for images in (splits.train, splits.held_out)
+    )
+    expected = [
+        score.value
+        for evaluation in EVALUATIONS.values()
+        for score in evaluation(train, held_out, device=CPU, seed=ours.seed)
+    ]
+    assert [row.value for row in rows_of(subject, splits, ours)] == expected
+
+
+def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(subject: Subject, splits: Splits) -> None:
+    before = copy.deepcopy(subject.backbone.state_dict())
+    rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"]))
+    assert [row.batch_norm for row in rows] == ["as_trained"] * 4 + ["recalibrated"] * 4
+    told = "; batch norm: statistics re-estimated on 16 training images without labels"  # 20 hold two batches of 8
+    assert all(row.protocol.endswith(told) for row in rows[4:])
+    assert all(row.protocol.endswith("as trained") for row in rows[:4])
+    assert all(torch.equal(value, before[name]) for name, value in subject.backbone.state_dict().items())
+    assert not subject.backbone.training
+
+
+def test_recalibrated_numbers_come_from_recalibrated_features(subject: Subject, splits: Splits) -> None:
+    for norm in subject.backbone.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean += 50  # statistics as trained that put every activation to sleep
+    rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"], calibration_images=1000))
+    asleep, awake = rows[:4], rows[4:]
+    assert {row.value for row in asleep} == {pytest.approx(100 / 3)}  # every image looks the same
+    assert max(row.value for row in awake) > 50
+    assert awake[0].protocol.endswith("re-estimated on 24 training images without labels")  # of 30, three batches
+    assert [row.metric for row in awake] == [row.metric for row in asleep]
+
+
+def test_few_images_recalibrate_in_one_batch(subject: Subject, splits: Splits) -> None:
+    rows = rows_of(subject, splits, terms(batch_norms=["recalibrated"], batch=100))
+    assert rows[0].protocol.endswith("re-estimated on 30 training images without labels")
+
+
+def test_what_is_done_is_left_out_and_nothing_is_read_for_it(subject: Subject, splits: Splits) -> None:
+    read: list[str] = []
+
+    def progress(batches: Iterable, what: str, _total: int) -> Iterable:
+        read.append(what)
+        return batches
+
+    both = terms(batch_norms=["as_trained", "recalibrated"], progress=progress)
+    done = {("linear", "as_trained"), ("knn", "as_trained"), ("knn", "recalibrated")}
+    rows = rows_of(subject, splits, both, is_done=lambda *asked: asked in done)
+    assert names(rows) == [(("linear"), layer, "top1", "recalibrated") for layer in LAYERS]
+    assert len(read) == 2  # training and held-out images, once each
+    read.clear()
+    assert rows_of(subject, splits, both, is_done=lambda *_asked: True) == []
+    assert read == []
+
+
+def test_features_of_all_evaluations_are_computed_once(subject: Subject, splits: Splits) -> None:
+    read: list[str] = []
+
+    def progress(batches: Iterable, what: str, _total: int) -> Iterable:
+        read.append(what)
+        return batches
+
+    rows_of(subject, splits, terms(progress=progress))
+    assert read == ["features of colors train", "features of colors val"]
+
+
+def test_without_room_for_features_linear_gives_the_same_rows(subject: Subject, splits: Splits) -> None:
+    linear = {"linear": EVALUATIONS["linear"]}
+    kept, live = (rows_of(subject, splits, terms(bank_gib=gib), linear) for gib in (1.0, 0.0))
+    assert live == kept
+    assert len(live) == 2
+
+
+def test_rows_do_not_depend_on_which_other_evaluations_run(subject: Subject, splits: Splits) -> None:
+    together = rows_of(subject, splits, terms())
+    alone = [rows_of(subject, splits, terms(), {name: run}) for name, run in EVALUATIONS.items()]
+    assert alone[0] + alone[1] == together
+    backwards = rows_of(subject, splits, terms(), dict(reversed(EVALUATIONS.items())))
+    assert backwards == alone[1] + alone[0]
+
+
+def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(subject: Subject, splits: Splits) -> None:
+    unlabeled = FolderImages(name="mine", split="train", paths=splits.train.source(0).split())
+    for broken in (Splits(train=unlabeled, held_out=splits.held_out), Splits(train=splits.train, held_out=unlabeled)):
+        with pytest.raises(UsageError, match=r"has no labels to evaluate on .* python -m relloc\.evaluate checkpoint="):
+            rows_of(subject, broken, terms())
+
+
+def test_an_unknown_batch_norm_is_an_error() -> None:
+    with pytest.raises(UsageError, match="batch_norm=fresh is not one of as_trained, recalibrated"):
+        terms(batch_norms=["as_trained", "fresh"])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("bank_gib", [1.0, 0.0])
+def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
+    subject: Subject, tmp_path: Path, batch: int, bank_gib: float
+) -> None:
+    splits = Splits(
+        train=write_split(tmp_path, "train", 16, broken=(3, 4, 5)),
+        held_out=write_split(tmp_path, "val", 9, broken=(7,)),
+    )
+    told: dict[str, str] = {}
+    both = terms(batch_norms=["as_trained", "recalibrated"], batch=batch, bank_gib=bank_gib)
+    rows = rows_of(subject, splits, both, {"linear": EVALUATIONS["linear"]}, unreadable=told.update)
+    assert len(rows) == 4
+    assert {row.n for row in rows} == {8}
+    assert {Path(name).name for name in told} == {"train3.png", "train4.png", "train5.png", "val7.png"}
+
+
+def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(subject: Subject, splits: Splits) -> None:
+    """All training images in one batch: the statistics do not depend on which images were drawn first."""
+    seen: dict[str, torch.Tensor] = {}
+
+    @dataclasses.dataclass
+    class Peek:
+        layers: Sequence[str]
+
+        def __call__(self, train, held_out, *, device: torch.device, seed: int):  # noqa: ANN001, ANN202
+            for features, _ in train.batches(torch.arange(train.n), train.n, self.layers):
+                seen.update(features)
+            yield from ()
+
+    rows_of(subject, splits, terms(batch_norms=["recalibrated"], batch=30), {"peek": Peek(LAYERS)})
+    twin = copy.deepcopy(subject.backbone)
+    reading = terms(batch=30).reading
+    views = [reading.to_device(batch.pixels) for batch in reading.views(splits.train, range(30), 30)]
+    recalibrate(twin, views)
+    features, _ = next(LiveFeatures(twin, splits.train, reading).batches(torch.arange(30), 30, LAYERS))
+    for layer in LAYERS:
+        torch.testing.assert_close(seen[layer], features[layer], rtol=1e-3, atol=1e-4)

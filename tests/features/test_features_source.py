@@ -1,0 +1,168 @@
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from relloc.data.folder import FolderImages
+from relloc.errors import DataError
+from relloc.features.pool import pooled_layers
+from relloc.features.source import Bank, FeatureSource, LiveFeatures, Reading, bank_device, bank_gib, fill_bank
+from relloc.models.small import SmallBackbone
+
+CPU = torch.device("cpu")
+LAYERS = ("feature2", "feature5", "avgpool")
+PX = 64
+BROKEN = (3, 4, 8)
+
+
+@pytest.fixture
+def backbone() -> SmallBackbone:
+    torch.manual_seed(0)
+    return SmallBackbone(widths=(4, 4, 6, 8, 8)).eval()
+
+
+def write_images(folder: Path, n: int, broken: tuple[int, ...] = ()) -> FolderImages:
+    chance = np.random.default_rng(0)
+    paths = [folder / f"{place}.png" for place in range(n)]
+    for place, path in enumerate(paths):
+        Image.fromarray(chance.integers(256, size=(PX, PX, 3), dtype=np.uint8)).save(path)
+        if place in broken:
+            path.write_bytes(b"no image")
+    labels = [place % 3 for place in range(n)]
+    return FolderImages(
+        name="noise", split="train", paths=[str(path) for path in paths], labels=labels, classes=("a", "b", "c")
+    )
+
+
+def reading(**changes: object) -> Reading:
+    settings = {"short_px": PX, "crop_px": PX, "batch": 4, "workers": 0, "device": CPU, "bf16": False}
+    return Reading(**{**settings, "unreadable_share": 0.5, **changes})  # type: ignore[arg-type]
+
+
+def gathered(source: FeatureSource, places: Iterable[int], size: int) -> tuple[dict[str, Tensor], Tensor]:
+    found = list(source.batches(torch.tensor(list(places)), size, LAYERS))
+    features = {layer: torch.cat([batch[layer] for batch, _ in found]) for layer in LAYERS}
+    return features, torch.cat([labels for _, labels in found])
+
+
+def assert_same_features(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for layer, rows in one.items():
+        torch.testing.assert_close(rows, other[layer], rtol=1e-4, atol=1e-5, msg=layer)
+
+
+@torch.no_grad()
+def test_features_are_the_pooled_stages_of_the_normalized_image(tmp_path: Path, backbone: SmallBackbone) -> None:
+    images = write_images(tmp_path, 4)
+    features, labels = gathered(LiveFeatures(backbone.train(), images, reading()), range(4), 4)
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255 for path in images.paths])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalized = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    assert_same_features(features, pooled_layers(backbone.eval(), normalized, LAYERS))
+    assert labels.tolist() == [0, 1, 2, 0]
+    assert all(not rows.requires_grad for rows in features.values())
+
+
+def test_a_bank_has_the_live_features_row_by_row(tmp_path: Path, backbone: SmallBackbone) -> None:
+    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading())
+    bank = fill_bank(live, LAYERS, 3, CPU)
+    assert (bank.n, bank.n_classes, live.n, live.n_classes) == (7, 3, 7, 3)
+    assert bank.dims == {layer: live.dims[layer] for layer in LAYERS}
+    assert bank.channels == live.channels
+    order = [5, 0, 6, 2, 2]
+    of_live, live_labels = gathered(live, order, 2)
+    of_bank, bank_labels = gathered(bank, order, 3)
+    assert_same_features(of_live, of_bank)
+    assert torch.equal(live_labels, bank_labels)
+    assert bank_labels.tolist() == [5 % 3, 0, 0, 2, 2]
+    rows = of_bank["avgpool"]
+    assert torch.equal(rows[3], rows[4])
+    assert torch.pdist(rows[:4]).min() > 1e-3  # the images differ, so their order shows
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_the_batch_size_changes_nothing(tmp_path: Path, backbone: SmallBackbone, size: int) -> None:
+    live = LiveFeatures(backbone, write_images(tmp_path, 7, broken=(3,)), reading())
+    features, labels = gathered(live, range(7), 3)
+    others, other_labels = gathered(live, range(7), size)
+    assert_same_features(features, others)
+    assert torch.equal(labels, other_labels)
+    sizes = [len(batch_labels) for _, batch_labels in live.batches(torch.arange(7), size, LAYERS)]
+    assert max(sizes) <= size
+    assert min(sizes) > 0
+
+
+def test_images_that_can_not_be_read_drop_out_and_are_named(tmp_path: Path, backbone: SmallBackbone) -> None:
+    images = write_images(tmp_path, 9, broken=BROKEN)
+    live = LiveFeatures(backbone, images, reading())
+    bank = fill_bank(live, LAYERS, 2, CPU)
+    readable = [place for place in range(9) if place not in BROKEN]
+    features, labels = gathered(live, readable, 4)
+    assert bank.n == 6
+    assert_same_features(bank.features, features)
+    assert torch.equal(bank.labels, labels)
+    assert bank.labels.tolist() == [place % 3 for place in readable]
+    assert set(live.unreadable.reasons) == {images.paths[place] for place in BROKEN}
+
+
+def test_too_many_unreadable_images_stop_the_run(tmp_path: Path, backbone: SmallBackbone) -> None:
+    live = LiveFeatures(backbone, write_images(tmp_path, 9, broken=BROKEN), reading(unreadable_share=0.2))
+    with pytest.raises(DataError, match="2 of 9 images can't be used, more than data.unreadable_share=0.2"):
+        fill_bank(live, LAYERS, 2, CPU)
+
+
+def test_bfloat16_moves_features_by_rounding_alone_and_they_stay_float32(
+    tmp_path: Path, backbone: SmallBackbone
+) -> None:
+    images = write_images(tmp_path, 4)
+    exact, _ = gathered(LiveFeatures(backbone, images, reading()), range(4), 4)
+    rounded, _ = gathered(LiveFeatures(backbone, images, reading(bf16=True)), range(4), 4)
+    for layer, rows in rounded.items():
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows, exact[layer], rtol=0.1, atol=0.03)
+        assert not torch.equal(rows, exact[layer])
+
+
+def test_unlabeled_images_are_an_error(tmp_path: Path, backbone: SmallBackbone) -> None:
+    images = write_images(tmp_path, 2)
+    unlabeled = FolderImages(name="mine", split="held_out", paths=images.paths)
+    with pytest.raises(ValueError, match="mine held_out has no labels"):
+        LiveFeatures(backbone, unlabeled, reading())
+
+
+def test_progress_sees_every_batch(tmp_path: Path, backbone: SmallBackbone) -> None:
+    told: list[tuple[str, int]] = []
+    counted: list[object] = []
+
+    def progress(batches: Iterable, what: str, total: int) -> Iterable:
+        told.append((what, total))
+        for batch in batches:
+            counted.append(batch)
+            yield batch
+
+    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(progress=progress))
+    gathered(live, range(7), 3)
+    assert told == [("features of noise train", 3)]
+    assert len(counted) == 3
+
+
+def test_bank_gib_is_the_memory_that_the_bank_takes(tmp_path: Path, backbone: SmallBackbone) -> None:
+    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading())
+    bank = fill_bank(live, LAYERS, 3, CPU)
+    taken = sum(rows.untyped_storage().nbytes() for rows in bank.features.values())
+    assert bank_gib(live, LAYERS) * 2**30 == pytest.approx(taken)
+    imagenet = Bank(  # 1.28 million rows of 2048 numbers are 10.5 GB (protocols.md 3.7)
+        features={"avgpool": torch.empty(1, 2048).expand(1_281_167, 2048)},
+        labels=torch.zeros(1, dtype=torch.int64).expand(1_281_167),
+        n_classes=1000,
+        channels={"avgpool": 2048},
+    )
+    assert bank_gib(imagenet, ["avgpool"]) * 2**30 == pytest.approx(10.5e9, rel=0.01)
+
+
+def test_a_bank_stays_on_the_cpu_where_the_cpu_computes() -> None:
+    assert bank_device(0.001, CPU) == CPU

@@ -1,0 +1,48 @@
+"""Real photographs from disk through both commands, small enough for a CPU."""
+
+import pytest
+
+from relloc.geometry import CHANCE_PERCENT
+from relloc.results import read_results
+from relloc.tracking import read_journal
+
+
+@pytest.mark.data
+def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_path, real_images):
+    imagenette = real_images / "imagenette_small"
+    run_dir, evaluated, random = (tmp_path / name for name in ("run", "evaluated", "random"))
+    pretrained = relloc(
+        "train",
+        *("model=small", "data=folder", f"data.root=[{imagenette / 'train'},{real_images / 'demo_photos'}]"),
+        *("data.epochs=12", "data.warmup_epochs=0.5", "data.milestone_epochs=[9]", "data.lr=0.8"),
+        *("data.images_per_step=64", "data.images_per_forward=64", "tracking=none", f"hydra.run.dir={run_dir}"),
+    )
+    assert pretrained.code == 0, pretrained.text
+    assert "skipped: folder has no labels" in pretrained.text
+    curve = [entry.metrics for entry in read_journal(run_dir)]
+    assert curve[-1]["train/loss"] < 2.06 < curve[0]["train/loss"]
+    assert sum(point["train/top1"] for point in curve[-3:]) / 3 > CHANCE_PERCENT + 2
+
+    looks = ("data=folder", "data.name=imagenette_small", f"data.root={imagenette}", "tracking=none")
+    ways = ("batch_norm=[as_trained,recalibrated]", "calibration_images=512", "data.linear.epochs=20")
+    for who, out in ((f"checkpoint={run_dir}", evaluated), ("checkpoint=random", random)):
+        more = ("model=small",) if out == random else ()
+        done = relloc(
+            "evaluate", who, *more, *looks, *ways, "data.linear.milestone_epochs=[10]", f"hydra.run.dir={out}"
+        )
+        assert done.code == 0, done.text
+
+    by_name = [
+        {(row.eval, row.layer, row.metric, row.batch_norm): row for row in read_results(out)}
+        for out in (evaluated, random)
+    ]
+    assert by_name[0].keys() == by_name[1].keys()
+    assert len(by_name[0]) == 2 * (5 + 6 * 4)  # two batch norms; linear at five layers, four k at six
+    assert all(row.n == 300 for rows in by_name for row in rows.values())
+    change = [
+        by_name[0]["knn", layer, "top1_k20", "recalibrated"].value
+        - by_name[0]["knn", layer, "top1_k20", "as_trained"].value
+        for layer in ("feature3", "feature4", "feature5")
+    ]
+    assert any(abs(points) > 1 for points in change)  # the statistics of patches are not those of images
+    assert all(row.value > 15 for row in by_name[0].values() if row.eval == "linear")  # ten classes
