@@ -1,8 +1,10 @@
 """Saving and loading, atomically: a file is there whole, or the one before it still is."""
 
+import contextlib
 import io
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,17 @@ _KEPT = 2
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system refuses even this
+            unfinished.unlink()
         raise CheckpointError(
             f"{path} could not be written ({error.strerror}). What was saved before is untouched; "
             "free some space and start the same command with the same hydra.run.dir to go on"
@@ -65,10 +68,16 @@ def load_training(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a readable checkpoint.
     """
+    what = f"{path} is damaged or no checkpoint of relloc"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
+        raise CheckpointError(f"{what}: it holds more than tensors and plain values") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint of relloc: {error}") from error
+        raise CheckpointError(f"{what}: {error}") from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise CheckpointError(f"{what}: it names no step")
+    return state
 
 
 def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:
@@ -103,6 +112,8 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = load_training(file)
+    if not {"model", "about"} <= state.keys():
+        raise CheckpointError(f"{file} is damaged or no checkpoint of relloc: it holds no model")
     prefix = "backbone."
     weights = {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
     return weights, state["about"]

@@ -23,7 +23,10 @@ def local_rank() -> int:
 def join(device: torch.device) -> None:
     """Meet the other processes if torchrun started several: NCCL between GPUs, gloo between CPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
 
 
 def leave() -> None:

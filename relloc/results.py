@@ -71,11 +71,12 @@ def read_results(run_dir: Path) -> Sequence[Result]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(Result(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} line {number} is not a result row: {error}") from error
+    with open(path, encoding="utf-8") as file:  # by lines of the file: a path may hold what splitlines() splits at
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append(Result(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} line {number} is not a result row: {error}") from error
     return rows
 
 

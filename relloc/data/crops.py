@@ -20,8 +20,9 @@ _MOST_TRIES = 50
 class Crops(Dataset[Sample]):
     """Crops by (index, seed): the same pair gives the same crop in any worker, process or epoch.
 
-    `centered` takes the middle of each image instead of a random place. An image that can't be
-    read is replaced by the next one and named in `Sample.unreadable`, so that batches stay full.
+    To train, crops lie anywhere, and an image that can't be read is replaced by the next one, so
+    that batches stay full. `centered` ones, to be asked about, are the middle of each image, and no
+    image stands in for another. `Sample.unreadable` names what could not be read.
     """
 
     def __init__(self, images: ImageSet, grid: PatchGrid, *, centered: bool) -> None:
@@ -35,7 +36,7 @@ class Crops(Dataset[Sample]):
     def __getitem__(self, sample: tuple[int, int]) -> Sample:
         index, seed = sample
         unreadable: dict[str, str] = {}
-        for tried in range(min(_MOST_TRIES, len(self))):
+        for tried in range(1 if self.centered else min(_MOST_TRIES, len(self))):
             place = (index + tried) % len(self)
             try:
                 pixels = self._crop(place, random.Random(seed))
@@ -43,6 +44,8 @@ class Crops(Dataset[Sample]):
                 unreadable[self.images.source(place)] = str(error)
             else:
                 return Sample(index=place, pixels=pixels, unreadable=unreadable)
+        if self.centered:
+            return Sample(index=index, pixels=None, unreadable=unreadable)
         first, reason = next(iter(unreadable.items()))
         raise DataError(f"{len(unreadable)} images in a row can't be used; the first is {first}: {reason}")
 

@@ -49,8 +49,8 @@ class Tile:
 
 
 def _starts(low: int, high: int, stride: float) -> list[int]:
-    """Evenly spaced whole numbers from low to high, both included, about `stride` apart."""
-    steps = max(1, round((high - low) / stride)) if high > low else 0
+    """Evenly spaced whole numbers from low to high, both included, about `stride` (1 or more) apart."""
+    steps = max(1, round((high - low) / max(stride, 1))) if high > low else 0
     return [low + round(step * (high - low) / steps) for step in range(steps + 1)] if steps else [low]
 
 

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import skip_init
 
 from relloc.features.source import FeatureSource
 from relloc.results import Score
@@ -46,7 +45,7 @@ class Heads(nn.Module):
 
 
 def _head(dim: int, n_classes: int, seed: int) -> nn.Linear:
-    head = skip_init(nn.Linear, dim, n_classes)
+    head = nn.Linear(dim, n_classes)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
     return head

@@ -122,7 +122,8 @@ def _calibration_batches(images: ImageSet, terms: Terms) -> Iterator[torch.Tenso
     bad = Unreadable(n_images=len(images), most_share=reading.unreadable_share)
     for views in reading.views(images, places[: len(places) // size * size], size):
         bad.add(views.unreadable)
-        yield reading.to_device(views.pixels)
+        if len(views.pixels):
+            yield reading.to_device(views.pixels)
 
 
 def _named(score: Score, name: str, subject: Subject, images: ImageSet, seed: int, batch_norm: str, how: str) -> Result:

@@ -89,7 +89,6 @@ class LiveFeatures:
         self.channels = layer_channels(backbone)
         self.unreadable = Unreadable(n_images=self.n, most_share=reading.unreadable_share)
 
-    @torch.no_grad()
     def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str]) -> Iterator[Batch]:
         labels = torch.as_tensor(self.images.labels)
         self.backbone.eval()
@@ -99,7 +98,7 @@ class LiveFeatures:
             self.unreadable.add(views.unreadable)
             if len(views.pixels):
                 pixels = self.reading.to_device(views.pixels)
-                with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.reading.bf16):
+                with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.reading.bf16):
                     features = pooled_layers(self.backbone, pixels, tuple(layers))
                 yield features, labels[views.indices]
 

@@ -13,7 +13,7 @@ def _halving_block(inputs: int, outputs: int) -> BasicBlock:
 
 
 class SmallBackbone(Backbone):
-    """A stem and four residual blocks, each halving the map: strides 2 to 32, as in a ResNet."""
+    """A stem of stride 4 and four residual blocks, each halving the map: strides 4 to 64, twice a ResNet's."""
 
     pooled_sides = (12, 6, 4, 3, 2)
 

@@ -21,10 +21,11 @@ from relloc.pretext.objective import RelativeLocation
 from relloc.runs import console
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
-# Settings that must not change results: a run may be resumed with others.
+# What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
 _NEUTRAL = (
     *("device", "precision", "workers", "bank_gib", "runs", "tracking", "save_every_s", "report_every_steps"),
-    *("eval", "batch_norm", "calibration_images", "view"),
+    *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
+    *("data.root", "data.source.root", "data.source.download", "data.unreadable_share"),
 )
 
 
@@ -145,14 +146,16 @@ def run_dir() -> Path:
 
 def computed(config: DictConfig) -> dict[str, Any]:
     """The settings that decide what pretraining computes, flat."""
-    return flatten({name: value for name, value in plain(config).items() if name not in _NEUTRAL})
+    settings = flatten(plain(config))
+    neutral = tuple(f"{name}." for name in _NEUTRAL)
+    return {name: value for name, value in settings.items() if not f"{name}.".startswith(neutral)}
 
 
 def short_name(config: DictConfig) -> str:
     """A pretraining's name, what is studied first: `gap21 jit0..21 gray small s0`."""
     jitter = config.grid.jitter_px
     moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
-    color = HydraConfig.get().runtime.choices.color
+    color = HydraConfig.get().runtime.choices["color"]
     return f"gap{config.grid.gap_px} jit{moved} {color} {config.model.name} s{config.seed}"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from relloc import checkpoints
 from relloc.results import RESULTS_FILE, read_results
 from relloc.runs import console
 from relloc.tracking import Mirror, RunRecord, add_artifact, read_note, ui_command, ui_link, write_status
@@ -81,7 +82,7 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         if mirror:
             _say_where(folder, mirror.close(folder.status))
         console.say(f"run     {path}: {folder.status.lower()}")
-        if folder.status != "FINISHED":
+        if folder.status != "FINISHED" and checkpoints.saved_trainings(path):
             console.say(f"        the same command with hydra.run.dir={path} goes on from there")
 
 

@@ -1,11 +1,11 @@
 """Pretraining from start to end, in the order of this file: prepare, train, ask held-out images, evaluate."""
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -89,7 +89,8 @@ def _train(
     config: DictConfig, data: Splits, task: Task, plan: StepPlan, run_dir: Path, folder: RunFolder | None
 ) -> None:
     """Train from the newest checkpoint in the run folder, or from the start; only rank 0 has a folder."""
-    first_step = _resume(config, task, run_dir)
+    identity = assemble.computed(config) | {"training images": data.train.digest()}
+    first_step = _resume(identity, task, run_dir)
     if first_step >= task.steps:
         return
     grid = assemble.patches(config).grid
@@ -98,7 +99,7 @@ def _train(
     loaded = load(crops, sampler, workers=assemble.workers(config, task.device), pin=task.device.type == "cuda")
     unreadable = Unreadable(n_images=len(data.train), most_share=config.data.unreadable_share)
     with stop_request() as stop, _reporting(task, plan, first_step, folder) as report:
-        saver = _Saver(config, task, run_dir, stop)
+        saver = _Saver(config, identity, task, run_dir, stop)
         done = train(
             task,
             _pixels(loaded, unreadable),
@@ -107,8 +108,9 @@ def _train(
             report=report,
             after_step=saver.after_step,
         )
+    reasons = ranks.union(unreadable.reasons)
     if folder:
-        folder.note_unreadable(unreadable.reasons)
+        folder.note_unreadable(reasons)
     if done < task.steps:
         if folder:
             console.say(f"stopped after step {done} of {task.steps}; everything is saved")
@@ -119,15 +121,22 @@ def _train(
 def _pixels(loaded: Iterable[Batch], unreadable: Unreadable) -> Iterator[torch.Tensor]:
     for crops in loaded:
         unreadable.add(crops.unreadable)
-        yield crops.pixels
+        if len(crops.pixels):
+            yield crops.pixels
 
 
-def _resume(config: DictConfig, task: Task, run_dir: Path) -> int:
+def _noting(loaded: Iterable[Batch], indices: list[int]) -> Iterator[Batch]:
+    for crops in loaded:
+        indices += crops.indices.tolist()
+        yield crops
+
+
+def _resume(identity: dict[str, Any], task: Task, run_dir: Path) -> int:
     saved = checkpoints.saved_trainings(run_dir)
     if not saved:
         return 0
     state = checkpoints.load_training(saved[-1])
-    changed = _changed(state["computed"], json.loads(json.dumps(assemble.computed(config))))
+    changed = _changed(state["identity"], identity)
     if changed:
         raise UsageError(
             f"{run_dir} holds a run with other settings: {changed}. "
@@ -140,7 +149,7 @@ def _resume(config: DictConfig, task: Task, run_dir: Path) -> int:
     return state["step"]
 
 
-def _changed(before: dict[str, object], now: dict[str, object]) -> str:
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
 
@@ -148,8 +157,11 @@ def _changed(before: dict[str, object], now: dict[str, object]) -> str:
 class _Saver:
     """Saves every `save_every_s` seconds, at the end, and when asked to stop."""
 
-    def __init__(self, config: DictConfig, task: Task, run_dir: Path, stop: StopRequest) -> None:
+    def __init__(
+        self, config: DictConfig, identity: dict[str, Any], task: Task, run_dir: Path, stop: StopRequest
+    ) -> None:
         self.config = config
+        self.identity = identity
         self.task = task
         self.run_dir = run_dir
         self.stop = stop
@@ -176,13 +188,13 @@ class _Saver:
         state = {
             "model": self.task.model.state_dict(),
             "optimizer": self.task.optimizer.state_dict(),
-            "computed": assemble.computed(self.config),
+            "identity": self.identity,
             "about": about(self.config, done),
         }
         checkpoints.save_training(self.run_dir, state, done)
 
 
-def about(config: DictConfig, step: int) -> dict[str, object]:
+def about(config: DictConfig, step: int) -> dict[str, Any]:
     """What a backbone file tells of itself: enough to build it, and how it came to be."""
     return {"model": assemble.plain(config.model), "step": step, "computed": assemble.computed(config)}
 
@@ -221,7 +233,7 @@ def _finish(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> 
         checkpoints.save_backbone(weights, task.model.backbone, about(config, task.steps))
     folder.keep(checkpoints.BACKBONE_FILE)
     if not any(row.eval == "pretext" for row in read_results(folder.path)):
-        append_results(folder.path, [_held_out(config, data, task, str(weights))])
+        append_results(folder.path, [_held_out(config, data, task, folder)])
     evaluations = assemble.evaluations(config)
     if evaluations and not data.labeled:
         console.say(
@@ -239,16 +251,19 @@ def _finish(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> 
     folder.summarize()
 
 
-def _held_out(config: DictConfig, data: Splits, task: Task, checkpoint: str) -> Result:
+def _held_out(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> Result:
     crops = Crops(data.held_out, assemble.patches(config).grid, centered=True)
     size = config.data.images_per_forward
     places = [(index, key(config.seed, index)) for index in range(len(data.held_out))]
     batches = [places[start : start + size] for start in range(0, len(places), size)]
     loaded = load(crops, batches, workers=assemble.workers(config, task.device), pin=task.device.type == "cuda")
     unreadable = Unreadable(n_images=len(crops), most_share=config.data.unreadable_share)
-    pixels = _pixels(console.counted(loaded, "held-out pretext", len(batches)), unreadable)
+    asked: list[int] = []
+    shown = console.counted(loaded, "held-out pretext", len(batches))
+    pixels = _pixels(_noting(shown, asked), unreadable)
     hits = count_hits(task.model, pixels, task.patches, seed=config.seed, device=task.device, bf16=task.bf16)
-    sources = [data.held_out.source(index) for index in range(len(data.held_out))]
+    folder.note_unreadable(unreadable.reasons)
+    sources = [data.held_out.source(index) for index in asked]
     found = accuracy(hits, sources, seed=config.seed)
     return Result(
         eval="pretext",
@@ -263,6 +278,6 @@ def _held_out(config: DictConfig, data: Splits, task: Task, checkpoint: str) -> 
         seed=config.seed,
         protocol="1.1 center crop, eight pairs with the center, jitter and colors as in training; "
         "interval: bootstrap over sources",
-        checkpoint=checkpoint,
+        checkpoint=str(folder.path / checkpoints.BACKBONE_FILE),
         model=config.model.name,
     )

@@ -109,7 +109,7 @@ def bank_of(rows: Tensor, labels: Tensor, layers: Sequence[str] = ("avgpool",)) 
         features={layer: rows.float() for layer in layers},
         labels=labels,
         n_classes=N_CLASSES,
-        channels={layer: 16 for layer in layers},
+        channels=dict.fromkeys(layers, 16),
     )
 
 

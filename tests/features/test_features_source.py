@@ -55,14 +55,14 @@ def assert_same_features(one: dict[str, Tensor], other: dict[str, Tensor]) -> No
         torch.testing.assert_close(rows, other[layer], rtol=1e-4, atol=1e-5, msg=layer)
 
 
-@torch.no_grad()
 def test_features_are_the_pooled_stages_of_the_normalized_image(tmp_path: Path, backbone: SmallBackbone) -> None:
     images = write_images(tmp_path, 4)
     features, labels = gathered(LiveFeatures(backbone.train(), images, reading()), range(4), 4)
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255 for path in images.paths])
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalized = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    assert_same_features(features, pooled_layers(backbone.eval(), normalized, LAYERS))
+    with torch.no_grad():
+        assert_same_features(features, pooled_layers(backbone.eval(), normalized, LAYERS))
     assert labels.tolist() == [0, 1, 2, 0]
     assert all(not rows.requires_grad for rows in features.values())
 
@@ -111,7 +111,7 @@ def test_images_that_can_not_be_read_drop_out_and_are_named(tmp_path: Path, back
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path: Path, backbone: SmallBackbone) -> None:
     live = LiveFeatures(backbone, write_images(tmp_path, 9, broken=BROKEN), reading(unreadable_share=0.2))
-    with pytest.raises(DataError, match="2 of 9 images can't be used, more than data.unreadable_share=0.2"):
+    with pytest.raises(DataError, match=r"2 of 9 images can't be used, more than data\.unreadable_share=0\.2"):
         fill_bank(live, LAYERS, 2, CPU)
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from tiny import TINY
 
 from relloc.results import read_results
-from tiny import TINY
 
 LOOK = tuple(word for word in TINY if word.startswith(("view.", "data.source", "data.linear")))
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TINY
 
 from relloc.results import read_results
 from relloc.tracking import read_journal, search
-from tiny import TINY
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from relloc.patches.cut import cut
 from relloc.patches.normalize import ByDataset, PerPatch
 from relloc.patches.pipeline import PatchPipeline
 
-N_TRAIN, N_TEST = 4000, 2000
+N_TRAIN, N_TEST = 3000, 1500
 PATCH_PX = 12
 CELLS_OF_16 = PatchGrid(patch_px=PATCH_PX, gap_px=4, jitter_px=(0, 4), resize=None)  # mmselfsup's, spans 48
 HALF_A_PATCH_APART = PatchGrid(patch_px=PATCH_PX, gap_px=6, jitter_px=1, resize=None)  # the paper's, spans 50

@@ -144,6 +144,7 @@ def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: P
     second = lucky_task(initial_seed=1)
     second.model.load_state_dict(saved["model"])
     second.optimizer.load_state_dict(saved["optimizer"])
+    second.model.eval()  # as after questions on held-out images
     torch.rand(5)  # another process has another history of chance
     done, second_reports = trained(second, forwards(6, first=stopped_after), first_step=saved["step"])
     assert done == 6
@@ -257,3 +258,12 @@ def test_the_length_in_steps_is_the_nearest_whole_number_and_at_least_one(
 ) -> None:
     task = lucky_task(schedule=Constant(epochs=epochs), steps_per_epoch=steps_per_epoch)
     assert task.steps == steps
+
+
+def test_bfloat16_changes_reports_by_rounding_alone_and_weights_stay_float32() -> None:
+    exact, rounded = lucky_task(), lucky_task(bf16=True)
+    _, of_exact = trained(exact, forwards(6), stop_after=1)
+    _, of_rounded = trained(rounded, forwards(6), stop_after=1)
+    assert of_rounded[0].loss != of_exact[0].loss
+    assert of_rounded[0].loss == pytest.approx(of_exact[0].loss, rel=0.02)
+    assert {value.dtype for value in rounded.model.parameters()} == {torch.float32}

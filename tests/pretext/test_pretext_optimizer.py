@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -57,5 +59,5 @@ def test_momentum_carries_a_gradient_on_without_nesterov(model: RelativeLocation
             parameter.grad = torch.full_like(parameter, gradient)
         optimizer.step()
         places.append(value.detach().clone())
-    moves = [(before - after).mean().item() for before, after in zip(places, places[1:], strict=False)]
+    moves = [(before - after).mean().item() for before, after in pairwise(places)]
     assert moves == pytest.approx([0.2, 0.18, 0.162], rel=1e-4)

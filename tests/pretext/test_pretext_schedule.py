@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -29,9 +30,9 @@ def test_the_step_schedule_of_the_card_has_the_published_rates(epoch: float, rat
 
 
 def test_warmup_rises_by_the_same_amount_each_step() -> None:
-    steps = range(0, 5 * CARD_STEPS_PER_EPOCH)
+    steps = range(5 * CARD_STEPS_PER_EPOCH)
     factors = [CARD.factor(step / CARD_STEPS_PER_EPOCH) for step in steps]
-    rises = {round(after - before, 12) for before, after in zip(factors, factors[1:], strict=False)}
+    rises = {round(after - before, 12) for before, after in pairwise(factors)}
     assert rises == {round(0.9 / (5 * CARD_STEPS_PER_EPOCH), 12)}
 
 

@@ -1,0 +1,143 @@
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from relloc.data.crops import Crops
+from relloc.errors import DataError, UnreadableImage
+from relloc.geometry import Area, PatchGrid, ShortSide
+
+SIZES = {"patch_px": 8, "gap_px": 2, "jitter_px": 1}
+SPAN = 30
+AS_IT_IS = PatchGrid(**SIZES, resize=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Images whose red and green say row and column of each pixel, and whose blue says the image.
+
+    `sizes` are (height, width), None for an image that can't be read.
+    """
+
+    sizes: Sequence[tuple[int, int] | None]
+    name: str = "places"
+    split: str = "train"
+    labels: Sequence[int] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def read(self, index: int) -> Image.Image:
+        size = self.sizes[index]
+        if size is None:
+            raise UnreadableImage("is an empty file")
+        rows, columns = np.mgrid[: size[0], : size[1]]
+        return Image.fromarray(np.stack([rows, columns, np.full(size, index)], axis=2).astype(np.uint8))
+
+    def source(self, index: int) -> str:
+        return f"/photos/{index}.jpg"
+
+    def digest(self) -> str:
+        return "0" * 16
+
+
+def place_of(pixels: torch.Tensor) -> tuple[int, int]:
+    """Corner of a crop; the rest of it must follow from there."""
+    assert pixels.shape == (3, SPAN, SPAN)
+    assert pixels.dtype == torch.uint8
+    top, left = int(pixels[0, 0, 0]), int(pixels[1, 0, 0])
+    rows, columns = torch.meshgrid(torch.arange(SPAN), torch.arange(SPAN), indexing="ij")
+    assert torch.equal(pixels[0].long(), rows + top)
+    assert torch.equal(pixels[1].long(), columns + left)
+    return top, left
+
+
+def test_an_index_and_a_seed_decide_the_crop() -> None:
+    crops = Crops(Places([(80, 60), (90, 50)]), AS_IT_IS, centered=False)
+    first, other_seed, other_image = crops[0, 7], crops[0, 8], crops[1, 7]
+    assert first.index == 0
+    assert first.unreadable == {}
+    again = Crops(Places([(80, 60), (90, 50)]), AS_IT_IS, centered=False)[0, 7]
+    assert torch.equal(again.pixels, first.pixels)
+    assert place_of(other_seed.pixels) != place_of(first.pixels)
+    assert other_image.index == 1
+    assert (other_image.pixels[2] == 1).all()
+
+
+def test_random_crops_reach_every_edge_evenly() -> None:
+    crops = Crops(Places([(SPAN + 3, SPAN + 9)]), AS_IT_IS, centered=False)
+    places = np.array([place_of(crops[0, seed].pixels) for seed in range(2000)])
+    for values, n in zip(places.T, (4, 10), strict=True):
+        counts = np.bincount(values, minlength=n)
+        assert len(counts) == n
+        assert np.abs(counts - 2000 / n).max() < 4.5 * (2000 / n) ** 0.5
+    assert abs(np.corrcoef(places.T)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("size", "middle"), [((30, 30), (0, 0)), ((50, 70), (10, 20)), ((51, 70), (10, 20)), ((255, 31), (112, 0))]
+)
+def test_centered_crops_are_the_middle_whatever_the_seed(size: tuple[int, int], middle: tuple[int, int]) -> None:
+    crops = Crops(Places([size]), AS_IT_IS, centered=True)
+    assert {place_of(crops[0, seed].pixels) for seed in range(5)} == {middle}
+
+
+def test_a_crop_is_part_of_the_resized_image() -> None:
+    places = Places([(90, 120)])
+    crops = Crops(places, PatchGrid(**SIZES, resize=ShortSide(px=45)), centered=True)
+    resized = F.resize(places.read(0), [45], InterpolationMode.BILINEAR, antialias=True)
+    expected = np.asarray(F.crop(resized, 7, 15, SPAN, SPAN)).transpose(2, 0, 1)
+    assert np.abs(crops[0, 0].pixels.numpy().astype(int) - expected).max() <= 1
+
+
+def test_the_seed_also_decides_the_size_where_the_grid_draws_it() -> None:
+    grid = PatchGrid(**SIZES, resize=Area(low_px2=1000, high_px2=40_000))
+    crops = Crops(Places([(200, 200)]), grid, centered=True)
+    steps = [int(crops[0, seed].pixels[0].max()) - int(crops[0, seed].pixels[0].min()) for seed in range(300)]
+    assert crops[0, 5].pixels.equal(crops[0, 5].pixels)
+    assert min(steps) < 35  # hardly reduced: 30 px of 200
+    assert max(steps) > 130  # reduced to 31..43 px
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_and_named() -> None:
+    crops = Crops(Places([(40, 40), None, None, (50, 50)]), AS_IT_IS, centered=False)
+    sample = crops[1, 0]
+    assert sample.index == 3
+    assert sample.pixels is not None
+    assert sample.unreadable == {"/photos/1.jpg": "is an empty file", "/photos/2.jpg": "is an empty file"}
+    assert crops[0, 0].unreadable == {}
+
+
+def test_no_image_stands_in_for_one_that_is_asked_about() -> None:
+    sample = Crops(Places([(40, 40), None, (50, 50)]), AS_IT_IS, centered=True)[1, 0]
+    assert (sample.index, sample.pixels) == (1, None)
+    assert sample.unreadable == {"/photos/1.jpg": "is an empty file"}
+
+
+def test_after_the_last_image_comes_the_first() -> None:
+    sample = Crops(Places([(40, 40), None]), AS_IT_IS, centered=False)[1, 0]
+    assert (sample.index, list(sample.unreadable)) == (0, ["/photos/1.jpg"])
+
+
+def test_an_image_too_small_for_the_grid_is_named_with_the_numbers() -> None:
+    sample = Crops(Places([(29, 44), (40, 40)]), AS_IT_IS, centered=False)[0, 0]
+    assert sample.index == 1
+    assert sample.unreadable == {"/photos/0.jpg": "is 44x29 px, the grid needs 30 px"}
+
+
+@pytest.mark.parametrize(("n", "tried"), [(1, 1), (3, 3), (80, 50)])
+def test_no_readable_image_anywhere_near_ends_the_run(n: int, tried: int) -> None:
+    crops = Crops(Places([None] * n), AS_IT_IS, centered=False)
+    message = rf"^{tried} images in a row can't be used; the first is /photos/0.jpg: is an empty file$"
+    with pytest.raises(DataError, match=message):
+        crops[0, 0]
+
+
+def test_there_are_as_many_crops_as_images() -> None:
+    assert len(Crops(Places([(40, 40)] * 3), AS_IT_IS, centered=False)) == 3

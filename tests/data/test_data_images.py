@@ -1,0 +1,229 @@
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from relloc.data.images import SUFFIXES, crop_resized, read_rgb
+from relloc.errors import UnreadableImage
+
+RNG = np.random.default_rng(0)
+COLORS = RNG.integers(0, 256, (24, 36, 3), dtype=np.uint8)
+LEVELS = RNG.integers(0, 256, (24, 36), dtype=np.uint8)
+ORIENTATION = 0x0112
+
+
+def saved(folder: Path, image: Image.Image, name: str, **options: object) -> Path:
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    image = read_rgb(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def smooth() -> np.ndarray:
+    """Colors that survive JPEG within a few levels."""
+    rows, columns = np.mgrid[0:48, 0:64]
+    return np.stack([rows * 5, columns * 4 - 1 * (columns > 0), 120 + rows - columns], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm", "a.PNG"])
+def test_rgb_is_read_as_it_is(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path, Image.fromarray(COLORS), name)
+    assert path.suffix.lower() in SUFFIXES
+    assert np.array_equal(pixels_of(path), COLORS)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
+def test_lossy_rgb_is_near(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path, Image.fromarray(smooth()), name, quality=95)
+    assert np.abs(pixels_of(path).astype(int) - smooth()).max() < 12
+
+
+def test_gray_gets_three_equal_channels(tmp_path: Path) -> None:
+    found = pixels_of(saved(tmp_path, Image.fromarray(LEVELS), "a.png"))
+    assert np.array_equal(found, np.repeat(LEVELS[..., None], 3, axis=2))
+
+
+def test_a_palette_is_looked_up_also_with_transparency(tmp_path: Path) -> None:
+    image = Image.fromarray(COLORS).quantize(16)
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(pixels_of(saved(tmp_path, image, "a.png", transparency=3)), expected)
+    assert np.array_equal(pixels_of(saved(tmp_path, image, "b.png", transparency=bytes(range(16)))), expected)
+    assert np.array_equal(pixels_of(saved(tmp_path, image, "c.gif", transparency=3)), expected)
+
+
+def test_a_cmyk_jpeg_has_the_colors_of_its_rgb(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(smooth()).convert("CMYK"), "a.jpg", quality=95)
+    with Image.open(path) as image:
+        assert image.mode == "CMYK"
+    assert np.abs(pixels_of(path).astype(int) - smooth()).max() < 16
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bits_are_scaled_to_8_and_not_clipped(tmp_path: Path, name: str) -> None:
+    deep = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
+    found = pixels_of(saved(tmp_path, Image.fromarray(deep), name)).astype(float)
+    assert np.abs(found - deep[..., None] / 257).max() <= 1
+    assert (found[0, 0, 0], found[-1, -1, 0]) == (0, 255)
+
+
+def test_alpha_is_dropped(tmp_path: Path) -> None:
+    with_alpha = np.concatenate([COLORS, LEVELS[..., None]], axis=2)
+    assert np.array_equal(pixels_of(saved(tmp_path, Image.fromarray(with_alpha), "a.png")), COLORS)
+    gray = Image.fromarray(np.stack([LEVELS, 255 - LEVELS], axis=2), mode=None)
+    assert gray.mode == "LA"
+    assert np.array_equal(pixels_of(saved(tmp_path, gray, "b.png"))[..., 0], LEVELS)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp"])
+def test_1_bit_becomes_black_and_white(tmp_path: Path, name: str) -> None:
+    bits = LEVELS > 127
+    found = pixels_of(saved(tmp_path, Image.fromarray(bits), name))
+    assert np.array_equal(found, np.where(bits[..., None], 255, 0).repeat(3, axis=2))
+
+
+TURNS = {  # what a camera did to the upright scene before it wrote this orientation
+    1: lambda scene: scene,
+    2: lambda scene: scene[:, ::-1],
+    3: lambda scene: scene[::-1, ::-1],
+    4: lambda scene: scene[::-1],
+    5: lambda scene: scene.transpose(1, 0, 2),
+    6: lambda scene: np.rot90(scene, 1),
+    7: lambda scene: scene[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda scene: np.rot90(scene, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_a_turned_photograph_is_upright_after(tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(TURNS[orientation](COLORS)))
+    options = {"lossless": True} if suffix == "webp" else {}
+    assert np.array_equal(pixels_of(saved(tmp_path, stored, f"a.{suffix}", exif=exif, **options)), COLORS)
+
+
+def with_odd_exif(orientation: int) -> bytes:
+    """Orientation, and a width that is text, as some editing programs leave it."""
+    entries = [(0x0100, 2, 4, b"wide"), (ORIENTATION, 3, 1, struct.pack(">HH", orientation, 0))]
+    packed = b"".join(struct.pack(">HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + packed + struct.pack(">I", 0)
+
+
+def test_odd_metadata_neither_hide_the_orientation_nor_stop_the_run(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(np.rot90(smooth())), "a.jpg", quality=95, exif=with_odd_exif(6))
+    assert np.abs(pixels_of(path).astype(int) - smooth()).max() < 12
+    path = saved(tmp_path, Image.fromarray(COLORS), "a.png", exif=b"Exif\0\0no metadata at all")
+    assert np.array_equal(pixels_of(path), COLORS)
+
+
+def encoded(kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(COLORS).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_truncated_files_are_unreadable(tmp_path: Path, kind: str, share: float) -> None:
+    path = tmp_path / f"a.{kind.lower()}"
+    whole = encoded(kind)
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UnreadableImage) as caught:
+        read_rgb(path)
+    assert str(path) not in str(caught.value)  # whoever reports it names the image
+    if (kind, share) == ("JPEG", 0.9):
+        assert "image file is truncated" in str(caught.value)
+
+
+def test_empty_text_and_missing_files_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("<html>404 Not Found</html>")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, reason in [
+        ("empty.jpg", "is an empty file"),
+        ("text.jpg", "cannot identify image file"),
+        ("missing.jpg", "No such file"),
+        ("folder.jpg", "Is a directory"),
+        ("x" * 300 + ".jpg", "File name too long"),
+    ]:
+        with pytest.raises(UnreadableImage, match=reason):
+            read_rgb(tmp_path / name)
+
+
+def test_a_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, Image.fromarray(COLORS), "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", COLORS.shape[0] * COLORS.shape[1] // 2 - 1)
+    with pytest.raises(UnreadableImage, match="DecompressionBombError"):
+        read_rgb(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]))
+def test_whatever_is_broken_in_a_file_it_is_read_or_unreadable(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str
+) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x010E], exif[0x011A] = 6, "a description", 72.0
+    broken = bytearray(encoded(kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {})))
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(broken) - 1), st.integers(0, 255)))):
+        broken[place] = value
+    path = tmp_path_factory.getbasetemp() / "broken.jpg"
+    path.write_bytes(broken)
+    try:
+        assert read_rgb(path).mode == "RGB"
+    except UnreadableImage as error:
+        assert str(error)  # noqa: PT017
+
+
+def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def differences(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int) -> np.ndarray:
+    """In gray levels from torchvision's resize and crop, which rounds twice, once after each axis."""
+    found = np.asarray(crop_resized(image, size, corner, side)).astype(int)
+    assert found.shape == (side, side, 3)
+    return np.abs(found - torchvisions(image, size, corner, side))
+
+
+def torchvisions(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int) -> np.ndarray:
+    resized = F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
+    return np.asarray(F.crop(resized, *corner, side, side)).astype(int)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_crop_resized_is_torchvisions_resize_and_crop(data: st.DataObject) -> None:
+    image = noise_image(data.draw(st.integers(5, 300)), data.draw(st.integers(5, 300)))
+    size = data.draw(st.tuples(st.integers(10, 200), st.integers(10, 200)))
+    side = data.draw(st.integers(1, min(size)))
+    corner = data.draw(st.tuples(st.integers(0, size[0] - side), st.integers(0, size[1] - side)))
+    assert differences(image, size, corner, side).max() <= 2  # 1, and in noise rarely 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 12_000), (12_000, 40)])
+@pytest.mark.parametrize("place", [0, 0.37, 1])
+def test_a_very_elongated_image_is_cropped_like_torchvision_does(height: int, width: int, place: float) -> None:
+    image = noise_image(height, width)
+    size = (int(height * 1.4), int(width * 1.4))
+    corner = (int(place * (size[0] - 50)), int(place * (size[1] - 50)))
+    assert differences(image, size, corner, 50).max() <= 1
+
+
+def test_only_the_square_of_a_scroll_is_computed() -> None:
+    scroll = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8), 100)[None, :, None].repeat(3, axis=2))
+    size = (255, 255 * 20_000)  # whole, this would be 3.9 GB
+    found = np.asarray(crop_resized(scroll, size, (0, 255 * 10_050), 255))
+    assert (found == 100).all()

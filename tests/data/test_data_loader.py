@@ -1,0 +1,115 @@
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from relloc.data.crops import Crops
+from relloc.data.folder import FolderImages
+from relloc.data.loader import Batch, Sample, Unreadable, collate, load
+from relloc.data.order import StepPlan, StepSampler
+from relloc.errors import DataError
+from relloc.geometry import PatchGrid, ShortSide
+
+GRID = PatchGrid(patch_px=8, gap_px=2, jitter_px=1, resize=ShortSide(px=36))
+
+
+def sample(index: int, unreadable: dict[str, str] | None = None, *, usable: bool = True) -> Sample:
+    pixels = torch.full((3, 4, 4), index, dtype=torch.uint8) if usable else None
+    return Sample(index=index, pixels=pixels, unreadable=unreadable or {})
+
+
+@pytest.fixture
+def crops(tmp_path: Path) -> Crops:
+    """Of eleven files, the fourth empty."""
+    random = np.random.default_rng(0)
+    for number in range(11):
+        pixels = random.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
+    (tmp_path / "03.png").write_bytes(b"")
+    paths = sorted(map(str, tmp_path.iterdir()))
+    return Crops(FolderImages(name="mine", split="train", paths=paths), GRID, centered=False)
+
+
+def loaded(crops: Crops, workers: int) -> list[Batch]:
+    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_forward=2)
+    batches = StepSampler(plan, seed=0, first_step=1, steps=7)
+    return list(load(crops, batches, workers=workers, pin=False))
+
+
+def test_worker_processes_change_neither_batches_nor_their_order(crops: Crops, tmp_path: Path) -> None:
+    alone, with_two = loaded(crops, 0), loaded(crops, 2)
+    assert len(alone) == len(with_two) == 12
+    for one, other in zip(alone, with_two, strict=True):
+        assert one.pixels.shape == (2, 3, 30, 30)
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.indices, other.indices)
+        assert one.unreadable == other.unreadable
+    named = [batch.unreadable for batch in with_two if batch.unreadable]
+    assert named
+    assert all(names == {str(tmp_path / "03.png"): "is an empty file"} for names in named)
+
+
+def test_batches_follow_the_sampler(crops: Crops) -> None:
+    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_forward=2)
+    wanted = list(StepSampler(plan, seed=0, first_step=1, steps=7))
+    for batch, samples in zip(loaded(crops, 0), wanted, strict=True):
+        assert batch.indices.tolist() == [4 if index == 3 else index for index, _ in samples]
+        for pixels, key in zip(batch.pixels, samples, strict=True):
+            assert torch.equal(pixels, crops[key].pixels)
+
+
+def test_collate_leaves_out_what_has_no_pixels_and_keeps_its_reason() -> None:
+    batch = collate([sample(4), sample(5, {"e.jpg": "is empty"}, usable=False), sample(6, {"f.jpg": "is text"})])
+    assert batch.indices.tolist() == [4, 6]
+    assert batch.pixels[:, 0, 0, 0].tolist() == [4, 6]
+    assert batch.unreadable == {"e.jpg": "is empty", "f.jpg": "is text"}
+
+
+def test_a_batch_may_be_empty() -> None:
+    batch = collate([sample(5, {"e.jpg": "is empty"}, usable=False)])
+    assert len(batch.pixels) == len(batch.indices) == 0
+    assert batch.indices.dtype == torch.int64
+    assert batch.unreadable == {"e.jpg": "is empty"}
+
+
+class Interrupted(Dataset[Sample]):
+    """Ctrl-C reaches the process that loads, in the midst of it."""
+
+    def __getitem__(self, index: int) -> Sample:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return sample(index)
+
+
+def test_ctrl_c_does_not_end_workers_by_themselves() -> None:
+    batches: Iterable[list[int]] = [[0, 1], [2]]
+    assert [batch.indices.tolist() for batch in load(Interrupted(), batches, workers=1, pin=False)] == [[0, 1], [2]]
+
+
+def test_an_image_is_counted_once_however_often_it_is_met() -> None:
+    unreadable = Unreadable(n_images=10, most_share=0.1)
+    for _ in range(5):
+        unreadable.add({"a.jpg": "is empty"})
+    assert unreadable.reasons == {"a.jpg": "is empty"}
+
+
+def test_more_than_the_allowed_share_ends_the_run_with_the_numbers_and_the_first_name() -> None:
+    unreadable = Unreadable(n_images=20, most_share=0.1)
+    unreadable.add({"a.jpg": "is empty", "b.jpg": "is text"})  # just the share
+    message = r"3 of 20 images .* data.unreadable_share=0.1 allows; the first is a.jpg: is empty.* raise the share"
+    with pytest.raises(DataError, match=message):
+        unreadable.add({"c.jpg": "is empty"})
+
+
+def test_a_share_of_zero_allows_none() -> None:
+    unreadable = Unreadable(n_images=20, most_share=0)
+    unreadable.add({})
+    with pytest.raises(DataError, match="1 of 20"):
+        unreadable.add({"a.jpg": "is empty"})

@@ -1,0 +1,286 @@
+import math
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from relloc.checkpoints import (
+    BACKBONE_FILE,
+    fill,
+    load_backbone,
+    load_training,
+    save_backbone,
+    save_training,
+    saved_trainings,
+)
+from relloc.errors import CheckpointError
+
+ABOUT = {"model": {"name": "tiny", "backbone": {"widths": [4, 8]}}, "step": 3, "computed": {"path": "/ä/𝄞"}}
+
+
+def network(seed: int = 0, width: int = 4) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Linear(5, 2))
+    layers(torch.randn(2, 3, 7, 7))  # running statistics of its own
+    return layers
+
+
+def training_state(seed: int = 0) -> dict[str, Any]:
+    model = nn.ModuleDict({"backbone": network(seed), "head": nn.Linear(2, 2)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(value.sum() for value in model.parameters()).backward()
+    optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "about": ABOUT, "computed": {"lr": 0.1}}
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))  # to the bit, nan too
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for name in one:
+            assert_same(one[name], other[name])
+    elif isinstance(one, list | tuple):
+        assert type(one) is type(other)
+        assert len(one) == len(other)
+        for mine, yours in zip(one, other, strict=True):
+            assert_same(mine, yours)
+    else:
+        assert one == other
+        assert type(one) is type(other)
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_training_comes_back_to_the_bit(tmp_path: Path) -> None:
+    state = training_state()
+    state["odd"] = {
+        "bf16": torch.tensor([math.nan, -0.0, 1e-39]).bfloat16(),
+        "float64": torch.tensor([math.nan, math.inf, 5e-324], dtype=torch.float64),
+        "scalar": torch.tensor(3, dtype=torch.int64).reshape(1),
+        "plain": [1, 0.1, None, "ä", True, (1, 2)],
+    }
+    path = save_training(tmp_path, state, step=7)
+    assert path == tmp_path / "checkpoints" / "step_000000007.pt"
+    assert_same(load_training(path), {**state, "step": 7})
+
+
+def test_the_newest_two_are_kept_in_the_order_of_steps(tmp_path: Path) -> None:
+    for step in (9, 10, 99, 1000):
+        save_training(tmp_path, {"step_was": step}, step)
+    kept = saved_trainings(tmp_path)
+    assert [load_training(path)["step_was"] for path in kept] == [99, 1000]
+    assert files_below(tmp_path) == ["checkpoints/step_000000099.pt", "checkpoints/step_000001000.pt"]
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert saved_trainings(tmp_path) == []
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save_training(tmp_path, {"value": 1}, 5)
+    path = save_training(tmp_path, {"value": 2}, 5)
+    assert saved_trainings(tmp_path) == [path]
+    assert load_training(path)["value"] == 2
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from relloc.checkpoints import save_backbone, save_training
+from relloc.errors import CheckpointError
+
+run_dir = Path(sys.argv[1])
+network = torch.nn.Linear(1000, 1000)
+save_training(run_dir, {"weight": torch.ones(1000)}, 1)
+save_backbone(run_dir / "backbone.safetensors", torch.nn.Linear(2, 2), {"of": "first"})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # the next file ends midway
+for save in (
+    lambda: save_training(run_dir, {"weight": network.weight.data}, 2),
+    lambda: save_backbone(run_dir / "backbone.safetensors", network, {"of": "second"}),
+):
+    try:
+        save()
+    except CheckpointError as error:
+        print(error)
+    else:
+        sys.exit("nothing was raised")
+"""
+
+
+def test_a_write_that_fails_midway_says_what_to_do_and_what_was_before_still_loads(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    of_training, of_backbone = done.stdout.splitlines()
+    advice = (
+        "could not be written (File too large). What was saved before is untouched; free some space and start the "
+        "same command with the same hydra.run.dir to go on"
+    )
+    assert of_training == f"{tmp_path}/checkpoints/step_000000002.pt {advice}"
+    assert of_backbone == f"{tmp_path}/backbone.safetensors {advice}"
+    assert files_below(tmp_path) == ["backbone.safetensors", "checkpoints/step_000000001.pt"]
+    assert torch.equal(load_training(saved_trainings(tmp_path)[-1])["weight"], torch.ones(1000))
+    assert load_backbone(tmp_path)[1] == {"of": "first"}
+
+
+def test_a_file_that_can_not_take_its_place_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_training(tmp_path, {"value": 1}, 1)
+
+    def replace(_source: Path, _target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(CheckpointError, match=r"step_000000002\.pt could not be written \(Permission denied\)"):
+        save_training(tmp_path, {"value": 2}, 2)
+    assert files_below(tmp_path) == ["checkpoints/step_000000001.pt"]
+    assert load_training(saved_trainings(tmp_path)[0])["value"] == 1
+
+
+def test_a_run_folder_that_can_not_hold_checkpoints_is_an_error_with_the_advice(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(CheckpointError, match=r"step_000000001\.pt could not be written \(.+\)\. What was saved"):
+        save_training(tmp_path, {}, 1)
+
+
+def test_what_is_unfinished_is_no_checkpoint(tmp_path: Path) -> None:
+    path = save_training(tmp_path, {"value": 1}, 1)
+    path.with_name(".step_000000002.pt.unfinished").write_bytes(path.read_bytes()[:100])  # as a killed process leaves
+    assert saved_trainings(tmp_path) == [path]
+    assert load_training(save_training(tmp_path, {"value": 2}, 2))["value"] == 2
+    assert files_below(tmp_path) == ["checkpoints/step_000000001.pt", "checkpoints/step_000000002.pt"]
+
+
+def saved_bytes(tmp_path: Path) -> bytes:
+    return save_training(tmp_path / "whole", training_state(), 1).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "zeros", "torn"])
+def test_a_damaged_checkpoint_is_an_error_with_its_name(tmp_path: Path, damage: str) -> None:
+    whole = saved_bytes(tmp_path)
+    content = {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "text": b"version https://git-lfs.github.com/spec/v1\n",
+        "zeros": bytes(len(whole)),
+        "torn": whole[:-500] + bytes(500),
+    }[damage]
+    path = tmp_path / "step_000000001.pt"
+    path.write_bytes(content)
+    for load in (load_training, load_backbone):
+        with pytest.raises(CheckpointError, match=r"step_000000001\.pt is damaged or no checkpoint of relloc"):
+            load(path)
+
+
+def test_a_missing_training_is_an_error_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.pt is damaged or no checkpoint"):
+        load_training(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": {"conv1.weight": torch.ones(1)}},
+        torch.ones(3),
+        [1],
+        {"model": {"backbone.a": torch.ones(1)}, "about": {}},
+        {"step": 7, "state_dict": {}},
+    ],
+)
+def test_a_checkpoint_of_another_project_is_an_error(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "epoch_70.pt"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"epoch_70\.pt is damaged or no checkpoint of relloc"):
+        load_backbone(path)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
+    torch.save({"model": {}, "about": {}, "code": os.system}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match=r"evil\.pt is damaged or no checkpoint of relloc") as raised:
+        load_training(tmp_path / "evil.pt")
+    assert "weights_only" not in str(raised.value)  # torch advises to run the code; nobody should read that
+
+
+@pytest.mark.parametrize("given", ["folder", "safetensors", "training"])
+def test_a_backbone_loads_from_a_run_folder_its_file_or_a_training(tmp_path: Path, given: str) -> None:
+    state = training_state(seed=3)
+    model = nn.ModuleDict({"backbone": network(), "head": nn.Linear(2, 2)})
+    model.load_state_dict(state["model"])
+    save_backbone(tmp_path / BACKBONE_FILE, model["backbone"], ABOUT)
+    saved = save_training(tmp_path, state, 3)
+    paths = {"folder": tmp_path, "safetensors": tmp_path / BACKBONE_FILE, "training": saved}
+    weights, about = load_backbone(paths[given])
+    assert about == ABOUT
+    other = network(seed=1)
+    fill(other, weights, "it")
+    assert_same(dict(other.state_dict()), dict(model["backbone"].state_dict()))
+
+
+def test_a_backbone_in_channels_last_comes_back_as_it_was(tmp_path: Path) -> None:
+    backbone = network().to(memory_format=torch.channels_last)
+    save_backbone(tmp_path / BACKBONE_FILE, backbone, {})
+    weights, about = load_backbone(tmp_path)
+    assert about == {}
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
+def test_what_holds_no_backbone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"backbone\.safetensors does not exist: give a backbone\.safetensors or"):
+        load_backbone(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none\.safetensors does not exist"):
+        load_backbone(tmp_path / "none.safetensors")
+    (tmp_path / BACKBONE_FILE).write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match=r"backbone\.safetensors is damaged or no safetensors file"):
+        load_backbone(tmp_path)
+    save_file({"conv1.weight": torch.ones(2)}, tmp_path / BACKBONE_FILE)
+    with pytest.raises(CheckpointError, match="holds weights, but relloc did not write it: its backbone is unknown"):
+        load_backbone(tmp_path)
+
+
+def test_another_backbone_is_an_error_that_counts_what_does_not_fit_and_changes_nothing() -> None:
+    backbone = network()
+    before = OrderedDict((name, value.clone()) for name, value in backbone.state_dict().items())
+    weights = dict(network(seed=1, width=6).state_dict())
+    del weights["2.weight"], weights["2.bias"]
+    weights["fc.weight"] = torch.ones(1)
+    with pytest.raises(CheckpointError) as raised:
+        fill(backbone, weights, "runs/one (a resnet50)")
+    assert str(raised.value) == (
+        "runs/one (a resnet50) does not fit this backbone: 2 missing, such as 2.bias; 1 unknown, such as fc.weight; "
+        "6 of another shape, such as 0.weight. Give the model it was trained with"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("missing", "1 missing, such as 1.running_var"),
+        ("unknown", "1 unknown, such as extra"),
+        ("shape", "1 of another"),
+    ],
+)
+def test_one_tensor_that_does_not_fit_is_enough(change: str, told: str) -> None:
+    weights = dict(network(seed=1).state_dict())
+    if change == "missing":
+        del weights["1.running_var"]
+    elif change == "unknown":
+        weights["extra"] = torch.ones(1)
+    else:
+        weights["0.bias"] = torch.ones(1)  # torch would broadcast it
+    with pytest.raises(CheckpointError, match=f"it does not fit this backbone: {told}"):
+        fill(network(), weights, "it")
