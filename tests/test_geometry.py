@@ -199,6 +199,12 @@ def test_an_area_too_narrow_for_the_grid_is_enlarged_until_it_fits_and_keeps_its
     assert width / height == pytest.approx(100, rel=0.02)
 
 
+def test_rounding_never_leaves_an_enlarged_image_a_pixel_short() -> None:
+    for side in range(1, 398):
+        grid = PatchGrid(patch_px=96, gap_px=48, jitter_px=7, resize=Area(low_px2=side**2, high_px2=side**2))
+        assert grid.resized(1000, 1000, 0) in ((398, 398), (399, 399))
+
+
 def test_without_resize_an_image_keeps_its_size_and_must_hold_the_grid() -> None:
     grid = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=None)
     assert grid.resized(255, 700, 0.3) == (255, 700)

@@ -58,6 +58,12 @@ class Knn:
     batch: int
     bank_gib: float
 
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"eval.knn.k is {list(self.k)}: give numbers of neighbors of 1 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"eval.knn.temperature is {self.temperature}, not above 0")
+
     def __call__(
         self, train: FeatureSource, held_out: FeatureSource, *, device: torch.device, seed: int
     ) -> Iterator[Score]:

@@ -79,9 +79,15 @@ def bf16(config: DictConfig, on: torch.device) -> bool:
 def workers(config: DictConfig, on: torch.device) -> int:
     """Loader processes: as asked; else this process's share of the cores, or a quarter where the CPU trains."""
     if config.workers != "auto":
-        return int(config.workers)
+        return _whole("workers", config.workers)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, cores) if on.type == "cuda" else cores // 4
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise UsageError(f"{name}={value} is not a whole number of 0 or more")
+    return value
 
 
 def splits(config: DictConfig) -> Splits:
@@ -119,6 +125,8 @@ def evaluations(config: DictConfig) -> dict[str, Evaluation]:
 
 def terms(config: DictConfig, on: torch.device) -> Terms:
     """How evaluations are run."""
+    if config.view.crop_px > config.view.short_px:
+        raise UsageError(f"view.crop_px={config.view.crop_px} is larger than view.short_px={config.view.short_px}")
     ways = [config.batch_norm] if isinstance(config.batch_norm, str) else list(config.batch_norm)
     reading = Reading(
         short_px=config.view.short_px,
@@ -135,7 +143,7 @@ def terms(config: DictConfig, on: torch.device) -> Terms:
         batch_norms=ways,
         calibration_images=config.calibration_images,
         bank_gib=config.bank_gib,
-        seed=config.seed,
+        seed=_whole("seed", config.seed),
     )
 
 

@@ -34,6 +34,7 @@ _PICTURED = 6
 def pretrain(config: DictConfig) -> None:
     """Pretrain, or go on with what the run folder holds, then run the evaluations that `eval` names."""
     device = assemble.device(config)
+    _make_what_needs_no_data(config, device)
     ranks.join(device)
     try:
         data = assemble.splits(config)
@@ -50,6 +51,14 @@ def pretrain(config: DictConfig) -> None:
             _finish(config, data, task, folder)
     finally:
         ranks.leave()
+
+
+def _make_what_needs_no_data(config: DictConfig, device: torch.device) -> None:
+    """A wrong setting is told now, not after a data set was listed or 70 epochs were trained."""
+    assemble.patches(config)
+    assemble.call(config.schedule)
+    assemble.evaluations(config)
+    assemble.terms(config, device)
 
 
 def _task(config: DictConfig, data: Splits, device: torch.device) -> tuple[Task, StepPlan]:

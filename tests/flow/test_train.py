@@ -195,8 +195,12 @@ def test_messages_before_anything_is_made(relloc, tmp_path):
         (["data=folder", f"data.root={tmp_path / 'empty'}"], "0 images to train on"),
         (["data.images_per_step=100000", "data.images_per_forward=1000"], "fewer than one step takes"),
         (["schedule.milestone_epochs=[99]"], "never reached"),
+        (["eval.knn.k=[]"], "eval.knn.k is []"),
+        (["seed=-1"], "seed=-1 is not a whole number"),
+        (["workers=many"], "workers=many is not a whole number"),
+        (["view.crop_px=300"], "view.crop_px=300 is larger than view.short_px=256"),
         (["device=tpu"], "device=tpu is not one of"),
-        (["batch_norm=frozen", *TINY, "eval=[knn]"], "batch_norm=frozen is not one of"),
+        (["batch_norm=frozen"], "batch_norm=frozen is not one of"),
     ]
     if not torch.cuda.is_available():
         cases.append((["device=cuda"], "torch finds no GPU"))
