@@ -27,32 +27,36 @@ results = load_results(runs_folder())
 results = results[(results["eval"] == "linear") | (results["metric"] == "top1_k20")]
 
 # %% [markdown]
-# The mean over runs and seeds of each line, and how many runs are behind it:
+# Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 gray small`): its mean, and how many
+# runs are behind it:
 
 # %%
-lines = ["dataset", "model", "eval", "batch_norm", "weights"]
+lines = ["dataset", "model", "eval", "study", "weights", "batch_norm"]
 by_layer = results.pivot_table(index=lines, columns="layer", values="value", aggfunc="mean").round(1)
 by_layer["runs"] = results.groupby(lines)["folder"].nunique()
 by_layer
 
 
 # %%
-COLORS = {"pretrained": "tab:blue", "random": "tab:gray", "torchvision": "tab:green"}
-
-
-def draw_line(axis, rows, weights, batch_norm):
+def draw_line(axis, rows, label, color, batch_norm):
     stages = rows[rows["layer"] != "avgpool"].groupby("layer")["value"].agg(["mean", "min", "max"])
     style = "--" if batch_norm == "recalibrated" else "-"
-    label = weights + (", recalibrated" if batch_norm == "recalibrated" else "")
-    axis.plot(stages.index, stages["mean"], style, marker="o", color=COLORS[weights], label=label)
-    axis.fill_between(stages.index, stages["min"], stages["max"], color=COLORS[weights], alpha=0.15, linewidth=0)
+    axis.plot(stages.index, stages["mean"], style, marker="o", color=color, label=label)
+    axis.fill_between(stages.index, stages["min"], stages["max"], color=color, alpha=0.15, linewidth=0)
+
+
+def line_name(study, weights, batch_norm):
+    name = f"{study}" if weights == "pretrained" else weights
+    return name + (", recalibrated" if batch_norm == "recalibrated" else "")
 
 
 panels = list(results.groupby(["dataset", "model", "eval"]))
 figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False, layout="constrained")
 for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=True):
-    for (weights, batch_norm), line in rows.groupby(["weights", "batch_norm"]):
-        draw_line(axis, line, weights, batch_norm)
+    studies = list(dict.fromkeys(rows["study"]))
+    for (study, weights, batch_norm), line in rows.groupby(["study", "weights", "batch_norm"], sort=False):
+        color = "gray" if weights == "random" else f"C{studies.index(study)}"
+        draw_line(axis, line, line_name(study, weights, batch_norm), color, batch_norm)
     axis.set_title(f"{evaluation} on {dataset}, {model}", fontsize=10)
     axis.set_ylabel("top-1 (%)")
     axis.grid(alpha=0.3)

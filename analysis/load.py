@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -28,8 +29,10 @@ def load_results(runs: Path) -> pd.DataFrame:
         record = RunRecord.read(file.parent)
         for result in read_results(file.parent):
             weights = result.checkpoint if result.checkpoint in NOT_OURS else "pretrained"
+            study = re.sub(r" s\d+$", "", record.name)  # the run's name without its seed
             rows.append(
-                dataclasses.asdict(result) | {"run": record.name, "folder": str(file.parent), "weights": weights}
+                dataclasses.asdict(result)
+                | {"run": record.name, "study": study, "folder": str(file.parent), "weights": weights}
             )
     if not rows:
         raise FileNotFoundError(

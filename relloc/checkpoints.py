@@ -86,13 +86,18 @@ def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> 
     _write(path, save(tensors, metadata={"relloc": json.dumps(about, sort_keys=True)}))
 
 
+def backbone_file(path: Path) -> Path:
+    """The file with the weights: `path` itself, or the one in the run folder `path`."""
+    return path.resolve() / BACKBONE_FILE if path.is_dir() else path.resolve()
+
+
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and `about` of a backbone: from its file, or from the run folder that holds it.
 
     Raises:
         CheckpointError: nothing there, or no backbone of relloc.
     """
-    file = path / BACKBONE_FILE if path.is_dir() else path
+    file = backbone_file(path)
     if not file.exists():
         raise CheckpointError(
             f"{file} does not exist: give a {BACKBONE_FILE} or the run folder of a finished pretraining"
@@ -120,17 +125,17 @@ def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Load weights into a backbone, all or nothing.
+    """Load weights into a backbone, all or nothing; counters of batches may be missing, as in old files.
 
     Raises:
         CheckpointError: names or shapes do not fit, with what does not.
     """
     wanted = backbone.state_dict()
-    missing = sorted(set(wanted) - set(weights))
+    missing = sorted(name for name in set(wanted) - set(weights) if not name.endswith("num_batches_tracked"))
     unknown = sorted(set(weights) - set(wanted))
     misfits = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
     if missing or unknown or misfits:
         kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits}
         told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
         raise CheckpointError(f"{origin} does not fit this backbone: {told}. Give the model it was trained with")
-    backbone.load_state_dict(dict(weights))
+    backbone.load_state_dict(wanted | dict(weights))

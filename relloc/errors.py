@@ -1,7 +1,7 @@
 """Mistakes that a user can make: each message says what to do, and is shown without a traceback."""
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """A request that can't be met as it is."""
 
 

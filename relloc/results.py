@@ -11,6 +11,13 @@ RESULTS_FILE = "results.jsonl"
 NOT_OURS = ("random", "torchvision")
 
 
+def check_layers(setting: str, layers: Sequence[str]) -> None:
+    """Raises `ValueError` unless `layers` names layers that exist."""
+    wrong = [layer for layer in layers if layer not in LAYERS]
+    if wrong or not layers:
+        raise ValueError(f"{setting} is {list(layers)}: name some of {', '.join(LAYERS)}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """One measured number with everything needed to know what it means.
@@ -19,7 +26,9 @@ class Result:
     interval where one was computed. `n` counts the samples behind the number. `checkpoint` is a
     path, or "random" (initialization only), or "torchvision" (its supervised weights).
     `batch_norm` says which batch-norm statistics the backbone used: "as_trained" or
-    "recalibrated". `protocol` names the published protocol and every deviation from it.
+    "recalibrated". `protocol` names the published protocol and every deviation from it;
+    `fingerprint` hashes all constants, the view and the images, so that a result already there is
+    recognized.
     """
 
     eval: str
@@ -36,6 +45,7 @@ class Result:
     batch_norm: str = "as_trained"
     low: float | None = None
     high: float | None = None
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if self.layer not in LAYERS:
@@ -53,16 +63,22 @@ class Result:
 
 
 def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
-    """Append rows to the run folder's results.jsonl, flushed to disk before returning."""
-    with open(run_dir / RESULTS_FILE, "a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
-        file.flush()
+    """Append rows to the run folder's results.jsonl in one write, on disk before returning.
+
+    A last line that a kill or a full disk left unfinished is cut off first.
+    """
+    path = run_dir / RESULTS_FILE
+    text = "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    with open(path, "ab") as file:
+        finished = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(finished[0] + finished[1]))
+        file.write(text.encode("utf-8"))
+        file.flush()  # writes on until all is there or the disk is full; one system call may write a part in silence
         os.fsync(file.fileno())
 
 
 def read_results(run_dir: Path) -> Sequence[Result]:
-    """Read the run folder's rows, oldest first; none if nothing was written yet.
+    """Read the run folder's rows, oldest first; an unfinished last line is none.
 
     Raises:
         ValueError: a line is not a result of this version, with its line number.
@@ -71,12 +87,12 @@ def read_results(run_dir: Path) -> Sequence[Result]:
     if not path.exists():
         return []
     rows = []
-    with open(path, encoding="utf-8") as file:  # by lines of the file: a path may hold what splitlines() splits at
-        for number, line in enumerate(file, start=1):
-            try:
-                rows.append(Result(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} line {number} is not a result row: {error}") from error
+    finished = path.read_bytes().rpartition(b"\n")[0]
+    for number, line in enumerate(finished.split(b"\n") if finished else [], start=1):
+        try:
+            rows.append(Result(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is not a result row: {error}") from error
     return rows
 
 

@@ -208,10 +208,19 @@ def test_a_checkpoint_of_another_project_is_an_error(tmp_path: Path, content: ob
         load_backbone(path)
 
 
-def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
-    torch.save({"model": {}, "about": {}, "code": os.system}, tmp_path / "evil.pt")
+class RunsCode:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    torch.save({"step": 1, "model": {}, "about": {}, "code": RunsCode(tmp_path / "ran")}, tmp_path / "evil.pt")
     with pytest.raises(CheckpointError, match=r"evil\.pt is damaged or no checkpoint of relloc") as raised:
         load_training(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
     assert "weights_only" not in str(raised.value)  # torch advises to run the code; nobody should read that
 
 

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,44 @@ def test_rows_come_back_as_they_were_written_oldest_first(tmp_path: Path) -> Non
 def test_any_path_stays_in_its_line(tmp_path: Path, odd: str) -> None:
     append_results(tmp_path, [row(checkpoint=f"/runs/{odd}"), ROW])
     assert list(read_results(tmp_path)) == [row(checkpoint=f"/runs/{odd}"), ROW]
+
+
+def test_a_last_line_that_a_kill_left_unfinished_is_no_row_and_makes_room_for_the_next(tmp_path: Path) -> None:
+    append_results(tmp_path, [ROW])
+    with open(tmp_path / RESULTS_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(FIELDS)[:-5])
+    assert list(read_results(tmp_path)) == [ROW]
+    append_results(tmp_path, [row(seed=1), row(seed=2)])
+    assert list(read_results(tmp_path)) == [ROW, row(seed=1), row(seed=2)]
+
+
+FULL_DISK = """
+import dataclasses, resource, sys
+from pathlib import Path
+from relloc.results import Result, append_results
+
+row = Result(eval="linear", dataset="d", split="val", layer="avgpool", metric="top1", value=1.0, n=1, seed=0,
+             protocol="p", checkpoint="random", model="small")
+run_dir = Path(sys.argv[1])
+append_results(run_dir, [row])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    append_results(run_dir, [dataclasses.replace(row, seed=seed) for seed in range(1, 20)])
+except OSError:
+    append_results(run_dir, [dataclasses.replace(row, seed=100)])
+else:
+    sys.exit("rows were lost without a word")
+"""
+
+
+def test_a_disk_that_fills_up_midway_is_an_error_and_whole_rows_stay(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    seeds = [row.seed for row in read_results(tmp_path)]
+    assert seeds[0] == 0
+    assert seeds == sorted(seeds)
 
 
 def test_a_folder_without_results_has_none(tmp_path: Path) -> None:

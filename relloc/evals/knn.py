@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from relloc.errors import UsageError
 from relloc.features.source import Bank, FeatureSource, bank_device, bank_gib, fill_bank
-from relloc.results import Score
+from relloc.results import Score, check_layers
 
 
 def vote(
@@ -59,6 +59,7 @@ class Knn:
     bank_gib: float
 
     def __post_init__(self) -> None:
+        check_layers("eval.knn.layers", self.layers)
         if not self.k or min(self.k) < 1:
             raise ValueError(f"eval.knn.k is {list(self.k)}: give numbers of neighbors of 1 or more")
         if self.temperature <= 0:

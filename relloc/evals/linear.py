@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from relloc.features.source import FeatureSource
-from relloc.results import Score
+from relloc.results import Score, check_layers
 
 _HELD_BACK = 10  # one in ten training images chooses the learning rate
 
@@ -69,6 +69,7 @@ class Linear:
     batch: int
 
     def __post_init__(self) -> None:
+        check_layers("eval.linear.layers", self.layers)
         if not self.learning_rates:
             raise ValueError("eval.linear.learning_rates is empty: give at least one")
 
@@ -142,7 +143,7 @@ class Linear:
         how = f"lr {rate}, {self.epochs} epochs, batch {self.batch}"
         if len(self.learning_rates) > 1:
             how += f", rate chosen among {len(self.learning_rates)} on a held-back tenth of train"
-        return f"3.3 five heads, {how}; deviation: one fixed center view, no augmentation"
+        return f"3.3 one head a stage, {how}; deviation: one fixed center view, no augmentation"
 
 
 @torch.no_grad()

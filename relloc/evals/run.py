@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from relloc.data.image_set import ImageSet, Splits
+from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.loader import Unreadable
 from relloc.errors import UsageError
 from relloc.features.batch_norm import recalibrate
@@ -60,10 +60,12 @@ def evaluate(
     evaluations: Mapping[str, Evaluation],
     terms: Terms,
     *,
-    is_done: Callable[[str, str], bool],
+    is_done: Callable[[str, str, str], bool],
     unreadable: Callable[[dict[str, str]], None],
 ) -> Iterator[list[Result]]:
-    """The rows of each evaluation under each batch norm, as they come; done (eval, batch norm) are left out.
+    """The rows of each evaluation under each batch norm, as they come.
+
+    What `is_done` says of (name, batch norm, fingerprint) is left out.
 
     Raises:
         UsageError: the data has no labels.
@@ -74,7 +76,11 @@ def evaluate(
             "classes): evaluate on labeled data with python -m relloc.evaluate checkpoint=… data=… "
         )
     for batch_norm in terms.batch_norms:
-        wanted = {name: run for name, run in evaluations.items() if not is_done(name, batch_norm)}
+        wanted = {
+            name: run
+            for name, run in evaluations.items()
+            if not is_done(name, batch_norm, fingerprint(run, subject, splits, terms))
+        }
         if wanted:
             yield from _evaluate_one_way(subject, splits, wanted, terms, batch_norm, unreadable)
 
@@ -97,7 +103,8 @@ def _evaluate_one_way(
     kept_train, kept_held_out = _keep(train, held_out, evaluations, terms)
     for name, evaluation in evaluations.items():
         scores = evaluation(kept_train, kept_held_out, device=terms.reading.device, seed=terms.seed)
-        yield [_named(score, name, subject, splits.held_out, terms.seed, batch_norm, how) for score in scores]
+        mark = fingerprint(evaluation, subject, splits, terms)
+        yield [_named(score, name, subject, splits.held_out, terms, batch_norm, how, mark) for score in scores]
         unreadable(train.unreadable.reasons | held_out.unreadable.reasons)
 
 
@@ -126,7 +133,27 @@ def _calibration_batches(images: ImageSet, terms: Terms) -> Iterator[torch.Tenso
             yield reading.to_device(views.pixels)
 
 
-def _named(score: Score, name: str, subject: Subject, images: ImageSet, seed: int, batch_norm: str, how: str) -> Result:
+def fingerprint(evaluation: Evaluation, subject: Subject, splits: Splits, terms: Terms) -> str:
+    """Hash of everything that decides an evaluation's numbers, given the weights."""
+    reading = terms.reading
+    view = (reading.short_px, reading.crop_px, reading.bf16)
+    images = (splits.train.digest(), splits.held_out.digest())
+    decided = (repr(evaluation), subject.model, view, images, terms.calibration_images, reading.batch, terms.seed)
+    return hash_lines([repr(decided)])
+
+
+def _named(
+    score: Score,
+    name: str,
+    subject: Subject,
+    images: ImageSet,
+    terms: Terms,
+    batch_norm: str,
+    how: str,
+    mark: str,
+) -> Result:
+    reading = terms.reading
+    seen = f"view {reading.short_px}/{reading.crop_px} px, {'bfloat16' if reading.bf16 else 'float32'}"
     return Result(
         eval=name,
         dataset=images.name,
@@ -135,9 +162,10 @@ def _named(score: Score, name: str, subject: Subject, images: ImageSet, seed: in
         metric=score.metric,
         value=score.value,
         n=score.n,
-        seed=seed,
-        protocol=f"{score.protocol}; batch norm: {how}",
+        seed=terms.seed,
+        protocol=f"{score.protocol}; {seen}; batch norm: {how}",
         checkpoint=subject.checkpoint,
         model=subject.model,
         batch_norm=batch_norm,
+        fingerprint=mark,
     )

@@ -11,8 +11,8 @@ class PairHead(nn.Module):
     """mmselfsup's neck and head: Linear, batch norm, ReLU, dropout, Linear (protocols.md 2.1, M0).
 
     The input is the concatenation [neighbor, center]. Weights are normal with `neck_std` and
-    `head_std`, biases zero. `embed_dim` puts a linear layer before, applied to each patch alone,
-    as in google 2019; None leaves it out.
+    `head_std`; biases are zero, but for `neck_bias`. `embed_dim` puts a linear layer before, applied
+    to each patch alone, as in google 2019; None leaves it out.
     """
 
     def __init__(
@@ -24,6 +24,7 @@ class PairHead(nn.Module):
         dropout: float,
         neck_std: float,
         head_std: float,
+        neck_bias: float = 0.0,
         embed_dim: int | None = None,
     ) -> None:
         super().__init__()
@@ -40,6 +41,7 @@ class PairHead(nn.Module):
         for layer, std in ((joint, neck_std), (self.answer, head_std)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
+        nn.init.constant_(joint.bias, neck_bias)
 
     def forward(self, neighbors: Float[Tensor, "b 8 d"], centers: Float[Tensor, "b d"]) -> Float[Tensor, "b 8 8"]:
         """Logits over the eight labels for each (neighbor, center) pair."""

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from relloc.errors import UsageError
 from relloc.geometry import CENTER, NEIGHBORS
 from relloc.models.backbone import Backbone
 
@@ -24,7 +25,7 @@ class RelativeLocation(nn.Module):
     def __init__(self, backbone: Backbone, head: nn.Module, *, batch_norm: Literal["separate", "joint"]) -> None:
         super().__init__()
         if batch_norm not in ("separate", "joint"):
-            raise ValueError(f"pretext.batch_norm is {batch_norm!r}, not 'separate' or 'joint'")
+            raise UsageError(f"pretext_batch_norm={batch_norm} is not separate or joint")
         self.backbone = backbone
         self.head = head
         self.batch_norm = batch_norm

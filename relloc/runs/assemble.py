@@ -23,7 +23,7 @@ from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
 _NEUTRAL = (
-    *("device", "precision", "workers", "bank_gib", "runs", "tracking", "save_every_s", "report_every_steps"),
+    *("device", "workers", "bank_gib", "runs", "tracking", "save_every_s", "report_every_steps"),
     *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
     *("data.root", "data.source.root", "data.source.download", "data.unreadable_share"),
 )
@@ -79,24 +79,28 @@ def bf16(config: DictConfig, on: torch.device) -> bool:
 def workers(config: DictConfig, on: torch.device) -> int:
     """Loader processes: as asked; else this process's share of the cores, or a quarter where the CPU trains."""
     if config.workers != "auto":
-        return _whole("workers", config.workers)
+        return whole("workers", config.workers)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, cores) if on.type == "cuda" else cores // 4
 
 
-def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise UsageError(f"{name}={value} is not a whole number of 0 or more")
+def whole(name: str, value: Any, *, at_least: int = 0) -> int:
+    """The value of a setting that is a whole number. Raises `UsageError` where it is not."""
+    if not isinstance(value, int) or value < at_least:
+        raise UsageError(f"{name}={value} is not a whole number of {at_least} or more")
     return value
 
 
 def splits(config: DictConfig) -> Splits:
-    """The images, with a line that says what was found."""
+    """The images, with a line that says what was found. Rank 0 is first, so that one process downloads."""
+    if ranks.rank() > 0:
+        ranks.from_first("")
+        return call(config.data.source)
     found = call(config.data.source)
-    if ranks.rank() == 0:
-        labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
-        counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
-        console.say(f"data    {found.train.name}: {counts}, {labels}")
+    ranks.from_first("")
+    labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
+    counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
+    console.say(f"data    {found.train.name}: {counts}, {labels}")
     return found
 
 
@@ -143,7 +147,7 @@ def terms(config: DictConfig, on: torch.device) -> Terms:
         batch_norms=ways,
         calibration_images=config.calibration_images,
         bank_gib=config.bank_gib,
-        seed=_whole("seed", config.seed),
+        seed=whole("seed", config.seed),
     )
 
 

@@ -1,5 +1,6 @@
 """Evaluating backbones: ours from a checkpoint, random ones, torchvision's supervised ones."""
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,14 @@ def evaluate_subjects(
     """Write the rows of every evaluation of every subject as they come; those already there are kept."""
     for subject in subjects:
         subject.backbone.eval()
-        there = {
-            (row.eval, row.batch_norm) for row in read_results(folder.path) if row.checkpoint == subject.checkpoint
-        }
+        of_subject = [row for row in read_results(folder.path) if row.checkpoint == subject.checkpoint]
+        there = {(row.eval, row.batch_norm, row.fingerprint) for row in of_subject}
         rows_of_each = evaluate(
             subject,
             data,
             evaluations,
             terms,
-            is_done=lambda name, batch_norm, there=there: (name, batch_norm) in there,
+            is_done=lambda *which, there=there: which in there,
             unreadable=folder.note_unreadable,
         )
         for rows in rows_of_each:
@@ -66,11 +66,12 @@ def _subject(config: DictConfig, device: torch.device) -> Subject:
         if config.checkpoint == "torchvision":
             checkpoints.fill(backbone, supervised_weights(config.model.name), "torchvision's checkpoint")
         return Subject(backbone=backbone.to(device), checkpoint=config.checkpoint, model=config.model.name)
-    weights, about = checkpoints.load_backbone(Path(config.checkpoint))
+    file = checkpoints.backbone_file(Path(config.checkpoint))
+    weights, about = checkpoints.load_backbone(file)
     model = about["model"] if config.get("model") is None else assemble.plain(config.model)
     backbone = assemble.backbone(model)
     checkpoints.fill(backbone, weights, f"{config.checkpoint} (a {about['model']['name']})")
-    return Subject(backbone=backbone.to(device), checkpoint=str(Path(config.checkpoint).resolve()), model=model["name"])
+    return Subject(backbone=backbone.to(device), checkpoint=str(file), model=model["name"])
 
 
 def supervised_weights(model: str) -> dict[str, Tensor]:
@@ -89,6 +90,6 @@ def supervised_weights(model: str) -> dict[str, Tensor]:
     weights: Any = getattr(torchvision.models, _SUPERVISED[model]).IMAGENET1K_V1
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-    except (URLError, OSError, RuntimeError) as error:
+    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"torchvision's weights could not be fetched from {weights.url}: {error}") from error
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

@@ -40,8 +40,6 @@ class RunFolder:
         """The run is finished: say what came out, and where it is."""
         self.status = "FINISHED"
         rows = read_results(self.path)
-        if self._unreadable:
-            self._tell_unreadable()
         for row in rows:
             if row.eval == "pretext":
                 console.say(console.pretext_line(row))
@@ -50,9 +48,15 @@ class RunFolder:
         if rows:
             self.keep(RESULTS_FILE)
 
-    def _tell_unreadable(self) -> None:
+    def tell_unreadable(self) -> None:
+        """Name the images that could not be used, together with those of earlier parts of the run."""
+        if not self._unreadable:
+            return
         lines = [f"{name}: {reason}" for name, reason in sorted(self._unreadable.items())]
-        (self.path / UNREADABLE_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+        known = self.path / UNREADABLE_FILE
+        if known.exists():
+            lines = sorted({*lines, *known.read_text(encoding="utf-8", errors="surrogateescape").splitlines()})
+        known.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
         self.keep(UNREADABLE_FILE)
         console.say(
             f"{len(lines)} images could not be used, such as {lines[0]}; all are named in {self.path / UNREADABLE_FILE}"
@@ -78,6 +82,7 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         console.say("interrupted; what was saved and evaluated before stays")
         raise
     finally:
+        folder.tell_unreadable()
         write_status(path, folder.status)
         if mirror:
             _say_where(folder, mirror.close(folder.status))

@@ -118,7 +118,7 @@ def _explain_call(error: InstantiationException) -> str | None:
 def _explain_key(wrong: str, config_name: str) -> str:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        known = list(_keys(OmegaConf.to_container(hydra.compose(config_name), resolve=False)))
+        known = list(_keys(OmegaConf.to_container(hydra.compose(config_name, _chosen_groups()), resolve=False)))
     parent = wrong.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.8) or difflib.get_close_matches(wrong, known, n=1)
@@ -128,6 +128,12 @@ def _explain_key(wrong: str, config_name: str) -> str:
         names = ", ".join(name.rpartition(".")[2] for name in siblings)
         return f"there is no setting {wrong}: {parent} has {names}"
     return f"there is no setting {wrong}. See --help for the settings there are"
+
+
+def _chosen_groups() -> list[str]:
+    """The command line's group=member words, which decide what settings there are."""
+    words = [word for word in sys.argv[1:] if (conf_dir() / word.partition("=")[0]).is_dir()]
+    return [word for word in words if "=" in word and "," not in word]
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

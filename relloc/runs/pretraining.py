@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from relloc import checkpoints, ranks
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.order import StepPlan, StepSampler, key
-from relloc.errors import UsageError
+from relloc.errors import DataError, UsageError
 from relloc.evals.run import Subject
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, count_hits
@@ -55,7 +55,10 @@ def pretrain(config: DictConfig) -> None:
 
 def _make_what_needs_no_data(config: DictConfig, device: torch.device) -> None:
     """A wrong setting is told now, not after a data set was listed or 70 epochs were trained."""
+    for name in ("data.images_per_step", "data.images_per_forward", "report_every_steps", "view.batch"):
+        assemble.whole(name, OmegaConf.select(config, name), at_least=1)
     assemble.patches(config)
+    assemble.pretext_model(config)
     assemble.call(config.schedule)
     assemble.evaluations(config)
     assemble.terms(config, device)
@@ -130,8 +133,10 @@ def _train(
 def _pixels(loaded: Iterable[Batch], unreadable: Unreadable) -> Iterator[torch.Tensor]:
     for crops in loaded:
         unreadable.add(crops.unreadable)
-        if len(crops.pixels):
-            yield crops.pixels
+        if not len(crops.pixels):
+            first, reason = next(iter(crops.unreadable.items()))
+            raise DataError(f"no image of a whole batch can be used; the first is {first}: {reason}")
+        yield crops.pixels
 
 
 def _noting(loaded: Iterable[Batch], indices: list[int]) -> Iterator[Batch]:
@@ -273,7 +278,7 @@ def _held_out(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -
     hits = count_hits(task.model, pixels, task.patches, seed=config.seed, device=task.device, bf16=task.bf16)
     folder.note_unreadable(unreadable.reasons)
     sources = [data.held_out.source(index) for index in asked]
-    found = accuracy(hits, sources, seed=config.seed)
+    found = accuracy(hits, sources)
     return Result(
         eval="pretext",
         dataset=data.held_out.name,
@@ -286,7 +291,7 @@ def _held_out(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -
         n=found.n_pairs,
         seed=config.seed,
         protocol="1.1 center crop, eight pairs with the center, jitter and colors as in training; "
-        "interval: bootstrap over sources",
+        "interval: t over sources",
         checkpoint=str(folder.path / checkpoints.BACKBONE_FILE),
         model=config.model.name,
     )

@@ -107,6 +107,11 @@ def test_rates_over_the_run(card):
     assert rates == pytest.approx({0: 0.02, 2.5: 0.11, 5: 0.2, 29.99: 0.2, 30: 0.02, 50: 0.002, 69.9: 0.002})
 
 
+def test_the_bank_of_imagenet_fits_where_knn_needs_it(card):
+    assert list(card.eval.knn.layers) == ["avgpool"]
+    assert 1_281_167 * 2048 * 4 / 2**30 < card.eval.knn.bank_gib
+
+
 @pytest.mark.parametrize(("world", "accumulation"), [(8, 1), (1, 8)])
 def test_one_epoch_has_2502_steps_on_eight_gpus_and_on_one(card, world, accumulation):
     plan = StepPlan(

@@ -13,7 +13,7 @@ from relloc.data.image_set import Splits
 from relloc.errors import UsageError
 from relloc.evals.knn import Knn
 from relloc.evals.linear import Linear
-from relloc.evals.run import Evaluation, Subject, Terms, evaluate
+from relloc.evals.run import Evaluation, Subject, Terms, evaluate, fingerprint
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import LiveFeatures, Reading, fill_bank
 from relloc.models.small import SmallBackbone
@@ -82,7 +82,7 @@ def rows_of(
     splits: Splits,
     terms: Terms,
     evaluations: Mapping[str, Evaluation] = EVALUATIONS,
-    is_done: Callable[[str, str], bool] = lambda _name, _batch_norm: False,
+    is_done: Callable[[str, str, str], bool] = lambda *_which: False,
     unreadable: Callable[[dict[str, str]], None] = lambda _reasons: None,
 ) -> list[Result]:
     found = evaluate(subject, splits, evaluations, terms, is_done=is_done, unreadable=unreadable)
@@ -104,8 +104,8 @@ def test_rows_carry_all_names(subject: Subject, splits: Splits) -> None:
     for row in rows:
         assert (row.dataset, row.split, row.n, row.seed) == ("colors", "val", 18, 3)
         assert (row.checkpoint, row.model) == ("/runs/one/backbone.safetensors", "small")
-        assert row.protocol.startswith("3.3 five heads" if row.eval == "linear" else "3.7 weighted kNN")
-        assert row.protocol.endswith("; batch norm: statistics as trained")
+        assert row.protocol.startswith("3.3 one head a stage" if row.eval == "linear" else "3.7 weighted kNN")
+        assert row.protocol.endswith("; view 96/96 px, float32; batch norm: statistics as trained")
     assert 100 / 3 < max(row.value for row in rows) <= 100
 
 
@@ -160,12 +160,30 @@ def test_what_is_done_is_left_out_and_nothing_is_read_for_it(subject: Subject, s
 
     both = terms(batch_norms=["as_trained", "recalibrated"], progress=progress)
     done = {("linear", "as_trained"), ("knn", "as_trained"), ("knn", "recalibrated")}
-    rows = rows_of(subject, splits, both, is_done=lambda *asked: asked in done)
+    rows = rows_of(subject, splits, both, is_done=lambda name, batch_norm, _mark: (name, batch_norm) in done)
     assert names(rows) == [(("linear"), layer, "top1", "recalibrated") for layer in LAYERS]
     assert len(read) == 2  # training and held-out images, once each
     read.clear()
     assert rows_of(subject, splits, both, is_done=lambda *_asked: True) == []
     assert read == []
+
+
+def test_rows_there_already_are_recognized_and_those_of_other_terms_are_not(subject: Subject, splits: Splits) -> None:
+    there = rows_of(subject, splits, terms())
+    marks = {(row.eval, row.batch_norm, row.fingerprint) for row in there}
+    assert len(marks) == 2
+
+    def again(splits: Splits, terms: Terms, evaluations: Mapping[str, Evaluation] = EVALUATIONS) -> set[str]:
+        found = rows_of(subject, splits, terms, evaluations, is_done=lambda *which: which in marks)
+        return {row.eval for row in found}
+
+    fewer = Splits(train=dataclasses.replace(splits.train, paths=splits.train.paths[:-1]), held_out=splits.held_out)
+    longer = {**EVALUATIONS, "linear": dataclasses.replace(EVALUATIONS["linear"], epochs=6)}
+    assert again(splits, terms()) == set()
+    assert again(splits, terms(bank_gib=2.0)) == set()  # a matter of memory alone
+    assert again(splits, terms(seed=4)) == {"linear", "knn"}
+    assert again(fewer, terms()) == {"linear", "knn"}
+    assert again(splits, terms(), longer) == {"linear"}
 
 
 def test_features_of_all_evaluations_are_computed_once(subject: Subject, splits: Splits) -> None:
@@ -244,3 +262,20 @@ def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(su
     features, _ = next(LiveFeatures(twin, splits.train, reading).batches(torch.arange(30), 30, LAYERS))
     for layer in LAYERS:
         torch.testing.assert_close(seen[layer], features[layer], rtol=1e-3, atol=1e-4)
+
+
+def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothing_else(
+    subject: Subject, splits: Splits
+) -> None:
+    evaluation, other = EVALUATIONS.values()
+    usual = fingerprint(evaluation, subject, splits, terms())
+    assert usual == fingerprint(evaluation, subject, splits, terms(bank_gib=0))
+    swapped = Splits(train=splits.held_out, held_out=splits.train)
+    different = [
+        fingerprint(other, subject, splits, terms()),
+        fingerprint(evaluation, dataclasses.replace(subject, model="resnet18"), splits, terms()),
+        fingerprint(evaluation, subject, swapped, terms()),
+        fingerprint(evaluation, subject, splits, terms(seed=77)),
+        fingerprint(evaluation, subject, splits, terms(calibration_images=2)),
+    ]
+    assert len({usual, *different}) == 6

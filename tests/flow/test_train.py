@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -180,12 +179,16 @@ def test_help_lists_groups_and_members_without_loading_torch_or_mlflow(relloc, e
         assert not loaded & {"torch", "torchvision", "mlflow", "matplotlib"}
 
 
-@pytest.mark.skipif(os.name != "posix", reason="torch.cuda is asked on the same machine")
-def test_messages_before_anything_is_made(relloc, tmp_path):
+def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path):
     (tmp_path / "empty").mkdir()
     cases = [
         (["grid.gap_pxx=3"], "there is no setting grid.gap_pxx. Did you mean grid.gap_px?"),
         (["mdoel=resnet50"], "there is no setting mdoel. Did you mean model?"),
+        (["data=in1k", "data.rot=/x"], "there is no setting data.rot. Did you mean data.root?"),
+        (["pretext_batch_norm=sync"], "pretext_batch_norm=sync is not separate or joint"),
+        (["report_every_steps=0"], "report_every_steps=0 is not a whole number of 1 or more"),
+        (["data.images_per_step=many"], "data.images_per_step=many is not a whole number"),
+        (["eval.knn.layers=[stage4]"], "eval.knn.layers is ['stage4']"),
         (["optimizer.learning_rate=1"], "optimizer has lr, lr_images_per_step"),
         (["grid=mmselfsupp"], "there is no grid=mmselfsupp. Did you mean mmselfsup?"),
         (["grid.gap_px=300"], "grid needs 813 px"),
@@ -209,3 +212,5 @@ def test_messages_before_anything_is_made(relloc, tmp_path):
         assert done.code == 2, (arguments, done.text)
         assert message in done.text
         assert "Traceback" not in done.text
+        assert "pretrain " not in done.text
+    assert not list((tmp_path / "runs").glob("*/checkpoints"))
