@@ -135,7 +135,7 @@ def terms(config: DictConfig, on: torch.device) -> Terms:
     reading = Reading(
         short_px=config.view.short_px,
         crop_px=config.view.crop_px,
-        batch=config.view.batch,
+        batch=whole("view.batch", config.view.batch, at_least=1),
         workers=workers(config, on),
         device=on,
         bf16=bf16(config, on),

@@ -26,14 +26,15 @@ def evaluate_checkpoint(config: DictConfig) -> None:
     """Run the evaluations that `eval` names on the backbone that `checkpoint` names."""
     device = assemble.device(config)
     subject = _subject(config, device)
-    data = assemble.splits(config)
     evaluations = assemble.evaluations(config)
     if not evaluations:
         raise UsageError("eval=[] leaves nothing to do: name evaluations, such as eval=[linear,knn]")
+    terms = assemble.terms(config, device)
+    data = assemble.splits(config)
     name = f"{subject.model} {Path(subject.checkpoint).parent.name or subject.checkpoint} on {config.data.name}"
     run_dir = assemble.run_dir()
     with open_folder(config, assemble.record(config, name, data, device, run_dir), run_dir) as folder:
-        evaluate_subjects([subject], data, evaluations, assemble.terms(config, device), folder)
+        evaluate_subjects([subject], data, evaluations, terms, folder)
         folder.summarize()
 
 

@@ -55,7 +55,7 @@ def pretrain(config: DictConfig) -> None:
 
 def _make_what_needs_no_data(config: DictConfig, device: torch.device) -> None:
     """A wrong setting is told now, not after a data set was listed or 70 epochs were trained."""
-    for name in ("data.images_per_step", "data.images_per_forward", "report_every_steps", "view.batch"):
+    for name in ("data.images_per_step", "data.images_per_forward", "report_every_steps"):
         assemble.whole(name, OmegaConf.select(config, name), at_least=1)
     assemble.patches(config)
     assemble.pretext_model(config)

@@ -109,7 +109,7 @@ def test_rates_over_the_run(card):
 
 def test_the_bank_of_imagenet_fits_where_knn_needs_it(card):
     assert list(card.eval.knn.layers) == ["avgpool"]
-    assert 1_281_167 * 2048 * 4 / 2**30 < card.eval.knn.bank_gib
+    assert card.eval.knn.bank_gib > 1_281_167 * 2048 * 4 / 2**30
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(8, 1), (1, 8)])
