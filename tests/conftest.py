@@ -5,9 +5,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("relloc", "checked.check")
+torch.set_num_threads(1)  # networks this small spend their time waiting for a second one
 
 
 @pytest.fixture(scope="session")

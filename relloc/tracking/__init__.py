@@ -3,7 +3,7 @@
 from relloc.tracking.artifacts import add_artifact, list_artifacts_to_send
 from relloc.tracking.journal import Journal, read_journal
 from relloc.tracking.mirror import Mirror
-from relloc.tracking.mlflow import Note, Sent, finish, read_note, sync
+from relloc.tracking.mlflow import Note, Sent, read_note, sync
 from relloc.tracking.record import (
     DatasetRecord,
     RunRecord,
@@ -25,7 +25,6 @@ __all__ = [
     "absolute_uri",
     "add_artifact",
     "environment_tags",
-    "finish",
     "flatten",
     "list_artifacts_to_send",
     "open_store",

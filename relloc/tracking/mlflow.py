@@ -26,7 +26,6 @@ from relloc.tracking.record import (
     now_ms,
     read_status,
     write_json,
-    write_status,
 )
 from relloc.tracking.store import (
     StoreError,
@@ -115,12 +114,6 @@ def sync(run_dir: Path, uri: str) -> Sent:
         experiment_id=note.experiment_id,
         run_id=note.run_id,
     )
-
-
-def finish(run_dir: Path, uri: str, status: str) -> Sent:
-    """Note how the run ended ("FINISHED", "FAILED" or "KILLED") and sync; raises as `sync` does."""
-    write_status(run_dir, status)
-    return sync(run_dir, uri)
 
 
 def read_note(run_dir: Path) -> Note | None:

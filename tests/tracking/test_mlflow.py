@@ -20,11 +20,11 @@ from relloc.tracking import (
     RunRecord,
     StoreError,
     add_artifact,
-    finish,
     mlflow,
     open_store,
     read_note,
     sync,
+    write_status,
 )
 from relloc.tracking.store import locked
 
@@ -204,7 +204,7 @@ def test_rows_measured_anew_replace_the_old_values(uri: str, new_run: NewRun) ->
 
 def test_a_broken_result_row_is_told_and_holds_back_nothing_before_it(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
-    (run_dir / "results.jsonl").write_text('{"eval": "lin')
+    (run_dir / "results.jsonl").write_text('{"eval": "lin\n')
     with pytest.raises(ValueError, match=r"results\.jsonl line 1"):
         sync(run_dir, uri)
     assert points(run_dir, uri) == JOURNAL_POINTS
@@ -255,7 +255,8 @@ def test_status_follows_and_a_resumed_run_runs_again(
     run_dir = new_run()
     sync(run_dir, uri)
     assert mlflow_run(run_dir, uri).info.status == "RUNNING"
-    finish(run_dir, uri, "FAILED")
+    write_status(run_dir, "FAILED")
+    sync(run_dir, uri)
     ended = mlflow_run(run_dir, uri).info
     assert ended.status == "FAILED"
     assert ended.end_time >= ended.start_time
@@ -263,9 +264,11 @@ def test_status_follows_and_a_resumed_run_runs_again(
         patch.delattr("mlflow.MlflowClient.set_terminated")
         sync(run_dir, uri)
     assert mlflow_run(run_dir, uri).info.status == "FAILED", "a later sync does not bring it back to life"
-    finish(run_dir, uri, "RUNNING")
+    write_status(run_dir, "RUNNING")
+    sync(run_dir, uri)
     assert mlflow_run(run_dir, uri).info.status == "RUNNING"
-    finish(run_dir, uri, "FINISHED")
+    write_status(run_dir, "FINISHED")
+    sync(run_dir, uri)
     assert mlflow_run(run_dir, uri).info.status == "FINISHED"
 
 
@@ -283,7 +286,8 @@ def test_a_changed_description_is_sent_and_changed_params_are_told(uri: str, new
 
 def test_another_store_gets_the_whole_run(uri: str, new_run: NewRun, empty_database: Path, tmp_path: Path) -> None:
     run_dir = new_run()
-    first = finish(run_dir, uri, "FINISHED")
+    write_status(run_dir, "FINISHED")
+    first = sync(run_dir, uri)
     other = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'other.db')}"
     moved = sync(run_dir, other)
     assert moved.points == 6
