@@ -62,3 +62,4 @@ for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=Tr
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 figure.savefig(runs_folder() / "accuracy_by_layer.png", dpi=120)
+print("saved", runs_folder() / "accuracy_by_layer.png")

@@ -9,6 +9,7 @@ import pandas as pd
 
 from relloc.results import NOT_OURS, RESULTS_FILE, read_results
 from relloc.tracking import RunRecord
+from relloc.tracking.record import RUN_FILE
 
 
 def runs_folder() -> Path:
@@ -26,6 +27,8 @@ def load_results(runs: Path) -> pd.DataFrame:
     """
     rows = []
     for file in sorted(runs.rglob(RESULTS_FILE)):
+        if not (file.parent / RUN_FILE).exists():
+            continue  # a tracker's copy
         record = RunRecord.read(file.parent)
         for result in read_results(file.parent):
             weights = result.checkpoint if result.checkpoint in NOT_OURS else "pretrained"

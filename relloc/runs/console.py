@@ -70,7 +70,7 @@ def results_table(rows: Sequence[Result]) -> Table:
     Of the numbers of neighbors only the one closest to 20 is shown; results.jsonl has all.
     """
     columns = _columns([row for row in rows if row.eval != "pretext" and _is_shown(row, rows)])
-    table = Table(title="top-1 in percent, on images never trained on")
+    table = Table(title="top-1 in percent, on images never trained on; batch norm as trained where not said")
     table.add_column("layer", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")

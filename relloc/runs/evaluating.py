@@ -16,7 +16,7 @@ from relloc.data.image_set import Splits
 from relloc.errors import CheckpointError, UsageError
 from relloc.evals.run import Evaluation, Subject, Terms, evaluate
 from relloc.results import append_results, read_results
-from relloc.runs import assemble
+from relloc.runs import assemble, console
 from relloc.runs.folder import RunFolder, open_folder
 
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
@@ -44,6 +44,7 @@ def evaluate_subjects(
     """Write the rows of every evaluation of every subject as they come; those already there are kept."""
     for subject in subjects:
         subject.backbone.eval()
+        console.say(f"eval    {', '.join(evaluations)} of {subject.checkpoint}")
         of_subject = [row for row in read_results(folder.path) if row.checkpoint == subject.checkpoint]
         there = {(row.eval, row.batch_norm, row.fingerprint) for row in of_subject}
         rows_of_each = evaluate(

@@ -13,6 +13,7 @@ from relloc.tracking import Mirror, RunRecord, add_artifact, read_note, ui_comma
 
 CONFIG_FILE = "config.yaml"
 UNREADABLE_FILE = "unreadable.txt"
+_WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
 
 class RunFolder:
@@ -86,7 +87,7 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         write_status(path, folder.status)
         if mirror:
             _say_where(folder, mirror.close(folder.status))
-        console.say(f"run     {path}: {folder.status.lower()}")
+        console.say(f"run     {path}: {_WORDS[folder.status]}")
         if folder.status != "FINISHED" and checkpoints.saved_trainings(path):
             console.say(f"        the same command with hydra.run.dir={path} goes on from there")
 

@@ -95,11 +95,12 @@ def _explain(error: Exception, config_name: str) -> str | None:
     """One message for a user's mistake; None for an error inside a call that is none."""
     if isinstance(error, InstantiationException):
         return _explain_call(error)
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, member = error.missing_cfg_file.rpartition("/")
-        near = difflib.get_close_matches(member, error.options, n=1)
+        members = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        near = difflib.get_close_matches(member, members, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        return f"there is no {group}={member}. {hint}There are {', '.join(error.options)}"
+        return f"there is no {group}={member}. {hint}There are {', '.join(members)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set: give {error.full_key}=VALUE (see --help)"
     unknown = re.match(r"Could not override '(.+?)'", str(error))

@@ -40,13 +40,15 @@ def pretrain(config: DictConfig) -> None:
         data = assemble.splits(config)
         task, plan = _task(config, data, device)
         run_dir = assemble.run_dir()
+        identity = assemble.computed(config) | {"training images": data.train.digest()}
+        first_step = _resume(identity, task, run_dir)  # before anything is written there
         if ranks.rank() > 0:
-            _train(config, data, task, plan, run_dir, None)
+            _train(config, data, task, plan, run_dir, identity, first_step, None)
             return
         record = assemble.record(config, assemble.short_name(config), data, device, run_dir)
         with open_folder(config, record, run_dir) as folder:
             _draw(config, data, task, folder)
-            _train(config, data, task, plan, run_dir, folder)
+            _train(config, data, task, plan, run_dir, identity, first_step, folder)
             ranks.leave()
             _finish(config, data, task, folder)
     finally:
@@ -95,14 +97,20 @@ def _draw(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> No
     images = collate([crops[index, key(config.seed, index)] for index in chosen[:_PICTURED]]).pixels
     draw_patches(images, pipeline, folder.path / PICTURE, seed=config.seed)
     folder.keep(PICTURE)
+    console.say(f"picture {folder.path / PICTURE}")
 
 
 def _train(
-    config: DictConfig, data: Splits, task: Task, plan: StepPlan, run_dir: Path, folder: RunFolder | None
+    config: DictConfig,
+    data: Splits,
+    task: Task,
+    plan: StepPlan,
+    run_dir: Path,
+    identity: dict[str, Any],
+    first_step: int,
+    folder: RunFolder | None,
 ) -> None:
-    """Train from the newest checkpoint in the run folder, or from the start; only rank 0 has a folder."""
-    identity = assemble.computed(config) | {"training images": data.train.digest()}
-    first_step = _resume(identity, task, run_dir)
+    """Train from `first_step` to the end, or until asked to stop; only rank 0 has a folder."""
     if first_step >= task.steps:
         return
     grid = assemble.patches(config).grid
@@ -146,6 +154,7 @@ def _noting(loaded: Iterable[Batch], indices: list[int]) -> Iterator[Batch]:
 
 
 def _resume(identity: dict[str, Any], task: Task, run_dir: Path) -> int:
+    """Put the newest checkpoint of the run folder into `task`; its step, 0 if there is none."""
     saved = checkpoints.saved_trainings(run_dir)
     if not saved:
         return 0

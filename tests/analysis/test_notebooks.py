@@ -30,6 +30,9 @@ def runs(tmp_path, monkeypatch) -> Path:
             for stage in range(1, 6)
         ],
     )
+    copies = tmp_path / "mlartifacts" / "relloc"  # MLflow keeps copies of results beside the runs
+    copies.mkdir(parents=True)
+    (copies / "results.jsonl").write_bytes((run_dir / "results.jsonl").read_bytes())
     monkeypatch.setenv("RELLOC_RUNS", str(tmp_path))
     return tmp_path
 

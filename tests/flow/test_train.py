@@ -104,6 +104,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, e
     other = relloc("train", *line, f"hydra.run.dir={stopped}", "grid.gap_px=5")
     assert other.code == 2
     assert "grid.gap_px was 4, now 5" in other.text
+    assert json.loads((stopped / "status.json").read_text())["status"] == "FINISHED"  # the refusal changed nothing
+    assert json.loads((stopped / "run.json").read_text())["params"]["grid.gap_px"] == 4
 
 
 def test_a_dead_server_costs_nothing_and_sync_sends_the_rest(relloc, tmp_path):
@@ -191,6 +193,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["eval.knn.layers=[stage4]"], "eval.knn.layers is ['stage4']"),
         (["optimizer.learning_rate=1"], "optimizer has lr, lr_images_per_step"),
         (["grid=mmselfsupp"], "there is no grid=mmselfsupp. Did you mean mmselfsup?"),
+        (["eval=[svm]"], "there is no eval=svm. There are knn, linear"),
         (["grid.gap_px=300"], "grid needs 813 px"),
         (["grid.gap_px=-1"], "grid.gap_px is -1"),
         (["data=in1k"], "set the environment variable RELLOC_DATA"),
