@@ -58,4 +58,4 @@ class Crops(Dataset[Sample]):
         if not self.centered:
             corner = (chance.randint(0, height - side), chance.randint(0, width - side))
         cropped = crop_resized(image, (height, width), corner, side)
-        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)

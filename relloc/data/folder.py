@@ -9,13 +9,12 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from relloc.data.image_set import Splits, hash_lines
+from relloc.data.image_set import Splits, hash_lines, warn_of_other_counts
 from relloc.data.images import SUFFIXES, read_rgb
 from relloc.errors import DataError
 
@@ -110,12 +109,7 @@ def class_folders(
         odd = sorted(set(classes) ^ set(other))
         raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {odd[0]}")
     splits = Splits(train=_labeled(name, base / train, classes), held_out=_labeled(name, base / val, classes))
-    for images in (splits.train, splits.held_out):
-        published = (published_images or {}).get(images.split, len(images))
-        if len(images) != published:
-            warnings.warn(
-                f"{name} {images.split} has {len(images)} images, the published set {published}", stacklevel=2
-            )
+    warn_of_other_counts(splits, published_images)
     return splits
 
 

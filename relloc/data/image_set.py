@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from PIL import Image
@@ -61,3 +62,13 @@ def hash_lines(lines: Iterable[str]) -> str:
     for line in lines:
         hasher.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return hasher.hexdigest()[:16]
+
+
+def warn_of_other_counts(splits: Splits, published_images: Mapping[str, int] | None) -> None:
+    """Warn where a split has not as many images as the published one of its name: its results are others."""
+    for images in (splits.train, splits.held_out):
+        published = (published_images or {}).get(images.split, len(images))
+        if len(images) != published:
+            warnings.warn(
+                f"{images.name} {images.split} has {len(images)} images, the published set {published}", stacklevel=3
+            )

@@ -1,5 +1,7 @@
 """Reading one image as RGB, whatever a photographer's disk holds; scaling and cropping it at once."""
 
+import dataclasses
+import io
 import os
 import struct
 import warnings
@@ -32,19 +34,54 @@ def read_rgb(path: Path) -> Image.Image:
         UnreadableImage: missing, empty, truncated, zero-sized, or no image at all.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata and unused transparency; the pixels are what counts.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(_upright(image))
+        return _decoded(path)[0]
     except _BROKEN as error:
         raise UnreadableImage(_reason(path, error)) from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """A file and its image as `read_rgb` gives it.
+
+    `is_plain_jpeg` says that it is an upright RGB or gray JPEG: its pixels are what a JPEG decoder
+    gives, with nothing to turn or convert.
+    """
+
+    content: bytes
+    rgb: Image.Image
+    is_plain_jpeg: bool
+
+
+def read_file(path: Path) -> ImageFile:
+    """A file's bytes together with its image, read once.
+
+    Raises:
+        UnreadableImage: as `read_rgb`.
+    """
+    try:
+        content = path.read_bytes()
+        rgb, is_plain_jpeg = _decoded(io.BytesIO(content))
+    except _BROKEN as error:
+        raise UnreadableImage(_reason(path, error)) from error
+    return ImageFile(content=content, rgb=rgb, is_plain_jpeg=is_plain_jpeg)
+
+
+def _decoded(source: Path | io.BytesIO) -> tuple[Image.Image, bool]:
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata and unused transparency; the pixels are what counts.
+        warnings.simplefilter("ignore")
+        with Image.open(source) as image:
+            image.load()
+            upright = _upright(image)
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and upright is image
+            return _to_rgb(upright), plain
 
 
 def _reason(path: Path, error: Exception) -> str:
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "is an empty file"
+    if isinstance(error, UnidentifiedImageError):  # Pillow's message holds the address of an object
+        return "UnidentifiedImageError: cannot identify image file"
     return f"{type(error).__name__}: {error}".replace(str(path), "it")
 
 
@@ -70,10 +107,13 @@ def crop_resized(image: Image.Image, size: tuple[int, int], corner: tuple[int, i
     """The `side_px` square at `corner` (row, column) of the image resized to `size` (height, width).
 
     Bilinear with antialiasing, as torchvision does on Pillow images. Only the square is computed,
-    so an image as long as a scroll costs no more than another.
+    so an image as long as a scroll costs no more than another. Where the image has that size
+    already, the square is cut out of it, which gives the same pixels.
     """
-    scale_row, scale_column = image.height / size[0], image.width / size[1]
     top, left = corner
+    if size == (image.height, image.width):
+        return image.crop((left, top, left + side_px, top + side_px))
+    scale_row, scale_column = image.height / size[0], image.width / size[1]
     box = (
         left * scale_column,
         top * scale_row,

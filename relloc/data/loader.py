@@ -2,15 +2,15 @@
 
 import dataclasses
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from relloc.errors import DataError
+from relloc.errors import DataError, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,29 +36,59 @@ class Batch:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """One batch of samples of one size."""
+    """One batch of samples of one size, pixel after pixel in memory as decoders leave them (channels last)."""
     good = [(sample.pixels, sample.index) for sample in samples if sample.pixels is not None]
-    pixels = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     unreadable = {name: reason for sample in samples for name, reason in sample.unreadable.items()}
-    return Batch(pixels=pixels, indices=torch.tensor([index for _, index in good]).long(), unreadable=unreadable)
+    indices = torch.tensor([index for _, index in good]).long()
+    return Batch(pixels=_stack([pixels for pixels, _ in good]), indices=indices, unreadable=unreadable)
 
 
-def _leave_ctrl_c_to_parent(_worker: int) -> None:
-    # A terminal sends SIGINT to every process of the run; workers end when the parent tells them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _stack(images: list[UInt8[Tensor, "3 s s"]]) -> UInt8[Tensor, "b 3 s s"]:
+    side = images[0].shape[-1] if images else 0
+    rows = torch.empty(len(images), side, side, 3, dtype=torch.uint8)
+    if get_worker_info() is not None:
+        rows.share_memory_()  # filled where the other process will read it
+    for row, image in zip(rows, images, strict=True):
+        row.copy_(image.permute(1, 2, 0))
+    return rows.permute(0, 3, 1, 2)
+
+
+def _leave_signals_to_parent(_worker: int) -> None:
+    # A terminal sends SIGINT, a cluster SIGUSR1 or SIGUSR2, to every process of the run; workers end
+    # when the parent tells them.
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def load(samples: Dataset[Sample], batches: Iterable[list[Any]], *, workers: int, pin: bool) -> Iterable[Batch]:
-    """One `Batch` for each list of sample keys, in that order whatever `workers` is."""
-    return DataLoader(
+    """One `Batch` for each list of sample keys, in that order whatever `workers` is.
+
+    Raises:
+        UsageError: a worker was killed, most often for memory.
+    """
+    loader = DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=_leave_ctrl_c_to_parent,
+        worker_init_fn=_leave_signals_to_parent,
     )
+    return _watched(loader, workers)
+
+
+def _watched(loader: DataLoader, workers: int) -> Iterator[Batch]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UsageError(
+            f"a process that reads images was killed, most often because memory ran out (workers={workers}): "
+            "give fewer, such as workers=2, or more shared memory (/dev/shm), and start the same command again"
+        ) from error
 
 
 class Unreadable:

@@ -18,8 +18,10 @@ def key(*numbers: int) -> int:
 class StepPlan:
     """How the images of an optimizer step are spread over processes and forwards.
 
-    A step takes `images_per_step` images; each of `world` processes runs `accumulation` forwards
-    of `images_per_forward`, the batch that batch norm sees. An epoch drops its incomplete last step.
+    A step takes `images_per_step` images, in ghost batches of `images_per_batch_norm` whose
+    batch-norm statistics and chance belong together. Each of `world` processes takes an equal run
+    of them, `images_per_forward` images at a time, or all at once where that is None. Neither of
+    these two numbers changes what a step computes. An epoch drops its incomplete last step.
 
     Raises:
         DataError: numbers that do not divide, or a data set smaller than a step.
@@ -27,26 +29,36 @@ class StepPlan:
 
     n_images: int
     images_per_step: int
-    images_per_forward: int
+    images_per_batch_norm: int
+    images_per_forward: int | None = None
     world: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.images_per_step, self.images_per_forward, self.world) < 1:
+        if min(self.images_per_step, self.images_per_batch_norm, self.forward_images, self.world) < 1:
             raise DataError(
-                f"data.images_per_step is {self.images_per_step}, data.images_per_forward {self.images_per_forward}, "
-                f"on {self.world} processes: each must be 1 or more"
+                f"data.images_per_step is {self.images_per_step}, data.images_per_batch_norm "
+                f"{self.images_per_batch_norm}, on {self.world} processes: each must be 1 or more"
             )
-        at_once = self.images_per_forward * self.world
-        if self.images_per_step % at_once:
-            raise DataError(
-                f"data.images_per_step is {self.images_per_step}, not a multiple of {self.images_per_forward} "
-                f"images_per_forward x {self.world} processes = {at_once}"
-            )
+        self._check_divides("data.images_per_forward", self.forward_images, self.images_per_batch_norm)
+        self._check_divides("data.images_per_step", self.images_per_step, self.forward_images * self.world)
         if self.n_images < self.images_per_step:
             raise DataError(
                 f"{self.n_images} training images are fewer than one step takes: set data.images_per_step "
-                f"(now {self.images_per_step}) and data.images_per_forward to {self.n_images} or less"
+                f"(now {self.images_per_step}) and data.images_per_batch_norm to {self.n_images} or less"
             )
+
+    def _check_divides(self, name: str, images: int, part: int) -> None:
+        if images % part:
+            raise DataError(
+                f"{name} is {images}, not a multiple of {part}: with {self.world} processes, ghost batches of "
+                f"data.images_per_batch_norm={self.images_per_batch_norm} images must fill each forward, and "
+                "forwards each process's share of data.images_per_step"
+            )
+
+    @property
+    def forward_images(self) -> int:
+        """Images of one forward of one process."""
+        return self.images_per_forward or max(self.images_per_step // self.world, 1)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,11 +66,16 @@ class StepPlan:
 
     @property
     def accumulation(self) -> int:
-        return self.images_per_step // (self.images_per_forward * self.world)
+        """Forwards of each process in a step."""
+        return self.images_per_step // (self.forward_images * self.world)
+
+    @property
+    def ghosts_per_forward(self) -> int:
+        return self.forward_images // self.images_per_batch_norm
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, seed) for one process, forward by forward, from `first_step` to `steps`."""
+    """Batches of (index, seed) for one process, one ghost batch each, from `first_step` to `steps`."""
 
     def __init__(self, plan: StepPlan, *, seed: int, first_step: int, steps: int, rank: int = 0) -> None:
         self.plan = plan
@@ -68,7 +85,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.rank = rank
 
     def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.plan.accumulation
+        return (self.steps - self.first_step) * self.plan.accumulation * self.plan.ghosts_per_forward
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, order_epoch = np.empty(0, np.int64), -1
@@ -79,7 +96,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 order_epoch = epoch
             start = place * self.plan.images_per_step
             images = order[start : start + self.plan.images_per_step].reshape(
-                self.plan.accumulation, -1, self.plan.images_per_forward
+                self.plan.world, -1, self.plan.images_per_batch_norm
             )
-            for forward in images[:, self.rank]:
-                yield [(int(index), key(self.seed, epoch, int(index))) for index in forward]
+            for ghost in images[self.rank]:
+                yield [(int(index), key(self.seed, epoch, int(index))) for index in ghost]

@@ -32,4 +32,4 @@ class CenterViews(Dataset[Sample]):
         height, width = self.resize.size(image.height, image.width, 0)
         corner = (round((height - self.crop_px) / 2), round((width - self.crop_px) / 2))
         cropped = crop_resized(image, (height, width), corner, self.crop_px)
-        return Sample(index=index, pixels=torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous())
+        return Sample(index=index, pixels=torch.from_numpy(np.array(cropped)).permute(2, 0, 1))

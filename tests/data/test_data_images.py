@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from relloc.data.images import SUFFIXES, crop_resized, read_rgb
+from relloc.data.images import SUFFIXES, crop_resized, read_file, read_rgb
 from relloc.errors import UnreadableImage
 
 RNG = np.random.default_rng(0)
@@ -211,6 +211,43 @@ def test_crop_resized_is_torchvisions_resize_and_crop(data: st.DataObject) -> No
     side = data.draw(st.integers(1, min(size)))
     corner = data.draw(st.tuples(st.integers(0, size[0] - side), st.integers(0, size[1] - side)))
     assert differences(image, size, corner, side).max() <= 2  # 1, and in noise rarely 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_an_image_of_the_wanted_size_is_cut_and_the_pixels_are_those_of_the_resize(data: st.DataObject) -> None:
+    size = data.draw(st.tuples(st.integers(1, 90), st.integers(1, 90)))
+    side = data.draw(st.integers(1, min(size)))
+    top, left = data.draw(st.tuples(st.integers(0, size[0] - side), st.integers(0, size[1] - side)))
+    image = noise_image(*size)
+    resized = image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    assert np.array_equal(np.asarray(crop_resized(image, size, (top, left), side)), np.asarray(resized))
+
+
+def test_a_file_comes_with_its_bytes_and_is_a_plain_jpeg_or_not(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    scene = Image.fromarray(smooth())
+    plain = {"rgb": scene, "gray": scene.convert("L"), "cmyk": scene.convert("CMYK"), "turned": scene, "png": scene}
+    for name, image in plain.items():
+        options = {"exif": turned} if name == "turned" else {}
+        path = saved(tmp_path, image, "a.png" if name == "png" else f"{name}.jpg", **options)
+        file = read_file(path)
+        assert file.content == path.read_bytes()
+        assert np.array_equal(np.asarray(file.rgb), pixels_of(path))
+        assert file.is_plain_jpeg == (name in ("rgb", "gray")), name
+
+
+def test_a_file_that_cannot_be_read_has_the_reason_that_read_rgb_gives(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("no image")
+    for name in ("empty.jpg", "text.jpg", "missing.jpg"):
+        reasons = []
+        for read in (read_rgb, read_file):
+            with pytest.raises(UnreadableImage) as caught:
+                read(tmp_path / name)
+            reasons.append(str(caught.value))
+        assert reasons[0] == reasons[1]
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 12_000), (12_000, 40)])

@@ -14,7 +14,7 @@ from relloc.data.crops import Crops
 from relloc.data.folder import FolderImages
 from relloc.data.loader import Batch, Sample, Unreadable, collate, load
 from relloc.data.order import StepPlan, StepSampler
-from relloc.errors import DataError
+from relloc.errors import DataError, UsageError
 from relloc.geometry import PatchGrid, ShortSide
 
 GRID = PatchGrid(patch_px=8, gap_px=2, jitter_px=1, resize=ShortSide(px=36))
@@ -38,7 +38,7 @@ def crops(tmp_path: Path) -> Crops:
 
 
 def loaded(crops: Crops, workers: int) -> list[Batch]:
-    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_forward=2)
+    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
     batches = StepSampler(plan, seed=0, first_step=1, steps=7)
     return list(load(crops, batches, workers=workers, pin=False))
 
@@ -57,7 +57,7 @@ def test_worker_processes_change_neither_batches_nor_their_order(crops: Crops, t
 
 
 def test_batches_follow_the_sampler(crops: Crops) -> None:
-    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_forward=2)
+    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
     wanted = list(StepSampler(plan, seed=0, first_step=1, steps=7))
     for batch, samples in zip(loaded(crops, 0), wanted, strict=True):
         assert batch.indices.tolist() == [4 if index == 3 else index for index, _ in samples]
@@ -79,18 +79,35 @@ def test_a_batch_may_be_empty() -> None:
     assert batch.unreadable == {"e.jpg": "is empty"}
 
 
-class Interrupted(Dataset[Sample]):
-    """Ctrl-C reaches the process that loads, in the midst of it."""
+class Signaled(Dataset[Sample]):
+    """Signals reach the process that loads, in the midst of it."""
 
     def __getitem__(self, index: int) -> Sample:
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
         time.sleep(0.01)
         return sample(index)
 
 
-def test_ctrl_c_does_not_end_workers_by_themselves() -> None:
+class Killed(Dataset[Sample]):
+    def __getitem__(self, index: int) -> Sample:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return sample(index)
+
+
+def test_a_killed_worker_is_a_clear_error() -> None:
+    with pytest.raises(UsageError, match=r"a process that reads images was killed.*\(workers=1\): give fewer"):
+        list(load(Killed(), [[0]], workers=1, pin=False))
+
+
+def test_pixels_of_a_batch_lie_channels_last_whoever_loaded_them(crops: Crops) -> None:
+    for workers in (0, 1):
+        assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in loaded(crops, workers))
+
+
+def test_signals_of_a_terminal_or_a_cluster_do_not_end_workers() -> None:
     batches: Iterable[list[int]] = [[0, 1], [2]]
-    assert [batch.indices.tolist() for batch in load(Interrupted(), batches, workers=1, pin=False)] == [[0, 1], [2]]
+    assert [batch.indices.tolist() for batch in load(Signaled(), batches, workers=1, pin=False)] == [[0, 1], [2]]
 
 
 def test_an_image_is_counted_once_however_often_it_is_met() -> None:

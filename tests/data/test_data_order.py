@@ -8,35 +8,38 @@ from hypothesis import strategies as st
 from relloc.data.order import StepPlan, StepSampler, key
 from relloc.errors import DataError
 
-Forward = list[tuple[int, int]]
+Ghost = list[tuple[int, int]]
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
-    forward, world, accumulation = (draw(st.integers(1, most)) for most in (5, 3, 3))
-    step = forward * world * accumulation
+    ghost, ghosts, world, accumulation = (draw(st.integers(1, most)) for most in (4, 3, 3, 3))
+    step = ghost * ghosts * world * accumulation
     return StepPlan(
         n_images=draw(st.integers(step, 4 * step + 3)),
         images_per_step=step,
-        images_per_forward=forward,
+        images_per_batch_norm=ghost,
+        images_per_forward=ghost * ghosts,
         world=world,
     )
 
 
-def sampled(plan: StepPlan, steps: int, seed: int = 0, first_step: int = 0, rank: int = 0) -> list[Forward]:
+def sampled(plan: StepPlan, steps: int, seed: int = 0, first_step: int = 0, rank: int = 0) -> list[Ghost]:
     sampler = StepSampler(plan, seed=seed, first_step=first_step, steps=steps, rank=rank)
-    forwards = list(sampler)
-    assert len(forwards) == len(sampler) == (steps - first_step) * plan.accumulation
-    assert all(len(forward) == plan.images_per_forward for forward in forwards)
-    return forwards
+    ghosts = list(sampler)
+    assert len(ghosts) == len(sampler) == (steps - first_step) * plan.accumulation * plan.ghosts_per_forward
+    assert all(len(ghost) == plan.images_per_batch_norm for ghost in ghosts)
+    return ghosts
 
 
-def by_step(plan: StepPlan, steps: int, seed: int = 0) -> list[Forward]:
-    """What all ranks take in each step, in the order of one process: forward by forward, rank by rank."""
-    ranks = [sampled(plan, steps, seed, rank=rank) for rank in range(plan.world)]
-    in_order = itertools.chain.from_iterable(zip(*ranks, strict=True))
-    per_step = plan.accumulation * plan.world
-    return [list(itertools.chain.from_iterable(itertools.islice(in_order, per_step))) for _ in range(steps)]
+def by_step(plan: StepPlan, steps: int, seed: int = 0) -> list[Ghost]:
+    """What all ranks take in each step, rank after rank."""
+    ranks = [iter(sampled(plan, steps, seed, rank=rank)) for rank in range(plan.world)]
+    of_rank = plan.accumulation * plan.ghosts_per_forward
+    return [
+        list(itertools.chain.from_iterable(ghost for rank in ranks for ghost in itertools.islice(rank, of_rank)))
+        for _ in range(steps)
+    ]
 
 
 @given(plans(), st.integers(0, 2**32))
@@ -52,7 +55,7 @@ def test_every_epoch_takes_images_once_each_in_an_order_of_its_own(plan: StepPla
 
 
 def test_orders_are_shuffled_and_other_in_each_epoch_and_for_each_seed() -> None:
-    plan = StepPlan(n_images=1000, images_per_step=10, images_per_forward=10)
+    plan = StepPlan(n_images=1000, images_per_step=10, images_per_batch_norm=10)
     epochs = [[index for index, _ in itertools.chain(*sampled(plan, 200, seed))] for seed in (0, 1)]
     orders = [np.array(part) for epoch in epochs for part in (epoch[:1000], epoch[1000:])] + [np.arange(1000)]
     for one, other in itertools.combinations(orders, 2):
@@ -65,31 +68,28 @@ def test_resuming_at_a_step_gives_the_tail_of_the_same_sequence(plan: StepPlan, 
     first = data.draw(st.integers(0, steps))
     for rank in range(plan.world):
         whole = sampled(plan, steps, rank=rank)
-        assert sampled(plan, steps, first_step=first, rank=rank) == whole[first * plan.accumulation :]
+        assert (
+            sampled(plan, steps, first_step=first, rank=rank)
+            == whole[first * plan.accumulation * plan.ghosts_per_forward :]
+        )
 
 
 @given(plans())
-def test_ranks_and_accumulation_partition_a_step_like_one_process_does(plan: StepPlan) -> None:
+def test_any_number_of_processes_and_forwards_takes_the_same_ghost_batches_in_a_step(plan: StepPlan) -> None:
     steps = 2 * plan.steps_per_epoch
     alone = StepPlan(
-        n_images=plan.n_images, images_per_step=plan.images_per_step, images_per_forward=plan.images_per_forward
+        n_images=plan.n_images,
+        images_per_step=plan.images_per_step,
+        images_per_batch_norm=plan.images_per_batch_norm,
     )
-    assert alone.accumulation == plan.accumulation * plan.world
+    assert (alone.accumulation, alone.forward_images) == (1, plan.images_per_step)
     found = by_step(plan, steps)
     assert found == by_step(alone, steps)
     assert all(len({index for index, _ in step}) == plan.images_per_step for step in found)
 
 
-def test_one_process_that_accumulates_two_forwards_is_two_processes() -> None:
-    sizes = {"n_images": 50, "images_per_step": 8, "images_per_forward": 4}
-    alone = sampled(StepPlan(**sizes), 12)
-    first, second = (sampled(StepPlan(**sizes, world=2), 12, rank=rank) for rank in (0, 1))
-    assert alone[0::2] == first
-    assert alone[1::2] == second
-
-
 def test_an_image_gets_another_seed_in_every_epoch_and_other_images_other_seeds() -> None:
-    plan = StepPlan(n_images=40, images_per_step=8, images_per_forward=4)
+    plan = StepPlan(n_images=40, images_per_step=8, images_per_batch_norm=4)
     samples = list(itertools.chain(*sampled(plan, 15)))
     assert len(samples) == 120
     assert len({seed for _, seed in samples}) == 120
@@ -108,21 +108,22 @@ def test_a_key_is_decided_by_its_numbers_and_their_order_and_has_63_mixed_bits()
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((100, 30, 20, 1), "data.images_per_step is 30, not a multiple of 20 images_per_forward x 1 processes = 20"),
-        ((100, 64, 32, 4), "data.images_per_step is 64, not a multiple of 32 images_per_forward x 4 processes = 128"),
-        ((10, 64, 32, 1), r"10 training images are fewer .* data.images_per_step \(now 64\) .* to 10 or less"),
-        ((100, 0, 8, 1), "data.images_per_step is 0, .*each must be 1 or more"),
-        ((100, 8, 0, 1), "data.images_per_forward 0, .*each must be 1 or more"),
-        ((100, -8, 8, 1), "data.images_per_step is -8, .*each must be 1 or more"),
-        ((100, 8, 8, 0), "on 0 processes: each must be 1 or more"),
+        ((100, 30, 20, 20, 1), "data.images_per_step is 30, not a multiple of 20: with 1 processes"),
+        ((100, 64, 32, 32, 4), "data.images_per_step is 64, not a multiple of 128: with 4 processes"),
+        ((100, 64, 8, 12, 1), "data.images_per_forward is 12, not a multiple of 8: .*images_per_batch_norm=8 images"),
+        ((10, 64, 32, 32, 1), r"10 training images are fewer .* data.images_per_step \(now 64\) .* to 10 or less"),
+        ((100, 0, 8, 8, 1), "data.images_per_step is 0, .*each must be 1 or more"),
+        ((100, 8, 0, 8, 1), "data.images_per_batch_norm 0, .*each must be 1 or more"),
+        ((100, -8, 8, 8, 1), "data.images_per_step is -8, .*each must be 1 or more"),
+        ((100, 8, 8, 8, 0), "on 0 processes: each must be 1 or more"),
     ],
 )
-def test_impossible_plans_are_refused_with_the_numbers(numbers: tuple[int, int, int, int], message: str) -> None:
-    names = ("n_images", "images_per_step", "images_per_forward", "world")
+def test_impossible_plans_are_refused_with_the_numbers(numbers: tuple[int, ...], message: str) -> None:
+    names = ("n_images", "images_per_step", "images_per_batch_norm", "images_per_forward", "world")
     with pytest.raises(DataError, match=message):
         StepPlan(**dict(zip(names, numbers, strict=True)))
 
 
 def test_an_epoch_drops_its_incomplete_last_step() -> None:
-    plan = StepPlan(n_images=25, images_per_step=8, images_per_forward=2, world=2)
+    plan = StepPlan(n_images=25, images_per_step=8, images_per_batch_norm=2, images_per_forward=2, world=2)
     assert (plan.steps_per_epoch, plan.accumulation) == (3, 2)

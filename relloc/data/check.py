@@ -1,0 +1,237 @@
+"""Checking a data set: what can't be read, what looks wrong, what is there twice."""
+
+import dataclasses
+import functools
+import itertools
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relloc.data.image_set import ImageSet, Splits
+from relloc.data.parts import (
+    FACTS,
+    Role,
+    Span,
+    about_part,
+    fill_facts,
+    images_of,
+    names,
+    original,
+    records_of,
+    save_part,
+    spans,
+)
+from relloc.data.processes import Progress, Tick, work_through
+from relloc.errors import UnreadableImage
+
+SMALL_PX = 64
+LONG_RATIO = 5
+_EXAMPLES = 5
+_HASHED = 16
+_IMAGES_PER_PART = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """How many images something holds for, and the first of them."""
+
+    n: int
+    examples: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitCheck:
+    """What was found in one split.
+
+    `small` images have a short side under 64 px, `long` ones a long side over 5 times the short
+    one. `repeated` are those whose file has the same bytes as an earlier one. `class_images` are
+    the fewest and the most images of a class, `short_px` the least, the median and the greatest
+    short side. `sha256` are the hashes of a few files, evenly spread.
+    """
+
+    split: str
+    images: int
+    published: int | None
+    class_images: tuple[int, int] | None
+    short_px: tuple[int, int, int] | None
+    unreadable: dict[str, str]
+    small: Found
+    long: Found
+    single_color: Found
+    repeated: Found
+    sha256: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """What was found in a data set; `leaked` are held-out images whose file is also in the training split."""
+
+    name: str
+    train: SplitCheck
+    held_out: SplitCheck
+    leaked: Found
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Check":
+        """The check that `as_json` wrote."""
+        splits = {role: _split_from_json(content[role]) for role in ("train", "held_out")}
+        return Check(name=content["name"], leaked=_found_from_json(content["leaked"]), **splits)
+
+    def findings(self) -> list[str]:
+        """A sentence for each thing to look at, the gravest first."""
+        told = []
+        if self.leaked.n:
+            told.append(
+                f"LEAK: {self.leaked.n} images of {self.held_out.split} are also in {self.train.split}, with the same "
+                f"bytes ({_listed(self.leaked)}): results on {self.held_out.split} would be too good"
+            )
+        return told + [line for split in (self.train, self.held_out) for line in _findings(split)]
+
+
+def check(data: Splits, *, published: Mapping[str, int] | None, workers: int, progress: Progress) -> Check:
+    """Read every image of both splits once, in `workers` processes.
+
+    `published` gives the official number of images by the name of the split.
+    """
+    jobs = spans(data, _IMAGES_PER_PART)
+    total = len(data.train) + len(data.held_out)
+    with tempfile.TemporaryDirectory(prefix="relloc_check_") as folder:
+        work = functools.partial(_examine, data, Path(folder))
+        work_through(work, jobs, workers=workers, total=total, done=0, progress=progress)
+        return summary(data, Path(folder), jobs, published)
+
+
+def summary(data: Splits, folder: Path, parts: Sequence[Span], published: Mapping[str, int] | None) -> Check:
+    """The check of a data set, all parts of which are finished in `folder`."""
+    official = published or {}
+    train, train_files, train_names = _split_check(data, "train", folder, parts, official)
+    held_out, files, held_out_names = _split_check(data, "held_out", folder, parts, official)
+    leaks = (f"{held_out_names[index]} = {train_names[first]}" for index, first in _also_in(files, train_files))
+    return Check(name=data.train.name, train=train, held_out=held_out, leaked=_found(leaks))
+
+
+def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
+    images = images_of(data, span.role)
+    records = np.zeros(len(span), FACTS)
+    unreadable: dict[int, str] = {}
+    for place, index in enumerate(range(span.start, span.stop)):
+        try:
+            fill_facts(records[place], original(images, index))
+        except UnreadableImage as error:
+            unreadable[index] = str(error)
+        tick()
+    save_part(folder, span, records, {"unreadable": unreadable})
+
+
+def _split_check(
+    data: Splits, role: Role, folder: Path, parts: Sequence[Span], published: Mapping[str, int]
+) -> tuple[SplitCheck, np.ndarray, list[str]]:
+    images, mine = images_of(data, role), [span for span in parts if span.role == role]
+    called, records = names(images), records_of(folder, mine)
+    short, long = np.minimum(records["height"], records["width"]), np.maximum(records["height"], records["width"])
+    readable = short > 0
+    hashes = np.where(readable[:, None], records["sha256"], 0)
+    sample = np.flatnonzero(readable)
+    sample = sample[:: max(1, -(-len(sample) // _HASHED))]
+    found = SplitCheck(
+        split=images.split,
+        images=len(images),
+        published=published.get(images.split),
+        class_images=_class_images(images),
+        short_px=_least_median_greatest(short[readable]),
+        unreadable=unreadable_images(folder, mine, called),
+        small=_found(called[index] for index in np.flatnonzero(readable & (short < SMALL_PX))),
+        long=_found(called[index] for index in np.flatnonzero(readable & (long > LONG_RATIO * short))),
+        single_color=_found(called[index] for index in np.flatnonzero(records["single_color"])),
+        repeated=_found(f"{called[index]} = {called[first]}" for index, first in _repeated(hashes)),
+        sha256={called[index]: bytes(hashes[index]).hex() for index in sample},
+    )
+    return found, hashes, called
+
+
+def unreadable_images(folder: Path, parts: Sequence[Span], called: Sequence[str]) -> dict[str, str]:
+    """Name and reason of each image that can't be read."""
+    told = [(about_part(folder, span) or {})["unreadable"] for span in parts]
+    return {called[int(index)]: reason for reasons in told for index, reason in reasons.items()}
+
+
+def _class_images(images: ImageSet) -> tuple[int, int] | None:
+    if images.labels is None:
+        return None
+    counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes))
+    return int(counts.min()), int(counts.max())
+
+
+def _least_median_greatest(sides: np.ndarray) -> tuple[int, int, int] | None:
+    if not len(sides):
+        return None
+    return int(sides.min()), int(np.median(sides)), int(sides.max())
+
+
+def _found(lines: Iterable[str]) -> Found:
+    rest = iter(lines)
+    examples = tuple(itertools.islice(rest, _EXAMPLES))
+    return Found(n=len(examples) + sum(1 for _ in rest), examples=examples)
+
+
+def _same_as(hashes: np.ndarray) -> np.ndarray:
+    """For each row of hashes (n, 32) the first row equal to it; -1 for rows of zeros."""
+    keys = np.ascontiguousarray(hashes).view("<u8")
+    order = np.lexsort(keys.T)  # stable: of equal rows the first stays first
+    new = np.ones(len(keys), bool)
+    new[1:] = (keys[order][1:] != keys[order][:-1]).any(axis=1)
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[new][np.cumsum(new) - 1]
+    first[~keys.any(axis=1)] = -1
+    return first
+
+
+def _repeated(hashes: np.ndarray) -> list[tuple[int, int]]:
+    first = _same_as(hashes)
+    again = np.flatnonzero((first >= 0) & (first != np.arange(len(first))))
+    return [(int(index), int(first[index])) for index in again]
+
+
+def _also_in(hashes: np.ndarray, others: np.ndarray) -> list[tuple[int, int]]:
+    """(index in `hashes`, first equal index in `others`) wherever there is one."""
+    first = _same_as(np.concatenate([others, hashes]))[len(others) :]
+    there = np.flatnonzero((first >= 0) & (first < len(others)))
+    return [(int(index), int(first[index])) for index in there]
+
+
+def _findings(split: SplitCheck) -> list[str]:
+    where, told = split.split, []
+    if split.published not in (None, split.images):
+        told.append(f"{where} has {split.images} images, the published set {split.published}")
+    if split.unreadable:
+        name, reason = next(iter(split.unreadable.items()))
+        told.append(f"{where}: {len(split.unreadable)} images can't be read, such as {name}: {reason}")
+    if split.class_images and split.class_images[0] == 0:
+        told.append(f"{where}: a class has no images")
+    kinds = (
+        (split.repeated, "repeat the bytes of an earlier one"),
+        (split.small, f"have a short side under {SMALL_PX} px"),
+        (split.long, f"are over {LONG_RATIO} times as long as wide"),
+        (split.single_color, "have a single color"),
+    )
+    return told + [f"{where}: {found.n} images {what} ({_listed(found)})" for found, what in kinds if found.n]
+
+
+def _listed(found: Found) -> str:
+    return ", ".join(found.examples) + (", …" if found.n > len(found.examples) else "")
+
+
+def _found_from_json(content: Mapping[str, Any]) -> Found:
+    return Found(n=content["n"], examples=tuple(content["examples"]))
+
+
+def _split_from_json(content: Mapping[str, Any]) -> SplitCheck:
+    kinds = {name: _found_from_json(content[name]) for name in ("small", "long", "single_color", "repeated")}
+    pairs = {name: content[name] and tuple(content[name]) for name in ("class_images", "short_px")}
+    return SplitCheck(**{**content, **kinds, **pairs})

@@ -1,0 +1,207 @@
+"""Data sets whose images are named in lists: PASCAL VOC, Places205 and iNaturalist 2018 (protocols.md 6).
+
+Only the lists are read. An image that they name and that is not there is told when it is read, as
+unreadable: looking for 2.4 million files takes longer than reading their names.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from relloc.data.folder import FolderImages
+from relloc.data.image_set import Splits, hash_lines, warn_of_other_counts
+from relloc.errors import DataError
+
+_VOC = "the PASCAL VOC{year} development kit (images and lists, of trainval and of test), from the PASCAL VOC site"
+_PLACES = "Places205 (images at 256 px, and the split lists), from the Places site of MIT"
+_INATURALIST = "the iNaturalist 2018 competition's images and annotations, from its FGVC repository"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListedImages(FolderImages):
+    """An `ImageSet` of files whose labels stand in a list, and are therefore part of its digest."""
+
+    def digest(self) -> str:
+        return hash_lines([FolderImages.digest(self), *map(str, self.labels or ())])
+
+
+def voc(
+    *,
+    name: str,
+    root: str | None,
+    year: int,
+    train: str,
+    held_out: str,
+    published_images: Mapping[str, int] | None = None,
+) -> Splits:
+    """The images that VOC<year>/ImageSets/Main/`train`.txt and `held_out`.txt name, unlabeled.
+
+    `root` holds VOCdevkit, or is VOCdevkit or VOC<year> itself.
+
+    Raises:
+        DataError: a folder or list is missing or empty.
+    """
+    where = _VOC.format(year=year)
+    base = _voc_folder(_root(root, where), year, where)
+    splits = Splits(train=_voc_split(name, base, train, where), held_out=_voc_split(name, base, held_out, where))
+    warn_of_other_counts(splits, published_images)
+    return splits
+
+
+def _voc_folder(root: Path, year: int, where: str) -> Path:
+    candidates = (root / "VOCdevkit" / f"VOC{year}", root / f"VOC{year}", root)
+    for folder in candidates:
+        if (folder / "JPEGImages").is_dir():
+            return folder
+    raise DataError(f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {where}")
+
+
+def _voc_split(name: str, base: Path, split: str, where: str) -> ListedImages:
+    path = base / "ImageSets" / "Main" / f"{split}.txt"
+    found = [line.split()[0] for _, line in _lines(path, where)]
+    return _images(name, split, base / "JPEGImages", path, [f"{one}.jpg" for one in found])
+
+
+def places205(
+    *,
+    name: str,
+    root: str | None,
+    train_list: str,
+    val_list: str,
+    images: str,
+    published_images: Mapping[str, int] | None = None,
+) -> Splits:
+    """Places205: `train_list` and `val_list` have a line "path label" an image, its path below `images`.
+
+    All three are below `root`. A class is called after the folder of its first training image.
+
+    Raises:
+        DataError: a list is missing, empty, or has a line of another form.
+    """
+    base = _root(root, _PLACES)
+    (paths, labels), (val_paths, val_labels) = (_labeled_lines(base / name) for name in (train_list, val_list))
+    first = dict(zip(reversed(labels), reversed(paths), strict=True))
+    classes = tuple(str(Path(first[label]).parent) if label in first else str(label) for label in range(max(first) + 1))
+    if max(val_labels) >= len(classes):
+        raise DataError(f"{base / val_list}: label {max(val_labels)} is in no line of {base / train_list}")
+    splits = Splits(
+        train=_images(name, "train", base / images, base / train_list, paths, labels, classes),
+        held_out=_images(name, "val", base / images, base / val_list, val_paths, val_labels, classes),
+    )
+    warn_of_other_counts(splits, published_images)
+    return splits
+
+
+def _labeled_lines(path: Path) -> tuple[list[str], list[int]]:
+    paths, labels = [], []
+    for number, line in _lines(path, _PLACES):
+        image, _, label = line.rpartition(" ")
+        if not image or not label.isdecimal():
+            raise DataError(f"{path} line {number}: {line!r} is not a path, a space and a class number")
+        paths.append(image.strip())
+        labels.append(int(label))
+    if not paths:
+        raise DataError(f"{path} names no images")
+    return paths, labels
+
+
+def inaturalist2018(
+    *,
+    name: str,
+    root: str | None,
+    train_annotations: str,
+    val_annotations: str,
+    images: str,
+    published_images: Mapping[str, int] | None = None,
+) -> Splits:
+    """iNaturalist 2018: two annotation files in COCO's form, and the folder `images`, all below `root`.
+
+    File names count from `images`, also where they begin with its name, as the official ones do.
+
+    Raises:
+        DataError: a file is missing or not of that form.
+    """
+    base = _root(root, _INATURALIST)
+    content = {path: _annotations(base / path) for path in (train_annotations, val_annotations)}
+    label_of, classes = _categories(content[train_annotations], base / train_annotations)
+
+    def split(split_name: str, path: str) -> ListedImages:
+        files, labels = _annotated(content[path], base / path, images, label_of)
+        return _images(name, split_name, base / images, base / path, files, labels, classes)
+
+    splits = Splits(train=split("train", train_annotations), held_out=split("val", val_annotations))
+    warn_of_other_counts(splits, published_images)
+    return splits
+
+
+def _annotations(path: Path) -> dict[str, list[Any]]:
+    try:
+        content = json.loads(_text(path, _INATURALIST))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        raise DataError(f"{path} is no annotation file: it has no images, annotations and categories")
+    return content
+
+
+def _categories(content: Mapping[str, list[Any]], path: Path) -> tuple[dict[int, int], tuple[str, ...]]:
+    """Labels by category number, in the order of the numbers, and the names in that order."""
+    try:
+        called = {category["id"]: category["name"] for category in content["categories"]}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: a category without id or name: {error}") from error
+    return {category: label for label, category in enumerate(sorted(called))}, tuple(
+        called[one] for one in sorted(called)
+    )
+
+
+def _annotated(
+    content: Mapping[str, list[Any]], path: Path, folder: str, label_of: Mapping[int, int]
+) -> tuple[list[str], list[int]]:
+    try:
+        category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+        files = [entry["file_name"].removeprefix(f"{folder}/") for entry in content["images"]]
+        labels = [label_of[category_of[entry["id"]]] for entry in content["images"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: an image without file name, annotation or known category: {error}") from error
+    return files, labels
+
+
+def _root(root: str | None, where: str) -> Path:
+    if not root:
+        raise DataError(f"data.root is not set: give data.root=FOLDER, or set RELLOC_DATA, to a folder with {where}")
+    if not Path(root).is_dir():
+        raise DataError(f"data.root={root} is not a folder: give the one that holds {where}")
+    return Path(root)
+
+
+def _text(path: Path, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: data.root is to hold {where}") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}") from error
+
+
+def _lines(path: Path, where: str) -> Iterator[tuple[int, str]]:
+    """The lines that hold something, with their numbers."""
+    numbered: Iterable[tuple[int, str]] = enumerate(_text(path, where).split("\n"), start=1)
+    return ((number, line.strip()) for number, line in numbered if line.strip())
+
+
+def _images(
+    name: str,
+    split: str,
+    folder: Path,
+    listed_in: Path,
+    files: Sequence[str],
+    labels: Sequence[int] | None = None,
+    classes: tuple[str, ...] = (),
+) -> ListedImages:
+    if not files:
+        raise DataError(f"{listed_in} names no images")
+    paths = [f"{folder}/{file}" for file in files]
+    return ListedImages(name=name, split=split, paths=paths, labels=labels, classes=classes)

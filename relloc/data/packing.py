@@ -1,0 +1,303 @@
+"""Packing a data set into WebDataset tars once, so that reading it keeps up with training.
+
+Everything is the same bytes whatever the number of processes, and however often packing was killed
+and started again. What is finished lies in the folder's `unfinished/` until all is; manifest.json
+is written last.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image, features
+from safetensors.numpy import save
+
+from relloc.data.check import Check, summary, unreadable_images
+from relloc.data.image_set import ImageSet, Splits, hash_lines
+from relloc.data.images import ImageFile
+from relloc.data.parts import (
+    FACTS,
+    ROLES,
+    Role,
+    Span,
+    about_part,
+    as_json,
+    fill_facts,
+    images_of,
+    names,
+    original,
+    records_of,
+    save_part,
+    sha256,
+    spans,
+    write,
+    written,
+)
+from relloc.data.processes import Progress, Tick, work_through
+from relloc.data.shards import (
+    FORMAT,
+    MANIFEST,
+    UNFINISHED,
+    VERSION,
+    decoded,
+    index_name,
+    names_name,
+    shard_name,
+    shards,
+)
+from relloc.errors import DataError, UnreadableImage, UsageError
+from relloc.geometry import ShortSide
+
+CHECK_FILE = "check.json"
+_SETTINGS_FILE = "settings.json"
+_SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+_LONGEST_JPEG_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+_HOW = ("unreadable", "kept", "encoded", "reduced")
+_PACKED = np.dtype([*FACTS.descr, ("how", "u1"), ("offset", "<i8"), ("size", "<i8"), ("stored_sha256", "u1", (32,))])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How images are stored: none larger than `short_px` on the short side, as JPEG.
+
+    292 px is what a 255 px crop of the published recipe is taken from (protocols.md 1.1).
+
+    Raises:
+        UsageError: a setting out of its range.
+    """
+
+    short_px: int
+    quality: int
+    subsampling: str
+    images_per_shard: int
+
+    def __post_init__(self) -> None:
+        if self.short_px < 1 or self.images_per_shard < 1:
+            raise UsageError(f"short_px={self.short_px} and images_per_shard={self.images_per_shard} must be 1 or more")
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"quality={self.quality} is not a JPEG quality: 1 to 100, 90 where small loss matters")
+        if self.subsampling not in _SUBSAMPLINGS:
+            raise UsageError(f"subsampling={self.subsampling} is not one of {', '.join(_SUBSAMPLINGS)}")
+
+
+def pack(
+    data: Splits,
+    out: Path,
+    packing: Packing,
+    *,
+    published: Mapping[str, int] | None,
+    workers: int,
+    progress: Progress,
+) -> Check:
+    """Check every image and pack all into `out`, or go on with what is finished there.
+
+    Raises:
+        DataError: `out` holds something else, or could not be written, as on a full disk: what is
+            finished stays, and the same call goes on.
+    """
+    wanted = _wanted(data, packing)
+    try:
+        if (out / MANIFEST).exists():
+            return _finished_before(out, wanted)
+        _begin(out, wanted)
+        jobs = spans(data, packing.images_per_shard)
+        ready = [span for span in jobs if _is_packed(out, span)]
+        work_through(
+            functools.partial(_pack_span, data, out, packing),
+            [span for span in jobs if span not in ready],
+            workers=workers,
+            total=sum(map(len, jobs)),
+            done=sum(map(len, ready)),
+            progress=progress,
+        )
+        return _finish(data, out, wanted, jobs, published)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise DataError(
+            f"packing into {out} stopped: {error.strerror}{where}. The tars that are finished stay: "
+            "mend this and start the same command again"
+        ) from error
+
+
+def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
+    """What decides every byte of the packed folder, but for the originals' own bytes."""
+    return {
+        **dataclasses.asdict(packing),
+        "resampling": "bilinear, antialiased",
+        "encoder": f"Pillow {PIL.__version__}, {_libjpeg()}",
+        "originals": {
+            role: {
+                "digest": images.digest(),
+                "labels": None if images.labels is None else hash_lines(map(str, images.labels)),
+            }
+            for role, images in ((role, images_of(data, role)) for role in ROLES)
+        },
+    }
+
+
+def _libjpeg() -> str:
+    turbo = features.version("libjpeg_turbo")
+    return f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
+
+
+def _finished_before(out: Path, wanted: dict[str, Any]) -> Check:
+    shards(root=str(out))
+    _refuse_others(out, json.loads((out / MANIFEST).read_bytes())["packed"], wanted)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    return Check.from_json(json.loads((out / CHECK_FILE).read_bytes()))
+
+
+def _begin(out: Path, wanted: dict[str, Any]) -> None:
+    settings = out / UNFINISHED / _SETTINGS_FILE
+    if settings.exists():
+        _refuse_others(out, json.loads(settings.read_bytes()), wanted)
+        for folder in (out, out / UNFINISHED):
+            for left in folder.glob(".*.unfinished"):
+                left.unlink(missing_ok=True)
+        return
+    if out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
+        raise DataError(f"out={out} holds files that relloc.prepare did not write: give a new or an empty folder")
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    write(settings, as_json(wanted))
+
+
+def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
+    changed = [name for name in sorted(before | wanted) if before.get(name) != wanted.get(name)]
+    told = [
+        "the images or their labels are others" if name == "originals" else f"{name} was {before.get(name)}, now {now}"
+        for name, now in ((name, wanted.get(name)) for name in changed)
+    ]
+    if told:
+        raise DataError(f"out={out} was packed with other settings: {', '.join(told)}. Give another folder, or these")
+
+
+def _is_packed(out: Path, span: Span) -> bool:
+    about = about_part(out / UNFINISHED, span)
+    tar = out / shard_name(span.split, span.number)
+    return about is not None and tar.is_file() and tar.stat().st_size == about["bytes"]
+
+
+def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:
+    path = out / shard_name(span.split, span.number)
+    with written(path) as file:
+        records, unreadable = _write_tar(file, images_of(data, span.role), packing, span, tick)
+        size = file.tell()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    about = {"file": path.name, "bytes": size, "sha256": digest, "unreadable": unreadable}
+    save_part(out / UNFINISHED, span, records, about)
+
+
+def _write_tar(
+    file: io.BufferedRandom, images: ImageSet, packing: Packing, span: Span, tick: Tick
+) -> tuple[np.ndarray, dict[int, str]]:
+    records = np.zeros(len(span), _PACKED)
+    unreadable: dict[int, str] = {}
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for record, index in zip(records, range(span.start, span.stop), strict=True):
+            try:
+                found = original(images, index)
+                content, how = _stored(found, packing)
+            except UnreadableImage as error:
+                unreadable[index] = str(error)
+            else:
+                fill_facts(record, found)
+                record["how"], record["stored_sha256"] = _HOW.index(how), sha256(content)
+                record["offset"], record["size"] = _add(tar, file, f"{index:09d}.jpg", content), len(content)
+                if images.labels is not None:
+                    _add(tar, file, f"{index:09d}.cls", str(images.labels[index]).encode())
+            tick()
+    return records, unreadable
+
+
+def _add(tar: tarfile.TarFile, file: io.BufferedRandom, name: str, content: bytes) -> int:
+    """Add a member that is the same bytes whoever writes it and when; where its content begins."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    start = file.tell() + tarfile.BLOCKSIZE
+    tar.addfile(member, io.BytesIO(content))
+    return start
+
+
+def _stored(found: ImageFile, packing: Packing) -> tuple[bytes, str]:
+    if min(found.rgb.size) > packing.short_px:
+        height, width = ShortSide(px=packing.short_px).size(found.rgb.height, found.rgb.width, 0)
+        return _encoded(found.rgb.resize((width, height), Image.Resampling.BILINEAR), packing), "reduced"
+    if found.is_plain_jpeg and _reads_the_same(found):
+        return found.content, "kept"
+    return _encoded(found.rgb, packing), "encoded"
+
+
+def _reads_the_same(found: ImageFile) -> bool:
+    try:
+        return np.array_equal(decoded(bytearray(found.content)), np.asarray(found.rgb))
+    except UnreadableImage:
+        return False
+
+
+def _encoded(rgb: Image.Image, packing: Packing) -> bytes:
+    if max(rgb.size) > _LONGEST_JPEG_PX:
+        raise UnreadableImage(f"would be {max(rgb.size)} px long, a JPEG is at most {_LONGEST_JPEG_PX}")
+    stream = io.BytesIO()
+    rgb.info.clear()  # no comment of the original
+    rgb.save(stream, "JPEG", quality=packing.quality, subsampling=packing.subsampling)
+    return stream.getvalue()
+
+
+def _finish(
+    data: Splits, out: Path, wanted: dict[str, Any], parts: Sequence[Span], published: Mapping[str, int] | None
+) -> Check:
+    found = summary(data, out / UNFINISHED, parts, published)
+    manifest = {"format": FORMAT, "version": VERSION, "name": data.train.name, "packed": wanted}
+    for role in ROLES:
+        about = _write_index(data, out, role, [span for span in parts if span.role == role])
+        hashes = found.train.sha256 if role == "train" else found.held_out.sha256
+        manifest[role] = about | {"originals_sha256": hashes}
+    write(out / CHECK_FILE, as_json(found.as_json()))
+    write(out / MANIFEST, as_json(manifest))
+    shutil.rmtree(out / UNFINISHED)
+    return found
+
+
+def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict[str, Any]:
+    """Write index and names of a split; its entry in the manifest."""
+    images, called, records = images_of(data, role), names(images_of(data, role)), records_of(out / UNFINISHED, parts)
+    lines = [json.dumps(name).encode("ascii") + b"\n" for name in called]
+    index = {
+        "offset": np.ascontiguousarray(records["offset"]),
+        "size": np.ascontiguousarray(records["size"]),
+        "name_offset": np.cumsum([0, *map(len, lines)], dtype=np.int64),
+    }
+    if images.labels is not None:
+        index["label"] = np.asarray(images.labels, dtype=np.int64)
+    write(out / names_name(images.split), b"".join(lines))
+    write(out / index_name(images.split), save(index))
+    counts = np.bincount(records["how"], minlength=len(_HOW))
+    tars = [about_part(out / UNFINISHED, span) or {} for span in parts]
+    return {
+        "split": images.split,
+        "images": len(images),
+        "classes": list(images.classes),
+        "stored": {how: int(counts[number]) for number, how in enumerate(_HOW)},
+        "shards": [{name: tar[name] for name in ("file", "bytes", "sha256")} for tar in tars],
+        "unreadable": unreadable_images(out / UNFINISHED, parts, called),
+        "digest": _digest(images.classes, lines, index.get("label"), records["stored_sha256"]),
+    }
+
+
+def _digest(classes: Sequence[str], lines: Sequence[bytes], labels: np.ndarray | None, stored: np.ndarray) -> str:
+    hasher = hashlib.sha256(f"{FORMAT} {json.dumps(list(classes))}\n".encode())
+    for line in lines:
+        hasher.update(line)
+    hasher.update(b"" if labels is None else labels.astype("<i8").tobytes())
+    hasher.update(np.ascontiguousarray(stored).tobytes())
+    return hasher.hexdigest()[:16]

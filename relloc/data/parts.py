@@ -1,0 +1,148 @@
+"""What is found out about the images of a data set, part by part, in files until all parts are there.
+
+A part is a range of images that one process goes through. It is a file of records, one an image,
+and a JSON file, written after it: a part is finished where that is there.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from relloc.data.image_set import ImageSet, Splits
+from relloc.data.images import ImageFile, read_file
+from relloc.errors import DataError
+
+Role = Literal["train", "held_out"]
+ROLES: tuple[Role, ...] = ("train", "held_out")
+# height is 0 where the image can't be read
+FACTS = np.dtype([("height", "<i4"), ("width", "<i4"), ("sha256", "u1", (32,)), ("single_color", "?")])
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """An `ImageSet` whose images are files."""
+
+    @property
+    def paths(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """Images `start` to `stop` (not included) of one of the two splits: the `number`-th part of it."""
+
+    role: Role
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def stem(self) -> str:
+        return f"{self.split}-{self.number:06d}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def images_of(data: Splits, role: Role) -> ImageSet:
+    """The split that plays this role."""
+    return data.train if role == "train" else data.held_out
+
+
+def spans(data: Splits, length: int) -> list[Span]:
+    """Both splits in parts of `length` images, the last one shorter. Raises `DataError` where they share a name."""
+    if data.train.split == data.held_out.split:
+        raise DataError(f"both splits of {data.train.name} are called {data.train.split}: give them two names")
+    return [
+        Span(role=role, split=images.split, number=number, start=start, stop=min(start + length, len(images)))
+        for role in ROLES
+        for images in (images_of(data, role),)
+        for number, start in enumerate(range(0, len(images), length))
+    ]
+
+
+def original(images: ImageSet, index: int) -> ImageFile:
+    """The file of an image; of one in memory, its size and pixels in place of the file's bytes.
+
+    Raises:
+        UnreadableImage: as `read_rgb`.
+    """
+    if isinstance(images, OnDisk):
+        return read_file(Path(images.paths[index]))
+    rgb = images.read(index)
+    return ImageFile(content=b"%dx%d " % rgb.size + rgb.tobytes(), rgb=rgb, is_plain_jpeg=False)
+
+
+def names(images: ImageSet) -> list[str]:
+    """What each image is called: files by their path below the folder that holds them all."""
+    sources = [images.source(index) for index in range(len(images))]
+    if not isinstance(images, OnDisk):
+        return sources
+    paths = [os.path.abspath(path) for path in sources]
+    common = os.path.commonpath({os.path.dirname(path) for path in paths})
+    return [path[len(common) :].lstrip("/") for path in paths]
+
+
+def fill_facts(record: np.void, file: ImageFile) -> None:
+    """Put into a record what there is to know of a file."""
+    record["height"], record["width"] = file.rgb.height, file.rgb.width
+    record["sha256"] = sha256(file.content)
+    # One extremum for RGB is a pair for each channel.
+    record["single_color"] = all(low == high for low, high in file.rgb.getextrema())  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def sha256(content: bytes) -> np.ndarray:
+    """The hash as 32 numbers."""
+    return np.frombuffer(hashlib.sha256(content).digest(), dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[io.BufferedRandom]:
+    """A file that has its name when it is whole and safe on the disk; on an error nothing of it is left."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a whole file at once; the one before stays until then."""
+    with written(path) as file:
+        file.write(content)
+
+
+def as_json(content: Any) -> bytes:
+    """JSON that is the same bytes for the same content, and holds any file name."""
+    return (json.dumps(content, indent=1) + "\n").encode("ascii")
+
+
+def save_part(folder: Path, span: Span, records: np.ndarray, about: dict[str, Any]) -> None:
+    """Keep a part: its records, and what else is to be said of it."""
+    with written(folder / f"{span.stem}.npy") as file:
+        np.save(file, records, allow_pickle=False)
+    write(folder / f"{span.stem}.json", as_json(about))
+
+
+def about_part(folder: Path, span: Span) -> dict[str, Any] | None:
+    """What is said of a part; None where it is not finished."""
+    path = folder / f"{span.stem}.json"
+    return json.loads(path.read_bytes()) if path.is_file() else None
+
+
+def records_of(folder: Path, parts: list[Span]) -> np.ndarray:
+    """The records of finished parts, in one array."""
+    return np.concatenate([np.load(folder / f"{span.stem}.npy", allow_pickle=False) for span in parts])

@@ -1,0 +1,109 @@
+"""Checking a data set and packing it, with what a person sees of that."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from relloc.data.check import Check, SplitCheck, check
+from relloc.data.packing import CHECK_FILE, Packing, pack
+from relloc.data.parts import ROLES
+from relloc.data.shards import read_manifest
+from relloc.errors import UsageError
+from relloc.runs import assemble, console
+from relloc.runs.engine import whole
+
+
+def prepare(config: DictConfig) -> None:
+    """Check every image of a data set; with `out` set, pack it there in the same pass."""
+    packing = _packing(config)
+    workers = _workers(config)
+    are_packed = OmegaConf.select(config, "data.shards") is not None
+    if config.out is not None and are_packed:
+        raise UsageError("data.shards names images that are packed already: give data.root to pack the originals")
+    data = assemble.splits(config)
+    published = _published(config)
+    if config.out is None:
+        _tell(check(data, published=published, workers=workers, progress=_progress("check")))
+        console.say("checked" if are_packed else "checked; out=FOLDER packs these images into shards")
+        return
+    out = Path(config.out).absolute()
+    found = pack(data, out, packing, published=published, workers=workers, progress=_progress("pack"))
+    _tell(found)
+    _tell_packed(out, str(config.out), config)
+
+
+def _packing(config: DictConfig) -> Packing:
+    numbers = {name: whole(name, config[name], at_least=1) for name in ("short_px", "quality", "images_per_shard")}
+    return Packing(subsampling=str(config.subsampling), **numbers)
+
+
+def _workers(config: DictConfig) -> int:
+    if config.workers == "auto":
+        return len(os.sched_getaffinity(0))
+    return whole("workers", config.workers, at_least=1)
+
+
+def _published(config: DictConfig) -> Mapping[str, int] | None:
+    node = OmegaConf.select(config, "data.source.published_images")
+    return None if node is None else assemble.plain(node)
+
+
+def _progress(what: str) -> Any:
+    return lambda total, done: console.progress_bar(what, total, done)
+
+
+def _tell(found: Check) -> None:
+    console.console.print(_table(found))
+    for line in found.findings() or ["nothing wrong was found"]:
+        console.say(line)
+
+
+def _table(found: Check) -> Table:
+    table = Table(title=f"{found.name}, as checked")
+    table.add_column("images", no_wrap=True)
+    columns = [_column(split) for split in (found.train, found.held_out)]
+    for split in (found.train, found.held_out):
+        table.add_column(split.split, justify="right", no_wrap=True)
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    table.add_row(f"also in {found.train.split}", "", str(found.leaked.n))
+    return table
+
+
+def _column(split: SplitCheck) -> dict[str, str]:
+    fewest, most = split.class_images or ("", "")
+    least, median, greatest = split.short_px or ("", "", "")
+    return {
+        "all": str(split.images),
+        "published": "" if split.published is None else str(split.published),
+        "of a class": f"{fewest} to {most}" if split.class_images else "no labels",
+        "short side": f"{least} to {greatest} px",
+        "short side, median": f"{median} px",
+        "unreadable": str(len(split.unreadable)),
+        "repeated": str(split.repeated.n),
+        "small": str(split.small.n),
+        "elongated": str(split.long.n),
+        "of one color": str(split.single_color.n),
+    }
+
+
+def _tell_packed(out: Path, asked: str, config: DictConfig) -> None:
+    manifest = read_manifest(out)
+    for split in (manifest[role] for role in ROLES):
+        n_bytes = sum(tar["bytes"] for tar in split["shards"])
+        stored = split["stored"]
+        console.say(
+            f"packed  {split['split']}: {n_bytes / 1e6:.1f} MB in {len(split['shards'])} tars; {stored['kept']} JPEGs "
+            f"kept as they were, {stored['reduced']} reduced to {config.short_px} px, {stored['encoded']} encoded"
+        )
+    console.say(f"written {out}; what was checked is in {CHECK_FILE} there. To use it:")
+    console.say(f"  python -m relloc.train data={_member(config)} data.shards={asked}")
+
+
+def _member(config: DictConfig) -> str:
+    return HydraConfig.get().runtime.choices["data"]

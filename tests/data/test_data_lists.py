@@ -1,0 +1,170 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from mixed_folder import jpeg, picture
+
+from relloc.data.image_set import ImageSet, Splits
+from relloc.data.lists import inaturalist2018, places205, voc
+from relloc.errors import DataError, UnreadableImage
+
+
+def image(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jpeg(picture(20, 30, seed)))
+
+
+def text(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def below(images: ImageSet, root: Path) -> list[str]:
+    return [os.path.relpath(images.source(index), root) for index in range(len(images))]
+
+
+def vocdevkit(root: Path, year: int = 2007) -> Path:
+    base = root / "VOCdevkit" / f"VOC{year}"
+    for number in range(1, 4):
+        image(base / "JPEGImages" / f"00000{number}.jpg", number)
+    text(base / "ImageSets/Main/trainval.txt", "000001\n000002\n\n")
+    text(base / "ImageSets/Main/test.txt", "000003  1\n")  # as in the lists of classes
+    return root
+
+
+def voc_of(root: Path | None, year: int = 2007, train: str = "trainval", **more: object) -> Splits:
+    return voc(name="voc", root=root and str(root), year=year, train=train, held_out="test", **more)
+
+
+@pytest.mark.parametrize("year", [2007, 2012])
+@pytest.mark.parametrize("inner", ["", "VOCdevkit", "VOCdevkit/VOC{}"])
+def test_voc_is_found_from_each_of_its_folders(tmp_path: Path, year: int, inner: str) -> None:
+    splits = voc_of(vocdevkit(tmp_path, year) / inner.format(year), year)
+    assert below(splits.train, tmp_path / f"VOCdevkit/VOC{year}/JPEGImages") == ["000001.jpg", "000002.jpg"]
+    assert (splits.train.split, splits.held_out.split, len(splits.held_out)) == ("trainval", "test", 1)
+    assert splits.train.labels is None
+    assert splits.held_out.read(0).size == (30, 20)
+
+
+def test_a_missing_voc_says_what_is_wanted(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.root is not set: .*PASCAL VOC2007 development kit"):
+        voc_of(None)
+    with pytest.raises(DataError, match=r"JPEGImages is missing: .*PASCAL VOC2012 development kit"):
+        voc_of(vocdevkit(tmp_path), year=2012)
+    with pytest.raises(DataError, match=r"Main/train.txt is missing"):
+        voc_of(tmp_path, train="train")
+    text(tmp_path / "VOCdevkit/VOC2007/ImageSets/Main/train.txt", "\n")
+    with pytest.raises(DataError, match=r"Main/train.txt names no images"):
+        voc_of(tmp_path, train="train")
+
+
+def test_other_counts_than_the_published_are_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="voc trainval has 2 images, the published set 5011"):
+        voc_of(vocdevkit(tmp_path), published_images={"trainval": 5011, "test": 1})
+
+
+def places_root(root: Path) -> Path:
+    image(root / "pics/a/abbey/1 of 2.jpg")
+    image(root / "pics/z/zoo/2.jpg", 1)
+    text(root / "train.csv", "a/abbey/1 of 2.jpg 0\nz/zoo/2.jpg 2\na/abbey/gone.jpg 0\n")
+    text(root / "val.csv", "z/zoo/2.jpg 2\n")
+    return root
+
+
+def places_of(root: Path) -> Splits:
+    return places205(name="places205", root=str(root), train_list="train.csv", val_list="val.csv", images="pics")
+
+
+def test_places_lines_are_split_at_the_last_space(tmp_path: Path) -> None:
+    splits = places_of(places_root(tmp_path))
+    assert below(splits.train, tmp_path / "pics") == ["a/abbey/1 of 2.jpg", "z/zoo/2.jpg", "a/abbey/gone.jpg"]
+    assert splits.train.labels == [0, 2, 0]
+    assert splits.held_out.labels == [2]
+    assert splits.train.classes == splits.held_out.classes == ("a/abbey", "1", "z/zoo")
+    assert splits.labeled
+    assert splits.train.read(0).size == (30, 20)
+
+
+def test_an_image_that_is_listed_and_not_there_is_unreadable_when_read(tmp_path: Path) -> None:
+    splits = places_of(places_root(tmp_path))
+    with pytest.raises(UnreadableImage, match="No such file"):
+        splits.train.read(2)
+
+
+def test_labels_are_part_of_the_digest_and_the_place_is_not(tmp_path: Path) -> None:
+    one, two = (places_of(places_root(tmp_path / name)).train.digest() for name in ("one", "two"))
+    assert one == two
+    text(tmp_path / "two/train.csv", "a/abbey/1 of 2.jpg 0\nz/zoo/2.jpg 1\na/abbey/gone.jpg 0\n")
+    text(tmp_path / "two/val.csv", "z/zoo/2.jpg 1\n")
+    assert places_of(tmp_path / "two").train.digest() != one
+
+
+@pytest.mark.parametrize("line", ["a/abbey/1.jpg", "a/abbey/1.jpg zoo", "a/abbey/1.jpg -1", "3"])
+def test_a_line_of_another_form_is_told_with_its_number(tmp_path: Path, line: str) -> None:
+    text(places_root(tmp_path) / "val.csv", f"z/zoo/2.jpg 2\n\n{line}\n")
+    with pytest.raises(DataError, match="val.csv line 3: .* is not a path, a space and a class number"):
+        places_of(tmp_path)
+
+
+def test_places_lists_that_are_missing_empty_or_of_other_classes_are_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train.csv is missing: .*Places205"):
+        places_of(tmp_path)
+    text(places_root(tmp_path) / "val.csv", "q/quay/1.jpg 3\n")
+    with pytest.raises(DataError, match="val.csv: label 3 is in no line of"):
+        places_of(tmp_path)
+    text(tmp_path / "val.csv", "")
+    with pytest.raises(DataError, match="val.csv names no images"):
+        places_of(tmp_path)
+
+
+def annotations(prefix: str, categories: tuple[int, ...], images: dict[int, int]) -> str:
+    return json.dumps(
+        {
+            "images": [{"id": one, "file_name": f"{prefix}Aves/{one}.jpg"} for one in images],
+            "annotations": [{"id": 7, "image_id": one, "category_id": images[one]} for one in reversed(images)],
+            "categories": [{"id": number, "name": f"species {number}"} for number in categories],
+        }
+    )
+
+
+def inat_of(root: Path) -> Splits:
+    return inaturalist2018(
+        name="inat18",
+        root=str(root),
+        train_annotations="train2018.json",
+        val_annotations="val2018.json",
+        images="train_val2018",
+    )
+
+
+@pytest.mark.parametrize("prefix", ["train_val2018/", ""])
+def test_inaturalist_joins_images_and_categories_by_number(tmp_path: Path, prefix: str) -> None:
+    image(tmp_path / "train_val2018/Aves/11.jpg")
+    text(tmp_path / "train2018.json", annotations(prefix, (20, 4, 9), {11: 20, 12: 4, 13: 20}))
+    text(tmp_path / "val2018.json", annotations(prefix, (20, 4, 9), {14: 9}))
+    splits = inat_of(tmp_path)
+    assert below(splits.train, tmp_path / "train_val2018") == ["Aves/11.jpg", "Aves/12.jpg", "Aves/13.jpg"]
+    assert splits.train.classes == splits.held_out.classes == ("species 4", "species 9", "species 20")
+    assert (splits.train.labels, splits.held_out.labels) == ([2, 0, 2], [1])
+    assert (splits.train.split, splits.held_out.split) == ("train", "val")
+    assert splits.train.read(0).size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "val2018.json is not JSON"),
+        ("[]", "val2018.json is no annotation file"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "val2018.json: an image without file name"),
+        (annotations("", (5,), {14: 5}), "val2018.json: an image without .* known category: 5"),
+    ],
+)
+def test_inaturalist_files_of_another_form_are_told(tmp_path: Path, content: str, told: str) -> None:
+    text(tmp_path / "train2018.json", annotations("", (4,), {11: 4}))
+    with pytest.raises(DataError, match=rf"^{tmp_path}/val2018.json is missing: .*iNaturalist 2018"):
+        inat_of(tmp_path)
+    text(tmp_path / "val2018.json", content)
+    with pytest.raises(DataError, match=told):
+        inat_of(tmp_path)

@@ -1,0 +1,220 @@
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mixed_folder import write_many
+from PIL import Image
+from safetensors.numpy import save_file
+
+from relloc.data.folder import folder
+from relloc.data.image_set import ImageSet, Splits
+from relloc.data.images import read_rgb
+from relloc.data.loader import load
+from relloc.data.packing import Packing, pack
+from relloc.data.shards import ShardImages, decoded, shards
+from relloc.data.views import CenterViews
+from relloc.errors import DataError, UnreadableImage
+
+
+@contextlib.contextmanager
+def unseen(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    yield lambda now, text: None
+
+
+def packed(data: Splits, out: Path, images_per_shard: int = 4) -> Path:
+    packing = Packing(short_px=96, quality=90, subsampling="4:2:0", images_per_shard=images_per_shard)
+    pack(data, out, packing, published=None, workers=1, progress=unseen)
+    return out
+
+
+def of(root: Path) -> Splits:
+    return folder(name="mine", root=str(root), held_out_share=0.5)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_many(tmp_path_factory.mktemp("originals"), 10, 3)
+
+
+@pytest.fixture(scope="module")
+def out(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(of(originals), tmp_path_factory.mktemp("packed") / "out")
+
+
+@pytest.fixture
+def copy(out: Path, tmp_path: Path) -> Path:
+    """The packed folder, to be damaged."""
+    return Path(shutil.copytree(out, tmp_path / "copy"))
+
+
+def test_the_set_is_the_one_that_was_packed(originals: Path, out: Path) -> None:
+    before, after = of(originals), shards(root=str(out))
+    assert after.labeled
+    for old, new in ((before.train, after.train), (before.held_out, after.held_out)):
+        assert isinstance(new, ImageSet)
+        assert (new.name, new.split, new.classes, len(new)) == (old.name, old.split, old.classes, len(old))
+        assert (out / f"{old.split}-000000.tar").is_file()
+        assert list(new.labels or ()) == list(old.labels or ())
+        assert type((new.labels or [0.0])[0]) is int
+        for index in range(len(new)):
+            assert old.source(index).endswith(f"/{old.split}/{new.source(index)}")
+            assert np.array_equal(np.asarray(new.read(index)), np.asarray(old.read(index)))
+
+
+def test_unlabeled_images_stay_so_and_hostile_names_come_back(tmp_path: Path) -> None:
+    names = ["two words.jpg", "zürich ✓ 写真.jpg", "line\nbreak.jpg", "quote'\"$.jpg", os.fsdecode(b"latin-\xe9.jpg")]
+    for number, name in enumerate([*names, *map("{}.jpg".format, range(12))]):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / name, "JPEG")
+    data = of(tmp_path)
+    found = shards(root=str(packed(data, tmp_path / "out")))
+    assert not found.labeled
+    assert found.train.labels is None
+    for old, new in ((data.train, found.train), (data.held_out, found.held_out)):
+        assert [f"{tmp_path}/{new.source(index)}" for index in range(len(new))] == [
+            old.source(index) for index in range(len(old))
+        ]
+
+
+def test_the_digest_is_of_the_content_wherever_it_lies_and_however_it_is_cut(
+    originals: Path, out: Path, tmp_path: Path
+) -> None:
+    here, original = shards(root=str(out)), of(originals)
+    moved = shards(root=str(shutil.copytree(out, tmp_path / "moved")))
+    longer = shards(root=str(packed(original, tmp_path / "longer", images_per_shard=7)))
+    for role in ("train", "held_out"):
+        one = getattr(here, role).digest()
+        assert one == getattr(moved, role).digest() == getattr(longer, role).digest()
+        assert one != getattr(original, role).digest()
+    other = shutil.copytree(originals, tmp_path / "other")
+    (other / "train/a/0000.jpg").write_bytes((other / "train/b/0001.jpg").read_bytes())
+    changed = shards(root=str(packed(of(Path(other)), tmp_path / "changed")))
+    assert changed.train.digest() != here.train.digest()
+    assert changed.held_out.digest() == here.held_out.digest()
+    (other / "val/a").rename(other / "val/c")
+    (other / "train/a").rename(other / "train/c")
+    renamed = shards(root=str(packed(of(Path(other)), tmp_path / "renamed")))
+    assert renamed.held_out.digest() != here.held_out.digest()
+
+
+def test_pickled_it_is_a_name_and_reads_the_same(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(out.parent)
+    images = ShardImages(Path(out.name), "train")
+    first = np.asarray(images.read(0))  # with a file open
+    frozen = pickle.dumps(images)
+    assert len(frozen) < 1000
+    monkeypatch.chdir("/")
+    again = pickle.loads(frozen)
+    assert np.array_equal(np.asarray(again.read(0)), first)
+    assert list(again.labels) == list(images.labels or ())
+
+
+def test_worker_processes_read_what_the_parent_reads(out: Path) -> None:
+    images = shards(root=str(out)).train
+    images.read(0)  # a file that is open before the workers are made
+    views = CenterViews(images, short_px=64, crop_px=56)
+    batches = [[0, 5, 9], [1, 8, 2], [7, 3]]
+    here, there = (list(load(views, batches, workers=workers, pin=False)) for workers in (0, 2))
+    assert len(here) == len(there) == 3
+    assert all(one.pixels.equal(other.pixels) for one, other in zip(here, there, strict=True))
+
+
+def test_with_more_tars_than_may_stay_open_all_are_read(
+    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relloc.data.shards._MOST_OPEN", 2)
+    images = shards(root=str(packed(of(originals), tmp_path / "out", images_per_shard=1))).train
+    held = len(os.listdir("/proc/self/fd"))
+    for index in range(10):
+        assert np.array_equal(np.asarray(images.read(index)), np.asarray(of(originals).train.read(index)))
+    assert len(os.listdir("/proc/self/fd")) <= held + 2
+
+
+def test_files_are_closed_with_the_set(out: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    images = ShardImages(out, "train")
+    images.read(0)
+    images.source(0)
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    del images
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_imagenet_costs_tens_of_megabytes(copy: Path) -> None:
+    n = 1_281_167
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    manifest["train"]["images"] = n
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    numbers = np.arange(n + 1, dtype=np.int64)
+    columns = dict.fromkeys(("offset", "size", "label"), numbers[:n])
+    save_file({**columns, "name_offset": numbers}, copy / "train-index.safetensors")
+    tracemalloc.start()
+    images = ShardImages(copy, "train")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(images) == n
+    assert held < 60e6
+    assert len(pickle.dumps(images)) < 1000
+
+
+def test_a_folder_that_is_none_or_not_ours_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.shards=.*missing is not a folder: .*relloc.prepare"):
+        shards(root=str(tmp_path / "missing"))
+    with pytest.raises(DataError, match="has no manifest.json: give the folder that relloc.prepare wrote"):
+        shards(root=str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"format": "relloc shards", "version": 2}', '{"format": "mine"}', "[]", "{"])
+def test_another_manifest_is_refused(copy: Path, content: str) -> None:
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest.json (is not of relloc shards version 1|can't be read)"):
+        shards(root=str(copy))
+
+
+def test_a_missing_or_shortened_tar_is_told_at_once(copy: Path) -> None:
+    tar = copy / "train-000001.tar"
+    size = tar.stat().st_size
+    os.truncate(tar, size - 512)
+    with pytest.raises(DataError, match=rf"train-000001.tar has {size - 512} bytes, not the {size} it was packed with"):
+        shards(root=str(copy))
+    tar.unlink()
+    with pytest.raises(DataError, match=r"train-000001.tar is missing: copy it again"):
+        shards(root=str(copy))
+
+
+def test_an_index_that_is_damaged_or_of_another_set_is_told(copy: Path) -> None:
+    shutil.copy(copy / "val-index.safetensors", copy / "train-index.safetensors")
+    with pytest.raises(DataError, match=r"train-index.safetensors does not fit manifest.json"):
+        shards(root=str(copy))
+    os.truncate(copy / "train-index.safetensors", 50)
+    with pytest.raises(DataError, match=r"train-index.safetensors can't be read"):
+        shards(root=str(copy))
+
+
+def test_what_is_lost_while_a_run_goes_on_is_an_unreadable_image(copy: Path) -> None:
+    images = shards(root=str(copy)).train
+    os.truncate(copy / "train-000000.tar", 2000)
+    with pytest.raises(UnreadableImage, match="ends before byte"):
+        images.read(0)
+    (copy / "train-000001.tar").unlink()
+    with pytest.raises(UnreadableImage, match="FileNotFoundError"):
+        images.read(4)
+    with pytest.raises(UnreadableImage, match="can't be decoded"):
+        decoded(bytearray(b"no JPEG at all"))
+
+
+@pytest.mark.data
+def test_real_photographs_decode_to_pillows_pixels(real_images: Path) -> None:
+    paths = sorted(path for path in real_images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    assert len(paths) > 1000
+    for path in paths[::4]:
+        with Image.open(path) as image:
+            upright = image.getexif().get(0x0112, 1) == 1 and image.mode in ("RGB", "L")
+        if upright:
+            assert np.array_equal(decoded(bytearray(path.read_bytes())), np.asarray(read_rgb(path))), path

@@ -1,0 +1,127 @@
+"""Checking and packing a data set as a user does, and training from what was packed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from mixed_folder import BROKEN, write_many, write_mixed
+from safetensors.torch import load_file
+from tiny import TINY
+
+from relloc.data.folder import folder
+from relloc.data.packing import Packing, pack
+from relloc.data.shards import UNFINISHED, shards
+
+FOLDER = ("data=folder", "data.name=mine")
+
+
+def hashes(out: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
+
+
+def below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@contextlib.contextmanager
+def unseen(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    yield lambda now, text: None
+
+
+def test_a_check_alone_tells_and_writes_nothing(relloc, tmp_path):
+    write_mixed(tmp_path / "originals")
+    seen = (tmp_path / "originals/train/a/small.jpg").read_bytes()
+    (tmp_path / "originals/val/b/seen.jpg").write_bytes(seen)
+    before = below(tmp_path)
+    done = relloc("prepare", *FOLDER, "data.root=originals", "workers=2")
+    assert done.code == 0, done.text
+    assert below(tmp_path) == before
+    for words in ("LEAK: 1 images of val are also in train", "b/seen.jpg = a/small.jpg", "out=FOLDER packs"):
+        assert words in done.text
+    assert f"train: {len(BROKEN)} images can't be read" in done.text
+
+    for wrong, told in (("quality=101", "quality=101"), ("shortpx=2", "Did you mean short_px?")):
+        refused = relloc("prepare", *FOLDER, "data.root=originals", "out=out", wrong)
+        assert refused.code == 2
+        assert told in refused.text
+    assert below(tmp_path) == before
+
+
+def alive(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(relloc, environment, tmp_path):
+    root = write_many(tmp_path / "originals", 120, 12, height=400, width=500)
+    line = (*FOLDER, "data.root=originals", "out=out", "images_per_shard=6", "workers=2", "short_px=200")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relloc.prepare", *line],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob(f"out/{UNFINISHED}/*-*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(process.pid)  # nobody goes on writing
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*.tar")}
+    assert 3 <= len(kept) < 22
+    assert not (tmp_path / "out/manifest.json").exists()
+
+    other = relloc("prepare", *line, "quality=80")
+    assert other.code == 2
+    assert "quality was 90, now 80" in other.text
+    again = relloc("prepare", *line)
+    assert again.code == 0, again.text
+    assert "python -m relloc.train data=folder data.shards=out" in again.text
+    written = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*.tar")}
+    # A tar whose record was not yet written when the kill came is written again.
+    assert sum(written[name] == born for name, born in kept.items()) >= len(kept) - 2
+
+    settings = Packing(short_px=200, quality=90, subsampling="4:2:0", images_per_shard=6)
+    undisturbed = folder(name="mine", root=str(root), held_out_share=0.05)
+    pack(undisturbed, tmp_path / "straight", settings, published=None, workers=1, progress=unseen)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+    assert sorted(os.listdir(tmp_path)) == ["originals", "out", "straight"]  # no run folder
+
+
+def test_training_from_shards_of_kept_jpegs_gives_the_weights_of_training_from_the_folder(relloc, tmp_path):
+    write_many(tmp_path / "originals", 40, 8)
+    (tmp_path / "originals/train/a/0010.jpg").write_bytes(b"broken")
+    packed = relloc("prepare", *FOLDER, "data.root=originals", "out=out", "images_per_shard=7")
+    assert packed.code == 0, packed.text
+    stored = json.loads((tmp_path / "out/manifest.json").read_bytes())["train"]["stored"]
+    assert stored == {"kept": 39, "unreadable": 1, "encoded": 0, "reduced": 0}
+    assert shards(root=str(tmp_path / "out")).labeled
+
+    tiny = [word for word in TINY if not word.startswith("data.source.")]
+    line = (*FOLDER, *tiny, "data.root=originals", "data.epochs=1", "data.milestone_epochs=[]", "eval=[]")
+    weights = []
+    for name, more in (("folder", ()), ("shards", ("data.shards=out",))):
+        run_dir = tmp_path / name
+        done = relloc("train", *line, *more, "tracking=none", f"hydra.run.dir={run_dir}")
+        assert done.code == 0, done.text
+        weights.append(load_file(run_dir / "backbone.safetensors"))
+    from_folder, from_shards = weights
+    assert all(torch.equal(from_folder[name], from_shards[name]) for name in from_folder)
