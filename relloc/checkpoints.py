@@ -1,11 +1,12 @@
 """Saving and loading, atomically: a file is there whole, or the one before it still is."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,70 @@ def training_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def save_training(run_dir: Path, state: Mapping[str, Any], step: int) -> Path:
-    """Save the state of a training after `step` steps; the newest two are kept.
+def save_training(run_dir: Path, state: Mapping[str, Any], step: int, milestone: str | None = None) -> Path:
+    """Save the state of a training after `step` steps; the newest two and all named milestones are kept.
+
+    A milestone `epoch_30` is saved as that, besides. Beside each file stands its hash, as
+    `sha256sum --check` reads it.
 
     Raises:
         CheckpointError: no space or no permission; earlier checkpoints stay.
     """
     buffer = io.BytesIO()
     torch.save({**state, "step": step}, buffer)
+    content = buffer.getbuffer()
+    if milestone:
+        _write_hashed(training_folder(run_dir) / f"{milestone}.pt", content)
     path = training_folder(run_dir) / f"step_{step:09d}.pt"
-    _write(path, buffer.getbuffer())
+    _write_hashed(path, content)
     for old in saved_trainings(run_dir)[:-_KEPT]:
         old.unlink(missing_ok=True)
+        _hash_file(old).unlink(missing_ok=True)
     return path
 
 
+def _hash_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _write_hashed(path: Path, content: memoryview) -> None:
+    # The hash first: a checkpoint without one is never left behind, an old one's is not yet wanted.
+    _write(_hash_file(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+    try:
+        _write(path, content)
+    except CheckpointError:
+        _hash_file(path).unlink(missing_ok=True)
+        raise
+
+
 def saved_trainings(run_dir: Path) -> list[Path]:
-    """The checkpoints in a run folder, oldest first."""
+    """The checkpoints in a run folder, oldest first; milestones are not among them."""
     return sorted(training_folder(run_dir).glob("step_*.pt"))
+
+
+def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is set aside as `….damaged`, with a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    saved = saved_trainings(run_dir)
+    for path in reversed(saved):
+        try:
+            load_training(path)
+        except CheckpointError as error:
+            aside = path.with_name(path.name + ".damaged")
+            os.replace(path, aside)
+            _hash_file(path).unlink(missing_ok=True)
+            warn(f"{error}. It is set aside as {aside.name}; the one before is used")
+        else:
+            return path
+    if saved:
+        raise CheckpointError(
+            f"no checkpoint in {training_folder(run_dir)} can be read. Copy a milestone to "
+            f"{saved[-1].name} to go on from there, or give another hydra.run.dir to start anew"
+        )
+    return None
 
 
 def load_training(path: Path) -> dict[str, Any]:
@@ -70,7 +117,9 @@ def load_training(path: Path) -> dict[str, Any]:
     """
     what = f"{path} is damaged or no checkpoint of relloc"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        _check_hash(path, content, what)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
         raise CheckpointError(f"{what}: it holds more than tensors and plain values") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -78,6 +127,13 @@ def load_training(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "step" not in state:
         raise CheckpointError(f"{what}: it names no step")
     return state
+
+
+def _check_hash(path: Path, content: bytes, what: str) -> None:
+    if _hash_file(path).exists():
+        noted = _hash_file(path).read_text(encoding="ascii", errors="replace").split()[:1]
+        if noted != [hashlib.sha256(content).hexdigest()]:
+            raise CheckpointError(f"{what}: its SHA-256 is not the one noted in {_hash_file(path).name}")
 
 
 def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:

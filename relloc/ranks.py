@@ -21,10 +21,13 @@ def local_rank() -> int:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes if torchrun started several: NCCL between GPUs, gloo between CPUs."""
+    """Meet the other processes if torchrun started several: NCCL between GPUs, gloo between CPUs.
+
+    With GPUs there is both, so that hosts can agree without waiting for what is queued on the GPUs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
 
@@ -48,6 +51,15 @@ def total(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gathered(values: Tensor) -> Tensor:
+    """The values (n) of all ranks, (world n), on every rank."""
+    if not dist.is_initialized():
+        return values.unsqueeze(0)
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts)
 
 
 def union(texts: dict[str, str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from relloc.checkpoints import (
     fill,
     load_backbone,
     load_training,
+    newest_sound,
     save_backbone,
     save_training,
     saved_trainings,
@@ -59,7 +60,15 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 def files_below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """All files but the hashes of checkpoints, each of which has to stand beside its checkpoint."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    hashes = {name for name in files if name.endswith(".sha256")}
+    assert hashes == {
+        f"{name}.sha256"
+        for name in files
+        if Path(name).parent.name == "checkpoints" and name not in hashes and ".damaged" not in name
+    }
+    return sorted(files - hashes)
 
 
 def test_a_training_comes_back_to_the_bit(tmp_path: Path) -> None:
@@ -145,7 +154,7 @@ def test_a_file_that_can_not_take_its_place_leaves_nothing_behind(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(CheckpointError, match=r"step_000000002\.pt could not be written \(Permission denied\)"):
+    with pytest.raises(CheckpointError, match=r"step_000000002\.pt\S* could not be written \(Permission denied\)"):
         save_training(tmp_path, {"value": 2}, 2)
     assert files_below(tmp_path) == ["checkpoints/step_000000001.pt"]
     assert load_training(saved_trainings(tmp_path)[0])["value"] == 1
@@ -153,16 +162,61 @@ def test_a_file_that_can_not_take_its_place_leaves_nothing_behind(
 
 def test_a_run_folder_that_can_not_hold_checkpoints_is_an_error_with_the_advice(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with pytest.raises(CheckpointError, match=r"step_000000001\.pt could not be written \(.+\)\. What was saved"):
+    with pytest.raises(CheckpointError, match=r"step_000000001\.pt\S* could not be written \(.+\)\. What was saved"):
         save_training(tmp_path, {}, 1)
 
 
 def test_what_is_unfinished_is_no_checkpoint(tmp_path: Path) -> None:
     path = save_training(tmp_path, {"value": 1}, 1)
-    path.with_name(".step_000000002.pt.unfinished").write_bytes(path.read_bytes()[:100])  # as a killed process leaves
+    left = path.with_name(".step_000000002.pt.unfinished")
+    left.write_bytes(path.read_bytes()[:100])  # as a killed process leaves it
+    path.with_name("step_000000002.pt.sha256").write_text("0" * 64 + "  step_000000002.pt")  # and this before
     assert saved_trainings(tmp_path) == [path]
     assert load_training(save_training(tmp_path, {"value": 2}, 2))["value"] == 2
     assert files_below(tmp_path) == ["checkpoints/step_000000001.pt", "checkpoints/step_000000002.pt"]
+
+
+def test_a_milestone_stays_when_newer_ones_go_and_its_hash_is_one_that_sha256sum_checks(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        save_training(tmp_path, {"value": step}, step, milestone="epoch_2" if step == 2 else None)
+    names = ["epoch_2", "step_000000003", "step_000000004"]
+    assert files_below(tmp_path) == [f"checkpoints/{name}.pt" for name in names]
+    assert load_training(tmp_path / "checkpoints" / "epoch_2.pt")["value"] == 2
+    assert [path.stem for path in saved_trainings(tmp_path)] == names[1:]
+    check = ["sha256sum", "--check", *(f"{name}.pt.sha256" for name in names)]
+    assert subprocess.run(check, cwd=tmp_path / "checkpoints", capture_output=True, check=False).returncode == 0
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = save_training(tmp_path, {"weight": torch.zeros(1000)}, 1)
+    flip_a_bit(path)
+    with pytest.raises(CheckpointError, match=r"step_000000001\.pt is damaged .*: its SHA-256 is not the one noted in"):
+        load_training(path)
+    path.with_name(path.name + ".sha256").unlink()
+    assert load_training(path)["weight"].any()  # without the hash nobody would have known
+
+
+def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    assert newest_sound(tmp_path, warnings.append) is None
+    older, newest = (save_training(tmp_path, {"weight": torch.zeros(1000)}, step) for step in (1, 2))
+    assert newest_sound(tmp_path, warnings.append) == newest
+    assert warnings == []
+    flip_a_bit(newest)
+    assert newest_sound(tmp_path, warnings.append) == older
+    assert len(warnings) == 1
+    assert "step_000000002.pt is damaged" in warnings[0]
+    assert "set aside as step_000000002.pt.damaged; the one before is used" in warnings[0]
+    assert files_below(tmp_path) == ["checkpoints/step_000000001.pt", "checkpoints/step_000000002.pt.damaged"]
+    flip_a_bit(older)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read. Copy a milestone to step_000000001.pt"):
+        newest_sound(tmp_path, warnings.append)
 
 
 def saved_bytes(tmp_path: Path) -> bytes:

@@ -1,8 +1,9 @@
 """Heads that answer where a neighbor lies relative to the center: two embeddings in, eight logits out."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from relloc.geometry import OFFSETS
 
@@ -31,21 +32,36 @@ class PairHead(nn.Module):
         width = embed_dim or embedding_dim
         self.embed = nn.Linear(embedding_dim, embed_dim) if embed_dim else nn.Identity()
         joint = nn.Linear(2 * width, hidden_dim)
-        self.neck = nn.Sequential(
-            joint,
-            nn.BatchNorm1d(hidden_dim, momentum=batch_norm_momentum),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-        )
+        norm = nn.BatchNorm1d(hidden_dim, momentum=batch_norm_momentum)
+        self.neck = nn.Sequential(joint, norm, nn.ReLU())
+        self.dropout = dropout
         self.answer = nn.Linear(hidden_dim, len(OFFSETS))
         for layer, std in ((joint, neck_std), (self.answer, head_std)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         nn.init.constant_(joint.bias, neck_bias)
 
-    def forward(self, neighbors: Float[Tensor, "b 8 d"], centers: Float[Tensor, "b d"]) -> Float[Tensor, "b 8 8"]:
-        """Logits over the eight labels for each (neighbor, center) pair."""
-        return _answer_pairs(nn.Sequential(self.neck, self.answer), self.embed(neighbors), self.embed(centers))
+    def draw_kept(self, n_images: int, generator: torch.Generator) -> Bool[Tensor, "n 8 h"] | None:
+        """Which hidden units dropout keeps, for each pair; None where nothing is dropped."""
+        if not self.dropout:
+            return None
+        shape = (n_images, len(OFFSETS), self.answer.in_features)
+        kept = torch.empty(shape, dtype=torch.bool, device=generator.device)
+        return kept.bernoulli_(1 - self.dropout, generator=generator)
+
+    def forward(
+        self,
+        neighbors: Float[Tensor, "b 8 d"],
+        centers: Float[Tensor, "b d"],
+        kept: Bool[Tensor, "b 8 h"] | None = None,
+    ) -> Float[Tensor, "b 8 8"]:
+        """Logits over the eight labels for each (neighbor, center) pair; `kept` acts in training alone."""
+        joint, norm, rectify = self.neck
+        hidden = _linear_of_pairs(joint.weight, joint.bias, self.embed(neighbors), self.embed(centers))  # pyright: ignore[reportArgumentType]
+        hidden = rectify(norm(hidden.flatten(0, 1))).unflatten(0, hidden.shape[:2])
+        if self.training and kept is not None:
+            hidden = hidden * kept / (1 - self.dropout)
+        return self.answer(hidden)
 
 
 class AlexNetPairHead(nn.Module):
@@ -61,12 +77,21 @@ class AlexNetPairHead(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, neighbors: Float[Tensor, "b 8 d"], centers: Float[Tensor, "b d"]) -> Float[Tensor, "b 8 8"]:
+    def draw_kept(self, n_images: int, generator: torch.Generator) -> None:
+        """Nothing is dropped."""
+
+    def forward(
+        self, neighbors: Float[Tensor, "b 8 d"], centers: Float[Tensor, "b d"], kept: None = None
+    ) -> Float[Tensor, "b 8 8"]:
         """Logits over the eight labels for each (neighbor, center) pair."""
-        layers = nn.Sequential(self.fc7, self.norm, nn.ReLU(), self.fc8, nn.ReLU(), self.fc9)
-        return _answer_pairs(layers, neighbors, centers)
+        hidden = _linear_of_pairs(self.fc7.weight, self.fc7.bias, neighbors, centers)
+        hidden = self.norm(hidden.flatten(0, 1)).relu()
+        return self.fc9(self.fc8(hidden).relu()).unflatten(0, neighbors.shape[:2])
 
 
-def _answer_pairs(layers: nn.Module, neighbors: Tensor, centers: Tensor) -> Tensor:
-    pairs = torch.cat([neighbors, centers.unsqueeze(1).expand_as(neighbors)], dim=2)
-    return layers(pairs.flatten(0, 1)).unflatten(0, neighbors.shape[:2])
+def _linear_of_pairs(
+    weight: Tensor, bias: Tensor, neighbors: Float[Tensor, "b 8 d"], centers: Float[Tensor, "b d"]
+) -> Float[Tensor, "b 8 h"]:
+    """A linear layer of the concatenations [neighbor, center]; the center's half is computed once an image."""
+    of_neighbors, of_centers = weight.chunk(2, dim=1)
+    return linear(neighbors, of_neighbors) + linear(centers, of_centers, bias).unsqueeze(1)

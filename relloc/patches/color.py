@@ -1,7 +1,7 @@
 """Color treatments: they hide chromatic aberration, which tells where in the lens a patch was.
 
-Each takes patches on the scale 0..255, the nine of an image side by side, and returns the same
-shape and scale. Constants: protocols.md 1.1.
+Each draws its chance apart (`draw`), and then is a pure function of patches on the scale 0..255, the
+nine of an image side by side, to the same shape and scale. Constants: protocols.md 1.1.
 """
 
 import dataclasses
@@ -11,27 +11,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from relloc.patches.normalize import per_channel
+
 Patches = Float[Tensor, "b n 3 p p"]
 IMAGENET_MEAN_PX = (123.675, 116.28, 103.53)
+
+
+def _weighted(patches: Patches, weights: tuple[float, float, float]) -> Float[Tensor, "b n 1 p p"]:
+    # Channel by channel, which spares a product as large as the patches.
+    red, green, blue = patches.split(1, dim=2)
+    return (red * weights[0]).add(green, alpha=weights[1]).add(blue, alpha=weights[2])
 
 
 def _gray(patches: Patches, weights: Literal["luma", "mean"]) -> Float[Tensor, "b n 1 p p"]:
     if weights == "mean":
         return patches.mean(dim=2, keepdim=True)
     # ITU-R 601 luma in the 16-bit fixed point of Pillow, so that it equals torchvision's on images.
-    fixed = patches.new_tensor([19595.0, 38470.0, 7471.0]).view(3, 1, 1)
-    return torch.floor(((patches * fixed).sum(dim=2, keepdim=True) + 32768) / 65536)
-
-
-def _mean_px(patches: Patches) -> Float[Tensor, "3 1 1"]:
-    return patches.new_tensor(IMAGENET_MEAN_PX).view(3, 1, 1)
+    return torch.floor((_weighted(patches, (19595.0, 38470.0, 7471.0)) + 32768) / 65536)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Keep:
     """No treatment: the control in which the shortcut stays open."""
 
-    def __call__(self, patches: Patches, generator: torch.Generator) -> Patches:
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Nothing is random."""
+        return ()
+
+    def __call__(self, patches: Patches) -> Patches:
         return patches
 
 
@@ -51,8 +58,11 @@ class Gray:
         if self.weights not in ("luma", "mean"):
             raise ValueError(f"color.weights is {self.weights!r}, neither 'luma' nor 'mean'")
 
-    def __call__(self, patches: Patches, generator: torch.Generator) -> Patches:
-        chosen = torch.rand(len(patches), generator=generator, device=patches.device) < self.p
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Which images (b) become gray."""
+        return (torch.rand(b, generator=generator, device=generator.device) < self.p,)
+
+    def __call__(self, patches: Patches, chosen: Tensor) -> Patches:
         return torch.where(chosen.view(-1, 1, 1, 1, 1), _gray(patches, self.weights), patches)
 
 
@@ -72,21 +82,25 @@ class Drop:
         if self.noise not in ("gaussian", "uniform"):
             raise ValueError(f"color.noise is {self.noise!r}, neither 'gaussian' nor 'uniform'")
 
-    def __call__(self, patches: Patches, generator: torch.Generator) -> Patches:
-        b, n = patches.shape[:2]
-        device = patches.device
-        kept = torch.randint(3, (b, n, 1, 1, 1), generator=generator, device=device)
-        is_kept = torch.arange(3, device=device).view(3, 1, 1) == kept
-        filling = _mean_px(patches) + self._noise(patches, kept, generator)
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The channel (b n) each patch keeps, and noise (b n 3 p p) of unit size."""
+        device = generator.device
+        unit = torch.randn if self.noise == "gaussian" else torch.rand
+        kept = torch.randint(3, (b, n), generator=generator, device=device)
+        return kept, unit((b, n, 3, p, p), generator=generator, device=device)
+
+    def __call__(self, patches: Patches, kept: Tensor, unit: Tensor) -> Patches:
+        place = kept.view(*kept.shape, 1, 1, 1)
+        is_kept = torch.arange(3, device=patches.device).view(3, 1, 1) == place
+        filling = per_channel(IMAGENET_MEAN_PX, patches) + self._noise(patches, place, unit)
         return torch.where(is_kept, patches, filling)
 
-    def _noise(self, patches: Patches, kept: Tensor, generator: torch.Generator) -> Patches:
+    def _noise(self, patches: Patches, kept: Tensor, unit: Tensor) -> Patches:
         if self.noise == "uniform":
-            unit = torch.rand(patches.shape, generator=generator, device=patches.device)
             return (unit - 0.5) * 100 * self.noise_ratio
-        sd = patches.std(dim=(3, 4), keepdim=True).gather(2, kept)
-        unit = torch.randn(patches.shape, generator=generator, device=patches.device)
-        return unit * sd * self.noise_ratio
+        p = patches.shape[-1]
+        channel = patches.gather(2, kept.expand(-1, -1, -1, p, p))
+        return unit * (channel.std(dim=(3, 4), keepdim=True) * self.noise_ratio)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +110,11 @@ class Project:
     B = I - a'a / (aa'), the paper's projection.
     """
 
-    def __call__(self, patches: Patches, generator: torch.Generator) -> Patches:
-        a = patches.new_tensor([-1.0, 2.0, -1.0]).view(3, 1, 1)
-        along = ((patches - _mean_px(patches)) * a).sum(dim=2, keepdim=True) / 6
-        return patches - along * a
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Nothing is random."""
+        return ()
+
+    def __call__(self, patches: Patches) -> Patches:
+        red, green, blue = IMAGENET_MEAN_PX
+        along = _weighted(patches, (-1.0, 2.0, -1.0)) - (2 * green - red - blue)
+        return patches - along * per_channel((-1 / 6, 2 / 6, -1 / 6), patches)

@@ -14,4 +14,6 @@ def cut(images: UInt8[Tensor, "b 3 h w"], corners: Int[Tensor, "b n 2"], patch_p
     windows = images.unfold(2, patch_px, 1).unfold(3, patch_px, 1)  # a view: b 3 rows columns p p
     image = torch.arange(len(images), device=images.device).unsqueeze(1)
     corners = corners.where(corners >= 0, max(images.shape[-2:]))  # negative ones would count from the end
-    return windows[image, :, corners[..., 0], corners[..., 1]]
+    patches = windows[image, :, corners[..., 0], corners[..., 1]]
+    # Images come pixel after pixel, and a CPU is faster on whole planes; compiled code finds its own layout.
+    return patches if patches.is_cuda or torch.compiler.is_compiling() else patches.contiguous()

@@ -1,6 +1,7 @@
 """From the scale 0..255 to what a network takes."""
 
 import dataclasses
+import functools
 
 import torch
 from jaxtyping import Float
@@ -10,13 +11,26 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@functools.cache
+def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Whatever travels to the GPU makes the host wait for all that is queued there.
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+
+
+def per_channel(values: tuple[float, ...], pixels: Tensor) -> Float[Tensor, "c 1 1"]:
+    """One number a channel, of the type and on the device of `pixels`."""
+    if torch.compiler.is_compiling():  # which keeps constants by itself
+        return pixels.new_tensor(values).view(-1, 1, 1)
+    return _kept(values, pixels.dtype, pixels.device)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByDataset:
     """ImageNet's mean and standard deviation, per channel (mmselfsup 0.x)."""
 
     def __call__(self, pixels: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
-        mean = pixels.new_tensor(IMAGENET_MEAN).view(3, 1, 1) * 255
-        std = pixels.new_tensor(IMAGENET_STD).view(3, 1, 1) * 255
+        mean = per_channel(IMAGENET_MEAN, pixels) * 255
+        std = per_channel(IMAGENET_STD, pixels) * 255
         return (pixels - mean) / std
 
 

@@ -1,33 +1,62 @@
 """From a batch of images to the batch of patches that a network takes."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from relloc.geometry import PatchGrid
+from relloc.geometry import CELLS, PatchGrid
 from relloc.patches.cut import cut
 from relloc.patches.sample import sample_corners
 
 
+@runtime_checkable
+class Color(Protocol):
+    """A color treatment: what it draws for b x n patches of side p, and what it makes of patches with that."""
+
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]: ...
+
+    def __call__(self, patches: Tensor, *drawn: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Normalize(Protocol):
+    """From the scale 0..255 to what a network takes."""
+
+    def __call__(self, pixels: Tensor) -> Tensor: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchPipeline:
-    """Sample a grid, cut, treat the colors, normalize: whole batches, on the images' device."""
+    """Sample a grid, cut, treat the colors, normalize: whole batches, on the images' device.
+
+    `draw` holds all the chance, `make` none: that is a pure function which torch.compile can fuse.
+    """
 
     grid: PatchGrid
-    color: Callable[[Tensor, torch.Generator], Tensor]
-    normalize: Callable[[Tensor], Tensor]
+    color: Color
+    normalize: Normalize
 
-    def __call__(self, images: UInt8[Tensor, "b 3 s s"], generator: torch.Generator) -> Float[Tensor, "b 9 3 p p"]:
-        """Patches of `images`, whose side is the grid's span; all chance comes from `generator`.
+    def draw(self, n_images: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The chance of `n_images` images, from `generator` alone: corners (b 9 2), and the color's."""
+        corners = sample_corners(self.grid, n_images, generator)
+        return corners, *self.color.draw(n_images, CELLS, self.grid.patch_px, generator)
+
+    def make(
+        self, images: UInt8[Tensor, "b 3 s s"], corners: Int[Tensor, "b 9 2"], *drawn: Tensor
+    ) -> Float[Tensor, "b 9 3 p p"]:
+        """Patches of `images`, whose side is the grid's span, with the chance that `draw` gave.
 
         Raises:
             ValueError: the images are not of the grid's span.
         """
         if images.shape[-1] != self.grid.span_px:
             raise ValueError(f"images are {images.shape[-1]} px, the grid spans {self.grid.span_px} px")
-        corners = sample_corners(self.grid, len(images), generator)
         patches = cut(images, corners, self.grid.patch_px).float()
-        return self.normalize(self.color(patches, generator))
+        return self.normalize(self.color(patches, *drawn))
+
+    def __call__(self, images: UInt8[Tensor, "b 3 s s"], generator: torch.Generator) -> Float[Tensor, "b 9 3 p p"]:
+        """Draw and make at once."""
+        return self.make(images, *self.draw(len(images), generator))

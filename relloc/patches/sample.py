@@ -1,10 +1,18 @@
 """Where the nine patches of each image lie: a grid plus chance, from a generator that is passed in."""
 
+import functools
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from relloc.geometry import CELLS, PatchGrid
+
+
+@functools.cache
+def _on(corners: tuple[tuple[int, int], ...], device: torch.device) -> Int[Tensor, "9 2"]:
+    # Kept, since whatever travels to the GPU makes the host wait for all that is queued there.
+    return torch.tensor(corners, device=device)
 
 
 def sample_corners(grid: PatchGrid, n_images: int, generator: torch.Generator) -> Int[Tensor, "b 9 2"]:
@@ -13,6 +21,5 @@ def sample_corners(grid: PatchGrid, n_images: int, generator: torch.Generator) -
     Uniform over the whole pixels of the jitter range, both ends included, on the generator's device.
     """
     device = generator.device
-    lowest = torch.tensor([grid.lowest_corner(cell) for cell in range(CELLS)], device=device)
     moves = torch.randint(grid.jitter_width + 1, (n_images, CELLS, 2), generator=generator, device=device)
-    return lowest + moves
+    return _on(tuple(map(grid.lowest_corner, range(CELLS))), device) + moves

@@ -1,17 +1,23 @@
-"""Pretext accuracy on images never trained on, with an interval that knows which images are kin."""
+"""What a model answers about images never trained on; its accuracy, with an interval that knows which are kin."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from scipy.special import stdtrit
-from torch import Tensor
+from torch import Tensor, nn
 
+from relloc.geometry import NEIGHBORS, OFFSETS
 from relloc.pretext import objective
-from relloc.pretext.loop import PAIRS
+
+PAIRS = len(NEIGHBORS)
+_ROWS, _COLUMNS = {-1: "up", 0: "", 1: "down"}, {-1: "left", 0: "", 1: "right"}
+# Where a neighbor lies, in the order of the labels: up_left, up, ... down_right.
+POSITIONS = tuple(f"{_ROWS[row]}_{_COLUMNS[column]}".strip("_") for row, column in OFFSETS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +30,20 @@ class Accuracy:
     n_pairs: int
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode while the block runs; each module's own mode is put back after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @torch.no_grad()
-def count_hits(
+def answers(
     model: objective.RelativeLocation,
     batches: Iterable[Tensor],
     patches: Callable[[Tensor, torch.Generator], Tensor],
@@ -33,22 +51,31 @@ def count_hits(
     seed: int,
     device: torch.device,
     bf16: bool,
-) -> Int[Tensor, "n"]:
-    """Right answers (0..8) of each image of `batches` (uint8 b 3 s s), the model in eval mode.
+) -> Int[Tensor, "n 8"]:
+    """What the model in eval mode answers of each image of `batches` (uint8 b 3 s s): a label a pair.
 
-    The jitter and colors of batch i come from a generator seeded by `seed` alone, so that every
-    checkpoint is asked the same questions.
+    Pair i of an image has label i. The jitter and colors of batch i come from a generator seeded
+    by `seed` alone, so that every checkpoint is asked the same questions.
     """
-    was_training = model.training
-    model.eval()
     generator = torch.Generator(device).manual_seed(seed)
     found = []
-    for images in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(patches(images.to(device, non_blocking=True), generator))
-        found.append(objective.hits(logits).cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for images in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(patches(images.to(device, non_blocking=True), generator))
+            found.append(logits.argmax(dim=2).cpu())
     return torch.cat(found)
+
+
+def count_hits(answered: Int[Tensor, "n 8"]) -> Int[Tensor, "n"]:
+    """Right answers (0..8) of each image."""
+    return (answered == torch.arange(PAIRS)).sum(dim=1)
+
+
+def confusion(answered: Int[Tensor, "n 8"]) -> Int[Tensor, "8 8"]:
+    """How often a neighbor at one position (row) was taken for one at another (column)."""
+    cells = torch.arange(PAIRS) * PAIRS + answered
+    return cells.flatten().bincount(minlength=PAIRS * PAIRS).reshape(PAIRS, PAIRS)
 
 
 def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relloc import ranks
+from relloc.geometry import NEIGHBORS
 from relloc.pretext import objective
+from relloc.pretext.feed import Images
 from relloc.pretext.schedule import Schedule
 
-Images = Tensor  # uint8 (b 3 s s)
-PAIRS = 8
+PAIRS = len(NEIGHBORS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,31 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How far a training is: steps done, and this process's sums since the last report.
+
+    `tally` (3, float64) holds loss x pairs, right answers and pairs.
+    """
+
+    step: int
+    tally: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained, on what; the same for every step."""
+    """What is trained, on what; the same for every step.
+
+    `network` and `make` are `model` and the making of patches from images and what `draw` drew, as
+    they are or compiled. A forward has ghost batches of `model.images_per_batch_norm` images, and
+    the chance of each comes from `seed_of(step, its place in the step)`.
+    """
 
     model: objective.RelativeLocation
+    network: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    patches: Callable[[Images, torch.Generator], Tensor]
+    draw: Callable[[int, torch.Generator], tuple[Tensor, ...]]
+    make: Callable[..., Tensor]
     steps_per_epoch: int
     accumulation: int
     seed_of: Callable[..., int]
@@ -48,44 +67,48 @@ class Task:
         """Length of the run in optimizer steps."""
         return max(1, round(self.schedule.epochs * self.steps_per_epoch))
 
+    def start(self) -> Standing:
+        """The standing of a training that has done nothing."""
+        return Standing(step=0, tally=torch.zeros(3, dtype=torch.float64, device=self.device))
+
 
 def train(
     task: Task,
-    batches: Iterable[Images],
+    forwards: Iterable[Images],
     *,
-    first_step: int,
+    standing: Standing,
     report_every: int,
     report: Callable[[Progress], None],
-    after_step: Callable[[int], bool],
+    after_step: Callable[[Standing], bool],
 ) -> int:
-    """Run steps `first_step` to the end, or until `after_step(done)` returns True; steps done.
+    """Run steps from `standing` to the end, or until `after_step` returns True; steps done.
 
-    `batches` are this process's images, forward by forward; `report` gets the means since the
-    last report (every `report_every` steps and at the end). Ranks stop together only if
+    `forwards` are this process's images on the device, forward by forward; `report` gets the means
+    since the last report, every `report_every` steps and at the end. Ranks stop together only if
     `after_step` answers alike on all of them.
     """
-    model = _spread(task)
-    model.train()
+    network = _spread(task)
+    task.model.train()
     base_rates = [group["initial_lr"] for group in _with_initial_rates(task.optimizer)]
-    forwards = iter(batches)
-    tally = torch.zeros(3, dtype=torch.float64, device=task.device)  # loss x pairs, hits, pairs
-    for step in range(first_step, task.steps):
+    images, tally = iter(forwards), standing.tally
+    for step in range(standing.step, task.steps):
         lr = _set_rate(task, base_rates, step)
-        tally += _step(task, model, itertools.islice(forwards, task.accumulation), step)
-        stop = after_step(step + 1)
-        if stop or (step + 1) % report_every == 0 or step + 1 == task.steps:
+        tally = tally + _step(task, network, itertools.islice(images, task.accumulation), step)
+        if (step + 1) % report_every == 0 or step + 1 == task.steps:
             report(_means(ranks.total(tally), step + 1, task, lr))
             tally = torch.zeros_like(tally)
-        if stop:
+        if after_step(Standing(step=step + 1, tally=tally)):
             return step + 1
     return task.steps
 
 
-def _spread(task: Task) -> nn.Module:
+def _spread(task: Task) -> Callable[..., Tensor]:
     if ranks.world_size() == 1:
-        return task.model
+        return task.network
     devices = [task.device] if task.device.type == "cuda" else None
-    return DistributedDataParallel(task.model, device_ids=devices)
+    module = task.network if isinstance(task.network, nn.Module) else task.model
+    # Running statistics act in evaluation alone, and those of rank 0 are saved: none need travel.
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
 
 def _with_initial_rates(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -101,37 +124,51 @@ def _set_rate(task: Task, base_rates: list[float], step: int) -> float:
     return base_rates[0] * factor
 
 
-def _step(task: Task, model: nn.Module, forwards: Iterator[Images], step: int) -> Tensor:
-    """One optimizer step over `accumulation` forwards; its loss x pairs, hits and pairs."""
+def _step(task: Task, network: Callable[..., Tensor], forwards: Iterator[Images], step: int) -> Tensor:
+    """One optimizer step over `accumulation` forwards; its loss x pairs, right answers and pairs."""
     tally = torch.zeros(3, dtype=torch.float64, device=task.device)
     task.optimizer.zero_grad(set_to_none=True)
     for number, images in enumerate(forwards):
-        with _unsynchronized(model, number < task.accumulation - 1):
-            logits = _logits(task, model, images, step, number)
+        with _unsynchronized(network, number < task.accumulation - 1):
+            logits = _logits(task, network, images, step, number)
             loss = objective.loss(logits)
             (loss / task.accumulation).backward()
-        pairs = logits.shape[0] * PAIRS
-        hits = objective.hits(logits.detach()).sum()
-        tally += torch.stack([loss.detach().double() * pairs, hits.double(), hits.new_tensor(pairs).double()])
+        pairs = len(images) * PAIRS
+        right = objective.hits(logits.detach()).sum()
+        tally += torch.stack([loss.detach().double() * pairs, right.double(), torch.full_like(tally[0], pairs)])
     task.optimizer.step()
     return tally
 
 
-def _logits(task: Task, model: nn.Module, images: Images, step: int, number: int) -> Tensor:
-    # Keyed by the forward's place in the step, not carried along: any step can be computed again
-    # alone, and processes draw what one process that accumulates would. Dropout reads the global
-    # generator, so that is keyed as well.
-    seed = task.seed_of(step, number * ranks.world_size() + ranks.rank())
-    torch.manual_seed(seed)
-    generator = torch.Generator(task.device).manual_seed(seed)
-    patches = task.patches(images.to(task.device, non_blocking=True), generator)
+def _logits(task: Task, network: Callable[..., Tensor], images: Images, step: int, number: int) -> Tensor:
+    drawn, kept = _chance(task, len(images), step, number)
+    patches = task.make(images, *drawn)
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
-        return model(patches)
+        return network(patches, kept)
 
 
-def _unsynchronized(model: nn.Module, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
-    if more_to_come and isinstance(model, DistributedDataParallel):
-        return model.no_sync()
+def _chance(task: Task, n_images: int, step: int, number: int) -> tuple[list[Tensor], Tensor | None]:
+    """What is drawn for a forward: for its patches, and what dropout keeps.
+
+    Keyed by the place of each ghost batch in the step, not carried along: any step can be computed
+    again alone, in forwards of any size, by any number of processes.
+    """
+    size = task.model.images_per_batch_norm
+    ghosts = n_images // size
+    first = (ranks.rank() * task.accumulation + number) * ghosts
+    generator = torch.Generator(task.device)
+    drawn, kept = [], []
+    for place in range(first, first + ghosts):
+        generator.manual_seed(task.seed_of(step, place))
+        drawn.append(task.draw(size, generator))
+        kept.append(task.model.head.draw_kept(size, generator))  # pyright: ignore[reportCallIssue]
+    masks = None if kept[0] is None else torch.cat(kept)
+    return [torch.cat(parts) for parts in zip(*drawn, strict=True)], masks
+
+
+def _unsynchronized(network: object, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
+    if more_to_come and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
     return contextlib.nullcontext()
 
 

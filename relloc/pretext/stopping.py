@@ -1,18 +1,27 @@
 """Stopping between two steps when a person or a cluster asks for it."""
 
+import contextlib
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
-WATCHED = (signal.SIGINT, signal.SIGTERM)
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(SystemExit):
+    """Leaves the run at once, with the exit code of the signal that asked for it."""
 
 
 class StopRequest:
-    """Which signal asked to stop, or None. A second SIGINT interrupts at once."""
+    """Which signal asked to stop, or None.
+
+    While `awaited`, somebody looks between two steps and ends the run in order; else a signal ends
+    it at once by `Stopped`, or by KeyboardInterrupt for Ctrl-C. A second Ctrl-C always does.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.awaited = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -22,15 +31,23 @@ class StopRequest:
         """The shell's convention: 128 plus the signal; 130 for Ctrl-C."""
         return 128 + (self.signal or 0)
 
+    @property
+    def name(self) -> str:
+        """The signal's name, such as SIGUSR1."""
+        return signal.Signals(self.signal or 0).name
+
     def notice(self, number: int, _frame: FrameType | None) -> None:
-        if self and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = self.signal == number
         self.signal = number
+        if number == signal.SIGINT and (again or not self.awaited):
+            raise KeyboardInterrupt
+        if not self.awaited:
+            raise Stopped(self.exit_code)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turns SIGINT and SIGTERM into a request while the block runs; handlers are put back after."""
+    """Turns the watched signals into a request while the block runs; handlers are put back after."""
     request = StopRequest()
     before = {number: signal.signal(number, request.notice) for number in WATCHED}
     try:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits
+from relloc.data.shards import shards
 from relloc.errors import UsageError
 from relloc.evals.run import Evaluation, Terms
 from relloc.features.source import Reading
@@ -19,13 +20,15 @@ from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.objective import RelativeLocation
 from relloc.runs import console
+from relloc.runs.engine import Engine, whole
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
 _NEUTRAL = (
-    *("device", "workers", "bank_gib", "runs", "tracking", "save_every_s", "report_every_steps"),
+    *("device", "workers", "compile", "memory_format", "deterministic", "images_per_forward", "bank_gib"),
+    *("runs", "tracking", "save_every_s", "milestones", "report_every_steps", "collapse_steps", "monitor"),
     *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
-    *("data.root", "data.source.root", "data.source.download", "data.unreadable_share"),
+    *("data.root", "data.shards", "data.source", "data.unreadable_share"),  # the images' digest counts
 )
 
 
@@ -40,63 +43,12 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
 
 
-def device(config: DictConfig) -> torch.device:
-    """The device asked for; this process's own GPU where there are several.
-
-    Raises:
-        UsageError: a GPU was asked for and there is none.
-    """
-    asked = config.device
-    if asked not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device={asked} is not one of auto, cpu, cuda")
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, "
-            "or give device=cpu"
-        )
-    if asked == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = ranks.local_rank()
-    if index >= torch.cuda.device_count():
-        raise UsageError(f"process {index} has no GPU of its own: this machine has {torch.cuda.device_count()}")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def bf16(config: DictConfig, on: torch.device) -> bool:
-    """Whether forwards run in bfloat16: asked for, or the GPU has it.
-
-    Raises:
-        UsageError: an unknown precision.
-    """
-    if config.precision not in ("auto", "bf16", "fp32"):
-        raise UsageError(f"precision={config.precision} is not one of auto, bf16, fp32")
-    if config.precision == "auto":
-        return on.type == "cuda" and torch.cuda.is_bf16_supported()
-    return config.precision == "bf16"
-
-
-def workers(config: DictConfig, on: torch.device) -> int:
-    """Loader processes: as asked; else this process's share of the cores, or a quarter where the CPU trains."""
-    if config.workers != "auto":
-        return whole("workers", config.workers)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, cores) if on.type == "cuda" else cores // 4
-
-
-def whole(name: str, value: Any, *, at_least: int = 0) -> int:
-    """The value of a setting that is a whole number. Raises `UsageError` where it is not."""
-    if not isinstance(value, int) or value < at_least:
-        raise UsageError(f"{name}={value} is not a whole number of {at_least} or more")
-    return value
-
-
 def splits(config: DictConfig) -> Splits:
     """The images, with a line that says what was found. Rank 0 is first, so that one process downloads."""
     if ranks.rank() > 0:
         ranks.from_first("")
-        return call(config.data.source)
-    found = call(config.data.source)
+        return _splits(config)
+    found = _splits(config)
     ranks.from_first("")
     labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
     counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
@@ -104,17 +56,28 @@ def splits(config: DictConfig) -> Splits:
     return found
 
 
+def _splits(config: DictConfig) -> Splits:
+    packed = OmegaConf.select(config, "data.shards")
+    return shards(root=packed) if packed else call(config.data.source)
+
+
 def backbone(model: DictConfig | Mapping[str, Any]) -> Backbone:
     """A backbone at its initialization; seed torch before."""
     return call(OmegaConf.create(dict(model)).backbone)
 
 
-def pretext_model(config: DictConfig) -> RelativeLocation:
+def pretext_model(config: DictConfig, *, one_pass: bool = False) -> RelativeLocation:
     """Backbone and head at the initialization that config.seed gives."""
     torch.manual_seed(config.seed)
     trunk = backbone(config.model)
     head = call(config.model.head, embedding_dim=trunk.embedding_dim)
-    return RelativeLocation(trunk, head, batch_norm=config.pretext_batch_norm)
+    return RelativeLocation(
+        trunk,
+        head,
+        batch_norm=config.pretext_batch_norm,
+        images_per_batch_norm=config.data.images_per_batch_norm,
+        one_pass=one_pass,
+    )
 
 
 def patches(config: DictConfig) -> PatchPipeline:
@@ -127,23 +90,27 @@ def evaluations(config: DictConfig) -> dict[str, Evaluation]:
     return {str(name): call(node) for name, node in (config.eval or {}).items()}
 
 
-def terms(config: DictConfig, on: torch.device) -> Terms:
-    """How evaluations are run."""
+def reading(config: DictConfig, engine: Engine, *, told: bool = True) -> Reading:
+    """How full images are viewed and encoded; with progress shown if `told`."""
     if config.view.crop_px > config.view.short_px:
         raise UsageError(f"view.crop_px={config.view.crop_px} is larger than view.short_px={config.view.short_px}")
-    ways = [config.batch_norm] if isinstance(config.batch_norm, str) else list(config.batch_norm)
-    reading = Reading(
+    return Reading(
         short_px=config.view.short_px,
         crop_px=config.view.crop_px,
         batch=whole("view.batch", config.view.batch, at_least=1),
-        workers=workers(config, on),
-        device=on,
-        bf16=bf16(config, on),
+        workers=engine.workers,
+        device=engine.device,
+        bf16=engine.bf16,
         unreadable_share=config.data.unreadable_share,
-        progress=console.counted,
+        **({"progress": console.counted} if told else {}),
     )
+
+
+def terms(config: DictConfig, engine: Engine) -> Terms:
+    """How evaluations are run."""
+    ways = [config.batch_norm] if isinstance(config.batch_norm, str) else list(config.batch_norm)
     return Terms(
-        reading=reading,
+        reading=reading(config, engine),
         batch_norms=ways,
         calibration_images=config.calibration_images,
         bank_gib=config.bank_gib,
@@ -171,11 +138,13 @@ def short_name(config: DictConfig) -> str:
     return f"gap{config.grid.gap_px} jit{moved} {color} {config.model.name} s{config.seed}"
 
 
-def record(config: DictConfig, name: str, data: Splits, on: torch.device, run_dir: Path) -> RunRecord:
+def record(config: DictConfig, name: str, data: Splits, engine: Engine, run_dir: Path) -> RunRecord:
     """What a tracker is told of this run."""
+    on = engine.device
     devices = [torch.cuda.get_device_name(on)] * ranks.world_size() if on.type == "cuda" else ["cpu"]
     choices = HydraConfig.get().runtime.choices
     tags = {"relloc.kind": HydraConfig.get().job.name, "relloc.run_dir": str(run_dir), "relloc.data": config.data.name}
+    tags["relloc.engine"] = str(engine)
     if choices.get("experiment"):
         tags["relloc.preset"] = str(choices["experiment"])
     return RunRecord(

@@ -17,6 +17,7 @@ from relloc.errors import CheckpointError, UsageError
 from relloc.evals.run import Evaluation, Subject, Terms, evaluate
 from relloc.results import append_results, read_results
 from relloc.runs import assemble, console
+from relloc.runs.engine import settle
 from relloc.runs.folder import RunFolder, open_folder
 
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
@@ -24,16 +25,16 @@ _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 
 def evaluate_checkpoint(config: DictConfig) -> None:
     """Run the evaluations that `eval` names on the backbone that `checkpoint` names."""
-    device = assemble.device(config)
-    subject = _subject(config, device)
+    engine = settle(config)
+    subject = _subject(config, engine.device)
     evaluations = assemble.evaluations(config)
     if not evaluations:
         raise UsageError("eval=[] leaves nothing to do: name evaluations, such as eval=[linear,knn]")
-    terms = assemble.terms(config, device)
+    terms = assemble.terms(config, engine)
     data = assemble.splits(config)
     name = f"{subject.model} {Path(subject.checkpoint).parent.name or subject.checkpoint} on {config.data.name}"
     run_dir = assemble.run_dir()
-    with open_folder(config, assemble.record(config, name, data, device, run_dir), run_dir) as folder:
+    with open_folder(config, assemble.record(config, name, data, engine, run_dir), run_dir) as folder:
         evaluate_subjects([subject], data, evaluations, terms, folder)
         folder.summarize()
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from relloc import checkpoints, ranks
 from relloc.data.crops import Crops
@@ -17,80 +16,105 @@ from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.order import StepPlan, StepSampler, key
 from relloc.errors import DataError, UsageError
 from relloc.evals.run import Subject
+from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
-from relloc.pretext.held_out import accuracy, count_hits
-from relloc.pretext.loop import Progress, Task, train
+from relloc.pretext.alarm import Diverged
+from relloc.pretext.feed import Feed
+from relloc.pretext.held_out import accuracy, answers, count_hits
+from relloc.pretext.loop import Standing, Task, train
 from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.results import Result, append_results, read_results
-from relloc.runs import assemble, console
+from relloc.runs import assemble, console, engine, saving
+from relloc.runs.engine import Engine
 from relloc.runs.evaluating import evaluate_subjects
 from relloc.runs.folder import RunFolder, open_folder
-from relloc.tracking import Journal
+from relloc.runs.monitors import Monitors
+from relloc.runs.watching import Monitoring, reporting
 
 PICTURE = "patches.png"
 _PICTURED = 6
+_MOST_FORWARD_IMAGES = 512  # what 80 GB hold of a compiled ResNet-50 at 96 px twice over
 
 
 def pretrain(config: DictConfig) -> None:
     """Pretrain, or go on with what the run folder holds, then run the evaluations that `eval` names."""
-    device = assemble.device(config)
-    _make_what_needs_no_data(config, device)
-    ranks.join(device)
-    try:
+    how = engine.settle(config)
+    _make_what_needs_no_data(config, how)
+    ranks.join(how.device)
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(ranks.leave)
+        stop = at_end.enter_context(stop_request())
         data = assemble.splits(config)
-        task, plan = _task(config, data, device)
+        task, plan = _task(config, data, how)
         run_dir = assemble.run_dir()
         identity = assemble.computed(config) | {"training images": data.train.digest()}
-        first_step = _resume(identity, task, run_dir)  # before anything is written there
+        standing = saving.resume(identity, task, run_dir)  # before anything is written there
+        training = Training(config, how, data, task, plan, run_dir, identity, stop)
         if ranks.rank() > 0:
-            _train(config, data, task, plan, run_dir, identity, first_step, None)
+            training.run(standing, None)
             return
-        record = assemble.record(config, assemble.short_name(config), data, device, run_dir)
+        record = assemble.record(config, assemble.short_name(config), data, how, run_dir)
         with open_folder(config, record, run_dir) as folder:
-            _draw(config, data, task, folder)
-            _train(config, data, task, plan, run_dir, identity, first_step, folder)
+            console.say(f"engine  {how}; {plan.forward_images} images a forward")
+            _draw(config, data, folder)
+            training.run(standing, folder)
             ranks.leave()
-            _finish(config, data, task, folder)
-    finally:
-        ranks.leave()
+            _finish(config, how, data, task, folder)
 
 
-def _make_what_needs_no_data(config: DictConfig, device: torch.device) -> None:
+def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     """A wrong setting is told now, not after a data set was listed or 70 epochs were trained."""
-    for name in ("data.images_per_step", "data.images_per_forward", "report_every_steps"):
-        assemble.whole(name, OmegaConf.select(config, name), at_least=1)
+    for name in ("images_per_step", "images_per_batch_norm"):
+        engine.whole(f"data.{name}", config.data[name], at_least=1)
+    for name in ("report_every_steps", "collapse_steps"):
+        engine.whole(name, config[name], at_least=1)
     assemble.patches(config)
     assemble.pretext_model(config)
     assemble.call(config.schedule)
     assemble.evaluations(config)
-    assemble.terms(config, device)
+    assemble.terms(config, how)
 
 
-def _task(config: DictConfig, data: Splits, device: torch.device) -> tuple[Task, StepPlan]:
+def _task(config: DictConfig, data: Splits, how: Engine) -> tuple[Task, StepPlan]:
     plan = StepPlan(
         n_images=len(data.train),
         images_per_step=config.data.images_per_step,
-        images_per_forward=config.data.images_per_forward,
+        images_per_batch_norm=config.data.images_per_batch_norm,
+        images_per_forward=_images_per_forward(config, how),
         world=ranks.world_size(),
     )
-    model = assemble.pretext_model(config).to(device)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - an overload torch lacks
+    model = assemble.pretext_model(config, one_pass=how.compiled)
+    how.place(model)
+    patches = assemble.patches(config)
     task = Task(
         model=model,
+        network=how.compile(model),
         optimizer=assemble.call(config.optimizer, model=model),
         schedule=assemble.call(config.schedule),
-        patches=assemble.patches(config),
+        draw=patches.draw,
+        make=how.compile(patches.make),
         steps_per_epoch=plan.steps_per_epoch,
         accumulation=plan.accumulation,
-        seed_of=lambda step, forward: key(config.seed, step, forward),
-        device=device,
-        bf16=assemble.bf16(config, device),
+        seed_of=lambda step, place: key(config.seed, step, place),
+        device=how.device,
+        bf16=how.bf16,
     )
+    saving.milestone_steps(config.milestones, task)
     return task, plan
 
 
-def _draw(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> None:
+def _images_per_forward(config: DictConfig, how: Engine) -> int:
+    """As asked; else one ghost batch, or compiled as many as divide a process's share of the step, up to 512."""
+    if config.images_per_forward != "auto":
+        return engine.whole("images_per_forward", config.images_per_forward, at_least=1)
+    ghost, share = config.data.images_per_batch_norm, config.data.images_per_step // ranks.world_size()
+    if not how.compiled:
+        return ghost
+    fitting = range(ghost, min(share, _MOST_FORWARD_IMAGES) + 1, ghost)
+    return max((images for images in fitting if share % images == 0), default=ghost)
+
+
+def _draw(config: DictConfig, data: Splits, folder: RunFolder) -> None:
     pipeline = assemble.patches(config)
     crops = Crops(data.train, pipeline.grid, centered=False)
     chosen = range(0, len(data.train), max(1, len(data.train) // _PICTURED))
@@ -100,50 +124,131 @@ def _draw(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> No
     console.say(f"picture {folder.path / PICTURE}")
 
 
-def _train(
-    config: DictConfig,
-    data: Splits,
-    task: Task,
-    plan: StepPlan,
-    run_dir: Path,
-    identity: dict[str, Any],
-    first_step: int,
-    folder: RunFolder | None,
-) -> None:
-    """Train from `first_step` to the end, or until asked to stop; only rank 0 has a folder."""
-    if first_step >= task.steps:
-        return
-    grid = assemble.patches(config).grid
-    sampler = StepSampler(plan, seed=config.seed, first_step=first_step, steps=task.steps, rank=ranks.rank())
-    crops = Crops(data.train, grid, centered=False)
-    loaded = load(crops, sampler, workers=assemble.workers(config, task.device), pin=task.device.type == "cuda")
-    unreadable = Unreadable(n_images=len(data.train), most_share=config.data.unreadable_share)
-    with stop_request() as stop, _reporting(task, plan, first_step, folder) as report:
-        saver = _Saver(config, identity, task, run_dir, stop)
-        done = train(
-            task,
-            _pixels(loaded, unreadable),
-            first_step=first_step,
-            report_every=config.report_every_steps,
-            report=report,
-            after_step=saver.after_step,
+class Training:
+    """Steps from where a training stands to its end, or until asked to stop; only rank 0 has a folder."""
+
+    def __init__(
+        self,
+        config: DictConfig,
+        how: Engine,
+        data: Splits,
+        task: Task,
+        plan: StepPlan,
+        run_dir: Path,
+        identity: dict[str, Any],
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.how = how
+        self.data = data
+        self.task = task
+        self.plan = plan
+        self.stop = stop
+        self.unreadable = Unreadable(n_images=len(data.train), most_share=config.data.unreadable_share)
+        self.saver = saving.Saver(
+            task=task,
+            identity=identity,
+            about=about(config),
+            run_dir=run_dir,
+            stop=stop,
+            every_s=config.save_every_s,
+            milestones=saving.milestone_steps(config.milestones, task),
         )
-    reasons = ranks.union(unreadable.reasons)
-    if folder:
-        folder.note_unreadable(reasons)
-    if done < task.steps:
+
+    def run(self, standing: Standing, folder: RunFolder | None) -> None:
+        """Train; leaves the process with the signal's exit code where it was asked to stop."""
+        task = self.task
+        if standing.step >= task.steps:
+            return
+        feed, monitoring = self._feed(standing.step), self._monitoring(folder)
+        told = reporting(
+            task,
+            self.plan,
+            feed,
+            first_step=standing.step,
+            collapse_steps=self.config.collapse_steps,
+            folder=folder,
+        )
+
+        def after_step(at: Standing) -> bool:
+            if monitoring:
+                monitoring.after_step(at.step)
+            return self.saver.after_step(at)
+
+        with self._explained(), told as report, engine.training(self.how):
+            done = train(
+                task,
+                feed,
+                standing=standing,
+                report_every=self.config.report_every_steps,
+                report=report,
+                after_step=after_step,
+            )
+        self.stop.awaited = False
+        reasons = ranks.union(self.unreadable.reasons)
         if folder:
-            console.say(f"stopped after step {done} of {task.steps}; everything is saved")
-            folder.stopped()
-        sys.exit(stop.exit_code)
+            folder.note_unreadable(reasons)
+        if done < task.steps:
+            if folder:
+                console.say(f"{self.stop.name}: stopped after step {done} of {task.steps}; everything is saved")
+                folder.stopped()
+            sys.exit(self.stop.exit_code)
+
+    def _feed(self, first_step: int) -> Feed:
+        sampler = StepSampler(
+            self.plan, seed=self.config.seed, first_step=first_step, steps=self.task.steps, rank=ranks.rank()
+        )
+        crops = Crops(self.data.train, assemble.patches(self.config).grid, centered=False)
+        loaded = load(crops, sampler, workers=self.how.workers, pin=self.how.device.type == "cuda")
+        full = _pixels(loaded, self.unreadable, at_least=self.plan.images_per_batch_norm)
+        return Feed(full, batches_per_forward=self.plan.ghosts_per_forward, device=self.how.device)
+
+    def _monitoring(self, folder: RunFolder | None) -> Monitoring | None:
+        asked = self.config.monitor
+        if folder is None or not asked.every_epochs:
+            return None
+        monitors = Monitors(
+            model=self.task.model,
+            patches=assemble.patches(self.config),
+            data=self.data,
+            reading=assemble.reading(self.config, self.how, told=False),
+            n_images=asked.images,
+            k=asked.k,
+            seed=self.config.seed,
+            folder=folder.path,
+        )
+        every_steps = max(1, round(asked.every_epochs * self.plan.steps_per_epoch))
+        return Monitoring(monitors, every_steps=every_steps, most_share=asked.most_share, folder=folder)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Failures of training itself, with what was saved and what to try."""
+        try:
+            yield
+        except Diverged as error:
+            saved = checkpoints.saved_trainings(self.saver.run_dir)
+            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
+            raise UsageError(
+                f"training diverged: {error}. Nothing was saved after that; {last}. Try a lower data.lr, a longer "
+                "data.warmup_epochs, or precision=fp32, with another hydra.run.dir"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"the GPU's memory is too small for {self.plan.forward_images} images at once: give "
+                f"images_per_forward={max(self.plan.forward_images // 2, self.plan.images_per_batch_norm)} or less, a "
+                f"multiple of data.images_per_batch_norm={self.plan.images_per_batch_norm} (the results stay the same)"
+            ) from error
 
 
-def _pixels(loaded: Iterable[Batch], unreadable: Unreadable) -> Iterator[torch.Tensor]:
+def _pixels(loaded: Iterable[Batch], unreadable: Unreadable, *, at_least: int) -> Iterator[torch.Tensor]:
     for crops in loaded:
         unreadable.add(crops.unreadable)
-        if not len(crops.pixels):
+        if len(crops.pixels) < at_least:
             first, reason = next(iter(crops.unreadable.items()))
-            raise DataError(f"no image of a whole batch can be used; the first is {first}: {reason}")
+            raise DataError(
+                f"{len(crops.unreadable)} images in a row can't be used, and none takes their place; the first is "
+                f"{first}: {reason}"
+            )
         yield crops.pixels
 
 
@@ -153,110 +258,18 @@ def _noting(loaded: Iterable[Batch], indices: list[int]) -> Iterator[Batch]:
         yield crops
 
 
-def _resume(identity: dict[str, Any], task: Task, run_dir: Path) -> int:
-    """Put the newest checkpoint of the run folder into `task`; its step, 0 if there is none."""
-    saved = checkpoints.saved_trainings(run_dir)
-    if not saved:
-        return 0
-    state = checkpoints.load_training(saved[-1])
-    changed = _changed(state["identity"], identity)
-    if changed:
-        raise UsageError(
-            f"{run_dir} holds a run with other settings: {changed}. "
-            "Give another hydra.run.dir, or the run's own settings"
-        )
-    task.model.load_state_dict(state["model"])
-    task.optimizer.load_state_dict(state["optimizer"])
-    if ranks.rank() == 0:
-        console.say(f"resume  {saved[-1]} after step {state['step']} of {task.steps}")
-    return state["step"]
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
-
-
-class _Saver:
-    """Saves every `save_every_s` seconds, at the end, and when asked to stop."""
-
-    def __init__(
-        self, config: DictConfig, identity: dict[str, Any], task: Task, run_dir: Path, stop: StopRequest
-    ) -> None:
-        self.config = config
-        self.identity = identity
-        self.task = task
-        self.run_dir = run_dir
-        self.stop = stop
-        self.last = time.monotonic()
-
-    def after_step(self, done: int) -> bool:
-        stopping = self._anyone_stops()
-        due = time.monotonic() - self.last > self.config.save_every_s
-        if ranks.rank() == 0 and (stopping or due or done == self.task.steps):
-            self._save(done)
-            self.last = time.monotonic()
-        return stopping
-
-    def _anyone_stops(self) -> bool:
-        if ranks.world_size() == 1:
-            return bool(self.stop)
-        asked = torch.tensor([self.stop.signal or 0], device=self.task.device)
-        highest = int(ranks.total(asked).item())
-        if highest and not self.stop:
-            self.stop.signal = highest
-        return bool(highest)
-
-    def _save(self, done: int) -> None:
-        state = {
-            "model": self.task.model.state_dict(),
-            "optimizer": self.task.optimizer.state_dict(),
-            "identity": self.identity,
-            "about": about(self.config, done),
-        }
-        checkpoints.save_training(self.run_dir, state, done)
-
-
-def about(config: DictConfig, step: int) -> dict[str, Any]:
+def about(config: DictConfig) -> dict[str, Any]:
     """What a backbone file tells of itself: enough to build it, and how it came to be."""
-    return {"model": assemble.plain(config.model), "step": step, "computed": assemble.computed(config)}
+    return {"model": assemble.plain(config.model), "computed": assemble.computed(config)}
 
 
-@contextlib.contextmanager
-def _reporting(task: Task, plan: StepPlan, first_step: int, folder: RunFolder | None) -> Iterator:
-    if folder is None:
-        yield lambda progress: None
-        return
-    journal = Journal(folder.path)
-    clock = [time.monotonic(), first_step]
-    with console.progress_bar("pretrain", task.steps, first_step) as bar:
-
-        def report(progress: Progress) -> None:
-            now = time.monotonic()
-            rate = (progress.step - clock[1]) * plan.images_per_step / (now - clock[0])
-            clock[:] = [now, progress.step]
-            journal.log(
-                {
-                    "train/loss": progress.loss,
-                    "train/top1": progress.top1,
-                    "train/lr": progress.lr,
-                    "train/epoch": progress.epoch,
-                    "speed/images_per_s": rate,
-                },
-                progress.step,
-            )
-            bar(progress.step, f"loss {progress.loss:.3f}  top-1 {progress.top1:.1f} %  {rate:.0f} images/s")
-
-        yield report
-
-
-def _finish(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> None:
+def _finish(config: DictConfig, how: Engine, data: Splits, task: Task, folder: RunFolder) -> None:
     weights = folder.path / checkpoints.BACKBONE_FILE
     if not weights.exists():
-        checkpoints.save_backbone(weights, task.model.backbone, about(config, task.steps))
+        checkpoints.save_backbone(weights, task.model.backbone, about(config) | {"step": task.steps})
     folder.keep(checkpoints.BACKBONE_FILE)
     if not any(row.eval == "pretext" for row in read_results(folder.path)):
-        append_results(folder.path, [_held_out(config, data, task, folder)])
+        append_results(folder.path, [_held_out(config, how, data, task, folder)])
     evaluations = assemble.evaluations(config)
     if evaluations and not data.labeled:
         console.say(
@@ -264,30 +277,38 @@ def _finish(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> 
             f"python -m relloc.evaluate checkpoint={folder.path} data=…"
         )
     elif evaluations:
-        torch.manual_seed(config.seed)
-        untrained = assemble.backbone(config.model).to(task.device)
+        trained, untrained = (_plain_backbone(config, how) for _ in range(2))
+        trained.load_state_dict(task.model.backbone.state_dict())
         subjects = [
-            Subject(backbone=task.model.backbone, checkpoint=str(weights), model=config.model.name),
+            Subject(backbone=trained, checkpoint=str(weights), model=config.model.name),
             Subject(backbone=untrained, checkpoint="random", model=config.model.name),
         ]
-        evaluate_subjects(subjects, data, evaluations, assemble.terms(config, task.device), folder)
+        evaluate_subjects(subjects, data, evaluations, assemble.terms(config, how), folder)
     folder.summarize()
 
 
-def _held_out(config: DictConfig, data: Splits, task: Task, folder: RunFolder) -> Result:
-    crops = Crops(data.held_out, assemble.patches(config).grid, centered=True)
-    size = config.data.images_per_forward
+def _plain_backbone(config: DictConfig, how: Engine) -> Backbone:
+    """At random initialization, without the ghost batches of pretraining."""
+    torch.manual_seed(config.seed)
+    backbone = assemble.backbone(config.model)
+    how.place(backbone)
+    return backbone
+
+
+def _held_out(config: DictConfig, how: Engine, data: Splits, task: Task, folder: RunFolder) -> Result:
+    patches = assemble.patches(config)
+    crops = Crops(data.held_out, patches.grid, centered=True)
+    size = config.data.images_per_batch_norm
     places = [(index, key(config.seed, index)) for index in range(len(data.held_out))]
     batches = [places[start : start + size] for start in range(0, len(places), size)]
-    loaded = load(crops, batches, workers=assemble.workers(config, task.device), pin=task.device.type == "cuda")
+    loaded = load(crops, batches, workers=how.workers, pin=how.device.type == "cuda")
     unreadable = Unreadable(n_images=len(crops), most_share=config.data.unreadable_share)
     asked: list[int] = []
     shown = console.counted(loaded, "held-out pretext", len(batches))
-    pixels = _pixels(_noting(shown, asked), unreadable)
-    hits = count_hits(task.model, pixels, task.patches, seed=config.seed, device=task.device, bf16=task.bf16)
+    pixels = _pixels(_noting(shown, asked), unreadable, at_least=1)
+    given = answers(task.model, pixels, patches, seed=config.seed, device=how.device, bf16=how.bf16)
     folder.note_unreadable(unreadable.reasons)
-    sources = [data.held_out.source(index) for index in asked]
-    found = accuracy(hits, sources)
+    found = accuracy(count_hits(given), [data.held_out.source(index) for index in asked])
     return Result(
         eval="pretext",
         dataset=data.held_out.name,

@@ -45,7 +45,7 @@ def model(card) -> RelativeLocation:
         ("schedule.milestone_epochs", [30, 50]),
         ("schedule.gamma", 0.1),
         ("data.images_per_step", 512),
-        ("data.images_per_forward", 64),
+        ("data.images_per_batch_norm", 64),
         ("pretext_batch_norm", "separate"),
         ("eval.linear.epochs", 90),
         ("eval.linear.milestone_epochs", [30, 60]),
@@ -76,10 +76,10 @@ def test_crop_is_255_of_three_cells_of_85_with_a_random_64_px_crop_in_each(card)
 
 
 def test_network_and_initialization(model):
-    neck, norm, _, dropout = model.head.neck
+    neck, norm, _ = model.head.neck
     assert (neck.in_features, neck.out_features) == (2 * 2048, 4096)
     assert (norm.num_features, norm.momentum, norm.affine) == (4096, 0.003, True)
-    assert dropout.p == 0.5
+    assert model.head.dropout == 0.5
     assert (model.head.answer.in_features, model.head.answer.out_features) == (4096, 8)
     assert neck.weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert model.head.answer.weight.std().item() == pytest.approx(0.005, rel=0.03)
@@ -117,7 +117,8 @@ def test_one_epoch_has_2502_steps_on_eight_gpus_and_on_one(card, world, accumula
     plan = StepPlan(
         n_images=1_281_167,
         images_per_step=card.data.images_per_step,
-        images_per_forward=card.data.images_per_forward,
+        images_per_batch_norm=card.data.images_per_batch_norm,
+        images_per_forward=64,
         world=world,
     )
     assert (plan.steps_per_epoch, plan.accumulation) == (2502, accumulation)

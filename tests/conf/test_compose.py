@@ -17,7 +17,7 @@ def members(group: str) -> list[str]:
 
 def test_the_groups_and_members_are_those_of_the_study():
     assert members("model") == ["alexnet", "resnet18", "resnet50", "small"]
-    assert members("data") == ["folder", "imagenette", "in1k", "photos"]
+    assert members("data") == ["folder", "imagenette", "in1k", "inat18", "photos", "places205", "voc2007"]
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
     assert members("color") == ["drop", "gray", "none", "projection"]
     assert members("eval") == ["knn", "linear"]
@@ -41,7 +41,7 @@ def test_a_member_composes_and_makes_its_objects(compose, choice):
 def test_a_data_set_composes_for_both_commands(compose, root, data):
     config = compose(root, [f"data={data}", "checkpoint=random"] if root == "evaluate" else [f"data={data}"])
     settings = OmegaConf.to_container(config.data, resolve=True)
-    assert {"epochs", "images_per_step", "images_per_forward", "lr", "linear", "knn"} <= set(settings)
+    assert {"epochs", "images_per_step", "images_per_batch_norm", "shards", "lr", "linear", "knn"} <= set(settings)
 
 
 @pytest.mark.parametrize(
@@ -81,5 +81,7 @@ def test_a_preset_only_overrides(compose, preset):
 
 def test_settings_that_must_not_change_results_are_left_out_of_what_is_computed(compose):
     neutral = ["device=cpu", "workers=2", "tracking=none", "bank_gib=1", "report_every_steps=3", "eval=[]"]
+    neutral += ["compile=false", "memory_format=contiguous", "deterministic=true", "images_per_forward=128"]
+    neutral += ["milestones=[1]", "collapse_steps=9", "monitor.every_epochs=null", "save_every_s=1"]
     assert assemble.computed(compose("train", neutral)) == assemble.computed(compose("train", []))
     assert assemble.computed(compose("train", ["grid.gap_px=8"])) != assemble.computed(compose("train", []))

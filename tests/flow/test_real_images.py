@@ -15,7 +15,7 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
         "train",
         *("model=small", "data=folder", f"data.root=[{imagenette / 'train'},{real_images / 'demo_photos'}]"),
         *("data.epochs=12", "data.warmup_epochs=0.5", "data.milestone_epochs=[9]", "data.lr=0.8"),
-        *("data.images_per_step=64", "data.images_per_forward=64", "tracking=none", f"hydra.run.dir={run_dir}"),
+        *("data.images_per_step=64", "data.images_per_batch_norm=64", "tracking=none", f"hydra.run.dir={run_dir}"),
     )
     assert pretrained.code == 0, pretrained.text
     assert "skipped: folder has no labels" in pretrained.text

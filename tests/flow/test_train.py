@@ -157,7 +157,7 @@ def test_a_sweep_runs_every_point(relloc, tmp_path):
 def test_two_processes_share_one_run_folder(relloc, tmp_path):
     run_dir = tmp_path / "out"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    line = (*TINY, "data.images_per_forward=8", "eval=[knn]", "tracking=none", f"hydra.run.dir={run_dir}")
+    line = (*TINY, "data.images_per_batch_norm=8", "eval=[knn]", "tracking=none", f"hydra.run.dir={run_dir}")
     done = relloc("train", *line, launcher=torchrun)
     assert done.code == 0, done.text
     assert (run_dir / "backbone.safetensors").exists()
@@ -199,7 +199,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["data=in1k"], "set the environment variable RELLOC_DATA"),
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
         (["data=folder", f"data.root={tmp_path / 'empty'}"], "0 images to train on"),
-        (["data.images_per_step=100000", "data.images_per_forward=1000"], "fewer than one step takes"),
+        (["data.images_per_step=100000", "data.images_per_batch_norm=1000"], "fewer than one step takes"),
         (["schedule.milestone_epochs=[99]"], "never reached"),
         (["eval.knn.k=[]"], "eval.knn.k is []"),
         (["seed=-1"], "seed=-1 is not a whole number"),

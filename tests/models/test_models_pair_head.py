@@ -71,23 +71,29 @@ def test_running_statistics_move_by_the_given_momentum() -> None:
     torch.testing.assert_close(head.neck[1].running_var, 0.997 + 0.003 * hidden.var(dim=0))
 
 
-def test_dropout_hides_hidden_units_in_training_alone() -> None:
+def test_dropout_hides_the_hidden_units_that_were_not_kept_in_training_alone() -> None:
     neighbors, centers = embeddings(b=64)
-    head = pair_head(dropout=1.0)
-    assert torch.all(head.train()(neighbors, centers) == 0)
-    assert torch.any(head.eval()(neighbors, centers) != 0)
-    half = pair_head(hidden_dim=64, dropout=0.5).train()
+    half = pair_head(hidden_dim=64, dropout=0.5)
+    kept = half.draw_kept(64, torch.Generator().manual_seed(3))
+    assert kept.shape == (64, 8, 64)
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(half.eval()(neighbors, centers, kept), half(neighbors, centers))
     seen: list[Tensor] = []
     half.answer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    half.train()(neighbors, centers, kept)
+    half(neighbors, centers, torch.ones_like(kept))
+    dropped, doubled = seen
+    assert torch.equal(dropped, doubled * kept)
     half(neighbors, centers)
-    whole = pair_head(hidden_dim=64, dropout=0.0).train()
-    whole.answer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    whole(neighbors, centers)
-    dropped, kept = seen
-    active = kept > 0
-    assert (dropped[active] == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
-    survivors = active & (dropped > 0)
-    torch.testing.assert_close(dropped[survivors], 2 * kept[survivors])
+    torch.testing.assert_close(doubled, 2 * seen[-1])
+
+
+def test_a_head_without_dropout_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    assert pair_head().draw_kept(4, generator) is None
+    assert AlexNetPairHead(embedding_dim=DIM, hidden_dim=16).draw_kept(4, generator) is None
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_embed_dim_puts_a_linear_layer_before_applied_to_each_patch_alone() -> None:

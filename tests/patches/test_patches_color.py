@@ -7,6 +7,7 @@ from torchvision.transforms import RandomGrayscale
 
 from relloc.patches.color import IMAGENET_MEAN_PX, Drop, Gray, Keep, Project
 from relloc.patches.normalize import IMAGENET_MEAN
+from relloc.patches.pipeline import Color
 
 TREATMENTS = [
     Keep(),
@@ -22,6 +23,11 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def treated_by(treatment: Color, patches: Tensor, generator: torch.Generator) -> Tensor:
+    b, n, _, p, _ = patches.shape
+    return treatment(patches, *treatment.draw(b, n, p, generator))
+
+
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(256, shape, generator=seeded(seed)).float()
 
@@ -35,7 +41,7 @@ def far_from_share(count: float, n: int, share: float) -> float:
 def test_a_treatment_is_decided_by_the_seed_and_leaves_its_input_alone(treatment: Keep) -> None:
     patches = noise(20, 9, 3, 4, 4)
     before = patches.clone()
-    first, again, other = (treatment(patches, seeded(seed)) for seed in (1, 1, 2))
+    first, again, other = (treated_by(treatment, patches, seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert first.shape == patches.shape
     assert first.dtype == patches.dtype
@@ -45,12 +51,12 @@ def test_a_treatment_is_decided_by_the_seed_and_leaves_its_input_alone(treatment
 
 def test_keep_changes_nothing() -> None:
     patches = noise(2, 9, 3, 4, 4)
-    assert torch.equal(Keep()(patches, seeded(0)), patches)
+    assert torch.equal(treated_by(Keep(), patches, seeded(0)), patches)
 
 
 def test_luma_is_torchvisions_grayscale_of_pillow_images_bit_for_bit() -> None:
     patches = noise(4, 9, 3, 64, 64)
-    gray = Gray(p=1, weights="luma")(patches, seeded(0))
+    gray = treated_by(Gray(p=1, weights="luma"), patches, seeded(0))
     to_gray = RandomGrayscale(p=1)
     for patch, found in zip(patches.flatten(0, 1), gray.flatten(0, 1), strict=True):
         image = to_gray(Image.fromarray(patch.byte().permute(1, 2, 0).numpy()))
@@ -59,7 +65,7 @@ def test_luma_is_torchvisions_grayscale_of_pillow_images_bit_for_bit() -> None:
 
 def test_mean_weights_are_thirds() -> None:
     patches = noise(2, 9, 3, 8, 8)
-    gray = Gray(p=1, weights="mean")(patches, seeded(0))
+    gray = treated_by(Gray(p=1, weights="mean"), patches, seeded(0))
     red, green, blue = patches.unbind(2)
     for channel in gray.unbind(2):
         torch.testing.assert_close(channel, (red + green + blue) / 3)
@@ -70,7 +76,7 @@ def test_mean_weights_are_thirds() -> None:
 def test_all_nine_patches_of_an_image_become_gray_with_probability_p(p: float, weights: str) -> None:
     n = 4000
     patches = noise(n, 9, 3, 2, 2)
-    treated = Gray(p=p, weights=weights)(patches, seeded(3))  # type: ignore[arg-type]
+    treated = treated_by(Gray(p=p, weights=weights), patches, seeded(3))  # type: ignore[arg-type]
     is_gray = (treated == treated[:, :, :1]).flatten(2).all(dim=2)
     kept = (treated == patches).flatten(2).all(dim=2)
     assert (is_gray == is_gray[:, :1]).all()
@@ -108,7 +114,7 @@ def of_different_contrast(n_images: int, p: int) -> Tensor:
 def test_each_patch_keeps_exactly_one_channel_and_each_channel_a_third_of_the_time(noise_kind: str) -> None:
     n = 1000
     patches = of_different_contrast(n, 4)
-    treated = Drop(noise=noise_kind)(patches, seeded(6))  # type: ignore[arg-type]
+    treated = treated_by(Drop(noise=noise_kind), patches, seeded(6))  # type: ignore[arg-type]
     unchanged = (treated == patches).flatten(3).all(dim=3)
     touched = (treated != patches).flatten(3).all(dim=3)
     assert (unchanged.sum(dim=2) == 1).all()
@@ -131,7 +137,7 @@ def dropped_channels(patches: Tensor, treated: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_gaussian_filling_has_a_hundredth_of_the_kept_channels_deviation_around_the_mean() -> None:
     patches = of_different_contrast(30, 32)
-    filling, kept_sd = dropped_channels(patches, Drop(noise="gaussian")(patches, seeded(7)))
+    filling, kept_sd = dropped_channels(patches, treated_by(Drop(noise="gaussian"), patches, seeded(7)))
     ratio = filling.std(dim=(2, 3)) / kept_sd.unsqueeze(1)
     assert ((ratio - 0.01).abs() < 0.0012).all()  # 5 standard errors of 1,024 values
     assert ratio.mean().item() == pytest.approx(0.01, rel=0.01)
@@ -141,14 +147,14 @@ def test_gaussian_filling_has_a_hundredth_of_the_kept_channels_deviation_around_
 
 def test_the_two_dropped_channels_are_filled_independently() -> None:
     patches = of_different_contrast(30, 32)
-    filling, _ = dropped_channels(patches, Drop(noise="gaussian")(patches, seeded(7)))
+    filling, _ = dropped_channels(patches, treated_by(Drop(noise="gaussian"), patches, seeded(7)))
     first, second = (filling / filling.std(dim=(2, 3), keepdim=True)).unbind(1)
     assert (first * second).mean().abs() < 4 / first.numel() ** 0.5
 
 
 def test_uniform_filling_lies_within_half_a_gray_level_of_the_mean_whatever_the_contrast() -> None:
     patches = of_different_contrast(30, 32)
-    filling, _ = dropped_channels(patches, Drop(noise="uniform")(patches, seeded(8)))
+    filling, _ = dropped_channels(patches, treated_by(Drop(noise="uniform"), patches, seeded(8)))
     assert filling.abs().max().item() == pytest.approx(0.5, abs=0.001)
     deviations = filling.std(dim=(2, 3))
     assert ((deviations - 12**-0.5).abs() < 0.04).all()
@@ -159,14 +165,14 @@ def test_uniform_filling_lies_within_half_a_gray_level_of_the_mean_whatever_the_
 def test_the_noise_ratio_scales_the_filling(noise_kind: str) -> None:
     patches = of_different_contrast(4, 16)
     one, three = (
-        dropped_channels(patches, Drop(noise=noise_kind, noise_ratio=ratio)(patches, seeded(9)))[0]  # type: ignore[arg-type]
+        dropped_channels(patches, treated_by(Drop(noise=noise_kind, noise_ratio=ratio), patches, seeded(9)))[0]  # type: ignore[arg-type]
         for ratio in (0.01, 0.03)
     )
     torch.testing.assert_close(three, 3 * one, rtol=0, atol=1e-3)
 
 
 def test_a_flat_patch_is_filled_with_the_mean() -> None:
-    treated = Drop(noise="gaussian")(torch.full((5, 9, 3, 4, 4), 7.0), seeded(10))
+    treated = treated_by(Drop(noise="gaussian"), torch.full((5, 9, 3, 4, 4), 7.0), seeded(10))
     mean = torch.tensor(IMAGENET_MEAN_PX).view(3, 1, 1).expand_as(treated)
     assert ((treated == 7) | (treated == mean)).all()
 
@@ -178,15 +184,15 @@ def test_projection_is_the_papers_matrix_around_the_mean_color() -> None:
     patches = noise(3, 9, 3, 8, 8).double()
     pixels = patches.movedim(2, -1)
     expected = ((pixels - mean) @ matrix + mean).movedim(-1, 2)
-    torch.testing.assert_close(Project()(patches, seeded(0)), expected)
+    torch.testing.assert_close(treated_by(Project(), patches, seeded(0)), expected)
 
 
 def test_nothing_is_left_along_green_magenta_and_projecting_again_changes_nothing() -> None:
     patches = noise(3, 9, 3, 8, 8).double()
-    once = Project()(patches, seeded(0))
+    once = treated_by(Project(), patches, seeded(0))
     red, green, blue = (once.movedim(2, -1) - torch.tensor(IMAGENET_MEAN_PX, dtype=torch.float64)).unbind(-1)
     assert (2 * green - red - blue).abs().max() < 1e-9
-    torch.testing.assert_close(Project()(once, seeded(0)), once)
+    torch.testing.assert_close(treated_by(Project(), once, seeded(0)), once)
     assert (once - patches).abs().max() > 50  # it did something
 
 
@@ -194,4 +200,4 @@ def test_projection_keeps_the_mean_color_and_what_lies_across_green_magenta() ->
     mean = torch.tensor(IMAGENET_MEAN_PX).view(1, 1, 3, 1, 1)
     for across in ([0.0, 0, 0], [30, 30, 30], [20, 0, -20]):
         patches = mean + torch.tensor(across).view(3, 1, 1)
-        torch.testing.assert_close(Project()(patches, seeded(0)), patches)
+        torch.testing.assert_close(treated_by(Project(), patches, seeded(0)), patches)

@@ -22,7 +22,7 @@ def test_patches_are_cut_treated_and_normalized_in_this_order() -> None:
     patches = cut(IMAGES, sample_corners(GRID, 6, seeded(1)), 8).float()
     assert found.shape == (6, 9, 3, 8, 8)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, normalize(treatment(patches, seeded(0))))
+    torch.testing.assert_close(found, normalize(treatment(patches, *treatment.draw(6, 9, 8, seeded(0)))))
 
 
 def test_the_generator_decides_everything() -> None:

@@ -13,7 +13,7 @@ from relloc.models.small import SmallBackbone
 from relloc.patches.color import Drop
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext.held_out import accuracy, count_hits
+from relloc.pretext.held_out import POSITIONS, accuracy, answers, confusion, count_hits, evaluating
 from relloc.pretext.objective import RelativeLocation
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_the_order_of_images_changes_nothing() -> None:
 def model() -> RelativeLocation:
     torch.manual_seed(0)
     head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.5, head_std=0.5)
-    return RelativeLocation(SmallBackbone(widths=(4, 4, 6, 8, 8)), head, batch_norm="separate")
+    return RelativeLocation(SmallBackbone(widths=(4, 4, 6, 8, 8)), head, batch_norm="separate", images_per_batch_norm=4)
 
 
 def batches(*sizes: int) -> list[Tensor]:
@@ -85,52 +85,63 @@ def batches(*sizes: int) -> list[Tensor]:
     return [torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
-Counter = Callable[..., Tensor]
+Asker = Callable[..., Tensor]
 
 
 @pytest.fixture
-def counted(model: RelativeLocation) -> Counter:
-    def count(images: list[Tensor], seed: int = 0) -> Tensor:
-        return count_hits(model, iter(images), PATCHES, seed=seed, device=CPU, bf16=False)
+def asked(model: RelativeLocation) -> Asker:
+    def ask(images: list[Tensor], seed: int = 0) -> Tensor:
+        return answers(model, iter(images), PATCHES, seed=seed, device=CPU, bf16=False)
 
-    return count
+    return ask
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_counting_leaves_mode_statistics_and_gradients_as_they_were(
-    model: RelativeLocation, counted: Counter, training: bool
+def test_asking_leaves_mode_statistics_and_gradients_as_they_were(
+    model: RelativeLocation, asked: Asker, training: bool
 ) -> None:
     model.train(training)
     before = copy.deepcopy(model.state_dict())
-    counted(batches(4))
+    asked(batches(4))
     assert all(module.training is training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(value.grad is None for value in model.parameters())
 
 
+def test_each_module_gets_its_own_mode_back_even_after_an_error(model: RelativeLocation) -> None:
+    model.train()
+    model.backbone.stem.eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == before
+    assert set(before) == {True, False}
+
+
 @torch.no_grad()
-def test_hits_are_those_of_the_model_in_eval_mode_image_by_image(model: RelativeLocation, counted: Counter) -> None:
+def test_answers_are_those_of_the_model_in_eval_mode_image_by_image(model: RelativeLocation, asked: Asker) -> None:
     images = batches(5, 3)
     generator = torch.Generator().manual_seed(9)
     logits = [copy.deepcopy(model).eval()(PATCHES(some, generator)) for some in images]
-    expected = [
-        sum(int(row.argmax()) == label for label, row in enumerate(image)) for batch in logits for image in batch
-    ]
+    expected = [[int(row.argmax()) for row in image] for batch in logits for image in batch]
     model.train()
-    assert counted(images, seed=9).tolist() == expected
-    assert counted(images, seed=9).tolist() == expected  # no chance is left over: dropout is off
-    assert set(expected) != {0}
+    assert asked(images, seed=9).tolist() == expected
+    assert asked(images, seed=9).tolist() == expected  # no chance is left over: dropout is off
+    hits = [sum(answer == label for label, answer in enumerate(image)) for image in expected]
+    assert count_hits(asked(images, seed=9)).tolist() == hits
+    assert set(hits) != {0}
 
 
-def test_the_seed_decides_which_questions_are_asked(counted: Counter) -> None:
+def test_the_seed_decides_which_questions_are_asked(asked: Asker) -> None:
     images = batches(64)
-    assert not torch.equal(counted(images, seed=1), counted(images, seed=2))
+    assert not torch.equal(asked(images, seed=1), asked(images, seed=2))
 
 
 class Knows(nn.Module):
     """Answers every pair right, and in bfloat16 where autocast is on."""
 
-    def forward(self, neighbors: Tensor, _centers: Tensor) -> Tensor:
+    def forward(self, neighbors: Tensor, _centers: Tensor, _kept: Tensor | None = None) -> Tensor:
         self.seen = torch.eye(8) @ torch.eye(8)
         return self.seen.expand(len(neighbors), 8, 8)
 
@@ -138,7 +149,35 @@ class Knows(nn.Module):
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_head_that_knows_gets_all_eight_of_every_image(bf16: bool, dtype: torch.dtype) -> None:
     head = Knows()
-    model = RelativeLocation(SmallBackbone(widths=(4, 4, 6, 8, 8)), head, batch_norm="separate")
-    hits = count_hits(model, batches(3, 2), PATCHES, seed=0, device=CPU, bf16=bf16)
-    assert hits.tolist() == [8] * 5
+    model = RelativeLocation(
+        SmallBackbone(widths=(4, 4, 6, 8, 8)), head, batch_norm="separate", images_per_batch_norm=4
+    )
+    answered = answers(model, batches(3, 2), PATCHES, seed=0, device=CPU, bf16=bf16)
+    assert answered.tolist() == [list(range(8))] * 5
+    assert count_hits(answered).tolist() == [8] * 5
     assert head.seen.dtype == dtype
+
+
+def random_answers(n: int) -> Tensor:
+    return torch.randint(8, (n, 8), generator=torch.Generator().manual_seed(4))
+
+
+def test_confusion_counts_each_answer_at_its_true_position() -> None:
+    answered = random_answers(30)
+    expected = [[0] * 8 for _ in range(8)]
+    for image in answered.tolist():
+        for position, answer in enumerate(image):
+            expected[position][answer] += 1
+    assert confusion(answered).tolist() == expected
+
+
+def test_the_diagonal_of_the_confusion_is_the_accuracy() -> None:
+    answered = random_answers(30)
+    counts = confusion(answered)
+    assert counts.sum(dim=1).tolist() == [30] * 8
+    found = accuracy(count_hits(answered), [str(image) for image in range(30)])
+    assert found.percent == pytest.approx(100 * float(counts.diagonal().sum() / counts.sum()))
+
+
+def test_positions_are_named_in_the_order_of_the_labels() -> None:
+    assert POSITIONS == ("up_left", "up", "up_right", "left", "right", "down_left", "down", "down_right")

@@ -18,7 +18,7 @@ from relloc.patches.color import Drop, Keep
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext import objective
-from relloc.pretext.loop import Progress, Task, train
+from relloc.pretext.loop import Progress, Standing, Task, train
 from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.optimizer import sgd
 from relloc.pretext.schedule import Constant, Schedule, Step
@@ -35,12 +35,12 @@ def forwards(number: int, *, first: int = 0, size: int = 4, side: int = GRID.spa
         yield torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
-def lucky_task(*, initial_seed: int = 0, run_seed: int = 7, **changes: object) -> Task:
+def lucky_task(*, initial_seed: int = 0, run_seed: int = 7, images_per_batch_norm: int = 4, **changes: object) -> Task:
     """Everything random at once: jitter, dropped colors, dropout; batch norm and momentum keep state."""
     torch.manual_seed(initial_seed)
     backbone = SmallBackbone(widths=(4, 4, 6, 8, 8))
     head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.3, head_std=0.3)
-    model = RelativeLocation(backbone, head, batch_norm="separate")
+    model = RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=images_per_batch_norm)
     optimizer = sgd(
         model,
         lr=0.1,
@@ -50,11 +50,14 @@ def lucky_task(*, initial_seed: int = 0, run_seed: int = 7, **changes: object) -
         weight_decay=1e-4,
         head_weight_decay=5e-4,
     )
+    pipeline = PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=ByDataset())
     task = Task(
         model=model,
+        network=model,
         optimizer=optimizer,
         schedule=WARM,
-        patches=PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=ByDataset()),
+        draw=pipeline.draw,
+        make=pipeline.make,
         steps_per_epoch=2,
         accumulation=1,
         seed_of=lambda step, forward: key(run_seed, step, forward),
@@ -87,37 +90,54 @@ class PlainHead(nn.Module):
         super().__init__()
         self.answer = nn.Linear(8, 8)
 
-    def forward(self, neighbors: Tensor, centers: Tensor) -> Tensor:
+    def draw_kept(self, n_images: int, generator: torch.Generator) -> None:
+        pass
+
+    def forward(self, neighbors: Tensor, centers: Tensor, kept: None) -> Tensor:
         return self.answer(torch.cat([neighbors, centers.unsqueeze(1).expand_as(neighbors)], dim=2))
 
 
-def plain_task(*, lr: float, schedule: Schedule, steps_per_epoch: int, accumulation: int = 1) -> Task:
+def plain_task(
+    *, lr: float, schedule: Schedule, steps_per_epoch: int, accumulation: int = 1, images_per_batch_norm: int = 1
+) -> Task:
     """No chance and no batch statistics, so that what a step computes can be written out."""
     torch.manual_seed(0)
-    model = RelativeLocation(PlainBackbone(), PlainHead(), batch_norm="separate")
+    model = RelativeLocation(
+        PlainBackbone(), PlainHead(), batch_norm="separate", images_per_batch_norm=images_per_batch_norm
+    )
+    pipeline = PatchPipeline(grid=FIXED_GRID, color=Keep(), normalize=ByDataset())
     return lucky_task(
         model=model,
+        network=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
         schedule=schedule,
-        patches=PatchPipeline(grid=FIXED_GRID, color=Keep(), normalize=ByDataset()),
+        draw=pipeline.draw,
+        make=pipeline.make,
         steps_per_epoch=steps_per_epoch,
         accumulation=accumulation,
     )
 
 
 def trained(
-    task: Task, batches: Iterator[Tensor], *, first_step: int = 0, stop_after: int | None = None, report_every: int = 1
-) -> tuple[int, list[Progress]]:
+    task: Task,
+    batches: Iterator[Tensor],
+    *,
+    standing: Standing | None = None,
+    stop_after: int | None = None,
+    report_every: int = 1,
+) -> tuple[Standing, list[Progress]]:
     reports: list[Progress] = []
+    seen = [standing or task.start()]
     done = train(
         task,
         batches,
-        first_step=first_step,
+        standing=seen[0],
         report_every=report_every,
         report=reports.append,
-        after_step=lambda done: done == stop_after,
+        after_step=lambda at: seen.append(at) or at.step == stop_after,
     )
-    return done, reports
+    assert done == seen[-1].step
+    return seen[-1], reports
 
 
 def assert_same_state(one: Task, other: Task) -> None:
@@ -132,23 +152,28 @@ def assert_same_state(one: Task, other: Task) -> None:
 @pytest.mark.parametrize("stopped_after", [1, 3, 5])
 def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: Path) -> None:
     whole = lucky_task()
-    done, reports = trained(whole, forwards(6))
-    assert done == whole.steps == 6
+    end, reports = trained(whole, forwards(6), report_every=2)
+    assert end.step == whole.steps == 6
 
     first = lucky_task()
-    done, first_reports = trained(first, forwards(6), stop_after=stopped_after)
-    assert done == stopped_after
-    state = {"model": first.model.state_dict(), "optimizer": first.optimizer.state_dict()}
-    saved = load_training(save_training(tmp_path, state, done))
+    stopped, first_reports = trained(first, forwards(6), stop_after=stopped_after, report_every=2)
+    assert stopped.step == stopped_after
+    state = {
+        "model": first.model.state_dict(),
+        "optimizer": first.optimizer.state_dict(),
+        "tally": stopped.tally,
+    }
+    saved = load_training(save_training(tmp_path, state, stopped.step))
 
     second = lucky_task(initial_seed=1)
     second.model.load_state_dict(saved["model"])
     second.optimizer.load_state_dict(saved["optimizer"])
     second.model.eval()  # as after questions on held-out images
     torch.rand(5)  # another process has another history of chance
-    done, second_reports = trained(second, forwards(6, first=stopped_after), first_step=saved["step"])
-    assert done == 6
-    assert first_reports + second_reports == reports
+    standing = Standing(step=saved["step"], tally=saved["tally"])
+    end, second_reports = trained(second, forwards(6, first=stopped_after), standing=standing, report_every=2)
+    assert end.step == 6
+    assert first_reports + second_reports == reports  # a report straddles the stop
     assert_same_state(second, whole)
 
 
@@ -162,8 +187,7 @@ def test_another_seed_trains_otherwise_so_that_equality_above_means_something() 
 def test_chance_is_drawn_anew_in_every_forward() -> None:
     seen: list[Tensor] = []
     task = lucky_task(accumulation=2)
-    pipeline = task.patches
-    spy = dataclasses.replace(task, patches=lambda images, chance: seen.append(pipeline(images, chance)) or seen[-1])
+    spy = dataclasses.replace(task, make=lambda *given: seen.append(task.make(*given)) or seen[-1])
     trained(spy, itertools.repeat(next(forwards(1)), 12))
     assert len(seen) == 12
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
@@ -188,14 +212,18 @@ def test_a_step_moves_every_weight_by_rate_times_gradient() -> None:
     task = plain_task(lr=0.5, schedule=Constant(epochs=1), steps_per_epoch=1)
     twin = copy.deepcopy(task.model)
     images = next(forwards(1, side=FIXED_GRID.span_px))
-    objective.loss(twin(task.patches(images, torch.Generator()))).backward()
+    objective.loss(twin(patches_of(task, images))).backward()
     trained(task, iter([images]))
     for (name, value), before in zip(task.model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(value, before - 0.5 * before.grad, msg=name)
 
 
+def patches_of(task: Task, images: Tensor) -> Tensor:
+    return task.make(images, *task.draw(len(images), torch.Generator()))
+
+
 def means_by_hand(task: Task, batches: Sequence[Tensor]) -> tuple[float, float]:
-    logits = torch.cat([task.model(task.patches(images, torch.Generator())) for images in batches])
+    logits = torch.cat([task.model(patches_of(task, images)) for images in batches])
     wrong_by = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.arange(8).repeat(len(logits)))
     right = (logits.argmax(dim=2) == torch.arange(8)).double().mean()
     return wrong_by.item(), 100 * right.item()
@@ -205,8 +233,8 @@ def test_a_report_is_the_mean_over_the_pairs_since_the_last_one() -> None:
     task = plain_task(lr=0.0, schedule=Constant(epochs=2.5), steps_per_epoch=2, accumulation=2)
     sizes = (4, 4, 4, 1, 2, 2, 1, 3, 4, 4)  # also forwards of unequal size: pairs count, not forwards
     images = [batch[:size] for batch, size in zip(forwards(10, side=FIXED_GRID.span_px), sizes, strict=True)]
-    done, reports = trained(task, iter(images), report_every=2)
-    assert done == task.steps == 5
+    end, reports = trained(task, iter(images), report_every=2)
+    assert end.step == task.steps == 5
     assert [report.step for report in reports] == [2, 4, 5]
     assert [report.epoch for report in reports] == [1.0, 2.0, 2.5]
     for report, since in zip(reports, (images[:4], images[4:8], images[8:]), strict=True):
@@ -223,29 +251,31 @@ def test_the_rate_follows_the_schedule_step_by_step_in_every_group() -> None:
     train(
         task,
         forwards(6),
-        first_step=0,
+        standing=task.start(),
         report_every=1,
         report=reports.append,
-        after_step=lambda _done: bool(rates.append(tuple(group["lr"] for group in task.optimizer.param_groups))),
+        after_step=lambda _at: bool(rates.append(tuple(group["lr"] for group in task.optimizer.param_groups))),
     )
     expected = [0.01, 0.055, 0.1, 0.1, 0.01, 0.01]  # two steps an epoch: warm-up in the first, a tenth from the third
     assert [report.lr for report in reports] == pytest.approx(expected)
     assert rates == [pytest.approx((rate, rate)) for rate in expected]
 
 
-def test_stopping_ends_after_the_step_with_a_report_and_takes_no_image_more() -> None:
+def test_stopping_ends_after_the_step_takes_no_image_more_and_keeps_what_was_not_reported() -> None:
     task = lucky_task()
     batches = forwards(6)
-    done, reports = trained(task, batches, stop_after=3, report_every=100)
-    assert done == 3
-    assert [report.step for report in reports] == [3]
+    stopped, reports = trained(task, batches, stop_after=3, report_every=100)
+    assert stopped.step == 3
+    assert reports == []
+    assert stopped.tally[2] == 3 * 4 * 8  # the pairs of three steps
     assert torch.equal(next(batches), next(forwards(4, first=3)))
 
 
 def test_a_finished_training_does_nothing_more() -> None:
     task = lucky_task()
     before = copy.deepcopy(task.model.state_dict())
-    assert trained(task, forwards(0), first_step=6) == (6, [])
+    standing = dataclasses.replace(task.start(), step=6)
+    assert trained(task, forwards(0), standing=standing) == (standing, [])
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
 
 
@@ -267,3 +297,22 @@ def test_bfloat16_changes_reports_by_rounding_alone_and_weights_stay_float32() -
     assert of_rounded[0].loss != of_exact[0].loss
     assert of_rounded[0].loss == pytest.approx(of_exact[0].loss, rel=0.02)
     assert {value.dtype for value in rounded.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_how_many_images_pass_at_once_changes_rounding_alone(size: int) -> None:
+    """Ghost batches of four images, in forwards of one, two or all four of them; dropout and colors by chance."""
+    once = lucky_task(accumulation=16 // size)
+    other = lucky_task(accumulation=4)
+    images = list(forwards(24))
+    _, of_once = trained(once, (torch.cat(part) for part in batched(images, size // 4)))
+    _, of_other = trained(other, iter(images))
+    for (name, value), expected in zip(once.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=name)  # sums in another order
+    for one, two in zip(of_once, of_other, strict=True):
+        assert one.loss == pytest.approx(two.loss, rel=1e-4)
+
+
+def batched(images: list[Tensor], n: int) -> Iterator[list[Tensor]]:
+    for start in range(0, len(images), n):
+        yield images[start : start + n]

@@ -23,12 +23,20 @@ NEIGHBOR_CELLS = (0, 1, 2, 3, 5, 6, 7, 8)
 every_backbone = pytest.mark.parametrize("kind", BACKBONES)
 
 
-def model_of(kind: str, batch_norm: str = "separate", **head_changes: object) -> RelativeLocation:
+def model_of(
+    kind: str, batch_norm: str = "separate", *, images: int = 3, one_pass: bool = False, **head_changes: object
+) -> RelativeLocation:
     torch.manual_seed(0)
     backbone = BACKBONES[kind]()
     settings = {"hidden_dim": 16, "batch_norm_momentum": 0.1, "dropout": 0.0, "neck_std": 0.3, "head_std": 0.3}
     head = PairHead(embedding_dim=backbone.embedding_dim, **{**settings, **head_changes})  # type: ignore[arg-type]
-    return RelativeLocation(backbone, head, batch_norm=batch_norm).double()  # type: ignore[arg-type]
+    return RelativeLocation(
+        backbone,
+        head,
+        batch_norm=batch_norm,  # type: ignore[arg-type]
+        images_per_batch_norm=images,
+        one_pass=one_pass,
+    ).double()
 
 
 def patches_of(b: int = 3) -> Tensor:
@@ -103,6 +111,24 @@ def test_joint_is_one_pass_over_all_nine_patches_and_another_thing_than_separate
 
 
 @every_backbone
+@pytest.mark.parametrize("batch_norm", ["separate", "joint"])
+def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(kind: str, batch_norm: str) -> None:
+    together = model_of(kind, batch_norm, images=3, one_pass=True, dropout=0.5).train()
+    apart = model_of(kind, batch_norm, images=3, dropout=0.5).train()
+    patches = patches_of(b=6)
+    kept = apart.head.draw_kept(6, torch.Generator().manual_seed(4))
+    for model in (together, apart):
+        objective.loss(model(patches, kept)).backward()
+    for (name, value), other in zip(together.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-7, atol=1e-9, msg=name)
+    assert list(together.state_dict()) == list(apart.state_dict())
+    for name, value in together.state_dict().items():  # running statistics too: group by group, in order
+        torch.testing.assert_close(value, apart.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name)
+    whole = model_of(kind, batch_norm, images=6, one_pass=True).train()
+    assert not torch.allclose(whole(patches), together(patches), rtol=1e-3)
+
+
+@every_backbone
 @torch.no_grad()
 def test_in_evaluation_separate_and_joint_agree_and_permuted_images_give_permuted_logits(kind: str) -> None:
     separate, joint = model_of(kind).eval(), model_of(kind, "joint").eval()
@@ -129,13 +155,22 @@ class CellNumber(Backbone):
 
 
 class Difference(nn.Module):
-    def forward(self, neighbors: Tensor, centers: Tensor) -> Tensor:
+    def forward(self, neighbors: Tensor, centers: Tensor, kept: None) -> Tensor:
         return (neighbors - centers.unsqueeze(1)).expand(-1, -1, 8)
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("batch_norm", ["separate", "joint"])
-def test_pair_i_is_the_ith_cell_of_the_grid_that_is_not_the_center_with_the_center(batch_norm: str) -> None:
-    model = RelativeLocation(CellNumber(), Difference(), batch_norm=batch_norm)  # type: ignore[arg-type]
+def test_pair_i_is_the_ith_cell_of_the_grid_that_is_not_the_center_with_the_center(
+    batch_norm: str, one_pass: bool
+) -> None:
+    model = RelativeLocation(
+        CellNumber(),
+        Difference(),
+        batch_norm=batch_norm,  # type: ignore[arg-type]
+        images_per_batch_norm=1,
+        one_pass=one_pass,
+    )
     cells = torch.stack([torch.arange(9.0), torch.arange(9.0) * 10])  # cell numbers, and ten times as much
     patches = cells.reshape(2, 9, 1, 1, 1).expand(2, 9, 3, 32, 32)
     expected = torch.tensor([cell - 4.0 for cell in NEIGHBOR_CELLS])
@@ -174,4 +209,4 @@ def test_the_loss_of_bfloat16_logits_is_taken_in_float32() -> None:
 def test_another_batch_norm_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
     with pytest.raises(ValueError, match="pretext_batch_norm=sync is not separate or joint"):
-        RelativeLocation(CellNumber(), Difference(), batch_norm="sync")  # type: ignore[arg-type]
+        RelativeLocation(CellNumber(), Difference(), batch_norm="sync", images_per_batch_norm=1)  # type: ignore[arg-type]

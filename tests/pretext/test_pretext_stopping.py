@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from relloc.pretext.stopping import stop_request
+from relloc.pretext.stopping import WATCHED, Stopped, stop_request
 
 
 @pytest.fixture
 def handlers() -> Iterator[dict[int, object]]:
     """Handlers of our own before the block, so that putting them back shows; pytest's own return after."""
     seen: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in WATCHED}
     ours = {number: lambda got, _frame: seen.append(got) for number in before}
     for number, handler in ours.items():
         signal.signal(number, handler)
@@ -27,25 +27,45 @@ def send(number: int) -> None:
 
 
 def installed() -> dict[int, object]:
-    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {number: signal.getsignal(number) for number in WATCHED}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_becomes_a_request_with_the_shells_exit_code(
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
+)
+def test_an_awaited_signal_becomes_a_request_with_the_shells_exit_code(
     handlers: dict[int, object], number: int, code: int
 ) -> None:
     with stop_request() as request:
+        request.awaited = True
         assert not request
         assert request.signal is None
         send(number)
         assert request
         assert request.signal == number
         assert request.exit_code == code
+        assert request.name == signal.Signals(number).name
+    assert installed() == handlers
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)])
+def test_a_signal_that_nobody_awaits_ends_the_run_at_once(handlers: dict[int, object], number: int, code: int) -> None:
+    with pytest.raises(Stopped) as stopped, stop_request():
+        send(number)
+    assert stopped.value.code == code
+    assert installed() == handlers
+
+
+def test_ctrl_c_that_nobody_awaits_interrupts(handlers: dict[int, object]) -> None:
+    with pytest.raises(KeyboardInterrupt), stop_request():
+        send(signal.SIGINT)
     assert installed() == handlers
 
 
 def test_a_second_ctrl_c_interrupts_at_once(handlers: dict[int, object]) -> None:
     with stop_request() as request:
+        request.awaited = True
         send(signal.SIGINT)
         assert request
         with pytest.raises(KeyboardInterrupt):
@@ -55,6 +75,7 @@ def test_a_second_ctrl_c_interrupts_at_once(handlers: dict[int, object]) -> None
 
 def test_sigterm_never_interrupts_however_often_a_cluster_sends_it(handlers: dict[int, object]) -> None:
     with stop_request() as request:
+        request.awaited = True
         send(signal.SIGTERM)
         try:
             send(signal.SIGTERM)

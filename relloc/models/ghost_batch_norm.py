@@ -1,0 +1,176 @@
+"""Ghost batch norm: one large forward, the statistics of many small batches.
+
+Hoffer, Hubara, Soudry (NeurIPS 2017) gave the name. The published recipe (protocols.md 2.1, 2.2)
+normalizes 64 images at a time, neighbors and centers apart, because it trains on eight GPUs in two
+calls each. Here the same groups are parts of one forward, so that the number of GPUs, and how many
+images pass at once, change nothing beyond rounding.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Which rows of a batch share statistics.
+
+    Rows come in ghost batches of `images` images. In each, `rows_per_image[k]` x `images` rows make
+    group k, one group after the other.
+    """
+
+    images: int
+    rows_per_image: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"a ghost batch of {self.images} images: it needs at least 1")
+
+    @property
+    def blocks(self) -> int:
+        """Rows of a ghost batch, counted in blocks of `images` rows."""
+        return sum(self.rows_per_image)
+
+    def ghost_batches(self, rows: int) -> int:
+        """How many ghost batches `rows` rows are. Raises `ValueError` where they do not divide."""
+        whole = self.images * self.blocks
+        if rows % whole:
+            raise ValueError(f"{rows} rows are no whole number of ghost batches of {self.images} x {self.blocks}")
+        return rows // whole
+
+
+class GhostBatchNorm(_BatchNorm):
+    """`norm` with the statistics of `groups` in training; as `norm` in evaluation, with its names.
+
+    Running statistics move group by group, as if each had been a forward of its own. It is written
+    for torch.compile, which makes a reduction and a pointwise kernel of it each way.
+    """
+
+    def __init__(self, norm: _BatchNorm, groups: Groups) -> None:
+        like: dict[str, Any] = {"device": norm.running_mean.device, "dtype": norm.running_mean.dtype}  # pyright: ignore[reportOptionalMemberAccess]
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, **like)
+        self.load_state_dict(norm.state_dict())
+        self.groups = groups
+        group_of_block = [group for group, rows in enumerate(groups.rows_per_image) for _ in range(rows)]
+        self.register_buffer("group_of_block", torch.tensor(group_of_block), persistent=False)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # vectors and maps alike
+
+    def forward(self, input: Float[Tensor, "rows c *hw"]) -> Float[Tensor, "rows c *hw"]:
+        if not self.training:
+            return super().forward(input)
+        self.groups.ghost_batches(len(input))  # raises here, before shapes disagree
+        normalized, means, variances = _Normalize.apply(
+            input, self.weight, self.bias, self.group_of_block, self.groups, self.eps
+        )
+        self._move_running(means, variances, places=input[0, 0].numel())
+        return normalized.flatten(0, 1)
+
+    def _move_running(self, means: Tensor, variances: Tensor, *, places: int) -> None:
+        """Move the running statistics by (biased) ones (ghosts groups c), first to last."""
+        counts = [self.groups.images * rows * places for rows in self.groups.rows_per_image]
+        unbiased = [part * (count / (count - 1)) for part, count in zip(variances.split(1, 1), counts, strict=True)]
+        share, n = self.momentum or 0.0, means.shape[0] * means.shape[1]
+        later = torch.arange(n - 1, -1, -1, device=means.device, dtype=means.dtype).unsqueeze(1)
+        weights = share * (1 - share) ** later
+        with torch.no_grad():
+            for running, moved in ((self.running_mean, means), (self.running_var, torch.cat(unbiased, 1))):
+                running.mul_((1 - share) ** n).add_((weights * moved.flatten(0, 1)).sum(0))  # pyright: ignore[reportOptionalMemberAccess]
+            self.num_batches_tracked.add_(n)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+class _Normalize(torch.autograd.Function):
+    """Batch norm of groups with its backward written out.
+
+    Left to autograd, the compiler would keep a float32 copy of every map beside the one it needs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        group_of_block: Tensor,
+        groups: Groups,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalized rows as blocks, and (ghosts groups c) means and biased variances.
+
+        Variances are means of squares minus squares of means, which one pass gives, both after a value
+        that lies among the others is subtracted, so that little cancels.
+        """
+        blocks = _blocks(x, groups)
+        guess = blocks[0, 0].flatten(1)[:, 0] if x.dim() > 2 else blocks[0, 0]
+        left = blocks - guess.view(-1, *(1,) * (x.dim() - 2))
+        off = _group_means(left, groups)
+        variances = (_group_means(left.square(), groups) - off.square()).clamp(min=0)
+        means = off + guess
+        inverse = torch.rsqrt(variances + eps)
+        scale = inverse if weight is None else inverse * weight
+        shift = -means * scale if bias is None else bias - means * scale
+        scale, shift = _to_blocks((scale, shift), group_of_block, blocks)
+        ctx.save_for_backward(x, weight, means, inverse, group_of_block)
+        ctx.groups = groups
+        ctx.mark_non_differentiable(means, variances)
+        return (blocks * scale + shift).to(x.dtype), means, variances
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, means, inverse, group_of_block = ctx.saved_tensors
+        groups: Groups = ctx.groups
+        blocks = _blocks(x, groups)
+        gradient = gradients[0].to(blocks.dtype)
+        (center,) = _to_blocks((means,), group_of_block, blocks)
+        even, along = _group_means(gradient, groups), _group_means(gradient * (blocks - center), groups)
+        scale = inverse if weight is None else inverse * weight
+        # scale (g - mean(g) - (x - mean) mean(g (x - mean)) / variance), as a line in x: few values to fetch.
+        slope = -scale * inverse.square() * along
+        offset = -scale * even - slope * means
+        scale, slope, offset = _to_blocks((scale, slope, offset), group_of_block, blocks)
+        of_x = (scale * gradient + slope * blocks + offset).to(x.dtype).flatten(0, 1)
+        if weight is None:
+            return of_x, None, None, None, None, None
+        counts = _counts(even, blocks, groups)
+        return of_x, (along * inverse * counts).sum((0, 1)), (even * counts).sum((0, 1)), None, None, None
+
+
+def _blocks(x: Tensor, groups: Groups) -> Tensor:
+    """(blocks images c ...) in float32, or in float64 as it came."""
+    blocks = x.unflatten(0, (-1, groups.images))
+    return blocks if blocks.dtype == torch.float64 else blocks.float()
+
+
+def _group_means(blocks: Tensor, groups: Groups) -> Float[Tensor, "ghosts groups c"]:
+    """Means over the rows and places of each group."""
+    inner = (1, *range(3, blocks.dim()))
+    of_blocks = blocks.mean(inner).unflatten(0, (-1, groups.blocks))
+    return torch.cat([part.mean(1, keepdim=True) for part in of_blocks.split(list(groups.rows_per_image), 1)], 1)
+
+
+def _counts(of_groups: Tensor, blocks: Tensor, groups: Groups) -> Float[Tensor, "ghosts groups c"]:
+    """How many values of a channel are in each group."""
+    of_block = blocks[0, :, 0].numel()
+    parts = zip(of_groups.split(1, 1), groups.rows_per_image, strict=True)
+    return torch.cat([torch.full_like(part, of_block * rows) for part, rows in parts], 1)
+
+
+def _to_blocks(of_groups: Sequence[Tensor], group_of_block: Tensor, blocks: Tensor) -> Sequence[Tensor]:
+    """Values (ghosts groups c), each shaped to meet the blocks."""
+    spread = torch.stack(tuple(of_groups))[:, :, group_of_block].flatten(1, 2)
+    return spread.view(*spread.shape[:2], 1, -1, *(1,) * (blocks.dim() - 3)).unbind()
+
+
+def use_ghost_batches(module: nn.Module, groups: Groups) -> None:
+    """Put a `GhostBatchNorm` in the place of every batch norm inside `module`; weights and names stay."""
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            setattr(module, name, GhostBatchNorm(child, groups))
+        else:
+            use_ghost_batches(child, groups)

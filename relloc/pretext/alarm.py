@@ -1,0 +1,52 @@
+"""Alarms while training: a loss that stays at chance, and one that is no number any more."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from relloc.errors import UsageError
+from relloc.geometry import NEIGHBORS
+from relloc.pretext.loop import Progress
+
+CHANCE_LOSS = math.log(len(NEIGHBORS))
+_CLOSE = 0.01  # field.md 2, item 39
+
+
+class Diverged(UsageError):
+    """Loss or weights are not finite: nothing that follows could be right."""
+
+
+class Alarm:
+    """Looks at each report. Says once when the loss has stayed at log 8 for `collapse_steps` steps.
+
+    The paper warns of this collapse: the network answers all eight positions alike.
+    """
+
+    def __init__(self, *, collapse_steps: int, first_step: int, say: Callable[[str], None]) -> None:
+        self.collapse_steps = collapse_steps
+        self.say = say
+        self._left_chance_at = first_step
+        self._said = False
+
+    def look(self, progress: Progress) -> None:
+        """Raises `Diverged` where the loss is not finite."""
+        if not math.isfinite(progress.loss):
+            raise Diverged(f"the loss is {progress.loss} at step {progress.step} (learning rate {progress.lr:g})")
+        if abs(progress.loss - CHANCE_LOSS) >= _CLOSE:
+            self._left_chance_at = progress.step
+        elif progress.step - self._left_chance_at >= self.collapse_steps and not self._said:
+            self._said = True
+            self.say(
+                f"alarm   the loss has stayed at log 8 = {CHANCE_LOSS:.3f} for {progress.step - self._left_chance_at} "
+                "steps: the network answers at chance. If that goes on, try a lower data.lr, a longer "
+                "data.warmup_epochs, or an easier question (a smaller grid.gap_px, color=gray)"
+            )
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Raises `Diverged` unless all parameters are finite."""
+    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in model.parameters()])
+    if not torch.isfinite(norm):
+        raise Diverged(f"weights are not finite after step {step}")

@@ -1,0 +1,171 @@
+"""How a run computes: device, precision, and all that makes it fast without changing results."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from relloc import ranks
+from relloc.errors import UsageError
+
+_MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+# A gradient that flows into a batch norm is read by several kernels and made from many values. By default the
+# compiler then keeps it, in float32; made anew each time it costs a third less memory traffic.
+_FUSION: dict[str, Any] = {"realize_acc_reads_threshold": 14}
+_PRECISIONS = ("bf16", "tf32", "fp32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Settled settings of a run. None changes results beyond the rounding of `precision`.
+
+    "bf16" runs forwards in bfloat16 and the rest as "tf32", which rounds the inputs of products to
+    19 bits on GPUs that can; "fp32" rounds nothing.
+    """
+
+    device: torch.device
+    precision: str
+    compiled: bool
+    memory_format: str
+    deterministic: bool
+    workers: int
+
+    @property
+    def bf16(self) -> bool:
+        return self.precision == "bf16"
+
+    def place(self, model: torch.nn.Module) -> None:
+        """Move a model to the device, its maps in this engine's memory format."""
+        model.to(self.device, memory_format=_MEMORY_FORMATS[self.memory_format])  # pyright: ignore[reportCallIssue] - an overload torch lacks
+
+    def compile(self, function: Any) -> Any:
+        """`function` or module, compiled for the one shape it will see; as it is where compiling is off."""
+        return torch.compile(function, dynamic=False, options=_FUSION) if self.compiled else function
+
+    def __str__(self) -> str:
+        words = [
+            str(self.device.type),
+            self.precision,
+            "compiled" if self.compiled else "not compiled",
+            self.memory_format,
+            *(["deterministic"] if self.deterministic else []),
+            f"{self.workers} workers",
+        ]
+        return ", ".join(words)
+
+
+def settle(config: DictConfig) -> Engine:
+    """The engine that a config asks for, with torch's global switches set accordingly.
+
+    Raises:
+        UsageError: a setting that does not exist, or that this machine cannot meet.
+    """
+    on = device(config.device)
+    engine = Engine(
+        device=on,
+        precision=_precision(config.precision, on),
+        compiled=_compiled(config.compile, on),
+        memory_format=_choice("memory_format", config.memory_format, tuple(_MEMORY_FORMATS)),
+        deterministic=_switch("deterministic", config.deterministic),
+        workers=_workers(config.workers, on),
+    )
+    rounded = engine.precision != "fp32"
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    torch.backends.cudnn.allow_tf32 = rounded
+    return engine
+
+
+@contextlib.contextmanager
+def training(engine: Engine) -> Iterator[None]:
+    """torch's switches for training: the fastest kernels, or those that give the same bits each time."""
+    torch.backends.cudnn.benchmark = not engine.deterministic
+    if not engine.deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def device(asked: str) -> torch.device:
+    """The device asked for; this process's own GPU where there are several.
+
+    Raises:
+        UsageError: a GPU was asked for and there is none.
+    """
+    _choice("device", asked, ("auto", "cpu", "cuda"))
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, "
+            "or give device=cpu"
+        )
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = ranks.local_rank()
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"process {index} has no GPU of its own: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def whole(name: str, value: Any, *, at_least: int = 0) -> int:
+    """The value of a setting that is a whole number. Raises `UsageError` where it is not."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise UsageError(f"{name}={value} is not a whole number of {at_least} or more")
+    return value
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UsageError(f"{name}={value} is not one of {', '.join(choices)}")
+    return value
+
+
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name}={value} is not true or false")
+    return value
+
+
+def _precision(asked: Any, on: torch.device) -> str:
+    _choice("precision", asked, ("auto", *_PRECISIONS))
+    if asked != "auto":
+        return asked
+    return "bf16" if on.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _compiled(asked: Any, on: torch.device) -> bool:
+    if asked == "auto":
+        return on.type == "cuda" and not _missing_for_triton()
+    if _switch("compile", asked) and on.type == "cuda" and _missing_for_triton():
+        raise UsageError(f"compile=true, but torch.compile lacks {_missing_for_triton()}: install it, or leave auto")
+    return asked
+
+
+def _missing_for_triton() -> str:
+    """What torch.compile needs on a GPU and this machine lacks: Triton builds a small C library at first use."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang", os.environ.get("CC", "cc")))):
+        return "a C compiler"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python.h (the python3-dev package)"
+    return ""
+
+
+def _workers(asked: Any, on: torch.device) -> int:
+    """Loader processes: as asked; else this process's share of the cores, or a quarter where the CPU trains."""
+    if asked != "auto":
+        return whole("workers", asked)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores) if on.type == "cuda" else cores // 4

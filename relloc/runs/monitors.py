@@ -1,0 +1,181 @@
+"""What a network has learned so far, asked between two steps of training and without a trace in it."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relloc.data.crops import Crops
+from relloc.data.image_set import ImageSet, Splits
+from relloc.data.loader import Batch, load
+from relloc.data.order import key
+from relloc.errors import DataError
+from relloc.evals.knn import vote
+from relloc.features.pool import pooled_layers
+from relloc.features.source import Reading
+from relloc.features.spectrum import alpha_req, rankme
+from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext.confusion_picture import draw_confusion
+from relloc.pretext.held_out import POSITIONS, answers, confusion, evaluating
+from relloc.pretext.objective import RelativeLocation
+from relloc.results import LAYERS
+
+CONFUSION_PICTURE = "confusion.png"
+SPECTRUM_LAYERS = ("feature4", "feature5", "avgpool")
+_TEMPERATURE = 0.07  # protocols.md 3.7
+
+
+class Monitors:
+    """Numbers by name for the journal whenever it is called with the steps done, and `confusion.png` in `folder`.
+
+    On `n_images` held-out images (all, where there are fewer), evenly spaced over the set:
+    `monitor/pretext/top1`, the accuracy over the eight pairs of each center crop, and one
+    `top1_up_left`, ... a position; of the features of whole center views `monitor/rankme/LAYER` and
+    `monitor/alpha_req/LAYER`, nan where the features define none (see `relloc.features.spectrum`);
+    and, on labeled data, `monitor/knn/LAYER/top1_kK`, the weighted vote (T = 0.07) of the K nearest
+    of as many training views: `k`, or all where there are fewer. Accuracies are percent.
+
+    Batch norm uses its statistics as trained: gathered on patches, they fit whole views badly, so
+    numbers of views compare with each other, not with recalibrated evaluations.
+
+    Pixels are decoded at the first call and kept as bytes; images that can't be read are left out.
+    Weights, statistics, modes of modules, gradients and torch's global generators are left as they
+    were: training goes on as if nothing had been asked.
+
+    Raises (when called):
+        DataError: none of the images chosen of a split can be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: RelativeLocation,
+        patches: PatchPipeline,
+        data: Splits,
+        reading: Reading,
+        n_images: int,
+        k: int,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        if min(n_images, k) < 1:
+            raise ValueError(f"monitors look at {n_images} images and {k} neighbors: each must be 1 or more")
+        self.model = model
+        self.patches = patches
+        self.data = data
+        self.reading = reading
+        self.n_images = n_images
+        self.k = k
+        self.seed = seed
+        self.folder = folder
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, float]:
+        # Starting to load draws from torch's global generator, which training may be reading.
+        with torch.random.fork_rng(devices=[]), evaluating(self.model):
+            return self._pretext(step) | self._features()
+
+    def _pretext(self, step: int) -> dict[str, float]:
+        given = answers(
+            self.model,
+            self._crops.pixels.split(self.reading.batch),
+            self.patches,
+            seed=self.seed,
+            device=self.reading.device,
+            bf16=self.reading.bf16,
+        )
+        counts = confusion(given)
+        top1 = 100 * float(counts.diagonal().sum() / counts.sum())
+        draw_confusion(counts, self.folder / CONFUSION_PICTURE, step=step, top1=top1)
+        by_position = (100 * counts.diagonal() / counts.sum(dim=1)).tolist()
+        named = {f"monitor/pretext/top1_{name}": value for name, value in zip(POSITIONS, by_position, strict=True)}
+        return {"monitor/pretext/top1": top1} | named
+
+    def _features(self) -> dict[str, float]:
+        labeled = self.data.labeled
+        held_out = self._encode(self._held_out_views, LAYERS if labeled else SPECTRUM_LAYERS)
+        values = {}
+        for layer in SPECTRUM_LAYERS:
+            features = held_out[layer].cpu()  # a small decomposition: LAPACK's time is known, a GPU's is not
+            values[f"monitor/rankme/{layer}"] = _where_defined(rankme, features)
+            values[f"monitor/alpha_req/{layer}"] = _where_defined(alpha_req, features)
+        return values | self._knn(held_out) if labeled else values
+
+    def _knn(self, queries: dict[str, Tensor]) -> dict[str, float]:
+        bank = self._encode(self._training_views, LAYERS)
+        known = _labels(self.data.train, self._training_views)
+        truth = _labels(self.data.held_out, self._held_out_views)
+        k, n_classes = min(self.k, len(known)), len(self.data.train.classes)
+        values = {}
+        for layer in LAYERS:
+            found = vote(queries[layer], bank[layer], known, k=[k], temperature=_TEMPERATURE, n_classes=n_classes)
+            hits = int((found[k].cpu() == truth).sum())
+            values[f"monitor/knn/{layer}/top1_k{k}"] = 100 * hits / len(truth)
+        return values
+
+    def _encode(self, views: Batch, layers: tuple[str, ...]) -> dict[str, Tensor]:
+        """Features (n d) of each layer, on the device."""
+        found = []
+        for pixels in views.pixels.split(self.reading.batch):
+            images = self.reading.to_device(pixels)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.reading.bf16):
+                found.append(pooled_layers(self.model.backbone, images, layers))
+        return {layer: torch.cat([features[layer] for features in found]) for layer in layers}
+
+    @functools.cached_property
+    def _crops(self) -> Batch:
+        images = self.data.held_out
+        keys = [(place, key(self.seed, place)) for place in _spaced(len(images), self.n_images)]
+        batches = [keys[start : start + self.reading.batch] for start in range(0, len(keys), self.reading.batch)]
+        crops = Crops(images, self.patches.grid, centered=True)
+        return _joined(load(crops, batches, workers=self.reading.workers, pin=False), images)
+
+    @functools.cached_property
+    def _held_out_views(self) -> Batch:
+        return self._views(self.data.held_out)
+
+    @functools.cached_property
+    def _training_views(self) -> Batch:
+        return self._views(self.data.train)
+
+    def _views(self, images: ImageSet) -> Batch:
+        places = _spaced(len(images), self.n_images)
+        return _joined(self.reading.views(images, places, self.reading.batch), images)
+
+
+def _spaced(n: int, wanted: int) -> list[int]:
+    """`wanted` of the places 0..n-1, evenly spaced; all where there are fewer."""
+    taken = min(n, wanted)
+    return [place * n // taken for place in range(taken)]
+
+
+def _joined(loaded: Iterable[Batch], images: ImageSet) -> Batch:
+    batches = list(loaded)
+    unreadable = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
+    good = [batch for batch in batches if len(batch.pixels)]
+    if not good:
+        first, reason = next(iter(unreadable.items()), ("the whole set", "it is empty"))
+        raise DataError(
+            f"monitors can use none of the {len(unreadable)} images they chose of {images.name} {images.split}; "
+            f"the first is {first}: {reason}. Mend or remove them"
+        )
+    return Batch(
+        pixels=torch.cat([batch.pixels for batch in good]),
+        indices=torch.cat([batch.indices for batch in good]),
+        unreadable=unreadable,
+    )
+
+
+def _labels(images: ImageSet, views: Batch) -> Tensor:
+    return torch.as_tensor(images.labels)[views.indices]
+
+
+def _where_defined(measure: Callable[[Float[Tensor, "n d"]], float], features: Float[Tensor, "n d"]) -> float:
+    try:
+        return measure(features)
+    except ValueError:  # collapsed or diverged features: told by the number, never a reason to stop training
+        return math.nan

@@ -1,0 +1,125 @@
+"""How a pretraining is kept from losing work: when it saves, and how it goes on."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relloc import checkpoints, ranks
+from relloc.errors import UsageError
+from relloc.pretext.alarm import Diverged, check_finite
+from relloc.pretext.loop import Standing, Task
+from relloc.pretext.stopping import StopRequest
+from relloc.runs import console
+
+
+def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
+    """Put the newest sound checkpoint of the run folder into `task`; where that training stands.
+
+    Raises:
+        UsageError: the folder holds a run of another `identity`, with what differs.
+    """
+    found = checkpoints.newest_sound(run_dir, console.say) if ranks.rank() == 0 else None
+    path = ranks.from_first(str(found or ""))
+    if not path:
+        return task.start()
+    state = checkpoints.load_training(Path(path))
+    changed = _changed(state["identity"], identity)
+    if changed:
+        raise UsageError(
+            f"{run_dir} holds a run with other settings: {changed}. "
+            "Give another hydra.run.dir, or the run's own settings"
+        )
+    task.model.load_state_dict(state["model"])
+    task.optimizer.load_state_dict(state["optimizer"])
+    if ranks.rank() == 0:
+        console.say(f"resume  {path} after step {state['step']} of {task.steps}")
+    return Standing(step=state["step"], tally=_own_tally(state["tallies"]).to(task.device))
+
+
+def _own_tally(tallies: torch.Tensor) -> torch.Tensor:
+    """This rank's sums (3) of those of all (world 3); with another number of ranks the first takes them all."""
+    if len(tallies) == ranks.world_size():
+        return tallies[ranks.rank()]
+    return tallies.sum(0) if ranks.rank() == 0 else torch.zeros(3, dtype=tallies.dtype)
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
+
+
+def milestone_steps(epochs: Sequence[float], task: Task) -> dict[int, str]:
+    """After which step each milestone epoch is complete, with the milestone's name.
+
+    Raises:
+        UsageError: an epoch outside the run.
+    """
+    for epoch in epochs:
+        if not 0 < epoch <= task.schedule.epochs:
+            raise UsageError(f"milestones={list(epochs)}: the run has no epoch {epoch}, it has {task.schedule.epochs}")
+    return {round(epoch * task.steps_per_epoch): f"epoch_{epoch:g}" for epoch in epochs}
+
+
+class Saver:
+    """Saves every `every_s` seconds, at milestones, at the end, and when asked to stop.
+
+    Nothing is saved that is not finite. `about` is what a saved step tells of itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        identity: dict[str, Any],
+        about: dict[str, Any],
+        run_dir: Path,
+        stop: StopRequest,
+        every_s: float,
+        milestones: dict[int, str],
+    ) -> None:
+        self.task = task
+        self.identity = identity
+        self.about = about
+        self.run_dir = run_dir
+        self.stop = stop
+        self.every_s = every_s
+        self.milestones = milestones
+        self.last = time.monotonic()
+
+    def after_step(self, standing: Standing) -> bool:
+        """Save if it is time; whether to stop. All ranks answer alike."""
+        self.stop.awaited = True  # from here on there is work that a stop has to save
+        stopping, due = self._agreed()
+        if stopping or due or standing.step in self.milestones or standing.step == self.task.steps:
+            self._save(standing)
+            self.last = time.monotonic()
+        return stopping
+
+    def _agreed(self) -> tuple[bool, bool]:
+        # Rank 0's clock decides for all; a stop, whoever is asked.
+        due = ranks.rank() == 0 and time.monotonic() - self.last > self.every_s
+        if ranks.world_size() == 1:
+            return bool(self.stop), due
+        asked = torch.tensor([[self.stop.signal or 0, due]])
+        signal, anyone_due = ranks.gathered(asked[0]).amax(0).tolist()
+        if signal and not self.stop:
+            self.stop.signal = signal
+        return bool(signal), bool(anyone_due)
+
+    def _save(self, standing: Standing) -> None:
+        tallies = ranks.gathered(standing.tally).cpu()
+        if not tallies.isfinite().all():
+            raise Diverged(f"the loss is no longer finite after step {standing.step}")
+        check_finite(self.task.model, standing.step)
+        if ranks.rank() == 0:
+            state = {
+                "model": self.task.model.state_dict(),
+                "optimizer": self.task.optimizer.state_dict(),
+                "tallies": tallies,
+                "identity": self.identity,
+                "about": self.about | {"step": standing.step},
+            }
+            checkpoints.save_training(self.run_dir, state, standing.step, self.milestones.get(standing.step))

@@ -1,0 +1,359 @@
+"""Whatever stops a pretraining, the same command goes on, and ends with the same bits."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import Command, descendants, start
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import TINY
+
+from relloc.checkpoints import BACKBONE_FILE, load_training, saved_trainings
+from relloc.results import read_results
+from relloc.tracking import open_store, read_journal, read_note, search
+
+STEPS_PER_EPOCH, EPOCHS = 4, 15
+STEPS = STEPS_PER_EPOCH * EPOCHS
+REPORT_EVERY = 3
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Small files of noise, and all that is random: jitter, dropped colors, dropout."""
+    root = tmp_path_factory.mktemp("images")
+    chance = np.random.default_rng(0)
+    for place in range(80):
+        folder = root / ("val" if place % 5 == 0 else "train") / "ab"[place % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(chance.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{place}.png")
+    return (
+        *(word for word in TINY if not word.startswith("data.source")),
+        *("data=folder", f"data.root={root}", "data.images_per_batch_norm=8", "data.lr=2", "color=drop"),
+        *("model.backbone.widths=[4,4,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
+        *(f"data.epochs={EPOCHS}", "data.milestone_epochs=[10]", "data.warmup_epochs=2"),
+        *(f"report_every_steps={REPORT_EVERY}", "monitor.every_epochs=null", "tracking=none", "eval=[]"),
+    )
+
+
+def start_training(folder: Path, *settings: str, processes: int = 1) -> Command:
+    """The run folder is `folder / "run"`."""
+    line = (*settings, f"hydra.run.dir={folder / 'run'}")
+    if processes == 1:
+        return start("relloc.train", *line, folder=folder)
+    torchrun = ("--standalone", f"--nproc-per-node={processes}", "-m", "relloc.train")
+    return start("torch.distributed.run", *torchrun, *line, folder=folder)
+
+
+def train(folder: Path, *settings: str, processes: int = 1) -> Path:
+    """Train to the end; the run folder."""
+    command = start_training(folder, *settings, processes=processes)
+    assert command.wait() == 0, command.text
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run folder of a training by so many processes that nothing stopped."""
+
+    @functools.cache
+    def run(processes: int = 1) -> Path:
+        return train(tmp_path_factory.mktemp("undisturbed"), *settings, processes=processes)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed_half_way(settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a training that saved each step and was killed; copy it."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = start_training(folder, *settings, "save_every_s=0")
+    assert command.wait_for(lambda: reported(folder / "run") >= STEPS // 4), command.text
+    assert command.kill() == -signal.SIGKILL
+    assert len(saved_trainings(folder / "run")) == 2
+    return folder / "run"
+
+
+def copied(run_dir: Path, folder: Path) -> Path:
+    return shutil.copytree(run_dir, folder / "run")
+
+
+def reported(run_dir: Path) -> int:
+    """The last step that the journal has."""
+    entries = read_journal(run_dir)
+    return entries[-1].step if entries else 0
+
+
+def told_of_training(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
+    """What the journal tells of each step, without speeds."""
+    entries = [entry for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
+    return [
+        (entry.step, {name: value for name, value in entry.metrics.items() if name.startswith("train/")})
+        for entry in entries
+    ]
+
+
+def status(run_dir: Path) -> str:
+    return json.loads((run_dir / "status.json").read_text())["status"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """To the bit: weights, running statistics, optimizer, sums, journal, and the answers of held-out images."""
+    assert (one / BACKBONE_FILE).read_bytes() == (other / BACKBONE_FILE).read_bytes()
+    last = [torch.load(saved_trainings(run_dir)[-1], weights_only=True) for run_dir in (one, other)]
+    for part in ("step", "model", "optimizer", "tallies"):
+        torch.testing.assert_close(last[0][part], last[1][part], rtol=0, atol=0)
+    assert told_of_training(one) == told_of_training(other)
+    held_out = [(row.eval, row.value, row.low, row.high, row.n) for row in read_results(one)]
+    assert held_out == [(row.eval, row.value, row.low, row.high, row.n) for row in read_results(other)]
+
+
+def learned(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The backbone's weights without running statistics."""
+    return {
+        name: value
+        for name, value in load_file(run_dir / BACKBONE_FILE).items()
+        if "running" not in name and "num_batches" not in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("workers", "processes", "save_every_s", "kills"),
+    [(0, 1, 0, 3), (2, 1, 0.3, 3), (2, 2, 0, 2)],
+    ids=["alone", "two workers, steps done again", "two processes of two workers"],
+)
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_stopped(
+    tmp_path: Path,
+    settings: tuple[str, ...],
+    undisturbed: Callable[..., Path],
+    workers: int,
+    processes: int,
+    save_every_s: float,
+    kills: int,
+) -> None:
+    straight = undisturbed(processes)
+    seed = random.randrange(1_000_000)
+    print("seed of the moments:", seed)  # shown where the test fails
+    chance = random.Random(seed)
+    line = (*settings, f"workers={workers}", f"save_every_s={save_every_s}")
+    killed = 0
+    for reports in sorted(chance.sample(range(1, STEPS // REPORT_EVERY * 2 // 3), kills)):
+        command = start_training(tmp_path, *line, processes=processes)
+        command.wait_for(lambda: reported(tmp_path / "run") >= reports * REPORT_EVERY)  # noqa: B023 - called here
+        time.sleep(chance.uniform(0, 0.1))
+        killed += command.kill() == -signal.SIGKILL
+    assert killed >= kills - 1, "a busy machine let the run end before it was killed"
+    assert_same_run(train(tmp_path, *line, processes=processes), straight)
+    assert "resume" in (tmp_path / f"output_{kills}.txt").read_text()
+    assert [step for step, _ in told_of_training(straight)] == list(range(REPORT_EVERY, STEPS + 1, REPORT_EVERY))
+
+
+def test_a_killed_run_stays_one_run_in_mlflow(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    client = open_store(uri)
+    line = (*settings, "tracking=sqlite", "save_every_s=0.1", f"data.epochs={3 * EPOCHS}")
+    command = start_training(tmp_path, *line)
+    run_dir = tmp_path / "run"
+    assert command.wait_for(lambda: read_note(run_dir) and reported(run_dir)), command.text
+    assert command.kill() == -signal.SIGKILL
+    assert reported(run_dir) < 3 * STEPS
+    train(tmp_path, *line)
+    (tracked,) = search(uri, "relloc")
+    assert tracked["status"] == "FINISHED"
+    history = client.get_metric_history(tracked["run_id"], "train/loss")
+    found = sorted((point.step, point.value) for point in history)
+    assert found == [(step, metrics["train/loss"]) for step, metrics in told_of_training(run_dir)]
+    assert [step for step, _ in found] == list(range(REPORT_EVERY, 3 * STEPS + 1, REPORT_EVERY))
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGUSR1", 2), ("SIGUSR2", 0), ("SIGTERM", 2)])
+def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(
+    tmp_path: Path, settings: tuple[str, ...], undisturbed: Callable[..., Path], name: str, workers: int
+) -> None:
+    straight, run_dir, line = undisturbed(), tmp_path / "run", (*settings, f"workers={workers}")
+    command = start_training(tmp_path, *line)
+    assert command.wait_for(lambda: reported(run_dir)), command.text
+    for pid in [command.pid, *descendants(command.pid)]:  # as a cluster does
+        os.kill(pid, signal.Signals[name])
+    assert command.wait(10) == 128 + signal.Signals[name], command.text
+    (saved,) = saved_trainings(run_dir)
+    step = load_training(saved)["step"]
+    assert step < STEPS
+    assert f"{name}: stopped after step {step} of {STEPS}; everything is saved" in command.text
+    assert status(run_dir) == "KILLED"
+    assert_same_run(train(tmp_path, *line), straight)
+    assert status(run_dir) == "FINISHED"
+
+
+def test_sigterm_while_evaluating_ends_at_once_and_the_same_command_goes_on(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    line = (*settings, "data.epochs=1", "data.milestone_epochs=[]", "data.warmup_epochs=0", "eval=[linear]")
+    line = (*line, "data.linear.epochs=150")
+    command = start_training(tmp_path, *line)
+    assert command.wait_for(lambda: "eval    linear" in command.text), command.text
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait(10) == 143, command.text
+    assert status(tmp_path / "run") == "KILLED"
+    assert {row.eval for row in read_results(tmp_path / "run")} == {"pretext"}
+    run_dir = train(tmp_path, *line)
+    assert {row.checkpoint for row in read_results(run_dir) if row.eval == "linear"} == {
+        *("random", str(run_dir / BACKBONE_FILE))
+    }
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(
+    tmp_path: Path, settings: tuple[str, ...], undisturbed: Callable[..., Path], killed_half_way: Path
+) -> None:
+    straight, run_dir = undisturbed(), copied(killed_half_way, tmp_path)
+    before, newest = saved_trainings(run_dir)
+    flip_a_byte(newest)
+    command = start_training(tmp_path, *settings)
+    assert command.wait() == 0, command.text
+    assert f"{newest} is damaged" in command.text
+    assert f"resume  {before} after step" in command.text
+    assert_same_run(run_dir, straight)
+
+
+def test_only_damaged_checkpoints_end_in_one_message(
+    tmp_path: Path, settings: tuple[str, ...], killed_half_way: Path
+) -> None:
+    run_dir = copied(killed_half_way, tmp_path)
+    for path in saved_trainings(run_dir):
+        flip_a_byte(path)
+    command = start_training(tmp_path, *settings)
+    assert command.wait() == 2, command.text
+    assert f"relloc: no checkpoint in {run_dir / 'checkpoints'} can be read" in command.text
+    assert "Traceback" not in command.text
+    assert not (run_dir / BACKBONE_FILE).exists()
+
+
+def test_milestones_stay_and_can_be_evaluated(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    line = (*settings, "data.epochs=3", "data.milestone_epochs=[]", "save_every_s=0", "milestones=[1,1.5]")
+    run_dir = train(tmp_path, *line)
+    kept = run_dir / "checkpoints"
+    names = {"epoch_1.pt", "epoch_1.5.pt", "step_000000011.pt", "step_000000012.pt"}
+    assert {path.name for path in kept.iterdir()} == {*names, *(f"{name}.sha256" for name in names)}
+    sums = [path.name for path in kept.glob("*.sha256")]
+    checked = subprocess.run(["sha256sum", "--check", *sums], cwd=kept, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    assert checked.stdout.count(": OK") == 4
+    assert load_training(kept / "epoch_1.pt")["step"] == STEPS_PER_EPOCH
+    assert load_training(kept / "epoch_1.5.pt")["step"] == 6
+
+    data = [word for word in settings if word.startswith(("data=", "data.root=", "view."))]
+    line = (*data, f"checkpoint={kept / 'epoch_1.pt'}", "eval=[knn]", "tracking=none")
+    command = start("relloc.evaluate", *line, f"hydra.run.dir={tmp_path / 'evaluated'}", folder=tmp_path)
+    assert command.wait() == 0, command.text
+    assert {row.checkpoint for row in read_results(tmp_path / "evaluated")} == {str(kept / "epoch_1.pt")}
+
+
+def test_a_milestone_outside_the_run_is_refused(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    command = start_training(tmp_path, *settings, "milestones=[99]")
+    assert command.wait() == 2, command.text
+    assert f"relloc: milestones=[99]: the run has no epoch 99, it has {EPOCHS}" in command.text
+    assert "Traceback" not in command.text
+    assert not (tmp_path / "run" / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        ("workers=2", "report_every_steps=7", "save_every_s=0.2"),
+        ("tracking=sqlite", "monitor.every_epochs=2", "monitor.most_share=1"),
+    ],
+    ids=" ".join,
+)
+def test_settings_that_change_nothing_give_the_same_bits(
+    tmp_path: Path, settings: tuple[str, ...], undisturbed: Callable[..., Path], neutral: tuple[str, ...]
+) -> None:
+    straight = undisturbed()
+    run_dir = train(tmp_path, *settings, *neutral)
+    assert (run_dir / BACKBONE_FILE).read_bytes() == (straight / BACKBONE_FILE).read_bytes()
+
+
+def test_two_processes_compute_what_one_does_that_accumulates(undisturbed: Callable[..., Path]) -> None:
+    """To the bit: a step's gradient is the mean of two, whose sum has but one order.
+
+    Running statistics are those of rank 0's ghost batches, half as many, and so differ.
+    """
+    alone, two = undisturbed(1), undisturbed(2)
+    assert all(torch.equal(value, learned(two)[name]) for name, value in learned(alone).items())
+    every, half = (load_file(run_dir / BACKBONE_FILE) for run_dir in (alone, two))
+    for name in every:
+        if "running" in name:
+            assert not torch.equal(every[name], half[name])
+        if "num_batches" in name:
+            assert every[name] == 2 * half[name]
+
+
+def test_a_step_in_one_forward_is_that_of_two_but_for_rounding(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """The gradients of four groups (neighbors and centers of two ghost batches) are added in another order.
+
+    An epoch moves weights by 1e-3 and more; float32 rounds them to 6e-8 of their size, and so much each step.
+    """
+    short = (*settings, "data.epochs=1", "data.milestone_epochs=[]", "data.warmup_epochs=0")
+    runs = []
+    for images in (8, 16):
+        folder = tmp_path / str(images)
+        folder.mkdir()
+        runs.append(learned(train(folder, *short, f"images_per_forward={images}")))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr", ["1e6", "1e20"])  # statistics overflow first, or weights
+def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
+    tmp_path: Path, settings: tuple[str, ...], lr: str
+) -> None:
+    command = start_training(tmp_path, *settings, "data.warmup_epochs=0", f"data.lr={lr}", "save_every_s=0")
+    assert command.wait() == 2, command.text
+    assert "relloc: training diverged: " in command.text
+    assert "Traceback" not in command.text
+    saved = saved_trainings(tmp_path / "run")
+    assert saved
+    assert f"the last good checkpoint is {saved[-1]}" in command.text
+    for path in saved:
+        state = load_training(path)
+        momenta = [value["momentum_buffer"] for value in state["optimizer"]["state"].values()]
+        for value in [*state["model"].values(), *momenta, state["tallies"]]:
+            assert value.isfinite().all()
+    assert status(tmp_path / "run") == "FAILED"
+
+
+def test_divergence_before_anything_was_saved_says_so(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    command = start_training(tmp_path, *settings, "data.lr=1e20")
+    assert command.wait() == 2, command.text
+    assert "relloc: training diverged: the loss is nan at step 3" in command.text
+    assert "no checkpoint was saved before" in command.text
+    assert not saved_trainings(tmp_path / "run")
+
+
+def test_a_killed_loader_worker_ends_in_one_message_and_the_same_command_goes_on(
+    tmp_path: Path, settings: tuple[str, ...], undisturbed: Callable[..., Path]
+) -> None:
+    straight, line = undisturbed(), (*settings, "workers=2", "save_every_s=0.1")
+    command = start_training(tmp_path, *line)
+    assert command.wait_for(lambda: reported(tmp_path / "run")), command.text
+    os.kill(descendants(command.pid)[0], signal.SIGKILL)
+    assert command.wait() == 2, command.text
+    assert "relloc: a process that reads images was killed" in command.text
+    assert "Traceback" not in command.text
+    assert status(tmp_path / "run") == "FAILED"
+    assert_same_run(train(tmp_path, *line), straight)

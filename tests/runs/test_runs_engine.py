@@ -1,0 +1,193 @@
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from relloc.errors import UsageError
+from relloc.runs import engine
+from relloc.runs.engine import Engine, settle
+from relloc.runs.pretraining import _images_per_forward
+
+DEFAULTS = {
+    "device": "cpu",
+    "precision": "auto",
+    "compile": "auto",
+    "memory_format": "channels_last",
+    "deterministic": False,
+    "workers": "auto",
+}
+
+
+def asked(**changes: object) -> DictConfig:
+    return OmegaConf.create({**DEFAULTS, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _switches_put_back() -> Iterator[None]:
+    before = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:3]
+    torch.use_deterministic_algorithms(before[3])
+
+
+def test_auto_on_a_cpu_is_float32_and_not_compiled() -> None:
+    settled = settle(asked())
+    assert (settled.device.type, settled.precision, settled.bf16, settled.compiled) == ("cpu", "fp32", False, False)
+    assert str(settled).startswith("cpu, fp32, not compiled, channels_last, ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
+    assert settle(asked(device="auto")).device.type == "cpu"
+    with pytest.raises(UsageError, match="device=cuda, but torch finds no GPU: check nvidia-smi"):
+        settle(asked(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("device", "tpu", "device=tpu is not one of auto, cpu, cuda"),
+        ("precision", "fp16", "precision=fp16 is not one of auto, bf16, tf32, fp32"),
+        ("precision", 32, "precision=32 is not one of auto, bf16, tf32, fp32"),
+        ("compile", "yes please", "compile=yes please is not true or false"),
+        ("compile", 1, "compile=1 is not true or false"),
+        ("memory_format", "nhwc", "memory_format=nhwc is not one of channels_last, contiguous"),
+        ("deterministic", "auto", "deterministic=auto is not true or false"),
+        ("workers", "many", "workers=many is not a whole number of 0 or more"),
+        ("workers", -1, "workers=-1 is not a whole number of 0 or more"),
+        ("workers", 1.5, "workers=1.5 is not a whole number of 0 or more"),
+        ("workers", True, "workers=True is not a whole number of 0 or more"),
+    ],
+)
+def test_a_wrong_setting_is_one_message_with_what_there_is(setting: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        settle(asked(**{setting: value}))
+    assert str(raised.value) == message
+
+
+def test_what_is_asked_for_is_what_is_told() -> None:
+    settled = settle(asked(precision="bf16", compile=True, memory_format="contiguous", deterministic=True, workers=3))
+    assert settled.bf16
+    assert str(settled) == "cpu, bf16, compiled, contiguous, deterministic, 3 workers"
+
+
+@pytest.mark.parametrize(("precision", "matmul"), [("fp32", "highest"), ("tf32", "high"), ("bf16", "high")])
+def test_only_fp32_rounds_no_input_of_a_product(precision: str, matmul: str) -> None:
+    settle(asked(precision=precision))
+    assert torch.get_float32_matmul_precision() == matmul
+    assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(1, 1, 0), (2, 1, 0), (4, 1, 1), (16, 1, 4), (16, 2, 2), (16, 4, 1), (2, 4, 0)]
+)
+def test_a_cpu_that_trains_leaves_a_quarter_of_its_share_to_readers(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert settle(asked()).workers == workers
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 16), (16, 4, 4), (2, 4, 1)])
+def test_beside_a_gpu_all_cores_read(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert engine._workers("auto", torch.device("cuda")) == workers
+
+
+def test_a_machine_that_cannot_compile_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    assert not engine._compiled("auto", torch.device("cuda"))
+    assert engine._compiled(False, torch.device("cuda")) is False
+    with pytest.raises(UsageError, match="compile=true, but torch.compile lacks a C compiler: install it, or leave"):
+        engine._compiled(True, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
+def test_a_model_is_placed_in_its_memory_format(memory_format: str) -> None:
+    model = nn.Conv2d(3, 4, 3)
+    settle(asked(memory_format=memory_format)).place(model)
+    assert model.weight.is_contiguous(memory_format=engine._MEMORY_FORMATS[memory_format])
+
+
+def test_uncompiled_is_the_very_same_function() -> None:
+    function = nn.Linear(2, 2)
+    assert settle(asked()).compile(function) is function
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_training_sets_the_kernels_and_puts_them_back_even_when_it_fails(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    settled = settle(asked(deterministic=deterministic))
+    with pytest.raises(KeyError), engine.training(settled):
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.backends.cudnn.benchmark != deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("value", "at_least"), [(0, 0), (7, 0), (1, 1)])
+def test_a_whole_number_is_given_back(value: int, at_least: int) -> None:
+    assert engine.whole("seed", value, at_least=at_least) == value
+
+
+@pytest.mark.parametrize(("value", "at_least"), [(0, 1), (-1, 0), ("3", 0), (2.0, 0), (None, 0), (True, 0)])
+def test_anything_else_is_told_with_its_name(value: object, at_least: int) -> None:
+    with pytest.raises(UsageError, match=f"seed={value} is not a whole number of {at_least} or more"):
+        engine.whole("seed", value, at_least=at_least)
+
+
+def forward_images(monkeypatch: pytest.MonkeyPatch, *, asked: object, compiled: bool, world: int, step: int) -> int:
+    monkeypatch.setattr("relloc.ranks.world_size", lambda: world)
+    config = OmegaConf.create(
+        {"images_per_forward": asked, "data": {"images_per_batch_norm": 64, "images_per_step": step}}
+    )
+    how = Engine(
+        device=torch.device("cpu"),
+        precision="fp32",
+        compiled=compiled,
+        memory_format="contiguous",
+        deterministic=False,
+        workers=0,
+    )
+    return _images_per_forward(config, how)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "world", "step", "expected"),
+    [
+        (False, 1, 512, 64),  # one ghost batch
+        (False, 8, 512, 64),
+        (True, 1, 512, 512),  # the whole step
+        (True, 8, 512, 64),  # a process's share of it
+        (True, 2, 512, 256),
+        (True, 1, 1024, 512),  # no more than fit a GPU
+        (True, 1, 960, 320),  # 960 / 3: 512 and 448 and 384 do not divide it
+        (True, 1, 64 * 11, 64),  # a prime number of ghost batches
+        (True, 1, 32, 64),  # nothing fits: the plan says why
+    ],
+)
+def test_auto_is_a_ghost_batch_or_compiled_the_most_that_divide_a_share(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, world: int, step: int, expected: int
+) -> None:
+    found = forward_images(monkeypatch, asked="auto", compiled=compiled, world=world, step=step)
+    assert found == expected
+
+
+def test_images_per_forward_as_asked_or_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert forward_images(monkeypatch, asked=128, compiled=True, world=1, step=512) == 128
+    with pytest.raises(UsageError, match="images_per_forward=0 is not a whole number of 1 or more"):
+        forward_images(monkeypatch, asked=0, compiled=True, world=1, step=512)

@@ -1,0 +1,242 @@
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from relloc.data.crops import Crops
+from relloc.data.folder import FolderImages
+from relloc.data.image_set import Splits
+from relloc.data.loader import collate
+from relloc.data.order import key
+from relloc.errors import DataError
+from relloc.evals.knn import vote
+from relloc.features.pool import pooled_layers
+from relloc.features.source import Reading
+from relloc.features.spectrum import alpha_req, rankme
+from relloc.geometry import PatchGrid
+from relloc.models.pair_head import PairHead
+from relloc.models.small import SmallBackbone
+from relloc.patches.color import Drop
+from relloc.patches.normalize import ByDataset
+from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext import objective
+from relloc.pretext.held_out import POSITIONS, accuracy, answers, count_hits
+from relloc.pretext.objective import RelativeLocation
+from relloc.results import LAYERS
+from relloc.runs.monitors import Monitors
+
+CPU = torch.device("cpu")
+PX = 64
+PATCHES = PatchPipeline(
+    grid=PatchGrid(patch_px=16, gap_px=2, jitter_px=2, resize=None),
+    color=Drop(noise="gaussian"),
+    normalize=ByDataset(),
+)
+READING = Reading(short_px=PX, crop_px=PX, batch=8, workers=0, device=CPU, bf16=False, unreadable_share=0)
+N_TRAIN, N_HELD_OUT = 30, 20
+CLASSES = ("blue", "green", "red")
+
+
+def write_images(folder: Path, split: str, n: int) -> FolderImages:
+    """Noise with a little more of the color of the class."""
+    chance = np.random.default_rng(len(split))
+    paths = []
+    for place in range(n):
+        pixels = chance.normal(100, 40, size=(PX, PX, 3)) + chance.normal(0, 8, size=3)
+        pixels[..., 2 - place % 3] += 12
+        paths.append(str(folder / f"{split}{place}.png"))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
+    labels = [place % 3 for place in range(n)]
+    return FolderImages(name="colors", split=split, paths=paths, labels=labels, classes=CLASSES)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Splits:
+    return Splits(train=write_images(tmp_path, "train", N_TRAIN), held_out=write_images(tmp_path, "val", N_HELD_OUT))
+
+
+def new_model(*, one_pass: bool = False) -> RelativeLocation:
+    torch.manual_seed(0)
+    head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.5, head_std=0.5)
+    backbone = SmallBackbone(widths=(4, 4, 6, 8, 8))
+    return RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=4, one_pass=one_pass)
+
+
+@pytest.fixture
+def model() -> RelativeLocation:
+    """Batch norm has seen patches, so that its statistics are not those of a new network."""
+    fresh = new_model()
+    fresh(torch.randn(32, 9, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    return fresh
+
+
+def monitors(model: RelativeLocation, data: Splits, folder: Path, **changes: object) -> Monitors:
+    settings = {"patches": PATCHES, "reading": READING, "n_images": 15, "k": 5, "seed": 3, "folder": folder}
+    return Monitors(model=model, data=data, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+HELD_OUT_PLACES = [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 18]  # 15 of 20
+TRAIN_PLACES = list(range(0, 30, 2))  # 15 of 30
+
+
+def features_of(model: RelativeLocation, images: FolderImages, places: list[int]) -> dict[str, Tensor]:
+    (views,) = READING.views(images, places, len(places))
+    with torch.no_grad():
+        return pooled_layers(copy.deepcopy(model).eval().backbone, READING.to_device(views.pixels), LAYERS)
+
+
+def test_pretext_values_are_the_accuracy_on_evenly_spaced_center_crops(
+    model: RelativeLocation, data: Splits, tmp_path: Path
+) -> None:
+    values = monitors(model, data, tmp_path)(7)
+    crops = Crops(data.held_out, PATCHES.grid, centered=True)
+    pixels = collate([crops[place, key(3, place)] for place in HELD_OUT_PLACES]).pixels
+    given = answers(model, pixels.split(READING.batch), PATCHES, seed=3, device=CPU, bf16=False)
+    expected = accuracy(count_hits(given), [str(place) for place in HELD_OUT_PLACES])
+    assert values["monitor/pretext/top1"] == pytest.approx(expected.percent)
+    assert 0 < expected.percent < 100
+    by_position = [values[f"monitor/pretext/top1_{position}"] for position in POSITIONS]
+    assert by_position == pytest.approx(
+        [100 * float((given[:, label] == label).float().mean()) for label in range(8)], rel=1e-5
+    )
+    assert np.mean(by_position) == pytest.approx(expected.percent, rel=1e-5)
+
+
+def test_spectra_are_those_of_held_out_views(model: RelativeLocation, data: Splits, tmp_path: Path) -> None:
+    values = monitors(model, data, tmp_path)(7)
+    features = features_of(model, data.held_out, HELD_OUT_PLACES)
+    for layer in ("feature4", "feature5", "avgpool"):
+        assert values[f"monitor/rankme/{layer}"] == pytest.approx(rankme(features[layer]), rel=1e-4)
+        assert values[f"monitor/alpha_req/{layer}"] == pytest.approx(alpha_req(features[layer]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("n_images", "k"), [(15, 5), (100, 40)])
+def test_knn_is_the_vote_of_training_views(
+    model: RelativeLocation, data: Splits, tmp_path: Path, n_images: int, k: int
+) -> None:
+    values = monitors(model, data, tmp_path, n_images=n_images, k=k)(7)
+    places, bank_places = HELD_OUT_PLACES, TRAIN_PLACES
+    if n_images == 100:
+        places, bank_places = list(range(N_HELD_OUT)), list(range(N_TRAIN))
+    k = min(k, len(bank_places))
+    queries, bank = (
+        features_of(model, images, chosen) for images, chosen in ((data.held_out, places), (data.train, bank_places))
+    )
+    truth, known = (torch.tensor([place % 3 for place in chosen]) for chosen in (places, bank_places))
+    for layer in LAYERS:
+        found = vote(queries[layer], bank[layer], known, k=[k], temperature=0.07, n_classes=3)[k]
+        assert values[f"monitor/knn/{layer}/top1_k{k}"] == pytest.approx(100 * float((found == truth).float().mean()))
+    assert sum(name.startswith("monitor/knn/") for name in values) == len(LAYERS)
+
+
+def test_names_are_those_of_what_can_be_asked(model: RelativeLocation, data: Splits, tmp_path: Path) -> None:
+    unlabeled = FolderImages(name="colors", split="train", paths=data.train.paths)
+    labeled, not_labeled = (
+        set(monitors(model, splits, tmp_path)(0)) for splits in (data, Splits(train=unlabeled, held_out=data.held_out))
+    )
+    always = {"monitor/pretext/top1", *(f"monitor/pretext/top1_{position}" for position in POSITIONS)}
+    for layer in ("feature4", "feature5", "avgpool"):
+        always |= {f"monitor/rankme/{layer}", f"monitor/alpha_req/{layer}"}
+    assert not_labeled == always
+    assert labeled == always | {f"monitor/knn/{layer}/top1_k5" for layer in LAYERS}
+
+
+def test_a_second_call_reads_no_image_and_gives_the_same(model: RelativeLocation, data: Splits, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    watch = monitors(model, data, run)
+    first = watch(10)
+    for path in (*data.train.paths, *data.held_out.paths):
+        Path(path).unlink()
+    picture = run / "confusion.png"
+    assert list(run.iterdir()) == [picture]
+    picture.unlink()
+    assert watch(20) == first
+    assert list(run.iterdir()) == [picture]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_call_leaves_no_trace(model: RelativeLocation, data: Splits, tmp_path: Path, workers: int) -> None:
+    reading = Reading(**{**vars(READING), "workers": workers})
+    model.train()
+    model.backbone.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    weights, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    monitors(model, data, tmp_path, reading=reading)(1)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(value.grad is None for value in model.parameters())
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_training_with_monitors_gives_the_weights_of_training_without(
+    data: Splits, tmp_path: Path, one_pass: bool
+) -> None:
+    crops = Crops(data.train, PATCHES.grid, centered=False)
+    pixels = collate([crops[place, place] for place in range(8)]).pixels
+
+    def trained(watched: bool) -> dict[str, Tensor]:
+        model = new_model(one_pass=one_pass)
+        watch = monitors(model, data, tmp_path, n_images=6)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(2):
+            generator = torch.Generator().manual_seed(int(torch.randint(1000, ())))  # the global one is carried along
+            kept = model.head.draw_kept(len(pixels), generator)
+            optimizer.zero_grad()
+            objective.loss(model(PATCHES(pixels, generator), kept)).backward()
+            optimizer.step()
+            if watched:
+                watch(step + 1)
+        return model.state_dict()
+
+    plain, watched = trained(False), trained(True)
+    assert plain.keys() == watched.keys()
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert not torch.equal(plain["head.answer.weight"], new_model().state_dict()["head.answer.weight"])
+
+
+def test_images_that_can_not_be_read_are_left_out(model: RelativeLocation, data: Splits, tmp_path: Path) -> None:
+    Path(data.held_out.paths[4]).write_bytes(b"no image")
+    Path(data.train.paths[0]).write_bytes(b"no image")
+    values = monitors(model, data, tmp_path)(1)
+    places, bank_places = [place for place in HELD_OUT_PLACES if place != 4], TRAIN_PLACES[1:]
+    queries = features_of(model, data.held_out, places)["avgpool"]
+    bank = features_of(model, data.train, bank_places)["avgpool"]
+    truth, known = (torch.tensor([place % 3 for place in chosen]) for chosen in (places, bank_places))
+    found = vote(queries, bank, known, k=[5], temperature=0.07, n_classes=3)[5]
+    assert values["monitor/rankme/avgpool"] == pytest.approx(rankme(queries), rel=1e-4)
+    assert values["monitor/knn/avgpool/top1_k5"] == pytest.approx(100 * float((found == truth).float().mean()))
+
+
+def test_no_usable_image_at_all_is_an_error_that_names_one(
+    model: RelativeLocation, data: Splits, tmp_path: Path
+) -> None:
+    for path in data.held_out.paths:
+        Path(path).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the 15 images they chose of colors val; the first is .*val0\.png: "):
+        monitors(model, data, tmp_path)(1)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_network_that_collapsed_or_diverged_has_spectra_that_are_not_defined(
+    model: RelativeLocation, data: Splits, tmp_path: Path, value: float
+) -> None:
+    for weight in model.backbone.parameters():
+        weight.data.fill_(value)
+    values = monitors(model, data, tmp_path)(1)
+    assert all(math.isnan(number) == ("pretext" not in name and "knn" not in name) for name, number in values.items())
+
+
+@pytest.mark.parametrize("wrong", [{"n_images": 0}, {"k": 0}])
+def test_nothing_to_look_at_is_an_error(
+    model: RelativeLocation, data: Splits, tmp_path: Path, wrong: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match="each must be 1 or more"):
+        monitors(model, data, tmp_path, **wrong)

@@ -1,0 +1,197 @@
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from relloc.data.order import StepPlan
+from relloc.pretext.alarm import CHANCE_LOSS, Diverged
+from relloc.pretext.feed import Feed
+from relloc.pretext.loop import Progress, Task
+from relloc.pretext.schedule import Constant
+from relloc.runs.folder import RunFolder
+from relloc.runs.monitors import CONFUSION_PICTURE
+from relloc.runs.watching import Monitoring, reporting
+from relloc.tracking import list_artifacts_to_send, read_journal
+
+PLAN = StepPlan(n_images=64, images_per_step=16, images_per_batch_norm=8)
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    stopped = Clock()
+    monkeypatch.setattr(time, "monotonic", stopped)
+    return stopped
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """With the picture that monitors draw."""
+    (tmp_path / CONFUSION_PICTURE).write_bytes(b"a picture")
+    return RunFolder(tmp_path, None)
+
+
+@pytest.fixture
+def stub_task() -> Task:
+    """Eight steps; of a task, only its length is looked at."""
+    task = object.__new__(Task)
+    for name, value in {"schedule": Constant(epochs=2), "steps_per_epoch": 4}.items():
+        object.__setattr__(task, name, value)
+    return task
+
+
+class Asked:
+    """Monitors that take `cost_s` of the clock, and remember when they were asked."""
+
+    def __init__(self, clock: Clock, cost_s: float = 0.0) -> None:
+        self.clock = clock
+        self.cost_s = cost_s
+        self.at: list[int] = []
+
+    def __call__(self, step: int) -> dict[str, float]:
+        self.at.append(step)
+        self.clock.now += self.cost_s
+        return {"monitor/pretext/top1": 10.0 + step}
+
+
+def walk(monitoring: Monitoring, clock: Clock, *, steps: int, step_s: float) -> None:
+    for done in range(1, steps + 1):
+        clock.now += step_s
+        monitoring.after_step(done)
+
+
+def test_monitors_are_asked_at_their_period_and_journaled_by_step(clock: Clock, folder: RunFolder) -> None:
+    asked = Asked(clock)
+    walk(Monitoring(asked, every_steps=3, most_share=0.05, folder=folder), clock, steps=10, step_s=1)
+    assert asked.at == [3, 6, 9]
+    assert [(entry.step, entry.metrics) for entry in read_journal(folder.path)] == [
+        (step, {"monitor/pretext/top1": 10.0 + step}) for step in (3, 6, 9)
+    ]
+
+
+def test_the_picture_is_kept_for_the_tracker(clock: Clock, folder: RunFolder) -> None:
+    walk(Monitoring(Asked(clock), every_steps=2, most_share=1, folder=folder), clock, steps=2, step_s=1)
+    assert list_artifacts_to_send(folder.path) == [CONFUSION_PICTURE]
+
+
+@pytest.mark.parametrize("most_share", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("cost_s", [0.01, 0.4, 3.0])
+def test_slow_monitors_are_left_out_until_they_cost_no_more_than_their_share(
+    clock: Clock, folder: RunFolder, cost_s: float, most_share: float
+) -> None:
+    asked = Asked(clock, cost_s)
+    walk(Monitoring(asked, every_steps=2, most_share=most_share, folder=folder), clock, steps=600, step_s=1)
+    trained_s = 600.0
+    assert len(asked.at) * cost_s <= most_share * trained_s + cost_s  # what the first costs is not known before
+    possible = min(300, most_share * trained_s / cost_s)
+    assert len(asked.at) >= 0.6 * possible  # and not more is left out than has to be
+    assert all(step % 2 == 0 for step in asked.at)
+
+
+def test_a_turn_left_out_leaves_no_line(clock: Clock, folder: RunFolder) -> None:
+    asked = Asked(clock, cost_s=100)
+    walk(Monitoring(asked, every_steps=1, most_share=0.05, folder=folder), clock, steps=50, step_s=1)
+    assert asked.at == [1]
+    assert [entry.step for entry in read_journal(folder.path)] == [1]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_monitors_may_use_any_kernel_and_training_gets_its_own_back(
+    clock: Clock, folder: RunFolder, deterministic: bool, fails: bool
+) -> None:
+    seen = []
+
+    def monitors(_step: int) -> dict[str, float]:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        if fails:
+            raise KeyError
+        return {"monitor/a": 1.0}
+
+    monitoring = Monitoring(monitors, every_steps=1, most_share=1, folder=folder)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        if fails:
+            with pytest.raises(KeyError):
+                monitoring.after_step(1)
+        else:
+            monitoring.after_step(1)
+        assert seen == [False]
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def progress(step: int, loss: float) -> Progress:
+    return Progress(step=step, epoch=step / 4, loss=loss, top1=20.0, lr=0.1)
+
+
+def waiting_feed() -> Feed:
+    return Feed([], batches_per_forward=1, device=torch.device("cpu"))
+
+
+def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
+    clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed = waiting_feed()
+    with reporting(stub_task, PLAN, feed, first_step=2, collapse_steps=100, folder=folder) as report:
+        clock.now, feed.waited_s = 4.0, 1.0
+        report(progress(4, 1.5))
+        clock.now, feed.waited_s = 5.0, 1.1
+        report(progress(8, 1.25))
+    first, second = read_journal(folder.path)
+    assert (first.step, second.step) == (4, 8)
+    assert first.metrics == {
+        "train/loss": 1.5,
+        "train/top1": 20.0,
+        "train/lr": 0.1,
+        "train/epoch": 1.0,
+        "speed/images_per_s": 2 * 16 / 4,
+        "speed/waiting_percent": 25.0,
+    }
+    assert second.metrics["speed/images_per_s"] == 4 * 16 / 1
+    assert second.metrics["speed/waiting_percent"] == pytest.approx(10)
+    assert "pretrain 8/8 loss 1.250  top-1 20.0 %  64 images/s  waiting for data 10 %" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_is_journaled_and_ends_training(
+    clock: Clock, folder: RunFolder, stub_task: Task
+) -> None:
+    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=100, folder=folder) as report:
+        clock.now = 1.0
+        with pytest.raises(Diverged):
+            report(progress(4, math.nan))
+    (entry,) = read_journal(folder.path)
+    assert math.isnan(entry.metrics["train/loss"])
+
+
+def test_only_the_process_with_a_folder_tells_but_each_one_stops(
+    clock: Clock, stub_task: Task, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=2, folder=None) as report:
+        report(progress(4, CHANCE_LOSS))
+        with pytest.raises(Diverged):
+            report(progress(5, math.inf))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_collapse_is_told_once(
+    clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=4, folder=folder) as report:
+        for step in range(1, 8):
+            clock.now += 1
+            report(progress(step, CHANCE_LOSS))
+    assert capsys.readouterr().out.count("alarm   the loss has stayed at log 8 = 2.079 for 4 steps") == 1
