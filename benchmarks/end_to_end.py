@@ -43,7 +43,8 @@ def main() -> None:
         ratios["training over the step alone, one GPU"] = of_training[0]["images/s"] / alone
     for row in of_training[1:]:
         ratios[f"{row['GPUs']} GPUs over {of_training[0]['GPUs']}"] = row["images/s"] / of_training[0]["images/s"]
-    ratios["hours of 70 epochs of ImageNet on one GPU"] = EPOCHS_70 / (of_training[0]["images/s"] * 3600)
+    for row in of_training:
+        ratios[f"hours of 70 epochs of ImageNet, {row['GPUs']} GPU"] = EPOCHS_70 / (row["images/s"] * 3600)
     tell("pretraining from JPEG shards, ResNet-50", rows, ratios, options.json, settings=vars(options))
 
 

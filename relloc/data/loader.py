@@ -1,16 +1,21 @@
 """Loading in worker processes: samples become batches there, so that one tensor travels for each batch."""
 
 import dataclasses
+import os
 import signal
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection
 from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from relloc.errors import DataError, UsageError
+
+PREFETCHED = 2  # batches that each worker has ready or in the making
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,22 +40,21 @@ class Batch:
         return dataclasses.replace(self, pixels=self.pixels.pin_memory())
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """One batch of samples of one size, pixel after pixel in memory as decoders leave them (channels last)."""
+def usable(samples: list[Sample]) -> tuple[list[Tensor], Int[Tensor, "b"], dict[str, str]]:
+    """Pixels and indices of the samples that have pixels, and the reasons of those that have none."""
     good = [(sample.pixels, sample.index) for sample in samples if sample.pixels is not None]
     unreadable = {name: reason for sample in samples for name, reason in sample.unreadable.items()}
-    indices = torch.tensor([index for _, index in good]).long()
-    return Batch(pixels=_stack([pixels for pixels, _ in good]), indices=indices, unreadable=unreadable)
+    return [pixels for pixels, _ in good], torch.tensor([index for _, index in good]).long(), unreadable
 
 
-def _stack(images: list[UInt8[Tensor, "3 s s"]]) -> UInt8[Tensor, "b 3 s s"]:
+def collate(samples: list[Sample]) -> Batch:
+    """One batch of samples of one size, pixel after pixel in memory as decoders leave them (channels last)."""
+    images, indices, unreadable = usable(samples)
     side = images[0].shape[-1] if images else 0
     rows = torch.empty(len(images), side, side, 3, dtype=torch.uint8)
-    if get_worker_info() is not None:
-        rows.share_memory_()  # filled where the other process will read it
     for row, image in zip(rows, images, strict=True):
         row.copy_(image.permute(1, 2, 0))
-    return rows.permute(0, 3, 1, 2)
+    return Batch(pixels=rows.permute(0, 3, 1, 2), indices=indices, unreadable=unreadable)
 
 
 def _leave_signals_to_parent(_worker: int) -> None:
@@ -59,32 +63,51 @@ def _leave_signals_to_parent(_worker: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
 
 
-def load(samples: Dataset[Sample], batches: Iterable[list[Any]], *, workers: int, pin: bool) -> Iterable[Batch]:
+def _end_when_the_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass  # torchrun's or a cluster's to the whole run: the parent still needs images to end its step
+    os._exit(0)
+
+
+def load(samples: Dataset[Sample], batches: Iterable[list[Any]], *, workers: int, pin: bool) -> Iterator[Batch]:
     """One `Batch` for each list of sample keys, in that order whatever `workers` is.
 
     Raises:
         UsageError: a worker was killed, most often for memory.
     """
+    return loaded(samples, batches, collate, workers=workers, pin=pin)
+
+
+def loaded(
+    samples: Dataset[Any], batches: Iterable[list[Any]], collated: Callable[[Any], Any], *, workers: int, pin: bool
+) -> Iterator[Any]:
+    """What `collated` makes of the samples of each batch, in order. Raises as `load`."""
     loader = DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collated,
         pin_memory=pin,
         worker_init_fn=_leave_signals_to_parent,
+        prefetch_factor=PREFETCHED if workers else None,
     )
     return _watched(loader, workers)
 
 
-def _watched(loader: DataLoader, workers: int) -> Iterator[Batch]:
+def _watched(loader: DataLoader, workers: int) -> Iterator[Any]:
+    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    batches = iter(loader)
+    # torch's handler tells of a dead worker wherever its parent just is, even while it saves; the queue tells too.
+    signal.signal(signal.SIGCHLD, before)
     try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        if not connection.wait([worker.sentinel for worker in getattr(batches, "_workers", ())], timeout=1):
+            raise  # none has died
         raise UsageError(
             f"a process that reads images was killed, most often because memory ran out (workers={workers}): "
             "give fewer, such as workers=2, or more shared memory (/dev/shm), and start the same command again"

@@ -66,10 +66,11 @@ class GhostBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self.groups.ghost_batches(len(input))  # raises here, before shapes disagree
-        normalized, means, variances = _Normalize.apply(
-            input, self.weight, self.bias, self.group_of_block, self.groups, self.eps
-        )
-        self._move_running(means, variances, places=input[0, 0].numel())
+        with torch.no_grad():
+            means, variances = _statistics(_blocks(input, self.groups), self.groups)
+            self._move_running(means, variances, places=input[0, 0].numel())
+            inverse = torch.rsqrt(variances + self.eps)
+        normalized = _Normalize.apply(input, self.weight, self.bias, means, inverse, self.group_of_block, self.groups)
         return normalized.flatten(0, 1)
 
     def _move_running(self, means: Tensor, variances: Tensor, *, places: int) -> None:
@@ -79,14 +80,13 @@ class GhostBatchNorm(_BatchNorm):
         share, n = self.momentum or 0.0, means.shape[0] * means.shape[1]
         later = torch.arange(n - 1, -1, -1, device=means.device, dtype=means.dtype).unsqueeze(1)
         weights = share * (1 - share) ** later
-        with torch.no_grad():
-            for running, moved in ((self.running_mean, means), (self.running_var, torch.cat(unbiased, 1))):
-                running.mul_((1 - share) ** n).add_((weights * moved.flatten(0, 1)).sum(0))  # pyright: ignore[reportOptionalMemberAccess]
-            self.num_batches_tracked.add_(n)  # pyright: ignore[reportOptionalMemberAccess]
+        for running, moved in ((self.running_mean, means), (self.running_var, torch.cat(unbiased, 1))):
+            running.mul_((1 - share) ** n).add_((weights * moved.flatten(0, 1)).sum(0))  # pyright: ignore[reportOptionalMemberAccess]
+        self.num_batches_tracked.add_(n)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class _Normalize(torch.autograd.Function):
-    """Batch norm of groups with its backward written out.
+    """Batch norm with given statistics of groups (ghosts groups c), and its backward through them to x.
 
     Left to autograd, the compiler would keep a float32 copy of every map beside the one it needs.
     """
@@ -97,36 +97,26 @@ class _Normalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        means: Tensor,
+        inverse: Tensor,
         group_of_block: Tensor,
         groups: Groups,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalized rows as blocks, and (ghosts groups c) means and biased variances.
-
-        Variances are means of squares minus squares of means, which one pass gives, both after a value
-        that lies among the others is subtracted, so that little cancels.
-        """
-        blocks = _blocks(x, groups)
-        guess = blocks[0, 0].flatten(1)[:, 0] if x.dim() > 2 else blocks[0, 0]
-        left = blocks - guess.view(-1, *(1,) * (x.dim() - 2))
-        off = _group_means(left, groups)
-        variances = (_group_means(left.square(), groups) - off.square()).clamp(min=0)
-        means = off + guess
-        inverse = torch.rsqrt(variances + eps)
-        scale = inverse if weight is None else inverse * weight
-        shift = -means * scale if bias is None else bias - means * scale
-        scale, shift = _to_blocks((scale, shift), group_of_block, blocks)
+    ) -> Tensor:
+        """Normalized rows as blocks; `inverse` is one over the standard deviation."""
         ctx.save_for_backward(x, weight, means, inverse, group_of_block)
         ctx.groups = groups
-        ctx.mark_non_differentiable(means, variances)
-        return (blocks * scale + shift).to(x.dtype), means, variances
+        scale = inverse if weight is None else inverse * weight
+        shift = -means * scale if bias is None else bias - means * scale
+        blocks = _blocks(x, groups)
+        scale, shift = _to_blocks((scale, shift), group_of_block, blocks)
+        return _as(blocks * scale + shift, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, means, inverse, group_of_block = ctx.saved_tensors
         groups: Groups = ctx.groups
         blocks = _blocks(x, groups)
-        gradient = gradients[0].to(blocks.dtype)
+        gradient = _as(gradient, blocks.dtype)
         (center,) = _to_blocks((means,), group_of_block, blocks)
         even, along = _group_means(gradient, groups), _group_means(gradient * (blocks - center), groups)
         scale = inverse if weight is None else inverse * weight
@@ -134,17 +124,35 @@ class _Normalize(torch.autograd.Function):
         slope = -scale * inverse.square() * along
         offset = -scale * even - slope * means
         scale, slope, offset = _to_blocks((scale, slope, offset), group_of_block, blocks)
-        of_x = (scale * gradient + slope * blocks + offset).to(x.dtype).flatten(0, 1)
+        of_x = _as(scale * gradient + slope * blocks + offset, x.dtype).flatten(0, 1)
         if weight is None:
-            return of_x, None, None, None, None, None
+            return of_x, *(None,) * 6
         counts = _counts(even, blocks, groups)
-        return of_x, (along * inverse * counts).sum((0, 1)), (even * counts).sum((0, 1)), None, None, None
+        return of_x, (along * inverse * counts).sum((0, 1)), (even * counts).sum((0, 1)), *(None,) * 4
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Where nothing is to be converted, `to` returns what it was given, and a compiled Function that returns
+    # that has zero gradients (torch 2.11; a test looks).
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _blocks(x: Tensor, groups: Groups) -> Tensor:
     """(blocks images c ...) in float32, or in float64 as it came."""
     blocks = x.unflatten(0, (-1, groups.images))
     return blocks if blocks.dtype == torch.float64 else blocks.float()
+
+
+def _statistics(blocks: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """(ghosts groups c) means and biased variances.
+
+    Variances are means of squares minus squares of means, which one pass gives, both after a value
+    that lies among the others is subtracted, so that little cancels.
+    """
+    guess = blocks[0, 0].flatten(1)[:, 0] if blocks.dim() > 3 else blocks[0, 0]
+    left = blocks - guess.view(-1, *(1,) * (blocks.dim() - 3))
+    off = _group_means(left, groups)
+    return off + guess, (_group_means(left.square(), groups) - off.square()).clamp(min=0)
 
 
 def _group_means(blocks: Tensor, groups: Groups) -> Float[Tensor, "ghosts groups c"]:

@@ -46,7 +46,7 @@ class Alarm:
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """Raises `Diverged` unless all parameters are finite."""
-    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in model.parameters()])
-    if not torch.isfinite(norm):
-        raise Diverged(f"weights are not finite after step {step}")
+    """Raises `Diverged` unless all parameters and running statistics are finite."""
+    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    if not torch.isfinite(torch.nn.utils.get_total_norm(values, norm_type=math.inf)):
+        raise Diverged(f"weights or running statistics are not finite after step {step}")

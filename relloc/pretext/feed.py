@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -10,13 +11,15 @@ from torch import Tensor
 
 Images = UInt8[Tensor, "b 3 s s"]
 _AHEAD = 2  # forwards that the host may queue: enough to keep a GPU busy, few enough to stop within seconds
+HELD_FORWARDS = 2  # whose batches must stay as they are: the one being taken, and the one still being copied
 
 
 class Feed:
     """Forwards of `batches_per_forward` batches each, in order, on `device`.
 
     Copies to a GPU run on a stream of their own, beside the forward before. `waited_s` counts the
-    seconds in which the loader had nothing ready.
+    seconds for which the loader let the device wait: on a GPU only those at whose end it had
+    nothing queued any more.
     """
 
     def __init__(self, batches: Iterable[Images], *, batches_per_forward: int, device: torch.device) -> None:
@@ -24,6 +27,7 @@ class Feed:
         self.batches_per_forward = batches_per_forward
         self.device = device
         self.waited_s = 0.0
+        self._queued: list[Any] = []  # CUDA events: ends of the forwards that a GPU has before it
 
     def __iter__(self) -> Iterator[Images]:
         loaded = iter(self.batches)
@@ -33,21 +37,22 @@ class Feed:
     def _take(self, loaded: Iterator[Images]) -> list[Images]:
         started = time.monotonic()
         taken = list(itertools.islice(loaded, self.batches_per_forward))
-        self.waited_s += time.monotonic() - started
+        if all(end.query() for end in self._queued):
+            self.waited_s += time.monotonic() - started
         return taken
 
     def _to_gpu(self, forwards: Iterator[list[Images]]) -> Iterator[Images]:
-        aside, queued = torch.cuda.Stream(self.device), []
+        aside = torch.cuda.Stream(self.device)
         for taken in forwards:
             with torch.cuda.stream(aside):
                 images = _joined([batch.to(self.device, non_blocking=True) for batch in taken])
             torch.cuda.current_stream(self.device).wait_stream(aside)
             images.record_stream(torch.cuda.current_stream(self.device))
             yield images
-            queued.append(torch.cuda.current_stream(self.device).record_event())
-            if len(queued) == _AHEAD:
-                queued.pop(0).synchronize()
+            self._queued.append(torch.cuda.current_stream(self.device).record_event())
+            if len(self._queued) == _AHEAD:
+                self._queued.pop(0).synchronize()
 
 
-def _joined(batches: list[Images]) -> Images:
+def _joined(batches: list[Images]) -> UInt8[Tensor, "n 3 s s"]:
     return torch.cat(batches) if len(batches) > 1 else batches[0]

@@ -25,4 +25,4 @@ def sgd(
         {"params": list(model.backbone.parameters()), "weight_decay": weight_decay},
         {"params": list(model.head.parameters()), "weight_decay": head_weight_decay},
     ]
-    return torch.optim.SGD(groups, lr=scaled, momentum=momentum)
+    return torch.optim.SGD(groups, lr=scaled, momentum=momentum, fused=True)  # one kernel for all weights

@@ -36,6 +36,16 @@ class StopRequest:
         """The signal's name, such as SIGUSR1."""
         return signal.Signals(self.signal or 0).name
 
+    def listen(self, *, awaited: bool) -> None:
+        """From here on somebody awaits signals, or nobody does.
+
+        Handlers are put in place again: libraries that compile code at run time (LLVM in Triton and
+        in GPU drivers) install their own for SIGUSR1 and others, below Python's knowledge.
+        """
+        self.awaited = awaited
+        for number in WATCHED:
+            signal.signal(number, self.notice)
+
     def notice(self, number: int, _frame: FrameType | None) -> None:
         again = self.signal == number
         self.signal = number

@@ -168,4 +168,5 @@ def _workers(asked: Any, on: torch.device) -> int:
     if asked != "auto":
         return whole("workers", asked)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, cores) if on.type == "cuda" else cores // 4
+    # Beside a GPU one core is left to the process that feeds it.
+    return max(1, cores - 1) if on.type == "cuda" else cores // 4

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from relloc import checkpoints
+from relloc.pretext.stopping import Stopped
 from relloc.results import RESULTS_FILE, read_results
 from relloc.runs import console
 from relloc.tracking import Mirror, RunRecord, add_artifact, read_note, ui_command, ui_link, write_status
@@ -78,7 +79,7 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         mirror.start()
     try:
         yield folder
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         folder.stopped()
         console.say("interrupted; what was saved and evaluated before stays")
         raise

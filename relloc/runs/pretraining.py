@@ -1,9 +1,7 @@
 """Pretraining from start to end, in the order of this file: prepare, train, ask held-out images, evaluate."""
 
 import contextlib
-import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,23 +11,19 @@ from relloc import checkpoints, ranks
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
-from relloc.data.order import StepPlan, StepSampler, key
-from relloc.errors import DataError, UsageError
+from relloc.data.order import StepPlan, key
 from relloc.evals.run import Subject
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
-from relloc.pretext.alarm import Diverged
-from relloc.pretext.feed import Feed
 from relloc.pretext.held_out import accuracy, answers, count_hits
-from relloc.pretext.loop import Standing, Task, train
-from relloc.pretext.stopping import StopRequest, stop_request
+from relloc.pretext.loop import Task
+from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs import assemble, console, engine, saving
 from relloc.runs.engine import Engine
 from relloc.runs.evaluating import evaluate_subjects
 from relloc.runs.folder import RunFolder, open_folder
-from relloc.runs.monitors import Monitors
-from relloc.runs.watching import Monitoring, reporting
+from relloc.runs.training import Run, full_batches, train_run
 
 PICTURE = "patches.png"
 _PICTURED = 6
@@ -49,15 +43,17 @@ def pretrain(config: DictConfig) -> None:
         run_dir = assemble.run_dir()
         identity = assemble.computed(config) | {"training images": data.train.digest()}
         standing = saving.resume(identity, task, run_dir)  # before anything is written there
-        training = Training(config, how, data, task, plan, run_dir, identity, stop)
+        run = Run(
+            config=config, how=how, data=data, task=task, plan=plan, identity=identity, about=about(config), stop=stop
+        )
         if ranks.rank() > 0:
-            training.run(standing, None)
+            train_run(run, run_dir, standing, None)
             return
         record = assemble.record(config, assemble.short_name(config), data, how, run_dir)
         with open_folder(config, record, run_dir) as folder:
             console.say(f"engine  {how}; {plan.forward_images} images a forward")
             _draw(config, data, folder)
-            training.run(standing, folder)
+            train_run(run, run_dir, standing, folder)
             ranks.leave()
             _finish(config, how, data, task, folder)
 
@@ -124,134 +120,6 @@ def _draw(config: DictConfig, data: Splits, folder: RunFolder) -> None:
     console.say(f"picture {folder.path / PICTURE}")
 
 
-class Training:
-    """Steps from where a training stands to its end, or until asked to stop; only rank 0 has a folder."""
-
-    def __init__(
-        self,
-        config: DictConfig,
-        how: Engine,
-        data: Splits,
-        task: Task,
-        plan: StepPlan,
-        run_dir: Path,
-        identity: dict[str, Any],
-        stop: StopRequest,
-    ) -> None:
-        self.config = config
-        self.how = how
-        self.data = data
-        self.task = task
-        self.plan = plan
-        self.stop = stop
-        self.unreadable = Unreadable(n_images=len(data.train), most_share=config.data.unreadable_share)
-        self.saver = saving.Saver(
-            task=task,
-            identity=identity,
-            about=about(config),
-            run_dir=run_dir,
-            stop=stop,
-            every_s=config.save_every_s,
-            milestones=saving.milestone_steps(config.milestones, task),
-        )
-
-    def run(self, standing: Standing, folder: RunFolder | None) -> None:
-        """Train; leaves the process with the signal's exit code where it was asked to stop."""
-        task = self.task
-        if standing.step >= task.steps:
-            return
-        feed, monitoring = self._feed(standing.step), self._monitoring(folder)
-        told = reporting(
-            task,
-            self.plan,
-            feed,
-            first_step=standing.step,
-            collapse_steps=self.config.collapse_steps,
-            folder=folder,
-        )
-
-        def after_step(at: Standing) -> bool:
-            if monitoring:
-                monitoring.after_step(at.step)
-            return self.saver.after_step(at)
-
-        with self._explained(), told as report, engine.training(self.how):
-            done = train(
-                task,
-                feed,
-                standing=standing,
-                report_every=self.config.report_every_steps,
-                report=report,
-                after_step=after_step,
-            )
-        self.stop.awaited = False
-        reasons = ranks.union(self.unreadable.reasons)
-        if folder:
-            folder.note_unreadable(reasons)
-        if done < task.steps:
-            if folder:
-                console.say(f"{self.stop.name}: stopped after step {done} of {task.steps}; everything is saved")
-                folder.stopped()
-            sys.exit(self.stop.exit_code)
-
-    def _feed(self, first_step: int) -> Feed:
-        sampler = StepSampler(
-            self.plan, seed=self.config.seed, first_step=first_step, steps=self.task.steps, rank=ranks.rank()
-        )
-        crops = Crops(self.data.train, assemble.patches(self.config).grid, centered=False)
-        loaded = load(crops, sampler, workers=self.how.workers, pin=self.how.device.type == "cuda")
-        full = _pixels(loaded, self.unreadable, at_least=self.plan.images_per_batch_norm)
-        return Feed(full, batches_per_forward=self.plan.ghosts_per_forward, device=self.how.device)
-
-    def _monitoring(self, folder: RunFolder | None) -> Monitoring | None:
-        asked = self.config.monitor
-        if folder is None or not asked.every_epochs:
-            return None
-        monitors = Monitors(
-            model=self.task.model,
-            patches=assemble.patches(self.config),
-            data=self.data,
-            reading=assemble.reading(self.config, self.how, told=False),
-            n_images=asked.images,
-            k=asked.k,
-            seed=self.config.seed,
-            folder=folder.path,
-        )
-        every_steps = max(1, round(asked.every_epochs * self.plan.steps_per_epoch))
-        return Monitoring(monitors, every_steps=every_steps, most_share=asked.most_share, folder=folder)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Failures of training itself, with what was saved and what to try."""
-        try:
-            yield
-        except Diverged as error:
-            saved = checkpoints.saved_trainings(self.saver.run_dir)
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
-            raise UsageError(
-                f"training diverged: {error}. Nothing was saved after that; {last}. Try a lower data.lr, a longer "
-                "data.warmup_epochs, or precision=fp32, with another hydra.run.dir"
-            ) from error
-        except torch.OutOfMemoryError as error:
-            raise UsageError(
-                f"the GPU's memory is too small for {self.plan.forward_images} images at once: give "
-                f"images_per_forward={max(self.plan.forward_images // 2, self.plan.images_per_batch_norm)} or less, a "
-                f"multiple of data.images_per_batch_norm={self.plan.images_per_batch_norm} (the results stay the same)"
-            ) from error
-
-
-def _pixels(loaded: Iterable[Batch], unreadable: Unreadable, *, at_least: int) -> Iterator[torch.Tensor]:
-    for crops in loaded:
-        unreadable.add(crops.unreadable)
-        if len(crops.pixels) < at_least:
-            first, reason = next(iter(crops.unreadable.items()))
-            raise DataError(
-                f"{len(crops.unreadable)} images in a row can't be used, and none takes their place; the first is "
-                f"{first}: {reason}"
-            )
-        yield crops.pixels
-
-
 def _noting(loaded: Iterable[Batch], indices: list[int]) -> Iterator[Batch]:
     for crops in loaded:
         indices += crops.indices.tolist()
@@ -305,7 +173,7 @@ def _held_out(config: DictConfig, how: Engine, data: Splits, task: Task, folder:
     unreadable = Unreadable(n_images=len(crops), most_share=config.data.unreadable_share)
     asked: list[int] = []
     shown = console.counted(loaded, "held-out pretext", len(batches))
-    pixels = _pixels(_noting(shown, asked), unreadable, at_least=1)
+    pixels = full_batches(_noting(shown, asked), unreadable, at_least=1)
     given = answers(task.model, pixels, patches, seed=config.seed, device=how.device, bf16=how.bf16)
     folder.note_unreadable(unreadable.reasons)
     found = accuracy(count_hits(given), [data.held_out.source(index) for index in asked])

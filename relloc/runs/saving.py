@@ -91,7 +91,7 @@ class Saver:
 
     def after_step(self, standing: Standing) -> bool:
         """Save if it is time; whether to stop. All ranks answer alike."""
-        self.stop.awaited = True  # from here on there is work that a stop has to save
+        self.stop.listen(awaited=True)  # from here on there is work that a stop has to save
         stopping, due = self._agreed()
         if stopping or due or standing.step in self.milestones or standing.step == self.task.steps:
             self._save(standing)

@@ -42,11 +42,15 @@ def test_the_whole_run(relloc, tmp_path):
     assert all(0 <= row.value <= 100 and row.n > 0 and "3." in row.protocol for row in rows if row.eval != "pretext")
 
     journal = read_journal(run_dir)
-    losses = [entry.metrics["train/loss"] for entry in journal]
-    assert all(math.isfinite(loss) for loss in losses)
-    assert len({entry.step for entry in journal}) == len(journal)
+    losses = {entry.step: entry.metrics["train/loss"] for entry in journal if "train/loss" in entry.metrics}
+    assert list(losses) == list(range(2, 17, 2))
+    assert all(math.isfinite(loss) for loss in losses.values())
+    monitored = [entry for entry in journal if "monitor/pretext/top1" in entry.metrics]
+    assert monitored[0].step == 8  # the first epoch
+    assert {"monitor/knn/feature4/top1_k20", "monitor/rankme/avgpool"} <= set(monitored[0].metrics)
 
     assert (run_dir / "patches.png").stat().st_size > 10_000
+    assert (run_dir / "confusion.png").stat().st_size > 10_000
     assert set(weights(run_dir))
     for words in ("chance is 12.5 %", "pretrained", "random", "mlflow server", str(run_dir)):
         assert words in done.text

@@ -1,5 +1,7 @@
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import jaxtyping
@@ -126,6 +128,45 @@ def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(kind: str, batch_
         torch.testing.assert_close(value, apart.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name)
     whole = model_of(kind, batch_norm, images=6, one_pass=True).train()
     assert not torch.allclose(whole(patches), together(patches), rtol=1e-3)
+
+
+TRACED = """
+import torch
+from relloc.models.pair_head import PairHead
+from relloc.models.small import SmallBackbone
+from relloc.pretext import objective
+from relloc.pretext.objective import RelativeLocation
+
+def model(one_pass):
+    torch.manual_seed(0)
+    head = PairHead(embedding_dim=14, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.3, head_std=0.3)
+    return RelativeLocation(SmallBackbone(widths=(6, 8, 10, 12, 14)), head, batch_norm="separate",
+                            images_per_batch_norm=8, one_pass=one_pass).train()
+
+for bf16 in (False, True):
+    traced, plain = model(True), model(False)
+    network = torch.compile(traced, backend="aot_eager", dynamic=False)
+    patches = torch.randn(16, 9, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    kept = plain.head.draw_kept(16, torch.Generator().manual_seed(4))
+    for one in (network, plain):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = one(patches, kept)
+        objective.loss(logits).backward()
+    for (name, value), other in zip(traced.named_parameters(), plain.parameters(), strict=True):
+        if name != "head.neck.0.bias":  # whose gradient batch norm cancels
+            print(bf16, name, ((value.grad - other.grad).norm() / other.grad.norm()).item())
+"""
+
+
+def test_traced_for_compilation_gradients_are_those_of_the_plain_network() -> None:
+    """Tracing is where a compiler goes wrong unseen; "aot_eager" traces all of it, and runs that op by op."""
+    # In a process of its own: this one checks shapes at run time, which would be traced as well.
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = [line.split() for line in done.stdout.splitlines()]
+    assert len(told) > 60
+    for bf16, name, off in told:
+        assert float(off) < (0.15 if bf16 == "True" else 1e-4), (bf16, name, off)
 
 
 @every_backbone

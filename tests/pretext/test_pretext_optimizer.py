@@ -18,7 +18,7 @@ def model() -> RelativeLocation:
     head = PairHead(
         embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.1, head_std=0.1, embed_dim=4
     )
-    model = RelativeLocation(backbone, head, batch_norm="separate")
+    model = RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=2)
     for value in model.parameters():
         torch.nn.init.uniform_(value, 1, 2)  # also biases, which start at zero and would not decay
     return model

@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def test_an_awaited_signal_becomes_a_request_with_the_shells_exit_code(
     handlers: dict[int, object], number: int, code: int
 ) -> None:
     with stop_request() as request:
-        request.awaited = True
+        request.listen(awaited=True)
         assert not request
         assert request.signal is None
         send(number)
@@ -63,9 +64,26 @@ def test_ctrl_c_that_nobody_awaits_interrupts(handlers: dict[int, object]) -> No
     assert installed() == handlers
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_handler_that_a_library_put_in_place_unseen_by_python_is_replaced(
+    handlers: dict[int, object], number: int
+) -> None:
+    ignore = ctypes.c_void_p(1)  # SIG_IGN in C, as a handler of LLVM's would be
+    libc = ctypes.CDLL(None)
+    with stop_request() as request:
+        request.listen(awaited=True)
+        libc.signal(number, ignore)
+        send(number)
+        assert not request
+        request.listen(awaited=True)
+        send(number)
+        assert request.signal == number
+    assert installed() == handlers
+
+
 def test_a_second_ctrl_c_interrupts_at_once(handlers: dict[int, object]) -> None:
     with stop_request() as request:
-        request.awaited = True
+        request.listen(awaited=True)
         send(signal.SIGINT)
         assert request
         with pytest.raises(KeyboardInterrupt):
@@ -75,7 +93,7 @@ def test_a_second_ctrl_c_interrupts_at_once(handlers: dict[int, object]) -> None
 
 def test_sigterm_never_interrupts_however_often_a_cluster_sends_it(handlers: dict[int, object]) -> None:
     with stop_request() as request:
-        request.awaited = True
+        request.listen(awaited=True)
         send(signal.SIGTERM)
         try:
             send(signal.SIGTERM)

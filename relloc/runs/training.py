@@ -1,0 +1,170 @@
+"""The training of a run: what feeds it, what is told of it, what keeps it, and what its failures mean."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from relloc import checkpoints, ranks
+from relloc.data.crops import Crops
+from relloc.data.image_set import Splits
+from relloc.data.loader import Batch, Unreadable
+from relloc.data.order import StepPlan, StepSampler
+from relloc.data.slots import load_in_slots
+from relloc.errors import DataError, UsageError
+from relloc.pretext.alarm import Diverged
+from relloc.pretext.feed import HELD_FORWARDS, Feed
+from relloc.pretext.loop import Standing, Task, train
+from relloc.pretext.stopping import StopRequest
+from relloc.runs import assemble, console, engine
+from relloc.runs.engine import Engine
+from relloc.runs.folder import RunFolder
+from relloc.runs.monitors import Monitors
+from relloc.runs.saving import Saver, milestone_steps
+from relloc.runs.watching import Monitoring, reporting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A pretraining put together. `identity` is what it may be resumed with, `about` what its checkpoints tell."""
+
+    config: DictConfig
+    how: Engine
+    data: Splits
+    task: Task
+    plan: StepPlan
+    identity: dict[str, Any]
+    about: dict[str, Any]
+    stop: StopRequest
+
+
+def train_run(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None) -> None:
+    """Train from `standing` to the end; only rank 0 has a folder.
+
+    Where it was asked to stop, the process leaves with the signal's exit code, everything saved.
+    """
+    if standing.step >= run.task.steps:
+        return
+    unreadable = Unreadable(n_images=len(run.data.train), most_share=run.config.data.unreadable_share)
+    done = _train(run, run_dir, standing, folder, unreadable)
+    run.stop.listen(awaited=False)
+    reasons = ranks.union(unreadable.reasons)
+    if folder:
+        folder.note_unreadable(reasons)
+    if done < run.task.steps:
+        if folder:
+            console.say(f"{run.stop.name}: stopped after step {done} of {run.task.steps}; everything is saved")
+            folder.stopped()
+        sys.exit(run.stop.exit_code)
+
+
+def _train(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None, unreadable: Unreadable) -> int:
+    feed, monitoring, saver = _feed(run, standing.step, unreadable), _monitoring(run, folder), _saver(run, run_dir)
+    told = reporting(
+        run.task,
+        run.plan,
+        feed,
+        first_step=standing.step,
+        collapse_steps=run.config.collapse_steps,
+        folder=folder,
+    )
+
+    def after_step(at: Standing) -> bool:
+        if monitoring:
+            monitoring.after_step(at.step)
+        return saver.after_step(at)
+
+    with _explained(run, run_dir), told as report, engine.training(run.how):
+        return train(
+            run.task,
+            feed,
+            standing=standing,
+            report_every=run.config.report_every_steps,
+            report=report,
+            after_step=after_step,
+        )
+
+
+def _feed(run: Run, first_step: int, unreadable: Unreadable) -> Feed:
+    plan, grid = run.plan, assemble.patches(run.config).grid
+    sampler = StepSampler(plan, seed=run.config.seed, first_step=first_step, steps=run.task.steps, rank=ranks.rank())
+    loaded = load_in_slots(
+        Crops(run.data.train, grid, centered=False),
+        sampler,
+        workers=run.how.workers,
+        pin=run.how.device.type == "cuda",
+        images=plan.images_per_batch_norm,
+        side_px=grid.span_px,
+        held=HELD_FORWARDS * plan.ghosts_per_forward,
+    )
+    full = full_batches(loaded, unreadable, at_least=plan.images_per_batch_norm)
+    return Feed(full, batches_per_forward=plan.ghosts_per_forward, device=run.how.device)
+
+
+def full_batches(loaded: Iterable[Batch], unreadable: Unreadable, *, at_least: int) -> Iterator[torch.Tensor]:
+    """Pixels of batches. Raises `DataError` for one of less than `at_least` images, and where too many are broken."""
+    for batch in loaded:
+        unreadable.add(batch.unreadable)
+        if len(batch.pixels) < at_least:
+            first, reason = next(iter(batch.unreadable.items()))
+            raise DataError(
+                f"{len(batch.unreadable)} images in a row can't be used, and none takes their place; the first is "
+                f"{first}: {reason}"
+            )
+        yield batch.pixels
+
+
+def _monitoring(run: Run, folder: RunFolder | None) -> Monitoring | None:
+    asked = run.config.monitor
+    if folder is None or not asked.every_epochs:
+        return None
+    monitors = Monitors(
+        model=run.task.model,
+        patches=assemble.patches(run.config),
+        data=run.data,
+        reading=assemble.reading(run.config, run.how, told=False),
+        n_images=asked.images,
+        k=asked.k,
+        seed=run.config.seed,
+        folder=folder.path,
+    )
+    every_steps = max(1, round(asked.every_epochs * run.plan.steps_per_epoch))
+    return Monitoring(monitors, every_steps=every_steps, most_share=asked.most_share, folder=folder)
+
+
+def _saver(run: Run, run_dir: Path) -> Saver:
+    return Saver(
+        task=run.task,
+        identity=run.identity,
+        about=run.about,
+        run_dir=run_dir,
+        stop=run.stop,
+        every_s=run.config.save_every_s,
+        milestones=milestone_steps(run.config.milestones, run.task),
+    )
+
+
+@contextlib.contextmanager
+def _explained(run: Run, run_dir: Path) -> Iterator[None]:
+    """Failures of training itself, with what was saved and what to try."""
+    try:
+        yield
+    except Diverged as error:
+        saved = checkpoints.saved_trainings(run_dir)
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
+        raise UsageError(
+            f"training diverged: {error}. Nothing was saved after that; {last}. Try a lower data.lr, a longer "
+            "data.warmup_epochs, or precision=fp32, with another hydra.run.dir"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        images, ghost = run.plan.forward_images, run.plan.images_per_batch_norm
+        raise UsageError(
+            f"the GPU's memory is too small for {images} images at once: give "
+            f"images_per_forward={max(images // 2 // ghost, 1) * ghost} or less, a multiple of "
+            f"data.images_per_batch_norm={ghost} (the results stay the same)"
+        ) from error
