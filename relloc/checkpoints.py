@@ -104,7 +104,7 @@ def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     if saved:
         raise CheckpointError(
             f"no checkpoint in {training_folder(run_dir)} can be read. Copy a milestone to "
-            f"step_{0:09d}.pt to go on from there, or give another hydra.run.dir to start anew"
+            "step_000000000.pt to go on from there, or give another hydra.run.dir to start anew"
         )
     return None
 

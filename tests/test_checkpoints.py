@@ -215,7 +215,7 @@ def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_
     assert "set aside as step_000000002.pt.damaged; the one before is used" in warnings[0]
     assert files_below(tmp_path) == ["checkpoints/step_000000001.pt", "checkpoints/step_000000002.pt.damaged"]
     flip_a_bit(older)
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read. Copy a milestone to step_000000001.pt"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read. Copy a milestone to step_000000000.pt"):
         newest_sound(tmp_path, warnings.append)
 
 

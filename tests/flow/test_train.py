@@ -179,7 +179,7 @@ def test_help_lists_groups_and_members_without_loading_torch_or_mlflow(relloc, e
     for command in ("train", "evaluate"):
         done = relloc(command, "--help")
         assert done.code == 0
-        assert "data: folder, imagenette, in1k, photos" in done.text
+        assert "data: folder, imagenette, in1k, inat18, photos, places205, voc2007" in done.text
         loaded = {line.rpartition("|")[2].strip() for line in done.text.splitlines() if "import time:" in line}
         assert "hydra" in loaded
         assert not loaded & {"torch", "torchvision", "mlflow", "matplotlib"}

@@ -1,0 +1,90 @@
+"""What packing changes: the same crops of the same images from original files and from shards, asked of one network.
+
+The shards must have been packed from the same folder, with settings that re-encode it (images larger than short_px).
+Prints the difference of pixels, the pretext loss and accuracy on both sources, and how far features of whole views
+turn (one minus cosine), layer by layer.
+"""
+
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from report import arguments, tell
+from torch.nn.functional import cosine_similarity
+
+from relloc import checkpoints
+from relloc.data.crops import Crops
+from relloc.data.folder import folder
+from relloc.data.loader import load
+from relloc.data.order import key
+from relloc.data.shards import shards
+from relloc.data.views import CenterViews
+from relloc.errors import UsageError
+from relloc.features.pool import pooled_layers
+from relloc.patches.normalize import ByDataset
+from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext import objective
+from relloc.results import LAYERS
+from relloc.runs import assemble
+
+BATCH = 64
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--root", required=True, help="the folder of original images")
+    parser.add_argument("--shards", required=True, help="what relloc.prepare made of it")
+    parser.add_argument("--run", required=True, help="the run folder of a finished pretraining")
+    options = parser.parse_args()
+    sources = [folder(name="images", root=options.root, held_out_share=0.05).train, shards(root=options.shards).train]
+    if [len(source) for source in sources] != [len(sources[0])] * 2:
+        raise UsageError(f"{options.shards} holds other images than {options.root}")
+    model, patches = _network(options.run)
+    crops = [_pixels(Crops(source, patches.grid, centered=False), keyed=True) for source in sources]
+    views = [_pixels(CenterViews(source, short_px=256, crop_px=224), keyed=False) for source in sources]
+    off = (crops[0].float() - crops[1].float()).abs()
+    rows = [_asked(model, patches, pixels, name) for name, pixels in zip(("files", "shards"), crops, strict=True)]
+    turned = _turned(model, *views)
+    rows.append({"source": "difference", "gray levels": off.mean().item()})
+    rows += [{"source": f"1 - cosine, {layer}", "value": value} for layer, value in turned.items()]
+    tell("re-encoding", rows, {}, options.json, settings=vars(options))
+
+
+def _network(run: str) -> tuple[objective.RelativeLocation, PatchPipeline]:
+    config = OmegaConf.load(f"{run}/config.yaml")
+    model = assemble.pretext_model(config)
+    saved = checkpoints.load_training(checkpoints.saved_trainings(Path(run))[-1])
+    model.load_state_dict(saved["model"])
+    return model.eval(), assemble.patches(config)
+
+
+def _pixels(samples: Crops | CenterViews, *, keyed: bool) -> torch.Tensor:
+    keys = [(index, key(0, index)) if keyed else index for index in range(len(samples))]
+    batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
+    return torch.cat([batch.pixels for batch in load(samples, batches, workers=0, pin=False)])
+
+
+@torch.no_grad()
+def _asked(
+    model: objective.RelativeLocation, patches: PatchPipeline, pixels: torch.Tensor, name: str
+) -> dict[str, object]:
+    generator, logits = torch.Generator().manual_seed(0), []
+    for images in pixels.split(BATCH):
+        logits.append(model(patches(images, generator)))
+    answers = torch.cat(logits)
+    top1 = 100 * objective.hits(answers).float().mean().item() / answers.shape[1]
+    return {"source": name, "images": len(pixels), "loss": objective.loss(answers).item(), "top-1 %": top1}
+
+
+@torch.no_grad()
+def _turned(model: objective.RelativeLocation, one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
+    sums = dict.fromkeys(LAYERS, 0.0)
+    for pair in zip(one.split(BATCH), other.split(BATCH), strict=True):
+        features = [pooled_layers(model.backbone, ByDataset()(images.float()), LAYERS) for images in pair]
+        for layer in LAYERS:
+            sums[layer] += (1 - cosine_similarity(features[0][layer], features[1][layer])).sum().item()
+    return {layer: total / len(one) for layer, total in sums.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+import collections
+import shutil
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from relloc.data.loader import Batch, Sample, load
+from relloc.data.slots import load_in_slots
+from relloc.errors import UsageError
+
+SIDE, IMAGES, HELD = 6, 4, 3
+
+
+class Numbered(Dataset[Sample]):
+    """Images filled with their number; every tenth can't be read."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index % 10 == 9:
+            return Sample(index=index, pixels=None, unreadable={str(index): "is broken"})
+        rows = torch.arange(SIDE * SIDE).reshape(SIDE, SIDE).expand(3, -1, -1) + index
+        return Sample(index=index, pixels=rows.to(torch.uint8))
+
+
+def keys(n: int = 40) -> list[list[int]]:
+    """Batches of four, with one of two at the end."""
+    return [list(range(4 * number, 4 * number + (4 if number < n - 1 else 2))) for number in range(n)]
+
+
+def in_slots(workers: int, held: int = HELD) -> Iterator[Batch]:
+    return load_in_slots(Numbered(), keys(), workers=workers, pin=False, images=IMAGES, side_px=SIDE, held=held)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_are_those_of_the_plain_loader_in_its_order(workers: int) -> None:
+    count = 0
+    for found, expected in zip(in_slots(workers), load(Numbered(), keys(), workers=0, pin=False), strict=True):
+        assert torch.equal(found.pixels, expected.pixels)
+        assert torch.equal(found.indices, expected.indices)
+        assert found.unreadable == expected.unreadable
+        count += 1
+    assert count == 40
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_last_batches_stay_as_they_were_while_workers_run_ahead(workers: int) -> None:
+    last: collections.deque[tuple[Batch, torch.Tensor]] = collections.deque(maxlen=HELD)
+    for batch in in_slots(workers):
+        last.append((batch, batch.pixels.clone()))
+        assert all(torch.equal(held.pixels, copied) for held, copied in last)
+
+
+def test_memory_is_used_again() -> None:
+    places = [batch.pixels.data_ptr() for batch in in_slots(1, held=1)]
+    assert len(set(places)) == 1 * 2 + 1 + 1  # two batches ahead, one held, one just taken
+
+
+def test_pixels_lie_channels_last() -> None:
+    assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in in_slots(1))
+
+
+def test_too_little_shared_memory_is_told_before_a_worker_dies_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: types.SimpleNamespace(free=1000))
+    with pytest.raises(
+        UsageError, match=r"batches need \d+ MB of shared memory, /dev/shm has 0 MB: give fewer workers="
+    ):
+        in_slots(2)
