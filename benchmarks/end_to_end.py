@@ -33,13 +33,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings of relloc.train, such as color=drop")
     options = parser.parse_args()
     rows, ratios = [], {}
-    if options.step_rate is None and options.gpus.startswith("1"):
+    counts = [int(gpus) for gpus in options.gpus.split(",")]
+    if options.out.exists():
+        parser.error(f"--out {options.out} is there already: runs in it would be gone on with")
+    if options.step_rate is None and 1 in counts:
         rows.append(_step_alone(options))
-    for gpus in map(int, options.gpus.split(",")):
-        rows.append(_training(gpus, options))
+    rows += [_training(gpus, options) for gpus in counts]
     of_training = [row for row in rows if row["side"] == "training"]
-    alone = options.step_rate or rows[0]["images/s"]
     if of_training[0]["GPUs"] == 1:
+        alone = options.step_rate or rows[0]["images/s"]
         ratios["training over the step alone, one GPU"] = of_training[0]["images/s"] / alone
     for row in of_training[1:]:
         ratios[f"{row['GPUs']} GPUs over {of_training[0]['GPUs']}"] = row["images/s"] / of_training[0]["images/s"]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from relloc.errors import CheckpointError
+from relloc.errors import CheckpointError, DamagedCheckpoint
 
 BACKBONE_FILE = "backbone.safetensors"
 _KEPT = 2
@@ -88,20 +88,19 @@ def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; a damaged one is set aside as `….damaged`, with a warning.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: there were checkpoints, and all are damaged; or one can't be read at present.
     """
-    saved = saved_trainings(run_dir)
-    for path in reversed(saved):
+    for unfinished in training_folder(run_dir).glob(".*.unfinished"):
+        unfinished.unlink(missing_ok=True)  # of a process that was killed while it saved
+    for path in reversed(saved_trainings(run_dir)):
         try:
             load_training(path)
-        except CheckpointError as error:
-            aside = path.with_name(path.name + ".damaged")
-            os.replace(path, aside)
-            _hash_file(path).unlink(missing_ok=True)
-            warn(f"{error}. It is set aside as {aside.name}; the one before is used")
+        except DamagedCheckpoint as error:
+            _set_aside(path)
+            warn(f"{error}. It is set aside as {path.name}.damaged")
         else:
             return path
-    if saved:
+    if list(training_folder(run_dir).glob("step_*.damaged")):  # also those of an earlier start
         raise CheckpointError(
             f"no checkpoint in {training_folder(run_dir)} can be read. Copy a milestone to "
             "step_000000000.pt to go on from there, or give another hydra.run.dir to start anew"
@@ -109,23 +108,33 @@ def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def _set_aside(path: Path) -> None:
+    os.replace(path, path.with_name(path.name + ".damaged"))
+    if _hash_file(path).exists():
+        os.replace(_hash_file(path), _hash_file(path).with_name(_hash_file(path).name + ".damaged"))
+
+
 def load_training(path: Path) -> dict[str, Any]:
     """The state that `save_training` saved, on the CPU.
 
     Raises:
-        CheckpointError: not a readable checkpoint.
+        DamagedCheckpoint: no checkpoint, or not as it was saved.
+        CheckpointError: it is missing, or can't be read at present.
     """
     what = f"{path} is damaged or no checkpoint of relloc"
     try:
         content = path.read_bytes()
-        _check_hash(path, content, what)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror}); nothing was changed") from error
+    _check_hash(path, content, what)
+    try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
-        raise CheckpointError(f"{what}: it holds more than tensors and plain values") from error
+        raise DamagedCheckpoint(f"{what}: it holds more than tensors and plain values") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{what}: {error}") from error
+        raise DamagedCheckpoint(f"{what}: {error}") from error
     if not isinstance(state, dict) or "step" not in state:
-        raise CheckpointError(f"{what}: it names no step")
+        raise DamagedCheckpoint(f"{what}: it names no step")
     return state
 
 
@@ -133,7 +142,7 @@ def _check_hash(path: Path, content: bytes, what: str) -> None:
     if _hash_file(path).exists():
         noted = _hash_file(path).read_text(encoding="ascii", errors="replace").split()[:1]
         if noted != [hashlib.sha256(content).hexdigest()]:
-            raise CheckpointError(f"{what}: its SHA-256 is not the one noted in {_hash_file(path).name}")
+            raise DamagedCheckpoint(f"{what}: its SHA-256 is not the one noted in {_hash_file(path).name}")
 
 
 def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:

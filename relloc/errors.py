@@ -4,6 +4,14 @@
 class UsageError(ValueError):
     """A request that can't be met as it is."""
 
+    exit_code = 2
+
+
+class Interrupted(UsageError):
+    """Something outside ended the run; the same command may well succeed. Its exit code is EX_TEMPFAIL's."""
+
+    exit_code = 75
+
 
 class DataError(UsageError):
     """A data set that can't be used as it is."""
@@ -11,6 +19,10 @@ class DataError(UsageError):
 
 class CheckpointError(UsageError):
     """A checkpoint that can't be written, read or used."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file that is there and can be read, but is no checkpoint, or not as it was saved."""
 
 
 class UnreadableImage(Exception):

@@ -38,6 +38,10 @@ class Resize(Protocol):
         """The shortest side that any image can get, in pixels; 0 where that is not bounded."""
         ...
 
+    def longest_short_side(self) -> int:
+        """The longest that the shorter side of any image can get, in pixels."""
+        ...
+
 
 def _check_side(px: int) -> None:
     if px < 1:
@@ -61,6 +65,9 @@ class ShortSide:
     def shortest(self) -> int:
         return self.px
 
+    def longest_short_side(self) -> int:
+        return self.px
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Square:
@@ -75,6 +82,9 @@ class Square:
         return self.px, self.px
 
     def shortest(self) -> int:
+        return self.px
+
+    def longest_short_side(self) -> int:
         return self.px
 
 
@@ -96,6 +106,9 @@ class Area:
 
     def shortest(self) -> int:
         return 0
+
+    def longest_short_side(self) -> int:
+        return math.isqrt(self.high_px2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,13 @@ install_import_hook("relloc", "checked.check")
 torch.set_num_threads(1)  # networks this small spend their time waiting for a second one
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(scope="session")
 def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with imagenette_small/ and demo_photos/; for tests that are marked `data`."""

@@ -212,11 +212,30 @@ def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_
     assert newest_sound(tmp_path, warnings.append) == older
     assert len(warnings) == 1
     assert "step_000000002.pt is damaged" in warnings[0]
-    assert "set aside as step_000000002.pt.damaged; the one before is used" in warnings[0]
+    assert "set aside as step_000000002.pt.damaged" in warnings[0]
     assert files_below(tmp_path) == ["checkpoints/step_000000001.pt", "checkpoints/step_000000002.pt.damaged"]
     flip_a_bit(older)
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read. Copy a milestone to step_000000000.pt"):
-        newest_sound(tmp_path, warnings.append)
+    for _ in range(2):  # nor is training begun anew, unasked, when it is started again
+        with pytest.raises(
+            CheckpointError, match="no checkpoint in .* can be read. Copy a milestone to step_000000000"
+        ):
+            newest_sound(tmp_path, warnings.append)
+
+
+def test_a_checkpoint_that_can_not_be_read_at_present_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_training(tmp_path, {"value": 1}, 1)
+    before = files_below(tmp_path)
+
+    def stale(_path: Path) -> bytes:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(CheckpointError, match=r"step_000000001\.pt can't be read \(Stale file handle\); nothing was"):
+        newest_sound(tmp_path, pytest.fail)
+    monkeypatch.undo()
+    assert files_below(tmp_path) == before
 
 
 def saved_bytes(tmp_path: Path) -> bytes:
@@ -241,7 +260,7 @@ def test_a_damaged_checkpoint_is_an_error_with_its_name(tmp_path: Path, damage: 
 
 
 def test_a_missing_training_is_an_error_with_its_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none\.pt is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"none\.pt can't be read \(No such file or directory\)"):
         load_training(tmp_path / "none.pt")
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from relloc.errors import DataError, UsageError
+from relloc.errors import DataError, Interrupted
 
 PREFETCHED = 2  # batches that each worker has ready or in the making
 
@@ -77,7 +77,7 @@ def load(samples: Dataset[Sample], batches: Iterable[list[Any]], *, workers: int
     """One `Batch` for each list of sample keys, in that order whatever `workers` is.
 
     Raises:
-        UsageError: a worker was killed, most often for memory.
+        Interrupted: a worker was killed, most often for memory.
     """
     return loaded(samples, batches, collate, workers=workers, pin=pin)
 
@@ -108,7 +108,7 @@ def _watched(loader: DataLoader, workers: int) -> Iterator[Any]:
     except (RuntimeError, OSError, EOFError) as error:
         if not connection.wait([worker.sentinel for worker in getattr(batches, "_workers", ())], timeout=1):
             raise  # none has died
-        raise UsageError(
+        raise Interrupted(
             f"a process that reads images was killed, most often because memory ran out (workers={workers}): "
             "give fewer, such as workers=2, or more shared memory (/dev/shm), and start the same command again"
         ) from error

@@ -39,7 +39,7 @@ class StepPlan:
                 f"data.images_per_step is {self.images_per_step}, data.images_per_batch_norm "
                 f"{self.images_per_batch_norm}, on {self.world} processes: each must be 1 or more"
             )
-        self._check_divides("data.images_per_forward", self.forward_images, self.images_per_batch_norm)
+        self._check_divides("images_per_forward", self.forward_images, self.images_per_batch_norm)
         self._check_divides("data.images_per_step", self.images_per_step, self.forward_images * self.world)
         if self.n_images < self.images_per_step:
             raise DataError(

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from relloc import ranks
 from relloc.data.loader import PREFETCHED, Batch, Sample, load, loaded, usable
-from relloc.errors import UsageError
 
 _SHARED = "/dev/shm"  # where Linux keeps memory that processes share
 
@@ -33,28 +33,32 @@ def load_in_slots(
     images: int,
     side_px: int,
     held: int,
+    say: Callable[[str], None],
 ) -> Iterator[Batch]:
     """What `load` gives, of at most `images` images each of `side_px` a side; only the last `held` batches stay valid.
 
+    Where shared memory is too small `load` serves, and `say` is told.
+
     Raises:
-        UsageError: a worker was killed, or shared memory is too small.
+        Interrupted: a worker was killed.
     """
-    if not workers:
-        return load(samples, batches, workers=0, pin=pin)
     shape = (workers * PREFETCHED + held + 1, images, side_px, side_px, 3)
-    _check_shared_memory(torch.Size(shape).numel())
+    if not workers or not _fits(torch.Size(shape).numel(), say):
+        return load(samples, batches, workers=workers, pin=pin)
     slots = torch.empty(shape, dtype=torch.uint8).share_memory_()
     filled = loaded(_InSlots(samples, slots), _Numbered(batches, len(slots)), _as_it_is, workers=workers, pin=False)
-    return _batches(filled, slots, pin=pin)
+    return _batches(filled, slots, pin=pin, say=say)
 
 
-def _check_shared_memory(needed: int) -> None:
-    free = shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else needed
+def _fits(needed: int, say: Callable[[str], None]) -> bool:
+    """Whether shared memory has room for that many bytes, and for as many of each other process here."""
+    free = shutil.disk_usage(_SHARED).free // ranks.local_world_size() if os.path.isdir(_SHARED) else needed
     if free < needed:
-        raise UsageError(
-            f"batches need {needed / 1e6:.0f} MB of shared memory, {_SHARED} has {free / 1e6:.0f} MB: give fewer "
-            "workers=, or the container more (docker run --shm-size=8g)"
+        say(
+            f"loader  {_SHARED} has {free / 1e6:.0f} MB for each process, {needed / 1e6:.0f} MB would load faster: "
+            "give the container more (docker run --shm-size=8g), or fewer workers="
         )
+    return free >= needed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,20 +101,25 @@ def _as_it_is(filled: _Filled) -> _Filled:
     return filled
 
 
-def _batches(filled: Iterator[_Filled], slots: UInt8[Tensor, "n images s s 3"], *, pin: bool) -> Iterator[Batch]:
+def _batches(
+    filled: Iterator[_Filled], slots: UInt8[Tensor, "n images s s 3"], *, pin: bool, say: Callable[[str], None]
+) -> Iterator[Batch]:
     first = next(filled, None)  # by now workers are forked: pages locked before would be missing in them
-    with _page_locked(slots) if pin else contextlib.nullcontext():
+    with _page_locked(slots, say) if pin else contextlib.nullcontext():
         for one in itertools.chain([first] if first else [], filled):
             pixels = slots[one.slot, : len(one.indices)].permute(0, 3, 1, 2)
             yield Batch(pixels=pixels, indices=one.indices, unreadable=one.unreadable)
 
 
 @contextlib.contextmanager
-def _page_locked(memory: Tensor) -> Iterator[None]:
+def _page_locked(memory: Tensor, say: Callable[[str], None]) -> Iterator[None]:
     """A GPU copies from `memory` beside its other work while the block runs."""
     cuda: Any = torch.cuda.cudart()
-    cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+    failed = int(cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if failed:
+        say(f"loader  {memory.numel() / 1e6:.0f} MB could not be page-locked (CUDA error {failed}): copies are slower")
     try:
         yield
     finally:
-        cuda.cudaHostUnregister(memory.data_ptr())
+        if not failed:
+            cuda.cudaHostUnregister(memory.data_ptr())

@@ -52,6 +52,8 @@ class GhostBatchNorm(_BatchNorm):
     """
 
     def __init__(self, norm: _BatchNorm, groups: Groups) -> None:
+        if norm.momentum is None or norm.running_mean is None:
+            raise ValueError("a batch norm without momentum or running statistics can't take ghost batches")
         like: dict[str, Any] = {"device": norm.running_mean.device, "dtype": norm.running_mean.dtype}  # pyright: ignore[reportOptionalMemberAccess]
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, **like)
         self.load_state_dict(norm.state_dict())
@@ -76,6 +78,8 @@ class GhostBatchNorm(_BatchNorm):
     def _move_running(self, means: Tensor, variances: Tensor, *, places: int) -> None:
         """Move the running statistics by (biased) ones (ghosts groups c), first to last."""
         counts = [self.groups.images * rows * places for rows in self.groups.rows_per_image]
+        if min(counts) < 2:
+            raise ValueError("batch norm knows no variance of one value: raise data.images_per_batch_norm")
         unbiased = [part * (count / (count - 1)) for part, count in zip(variances.split(1, 1), counts, strict=True)]
         share, n = self.momentum or 0.0, means.shape[0] * means.shape[1]
         later = torch.arange(n - 1, -1, -1, device=means.device, dtype=means.dtype).unsqueeze(1)

@@ -39,6 +39,7 @@ def draw_confusion(confusion: Int[Tensor, "8 8"], path: Path, *, step: int, top1
     _draw_around(around, percent.diagonal())
     bar = figure.colorbar(shown, cax=scale, ticks=[0, 5, CHANCE_PERCENT, 25, 50, 75, 100])
     bar.set_ticklabels(["0", "5", "chance", "25", "50", "75", "100 %"])
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     figure.savefig(part, dpi=110, format="png")
     os.replace(part, path)  # a tracker may be reading the picture of an earlier step

@@ -1,5 +1,6 @@
 """From a composed config to the objects of a run."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits
@@ -20,7 +21,7 @@ from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.objective import RelativeLocation
 from relloc.runs import console
-from relloc.runs.engine import Engine, whole
+from relloc.runs.engine import Engine, number, whole
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
@@ -30,6 +31,40 @@ _NEUTRAL = (
     *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
     *("data.root", "data.shards", "data.source", "data.unreadable_share"),  # the images' digest counts
 )
+
+
+# Numbers that no constructor looks at before data is listed or anything is trained: lowest, highest.
+_WHOLE = {
+    **dict.fromkeys(("seed", "report_every_steps", "monitor.images", "monitor.k", "calibration_images"), 1),
+    **dict.fromkeys(("data.images_per_step", "data.images_per_batch_norm", "data.linear.epochs"), 1),
+    **dict.fromkeys(("view.short_px", "view.crop_px", "view.batch"), 1),
+    "seed": 0,
+}
+_NUMBERS = {
+    **dict.fromkeys(("save_every_s", "bank_gib", "data.lr", "data.epochs", "data.warmup_epochs"), math.inf),
+    **dict.fromkeys(("data.unreadable_share", "monitor.most_share"), 1),
+    "monitor.every_epochs": math.inf,
+}
+
+
+def check_numbers(config: DictConfig) -> None:
+    """A wrong number is told now, not after a data set was listed or 70 epochs were trained.
+
+    Raises:
+        UsageError: a setting that is no number, or outside what it may be.
+    """
+    for name, at_least in _WHOLE.items():
+        if (value := OmegaConf.select(config, name)) is not None:
+            whole(name, value, at_least=at_least)
+    for name, at_most in _NUMBERS.items():
+        if (value := OmegaConf.select(config, name)) is not None:
+            number(name, value, at_most=at_most)
+    for name in ("milestones", "data.milestone_epochs", "data.linear.milestone_epochs"):
+        asked = OmegaConf.select(config, name, default=ListConfig([]))
+        if not isinstance(asked, ListConfig):
+            raise UsageError(f"{name}={asked} is not a list: give {name}=[{asked}]")
+        for one in asked:
+            number(name, one)
 
 
 def call(node: DictConfig, **more: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import sysconfig
@@ -127,6 +128,14 @@ def whole(name: str, value: Any, *, at_least: int = 0) -> int:
     return value
 
 
+def number(name: str, value: Any, *, at_least: float = 0, at_most: float = math.inf) -> float:
+    """The value of a setting that is a number. Raises `UsageError` where it is not."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not at_least <= value <= at_most:
+        limits = f"{at_least} or more" if at_most == math.inf else f"{at_least} to {at_most}"
+        raise UsageError(f"{name}={value} is not a number of {limits}")
+    return value
+
+
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise UsageError(f"{name}={value} is not one of {', '.join(choices)}")
@@ -141,6 +150,11 @@ def _switch(name: str, value: Any) -> bool:
 
 def _precision(asked: Any, on: torch.device) -> str:
     _choice("precision", asked, ("auto", *_PRECISIONS))
+    if asked == "bf16" and on.type == "cpu":
+        raise UsageError(
+            "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 convolutions "
+            "unset on CPUs. Give precision=fp32"
+        )
     if asked != "auto":
         return asked
     return "bf16" if on.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -167,6 +181,6 @@ def _workers(asked: Any, on: torch.device) -> int:
     """Loader processes: as asked; else this process's share of the cores, or a quarter where the CPU trains."""
     if asked != "auto":
         return whole("workers", asked)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) // ranks.local_world_size()
     # Beside a GPU one core is left to the process that feeds it.
     return max(1, cores - 1) if on.type == "cuda" else cores // 4

@@ -26,6 +26,7 @@ _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 def evaluate_checkpoint(config: DictConfig) -> None:
     """Run the evaluations that `eval` names on the backbone that `checkpoint` names."""
     engine = settle(config)
+    assemble.check_numbers(config)
     subject = _subject(config, engine.device)
     evaluations = assemble.evaluations(config)
     if not evaluations:

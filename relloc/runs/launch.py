@@ -73,7 +73,7 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         explained = None if show_all else _explain(error, config_name)
         if explained is None:
             raise
-        _exit(explained)
+        _exit(explained, getattr(error, "exit_code", EXIT_MISTAKE))
     except OSError as error:
         if show_all or error.errno not in _DISK_ERRORS:
             raise
@@ -81,9 +81,9 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         _exit(f"{error.strerror}{where}. What was saved before stays; mend this and go on with the run's hydra.run.dir")
 
 
-def _exit(explained: str) -> NoReturn:
+def _exit(explained: str, exit_code: int = EXIT_MISTAKE) -> NoReturn:
     print(f"relloc: {explained}", file=sys.stderr)
-    sys.exit(EXIT_MISTAKE)
+    sys.exit(exit_code)
 
 
 def _silent_rank() -> list[str]:

@@ -24,13 +24,17 @@ from relloc.pretext.held_out import POSITIONS, answers, confusion, evaluating
 from relloc.pretext.objective import RelativeLocation
 from relloc.results import LAYERS
 
-CONFUSION_PICTURE = "confusion.png"
 SPECTRUM_LAYERS = ("feature4", "feature5", "avgpool")
 _TEMPERATURE = 0.07  # protocols.md 3.7
 
 
+def confusion_picture(step: int) -> str:
+    """Name, below the run folder, of the picture of what was answered after `step` steps."""
+    return f"confusion/step_{step:09d}.png"
+
+
 class Monitors:
-    """Numbers by name for the journal whenever it is called with the steps done, and `confusion.png` in `folder`.
+    """Numbers by name for the journal whenever it is called with the steps done, and a picture in `folder`.
 
     On `n_images` held-out images (all, where there are fewer), evenly spaced over the set:
     `monitor/pretext/top1`, the accuracy over the eight pairs of each center crop, and one
@@ -90,7 +94,7 @@ class Monitors:
         )
         counts = confusion(given)
         top1 = 100 * float(counts.diagonal().sum() / counts.sum())
-        draw_confusion(counts, self.folder / CONFUSION_PICTURE, step=step, top1=top1)
+        draw_confusion(counts, self.folder / confusion_picture(step), step=step, top1=top1)
         by_position = (100 * counts.diagonal() / counts.sum(dim=1)).tolist()
         named = {f"monitor/pretext/top1_{name}": value for name, value in zip(POSITIONS, by_position, strict=True)}
         return {"monitor/pretext/top1": top1} | named

@@ -20,6 +20,8 @@ from relloc.runs.engine import whole
 
 def prepare(config: DictConfig) -> None:
     """Check every image of a data set; with `out` set, pack it there in the same pass."""
+    if config.out == "":
+        raise UsageError("out= names no folder: give out=FOLDER to pack into, or leave it out to check only")
     packing = _packing(config)
     workers = _workers(config)
     are_packed = OmegaConf.select(config, "data.shards") is not None

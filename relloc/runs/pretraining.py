@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.order import StepPlan, key
+from relloc.data.shards import read_manifest
 from relloc.evals.run import Subject
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
@@ -39,9 +41,13 @@ def pretrain(config: DictConfig) -> None:
         at_end.callback(ranks.leave)
         stop = at_end.enter_context(stop_request())
         data = assemble.splits(config)
+        _tell_small_shards(config)
         task, plan = _task(config, data, how)
         run_dir = assemble.run_dir()
-        identity = assemble.computed(config) | {"training images": data.train.digest()}
+        identity = assemble.computed(config) | {
+            "precision": how.precision,  # what auto became
+            "training images": data.train.digest(),
+        }
         standing = saving.resume(identity, task, run_dir)  # before anything is written there
         run = Run(
             config=config, how=how, data=data, task=task, plan=plan, identity=identity, about=about(config), stop=stop
@@ -60,15 +66,27 @@ def pretrain(config: DictConfig) -> None:
 
 def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     """A wrong setting is told now, not after a data set was listed or 70 epochs were trained."""
-    for name in ("images_per_step", "images_per_batch_norm"):
-        engine.whole(f"data.{name}", config.data[name], at_least=1)
-    for name in ("report_every_steps", "collapse_steps"):
-        engine.whole(name, config[name], at_least=1)
+    assemble.check_numbers(config)
+    if config.collapse_steps != "auto":
+        engine.whole("collapse_steps", config.collapse_steps, at_least=1)
     assemble.patches(config)
     assemble.pretext_model(config)
     assemble.call(config.schedule)
     assemble.evaluations(config)
     assemble.terms(config, how)
+
+
+def _tell_small_shards(config: DictConfig) -> None:
+    grid = assemble.patches(config).grid
+    if ranks.rank() > 0 or not config.data.shards or grid.resize is None:
+        return
+    manifest, wanted = read_manifest(Path(config.data.shards)), grid.resize.longest_short_side()
+    packed = manifest["packed"]["short_px"]
+    if packed < wanted and manifest["train"]["stored"]["reduced"]:
+        console.say(
+            f"shards  were reduced to a short side of {packed} px, and this grid enlarges them to up to {wanted} px: "
+            f"pack them with short_px={wanted}"
+        )
 
 
 def _task(config: DictConfig, data: Splits, how: Engine) -> tuple[Task, StepPlan]:

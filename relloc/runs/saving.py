@@ -55,12 +55,17 @@ def milestone_steps(epochs: Sequence[float], task: Task) -> dict[int, str]:
     """After which step each milestone epoch is complete, with the milestone's name.
 
     Raises:
-        UsageError: an epoch outside the run.
+        UsageError: an epoch outside the run, or two in one step.
     """
     for epoch in epochs:
         if not 0 < epoch <= task.schedule.epochs:
             raise UsageError(f"milestones={list(epochs)}: the run has no epoch {epoch}, it has {task.schedule.epochs}")
-    return {round(epoch * task.steps_per_epoch): f"epoch_{epoch:g}" for epoch in epochs}
+    steps = {round(epoch * task.steps_per_epoch): f"epoch_{epoch:g}" for epoch in epochs}
+    if len(steps) < len(epochs) or 0 in steps:
+        raise UsageError(
+            f"milestones={list(epochs)}: an epoch has {task.steps_per_epoch} steps, and each needs its own"
+        )
+    return steps
 
 
 class Saver:

@@ -56,7 +56,7 @@ def train_run(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | N
     reasons = ranks.union(unreadable.reasons)
     if folder:
         folder.note_unreadable(reasons)
-    if done < run.task.steps:
+    if run.stop:  # also in the last step, after which evaluations would come
         if folder:
             console.say(f"{run.stop.name}: stopped after step {done} of {run.task.steps}; everything is saved")
             folder.stopped()
@@ -65,17 +65,18 @@ def train_run(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | N
 
 def _train(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None, unreadable: Unreadable) -> int:
     feed, monitoring, saver = _feed(run, standing.step, unreadable), _monitoring(run, folder), _saver(run, run_dir)
+    asked = run.config.collapse_steps
     told = reporting(
         run.task,
         run.plan,
         feed,
         first_step=standing.step,
-        collapse_steps=run.config.collapse_steps,
+        collapse_steps=min(2000, run.task.steps // 4) if asked == "auto" else asked,
         folder=folder,
     )
 
     def after_step(at: Standing) -> bool:
-        if monitoring:
+        if monitoring and not run.stop:
             monitoring.after_step(at.step)
         return saver.after_step(at)
 
@@ -101,6 +102,7 @@ def _feed(run: Run, first_step: int, unreadable: Unreadable) -> Feed:
         images=plan.images_per_batch_norm,
         side_px=grid.span_px,
         held=HELD_FORWARDS * plan.ghosts_per_forward,
+        say=console.say,
     )
     full = full_batches(loaded, unreadable, at_least=plan.images_per_batch_norm)
     return Feed(full, batches_per_forward=plan.ghosts_per_forward, device=run.how.device)
@@ -134,7 +136,9 @@ def _monitoring(run: Run, folder: RunFolder | None) -> Monitoring | None:
         folder=folder.path,
     )
     every_steps = max(1, round(asked.every_epochs * run.plan.steps_per_epoch))
-    return Monitoring(monitors, every_steps=every_steps, most_share=asked.most_share, folder=folder)
+    return Monitoring(
+        monitors, every_steps=every_steps, most_share=asked.most_share, folder=folder, device=run.how.device
+    )
 
 
 def _saver(run: Run, run_dir: Path) -> Saver:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from relloc.data.order import StepPlan
+from relloc.errors import DataError
 from relloc.pretext.alarm import Alarm
 from relloc.pretext.feed import Feed
 from relloc.pretext.loop import Progress, Task
 from relloc.runs import console
 from relloc.runs.folder import RunFolder
-from relloc.runs.monitors import CONFUSION_PICTURE
+from relloc.runs.monitors import confusion_picture
 from relloc.tracking import Journal
 
 
@@ -61,16 +62,24 @@ def reporting(
 class Monitoring:
     """Asks `monitors` every `every_steps` steps, as long as that takes `most_share` of the time or less.
 
-    A turn that would cost more, going by the last one, is left out. Nothing of it is seen by training.
+    A turn that would cost more, going by the last one, is left out; the first always comes. Nothing of
+    it is seen by training, which goes on without monitors where these fail.
     """
 
     def __init__(
-        self, monitors: Callable[[int], Mapping[str, float]], *, every_steps: int, most_share: float, folder: RunFolder
+        self,
+        monitors: Callable[[int], Mapping[str, float]],
+        *,
+        every_steps: int,
+        most_share: float,
+        folder: RunFolder,
+        device: torch.device,
     ) -> None:
         self.monitors = monitors
         self.every_steps = every_steps
         self.most_share = most_share
         self.folder = folder
+        self.device = device
         self.journal = Journal(folder.path)
         self.cost_s = 0.0
         self.asked_at = time.monotonic()
@@ -79,16 +88,20 @@ class Monitoring:
         """Ask, if it is time."""
         if done % self.every_steps or self.cost_s > self.most_share * (time.monotonic() - self.asked_at):
             return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # steps still queued are no cost of this
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps still queued are no cost of this
         started = time.monotonic()
         # What monitors compute may have no deterministic kernel, and changes no weight.
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
         try:
             self.journal.log(self.monitors(done), done)
+        except (DataError, OSError) as error:
+            console.say(f"monitors stop: {error}. Training goes on")
+            self.most_share = -1.0
+            return
         finally:
             torch.use_deterministic_algorithms(deterministic)
-        self.folder.keep(CONFUSION_PICTURE)
+        self.folder.keep(confusion_picture(done))
         self.asked_at = time.monotonic()
         self.cost_s = self.asked_at - started

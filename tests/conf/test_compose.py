@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from relloc.errors import UsageError
 from relloc.runs import assemble
 from relloc.runs.launch import conf_dir
 
@@ -85,3 +86,31 @@ def test_settings_that_must_not_change_results_are_left_out_of_what_is_computed(
     neutral += ["milestones=[1]", "collapse_steps=9", "monitor.every_epochs=null", "save_every_s=1"]
     assert assemble.computed(compose("train", neutral)) == assemble.computed(compose("train", []))
     assert assemble.computed(compose("train", ["grid.gap_px=8"])) != assemble.computed(compose("train", []))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("monitor.images=0", "monitor.images=0 is not a whole number of 1 or more"),
+        ("monitor.k=x", "monitor.k=x is not a whole number"),
+        ("monitor.every_epochs=-1", "monitor.every_epochs=-1 is not a number of 0 or more"),
+        ("monitor.most_share=2", "monitor.most_share=2 is not a number of 0 to 1"),
+        ("save_every_s=abc", "save_every_s=abc is not a number"),
+        ("milestones=5", r"milestones=5 is not a list: give milestones=\[5\]"),
+        ("milestones=[abc]", "milestones=abc is not a number"),
+        ("data.unreadable_share=abc", "data.unreadable_share=abc is not a number of 0 to 1"),
+        ("data.lr=abc", "data.lr=abc is not a number"),
+        ("view.crop_px=abc", "view.crop_px=abc is not a whole number"),
+        ("bank_gib=abc", "bank_gib=abc is not a number"),
+        ("data.linear.epochs=abc", "data.linear.epochs=abc is not a whole number"),
+    ],
+)
+def test_a_wrong_number_is_told_before_anything_is_done(compose, wrong, message):
+    with pytest.raises(UsageError, match=message):
+        assemble.check_numbers(compose("train", [wrong]))
+
+
+@pytest.mark.parametrize("root", ["train", "evaluate"])
+def test_the_numbers_of_all_data_sets_are_right(compose, root):
+    for data in members("data"):
+        assemble.check_numbers(compose(root, [f"data={data}", *(["checkpoint=random"] if root == "evaluate" else [])]))

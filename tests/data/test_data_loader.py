@@ -14,7 +14,7 @@ from relloc.data.crops import Crops
 from relloc.data.folder import FolderImages
 from relloc.data.loader import Batch, Sample, Unreadable, collate, load
 from relloc.data.order import StepPlan, StepSampler
-from relloc.errors import DataError, UsageError
+from relloc.errors import DataError, Interrupted
 from relloc.geometry import PatchGrid, ShortSide
 
 GRID = PatchGrid(patch_px=8, gap_px=2, jitter_px=1, resize=ShortSide(px=36))
@@ -96,7 +96,7 @@ class Killed(Dataset[Sample]):
 
 
 def test_a_killed_worker_is_a_clear_error() -> None:
-    with pytest.raises(UsageError, match=r"a process that reads images was killed.*\(workers=1\): give fewer"):
+    with pytest.raises(Interrupted, match=r"a process that reads images was killed.*\(workers=1\): give fewer"):
         list(load(Killed(), [[0]], workers=1, pin=False))
 
 

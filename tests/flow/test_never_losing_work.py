@@ -39,7 +39,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         Image.fromarray(chance.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{place}.png")
     return (
         *(word for word in TINY if not word.startswith("data.source")),
-        *("data=folder", f"data.root={root}", "data.images_per_batch_norm=8", "data.lr=2", "color=drop"),
+        *("device=cpu", "data=folder", f"data.root={root}", "data.images_per_batch_norm=8", "data.lr=2", "color=drop"),
         *("model.backbone.widths=[4,4,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
         *(f"data.epochs={EPOCHS}", "data.milestone_epochs=[10]", "data.warmup_epochs=2"),
         *(f"report_every_steps={REPORT_EVERY}", "monitor.every_epochs=null", "tracking=none", "eval=[]"),
@@ -158,6 +158,22 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_stopped(
     assert [step for step, _ in told_of_training(straight)] == list(range(REPORT_EVERY, STEPS + 1, REPORT_EVERY))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_killed_run_ends_with_the_same_bits_on_a_gpu_with_deterministic_settings(
+    tmp_path: Path, settings: tuple[str, ...], compiled: bool
+) -> None:
+    line = (*settings, "device=cuda", "deterministic=true", f"compile={compiled}", "workers=2", "save_every_s=0")
+    folders = tmp_path / "straight", tmp_path / "killed"
+    for folder in folders:
+        folder.mkdir()
+    straight = train(folders[0], *line)
+    command = start_training(folders[1], *line)
+    assert command.wait_for(lambda: reported(folders[1] / "run") >= STEPS // 2), command.text
+    assert command.kill() == -signal.SIGKILL
+    assert_same_run(train(folders[1], *line), straight)
+
+
 def test_a_killed_run_stays_one_run_in_mlflow(tmp_path: Path, settings: tuple[str, ...]) -> None:
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     client = open_store(uri)
@@ -237,11 +253,12 @@ def test_only_damaged_checkpoints_end_in_one_message(
     run_dir = copied(killed_half_way, tmp_path)
     for path in saved_trainings(run_dir):
         flip_a_byte(path)
-    command = start_training(tmp_path, *settings)
-    assert command.wait() == 2, command.text
-    assert f"relloc: no checkpoint in {run_dir / 'checkpoints'} can be read" in command.text
-    assert "Traceback" not in command.text
-    assert not (run_dir / BACKBONE_FILE).exists()
+    for _ in range(2):  # a launcher may start it again
+        command = start_training(tmp_path, *settings)
+        assert command.wait() == 2, command.text
+        assert f"relloc: no checkpoint in {run_dir / 'checkpoints'} can be read" in command.text
+        assert "Traceback" not in command.text
+        assert not (run_dir / BACKBONE_FILE).exists()
 
 
 def test_milestones_stay_and_can_be_evaluated(tmp_path: Path, settings: tuple[str, ...]) -> None:
@@ -352,7 +369,7 @@ def test_a_killed_loader_worker_ends_in_one_message_and_the_same_command_goes_on
     command = start_training(tmp_path, *line)
     assert command.wait_for(lambda: reported(tmp_path / "run")), command.text
     os.kill(descendants(command.pid)[0], signal.SIGKILL)
-    assert command.wait() == 2, command.text
+    assert command.wait() == 75, command.text  # EX_TEMPFAIL: the same command may well succeed
     assert "relloc: a process that reads images was killed" in command.text
     assert "Traceback" not in command.text
     assert status(tmp_path / "run") == "FAILED"

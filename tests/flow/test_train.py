@@ -50,7 +50,7 @@ def test_the_whole_run(relloc, tmp_path):
     assert {"monitor/knn/feature4/top1_k20", "monitor/rankme/avgpool"} <= set(monitored[0].metrics)
 
     assert (run_dir / "patches.png").stat().st_size > 10_000
-    assert (run_dir / "confusion.png").stat().st_size > 10_000
+    assert (run_dir / "confusion" / "step_000000008.png").stat().st_size > 10_000
     assert set(weights(run_dir))
     for words in ("chance is 12.5 %", "pretrained", "random", "mlflow server", str(run_dir)):
         assert words in done.text
@@ -210,6 +210,9 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["workers=many"], "workers=many is not a whole number"),
         (["view.crop_px=300"], "view.crop_px=300 is larger than view.short_px=256"),
         (["device=tpu"], "device=tpu is not one of"),
+        (["precision=bf16", "device=cpu"], "precision=bf16 is for GPUs"),
+        (["images_per_forward=3"], "images_per_forward is 3, not a multiple of 64"),
+        (["milestones=[99]"], "the run has no epoch 99"),
         (["batch_norm=frozen"], "batch_norm=frozen is not one of"),
     ]
     if not torch.cuda.is_available():

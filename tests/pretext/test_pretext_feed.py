@@ -95,7 +95,7 @@ def test_an_error_of_the_loader_reaches_the_one_who_asks() -> None:
         next(forwards)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("joined", [1, 3])
 def test_a_gpu_gets_the_same_in_the_same_order_whatever_it_is_busy_with(joined: int) -> None:
     device = torch.device("cuda")

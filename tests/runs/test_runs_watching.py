@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from relloc.data.order import StepPlan
+from relloc.errors import DataError
 from relloc.pretext.alarm import CHANCE_LOSS, Diverged
 from relloc.pretext.feed import Feed
 from relloc.pretext.loop import Progress, Task
 from relloc.pretext.schedule import Constant
 from relloc.runs.folder import RunFolder
-from relloc.runs.monitors import CONFUSION_PICTURE
+from relloc.runs.monitors import confusion_picture
 from relloc.runs.watching import Monitoring, reporting
 from relloc.tracking import list_artifacts_to_send, read_journal
 
@@ -38,7 +39,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     """With the picture that monitors draw."""
-    (tmp_path / CONFUSION_PICTURE).write_bytes(b"a picture")
+    picture = tmp_path / confusion_picture(2)
+    picture.parent.mkdir()
+    picture.write_bytes(b"a picture")
     return RunFolder(tmp_path, None)
 
 
@@ -73,16 +76,41 @@ def walk(monitoring: Monitoring, clock: Clock, *, steps: int, step_s: float) -> 
 
 def test_monitors_are_asked_at_their_period_and_journaled_by_step(clock: Clock, folder: RunFolder) -> None:
     asked = Asked(clock)
-    walk(Monitoring(asked, every_steps=3, most_share=0.05, folder=folder), clock, steps=10, step_s=1)
+    walk(
+        Monitoring(asked, every_steps=3, most_share=0.05, folder=folder, device=torch.device("cpu")),
+        clock,
+        steps=10,
+        step_s=1,
+    )
     assert asked.at == [3, 6, 9]
     assert [(entry.step, entry.metrics) for entry in read_journal(folder.path)] == [
         (step, {"monitor/pretext/top1": 10.0 + step}) for step in (3, 6, 9)
     ]
 
 
+def test_monitors_that_fail_end_themselves_and_not_the_training(
+    clock: Clock, folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def broken(done: int) -> dict[str, float]:
+        asked.append(done)
+        raise DataError("none of the images can be used")
+
+    monitoring = Monitoring(broken, every_steps=1, most_share=1, folder=folder, device=torch.device("cpu"))
+    walk(monitoring, clock, steps=5, step_s=1)
+    assert asked == [1]
+    assert "monitors stop: none of the images can be used. Training goes on" in capsys.readouterr().out
+
+
 def test_the_picture_is_kept_for_the_tracker(clock: Clock, folder: RunFolder) -> None:
-    walk(Monitoring(Asked(clock), every_steps=2, most_share=1, folder=folder), clock, steps=2, step_s=1)
-    assert list_artifacts_to_send(folder.path) == [CONFUSION_PICTURE]
+    walk(
+        Monitoring(Asked(clock), every_steps=2, most_share=1, folder=folder, device=torch.device("cpu")),
+        clock,
+        steps=2,
+        step_s=1,
+    )
+    assert list_artifacts_to_send(folder.path) == [confusion_picture(2)]
 
 
 @pytest.mark.parametrize("most_share", [0.05, 0.2, 1.0])
@@ -91,7 +119,12 @@ def test_slow_monitors_are_left_out_until_they_cost_no_more_than_their_share(
     clock: Clock, folder: RunFolder, cost_s: float, most_share: float
 ) -> None:
     asked = Asked(clock, cost_s)
-    walk(Monitoring(asked, every_steps=2, most_share=most_share, folder=folder), clock, steps=600, step_s=1)
+    walk(
+        Monitoring(asked, every_steps=2, most_share=most_share, folder=folder, device=torch.device("cpu")),
+        clock,
+        steps=600,
+        step_s=1,
+    )
     trained_s = 600.0
     assert len(asked.at) * cost_s <= most_share * trained_s + cost_s  # what the first costs is not known before
     possible = min(300, most_share * trained_s / cost_s)
@@ -101,7 +134,12 @@ def test_slow_monitors_are_left_out_until_they_cost_no_more_than_their_share(
 
 def test_a_turn_left_out_leaves_no_line(clock: Clock, folder: RunFolder) -> None:
     asked = Asked(clock, cost_s=100)
-    walk(Monitoring(asked, every_steps=1, most_share=0.05, folder=folder), clock, steps=50, step_s=1)
+    walk(
+        Monitoring(asked, every_steps=1, most_share=0.05, folder=folder, device=torch.device("cpu")),
+        clock,
+        steps=50,
+        step_s=1,
+    )
     assert asked.at == [1]
     assert [entry.step for entry in read_journal(folder.path)] == [1]
 
@@ -119,7 +157,7 @@ def test_monitors_may_use_any_kernel_and_training_gets_its_own_back(
             raise KeyError
         return {"monitor/a": 1.0}
 
-    monitoring = Monitoring(monitors, every_steps=1, most_share=1, folder=folder)
+    monitoring = Monitoring(monitors, every_steps=1, most_share=1, folder=folder, device=torch.device("cpu"))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -146,7 +184,9 @@ def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
     clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
     feed = waiting_feed()
-    with reporting(stub_task, PLAN, feed, first_step=2, collapse_steps=100, folder=folder) as report:
+    with reporting(
+        stub_task, PLAN, feed, first_step=2, collapse_steps=100, folder=folder, device=torch.device("cpu")
+    ) as report:
         clock.now, feed.waited_s = 4.0, 1.0
         report(progress(4, 1.5))
         clock.now, feed.waited_s = 5.0, 1.1
@@ -169,7 +209,9 @@ def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
 def test_a_loss_that_is_no_number_is_journaled_and_ends_training(
     clock: Clock, folder: RunFolder, stub_task: Task
 ) -> None:
-    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=100, folder=folder) as report:
+    with reporting(
+        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=100, folder=folder, device=torch.device("cpu")
+    ) as report:
         clock.now = 1.0
         with pytest.raises(Diverged):
             report(progress(4, math.nan))
@@ -190,7 +232,9 @@ def test_only_the_process_with_a_folder_tells_but_each_one_stops(
 def test_a_collapse_is_told_once(
     clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=4, folder=folder) as report:
+    with reporting(
+        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=4, folder=folder, device=torch.device("cpu")
+    ) as report:
         for step in range(1, 8):
             clock.now += 1
             report(progress(step, CHANCE_LOSS))
