@@ -78,7 +78,7 @@ def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
 
 def _tell_small_shards(config: DictConfig) -> None:
     grid = assemble.patches(config).grid
-    if ranks.rank() > 0 or not config.data.shards or grid.resize is None:
+    if ranks.rank() > 0 or not config.data.get("shards") or grid.resize is None:
         return
     manifest, wanted = read_manifest(Path(config.data.shards)), grid.resize.longest_short_side()
     packed = manifest["packed"]["short_px"]
