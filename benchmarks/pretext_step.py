@@ -15,9 +15,7 @@ from hydra import compose, initialize_config_dir
 from report import arguments, once_s, tell
 from torch import nn
 
-from relloc.data.order import key
 from relloc.pretext import loop
-from relloc.pretext.loop import Task
 from relloc.runs import assemble, engine
 from relloc.runs.launch import conf_dir
 
@@ -52,23 +50,8 @@ def _config(overrides: list[str]):
 
 
 def _ours(config, how: engine.Engine) -> tuple[Callable[[], object], int]:
-    model = assemble.pretext_model(config, one_pass=how.compiled)
-    how.place(model)
-    patches = assemble.patches(config)
-    n_images, side = config.data.images_per_step, patches.grid.span_px
-    task = Task(
-        model=model,
-        network=how.compile(model),
-        optimizer=assemble.call(config.optimizer, model=model),
-        schedule=assemble.call(config.schedule),
-        draw=patches.draw,
-        make=how.compile(patches.make),
-        steps_per_epoch=1000,
-        accumulation=1,
-        seed_of=lambda step, place: key(config.seed, step, place),
-        device=how.device,
-        bf16=how.bf16,
-    )
+    n_images, side = config.data.images_per_step, assemble.patches(config).grid.span_px
+    task = assemble.task(config, how, steps_per_epoch=1000, accumulation=1)
     task.model.train()
     images = torch.randint(256, (n_images, side, side, 3), dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)
     # What `loop.train` does in a step; the learning rate is the warm-up's.

@@ -13,12 +13,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits
+from relloc.data.order import key
 from relloc.data.shards import shards
 from relloc.errors import UsageError
 from relloc.evals.run import Evaluation, Terms
 from relloc.features.source import Reading
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext.loop import Task
 from relloc.pretext.objective import RelativeLocation
 from relloc.runs import console
 from relloc.runs.engine import Engine, number, whole
@@ -112,6 +114,25 @@ def pretext_model(config: DictConfig, *, one_pass: bool = False) -> RelativeLoca
         batch_norm=config.pretext_batch_norm,
         images_per_batch_norm=config.data.images_per_batch_norm,
         one_pass=one_pass,
+    )
+
+
+def task(config: DictConfig, engine: Engine, *, steps_per_epoch: int, accumulation: int) -> Task:
+    """What is trained, on the engine's device, compiled where it compiles."""
+    model, pipeline = pretext_model(config, one_pass=engine.compiled), patches(config)
+    engine.place(model)
+    return Task(
+        model=model,
+        network=engine.compile(model),
+        optimizer=call(config.optimizer, model=model),
+        schedule=call(config.schedule),
+        draw=pipeline.draw,
+        make=engine.compile(pipeline.make),
+        steps_per_epoch=steps_per_epoch,
+        accumulation=accumulation,
+        seed_of=lambda step, place: key(config.seed, step, place),
+        device=engine.device,
+        bf16=engine.bf16,
     )
 
 

@@ -73,11 +73,11 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
     record.write(path)
     (path / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
     folder.keep(CONFIG_FILE)
-    write_status(path, "RUNNING")
     mirror = Mirror(path, folder.uri, warn=console.say) if folder.uri else None
-    if mirror:
-        mirror.start()
     try:
+        write_status(path, "RUNNING")
+        if mirror:
+            mirror.start()
         yield folder
     except (KeyboardInterrupt, Stopped):
         folder.stopped()

@@ -97,7 +97,7 @@ def _explain(error: Exception, config_name: str) -> str | None:
         return _explain_call(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, member = error.missing_cfg_file.rpartition("/")
-        members = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        members = _members(group)
         near = difflib.get_close_matches(member, members, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         return f"there is no {group}={member}. {hint}There are {', '.join(members)}"
@@ -120,7 +120,10 @@ def _explain_key(wrong: str, config_name: str) -> str:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         known = list(_keys(OmegaConf.to_container(hydra.compose(config_name, _chosen_groups()), resolve=False)))
-    parent = wrong.rpartition(".")[0]
+    parent, _, name = wrong.rpartition(".")
+    having = [member for member in _members(parent) if name in OmegaConf.load(conf_dir() / parent / f"{member}.yaml")]
+    if having:
+        return f"there is no setting {wrong} here. It belongs to {', '.join(f'{parent}={member}' for member in having)}"
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.8) or difflib.get_close_matches(wrong, known, n=1)
     if near and (near[0] in siblings or not siblings):
@@ -129,6 +132,10 @@ def _explain_key(wrong: str, config_name: str) -> str:
         names = ", ".join(name.rpartition(".")[2] for name in siblings)
         return f"there is no setting {wrong}: {parent} has {names}"
     return f"there is no setting {wrong}. See --help for the settings there are"
+
+
+def _members(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) if group else []
 
 
 def _chosen_groups() -> list[str]:

@@ -97,22 +97,7 @@ def _task(config: DictConfig, data: Splits, how: Engine) -> tuple[Task, StepPlan
         images_per_forward=_images_per_forward(config, how),
         world=ranks.world_size(),
     )
-    model = assemble.pretext_model(config, one_pass=how.compiled)
-    how.place(model)
-    patches = assemble.patches(config)
-    task = Task(
-        model=model,
-        network=how.compile(model),
-        optimizer=assemble.call(config.optimizer, model=model),
-        schedule=assemble.call(config.schedule),
-        draw=patches.draw,
-        make=how.compile(patches.make),
-        steps_per_epoch=plan.steps_per_epoch,
-        accumulation=plan.accumulation,
-        seed_of=lambda step, place: key(config.seed, step, place),
-        device=how.device,
-        bf16=how.bf16,
-    )
+    task = assemble.task(config, how, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation)
     saving.milestone_steps(config.milestones, task)
     return task, plan
 

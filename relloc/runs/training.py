@@ -71,7 +71,7 @@ def _train(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None
         run.plan,
         feed,
         first_step=standing.step,
-        collapse_steps=min(2000, run.task.steps // 4) if asked == "auto" else asked,
+        collapse_steps=max(100, min(2000, run.task.steps // 4)) if asked == "auto" else asked,
         folder=folder,
     )
 
