@@ -213,7 +213,11 @@ def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_
     assert len(warnings) == 1
     assert "step_000000002.pt is damaged" in warnings[0]
     assert "set aside as step_000000002.pt.damaged" in warnings[0]
-    assert files_below(tmp_path) == ["checkpoints/step_000000001.pt", "checkpoints/step_000000002.pt.damaged"]
+    assert files_below(tmp_path) == [
+        "checkpoints/step_000000001.pt",
+        "checkpoints/step_000000002.pt.damaged",
+        "checkpoints/step_000000002.pt.sha256.damaged",
+    ]
     flip_a_bit(older)
     for _ in range(2):  # nor is training begun anew, unasked, when it is started again
         with pytest.raises(

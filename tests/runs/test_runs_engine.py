@@ -57,7 +57,12 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
     [
         ("device", "tpu", "device=tpu is not one of auto, cpu, cuda"),
         ("precision", "fp16", "precision=fp16 is not one of auto, bf16, tf32, fp32"),
-        ("precision", "bf16", "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients"),
+        (
+            "precision",
+            "bf16",
+            "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 convolutions unset on "
+            "CPUs. Give precision=fp32",
+        ),
         ("precision", 32, "precision=32 is not one of auto, bf16, tf32, fp32"),
         ("compile", "yes please", "compile=yes please is not true or false"),
         ("compile", 1, "compile=1 is not true or false"),

@@ -38,10 +38,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """With the picture that monitors draw."""
-    picture = tmp_path / confusion_picture(2)
-    picture.parent.mkdir()
-    picture.write_bytes(b"a picture")
+    """With the pictures that monitors draw."""
+    for step in range(601):
+        picture = tmp_path / confusion_picture(step)
+        picture.parent.mkdir(exist_ok=True)
+        picture.write_bytes(b"a picture")
     return RunFolder(tmp_path, None)
 
 
@@ -184,9 +185,7 @@ def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
     clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
     feed = waiting_feed()
-    with reporting(
-        stub_task, PLAN, feed, first_step=2, collapse_steps=100, folder=folder, device=torch.device("cpu")
-    ) as report:
+    with reporting(stub_task, PLAN, feed, first_step=2, collapse_steps=100, folder=folder) as report:
         clock.now, feed.waited_s = 4.0, 1.0
         report(progress(4, 1.5))
         clock.now, feed.waited_s = 5.0, 1.1
@@ -209,9 +208,7 @@ def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
 def test_a_loss_that_is_no_number_is_journaled_and_ends_training(
     clock: Clock, folder: RunFolder, stub_task: Task
 ) -> None:
-    with reporting(
-        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=100, folder=folder, device=torch.device("cpu")
-    ) as report:
+    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=100, folder=folder) as report:
         clock.now = 1.0
         with pytest.raises(Diverged):
             report(progress(4, math.nan))
@@ -232,9 +229,7 @@ def test_only_the_process_with_a_folder_tells_but_each_one_stops(
 def test_a_collapse_is_told_once(
     clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with reporting(
-        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=4, folder=folder, device=torch.device("cpu")
-    ) as report:
+    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=4, folder=folder) as report:
         for step in range(1, 8):
             clock.now += 1
             report(progress(step, CHANCE_LOSS))
