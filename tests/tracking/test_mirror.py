@@ -117,6 +117,8 @@ def test_a_store_that_hangs_does_not_hold_up_the_end(new_run: NewRun, monkeypatc
     message = follower.close("FINISHED", timeout_s=0.2)
     assert time.monotonic() - start < 5
     release.set()
+    # Its last attempt must still find the replaced sync, which goes with this test.
+    wait_until(lambda: not follower._thread.is_alive())
     assert message is not None
     assert "longer than 0.2 s" in message
 
