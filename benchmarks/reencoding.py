@@ -18,7 +18,7 @@ from relloc.data.folder import folder
 from relloc.data.loader import load
 from relloc.data.order import key
 from relloc.data.shards import shards
-from relloc.data.views import CenterViews
+from relloc.data.views import Center, Views
 from relloc.errors import UsageError
 from relloc.features.pool import pooled_layers
 from relloc.patches.normalize import ByDataset
@@ -40,8 +40,8 @@ def main() -> None:
     if [len(source) for source in sources] != [len(sources[0])] * 2:
         raise UsageError(f"{options.shards} holds other images than {options.root}")
     model, patches = _network(options.run)
-    crops = [_pixels(Crops(source, patches.grid, centered=False), keyed=True) for source in sources]
-    views = [_pixels(CenterViews(source, short_px=256, crop_px=224), keyed=False) for source in sources]
+    crops = [_pixels(Crops(source, patches.grid, centered=False)) for source in sources]
+    views = [_pixels(Views(source, Center(short_px=256, crop_px=224))) for source in sources]
     off = (crops[0].float() - crops[1].float()).abs()
     rows = [_asked(model, patches, pixels, name) for name, pixels in zip(("files", "shards"), crops, strict=True)]
     turned = _turned(model, *views)
@@ -58,8 +58,8 @@ def _network(run: str) -> tuple[objective.RelativeLocation, PatchPipeline]:
     return model.eval(), assemble.patches(config)
 
 
-def _pixels(samples: Crops | CenterViews, *, keyed: bool) -> torch.Tensor:
-    keys = [(index, key(0, index)) if keyed else index for index in range(len(samples))]
+def _pixels(samples: Crops | Views) -> torch.Tensor:
+    keys = [(index, key(0, index)) for index in range(len(samples))]
     batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
     return torch.cat([batch.pixels for batch in load(samples, batches, workers=0, pin=False)])
 

@@ -13,6 +13,12 @@ class Interrupted(UsageError):
     exit_code = 75
 
 
+class KnownAnswerMissed(UsageError):
+    """What was measured is not what is known of it."""
+
+    exit_code = 1
+
+
 class DataError(UsageError):
     """A data set that can't be used as it is."""
 

@@ -6,10 +6,11 @@ or several, is unlabeled: every image below it, a share of them held out by the 
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +18,8 @@ from PIL import Image
 from relloc.data.image_set import Splits, hash_lines, warn_of_other_counts
 from relloc.data.images import SUFFIXES, read_rgb
 from relloc.errors import DataError
+
+_SIZES_ASKED = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,30 @@ class FolderImages:
         return self.paths[index]
 
     def digest(self) -> str:
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        """Of names below the folder they share, and sizes of some files: the same set wherever it lies.
+
+        Sizes tell copies of another resolution apart. To ask for all takes an hour on some file servers.
+        """
         paths = [os.path.abspath(path) for path in self.paths]
-        common = os.path.commonpath({os.path.dirname(path) for path in paths})  # the same set wherever it lies
-        return hash_lines([*self.classes, *(os.path.relpath(path, common) for path in paths)])
+        common = os.path.commonpath({os.path.dirname(path) for path in paths})
+        asked = paths[:: max(1, len(paths) // _SIZES_ASKED)]
+        names = (os.path.relpath(path, common) for path in paths)
+        return hash_lines([*self.classes, *names, *map(_size, asked), *self._told_by_list()])
+
+    def _told_by_list(self) -> Iterable[str]:
+        """What the files do not say themselves."""
+        return ()
+
+
+def _size(path: str) -> str:
+    try:
+        return str(os.path.getsize(path))
+    except OSError:  # told when it is read
+        return "none"
 
 
 def _images_below(folder: Path) -> Iterator[str]:

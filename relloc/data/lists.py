@@ -5,14 +5,24 @@ unreadable: looking for 2.4 million files takes longer than reading their names.
 """
 
 import dataclasses
+import functools
 import json
+import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from relloc.data.folder import FolderImages
-from relloc.data.image_set import Splits, hash_lines, warn_of_other_counts
+from relloc.data.image_set import Splits, warn_of_other_counts
 from relloc.errors import DataError
+
+_VOC_NAMES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+)
+VOC_CLASSES = tuple(_VOC_NAMES.split())
+_COUNTED_YEAR = 2007  # whose counts published_images has: the benchmark is of this year
+THERE, DIFFICULT, NOT_THERE = 1, 0, -1  # as the class lists of PASCAL VOC have it
 
 _VOC = "the PASCAL VOC{year} development kit (images and lists, of trainval and of test), from the PASCAL VOC site"
 _PLACES = "Places205 (images at 256 px, and the split lists), from the Places site of MIT"
@@ -23,8 +33,74 @@ _INATURALIST = "the iNaturalist 2018 competition's images and annotations, from 
 class ListedImages(FolderImages):
     """An `ImageSet` of files whose labels stand in a list, and are therefore part of its digest."""
 
-    def digest(self) -> str:
-        return hash_lines([FolderImages.digest(self), *map(str, self.labels or ())])
+    def _told_by_list(self) -> Iterable[str]:
+        return map(str, self.labels or ())
+
+
+@runtime_checkable
+class MultiLabeled(Protocol):
+    """Images that may show several classes."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def presence(self) -> list[list[int]]:
+        """For each image and class: 1 there, 0 there but difficult to recognize, -1 not there."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VocImages(ListedImages):
+    """The images of a list of PASCAL VOC: no labels, as each may show several classes."""
+
+    devkit: Path
+    listed: Sequence[str]
+
+    def presence(self) -> list[list[int]]:
+        return self._presence
+
+    @functools.cached_property
+    def _presence(self) -> list[list[int]]:
+        """From the lists `<class>_<split>.txt`; without those of a split of one's own, from its annotations.
+
+        Where neither says more, 1 is an object not marked difficult, 0 are difficult ones only.
+
+        Raises:
+            DataError: a list is about other images than the split, or an annotation is missing or broken.
+        """
+        lists = self.devkit / "ImageSets" / "Main"
+        if not any((lists / f"{name}_{self.split}.txt").exists() for name in VOC_CLASSES):
+            return [_annotated_presence(self.devkit / "Annotations" / f"{image}.xml") for image in self.listed]
+        columns = [self._class_list(lists / f"{name}_{self.split}.txt") for name in VOC_CLASSES]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _class_list(self, path: Path) -> list[int]:
+        marks = {}
+        for number, line in _lines(path, _VOC.format(year=self.devkit.name.removeprefix("VOC"))):
+            image, *rest = line.split()
+            if rest not in (["1"], ["0"], ["-1"]):
+                raise DataError(f"{path} line {number}: {line!r} is not an image and 1, 0 or -1")
+            marks[image] = int(rest[0])
+        unmarked = [image for image in self.listed if image not in marks]
+        if unmarked or len(marks) != len(set(self.listed)):
+            example = unmarked[0] if unmarked else next(image for image in marks if image not in set(self.listed))
+            raise DataError(
+                f"{path} and {self.split}.txt beside it name different images, such as {example}: unpack both from "
+                "the same archive again"
+            )
+        return [marks[image] for image in self.listed]
+
+
+def _annotated_presence(path: Path) -> list[int]:
+    try:
+        objects = ET.parse(path).getroot().findall("object")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: without lists of classes it says what the image shows") from error
+    except ET.ParseError as error:
+        raise DataError(f"{path} is not XML: {error}") from error
+    easy = {one.findtext("name") for one in objects if one.findtext("difficult", "0").strip() != "1"}
+    shown = {one.findtext("name") for one in objects}
+    return [THERE if name in easy else DIFFICULT if name in shown else NOT_THERE for name in VOC_CLASSES]
 
 
 def voc(
@@ -36,7 +112,7 @@ def voc(
     held_out: str,
     published_images: Mapping[str, int] | None = None,
 ) -> Splits:
-    """The images that VOC<year>/ImageSets/Main/`train`.txt and `held_out`.txt name, unlabeled.
+    """The images that VOC<year>/ImageSets/Main/`train`.txt and `held_out`.txt name, any two lists there.
 
     `root` holds VOCdevkit, or is VOCdevkit or VOC<year> itself.
 
@@ -46,7 +122,7 @@ def voc(
     where = _VOC.format(year=year)
     base = _voc_folder(_root(root, where), year, where)
     splits = Splits(train=_voc_split(name, base, train, where), held_out=_voc_split(name, base, held_out, where))
-    warn_of_other_counts(splits, published_images)
+    warn_of_other_counts(splits, published_images if year == _COUNTED_YEAR else None)
     return splits
 
 
@@ -58,10 +134,13 @@ def _voc_folder(root: Path, year: int, where: str) -> Path:
     raise DataError(f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {where}")
 
 
-def _voc_split(name: str, base: Path, split: str, where: str) -> ListedImages:
+def _voc_split(name: str, base: Path, split: str, where: str) -> VocImages:
     path = base / "ImageSets" / "Main" / f"{split}.txt"
     found = [line.split()[0] for _, line in _lines(path, where)]
-    return _images(name, split, base / "JPEGImages", path, [f"{one}.jpg" for one in found])
+    if not found:
+        raise DataError(f"{path} names no images")
+    paths = [f"{base / 'JPEGImages'}/{one}.jpg" for one in found]
+    return VocImages(name=name, split=split, paths=paths, classes=VOC_CLASSES, devkit=base, listed=found)
 
 
 def places205(

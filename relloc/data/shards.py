@@ -9,6 +9,7 @@ size 0 and is in no tar. manifest.json says how all that came to be.
 """
 
 import array
+import hashlib
 import json
 import os
 import weakref
@@ -172,6 +173,23 @@ def _check_sizes(folder: Path, tars: Sequence[dict[str, Any]]) -> None:
         if size != tar["bytes"]:
             what = "is missing" if size is None else f"has {size} bytes, not the {tar['bytes']} it was packed with"
             raise DataError(f"{path} {what}: copy it again from where it was packed, or pack into a new folder")
+
+
+def check_hashes(folder: Path) -> None:
+    """Read every tar and hold it against the hash that it was packed with.
+
+    Raises:
+        DataError: a tar holds other bytes.
+    """
+    manifest = read_manifest(folder)
+    for role in ("train", "held_out"):
+        for tar in manifest[role]["shards"]:
+            with open(folder / tar["file"], "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != tar["sha256"]:
+                    raise DataError(
+                        f"{folder / tar['file']} has other bytes than it was packed with: copy it again from where it "
+                        "was packed, or pack into a new folder"
+                    )
 
 
 def _read_index(path: Path, n_images: int) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import pytest
 from mixed_folder import jpeg, picture
 
 from relloc.data.image_set import ImageSet, Splits
-from relloc.data.lists import inaturalist2018, places205, voc
+from relloc.data.lists import VOC_CLASSES, MultiLabeled, inaturalist2018, places205, voc
 from relloc.errors import DataError, UnreadableImage
 
 
@@ -63,6 +63,62 @@ def test_a_missing_voc_says_what_is_wanted(tmp_path: Path) -> None:
 def test_other_counts_than_the_published_are_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="voc trainval has 2 images, the published set 5011"):
         voc_of(vocdevkit(tmp_path), published_images={"trainval": 5011, "test": 1})
+
+
+def annotation(*objects: tuple[str, int]) -> str:
+    inner = "".join(f"<object><name>{name}</name><difficult>{hard}</difficult></object>" for name, hard in objects)
+    return f"<annotation>{inner}</annotation>"
+
+
+def class_lists(root: Path, marks: dict[str, tuple[int, int]], split: str = "trainval") -> Path:
+    """`<class>_<split>.txt` of all classes; those not named are nowhere."""
+    for name in VOC_CLASSES:
+        first, second = marks.get(name, (-1, -1))
+        text(root / f"VOCdevkit/VOC2007/ImageSets/Main/{name}_{split}.txt", f"000001 {first:2d}\n000002 {second:2d}\n")
+    return root
+
+
+def presence_of(images: ImageSet) -> list[dict[str, int]]:
+    """What is not absent, an image."""
+    assert isinstance(images, MultiLabeled)
+    rows = images.presence()
+    assert all(len(row) == len(VOC_CLASSES) == 20 for row in rows)
+    return [{name: mark for name, mark in zip(VOC_CLASSES, row, strict=True) if mark != -1} for row in rows]
+
+
+def test_presence_is_what_the_class_lists_say(tmp_path: Path) -> None:
+    root = class_lists(vocdevkit(tmp_path), {"cat": (1, 0), "dog": (-1, 1), "tvmonitor": (1, 1)})
+    assert presence_of(voc_of(root).train) == [{"cat": 1, "tvmonitor": 1}, {"cat": 0, "dog": 1, "tvmonitor": 1}]
+
+
+def test_a_list_of_ones_own_takes_presence_from_annotations(tmp_path: Path) -> None:
+    base = vocdevkit(tmp_path) / "VOCdevkit/VOC2007"
+    text(base / "ImageSets/Main/mine.txt", "000002\n000001\n")
+    text(base / "Annotations/000001.xml", annotation(("cat", 1), ("cat", 0), ("dog", 1)))
+    text(base / "Annotations/000002.xml", annotation(("person", 0)))
+    assert presence_of(voc_of(tmp_path, train="mine").train) == [{"person": 1}, {"cat": 1, "dog": 0}]
+    text(base / "Annotations/000002.xml", "<annotation>")
+    with pytest.raises(DataError, match=r"000002\.xml is not XML"):
+        presence_of(voc_of(tmp_path, train="mine").train)
+    (base / "Annotations/000002.xml").unlink()
+    with pytest.raises(DataError, match=r"000002\.xml is missing: without lists of classes"):
+        presence_of(voc_of(tmp_path, train="mine").train)
+
+
+def test_class_lists_that_do_not_match_the_split_are_refused(tmp_path: Path) -> None:
+    root = class_lists(vocdevkit(tmp_path), {})
+    lists = root / "VOCdevkit/VOC2007/ImageSets/Main"
+    for content, told in [
+        ("000001 1\n", r"cow_trainval.txt and trainval.txt .* different images, such as 000002"),
+        ("000001 1\n000002 1\n000009 1\n", "different images, such as 000009"),
+        ("000001 1\n000002 2\n", r"cow_trainval.txt line 2: '000002 2' is not an image and 1, 0 or -1"),
+    ]:
+        text(lists / "cow_trainval.txt", content)
+        with pytest.raises(DataError, match=told):
+            presence_of(voc_of(root).train)
+    (lists / "cow_trainval.txt").unlink()  # half unpacked: some lists are there
+    with pytest.raises(DataError, match=r"cow_trainval.txt is missing: .*PASCAL VOC2007 development kit"):
+        presence_of(voc_of(root).train)
 
 
 def places_root(root: Path) -> Path:

@@ -18,8 +18,8 @@ from relloc.data.image_set import ImageSet, Splits
 from relloc.data.images import read_rgb
 from relloc.data.loader import load
 from relloc.data.packing import Packing, pack
-from relloc.data.shards import ShardImages, decoded, shards
-from relloc.data.views import CenterViews
+from relloc.data.shards import ShardImages, check_hashes, decoded, shards
+from relloc.data.views import Center, Views
 from relloc.errors import DataError, UnreadableImage
 
 
@@ -118,8 +118,8 @@ def test_pickled_it_is_a_name_and_reads_the_same(out: Path, monkeypatch: pytest.
 def test_worker_processes_read_what_the_parent_reads(out: Path) -> None:
     images = shards(root=str(out)).train
     images.read(0)  # a file that is open before the workers are made
-    views = CenterViews(images, short_px=64, crop_px=56)
-    batches = [[0, 5, 9], [1, 8, 2], [7, 3]]
+    views = Views(images, Center(short_px=64, crop_px=56))
+    batches = [[(index, 0) for index in some] for some in ([0, 5, 9], [1, 8, 2], [7, 3])]
     here, there = (list(load(views, batches, workers=workers, pin=False)) for workers in (0, 2))
     assert len(here) == len(there) == 3
     assert all(one.pixels.equal(other.pixels) for one, other in zip(here, there, strict=True))
@@ -218,3 +218,14 @@ def test_real_photographs_decode_to_pillows_pixels(real_images: Path) -> None:
             upright = image.getexif().get(0x0112, 1) == 1 and image.mode in ("RGB", "L")
         if upright:
             assert np.array_equal(decoded(bytearray(path.read_bytes())), np.asarray(read_rgb(path))), path
+
+
+def test_a_tar_of_the_same_size_with_other_bytes_is_found_when_hashes_are_asked_for(out: Path, tmp_path: Path) -> None:
+    check_hashes(out)
+    damaged = Path(shutil.copytree(out, tmp_path / "damaged"))
+    content = bytearray((damaged / "val-000000.tar").read_bytes())
+    content[700] ^= 1
+    (damaged / "val-000000.tar").write_bytes(content)
+    shards(root=str(damaged))  # as quick as before: sizes alone are looked at
+    with pytest.raises(DataError, match=r"val-000000.tar has other bytes than it was packed with"):
+        check_hashes(damaged)
