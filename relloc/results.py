@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,9 +14,8 @@ NOT_OURS = ("random", "torchvision")
 
 def check_layers(setting: str, layers: Sequence[str]) -> None:
     """Raises `ValueError` unless `layers` names layers that exist."""
-    wrong = [layer for layer in layers if layer not in LAYERS]
-    if wrong or not layers:
-        raise ValueError(f"{setting} is {list(layers)}: name some of {', '.join(LAYERS)}")
+    if isinstance(layers, str) or not layers or any(layer not in LAYERS for layer in layers):
+        raise ValueError(f"{setting} is {layers}: give a list of some of {', '.join(LAYERS)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Result:
     `batch_norm` says which batch-norm statistics the backbone used: "as_trained" or
     "recalibrated". `protocol` names the published protocol and every deviation from it;
     `fingerprint` hashes all constants, the view and the images, so that a result already there is
-    recognized.
+    recognized. `measured_in` is the run folder that measured a row which was copied from there.
     """
 
     eval: str
@@ -46,10 +46,13 @@ class Result:
     low: float | None = None
     high: float | None = None
     fingerprint: str = ""
+    measured_in: str = ""
 
     def __post_init__(self) -> None:
         if self.layer not in LAYERS:
             raise ValueError(f"layer is {self.layer!r}, not one of {', '.join(LAYERS)}")
+        if not math.isfinite(self.value):
+            raise ValueError(f"{self.eval} {self.layer} {self.metric} is {self.value}: not a number to report")
         if self.n < 1:
             raise ValueError(f"n is {self.n}: a result needs at least one sample")
 
@@ -98,10 +101,14 @@ def read_results(run_dir: Path) -> Sequence[Result]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """What an evaluation knows of a result; who was evaluated, on what, is added outside."""
+    """What an evaluation knows of a result; who was evaluated, on what, is added outside.
+
+    `on_train`: measured on images of the training split, by cross-validation.
+    """
 
     layer: str
     metric: str
     value: float
     n: int
     protocol: str
+    on_train: bool = False

@@ -4,8 +4,9 @@ Both give the same numbers for the same image; which one serves is a matter of m
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -14,14 +15,29 @@ from torch import Tensor
 from relloc.data.image_set import ImageSet
 from relloc.data.loader import Batch as ImageBatch
 from relloc.data.loader import Unreadable, load
-from relloc.data.views import CenterViews
+from relloc.data.order import key
+from relloc.data.views import View, Views
+from relloc.errors import DataError
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 
 Features = dict[str, Float[Tensor, "b _d"]]
-Batch = tuple[Features, Int[Tensor, "b"]]
+Batch = tuple[Features, Int[Tensor, "b *classes"]]
+# Changes pixels (b 3 s s) between 0 and 1 by the chance of one seed an image
+Color = Callable[[Float[Tensor, "b 3 s s"], Sequence[int]], Float[Tensor, "b 3 s s"]]
 ProgressBar = Callable[[Iterable[ImageBatch], str, int], Iterable[ImageBatch]]
+
+
+Encode = Callable[[Backbone, Float[Tensor, "b 3 s s"], tuple[str, ...], bool], Features]
+
+
+def encode(
+    backbone: Backbone, images: Float[Tensor, "b 3 s s"], layers: tuple[str, ...], bf16: bool
+) -> dict[str, Float[Tensor, "b _d"]]:
+    """Pooled features of images of 0 to 255: normalized, encoded in bfloat16 if asked, pooled in float32."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        return pooled_layers(backbone, ByDataset()(images), layers)
 
 
 def _silent(batches: Iterable[ImageBatch], _what: str, _total: int) -> Iterable[ImageBatch]:
@@ -30,7 +46,11 @@ def _silent(batches: Iterable[ImageBatch], _what: str, _total: int) -> Iterable[
 
 @runtime_checkable
 class FeatureSource(Protocol):
-    """Labeled images 0..n-1 as pooled features; `dims` numbers a layer, in `channels` channels."""
+    """Labeled images 0..n-1 as pooled features; `dims` numbers a layer, in `channels` channels.
+
+    A label is the number of a class; or, where an image may show several (PASCAL VOC), a row of
+    `n_classes` of 1 (there), 0 (difficult) and -1 (not there).
+    """
 
     @property
     def n(self) -> int: ...
@@ -44,30 +64,82 @@ class FeatureSource(Protocol):
     @property
     def channels(self) -> dict[str, int]: ...
 
-    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str]) -> Iterator[Batch]:
-        """Features by layer and labels of the images at `places`, in that order, `size` at a time."""
+    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+        """Features by layer and labels of the images at `places`, in that order, `size` at a time.
+
+        Where views are random, each epoch has its own; else `epoch` changes nothing.
+        """
         ...
+
+
+@runtime_checkable
+class State(Protocol):
+    """What a long evaluation goes on from if it was stopped."""
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last, on the CPU; None at the first start."""
+        ...
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep tensors and plain values; calls that follow one another too soon are passed over."""
+        ...
+
+
+class Forgetful:
+    """A `State` that keeps nothing."""
+
+    def load(self) -> None:
+        return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sets:
+    """What an evaluation is given: both splits as the evaluation's still view shows them.
+
+    `augmented` is the training split in the random views that the evaluation asks for; `classes` are
+    the names behind the labels.
+    """
+
+    train: FeatureSource
+    held_out: FeatureSource
+    classes: Sequence[str] = ()
+    augmented: FeatureSource | None = None
+    state: State = dataclasses.field(default_factory=Forgetful)
+
+
+def _batches(keys: Iterable[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    left = iter(keys)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How views are made and encoded; the same for every evaluation of a run."""
+    """How views are read and encoded; the same for every evaluation of a run.
 
-    short_px: int
-    crop_px: int
+    `precision` is "fp32", "tf32" or "bf16". `encode` is the function of that name, or what a compiler
+    made of it; it serves full batches, as each other size would be compiled anew.
+    """
+
     batch: int
     workers: int
     device: torch.device
-    bf16: bool
+    precision: str
     unreadable_share: float
     progress: ProgressBar = _silent
+    encode: Encode = encode
 
-    def views(self, images: ImageSet, places: Iterable[int], size: int) -> Iterable[ImageBatch]:
-        """Views of the images at `places`, `size` at a time."""
-        chosen = list(places)
-        batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        views = CenterViews(images, short_px=self.short_px, crop_px=self.crop_px)
-        return load(views, batches, workers=self.workers, pin=self.device.type == "cuda")
+    @property
+    def bf16(self) -> bool:
+        """Whether networks compute in bfloat16; their features are float32 all the same."""
+        return self.precision == "bf16"
+
+    def views(self, images: ImageSet, view: View, keys: Iterable[tuple[int, int]], size: int) -> Iterable[ImageBatch]:
+        """Views by (image, seed of its chance), `size` at a time; keys are asked for as they are needed."""
+        return load(Views(images, view), _batches(keys, size), workers=self.workers, pin=self.device.type == "cuda")
 
     def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """Views as the network takes them."""
@@ -75,32 +147,55 @@ class Reading:
 
 
 class LiveFeatures:
-    """A `FeatureSource` that runs the backbone whenever it is asked; images that can't be read drop out."""
+    """A `FeatureSource` that encodes images each time they are asked for: little memory, more time.
 
-    def __init__(self, backbone: Backbone, images: ImageSet, reading: Reading) -> None:
-        if images.labels is None:
+    `backbone` is on `reading.device`. `labels` (n, or n x classes) are the images' own unless given.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: ImageSet,
+        reading: Reading,
+        view: View,
+        *,
+        labels: Int[Tensor, "n *classes"] | None = None,
+        color: Color | None = None,
+        seed: int = 0,
+    ) -> None:
+        if labels is None and images.labels is None:
             raise ValueError(f"{images.name} {images.split} has no labels")
         self.backbone = backbone
         self.images = images
         self.reading = reading
+        self.view = view
+        self.labels = torch.as_tensor(images.labels) if labels is None else labels
+        self.color = color
+        self.seed = seed
         self.n = len(images)
         self.n_classes = len(images.classes)
         self.dims = layer_dims(backbone)
         self.channels = layer_channels(backbone)
         self.unreadable = Unreadable(n_images=self.n, most_share=reading.unreadable_share)
 
-    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str]) -> Iterator[Batch]:
-        labels = torch.as_tensor(self.images.labels)
+    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
         self.backbone.eval()
-        loaded = self.reading.views(self.images, places.tolist(), size)
-        what = f"features of {self.images.name} {self.images.split}"
+        keys = ((place, key(self.seed, epoch, place)) for place in places.tolist())
+        loaded = self.reading.views(self.images, self.view, keys, size)
+        what = f"features of {self.images.name} {self.images.split}{f', epoch {epoch + 1}' if epoch else ''}"
         for views in self.reading.progress(loaded, what, -(-len(places) // size)):
             self.unreadable.add(views.unreadable)
             if len(views.pixels):
-                pixels = self.reading.to_device(views.pixels)
-                with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.reading.bf16):
-                    features = pooled_layers(self.backbone, pixels, tuple(layers))
-                yield features, labels[views.indices]
+                yield self._encode(views, size, layers, epoch), self.labels[views.indices]
+
+    @torch.no_grad()
+    def _encode(self, views: ImageBatch, size: int, layers: Sequence[str], epoch: int) -> Features:
+        images = views.pixels.to(self.reading.device, non_blocking=True).float()
+        if self.color:
+            seeds = [key(self.seed, epoch, place) for place in views.indices.tolist()]
+            images = 255 * self.color(images / 255, seeds)
+        way = self.reading.encode if len(images) == size else encode
+        return way(self.backbone, images, tuple(layers), self.reading.bf16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +203,7 @@ class Bank:
     """A `FeatureSource` kept in memory: one matrix a layer, one row an image."""
 
     features: dict[str, Float[Tensor, "n _d"]]
-    labels: Int[Tensor, "n"]
+    labels: Int[Tensor, "n *classes"]
     n_classes: int
     channels: dict[str, int]
 
@@ -120,28 +215,40 @@ class Bank:
     def dims(self) -> dict[str, int]:
         return {layer: rows.shape[1] for layer, rows in self.features.items()}
 
-    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str]) -> Iterator[Batch]:
+    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
         for chosen in places.split(size):
             yield {layer: self.features[layer][chosen] for layer in layers}, self.labels[chosen]
 
 
-def fill_bank(source: FeatureSource, layers: Sequence[str], size: int, device: torch.device) -> Bank:
-    """All of a source's features of the named layers, in the memory of `device`.
+def fill_bank(
+    source: FeatureSource,
+    layers: Sequence[str],
+    size: int,
+    device: torch.device,
+    places: Int[Tensor, "m"] | None = None,
+) -> Bank:
+    """A source's features of the named layers, in the memory of `device`: of all images, or of those at `places`.
 
     Matrices are allocated once: the peak is the bank itself and one batch.
+
+    Raises:
+        DataError: none of the images can be read.
     """
-    rows = {layer: torch.empty(source.n, source.dims[layer], device=device) for layer in layers}
-    labels = torch.empty(source.n, dtype=torch.int64)
+    places = torch.arange(source.n) if places is None else places
+    rows = {layer: torch.empty(len(places), source.dims[layer], device=device) for layer in layers}
+    labels = []
     filled = 0
-    for features, batch_labels in source.batches(torch.arange(source.n), size, layers):
+    for features, batch_labels in source.batches(places, size, layers):
         end = filled + len(batch_labels)
         for layer, matrix in rows.items():
             matrix[filled:end] = features[layer]
-        labels[filled:end] = batch_labels
+        labels.append(batch_labels)
         filled = end
+    if not labels:
+        raise DataError("none of the images can be read: there are no features to evaluate")
     return Bank(
         features={layer: matrix[:filled] for layer, matrix in rows.items()},
-        labels=labels[:filled],
+        labels=torch.cat(labels),
         n_classes=source.n_classes,
         channels=source.channels,
     )

@@ -1,5 +1,6 @@
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,14 +9,17 @@ from PIL import Image
 from torch import Tensor
 
 from relloc.data.folder import FolderImages
+from relloc.data.order import key
+from relloc.data.views import Center
 from relloc.errors import DataError
 from relloc.features.pool import pooled_layers
-from relloc.features.source import Bank, FeatureSource, LiveFeatures, Reading, bank_device, bank_gib, fill_bank
+from relloc.features.source import Bank, FeatureSource, LiveFeatures, Reading, bank_device, bank_gib, encode, fill_bank
 from relloc.models.small import SmallBackbone
 
 CPU = torch.device("cpu")
 LAYERS = ("feature2", "feature5", "avgpool")
 PX = 64
+VIEW = Center(short_px=PX, crop_px=PX)
 BROKEN = (3, 4, 8)
 
 
@@ -39,7 +43,7 @@ def write_images(folder: Path, n: int, broken: tuple[int, ...] = ()) -> FolderIm
 
 
 def reading(**changes: object) -> Reading:
-    settings = {"short_px": PX, "crop_px": PX, "batch": 4, "workers": 0, "device": CPU, "bf16": False}
+    settings = {"batch": 4, "workers": 0, "device": CPU, "precision": "fp32"}
     return Reading(**{**settings, "unreadable_share": 0.5, **changes})  # type: ignore[arg-type]
 
 
@@ -57,7 +61,7 @@ def assert_same_features(one: dict[str, Tensor], other: dict[str, Tensor]) -> No
 
 def test_features_are_the_pooled_stages_of_the_normalized_image(tmp_path: Path, backbone: SmallBackbone) -> None:
     images = write_images(tmp_path, 4)
-    features, labels = gathered(LiveFeatures(backbone.train(), images, reading()), range(4), 4)
+    features, labels = gathered(LiveFeatures(backbone.train(), images, reading(), VIEW), range(4), 4)
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255 for path in images.paths])
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalized = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -68,7 +72,7 @@ def test_features_are_the_pooled_stages_of_the_normalized_image(tmp_path: Path, 
 
 
 def test_a_bank_has_the_live_features_row_by_row(tmp_path: Path, backbone: SmallBackbone) -> None:
-    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading())
+    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(), VIEW)
     bank = fill_bank(live, LAYERS, 3, CPU)
     assert (bank.n, bank.n_classes, live.n, live.n_classes) == (7, 3, 7, 3)
     assert bank.dims == {layer: live.dims[layer] for layer in LAYERS}
@@ -86,7 +90,7 @@ def test_a_bank_has_the_live_features_row_by_row(tmp_path: Path, backbone: Small
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
 def test_the_batch_size_changes_nothing(tmp_path: Path, backbone: SmallBackbone, size: int) -> None:
-    live = LiveFeatures(backbone, write_images(tmp_path, 7, broken=(3,)), reading())
+    live = LiveFeatures(backbone, write_images(tmp_path, 7, broken=(3,)), reading(), VIEW)
     features, labels = gathered(live, range(7), 3)
     others, other_labels = gathered(live, range(7), size)
     assert_same_features(features, others)
@@ -98,7 +102,7 @@ def test_the_batch_size_changes_nothing(tmp_path: Path, backbone: SmallBackbone,
 
 def test_images_that_can_not_be_read_drop_out_and_are_named(tmp_path: Path, backbone: SmallBackbone) -> None:
     images = write_images(tmp_path, 9, broken=BROKEN)
-    live = LiveFeatures(backbone, images, reading())
+    live = LiveFeatures(backbone, images, reading(), VIEW)
     bank = fill_bank(live, LAYERS, 2, CPU)
     readable = [place for place in range(9) if place not in BROKEN]
     features, labels = gathered(live, readable, 4)
@@ -110,7 +114,7 @@ def test_images_that_can_not_be_read_drop_out_and_are_named(tmp_path: Path, back
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path: Path, backbone: SmallBackbone) -> None:
-    live = LiveFeatures(backbone, write_images(tmp_path, 9, broken=BROKEN), reading(unreadable_share=0.2))
+    live = LiveFeatures(backbone, write_images(tmp_path, 9, broken=BROKEN), reading(unreadable_share=0.2), VIEW)
     with pytest.raises(DataError, match=r"2 of 9 images can't be used, more than data\.unreadable_share=0\.2"):
         fill_bank(live, LAYERS, 2, CPU)
 
@@ -119,8 +123,8 @@ def test_bfloat16_moves_features_by_rounding_alone_and_they_stay_float32(
     tmp_path: Path, backbone: SmallBackbone
 ) -> None:
     images = write_images(tmp_path, 4)
-    exact, _ = gathered(LiveFeatures(backbone, images, reading()), range(4), 4)
-    rounded, _ = gathered(LiveFeatures(backbone, images, reading(bf16=True)), range(4), 4)
+    exact, _ = gathered(LiveFeatures(backbone, images, reading(), VIEW), range(4), 4)
+    rounded, _ = gathered(LiveFeatures(backbone, images, reading(precision="bf16"), VIEW), range(4), 4)
     for layer, rows in rounded.items():
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows, exact[layer], rtol=0.1, atol=0.03)
@@ -131,7 +135,7 @@ def test_unlabeled_images_are_an_error(tmp_path: Path, backbone: SmallBackbone) 
     images = write_images(tmp_path, 2)
     unlabeled = FolderImages(name="mine", split="held_out", paths=images.paths)
     with pytest.raises(ValueError, match="mine held_out has no labels"):
-        LiveFeatures(backbone, unlabeled, reading())
+        LiveFeatures(backbone, unlabeled, reading(), VIEW)
 
 
 def test_progress_sees_every_batch(tmp_path: Path, backbone: SmallBackbone) -> None:
@@ -144,14 +148,14 @@ def test_progress_sees_every_batch(tmp_path: Path, backbone: SmallBackbone) -> N
             counted.append(batch)
             yield batch
 
-    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(progress=progress))
+    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(progress=progress), VIEW)
     gathered(live, range(7), 3)
     assert told == [("features of noise train", 3)]
     assert len(counted) == 3
 
 
 def test_bank_gib_is_the_memory_that_the_bank_takes(tmp_path: Path, backbone: SmallBackbone) -> None:
-    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading())
+    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(), VIEW)
     bank = fill_bank(live, LAYERS, 3, CPU)
     taken = sum(rows.untyped_storage().nbytes() for rows in bank.features.values())
     assert bank_gib(live, LAYERS) * 2**30 == pytest.approx(taken)
@@ -166,3 +170,40 @@ def test_bank_gib_is_the_memory_that_the_bank_takes(tmp_path: Path, backbone: Sm
 
 def test_a_bank_stays_on_the_cpu_where_the_cpu_computes() -> None:
     assert bank_device(0.001, CPU) == CPU
+
+
+def test_full_batches_are_encoded_by_what_was_compiled_and_others_as_they_are(
+    tmp_path: Path, backbone: SmallBackbone
+) -> None:
+    sizes: list[int] = []
+
+    def compiled(*of: Any) -> dict[str, Tensor]:
+        sizes.append(len(of[1]))
+        return encode(*of)
+
+    images = write_images(tmp_path, 7)
+    plain, _ = gathered(LiveFeatures(backbone, images, reading(), VIEW), range(7), 3)
+    found, _ = gathered(LiveFeatures(backbone, images, reading(encode=compiled), VIEW), range(7), 3)
+    assert sizes == [3, 3]
+    assert_same_features(found, plain)
+
+
+def test_colors_belong_to_image_and_epoch_and_are_changed_before_normalizing(
+    tmp_path: Path, backbone: SmallBackbone
+) -> None:
+    given: list[tuple[float, list[int]]] = []
+
+    def black(pixels: Tensor, seeds: list[int]) -> Tensor:
+        given.append((float(pixels.max()), list(seeds)))
+        return torch.zeros_like(pixels)
+
+    images = write_images(tmp_path, 4)
+    source = LiveFeatures(backbone, images, reading(), VIEW, color=black, seed=5)
+    asked = (([0, 1, 2, 3], 0), ([3, 2], 1))
+    found = [next(source.batches(torch.tensor(order), 4, LAYERS, epoch)) for order, epoch in asked]
+    assert all(0.9 < largest <= 1 for largest, _ in given)
+    assert given[0][1] == [key(5, 0, place) for place in range(4)]
+    assert given[1][1] == [key(5, 1, place) for place in (3, 2)]
+    with torch.no_grad():
+        of_black = encode(backbone, torch.zeros(4, 3, PX, PX), LAYERS, False)
+    assert_same_features(found[0][0], of_black)
