@@ -1,0 +1,181 @@
+"""The VOC07 SVM and low-shot protocols by relloc's solver and by LIBLINEAR, on the same features in one run.
+
+Ours is run whole: every class, cost, fold, draw and number of shots of each layer that is named. LIBLINEAR
+(scikit-learn's LinearSVC as published: tolerance 1e-4, at most 2,000 iterations) is run on a part, for the first
+class: all costs on each fold and on all images; and all costs at each number of shots of one draw. Its whole is that
+part times the classes, and times the draws. It runs on one core; the ratio divides its time by the cores that ours had.
+
+Features are of squashed 224 px views of PASCAL VOC, or with --classes-root of a folder train/CLASS, val/CLASS, whose
+images each show one class. --features keeps them in a file, or reads them from there.
+"""
+
+import argparse
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from report import arguments, tell
+from safetensors.torch import load_file, save_file
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import StratifiedKFold
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+from relloc.data.folder import class_folders
+from relloc.data.image_set import ImageSet
+from relloc.data.lists import NOT_THERE, THERE, MultiLabeled
+from relloc.evals.low_shot import Voc07LowShot, draw
+from relloc.evals.voc07_svm import Voc07Svm
+from relloc.features.source import Bank, LiveFeatures, Sets, fill_bank
+from relloc.runs import assemble, engine
+from relloc.runs.launch import conf_dir
+from relloc.runs.subjects import subjects
+
+LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5")
+SVM, LOW_SHOT = "voc07_svm", "voc07_low_shot"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What LIBLINEAR did of a protocol: seconds, how many such parts the whole has, fits that did not converge."""
+
+    seconds: float
+    of: int
+    unconverged: int
+
+
+def main() -> None:
+    options = _options()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        who = [f"checkpoint={options.checkpoint}", f"model={options.model}"]
+        config = compose("evaluate", [*who, f"eval=[{SVM},{LOW_SHOT}]", *options.overrides])
+    how = engine.settle(config)
+    sets = _sets(config, how, options)
+    of_name = assemble.evaluations(config)
+    rows, ours, theirs = [], 0.0, 0.0
+    for layer in options.layers:
+        for name, liblinear in ((SVM, _liblinear_svm), (LOW_SHOT, _liblinear_low_shot)):
+            evaluation = dataclasses.replace(of_name[name], layers=(layer,))  # pyright: ignore[reportArgumentType]
+            seconds, found = _timed(evaluation, sets, how.device)
+            rows.append({"layer": layer, "protocol": name, "side": "ours", "part": "whole", "s": seconds, "mAP": found})
+            if layer not in options.liblinear:
+                continue
+            part = liblinear(evaluation, sets, layer)
+            said = {"part": f"1 of {part.of}", "s": part.seconds, "whole, core s": part.seconds * part.of}
+            rows.append(
+                {"layer": layer, "protocol": name, "side": "LIBLINEAR", **said, "unconverged": part.unconverged}
+            )
+            ours, theirs = ours + seconds, theirs + part.seconds * part.of
+    cores = torch.get_num_threads() if how.device.type == "cpu" else 1
+    ratios = {"ours, all layers, in all s": sum(row["s"] for row in rows if row["side"] == "ours")}
+    if theirs:
+        ratios[f"LIBLINEAR's whole on {cores} cores, over ours, same layers"] = theirs / cores / ours
+    title = f"SVMs: {sets.train.n} and {sets.held_out.n} images, {sets.train.n_classes} classes; {how}"
+    tell(title, rows, ratios, options.json, settings=vars(options))
+
+
+def _options() -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--checkpoint", default="random")
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--classes-root", help="a folder with train/CLASS and val/CLASS, in place of VOC")
+    parser.add_argument("--most", type=int, default=5011, help="images of each split, evenly spaced")
+    parser.add_argument("--features", type=Path, help="a safetensors file that keeps features")
+    parser.add_argument("--layers", type=_names, default=list(LAYERS), help="with commas between them")
+    parser.add_argument("--liblinear", type=_names, default=["feature4"], help="layers that LIBLINEAR is timed on")
+    parser.add_argument("overrides", nargs="*", help=f"settings of relloc.evaluate, such as eval.{SVM}.data.root=VOC")
+    return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _sets(config, how: engine.Engine, options: argparse.Namespace) -> Sets:
+    if options.features and options.features.exists():
+        kept = load_file(options.features)
+    else:
+        kept = _features(config, how, options)
+        if options.features:
+            save_file(kept, options.features)
+    train, held_out = (_bank(kept, split, options.layers) for split in ("train", "held_out"))
+    return Sets(train=train, held_out=held_out, classes=[str(c) for c in range(train.n_classes)])
+
+
+def _bank(kept: dict[str, Tensor], split: str, layers: list[str]) -> Bank:
+    present = kept[f"{split} present"]
+    features = {layer: kept[f"{split} {layer}"] for layer in layers}
+    return Bank(features=features, labels=present, n_classes=present.shape[1], channels={})
+
+
+def _features(config, how: engine.Engine, options: argparse.Namespace) -> dict[str, Tensor]:
+    backbone = subjects(config)[0].backbone.eval()
+    how.place(backbone)
+    root = options.classes_root
+    if root:
+        splits = class_folders(name="classes", root=root, train="train", val="val")
+    else:
+        splits = assemble.splits(config.eval[SVM].data)
+    kept = {}
+    for split, images in (("train", splits.train), ("held_out", splits.held_out)):
+        view = assemble.evaluations(config)[SVM].view
+        live = LiveFeatures(backbone, images, assemble.reading(config, how), view, labels=_present(images))
+        places = torch.linspace(0, live.n - 1, min(live.n, options.most)).long()
+        bank = fill_bank(live, LAYERS, 64, torch.device("cpu"), places)
+        kept |= {f"{split} {layer}": rows for layer, rows in bank.features.items()}
+        kept[f"{split} present"] = bank.labels
+    return kept
+
+
+def _present(images: ImageSet) -> Tensor:
+    if isinstance(images, MultiLabeled):
+        return torch.as_tensor(images.presence())
+    shown = torch.nn.functional.one_hot(torch.as_tensor(images.labels), len(images.classes))
+    return torch.where(shown > 0, THERE, NOT_THERE)
+
+
+def _timed(evaluation: Callable, sets: Sets, device: torch.device) -> tuple[float, str]:
+    started = time.perf_counter()
+    found = {score.metric: score.value for score in evaluation(sets, device=device, seed=0)}
+    means = [value for metric, value in found.items() if metric == "map" or metric[5:].isdigit()]
+    return time.perf_counter() - started, " to ".join(f"{value:.1f}" for value in dict.fromkeys((means[0], means[-1])))
+
+
+def _liblinear_svm(evaluation: Voc07Svm, sets: Sets, layer: str) -> Part:
+    x, y = _published(sets.train, layer)
+    folds = [train for train, _ in StratifiedKFold(evaluation.folds).split(x, y)]
+    fits = [(x[rows], y[rows], cost) for cost in evaluation.costs for rows in (*folds, slice(None))]
+    return _fitted(fits, of=sets.train.n_classes)
+
+
+def _liblinear_low_shot(evaluation: Voc07LowShot, sets: Sets, layer: str) -> Part:
+    x, y = _published(sets.train, layer)
+    most = min(int((y == 1).sum()), int((y == -1).sum()) // 19)
+    drawn = [draw(sets.train.labels, (0,), k, 1, 0)[0, 0].numpy() for k in evaluation.shots if k <= most]
+    fits = [(x[rows], y[rows], cost) for cost in evaluation.costs for rows in drawn]
+    return _fitted(fits, of=sets.train.n_classes * evaluation.draws)
+
+
+def _published(bank: Bank, layer: str) -> tuple[np.ndarray, np.ndarray]:
+    """Normalized features in float64, and the signs of the first class."""
+    rows = bank.features[layer].double().numpy()
+    rows = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5)
+    return rows, np.where(bank.labels[:, 0].numpy() == THERE, 1, -1)
+
+
+def _fitted(fits: list[tuple[np.ndarray, np.ndarray, float]], *, of: int) -> Part:
+    started = time.perf_counter()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ConvergenceWarning)
+        for x, y, cost in fits:
+            LinearSVC(C=cost, class_weight={1: 2, -1: 1}, tol=1e-4, max_iter=2000, dual=True).fit(x, y)
+    return Part(seconds=time.perf_counter() - started, of=of, unconverged=len(told))
+
+
+if __name__ == "__main__":
+    main()

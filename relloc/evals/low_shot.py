@@ -1,0 +1,176 @@
+"""VOC07 low-shot SVMs: k positive images and 19k negative ones a class, drawn five times (protocols.md 3.2)."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from relloc.data.lists import DIFFICULT, NOT_THERE, THERE
+from relloc.data.order import key
+from relloc.data.views import View
+from relloc.errors import UsageError
+from relloc.evals.metrics import ap_area
+from relloc.evals.squared_hinge import fit, leading_factor
+from relloc.evals.voc07 import Grams, check_costs, class_weights, grams, left_out
+from relloc.features.source import Sets
+from relloc.results import Score, check_layers
+
+_NEGATIVES = 19  # for each positive image
+_MOST_GRAM_BYTES = 2**25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Voc07LowShot:
+    """Mean average precision after k positive images a class, for each k that every class allows.
+
+    `map_k1` is the mean over the draws at the cost whose mean is best on test, as published, with
+    `_std` (of the draws, not of their mean), `_min` and `_max`; `map_k1_cv` is that at the cost which is best on the
+    training images that were not drawn.
+    """
+
+    version: ClassVar[int] = 1
+    labels: ClassVar = "presence"
+    keeps: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = True
+
+    layers: Sequence[str]
+    view: View
+    shots: Sequence[int]
+    draws: int
+    costs: Sequence[float]
+    batch: int
+
+    def __post_init__(self) -> None:
+        check_layers("eval.voc07_low_shot.layers", self.layers)
+        check_costs("eval.voc07_low_shot.costs", self.costs)
+        if not self.shots or min(*self.shots, self.draws) < 1:
+            raise ValueError(f"eval.voc07_low_shot: shots={list(self.shots)} and draws={self.draws} must be 1 or more")
+
+    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
+        """Scores of each layer and k. The draws depend on `seed`, k and the labels alone.
+
+        Raises:
+            UsageError: some class has too few images for every k, or features are not finite.
+        """
+        for layer in self.layers:
+            known = grams(sets.train, sets.held_out, layer, self.batch, device)
+            classes = known.usable
+            shots = _allowed(known.present, classes, self.shots)
+            factor = leading_factor(known.train)
+            missing = sorted(set(self.shots) - set(shots))
+            note = left_out(sets.classes, classes)
+            note += (
+                f"; deviation: no k={','.join(map(str, missing))}, for which a class has too few images"
+                if missing
+                else ""
+            )
+            for k in shots:
+                drawn = draw(known.present, classes, k, self.draws, seed)
+                on_test, on_rest = self._maps(known, classes, drawn, factor)
+                yield from self._scores(layer, k, on_test, on_rest, len(known.test), f"{_digest(drawn)}{note}")
+
+    def _maps(
+        self, known: Grams, classes: Sequence[int], drawn: Int[Tensor, "chosen draws s"], factor: Float[Tensor, "n r"]
+    ) -> tuple[Float[Tensor, "draws costs"], Float[Tensor, "draws costs"]]:
+        """Mean average precision in percent on test, and on the training images that were not drawn."""
+        coefficients = self._fit(known, drawn.flatten(0, 1), factor)  # (classes x draws, n, costs)
+        shape = (len(classes), self.draws, -1, len(self.costs))
+        by_class = coefficients.view(*shape).permute(2, 0, 1, 3).flatten(2)  # (n, classes, draws x costs)
+        test = (known.test @ by_class.flatten(1)).view(len(known.test), len(classes), -1)
+        rest = (known.train @ by_class.flatten(1)).view(len(known.train), len(classes), -1)
+        on_test = known.test_map(test, classes)
+        on_rest = 100 * _rest_precision(rest, known.present[:, list(classes)].to(rest.device), drawn, len(self.costs))
+        return on_test.view(self.draws, -1), on_rest.view(self.draws, -1)
+
+    def _fit(self, known: Grams, drawn: Int[Tensor, "p s"], factor: Float[Tensor, "n r"]) -> Float[Tensor, "p n costs"]:
+        """Coefficients of each draw's SVMs among all n training images, costs as listed."""
+        n, size = len(known.train), drawn.shape[1]
+        found = known.train.new_zeros(len(drawn), n, len(self.costs))
+        for places in torch.arange(len(drawn)).split(max(1, _MOST_GRAM_BYTES // (8 * size * size))):
+            rows = drawn[places].to(known.train.device)
+            some = self._fit_some(known.train[rows.unsqueeze(2), rows.unsqueeze(1)], factor[rows])
+            found[places] = found[places].scatter(1, rows.unsqueeze(2).expand_as(some), some)
+        return found
+
+    def _fit_some(self, gram: Float[Tensor, "p s s"], factor: Float[Tensor, "p s r"]) -> Float[Tensor, "p s costs"]:
+        positive = torch.arange(gram.shape[1], device=gram.device) < gram.shape[1] // (1 + _NEGATIVES)
+        signs = torch.where(positive, 1.0, -1.0).double().view(1, -1, 1).expand(len(gram), -1, len(self.costs))
+        costs = torch.tensor(list(self.costs), dtype=torch.float64, device=gram.device)
+        weights = (class_weights(positive).unsqueeze(1) * costs).expand_as(signs)
+        return fit(gram, signs, weights, factor=factor).coefficients
+
+    def _scores(
+        self,
+        layer: str,
+        k: int,
+        on_test: Float[Tensor, "draws costs"],
+        on_rest: Float[Tensor, "draws costs"],
+        n: int,
+        note: str,
+    ) -> Iterator[Score]:
+        how = f"3.2 low-shot SVM, {self.draws} draws, mean over them; draws {note}"
+        best, chosen = int(on_test.mean(dim=0).argmax()), int(on_rest.mean(dim=0).nan_to_num(-1).argmax())
+        published = f"{how}; cost {self.costs[best]:g} of {len(self.costs)} chosen on test as published"
+        own = f"{how}; cost {self.costs[chosen]:g} of {len(self.costs)} chosen on the training images not drawn"
+        values = on_test[:, best]
+        said = {
+            "": values.mean(),
+            "_std": values.std(correction=0),
+            "_min": values.min(),
+            "_max": values.max(),
+        }
+        for suffix, value in said.items():
+            yield Score(layer=layer, metric=f"map_k{k}{suffix}", value=float(value), n=n, protocol=published)
+        yield Score(layer=layer, metric=f"map_k{k}_cv", value=float(on_test[:, chosen].mean()), n=n, protocol=own)
+
+
+def _allowed(present: Int[Tensor, "n classes"], classes: Sequence[int], shots: Sequence[int]) -> list[int]:
+    if not classes:
+        raise UsageError("eval.voc07_low_shot: no class has a positive image both to train on and to be tested on")
+    positive, negative = ((present[:, list(classes)] == mark).sum(dim=0) for mark in (THERE, NOT_THERE))
+    most = min(int(positive.min()), int(negative.min()) // _NEGATIVES)
+    allowed = [k for k in shots if k <= most]
+    if not allowed:
+        raise UsageError(
+            f"eval.voc07_low_shot.shots={list(shots)}: a class has only {int(positive.min())} positive images and one "
+            f"{int(negative.min())} negative ones, of which k needs {_NEGATIVES} times as many: name smaller k"
+        )
+    return allowed
+
+
+def draw(
+    present: Int[Tensor, "n classes"], classes: Sequence[int], k: int, draws: int, seed: int
+) -> Int[Tensor, "chosen draws s"]:
+    """k images with each class, then 19k without it, drawn anew each time; difficult ones are neither.
+
+    Depends on (seed, class number, k, draw) and the labels, on nothing else that is drawn.
+    """
+    found = []
+    for c in classes:
+        sides = [(present[:, c] == mark).nonzero().squeeze(1) for mark in (THERE, NOT_THERE)]
+        for number in range(draws):
+            generator = torch.Generator().manual_seed(key(seed, c, k, number))
+            mixed = [side[torch.randperm(len(side), generator=generator)] for side in sides]
+            found.append(torch.cat([mixed[0][:k], mixed[1][: _NEGATIVES * k]]))
+    return torch.stack(found).view(len(classes), draws, -1)
+
+
+def _digest(drawn: Int[Tensor, "chosen draws s"]) -> str:
+    return hashlib.sha256(drawn.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _rest_precision(
+    scores: Float[Tensor, "n classes m"], present: Int[Tensor, "n classes"], drawn: Tensor, n_costs: int
+) -> Float[Tensor, "m"]:
+    """Mean over classes of average precision on the training images of a class that its draw left; 0 to 1."""
+    drawn = drawn.to(scores.device)
+    taken = torch.zeros(*present.shape, drawn.shape[1], dtype=torch.bool, device=scores.device)
+    taken.scatter_(0, drawn.permute(2, 0, 1), torch.ones_like(drawn.permute(2, 0, 1), dtype=torch.bool))
+    counted = ~taken.repeat_interleave(n_costs, dim=2) & (present != DIFFICULT).unsqueeze(2)
+    positive = (present == THERE).unsqueeze(2).expand_as(scores)
+    flat = [part.reshape(len(scores), -1) for part in (scores, positive, counted)]
+    return ap_area(*flat).view(present.shape[1], -1).nanmean(dim=0)

@@ -1,0 +1,137 @@
+"""The VOC07 SVM benchmark: one linear SVM a class on each layer, its cost by cross-validation (protocols.md 3.1)."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+from relloc.data.lists import THERE
+from relloc.data.views import View
+from relloc.errors import UsageError
+from relloc.evals.metrics import ap_steps
+from relloc.evals.squared_hinge import fit, leading_factor
+from relloc.evals.voc07 import Grams, check_costs, class_weights, grams, left_out
+from relloc.features.source import Sets
+from relloc.results import Result, Score, check_layers
+
+_COST_WITHOUT_CHOICE = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Voc07Svm:
+    """Mean average precision of SVMs whose cost each class chooses by `folds`-fold cross-validation on train.
+
+    `map` is the test's; `map_cv` the cross-validated one on training images (scikit-learn's average
+    precision, by which costs are chosen too), where some class has enough positives for that. A class
+    without a positive image in train or test is left out, and said so.
+    """
+
+    version: ClassVar[int] = 1
+    labels: ClassVar = "presence"
+    keeps: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = True
+
+    layers: Sequence[str]
+    view: View
+    costs: Sequence[float]
+    folds: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        check_layers("eval.voc07_svm.layers", self.layers)
+        check_costs("eval.voc07_svm.costs", self.costs)
+        if self.folds < 2:
+            raise ValueError(f"eval.voc07_svm.folds is {self.folds}: cross-validation needs 2 or more")
+
+    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
+        """Scores of each layer. Nothing is random: `seed` is not used.
+
+        Raises:
+            UsageError: no class can be learned and tested, or features are not finite.
+        """
+        for layer in self.layers:
+            known = grams(sets.train, sets.held_out, layer, self.batch, device)
+            classes = known.usable
+            if not classes:
+                raise UsageError("eval.voc07_svm: no class has a positive image both to train on and to be tested on")
+            validated = self._cross_validate(known, classes)  # (costs, classes)
+            chosen = _first_best(validated, sorted(self.costs))
+            scores = known.test @ self._fit_all(known, classes, chosen)
+            how = self._protocol(known.present.shape[1], left_out(sets.classes, classes))
+            value = float(known.test_map(scores.unsqueeze(2), classes))
+            yield Score(layer=layer, metric="map", value=value, n=len(known.test), protocol=how)
+            best = validated[:, ~validated.isnan().all(dim=0)].nan_to_num(-1)
+            if best.shape[1]:
+                value, n = float(100 * best.max(dim=0).values.mean()), len(known.train)
+                yield Score(layer=layer, metric="map_cv", value=value, n=n, protocol=how, on_train=True)
+
+    def _cross_validate(self, known: Grams, classes: Sequence[int]) -> Float[Tensor, "costs classes"]:
+        """Average precision by rising cost and class, mean over folds; nan where none has positives on both sides."""
+        positive = (known.present[:, list(classes)] == THERE).to(known.train.device)
+        trained = torch.stack([self._trained(one, known.train.device) for one in positive.cpu().mT], dim=1)
+        positive = positive.unsqueeze(2).expand_as(trained).flatten(1)
+        trained = trained.flatten(1)  # (n, classes x folds)
+        signs = torch.where(positive, 1.0, -1.0).double()
+        weights = class_weights(positive) * trained
+        gram, factor = known.train.unsqueeze(0), leading_factor(known.train).unsqueeze(0)
+        found, start = [], None
+        for cost in sorted(self.costs):
+            fitted = fit(gram, signs.unsqueeze(0), cost * weights.unsqueeze(0), factor=factor, start=start)
+            start = fitted.coefficients
+            precision = ap_steps(fitted.decisions[0], positive, ~trained)
+            precision[~(positive & trained).any(dim=0)] = torch.nan
+            found.append(precision.view(len(classes), self.folds).nanmean(dim=1))
+        return torch.stack(found)
+
+    def _trained(self, positive: Bool[Tensor, "n"], device: torch.device) -> Bool[Tensor, "n folds"]:
+        """For each fold which images are trained on: scikit-learn's folds, stratified and not shuffled."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The least populated class")  # fewer positives than folds
+            split = StratifiedKFold(n_splits=self.folds).split(np.zeros(len(positive)), positive.numpy())
+            held = [torch.from_numpy(held) for _, held in split]
+        trained = torch.ones(len(positive), self.folds, dtype=torch.bool)
+        for fold, places in enumerate(held):
+            trained[places, fold] = False
+        return trained.to(device)
+
+    def _fit_all(
+        self, known: Grams, classes: Sequence[int], costs: Float[Tensor, "classes"]
+    ) -> Float[Tensor, "n classes"]:
+        """The coefficients of each class on all training images, at its own cost."""
+        positive = (known.present[:, list(classes)] == THERE).to(known.train.device)
+        signs = torch.where(positive, 1.0, -1.0).double().unsqueeze(0)
+        weights = (costs.to(positive.device) * class_weights(positive)).unsqueeze(0)
+        factor = leading_factor(known.train).unsqueeze(0)
+        return fit(known.train.unsqueeze(0), signs, weights, factor=factor).coefficients[0]
+
+    def _protocol(self, n_classes: int, deviation: str) -> str:
+        how = f"3.1 SVM a class ({n_classes}), squared hinge, positives twice, difficult images negative in training"
+        return f"{how}, cost among {len(self.costs)} by {self.folds}-fold cross-validation, all-point AP{deviation}"
+
+    def summary(self, rows: Sequence[Result]) -> Iterator[Result]:
+        """The best layer: chosen on test as published, and by cross-validation on train."""
+        tested, validated = ([row for row in rows if row.metric == metric] for metric in ("map", "map_cv"))
+        if not tested:
+            return
+        by_test = max(tested, key=lambda row: row.value)
+        protocol = f"{by_test.protocol}; best of {len(tested)} layers, chosen on test as published"
+        yield dataclasses.replace(by_test, metric="map_best", protocol=protocol)
+        if not validated:
+            return
+        layer = max(validated, key=lambda row: row.value).layer
+        by_validation = next(row for row in tested if row.layer == layer)
+        protocol = f"{by_validation.protocol}; best of {len(tested)} layers, chosen by cross-validation on train"
+        yield dataclasses.replace(by_validation, metric="map_best_cv", protocol=protocol)
+
+
+def _first_best(validated: Float[Tensor, "costs classes"], costs: Sequence[float]) -> Float[Tensor, "classes"]:
+    """The lowest of the best costs of each class; 1 where none could be validated."""
+    place = validated.nan_to_num(-1).argmax(dim=0)
+    chosen = torch.tensor(costs, dtype=torch.float64, device=validated.device)[place]
+    return torch.where(validated.isnan().all(dim=0), _COST_WITHOUT_CHOICE, chosen)

@@ -1,0 +1,135 @@
+"""The solver beside scikit-learn's LinearSVC (LIBLINEAR) converged far past its default tolerance."""
+
+import math
+
+import pytest
+import torch
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+from relloc.errors import UsageError
+from relloc.evals.metrics import ap_area
+from relloc.evals.squared_hinge import fit, leading_factor
+from relloc.evals.voc07 import class_weights
+
+COSTS = [0.5**power for power in range(19, 3, -1)] + [1.0, 10.0, 100.0]
+N, DIM = 90, 140
+
+
+def features(kind: str) -> Tensor:
+    """Rows of length one, as the benchmark has them; networks' features are never negative and much alike."""
+    chance = torch.Generator().manual_seed(1)
+    x = torch.randn(N, DIM, generator=chance, dtype=torch.float64)
+    if kind == "alike":
+        x = (x * torch.arange(1, DIM + 1).double() ** -0.6 + 0.3).relu()
+    if kind == "duplicates":
+        x[1::2] = x[::2]
+    if kind == "constant":
+        x[:, :40] = 3.0
+    return x / (x.norm(dim=1, keepdim=True) + 1e-5)
+
+
+def signs_of(x: Tensor, positives: int) -> Tensor:
+    chance = torch.Generator().manual_seed(2)
+    direction = torch.randn(x.shape[1], generator=chance, dtype=torch.float64)
+    ranked = (x @ direction + 0.02 * torch.randn(len(x), generator=chance)).argsort(descending=True)
+    signs = -torch.ones(len(x), dtype=torch.float64)
+    signs[ranked[:positives]] = 1
+    return signs
+
+
+def objective(w: Tensor, x: Tensor, signs: Tensor, weights: Tensor) -> float:
+    slack = (1 - signs * (x @ w)).clamp(min=0)
+    return float(w @ w / 2 + (weights * slack.square()).sum())
+
+
+def liblinear(x: Tensor, signs: Tensor, cost: float) -> Tensor:
+    """Weights with the intercept last."""
+    svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, tol=1e-9, max_iter=2_000_000, dual=True)
+    svm.fit(x.numpy(), signs.numpy())
+    return torch.cat([torch.from_numpy(svm.coef_[0]), torch.from_numpy(svm.intercept_)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "positives"),
+    [("random", 30), ("alike", 12), ("alike", 1), ("duplicates", 20), ("constant", 10), ("alike", N - 1)],
+)
+def test_all_costs_equal_liblinear(kind: str, positives: int) -> None:
+    x = features(kind)
+    signs = signs_of(x, positives)
+    with_one = torch.cat([x, torch.ones(N, 1, dtype=torch.float64)], dim=1)
+    gram = with_one @ with_one.T
+    weights = class_weights(signs > 0).unsqueeze(1) * torch.tensor(COSTS, dtype=torch.float64)
+    columns = signs.unsqueeze(1).expand_as(weights)
+    factor = leading_factor(gram)
+    fitted = fit(gram[None], columns[None], weights[None], factor=factor[None])
+    for place, cost in enumerate(COSTS):
+        ours, theirs = with_one.T @ fitted.coefficients[0, :, place], liblinear(x, signs, cost)
+        least, other = (objective(w, with_one, signs, weights[:, place]) for w in (ours, theirs))
+        assert least == pytest.approx(other, rel=1e-6)
+        assert least <= other * (1 + 1e-9)
+        positive, everything = (signs > 0).unsqueeze(1), torch.ones(N, 1, dtype=torch.bool)
+        precision = [float(ap_area((with_one @ w).unsqueeze(1), positive, everything)) for w in (ours, theirs)]
+        assert precision[0] == pytest.approx(precision[1], abs=1e-4)
+        torch.testing.assert_close(fitted.decisions[0, :, place], with_one @ ours, rtol=0, atol=1e-9)
+
+
+def problems(n: int = 60, m: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = features("alike")[:n]
+    gram = (x @ x.T + 1).unsqueeze(0)
+    chance = torch.Generator().manual_seed(4)
+    signs = torch.where(torch.rand(1, n, m, generator=chance) < 0.3, 1.0, -1.0).double()
+    weights = class_weights(signs > 0) * torch.logspace(-5, 2, m, dtype=torch.float64)
+    return gram, signs, weights, leading_factor(gram[0]).unsqueeze(0)
+
+
+def test_examples_of_weight_zero_are_as_good_as_not_there() -> None:
+    gram, signs, weights, factor = problems()
+    inside = torch.arange(60) % 3 != 0
+    masked = fit(gram, signs, weights * inside.view(1, -1, 1), factor=factor)
+    alone = fit(gram[:, inside][:, :, inside], signs[:, inside], weights[:, inside], factor=factor[:, inside])
+    torch.testing.assert_close(masked.coefficients[:, inside], alone.coefficients, rtol=1e-4, atol=1e-6)
+    assert not masked.coefficients[:, ~inside].any()
+
+
+def test_problems_do_not_depend_on_which_are_solved_beside_them_nor_on_the_start() -> None:
+    gram, signs, weights, factor = problems()
+    together = fit(gram, signs, weights, factor=factor)
+    for m in range(signs.shape[2]):
+        one = slice(m, m + 1)
+        alone = fit(gram, signs[..., one], weights[..., one], factor=factor)
+        torch.testing.assert_close(alone.decisions, together.decisions[..., one], rtol=1e-4, atol=1e-4)
+    again = fit(gram, signs, weights, factor=factor, start=together.coefficients)
+    assert torch.equal(again.coefficients, together.coefficients)
+    elsewhere = fit(gram, signs, weights, factor=factor, start=torch.ones_like(signs))
+    torch.testing.assert_close(elsewhere.decisions, together.decisions, rtol=1e-4, atol=1e-4)
+
+
+def test_several_gram_matrices_at_once_are_each_solved_as_alone() -> None:
+    gram, signs, weights, factor = problems()
+    halves = [slice(0, 30), slice(30, 60)]
+    batched = fit(
+        torch.cat([gram[:, half, half] for half in halves]),
+        torch.cat([signs[:, half] for half in halves]),
+        torch.cat([weights[:, half] for half in halves]),
+        factor=torch.cat([factor[:, half] for half in halves]),
+    )
+    for place, half in enumerate(halves):
+        alone = fit(gram[:, half, half], signs[:, half], weights[:, half], factor=factor[:, half])
+        torch.testing.assert_close(batched.decisions[place], alone.decisions[0], rtol=1e-4, atol=1e-4)
+
+
+def test_torchs_own_chance_is_left_alone() -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    leading_factor(problems()[0][0])
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_features_that_are_not_finite_end_in_one_message() -> None:
+    gram, signs, weights, factor = problems()
+    for broken in ({"gram": gram * math.nan}, {"weights": weights * math.inf}, {"start": signs * math.nan}):
+        given = {"gram": gram, "signs": signs, "weights": weights, "factor": factor} | broken
+        with pytest.raises(UsageError, match="not finite"):
+            fit(**given)

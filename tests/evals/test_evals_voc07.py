@@ -1,0 +1,211 @@
+"""The VOC07 evaluations beside the published pipeline, written with scikit-learn as it was published."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import cross_val_score
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+from relloc.data.views import Squash
+from relloc.errors import UsageError
+from relloc.evals.low_shot import Voc07LowShot, draw
+from relloc.evals.run import Summarizing
+from relloc.evals.voc07_svm import Voc07Svm
+from relloc.features.source import Bank, Sets
+from relloc.results import Result, Score
+
+CPU = torch.device("cpu")
+VIEW = Squash(short_px=256, side_px=224)
+COSTS = (1e-4, 0.01, 1.0, 10.0)
+CLASSES = ("bird", "cat", "dog")
+LAYER = "feature4"
+
+
+def bank(n: int, seed: int, present: Tensor | None = None) -> Bank:
+    """Features that tell of three classes, of which an image shows any; some are difficult."""
+    chance = torch.Generator().manual_seed(seed)
+    if present is None:
+        present = torch.where(torch.rand(n, 3, generator=chance) < 0.3, 1, -1)
+        present[torch.rand(n, 3, generator=chance) < 0.08] = 0
+    directions = torch.randn(3, 30, generator=torch.Generator().manual_seed(9))
+    rows = ((present != -1).float() @ directions * 0.5 + torch.randn(n, 30, generator=chance) + 0.5).relu()
+    return Bank(features={LAYER: rows}, labels=present, n_classes=3, channels={LAYER: 30})
+
+
+@pytest.fixture(scope="module")
+def sets() -> Sets:
+    return Sets(train=bank(120, 0), held_out=bank(80, 1), classes=CLASSES)
+
+
+def svm(**changes: object) -> Voc07Svm:
+    return Voc07Svm(**{"layers": (LAYER,), "view": VIEW, "costs": COSTS, "folds": 3, "batch": 50, **changes})  # type: ignore[arg-type]
+
+
+def low_shot(**changes: object) -> Voc07LowShot:
+    settings = {"layers": (LAYER,), "view": VIEW, "shots": (1, 2), "draws": 3, "costs": COSTS, "batch": 50}
+    return Voc07LowShot(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def scores_of(evaluation: Voc07Svm | Voc07LowShot, sets: Sets, seed: int = 0) -> dict[str, Score]:
+    return {score.metric: score for score in evaluation(sets, device=CPU, seed=seed)}
+
+
+def normalized(source: Bank) -> np.ndarray:
+    rows = source.features[LAYER].double().numpy()
+    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5)
+
+
+def published_svm(cost: float) -> LinearSVC:
+    return LinearSVC(C=cost, class_weight={1: 2, -1: 1}, tol=1e-8, max_iter=1_000_000, dual=True)
+
+
+def published_ap(scores: np.ndarray, labels: np.ndarray) -> float:
+    """All-point average precision of images that are not difficult, by its definition."""
+    kept = labels != 0
+    positive = (labels[kept] == 1)[np.argsort(-scores[kept])]
+    precision = np.cumsum(positive) / np.arange(1, len(positive) + 1)
+    best_later = np.maximum.accumulate(precision[::-1])[::-1]
+    return 100 * float(best_later[positive].mean())
+
+
+def test_svm_equals_the_published_pipeline(sets: Sets) -> None:
+    x, z = normalized(sets.train), normalized(sets.held_out)
+    aps, validated = [], []
+    for c in range(3):
+        y = np.where(sets.train.labels[:, c].numpy() == 1, 1, -1)  # difficult images are negative in training
+        svms = [published_svm(cost) for cost in COSTS]
+        by_cost = [cross_val_score(one, x, y, cv=3, scoring="average_precision").mean() for one in svms]
+        fitted = published_svm(COSTS[int(np.argmax(by_cost))]).fit(x, y)
+        validated.append(100 * max(by_cost))
+        aps.append(published_ap(fitted.decision_function(z), sets.held_out.labels[:, c].numpy()))
+    found = scores_of(svm(), sets)
+    assert found["map"].value == pytest.approx(np.mean(aps), abs=1e-2)
+    assert found["map_cv"].value == pytest.approx(np.mean(validated), abs=1e-2)
+    assert (found["map"].n, found["map_cv"].n) == (80, 120)
+    assert (found["map"].on_train, found["map_cv"].on_train) == (False, True)
+    assert "deviation" not in found["map"].protocol
+
+
+def test_low_shot_equals_the_published_pipeline(sets: Sets) -> None:
+    x, z = normalized(sets.train), normalized(sets.held_out)
+    found = scores_of(low_shot(), sets, seed=4)
+    for k in (1, 2):
+        drawn = draw(sets.train.labels, range(3), k, 3, 4)
+        table = np.zeros((3, len(COSTS)))
+        for number in range(3):
+            for place, cost in enumerate(COSTS):
+                of_classes = []
+                for c in range(3):
+                    rows = drawn[c, number].numpy()
+                    y = np.where(sets.train.labels[rows, c].numpy() == 1, 1, -1)
+                    scores = published_svm(cost).fit(x[rows], y).decision_function(z)
+                    of_classes.append(published_ap(scores, sets.held_out.labels[:, c].numpy()))
+                table[number, place] = np.mean(of_classes)
+        best = table[:, table.mean(axis=0).argmax()]
+        expected = {"": best.mean(), "_std": best.std(), "_min": best.min(), "_max": best.max()}
+        for suffix, value in expected.items():
+            assert found[f"map_k{k}{suffix}"].value == pytest.approx(value, abs=1e-2)
+        # The cost chosen without the test set can't be better on it than the one chosen on it.
+        assert min(table.mean(axis=0)) - 1e-2 <= found[f"map_k{k}_cv"].value <= best.mean() + 1e-2
+
+
+def test_draws_have_k_positives_and_19_k_negatives_and_change_with_the_seed(sets: Sets) -> None:
+    labels = sets.train.labels
+    drawn = draw(labels, (0, 2), 2, 5, 0)
+    assert drawn.shape == (2, 5, 40)
+    for place, c in enumerate((0, 2)):
+        for rows in drawn[place]:
+            assert len(set(rows.tolist())) == 40
+            assert labels[rows[:2], c].tolist() == [1, 1]
+            assert set(labels[rows[2:], c].tolist()) == {-1}  # difficult ones are neither
+    assert torch.equal(draw(labels, (2,), 2, 2, 0), drawn[1:, :2])  # whatever else is drawn
+    assert not torch.equal(draw(labels, (0, 2), 2, 5, 1), drawn)
+    other = [scores_of(low_shot(shots=(1,)), sets, seed)["map_k1"].protocol for seed in (0, 1)]
+    assert other[0] != other[1]  # the hash of the draws
+
+
+def test_a_class_without_positives_is_left_out_and_said(sets: Sets) -> None:
+    labels = sets.train.labels.clone()
+    labels[:, 1] = -1
+    train = dataclasses.replace(sets.train, labels=labels)
+    lacking = dataclasses.replace(sets, train=train)
+    two = [0, 2]
+    without = Sets(
+        train=dataclasses.replace(train, labels=labels[:, two], n_classes=2),
+        held_out=dataclasses.replace(sets.held_out, labels=sets.held_out.labels[:, two], n_classes=2),
+        classes=("bird", "dog"),
+    )
+    for evaluation, metric in ((svm(), "map"), (low_shot(), "map_k2_cv")):
+        found = scores_of(evaluation, lacking)[metric]
+        assert "deviation: without cat (no positive image to train on or to test on)" in found.protocol
+        if metric == "map":
+            assert found.value == pytest.approx(scores_of(evaluation, without)[metric].value, abs=1e-6)
+    nothing = dataclasses.replace(sets, train=dataclasses.replace(train, labels=torch.full_like(labels, -1)))
+    for evaluation in (svm(), low_shot()):
+        with pytest.raises(UsageError, match="no class has a positive image"):
+            scores_of(evaluation, nothing)
+
+
+@pytest.mark.parametrize("positives", [1, 2])
+def test_fewer_positives_than_folds_are_validated_where_they_can_be(sets: Sets, positives: int) -> None:
+    labels = -torch.ones(120, 3, dtype=torch.int64)
+    labels[:positives] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        few = dataclasses.replace(sets, train=dataclasses.replace(sets.train, labels=labels))
+        found = scores_of(svm(), few)
+    assert 0 < found["map"].value <= 100
+    assert ("map_cv" in found) == (positives == 2)  # of one, no fold has it on both sides
+
+
+def test_more_shots_than_there_are_images_are_left_out_and_said(sets: Sets) -> None:
+    found = scores_of(low_shot(shots=(1, 2, 64)), sets)
+    assert {metric for metric in found if metric.endswith("_std")} == {"map_k1_std", "map_k2_std"}
+    assert "deviation: no k=64, for which a class has too few images" in found["map_k1"].protocol
+    with pytest.raises(UsageError, match=r"shots=\[64\]: a class has only \d+ positive images and one \d+ negative"):
+        scores_of(low_shot(shots=(64,)), sets)
+
+
+def test_features_that_are_not_finite_are_named(sets: Sets) -> None:
+    rows = sets.train.features[LAYER].clone()
+    rows[7, 3] = float("nan")
+    broken = dataclasses.replace(sets, train=dataclasses.replace(sets.train, features={LAYER: rows}))
+    for evaluation in (svm(), low_shot()):
+        with pytest.raises(UsageError, match="features of feature4 are not finite"):
+            scores_of(evaluation, broken)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"costs": ()}, "costs"), ({"costs": (0.0,)}, "above 0"), ({"layers": ("conv1",)}, "conv1")]
+)
+def test_constants_that_make_no_sense_are_refused(wrong: dict, message: str) -> None:
+    for make in (svm, low_shot):
+        with pytest.raises(ValueError, match=message):
+            make(**wrong)
+    with pytest.raises(ValueError, match="folds is 1"):
+        svm(folds=1)
+    with pytest.raises(ValueError, match="draws=0 must be 1 or more"):
+        low_shot(draws=0)
+
+
+def row(layer: str, metric: str, value: float) -> Result:
+    who = {"checkpoint": "random", "model": "small", "fingerprint": layer}
+    where = {"eval": "voc07_svm", "dataset": "voc2007", "split": "test", "n": 80, "seed": 0}
+    return Result(layer=layer, metric=metric, value=value, protocol="3.1 SVM", **where, **who)  # type: ignore[arg-type]
+
+
+def test_the_best_layer_is_chosen_on_test_as_published_and_by_cross_validation() -> None:
+    rows = [row("feature2", "map", 50), row("feature2", "map_cv", 61), row("feature4", "map", 52)]
+    rows.append(row("feature4", "map_cv", 60))
+    evaluation = svm()
+    assert isinstance(evaluation, Summarizing)
+    by_test, by_validation = evaluation.summary(rows)
+    assert (by_test.metric, by_test.layer, by_test.value) == ("map_best", "feature4", 52)
+    assert by_test.protocol.endswith("best of 2 layers, chosen on test as published")
+    assert (by_validation.metric, by_validation.layer, by_validation.value) == ("map_best_cv", "feature2", 50)
+    assert list(evaluation.summary([])) == []
+    assert [row.metric for row in evaluation.summary(rows[::2])] == ["map_best"]  # nothing could be validated
