@@ -1,65 +1,164 @@
-"""Linear classifiers on frozen features, all layers and learning rates in one pass (protocols.md 3.3)."""
+"""Linear classifiers on frozen features, all layers and settings in one pass (protocols.md 3.3 to 3.6)."""
 
-import bisect
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from jaxtyping import Int
+from torch import Tensor
 
-from relloc.features.source import FeatureSource
+from relloc.data.views import View
+from relloc.errors import DataError
+from relloc.evals import schedule
+from relloc.evals.constants import check_number, check_numbers
+from relloc.evals.heads import LayerHeads, Setting, Sgd
+from relloc.evals.training import Trained, Training, count_hits, have_diverged, held_back
+from relloc.features.source import Color, FeatureSource, Sets
 from relloc.results import Score, check_layers
 
-_HELD_BACK = 10  # one in ten training images chooses the learning rate
-
-
-class Heads(nn.Module):
-    """For each layer one batch norm without scale and shift, then one linear head a learning rate.
-
-    Batch norm on pooled maps normalizes each channel over images and places (momentum 0.1), as
-    BatchNorm2d before the flattening does. Weights are N(0, 0.01), biases zero; `seed` starts the
-    weights of every head anew, so that no head depends on which others are trained beside it.
-    """
-
-    def __init__(
-        self, dims: dict[str, int], channels: dict[str, int], n_heads: int, n_classes: int, *, seed: int
-    ) -> None:
-        super().__init__()
-        self.channels = channels
-        self.norms = nn.ModuleDict({layer: nn.BatchNorm1d(channels[layer], affine=False) for layer in dims})
-        self.heads = nn.ModuleDict(
-            {layer: nn.ModuleList(_head(dim, n_classes, seed) for _ in range(n_heads)) for layer, dim in dims.items()}
-        )
-
-    def forward(self, features: dict[str, Float[Tensor, "b _d"]]) -> dict[str, list[Float[Tensor, "b classes"]]]:
-        """Logits by layer, one tensor a learning rate."""
-        logits = {}
-        for layer, heads in self.heads.items():
-            rows = features[layer]
-            maps = rows.unflatten(1, (self.channels[layer], -1))
-            normalized = self.norms[layer](maps).flatten(1)
-            logits[layer] = [head(normalized) for head in heads]  # pyright: ignore[reportGeneralTypeIssues]
-        return logits
-
-
-def _head(dim: int, n_classes: int, seed: int) -> nn.Linear:
-    head = nn.Linear(dim, n_classes)
-    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
-    nn.init.zeros_(head.bias)
-    return head
+_DIVERGED = ", diverged: weights are not finite"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
-    """SGD with momentum and Nesterov, the rate times `gamma` at the milestones; losses summed.
+    """A linear classifier a layer as published, and a grid of others trained in the same pass.
 
-    With one learning rate all training images train. With several, every tenth is held back to
-    choose the rate of each layer, and is not trained on; val only reports.
+    The published one (`lr`, `weight_decay`) trains on all training images in the views `augment`
+    and `color` make, new ones each epoch; its last epoch is `top1`, its best on val, where
+    `best_epoch` asks for it, `top1_best`. The grid, each of `grid_lrs` with each of
+    `grid_weight_decays`, never trains on a tenth of the training images, which in the still `view`
+    choose the setting of each layer; val only reports it, as `top1_tuned`, after the last epoch.
+    `follows` names the protocol in words.
+
+    Raises:
+        ValueError: constants that would train nothing.
     """
 
+    version: ClassVar[int] = 1
+    labels: ClassVar[Literal["class"]] = "class"
+    keeps: ClassVar[bool] = False
+    layer_by_layer: ClassVar[bool] = False
+
     layers: Sequence[str]
+    view: View
+    follows: str
+    augment: View | None = None
+    color: Color | None = None
+    epochs: int
+    milestone_epochs: Sequence[int]
+    gamma: float
+    lr: float
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    batch: int
+    batch_norm: bool
+    grid_lrs: Sequence[float] = ()
+    grid_weight_decays: Sequence[float] = ()
+    best_epoch: bool = False
+
+    def __post_init__(self) -> None:
+        check_layers("eval.linear.layers", self.layers)
+        for name in ("nesterov", "batch_norm", "best_epoch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"eval.linear.{name} is {getattr(self, name)}: give true or false")
+        schedule.check_training("eval.linear", self, batch_norm=self.batch_norm)
+        check_number("eval.linear.lr", self.lr, above=0)
+        check_numbers("eval.linear.grid_lrs", self.grid_lrs, above=0, may_be_empty=True)
+        check_numbers("eval.linear.grid_weight_decays", self.grid_weight_decays, at_least=0, may_be_empty=True)
+        if bool(self.grid_lrs) != bool(self.grid_weight_decays):
+            raise ValueError("eval.linear: give both grid_lrs and grid_weight_decays, or neither ([])")
+        if self.color and not self.augment:
+            raise ValueError("eval.linear.color needs eval.linear.augment: still views are not colored")
+
+    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
+        """Scores on `sets.held_out` by layer: top1, and top1_best and top1_tuned where asked for.
+
+        Raises:
+            UsageError: features that are not finite.
+            DataError: images that can't be read, or too few.
+        """
+        tenth = held_back(sets.train.n, seed)
+        watched = sets.held_out if self.best_epoch else None
+        source = self._source(sets)
+        trained = self._training().fit(source, sets.state, tenth=tenth, watched=watched, device=device, seed=seed)
+        chosen = _chosen(trained, sets.train, tenth, self.batch, device) if self.grid_lrs else {}
+        hits, seen = _all_hits(trained, sets.held_out, self.batch, device)
+        for layer in self.layers:
+            gone = have_diverged(trained.heads[layer])
+            words = f"{self._words(0, gone)}, last epoch{self._how_mixed()}"
+            yield self._score(layer, "top1", int(hits[layer][0]), seen, words)
+            if self.best_epoch:
+                words = f"{self._words(0, gone)}, best epoch on val{self._how_mixed()}"
+                yield self._score(layer, "top1_best", trained.best[layer], seen, words)
+            if chosen:
+                words = f"{self._words(chosen[layer], gone)}, last epoch, {self._how_chosen()}"
+                yield self._score(layer, "top1_tuned", int(hits[layer][chosen[layer]]), seen, words)
+
+    def _source(self, sets: Sets) -> FeatureSource:
+        if self.augment is None:
+            return sets.train
+        if sets.augmented is None:
+            raise ValueError(f"eval.linear trains on {self.augment}, but was given no such source")
+        return sets.augmented
+
+    def _training(self) -> Training:
+        return Training(
+            layers=self.layers,
+            sgd=Sgd(settings=self._settings(), momentum=self.momentum, nesterov=self.nesterov),
+            epochs=self.epochs,
+            milestone_epochs=self.milestone_epochs,
+            gamma=self.gamma,
+            batch=self.batch,
+            batch_norm=self.batch_norm,
+        )
+
+    def _settings(self) -> tuple[Setting, ...]:
+        grid = [
+            Setting(lr=lr, weight_decay=decay, sees_all=False)
+            for lr in self.grid_lrs
+            for decay in self.grid_weight_decays
+        ]
+        return (Setting(lr=self.lr, weight_decay=self.weight_decay, sees_all=True), *grid)
+
+    def _score(self, layer: str, metric: str, hits: int, seen: int, words: str) -> Score:
+        return Score(layer=layer, metric=metric, value=100 * hits / seen, n=seen, protocol=words)
+
+    def _words(self, head: int, gone: Tensor) -> str:
+        seen = ", ".join(str(part) for part in (self.augment, self.color) if part) or "the still view"
+        diverged = _DIVERGED if gone[head] else ""
+        return f"{self.follows}, {_in_words(self._training(), head)}, trained on {seen}{diverged}"
+
+    def _how_mixed(self) -> str:
+        """What differs for the published head where heads train beside it that must not see the tenth."""
+        unlike = "; deviation: a batch is all of the held-back tenth or all of the rest, published ones are uniform"
+        return unlike if self.grid_lrs else ""
+
+    def _how_chosen(self) -> str:
+        many = len(self.grid_lrs) * len(self.grid_weight_decays)
+        norm = ", whose images enter batch norm" if self.batch_norm else ""
+        return f"chosen among {many} on a held-back tenth of train in the still view, not trained on{norm}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearFast:
+    """The same classifiers on features that are computed once: a fixed view, no augmentation.
+
+    With one learning rate all training images train. With several, a random tenth is held back to
+    choose the rate of each layer, and is not trained on; val only reports.
+
+    Raises:
+        ValueError: constants that would train nothing.
+    """
+
+    version: ClassVar[int] = 1
+    labels: ClassVar[Literal["class"]] = "class"
+    keeps: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = False
+
+    layers: Sequence[str]
+    view: View
     epochs: int
     milestone_epochs: Sequence[int]
     gamma: float
@@ -69,100 +168,69 @@ class Linear:
     batch: int
 
     def __post_init__(self) -> None:
-        check_layers("eval.linear.layers", self.layers)
-        if not self.learning_rates:
-            raise ValueError("eval.linear.learning_rates is empty: give at least one")
+        check_layers("eval.linear_fast.layers", self.layers)
+        schedule.check_training("eval.linear_fast", self, batch_norm=True)
+        check_numbers("eval.linear_fast.learning_rates", self.learning_rates, above=0)
 
-    def __call__(
-        self, train: FeatureSource, held_out: FeatureSource, *, device: torch.device, seed: int
-    ) -> Iterator[Score]:
-        """Top-1 of the last epoch on `held_out`, one score a layer."""
-        order = torch.randperm(train.n, generator=torch.Generator().manual_seed(seed))
-        held_back = order[: max(1, train.n // _HELD_BACK)] if len(self.learning_rates) > 1 else order[:0]
-        trained_on = order[len(held_back) :]
-        heads = self._heads(train, seed).to(device)
-        self._fit(heads, train, trained_on, device, seed)
-        heads.eval()
-        chosen = self._choose(heads, train, held_back, device)
-        hits, seen = count_hits(heads, held_out, torch.arange(held_out.n), self.layers, self.batch, device)
+    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
+        """Top-1 of the last epoch on `sets.held_out`, one score a layer. Raises as `Linear`."""
+        tenth = held_back(sets.train.n, seed)
+        trained = self._training().fit(sets.train, sets.state, tenth=tenth, watched=None, device=device, seed=seed)
+        several = len(self.learning_rates) > 1
+        chosen = _chosen(trained, sets.train, tenth, self.batch, device) if several else dict.fromkeys(self.layers, 0)
+        hits, seen = _all_hits(trained, sets.held_out, self.batch, device)
         for layer in self.layers:
-            value = 100 * hits[layer][chosen[layer]].item() / seen
-            rate = self.learning_rates[chosen[layer]]
-            yield Score(layer=layer, metric="top1", value=value, n=seen, protocol=self._protocol(rate))
+            head = chosen[layer]
+            words = self._words(head, have_diverged(trained.heads[layer]))
+            yield Score(layer=layer, metric="top1", value=100 * int(hits[layer][head]) / seen, n=seen, protocol=words)
 
-    def _heads(self, train: FeatureSource, seed: int) -> Heads:
-        dims = {layer: train.dims[layer] for layer in self.layers}
-        channels = {layer: train.channels[layer] for layer in dims}
-        return Heads(dims, channels, len(self.learning_rates), train.n_classes, seed=seed)
-
-    def _fit(self, heads: Heads, train: FeatureSource, places: Tensor, device: torch.device, seed: int) -> None:
-        optimizer = self._optimizer(heads)
-        base = [group["lr"] for group in optimizer.param_groups]
-        generator = torch.Generator().manual_seed(seed)
-        heads.train()
-        for epoch in range(self.epochs):
-            factor = self.gamma ** bisect.bisect_right(self.milestone_epochs, epoch)
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * factor
-            shuffled = places[torch.randperm(len(places), generator=generator)]
-            for features, labels in train.batches(shuffled, self.batch, self.layers):
-                if len(labels) > 1:  # batch norm knows no variance of one
-                    self._step(heads, optimizer, features, labels, device)
-
-    def _optimizer(self, heads: Heads) -> torch.optim.SGD:
-        groups = []
-        for place, rate in enumerate(self.learning_rates):
-            at_rate = [heads.heads[layer][place] for layer in self.layers]  # pyright: ignore[reportIndexIssue]
-            groups.append({"params": [p for head in at_rate for p in head.parameters()], "lr": rate})
-        return torch.optim.SGD(
-            groups, lr=groups[0]["lr"], momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
+    def _training(self) -> Training:
+        every = len(self.learning_rates) == 1
+        settings = [Setting(lr=lr, weight_decay=self.weight_decay, sees_all=every) for lr in self.learning_rates]
+        return Training(
+            layers=self.layers,
+            sgd=Sgd(settings=tuple(settings), momentum=self.momentum, nesterov=True),
+            epochs=self.epochs,
+            milestone_epochs=self.milestone_epochs,
+            gamma=self.gamma,
+            batch=self.batch,
+            batch_norm=True,
         )
 
-    def _step(
-        self,
-        heads: Heads,
-        optimizer: torch.optim.SGD,
-        features: dict[str, Tensor],
-        labels: Tensor,
-        device: torch.device,
-    ) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        logits = heads({layer: rows.to(device) for layer, rows in features.items()})
-        target = labels.to(device)
-        losses = [cross_entropy(one, target) for of_layer in logits.values() for one in of_layer]
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-
-    def _choose(self, heads: Heads, train: FeatureSource, held_back: Tensor, device: torch.device) -> dict[str, int]:
-        if not len(held_back):
-            return dict.fromkeys(self.layers, 0)
-        hits, _ = count_hits(heads, train, held_back, self.layers, self.batch, device)
-        return {layer: int(right.argmax()) for layer, right in hits.items()}
-
-    def _protocol(self, rate: float) -> str:
-        how = f"lr {rate}, {self.epochs} epochs, batch {self.batch}"
+    def _words(self, head: int, gone: Tensor) -> str:
+        how = _in_words(self._training(), head) + (_DIVERGED if gone[head] else "")
         if len(self.learning_rates) > 1:
-            how += f", rate chosen among {len(self.learning_rates)} on a held-back tenth of train"
-        return f"3.3 one head a stage, {how}; deviation: one fixed center view, no augmentation"
+            how += f", rate chosen among {len(self.learning_rates)} on a held-back random tenth of train"
+        return f"3.3 one head a stage, {how}; fast: one fixed center view, features computed once"
 
 
-@torch.no_grad()
-def count_hits(
-    heads: Heads,
-    source: FeatureSource,
-    places: Int[Tensor, "m"],
-    layers: Sequence[str],
-    size: int,
-    device: torch.device,
-) -> tuple[dict[str, Int[Tensor, "rates"]], int]:
-    """Right answers of each head by layer, and how many images were asked."""
-    hits: dict[str, Tensor] = {}
-    seen = 0
-    for features, labels in source.batches(places, size, layers):
-        logits = heads({layer: rows.to(device) for layer, rows in features.items()})
-        target = labels.to(device)
-        for layer, of_layer in logits.items():
-            right = torch.stack([(one.argmax(dim=1) == target).sum() for one in of_layer]).cpu()
-            hits[layer] = hits.get(layer, torch.zeros_like(right)) + right
-        seen += len(labels)
+def _in_words(training: Training, head: int) -> str:
+    setting, sgd = training.sgd.settings[head], training.sgd
+    return (
+        f"lr {setting.lr:g}, wd {setting.weight_decay:g}, {'nesterov ' if sgd.nesterov else ''}momentum "
+        f"{sgd.momentum:g}, {schedule.in_words(training.epochs, training.milestone_epochs, training.gamma)}, "
+        f"batch {training.batch}"
+    )
+
+
+def _chosen(
+    trained: Trained, train: FeatureSource, tenth: Int[Tensor, "m"], size: int, device: torch.device
+) -> dict[str, int]:
+    """The head of each layer that is right most often on the tenth it was not trained on; diverged ones come last."""
+    hits, _ = count_hits(trained.heads, train, tenth, size, device)
+    return {layer: _best(hits[layer], heads) for layer, heads in trained.heads.items()}
+
+
+def _best(hits: Int[Tensor, "heads"], heads: LayerHeads) -> int:
+    not_ranked = have_diverged(heads)
+    seen = torch.tensor([setting.sees_all for setting in heads.sgd.settings])
+    return int(hits.masked_fill(not_ranked, -1).masked_fill(seen, -2).argmax())
+
+
+def _all_hits(
+    trained: Trained, held_out: FeatureSource, size: int, device: torch.device
+) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
+    hits, seen = count_hits(trained.heads, held_out, torch.arange(held_out.n), size, device)
+    if not seen:
+        raise DataError("none of the images to report on can be read")
     return hits, seen

@@ -1,0 +1,143 @@
+"""What more heads cost: one linear head, one a stage, and a grid of 50 more, on a frozen network.
+
+Whole training steps from uint8 images on the device: normalizing, the forward of the frozen backbone (bfloat16 on a
+GPU), pooling of the layers that have heads, batch norm, and the steps of all heads, by the same functions as
+`python -m relloc.evaluate eval=linear_in1k`. Reading images and coloring them, which cost all sides alike, are left
+out. "K at once" is how many steps heads take together (relloc/evals/heads.py); 1 is SGD step by step.
+
+What can be reached: 55 heads of ImageNet multiply 1.0 TFLOP a step with TF32, which is 2.5 ms at the 400 TFLOP/s that
+one H100 may give, and pass 1.9 GB of weights 14 times in 16 steps, 0.6 ms at 3 TB/s. By that arithmetic they fit into
+15 % of the time of one head where a step of 256 images takes 21 ms or more; the other four poolings come on top.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from hydra import compose, initialize_config_dir
+from report import arguments, median_s, tell
+from torch import Tensor
+
+from relloc.evals.heads import Setting, Sgd
+from relloc.evals.training import Training, held_back
+from relloc.features.pool import layer_channels, layer_dims, pooled_layers
+from relloc.features.source import Batch
+from relloc.models.backbone import STAGES, Backbone
+from relloc.patches.normalize import ByDataset
+from relloc.runs import assemble, engine
+from relloc.runs.launch import conf_dir
+
+ONE = ("feature5",)
+
+
+class Resident:
+    """A `FeatureSource` of random images on the device, encoded each time; one batch of them again and again."""
+
+    def __init__(self, backbone: Backbone, options: argparse.Namespace, how: engine.Engine) -> None:
+        self.backbone = backbone.eval()
+        self.bf16 = how.bf16
+        self.n = options.steps * options.batch
+        self.n_classes = options.classes
+        self.dims = layer_dims(backbone)
+        self.channels = layer_channels(backbone)
+        shape = (options.batch, options.px, options.px, 3)
+        self.pixels = torch.randint(256, shape, dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)
+        self.labels = torch.randint(options.classes, (options.batch,), device=how.device)
+        self.encode = how.compile(self._encode)
+
+    def _encode(self, pixels: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            return pooled_layers(self.backbone, ByDataset()(pixels.float()), layers)
+
+    def batches(self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+        for chosen in places.split(size):
+            with torch.no_grad():
+                yield self.encode(self.pixels[: len(chosen)], tuple(layers)), self.labels[: len(chosen)]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default="resnet50", help="member of conf/model")
+    parser.add_argument("--px", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=160, help="steps that are timed together; a multiple of ten")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[16, 1], help="steps that 55 heads take together")
+    parser.add_argument("overrides", nargs="*", help="settings such as compile=false or precision=tf32")
+    options = parser.parse_args()
+    if options.steps % 10:
+        parser.error("--steps is to be a multiple of ten: one batch in ten is held back from the grid")
+    config = _config([f"model={options.model}", *options.overrides])
+    how = engine.settle(config)
+    torch.manual_seed(0)
+    backbone = assemble.backbone(config.model)
+    how.place(backbone)
+    source = Resident(backbone, options, how)
+    sides = _sides(options)
+    passes = {name: _pass(training, source, how.device) for name, training in sides.items()}
+    spent = median_s(passes, device=how.device, rounds=options.rounds)
+    rows = [_row(name, sides[name], spent[name] / options.steps, options) for name in sides]
+    first = rows[0]["ms a step"]
+    ratios = {f"{row['side']} over one head": row["ms a step"] / first for row in rows[1:]}
+    tell(f"linear heads on frozen {options.model}; {how}", rows, ratios, options.json, settings=vars(options))
+
+
+def _config(overrides: list[str]):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(
+            "evaluate", ["checkpoint=random", "data=in1k", "data.root=nowhere", "eval=linear_in1k", *overrides]
+        )
+
+
+def _sides(options: argparse.Namespace) -> dict[str, Training]:
+    constants = _config([]).eval.linear_in1k
+    published = Setting(lr=constants.lr, weight_decay=constants.weight_decay, sees_all=True)
+    grid = [
+        Setting(lr=lr, weight_decay=decay, sees_all=False)
+        for lr in constants.grid_lrs
+        for decay in constants.grid_weight_decays
+    ]
+    most = options.at_once[0]
+    few = {
+        "one head": _training(ONE, [published], options, most),
+        "five": _training(STAGES, [published], options, most),
+    }
+    name = f"five and {len(grid) * len(STAGES)}"
+    many = {f"{name}, {k} at once": _training(STAGES, [published, *grid], options, k) for k in options.at_once}
+    return few | many
+
+
+def _training(layers: tuple[str, ...], settings: list[Setting], options: argparse.Namespace, at_once: int) -> Training:
+    return Training(
+        layers=layers,
+        sgd=Sgd(settings=tuple(settings), momentum=0.9, nesterov=True),
+        epochs=1,
+        milestone_epochs=(),
+        gamma=0.1,
+        batch=options.batch,
+        batch_norm=True,
+        steps_at_once=at_once,
+    )
+
+
+def _pass(training: Training, source: Resident, device: torch.device):
+    heads = {layer: training._heads(source, layer, seed=0).to(device).train() for layer in training.layers}
+    tenth = held_back(source.n, seed=0)
+    return lambda: training._pass(heads, source, tenth, 0, device, seed=0)
+
+
+def _row(name: str, training: Training, seconds: float, options: argparse.Namespace) -> dict[str, object]:
+    return {
+        "side": name,
+        "heads": len(training.layers) * len(training.sgd.settings),
+        "ms a step": 1000 * seconds,
+        "images/s": options.batch / seconds,
+    }
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    main()
+    print(f"{time.monotonic() - started:.0f} s in all")

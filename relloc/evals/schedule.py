@@ -1,0 +1,36 @@
+"""Learning rates that fall at milestones, and what the constants of a training must be."""
+
+import bisect
+from collections.abc import Sequence
+from typing import Any
+
+from relloc.evals.constants import check_number, check_whole, check_wholes
+
+
+def factor(epoch: int, milestone_epochs: Sequence[int], gamma: float) -> float:
+    """What rates are multiplied by in an epoch, counted from 0: `gamma` for each milestone reached."""
+    return gamma ** bisect.bisect_right(milestone_epochs, epoch)
+
+
+def in_words(epochs: int, milestone_epochs: Sequence[int], gamma: float) -> str:
+    """`90 epochs, x0.1 at 30, 60`, as protocols say it; milestones that are never reached are left out."""
+    reached = ", ".join(str(milestone) for milestone in milestone_epochs if milestone < epochs)
+    return f"{epochs} epochs" + (f", x{gamma:g} at {reached}" if reached else "")
+
+
+def check_training(setting: str, constants: Any, *, batch_norm: bool) -> None:
+    """Whether what SGD is told can train anything; `constants` is the evaluation `setting`, such as eval.linear.
+
+    Raises:
+        ValueError: epochs, milestone_epochs, gamma, momentum, weight_decay or batch can't; with which and why.
+    """
+    check_whole(f"{setting}.epochs", constants.epochs)
+    check_wholes(f"{setting}.milestone_epochs", constants.milestone_epochs, may_be_empty=True)
+    if list(constants.milestone_epochs) != sorted(set(constants.milestone_epochs)):
+        raise ValueError(f"{setting}.milestone_epochs is {constants.milestone_epochs}: give epochs that rise")
+    check_number(f"{setting}.gamma", constants.gamma, above=0)
+    check_number(f"{setting}.momentum", constants.momentum, at_least=0, at_most=1)
+    check_number(f"{setting}.weight_decay", constants.weight_decay, at_least=0)
+    check_whole(f"{setting}.batch", constants.batch)
+    if batch_norm and constants.batch < 2:
+        raise ValueError(f"{setting}.batch is {constants.batch}: batch norm needs 2 or more")

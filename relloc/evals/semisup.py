@@ -1,0 +1,331 @@
+"""Fine-tuning the whole network with few labels, as OpenSelfSup does with 1 % and 10 % of ImageNet.
+
+Its constants are those of OpenSelfSup's configs/benchmarks/semi_classification/
+imagenet_{1percent,10percent}/ (base.py, and r50_lr*_head*.py for rates and weight decay), its head that
+of openselfsup/models/heads/cls_head.py; docs/MODEL_ZOO.md tells that of nine settings the best is
+reported for each method, which is a choice on the images that are reported on.
+"""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from relloc.data.image_set import ImageSet, Splits, hash_lines
+from relloc.data.loader import Unreadable
+from relloc.data.order import key
+from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, stratified
+from relloc.data.views import View
+from relloc.errors import DataError
+from relloc.evals import schedule
+from relloc.evals.constants import check_number, check_numbers, check_whole
+from relloc.features.source import Reading, State
+from relloc.models.backbone import Backbone
+from relloc.results import Score
+
+_TOP = (1, 5)
+_PUBLISHED_SETTINGS = 9  # three rates and three multipliers of the head's (docs/MODEL_ZOO.md)
+Reasons = Callable[[dict[str, str]], None]  # what is done with the names of unreadable images and why they are
+
+
+class Classifier(nn.Module):
+    """A backbone and one linear layer on its average-pooled last stage, N(0, 0.01), biases zero."""
+
+    def __init__(self, backbone: Backbone, n_classes: int, *, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.stage_channels[-1], n_classes)
+        nn.init.normal_(self.head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
+        return self.head(self.backbone(images)["feature5"].mean(dim=(2, 3)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """One of the settings that are tried: the trunk's learning rate, and how many times that the head has."""
+
+    learning_rate: float
+    head_multiplier: float
+
+    def __str__(self) -> str:
+        return f"lr {self.learning_rate:g}, of the head x{self.head_multiplier:g}"
+
+
+class Outcome(TypedDict):
+    """What became of a setting: whether loss and weights stayed finite; hits of top 1, of top 5 and images a set."""
+
+    finite: bool
+    tallies: list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given:
+    """What a call is given besides network and images."""
+
+    reading: Reading
+    seed: int
+    state: State
+    unreadable: Reasons
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SemiSupervised:
+    """SGD with momentum on all weights; rates times `gamma` at the milestones; batch norm trains with it.
+
+    The images are `share` of each class by `seed`, or what `list_file` names, one file name a line.
+    With several settings (each rate with each multiplier) `top1` and `top5` are those of the setting
+    that is best on the images reported on, as published, and `top1_tuned` and `top5_tuned` those of
+    the setting that is best on `choosing_images` other training images. A setting that diverged ranks
+    last and is named.
+
+    Raises:
+        ValueError: constants that would train nothing.
+        DataError: `list_file` can't be read or names nothing.
+    """
+
+    version: ClassVar[int] = 1
+    labels: ClassVar[Literal["class", "presence", "none"]] = "class"
+
+    share: float
+    list_file: str | None
+    epochs: int
+    milestone_epochs: Sequence[int]
+    gamma: float
+    learning_rates: Sequence[float]
+    head_multipliers: Sequence[float]
+    momentum: float
+    weight_decay: float
+    batch: int
+    choosing_images: int
+    augment: View
+    view: View
+    list_digest: str = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        check_number("eval.semisup.share", self.share, above=0, at_most=1)
+        if not isinstance(self.list_file, str | None):
+            raise ValueError(f"eval.semisup.list_file is {self.list_file}: give the path of a file, or null")
+        schedule.check_training("eval.semisup", self, batch_norm=True)
+        check_numbers("eval.semisup.learning_rates", self.learning_rates, above=0)
+        check_numbers("eval.semisup.head_multipliers", self.head_multipliers, above=0)
+        check_whole("eval.semisup.choosing_images", self.choosing_images)
+        # What the list holds is part of what decides the numbers, and so of this object's repr.
+        names = list_names(Path(self.list_file)) if self.list_file else ()
+        object.__setattr__(self, "list_digest", hash_lines(names) if names else "")
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """Where the head is: rows need a layer."""
+        return ("avgpool",)
+
+    @property
+    def settings(self) -> list[Rates]:
+        return [
+            Rates(learning_rate=rate, head_multiplier=times)
+            for rate, times in itertools.product(self.learning_rates, self.head_multipliers)
+        ]
+
+    def __call__(
+        self, backbone: Backbone, splits: Splits, *, reading: Reading, seed: int, state: State, unreadable: Reasons
+    ) -> Iterator[Score]:
+        """Top-1 and top-5 on `splits.held_out` after the last epoch. `backbone` stays as it is.
+
+        `state` is saved to after each epoch, and gone on from: on a CPU with the same bits as if it had
+        never stopped. `unreadable` is told which images can't be read, and why, after each pass.
+
+        Raises:
+            DataError: images without labels; a list that does not fit; no other images to choose on;
+                too many that can't be read.
+        """
+        given = _Given(reading=reading, seed=seed, state=state, unreadable=unreadable)
+        tuned_on = self._subset(splits.train, seed)
+        sets: list[ImageSet] = [splits.held_out]
+        if len(self.settings) > 1:
+            sets.append(self._others(splits.train, tuned_on))
+        saved = state.load() or {}
+        outcomes: list[Outcome] = saved.get("outcomes", [])
+        for rates in self.settings[len(outcomes) :]:
+            network, finite = self._tune(backbone, tuned_on, rates, saved | {"outcomes": outcomes}, given)
+            tallies = [count_top_hits(network, images, self.view, reading, unreadable) for images in sets]
+            outcomes = [*outcomes, Outcome(finite=finite, tallies=tallies)]
+            saved = {}
+            state.save({"outcomes": outcomes})
+        yield from self._scores(outcomes, tuned_on, seed, len(splits.train.classes))
+
+    def _subset(self, train: ImageSet, seed: int) -> Subset:
+        return listed(train, Path(self.list_file)) if self.list_file else stratified(train, self.share, seed=seed)
+
+    def _others(self, train: ImageSet, tuned_on: Subset) -> Subset:
+        taken = set(tuned_on.places)
+        others = [place for place in range(len(train)) if place not in taken]
+        if not others:
+            raise DataError(
+                f"{train.name} {train.split} has no images beyond those that are trained on, so that no setting can "
+                "be chosen: give one number in eval.semisup.learning_rates and head_multipliers, or a smaller share"
+            )
+        places = [others[place] for place in evenly_spaced(len(others), self.choosing_images)]
+        return Subset(images=train, places=places)
+
+    def _tune(
+        self, backbone: Backbone, images: Subset, rates: Rates, saved: dict[str, Any], given: _Given
+    ) -> tuple[Classifier, bool]:
+        """The network after the last epoch, from where `saved` left off, and whether all of it stayed finite."""
+        network = Classifier(copy.deepcopy(backbone), len(images.classes), seed=given.seed).to(given.reading.device)
+        network.requires_grad_(True)
+        optimizer = self._optimizer(network, rates)
+        first, finite = saved.get("epochs", 0), saved.get("finite", True)
+        if first:
+            network.load_state_dict(saved["network"])
+            optimizer.load_state_dict(saved["optimizer"])
+        for epoch in range(first, self.epochs):
+            if not finite:
+                break  # no step mends it
+            factor = schedule.factor(epoch, self.milestone_epochs, self.gamma)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            what = f"{rates}, epoch {epoch + 1} of {self.epochs}"
+            finite = self._epoch(network, optimizer, images, epoch, what, given)
+            kept = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            so_far = {"outcomes": saved["outcomes"], "epochs": epoch + 1, "finite": finite}
+            given.state.save(so_far | kept)
+        return network, finite
+
+    def _optimizer(self, network: Classifier, rates: Rates) -> torch.optim.SGD:
+        each = (rates.learning_rate, rates.learning_rate * rates.head_multiplier)
+        parts = (network.backbone, network.head)
+        groups = [
+            {"params": list(part.parameters()), "lr": rate, "base_lr": rate}
+            for part, rate in zip(parts, each, strict=True)
+        ]
+        return torch.optim.SGD(groups, lr=each[0], momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def _epoch(
+        self, network: Classifier, optimizer: torch.optim.SGD, images: Subset, epoch: int, what: str, given: _Given
+    ) -> bool:
+        """Train for an epoch; whether all losses were finite, and all weights and statistics are."""
+        network.train()
+        reading, labels = given.reading, _labels(images)
+        order = np.random.default_rng([given.seed, epoch]).permutation(len(images)).tolist()
+        keys = [(place, key(given.seed, epoch, place)) for place in order]
+        bad = Unreadable(n_images=len(images), most_share=reading.unreadable_share)
+        losses = []
+        loaded = reading.views(images, self.augment, keys, self.batch)
+        for views in reading.progress(loaded, what, -(-len(keys) // self.batch)):
+            bad.add(views.unreadable)
+            if len(views.pixels) < 2:
+                continue  # batch norm knows no variance of one
+            target = labels[views.indices].to(reading.device)
+            optimizer.zero_grad(set_to_none=True)
+            loss = cross_entropy(_logits(network, reading.to_device(views.pixels), reading), target)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        given.unreadable(bad.reasons)
+        if not losses:
+            raise DataError(f"no two of {len(images)} images of {images.name} that fine-tuning takes can be read")
+        return bool(torch.stack(losses).isfinite().all()) and _is_finite(network)
+
+    def _scores(self, outcomes: Sequence[Outcome], tuned_on: Subset, seed: int, n_classes: int) -> Iterator[Score]:
+        several = len(self.settings) > 1
+        best, chosen = (_best(outcomes, place) for place in (0, -1))
+        how = "chosen on the images it is reported on, as published" if several else ""
+        protocol = self._protocol(tuned_on, seed, outcomes, best, how)
+        yield from self._rows("", outcomes[best]["tallies"][0], n_classes, protocol)
+        if several:
+            how = f"chosen on {outcomes[0]['tallies'][-1][-1]} other training images"
+            protocol = self._protocol(tuned_on, seed, outcomes, chosen, how)
+            yield from self._rows("_tuned", outcomes[chosen]["tallies"][0], n_classes, protocol)
+
+    def _rows(self, suffix: str, tally: Sequence[int], n_classes: int, protocol: str) -> Iterator[Score]:
+        *hits, n = tally
+        for top, right in zip(_TOP, hits, strict=True):
+            if top == 1 or top < n_classes:
+                yield Score(layer="avgpool", metric=f"top{top}{suffix}", value=100 * right / n, n=n, protocol=protocol)
+
+    def _protocol(self, tuned_on: Subset, seed: int, outcomes: Sequence[Outcome], number: int, how: str) -> str:
+        source = (
+            f"list {Path(self.list_file).name}" if self.list_file else f"{self.share:.3g} of each class by seed {seed}"
+        )
+        words = [
+            f"OpenSelfSup semi-supervised: fine-tuned on {len(tuned_on)} labeled images ({source}, hash "
+            f"{tuned_on.list_hash()})",
+            f"{self.settings[number]}" + (f" of {len(self.settings)} settings, {how}" if how else ""),
+            f"momentum {self.momentum:g}, weight decay {self.weight_decay:g}, "
+            f"{schedule.in_words(self.epochs, self.milestone_epochs, self.gamma)}, batch {self.batch}, "
+            "batch norm trained",
+            f"trained on {self.augment}",
+            *self._diverged(outcomes, number),
+            *self._deviations(),
+        ]
+        return "; ".join(words)
+
+    def _diverged(self, outcomes: Sequence[Outcome], number: int) -> Iterator[str]:
+        if not outcomes[number]["finite"]:
+            yield "diverged: loss or weights are not finite"
+        elif gone := [str(rates) for rates, of in zip(self.settings, outcomes, strict=True) if not of["finite"]]:
+            yield f"diverged and ranked last: {' and '.join(gone)}"
+
+    def _deviations(self) -> Iterator[str]:
+        if not self.list_file:
+            yield "deviation: the list is ours, not SimCLR's"
+        if (tried := len(self.settings)) != _PUBLISHED_SETTINGS:
+            yield f"deviation: {tried} setting{'s' * (tried > 1)} tried, published is the best of {_PUBLISHED_SETTINGS}"
+
+
+def _labels(images: ImageSet) -> Int[Tensor, "n"]:
+    if images.labels is None:
+        raise DataError(f"{images.name} {images.split} has no labels to fine-tune with")
+    return torch.as_tensor(images.labels)
+
+
+def _is_finite(network: Classifier) -> bool:
+    return all(bool(values.isfinite().all()) for values in network.state_dict().values())
+
+
+def _best(outcomes: Sequence[Outcome], place: int) -> int:
+    """The setting that is right most often on the set at `place`; those that diverged come last."""
+    shares = [(of["finite"], of["tallies"][place][0] / of["tallies"][place][-1]) for of in outcomes]
+    return shares.index(max(shares))
+
+
+def _logits(network: Classifier, images: Float[Tensor, "b 3 h w"], reading: Reading) -> Float[Tensor, "b classes"]:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=reading.bf16):
+        return network(images).float()
+
+
+@torch.no_grad()
+def count_top_hits(
+    network: Classifier, images: ImageSet, view: View, reading: Reading, unreadable: Reasons
+) -> list[int]:
+    """How many images are right at first, how many among the first five answers, and how many were asked.
+
+    Raises:
+        DataError: too many images can't be read, or all.
+    """
+    network.eval()
+    labels = _labels(images)
+    keys = [(place, place) for place in range(len(images))]
+    bad = Unreadable(n_images=len(images), most_share=reading.unreadable_share)
+    counts = torch.zeros(len(_TOP) + 1, dtype=torch.int64)
+    loaded = reading.views(images, view, keys, reading.batch)
+    for views in reading.progress(loaded, f"asking {images.name} {images.split}", -(-len(keys) // reading.batch)):
+        bad.add(views.unreadable)
+        if len(views.pixels):
+            logits = _logits(network, reading.to_device(views.pixels), reading)
+            target = labels[views.indices].to(logits.device).unsqueeze(1)
+            places = logits.topk(min(max(_TOP), logits.shape[1]), dim=1).indices == target
+            counts += torch.tensor([*(int(places[:, :top].sum()) for top in _TOP), len(target)])
+    unreadable(bad.reasons)
+    if not counts[-1]:
+        raise DataError(f"none of the images of {images.name} {images.split} to ask about can be read")
+    return counts.tolist()
