@@ -2,15 +2,24 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import pad
 
+from relloc import ranks
+from relloc.data.views import View
 from relloc.errors import UsageError
-from relloc.features.source import Bank, FeatureSource, bank_device, bank_gib, fill_bank
+from relloc.evals.constants import check_number, check_whole, check_wholes
+from relloc.evals.nearest import nearest
+from relloc.features.source import Bank, Batch, FeatureSource, Sets, bank_device, bank_gib, fill_bank
 from relloc.results import Score, check_layers
+
+_WEIGHT_GRID = 2**40  # votes are whole numbers: their sum, and so a tie, is the same in any order
+_VOTE_BYTES = 2**28
+_QUERY_BYTES = 2**29  # of features that meet the bank at once: it is walked through once for each
 
 
 def vote(
@@ -21,89 +30,182 @@ def vote(
     k: Sequence[int],
     temperature: float,
     n_classes: int,
-    chunk: int = 65536,
-) -> dict[int, Int[Tensor, "q"]]:
+    chunk: int | None = None,
+    tile: int | None = None,
+    across_ranks: bool = False,
+    name: str = "features",
+) -> dict[int, Int64[Tensor, "q"]]:
     """Predicted class of each query, for each k: neighbors vote with exp(cosine / temperature).
 
-    Rows are L2-normalized here. The bank is read in chunks of rows, so memory is bounded by
-    queries x chunk. Equal similarities go to the earlier row, equal votes to the lower class.
+    Neighbors, ties, memory, `chunk`, `tile`, `across_ranks` and `name` are those of `nearest`; with
+    `across_ranks`, `labels` too are this rank's. All rows vote where there are fewer than k. Equal
+    votes, to 2^-40 of the nearest neighbor's, go to the lower class.
+
+    Raises:
+        UsageError: features that hold NaN or infinity.
     """
-    queries = normalize(queries, dim=1)
-    best = queries.new_full((len(queries), 0), 0.0)
-    places = labels.new_zeros((len(queries), 0)).to(queries.device)
-    for start in range(0, len(bank), chunk):
-        rows = normalize(bank[start : start + chunk].to(queries), dim=1)
-        similar = torch.cat([best, queries @ rows.T], dim=1)
-        here = torch.arange(start, start + len(rows), device=queries.device).expand(len(queries), -1)
-        order = similar.argsort(dim=1, descending=True, stable=True)[:, : max(k)]
-        best = similar.gather(1, order)
-        places = torch.cat([places, here], dim=1).gather(1, order)
-    weights = torch.exp((best - best[:, :1]) / temperature)  # a common factor: nothing overflows, votes stay
-    classes = labels.to(queries.device)[places]
+    found = nearest(queries, bank, max(k), chunk=chunk, tile=tile, across_ranks=across_ranks, name=name)
+    known = _of_all_ranks(labels) if across_ranks else labels
+    classes = known.to(queries.device)[found.rows]
+    # Over the nearest's, a common factor: nothing overflows, votes stay.
+    weights = torch.exp((found.similarities - found.similarities[:, :1]) / temperature)
     return {count: _winner(weights[:, :count], classes[:, :count], n_classes) for count in k}
 
 
-def _winner(weights: Float[Tensor, "q k"], classes: Int[Tensor, "q k"], n_classes: int) -> Int[Tensor, "q"]:
-    votes = weights.new_zeros((len(weights), n_classes))
-    return votes.scatter_add_(1, classes, weights).argmax(dim=1)
+def _of_all_ranks(labels: Int[Tensor, "mine"]) -> Int[Tensor, "n"]:
+    sizes = ranks.gathered(torch.tensor([len(labels)])).flatten().tolist()
+    padded = ranks.gathered(pad(labels, (0, max(sizes) - len(labels))))
+    return torch.cat([part[:size] for part, size in zip(padded, sizes, strict=True)])
+
+
+def _winner(weights: Float64[Tensor, "q k"], classes: Int[Tensor, "q k"], n_classes: int) -> Int64[Tensor, "q"]:
+    shares = weights.mul(_WEIGHT_GRID).round().long()
+    winners = classes.new_empty(len(classes), dtype=torch.int64)
+    size = max(1, _VOTE_BYTES // (8 * n_classes))
+    for start in range(0, len(classes), size):
+        part = slice(start, start + size)
+        votes = shares.new_zeros((len(shares[part]), n_classes))
+        winners[part] = votes.scatter_add_(1, classes[part], shares[part]).argmax(dim=1)
+    return winners
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knn:
-    """Top-1 of the weighted vote for each k that the bank allows, layer by layer."""
+    """Top-1 of the weighted vote for each k that the bank allows, layer by layer.
+
+    In a process group the bank is divided: all ranks call, and all get the scores.
+    """
+
+    version: ClassVar[int] = 1
+    labels: ClassVar[Literal["class", "presence", "none"]] = "class"
+    keeps: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = True
+    across_ranks: ClassVar[bool] = True
 
     k: Sequence[int]
     temperature: float
     layers: Sequence[str]
+    view: View
     batch: int
-    bank_gib: float
+    bank_gib: float = dataclasses.field(repr=False)  # the fingerprint is of the repr, and memory decides no number
 
     def __post_init__(self) -> None:
+        check_wholes("eval.knn.k", self.k)
+        check_number("eval.knn.temperature", self.temperature, above=0)
         check_layers("eval.knn.layers", self.layers)
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"eval.knn.k is {list(self.k)}: give numbers of neighbors of 1 or more")
-        if self.temperature <= 0:
-            raise ValueError(f"eval.knn.temperature is {self.temperature}, not above 0")
+        check_whole("eval.knn.batch", self.batch)
+        check_number("eval.knn.bank_gib", self.bank_gib, at_least=0)
 
-    def __call__(
-        self, train: FeatureSource, held_out: FeatureSource, *, device: torch.device, seed: int
-    ) -> Iterator[Score]:
-        """Scores of `held_out` by the neighbors in `train`. Nothing is random: `seed` is not used.
+    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
+        """Scores of `sets.held_out` by the neighbors in `sets.train`. Nothing is random: `seed` is not used.
 
         Raises:
-            UsageError: the bank would take more than `bank_gib`, or has fewer images than every k.
+            UsageError: the bank would take more than `bank_gib`, has fewer images than every k, or
+                features hold NaN or infinity.
         """
-        needed = bank_gib(train, self.layers)
-        if needed > self.bank_gib:
-            raise UsageError(
-                f"eval.knn needs {needed:.1f} GiB for {train.n} images at {', '.join(self.layers)}, more than "
-                f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise it"
-            )
-        bank = (
-            train if isinstance(train, Bank) else fill_bank(train, self.layers, self.batch, bank_device(needed, device))
-        )
-        allowed = [k for k in self.k if k <= bank.n]
+        bank = self._bank(sets.train, device)
+        n_images = int(ranks.total(torch.tensor(bank.n)))
+        allowed = [k for k in self.k if k <= n_images]
         if not allowed:
-            raise UsageError(f"eval.knn.k {list(self.k)}: the bank has only {bank.n} images")
+            raise UsageError(f"eval.knn.k {list(self.k)}: the bank has only {n_images} images")
         hits = {(layer, k): 0 for layer in self.layers for k in allowed}
         seen = 0
-        for features, labels in held_out.batches(torch.arange(held_out.n), self.batch, self.layers):
+        for features, labels in self._queries(sets.held_out):
             seen += len(labels)
             for layer in self.layers:
                 found = self._vote(bank, layer, features[layer].to(device), allowed)
                 for k, classes in found.items():
-                    hits[layer, k] += int((classes.cpu() == labels).sum())
+                    hits[layer, k] += int((classes.cpu() == labels.cpu()).sum())
         for (layer, k), right in hits.items():
-            yield Score(
-                layer=layer, metric=f"top1_k{k}", value=100 * right / seen, n=seen, protocol=self._protocol(layer)
+            protocol = self._protocol(layer, n_images)
+            yield Score(layer=layer, metric=f"top1_k{k}", value=100 * right / seen, n=seen, protocol=protocol)
+
+    def _bank(self, train: FeatureSource, device: torch.device) -> Bank:
+        """The features of this rank's share of the images."""
+        edges = [train.n * rank // ranks.world_size() for rank in (ranks.rank(), ranks.rank() + 1)]
+        share = _Share(of=train, start=edges[0], stop=edges[1])
+        needed = bank_gib(share, self.layers)
+        if needed > self.bank_gib:
+            raise UsageError(
+                f"eval.knn needs {needed:.1f} GiB for {share.n} images at {', '.join(self.layers)}, more than "
+                f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise it"
             )
+        if isinstance(train, Bank):
+            return share.kept(train)
+        return fill_bank(share, self.layers, self.batch, bank_device(needed, device))
+
+    def _queries(self, held_out: FeatureSource) -> Iterator[Batch]:
+        """All of `held_out`, as many at once as `_QUERY_BYTES` hold."""
+        size = max(1, _QUERY_BYTES // (4 * sum(held_out.dims[layer] for layer in self.layers)))
+        if isinstance(held_out, Bank):
+            yield from held_out.batches(torch.arange(held_out.n), size, self.layers)
+            return
+        gathered: list[tuple[dict[str, Tensor], Tensor]] = []
+        for batch in held_out.batches(torch.arange(held_out.n), self.batch, self.layers):
+            gathered.append(batch)
+            if sum(len(labels) for _, labels in gathered) >= size:
+                yield _concatenated(gathered)
+                gathered = []
+        if gathered:
+            yield _concatenated(gathered)
 
     def _vote(self, bank: Bank, layer: str, queries: Tensor, k: Sequence[int]) -> dict[int, Tensor]:
         return vote(
-            queries, bank.features[layer], bank.labels, k=k, temperature=self.temperature, n_classes=bank.n_classes
+            queries,
+            bank.features[layer],
+            bank.labels,
+            k=k,
+            temperature=self.temperature,
+            n_classes=bank.n_classes,
+            across_ranks=ranks.world_size() > 1,
+            name=f"eval.knn at {layer}",
         )
 
-    def _protocol(self, layer: str) -> str:
-        if layer == "avgpool":
-            return f"3.7 weighted kNN, T={self.temperature}"
-        return f"3.7 weighted kNN, T={self.temperature}; deviation: features of {layer} pooled as in 3.1"
+    def _protocol(self, layer: str, n_images: int) -> str:
+        protocol = f"3.7 weighted kNN, T={self.temperature}"
+        if layer != "avgpool":
+            protocol += f"; deviation: features of {layer} pooled as in 3.1"
+        beyond = [str(k) for k in self.k if k > n_images]
+        if beyond:
+            protocol += f"; k={', '.join(beyond)} left out, the bank has {n_images} images"
+        return protocol
+
+
+def _concatenated(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    layers = batches[0][0].keys()
+    features = {layer: torch.cat([one[layer] for one, _ in batches]) for layer in layers}
+    return features, torch.cat([labels for _, labels in batches])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Share:
+    """Images `start` to `stop` of a source, as a source of their own."""
+
+    of: FeatureSource
+    start: int
+    stop: int
+
+    @property
+    def n(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def n_classes(self) -> int:
+        return self.of.n_classes
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return self.of.dims
+
+    @property
+    def channels(self) -> dict[str, int]:
+        return self.of.channels
+
+    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+        return self.of.batches(places + self.start, size, layers, epoch)
+
+    def kept(self, bank: Bank) -> Bank:
+        """The same rows of a bank, which are not copied."""
+        rows = slice(self.start, self.stop)
+        features = {layer: matrix[rows] for layer, matrix in bank.features.items()}
+        return dataclasses.replace(bank, features=features, labels=bank.labels[rows])

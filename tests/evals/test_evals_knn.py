@@ -1,16 +1,24 @@
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from relloc.data.views import Center
 from relloc.errors import UsageError
+from relloc.evals import knn as knn_module
 from relloc.evals.knn import Knn, vote
-from relloc.features.source import Bank, Batch
+from relloc.features.source import Bank, Batch, Sets
 from relloc.results import Score
 
 CPU = torch.device("cpu")
@@ -65,9 +73,9 @@ def test_weights_decide_and_not_counts_alone() -> None:
     assert share_of_most_frequent(0.07) < 0.95
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100, 399, 400])
-def test_the_size_of_chunks_changes_nothing(chunk: int) -> None:
-    assert_same(voted(chunk=chunk), voted())
+@pytest.mark.parametrize(("chunk", "tile"), [(7, 150), (100, 1), (399, 16), (400, 149), (1000, 1000)])
+def test_the_size_of_chunks_and_tiles_changes_nothing(chunk: int, tile: int) -> None:
+    assert_same(voted(chunk=chunk, tile=tile), voted())
 
 
 def test_the_order_of_the_bank_changes_nothing() -> None:
@@ -114,13 +122,14 @@ def bank_of(rows: Tensor, labels: Tensor, layers: Sequence[str] = ("avgpool",)) 
 
 
 def evaluation(**changes: object) -> Knn:
-    settings = {"k": K, "temperature": 0.07, "layers": ("avgpool",), "batch": 64, "bank_gib": 1.0}
+    view = Center(short_px=8, crop_px=8)
+    settings = {"k": K, "temperature": 0.07, "layers": ("avgpool",), "view": view, "batch": 64, "bank_gib": 1.0}
     return Knn(**{**settings, **changes})  # type: ignore[arg-type]
 
 
 def scores(knn: Knn, train: Bank | None = None, held_out: Bank | None = None) -> list[Score]:
     train, held_out = train or bank_of(BANK, LABELS), held_out or bank_of(QUERIES, ANSWERS)
-    return list(knn(train, held_out, device=CPU, seed=0))
+    return list(knn(Sets(train=train, held_out=held_out), device=CPU, seed=0))
 
 
 def test_scores_are_the_share_of_right_votes_for_each_k() -> None:
@@ -147,7 +156,9 @@ def test_only_avgpool_is_the_published_protocol() -> None:
 
 def test_numbers_of_neighbors_beyond_the_bank_are_left_out() -> None:
     small = bank_of(BANK[:20], LABELS[:20])
-    assert [score.metric for score in scores(evaluation(), small)] == ["top1_k1", "top1_k5", "top1_k20"]
+    found = scores(evaluation(), small)
+    assert [score.metric for score in found] == ["top1_k1", "top1_k5", "top1_k20"]
+    assert {score.protocol for score in found} == {"3.7 weighted kNN, T=0.07; k=100 left out, the bank has 20 images"}
     with pytest.raises(UsageError, match=r"eval.knn.k \[50, 100\]: the bank has only 20 images"):
         scores(evaluation(k=(50, 100)), small)
 
@@ -170,10 +181,146 @@ class Unkept:
     dims = property(lambda self: self.bank.dims)
     channels = property(lambda self: self.bank.channels)
 
-    def batches(self, places: Tensor, size: int, layers: Sequence[str]) -> Iterator[Batch]:
-        return self.bank.batches(places, size, layers)
+    def batches(self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+        return self.bank.batches(places, size, layers, epoch)
 
 
 def test_a_source_that_is_no_bank_gives_the_same_scores() -> None:
     train, held_out = Unkept(bank_of(BANK, LABELS)), Unkept(bank_of(QUERIES, ANSWERS))
-    assert list(evaluation()(train, held_out, device=CPU, seed=0)) == scores(evaluation())
+    assert list(evaluation()(Sets(train=train, held_out=held_out), device=CPU, seed=0)) == scores(evaluation())
+
+
+def test_queries_are_gathered_so_that_the_bank_is_not_walked_through_for_each_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def counted(queries: Tensor, *given: object, **named: object) -> dict[int, Tensor]:
+        asked.append(len(queries))
+        return vote(queries, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(knn_module, "vote", counted)
+    unkept = Sets(train=bank_of(BANK, LABELS), held_out=Unkept(bank_of(QUERIES, ANSWERS)))
+    list(evaluation(batch=20)(unkept, device=CPU, seed=0))
+    assert asked == [150]
+    monkeypatch.setattr(knn_module, "_QUERY_BYTES", 4 * 16 * 50)
+    asked.clear()
+    found = list(evaluation(batch=20)(unkept, device=CPU, seed=0))
+    assert asked == [60, 60, 30]
+    assert found == scores(evaluation())
+
+
+def test_the_vote_of_a_large_number_of_classes_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = voted()
+    monkeypatch.setattr(knn_module, "_VOTE_BYTES", 8 * N_CLASSES * 7)
+    assert_same(voted(), whole)
+
+
+def test_features_that_are_not_finite_are_told_with_their_layer() -> None:
+    layers = ("feature4", "feature5")
+    train, held_out = bank_of(BANK, LABELS, layers), bank_of(QUERIES, ANSWERS, layers)
+    spoilt = train.features["feature5"].clone()
+    spoilt[3, 5] = float("nan")
+    broken = dataclasses.replace(train, features={**train.features, "feature5": spoilt})
+    with pytest.raises(UsageError, match="eval.knn at feature5: 1 of 400 images hold NaN or infinity"):
+        scores(evaluation(layers=layers), broken, held_out)
+
+
+def test_memory_is_no_part_of_what_tells_evaluations_apart() -> None:
+    assert repr(evaluation(bank_gib=1)) == repr(evaluation(bank_gib=64))
+    assert repr(evaluation(temperature=0.1)) != repr(evaluation())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"k": [1.5]}, r"eval.knn.k is \[1.5\]: give whole numbers of 1 or more"),
+        ({"k": 5}, r"eval.knn.k is 5: give a list, \[5\]"),
+        ({"k": []}, r"eval.knn.k is \[\]: give a list of whole numbers"),
+        ({"temperature": "abc"}, "eval.knn.temperature is abc: give a number above 0"),
+        ({"temperature": 0}, "eval.knn.temperature is 0: give a number above 0"),
+        ({"layers": "feature1"}, "eval.knn.layers is feature1: give a list of some of feature1, "),
+        ({"batch": 0}, "eval.knn.batch is 0: give a whole number of 1 or more"),
+        ({"bank_gib": "abc"}, "eval.knn.bank_gib is abc: give a number of 0 or more"),
+    ],
+)
+def test_wrong_constants_are_told_with_setting_and_value(wrong: dict[str, object], message: str) -> None:
+    made = evaluation()
+    for name, value in wrong.items():
+        object.__setattr__(made, name, value)  # the type checker of tests would be first
+    with pytest.raises(ValueError, match=message):
+        made.__post_init__()
+
+
+TWO_RANKS = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from relloc import ranks
+from relloc.data.views import Center
+from relloc.evals.knn import Knn, vote
+from relloc.features.source import Bank, Sets
+
+ranks.join(torch.device("cpu"))
+rank = ranks.rank()
+given = load_file(sys.argv[1])
+k, n_classes = (1, 5, 20, 100), 5
+half = [slice(0, 137), slice(137, 400)][rank]
+found = vote(given["queries"], given["bank"][half], given["labels"][half], k=k, temperature=0.07,
+             n_classes=n_classes, chunk=50, across_ranks=True)
+
+
+def bank_of(rows, labels):
+    return Bank(features={"avgpool": rows.float()}, labels=labels, n_classes=n_classes, channels={"avgpool": 16})
+
+
+class Unkept:
+    def __init__(self, bank):
+        self.n, self.n_classes, self.dims, self.channels = bank.n, bank.n_classes, bank.dims, bank.channels
+        self.batches = bank.batches
+
+
+knn = Knn(k=k, temperature=0.07, layers=("avgpool",), view=Center(short_px=8, crop_px=8), batch=64, bank_gib=1.0)
+
+
+def scores(train):
+    sets = Sets(train=train, held_out=bank_of(given["queries"], given["answers"]))
+    return [str(score) for score in knn(sets, device=torch.device("cpu"), seed=0)]
+
+
+whole, few = bank_of(given["bank"], given["labels"]), bank_of(given["bank"][:5], given["labels"][:5])
+told = {
+    "vote": {k: classes.tolist() for k, classes in found.items()},
+    "scores": scores(whole),
+    "unkept": scores(Unkept(whole)),
+    "few": scores(few),
+}
+ranks.leave()
+Path(sys.argv[2], f"{rank}.json").write_text(json.dumps(told))
+"""
+
+
+def test_two_processes_that_share_the_bank_find_what_one_does(tmp_path: Path) -> None:
+    assert Knn.across_ranks  # by which the command knows
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    given = tmp_path / "given.safetensors"
+    save_file({"queries": QUERIES, "answers": ANSWERS, "bank": BANK, "labels": LABELS}, given)
+    command = [*torchrun, str(script), str(given), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    few = bank_of(BANK[:5], LABELS[:5])
+    expected = {
+        "vote": {str(k): classes.tolist() for k, classes in voted().items()},
+        "scores": [str(score) for score in scores(evaluation())],
+        "unkept": [str(score) for score in scores(evaluation())],
+        "few": [str(score) for score in scores(evaluation(), few)],
+    }
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
