@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +19,12 @@ from relloc.errors import CheckpointError, DamagedCheckpoint
 
 BACKBONE_FILE = "backbone.safetensors"
 _KEPT = 2
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError)
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is there whole or not at all, in the place of what was there. Raises `OSError`."""
+    unfinished = _unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
@@ -30,13 +32,28 @@ def _write(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):  # a read-only file system refuses even this
             unfinished.unlink()
-        raise CheckpointError(
-            f"{path} could not be written ({error.strerror}). What was saved before is untouched; "
-            "free some space and start the same command with the same hydra.run.dir to go on"
-        ) from error
+        raise
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} could not be written ({error.strerror}). What was saved before is untouched; "
+        "free some space and start the same command with the same hydra.run.dir to go on"
+    )
 
 
 def training_folder(run_dir: Path) -> Path:
@@ -52,9 +69,7 @@ def save_training(run_dir: Path, state: Mapping[str, Any], step: int, milestone:
     Raises:
         CheckpointError: no space or no permission; earlier checkpoints stay.
     """
-    buffer = io.BytesIO()
-    torch.save({**state, "step": step}, buffer)
-    content = buffer.getbuffer()
+    content = _serialized({**state, "step": step})
     if milestone:
         _write_hashed(training_folder(run_dir) / f"{milestone}.pt", content)
     path = training_folder(run_dir) / f"step_{step:09d}.pt"
@@ -65,13 +80,95 @@ def save_training(run_dir: Path, state: Mapping[str, Any], step: int, milestone:
     return path
 
 
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Save tensors and plain values, and their hash beside them, for `load_state`.
+
+    They go to the file one by one: what is saved may be larger than the memory that is left.
+
+    Raises:
+        CheckpointError: no space or no permission; what was at `path` stays.
+    """
+    unfinished = _unfinished(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = _stream(unfinished, state)
+        # The hash last: a process that is killed while it saves leaves the old file with the old hash.
+        write_whole(_hash_file(path), _hash_line(path, digest))
+        _replace_hashed(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise _not_written(path, error) from error
+
+
+def delete_state(path: Path) -> None:
+    """Remove what `save_state` saved or began to save, if it is there."""
+    for file in (path, _hash_file(path), _unfinished(path)):
+        file.unlink(missing_ok=True)
+
+
+def _stream(path: Path, state: Mapping[str, Any]) -> str:
+    """Write a state to a file and to the disk; its SHA-256."""
+    with open(path, "wb") as file:
+        hashed = _Hashed(file)
+        torch.save(dict(state), hashed)  # pyright: ignore[reportArgumentType] - it asks for write and flush alone
+        if hashed.error:
+            raise hashed.error
+        os.fsync(file.fileno())
+    return hashed.sha256.hexdigest()
+
+
+class _Hashed:
+    """A file for torch.save, hashed as it is written.
+
+    The first error is kept, and nothing is written after it: torch would make a RuntimeError without
+    a reason of it, after trying to write the end of the file all the same.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+        self._file = file
+
+    def write(self, content: bytes | memoryview) -> int:
+        if not self.error:
+            try:
+                self._file.write(content)
+                self.sha256.update(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        if not self.error:
+            self._file.flush()
+
+
+def _replace_hashed(unfinished: Path, path: Path) -> None:
+    try:
+        os.replace(unfinished, path)
+    except OSError:
+        _hash_file(path).unlink(missing_ok=True)  # it is not that of the file which stays
+        raise
+
+
+def _serialized(state: Mapping[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getbuffer()
+
+
 def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
+def _hash_line(path: Path, digest: str) -> bytes:
+    return f"{digest}  {path.name}\n".encode()
+
+
 def _write_hashed(path: Path, content: memoryview) -> None:
     # The hash first: a checkpoint without one is never left behind, an old one's is not yet wanted.
-    _write(_hash_file(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+    _write(_hash_file(path), _hash_line(path, hashlib.sha256(content).hexdigest()))
     try:
         _write(path, content)
     except CheckpointError:
@@ -121,28 +218,74 @@ def load_training(path: Path) -> dict[str, Any]:
         DamagedCheckpoint: no checkpoint, or not as it was saved.
         CheckpointError: it is missing, or can't be read at present.
     """
-    what = f"{path} is damaged or no checkpoint of relloc"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror}); nothing was changed") from error
-    _check_hash(path, content, what)
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
-        raise DamagedCheckpoint(f"{what}: it holds more than tensors and plain values") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{what}: {error}") from error
-    if not isinstance(state, dict) or "step" not in state:
-        raise DamagedCheckpoint(f"{what}: it names no step")
+        raise _not_read(path, error) from error
+    _check_hash(path, hashlib.sha256(content).hexdigest())
+    state = _parsed(path, lambda: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    if "step" not in state:
+        raise DamagedCheckpoint(f"{_damaged(path)}: it names no step")
     return state
 
 
-def _check_hash(path: Path, content: bytes, what: str) -> None:
-    if _hash_file(path).exists():
-        noted = _hash_file(path).read_text(encoding="ascii", errors="replace").split()[:1]
-        if noted != [hashlib.sha256(content).hexdigest()]:
-            raise DamagedCheckpoint(f"{what}: its SHA-256 is not the one noted in {_hash_file(path).name}")
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` saved, on the CPU: its tensors stay in the file until they are read.
+
+    Raises:
+        DamagedCheckpoint: not as it was saved.
+        CheckpointError: it is missing, or can't be read at present.
+    """
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _not_read(path, error) from error
+    hashed = _check_hash(path, digest)
+    return _parsed(path, lambda: _loaded(path, hashed))
+
+
+def _loaded(path: Path, hashed: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=hashed)
+    except (OSError, RuntimeError) as error:
+        if not hashed:
+            raise
+        if isinstance(error, OSError):
+            raise _not_read(path, error) from error
+        return _loaded(path, hashed=False)  # it is as it was saved: the file system can't map files
+
+
+def _parsed(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        state = load()
+    except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
+        raise DamagedCheckpoint(f"{_damaged(path)}: it holds more than tensors and plain values") from error
+    except CheckpointError:  # a ValueError, too
+        raise
+    except _UNREADABLE as error:
+        raise DamagedCheckpoint(f"{_damaged(path)}: {error}") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{_damaged(path)}: it holds no named values")
+    return state
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is damaged or no checkpoint of relloc"
+
+
+def _not_read(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} can't be read ({error.strerror}); nothing was changed")
+
+
+def _check_hash(path: Path, digest: str) -> bool:
+    """Whether there is a noted hash. Raises `DamagedCheckpoint` if it is not `digest`."""
+    if not _hash_file(path).exists():
+        return False
+    noted = _hash_file(path).read_text(encoding="ascii", errors="replace").split()[:1]
+    if noted != [digest]:
+        raise DamagedCheckpoint(f"{_damaged(path)}: its SHA-256 is not the one noted in {_hash_file(path).name}")
+    return True
 
 
 def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:
@@ -154,6 +297,19 @@ def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> 
 def backbone_file(path: Path) -> Path:
     """The file with the weights: `path` itself, or the one in the run folder `path`."""
     return path.resolve() / BACKBONE_FILE if path.is_dir() else path.resolve()
+
+
+def is_ours(file: Path) -> bool:
+    """Whether relloc wrote this file and `load_backbone` can read it; False as well where nothing can."""
+    try:
+        if file.suffix == ".pt":
+            # Mapped, the weights themselves stay on disk.
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return isinstance(state, Mapping) and {"step", "model", "about"} <= state.keys()
+        with safe_open(file, framework="pt") as opened:
+            return "relloc" in (opened.metadata() or {})
+    except (*_UNREADABLE, pickle.UnpicklingError, SafetensorError):
+        return False
 
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -193,7 +349,7 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
     """Load weights into a backbone, all or nothing; counters of batches may be missing, as in old files.
 
     Raises:
-        CheckpointError: names or shapes do not fit, with what does not.
+        CheckpointError: names or shapes do not fit, with what does not; or values that are not finite.
     """
     wanted = backbone.state_dict()
     missing = sorted(name for name in set(wanted) - set(weights) if not name.endswith("num_batches_tracked"))
@@ -203,4 +359,23 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
         kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits}
         told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
         raise CheckpointError(f"{origin} does not fit this backbone: {told}. Give the model it was trained with")
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(
+            f"{origin} holds NaN or infinite weights, in {len(broken)} of {len(weights)} tensors, such as "
+            f"{broken[0]}: its training diverged or the file is damaged; take an earlier or another one"
+        )
     backbone.load_state_dict(wanted | dict(weights))
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits that tell weights apart: by names, shapes, types and bytes, in the order of names.
+
+    Counters of batches are left out, which some layouts lack and evaluations never read.
+    """
+    hashed = hashlib.sha256()
+    for name in sorted(name for name in state if not name.endswith("num_batches_tracked")):
+        tensor = state[name].detach().cpu().contiguous()
+        hashed.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()[:16]

@@ -1,8 +1,10 @@
+import io
 import math
 import os
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ from torch import Tensor, nn
 
 from relloc.checkpoints import (
     BACKBONE_FILE,
+    delete_state,
     fill,
     load_backbone,
+    load_state,
     load_training,
     newest_sound,
     save_backbone,
+    save_state,
     save_training,
     saved_trainings,
 )
-from relloc.errors import CheckpointError
+from relloc.errors import CheckpointError, DamagedCheckpoint
 
 ABOUT = {"model": {"name": "tiny", "backbone": {"widths": [4, 8]}}, "step": 3, "computed": {"path": "/ä/𝄞"}}
 
@@ -240,6 +245,121 @@ def test_a_checkpoint_that_can_not_be_read_at_present_is_left_alone(
         newest_sound(tmp_path, pytest.fail)
     monkeypatch.undo()
     assert files_below(tmp_path) == before
+
+
+def test_a_state_comes_back_to_the_bit_and_its_hash_is_one_that_sha256sum_checks(tmp_path: Path) -> None:
+    state = training_state() | {"odd": torch.tensor([math.nan, -0.0]).bfloat16(), "plain": [1, None, (1, "ä")]}
+    path = tmp_path / "evaluations" / "a.pt"
+    for number in (1, 2):  # also in the place of the one before
+        save_state(path, state | {"number": number})
+    found = load_state(path)
+    assert_same(found, state | {"number": 2})
+    check = ["sha256sum", "--check", "a.pt.sha256"]
+    assert subprocess.run(check, cwd=path.parent, capture_output=True, check=False).returncode == 0
+    assert sorted(file.name for file in path.parent.iterdir()) == ["a.pt", "a.pt.sha256"]
+    weight = found["model"]["backbone.0.weight"]
+    weight.add_(1)  # it is the reader's own
+    assert_same(load_state(path), state | {"number": 2})
+    save_state(path, found)  # over the file that it is still read from
+    assert_same(load_state(path), found)
+
+
+def test_a_state_is_neither_saved_nor_loaded_by_way_of_memory_of_its_size(tmp_path: Path) -> None:
+    program = """
+import resource, sys
+from pathlib import Path
+import torch
+from relloc.checkpoints import load_state, save_state
+
+path = Path(sys.argv[1])
+weight = torch.ones(30_000_000)
+save_state(path, {"weight": weight[:10]})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+save_state(path, {"weight": weight})
+loaded = load_state(path)["weight"]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+assert loaded.shape == weight.shape and loaded[-1] == 1
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.pt")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 30_000  # KiB; the state is 117,000
+
+
+@pytest.mark.parametrize("fails", ["midway", "at once", "when it takes its place"])
+def test_a_state_that_can_not_be_saved_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    path = tmp_path / "a.pt"
+    save_state(path, {"value": 1})
+    if fails == "midway":
+        full_disk(monkeypatch, after_bytes=3_000_000)
+    elif fails == "at once":
+        full_disk(monkeypatch, after_bytes=0)
+    else:
+        monkeypatch.setattr(os, "replace", no_replace_of(path))
+    with pytest.raises(CheckpointError, match=r"a\.pt could not be written \(.+\)\. What was saved before is"):
+        save_state(path, {"a": torch.ones(500_000), "b": torch.ones(500_000), "c": torch.ones(500_000)})
+    monkeypatch.undo()
+    assert load_state(path) == {"value": 1}
+    assert not list(tmp_path.glob(".*"))
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, after_bytes: int) -> None:
+    class Full(io.FileIO):
+        def write(self, content: Any) -> int:
+            if self.tell() + len(content) > after_bytes:
+                raise OSError(28, "No space left on device")
+            return super().write(content)
+
+    monkeypatch.setattr("builtins.open", lambda path, mode: Full(path, mode))
+
+
+def no_replace_of(path: Path) -> Callable[[Path, Path], None]:
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == path:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    return refuse
+
+
+def test_a_damaged_state_is_told_and_a_lost_hash_only_means_that_it_is_not_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_state(path, {"weight": torch.zeros(1000)})
+    flip_a_bit(path)
+    with pytest.raises(DamagedCheckpoint, match=r"a\.pt is damaged .*: its SHA-256 is not the one noted in"):
+        load_state(path)
+    path.with_name("a.pt.sha256").unlink()
+    assert load_state(path)["weight"].any()
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(DamagedCheckpoint, match=r"a\.pt is damaged or no checkpoint of relloc"):
+        load_state(path)
+    with pytest.raises(CheckpointError, match=r"b\.pt can't be read \(No such file or directory\); nothing"):
+        load_state(tmp_path / "b.pt")
+
+
+def test_where_files_can_not_be_mapped_a_state_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt"
+    save_state(path, {"weight": torch.ones(3)})
+
+    def refuse(*_args: Any, **_more: Any) -> None:
+        raise RuntimeError("unable to mmap 1500 bytes from file: No such device (19)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    assert torch.equal(load_state(path)["weight"], torch.ones(3))
+
+
+def test_what_was_saved_or_begun_is_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    delete_state(path)
+    save_state(path, {"value": 1})
+    (tmp_path / ".a.pt.unfinished").write_bytes(b"half")  # as a killed process leaves it
+    delete_state(path)
+    assert not list(tmp_path.iterdir())
 
 
 def saved_bytes(tmp_path: Path) -> bytes:

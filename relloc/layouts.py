@@ -1,0 +1,213 @@
+"""Other projects' names for a ResNet's weights: finding them in a file, to our names and back.
+
+Ours are torchvision's, which mmselfsup, OpenSelfSup, timm and VISSL share below some prefix
+(protocols.md 5.1). detectron2 has names of its own.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relloc.errors import CheckpointError
+
+KNOWN = (
+    "mmselfsup 0.x and 1.x, OpenSelfSup, torchvision, timm, VISSL and detectron2 ResNets, "
+    "and state dicts of such names with any prefix"
+)
+_MODELS: Mapping[tuple[str, tuple[int, ...]], str] = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+}
+_STAGE_1 = re.compile(r"(?P<prefix>(?:.*\.)?)(?:layer1|(?P<detectron2>res2))\.0\.conv1\.weight")
+# A part of a dotted name that tells that no backbone is below it, and what is.
+_LEFT_OUT = {
+    "classifier": r"fc|fc_cls|classifier|last_linear",
+    "neck": r"neck|necks",
+    "head": r"head|heads|\w+_head",
+    "projection or prediction": r"proj|projector|projection|mlp|predictor|prediction|prototypes|\w+_projector|\w+_mlp",
+    "momentum encoder": r"encoder_k|teacher|target|target_\w+|momentum_\w+|ema|\w+_ema",
+    "queue or memory bank": r"queue\w*|memory|memory_bank|feature_bank|center",
+    "state of the training": r"optimizer\w*|\w*scheduler\w*|\w*scaler|amp|loss|criterion|meta|message_hub|callbacks",
+    "input normalization": r"data_preprocessor|pixel_mean|pixel_std",
+}
+_TO_DETECTRON2 = (
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^conv1\.", "stem.conv1."),
+    (r"^layer(\d)\.", lambda found: f"res{int(found[1]) + 1}."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+)
+_FROM_DETECTRON2 = (
+    (r"^stem\.conv1\.norm\.", "bn1."),
+    (r"^stem\.", ""),  # their converter writes stem.fc, too
+    (r"^res(\d)\.", lambda found: f"layer{int(found[1]) - 1}."),
+    (r"\.conv(\d)\.norm\.", r".bn\1."),
+    (r"\.shortcut\.norm\.", ".downsample.1."),
+    (r"\.shortcut\.", ".downsample.0."),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """A ResNet in a file of another project.
+
+    `weights` have torchvision's names; `left_out` counts tensors by what they are; `unknown` are
+    tensors of which nobody knows what they are. `model` is the name of ours with these blocks, None
+    where there is none.
+    """
+
+    origin: str
+    layout: str
+    weights: Mapping[str, Tensor]
+    left_out: Mapping[str, int]
+    unknown: Sequence[str]
+
+    @property
+    def blocks(self) -> tuple[str, tuple[int, ...]]:
+        """What kind of blocks, and how many in each stage."""
+        kind = "bottleneck" if "layer1.0.conv3.weight" in self.weights else "basic"
+        matches = [re.match(r"layer(\d)\.(\d+)\.", name) for name in self.weights]
+        places = {(match[1], match[2]) for match in matches if match}
+        return kind, tuple(sum(stage == place[0] for place in places) for stage in "1234")
+
+    @property
+    def model(self) -> str | None:
+        return _MODELS.get(self.blocks)
+
+    def model_or_advice(self) -> str:
+        """The model's name. Raises `CheckpointError` where the blocks are those of none of ours."""
+        if self.model is None:
+            kind, counts = self.blocks
+            raise CheckpointError(
+                f"{self.origin} holds a ResNet of {'-'.join(map(str, counts))} {kind} blocks, which is none of "
+                f"{', '.join(_MODELS.values())}: give another file, or model=NAME to see what does not fit"
+            )
+        return self.model
+
+    def fitted(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights, if they are those of a state dict `wanted`; counters of batches may be missing.
+
+        Raises:
+            CheckpointError: tensors that are missing, unknown or of another shape, with their names.
+        """
+        missing = [name for name in wanted if name not in self.weights and not name.endswith("num_batches_tracked")]
+        unknown = [*(name for name in self.weights if name not in wanted), *self.unknown]
+        both = [(name, tensor.shape, wanted[name].shape) for name, tensor in self.weights.items() if name in wanted]
+        misfits = [f"{name} {list(has)} for {list(wants)}" for name, has, wants in both if has != wants]
+        kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits}
+        told = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names]
+        if told:
+            raise CheckpointError(
+                f"{self.origin} ({self.layout}) does not fit this backbone: {'; '.join(told)}. Known layouts are "
+                f"{KNOWN}. Give the model it was trained with; what lies outside a checkpoint_prefix is left out"
+            )
+        return dict(self.weights)
+
+    def __str__(self) -> str:
+        left_out = ", ".join(f"{count} of {what}" for what, count in self.left_out.items())
+        return f"{self.layout}, {len(self.weights)} tensors; left out: {left_out or 'none'}"
+
+
+def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) -> Found:
+    """The one ResNet in `content`, the nested content of a file named `origin` in messages.
+
+    Every other tensor has to be of a kind that is known to be left out, or is named as unknown.
+    `prefix` chooses among several: all of the dotted name before the weights', or whole parts of it.
+    With it, all that lies outside is left out.
+
+    Raises:
+        CheckpointError: no ResNet, several, or none with this prefix.
+    """
+    tensors = dict(_flat(content))
+    if not tensors:
+        raise CheckpointError(f"{origin} holds no tensors (at its top: {_first(list(content)) or 'nothing'})")
+    places = {match["prefix"]: match["detectron2"] is not None for match in map(_STAGE_1.fullmatch, tensors) if match}
+    place = _choose(list(places), prefix, origin, list(tensors))
+    rules = _FROM_DETECTRON2 if places[place] else ()
+    inside = {_renamed(name.removeprefix(place), rules): name for name in tensors if name.startswith(place)}
+    kinds = {name: _kind(name.partition(".")[0]) for name in inside}
+    others = {name: _kind(name) for name in tensors if not name.startswith(place)}
+    if prefix is not None:
+        others = {name: kind or "others outside the prefix" for name, kind in others.items()}
+    return Found(
+        origin=origin,
+        layout=_layout(content, place, detectron2=places[place]),
+        weights={ours: tensors[name] for ours, name in inside.items() if not kinds[ours]},
+        left_out=Counter(kind for kind in (*kinds.values(), *others.values()) if kind),
+        unknown=[name for name, kind in others.items() if not kind],
+    )
+
+
+def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet's weights by detectron2's names, as its converter from torchvision gives them."""
+    return {_renamed(name, _TO_DETECTRON2): tensor for name, tensor in weights.items()}
+
+
+def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, torch.Tensor):
+        yield name.removesuffix("."), content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flat(value, f"{name}{key}.")
+    elif isinstance(content, list | tuple):
+        yield from _flat(dict(enumerate(content)), name)
+
+
+def _choose(places: list[str], prefix: str | None, origin: str, names: Sequence[str]) -> str:
+    if not places:
+        raise CheckpointError(
+            f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {_first(names)}. "
+            f"Known layouts are {KNOWN}"
+        )
+    named = places if prefix is None else _matching(places, prefix.strip("."))
+    if len(named) == 1:
+        return named[0]
+    there = ", ".join(place.rstrip(".") or "(no prefix)" for place in places)
+    example = (places[0] if prefix is None or not named else named[0]).rstrip(".")
+    what = f"holds {len(places)} backbones" if named else f"holds no backbone below {prefix}; there are"
+    raise CheckpointError(
+        f"{origin} {what}: {there}. Name one, such as checkpoint_prefix={example or chr(39) * 2} "
+        "(relloc.export: --checkpoint-prefix)"
+    )
+
+
+def _matching(places: list[str], prefix: str) -> list[str]:
+    exact = [place for place in places if place.rstrip(".") == prefix]
+    return exact or [place for place in places if prefix and f".{prefix}." in f".{place}"]
+
+
+def _kind(name: str) -> str | None:
+    """What the first telling part of a dotted name says that the tensor is, if that is left out."""
+    for part in name.split("."):
+        for kind, parts in _LEFT_OUT.items():
+            if re.fullmatch(parts, part):
+                return kind
+    return None
+
+
+def _renamed(name: str, rules: Sequence[tuple[str, Any]]) -> str:
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _layout(content: Mapping[str, Any], place: str, *, detectron2: bool) -> str:
+    if detectron2:
+        return "detectron2's names"
+    if place.endswith("_feature_blocks."):
+        return "VISSL"
+    if place == "state_dict.backbone.":
+        return "mmselfsup 1.x" if "message_hub" in content else "mmselfsup 0.x or OpenSelfSup, as trained"
+    if place == "state_dict." and set(content) <= {"state_dict", "author", "meta"}:
+        return "mmselfsup 0.x or OpenSelfSup, as published"
+    return f"torchvision's names below {place.rstrip('.')}" if place else "torchvision or timm"
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

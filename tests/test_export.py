@@ -1,0 +1,165 @@
+"""What torchvision, detectron2 and mmdetection are handed, and that it comes back to the bit."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+from relloc import layouts, weight_files
+from relloc.checkpoints import BACKBONE_FILE, digest, fill, save_backbone
+from relloc.export import main
+from relloc.models.resnet import ResNetBackbone
+from relloc.models.small import SmallBackbone
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a ResNet-18 that has running statistics of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(3)
+    backbone = ResNetBackbone(depth=18)
+    for name, value in backbone.state_dict().items():
+        if "running" in name:
+            value.uniform_(0.5, 2)
+    save_backbone(folder / BACKBONE_FILE, backbone, {"model": {"name": "resnet18"}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(run_dir: Path) -> ResNetBackbone:
+    backbone = ResNetBackbone(depth=18).eval()
+    backbone.load_state_dict(load_file(run_dir / BACKBONE_FILE))
+    return backbone
+
+
+IMAGES = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+def export(*arguments: Any) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("layout", "suffix"),
+    [("torchvision", ".pth"), ("torchvision", ".safetensors"), ("detectron2", ".pkl"), ("mmdetection", ".pth")],
+)
+def test_it_comes_back_to_the_bit(
+    run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, layout: str, suffix: str
+) -> None:
+    out = tmp_path / f"new/x{suffix}"
+    assert export(run_dir, "--layout", layout, "--out", out) == 0
+    found = layouts.find(weight_files.read(out), origin="x")
+    other = ResNetBackbone(depth=18).eval()
+    fill(other, found.fitted(other.state_dict()), "x")
+    assert digest(other.state_dict()) == digest(backbone.state_dict())
+    with torch.no_grad():
+        maps, expected = other(IMAGES), backbone(IMAGES)
+    assert all(torch.equal(maps[stage], expected[stage]) for stage in expected)
+
+
+def test_torchvision_loads_it_strictly_as_the_printed_lines_say(
+    run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, more in (("x.pth", ()), ("x.safetensors", ()), ("fc.pth", ("--fc", "10"))):
+        assert export(run_dir, "--layout", "torchvision", "--out", tmp_path / name, *more) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"{tmp_path / name}: resnet18 in torchvision's layout\n")
+        lines = [line for line in told.splitlines() if line.startswith("model")]
+        given: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
+        exec("import safetensors.torch\n" + "\n".join(lines), given)
+        with torch.no_grad():
+            answer = given["model"].eval()(IMAGES)
+            expected = backbone.embed(IMAGES)
+        assert torch.equal(answer, torch.zeros(1, 10) if more else expected)
+
+
+def test_detectron2_finds_what_its_own_converter_writes(
+    run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(run_dir, "--layout", "detectron2", "--out", tmp_path / "x.pkl") == 0
+    content = pickle.loads((tmp_path / "x.pkl").read_bytes(), encoding="latin1")  # as detectron2 does
+    model = content.pop("model")
+    assert content == {"__author__": "relloc", "matching_heuristics": True}
+    assert all(type(array) is np.ndarray for array in model.values())
+    kernel = backbone.layer2[0].downsample[0].weight.detach()
+    assert np.array_equal(model["res3.0.shortcut.weight"], kernel.numpy())
+    assert {"stem.conv1.weight", "stem.conv1.norm.running_mean", "res5.1.conv2.norm.bias"} <= model.keys()
+    told = capsys.readouterr().out
+    for line in (
+        f'  WEIGHTS: "{tmp_path / "x.pkl"}"',
+        "  PIXEL_MEAN: [123.675, 116.28, 103.53]",
+        "  PIXEL_STD: [58.395, 57.12, 57.375]",
+        "    DEPTH: 18",
+        "    STRIDE_IN_1X1: False",
+        "    RES2_OUT_CHANNELS: 64",
+        '  FORMAT: "RGB"',
+    ):
+        assert line in told.splitlines()
+
+
+def test_mmdetection_is_told_the_file_the_style_and_the_colors(
+    run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(run_dir, "--layout", "mmdetection", "--out", tmp_path / "x.pth") == 0
+    state = torch.load(tmp_path / "x.pth", weights_only=True)["state_dict"]
+    assert list(state) == list(backbone.state_dict())
+    told = capsys.readouterr().out
+    assert f"init_cfg=dict(type='Pretrained', checkpoint='{tmp_path / 'x.pth'}')" in told
+    assert "depth=18, style='pytorch'" in told
+    assert "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True" in told
+
+
+def test_a_file_of_another_project_goes_through(run_dir: Path, backbone: ResNetBackbone, tmp_path: Path) -> None:
+    moco = {f"module.{which}.{name}": tensor for which in ("encoder_q", "encoder_k")
+            for name, tensor in backbone.state_dict().items()}  # fmt: skip
+    torch.save({"state_dict": moco}, tmp_path / "moco.pth.tar")
+    line = (tmp_path / "moco.pth.tar", "--layout", "torchvision", "--out", tmp_path / "x.safetensors")
+    assert export(*line) == 2
+    assert export(*line, "--checkpoint-prefix", "encoder_q") == 0
+    assert digest(load_file(tmp_path / "x.safetensors")) == digest(backbone.state_dict())
+
+
+def test_mistakes_are_one_message_and_leave_what_was_there(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there.pth").write_bytes(b"precious")
+    small = SmallBackbone(widths=[4, 4, 4, 4, 4])
+    save_backbone(tmp_path / "small.safetensors", small, {"model": {"name": "small"}})
+    (tmp_path / "file").write_bytes(b"")
+    for checkpoint, layout, out, more, message in [
+        (run_dir, "torchvision", "there.pth", (), "there.pth is there already: give another --out, or --force to"),
+        (run_dir, "detectron2", "x.pth", (), "suffixes that tell the format: torchvision: .pth or .safetensors; det"),
+        (run_dir, "detectron2", "x.pkl", ("--fc", 3), "--fc 3: it takes a number of classes, and only --layout torch"),
+        (run_dir, "torchvision", "x.pth", ("--fc", 0), "--fc 0: it takes a number of classes"),
+        (
+            run_dir,
+            "torchvision",
+            "x.pth",
+            ("--checkpoint-prefix", "a"),
+            "has no prefixes: leave --checkpoint-prefix out",
+        ),
+        (tmp_path / "none", "torchvision", "x.pth", (), "none does not exist: give a file of weights"),
+        (
+            tmp_path / "small.safetensors",
+            "mmdetection",
+            "x.pth",
+            (),
+            "is a small, which torchvision, detectron2 and mm",
+        ),
+        (run_dir, "torchvision", "file/x.pth", (), "x.pth could not be written (File exists)"),
+    ]:
+        assert export(checkpoint, "--layout", layout, "--out", tmp_path / out, *more) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.startswith("relloc: ")
+        assert told.err.count("\n") == 1
+        assert message in told.err
+    assert (tmp_path / "there.pth").read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "small.safetensors", "there.pth"]
+    assert export(run_dir, "--layout", "torchvision", "--out", tmp_path / "there.pth", "--force") == 0
+    assert weight_files.read(tmp_path / "there.pth")

@@ -1,0 +1,186 @@
+import argparse
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from relloc.errors import CheckpointError
+from relloc.weight_files import read
+
+WEIGHTS = {
+    "a.weight": torch.tensor([[1.5, -0.0], [3e38, 1e-40]]),
+    "a.count": torch.tensor(7),
+    "half": torch.ones(3).half(),
+}
+
+
+def assert_weights(content: dict[str, Any]) -> None:
+    assert list(content) == list(WEIGHTS)
+    for name, tensor in WEIGHTS.items():
+        assert isinstance(content[name], Tensor)
+        assert content[name].dtype == tensor.dtype
+        assert content[name].shape == tensor.shape
+        assert torch.equal(content[name], tensor)
+
+
+def arrays() -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_saved_comes_back_nested_as_it_was(tmp_path: Path, zipped: bool) -> None:
+    content = {"epoch": 3, "state_dict": WEIGHTS, "more": [1, None, {"x": "ä"}], 4: 0.5}
+    torch.save(content, tmp_path / "x.pth.tar", _use_new_zipfile_serialization=zipped)
+    found = read(tmp_path / "x.pth.tar")
+    assert_weights(found.pop("state_dict"))
+    assert found == {"epoch": 3, "more": [1, None, {"x": "ä"}], "4": 0.5}
+
+
+def test_safetensors_are_known_by_their_content_not_by_their_name(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "pytorch_model.bin", metadata={"format": "pt"})
+    found = read(tmp_path / "pytorch_model.bin")
+    assert_weights({name: found[name] for name in WEIGHTS})
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_of_arrays_as_detectron2s_converters_write_it(tmp_path: Path, protocol: int) -> None:
+    content = {"model": arrays(), "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = read(tmp_path / "x.pkl")
+    assert_weights(found.pop("model"))
+    assert found == {"__author__": "torchvision", "matching_heuristics": True}
+
+
+def test_arrays_in_what_torch_saved_and_those_of_another_byte_order_become_tensors(tmp_path: Path) -> None:
+    torch.save(arrays(), tmp_path / "x.pth")
+    assert_weights(read(tmp_path / "x.pth"))
+    swapped = {name: array.astype(array.dtype.newbyteorder(">")) for name, array in arrays().items()}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(swapped, protocol=4))
+    assert_weights(read(tmp_path / "x.pkl"))
+
+
+@pytest.fixture
+def history_buffer(monkeypatch: pytest.MonkeyPatch) -> type:
+    """mmengine's class by its name, with what mmselfsup 1.x leaves in its message_hub."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            self._log_history = np.arange(3.0)
+            self.statistics = {"min": HistoryBuffer.min}  # pickled as a call of getattr
+
+        def min(self) -> float:
+            return self._log_history.min()
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
+    HistoryBuffer.min.__module__, HistoryBuffer.min.__qualname__ = module.__name__, "HistoryBuffer.min"
+    module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return HistoryBuffer
+
+
+def test_notes_of_mmengine_and_argparse_are_dropped_and_need_no_class(tmp_path: Path, history_buffer: type) -> None:
+    scalars = {"loss": history_buffer(), "best": np.float64(0.5), "lr": np.array([0.1, 0.2])}
+    torch.save({"state_dict": WEIGHTS, "args": argparse.Namespace(lr=0.1), "hub": scalars}, tmp_path / "x.pth")
+    del sys.modules["mmengine.logging.history_buffer"]
+    found = read(tmp_path / "x.pth")
+    assert_weights(found["state_dict"])
+    assert not vars(found["args"])
+    assert not vars(found["hub"]["loss"])
+    assert found["hub"]["best"] == 0.5
+    assert torch.equal(found["hub"]["lr"], torch.tensor([0.1, 0.2], dtype=torch.float64))
+
+
+class RunsCode:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+class Model:
+    pass
+
+
+@pytest.mark.parametrize("way", ["torch", "pickle"])
+def test_code_in_a_file_is_not_run_and_what_it_would_be_is_named(tmp_path: Path, way: str) -> None:
+    for content, name in ((RunsCode(tmp_path / "ran"), "posix.mkdir"), (Model(), f"{Model.__module__}.Model")):
+        file = tmp_path / "evil.pkl"
+        if way == "torch":
+            torch.save({"state_dict": WEIGHTS, "more": content}, file)
+        else:
+            file.write_bytes(pickle.dumps({"model": arrays(), "more": content}, protocol=4))
+        with pytest.raises(CheckpointError) as raised:
+            read(file)
+        assert str(raised.value) == (
+            f"{file} holds more than tensors and plain values: {name}, which would be code to run. "
+            "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
+        )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_file_can_change_what_reads_the_next_one(tmp_path: Path) -> None:
+    evil = b"\x80\x04cnumpy._core.multiarray\n_reconstruct\nN}\x8c\x01xK\x01s\x86b."  # set an attribute of it
+    (tmp_path / "evil.pkl").write_bytes(evil)
+    with pytest.raises(CheckpointError, match=r"evil\.pkl is damaged or no file of weights"):
+        read(tmp_path / "evil.pkl")
+
+
+def contents(tmp_path: Path) -> dict[str, bytes]:
+    torch.save(WEIGHTS, tmp_path / "zip")
+    torch.save(WEIGHTS, tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    save_file(WEIGHTS, tmp_path / "safetensors")
+    (tmp_path / "pickle").write_bytes(pickle.dumps(arrays(), protocol=4))
+    whole = {name: (tmp_path / name).read_bytes() for name in ("zip", "legacy", "safetensors", "pickle")}
+    return {f"{name} cut at {part}": content[: int(len(content) * part)]
+            for name, content in whole.items() for part in (0.5, 0.95)}  # fmt: skip
+
+
+def test_a_file_that_ends_early_is_damaged(tmp_path: Path) -> None:
+    for content in contents(tmp_path).values():
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"/x is damaged or no file of weights: \S") as raised:
+            read(tmp_path / "x")
+        assert "weights_only" not in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "it is empty"),
+        (b"<html>404</html>", "it is neither safetensors, nor written by torch.save, nor a pickle of numpy arrays"),
+        (bytes(1000), "it is neither safetensors"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "it is a Git LFS pointer: fetch the file with git lfs pull",
+        ),
+    ],
+)
+def test_what_is_no_file_of_weights_is_told(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"x\.pth is damaged or no file of weights: {told}"):
+        read(tmp_path / "x.pth")
+
+
+def test_a_missing_file_a_folder_and_a_lone_tensor_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"none\.pth does not exist: give a file of weights, or the run folder of"
+    ):
+        read(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match=r"can't be read \(Is a directory\)"):
+        read(tmp_path)
+    torch.save(torch.ones(3), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth holds a Tensor, not weights by their names"):
+        read(tmp_path / "x.pth")
