@@ -1,0 +1,1 @@
+"""Reports: our results beside the published ones, as tables that name where each number comes from."""

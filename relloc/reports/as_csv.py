@@ -1,0 +1,70 @@
+"""A report as CSV in long form: a line a number, with all that is known of it."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping
+
+from relloc.reports.entries import MARK_WORDS, Entry
+from relloc.reports.groups import CARD_GROUP
+from relloc.reports.places import Place, place
+from relloc.reports.published import Published
+from relloc.reports.table import Report
+from relloc.results import Result
+
+_RESULT = tuple(field.name for field in dataclasses.fields(Result))
+COLUMNS = (
+    *("origin", "group", "section", "row", "column", "setting"),
+    *_RESULT,
+    *("run", "folder", "commit", "source", "edition"),
+    *("beside", "published", "tolerance", "mark", "best", "why", "replaces"),
+)
+
+
+def as_csv(report: Report) -> str:
+    """All published and all our numbers, those that no table shows included.
+
+    `origin` is "published" or "ours". `mark` is inside, above or below `tolerance` around
+    `published`, the numbers of the row `beside`; several values are separated by " / ".
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_published(number) for number in report.published)
+    writer.writerows(_ours(entry) for entry in report.entries)
+    return text.getvalue()
+
+
+def _published(number: Published) -> Mapping[str, object]:
+    return _placed(place(number.evaluation, number.layer, number.metric)) | {
+        "origin": "published",
+        "group": CARD_GROUP,
+        "row": number.row,
+        "eval": number.evaluation,
+        "dataset": number.dataset,
+        "split": number.split,
+        "layer": number.layer,
+        "metric": number.metric,
+        "value": number.printed,
+        "tolerance": number.tolerance,
+        "edition": number.edition,
+        "source": number.source,
+    }
+
+
+def _ours(entry: Entry) -> Mapping[str, object]:
+    run, older = entry.measured.run, entry.measured.older
+    beside = {
+        "beside": entry.beside[0].row if entry.beside else "",
+        "published": " / ".join(each.printed for each in entry.beside),
+        "tolerance": entry.beside[0].tolerance if entry.beside else "",
+        "mark": MARK_WORDS.get(entry.mark, ""),
+    }
+    origin = {"origin": "ours", "group": entry.group, "row": entry.label, "best": "yes" if entry.best else ""}
+    source = {"run": run.name, "folder": str(run.folder), "commit": run.commit, "why": entry.why}
+    replaces = {"replaces": " / ".join(f"{each.result.value!r} of {each.run.name}" for each in older)}
+    return _placed(entry.place) | dataclasses.asdict(entry.result) | origin | source | beside | replaces
+
+
+def _placed(where: Place | None) -> dict[str, object]:
+    return dataclasses.asdict(where) if where else {}

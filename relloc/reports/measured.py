@@ -1,0 +1,128 @@
+"""Our numbers as they lie on disk: the results of all run folders below some paths, each with its run."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from relloc.errors import DataError
+from relloc.results import RESULTS_FILE, Result, read_results
+from relloc.tracking.record import RUN_FILE, RunRecord
+
+UNKNOWN_COMMIT = "unknown commit"
+# Of these metrics the layer is a part of the answer, not of the question
+_LAYER_IS_CHOSEN = ("map_best", "map_best_cv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a number was measured; `started_ms` is Unix time in milliseconds."""
+
+    folder: Path
+    name: str
+    commit: str
+    started_ms: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """Who was evaluated, and how: a line of a table. `apart` tells from others of it what was not measured alike."""
+
+    checkpoint: str
+    model: str
+    batch_norm: str
+    seed: int
+    apart: str = ""
+
+    @property
+    def whole(self) -> "Line":
+        """The line, nothing of it set apart."""
+        return dataclasses.replace(self, apart="")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A result and its run; `older` are earlier measurements of it that it replaces, `apart` is that of its line."""
+
+    result: Result
+    run: Run
+    older: tuple["Measured", ...] = ()
+    apart: str = ""
+
+    @property
+    def line(self) -> Line:
+        row = self.result
+        who = {"checkpoint": row.checkpoint, "model": row.model, "batch_norm": row.batch_norm}
+        return Line(**who, seed=row.seed, apart=self.apart)
+
+
+def find_measured(paths: Sequence[Path]) -> list[Measured]:
+    """The results of all run folders at or below `paths`, each folder once, oldest run first.
+
+    The run of a row that was copied from another folder is the one that measured it; of that only
+    the folder is known where it is gone.
+
+    Raises:
+        DataError: a path is missing, no run below them has results, or a file is broken.
+    """
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} does not exist: name run folders, or folders that hold some (or set RELLOC_RUNS)")
+    folders = {file.parent.resolve() for path in paths for file in path.rglob(RESULTS_FILE)}
+    found = [each for folder in sorted(folders) for each in _of_folder(folder)]
+    if not found:
+        raise DataError(
+            f"no run folder ({RUN_FILE} and {RESULTS_FILE}) with results at or below "
+            f"{', '.join(map(str, paths))}: run python -m relloc.evaluate first, or name other folders"
+        )
+    return sorted(found, key=lambda each: (each.run.started_ms, str(each.run.folder)))
+
+
+def _of_folder(folder: Path) -> Iterator[Measured]:
+    if not (folder / RUN_FILE).exists():
+        return  # a tracker's copy of the results
+    try:
+        own, rows = _run(folder), read_results(folder)
+        origins = {row.measured_in: _origin(row.measured_in, own) for row in rows}
+    except (ValueError, OSError) as error:
+        raise DataError(f"{error}: mend or remove it, or name other folders") from error
+    yield from (Measured(result=row, run=origins[row.measured_in]) for row in rows)
+
+
+def _origin(measured_in: str, own: Run) -> Run:
+    if not measured_in:
+        return own
+    folder = Path(measured_in)
+    if (folder / RUN_FILE).exists():
+        return _run(folder.resolve())
+    return dataclasses.replace(own, folder=folder, name=folder.name, commit=UNKNOWN_COMMIT)
+
+
+def _run(folder: Path) -> Run:
+    record = RunRecord.read(folder)
+    commit = record.tags.get("relloc.commit", UNKNOWN_COMMIT)
+    return Run(folder=folder, name=record.name, commit=commit, started_ms=record.started_ms)
+
+
+def question(measured: Measured) -> tuple[object, ...]:
+    """What a number answers as its names say; the fingerprint says whether two were measured alike."""
+    row = measured.result
+    layer = "" if row.metric in _LAYER_IS_CHOSEN else row.layer
+    return measured.line, row.eval, row.dataset, row.split, row.n, layer, row.metric
+
+
+def newest(measured: Iterable[Measured]) -> list[Measured]:
+    """One result for each question and fingerprint (or none): the last, which keeps the others, copies aside."""
+    kept: dict[tuple[object, ...], Measured] = {}
+    for each in measured:
+        asked = (question(each), each.result.fingerprint)
+        before = kept.pop(asked, None)
+        others = (*before.older, dataclasses.replace(before, older=())) if before else ()
+        older = tuple(other for other in others if not _is_copy(other, each))
+        kept[asked] = dataclasses.replace(each, older=older)
+    return list(kept.values())
+
+
+def _is_copy(one: Measured, other: Measured) -> bool:
+    """Whether both are the same measurement, in the folder that made it or copied to another."""
+    same = dataclasses.replace(one.result, measured_in=other.result.measured_in) == other.result
+    return same and one.run.folder == other.run.folder

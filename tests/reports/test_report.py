@@ -1,0 +1,80 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relloc.report import main
+
+
+@pytest.fixture
+def runs(new_run, result, tmp_path: Path) -> Path:
+    new_run("a", result("linear_in1k", "feature4", "top1", 9.0))
+    return tmp_path / "runs"
+
+
+def test_it_prints_markdown_of_the_default_folder(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RELLOC_RUNS", str(runs))
+    assert main([]) == 0
+    first = capsys.readouterr().out
+    monkeypatch.delenv("RELLOC_RUNS")
+    monkeypatch.chdir(runs.parent)
+    assert main([]) == 0
+    assert capsys.readouterr().out == first
+    assert "| random, seed 0 | — | — | — | 9.00 ≈ [4] | — | — |" in first
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [("r.md", "# Our"), ("r.csv", "origin,group"), ("r.html", "<!DOCTYPE html>"), ("r.tex", "% Needs")],
+)
+def test_the_ending_of_the_file_decides_unless_a_format_is_given(
+    runs: Path, tmp_path: Path, name: str, begins: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / name
+    assert main([str(runs), "--out", str(out)]) == 0
+    assert out.read_text(encoding="utf-8").startswith(begins)
+    assert capsys.readouterr().out == f"report  {out}\n"
+    assert main([str(runs), "--out", str(out), "--format", "csv", "--rows", "all"]) == 0
+    assert "mmselfsup SwAV" in out.read_text(encoding="utf-8")
+    other = tmp_path / "r.xml"
+    assert main([str(runs), "--out", str(other), "--format", "latex"]) == 0
+    assert other.read_text(encoding="utf-8").startswith("% Needs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "pdf"], "relloc: --format pdf is not one of markdown, csv, html, latex\n"),
+        (["--rows", "best"], "relloc: --rows best is not one of card, all\n"),
+        (
+            ["--out", "card.xml"],
+            "relloc: --out card.xml ends in none of .md, .csv, .html, .tex: end it so, or say --format",
+        ),
+        (["--out", "card"], "relloc: --out card ends in none of .md"),
+        (["--out", "none/r.md"], "relloc: none/r.md could not be written (No such file or directory): name another"),
+        (["none"], "relloc: none does not exist: name run folders"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    runs: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert not (runs.parent / "card.xml").exists()
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_as_a_command_it_needs_no_torch(runs: Path) -> None:
+    code = "import sys, relloc.report; relloc.report.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True)
+    assert "| random, seed 0 |" in done.stdout

@@ -1,0 +1,292 @@
+import dataclasses
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from relloc.checkpoints import BACKBONE_FILE
+from relloc.reports.entries import ABOVE, BELOW, INSIDE, Entry, make_entries
+from relloc.reports.groups import CARD_GROUP
+from relloc.reports.labels import RUN_WEIGHTS, label_lines
+from relloc.reports.make import make_report
+from relloc.reports.measured import Line, Measured, Run
+from relloc.reports.missing import command
+from relloc.reports.notes import shared_words, short_commit
+from relloc.reports.places import CHOSEN, Place, column_order, place
+from relloc.reports.table import MISSING, Report, Row
+from relloc.results import Result
+
+OURS = "/data/runs/card2022/backbone.safetensors"
+
+
+def measured(*rows: Result, run: str = "a", started_ms: int = 1) -> list[Measured]:
+    of = Run(folder=Path("/data/runs") / run, name=run, commit="6a6cf28a1b2c3d4e5f60", started_ms=started_ms)
+    return [Measured(result=row, run=of) for row in rows]
+
+
+def entry(row: Result) -> Entry:
+    return make_entries(measured(row))[0]
+
+
+def rows_of(report: Report, table: str, group: str = CARD_GROUP) -> dict[str, Row]:
+    tables = {each.title: each for found in report.groups if found.title == group for each in found.tables}
+    return {", ".join(filter(None, (row.label, row.setting))): row for row in tables[table].rows}
+
+
+@pytest.mark.parametrize(("value", "mark"), [(64.51, BELOW), (64.52, INSIDE), (66.52, INSIDE), (66.53, ABOVE)])
+def test_marks_at_the_edges_of_the_tolerance(result: Callable[..., Result], value: float, mark: str) -> None:
+    row = result("voc07_svm", "feature4", "map_best", value, dataset="voc2007", checkpoint=OURS)
+    assert entry(row).mark == mark
+
+
+@pytest.mark.parametrize(("value", "mark"), [(37.2, BELOW), (37.3, INSIDE), (41.8, INSIDE), (42.0, ABOVE)])
+def test_of_several_published_values_the_range_counts(result: Callable[..., Result], value: float, mark: str) -> None:
+    assert entry(result("linear_avgpool", "avgpool", "top1_best", value, checkpoint=OURS)).mark == mark
+
+
+def test_each_line_is_compared_with_its_own_row(result: Callable[..., Result]) -> None:
+    def beside(checkpoint: str, **fields: object) -> list[str]:
+        row = result("semisup_1", "avgpool", "top5", 5.0, checkpoint=checkpoint, **fields)
+        return [f"{each.row} {each.printed}" for each in entry(row).beside]
+
+    assert beside("random") == ["OpenSelfSup Random 4.99"]
+    assert beside("torchvision") == ["OpenSelfSup Supervised 88.87"]
+    assert beside(OURS) == ["OpenSelfSup Relative-Loc 40.37"]  # the card has no such row
+    assert beside(OURS, batch_norm="recalibrated") == ["OpenSelfSup Relative-Loc 40.37"]
+    assert beside(OURS, model="small") == []
+    knn = entry(result("knn", "avgpool", "top1_k20", 15.0, checkpoint=OURS))
+    assert [each.row for each in knn.beside] == ["mmselfsup Relative-Loc"]
+    assert entry(result("knn", "feature4", "top1_k20", 15.0, checkpoint=OURS)).beside == ()
+    assert entry(result("knn", "avgpool", "top1_k20", 15.0)).beside == ()  # no random row was published
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"n": 49_999}, {"split": "train"}, {"dataset": "imagenette", "split": "val", "n": 50_000}],
+    ids=["a subset", "another split", "another set"],
+)
+def test_other_images_never_stand_beside_published_numbers(
+    result: Callable[..., Result], other: dict[str, object]
+) -> None:
+    theirs = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS)
+    ours = result("linear_in1k", "feature4", "top1", 77.0, checkpoint=OURS, **other)
+    report = make_report(measured(theirs, ours))
+    card, elsewhere = report.groups
+    assert "51.00" in _texts(card)
+    assert "77.00" not in _texts(card)
+    assert _texts(elsewhere) == ["77.00"]
+    assert not any(row.is_published or row.empty for table in elsewhere.tables for row in table.rows)
+    assert elsewhere.title == f"{ours.dataset} {ours.split}, {ours.n:,} images"
+    assert elsewhere.tables[0].title == "Linear by the ImageNet protocol, top-1"
+
+
+def test_an_evaluation_on_another_data_set_of_the_card_is_not_the_card(result: Callable[..., Result]) -> None:
+    row = entry(result("knn", "avgpool", "top1_k20", 20.0, dataset="places205"))
+    assert row.group == "places205 val, 20,500 images"
+    assert row.beside == ()
+
+
+def _texts(group) -> list[str]:
+    return [cell.text for table in group.tables for row in table.rows for cell in row.cells if cell]
+
+
+def test_low_shot_numbers_are_those_of_the_best_svm_layer_of_the_run(result: Callable[..., Result]) -> None:
+    def low_shot(layer: str, value: float) -> Result:
+        return result("voc07_low_shot", layer, "map_k1", value, dataset="voc2007", checkpoint=OURS)
+
+    def best(layer: str) -> Result:
+        return result("voc07_svm", layer, "map_best", 60.0, dataset="voc2007", checkpoint=OURS)
+
+    shots = (low_shot("feature3", 3.0), low_shot("feature4", 4.0), low_shot("feature5", 5.0))
+
+    def shown(*found: Measured) -> tuple[float, str]:
+        placed = [each for each in make_entries(found) if each.result.eval == "voc07_low_shot" and each.place]
+        assert len(placed) == 1
+        return placed[0].result.value, placed[0].why
+
+    assert shown(*measured(*shots)) == (
+        4.0,
+        "low-shot at feature4 as on the published card, no best SVM layer being known",
+    )
+    same = "low-shot at feature5, the best SVM layer of the same run"
+    assert shown(*measured(best("feature5"), *shots)) == (5.0, same)
+    other = "low-shot at feature3, the best SVM layer of run b"
+    assert shown(*measured(*shots), *measured(best("feature3"), run="b")) == (3.0, other)
+
+
+def test_what_was_chosen_without_the_test_set_has_lines_of_its_own(result: Callable[..., Result]) -> None:
+    rows = [
+        result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS),
+        result("linear_in1k", "feature4", "top1_tuned", 53.5, checkpoint=OURS),
+        result("linear_avgpool", "avgpool", "top1", 39.0, checkpoint=OURS),
+        result("linear_avgpool", "avgpool", "top1_best", 39.2, checkpoint=OURS),
+    ]
+    lines = rows_of(make_report(measured(*rows)), "ImageNet linear, top-1")
+    ours = {label: row for label, row in lines.items() if not row.is_published}
+    assert {label: [cell.text for cell in row.cells if cell] for label, row in ours.items()} == {
+        "card2022, seed 0": ["51.00", "39.20"],
+        f"card2022, seed 0, {CHOSEN}": ["53.50"],
+        "card2022, seed 0, last epoch": ["39.00"],
+    }
+    assert ours["card2022, seed 0"].empty == MISSING
+    assert ours["card2022, seed 0, last epoch"].empty == ""
+
+
+def test_the_best_of_ours_is_marked_apart_from_supervised_weights(result: Callable[..., Result]) -> None:
+    values = {"random": 11.0, "torchvision": 90.0, OURS: 15.0, "/other/backbone.safetensors": 15.0}
+    rows = [result("linear_in1k", "feature1", "top1", value, checkpoint=name) for name, value in values.items()]
+    best = [each.result.checkpoint for each in make_entries(measured(*rows)) if each.best]
+    assert sorted(best) == sorted([OURS, "/other/backbone.safetensors"])
+    assert not any(each.best for each in make_entries(measured(rows[2])))
+    ranks = [result("label_free", "avgpool", "rankme", value, checkpoint=name) for name, value in values.items()]
+    assert not any(each.best for each in make_entries(measured(*ranks)))
+
+
+def test_details_name_run_seed_commit_protocol_interval_draws_and_what_was_replaced(
+    result: Callable[..., Result],
+) -> None:
+    shot = ("voc07_low_shot", "feature4")
+    rows = [
+        result(*shot, "map_k1", 9.0, dataset="voc2007", low=8.0, high=10.0),
+        result(*shot, "map_k1_std", 0.5, dataset="voc2007"),
+        result(*shot, "map_k1_min", 8.4, dataset="voc2007"),
+    ]
+    old = measured(result(*shot, "map_k1", 7.0, dataset="voc2007"), run="old")
+    lines = rows_of(make_report([*old, *measured(*rows, started_ms=2)]), "VOC07 low-shot SVM, mAP")
+    cell = lines["random, seed 0"].cells[0]
+    assert cell is not None
+    assert (cell.text, cell.spread, cell.mark) == ("9.00", "± 0.50", INSIDE)
+    assert cell.details.splitlines() == [
+        "run a (/data/runs/a)",
+        "seed 0, commit 6a6cf28a1b2c3d4e5f60",
+        "protocol: 3.9 as published",
+        "voc2007 test, n = 4,952, feature4, map_k1",
+        "95 % interval 8.00 to 10.00",
+        "over draws: std 0.50, min 8.40",
+        "low-shot at feature4 as on the published card, no best SVM layer being known",
+        "inside: OpenSelfSup Random 9.15, tolerance 2.2",
+        "replaces 7.00 of run old",
+    ]
+    assert any("1 older left out" in line for line in make_report([*old, *measured(*rows)]).legend)
+
+
+def test_of_the_layers_of_nearest_neighbors_one_is_bold(result: Callable[..., Result]) -> None:
+    of_layer = {"feature3": 20.0, "feature4": 30.0, "avgpool": 25.0}
+    rows = [result("knn", layer, "top1_k20", value, checkpoint=OURS) for layer, value in of_layer.items()]
+    lines = rows_of(
+        make_report(measured(*rows, result("knn", "avgpool", "top1_k20", 10.0))), "Nearest neighbors, top-1"
+    )
+    bold = {label: [cell.best for cell in row.cells if cell] for label, row in lines.items() if not row.is_published}
+    assert bold == {
+        "random, seed 0, avgpool": [False],
+        "card2022, seed 0, feature3": [False],
+        "card2022, seed 0, feature4": [True],
+        "card2022, seed 0, avgpool": [False],
+    }
+
+
+def test_lines_have_short_names_no_two_alike() -> None:
+    paths = ["random", "/a/x/backbone.safetensors", "/b/x/backbone.safetensors", "w/x.pth", "/c/run10", "/c/run9"]
+    lines = [Line(checkpoint=path, model="resnet50", batch_norm="as_trained", seed=0) for path in paths]
+    small = Line(checkpoint="random", model="small", batch_norm="recalibrated", seed=1)
+    assert list(label_lines([*lines, small]).values()) == [
+        "random, seed 0",
+        "random, small, recalibrated, seed 1",
+        "a/x, seed 0",
+        "b/x, seed 0",
+        "run9, seed 0",
+        "run10, seed 0",
+        "x.pth, seed 0",
+    ]
+    assert RUN_WEIGHTS == BACKBONE_FILE
+
+
+def test_missing_cells_name_their_commands(result: Callable[..., Result]) -> None:
+    knn = [result("knn", "avgpool", f"top1_k{k}", 15.0, checkpoint=OURS) for k in (10, 20, 100, 200)]
+    some = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS)
+    missing = {fill.label: fill.commands for fill in make_report(measured(*knn, some)).missing}
+    assert list(missing) == ["random, seed 0", "torchvision, seed 0", "card2022, seed 0"]
+    ours = f"python -m relloc.evaluate checkpoint={OURS} eval="
+    evaluations = ["voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "linear_inat18"]
+    assert missing["card2022, seed 0"] == tuple(ours + name for name in [*evaluations, "semisup_1", "semisup_10"])
+    assert "python -m relloc.evaluate checkpoint=random model=resnet50 eval=knn_in1k" in missing["random, seed 0"]
+
+
+def test_a_command_can_be_given_as_it_is_printed() -> None:
+    line = Line(checkpoint='/a b/"c",gap=3/x', model="small", batch_norm="recalibrated", seed=3)
+    printed = command(line, "voc07_svm")
+    assert printed.startswith("python -m relloc.evaluate 'checkpoint=")
+    parsed = OverridesParser.create().parse_overrides(shlex.split(printed)[3:])
+    assert {each.key_or_group: each.value() for each in parsed} == {
+        "checkpoint": '/a b/"c",gap=3/x',
+        "eval": "voc07_svm",
+        "batch_norm": "recalibrated",
+        "seed": 3,
+    }
+
+
+def test_lines_that_are_not_on_the_card_get_one_sentence(result: Callable[..., Result]) -> None:
+    elsewhere = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS, n=300)
+    small = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS, model="small")
+    report = make_report(measured(elsewhere, small))
+    assert report.missing == ()
+    assert report.advice.startswith("No resnet50 line has a number on the card's images: python -m relloc.evaluate")
+    lines = rows_of(report, "ImageNet linear, top-1")
+    assert lines["card2022, small, seed 0"].empty == ""  # nothing below says how to fill it
+    on_card = result("linear_in1k", "feature4", "top1", 51.0, checkpoint="/c/run9/backbone.safetensors")
+    report = make_report(measured(elsewhere, small, on_card))
+    assert [fill.label for fill in report.missing] == ["random, seed 0", "torchvision, seed 0", "run9, seed 0"]
+    assert "RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, or eval.NAME.data.root=" in report.advice
+
+
+def test_a_recalibrated_line_asks_only_for_what_its_line_as_trained_has(result: Callable[..., Result]) -> None:
+    row = result("linear_avgpool", "avgpool", "top1_best", 40.0, checkpoint=OURS)
+    both = [row, dataclasses.replace(row, batch_norm="recalibrated")]
+    knn = [result("knn", "avgpool", f"top1_k{k}", 15.0, checkpoint=OURS) for k in (10, 20, 100, 200)]
+    missing = {fill.label: fill.commands for fill in make_report(measured(*both, *knn)).missing}
+    assert "recalibrated" not in " ".join(missing["card2022, seed 0"])
+    assert missing["card2022, recalibrated, seed 0"] == (
+        f"python -m relloc.evaluate checkpoint={OURS} eval=knn_in1k batch_norm=recalibrated",
+    )
+
+
+def test_fine_tuning_is_not_asked_for_twice(result: Callable[..., Result]) -> None:
+    row = result("knn", "avgpool", "top1_k20", 15.0, checkpoint=OURS, batch_norm="recalibrated")
+    (fill,) = (fill for fill in make_report(measured(row)).missing if "card2022" in fill.label)
+    assert not any("semisup" in each for each in fill.commands)
+    assert all(each.endswith("batch_norm=recalibrated") for each in fill.commands)
+
+
+def test_unknown_evaluations_and_columns_have_a_place_too() -> None:
+    assert place("linear", "feature2", "top1") == Place(section="linear", column="feature2")
+    assert place("linear", "feature2", "mcc") == Place(section="linear", column="feature2", setting="mcc")
+    assert place("voc07_low_shot", "feature2", "map_k1_max") is None
+    assert place("voc07_svm", "feature2", "map_cv") is None  # measured on train
+    assert place("knn", "feature4", "top1_k20") == Place(
+        section="Nearest neighbors, top-1", column="k=20", setting="feature4"
+    )
+    assert column_order({"k=200", "k=5", "k=10"}, "Nearest neighbors, top-1") == ["k=5", "k=10", "k=200"]
+    assert column_order({"zz", "avgpool", "feature2"}, "linear") == ["feature2", "avgpool", "zz"]
+
+
+def test_commits_are_shortened_but_say_that_files_had_been_changed() -> None:
+    assert short_commit("6a6cf28a1b2c3d4e5f60-dirty") == "6a6cf28a1b-dirty"
+    assert short_commit("unknown commit") == "unknown commit"
+
+
+def test_words_that_differ_become_a_gap() -> None:
+    one = "3.2 SVM; draws b210; deviation: no k=8,16; cost 10 of 19 chosen on test; center view"
+    other = "3.2 SVM; draws 95a5; deviation: no k=8,16; cost 0.5 of 19 chosen on test; center view"
+    assert shared_words([one, other, one]) == (
+        "3.2 SVM; draws …; deviation: no k=8,16; cost … of 19 chosen on test; center view"
+    )
+    assert shared_words([one]) == one
+    assert shared_words(["a b", "c d"]) == "…"
+    assert shared_words(["1 a b 1 c d e", "2 a b 2 c d e"]) == "… c d e"
+    knn = "3.7 kNN, T=0.07; {}center view, float32; as trained"
+    layers = [f"deviation: features of feature{n} pooled as in 3.1; " for n in (1, 2)]
+    texts = [knn.format(text) for text in (*layers, "")]
+    assert shared_words(texts) == "3.7 kNN, T=0.07 …; center view, float32; as trained"
+    assert shared_words(texts[:2]) == knn.format("deviation: features of … pooled as in 3.1; ")

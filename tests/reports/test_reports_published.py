@@ -1,0 +1,88 @@
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from relloc.reports.groups import CARD_GROUP
+from relloc.reports.make import make_report
+from relloc.reports.places import IMAGES_OF, SECTIONS, place
+from relloc.reports.published import PUBLISHED_IMAGES, Published, accepted, published_numbers
+
+
+def numbers(row: str, evaluation: str, metric: str = "") -> list[float]:
+    found = [each for each in published_numbers() if (each.row, each.evaluation) == (row, evaluation)]
+    return [each.value for each in found if not metric or each.metric == metric]
+
+
+def test_the_card_is_as_published() -> None:
+    card = "mmselfsup Relative-Loc"
+    assert numbers(card, "voc07_svm") == [65.52]
+    assert numbers(card, "voc07_low_shot") == [20.36, 23.12, 30.66, 37.02, 42.55, 50.00, 55.58, 59.28]
+    assert numbers(card, "linear_in1k") == [15.11, 30.47, 42.83, 51.20, 40.96]
+    assert numbers(card, "linear_avgpool") == [39.65, 38.78, 40.4]
+    assert numbers(card, "linear_places205") == [20.69, 34.72, 43.01, 45.97, 41.96]
+    assert numbers(card, "knn") == [14.5, 15.0, 15.0, 14.2]
+    assert numbers(card, "voc0712_detection") == [79.70]
+    assert numbers(card, "coco_mask_rcnn_fpn_1x") == [37.5, 56.2, 41.3, 33.7, 53.3, 36.1]
+    assert numbers(card, "voc12aug_fcn") == [63.49]
+    assert numbers(card, "semisup_1") == []
+
+
+def test_the_controls_are_as_published() -> None:
+    assert numbers("OpenSelfSup Random", "linear_in1k") == [11.37, 16.21, 13.47, 9.07, 6.54]
+    assert numbers("OpenSelfSup Random", "voc07_svm") == [30.54]
+    assert numbers("OpenSelfSup Supervised", "linear_avgpool") == [74.12]
+    assert numbers("OpenSelfSup Supervised", "voc07_low_shot", "map_k4") == [73.7]
+    assert numbers("OpenSelfSup Relative-Loc", "semisup_1") == [16.48, 40.37]
+    assert numbers("OpenSelfSup Relative-Loc", "semisup_10") == [53.86, 79.62]
+    assert numbers("OpenSelfSup Random", "coco_mask_rcnn_c4_2x", "mask_ap") == [31.4]
+    assert numbers("mmselfsup SwAV", "linear_in1k") == [16.98, 34.96, 49.26, 65.98, 70.74]
+
+
+def test_tolerances_are_those_of_the_field() -> None:
+    tolerances = {each.evaluation: each.tolerance for each in published_numbers()}
+    assert (tolerances["voc07_svm"], tolerances["linear_in1k"]) == (1.0, 1.5)
+    assert (tolerances["voc0712_detection"], tolerances["voc12aug_fcn"]) == (0.7, 1.0)
+    svm = [each for each in published_numbers() if each.evaluation == "voc07_svm"][:1]
+    assert accepted(svm) == (64.52, 66.52)
+    avgpool = [each for each in published_numbers() if each.evaluation == "linear_avgpool"][:3]
+    assert accepted(avgpool) == pytest.approx((38.78 - 1.5, 40.4 + 1.5))
+
+
+def test_every_number_stands_in_a_column_of_its_own_and_names_its_source() -> None:
+    cells = Counter()
+    for each in published_numbers():
+        where = place(each.evaluation, each.layer, each.metric)
+        section = next(section for section in SECTIONS if each.evaluation in section.columns)
+        assert where is not None
+        assert where.as_published
+        assert where.column in section.columns[each.evaluation]
+        assert (each.dataset, each.split) == IMAGES_OF[each.evaluation]
+        assert (each.dataset, each.split) in PUBLISHED_IMAGES
+        assert "protocols.md 4." in each.source
+        cells[each.row, where, each.edition] += 1
+    assert set(cells.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "ours"}, {"layer": "feature6"}, {"printed": "165.5"}, {"tolerance": 0.0}, {"printed": "n/a"}]
+)
+def test_a_wrong_line_of_the_file_is_told(wrong: dict[str, str | float]) -> None:
+    line = dataclasses.asdict(published_numbers()[0])
+    with pytest.raises(ValueError):
+        Published(**{**line, **wrong})
+
+
+def test_other_tasks_and_other_tables_come_only_when_asked_for() -> None:
+    card, everything = make_report([], rows="card"), make_report([], rows="all")
+    assert [group.title for group in card.groups] == [CARD_GROUP]
+    few = {row.label for table in card.groups[0].tables for row in table.rows}
+    assert few == {
+        "mmselfsup Relative-Loc",
+        "OpenSelfSup Relative-Loc",
+        "OpenSelfSup Random",
+        "OpenSelfSup Supervised",
+    }
+    assert "mmselfsup SwAV" in {row.label for table in everything.groups[0].tables for row in table.rows}
+    titles = {table.title for table in everything.groups[0].tables} - {table.title for table in card.groups[0].tables}
+    assert titles == {section.title for section in SECTIONS if not section.built}
