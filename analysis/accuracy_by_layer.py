@@ -24,7 +24,8 @@ import matplotlib.pyplot as plt
 from load import load_results, runs_folder
 
 results = load_results(runs_folder())
-results = results[(results["eval"] == "linear") | (results["metric"] == "top1_k20")]
+linear = results["eval"].str.startswith("linear") & (results["metric"] == "top1")
+results = results[linear | (results["metric"] == "top1_k20")]
 
 # %% [markdown]
 # Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 gray small`): its mean, and how many

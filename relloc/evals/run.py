@@ -2,40 +2,122 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
+from relloc.data.lists import MultiLabeled
 from relloc.data.loader import Unreadable
+from relloc.data.order import key
+from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import FeatureSource, LiveFeatures, Reading, bank_device, bank_gib, fill_bank
+from relloc.features.source import (
+    FeatureSource,
+    LiveFeatures,
+    Reading,
+    Sets,
+    State,
+    bank_device,
+    bank_gib,
+    fill_bank,
+)
 from relloc.models.backbone import Backbone
 from relloc.results import Result, Score
 
 BATCH_NORMS = ("as_trained", "recalibrated")
+_PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}
+Labels = Literal["class", "presence", "none"]
 
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """What evals/ members are: constants, and a call that yields scores."""
+    """What evals/ members are: constants, and a call that yields scores.
 
-    layers: Sequence[str]
+    `version` is raised when the code changes what it computes, so that older rows are not used again.
+    `labels` says what an image is to be labeled with: one class, the presence of each class, or
+    nothing. `keeps`: features are read more than once, so that they should be kept in memory.
+    `layer_by_layer`: layers know nothing of each other, so that each can be finished alone.
+    """
+
+    version: ClassVar[int]
+    labels: ClassVar[Labels]
+    keeps: ClassVar[bool]
+    layer_by_layer: ClassVar[bool]
+
+    @property
+    def layers(self) -> Sequence[str]: ...
+
+    @property
+    def view(self) -> View: ...
+
+    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]: ...
+
+
+@runtime_checkable
+class FineTuning(Protocol):
+    """An evaluation that trains all of a copy of the backbone, batch norm included."""
+
+    version: ClassVar[int]
+    labels: ClassVar[Labels]
+
+    @property
+    def layers(self) -> Sequence[str]: ...
+
+    @property
+    def view(self) -> View: ...
 
     def __call__(
-        self, train: FeatureSource, held_out: FeatureSource, *, device: torch.device, seed: int
+        self,
+        backbone: Backbone,
+        splits: Splits,
+        *,
+        reading: Reading,
+        seed: int,
+        state: State,
+        unreadable: Callable[[dict[str, str]], None],
     ) -> Iterator[Score]: ...
+
+
+@runtime_checkable
+class Summarizing(Protocol):
+    """An evaluation that has something to say of all its layers together."""
+
+    def summary(self, rows: Sequence[Result]) -> Iterator[Result]:
+        """From the rows of all layers; their fingerprints do not count."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """An evaluation, the name of its rows, and the images it is about.
+
+    `unreadable_share` of them may be broken; None is the share of the run.
+    """
+
+    name: str
+    evaluation: Evaluation | FineTuning
+    splits: Splits
+    unreadable_share: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Who is evaluated: a backbone in eval mode and on its device, and the names its rows carry."""
+    """Who is evaluated: a backbone in eval mode and on its device, and the names its rows carry.
+
+    `weights` is the digest of the backbone's tensors: rows of the same weights can be used again.
+    """
 
     backbone: Backbone
     checkpoint: str
     model: str
+    weights: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,113 +131,213 @@ class Terms:
     seed: int
 
     def __post_init__(self) -> None:
+        if not self.batch_norms:
+            raise UsageError(f"batch_norm=[] leaves nothing to do: give {' or '.join(BATCH_NORMS)}, or both")
         for way in self.batch_norms:
             if way not in BATCH_NORMS:
                 raise UsageError(f"batch_norm={way} is not one of {', '.join(BATCH_NORMS)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """A part of a job that is finished, or stopped, as a whole; `mark` is its fingerprint."""
+
+    job: Job
+    evaluation: Evaluation | FineTuning
+    batch_norm: str
+    mark: str
+
+
+def check_labels(job: Job) -> None:
+    """Raises `UsageError` where the images lack the labels that the evaluation needs."""
+    name, images = f"eval.{job.name}", job.splits.train.name
+    if job.evaluation.labels == "class" and not job.splits.labeled:
+        raise UsageError(
+            f"{name}: {images} has no labels to evaluate on (train/CLASS and val/CLASS folders with the same "
+            "classes): evaluate on labeled data with python -m relloc.evaluate checkpoint=… data=… "
+        )
+    if job.evaluation.labels == "presence" and not isinstance(job.splits.train, MultiLabeled):
+        raise UsageError(
+            f"{name} needs images that say of each class whether it is there (PASCAL VOC): {images} do not"
+        )
+
+
 def evaluate(
     subject: Subject,
-    splits: Splits,
-    evaluations: Mapping[str, Evaluation],
+    jobs: Sequence[Job],
     terms: Terms,
     *,
     is_done: Callable[[str, str, str], bool],
+    state: Callable[[Work], State],
     unreadable: Callable[[dict[str, str]], None],
 ) -> Iterator[list[Result]]:
     """The rows of each evaluation under each batch norm, as they come.
 
-    What `is_done` says of (name, batch norm, fingerprint) is left out.
+    What `is_done` says of (name, batch norm, fingerprint) is left out. `state` is where a long
+    evaluation keeps what it would go on from.
 
     Raises:
-        UsageError: the data has no labels.
+        UsageError: the data lacks the labels that are needed.
     """
-    if not splits.labeled:
-        raise UsageError(
-            f"{splits.train.name} has no labels to evaluate on (train/CLASS and val/CLASS folders with the same "
-            "classes): evaluate on labeled data with python -m relloc.evaluate checkpoint=… data=… "
-        )
-    for batch_norm in terms.batch_norms:
-        wanted = {
-            name: run
-            for name, run in evaluations.items()
-            if not is_done(name, batch_norm, fingerprint(run, subject, splits, terms))
-        }
-        if wanted:
-            yield from _evaluate_one_way(subject, splits, wanted, terms, batch_norm, unreadable)
+    for job in jobs:
+        check_labels(job)
+    parts = [work for way in terms.batch_norms for job in jobs for work in works(job, way, subject, terms)]
+    wanted = [work for work in parts if not is_done(work.job.name, work.batch_norm, work.mark)]
+    for _, alike in itertools.groupby(sorted(wanted, key=_order), key=_shared):
+        together = list(alike)
+        own_terms = _terms_of(together[0].job, terms)
+        yield from _evaluate_alike(subject, together, own_terms, state, unreadable)
 
 
-def _evaluate_one_way(
+def works(job: Job, batch_norm: str, subject: Subject, terms: Terms) -> Iterator[Work]:
+    """The parts of a job: its layers, where they know nothing of each other."""
+    whole = job.evaluation
+    if not isinstance(whole, Evaluation):
+        if batch_norm == terms.batch_norms[0]:  # it trains with the weights: there is one way only
+            mark = fingerprint(whole, subject, job.splits, terms, "as_trained")
+            yield Work(job=job, evaluation=whole, batch_norm="as_trained", mark=mark)
+        return
+    alone = [(layer,) for layer in whole.layers] if whole.layer_by_layer else [whole.layers]
+    for layers in alone:
+        part = dataclasses.replace(whole, layers=layers)  # pyright: ignore[reportArgumentType]
+        mark = fingerprint(part, subject, job.splits, terms, batch_norm)
+        yield Work(job=job, evaluation=part, batch_norm=batch_norm, mark=mark)
+
+
+def _shared(work: Work) -> tuple[str, ...]:
+    """Works that agree in this see the same features."""
+    splits, evaluation = work.job.splits, work.evaluation
+    digests = (splits.train.digest(), splits.held_out.digest())
+    return work.batch_norm, *digests, str(work.job.unreadable_share), repr(evaluation.view), evaluation.labels
+
+
+def _order(work: Work) -> tuple[int, tuple[str, ...]]:
+    return BATCH_NORMS.index(work.batch_norm), _shared(work)
+
+
+def _evaluate_alike(
     subject: Subject,
-    splits: Splits,
-    evaluations: Mapping[str, Evaluation],
+    works: Sequence[Work],
     terms: Terms,
-    batch_norm: str,
+    state: Callable[[Work], State],
     unreadable: Callable[[dict[str, str]], None],
 ) -> Iterator[list[Result]]:
-    backbone = subject.backbone
-    how = "statistics as trained"
-    if batch_norm == "recalibrated":
+    frozen = []
+    for work in works:
+        if isinstance(work.evaluation, Evaluation):
+            frozen.append((work, work.evaluation))
+            continue
+        scores = work.evaluation(
+            subject.backbone,
+            work.job.splits,
+            reading=terms.reading,
+            seed=terms.seed,
+            state=state(work),
+            unreadable=unreadable,
+        )
+        yield [_named(score, work, subject, terms, "statistics trained with the weights") for score in scores]
+    if frozen:
+        yield from _evaluate_frozen(subject, frozen, terms, state, unreadable)
+
+
+def _terms_of(job: Job, terms: Terms) -> Terms:
+    if job.unreadable_share is None:
+        return terms
+    reading = dataclasses.replace(terms.reading, unreadable_share=job.unreadable_share)
+    return dataclasses.replace(terms, reading=reading)
+
+
+def _evaluate_frozen(
+    subject: Subject,
+    works: Sequence[tuple[Work, Evaluation]],
+    terms: Terms,
+    state: Callable[[Work], State],
+    unreadable: Callable[[dict[str, str]], None],
+) -> Iterator[list[Result]]:
+    """Works that see the same features, which are therefore computed once."""
+    first = works[0][0]
+    splits, view = first.job.splits, first.evaluation.view
+    backbone, how = subject.backbone, "statistics as trained"
+    if first.batch_norm == "recalibrated":
         backbone = copy.deepcopy(backbone)
-        used = recalibrate(backbone, _calibration_batches(splits.train, terms))
+        used = recalibrate(backbone, _calibration_batches(splits.train, view, terms))
         how = f"statistics re-estimated on {used} training images without labels"
-    train, held_out = (LiveFeatures(backbone, images, terms.reading) for images in (splits.train, splits.held_out))
-    kept_train, kept_held_out = _keep(train, held_out, evaluations, terms)
-    for name, evaluation in evaluations.items():
-        scores = evaluation(kept_train, kept_held_out, device=terms.reading.device, seed=terms.seed)
-        mark = fingerprint(evaluation, subject, splits, terms)
-        yield [_named(score, name, subject, splits.held_out, terms, batch_norm, how, mark) for score in scores]
-        unreadable(train.unreadable.reasons | held_out.unreadable.reasons)
+    train, held_out = (
+        LiveFeatures(backbone, images, terms.reading, view, labels=_labels(images, first.evaluation.labels))
+        for images in (splits.train, splits.held_out)
+    )
+    kept = _keep(train, held_out, [evaluation for _, evaluation in works if evaluation.keeps], terms)
+    for work, evaluation in works:
+        live = [train, held_out]
+        given = Sets(train=train, held_out=held_out, classes=splits.train.classes, state=state(work))
+        if evaluation.keeps:
+            given = dataclasses.replace(given, train=kept[0], held_out=kept[1])
+        augment = getattr(evaluation, "augment", None)
+        if augment:
+            color = getattr(evaluation, "color", None)
+            live.append(LiveFeatures(backbone, splits.train, terms.reading, augment, color=color, seed=terms.seed))
+            given = dataclasses.replace(given, augmented=live[-1])
+        scores = evaluation(given, device=terms.reading.device, seed=terms.seed)
+        yield [_named(score, work, subject, terms, how) for score in scores]
+        for source in live:
+            unreadable(source.unreadable.reasons)
+
+
+def _labels(images: ImageSet, needed: Labels) -> Int[Tensor, "n *classes"] | None:
+    """The labels of a kind; zeros where none are needed, None for the images' own."""
+    if needed == "presence" and isinstance(images, MultiLabeled):
+        return torch.as_tensor(images.presence())
+    return torch.zeros(len(images), dtype=torch.int64) if needed == "none" else None
 
 
 def _keep(
-    train: FeatureSource, held_out: FeatureSource, evaluations: Mapping[str, Evaluation], terms: Terms
+    train: FeatureSource, held_out: FeatureSource, evaluations: Sequence[Evaluation], terms: Terms
 ) -> tuple[FeatureSource, FeatureSource]:
-    """The sources with all features in memory, if there is room for them."""
-    layers = sorted({layer for evaluation in evaluations.values() for layer in evaluation.layers})
+    """The sources with the features of `evaluations` in memory, if there is room for them."""
+    if ranks.world_size() > 1:  # evaluations that run in several processes divide what they keep
+        return train, held_out
+    layers = sorted({layer for evaluation in evaluations for layer in evaluation.layers})
     needed = bank_gib(train, layers) + bank_gib(held_out, layers)
-    if needed > terms.bank_gib:
+    if not layers or needed > terms.bank_gib:
         return train, held_out
     device = bank_device(needed, terms.reading.device)
     size = terms.reading.batch
     return fill_bank(train, layers, size, device), fill_bank(held_out, layers, size, device)
 
 
-def _calibration_batches(images: ImageSet, terms: Terms) -> Iterator[torch.Tensor]:
+def _calibration_batches(images: ImageSet, view: View, terms: Terms) -> Iterator[torch.Tensor]:
     reading = terms.reading
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(terms.seed))
     size = min(reading.batch, len(images))
     places = order[: max(size, terms.calibration_images // size * size)].tolist()
     bad = Unreadable(n_images=len(images), most_share=reading.unreadable_share)
-    for views in reading.views(images, places[: len(places) // size * size], size):
+    keys = [(place, key(terms.seed, place)) for place in places[: len(places) // size * size]]
+    for views in reading.views(images, view, keys, size):
         bad.add(views.unreadable)
         if len(views.pixels):
             yield reading.to_device(views.pixels)
 
 
-def fingerprint(evaluation: Evaluation, subject: Subject, splits: Splits, terms: Terms) -> str:
-    """Hash of everything that decides an evaluation's numbers, given the weights."""
+def fingerprint(
+    evaluation: Evaluation | FineTuning, subject: Subject, splits: Splits, terms: Terms, batch_norm: str
+) -> str:
+    """Hash of everything that decides an evaluation's numbers, the weights with it."""
     reading = terms.reading
-    view = (reading.short_px, reading.crop_px, reading.bf16)
-    images = (splits.train.digest(), splits.held_out.digest())
-    decided = (repr(evaluation), subject.model, view, images, terms.calibration_images, reading.batch, terms.seed)
+    both = (splits.train, splits.held_out)
+    images = [(split.name, split.split, split.digest()) for split in both]
+    if evaluation.labels == "presence":
+        images += [hash_lines(map(str, split.presence())) for split in both if isinstance(split, MultiLabeled)]
+    calibrated = (terms.calibration_images, reading.batch) if batch_norm == "recalibrated" else ()
+    who = (subject.weights, subject.model, batch_norm, calibrated)
+    decided = (repr(evaluation), evaluation.version, who, reading.precision, images, terms.seed)
     return hash_lines([repr(decided)])
 
 
-def _named(
-    score: Score,
-    name: str,
-    subject: Subject,
-    images: ImageSet,
-    terms: Terms,
-    batch_norm: str,
-    how: str,
-    mark: str,
-) -> Result:
-    reading = terms.reading
-    seen = f"view {reading.short_px}/{reading.crop_px} px, {'bfloat16' if reading.bf16 else 'float32'}"
+def _named(score: Score, work: Work, subject: Subject, terms: Terms, how: str) -> Result:
+    images = work.job.splits.train if score.on_train else work.job.splits.held_out
+    seen = f"{work.evaluation.view}, {_PRECISIONS[terms.reading.precision]}"
     return Result(
-        eval=name,
+        eval=work.job.name,
         dataset=images.name,
         split=images.split,
         layer=score.layer,
@@ -166,6 +348,6 @@ def _named(
         protocol=f"{score.protocol}; {seen}; batch norm: {how}",
         checkpoint=subject.checkpoint,
         model=subject.model,
-        batch_norm=batch_norm,
-        fingerprint=mark,
+        batch_norm=work.batch_norm,
+        fingerprint=work.mark,
     )

@@ -2,22 +2,26 @@
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits
+from relloc.data.lists import MultiLabeled
 from relloc.data.order import key
 from relloc.data.shards import shards
-from relloc.errors import UsageError
-from relloc.evals.run import Evaluation, Terms
-from relloc.features.source import Reading
+from relloc.data.views import Center
+from relloc.errors import DataError, UsageError
+from relloc.evals.run import Evaluation, FineTuning, Job, Terms
+from relloc.features.source import Reading, encode
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.loop import Task
@@ -80,22 +84,23 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
 
 
-def splits(config: DictConfig) -> Splits:
+def splits(data: DictConfig) -> Splits:
     """The images, with a line that says what was found. Rank 0 is first, so that one process downloads."""
     if ranks.rank() > 0:
         ranks.from_first("")
-        return _splits(config)
-    found = _splits(config)
+        return _splits(data)
+    found = _splits(data)
     ranks.from_first("")
     labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
+    if isinstance(found.train, MultiLabeled):
+        labels = f"{len(found.train.classes)} classes, several an image"
     counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
     console.say(f"data    {found.train.name}: {counts}, {labels}")
     return found
 
 
-def _splits(config: DictConfig) -> Splits:
-    packed = OmegaConf.select(config, "data.shards")
-    return shards(root=packed) if packed else call(config.data.source)
+def _splits(data: DictConfig) -> Splits:
+    return shards(root=data.shards) if data.get("shards") else call(data.source)
 
 
 def backbone(model: DictConfig | Mapping[str, Any]) -> Backbone:
@@ -141,25 +146,91 @@ def patches(config: DictConfig) -> PatchPipeline:
     return PatchPipeline(grid=call(config.grid), color=call(config.color), normalize=call(config.normalize))
 
 
-def evaluations(config: DictConfig) -> dict[str, Evaluation]:
+def evaluations(config: DictConfig) -> dict[str, Evaluation | FineTuning]:
     """The evaluations that `eval` names."""
-    return {str(name): call(node) for name, node in (config.eval or {}).items()}
+    return {str(name): _evaluation(str(name), node) for name, node in (config.eval or {}).items()}
+
+
+def _evaluation(name: str, node: DictConfig) -> Evaluation | FineTuning:
+    constants = {key: value for key, value in plain(node).items() if key != "data"}
+    try:
+        return call(OmegaConf.create(constants))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):  # it knows its kind, eval.linear, and not what it is called here
+            raise UsageError(re.sub(r"\beval\.[a-z0-9_]+", f"eval.{name}", str(error.__cause__))) from error
+        raise
+
+
+def own_data(config: DictConfig) -> list[str]:
+    """The evaluations that bring their data set with them, whatever `data` is."""
+    return [str(name) for name, node in (config.eval or {}).items() if node.get("data")]
+
+
+def jobs(config: DictConfig, data: Splits | None) -> list[Job]:
+    """The evaluations on their images: `data`, or what they bring; each data set is listed once."""
+    listed = {_source(config.data): data} if data else {}
+    made = []
+    for name, evaluation in evaluations(config).items():
+        node = config.eval[name].get("data")
+        if node is None and data is not None:
+            made.append(Job(name=name, evaluation=evaluation, splits=data))
+        elif node is not None:
+            source = _source(node)
+            listed[source] = listed.get(source) or _brought(name, node)
+            share = number("unreadable_share", node.unreadable_share, at_most=1)
+            made.append(Job(name=name, evaluation=evaluation, splits=listed[source], unreadable_share=share))
+    return made
+
+
+def _brought(name: str, data: DictConfig) -> Splits:
+    try:
+        return splits(data)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, DataError):  # which knows of one data set a run only
+            raise DataError(str(error.__cause__).replace("data.root", f"eval.{name}.data.root")) from error
+        raise
+
+
+def check_roots(config: DictConfig) -> None:
+    """All data sets that evaluations bring and nobody has told the place of, in one message.
+
+    Raises:
+        UsageError: there are some.
+    """
+    lost = [
+        f"eval.{name}.data.root=FOLDER or {_variable(config.eval[name].data)}"
+        for name in own_data(config)
+        if not config.eval[name].data.get("shards") and not config.eval[name].data.get("root", "photos")
+    ]
+    if lost:
+        raise UsageError(f"{len(lost)} evaluations don't know where their data set lies; give {'; '.join(lost)}")
+
+
+def _variable(data: DictConfig) -> str:
+    known = {"voc": "RELLOC_VOC", "in1k": "RELLOC_IN1K", "places205": "RELLOC_PLACES205", "inat18": "RELLOC_INAT18"}
+    return next((variable for name, variable in known.items() if str(data.name).startswith(name)), "RELLOC_DATA")
+
+
+def _source(data: DictConfig) -> str:
+    return repr((data.get("shards"), plain(data.source)))
 
 
 def reading(config: DictConfig, engine: Engine, *, told: bool = True) -> Reading:
-    """How full images are viewed and encoded; with progress shown if `told`."""
-    if config.view.crop_px > config.view.short_px:
-        raise UsageError(f"view.crop_px={config.view.crop_px} is larger than view.short_px={config.view.short_px}")
+    """How full images are read and encoded; with progress shown if `told`."""
     return Reading(
-        short_px=config.view.short_px,
-        crop_px=config.view.crop_px,
         batch=whole("view.batch", config.view.batch, at_least=1),
         workers=engine.workers,
         device=engine.device,
-        bf16=engine.bf16,
+        precision=engine.precision,
         unreadable_share=config.data.unreadable_share,
-        **({"progress": console.counted} if told else {}),
+        encode=engine.compile(encode),
+        **({"progress": console.counted} if told and ranks.rank() == 0 else {}),
     )
+
+
+def view(config: DictConfig) -> Center:
+    """How full images are seen: by monitors, and by evaluations that say nothing else."""
+    return Center(short_px=config.view.short_px, crop_px=config.view.crop_px)
 
 
 def terms(config: DictConfig, engine: Engine) -> Terms:
@@ -194,7 +265,7 @@ def short_name(config: DictConfig) -> str:
     return f"gap{config.grid.gap_px} jit{moved} {color} {config.model.name} s{config.seed}"
 
 
-def record(config: DictConfig, name: str, data: Splits, engine: Engine, run_dir: Path) -> RunRecord:
+def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine, run_dir: Path) -> RunRecord:
     """What a tracker is told of this run."""
     on = engine.device
     devices = [torch.cuda.get_device_name(on)] * ranks.world_size() if on.type == "cuda" else ["cpu"]
@@ -208,9 +279,20 @@ def record(config: DictConfig, name: str, data: Splits, engine: Engine, run_dir:
         experiment=config.tracking.experiment,
         tracking_uri=config.tracking.uri or "",
         tags=tags | environment_tags(devices),
-        params=flatten(plain(config)),
-        datasets=tuple(_dataset(images, use) for images, use in ((data.train, "train"), (data.held_out, "eval"))),
+        params=_params(config),
+        datasets=tuple(
+            _dataset(images, use) for one in data for images, use in ((one.train, "train"), (one.held_out, "eval"))
+        ),
     )
+
+
+def _params(config: DictConfig) -> dict[str, Any]:
+    """All settings, flat; of the data that evaluations bring only which it is, not how to pretrain on it."""
+    told = plain(config)
+    for node in told["eval"].values():
+        if "data" in node:
+            node["data"] = {name: node["data"][name] for name in ("name", "root", "shards", "source")}
+    return flatten(told)
 
 
 def _dataset(images: ImageSet, use: str) -> DatasetRecord:

@@ -1,22 +1,33 @@
 """What a person sees: progress, tables, and where everything went."""
 
 import contextlib
+import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from relloc.checkpoints import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
 from relloc.results import LAYERS, NOT_OURS, Result
 
 T = TypeVar("T")
 Update = Callable[[int, str], None]
 _LINE_EVERY_S = 30
+_SHOWN = {"top1": "", "map": "", "rankme": "rankme"}  # metrics in the table, and what its head says of them
+_last_line: dict[str, float] = {}  # when there was one, of whatever
+_ORDER = {"linear": -2, "linear_fast": -1}
 
-console = Console(soft_wrap=True, highlight=False)
+# A file has no width of its own: rich would squeeze tables into 80 columns.
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+console = Console(soft_wrap=True, highlight=False, width=_WIDTH)
 
 
 def say(text: str) -> None:
@@ -25,8 +36,11 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Update]:
-    """A bar on a terminal, a plain line every half minute elsewhere; call it with (done, text)."""
+def progress_bar(what: str, total: int, done: int = 0, *, end_after_s: float = 0) -> Iterator[Update]:
+    """A bar on a terminal, a plain line every half minute elsewhere; call it with (done, text).
+
+    The line of the end is left out where there was any within `end_after_s` before.
+    """
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -38,18 +52,21 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Update]:
             task = bar.add_task(what, total=total, completed=done, text="")
             yield lambda done, text: bar.update(task, completed=done, text=text)
     else:
-        yield _lines(what, total, done)
+        yield _lines(what, total, done, end_after_s)
 
 
-def _lines(what: str, total: int, first: int) -> Update:
+def _lines(what: str, total: int, first: int, end_after_s: float) -> Update:
     started = printed = time.monotonic()
 
     def update(done: int, text: str) -> None:
         nonlocal printed
         now = time.monotonic()
-        if done < total and now - printed < _LINE_EVERY_S:
+        ends = done >= total
+        since = _last_line.get("s", -end_after_s) if ends else printed
+        is_due = now - since >= (end_after_s if ends else _LINE_EVERY_S)
+        if not is_due:
             return
-        printed = now
+        printed = _last_line["s"] = now
         left = (now - started) / max(1, done - first) * (total - done)
         say(f"{what} {done}/{total} {text} {now - started:.0f} s, {left:.0f} s left")
 
@@ -57,49 +74,77 @@ def _lines(what: str, total: int, first: int) -> Update:
 
 
 def counted(batches: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """`batches` with progress shown."""
-    with progress_bar(what, total) as update:
+    """`batches` with progress shown; passes that follow one another within seconds have no lines of their own."""
+    with progress_bar(what, total, end_after_s=_LINE_EVERY_S) as update:
         for done, batch in enumerate(batches, start=1):
             yield batch
             update(done, "batches")
 
 
 def results_table(rows: Sequence[Result]) -> Table:
-    """Layers down; evaluations across, each beside random initialization where that was run.
+    """One line an evaluation, weights and batch norm; layers across.
 
-    Of the numbers of neighbors only the one closest to 20 is shown; results.jsonl has all.
+    One number an evaluation: of the numbers of neighbors, or of images, only the one closest to 20
+    is shown; results.jsonl has all.
     """
-    columns = _columns([row for row in rows if row.eval != "pretext" and _is_shown(row, rows)])
-    table = Table(title="top-1 in percent, on images never trained on; batch norm as trained where not said")
-    table.add_column("layer", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for layer in LAYERS:
-        values = [column.get(layer) for column in columns.values()]
-        if any(value is not None for value in values):
-            table.add_row(layer, *("" if value is None else f"{value:.1f}" for value in values))
+    lines = _by_line([row for row in rows if row.eval != "pretext" and _is_shown(row, rows)])
+    table = Table(title="on images never trained on, in percent (RankMe: directions)", box=box.SIMPLE_HEAD)
+    for name in ("evaluation", "weights", "batch norm"):
+        table.add_column(name, no_wrap=True)
+    shown = [layer for layer in LAYERS if any(layer in values for values in lines.values())]
+    for layer in shown:
+        table.add_column(layer, justify="right", no_wrap=True)
+    before = None
+    for (evaluation, weights, batch_norm), values in lines.items():
+        if before not in (None, evaluation):
+            table.add_section()
+        name = "" if evaluation == before else evaluation
+        numbers = (f"{values[layer]:.1f}" if layer in values else "" for layer in shown)
+        table.add_row(name, weights, batch_norm.replace("_", " "), *numbers)
+        before = evaluation
     return table
 
 
-def _neighbors(row: Result) -> int | None:
-    _, found, k = row.metric.rpartition("_k")
-    return int(k) if found else None
+def _count(row: Result) -> int | None:
+    """k of `top1_k20` or `map_k16`; None for a metric without."""
+    found = re.fullmatch(r"[a-z0-9]+_k(\d+)", row.metric)
+    return int(found[1]) if found else None
 
 
 def _is_shown(row: Result, rows: Sequence[Result]) -> bool:
-    every_k = {_neighbors(other) for other in rows if other.eval == row.eval} - {None}
-    return not every_k or _neighbors(row) == min(every_k, key=lambda k: abs((k or 0) - 20))
+    if row.metric in _SHOWN:
+        return True
+    counts = {_count(other) for other in rows if other.eval == row.eval} - {None}
+    return _count(row) is not None and _count(row) == min(counts, key=lambda k: abs((k or 0) - 20))
 
 
-def _columns(rows: Sequence[Result]) -> dict[str, dict[str, float]]:
-    columns: dict[str, dict[str, float]] = {}
-    for row in sorted(rows, key=lambda row: (row.eval != "linear", row.batch_norm, row.checkpoint in NOT_OURS)):
-        who = row.checkpoint if row.checkpoint in NOT_OURS else "pretrained"
-        k = _neighbors(row)
-        what = row.eval if k is None else f"{row.eval} k={k}"
-        how = "\nrecalibrated" if row.batch_norm == "recalibrated" else ""
-        columns.setdefault(f"{what}\n{who}{how}", {})[row.layer] = row.value
-    return columns
+def _by_line(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, float]]:
+    """Values by layer of each evaluation, weights and batch norm; several checkpoints are told apart by their runs."""
+    runs = {Path(row.checkpoint).parent.name for row in rows if row.checkpoint not in NOT_OURS}
+    lines: dict[tuple[str, str, str], dict[str, float]] = {}
+    order = list(dict.fromkeys(row.eval for row in rows))
+    for row in sorted(rows, key=lambda row: (_ORDER.get(row.eval, 0), order.index(row.eval))):
+        weights = row.checkpoint if row.checkpoint in NOT_OURS else _called(Path(row.checkpoint), len(runs) > 1)
+        what = f"{row.eval} {_SHOWN.get(row.metric, f'k={_count(row)}')}".strip()
+        lines.setdefault((what, weights, row.batch_norm), {})[row.layer] = row.value
+    return lines
+
+
+def _called(weights: Path, several: bool) -> str:
+    """The run of a backbone where there are several, or the file's name where another project wrote it."""
+    if weights.name != BACKBONE_FILE:
+        return weights.name
+    return weights.parent.name if several else "pretrained"
+
+
+def say_measured(rows: Sequence[Result]) -> None:
+    """A line for each layer of what was just measured, its headline numbers."""
+    by_layer: dict[str, list[str]] = {}
+    for row in rows:
+        if row.metric in _SHOWN or _count(row) is not None:
+            by_layer.setdefault(row.layer, []).append(f"{row.metric} {row.value:.1f}")
+    for layer, numbers in by_layer.items():
+        say(f"        {rows[0].eval} {layer}, {rows[0].batch_norm.replace('_', ' ')}: {', '.join(numbers)}")
 
 
 def pretext_line(row: Result) -> str:

@@ -20,6 +20,9 @@ _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.con
 # A gradient that flows into a batch norm is read by several kernels and made from many values. By default the
 # compiler then keeps it, in float32; made anew each time it costs a third less memory traffic.
 _FUSION: dict[str, Any] = {"realize_acc_reads_threshold": 14}
+# Features of all evaluations come from one compiled function, in a variant for each architecture, set of layers and
+# size of images: more than the compiler's own limit of 8, beyond which it warns once and compiles no more.
+_VARIANTS = 128
 _PRECISIONS = ("bf16", "tf32", "fp32")
 
 
@@ -47,8 +50,11 @@ class Engine:
         model.to(self.device, memory_format=_MEMORY_FORMATS[self.memory_format])  # pyright: ignore[reportCallIssue] - an overload torch lacks
 
     def compile(self, function: Any) -> Any:
-        """`function` or module, compiled for the one shape it will see; as it is where compiling is off."""
-        return torch.compile(function, dynamic=False, options=_FUSION) if self.compiled else function
+        """`function` or module, compiled anew for each kind of input it will see; as it is where compiling is off."""
+        if not self.compiled:
+            return function
+        torch._dynamo.config.recompile_limit = _VARIANTS  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.compile(function, dynamic=False, options=_FUSION)
 
     def __str__(self) -> str:
         words = [

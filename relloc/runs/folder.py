@@ -1,7 +1,7 @@
 """A run's folder while the run lives: its record, its mirror in MLflow, and the words at the end."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +13,7 @@ from relloc.runs import console
 from relloc.tracking import Mirror, RunRecord, add_artifact, read_note, ui_command, ui_link, write_status
 
 CONFIG_FILE = "config.yaml"
+STATES = "evaluations"  # of those that were stopped: what they go on from
 UNREADABLE_FILE = "unreadable.txt"
 _WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
@@ -38,10 +39,10 @@ class RunFolder:
         """Remember images that could not be used."""
         self._unreadable |= reasons
 
-    def summarize(self) -> None:
-        """The run is finished: say what came out, and where it is."""
+    def summarize(self, marks: Collection[str] | None = None) -> None:
+        """The run is finished: say what came out, and where it is. `marks` are the fingerprints of the rows to show."""
         self.status = "FINISHED"
-        rows = read_results(self.path)
+        rows = [row for row in read_results(self.path) if marks is None or row.fingerprint in marks]
         for row in rows:
             if row.eval == "pretext":
                 console.say(console.pretext_line(row))
@@ -89,7 +90,8 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         if mirror:
             _say_where(folder, mirror.close(folder.status))
         console.say(f"run     {path}: {_WORDS[folder.status]}")
-        if folder.status != "FINISHED" and checkpoints.saved_trainings(path):
+        kept = checkpoints.saved_trainings(path) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
+        if folder.status != "FINISHED" and kept:
             console.say(f"        the same command with hydra.run.dir={path} goes on from there")
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,6 +52,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the lines below instead of Hydra's printer
     if int(os.environ.get("RANK", "0")) > 0:
         sys.argv += _silent_rank()
+    warnings.showwarning = _say_warning
     start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
 
     @functools.wraps(task)
@@ -84,6 +86,10 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
 def _exit(explained: str, exit_code: int = EXIT_MISTAKE) -> NoReturn:
     print(f"relloc: {explained}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def _say_warning(message: Warning | str, *_where: object) -> None:
+    print(f"relloc: {message}", file=sys.stderr)
 
 
 def _silent_rank() -> list[str]:

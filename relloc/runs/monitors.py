@@ -4,15 +4,17 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from relloc.data.crops import Crops
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.loader import Batch, load
 from relloc.data.order import key
+from relloc.data.subsets import evenly_spaced
+from relloc.data.views import View
 from relloc.errors import DataError
 from relloc.evals.knn import vote
 from relloc.features.pool import pooled_layers
@@ -26,6 +28,7 @@ from relloc.results import LAYERS
 
 SPECTRUM_LAYERS = ("feature4", "feature5", "avgpool")
 _TEMPERATURE = 0.07  # protocols.md 3.7
+T = TypeVar("T")
 
 
 def confusion_picture(step: int) -> str:
@@ -61,6 +64,7 @@ class Monitors:
         patches: PatchPipeline,
         data: Splits,
         reading: Reading,
+        view: View,
         n_images: int,
         k: int,
         seed: int,
@@ -72,6 +76,7 @@ class Monitors:
         self.patches = patches
         self.data = data
         self.reading = reading
+        self.view = view
         self.n_images = n_images
         self.k = k
         self.seed = seed
@@ -114,12 +119,12 @@ class Monitors:
         known = _labels(self.data.train, self._training_views)
         truth = _labels(self.data.held_out, self._held_out_views)
         k, n_classes = min(self.k, len(known)), len(self.data.train.classes)
-        values = {}
-        for layer in LAYERS:
+
+        def top1(layer: str) -> float:
             found = vote(queries[layer], bank[layer], known, k=[k], temperature=_TEMPERATURE, n_classes=n_classes)
-            hits = int((found[k].cpu() == truth).sum())
-            values[f"monitor/knn/{layer}/top1_k{k}"] = 100 * hits / len(truth)
-        return values
+            return 100 * int((found[k].cpu() == truth).sum()) / len(truth)
+
+        return {f"monitor/knn/{layer}/top1_k{k}": _where_defined(top1, layer) for layer in LAYERS}
 
     def _encode(self, views: Batch, layers: tuple[str, ...]) -> dict[str, Tensor]:
         """Features (n d) of each layer, on the device."""
@@ -133,7 +138,7 @@ class Monitors:
     @functools.cached_property
     def _crops(self) -> Batch:
         images = self.data.held_out
-        keys = [(place, key(self.seed, place)) for place in _spaced(len(images), self.n_images)]
+        keys = [(place, key(self.seed, place)) for place in evenly_spaced(len(images), self.n_images)]
         batches = [keys[start : start + self.reading.batch] for start in range(0, len(keys), self.reading.batch)]
         crops = Crops(images, self.patches.grid, centered=True)
         return _joined(load(crops, batches, workers=self.reading.workers, pin=False), images)
@@ -147,14 +152,9 @@ class Monitors:
         return self._views(self.data.train)
 
     def _views(self, images: ImageSet) -> Batch:
-        places = _spaced(len(images), self.n_images)
-        return _joined(self.reading.views(images, places, self.reading.batch), images)
-
-
-def _spaced(n: int, wanted: int) -> list[int]:
-    """`wanted` of the places 0..n-1, evenly spaced; all where there are fewer."""
-    taken = min(n, wanted)
-    return [place * n // taken for place in range(taken)]
+        places = evenly_spaced(len(images), self.n_images)
+        keys = [(place, 0) for place in places]  # a still view knows no chance
+        return _joined(self.reading.views(images, self.view, keys, self.reading.batch), images)
 
 
 def _joined(loaded: Iterable[Batch], images: ImageSet) -> Batch:
@@ -178,8 +178,8 @@ def _labels(images: ImageSet, views: Batch) -> Tensor:
     return torch.as_tensor(images.labels)[views.indices]
 
 
-def _where_defined(measure: Callable[[Float[Tensor, "n d"]], float], features: Float[Tensor, "n d"]) -> float:
+def _where_defined(measure: Callable[[T], float], of: T) -> float:
     try:
-        return measure(features)
+        return measure(of)
     except ValueError:  # collapsed or diverged features: told by the number, never a reason to stop training
         return math.nan

@@ -12,7 +12,7 @@ from rich.table import Table
 from relloc.data.check import Check, SplitCheck, check
 from relloc.data.packing import CHECK_FILE, Packing, pack
 from relloc.data.parts import ROLES
-from relloc.data.shards import read_manifest
+from relloc.data.shards import check_hashes, read_manifest
 from relloc.errors import UsageError
 from relloc.runs import assemble, console
 from relloc.runs.engine import whole
@@ -27,9 +27,11 @@ def prepare(config: DictConfig) -> None:
     are_packed = OmegaConf.select(config, "data.shards") is not None
     if config.out is not None and are_packed:
         raise UsageError("data.shards names images that are packed already: give data.root to pack the originals")
-    data = assemble.splits(config)
+    data = assemble.splits(config.data)
     published = _published(config)
     if config.out is None:
+        if are_packed:
+            check_hashes(Path(config.data.shards))
         _tell(check(data, published=published, workers=workers, progress=_progress("check")))
         console.say("checked" if are_packed else "checked; out=FOLDER packs these images into shards")
         return

@@ -1,7 +1,7 @@
 """Pretraining from start to end, in the order of this file: prepare, train, ask held-out images, evaluate."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.order import StepPlan, key
 from relloc.data.shards import read_manifest
-from relloc.evals.run import Subject
+from relloc.errors import UsageError
+from relloc.evals.run import Job, Subject
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits
@@ -23,7 +24,7 @@ from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs import assemble, console, engine, saving
 from relloc.runs.engine import Engine
-from relloc.runs.evaluating import evaluate_subjects
+from relloc.runs.evaluating import evaluate_subject
 from relloc.runs.folder import RunFolder, open_folder
 from relloc.runs.training import Run, full_batches, train_run
 
@@ -40,7 +41,8 @@ def pretrain(config: DictConfig) -> None:
     with contextlib.ExitStack() as at_end:
         at_end.callback(ranks.leave)
         stop = at_end.enter_context(stop_request())
-        data = assemble.splits(config)
+        data = assemble.splits(config.data)
+        jobs = assemble.jobs(config, data)  # also what only they need is found, or missed, before training
         _tell_small_shards(config)
         task, plan = _task(config, data, how)
         run_dir = assemble.run_dir()
@@ -55,24 +57,28 @@ def pretrain(config: DictConfig) -> None:
         if ranks.rank() > 0:
             train_run(run, run_dir, standing, None)
             return
-        record = assemble.record(config, assemble.short_name(config), data, how, run_dir)
+        record = assemble.record(config, assemble.short_name(config), [data], how, run_dir)
         with open_folder(config, record, run_dir) as folder:
             console.say(f"engine  {how}; {plan.forward_images} images a forward")
             _draw(config, data, folder)
             train_run(run, run_dir, standing, folder)
             ranks.leave()
-            _finish(config, how, data, task, folder)
+            _finish(config, how, data, jobs, task, folder)
 
 
 def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     """A wrong setting is told now, not after a data set was listed or 70 epochs were trained."""
+    if "checkpoint" in config:
+        raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
     assemble.check_numbers(config)
+    assemble.check_roots(config)
     if config.collapse_steps != "auto":
         engine.whole("collapse_steps", config.collapse_steps, at_least=1)
     assemble.patches(config)
     assemble.pretext_model(config)
     assemble.call(config.schedule)
     assemble.evaluations(config)
+    assemble.view(config)
     assemble.terms(config, how)
 
 
@@ -134,27 +140,34 @@ def about(config: DictConfig) -> dict[str, Any]:
     return {"model": assemble.plain(config.model), "computed": assemble.computed(config)}
 
 
-def _finish(config: DictConfig, how: Engine, data: Splits, task: Task, folder: RunFolder) -> None:
+def _finish(config: DictConfig, how: Engine, data: Splits, jobs: Sequence[Job], task: Task, folder: RunFolder) -> None:
     weights = folder.path / checkpoints.BACKBONE_FILE
     if not weights.exists():
         checkpoints.save_backbone(weights, task.model.backbone, about(config) | {"step": task.steps})
     folder.keep(checkpoints.BACKBONE_FILE)
     if not any(row.eval == "pretext" for row in read_results(folder.path)):
         append_results(folder.path, [_held_out(config, how, data, task, folder)])
-    evaluations = assemble.evaluations(config)
-    if evaluations and not data.labeled:
+    unlabeled = [job.name for job in jobs if job.evaluation.labels == "class" and not job.splits.labeled]
+    if unlabeled:
         console.say(
-            f"eval    skipped: {data.train.name} has no labels; on labeled data: "
+            f"eval    {', '.join(unlabeled)} skipped: {data.train.name} has no labels; on labeled data: "
             f"python -m relloc.evaluate checkpoint={folder.path} data=…"
         )
-    elif evaluations:
+        jobs = [job for job in jobs if job.name not in unlabeled]
+    if jobs:
         trained, untrained = (_plain_backbone(config, how) for _ in range(2))
         trained.load_state_dict(task.model.backbone.state_dict())
         subjects = [
-            Subject(backbone=trained, checkpoint=str(weights), model=config.model.name),
-            Subject(backbone=untrained, checkpoint="random", model=config.model.name),
+            Subject(
+                backbone=backbone,
+                checkpoint=name,
+                model=config.model.name,
+                weights=checkpoints.digest(backbone.state_dict()),
+            )
+            for name, backbone in ((str(weights), trained), ("random", untrained))
         ]
-        evaluate_subjects(subjects, data, evaluations, assemble.terms(config, how), folder)
+        for subject in subjects:
+            evaluate_subject(subject, jobs, assemble.terms(config, how), folder, config)
     folder.summarize()
 
 

@@ -130,6 +130,7 @@ def _monitoring(run: Run, folder: RunFolder | None) -> Monitoring | None:
         patches=assemble.patches(run.config),
         data=run.data,
         reading=assemble.reading(run.config, run.how, told=False),
+        view=assemble.view(run.config),
         n_images=asked.images,
         k=asked.k,
         seed=run.config.seed,

@@ -47,12 +47,6 @@ def model(card) -> RelativeLocation:
         ("data.images_per_step", 512),
         ("data.images_per_batch_norm", 64),
         ("pretext_batch_norm", "separate"),
-        ("eval.linear.epochs", 90),
-        ("eval.linear.milestone_epochs", [30, 60]),
-        ("eval.linear.learning_rates", [0.01]),
-        ("eval.linear.momentum", 0.9),
-        ("eval.linear.weight_decay", 1e-4),
-        ("eval.linear.batch", 256),
         ("eval.knn.k", [10, 20, 100, 200]),
         ("eval.knn.temperature", 0.07),
         ("view.short_px", 256),
@@ -65,6 +59,60 @@ def test_setting(card, key, published):
     for name in key.split("."):
         node = node[name]
     assert node == published
+
+
+@pytest.fixture(scope="module")
+def evaluations(compose):
+    return compose("evaluate", ["checkpoint=random", "model=resnet50", "eval=[card_classification,linear_inat18]"]).eval
+
+
+LINEAR = {"lr": 0.01, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": True, "batch": 256, "gamma": 0.1}
+COSTS = [0.5**power for power in range(19, 3, -1)] + [1, 10, 100]
+
+
+@pytest.mark.parametrize(
+    ("name", "constants", "data"),
+    [
+        ("voc07_svm", {"costs": COSTS, "folds": 3}, "voc2007"),
+        ("voc07_low_shot", {"costs": COSTS, "draws": 5, "shots": [1, 2, 4, 8, 16, 32, 64, 96]}, "voc2007"),
+        ("linear_in1k", {**LINEAR, "epochs": 90, "milestone_epochs": [30, 60], "batch_norm": True}, "in1k"),
+        ("linear_places205", {**LINEAR, "epochs": 28, "milestone_epochs": [7, 14, 21]}, "places205"),
+        ("linear_inat18", {**LINEAR, "epochs": 84, "milestone_epochs": [24, 48, 72]}, "inat18"),
+        (
+            "linear_avgpool",
+            {
+                "lr": 30,
+                "weight_decay": 0,
+                "epochs": 100,
+                "milestone_epochs": [60, 80],
+                "batch_norm": False,
+                "batch": 256,
+            },
+            "in1k",
+        ),
+        ("knn", {"k": [10, 20, 100, 200], "temperature": 0.07, "layers": ["avgpool"]}, "in1k"),
+        ("semisup_1", {"share": 0.01, "epochs": 20, "milestone_epochs": [12, 16], "gamma": 0.2}, "in1k"),
+        ("semisup_10", {"share": 0.1, "batch": 256}, "in1k"),
+    ],
+)
+def test_evaluations_have_the_published_constants(evaluations, name, constants, data):
+    """protocols.md 3.1 to 3.7; semi-supervised: OpenSelfSup's configs."""
+    node = evaluations[name]
+    assert {key: node[key] for key in constants} == constants
+    assert node.data.name == data
+
+
+def test_evaluations_see_images_as_published(evaluations):
+    for name in ("voc07_svm", "voc07_low_shot"):
+        assert evaluations[name].view == {"_target_": "relloc.data.views.Squash", "short_px": 256, "side_px": 224}
+    center = {"_target_": "relloc.data.views.Center", "short_px": 256, "crop_px": 224}
+    crops = {"linear_in1k": "RandomResized", "linear_places205": "RandomCrop", "linear_inat18": "RandomResized"}
+    crops |= {"linear_avgpool": "RandomResized", "semisup_1": "RandomResized", "semisup_10": "RandomResized"}
+    for name, crop in crops.items():
+        assert evaluations[name].view == center
+        assert evaluations[name].augment["_target_"] == f"relloc.data.views.{crop}"
+    assert evaluations.knn.view == center
+    assert [name for name in crops if evaluations[name].get("color")] == ["linear_in1k"]
 
 
 def test_crop_is_255_of_three_cells_of_85_with_a_random_64_px_crop_in_each(card):

@@ -9,6 +9,13 @@ from relloc.errors import UsageError
 from relloc.runs import assemble
 from relloc.runs.launch import conf_dir
 
+EVALS = [
+    *("card_classification", "knn", "knn_in1k", "label_free", "label_free_in1k", "linear", "linear_avgpool"),
+    *("linear_fast", "linear_in1k", "linear_inat18", "linear_places205", "semisup_1", "semisup_10"),
+    *("voc07_low_shot", "voc07_svm"),
+]
+CARD = {"voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "knn", "label_free"}
+CARD |= {"semisup_1", "semisup_10"}
 GROUPS = ("model", "grid", "color", "normalize", "optimizer", "schedule", "tracking", "experiment")
 
 
@@ -21,12 +28,14 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("data") == ["folder", "imagenette", "in1k", "inat18", "photos", "places205", "voc2007"]
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
     assert members("color") == ["drop", "gray", "none", "projection"]
-    assert members("eval") == ["knn", "linear"]
+    assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
-    assert members("experiment") == ["card2022", "doersch2015", "google2019"]
+    assert members("experiment") == ["card2022", "doersch2015", "google2019", "known_answers"]
 
 
-@pytest.mark.parametrize("choice", [f"{group}={member}" for group in GROUPS for member in members(group)])
+@pytest.mark.parametrize(
+    "choice", [f"{group}={member}" for group in GROUPS for member in members(group) if member != "known_answers"]
+)
 def test_a_member_composes_and_makes_its_objects(compose, choice):
     config = compose("train", [choice])
     OmegaConf.to_container(config, resolve=True)  # every interpolation has a value
@@ -34,7 +43,8 @@ def test_a_member_composes_and_makes_its_objects(compose, choice):
     assert assemble.patches(config).grid.span_px > 0
     assert assemble.call(config.optimizer, model=model).param_groups
     assert assemble.call(config.schedule).factor(0) >= 0
-    assert set(assemble.evaluations(config)) == {"linear", "knn"}
+    linear = "linear_in1k" if choice == "experiment=card2022" else "linear_fast"
+    assert set(assemble.evaluations(config)) == {linear, "knn"}
 
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
@@ -46,7 +56,15 @@ def test_a_data_set_composes_for_both_commands(compose, root, data):
 
 
 @pytest.mark.parametrize(
-    ("asked", "names"), [("[linear,knn]", {"linear", "knn"}), ("[knn]", {"knn"}), ("linear", {"linear"}), ("[]", set())]
+    ("asked", "names"),
+    [
+        ("[linear,knn]", {"linear", "knn"}),
+        ("[knn]", {"knn"}),
+        ("linear", {"linear"}),
+        ("[]", set()),
+        ("card_classification", CARD),
+        ("[card_classification,linear_inat18]", {*CARD, "linear_inat18"}),
+    ],
 )
 def test_eval_names_several_one_or_none(compose, asked, names):
     assert set(assemble.evaluations(compose("train", [f"eval={asked}"]))) == names
@@ -75,7 +93,8 @@ def test_a_preset_only_overrides(compose, preset):
     assert isinstance(alone, dict)
     overridden = [line for line in alone.pop("defaults") if next(iter(line)).startswith("override ")]
     choices = [f"{next(iter(line)).split('/')[1]}={next(iter(line.values()))}" for line in overridden]
-    without = OmegaConf.to_container(compose("train", choices))
+    root = ["evaluate", "checkpoint=random"] if preset == "known_answers" else ["train"]
+    without = OmegaConf.to_container(compose(root[0], [*root[1:], *choices]))
     added = {key for key in keys(alone) if key not in keys(without)}
     assert added == set()
 
@@ -114,3 +133,16 @@ def test_a_wrong_number_is_told_before_anything_is_done(compose, wrong, message)
 def test_the_numbers_of_all_data_sets_are_right(compose, root):
     for data in members("data"):
         assemble.check_numbers(compose(root, [f"data={data}", *(["checkpoint=random"] if root == "evaluate" else [])]))
+
+
+@pytest.mark.parametrize(
+    ("member", "wrong", "message"),
+    [
+        ("semisup_1", "batch=1", "eval.semisup_1.batch"),
+        ("linear_places205", "epochs=0", "eval.linear_places205"),
+        ("voc07_svm", "folds=1", "eval.voc07_svm.folds is 1"),
+    ],
+)
+def test_a_wrong_constant_is_told_by_the_name_of_the_member(compose, member, wrong, message):
+    with pytest.raises(UsageError, match=message):
+        assemble.evaluations(compose("evaluate", ["checkpoint=random", f"eval=[{member}]", f"eval.{member}.{wrong}"]))

@@ -1,7 +1,8 @@
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,19 +11,21 @@ from PIL import Image
 
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
+from relloc.data.views import Center, RandomResized, View
 from relloc.errors import UsageError
 from relloc.evals.knn import Knn
-from relloc.evals.linear import Linear
-from relloc.evals.run import Evaluation, Subject, Terms, evaluate, fingerprint
+from relloc.evals.linear import LinearFast
+from relloc.evals.run import Evaluation, Job, Subject, Terms, Work, evaluate, fingerprint
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import LiveFeatures, Reading, fill_bank
+from relloc.features.source import Forgetful, LiveFeatures, Reading, Sets, State, fill_bank
 from relloc.models.small import SmallBackbone
-from relloc.results import Result
+from relloc.results import Result, Score
 
 CPU = torch.device("cpu")
 PX = 96  # the last map of the small network is 2x2
 CLASSES = ("blue", "green", "red")
 LAYERS = ("feature1", "feature5")
+VIEW = Center(short_px=PX, crop_px=PX)
 
 
 def write_split(folder: Path, split: str, n: int, broken: tuple[int, ...] = ()) -> FolderImages:
@@ -50,12 +53,13 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Splits:
 def subject() -> Subject:
     torch.manual_seed(0)
     backbone = SmallBackbone(widths=(4, 4, 6, 8, 8)).eval()
-    return Subject(backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small")
+    return Subject(backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small", weights="one")
 
 
 EVALUATIONS: dict[str, Evaluation] = {
-    "linear": Linear(
+    "linear": LinearFast(
         layers=LAYERS,
+        view=VIEW,
         epochs=5,
         milestone_epochs=(3,),
         gamma=0.1,
@@ -64,14 +68,14 @@ EVALUATIONS: dict[str, Evaluation] = {
         weight_decay=1e-4,
         batch=8,
     ),
-    "knn": Knn(k=(1, 5), temperature=0.07, layers=("avgpool",), batch=8, bank_gib=1),
+    "knn": Knn(k=(1, 5), temperature=0.07, layers=("avgpool",), view=VIEW, batch=8, bank_gib=1),
 }
 
 
 def terms(**changes: object) -> Terms:
-    reading = {"short_px": PX, "crop_px": PX, "batch": 8, "workers": 0, "device": CPU, "bf16": False}
+    reading = {"batch": 8, "workers": 0, "device": CPU, "precision": "fp32"}
     reading |= {"unreadable_share": 0.5} | {
-        name: changes.pop(name) for name in ("batch", "progress") if name in changes
+        name: changes.pop(name) for name in ("batch", "progress", "precision") if name in changes
     }
     settings = {"batch_norms": ["as_trained"], "calibration_images": 20, "bank_gib": 1.0, "seed": 3}
     return Terms(reading=Reading(**reading), **{**settings, **changes})  # type: ignore[arg-type]
@@ -84,9 +88,31 @@ def rows_of(
     evaluations: Mapping[str, Evaluation] = EVALUATIONS,
     is_done: Callable[[str, str, str], bool] = lambda *_which: False,
     unreadable: Callable[[dict[str, str]], None] = lambda _reasons: None,
+    state: Callable[[Work], State] = lambda _work: Forgetful(),
 ) -> list[Result]:
-    found = evaluate(subject, splits, evaluations, terms, is_done=is_done, unreadable=unreadable)
+    jobs = [Job(name=name, evaluation=evaluation, splits=splits) for name, evaluation in evaluations.items()]
+    found = evaluate(subject, jobs, terms, is_done=is_done, state=state, unreadable=unreadable)
     return [row for rows in found for row in rows]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peek:
+    """An evaluation that looks at what it is given, and has a row a layer to show for it."""
+
+    version: ClassVar[int] = 1
+    labels: ClassVar = "class"
+    keeps: ClassVar[bool] = False
+    layer_by_layer: ClassVar[bool] = True
+
+    look: Callable[[Sets], None]
+    layers: Sequence[str] = LAYERS
+    view: View = VIEW
+    augment: View | None = None
+
+    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
+        self.look(sets)
+        for layer in self.layers:
+            yield Score(layer=layer, metric="top1", value=1.0, n=1, protocol="a look")
 
 
 def names(rows: Iterable[Result]) -> list[tuple[str, str, str, str]]:
@@ -105,20 +131,20 @@ def test_rows_carry_all_names(subject: Subject, splits: Splits) -> None:
         assert (row.dataset, row.split, row.n, row.seed) == ("colors", "val", 18, 3)
         assert (row.checkpoint, row.model) == ("/runs/one/backbone.safetensors", "small")
         assert row.protocol.startswith("3.3 one head a stage" if row.eval == "linear" else "3.7 weighted kNN")
-        assert row.protocol.endswith("; view 96/96 px, float32; batch norm: statistics as trained")
+        assert row.protocol.endswith("; center view 96/96 px, float32; batch norm: statistics as trained")
     assert 100 / 3 < max(row.value for row in rows) <= 100
 
 
 def test_the_numbers_are_those_of_the_evaluation_on_the_features(subject: Subject, splits: Splits) -> None:
     ours = terms()
     train, held_out = (
-        fill_bank(LiveFeatures(subject.backbone, images, ours.reading), (*LAYERS, "avgpool"), 8, CPU)
+        fill_bank(LiveFeatures(subject.backbone, images, ours.reading, VIEW), (*LAYERS, "avgpool"), 8, CPU)
         for images in (splits.train, splits.held_out)
     )
     expected = [
         score.value
         for evaluation in EVALUATIONS.values()
-        for score in evaluation(train, held_out, device=CPU, seed=ours.seed)
+        for score in evaluation(Sets(train=train, held_out=held_out), device=CPU, seed=ours.seed)
     ]
     assert [row.value for row in rows_of(subject, splits, ours)] == expected
 
@@ -245,21 +271,17 @@ def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(su
     """All training images in one batch: the statistics do not depend on which images were drawn first."""
     seen: dict[str, torch.Tensor] = {}
 
-    @dataclasses.dataclass
-    class Peek:
-        layers: Sequence[str]
+    def peek(sets: Sets) -> None:
+        for features, _ in sets.train.batches(torch.arange(sets.train.n), sets.train.n, LAYERS):
+            seen.update(features)
 
-        def __call__(self, train, held_out, *, device: torch.device, seed: int):
-            for features, _ in train.batches(torch.arange(train.n), train.n, self.layers):
-                seen.update(features)
-            yield from ()
-
-    rows_of(subject, splits, terms(batch_norms=["recalibrated"], batch=30), {"peek": Peek(LAYERS)})
+    rows_of(subject, splits, terms(batch_norms=["recalibrated"], batch=30), {"peek": Peek(look=peek)})
     twin = copy.deepcopy(subject.backbone)
     reading = terms(batch=30).reading
-    views = [reading.to_device(batch.pixels) for batch in reading.views(splits.train, range(30), 30)]
+    loaded = reading.views(splits.train, VIEW, [(place, 0) for place in range(30)], 30)
+    views = [reading.to_device(batch.pixels) for batch in loaded]
     recalibrate(twin, views)
-    features, _ = next(LiveFeatures(twin, splits.train, reading).batches(torch.arange(30), 30, LAYERS))
+    features, _ = next(LiveFeatures(twin, splits.train, reading, VIEW).batches(torch.arange(30), 30, LAYERS))
     for layer in LAYERS:
         torch.testing.assert_close(seen[layer], features[layer], rtol=1e-3, atol=1e-4)
 
@@ -268,14 +290,75 @@ def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothin
     subject: Subject, splits: Splits
 ) -> None:
     evaluation, other = EVALUATIONS.values()
-    usual = fingerprint(evaluation, subject, splits, terms())
-    assert usual == fingerprint(evaluation, subject, splits, terms(bank_gib=0))
+    usual = fingerprint(evaluation, subject, splits, terms(), "as_trained")
+    assert usual == fingerprint(evaluation, subject, splits, terms(bank_gib=0), "as_trained")
     swapped = Splits(train=splits.held_out, held_out=splits.train)
+    renamed = Splits(train=splits.train, held_out=dataclasses.replace(splits.held_out, name="others"))
+    newer = type(type(evaluation).__name__, (type(evaluation),), {"version": 2})(**vars(evaluation))
     different = [
-        fingerprint(other, subject, splits, terms()),
-        fingerprint(evaluation, dataclasses.replace(subject, model="resnet18"), splits, terms()),
-        fingerprint(evaluation, subject, swapped, terms()),
-        fingerprint(evaluation, subject, splits, terms(seed=77)),
-        fingerprint(evaluation, subject, splits, terms(calibration_images=2)),
+        fingerprint(other, subject, splits, terms(), "as_trained"),
+        fingerprint(evaluation, dataclasses.replace(subject, model="resnet18"), splits, terms(), "as_trained"),
+        fingerprint(evaluation, dataclasses.replace(subject, weights="others"), splits, terms(), "as_trained"),
+        fingerprint(evaluation, subject, swapped, terms(), "as_trained"),
+        fingerprint(evaluation, subject, splits, terms(seed=77), "as_trained"),
+        fingerprint(evaluation, subject, splits, terms(precision="tf32"), "as_trained"),
+        fingerprint(evaluation, subject, splits, terms(), "recalibrated"),
+        fingerprint(evaluation, subject, splits, terms(calibration_images=2), "recalibrated"),
+        fingerprint(evaluation, subject, splits, terms(batch=4), "recalibrated"),
+        fingerprint(evaluation, subject, renamed, terms(), "as_trained"),
+        fingerprint(newer, subject, splits, terms(), "as_trained"),
     ]
-    assert len({usual, *different}) == 6
+    assert len({usual, *different}) == 1 + len(different)
+    same = fingerprint(evaluation, subject, splits, terms(calibration_images=2, batch=4), "as_trained")
+    assert usual == same  # they decide recalibrated statistics alone
+    moved = dataclasses.replace(subject, checkpoint="/elsewhere/backbone.safetensors")
+    assert usual == fingerprint(evaluation, moved, splits, terms(), "as_trained")
+
+
+def test_layers_that_know_nothing_of_each_other_are_finished_and_found_one_by_one(
+    subject: Subject, splits: Splits
+) -> None:
+    looks: list[int] = []
+    peek = {"peek": Peek(look=lambda _sets: looks.append(1))}
+    rows = rows_of(subject, splits, terms(), peek)
+    assert len(looks) == len({row.fingerprint for row in rows}) == 2
+    done = rows[0].fingerprint
+    left = rows_of(subject, splits, terms(), peek, is_done=lambda _name, _norm, mark: mark == done)
+    assert [row.layer for row in left] == ["feature5"]
+
+
+def test_augmented_views_are_new_each_epoch_and_the_same_each_time(subject: Subject, splits: Splits) -> None:
+    found: dict[int, torch.Tensor] = {}
+
+    def look(sets: Sets) -> None:
+        assert sets.augmented is not None
+        for epoch in (0, 1):
+            (batch,) = sets.augmented.batches(torch.arange(30), 30, LAYERS, epoch)
+            (again,) = sets.augmented.batches(torch.arange(29, -1, -1), 30, LAYERS, epoch)
+            found[epoch] = batch[0]["feature1"]
+            torch.testing.assert_close(again[0]["feature1"].flip(0), found[epoch], rtol=1e-4, atol=1e-5)
+
+    augment = RandomResized(crop_px=PX)
+    rows_of(subject, splits, terms(), {"peek": Peek(look=look, layers=("feature1",), augment=augment)})
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
+def test_each_work_keeps_a_state_of_its_own(subject: Subject, splits: Splits) -> None:
+    asked: list[Work] = []
+
+    def state(work: Work) -> State:
+        asked.append(work)
+        return Forgetful()
+
+    rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"]), state=state)
+    assert {work.mark for work in asked} == {row.fingerprint for row in rows}
+    assert len({work.mark for work in asked}) == 4
+
+
+def test_images_without_presence_are_refused_by_name(subject: Subject, splits: Splits) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Presence(Peek):
+        labels: ClassVar = "presence"
+
+    with pytest.raises(UsageError, match=r"eval\.svm needs images .*PASCAL VOC.*colors do not"):
+        rows_of(subject, splits, terms(), {"svm": Presence(look=lambda _sets: None)})

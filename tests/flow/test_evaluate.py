@@ -37,7 +37,12 @@ def test_our_checkpoint_as_folder_file_and_training_state(relloc, tmp_path, pret
 
 def test_both_batch_norms_are_named_rows(relloc, tmp_path, pretrained):
     out = tmp_path / "e"
-    line = (f"checkpoint={pretrained}", "eval=[linear]", "batch_norm=[as_trained,recalibrated]", f"hydra.run.dir={out}")
+    line = (
+        f"checkpoint={pretrained}",
+        "eval=[linear_fast]",
+        "batch_norm=[as_trained,recalibrated]",
+        f"hydra.run.dir={out}",
+    )
     done = relloc("evaluate", *line, *LOOK, "tracking=none", "calibration_images=64")
     assert done.code == 0, done.text
     rows = read_results(out)
@@ -75,7 +80,9 @@ def test_mistakes_end_in_one_message(relloc, tmp_path):
     not_ours = tmp_path / "x.safetensors"
     not_ours.write_bytes(b"nothing of the kind")
     for arguments, message in [
-        (["checkpoint=random"], "needs model=NAME"),
+        (["checkpoint=[]"], "checkpoint=[] names no backbone"),
+        (["checkpoint=null"], "names no backbone"),
+        (["checkpoint=random", "model=small", "batch_norm=[]"], "batch_norm=[] leaves nothing to do"),
         (["checkpoint=torchvision", "model=alexnet"], "torchvision has no supervised weights for model=alexnet"),
         (["checkpoint=/nowhere"], "does not exist"),
         ([f"checkpoint={not_ours}"], "damaged"),
@@ -119,3 +126,16 @@ def test_unreadable_images_are_skipped_counted_and_named_until_they_are_too_many
     assert strict.code == 2
     assert "can't be used" in strict.text
     assert "unreadable_share=0.01" in strict.text
+
+
+def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    line = ("checkpoint=random", "model=small", *LOOK, "tracking=none", "workers=0", "reuse=false")
+    alone = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'one'}")
+    both = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'two'}", launcher=torchrun)
+    assert (alone.code, both.code) == (0, 0), both.text
+    assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
+    assert both.text.count("on images never trained on") == 1  # one process tells
+    other = relloc("evaluate", *line, "eval=[linear_fast]", launcher=torchrun)
+    assert other.code != 0
+    assert "eval=linear_fast runs in one process" in other.text

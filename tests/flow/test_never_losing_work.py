@@ -214,7 +214,7 @@ def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(
 def test_sigterm_while_evaluating_ends_at_once_and_the_same_command_goes_on(
     tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
-    line = (*settings, "data.epochs=1", "data.milestone_epochs=[]", "data.warmup_epochs=0", "eval=[linear]")
+    line = (*settings, "data.epochs=1", "data.milestone_epochs=[]", "data.warmup_epochs=0", "eval=[linear_fast]")
     line = (*line, "data.linear.epochs=150")
     command = start_training(tmp_path, *line)
     assert command.wait_for(lambda: "eval    linear" in command.text), command.text
@@ -223,7 +223,7 @@ def test_sigterm_while_evaluating_ends_at_once_and_the_same_command_goes_on(
     assert status(tmp_path / "run") == "KILLED"
     assert {row.eval for row in read_results(tmp_path / "run")} == {"pretext"}
     run_dir = train(tmp_path, *line)
-    assert {row.checkpoint for row in read_results(run_dir) if row.eval == "linear"} == {
+    assert {row.checkpoint for row in read_results(run_dir) if row.eval == "linear_fast"} == {
         *("random", str(run_dir / BACKBONE_FILE))
     }
 

@@ -23,7 +23,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def test_the_whole_run(relloc, tmp_path):
     run_dir = tmp_path / "out"
-    done = relloc("train", *TINY, "eval=[linear,knn]", f"hydra.run.dir={run_dir}")
+    done = relloc("train", *TINY, "eval=[linear_fast,knn]", f"hydra.run.dir={run_dir}")
     assert done.code == 0, done.text
 
     rows = read_results(run_dir)
@@ -34,7 +34,7 @@ def test_the_whole_run(relloc, tmp_path):
     assert pretext[0].low <= pretext[0].value <= pretext[0].high
     five = {f"feature{number}" for number in range(1, 6)}
     for who in ("random", str(run_dir / "backbone.safetensors")):
-        assert {row.layer for row in rows if row.eval == "linear" and row.checkpoint == who} == five
+        assert {row.layer for row in rows if row.eval == "linear_fast" and row.checkpoint == who} == five
         nearest = [row for row in rows if row.eval == "knn" and row.checkpoint == who]
         assert {row.layer for row in nearest} == five | {"avgpool"}
         assert "top1_k10" in {row.metric for row in nearest}
@@ -56,15 +56,15 @@ def test_the_whole_run(relloc, tmp_path):
         assert words in done.text
 
     (tracked,) = search(f"sqlite:///{tmp_path}/runs/mlflow.db", "relloc")
-    assert tracked["metrics"]["linear/feature4/top1"] == pytest.approx(
-        next(row.value for row in rows if row.tracked_name == "linear/feature4/top1")
+    assert tracked["metrics"]["linear_fast/feature4/top1"] == pytest.approx(
+        next(row.value for row in rows if row.tracked_name == "linear_fast/feature4/top1")
     )
-    assert "linear_random/feature4/top1" in tracked["metrics"]
+    assert "linear_fast_random/feature4/top1" in tracked["metrics"]
     assert tracked["params"]["grid.gap_px"] == 4
     assert tracked["status"] == "FINISHED"
     assert {"relloc.kind", "version.torch"} <= set(tracked["tags"])
 
-    again = relloc("train", *TINY, "eval=[linear,knn]", f"hydra.run.dir={run_dir}")
+    again = relloc("train", *TINY, "eval=[linear_fast,knn]", f"hydra.run.dir={run_dir}")
     assert again.code == 0, again.text
     assert read_results(run_dir) == rows  # nothing is trained, evaluated or written twice
 
@@ -198,7 +198,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["eval.knn.layers=[stage4]"], "eval.knn.layers is ['stage4']"),
         (["optimizer.learning_rate=1"], "optimizer has lr, lr_images_per_step"),
         (["grid=mmselfsupp"], "there is no grid=mmselfsupp. Did you mean mmselfsup?"),
-        (["eval=[svm]"], "there is no eval=svm. There are knn, linear"),
+        (["eval=[svm]"], "there is no eval=svm. There are card_classification, knn"),
         (["grid.gap_px=300"], "grid needs 813 px"),
         (["grid.gap_px=-1"], "grid.gap_px is -1"),
         (["data=in1k"], "set the environment variable RELLOC_DATA"),
@@ -209,7 +209,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["eval.knn.k=[]"], "eval.knn.k is []"),
         (["seed=-1"], "seed=-1 is not a whole number"),
         (["workers=many"], "workers=many is not a whole number"),
-        (["view.crop_px=300"], "view.crop_px=300 is larger than view.short_px=256"),
+        (["view.crop_px=300"], "view.crop_px 300 is larger than view.short_px 256"),
         (["device=tpu"], "device=tpu is not one of"),
         (["precision=bf16", "device=cpu"], "precision=bf16 is for GPUs"),
         (["images_per_forward=3"], "images_per_forward is 3, not a multiple of 64"),

@@ -132,6 +132,30 @@ def test_uncompiled_is_the_very_same_function() -> None:
     assert settle(asked()).compile(function) is function
 
 
+def test_one_compiled_function_serves_more_kinds_of_input_than_the_compiler_allows_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[object] = []
+
+    def counting(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    def scaled(images: torch.Tensor, layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        return {layer: images * len(layer) for layer in layers}
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=counting))
+    with torch._dynamo.config.patch(recompile_limit=8):  # the compiler's own
+        fast = settle(asked(compile=True)).compile(scaled)
+        sets = [("a", "bc")[:n] + ("d",) * m for n in range(3) for m in range(1, 5)]
+        for layers in sets:
+            assert fast(torch.ones(2), layers)["d"].tolist() == [1, 1]
+        assert len(compiled) == len(sets) > 8
+        fast(torch.ones(2), sets[0])
+        assert len(compiled) == len(sets)
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_training_sets_the_kernels_and_puts_them_back_even_when_it_fails(
     monkeypatch: pytest.MonkeyPatch, deterministic: bool

@@ -1,0 +1,111 @@
+"""Whom `checkpoint` names: backbones of ours and of other projects, random ones, torchvision's supervised ones."""
+
+import pickle
+from pathlib import Path
+from typing import Any, cast
+from urllib.error import URLError
+
+import torch
+import torchvision
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor
+
+from relloc import checkpoints, layouts, weight_files
+from relloc.errors import CheckpointError, UsageError
+from relloc.evals.run import Subject
+from relloc.models.backbone import Backbone
+from relloc.results import NOT_OURS
+from relloc.runs import assemble, console
+from relloc.runs.launch import conf_dir
+
+_SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
+
+
+def subjects(config: DictConfig) -> list[Subject]:
+    """The backbones that `checkpoint` names, one or several, on the CPU.
+
+    Random and supervised weights are, unless `model` says which, of the model of the first other one,
+    or of a ResNet-50.
+
+    Raises:
+        UsageError: `checkpoint` names none, or needs another model=.
+        CheckpointError: a file is missing, damaged, or does not fit.
+    """
+    asked = config.checkpoint if isinstance(config.checkpoint, ListConfig) else [config.checkpoint]
+    if not asked or any(not isinstance(one, str) or not one for one in asked):
+        raise UsageError(f"checkpoint={config.checkpoint} names no backbone: give a run folder, a file, or random")
+    found = {name: subject(config, name) for name in asked if name not in NOT_OURS}
+    if config.checkpoint_prefix is not None and not found:
+        raise UsageError(f"checkpoint={config.checkpoint} has no prefixes: leave checkpoint_prefix out")
+    of_file = next((one.model for one in found.values()), "resnet50")
+    return [found.get(name) or _by_name(config, name, of_file) for name in asked]
+
+
+def subject(config: DictConfig, checkpoint: str) -> Subject:
+    """The backbone of a run folder or file. Raises as `subjects`."""
+    file = checkpoints.backbone_file(Path(checkpoint))
+    ours = checkpoints.is_ours(file)
+    if ours and config.checkpoint_prefix is not None:
+        raise UsageError(f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out")
+    backbone, model = (_ours if ours else _of_another_project)(config, checkpoint)
+    return _subject(backbone, str(file), model)
+
+
+def _subject(backbone: Backbone, checkpoint: str, model: str) -> Subject:
+    digest = checkpoints.digest(backbone.state_dict())
+    return Subject(backbone=backbone, checkpoint=checkpoint, model=model, weights=digest)
+
+
+def _by_name(config: DictConfig, name: str, model_of_others: str) -> Subject:
+    """`random` or `torchvision`."""
+    model = config.get("model") or _member(model_of_others)
+    torch.manual_seed(config.seed)
+    backbone = assemble.backbone(model)
+    if name == "torchvision":
+        checkpoints.fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
+    return _subject(backbone, name, model.name)
+
+
+def _member(model: str) -> DictConfig:
+    return cast(DictConfig, OmegaConf.load(conf_dir() / "model" / f"{model}.yaml"))
+
+
+def _ours(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
+    weights, about = checkpoints.load_backbone(Path(checkpoint))
+    model = about["model"] if config.get("model") is None else assemble.plain(config.model)
+    backbone = assemble.backbone(model)
+    checkpoints.fill(backbone, weights, f"{checkpoint} (a {about['model']['name']})")
+    return backbone, model["name"]
+
+
+def _of_another_project(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
+    """Without model=, the one of ours with the blocks in the file."""
+    file = checkpoints.backbone_file(Path(checkpoint))
+    found = layouts.find(weight_files.read(file), origin=str(file), prefix=config.checkpoint_prefix)
+    if (model := config.get("model")) is None:
+        model = _member(found.model_or_advice())
+    backbone = assemble.backbone(model)
+    checkpoints.fill(backbone, found.fitted(backbone.state_dict()), str(file))
+    console.say(f"weights {file}: {found}")
+    return backbone, model.name
+
+
+def supervised_weights(model: str) -> dict[str, Tensor]:
+    """torchvision's supervised ImageNet weights without the classifier, from its cache or downloaded.
+
+    These are the first published ones (V1), which the benchmark's supervised rows use.
+
+    Raises:
+        UsageError: torchvision has none for this model.
+        CheckpointError: the download failed.
+    """
+    if model not in _SUPERVISED:
+        raise UsageError(
+            f"torchvision has no supervised weights for model={model}: use one of {', '.join(_SUPERVISED)}"
+        )
+    weights: Any = getattr(torchvision.models, _SUPERVISED[model]).IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"torchvision's weights could not be fetched from {weights.url}: {error}") from error
+    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

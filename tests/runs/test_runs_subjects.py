@@ -1,0 +1,99 @@
+"""Whom a command line's checkpoint= names."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from relloc.checkpoints import BACKBONE_FILE, digest, save_backbone
+from relloc.errors import CheckpointError, UsageError
+from relloc.evals.run import Subject
+from relloc.models.resnet import ResNetBackbone
+from relloc.runs.launch import conf_dir
+from relloc.runs.subjects import subjects
+
+RESNET_18 = {"name": "resnet18", "backbone": {"_target_": "relloc.models.resnet.ResNetBackbone", "depth": 18}}
+
+
+def composed(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra.compose("evaluate", list(overrides))
+
+
+def named(config: DictConfig) -> Subject:
+    (found,) = subjects(config)
+    return found
+
+
+@pytest.fixture(scope="module")
+def backbone() -> ResNetBackbone:
+    torch.manual_seed(5)
+    return ResNetBackbone(depth=18)
+
+
+@pytest.fixture
+def moco(tmp_path: Path, backbone: ResNetBackbone) -> Path:
+    """A file with two encoders: ours, and one of zeros."""
+    state = {f"module.encoder_q.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    zeros = {f"module.encoder_k.{name}": torch.zeros_like(tensor) for name, tensor in backbone.state_dict().items()}
+    torch.save({"state_dict": state | zeros}, tmp_path / "moco.pth.tar")
+    return tmp_path / "moco.pth.tar"
+
+
+def test_a_file_of_another_project_needs_no_model_and_is_named_by_its_path(
+    moco: Path, backbone: ResNetBackbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = named(composed(f"checkpoint={moco}", "checkpoint_prefix=module.encoder_q"))
+    assert (found.checkpoint, found.model) == (str(moco), "resnet18")
+    assert digest(found.backbone.state_dict()) == digest(backbone.state_dict())
+    assert (
+        f"weights {moco}: torchvision's names below state_dict.module.encoder_q, 120 tensors; left out: 120 of mom"
+        in (capsys.readouterr().out.replace("\n", ""))
+    )
+
+
+def test_our_run_folder_is_the_same_subject_as_the_same_weights_elsewhere(
+    tmp_path: Path, moco: Path, backbone: ResNetBackbone
+) -> None:
+    save_backbone(tmp_path / BACKBONE_FILE, backbone, {"model": RESNET_18})
+    ours = named(composed(f"checkpoint={tmp_path}"))
+    assert (ours.checkpoint, ours.model) == (str(tmp_path / BACKBONE_FILE), "resnet18")
+    theirs = named(composed(f"checkpoint={moco}", "checkpoint_prefix=encoder_q", "model=resnet18"))
+    assert ours.weights == theirs.weights == digest(backbone.state_dict())
+    random = named(composed("checkpoint=random", "model=resnet18"))
+    assert random.checkpoint == "random"
+    assert random.weights != ours.weights
+
+
+def test_what_can_not_be_evaluated_is_one_message(tmp_path: Path, moco: Path, backbone: ResNetBackbone) -> None:
+    deep = {f"layer1.{block}.conv{conv}.weight": torch.ones(1) for block in range(4) for conv in (1, 2, 3)}
+    torch.save(deep, tmp_path / "deep.pth")
+    broken = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    broken["layer3.0.conv1.weight"][0] = torch.nan
+    torch.save(broken, tmp_path / "nan.pth")
+    save_backbone(tmp_path / BACKBONE_FILE, backbone, {"model": RESNET_18})
+    prefix = "checkpoint_prefix=encoder_q"
+    for words, message in [
+        (
+            (f"checkpoint={moco}",),
+            "holds 2 backbones: state_dict.module.encoder_q, state_dict.module.encoder_k. Name one",
+        ),
+        (
+            (f"checkpoint={moco}", prefix, "model=resnet50"),
+            "missing (layer1.0.conv3.weight, layer1.0.bn3.weight, layer1.",
+        ),
+        ((f"checkpoint={tmp_path / 'deep.pth'}",), "4-0-0-0 bottleneck blocks, which is none of resnet18, resnet50"),
+        (
+            (f"checkpoint={tmp_path / 'nan.pth'}",),
+            "NaN or infinite weights, in 1 of 120 tensors, such as layer3.0.conv1",
+        ),
+        ((f"checkpoint={tmp_path}", prefix), "has no prefixes: leave checkpoint_prefix out"),
+        (("checkpoint=random", "model=small", prefix), "checkpoint=random has no prefixes"),
+        ((f"checkpoint={tmp_path / 'none'}",), "none does not exist: give a file of weights, or the run folder of"),
+    ]:
+        with pytest.raises((CheckpointError, UsageError)) as raised:
+            named(composed(*words))
+        assert message in str(raised.value)
+        assert "\n" not in str(raised.value)
