@@ -19,6 +19,7 @@ from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import (
+    Color,
     FeatureSource,
     LiveFeatures,
     Reading,
@@ -43,7 +44,8 @@ class Evaluation(Protocol):
     `version` is raised when the code changes what it computes, so that older rows are not used again.
     `labels` says what an image is to be labeled with: one class, the presence of each class, or
     nothing. `keeps`: features are read more than once, so that they should be kept in memory.
-    `layer_by_layer`: layers know nothing of each other, so that each can be finished alone.
+    `layer_by_layer`: layers know nothing of each other, so that each can be finished alone. One that
+    divides its work among processes says so by `across_ranks = True`; others run in one.
     """
 
     version: ClassVar[int]
@@ -58,6 +60,17 @@ class Evaluation(Protocol):
     def view(self) -> View: ...
 
     def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]: ...
+
+
+@runtime_checkable
+class Augmenting(Protocol):
+    """An evaluation that trains on random views of its own (None: on the still one), colored on the device."""
+
+    @property
+    def augment(self) -> View | None: ...
+
+    @property
+    def color(self) -> Color | None: ...
 
 
 @runtime_checkable
@@ -272,10 +285,9 @@ def _evaluate_frozen(
         given = Sets(train=train, held_out=held_out, classes=splits.train.classes, state=state(work))
         if evaluation.keeps:
             given = dataclasses.replace(given, train=kept[0], held_out=kept[1])
-        augment = getattr(evaluation, "augment", None)
-        if augment:
-            color = getattr(evaluation, "color", None)
-            live.append(LiveFeatures(backbone, splits.train, terms.reading, augment, color=color, seed=terms.seed))
+        if isinstance(evaluation, Augmenting) and evaluation.augment:
+            views, color = evaluation.augment, evaluation.color
+            live.append(LiveFeatures(backbone, splits.train, terms.reading, views, color=color, seed=terms.seed))
             given = dataclasses.replace(given, augmented=live[-1])
         scores = evaluation(given, device=terms.reading.device, seed=terms.seed)
         yield [_named(score, work, subject, terms, how) for score in scores]

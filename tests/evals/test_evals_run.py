@@ -17,7 +17,7 @@ from relloc.evals.knn import Knn
 from relloc.evals.linear import LinearFast
 from relloc.evals.run import Evaluation, Job, Subject, Terms, Work, evaluate, fingerprint
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import Forgetful, LiveFeatures, Reading, Sets, State, fill_bank
+from relloc.features.source import Color, Forgetful, LiveFeatures, Reading, Sets, State, fill_bank
 from relloc.models.small import SmallBackbone
 from relloc.results import Result, Score
 
@@ -108,6 +108,7 @@ class Peek:
     layers: Sequence[str] = LAYERS
     view: View = VIEW
     augment: View | None = None
+    color: Color | None = None
 
     def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
         self.look(sets)

@@ -1,16 +1,21 @@
 """The solver beside scikit-learn's LinearSVC (LIBLINEAR) converged far past its default tolerance."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
+from relloc.data.folder import class_folders
+from relloc.data.views import Squash, Views
 from relloc.errors import UsageError
 from relloc.evals.metrics import ap_area
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import class_weights
+from relloc.features.source import encode
+from relloc.models.resnet import ResNetBackbone
 
 COSTS = [0.5**power for power in range(19, 3, -1)] + [1.0, 10.0, 100.0]
 N, DIM = 90, 140
@@ -56,7 +61,26 @@ def liblinear(x: Tensor, signs: Tensor, cost: float) -> Tensor:
 )
 def test_all_costs_equal_liblinear(kind: str, positives: int) -> None:
     x = features(kind)
-    signs = signs_of(x, positives)
+    assert_as_liblinear(x, signs_of(x, positives))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("layer", ["feature1", "feature4"])
+def test_all_costs_equal_liblinear_on_features_of_real_images(real_images: Path, layer: str) -> None:
+    splits = class_folders(name="real", root=str(real_images / "imagenette_small"), train="train", val="val")
+    places = torch.linspace(0, len(splits.train) - 1, N).long()
+    views = Views(splits.train, Squash(short_px=256, side_px=224))
+    torch.manual_seed(0)
+    backbone = ResNetBackbone(depth=18).eval()
+    with torch.no_grad():
+        pixels = torch.stack([views[place, 0].pixels for place in places.tolist()]).float()  # type: ignore[misc]
+        x = encode(backbone, pixels, (layer,), False)[layer].double()
+    signs = torch.where(torch.as_tensor(splits.train.labels)[places] < 3, 1.0, -1.0).double()
+    assert_as_liblinear(x / (x.norm(dim=1, keepdim=True) + 1e-5), signs)
+
+
+def assert_as_liblinear(x: Tensor, signs: Tensor) -> None:
+    """Objectives, average precision and decisions at all costs."""
     with_one = torch.cat([x, torch.ones(N, 1, dtype=torch.float64)], dim=1)
     gram = with_one @ with_one.T
     weights = class_weights(signs > 0).unsqueeze(1) * torch.tensor(COSTS, dtype=torch.float64)

@@ -84,7 +84,7 @@ def line(tmp_path: Path) -> list[str]:
 def test_the_whole_card_from_one_command_and_from_what_is_there_already(
     relloc, tmp_path: Path, line: list[str]
 ) -> None:
-    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "second"
+    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "sweep" / "0"
     who = ("checkpoint=random", "model=small", "tracking=none", "workers=0")
     done = relloc("evaluate", *who, *line, f"hydra.run.dir={first}")
     assert done.code == 0, done.text
@@ -100,7 +100,7 @@ def test_the_whole_card_from_one_command_and_from_what_is_there_already(
         *(("label_free", "rankme"), ("knn", "top1_k10"), ("semisup_1", "top1"), ("semisup_10", "top1")),
     }
     assert not list(first.glob("evaluations/*.pt"))  # nothing that would be gone on from is left behind
-    again = relloc("evaluate", *who, *line, f"hydra.run.dir={second}")
+    again = relloc("evaluate", "-m", *who, *line, f"hydra.sweep.dir={second.parent}")
     assert again.code == 0, again.text
     assert "of the same weights in" in again.text
     assert "features of" not in again.text  # no image was encoded
