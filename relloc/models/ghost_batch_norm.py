@@ -72,8 +72,7 @@ class GhostBatchNorm(_BatchNorm):
             means, variances = _statistics(_blocks(input, self.groups), self.groups)
             self._move_running(means, variances, places=input[0, 0].numel())
             inverse = torch.rsqrt(variances + self.eps)
-        normalized = _Normalize.apply(input, self.weight, self.bias, means, inverse, self.group_of_block, self.groups)
-        return normalized.flatten(0, 1)
+        return _Normalize.apply(input, self.weight, self.bias, means, inverse, self.group_of_block, self.groups)
 
     def _move_running(self, means: Tensor, variances: Tensor, *, places: int) -> None:
         """Move the running statistics by (biased) ones (ghosts groups c), first to last."""
@@ -106,21 +105,24 @@ class _Normalize(torch.autograd.Function):
         group_of_block: Tensor,
         groups: Groups,
     ) -> Tensor:
-        """Normalized rows as blocks; `inverse` is one over the standard deviation."""
+        """Normalized rows; `inverse` is one over the standard deviation."""
         ctx.save_for_backward(x, weight, means, inverse, group_of_block)
         ctx.groups = groups
         scale = inverse if weight is None else inverse * weight
         shift = -means * scale if bias is None else bias - means * scale
         blocks = _blocks(x, groups)
         scale, shift = _to_blocks((scale, shift), group_of_block, blocks)
-        return _as(blocks * scale + shift, x.dtype)
+        rows = (blocks * scale + shift).flatten(0, 1)
+        # A tensor of its own, no view: ReLU writes into it, and autograd copies the gradient of a view that is
+        # written into, in an order of memory that convolutions have to copy once more.
+        return rows.clone() if rows.dtype == x.dtype else rows.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, means, inverse, group_of_block = ctx.saved_tensors
         groups: Groups = ctx.groups
         blocks = _blocks(x, groups)
-        gradient = _as(gradient, blocks.dtype)
+        gradient = _blocks(gradient, groups)
         (center,) = _to_blocks((means,), group_of_block, blocks)
         even, along = _group_means(gradient, groups), _group_means(gradient * (blocks - center), groups)
         scale = inverse if weight is None else inverse * weight

@@ -1,8 +1,11 @@
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from relloc.models.ghost_batch_norm import GhostBatchNorm, Groups, use_ghost_batches
+from relloc.models.resnet import ResNetBackbone
 
 GROUPS = Groups(images=3, rows_per_image=(4, 1))
 
@@ -86,3 +89,23 @@ def test_every_batch_norm_inside_is_replaced_and_all_names_and_values_stay() -> 
     assert [isinstance(module, GhostBatchNorm) for module in (network[1][0], network[2])] == [True, True]
     assert list(network.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_gradients_reach_convolutions_in_their_memory_format() -> None:
+    """Else each is copied once more. ReLU and the residual sum of a ResNet write into the batch norm's output."""
+    trunk = ResNetBackbone(depth=50).to(memory_format=torch.channels_last)
+    use_ghost_batches(trunk, Groups(images=2, rows_per_image=(2, 1)))
+    copied = []
+
+    def look(name: str, gradient: Tensor) -> None:
+        if not gradient.is_contiguous(memory_format=torch.channels_last):
+            copied.append(name)
+
+    for name, child in trunk.named_modules():
+        if isinstance(child, nn.Conv2d):
+            child.register_forward_hook(
+                lambda _, __, out, name=name: out.register_hook(functools.partial(look, name)) and None
+            )
+    x = torch.randn(6, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    trunk.embed(x).square().sum().backward()
+    assert not copied
