@@ -1,8 +1,9 @@
 """Pooling a stage's map to about 9,000 numbers, as the benchmark does (protocols.md 3.1)."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, pad
 
 from relloc.models.backbone import STAGES, Backbone
 from relloc.results import LAYERS
@@ -20,6 +21,10 @@ def pool_stage(maps: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b d"
     height, width = maps.shape[-2:]
     if height == width and _SPECIFIED_SIDES.get(height) == side:
         kernel, stride, padding = _SPECIFIED[height]
+        if torch.compiler.is_compiling() and stride > 1 and kernel % stride == 0:
+            # Means of squares first, which the compiler takes from the map as it is; avg_pool2d wants a float32 copy.
+            blocks = pad(maps, (padding,) * 4).unflatten(-1, (-1, stride)).unflatten(-3, (-1, stride))
+            maps, kernel, stride, padding = blocks.mean((-3, -1)), kernel // stride, 1, 0
         return avg_pool2d(maps, kernel, stride, padding).flatten(1)
     return adaptive_avg_pool2d(maps, side).flatten(1)
 

@@ -45,11 +45,15 @@ def random_maps(height: int, width: int | None = None) -> Tensor:
     return torch.randn(2, 3, height, width or height, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("map_side", "kernel", "stride", "padding", "side"), PUBLISHED)
-def test_windows_are_the_published_ones(map_side: int, kernel: int, stride: int, padding: int, side: int) -> None:
+def test_windows_are_the_published_ones(
+    map_side: int, kernel: int, stride: int, padding: int, side: int, compiled: bool
+) -> None:
     maps = random_maps(map_side)
     expected = windowed(maps, kernel, stride, padding, side)
-    torch.testing.assert_close(pool_stage(maps, side), expected, rtol=1e-4, atol=1e-6)
+    pooled = torch.compile(pool_stage, backend="eager") if compiled else pool_stage
+    torch.testing.assert_close(pooled(maps, side), expected, rtol=1e-4, atol=1e-6)
     if map_side % side:  # else both modes are the same windows
         assert not torch.allclose(expected, adaptive(maps, side), rtol=1e-2)
 
