@@ -5,6 +5,7 @@ import random
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -48,14 +49,20 @@ class Crops(Dataset[Sample]):
         return Sample(index=index, pixels=None, unreadable=unreadable)
 
     def _crop(self, index: int, chance: random.Random) -> UInt8[Tensor, "3 s s"]:
-        image = self.images.read(index)
+        read_array = getattr(self.images, "read_array", None)  # packed images have it: cutting needs no Pillow
+        image: Image.Image | np.ndarray = read_array(index) if read_array else self.images.read(index)
+        own = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
         side = self.grid.span_px
         try:
-            height, width = self.grid.resized(image.height, image.width, chance.random())
+            height, width = self.grid.resized(own[0], own[1], chance.random())
         except ValueError as error:
             raise UnreadableImage(str(error)) from error
         corner = ((height - side) // 2, (width - side) // 2)
         if not self.centered:
             corner = (chance.randint(0, height - side), chance.randint(0, width - side))
-        cropped = crop_resized(image, (height, width), corner, side)
-        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
+        if isinstance(image, np.ndarray) and own == (height, width):
+            cropped = image[corner[0] : corner[0] + side, corner[1] : corner[1] + side]
+        else:
+            whole = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+            cropped = np.array(crop_resized(whole, (height, width), corner, side))
+        return torch.from_numpy(cropped).permute(2, 0, 1)

@@ -127,6 +127,10 @@ class ShardImages:
         return len(self._size)
 
     def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.read_array(index))
+
+    def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The image as `read` gives it, for those who only cut: to and from Pillow costs a fifth of the whole."""
         size = int(self._size[index])
         if size == 0:
             raise UnreadableImage(self._about["unreadable"].get(self.source(index), "was not readable when packed"))
@@ -135,7 +139,7 @@ class ShardImages:
             content = self._files.read(tar, int(self._offset[index]), size)
         except (OSError, EOFError) as error:
             raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-        return Image.fromarray(decoded(content))
+        return decoded(content)
 
     def source(self, index: int) -> str:
         start, stop = int(self._name_offset[index]), int(self._name_offset[index + 1])

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mixed_folder import write_many
 from PIL import Image
 from safetensors.numpy import save_file
 
+from relloc.data.crops import Crops
 from relloc.data.folder import folder
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.images import read_rgb
 from relloc.data.loader import load
 from relloc.data.packing import Packing, pack
 from relloc.data.shards import ShardImages, check_hashes, decoded, shards
+from relloc.data.subsets import Subset
 from relloc.data.views import Center, Views
 from relloc.errors import DataError, UnreadableImage
+from relloc.geometry import PatchGrid, ShortSide
 
 
 @contextlib.contextmanager
@@ -123,6 +127,20 @@ def test_worker_processes_read_what_the_parent_reads(out: Path) -> None:
     here, there = (list(load(views, batches, workers=workers, pin=False)) for workers in (0, 2))
     assert len(here) == len(there) == 3
     assert all(one.pixels.equal(other.pixels) for one, other in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("px", [96, 110])
+def test_training_cuts_the_same_pixels_from_packed_images_with_and_without_pillow(out: Path, px: int) -> None:
+    """At 96 px as they are, at 110 px enlarged."""
+    images = shards(root=str(out)).train
+    through_pillow = Subset(images=images, places=range(len(images)))
+    grid = PatchGrid(patch_px=24, gap_px=4, jitter_px=(0, 4), resize=ShortSide(px=px))
+    for index, seed in ((0, 1), (3, 2), (len(images) - 1, 3)):
+        found = Crops(images, grid, centered=False)[index, seed].pixels
+        expected = Crops(through_pillow, grid, centered=False)[index, seed].pixels
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found, expected)
 
 
 def test_with_more_tars_than_may_stay_open_all_are_read(
