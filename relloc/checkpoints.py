@@ -1,9 +1,8 @@
-"""Saving and loading, atomically: a file is there whole, or the one before it still is."""
+"""Checkpoints of trainings and evaluations, saved atomically: a file is there whole, or the one before still is."""
 
 import contextlib
 import hashlib
 import io
-import json
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -11,15 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
 
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
-BACKBONE_FILE = "backbone.safetensors"
 _KEPT = 2
-_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError)
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError)
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -42,7 +37,8 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
+def write_checkpoint(path: Path, content: bytes | memoryview) -> None:
+    """As `write_whole`, with advice. Raises `CheckpointError`: no space or no permission."""
     try:
         write_whole(path, content)
     except OSError as error:
@@ -168,9 +164,9 @@ def _hash_line(path: Path, digest: str) -> bytes:
 
 def _write_hashed(path: Path, content: memoryview) -> None:
     # The hash first: a checkpoint without one is never left behind, an old one's is not yet wanted.
-    _write(_hash_file(path), _hash_line(path, hashlib.sha256(content).hexdigest()))
+    write_checkpoint(_hash_file(path), _hash_line(path, hashlib.sha256(content).hexdigest()))
     try:
-        _write(path, content)
+        write_checkpoint(path, content)
     except CheckpointError:
         _hash_file(path).unlink(missing_ok=True)
         raise
@@ -225,7 +221,7 @@ def load_training(path: Path) -> dict[str, Any]:
     _check_hash(path, hashlib.sha256(content).hexdigest())
     state = _parsed(path, lambda: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     if "step" not in state:
-        raise DamagedCheckpoint(f"{_damaged(path)}: it names no step")
+        raise DamagedCheckpoint(f"{damaged(path)}: it names no step")
     return state
 
 
@@ -260,17 +256,18 @@ def _parsed(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
     try:
         state = load()
     except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
-        raise DamagedCheckpoint(f"{_damaged(path)}: it holds more than tensors and plain values") from error
+        raise DamagedCheckpoint(f"{damaged(path)}: it holds more than tensors and plain values") from error
     except CheckpointError:  # a ValueError, too
         raise
-    except _UNREADABLE as error:
-        raise DamagedCheckpoint(f"{_damaged(path)}: {error}") from error
+    except UNREADABLE as error:
+        raise DamagedCheckpoint(f"{damaged(path)}: {error}") from error
     if not isinstance(state, dict):
-        raise DamagedCheckpoint(f"{_damaged(path)}: it holds no named values")
+        raise DamagedCheckpoint(f"{damaged(path)}: it holds no named values")
     return state
 
 
-def _damaged(path: Path) -> str:
+def damaged(path: Path) -> str:
+    """How a message about a file that is not as it was saved begins."""
     return f"{path} is damaged or no checkpoint of relloc"
 
 
@@ -284,98 +281,5 @@ def _check_hash(path: Path, digest: str) -> bool:
         return False
     noted = _hash_file(path).read_text(encoding="ascii", errors="replace").split()[:1]
     if noted != [digest]:
-        raise DamagedCheckpoint(f"{_damaged(path)}: its SHA-256 is not the one noted in {_hash_file(path).name}")
+        raise DamagedCheckpoint(f"{damaged(path)}: its SHA-256 is not the one noted in {_hash_file(path).name}")
     return True
-
-
-def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:
-    """Save a backbone's weights as safetensors, with `about` (JSON) telling what built and made it."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    _write(path, save(tensors, metadata={"relloc": json.dumps(about, sort_keys=True)}))
-
-
-def backbone_file(path: Path) -> Path:
-    """The file with the weights: `path` itself, or the one in the run folder `path`."""
-    return path.resolve() / BACKBONE_FILE if path.is_dir() else path.resolve()
-
-
-def is_ours(file: Path) -> bool:
-    """Whether relloc wrote this file and `load_backbone` can read it; False as well where nothing can."""
-    try:
-        if file.suffix == ".pt":
-            # Mapped, the weights themselves stay on disk.
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            return isinstance(state, Mapping) and {"step", "model", "about"} <= state.keys()
-        with safe_open(file, framework="pt") as opened:
-            return "relloc" in (opened.metadata() or {})
-    except (*_UNREADABLE, pickle.UnpicklingError, SafetensorError):
-        return False
-
-
-def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and `about` of a backbone: from its file, or from the run folder that holds it.
-
-    Raises:
-        CheckpointError: nothing there, or no backbone of relloc.
-    """
-    file = backbone_file(path)
-    if not file.exists():
-        raise CheckpointError(
-            f"{file} does not exist: give a {BACKBONE_FILE} or the run folder of a finished pretraining"
-        )
-    if file.suffix == ".pt":
-        return _backbone_of_training(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            about = (opened.metadata() or {}).get("relloc")
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
-    if about is None:
-        raise CheckpointError(f"{file} holds weights, but relloc did not write it: its backbone is unknown")
-    return weights, json.loads(about)
-
-
-def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    state = load_training(file)
-    if not {"model", "about"} <= state.keys():
-        raise CheckpointError(f"{file} is damaged or no checkpoint of relloc: it holds no model")
-    prefix = "backbone."
-    weights = {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
-    return weights, state["about"]
-
-
-def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Load weights into a backbone, all or nothing; counters of batches may be missing, as in old files.
-
-    Raises:
-        CheckpointError: names or shapes do not fit, with what does not; or values that are not finite.
-    """
-    wanted = backbone.state_dict()
-    missing = sorted(name for name in set(wanted) - set(weights) if not name.endswith("num_batches_tracked"))
-    unknown = sorted(set(weights) - set(wanted))
-    misfits = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
-    if missing or unknown or misfits:
-        kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits}
-        told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
-        raise CheckpointError(f"{origin} does not fit this backbone: {told}. Give the model it was trained with")
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise CheckpointError(
-            f"{origin} holds NaN or infinite weights, in {len(broken)} of {len(weights)} tensors, such as "
-            f"{broken[0]}: its training diverged or the file is damaged; take an earlier or another one"
-        )
-    backbone.load_state_dict(wanted | dict(weights))
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """16 hex digits that tell weights apart: by names, shapes, types and bytes, in the order of names.
-
-    Counters of batches are left out, which some layouts lack and evaluations never read.
-    """
-    hashed = hashlib.sha256()
-    for name in sorted(name for name in state if not name.endswith("num_batches_tracked")):
-        tensor = state[name].detach().cpu().contiguous()
-        hashed.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()[:16]

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from relloc import checkpoints, layouts, weight_files
+from relloc import backbone_files, checkpoints, layouts, weight_files
 from relloc.errors import CheckpointError, UsageError
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -82,14 +82,14 @@ def _check(options: argparse.Namespace) -> None:
 
 def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
     """Which model it is, and its weights by torchvision's names, all of them."""
-    file = checkpoints.backbone_file(checkpoint)
-    if not checkpoints.is_ours(file):
+    file = backbone_files.backbone_file(checkpoint)
+    if not backbone_files.is_ours(file):
         found = layouts.find(weight_files.read(file), origin=str(file), prefix=prefix)
         model = found.model_or_advice()
         backbone = ResNetBackbone(depth=_DEPTHS[model])
-        checkpoints.fill(backbone, found.fitted(backbone.state_dict()), str(file))
+        backbone_files.fill(backbone, found.fitted(backbone.state_dict()), str(file))
         return model, backbone.state_dict()
-    weights, about = checkpoints.load_backbone(file)
+    weights, about = backbone_files.load_backbone(file)
     if prefix is not None:
         raise UsageError(f"{file} has no prefixes: leave --checkpoint-prefix out")
     model = about["model"]["name"]
@@ -99,7 +99,7 @@ def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tenso
             f"only {' and '.join(_DEPTHS)} can be exported"
         )
     backbone = ResNetBackbone(depth=_DEPTHS[model])
-    checkpoints.fill(backbone, weights, str(file))
+    backbone_files.fill(backbone, weights, str(file))
     return model, backbone.state_dict()
 
 

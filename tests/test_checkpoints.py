@@ -3,25 +3,20 @@ import math
 import os
 import subprocess
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from relloc.backbone_files import load_backbone
 from relloc.checkpoints import (
-    BACKBONE_FILE,
     delete_state,
-    fill,
-    load_backbone,
     load_state,
     load_training,
     newest_sound,
-    save_backbone,
     save_state,
     save_training,
     saved_trainings,
@@ -112,7 +107,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from relloc.checkpoints import save_backbone, save_training
+from relloc.backbone_files import save_backbone
+from relloc.checkpoints import save_training
 from relloc.errors import CheckpointError
 
 run_dir = Path(sys.argv[1])
@@ -419,74 +415,3 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
         load_training(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
     assert "weights_only" not in str(raised.value)  # torch advises to run the code; nobody should read that
-
-
-@pytest.mark.parametrize("given", ["folder", "safetensors", "training"])
-def test_a_backbone_loads_from_a_run_folder_its_file_or_a_training(tmp_path: Path, given: str) -> None:
-    state = training_state(seed=3)
-    model = nn.ModuleDict({"backbone": network(), "head": nn.Linear(2, 2)})
-    model.load_state_dict(state["model"])
-    save_backbone(tmp_path / BACKBONE_FILE, model["backbone"], ABOUT)
-    saved = save_training(tmp_path, state, 3)
-    paths = {"folder": tmp_path, "safetensors": tmp_path / BACKBONE_FILE, "training": saved}
-    weights, about = load_backbone(paths[given])
-    assert about == ABOUT
-    other = network(seed=1)
-    fill(other, weights, "it")
-    assert_same(dict(other.state_dict()), dict(model["backbone"].state_dict()))
-
-
-def test_a_backbone_in_channels_last_comes_back_as_it_was(tmp_path: Path) -> None:
-    backbone = network().to(memory_format=torch.channels_last)
-    save_backbone(tmp_path / BACKBONE_FILE, backbone, {})
-    weights, about = load_backbone(tmp_path)
-    assert about == {}
-    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
-
-
-def test_what_holds_no_backbone_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"backbone\.safetensors does not exist: give a backbone\.safetensors or"):
-        load_backbone(tmp_path)
-    with pytest.raises(CheckpointError, match=r"none\.safetensors does not exist"):
-        load_backbone(tmp_path / "none.safetensors")
-    (tmp_path / BACKBONE_FILE).write_bytes(b"not safetensors")
-    with pytest.raises(CheckpointError, match=r"backbone\.safetensors is damaged or no safetensors file"):
-        load_backbone(tmp_path)
-    save_file({"conv1.weight": torch.ones(2)}, tmp_path / BACKBONE_FILE)
-    with pytest.raises(CheckpointError, match="holds weights, but relloc did not write it: its backbone is unknown"):
-        load_backbone(tmp_path)
-
-
-def test_another_backbone_is_an_error_that_counts_what_does_not_fit_and_changes_nothing() -> None:
-    backbone = network()
-    before = OrderedDict((name, value.clone()) for name, value in backbone.state_dict().items())
-    weights = dict(network(seed=1, width=6).state_dict())
-    del weights["2.weight"], weights["2.bias"]
-    weights["fc.weight"] = torch.ones(1)
-    with pytest.raises(CheckpointError) as raised:
-        fill(backbone, weights, "runs/one (a resnet50)")
-    assert str(raised.value) == (
-        "runs/one (a resnet50) does not fit this backbone: 2 missing, such as 2.bias; 1 unknown, such as fc.weight; "
-        "6 of another shape, such as 0.weight. Give the model it was trained with"
-    )
-    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ("missing", "1 missing, such as 1.running_var"),
-        ("unknown", "1 unknown, such as extra"),
-        ("shape", "1 of another"),
-    ],
-)
-def test_one_tensor_that_does_not_fit_is_enough(change: str, told: str) -> None:
-    weights = dict(network(seed=1).state_dict())
-    if change == "missing":
-        del weights["1.running_var"]
-    elif change == "unknown":
-        weights["extra"] = torch.ones(1)
-    else:
-        weights["0.bias"] = torch.ones(1)  # torch would broadcast it
-    with pytest.raises(CheckpointError, match=f"it does not fit this backbone: {told}"):
-        fill(network(), weights, "it")

@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from relloc import layouts, weight_files
-from relloc.checkpoints import BACKBONE_FILE, digest, fill, save_backbone
+from relloc.backbone_files import BACKBONE_FILE, digest, fill, save_backbone
 from relloc.export import main
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relloc.checkpoints import fill
+from relloc.backbone_files import fill
 from relloc.errors import CheckpointError
 from relloc.layouts import find, to_detectron2
 from relloc.models.resnet import ResNetBackbone

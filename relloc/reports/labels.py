@@ -8,7 +8,7 @@ from relloc.reports.measured import Line
 from relloc.reports.published import PUBLISHED_MODEL
 from relloc.results import NOT_OURS
 
-RUN_WEIGHTS = "backbone.safetensors"  # as relloc.checkpoints names it, whose import takes seconds
+RUN_WEIGHTS = "backbone.safetensors"  # as relloc.backbone_files names it, whose import takes seconds
 
 
 def label_lines(lines: Iterable[Line]) -> dict[Line, str]:

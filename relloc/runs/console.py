@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from relloc.checkpoints import BACKBONE_FILE
+from relloc.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
 from relloc.results import LAYERS, NOT_OURS, Result
 

@@ -12,18 +12,20 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     InstantiationException,
     MissingConfigException,
 )
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -31,6 +33,9 @@ from relloc.errors import UsageError
 
 EXIT_MISTAKE = 2
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+# What Hydra writes before it calls us: in a run's hydra.output_subdir, and in a sweep's folder
+_OF_HYDRA = ["config.yaml", "hydra.yaml", "overrides.yaml"]
+_OF_SWEEP = ["multirun.yaml"]
 
 
 def conf_dir() -> Path:
@@ -46,7 +51,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     """Compose the config from the command line, run `task`, and exit.
 
     Mistakes that a user can make end in one message on stderr and exit code 2, Ctrl-C in 130.
-    HYDRA_FULL_ERROR=1 shows where an error was raised instead.
+    HYDRA_FULL_ERROR=1 shows where an error was raised instead. conf/ may name `${scratch:}` where
+    Hydra wants a folder that nobody needs: it is a temporary one.
     """
     show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the lines below instead of Hydra's printer
@@ -60,9 +66,22 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
         with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
             task(config)
 
-    with _explained(config_name, show_all):
+    with _scratch_folder(), _explained(config_name, show_all):
         start(explained_task)()
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _scratch_folder() -> Iterator[None]:
+    """What `${scratch:}` in a config is: one temporary folder, made where it is asked for and removed at the end."""
+    with contextlib.ExitStack() as at_end:
+
+        @functools.cache
+        def made() -> str:
+            return at_end.enter_context(tempfile.TemporaryDirectory(prefix="relloc_"))
+
+        OmegaConf.register_new_resolver("scratch", made, replace=True)
+        yield
 
 
 @contextlib.contextmanager
@@ -75,12 +94,43 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         explained = None if show_all else _explain(error, config_name)
         if explained is None:
             raise
+        if HydraConfig.initialized():
+            _remove_untouched_folders(HydraConfig.get())
         _exit(explained, getattr(error, "exit_code", EXIT_MISTAKE))
     except OSError as error:
         if show_all or error.errno not in _DISK_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _exit(f"{error.strerror}{where}. What was saved before stays; mend this and go on with the run's hydra.run.dir")
+
+
+def _remove_untouched_folders(made: Any) -> None:
+    """Remove the folder of a refused run, and then its sweep's, where they hold nothing but what Hydra wrote."""
+    if made.output_subdir is not None:
+        run_dir = Path(made.runtime.output_dir)
+        if _names(run_dir) == [made.output_subdir]:
+            _remove(run_dir / made.output_subdir, _OF_HYDRA)
+            _remove(run_dir, [])
+    if made.mode == RunMode.MULTIRUN:
+        _remove(Path(made.sweep.dir), _OF_SWEEP)
+
+
+def _remove(folder: Path, files: Sequence[str]) -> None:
+    """Remove a folder if `files` are all it holds; not where we stand."""
+    if _names(folder) != files or folder.samefile(Path.cwd()):
+        return
+    with contextlib.suppress(OSError):  # another process writes there, or may alone: then it stays
+        for name in files:
+            (folder / name).unlink()
+        folder.rmdir()
+
+
+def _names(folder: Path) -> list[str] | None:
+    """What a folder holds; None where there is none that can be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return None
 
 
 def _exit(explained: str, exit_code: int = EXIT_MISTAKE) -> NoReturn:
@@ -94,7 +144,7 @@ def _say_warning(message: Warning | str, *_where: object) -> None:
 
 def _silent_rank() -> list[str]:
     """Overrides that keep Hydra on all ranks but the first from writing in the run folder."""
-    return [f"hydra.run.dir={tempfile.mkdtemp(prefix='relloc_rank_')}", "hydra.output_subdir=null"]
+    return ["hydra.run.dir=${scratch:}", "hydra.output_subdir=null"]
 
 
 def _explain(error: Exception, config_name: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from relloc import checkpoints, ranks
+from relloc import backbone_files, ranks
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
@@ -141,10 +141,10 @@ def about(config: DictConfig) -> dict[str, Any]:
 
 
 def _finish(config: DictConfig, how: Engine, data: Splits, jobs: Sequence[Job], task: Task, folder: RunFolder) -> None:
-    weights = folder.path / checkpoints.BACKBONE_FILE
+    weights = folder.path / backbone_files.BACKBONE_FILE
     if not weights.exists():
-        checkpoints.save_backbone(weights, task.model.backbone, about(config) | {"step": task.steps})
-    folder.keep(checkpoints.BACKBONE_FILE)
+        backbone_files.save_backbone(weights, task.model.backbone, about(config) | {"step": task.steps})
+    folder.keep(backbone_files.BACKBONE_FILE)
     if not any(row.eval == "pretext" for row in read_results(folder.path)):
         append_results(folder.path, [_held_out(config, how, data, task, folder)])
     unlabeled = [job.name for job in jobs if job.evaluation.labels == "class" and not job.splits.labeled]
@@ -162,7 +162,7 @@ def _finish(config: DictConfig, how: Engine, data: Splits, jobs: Sequence[Job], 
                 backbone=backbone,
                 checkpoint=name,
                 model=config.model.name,
-                weights=checkpoints.digest(backbone.state_dict()),
+                weights=backbone_files.digest(backbone.state_dict()),
             )
             for name, backbone in ((str(weights), trained), ("random", untrained))
         ]
@@ -206,6 +206,6 @@ def _held_out(config: DictConfig, how: Engine, data: Splits, task: Task, folder:
         seed=config.seed,
         protocol="1.1 center crop, eight pairs with the center, jitter and colors as in training; "
         "interval: t over sources",
-        checkpoint=str(folder.path / checkpoints.BACKBONE_FILE),
+        checkpoint=str(folder.path / backbone_files.BACKBONE_FILE),
         model=config.model.name,
     )

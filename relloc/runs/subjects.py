@@ -10,7 +10,7 @@ import torchvision
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from relloc import checkpoints, layouts, weight_files
+from relloc import backbone_files, layouts, weight_files
 from relloc.errors import CheckpointError, UsageError
 from relloc.evals.run import Subject
 from relloc.models.backbone import Backbone
@@ -43,8 +43,8 @@ def subjects(config: DictConfig) -> list[Subject]:
 
 def subject(config: DictConfig, checkpoint: str) -> Subject:
     """The backbone of a run folder or file. Raises as `subjects`."""
-    file = checkpoints.backbone_file(Path(checkpoint))
-    ours = checkpoints.is_ours(file)
+    file = backbone_files.backbone_file(Path(checkpoint))
+    ours = backbone_files.is_ours(file)
     if ours and config.checkpoint_prefix is not None:
         raise UsageError(f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out")
     backbone, model = (_ours if ours else _of_another_project)(config, checkpoint)
@@ -52,7 +52,7 @@ def subject(config: DictConfig, checkpoint: str) -> Subject:
 
 
 def _subject(backbone: Backbone, checkpoint: str, model: str) -> Subject:
-    digest = checkpoints.digest(backbone.state_dict())
+    digest = backbone_files.digest(backbone.state_dict())
     return Subject(backbone=backbone, checkpoint=checkpoint, model=model, weights=digest)
 
 
@@ -62,7 +62,7 @@ def _by_name(config: DictConfig, name: str, model_of_others: str) -> Subject:
     torch.manual_seed(config.seed)
     backbone = assemble.backbone(model)
     if name == "torchvision":
-        checkpoints.fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
+        backbone_files.fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
     return _subject(backbone, name, model.name)
 
 
@@ -71,21 +71,21 @@ def _member(model: str) -> DictConfig:
 
 
 def _ours(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
-    weights, about = checkpoints.load_backbone(Path(checkpoint))
+    weights, about = backbone_files.load_backbone(Path(checkpoint))
     model = about["model"] if config.get("model") is None else assemble.plain(config.model)
     backbone = assemble.backbone(model)
-    checkpoints.fill(backbone, weights, f"{checkpoint} (a {about['model']['name']})")
+    backbone_files.fill(backbone, weights, f"{checkpoint} (a {about['model']['name']})")
     return backbone, model["name"]
 
 
 def _of_another_project(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
     """Without model=, the one of ours with the blocks in the file."""
-    file = checkpoints.backbone_file(Path(checkpoint))
+    file = backbone_files.backbone_file(Path(checkpoint))
     found = layouts.find(weight_files.read(file), origin=str(file), prefix=config.checkpoint_prefix)
     if (model := config.get("model")) is None:
         model = _member(found.model_or_advice())
     backbone = assemble.backbone(model)
-    checkpoints.fill(backbone, found.fitted(backbone.state_dict()), str(file))
+    backbone_files.fill(backbone, found.fitted(backbone.state_dict()), str(file))
     console.say(f"weights {file}: {found}")
     return backbone, model.name
 

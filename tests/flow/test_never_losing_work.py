@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import TINY
 
-from relloc.checkpoints import BACKBONE_FILE, load_training, saved_trainings
+from relloc.backbone_files import BACKBONE_FILE
+from relloc.checkpoints import load_training, saved_trainings
 from relloc.results import read_results
 from relloc.tracking import open_store, read_journal, read_note, search
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from relloc.checkpoints import BACKBONE_FILE, digest, save_backbone
+from relloc.backbone_files import BACKBONE_FILE, digest, save_backbone
 from relloc.errors import CheckpointError, UsageError
 from relloc.evals.run import Subject
 from relloc.models.resnet import ResNetBackbone

@@ -1,0 +1,136 @@
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from relloc.errors import DataError, UsageError
+from relloc.runs.launch import launch
+
+Launched = Callable[..., int]
+Task = Callable[[DictConfig], None]
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """Launch a task with command-line words in an empty folder, runs below runs/: the exit code."""
+    for name, value in {"HYDRA_FULL_ERROR": "0", "RANK": "0", "RELLOC_RUNS": "runs"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.chdir(tmp_path)
+
+    def code(task: Task, config_name: str, *words: str) -> int:
+        monkeypatch.setattr(sys, "argv", [config_name, *words])
+        os.environ["HYDRA_FULL_ERROR"] = "0"  # the launch before has set it
+        with pytest.raises(SystemExit) as ended:
+            launch(task, config_name)
+        return int(str(ended.value.code))
+
+    return code
+
+
+def refuse(config: DictConfig) -> None:
+    raise DataError(f"nothing like seed {config.seed}")
+
+
+def miss(config: DictConfig) -> None:
+    print(config.checkpoint)
+
+
+def write(_config: DictConfig) -> None:
+    (Path(HydraConfig.get().runtime.output_dir) / "run.json").touch()
+
+
+def refuse_seed_1(config: DictConfig) -> None:
+    write(config)
+    if config.seed == 1:
+        raise UsageError("no seed 1")
+
+
+def write_but_refuse_seed_1(config: DictConfig) -> None:
+    refuse(config) if config.seed == 1 else write(config)
+
+
+def below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if ".hydra/" not in str(path))
+
+
+@pytest.mark.parametrize("task", [refuse, miss])
+@pytest.mark.parametrize("words", [(), ("-m", "seed=0,1"), ("hydra.run.dir=runs/named",)], ids=" ".join)
+def test_a_refused_command_leaves_no_folder(
+    launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: Task, words: tuple[str, ...]
+) -> None:
+    assert launched(task, "evaluate", *words) == 2
+    assert below(tmp_path) == ["runs"]
+    assert ("nothing like seed 0" if task is refuse else "checkpoint is not set") in capsys.readouterr().err
+
+
+def test_what_a_folder_held_before_stays_in_it(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "notes").touch()
+    assert launched(refuse, "evaluate", "hydra.run.dir=old") == 2
+    assert below(tmp_path) == ["old", "old/.hydra", "old/notes"]
+    (tmp_path / "old" / ".hydra" / "mine").touch()
+    (tmp_path / "old" / "notes").unlink()
+    assert launched(refuse, "evaluate", "hydra.run.dir=old") == 2
+    assert (tmp_path / "old" / ".hydra" / "mine").exists()
+
+
+def test_the_folder_we_stand_in_is_not_removed(launched: Launched, tmp_path: Path) -> None:
+    assert launched(refuse, "evaluate", "hydra.run.dir=.") == 2
+    assert tmp_path.is_dir()
+    assert below(tmp_path) == []
+
+
+def test_a_run_that_failed_after_it_had_begun_keeps_its_folder(launched: Launched, tmp_path: Path) -> None:
+    assert launched(refuse_seed_1, "evaluate", "seed=1", "hydra.run.dir=run") == 2
+    assert below(tmp_path) == ["run", "run/.hydra", "run/run.json"]
+
+
+def test_of_a_sweep_only_the_refused_run_goes(launched: Launched, tmp_path: Path) -> None:
+    assert launched(write_but_refuse_seed_1, "evaluate", "-m", "seed=0,1", "hydra.sweep.dir=runs/sweep") == 2
+    assert below(tmp_path / "runs/sweep") == ["0", "0/.hydra", "0/run.json", "multirun.yaml"]
+
+
+def test_other_errors_keep_what_shows_where_they_come_from(launched: Launched, tmp_path: Path) -> None:
+    def break_down(_config: DictConfig) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError):
+        launched(break_down, "evaluate", "hydra.run.dir=run")
+    assert below(tmp_path) == ["run", "run/.hydra"]
+
+
+@pytest.mark.parametrize("words", [(), ("-m", "quality=80,90")], ids=" ".join)
+def test_prepare_leaves_nothing_of_hydra(launched: Launched, tmp_path: Path, words: tuple[str, ...]) -> None:
+    scratch: set[str] = set()
+    asked = []
+
+    def note(config: DictConfig) -> None:
+        scratch.add(HydraConfig.get().sweep.dir)
+        asked.append(config.quality)
+
+    assert launched(note, "prepare", *words) == 0
+    assert asked == ([80, 90] if words else [90])
+    assert below(tmp_path) == []
+    assert len(scratch) == 1
+    assert not Path(scratch.pop()).exists()
+
+
+def test_other_ranks_write_in_a_folder_that_goes(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    folders = []
+
+    def note(config: DictConfig) -> None:
+        write(config)
+        folders.append(Path(HydraConfig.get().runtime.output_dir))
+
+    assert launched(note, "evaluate", "hydra.run.dir=run") == 0
+    assert below(tmp_path) == []
+    assert not folders[0].exists()

@@ -1,0 +1,155 @@
+"""Backbones in files: coming back, which are ours, what weights are told apart by, and which are refused."""
+
+import math
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from relloc.backbone_files import BACKBONE_FILE, digest, fill, is_ours, load_backbone, save_backbone
+from relloc.checkpoints import save_training
+from relloc.errors import CheckpointError
+
+ABOUT = {"model": {"name": "tiny", "backbone": {"widths": [4, 8]}}, "step": 3, "computed": {"path": "/ä/𝄞"}}
+
+
+def network(seed: int = 0, width: int = 4) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width))
+    layers(torch.randn(2, 3, 7, 7))  # running statistics of its own
+    return layers
+
+
+def test_what_relloc_wrote_is_ours_and_nothing_else(tmp_path: Path) -> None:
+    save_backbone(tmp_path / BACKBONE_FILE, network(), {"model": {}})
+    assert is_ours(tmp_path / BACKBONE_FILE)
+    assert is_ours(save_training(tmp_path, {"model": {}, "about": {}}, 1))
+    save_file({"conv1.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.save({"state_dict": {}, "step": 3}, tmp_path / "epoch_3.pt")
+    torch.save({"model": network()}, tmp_path / "whole.pt")  # a pickled class, which is not read
+    torch.save({"model": {}}, tmp_path / "x.pth")
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 and nothing more")
+    for name in ("model.safetensors", "epoch_3.pt", "whole.pt", "x.pth", "broken.pt", "none.pt", "."):
+        assert not is_ours(tmp_path / name), name
+
+
+def changed(state: dict[str, Tensor], name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {**state, name: tensor}
+
+
+def test_a_digest_depends_on_names_shapes_types_and_bits_and_on_nothing_else() -> None:
+    state = dict(network().state_dict())
+    first = digest(state)
+    assert len(first) == 16
+    assert int(first, 16) >= 0
+    same = {name: state[name].to(memory_format=torch.channels_last) if state[name].dim() == 4 else state[name].clone()
+            for name in reversed(state)}  # fmt: skip
+    counted = changed(same, "1.num_batches_tracked", torch.tensor(99))
+    without = {name: tensor for name, tensor in same.items() if name != "1.num_batches_tracked"}
+    assert {digest(same), digest(counted), digest(without)} == {first}
+    weight, bias = state["0.weight"], state["0.bias"]
+    nudged = weight.clone()
+    nudged.view(-1).view(torch.int32)[5] ^= 1
+    renamed = {name.replace("bias", "shift"): tensor for name, tensor in state.items()}
+    others = [
+        changed(state, "0.weight", nudged),
+        changed(state, "0.weight", weight.reshape(3, 4, 3, 3)),
+        changed(state, "0.bias", bias.view(torch.int32)),
+        changed(state, "0.bias", bias[:2]),
+        renamed,
+        {},
+    ]
+    assert len({first, *map(digest, others)}) == 1 + len(others)
+
+
+def test_a_digest_is_the_same_on_every_machine() -> None:
+    state = {"b": torch.arange(3, dtype=torch.float32), "a": torch.tensor(-1, dtype=torch.int64)}
+    # printf 'a [] torch.int64\n' and eight 0xff, 'b [3] torch.float32\n' and 0, 1, 2 in IEEE 754 | sha256sum
+    assert digest(state) == "55f68af0c579c436"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_and_named(value: float) -> None:
+    backbone = network()
+    weights = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    before = digest(backbone.state_dict())
+    weights["1.running_var"][2] = value
+    with pytest.raises(CheckpointError) as raised:
+        fill(backbone, weights, "x.pth")
+    assert str(raised.value) == (
+        "x.pth holds NaN or infinite weights, in 1 of 7 tensors, such as 1.running_var: its training diverged or the "
+        "file is damaged; take an earlier or another one"
+    )
+    assert digest(backbone.state_dict()) == before
+
+
+@pytest.mark.parametrize("given", ["folder", "safetensors", "training"])
+def test_a_backbone_loads_from_a_run_folder_its_file_or_a_training(tmp_path: Path, given: str) -> None:
+    model = nn.ModuleDict({"backbone": network(seed=3), "head": nn.Linear(2, 2)})
+    save_backbone(tmp_path / BACKBONE_FILE, model["backbone"], ABOUT)
+    saved = save_training(tmp_path, {"model": model.state_dict(), "about": ABOUT}, 3)
+    paths = {"folder": tmp_path, "safetensors": tmp_path / BACKBONE_FILE, "training": saved}
+    weights, about = load_backbone(paths[given])
+    assert about == ABOUT
+    other = network(seed=1)
+    fill(other, weights, "it")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model["backbone"].state_dict().items())
+
+
+def test_a_backbone_in_channels_last_comes_back_as_it_was(tmp_path: Path) -> None:
+    backbone = network().to(memory_format=torch.channels_last)
+    save_backbone(tmp_path / BACKBONE_FILE, backbone, {})
+    weights, about = load_backbone(tmp_path)
+    assert about == {}
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
+def test_what_holds_no_backbone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"backbone\.safetensors does not exist: give a backbone\.safetensors or"):
+        load_backbone(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none\.safetensors does not exist"):
+        load_backbone(tmp_path / "none.safetensors")
+    (tmp_path / BACKBONE_FILE).write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match=r"backbone\.safetensors is damaged or no safetensors file"):
+        load_backbone(tmp_path)
+    save_file({"conv1.weight": torch.ones(2)}, tmp_path / BACKBONE_FILE)
+    with pytest.raises(CheckpointError, match="holds weights, but relloc did not write it: its backbone is unknown"):
+        load_backbone(tmp_path)
+
+
+def test_another_backbone_is_an_error_that_counts_what_does_not_fit_and_changes_nothing() -> None:
+    backbone = network()
+    before = OrderedDict((name, value.clone()) for name, value in backbone.state_dict().items())
+    weights = dict(network(seed=1, width=6).state_dict())
+    del weights["1.weight"], weights["1.bias"]
+    weights["fc.weight"] = torch.ones(1)
+    with pytest.raises(CheckpointError) as raised:
+        fill(backbone, weights, "runs/one (a resnet50)")
+    assert str(raised.value) == (
+        "runs/one (a resnet50) does not fit this backbone: 2 missing, such as 1.bias; 1 unknown, such as fc.weight; "
+        "4 of another shape, such as 0.weight. Give the model it was trained with"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("missing", "1 missing, such as 1.running_var"),
+        ("unknown", "1 unknown, such as extra"),
+        ("shape", "1 of another"),
+    ],
+)
+def test_one_tensor_that_does_not_fit_is_enough(change: str, told: str) -> None:
+    weights = dict(network(seed=1).state_dict())
+    if change == "missing":
+        del weights["1.running_var"]
+    elif change == "unknown":
+        weights["extra"] = torch.ones(1)
+    else:
+        weights["0.bias"] = torch.ones(1)  # torch would broadcast it
+    with pytest.raises(CheckpointError, match=f"it does not fit this backbone: {told}"):
+        fill(network(), weights, "it")
