@@ -61,6 +61,6 @@ for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=Tr
     axis.set_title(f"{evaluation} on {dataset}, {model}", fontsize=10)
     axis.set_ylabel("top-1 (%)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)  # names can be long
 figure.savefig(runs_folder() / "accuracy_by_layer.png", dpi=120)
 print("saved", runs_folder() / "accuracy_by_layer.png")

@@ -1,4 +1,4 @@
-"""Results of all runs as one table, read from the run folders: the truth, not its mirror."""
+"""Results and curves of all runs as one table each, read from the run folders: the truth, not its mirror."""
 
 import dataclasses
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from relloc.results import NOT_OURS, RESULTS_FILE, read_results
-from relloc.tracking import RunRecord
+from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.record import RUN_FILE
 
 
@@ -41,4 +41,22 @@ def load_results(runs: Path) -> pd.DataFrame:
         raise FileNotFoundError(
             f"no {RESULTS_FILE} below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS"
         )
+    return pd.DataFrame(rows)
+
+
+def load_curves(runs: Path) -> pd.DataFrame:
+    """A row a metric and step of each run's journal, with the run's folder below `runs`.
+
+    Raises:
+        FileNotFoundError: no run below `runs` has a journal with metrics.
+    """
+    folders = sorted(file.parent for file in runs.rglob(RUN_FILE))
+    rows = [
+        {"run": str(folder.relative_to(runs)), "step": entry.step, "metric": metric, "value": value}
+        for folder in folders
+        for entry in read_journal(folder)
+        for metric, value in entry.metrics.items()
+    ]
+    if not rows:
+        raise FileNotFoundError(f"no curves below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS")
     return pd.DataFrame(rows)
