@@ -50,7 +50,9 @@ class Resident:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             return pooled_layers(self.backbone, ByDataset()(pixels.float()), layers)
 
-    def batches(self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
         for chosen in places.split(size):
             with torch.no_grad():
                 yield self.encode(self.pixels[: len(chosen)], tuple(layers)), self.labels[: len(chosen)]

@@ -201,8 +201,10 @@ class _Share:
     def channels(self) -> dict[str, int]:
         return self.of.channels
 
-    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
-        return self.of.batches(places + self.start, size, layers, epoch)
+    def batches(
+        self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
+        return self.of.batches(places + self.start, size, layers, epoch, epochs)
 
     def kept(self, bank: Bank) -> Bank:
         """The same rows of a bank, which are not copied."""

@@ -159,7 +159,7 @@ class Training:
         places = torch.cat([places for places, _ in request])
         groups = [of_tenth for _, of_tenth in request]
         read = 0
-        for features, labels in source.batches(places, self.batch, self.layers, epoch):
+        for features, labels in source.batches(places, self.batch, self.layers, epoch, self.epochs):
             yield features, labels, groups[read]
             read += 1
         if read < len(request) and len(set(groups)) > 1:

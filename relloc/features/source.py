@@ -64,10 +64,13 @@ class FeatureSource(Protocol):
     @property
     def channels(self) -> dict[str, int]: ...
 
-    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
         """Features by layer and labels of the images at `places`, in that order, `size` at a time.
 
-        Where views are random, each epoch has its own; else `epoch` changes nothing.
+        Where views are random, each epoch has its own; else `epoch` changes nothing. `epochs` is how
+        many there are, which only progress tells.
         """
         ...
 
@@ -178,11 +181,14 @@ class LiveFeatures:
         self.channels = layer_channels(backbone)
         self.unreadable = Unreadable(n_images=self.n, most_share=reading.unreadable_share)
 
-    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
         self.backbone.eval()
         keys = ((place, key(self.seed, epoch, place)) for place in places.tolist())
         loaded = self.reading.views(self.images, self.view, keys, size)
-        what = f"features of {self.images.name} {self.images.split}{f', epoch {epoch + 1}' if epoch else ''}"
+        what = f"features of {self.images.name} {self.images.split}"
+        what += f", epoch {epoch + 1} of {epochs}" if epochs > 1 else ""
         for views in self.reading.progress(loaded, what, -(-len(places) // size)):
             self.unreadable.add(views.unreadable)
             if len(views.pixels):
@@ -215,7 +221,9 @@ class Bank:
     def dims(self) -> dict[str, int]:
         return {layer: rows.shape[1] for layer, rows in self.features.items()}
 
-    def batches(self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
         for chosen in places.split(size):
             yield {layer: self.features[layer][chosen] for layer in layers}, self.labels[chosen]
 

@@ -1,4 +1,4 @@
-"""Setting apart what looks alike: numbers of one line and cell that were not measured alike never share a row."""
+"""Setting apart what looks alike: numbers that were not measured alike never share a row."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +8,26 @@ from relloc.reports.groups import group_of, view_of
 from relloc.reports.labels import short_names
 from relloc.reports.measured import Measured, question
 from relloc.reports.places import section_title
+
+_DIGITS = 8  # of a digest, as git shows ten of a commit: enough to find it in run.json
+_NOT_RECORDED = "images not recorded"
+
+
+def tell_images_apart(kept: Iterable[Measured]) -> list[Measured]:
+    """`kept`, with `images` naming the digest where a data set's name, split and number have several digests."""
+    kept = tuple(kept)
+    digests: dict[tuple[object, ...], set[str]] = {}
+    for each in kept:
+        digests.setdefault(_named_alike(each), set()).update(filter(None, [each.digest]))
+    return [replace(each, images=_images(each)) if len(digests[_named_alike(each)]) > 1 else each for each in kept]
+
+
+def _named_alike(each: Measured) -> tuple[object, ...]:
+    return each.result.dataset, each.result.split, each.result.n
+
+
+def _images(each: Measured) -> str:
+    return f"images {each.digest[:_DIGITS]}" if each.digest else _NOT_RECORDED
 
 
 def set_apart(kept: Sequence[Measured]) -> list[Measured]:
@@ -19,7 +39,9 @@ def set_apart(kept: Sequence[Measured]) -> list[Measured]:
     tables: dict[tuple[object, ...], list[Measured]] = {}
     for each in kept:
         row = each.result
-        tables.setdefault((each.line, section_title(row.eval), group_of(row), view_of(row)), []).append(each)
+        tables.setdefault((each.line, section_title(row.eval), group_of(row, each.images), view_of(row)), []).append(
+            each
+        )
     names = _run_names(kept)
     return [each for table in tables.values() for each in _apart(table, names)]
 

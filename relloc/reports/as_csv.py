@@ -14,7 +14,7 @@ from relloc.results import Result
 
 _RESULT = tuple(field.name for field in dataclasses.fields(Result))
 COLUMNS = (
-    *("origin", "group", "section", "row", "column", "setting"),
+    *("origin", "group", "section", "row", "column", "setting", "images"),
     *_RESULT,
     *("run", "folder", "commit", "source", "edition"),
     *("beside", "published", "tolerance", "mark", "best", "why", "replaces"),
@@ -62,6 +62,7 @@ def _ours(entry: Entry) -> Mapping[str, object]:
     }
     origin = {"origin": "ours", "group": entry.group, "row": entry.label, "best": "yes" if entry.best else ""}
     source = {"run": run.name, "folder": str(run.folder), "commit": run.commit, "why": entry.why}
+    source["images"] = entry.measured.digest
     replaces = {"replaces": " / ".join(f"{each.result.value!r} of {each.run.name}" for each in older)}
     return _placed(entry.place) | dataclasses.asdict(entry.result) | origin | source | beside | replaces
 

@@ -60,6 +60,8 @@ def _details(entry: Entry, spread: Mapping[str, float]) -> str:
     row, run = entry.result, entry.measured.run
     lines = [f"run {run.name} ({run.folder})", f"seed {row.seed}, commit {run.commit}", f"protocol: {row.protocol}"]
     lines.append(f"{row.dataset} {row.split}, n = {row.n:,}, {row.layer}, {row.metric}")
+    if entry.measured.digest:
+        lines.append(f"images {entry.measured.digest}")
     if row.low is not None and row.high is not None:
         lines.append(f"95 % interval {row.low:.2f} to {row.high:.2f}")
     if spread:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from relloc.reports.apart import set_apart
+from relloc.reports.apart import set_apart, tell_images_apart
 from relloc.reports.groups import CARD_GROUP, foreign_view, group_of, view_of
 from relloc.reports.labels import label_lines
 from relloc.reports.measured import Line, Measured, Run, newest
@@ -61,7 +61,7 @@ class Entry:
 
 def make_entries(measured: Iterable[Measured]) -> list[Entry]:
     """All numbers, the newest of those measured alike, lines in the order in which tables show them."""
-    kept = set_apart(newest(measured))
+    kept = set_apart(tell_images_apart(newest(measured)))
     labels = label_lines({each.line for each in kept})
     layers = _low_shot_layers(kept)
     entries = [_entry(each, labels[each.line], layers) for each in kept]
@@ -70,7 +70,7 @@ def make_entries(measured: Iterable[Measured]) -> list[Entry]:
 
 
 def _entry(each: Measured, label: str, layers: Mapping[tuple[Line, str, str], tuple[str, str]]) -> Entry:
-    row, group = each.result, group_of(each.result)
+    row, group = each.result, group_of(each.result, each.images)
     where, why = place(row.eval, row.layer, row.metric), ""
     if row.eval == "voc07_low_shot":
         layer, why = layers[each.line, group, view_of(row)]
@@ -79,6 +79,8 @@ def _entry(each: Measured, label: str, layers: Mapping[tuple[Line, str, str], tu
     beside = published_beside(each.line, where) if where and group == CARD_GROUP and not view else ()
     if where and view:
         where = dataclasses.replace(where, setting=", ".join(filter(None, (where.setting, view))))
+    if where and group == CARD_GROUP:
+        where = dataclasses.replace(where, images=each.images)
     return Entry(measured=each, label=label, group=group, place=where, beside=beside, why=why)
 
 
@@ -87,7 +89,7 @@ def _low_shot_layers(kept: Iterable[Measured]) -> dict[tuple[Line, str, str], tu
     shots: dict[tuple[Line, str, str], Run] = {}
     best: dict[tuple[Line, str, str], list[Measured]] = {}
     for each in kept:
-        group, view = group_of(each.result), view_of(each.result)
+        group, view = group_of(each.result, each.images), view_of(each.result)
         if each.result.eval == "voc07_low_shot":
             shots[each.line, group, view] = each.run
         if (each.result.eval, each.result.metric) == ("voc07_svm", "map_best"):

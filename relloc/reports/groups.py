@@ -15,12 +15,13 @@ def is_card(result: Result) -> bool:
     return IMAGES_OF.get(result.eval) == images and PUBLISHED_IMAGES[images] == result.n
 
 
-def group_of(result: Result) -> str:
-    """`CARD_GROUP`, or the data set, split, number of images and view that a number is of."""
+def group_of(result: Result, images: str = "") -> str:
+    """`CARD_GROUP`, or the data set, split, number of images, `images` if that is not enough, and view."""
     if is_card(result):
         return CARD_GROUP
     counted = "pairs" if result.eval == "pretext" else "images"
-    return ", ".join(filter(None, (f"{result.dataset} {result.split}", f"{result.n:,} {counted}", view_of(result))))
+    words = (f"{result.dataset} {result.split}", f"{result.n:,} {counted}", images, view_of(result))
+    return ", ".join(filter(None, words))
 
 
 def view_of(result: Result) -> str:

@@ -89,7 +89,7 @@ def _published_rows(numbers: Sequence[tuple[Published, Place]], columns: Sequenc
 def _our_rows(here: Sequence[tuple[Entry, Place]], columns: Sequence[str], spreads: Spreads) -> tuple[Row, ...]:
     rows: dict[tuple[str, str], dict[str, Entry]] = {}
     for entry, where in here:
-        rows.setdefault((entry.label, where.setting), {})[where.column] = entry
+        rows.setdefault((entry.label, where.words), {})[where.column] = entry
     of_label: dict[str, list[Entry]] = {}
     for entry, _ in here:
         of_label.setdefault(entry.label, []).append(entry)
@@ -128,6 +128,12 @@ def _legend(entries: Sequence[Entry]) -> tuple[str, ...]:
         lines.append("± is the standard deviation over the draws of low-shot examples.")
     if replaced:
         lines.append(f"Of numbers measured alike (by fingerprint) the newest stands: {replaced} older left out.")
+    if any(each.measured.images for each in entries):
+        lines.append(
+            "Where images are named by a digest, several sets of them have the same name, split and number: numbers of "
+            "different digests do not compare. The data sets in run.json have the digests in full; packed images have "
+            "another than the originals, from which they differ by their size and compression."
+        )
     if any(each.measured.apart for each in entries):
         lines.append(
             "Lines that end in a run were measured otherwise than the others of their name: on other images, by other "

@@ -1,7 +1,7 @@
 """Our numbers as they lie on disk: the results of all run folders below some paths, each with its run."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from relloc.errors import DataError
@@ -15,12 +15,16 @@ _LAYER_IS_CHOSEN = ("map_best", "map_best_cv")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where a number was measured; `started_ms` is Unix time in milliseconds."""
+    """Where a number was measured; `started_ms` is Unix time in milliseconds.
+
+    `digests` has the hash of each set of images, `in1k-val`, of which the run recorded one only.
+    """
 
     folder: Path
     name: str
     commit: str
     started_ms: int
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +45,21 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A result and its run; `older` are earlier measurements of it that it replaces, `apart` is that of its line."""
+    """A result and its run; `older` are earlier measurements of it that it replaces, `apart` is that of its line.
+
+    `images` tells the images from others of the same name, split and number, where there are such.
+    """
 
     result: Result
     run: Run
     older: tuple["Measured", ...] = ()
     apart: str = ""
+    images: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The hash of the images it was measured on, as the run's record has it; "" if it has none."""
+        return self.run.digests.get(f"{self.result.dataset}-{self.result.split}", "")
 
     @property
     def line(self) -> Line:
@@ -100,7 +113,14 @@ def _origin(measured_in: str, own: Run) -> Run:
 def _run(folder: Path) -> Run:
     record = RunRecord.read(folder)
     commit = record.tags.get("relloc.commit", UNKNOWN_COMMIT)
-    return Run(folder=folder, name=record.name, commit=commit, started_ms=record.started_ms)
+    return Run(folder=folder, name=record.name, commit=commit, started_ms=record.started_ms, digests=_digests(record))
+
+
+def _digests(record: RunRecord) -> dict[str, str]:
+    found: dict[str, set[str]] = {}
+    for images in record.datasets:
+        found.setdefault(images.name, set()).add(images.digest)
+    return {name: digests.pop() for name, digests in found.items() if len(digests) == 1}
 
 
 def question(measured: Measured) -> tuple[object, ...]:

@@ -36,11 +36,20 @@ class Section:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """`setting` names a line of its own: what is not as published, or the layer of nearest neighbors."""
+    """`setting` names a line of its own: what is not as published, or the layer of nearest neighbors.
+
+    So does `images`, on the card, where several sets of images have the name of the published ones.
+    """
 
     section: str
     column: str
     setting: str = ""
+    images: str = ""
+
+    @property
+    def words(self) -> str:
+        """What a line's label says of both."""
+        return ", ".join(filter(None, (self.setting, self.images)))
 
     @property
     def as_published(self) -> bool:

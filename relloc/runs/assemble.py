@@ -281,7 +281,9 @@ def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine
         tags=tags | environment_tags(devices),
         params=_params(config),
         datasets=tuple(
-            _dataset(images, use) for one in data for images, use in ((one.train, "train"), (one.held_out, "eval"))
+            dict.fromkeys(
+                _dataset(images, use) for one in data for images, use in ((one.train, "train"), (one.held_out, "eval"))
+            )
         ),
     )
 

@@ -45,8 +45,8 @@ def evaluate_checkpoint(config: DictConfig) -> None:
         if ranks.rank() > 0:
             _follow(found, jobs, terms, engine)
             return
-        data = list({job.splits.train.name: job.splits for job in jobs}.values())
-        name = f"{_names(found)} on {', '.join(splits.train.name for splits in data)}"
+        data = [job.splits for job in jobs]
+        name = f"{_names(found)} on {', '.join(dict.fromkeys(splits.train.name for splits in data))}"
         with open_folder(config, assemble.record(config, name, data, engine, run_dir), run_dir) as folder:
             marks: set[str] = set()
             for one in found:

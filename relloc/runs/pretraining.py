@@ -57,7 +57,8 @@ def pretrain(config: DictConfig) -> None:
         if ranks.rank() > 0:
             train_run(run, run_dir, standing, None)
             return
-        record = assemble.record(config, assemble.short_name(config), [data], how, run_dir)
+        used = [data, *(job.splits for job in jobs)]
+        record = assemble.record(config, assemble.short_name(config), used, how, run_dir)
         with open_folder(config, record, run_dir) as folder:
             console.say(f"engine  {how}; {plan.forward_images} images a forward")
             _draw(config, data, folder)

@@ -181,8 +181,10 @@ class Unkept:
     dims = property(lambda self: self.bank.dims)
     channels = property(lambda self: self.bank.channels)
 
-    def batches(self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
-        return self.bank.batches(places, size, layers, epoch)
+    def batches(
+        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
+        return self.bank.batches(places, size, layers, epoch, epochs)
 
 
 def test_a_source_that_is_no_bank_gives_the_same_scores() -> None:

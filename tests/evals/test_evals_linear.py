@@ -54,7 +54,9 @@ class Augmented:
     dims = property(lambda self: self.bank.dims)
     channels = property(lambda self: self.bank.channels)
 
-    def batches(self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
         self.epochs.append(epoch)
         chance = torch.Generator().manual_seed(epoch)
         for features, labels in self.bank.batches(places, size, layers):

@@ -51,7 +51,9 @@ class Watched:
     dims = property(lambda self: self.bank.dims)
     channels = property(lambda self: self.bank.channels)
 
-    def batches(self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
         for chosen in places.split(size):
             self.asked.append((epoch, chosen.tolist()))
             kept = torch.tensor([place for place in chosen.tolist() if place not in self.unreadable])

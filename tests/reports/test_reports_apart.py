@@ -1,5 +1,8 @@
-from collections.abc import Callable
+import csv
+import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -17,8 +20,11 @@ PUBLISHED, SMALL = "center view 256/224 px", "center view 72/64 px"
 Rows = Callable[..., Result]
 
 
-def of_run(folder: str, *rows: Result, name: str = "", at: int = 1) -> list[Measured]:
-    run = Run(folder=Path("/data/runs") / folder, name=name or folder, commit="6a6cf28a1b2c", started_ms=at)
+def of_run(
+    folder: str, *rows: Result, name: str = "", at: int = 1, digests: Mapping[str, str] = MappingProxyType({})
+) -> list[Measured]:
+    where = {"folder": Path("/data/runs") / folder, "name": name or folder}
+    run = Run(**where, commit="6a6cf28a1b2c", started_ms=at, digests=digests)
     return [Measured(result=row, run=run) for row in rows]
 
 
@@ -81,6 +87,53 @@ def test_another_evaluation_of_the_line_stays_whole(result: Rows) -> None:
         each.result.value: each.label for each in make_entries([*of_run("a", rows[0], other), *of_run("b", rows[1])])
     }
     assert labels == {1.0: "random, seed 0, run a", 2.0: "random, seed 0, run b", 3.0: "random, seed 0"}
+
+
+def of_two_sets(result: Rows, name: str, dataset: str, other: str) -> list[Measured]:
+    """Three checkpoints, the first two measured on the same images, the third on `other` ones of their name."""
+    rows = [
+        result(name, "feature4", "top1", value, dataset=dataset, checkpoint=checkpoint)
+        for value, checkpoint in ((1.0, "random"), (2.0, OURS), (3.0, "/data/runs/other/backbone.safetensors"))
+    ]
+    digests = ("0123456789", "0123456789", other)
+    runs = zip("abc", rows, digests, strict=True)
+    return [each for run, row, digest in runs for each in of_run(run, row, digests={f"{dataset}-val": digest})]
+
+
+def test_elsewhere_other_images_of_the_same_name_have_tables_of_their_own(result: Rows) -> None:
+    title = "folder val, 300 images"
+    alike = make_report(of_two_sets(result, "linear", "folder", "0123456789"))
+    assert {group for group, _ in shown(alike)} == {title}
+    two = make_report(of_two_sets(result, "linear", "folder", "abcdefghij"))
+    assert shown(two) == {
+        (f"{title}, images 01234567", "random, seed 0"): ["1.00"],
+        (f"{title}, images 01234567", "card2022, seed 0"): ["2.00"],
+        (f"{title}, images abcdefgh", "other, seed 0"): ["3.00"],
+    }
+    assert {each.result.value for each in two.entries if each.best} == {2.0}  # the third competes with none
+    assert "several sets of them" in two.legend[-1]
+    assert "several sets of them" not in alike.legend[-1]
+    lines = list(csv.DictReader(io.StringIO(as_csv(alike))))
+    assert [line["images"] for line in lines if line["origin"] == "ours"] == ["0123456789"] * 3
+
+
+def test_on_the_card_other_images_of_the_same_name_are_a_line_that_says_so(result: Rows) -> None:
+    two = make_report(of_two_sets(result, "linear_in1k", "in1k", "abcdefghij"))
+    assert shown(two) == {
+        (CARD_GROUP, "random, seed 0, images 01234567"): ["1.00"],
+        (CARD_GROUP, "card2022, seed 0, images 01234567"): ["2.00"],
+        (CARD_GROUP, "other, seed 0, images abcdefgh"): ["3.00"],
+    }
+    assert {each.result.value for each in two.entries if each.best} == {2.0}
+    assert all(is_cell_of_card(each) and each.mark for each in two.entries)  # they fill the card all the same
+
+
+def test_images_that_no_run_recorded_are_told_only_where_others_differ(result: Rows) -> None:
+    unknown = of_run("d", result("linear", "feature4", "top1", 4.0, dataset="folder", model="small"))
+    one = [*of_two_sets(result, "linear", "folder", "0123456789"), *unknown]
+    assert {group for group, _ in shown(make_report(one))} == {"folder val, 300 images"}
+    two = [*of_two_sets(result, "linear", "folder", "abcdefghij"), *unknown]
+    assert ("folder val, 300 images, images not recorded", "random, small, seed 0") in shown(make_report(two))
 
 
 def test_elsewhere_each_view_has_tables_of_its_own(result: Rows) -> None:

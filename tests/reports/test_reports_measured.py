@@ -7,6 +7,8 @@ import pytest
 from relloc.errors import DataError
 from relloc.reports.measured import UNKNOWN_COMMIT, find_measured, newest
 from relloc.results import RESULTS_FILE
+from relloc.tracking import RunRecord
+from relloc.tracking.record import DatasetRecord
 
 
 def test_runs_are_found_at_and_below_paths_once_and_oldest_first(new_run, result, tmp_path: Path) -> None:
@@ -88,3 +90,14 @@ def test_of_a_measuring_run_that_is_gone_the_folder_is_told(new_run, result, tmp
     (found,) = find_measured([tmp_path])
     assert (found.run.name, found.run.folder) == ("first", tmp_path / "gone" / "first")
     assert found.run.commit == UNKNOWN_COMMIT
+
+
+def test_the_digest_of_the_images_is_that_of_the_record_where_it_has_one(new_run, result, tmp_path: Path) -> None:
+    rows = [result("knn", "avgpool", "top1_k20", 1.0, dataset=dataset) for dataset in ("in1k", "twice", "gone")]
+    run = new_run("a", *rows)
+    datasets = tuple(
+        DatasetRecord(name=name, context="eval", digest=digest, source="/data", n_images=9)
+        for name, digest in (("in1k-train", "0"), ("in1k-val", "1"), ("twice-val", "2"), ("twice-val", "3"))
+    )
+    dataclasses.replace(RunRecord.read(run), datasets=datasets).write(run)
+    assert [each.digest for each in find_measured([tmp_path])] == ["1", "", ""]

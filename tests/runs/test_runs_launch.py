@@ -45,10 +45,9 @@ def write(_config: DictConfig) -> None:
     (Path(HydraConfig.get().runtime.output_dir) / "run.json").touch()
 
 
-def refuse_seed_1(config: DictConfig) -> None:
+def write_then_fail(config: DictConfig) -> None:
     write(config)
-    if config.seed == 1:
-        raise UsageError("no seed 1")
+    raise UsageError("diverged")
 
 
 def write_but_refuse_seed_1(config: DictConfig) -> None:
@@ -87,7 +86,7 @@ def test_the_folder_we_stand_in_is_not_removed(launched: Launched, tmp_path: Pat
 
 
 def test_a_run_that_failed_after_it_had_begun_keeps_its_folder(launched: Launched, tmp_path: Path) -> None:
-    assert launched(refuse_seed_1, "evaluate", "seed=1", "hydra.run.dir=run") == 2
+    assert launched(write_then_fail, "evaluate", "hydra.run.dir=run") == 2
     assert below(tmp_path) == ["run", "run/.hydra", "run/run.json"]
 
 
