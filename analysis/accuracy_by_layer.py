@@ -46,18 +46,14 @@ def draw_line(axis, rows, label, color, batch_norm):
     axis.fill_between(stages.index, stages["min"], stages["max"], color=color, alpha=0.15, linewidth=0)
 
 
-def line_name(study, weights, batch_norm):
-    name = f"{study}" if weights == "pretrained" else weights
-    return name + (", recalibrated" if batch_norm == "recalibrated" else "")
-
-
 panels = list(results.groupby(["dataset", "model", "eval"]))
 figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False, layout="constrained")
 for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=True):
-    studies = list(dict.fromkeys(rows["study"]))
+    studies = list(dict.fromkeys(rows["study"][rows["weights"] != "random"]))
     for (study, weights, batch_norm), line in rows.groupby(["study", "weights", "batch_norm"], sort=False):
         color = "gray" if weights == "random" else f"C{studies.index(study)}"
-        draw_line(axis, line, line_name(study, weights, batch_norm), color, batch_norm)
+        name = study + (", recalibrated" if batch_norm == "recalibrated" else "")
+        draw_line(axis, line, name, color, batch_norm)
     axis.set_title(f"{evaluation} on {dataset}, {model}", fontsize=10)
     axis.set_ylabel("top-1 (%)")
     axis.grid(alpha=0.3)

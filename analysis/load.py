@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from relloc.backbone_files import BACKBONE_FILE
 from relloc.results import NOT_OURS, RESULTS_FILE, read_results
 from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.record import RUN_FILE
@@ -22,6 +23,8 @@ def runs_folder() -> Path:
 def load_results(runs: Path) -> pd.DataFrame:
     """A row a result, with the run's name and folder; `weights` is "random", "torchvision" or "pretrained".
 
+    `study` is the pretraining that the weights are of, by its name without the seed; or `weights`.
+
     Raises:
         FileNotFoundError: no run below `runs` has results.
     """
@@ -32,7 +35,7 @@ def load_results(runs: Path) -> pd.DataFrame:
         record = RunRecord.read(file.parent)
         for result in read_results(file.parent):
             weights = result.checkpoint if result.checkpoint in NOT_OURS else "pretrained"
-            study = re.sub(r" s\d+$", "", record.name)  # the run's name without its seed
+            study = _study(record, result.checkpoint) if weights == "pretrained" else weights
             rows.append(
                 dataclasses.asdict(result)
                 | {"run": record.name, "study": study, "folder": str(file.parent), "weights": weights}
@@ -42,6 +45,21 @@ def load_results(runs: Path) -> pd.DataFrame:
             f"no {RESULTS_FILE} below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS"
         )
     return pd.DataFrame(rows)
+
+
+def _study(record: RunRecord, checkpoint: str) -> str:
+    if record.tags.get("relloc.kind") == "train":
+        return _without_seed(record)
+    file = Path(checkpoint)
+    for folder in file.parents[:2]:  # a run's backbone, or one of its checkpoints
+        if (folder / RUN_FILE).exists():
+            name = _without_seed(RunRecord.read(folder))
+            return name if folder == file.parent else f"{name} {file.stem}"
+    return file.parent.name if file.name == BACKBONE_FILE else file.stem
+
+
+def _without_seed(record: RunRecord) -> str:
+    return re.sub(r" s\d+$", "", record.name)
 
 
 def load_curves(runs: Path) -> pd.DataFrame:

@@ -41,6 +41,7 @@ for axis, (title, metrics) in zip(axes[0], PANELS.items(), strict=True):
         axis.plot(curve["step"], curve["value"], linewidth=1.2, label=f"{run}, {metric}")
     axis.set(title=title, xlabel="step")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    if axis.lines:  # monitors may be off
+        axis.legend(fontsize=7)
 figure.savefig(runs_folder() / "training_curves.png", dpi=120)
 print("saved", runs_folder() / "training_curves.png")

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from relloc.data.image_set import ImageSet
+from relloc.data.image_set import ImageSet, ReadsArrays
 from relloc.data.images import crop_resized
 from relloc.data.loader import Sample
 from relloc.errors import UnreadableImage
@@ -49,9 +49,9 @@ class Crops(Dataset[Sample]):
         return Sample(index=index, pixels=None, unreadable=unreadable)
 
     def _crop(self, index: int, chance: random.Random) -> UInt8[Tensor, "3 s s"]:
-        read_array = getattr(self.images, "read_array", None)  # packed images have it: cutting needs no Pillow
-        image: Image.Image | np.ndarray = read_array(index) if read_array else self.images.read(index)
-        own = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+        images = self.images  # through Pillow an image that is only cut takes 1.4 times as long
+        image = images.read_array(index) if isinstance(images, ReadsArrays) else images.read(index)
+        own = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         side = self.grid.span_px
         try:
             height, width = self.grid.resized(own[0], own[1], chance.random())

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 
@@ -39,6 +41,15 @@ class ImageSet(Protocol):
 
     def digest(self) -> str:
         """Hash of what the set consists of: names and labels, or pixels."""
+        ...
+
+
+@runtime_checkable
+class ReadsArrays(Protocol):
+    """An `ImageSet` that has the pixels as an array first: who only cuts them needs no Pillow."""
+
+    def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels of what `read` gives. Raises `UnreadableImage`."""
         ...
 
 

@@ -130,7 +130,6 @@ class ShardImages:
         return Image.fromarray(self.read_array(index))
 
     def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The image as `read` gives it, for those who only cut: to and from Pillow costs a fifth of the whole."""
         size = int(self._size[index])
         if size == 0:
             raise UnreadableImage(self._about["unreadable"].get(self.source(index), "was not readable when packed"))

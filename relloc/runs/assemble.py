@@ -20,7 +20,7 @@ from relloc.data.order import key
 from relloc.data.shards import shards
 from relloc.data.views import Center
 from relloc.errors import DataError, UsageError
-from relloc.evals.run import Evaluation, FineTuning, Job, Terms
+from relloc.evals.contract import Evaluation, FineTuning, Job, Terms
 from relloc.features.source import Reading, encode
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from relloc import checkpoints, ranks
 from relloc.errors import KnownAnswerMissed, UsageError
-from relloc.evals.run import Job, Subject, Summarizing, Terms, evaluate, fingerprint, works
+from relloc.evals.contract import Job, Subject, Summarizing, Terms
+from relloc.evals.run import evaluate, fingerprint, works
 from relloc.features.source import Forgetful
 from relloc.pretext.stopping import stop_request
 from relloc.reports import known

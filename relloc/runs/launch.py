@@ -178,6 +178,9 @@ def _explain_key(wrong: str, config_name: str) -> str:
         known = list(_keys(OmegaConf.to_container(hydra.compose(config_name, _chosen_groups()), resolve=False)))
     parent, _, name = wrong.rpartition(".")
     having = [member for member in _members(parent) if name in OmegaConf.load(conf_dir() / parent / f"{member}.yaml")]
+    swept = [word for word in sys.argv[1:] if word.startswith(f"{parent}=") and "," in word]
+    if having and swept:  # Hydra composes the default member first, with all that is not swept
+        return f"{wrong} can't be given beside {swept[0]}: start one command for each {parent}"
     if having:
         return f"there is no setting {wrong} here. It belongs to {', '.join(f'{parent}={member}' for member in having)}"
     siblings = [name for name in known if name.rpartition(".")[0] == parent]

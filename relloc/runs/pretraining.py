@@ -15,7 +15,7 @@ from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.order import StepPlan, key
 from relloc.data.shards import read_manifest
 from relloc.errors import UsageError
-from relloc.evals.run import Job, Subject
+from relloc.evals.contract import Job, Subject
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits

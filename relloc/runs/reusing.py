@@ -7,7 +7,7 @@ from typing import Any
 
 from relloc import checkpoints
 from relloc.errors import CheckpointError, DamagedCheckpoint
-from relloc.evals.run import Subject
+from relloc.evals.contract import Subject
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console
 from relloc.runs.folder import STATES, UNREADABLE_FILE

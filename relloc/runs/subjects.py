@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relloc import backbone_files, layouts, weight_files
 from relloc.errors import CheckpointError, UsageError
-from relloc.evals.run import Subject
+from relloc.evals.contract import Subject
 from relloc.models.backbone import Backbone
 from relloc.results import NOT_OURS
 from relloc.runs import assemble, console

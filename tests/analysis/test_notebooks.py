@@ -60,3 +60,38 @@ def test_a_notebook_runs_and_draws(path, runs):
     for value in TOLD[path.stem]:
         assert value in table
     assert (runs / f"{path.stem}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint", "study"),
+    [
+        ("train", "/moved/away/backbone.safetensors", "gap32"),
+        ("evaluate", "{runs}/pretrained/backbone.safetensors", "gap0"),
+        ("evaluate", "{runs}/pretrained/checkpoints/epoch_30.pt", "gap0 epoch_30"),
+        ("evaluate", "/x/theirs/backbone.safetensors", "theirs"),
+        ("evaluate", "/x/relative-loc_resnet50.pth", "relative-loc_resnet50"),
+        ("evaluate", "random", "random"),
+    ],
+)
+def test_rows_belong_to_the_pretraining_of_their_weights(tmp_path, monkeypatch, kind, checkpoint, study):
+    monkeypatch.syspath_prepend(str(ANALYSIS))
+    from load import load_results
+
+    for folder, name, tags in (("pretrained", "gap0 s1", {}), ("it", "gap32 s0", {"relloc.kind": kind})):
+        (tmp_path / folder).mkdir()
+        RunRecord(name=name, experiment="relloc", tags=tags).write(tmp_path / folder)
+    row = Result(
+        eval="knn",
+        layer="feature1",
+        metric="top1_k20",
+        value=1.0,
+        protocol="3.7",
+        model="small",
+        dataset="photos",
+        split="held_out",
+        n=100,
+        seed=0,
+        checkpoint=checkpoint.format(runs=tmp_path),
+    )
+    append_results(tmp_path / "it", [row])
+    assert list(load_results(tmp_path)["study"]) == [study]

@@ -13,9 +13,10 @@ from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
 from relloc.data.views import Center, RandomResized, View
 from relloc.errors import UsageError
+from relloc.evals.contract import Evaluation, Job, Subject, Terms
 from relloc.evals.knn import Knn
 from relloc.evals.linear import LinearFast
-from relloc.evals.run import Evaluation, Job, Subject, Terms, Work, evaluate, fingerprint
+from relloc.evals.run import Work, evaluate, fingerprint
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import Color, Forgetful, LiveFeatures, Reading, Sets, State, fill_bank
 from relloc.models.small import SmallBackbone

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from relloc.data.views import Squash
 from relloc.errors import UsageError
+from relloc.evals.contract import Summarizing
 from relloc.evals.low_shot import Voc07LowShot, draw
-from relloc.evals.run import Summarizing
 from relloc.evals.voc07_svm import Voc07Svm
 from relloc.features.source import Bank, Sets
 from relloc.results import Result, Score

@@ -8,11 +8,11 @@ from relloc.tracking import read_journal
 
 
 def most_changed(rows):
-    """By how many points recalibration changes kNN, at the layer where it changes it most."""
+    """By how many points recalibration changes a number, where it changes one most."""
     return max(
         abs(row.value - rows[(*question, "as_trained")].value)
         for (*question, batch_norm), row in rows.items()
-        if batch_norm == "recalibrated" and question[0] == "knn" and question[2] == "top1_k20"
+        if batch_norm == "recalibrated"
     )
 
 
@@ -48,8 +48,8 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
     assert by_name[0].keys() == by_name[1].keys()
     assert len(by_name[0]) == 2 * (5 + 6 * 4)  # two batch norms; linear at five layers, four k at six
     assert all(row.n == 300 for rows in by_name for row in rows.values())
-    # The statistics of patches are not those of images. How much it matters after so short a training depends on the
-    # machine's rounding; at random initialization, whose statistics are nobody's, it is ten points or so.
-    assert most_changed(by_name[0]) > 0
+    # The statistics of patches are not those of images. At which layer that tells, after so short a training, depends
+    # on the processor's rounding; at random initialization, whose statistics are nobody's, it tells everywhere.
+    assert most_changed(by_name[0]) > 1
     assert most_changed(by_name[1]) > 4
     assert all(row.value > 15 for row in by_name[0].values() if row.eval == "linear_fast")  # ten classes

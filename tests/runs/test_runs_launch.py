@@ -68,6 +68,14 @@ def test_a_refused_command_leaves_no_folder(
     assert ("nothing like seed 0" if task is refuse else "checkpoint is not set") in capsys.readouterr().err
 
 
+def test_a_setting_that_only_a_swept_member_has_is_told_as_that(
+    launched: Launched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launched(refuse, "prepare", "-m", "data=folder,in1k", "data.root=x") == 2
+    told = "data.root can't be given beside data=folder,in1k: start one command for each data\n"
+    assert capsys.readouterr().err == f"relloc: {told}"
+
+
 def test_what_a_folder_held_before_stays_in_it(launched: Launched, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "notes").touch()

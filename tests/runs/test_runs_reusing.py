@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from relloc.evals.run import Subject
+from relloc.evals.contract import Subject
 from relloc.models.small import SmallBackbone
 from relloc.results import Result, append_results, read_results
 from relloc.runs.folder import UNREADABLE_FILE

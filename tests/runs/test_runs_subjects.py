@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from relloc.backbone_files import BACKBONE_FILE, digest, save_backbone
 from relloc.errors import CheckpointError, UsageError
-from relloc.evals.run import Subject
+from relloc.evals.contract import Subject
 from relloc.models.resnet import ResNetBackbone
 from relloc.runs.launch import conf_dir
 from relloc.runs.subjects import subjects
