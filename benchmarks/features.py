@@ -107,7 +107,7 @@ def _encode(how: engine.Engine, reading: Reading, backbone: ResNetBackbone, laye
 
 def _from_files(reading: Reading, encode: Encode, options: argparse.Namespace) -> float:
     """Images a second from the first counted batch's end to the last one's, features left on the device."""
-    images = _images(options.root)
+    images = images_below(options.root)
     n_images = (WARM_UP + options.batches) * reading.batch
     keys = [(place, 0) for place in itertools.islice(itertools.cycle(range(len(images))), n_images)]
     started, counted = 0.0, 0
@@ -124,7 +124,8 @@ def _from_files(reading: Reading, encode: Encode, options: argparse.Namespace) -
     return counted / (time.perf_counter() - started)
 
 
-def _images(root: Path) -> ImageSet:
+def images_below(root: Path) -> ImageSet:
+    """The training images of a folder that relloc.prepare packed, or all images below another."""
     if (root / "manifest.json").is_file():
         return shards(root=str(root)).train
     found = sorted(

@@ -2,8 +2,10 @@
 
 Whole training steps from uint8 images on the device: normalizing, the forward of the frozen backbone (bfloat16 on a
 GPU), pooling of the layers that have heads, batch norm, and the steps of all heads, by the same functions as
-`python -m relloc.evaluate eval=linear_in1k`. Reading images and coloring them, which cost all sides alike, are left
-out. "K at once" is how many steps heads take together (relloc/evals/heads.py); 1 is SGD step by step.
+`python -m relloc.evaluate eval=linear_in1k`. "K at once" is how many steps heads take together
+(relloc/evals/heads.py); 1 is SGD step by step. Reading images and coloring them, which cost all sides alike, are left
+out, unless --root names images: then one head and all of them are also trained on the evaluation's random views of
+these, read by its workers.
 
 What can be reached: 55 heads of ImageNet multiply 1.0 TFLOP a step with TF32, which is 2.5 ms at the 400 TFLOP/s that
 one H100 may give, and pass 1.9 GB of weights 14 times in 16 steps, 0.6 ms at 3 TB/s. By that arithmetic they fit into
@@ -13,8 +15,10 @@ one H100 may give, and pass 1.9 GB of weights 14 times in 16 steps, 0.6 ms at 3 
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
+from features import images_below
 from hydra import compose, initialize_config_dir
 from report import arguments, median_s, tell
 from torch import Tensor
@@ -22,7 +26,7 @@ from torch import Tensor
 from relloc.evals.heads import Setting, Sgd
 from relloc.evals.training import Training, held_back
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
-from relloc.features.source import Batch
+from relloc.features.source import Batch, LiveFeatures
 from relloc.models.backbone import STAGES, Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.runs import assemble, engine
@@ -58,6 +62,25 @@ class Resident:
                 yield self.encode(self.pixels[: len(chosen)], tuple(layers)), self.labels[: len(chosen)]
 
 
+class FromFiles:
+    """A `FeatureSource` of the evaluation's random views of few images, which are read again and again."""
+
+    def __init__(self, backbone: Backbone, options: argparse.Namespace, config, how: engine.Engine) -> None:
+        images = images_below(options.root)
+        labels = torch.randint(options.classes, (len(images),))
+        of_eval = assemble.evaluations(config)["linear_in1k"]
+        reading = assemble.reading(config, how, told=False)
+        self.live = LiveFeatures(backbone, images, reading, of_eval.augment, labels=labels, color=of_eval.color)
+        self.n = options.steps * options.batch
+        self.n_classes = options.classes
+        self.dims, self.channels = self.live.dims, self.live.channels
+
+    def batches(
+        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+    ) -> Iterator[Batch]:
+        return self.live.batches(places % self.live.n, size, layers, epoch)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="resnet50", help="member of conf/model")
@@ -67,6 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160, help="steps that are timed together; a multiple of ten")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--at-once", type=int, nargs="+", default=[16, 1], help="steps that 55 heads take together")
+    parser.add_argument("--root", type=Path, help="images, or a folder that relloc.prepare packed: timed as well")
     parser.add_argument("overrides", nargs="*", help="settings such as compile=false or precision=tf32")
     options = parser.parse_args()
     if options.steps % 10:
@@ -76,14 +100,27 @@ def main() -> None:
     torch.manual_seed(0)
     backbone = assemble.backbone(config.model)
     how.place(backbone)
-    source = Resident(backbone, options, how)
     sides = _sides(options)
+    rows = _timed(sides, Resident(backbone, options, how), how, options)
+    ratios = _over_first(rows)
+    if options.root:
+        names = list(sides)
+        ends = {f"{name}, from files": sides[name] for name in (names[0], names[2])}
+        read = _timed(ends, FromFiles(backbone, options, config, how), how, options)
+        rows, ratios = rows + read, ratios | _over_first(read)
+    tell(f"linear heads on frozen {options.model}; {how}", rows, ratios, options.json, settings=vars(options))
+
+
+def _timed(
+    sides: dict[str, Training], source: Resident | FromFiles, how: engine.Engine, options: argparse.Namespace
+) -> list[dict[str, object]]:
     passes = {name: _pass(training, source, how.device) for name, training in sides.items()}
     spent = median_s(passes, device=how.device, rounds=options.rounds)
-    rows = [_row(name, sides[name], spent[name] / options.steps, options) for name in sides]
-    first = rows[0]["ms a step"]
-    ratios = {f"{row['side']} over one head": row["ms a step"] / first for row in rows[1:]}
-    tell(f"linear heads on frozen {options.model}; {how}", rows, ratios, options.json, settings=vars(options))
+    return [_row(name, sides[name], spent[name] / options.steps, options) for name in sides]
+
+
+def _over_first(rows: list[dict[str, object]]) -> dict[str, float]:
+    return {f"{row['side']}, over {rows[0]['side']}": row["ms a step"] / rows[0]["ms a step"] for row in rows[1:]}
 
 
 def _config(overrides: list[str]):
@@ -124,7 +161,7 @@ def _training(layers: tuple[str, ...], settings: list[Setting], options: argpars
     )
 
 
-def _pass(training: Training, source: Resident, device: torch.device):
+def _pass(training: Training, source: Resident | FromFiles, device: torch.device):
     heads = {layer: training._heads(source, layer, seed=0).to(device).train() for layer in training.layers}
     tenth = held_back(source.n, seed=0)
     return lambda: training._pass(heads, source, tenth, 0, device, seed=0)
