@@ -7,6 +7,11 @@ from torchvision.models.resnet import BasicBlock
 from relloc.models.backbone import STAGES, Backbone
 
 
+# Of fewer channels torch 2.11 (oneDNN, on processors without AVX-512) writes beyond its memory in the backward of a
+# strided 1x1 convolution in channels-last format.
+_LEAST_WIDTH = 8
+
+
 def _halving_block(inputs: int, outputs: int) -> BasicBlock:
     shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
     return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
@@ -21,6 +26,10 @@ class SmallBackbone(Backbone):
         super().__init__()
         if len(widths) != len(STAGES):
             raise ValueError(f"model.backbone.widths has {len(widths)} numbers, one a stage makes {len(STAGES)}")
+        if min(widths[:-1]) < _LEAST_WIDTH:
+            raise ValueError(
+                f"model.backbone.widths has {min(widths[:-1])}, fewer than the {_LEAST_WIDTH} that are safe to train"
+            )
         self.stage_channels = tuple(widths)
         self.embedding_dim = widths[-1]
         self.stem = nn.Sequential(

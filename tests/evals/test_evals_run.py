@@ -53,7 +53,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Splits:
 @pytest.fixture
 def subject() -> Subject:
     torch.manual_seed(0)
-    backbone = SmallBackbone(widths=(4, 4, 6, 8, 8)).eval()
+    backbone = SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
     return Subject(backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small", weights="one")
 
 

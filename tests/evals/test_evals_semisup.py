@@ -85,7 +85,7 @@ class Kept:
 
 def trunk() -> SmallBackbone:
     torch.manual_seed(0)
-    return SmallBackbone(widths=(4, 4, 6, 8, 8)).eval()
+    return SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
 
 
 def evaluation(**changes: Any) -> SemiSupervised:

@@ -12,7 +12,7 @@ from relloc.models.small import SmallBackbone
 @pytest.fixture
 def backbone() -> SmallBackbone:
     torch.manual_seed(0)
-    backbone = SmallBackbone(widths=(4, 4, 6, 8, 8)).eval()
+    backbone = SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
     for place, norm in enumerate(norms_of(backbone)):
         norm.momentum = 0.1 + place / 100
         nn.init.uniform_(norm.running_mean, -1, 1)

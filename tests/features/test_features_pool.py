@@ -81,7 +81,7 @@ def test_resnet50_gives_the_published_dimensions() -> None:
 @pytest.mark.parametrize("px", [224, 64])
 @torch.no_grad()
 def test_every_backbone_gives_the_dimensions_that_it_tells(px: int) -> None:
-    for backbone in (SmallBackbone(widths=(4, 6, 8, 10, 12)), ResNetBackbone(depth=18), AlexNetBackbone()):
+    for backbone in (SmallBackbone(widths=(8, 10, 12, 14, 16)), ResNetBackbone(depth=18), AlexNetBackbone()):
         pooled = pooled_layers(backbone.eval(), torch.randn(1, 3, px, px), LAYERS)
         assert {layer: rows.shape[1] for layer, rows in pooled.items()} == layer_dims(backbone)
         channels = layer_channels(backbone)

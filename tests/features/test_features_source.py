@@ -26,7 +26,7 @@ BROKEN = (3, 4, 8)
 @pytest.fixture
 def backbone() -> SmallBackbone:
     torch.manual_seed(0)
-    return SmallBackbone(widths=(4, 4, 6, 8, 8)).eval()
+    return SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
 
 
 def write_images(folder: Path, n: int, broken: tuple[int, ...] = ()) -> FolderImages:

@@ -41,7 +41,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (
         *(word for word in TINY if not word.startswith("data.source")),
         *("device=cpu", "data=folder", f"data.root={root}", "data.images_per_batch_norm=8", "data.lr=2", "color=drop"),
-        *("model.backbone.widths=[4,4,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
+        *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
         *(f"data.epochs={EPOCHS}", "data.milestone_epochs=[10]", "data.warmup_epochs=2"),
         *(f"report_every_steps={REPORT_EVERY}", "monitor.every_epochs=null", "tracking=none", "eval=[]"),
     )

@@ -8,7 +8,7 @@ from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 
 KINDS = {
-    "small": lambda: SmallBackbone(widths=(4, 6, 8, 10, 12)),
+    "small": lambda: SmallBackbone(widths=(8, 10, 12, 14, 16)),
     "resnet": lambda: ResNetBackbone(depth=18),
     "alexnet": AlexNetBackbone,
 }

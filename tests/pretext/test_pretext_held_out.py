@@ -76,7 +76,9 @@ def test_the_order_of_images_changes_nothing() -> None:
 def model() -> RelativeLocation:
     torch.manual_seed(0)
     head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.5, head_std=0.5)
-    return RelativeLocation(SmallBackbone(widths=(4, 4, 6, 8, 8)), head, batch_norm="separate", images_per_batch_norm=4)
+    return RelativeLocation(
+        SmallBackbone(widths=(8, 8, 8, 10, 8)), head, batch_norm="separate", images_per_batch_norm=4
+    )
 
 
 def batches(*sizes: int) -> list[Tensor]:
@@ -150,7 +152,7 @@ class Knows(nn.Module):
 def test_a_head_that_knows_gets_all_eight_of_every_image(bf16: bool, dtype: torch.dtype) -> None:
     head = Knows()
     model = RelativeLocation(
-        SmallBackbone(widths=(4, 4, 6, 8, 8)), head, batch_norm="separate", images_per_batch_norm=4
+        SmallBackbone(widths=(8, 8, 8, 10, 8)), head, batch_norm="separate", images_per_batch_norm=4
     )
     answered = answers(model, batches(3, 2), PATCHES, seed=0, device=CPU, bf16=bf16)
     assert answered.tolist() == [list(range(8))] * 5

@@ -38,7 +38,7 @@ def forwards(number: int, *, first: int = 0, size: int = 4, side: int = GRID.spa
 def lucky_task(*, initial_seed: int = 0, run_seed: int = 7, images_per_batch_norm: int = 4, **changes: object) -> Task:
     """Everything random at once: jitter, dropped colors, dropout; batch norm and momentum keep state."""
     torch.manual_seed(initial_seed)
-    backbone = SmallBackbone(widths=(4, 4, 6, 8, 8))
+    backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
     head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.3, head_std=0.3)
     model = RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=images_per_batch_norm)
     optimizer = sgd(

@@ -18,7 +18,7 @@ from relloc.pretext import objective
 from relloc.pretext.objective import RelativeLocation
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
-    "small": lambda: SmallBackbone(widths=(6, 8, 10, 12, 14)),
+    "small": lambda: SmallBackbone(widths=(8, 8, 10, 12, 14)),
     "resnet18": lambda: ResNetBackbone(depth=18),
 }
 NEIGHBOR_CELLS = (0, 1, 2, 3, 5, 6, 7, 8)
@@ -140,7 +140,7 @@ from relloc.pretext.objective import RelativeLocation
 def model(one_pass):
     torch.manual_seed(0)
     head = PairHead(embedding_dim=14, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.3, head_std=0.3)
-    return RelativeLocation(SmallBackbone(widths=(6, 8, 10, 12, 14)), head, batch_norm="separate",
+    return RelativeLocation(SmallBackbone(widths=(8, 8, 10, 12, 14)), head, batch_norm="separate",
                             images_per_batch_norm=8, one_pass=one_pass).train()
 
 for bf16 in (False, True):

@@ -14,7 +14,7 @@ CARD = {"lr": 0.2, "lr_images_per_step": 512, "momentum": 0.9, "weight_decay": 1
 @pytest.fixture
 def model() -> RelativeLocation:
     torch.manual_seed(0)
-    backbone = SmallBackbone(widths=(4, 4, 4, 4, 8))
+    backbone = SmallBackbone(widths=(8, 8, 8, 8, 8))
     head = PairHead(
         embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.1, head_std=0.1, embed_dim=4
     )

@@ -44,7 +44,7 @@ def images(forward):
 def trained(rank, world):
     torch.manual_seed(0)
     head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.3, head_std=0.3)
-    model = RelativeLocation(SmallBackbone(widths=(4, 4, 6, 8, 8)), head, batch_norm="separate",
+    model = RelativeLocation(SmallBackbone(widths=(8, 8, 8, 10, 8)), head, batch_norm="separate",
                              images_per_batch_norm=3).double()
     pipeline = PatchPipeline(
         grid=PatchGrid(patch_px=32, gap_px=2, jitter_px=3, resize=None), color=Drop(noise="uniform"),

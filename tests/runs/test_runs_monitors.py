@@ -65,7 +65,7 @@ def data(tmp_path: Path) -> Splits:
 def new_model(*, one_pass: bool = False) -> RelativeLocation:
     torch.manual_seed(0)
     head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.5, head_std=0.5)
-    backbone = SmallBackbone(widths=(4, 4, 6, 8, 8))
+    backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
     return RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=4, one_pass=one_pass)
 
 

@@ -15,7 +15,7 @@ from relloc.runs.reusing import KeptState, KnownRows, state_file
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    backbone = SmallBackbone(widths=(4, 4, 6, 8, 8))
+    backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
     return Subject(backbone=backbone, checkpoint="/here/backbone.safetensors", model="small", weights="w")
 
 

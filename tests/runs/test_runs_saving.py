@@ -31,7 +31,7 @@ IDENTITY = {"grid.gap_px": 4, "seed": 0}
 def new_task(*, seed: int = 0, epochs: float = 3, steps_per_epoch: int = 4) -> Task:
     torch.manual_seed(seed)
     head = PairHead(embedding_dim=4, hidden_dim=4, batch_norm_momentum=0.1, dropout=0, neck_std=0.1, head_std=0.1)
-    backbone = SmallBackbone(widths=(2, 2, 2, 4, 4))
+    backbone = SmallBackbone(widths=(8, 8, 8, 8, 4))
     model = RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=4)
     grid = PatchGrid(patch_px=16, gap_px=2, jitter_px=1, resize=None)
     pipeline = PatchPipeline(grid=grid, color=Keep(), normalize=ByDataset())
