@@ -26,7 +26,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--shards", required=True, help="a folder that relloc.prepare packed")
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the runs")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="enough for monitors, 5 %% of the time at most, to come as they will"
+    )
     parser.add_argument("--images", type=int, default=512, help="images a step and GPU")
     parser.add_argument("--gpus", default="1", help="numbers of GPUs, such as 1,2")
     parser.add_argument("--step-rate", type=float, help="images/s of the step alone, if it was just measured here")

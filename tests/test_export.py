@@ -128,7 +128,7 @@ def test_mistakes_are_one_message_and_leave_what_was_there(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "there.pth").write_bytes(b"precious")
-    small = SmallBackbone(widths=[4, 4, 4, 4, 4])
+    small = SmallBackbone(widths=[8, 8, 8, 8, 8])
     save_backbone(tmp_path / "small.safetensors", small, {"model": {"name": "small"}})
     (tmp_path / "file").write_bytes(b"")
     for checkpoint, layout, out, more, message in [

@@ -6,7 +6,6 @@ from torchvision.models.resnet import BasicBlock
 
 from relloc.models.backbone import STAGES, Backbone
 
-
 # Of fewer channels torch 2.11 (oneDNN, on processors without AVX-512) writes beyond its memory in the backward of a
 # strided 1x1 convolution in channels-last format.
 _LEAST_WIDTH = 8

@@ -14,7 +14,7 @@ from relloc import checkpoints, ranks
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable
-from relloc.data.order import StepPlan, StepSampler
+from relloc.data.order import Seeded, StepPlan, StepSampler
 from relloc.data.slots import load_in_slots
 from relloc.errors import DataError, UsageError
 from relloc.pretext.alarm import Diverged
@@ -95,7 +95,7 @@ def _feed(run: Run, first_step: int, unreadable: Unreadable) -> Feed:
     plan, grid = run.plan, assemble.patches(run.config).grid
     sampler = StepSampler(plan, seed=run.config.seed, first_step=first_step, steps=run.task.steps, rank=ranks.rank())
     loaded = load_in_slots(
-        Crops(run.data.train, grid, centered=False),
+        Seeded(Crops(run.data.train, grid, centered=False), run.config.seed),
         sampler,
         workers=run.how.workers,
         pin=run.how.device.type == "cuda",

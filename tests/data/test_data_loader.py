@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from relloc.data.crops import Crops
 from relloc.data.folder import FolderImages
 from relloc.data.loader import Batch, Sample, Unreadable, collate, load
-from relloc.data.order import StepPlan, StepSampler
+from relloc.data.order import Seeded, StepPlan, StepSampler
 from relloc.errors import DataError, Interrupted
 from relloc.geometry import PatchGrid, ShortSide
 
@@ -40,7 +40,7 @@ def crops(tmp_path: Path) -> Crops:
 def loaded(crops: Crops, workers: int) -> list[Batch]:
     plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
     batches = StepSampler(plan, seed=0, first_step=1, steps=7)
-    return list(load(crops, batches, workers=workers, pin=False))
+    return list(load(Seeded(crops, 0), batches, workers=workers, pin=False))
 
 
 def test_worker_processes_change_neither_batches_nor_their_order(crops: Crops, tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_batches_follow_the_sampler(crops: Crops) -> None:
     wanted = list(StepSampler(plan, seed=0, first_step=1, steps=7))
     for batch, samples in zip(loaded(crops, 0), wanted, strict=True):
         assert batch.indices.tolist() == [4 if index == 3 else index for index, _ in samples]
-        for pixels, key in zip(batch.pixels, samples, strict=True):
-            assert torch.equal(pixels, crops[key].pixels)
+        for pixels, place in zip(batch.pixels, samples, strict=True):
+            assert torch.equal(pixels, Seeded(crops, 0)[place].pixels)
 
 
 def test_collate_leaves_out_what_has_no_pixels_and_keeps_its_reason() -> None:

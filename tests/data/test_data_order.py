@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
-from relloc.data.order import StepPlan, StepSampler, key
+from relloc.data.loader import Sample
+from relloc.data.order import Seeded, StepPlan, StepSampler, key
 from relloc.errors import DataError
 
 Ghost = list[tuple[int, int]]
@@ -88,12 +90,25 @@ def test_any_number_of_processes_and_forwards_takes_the_same_ghost_batches_in_a_
     assert all(len({index for index, _ in step}) == plan.images_per_step for step in found)
 
 
+class Asked(Dataset[Sample]):
+    """Samples that say what they were asked for by."""
+
+    def __getitem__(self, asked: tuple[int, int]) -> Sample:
+        index, seed = asked
+        return Sample(index=index, pixels=None, unreadable={"seed": str(seed)})
+
+
 def test_an_image_gets_another_seed_in_every_epoch_and_other_images_other_seeds() -> None:
     plan = StepPlan(n_images=40, images_per_step=8, images_per_batch_norm=4)
-    samples = list(itertools.chain(*sampled(plan, 15)))
-    assert len(samples) == 120
-    assert len({seed for _, seed in samples}) == 120
-    assert all(0 <= seed < 2**63 for _, seed in samples)
+    places = list(itertools.chain(*sampled(plan, 15, seed=3)))
+    assert len(places) == 120
+    samples = [Seeded(Asked(), 3)[place] for place in places]
+    seeds = [int(sample.unreadable["seed"]) for sample in samples]
+    assert [(sample.index, seed) for sample, seed in zip(samples, seeds, strict=True)] == [
+        (index, key(3, epoch, index)) for index, epoch in places
+    ]
+    assert len(set(seeds)) == 120
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_a_key_is_decided_by_its_numbers_and_their_order_and_has_63_mixed_bits() -> None:
