@@ -29,7 +29,7 @@ class Voc07LowShot:
 
     `map_k1` is the mean over the draws at the cost whose mean is best on test, as published, with
     `_std` (of the draws, not of their mean), `_min` and `_max`; `map_k1_cv` is that at the cost which is best on the
-    training images that were not drawn.
+    training images that were not drawn. Where the draws leave no positive image there is no such row, and it is said.
     """
 
     version: ClassVar[int] = 1
@@ -71,7 +71,8 @@ class Voc07LowShot:
             for k in shots:
                 drawn = draw(known.present, classes, k, self.draws, seed)
                 on_test, on_rest = self._maps(known, classes, drawn, factor)
-                yield from self._scores(layer, k, on_test, on_rest, len(known.test), f"{_digest(drawn)}{note}")
+                digest = f"{_digest(drawn)}{note}{_not_judged(known.present, classes, k)}"
+                yield from self._scores(layer, k, on_test, on_rest, len(known.test), digest)
 
     def _maps(
         self, known: Grams, classes: Sequence[int], drawn: Int[Tensor, "chosen draws s"], factor: Float[Tensor, "n r"]
@@ -113,9 +114,8 @@ class Voc07LowShot:
         note: str,
     ) -> Iterator[Score]:
         how = f"3.2 low-shot SVM, {self.draws} draws, mean over them; draws {note}"
-        best, chosen = int(on_test.mean(dim=0).argmax()), int(on_rest.mean(dim=0).nan_to_num(-1).argmax())
+        best = int(on_test.mean(dim=0).argmax())
         published = f"{how}; cost {self.costs[best]:g} of {len(self.costs)} chosen on test as published"
-        own = f"{how}; cost {self.costs[chosen]:g} of {len(self.costs)} chosen on the training images not drawn"
         values = on_test[:, best]
         said = {
             "": values.mean(),
@@ -125,7 +125,10 @@ class Voc07LowShot:
         }
         for suffix, value in said.items():
             yield Score(layer=layer, metric=f"map_k{k}{suffix}", value=float(value), n=n, protocol=published)
-        yield Score(layer=layer, metric=f"map_k{k}_cv", value=float(on_test[:, chosen].mean()), n=n, protocol=own)
+        if not on_rest.isnan().any():  # else every class is: each draw of a class leaves as many of its images
+            chosen = int(on_rest.mean(dim=0).argmax())
+            own = f"{how}; cost {self.costs[chosen]:g} of {len(self.costs)} chosen on the training images not drawn"
+            yield Score(layer=layer, metric=f"map_k{k}_cv", value=float(on_test[:, chosen].mean()), n=n, protocol=own)
 
 
 def _allowed(present: Int[Tensor, "n classes"], classes: Sequence[int], shots: Sequence[int]) -> list[int]:
@@ -140,6 +143,16 @@ def _allowed(present: Int[Tensor, "n classes"], classes: Sequence[int], shots: S
             f"{int(negative.min())} negative ones, of which k needs {_NEGATIVES} times as many: name smaller k"
         )
     return allowed
+
+
+def _not_judged(present: Int[Tensor, "n classes"], classes: Sequence[int], k: int) -> str:
+    """Words on classes all of whose positive images every draw takes, so that no cost is judged by them."""
+    used_up = int(((present[:, list(classes)] == THERE).sum(dim=0) == k).sum())
+    if not used_up:
+        return ""
+    if used_up == len(classes):
+        return "; no cost chosen without the test set, as draws leave no positive image"
+    return f"; {used_up} of {len(classes)} classes have no positive image left to choose a cost by"
 
 
 def draw(
