@@ -6,6 +6,8 @@ from hydra.utils import instantiate
 from torch import nn
 
 from relloc.data.order import StepPlan
+from relloc.data.views import RandomCrop, RandomResized, View
+from relloc.features.augment import JitterAndLighting
 from relloc.pretext.objective import RelativeLocation
 from relloc.runs import assemble
 
@@ -66,16 +68,24 @@ def evaluations(compose):
     return compose("evaluate", ["checkpoint=random", "model=resnet50", "eval=[card_classification,linear_inat18]"]).eval
 
 
+STAGES = ["feature1", "feature2", "feature3", "feature4", "feature5"]
 LINEAR = {"lr": 0.01, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": True, "batch": 256, "gamma": 0.1}
+LINEAR |= {"batch_norm": True, "layers": STAGES}
 COSTS = [0.5**power for power in range(19, 3, -1)] + [1, 10, 100]
+TUNED = {"epochs": 20, "milestone_epochs": [12, 16], "gamma": 0.2, "momentum": 0.9, "batch": 256, "list_file": None}
+TUNED |= {"learning_rates": [0.001, 0.01, 0.1], "head_multipliers": [1, 10, 100]}
 
 
 @pytest.mark.parametrize(
     ("name", "constants", "data"),
     [
-        ("voc07_svm", {"costs": COSTS, "folds": 3}, "voc2007"),
-        ("voc07_low_shot", {"costs": COSTS, "draws": 5, "shots": [1, 2, 4, 8, 16, 32, 64, 96]}, "voc2007"),
-        ("linear_in1k", {**LINEAR, "epochs": 90, "milestone_epochs": [30, 60], "batch_norm": True}, "in1k"),
+        ("voc07_svm", {"costs": COSTS, "folds": 3, "layers": STAGES}, "voc2007"),
+        (
+            "voc07_low_shot",
+            {"costs": COSTS, "draws": 5, "shots": [1, 2, 4, 8, 16, 32, 64, 96], "layers": STAGES},
+            "voc2007",
+        ),
+        ("linear_in1k", {**LINEAR, "epochs": 90, "milestone_epochs": [30, 60]}, "in1k"),
         ("linear_places205", {**LINEAR, "epochs": 28, "milestone_epochs": [7, 14, 21]}, "places205"),
         ("linear_inat18", {**LINEAR, "epochs": 84, "milestone_epochs": [24, 48, 72]}, "inat18"),
         (
@@ -83,16 +93,21 @@ COSTS = [0.5**power for power in range(19, 3, -1)] + [1, 10, 100]
             {
                 "lr": 30,
                 "weight_decay": 0,
+                "momentum": 0.9,
+                "nesterov": False,
                 "epochs": 100,
                 "milestone_epochs": [60, 80],
+                "gamma": 0.1,
                 "batch_norm": False,
                 "batch": 256,
+                "layers": ["avgpool"],
+                "best_epoch": True,
             },
             "in1k",
         ),
         ("knn", {"k": [10, 20, 100, 200], "temperature": 0.07, "layers": ["avgpool"]}, "in1k"),
-        ("semisup_1", {"share": 0.01, "epochs": 20, "milestone_epochs": [12, 16], "gamma": 0.2}, "in1k"),
-        ("semisup_10", {"share": 0.1, "batch": 256}, "in1k"),
+        ("semisup_1", {**TUNED, "share": 0.01, "weight_decay": 5e-4}, "in1k"),
+        ("semisup_10", {**TUNED, "share": 0.1, "weight_decay": 1e-4}, "in1k"),
     ],
 )
 def test_evaluations_have_the_published_constants(evaluations, name, constants, data):
@@ -102,17 +117,62 @@ def test_evaluations_have_the_published_constants(evaluations, name, constants, 
     assert node.data.name == data
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("voc07_svm", {"trainval": 5011, "test": 4952}),
+        ("voc07_low_shot", {"trainval": 5011, "test": 4952}),
+        ("linear_in1k", {"train": 1_281_167, "val": 50_000}),
+        ("linear_places205", {"train": 2_448_873, "val": 20_500}),
+        ("linear_inat18", {"train": 437_513, "val": 24_426}),
+    ],
+)
+def test_data_sets_are_known_by_their_published_counts(evaluations, name, published):
+    """protocols.md 3."""
+    assert evaluations[name].data.source.published_images == published
+
+
+def test_voc_is_trained_on_trainval_and_tested_on_test(evaluations):
+    for name in ("voc07_svm", "voc07_low_shot"):
+        source = evaluations[name].data.source
+        assert (source.year, source.train, source.held_out) == (2007, "trainval", "test")
+
+
+def test_a_grid_stands_beside_the_published_rate_and_spans_it(evaluations):
+    """Ours: a checkpoint is not held to a rate that was best for another one."""
+    for name, most in (("linear_in1k", 50), ("linear_places205", 50), ("linear_inat18", 50), ("linear_avgpool", 18)):
+        node = evaluations[name]
+        assert len(node.grid_lrs) * len(node.grid_weight_decays) * len(node.layers) == most
+        assert min(node.grid_lrs) < node.lr < max(node.grid_lrs)
+        assert node.lr in node.grid_lrs
+        assert node.weight_decay in node.grid_weight_decays
+    assert evaluations.linear_in1k.grid_lrs == [0.003, 0.01, 0.03, 0.1, 0.3]
+    assert evaluations.linear_in1k.grid_weight_decays == [1e-4, 1e-3]
+    assert evaluations.linear_avgpool.grid_lrs == [0.3, 1, 3, 10, 30, 100]
+    assert evaluations.linear_avgpool.grid_weight_decays == [0, 1e-6, 1e-5]
+
+
 def test_evaluations_see_images_as_published(evaluations):
     for name in ("voc07_svm", "voc07_low_shot"):
         assert evaluations[name].view == {"_target_": "relloc.data.views.Squash", "short_px": 256, "side_px": 224}
     center = {"_target_": "relloc.data.views.Center", "short_px": 256, "crop_px": 224}
-    crops = {"linear_in1k": "RandomResized", "linear_places205": "RandomCrop", "linear_inat18": "RandomResized"}
-    crops |= {"linear_avgpool": "RandomResized", "semisup_1": "RandomResized", "semisup_10": "RandomResized"}
+    resized = RandomResized(crop_px=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)  # torchvision's
+    crops: dict[str, View] = dict.fromkeys(
+        ("linear_in1k", "linear_inat18", "linear_avgpool", "semisup_1", "semisup_10"), resized
+    )
+    crops["linear_places205"] = RandomCrop(short_px=256, crop_px=224, flip=0.5)
     for name, crop in crops.items():
         assert evaluations[name].view == center
-        assert evaluations[name].augment["_target_"] == f"relloc.data.views.{crop}"
+        assert instantiate(evaluations[name].augment) == crop
     assert evaluations.knn.view == center
-    assert [name for name in crops if evaluations[name].get("color")] == ["linear_in1k"]
+
+
+def test_one_evaluation_changes_colors_and_as_published(evaluations):
+    """protocols.md 3.3: jitter without hue, and lighting noise."""
+    colored = [name for name in evaluations if evaluations[name].get("color")]
+    assert colored == ["linear_in1k"]
+    published = JitterAndLighting(brightness=0.4, contrast=0.4, saturation=0.4, lighting=0.1)
+    assert instantiate(evaluations.linear_in1k.color) == published
 
 
 def test_crop_is_255_of_three_cells_of_85_with_a_random_64_px_crop_in_each(card):
