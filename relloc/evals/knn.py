@@ -14,7 +14,7 @@ from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evals.constants import check_number, check_whole, check_wholes
 from relloc.evals.nearest import nearest
-from relloc.features.source import Bank, Batch, FeatureSource, Sets, bank_device, bank_gib, fill_bank
+from relloc.features.source import Bank, Batch, FeatureSource, Sets, bank_device, bank_gib, fill_bank, in_gib
 from relloc.results import Score, check_layers
 
 _WEIGHT_GRID = 2**40  # votes are whole numbers: their sum, and so a tie, is the same in any order
@@ -100,7 +100,7 @@ class Knn:
         """Scores of `sets.held_out` by the neighbors in `sets.train`. Nothing is random: `seed` is not used.
 
         Raises:
-            UsageError: the bank would take more than `bank_gib`, has fewer images than every k, or
+            UsageError: the bank would take more than `bank_gib` or than is free, has fewer images than every k, or
                 features hold NaN or infinity.
         """
         bank = self._bank(sets.train, device)
@@ -127,7 +127,7 @@ class Knn:
         needed = bank_gib(share, self.layers)
         if needed > self.bank_gib:
             raise UsageError(
-                f"eval.knn needs {needed:.1f} GiB for {share.n} images at {', '.join(self.layers)}, more than "
+                f"eval.knn needs {in_gib(needed)} for {share.n} images at {', '.join(self.layers)}, more than "
                 f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise it"
             )
         if isinstance(train, Bank):

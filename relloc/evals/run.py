@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -35,6 +36,8 @@ from relloc.features.source import (
     bank_device,
     bank_gib,
     fill_bank,
+    free_gib,
+    in_gib,
 )
 from relloc.results import Result, Score
 
@@ -189,6 +192,13 @@ def _keep(
     if not layers or needed > terms.bank_gib:
         return train, held_out
     device = bank_device(needed, terms.reading.device)
+    if needed > (free := free_gib(device)):
+        warnings.warn(
+            f"features of {', '.join(layers)} take {in_gib(needed)}, and {in_gib(free)} of memory are free: they are "
+            "not kept but computed again each time, which is slow",
+            stacklevel=2,
+        )
+        return train, held_out
     size = terms.reading.batch
     return fill_bank(train, layers, size, device), fill_bank(held_out, layers, size, device)
 

@@ -5,7 +5,10 @@ Both give the same numbers for the same image; which one serves is a matter of m
 
 import dataclasses
 import itertools
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,10 +20,12 @@ from relloc.data.loader import Batch as ImageBatch
 from relloc.data.loader import Unreadable, load
 from relloc.data.order import key
 from relloc.data.views import View, Views
-from relloc.errors import DataError
+from relloc.errors import DataError, UsageError
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
+
+_MEMORY = Path("/proc/meminfo")
 
 Features = dict[str, Float[Tensor, "b _d"]]
 Batch = tuple[Features, Int[Tensor, "b *classes"]]
@@ -241,9 +246,10 @@ def fill_bank(
 
     Raises:
         DataError: none of the images can be read.
+        UsageError: there is no room for that.
     """
     places = torch.arange(source.n) if places is None else places
-    rows = {layer: torch.empty(len(places), source.dims[layer], device=device) for layer in layers}
+    rows = _room(len(places), {layer: source.dims[layer] for layer in layers}, device)
     labels = []
     filled = 0
     for features, batch_labels in source.batches(places, size, layers):
@@ -262,13 +268,45 @@ def fill_bank(
     )
 
 
+def _room(n: int, dims: dict[str, int], device: torch.device) -> dict[str, Float[Tensor, "n _d"]]:
+    needed, free = _gib(n, dims.values()), free_gib(device)
+    full = UsageError(
+        f"features of {n} images at {', '.join(dims)} take {in_gib(needed)}, and the memory of {device} has "
+        f"{in_gib(free)} free: name fewer layers, take a smaller data set, or free memory"
+    )
+    if needed > free:
+        raise full
+    try:
+        return {layer: torch.empty(n, dim, device=device) for layer, dim in dims.items()}
+    except RuntimeError as error:  # an allocator that is asked for too much raises nothing narrower
+        raise full from error
+
+
 def bank_device(gib: float, device: torch.device) -> torch.device:
     """`device` if a bank of `gib` takes less than half of its free memory, else the CPU."""
-    if device.type == "cuda" and gib * 2**30 < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and gib < free_gib(device) / 2:
         return device
     return torch.device("cpu")
 
 
 def bank_gib(source: FeatureSource, layers: Sequence[str]) -> float:
     """Memory that `fill_bank` would take, in GiB."""
-    return source.n * sum(source.dims[layer] for layer in layers) * 4 / 2**30
+    return _gib(source.n, (source.dims[layer] for layer in layers))
+
+
+def _gib(n: int, dims: Iterable[int]) -> float:
+    return n * sum(dims) * 4 / 2**30
+
+
+def free_gib(device: torch.device) -> float:
+    """Memory of `device` that can still be taken, in GiB: of a CPU what Linux calls available, caches included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30
+    told = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMORY.read_text(), re.MULTILINE) if _MEMORY.exists() else None
+    free = int(told[1]) * 2**10 if told else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free / 2**30
+
+
+def in_gib(gib: float) -> str:
+    """Words that keep three digits of however little."""
+    return f"{gib:.3g} GiB" if gib < 100 else f"{gib:.0f} GiB"

@@ -166,7 +166,7 @@ def test_numbers_of_neighbors_beyond_the_bank_are_left_out() -> None:
 def test_a_bank_beyond_the_memory_allowed_is_an_error_that_says_what_to_change() -> None:
     kib = 400 * 16 * 4 / 2**30
     assert scores(evaluation(bank_gib=1.01 * kib))
-    with pytest.raises(UsageError, match=r"for 400 images at avgpool, more than bank_gib=.*name fewer layers"):
+    with pytest.raises(UsageError, match=r"needs 2.38e-05 GiB for 400 images at avgpool, more than bank_gib=.*fewer"):
         scores(evaluation(bank_gib=0.99 * kib))
 
 

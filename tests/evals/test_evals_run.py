@@ -232,6 +232,17 @@ def test_without_room_for_features_linear_gives_the_same_rows(subject: Subject, 
     assert len(live) == 2
 
 
+def test_features_that_memory_has_no_room_for_are_computed_again_and_that_is_told(
+    subject: Subject, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = {"linear": EVALUATIONS["linear"]}
+    kept = rows_of(subject, splits, terms(), linear)
+    monkeypatch.setattr("relloc.evals.run.free_gib", lambda device: 1e-6)
+    with pytest.warns(UserWarning, match=r"take .* GiB, and 1e-06 GiB of memory are free: .* computed again"):
+        live = rows_of(subject, splits, terms(), linear)
+    assert live == kept
+
+
 def test_rows_do_not_depend_on_which_other_evaluations_run(subject: Subject, splits: Splits) -> None:
     together = rows_of(subject, splits, terms())
     alone = [rows_of(subject, splits, terms(), {name: run}) for name, run in EVALUATIONS.items()]

@@ -1,4 +1,5 @@
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,22 @@ from torch import Tensor
 from relloc.data.folder import FolderImages
 from relloc.data.order import key
 from relloc.data.views import Center
-from relloc.errors import DataError
+from relloc.errors import DataError, UsageError
+from relloc.features import source as source_module
 from relloc.features.pool import pooled_layers
-from relloc.features.source import Bank, FeatureSource, LiveFeatures, Reading, bank_device, bank_gib, encode, fill_bank
+from relloc.features.source import (
+    Bank,
+    Batch,
+    FeatureSource,
+    LiveFeatures,
+    Reading,
+    bank_device,
+    bank_gib,
+    encode,
+    fill_bank,
+    free_gib,
+    in_gib,
+)
 from relloc.models.small import SmallBackbone
 
 CPU = torch.device("cpu")
@@ -183,6 +197,54 @@ def test_bank_gib_is_the_memory_that_the_bank_takes(tmp_path: Path, backbone: Sm
 
 def test_a_bank_stays_on_the_cpu_where_the_cpu_computes() -> None:
     assert bank_device(0.001, CPU) == CPU
+
+
+class Endless:
+    """A source whose features nobody has the memory for; to ask for one is an error."""
+
+    n, n_classes, channels, dims = 3, 2, {"avgpool": 8}, {"avgpool": 10**15}  # 11 PiB: beyond any address
+
+    def batches(self, *_: object) -> Iterator[Batch]:
+        raise AssertionError("images are encoded before there is room for them")
+
+
+def test_a_bank_larger_than_memory_is_refused_before_anything_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = r"features of 3 images at avgpool take \d+ GiB, and the memory of cpu has .* GiB free: name fewer layers"
+    with pytest.raises(UsageError, match=told):
+        fill_bank(Endless(), ["avgpool"], 2, CPU)
+    monkeypatch.setattr(source_module, "free_gib", lambda device: 1e12)  # another process was faster
+    with pytest.raises(UsageError, match=told):
+        fill_bank(Endless(), ["avgpool"], 2, CPU)
+
+
+def test_a_bank_fits_up_to_what_is_free(
+    tmp_path: Path, backbone: SmallBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(), VIEW)
+    needed = bank_gib(live, LAYERS)
+    monkeypatch.setattr(source_module, "free_gib", lambda device: needed)
+    assert fill_bank(live, LAYERS, 3, CPU).n == 7
+    monkeypatch.setattr(source_module, "free_gib", lambda device: 0.99 * needed)
+    with pytest.raises(UsageError, match="name fewer layers"):
+        fill_bank(live, LAYERS, 3, CPU)
+    part = torch.arange(6)  # of six images there is room
+    assert fill_bank(live, LAYERS, 3, CPU, part).n == 6
+
+
+def test_free_memory_is_what_linux_calls_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    assert 0 < free_gib(CPU) < total
+    monkeypatch.setattr(source_module, "_MEMORY", tmp_path / "meminfo")
+    assert free_gib(CPU) == total  # a system that does not say
+    (tmp_path / "meminfo").write_text("MemFree:        1048576 kB\nMemAvailable:   3145728 kB\nBuffers:  1 kB\n")
+    assert free_gib(CPU) == 3
+
+
+@pytest.mark.parametrize(
+    ("gib", "words"), [(0.00123456, "0.00123 GiB"), (9.7744, "9.77 GiB"), (210.49, "210 GiB"), (1234, "1234 GiB")]
+)
+def test_little_memory_keeps_its_digits(gib: float, words: str) -> None:
+    assert in_gib(gib) == words
 
 
 def test_full_batches_are_encoded_by_what_was_compiled_and_others_as_they_are(
