@@ -64,7 +64,7 @@ class FolderImages:
 def _size(path: str) -> str:
     try:
         return str(os.path.getsize(path))
-    except OSError:  # told when it is read
+    except (OSError, ValueError):  # ValueError: a NUL in a name that a list gave. Told when it is read
         return "none"
 
 

@@ -267,8 +267,11 @@ def _text(path: Path, where: str) -> str:
 
 def _lines(path: Path, where: str) -> Iterator[tuple[int, str]]:
     """The lines that hold something, with their numbers."""
-    numbered: Iterable[tuple[int, str]] = enumerate(_text(path, where).split("\n"), start=1)
-    return ((number, line.strip()) for number, line in numbered if line.strip())
+    for number, line in enumerate(_text(path, where).split("\n"), start=1):
+        if "\0" in line:  # of which no file name is made
+            raise DataError(f"{path} line {number} holds a NUL byte: the file is damaged, unpack it again")
+        if line.strip():
+            yield number, line.strip()
 
 
 def _images(

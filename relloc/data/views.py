@@ -4,7 +4,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -184,22 +184,28 @@ def _central(size: tuple[int, int], side_px: int) -> tuple[int, int]:
     return round((size[0] - side_px) / 2), round((size[1] - side_px) / 2)
 
 
-def _check_is_a_side(name: str, px: int) -> None:
-    if px < 1:
-        raise ValueError(f"{name} is {px}: a side needs at least 1 px")
+def _check_is_a_side(name: str, px: object) -> None:
+    if not isinstance(px, int) or isinstance(px, bool) or px < 1:
+        raise ValueError(f"{name} is {px}: a side is a whole number of px, at least 1")
 
 
-def _check_fits(crop_px: int, short_px: int) -> None:
+def _check_fits(crop_px: Any, short_px: Any) -> None:
     _check_is_a_side("view.crop_px", crop_px)
+    _check_is_a_side("view.short_px", short_px)
     if crop_px > short_px:
         raise ValueError(f"view.crop_px {crop_px} is larger than view.short_px {short_px}")
 
 
-def _check_range(name: str, ends: Sequence[float], *, most: float) -> None:
-    if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= most:
-        raise ValueError(f"{name} is {list(ends)}: give two numbers above 0, the lower first, up to {most}")
+def _check_range(name: str, ends: Any, *, most: float) -> None:
+    are_two = isinstance(ends, list | tuple) and len(ends) == 2 and all(map(_is_number, ends))
+    if not are_two or not 0 < ends[0] <= ends[1] <= most:
+        raise ValueError(f"{name} is {ends}: give two numbers above 0, the lower first, up to {most}")
 
 
-def _check_probability(flip: float) -> None:
-    if not 0 <= flip <= 1:
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_probability(flip: Any) -> None:
+    if not _is_number(flip) or not 0 <= flip <= 1:
         raise ValueError(f"augment.flip is {flip}, not a probability from 0 to 1")

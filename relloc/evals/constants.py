@@ -2,6 +2,8 @@
 
 import math
 
+from relloc.data.views import View
+
 
 def check_whole(setting: str, value: object, at_least: int = 1) -> None:
     """Raises `ValueError` unless `value` is a whole number of `at_least` or more."""
@@ -37,6 +39,12 @@ def check_numbers(
     wanted = f"numbers{_limits(above, at_least, at_most)}"
     if not all(_is_number(one, above, at_least, at_most) for one in _listed(setting, values, wanted, may_be_empty)):
         raise ValueError(f"{setting} is {values}: give {wanted}")
+
+
+def check_view(setting: str, view: object) -> None:
+    """Raises `ValueError` unless `view` can be taken of an image."""
+    if not isinstance(view, View):
+        raise ValueError(f"{setting} is {view}: an evaluation sees images in a view, such as relloc.data.views.Center")
 
 
 def _listed(setting: str, values: object, wanted: str, may_be_empty: bool) -> list[object] | tuple[object, ...]:

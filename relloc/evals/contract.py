@@ -85,6 +85,15 @@ class FineTuning(Protocol):
 
 
 @runtime_checkable
+class Demanding(Protocol):
+    """An evaluation that not all images with its labels are enough for."""
+
+    def check(self, splits: Splits) -> None:
+        """Raises `UsageError` where they are not; told before anything is encoded."""
+        ...
+
+
+@runtime_checkable
 class Summarizing(Protocol):
     """An evaluation that has something to say of all its layers together."""
 
@@ -137,8 +146,8 @@ class Terms:
                 raise UsageError(f"batch_norm={way} is not one of {', '.join(BATCH_NORMS)}")
 
 
-def check_labels(job: Job) -> None:
-    """Raises `UsageError` where the images lack the labels that the evaluation needs."""
+def check_images(job: Job) -> None:
+    """Raises `UsageError` where the images lack the labels that the evaluation needs, or are too few for it."""
     name, images = f"eval.{job.name}", job.splits.train.name
     if job.evaluation.labels == "class" and not job.splits.labeled:
         raise UsageError(
@@ -149,3 +158,5 @@ def check_labels(job: Job) -> None:
         raise UsageError(
             f"{name} needs images that say of each class whether it is there (PASCAL VOC): {images} do not"
         )
+    if isinstance(job.evaluation, Demanding):
+        job.evaluation.check(job.splits)

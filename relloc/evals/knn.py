@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from relloc import ranks
 from relloc.data.views import View
 from relloc.errors import UsageError
-from relloc.evals.constants import check_number, check_whole, check_wholes
+from relloc.evals.constants import check_number, check_view, check_whole, check_wholes
 from relloc.evals.nearest import nearest
 from relloc.features.source import Bank, Batch, FeatureSource, Sets, bank_device, bank_gib, fill_bank, in_gib
 from relloc.results import Score, check_layers
@@ -93,6 +93,7 @@ class Knn:
         check_wholes("eval.knn.k", self.k)
         check_number("eval.knn.temperature", self.temperature, above=0)
         check_layers("eval.knn.layers", self.layers)
+        check_view("eval.knn.view", self.view)
         check_whole("eval.knn.batch", self.batch)
         check_number("eval.knn.bank_gib", self.bank_gib, at_least=0)
 

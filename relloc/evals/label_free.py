@@ -11,7 +11,7 @@ from torch import Tensor
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import View
 from relloc.errors import UsageError
-from relloc.evals.constants import check_whole
+from relloc.evals.constants import check_view, check_whole
 from relloc.features.source import FeatureSource, Sets
 from relloc.features.spectrum import alpha_req, rankme
 from relloc.results import Score, check_layers
@@ -39,6 +39,7 @@ class LabelFree:
 
     def __post_init__(self) -> None:
         check_layers("eval.label_free.layers", self.layers)
+        check_view("eval.label_free.view", self.view)
         check_whole("eval.label_free.n_images", self.n_images, at_least=2)  # a spectrum needs two
         check_whole("eval.label_free.batch", self.batch)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from relloc.data.views import View
 from relloc.errors import DataError
 from relloc.evals import schedule
-from relloc.evals.constants import check_number, check_numbers
+from relloc.evals.constants import check_number, check_numbers, check_view
 from relloc.evals.heads import LayerHeads, Setting, Sgd
 from relloc.evals.training import Trained, Training, count_hits, have_diverged, held_back
 from relloc.features.source import Color, FeatureSource, Sets
@@ -60,6 +60,9 @@ class Linear:
 
     def __post_init__(self) -> None:
         check_layers("eval.linear.layers", self.layers)
+        check_view("eval.linear.view", self.view)
+        if self.augment is not None:
+            check_view("eval.linear.augment", self.augment)
         for name in ("nesterov", "batch_norm", "best_epoch"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"eval.linear.{name} is {getattr(self, name)}: give true or false")
@@ -169,6 +172,7 @@ class LinearFast:
 
     def __post_init__(self) -> None:
         check_layers("eval.linear_fast.layers", self.layers)
+        check_view("eval.linear_fast.view", self.view)
         schedule.check_training("eval.linear_fast", self, batch_norm=True)
         check_numbers("eval.linear_fast.learning_rates", self.learning_rates, above=0)
 

@@ -9,13 +9,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from relloc.data.image_set import Splits
 from relloc.data.lists import DIFFICULT, NOT_THERE, THERE
 from relloc.data.order import key
 from relloc.data.views import View
 from relloc.errors import UsageError
+from relloc.evals.constants import check_numbers, check_view, check_whole, check_wholes
 from relloc.evals.metrics import ap_area
 from relloc.evals.squared_hinge import fit, leading_factor
-from relloc.evals.voc07 import Grams, check_costs, class_weights, grams, left_out
+from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
 from relloc.features.source import Sets
 from relloc.results import Score, check_layers
 
@@ -46,15 +48,22 @@ class Voc07LowShot:
 
     def __post_init__(self) -> None:
         check_layers("eval.voc07_low_shot.layers", self.layers)
-        check_costs("eval.voc07_low_shot.costs", self.costs)
-        if not self.shots or min(*self.shots, self.draws) < 1:
-            raise ValueError(f"eval.voc07_low_shot: shots={list(self.shots)} and draws={self.draws} must be 1 or more")
+        check_view("eval.voc07_low_shot.view", self.view)
+        check_wholes("eval.voc07_low_shot.shots", self.shots)
+        check_whole("eval.voc07_low_shot.draws", self.draws)
+        check_numbers("eval.voc07_low_shot.costs", self.costs, above=0)
+        check_whole("eval.voc07_low_shot.batch", self.batch)
+
+    def check(self, splits: Splits) -> None:
+        """Raises `UsageError` where no class can be learned and tested, or one has too few images for every k."""
+        present, test_present = presences(splits)
+        _allowed(present, usable(present, test_present), self.shots)
 
     def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
         """Scores of each layer and k. The draws depend on `seed`, k and the labels alone.
 
         Raises:
-            UsageError: some class has too few images for every k, or features are not finite.
+            UsageError: as `check`, or features are not finite.
         """
         for layer in self.layers:
             known = grams(sets.train, sets.held_out, layer, self.batch, device)
@@ -132,8 +141,7 @@ class Voc07LowShot:
 
 
 def _allowed(present: Int[Tensor, "n classes"], classes: Sequence[int], shots: Sequence[int]) -> list[int]:
-    if not classes:
-        raise UsageError("eval.voc07_low_shot: no class has a positive image both to train on and to be tested on")
+    check_usable("eval.voc07_low_shot", classes)
     positive, negative = ((present[:, list(classes)] == mark).sum(dim=0) for mark in (THERE, NOT_THERE))
     most = min(int(positive.min()), int(negative.min()) // _NEGATIVES)
     allowed = [k for k in shots if k <= most]

@@ -25,7 +25,7 @@ from relloc.evals.contract import (
     Labels,
     Subject,
     Terms,
-    check_labels,
+    check_images,
 )
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import (
@@ -69,10 +69,10 @@ def evaluate(
     evaluation keeps what it would go on from.
 
     Raises:
-        UsageError: the data lacks the labels that are needed.
+        UsageError: the data lacks the labels that are needed, or is too small.
     """
     for job in jobs:
-        check_labels(job)
+        check_images(job)
     parts = [work for way in terms.batch_norms for job in jobs for work in works(job, way, subject, terms)]
     wanted = [work for work in parts if not is_done(work.job.name, work.batch_norm, work.mark)]
     for _, alike in itertools.groupby(sorted(wanted, key=_order), key=_shared):

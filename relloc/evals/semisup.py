@@ -26,7 +26,7 @@ from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, strat
 from relloc.data.views import View
 from relloc.errors import DataError
 from relloc.evals import schedule
-from relloc.evals.constants import check_number, check_numbers, check_whole
+from relloc.evals.constants import check_number, check_numbers, check_view, check_whole
 from relloc.features.source import Reading, State
 from relloc.models.backbone import Backbone
 from relloc.results import Score
@@ -115,6 +115,8 @@ class SemiSupervised:
         check_number("eval.semisup.share", self.share, above=0, at_most=1)
         if not isinstance(self.list_file, str | None):
             raise ValueError(f"eval.semisup.list_file is {self.list_file}: give the path of a file, or null")
+        check_view("eval.semisup.view", self.view)
+        check_view("eval.semisup.augment", self.augment)
         schedule.check_training("eval.semisup", self, batch_norm=True)
         check_numbers("eval.semisup.learning_rates", self.learning_rates, above=0)
         check_numbers("eval.semisup.head_multipliers", self.head_multipliers, above=0)

@@ -1,14 +1,14 @@
 """What the SVM evaluations of PASCAL VOC share (protocols.md 3.1): features, costs, weights, averages over classes."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from relloc.data.lists import DIFFICULT, THERE
+from relloc.data.image_set import Splits
+from relloc.data.lists import DIFFICULT, THERE, MultiLabeled
 from relloc.errors import UsageError
 from relloc.evals.metrics import ap_area
 from relloc.features.source import FeatureSource
@@ -33,14 +33,35 @@ class Grams:
     @property
     def usable(self) -> list[int]:
         """The classes with a positive and another image to train on, and a positive one to be tested on."""
-        there, tested = (labels == THERE for labels in (self.present, self.test_present))
-        return [c for c in range(there.shape[1]) if there[:, c].any() and not there[:, c].all() and tested[:, c].any()]
+        return usable(self.present, self.test_present)
 
     def test_map(self, scores: Float[Tensor, "t classes m"], classes: Sequence[int]) -> Float[Tensor, "m"]:
         """Mean over `classes` of average precision in percent; an image difficult for a class does not count there."""
         truth = self.test_present[:, list(classes)].to(scores.device).unsqueeze(2).expand_as(scores)
         flat = [part.reshape(len(scores), -1) for part in (scores, truth == THERE, truth != DIFFICULT)]
         return 100 * ap_area(*flat).view(len(classes), -1).mean(dim=0)
+
+
+def usable(present: Int[Tensor, "n classes"], test_present: Int[Tensor, "t classes"]) -> list[int]:
+    """The classes with a positive and another image to train on, and a positive one to be tested on."""
+    there, tested = (labels == THERE for labels in (present, test_present))
+    return [c for c in range(there.shape[1]) if there[:, c].any() and not there[:, c].all() and tested[:, c].any()]
+
+
+def presences(splits: Splits) -> tuple[Int[Tensor, "n classes"], Int[Tensor, "t classes"]]:
+    """What the images of both splits show, as `Grams` has it, before any feature is computed."""
+    train, held_out = (
+        torch.as_tensor(images.presence(), dtype=torch.int64)
+        for images in (splits.train, splits.held_out)
+        if isinstance(images, MultiLabeled)
+    )
+    return train, held_out
+
+
+def check_usable(setting: str, classes: Sequence[int]) -> None:
+    """Raises `UsageError` where there is no class to learn and test."""
+    if not classes:
+        raise UsageError(f"{setting}: no class has a positive image both to train on and to be tested on")
 
 
 def grams(train: FeatureSource, test: FeatureSource, layer: str, size: int, device: torch.device) -> Grams:
@@ -73,12 +94,6 @@ def _normalized(
 def class_weights(positive: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """How much an example counts in the loss: positive ones twice."""
     return 1 + (_POSITIVE_WEIGHT - 1) * positive.double()
-
-
-def check_costs(setting: str, costs: Sequence[float]) -> None:
-    """Raises `ValueError` unless there are costs, all above 0."""
-    if not costs or min(costs) <= 0 or not all(map(math.isfinite, costs)):
-        raise ValueError(f"{setting} is {list(costs)}: give numbers above 0")
 
 
 def left_out(classes: Sequence[str], usable: Sequence[int]) -> str:

@@ -7,16 +7,18 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
+from relloc.data.image_set import Splits
 from relloc.data.lists import THERE
 from relloc.data.views import View
 from relloc.errors import UsageError
+from relloc.evals.constants import check_numbers, check_view, check_whole
 from relloc.evals.metrics import ap_steps
 from relloc.evals.squared_hinge import fit, leading_factor
-from relloc.evals.voc07 import Grams, check_costs, class_weights, grams, left_out
+from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
 from relloc.features.source import Sets
 from relloc.results import Result, Score, check_layers
 
@@ -45,21 +47,36 @@ class Voc07Svm:
 
     def __post_init__(self) -> None:
         check_layers("eval.voc07_svm.layers", self.layers)
-        check_costs("eval.voc07_svm.costs", self.costs)
-        if self.folds < 2:
-            raise ValueError(f"eval.voc07_svm.folds is {self.folds}: cross-validation needs 2 or more")
+        check_view("eval.voc07_svm.view", self.view)
+        check_numbers("eval.voc07_svm.costs", self.costs, above=0)
+        check_whole("eval.voc07_svm.folds", self.folds, at_least=2)
+        check_whole("eval.voc07_svm.batch", self.batch)
+
+    def check(self, splits: Splits) -> None:
+        """Raises `UsageError` where no class can be learned and tested, or one can't be parted into `folds`."""
+        present, test_present = presences(splits)
+        self._check_folds(present, usable(present, test_present))
+
+    def _check_folds(self, present: Int[Tensor, "n classes"], classes: Sequence[int]) -> None:
+        check_usable("eval.voc07_svm", classes)
+        positive = (present[:, list(classes)] == THERE).sum(dim=0)
+        most = int(torch.maximum(positive, len(present) - positive).min())  # the rarer of both may miss in some folds
+        if self.folds > most:
+            raise UsageError(
+                f"eval.voc07_svm.folds is {self.folds}: of {len(present)} training images, some class is in no more "
+                f"than {most}, and missing in no more: give {most} folds or fewer, or more images"
+            )
 
     def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
         """Scores of each layer. Nothing is random: `seed` is not used.
 
         Raises:
-            UsageError: no class can be learned and tested, or features are not finite.
+            UsageError: as `check`, or features are not finite.
         """
         for layer in self.layers:
             known = grams(sets.train, sets.held_out, layer, self.batch, device)
             classes = known.usable
-            if not classes:
-                raise UsageError("eval.voc07_svm: no class has a positive image both to train on and to be tested on")
+            self._check_folds(known.present, classes)  # again: images that can't be read are not among these
             validated = self._cross_validate(known, classes)  # (costs, classes)
             chosen = _first_best(validated, sorted(self.costs))
             scores = known.test @ self._fit_all(known, classes, chosen)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Sequence
 
@@ -36,10 +37,8 @@ class JitterAndLighting:
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"color.{name} is {getattr(self, name)}, not in 0..1")
-        if self.lighting < 0:
-            raise ValueError(f"color.lighting is {self.lighting}, below 0")
+            _check_strength(f"color.{name}", getattr(self, name), most=1)
+        _check_strength("color.lighting", self.lighting, most=math.inf)
 
     def __str__(self) -> str:
         return (
@@ -62,6 +61,12 @@ class JitterAndLighting:
         factors = [chance.uniform(1 - width, 1 + width) for width in ranges]
         order = chance.choice(_ORDERS)
         return [*factors, *order, *(chance.gauss(0, self.lighting) for _ in _EIGENVALUES)]
+
+
+def _check_strength(name: str, value: object, *, most: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (0 <= value <= most and value < math.inf):
+        limit = f" to {most}" if math.isfinite(most) else " or more"
+        raise ValueError(f"{name} is {value}: give a number, 0{limit}")
 
 
 def _to(like: Tensor, rows: list[list[float]]) -> Float[Tensor, "b columns"]:

@@ -60,6 +60,12 @@ def test_a_missing_voc_says_what_is_wanted(tmp_path: Path) -> None:
         voc_of(tmp_path, train="train")
 
 
+def test_a_list_with_a_nul_byte_is_damaged(tmp_path: Path) -> None:
+    text(vocdevkit(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt", "000001\n00\x00002\n")
+    with pytest.raises(DataError, match=r"trainval.txt line 2 holds a NUL byte: the file is damaged"):
+        voc_of(tmp_path)
+
+
 def test_other_counts_than_the_published_are_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="voc trainval has 2 images, the published set 5011"):
         voc_of(vocdevkit(tmp_path), published_images={"trainval": 5011, "test": 1})
@@ -224,3 +230,13 @@ def test_inaturalist_files_of_another_form_are_told(tmp_path: Path, content: str
     text(tmp_path / "val2018.json", content)
     with pytest.raises(DataError, match=told):
         inat_of(tmp_path)
+
+
+def test_an_impossible_file_name_of_an_annotation_file_is_unreadable_when_read(tmp_path: Path) -> None:
+    content = annotations("", (4,), {11: 4, 12: 4}).replace("12.jpg", "1\\u00002.jpg")
+    text(tmp_path / "train2018.json", content)
+    text(tmp_path / "val2018.json", annotations("", (4,), {14: 4}))
+    splits = inat_of(tmp_path)
+    assert len(splits.train.digest()) == 16
+    with pytest.raises(UnreadableImage, match="null byte"):
+        splits.train.read(1)

@@ -156,17 +156,37 @@ def test_an_unreadable_image_has_no_view_but_a_reason(tmp_path: Path) -> None:
     [
         (Center, {"short_px": 256, "crop_px": 257}, r"view.crop_px 257 is larger than view.short_px 256"),
         (RandomCrop, {"short_px": 256, "crop_px": 257}, r"view.crop_px 257 is larger than view.short_px 256"),
-        (Center, {"short_px": 256, "crop_px": 0}, r"view.crop_px is 0: a side needs at least 1 px"),
-        (Squash, {"short_px": 256, "side_px": 0}, r"view.side_px is 0: a side needs at least 1 px"),
-        (RandomResized, {"crop_px": 0}, r"augment.crop_px is 0: a side needs at least 1 px"),
-        (RandomResized, {"crop_px": 8, "scale": (0.5, 1.5)}, r"augment.scale is \[0.5, 1.5\]"),
-        (RandomResized, {"crop_px": 8, "ratio": (2.0, 1.0)}, r"augment.ratio is \[2.0, 1.0\]: give two numbers"),
+        (Center, {"short_px": 256, "crop_px": 0}, r"view.crop_px is 0: a side is a whole number of px, at least 1"),
+        (Squash, {"short_px": 256, "side_px": 0}, r"view.side_px is 0: a side is a whole number of px, at least 1"),
+        (RandomResized, {"crop_px": 0}, r"augment.crop_px is 0: a side is a whole number of px, at least 1"),
+        (RandomResized, {"crop_px": 8, "scale": (0.5, 1.5)}, r"augment.scale is \(0.5, 1.5\)"),
+        (RandomResized, {"crop_px": 8, "ratio": (2.0, 1.0)}, r"augment.ratio is \(2.0, 1.0\): give two numbers"),
         (RandomResized, {"crop_px": 8, "flip": 2.0}, r"augment.flip is 2.0, not a probability"),
     ],
 )
 def test_a_view_that_can_not_be_is_refused(make: type, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("view", "name", "value", "message"),
+    [
+        (Center(short_px=256, crop_px=224), "crop_px", "abc", "view.crop_px is abc: a side is a whole number"),
+        (Center(short_px=256, crop_px=224), "short_px", None, "view.short_px is None: a side is a whole number"),
+        (Center(short_px=256, crop_px=224), "crop_px", 1.5, "view.crop_px is 1.5: a side is a whole number"),
+        (Squash(short_px=256, side_px=224), "side_px", "abc", "view.side_px is abc: a side is a whole number"),
+        (RandomCrop(short_px=8, crop_px=8), "crop_px", True, "view.crop_px is True: a side is a whole number"),
+        (RandomResized(crop_px=8), "crop_px", "abc", "augment.crop_px is abc: a side is a whole number"),
+        (RandomResized(crop_px=8), "scale", 0.5, "augment.scale is 0.5: give two numbers"),
+        (RandomResized(crop_px=8), "ratio", ["a", 1], r"augment.ratio is \['a', 1\]: give two numbers"),
+        (RandomResized(crop_px=8), "flip", "abc", "augment.flip is abc, not a probability"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(view: View, name: str, value: object, message: str) -> None:
+    object.__setattr__(view, name, value)  # the type checker of tests would be first
+    with pytest.raises(ValueError, match=message):
+        view.__post_init__()  # type: ignore[attr-defined]
 
 
 def test_words_for_a_protocol() -> None:

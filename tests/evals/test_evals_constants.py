@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from relloc.evals.constants import check_number, check_numbers, check_whole, check_wholes
+from relloc.data.views import RandomCrop
+from relloc.evals.constants import check_number, check_numbers, check_view, check_whole, check_wholes
 
 
 def refused(message: str):
@@ -32,6 +33,13 @@ def test_what_is_no_whole_number_is_told(value: object) -> None:
 def test_what_is_no_number_or_beyond_a_limit_is_told(value: object) -> None:
     with refused(f"eval.knn.temperature is {value}: give a number above 0"):
         check_number("eval.knn.temperature", value, above=0)
+
+
+@pytest.mark.parametrize("value", [None, "abc", {"short_px": 256}, 224])
+def test_what_is_no_view_is_told(value: object) -> None:
+    check_view("eval.linear.augment", RandomCrop(short_px=8, crop_px=8))
+    with pytest.raises(ValueError, match=f"^eval.linear.augment is {re.escape(str(value))}: an evaluation sees"):
+        check_view("eval.linear.augment", value)
 
 
 def test_every_limit_is_named() -> None:

@@ -242,6 +242,7 @@ def test_memory_is_no_part_of_what_tells_evaluations_apart() -> None:
         ({"temperature": "abc"}, "eval.knn.temperature is abc: give a number above 0"),
         ({"temperature": 0}, "eval.knn.temperature is 0: give a number above 0"),
         ({"layers": "feature1"}, "eval.knn.layers is feature1: give a list of some of feature1, "),
+        ({"view": None}, "eval.knn.view is None: an evaluation sees images in a view"),
         ({"batch": 0}, "eval.knn.batch is 0: give a whole number of 1 or more"),
         ({"bank_gib": "abc"}, "eval.knn.bank_gib is abc: give a number of 0 or more"),
     ],

@@ -11,9 +11,11 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
+from relloc.data.folder import FolderImages
+from relloc.data.image_set import Splits
 from relloc.data.views import Squash
 from relloc.errors import UsageError
-from relloc.evals.contract import Summarizing
+from relloc.evals.contract import Demanding, Job, Summarizing, check_images
 from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
 from relloc.features.source import Bank, Sets
@@ -202,17 +204,99 @@ def test_features_that_are_not_finite_are_named(sets: Sets) -> None:
             scores_of(evaluation, broken)
 
 
+def refuse(made: object, wrong: dict[str, object], message: str) -> None:
+    """That the constants of an evaluation are looked at: the type checker of tests would be first in its call."""
+    for name, value in wrong.items():
+        object.__setattr__(made, name, value)
+    with pytest.raises(ValueError, match=message):
+        made.__post_init__()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"costs": ()}, "costs"), ({"costs": (0.0,)}, "above 0"), ({"layers": ("conv1",)}, "conv1")]
+    ("wrong", "message"),
+    [
+        ({"costs": ()}, r"costs is \(\): give a list of numbers above 0"),
+        ({"costs": (0.0,)}, r"costs is \(0.0,\): give numbers above 0"),
+        ({"costs": "abc"}, "costs is abc: give a list of numbers above 0"),
+        ({"costs": 3}, r"costs is 3: give a list, \[3\]"),
+        ({"layers": ("conv1",)}, "layers is .*conv1"),
+        ({"batch": 0}, "batch is 0: give a whole number of 1 or more"),
+        ({"batch": "abc"}, "batch is abc: give a whole number of 1 or more"),
+        ({"view": None}, "view is None: an evaluation sees images in a view"),
+    ],
 )
-def test_constants_that_make_no_sense_are_refused(wrong: dict, message: str) -> None:
-    for make in (svm, low_shot):
-        with pytest.raises(ValueError, match=message):
-            make(**wrong)
-    with pytest.raises(ValueError, match="folds is 1"):
-        svm(folds=1)
-    with pytest.raises(ValueError, match="draws=0 must be 1 or more"):
-        low_shot(draws=0)
+def test_constants_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:
+    for make, name in ((svm, "voc07_svm"), (low_shot, "voc07_low_shot")):
+        refuse(make(), wrong, rf"^eval\.{name}\.{message}")
+
+
+@pytest.mark.parametrize("folds", [1, 2.5, "abc"])
+def test_a_number_of_folds_that_makes_no_sense_is_refused(folds: object) -> None:
+    refuse(svm(), {"folds": folds}, f"^eval.voc07_svm.folds is {folds}: give a whole number of 2 or more")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"draws": 0}, "draws is 0: give a whole number of 1 or more"),
+        ({"draws": 1.5}, "draws is 1.5: give a whole number of 1 or more"),
+        ({"draws": "abc"}, "draws is abc: give a whole number of 1 or more"),
+        ({"shots": 3}, r"shots is 3: give a list, \[3\]"),
+        ({"shots": [1.5]}, r"shots is \[1.5\]: give whole numbers of 1 or more"),
+        ({"shots": []}, r"shots is \[\]: give a list of whole numbers"),
+    ],
+)
+def test_shots_and_draws_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:
+    refuse(low_shot(), wrong, rf"^eval\.voc07_low_shot\.{message}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shown(FolderImages):
+    """Images of which nothing but what they show is asked."""
+
+    marks: list[list[int]]
+
+    def presence(self) -> list[list[int]]:
+        return self.marks
+
+
+def splits_of(train: Tensor, held_out: Tensor) -> Splits:
+    both = (("trainval", train), ("test", held_out))
+    made = [Shown(name="voc", split=split, paths=["x"] * len(marks), marks=marks.tolist()) for split, marks in both]
+    return Splits(train=made[0], held_out=made[1])
+
+
+def test_too_few_images_are_told_before_features_are_asked_for(sets: Sets) -> None:
+    labels, tested = sets.train.labels, sets.held_out.labels
+    most = int(torch.maximum((labels == 1).sum(dim=0), 120 - (labels == 1).sum(dim=0)).min())
+    enough, told = splits_of(labels, tested), f"folds is {most + 1}: of 120 training images, some .* more: give {most} folds or fewer"
+    for evaluation in (svm(), low_shot(shots=(1, 64)), svm(folds=most)):
+        assert isinstance(evaluation, Demanding)
+        evaluation.check(enough)
+    with pytest.raises(UsageError, match=told):
+        svm(folds=most + 1).check(enough)
+    with pytest.raises(UsageError, match=r"shots=\[64\]: a class has only"):
+        low_shot(shots=(64,)).check(enough)
+    with pytest.raises(UsageError, match="folds is 3: of 2 training images, some class is in no more than 1"):
+        svm().check(splits_of(torch.tensor([[1, -1, -1], [-1, 1, 1]]), tested))
+    for n in (1, 5):  # nothing to tell apart in one, no positive in five
+        for evaluation in (svm(), low_shot()):
+            with pytest.raises(UsageError, match="no class has a positive image both"):
+                evaluation.check(splits_of(torch.full((n, 3), 1 if n == 1 else -1), tested))
+    job = Job(name="voc07_svm", evaluation=svm(folds=100), splits=enough)
+    with pytest.raises(UsageError, match="folds is 100"):
+        check_images(job)
+
+
+def test_folds_that_unreadable_images_leave_too_few_for_are_told_too(sets: Sets) -> None:
+    left = Bank(
+        features={LAYER: sets.train.features[LAYER][:5]},
+        labels=torch.tensor([[1, -1, -1], [1, -1, 1], [-1, 1, -1], [-1, 1, 1], [-1, 1, -1]]),
+        n_classes=3,
+        channels={LAYER: 30},
+    )
+    with pytest.raises(UsageError, match="folds is 4: of 5 training images, some class is in no more than 3"):
+        scores_of(svm(folds=4), dataclasses.replace(sets, train=left))
 
 
 def row(layer: str, metric: str, value: float) -> Result:

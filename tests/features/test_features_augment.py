@@ -1,4 +1,5 @@
 import collections
+import math
 
 import pytest
 import torch
@@ -72,6 +73,15 @@ def test_factors_are_uniform_orders_alike_and_lighting_normal() -> None:
 def test_a_strength_out_of_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"color\.{name} is {value}"):
         JitterAndLighting(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "limit"), [("brightness", "to 1"), ("contrast", "to 1"), ("lighting", "or more")])
+@pytest.mark.parametrize("value", ["abc", None, True, math.nan])
+def test_a_strength_that_is_no_number_is_refused(name: str, limit: str, value: object) -> None:
+    made = JitterAndLighting()
+    object.__setattr__(made, name, value)  # the type checker of tests would be first
+    with pytest.raises(ValueError, match=rf"color\.{name} is {value}: give a number, 0 {limit}"):
+        made.__post_init__()
 
 
 def test_words_for_a_protocol() -> None:
