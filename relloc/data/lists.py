@@ -117,11 +117,12 @@ def voc(
     `root` holds VOCdevkit, or is VOCdevkit or VOC<year> itself.
 
     Raises:
-        DataError: a folder or list is missing or empty.
+        DataError: a folder or list is missing or empty, or both lists name an image.
     """
     where = _VOC.format(year=year)
     base = _voc_folder(_root(root, where), year, where)
     splits = Splits(train=_voc_split(name, base, train, where), held_out=_voc_split(name, base, held_out, where))
+    _refuse_shared(splits, f"{train}.txt", f"{held_out}.txt")
     warn_of_other_counts(splits, published_images if year == _COUNTED_YEAR else None)
     return splits
 
@@ -157,7 +158,7 @@ def places205(
     All three are below `root`. A class is called after the folder of its first training image.
 
     Raises:
-        DataError: a list is missing, empty, or has a line of another form.
+        DataError: a list is missing, empty, or has a line of another form, or both name an image.
     """
     base = _root(root, _PLACES)
     (paths, labels), (val_paths, val_labels) = (_labeled_lines(base / name) for name in (train_list, val_list))
@@ -169,6 +170,7 @@ def places205(
         train=_images(name, "train", base / images, base / train_list, paths, labels, classes),
         held_out=_images(name, "val", base / images, base / val_list, val_paths, val_labels, classes),
     )
+    _refuse_shared(splits, train_list, val_list)
     warn_of_other_counts(splits, published_images)
     return splits
 
@@ -200,7 +202,7 @@ def inaturalist2018(
     File names count from `images`, also where they begin with its name, as the official ones do.
 
     Raises:
-        DataError: a file is missing or not of that form.
+        DataError: a file is missing or not of that form, or both name an image.
     """
     base = _root(root, _INATURALIST)
     content = {path: _annotations(base / path) for path in (train_annotations, val_annotations)}
@@ -211,6 +213,7 @@ def inaturalist2018(
         return _images(name, split_name, base / images, base / path, files, labels, classes)
 
     splits = Splits(train=split("train", train_annotations), held_out=split("val", val_annotations))
+    _refuse_shared(splits, train_annotations, val_annotations)
     warn_of_other_counts(splits, published_images)
     return splits
 
@@ -246,6 +249,18 @@ def _annotated(
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: an image without file name, annotation or known category: {error}") from error
     return files, labels
+
+
+def _refuse_shared(splits: Splits, train_list: str, held_out_list: str) -> None:
+    """Raises `DataError` where an image is in both splits: what it shows would be known before it is asked."""
+    train, held_out = splits.train, splits.held_out
+    tested = {held_out.source(place) for place in range(len(held_out))}
+    shared = tested.intersection(train.source(place) for place in range(len(train)))
+    if shared:
+        raise DataError(
+            f"{train.name}: {len(shared)} of {len(tested)} images of {held_out_list} are also in {train_list}, such as "
+            f"{min(shared)}: results on images that were trained on mean nothing; name lists that share none"
+        )
 
 
 def _root(root: str | None, where: str) -> Path:

@@ -60,6 +60,25 @@ def test_a_missing_voc_says_what_is_wanted(tmp_path: Path) -> None:
         voc_of(tmp_path, train="train")
 
 
+@pytest.mark.parametrize("shared", ["000003", "000002\n000003"])
+def test_voc_lists_that_share_images_are_refused(tmp_path: Path, shared: str) -> None:
+    text(vocdevkit(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/mine.txt", f"000001\n{shared}\n")
+    with pytest.raises(DataError, match=r"voc: 1 of 1 images of test.txt are also in mine.txt, such as .*000003.jpg"):
+        voc_of(tmp_path, train="mine")
+    with pytest.raises(DataError, match="results on images that were trained on mean nothing"):
+        voc_of(tmp_path, train="test")
+
+
+def test_places_and_inaturalist_lists_that_share_images_are_refused(tmp_path: Path) -> None:
+    text(places_root(tmp_path) / "val.csv", "z/zoo/9.jpg 2\nz/zoo/2.jpg 2\n")
+    with pytest.raises(DataError, match=r"1 of 2 images of val.csv are also in train.csv, such as .*z/zoo/2.jpg"):
+        places_of(tmp_path)
+    text(tmp_path / "train2018.json", annotations("train_val2018/", (4,), {11: 4, 12: 4}))
+    text(tmp_path / "val2018.json", annotations("", (4,), {12: 4}))  # the same file by its other name
+    with pytest.raises(DataError, match=r"1 of 1 images of val2018.json are also in train2018.json"):
+        inat_of(tmp_path)
+
+
 def test_a_list_with_a_nul_byte_is_damaged(tmp_path: Path) -> None:
     text(vocdevkit(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt", "000001\n00\x00002\n")
     with pytest.raises(DataError, match=r"trainval.txt line 2 holds a NUL byte: the file is damaged"):
@@ -131,7 +150,7 @@ def places_root(root: Path) -> Path:
     image(root / "pics/a/abbey/1 of 2.jpg")
     image(root / "pics/z/zoo/2.jpg", 1)
     text(root / "train.csv", "a/abbey/1 of 2.jpg 0\nz/zoo/2.jpg 2\na/abbey/gone.jpg 0\n")
-    text(root / "val.csv", "z/zoo/2.jpg 2\n")
+    text(root / "val.csv", "z/zoo/9.jpg 2\n")
     return root
 
 
@@ -159,7 +178,7 @@ def test_labels_are_part_of_the_digest_and_the_place_is_not(tmp_path: Path) -> N
     one, two = (places_of(places_root(tmp_path / name)).train.digest() for name in ("one", "two"))
     assert one == two
     text(tmp_path / "two/train.csv", "a/abbey/1 of 2.jpg 0\nz/zoo/2.jpg 1\na/abbey/gone.jpg 0\n")
-    text(tmp_path / "two/val.csv", "z/zoo/2.jpg 1\n")
+    text(tmp_path / "two/val.csv", "z/zoo/9.jpg 1\n")
     assert places_of(tmp_path / "two").train.digest() != one
 
 
