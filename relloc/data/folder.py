@@ -20,6 +20,7 @@ from relloc.data.images import SUFFIXES, read_rgb
 from relloc.errors import DataError
 
 _SIZES_ASKED = 1000
+_NAMED = 5  # of class folders that are empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,41 +93,59 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in os.scandir(folder) if _is_class(entry)))
 
 
-def _require(root: str | None, setting: str) -> Path:
+def _require(root: str | None, setting: str, holding: str = "") -> Path:
+    with_what = f", to a folder with {holding}" if holding else ""
     if not root:
-        raise DataError(f"{setting} is not set: give {setting}=FOLDER, or set the environment variable RELLOC_DATA")
+        raise DataError(
+            f"{setting} is not set: give {setting}=FOLDER, or set the environment variable RELLOC_DATA{with_what}"
+        )
     if not Path(root).is_dir():
-        raise DataError(f"{setting}={root} is not a folder: give the folder that holds the images")
+        raise DataError(f"{setting}={root} is not a folder: give the folder that holds {holding or 'the images'}")
     return Path(root)
 
 
 def _labeled(name: str, folder: Path, classes: tuple[str, ...]) -> FolderImages:
-    paths, labels = [], []
+    paths, labels, empty = [], [], []
     for label, class_name in enumerate(classes):
         found = list(_images_below(folder / class_name))
         paths += found
         labels += [label] * len(found)
+        empty += [] if found else [class_name]
     if not paths:
         raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+    if empty:
+        named = ", ".join(empty[:_NAMED]) + (", …" if len(empty) > _NAMED else "")
+        raise DataError(
+            f"{folder}: {len(empty)} of {len(classes)} class folders hold no images ({named}): unpack or copy them "
+            "again; a class that is to be left out has no folder in either split"
+        )
     return FolderImages(name=name, split=folder.name, paths=paths, labels=labels, classes=classes)
 
 
 def class_folders(
-    *, name: str, root: str | None, train: str, val: str, published_images: Mapping[str, int] | None = None
+    *,
+    name: str,
+    root: str | None,
+    train: str,
+    val: str,
+    holding: str = "",
+    published_images: Mapping[str, int] | None = None,
 ) -> Splits:
     """ROOT/`train`/CLASS/* and ROOT/`val`/CLASS/*; the label is the place of CLASS in sorted order.
 
+    `holding` says what belongs there, and where to get it, for who has not got it.
     `published_images` gives the official counts: another count is a warning, since its results
     are not those of the published data set.
 
     Raises:
-        DataError: the root or a split is missing, empty, or the two splits have other classes.
+        DataError: the root or a split is missing, a split or a class is empty, or the two splits have other classes.
     """
-    base = _require(root, "data.root")
+    base = _require(root, "data.root", holding)
     for split in (train, val):
         if not _class_folders(base / split):
             raise DataError(
                 f"{base / split} has no class folders: {name} needs {base}/{train}/CLASS/* and {base}/{val}/CLASS/*"
+                + (f"; data.root is to hold {holding}" if holding else "")
             )
     classes, other = _class_folders(base / train), _class_folders(base / val)
     if classes != other:

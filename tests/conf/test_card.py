@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
@@ -130,6 +131,11 @@ def test_evaluations_have_the_published_constants(evaluations, name, constants, 
 def test_data_sets_are_known_by_their_published_counts(evaluations, name, published):
     """protocols.md 3."""
     assert evaluations[name].data.source.published_images == published
+
+
+def test_imagenet_says_where_to_get_it(evaluations, tmp_path):
+    with pytest.raises(InstantiationException, match="data.root is to hold ImageNet .*from the ImageNet site"):
+        instantiate({**evaluations.linear_in1k.data.source, "root": str(tmp_path)})
 
 
 def test_voc_is_trained_on_trainval_and_tested_on_test(evaluations):

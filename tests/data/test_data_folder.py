@@ -212,6 +212,33 @@ def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
         class_folders(name="in1k", root=str(tmp_path), train="train", val="val")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_class_folder_is_named(tmp_path: Path, split: str) -> None:
+    for removed in (labeled_root(tmp_path) / split / "a").iterdir():
+        removed.unlink()
+    told = rf"{split}: 1 of 2 class folders hold no images \(a\): unpack or copy them again"
+    with pytest.raises(DataError, match=told):
+        unlabeled(str(tmp_path))
+    with pytest.raises(DataError, match=told):
+        class_folders(name="in1k", root=str(tmp_path), train="train", val="val")
+    for number in range(7):
+        for each in ("train", "val"):
+            (tmp_path / each / f"empty{number}").mkdir()
+    (tmp_path / split / "a" / "back.jpg").touch()
+    with pytest.raises(DataError, match=r"7 of 9 .* \(empty0, empty1, empty2, empty3, empty4, …\)"):
+        unlabeled(str(tmp_path))
+
+
+def test_what_a_folder_is_to_hold_and_where_to_get_it_is_told(tmp_path: Path) -> None:
+    settings = {"name": "in1k", "train": "train", "val": "val", "holding": "ImageNet, from its site"}
+    with pytest.raises(DataError, match="data.root is not set: .* to a folder with ImageNet, from its site"):
+        class_folders(root=None, **settings)
+    with pytest.raises(DataError, match="is not a folder: give the folder that holds ImageNet, from its site"):
+        class_folders(root=str(tmp_path / "gone"), **settings)
+    with pytest.raises(DataError, match="train has no class folders: .* data.root is to hold ImageNet, from its site"):
+        class_folders(root=str(tmp_path), **settings)
+
+
 def test_another_count_than_the_published_is_a_warning(tmp_path: Path) -> None:
     labeled_root(tmp_path)
     settings = {"name": "in1k", "root": str(tmp_path), "train": "train", "val": "val"}
