@@ -115,12 +115,16 @@ def _watched(loader: DataLoader, workers: int) -> Iterator[Any]:
 
 
 class Unreadable:
-    """Counts images that could not be used, by name, and stops the run when they are too many."""
+    """Counts images that could not be used, by name, and stops the run when they are too many.
 
-    def __init__(self, *, n_images: int, most_share: float) -> None:
+    `setting` is where the user says how many that is.
+    """
+
+    def __init__(self, *, n_images: int, most_share: float, setting: str = "data.unreadable_share") -> None:
         self.reasons: dict[str, str] = {}
         self.n_images = n_images
         self.most_share = most_share
+        self.setting = setting
 
     def add(self, reasons: dict[str, str]) -> None:
         """Raises `DataError` once more than `most_share` of the data set is unreadable."""
@@ -128,6 +132,6 @@ class Unreadable:
         if len(self.reasons) > self.most_share * self.n_images:
             first, reason = next(iter(self.reasons.items()))
             raise DataError(
-                f"{len(self.reasons)} of {self.n_images} images can't be used, more than data.unreadable_share="
+                f"{len(self.reasons)} of {self.n_images} images can't be used, more than {self.setting}="
                 f"{self.most_share} allows; the first is {first}: {reason}. Mend or remove them, or raise the share"
             )

@@ -9,7 +9,7 @@ import torch
 from relloc.data.image_set import Splits
 from relloc.data.lists import MultiLabeled
 from relloc.data.views import View
-from relloc.errors import UsageError
+from relloc.errors import DataError, UsageError
 from relloc.features.source import (
     Color,
     Reading,
@@ -114,6 +114,11 @@ class Job:
     splits: Splits
     unreadable_share: float | None = None
 
+    @property
+    def data_setting(self) -> str:
+        """Where the user sets what the images are: the run's data, or what the evaluation brings."""
+        return "data" if self.unreadable_share is None else f"eval.{self.name}.data"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -159,4 +164,7 @@ def check_images(job: Job) -> None:
             f"{name} needs images that say of each class whether it is there (PASCAL VOC): {images} do not"
         )
     if isinstance(job.evaluation, Demanding):
-        job.evaluation.check(job.splits)
+        try:
+            job.evaluation.check(job.splits)
+        except DataError as error:  # a list that is read only now; it knows of one data set a run
+            raise DataError(str(error).replace("data.root", f"{job.data_setting}.root")) from error

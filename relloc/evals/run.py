@@ -13,7 +13,6 @@ from torch import Tensor
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.lists import MultiLabeled
-from relloc.data.loader import Unreadable
 from relloc.data.order import key
 from relloc.data.views import View
 from relloc.evals.contract import (
@@ -135,7 +134,8 @@ def _evaluate_alike(
 def _terms_of(job: Job, terms: Terms) -> Terms:
     if job.unreadable_share is None:
         return terms
-    reading = dataclasses.replace(terms.reading, unreadable_share=job.unreadable_share)
+    setting = f"{job.data_setting}.unreadable_share"
+    reading = dataclasses.replace(terms.reading, unreadable_share=job.unreadable_share, share_setting=setting)
     return dataclasses.replace(terms, reading=reading)
 
 
@@ -208,7 +208,7 @@ def _calibration_batches(images: ImageSet, view: View, terms: Terms) -> Iterator
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(terms.seed))
     size = min(reading.batch, len(images))
     places = order[: max(size, terms.calibration_images // size * size)].tolist()
-    bad = Unreadable(n_images=len(images), most_share=reading.unreadable_share)
+    bad = reading.unreadable_of(len(images))
     keys = [(place, key(terms.seed, place)) for place in places[: len(places) // size * size]]
     for views in reading.views(images, view, keys, size):
         bad.add(views.unreadable)

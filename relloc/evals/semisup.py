@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from relloc.data.image_set import ImageSet, Splits, hash_lines
-from relloc.data.loader import Unreadable
 from relloc.data.order import key
 from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, stratified
 from relloc.data.views import View
@@ -219,7 +218,7 @@ class SemiSupervised:
         reading, labels = given.reading, _labels(images)
         order = np.random.default_rng([given.seed, epoch]).permutation(len(images)).tolist()
         keys = [(place, key(given.seed, epoch, place)) for place in order]
-        bad = Unreadable(n_images=len(images), most_share=reading.unreadable_share)
+        bad = reading.unreadable_of(len(images))
         losses = []
         loaded = reading.views(images, self.augment, keys, self.batch)
         for views in reading.progress(loaded, what, -(-len(keys) // self.batch)):
@@ -317,7 +316,7 @@ def count_top_hits(
     network.eval()
     labels = _labels(images)
     keys = [(place, place) for place in range(len(images))]
-    bad = Unreadable(n_images=len(images), most_share=reading.unreadable_share)
+    bad = reading.unreadable_of(len(images))
     counts = torch.zeros(len(_TOP) + 1, dtype=torch.int64)
     loaded = reading.views(images, view, keys, reading.batch)
     for views in reading.progress(loaded, f"asking {images.name} {images.split}", -(-len(keys) // reading.batch)):

@@ -128,8 +128,9 @@ def _batches(keys: Iterable[tuple[int, int]], size: int) -> Iterator[list[tuple[
 class Reading:
     """How views are read and encoded; the same for every evaluation of a run.
 
-    `precision` is "fp32", "tf32" or "bf16". `encode` is the function of that name, or what a compiler
-    made of it; it serves full batches, as each other size would be compiled anew.
+    `share_setting` is what a user sets `unreadable_share` by. `precision` is "fp32", "tf32" or "bf16".
+    `encode` is the function of that name, or what a compiler made of it; it serves full batches, as each
+    other size would be compiled anew.
     """
 
     batch: int
@@ -137,6 +138,7 @@ class Reading:
     device: torch.device
     precision: str
     unreadable_share: float
+    share_setting: str = "data.unreadable_share"
     progress: ProgressBar = _silent
     encode: Encode = encode
 
@@ -144,6 +146,10 @@ class Reading:
     def bf16(self) -> bool:
         """Whether networks compute in bfloat16; their features are float32 all the same."""
         return self.precision == "bf16"
+
+    def unreadable_of(self, n_images: int) -> Unreadable:
+        """The count of those of `n_images` that can't be used, which ends the run beyond `unreadable_share`."""
+        return Unreadable(n_images=n_images, most_share=self.unreadable_share, setting=self.share_setting)
 
     def views(self, images: ImageSet, view: View, keys: Iterable[tuple[int, int]], size: int) -> Iterable[ImageBatch]:
         """Views by (image, seed of its chance), `size` at a time; keys are asked for as they are needed."""
@@ -184,7 +190,7 @@ class LiveFeatures:
         self.n_classes = len(images.classes)
         self.dims = layer_dims(backbone)
         self.channels = layer_channels(backbone)
-        self.unreadable = Unreadable(n_images=self.n, most_share=reading.unreadable_share)
+        self.unreadable = reading.unreadable_of(self.n)
 
     def batches(
         self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1

@@ -12,7 +12,7 @@ from PIL import Image
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
 from relloc.data.views import Center, RandomResized, View
-from relloc.errors import UsageError
+from relloc.errors import DataError, UsageError
 from relloc.evals.contract import Evaluation, Job, Subject, Terms
 from relloc.evals.knn import Knn
 from relloc.evals.linear import LinearFast
@@ -278,6 +278,22 @@ def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
     assert len(rows) == 4
     assert {row.n for row in rows} == {8}
     assert {Path(name).name for name in told} == {"train3.png", "train4.png", "train5.png", "val7.png"}
+
+
+@pytest.mark.parametrize(("share", "setting"), [(0.2, "eval.linear.data"), (None, "data")])
+@pytest.mark.parametrize("batch_norm", ["as_trained", "recalibrated"])
+def test_too_many_unreadable_images_are_told_with_the_setting_that_counts(
+    subject: Subject, tmp_path: Path, batch_norm: str, share: float | None, setting: str
+) -> None:
+    train, val = write_split(tmp_path, "train", 16, broken=tuple(range(9))), write_split(tmp_path, "val", 9)
+    splits = Splits(train=train, held_out=val)
+    job = Job(name="linear", evaluation=EVALUATIONS["linear"], splits=splits, unreadable_share=share)
+    given = terms(batch_norms=[batch_norm], calibration_images=16)
+    rows = evaluate(
+        subject, [job], given, is_done=lambda *_: False, state=lambda _: Forgetful(), unreadable=lambda _: None
+    )
+    with pytest.raises(DataError, match=rf"more than {setting}\.unreadable_share={share or 0.5} allows"):
+        list(rows)
 
 
 def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(subject: Subject, splits: Splits) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
 from relloc.data.views import Squash
-from relloc.errors import UsageError
+from relloc.errors import DataError, UsageError
 from relloc.evals.contract import Demanding, Job, Summarizing, check_images
 from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
@@ -269,7 +269,7 @@ def splits_of(train: Tensor, held_out: Tensor) -> Splits:
 def test_too_few_images_are_told_before_features_are_asked_for(sets: Sets) -> None:
     labels, tested = sets.train.labels, sets.held_out.labels
     most = int(torch.maximum((labels == 1).sum(dim=0), 120 - (labels == 1).sum(dim=0)).min())
-    enough, told = splits_of(labels, tested), f"folds is {most + 1}: of 120 training images, some .* more: give {most} folds or fewer"
+    enough, told = splits_of(labels, tested), f"folds is {most + 1}: of 120 .* more: give {most} folds or fewer"
     for evaluation in (svm(), low_shot(shots=(1, 64)), svm(folds=most)):
         assert isinstance(evaluation, Demanding)
         evaluation.check(enough)
@@ -286,6 +286,23 @@ def test_too_few_images_are_told_before_features_are_asked_for(sets: Sets) -> No
     job = Job(name="voc07_svm", evaluation=svm(folds=100), splits=enough)
     with pytest.raises(UsageError, match="folds is 100"):
         check_images(job)
+
+
+class Lost(Shown):
+    """Images whose lists of classes are missing."""
+
+    def presence(self) -> list[list[int]]:
+        raise DataError("cat_test.txt is missing: data.root is to hold VOC")
+
+
+@pytest.mark.parametrize(("share", "setting"), [(0.1, "eval.mine.data.root"), (None, "data.root")])
+def test_a_missing_list_names_the_evaluations_own_root(sets: Sets, share: float | None, setting: str) -> None:
+    lost = Lost(name="voc", split="test", paths=["x"], marks=[])
+    splits = dataclasses.replace(splits_of(sets.train.labels, sets.held_out.labels), held_out=lost)
+    for evaluation in (svm(), low_shot()):
+        job = Job(name="mine", evaluation=evaluation, splits=splits, unreadable_share=share)
+        with pytest.raises(DataError, match=f"^cat_test.txt is missing: {setting} is to hold VOC"):
+            check_images(job)
 
 
 def test_folds_that_unreadable_images_leave_too_few_for_are_told_too(sets: Sets) -> None:
