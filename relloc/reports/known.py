@@ -2,10 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from relloc.reports.groups import foreign_view, is_card
-from relloc.reports.published import PUBLISHED_MODEL, RANDOM, SUPERVISED, Published, published_numbers
+from relloc.reports.published import (
+    PUBLISHED_IMAGES,
+    PUBLISHED_MODEL,
+    RANDOM,
+    SUPERVISED,
+    Published,
+    published_numbers,
+)
 from relloc.results import Result
 
 AVGPOOL_TOLERANCE = 1.0
@@ -36,13 +43,16 @@ class KnownAnswer:
     def what(self) -> str:
         return f"{self.checkpoint} {self.evaluation} {self.layer} {self.metric} on {self.dataset} {self.split}"
 
+    def is_named_like(self, row: Result) -> bool:
+        """Whether `row` is this number of the same weights, on whatever images in whatever view."""
+        subject = (row.checkpoint, row.model, row.batch_norm) == (self.checkpoint, PUBLISHED_MODEL, "as_trained")
+        same = (row.eval, row.metric) == (self.evaluation, self.metric)
+        return subject and same and (row.layer == self.layer or self.metric == "map_best")
+
     def is_about(self, row: Result) -> bool:
         """Whether `row` is a measurement of this, by the published protocol on the published images."""
-        subject = (row.checkpoint, row.model, row.batch_norm) == (self.checkpoint, PUBLISHED_MODEL, "as_trained")
-        asked = (row.eval, row.dataset, row.split, row.metric)
-        same = asked == (self.evaluation, self.dataset, self.split, self.metric)
-        seen = is_card(row) and not foreign_view(row)
-        return subject and same and seen and (row.layer == self.layer or self.metric == "map_best")
+        images = (row.dataset, row.split) == (self.dataset, self.split)
+        return self.is_named_like(row) and images and is_card(row) and not foreign_view(row)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,14 +119,24 @@ def _supervised_avgpool() -> KnownAnswer:
     return _answer(published, "torchvision", metric="top1", high=SUPERVISED_TOP1, tolerance=AVGPOOL_TOLERANCE)
 
 
-def check(rows: Sequence[Result]) -> list[Verdict]:
-    """A verdict on each known answer that `rows` measure; of several measurements the last counts.
+def asked(
+    subjects: Iterable[tuple[str, str]], evaluations: Collection[str], batch_norms: Collection[str]
+) -> list[KnownAnswer]:
+    """The known answers that evaluations of (checkpoint, model) give on the published images, before any is run."""
+    if "as_trained" not in batch_norms:
+        return []
+    who = {checkpoint for checkpoint, model in subjects if model == PUBLISHED_MODEL}
+    return [answer for answer in known_answers() if answer.checkpoint in who and answer.evaluation in evaluations]
+
+
+def check(rows: Sequence[Result], answers: Sequence[KnownAnswer]) -> list[Verdict]:
+    """A verdict on each of the answers that `rows` measure; of several measurements the last counts.
 
     Low-shot numbers are those at the published row's layer. Rows on other images than the
     published ones, of another model or with recalibrated batch norm say nothing.
     """
     verdicts = []
-    for answer in known_answers():
+    for answer in answers:
         measured = [row.value for row in rows if answer.is_about(row)]
         if measured:
             verdicts.append(
@@ -131,13 +151,22 @@ def check(rows: Sequence[Result]) -> list[Verdict]:
     return verdicts
 
 
-def can_match(model: str, checkpoints: Sequence[str], evaluations: Sequence[str], batch_norms: Sequence[str]) -> bool:
-    """Whether rows of these, on the published images, would hold a known answer: to be asked before any work."""
-    asked = {(answer.checkpoint, answer.evaluation) for answer in known_answers()}
-    possible = any((checkpoint, name) in asked for checkpoint in checkpoints for name in evaluations)
-    return possible and model == PUBLISHED_MODEL and "as_trained" in batch_norms
+def unchecked(rows: Sequence[Result], answers: Sequence[KnownAnswer]) -> list[str]:
+    """Those of the answers that `rows` say nothing about, and why, in words."""
+    return [
+        f"{answer.what}: {_why_unchecked(answer, rows)}"
+        for answer in answers
+        if not any(answer.is_about(row) for row in rows)
+    ]
 
 
-def not_measured(rows: Sequence[Result]) -> list[str]:
-    """The known answers that `rows` say nothing about, in words."""
-    return [answer.what for answer in known_answers() if not any(answer.is_about(row) for row in rows)]
+def _why_unchecked(answer: KnownAnswer, rows: Sequence[Result]) -> str:
+    row = next((row for row in reversed(rows) if answer.is_named_like(row)), None)
+    if row is None:
+        return "no such number was measured"
+    if (row.dataset, row.split) != (answer.dataset, answer.split):
+        return f"measured on {row.dataset} {row.split}"
+    if not is_card(row):
+        published = PUBLISHED_IMAGES[answer.dataset, answer.split]
+        return f"measured on {row.n:,} images, where {published:,} are published"
+    return f"measured in another view, {foreign_view(row)}"

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -10,20 +10,20 @@ from omegaconf import DictConfig
 from relloc import checkpoints, ranks
 from relloc.errors import KnownAnswerMissed, UsageError
 from relloc.evals.contract import Job, Subject, Summarizing, Terms
-from relloc.evals.run import evaluate, fingerprint, works
+from relloc.evals.run import Work, evaluate, fingerprint, works
 from relloc.features.source import Forgetful
-from relloc.pretext.stopping import stop_request
+from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.reports import known
-from relloc.results import RESULTS_FILE, Result, append_results, read_results
+from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import assemble, console
 from relloc.runs.engine import Engine, settle
 from relloc.runs.folder import RunFolder, open_folder
-from relloc.runs.reusing import KeptState, KnownRows, state_file
+from relloc.runs.reusing import KeptState, KnownRows, obey, state_file
 from relloc.runs.subjects import subjects
 
 _NO_ANSWER = (
     "verdict=true, but nothing measured here has a published answer: it takes a ResNet-50, random or torchvision's, "
-    "with batch norm as trained, on all images of ImageNet or VOC2007"
+    "with batch norm as trained, and an evaluation of ImageNet, Places205 or VOC2007"
 )
 
 
@@ -33,11 +33,11 @@ def evaluate_checkpoint(config: DictConfig) -> None:
     assemble.check_numbers(config)
     assemble.check_roots(config)
     found = subjects(config)
-    _check(config, found, assemble.terms(config, engine))
+    answers = _answers(config, found, assemble.terms(config, engine))
     with contextlib.ExitStack() as at_end:
         ranks.join(engine.device)
         at_end.callback(ranks.leave)
-        at_end.enter_context(stop_request())
+        stop = at_end.enter_context(stop_request())
         terms = assemble.terms(config, engine)
         own = None if len(assemble.own_data(config)) == len(config.eval) else assemble.splits(config.data)
         jobs = assemble.jobs(config, own)
@@ -52,20 +52,22 @@ def evaluate_checkpoint(config: DictConfig) -> None:
             marks: set[str] = set()
             for one in found:
                 engine.place(one.backbone)
-                marks |= evaluate_subject(one, jobs, terms, folder, config)
+                marks |= evaluate_subject(one, jobs, terms, folder, config, stop)
                 one.backbone.cpu()
             folder.summarize(marks)  # the folder may hold rows of another command
     if config.verdict:
-        tell_verdict(folder.path)
+        tell_verdict(folder.path, answers, marks)
 
 
-def _check(config: DictConfig, found: Sequence[Subject], terms: Terms) -> None:
-    """Nothing to do, or nothing to hold it against, is told before anything is listed or measured."""
+def _answers(config: DictConfig, found: Sequence[Subject], terms: Terms) -> list[known.KnownAnswer]:
+    """What is known of the numbers to come. Nothing to do, or nothing known, is told before anything is measured."""
     if not assemble.evaluations(config):
         raise UsageError("eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]")
-    names = [one.checkpoint for one in found]
-    if config.verdict and not known.can_match(found[0].model, names, list(config.eval), terms.batch_norms):
+    who = [(one.checkpoint, one.model) for one in found]
+    answers = known.asked(who, list(config.eval), terms.batch_norms)
+    if config.verdict and not answers:
         raise UsageError(_NO_ANSWER)
+    return answers
 
 
 def _check_ranks(jobs: Sequence[Job]) -> None:
@@ -78,57 +80,69 @@ def _check_ranks(jobs: Sequence[Job]) -> None:
 
 
 def _follow(found: Sequence[Subject], jobs: Sequence[Job], terms: Terms, engine: Engine) -> None:
-    """What the other processes do: their share of the work, nothing of which they write or tell."""
+    """What the other processes do: their share of the work. They write and tell nothing but to the first."""
     for one in found:
         engine.place(one.backbone)
+        reasons: dict[str, str] = {}
         done = evaluate(
             one,
             jobs,
             terms,
             is_done=lambda *_which: bool(ranks.from_first("")),
             state=lambda _work: Forgetful(),
-            unreadable=lambda _reasons: None,
+            unreadable=reasons.update,
         )
         for _rows in done:
             pass
+        ranks.union(reasons)
 
 
 def _names(subjects: Sequence[Subject]) -> str:
     return ", ".join(f"{one.model} {Path(one.checkpoint).parent.name or one.checkpoint}" for one in subjects)
 
 
-def tell_verdict(run_dir: Path) -> None:
-    """Say of each known answer whether it came out.
+def tell_verdict(run_dir: Path, answers: Sequence[known.KnownAnswer], marks: Collection[str]) -> None:
+    """Say of each of the answers whether it came out in the rows with these fingerprints.
 
     Raises:
-        UsageError: one did not, or nothing was measured that is known.
+        KnownAnswerMissed: one did not, or could not be checked.
     """
-    rows = read_results(run_dir)
-    verdicts = known.check(rows)
+    rows = [row for row in read_results(run_dir) if row.fingerprint in marks]
+    verdicts, unchecked = known.check(rows, answers), known.unchecked(rows, answers)
     for verdict in verdicts:
         console.say(str(verdict))
-    for missing in known.not_measured(rows):
-        console.say(f"not measured: {missing}")
+    for missing in unchecked:
+        console.say(f"not checked: {missing}")
     failed = sum(not verdict.passed for verdict in verdicts)
-    if not verdicts:
-        raise UsageError(_NO_ANSWER)
-    if failed:
+    wrong = [f"{failed} are outside their tolerance"] * bool(failed)
+    wrong += [f"{len(unchecked)} could not be checked"] * bool(unchecked)
+    if wrong:
         raise KnownAnswerMissed(
-            f"{failed} of {len(verdicts)} known answers are outside their tolerance: check the data sets with "
+            f"of {len(answers)} known answers {' and '.join(wrong)}: check the data sets with "
             f"python -m relloc.prepare, and what {run_dir / RESULTS_FILE} says of the protocol"
         )
 
 
 def evaluate_subject(
-    subject: Subject, jobs: Sequence[Job], terms: Terms, folder: RunFolder, config: DictConfig
+    subject: Subject, jobs: Sequence[Job], terms: Terms, folder: RunFolder, config: DictConfig, stop: StopRequest
 ) -> set[str]:
-    """Write the rows of every evaluation as they come; those there already are used again. The fingerprints of all."""
+    """Write the rows of every evaluation as they come; those there already are used again. The fingerprints of all.
+
+    Where it was asked to stop, the process leaves with the signal's exit code, once what is finished is saved.
+    """
     marks: set[str] = set()
-    rows_there = KnownRows(folder.path, Path(config.runs) if config.reuse else None)
+    runs = Path(config.runs) if config.reuse else None
+    rows_there = KnownRows(folder.path, runs)
 
     def is_done(name: str, batch_norm: str, mark: str) -> bool:
         marks.add(mark)
-        return bool(ranks.from_first("yes" if rows_there.has(subject, name, batch_norm, mark) else ""))
+        there = rows_there.has(subject, name, batch_norm, mark)
+        if there:  # another run may have finished what this one began
+            checkpoints.delete_state(state_file(folder.path, mark))
+        return bool(ranks.from_first("yes" if there else ""))
+
+    def state(work: Work) -> KeptState:
+        return KeptState(folder.path, work.mark, every_s=config.save_every_s, stop=stop, runs=runs)
 
     subject.backbone.eval()
     console.say(f"eval    {', '.join(job.name for job in jobs)} of {subject.checkpoint} ({subject.model})")
@@ -137,7 +151,7 @@ def evaluate_subject(
         jobs,
         terms,
         is_done=is_done,
-        state=lambda work: KeptState(state_file(folder.path, work.mark), config.save_every_s),
+        state=state,
         unreadable=folder.note_unreadable,
     )
     for rows in rows_of_each:
@@ -145,16 +159,17 @@ def evaluate_subject(
         console.say_measured(rows)
         for mark in {row.fingerprint for row in rows}:
             checkpoints.delete_state(state_file(folder.path, mark))
+        stop.listen(awaited=False)
+        obey(stop)
+    folder.note_unreadable(ranks.union(folder.unreadable))
     for job in jobs:
-        said = _summary(subject, job, terms, rows_there)
-        append_results(folder.path, said)
-        marks |= {row.fingerprint for row in said}
+        marks |= _summarize(subject, job, terms, rows_there)
     return marks
 
 
-def _summary(subject: Subject, job: Job, terms: Terms, known_rows: KnownRows) -> list[Result]:
-    """The rows that speak of all layers of an evaluation, such as its best; none where they are there."""
-    said = []
+def _summarize(subject: Subject, job: Job, terms: Terms, known_rows: KnownRows) -> set[str]:
+    """Write the rows that speak of all layers of an evaluation, unless they are there; their fingerprints."""
+    marks = set()
     if isinstance(job.evaluation, Summarizing):
         for batch_norm in terms.batch_norms:
             mark = fingerprint(job.evaluation, subject, job.splits, terms, batch_norm)
@@ -162,5 +177,6 @@ def _summary(subject: Subject, job: Job, terms: Terms, known_rows: KnownRows) ->
             there = [row for row in known_rows.of(subject) if row.eval == job.name]
             if not any(row.fingerprint == mark for row in there):
                 rows = job.evaluation.summary([row for row in there if row.fingerprint in parts])
-                said += [dataclasses.replace(row, fingerprint=mark) for row in rows]
-    return said
+                append_results(known_rows.run_dir, [dataclasses.replace(row, fingerprint=mark) for row in rows])
+            marks.add(mark)
+    return marks

@@ -19,13 +19,13 @@ _WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
 
 class RunFolder:
-    """The folder, and whether its run came to its end."""
+    """The folder, whether its run came to its end, and why images could not be used, by name."""
 
     def __init__(self, path: Path, uri: str | None) -> None:
         self.path = path
         self.uri = uri
         self.status = "FAILED"
-        self._unreadable: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
 
     def keep(self, name: str) -> None:
         """Have the tracker hold a copy of a file of this folder."""
@@ -37,7 +37,7 @@ class RunFolder:
 
     def note_unreadable(self, reasons: dict[str, str]) -> None:
         """Remember images that could not be used."""
-        self._unreadable |= reasons
+        self.unreadable |= reasons
 
     def summarize(self, marks: Collection[str] | None = None) -> None:
         """The run is finished: say what came out, and where it is. `marks` are the fingerprints of the rows to show."""
@@ -53,9 +53,9 @@ class RunFolder:
 
     def tell_unreadable(self) -> None:
         """Name the images that could not be used, together with those of earlier parts of the run."""
-        if not self._unreadable:
+        if not self.unreadable:
             return
-        lines = [f"{name}: {reason}" for name, reason in sorted(self._unreadable.items())]
+        lines = [f"{name}: {reason}" for name, reason in sorted(self.unreadable.items())]
         known = self.path / UNREADABLE_FILE
         if known.exists():
             lines = sorted({*lines, *known.read_text(encoding="utf-8", errors="surrogateescape").splitlines()})

@@ -64,7 +64,7 @@ def pretrain(config: DictConfig) -> None:
             _draw(config, data, folder)
             train_run(run, run_dir, standing, folder)
             ranks.leave()
-            _finish(config, how, data, jobs, task, folder)
+            _finish(run, jobs, folder)
 
 
 def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
@@ -141,7 +141,8 @@ def about(config: DictConfig) -> dict[str, Any]:
     return {"model": assemble.plain(config.model), "computed": assemble.computed(config)}
 
 
-def _finish(config: DictConfig, how: Engine, data: Splits, jobs: Sequence[Job], task: Task, folder: RunFolder) -> None:
+def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
+    config, how, data, task = run.config, run.how, run.data, run.task
     weights = folder.path / backbone_files.BACKBONE_FILE
     if not weights.exists():
         backbone_files.save_backbone(weights, task.model.backbone, about(config) | {"step": task.steps})
@@ -168,7 +169,7 @@ def _finish(config: DictConfig, how: Engine, data: Splits, jobs: Sequence[Job], 
             for name, backbone in ((str(weights), trained), ("random", untrained))
         ]
         for subject in subjects:
-            evaluate_subject(subject, jobs, assemble.terms(config, how), folder, config)
+            evaluate_subject(subject, jobs, assemble.terms(config, how), folder, config, run.stop)
     folder.summarize()
 
 

@@ -1,5 +1,6 @@
 """What keeps an evaluation from being measured twice: rows of other runs, and states to go on from."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -8,9 +9,13 @@ from typing import Any
 from relloc import checkpoints
 from relloc.errors import CheckpointError, DamagedCheckpoint
 from relloc.evals.contract import Subject
+from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console
 from relloc.runs.folder import STATES, UNREADABLE_FILE
+
+PATIENCE_S = 5  # between two states; a cluster gives half a minute or more from its signal to `kill -9`
+_RUN_FOLDERS = ("*", "*/*", "sweeps/*/*")
 
 Which = tuple[str, str, str]  # name of the evaluation, batch norm, fingerprint
 
@@ -54,11 +59,8 @@ class KnownRows:
 def _rows_below(runs: Path, but: Path) -> dict[Which, tuple[Path, list[Result]]]:
     """Rows of the run folders below `runs`; the newest run's count."""
     found: dict[Which, tuple[Path, list[Result]]] = {}
-    files = [path for pattern in ("*", "*/*") for path in runs.glob(f"{pattern}/{RESULTS_FILE}")]
-    for path in sorted(files, key=lambda path: path.stat().st_mtime):
-        run = path.parent.absolute()
-        if run == but or (run / UNREADABLE_FILE).exists():  # an image may have been mended since
-            continue
+    for path in _of_other_runs(runs, RESULTS_FILE, but):
+        run = path.parent
         try:
             rows = read_results(run)
         except (ValueError, OSError):  # of another version, or unreadable: then it is measured again
@@ -70,35 +72,83 @@ def _rows_below(runs: Path, but: Path) -> dict[Which, tuple[Path, list[Result]]]
     return found
 
 
+def _of_other_runs(runs: Path, name: str, but: Path) -> list[Path]:
+    """Files of that name in run folders below `runs`, oldest first; of none that met broken images.
+
+    An image may have been mended since.
+    """
+    found = []
+    for pattern in _RUN_FOLDERS:
+        for path in runs.absolute().glob(f"{pattern}/{name}"):
+            run = path.parents[name.count("/")]
+            if run != but and not (run / UNREADABLE_FILE).exists():
+                with contextlib.suppress(FileNotFoundError):  # its run has just finished, and removed it
+                    found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]
+
+
 def state_file(run_dir: Path, mark: str) -> Path:
     """Where a stopped evaluation is kept until it is finished."""
-    return run_dir / STATES / f"{mark}.pt"
+    return run_dir / _state_name(mark)
+
+
+def _state_name(mark: str) -> str:
+    return f"{STATES}/{mark}.pt"
 
 
 class KeptState:
-    """A `State` in a file; it is written `every_s` seconds apart at most. A full disk is told, and ends nothing."""
+    """A `State` in a file of the run folder; where it is not there, the newest that a run below `runs` left is loaded.
 
-    def __init__(self, path: Path, every_s: float) -> None:
-        self.path = path
-        self.every_s = every_s
-        self._written = time.monotonic()
+    It is written `every_s` seconds apart at most, and wherever more than `PATIENCE_S` went by. So what
+    was saved last is in the file, or the next call comes within seconds: then a stop waits for that,
+    which writes and obeys it. A full disk is told, and ends nothing.
+    """
+
+    def __init__(self, run_dir: Path, mark: str, *, every_s: float, stop: StopRequest, runs: Path | None) -> None:
+        self.path = state_file(run_dir, mark)
+        self._run_dir = run_dir
+        self._mark = mark
+        self._every_s = every_s
+        self._stop = stop
+        self._runs = runs
+        self._written = self._called = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
+        if self.path.exists() and (state := self._loaded(self.path)) is not None:
+            return state
+        elsewhere = _of_other_runs(self._runs, _state_name(self._mark), self._run_dir) if self._runs else []
+        return next((state for path in reversed(elsewhere) if (state := self._loaded(path)) is not None), None)
+
+    def _loaded(self, path: Path) -> dict[str, Any] | None:
         try:
-            state = checkpoints.load_state(self.path)
-        except DamagedCheckpoint as error:
-            console.say(f"{error}. This evaluation starts anew")
+            state = checkpoints.load_state(path)
+        except CheckpointError as error:
+            if path == self.path and not isinstance(error, DamagedCheckpoint):
+                raise  # it may be read another time, and is not to be written over
+            console.say(f"{error}. No evaluation goes on from it")
             return None
-        console.say(f"eval    goes on from {self.path}")
+        console.say(f"eval    goes on from {path}")
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        if time.monotonic() - self._written < self.every_s:
-            return
+        now = time.monotonic()
+        due = now - self._written >= self._every_s or now - self._called >= PATIENCE_S
+        self._stop.listen(awaited=True)  # also while the file is written, which is then whole
+        if due or self._stop:
+            self._write(state)
+            self._stop.listen(awaited=False)
+            obey(self._stop)
+        self._called = time.monotonic()
+
+    def _write(self, state: dict[str, Any]) -> None:
         try:
             checkpoints.save_state(self.path, state)
         except CheckpointError as error:
             console.say(f"{error}. The evaluation itself goes on")
         self._written = time.monotonic()
+
+
+def obey(stop: StopRequest) -> None:
+    """Leave the run with the signal's exit code, if one asked for that."""
+    if stop:
+        raise Stopped(stop.exit_code)

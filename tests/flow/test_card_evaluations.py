@@ -1,14 +1,21 @@
 """`eval=card_classification` from one command, on small data sets in the layouts of the published ones."""
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
+from conftest import Done
 from PIL import Image
 
 from relloc.data.lists import VOC_CLASSES
-from relloc.errors import KnownAnswerMissed, UsageError
+from relloc.errors import KnownAnswerMissed
+from relloc.reports.known import asked
+from relloc.reports.published import RANDOM, SUPERVISED, published_numbers
 from relloc.results import Result, append_results, read_results
 from relloc.runs.evaluating import tell_verdict
 
@@ -41,18 +48,18 @@ def places(root: Path) -> Path:
     return root
 
 
-def voc(root: Path) -> Path:
-    """Twenty images of each split show a cat, and twenty more none; two of the twenty classes are shown at all."""
+def voc(root: Path, n_test: int = 40, shown_as: int = 1) -> Path:
+    """Half of the images of a split show one class, half another, in its color, or all alike by `shown_as=0`."""
     base = root / "VOCdevkit" / "VOC2007"
-    for split in ("trainval", "test"):
-        names = [f"{split}{number:02d}" for number in range(40)]
+    for split, n in (("trainval", 40), ("test", n_test)):
+        names = [f"{split}{number:02d}" for number in range(n)]
         for number, name in enumerate(names):
-            picture(base / "JPEGImages" / f"{name}.jpg", number % 2, number)
+            picture(base / "JPEGImages" / f"{name}.jpg", shown_as * (number % 2), 100 * len(split) + number)
         lists = base / "ImageSets" / "Main"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{split}.txt").write_text("\n".join(names))
         for place, shown in enumerate(VOC_CLASSES):
-            marks = [1 if place < 2 and number % 2 == place else -1 for number in range(40)]
+            marks = [1 if place < 2 and number % 2 == place else -1 for number in range(n)]
             (lists / f"{shown}_{split}.txt").write_text("\n".join(map("{} {}".format, names, marks)))
     return root
 
@@ -84,7 +91,7 @@ def line(tmp_path: Path) -> list[str]:
 def test_the_whole_card_from_one_command_and_from_what_is_there_already(
     relloc, tmp_path: Path, line: list[str]
 ) -> None:
-    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "sweep" / "0"
+    first = tmp_path / "runs" / "first"
     who = ("checkpoint=random", "model=small", "tracking=none", "workers=0")
     done = relloc("evaluate", *who, *line, f"hydra.run.dir={first}")
     assert done.code == 0, done.text
@@ -100,71 +107,123 @@ def test_the_whole_card_from_one_command_and_from_what_is_there_already(
         *(("label_free", "rankme"), ("knn", "top1_k10"), ("semisup_1", "top1"), ("semisup_10", "top1")),
     }
     assert not list(first.glob("evaluations/*.pt"))  # nothing that would be gone on from is left behind
-    again = relloc("evaluate", "-m", *who, *line, f"hydra.sweep.dir={second.parent}")
+    again = relloc("evaluate", "-m", *who, *line)
     assert again.code == 0, again.text
     assert "of the same weights in" in again.text
     assert "features of" not in again.text  # no image was encoded
+    (second,) = {path.parent for path in (tmp_path / "runs").rglob("results.jsonl")} - {first}  # where a sweep puts it
     copied = read_results(second)
     assert {row.measured_in for row in copied if row.metric not in ("map_best", "map_best_cv")} == {str(first)}
     as_measured = [dataclasses.replace(row, measured_in="") for row in copied]
     assert sorted(map(repr, as_measured)) == sorted(map(repr, rows))
 
 
-def test_known_answers_on_other_images_are_no_answers(relloc, tmp_path: Path, line: list[str]) -> None:
-    small = [word for word in line if "voc07_svm" in word]
-    who = ("experiment=known_answers", "eval=[voc07_svm]", "checkpoint=[random]", "tracking=none")
-    run = tmp_path / "run"
-    done = relloc("evaluate", *who, *small, "workers=0", f"hydra.run.dir={run}")  # a ResNet-50 on 80 images of VOC
-    assert done.code == 2
-    assert "verdict=true, but nothing measured here has a published answer" in done.text
-    assert read_results(run)
-    never = relloc("evaluate", *who, *small, "model=small", f"hydra.run.dir={tmp_path / 'never'}")
+@pytest.fixture
+def few_known_answers(environment: dict[str, str], tmp_path: Path) -> tuple[str, ...]:
+    """`experiment=known_answers` on few images of noise, in the published views; torchvision's weights are random."""
+    cache = tmp_path / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    file = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    torch.manual_seed(7)
+    torch.save(torchvision.models.resnet50().state_dict(), cache / file)
+    roots = {"in1k": tmp_path / "in1k", "voc": tmp_path / "voc"}
+    environment |= {"TORCH_HOME": str(tmp_path / "torch")}
+    environment |= {f"RELLOC_{name.upper()}": str(root) for name, root in roots.items()}
+    for label in range(2):
+        for number in range(8):
+            picture(roots["in1k"] / "train" / f"n0{label}" / f"{number}.JPEG", 0, 10 * label + number)
+        for number in range(2):  # the same in both classes, so that half of all answers are right, whatever they are
+            picture(roots["in1k"] / "val" / f"n0{label}" / f"{number}.JPEG", 0, 50 + number)
+    voc(roots["voc"], n_test=10, shown_as=0)
+    sets = ("linear_avgpool", "voc07_svm", "voc07_low_shot")
+    return (
+        *("experiment=known_answers", "tracking=none", "workers=0", "device=cpu"),
+        *(f"eval.{name}.data.source.published_images=null" for name in sets),
+        *("eval.linear_avgpool.epochs=1", "eval.linear_avgpool.milestone_epochs=[]"),
+        *("eval.linear_avgpool.augment.crop_px=32", "eval.linear_avgpool.batch=8"),
+        *("eval.voc07_svm.costs=[0.1,1]", "eval.voc07_low_shot.costs=[0.1,1]", "eval.voc07_low_shot.shots=[1]"),
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+
+
+def published_as(rows: Sequence[Result], file: Path, *, in1k_images: int, moved: float = 0) -> tuple[str, ...]:
+    """A launcher for which `rows` are what is published, torchvision's SVM higher by `moved`."""
+    names = {"random": RANDOM, "torchvision": SUPERVISED}
+    numbers = []
+    for number in published_numbers():
+        for row in rows:
+            same = (number.row, number.evaluation, number.metric) == (names[row.checkpoint], row.eval, row.metric)
+            if same and (row.layer == number.layer or row.metric == "map_best"):
+                value = row.value + moved * ((row.checkpoint, row.eval) == ("torchvision", "voc07_svm"))
+                fields = {name: text for name, text in vars(number).items() if name not in ("printed", "tolerance")}
+                numbers.append(fields | {"printed": f"{value:.2f}", "tolerance": 1.0})
+    images = {"in1k val": in1k_images, "voc2007 test": 10}
+    file.write_text(json.dumps({"images": images, "numbers": numbers}))
+    return (str(Path(__file__).with_name("other_answers.py")), str(file))
+
+
+def test_known_answers_to_a_verdict(relloc, tmp_path: Path, few_known_answers: tuple[str, ...]) -> None:
+    unlike = relloc("evaluate", *few_known_answers)
+    assert unlike.code == 1, unlike.text
+    svm = "torchvision voc07_svm feature5 map_best on voc2007 test"
+    assert f"not checked: {svm}: measured on 10 images, where 4,952 are published" in unlike.text
+    top1 = "torchvision linear_avgpool avgpool top1 on in1k val"
+    assert f"not checked: {top1}: measured on 4 images, where 50,000 are published" in unlike.text
+    assert "random voc07_low_shot feature2 map_k2 on voc2007 test: no such number was measured" in unlike.text
+    assert "linear_in1k" not in unlike.text  # which was not asked for
+    assert "relloc: of 20 known answers 20 could not be checked" in unlike.text
+    rows = read_results(tmp_path / "run")
+
+    def again(**published: float) -> Done:
+        launcher = published_as(rows, tmp_path / "published.json", **published)
+        done = relloc("evaluate", *few_known_answers, launcher=launcher)
+        assert read_results(tmp_path / "run") == rows  # nothing is measured again
+        return done
+
+    passed = again(in1k_images=4)
+    assert passed.code == 0, passed.text
+    assert passed.text.count("pass  ") == 6
+    assert "FAIL" not in passed.text
+    assert "not checked" not in passed.text
+    failed = again(in1k_images=5, moved=-1.1)
+    assert failed.code == 1, failed.text
+    assert f"FAIL  {svm}: " in failed.text
+    assert f"not checked: {top1}: measured on 4 images, where 5 are published" in failed.text
+    assert (failed.text.count("pass  "), failed.text.count("FAIL  "), failed.text.count("not checked: ")) == (3, 1, 2)
+    assert "of 6 known answers 1 are outside their tolerance and 2 could not be checked: " in failed.text
+
+
+def test_what_has_no_known_answer_is_told_before_anything_is_measured(relloc, tmp_path: Path) -> None:
+    line = ("experiment=known_answers", "eval=[voc07_svm]", "checkpoint=[random]", "model=small", "tracking=none")
+    never = relloc("evaluate", *line, f"eval.voc07_svm.data.root={tmp_path}", f"hydra.run.dir={tmp_path / 'never'}")
     assert never.code == 2
-    assert "nothing measured here has a published answer" in never.text
-    assert not read_results(tmp_path / "never")  # told before anything was measured
+    assert "verdict=true, but nothing measured here has a published answer" in never.text
+    assert not (tmp_path / "never").exists()
     wrong = relloc("train", "experiment=known_answers")
     assert wrong.code == 2
     assert "run it with python -m relloc.evaluate" in wrong.text
 
 
-def test_known_answers_pass_or_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best = Result(
-        eval="voc07_svm",
-        dataset="voc2007",
-        split="test",
-        layer="feature2",
-        metric="map_best",
-        value=30.9,
-        n=4952,
-        seed=0,
-        protocol="3.1",
-        checkpoint="random",
-        model="resnet50",
-    )
-    append_results(tmp_path, [best])
-    tell_verdict(tmp_path)
-    assert "pass" in capsys.readouterr().out
-    append_results(
-        tmp_path,
-        [
-            dataclasses.replace(
-                best,
-                eval="linear_avgpool",
-                dataset="in1k",
-                split="val",
-                n=50_000,
-                layer="avgpool",
-                metric="top1_best",
-                value=40.0,
-            )
-        ],
-    )
-    with pytest.raises(KnownAnswerMissed, match="1 of 2 known answers are outside their tolerance"):
-        tell_verdict(tmp_path)
+def test_the_verdict_is_on_the_rows_of_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = asked([("random", "resnet50")], ["voc07_svm", "linear_avgpool"], ["as_trained"])
+    about = {"seed": 0, "protocol": "3", "checkpoint": "random", "model": "resnet50", "fingerprint": "now"}
+    best = {"layer": "feature2", "metric": "map_best", "value": 30.9}
+    svm = Result(eval="voc07_svm", dataset="voc2007", split="test", n=4952, **best, **about)
+    best = {"layer": "avgpool", "metric": "top1_best", "value": 4.0}
+    linear = dataclasses.replace(svm, eval="linear_avgpool", dataset="in1k", split="val", n=50_000, **best)
+    append_results(tmp_path, [svm, linear])
+    tell_verdict(tmp_path, answers, {"now"})
+    assert capsys.readouterr().out.count("pass") == 2
+    append_results(tmp_path, [dataclasses.replace(linear, value=40.0)])
+    with pytest.raises(KnownAnswerMissed, match="of 2 known answers 1 are outside their tolerance: "):
+        tell_verdict(tmp_path, answers, {"now"})
     assert "FAIL" in capsys.readouterr().out
-    (tmp_path / "results.jsonl").unlink()
-    with pytest.raises(UsageError, match="nothing measured here has a published answer"):
-        tell_verdict(tmp_path)
+    append_results(tmp_path, [dataclasses.replace(svm, n=4951, fingerprint="then")])
+    with pytest.raises(KnownAnswerMissed, match="of 2 known answers 2 could not be checked: "):
+        tell_verdict(tmp_path, answers, {"then"})
+    told = capsys.readouterr().out
+    assert "map_best on voc2007 test: measured on 4,951 images, where 4,952 are published" in told
+    assert "top1_best on in1k val: no such number was measured" in told
 
 
 def test_data_sets_that_nobody_named_are_told_at_once_and_all_together(relloc) -> None:

@@ -1,15 +1,20 @@
 """Any backbone through any evaluations."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from commands import start
 from PIL import Image
 from tiny import TINY
 
-from relloc.results import read_results
+from relloc.checkpoints import load_state
+from relloc.results import Result, read_results
 
 LOOK = tuple(word for word in TINY if word.startswith(("view.", "data.source", "data.linear")))
 
@@ -128,14 +133,75 @@ def test_unreadable_images_are_skipped_counted_and_named_until_they_are_too_many
     assert "unreadable_share=0.01" in strict.text
 
 
-def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_path):
+@pytest.fixture(scope="module")
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Settings of a small labeled data set on disk; its last training image is broken."""
+    root = tmp_path_factory.mktemp("labeled")
+    for split, count in (("train", 24), ("val", 8)):
+        for name in "ab":
+            images(root / split / name, count)
+    broken = root / "train" / "b" / "9.jpg"  # the last by name
+    broken.write_bytes(broken.read_bytes()[:300])
+    return ("data=folder", f"data.root={root}", "data.unreadable_share=0.1", "view.short_px=64", "view.crop_px=56")
+
+
+def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_path, labeled):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    line = ("checkpoint=random", "model=small", *LOOK, "tracking=none", "workers=0", "reuse=false")
+    line = ("checkpoint=random", "model=small", *labeled, "tracking=none", "workers=0", "reuse=false")
     alone = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'one'}")
     both = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'two'}", launcher=torchrun)
     assert (alone.code, both.code) == (0, 0), both.text
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
     assert both.text.count("on images never trained on") == 1  # one process tells
+    # The broken image is in the second process's share
+    unreadable = [(tmp_path / run / "unreadable.txt").read_text() for run in ("one", "two")]
+    assert unreadable[0] == unreadable[1]
+    assert "train/b/9.jpg: " in unreadable[1]
     other = relloc("evaluate", *line, "eval=[linear_fast]", launcher=torchrun)
     assert other.code != 0
     assert "eval=linear_fast runs in one process" in other.text
+
+
+EPOCHS = 60
+
+
+@pytest.fixture(scope="module")
+def long_linear(labeled: tuple[str, ...]) -> tuple[str, ...]:
+    """A linear evaluation of some seconds, written each second."""
+    return (
+        *("checkpoint=random", "model=small", *labeled, "eval=[linear]", "batch_norm=as_trained", "tracking=none"),
+        *(f"data.linear.epochs={EPOCHS}", "data.linear.milestone_epochs=[40]", "workers=0", "device=cpu"),
+        "save_every_s=1",
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long_linear: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = start("relloc.evaluate", *long_linear, f"hydra.run.dir={folder / 'run'}", folder=folder)
+    assert command.wait() == 0, command.text
+    return list(read_results(folder / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "goes_on_in"), [("SIGTERM", "first"), ("SIGINT", "first"), ("SIGUSR1", "second")], ids=str
+)
+def test_a_signal_keeps_the_last_epoch_and_the_evaluation_goes_on_from_it(
+    tmp_path: Path, long_linear: tuple[str, ...], undisturbed: list[Result], name: str, goes_on_in: str
+) -> None:
+    first, then = tmp_path / "runs" / "first", tmp_path / "runs" / goes_on_in
+    command = start("relloc.evaluate", *long_linear, f"hydra.run.dir={first}", folder=tmp_path)
+    assert command.wait_for(lambda: list(first.glob("evaluations/*.pt"))), command.text
+    (file,) = first.glob("evaluations/*.pt")
+    written = load_state(file)["epoch"]
+    time.sleep(0.5)  # for some epochs that nobody writes yet
+    os.kill(command.pid, signal.Signals[name])
+    assert command.wait(10) == 128 + signal.Signals[name], command.text
+    assert written < load_state(file)["epoch"] < EPOCHS
+    assert "interrupted; what was saved and evaluated before stays" in command.text
+    assert not read_results(first)
+    again = start("relloc.evaluate", *long_linear, f"hydra.run.dir={then}", folder=tmp_path)
+    assert again.wait() == 0, again.text
+    assert f"eval    goes on from {file}" in again.text
+    assert read_results(then) == undisturbed
+    assert not list(then.glob("evaluations/*.pt"))

@@ -1,9 +1,15 @@
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from relloc.reports.known import can_match, check, known_answers, not_measured
+from relloc.reports.known import Verdict, asked, known_answers, unchecked
+from relloc.reports.known import check as check_some
 from relloc.results import Result
+
+
+def check(rows: Sequence[Result]) -> list[Verdict]:
+    return check_some(rows, known_answers())
 
 
 @pytest.mark.parametrize(
@@ -41,8 +47,33 @@ def test_svm_and_low_shot_are_checked_where_they_are(result: Callable[..., Resul
         (20.0, 9.15, False),
         (87.0, 87.17, True),
     ]
-    assert len(verdicts) + len(not_measured(rows)) == len(known_answers())
-    assert "random voc07_low_shot feature2 map_k96 on voc2007 test" in not_measured(rows)
+    left = unchecked(rows, known_answers())
+    assert len(verdicts) + len(left) == len(known_answers())
+    assert "random voc07_low_shot feature2 map_k96 on voc2007 test: no such number was measured" in left
+
+
+@pytest.mark.parametrize(
+    ("unlike", "why"),
+    [
+        ({"n": 49_990}, "measured on 49,990 images, where 50,000 are published"),
+        ({"dataset": "imagenette"}, "measured on imagenette val"),
+        ({"protocol": "3.4; center view 72/64 px, fp32; batch norm: as trained"}, "measured in another view, center"),
+        ({"metric": "top1_tuned"}, "no such number was measured"),
+        ({"batch_norm": "recalibrated"}, "no such number was measured"),
+        ({"model": "resnet18"}, "no such number was measured"),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
+)
+def test_an_answer_that_no_row_gives_is_named_with_the_reason(
+    result: Callable[..., Result], unlike: dict[str, object], why: str
+) -> None:
+    (answer,) = asked([("torchvision", "resnet50")], ["linear_avgpool"], ["as_trained"])
+    fields = {"metric": "top1", "checkpoint": "torchvision", **unlike}
+    row = result("linear_avgpool", "avgpool", fields.pop("metric"), 75.0, **fields)
+    (told,) = unchecked([row], [answer])
+    assert told.startswith(f"torchvision linear_avgpool avgpool top1 on in1k val: {why}")
+    good = result("linear_avgpool", "avgpool", "top1", 75.0, checkpoint="torchvision")
+    assert unchecked([row, good], [answer]) == []
 
 
 @pytest.mark.parametrize(
@@ -64,21 +95,29 @@ def test_each_answer_has_the_tolerance_of_its_published_number(
 
 
 @pytest.mark.parametrize(
-    ("asked", "possible"),
+    ("subjects", "evaluations", "batch_norms", "expected"),
     [
-        (("resnet50", ["random"], ["linear_in1k"], ["as_trained"]), True),
-        (("resnet50", ["/a", "torchvision"], ["knn", "voc07_svm"], ["recalibrated", "as_trained"]), True),
-        (("resnet50", ["torchvision"], ["linear_avgpool"], ["as_trained"]), True),
-        (("resnet18", ["random"], ["linear_in1k"], ["as_trained"]), False),
-        (("resnet50", ["/a"], ["linear_in1k"], ["as_trained"]), False),
-        (("resnet50", ["torchvision"], ["linear_in1k"], ["as_trained"]), False),  # only random's is known
-        (("resnet50", ["random"], ["linear", "knn"], ["as_trained"]), False),
-        (("resnet50", ["random"], ["linear_in1k"], ["recalibrated"]), False),
-        (("resnet50", [], [], []), False),
+        ({"random": "resnet50"}, ["linear_in1k"], ["as_trained"], {("random", "linear_in1k"): 5}),
+        (
+            {"/a": "small", "random": "resnet50", "torchvision": "resnet50"},
+            ["knn", "voc07_svm", "linear_in1k"],  # of torchvision's weights linear_in1k is not known
+            ["recalibrated", "as_trained"],
+            {("random", "voc07_svm"): 1, ("torchvision", "voc07_svm"): 1, ("random", "linear_in1k"): 5},
+        ),
+        ({"torchvision": "resnet50"}, ["linear_avgpool"], ["as_trained"], {("torchvision", "linear_avgpool"): 1}),
+        ({"random": "resnet18"}, ["linear_in1k"], ["as_trained"], {}),
+        ({"/a": "resnet50"}, ["linear_in1k"], ["as_trained"], {}),
+        ({"torchvision": "resnet50"}, ["linear_in1k"], ["as_trained"], {}),
+        ({"random": "resnet50"}, ["linear", "knn"], ["as_trained"], {}),
+        ({"random": "resnet50"}, ["linear_in1k"], ["recalibrated"], {}),
+        ({}, [], [], {}),
     ],
 )
-def test_what_can_match_nothing_is_known_before_any_work(asked: tuple, possible: bool) -> None:
-    assert can_match(*asked) == possible
+def test_what_will_be_known_is_known_before_any_work(
+    subjects: dict[str, str], evaluations: list[str], batch_norms: list[str], expected: dict[tuple[str, str], int]
+) -> None:
+    answers = asked(subjects.items(), evaluations, batch_norms)
+    assert Counter((answer.checkpoint, answer.evaluation) for answer in answers) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """Rows that are there already, and states that evaluations go on from."""
 
 import dataclasses
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from relloc.checkpoints import save_state
 from relloc.evals.contract import Subject
 from relloc.models.small import SmallBackbone
+from relloc.pretext.stopping import Stopped, StopRequest, stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs.folder import UNREADABLE_FILE
 from relloc.runs.reusing import KeptState, KnownRows, state_file
@@ -80,33 +85,110 @@ def test_the_same_weights_by_two_paths_are_measured_once_in_a_run(tmp_path: Path
     assert [found.checkpoint for found in KnownRows(run, None).of(subject)] == [subject.checkpoint]
 
 
+def test_rows_of_a_sweeps_runs_are_found(tmp_path: Path, subject: Subject) -> None:
+    for place in ("a sweep/0", "sweeps/name/0"):
+        folder(tmp_path, place, row(fingerprint=place))
+    known = KnownRows(folder(tmp_path, "new"), tmp_path)
+    assert known.has(subject, "knn", "as_trained", "a sweep/0")
+    assert known.has(subject, "knn", "as_trained", "sweeps/name/0")
+
+
+def kept(run_dir: Path, *, every_s: float = 0, stop: StopRequest | None = None, runs: Path | None = None) -> KeptState:
+    return KeptState(run_dir, "mark", every_s=every_s, stop=stop or StopRequest(), runs=runs)
+
+
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[None]:
+    """A state installs handlers, as each who listens does."""
+    with stop_request():
+        yield
+
+
 def test_a_state_comes_back_as_it_was_and_is_not_written_all_the_time(tmp_path: Path) -> None:
-    path = state_file(tmp_path, "mark")
-    assert KeptState(path, 0).load() is None
-    KeptState(path, 3600).save({"epoch": 1})
-    assert not path.exists()
-    kept = KeptState(path, 0)
-    kept.save({"epoch": 2, "weight": torch.arange(3.0)})
-    found = KeptState(path, 0).load()
+    assert kept(tmp_path).load() is None
+    kept(tmp_path, every_s=3600).save({"epoch": 1})
+    assert not state_file(tmp_path, "mark").exists()
+    kept(tmp_path).save({"epoch": 2, "weight": torch.arange(3.0)})
+    found = kept(tmp_path).load()
     assert found is not None
     assert found["epoch"] == 2
     assert torch.equal(found["weight"], torch.arange(3.0))
 
 
-def test_a_damaged_state_is_told_and_started_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = state_file(tmp_path, "mark")
-    KeptState(path, 0).save({"epoch": 2})
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert KeptState(path, 0).load() is None
-    assert "This evaluation starts anew" in capsys.readouterr().out
+def test_a_stop_waits_for_a_state_that_was_not_written_writes_it_and_leaves(tmp_path: Path) -> None:
+    with stop_request() as stop:
+        state = kept(tmp_path, every_s=3600, stop=stop)
+        state.save({"epoch": 1})
+        os.kill(os.getpid(), signal.SIGUSR1)  # nothing is raised: epoch 1 is in no file
+        with pytest.raises(Stopped) as stopped:
+            state.save({"epoch": 2})
+    assert stopped.value.code == 128 + signal.SIGUSR1
+    assert (kept(tmp_path).load() or {})["epoch"] == 2
+
+
+def test_what_takes_longer_than_a_stop_may_wait_is_written_each_time_and_no_stop_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("relloc.runs.reusing.time.monotonic", lambda: now[0])
+    with stop_request() as stop:
+        state = kept(tmp_path, every_s=3600, stop=stop)
+        for epoch, (at, written) in enumerate(((6, 1), (7, 1), (11, 1), (17, 4)), start=1):
+            now[0] = at
+            state.save({"epoch": epoch})
+            assert (kept(tmp_path).load() or {})["epoch"] == written
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert (kept(tmp_path).load() or {})["epoch"] == 4
+
+
+def test_a_stop_while_the_state_is_written_leaves_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(path: Path, content: dict[str, int]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save_state(path, content)
+
+    monkeypatch.setattr("relloc.runs.reusing.checkpoints.save_state", save)
+    with stop_request() as stop, pytest.raises(Stopped) as stopped:
+        kept(tmp_path, stop=stop).save({"epoch": 1})
+    assert stopped.value.code == 130
+    assert (kept(tmp_path).load() or {})["epoch"] == 1
+
+
+def test_a_damaged_state_is_told_and_not_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept(tmp_path).save({"epoch": 2})
+    flip_a_byte(state_file(tmp_path, "mark"))
+    assert kept(tmp_path).load() is None
+    assert "No evaluation goes on from it" in capsys.readouterr().out
 
 
 def test_a_full_disk_ends_no_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    KeptState(tmp_path / "file" / "x.pt", 0).save({"epoch": 1})  # no folder can be made there
+    kept(tmp_path / "file").save({"epoch": 1})  # no folder can be made there
     assert "The evaluation itself goes on" in capsys.readouterr().out
+
+
+def test_the_newest_state_that_another_run_left_is_gone_on_from(tmp_path: Path) -> None:
+    for epoch, name in enumerate(("older", "newer", "sweeps/name/0", "broken images"), start=1):
+        left = folder(tmp_path, name)
+        kept(left).save({"epoch": epoch})
+        os.utime(state_file(left, "mark"), (epoch, epoch))
+    (tmp_path / "broken images" / UNREADABLE_FILE).write_text("3.jpg: broken\n")
+    new = folder(tmp_path, "new")
+    other_mark = KeptState(new, "other mark", every_s=0, stop=StopRequest(), runs=tmp_path)
+    assert other_mark.load() is None
+    assert kept(new).load() is None  # reuse=false
+    assert kept(new, runs=tmp_path).load() == {"epoch": 3}
+    flip_a_byte(state_file(tmp_path / "sweeps" / "name" / "0", "mark"))
+    assert kept(new, runs=tmp_path).load() == {"epoch": 2}
+    kept(new).save({"epoch": 7})
+    assert kept(new, runs=tmp_path).load() == {"epoch": 7}  # its own comes first
+    assert state_file(tmp_path / "newer", "mark").exists()
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_results_of_no_number_are_refused() -> None:
