@@ -1,5 +1,6 @@
 """From a composed config to the objects of a run."""
 
+import dataclasses
 import math
 import os
 import re
@@ -33,7 +34,8 @@ from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
 _NEUTRAL = (
     *("device", "workers", "compile", "memory_format", "deterministic", "images_per_forward", "bank_gib"),
-    *("runs", "tracking", "save_every_s", "milestones", "report_every_steps", "collapse_steps", "monitor"),
+    *("runs", "tracking", "launcher", "sweep", "save_every_s", "milestones"),
+    *("report_every_steps", "collapse_steps", "monitor"),
     *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
     *("data.root", "data.shards", "data.source", "data.unreadable_share"),  # the images' digest counts
 )
@@ -217,15 +219,15 @@ def _source(data: DictConfig) -> str:
 
 def reading(config: DictConfig, engine: Engine, *, told: bool = True) -> Reading:
     """How full images are read and encoded; with progress shown if `told`."""
-    return Reading(
+    read = Reading(
         batch=whole("view.batch", config.view.batch, at_least=1),
         workers=engine.workers,
         device=engine.device,
         precision=engine.precision,
         unreadable_share=config.data.unreadable_share,
         encode=engine.compile(encode),
-        **({"progress": console.counted} if told and ranks.rank() == 0 else {}),
     )
+    return dataclasses.replace(read, progress=console.counted) if told and ranks.rank() == 0 else read
 
 
 def view(config: DictConfig) -> Center:
@@ -274,6 +276,9 @@ def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine
     tags["relloc.engine"] = str(engine)
     if choices.get("experiment"):
         tags["relloc.preset"] = str(choices["experiment"])
+    if os.environ.get("RELLOC_SWEEP"):  # a sweep's launcher says which, and a job's what it is
+        tags["relloc.sweep"] = os.environ["RELLOC_SWEEP"]
+    tags |= dict(told.split("=", 1) for told in os.environ.get("RELLOC_TAGS", "").split(";") if "=" in told)
     return RunRecord(
         name=name,
         experiment=config.tracking.experiment,
@@ -290,7 +295,7 @@ def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine
 
 def _params(config: DictConfig) -> dict[str, Any]:
     """All settings, flat; of the data that evaluations bring only which it is, not how to pretrain on it."""
-    told = plain(config)
+    told = {name: node for name, node in plain(config).items() if name not in ("launcher", "sweep")}
     for node in told["eval"].values():
         if "data" in node:
             node["data"] = {name: node["data"][name] for name in ("name", "root", "shards", "source")}

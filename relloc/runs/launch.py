@@ -32,10 +32,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from relloc.errors import UsageError
 
 EXIT_MISTAKE = 2
+FULL_ERROR = "HYDRA_FULL_ERROR"
+_ASKED_FOR_FULL = os.environ.get(FULL_ERROR)  # by the user; what we set for ourselves is not for commands we start
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-# What Hydra writes before it calls us: in a run's hydra.output_subdir, and in a sweep's folder
+# What Hydra writes before it calls us, in a run's hydra.output_subdir
 _OF_HYDRA = ["config.yaml", "hydra.yaml", "overrides.yaml"]
-_OF_SWEEP = ["multirun.yaml"]
 
 
 def conf_dir() -> Path:
@@ -47,6 +48,12 @@ def conf_dir() -> Path:
     raise UsageError(f"conf/ is neither in {here} nor beside it: install relloc again")
 
 
+def users_environment() -> dict[str, str]:
+    """The environment as the user gave it, for commands that this one starts."""
+    given = {name: value for name, value in os.environ.items() if name != FULL_ERROR}
+    return given | ({FULL_ERROR: _ASKED_FOR_FULL} if _ASKED_FOR_FULL is not None else {})
+
+
 def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     """Compose the config from the command line, run `task`, and exit.
 
@@ -54,8 +61,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     HYDRA_FULL_ERROR=1 shows where an error was raised instead. conf/ may name `${scratch:}` where
     Hydra wants a folder that nobody needs: it is a temporary one.
     """
-    show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the lines below instead of Hydra's printer
+    show_all = os.environ.get(FULL_ERROR) == "1"
+    os.environ[FULL_ERROR] = "1"  # errors reach the lines below instead of Hydra's printer
     if int(os.environ.get("RANK", "0")) > 0:
         sys.argv += _silent_rank()
     warnings.showwarning = _say_warning
@@ -95,7 +102,7 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         if explained is None:
             raise
         if HydraConfig.initialized():
-            _remove_untouched_folders(HydraConfig.get())
+            _remove_untouched_folder(HydraConfig.get())
         _exit(explained, getattr(error, "exit_code", EXIT_MISTAKE))
     except OSError as error:
         if show_all or error.errno not in _DISK_ERRORS:
@@ -104,15 +111,14 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         _exit(f"{error.strerror}{where}. What was saved before stays; mend this and go on with the run's hydra.run.dir")
 
 
-def _remove_untouched_folders(made: Any) -> None:
-    """Remove the folder of a refused run, and then its sweep's, where they hold nothing but what Hydra wrote."""
-    if made.output_subdir is not None:
-        run_dir = Path(made.runtime.output_dir)
-        if _names(run_dir) == [made.output_subdir]:
-            _remove(run_dir / made.output_subdir, _OF_HYDRA)
-            _remove(run_dir, [])
-    if made.mode == RunMode.MULTIRUN:
-        _remove(Path(made.sweep.dir), _OF_SWEEP)
+def _remove_untouched_folder(made: Any) -> None:
+    """Remove the folder of a refused run where it holds nothing but what Hydra wrote."""
+    if made.output_subdir is None or made.mode == RunMode.MULTIRUN:
+        return
+    run_dir = Path(made.runtime.output_dir)
+    if _names(run_dir) == [made.output_subdir]:
+        _remove(run_dir / made.output_subdir, _OF_HYDRA)
+        _remove(run_dir, [])
 
 
 def _remove(folder: Path, files: Sequence[str]) -> None:

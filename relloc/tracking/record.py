@@ -139,6 +139,7 @@ def environment_tags(device_names: Sequence[str] = ()) -> dict[str, str]:
     checkout. A commit ends in "-dirty" if tracked files were changed.
     """
     tags = {"host": socket.gethostname(), "version.python": platform.python_version()}
+    tags["relloc.code"] = str(Path(__file__).parents[1])
     if device_names:
         tags["devices"] = ", ".join(device_names)
     if commit := commit_of(Path(__file__)):

@@ -150,14 +150,6 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(relloc, tmp_path):
     assert relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]").code == 0
 
 
-def test_a_sweep_runs_every_point(relloc, tmp_path):
-    done = relloc(
-        "train", "-m", *TINY, "eval=[]", "tracking=none", "grid.gap_px=0,4", f"hydra.sweep.dir={tmp_path / 's'}"
-    )
-    assert done.code == 0, done.text
-    assert sorted(path.parent.name for path in (tmp_path / "s").glob("*/backbone.safetensors")) == ["0", "1"]
-
-
 def test_two_processes_share_one_run_folder(relloc, tmp_path):
     run_dir = tmp_path / "out"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -50,16 +50,12 @@ def write_then_fail(config: DictConfig) -> None:
     raise UsageError("diverged")
 
 
-def write_but_refuse_seed_1(config: DictConfig) -> None:
-    refuse(config) if config.seed == 1 else write(config)
-
-
 def below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if ".hydra/" not in str(path))
 
 
 @pytest.mark.parametrize("task", [refuse, miss])
-@pytest.mark.parametrize("words", [(), ("-m", "seed=0,1"), ("hydra.run.dir=runs/named",)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("hydra.run.dir=runs/named",)], ids=" ".join)
 def test_a_refused_command_leaves_no_folder(
     launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: Task, words: tuple[str, ...]
 ) -> None:
@@ -96,11 +92,6 @@ def test_the_folder_we_stand_in_is_not_removed(launched: Launched, tmp_path: Pat
 def test_a_run_that_failed_after_it_had_begun_keeps_its_folder(launched: Launched, tmp_path: Path) -> None:
     assert launched(write_then_fail, "evaluate", "hydra.run.dir=run") == 2
     assert below(tmp_path) == ["run", "run/.hydra", "run/run.json"]
-
-
-def test_of_a_sweep_only_the_refused_run_goes(launched: Launched, tmp_path: Path) -> None:
-    assert launched(write_but_refuse_seed_1, "evaluate", "-m", "seed=0,1", "hydra.sweep.dir=runs/sweep") == 2
-    assert below(tmp_path / "runs/sweep") == ["0", "0/.hydra", "0/run.json", "multirun.yaml"]
 
 
 def test_other_errors_keep_what_shows_where_they_come_from(launched: Launched, tmp_path: Path) -> None:

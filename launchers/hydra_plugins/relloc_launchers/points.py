@@ -1,0 +1,136 @@
+"""What all launchers share: which points a sweep has, which are to be run, and what became of them."""
+
+import os
+import sys
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from relloc.runs.launch import conf_dir, users_environment
+from relloc.sweeps.points import Point, folder_of, identity, name_of
+from relloc.sweeps.standing import Ask, Standing, standings
+from relloc.sweeps.sweep import Sweep, snapshot
+from relloc.sweeps.table import say, table, tell_failed
+
+
+class PointsLauncher(Launcher):
+    """Runs each point as a command of its own, in a folder of its own, from a copy of code and configs.
+
+    A point that has finished is not run again, nor one that another command runs. One that failed
+    changes nothing for the others; at the end a table says how all stand, and the exit code is 0
+    only if all are done.
+    """
+
+    def __init__(self, settings: DictConfig) -> None:
+        self.settings: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.hydra_context = hydra_context
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        points = self._points(job_overrides)
+        self.sweep = Sweep(Path(os.path.abspath(self.config.hydra.sweep.dir)))
+        with self.sweep.locked():
+            before = standings(points, self.schedulers())
+            todo = [point for point, now in zip(points, before, strict=True) if self._is_to_run(now)]
+            self._say_what(points, before, todo)
+            self.sweep.add(points, sys.argv)
+            self.code = self._snapshot() if todo else None
+            self.start(todo)
+        self.follow(todo)
+        after = standings(points, self.schedulers())
+        say(table(points, after))
+        tell_failed(points, after, self.sweep, self.log_of)
+        if any(now.state not in ("done", "running", "waiting") for now in after):
+            sys.exit(1)
+        return [self._returned(overrides) for overrides in job_overrides]
+
+    @abstractmethod
+    def start(self, todo: Sequence[Point]) -> None:
+        """Note for each point which job has it, and start what can be started at once."""
+
+    @abstractmethod
+    def follow(self, todo: Sequence[Point]) -> None:
+        """Return when no job of these points is left."""
+
+    @abstractmethod
+    def log_of(self, point: Point) -> Path | None:
+        """The file that has the point's output."""
+
+    def schedulers(self) -> Mapping[str, Ask]:
+        """Who knows how jobs stand."""
+        return {}
+
+    def command(self, point: Point) -> list[str]:
+        """The command that runs a point, and goes on with it."""
+        return [sys.executable, "-P", *point.arguments]
+
+    def environment(self) -> dict[str, str]:
+        """The environment of a point's command: the code of the copy, and what is told of the sweep."""
+        paths = [str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {**users_environment(), "PYTHONPATH": os.pathsep.join(paths), "RELLOC_SWEEP": self.sweep.name}
+
+    def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Point]:
+        runs, kind = Path(os.path.abspath(self.config.runs)), self.config.hydra.job.name
+        kept = [[word for word in overrides if not _is_of_launcher(word)] for overrides in job_overrides]
+        swept = _swept(kept)
+        points = []
+        for overrides in kept:
+            config = self._resolved(overrides)
+            mark, name = identity(config), name_of(overrides, swept, config["seed"])
+            folder = folder_of(runs, kind, name, mark)
+            words = (*overrides, *_searched(self.config))
+            points.append(Point(kind=kind, name=name, overrides=tuple(words), identity=mark, folder=folder))
+        return points
+
+    def _resolved(self, overrides: Sequence[str]) -> dict[str, Any]:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        return OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportReturnType]
+
+    def _is_to_run(self, now: Standing) -> bool:
+        # Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
+        return not now.in_flight and (now.state != "done" or self.config.hydra.job.name != "train")
+
+    def _say_what(self, points: Sequence[Point], before: Sequence[Standing], todo: Sequence[Point]) -> None:
+        done = sum(point not in todo and now.state == "done" for point, now in zip(points, before, strict=True))
+        words = [f"{len(points)} points"]
+        words += [f"{done} done before"] if done else []
+        words += [f"{count} in flight already"] if (count := len(points) - done - len(todo)) else []
+        say(f"sweep   {self.sweep.folder}: {', '.join(words)}, {len(todo)} to run")
+
+    def _snapshot(self) -> Path:
+        package = Path(sys.modules["relloc"].__file__ or "").parent
+        return snapshot(self.sweep.folder, package=package, conf=conf_dir(), plugins=Path(__file__).parent)
+
+    def _returned(self, overrides: Sequence[str]) -> JobReturn:
+        returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+        returned.return_value = None
+        return returned
+
+
+def _is_of_launcher(word: str) -> bool:
+    return word.lstrip("+~").startswith(("launcher=", "launcher.", "sweep="))
+
+
+def _swept(job_overrides: Sequence[Sequence[str]]) -> list[str]:
+    values: dict[str, set[str]] = {}
+    for overrides in job_overrides:
+        for word in overrides:
+            key, _, value = word.partition("=")
+            values.setdefault(key.lstrip("+~"), set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def _searched(config: DictConfig) -> list[str]:
+    return [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]

@@ -1,0 +1,104 @@
+"""A sweep as processes of this machine, some at a time, each with a GPU of its own."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra_plugins.relloc_launchers.points import PointsLauncher
+
+from relloc.sweeps.points import Point, note_job, process_mark
+from relloc.sweeps.table import say
+
+_POLL_S = 0.2
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class ProcessLauncher(PointsLauncher):
+    """Points as processes: one after the other with their output on this console, or several at once with logs.
+
+    A signal is passed on: points save and end as they do alone, and no other is started.
+    """
+
+    def start(self, todo: Sequence[Point]) -> None:
+        self._running: dict[subprocess.Popen[bytes], tuple[Point, str | None]] = {}
+        self._waiting = list(todo)
+        self._stop: int | None = None
+        devices = _devices()
+        asked = self.settings["processes"]
+        self._slots = max(1, len(devices)) if asked == "auto" else int(asked)
+        places = range(self._slots)
+        self._free: list[str | None] = [devices[place % len(devices)] if devices else None for place in places]
+        for _ in todo[: self._slots]:
+            self._start_next()
+
+    def follow(self, todo: Sequence[Point]) -> None:
+        before = {number: signal.signal(number, self._pass_on) for number in _FORWARDED}
+        try:
+            while self._running or (self._waiting and self._stop is None):
+                while self._waiting and len(self._running) < self._slots and self._stop is None:
+                    self._start_next()
+                time.sleep(_POLL_S)
+                self._collect()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._stop is not None:
+            say(f"sweep   stopped by {signal.Signals(self._stop).name}; the same command goes on with it")
+
+    def log_of(self, point: Point) -> Path | None:
+        return None if self._on_console else self.sweep.log(point)
+
+    @property
+    def _on_console(self) -> bool:
+        return self.settings["processes"] == 1
+
+    def _start_next(self) -> None:
+        point, device = self._waiting.pop(0), self._free.pop(0)
+        environment = self.environment()
+        if device is not None and not self._on_console:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        if not self._on_console:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self._slots)))
+        # A session of its own: Ctrl-C comes once, from us.
+        if self._on_console:
+            say(f"\npoint   {point.name}")
+            process = subprocess.Popen(self.command(point), env=environment, start_new_session=True)
+        else:
+            log = self.sweep.log(point)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "ab") as file:
+                process = subprocess.Popen(
+                    self.command(point), env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            say(f"start   {point.name}: {log}")
+        note_job(point, process_mark(process.pid))
+        self._running[process] = (point, device)
+
+    def _collect(self) -> None:
+        for process in [process for process in self._running if process.poll() is not None]:
+            point, device = self._running.pop(process)
+            self._free.append(device)
+            if not self._on_console:
+                how = "done" if process.returncode == 0 else f"ended with exit code {process.returncode}"
+                say(f"end     {point.name}: {how}")
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self._stop = number
+        for process in self._running:
+            process.send_signal(number)
+
+
+def _devices() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    try:
+        asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return found.stdout.split()

@@ -1,0 +1,85 @@
+"""python -m relloc.sweep status|wait|cancel SWEEP...: how the points of a sweep stand, whoever runs them."""
+
+import argparse
+import importlib.metadata
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relloc.errors import UsageError
+from relloc.sweeps.points import Point, read_job
+from relloc.sweeps.standing import standings
+from relloc.sweeps.sweep import Sweep
+from relloc.sweeps.table import say, table, tell_failed
+
+_POLL_S = 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if all points are done (status: or may still become so), 1 if some failed or are missing, 2 for a mistake."""
+    options = _parser().parse_args(arguments)
+    try:
+        codes = [_DOES[options.does](Sweep(folder.absolute())) for folder in options.sweeps]
+    except UsageError as error:
+        print(f"relloc: {error}", file=sys.stderr)
+        return 2
+    return max(codes)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m relloc.sweep", description=__doc__)
+    parser.add_argument(
+        "does", choices=tuple(_DOES), help="print a table; wait for the last job, then print it; end all jobs"
+    )
+    parser.add_argument(
+        "sweeps", metavar="SWEEP", nargs="+", type=Path, help="folder of a sweep, such as runs/sweeps/NAME"
+    )
+    return parser
+
+
+def _status(sweep: Sweep) -> int:
+    points = sweep.points()
+    found = standings(points, _asked())
+    say(table(points, found))
+    tell_failed(points, found, sweep, lambda point: _log(sweep, point))
+    return int(any(now.state != "done" and not now.in_flight for now in found))
+
+
+def _wait(sweep: Sweep) -> int:
+    while any(now.in_flight for now in standings(sweep.points(), _asked())):
+        time.sleep(_POLL_S)
+    return _status(sweep)
+
+
+def _cancel(sweep: Sweep) -> int:
+    points = sweep.points()
+    in_flight = [point for point, now in zip(points, standings(points, _asked()), strict=True) if now.in_flight]
+    for name, scheduler in _schedulers().items():
+        scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder) or {})])
+    say(f"{len(in_flight)} points were asked to end; the command of the sweep goes on with them")
+    return 0
+
+
+def _log(sweep: Sweep, point: Point) -> Path | None:
+    job = read_job(point.folder) or {}
+    for name, scheduler in _schedulers().items():
+        if name in job:
+            return scheduler.log_of(sweep.folder, str(job[name]))
+    return sweep.log(point)
+
+
+def _schedulers() -> dict[str, Any]:
+    """Modules that know jobs, by the name under which `note_job` notes these; launchers bring them."""
+    return {point.name: point.load() for point in importlib.metadata.entry_points(group="relloc.schedulers")}
+
+
+def _asked() -> dict[str, Any]:
+    return {name: scheduler.states for name, scheduler in _schedulers().items()}
+
+
+_DOES = {"status": _status, "wait": _wait, "cancel": _cancel}
+
+if __name__ == "__main__":
+    sys.exit(main())

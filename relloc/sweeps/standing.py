@@ -1,0 +1,81 @@
+"""How the points of a sweep stand, from their run folders and from whoever runs their jobs."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from relloc.sweeps.points import Point, is_alive, read_job
+from relloc.tracking.journal import read_journal
+from relloc.tracking.record import read_status
+
+State = Literal["done", "running", "waiting", "stopped", "failed", "missing"]
+JobState = Literal["running", "waiting"] | None  # None: it is no more
+ENDED: tuple[State, ...] = ("done", "stopped", "failed", "missing")
+# Of jobs by scheduler and number: how those that are alive stand. Schedulers register one as an entry point.
+Ask = Callable[[Sequence[str]], Mapping[str, Literal["running", "waiting"]]]
+TRAINED = "train/epoch"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Standing:
+    """`progress` is the part of the training done, 0 to 1; `left_s` an estimate; both None where nothing is known."""
+
+    state: State
+    progress: float | None = None
+    left_s: float | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a job has the point, now or in a while."""
+        return self.state in ("running", "waiting")
+
+
+def standings(points: Sequence[Point], schedulers: Mapping[str, Ask]) -> list[Standing]:
+    """How each point stands; `schedulers` are asked once each. Raises what they raise."""
+    jobs = [read_job(point.folder) or {} for point in points]
+    alive: dict[tuple[str, str], JobState] = {}
+    for scheduler, ask in schedulers.items():
+        numbers = [str(job[scheduler]) for job in jobs if scheduler in job]
+        alive |= {(scheduler, number): state for number, state in (ask(numbers) if numbers else {}).items()}
+    return [_standing(point.folder, _job_state(job, alive)) for point, job in zip(points, jobs, strict=True)]
+
+
+def _job_state(job: Mapping[str, Any], alive: Mapping[tuple[str, str], JobState]) -> JobState:
+    if "pid" in job:
+        return "running" if is_alive(job) else None
+    return next((alive[name, str(number)] for name, number in job.items() if (name, str(number)) in alive), None)
+
+
+def _standing(folder: Path, job: JobState) -> Standing:
+    status = (read_status(folder) or {}).get("status")
+    if job == "waiting":
+        return Standing(state="waiting", progress=_progress(folder)[0])
+    if job == "running":
+        progress, left_s = _progress(folder)
+        return Standing(state="running", progress=progress, left_s=left_s)
+    if status is None:
+        return Standing(state="failed" if read_job(folder) else "missing")
+    state: State = {"FINISHED": "done", "FAILED": "failed"}.get(status, "stopped")  # pyright: ignore[reportAssignmentType]
+    return Standing(state=state, progress=1.0 if state == "done" else _progress(folder)[0])
+
+
+def _progress(folder: Path) -> tuple[float | None, float | None]:
+    """The part of the training that is done, and the seconds that the rest takes at the rate of the last reports."""
+    told = [entry for entry in read_journal(folder) if TRAINED in entry.metrics]
+    epochs = _epochs(folder)
+    if not told or not epochs:
+        return None, None
+    last, before = told[-1], told[max(0, len(told) - 20)]
+    passed = last.metrics[TRAINED] - before.metrics[TRAINED]
+    rest = max(0.0, epochs - last.metrics[TRAINED])
+    left_s = rest * (last.time_ms - before.time_ms) / 1000 / passed if passed > 0 else None
+    return min(1.0, last.metrics[TRAINED] / epochs), left_s
+
+
+def _epochs(folder: Path) -> float | None:
+    try:
+        return float(json.loads((folder / "run.json").read_text(encoding="utf-8"))["params"]["data.epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,88 @@
+"""A sweep's folder: which points it has, the code and configs as they were, and its logs."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from relloc.errors import UsageError
+from relloc.sweeps.points import Point
+from relloc.tracking.record import write_json
+
+SWEEP_FILE = "sweep.json"
+CODE = "code"
+LOGS = "logs"
+
+
+class Sweep:
+    """The folder of a sweep, which any number of commands of the same name share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def points(self) -> list[Point]:
+        """All points that commands of this sweep had. Raises `UsageError` where there is no sweep."""
+        try:
+            noted = json.loads((self.folder / SWEEP_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing") from None
+        return [Point.from_json(fields) for fields in noted["points"]]
+
+    def add(self, points: Sequence[Point], command: Sequence[str]) -> None:
+        """Note points, those already there once; the caller has it `locked`."""
+        there = self.points() if (self.folder / SWEEP_FILE).exists() else []
+        of_identity = {point.identity: point for point in (*there, *points)}
+        noted = {"command": list(command), "points": [point.to_json() for point in of_identity.values()]}
+        write_json(self.folder / SWEEP_FILE, noted)
+
+    def log(self, point: Point) -> Path:
+        """Where the point's output goes that no scheduler keeps."""
+        return self.folder / LOGS / f"{point.folder.name}.log"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One command at a time looks what is to be run, and says what it runs."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder.parent / ".lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def snapshot(folder: Path, *, package: Path, conf: Path, plugins: Path) -> Path:
+    """Copy the code and configs of now, from which jobs run whenever they start; the folder to import from.
+
+    Copies are kept by what they hold: a second command of a sweep whose code is the same shares the first one's.
+    """
+    target = folder / CODE
+    new = folder / f".{CODE}.{os.getpid()}"
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(package, new / "relloc", ignore=ignored)
+    if not (new / "relloc" / "conf").is_dir():
+        shutil.copytree(conf, new / "conf", ignore=ignored)
+    shutil.copytree(plugins, new / "hydra_plugins" / plugins.name, ignore=ignored)
+    for number in range(1000):
+        place = target / str(number)
+        if not place.exists():
+            target.mkdir(exist_ok=True)
+            os.replace(new, place)
+            return place
+        if _same(new, place):
+            shutil.rmtree(new)
+            return place
+    raise UsageError(f"{target} holds a thousand versions of the code: give the sweep another name (sweep=)")
+
+
+def _same(one: Path, other: Path) -> bool:
+    return _content(one) == _content(other)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

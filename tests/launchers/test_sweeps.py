@@ -1,0 +1,170 @@
+"""Sweeps as processes of this machine, and what is submitted to SLURM; tests/slurm has a SLURM."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra_plugins.relloc_launchers.processes import ProcessLauncher
+from omegaconf import OmegaConf
+
+from relloc.runs.launch import conf_dir
+from relloc.sweeps.points import Point, identity
+from relloc.sweeps.sweep import Sweep
+
+TINY = (
+    *("data.source.tiles=[0.4]", "data.source.stride=0.5", "data.images_per_step=16", "data.images_per_batch_norm=16"),
+    *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "data.epochs=1"),
+    *("data.warmup_epochs=0", "data.milestone_epochs=[]", "eval=[]", "monitor.every_epochs=null", "device=cpu"),
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RELLOC_", "MLFLOW_", "HYDRA_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def relloc(folder: Path, module: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"relloc.{module}", *words]
+    return subprocess.run(
+        command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def point(folder: Path, words: str) -> Path:
+    (found,) = folder.glob(f"runs/*_{words}_*")
+    return found
+
+
+def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_one_stops_none(tmp_path: Path) -> None:
+    line = ("-m", *TINY, "tracking=none", "data.images_per_step=16,20", "launcher=local", "sweep=s")
+    done = relloc(tmp_path, "train", *line, CUDA_VISIBLE_DEVICES="3,5")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 points, 2 to run" in done.stdout
+    assert "1 done, 1 failed" in done.stdout
+    of_failed = done.stdout.partition("failed  images_per_step=20")[2]
+    assert "relloc: data.images_per_step is 20, not a multiple of 16" in of_failed
+    assert f"hydra.run.dir={point(tmp_path, 'images_per_step_20')}" in of_failed
+    assert "Traceback" not in of_failed
+    told = relloc(tmp_path, "sweep", "status", "runs/sweeps/s")
+    assert (told.returncode, "1 done, 1 failed" in told.stdout) == (1, True)
+    assert of_failed.strip() in told.stdout
+
+    trained = point(tmp_path, "images_per_step_16") / "backbone.safetensors"
+    written = trained.stat().st_mtime_ns
+    wider = (*(word for word in line if not word.startswith(("sweep=", "data.images_per_step="))), "sweep=t")
+    again = relloc(tmp_path, "train", *wider, "data.images_per_step=16", "seed=1,0", "tracking.experiment=other")
+    assert (again.returncode, "2 points, 1 done before, 1 to run" in again.stdout) == (0, True), again.stdout
+    assert trained.stat().st_mtime_ns == written
+
+
+def test_gpus_are_handed_out_one_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    seen = "import os, sys, time; time.sleep(0.5); open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+
+    class Telling(ProcessLauncher):
+        def command(self, point: Point) -> list[str]:
+            return [sys.executable, "-c", seen, str(point.folder / "gpu")]
+
+    launcher = Telling(OmegaConf.create({"name": "local", "processes": "auto"}))
+    launcher.sweep, launcher.code = Sweep(tmp_path / "sweep"), tmp_path
+    points = [
+        Point(kind="train", name=name, overrides=(), identity=name, folder=tmp_path / "runs" / name) for name in "abcd"
+    ]
+    launcher.start(points)
+    launcher.follow(points)
+    assert sorted(path.read_text() for path in tmp_path.glob("runs/*/gpu")) == ["3", "3", "5", "5"]
+    assert {path.read_text() for path in (tmp_path / "runs/a/gpu", tmp_path / "runs/b/gpu")} == {"3", "5"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    line = ("-m", *TINY, "tracking=none", "seed=0,1", "data.epochs=3", "sweep=s")
+    command = [sys.executable, "-m", "relloc.train", *line]
+    with open(tmp_path / "output", "w") as output:
+        started = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/journal.jsonl")):
+        assert time.monotonic() < end, (tmp_path / "output").read_text()
+        time.sleep(0.1)
+    started.send_signal(number)
+    assert started.wait(120) == 1
+    told = (tmp_path / "output").read_text()
+    assert "everything is saved" in told
+    assert "1 stopped, 1 missing" in told
+    again = relloc(tmp_path, "train", *line)
+    assert (again.returncode, "2 points, 2 to run" in again.stdout) == (0, True), again.stdout + again.stderr
+    assert "2 done" in again.stdout
+
+
+def config_of(*words: str) -> dict:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", list(words))
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def test_a_point_is_what_it_computes_not_where_nor_how_it_is_followed() -> None:
+    one = identity(config_of("grid.gap_px=32"))
+    assert len(one) == 12
+    elsewhere = ("launcher=slurm", "launcher.nodes=2", "tracking=none", "sweep=other", "workers=3", "runs=there")
+    assert identity(config_of("grid.gap_px=32", *elsewhere)) == one
+    for other in ("grid.gap_px=31", "seed=1", "model=resnet18", "color=drop", "eval=[]", "data.epochs=3"):
+        assert identity(config_of("grid.gap_px=32", other)) != one, other
+
+
+GOLDEN = Path(__file__).with_name("slurm_batch_script.txt")
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_the_batch_script(tmp_path: Path, single: bool) -> None:
+    """A dry run submits nothing, and needs no SLURM."""
+    words = ("launcher.nodes=2", "launcher.gpus_per_node=8", "launcher.partition=gpu", "launcher.account=vision")
+    more = ("launcher.setup=[module load cuda]", "+launcher.submitit.mem_per_gpu=64G", "sweep=gaps")
+    swept = ("grid.gap_px=0,16,32",) if not single else ("grid.gap_px=16",)
+    done = relloc(
+        tmp_path,
+        "train",
+        *(() if single else ("-m",)),
+        "launcher=slurm",
+        "launcher.dry_run=true",
+        *words,
+        *more,
+        *swept,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    script = done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("nothing was submitted")]
+    told = script.replace(str(tmp_path), "FOLDER").replace(sys.executable, "PYTHON")
+    assert not list(tmp_path.glob("runs/*_*"))  # no run began
+    if single:
+        assert "--array" not in told
+        return
+    accept = "to accept it: RELLOC_ACCEPT=1 pytest tests/launchers -k batch_script"
+    if os.environ.get("RELLOC_ACCEPT"):
+        GOLDEN.write_text(told)
+    assert told == GOLDEN.read_text(), accept
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="SLURM is here")
+def test_without_slurm_it_is_told_at_once(tmp_path: Path) -> None:
+    done = relloc(tmp_path, "train", "launcher=slurm")
+    assert done.returncode == 2
+    assert "there is no sbatch here" in done.stderr
+
+
+def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:
+    done = relloc(tmp_path, "sweep", "status", "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"relloc: {tmp_path / 'nowhere'} is not the folder of a sweep: sweep.json is missing\n"
+
+
+def test_a_sweep_tells_its_points_in_its_folder(tmp_path: Path) -> None:
+    relloc(tmp_path, "train", "-m", "data.images_per_step=20,30", "sweep=s", "tracking=none")
+    noted = json.loads((tmp_path / "runs/sweeps/s/sweep.json").read_text())["points"]
+    assert [one["name"] for one in noted] == ["images_per_step=20", "images_per_step=30"]
+    assert all(Path(one["folder"]).parent == tmp_path / "runs" for one in noted)

@@ -1,0 +1,258 @@
+"""What clusters do to jobs, done by a real SLURM: points end as if nothing had happened, or are said to have failed."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from relloc.tracking import read_journal
+
+DEADLINE_S = 180
+STEPS = 160
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sweeps:
+    """Commands in one folder, beside a SLURM."""
+
+    folder: Path
+    environment: dict[str, str]
+    settings: tuple[str, ...]
+
+    def start(self, *words: str, module: str = "train") -> subprocess.Popen[str]:
+        flags = [word for word in words if word == "-m"]
+        line = [*flags, *(self.settings if module == "train" else ()), *(word for word in words if word != "-m")]
+        command = [sys.executable, "-m", f"relloc.{module}", *line]
+        output = open(self.folder / f"output_{len(list(self.folder.glob('output_*')))}.txt", "w+")  # noqa: SIM115
+        with output:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=output, stderr=subprocess.STDOUT, text=True
+            )
+
+    def run(self, *words: str, module: str = "train") -> tuple[int, str]:
+        return self.ended(self.start(*words, module=module))
+
+    def ended(self, started: subprocess.Popen[str]) -> tuple[int, str]:
+        """Exit code, and what was printed."""
+        try:
+            code = started.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            pytest.fail(f"not finished after {DEADLINE_S} s:\n{self.told()}")
+        return code, self.told()
+
+    def told(self) -> str:
+        """What the newest command printed, and the logs of all jobs."""
+        newest = max(self.folder.glob("output_*"), key=lambda path: path.stat().st_mtime)
+        return newest.read_text()
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text() for path in self.folder.glob("runs/sweeps/*/slurm/*/*_log.*"))
+
+    def slurm(self, *words: str) -> str:
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout
+
+    def point(self, words: str) -> Path:
+        """The run folder of the point whose folder's name has these words."""
+        (found,) = self.folder.glob(f"runs/train_*{words}*")
+        return found
+
+    def wait_for(self, true: Callable[[], object]) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not true():
+            assert time.monotonic() < end, f"nothing happened in time:\n{self.told()}\n{self.logs()}"
+            time.sleep(0.1)
+
+    def has_trained(self, steps: int, words: str = "seed_0") -> bool:
+        """Whether the point's journal has so many steps."""
+        found = list(self.folder.glob(f"runs/train_*{words}*"))
+        told = read_journal(found[0]) if found else []
+        return bool(told) and told[-1].step >= steps
+
+    def job(self, words: str = "seed_0") -> str:
+        return json.loads((self.point(words) / "point.json").read_text())["job"]["slurm"]
+
+
+def on_slurm(*more: str) -> tuple[str, ...]:
+    return ("launcher=slurm", "launcher.gpus_per_node=0", "launcher.cpus_per_task=1", "launcher.timeout_min=60", *more)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A training of some seconds, with all that is random, on files of noise."""
+    root = tmp_path_factory.mktemp("images")
+    chance = np.random.default_rng(0)
+    for place in range(80):
+        folder = root / ("val" if place % 5 == 0 else "train") / "ab"[place % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(chance.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{place}.png")
+    return (
+        *("device=cpu", "data=folder", f"data.root={root}", "data.images_per_step=16", "data.images_per_batch_norm=8"),
+        *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "color=drop"),
+        *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
+        *(f"data.epochs={STEPS // 4}", "data.milestone_epochs=[10]", "data.warmup_epochs=2", "report_every_steps=4"),
+        *("monitor.every_epochs=null", "eval=[]", "save_every_s=0", "workers=1", "tracking=none"),
+    )
+
+
+@pytest.fixture
+def sweeps(cluster: dict[str, str], settings: tuple[str, ...], tmp_path: Path) -> Sweeps:
+    return Sweeps(folder=tmp_path, environment=cluster, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: dict[str, str], settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of seed 0, trained by one command that nothing stopped."""
+    alone = Sweeps(folder=tmp_path_factory.mktemp("undisturbed"), environment=cluster, settings=settings)
+    code, told = alone.run("seed=0", "hydra.run.dir=run")
+    assert code == 0, told
+    return alone.folder / "run" / "backbone.safetensors"
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    weights, expected = load_file(one), load_file(other)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish(sweeps: Sweeps) -> None:
+    code, told = sweeps.run("-m", "grid.resize.px=64,20", *on_slurm("sweep=one"))
+    assert code == 1, told
+    assert "1 done, 1 failed" in told
+    of_failed = told.partition("failed  px=20")[2]
+    assert "20" in of_failed.partition("again, alone:")[0]  # the last lines of its log
+    assert "again, alone: python -m relloc.train" in of_failed
+    assert "grid.resize.px=20" in of_failed
+    failed = sweeps.job("px_20")
+    sweeps.wait_for(lambda: "FAILED" in sweeps.slurm("sacct", "-n", "-X", "-j", failed, "-o", "state"))
+
+
+def test_the_same_sweep_again_runs_only_what_is_missing_and_a_wider_one_reuses_points(
+    sweeps: Sweeps, undisturbed: Path
+) -> None:
+    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=a"))
+    assert (code, "2 to run" in told) == (0, True), told
+    written = (sweeps.point("seed_0") / "backbone.safetensors").stat().st_mtime_ns
+    assert_same_bits(sweeps.point("seed_0") / "backbone.safetensors", undisturbed)
+    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=a"))
+    assert (code, "2 points, 2 done before, 0 to run" in told) == (0, True), told
+    code, told = sweeps.run("-m", "seed=1,0,2", "launcher=local", "sweep=b", "tracking.experiment=other")
+    assert (code, "3 points, 2 done before, 1 to run" in told) == (0, True), told
+    assert (sweeps.point("seed_0") / "backbone.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("does", ["requeue", "preempt", "node down"])
+def test_a_job_that_the_cluster_takes_goes_on_to_the_same_bits(sweeps: Sweeps, undisturbed: Path, does: str) -> None:
+    started = sweeps.start("seed=0", *on_slurm())
+    sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
+    job = sweeps.job()
+    if does == "requeue":
+        sweeps.slurm("scontrol", "requeue", job)
+    elif does == "preempt":
+        sweeps.slurm("srun", "-p", "high", "-N2", "--exclusive", "true")
+    else:
+        (node,) = sweeps.slurm("squeue", "-h", "-j", job, "-o", "%N").split()
+        sweeps.slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        sweeps.wait_for(lambda: "RUNNING" not in sweeps.slurm("squeue", "-h", "-j", job, "-o", "%T"))
+        sweeps.slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    code, told = sweeps.ended(started)
+    assert code == 0, told + sweeps.logs()
+    run_dir = sweeps.point("seed_0")
+    assert_same_bits(run_dir / "backbone.safetensors", undisturbed)
+    steps = [entry.step for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
+    assert steps == sorted(set(steps))  # no step was told twice
+    assert "1 done" in told
+    assert int(json.loads((run_dir / "run.json").read_text())["tags"]["slurm.restarts"]) == 1
+
+
+def test_a_killed_process_is_started_again_in_its_job(sweeps: Sweeps, undisturbed: Path) -> None:
+    started = sweeps.start("seed=0", *on_slurm())
+    sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
+    os.kill(training(sweeps), signal.SIGKILL)
+    code, told = sweeps.ended(started)
+    assert code == 0, told + sweeps.logs()
+    assert "was killed (exit code -9); it goes on" in sweeps.logs()
+    assert_same_bits(sweeps.point("seed_0") / "backbone.safetensors", undisturbed)
+
+
+def test_a_job_at_its_time_limit_saves_and_is_queued_again(sweeps: Sweeps) -> None:
+    """SLURM looks at limits every 30 s, and the shortest is a minute."""
+    line = ("launcher.timeout_min=1", "launcher.signal_delay_s=40", "data.epochs=100000")
+    started = sweeps.start("seed=0", *on_slurm(), *line)
+    sweeps.wait_for(lambda: "everything is saved" in sweeps.logs())
+    sweeps.wait_for(lambda: sweeps.slurm("squeue", "-h", "-j", sweeps.job(), "-o", "%T").strip() == "PENDING")
+    before = read_journal(sweeps.point("seed_0"))[-1].step
+    sweeps.wait_for(lambda: sweeps.has_trained(before + 8))
+    sweeps.slurm("scancel", sweeps.job())
+    code, told = sweeps.ended(started)
+    assert code == 1
+    assert "1 stopped" in told
+
+
+def test_a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_command(
+    sweeps: Sweeps, undisturbed: Path
+) -> None:
+    started = sweeps.start("-m", "seed=0,1", *on_slurm("sweep=c"))
+    sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4, "seed_0"))
+    started.kill()  # the login shell is gone
+    started.wait(DEADLINE_S)
+    sweeps.slurm("scancel", sweeps.job("seed_1"))
+    code, told = sweeps.run("wait", "runs/sweeps/c", module="sweep")
+    assert code == 1, told
+    assert "1 done, 1 stopped" in told or "1 done, 1 failed" in told
+    assert_same_bits(sweeps.point("seed_0") / "backbone.safetensors", undisturbed)
+    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=c"))
+    assert (code, "2 points, 1 done before, 1 to run" in told) == (0, True), told
+    assert sweeps.run("status", "runs/sweeps/c", module="sweep")[0] == 0
+
+
+def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(sweeps: Sweeps) -> None:
+    started = sweeps.start("seed=0", *on_slurm("launcher.nodes=2"))
+    sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
+    os.kill(training(sweeps), signal.SIGKILL)
+    code, told = sweeps.ended(started)
+    assert code == 0, told + sweeps.logs()
+    run_dir = sweeps.point("seed_0")
+    tags = json.loads((run_dir / "run.json").read_text())["tags"]
+    assert (tags["slurm.nodes"], tags["slurm.restarts"]) == ("n[1-2]", "1")
+    assert [entry.step for entry in read_journal(run_dir)][-1] == STEPS
+
+
+def test_jobs_run_the_code_and_configs_of_their_submission(sweeps: Sweeps) -> None:
+    code, told = sweeps.run("seed=0", *on_slurm("sweep=d"))
+    assert code == 0, told
+    (copy,) = (sweeps.folder / "runs/sweeps/d/code").iterdir()
+    record = json.loads((sweeps.point("seed_0") / "run.json").read_text())
+    assert record["tags"]["relloc.code"] == str(copy / "relloc")
+    assert record["tags"]["relloc.sweep"] == "d"
+
+
+def training(sweeps: Sweeps) -> int:
+    """A process that trains, not one of its workers nor submitit's that started it."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            above = Path("/proc", parent, "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if (
+            "relloc.train" in words
+            and any(str(sweeps.folder) in word for word in words)
+            and "submitit.core._submit" in above
+        ):
+            return int(folder.name)
+    raise AssertionError("nothing trains")
