@@ -169,9 +169,12 @@ def _evaluate_frozen(
             live.append(LiveFeatures(backbone, splits.train, terms.reading, views, color=color, seed=terms.seed))
             given = dataclasses.replace(given, augmented=live[-1])
         scores = evaluation(given, device=terms.reading.device, seed=terms.seed)
-        yield [_named(score, work, subject, terms, how) for score in scores]
-        for source in live:
-            unreadable(source.unreadable.reasons)
+        try:
+            rows = [_named(score, work, subject, terms, how) for score in scores]
+        finally:  # also where it is stopped: another run is not to go on from what saw broken images
+            for source in live:
+                unreadable(source.unreadable.reasons)
+        yield rows
 
 
 def _labels(images: ImageSet, needed: Labels) -> Int[Tensor, "n *classes"] | None:

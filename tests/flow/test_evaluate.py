@@ -1,6 +1,7 @@
 """Any backbone through any evaluations."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -134,20 +135,31 @@ def test_unreadable_images_are_skipped_counted_and_named_until_they_are_too_many
 
 
 @pytest.fixture(scope="module")
-def labeled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Settings of a small labeled data set on disk; its last training image is broken."""
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small labeled data set on disk."""
     root = tmp_path_factory.mktemp("labeled")
     for split, count in (("train", 24), ("val", 8)):
         for name in "ab":
             images(root / split / name, count)
-    broken = root / "train" / "b" / "9.jpg"  # the last by name
-    broken.write_bytes(broken.read_bytes()[:300])
+    return root
+
+
+def on(root: Path) -> tuple[str, ...]:
     return ("data=folder", f"data.root={root}", "data.unreadable_share=0.1", "view.short_px=64", "view.crop_px=56")
+
+
+def with_a_broken_image(labeled: Path, folder: Path) -> Path:
+    """A copy whose last training image can't be read."""
+    copy = shutil.copytree(labeled, folder / "broken")
+    broken = copy / "train" / "b" / "9.jpg"  # the last by name
+    broken.write_bytes(broken.read_bytes()[:300])
+    return copy
 
 
 def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_path, labeled):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    line = ("checkpoint=random", "model=small", *labeled, "tracking=none", "workers=0", "reuse=false")
+    line = ("checkpoint=random", "model=small", *on(with_a_broken_image(labeled, tmp_path)))
+    line = (*line, "tracking=none", "workers=0", "reuse=false")
     alone = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'one'}")
     both = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'two'}", launcher=torchrun)
     assert (alone.code, both.code) == (0, 0), both.text
@@ -166,10 +178,10 @@ EPOCHS = 60
 
 
 @pytest.fixture(scope="module")
-def long_linear(labeled: tuple[str, ...]) -> tuple[str, ...]:
+def long_linear(labeled: Path) -> tuple[str, ...]:
     """A linear evaluation of some seconds, written each second."""
     return (
-        *("checkpoint=random", "model=small", *labeled, "eval=[linear]", "batch_norm=as_trained", "tracking=none"),
+        *("checkpoint=random", "model=small", *on(labeled), "eval=[linear]", "batch_norm=as_trained", "tracking=none"),
         *(f"data.linear.epochs={EPOCHS}", "data.linear.milestone_epochs=[40]", "workers=0", "device=cpu"),
         "save_every_s=1",
     )
@@ -205,3 +217,15 @@ def test_a_signal_keeps_the_last_epoch_and_the_evaluation_goes_on_from_it(
     assert f"eval    goes on from {file}" in again.text
     assert read_results(then) == undisturbed
     assert not list(then.glob("evaluations/*.pt"))
+
+
+def test_a_stopped_evaluation_names_the_images_that_it_could_not_use(
+    tmp_path: Path, labeled: Path, long_linear: tuple[str, ...]
+) -> None:
+    run_dir = tmp_path / "run"
+    line = (*long_linear, *on(with_a_broken_image(labeled, tmp_path)), f"hydra.run.dir={run_dir}")
+    command = start("relloc.evaluate", *line, folder=tmp_path)
+    assert command.wait_for(lambda: list(run_dir.glob("evaluations/*.pt"))), command.text
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait(10) == 143, command.text
+    assert "train/b/9.jpg: " in (run_dir / "unreadable.txt").read_text()
