@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 import tarfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from safetensors.numpy import save
 from relloc.data.check import Check, summary, unreadable_images
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.images import ImageFile
+from relloc.data.lists import MultiLabeled
 from relloc.data.parts import (
     FACTS,
     ROLES,
@@ -139,9 +141,21 @@ def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
                 "digest": images.digest(),
                 "labels": None if images.labels is None else hash_lines(map(str, images.labels)),
             }
+            | ({} if (shown := _presence(images)) is None else {"presence": hash_lines(map(str, shown))})
             for role, images in ((role, images_of(data, role)) for role in ROLES)
         },
     }
+
+
+def _presence(images: ImageSet) -> list[list[int]] | None:
+    """Which classes each image shows, if that is known; a warning where it should be and can't be read."""
+    if not isinstance(images, MultiLabeled):
+        return None
+    try:
+        return images.presence()
+    except DataError as error:  # to pretrain on them is possible all the same
+        warnings.warn(f"packed without what images show, which SVMs of VOC need: {error}", stacklevel=2)
+        return None
 
 
 def _libjpeg() -> str:
@@ -279,6 +293,9 @@ def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict
     }
     if images.labels is not None:
         index["label"] = np.asarray(images.labels, dtype=np.int64)
+    shown = _presence(images)
+    if shown is not None:
+        index["presence"] = np.asarray(shown, dtype=np.int8)
     write(out / names_name(images.split), b"".join(lines))
     write(out / index_name(images.split), save(index))
     counts = np.bincount(records["how"], minlength=len(_HOW))
@@ -287,6 +304,7 @@ def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict
         "split": images.split,
         "images": len(images),
         "classes": list(images.classes),
+        **({} if shown is None else {"multi_labeled": True}),
         "stored": {how: int(counts[number]) for number, how in enumerate(_HOW)},
         "shards": [{name: tar[name] for name in ("file", "bytes", "sha256")} for tar in tars],
         "unreadable": unreadable_images(out / UNFINISHED, parts, called),

@@ -3,7 +3,8 @@
 The folder holds, for each of the two splits, which keep their names (train and val, say):
 SPLIT-000000.tar and so on, with members 000000012.jpg and, where labeled, 000000012.cls (the class
 number in decimal digits); SPLIT-index.safetensors with `offset` and `size` in bytes of each JPEG in
-its tar, `label`, and `name_offset`; SPLIT-names.jsonl with the original name of each image. A tar
+its tar, `label` or, where images may show several classes, `presence` (images x classes: 1 there, 0
+difficult, -1 not there), and `name_offset`; SPLIT-names.jsonl with the original name of each image. A tar
 holds `images_per_shard` consecutive numbers. An image that could not be read keeps its number, has
 size 0 and is in no tar. manifest.json says how all that came to be.
 """
@@ -26,7 +27,7 @@ from safetensors.numpy import load_file
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from relloc.data.image_set import Splits
-from relloc.data.parts import Role
+from relloc.data.parts import ROLES, Role
 from relloc.errors import DataError, UnreadableImage
 
 FORMAT = "relloc shards"
@@ -116,12 +117,13 @@ class ShardImages:
         self._per_shard: int = manifest["packed"]["images_per_shard"]
         _check_sizes(self.folder, self._about["shards"])
         index = _read_index(self.folder / index_name(self.split), self._about["images"])
+        self._index = index
         self._offset, self._size, self._name_offset = index["offset"], index["size"], index["name_offset"]
         self.labels: Sequence[int] | None = array.array("q", index["label"].tobytes()) if "label" in index else None
         self._files = _Files()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardImages, (self.folder, self.role)
+        return type(self), (self.folder, self.role)
 
     def __len__(self) -> int:
         return len(self._size)
@@ -147,6 +149,19 @@ class ShardImages:
     def digest(self) -> str:
         """Hash of names, labels and the stored bytes of each image: however they are parted into tars."""
         return self._about["digest"]
+
+
+class MultiLabeledShards(ShardImages):
+    """Packed images that may show several classes: `relloc.data.lists.MultiLabeled`."""
+
+    def __init__(self, folder: Path, role: Role) -> None:
+        super().__init__(folder, role)
+        if self._index.get("presence", np.empty(0)).shape != (len(self), len(self.classes)):
+            raise DataError(f"{folder / index_name(self.split)} does not fit {MANIFEST}: copy both again, or pack anew")
+
+    def presence(self) -> list[list[int]]:
+        """For each image and class: 1 there, 0 there but difficult to recognize, -1 not there."""
+        return self._index["presence"].tolist()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -209,4 +224,8 @@ def _read_index(path: Path, n_images: int) -> dict[str, np.ndarray]:
 def shards(*, root: str) -> Splits:
     """Both splits of the packed folder `root`. Raises `DataError` as `ShardImages`."""
     folder = Path(root)
-    return Splits(train=ShardImages(folder, "train"), held_out=ShardImages(folder, "held_out"))
+    manifest = read_manifest(folder)
+    train, held_out = (
+        (MultiLabeledShards if manifest[role].get("multi_labeled") else ShardImages)(folder, role) for role in ROLES
+    )
+    return Splits(train=train, held_out=held_out)

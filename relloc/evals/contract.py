@@ -8,6 +8,7 @@ import torch
 
 from relloc.data.image_set import Splits
 from relloc.data.lists import MultiLabeled
+from relloc.data.shards import ShardImages
 from relloc.data.views import View
 from relloc.errors import DataError, UsageError
 from relloc.features.source import (
@@ -159,10 +160,12 @@ def check_images(job: Job) -> None:
             f"{name}: {images} has no labels to evaluate on (train/CLASS and val/CLASS folders with the same "
             "classes): evaluate on labeled data with python -m relloc.evaluate checkpoint=… data=… "
         )
-    if job.evaluation.labels == "presence" and not isinstance(job.splits.train, MultiLabeled):
-        raise UsageError(
-            f"{name} needs images that say of each class whether it is there (PASCAL VOC): {images} do not"
-        )
+    both = (job.splits.train, job.splits.held_out)
+    if job.evaluation.labels == "presence" and not all(isinstance(split, MultiLabeled) for split in both):
+        told = f"{name} needs images that say of each class whether it is there (PASCAL VOC): {images} do not"
+        if any(isinstance(split, ShardImages) for split in both):
+            told += f"; if it is VOC, pack it again, as shards keep this now, or give {job.data_setting}.root"
+        raise UsageError(told)
     if isinstance(job.evaluation, Demanding):
         try:
             job.evaluation.check(job.splits)

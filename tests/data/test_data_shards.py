@@ -12,12 +12,13 @@ import pytest
 import torch
 from mixed_folder import write_many
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from relloc.data.crops import Crops
 from relloc.data.folder import folder
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.images import read_rgb
+from relloc.data.lists import VOC_CLASSES, MultiLabeled, voc
 from relloc.data.loader import load
 from relloc.data.packing import Packing, pack
 from relloc.data.shards import ShardImages, check_hashes, decoded, shards
@@ -84,6 +85,66 @@ def test_unlabeled_images_stay_so_and_hostile_names_come_back(tmp_path: Path) ->
         assert [f"{tmp_path}/{new.source(index)}" for index in range(len(new))] == [
             old.source(index) for index in range(len(old))
         ]
+
+
+def voc_of(root: Path) -> Splits:
+    """Five training images and two others of random classes, in VOC's layout."""
+    lists, chance = root / "VOC2007/ImageSets/Main", np.random.default_rng(0)
+    (root / "VOC2007/JPEGImages").mkdir(parents=True)
+    lists.mkdir(parents=True)
+    for split, numbers in (("trainval", range(5)), ("test", range(5, 7))):
+        for number in numbers:
+            Image.new("RGB", (20, 30), (number, 0, 0)).save(root / f"VOC2007/JPEGImages/{number}.jpg")
+        (lists / f"{split}.txt").write_text("".join(f"{number}\n" for number in numbers))
+        for name in VOC_CLASSES:
+            marks = (f"{number} {chance.integers(-1, 2)}\n" for number in numbers)
+            (lists / f"{name}_{split}.txt").write_text("".join(marks))
+    return voc(name="voc2007", root=str(root), year=2007, train="trainval", held_out="test")
+
+
+def test_what_images_of_voc_show_is_kept(tmp_path: Path) -> None:
+    data = voc_of(tmp_path / "originals")
+    found = shards(root=str(packed(data, tmp_path / "out")))
+    for old, new in ((data.train, found.train), (data.held_out, found.held_out)):
+        assert isinstance(old, MultiLabeled)
+        assert isinstance(new, MultiLabeled)
+        assert new.presence() == old.presence()
+        assert {mark for row in new.presence() for mark in row} == {-1, 0, 1}
+        assert new.classes == VOC_CLASSES
+        assert str(new.presence()[0]) == str(old.presence()[0])  # of which fingerprints are made
+        assert pickle.loads(pickle.dumps(new)).presence() == old.presence()
+
+
+def test_voc_without_lists_of_classes_is_packed_with_a_warning_and_others_without(tmp_path: Path, out: Path) -> None:
+    data = voc_of(tmp_path / "originals")
+    for path in (tmp_path / "originals/VOC2007/ImageSets/Main").glob("*_test.txt"):
+        path.unlink()
+    with pytest.warns(UserWarning, match=r"packed without what images show, .*Annotations/5.xml is missing"):
+        packed(data, tmp_path / "out")
+    found = shards(root=str(tmp_path / "out"))
+    assert isinstance(found.train, MultiLabeled)
+    assert not isinstance(found.held_out, MultiLabeled)
+    assert not isinstance(shards(root=str(out)).train, MultiLabeled)
+
+
+def test_a_presence_that_is_not_of_these_images_and_classes_is_told(tmp_path: Path) -> None:
+    folder = packed(voc_of(tmp_path / "originals"), tmp_path / "out")
+    index = load_file(folder / "trainval-index.safetensors")
+    for broken in ({"presence": index["presence"][:, :19].copy()}, {}):
+        without = {name: values for name, values in index.items() if name != "presence"}
+        save_file({**without, **broken}, folder / "trainval-index.safetensors")
+        with pytest.raises(DataError, match="trainval-index.safetensors does not fit manifest.json"):
+            shards(root=str(folder))
+
+
+def test_other_marks_are_other_originals(tmp_path: Path) -> None:
+    packed(voc_of(tmp_path / "originals"), tmp_path / "out")
+    lists = tmp_path / "originals/VOC2007/ImageSets/Main"
+    (lists / "cat_test.txt").write_text("5 1\n6 1\n")
+    (lists / "dog_test.txt").write_text("5 -1\n6 -1\n")
+    changed = voc(name="voc2007", root=str(tmp_path / "originals"), year=2007, train="trainval", held_out="test")
+    with pytest.raises(DataError, match="the images or their labels are others"):
+        packed(changed, tmp_path / "out")
 
 
 def test_the_digest_is_of_the_content_wherever_it_lies_and_however_it_is_cut(

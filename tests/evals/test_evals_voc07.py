@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
+from relloc.data.shards import ShardImages
 from relloc.data.views import Squash
 from relloc.errors import DataError, UsageError
 from relloc.evals.contract import Demanding, Job, Summarizing, check_images
@@ -285,6 +286,26 @@ def test_too_few_images_are_told_before_features_are_asked_for(sets: Sets) -> No
                 evaluation.check(splits_of(torch.full((n, 3), 1 if n == 1 else -1), tested))
     job = Job(name="voc07_svm", evaluation=svm(folds=100), splits=enough)
     with pytest.raises(UsageError, match="folds is 100"):
+        check_images(job)
+
+
+def test_what_images_show_has_to_be_known_of_both_splits(sets: Sets) -> None:
+    known = splits_of(sets.train.labels, sets.held_out.labels)
+    unknown = FolderImages(name="voc", split="test", paths=["x"])
+    check_images(Job(name="voc07_svm", evaluation=svm(), splits=known))
+    for splits in (Splits(train=known.train, held_out=unknown), Splits(train=unknown, held_out=known.held_out)):
+        with pytest.raises(UsageError, match=r"voc07_svm needs images that say .*: voc do not$"):
+            check_images(Job(name="voc07_svm", evaluation=svm(), splits=splits))
+    packed_before = ShardImages.__new__(ShardImages)  # by a relloc that did not keep it
+    packed_before.name, packed_before.split = "voc2007", "trainval"
+    packed_before.labels, packed_before.classes = None, CLASSES
+    job = Job(
+        name="mine",
+        evaluation=svm(),
+        splits=Splits(train=packed_before, held_out=packed_before),
+        unreadable_share=0.1,
+    )
+    with pytest.raises(UsageError, match=r"voc2007 do not; .*pack it again, .*or give eval.mine.data.root"):
         check_images(job)
 
 
