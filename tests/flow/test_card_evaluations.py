@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import Done
 from PIL import Image
 
 from relloc.data.lists import VOC_CLASSES
@@ -174,7 +173,7 @@ def test_known_answers_to_a_verdict(relloc, tmp_path: Path, few_known_answers: t
     assert "relloc: of 20 known answers 20 could not be checked" in unlike.text
     rows = read_results(tmp_path / "run")
 
-    def again(**published: float) -> Done:
+    def again(**published: float):
         launcher = published_as(rows, tmp_path / "published.json", **published)
         done = relloc("evaluate", *few_known_answers, launcher=launcher)
         assert read_results(tmp_path / "run") == rows  # nothing is measured again

@@ -217,6 +217,11 @@ def test_a_signal_keeps_the_last_epoch_and_the_evaluation_goes_on_from_it(
     assert f"eval    goes on from {file}" in again.text
     assert read_results(then) == undisturbed
     assert not list(then.glob("evaluations/*.pt"))
+    if then != first:  # which finds the rows there, and has nothing to go on from any more
+        found = start("relloc.evaluate", *long_linear, f"hydra.run.dir={first}", folder=tmp_path)
+        assert found.wait() == 0, found.text
+        assert {row.measured_in for row in read_results(first)} == {str(then)}
+        assert not list(first.glob("evaluations/*.pt"))
 
 
 def test_a_stopped_evaluation_names_the_images_that_it_could_not_use(
