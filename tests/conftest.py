@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook("relloc", "checked.check")
+settings.register_profile("shared machines", deadline=None)  # a first example may import MLflow
+settings.load_profile("shared machines")
 torch.set_num_threads(1)  # networks this small spend their time waiting for a second one
 
 

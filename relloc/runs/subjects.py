@@ -1,5 +1,7 @@
 """Whom `checkpoint` names: backbones of ours and of other projects, random ones, torchvision's supervised ones."""
 
+import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +26,8 @@ _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 def subjects(config: DictConfig) -> list[Subject]:
     """The backbones that `checkpoint` names, one or several, on the CPU.
 
-    Random and supervised weights are, unless `model` says which, of the model of the first other one,
-    or of a ResNet-50.
+    Random and supervised weights are, unless `model` says which, of the model of the first other one
+    (RELLOC_BESIDE names those of a sweep's other points), or of a ResNet-50.
 
     Raises:
         UsageError: `checkpoint` names none, or needs another model=.
@@ -37,7 +39,11 @@ def subjects(config: DictConfig) -> list[Subject]:
     found = {name: subject(config, name) for name in asked if name not in NOT_OURS}
     if config.checkpoint_prefix is not None and not found:
         raise UsageError(f"checkpoint={config.checkpoint} has no prefixes: leave checkpoint_prefix out")
-    of_file = next((one.model for one in found.values()), "resnet50")
+    beside = [name for name in json.loads(os.environ.get("RELLOC_BESIDE", "[]")) if name not in NOT_OURS]
+    if found:
+        of_file = next(iter(found.values())).model
+    else:
+        of_file = subject(config, beside[0]).model if beside and not config.get("model") else "resnet50"
     return [found.get(name) or _by_name(config, name, of_file) for name in asked]
 
 

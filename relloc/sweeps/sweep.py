@@ -14,6 +14,7 @@ from relloc.tracking.record import write_json
 
 SWEEP_FILE = "sweep.json"
 CODE = "code"
+OWN_CONF = "own_conf"
 LOGS = "logs"
 
 
@@ -55,10 +56,11 @@ class Sweep:
             yield
 
 
-def snapshot(folder: Path, *, package: Path, conf: Path, plugins: Path) -> Path:
+def snapshot(folder: Path, *, package: Path, conf: Path, plugins: Path, own: Path | None = None) -> Path:
     """Copy the code and configs of now, from which jobs run whenever they start; the folder to import from.
 
-    Copies are kept by what they hold: a second command of a sweep whose code is the same shares the first one's.
+    `own` are the user's configs, copied to `OWN_CONF`. A second command of a sweep shares the copy of the first
+    where nothing has changed.
     """
     target = folder / CODE
     new = folder / f".{CODE}.{os.getpid()}"
@@ -66,6 +68,8 @@ def snapshot(folder: Path, *, package: Path, conf: Path, plugins: Path) -> Path:
     shutil.copytree(package, new / "relloc", ignore=ignored)
     if not (new / "relloc" / "conf").is_dir():
         shutil.copytree(conf, new / "conf", ignore=ignored)
+    if own and own.is_dir():
+        shutil.copytree(own, new / OWN_CONF, ignore=ignored)
     shutil.copytree(plugins, new / "hydra_plugins" / plugins.name, ignore=ignored)
     for number in range(1000):
         place = target / str(number)

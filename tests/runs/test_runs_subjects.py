@@ -1,5 +1,6 @@
 """Whom a command line's checkpoint= names."""
 
+import json
 from pathlib import Path
 
 import hydra
@@ -52,6 +53,16 @@ def test_a_file_of_another_project_needs_no_model_and_is_named_by_its_path(
         f"weights {moco}: torchvision's names below state_dict.module.encoder_q, 120 tensors; left out: 120 of mom"
         in (capsys.readouterr().out.replace("\n", ""))
     )
+
+
+def test_random_weights_of_a_sweep_are_of_the_model_of_its_other_points(
+    tmp_path: Path, backbone: ResNetBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_backbone(tmp_path / BACKBONE_FILE, backbone, {"model": RESNET_18})
+    assert named(composed("checkpoint=random")).model == "resnet50"
+    monkeypatch.setenv("RELLOC_BESIDE", json.dumps(["random", str(tmp_path)]))
+    assert named(composed("checkpoint=random")).model == "resnet18"
+    assert named(composed("checkpoint=random", "model=small")).model == "small"
 
 
 def test_our_run_folder_is_the_same_subject_as_the_same_weights_elsewhere(

@@ -1,5 +1,6 @@
 """What all launchers share: which points a sweep has, which are to be run, and what became of them."""
 
+import json
 import os
 import sys
 from abc import abstractmethod
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from relloc.runs.launch import conf_dir, users_environment
 from relloc.sweeps.points import Point, folder_of, identity, name_of
 from relloc.sweeps.standing import Ask, Standing, standings
-from relloc.sweeps.sweep import Sweep, snapshot
+from relloc.sweeps.sweep import OWN_CONF, Sweep, snapshot
 from relloc.sweeps.table import say, table, tell_failed
 
 
@@ -33,7 +34,15 @@ class PointsLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
-        self.hydra_context = hydra_context
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._compose = hydra_context.config_loader.load_sweep_config
+        # The sweeper composes every point to see whether it can be: it need not be done twice.
+        hydra_context.config_loader.load_sweep_config = self._remembering  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _remembering(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        composed = self._compose(master_config, sweep_overrides)
+        self._composed[tuple(sweep_overrides)] = composed
+        return composed
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         points = self._points(job_overrides)
@@ -42,9 +51,9 @@ class PointsLauncher(Launcher):
             before = standings(points, self.schedulers())
             todo = [point for point, now in zip(points, before, strict=True) if self._is_to_run(now)]
             self._say_what(points, before, todo)
-            self.sweep.add(points, sys.argv)
             self.code = self._snapshot() if todo else None
             self.start(todo)
+            self.sweep.add(points, sys.argv)
         self.follow(todo)
         after = standings(points, self.schedulers())
         say(table(points, after))
@@ -76,15 +85,18 @@ class PointsLauncher(Launcher):
     def environment(self) -> dict[str, str]:
         """The environment of a point's command: the code of the copy, and what is told of the sweep."""
         paths = [str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {**users_environment(), "PYTHONPATH": os.pathsep.join(paths), "RELLOC_SWEEP": self.sweep.name}
+        told = {"PYTHONPATH": os.pathsep.join(paths), "RELLOC_SWEEP": self.sweep.name, "RELLOC_BESIDE": self._beside}
+        own = Path(str(self.code), OWN_CONF)
+        return {**users_environment(), **told, **({"RELLOC_CONF": str(own)} if own.is_dir() else {})}
 
     def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Point]:
         runs, kind = Path(os.path.abspath(self.config.runs)), self.config.hydra.job.name
+        self._beside = json.dumps(_values(job_overrides).get("checkpoint", []))
         kept = [[word for word in overrides if not _is_of_launcher(word)] for overrides in job_overrides]
-        swept = _swept(kept)
+        swept = [key for key, found in _values(kept).items() if len(found) > 1]
         points = []
-        for overrides in kept:
-            config = self._resolved(overrides)
+        for given, overrides in zip(job_overrides, kept, strict=True):
+            config = self._resolved(given)
             mark, name = identity(config), name_of(overrides, swept, config["seed"])
             folder = folder_of(runs, kind, name, mark)
             words = (*overrides, *_searched(self.config))
@@ -92,7 +104,8 @@ class PointsLauncher(Launcher):
         return points
 
     def _resolved(self, overrides: Sequence[str]) -> dict[str, Any]:
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        composed = self._composed.pop(tuple(overrides), None)
+        config = composed if composed is not None else self._compose(self.config, list(overrides))
         HydraConfig.instance().set_config(config)
         with open_dict(config):
             del config["hydra"]
@@ -111,7 +124,9 @@ class PointsLauncher(Launcher):
 
     def _snapshot(self) -> Path:
         package = Path(sys.modules["relloc"].__file__ or "").parent
-        return snapshot(self.sweep.folder, package=package, conf=conf_dir(), plugins=Path(__file__).parent)
+        own = Path(os.environ.get("RELLOC_CONF", "").removeprefix("file://"))
+        plugins, own_conf = Path(__file__).parent, own if own.name else None
+        return snapshot(self.sweep.folder, package=package, conf=conf_dir(), plugins=plugins, own=own_conf)
 
     def _returned(self, overrides: Sequence[str]) -> JobReturn:
         returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
@@ -123,13 +138,15 @@ def _is_of_launcher(word: str) -> bool:
     return word.lstrip("+~").startswith(("launcher=", "launcher.", "sweep="))
 
 
-def _swept(job_overrides: Sequence[Sequence[str]]) -> list[str]:
-    values: dict[str, set[str]] = {}
+def _values(job_overrides: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """What each setting is in any of the points."""
+    values: dict[str, list[str]] = {}
     for overrides in job_overrides:
         for word in overrides:
             key, _, value = word.partition("=")
-            values.setdefault(key.lstrip("+~"), set()).add(value)
-    return [key for key, found in values.items() if len(found) > 1]
+            found = values.setdefault(key.lstrip("+~"), [])
+            found += [value] if value not in found else []
+    return values
 
 
 def _searched(config: DictConfig) -> list[str]:

@@ -53,7 +53,8 @@ class SlurmLauncher(PointsLauncher):
             say(_batch_script(executor, len(todo)))
             say(f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n{self._shown(todo[0])}")
             sys.exit(0)
-        told = {name: self.environment().get(name, "0") for name in ("PYTHONPATH", "RELLOC_SWEEP", FULL_ERROR)}
+        names = ("PYTHONPATH", "RELLOC_SWEEP", "RELLOC_BESIDE", "RELLOC_CONF", FULL_ERROR)
+        told = {FULL_ERROR: "0"} | {name: value for name, value in self.environment().items() if name in names}
         with _outside_of_jobs():
             jobs = executor.map_array(PointJob(), [self.command(point) for point in todo], [told] * len(todo))
         for point, job in zip(todo, jobs, strict=True):
