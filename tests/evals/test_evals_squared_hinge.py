@@ -21,12 +21,12 @@ COSTS = [0.5**power for power in range(19, 3, -1)] + [1.0, 10.0, 100.0]
 N, DIM = 90, 140
 
 
-def features(kind: str) -> Tensor:
+def features(kind: str, n: int = N, dim: int = DIM) -> Tensor:
     """Rows of length one, as the benchmark has them; networks' features are never negative and much alike."""
     chance = torch.Generator().manual_seed(1)
-    x = torch.randn(N, DIM, generator=chance, dtype=torch.float64)
+    x = torch.randn(n, dim, generator=chance, dtype=torch.float64)
     if kind == "alike":
-        x = (x * torch.arange(1, DIM + 1).double() ** -0.6 + 0.3).relu()
+        x = (x * torch.arange(1, dim + 1).double() ** -0.6 + 0.3).relu()
     if kind == "duplicates":
         x[1::2] = x[::2]
     if kind == "constant":
@@ -64,6 +64,17 @@ def test_all_costs_equal_liblinear(kind: str, positives: int) -> None:
     assert_as_liblinear(x, signs_of(x, positives))
 
 
+@pytest.mark.parametrize("positives", [15, 210])
+def test_all_costs_equal_liblinear_beyond_the_rank_of_the_preconditioner(positives: int) -> None:
+    """What its factor leaves out is worth preconditioning itself: 2 c times its first eigenvalue is above 1."""
+    x = features("alike", n=420, dim=600)
+    gram = x @ x.T + 1
+    factor = leading_factor(gram)
+    assert factor.shape[1] < len(x)
+    assert 2 * 2 * max(COSTS) * torch.linalg.eigvalsh(gram - factor @ factor.T)[-1] > 3
+    assert_as_liblinear(x, signs_of(x, positives))
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("layer", ["feature1", "feature4"])
 def test_all_costs_equal_liblinear_on_features_of_real_images(real_images: Path, layer: str) -> None:
@@ -81,7 +92,7 @@ def test_all_costs_equal_liblinear_on_features_of_real_images(real_images: Path,
 
 def assert_as_liblinear(x: Tensor, signs: Tensor) -> None:
     """Objectives, average precision and decisions at all costs."""
-    with_one = torch.cat([x, torch.ones(N, 1, dtype=torch.float64)], dim=1)
+    with_one = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
     gram = with_one @ with_one.T
     weights = class_weights(signs > 0).unsqueeze(1) * torch.tensor(COSTS, dtype=torch.float64)
     columns = signs.unsqueeze(1).expand_as(weights)
@@ -92,7 +103,7 @@ def assert_as_liblinear(x: Tensor, signs: Tensor) -> None:
         least, other = (objective(w, with_one, signs, weights[:, place]) for w in (ours, theirs))
         assert least == pytest.approx(other, rel=1e-6)
         assert least <= other * (1 + 1e-9)
-        positive, everything = (signs > 0).unsqueeze(1), torch.ones(N, 1, dtype=torch.bool)
+        positive, everything = (signs > 0).unsqueeze(1), torch.ones(len(x), 1, dtype=torch.bool)
         precision = [float(ap_area((with_one @ w).unsqueeze(1), positive, everything)) for w in (ours, theirs)]
         assert precision[0] == pytest.approx(precision[1], abs=1e-4)
         torch.testing.assert_close(fitted.decisions[0, :, place], with_one @ ours, rtol=0, atol=1e-9)

@@ -31,6 +31,7 @@ class PointsLauncher(Launcher):
 
     def __init__(self, settings: DictConfig) -> None:
         self.settings: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # pyright: ignore[reportAttributeAccessIssue]
+        self._beside = "[]"
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
