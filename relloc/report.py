@@ -14,6 +14,7 @@ from relloc.reports.as_markdown import as_markdown
 from relloc.reports.make import ROWS, make_report
 from relloc.reports.measured import find_measured
 from relloc.reports.table import Report
+from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
 _FORMATS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "markdown": (".md", as_markdown),
@@ -37,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m relloc.report", description=__doc__)
     parser.add_argument(
-        "folders", metavar="FOLDER", nargs="*", type=Path, help="run folders, or folders that hold some; default runs/"
+        "folders",
+        metavar="FOLDER",
+        nargs="*",
+        type=Path,
+        help="runs, sweeps, or folders of them; default runs/",
     )
     parser.add_argument(
         "--format",
@@ -58,7 +63,7 @@ def _report(folders: Sequence[Path], name: str | None, rows: str, out: Path | No
     render = _renderer(name, out)
     if rows not in ROWS:
         raise UsageError(f"--rows {rows} is not one of {', '.join(ROWS)}")
-    text = render(make_report(find_measured(folders), rows))
+    text = render(make_report(find_measured([run for folder in folders for run in _runs_of(folder)]), rows))
     if out is None:
         print(text, end="")
         return
@@ -67,6 +72,13 @@ def _report(folders: Sequence[Path], name: str | None, rows: str, out: Path | No
     except OSError as error:
         raise UsageError(f"{out} could not be written ({error.strerror}): name another file with --out") from error
     print(f"report  {out}")
+
+
+def _runs_of(folder: Path) -> list[Path]:
+    """The run folders of a sweep; else the folder itself."""
+    if not (folder / SWEEP_FILE).exists():
+        return [folder]
+    return [point.folder for point in Sweep(folder).points() if point.folder.is_dir()]
 
 
 def _renderer(name: str | None, out: Path | None) -> Callable[[Report], str]:

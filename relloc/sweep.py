@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relloc.errors import UsageError
+from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, read_job
 from relloc.sweeps.standing import standings
 from relloc.sweeps.sweep import Sweep
@@ -48,8 +49,12 @@ def _status(sweep: Sweep) -> int:
 
 
 def _wait(sweep: Sweep) -> int:
-    while any(now.in_flight for now in standings(sweep.points(), _asked())):
+    found = standings(sweep.points(), _asked())
+    while any(now.in_flight for now in found):
         time.sleep(_POLL_S)
+        found = standings(sweep.points(), _asked())
+    for words in mend(sweep.points(), found):
+        say(f"mended  {words}")
     return _status(sweep)
 
 

@@ -29,6 +29,7 @@ from relloc.pretext.loop import Task
 from relloc.pretext.objective import RelativeLocation
 from relloc.runs import console
 from relloc.runs.engine import Engine, number, whole
+from relloc.sweeps.points import identity
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
@@ -274,6 +275,7 @@ def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine
     choices = HydraConfig.get().runtime.choices
     tags = {"relloc.kind": HydraConfig.get().job.name, "relloc.run_dir": str(run_dir), "relloc.data": config.data.name}
     tags["relloc.engine"] = str(engine)
+    tags["relloc.config"] = identity(plain(config))
     if choices.get("experiment"):
         tags["relloc.preset"] = str(choices["experiment"])
     if os.environ.get("RELLOC_SWEEP"):  # a sweep's launcher says which, and a job's what it is

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from relloc.report import main
+from relloc.sweeps.points import Point
+from relloc.sweeps.sweep import Sweep
 
 
 @pytest.fixture
@@ -24,6 +26,21 @@ def test_it_prints_markdown_of_the_default_folder(
     assert main([]) == 0
     assert capsys.readouterr().out == first
     assert "| random, seed 0 | — | — | — | 9.00 ≈ [4] | — | — |" in first
+
+
+def test_of_a_sweep_its_points_are_reported(
+    new_run, result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, _other = (
+        new_run(name, result("linear_in1k", "feature4", "top1", 9.0, seed=seed)) for seed, name in enumerate("ab")
+    )
+    sweep = Sweep(tmp_path / "sweeps" / "s")
+    with sweep.locked():
+        sweep.add([Point(kind="evaluate", name="a", overrides=(), identity="a", folder=ours)], ["evaluate"])
+    assert main([str(sweep.folder)]) == 0
+    told = capsys.readouterr().out
+    assert "random, seed 0" in told
+    assert "seed 1" not in told
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.runs.launch import conf_dir, users_environment
+from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, identity, name_of
 from relloc.sweeps.standing import Ask, Standing, standings
 from relloc.sweeps.sweep import OWN_CONF, Sweep, snapshot
@@ -57,6 +58,8 @@ class PointsLauncher(Launcher):
             self.sweep.add(points, sys.argv)
         self.follow(todo)
         after = standings(points, self.schedulers())
+        for words in mend(points, after):
+            say(f"mended  {words}")
         say(table(points, after))
         tell_failed(points, after, self.sweep, self.log_of)
         if any(now.state not in ("done", "running", "waiting") for now in after):

@@ -1,0 +1,30 @@
+"""Runs that a cluster ended before they could say so: their records are put right, also in MLflow."""
+
+from collections.abc import Sequence
+
+from relloc.sweeps.points import Point
+from relloc.sweeps.standing import Standing
+from relloc.tracking.mlflow import sync
+from relloc.tracking.record import RunRecord, read_status, write_status
+from relloc.tracking.store import StoreError
+
+
+def mend(points: Sequence[Point], found: Sequence[Standing]) -> list[str]:
+    """Note as KILLED what is noted as RUNNING and has no job any more, and tell MLflow; what was mended, in words.
+
+    A store that does not answer is told, and hears of it when the point runs again or by relloc.sync.
+    """
+    told = []
+    for point, now in zip(points, found, strict=True):
+        if now.in_flight or (read_status(point.folder) or {}).get("status") != "RUNNING":
+            continue
+        write_status(point.folder, "KILLED")
+        words = f"{point.name} was ended before it could say so: noted as stopped"
+        uri = RunRecord.read(point.folder).tracking_uri
+        try:
+            if uri:
+                sync(point.folder, uri)
+        except (StoreError, OSError, ValueError) as error:
+            words += f", but not in MLflow ({error})"
+        told.append(words)
+    return told

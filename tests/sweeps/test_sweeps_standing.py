@@ -1,0 +1,133 @@
+"""How points stand, by what their folders say and who has their jobs; and what is put right."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from relloc.sweeps.mend import mend
+from relloc.sweeps.points import Point, folder_of, is_alive, name_of, note_job, process_mark
+from relloc.sweeps.standing import Standing, standings
+from relloc.sweeps.sweep import Sweep, snapshot
+from relloc.tracking import Journal, RunRecord, read_status, search, sync, write_status
+
+
+def point(tmp_path: Path, status: str | None = None, job: Mapping[str, object] | None = None) -> Point:
+    made = Point(kind="train", name="gap_px=4", overrides=("grid.gap_px=4",), identity="abc", folder=tmp_path / "run")
+    made.folder.mkdir(exist_ok=True)
+    if status:
+        write_status(made.folder, status)
+    if job:
+        note_job(made, job)
+    return made
+
+
+def asked(**states: Literal["running", "waiting"]) -> dict:
+    def ask(numbers: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+        return {number: state for name, state in states.items() if (number := name.removeprefix("job")) in numbers}
+
+    return {"slurm": ask}
+
+
+@pytest.mark.parametrize(
+    ("status", "queue", "state"),
+    [
+        ("FINISHED", {}, "done"),
+        ("FAILED", {}, "failed"),
+        ("KILLED", {}, "stopped"),
+        ("RUNNING", {}, "stopped"),  # ended before it could say so
+        (None, {}, "failed"),  # its job left no word
+        ("FAILED", {"job7": "waiting"}, "waiting"),  # it is to be run again
+        ("RUNNING", {"job7": "running"}, "running"),
+        ("RUNNING", {"job8": "running"}, "stopped"),  # another's
+    ],
+)
+def test_a_point_stands_as_its_job_and_its_folder_say(
+    tmp_path: Path, status: str | None, queue: dict[str, Literal["running", "waiting"]], state: str
+) -> None:
+    (found,) = standings([point(tmp_path, status, {"slurm": "7"})], asked(**queue))
+    assert found.state == state
+    assert found.in_flight == (state in ("running", "waiting"))
+
+
+def test_a_point_that_nobody_began_is_missing(tmp_path: Path) -> None:
+    assert standings([point(tmp_path)], {}) == [Standing(state="missing")]
+
+
+def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) -> None:
+    running = point(tmp_path, "RUNNING", process_mark(os.getpid()))
+    RunRecord(name="a", experiment="e", params={"data.epochs": 8}).write(running.folder)
+    journal = Journal(running.folder)
+    for step, epoch in ((10, 1.0), (20, 2.0)):
+        journal.log({"train/epoch": epoch}, step)
+    lines = (running.folder / "journal.jsonl").read_text().splitlines()
+    first = int(lines[0].partition('"time_ms": ')[2].partition(",")[0])
+    told = lines[1].partition('"time_ms": ')[2].partition(",")[0]
+    (running.folder / "journal.jsonl").write_text(lines[0] + "\n" + lines[1].replace(told, str(first + 3000)) + "\n")
+    (found,) = standings([running], {})
+    assert (found.state, found.progress, found.left_s) == ("running", 0.25, 18.0)
+
+
+def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mark = process_mark(child.pid)
+    assert is_alive(mark)
+    assert not is_alive(mark | {"born": "0"})
+    assert not is_alive(mark | {"host": "elsewhere"})
+    child.communicate(b"\n")
+    assert not is_alive(mark)
+
+
+def test_what_a_cluster_killed_does_not_run_for_ever_in_mlflow(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    killed = point(tmp_path, "RUNNING", {"slurm": "7"})
+    RunRecord(name="a", experiment="e", tracking_uri=uri).write(killed.folder)
+    sync(killed.folder, uri)
+    assert mend([killed], standings([killed], asked(job7="running"))) == []
+    (words,) = mend([killed], standings([killed], asked()))
+    assert words == "gap_px=4 was ended before it could say so: noted as stopped"
+    assert (read_status(killed.folder) or {})["status"] == "KILLED"
+    (run,) = search(uri, "e")
+    assert run["status"] == "KILLED"
+    assert mend([killed], standings([killed], asked())) == []
+
+
+def test_names_say_what_is_swept_and_folders_stay(tmp_path: Path) -> None:
+    overrides = ("model=resnet50", "grid.gap_px=48", "+grid.jitter_px=7", "seed=2")
+    assert name_of(overrides, ["grid.gap_px", "grid.jitter_px"], 2) == "gap_px=48 jitter_px=7"
+    assert name_of(overrides, [], 2) == "seed=2"
+    assert folder_of(tmp_path, "train", "a='x/y' b=[1,2]", "abc").name == "train_a_x_y_b_1_2_abc"
+    (tmp_path / "train_other_name_abc").mkdir()
+    assert folder_of(tmp_path, "train", "seed=2", "abc").name == "train_other_name_abc"
+
+
+def test_a_copy_of_the_code_is_shared_until_something_changes(tmp_path: Path) -> None:
+    for name in ("relloc", "conf", "plugins"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    def copied() -> Path:
+        folders = {"package": tmp_path / "relloc", "conf": tmp_path / "conf", "plugins": tmp_path / "plugins"}
+        return snapshot(tmp_path / "sweep", **folders)
+
+    first = copied()
+    assert (first / "hydra_plugins/plugins/file").read_text() == "plugins"
+    assert copied() == first
+    (tmp_path / "conf" / "file").write_text("changed")
+    second = copied()
+    assert second != first
+    assert ((first / "conf/file").read_text(), (second / "conf/file").read_text()) == ("conf", "changed")
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["code"]
+
+
+def test_a_sweep_has_each_point_once_however_often_it_is_started(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "sweeps" / "a")
+    with sweep.locked():
+        sweep.add([point(tmp_path)], ["train"])
+    with sweep.locked():
+        sweep.add([point(tmp_path)], ["train"])
+    assert sweep.points() == [point(tmp_path)]
