@@ -1,5 +1,6 @@
 """What clusters do to jobs, done by a real SLURM: points end as if nothing had happened, or are said to have failed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ class Sweeps:
     folder: Path
     environment: dict[str, str]
     settings: tuple[str, ...]
+    started: list[subprocess.Popen[str]] = dataclasses.field(default_factory=list)
 
     def start(self, *words: str, module: str = "train") -> subprocess.Popen[str]:
         flags = [word for word in words if word == "-m"]
@@ -36,9 +38,11 @@ class Sweeps:
         command = [sys.executable, "-m", f"relloc.{module}", *line]
         output = open(self.folder / f"output_{len(list(self.folder.glob('output_*')))}.txt", "w+")  # noqa: SIM115
         with output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, cwd=self.folder, env=self.environment, stdout=output, stderr=subprocess.STDOUT, text=True
             )
+        self.started.append(process)
+        return process
 
     def run(self, *words: str, module: str = "train") -> tuple[int, str]:
         return self.ended(self.start(*words, module=module))
@@ -54,8 +58,7 @@ class Sweeps:
 
     def told(self) -> str:
         """What the newest command printed, and the logs of all jobs."""
-        newest = max(self.folder.glob("output_*"), key=lambda path: path.stat().st_mtime)
-        return newest.read_text()
+        return "".join(path.read_text() for path in sorted(self.folder.glob("output_*"))[-1:])
 
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in self.folder.glob("runs/sweeps/*/slurm/*/*_log.*"))
@@ -74,6 +77,16 @@ class Sweeps:
         while not true():
             assert time.monotonic() < end, f"nothing happened in time:\n{self.told()}\n{self.logs()}"
             time.sleep(0.1)
+
+    def nodes_are_up(self) -> bool:
+        """Whether both nodes take jobs; one that is down is asked to, unless it comes back by itself."""
+        states = dict(
+            line.split() for line in self.slurm("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()
+        )
+        for node in (node for node, state in states.items() if state.startswith("down")):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.slurm("scontrol", "update", f"nodename={node}", "state=resume")
+        return all(state in ("idle", "mixed", "allocated") for state in states.values())
 
     def has_trained(self, steps: int, words: str = "seed_0") -> bool:
         """Whether the point's journal has so many steps."""
@@ -108,8 +121,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def sweeps(cluster: dict[str, str], settings: tuple[str, ...], tmp_path: Path) -> Sweeps:
-    return Sweeps(folder=tmp_path, environment=cluster, settings=settings)
+def sweeps(cluster: dict[str, str], settings: tuple[str, ...], tmp_path: Path) -> Iterator[Sweeps]:
+    """What a test leaves on the cluster, also where it fails, is gone before the next."""
+    made = Sweeps(folder=tmp_path, environment=cluster, settings=settings)
+    made.wait_for(made.nodes_are_up)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.wait(DEADLINE_S)
+    made.slurm("scancel", f"--user={os.getuid()}")
+    made.wait_for(lambda: not made.slurm("squeue", "-h"))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +188,7 @@ def test_a_job_that_the_cluster_takes_goes_on_to_the_same_bits(sweeps: Sweeps, u
         (node,) = sweeps.slurm("squeue", "-h", "-j", job, "-o", "%N").split()
         sweeps.slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         sweeps.wait_for(lambda: "RUNNING" not in sweeps.slurm("squeue", "-h", "-j", job, "-o", "%T"))
-        sweeps.slurm("scontrol", "update", f"nodename={node}", "state=resume")
+        sweeps.wait_for(sweeps.nodes_are_up)
     code, told = sweeps.ended(started)
     assert code == 0, told + sweeps.logs()
     run_dir = sweeps.point("seed_0")
