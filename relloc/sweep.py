@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.metadata
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -63,6 +65,9 @@ def _cancel(sweep: Sweep) -> int:
     in_flight = [point for point, now in zip(points, standings(points, _asked()), strict=True) if now.in_flight]
     for name, scheduler in _schedulers().items():
         scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder) or {})])
+    for job in (read_job(point.folder) or {} for point in in_flight):
+        if "pid" in job:
+            os.kill(job["pid"], signal.SIGTERM)
     say(f"{len(in_flight)} points were asked to end; the command of the sweep goes on with them")
     return 0
 

@@ -29,12 +29,17 @@ class Sweep:
         return self.folder.name
 
     def points(self) -> list[Point]:
-        """All points that commands of this sweep had. Raises `UsageError` where there is no sweep."""
+        """All points that commands of this sweep had. Raises `UsageError` where there is no sweep, or none to read."""
         try:
             noted = json.loads((self.folder / SWEEP_FILE).read_text(encoding="utf-8"))
+            return [Point.from_json(fields) for fields in noted["points"]]
         except FileNotFoundError:
             raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing") from None
-        return [Point.from_json(fields) for fields in noted["points"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{self.folder / SWEEP_FILE} is damaged ({error}): remove it, and start the sweep's command again, "
+                "which finds its points"
+            ) from error
 
     def add(self, points: Sequence[Point], command: Sequence[str]) -> None:
         """Note points, those already there once; the caller has it `locked`."""

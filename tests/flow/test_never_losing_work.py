@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from commands import Command, descendants, start
-from PIL import Image
+from noise_folder import write_noise
 from safetensors.torch import load_file
 from tiny import TINY
 
@@ -32,12 +31,7 @@ REPORT_EVERY = 3
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Small files of noise, and all that is random: jitter, dropped colors, dropout."""
-    root = tmp_path_factory.mktemp("images")
-    chance = np.random.default_rng(0)
-    for place in range(80):
-        folder = root / ("val" if place % 5 == 0 else "train") / "ab"[place % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(chance.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{place}.png")
+    root = write_noise(tmp_path_factory.mktemp("images"))
     return (
         *(word for word in TINY if not word.startswith("data.source")),
         *("device=cpu", "data=folder", f"data.root={root}", "data.images_per_batch_norm=8", "data.lr=2", "color=drop"),

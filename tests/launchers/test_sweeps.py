@@ -15,7 +15,7 @@ from hydra_plugins.relloc_launchers.processes import ProcessLauncher
 from omegaconf import OmegaConf
 
 from relloc.runs.launch import conf_dir
-from relloc.sweeps.points import Point, identity
+from relloc.sweeps.points import Point, identity, note_job, process_mark
 from relloc.sweeps.sweep import Sweep
 
 TINY = (
@@ -161,6 +161,35 @@ def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:
     done = relloc(tmp_path, "sweep", "status", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"relloc: {tmp_path / 'nowhere'} is not the folder of a sweep: sweep.json is missing\n"
+
+
+def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
+    odd = relloc(tmp_path, "train", "-m", "launcher=local", "launcher.processes=abc", "seed=0")
+    assert (odd.returncode, odd.stderr) == (
+        2,
+        "relloc: launcher.processes=abc is neither auto nor a whole number of 1 or more\n",
+    )
+    damaged = tmp_path / "runs/sweeps/s/sweep.json"
+    damaged.parent.mkdir(parents=True, exist_ok=True)
+    damaged.write_text('{"points": [')
+    told = relloc(tmp_path, "sweep", "status", str(damaged.parent))
+    assert told.returncode == 2
+    assert told.stderr.startswith(f"relloc: {damaged} is damaged (")
+    assert told.stderr.count("\n") == 1
+
+
+def test_a_running_point_is_ended_by_its_number(tmp_path: Path) -> None:
+    """Of a sweep whose command is gone."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    running = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
+    note_job(running, process_mark(child.pid))
+    sweep = Sweep(tmp_path / "sweeps" / "s")
+    with sweep.locked():
+        sweep.add([running], ["train"])
+    done = relloc(tmp_path, "sweep", "cancel", str(sweep.folder))
+    assert (done.returncode, "1 points were asked to end" in done.stdout) == (0, True)
+    assert child.wait(30) == -signal.SIGTERM
+    child.communicate()
 
 
 def test_a_sweep_tells_its_points_in_its_folder(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from noise_folder import write_noise
 from safetensors.torch import load_file
 
 from relloc.tracking import read_journal
@@ -105,12 +104,7 @@ def on_slurm(*more: str) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """A training of some seconds, with all that is random, on files of noise."""
-    root = tmp_path_factory.mktemp("images")
-    chance = np.random.default_rng(0)
-    for place in range(80):
-        folder = root / ("val" if place % 5 == 0 else "train") / "ab"[place % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(chance.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{place}.png")
+    root = write_noise(tmp_path_factory.mktemp("images"))
     return (
         *("device=cpu", "data=folder", f"data.root={root}", "data.images_per_step=16", "data.images_per_batch_norm=8"),
         *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "color=drop"),

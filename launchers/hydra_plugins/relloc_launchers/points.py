@@ -27,7 +27,7 @@ class PointsLauncher(Launcher):
 
     A point that has finished is not run again, nor one that another command runs. One that failed
     changes nothing for the others; at the end a table says how all stand, and the exit code is 0
-    only if all are done.
+    only if all are done or in the hands of another command.
     """
 
     def __init__(self, settings: DictConfig) -> None:

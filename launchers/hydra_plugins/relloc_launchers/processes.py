@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hydra_plugins.relloc_launchers.points import PointsLauncher
 
+from relloc.errors import UsageError
 from relloc.sweeps.points import Point, note_job, process_mark
 from relloc.sweeps.table import say
 
@@ -28,7 +29,9 @@ class ProcessLauncher(PointsLauncher):
         self._stop: int | None = None
         devices = _devices()
         asked = self.settings["processes"]
-        self._slots = max(1, len(devices)) if asked == "auto" else int(asked)
+        if asked != "auto" and (not isinstance(asked, int) or asked < 1):
+            raise UsageError(f"launcher.processes={asked} is neither auto nor a whole number of 1 or more")
+        self._slots = max(1, len(devices)) if asked == "auto" else asked
         places = range(self._slots)
         self._free: list[str | None] = [devices[place % len(devices)] if devices else None for place in places]
         for _ in todo[: self._slots]:
