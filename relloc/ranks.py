@@ -1,6 +1,7 @@
 """Processes that train together, started by torchrun: the identity where there is only one."""
 
 import os
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,13 @@ def from_first(text: str) -> str:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def copy_from_first(values: Iterable[Tensor]) -> None:
+    """Put rank 0's values in the place of each rank's own."""
+    if dist.is_initialized():
+        for value in values:
+            dist.broadcast(value, src=0)
 
 
 def total(values: Tensor) -> Tensor:

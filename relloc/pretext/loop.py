@@ -1,19 +1,20 @@
 """The training loop, plain: steps in order, each a function of its number and the seed."""
 
-import contextlib
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from relloc import ranks
 from relloc.geometry import NEIGHBORS
 from relloc.pretext import objective
 from relloc.pretext.feed import Images
+from relloc.pretext.gradients import Gradients
+from relloc.pretext.graphed import Graphed
 from relloc.pretext.schedule import Schedule
 
 PAIRS = len(NEIGHBORS)
@@ -46,8 +47,9 @@ class Task:
     """What is trained, on what; the same for every step.
 
     `network` and `make` are `model` and the making of patches from images and what `draw` drew, as
-    they are or compiled. A forward has ghost batches of `model.images_per_batch_norm` images, and
-    the chance of each comes from `seed_of(step, its place in the step)`.
+    they are or compiled; `cuda_graphs` records forward and backward as one. A forward has ghost batches
+    of `model.images_per_batch_norm` images, and the chance of each comes from
+    `seed_of(step, its place in the step)`.
     """
 
     model: objective.RelativeLocation
@@ -61,6 +63,7 @@ class Task:
     seed_of: Callable[..., int]
     device: torch.device
     bf16: bool
+    cuda_graphs: bool = False
 
     @property
     def steps(self) -> int:
@@ -87,28 +90,20 @@ def train(
     since the last report, every `report_every` steps and at the end. Ranks stop together only if
     `after_step` answers alike on all of them.
     """
-    network = _spread(task)
+    ranks.copy_from_first(task.model.state_dict().values())
+    stepper = Stepper(task)
     task.model.train()
     base_rates = [group["initial_lr"] for group in _with_initial_rates(task.optimizer)]
     images, tally = iter(forwards), standing.tally
     for step in range(standing.step, task.steps):
         lr = _set_rate(task, base_rates, step)
-        tally = tally + _step(task, network, itertools.islice(images, task.accumulation), step)
+        tally = tally + stepper.step(itertools.islice(images, task.accumulation), step)
         if (step + 1) % report_every == 0 or step + 1 == task.steps:
             report(_means(ranks.total(tally), step + 1, task, lr))
             tally = torch.zeros_like(tally)
         if after_step(Standing(step=step + 1, tally=tally)):
             return step + 1
     return task.steps
-
-
-def _spread(task: Task) -> Callable[..., Tensor]:
-    if ranks.world_size() == 1:
-        return task.network
-    devices = [task.device] if task.device.type == "cuda" else None
-    module = task.network if isinstance(task.network, nn.Module) else task.model
-    # Running statistics act in evaluation alone, and those of rank 0 are saved: none need travel.
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
 
 def _with_initial_rates(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -124,27 +119,37 @@ def _set_rate(task: Task, base_rates: list[float], step: int) -> float:
     return base_rates[0] * factor
 
 
-def _step(task: Task, network: Callable[..., Tensor], forwards: Iterator[Images], step: int) -> Tensor:
-    """One optimizer step over `accumulation` forwards; its loss x pairs, right answers and pairs."""
-    tally = torch.zeros(3, dtype=torch.float64, device=task.device)
-    task.optimizer.zero_grad(set_to_none=True)
-    for number, images in enumerate(forwards):
-        with _unsynchronized(network, number < task.accumulation - 1):
-            logits = _logits(task, network, images, step, number)
-            loss = objective.loss(logits)
-            (loss / task.accumulation).backward()
-        pairs = len(images) * PAIRS
-        right = objective.hits(logits.detach()).sum()
-        tally += torch.stack([loss.detach().double() * pairs, right.double(), torch.full_like(tally[0], pairs)])
-    task.optimizer.step()
-    return tally
+class Stepper:
+    """Optimizer steps of a task, whose model's gradients it owns."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._gradients = Gradients(task.model.parameters())
+        compute = functools.partial(_forward_backward, task)
+        self._compute = Graphed(compute) if task.cuda_graphs else compute
+
+    def step(self, forwards: Iterable[Images], step: int) -> Tensor:
+        """One step over the images of `accumulation` forwards; its loss x pairs, right answers and pairs."""
+        tally = torch.zeros(3, dtype=torch.float64, device=self.task.device)
+        self._gradients.clear()
+        for number, images in enumerate(forwards):
+            drawn, kept = _chance(self.task, len(images), step, number)
+            tally += self._compute(images, kept, *drawn)
+        self._gradients.average()
+        self.task.optimizer.step()
+        return tally
 
 
-def _logits(task: Task, network: Callable[..., Tensor], images: Images, step: int, number: int) -> Tensor:
-    drawn, kept = _chance(task, len(images), step, number)
+def _forward_backward(task: Task, images: Images, kept: Tensor | None, *drawn: Tensor) -> Tensor:
+    """Add a forward's share to the gradients; its loss x pairs, right answers and pairs."""
     patches = task.make(images, *drawn)
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
-        return network(patches, kept)
+        logits = task.network(patches, kept)
+    loss = objective.loss(logits)
+    (loss / task.accumulation).backward()
+    pairs = len(images) * PAIRS
+    loss, right = loss.detach().double(), objective.hits(logits.detach()).sum().double()
+    return torch.stack([loss * pairs, right, torch.full_like(loss, pairs)])
 
 
 def _chance(task: Task, n_images: int, step: int, number: int) -> tuple[list[Tensor], Tensor | None]:
@@ -164,12 +169,6 @@ def _chance(task: Task, n_images: int, step: int, number: int) -> tuple[list[Ten
         kept.append(task.model.head.draw_kept(size, generator))  # pyright: ignore[reportCallIssue]
     masks = None if kept[0] is None else torch.cat(kept)
     return [torch.cat(parts) for parts in zip(*drawn, strict=True)], masks
-
-
-def _unsynchronized(network: object, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
-    if more_to_come and isinstance(network, DistributedDataParallel):
-        return network.no_sync()
-    return contextlib.nullcontext()
 
 
 def _means(tally: Tensor, step: int, task: Task, lr: float) -> Progress:

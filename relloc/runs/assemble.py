@@ -34,7 +34,8 @@ from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
 _NEUTRAL = (
-    *("device", "workers", "compile", "memory_format", "deterministic", "images_per_forward", "bank_gib"),
+    *("device", "workers", "compile", "cuda_graphs", "memory_format", "deterministic", "images_per_forward"),
+    "bank_gib",
     *("runs", "tracking", "launcher", "sweep", "save_every_s", "milestones"),
     *("report_every_steps", "collapse_steps", "monitor"),
     *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
@@ -141,6 +142,7 @@ def task(config: DictConfig, engine: Engine, *, steps_per_epoch: int, accumulati
         seed_of=lambda step, place: key(config.seed, step, place),
         device=engine.device,
         bf16=engine.bf16,
+        cuda_graphs=engine.cuda_graphs,
     )
 
 

@@ -37,6 +37,7 @@ class Engine:
     device: torch.device
     precision: str
     compiled: bool
+    cuda_graphs: bool
     memory_format: str
     deterministic: bool
     workers: int
@@ -61,6 +62,7 @@ class Engine:
             str(self.device.type),
             self.precision,
             "compiled" if self.compiled else "not compiled",
+            *(["CUDA graphs"] if self.cuda_graphs else []),
             self.memory_format,
             *(["deterministic"] if self.deterministic else []),
             f"{self.workers} workers",
@@ -75,10 +77,12 @@ def settle(config: DictConfig) -> Engine:
         UsageError: a setting that does not exist, or that this machine cannot meet.
     """
     on = device(config.device)
+    compiled = _compiled(config.compile, on)
     engine = Engine(
         device=on,
         precision=_precision(config.precision, on),
-        compiled=_compiled(config.compile, on),
+        compiled=compiled,
+        cuda_graphs=_cuda_graphs(config.cuda_graphs, on, compiled),
         memory_format=_choice("memory_format", config.memory_format, tuple(_MEMORY_FORMATS)),
         deterministic=_switch("deterministic", config.deterministic),
         workers=_workers(config.workers, on),
@@ -171,6 +175,14 @@ def _compiled(asked: Any, on: torch.device) -> bool:
         return on.type == "cuda" and not _missing_for_triton()
     if _switch("compile", asked) and on.type == "cuda" and _missing_for_triton():
         raise UsageError(f"compile=true, but torch.compile lacks {_missing_for_triton()}: install it, or leave auto")
+    return asked
+
+
+def _cuda_graphs(asked: Any, on: torch.device, compiled: bool) -> bool:
+    if asked == "auto":
+        return on.type == "cuda" and compiled
+    if _switch("cuda_graphs", asked) and on.type != "cuda":
+        raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
     return asked
 
 

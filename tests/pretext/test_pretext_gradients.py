@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from relloc.pretext.gradients import Gradients
+from relloc.pretext.graphed import Graphed
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 3)).to(
+        memory_format=torch.channels_last
+    )
+
+
+def backward(model: nn.Module, images: Tensor) -> None:
+    model(images).square().mean().backward()
+
+
+def test_backwards_add_to_gradients_that_keep_their_place_and_have_the_layout_of_the_weights() -> None:
+    owned, plain = network(), network()
+    gradients = Gradients(owned.parameters())
+    places = [value.grad.data_ptr() for value in owned.parameters()]
+    for images in torch.randn(2, 4, 3, 4, 4):
+        backward(owned, images)
+        backward(plain, images)
+    for value, other, place in zip(owned.parameters(), plain.parameters(), places, strict=True):
+        assert torch.equal(value.grad, other.grad)
+        assert value.grad.data_ptr() == place
+        assert value.grad.stride() == value.stride()
+    gradients.average()  # one process: they are their own mean
+    assert all(
+        torch.equal(value.grad, other.grad) for value, other in zip(owned.parameters(), plain.parameters(), strict=True)
+    )
+    gradients.clear()
+    assert all(value.grad.abs().max() == 0 for value in owned.parameters())
+
+
+def test_what_is_not_trained_gets_no_gradient() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    Gradients(model.parameters())
+    assert [value.grad is None for value in model.parameters()] == [True, True, False, False, False, False]
+
+
+@pytest.mark.gpu
+def test_a_recorded_training_has_the_bits_of_a_plain_one() -> None:
+    torch.backends.cudnn.deterministic = True
+    images = torch.randn(8, 16, 3, 4, 4, device="cuda")
+    trained = []
+    for record in (False, True):
+        model = network().cuda()
+        gradients = Gradients(model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+
+        def compute(images: Tensor, _nothing: None, model: nn.Module = model) -> Tensor:
+            loss = model(images).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        step = Graphed(compute) if record else compute
+        losses = []
+        for batch in images:
+            gradients.clear()
+            losses.append(step(batch, None).clone())
+            optimizer.step()
+        trained.append([*losses, *model.state_dict().values()])
+    for one, other in zip(*trained, strict=True):
+        assert torch.equal(one, other)
+    assert len({loss.item() for loss in trained[1][:8]}) == 8  # a replay takes what it is given
