@@ -4,12 +4,15 @@ Trains ResNet-50 by `python -m relloc.train` on packed images (logging, checkpoi
 defaults) until `--steps`, and reads the rate from the run's journal: images of all steps after the first report, in
 which compiling happens, over the wall time of those steps, monitors and reports included. The step alone is timed by
 pretext_step.py with the same settings. With `--gpus 1,2` it trains on each number of them, as many images a GPU,
-and prints how much faster more are. Each training has a folder of its own below `--out`.
+and prints how much faster more are; `--cores 16` gives each training so many processor cores a GPU. Each training has a
+folder of its own below `--out`.
 """
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=512, help="images a step and GPU")
     parser.add_argument("--gpus", default="1", help="numbers of GPUs, such as 1,2")
+    parser.add_argument("--cores", type=int, help="processor cores a GPU (all there are)")
     parser.add_argument("--step-rate", type=float, help="images/s of the step alone, if it was just measured here")
     parser.add_argument("overrides", nargs="*", help="settings of relloc.train, such as color=drop")
     options = parser.parse_args()
@@ -61,15 +65,22 @@ def _training(gpus: int, options: argparse.Namespace) -> dict[str, object]:
         f"data.epochs={_epochs(options, gpus)}",
     ]
     environment = {**os.environ, "RELLOC_RUNS": str(options.out), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *torchrun, "-m", "relloc.train", *settings], env=environment, check=True)
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(own)[: options.cores and options.cores * gpus])  # children inherit it
+    try:
+        subprocess.run([sys.executable, *torchrun, "-m", "relloc.train", *settings], env=environment, check=True)
+    finally:
+        os.sched_setaffinity(0, own)
     told = [entry for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
     first, last = told[0], told[-1]
-    seconds = (last.time_ms - first.time_ms) / 1000
+    images, seconds = options.images * gpus, (last.time_ms - first.time_ms) / 1000
+    between = [1000 * (b.step - a.step) * images / (b.time_ms - a.time_ms) for a, b in itertools.pairwise(told)]
     waiting = [entry.metrics["speed/waiting_percent"] for entry in told[1:]]
     return {
         "side": "training",
         "GPUs": gpus,
-        "images/s": (last.step - first.step) * options.images * gpus / seconds,
+        "images/s": (last.step - first.step) * images / seconds,
+        "between reports, median": statistics.median(between),
         "steps": last.step - first.step,
         "waiting for data %": sum(waiting) / len(waiting),
         "loss": last.metrics["train/loss"],
