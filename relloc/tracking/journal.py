@@ -1,7 +1,7 @@
 """journal.jsonl: every metric of a run, one JSON line per step, written before any tracker sees it.
 
 A line is {"time_ms": Unix milliseconds, "step": int, "metrics": {name: value}}. JSON has no nan and
-no infinities: they are written as the strings "nan", "inf" and "-inf".
+no infinities: they are written as the strings "nan", "inf" and "-inf". system.jsonl is another one, of the machine.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from pathlib import Path
 from relloc.tracking.record import legal_name, now_ms
 
 JOURNAL_FILE = "journal.jsonl"
+SYSTEM_FILE = "system.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +33,11 @@ class Journal:
     values of steps that a metric already has are left out. The steps of one metric only grow.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / JOURNAL_FILE
+    def __init__(self, run_dir: Path, file: str = JOURNAL_FILE) -> None:
+        self._path = run_dir / file
         self._last_step: dict[str, int] = {}
         _cut_half_line(self._path)
-        for entry in read_journal(run_dir):
+        for entry in read_journal(run_dir, file=file):
             self._remember(entry)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -62,13 +63,13 @@ class Journal:
         self._last_step.update(dict.fromkeys(entry.metrics, entry.step))
 
 
-def read_journal(run_dir: Path, first_line: int = 0) -> list[Entry]:
+def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -> list[Entry]:
     """Read the journal from a line (counted from 0) on; a last line still being written is left out.
 
     Raises:
         ValueError: a complete line is not a journal entry, with its line number (counted from 1).
     """
-    path = run_dir / JOURNAL_FILE
+    path = run_dir / file
     if not path.exists():
         return []
     with open(path, encoding="utf-8") as file:

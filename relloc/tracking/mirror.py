@@ -8,6 +8,7 @@ from pathlib import Path
 from relloc.tracking.mlflow import sync
 from relloc.tracking.record import write_status
 from relloc.tracking.store import StoreError, absolute_uri, load_mlflow
+from relloc.tracking.system import SystemMetrics
 
 CLOSE_S = 60.0
 CLOSE_IN_TROUBLE_S = 20.0
@@ -18,7 +19,7 @@ class Mirror:
     """Sends the run folder to the store at `uri` every `every_s` seconds while training goes on.
 
     `warn` is called once, from the thread, when the store is first found unreachable or broken;
-    from then on attempts grow rarer until one succeeds.
+    from then on attempts grow rarer until one succeeds. Meanwhile system.jsonl is written.
     """
 
     def __init__(self, run_dir: Path, uri: str, *, warn: Callable[[str], None], every_s: float = 15.0) -> None:
@@ -29,6 +30,7 @@ class Mirror:
         self._failures = 0
         self._warned = False
         self._trouble: str | None = "nothing was sent"
+        self._system: SystemMetrics | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="relloc-mirror", daemon=True)
 
@@ -41,6 +43,7 @@ class Mirror:
         try:
             write_status(self._run_dir, "RUNNING")
             load_mlflow()
+            self._system = SystemMetrics(self._run_dir)
         except (OSError, ImportError) as error:
             self._fail(error)
             return
@@ -58,6 +61,8 @@ class Mirror:
             write_status(self._run_dir, status)
         except OSError as error:
             self._fail(error)
+        if self._system:
+            self._system.stop()
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from relloc.results import Result, read_results
 from relloc.tracking.artifacts import list_artifacts_to_send
-from relloc.tracking.journal import read_journal
+from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE, read_journal
 from relloc.tracking.record import (
     RUN_FILE,
     DatasetRecord,
@@ -47,7 +47,8 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 
-POINT_FIELDS = ("lines", "results")
+JOURNALS = {"lines": JOURNAL_FILE, "system": SYSTEM_FILE}
+POINT_FIELDS = (*JOURNALS, "results")
 Point = tuple[str, int, float, int]  # metric name, step, value, Unix ms
 Batch = tuple[list[Point], dict[str, Any]]  # points, and what the note says when they are sent
 
@@ -56,7 +57,7 @@ Batch = tuple[list[Point], dict[str, Any]]  # points, and what the note says whe
 class Note:
     """What was sent where; see the module's docstring for `unsure`.
 
-    `lines` and `results` count the lines sent of the journal and of the result rows. `record` and
+    `lines`, `system` and `results` count the lines sent of the journals and of the result rows. `record` and
     `results_digest` are hashes of the run.json and of the rows that were sent. `artifacts` holds size
     in bytes and modification time in ns of each file when it was sent.
     """
@@ -67,6 +68,7 @@ class Note:
     unsure: Sequence[str] = ()
     record: str = ""
     lines: int = 0
+    system: int = 0
     results: int = 0
     results_digest: str = ""
     artifacts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
@@ -101,7 +103,10 @@ def sync(run_dir: Path, uri: str) -> Sent:
     with store_errors(uri), locked(run_dir / f"{NOTE_FILE}.lock"):
         note = _noted_run(client, run_dir, record, uri)
         note, params = _send_record(client, run_dir, record, note)
-        note, points = _send_points(client, run_dir, note, "lines", _journal_batches(run_dir, note))
+        points = 0
+        for field in JOURNALS:
+            note, more = _send_points(client, run_dir, note, field, _journal_batches(run_dir, note, field))
+            points += more
         rows = read_results(run_dir)
         note = _unsure_if_rewritten(note, rows)
         note, more = _send_points(client, run_dir, note, "results", _result_batches(rows, note))
@@ -260,13 +265,14 @@ def _identity(name: str, step: int, value: float) -> tuple[str, int, str]:
     return name, step, "nan" if math.isnan(value) else repr(max(-largest, min(largest, value)))
 
 
-def _journal_batches(run_dir: Path, note: Note) -> Iterator[Batch]:
+def _journal_batches(run_dir: Path, note: Note, field: str) -> Iterator[Batch]:
     points: list[Point] = []
-    entries = read_journal(run_dir, note.lines)
-    for line, entry in enumerate(entries, start=note.lines + 1):
+    sent = getattr(note, field)
+    entries = read_journal(run_dir, sent, JOURNALS[field])
+    for line, entry in enumerate(entries, start=sent + 1):
         points += [(legal_name(name), entry.step, v, entry.time_ms) for name, v in entry.metrics.items()]
-        if len(points) >= POINTS_A_BATCH or line == note.lines + len(entries):
-            yield points, {"lines": line}
+        if len(points) >= POINTS_A_BATCH or line == sent + len(entries):
+            yield points, {field: line}
             points = []
 
 

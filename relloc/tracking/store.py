@@ -16,12 +16,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from relloc.tracking.mounts import shared_file_system
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
 PROBE_S = 4.0
 UI_PORT = 5000
+ANYWHERE = "RELLOC_SQLITE_ANYWHERE"
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Retries are left to the next sending: the default of 7 blocks each call to a dead server for 246 s.
 SETTINGS = {
@@ -93,6 +96,7 @@ def open_store(uri: str) -> "MlflowClient":
             return mlflow.MlflowClient(uri, registry_uri=uri)
         path = _sqlite_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_shared(path)
         with locked(path.with_name(path.name + ".lock")):
             _make_schema(path)
             return mlflow.MlflowClient(uri, registry_uri=uri)
@@ -100,6 +104,15 @@ def open_store(uri: str) -> "MlflowClient":
 
 def _sqlite_path(uri: str) -> Path:
     return Path(uri.removeprefix(SQLITE))
+
+
+def _refuse_shared(path: Path) -> None:
+    kind = shared_file_system(path.parent)
+    if kind and os.environ.get(ANYWHERE) != "1":
+        raise StoreError(
+            f"{path.parent} is a network folder ({kind}), where SQLite loses data when several machines write: take "
+            f"tracking=server, or tracking.uri=sqlite:////LOCAL/mlflow.db; {ANYWHERE}=1 if only one machine ever does"
+        )
 
 
 def _probe(uri: str) -> None:

@@ -5,18 +5,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from relloc.tracking import Journal, Mirror, StoreError, mirror, open_store, read_note, search, sync
 
 NewRun = Callable[..., Path]
 DEAD = "http://127.0.0.1:9"
-
-
-def wait_until(true: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "nothing happened in time"
-        time.sleep(0.02)
 
 
 def stored_steps(run_dir: Path, uri: str) -> list[int]:
