@@ -72,8 +72,8 @@ def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -
     path = run_dir / file
     if not path.exists():
         return []
-    with open(path, encoding="utf-8") as file:
-        lines = enumerate(itertools.islice(file, first_line, None), start=first_line + 1)
+    with open(path, encoding="utf-8") as opened:
+        lines = enumerate(itertools.islice(opened, first_line, None), start=first_line + 1)
         return [_from_json(line, f"{path} line {number}") for number, line in lines if line.endswith("\n")]
 
 

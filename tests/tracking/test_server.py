@@ -1,0 +1,162 @@
+"""A server over a real PostgreSQL, started by launchers/tracking_server/serve.sh, without and with a password."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from waiting import wait_until
+
+from relloc.sync import main
+from relloc.tracking import Journal, Mirror, add_artifact, open_store, read_note, search
+
+pytestmark = pytest.mark.postgres
+
+NewRun = Callable[..., Path]
+SERVE = Path(__file__).parents[2] / "launchers" / "tracking_server" / "serve.sh"
+PASSWORD = "a long enough password"
+STEPS, NAMES = 400, [f"train/m{number}" for number in range(10)]
+
+
+class Server:
+    """What serve.sh serves from one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self, password: str | None = None) -> None:
+        self.password = password
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"PATH": path, **({"MLFLOW_AUTH_ADMIN_PASSWORD": password} if password else {})}
+        named = ("--allowed-hosts", "login1:*,127.0.0.1:*", "--cors-allowed-origins", f"http://login1:{self.port}")
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [SERVE, self.folder / "store", "--port", str(self.port), *named],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        wait_until(self.answers, 120)
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, (self.folder / "log").read_text()[-3000:]
+        try:
+            return requests.get(f"{self.uri}/health", timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+    def end(self, number: int) -> int:
+        """Send a signal to the script, or SIGKILL to all that it started; gives its exit code."""
+        hit = [psutil.Process(self.process.pid)]
+        for process in hit[0].children(recursive=True) if number == signal.SIGKILL else hit:
+            process.send_signal(number)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    if not (shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):
+        pytest.skip("PostgreSQL is not installed")
+    with tempfile.TemporaryDirectory(prefix="relloc_server_") as folder:
+        os.chmod(folder, 0o711)  # PostgreSQL may be another user, whom pytest's folders keep out
+        served = Server(Path(folder))
+        served.start()
+        yield served
+        assert served.end(signal.SIGTERM) == 128 + signal.SIGTERM
+        assert not (served.folder / "store" / "db" / "postmaster.pid").exists()
+
+
+def asked(server: Server, host: str, origin: str | None = None, password: str | None = None) -> int:
+    """The status of an answer to what a client at that address, or a page of `origin` in a browser, would ask."""
+    headers = {"Host": f"{host}:{server.port}"} | ({"Origin": f"http://{origin}:{server.port}"} if origin else {})
+    address = f"{server.uri}/api/2.0/mlflow/experiments/search"
+    known = ("admin", password) if password else None
+    return requests.post(address, json={"max_results": 1}, headers=headers, auth=known, timeout=30).status_code
+
+
+def test_only_named_hosts_and_this_machine_get_answers(server: Server) -> None:
+    assert asked(server, "127.0.0.1") == 200
+    assert asked(server, "login1", origin="login1") == 200  # a browser that opened the UI there
+    assert asked(server, "login2") == 403
+    assert asked(server, "login1", origin="elsewhere") == 403
+    with pytest.raises(OSError, match="refused"):  # a server that listens to all addresses answers here
+        socket.create_connection(("127.0.0.2", server.port), timeout=5)
+
+
+def test_runs_arrive_with_their_files(server: Server, new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [new_run(f"arrives {number}", experiment="arrives") for number in range(2)]
+    for run_dir in runs:
+        (run_dir / "notes.txt").write_text(run_dir.name)
+        add_artifact(run_dir, "notes.txt")
+    assert main([*map(str, runs), "--uri", server.uri]) == 0
+    assert capsys.readouterr().out.count("4 params, 6 points, 1 artifacts") == 2
+    stored = search(server.uri, "arrives")
+    assert {run["name"]: run["metrics"]["train/loss"] for run in stored} == {run_dir.name: 2.0 for run_dir in runs}
+    files = list((server.folder / "store" / "artifacts").rglob("notes.txt"))
+    assert sorted(file.read_text() for file in files) == sorted(run_dir.name for run_dir in runs)
+
+
+def test_a_server_that_is_killed_and_comes_back_gets_each_point_once(
+    server: Server, new_run: NewRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, warnings = new_run("killed", experiment="killed", tracking_uri=server.uri), []
+    journal = Journal(run_dir)
+    for step in range(STEPS):
+        journal.log(dict.fromkeys(NAMES, step / 3), step)
+    follower = Mirror(run_dir, server.uri, warn=warnings.append, every_s=0.05)
+    follower.start()
+    wait_until(lambda: (note := read_note(run_dir)) and note.lines > 0)
+    assert server.end(signal.SIGKILL) == 128 + signal.SIGKILL
+    for step in range(STEPS, STEPS + 50):  # training goes on
+        journal.log(dict.fromkeys(NAMES, step / 3), step)
+    wait_until(lambda: warnings)
+    message = follower.close("FINISHED")
+    note = read_note(run_dir)
+    assert note is not None
+    assert note.lines < STEPS, "it was killed too late to tell"
+    assert len(warnings) == 1
+    assert message is not None
+    assert f"python -m relloc.sync {run_dir} --uri {server.uri}" in message
+
+    server.start(PASSWORD)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    assert main([str(run_dir)]) == 0
+    client, again = open_store(server.uri), read_note(run_dir)
+    assert again is not None
+    assert again.run_id == note.run_id
+    for name in NAMES:
+        history = client.get_metric_history(note.run_id, name)
+        assert sorted((point.step, point.value) for point in history) == [(n, n / 3) for n in range(STEPS + 50)]
+    (stored,) = search(server.uri, "killed")
+    assert stored["status"] == "FINISHED"
+    capsys.readouterr()
+    assert main([str(run_dir)]) == 0
+    assert capsys.readouterr().out == f"{run_dir}: nothing new -> {server.uri}\n"
+
+
+def test_without_a_password_nothing_is_sent_and_the_reason_is_told(
+    server: Server, new_run: NewRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not server.password:
+        server.end(signal.SIGTERM)
+        server.start(PASSWORD)
+    assert [asked(server, "127.0.0.1", password=password) for password in (None, "wrong", PASSWORD)] == [401, 401, 200]
+    run_dir = new_run(experiment="guarded", tracking_uri=server.uri)
+    assert main([str(run_dir)]) == 1
+    assert "You are not authenticated" in capsys.readouterr().err
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    assert main([str(run_dir)]) == 0
