@@ -1,8 +1,10 @@
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,28 +53,37 @@ def test_a_run_that_names_no_store_asks_for_one(new_run: NewRun, capsys: pytest.
     assert "names no file" in capsys.readouterr().err
 
 
-def test_two_processes_start_on_a_fresh_file_and_both_arrive_whole(new_run: NewRun, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/deep/er/mlflow.db"
-    runs = [new_run("first"), new_run("second")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "relloc.sync", str(run_dir), "--uri", uri],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for run_dir in runs
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    lines = [f"{run_dir}: 4 params, 6 points, 0 artifacts -> {uri}\n" for run_dir in runs]
-    assert said == lines, "and nothing else is printed: no migrations, no tracebacks"
-    assert [process.returncode for process in processes] == [0, 0]
-    found = {run["name"]: run for run in search(uri, "relloc")}
-    assert {name: run["metrics"]["train/loss"] for name, run in found.items()} == {
-        "first": 2.0,
-        "second": 2.0,
-    }
+def test_a_fresh_process_on_a_fresh_file_prints_one_line_and_nothing_else(new_run: NewRun, tmp_path: Path) -> None:
+    run_dir, uri = new_run(), f"sqlite:///{tmp_path}/deep/er/mlflow.db"
+    command = [sys.executable, "-m", "relloc.sync", str(run_dir), "--uri", uri]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=True)
+    assert done.stdout == f"{run_dir}: 4 params, 6 points, 0 artifacts -> {uri}\n"
     assert sorted(os.listdir(tmp_path / "deep" / "er")) == ["mlflow.db", "mlflow.db.lock"]
+
+
+@pytest.fixture
+def quick_folder() -> Iterator[Path]:
+    """In memory, if possible: thousands of commits each wait for a disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="relloc_", dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+def test_sixteen_processes_on_a_fresh_file_lose_none_of_256_runs(new_run: NewRun, quick_folder: Path) -> None:
+    uri, sweep = f"sqlite:///{quick_folder}/mlflow.db", {"relloc.sweep": "gaps"}
+    runs = [str(new_run(f"gap{number}", tags=sweep, params={"gap": number})) for number in range(256)]
+    started = multiprocessing.get_context("forkserver")
+    started.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "alembic.command"])  # imported once
+    processes = [started.Process(target=main, args=([*runs[first::16], "--uri", uri],)) for first in range(16)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0] * 16
+    found = search(uri, "relloc")
+    assert sorted(run["params"]["gap"] for run in found) == list(range(256))
+    assert all(run["metrics"] == {"train/loss": 2.0, "train/top1": 32.5} for run in found)
+    assert all(run["tags"]["relloc.sweep"] == "gaps" for run in found)
 
 
 def test_a_run_folder_may_move(uri: str, new_run: NewRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
