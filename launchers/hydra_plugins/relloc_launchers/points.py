@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
+from hydra_plugins.relloc_launchers.composing import Composing
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.runs.launch import conf_dir, users_environment
@@ -37,7 +38,7 @@ class PointsLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self._compose = hydra_context.config_loader.load_sweep_config
+        self._compose = Composing(hydra_context.config_loader, config)
         # The sweeper composes every point to see whether it can be: it need not be done twice.
         hydra_context.config_loader.load_sweep_config = self._remembering  # pyright: ignore[reportAttributeAccessIssue]
 
