@@ -1,0 +1,136 @@
+"""What passes before the first training step: composing a run, a sweep, answers without torch, and the start of a job.
+
+Each is a fresh process; the median of --rounds. "s" is by the clock, "processor s" the time of its cores, which other
+jobs change less. A job of a cluster begins with submitit's process, which starts the command; from the start of the
+command to the end of its first step, of 64 photographs, is read from the journal. What importing takes is Python's
+own account (-X importtime), which makes it slower.
+"""
+
+import os
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from report import REPOSITORY, arguments, tell
+
+from relloc.tracking import open_store, read_journal
+
+LONGEST_S = 300
+SWEEP = ("-m", "grid.gap_px=range(0,20)", "grid.jitter_px=range(0,20)", "launcher=slurm", "launcher.dry_run=true")
+COMPOSE = """
+import time, hydra
+from relloc.runs.launch import conf_dir
+started = time.perf_counter()
+with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    hydra.compose("train", ["grid.gap_px=16"])
+print(time.perf_counter() - started)
+"""
+HEAVY = ("torch", "torchvision", "mlflow", "hydra", "scipy", "sklearn", "matplotlib", "pandas")
+IMPORTED_FOR_TRAINING = "import relloc.runs.pretraining; from relloc.tracking.store import load_mlflow; load_mlflow()"
+TRAINING = ("eval=[]", "report_every_steps=1", "monitor.every_epochs=null", "workers=0", "device=cpu")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+
+    def median(what: str, *command: str) -> dict[str, Any]:
+        taken = [_taken(command) for _ in range(options.rounds)]
+        return {"what": what, "s": _median(taken, 0), "processor s": _median(taken, 1)}
+
+    composing = [float(_output("-c", COMPOSE)) for _ in range(options.rounds)]
+    first = [_first_step_s() for _ in range(options.rounds)]
+    rows = [
+        {"what": "one run composed, Hydra imported before", "s": statistics.median(composing)},
+        median("--cfg job, whole command", "-m", "relloc.train", "--cfg", "job"),
+        median("--help, whole command", "-m", "relloc.train", "--help"),
+        median("sweep of 400 points, whole command", "-m", "relloc.train", *SWEEP),
+        median(
+            "job: submitit and relloc's launcher imported",
+            "-c",
+            "import submitit.core.submission, hydra_plugins.relloc_launchers.job",
+        ),
+        {"what": "job: command to its first training step", "s": _median(first, 0), "processor s": _median(first, 1)},
+        *({"what": f"of that, importing {name}", "s": taken} for name, taken in _importing_s()),
+    ]
+    loaded = sorted({"torch", "mlflow"} & {name for words in ("--help", "--cfg") for name in _loaded_by(words)})
+    tell("start-up", rows, {}, options.json, settings=vars(options))
+    print(f"loaded by --help and --cfg job: {', '.join(loaded) or 'neither torch nor mlflow'}")
+
+
+def _median(taken: Sequence[tuple[float, float]], place: int) -> float:
+    return statistics.median(pair[place] for pair in taken)
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory(prefix="relloc_start_") as folder:
+        environment = os.environ | {"RELLOC_RUNS": folder}
+        line = [sys.executable, *command]
+        done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    return done
+
+
+def _output(*command: str) -> str:
+    return _run(*command).stdout
+
+
+def _taken(command: Sequence[str]) -> tuple[float, float]:
+    clock, processor = time.monotonic(), _children_s()
+    _run(*command)
+    return time.monotonic() - clock, _children_s() - processor
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _first_step_s() -> tuple[float, float]:
+    """From the start of the command to what its journal says of step 1; the processor's time until it was ended."""
+    with tempfile.TemporaryDirectory(prefix="relloc_start_") as folder:
+        run_dir = Path(folder) / "run"
+        open_store(f"sqlite:///{folder}/mlflow.db")  # made once, not in every job
+        line = [sys.executable, "-m", "relloc.train", *TRAINING, f"hydra.run.dir={run_dir}"]
+        environment, started, processor = os.environ | {"RELLOC_RUNS": folder}, time.time(), _children_s()
+        command = subprocess.Popen(line, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
+        while not (told := read_journal(run_dir)) and command.poll() is None and time.time() - started < LONGEST_S:
+            time.sleep(0.05)
+        command.send_signal(signal.SIGKILL)
+        command.wait()
+        if not told:
+            raise SystemExit(f"{' '.join(line)}: no step was told")
+        return told[0].time_ms / 1000 - started, _children_s() - processor
+
+
+def _imports(*command: str) -> dict[str, tuple[float, float]]:
+    """Of each module that was imported, the seconds it took alone and with all that it was first to import."""
+    lines = [
+        line.removeprefix("import time:").split("|") for line in _run("-X", "importtime", *command).stderr.splitlines()
+    ]
+    told = [line for line in lines if len(line) == 3 and line[0].strip().isdigit()]
+    return {name.strip(): (float(alone) / 1e6, float(whole) / 1e6) for alone, whole, name in told}
+
+
+def _importing_s() -> list[tuple[str, float]]:
+    found = _imports("-c", IMPORTED_FOR_TRAINING)
+    large = [(name, found[name][1]) for name in HEAVY if name in found]
+    return [("everything", sum(alone for alone, _ in found.values())), *large]
+
+
+def _loaded_by(words: str) -> set[str]:
+    more = ("job",) if words == "--cfg" else ()
+    return set(_imports("-m", "relloc.train", words, *more))
+
+
+if __name__ == "__main__":
+    main()
