@@ -7,35 +7,39 @@ photograph it comes from.
 
 import dataclasses
 import hashlib
-import importlib.resources
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
 from relloc.data.image_set import Splits
 from relloc.data.images import read_rgb
+from relloc.errors import DataError
 
 Split = Literal["train", "held_out"]
 _FILES = {
-    "astronaut": ("skimage.data", "astronaut.png"),
-    "chelsea": ("skimage.data", "chelsea.png"),
-    "china": ("sklearn.datasets.images", "china.jpg"),
-    "coffee": ("skimage.data", "coffee.png"),
-    "flower": ("sklearn.datasets.images", "flower.jpg"),
-    "hubble": ("skimage.data", "hubble_deep_field.jpg"),
-    "motorcycle": ("skimage.data", "motorcycle_left.png"),
-    "retina": ("skimage.data", "retina.jpg"),
-    "rocket": ("skimage.data", "rocket.jpg"),
-    "tissue": ("skimage.data", "ihc.png"),
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "chelsea": ("skimage", "data/chelsea.png"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+    "hubble": ("skimage", "data/hubble_deep_field.jpg"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "retina": ("skimage", "data/retina.jpg"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "tissue": ("skimage", "data/ihc.png"),
 }
 
 
 def read_photo(name: str) -> Image.Image:
     """One of the photographs, in RGB, lying on its longer side."""
     package, file = _FILES[name]
-    with importlib.resources.as_file(importlib.resources.files(package) / file) as path:
-        return read_rgb(path)
+    spec = importlib.util.find_spec(package)  # importlib.resources would import it, which takes seconds
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"data=photos needs {package}, which is not installed: install relloc again")
+    return read_rgb(Path(spec.submodule_search_locations[0], file))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
