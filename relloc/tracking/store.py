@@ -5,6 +5,7 @@ import errno
 import fcntl
 import functools
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -54,6 +55,8 @@ def load_mlflow() -> ModuleType:
         import alembic.command  # noqa: F401
         import mlflow
         import mlflow.store.tracking.sqlalchemy_store
+    # It writes a traceback of pages for what we tell in a line, such as a full disk.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow
 
 
@@ -164,7 +167,7 @@ def store_errors(uri: str) -> Iterator[None]:
         OSError,  # requests' exceptions are OSErrors too
     ) as error:
         lines = str(error).splitlines() or [""]
-        raise StoreError(f"{uri}: {lines[0][:300] or type(error).__name__}") from error
+        raise StoreError(f"{uri}: {lines[0][:500] or type(error).__name__}") from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
+import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -115,6 +117,80 @@ def test_a_store_that_hangs_does_not_hold_up_the_end(new_run: NewRun, monkeypatc
     wait_until(lambda: not follower._thread.is_alive())
     assert message is not None
     assert "longer than 0.2 s" in message
+
+
+@pytest.fixture
+def slow_server() -> Iterator[str]:
+    """It says that it is well, and leaves all other questions open."""
+    enough = threading.Event()
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/health":
+                enough.wait(60)
+            self.send_response(200)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        enough.set()
+        server.shutdown()
+
+
+def test_a_server_too_slow_to_answer_is_one_warning_and_one_message(
+    slow_server: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    run_dir, warnings = new_run(), []
+    follower = Mirror(run_dir, slow_server, warn=warnings.append, every_s=0.01)
+    follower.start()
+    journal = Journal(run_dir)
+    start = time.monotonic()
+    for step in range(30, 230):
+        journal.log({"train/loss": 1.0}, step)
+    assert time.monotonic() - start < 1, "training waits for the server"
+    wait_until(lambda: warnings)
+    message = follower.close("FINISHED")
+    assert message is not None
+    assert "timed out" in message
+    assert f"python -m relloc.sync {run_dir} --uri {slow_server}" in message
+    assert len(warnings) == 1
+
+
+def test_a_full_disk_costs_no_point_and_no_point_twice(
+    uri: str, new_run: NewRun, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, warnings = new_run(), []
+    journal = Journal(run_dir)
+    for step in range(30, 430):
+        journal.log({f"m{number}": float(step) for number in range(10)}, step)
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = Path(uri.removeprefix("sqlite:///")).stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 500_000, hard))
+    try:
+        follower = Mirror(run_dir, uri, warn=warnings.append)
+        follower.start()
+        message = follower.close("FINISHED")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    assert message is not None
+    assert "Nothing is lost" in message
+    assert len(warnings) == 1
+    assert "disk" in warnings[0]
+    assert "Traceback" not in capfd.readouterr().err
+    note = read_note(run_dir)
+    assert note is not None
+    assert 0 < note.lines < 403, "part of it was sent"
+    sync(run_dir, uri)
+    for number in range(10):
+        history = open_store(uri).get_metric_history(note.run_id, f"m{number}")
+        assert sorted(point.step for point in history) == list(range(30, 430))
 
 
 def test_a_broken_database_is_only_a_message(new_run: NewRun, tmp_path: Path) -> None:
