@@ -1,7 +1,9 @@
 """What tracking costs: the share of training time, the time to send a run, and the time in which many runs appear.
 
-The share: the default run's training with tracking=none and with MLflow in a SQLite file, in turns, by the rates that
-the runs report but for the first. A run to be sent has 1,000 reports of six values in its journal and 200 final
+The share, by the clock: the default run's training with tracking=none and with MLflow in a SQLite file, in turns, by the
+rates that the runs report but for the first. The share, by the processor, which other jobs change little: what a process
+uses that journals --follow-s seconds long as training does, a report of six values each 0.3 s, while MLflow follows; of
+one core, and without importing MLflow. A run to be sent has 1,000 reports of six values in its journal and 200 final
 results; it is sent by what `python -m relloc.sync` calls. The many runs are sent to one store, one after the other by
 each of --processes processes, and are there when the store's own search gives all of them.
 """
@@ -11,21 +13,26 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from report import REPOSITORY, arguments, tell
 
 from relloc.results import LAYERS, Result, append_results
-from relloc.tracking import Journal, RunRecord, open_store, read_journal, search, sync, write_status
+from relloc.tracking import Journal, Mirror, RunRecord, open_store, read_journal, search, sync, write_status
 
 STEPS, RESULTS = 1000, 200
+REPORT_S = 0.3
 RATE = "speed/images_per_s"
+REPORTED = ("train/loss", "train/top1", "train/lr", "train/epoch", RATE, "speed/waiting_percent")
 TRAINING = ("eval=[]", "data.epochs=2", "data.warmup_epochs=0", "data.milestone_epochs=[]", "device=cpu")
 
 
@@ -34,18 +41,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="trainings of each side")
     parser.add_argument("--runs", type=int, default=256, help="runs that are sent to one store")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--follow-s", type=float, default=120, help="seconds of journaling that MLflow follows")
+    parser.add_argument(
+        "--server", help="an MLflow server, such as launchers/tracking_server/serve.sh, to send to as well"
+    )
     parser.add_argument("overrides", nargs="*", help="settings of relloc.train for both sides")
     options = parser.parse_args()
     rates = _training_rates(options)
     none, followed = (statistics.median(rates[side]) for side in ("none", "sqlite"))
-    one, many = _sending_s(options)
     rows = [
         {"what": "training, tracking=none", "images/s": none},
         {"what": "training, tracking=sqlite", "images/s": followed},
-        {"what": f"one run of {STEPS} reports and {RESULTS} results, sent", "s": one},
-        {"what": f"{options.runs} such runs until the store gives all, {options.processes} processes", "s": many},
     ]
-    ratios = {"share of the time that tracking costs": 1 - followed / none, "runs a second": options.runs / many}
+    ratios = {"percent of the time that tracking costs, by the clock": 100 * (1 - followed / none)}
+    with tempfile.TemporaryDirectory(prefix="relloc_tracking_") as folder:
+        stores = {"SQLite": f"sqlite:///{folder}/mlflow.db"} | ({"server": options.server} if options.server else {})
+        for store, uri in stores.items():
+            rows += _sending(options, store, uri)
+            percent = 100 * _following_s(options.follow_s, uri) / options.follow_s
+            ratios[f"percent of a core that following takes, {store}"] = percent
     tell("tracking", rows, ratios, options.json, settings=vars(options))
 
 
@@ -62,27 +76,51 @@ def _training_rates(options: argparse.Namespace) -> dict[str, list[float]]:
     return rates
 
 
-def _sending_s(options: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of the first run, which finds a store with its schema made; and of all, to where the store gives them."""
+def _sending(options: argparse.Namespace, store: str, uri: str) -> list[dict[str, Any]]:
+    """Sending the first run, which finds a store with its schema made; and all, to where the store gives them."""
+    experiment = f"benchmark {uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="relloc_tracking_") as folder:
-        uri = f"sqlite:///{folder}/mlflow.db"
-        runs = [_write_run(Path(folder) / f"run{number}", number) for number in range(options.runs + 1)]
+        runs = [_write_run(Path(folder) / f"run{n}", n, experiment) for n in range(options.runs + 1)]
         open_store(uri)
-        one = _timed_sync(runs[0], uri)
-        started = time.monotonic()
+        sync(_write_run(Path(folder) / "warm", 0, experiment="warm up"), uri)
+        used, started = time.process_time(), time.monotonic()
+        sync(runs[0], uri)
+        one = {"s": time.monotonic() - started, "processor s of relloc": time.process_time() - used}
+        used, started = _children_s(), time.monotonic()
         parts = [runs[1 + first :: options.processes] for first in range(options.processes)]
         spawned = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.processes, mp_context=spawned) as pool:
             list(pool.map(_send, parts, [uri] * len(parts)))
-        while len(search(uri, "relloc")) < len(runs):
+        while len(search(uri, experiment)) < len(runs):
             time.sleep(0.1)
-        return one, time.monotonic() - started
+        many = {"s": time.monotonic() - started, "processor s of relloc": _children_s() - used}
+    return [
+        {"what": f"one run of {STEPS} reports and {RESULTS} results, sent to {store}", **one},
+        {"what": f"{options.runs} such runs until {store} gives all, {options.processes} processes", **many},
+    ]
 
 
-def _timed_sync(run_dir: Path, uri: str) -> float:
-    started = time.monotonic()
-    sync(run_dir, uri)
-    return time.monotonic() - started
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _following_s(seconds: float, uri: str) -> float:
+    """Processor seconds of a process that only journals, and of the threads that follow it."""
+    with tempfile.TemporaryDirectory(prefix="relloc_tracking_") as folder:
+        RunRecord(name="followed", experiment="followed", params={"seed": 0}).write(run_dir := Path(folder))
+        sync(run_dir, uri)  # what MLflow imports with its first use belongs to no second
+        follower, journal = Mirror(run_dir, uri, warn=print), Journal(run_dir)
+        used, end = time.process_time(), time.monotonic() + seconds
+        follower.start()
+        for step in itertools.count(10, 10):
+            journal.log(dict.fromkeys(REPORTED, 1 / step), step)
+            time.sleep(REPORT_S)
+            if time.monotonic() > end:
+                break
+        if trouble := follower.close("FINISHED"):
+            raise SystemExit(trouble)
+        return time.process_time() - used
 
 
 def _send(run_dirs: Sequence[Path], uri: str) -> None:
@@ -90,14 +128,14 @@ def _send(run_dirs: Sequence[Path], uri: str) -> None:
         sync(run_dir, uri)
 
 
-def _write_run(run_dir: Path, number: int) -> Path:
+def _write_run(run_dir: Path, number: int, experiment: str) -> Path:
     run_dir.mkdir()
     params = {f"group{place // 10}.setting{place}": place for place in range(100)}
-    RunRecord(name=f"gap{number} jit0", experiment="relloc", params=params | {"grid.gap_px": number}).write(run_dir)
+    record = RunRecord(name=f"gap{number} jit0", experiment=experiment, params=params | {"grid.gap_px": number})
+    record.write(run_dir)
     journal = Journal(run_dir)
     for step in range(10, 10 * STEPS + 1, 10):
-        names = ("train/loss", "train/top1", "train/lr", "train/epoch", RATE, "speed/waiting_percent")
-        journal.log(dict.fromkeys(names, 1 / step), step)
+        journal.log(dict.fromkeys(REPORTED, 1 / step), step)
     common = {"dataset": "in1k", "split": "val", "n": 50_000, "seed": 0, "protocol": "3.3", "model": "resnet50"}
     places = itertools.product(range(RESULTS // len(LAYERS) + 1), LAYERS)
     rows = [
