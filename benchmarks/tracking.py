@@ -1,9 +1,9 @@
 """What tracking costs: the share of training time, the time to send a run, and the time in which many runs appear.
 
-The share, by the clock: the default run's training with tracking=none and with MLflow in a SQLite file, in turns, by the
-rates that the runs report but for the first. The share, by the processor, which other jobs change little: what a process
-uses that journals --follow-s seconds long as training does, a report of six values each 0.3 s, while MLflow follows; of
-one core, and without importing MLflow. A run to be sent has 1,000 reports of six values in its journal and 200 final
+The share, by the clock: the default run's training with tracking=none and with MLflow in a SQLite file, in turns, by
+the rates that the runs report but for the first. The share, by the processor, which other jobs change little: what a
+process uses of one core that does nothing but journal a report of six values each 0.3 s, for --follow-s seconds, while
+MLflow, imported before, follows. A run to be sent has 1,000 reports of six values in its journal and 200 final
 results; it is sent by what `python -m relloc.sync` calls. The many runs are sent to one store, one after the other by
 each of --processes processes, and are there when the store's own search gives all of them.
 """
@@ -38,22 +38,20 @@ TRAINING = ("eval=[]", "data.epochs=2", "data.warmup_epochs=0", "data.milestone_
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="trainings of each side")
+    parser.add_argument("--rounds", type=int, default=2, help="trainings of each side; 0 for none")
     parser.add_argument("--runs", type=int, default=256, help="runs that are sent to one store")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--follow-s", type=float, default=120, help="seconds of journaling that MLflow follows")
-    parser.add_argument(
-        "--server", help="an MLflow server, such as launchers/tracking_server/serve.sh, to send to as well"
-    )
+    parser.add_argument("--server", help="the address of an MLflow server to send to as well")
     parser.add_argument("overrides", nargs="*", help="settings of relloc.train for both sides")
     options = parser.parse_args()
-    rates = _training_rates(options)
-    none, followed = (statistics.median(rates[side]) for side in ("none", "sqlite"))
-    rows = [
-        {"what": "training, tracking=none", "images/s": none},
-        {"what": "training, tracking=sqlite", "images/s": followed},
-    ]
-    ratios = {"percent of the time that tracking costs, by the clock": 100 * (1 - followed / none)}
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    if options.rounds:
+        none, followed = (statistics.median(rates) for rates in _training_rates(options).values())
+        rows.append({"what": "training, tracking=none", "images/s": none})
+        rows.append({"what": "training, tracking=sqlite", "images/s": followed})
+        ratios["percent of the time that tracking costs, by the clock"] = 100 * (1 - followed / none)
     with tempfile.TemporaryDirectory(prefix="relloc_tracking_") as folder:
         stores = {"SQLite": f"sqlite:///{folder}/mlflow.db"} | ({"server": options.server} if options.server else {})
         for store, uri in stores.items():
