@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # serve.sh FOLDER [options of `mlflow server`]: an MLflow server for a group, over a PostgreSQL of its own, until
 # Ctrl-C or SIGTERM. FOLDER, on a disk of this machine, holds the database and the files of runs; started again, the
-# server goes on with them. Nothing but 127.0.0.1 is listened to unless options say so. With MLFLOW_AUTH_ADMIN_PASSWORD
-# in the environment the server asks for names and passwords. Needs PostgreSQL (Debian: apt-get install postgresql)
-# and pip install 'relloc[server]'.
+# server goes on with them. Nothing but 127.0.0.1 is listened to unless options say so. Once it was started with
+# MLFLOW_AUTH_ADMIN_PASSWORD in the environment, the server asks for names and passwords. Needs PostgreSQL (Debian:
+# apt-get install postgresql) and pip install 'relloc[server]'.
 set -euo pipefail
 folder=${1:?which folder? serve.sh FOLDER [options of mlflow server]}
 shift
@@ -11,6 +11,8 @@ mkdir -p "$folder"
 cd "$folder"
 umask 077 # hashes of passwords, and the files of runs, which the server hands out
 folder=$PWD
+exec 9>lock
+flock -n 9 || { echo "$folder is served already" >&2; exit 1; }
 initdb=$(command -v initdb || ls /usr/lib/postgresql/*/bin/initdb 2>/dev/null | sort -V | tail -n 1)
 bin=$(dirname "$(readlink -f "${initdb:-none}")")
 [ -x "$bin/initdb" ] || { echo "PostgreSQL is not installed (Debian: apt-get install postgresql)" >&2; exit 1; }
@@ -24,7 +26,7 @@ if [ ! -f db/PG_VERSION ]; then
 fi
 if ! "${as_owner[@]}" "$bin/pg_ctl" -D "$folder/db" status >/dev/null; then
   "${as_owner[@]}" "$bin/pg_ctl" -D "$folder/db" -w -s -l "$folder/db/log" \
-    -o "-c listen_addresses='' -c unix_socket_directories='$folder/db'" start </dev/null >/dev/null
+    -o "-c listen_addresses='' -c unix_socket_directories='$folder/db'" start </dev/null >/dev/null 9>&-
 fi
 trap '"${as_owner[@]}" "$bin/pg_ctl" -D "$folder/db" -m fast -s stop' EXIT
 asked() { "$bin/psql" -h "$folder/db" -U mlflow -d postgres -tAc "$1"; }
@@ -32,14 +34,14 @@ asked() { "$bin/psql" -h "$folder/db" -U mlflow -d postgres -tAc "$1"; }
 
 options=(--workers 1 --backend-store-uri "postgresql+psycopg://mlflow@/mlflow?host=$folder/db"
   --artifacts-destination "$folder/artifacts")
-if [ -n "${MLFLOW_AUTH_ADMIN_PASSWORD:-}" ]; then
+if [ -n "${MLFLOW_AUTH_ADMIN_PASSWORD:-}" ] || [ -f basic_auth.db ]; then # never open again by mistake
   [ -f secret_key ] || (umask 077; head -c 32 /dev/urandom | base64 >secret_key)
   export MLFLOW_FLASK_SERVER_SECRET_KEY=${MLFLOW_FLASK_SERVER_SECRET_KEY:-$(cat secret_key)}
   options+=(--app-name basic-auth)
 fi
 # Without the part of MLflow that runs jobs of language models, which is 13 processes and 2 GB.
 export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
-mlflow server "${options[@]}" "$@" &
+mlflow server "${options[@]}" "$@" 9>&- &
 server=$!
 trap 'kill "$server" 2>/dev/null' INT TERM
 wait "$server" && code=0 || code=$?

@@ -95,6 +95,12 @@ def test_only_named_hosts_and_this_machine_get_answers(server: Server) -> None:
         socket.create_connection(("127.0.0.2", server.port), timeout=5)
 
 
+def test_a_second_server_of_the_folder_is_refused_and_leaves_the_first_alone(server: Server) -> None:
+    second = subprocess.run([SERVE, server.folder / "store"], capture_output=True, text=True, timeout=60)
+    assert (second.returncode, second.stderr) == (1, f"{server.folder / 'store'} is served already\n")
+    assert open_store(server.uri).search_experiments()
+
+
 def test_runs_arrive_with_their_files(server: Server, new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [new_run(f"arrives {number}", experiment="arrives") for number in range(2)]
     for run_dir in runs:
