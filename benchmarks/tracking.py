@@ -3,7 +3,7 @@
 The share, by the clock: the default run's training with tracking=none and with MLflow in a SQLite file, in turns, by
 the rates that the runs report but for the first. The share, by the processor, which other jobs change little: what a
 process uses of one core that does nothing but journal a report of six values each 0.3 s, for --follow-s seconds, while
-MLflow, imported before, follows. A run to be sent has 1,000 reports of six values in its journal and 200 final
+MLflow, imported before, follows. A run to be sent has --reports reports of six values in its journal and 200 final
 results; it is sent by what `python -m relloc.sync` calls. The many runs are sent to one store, one after the other by
 each of --processes processes, and are there when the store's own search gives all of them.
 """
@@ -29,7 +29,7 @@ from report import REPOSITORY, arguments, tell
 from relloc.results import LAYERS, Result, append_results
 from relloc.tracking import Journal, Mirror, RunRecord, open_store, read_journal, search, sync, write_status
 
-STEPS, RESULTS = 1000, 200
+RESULTS = 200
 REPORT_S = 0.3
 RATE = "speed/images_per_s"
 REPORTED = ("train/loss", "train/top1", "train/lr", "train/epoch", RATE, "speed/waiting_percent")
@@ -40,6 +40,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="trainings of each side; 0 for none")
     parser.add_argument("--runs", type=int, default=256, help="runs that are sent to one store")
+    parser.add_argument("--reports", type=int, default=1000, help="of six values, in the journal of each run")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--follow-s", type=float, default=120, help="seconds of journaling that MLflow follows")
     parser.add_argument("--server", help="the address of an MLflow server to send to as well")
@@ -78,9 +79,9 @@ def _sending(options: argparse.Namespace, store: str, uri: str) -> list[dict[str
     """Sending the first run, which finds a store with its schema made; and all, to where the store gives them."""
     experiment = f"benchmark {uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="relloc_tracking_") as folder:
-        runs = [_write_run(Path(folder) / f"run{n}", n, experiment) for n in range(options.runs + 1)]
+        runs = [_write_run(Path(folder) / f"run{n}", n, experiment, options.reports) for n in range(options.runs + 1)]
         open_store(uri)
-        sync(_write_run(Path(folder) / "warm", 0, experiment="warm up"), uri)
+        sync(_write_run(Path(folder) / "warm", 0, "warm up", 1), uri)
         used, started = time.process_time(), time.monotonic()
         sync(runs[0], uri)
         one = {"s": time.monotonic() - started, "processor s of relloc": time.process_time() - used}
@@ -93,7 +94,7 @@ def _sending(options: argparse.Namespace, store: str, uri: str) -> list[dict[str
             time.sleep(0.1)
         many = {"s": time.monotonic() - started, "processor s of relloc": _children_s() - used}
     return [
-        {"what": f"one run of {STEPS} reports and {RESULTS} results, sent to {store}", **one},
+        {"what": f"one run of {options.reports} reports and {RESULTS} results, sent to {store}", **one},
         {"what": f"{options.runs} such runs until {store} gives all, {options.processes} processes", **many},
     ]
 
@@ -126,13 +127,13 @@ def _send(run_dirs: Sequence[Path], uri: str) -> None:
         sync(run_dir, uri)
 
 
-def _write_run(run_dir: Path, number: int, experiment: str) -> Path:
+def _write_run(run_dir: Path, number: int, experiment: str, reports: int) -> Path:
     run_dir.mkdir()
     params = {f"group{place // 10}.setting{place}": place for place in range(100)}
     record = RunRecord(name=f"gap{number} jit0", experiment=experiment, params=params | {"grid.gap_px": number})
     record.write(run_dir)
     journal = Journal(run_dir)
-    for step in range(10, 10 * STEPS + 1, 10):
+    for step in range(10, 10 * reports + 1, 10):
         journal.log(dict.fromkeys(REPORTED, 1 / step), step)
     common = {"dataset": "in1k", "split": "val", "n": 50_000, "seed": 0, "protocol": "3.3", "model": "resnet50"}
     places = itertools.product(range(RESULTS // len(LAYERS) + 1), LAYERS)
