@@ -1,14 +1,12 @@
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import start
 from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
@@ -311,13 +309,10 @@ def test_two_processes_that_share_the_bank_find_what_one_does(tmp_path: Path) ->
     assert Knn.across_ranks  # by which the command knows
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     given = tmp_path / "given.safetensors"
     save_file({"queries": QUERIES, "answers": ANSWERS, "bank": BANK, "labels": LABELS}, given)
-    command = [*torchrun, str(script), str(given), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    done = start(str(script), str(given), str(tmp_path), folder=tmp_path, processes=2)
+    assert done.wait() == 0, done.text
     few = bank_of(BANK[:5], LABELS[:5])
     expected = {
         "vote": {str(k): classes.tolist() for k, classes in voted().items()},

@@ -1,4 +1,4 @@
-"""Commands as a user runs them: in a process of their own, in an empty folder."""
+"""Commands as a user runs them, in an empty folder."""
 
 import dataclasses
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import FIXED, start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,19 +25,39 @@ Relloc = Callable[..., Done]
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RELLOC_", "MLFLOW_"))}
-    # One thread, as torchrun sets it: sums in another order would hide whether processes compute the same.
-    fixed = {"COLUMNS": "160", "HYDRA_FULL_ERROR": "0", "OMP_NUM_THREADS": "1"}
-    return kept | fixed | {"RELLOC_RUNS": str(tmp_path / "runs")}
+    return {**kept, **FIXED, "RELLOC_RUNS": str(tmp_path / "runs")}
 
 
 @pytest.fixture
-def relloc(tmp_path: Path, environment: dict[str, str]) -> Relloc:
-    """Run `python -m relloc.COMMAND ARGUMENTS` in an empty folder."""
+def relloc(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Relloc:
+    """Run `python -m relloc.COMMAND ARGUMENTS` in an empty folder: by `fresh` in an interpreter of its own.
 
-    def run(command: str, *arguments: str, launcher: tuple[str, ...] = (), **more: object) -> Done:
-        line = [sys.executable, *launcher, "-m", f"relloc.{command}", *arguments]
+    Otherwise it is forked from one that has relloc imported, which costs a tenth.
+    `through` names a module with its arguments that gets `-m relloc.COMMAND ARGUMENTS`, as torchrun does.
+    """
+
+    def run(
+        command: str,
+        *arguments: str,
+        through: tuple[str, ...] = (),
+        fresh: bool = False,
+        processes: int = 1,
+        **more: object,
+    ) -> Done:
+        line = [*through, *(("-m",) if through else ()), f"relloc.{command}", *arguments]
+        if not fresh:
+            output = tmp_path_factory.mktemp("output") / "output.txt"
+            command = start(*line, folder=tmp_path, output=output, environment=environment, processes=processes)
+            return Done(code=command.wait(300), text=command.text)
         result = subprocess.run(
-            line, cwd=tmp_path, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True, timeout=300, **more
+            [sys.executable, "-m", *line],
+            cwd=tmp_path,
+            env=environment,
+            stdout=-1,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            **more,
         )
         return Done(code=result.returncode, text=result.stdout)
 

@@ -8,11 +8,11 @@ import runpy
 import sys
 from pathlib import Path
 
-from relloc.reports import published
+from relloc.reports import known, published
 
 file, _, module, *arguments = sys.argv[1:]
 told = json.loads(Path(file).read_text())
 published.PUBLISHED_IMAGES.update({tuple(where.split()): n for where, n in told["images"].items()})
-published.published_numbers = lambda: tuple(published.Published(**fields) for fields in told["numbers"])
+known.published_numbers = lambda: tuple(published.Published(**fields) for fields in told["numbers"])
 sys.argv = [module, *arguments]
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -20,11 +20,13 @@ from relloc.results import Result, read_results
 LOOK = tuple(word for word in TINY if word.startswith(("view.", "data.source", "data.linear")))
 
 
-@pytest.fixture
-def pretrained(relloc, tmp_path) -> Path:
-    run_dir = tmp_path / "pretrained"
-    assert relloc("train", *TINY, "eval=[]", "tracking=none", f"hydra.run.dir={run_dir}").code == 0
-    return run_dir
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    line = (*TINY, "eval=[]", "tracking=none", f"hydra.run.dir={folder / 'run'}")
+    command = start("relloc.train", *line, folder=folder)
+    assert command.wait() == 0, command.text
+    return folder / "run"
 
 
 def test_our_checkpoint_as_folder_file_and_training_state(relloc, tmp_path, pretrained):
@@ -157,11 +159,10 @@ def with_a_broken_image(labeled: Path, folder: Path) -> Path:
 
 
 def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_path, labeled):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     line = ("checkpoint=random", "model=small", *on(with_a_broken_image(labeled, tmp_path)))
     line = (*line, "tracking=none", "workers=0", "reuse=false")
     alone = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'one'}")
-    both = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'two'}", launcher=torchrun)
+    both = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'two'}", processes=2)
     assert (alone.code, both.code) == (0, 0), both.text
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
     assert both.text.count("on images never trained on") == 1  # one process tells
@@ -169,7 +170,7 @@ def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_p
     unreadable = [(tmp_path / run / "unreadable.txt").read_text() for run in ("one", "two")]
     assert unreadable[0] == unreadable[1]
     assert "train/b/9.jpg: " in unreadable[1]
-    other = relloc("evaluate", *line, "eval=[linear_fast]", launcher=torchrun)
+    other = relloc("evaluate", *line, "eval=[linear_fast]", processes=2)
     assert other.code != 0
     assert "eval=linear_fast runs in one process" in other.text
 

@@ -43,11 +43,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 def start_training(folder: Path, *settings: str, processes: int = 1) -> Command:
     """The run folder is `folder / "run"`."""
-    line = (*settings, f"hydra.run.dir={folder / 'run'}")
-    if processes == 1:
-        return start("relloc.train", *line, folder=folder)
-    torchrun = ("--standalone", f"--nproc-per-node={processes}", "-m", "relloc.train")
-    return start("torch.distributed.run", *torchrun, *line, folder=folder)
+    return start("relloc.train", *settings, f"hydra.run.dir={folder / 'run'}", folder=folder, processes=processes)
 
 
 def train(folder: Path, *settings: str, processes: int = 1) -> Path:

@@ -5,13 +5,12 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from commands import descendants, start
 from mixed_folder import BROKEN, write_many, write_mixed
 from safetensors.torch import load_file
 from tiny import TINY
@@ -55,36 +54,29 @@ def test_a_check_alone_tells_and_writes_nothing(relloc, tmp_path):
     assert below(tmp_path) == before
 
 
-def alive(group: int) -> list[int]:
-    """Processes of a group that have not ended."""
+def alive(pids: Sequence[int]) -> list[int]:
+    """Those of the processes that have not ended."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for pid in pids:
         with contextlib.suppress(OSError):
-            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                found.append(int(stat.parent.name))
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                found.append(pid)
     return found
 
 
-def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(relloc, environment, tmp_path):
+def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(relloc, tmp_path, tmp_path_factory):
     root = write_many(tmp_path / "originals", 120, 12, height=400, width=500)
     line = (*FOLDER, "data.root=originals", "out=out", "images_per_shard=6", "workers=2", "short_px=200")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "relloc.prepare", *line],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    command = start("relloc.prepare", *line, folder=tmp_path, output=tmp_path_factory.mktemp("output") / "output.txt")
+    assert command.wait_for(lambda: len(list(tmp_path.glob(f"out/{UNFINISHED}/*-*.json"))) >= 3), command.text
+    writing = descendants(command.pid)
+    assert writing
+    os.kill(command.pid, signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob(f"out/{UNFINISHED}/*-*.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    while alive(process.pid) and time.monotonic() < deadline:
+    while alive(writing) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not alive(process.pid)  # nobody goes on writing
+    assert not alive(writing)  # nobody goes on writing
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*.tar")}
     assert 3 <= len(kept) < 22
     assert not (tmp_path / "out/manifest.json").exists()

@@ -2,14 +2,13 @@
 
 import json
 import math
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import start
 from safetensors.torch import load_file
 from tiny import TINY
 
@@ -23,7 +22,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def test_the_whole_run(relloc, tmp_path):
     run_dir = tmp_path / "out"
-    done = relloc("train", *TINY, "eval=[linear_fast,knn]", f"hydra.run.dir={run_dir}")
+    done = relloc("train", *TINY, "eval=[linear_fast,knn]", f"hydra.run.dir={run_dir}", fresh=True)
     assert done.code == 0, done.text
 
     rows = read_results(run_dir)
@@ -80,22 +79,16 @@ def test_seed_and_neutral_settings(relloc, tmp_path):
     assert [row.eval for row in read_results(tmp_path / "a")] == ["pretext"]  # eval=[]
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, environment, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, tmp_path):
     line = (*TINY, "eval=[]", "tracking=none", "data.epochs=12", "report_every_steps=1")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert relloc("train", *line, f"hydra.run.dir={straight}").code == 0
 
-    command = [sys.executable, "-m", "relloc.train", *line, f"hydra.run.dir={stopped}"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (stopped / "journal.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)  # until training is on its way
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, text
-    assert "everything is saved" in text
+    command = start("relloc.train", *line, f"hydra.run.dir={stopped}", folder=tmp_path)
+    assert command.wait_for((stopped / "journal.jsonl").exists), command.text  # until training is on its way
+    os.kill(command.pid, signal.SIGINT)
+    assert command.wait(60) == 130, command.text
+    assert "everything is saved" in command.text
     assert not (stopped / "backbone.safetensors").exists()
     assert json.loads((stopped / "status.json").read_text())["status"] == "KILLED"
 
@@ -142,7 +135,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(relloc, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
-    full = relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]", preexec_fn=small_files_only)
+    full = relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]", fresh=True, preexec_fn=small_files_only)
     assert full.code == 2, full.text
     assert "could not be written" in full.text
     assert "hydra.run.dir" in full.text
@@ -152,9 +145,9 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(relloc, tmp_path):
 
 def test_two_processes_share_one_run_folder(relloc, tmp_path):
     run_dir = tmp_path / "out"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
     line = (*TINY, "data.images_per_batch_norm=8", "eval=[knn]", "tracking=none", f"hydra.run.dir={run_dir}")
-    done = relloc("train", *line, launcher=torchrun)
+    done = relloc("train", *line, through=torchrun, fresh=True)
     assert done.code == 0, done.text
     assert (run_dir / "backbone.safetensors").exists()
     assert done.text.count("chance is 12.5 %") == 1  # one of them speaks
@@ -169,7 +162,7 @@ def test_two_processes_share_one_run_folder(relloc, tmp_path):
 def test_help_lists_groups_and_members_without_loading_torch_or_mlflow(relloc, environment):
     environment["PYTHONPROFILEIMPORTTIME"] = "1"
     for command in ("train", "evaluate"):
-        done = relloc(command, "--help")
+        done = relloc(command, "--help", fresh=True)
         assert done.code == 0
         assert "data: folder, imagenette, in1k, inat18, photos, places205, voc2007" in done.text
         loaded = {line.rpartition("|")[2].strip() for line in done.text.splitlines() if "import time:" in line}

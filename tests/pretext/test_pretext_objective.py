@@ -1,12 +1,12 @@
 import copy
 import math
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+from commands import start
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -158,12 +158,14 @@ for bf16 in (False, True):
 """
 
 
-def test_traced_for_compilation_gradients_are_those_of_the_plain_network() -> None:
+def test_traced_for_compilation_gradients_are_those_of_the_plain_network(tmp_path: Path) -> None:
     """Tracing is where a compiler goes wrong unseen; "aot_eager" traces all of it, and runs that op by op."""
     # In a process of its own: this one checks shapes at run time, which would be traced as well.
-    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    told = [line.split() for line in done.stdout.splitlines()]
+    script = tmp_path / "traced.py"
+    script.write_text(TRACED)
+    done = start(str(script), folder=tmp_path)
+    assert done.wait() == 0, done.text
+    told = [line.split() for line in done.text.splitlines() if line.startswith(("True ", "False "))]
     assert len(told) > 60
     for bf16, name, off in told:
         assert float(off) < (0.15 if bf16 == "True" else 1e-4), (bf16, name, off)

@@ -1,14 +1,12 @@
-"""Two processes under torchrun train as one does that accumulates."""
+"""Two processes, told what torchrun tells them, train as one does that accumulates."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import start
 from safetensors.torch import load_file
 
 SCRIPT = """
@@ -93,12 +91,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
     script = folder / "train_two.py"
     script.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*torchrun, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = start(str(script), str(folder), folder=folder, processes=2)
+    assert done.wait() == 0, done.text
     return folder
 
 

@@ -1,0 +1,164 @@
+"""Commands that a test may kill, forked from a process that has relloc imported: a start takes no seconds."""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from relloc.tracking.store import SETTINGS
+
+DEADLINE_S = 120
+# One thread, as torchrun sets it: sums in another order would hide whether processes compute the same.
+FIXED = {"COLUMNS": "160", "HYDRA_FULL_ERROR": "0", "OMP_NUM_THREADS": "1"}
+
+
+class Command:
+    """A started command, of one process or several; `text` is all that it printed so far."""
+
+    def __init__(self, processes: Sequence[ForkServerProcess], output: Path) -> None:
+        self.processes = processes
+        self.output = output
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        return self.processes[0].pid or 0
+
+    def wait_for(self, true: Callable[[], object]) -> bool:
+        """Whether it came true before a process of the command ended."""
+        end = time.monotonic() + DEADLINE_S
+        while not true():
+            if any(process.exitcode is not None for process in self.processes):
+                return False
+            assert time.monotonic() < end, f"nothing happened in time:\n{self.text}"
+            time.sleep(0.005)
+        return True
+
+    def wait(self, seconds: float = DEADLINE_S) -> int:
+        """The exit code of the first process that failed, or 0; minus the signal for a killed one."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(end - time.monotonic())
+            if process.exitcode is None:
+                self.kill()
+                pytest.fail(f"not finished after {seconds} s:\n{self.text}")
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+    def kill(self) -> int:
+        """`kill -9` of it and of all that it started; the first process's exit code."""
+        alive = [process.pid or 0 for process in self.processes if process.exitcode is None]
+        for pid in [*alive, *(below for above in alive for below in descendants(above))]:
+            _kill(pid)
+        for process in self.processes:
+            process.join(DEADLINE_S)
+        return self.processes[0].exitcode or 0
+
+
+def start(
+    module: str,
+    *arguments: str,
+    folder: Path,
+    output: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    processes: int = 1,
+) -> Command:
+    """Start `python -m MODULE ARGUMENTS`, or `python MODULE` for a file, in an existing folder.
+
+    Of several processes each is told what torchrun tells it.
+    """
+    if environment is None:
+        environment = {**os.environ, **FIXED, "RELLOC_RUNS": str(folder / "runs")}
+    if output is None:
+        output = folder / f"output_{len(list(folder.glob('output_*')))}.txt"
+    output.touch()
+    together = _together(processes) if processes > 1 else [{}]
+    started = [
+        _server().Process(target=_become, args=(module, arguments, folder, output, {**environment, **of_rank}))
+        for of_rank in together
+    ]
+    for process in started:
+        process.start()
+    return Command(started, output)
+
+
+def _together(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each process of one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    return [{**sizes, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that it started, and those that these started."""
+    parents = {int(path.parent.name): _parent(path) for path in Path("/proc").glob("[0-9]*/stat")}
+    found = [pid]
+    for above in found:
+        found += [child for child, parent in parents.items() if parent == above]
+    return found[1:]
+
+
+def _parent(stat: Path) -> int:
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return 0
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@functools.cache
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    commands = (f"relloc.runs.{name}" for name in ("pretraining", "evaluating", "preparing"))
+    context.set_forkserver_preload([*commands, "relloc.data.folder", "mlflow.store.tracking.sqlalchemy_store"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**SETTINGS, **FIXED}.items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _become(
+    module: str, arguments: tuple[str, ...], folder: Path, output: Path, environment: Mapping[str, str]
+) -> None:
+    multiprocessing.set_start_method(None, force=True)  # the command's own processes start as they always do
+    with open(output, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [module, *arguments]
+    sys.exit(_exit_code(module))
+
+
+def _exit_code(module: str) -> str | int | None:
+    # Caught and raised anew: what the command's frames hold must end before multiprocessing ends its children.
+    try:
+        if module.endswith(".py"):
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        return ended.code
+    return 0
