@@ -40,7 +40,7 @@ def test_a_check_alone_tells_and_writes_nothing(relloc, tmp_path):
     seen = (tmp_path / "originals/train/a/small.jpg").read_bytes()
     (tmp_path / "originals/val/b/seen.jpg").write_bytes(seen)
     before = below(tmp_path)
-    done = relloc("prepare", *FOLDER, "data.root=originals", "workers=2")
+    done = relloc("prepare", *FOLDER, "data.root=originals", "workers=2", fresh=True)
     assert done.code == 0, done.text
     assert below(tmp_path) == before
     for words in ("LEAK: 1 images of val are also in train", "b/seen.jpg = a/small.jpg", "out=FOLDER packs"):
