@@ -80,7 +80,8 @@ def test_seed_and_neutral_settings(relloc, tmp_path):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, tmp_path):
-    line = (*TINY, "eval=[]", "tracking=none", "data.epochs=12", "report_every_steps=1")
+    small = ("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "monitor.every_epochs=null")
+    line = (*TINY, *small, "eval=[]", "tracking=none", "data.epochs=12", "report_every_steps=1")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert relloc("train", *line, f"hydra.run.dir={straight}").code == 0
 
