@@ -188,6 +188,34 @@ def test_a_job_that_the_cluster_takes_goes_on_to_the_same_bits(sweeps: Sweeps, u
     assert int(json.loads((run_dir / "run.json").read_text())["tags"]["slurm.restarts"]) == 1
 
 
+def test_a_point_whose_node_dies_goes_on_on_another_to_the_same_bits(sweeps: Sweeps, undisturbed: Path) -> None:
+    """A dead node has neither its daemon nor any process of the job, which setting a node down leaves alive."""
+    started = sweeps.start("seed=0", *on_slurm())
+    sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
+    number, node = sweeps.slurm("squeue", "-h", "-j", sweeps.job(), "-o", "%A %N").split()
+    slurm = Path(sweeps.environment["RELLOC_SLURM_DIR"])
+    of_node = [int((slurm / f"slurmd-{node}.pid").read_text()), *processes_of_job(number, sweeps.environment)]
+    assert training(sweeps) in of_node
+    for pid in of_node:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    sweeps.slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=dead")
+    try:
+        code, told = sweeps.ended(started)
+    finally:
+        subprocess.run(["slurmd", "-N", node], env=sweeps.environment, check=True, timeout=30)
+        sweeps.wait_for((slurm / f"slurmd-{node}.pid").exists)
+        with (slurm / "pids").open("a") as pids:  # down.sh ends these
+            pids.write((slurm / f"slurmd-{node}.pid").read_text())
+    assert code == 0, told + sweeps.logs()
+    run_dir = sweeps.point("seed_0")
+    assert_same_bits(run_dir / "backbone.safetensors", undisturbed)
+    tags = json.loads((run_dir / "run.json").read_text())["tags"]
+    assert tags["slurm.restarts"] == "1"
+    assert tags["slurm.nodes"] != node
+    assert "1 done" in told
+
+
 def test_a_killed_process_is_started_again_in_its_job(sweeps: Sweeps, undisturbed: Path) -> None:
     started = sweeps.start("seed=0", *on_slurm())
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
@@ -248,6 +276,22 @@ def test_jobs_run_the_code_and_configs_of_their_submission(sweeps: Sweeps) -> No
     record = json.loads((sweeps.point("seed_0") / "run.json").read_text())
     assert record["tags"]["relloc.code"] == str(copy / "relloc")
     assert record["tags"]["relloc.sweep"] == "d"
+
+
+def processes_of_job(number: str, environment: dict[str, str]) -> list[int]:
+    """SLURM's own processes of a job first, as they would tell of the end of the others."""
+    stepds, others = [], []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text()
+            told = set((folder / "environ").read_text().split("\0"))
+        except OSError:
+            continue
+        if words.startswith(f"slurmstepd: [{number}."):
+            stepds.append(int(folder.name))
+        elif {f"SLURM_JOB_ID={number}", f"SLURM_CONF={environment['SLURM_CONF']}"} <= told:
+            others.append(int(folder.name))
+    return stepds + others
 
 
 def training(sweeps: Sweeps) -> int:
