@@ -152,7 +152,10 @@ def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish
     assert "again, alone: python -m relloc.train" in of_failed
     assert "grid.resize.px=20" in of_failed
     failed = sweeps.job("px_20")
-    sweeps.wait_for(lambda: "FAILED" in sweeps.slurm("sacct", "-n", "-X", "-j", failed, "-o", "state"))
+    sweeps.wait_for(lambda: "JobState=FAILED" in sweeps.slurm("scontrol", "show", "job", failed))
+    assert "ExitCode=1:0" in sweeps.slurm("scontrol", "show", "job", failed)
+    with pytest.raises(subprocess.CalledProcessError):  # so all of this works without accounting
+        sweeps.slurm("sacct", "-n", "-X", "-j", failed)
 
 
 def test_the_same_sweep_again_runs_only_what_is_missing_and_a_wider_one_reuses_points(
@@ -203,6 +206,7 @@ def test_a_point_whose_node_dies_goes_on_on_another_to_the_same_bits(sweeps: Swe
     try:
         code, told = sweeps.ended(started)
     finally:
+        (slurm / f"slurmd-{node}.pid").unlink()  # the dead one's
         subprocess.run(["slurmd", "-N", node], env=sweeps.environment, check=True, timeout=30)
         sweeps.wait_for((slurm / f"slurmd-{node}.pid").exists)
         with (slurm / "pids").open("a") as pids:  # down.sh ends these
