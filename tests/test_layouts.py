@@ -1,5 +1,6 @@
 """Files of other projects, imitated key by key (protocols.md 5.1)."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,11 @@ def mmselfsup_1(weights: Weights) -> dict[str, Any]:
     return {"meta": {"epoch": 70}, "state_dict": state, "message_hub": hub, "param_schedulers": [{"last_step": 2}]}
 
 
+def timm_training(weights: Weights, **more: Any) -> dict[str, Any]:
+    about = {"epoch": 3, "arch": "resnet18", "version": 2, "args": argparse.Namespace(lr=0.1), "metric": 0.5}
+    return {**about, "state_dict": weights | FC, "optimizer": OPTIMIZER, "amp_scaler": {"scale": 65536.0}, **more}
+
+
 LAYOUTS: dict[str, tuple[Callable[[Weights], dict[str, Any]], str, dict[str, int]]] = {
     "mmselfsup 0.x training": (
         lambda w: {
@@ -103,8 +109,28 @@ LAYOUTS: dict[str, tuple[Callable[[Weights], dict[str, Any]], str, dict[str, int
         "mmselfsup 0.x or OpenSelfSup, as published",
         {},
     ),
+    "OpenSelfSup training": (
+        lambda w: {
+            "meta": {"openselfsup_version": "0.2.0", "epoch": 70, "iter": 175140},
+            "state_dict": below("backbone.", w) | NECK_AND_HEAD,
+            "optimizer": OPTIMIZER,
+        },
+        "mmselfsup 0.x or OpenSelfSup, as trained",
+        {"neck": 4, "head": 2, "state of the training": 2},
+    ),
+    "OpenSelfSup published": (
+        lambda w: {"state_dict": w, "author": "OpenSelfSup"},
+        "mmselfsup 0.x or OpenSelfSup, as published",
+        {},
+    ),
     "mmselfsup 1.x": (mmselfsup_1, "mmselfsup 1.x", {"neck": 4, "head": 2}),
     "torchvision": (lambda w: w | FC, "torchvision or timm", {"classifier": 2}),
+    "timm published": (lambda w: without_counters(w) | FC, "torchvision or timm", {"classifier": 2}),
+    "timm training": (
+        timm_training,
+        "torchvision's names below state_dict",
+        {"classifier": 2, "state of the training": 2},
+    ),
     "VISSL": (vissl, "VISSL", {"head": 1, "state of the training": 3}),
     "VISSL's trunk": (
         lambda w: {"model_state_dict": below("_feature_blocks.", without_counters(w))},
@@ -120,6 +146,7 @@ LAYOUTS: dict[str, tuple[Callable[[Weights], dict[str, Any]], str, dict[str, int
         "detectron2's names",
         {"classifier": 2},
     ),
+    "plain, with a prefix": (lambda w: below("encoder.", w), "torchvision's names below encoder", {}),
     "DataParallel": (lambda w: below("module.", w | FC), "torchvision's names below module", {"classifier": 2}),
     "MoCo": (
         lambda w: {"state_dict": below("module.encoder_q.", w | {"fc.0.weight": ONE}) | {"module.queue": ONE}},
@@ -148,6 +175,19 @@ def test_every_layout_gives_the_same_forward_to_the_bit(ours: ResNetBackbone, we
     assert all(torch.equal(maps[stage], expected[stage]) for stage in expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_every_layout_missing_and_foreign_tensors_are_named(weights: Weights, layout: str) -> None:
+    imitate, name, _ = LAYOUTS[layout]
+    changed = {name: tensor for name, tensor in weights.items() if name != "layer2.1.conv2.weight"}
+    changed |= {"layer3.0.se.weight": ONE, "bn1.bias": ONE}
+    with pytest.raises(CheckpointError) as raised:
+        find(imitate(changed), origin="x.pth").fitted(weights)
+    assert str(raised.value).startswith(
+        f"x.pth ({name}) does not fit this backbone: 1 missing (layer2.1.conv2.weight); 1 unknown "
+        "(layer3.0.se.weight); 1 of another shape (bn1.bias [2] for [64]). Known layouts are mmselfsup 0.x"
+    )
+
+
 def test_the_318_tensors_of_a_resnet50_go_to_detectron2_and_back() -> None:
     weights = names_only(50)
     assert len(weights) == 318
@@ -162,6 +202,7 @@ def test_the_318_tensors_of_a_resnet50_go_to_detectron2_and_back() -> None:
 
 TWO = {
     "encoders": lambda w, other: {"state_dict": below("module.encoder_q.", w) | below("module.encoder_k.", other)},
+    "average": lambda w, other: timm_training(w, state_dict_ema=other | FC),
     "teacher": lambda w, other: {"student": below("module.backbone.", w), "teacher": below("backbone.", other)},
 }
 
@@ -170,6 +211,7 @@ TWO = {
     ("file", "names", "first", "second"),
     [
         ("encoders", "state_dict.module.encoder_q, state_dict.module.encoder_k", "encoder_q", "module.encoder_k."),
+        ("average", "state_dict, state_dict_ema", "state_dict", "state_dict_ema"),
         ("teacher", "student.module.backbone, teacher.backbone", "student", "teacher.backbone"),
     ],
 )
