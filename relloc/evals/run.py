@@ -152,7 +152,7 @@ def _evaluate_frozen(
     backbone, how = subject.backbone, "statistics as trained"
     if first.batch_norm == "recalibrated":
         backbone = copy.deepcopy(backbone)
-        used = recalibrate(backbone, _calibration_batches(splits.train, view, terms))
+        used = recalibrate(backbone, calibration_batches(splits.train, view, terms))
         how = f"statistics re-estimated on {used} training images without labels"
     train, held_out = (
         LiveFeatures(backbone, images, terms.reading, view, labels=_labels(images, first.evaluation.labels))
@@ -206,7 +206,8 @@ def _keep(
     return fill_bank(train, layers, size, device), fill_bank(held_out, layers, size, device)
 
 
-def _calibration_batches(images: ImageSet, view: View, terms: Terms) -> Iterator[torch.Tensor]:
+def calibration_batches(images: ImageSet, view: View, terms: Terms) -> Iterator[torch.Tensor]:
+    """Pixels (b 3 s s), on the device, of the images that `terms` has statistics estimated on, drawn by its seed."""
     reading = terms.reading
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(terms.seed))
     size = min(reading.batch, len(images))
