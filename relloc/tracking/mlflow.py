@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -292,13 +293,16 @@ def _result_batches(rows: Sequence[Result], note: Note) -> Iterator[Batch]:
 
 
 def _row_points(row: Result, time_ms: int) -> list[Point]:
-    """A row under its name and, for feature1 to feature5, as a point of a curve over the layers."""
+    """A row under its name and as a point of curves: over feature1 to feature5, and over k where it has one."""
     name = legal_name(row.tracked_name)
     points = [(name, 0, row.value, time_ms)]
     variant, layer, metric = name.rpartition(f"/{row.layer}/")
     if layer and row.layer.startswith("feature"):
         step = int(row.layer.removeprefix("feature"))
         points.append((f"{variant}/{metric}_by_layer", step, row.value, time_ms))
+    if layer and (counted := re.fullmatch(r"(\w+?)_k(\d+)(_\w+)?", metric)):
+        what, k, rest = counted[1], int(counted[2]), counted[3] or ""
+        points.append((f"{variant}{layer}{what}{rest}_by_k", k, row.value, time_ms))
     return points
 
 

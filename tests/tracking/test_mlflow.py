@@ -190,6 +190,17 @@ def test_results_give_a_value_a_layer_and_a_curve_over_the_layers(uri: str, new_
     assert stored == Counter(expected)
 
 
+def test_numbers_of_several_k_are_also_a_curve_over_k(uri: str, new_run: NewRun) -> None:
+    run_dir = new_run()
+    metrics = {"map_k1": 10.0, "map_k16": 30.0, "map_k1_cv": 9.0, "map_best": 40.0}
+    shots = [dataclasses.replace(LINEAR, eval="low_shot", metric=name, value=value) for name, value in metrics.items()]
+    append_results(run_dir, shots)
+    sync(run_dir, uri)
+    curves = {point for point in points(run_dir, uri) if point[0].endswith("_by_k")}
+    over_k, tuned = "low_shot/feature1/map_by_k", "low_shot/feature1/map_cv_by_k"
+    assert curves == {(over_k, 1, 10.0), (over_k, 16, 30.0), (tuned, 1, 9.0)}
+
+
 def test_rows_measured_anew_replace_the_old_values(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
     append_results(run_dir, rows())
