@@ -10,7 +10,7 @@ from pathlib import Path
 
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point
-from relloc.tracking.record import write_json
+from relloc.tracking.record import COMMIT_FILE, commit_of, write_json
 
 SWEEP_FILE = "sweep.json"
 CODE = "code"
@@ -62,7 +62,7 @@ class Sweep:
 
 
 def snapshot(folder: Path, *, package: Path, conf: Path, plugins: Path, own: Path | None = None) -> Path:
-    """Copy the code and configs of now, from which jobs run whenever they start; the folder to import from.
+    """Copy the code, its commit and configs of now, from which jobs run whenever they start; the folder to import from.
 
     `own` are the user's configs, copied to `OWN_CONF`. A second command of a sweep shares the copy of the first
     where nothing has changed.
@@ -71,6 +71,8 @@ def snapshot(folder: Path, *, package: Path, conf: Path, plugins: Path, own: Pat
     new = folder / f".{CODE}.{os.getpid()}"
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(package, new / "relloc", ignore=ignored)
+    if commit := commit_of(package / "__init__.py"):
+        (new / "relloc" / COMMIT_FILE).write_text(f"{commit}\n", encoding="utf-8")
     if not (new / "relloc" / "conf").is_dir():
         shutil.copytree(conf, new / "conf", ignore=ignored)
     if own and own.is_dir():

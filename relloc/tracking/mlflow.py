@@ -48,6 +48,7 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 
+_OF_SPREAD = ("_std", "_min", "_max")
 JOURNALS = {"lines": JOURNAL_FILE, "system": SYSTEM_FILE}
 POINT_FIELDS = (*JOURNALS, "results")
 Point = tuple[str, int, float, int]  # metric name, step, value, Unix ms
@@ -190,7 +191,7 @@ def _send_record(client: "MlflowClient", run_dir: Path, record: RunRecord, note:
     params = {legal_name(name): _text(value) for name, value in record.params.items()}
     fresh = {name: text for name, text in params.items() if name not in run.data.params}
     tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(run_dir)}
-    tags |= _changed_params(run.data.params, params)
+    tags |= _source(record.tags) | _changed_params(run.data.params, params)
     client.log_batch(
         note.run_id,
         params=[Param(name, text) for name, text in fresh.items()],
@@ -204,6 +205,13 @@ def _send_record(client: "MlflowClient", run_dir: Path, record: RunRecord, note:
 
 def _text(value: Scalar) -> str:
     return (value if isinstance(value, str) else json.dumps(value))[:PARAM_CHARACTERS]
+
+
+def _source(tags: dict[str, str]) -> dict[str, str]:
+    """What the UI shows as a run's source: its command, and the commit."""
+    kind, commit = tags.get("relloc.kind"), tags.get("relloc.commit")
+    told = {"mlflow.source.name": f"relloc.{kind}", "mlflow.source.type": "LOCAL"} if kind else {}
+    return told | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 def _changed_params(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
@@ -293,14 +301,19 @@ def _result_batches(rows: Sequence[Result], note: Note) -> Iterator[Batch]:
 
 
 def _row_points(row: Result, time_ms: int) -> list[Point]:
-    """A row under its name and as a point of curves: over feature1 to feature5, and over k where it has one."""
+    """A row under its name and as a point of curves: over feature1 to feature5, and over k where it has one.
+
+    Curves of how a number spreads would only hide those of the numbers.
+    """
     name = legal_name(row.tracked_name)
     points = [(name, 0, row.value, time_ms)]
     variant, layer, metric = name.rpartition(f"/{row.layer}/")
-    if layer and row.layer.startswith("feature"):
+    if not layer or metric.endswith(_OF_SPREAD):
+        return points
+    if row.layer.startswith("feature"):
         step = int(row.layer.removeprefix("feature"))
         points.append((f"{variant}/{metric}_by_layer", step, row.value, time_ms))
-    if layer and (counted := re.fullmatch(r"(\w+?)_k(\d+)(_\w+)?", metric)):
+    if counted := re.fullmatch(r"(\w+?)_k(\d+)(_\w+)?", metric):
         what, k, rest = counted[1], int(counted[2]), counted[3] or ""
         points.append((f"{variant}{layer}{what}{rest}_by_k", k, row.value, time_ms))
     return points

@@ -19,6 +19,7 @@ from relloc.tracking.store import absolute_uri
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
+COMMIT_FILE = "COMMIT"  # in a copy of the package, which is no checkout: what was copied
 STATUSES = ("RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED")
 CONTEXTS = ("train", "eval")
 DISTRIBUTIONS = ("torch", "torchvision", "hydra-core", "mlflow")
@@ -136,13 +137,13 @@ def environment_tags(device_names: Sequence[str] = ()) -> dict[str, str]:
     """Tags that say what code ran where: commit, versions, host and the given devices.
 
     What cannot be found out is absent: a package that is not installed, a commit outside of a
-    checkout. A commit ends in "-dirty" if tracked files were changed.
+    checkout and of a sweep's copy of one. A commit ends in "-dirty" if tracked files were changed.
     """
     tags = {"host": socket.gethostname(), "version.python": platform.python_version()}
     tags["relloc.code"] = str(Path(__file__).parents[1])
     if device_names:
         tags["devices"] = ", ".join(device_names)
-    if commit := commit_of(Path(__file__)):
+    if commit := commit_of(Path(__file__)) or _copied_commit(Path(__file__).parents[1]):
         tags["relloc.commit"] = commit
     if version := _version("relloc"):
         tags["relloc.version"] = version
@@ -156,6 +157,11 @@ def commit_of(file: Path) -> str | None:
         return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _copied_commit(package: Path) -> str | None:
+    noted = package / COMMIT_FILE
+    return noted.read_text(encoding="utf-8").strip() if noted.is_file() else None
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -14,9 +14,12 @@ from hydra import compose, initialize_config_dir
 from hydra_plugins.relloc_launchers.processes import ProcessLauncher
 from omegaconf import OmegaConf
 
+import relloc as relloc_package
 from relloc.runs.launch import conf_dir
 from relloc.sweeps.points import Point, identity, note_job, process_mark
 from relloc.sweeps.sweep import Sweep
+from relloc.tracking import RunRecord
+from relloc.tracking.record import commit_of
 
 TINY = (
     *("data.source.tiles=[0.4]", "data.source.stride=0.5", "data.images_per_step=16", "data.images_per_batch_norm=16"),
@@ -57,6 +60,8 @@ def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_o
     assert of_failed.strip() in told.stdout
 
     trained = point(tmp_path, "images_per_step_16") / "backbone.safetensors"
+    commit = RunRecord.read(trained.parent).tags.get("relloc.commit")
+    assert (commit or "")[:40] == (commit_of(Path(relloc_package.__file__)) or "")[:40]  # not lost in the sweep's copy
     written = trained.stat().st_mtime_ns
     wider = (*(word for word in line if not word.startswith(("sweep=", "data.images_per_step="))), "sweep=t")
     again = relloc(tmp_path, "train", *wider, "data.images_per_step=16", "seed=1,0", "tracking.experiment=other")

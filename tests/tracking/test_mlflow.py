@@ -64,13 +64,15 @@ JOURNAL_POINTS = Counter(
 
 
 def test_a_run_arrives_whole(uri: str, new_run: NewRun) -> None:
-    run_dir = new_run("r50 seed0", tags={"devices": "cpu"})
+    run_dir = new_run("r50 seed0", tags={"devices": "cpu", "relloc.kind": "train", "relloc.commit": "6a6cf28"})
     sent = sync(run_dir, uri)
     assert (sent.params, sent.points, sent.artifacts) == (4, 6, 0)
     run = mlflow_run(run_dir, uri)
     assert run.info.run_name == "r50 seed0"
     assert run.info.start_time == RunRecord.read(run_dir).started_ms
     assert run.data.tags["devices"] == "cpu"
+    assert run.data.tags["mlflow.source.name"] == "relloc.train"
+    assert run.data.tags["mlflow.source.git.commit"] == "6a6cf28"
     assert run.data.tags["relloc.run_dir"] == str(run_dir)
     assert points(run_dir, uri) == JOURNAL_POINTS
     experiment = open_store(uri).get_experiment(sent.experiment_id)
@@ -192,7 +194,7 @@ def test_results_give_a_value_a_layer_and_a_curve_over_the_layers(uri: str, new_
 
 def test_numbers_of_several_k_are_also_a_curve_over_k(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
-    metrics = {"map_k1": 10.0, "map_k16": 30.0, "map_k1_cv": 9.0, "map_best": 40.0}
+    metrics = {"map_k1": 10.0, "map_k16": 30.0, "map_k1_cv": 9.0, "map_k1_std": 1.0, "map_best": 40.0}
     shots = [dataclasses.replace(LINEAR, eval="low_shot", metric=name, value=value) for name, value in metrics.items()]
     append_results(run_dir, shots)
     sync(run_dir, uri)
