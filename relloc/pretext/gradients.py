@@ -14,8 +14,8 @@ class Gradients:
     """Gives each parameter a `grad` that is its part of one tensor, for backwards to add to.
 
     Their place stays, so that a recorded CUDA graph can write there. Processes average in one call after
-    the last backward: for a ResNet-50's 160 MB that is a hundredth of a step between GPUs of one host, and
-    spares the kernels and hooks of DistributedDataParallel, which the process that feeds a GPU has no time for.
+    the last backward: nothing of it runs beside the backward, as it does with DistributedDataParallel, whose
+    hooks and kernels the process that feeds a GPU has no time for.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from relloc.errors import UsageError
 from relloc.pretext.gradients import Gradients
 from relloc.pretext.graphed import Graphed
 
@@ -68,3 +69,13 @@ def test_a_recorded_training_has_the_bits_of_a_plain_one() -> None:
     for one, other in zip(*trained, strict=True):
         assert torch.equal(one, other)
     assert len({loss.item() for loss in trained[1][:8]}) == 8  # a replay takes what it is given
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_told_with_what_to_do() -> None:
+    step = Graphed(lambda x: x * x.sum().item())  # the host waits for a value
+    x = torch.ones(3, device="cuda")
+    for _ in range(3):
+        assert torch.equal(step(x), torch.full_like(x, 3))
+    with pytest.raises(UsageError, match="give cuda_graphs=false"):
+        step(x)
