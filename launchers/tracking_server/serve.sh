@@ -5,7 +5,8 @@
 # MLFLOW_AUTH_ADMIN_PASSWORD in the environment, the server asks for names and passwords. Needs PostgreSQL (Debian:
 # apt-get install postgresql) and pip install 'relloc[server]'.
 set -euo pipefail
-folder=${1:?which folder? serve.sh FOLDER [options of mlflow server]}
+[ $# -gt 0 ] || { echo "which folder? serve.sh FOLDER [options of mlflow server]" >&2; exit 1; }
+folder=$1
 shift
 mkdir -p "$folder"
 cd "$folder"
@@ -35,7 +36,7 @@ asked() { "$bin/psql" -h "$folder/db" -U mlflow -d postgres -tAc "$1"; }
 options=(--workers 1 --backend-store-uri "postgresql+psycopg://mlflow@/mlflow?host=$folder/db"
   --artifacts-destination "$folder/artifacts")
 if [ -n "${MLFLOW_AUTH_ADMIN_PASSWORD:-}" ] || [ -f basic_auth.db ]; then # never open again by mistake
-  [ -f secret_key ] || (umask 077; head -c 32 /dev/urandom | base64 >secret_key)
+  [ -f secret_key ] || head -c 32 /dev/urandom | base64 >secret_key
   export MLFLOW_FLASK_SERVER_SECRET_KEY=${MLFLOW_FLASK_SERVER_SECRET_KEY:-$(cat secret_key)}
   options+=(--app-name basic-auth)
 fi

@@ -44,7 +44,7 @@ class Mirror:
             write_status(self._run_dir, "RUNNING")
             load_mlflow()
             self._system = SystemMetrics(self._run_dir)
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, ValueError) as error:  # ValueError: a damaged system.jsonl
             self._fail(error)
             return
         self._thread.start()

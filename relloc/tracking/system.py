@@ -12,6 +12,7 @@ from typing import Any
 from relloc.tracking.journal import SYSTEM_FILE, Journal
 from relloc.tracking.record import RunRecord, now_ms
 
+STOP_S = 5.0
 # Of mlflow.system_metrics.metrics. They need psutil, that of GPUs nvidia-ml-py and NVIDIA's driver.
 MONITORS = {
     "cpu_monitor": "CPUMonitor",
@@ -38,9 +39,9 @@ class SystemMetrics:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more samples."""
+        """Take no more samples; a driver that does not answer is not waited for."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(timeout=STOP_S)
 
     def _work(self) -> None:
         while not self._stopping.wait(self._every_s):

@@ -1,4 +1,5 @@
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +64,30 @@ def test_what_the_machine_does_not_tell_is_left_out(new_run: NewRun, monkeypatch
     parts = {name.split("_")[0] for name in read_journal(run_dir, file=SYSTEM_FILE)[0].metrics}
     assert "system/cpu" in parts
     assert not parts & {"system/disk", "system/network"}
+
+
+def test_a_damaged_file_is_named_and_ends_no_training(uri: str, new_run: NewRun) -> None:
+    run_dir, warnings = new_run(), []
+    (run_dir / SYSTEM_FILE).write_text("garbage\n")
+    follower = Mirror(run_dir, uri, warn=warnings.append)
+    follower.start()
+    assert len(warnings) == 1
+    assert f"{run_dir / SYSTEM_FILE} line 1 is not a journal entry" in warnings[0]
+    assert "Nothing is lost" in (follower.close("FINISHED") or "")
+
+
+def test_a_driver_that_does_not_answer_is_not_waited_for(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def silent(_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+            answer.wait(60)
+
+    monkeypatch.setattr("mlflow.system_metrics.metrics.disk_monitor.DiskMonitor.collect_metrics", silent)
+    monkeypatch.setattr(system, "STOP_S", 0.1)
+    following = SystemMetrics(new_run(), every_s=0.01)
+    assert asked.wait(60)
+    following.stop()
+    assert not answer.is_set()
+    answer.set()
