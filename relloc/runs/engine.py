@@ -196,13 +196,9 @@ def _missing_for_triton() -> str:
 
 
 def _workers(asked: Any, on: torch.device) -> int:
-    """Loader processes: as asked; else this process's share of the cores, or a quarter where the CPU trains."""
+    """Loader processes: as asked; else a training process's share of the cores but one, a quarter beside a CPU."""
     if asked != "auto":
         return whole("workers", asked)
-    beside = ranks.local_world_size()
-    cores = len(os.sched_getaffinity(0)) // beside
-    if on.type == "cpu":
-        return cores // 4
-    # One core is left to the process that feeds a GPU; of several a quarter, as all slow down when no core is free
-    # (4 x 12 workers on 64 cores read a third more than 4 x 15: benchmarks/README.md).
-    return max(1, cores - 1 if beside == 1 else cores * 3 // 4)
+    cores = len(os.sched_getaffinity(0)) // ranks.local_world_size()
+    # One core is left to the process that feeds a GPU, which has little to do where steps are CUDA graphs.
+    return cores // 4 if on.type == "cpu" else max(1, cores - 1)

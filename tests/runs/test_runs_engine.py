@@ -106,8 +106,8 @@ def test_a_cpu_that_trains_leaves_a_quarter_of_its_share_to_readers(
     assert settle(asked()).workers == workers
 
 
-@pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 15), (64, 4, 12), (16, 4, 3), (2, 4, 1)])
-def test_beside_a_gpu_all_cores_but_one_read_and_beside_several_three_quarters(
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 15), (64, 4, 15), (16, 4, 3), (2, 4, 1)])
+def test_beside_a_gpu_all_cores_of_its_share_but_one_read(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
