@@ -1,0 +1,64 @@
+"""up.sh and down.sh: a SLURM that is there as a whole, or not at all."""
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from one_machine import SCRIPTS, environment_of, left_of
+
+
+def run(environment: Mapping[str, str], *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_with_accounting_sacct_knows_a_job_and_nothing_stays_after_down(tmp_path: Path) -> None:
+    environment = environment_of(tmp_path / "slurm", accounting=True)
+    up = run(environment, SCRIPTS / "up.sh")
+    try:
+        assert (up.returncode, up.stdout) == (0, f"export SLURM_CONF={tmp_path / 'slurm/slurm.conf'}\n"), up.stderr
+        assert sum("slurm" in words for words in left_of(tmp_path / "slurm")) > 5  # so what is looked for can be seen
+        assert run(environment, "srun", "--immediate=60", "--job-name=a_job", "true").returncode == 0
+        end = time.monotonic() + 60
+        while "a_job|COMPLETED" not in (told := run(environment, "sacct", "-nXP", "-o", "JobName,State")).stdout:
+            assert time.monotonic() < end, told
+            time.sleep(0.2)
+    finally:
+        down = run(environment, SCRIPTS / "down.sh")
+    assert (down.returncode, down.stdout, down.stderr) == (0, "", "")
+    assert left_of(tmp_path / "slurm") == []
+
+
+@pytest.mark.parametrize(
+    ("culprit", "says"), [("slurmctld", "library is missing"), ("slurmd-n2", "Address already in use")]
+)
+def test_what_fails_on_the_way_leaves_nothing_and_names_the_log_that_says_why(
+    tmp_path: Path, culprit: str, says: str
+) -> None:
+    environment = environment_of(tmp_path / "slurm", accounting=False)
+    if culprit == "slurmctld":
+        program = tmp_path / culprit
+        program.write_text(f"#!/bin/sh\necho {says} >&2; exit 3\n")
+        program.chmod(0o755)
+        up = run(environment | {"PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}, SCRIPTS / "up.sh")
+    else:
+        with socket.create_server(("", int(environment["RELLOC_SLURM_PORT"]) + 11)):
+            up = run(environment, SCRIPTS / "up.sh")
+    assert (up.returncode, up.stdout) == (1, "")
+    assert up.stderr.startswith(f"up.sh: {culprit} did not start, and what was running is stopped again. ")
+    (log,) = (word for word in up.stderr.split() if word.startswith(f"{tmp_path}/slurm-failed/{culprit}."))
+    assert says in Path(log).read_text()
+    assert says in up.stderr
+    assert left_of(tmp_path / "slurm") == []
+
+
+def test_one_that_is_up_is_not_started_over(tmp_path: Path) -> None:
+    environment = environment_of(tmp_path / "slurm", accounting=False)
+    (tmp_path / "slurm").mkdir()
+    up = run(environment, SCRIPTS / "up.sh")
+    assert (up.returncode, up.stderr.count("\n")) == (1, 1)
+    assert f"{tmp_path / 'slurm'} exists" in up.stderr
+    assert (tmp_path / "slurm").is_dir()
