@@ -78,16 +78,31 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     sys.exit(0)
 
 
+class _Scratch:
+    """What `${scratch:}` in a config is: one temporary folder, made where it is asked for and removed at the end."""
+
+    def __init__(self, at_end: contextlib.ExitStack) -> None:
+        self._at_end = at_end
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        return self._at_end.enter_context(tempfile.TemporaryDirectory(prefix="relloc_"))
+
+    def __call__(self) -> str:
+        return self._folder
+
+    def __reduce__(self) -> NoReturn:
+        """Launchers of others pickle Hydra's state, which this is part of, to have it composed again elsewhere."""
+        raise UsageError(
+            "this hydra/launcher sends Hydra itself to other processes, where a point's mistakes and end are lost: "
+            "launcher=slurm submits jobs through submitit as well, launcher=local starts processes of this machine"
+        )
+
+
 @contextlib.contextmanager
 def _scratch_folder() -> Iterator[None]:
-    """What `${scratch:}` in a config is: one temporary folder, made where it is asked for and removed at the end."""
     with contextlib.ExitStack() as at_end:
-
-        @functools.cache
-        def made() -> str:
-            return at_end.enter_context(tempfile.TemporaryDirectory(prefix="relloc_"))
-
-        OmegaConf.register_new_resolver("scratch", made, replace=True)
+        OmegaConf.register_new_resolver("scratch", _Scratch(at_end), replace=True)
         yield
 
 
