@@ -162,6 +162,14 @@ def test_without_slurm_it_is_told_at_once(tmp_path: Path) -> None:
     assert "there is no sbatch here" in done.stderr
 
 
+def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    """hydra-submitit-launcher's; its submitit_slurm is refused at the same place, and needs a SLURM."""
+    done = relloc(tmp_path, "train", "-m", "hydra/launcher=submitit_local", "seed=0,1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("relloc: this hydra/launcher sends Hydra itself to other processes, where")
+    assert not list(tmp_path.rglob("*_log.*"))
+
+
 def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:
     done = relloc(tmp_path, "sweep", "status", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")

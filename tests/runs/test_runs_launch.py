@@ -72,19 +72,6 @@ def test_a_setting_that_only_a_swept_member_has_is_told_as_that(
     assert capsys.readouterr().err == f"relloc: {told}"
 
 
-def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_submitted(
-    launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """hydra-submitit-launcher's; its submitit_slurm differs in what it submits to, and needs a SLURM."""
-    assert launched(write, "train", "-m", "hydra/launcher=submitit_local", "seed=0,1") == 2
-    told = capsys.readouterr().err
-    assert told.startswith("relloc: this hydra/launcher sends Hydra itself to other processes, where")
-    assert "launcher=slurm submits" in told
-    assert told.count("\n") == 1
-    assert not list(tmp_path.rglob("*_log.*"))  # no process was started
-    assert not list(tmp_path.rglob("run.json"))
-
-
 def test_what_a_folder_held_before_stays_in_it(launched: Launched, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "notes").touch()
