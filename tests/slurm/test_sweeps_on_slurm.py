@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +18,13 @@ import torch
 from noise_folder import write_noise
 from safetensors.torch import load_file
 
-from relloc.tracking import read_journal
+from relloc import sweep
+from relloc.results import read_results
+from relloc.tracking import open_store, read_journal
 
 DEADLINE_S = 180
 STEPS = 160
+GAPS, JITTERS = (0, 4, 8, 12), (0, 2)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -114,6 +119,24 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     )
 
 
+@pytest.fixture(scope="module")
+def of_photographs(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+    """A finished sweep over gap and jitter, evaluated and tracked; most of a job is Python's start."""
+    settings = (
+        *("device=cpu", "workers=0", "data.source.tiles=[0.4]", "data.source.stride=1", "data.images_per_step=16"),
+        *("data.images_per_batch_norm=16", "data.epochs=2", "data.warmup_epochs=0", "data.milestone_epochs=[1]"),
+        *("grid.patch_px=16", "grid.resize.px=80", "view.short_px=64", "view.crop_px=56", "report_every_steps=1"),
+        *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "eval.knn.k=[1,5]"),
+        *("data.linear.epochs=2", "data.linear.milestone_epochs=[1]"),
+        *(f"grid.{name}={','.join(map(str, swept))}" for name, swept in (("gap_px", GAPS), ("jitter_px", JITTERS))),
+    )
+    made = Sweeps(folder=tmp_path_factory.mktemp("photographs"), environment=cluster, settings=settings)
+    made.wait_for(made.nodes_are_up)
+    code, told = made.run("-m", *on_slurm("sweep=photographs"))
+    assert (code, "8 points, 8 to run" in told, "8 done" in told) == (0, True, True), told + made.logs()
+    return made
+
+
 @pytest.fixture
 def sweeps(cluster: dict[str, str], settings: tuple[str, ...], tmp_path: Path) -> Iterator[Sweeps]:
     """What a test leaves on the cluster, also where it fails, is gone before the next."""
@@ -158,18 +181,50 @@ def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish
         sweeps.slurm("sacct", "-n", "-X", "-j", failed)
 
 
-def test_the_same_sweep_again_runs_only_what_is_missing_and_a_wider_one_reuses_points(
-    sweeps: Sweeps, undisturbed: Path
+def test_of_a_sweep_over_gap_and_jitter_mlflow_has_each_point_once_and_whole(
+    of_photographs: Sweeps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=a"))
-    assert (code, "2 to run" in told) == (0, True), told
-    written = (sweeps.point("seed_0") / "backbone.safetensors").stat().st_mtime_ns
-    assert_same_bits(sweeps.point("seed_0") / "backbone.safetensors", undisturbed)
-    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=a"))
-    assert (code, "2 points, 2 done before, 0 to run" in told) == (0, True), told
-    code, told = sweeps.run("-m", "seed=1,0,2", "launcher=local", "sweep=b", "tracking.experiment=other")
+    client = open_store(f"sqlite:///{of_photographs.folder / 'runs/mlflow.db'}")
+    experiment = client.get_experiment_by_name("relloc")
+    runs = client.search_runs([experiment.experiment_id])  # all that there are
+    assert [run.info.status for run in runs] == ["FINISHED"] * 8
+    assert {run.data.tags["relloc.sweep"] for run in runs} == {"photographs"}
+    swept = [(int(run.data.params["grid.gap_px"]), int(run.data.params["grid.jitter_px"])) for run in runs]
+    assert sorted(swept) == list(itertools.product(GAPS, JITTERS))
+    losses = set()
+    for run, (gap_px, jitter_px) in zip(runs, swept, strict=True):
+        run_dir = Path(run.data.tags["relloc.run_dir"])
+        assert run_dir == of_photographs.point(f"gap_px_{gap_px}_jitter_px_{jitter_px}_")
+        assert run.info.run_name == f"gap{gap_px} jit{jitter_px} gray small s0"
+        assert run.data.tags["slurm.job"] == json.loads((run_dir / "point.json").read_text())["job"]["slurm"]
+        assert run.data.tags["slurm.nodes"] in ("n1", "n2")
+        histories = [client.get_metric_history(run.info.run_id, name) for name in run.data.metrics]
+        stored = Counter((point.key, point.step, str(point.value)) for history in histories for point in history)
+        assert stored == written(run_dir)
+        sent = Path(client.download_artifacts(run.info.run_id, ""))
+        for name in ("backbone.safetensors", "patches.png", "config.yaml", "results.jsonl"):
+            assert (sent / name).read_bytes() == (run_dir / name).read_bytes(), name
+        losses.add(tuple(e.metrics["train/loss"] for e in read_journal(run_dir) if "train/loss" in e.metrics))
+    assert len(losses) == 8  # each trained on a question of its own
+
+    monkeypatch.chdir(of_photographs.folder)
+    monkeypatch.setenv("SLURM_CONF", of_photographs.environment["SLURM_CONF"])
+    assert sweep.main(["status", "runs/sweeps/photographs"]) == 0
+    told = capsys.readouterr().out
+    assert "8 done" in told
+    assert told.count("100 %") == 8
+
+
+def test_the_same_sweep_again_runs_only_what_is_missing_and_a_wider_one_reuses_points(of_photographs: Sweeps) -> None:
+    weights = {
+        path: path.stat().st_mtime_ns for path in of_photographs.folder.glob("runs/train_*/backbone.safetensors")
+    }
+    code, told = of_photographs.run("-m", *on_slurm("sweep=photographs"))
+    assert (code, "8 points, 8 done before, 0 to run" in told) == (0, True), told
+    wider = ("grid.gap_px=0", "grid.jitter_px=3,2,0", "launcher=local", "sweep=b", "tracking.experiment=other")
+    code, told = of_photographs.run("-m", *wider)
     assert (code, "3 points, 2 done before, 1 to run" in told) == (0, True), told
-    assert (sweeps.point("seed_0") / "backbone.safetensors").stat().st_mtime_ns == written
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
 
 
 @pytest.mark.parametrize("does", ["requeue", "preempt"])
@@ -279,6 +334,24 @@ def test_jobs_run_the_code_and_configs_of_their_submission(sweeps: Sweeps) -> No
     record = json.loads((sweeps.point("seed_0") / "run.json").read_text())
     assert record["tags"]["relloc.code"] == str(copy / "relloc")
     assert record["tags"]["relloc.sweep"] == "d"
+
+
+def written(run_dir: Path) -> Counter[tuple[str, int, str]]:
+    """Every point that MLflow is to have of a run: metric, step and value."""
+    points = []
+    for name in ("journal.jsonl", "system.jsonl"):
+        for entry in map(json.loads, (run_dir / name).read_text().splitlines()):
+            points += [(metric, entry["step"], str(float(value))) for metric, value in entry["metrics"].items()]
+    rows = read_results(run_dir)
+    for row in rows:
+        points.append((row.tracked_name, 0, str(row.value)))
+        of_eval = row.tracked_name.partition("/")[0]
+        if row.layer.startswith("feature"):
+            points.append((f"{of_eval}/{row.metric}_by_layer", int(row.layer.removeprefix("feature")), str(row.value)))
+        if row.eval == "knn":
+            points.append((f"{of_eval}/{row.layer}/top1_by_k", int(row.metric.removeprefix("top1_k")), str(row.value)))
+    assert Counter(row.eval for row in rows) == {"pretext": 1, "linear_fast": 2 * 5, "knn": 2 * 6 * 2}
+    return Counter(points)
 
 
 def processes_of_job(number: str, environment: dict[str, str]) -> list[int]:
