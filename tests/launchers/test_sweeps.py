@@ -88,6 +88,31 @@ def test_gpus_are_handed_out_one_a_point(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path.read_text() for path in (tmp_path / "runs/a/gpu", tmp_path / "runs/b/gpu")} == {"3", "5"}
 
 
+def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the checkout, which may change before a job begins, and over the folder that one stands in."""
+    monkeypatch.delenv("RELLOC_CONF", raising=False)
+    launcher = ProcessLauncher(OmegaConf.create({"name": "here", "processes": 1}))
+    launcher.sweep = Sweep(tmp_path / "sweep")
+    launcher.code = launcher._snapshot()
+    (tmp_path / "relloc").mkdir()
+    (tmp_path / "relloc/__init__.py").write_text("raise SystemExit('not this one')")
+    one = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
+    python = launcher.command(one)[: -len(one.arguments)]
+    asked = "from relloc.runs import launch; import hydra_plugins.relloc_launchers as plugins; "
+    asked += "print(launch.__file__, launch.conf_dir(), plugins.__file__)"
+    told = subprocess.run(
+        [*python, "-c", asked],
+        cwd=tmp_path,
+        env=launcher.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    used = ("relloc/runs/launch.py", "conf", "hydra_plugins/relloc_launchers/__init__.py")
+    assert told.stdout.split() == [str(launcher.code / name) for name in used]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     line = ("-m", *TINY, "tracking=none", "seed=0,1", "data.epochs=3", "sweep=s")

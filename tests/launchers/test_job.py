@@ -1,0 +1,143 @@
+"""A point's command inside of a SLURM job, with submitit's own handler of signals.
+
+What submitit and Hydra's launcher for it do to jobs, and the tests that tell when it comes back; those without a file
+are here, S is tests/slurm/test_sweeps_on_slurm.py, which has a SLURM.
+
+ 1. A task that failed counts as completed, with its traceback in no log.
+      S: a_failing_point_is_named_with_its_log_and_command_and_the_others_finish; a_command_that_fails_fails_its_job
+ 2. A job that leaves no result (cancelled, lost with its node) hides the results of the jobs after it.
+      S: a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_command
+ 3. Code and configs are those of the moment at which a job starts, not at which it was submitted.
+      S: jobs_run_the_code_and_configs_of_their_submission; test_sweeps.py: the_copy_of_the_code_wins_over_any_other;
+      tests/sweeps: a_copy_of_the_code_is_shared_until_something_changes
+ 4. Forked readers inherit submitit's handlers, and a signal of SLURM has each of them queue the job again.
+      commands_inherit_no_handler; S: a_job_that_the_cluster_takes_goes_on_to_the_same_bits, with a reader
+ 5. A cluster may preempt without the signal that submitit waits for: SIGTERM, and soon SIGKILL.
+      S: a_job_that_the_cluster_takes_goes_on_to_the_same_bits (scontrol requeue does the same);
+      a_point_whose_node_dies_goes_on_on_another_to_the_same_bits; a_killed_process_is_started_again_in_its_job
+ 6. What is queued again is the same call, and the task is not asked for its state.
+      a_signal_has_the_command_save_before_the_job_is_queued_again; S: the tests that end in the same bits
+ 7. At its time limit a job is not queued again unless that is allowed; when it was often enough, an exception is raised
+    inside of the task, which may swallow it.
+      used_up_starts_end_the_job_after_saving; S: a_job_at_its_time_limit_saves_and_is_queued_again
+ 8. Each of several tasks runs as if it were alone: all write the same files.
+      S: two_nodes_train_together_and_a_killed_rank_starts_the_job_again; tests/runs/test_runs_launch.py:
+      other_ranks_write_in_a_folder_that_goes
+ 9. Resolvers, and whatever __main__ holds, travel to the job in a pickle of Hydra's state.
+      nothing_of_hydra_is_pickled; test_sweeps.py: a_launcher_that_pickles_hydra_is_refused_before_anything_is_started
+10. Under torchrun each process names its run folder itself, after its own clock.
+      tests/flow/test_train.py: two_processes_share_one_run_folder
+"""
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import cloudpickle
+import pytest
+from hydra_plugins.relloc_launchers.job import PointFailed, PointJob
+from submitit.core.job_environment import SignalHandler
+from submitit.core.utils import DelayedSubmission, UncompletedJobError
+
+# submitit leaves the job by an exception, before it has waited for the command, which has ended.
+pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+
+SAVING = """
+import pathlib, signal, sys, time
+names = ("SIGTERM", "SIGCONT", "SIGUSR1", "SIGUSR2")
+inherited = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_DFL]
+def save(number, _frame):
+    time.sleep(0.3)
+    pathlib.Path("saved").write_text(f"inherited: {inherited}")
+    sys.exit(128 + number)
+signal.signal(signal.SIGUSR2, save)
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("SLURM_NTASKS", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def job_of(script: str) -> DelayedSubmission:
+    return DelayedSubmission(PointJob(), [sys.executable, "-c", script], {})
+
+
+def signalled(job: DelayedSubmission) -> list[str]:
+    """Run a job; once its command has started, have submitit's handler get SIGUSR2. What it did, in order."""
+    did: list[str] = []
+
+    def requeue(starts_left: int) -> None:
+        did.append(f"{'saved' if Path('saved').exists() else 'unsaved'}, queued again, {starts_left} starts left")
+
+    environment = SimpleNamespace(global_rank=0, _requeue=requeue)
+    paths = SimpleNamespace(submitted_pickle=Path("submitted.pkl"))
+    handler = SignalHandler(environment, paths, job)  # type: ignore[arg-type]
+    before = signal.signal(signal.SIGUSR2, handler.checkpoint_and_try_requeue)
+
+    def send() -> None:
+        end = time.monotonic() + 60
+        while not Path("started").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        job.result()
+    except SystemExit:
+        did.append("left")
+    except UncompletedJobError as error:
+        did.append(f"{'saved' if Path('saved').exists() else 'unsaved'}, {error}")
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR2, before)
+    return did
+
+
+def test_a_signal_has_the_command_save_before_the_job_is_queued_again() -> None:
+    job = job_of(SAVING)
+    job.set_timeout(60, 2)
+    assert signalled(job) == ["saved, queued again, 2 starts left", "left"]
+    again = DelayedSubmission.load("submitted.pkl")
+    assert isinstance(again.function, PointJob)
+    assert again.args == job.args
+
+
+def test_used_up_starts_end_the_job_after_saving() -> None:
+    job = job_of(SAVING)
+    job.set_timeout(0, 0)  # each signal counts as the time limit
+    assert signalled(job) == ["saved, Job not requeued because: timed-out too many times."]
+
+
+def test_commands_inherit_no_handler() -> None:
+    job = job_of(SAVING)
+    job.set_timeout(60, 2)
+    signalled(job)
+    assert Path("saved").read_text() == "inherited: []"
+
+
+def test_a_command_that_fails_fails_its_job() -> None:
+    with pytest.raises(PointFailed, match="exit code 3"):
+        job_of("raise SystemExit(3)").result()
+
+
+def test_a_command_that_is_killed_starts_four_times_at_most(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PointFailed, match="exit code -9"):
+        job_of("import os; print('started', flush=True); os.kill(os.getpid(), 9)").result()
+    assert capfd.readouterr().out.count("started") == 4
+
+
+def test_nothing_of_hydra_is_pickled() -> None:
+    pickled = cloudpickle.dumps(job_of("pass"))
+    assert b"hydra_plugins.relloc_launchers.job" in pickled  # by name
+    assert b"omegaconf" not in pickled
+    assert b"__main__" not in pickled
+    assert len(pickled) < 1000
