@@ -1,9 +1,13 @@
-"""python -m relloc.report [FOLDER ...] [--format FORMAT] [--out FILE]: our numbers beside the published ones."""
+"""python -m relloc.report [FOLDER ...] [--format FORMAT] [--out FILE]: our numbers beside the published ones.
+
+python -m relloc.report sweep=NAME: those of runs/sweeps/NAME, a line a point and a column a layer, and as a picture.
+"""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from relloc.errors import UsageError
@@ -14,8 +18,13 @@ from relloc.reports.as_markdown import as_markdown
 from relloc.reports.make import ROWS, make_report
 from relloc.reports.measured import find_measured
 from relloc.reports.table import Report
+from relloc.sweeps.points import Point
+from relloc.sweeps.standing import standings
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
+_SWEEP = "sweep="
+_PICTURES = ("png", "svg", "pdf")
+_SWEEP_FORMATS = {"markdown": ".md", "csv": ".csv", **{name: f".{name}" for name in _PICTURES}}
 _FORMATS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "markdown": (".md", as_markdown),
     "csv": (".csv", as_csv),
@@ -28,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the report; 0 if it is there, 2 after a mistake, which is one message on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        _report(options.folders or [_runs_folder()], options.format, options.rows, options.out)
+        if any(folder.startswith(_SWEEP) for folder in options.folders):
+            _report_sweep(options)
+        else:
+            _report(options)
     except UsageError as error:
         print(f"relloc: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,15 +53,18 @@ def _parser() -> argparse.ArgumentParser:
         "folders",
         metavar="FOLDER",
         nargs="*",
-        type=Path,
-        help="runs, sweeps, or folders of them; default runs/",
+        help=f"runs, sweeps, or folders of them, by default runs/; or {_SWEEP}NAME",
     )
     parser.add_argument(
         "--format",
-        help=f"{', '.join(_FORMATS)}; by default that of FILE's ending, which must be known; printed, markdown",
+        help=f"{', '.join(_FORMATS)}; of a sweep {', '.join(_SWEEP_FORMATS)}; by default that of FILE's ending, "
+        "which must be known; printed, markdown",
     )
     parser.add_argument(
         "--rows", default=ROWS[0], help="card: relative location and its controls; all: other tasks too"
+    )
+    parser.add_argument(
+        "--metrics", metavar="PATTERN", help="of a sweep: not the headline metrics, but these: 'linear*/top1_tuned'"
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write there instead of printing")
     return parser
@@ -59,19 +74,78 @@ def _runs_folder() -> Path:
     return Path(os.environ.get("RELLOC_RUNS", "runs"))
 
 
-def _report(folders: Sequence[Path], name: str | None, rows: str, out: Path | None) -> None:
-    render = _renderer(name, out)
-    if rows not in ROWS:
-        raise UsageError(f"--rows {rows} is not one of {', '.join(ROWS)}")
-    text = render(make_report(find_measured([run for folder in folders for run in _runs_of(folder)]), rows))
+def _report(options: argparse.Namespace) -> None:
+    render = _FORMATS[_format(options, {name: ending for name, (ending, _) in _FORMATS.items()})][1]
+    if options.rows not in ROWS:
+        raise UsageError(f"--rows {options.rows} is not one of {', '.join(ROWS)}")
+    if options.metrics is not None:
+        raise UsageError(f"--metrics is for a sweep: name one with {_SWEEP}NAME")
+    runs = [run for folder in options.folders or [_runs_folder()] for run in _runs_of(Path(folder))]
+    _give(render(make_report(find_measured(runs), options.rows)), options.out)
+
+
+def _report_sweep(options: argparse.Namespace) -> None:
+    # pandas and matplotlib take a while, which other reports need not wait
+    from relloc.reports.sweep_numbers import read_sweep
+    from relloc.reports.sweep_picture import draw_sweep
+    from relloc.reports.sweep_text import as_sweep_csv, as_sweep_markdown
+
+    sweep, shown = _sweep_of(options), _format(options, _SWEEP_FORMATS)
+    points = sweep.points()
+    numbers = read_sweep(sweep.name, points, _states(points), options.metrics)
+    if shown == "csv":
+        _give(as_sweep_csv(numbers), options.out)
+    elif shown == "markdown":
+        _give(as_sweep_markdown(numbers, sweep.command()), options.out)
+    if options.format is options.out is None or shown in _PICTURES:
+        form = shown if shown in _PICTURES else _PICTURES[0]
+        path = options.out or sweep.folder / f"report.{form}"
+        with _writing(path):
+            draw_sweep(numbers, path, form)
+        print(f"picture {path}")
+
+
+def _sweep_of(options: argparse.Namespace) -> Sweep:
+    word = next(word for word in options.folders if word.startswith(_SWEEP))
+    if len(options.folders) > 1:
+        raise UsageError(f"{word} is reported alone: leave out the other folders and sweeps")
+    if options.rows != ROWS[0]:
+        raise UsageError(f"--rows is for published numbers, which {word} is not beside: leave it out")
+    sweeps = _runs_folder() / "sweeps"
+    sweep = Sweep(sweeps / word.removeprefix(_SWEEP))
+    if not (sweep.folder / SWEEP_FILE).exists():
+        there = ", ".join(sorted(file.parent.name for file in sweeps.glob(f"*/{SWEEP_FILE}")))
+        known = f"name one of {there}" if there else "it has none; RELLOC_RUNS names another folder of runs"
+        raise UsageError(f"{sweep.name} is no sweep of {sweeps}: {known}")
+    return sweep
+
+
+def _states(points: Sequence[Point]) -> list[str]:
+    """How each point stands; schedulers are asked only where not all are done, and may be silent."""
+    found = standings(points, {})
+    if any(now.state != "done" for now in found):
+        try:
+            found = standings(points)
+        except UsageError as error:
+            print(f"relloc: {error}; its points that run or wait are told as stopped or failed", file=sys.stderr)
+    return [now.state for now in found]
+
+
+def _give(text: str, out: Path | None) -> None:
     if out is None:
         print(text, end="")
         return
-    try:
+    with _writing(out):
         out.write_text(text, encoding="utf-8")
+    print(f"report  {out}")
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(f"{out} could not be written ({error.strerror}): name another file with --out") from error
-    print(f"report  {out}")
 
 
 def _runs_of(folder: Path) -> list[Path]:
@@ -81,18 +155,19 @@ def _runs_of(folder: Path) -> list[Path]:
     return [point.folder for point in Sweep(folder).points() if point.folder.is_dir()]
 
 
-def _renderer(name: str | None, out: Path | None) -> Callable[[Report], str]:
-    name = name or (_format_of(out) if out else "markdown")
-    if name not in _FORMATS:
-        raise UsageError(f"--format {name} is not one of {', '.join(_FORMATS)}")
-    return _FORMATS[name][1]
+def _format(options: argparse.Namespace, endings: Mapping[str, str]) -> str:
+    """The format that is asked for, by its name or by the ending of the file; printed, the first."""
+    name = options.format or (_format_of(options.out, endings) if options.out else next(iter(endings)))
+    if name not in endings:
+        raise UsageError(f"--format {name} is not one of {', '.join(endings)}")
+    return name
 
 
-def _format_of(out: Path) -> str:
-    of_ending = {ending: name for name, (ending, _) in _FORMATS.items()}
+def _format_of(out: Path, endings: Mapping[str, str]) -> str:
+    of_ending = {ending: name for name, ending in endings.items()}
     if out.suffix.lower() not in of_ending:
-        endings = ", ".join(of_ending)
-        raise UsageError(f"--out {out} ends in none of {endings}: end it so, or say --format {'|'.join(_FORMATS)}")
+        known = ", ".join(of_ending)
+        raise UsageError(f"--out {out} ends in none of {known}: end it so, or say --format {'|'.join(endings)}")
     return of_ending[out.suffix.lower()]
 
 

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
 RESULTS_FILE = "results.jsonl"
 NOT_OURS = ("random", "torchvision")
+HEADLINES = ("top1", "map", "rankme")  # what evaluations are known by, but for those by number of something
 
 
 def check_layers(setting: str, layers: Sequence[str]) -> None:
@@ -97,6 +99,21 @@ def read_results(run_dir: Path) -> Sequence[Result]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} line {number} is not a result row: {error}") from error
     return rows
+
+
+def count_of(row: Result) -> int | None:
+    """k of `top1_k20` or `map_k16`; None for a metric without."""
+    found = re.fullmatch(r"[a-z0-9]+_k(\d+)", row.metric)
+    return int(found[1]) if found else None
+
+
+def headlines(rows: Sequence[Result]) -> list[Result]:
+    """What each evaluation is known by; of metrics by number of neighbors, or of images, the one closest to 20."""
+    closest: dict[str, int] = {}
+    for row in rows:
+        if (k := count_of(row)) is not None:
+            closest[row.eval] = min(k, closest.get(row.eval, k), key=lambda k: abs(k - 20))
+    return [row for row in rows if row.metric in HEADLINES or closest.get(row.eval, -1) == count_of(row)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

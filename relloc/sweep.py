@@ -1,19 +1,17 @@
 """python -m relloc.sweep status|wait|cancel SWEEP...: how the points of a sweep stand, whoever runs them."""
 
 import argparse
-import importlib.metadata
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from relloc.errors import UsageError
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, read_job
-from relloc.sweeps.standing import standings
+from relloc.sweeps.standing import schedulers, standings
 from relloc.sweeps.sweep import Sweep
 from relloc.sweeps.table import say, table, tell_failed
 
@@ -44,17 +42,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _status(sweep: Sweep) -> int:
     points = sweep.points()
-    found = standings(points, _asked())
+    found = standings(points)
     say(table(points, found))
     tell_failed(points, found, sweep, lambda point: _log(sweep, point))
     return int(any(now.state != "done" and not now.in_flight for now in found))
 
 
 def _wait(sweep: Sweep) -> int:
-    found = standings(sweep.points(), _asked())
+    found = standings(sweep.points())
     while any(now.in_flight for now in found):
         time.sleep(_POLL_S)
-        found = standings(sweep.points(), _asked())
+        found = standings(sweep.points())
     for words in mend(sweep.points(), found):
         say(f"mended  {words}")
     return _status(sweep)
@@ -62,8 +60,8 @@ def _wait(sweep: Sweep) -> int:
 
 def _cancel(sweep: Sweep) -> int:
     points = sweep.points()
-    in_flight = [point for point, now in zip(points, standings(points, _asked()), strict=True) if now.in_flight]
-    for name, scheduler in _schedulers().items():
+    in_flight = [point for point, now in zip(points, standings(points), strict=True) if now.in_flight]
+    for name, scheduler in schedulers().items():
         scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder) or {})])
     for job in (read_job(point.folder) or {} for point in in_flight):
         if "pid" in job:
@@ -74,19 +72,10 @@ def _cancel(sweep: Sweep) -> int:
 
 def _log(sweep: Sweep, point: Point) -> Path | None:
     job = read_job(point.folder) or {}
-    for name, scheduler in _schedulers().items():
+    for name, scheduler in schedulers().items():
         if name in job:
             return scheduler.log_of(sweep.folder, str(job[name]))
     return sweep.log(point)
-
-
-def _schedulers() -> dict[str, Any]:
-    """Modules that know jobs, by the name under which `note_job` notes these; launchers bring them."""
-    return {point.name: point.load() for point in importlib.metadata.entry_points(group="relloc.schedulers")}
-
-
-def _asked() -> dict[str, Any]:
-    return {name: scheduler.states for name, scheduler in _schedulers().items()}
 
 
 _DOES = {"status": _status, "wait": _wait, "cancel": _cancel}

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,12 +15,12 @@ from rich.table import Table
 
 from relloc.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
-from relloc.results import LAYERS, NOT_OURS, Result
+from relloc.results import HEADLINES, LAYERS, NOT_OURS, Result, count_of, headlines
 
 T = TypeVar("T")
 Update = Callable[[int, str], None]
 _LINE_EVERY_S = 30
-_SHOWN = {"top1": "", "map": "", "rankme": "rankme"}  # metrics in the table, and what its head says of them
+_SAID = {"top1": "", "map": "", "rankme": "rankme"}  # what the table's head says of a metric
 _last_line: dict[str, float] = {}  # when there was one, of whatever
 _ORDER = {"linear": -2, "linear_fast": -1}
 
@@ -87,7 +86,7 @@ def results_table(rows: Sequence[Result]) -> Table:
     One number an evaluation: of the numbers of neighbors, or of images, only the one closest to 20
     is shown; results.jsonl has all.
     """
-    lines = _by_line([row for row in rows if row.eval != "pretext" and _is_shown(row, rows)])
+    lines = _by_line([row for row in headlines(rows) if row.eval != "pretext"])
     table = Table(title="on images never trained on, in percent (RankMe: directions)", box=box.SIMPLE_HEAD)
     for name in ("evaluation", "weights", "batch norm"):
         table.add_column(name, no_wrap=True)
@@ -105,19 +104,6 @@ def results_table(rows: Sequence[Result]) -> Table:
     return table
 
 
-def _count(row: Result) -> int | None:
-    """k of `top1_k20` or `map_k16`; None for a metric without."""
-    found = re.fullmatch(r"[a-z0-9]+_k(\d+)", row.metric)
-    return int(found[1]) if found else None
-
-
-def _is_shown(row: Result, rows: Sequence[Result]) -> bool:
-    if row.metric in _SHOWN:
-        return True
-    counts = {_count(other) for other in rows if other.eval == row.eval} - {None}
-    return _count(row) is not None and _count(row) == min(counts, key=lambda k: abs((k or 0) - 20))
-
-
 def _by_line(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, float]]:
     """Values by layer of each evaluation, weights and batch norm; several checkpoints are told apart by their runs."""
     runs = {Path(row.checkpoint).parent.name for row in rows if row.checkpoint not in NOT_OURS}
@@ -125,7 +111,7 @@ def _by_line(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, flo
     order = list(dict.fromkeys(row.eval for row in rows))
     for row in sorted(rows, key=lambda row: (_ORDER.get(row.eval, 0), order.index(row.eval))):
         weights = row.checkpoint if row.checkpoint in NOT_OURS else _called(Path(row.checkpoint), len(runs) > 1)
-        what = f"{row.eval} {_SHOWN.get(row.metric, f'k={_count(row)}')}".strip()
+        what = f"{row.eval} {_SAID.get(row.metric, f'k={count_of(row)}')}".strip()
         lines.setdefault((what, weights, row.batch_norm), {})[row.layer] = row.value
     return lines
 
@@ -141,7 +127,7 @@ def say_measured(rows: Sequence[Result]) -> None:
     """A line for each layer of what was just measured, its headline numbers."""
     by_layer: dict[str, list[str]] = {}
     for row in rows:
-        if row.metric in _SHOWN or _count(row) is not None:
+        if row.metric in HEADLINES or count_of(row) is not None:
             by_layer.setdefault(row.layer, []).append(f"{row.metric} {row.value:.1f}")
     for layer, numbers in by_layer.items():
         say(f"        {rows[0].eval} {layer}, {rows[0].batch_norm.replace('_', ' ')}: {', '.join(numbers)}")

@@ -1,6 +1,7 @@
 """How the points of a sweep stand, from their run folders and from whoever runs their jobs."""
 
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,11 +33,18 @@ class Standing:
         return self.state in ("running", "waiting")
 
 
-def standings(points: Sequence[Point], schedulers: Mapping[str, Ask]) -> list[Standing]:
-    """How each point stands; `schedulers` are asked once each. Raises what they raise."""
+def schedulers() -> dict[str, Any]:
+    """Modules that know jobs, by the name under which `note_job` notes these; launchers bring them."""
+    return {point.name: point.load() for point in importlib.metadata.entry_points(group="relloc.schedulers")}
+
+
+def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
+    """How each point stands; the schedulers `asked`, by default all, are asked once each. Raises what they raise."""
+    if asked is None:
+        asked = {name: scheduler.states for name, scheduler in schedulers().items()}
     jobs = [read_job(point.folder) or {} for point in points]
     alive: dict[tuple[str, str], JobState] = {}
-    for scheduler, ask in schedulers.items():
+    for scheduler, ask in asked.items():
         numbers = [str(job[scheduler]) for job in jobs if scheduler in job]
         alive |= {(scheduler, number): state for number, state in (ask(numbers) if numbers else {}).items()}
     return [_standing(point.folder, _job_state(job, alive)) for point, job in zip(points, jobs, strict=True)]

@@ -1,0 +1,286 @@
+import csv
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from relloc.report import main
+from relloc.reports.sweep_numbers import mean_tables, read_sweep
+from relloc.reports.sweep_picture import draw_sweep
+from relloc.reports.sweep_text import as_sweep_markdown
+from relloc.results import Result
+from relloc.sweeps.points import Point, note_job
+from relloc.sweeps.sweep import Sweep
+from relloc.tracking.record import write_status
+
+GAPS, JITTERS, SEEDS = (16, 0, 100), (7, 0), (0, 1)
+FEATURE4 = "linear/feature4/top1"
+NewPoint = Callable[..., Point]
+
+
+@pytest.fixture
+def new_point(new_run, tmp_path: Path) -> NewPoint:
+    """A point of a sweep, which is done if it has results; `swept` are its settings."""
+
+    def new(*rows: Result, kind: str = "train", **swept: object) -> Point:
+        words = tuple(f"{key}={value}" for key, value in swept.items())
+        name = " ".join(words)
+        folder = tmp_path / "runs" / name
+        if rows:
+            new_run(name, *rows)
+            write_status(folder, "FINISHED")
+        words = tuple(f"grid.{word}" if "_px" in word else word for word in words)
+        return Point(kind=kind, name=name, overrides=("model=small", *words), identity=name, folder=folder)
+
+    return new
+
+
+@pytest.fixture
+def points(new_point: NewPoint, result) -> list[Point]:
+    """Gap x jitter x seed: linear at feature4 is 10 + gap / 100 + jitter + seed; gap 100, jitter 0 is not done."""
+
+    def rows(value: float, seed: int) -> Sequence[Result]:
+        ours = {"checkpoint": f"{value}/backbone.safetensors", "dataset": "photos", "seed": seed}
+        return (
+            result("pretext", "avgpool", "top1", 12.5, **ours),
+            result("linear", "feature4", "top1", 1.0, **ours),  # measured anew below
+            result("linear", "feature4", "top1", value, **ours),
+            result("linear", "feature5", "top1", 20 - value, **ours),
+            result("linear", "feature4", "top1_tuned", 99.0, **ours),
+            result("linear", "feature4", "top1", 9.0 + seed, dataset="photos", seed=seed, fingerprint=f"same {seed}"),
+            *(result("voc07_low_shot", "feature4", f"map_k{k}", float(k), **ours) for k in (1, 16, 96)),
+        )
+
+    return [
+        new_point(
+            *(() if (gap, jitter) == (100, 0) else rows(10 + gap / 100 + jitter + seed, seed)),
+            gap_px=gap,
+            jitter_px=jitter,
+            seed=seed,
+        )
+        for gap, jitter, seed in itertools.product(GAPS, JITTERS, SEEDS)
+    ]
+
+
+@pytest.fixture
+def note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Sequence[Point]], Sweep]:
+    """Notes a sweep in the folder of runs."""
+    monkeypatch.setenv("RELLOC_RUNS", str(tmp_path / "runs"))
+
+    def note(name: str, points: Sequence[Point]) -> Sweep:
+        sweep = Sweep(tmp_path / "runs" / "sweeps" / name)
+        with sweep.locked():
+            sweep.add(points, ["train.py", "-m", "grid.gap_px=0,16", f"sweep={name}"])
+        return sweep
+
+    return note
+
+
+def done(points: Sequence[Point]) -> list[str]:
+    return ["done"] * len(points)
+
+
+def tables(text: str, title: str) -> list[list[str]]:
+    """Below a title, the lines of its tables without the spaces that align them."""
+    below = text.partition(f"## {title}\n")[2].partition("\n#")[0]
+    return [" ".join(line.split()) for line in below.splitlines() if line.startswith("|") and "---" not in line]
+
+
+def test_a_sweep_is_printed_and_drawn(
+    points: list[Point], note, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = note("s", points)
+    note_job(points[-1], {"pid": 1, "host": "another", "born": ""})  # which has ended without a word
+    assert main(["sweep=s"]) == 0
+    told = capsys.readouterr().out
+    assert tables(told, "linear/top1 on photos val") == [
+        "| gap_px | jitter_px | weights | feature4 | feature5 |",
+        "| 0 | 0 | pretrained | 10.5 ± 0.7 (2) | **9.5** ± 0.7 (2) |",
+        "| 0 | 7 | pretrained | 17.5 ± 0.7 (2) | 2.5 ± 0.7 (2) |",
+        "| 16 | 0 | pretrained | 10.7 ± 0.7 (2) | 9.3 ± 0.7 (2) |",
+        "| 16 | 7 | pretrained | 17.7 ± 0.7 (2) | 2.3 ± 0.7 (2) |",
+        "| 100 | 0 | pretrained | missing, failed | missing, failed |",
+        "| 100 | 7 | pretrained | **18.5** ± 0.7 (2) | 1.5 ± 0.7 (2) |",
+        "| | | random | 9.5 ± 0.7 (2) | — |",
+        "| jitter_px | 0 | 16 | 100 |",
+        "| 0 | 10.5 ± 0.7 (2) | 10.7 ± 0.7 (2) | missing, failed |",
+        "| 7 | 17.5 ± 0.7 (2) | 17.7 ± 0.7 (2) | **18.5** ± 0.7 (2) |",
+    ]
+    assert "At feature4, where the highest is, gap_px across and jitter_px down:" in told
+    assert "## voc07_low_shot/map_k16 on photos val" in told
+    assert "map_k1 " not in told
+    assert "- failed (1): gap_px=100 jitter_px=0 seed=1\n- missing (1): gap_px=100 jitter_px=0 seed=0\n" in told
+    assert "\n    python -m relloc.train -m grid.gap_px=0,16 sweep=s\n" in told
+    picture = sweep.folder / "report.png"
+    assert told.endswith(f"picture {picture}\n")
+    with Image.open(picture) as image:
+        assert len(image.convert("RGB").getcolors(2**24) or ()) > 50
+
+
+def test_a_scheduler_that_is_silent_hides_no_numbers(
+    points: list[Point], note, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note("s", points)
+    monkeypatch.setenv("PATH", "")
+    note_job(points[-1], {"slurm": "7"})
+    assert main(["sweep=s", "--format", "markdown"]) == 0
+    told = capsys.readouterr()
+    assert "SLURM does not say how its jobs stand" in told.err
+    assert "| **18.5** ± 0.7 (2) |" in told.out
+
+
+def drawn(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> Figure:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    draw_sweep(read_sweep("s", points, done(points), FEATURE4), Path("p.png"))
+    return figures[0]
+
+
+def test_maps_have_the_first_setting_across_and_the_other_up(
+    points: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axis = drawn(points, monkeypatch).axes[0]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("gap_px", "jitter_px")
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "16", "100"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "7"]
+    means = [text.get_text().partition("\n")[0] for text in axis.texts]
+    assert means == ["10.5", "10.7", "—", "17.5", "17.7", "18.5"]
+    assert axis.texts[0].get_text() == "10.5\n± 0.7"
+    assert (axis.get_title(), axis.get_title("left")) == ("feature4 (random 9.5)", "linear/top1 on photos val\n")
+
+
+def test_of_one_setting_a_curve_is_drawn_with_its_spread(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
+    (axis,) = drawn([point for point in points if "grid.jitter_px=7" in point.overrides], monkeypatch).axes
+    curve, random = axis.lines
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([0, 16, 100], [17.5, 17.66, 18.5])
+    assert axis.get_xlabel() == "gap_px"
+    low, high = (limit(axis.collections[0].get_paths()[0].vertices[:, 1]) for limit in (min, max))
+    assert (low, high) == (pytest.approx(17.5 - 0.5**0.5), pytest.approx(18.5 + 0.5**0.5))
+    assert random.get_ydata() == [9.5, 9.5]
+
+
+def test_of_three_settings_two_are_told_together(new_point: NewPoint, result, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = result("linear", "feature4", "top1", 50.0, checkpoint="x")
+    made = [
+        new_point(row, gap_px=gap, jitter_px=jitter, color=color)
+        for gap, jitter, color in itertools.product((0, 8), (0, 7), ("project", "drop"))
+    ]
+    axis = drawn(made, monkeypatch).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0, project", "0, drop", "7, project", "7, drop"]
+    text = as_sweep_markdown(read_sweep("s", made, done(made)), "")
+    assert len(tables(text, "linear/top1 on in1k val")) == 1 + 8  # no grid
+    assert "Not done" not in text
+
+
+def test_seeds_are_what_is_swept_where_nothing_else_is(points: list[Point]) -> None:
+    ((_, table),) = mean_tables(read_sweep("s", points[:2], done(points[:2]), FEATURE4))
+    assert dict(table["mean"]["feature4"]) == {
+        ("0", "pretrained"): 17.16,
+        ("1", "pretrained"): 18.16,
+        ("", "random"): 9.5,
+    }
+
+
+def test_evaluated_files_are_told_by_their_names_and_random_weights_by_setting_where_that_matters(
+    new_point: NewPoint, result
+) -> None:
+    made = [
+        new_point(
+            *(result("knn", "feature4", "top1_k20", 10.0 + size, checkpoint=f"/x/{name}.pth") for name in "ab"),
+            result("knn", "feature4", "top1_k20", size / 10, fingerprint=f"{size}"),
+            kind="evaluate",
+            **{"view.short_px": size, "checkpoint": "[/x/a.pth,/x/b.pth,random]"},
+        )
+        for size in (64, 256)
+    ]
+    text = as_sweep_markdown(read_sweep("s", made, done(made)), "")
+    assert tables(text, "knn/top1_k20 on in1k val")[:7] == [
+        "| short_px | weights | feature4 |",
+        "| 64 | a.pth | 74.0 |",
+        "| 64 | b.pth | 74.0 |",
+        "| 64 | random | 6.4 |",
+        "| 256 | a.pth | **266.0** |",
+        "| 256 | b.pth | **266.0** |",
+        "| 256 | random | 25.6 |",
+    ]
+
+
+def test_csv_has_each_result_in_full_and_each_point(
+    points: list[Point], note, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note("s", points)
+    assert main(["sweep=s", "--format", "csv", "--out", str(tmp_path / "table")]) == 0
+    assert capsys.readouterr().out == f"report  {tmp_path / 'table'}\n"
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "table").read_text())))
+    one = {
+        "gap_px": "16",
+        "jitter_px": "7",
+        "seed": "1",
+        "weights": "pretrained",
+        "eval": "linear",
+        "layer": "feature4",
+    }
+    (found,) = (row for row in rows if one.items() <= row.items())
+    assert (float(found["value"]), found["state"], found["n"]) == (18.16, "done", "300")
+    assert [(row["gap_px"], row["state"], row["value"]) for row in rows if row["state"] != "done"] == [
+        ("100", "missing", "")
+    ] * 2
+
+
+def test_a_picture_alone_is_written_where_it_is_named(
+    points: list[Point], note, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note("s", points)
+    out = tmp_path / "maps.svg"
+    assert main(["sweep=s", "--metrics", FEATURE4, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"picture {out}\n"
+    assert out.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep=t"], "runs/sweeps: name one of broken, empty, s\n"),
+        (["sweep=s", "--rows", "all"], "--rows is for published numbers"),
+        (["sweep=s", "sweep=empty"], "sweep=s is reported alone"),
+        (["runs", "sweep=s"], "sweep=s is reported alone"),
+        (
+            ["sweep=s", "--metrics", "kn*"],
+            "--metrics kn* fits nothing that was measured: linear/*/top1, linear/*/top1_tuned\n",
+        ),
+        (["sweep=empty"], "no point of sweep empty has results yet: python -m relloc.sweep status"),
+        (["sweep=broken"], "results.jsonl line 1 is not a result row"),
+        (["sweep=s", "--format", "html"], "--format html is not one of markdown, csv, png, svg, pdf"),
+        (["sweep=s", "--out", "r.html"], "--out r.html ends in none of .md, .csv, .png, .svg, .pdf"),
+        (["sweep=s", "--out", "none/r.png"], "none/r.png could not be written (No such file or directory)"),
+        (["sweep=s", "--out", "none/r.csv"], "none/r.csv could not be written (No such file or directory)"),
+        (["--metrics", "kn*"], "--metrics is for a sweep: name one with sweep=NAME"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    new_point: NewPoint,
+    result,
+    note,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = (result("linear", "feature4", metric, 9.0, checkpoint="x") for metric in ("top1", "top1_tuned"))
+    broken, none = new_point(*rows, gap_px=0), new_point(gap_px=8)
+    note("s", [broken, none])
+    note("empty", [none])
+    if arguments == ["sweep=broken"]:
+        (broken.folder / "results.jsonl").write_text("{}\n")
+    note("broken", [broken])
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("relloc: ")
+    assert message in err
