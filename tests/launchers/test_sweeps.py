@@ -18,7 +18,7 @@ import relloc as relloc_package
 from relloc.runs.launch import conf_dir
 from relloc.sweeps.points import Point, identity, note_job, process_mark
 from relloc.sweeps.sweep import Sweep
-from relloc.tracking import RunRecord
+from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.record import commit_of
 
 TINY = (
@@ -55,6 +55,9 @@ def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_o
     assert "relloc: data.images_per_step is 20, not a multiple of 16" in of_failed
     assert f"hydra.run.dir={point(tmp_path, 'images_per_step_20')}" in of_failed
     assert "Traceback" not in of_failed
+    noted = json.loads((tmp_path / "runs/sweeps/s/sweep.json").read_text())["points"]
+    assert [one["name"] for one in noted] == ["images_per_step=16", "images_per_step=20"]
+    assert all(Path(one["folder"]).parent == tmp_path / "runs" for one in noted)
     told = relloc(tmp_path, "sweep", "status", "runs/sweeps/s")
     assert (told.returncode, "1 done, 1 failed" in told.stdout) == (1, True)
     assert of_failed.strip() in told.stdout
@@ -113,24 +116,37 @@ def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: p
     assert told.stdout.split() == [str(launcher.code / name) for name in used]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    line = ("-m", *TINY, "tracking=none", "seed=0,1", "data.epochs=3", "sweep=s")
-    command = [sys.executable, "-m", "relloc.train", *line]
-    with open(tmp_path / "output", "w") as output:
-        started = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=output, stderr=subprocess.STDOUT)
-    end = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/journal.jsonl")):
-        assert time.monotonic() < end, (tmp_path / "output").read_text()
-        time.sleep(0.1)
-    started.send_signal(number)
-    assert started.wait(120) == 1
-    told = (tmp_path / "output").read_text()
-    assert "everything is saved" in told
-    assert "1 stopped, 1 missing" in told
+def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: Path) -> None:
+    line = ("-m", *TINY, "tracking=none", "seed=0,1", "data.epochs=8", "report_every_steps=1", "sweep=s")
+    reached = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with open(tmp_path / "output", "w") as output:
+            command = [sys.executable, "-m", "relloc.train", *line]
+            started = subprocess.Popen(
+                command, cwd=tmp_path, env=environment(), stdout=output, stderr=subprocess.STDOUT
+            )
+        end = time.monotonic() + 120
+        while newest_step(tmp_path) <= reached:
+            assert time.monotonic() < end, (tmp_path / "output").read_text()
+            time.sleep(0.02)
+        started.send_signal(number)
+        assert started.wait(120) == 1
+        told = (tmp_path / "output").read_text()
+        assert "2 points, 2 to run" in told
+        assert "everything is saved" in told
+        assert "1 stopped, 1 missing" in told
+        assert newest_step(tmp_path) > reached  # the second command went on where the first was stopped
+        reached = newest_step(tmp_path)
     again = relloc(tmp_path, "train", *line)
     assert (again.returncode, "2 points, 2 to run" in again.stdout) == (0, True), again.stdout + again.stderr
     assert "2 done" in again.stdout
+
+
+def newest_step(folder: Path) -> int:
+    """Of the only point that has begun; 0 before it has."""
+    found = list(folder.glob("runs/*/journal.jsonl"))
+    told = read_journal(found[0].parent) if found else []
+    return told[-1].step if told else 0
 
 
 def config_of(*words: str) -> dict:
@@ -228,10 +244,3 @@ def test_a_running_point_is_ended_by_its_number(tmp_path: Path) -> None:
     assert (done.returncode, "1 points were asked to end" in done.stdout) == (0, True)
     assert child.wait(30) == -signal.SIGTERM
     child.communicate()
-
-
-def test_a_sweep_tells_its_points_in_its_folder(tmp_path: Path) -> None:
-    relloc(tmp_path, "train", "-m", "data.images_per_step=20,30", "sweep=s", "tracking=none")
-    noted = json.loads((tmp_path / "runs/sweeps/s/sweep.json").read_text())["points"]
-    assert [one["name"] for one in noted] == ["images_per_step=20", "images_per_step=30"]
-    assert all(Path(one["folder"]).parent == tmp_path / "runs" for one in noted)
