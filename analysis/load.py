@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from relloc.backbone_files import BACKBONE_FILE
+from relloc.reports.labels import RUN_WEIGHTS
 from relloc.results import NOT_OURS, RESULTS_FILE, read_results
 from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.record import RUN_FILE
@@ -55,7 +55,7 @@ def _study(record: RunRecord, checkpoint: str) -> str:
         if (folder / RUN_FILE).exists():
             name = _without_seed(RunRecord.read(folder))
             return name if folder == file.parent else f"{name} {file.stem}"
-    return file.parent.name if file.name == BACKBONE_FILE else file.stem
+    return file.parent.name if file.name == RUN_WEIGHTS else file.stem
 
 
 def _without_seed(record: RunRecord) -> str:

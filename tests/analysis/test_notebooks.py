@@ -1,5 +1,6 @@
 """Notebooks are executed as notebooks, on results written here."""
 
+import itertools
 from pathlib import Path
 
 import jupytext
@@ -7,12 +8,15 @@ import pytest
 from nbclient import NotebookClient
 
 from relloc.results import Result, append_results
+from relloc.sweeps.points import Point
+from relloc.sweeps.sweep import Sweep
 from relloc.tracking import Journal, RunRecord
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"
 NOTEBOOKS = sorted(path for path in ANALYSIS.glob("*.py") if "jupytext" in path.read_text())
 TOLD = {
     "accuracy_by_layer": ("31.0", "65.0"),  # random, feature1; pretrained, feature5
+    "sweep": ("10.08", "0.71", "(16, 7)"),  # how far settings and seeds lie apart, where the highest is
     "training_curves": ("2.17", "31.0"),  # the last loss, the last accuracy
 }
 
@@ -37,6 +41,18 @@ def runs(tmp_path, monkeypatch) -> Path:
     journal = Journal(run_dir)
     for step in (10, 20, 30):
         journal.log({"train/loss": 65.0 / step, "train/top1": 31.0}, step)
+    points = []
+    for gap, jitter, seed in itertools.product((0, 16), (0, 7), (0, 1)):
+        folder = tmp_path / f"gap{gap} jit{jitter} s{seed}"
+        folder.mkdir()
+        value = 40.0 + gap + jitter + seed
+        row = {**names, "eval": "knn", "metric": "top1_k20", "checkpoint": "/x/backbone.safetensors", "seed": seed}
+        append_results(folder, [Result(layer="feature4", value=value, **row)])
+        words = (f"grid.gap_px={gap}", f"grid.jitter_px={jitter}", f"seed={seed}")
+        points.append(Point(kind="train", name=folder.name, overrides=words, identity=folder.name, folder=folder))
+    sweep = Sweep(tmp_path / "sweeps" / "grid")
+    with sweep.locked():
+        sweep.add(points, ["train.py"])
     copies = tmp_path / "mlartifacts" / "relloc"  # MLflow keeps copies of results beside the runs
     copies.mkdir(parents=True)
     (copies / "results.jsonl").write_bytes((run_dir / "results.jsonl").read_bytes())
@@ -45,7 +61,7 @@ def runs(tmp_path, monkeypatch) -> Path:
 
 
 def test_there_is_a_notebook_to_execute():
-    assert [path.stem for path in NOTEBOOKS] == ["accuracy_by_layer", "training_curves"]
+    assert [path.stem for path in NOTEBOOKS] == ["accuracy_by_layer", "sweep", "training_curves"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
