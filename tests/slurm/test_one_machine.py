@@ -1,6 +1,7 @@
 """up.sh and down.sh: a SLURM that is there as a whole, or not at all."""
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -29,6 +30,21 @@ def test_with_accounting_sacct_knows_a_job_and_nothing_stays_after_down(tmp_path
     finally:
         down = run(environment, SCRIPTS / "down.sh")
     assert (down.returncode, down.stdout, down.stderr) == (0, "", "")
+    assert left_of(tmp_path / "slurm") == []
+
+
+def test_a_job_that_nobody_can_cancel_ends_with_the_cluster(tmp_path: Path) -> None:
+    environment = environment_of(tmp_path / "slurm", accounting=False)
+    assert run(environment, SCRIPTS / "up.sh").returncode == 0
+    try:
+        assert run(environment, "sbatch", f"--output={tmp_path}/told", "--wrap=echo begun; sleep 600").returncode == 0
+        end = time.monotonic() + 60
+        while not (tmp_path / "told").exists() or "begun" not in (tmp_path / "told").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        os.kill(int((tmp_path / "slurm/slurmctld.pid").read_text()), signal.SIGKILL)
+    finally:
+        run(environment, SCRIPTS / "down.sh")
     assert left_of(tmp_path / "slurm") == []
 
 
