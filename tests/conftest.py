@@ -15,11 +15,21 @@ settings.load_profile("shared machines")
 torch.set_num_threads(1)  # networks this small spend their time waiting for a second one
 
 
+# Files are handed out to processes in this order: what takes minutes first, so that none goes on alone at the end.
+LONG = ("slurm/test_sweeps_on_slurm", "flow", "launchers", "tracking/test_browser", "tracking/test_server", "analysis")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _place(item: pytest.Item) -> int:
+    path = item.path.relative_to(Path(__file__).parent).as_posix()
+    return next((place for place, start in enumerate(LONG) if path.startswith(start)), len(LONG))
 
 
 @pytest.fixture(scope="session")
