@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from waiting import wait_until
+from waiting import wait_until, wait_until_served
 
 from relloc.sync import main
 from relloc.tracking import Journal, Mirror, add_artifact, open_store, read_note, search
@@ -48,14 +48,7 @@ class Server:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
-        wait_until(self.answers, 120)
-
-    def answers(self) -> bool:
-        assert self.process.poll() is None, (self.folder / "log").read_text()[-3000:]
-        try:
-            return requests.get(f"{self.uri}/health", timeout=5).ok
-        except requests.ConnectionError:
-            return False
+        wait_until_served(self.uri, self.process, self.folder / "log")
 
     def end(self, number: int) -> int:
         """Send a signal to the script, or SIGKILL to all that it started; gives its exit code."""

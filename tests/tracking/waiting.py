@@ -1,7 +1,11 @@
 """Waiting in tests for what another thread or process does."""
 
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import requests
 
 
 def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:
@@ -10,3 +14,16 @@ def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < end, "nothing happened in time"
         time.sleep(0.02)
+
+
+def wait_until_served(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once an MLflow server that was started answers, and fail with its log if it has ended."""
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            return requests.get(f"{uri}/health", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    wait_until(answers, 120)
