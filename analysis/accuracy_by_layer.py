@@ -28,7 +28,7 @@ linear = results["eval"].str.startswith("linear") & (results["metric"] == "top1"
 results = results[linear | (results["metric"] == "top1_k20")]
 
 # %% [markdown]
-# Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 gray small`): its mean, and how many
+# Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 small gray`): its mean, and how many
 # runs are behind it:
 
 # %%

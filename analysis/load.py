@@ -59,7 +59,7 @@ def _study(record: RunRecord, checkpoint: str) -> str:
 
 
 def _without_seed(record: RunRecord) -> str:
-    return re.sub(r" s\d+$", "", record.name)
+    return re.sub(r" s\d+(?= |$)", "", record.name)
 
 
 def load_curves(runs: Path) -> pd.DataFrame:

@@ -81,9 +81,9 @@ def test_a_notebook_runs_and_draws(path, runs):
 @pytest.mark.parametrize(
     ("kind", "checkpoint", "study"),
     [
-        ("train", "/moved/away/backbone.safetensors", "gap32"),
-        ("evaluate", "{runs}/pretrained/backbone.safetensors", "gap0"),
-        ("evaluate", "{runs}/pretrained/checkpoints/epoch_30.pt", "gap0 epoch_30"),
+        ("train", "/moved/away/backbone.safetensors", "gap32 gray"),
+        ("evaluate", "{runs}/pretrained/backbone.safetensors", "gap0 gray"),
+        ("evaluate", "{runs}/pretrained/checkpoints/epoch_30.pt", "gap0 gray epoch_30"),
         ("evaluate", "/x/theirs/backbone.safetensors", "theirs"),
         ("evaluate", "/x/relative-loc_resnet50.pth", "relative-loc_resnet50"),
         ("evaluate", "random", "random"),
@@ -93,7 +93,7 @@ def test_rows_belong_to_the_pretraining_of_their_weights(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(str(ANALYSIS))
     from load import load_results
 
-    for folder, name, tags in (("pretrained", "gap0 s1", {}), ("it", "gap32 s0", {"relloc.kind": kind})):
+    for folder, name, tags in (("pretrained", "gap0 s1 gray", {}), ("it", "gap32 s0 gray", {"relloc.kind": kind})):
         (tmp_path / folder).mkdir()
         RunRecord(name=name, experiment="relloc", tags=tags).write(tmp_path / folder)
     row = Result(

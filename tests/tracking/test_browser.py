@@ -50,7 +50,7 @@ CURVE = "voc07_low_shot/feature4/map_by_k"
 
 
 def name_of(gap_px: int, jitter_px: int) -> str:
-    return f"gap{gap_px} jit{jitter_px} gray r50 s0"
+    return f"gap{gap_px} jit{jitter_px} r50 s0 gray"
 
 
 def linear(gap_px: int, jitter_px: int, stage: int) -> float:
