@@ -13,10 +13,11 @@ images each show one class (links to folders will do). --features keeps them in 
 
 import argparse
 import dataclasses
+import itertools
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -174,16 +175,16 @@ def _timed(evaluation: Callable, sets: Sets, device: torch.device) -> tuple[np.n
 def _liblinear_svm(evaluation: Voc07Svm, sets: Sets, layer: str) -> Part:
     x, y = _published(sets.train, layer)
     folds = [train for train, _ in StratifiedKFold(evaluation.folds).split(x, y)]
-    fits = [(x[rows], y[rows], cost) for cost in evaluation.costs for rows in (*folds, slice(None))]
-    return _fitted(fits, of=sets.train.n_classes)
+    parts = [(x[rows], y[rows]) for rows in (*folds, slice(None))]
+    return _fitted(parts, evaluation.costs, of=sets.train.n_classes)
 
 
 def _liblinear_low_shot(evaluation: Voc07LowShot, sets: Sets, layer: str) -> Part:
     x, y = _published(sets.train, layer)
     most = min(int((y == 1).sum()), int((y == -1).sum()) // 19)
     drawn = [draw(sets.train.labels, (0,), k, 1, 0)[0, 0].numpy() for k in evaluation.shots if k <= most]
-    fits = [(x[rows], y[rows], cost) for cost in evaluation.costs for rows in drawn]
-    return _fitted(fits, of=sets.train.n_classes * evaluation.draws)
+    parts = [(x[rows], y[rows]) for rows in drawn]
+    return _fitted(parts, evaluation.costs, of=sets.train.n_classes * evaluation.draws)
 
 
 def _published(bank: Bank, layer: str) -> tuple[np.ndarray, np.ndarray]:
@@ -193,11 +194,11 @@ def _published(bank: Bank, layer: str) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.where(bank.labels[:, 0].numpy() == THERE, 1, -1)
 
 
-def _fitted(fits: list[tuple[np.ndarray, np.ndarray, float]], *, of: int) -> Part:
+def _fitted(parts: list[tuple[np.ndarray, np.ndarray]], costs: Sequence[float], *, of: int) -> Part:
     started = _clocks()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ConvergenceWarning)
-        for x, y, cost in fits:
+        for cost, (x, y) in itertools.product(costs, parts):
             LinearSVC(C=cost, class_weight={1: 2, -1: 1}, tol=1e-4, max_iter=2000, dual=True).fit(x, y)
     return Part(spent=_clocks() - started, of=of, unconverged=len(told))
 
