@@ -76,7 +76,7 @@ class SlurmLauncher(PointsLauncher):
                 if not any(now.in_flight for now in found):
                     return
                 time.sleep(pause_s)
-                pause_s = min(_LONGEST_POLL_S, 1.3 * pause_s)
+                pause_s = min(_LONGEST_POLL_S, 1.1 * pause_s)
         except KeyboardInterrupt:
             say("\nthis command is stopped, its jobs go on:")
             for does in ("status", "wait", "cancel"):
