@@ -1,6 +1,7 @@
 """python -m relloc.sweep status|wait|cancel SWEEP...: how the points of a sweep stand, whoever runs them."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -10,8 +11,8 @@ from pathlib import Path
 
 from relloc.errors import UsageError
 from relloc.sweeps.mend import mend
-from relloc.sweeps.points import Point, read_job
-from relloc.sweeps.standing import schedulers, standings
+from relloc.sweeps.points import Point, is_elsewhere, read_job
+from relloc.sweeps.standing import schedulers, standings, standings_in_time
 from relloc.sweeps.sweep import Sweep
 from relloc.sweeps.table import say, table, tell_failed
 
@@ -52,7 +53,7 @@ def _wait(sweep: Sweep) -> int:
     found = standings(sweep.points())
     while any(now.in_flight for now in found):
         time.sleep(_POLL_S)
-        found = standings(sweep.points())
+        found = standings_in_time(sweep.points())
     for words in mend(sweep.points(), found):
         say(f"mended  {words}")
     return _status(sweep)
@@ -61,12 +62,18 @@ def _wait(sweep: Sweep) -> int:
 def _cancel(sweep: Sweep) -> int:
     points = sweep.points()
     in_flight = [point for point, now in zip(points, standings(points), strict=True) if now.in_flight]
+    sweep.cancel()
     for name, scheduler in schedulers().items():
         scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder) or {})])
-    for job in (read_job(point.folder) or {} for point in in_flight):
-        if "pid" in job:
-            os.kill(job["pid"], signal.SIGTERM)
-    say(f"{len(in_flight)} points were asked to end; the command of the sweep goes on with them")
+    for point in in_flight:
+        job = read_job(point.folder) or {}
+        if "pid" in job and is_elsewhere(job):
+            say(f"{point.name} is run by process {job['pid']} of {job['host']}: end it there")
+        elif "pid" in job:
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(job["pid"], signal.SIGTERM)
+    say(f"{len(in_flight)} points were asked to end, and no other is started")
+    say("the same command as before goes on with all of them")
     return 0
 
 

@@ -20,9 +20,8 @@ def mend(points: Sequence[Point], found: Sequence[Standing]) -> list[str]:
             continue
         write_status(point.folder, "KILLED")
         words = f"{point.name} was ended before it could say so: noted as stopped"
-        uri = RunRecord.read(point.folder).tracking_uri
         try:
-            if uri:
+            if uri := RunRecord.read(point.folder).tracking_uri:
                 sync(point.folder, uri)
         except (StoreError, OSError, ValueError) as error:
             words += f", but not in MLflow ({error})"

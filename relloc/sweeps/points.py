@@ -94,10 +94,15 @@ def process_mark(pid: int) -> dict[str, Any]:
     return {"pid": pid, "host": socket.gethostname(), "born": _born(pid)}
 
 
+def is_elsewhere(mark: Mapping[str, Any]) -> bool:
+    """Whether the process that `process_mark` told of is one of another machine."""
+    return mark["host"] != socket.gethostname()
+
+
 def is_alive(mark: Mapping[str, Any]) -> bool:
     """Whether the process that `process_mark` told of lives; False on any other machine."""
     born = _born(mark["pid"])
-    return mark["host"] == socket.gethostname() and born is not None and born == mark["born"]
+    return not is_elsewhere(mark) and born is not None and born == mark["born"]
 
 
 def _born(pid: int) -> str | None:

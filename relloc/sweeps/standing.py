@@ -3,11 +3,14 @@
 import dataclasses
 import importlib.metadata
 import json
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from relloc.sweeps.points import Point, is_alive, read_job
+from relloc.errors import UsageError
+from relloc.sweeps.points import Point, is_alive, is_elsewhere, read_job
 from relloc.tracking.journal import read_journal
 from relloc.tracking.record import read_status
 
@@ -17,6 +20,8 @@ ENDED: tuple[State, ...] = ("done", "stopped", "failed", "missing")
 # Of jobs by scheduler and number: how those that are alive stand. Schedulers register one as an entry point.
 Ask = Callable[[Sequence[str]], Mapping[str, Literal["running", "waiting"]]]
 TRAINED = "train/epoch"
+_AGAIN_S = 30.0
+_HEARD_OF_S = 1800.0  # saves, reports and measurements of the machine are far more frequent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,17 +52,47 @@ def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -
     for scheduler, ask in asked.items():
         numbers = [str(job[scheduler]) for job in jobs if scheduler in job]
         alive |= {(scheduler, number): state for number, state in (ask(numbers) if numbers else {}).items()}
-    return [_standing(point.folder, _job_state(job, alive)) for point, job in zip(points, jobs, strict=True)]
+    return [
+        _standing(point.folder, _job_state(point.folder, job, alive)) for point, job in zip(points, jobs, strict=True)
+    ]
 
 
-def _job_state(job: Mapping[str, Any], alive: Mapping[tuple[str, str], JobState]) -> JobState:
+def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
+    """The same for who watches: a scheduler that does not answer is told once, and asked again until it does."""
+    silent = False
+    while True:
+        try:
+            return standings(points, asked)
+        except UsageError as error:
+            if not silent:
+                print(f"{error}; asked again every {_AGAIN_S:.0f} s", file=sys.stderr, flush=True)
+            silent = True
+            time.sleep(_AGAIN_S)
+
+
+def _job_state(folder: Path, job: Mapping[str, Any], alive: Mapping[tuple[str, str], JobState]) -> JobState:
     if "pid" in job:
-        return "running" if is_alive(job) else None
+        return "running" if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder)) else None
     return next((alive[name, str(number)] for name, number in job.items() if (name, str(number)) in alive), None)
 
 
+def _was_heard_of(folder: Path) -> bool:
+    """Whether a run that another machine has wrote anything lately, which is all that can be known of it here."""
+    if _status(folder) != "RUNNING":
+        return False
+    written = max(path.stat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("checkpoints/*")))
+    return time.time() - written < _HEARD_OF_S
+
+
+def _status(folder: Path) -> str | None:
+    try:
+        return (read_status(folder) or {}).get("status")
+    except ValueError:  # damaged: it runs again
+        return "FAILED"
+
+
 def _standing(folder: Path, job: JobState) -> Standing:
-    status = (read_status(folder) or {}).get("status")
+    status = _status(folder)
     if job == "waiting":
         return Standing(state="waiting", progress=_progress(folder)[0])
     if job == "running":
@@ -71,7 +106,10 @@ def _standing(folder: Path, job: JobState) -> Standing:
 
 def _progress(folder: Path) -> tuple[float | None, float | None]:
     """The part of the training that is done, and the seconds that the rest takes at the rate of the last reports."""
-    told = [entry for entry in read_journal(folder) if TRAINED in entry.metrics]
+    try:
+        told = [entry for entry in read_journal(folder) if TRAINED in entry.metrics]
+    except ValueError:  # damaged: the run itself says so when it goes on
+        return None, None
     epochs = _epochs(folder)
     if not told or not epochs:
         return None, None

@@ -1,7 +1,6 @@
 """A sweep's folder: which points it has, the code and configs as they were, and its logs."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -12,11 +11,13 @@ from pathlib import Path
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point
 from relloc.tracking.record import COMMIT_FILE, commit_of, write_json
+from relloc.tracking.store import locked
 
 SWEEP_FILE = "sweep.json"
 CODE = "code"
 OWN_CONF = "own_conf"
 LOGS = "logs"
+CANCELLED = "cancelled"
 
 
 class Sweep:
@@ -57,6 +58,26 @@ class Sweep:
         noted = {"command": list(command), "points": [point.to_json() for point in of_identity.values()]}
         write_json(self.folder / SWEEP_FILE, noted)
 
+    def leave_nothing(self) -> None:
+        """Remove what a command made here that was refused, unless there are points."""
+        if (self.folder / SWEEP_FILE).exists():
+            return
+        shutil.rmtree(self.folder / CODE, ignore_errors=True)
+        (self.folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's
+        with contextlib.suppress(OSError):  # others' files stay
+            self.folder.rmdir()
+
+    def cancel(self) -> None:
+        """Tell commands that run this sweep's points on their own machine to start no more."""
+        (self.folder / CANCELLED).touch()
+
+    def is_cancelled(self, since_s: float) -> bool:
+        """Whether that was told after a time, in seconds since 1970."""
+        try:
+            return (self.folder / CANCELLED).stat().st_mtime > since_s
+        except FileNotFoundError:
+            return False
+
     def log(self, point: Point) -> Path:
         """Where the point's output goes that no scheduler keeps."""
         return self.folder / LOGS / f"{point.folder.name}.log"
@@ -65,8 +86,7 @@ class Sweep:
     def locked(self) -> Iterator[None]:
         """One command at a time looks what is to be run, and says what it runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder.parent / ".lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.folder.parent / ".lock"):
             yield
 
 

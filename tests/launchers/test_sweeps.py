@@ -18,7 +18,7 @@ import relloc as relloc_package
 from relloc.runs.launch import conf_dir
 from relloc.sweeps.points import Point, identity, note_job, process_mark
 from relloc.sweeps.sweep import Sweep
-from relloc.tracking import RunRecord, read_journal
+from relloc.tracking import RunRecord, read_journal, write_status
 from relloc.tracking.record import commit_of
 
 TINY = (
@@ -85,10 +85,36 @@ def test_gpus_are_handed_out_one_a_point(tmp_path: Path, monkeypatch: pytest.Mon
     points = [
         Point(kind="train", name=name, overrides=(), identity=name, folder=tmp_path / "runs" / name) for name in "abcd"
     ]
-    launcher.start(points)
+    launcher.plan(points)
     launcher.follow(points)
     assert sorted(path.read_text() for path in tmp_path.glob("runs/*/gpu")) == ["3", "3", "5", "5"]
     assert {path.read_text() for path in (tmp_path / "runs/a/gpu", tmp_path / "runs/b/gpu")} == {"3", "5"}
+
+
+def test_what_waits_is_looked_at_again_before_it_starts(tmp_path: Path) -> None:
+    """Two commands planned the same points; and one whose sweep is cancelled starts none."""
+    runs = "import pathlib, sys; from relloc.tracking import write_status; folder = pathlib.Path(sys.argv[1]);"
+    runs += "open(folder / 'started', 'a').write('x'); write_status(folder, 'FINISHED')"
+
+    class Short(ProcessLauncher):
+        def command(self, point: Point) -> list[str]:
+            return [sys.executable, "-c", runs, str(point.folder)]
+
+    points = [
+        Point(kind="train", name=name, overrides=(), identity=name, folder=tmp_path / "runs" / name) for name in "ab"
+    ]
+    launchers = [Short(OmegaConf.create({"name": "local", "processes": 2})) for _ in range(3)]
+    for launcher in launchers:
+        launcher.sweep, launcher.code = Sweep(tmp_path / "sweep"), tmp_path
+        launcher.plan(points)
+    launchers[0].follow(points)
+    launchers[1].follow(points)
+    assert [(tmp_path / "runs" / name / "started").read_text() for name in "ab"] == ["x", "x"]
+    for name in "ab":
+        write_status(tmp_path / "runs" / name, "KILLED")
+    launchers[2].sweep.cancel()
+    launchers[2].follow(points)
+    assert [(tmp_path / "runs" / name / "started").read_text() for name in "ab"] == ["x", "x"]
 
 
 def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +212,7 @@ def test_the_batch_script(tmp_path: Path, single: bool) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     script = done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("nothing was submitted")]
     told = script.replace(str(tmp_path), "FOLDER").replace(sys.executable, "PYTHON")
-    assert not list(tmp_path.glob("runs/*_*"))  # no run began
+    assert not [path for path in tmp_path.rglob("runs/**/*") if path.is_file() and path.name != ".lock"]
     if single:
         assert "--array" not in told
         return
@@ -223,6 +249,15 @@ def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
         2,
         "relloc: launcher.processes=abc is neither auto nor a whole number of 1 or more\n",
     )
+    assert not list(tmp_path.rglob("code"))
+    for words, told in (
+        (("launcher.setup=abc",), "launcher.setup=abc is not a list, such as [abc]"),
+        (("launcher.timeout_min=abc",), "launcher settings that submitit does not take: "),
+        (("launcher.dry_run=maybe",), "launcher.dry_run=maybe is neither true nor false"),
+    ):
+        odd = relloc(tmp_path, "train", "launcher=slurm", "launcher.dry_run=true", *words)
+        assert (odd.returncode, odd.stderr.startswith(f"relloc: {told}")) == (2, True), odd.stderr
+        assert odd.stderr.count("\n") == 1
     damaged = tmp_path / "runs/sweeps/s/sweep.json"
     damaged.parent.mkdir(parents=True, exist_ok=True)
     damaged.write_text('{"points": [')

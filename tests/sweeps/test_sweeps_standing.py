@@ -9,9 +9,10 @@ from typing import Literal
 
 import pytest
 
+from relloc.errors import UsageError
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, is_alive, name_of, note_job, process_mark
-from relloc.sweeps.standing import Standing, standings
+from relloc.sweeps.standing import Standing, standings, standings_in_time
 from relloc.sweeps.sweep import Sweep, snapshot
 from relloc.tracking import Journal, RunRecord, read_status, search, sync, write_status
 
@@ -52,6 +53,39 @@ def test_a_point_stands_as_its_job_and_its_folder_say(
     (found,) = standings([point(tmp_path, status, {"slurm": "7"})], asked(**queue))
     assert found.state == state
     assert found.in_flight == (state in ("running", "waiting"))
+
+
+def test_a_run_of_another_machine_runs_while_it_writes(tmp_path: Path) -> None:
+    there = point(tmp_path, "RUNNING", process_mark(os.getpid()) | {"host": "elsewhere"})
+    found = standings([there], {})
+    assert found[0].state == "running"
+    assert mend([there], found) == []
+    for path in (there.folder, *there.folder.iterdir()):
+        os.utime(path, (0, 0))
+    assert standings([there], {})[0].state == "stopped"
+
+
+@pytest.mark.parametrize("damaged", ["status.json", "journal.jsonl"])
+def test_a_damaged_file_hides_no_other_point(tmp_path: Path, damaged: str) -> None:
+    made = point(tmp_path, "KILLED")
+    (made.folder / damaged).write_text('{"st\n{"\n')
+    assert standings([made], {})[0].state == ("failed" if damaged == "status.json" else "stopped")
+
+
+def test_a_scheduler_that_is_silent_for_a_while_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([UsageError("no answer"), UsageError("no answer"), {"7": "running"}])
+
+    def ask(numbers: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+        if isinstance(answer := next(answers), UsageError):
+            raise answer
+        return answer  # pyright: ignore[reportReturnType]
+
+    monkeypatch.setattr("relloc.sweeps.standing._AGAIN_S", 0.0)
+    (found,) = standings_in_time([point(tmp_path, "RUNNING", {"slurm": "7"})], {"slurm": ask})
+    assert found.state == "running"
+    assert capsys.readouterr().err.count("no answer") == 1
 
 
 def test_a_point_that_nobody_began_is_missing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.relloc_launchers.composing import Composing
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from relloc.errors import UsageError
 from relloc.runs.launch import conf_dir, users_environment
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, identity, name_of
@@ -48,15 +49,26 @@ class PointsLauncher(Launcher):
         return composed
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        points = self._points(job_overrides)
+        if "/" in str(self.config.sweep):
+            raise UsageError(f"sweep={self.config.sweep} has a / in it: it names a folder in runs/sweeps")
+        given = self._points(job_overrides)
+        points = list({point.identity: point for point in given}.values())
+        if len(points) < len(given):
+            say(f"sweep   {len(given) - len(points)} points are others over again: each is run once")
         self.sweep = Sweep(Path(os.path.abspath(self.config.hydra.sweep.dir)))
         with self.sweep.locked():
             before = standings(points, self.schedulers())
-            todo = [point for point, now in zip(points, before, strict=True) if self._is_to_run(now)]
+            todo = [point for point, now in zip(points, before, strict=True) if is_to_run(point, now)]
             self._say_what(points, before, todo)
             self.code = self._snapshot() if todo else None
-            self.start(todo)
+            try:
+                self.plan(todo)
+            except (UsageError, SystemExit):
+                self.sweep.leave_nothing()
+                raise
+            # Before anything is started: what is started has to be found again.
             self.sweep.add(points, sys.argv)
+            self.start(todo)
         self.follow(todo)
         after = standings(points, self.schedulers())
         for words in mend(points, after):
@@ -68,8 +80,11 @@ class PointsLauncher(Launcher):
         return [self._returned(overrides) for overrides in job_overrides]
 
     @abstractmethod
+    def plan(self, todo: Sequence[Point]) -> None:
+        """Look whether the settings are such that these can be started. Raises `UsageError` where they are not."""
+
     def start(self, todo: Sequence[Point]) -> None:
-        """Note for each point which job has it, and start what can be started at once."""
+        """Submit all points, and note which job has each, while no other command looks what is to be run."""
 
     @abstractmethod
     def follow(self, todo: Sequence[Point]) -> None:
@@ -116,10 +131,6 @@ class PointsLauncher(Launcher):
             del config["hydra"]
         return OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportReturnType]
 
-    def _is_to_run(self, now: Standing) -> bool:
-        # Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
-        return not now.in_flight and (now.state != "done" or self.config.hydra.job.name != "train")
-
     def _say_what(self, points: Sequence[Point], before: Sequence[Standing], todo: Sequence[Point]) -> None:
         done = sum(point not in todo and now.state == "done" for point, now in zip(points, before, strict=True))
         words = [f"{len(points)} points"]
@@ -137,6 +148,12 @@ class PointsLauncher(Launcher):
         returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
         returned.return_value = None
         return returned
+
+
+def is_to_run(point: Point, now: Standing) -> bool:
+    """Whether nobody runs the point, and it is not done."""
+    # Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
+    return not now.in_flight and (now.state != "done" or point.kind != "train")
 
 
 def _is_of_launcher(word: str) -> bool:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra_plugins.relloc_launchers.points import PointsLauncher
+from hydra_plugins.relloc_launchers.points import PointsLauncher, is_to_run
 
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point, note_job, process_mark
+from relloc.sweeps.standing import standings
 from relloc.sweeps.table import say
 
 _POLL_S = 0.2
@@ -23,7 +24,7 @@ class ProcessLauncher(PointsLauncher):
     A signal is passed on: points save and end as they do alone, and no other is started.
     """
 
-    def start(self, todo: Sequence[Point]) -> None:
+    def plan(self, todo: Sequence[Point]) -> None:
         self._running: dict[subprocess.Popen[bytes], tuple[Point, str | None]] = {}
         self._waiting = list(todo)
         self._stop: int | None = None
@@ -34,15 +35,18 @@ class ProcessLauncher(PointsLauncher):
         self._slots = max(1, len(devices)) if asked == "auto" else asked
         places = range(self._slots)
         self._free: list[str | None] = [devices[place % len(devices)] if devices else None for place in places]
-        for _ in todo[: self._slots]:
-            self._start_next()
+        self._since = time.time()
 
     def follow(self, todo: Sequence[Point]) -> None:
         before = {number: signal.signal(number, self._pass_on) for number in _FORWARDED}
         try:
             while self._running or (self._waiting and self._stop is None):
                 while self._waiting and len(self._running) < self._slots and self._stop is None:
-                    self._start_next()
+                    if self.sweep.is_cancelled(self._since):
+                        self._waiting.clear()
+                        break
+                    with self.sweep.locked():
+                        self._start_next()
                 time.sleep(_POLL_S)
                 self._collect()
         finally:
@@ -59,7 +63,11 @@ class ProcessLauncher(PointsLauncher):
         return self.settings["processes"] == 1
 
     def _start_next(self) -> None:
-        point, device = self._waiting.pop(0), self._free.pop(0)
+        point = self._waiting.pop(0)
+        # Another command may have run it, or run it now, while it waited here.
+        if not is_to_run(point, *standings([point], {})):
+            return
+        device = self._free.pop(0)
         environment = self.environment()
         if device is not None and not self._on_console:
             environment["CUDA_VISIBLE_DEVICES"] = device

@@ -18,7 +18,7 @@ from hydra_plugins.relloc_launchers.points import PointsLauncher
 from relloc.errors import UsageError
 from relloc.runs.launch import FULL_ERROR
 from relloc.sweeps.points import Point, note_job, read_job
-from relloc.sweeps.standing import Ask, standings
+from relloc.sweeps.standing import Ask, standings_in_time
 from relloc.sweeps.table import say
 
 NAME = "slurm"
@@ -45,18 +45,22 @@ class SlurmLauncher(PointsLauncher):
     So accounting may be off, and a job that fails, is cancelled or vanishes hides no other's result.
     """
 
+    def plan(self, todo: Sequence[Point]) -> None:
+        if not todo:
+            return
+        self._submit = self._executor(len(todo))
+        if self.settings["dry_run"]:
+            say(_batch_script(self._submit, len(todo)))
+            say(f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n{self._shown(todo[0])}")
+            sys.exit(0)
+
     def start(self, todo: Sequence[Point]) -> None:
         if not todo:
             return
-        executor = self._executor(len(todo))
-        if self.settings["dry_run"]:
-            say(_batch_script(executor, len(todo)))
-            say(f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n{self._shown(todo[0])}")
-            sys.exit(0)
         names = ("PYTHONPATH", "RELLOC_SWEEP", "RELLOC_BESIDE", "RELLOC_CONF", FULL_ERROR)
         told = {FULL_ERROR: "0"} | {name: value for name, value in self.environment().items() if name in names}
         with _outside_of_jobs():
-            jobs = executor.map_array(PointJob(), [self.command(point) for point in todo], [told] * len(todo))
+            jobs = self._submit.map_array(PointJob(), [self.command(point) for point in todo], [told] * len(todo))
         for point, job in zip(todo, jobs, strict=True):
             note_job(point, {NAME: job.job_id})
         say(f"sent    {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}; logs in {self._logs}")
@@ -68,7 +72,7 @@ class SlurmLauncher(PointsLauncher):
         pause_s = _FIRST_POLL_S
         try:
             while todo:
-                found = standings(todo, self.schedulers())
+                found = standings_in_time(todo, self.schedulers())
                 for point, now in zip(todo, found, strict=True):
                     if shown.get(point.identity) != now.state:
                         say(f"{now.state:7} {point.name}")
@@ -103,6 +107,13 @@ class SlurmLauncher(PointsLauncher):
         """submitit's executor with all settings. Raises `UsageError` for one that it does not know."""
         import submitit
 
+        for name in ("setup", "srun_args"):
+            if not isinstance(self.settings[name], list):
+                raise UsageError(
+                    f"launcher.{name}={self.settings[name]} is not a list, such as [{self.settings[name]}]"
+                )
+        if not isinstance(self.settings["dry_run"], bool):
+            raise UsageError(f"launcher.dry_run={self.settings['dry_run']} is neither true nor false")
         if self.settings["dry_run"]:  # a script can be printed where there is no SLURM
             submitit.SlurmExecutor.affinity = classmethod(lambda _: 1)  # pyright: ignore[reportAttributeAccessIssue]
         elif not all(map(shutil.which, ("sbatch", "srun"))):
@@ -112,7 +123,7 @@ class SlurmLauncher(PointsLauncher):
         )
         try:
             executor.update_parameters(**self._parameters())
-        except (ValueError, TypeError, NameError) as error:
+        except (ValueError, TypeError, NameError, AssertionError) as error:
             raise UsageError(f"launcher settings that submitit does not take: {error}") from error
         return executor
 
@@ -175,9 +186,14 @@ def states(numbers: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
 
 
 def cancel(numbers: Sequence[str]) -> None:
-    """Have SLURM end these jobs."""
-    if numbers:
-        subprocess.run(["scancel", *numbers], timeout=_ASKED_S, check=True)
+    """Have SLURM end these jobs. Raises `UsageError` where it does not."""
+    if not numbers:
+        return
+    try:
+        subprocess.run(["scancel", *numbers], timeout=_ASKED_S, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or error
+        raise UsageError(f"SLURM does not say that it ended all jobs: {str(said).strip()}") from error
 
 
 def log_of(sweep: Path, job: str) -> Path | None:
