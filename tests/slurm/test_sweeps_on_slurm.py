@@ -109,7 +109,15 @@ def on_slurm(*more: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One for all tests, as making it takes seconds."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    open_store(uri)
+    return uri
+
+
+@pytest.fixture(scope="module")
+def settings(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """A training of some seconds, with all that is random, on files of noise."""
     root = write_noise(tmp_path_factory.mktemp("images"))
     return (
@@ -117,7 +125,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "color=drop"),
         *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
         *(f"data.epochs={STEPS // 4}", "data.milestone_epochs=[10]", "data.warmup_epochs=2", "report_every_steps=4"),
-        *("monitor.every_epochs=null", "eval=[]", "save_every_s=0", "workers=1", "tracking=none"),
+        *("monitor.every_epochs=null", "eval=[]", "save_every_s=0", "workers=1", f"tracking.uri={store}"),
     )
 
 
@@ -159,6 +167,18 @@ def undisturbed(cluster: dict[str, str], settings: tuple[str, ...], tmp_path_fac
     code, told = alone.run("seed=0", "hydra.run.dir=run")
     assert code == 0, told
     return alone.folder / "run" / "backbone.safetensors"
+
+
+def assert_one_run(run_dir: Path, store: str) -> None:
+    """MLflow has one run of the folder, finished, with each report of the journal once."""
+    client = open_store(store)
+    experiment = client.get_experiment_by_name("relloc")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`relloc.run_dir` = '{run_dir}'")
+    assert run.info.status == "FINISHED"
+    stored = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    told = [entry for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
+    assert sorted(stored) == [(entry.step, entry.metrics["train/loss"]) for entry in told]
+    assert told[-1].step == STEPS
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
@@ -230,7 +250,9 @@ def test_the_same_sweep_again_runs_only_what_is_missing_and_a_wider_one_reuses_p
 
 
 @pytest.mark.parametrize("does", ["requeue", "preempt"])
-def test_a_job_that_the_cluster_takes_goes_on_to_the_same_bits(sweeps: Sweeps, undisturbed: Path, does: str) -> None:
+def test_a_job_that_the_cluster_takes_goes_on_to_the_same_bits(
+    sweeps: Sweeps, undisturbed: Path, store: str, does: str
+) -> None:
     started = sweeps.start("seed=0", *on_slurm())
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
     job = sweeps.job()
@@ -244,11 +266,14 @@ def test_a_job_that_the_cluster_takes_goes_on_to_the_same_bits(sweeps: Sweeps, u
     assert_same_bits(run_dir / "backbone.safetensors", undisturbed)
     steps = [entry.step for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
     assert steps == sorted(set(steps))  # no step was told twice
+    assert_one_run(run_dir, store)
     assert "1 done" in told
     assert int(json.loads((run_dir / "run.json").read_text())["tags"]["slurm.restarts"]) == 1
 
 
-def test_a_point_whose_node_dies_goes_on_on_another_to_the_same_bits(sweeps: Sweeps, undisturbed: Path) -> None:
+def test_a_point_whose_node_dies_goes_on_on_another_to_the_same_bits(
+    sweeps: Sweeps, undisturbed: Path, store: str
+) -> None:
     """A dead node has neither its daemon nor any process of the job. SLURM finds out by itself (SlurmdTimeout)."""
     started = sweeps.start("seed=0", *on_slurm())
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
@@ -270,13 +295,14 @@ def test_a_point_whose_node_dies_goes_on_on_another_to_the_same_bits(sweeps: Swe
     assert code == 0, told + sweeps.logs()
     run_dir = sweeps.point("seed_0")
     assert_same_bits(run_dir / "backbone.safetensors", undisturbed)
+    assert_one_run(run_dir, store)
     tags = json.loads((run_dir / "run.json").read_text())["tags"]
     assert tags["slurm.restarts"] == "1"
     assert tags["slurm.nodes"] != node
     assert "1 done" in told
 
 
-def test_a_killed_process_is_started_again_in_its_job(sweeps: Sweeps, undisturbed: Path) -> None:
+def test_a_killed_process_is_started_again_in_its_job(sweeps: Sweeps, undisturbed: Path, store: str) -> None:
     started = sweeps.start("seed=0", *on_slurm())
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
     os.kill(training(sweeps), signal.SIGKILL)
@@ -284,6 +310,7 @@ def test_a_killed_process_is_started_again_in_its_job(sweeps: Sweeps, undisturbe
     assert code == 0, told + sweeps.logs()
     assert "was killed (exit code -9); it goes on" in sweeps.logs()
     assert_same_bits(sweeps.point("seed_0") / "backbone.safetensors", undisturbed)
+    assert_one_run(sweeps.point("seed_0"), store)
 
 
 def test_a_job_at_its_time_limit_saves_and_is_queued_again(sweeps: Sweeps) -> None:
@@ -301,7 +328,7 @@ def test_a_job_at_its_time_limit_saves_and_is_queued_again(sweeps: Sweeps) -> No
 
 
 def test_a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_command(
-    sweeps: Sweeps, undisturbed: Path
+    sweeps: Sweeps, undisturbed: Path, store: str
 ) -> None:
     started = sweeps.start("-m", "seed=0,1", *on_slurm("sweep=c"))
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4, "seed_0"))
@@ -315,9 +342,11 @@ def test_a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_comm
     code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=c"))
     assert (code, "2 points, 1 done before, 1 to run" in told) == (0, True), told
     assert sweeps.run("status", "runs/sweeps/c", module="sweep")[0] == 0
+    for words in ("seed_0", "seed_1"):
+        assert_one_run(sweeps.point(words), store)
 
 
-def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(sweeps: Sweeps) -> None:
+def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(sweeps: Sweeps, store: str) -> None:
     started = sweeps.start("seed=0", *on_slurm("launcher.nodes=2"))
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
     os.kill(training(sweeps), signal.SIGKILL)
@@ -326,7 +355,7 @@ def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(sweeps:
     run_dir = sweeps.point("seed_0")
     tags = json.loads((run_dir / "run.json").read_text())["tags"]
     assert (tags["slurm.nodes"], tags["slurm.restarts"]) == ("n[1-2]", "1")
-    assert [entry.step for entry in read_journal(run_dir)][-1] == STEPS
+    assert_one_run(run_dir, store)
 
 
 def test_jobs_run_the_code_and_configs_of_their_submission(of_photographs: Sweeps) -> None:
