@@ -97,7 +97,12 @@ def _report_sweep(options: argparse.Namespace) -> None:
         _give(as_sweep_csv(numbers), options.out)
     elif shown == "markdown":
         _give(as_sweep_markdown(numbers, sweep.command()), options.out)
-    if options.format is options.out is None or shown in _PICTURES:
+    if not numbers.has_ours:
+        if shown in _PICTURES:
+            raise UsageError(
+                f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
+            )
+    elif options.format is options.out is None or shown in _PICTURES:
         form = shown if shown in _PICTURES else _PICTURES[0]
         path = options.out or sweep.folder / f"report.{form}"
         with _writing(path):

@@ -42,6 +42,11 @@ class SweepNumbers:
         return [*self.swept, WEIGHTS]
 
     @property
+    def has_ours(self) -> bool:
+        """Whether any weights are neither random nor torchvision's."""
+        return bool((self.rows["eval"].notna() & ~self.rows[WEIGHTS].isin(NOT_OURS)).any())
+
+    @property
     def axes(self) -> list[str]:
         """Those of them in which lines of our own weights differ, or the first."""
         ours = self.rows[~self.rows[WEIGHTS].isin(NOT_OURS)]

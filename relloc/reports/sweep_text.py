@@ -40,7 +40,8 @@ def _lines(sweep: SweepNumbers, command: str) -> Iterator[str]:
     if len(not_done):
         yield from ("", "## Not done", "")
         yield from (f"- {state} ({len(names)}): {escape(', '.join(names))}" for state, names in not_done)
-        yield from ("", "The last command of the sweep, given again, runs what it lacks:", "", f"    {command}")
+        yield from ("", "The sweep's last command, given again, runs what it lacks of its own points:", "")
+        yield f"    {command}"
 
 
 def _cells(table: Frame, lacking: Mapping[object, str]) -> Frame:

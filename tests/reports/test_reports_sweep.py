@@ -209,6 +209,20 @@ def test_evaluated_files_are_told_by_their_names_and_random_weights_by_setting_w
     ]
 
 
+def test_of_random_weights_alone_there_is_a_table_and_no_picture(
+    new_point: NewPoint, result, note, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [
+        new_point(result("knn", "feature4", "top1_k20", 9.0, seed=seed), kind="evaluate", seed=seed) for seed in (0, 1)
+    ]
+    note("s", made)
+    assert main(["sweep=s"]) == 0
+    assert "9.0" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.png"))
+    assert main(["sweep=s", "--format", "png"]) == 2
+    assert "there is nothing to draw of sweep s" in capsys.readouterr().err
+
+
 def test_csv_has_each_result_in_full_and_each_point(
     points: list[Point], note, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

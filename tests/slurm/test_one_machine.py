@@ -33,6 +33,18 @@ def test_with_accounting_sacct_knows_a_job_and_nothing_stays_after_down(tmp_path
     assert left_of(tmp_path / "slurm") == []
 
 
+def test_numbers_that_others_have_by_now_are_left_alone(tmp_path: Path) -> None:
+    """As after a restart of the machine, which leaves the folder."""
+    environment = environment_of(tmp_path / "slurm", accounting=False)
+    (tmp_path / "slurm").mkdir()
+    with subprocess.Popen(["sleep", "60"]) as innocent:
+        (tmp_path / "slurm/pids").write_text(f"{innocent.pid}\n")
+        assert run(environment, SCRIPTS / "down.sh").returncode == 0
+        assert innocent.poll() is None
+        innocent.kill()
+    assert not (tmp_path / "slurm").exists()
+
+
 def test_a_job_that_nobody_can_cancel_ends_with_the_cluster(tmp_path: Path) -> None:
     environment = environment_of(tmp_path / "slurm", accounting=False)
     assert run(environment, SCRIPTS / "up.sh").returncode == 0
@@ -69,6 +81,25 @@ def test_what_fails_on_the_way_leaves_nothing_and_names_the_log_that_says_why(
     assert says in Path(log).read_text()
     assert says in up.stderr
     assert left_of(tmp_path / "slurm") == []
+
+
+def test_down_ends_no_process_of_others_that_has_a_noted_number(tmp_path: Path) -> None:
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    environment = {**os.environ, "RELLOC_SLURM_DIR": str(folder)}
+    with (
+        subprocess.Popen(["sleep", "60"]) as other,
+        subprocess.Popen(["sleep", "60"], env={**os.environ, "SLURM_CONF": f"{folder}/slurm.conf"}) as ours,
+    ):
+        try:
+            (folder / "pids").write_text(f"{other.pid}\n{ours.pid}\n")
+            assert run(environment, SCRIPTS / "down.sh").returncode == 0
+            assert ours.wait(10) == -signal.SIGTERM
+            assert other.poll() is None
+        finally:
+            other.kill()
+            ours.kill()
+    assert not folder.exists()
 
 
 def test_one_that_is_up_is_not_started_over(tmp_path: Path) -> None:
