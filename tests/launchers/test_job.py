@@ -141,6 +141,34 @@ def test_a_command_that_is_killed_starts_four_times_at_most(capfd: pytest.Captur
     assert capfd.readouterr().out.count("started") == 4
 
 
+def test_a_command_that_lost_a_reading_process_starts_again() -> None:
+    job_of(
+        "import pathlib; path = pathlib.Path('began'); again = path.exists(); path.touch(); exit(0 if again else 75)"
+    ).result()
+    assert Path("began").exists()
+
+
+def test_only_starts_after_a_kill_count_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = job_module()
+    asked: list[list[str]] = []
+    monkeypatch.setattr(module.shutil, "which", lambda _: "scontrol")
+    monkeypatch.setattr(module.subprocess, "run", lambda words, **_: asked.append(words))
+    monkeypatch.setattr(module, "_LEFT_TO_SLURM_S", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    folder = module._folder_of(["python", rf"hydra.run.dir='{tmp_path}/it\'s a run'"])
+    assert folder == tmp_path / "it's a run"
+    for start in ("5", "5", "8", "9"):  # the others were preemptions; two tasks were killed in the first of these
+        monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+        module._requeue(folder)
+    assert asked == [["scontrol", "requeue", "7"]] * 4
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "10")
+    with pytest.raises(module.PointFailed, match="often enough"):
+        module._requeue(folder)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")  # the point, submitted anew
+    module._requeue(folder)
+    assert len(asked) == 5
+
+
 def test_nothing_of_hydra_is_pickled() -> None:
     pickled = cloudpickle.dumps(job_of("pass"))
     assert b"hydra_plugins.relloc_launchers.job" in pickled  # by name

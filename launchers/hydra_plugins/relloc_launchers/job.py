@@ -1,12 +1,14 @@
 """What a SLURM job does: runs one point as a command, and is queued again until the point is done."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _POLL_S = 0.5
@@ -14,6 +16,7 @@ _MOST_RESTARTS = 3  # of a point whose processes were killed: for memory, or by 
 # Exit codes of a point that saved and ended because the cluster asked for it, and of one that lost a reading process
 _ASKED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 _LOST_A_READER = 75
+_REQUEUES = "requeues"  # in the run folder: a line for each time that a job was queued again from here
 _LEFT_TO_SLURM_S = 900.0  # how long the cluster may take, after it asked a job to stop, to end it
 
 
@@ -49,7 +52,7 @@ class PointJob:
                     f"a process of the point was killed (exit code {code}); it goes on from what it saved", flush=True
                 )
                 if _tasks() > 1:
-                    _requeue()
+                    _requeue(_folder_of(command))
                 continue
             break
         raise PointFailed(f"exit code {code}: {' '.join(command)}")
@@ -109,13 +112,29 @@ def _tags() -> dict[str, str]:
     return {"RELLOC_TAGS": ";".join(f"{name}={value}" for name, value in told.items())}
 
 
-def _requeue() -> None:
-    """Start the whole job again, as tasks that wait for a dead one can't go on; not endlessly."""
-    scontrol = shutil.which("scontrol")
-    if scontrol is None or int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= _MOST_RESTARTS:
-        raise PointFailed("a process of the point was killed, and it was started again often enough")
-    sys.stdout.flush()
+def _folder_of(command: Sequence[str]) -> Path:
+    """The run folder, which the command's last word names, quoted for Hydra where it has to be."""
+    folder = command[-1].removeprefix("hydra.run.dir=")
+    return Path(re.sub(r"\\(.)", r"\1", folder[1:-1]) if folder.startswith("'") else folder)
+
+
+def _requeue(folder: Path) -> None:
+    """Start the whole job again, as tasks that wait for a dead one can't go on; not endlessly.
+
+    SLURM's own count has preemptions and time limits too, so the folder notes at which of its starts a job was queued
+    again from here; of several tasks that are killed in one start, all note the same.
+    """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    folder.mkdir(parents=True, exist_ok=True)
+    noted = folder / _REQUEUES
+    told = set(noted.read_text().splitlines()) if noted.exists() else set()
+    now = f"{job} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    scontrol = shutil.which("scontrol")
+    if scontrol is None or len([line for line in told - {now} if line.startswith(f"{job} ")]) >= _MOST_RESTARTS:
+        raise PointFailed("a process of the point was killed, and it was started again often enough")
+    with noted.open("a") as file:
+        file.write(f"{now}\n")
+    sys.stdout.flush()
     subprocess.run([scontrol, "requeue", job], check=True)
     time.sleep(_LEFT_TO_SLURM_S)
