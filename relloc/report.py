@@ -6,6 +6,7 @@ python -m relloc.report sweep=NAME: those of runs/sweeps/NAME, a line a point an
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,16 +93,20 @@ def _report_sweep(options: argparse.Namespace) -> None:
 
     sweep, shown = _sweep_of(options), _format(options, _SWEEP_FORMATS)
     points = sweep.points()
-    numbers = read_sweep(sweep.name, points, _states(points), options.metrics)
+    states = _states(points)
+    numbers = read_sweep(sweep.name, points, states, options.metrics)
     if shown == "csv":
         _give(as_sweep_csv(numbers), options.out)
     elif shown == "markdown":
-        _give(as_sweep_markdown(numbers, sweep.command()), options.out)
+        idle = [point for point, state in zip(points, states, strict=True) if state in ("stopped", "failed", "missing")]
+        commands = [shlex.join(["python", *point.arguments]) for point in idle]
+        _give(as_sweep_markdown(numbers, commands), options.out)
     if not numbers.has_ours:
+        nothing = f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
         if shown in _PICTURES:
-            raise UsageError(
-                f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
-            )
+            raise UsageError(nothing)
+        if options.format is options.out is None:
+            print(nothing)
     elif options.format is options.out is None or shown in _PICTURES:
         form = shown if shown in _PICTURES else _PICTURES[0]
         path = options.out or sweep.folder / f"report.{form}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ from relloc.reports.labels import short_names
 from relloc.reports.table import MISSING
 from relloc.results import LAYERS, NOT_OURS, Result, headlines, read_results
 from relloc.sweeps.points import Point
+from relloc.tracking.record import RunRecord, Scalar
 
 WEIGHTS, TITLE, COLUMN = "weights", "title", "column"
 Frame = Any  # a pandas DataFrame, whose types pyright can't follow
@@ -68,12 +69,12 @@ def read_sweep(name: str, points: Sequence[Point], states: Sequence[str], metric
     """
     results = [_results_of(point) for point in points]
     shown = _shown([row for rows in results for row in rows], name, metrics)
-    swept = _swept(points)
+    settings = _with_defaults(points)
+    swept = _swept(settings)
     lines: list[dict[str, Any]] = []
-    for point, state, rows in zip(points, states, results, strict=True):
-        settings = _settings(point)
+    for point, state, rows, setting in zip(points, states, results, settings, strict=True):
         line = {"point": point.name, "folder": str(point.folder), "state": state}
-        line |= {short: settings.get(key, MISSING) for key, short in swept.items()}
+        line |= {short: setting.get(key, MISSING) for key, short in swept.items()}
         lines += [line | _described(row, point.kind) for row in rows if row in shown] or [line]
     columns = dict.fromkeys([*lines[0], WEIGHTS, TITLE, COLUMN, *_RESULT])
     rows = pd.DataFrame(lines, columns=pd.Index(columns), dtype=object).astype({"value": float})
@@ -109,9 +110,33 @@ def _settings(point: Point) -> dict[str, str]:
     return {key: value for key, _, value in words if key not in _SAID_ANYWAY}
 
 
-def _swept(points: Sequence[Point]) -> dict[str, str]:
-    """What differs between points, but for the seed where anything else does: short names, where these are unique."""
+def _with_defaults(points: Sequence[Point]) -> list[dict[str, str]]:
+    """Of each point what any command of the sweep sets: where its own did not, the value that its run noted."""
     settings = [_settings(point) for point in points]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    for point, each in zip(points, settings, strict=True):
+        if lacking := [key for key in keys if key not in each]:
+            params = _params_of(point)
+            each |= {key: _word(params[key]) for key in lacking if key in params}
+    return settings
+
+
+def _params_of(point: Point) -> Mapping[str, Scalar]:
+    try:
+        return RunRecord.read(point.folder).params
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise DataError(f"{error}: mend or remove it") from error
+
+
+def _word(value: Scalar) -> str:
+    """As it stands on a command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _swept(settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What differs between points, but for the seed where anything else does: short names, where these are unique."""
     keys = dict.fromkeys(key for each in settings for key in each)
     keys = [key for key in keys if key != _SEED and len({each.get(key) for each in settings}) > 1] or [_SEED]
     short = [key.rpartition(".")[2] for key in keys]

@@ -20,7 +20,8 @@ def draw_sweep(sweep: SweepNumbers, path: Path, form: str = "png") -> None:
     A map has the first setting across and the others up, and colors of its own, from its lowest mean to its highest,
     as layers differ more than what is swept. Of one setting each table is a panel with a curve a layer.
     """
-    tables = list(mean_tables(sweep))
+    # Without those of random weights alone
+    tables = [(t, table) for t, table in mean_tables(sweep) if our_lines(sweep, table)["mean"].notna().any(axis=None)]
     figure = _maps(sweep, tables) if len(sweep.axes) > 1 else _curves(sweep, tables)
     figure.suptitle(
         f"sweep {sweep.name}: accuracy and mAP in percent, of seeds mean and standard deviation", fontsize=10

@@ -1,6 +1,6 @@
 """The numbers of a sweep as text: Markdown for people, CSV for programs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,6 +9,7 @@ from relloc.reports.as_markdown import escape
 from relloc.reports.sweep_numbers import COLUMN, TITLE, Frame, SweepNumbers, mean_tables, our_lines
 from relloc.reports.table import MISSING
 
+_COMMANDS = 5  # are shown
 _LEGEND = (
     "Accuracies and mAP are percent. Of several seeds: their mean, ± their standard deviation, in brackets how many. "
     "Bold: the highest of a column."
@@ -20,18 +21,19 @@ def as_sweep_csv(sweep: SweepNumbers) -> str:
     return sweep.rows.drop(columns=[TITLE, COLUMN]).to_csv(index=False, lineterminator="\n")
 
 
-def as_sweep_markdown(sweep: SweepNumbers, command: str) -> str:
-    """A table a metric, and of two settings a grid; at last what is not done, and the `command` that runs it."""
-    return "\n".join(_lines(sweep, command)) + "\n"
+def as_sweep_markdown(sweep: SweepNumbers, commands: Sequence[str]) -> str:
+    """A table a metric, and of two settings a grid; at last what is not done, and the `commands` that run it."""
+    return "\n".join(_lines(sweep, commands)) + "\n"
 
 
-def _lines(sweep: SweepNumbers, command: str) -> Iterator[str]:
+def _lines(sweep: SweepNumbers, commands: Sequence[str]) -> Iterator[str]:
     yield from (f"# Sweep {escape(sweep.name)}", "", _LEGEND)
     for title, table in mean_tables(sweep):
         cells = _cells(table, sweep.lacking())
         yield from ("", f"## {escape(title)}", "", *_pipes(cells))
-        if len(sweep.axes) == 2:
-            layer = our_lines(sweep, table)["mean"].max().idxmax()
+        ours = our_lines(sweep, table)["mean"]
+        if len(sweep.axes) == 2 and ours.notna().any(axis=None):
+            layer = ours.max().idxmax()
             across, down = map(escape, sweep.axes)
             yield from ("", f"At {layer}, where the highest is, {across} across and {down} down:", "")
             yield from _pipes(our_lines(sweep, cells)[layer].unstack(0, fill_value=MISSING))
@@ -40,8 +42,11 @@ def _lines(sweep: SweepNumbers, command: str) -> Iterator[str]:
     if len(not_done):
         yield from ("", "## Not done", "")
         yield from (f"- {state} ({len(names)}): {escape(', '.join(names))}" for state, names in not_done)
-        yield from ("", "The sweep's last command, given again, runs what it lacks of its own points:", "")
-        yield f"    {command}"
+    if commands:
+        yield from ("", "What neither runs nor waits, each by its own command:", "")
+        yield from (f"    {command}" for command in commands[:_COMMANDS])
+        if more := commands[_COMMANDS:]:
+            yield from ("", f"and {len(more)} more")
 
 
 def _cells(table: Frame, lacking: Mapping[object, str]) -> Frame:

@@ -15,7 +15,7 @@ from relloc.reports.sweep_text import as_sweep_markdown
 from relloc.results import Result
 from relloc.sweeps.points import Point, note_job
 from relloc.sweeps.sweep import Sweep
-from relloc.tracking.record import write_status
+from relloc.tracking.record import RunRecord, write_status
 
 GAPS, JITTERS, SEEDS = (16, 0, 100), (7, 0), (0, 1)
 FEATURE4 = "linear/feature4/top1"
@@ -114,7 +114,9 @@ def test_a_sweep_is_printed_and_drawn(
     assert "## voc07_low_shot/map_k16 on photos val" in told
     assert "map_k1 " not in told
     assert "- failed (1): gap_px=100 jitter_px=0 seed=1\n- missing (1): gap_px=100 jitter_px=0 seed=0\n" in told
-    assert "\n    python -m relloc.train -m grid.gap_px=0,16 sweep=s\n" in told
+    for point in points:
+        words = "python -m relloc.train model=small {} {} {} ".format(*point.overrides[1:])
+        assert (f"\n    {words}" in told) == ("gap_px=100" in words and "jitter_px=0" in words)
     picture = sweep.folder / "report.png"
     assert told.endswith(f"picture {picture}\n")
     with Image.open(picture) as image:
@@ -171,7 +173,7 @@ def test_of_three_settings_two_are_told_together(new_point: NewPoint, result, mo
     ]
     axis = drawn(made, monkeypatch).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["0, project", "0, drop", "7, project", "7, drop"]
-    text = as_sweep_markdown(read_sweep("s", made, done(made)), "")
+    text = as_sweep_markdown(read_sweep("s", made, done(made)), [])
     assert len(tables(text, "linear/top1 on in1k val")) == 1 + 8  # no grid
     assert "Not done" not in text
 
@@ -197,7 +199,8 @@ def test_evaluated_files_are_told_by_their_names_and_random_weights_by_setting_w
         )
         for size in (64, 256)
     ]
-    text = as_sweep_markdown(read_sweep("s", made, done(made)), "")
+    text = as_sweep_markdown(read_sweep("s", made, done(made)), [f"command {number}" for number in range(7)])
+    assert text.endswith("    command 4\n\nand 2 more\n")
     assert tables(text, "knn/top1_k20 on in1k val")[:7] == [
         "| short_px | weights | feature4 |",
         "| 64 | a.pth | 74.0 |",
@@ -217,10 +220,22 @@ def test_of_random_weights_alone_there_is_a_table_and_no_picture(
     ]
     note("s", made)
     assert main(["sweep=s"]) == 0
-    assert "9.0" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "9.0" in told
+    assert "there is nothing to draw of sweep s" in told
     assert not list(tmp_path.rglob("*.png"))
     assert main(["sweep=s", "--format", "png"]) == 2
     assert "there is nothing to draw of sweep s" in capsys.readouterr().err
+
+
+def test_a_setting_that_a_command_leaves_at_its_default_is_what_the_run_noted(
+    new_point: NewPoint, result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = result("linear", "feature4", "top1", 50.0, checkpoint="x")
+    made = [new_point(row, gap_px=8), new_point(row, seed=0)]
+    RunRecord(name="r", experiment="e", params={"grid.gap_px": 48, "seed": 0}).write(made[1].folder)
+    axis = drawn(made, monkeypatch).axes[0]
+    assert list(axis.lines[0].get_xdata()) == [8, 48]
 
 
 def test_csv_has_each_result_in_full_and_each_point(
