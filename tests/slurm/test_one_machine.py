@@ -33,18 +33,6 @@ def test_with_accounting_sacct_knows_a_job_and_nothing_stays_after_down(tmp_path
     assert left_of(tmp_path / "slurm") == []
 
 
-def test_numbers_that_others_have_by_now_are_left_alone(tmp_path: Path) -> None:
-    """As after a restart of the machine, which leaves the folder."""
-    environment = environment_of(tmp_path / "slurm", accounting=False)
-    (tmp_path / "slurm").mkdir()
-    with subprocess.Popen(["sleep", "60"]) as innocent:
-        (tmp_path / "slurm/pids").write_text(f"{innocent.pid}\n")
-        assert run(environment, SCRIPTS / "down.sh").returncode == 0
-        assert innocent.poll() is None
-        innocent.kill()
-    assert not (tmp_path / "slurm").exists()
-
-
 def test_a_job_that_nobody_can_cancel_ends_with_the_cluster(tmp_path: Path) -> None:
     environment = environment_of(tmp_path / "slurm", accounting=False)
     assert run(environment, SCRIPTS / "up.sh").returncode == 0
