@@ -6,8 +6,15 @@
 # apt-get install postgresql) and pip install 'relloc[server]'.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "which folder? serve.sh FOLDER [options of mlflow server]" >&2; exit 1; }
-folder=$1
+folder=$(realpath -ms -- "$1")
 shift
+socket=$folder/db/.s.PGSQL.5432
+if [ "$(printf %s "$socket" | wc -c)" -gt 107 ]; then # what an address of a socket can hold
+  echo "$folder is too long a path for PostgreSQL's socket, $socket, of 107 bytes at most: name a shorter one" >&2; exit 1
+fi
+case $folder in *[\&%,+\'\"\\]*) # which mean something else in the database's address or settings
+  echo "$folder has one of & % , + ' \" \\ in its path: name a folder without" >&2; exit 1 ;;
+esac
 mkdir -p "$folder"
 cd "$folder"
 umask 077 # hashes of passwords, and the files of runs, which the server hands out
@@ -27,7 +34,8 @@ if [ ! -f db/PG_VERSION ]; then
 fi
 if ! "${as_owner[@]}" "$bin/pg_ctl" -D "$folder/db" status >/dev/null; then
   "${as_owner[@]}" "$bin/pg_ctl" -D "$folder/db" -w -s -l "$folder/db/log" \
-    -o "-c listen_addresses='' -c unix_socket_directories='$folder/db'" start </dev/null >/dev/null 9>&-
+    -o "-c listen_addresses='' -c unix_socket_directories='$folder/db'" start </dev/null >/dev/null 9>&- ||
+    { echo "PostgreSQL did not start: $folder/db/log says why" >&2; exit 1; }
 fi
 trap '"${as_owner[@]}" "$bin/pg_ctl" -D "$folder/db" -m fast -s stop' EXIT
 asked() { "$bin/psql" -h "$folder/db" -U mlflow -d postgres -tAc "$1"; }
