@@ -1,7 +1,7 @@
 """What tracking costs: the share of training time, the time to send a run, and the time in which many runs appear.
 
 The share, by the clock: the default run's training with tracking=none and with MLflow in a SQLite file, in turns, by
-the rates that the runs report but for the first. The share, by the processor, which other jobs change little: what a
+steps over seconds from first to last report. The share, by the processor, which other jobs change little: what a
 process uses of one core that does nothing but journal a report of six values each 0.3 s, for --follow-s seconds, while
 MLflow, imported before, follows. A run to be sent has --reports reports of six values in its journal and 200 final
 results; it is sent by what `python -m relloc.sync` calls. The many runs are sent to one store, one after the other by
