@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,17 +31,9 @@ class Sweep:
 
     def points(self) -> list[Point]:
         """All points that commands of this sweep had. Raises `UsageError` where there is no sweep, or none to read."""
-        return self._noted()[0]
-
-    def command(self) -> str:
-        """The last command of this sweep. Raises as `points` does."""
-        points, (_, *words) = self._noted()
-        return shlex.join(["python", "-m", f"relloc.{points[0].kind}", *words])
-
-    def _noted(self) -> tuple[list[Point], list[str]]:
         try:
             noted = json.loads((self.folder / SWEEP_FILE).read_text(encoding="utf-8"))
-            return [Point.from_json(fields) for fields in noted["points"]], noted["command"]
+            return [Point.from_json(fields) for fields in noted["points"]]
         except FileNotFoundError:
             raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing") from None
         except (ValueError, KeyError, TypeError) as error:
