@@ -25,7 +25,6 @@ NAME = "slurm"
 _ASKED_S = 60  # a client of a cluster in trouble may wait for ever
 _FIRST_POLL_S, _LONGEST_POLL_S = 1.0, 30.0
 _OURS = (
-    "name",
     "dry_run",
     "tasks_per_node",
     "setup",
