@@ -224,10 +224,15 @@ def test_runs_are_grouped_sorted_and_compared(page: Page, link: str) -> None:
     opened(page, link)
     assert set(page.runs()) == {name_of(*point) for point in BEST_FIRST}
     page.type("input[placeholder='Search metric charts']", "linear/top1_by_layer")
-    drawn = page.plot(lambda traces: len(traces) >= len(BEST_FIRST))
-    curves = {trace["name"].partition(" (")[0]: (trace["x"], trace["y"]) for trace in drawn}
-    for point in BEST_FIRST:
-        assert curves[name_of(*point)] == ([1, 2, 3, 4, 5], [linear(*point, stage) for stage in range(1, 6)])
+    by_layer = {
+        name_of(*point): ([1, 2, 3, 4, 5], [linear(*point, stage) for stage in range(1, 6)]) for point in BEST_FIRST
+    }
+
+    def are_drawn(traces: list[dict[str, Any]]) -> bool:
+        curves = {trace["name"].partition(" (")[0]: (trace["x"], trace["y"]) for trace in traces}
+        return all(curves.get(name) == curve for name, curve in by_layer.items())
+
+    page.plot(are_drawn)
     page.keep("charts")
 
     page.click("label:has(input[value=TABLE])")
@@ -235,16 +240,17 @@ def test_runs_are_grouped_sorted_and_compared(page: Page, link: str) -> None:
     page.type("[role=menu] input", SORTED_BY)
     page.click("[role=menuitemcheckbox]", SORTED_BY)
     metric = f"metrics.`{SORTED_BY}`"
-    page.until(lambda: all(page.runs(metric)))
-    assert [float(value) for value in page.runs(metric)] == [linear(*point, stage=4) for point in BEST_FIRST]
+    by_metric = [linear(*point, stage=4) for point in BEST_FIRST]
+    page.until(lambda: [float(value or "nan") for value in page.runs(metric)] == by_metric)
     page.click("[data-testid=column-selection-dropdown]")
     page.type("input[placeholder='Search columns']", "grid.")
     for name in ("grid.gap_px", "grid.jitter_px"):
         page.click("[class*=tree-treenode]", name, part="[class*=tree-checkbox]")
     page.type("input[placeholder='Search columns']", Keys.ESCAPE)
-    page.until(lambda: all(page.runs("params.`grid.jitter_px`")))
-    swept = zip(page.runs("params.`grid.gap_px`"), page.runs("params.`grid.jitter_px`"), strict=True)
-    assert [(int(gap), int(jitter)) for gap, jitter in swept] == BEST_FIRST
+    for column, swept in zip(("grid.gap_px", "grid.jitter_px"), zip(*BEST_FIRST, strict=True), strict=True):
+        page.until(
+            lambda column=column, swept=swept: page.runs(f"params.`{column}`") == [str(value) for value in swept]
+        )
     assert page.runs() == [name_of(*point) for point in BEST_FIRST]
 
     page.click("button", "Group by")
