@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from relloc.sweeps.points import Point
-from relloc.sweeps.standing import Standing
+from relloc.sweeps.standing import Standing, status_of
 from relloc.tracking.mlflow import sync
-from relloc.tracking.record import RunRecord, read_status, write_status
+from relloc.tracking.record import RunRecord, write_status
 from relloc.tracking.store import StoreError
 
 
@@ -16,7 +16,7 @@ def mend(points: Sequence[Point], found: Sequence[Standing]) -> list[str]:
     """
     told = []
     for point, now in zip(points, found, strict=True):
-        if now.in_flight or (read_status(point.folder) or {}).get("status") != "RUNNING":
+        if now.in_flight or status_of(point.folder) != "RUNNING":
             continue
         write_status(point.folder, "KILLED")
         words = f"{point.name} was ended before it could say so: noted as stopped"

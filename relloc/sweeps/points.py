@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relloc.errors import UsageError
 from relloc.tracking.record import now_ms, write_json
 
 POINT_FILE = "point.json"
@@ -84,9 +85,14 @@ def note_job(point: Point, job: Mapping[str, Any]) -> None:
 
 
 def read_job(folder: Path) -> dict[str, Any] | None:
-    """The job that was last noted; None if none was."""
+    """The job that was last noted; None if none was. Raises `UsageError` where the note can't be read."""
     path = folder / POINT_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["job"] if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["job"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({error}): remove it if no job or process has the point") from error
 
 
 def process_mark(pid: int) -> dict[str, Any]:

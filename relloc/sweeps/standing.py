@@ -78,13 +78,17 @@ def _job_state(folder: Path, job: Mapping[str, Any], alive: Mapping[tuple[str, s
 
 def _was_heard_of(folder: Path) -> bool:
     """Whether a run that another machine has wrote anything lately, which is all that can be known of it here."""
-    if _status(folder) != "RUNNING":
+    if status_of(folder) != "RUNNING":
         return False
-    written = max(path.stat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("checkpoints/*")))
+    try:
+        written = max(path.stat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("checkpoints/*")))
+    except FileNotFoundError:  # removed while it was looked at
+        return True
     return time.time() - written < _HEARD_OF_S
 
 
-def _status(folder: Path) -> str | None:
+def status_of(folder: Path) -> str | None:
+    """What the run says of itself; None where it says nothing."""
     try:
         return (read_status(folder) or {}).get("status")
     except ValueError:  # damaged: it runs again
@@ -92,7 +96,7 @@ def _status(folder: Path) -> str | None:
 
 
 def _standing(folder: Path, job: JobState) -> Standing:
-    status = _status(folder)
+    status = status_of(folder)
     if job == "waiting":
         return Standing(state="waiting", progress=_progress(folder)[0])
     if job == "running":

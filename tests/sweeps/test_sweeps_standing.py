@@ -69,7 +69,16 @@ def test_a_run_of_another_machine_runs_while_it_writes(tmp_path: Path) -> None:
 def test_a_damaged_file_hides_no_other_point(tmp_path: Path, damaged: str) -> None:
     made = point(tmp_path, "KILLED")
     (made.folder / damaged).write_text('{"st\n{"\n')
-    assert standings([made], {})[0].state == ("failed" if damaged == "status.json" else "stopped")
+    found = standings([made], {})
+    assert found[0].state == ("failed" if damaged == "status.json" else "stopped")
+    assert mend([made], found) == []
+
+
+def test_a_damaged_note_of_a_job_is_told(tmp_path: Path) -> None:
+    made = point(tmp_path, "RUNNING", {"slurm": "7"})
+    (made.folder / "point.json").write_text("{")
+    with pytest.raises(UsageError, match=r"point\.json is damaged"):
+        standings([made], {})
 
 
 def test_a_scheduler_that_is_silent_for_a_while_is_asked_again(
