@@ -65,14 +65,16 @@ def _cancel(sweep: Sweep) -> int:
     sweep.cancel()
     for name, scheduler in schedulers().items():
         scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder) or {})])
+    asked = len(in_flight)
     for point in in_flight:
         job = read_job(point.folder) or {}
         if "pid" in job and is_elsewhere(job):
+            asked -= 1
             say(f"{point.name} is run by process {job['pid']} of {job['host']}: end it there")
         elif "pid" in job:
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(job["pid"], signal.SIGTERM)
-    say(f"{len(in_flight)} points were asked to end, and no other is started")
+    say(f"{asked} points were asked to end, and no other is started")
     say("the same command as before goes on with all of them")
     return 0
 
