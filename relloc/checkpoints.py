@@ -11,36 +11,17 @@ from typing import Any, BinaryIO
 
 import torch
 
+from relloc import files
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
 _KEPT = 2
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError)
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is there whole or not at all, in the place of what was there. Raises `OSError`."""
-    unfinished = _unfinished(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # a read-only file system refuses even this
-            unfinished.unlink()
-        raise
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.unfinished")
-
-
 def write_checkpoint(path: Path, content: bytes | memoryview) -> None:
     """As `write_whole`, with advice. Raises `CheckpointError`: no space or no permission."""
     try:
-        write_whole(path, content)
+        files.write_whole(path, content)
     except OSError as error:
         raise _not_written(path, error) from error
 
@@ -84,12 +65,12 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: no space or no permission; what was at `path` stays.
     """
-    unfinished = _unfinished(path)
+    unfinished = files.unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = _stream(unfinished, state)
         # The hash last: a process that is killed while it saves leaves the old file with the old hash.
-        write_whole(_hash_file(path), _hash_line(path, digest))
+        files.write_whole(_hash_file(path), _hash_line(path, digest))
         _replace_hashed(unfinished, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -99,8 +80,9 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 def delete_state(path: Path) -> None:
     """Remove what `save_state` saved or began to save, if it is there."""
-    for file in (path, _hash_file(path), _unfinished(path)):
+    for file in (path, _hash_file(path)):
         file.unlink(missing_ok=True)
+    files.remove_unfinished(path)
 
 
 def _stream(path: Path, state: Mapping[str, Any]) -> str:

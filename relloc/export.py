@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from relloc import backbone_files, checkpoints, layouts, weight_files
+from relloc import backbone_files, files, layouts, weight_files
 from relloc.errors import CheckpointError, UsageError
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -130,7 +130,7 @@ def _saved(content: Mapping[str, Any]) -> bytes:
 
 def _write(out: Path, content: bytes) -> None:
     try:
-        checkpoints.write_whole(out, content)
+        files.write_whole(out, content)
     except OSError as error:
         raise CheckpointError(f"{out} could not be written ({error.strerror})") from error
 

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from relloc.files import append_lines, read_lines
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
 RESULTS_FILE = "results.jsonl"
@@ -68,18 +69,9 @@ class Result:
 
 
 def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
-    """Append rows to the run folder's results.jsonl in one write, on disk before returning.
-
-    A last line that a kill or a full disk left unfinished is cut off first.
-    """
-    path = run_dir / RESULTS_FILE
-    text = "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    with open(path, "ab") as file:
-        finished = path.read_bytes().rpartition(b"\n")
-        os.truncate(path, len(finished[0] + finished[1]))
-        file.write(text.encode("utf-8"))
-        file.flush()  # writes on until all is there or the disk is full; one system call may write a part in silence
-        os.fsync(file.fileno())
+    """Append rows to the run folder's results.jsonl, all or none, on disk before returning. Raises `OSError`."""
+    lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows]
+    append_lines(run_dir / RESULTS_FILE, lines)
 
 
 def read_results(run_dir: Path) -> Sequence[Result]:
@@ -89,11 +81,8 @@ def read_results(run_dir: Path) -> Sequence[Result]:
         ValueError: a line is not a result of this version, with its line number.
     """
     path = run_dir / RESULTS_FILE
-    if not path.exists():
-        return []
     rows = []
-    finished = path.read_bytes().rpartition(b"\n")[0]
-    for number, line in enumerate(finished.split(b"\n") if finished else [], start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             rows.append(Result(**json.loads(line)))
         except (ValueError, TypeError) as error:

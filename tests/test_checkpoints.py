@@ -173,7 +173,9 @@ def test_what_is_unfinished_is_no_checkpoint(tmp_path: Path) -> None:
     left.write_bytes(path.read_bytes()[:100])  # as a killed process leaves it
     path.with_name("step_000000002.pt.sha256").write_text("0" * 64 + "  step_000000002.pt")  # and this before
     assert saved_trainings(tmp_path) == [path]
-    assert load_training(save_training(tmp_path, {"value": 2}, 2))["value"] == 2
+    newest = save_training(tmp_path, {"value": 2}, 2)
+    assert newest_sound(tmp_path, pytest.fail) == newest
+    assert load_training(newest)["value"] == 2
     assert files_below(tmp_path) == ["checkpoints/step_000000001.pt", "checkpoints/step_000000002.pt"]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from relloc.errors import UsageError
-from relloc.tracking.record import now_ms, write_json
+from relloc.files import write_json
+from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
 # Which machine, how many processes, what is followed and kept where: a point is the same with others of these.

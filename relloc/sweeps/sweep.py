@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from relloc.errors import UsageError
+from relloc.files import locked, write_json
 from relloc.sweeps.points import Point
-from relloc.tracking.record import COMMIT_FILE, commit_of, write_json
-from relloc.tracking.store import locked
+from relloc.tracking.record import COMMIT_FILE, commit_of
 
 SWEEP_FILE = "sweep.json"
 CODE = "code"

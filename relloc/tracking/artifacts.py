@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from relloc.tracking.record import write_json
+from relloc.files import write_json
 
 ARTIFACTS_FILE = "artifacts.json"
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from relloc.files import append_lines
 from relloc.tracking.record import legal_name, now_ms
 
 JOURNAL_FILE = "journal.jsonl"
@@ -36,7 +37,6 @@ class Journal:
     def __init__(self, run_dir: Path, file: str = JOURNAL_FILE) -> None:
         self._path = run_dir / file
         self._last_step: dict[str, int] = {}
-        _cut_half_line(self._path)
         for entry in read_journal(run_dir, file=file):
             self._remember(entry)
 
@@ -52,8 +52,7 @@ class Journal:
         if not fresh:
             return
         entry = Entry(time_ms=now_ms(), step=step, metrics=fresh)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(_to_json(entry) + "\n")
+        append_lines(self._path, [_to_json(entry)], durable=False)  # training does not wait for the disk
         self._remember(entry)
 
     def _is_new(self, name: str, step: int) -> bool:
@@ -90,10 +89,3 @@ def _from_json(line: str, place: str) -> Entry:
         return Entry(time_ms=fields["time_ms"], step=fields["step"], metrics=metrics)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place} is not a journal entry: {error!r}") from error
-
-
-def _cut_half_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with open(path, "r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)

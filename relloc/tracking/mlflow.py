@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from relloc.files import locked, write_json
 from relloc.results import Result, read_results
 from relloc.tracking.artifacts import list_artifacts_to_send
 from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE, read_journal
@@ -26,13 +27,11 @@ from relloc.tracking.record import (
     legal_name,
     now_ms,
     read_status,
-    write_json,
 )
 from relloc.tracking.store import (
     StoreError,
     absolute_uri,
     artifact_location,
-    locked,
     open_store,
     store_errors,
 )

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 import socket
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relloc.files import write_json
 from relloc.tracking.store import absolute_uri
 
 RUN_FILE = "run.json"
@@ -186,13 +186,3 @@ def legal_name(name: str) -> str:
 def now_ms() -> int:
     """Unix time in milliseconds."""
     return time.time_ns() // 1_000_000
-
-
-def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file at once: a reader sees the old one or the new one, never a part."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(new, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)

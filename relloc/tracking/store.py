@@ -1,8 +1,6 @@
 """The MLflow store behind an address: opening it safely, its UI, and its runs as plain dicts."""
 
 import contextlib
-import errno
-import fcntl
 import functools
 import json
 import logging
@@ -17,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from relloc.files import locked
 from relloc.tracking.mounts import shared_file_system
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ SQLITE = "sqlite:///"
 PROBE_S = 4.0
 UI_PORT = 5000
 ANYWHERE = "RELLOC_SQLITE_ANYWHERE"
-NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Retries are left to the next sending: the default of 7 blocks each call to a dead server for 246 s.
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -168,23 +166,6 @@ def store_errors(uri: str) -> Iterator[None]:
     ) as error:
         lines = str(error).splitlines() or [""]
         raise StoreError(f"{uri}: {lines[0][:500] or type(error).__name__}") from error
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among processes and threads; no lock on file systems that have none."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS_HERE:
-                raise
-        try:
-            yield
-        finally:
-            # Said out loud: a process forked meanwhile (a loader's worker) has the file open too.
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def ui_command(uri: str, port: int = UI_PORT) -> str:

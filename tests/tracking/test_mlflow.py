@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from relloc.files import locked
 from relloc.results import Result, append_results
 from relloc.tracking import (
     DatasetRecord,
@@ -26,7 +27,6 @@ from relloc.tracking import (
     sync,
     write_status,
 )
-from relloc.tracking.store import locked
 
 NewRun = Callable[..., Path]
 LINEAR = Result(

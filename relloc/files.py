@@ -1,0 +1,117 @@
+"""Writing, appending to and locking files: the one way each is done, so that a crash or a full disk leaves no half."""
+
+import contextlib
+import errno
+import fcntl
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+# What file systems without locks answer (Lustre mounted without flock, some FUSE ones)
+NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_CHUNK = 1 << 16
+
+
+def unfinished(path: Path) -> Path:
+    """Where this process writes a file before that takes its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed began to write."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*unfinished"):
+        left.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is there whole or not at all, in the place of what was there. Raises `OSError`."""
+    new = unfinished(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a read-only file system refuses even this
+            new.unlink()
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file at once: a reader sees the old one or the new one, never a part. Raises `OSError`."""
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode())
+
+
+def append_lines(path: Path, lines: Iterable[str], *, durable: bool = True) -> None:
+    """Append whole lines: all of them or, where the disk is full, none; `durable`: on disk before returning.
+
+    A last line that a kill left without its end is cut off first. Several processes may append to one file: each
+    waits for the other, where the file system has locks.
+
+    Raises:
+        OSError: they could not be written; the file is as it was.
+    """
+    content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+    with open(path, "a+b") as file, _exclusive(file):
+        end = _cut_half_line(file)
+        try:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), end)
+            raise
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The finished lines of a file that grows by `append_lines`, without their ends; none where there is no file."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return content.split(b"\n")[:-1]  # what follows the last line end is unfinished, or empty
+
+
+def _cut_half_line(file: BinaryIO) -> int:
+    """Truncate behind the last line end; how many bytes are left."""
+    end = position = os.fstat(file.fileno()).st_size
+    found = 0
+    # Backward, in pieces: a journal may be long, and is nearly always whole.
+    while position and not found:
+        start = max(0, position - _CHUNK)
+        file.seek(start)
+        piece = file.read(position - start)
+        found = start + piece.rfind(b"\n") + 1 if b"\n" in piece else 0
+        position = start
+    if found < end:
+        os.ftruncate(file.fileno(), found)
+    return found
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock among processes and threads; no lock on file systems that have none."""
+    with open(path, "ab") as file, _exclusive(file):
+        yield
+
+
+@contextlib.contextmanager
+def _exclusive(file: BinaryIO) -> Iterator[None]:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+    try:
+        yield
+    finally:
+        # Said out loud: a process forked meanwhile (a loader's worker) has the file open too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,0 +1,93 @@
+"""Files are written whole, appended to in whole lines, and locked."""
+
+import os
+import threading
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from relloc import files
+
+
+def _append_many(path: Path, name: str) -> None:
+    for number in range(50):
+        files.append_lines(path, [f"{name} {number} first", f"{name} {number} second"])
+
+
+def test_four_writers_lose_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    context = get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(path, name)) for name in "abcd"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 400
+    assert [line.replace("first", "second") for line in lines[::2]] == lines[1::2]
+
+
+@pytest.mark.parametrize("kept", ["", "one\n", "one\ntwo\n", "x" * 200_000 + "\n"])
+@pytest.mark.parametrize("half", ["", '{"unfinis', "y" * 200_000])
+def test_a_half_line_is_no_line_and_makes_room_for_the_next(tmp_path: Path, kept: str, half: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(kept + half)
+    assert files.read_lines(path) == kept.encode().splitlines()
+    files.append_lines(path, ["next"])
+    assert path.read_text() == kept + "next\n"
+
+
+def test_where_the_disk_is_full_nothing_is_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    files.append_lines(path, ["before"])
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            files.append_lines(path, ["lost"])
+    assert path.read_text() == "before\n"
+
+
+def test_no_file_has_no_lines(tmp_path: Path) -> None:
+    assert files.read_lines(tmp_path / "none") == []
+
+
+def test_a_whole_file_takes_the_place_of_the_old_one_or_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    files.write_whole(path, b"old")
+    files.write_json(path, {"new": "é"})
+    assert path.read_text(encoding="utf-8") == '{\n "new": "é"\n}'
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(path, float("nan"))
+    assert path.read_text(encoding="utf-8") == '{\n "new": "é"\n}'
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_what_a_killed_process_began_to_write_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".file.123.unfinished").touch()
+    (tmp_path / ".other.123.unfinished").touch()
+    files.remove_unfinished(tmp_path / "file")
+    assert os.listdir(tmp_path) == [".other.123.unfinished"]
+
+
+def test_one_at_a_time_holds_a_lock(tmp_path: Path) -> None:
+    order = []
+    inside = threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with files.locked(tmp_path / "lock"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with files.locked(tmp_path / "lock"):
+        inside.set()
+        thread.join(timeout=0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
