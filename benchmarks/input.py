@@ -28,12 +28,12 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from relloc.data.crops import Crops
 from relloc.data.folder import FolderImages, folder
 from relloc.data.image_set import ImageSet, Splits
-from relloc.data.order import key
 from relloc.data.packing import Packing, pack
 from relloc.data.shards import shards
 from relloc.data.slots import load_in_slots
 from relloc.geometry import PatchGrid, ShortSide
 from relloc.pretext.feed import HELD_FORWARDS, Feed
+from relloc.seeds import Use, seed_for
 
 GRID = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))  # conf/grid/mmselfsup.yaml
 PACKING = Packing(short_px=292, quality=90, subsampling="4:2:0", images_per_shard=5000)  # conf/prepare.yaml
@@ -63,7 +63,7 @@ def training_rates(images: ImageSet, *, workers: int, n_images: int, device: tor
     """
     n_batches, started_after = n_images // BATCH, max(1, workers)
     places = range((n_batches + started_after) * BATCH)
-    samples = [(place % len(images), key(0, place)) for place in places]
+    samples = [(place % len(images), seed_for(Use.CROP, 0, place)) for place in places]
     batches = [samples[start : start + BATCH] for start in places[::BATCH]]
     crops = Crops(images, GRID, centered=False)
     cpu_before = _cpu_s()

@@ -16,7 +16,6 @@ from relloc import checkpoints
 from relloc.data.crops import Crops
 from relloc.data.folder import folder
 from relloc.data.loader import load
-from relloc.data.order import key
 from relloc.data.shards import shards
 from relloc.data.views import Center, Views
 from relloc.errors import UsageError
@@ -26,6 +25,7 @@ from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext import objective
 from relloc.results import LAYERS
 from relloc.runs import assemble
+from relloc.seeds import Use, seed_for
 
 BATCH = 64
 
@@ -59,7 +59,7 @@ def _network(run: str) -> tuple[objective.RelativeLocation, PatchPipeline]:
 
 
 def _pixels(samples: Crops | Views) -> torch.Tensor:
-    keys = [(index, key(0, index)) for index in range(len(samples))]
+    keys = [(index, seed_for(Use.CROP, 0, index)) for index in range(len(samples))]
     batches = [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
     return torch.cat([batch.pixels for batch in load(samples, batches, workers=0, pin=False)])
 

@@ -8,11 +8,7 @@ from torch.utils.data import Dataset, Sampler
 
 from relloc.data.loader import Sample
 from relloc.errors import DataError
-
-
-def key(*numbers: int) -> int:
-    """A 63-bit seed from several numbers, well mixed: the same numbers give the same seed."""
-    return int(np.random.SeedSequence([*numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+from relloc.seeds import Use, seed_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +89,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.first_step, self.steps):
             epoch, place = divmod(step, self.plan.steps_per_epoch)
             if epoch != order_epoch:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.plan.n_images)
+                order = _order(self.plan.n_images, self.seed, epoch)
                 order_epoch = epoch
             start = place * self.plan.images_per_step
             images = order[start : start + self.plan.images_per_step].reshape(
@@ -103,11 +99,12 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 yield [(index, epoch) for index in ghost.tolist()]
 
 
-class Seeded(Dataset[Sample]):
-    """Samples by (index, epoch) of a data set that has them by (index, seed of its chance).
+def _order(n_images: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(seed_for(Use.IMAGE_ORDER, seed, epoch)).permutation(n_images)
 
-    Whoever reads makes the seeds: 512 of them take 10 ms, which a process that feeds a GPU lacks.
-    """
+
+class Seeded(Dataset[Sample]):
+    """Samples by (index, epoch) of crops by (index, seed): the reading processes derive the seeds."""
 
     def __init__(self, samples: Dataset[Sample], seed: int) -> None:
         self.samples = samples
@@ -115,4 +112,4 @@ class Seeded(Dataset[Sample]):
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         index, epoch = place
-        return self.samples[index, key(self.seed, epoch, index)]
+        return self.samples[index, seed_for(Use.CROP, self.seed, epoch, index)]

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
+from relloc.seeds import Use, seed_for
+
 _WEIGHT, _MOMENTUM, _GRADIENTS = 0, 1, 2  # what the columns of coefficients multiply; gradients are the rest
 _LARGEST = float(np.finfo(np.float32).max)
 _CPU = torch.device("cpu")
@@ -101,7 +103,8 @@ class LayerHeads(nn.Module):
     ) -> None:
         super().__init__()
         heads = len(sgd.settings)
-        start = torch.empty(n_classes, dim).normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed_for(Use.HEAD_WEIGHTS, seed))
+        start = torch.empty(n_classes, dim).normal_(std=0.01, generator=generator)
         self.sgd = sgd
         self.norm = None if channels is None else nn.BatchNorm1d(channels, affine=False, device=device)
         self.register_buffer("weight", start.to(device).repeat(heads, 1, 1))

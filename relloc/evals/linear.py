@@ -35,7 +35,7 @@ class Linear:
         ValueError: constants that would train nothing.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     labels: ClassVar[Literal["class"]] = "class"
     keeps: ClassVar[bool] = False
     layer_by_layer: ClassVar[bool] = False
@@ -155,7 +155,7 @@ class LinearFast:
         ValueError: constants that would train nothing.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     labels: ClassVar[Literal["class"]] = "class"
     keeps: ClassVar[bool] = True
     layer_by_layer: ClassVar[bool] = False

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from relloc.data.image_set import Splits
 from relloc.data.lists import DIFFICULT, NOT_THERE, THERE
-from relloc.data.order import key
 from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evals.constants import check_numbers, check_view, check_whole, check_wholes
@@ -20,6 +19,7 @@ from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
 from relloc.features.source import Sets
 from relloc.results import Score, check_layers
+from relloc.seeds import Use, seed_for
 
 _NEGATIVES = 19  # for each positive image
 _MOST_GRAM_BYTES = 2**25
@@ -34,7 +34,7 @@ class Voc07LowShot:
     training images that were not drawn. Where the draws leave no positive image there is no such row, and it is said.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     labels: ClassVar = "presence"
     keeps: ClassVar[bool] = True
     layer_by_layer: ClassVar[bool] = True
@@ -174,7 +174,7 @@ def draw(
     for c in classes:
         sides = [(present[:, c] == mark).nonzero().squeeze(1) for mark in (THERE, NOT_THERE)]
         for number in range(draws):
-            generator = torch.Generator().manual_seed(key(seed, c, k, number))
+            generator = torch.Generator().manual_seed(seed_for(Use.LOW_SHOT_IMAGES, seed, c, k, number))
             mixed = [side[torch.randperm(len(side), generator=generator)] for side in sides]
             found.append(torch.cat([mixed[0][:k], mixed[1][: _NEGATIVES * k]]))
     return torch.stack(found).view(len(classes), draws, -1)

@@ -13,7 +13,6 @@ from torch import Tensor
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.lists import MultiLabeled
-from relloc.data.order import key
 from relloc.data.views import View
 from relloc.evals.contract import (
     BATCH_NORMS,
@@ -39,7 +38,9 @@ from relloc.features.source import (
     in_gib,
 )
 from relloc.results import Result, Score
+from relloc.seeds import Use, seed_for
 
+_CALIBRATION_VERSION = 2  # raised when other images are drawn to recalibrate batch norm on
 _PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}
 
 
@@ -209,11 +210,13 @@ def _keep(
 def calibration_batches(images: ImageSet, view: View, terms: Terms) -> Iterator[torch.Tensor]:
     """Pixels (b 3 s s), on the device, of the images that `terms` has statistics estimated on, drawn by its seed."""
     reading = terms.reading
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(terms.seed))
+    generator = torch.Generator().manual_seed(seed_for(Use.CALIBRATION_IMAGES, terms.seed))
+    order = torch.randperm(len(images), generator=generator)
     size = min(reading.batch, len(images))
     places = order[: max(size, terms.calibration_images // size * size)].tolist()
     bad = reading.unreadable_of(len(images))
-    keys = [(place, key(terms.seed, place)) for place in places[: len(places) // size * size]]
+    whole = places[: len(places) // size * size]
+    keys = [(place, seed_for(Use.CALIBRATION_VIEW, terms.seed, place)) for place in whole]
     for views in reading.views(images, view, keys, size):
         bad.add(views.unreadable)
         if len(views.pixels):
@@ -229,7 +232,7 @@ def fingerprint(
     images = [(split.name, split.split, split.digest()) for split in both]
     if evaluation.labels == "presence":
         images += [hash_lines(map(str, split.presence())) for split in both if isinstance(split, MultiLabeled)]
-    calibrated = (terms.calibration_images, reading.batch) if batch_norm == "recalibrated" else ()
+    calibrated = (_CALIBRATION_VERSION, terms.calibration_images, reading.batch) if batch_norm == "recalibrated" else ()
     who = (subject.weights, subject.model, batch_norm, calibrated)
     decided = (repr(evaluation), evaluation.version, who, reading.precision, images, terms.seed)
     return hash_lines([repr(decided)])

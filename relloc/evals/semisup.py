@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from relloc.data.image_set import ImageSet, Splits, hash_lines
-from relloc.data.order import key
 from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, stratified
 from relloc.data.views import View
 from relloc.errors import DataError
@@ -29,6 +28,7 @@ from relloc.evals.constants import check_number, check_numbers, check_view, chec
 from relloc.features.source import Reading, State
 from relloc.models.backbone import Backbone
 from relloc.results import Score
+from relloc.seeds import Use, seed_for
 
 _TOP = (1, 5)
 _PUBLISHED_SETTINGS = 9  # three rates and three multipliers of the head's (docs/MODEL_ZOO.md)
@@ -42,7 +42,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.stage_channels[-1], n_classes)
-        nn.init.normal_(self.head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed_for(Use.FINE_TUNING_WEIGHTS, seed))
+        nn.init.normal_(self.head.weight, std=0.01, generator=generator)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
@@ -92,7 +93,7 @@ class SemiSupervised:
         DataError: `list_file` can't be read or names nothing.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     labels: ClassVar[Literal["class", "presence", "none"]] = "class"
 
     share: float
@@ -216,8 +217,9 @@ class SemiSupervised:
         """Train for an epoch; whether all losses were finite, and all weights and statistics are."""
         network.train()
         reading, labels = given.reading, _labels(images)
-        order = np.random.default_rng([given.seed, epoch]).permutation(len(images)).tolist()
-        keys = [(place, key(given.seed, epoch, place)) for place in order]
+        rng = np.random.default_rng(seed_for(Use.FINE_TUNING_ORDER, given.seed, epoch))
+        order = rng.permutation(len(images)).tolist()
+        keys = [(place, seed_for(Use.FINE_TUNING_VIEW, given.seed, epoch, place)) for place in order]
         bad = reading.unreadable_of(len(images))
         losses = []
         loaded = reading.views(images, self.augment, keys, self.batch)

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from relloc.data.order import key
 from relloc.errors import DataError, UsageError
 from relloc.evals import schedule
 from relloc.evals.heads import LayerHeads, Sgd
 from relloc.features.source import Features, FeatureSource, State
+from relloc.seeds import Use, seed_for
 
 _HELD_BACK = 10  # one in ten training images chooses among heads
 # A GPU gains more by less memory traffic than twice the products cost it; a CPU does not.
@@ -26,7 +26,7 @@ Waiting = tuple[dict[str, Tensor], Tensor, bool]  # normalized features, labels,
 
 def held_back(n: int, seed: int) -> Int[Tensor, "m"]:
     """The tenth of `n` training images, one at least, that chooses among heads."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_for(Use.HELD_BACK, seed)))
     return order[: max(1, n // _HELD_BACK)]
 
 
@@ -118,7 +118,7 @@ class Training:
         factor = schedule.factor(epoch, self.milestone_epochs, self.gamma)
         waiting: list[Waiting] = []
         learned = 0
-        for request in self.requests(source.n, tenth, key(seed, epoch)):
+        for request in self.requests(source.n, tenth, seed_for(Use.HEAD_BATCHES, seed, epoch)):
             for features, labels, of_tenth in self._read(source, request, epoch):
                 if self.batch_norm and len(labels) < 2:
                     continue  # batch norm knows no variance of one

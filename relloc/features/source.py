@@ -18,12 +18,12 @@ from torch import Tensor
 from relloc.data.image_set import ImageSet
 from relloc.data.loader import Batch as ImageBatch
 from relloc.data.loader import Unreadable, load
-from relloc.data.order import key
 from relloc.data.views import View, Views
 from relloc.errors import DataError, UsageError
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
+from relloc.seeds import Use, seed_for
 
 _MEMORY = Path("/proc/meminfo")
 
@@ -196,7 +196,7 @@ class LiveFeatures:
         self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[Batch]:
         self.backbone.eval()
-        keys = ((place, key(self.seed, epoch, place)) for place in places.tolist())
+        keys = ((place, seed_for(Use.AUGMENTED_VIEW, self.seed, epoch, place)) for place in places.tolist())
         loaded = self.reading.views(self.images, self.view, keys, size)
         what = f"features of {self.images.name} {self.images.split}"
         what += f", epoch {epoch + 1} of {epochs}" if epochs > 1 else ""
@@ -209,7 +209,7 @@ class LiveFeatures:
     def _encode(self, views: ImageBatch, size: int, layers: Sequence[str], epoch: int) -> Features:
         images = views.pixels.to(self.reading.device, non_blocking=True).float()
         if self.color:
-            seeds = [key(self.seed, epoch, place) for place in views.indices.tolist()]
+            seeds = [seed_for(Use.AUGMENTED_COLOR, self.seed, epoch, place) for place in views.indices.tolist()]
             images = 255 * self.color(images / 255, seeds)
         way = self.reading.encode if len(images) == size else encode
         return way(self.backbone, images, tuple(layers), self.reading.bf16)

@@ -16,6 +16,7 @@ from torch import Tensor
 from relloc.geometry import CENTER
 from relloc.patches.pipeline import PatchPipeline
 from relloc.patches.sample import sample_corners
+from relloc.seeds import Use, seed_for
 
 
 def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path: Path, *, seed: int) -> None:
@@ -25,8 +26,9 @@ def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path
     colors of its own.
     """
     grid = pipeline.grid
-    patches = pipeline(images, torch.Generator().manual_seed(seed))
-    corners = sample_corners(grid, len(images), torch.Generator().manual_seed(seed))  # the same draw
+    drawn = seed_for(Use.PICTURE_PATCHES, seed)
+    patches = pipeline(images, torch.Generator().manual_seed(drawn))
+    corners = sample_corners(grid, len(images), torch.Generator().manual_seed(drawn))  # the same draw
     figure, axes = plt.subplots(2, len(images), figsize=(2.4 * len(images), 5), squeeze=False, layout="constrained")
     for column in range(len(images)):
         _draw_boxes(axes[0, column], images[column], corners[column], grid.patch_px)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from relloc.geometry import NEIGHBORS, OFFSETS
 from relloc.pretext import objective
+from relloc.seeds import Use, seed_for
 
 PAIRS = len(NEIGHBORS)
 _ROWS, _COLUMNS = {-1: "up", 0: "", 1: "down"}, {-1: "left", 0: "", 1: "right"}
@@ -57,7 +58,7 @@ def answers(
     Pair i of an image has label i. The jitter and colors of batch i come from a generator seeded
     by `seed` alone, so that every checkpoint is asked the same questions.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed_for(Use.HELD_OUT_PATCHES, seed))
     found = []
     with evaluating(model):
         for images in batches:

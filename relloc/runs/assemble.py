@@ -17,7 +17,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import MultiLabeled
-from relloc.data.order import key
 from relloc.data.shards import shards
 from relloc.data.views import Center
 from relloc.errors import DataError, UsageError
@@ -29,6 +28,7 @@ from relloc.pretext.loop import Task
 from relloc.pretext.objective import RelativeLocation
 from relloc.runs import console
 from relloc.runs.engine import Engine, number, whole
+from relloc.seeds import Use, seed_for
 from relloc.sweeps.points import identity
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
@@ -139,7 +139,7 @@ def task(config: DictConfig, engine: Engine, *, steps_per_epoch: int, accumulati
         make=engine.compile(pipeline.make),
         steps_per_epoch=steps_per_epoch,
         accumulation=accumulation,
-        seed_of=lambda step, place: key(config.seed, step, place),
+        seed_of=lambda step, place: seed_for(Use.PATCHES, config.seed, step, place),
         device=engine.device,
         bf16=engine.bf16,
         cuda_graphs=engine.cuda_graphs,

@@ -12,7 +12,6 @@ from torch import Tensor
 from relloc.data.crops import Crops
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.loader import Batch, load
-from relloc.data.order import key
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import View
 from relloc.errors import DataError
@@ -25,6 +24,7 @@ from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.held_out import POSITIONS, answers, confusion, evaluating
 from relloc.pretext.objective import RelativeLocation
 from relloc.results import LAYERS
+from relloc.seeds import Use, seed_for
 
 SPECTRUM_LAYERS = ("feature4", "feature5", "avgpool")
 _TEMPERATURE = 0.07  # protocols.md 3.7
@@ -138,7 +138,10 @@ class Monitors:
     @functools.cached_property
     def _crops(self) -> Batch:
         images = self.data.held_out
-        keys = [(place, key(self.seed, place)) for place in evenly_spaced(len(images), self.n_images)]
+        keys = [
+            (place, seed_for(Use.HELD_OUT_CROP, self.seed, place))
+            for place in evenly_spaced(len(images), self.n_images)
+        ]
         batches = [keys[start : start + self.reading.batch] for start in range(0, len(keys), self.reading.batch)]
         crops = Crops(images, self.patches.grid, centered=True)
         return _joined(load(crops, batches, workers=self.reading.workers, pin=False), images)

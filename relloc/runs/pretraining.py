@@ -12,7 +12,7 @@ from relloc import backbone_files, ranks
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
-from relloc.data.order import StepPlan, key
+from relloc.data.order import StepPlan
 from relloc.data.shards import read_manifest
 from relloc.errors import UsageError
 from relloc.evals.contract import Job, Subject
@@ -27,6 +27,7 @@ from relloc.runs.engine import Engine
 from relloc.runs.evaluating import evaluate_subject
 from relloc.runs.folder import RunFolder, open_folder
 from relloc.runs.training import Run, full_batches, train_run
+from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
 
 PICTURE = "patches.png"
 _PICTURED = 6
@@ -48,6 +49,7 @@ def pretrain(config: DictConfig) -> None:
         run_dir = assemble.run_dir()
         identity = assemble.computed(config) | {
             "precision": how.precision,  # what auto became
+            "version of random numbers": PRETRAINING_VERSION,
             "training images": data.train.digest(),
         }
         standing = saving.resume(identity, task, run_dir)  # before anything is written there
@@ -124,7 +126,8 @@ def _draw(config: DictConfig, data: Splits, folder: RunFolder) -> None:
     pipeline = assemble.patches(config)
     crops = Crops(data.train, pipeline.grid, centered=False)
     chosen = range(0, len(data.train), max(1, len(data.train) // _PICTURED))
-    images = collate([crops[index, key(config.seed, index)] for index in chosen[:_PICTURED]]).pixels
+    seeds = {index: seed_for(Use.PICTURE_CROP, config.seed, index) for index in chosen[:_PICTURED]}
+    images = collate([crops[index, seed] for index, seed in seeds.items()]).pixels
     draw_patches(images, pipeline, folder.path / PICTURE, seed=config.seed)
     folder.keep(PICTURE)
     console.say(f"picture {folder.path / PICTURE}")
@@ -185,7 +188,7 @@ def _held_out(config: DictConfig, how: Engine, data: Splits, task: Task, folder:
     patches = assemble.patches(config)
     crops = Crops(data.held_out, patches.grid, centered=True)
     size = config.data.images_per_batch_norm
-    places = [(index, key(config.seed, index)) for index in range(len(data.held_out))]
+    places = [(index, seed_for(Use.HELD_OUT_CROP, config.seed, index)) for index in range(len(data.held_out))]
     batches = [places[start : start + size] for start in range(0, len(places), size)]
     loaded = load(crops, batches, workers=how.workers, pin=how.device.type == "cuda")
     unreadable = Unreadable(n_images=len(crops), most_share=config.data.unreadable_share)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from relloc.data.loader import Sample
-from relloc.data.order import Seeded, StepPlan, StepSampler, key
+from relloc.data.order import Seeded, StepPlan, StepSampler
 from relloc.errors import DataError
+from relloc.seeds import Use, seed_for
 
 Ghost = list[tuple[int, int]]
 
@@ -105,19 +106,10 @@ def test_an_image_gets_another_seed_in_every_epoch_and_other_images_other_seeds(
     samples = [Seeded(Asked(), 3)[place] for place in places]
     seeds = [int(sample.unreadable["seed"]) for sample in samples]
     assert [(sample.index, seed) for sample, seed in zip(samples, seeds, strict=True)] == [
-        (index, key(3, epoch, index)) for index, epoch in places
+        (index, seed_for(Use.CROP, 3, epoch, index)) for index, epoch in places
     ]
     assert len(set(seeds)) == 120
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_a_key_is_decided_by_its_numbers_and_their_order_and_has_63_mixed_bits() -> None:
-    assert key(1, 2, 3) == key(1, 2, 3)
-    assert len({key(1, 2), key(2, 1), key(1, 2, 1), key(1, 3)}) == 4
-    keys = np.array([key(0, 0, number) for number in range(500)], dtype=np.uint64)
-    ones = np.array([((keys >> np.uint64(bit)) & np.uint64(1)).mean() for bit in range(64)])
-    assert ones[63] == 0
-    assert np.abs(ones[:63] - 0.5).max() < 0.1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from relloc.evals.heads import LayerHeads, Setting, Sgd
+from relloc.seeds import Use, seed_for
 
 DIM, CHANNELS, N_CLASSES = 12, 3, 4
 SIZES = (8, 8, 8, 5, 8, 8, 8, 3, 8, 8, 8, 8)
@@ -55,7 +56,8 @@ def alone(place: int, batches: Data, *, nesterov: bool, normalized: bool = True)
     setting = SETTINGS[place]
     norm = nn.BatchNorm2d(CHANNELS, affine=False, momentum=0.1) if normalized else nn.Identity()
     head = nn.Linear(DIM, N_CLASSES)
-    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed_for(Use.HEAD_WEIGHTS, 0))
+    nn.init.normal_(head.weight, std=0.01, generator=generator)
     nn.init.zeros_(head.bias)
     rule = {"lr": setting.lr, "momentum": 0.9, "nesterov": nesterov, "weight_decay": setting.weight_decay}
     optimizer = torch.optim.SGD(head.parameters(), **rule)  # type: ignore[arg-type]

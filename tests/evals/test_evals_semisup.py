@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from relloc.data.image_set import Splits
 from relloc.data.loader import collate
-from relloc.data.order import key
 from relloc.data.subsets import stratified
 from relloc.data.views import Center, RandomResized, Views
 from relloc.errors import DataError, UnreadableImage
@@ -26,6 +25,7 @@ from relloc.features.source import Reading
 from relloc.models.small import SmallBackbone
 from relloc.patches.normalize import ByDataset
 from relloc.results import Score
+from relloc.seeds import Use, seed_for
 
 PALETTE = [(220, 40, 40), (40, 220, 40), (40, 40, 220), (220, 220, 40), (40, 220, 220), (220, 40, 220)]
 READING = Reading(batch=16, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0.0)
@@ -126,9 +126,10 @@ def plainly_tuned(run: SemiSupervised, epochs: int) -> Classifier:
     decay = torch.optim.lr_scheduler.MultiStepLR(optimizer, run.milestone_epochs, gamma=0.2)
     views = Views(images, run.augment)
     for epoch in range(epochs):
-        order = np.random.default_rng([1, epoch]).permutation(len(images)).tolist()
+        order = np.random.default_rng(seed_for(Use.FINE_TUNING_ORDER, 1, epoch)).permutation(len(images)).tolist()
         for start in range(0, len(order), run.batch):
-            batch = collate([views[place, key(1, epoch, place)] for place in order[start : start + run.batch]])
+            chosen = order[start : start + run.batch]
+            batch = collate([views[place, seed_for(Use.FINE_TUNING_VIEW, 1, epoch, place)] for place in chosen])
             if len(batch.pixels) > 1:
                 optimizer.zero_grad()
                 target = torch.tensor(images.labels)[batch.indices]

@@ -95,13 +95,13 @@ def test_svm_equals_the_published_pipeline(sets: Sets) -> None:
 
 
 def test_low_shot_equals_the_published_pipeline(sets: Sets) -> None:
-    """Two draws of seed 4: the cost chosen on images not drawn is neither the first, nor always the best on test."""
+    """Two draws of seed 7: the cost chosen on images not drawn is neither the first, nor always the best on test."""
     x, z = normalized(sets.train), normalized(sets.held_out)
     labels, tested = sets.train.labels.numpy(), sets.held_out.labels.numpy()
-    found = scores_of(low_shot(draws=2, shots=(1, 2, 3)), sets, seed=4)
+    found = scores_of(low_shot(draws=2, shots=(1, 2, 3)), sets, seed=7)
     choices = []
     for k in (1, 2, 3):
-        drawn = draw(sets.train.labels, range(3), k, 2, 4).numpy()
+        drawn = draw(sets.train.labels, range(3), k, 2, 7).numpy()
         on_test, on_rest, on_all = np.zeros((3, 2, len(COSTS), 3))  # draws, costs and classes of each
         for c, number, place in itertools.product(range(3), range(2), range(len(COSTS))):
             rows = drawn[c, number]

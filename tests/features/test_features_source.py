@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from relloc.data.folder import FolderImages
-from relloc.data.order import key
 from relloc.data.views import Center
 from relloc.errors import DataError, UsageError
 from relloc.features import source as source_module
@@ -29,6 +28,7 @@ from relloc.features.source import (
     in_gib,
 )
 from relloc.models.small import SmallBackbone
+from relloc.seeds import Use, seed_for
 
 CPU = torch.device("cpu")
 LAYERS = ("feature2", "feature5", "avgpool")
@@ -277,8 +277,8 @@ def test_colors_belong_to_image_and_epoch_and_are_changed_before_normalizing(
     asked = (([0, 1, 2, 3], 0), ([3, 2], 1))
     found = [next(source.batches(torch.tensor(order), 4, LAYERS, epoch)) for order, epoch in asked]
     assert all(0.9 < largest <= 1 for largest, _ in given)
-    assert given[0][1] == [key(5, 0, place) for place in range(4)]
-    assert given[1][1] == [key(5, 1, place) for place in (3, 2)]
+    assert given[0][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 0, place) for place in range(4)]
+    assert given[1][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 1, place) for place in (3, 2)]
     with torch.no_grad():
         of_black = encode(backbone, torch.zeros(4, 3, PX, PX), LAYERS, False)
     assert_same_features(found[0][0], of_black)

@@ -15,6 +15,7 @@ from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.held_out import POSITIONS, accuracy, answers, confusion, count_hits, evaluating
 from relloc.pretext.objective import RelativeLocation
+from relloc.seeds import Use, seed_for
 
 CPU = torch.device("cpu")
 GRID = PatchGrid(patch_px=32, gap_px=2, jitter_px=3, resize=None)
@@ -124,7 +125,7 @@ def test_each_module_gets_its_own_mode_back_even_after_an_error(model: RelativeL
 @torch.no_grad()
 def test_answers_are_those_of_the_model_in_eval_mode_image_by_image(model: RelativeLocation, asked: Asker) -> None:
     images = batches(5, 3)
-    generator = torch.Generator().manual_seed(9)
+    generator = torch.Generator().manual_seed(seed_for(Use.HELD_OUT_PATCHES, 9))
     logits = [copy.deepcopy(model).eval()(PATCHES(some, generator)) for some in images]
     expected = [[int(row.argmax()) for row in image] for batch in logits for image in batch]
     model.train()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from relloc.checkpoints import load_training, save_training
-from relloc.data.order import key
 from relloc.geometry import PatchGrid
 from relloc.models.backbone import Backbone
 from relloc.models.pair_head import PairHead
@@ -22,6 +21,7 @@ from relloc.pretext.loop import Progress, Standing, Task, train
 from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.optimizer import sgd
 from relloc.pretext.schedule import Constant, Schedule, Step
+from relloc.seeds import Use, seed_for
 
 GRID = PatchGrid(patch_px=32, gap_px=4, jitter_px=3, resize=None)
 FIXED_GRID = PatchGrid(patch_px=32, gap_px=0, jitter_px=0, resize=None)
@@ -60,7 +60,7 @@ def lucky_task(*, initial_seed: int = 0, run_seed: int = 7, images_per_batch_nor
         make=pipeline.make,
         steps_per_epoch=2,
         accumulation=1,
-        seed_of=lambda step, forward: key(run_seed, step, forward),
+        seed_of=lambda step, forward: seed_for(Use.PATCHES, run_seed, step, forward),
         device=torch.device("cpu"),
         bf16=False,
     )

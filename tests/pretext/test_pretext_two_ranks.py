@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 
 from relloc import ranks
-from relloc.data.order import key
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
@@ -30,6 +29,7 @@ from relloc.pretext.loop import Task, train
 from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.optimizer import sgd
 from relloc.pretext.schedule import Step
+from relloc.seeds import Use, seed_for
 
 STEPS, FORWARDS = 4, 4
 
@@ -58,7 +58,7 @@ def trained(rank, world):
         make=lambda *given: pipeline.make(*given).double(),
         steps_per_epoch=STEPS // 2,
         accumulation=FORWARDS // world,
-        seed_of=lambda step, forward: key(5, step, forward),
+        seed_of=lambda step, forward: seed_for(Use.PATCHES, 5, step, forward),
         device=torch.device("cpu"),
         bf16=False,
     )

@@ -12,7 +12,6 @@ from relloc.data.crops import Crops
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
 from relloc.data.loader import collate
-from relloc.data.order import key
 from relloc.data.views import Center
 from relloc.errors import DataError
 from relloc.evals.knn import vote
@@ -30,6 +29,7 @@ from relloc.pretext.held_out import POSITIONS, accuracy, answers, count_hits
 from relloc.pretext.objective import RelativeLocation
 from relloc.results import LAYERS
 from relloc.runs.monitors import Monitors, confusion_picture
+from relloc.seeds import Use, seed_for
 
 CPU = torch.device("cpu")
 PX = 64
@@ -98,7 +98,7 @@ def test_pretext_values_are_the_accuracy_on_evenly_spaced_center_crops(
 ) -> None:
     values = monitors(model, data, tmp_path)(7)
     crops = Crops(data.held_out, PATCHES.grid, centered=True)
-    pixels = collate([crops[place, key(3, place)] for place in HELD_OUT_PLACES]).pixels
+    pixels = collate([crops[place, seed_for(Use.HELD_OUT_CROP, 3, place)] for place in HELD_OUT_PLACES]).pixels
     given = answers(model, pixels.split(READING.batch), PATCHES, seed=3, device=CPU, bf16=False)
     expected = accuracy(count_hits(given), [str(place) for place in HELD_OUT_PLACES])
     assert values["monitor/pretext/top1"] == pytest.approx(expected.percent)
