@@ -323,7 +323,8 @@ def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothin
     assert usual == fingerprint(evaluation, subject, splits, terms(bank_gib=0), "as_trained")
     swapped = Splits(train=splits.held_out, held_out=splits.train)
     renamed = Splits(train=splits.train, held_out=dataclasses.replace(splits.held_out, name="others"))
-    newer = type(type(evaluation).__name__, (type(evaluation),), {"version": evaluation.version + 1})(**vars(evaluation))
+    newer_kind = type(type(evaluation).__name__, (type(evaluation),), {"version": evaluation.version + 1})
+    newer = newer_kind(**vars(evaluation))
     different = [
         fingerprint(other, subject, splits, terms(), "as_trained"),
         fingerprint(evaluation, dataclasses.replace(subject, model="resnet18"), splits, terms(), "as_trained"),

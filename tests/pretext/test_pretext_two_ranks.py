@@ -103,10 +103,10 @@ def test_two_processes_give_the_weights_of_one_that_accumulates(folder: Path) ->
     assert len(weights) > 20
     for name in weights:
         assert torch.equal(of_ranks[0][name], of_ranks[1][name]), name
-        torch.testing.assert_close(of_ranks[0][name], state[name], rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(of_ranks[0][name], state[name], rtol=1e-6, atol=1e-9, msg=name)
     told = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert told[0] == told[1]
-    assert told[0] == [pytest.approx(report, rel=1e-6) for report in reports]
+    assert told[0] == [pytest.approx(report, rel=1e-9) for report in reports]
 
 
 def test_batch_norm_of_each_process_sees_its_own_forwards_alone(folder: Path) -> None:
