@@ -5,11 +5,17 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(SystemExit):
     """Leaves the run at once, with the exit code of the signal that asked for it."""
+
+
+def _watched() -> tuple[signal.Signals, ...]:
+    """The signals to listen to. One of a closed terminal (SIGHUP) stays ignored where `nohup` has it ignored."""
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in WATCHED if not (nohup and number == signal.SIGHUP))
 
 
 class StopRequest:
@@ -22,6 +28,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.awaited = False
+        self.watched = _watched()
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -43,7 +50,7 @@ class StopRequest:
         in GPU drivers) install their own for SIGUSR1 and others, below Python's knowledge.
         """
         self.awaited = awaited
-        for number in WATCHED:
+        for number in self.watched:
             signal.signal(number, self.notice)
 
     def notice(self, number: int, _frame: FrameType | None) -> None:
@@ -59,7 +66,7 @@ class StopRequest:
 def stop_request() -> Iterator[StopRequest]:
     """Turns the watched signals into a request while the block runs; handlers are put back after."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.notice) for number in WATCHED}
+    before = {number: signal.signal(number, request.notice) for number in request.watched}
     try:
         yield request
     finally:

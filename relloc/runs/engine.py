@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from relloc import ranks
+from relloc import machine, ranks
 from relloc.errors import UsageError
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -199,6 +199,6 @@ def _workers(asked: Any, on: torch.device) -> int:
     """Loader processes: as asked; else a training process's share of the cores but one, a quarter beside a CPU."""
     if asked != "auto":
         return whole("workers", asked)
-    cores = len(os.sched_getaffinity(0)) // ranks.local_world_size()
+    cores = machine.cores() // ranks.local_world_size()
     # One core is left to the process that feeds a GPU, which has little to do where steps are CUDA graphs.
     return cores // 4 if on.type == "cpu" else max(1, cores - 1)

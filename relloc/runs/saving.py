@@ -93,14 +93,14 @@ class Saver:
         self.every_s = every_s
         self.milestones = milestones
         self.last = time.monotonic()
+        self.saved_step: int | None = None
 
     def after_step(self, standing: Standing) -> bool:
         """Save if it is time; whether to stop. All ranks answer alike."""
         self.stop.listen(awaited=True)  # from here on there is work that a stop has to save
         stopping, due = self._agreed()
         if stopping or due or standing.step in self.milestones or standing.step == self.task.steps:
-            self._save(standing)
-            self.last = time.monotonic()
+            self.save(standing)
         return stopping
 
     def _agreed(self) -> tuple[bool, bool]:
@@ -114,7 +114,14 @@ class Saver:
             self.stop.signal = signal
         return bool(signal), bool(anyone_due)
 
-    def _save(self, standing: Standing) -> None:
+    def save(self, standing: Standing) -> None:
+        """Save a training that has done its `standing.step` steps and nothing of the next. All ranks together.
+
+        Raises:
+            Diverged: it holds what is not finite.
+        """
+        if standing.step == self.saved_step:
+            return
         tallies = ranks.gathered(standing.tally).cpu()
         if not tallies.isfinite().all():
             raise Diverged(f"the loss is no longer finite after step {standing.step}")
@@ -128,3 +135,5 @@ class Saver:
                 "about": self.about | {"step": standing.step},
             }
             checkpoints.save_training(self.run_dir, state, standing.step, self.milestones.get(standing.step))
+        self.saved_step = standing.step
+        self.last = time.monotonic()
