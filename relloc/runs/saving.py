@@ -120,8 +120,12 @@ class Saver:
         Raises:
             Diverged: it holds what is not finite.
         """
-        if standing.step == self.saved_step:
-            return
+        if standing.step != self.saved_step:
+            self._save(standing)
+            self.saved_step = standing.step
+            self.last = time.monotonic()
+
+    def _save(self, standing: Standing) -> None:
         tallies = ranks.gathered(standing.tally).cpu()
         if not tallies.isfinite().all():
             raise Diverged(f"the loss is no longer finite after step {standing.step}")
@@ -135,5 +139,3 @@ class Saver:
                 "about": self.about | {"step": standing.step},
             }
             checkpoints.save_training(self.run_dir, state, standing.step, self.milestones.get(standing.step))
-        self.saved_step = standing.step
-        self.last = time.monotonic()

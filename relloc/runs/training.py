@@ -21,7 +21,7 @@ from relloc.errors import DataError, Interrupted, UsageError
 from relloc.pretext.alarm import Diverged
 from relloc.pretext.feed import HELD_FORWARDS, Feed
 from relloc.pretext.loop import Standing, Task, train
-from relloc.pretext.stopping import StopRequest
+from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.runs import assemble, console, engine
 from relloc.runs.engine import Engine
 from relloc.runs.folder import RunFolder
@@ -100,9 +100,11 @@ def _train(
             )
         except Interrupted as error:
             saved = _save_between_steps(run, saver, feed, last, first_step=standing.step)
-            if isinstance(error, NoImagesCame) and run.stop:
-                return last.step, saved
-            raise
+            if not isinstance(error, NoImagesCame):
+                raise
+            if ranks.world_size() > 1:  # the others wait for this one's gradients: there is nothing to agree on
+                raise Stopped(run.stop.exit_code) from error
+            return last.step, saved
     return done, True
 
 
