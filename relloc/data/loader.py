@@ -138,12 +138,11 @@ def _to_hand_over(shape: tuple[int, ...]) -> tuple[int, Tensor]:
 
 
 def _received(answer: Answer, *, pin: bool) -> Batch:
-    """The batch in memory of this process alone."""
+    """The batch as the training process takes it."""
     sent: _Sent = answer.content
     rows = handed_over(answer.descriptors[0], sent.shape) if sent.rows is None else torch.from_numpy(sent.rows)
     batch = Batch(pixels=rows.permute(0, 3, 1, 2), indices=torch.from_numpy(sent.indices), unreadable=sent.unreadable)
-    # Memory that was handed over would take a file descriptor for as long as a batch is kept.
-    return batch.pin_memory() if pin else dataclasses.replace(batch, pixels=batch.pixels.clone())
+    return batch.pin_memory() if pin else batch
 
 
 class Unreadable:

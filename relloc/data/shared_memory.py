@@ -54,5 +54,10 @@ def handed_over(descriptor: int, shape: Sequence[int]) -> Tensor:
 
 
 def _mapped(descriptor: int, shape: Sequence[int]) -> Tensor:
-    # The mapping is undone when the last tensor that uses it is gone.
-    return torch.frombuffer(mmap.mmap(descriptor, torch.Size(shape).numel()), dtype=torch.uint8).view(*shape)
+    # By its name, since a mapping of Python's keeps a descriptor open for as long as it is used, and batches are many.
+    # It is undone when the last tensor that uses it is gone.
+    size = torch.Size(shape).numel()
+    name = f"/proc/self/fd/{descriptor}"
+    if not os.path.exists(name):
+        return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8).view(*shape)
+    return torch.from_file(name, shared=True, size=size, dtype=torch.uint8).view(*shape)
