@@ -1,6 +1,7 @@
 """Stopping between two steps when a person or a cluster asks for it."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -54,12 +55,25 @@ class StopRequest:
             signal.signal(number, self.notice)
 
     def notice(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _let_go_of_closed_terminal()
         again = self.signal == number
         self.signal = number
         if number == signal.SIGINT and (again or not self.awaited):
             raise KeyboardInterrupt
         if not self.awaited:
             raise Stopped(self.exit_code)
+
+
+def _let_go_of_closed_terminal() -> None:
+    """What is still said goes nowhere if the terminal is gone: an error of writing would take the place of saving."""
+    for output in (1, 2):
+        try:
+            os.write(output, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, output)
+            os.close(nowhere)
 
 
 @contextlib.contextmanager
