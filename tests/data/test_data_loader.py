@@ -154,3 +154,16 @@ def test_batches_that_are_kept_take_no_file_descriptors(crops: Crops) -> None:
     kept = loaded(crops, 1)
     assert len(kept) == 12
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_for_a_gpu_are_page_locked_and_the_same(crops: Crops, workers: int) -> None:
+    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
+    batches = StepSampler(plan, seed=0, first_step=1, steps=7)
+    locked = list(load(Seeded(crops, 0), batches, workers=workers, pin=True))
+    for one, other in zip(locked, loaded(crops, 0), strict=True):
+        assert one.pixels.is_pinned()
+        assert one.pixels.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.indices, other.indices)

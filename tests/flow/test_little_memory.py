@@ -25,7 +25,7 @@ def _may_mount() -> bool:
     return unshare is not None and subprocess.run(tried, capture_output=True, check=False).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _may_mount(), reason="needs the right to mount")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _may_mount(), reason="needs the right to mount")]
 
 
 def run(place: str, folder: Path, module: str, *words: str) -> str:
@@ -47,7 +47,13 @@ def test_training_and_evaluation_need_no_shared_memory_and_no_temporary_files(tm
     # Crops of 480 px: eight batches of 11 MB are read ahead
     size = ["grid.patch_px=96", "grid.gap_px=96", "grid.jitter_px=0", "grid.resize.px=700"]
     tiny = [word for word in TINY if not word.startswith(("data.source", "grid.", "device", "tracking", "workers"))]
-    short = ["data.images_per_batch_norm=16", "data.images_per_step=16", "data.epochs=1", "eval=[]"]
+    short = [
+        "data.images_per_batch_norm=16",
+        "data.images_per_step=16",
+        "data.epochs=1",
+        "data.milestone_epochs=[]",
+        "eval=[]",
+    ]
     run(place, tmp_path, "relloc.train", *tiny, *images, *size, *short, f"hydra.run.dir={tmp_path}/trained")
     assert (tmp_path / "trained" / BACKBONE_FILE).exists()
     # Views of 664 px: 21 MB a batch
