@@ -1,21 +1,20 @@
 """Loading in worker processes: samples become batches there, so that one tensor travels for each batch."""
 
 import dataclasses
-import os
-import signal
-import threading
+import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import connection
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
+from relloc.data.shared_memory import can_be_handed, handed_over, to_hand_over
 from relloc.errors import DataError, Interrupted
-
-PREFETCHED = 2  # batches that each worker has ready or in the making
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class Batch:
     unreadable: dict[str, str]
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, from which a GPU copies faster; torch's loader calls this."""
+        """The same in page-locked memory, from which a GPU copies faster."""
         return dataclasses.replace(self, pixels=self.pixels.pin_memory())
 
 
@@ -47,71 +46,103 @@ def usable(samples: list[Sample]) -> tuple[list[Tensor], Int[Tensor, "b"], dict[
     return [pixels for pixels, _ in good], torch.tensor([index for _, index in good]).long(), unreadable
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """One batch of samples of one size, pixel after pixel in memory as decoders leave them (channels last)."""
+def _own_memory(shape: tuple[int, ...]) -> UInt8[Tensor, "n s s 3"]:
+    return torch.empty(shape, dtype=torch.uint8)
+
+
+def collate(
+    samples: list[Sample], memory: Callable[[tuple[int, ...]], UInt8[Tensor, "n s s 3"]] = _own_memory
+) -> Batch:
+    """One batch of samples of one size, pixel after pixel in memory as decoders leave them (channels last).
+
+    `memory` gives the bytes that the batch is written to.
+    """
     images, indices, unreadable = usable(samples)
     side = images[0].shape[-1] if images else 0
-    rows = torch.empty(len(images), side, side, 3, dtype=torch.uint8)
+    rows = memory((len(images), side, side, 3))
     for row, image in zip(rows, images, strict=True):
         row.copy_(image.permute(1, 2, 0))
     return Batch(pixels=rows.permute(0, 3, 1, 2), indices=indices, unreadable=unreadable)
 
 
-def _leave_signals_to_parent(_worker: int) -> None:
-    # A terminal sends SIGINT, a cluster SIGUSR1 or SIGUSR2, to every process of the run; workers end
-    # when the parent tells them.
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_the_parent_says(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass  # torchrun's or a cluster's to the whole run: the parent still needs images to end its step
-    os._exit(0)
-
-
-def load(samples: Dataset[Sample], batches: Iterable[list[Any]], *, workers: int, pin: bool) -> Iterator[Batch]:
+def load(
+    samples: Dataset[Sample],
+    batches: Iterable[list[Any]],
+    *,
+    workers: int,
+    pin: bool,
+    stopping: Callable[[], bool] = never,
+) -> Iterator[Batch]:
     """One `Batch` for each list of sample keys, in that order whatever `workers` is.
+
+    With `pin` batches are in page-locked memory, from which a GPU copies faster. `stopping` is as in
+    `ReadingProcesses`.
 
     Raises:
         Interrupted: a worker was killed, most often for memory.
     """
-    return loaded(samples, batches, collate, workers=workers, pin=pin)
+    if not workers:
+        for keys in batches:
+            batch = collate([samples[key] for key in keys])
+            yield batch.pin_memory() if pin else batch
+        return
+    with ReadingProcesses(_Collated(samples), batches, workers=workers, stopping=stopping) as answers:
+        yield from look_ahead(answers, functools.partial(_received, pin=pin))
 
 
-def loaded(
-    samples: Dataset[Any], batches: Iterable[list[Any]], collated: Callable[[Any], Any], *, workers: int, pin: bool
-) -> Iterator[Any]:
-    """What `collated` makes of the samples of each batch, in order. Raises as `load`."""
-    loader = DataLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collated,
-        pin_memory=pin,
-        worker_init_fn=_leave_signals_to_parent,
-        prefetch_factor=PREFETCHED if workers else None,
-    )
-    return _watched(loader, workers)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """A batch on its way from a reading process; `rows` are None where they lie in memory that is handed over."""
+
+    shape: tuple[int, ...]
+    rows: UInt8[np.ndarray, "n s s 3"] | None
+    indices: Int[np.ndarray, "n"]
+    unreadable: dict[str, str]
 
 
-def _watched(loader: DataLoader, workers: int) -> Iterator[Any]:
-    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    batches = iter(loader)
-    # torch's handler tells of a dead worker wherever its parent just is, even while it saves; the queue tells too.
-    signal.signal(signal.SIGCHLD, before)
+class _Collated:
+    """What a reading process makes of the keys of a batch."""
+
+    def __init__(self, samples: Dataset[Sample]) -> None:
+        self.samples = samples
+
+    def __call__(self, keys: list[Any]) -> Answer:
+        descriptors: list[int] = []
+
+        def memory(shape: tuple[int, ...]) -> UInt8[Tensor, "n s s 3"]:
+            if not can_be_handed() or not all(shape):
+                return _own_memory(shape)
+            descriptor, rows = _to_hand_over(shape)
+            descriptors.append(descriptor)
+            return rows
+
+        batch = collate([self.samples[key] for key in keys], memory)
+        rows = batch.pixels.permute(0, 2, 3, 1)
+        sent = _Sent(
+            shape=tuple(rows.shape),
+            rows=None if descriptors else rows.numpy(),
+            indices=batch.indices.numpy(),
+            unreadable=batch.unreadable,
+        )
+        return Answer(content=sent, descriptors=tuple(descriptors))
+
+
+def _to_hand_over(shape: tuple[int, ...]) -> tuple[int, Tensor]:
     try:
-        yield from batches
-    except (RuntimeError, OSError, EOFError) as error:
-        if not connection.wait([worker.sentinel for worker in getattr(batches, "_workers", ())], timeout=1):
-            raise  # none has died
+        return to_hand_over(shape)
+    except OSError as error:
         raise Interrupted(
-            f"a process that reads images was killed, most often because memory ran out (workers={workers}): "
-            "give fewer, such as workers=2, or more shared memory (/dev/shm), and start the same command again"
+            f"there is no room for a batch of {math.prod(shape) / 1e6:.0f} MB in a process that reads images "
+            f"({error.strerror}): give fewer, such as workers=2, or more memory, and start the same command again"
         ) from error
+
+
+def _received(answer: Answer, *, pin: bool) -> Batch:
+    """The batch as the training process takes it."""
+    sent: _Sent = answer.content
+    rows = handed_over(answer.descriptors[0], sent.shape) if sent.rows is None else torch.from_numpy(sent.rows)
+    batch = Batch(pixels=rows.permute(0, 3, 1, 2), indices=torch.from_numpy(sent.indices), unreadable=sent.unreadable)
+    return batch.pin_memory() if pin else batch
 
 
 class Unreadable:

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from relloc.models.one_value import one_value_refused
+
+ONE_IMAGE = (
+    "batch_norm=recalibrated can't take a batch of one image, of which a batch norm of this network sees one value a "
+    "channel, and so no variance: give a larger view.batch, images that can be read, or batch_norm=as_trained"
+)
+
 
 @torch.no_grad()
 def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -18,6 +25,9 @@ def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Each batch counts alike, so they should be of one size. Weights stay. A backbone without batch
     norm is left as it is, and 0 is returned.
+
+    Raises:
+        UsageError: a batch of one image, of which a batch norm would see one value a channel.
     """
     norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
     if not norms:
@@ -28,10 +38,18 @@ def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
         norm.momentum = None  # torch's way to ask for a cumulative average
     backbone.train()
     used = 0
-    for images in batches:
-        backbone(images)
-        used += len(images)
+    with one_value_refused(backbone, ONE_IMAGE):
+        for images in batches:
+            backbone(images)
+            used += len(images)
     backbone.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return used
+
+
+@torch.no_grad()
+def check_one_image(backbone: nn.Module, side_px: int) -> None:
+    """Raises `UsageError` where `recalibrate` can't take batches of one image of that side; changes statistics."""
+    with one_value_refused(backbone.train(), ONE_IMAGE):
+        backbone(torch.zeros(1, 3, side_px, side_px))

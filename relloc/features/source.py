@@ -18,6 +18,7 @@ from torch import Tensor
 from relloc.data.image_set import ImageSet
 from relloc.data.loader import Batch as ImageBatch
 from relloc.data.loader import Unreadable, load
+from relloc.data.readers import never
 from relloc.data.views import View, Views
 from relloc.errors import DataError, UsageError
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
@@ -130,7 +131,8 @@ class Reading:
 
     `share_setting` is what a user sets `unreadable_share` by. `precision` is "fp32", "tf32" or "bf16".
     `encode` is the function of that name, or what a compiler made of it; it serves full batches, as each
-    other size would be compiled anew.
+    other size would be compiled anew. `stopping` says whether the run was asked to stop, where that is
+    otherwise looked at between steps only.
     """
 
     batch: int
@@ -141,6 +143,7 @@ class Reading:
     share_setting: str = "data.unreadable_share"
     progress: ProgressBar = _silent
     encode: Encode = encode
+    stopping: Callable[[], bool] = never
 
     @property
     def bf16(self) -> bool:
@@ -153,7 +156,9 @@ class Reading:
 
     def views(self, images: ImageSet, view: View, keys: Iterable[tuple[int, int]], size: int) -> Iterable[ImageBatch]:
         """Views by (image, seed of its chance), `size` at a time; keys are asked for as they are needed."""
-        return load(Views(images, view), _batches(keys, size), workers=self.workers, pin=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
+        views = Views(images, view)
+        return load(views, _batches(keys, size), workers=self.workers, pin=pin, stopping=self.stopping)
 
     def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """Views as the network takes them."""

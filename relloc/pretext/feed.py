@@ -19,7 +19,7 @@ class Feed:
 
     Copies to a GPU run on a stream of their own, beside the forward before. `waited_s` counts the
     seconds for which the loader let the device wait: on a GPU only those at whose end it had
-    nothing queued any more.
+    nothing queued any more. `taken` counts the forwards that were given.
     """
 
     def __init__(self, batches: Iterable[Images], *, batches_per_forward: int, device: torch.device) -> None:
@@ -27,6 +27,7 @@ class Feed:
         self.batches_per_forward = batches_per_forward
         self.device = device
         self.waited_s = 0.0
+        self.taken = 0
         self._queued: list[Any] = []  # CUDA events: ends of the forwards that a GPU has before it
 
     def __iter__(self) -> Iterator[Images]:
@@ -39,6 +40,7 @@ class Feed:
         taken = list(itertools.islice(loaded, self.batches_per_forward))
         if all(end.query() for end in self._queued):
             self.waited_s += time.monotonic() - started
+        self.taken += bool(taken)
         return taken
 
     def _to_gpu(self, forwards: Iterator[list[Images]]) -> Iterator[Images]:

@@ -11,6 +11,7 @@ from relloc.errors import UsageError
 from relloc.geometry import CELLS, CENTER, NEIGHBORS
 from relloc.models.backbone import Backbone
 from relloc.models.ghost_batch_norm import Groups, use_ghost_batches
+from relloc.models.one_value import one_value_refused
 
 
 class RelativeLocation(nn.Module):
@@ -83,6 +84,23 @@ class RelativeLocation(nn.Module):
         embedded = self._encode(rows.flatten(0, 1)).unflatten(0, (-1, CELLS * n))
         around, centers = embedded.split([len(NEIGHBORS) * n, n], dim=1)
         return around.reshape(b, len(NEIGHBORS), -1), centers.reshape(b, -1)
+
+
+@torch.no_grad()
+def check_batch_norms(model: RelativeLocation, patch_px: int) -> None:
+    """Raises `UsageError` where a batch norm would be trained on one value a channel; changes statistics.
+
+    That needs a group of one patch, so a single image a batch norm, and a map of one pixel.
+    """
+    n = model.images_per_batch_norm
+    if n > 1:
+        return
+    told = (
+        f"data.images_per_batch_norm={n}: a batch norm would see one value a channel, of which there is no variance. "
+        "Give data.images_per_batch_norm=2 or more, or pretext_batch_norm=joint, where nine patches count together"
+    )
+    with one_value_refused(model.train(), told):
+        model(torch.zeros(n, CELLS, 3, patch_px, patch_px))
 
 
 def _memory_format(module: nn.Module) -> torch.memory_format:

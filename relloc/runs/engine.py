@@ -2,19 +2,22 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
+import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from relloc import ranks
+from relloc import machine, ranks
 from relloc.errors import UsageError
+from relloc.runs import console
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # A gradient that flows into a batch norm is read by several kernels and made from many values. By default the
@@ -55,7 +58,7 @@ class Engine:
         if not self.compiled:
             return function
         torch._dynamo.config.recompile_limit = _VARIANTS  # pyright: ignore[reportAttributeAccessIssue]
-        return torch.compile(function, dynamic=False, options=_FUSION)
+        return _told_by_name(torch.compile(function, dynamic=False, options=_FUSION))
 
     def __str__(self) -> str:
         words = [
@@ -171,11 +174,64 @@ def _precision(asked: Any, on: torch.device) -> str:
 
 
 def _compiled(asked: Any, on: torch.device) -> bool:
-    if asked == "auto":
-        return on.type == "cuda" and not _missing_for_triton()
-    if _switch("compile", asked) and on.type == "cuda" and _missing_for_triton():
-        raise UsageError(f"compile=true, but torch.compile lacks {_missing_for_triton()}: install it, or leave auto")
-    return asked
+    """Whether to compile: as asked, where that works; of itself on a GPU.
+
+    Raises:
+        UsageError: compile=true, and it does not work here.
+    """
+    wanted = on.type == "cuda" if asked == "auto" else _switch("compile", asked)
+    missing = why_not_compiled(on) if wanted else ""
+    if not missing:
+        return wanted
+    if asked != "auto":
+        raise UsageError(
+            f"compile=true, but torch.compile lacks {missing}: install it, or leave auto (the results stay the same)"
+        )
+    if ranks.local_rank() == 0:
+        console.say(f"engine  not compiled, which is slower: torch.compile lacks {missing}")
+    return False
+
+
+@functools.cache
+def why_not_compiled(on: torch.device) -> str:
+    """What torch.compile lacks on this machine; "" where it works, which a small function tries."""
+    if on.type == "cuda" and (missing := _missing_for_triton()):
+        return missing
+    try:
+        torch.compile(_tried, dynamic=False)(torch.ones(64, device=on))
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        reason = _first_line(error)
+        if isinstance(error, OSError):
+            return f"a folder to write to, which TORCHINDUCTOR_CACHE_DIR names ({reason})"
+        compiler = "a C++ compiler, which CXX names," if on.type == "cpu" else "a C compiler, which CC names,"
+        return f"{compiler} or another part of it ({reason})"
+    return ""
+
+
+def _tried(values: torch.Tensor) -> torch.Tensor:
+    return values * 2 + 1
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the advice to developers that torch puts around it."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
+    return lines[0] if lines else type(error).__name__
+
+
+def _told_by_name(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, whose failures to compile what it is given are told by the setting that asked for it."""
+    from torch._dynamo.exc import BackendCompilerFailed  # seconds to import, and needed only here
+
+    @functools.wraps(compiled)
+    def call(*given: Any, **named: Any) -> Any:
+        try:
+            return compiled(*given, **named)
+        except BackendCompilerFailed as error:
+            raise UsageError(
+                f"torch.compile failed ({_first_line(error)}): give compile=false (the results stay the same)"
+            ) from error
+
+    return call
 
 
 def _cuda_graphs(asked: Any, on: torch.device, compiled: bool) -> bool:
@@ -187,7 +243,7 @@ def _cuda_graphs(asked: Any, on: torch.device, compiled: bool) -> bool:
 
 
 def _missing_for_triton() -> str:
-    """What torch.compile needs on a GPU and this machine lacks: Triton builds a small C library at first use."""
+    """What Triton needs to build a small C library at first use on a GPU, and this machine lacks."""
     if not any(map(shutil.which, ("cc", "gcc", "clang", os.environ.get("CC", "cc")))):
         return "a C compiler"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
@@ -199,6 +255,6 @@ def _workers(asked: Any, on: torch.device) -> int:
     """Loader processes: as asked; else a training process's share of the cores but one, a quarter beside a CPU."""
     if asked != "auto":
         return whole("workers", asked)
-    cores = len(os.sched_getaffinity(0)) // ranks.local_world_size()
+    cores = machine.cores() // ranks.local_world_size()
     # One core is left to the process that feeds a GPU, which has little to do where steps are CUDA graphs.
     return cores // 4 if on.type == "cpu" else max(1, cores - 1)

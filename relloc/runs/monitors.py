@@ -144,7 +144,8 @@ class Monitors:
         ]
         batches = [keys[start : start + self.reading.batch] for start in range(0, len(keys), self.reading.batch)]
         crops = Crops(images, self.patches.grid, centered=True)
-        return _joined(load(crops, batches, workers=self.reading.workers, pin=False), images)
+        loaded = load(crops, batches, workers=self.reading.workers, pin=False, stopping=self.reading.stopping)
+        return _joined(loaded, images)
 
     @functools.cached_property
     def _held_out_views(self) -> Batch:

@@ -1,6 +1,5 @@
 """Checking a data set and packing it, with what a person sees of that."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from relloc import machine
 from relloc.data.check import Check, SplitCheck, check
 from relloc.data.packing import CHECK_FILE, Packing, pack
 from relloc.data.parts import ROLES
@@ -48,7 +48,7 @@ def _packing(config: DictConfig) -> Packing:
 
 def _workers(config: DictConfig) -> int:
     if config.workers == "auto":
-        return len(os.sched_getaffinity(0))
+        return machine.cores()
     return whole("workers", config.workers, at_least=1)
 
 

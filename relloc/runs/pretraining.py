@@ -16,10 +16,12 @@ from relloc.data.order import StepPlan
 from relloc.data.shards import read_manifest
 from relloc.errors import UsageError
 from relloc.evals.contract import Job, Subject
+from relloc.features.batch_norm import check_one_image
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits
 from relloc.pretext.loop import Task
+from relloc.pretext.objective import check_batch_norms
 from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs import assemble, console, engine, saving
@@ -77,12 +79,12 @@ def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     assemble.check_roots(config)
     if config.collapse_steps != "auto":
         engine.whole("collapse_steps", config.collapse_steps, at_least=1)
-    assemble.patches(config)
-    assemble.pretext_model(config)
+    patches, model = assemble.patches(config), assemble.pretext_model(config)
+    check_batch_norms(model, patches.grid.patch_px)
     assemble.call(config.schedule)
-    assemble.evaluations(config)
-    assemble.view(config)
-    assemble.terms(config, how)
+    evaluations, view, terms = assemble.evaluations(config), assemble.view(config), assemble.terms(config, how)
+    if evaluations and "recalibrated" in terms.batch_norms and terms.reading.batch == 1:
+        check_one_image(model.backbone, view.crop_px)
 
 
 def _tell_small_shards(config: DictConfig) -> None:

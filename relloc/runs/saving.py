@@ -93,14 +93,14 @@ class Saver:
         self.every_s = every_s
         self.milestones = milestones
         self.last = time.monotonic()
+        self.saved_step: int | None = None
 
     def after_step(self, standing: Standing) -> bool:
         """Save if it is time; whether to stop. All ranks answer alike."""
         self.stop.listen(awaited=True)  # from here on there is work that a stop has to save
         stopping, due = self._agreed()
         if stopping or due or standing.step in self.milestones or standing.step == self.task.steps:
-            self._save(standing)
-            self.last = time.monotonic()
+            self.save(standing)
         return stopping
 
     def _agreed(self) -> tuple[bool, bool]:
@@ -113,6 +113,17 @@ class Saver:
         if signal and not self.stop:
             self.stop.signal = signal
         return bool(signal), bool(anyone_due)
+
+    def save(self, standing: Standing) -> None:
+        """Save a training that has done its `standing.step` steps and nothing of the next. All ranks together.
+
+        Raises:
+            Diverged: it holds what is not finite.
+        """
+        if standing.step != self.saved_step:
+            self._save(standing)
+            self.saved_step = standing.step
+            self.last = time.monotonic()
 
     def _save(self, standing: Standing) -> None:
         tallies = ranks.gathered(standing.tally).cpu()

@@ -15,12 +15,13 @@ from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable
 from relloc.data.order import Seeded, StepPlan, StepSampler
+from relloc.data.readers import NoImagesCame
 from relloc.data.slots import load_in_slots
-from relloc.errors import DataError, UsageError
+from relloc.errors import DataError, Interrupted, UsageError
 from relloc.pretext.alarm import Diverged
 from relloc.pretext.feed import HELD_FORWARDS, Feed
 from relloc.pretext.loop import Standing, Task, train
-from relloc.pretext.stopping import StopRequest
+from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.runs import assemble, console, engine
 from relloc.runs.engine import Engine
 from relloc.runs.folder import RunFolder
@@ -51,19 +52,23 @@ def train_run(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | N
     if standing.step >= run.task.steps:
         return
     unreadable = Unreadable(n_images=len(run.data.train), most_share=run.config.data.unreadable_share)
-    done = _train(run, run_dir, standing, folder, unreadable)
+    done, saved = _train(run, run_dir, standing, folder, unreadable)
     run.stop.listen(awaited=False)
     reasons = ranks.union(unreadable.reasons)
     if folder:
         folder.note_unreadable(reasons)
     if run.stop:  # also in the last step, after which evaluations would come
         if folder:
-            console.say(f"{run.stop.name}: stopped after step {done} of {run.task.steps}; everything is saved")
+            kept = "everything is saved" if saved else "no images came to end the next; the last checkpoint is saved"
+            console.say(f"{run.stop.name}: stopped after step {done} of {run.task.steps}; {kept}")
             folder.stopped()
         sys.exit(run.stop.exit_code)
 
 
-def _train(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None, unreadable: Unreadable) -> int:
+def _train(
+    run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None, unreadable: Unreadable
+) -> tuple[int, bool]:
+    """Steps done, and whether they are saved."""
     feed, monitoring, saver = _feed(run, standing.step, unreadable), _monitoring(run, folder), _saver(run, run_dir)
     asked = run.config.collapse_steps
     told = reporting(
@@ -74,21 +79,44 @@ def _train(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None
         collapse_steps=max(100, min(2000, run.task.steps // 4)) if asked == "auto" else asked,
         folder=folder,
     )
+    last = standing
 
     def after_step(at: Standing) -> bool:
+        nonlocal last
+        last = at
         if monitoring and not run.stop:
             monitoring.after_step(at.step)
         return saver.after_step(at)
 
     with _explained(run, run_dir), told as report, engine.training(run.how):
-        return train(
-            run.task,
-            feed,
-            standing=standing,
-            report_every=run.config.report_every_steps,
-            report=report,
-            after_step=after_step,
-        )
+        try:
+            done = train(
+                run.task,
+                feed,
+                standing=standing,
+                report_every=run.config.report_every_steps,
+                report=report,
+                after_step=after_step,
+            )
+        except Interrupted as error:
+            saved = _save_between_steps(run, saver, feed, last, first_step=standing.step)
+            if not isinstance(error, NoImagesCame):
+                raise
+            if ranks.world_size() > 1:  # the others wait for this one's gradients: there is nothing to agree on
+                raise Stopped(run.stop.exit_code) from error
+            return last.step, saved
+    return done, True
+
+
+def _save_between_steps(run: Run, saver: Saver, feed: Feed, last: Standing, *, first_step: int) -> bool:
+    """Save what stands where images fail to come, if that is a whole number of steps; whether it is saved.
+
+    Within a step running statistics of batch norms have moved, and other processes wait for this one.
+    """
+    whole = feed.taken == (last.step - first_step) * run.task.accumulation
+    if whole and last.step > first_step and ranks.world_size() == 1:
+        saver.save(last)
+    return saver.saved_step == last.step
 
 
 def _feed(run: Run, first_step: int, unreadable: Unreadable) -> Feed:
@@ -103,6 +131,7 @@ def _feed(run: Run, first_step: int, unreadable: Unreadable) -> Feed:
         side_px=grid.span_px,
         held=HELD_FORWARDS * plan.ghosts_per_forward,
         say=console.say,
+        stopping=lambda: bool(run.stop),
     )
     full = full_batches(loaded, unreadable, at_least=plan.images_per_batch_norm)
     return Feed(full, batches_per_forward=plan.ghosts_per_forward, device=run.how.device)
@@ -129,7 +158,7 @@ def _monitoring(run: Run, folder: RunFolder | None) -> Monitoring | None:
         model=run.task.model,
         patches=assemble.patches(run.config),
         data=run.data,
-        reading=assemble.reading(run.config, run.how, told=False),
+        reading=dataclasses.replace(assemble.reading(run.config, run.how, told=False), stopping=lambda: bool(run.stop)),
         view=assemble.view(run.config),
         n_images=asked.images,
         k=asked.k,

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import time
@@ -130,3 +131,39 @@ def test_a_share_of_zero_allows_none() -> None:
     unreadable.add({})
     with pytest.raises(DataError, match="1 of 20"):
         unreadable.add({"a.jpg": "is empty"})
+
+
+def test_memory_that_can_not_be_handed_over_is_sent(crops: Crops, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    for one, other in zip(loaded(crops, 0), loaded(crops, 2), strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+        assert one.pixels.stride() == other.pixels.stride()
+
+
+def test_a_batch_that_has_no_room_in_memory_is_told(crops: Crops, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int, _offset: int, _length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(Interrupted, match=r"no room for a batch of .*No space left.*workers=2"):
+        loaded(crops, 1)
+
+
+def test_batches_that_are_kept_take_no_file_descriptors(crops: Crops) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    kept = loaded(crops, 1)
+    assert len(kept) == 12
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_for_a_gpu_are_page_locked_and_the_same(crops: Crops, workers: int) -> None:
+    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
+    batches = StepSampler(plan, seed=0, first_step=1, steps=7)
+    locked = list(load(Seeded(crops, 0), batches, workers=workers, pin=True))
+    for one, other in zip(locked, loaded(crops, 0), strict=True):
+        assert one.pixels.is_pinned()
+        assert one.pixels.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.indices, other.indices)

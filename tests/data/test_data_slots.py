@@ -1,12 +1,13 @@
 import collections
-import shutil
-import types
+import errno
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
+from relloc.data import slots
 from relloc.data.loader import Batch, Sample, load
 from relloc.data.slots import load_in_slots
 
@@ -62,12 +63,25 @@ def test_pixels_lie_channels_last() -> None:
     assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in in_slots(1))
 
 
-def test_with_too_little_shared_memory_the_plain_loader_serves_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _place: types.SimpleNamespace(free=1000))
+def test_where_no_memory_can_be_shared_the_plain_loader_serves_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_shape: object) -> torch.Tensor:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(slots, "shared_with_forks", full)
     said: list[str] = []
-    found = list(in_slots(1, say=said.append))
-    assert [batch.indices.tolist() for batch in found] == [
-        batch.indices.tolist() for batch in load(Numbered(), keys(), workers=0, pin=False)
-    ]
+    assert_plain(list(in_slots(1, say=said.append)))
+    assert "Cannot allocate memory" in said[0]
+    assert "workers=" in said[0]
+
+
+def test_where_processes_are_not_forked_the_plain_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert_plain(list(in_slots(2)))
+
+
+def assert_plain(found: list[Batch]) -> None:
+    """Batches as `load` gives them, each in memory of its own."""
+    expected = list(load(Numbered(), keys(), workers=0, pin=False))
+    assert [batch.indices.tolist() for batch in found] == [batch.indices.tolist() for batch in expected]
+    assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(found, expected, strict=True))
     assert len({batch.pixels.data_ptr() for batch in found}) == len(found)
-    assert "/dev/shm has 0 MB for each process" in said[0]

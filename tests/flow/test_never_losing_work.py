@@ -183,7 +183,7 @@ def test_a_killed_run_stays_one_run_in_mlflow(tmp_path: Path, settings: tuple[st
     assert [step for step, _ in found] == list(range(REPORT_EVERY, 3 * STEPS + 1, REPORT_EVERY))
 
 
-@pytest.mark.parametrize(("name", "workers"), [("SIGUSR1", 2), ("SIGUSR2", 0), ("SIGTERM", 2)])
+@pytest.mark.parametrize(("name", "workers"), [("SIGUSR1", 2), ("SIGUSR2", 0), ("SIGTERM", 2), ("SIGHUP", 2)])
 def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(
     tmp_path: Path, settings: tuple[str, ...], undisturbed: Callable[..., Path], name: str, workers: int
 ) -> None:
@@ -365,3 +365,45 @@ def test_a_killed_loader_worker_ends_in_one_message_and_the_same_command_goes_on
     assert "Traceback" not in command.text
     assert status(tmp_path / "run") == "FAILED"
     assert_same_run(train(tmp_path, *line), straight)
+
+
+@pytest.mark.parametrize("images_per_forward", [8, 16])
+def test_a_signal_is_heard_while_images_do_not_come(
+    tmp_path: Path, settings: tuple[str, ...], images_per_forward: int
+) -> None:
+    line, run_dir = (*settings, "workers=2", f"images_per_forward={images_per_forward}"), tmp_path / "run"
+    command = start_training(tmp_path, *line)
+    assert command.wait_for(lambda: reported(run_dir)), command.text
+    for pid in descendants(command.pid):  # as a disk that is gone would
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.5)  # what was ready is used up
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait(30) == 143, command.text
+    assert "SIGTERM: stopped after step" in command.text
+    assert "Traceback" not in command.text
+    assert status(run_dir) == "KILLED"
+    if images_per_forward == 16:  # a step in one forward: what waits for images stands between two steps
+        assert "everything is saved" in command.text
+        assert len(saved_trainings(run_dir)) == 1
+        (tmp_path / "straight").mkdir()
+        assert_same_run(train(tmp_path, *line), train(tmp_path / "straight", *line))
+
+
+def test_a_signal_is_heard_while_an_evaluations_images_do_not_come(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    data = [word for word in settings if word.startswith(("data=", "data.root=", "view."))]
+    line = (
+        *data,
+        "checkpoint=random",
+        "model=small",
+        "eval=[linear_fast]",
+        "workers=2",
+        "view.batch=1",
+        "tracking=none",
+    )
+    command = start("relloc.evaluate", *line, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path)
+    assert command.wait_for(lambda: descendants(command.pid)), command.text
+    for pid in descendants(command.pid):
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait(30) == 143, command.text
+    assert "Traceback" not in command.text

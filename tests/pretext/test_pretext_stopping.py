@@ -1,7 +1,10 @@
 import contextlib
 import ctypes
 import os
+import pty
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -33,7 +36,10 @@ def installed() -> dict[int, object]:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
+    [
+        *((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)),
+        *((signal.SIGUSR1, 138), (signal.SIGUSR2, 140)),
+    ],
 )
 def test_an_awaited_signal_becomes_a_request_with_the_shells_exit_code(
     handlers: dict[int, object], number: int, code: int
@@ -50,7 +56,10 @@ def test_an_awaited_signal_becomes_a_request_with_the_shells_exit_code(
     assert installed() == handlers
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
+)
 def test_a_signal_that_nobody_awaits_ends_the_run_at_once(handlers: dict[int, object], number: int, code: int) -> None:
     with pytest.raises(Stopped) as stopped, stop_request():
         send(number)
@@ -115,3 +124,41 @@ def test_without_a_signal_nothing_is_requested(handlers: dict[int, object]) -> N
         pass
     assert not request
     assert installed() == handlers
+
+
+def test_what_nohup_ignores_stays_ignored(handlers: dict[int, object]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_request() as request:
+        request.listen(awaited=False)
+        send(signal.SIGHUP)
+        assert not request
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+ON_A_TERMINAL = """
+import fcntl, sys, termios, time
+from relloc.pretext.stopping import stop_request
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+with stop_request() as request:
+    request.listen(awaited=True)
+    print("listens", flush=True)
+    while not request:
+        time.sleep(0.01)
+    print("saved", flush=True)
+    print("saved", file=sys.stderr, flush=True)
+    sys.exit(request.exit_code)
+"""
+
+
+def test_a_closed_terminal_asks_to_stop_and_takes_no_more_words() -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    said = b""
+    while b"listens" not in said:
+        said += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(60) == 129

@@ -1,5 +1,6 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,13 @@ def test_a_wrong_setting_is_one_message_with_what_there_is(setting: str, value: 
     assert str(raised.value) == message
 
 
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the place of an attempt to compile, which may last a minute."""
+    monkeypatch.setattr(engine, "why_not_compiled", lambda _on: "")
+
+
+@pytest.mark.usefixtures("compiler")
 def test_what_is_asked_for_is_what_is_told() -> None:
     settled = settle(asked(precision="tf32", compile=True, memory_format="contiguous", deterministic=True, workers=3))
     assert str(settled) == "cpu, tf32, compiled, contiguous, deterministic, 3 workers"
@@ -106,6 +114,12 @@ def test_a_cpu_that_trains_leaves_a_quarter_of_its_share_to_readers(
     assert settle(asked()).workers == workers
 
 
+def test_where_a_system_tells_of_no_limit_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert settle(asked()).workers == 2
+
+
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 15), (64, 4, 15), (16, 4, 3), (2, 4, 1)])
 def test_beside_a_gpu_all_cores_of_its_share_but_one_read(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
@@ -115,12 +129,66 @@ def test_beside_a_gpu_all_cores_of_its_share_but_one_read(
     assert engine._workers("auto", torch.device("cuda")) == workers
 
 
-def test_a_machine_that_cannot_compile_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _asked_anew() -> Iterator[None]:
+    engine.why_not_compiled.cache_clear()
+    yield
+    engine.why_not_compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("_asked_anew")
+def test_a_machine_that_cannot_compile_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("shutil.which", lambda _name: None)
     assert not engine._compiled("auto", torch.device("cuda"))
+    assert "torch.compile lacks a C compiler" in capsys.readouterr().out
     assert engine._compiled(False, torch.device("cuda")) is False
     with pytest.raises(UsageError, match="compile=true, but torch.compile lacks a C compiler: install it, or leave"):
         engine._compiled(True, torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("_asked_anew")
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: none found\n\nSet TORCH"), r"CXX.*none found\)"),
+        (PermissionError(13, "Permission denied", "/cache"), r"TORCHINDUCTOR_CACHE_DIR.*/cache"),
+        (ImportError("no module named triton"), "no module named triton"),
+    ],
+)
+def test_an_attempt_that_fails_names_compile_and_the_reason(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, named: str
+) -> None:
+    def failing(_function: object, **_options: object) -> Callable[[torch.Tensor], torch.Tensor]:
+        def call(_values: torch.Tensor) -> torch.Tensor:
+            raise error
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(UsageError, match=f"compile=true.*{named}"):
+        settle(asked(compile=True))
+    assert not settle(asked(compile=False)).compiled
+
+
+@pytest.mark.usefixtures("_asked_anew")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+def test_without_a_compiler_for_cpus_compiling_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no_compiler")))
+    with pytest.raises(UsageError, match="compile=true.*CXX"):
+        settle(asked(compile=True))
+
+
+def test_what_can_not_be_compiled_later_names_compile(monkeypatch: pytest.MonkeyPatch, compiler: None) -> None:
+    def failing(_graph: object, _inputs: object) -> object:
+        raise RuntimeError("no room for a kernel")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=failing))
+    with pytest.raises(UsageError, match="no room for a kernel.*compile=false"):
+        settle(asked(compile=True)).compile(lambda x: x + 1)(torch.ones(2))
 
 
 @pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
@@ -135,6 +203,7 @@ def test_uncompiled_is_the_very_same_function() -> None:
     assert settle(asked()).compile(function) is function
 
 
+@pytest.mark.usefixtures("compiler")
 def test_one_compiled_function_serves_more_kinds_of_input_than_the_compiler_allows_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

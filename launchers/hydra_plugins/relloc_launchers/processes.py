@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hydra_plugins.relloc_launchers.points import PointsLauncher, is_to_run
 
+from relloc import machine
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point, note_job, process_mark
 from relloc.sweeps.standing import standings
@@ -72,7 +73,7 @@ class ProcessLauncher(PointsLauncher):
         if device is not None and not self._on_console:
             environment["CUDA_VISIBLE_DEVICES"] = device
         if not self._on_console:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self._slots)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // self._slots)))
         # A session of its own: Ctrl-C comes once, from us.
         if self._on_console:
             say(f"\npoint   {point.name}")
