@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ def is_ours(file: Path) -> bool:
     try:
         if file.suffix == ".pt":
             return weight_files.names_at_top(file) >= _OF_TRAINING
-        with safe_open(file, framework="pt") as opened:
+        with weight_files.opened_safetensors(file) as opened:
             return "relloc" in (opened.metadata() or {})
     except (CheckpointError, *weight_files.BROKEN):
         return False
@@ -58,7 +57,7 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if file.suffix == ".pt":
         return _backbone_of_training(file)
     try:
-        with safe_open(file, framework="pt") as opened:
+        with weight_files.opened_safetensors(file) as opened:
             about = (opened.metadata() or {}).get("relloc")
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     except weight_files.BROKEN as error:
@@ -109,6 +108,23 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
         CheckpointError: names or shapes do not fit, with what does not; or values that are not finite.
     """
     wanted = backbone.state_dict()
+    check_fits(wanted, weights, origin)
+    # As float64, since isfinite does not know every type that a file may have
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor.double()).all()]
+    if broken:
+        raise CheckpointError(
+            f"{origin} holds NaN or infinite weights, in {len(broken)} of {len(weights)} tensors, such as "
+            f"{broken[0]}: its training diverged or the file is damaged; take an earlier or another one"
+        )
+    backbone.load_state_dict(wanted | dict(weights))
+
+
+def check_fits(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+    """Compare names, shapes and kinds of numbers with those of a backbone, which may be on the meta device.
+
+    Raises:
+        CheckpointError: what does not fit.
+    """
     missing = sorted(name for name in set(wanted) - set(weights) if not name.endswith("num_batches_tracked"))
     unknown = sorted(set(weights) - set(wanted))
     both = [name for name in wanted if name in weights]
@@ -118,14 +134,6 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
         kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits, "of another type": others}
         told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
         raise CheckpointError(f"{origin} does not fit this backbone: {told}. Give the model it was trained with")
-    # As float64, since isfinite does not know every type that a file may have
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor.double()).all()]
-    if broken:
-        raise CheckpointError(
-            f"{origin} holds NaN or infinite weights, in {len(broken)} of {len(weights)} tensors, such as "
-            f"{broken[0]}: its training diverged or the file is damaged; take an earlier or another one"
-        )
-    backbone.load_state_dict(wanted | dict(weights))
 
 
 def _kind(tensor: Tensor) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -265,13 +266,24 @@ def note_hash(path: Path) -> None:
 
 
 def check_hash(path: Path) -> bool:
-    """Whether there is a noted hash; files of older versions of relloc, and copies, may have none.
+    """Whether there is a noted hash; files of older versions of relloc, of others, and copies, may have none.
 
     Raises:
         DamagedCheckpoint: the file is another than the one of which the hash was noted.
         CheckpointError: it can't be read at present.
     """
-    return hash_file(path).exists() and _check_hash(path, _digest(path))
+    return bool(_noted(path)) and _check_hash(path, _digest(path))
+
+
+def _noted(path: Path) -> list[str]:
+    """The hashes in the note beside a file, which others write in other words; none where there is no note."""
+    note = hash_file(path)
+    try:
+        return re.findall(r"\b[0-9a-f]{64}\b", note.read_text(encoding="ascii", errors="replace").lower())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _not_read(note, error) from error
 
 
 def _digest(path: Path) -> str:
@@ -287,11 +299,7 @@ def _check_hash(path: Path, digest: str) -> bool:
     note = hash_file(path)
     if not note.exists():
         return False
-    try:
-        noted = note.read_text(encoding="ascii", errors="replace").split()[:1]
-    except OSError as error:
-        raise _not_read(note, error) from error
-    if noted != [digest]:
+    if digest not in _noted(path):
         raise DamagedCheckpoint(
             f"{damaged(path)}: its SHA-256 is not the one noted in {note.name} (if you replaced it yourself, delete "
             "that note)"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import relloc.models
+from relloc.backbone_files import check_fits
 from relloc.errors import CheckpointError
 from relloc.models.backbone import Backbone
 
@@ -36,12 +37,12 @@ def backbones() -> dict[str, type[Backbone]]:
 def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str) -> Backbone:
     """The backbone of `model`, the entry of this name in what the file `origin` tells of itself.
 
-    It is built without memory first, and for good only if it has the shapes of `weights`, so that a
+    It is built without memory first, and for good only if `weights` are all that it has, so that a
     file can't ask for more memory than its weights take.
 
     Raises:
         CheckpointError: it asks for something else than a backbone of relloc and plain values, or
-            for one that can't be, or has other shapes than `weights`.
+            for one that can't be, or has other tensors than `weights`.
     """
     node = model.get("backbone") if isinstance(model, Mapping) else None
     if not isinstance(node, Mapping):
@@ -56,13 +57,7 @@ def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str
     settings = {name: value for name, value in node.items() if name != "_target_"}
     _check_plain(settings, origin)
     with torch.device("meta"):
-        shapes = _built(known[target], settings, origin).state_dict()
-    misfits = [name for name, tensor in shapes.items() if name in weights and weights[name].shape != tensor.shape]
-    if misfits:
-        raise CheckpointError(
-            f"{origin} does not fit the backbone that it describes: {len(misfits)} tensors of another shape, such as "
-            f"{misfits[0]}. Give model=NAME, the model it was trained with"
-        )
+        check_fits(_built(known[target], settings, origin).state_dict(), weights, origin)
     return _built(known[target], settings, origin)
 
 

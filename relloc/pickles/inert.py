@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 # An operation is a byte or more and makes an object of up to 64; a state dict takes about 30 for each tensor.
-MOST_OPERATIONS = 4_000_000
+MOST_OPERATIONS = 2_000_000
 _LONGEST_NAME = 120
 
 Makers = Mapping[str, Callable[..., Any]]
@@ -96,8 +96,13 @@ def _encode(text: Any, encoding: Any = "") -> Any:
     return text.encode("latin-1")
 
 
-# Containers that hold weights in many files
+def _no_bytes(*content: Any) -> Any:
+    return LeftOut("bytes") if content else b""  # protocol 2 has no other word for none
+
+
+# Containers that hold weights in many files, and plain values that older protocols have only as calls
 PLAIN: Makers = {
+    "__builtin__.bytes": _no_bytes,
     "collections.OrderedDict": _ordered_dict,
     "collections.defaultdict": lambda *_: {},  # its items follow
     "_codecs.encode": _encode,
