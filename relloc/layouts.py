@@ -189,7 +189,8 @@ def _objects(content: Any) -> Iterator[str]:
 
 def _choose(places: list[str], prefix: str | None, origin: str, names: Sequence[str], objects: Sequence[str]) -> str:
     if not places:
-        unread = f" Not read, as that would run code, were objects of {_first(objects)}." if objects else ""
+        unread = f" Objects of {_first(objects)} are not read, as that would run code:" if objects else ""
+        unread += " save the model's state_dict() instead of an object." if objects else ""
         raise CheckpointError(
             f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {_first(names)}.{unread} "
             f"Known layouts are {KNOWN}"

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from relloc.errors import CheckpointError, DamagedCheckpoint
 from relloc.pickles import torch_files
-from relloc.pickles.arrays import ARRAYS
-from relloc.pickles.inert import MOST_OPERATIONS, PLAIN, LeftOut, Named, Pending, Source, TooLarge, read_pickle
+from relloc.pickles.inert import MOST_OPERATIONS, LeftOut, Named, Pending, TooLarge
 from relloc.pickles.torch_files import OtherKind
 
 _PICKLE = b"\x80"
@@ -46,7 +45,7 @@ def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
     """What is in a file of weights, nested as it was saved, on the CPU; numpy arrays become tensors.
 
     Known by its first bytes: safetensors; what torch.save wrote, as a zip or as one stream; and bare
-    pickles of numpy arrays, such as detectron2's converters write. Nothing in them is run: where a
+    pickles of tensors or of numpy arrays, such as detectron2's converters write. Nothing in them is run: where a
     file has an object of a class, such as notes of its training, a `LeftOut` of its name stands in
     the content. The checksums in zips are compared. `expected` names in messages what a damaged
     file should have been.
@@ -121,7 +120,7 @@ def _reader(start: bytes, size: int) -> Callable[[Path, bool], Any]:
     if has_brace and header <= _SAFETENSORS_MOST_HEADER:  # it ends within its header
         return _from_safetensors
     if start.startswith(_PICKLE):
-        return _from_pickle
+        return lambda file, _numbers: torch_files.read_bare(file)
     if start[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         raise OtherKind(
             "is a tar, as torch.save wrote before version 0.1.10 and as archives of files are: unpack an archive; "
@@ -135,16 +134,6 @@ def _what(start: bytes) -> str:
     if not start:
         return "empty"
     return next((told for begins, told in _OTHERS.items() if start.startswith(begins)), _KINDS)
-
-
-def _from_pickle(file: Path, _numbers: bool) -> Any:
-    with open(file, "rb") as opened:
-        source = Source(opened, file.stat().st_size)
-        return read_pickle(source, {**PLAIN, **ARRAYS}, _refuse_reference)
-
-
-def _refuse_reference(_reference: Any) -> Any:
-    raise pickle.UnpicklingError("it refers to something outside the file")
 
 
 def opened_safetensors(file: Path) -> Any:

@@ -56,6 +56,7 @@ def formats() -> dict[str, bytes]:
         "x.safetensors": save(WEIGHTS, metadata={"format": "pt"}),
         "ours.safetensors": save(WEIGHTS, metadata={"relloc": json.dumps(DESCRIBED)}),
         "training.pt": torch_saved(training),
+        "tensors.pkl": pickle.dumps({"model": WEIGHTS, **NOTES}),
         **{f"pickle{protocol}.pkl": pickle.dumps({"model": arrays, **NOTES}, protocol) for protocol in (2, 3, 4, 5)},
     }
 

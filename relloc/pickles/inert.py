@@ -96,6 +96,10 @@ def _encode(text: Any, encoding: Any = "") -> Any:
     return text.encode("latin-1")
 
 
+def _listed(items: Any = ()) -> list[Any]:
+    return list(items) if isinstance(items, list | tuple) else []
+
+
 def _no_bytes(*content: Any) -> Any:
     return LeftOut("bytes") if content else b""  # protocol 2 has no other word for none
 
@@ -103,6 +107,8 @@ def _no_bytes(*content: Any) -> Any:
 # Containers that hold weights in many files, and plain values that older protocols have only as calls
 PLAIN: Makers = {
     "__builtin__.bytes": _no_bytes,
+    # Sets are lists here: nothing in them has to be hashed.
+    **dict.fromkeys(("__builtin__.set", "__builtin__.frozenset", "builtins.set", "builtins.frozenset"), _listed),
     "collections.OrderedDict": _ordered_dict,
     "collections.defaultdict": lambda *_: {},  # its items follow
     "_codecs.encode": _encode,
@@ -324,7 +330,6 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "LIST": lambda machine, _: machine.push(machine.pop_mark()),
     "APPEND": _append,
     "APPENDS": _many_appended,
-    # Sets are lists here: nothing in them has to be hashed.
     "EMPTY_SET": lambda machine, _: machine.push([]),
     "ADDITEMS": _many_appended,
     "FROZENSET": lambda machine, _: machine.push(machine.pop_mark()),

@@ -233,23 +233,44 @@ def _check_sizes(records: Iterable[zipfile.ZipInfo], size: int) -> None:
 def read_legacy(file: Path, *, numbers: bool = True) -> Any:
     """What torch.save wrote as one stream, as `read_zip` gives it. Raises as that does, and `EOFError`."""
     with open(file, "rb") as opened:
-        source = Source(opened, file.stat().st_size)
-        storages = _Storages()
-        about = [read_pickle(source, {}, _refuse_reference) for _ in range(3)]
-        if about[:2] != [_MAGIC, _PROTOCOL] or not isinstance(about[2], dict):
-            raise UnpicklingError("it begins as torch's files do and goes on otherwise")
-        if about[2].get("little_endian") is False:
-            raise OtherKind(f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}")
-        content = read_pickle(source, _MAKERS, storages)
-        if numbers:
-            keys = read_pickle(source, {}, _refuse_reference)
-            if not isinstance(keys, list) or set(keys) != set(storages.by_key) or len(keys) > len(storages.by_key):
-                raise UnpicklingError("it lists other storages than its tensors have")
-            for key in keys:
-                storage = storages.by_key[key]
-                storage.content = bytearray(source.read(int.from_bytes(source.read(8), "little") * storage.itemsize))
+        return _stream(Source(opened, file.stat().st_size), numbers=numbers)
+
+
+def _stream(source: Source, *, numbers: bool) -> Any:
+    storages = _Storages()
+    about = [read_pickle(source, {}, refuse_reference) for _ in range(3)]
+    if about[:2] != [_MAGIC, _PROTOCOL] or not isinstance(about[2], dict):
+        raise UnpicklingError("it begins as torch's files do and goes on otherwise")
+    if about[2].get("little_endian") is False:
+        raise OtherKind(f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}")
+    content = read_pickle(source, _MAKERS, storages)
+    if numbers:
+        keys = read_pickle(source, {}, refuse_reference)
+        if not isinstance(keys, list) or set(keys) != set(storages.by_key) or len(keys) > len(storages.by_key):
+            raise UnpicklingError("it lists other storages than its tensors have")
+        for key in keys:
+            storage = storages.by_key[key]
+            storage.content = bytearray(source.read(int.from_bytes(source.read(8), "little") * storage.itemsize))
     return content
 
 
-def _refuse_reference(_reference: Any) -> Any:
+def read_bare(file: Path) -> Any:
+    """A pickle that torch had no part in, of arrays or tensors. Raises as `read_legacy`."""
+    with open(file, "rb") as opened:
+        return read_pickle(Source(opened, file.stat().st_size), _BARE_MAKERS, refuse_reference)
+
+
+def _storage_of_bytes(content: Any) -> Any:
+    """How pickle keeps a storage: a stream of torch's as bytes. None can be within it, so there is no recursion."""
+    if not isinstance(content, bytes):
+        raise UnpicklingError("it has a storage of an unknown form")
+    stored = _stream(Source(io.BytesIO(content), len(content)), numbers=True)
+    return stored if isinstance(stored, _Stored) else LeftOut("torch.storage._load_from_bytes")
+
+
+_BARE_MAKERS: Makers = {**_MAKERS, "torch.storage._load_from_bytes": _storage_of_bytes}
+
+
+def refuse_reference(_reference: Any) -> Any:
+    """For pickles that have no persistent ids."""
     raise UnpicklingError("it refers to something outside the file")

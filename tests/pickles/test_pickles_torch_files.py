@@ -1,6 +1,7 @@
 """What torch.save wrote, read without torch's unpickler: the same tensors to the bit."""
 
 import io
+import pickle
 import struct
 import zipfile
 from collections import OrderedDict
@@ -60,6 +61,13 @@ def test_all_kinds_of_tensors_are_those_that_torch_loads(tmp_path: Path, zipped:
     found = read(tmp_path / "x.pth")
     assert found["base"].untyped_storage().data_ptr() == found["view"].untyped_storage().data_ptr()
     assert not found["parameter"].requires_grad
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_tensors_that_pickle_wrote_without_torch_save_come_back(tmp_path: Path, protocol: int) -> None:
+    content = all_kinds()
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
+    assert_same(read(tmp_path / "x.pkl"), {name: tensor.detach() for name, tensor in content.items()})
 
 
 def test_types_without_a_storage_class_come_back(tmp_path: Path) -> None:
