@@ -2,26 +2,26 @@
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from relloc import checkpoints
-from relloc.errors import CheckpointError
+from relloc import checkpoints, weight_files
+from relloc.errors import CheckpointError, DamagedCheckpoint
 
 BACKBONE_FILE = "backbone.safetensors"
+_LONGEST_NAME = 200
+_OF_TRAINING = {"step", "model", "about"}
 
 
 def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:
-    """Save a backbone's weights as safetensors, with `about` (JSON) telling what built and made it."""
+    """Save a backbone's weights as safetensors, with `about` (JSON) telling what built and made it, and their hash."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    checkpoints.write_checkpoint(path, save(tensors, metadata={"relloc": json.dumps(about, sort_keys=True)}))
+    checkpoints.write_hashed(path, save(tensors, metadata={"relloc": json.dumps(about, sort_keys=True)}))
 
 
 def backbone_file(path: Path) -> Path:
@@ -33,46 +33,72 @@ def is_ours(file: Path) -> bool:
     """Whether relloc wrote this file and `load_backbone` can read it; False as well where nothing can."""
     try:
         if file.suffix == ".pt":
-            # Mapped, the weights themselves stay on disk.
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            return isinstance(state, Mapping) and {"step", "model", "about"} <= state.keys()
-        with safe_open(file, framework="pt") as opened:
+            return weight_files.names_at_top(file) >= _OF_TRAINING
+        with weight_files.opened_safetensors(file) as opened:
             return "relloc" in (opened.metadata() or {})
-    except (*checkpoints.UNREADABLE, pickle.UnpicklingError, SafetensorError):
+    except (CheckpointError, *weight_files.BROKEN):
         return False
 
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and `about` of a backbone: from its file, or from the run folder that holds it.
 
+    `about` was written by whoever made the file: it is JSON, and nothing else is sure about it.
+
     Raises:
-        CheckpointError: nothing there, or no backbone of relloc.
+        CheckpointError: nothing there, no backbone of relloc, or not as it was saved.
     """
     file = backbone_file(path)
     if not file.exists():
         raise CheckpointError(
             f"{file} does not exist: give a {BACKBONE_FILE} or the run folder of a finished pretraining"
         )
+    checkpoints.check_hash(file)
     if file.suffix == ".pt":
         return _backbone_of_training(file)
     try:
-        with safe_open(file, framework="pt") as opened:
+        with weight_files.opened_safetensors(file) as opened:
             about = (opened.metadata() or {}).get("relloc")
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
+    except weight_files.BROKEN as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
     if about is None:
         raise CheckpointError(f"{file} holds weights, but relloc did not write it: its backbone is unknown")
-    return weights, json.loads(about)
+    return weights, _described(about, file)
+
+
+def _described(about: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(about)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file} is damaged: what it tells of its backbone is no JSON") from error
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{file} is damaged: what it tells of its backbone is no mapping")
+    return content
 
 
 def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    state = checkpoints.load_training(file)
-    if not {"model", "about"} <= state.keys():
-        raise CheckpointError(f"{checkpoints.damaged(file)}: it holds no model")
+    expected = "checkpoint of relloc"
+    if not weight_files.names_at_top(file, expected=expected) >= _OF_TRAINING:
+        raise DamagedCheckpoint(f"{checkpoints.damaged(file)}: it holds no model")
+    state = weight_files.read(file, expected=expected)
+    model, about = state["model"], state["about"]
+    if not isinstance(model, Mapping) or not isinstance(about, Mapping):
+        raise DamagedCheckpoint(f"{checkpoints.damaged(file)}: it holds no model")
     prefix = "backbone."
-    weights = {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
-    return weights, state["about"]
+    weights = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise DamagedCheckpoint(f"{checkpoints.damaged(file)}: its model is not made of tensors")
+    return weights, dict(about)
+
+
+def model_name(about: Mapping[str, Any], file: Path) -> str:
+    """The name of the model that `about`, read from `file`, tells of. Raises `DamagedCheckpoint`: it tells of none."""
+    model = about.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else None
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise DamagedCheckpoint(f"{file} does not tell which model its weights are of: give model=NAME")
+    return name
 
 
 def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
@@ -82,20 +108,38 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
         CheckpointError: names or shapes do not fit, with what does not; or values that are not finite.
     """
     wanted = backbone.state_dict()
-    missing = sorted(name for name in set(wanted) - set(weights) if not name.endswith("num_batches_tracked"))
-    unknown = sorted(set(weights) - set(wanted))
-    misfits = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
-    if missing or unknown or misfits:
-        kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits}
-        told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
-        raise CheckpointError(f"{origin} does not fit this backbone: {told}. Give the model it was trained with")
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    check_fits(wanted, weights, origin)
+    # As float64, since isfinite does not know every type that a file may have
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor.double()).all()]
     if broken:
         raise CheckpointError(
             f"{origin} holds NaN or infinite weights, in {len(broken)} of {len(weights)} tensors, such as "
             f"{broken[0]}: its training diverged or the file is damaged; take an earlier or another one"
         )
     backbone.load_state_dict(wanted | dict(weights))
+
+
+def check_fits(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+    """Compare names, shapes and kinds of numbers with those of a backbone, which may be on the meta device.
+
+    Raises:
+        CheckpointError: what does not fit.
+    """
+    missing = sorted(name for name in set(wanted) - set(weights) if not name.endswith("num_batches_tracked"))
+    unknown = sorted(set(weights) - set(wanted))
+    both = [name for name in wanted if name in weights]
+    misfits = [name for name in both if wanted[name].shape != weights[name].shape]
+    others = [name for name in both if _kind(wanted[name]) != _kind(weights[name])]
+    if missing or unknown or misfits or others:
+        kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits, "of another type": others}
+        told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
+        raise CheckpointError(f"{origin} does not fit this backbone: {told}. Give the model it was trained with")
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "float" if tensor.is_floating_point() or tensor.dim() == 0 else "whole"  # a counter may be either
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,8 @@ import hashlib
 import io
 import os
 import pickle
+import re
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +17,11 @@ from relloc import files
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
 _KEPT = 2
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError)
+# What torch.load raises for damaged files
+UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError),
+    *(OverflowError, MemoryError, AssertionError, struct.error),
+)
 
 
 def write_checkpoint(path: Path, content: bytes | memoryview) -> None:
@@ -48,12 +54,12 @@ def save_training(run_dir: Path, state: Mapping[str, Any], step: int, milestone:
     """
     content = _serialized({**state, "step": step})
     if milestone:
-        _write_hashed(training_folder(run_dir) / f"{milestone}.pt", content)
+        write_hashed(training_folder(run_dir) / f"{milestone}.pt", content)
     path = training_folder(run_dir) / f"step_{step:09d}.pt"
-    _write_hashed(path, content)
+    write_hashed(path, content)
     for old in saved_trainings(run_dir)[:-_KEPT]:
         old.unlink(missing_ok=True)
-        _hash_file(old).unlink(missing_ok=True)
+        hash_file(old).unlink(missing_ok=True)
     return path
 
 
@@ -70,7 +76,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = _stream(unfinished, state)
         # The hash last: a process that is killed while it saves leaves the old file with the old hash.
-        files.write_whole(_hash_file(path), _hash_line(path, digest))
+        files.write_whole(hash_file(path), _hash_line(path, digest))
         _replace_hashed(unfinished, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -80,7 +86,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 def delete_state(path: Path) -> None:
     """Remove what `save_state` saved or began to save, if it is there."""
-    for file in (path, _hash_file(path)):
+    for file in (path, hash_file(path)):
         file.unlink(missing_ok=True)
     files.remove_unfinished(path)
 
@@ -126,7 +132,7 @@ def _replace_hashed(unfinished: Path, path: Path) -> None:
     try:
         os.replace(unfinished, path)
     except OSError:
-        _hash_file(path).unlink(missing_ok=True)  # it is not that of the file which stays
+        hash_file(path).unlink(missing_ok=True)  # it is not that of the file which stays
         raise
 
 
@@ -136,7 +142,8 @@ def _serialized(state: Mapping[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def _hash_file(path: Path) -> Path:
+def hash_file(path: Path) -> Path:
+    """Where the SHA-256 of a file is noted, as `sha256sum --check` reads it."""
     return path.with_name(path.name + ".sha256")
 
 
@@ -144,13 +151,14 @@ def _hash_line(path: Path, digest: str) -> bytes:
     return f"{digest}  {path.name}\n".encode()
 
 
-def _write_hashed(path: Path, content: memoryview) -> None:
+def write_hashed(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole, with its SHA-256 beside it. Raises `CheckpointError`: no space or no permission."""
     # The hash first: a checkpoint without one is never left behind, an old one's is not yet wanted.
-    write_checkpoint(_hash_file(path), _hash_line(path, hashlib.sha256(content).hexdigest()))
+    write_checkpoint(hash_file(path), _hash_line(path, hashlib.sha256(content).hexdigest()))
     try:
         write_checkpoint(path, content)
     except CheckpointError:
-        _hash_file(path).unlink(missing_ok=True)
+        hash_file(path).unlink(missing_ok=True)
         raise
 
 
@@ -185,8 +193,8 @@ def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 def _set_aside(path: Path) -> None:
     os.replace(path, path.with_name(path.name + ".damaged"))
-    if _hash_file(path).exists():
-        os.replace(_hash_file(path), _hash_file(path).with_name(_hash_file(path).name + ".damaged"))
+    if hash_file(path).exists():
+        os.replace(hash_file(path), hash_file(path).with_name(hash_file(path).name + ".damaged"))
 
 
 def load_training(path: Path) -> dict[str, Any]:
@@ -214,12 +222,7 @@ def load_state(path: Path) -> dict[str, Any]:
         DamagedCheckpoint: not as it was saved.
         CheckpointError: it is missing, or can't be read at present.
     """
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _not_read(path, error) from error
-    hashed = _check_hash(path, digest)
+    hashed = _check_hash(path, _digest(path))
     return _parsed(path, lambda: _loaded(path, hashed))
 
 
@@ -257,11 +260,48 @@ def _not_read(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} can't be read ({error.strerror}); nothing was changed")
 
 
+def note_hash(path: Path) -> None:
+    """Note the SHA-256 of a file that has none. Raises `CheckpointError`: it can't be read, or the hash not written."""
+    write_checkpoint(hash_file(path), _hash_line(path, _digest(path)))
+
+
+def check_hash(path: Path) -> bool:
+    """Whether there is a noted hash; files of older versions of relloc, of others, and copies, may have none.
+
+    Raises:
+        DamagedCheckpoint: the file is another than the one of which the hash was noted.
+        CheckpointError: it can't be read at present.
+    """
+    return bool(_noted(path)) and _check_hash(path, _digest(path))
+
+
+def _noted(path: Path) -> list[str]:
+    """The hashes in the note beside a file, which others write in other words; none where there is no note."""
+    note = hash_file(path)
+    try:
+        return re.findall(r"\b[0-9a-f]{64}\b", note.read_text(encoding="ascii", errors="replace").lower())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _not_read(note, error) from error
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _not_read(path, error) from error
+
+
 def _check_hash(path: Path, digest: str) -> bool:
     """Whether there is a noted hash. Raises `DamagedCheckpoint` if it is not `digest`."""
-    if not _hash_file(path).exists():
+    note = hash_file(path)
+    if not note.exists():
         return False
-    noted = _hash_file(path).read_text(encoding="ascii", errors="replace").split()[:1]
-    if noted != [digest]:
-        raise DamagedCheckpoint(f"{damaged(path)}: its SHA-256 is not the one noted in {_hash_file(path).name}")
+    if digest not in _noted(path):
+        raise DamagedCheckpoint(
+            f"{damaged(path)}: its SHA-256 is not the one noted in {note.name} (if you replaced it yourself, delete "
+            "that note)"
+        )
     return True

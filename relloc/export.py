@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from relloc import backbone_files, files, layouts, weight_files
+from relloc import backbone_files, checkpoints, files, layouts, weight_files
 from relloc.errors import CheckpointError, UsageError
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -84,6 +84,7 @@ def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tenso
     """Which model it is, and its weights by torchvision's names, all of them."""
     file = backbone_files.backbone_file(checkpoint)
     if not backbone_files.is_ours(file):
+        checkpoints.check_hash(file)
         found = layouts.find(weight_files.read(file), origin=str(file), prefix=prefix)
         model = found.model_or_advice()
         backbone = ResNetBackbone(depth=_DEPTHS[model])
@@ -92,7 +93,7 @@ def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tenso
     weights, about = backbone_files.load_backbone(file)
     if prefix is not None:
         raise UsageError(f"{file} has no prefixes: leave --checkpoint-prefix out")
-    model = about["model"]["name"]
+    model = backbone_files.model_name(about, file)
     if model not in _DEPTHS:
         raise CheckpointError(
             f"{file} is a {model}, which torchvision, detectron2 and mmdetection do not have: "

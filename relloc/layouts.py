@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from relloc.errors import CheckpointError
+from relloc.pickles.inert import LeftOut
 
 KNOWN = (
-    "mmselfsup 0.x and 1.x, OpenSelfSup, torchvision, timm, VISSL and detectron2 ResNets, "
-    "and state dicts of such names with any prefix"
+    "mmselfsup 0.x and 1.x, OpenSelfSup, torchvision, timm, VISSL, PyTorch Lightning and detectron2 ResNets, "
+    "the numbered children of torchvision's in an nn.Sequential, and state dicts of such names with any prefix"
 )
 _MODELS: Mapping[tuple[str, tuple[int, ...]], str] = {
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("bottleneck", (3, 4, 6, 3)): "resnet50",
 }
-_STAGE_1 = re.compile(r"(?P<prefix>(?:.*\.)?)(?:layer1|(?P<detectron2>res2))\.0\.conv1\.weight")
+# How a file names stage 1, and with it everything else
+_STAGE_1 = re.compile(r"(?P<prefix>(?:.*\.)?)(?P<stage>layer1|res2|4)\.0\.conv1\.weight")
 # A part of a dotted name that tells that no backbone is below it, and what is.
 _LEFT_OUT = {
     "classifier": r"fc|fc_cls|classifier|last_linear",
@@ -51,22 +53,34 @@ _FROM_DETECTRON2 = (
     (r"\.shortcut\.norm\.", ".downsample.1."),
     (r"\.shortcut\.", ".downsample.0."),
 )
+# nn.Sequential(*resnet.children()): conv1, bn1, relu, maxpool, four stages, avgpool, fc
+_FROM_CHILDREN = (
+    (r"^0\.", "conv1."),
+    (r"^1\.", "bn1."),
+    (r"^([4-7])\.", lambda found: f"layer{int(found[1]) - 3}."),
+    (r"^(9|10)\.", "fc."),  # with an nn.Flatten before it the tenth
+)
+_RULES = {"layer1": (), "res2": _FROM_DETECTRON2, "4": _FROM_CHILDREN}
+_LONGEST_SHOWN = 100
+_OTHERS = "others outside the backbone"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
     """A ResNet in a file of another project.
 
-    `weights` have torchvision's names; `left_out` counts tensors by what they are; `unknown` are
-    tensors of which nobody knows what they are. `model` is the name of ours with these blocks, None
-    where there is none.
+    `weights` have torchvision's names; `left_out` counts tensors by what they are. Of those outside
+    the backbone of which nobody knows what they are `others` has the names. `objects` are the
+    classes of what was not read, since that would have run code. `model` is the name of ours with
+    these blocks, None where there is none.
     """
 
     origin: str
     layout: str
     weights: Mapping[str, Tensor]
     left_out: Mapping[str, int]
-    unknown: Sequence[str]
+    others: Sequence[str] = ()
+    objects: Sequence[str] = ()
 
     @property
     def blocks(self) -> tuple[str, tuple[int, ...]]:
@@ -95,9 +109,10 @@ class Found:
 
         Raises:
             CheckpointError: tensors that are missing, unknown or of another shape, with their names.
+                Unknown are only those below the backbone's own prefix.
         """
         missing = [name for name in wanted if name not in self.weights and not name.endswith("num_batches_tracked")]
-        unknown = [*(name for name in self.weights if name not in wanted), *self.unknown]
+        unknown = [name for name in self.weights if name not in wanted]
         both = [(name, tensor.shape, wanted[name].shape) for name, tensor in self.weights.items() if name in wanted]
         misfits = [f"{name} {list(has)} for {list(wants)}" for name, has, wants in both if has != wants]
         kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits}
@@ -110,16 +125,20 @@ class Found:
         return dict(self.weights)
 
     def __str__(self) -> str:
-        left_out = ", ".join(f"{count} of {what}" for what, count in self.left_out.items())
-        return f"{self.layout}, {len(self.weights)} tensors; left out: {left_out or 'none'}"
+        told = [f"{count} of {what}" for what, count in self.left_out.items() if what != _OTHERS]
+        if self.others:
+            told.append(f"{len(self.others)} of {_OTHERS} ({_first(self.others)})")
+        if self.objects:
+            told.append(f"objects, which are never made ({_first(self.objects)})")
+        return f"{self.layout}, {len(self.weights)} tensors; left out: {', '.join(told) or 'none'}"
 
 
 def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) -> Found:
     """The one ResNet in `content`, the nested content of a file named `origin` in messages.
 
-    Every other tensor has to be of a kind that is known to be left out, or is named as unknown.
-    `prefix` chooses among several: all of the dotted name before the weights', or whole parts of it.
-    With it, all that lies outside is left out.
+    All that lies outside its prefix is left out and told; below it every tensor has to be one of the
+    network's, or of a kind that is known to be left out. `prefix` chooses among several backbones:
+    all of the dotted name before the weights', or whole parts of it.
 
     Raises:
         CheckpointError: no ResNet, several, or none with this prefix.
@@ -127,20 +146,20 @@ def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) 
     tensors = dict(_flat(content))
     if not tensors:
         raise CheckpointError(f"{origin} holds no tensors (at its top: {_first(list(content)) or 'nothing'})")
-    places = {match["prefix"]: match["detectron2"] is not None for match in map(_STAGE_1.fullmatch, tensors) if match}
-    place = _choose(list(places), prefix, origin, list(tensors))
-    rules = _FROM_DETECTRON2 if places[place] else ()
+    objects = list(dict.fromkeys(_objects(content)))
+    stages = {match["prefix"]: match["stage"] for match in map(_STAGE_1.fullmatch, tensors) if match}
+    place = _choose(list(stages), prefix, origin, list(tensors), objects)
+    rules = _RULES[stages[place]]
     inside = {_renamed(name.removeprefix(place), rules): name for name in tensors if name.startswith(place)}
     kinds = {name: _kind(name.partition(".")[0]) for name in inside}
-    others = {name: _kind(name) for name in tensors if not name.startswith(place)}
-    if prefix is not None:
-        others = {name: kind or "others outside the prefix" for name, kind in others.items()}
+    outside = {name: _kind(name) or _OTHERS for name in tensors if not name.startswith(place)}
     return Found(
         origin=origin,
-        layout=_layout(content, place, detectron2=places[place]),
+        layout=_layout(content, place, stages[place]),
         weights={ours: tensors[name] for ours, name in inside.items() if not kinds[ours]},
-        left_out=Counter(kind for kind in (*kinds.values(), *others.values()) if kind),
-        unknown=[name for name, kind in others.items() if not kind],
+        left_out=Counter(kind for kind in (*kinds.values(), *outside.values()) if kind),
+        others=[name for name, kind in outside.items() if kind == _OTHERS],
+        objects=objects,
     )
 
 
@@ -159,10 +178,21 @@ def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from _flat(dict(enumerate(content)), name)
 
 
-def _choose(places: list[str], prefix: str | None, origin: str, names: Sequence[str]) -> str:
+def _objects(content: Any) -> Iterator[str]:
+    """The classes of all that was not read."""
+    if isinstance(content, LeftOut):
+        yield content.name
+    elif isinstance(content, Mapping | list | tuple):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _objects(value)
+
+
+def _choose(places: list[str], prefix: str | None, origin: str, names: Sequence[str], objects: Sequence[str]) -> str:
     if not places:
+        unread = f" Objects of {_first(objects)} are not read, as that would run code:" if objects else ""
+        unread += " save the model's state_dict() instead of an object." if objects else ""
         raise CheckpointError(
-            f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {_first(names)}. "
+            f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {_first(names)}.{unread} "
             f"Known layouts are {KNOWN}"
         )
     named = places if prefix is None else _matching(places, prefix.strip("."))
@@ -197,9 +227,13 @@ def _renamed(name: str, rules: Sequence[tuple[str, Any]]) -> str:
     return name
 
 
-def _layout(content: Mapping[str, Any], place: str, *, detectron2: bool) -> str:
-    if detectron2:
+def _layout(content: Mapping[str, Any], place: str, stage: str) -> str:
+    if stage == "res2":
         return "detectron2's names"
+    if "pytorch-lightning_version" in content or "hyper_parameters" in content:
+        return f"PyTorch Lightning, {'numbered children' if stage == '4' else 'names'} below {place.rstrip('.')}"
+    if stage == "4":
+        return f"torchvision's children by their numbers{' below ' if place else ''}{place.rstrip('.')}"
     if place.endswith("_feature_blocks."):
         return "VISSL"
     if place == "state_dict.backbone.":
@@ -210,4 +244,5 @@ def _layout(content: Mapping[str, Any], place: str, *, detectron2: bool) -> str:
 
 
 def _first(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+    shown = [name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…" for name in names[:count]]
+    return ", ".join(shown) + (", …" if len(names) > count else "")

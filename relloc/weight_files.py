@@ -1,100 +1,104 @@
 """Reading files of weights, of any project, without running what may be in them."""
 
-import codecs
+import lzma
 import pickle
-import re
+import stat
 import struct
-from collections import OrderedDict
-from collections.abc import Mapping
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-import torch
-from numpy._core import multiarray, numeric
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from relloc.errors import CheckpointError, DamagedCheckpoint
+from relloc.pickles import torch_files
+from relloc.pickles.inert import MOST_OPERATIONS, LeftOut, Named, Pending, TooLarge
+from relloc.pickles.torch_files import OtherKind
 
-_TORCH_ZIP = b"PK\x03\x04"
-_TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _PICKLE = b"\x80"
-_LFS_POINTER = b"version https://git-lfs"
+_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
+# The library takes 100 MB, of which it makes gigabytes; a thousand tensors need 0.1 MB.
+_SAFETENSORS_MOST_HEADER = 1 << 24
 _KINDS = "neither safetensors, nor written by torch.save, nor a pickle of numpy arrays"
-_BROKEN = (
-    *(OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError),
-    *(MemoryError, OverflowError, AssertionError, ImportError, struct.error),
-)
-
-
-class _LeftOut:
-    """Stands where a file has notes of its training that need a class of its project; it keeps nothing."""
-
-    def __init__(self, *_arguments: object) -> None: ...
-
-    def __setstate__(self, _state: object) -> None: ...
-
-
-def _from_buffer(*arguments: Any) -> np.ndarray:
-    # One of our own, so that no file can change numpy's.
-    return numeric._frombuffer(*arguments)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-# What projects save beside their weights; getattr is how HistoryBuffer's methods are pickled, and here it does nothing.
-_NOTES = ("mmengine.logging.history_buffer.HistoryBuffer", "argparse.Namespace", "builtins.getattr")
-_NUMPY: dict[str, Any] = {
-    **{f"numpy.{core}.multiarray.{name}": getattr(multiarray, name) for core in ("core", "_core")
-       for name in ("_reconstruct", "scalar")},
-    **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in ("core", "_core")},
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-}  # fmt: skip
-_PLAIN: dict[str, Any] = {
-    **_NUMPY,
-    "collections.OrderedDict": OrderedDict,
-    "_codecs.encode": codecs.encode,  # how Python 3 writes bytes for Python 2
+_OTHERS = {
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file with git lfs pull",
+    b"\x89HDF": "HDF5, as Keras and TensorFlow write it: convert it to a state_dict and save that with torch.save",
+    b"\x93NUMPY": "one numpy array, without names: save a state_dict with torch.save",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
 }
+# What the readers raise for damaged files. A content that needs more memory than there is, is none of ours, too.
+BROKEN = (
+    *(OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
+    *(MemoryError, NotImplementedError, AssertionError, ImportError, BufferError, struct.error, zlib.error),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, lzma.LZMAError, SafetensorError),
+)
+_DEEPEST = 100  # nested containers
 
 
-def read(file: Path) -> dict[str, Any]:
+def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
     """What is in a file of weights, nested as it was saved, on the CPU; numpy arrays become tensors.
 
-    Known by their first bytes: safetensors; what torch.save wrote (torch.load with weights_only,
-    which besides tensors and plain values admits numpy arrays here, and drops the notes that
-    mmengine and argparse leave); and bare pickles, such as detectron2's converters write. Those
-    torch.load can't read: an unpickler does that admits numpy arrays and plain containers, and
-    calls nothing else.
+    Known by its first bytes: safetensors; what torch.save wrote, as a zip or as one stream; and bare
+    pickles of tensors or of numpy arrays, such as detectron2's converters write. Nothing in them is run: where a
+    file has an object of a class, such as notes of its training, a `LeftOut` of its name stands in
+    the content. The checksums in zips are compared. `expected` names in messages what a damaged
+    file should have been.
 
     Raises:
-        CheckpointError: nothing there, damaged, nothing of this kind, or it holds more than that.
+        DamagedCheckpoint: damaged, nothing of this kind, or objects of classes and nothing else.
+        CheckpointError: nothing there, or it can't be read.
     """
-    content = _content(file)
+    content = _content(file, expected, lambda value: _Unfolding().plain(value))
+    if isinstance(content, LeftOut):
+        raise _only_objects(file, content)
     if not isinstance(content, Mapping):
         raise DamagedCheckpoint(f"{file} holds a {type(content).__name__}, not weights by their names")
-    return _with_tensors(content)
+    found = None if _any(content, Tensor) is not None else _main_object(content)
+    if isinstance(found, LeftOut):
+        raise _only_objects(file, found)
+    return dict(content)
 
 
-def _content(file: Path) -> Any:
-    start = _first_bytes(file)
+def names_at_top(file: Path, *, expected: str = "file of weights") -> set[str]:
+    """The names at the top of what is in a file; its tensors are not read. Raises as `read`."""
+    content = _content(file, expected, lambda value: value, numbers=False)
+    return {name for name in content if isinstance(name, str)} if isinstance(content, Mapping) else set()
+
+
+def _content(file: Path, expected: str, finish: Callable[[Any], Any], *, numbers: bool = True) -> Any:
+    start, size = _first_bytes(file)
     try:
-        if start.startswith((_TORCH_ZIP, _TORCH_LEGACY)):
-            return _from_torch(file)
-        if start.startswith(_PICKLE):
-            return _from_pickle(file)
-        if start[8:9] == b"{":
-            return _from_safetensors(file)
-    except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
-        raise _refused(file, str(error)) from error
-    except (*_BROKEN, SafetensorError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise DamagedCheckpoint(f"{file} is damaged or no file of weights: {first_line or 'it ends early'}") from error
-    raise DamagedCheckpoint(f"{file} is damaged or no file of weights: it is {_what(start)}")
+        with warnings.catch_warnings(action="ignore"):  # a refused file is one message
+            return finish(_reader(start, size)(file, numbers))
+    except OtherKind as error:
+        raise DamagedCheckpoint(f"{file} {error}") from error
+    except BROKEN as error:
+        raise DamagedCheckpoint(f"{file} is damaged or no {expected}: {_reason(error)}") from error
 
 
-def _first_bytes(file: Path) -> bytes:
+def _reason(error: BaseException) -> str:
+    first_line = str(error).strip("'\"").partition("\n")[0][:300]
+    if isinstance(error, MemoryError):
+        return "what it declares does not fit into memory"
+    if isinstance(error, KeyError | IndexError | TypeError | AttributeError | struct.error):  # of no use to a reader
+        return f"its parts do not fit together ({first_line or type(error).__name__})"
+    return first_line or "it ends early"
+
+
+def _first_bytes(file: Path) -> tuple[bytes, int]:
+    """The first bytes, and how many there are in all."""
     try:
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+            raise CheckpointError(f"{file} is no regular file: give a file of weights")
         with open(file, "rb") as opened:
-            return opened.read(64)
+            return opened.read(512), about.st_size
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file} does not exist: give a file of weights, or the run folder of a finished pretraining"
@@ -103,58 +107,95 @@ def _first_bytes(file: Path) -> bytes:
         raise CheckpointError(f"{file} can't be read ({error.strerror})") from error
 
 
+def _reader(start: bytes, size: int) -> Callable[[Path, bool], Any]:
+    """What reads a file that begins with `start`; safetensors first, as their length may look like a pickle."""
+    header = int.from_bytes(start[:8], "little")
+    has_brace = start[8:9] == b"{"
+    if has_brace and 8 + header <= size:
+        return _from_safetensors
+    if start.startswith(torch_files.ZIP_START):
+        return lambda file, numbers: torch_files.read_zip(file, numbers=numbers)
+    if start.startswith(torch_files.LEGACY_START):
+        return lambda file, numbers: torch_files.read_legacy(file, numbers=numbers)
+    if has_brace and header <= _SAFETENSORS_MOST_HEADER:  # it ends within its header
+        return _from_safetensors
+    if start.startswith(_PICKLE):
+        return lambda file, _numbers: torch_files.read_bare(file)
+    if start[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
+        raise OtherKind(
+            "is a tar, as torch.save wrote before version 0.1.10 and as archives of files are: unpack an archive; "
+            "load a file of such an old torch with torch in the project that wrote it, and save the model's "
+            "state_dict() again with torch.save"
+        )
+    raise ValueError(f"it is {_what(start)}")
+
+
 def _what(start: bytes) -> str:
     if not start:
         return "empty"
-    return "a Git LFS pointer: fetch the file with git lfs pull" if start.startswith(_LFS_POINTER) else _KINDS
+    return next((told for begins, told in _OTHERS.items() if start.startswith(begins)), _KINDS)
 
 
-def _refused(file: Path, reason: str) -> DamagedCheckpoint:
-    named = re.search(r"GLOBAL (\S+)", reason)
-    if named:
-        return DamagedCheckpoint(
-            f"{file} holds more than tensors and plain values: {named[1]}, which would be code to run. "
-            "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
-        )
-    return DamagedCheckpoint(f"{file} is damaged or no file of weights: its pickle can't be read")
+def opened_safetensors(file: Path) -> Any:
+    """A file of safetensors, opened as the library does. Raises those of `BROKEN`: damaged, or none."""
+    with open(file, "rb") as begun:
+        header = int.from_bytes(begun.read(8), "little")
+    if header > _SAFETENSORS_MOST_HEADER:
+        raise TooLarge(f"its header is of {header:,} bytes, far more than a network's has")
+    return safe_open(file, framework="pt")
 
 
-def _from_torch(file: Path) -> Any:
-    kinds = [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
-    notes = [(_LeftOut, name) for name in _NOTES]
-    with torch.serialization.safe_globals([*kinds, *notes, *((made, name) for name, made in _NUMPY.items())]):
-        return torch.load(file, map_location="cpu", weights_only=True)
+def _from_safetensors(file: Path, numbers: bool) -> dict[str, Any]:
+    with opened_safetensors(file) as opened:
+        return {name: opened.get_tensor(name) if numbers else None for name in opened.keys()}  # noqa: SIM118
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str, /) -> Any:
-        full_name = f"{module}.{name}"
-        if full_name not in _PLAIN:
-            raise pickle.UnpicklingError(f"GLOBAL {full_name}")
-        return _PLAIN[full_name]
+class _Unfolding:
+    """Turns what a reader gave into plain values; containers that hold each other would be unfolded without end."""
 
-    def persistent_load(self, pid: Any, /) -> Any:
-        raise pickle.UnpicklingError(f"a reference to something outside: {pid}")
+    def __init__(self) -> None:
+        self._values = 0
 
-
-def _from_pickle(file: Path) -> Any:
-    opened: IO[bytes]
-    with open(file, "rb") as opened:
-        return _PlainUnpickler(opened, encoding="latin1").load()  # latin1: also what Python 2 wrote
-
-
-def _from_safetensors(file: Path) -> dict[str, Any]:
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-
-
-def _with_tensors(content: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(name): _with_tensor(value) for name, value in content.items()}
+    def plain(self, value: Any, depth: int = 0) -> Any:
+        """Dicts with text as keys, lists, tuples, tensors, `LeftOut` and plain values."""
+        self._values += 1
+        if depth > _DEEPEST:
+            raise TooLarge(f"it is nested more than {_DEEPEST} deep")
+        if self._values > MOST_OPERATIONS:
+            raise TooLarge(f"it unfolds to more than {MOST_OPERATIONS:,} values")
+        if isinstance(value, Pending):
+            return value.made()
+        if isinstance(value, Mapping):
+            return {_text(key): self.plain(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.plain(inner, depth + 1) for inner in value)
+        return LeftOut(value.name) if isinstance(value, Named) else value
 
 
-def _with_tensor(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _with_tensors(value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
-    return value
+def _text(key: Any) -> str:
+    text = key.decode("latin-1") if isinstance(key, bytes) else str(key)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _any(content: Any, kind: type) -> Any:
+    """The first value of this type in nested containers; None where there is none."""
+    if isinstance(content, kind):
+        return content
+    inner = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
+    found = (_any(value, kind) for value in inner)
+    return next((value for value in found if value is not None), None)
+
+
+def _main_object(content: Mapping[str, Any]) -> Any:
+    """What was left out of a file without tensors: the model, if it is there by a usual name."""
+    for name in ("model", "state_dict", "net", "module", "ema"):
+        if isinstance(content.get(name), LeftOut):
+            return content[name]
+    return _any(content, LeftOut)
+
+
+def _only_objects(file: Path, what: LeftOut) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"{file} holds more than tensors and plain values: {what}, which would be code to run. "
+        "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
+    )

@@ -1,17 +1,19 @@
 """Backbones in files: coming back, which are ours, what weights are told apart by, and which are refused."""
 
 import math
+import subprocess
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from relloc.backbone_files import BACKBONE_FILE, digest, fill, is_ours, load_backbone, save_backbone
+from relloc.backbone_files import BACKBONE_FILE, digest, fill, is_ours, load_backbone, model_name, save_backbone
 from relloc.checkpoints import save_training
-from relloc.errors import CheckpointError
+from relloc.errors import CheckpointError, DamagedCheckpoint
 
 ABOUT = {"model": {"name": "tiny", "backbone": {"widths": [4, 8]}}, "step": 3, "computed": {"path": "/ä/𝄞"}}
 
@@ -105,6 +107,57 @@ def test_a_backbone_in_channels_last_comes_back_as_it_was(tmp_path: Path) -> Non
     weights, about = load_backbone(tmp_path)
     assert about == {}
     assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
+def test_a_turned_byte_is_told_by_the_hash_beside_a_backbone_which_sha256sum_checks(tmp_path: Path) -> None:
+    file = tmp_path / BACKBONE_FILE
+    save_backbone(file, network(), ABOUT)
+    checked = subprocess.run(["sha256sum", "--check", f"{BACKBONE_FILE}.sha256"], cwd=tmp_path, check=False)
+    assert checked.returncode == 0
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 0x10
+    file.write_bytes(content)
+    for path in (tmp_path, file):
+        with pytest.raises(DamagedCheckpoint, match=r"SHA-256 is not the one noted in backbone\.safetensors\.sha256"):
+            load_backbone(path)
+
+
+def test_a_backbone_that_was_copied_alone_or_is_of_an_older_version_is_read(tmp_path: Path) -> None:
+    save_backbone(tmp_path / BACKBONE_FILE, network(), ABOUT)
+    (tmp_path / f"{BACKBONE_FILE}.sha256").unlink()
+    assert load_backbone(tmp_path)[1] == ABOUT
+
+
+@pytest.mark.parametrize("about", ["[1]", "{", "[" * 100_000, '"x"'])
+def test_what_a_file_tells_of_itself_is_a_mapping_or_an_error(tmp_path: Path, about: str) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors", metadata={"relloc": about})
+    with pytest.raises(DamagedCheckpoint, match=r"x\.safetensors is damaged"):
+        load_backbone(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "about", [{}, {"model": []}, {"model": {}}, {"model": {"name": 3}}, {"model": {"name": "\x1b"}}]
+)
+def test_a_model_without_a_name_is_an_error(about: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"give model=NAME"):
+        model_name(about, Path("x"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_numbers_of_another_kind_do_not_fit(dtype: torch.dtype) -> None:
+    weights = dict(network(seed=1).state_dict())
+    weights["0.weight"] = weights["0.weight"].to(dtype)
+    with pytest.raises(CheckpointError, match=r"1 of another type, such as 0\.weight"):
+        fill(network(), weights, "it")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_other_precisions_fit(dtype: torch.dtype) -> None:
+    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+               for name, tensor in network(seed=1).state_dict().items()}  # fmt: skip
+    backbone = network()
+    fill(backbone, weights, "it")
+    assert torch.equal(backbone.state_dict()["0.weight"], weights["0.weight"].float())
 
 
 def test_what_holds_no_backbone_is_an_error(tmp_path: Path) -> None:

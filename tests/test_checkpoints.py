@@ -66,7 +66,9 @@ def files_below(folder: Path) -> list[str]:
     assert hashes == {
         f"{name}.sha256"
         for name in files
-        if Path(name).parent.name == "checkpoints" and name not in hashes and ".damaged" not in name
+        if (Path(name).parent.name == "checkpoints" or f"{name}.sha256" in hashes)
+        and name not in hashes
+        and ".damaged" not in name
     }
     return sorted(files - hashes)
 

@@ -160,6 +160,7 @@ def test_mistakes_are_one_message_and_leave_what_was_there(
         assert told.err.count("\n") == 1
         assert message in told.err
     assert (tmp_path / "there.pth").read_bytes() == b"precious"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "small.safetensors", "there.pth"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["file", "small.safetensors", "small.safetensors.sha256", "there.pth"]
     assert export(run_dir, "--layout", "torchvision", "--out", tmp_path / "there.pth", "--force") == 0
     assert weight_files.read(tmp_path / "there.pth")

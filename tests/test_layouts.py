@@ -12,6 +12,7 @@ from relloc.backbone_files import fill
 from relloc.errors import CheckpointError
 from relloc.layouts import find, to_detectron2
 from relloc.models.resnet import ResNetBackbone
+from relloc.pickles.inert import LeftOut
 
 Weights = dict[str, Tensor]
 
@@ -254,21 +255,61 @@ def test_all_that_does_not_fit_is_one_message(weights: Weights) -> None:
     assert str(raised.value).startswith(
         "x.pth (mmselfsup 0.x or OpenSelfSup, as trained) does not fit this backbone: "
         "4 missing (bn1.running_var, layer4.1.conv2.weight, layer4.1.bn2.weight, …); "
-        "2 unknown (layer1.0.se.fc1.weight, state_dict.decoder.weight); "
+        "1 unknown (layer1.0.se.fc1.weight); "
         "1 of another shape (conv1.weight [64, 1, 7, 7] for [64, 3, 7, 7]). Known layouts are mmselfsup 0.x"
     )
 
 
-def test_what_nobody_knows_is_left_out_only_where_a_prefix_says_so(weights: Weights) -> None:
-    content = {"state_dict": below("backbone.", weights) | {"decoder.weight": ONE}}
-    with pytest.raises(
-        CheckpointError, match=r"1 unknown \(state_dict\.decoder\.weight\)\. .* checkpoint_prefix is left"
-    ):
-        find(content, origin="x.pth").fitted(weights)
-    found = find(content, origin="x.pth", prefix="backbone")
+@pytest.mark.parametrize("prefix", [None, "backbone"])
+def test_tensors_outside_the_backbone_that_nobody_knows_are_left_out_and_named(
+    weights: Weights, prefix: str | None
+) -> None:
+    state = below("backbone.", weights) | {"decoder.weight": ONE, "backbone2.weight": ONE}
+    content = {"state_dict": state, "best_acc1": torch.tensor(71.2), "rng_state": torch.get_rng_state()}
+    found = find(content, origin="x.pth", prefix=prefix)
     assert len(found.fitted(weights)) == len(weights)
-    assert dict(found.left_out) == {"others outside the prefix": 1}
-    assert str(found).endswith("120 tensors; left out: 1 of others outside the prefix")
+    assert dict(found.left_out) == {"others outside the backbone": 4}
+    assert set(found.others) == {"state_dict.decoder.weight", "state_dict.backbone2.weight", "best_acc1", "rng_state"}
+    assert "left out: 4 of others outside the backbone (state_dict.decoder.weight, " in str(found)
+
+
+def test_what_was_not_read_is_named_with_what_was_found(weights: Weights) -> None:
+    content = {
+        "state_dict": below("backbone.", weights),
+        "args": {"data": [LeftOut("pathlib.PosixPath"), LeftOut("pathlib.PosixPath")]},
+        "when": (LeftOut("datetime.datetime"),),
+    }
+    found = find(content, origin="x.pth")
+    assert found.objects == ["pathlib.PosixPath", "datetime.datetime"]
+    assert "pathlib.PosixPath, datetime.datetime" in str(found)
+    with pytest.raises(CheckpointError, match=r"Objects of models\.Net are not read"):
+        find({"model": LeftOut("models.Net"), "rng": ONE}, origin="x.pth")
+
+
+CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7", "fc": "9"}
+
+
+def children(weights: Weights) -> Weights:
+    named = {name: name.partition(".") for name in weights}
+    return {f"{CHILDREN[first]}.{rest}": weights[name] for name, (first, _, rest) in named.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.encoder.0."])
+def test_the_numbered_children_of_a_resnet_are_its_weights(weights: Weights, prefix: str) -> None:
+    found = find({"state_dict": below(prefix, children(weights | FC))}, origin="x.pth")
+    assert dict(found.left_out) == {"classifier": 2}
+    assert found.model == "resnet18"
+    assert all(found.fitted(weights)[name] is weights[name] for name in weights)
+    with pytest.raises(CheckpointError, match=r"1 unknown \(3\.weight\)"):
+        find(below(prefix, children(weights) | {"3.weight": ONE}), origin="x.pth").fitted(weights)
+
+
+def test_checkpoints_of_lightning_are_called_by_their_name(weights: Weights) -> None:
+    for state in (weights, children(weights)):
+        content = {"pytorch-lightning_version": "2.2.0", "epoch": 9, "state_dict": below("backbone.", state)}
+        found = find(content, origin="x.pth")
+        assert found.layout.startswith("PyTorch Lightning")
+        assert len(found.fitted(weights)) == len(weights)
 
 
 def test_a_network_that_is_none_of_ours_is_told_by_its_blocks() -> None:

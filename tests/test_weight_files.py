@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relloc.errors import CheckpointError
+from relloc.pickles.inert import LeftOut
 from relloc.weight_files import read
 
 WEIGHTS = {
@@ -95,8 +96,8 @@ def test_notes_of_mmengine_and_argparse_are_dropped_and_need_no_class(tmp_path: 
     del sys.modules["mmengine.logging.history_buffer"]
     found = read(tmp_path / "x.pth")
     assert_weights(found["state_dict"])
-    assert not vars(found["args"])
-    assert not vars(found["hub"]["loss"])
+    assert found["args"] == LeftOut("argparse.Namespace")
+    assert found["hub"]["loss"] == LeftOut("mmengine.logging.history_buffer.HistoryBuffer")
     assert found["hub"]["best"] == 0.5
     assert torch.equal(found["hub"]["lr"], torch.tensor([0.1, 0.2], dtype=torch.float64))
 
@@ -113,21 +114,35 @@ class Model:
     pass
 
 
-@pytest.mark.parametrize("way", ["torch", "pickle"])
+def save(file: Path, way: str, content: Any) -> None:
+    if way == "pickle":
+        file.write_bytes(pickle.dumps(content, protocol=4))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=way == "zip")
+
+
+@pytest.mark.parametrize("way", ["zip", "legacy", "pickle"])
 def test_code_in_a_file_is_not_run_and_what_it_would_be_is_named(tmp_path: Path, way: str) -> None:
+    weights = arrays() if way == "pickle" else WEIGHTS
     for content, name in ((RunsCode(tmp_path / "ran"), "posix.mkdir"), (Model(), f"{Model.__module__}.Model")):
-        file = tmp_path / "evil.pkl"
-        if way == "torch":
-            torch.save({"state_dict": WEIGHTS, "more": content}, file)
-        else:
-            file.write_bytes(pickle.dumps({"model": arrays(), "more": content}, protocol=4))
-        with pytest.raises(CheckpointError) as raised:
-            read(file)
-        assert str(raised.value) == (
-            f"{file} holds more than tensors and plain values: {name}, which would be code to run. "
-            "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
-        )
+        save(tmp_path / "evil.pkl", way, {"model": weights, "more": content})
+        found = read(tmp_path / "evil.pkl")
+        assert_weights(found["model"])
+        assert found["more"] == LeftOut(name)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("way", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_pickled_model_is_refused_and_its_class_is_named(tmp_path: Path, way: str, nested: bool) -> None:
+    file = tmp_path / "whole.pt"
+    save(file, way, {"epoch": 3, "opt": argparse.Namespace(), "model": Model()} if nested else Model())
+    with pytest.raises(CheckpointError) as raised:
+        read(file)
+    assert str(raised.value) == (
+        f"{file} holds more than tensors and plain values: {Model.__module__}.Model, which would be code to run. "
+        "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
+    )
 
 
 def test_no_file_can_change_what_reads_the_next_one(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from relloc import backbone_files, ranks
+from relloc import backbone_files, checkpoints, ranks
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.order import StepPlan
 from relloc.data.shards import read_manifest
-from relloc.errors import UsageError
+from relloc.errors import CheckpointError, UsageError
 from relloc.evals.contract import Job, Subject
 from relloc.features.batch_norm import check_one_image
 from relloc.models.backbone import Backbone
@@ -149,9 +149,9 @@ def about(config: DictConfig) -> dict[str, Any]:
 def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
     config, how, data, task = run.config, run.how, run.data, run.task
     weights = folder.path / backbone_files.BACKBONE_FILE
-    if not weights.exists():
-        backbone_files.save_backbone(weights, task.model.backbone, about(config) | {"step": task.steps})
-    folder.keep(backbone_files.BACKBONE_FILE)
+    _save_finished(weights, task.model.backbone, about(config) | {"step": task.steps})
+    for kept in (weights, checkpoints.hash_file(weights)):
+        folder.keep(kept.name)
     if not any(row.eval == "pretext" for row in read_results(folder.path)):
         append_results(folder.path, [_held_out(config, how, data, task, folder)])
     unlabeled = [job.name for job in jobs if job.evaluation.labels == "class" and not job.splits.labeled]
@@ -176,6 +176,28 @@ def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
         for subject in subjects:
             evaluate_subject(subject, jobs, assemble.terms(config, how), folder, config, run.stop)
     folder.summarize()
+
+
+def _save_finished(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
+    """Save the trained weights, unless the file of an earlier start holds just these."""
+    if path.exists():
+        reason = _why_anew(path, backbone)
+        if not reason:
+            if not checkpoints.hash_file(path).exists():  # of an older version of relloc
+                checkpoints.note_hash(path)
+            return
+        console.say(f"weights {path} is written anew from the checkpoint: {reason}")
+    backbone_files.save_backbone(path, backbone, about)
+
+
+def _why_anew(path: Path, backbone: Backbone) -> str:
+    """What is wrong with a backbone's file; "" where it is that of this backbone."""
+    try:
+        saved, _ = backbone_files.load_backbone(path)
+    except CheckpointError as error:
+        return str(error)
+    same = backbone_files.digest(saved) == backbone_files.digest(backbone.state_dict())
+    return "" if same else "it held other weights"
 
 
 def _plain_backbone(config: DictConfig, how: Engine) -> Backbone:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from relloc import checkpoints, ranks
-from relloc.errors import UsageError
+from relloc.errors import CheckpointError, UsageError
 from relloc.pretext.alarm import Diverged, check_finite
 from relloc.pretext.loop import Standing, Task
 from relloc.pretext.stopping import StopRequest
@@ -20,12 +20,19 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
 
     Raises:
         UsageError: the folder holds a run of another `identity`, with what differs.
+        CheckpointError: its checkpoint is damaged or of something else.
     """
     found = checkpoints.newest_sound(run_dir, console.say) if ranks.rank() == 0 else None
     path = ranks.from_first(str(found or ""))
     if not path:
         return task.start()
     state = checkpoints.load_training(Path(path))
+    missing = [name for name in ("identity", "model", "optimizer", "tallies") if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"{path} is no checkpoint that a training can go on from: it has no {', '.join(missing)}. "
+            "Give another hydra.run.dir"
+        )
     changed = _changed(state["identity"], identity)
     if changed:
         raise UsageError(

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 from urllib.error import URLError
@@ -12,10 +13,11 @@ import torchvision
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from relloc import backbone_files, layouts, weight_files
+from relloc import backbone_files, checkpoints, layouts, weight_files
 from relloc.errors import CheckpointError, UsageError
 from relloc.evals.contract import Subject
 from relloc.models.backbone import Backbone
+from relloc.models.described import described_backbone
 from relloc.results import NOT_OURS
 from relloc.runs import assemble, console
 from relloc.runs.launch import conf_dir
@@ -77,16 +79,28 @@ def _member(model: str) -> DictConfig:
 
 
 def _ours(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
-    weights, about = backbone_files.load_backbone(Path(checkpoint))
-    model = about["model"] if config.get("model") is None else assemble.plain(config.model)
-    backbone = assemble.backbone(model)
-    backbone_files.fill(backbone, weights, f"{checkpoint} (a {about['model']['name']})")
-    return backbone, model["name"]
+    """A model= of the command line is the user's word and may be anything; that of a file is a stranger's."""
+    file = backbone_files.backbone_file(Path(checkpoint))
+    weights, about = backbone_files.load_backbone(file)
+    if (model := config.get("model")) is not None:
+        backbone, name = assemble.backbone(model), model.name
+    else:
+        name = backbone_files.model_name(about, file)
+        backbone = described_backbone(about["model"], weights, str(file))
+    backbone_files.fill(backbone, weights, f"{checkpoint} (a {_trained(about)})")
+    return backbone, name
+
+
+def _trained(about: Mapping[str, Any]) -> str:
+    model = about.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else None
+    return name if isinstance(name, str) and name.isprintable() else "model without a name"
 
 
 def _of_another_project(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
     """Without model=, the one of ours with the blocks in the file."""
     file = backbone_files.backbone_file(Path(checkpoint))
+    checkpoints.check_hash(file)
     found = layouts.find(weight_files.read(file), origin=str(file), prefix=config.checkpoint_prefix)
     if (model := config.get("model")) is None:
         model = _member(found.model_or_advice())

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import start
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from tiny import TINY
 
 from relloc.results import read_results
@@ -142,6 +143,26 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(relloc, tmp_path):
     assert "hydra.run.dir" in full.text
     assert sorted((run_dir / "checkpoints").iterdir()) == saved
     assert relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]").code == 0
+
+
+def test_a_finished_run_writes_a_damaged_backbone_anew(relloc, tmp_path):
+    run_dir = tmp_path / "out"
+    line = (*TINY, "eval=[]", "tracking=none", f"hydra.run.dir={run_dir}", "data.epochs=1", "data.milestone_epochs=[]")
+    assert relloc("train", *line).code == 0
+    file, note = run_dir / "backbone.safetensors", run_dir / "backbone.safetensors.sha256"
+    whole, hashed = file.read_bytes(), note.read_bytes()
+    others = {name: tensor + 1 for name, tensor in weights(run_dir).items()}
+    with safe_open(file, framework="pt") as opened:
+        of_others = save(others, metadata=opened.metadata())
+    for content, noted in ((b"", hashed), (whole[: len(whole) // 2], None), (of_others, None), (whole, None)):
+        file.write_bytes(content)
+        note.unlink()
+        if noted:
+            note.write_bytes(noted)
+        again = relloc("train", *line)
+        assert again.code == 0, again.text
+        assert ("written anew" in again.text) == (content != whole)
+        assert (file.read_bytes(), note.read_bytes()) == (whole, hashed)
 
 
 def test_two_processes_share_one_run_folder(relloc, tmp_path):

@@ -1,5 +1,6 @@
 """Whom a command line's checkpoint= names."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from relloc.backbone_files import BACKBONE_FILE, digest, save_backbone
+from relloc.checkpoints import save_training
 from relloc.errors import CheckpointError, UsageError
 from relloc.evals.contract import Subject
 from relloc.models.resnet import ResNetBackbone
@@ -76,6 +78,35 @@ def test_our_run_folder_is_the_same_subject_as_the_same_weights_elsewhere(
     random = named(composed("checkpoint=random", "model=resnet18"))
     assert random.checkpoint == "random"
     assert random.weights != ours.weights
+
+
+@pytest.mark.parametrize("where", ["folder", "file", "training"])
+def test_code_that_a_file_names_is_called_neither_from_a_folder_nor_from_a_file(
+    tmp_path: Path, backbone: ResNetBackbone, where: str
+) -> None:
+    ran = tmp_path / "ran"
+    node = {"_target_": "pathlib.Path.write_text", "_args_": [{"_target_": "pathlib.Path", "_args_": [str(ran)]}, "x"]}
+    about = {"model": {"name": "resnet18", "backbone": node}}
+    save_backbone(tmp_path / BACKBONE_FILE, backbone, about)
+    state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    trained = save_training(tmp_path, {"model": state, "about": about}, 3)
+    checkpoint = {"folder": tmp_path, "file": tmp_path / BACKBONE_FILE, "training": trained}[where]
+    with pytest.raises(CheckpointError, match=r"wants pathlib\.Path\.write_text to be called.*give model=NAME"):
+        named(composed(f"checkpoint={checkpoint}"))
+    assert not ran.exists()
+    found = named(composed(f"checkpoint={checkpoint}", "model=resnet18"))  # the user's own word
+    assert digest(found.backbone.state_dict()) == digest(backbone.state_dict())
+
+
+def test_a_file_that_differs_from_the_hash_beside_it_is_refused_whoever_wrote_it(moco: Path) -> None:
+    note = moco.with_name(f"{moco.name}.sha256")
+    whole = hashlib.sha256(moco.read_bytes()).hexdigest()
+    for text in ("written by another program\n", f"SHA256 ({moco.name}) = {whole.upper()}\n"):
+        note.write_text(text)
+        assert named(composed(f"checkpoint={moco}", "checkpoint_prefix=encoder_q")).model == "resnet18"
+    note.write_text(f"{'0' * 64}  {moco.name}\n")
+    with pytest.raises(CheckpointError, match=r"moco\.pth\.tar\.sha256"):
+        named(composed(f"checkpoint={moco}", "checkpoint_prefix=encoder_q"))
 
 
 def test_what_can_not_be_evaluated_is_one_message(tmp_path: Path, moco: Path, backbone: ResNetBackbone) -> None:

@@ -1,0 +1,99 @@
+"""Building the backbone that a file describes, whoever wrote the file.
+
+A configuration that a user composes may name any function, and Hydra calls it. What a file of weights says of its
+backbone is a stranger's word: of it only relloc's own backbones are called, with plain values.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import relloc.models
+from relloc.backbone_files import check_fits
+from relloc.errors import CheckpointError
+from relloc.models.backbone import Backbone
+
+_DEEPEST = 10
+_MOST_VALUES = 1000
+_ADVICE = "If you trust this file, say yourself what to build: give model=NAME, the model it was trained with"
+
+
+def backbones() -> dict[str, type[Backbone]]:
+    """All backbones that the modules of relloc.models define, by the names that conf/model has in `_target_`."""
+    found: dict[str, type[Backbone]] = {}
+    for module in pkgutil.iter_modules(relloc.models.__path__, f"{relloc.models.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            own = inspect.isclass(value) and value.__module__ == module.name
+            if own and issubclass(value, Backbone) and not inspect.isabstract(value):
+                found[f"{module.name}.{name}"] = value
+    return found
+
+
+def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str) -> Backbone:
+    """The backbone of `model`, the entry of this name in what the file `origin` tells of itself.
+
+    It is built without memory first, and for good only if `weights` are all that it has, so that a
+    file can't ask for more memory than its weights take.
+
+    Raises:
+        CheckpointError: it asks for something else than a backbone of relloc and plain values, or
+            for one that can't be, or has other tensors than `weights`.
+    """
+    node = model.get("backbone") if isinstance(model, Mapping) else None
+    if not isinstance(node, Mapping):
+        raise CheckpointError(f"{origin} does not tell which backbone its weights are of: give model=NAME")
+    target = node.get("_target_")
+    known = backbones()
+    if not isinstance(target, str) or target not in known:
+        raise CheckpointError(
+            f"{origin} wants {_shown(target)} to be called for its backbone; of what a file names only "
+            f"relloc's own backbones are ({', '.join(sorted(known))}). {_ADVICE}"
+        )
+    settings = {name: value for name, value in node.items() if name != "_target_"}
+    _check_plain(settings, origin)
+    with torch.device("meta"):
+        check_fits(_built(known[target], settings, origin).state_dict(), weights, origin)
+    return _built(known[target], settings, origin)
+
+
+def _built(backbone: type[Backbone], settings: dict[str, Any], origin: str) -> Backbone:
+    try:
+        return backbone(**settings)
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, KeyError, IndexError) as error:
+        reason = str(error).partition("\n")[0][:300]
+        raise CheckpointError(f"{origin} describes a {backbone.__name__} that can't be: {reason}. {_ADVICE}") from error
+
+
+def _check_plain(settings: Mapping[Any, Any], origin: str) -> None:
+    """Raise `CheckpointError` unless all values are as JSON has them, and none is an order to Hydra or OmegaConf."""
+    left: list[tuple[Any, int]] = [(settings, 0)]
+    for count, (value, depth) in enumerate(left):  # the list grows while it is read
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            raise CheckpointError(f"{origin} describes its backbone with more values than one has. {_ADVICE}")
+        if isinstance(value, Mapping):
+            for name in value:
+                if not isinstance(name, str) or name.startswith("_"):
+                    raise CheckpointError(f"{origin} wants {_wish(name, value)} for its backbone. {_ADVICE}")
+            left += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list | tuple):
+            left += [(inner, depth + 1) for inner in value]
+        elif isinstance(value, str) and "${" in value:
+            raise CheckpointError(f"{origin} wants {_shown(value)} to be looked up for its backbone. {_ADVICE}")
+        elif not isinstance(value, str | int | float | None):
+            raise CheckpointError(f"{origin} has a {type(value).__name__} in what it tells of its backbone. {_ADVICE}")
+
+
+def _wish(name: object, value: Mapping[Any, Any]) -> str:
+    """What a key that only Hydra understands asks for."""
+    return f"{_shown(value[name])} to be called" if name == "_target_" else f"the setting {_shown(name)}"
+
+
+def _shown(value: object) -> str:
+    """A stranger's word as it may stand in a message."""
+    text = value if isinstance(value, str) else f"a {type(value).__name__}"
+    return ascii(text[:120])[1:-1] if isinstance(value, str) else text

@@ -1,0 +1,276 @@
+"""Reading what torch.save wrote, as a zip (since torch 1.6) or one stream (before), without torch's own unpickler.
+
+torch.load with weights_only refuses a file for one note that needs a class, and its reader of zips looks at no
+checksum. Here such notes are left out by name, each record's CRC is compared, and no size that a file declares is
+believed before the file was seen to have it.
+"""
+
+import io
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from relloc.pickles.arrays import ARRAYS
+from relloc.pickles.inert import PLAIN, LeftOut, Makers, Named, Pending, Source, TooLarge, read_pickle
+
+ZIP_START = b"PK\x03\x04"
+LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+# torch stores without compression; weights that someone compressed shrink by less than half.
+_MOST_EXPANSION, _LEAST_SIZE = 8, 1 << 20
+_STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?_?(\w+)Storage")
+_DTYPES: Mapping[str, torch.dtype] = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+    "Untyped": torch.uint8,
+}
+_PLAIN_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+_SAVE_AGAIN = "save the model's state_dict() with torch.save"
+
+
+class OtherKind(ValueError):
+    """A file that torch wrote for another use; the message, which goes on after the file's name, says what to do."""
+
+
+class _Storage:
+    """The bytes of one or more tensors; `content` is None until they are read."""
+
+    def __init__(self, itemsize: int) -> None:
+        self.itemsize = itemsize
+        self.content: bytearray | None = None
+
+
+class _Stored:
+    """Numbers in a storage: `count` of one type, from the number `start` on."""
+
+    def __init__(self, storage: _Storage, dtype: torch.dtype, start: int, count: int) -> None:
+        self.storage = storage
+        self.dtype = dtype
+        self.start = start
+        self.count = count
+
+
+class _Tensor(Pending):
+    """A tensor: which numbers of a storage it has, in which order."""
+
+    def __init__(self, stored: _Stored, offset: Any, size: Any, stride: Any, dtype: torch.dtype) -> None:
+        self._stored = stored
+        self._offset = offset
+        self._size = size
+        self._stride = stride
+        self._dtype = dtype
+
+    def made(self) -> torch.Tensor:
+        sides = (*self._size, *self._stride, self._offset)
+        if len(self._size) != len(self._stride) or not _whole(sides):
+            raise UnpicklingError("it has a tensor of an impossible shape")
+        content = self._stored.storage.content
+        if content is None:
+            raise UnpicklingError("it has a tensor without numbers")
+        unit = self._dtype.itemsize
+        first = self._stored.start * self._stored.dtype.itemsize
+        end = first + self._stored.count * self._stored.dtype.itemsize
+        if end > len(content) or first % unit:
+            raise UnpicklingError("it has fewer numbers than its tensors")
+        last = self._offset + sum((side - 1) * step for side, step in zip(self._size, self._stride, strict=True))
+        if 0 not in self._size and first + (last + 1) * unit > end:
+            raise UnpicklingError("it has fewer numbers than its tensors")
+        count = len(content) // unit
+        flat = torch.frombuffer(content, dtype=self._dtype, count=count) if count else torch.empty(0, dtype=self._dtype)
+        return flat.as_strided(self._size, self._stride, first // unit + (0 if 0 in self._size else self._offset))
+
+
+def _whole(numbers: Iterable[Any]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _tensor(stored: Any, offset: Any, size: Any, stride: Any, *_more: Any) -> Any:
+    return _of_type(stored, offset, size, stride, stored.dtype if isinstance(stored, _Stored) else None)
+
+
+def _tensor_of_type(stored: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
+    _requires_grad, _hooks, kind, *_ = more
+    found = vars(torch).get(kind.name.removeprefix("torch.")) if isinstance(kind, Named) else None
+    return _of_type(stored, offset, size, stride, found)
+
+
+def _of_type(stored: Any, offset: Any, size: Any, stride: Any, dtype: Any) -> Any:
+    if isinstance(stored, LeftOut):
+        return stored
+    if not isinstance(stored, _Stored) or not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
+        raise UnpicklingError("it has a tensor of an unknown form")
+    if not isinstance(dtype, torch.dtype):
+        return LeftOut("torch.Tensor")
+    return _Tensor(stored, offset, tuple(size), tuple(stride), dtype)
+
+
+def _parameter(tensor: Any, *_more: Any) -> Any:
+    return tensor
+
+
+def _of_class(maker: Any, kind: Any, arguments: Any, *_state: Any) -> Any:
+    """A tensor that has attributes, or of a class that only looks like one and may mean something else."""
+    known = _TENSORS.get(maker.name) if isinstance(maker, Named) else None
+    if known is None or not isinstance(kind, Named) or kind.name not in _PLAIN_TYPES:
+        return LeftOut(str(kind))
+    return known(*arguments)
+
+
+_TENSORS: Makers = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_type,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+_MAKERS: Makers = {
+    **PLAIN,
+    **ARRAYS,
+    **_TENSORS,
+    "torch._tensor._rebuild_from_type_v2": _of_class,
+    "torch.Size": lambda sides=(): tuple(sides),
+}
+
+
+class _Storages:
+    """The storages that a pickle refers to, by their keys."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[str, _Storage] = {}
+
+    def __call__(self, reference: Any) -> Any:
+        """What a persistent id stands for: a part of a storage, or in old files the class of a module."""
+        if not isinstance(reference, tuple) or len(reference) < 2:
+            raise UnpicklingError("it refers to something outside the file")
+        what, kind, *more = reference
+        if what in ("module", b"module") and isinstance(kind, Named):
+            return kind
+        if what not in ("storage", b"storage") or not isinstance(kind, Named) or len(more) < 3:
+            raise UnpicklingError("it refers to something outside the file")
+        key, _place, count, *view = more
+        found = _STORAGE.fullmatch(kind.name)
+        if not found or found[1] not in _DTYPES:
+            return LeftOut(kind.name)
+        if not isinstance(key, str) or not _whole([count]):
+            raise UnpicklingError("it has a storage of an unknown form")
+        dtype = _DTYPES[found[1]]
+        storage = self.by_key.setdefault(key, _Storage(dtype.itemsize))
+        start = 0
+        if view and view[0] is not None:  # a part of a storage, in old files: its own key, start and length
+            _key, start, count = view[0]
+            if not _whole([start, count]):
+                raise UnpicklingError("it has a storage of an unknown form")
+        return _Stored(storage, dtype, start, count)
+
+
+def read_zip(file: Path, *, numbers: bool = True) -> Any:
+    """What torch.save wrote as a zip: plain values, and `Pending` ones for tensors and arrays.
+
+    Without `numbers` the tensors' bytes are not read, and the tensors can't be made.
+
+    Raises:
+        OtherKind: a zip of another kind.
+        TooLarge: its records would take far more space than the file.
+        zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, and those of `read_pickle`: damaged.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+        root = _root(records)
+        _check_sizes(archive.infolist(), file.stat().st_size)
+        if not any(record.CRC for record in records.values()):  # torch.serialization.set_crc32_options(False)
+            for record in records.values():
+                record.CRC = None  # pyright: ignore[reportAttributeAccessIssue] - zipfile's way to compare none
+        if f"{root}/byteorder" in records and archive.read(f"{root}/byteorder") != b"little":
+            raise OtherKind(f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}")
+        storages = _Storages()
+        pickled = archive.read(f"{root}/data.pkl")  # whole, so that its CRC is compared before it is believed
+        content = read_pickle(Source(io.BytesIO(pickled), len(pickled)), _MAKERS, storages)
+        if numbers:
+            for key, storage in storages.by_key.items():
+                storage.content = bytearray(archive.read(f"{root}/data/{key}"))
+    return content
+
+
+def _root(records: Mapping[str, zipfile.ZipInfo]) -> str:
+    """The folder in the zip that holds all records."""
+    inner = {name.partition("/")[2] for name in records}
+    if {"constants.pkl", "model.json", "bytecode.pkl"} & inner or any(name.startswith("code/") for name in inner):
+        raise OtherKind(
+            "is a TorchScript file, which holds a program beside its weights: load it with torch.jit.load in the "
+            f"project that wrote it, and {_SAVE_AGAIN}"
+        )
+    roots = [name.removesuffix("/data.pkl") for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(roots) == 1:
+        return roots[0]
+    first = next((name for name in records if not name.endswith("/")), "nothing")
+    raise OtherKind(
+        f"is a zip that torch.save did not write (it holds {len(records)} files, such as {first[:80]!r}): give the "
+        f"file of weights itself, or {_SAVE_AGAIN}"
+    )
+
+
+def _check_sizes(records: Iterable[zipfile.ZipInfo], size: int) -> None:
+    declared = sum(record.file_size for record in records)
+    if declared > max(_LEAST_SIZE, _MOST_EXPANSION * size):
+        raise TooLarge(f"its records would fill {declared:,} bytes, the file has {size:,}")
+
+
+def read_legacy(file: Path, *, numbers: bool = True) -> Any:
+    """What torch.save wrote as one stream, as `read_zip` gives it. Raises as that does, and `EOFError`."""
+    with open(file, "rb") as opened:
+        return _stream(Source(opened, file.stat().st_size), numbers=numbers)
+
+
+def _stream(source: Source, *, numbers: bool) -> Any:
+    storages = _Storages()
+    about = [read_pickle(source, {}, refuse_reference) for _ in range(3)]
+    if about[:2] != [_MAGIC, _PROTOCOL] or not isinstance(about[2], dict):
+        raise UnpicklingError("it begins as torch's files do and goes on otherwise")
+    if about[2].get("little_endian") is False:
+        raise OtherKind(f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}")
+    content = read_pickle(source, _MAKERS, storages)
+    if numbers:
+        keys = read_pickle(source, {}, refuse_reference)
+        if not isinstance(keys, list) or set(keys) != set(storages.by_key) or len(keys) > len(storages.by_key):
+            raise UnpicklingError("it lists other storages than its tensors have")
+        for key in keys:
+            storage = storages.by_key[key]
+            storage.content = bytearray(source.read(int.from_bytes(source.read(8), "little") * storage.itemsize))
+    return content
+
+
+def read_bare(file: Path) -> Any:
+    """A pickle that torch had no part in, of arrays or tensors. Raises as `read_legacy`."""
+    with open(file, "rb") as opened:
+        return read_pickle(Source(opened, file.stat().st_size), _BARE_MAKERS, refuse_reference)
+
+
+def _storage_of_bytes(content: Any) -> Any:
+    """How pickle keeps a storage: a stream of torch's as bytes. None can be within it, so there is no recursion."""
+    if not isinstance(content, bytes):
+        raise UnpicklingError("it has a storage of an unknown form")
+    stored = _stream(Source(io.BytesIO(content), len(content)), numbers=True)
+    return stored if isinstance(stored, _Stored) else LeftOut("torch.storage._load_from_bytes")
+
+
+_BARE_MAKERS: Makers = {**_MAKERS, "torch.storage._load_from_bytes": _storage_of_bytes}
+
+
+def refuse_reference(_reference: Any) -> Any:
+    """For pickles that have no persistent ids."""
+    raise UnpicklingError("it refers to something outside the file")
