@@ -23,6 +23,10 @@ class DataError(UsageError):
     """A data set that can't be used as it is."""
 
 
+class DamagedFile(UsageError):
+    """A file of a run folder that is not as relloc writes it."""
+
+
 class CheckpointError(UsageError):
     """A checkpoint that can't be written, read or used."""
 

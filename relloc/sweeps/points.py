@@ -4,13 +4,15 @@ import dataclasses
 import hashlib
 import json
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relloc.errors import UsageError
 from relloc.files import write_json
+from relloc.tracking.living import is_alive as is_alive
+from relloc.tracking.living import is_elsewhere as is_elsewhere
+from relloc.tracking.living import process_mark as process_mark
 from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
@@ -94,28 +96,3 @@ def read_job(folder: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}): remove it if no job or process has the point") from error
-
-
-def process_mark(pid: int) -> dict[str, Any]:
-    """What tells a process of this machine from later ones of its number."""
-    return {"pid": pid, "host": socket.gethostname(), "born": _born(pid)}
-
-
-def is_elsewhere(mark: Mapping[str, Any]) -> bool:
-    """Whether the process that `process_mark` told of is one of another machine."""
-    return mark["host"] != socket.gethostname()
-
-
-def is_alive(mark: Mapping[str, Any]) -> bool:
-    """Whether the process that `process_mark` told of lives; False on any other machine."""
-    born = _born(mark["pid"])
-    return not is_elsewhere(mark) and born is not None and born == mark["born"]
-
-
-def _born(pid: int) -> str | None:
-    """When a living process began, in the kernel's words; "" where these can't be had."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return None if Path("/proc/self").exists() else ""
-    return None if fields[0] == "Z" else fields[19]
