@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from relloc.errors import DamagedFile
+from relloc.errors import DamagedFile, reason
 from relloc.files import append_lines, read_lines
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
@@ -95,7 +95,9 @@ def read_results(run_dir: Path) -> Sequence[Result]:
     try:
         lines = read_lines(path)
     except OSError as error:
-        raise DamagedFile(f"{path} can't be read ({error.strerror}). {_LOST}") from error
+        raise DamagedFile(
+            f"{path} can't be read ({error.strerror}): put back a copy, or move it away, and all is measured again"
+        ) from error
     rows: list[Result] = []
     begun: list[Result] = []  # of the batch that is being read
     size = 0
@@ -115,13 +117,15 @@ def _parsed(line: bytes, place: str) -> tuple[Result, int, int]:
     """A row, and which it is of how many of its batch."""
     try:
         fields = json.loads(line.decode("utf-8"))
+        if not isinstance(fields, dict):
+            raise TypeError("it has no named values")
         number, of = fields.pop(_NUMBER, 1), fields.pop(_OF, 1)
         row = Result(**fields)
         _check_types(row)
         if not isinstance(number, int) or not isinstance(of, int) or not 1 <= number <= of:
             raise ValueError(f"it is row {number} of {of}")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DamagedFile(f"{place} is not a result row: {error}. {_LOST}") from error
+        raise DamagedFile(f"{place} is not a result row: {reason(error)}. {_LOST}") from error
     return row, number, of
 
 

@@ -91,8 +91,11 @@ def read_job(folder: Path) -> dict[str, Any] | None:
     """The job that was last noted; None if none was. Raises `UsageError` where the note can't be read."""
     path = folder / POINT_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["job"]
+        job = json.loads(path.read_text(encoding="utf-8"))["job"]
+        if not isinstance(job, dict):
+            raise TypeError(f"job is {job}")
+        return job
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UsageError(f"{path} is damaged ({error}): remove it if no job or process has the point") from error

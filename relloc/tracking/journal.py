@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from relloc.errors import DamagedFile
+from relloc.errors import DamagedFile, reason
 from relloc.files import append_lines, read_lines
 from relloc.tracking.record import legal_name, now_ms
 
@@ -73,7 +73,7 @@ def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -
     try:
         lines = read_lines(path)
     except OSError as error:
-        raise DamagedFile(f"{path} can't be read ({error.strerror}). {_LOST}") from error
+        raise DamagedFile(f"{path} can't be read ({error.strerror}): put back a copy, or move it away") from error
     return [
         _from_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if number > first_line
     ]
@@ -88,9 +88,11 @@ def _to_json(entry: Entry) -> str:
 def _from_json(line: bytes, place: str) -> Entry:
     try:
         fields = json.loads(line.decode("utf-8"))
+        if not isinstance(fields, dict) or not isinstance(fields["metrics"], dict):
+            raise TypeError("it has no named values")
         metrics = {str(name): float(value) for name, value in fields["metrics"].items()}
         if not isinstance(fields["time_ms"], int) or not isinstance(fields["step"], int):
             raise TypeError("time_ms and step have to be whole numbers")
         return Entry(time_ms=fields["time_ms"], step=fields["step"], metrics=metrics)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DamagedFile(f"{place} is not a journal entry: {error!r}. {_LOST}") from error
+        raise DamagedFile(f"{place} is not a journal entry: {reason(error)}. {_LOST}") from error

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relloc.errors import DamagedFile
+from relloc.errors import DamagedFile, reason
 from relloc.files import write_json
 from relloc.tracking.store import absolute_uri
 
@@ -97,12 +97,14 @@ class RunRecord:
         path = run_dir / RUN_FILE
         fields = read_json(path, "a run record", _RECORD_LOST)
         try:
+            if not isinstance(fields, dict):
+                raise TypeError("it has no named values")
             datasets = tuple(DatasetRecord(**dataset) for dataset in fields.pop("datasets", ()))
             record = cls(**fields, datasets=datasets)
             _check_types(record)
             return record
         except (ValueError, TypeError, AttributeError) as error:
-            raise DamagedFile(f"{path} is not a run record: {error}. {_RECORD_LOST}") from error
+            raise DamagedFile(f"{path} is not a run record: {reason(error)}. {_RECORD_LOST}") from error
 
 
 def read_json(path: Path, what: str, advice: str) -> Any:
@@ -119,7 +121,7 @@ def read_json(path: Path, what: str, advice: str) -> Any:
     except OSError as error:
         raise DamagedFile(f"{path} can't be read ({error.strerror}). {advice}") from error
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not {what}: {error}. {advice}") from error
+        raise DamagedFile(f"{path} is not {what}: {reason(error)}. {advice}") from error
 
 
 def _check_types(record: RunRecord) -> None:
