@@ -30,6 +30,7 @@ from relloc.tracking import (
 from relloc.tracking.holding import FolderIsTaken, held
 
 UNREADABLE_FILE = "unreadable.txt"
+_NAMED = 5
 _WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
 
@@ -143,7 +144,7 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         folder.is_mistake = error.exit_code == UsageError.exit_code
         raise
     finally:
-        if folder.is_mistake and before.has_no_new_work() and not folder.unreadable:
+        if folder.is_mistake and before.has_no_new_work():
             _leave_as_before(folder, mirror, before)
         else:
             _close(folder, mirror)
@@ -189,7 +190,13 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBef
         if before.is_new:
             with contextlib.suppress(StoreError):  # it can't be reached: then it has no run to forget, or keeps it
                 forget(folder.path)
-    before.restore(folder.kept)
+    try:
+        before.restore(folder.kept)
+    except OSError as error:  # the mistake itself is told all the same
+        console.say(f"{error.filename or folder.path} can't be written ({error.strerror}): the folder is not as it was")
+    if folder.unreadable:  # the file with all of them would be in the folder
+        names = ", ".join(sorted(folder.unreadable)[:_NAMED])
+        console.say(f"could not be used: {names} and others, if any; python -m relloc.prepare names all of a data set")
 
 
 def _say_where(folder: RunFolder, trouble: str | None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -154,6 +155,20 @@ def test_a_refused_evaluation_leaves_no_folder_and_no_run_in_mlflow(
     if (runs / "mlflow.db").exists():
         with contextlib.suppress(ValueError):  # it has no experiment
             assert search(f"sqlite:///{runs}/mlflow.db", "relloc") == []
+
+
+def test_images_that_can_not_be_read_are_named_where_no_folder_is_left(
+    tmp_path: Path, images: Path, evaluation: tuple[str, ...]
+) -> None:
+    broken = shutil.copytree(images, tmp_path / "broken")
+    files = sorted((broken / "train").rglob("*.png"))[:20]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:40])
+    code, text = ended("relloc.evaluate", *evaluation, f"data.root={broken}", "tracking=none", folder=tmp_path)
+    assert code == 2, text
+    assert "unreadable_share" in text
+    assert files[0].name in text
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_refused_evaluation_leaves_the_folder_of_an_earlier_one_as_it_was(
