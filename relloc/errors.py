@@ -23,6 +23,10 @@ class DataError(UsageError):
     """A data set that can't be used as it is."""
 
 
+class DamagedFile(UsageError):
+    """A file of a run folder that is not as relloc writes it."""
+
+
 class CheckpointError(UsageError):
     """A checkpoint that can't be written, read or used."""
 
@@ -33,3 +37,12 @@ class DamagedCheckpoint(CheckpointError):
 
 class UnreadableImage(Exception):
     """One image that can't be used; the message says why, without its name."""
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be read, in some words: Python's own messages may repeat all of it, or only a name."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not text in {error.encoding}"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return " ".join(str(error).split())[:200]

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 # What file systems without locks answer (Lustre mounted without flock, some FUSE ones)
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -36,7 +36,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing knows of a number only
         with contextlib.suppress(OSError):  # a read-only file system refuses even this
             new.unlink()
         raise
@@ -57,16 +58,19 @@ def append_lines(path: Path, lines: Iterable[str], *, durable: bool = True) -> N
         OSError: they could not be written; the file is as it was.
     """
     content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
-    with open(path, "a+b") as file, _exclusive(file):
+    # Without a buffer: one that could not be emptied is written when the file is closed, behind the cut.
+    with open(path, "a+b", buffering=0) as file, _exclusive(file):
         end = _cut_half_line(file)
         try:
-            file.write(content)
-            file.flush()
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
             if durable:
                 os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(file.fileno(), end)
+            error.filename = str(path)  # writing knows of a number only
             raise
 
 
@@ -79,7 +83,7 @@ def read_lines(path: Path) -> list[bytes]:
     return content.split(b"\n")[:-1]  # what follows the last line end is unfinished, or empty
 
 
-def _cut_half_line(file: BinaryIO) -> int:
+def _cut_half_line(file: IO[bytes]) -> int:
     """Truncate behind the last line end; how many bytes are left."""
     end = position = os.fstat(file.fileno()).st_size
     found = 0
@@ -103,7 +107,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exclusive(file: BinaryIO) -> Iterator[None]:
+def _exclusive(file: IO[bytes]) -> Iterator[None]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:

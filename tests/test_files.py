@@ -1,6 +1,8 @@
 """Files are written whole, appended to in whole lines, and locked."""
 
 import os
+import subprocess
+import sys
 import threading
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,3 +93,56 @@ def test_one_at_a_time_holds_a_lock(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+FULL = """
+import os, sys
+from pathlib import Path
+from relloc.files import append_lines, read_lines
+
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+path, line = folder / "lines", "x" * 300
+if limit:
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+else:
+    (folder / "other").write_bytes(bytes(40_000))
+written = 0
+for number in range(1000):
+    try:
+        append_lines(path, [f"{number}a{line}", f"{number}b{line}"], durable=number % 2 == 0)
+    except OSError as error:
+        assert error.filename == str(path), error
+        break
+    written += 2
+assert 0 < written < 2000
+assert len(read_lines(path)) == written
+assert path.read_bytes().endswith(b"x\\n")
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+else:
+    (folder / "other").unlink()
+append_lines(path, [f"last{line}"])
+lines = read_lines(path)
+assert len(lines) == written + 1
+assert all(one.endswith(line.encode()) and len(one) < len(line) + 6 for one in lines)
+"""
+
+
+def test_a_file_that_may_not_grow_keeps_whole_lines(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path), "10000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_disk_that_is_really_full_keeps_whole_lines(tmp_path: Path) -> None:
+    """Unlike a limit it takes a part of a line, and what is cut off makes room for what comes next."""
+    mounted = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$1" && shift && exec "$@"', "sh"]
+    try:
+        subprocess.run([*mounted, str(tmp_path), "true"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user may mount no file system")
+    command = [*mounted, str(tmp_path), sys.executable, "-c", FULL, str(tmp_path), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from relloc.errors import DamagedFile
 from relloc.results import LAYERS, RESULTS_FILE, Result, append_results, read_results
 
 ROW = Result(
@@ -83,6 +84,73 @@ def test_a_disk_that_fills_up_midway_is_an_error_and_whole_rows_stay(tmp_path: P
     assert seeds == sorted(seeds)
 
 
+def lines_of(run_dir: Path) -> list[bytes]:
+    return (run_dir / RESULTS_FILE).read_bytes().splitlines(keepends=True)
+
+
+BATCH = [row(seed=seed) for seed in range(1, 6)]
+
+
+@pytest.mark.parametrize("left", range(6))
+def test_rows_of_a_batch_that_a_power_cut_left_unfinished_are_none(tmp_path: Path, left: int) -> None:
+    append_results(tmp_path, [ROW])
+    append_results(tmp_path, BATCH)
+    (tmp_path / RESULTS_FILE).write_bytes(b"".join(lines_of(tmp_path)[: 1 + left]))
+    there = BATCH if left == 5 else []
+    assert list(read_results(tmp_path)) == [ROW, *there]
+    append_results(tmp_path, BATCH)  # measured again
+    append_results(tmp_path, [row(seed=6)])
+    assert list(read_results(tmp_path)) == [ROW, *there, *BATCH, row(seed=6)]
+
+
+def test_a_batch_whose_lines_are_not_all_there_counts_as_none(tmp_path: Path) -> None:
+    append_results(tmp_path, BATCH)
+    append_results(tmp_path, [ROW, ROW])
+    lines = lines_of(tmp_path)
+    del lines[2]
+    (tmp_path / RESULTS_FILE).write_bytes(b"".join(lines))
+    assert list(read_results(tmp_path)) == [ROW, ROW]
+
+
+def test_rows_without_a_word_of_their_batch_are_complete(tmp_path: Path) -> None:
+    """As files have them that were written before 2026-11-29."""
+    old = "".join(f"{json.dumps(dataclasses.asdict(each))}\n" for each in BATCH)
+    (tmp_path / RESULTS_FILE).write_text(old)
+    append_results(tmp_path, [ROW, ROW])
+    assert list(read_results(tmp_path)) == [*BATCH, ROW, ROW]
+
+
+@pytest.mark.parametrize(("number", "of"), [(0, 2), (3, 2), (1, 0), ("1", 2), (1, None), (1, [2])])
+def test_a_batch_of_impossible_numbers_is_an_error(tmp_path: Path, number: object, of: object) -> None:
+    (tmp_path / RESULTS_FILE).write_text(json.dumps({**FIELDS, "row": number, "rows": of}) + "\n")
+    with pytest.raises(DamagedFile, match="line 1 "):
+        read_results(tmp_path)
+
+
+WRITER = """
+import dataclasses, sys
+from pathlib import Path
+from relloc.results import Result, append_results
+
+writer = int(sys.argv[2])
+row = Result(eval="linear", dataset="d", split="val", layer="avgpool", metric="top1", value=1.0, n=1, seed=0,
+             protocol="p" * 2000, checkpoint="random", model=str(writer))
+for batch in range(30):
+    append_results(Path(sys.argv[1]), [dataclasses.replace(row, seed=5 * batch + each) for each in range(5)])
+"""
+
+
+def test_four_writers_lose_nothing_and_a_reader_sees_whole_batches(tmp_path: Path) -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(number)]) for number in range(4)]
+    while any(writer.poll() is None for writer in writers):
+        assert len(read_results(tmp_path)) % 5 == 0
+    assert [writer.returncode for writer in writers] == [0] * 4
+    rows = read_results(tmp_path)
+    assert len(rows) == 600
+    for number in range(4):
+        assert [each.seed for each in rows if each.model == str(number)] == list(range(150))
+
+
 def test_a_folder_without_results_has_none(tmp_path: Path) -> None:
     assert list(read_results(tmp_path)) == []
     append_results(tmp_path, [])
@@ -104,8 +172,28 @@ FIELDS = dataclasses.asdict(ROW)
         json.dumps({name: value for name, value in FIELDS.items() if name != "seed"}),
         json.dumps({**FIELDS, "layer": "feature9"}),
         json.dumps({**FIELDS, "n": 0}),
+        json.dumps({**FIELDS, "eval": 3}),
+        json.dumps({**FIELDS, "value": "much"}),
+        json.dumps({**FIELDS, "value": True}),
+        json.dumps({**FIELDS, "checkpoint": None}),
+        "[" * 100_000,
     ],
-    ids=["torn", "cut", "list", "number", "blank", "unknown field", "missing field", "unknown layer", "no samples"],
+    ids=[
+        "torn",
+        "cut",
+        "list",
+        "number",
+        "blank",
+        "unknown field",
+        "missing field",
+        "unknown layer",
+        "no samples",
+        "a number for a name",
+        "text",
+        "truth",
+        "null",
+        "deep",
+    ],
 )
 def test_a_bad_line_is_an_error_with_its_number(tmp_path: Path, bad: str) -> None:
     append_results(tmp_path, [ROW, ROW])
@@ -113,6 +201,16 @@ def test_a_bad_line_is_an_error_with_its_number(tmp_path: Path, bad: str) -> Non
         file.write(bad + "\n")
     append_results(tmp_path, [ROW])
     with pytest.raises(ValueError, match=r"results\.jsonl line 3 is not a result row: "):
+        read_results(tmp_path)
+
+
+def test_what_can_not_be_read_at_all_is_named(tmp_path: Path) -> None:
+    (tmp_path / RESULTS_FILE).write_bytes(b"\xff\xfe\n")
+    with pytest.raises(DamagedFile, match="line 1 "):
+        read_results(tmp_path)
+    (tmp_path / RESULTS_FILE).unlink()
+    (tmp_path / RESULTS_FILE).mkdir()
+    with pytest.raises(DamagedFile, match=RESULTS_FILE):
         read_results(tmp_path)
 
 

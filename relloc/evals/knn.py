@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from relloc import ranks
+from relloc.data.image_set import Splits
 from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evals.constants import check_number, check_view, check_whole, check_wholes
@@ -97,6 +98,14 @@ class Knn:
         check_whole("eval.knn.batch", self.batch)
         check_number("eval.knn.bank_gib", self.bank_gib, at_least=0)
 
+    def check(self, splits: Splits) -> None:
+        """Raises `UsageError` where the bank has fewer images than every k."""
+        if len(splits.train) < min(self.k):
+            raise self._too_few(len(splits.train))
+
+    def _too_few(self, n_images: int) -> UsageError:
+        return UsageError(f"eval.knn.k {list(self.k)}: the bank has only {n_images} images")
+
     def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
         """Scores of `sets.held_out` by the neighbors in `sets.train`. Nothing is random: `seed` is not used.
 
@@ -108,7 +117,7 @@ class Knn:
         n_images = int(ranks.total(torch.tensor(bank.n)))
         allowed = [k for k in self.k if k <= n_images]
         if not allowed:
-            raise UsageError(f"eval.knn.k {list(self.k)}: the bank has only {n_images} images")
+            raise self._too_few(n_images)
         hits = {(layer, k): 0 for layer in self.layers for k in allowed}
         seen = 0
         for features, labels in self._queries(sets.held_out):

@@ -164,6 +164,12 @@ class SemiSupervised:
             state.save({"outcomes": outcomes})
         yield from self._scores(outcomes, tuned_on, seed, len(splits.train.classes))
 
+    def check(self, splits: Splits) -> None:
+        """Raises `DataError` for a list that does not fit, and where no images are left to choose a setting on."""
+        tuned_on = self._subset(splits.train, seed=0)
+        if len(self.settings) > 1:
+            self._others(splits.train, tuned_on)
+
     def _subset(self, train: ImageSet, seed: int) -> Subset:
         return listed(train, Path(self.list_file)) if self.list_file else stratified(train, self.share, seed=seed)
 

@@ -1,5 +1,6 @@
 """A picture of what the network is asked: the grid on each image, and the patches as it sees them."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from relloc.files import write_whole
 from relloc.geometry import CENTER
 from relloc.patches.pipeline import PatchPipeline
 from relloc.patches.sample import sample_corners
@@ -39,8 +41,10 @@ def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path
         f"{grid.patch_px} px patches, gap {grid.gap_px} px, jitter {grid.jitter_px}", loc="left", fontsize=9
     )
     axes[1, 0].set_title("as the network sees them", loc="left", fontsize=9)
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
     plt.close(figure)
+    write_whole(path, drawn.getbuffer())
 
 
 def _draw_boxes(axis: Axes, image: Tensor, corners: Tensor, patch_px: int) -> None:

@@ -1,6 +1,6 @@
 """A picture of which positions are told apart: the confusion matrix, and where the network looks right."""
 
-import os
+import io
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
+from relloc.files import write_whole
 from relloc.geometry import CELLS, CENTER, CHANCE_PERCENT, NEIGHBORS
 from relloc.pretext.held_out import POSITIONS
 
@@ -39,10 +40,9 @@ def draw_confusion(confusion: Int[Tensor, "8 8"], path: Path, *, step: int, top1
     _draw_around(around, percent.diagonal())
     bar = figure.colorbar(shown, cax=scale, ticks=[0, 5, CHANCE_PERCENT, 25, 50, 75, 100])
     bar.set_ticklabels(["0", "5", "chance", "25", "50", "75", "100 %"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=110, format="png")
-    os.replace(part, path)  # a tracker may be reading the picture of an earlier step
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    write_whole(path, drawn.getbuffer())  # a tracker may be reading the picture of an earlier step
 
 
 def _draw_matrix(axis: Axes, percent: Float[Tensor, "8 8"]) -> AxesImage:

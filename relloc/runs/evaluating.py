@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from relloc import checkpoints, ranks
 from relloc.errors import KnownAnswerMissed, UsageError
-from relloc.evals.contract import Job, Subject, Summarizing, Terms
+from relloc.evals.contract import Job, Subject, Summarizing, Terms, check_images
 from relloc.evals.run import Work, evaluate, fingerprint, works
 from relloc.features.source import Forgetful
 from relloc.pretext.stopping import StopRequest, stop_request
@@ -17,7 +17,7 @@ from relloc.reports import known
 from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import assemble, console
 from relloc.runs.engine import Engine, settle
-from relloc.runs.folder import RunFolder, open_folder
+from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.reusing import KeptState, KnownRows, obey, state_file
 from relloc.runs.subjects import subjects
 
@@ -38,11 +38,14 @@ def evaluate_checkpoint(config: DictConfig) -> None:
         ranks.join(engine.device)
         at_end.callback(ranks.leave)
         stop = at_end.enter_context(stop_request())
+        run_dir = at_end.enter_context(own_folder())
+        check_files(run_dir)
         terms = assemble.terms(config, engine)
         own = None if len(assemble.own_data(config)) == len(config.eval) else assemble.splits(config.data)
         jobs = assemble.jobs(config, own)
         _check_ranks(jobs)
-        run_dir = assemble.run_dir()
+        for job in jobs:
+            check_images(job)
         if ranks.rank() > 0:
             _follow(found, jobs, terms, engine)
             return

@@ -4,17 +4,33 @@ import contextlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from relloc import checkpoints
+from relloc import checkpoints, ranks
+from relloc.errors import UsageError
+from relloc.files import write_whole
 from relloc.pretext.stopping import Stopped
 from relloc.results import RESULTS_FILE, read_results
-from relloc.runs import console
-from relloc.tracking import Mirror, RunRecord, add_artifact, read_note, ui_command, ui_link, write_status
+from relloc.runs import assemble, console
+from relloc.runs.refusing import CONFIG_FILE, HYDRA_FILES, STATES, FolderBefore
+from relloc.tracking import (
+    Mirror,
+    RunRecord,
+    StoreError,
+    add_artifact,
+    forget,
+    list_artifacts_to_send,
+    read_journal,
+    read_note,
+    ui_command,
+    ui_link,
+    write_status,
+)
+from relloc.tracking.holding import FolderIsTaken, held
 
-CONFIG_FILE = "config.yaml"
-STATES = "evaluations"  # of those that were stopped: what they go on from
 UNREADABLE_FILE = "unreadable.txt"
+_NAMED = 5
 _WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
 
@@ -25,11 +41,14 @@ class RunFolder:
         self.path = path
         self.uri = uri
         self.status = "FAILED"
+        self.is_mistake = False  # that ended it: the same command would end so again
+        self.kept: set[str] = set()
         self.unreadable: dict[str, str] = {}
 
     def keep(self, name: str) -> None:
         """Have the tracker hold a copy of a file of this folder."""
         add_artifact(self.path, name)
+        self.kept.add(name)
 
     def stopped(self) -> None:
         """The run was asked to stop, and can go on."""
@@ -59,7 +78,7 @@ class RunFolder:
         known = self.path / UNREADABLE_FILE
         if known.exists():
             lines = sorted({*lines, *known.read_text(encoding="utf-8", errors="surrogateescape").splitlines()})
-        known.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+        write_whole(known, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
         self.keep(UNREADABLE_FILE)
         console.say(
             f"{len(lines)} images could not be used, such as {lines[0]}; all are named in {self.path / UNREADABLE_FILE}"
@@ -67,12 +86,49 @@ class RunFolder:
 
 
 @contextlib.contextmanager
+def own_folder() -> Iterator[Path]:
+    """This run's folder, which no other command has until the block ends; rank 0 holds it for all ranks.
+
+    Nothing may be read or written there outside of the block.
+
+    Raises:
+        FolderIsTaken: another run has it.
+    """
+    run_dir = assemble.run_dir()
+    with contextlib.ExitStack() as at_end:
+        taken: FolderIsTaken | None = None
+        if ranks.rank() == 0:
+            try:
+                at_end.enter_context(held(run_dir))
+            except FolderIsTaken as error:
+                taken = error
+        if ranks.from_first("taken" if taken else ""):
+            raise taken or SystemExit(FolderIsTaken.exit_code)  # rank 0 says it for all
+        yield run_dir
+
+
+def check_files(path: Path) -> None:
+    """Whether what a run goes on from can be read, before anything is changed. Raises `DamagedFile` where it can't."""
+    if ranks.rank() > 0:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        RunRecord.read(path)
+    list_artifacts_to_send(path)
+    read_journal(path)
+    read_results(path)
+
+
+@contextlib.contextmanager
 def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[RunFolder]:
-    """Write the record and config, follow the run in MLflow, and say at the end where everything is."""
+    """Write the record and config, follow the run in MLflow, and say at the end where everything is.
+
+    A mistake that is told before anything was trained or measured leaves the folder as it was, and no run in MLflow.
+    """
     folder = RunFolder(path, config.tracking.uri)
     console.say(f"run     {path}")
+    before = FolderBefore.of(path)
     record.write(path)
-    (path / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    _write_config(config, path)
     folder.keep(CONFIG_FILE)
     mirror = Mirror(path, folder.uri, warn=console.say) if folder.uri else None
     try:
@@ -84,15 +140,63 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         folder.stopped()
         console.say("interrupted; what was saved and evaluated before stays")
         raise
+    except UsageError as error:
+        folder.is_mistake = error.exit_code == UsageError.exit_code
+        raise
     finally:
+        if folder.is_mistake and before.has_no_new_work():
+            _leave_as_before(folder, mirror, before)
+        else:
+            _close(folder, mirror)
+
+
+def _write_config(config: DictConfig, path: Path) -> None:
+    """Write config.yaml, resolved, and .hydra/, as Hydra would have before the folder was this run's alone."""
+    contents = {CONFIG_FILE: OmegaConf.to_yaml(config, resolve=True)}
+    if HydraConfig.get().output_subdir is None:
+        made: DictConfig = HydraConfig.instance().cfg  # pyright: ignore[reportAssignmentType]
+        parts = (config, made, made.hydra.overrides.task)
+        contents |= {name: OmegaConf.to_yaml(part) for name, part in zip(HYDRA_FILES, parts, strict=True)}
+    for name, text in contents.items():
+        write_whole(path / name, text.encode("utf-8", "surrogateescape"))
+
+
+def _close(folder: RunFolder, mirror: Mirror | None) -> None:
+    """Note how the run ended, send MLflow the rest, and say where everything is."""
+    try:
         folder.tell_unreadable()
-        write_status(path, folder.status)
-        if mirror:
-            _say_where(folder, mirror.close(folder.status))
-        console.say(f"run     {path}: {_WORDS[folder.status]}")
-        kept = checkpoints.saved_trainings(path) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
-        if folder.status != "FINISHED" and kept:
-            console.say(f"        the same command with hydra.run.dir={path} goes on from there")
+        write_status(folder.path, folder.status)
+    except OSError as error:  # such as a full disk, which then has ended the run too
+        console.say(f"{error.filename or folder.path} can't be written ({error.strerror})")
+    if mirror:
+        _say_where(folder, mirror.close(folder.status))
+    console.say(f"run     {folder.path}: {_WORDS[folder.status]}")
+    path = folder.path
+    kept = checkpoints.saved_trainings(path) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
+    if folder.status != "FINISHED" and kept and not folder.is_mistake:
+        console.say(f"        the same command {_with_folder(path)}goes on from there")
+
+
+def _with_folder(path: Path) -> str:
+    """What the command lacks to name its folder."""
+    typed = any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra)
+    return "" if typed else f"with hydra.run.dir={path} "
+
+
+def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBefore) -> None:
+    """End a run because of a mistake as if it had never begun."""
+    if mirror:
+        mirror.close(before.status or "FAILED")
+        if before.is_new:
+            with contextlib.suppress(StoreError):  # it can't be reached: then it has no run to forget, or keeps it
+                forget(folder.path)
+    try:
+        before.restore(folder.kept)
+    except OSError as error:  # the mistake itself is told all the same
+        console.say(f"{error.filename or folder.path} can't be written ({error.strerror}): the folder is not as it was")
+    if folder.unreadable:  # the file with all of them would be in the folder
+        names = ", ".join(sorted(folder.unreadable)[:_NAMED])
+        console.say(f"could not be used: {names} and others, if any; python -m relloc.prepare names all of a data set")
 
 
 def _say_where(folder: RunFolder, trouble: str | None) -> None:

@@ -9,6 +9,7 @@ import errno
 import functools
 import os
 import re
+import secrets
 import sys
 import tempfile
 import warnings
@@ -34,8 +35,11 @@ from relloc.errors import UsageError
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _ASKED_FOR_FULL = os.environ.get(FULL_ERROR)  # by the user; what we set for ourselves is not for commands we start
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-# What Hydra writes before it calls us, in a run's hydra.output_subdir
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
+# A folder where a file should be, or the reverse
+_PLACE_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+# What Hydra writes before it calls us where a user gives hydra.output_subdir. By default it writes nothing, since the
+# folder may be another run's.
 _OF_HYDRA = ["config.yaml", "hydra.yaml", "overrides.yaml"]
 
 
@@ -73,9 +77,24 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
         with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
             task(config)
 
+    _digits_of.cache_clear()
     with _scratch_folder(), _explained(config_name, show_all):
         start(explained_task)()
     sys.exit(0)
+
+
+@functools.cache
+def _digits_of(_pid: int) -> str:
+    return secrets.token_hex(3)
+
+
+def _unique() -> str:
+    """What `${unique:}` in a config is: digits that tell this command from another of the same second."""
+    return _digits_of(os.getpid())
+
+
+# For all who compose conf/, also without `launch`, since the default names of runs and sweeps have it.
+OmegaConf.register_new_resolver("unique", _unique, replace=True)
 
 
 class _Scratch:
@@ -120,7 +139,7 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
             _remove_untouched_folder(HydraConfig.get())
         _exit(explained, getattr(error, "exit_code", EXIT_MISTAKE))
     except OSError as error:
-        if show_all or error.errno not in _DISK_ERRORS:
+        if show_all or error.errno not in _DISK_ERRORS + _PLACE_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _exit(f"{error.strerror}{where}. What was saved before stays; mend this and go on with the run's hydra.run.dir")
@@ -128,12 +147,12 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
 
 def _remove_untouched_folder(made: Any) -> None:
     """Remove the folder of a refused run where it holds nothing but what Hydra wrote."""
-    if made.output_subdir is None or made.mode == RunMode.MULTIRUN:
+    if made.mode == RunMode.MULTIRUN:
         return
     run_dir = Path(made.runtime.output_dir)
-    if _names(run_dir) == [made.output_subdir]:
+    if made.output_subdir is not None and _names(run_dir) == [made.output_subdir]:
         _remove(run_dir / made.output_subdir, _OF_HYDRA)
-        _remove(run_dir, [])
+    _remove(run_dir, [])
 
 
 def _remove(folder: Path, files: Sequence[str]) -> None:

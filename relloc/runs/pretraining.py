@@ -15,7 +15,7 @@ from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.order import StepPlan
 from relloc.data.shards import read_manifest
 from relloc.errors import CheckpointError, UsageError
-from relloc.evals.contract import Job, Subject
+from relloc.evals.contract import Job, Subject, check_images
 from relloc.features.batch_norm import check_one_image
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
@@ -27,7 +27,7 @@ from relloc.results import Result, append_results, read_results
 from relloc.runs import assemble, console, engine, saving
 from relloc.runs.engine import Engine
 from relloc.runs.evaluating import evaluate_subject
-from relloc.runs.folder import RunFolder, open_folder
+from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.training import Run, full_batches, train_run
 from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
 
@@ -44,11 +44,14 @@ def pretrain(config: DictConfig) -> None:
     with contextlib.ExitStack() as at_end:
         at_end.callback(ranks.leave)
         stop = at_end.enter_context(stop_request())
+        run_dir = at_end.enter_context(own_folder())
+        check_files(run_dir)
         data = assemble.splits(config.data)
         jobs = assemble.jobs(config, data)  # also what only they need is found, or missed, before training
+        for job in _with_labels(jobs):
+            check_images(job)
         _tell_small_shards(config)
         task, plan = _task(config, data, how)
-        run_dir = assemble.run_dir()
         identity = assemble.computed(config) | {
             "precision": how.precision,  # what auto became
             "version of random numbers": PRETRAINING_VERSION,
@@ -154,14 +157,13 @@ def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
         folder.keep(kept.name)
     if not any(row.eval == "pretext" for row in read_results(folder.path)):
         append_results(folder.path, [_held_out(config, how, data, task, folder)])
-    unlabeled = [job.name for job in jobs if job.evaluation.labels == "class" and not job.splits.labeled]
-    if unlabeled:
+    labeled = _with_labels(jobs)
+    if unlabeled := [job.name for job in jobs if job not in labeled]:
         console.say(
             f"eval    {', '.join(unlabeled)} skipped: {data.train.name} has no labels; on labeled data: "
             f"python -m relloc.evaluate checkpoint={folder.path} data=…"
         )
-        jobs = [job for job in jobs if job.name not in unlabeled]
-    if jobs:
+    if labeled:
         trained, untrained = (_plain_backbone(config, how) for _ in range(2))
         trained.load_state_dict(task.model.backbone.state_dict())
         subjects = [
@@ -174,7 +176,7 @@ def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
             for name, backbone in ((str(weights), trained), ("random", untrained))
         ]
         for subject in subjects:
-            evaluate_subject(subject, jobs, assemble.terms(config, how), folder, config, run.stop)
+            evaluate_subject(subject, labeled, assemble.terms(config, how), folder, config, run.stop)
     folder.summarize()
 
 
@@ -198,6 +200,11 @@ def _why_anew(path: Path, backbone: Backbone) -> str:
         return str(error)
     same = backbone_files.digest(saved) == backbone_files.digest(backbone.state_dict())
     return "" if same else "it held other weights"
+
+
+def _with_labels(jobs: Sequence[Job]) -> list[Job]:
+    """The evaluations whose images have the labels that they need; the others are skipped."""
+    return [job for job in jobs if job.evaluation.labels != "class" or job.splits.labeled]
 
 
 def _plain_backbone(config: DictConfig, how: Engine) -> Backbone:

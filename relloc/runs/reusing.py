@@ -12,7 +12,8 @@ from relloc.evals.contract import Subject
 from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console
-from relloc.runs.folder import STATES, UNREADABLE_FILE
+from relloc.runs.folder import UNREADABLE_FILE
+from relloc.runs.refusing import STATES
 
 PATIENCE_S = 5  # between two states; a cluster gives half a minute or more from its signal to `kill -9`
 _RUN_FOLDERS = ("*", "*/*", "sweeps/*/*")

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from relloc import checkpoints, ranks
-from relloc.errors import CheckpointError, UsageError
+from relloc.errors import DamagedCheckpoint, UsageError
 from relloc.pretext.alarm import Diverged, check_finite
 from relloc.pretext.loop import Standing, Task
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import console
+
+# What `Saver` saves, and a training goes on from
+_OF_A_TRAINING = {"model": dict, "optimizer": dict, "tallies": torch.Tensor, "identity": dict, "step": int}
 
 
 def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
@@ -27,20 +30,20 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
     if not path:
         return task.start()
     state = checkpoints.load_training(Path(path))
-    missing = [name for name in ("identity", "model", "optimizer", "tallies") if name not in state]
-    if missing:
-        raise CheckpointError(
-            f"{path} is no checkpoint that a training can go on from: it has no {', '.join(missing)}. "
-            "Give another hydra.run.dir"
-        )
+    lacking = [name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)]
+    if lacking:
+        raise DamagedCheckpoint(f"{checkpoints.damaged(Path(path))}: {', '.join(lacking)} of a training are missing")
     changed = _changed(state["identity"], identity)
     if changed:
         raise UsageError(
             f"{run_dir} holds a run with other settings: {changed}. "
             "Give another hydra.run.dir, or the run's own settings"
         )
-    task.model.load_state_dict(state["model"])
-    task.optimizer.load_state_dict(state["optimizer"])
+    try:
+        task.model.load_state_dict(state["model"])
+        task.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{checkpoints.damaged(Path(path))}, since it does not fit the run: {error}") from error
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
     return Standing(step=state["step"], tally=_own_tally(state["tallies"]).to(task.device))

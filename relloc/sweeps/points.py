@@ -4,13 +4,15 @@ import dataclasses
 import hashlib
 import json
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relloc.errors import UsageError
 from relloc.files import write_json
+from relloc.tracking.living import is_alive as is_alive
+from relloc.tracking.living import is_elsewhere as is_elsewhere
+from relloc.tracking.living import process_mark as process_mark
 from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
@@ -89,33 +91,11 @@ def read_job(folder: Path) -> dict[str, Any] | None:
     """The job that was last noted; None if none was. Raises `UsageError` where the note can't be read."""
     path = folder / POINT_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["job"]
+        job = json.loads(path.read_text(encoding="utf-8"))["job"]
+        if not isinstance(job, dict):
+            raise TypeError(f"job is {job}")
+        return job
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UsageError(f"{path} is damaged ({error}): remove it if no job or process has the point") from error
-
-
-def process_mark(pid: int) -> dict[str, Any]:
-    """What tells a process of this machine from later ones of its number."""
-    return {"pid": pid, "host": socket.gethostname(), "born": _born(pid)}
-
-
-def is_elsewhere(mark: Mapping[str, Any]) -> bool:
-    """Whether the process that `process_mark` told of is one of another machine."""
-    return mark["host"] != socket.gethostname()
-
-
-def is_alive(mark: Mapping[str, Any]) -> bool:
-    """Whether the process that `process_mark` told of lives; False on any other machine."""
-    born = _born(mark["pid"])
-    return not is_elsewhere(mark) and born is not None and born == mark["born"]
-
-
-def _born(pid: int) -> str | None:
-    """When a living process began, in the kernel's words; "" where these can't be had."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return None if Path("/proc/self").exists() else ""
-    return None if fields[0] == "Z" else fields[19]

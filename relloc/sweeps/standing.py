@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point, is_alive, is_elsewhere, read_job
+from relloc.tracking.holding import is_held
 from relloc.tracking.journal import read_journal
 from relloc.tracking.record import read_status
 
@@ -71,6 +72,8 @@ def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None =
 
 
 def _job_state(folder: Path, job: Mapping[str, Any], alive: Mapping[tuple[str, str], JobState]) -> JobState:
+    if is_held(folder):  # by whatever command, also one that is not of this sweep
+        return "running"
     if "pid" in job:
         return "running" if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder)) else None
     return next((alive[name, str(number)] for name, number in job.items() if (name, str(number)) in alive), None)

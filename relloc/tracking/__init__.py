@@ -3,7 +3,7 @@
 from relloc.tracking.artifacts import add_artifact, list_artifacts_to_send
 from relloc.tracking.journal import Journal, read_journal
 from relloc.tracking.mirror import Mirror
-from relloc.tracking.mlflow import Note, Sent, read_note, sync
+from relloc.tracking.mlflow import Note, Sent, forget, read_note, sync
 from relloc.tracking.record import (
     DatasetRecord,
     RunRecord,
@@ -26,6 +26,7 @@ __all__ = [
     "add_artifact",
     "environment_tags",
     "flatten",
+    "forget",
     "list_artifacts_to_send",
     "open_store",
     "read_journal",

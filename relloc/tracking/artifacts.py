@@ -1,11 +1,13 @@
 """artifacts.json: the files of a run folder that a tracker should hold a copy of."""
 
-import json
 from pathlib import Path
 
+from relloc.errors import DamagedFile
 from relloc.files import write_json
+from relloc.tracking.record import read_json
 
 ARTIFACTS_FILE = "artifacts.json"
+_LIST_LOST = "Remove it; the run's command, started again with the same hydra.run.dir, writes it anew"
 
 
 def add_artifact(run_dir: Path, name: str) -> None:
@@ -32,4 +34,10 @@ def list_artifacts_to_send(run_dir: Path) -> list[str]:
 
 def _listed(run_dir: Path) -> list[str]:
     path = run_dir / ARTIFACTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        names = read_json(path, "a list of files", _LIST_LOST)
+    except FileNotFoundError:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) and "\0" not in name for name in names):
+        raise DamagedFile(f"{path} is not a list of files. {_LIST_LOST}")
+    return names

@@ -5,17 +5,18 @@ no infinities: they are written as the strings "nan", "inf" and "-inf". system.j
 """
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from relloc.files import append_lines
+from relloc.errors import DamagedFile, reason
+from relloc.files import append_lines, read_lines
 from relloc.tracking.record import legal_name, now_ms
 
 JOURNAL_FILE = "journal.jsonl"
 SYSTEM_FILE = "system.jsonl"
+_LOST = "Remove that line, or put back a copy of the file; no weights and no results depend on it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,14 +67,16 @@ def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -
     """Read the journal from a line (counted from 0) on; a last line still being written is left out.
 
     Raises:
-        ValueError: a complete line is not a journal entry, with its line number (counted from 1).
+        DamagedFile: a complete line is not a journal entry, with its line number (counted from 1).
     """
     path = run_dir / file
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as opened:
-        lines = enumerate(itertools.islice(opened, first_line, None), start=first_line + 1)
-        return [_from_json(line, f"{path} line {number}") for number, line in lines if line.endswith("\n")]
+    try:
+        lines = read_lines(path)
+    except OSError as error:
+        raise DamagedFile(f"{path} can't be read ({error.strerror}): put back a copy, or move it away") from error
+    return [
+        _from_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if number > first_line
+    ]
 
 
 def _to_json(entry: Entry) -> str:
@@ -82,10 +85,14 @@ def _to_json(entry: Entry) -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False)
 
 
-def _from_json(line: str, place: str) -> Entry:
+def _from_json(line: bytes, place: str) -> Entry:
     try:
-        fields = json.loads(line)
-        metrics = {name: float(value) for name, value in fields["metrics"].items()}
+        fields = json.loads(line.decode("utf-8"))
+        if not isinstance(fields, dict) or not isinstance(fields["metrics"], dict):
+            raise TypeError("it has no named values")
+        metrics = {str(name): float(value) for name, value in fields["metrics"].items()}
+        if not isinstance(fields["time_ms"], int) or not isinstance(fields["step"], int):
+            raise TypeError("time_ms and step have to be whole numbers")
         return Entry(time_ms=fields["time_ms"], step=fields["step"], metrics=metrics)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{place} is not a journal entry: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamagedFile(f"{place} is not a journal entry: {reason(error)}. {_LOST}") from error

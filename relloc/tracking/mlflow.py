@@ -130,6 +130,14 @@ def read_note(run_dir: Path) -> Note | None:
         return None
 
 
+def forget(run_dir: Path) -> None:
+    """Delete the run of a folder in the store that it was last sent to, if there is one. Raises `StoreError`."""
+    if note := read_note(run_dir):
+        client = open_store(note.uri)
+        with store_errors(note.uri):
+            client.delete_run(note.run_id)
+
+
 def _keep(run_dir: Path, note: Note, **changes: Any) -> Note:
     note = dataclasses.replace(note, **changes)
     write_json(run_dir / NOTE_FILE, dataclasses.asdict(note))

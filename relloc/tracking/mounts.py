@@ -44,19 +44,34 @@ def shared_file_system(path: Path) -> str | None:
     return found if found in _SHARED or (fuse != found and fuse in _SHARED_FUSE) else None
 
 
+def locks_stay_here(path: Path) -> bool:
+    """Whether a path lies in a network folder that is mounted so that other machines see no lock taken here.
+
+    NFS by `nolock` or `local_lock=` (nfs(5)), Lustre by `localflock` (mount.lustre(8)).
+    """
+    kind, options = _mount_of(path)
+    if kind in ("nfs", "nfs4"):
+        return not {"nolock", "local_lock=all", "local_lock=posix"}.isdisjoint(options)
+    return kind == "lustre" and "localflock" in options
+
+
 def _type_of(path: Path) -> str:
-    """The type of the mount that a path is below; of mounts at one place the last one counts.
+    return _mount_of(path)[0]
+
+
+def _mount_of(path: Path) -> tuple[str, list[str]]:
+    """The type and the options of the mount that a path is below; of mounts at one place the last one counts.
 
     A line is "ID PARENT MAJOR:MINOR ROOT PLACE OPTIONS [FIELDS] - TYPE SOURCE OPTIONS" (proc(5)).
     """
     try:
         lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:  # not Linux
-        return ""
-    real, nearest, kind = Path(os.path.realpath(path)), -1, ""
+        return "", []
+    real, nearest, kind, options = Path(os.path.realpath(path)), -1, "", ""
     for line in lines:
         before, _, after = line.partition(" - ")
         place = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4]))
         if real.is_relative_to(place) and len(place.parts) >= nearest:
-            nearest, kind = len(place.parts), after.split(" ")[0]
-    return kind
+            nearest, kind, options = len(place.parts), after.split(" ")[0], after.rpartition(" ")[2]
+    return kind, options.split(",")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relloc.errors import DamagedFile, reason
 from relloc.files import write_json
 from relloc.tracking.store import absolute_uri
 
@@ -24,6 +25,11 @@ STATUSES = ("RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED")
 CONTEXTS = ("train", "eval")
 DISTRIBUTIONS = ("torch", "torchvision", "hydra-core", "mlflow")
 GIT_TIMEOUT_S = 10
+_RECORD_LOST = (
+    "Put back a copy, or remove it and start the run's command again with the same hydra.run.dir, which writes it anew "
+    "(MLflow then shows another run)"
+)
+_STATUS_LOST = "Remove it, or start the run's command again with the same hydra.run.dir, which writes it anew"
 
 Scalar = str | int | float | bool
 
@@ -86,15 +92,52 @@ class RunRecord:
 
         Raises:
             FileNotFoundError: the folder has no run.json.
-            ValueError: run.json is not a record of this version.
+            DamagedFile: run.json is not a record of this version.
         """
         path = run_dir / RUN_FILE
+        fields = read_json(path, "a run record", _RECORD_LOST)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise TypeError("it has no named values")
             datasets = tuple(DatasetRecord(**dataset) for dataset in fields.pop("datasets", ()))
-            return cls(**fields, datasets=datasets)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a run record: {error}") from error
+            record = cls(**fields, datasets=datasets)
+            _check_types(record)
+            return record
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DamagedFile(f"{path} is not a run record: {reason(error)}. {_RECORD_LOST}") from error
+
+
+def read_json(path: Path, what: str, advice: str) -> Any:
+    """The value of a JSON file of a run folder, which is `what`; `advice` says what to do about a damaged one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFile: it is not JSON, or no file.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedFile(f"{path} can't be read ({error.strerror}). {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not {what}: {reason(error)}. {advice}") from error
+
+
+def _check_types(record: RunRecord) -> None:
+    """Raises `TypeError` for a field of another kind, which JSON may hold and a dataclass takes."""
+    texts = {field: getattr(record, field) for field in ("name", "experiment", "tracking_uri", "uid")}
+    texts |= {f"tags.{name}": tag for name, tag in record.tags.items()}
+    for number, dataset in enumerate(record.datasets):
+        texts |= {f"datasets {number}": dataset.name, f"digest {number}": dataset.digest, f"{number}": dataset.source}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is {text!r}, not text")
+    for name, value in record.params.items():
+        if not isinstance(value, Scalar):
+            raise TypeError(f"params.{name} is {value!r}, neither text nor a number")
+    if not isinstance(record.started_ms, int):
+        raise TypeError(f"started_ms is {record.started_ms!r}, not a number of milliseconds")
 
 
 def write_status(run_dir: Path, status: str) -> None:
@@ -105,9 +148,16 @@ def write_status(run_dir: Path, status: str) -> None:
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """Read {"status": ..., "time_ms": ...}; None if the run never said how it stands."""
+    """Read {"status": ..., "time_ms": ...}; None if the run never said how it stands. Raises `DamagedFile`."""
     path = run_dir / STATUS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        found = read_json(path, "the status of a run", _STATUS_LOST)
+    except FileNotFoundError:
+        return None
+    is_dict = isinstance(found, dict)
+    if not is_dict or found.get("status") not in STATUSES or not isinstance(found.get("time_ms"), int):
+        raise DamagedFile(f"{path} is not the status of a run: {str(found)[:100]}. {_STATUS_LOST}")
+    return found
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from relloc.errors import DataError, UsageError
 from relloc.runs.launch import launch
@@ -51,7 +51,7 @@ def write_then_fail(config: DictConfig) -> None:
 
 
 def below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if ".hydra/" not in str(path))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 @pytest.mark.parametrize("task", [refuse, miss])
@@ -76,11 +76,41 @@ def test_what_a_folder_held_before_stays_in_it(launched: Launched, tmp_path: Pat
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "notes").touch()
     assert launched(refuse, "evaluate", "hydra.run.dir=old") == 2
-    assert below(tmp_path) == ["old", "old/.hydra", "old/notes"]
-    (tmp_path / "old" / ".hydra" / "mine").touch()
-    (tmp_path / "old" / "notes").unlink()
-    assert launched(refuse, "evaluate", "hydra.run.dir=old") == 2
-    assert (tmp_path / "old" / ".hydra" / "mine").exists()
+    assert below(tmp_path) == ["old", "old/notes"]  # Hydra writes nothing there either
+
+
+def test_a_folder_of_hydras_that_the_user_asks_for_is_removed_where_it_holds_nothing_else(
+    launched: Launched, tmp_path: Path
+) -> None:
+    words = ("hydra.run.dir=old", "hydra.output_subdir=of_hydra")
+    assert launched(refuse, "evaluate", *words) == 2
+    assert below(tmp_path) == []
+    (tmp_path / "old" / "of_hydra").mkdir(parents=True)
+    (tmp_path / "old" / "of_hydra" / "mine").touch()
+    assert launched(refuse, "evaluate", *words) == 2
+    assert (tmp_path / "old" / "of_hydra" / "mine").exists()
+
+
+def test_two_commands_of_one_second_have_names_of_their_own(launched: Launched) -> None:
+    folders, sweeps = set(), set()
+
+    def note(config: DictConfig) -> None:
+        folders.add(HydraConfig.get().runtime.output_dir)
+        sweeps.add(config.sweep)
+
+    for _ in range(3):
+        for name in ("train", "evaluate"):
+            assert launched(note, name, *(("checkpoint=random",) if name == "evaluate" else ())) == 0
+    assert len(folders) == len(sweeps) == 6
+
+
+def test_a_command_has_one_name_wherever_it_is_asked_for(launched: Launched) -> None:
+    def note(config: DictConfig) -> None:
+        assert OmegaConf.to_container(config, resolve=True)["sweep"] == config.sweep  # type: ignore[call-overload,index]
+        told = HydraConfig.get().run.dir
+        assert Path(told).name == Path(HydraConfig.get().runtime.output_dir).name
+
+    assert launched(note, "train") == 0
 
 
 def test_the_folder_we_stand_in_is_not_removed(launched: Launched, tmp_path: Path) -> None:
@@ -91,7 +121,7 @@ def test_the_folder_we_stand_in_is_not_removed(launched: Launched, tmp_path: Pat
 
 def test_a_run_that_failed_after_it_had_begun_keeps_its_folder(launched: Launched, tmp_path: Path) -> None:
     assert launched(write_then_fail, "evaluate", "hydra.run.dir=run") == 2
-    assert below(tmp_path) == ["run", "run/.hydra", "run/run.json"]
+    assert below(tmp_path) == ["run", "run/run.json"]
 
 
 def test_other_errors_keep_what_shows_where_they_come_from(launched: Launched, tmp_path: Path) -> None:
@@ -100,7 +130,7 @@ def test_other_errors_keep_what_shows_where_they_come_from(launched: Launched, t
 
     with pytest.raises(RuntimeError):
         launched(break_down, "evaluate", "hydra.run.dir=run")
-    assert below(tmp_path) == ["run", "run/.hydra"]
+    assert below(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize("words", [(), ("-m", "quality=80,90")], ids=" ".join)
