@@ -1,9 +1,10 @@
 """Going through jobs with several processes, none of which outlives the command that started it."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -17,6 +18,13 @@ Progress = Callable[[int, int], AbstractContextManager[Callable[[int, str], None
 """Called with (total, done so far) it opens a display, to be told (done, text)."""
 
 _LOOK_EVERY_S = 0.2
+
+
+@contextlib.contextmanager
+def without_progress(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    """A `Progress` that shows nothing."""
+    del total, done
+    yield lambda _done, _text: None
 
 
 class _Worker:

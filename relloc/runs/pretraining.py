@@ -48,9 +48,9 @@ def pretrain(config: DictConfig) -> None:
         run_dir = assemble.run_dir()
         identity = assemble.computed(config) | {
             "precision": how.precision,  # what auto became
-            "training images": data.train.digest(),
+            saving.TRAINING_IMAGES: data.train.digest(),
         }
-        standing = saving.resume(identity, task, run_dir)  # before anything is written there
+        standing = saving.resume(identity, task, run_dir, data.train)  # before anything is written there
         run = Run(
             config=config, how=how, data=data, task=task, plan=plan, identity=identity, about=about(config), stop=stop
         )

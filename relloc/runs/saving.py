@@ -8,15 +8,23 @@ from typing import Any
 import torch
 
 from relloc import checkpoints, ranks
+from relloc.data.contents import is_of_former_rules
+from relloc.data.image_set import ImageSet, former_digest
 from relloc.errors import UsageError
 from relloc.pretext.alarm import Diverged, check_finite
 from relloc.pretext.loop import Standing, Task
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import console
 
+TRAINING_IMAGES = "training images"
+"""Key of a run's identity: the digest of what it trains on."""
 
-def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
+
+def resume(identity: dict[str, Any], task: Task, run_dir: Path, images: ImageSet | None = None) -> Standing:
     """Put the newest sound checkpoint of the run folder into `task`; where that training stands.
+
+    A checkpoint of an older relloc knows the training images by another digest, which is held against
+    what that relloc would have said of `images`.
 
     Raises:
         UsageError: the folder holds a run of another `identity`, with what differs.
@@ -26,7 +34,8 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
     if not path:
         return task.start()
     state = checkpoints.load_training(Path(path))
-    changed = _changed(state["identity"], identity)
+    before = _with_digest_of_now(state["identity"], identity, images)
+    changed = _changed(before, identity)
     if changed:
         raise UsageError(
             f"{run_dir} holds a run with other settings: {changed}. "
@@ -37,6 +46,21 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
     return Standing(step=state["step"], tally=_own_tally(state["tallies"]).to(task.device))
+
+
+def _with_digest_of_now(before: dict[str, Any], now: dict[str, Any], images: ImageSet | None) -> dict[str, Any]:
+    """A checkpoint's identity, as it would be with today's digest if the images are the same by the digest it has."""
+    recorded = before.get(TRAINING_IMAGES)
+    if not is_of_former_rules(recorded) or recorded == now.get(TRAINING_IMAGES):
+        return before
+    if images is not None and former_digest(images) == recorded:
+        if ranks.rank() == 0:
+            console.say(
+                "resume  an older relloc began this run and knew its images by less than their content: these are the "
+                "same as far as that can tell"
+            )
+        return before | {TRAINING_IMAGES: now[TRAINING_IMAGES]}
+    return before | {TRAINING_IMAGES: f"{recorded} (as an older relloc identified them)"}
 
 
 def _own_tally(tallies: torch.Tensor) -> torch.Tensor:

@@ -229,9 +229,16 @@ def test_imagenet_costs_tens_of_megabytes(copy: Path) -> None:
     n = 1_281_167
     manifest = json.loads((copy / "manifest.json").read_bytes())
     manifest["train"]["images"] = n
+    manifest["packed"]["images_per_shard"] = n
+    manifest["held_out"]["shards"], manifest["train"]["shards"] = (
+        manifest["held_out"]["shards"][:1],
+        [{"file": "train-000000.tar", "bytes": 10 * n, "sha256": ""}],
+    )
+    os.truncate(copy / "train-000000.tar", 10 * n)
+    os.truncate(copy / "train-names.jsonl", n)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     numbers = np.arange(n + 1, dtype=np.int64)
-    columns = dict.fromkeys(("offset", "size", "label"), numbers[:n])
+    columns = {"offset": numbers[:n] * 10, "size": np.full(n, 10), "label": numbers[:n] % 2}
     save_file({**columns, "name_offset": numbers}, copy / "train-index.safetensors")
     tracemalloc.start()
     images = ShardImages(copy, "train")
