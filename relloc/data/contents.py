@@ -8,6 +8,7 @@ What can't be seen: in a larger set, an image outside the sample that was replac
 """
 
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,11 +50,11 @@ def hash_files(paths: Sequence[str], names: Iterable[str], told_besides: Iterabl
     with ThreadPoolExecutor(_THREADS) as threads:
         sizes = list(_in_threads(threads, _size, paths, progress, "file sizes"))
         hasher = hashlib.sha256(b"images in files\0")
-        for name, size in zip(names, sizes, strict=True):
-            _add(hasher, name)
-            _add(hasher, str(size))
-        for text in told_besides:
-            _add(hasher, text)
+        told = itertools.chain(told_besides, (f"{size} {name}" for name, size in zip(names, sizes, strict=True)))
+        while part := list(itertools.islice(told, _PER_TASK)):
+            # The length before the text: names may hold any character, line ends too.
+            lines = "".join(f"{len(text)}:{text}" for text in part)
+            hasher.update(lines.encode("utf-8", "surrogateescape"))
         chosen = [paths[place] for place in _sampled(sizes)]
         for content in _in_threads(threads, _content, chosen, progress, "files"):
             hasher.update(content)
@@ -71,12 +72,6 @@ def _in_threads(
             yield from found
             done += len(found)
             tell(done, what)
-
-
-def _add(hasher: "hashlib._Hash", text: str) -> None:
-    # The length before the text: names may hold any character, line ends too.
-    content = text.encode("utf-8", "surrogateescape")
-    hasher.update(len(content).to_bytes(8, "little") + content)
 
 
 def _size(path: str) -> int | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import stat
@@ -127,13 +128,18 @@ def begins_as_image(path: str) -> bool:
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
     """A regular file, open. A pipe of that name is not waited for, nor a device read."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
         about = os.fstat(descriptor)
+        if stat.S_ISDIR(about.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(about.st_mode):
-            raise ValueError("is no file but a folder, pipe, socket or device")
+            raise ValueError("is no file but a pipe, socket or device")
         if about.st_size > MOST_BYTES:
             raise ValueError(f"has {about.st_size / 1e9:.1f} GB, images of up to {MOST_BYTES / 1e9:.1f} GB are read")
-        yield file
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
 
 
 def _decoded(source: io.BufferedReader | io.BytesIO) -> tuple[Image.Image, bool]:

@@ -140,7 +140,8 @@ def _is_image(entry: os.DirEntry[str], passed_over: PassedOver) -> bool:
         return False
     if not suffix and _leads_to_file_or_nowhere(entry) and begins_as_image(entry.path):
         return True
-    passed_over[printable(suffix) if 0 < len(suffix) <= _LONGEST_SUFFIX else "without a suffix"] += 1
+    kind = printable(suffix) or "without a suffix"
+    passed_over[kind if len(suffix) <= _LONGEST_SUFFIX else "with longer suffixes"] += 1
     return False
 
 

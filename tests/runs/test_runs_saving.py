@@ -10,6 +10,7 @@ import torch
 
 from relloc import ranks
 from relloc.checkpoints import load_training, newest_sound, save_training, saved_trainings, training_folder
+from relloc.data.folder import FolderImages
 from relloc.errors import CheckpointError, UsageError
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
@@ -23,7 +24,7 @@ from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.schedule import Constant
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import saving
-from relloc.runs.saving import Saver, milestone_steps, resume
+from relloc.runs.saving import TRAINING_IMAGES, Saver, milestone_steps, resume
 
 IDENTITY = {"grid.gap_px": 4, "seed": 0}
 
@@ -299,3 +300,32 @@ def test_a_run_goes_on_from_a_milestone_where_all_else_is_damaged(tmp_path: Path
     Saver._save(saver, standing(5))
     Saver._save(saver, standing(6))
     assert resume(IDENTITY, task, tmp_path).step == 6  # what came after the milestone is not lost again
+
+
+def one_image(folder: Path) -> FolderImages:
+    (folder / "a.jpg").touch()
+    return FolderImages(name="mine", split="train", paths=[str(folder / "a.jpg")])
+
+
+def test_a_run_that_an_older_relloc_began_goes_on_with_the_same_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = one_image(tmp_path)
+    now = IDENTITY | {TRAINING_IMAGES: images.digest()}
+    for before in (images.former_digest(), images.digest()):
+        saver = new_saver(tmp_path, new_task())
+        saver.identity = IDENTITY | {TRAINING_IMAGES: before}
+        Saver._save(saver, standing(7))
+        assert resume(now, new_task(), tmp_path, images).step == 7
+        assert ("an older relloc began this run" in capsys.readouterr().out) == (before == images.former_digest())
+
+
+@pytest.mark.parametrize("before", ["fedcba9876543210", "fedcba98765432-2"])
+def test_a_run_of_other_images_is_refused_whoever_began_it(tmp_path: Path, before: str) -> None:
+    images = one_image(tmp_path)
+    saver = new_saver(tmp_path, new_task())
+    saver.identity = IDENTITY | {TRAINING_IMAGES: before}
+    Saver._save(saver, standing(7))
+    with pytest.raises(UsageError, match=f"training images was {before}.*, now {images.digest()}") as raised:
+        resume(IDENTITY | {TRAINING_IMAGES: images.digest()}, new_task(), tmp_path, images)
+    assert ("as an older relloc identified them" in str(raised.value)) == (not before.endswith("-2"))
