@@ -44,28 +44,29 @@ def images_below(folder: Path, passed_over: PassedOver) -> Iterator[str]:
     Raises:
         DataError: a folder can't be listed.
     """
-    yield from _below(str(folder), os.path.realpath(folder), set(), passed_over)
-
-
-def _below(folder: str, real: str, entered: set[str], passed_over: PassedOver) -> Iterator[str]:
-    entered.add(real)
-    folders: list[os.DirEntry[str]] = []
-    for entry in _entries(folder):
-        if entry.name.startswith("."):
+    entered: set[str] = set()
+    waiting = [(str(folder), os.path.realpath(folder))]
+    while waiting:
+        here, real = waiting.pop()
+        if real in entered:
             continue
-        if _is_folder(entry):
-            folders.append(entry)
-        elif _is_image(entry, passed_over):
-            yield entry.path
-    for entry in folders:
-        if entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
-            passed_over[f"folders {printable(entry.name)}"] += 1
-            continue
-        there = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-        if f"{real}/".startswith(f"{there.rstrip('/')}/"):
-            passed_over["links to a folder above"] += 1
-        elif there not in entered:
-            yield from _below(entry.path, there, entered, passed_over)
+        entered.add(real)
+        folders: list[tuple[str, str]] = []
+        for entry in _entries(here):
+            if entry.name.startswith("."):
+                continue
+            if not _is_folder(entry):
+                if _is_image(entry, passed_over):
+                    yield entry.path
+            elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
+                passed_over[f"folders {printable(entry.name)}"] += 1
+            else:
+                there = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                if f"{real}/".startswith(f"{there.rstrip('/')}/"):
+                    passed_over["links to a folder above"] += 1
+                else:
+                    folders.append((entry.path, there))
+        waiting += reversed(folders)  # the last is entered next
 
 
 def class_folders_of(folder: Path) -> tuple[str, ...]:

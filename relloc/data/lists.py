@@ -321,6 +321,8 @@ def _root(root: str | None, where: str) -> Path:
 
 
 def _text(path: Path, where: str) -> str:
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise DataError(f"{path} is no file: data.root is to hold {where}")
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError as error:

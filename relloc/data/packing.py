@@ -223,7 +223,7 @@ def _of_former_rules(packed: dict[str, Any]) -> bool:
 def _is_packed(out: Path, span: Span) -> bool:
     about = about_part(out / UNFINISHED, span)
     tar = out / shard_name(span.split, span.number)
-    return about is not None and tar.is_file() and tar.stat().st_size == about["bytes"]
+    return about is not None and tar.is_file() and tar.stat().st_size == about.get("bytes")
 
 
 def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:

@@ -241,6 +241,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"data.shards={folder} is not a folder: python -m relloc.prepare data=… out={folder} makes it")
     path = folder / MANIFEST
+    _refuse_pipe(path)
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -254,6 +255,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if wrong:
         raise DataError(f"{path} is not as relloc.prepare writes it, see {wrong}: copy it again, or pack anew")
     return manifest
+
+
+def _refuse_pipe(path: Path) -> None:
+    """Raises `DataError` where a path is there and no file: to open a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file: copy it again, or pack into a new folder")
 
 
 def _without_manifest(folder: Path) -> str:
@@ -342,6 +349,7 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
         DataError: it can't be read, or does not fit.
     """
     path = folder / index_name(about["split"])
+    _refuse_pipe(path)
     try:
         index = load_file(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:

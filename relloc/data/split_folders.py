@@ -59,9 +59,11 @@ def refuse_pooled_splits(branch: Branch, *, alone: bool) -> None:
 
 
 def _branches(branch: Branch) -> Iterator[Branch]:
-    yield branch
-    for part in branch.folders.values():
-        yield from _branches(part)
+    waiting = [branch]
+    while waiting:
+        here = waiting.pop()
+        yield here
+        waiting += here.folders.values()
 
 
 def _splits_in(branch: Branch) -> dict[str, Branch]:

@@ -298,3 +298,27 @@ def test_a_damaged_check_beside_packed_images_is_told(tmp_path: Path, content: s
     (tmp_path / "out/check.json").write_text(content)
     with pytest.raises(DataError, match=r"check\.json"):
         packed(of(root), tmp_path / "out", workers=1)
+
+
+def test_a_damaged_note_of_a_finished_part_is_packed_again_and_damaged_records_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = write_many(tmp_path / "originals", 10, 3), tmp_path / "out"
+    packed(of(root), tmp_path / "whole", workers=1)
+
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("relloc.data.packing._finish", full)
+        with pytest.raises(DataError, match="No space left"):
+            packed(of(root), out, workers=1)
+    (out / "unfinished/train-000001.json").write_text('{"file": ')
+    records = out / "unfinished/train-000000.npy"
+    content = records.read_bytes()
+    records.write_bytes(content[:50])
+    with pytest.raises(DataError, match=r"train-000000\.npy is missing or damaged"):
+        packed(of(root), out, workers=1)
+    records.write_bytes(content)
+    packed(of(root), out, workers=1)
+    assert files(out) == files(tmp_path / "whole")

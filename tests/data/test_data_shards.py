@@ -478,3 +478,14 @@ def test_a_huge_image_among_packed_ones_is_one_unreadable_image(copy: Path) -> N
     with pytest.raises(UnreadableImage, match="claims to have"):
         images.read(0)
     assert images.read(1).size
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-index.safetensors", "train-names.jsonl", "train-000000.tar"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_pipes_and_folders_in_place_of_files_are_told_and_not_waited_for(
+    copy: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    (copy / name).unlink()
+    make(copy / name)
+    with pytest.raises(DataError, match=name):
+        shards(root=str(copy))
