@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from relloc.data.image_set import ImageSet, Splits
+from relloc.data.listing import printable
 from relloc.data.parts import (
     FACTS,
     Role,
@@ -211,7 +212,9 @@ def _findings(split: SplitCheck) -> list[str]:
         told.append(f"{where} has {split.images} images, the published set {split.published}")
     if split.unreadable:
         name, reason = next(iter(split.unreadable.items()))
-        told.append(f"{where}: {len(split.unreadable)} images can't be read, such as {name}: {reason}")
+        told.append(
+            f"{where}: {len(split.unreadable)} images can't be read, such as {printable(name)}: {printable(reason)}"
+        )
     if split.class_images and split.class_images[0] == 0:
         told.append(f"{where}: a class has no images")
     kinds = (
@@ -224,7 +227,7 @@ def _findings(split: SplitCheck) -> list[str]:
 
 
 def _listed(found: Found) -> str:
-    return ", ".join(found.examples) + (", …" if found.n > len(found.examples) else "")
+    return ", ".join(map(printable, found.examples)) + (", …" if found.n > len(found.examples) else "")
 
 
 def _found_from_json(content: Mapping[str, Any]) -> Found:

@@ -2,11 +2,11 @@
 
 Two layouts are understood. ROOT/train/CLASS/* and ROOT/val/CLASS/* with the same classes on both
 sides is a labeled data set (ImageNet, Imagenette, Places as everyone has them). Any other folder,
-or several, is unlabeled: every image below it, a share of them held out by the hash of its name.
+or several, is unlabeled: every image below it, a share of them held out by the hash of its name;
+but not where that would train on a split that was made for testing (`relloc.data.split_folders`).
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
@@ -15,12 +15,25 @@ from pathlib import Path
 
 from PIL import Image
 
+from relloc.data.contents import hash_files
 from relloc.data.image_set import Splits, hash_lines, warn_of_other_counts
 from relloc.data.images import SUFFIXES, read_rgb
+from relloc.data.listing import (
+    PassedOver,
+    class_folders_of,
+    images_below,
+    outside_of_classes,
+    printable,
+    told_passed_over,
+)
+from relloc.data.processes import Progress, without_progress
+from relloc.data.split_folders import Branch, images_by_folder, refuse_pooled_splits
 from relloc.errors import DataError
 
-_SIZES_ASKED = 1000
+_SIZES_ASKED = 1000  # by the former digest
 _NAMED = 5  # of class folders that are empty
+_FOLDERS_TOLD = 8
+TRAIN, VAL = "train", "val"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +45,7 @@ class FolderImages:
     paths: Sequence[str]
     labels: Sequence[int] | None = None
     classes: tuple[str, ...] = ()
+    _digests: dict[str, str] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -43,19 +57,30 @@ class FolderImages:
         return self.paths[index]
 
     def digest(self) -> str:
-        return self._digest
+        """Hash of names, labels and what the files hold, as far as `relloc.data.contents` says."""
+        return self.identify(without_progress)
 
-    @functools.cached_property
-    def _digest(self) -> str:
-        """Of names below the folder they share, and sizes of some files: the same set wherever it lies.
+    def identify(self, progress: Progress) -> str:
+        if "now" not in self._digests:
+            told = [str(len(self.classes)), *self.classes, *self._told_by_list()]
+            self._digests["now"] = hash_files(self.paths, self._names(), told, progress)
+        return self._digests["now"]
 
-        Sizes tell copies of another resolution apart. To ask for all takes an hour on some file servers.
-        """
-        paths = [os.path.abspath(path) for path in self.paths]
-        common = os.path.commonpath({os.path.dirname(path) for path in paths})
-        asked = paths[:: max(1, len(paths) // _SIZES_ASKED)]
-        names = (os.path.relpath(path, common) for path in paths)
-        return hash_lines([*self.classes, *names, *map(_size, asked), *self._told_by_list()])
+    def former_digest(self) -> str:
+        """Of names and the sizes of a thousand files: by this older versions of relloc told images apart."""
+        if "former" not in self._digests:
+            asked = self.paths[:: max(1, len(self.paths) // _SIZES_ASKED)]
+            told = [*self.classes, *self._names(), *map(_size, asked), *self._told_by_list()]
+            self._digests["former"] = hash_lines(told)
+        return self._digests["former"]
+
+    def _names(self) -> Iterator[str]:
+        """Names below the folder that all files share: the same wherever the set lies."""
+        absolute = {folder: os.path.abspath(folder) for folder in {os.path.dirname(path) for path in self.paths}}
+        common = os.path.commonpath(absolute.values()).rstrip("/")
+        for path in self.paths:
+            folder, _, name = path.rpartition("/")
+            yield f"{absolute[folder]}/{name}"[len(common) + 1 :]
 
     def _told_by_list(self) -> Iterable[str]:
         """What the files do not say themselves."""
@@ -69,57 +94,39 @@ def _size(path: str) -> str:
         return "none"
 
 
-def _images_below(folder: Path) -> Iterator[str]:
-    entered: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in entered:  # a link led here again: no image is taken twice
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in sorted(files):
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                yield os.path.join(parent, file)
-
-
-def _is_class(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        return ()
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if _is_class(entry)))
-
-
-def _require(root: str | None, setting: str, holding: str = "") -> Path:
+def _require(root: str | Sequence[str] | None, setting: str, holding: str = "") -> Path:
     with_what = f", to a folder with {holding}" if holding else ""
     if not root:
         raise DataError(
             f"{setting} is not set: give {setting}=FOLDER, or set the environment variable RELLOC_DATA{with_what}"
         )
-    if not Path(root).is_dir():
+    if not isinstance(root, str) or not os.path.isdir(root):
         raise DataError(f"{setting}={root} is not a folder: give the folder that holds {holding or 'the images'}")
     return Path(root)
 
 
-def _labeled(name: str, folder: Path, classes: tuple[str, ...]) -> FolderImages:
+def _labeled(name: str, folder: Path, classes: tuple[str, ...], passed_over: PassedOver) -> FolderImages:
     paths, labels, empty = [], [], []
+    outside_of_classes(folder, passed_over)
     for label, class_name in enumerate(classes):
-        found = list(_images_below(folder / class_name))
+        found = list(images_below(folder / class_name, passed_over))
         paths += found
         labels += [label] * len(found)
         empty += [] if found else [class_name]
     if not paths:
-        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}){_instead(passed_over)}")
     if empty:
-        named = ", ".join(empty[:_NAMED]) + (", …" if len(empty) > _NAMED else "")
+        named = ", ".join(map(printable, empty[:_NAMED])) + (", …" if len(empty) > _NAMED else "")
         raise DataError(
             f"{folder}: {len(empty)} of {len(classes)} class folders hold no images ({named}): unpack or copy them "
-            "again; a class that is to be left out has no folder in either split"
+            "again; a class that is to be left out has no folder in either split" + _instead(passed_over)
         )
     return FolderImages(name=name, split=folder.name, paths=paths, labels=labels, classes=classes)
+
+
+def _instead(passed_over: PassedOver) -> str:
+    told = told_passed_over(passed_over)
+    return f". There {told}" if told else ""
 
 
 def class_folders(
@@ -142,57 +149,107 @@ def class_folders(
     """
     base = _require(root, "data.root", holding)
     for split in (train, val):
-        if not _class_folders(base / split):
+        if not class_folders_of(base / split):
             raise DataError(
                 f"{base / split} has no class folders: {name} needs {base}/{train}/CLASS/* and {base}/{val}/CLASS/*"
                 + (f"; data.root is to hold {holding}" if holding else "")
             )
-    classes, other = _class_folders(base / train), _class_folders(base / val)
+    classes, other = class_folders_of(base / train), class_folders_of(base / val)
     if classes != other:
         odd = sorted(set(classes) ^ set(other))
-        raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {odd[0]}")
-    splits = Splits(train=_labeled(name, base / train, classes), held_out=_labeled(name, base / val, classes))
+        raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {printable(odd[0])}")
+    passed_over = PassedOver()
+    parts = [_labeled(name, base / split, classes, passed_over) for split in (train, val)]
+    splits = Splits(train=parts[0], held_out=parts[1], remarks=_labeled_remarks(base, parts, passed_over))
     warn_of_other_counts(splits, published_images)
     return splits
+
+
+def _labeled_remarks(base: Path, parts: Sequence[FolderImages], passed_over: PassedOver) -> tuple[str, ...]:
+    made = "; ".join(f"{part.split}: {len(part)} images of {len(part.classes)} classes" for part in parts)
+    unused = [each for each in class_folders_of(base) if each not in {part.split for part in parts}]
+    named = ", ".join(map(printable, unused[:_FOLDERS_TOLD])) + (", …" if len(unused) > _FOLDERS_TOLD else "")
+    not_used = f"not used: the folders {named}" if unused else ""
+    return tuple(filter(None, (made, not_used, told_passed_over(passed_over))))
 
 
 def _hashed_share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
 
 
-def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float) -> Splits:
+def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_splits: bool) -> Splits:
     for one, other in itertools.permutations(roots, 2):
         if other.resolve().is_relative_to(one.resolve()):
             raise DataError(f"data.root: {other} lies in {one}, so that its images would be taken twice; name one")
     parts: dict[bool, list[str]] = {True: [], False: []}
+    remarks = []
     for root in roots:
-        for path in _images_below(root):
+        passed_over = PassedOver()
+        paths = list(images_below(root, passed_over))
+        branch = images_by_folder(root, paths)
+        if not pool_splits:
+            refuse_pooled_splits(branch, alone=len(roots) == 1)
+        remarks += [_unlabeled_remark(branch), told_passed_over(passed_over)]
+        for path in paths:
             held_out = _hashed_share(os.path.relpath(path, root)) < held_out_share
             parts[held_out].append(path)
+    told = tuple(filter(None, remarks))
     if not parts[False] or not parts[True]:
         where = ", ".join(map(str, roots))
         raise DataError(
             f"{where}: {len(parts[False])} images to train on and {len(parts[True])} held out "
-            f"({', '.join(SUFFIXES)}); both need some: check data.root and data.source.held_out_share"
+            f"({', '.join(SUFFIXES)}); both need some: check data.root and data.source.held_out_share. Found was "
+            + ". ".join(told)
         )
     return Splits(
         train=FolderImages(name=name, split="train", paths=parts[False]),
         held_out=FolderImages(name=name, split="held_out", paths=parts[True]),
+        remarks=told,
     )
 
 
-def folder(*, name: str, root: str | Sequence[str] | None, held_out_share: float) -> Splits:
-    """A labeled data set if `root` has train/ and val/ with class folders, else unlabeled images.
+def _unlabeled_remark(branch: Branch) -> str:
+    """How many images a root has, in which of its folders."""
+    folders = [f"{printable(name)} {part.images}" for name, part in sorted(branch.folders.items())]
+    named = ", ".join(folders[:_FOLDERS_TOLD])
+    more = f" and {len(folders) - _FOLDERS_TOLD} folders more" if len(folders) > _FOLDERS_TOLD else ""
+    without = [name for name in class_folders_of(branch.path) if name not in branch.folders]
+    empty = f"; none in {', '.join(map(printable, without[:_FOLDERS_TOLD]))}" if without else ""
+    where = f" ({named}{more}{empty})" if folders or without else ""
+    return f"{branch.path}: {branch.images} images without labels{where}"
+
+
+def folder(
+    *,
+    name: str,
+    root: str | Sequence[str] | None,
+    held_out_share: float,
+    train: str = TRAIN,
+    val: str = VAL,
+    pool_splits: bool = False,
+) -> Splits:
+    """A labeled data set if `root` has `train` and `val` with class folders, else unlabeled images.
 
     Several roots are pooled, unlabeled. Whether an image is held out depends on its path below
-    its root alone, so that adding images moves none.
+    its root alone, so that adding images moves none. `pool_splits` takes all images of a root as
+    one unlabeled set, also where its folders are called train and test.
 
     Raises:
-        DataError: a root that does not exist or holds too few images.
+        DataError: a root that does not exist, holds too few images, or holds folders of several splits
+            that would be pooled although `pool_splits` is off.
     """
     if not 0 < held_out_share < 1:
         raise DataError(f"data.source.held_out_share is {held_out_share}, not between 0 and 1")
-    roots = [_require(one, "data.root") for one in ([root] if isinstance(root, str) or root is None else root)]
-    if len(roots) == 1 and _class_folders(roots[0] / "train") and _class_folders(roots[0] / "val"):
-        return class_folders(name=name, root=str(roots[0]), train="train", val="val")
-    return _unlabeled(name, roots, held_out_share)
+    roots = [_require(one, "data.root") for one in (root if isinstance(root, (list, tuple)) else [root])]
+    are_named = (train, val) != (TRAIN, VAL)
+    if are_named and (pool_splits or len(roots) > 1):
+        raise DataError(
+            f"data.source.train={train} and data.source.val={val} name the splits of one labeled data set: leave them "
+            "out where data.source.pool_splits=true or several roots make one set without labels"
+        )
+    if are_named and train == val:
+        raise DataError(f"data.source.train and data.source.val are both {train}: images trained on test nothing")
+    labeled = len(roots) == 1 and class_folders_of(roots[0] / train) and class_folders_of(roots[0] / val)
+    if not pool_splits and (are_named or labeled):
+        return class_folders(name=name, root=str(roots[0]), train=train, val=val)
+    return _unlabeled(name, roots, held_out_share, pool_splits=pool_splits)

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from relloc.data.processes import Progress
+
 
 @runtime_checkable
 class ImageSet(Protocol):
@@ -40,7 +42,7 @@ class ImageSet(Protocol):
     def source(self, index: int) -> str: ...
 
     def digest(self) -> str:
-        """Hash of what the set consists of: names and labels, or pixels."""
+        """Hash of what the set consists of: names, labels and what the images hold; the same wherever it lies."""
         ...
 
 
@@ -53,18 +55,42 @@ class ReadsArrays(Protocol):
         ...
 
 
+@runtime_checkable
+class SlowToIdentify(Protocol):
+    """An `ImageSet` whose digest takes reading: it is made with progress shown before `digest` is asked for it."""
+
+    def identify(self, progress: Progress) -> str:
+        """What `digest` gives. Made once, then kept."""
+        ...
+
+
+@runtime_checkable
+class IdentifiedBefore(Protocol):
+    """An `ImageSet` that knows the digest which older versions of relloc gave it, so that their runs can be resumed."""
+
+    def former_digest(self) -> str:
+        """Hash by the older rules, which see less of the images."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Images to train on, and others never trained on."""
+    """Images to train on, and others never trained on; `remarks` say what was made of the folders they lie in."""
 
     train: ImageSet
     held_out: ImageSet
+    remarks: tuple[str, ...] = ()
 
     @property
     def labeled(self) -> bool:
         """Whether both splits have labels, of the same classes."""
         both = self.train.labels is not None and self.held_out.labels is not None
         return both and self.train.classes == self.held_out.classes
+
+
+def former_digest(images: ImageSet) -> str:
+    """The digest that older versions of relloc gave a set; today's where that did not change."""
+    return images.former_digest() if isinstance(images, IdentifiedBefore) else images.digest()
 
 
 def hash_lines(lines: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ unreadable: looking for 2.4 million files takes longer than reading their names.
 import dataclasses
 import functools
 import json
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ _VOC_NAMES = (
 )
 VOC_CLASSES = tuple(_VOC_NAMES.split())
 _COUNTED_YEAR = 2007  # whose counts published_images has: the benchmark is of this year
+_LABEL_DIGITS = 6  # there is a class for each number up to the largest label
 THERE, DIFFICULT, NOT_THERE = 1, 0, -1  # as the class lists of PASCAL VOC have it
 
 _VOC = "the PASCAL VOC{year} development kit (images and lists, of trainval and of test), from the PASCAL VOC site"
@@ -166,6 +168,7 @@ def places205(
     classes = tuple(str(Path(first[label]).parent) if label in first else str(label) for label in range(max(first) + 1))
     if max(val_labels) >= len(classes):
         raise DataError(f"{base / val_list}: label {max(val_labels)} is in no line of {base / train_list}")
+    _refuse_other_labels(base / train_list, paths, labels, base / val_list, val_paths, val_labels)
     splits = Splits(
         train=_images(name, "train", base / images, base / train_list, paths, labels, classes),
         held_out=_images(name, "val", base / images, base / val_list, val_paths, val_labels, classes),
@@ -179,7 +182,7 @@ def _labeled_lines(path: Path) -> tuple[list[str], list[int]]:
     paths, labels = [], []
     for number, line in _lines(path, _PLACES):
         image, _, label = line.rpartition(" ")
-        if not image or not label.isdecimal():
+        if not image or not label.isdecimal() or len(label) > _LABEL_DIGITS:
             raise DataError(f"{path} line {number}: {line!r} is not a path, a space and a class number")
         paths.append(image.strip())
         labels.append(int(label))
@@ -207,6 +210,7 @@ def inaturalist2018(
     base = _root(root, _INATURALIST)
     content = {path: _annotations(base / path) for path in (train_annotations, val_annotations)}
     label_of, classes = _categories(content[train_annotations], base / train_annotations)
+    _refuse_other_categories(content[val_annotations], base / val_annotations, label_of, classes, train_annotations)
 
     def split(split_name: str, path: str) -> ListedImages:
         files, labels = _annotated(content[path], base / path, images, label_of)
@@ -234,9 +238,26 @@ def _categories(content: Mapping[str, list[Any]], path: Path) -> tuple[dict[int,
         called = {category["id"]: category["name"] for category in content["categories"]}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: a category without id or name: {error}") from error
+    twice = next((one for one in content["categories"] if called[one["id"]] != one["name"]), None)
+    if twice:
+        raise DataError(f"{path}: category {twice['id']} is both {twice['name']} and {called[twice['id']]}")
     return {category: label for label, category in enumerate(sorted(called))}, tuple(
         called[one] for one in sorted(called)
     )
+
+
+def _refuse_other_categories(
+    content: Mapping[str, list[Any]], path: Path, label_of: Mapping[int, int], classes: Sequence[str], train: str
+) -> None:
+    """Raises `DataError` where both files have a number for a category, and not the same category."""
+    other_labels, other_classes = _categories(content, path)
+    for category, label in other_labels.items():
+        name, known = other_classes[label], label_of.get(category)
+        if known is not None and classes[known] != name:
+            raise DataError(
+                f"{path}: category {category} is {name}, in {train} it is {classes[known]}: labels would not mean the "
+                "same in both splits. Take both files from the same release of the data set"
+            )
 
 
 def _annotated(
@@ -244,11 +265,39 @@ def _annotated(
 ) -> tuple[list[str], list[int]]:
     try:
         category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
+        for entry in content["annotations"]:
+            if category_of[entry["image_id"]] != entry["category_id"]:
+                raise DataError(f"{path}: image {entry['image_id']} is annotated with two categories: which is right?")
         files = [entry["file_name"].removeprefix(f"{folder}/") for entry in content["images"]]
         labels = [label_of[category_of[entry["id"]]] for entry in content["images"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: an image without file name, annotation or known category: {error}") from error
     return files, labels
+
+
+def _refuse_other_labels(
+    train: Path,
+    paths: Sequence[str],
+    labels: Sequence[int],
+    val: Path,
+    val_paths: Sequence[str],
+    val_labels: Sequence[int],
+) -> None:
+    """Raises `DataError` where images of one folder have one label in the training list, another in the other list.
+
+    Only where each folder has one label there, and each label one folder: in other layouts folders say nothing.
+    """
+    label_of = dict(zip(map(os.path.dirname, paths), labels, strict=True))
+    pairs = set(zip(map(os.path.dirname, paths), labels, strict=True))
+    if len(pairs) != len(label_of) or len(set(label_of.values())) != len(label_of):
+        return
+    for path, label in zip(val_paths, val_labels, strict=True):
+        folder = os.path.dirname(path)
+        if label_of.get(folder, label) != label:
+            raise DataError(
+                f"{val}: {path} has label {label}, images of its folder {folder} in {train} have {label_of[folder]}: "
+                "take both lists from the same release of the data set"
+            )
 
 
 def _refuse_shared(splits: Splits, train_list: str, held_out_list: str) -> None:
@@ -266,12 +315,14 @@ def _refuse_shared(splits: Splits, train_list: str, held_out_list: str) -> None:
 def _root(root: str | None, where: str) -> Path:
     if not root:
         raise DataError(f"data.root is not set: give data.root=FOLDER, or set RELLOC_DATA, to a folder with {where}")
-    if not Path(root).is_dir():
+    if not isinstance(root, str) or not os.path.isdir(root):
         raise DataError(f"data.root={root} is not a folder: give the one that holds {where}")
     return Path(root)
 
 
 def _text(path: Path, where: str) -> str:
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise DataError(f"{path} is no file: data.root is to hold {where}")
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError as error:

@@ -23,7 +23,8 @@ from PIL import Image, features
 from safetensors.numpy import save
 
 from relloc.data.check import Check, summary, unreadable_images
-from relloc.data.image_set import ImageSet, Splits, hash_lines
+from relloc.data.contents import is_of_former_rules
+from relloc.data.image_set import ImageSet, Splits, former_digest, hash_lines
 from relloc.data.images import ImageFile
 from relloc.data.lists import MultiLabeled
 from relloc.data.parts import (
@@ -53,6 +54,7 @@ from relloc.data.shards import (
     decoded,
     index_name,
     names_name,
+    read_manifest,
     shard_name,
     shards,
 )
@@ -109,8 +111,8 @@ def pack(
     wanted = _wanted(data, packing)
     try:
         if (out / MANIFEST).exists():
-            return _finished_before(out, wanted)
-        _begin(out, wanted)
+            return _finished_before(data, out, packing, wanted)
+        _begin(data, out, packing, wanted)
         jobs = spans(data, packing.images_per_shard)
         ready = [span for span in jobs if _is_packed(out, span)]
         work_through(
@@ -130,15 +132,15 @@ def pack(
         ) from error
 
 
-def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
-    """What decides every byte of the packed folder, but for the originals' own bytes."""
+def _wanted(data: Splits, packing: Packing, *, former: bool = False) -> dict[str, Any]:
+    """What decides every byte of the packed folder; `former`: the originals identified as older versions did."""
     return {
         **dataclasses.asdict(packing),
         "resampling": "bilinear, antialiased",
         "encoder": f"Pillow {PIL.__version__}, {_libjpeg()}",
         "originals": {
             role: {
-                "digest": images.digest(),
+                "digest": former_digest(images) if former else images.digest(),
                 "labels": None if images.labels is None else hash_lines(map(str, images.labels)),
             }
             | ({} if (shown := _presence(images)) is None else {"presence": hash_lines(map(str, shown))})
@@ -163,17 +165,20 @@ def _libjpeg() -> str:
     return f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
 
 
-def _finished_before(out: Path, wanted: dict[str, Any]) -> Check:
+def _finished_before(data: Splits, out: Path, packing: Packing, wanted: dict[str, Any]) -> Check:
     shards(root=str(out))
-    _refuse_others(out, json.loads((out / MANIFEST).read_bytes())["packed"], wanted)
+    _refuse_others(data, out, packing, read_manifest(out)["packed"], wanted)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    return Check.from_json(json.loads((out / CHECK_FILE).read_bytes()))
+    try:
+        return Check.from_json(_json(out / CHECK_FILE))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{out / CHECK_FILE} is damaged: remove the folder {out} and pack again") from error
 
 
-def _begin(out: Path, wanted: dict[str, Any]) -> None:
+def _begin(data: Splits, out: Path, packing: Packing, wanted: dict[str, Any]) -> None:
     settings = out / UNFINISHED / _SETTINGS_FILE
     if settings.exists():
-        _refuse_others(out, json.loads(settings.read_bytes()), wanted)
+        _refuse_others(data, out, packing, _json(settings), wanted)
         for folder in (out, out / UNFINISHED):
             for left in folder.glob(".*.unfinished"):
                 left.unlink(missing_ok=True)
@@ -184,7 +189,21 @@ def _begin(out: Path, wanted: dict[str, Any]) -> None:
     write(settings, as_json(wanted))
 
 
-def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} is missing or damaged: remove the folder that is packed into, and pack again"
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: remove the folder that is packed into, and pack again")
+    return content
+
+
+def _refuse_others(data: Splits, out: Path, packing: Packing, before: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if before.get("originals") != wanted["originals"] and _of_former_rules(before):
+        wanted = _wanted(data, packing, former=True)
     changed = [name for name in sorted(before | wanted) if before.get(name) != wanted.get(name)]
     told = [
         "the images or their labels are others" if name == "originals" else f"{name} was {before.get(name)}, now {now}"
@@ -194,10 +213,17 @@ def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) ->
         raise DataError(f"out={out} was packed with other settings: {', '.join(told)}. Give another folder, or these")
 
 
+def _of_former_rules(packed: dict[str, Any]) -> bool:
+    """Whether an older relloc identified the originals of a packed folder."""
+    originals = packed.get("originals")
+    parts = originals.values() if isinstance(originals, dict) else ()
+    return any(isinstance(part, dict) and is_of_former_rules(part.get("digest")) for part in parts)
+
+
 def _is_packed(out: Path, span: Span) -> bool:
     about = about_part(out / UNFINISHED, span)
     tar = out / shard_name(span.split, span.number)
-    return about is not None and tar.is_file() and tar.stat().st_size == about["bytes"]
+    return about is not None and tar.is_file() and tar.stat().st_size == about.get("bytes")
 
 
 def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:
@@ -296,8 +322,9 @@ def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict
     shown = _presence(images)
     if shown is not None:
         index["presence"] = np.asarray(shown, dtype=np.int8)
-    write(out / names_name(images.split), b"".join(lines))
-    write(out / index_name(images.split), save(index))
+    index_files = {names_name(images.split): b"".join(lines), index_name(images.split): save(index)}
+    for name, content in index_files.items():
+        write(out / name, content)
     counts = np.bincount(records["how"], minlength=len(_HOW))
     tars = [about_part(out / UNFINISHED, span) or {} for span in parts]
     return {
@@ -307,6 +334,7 @@ def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict
         **({} if shown is None else {"multi_labeled": True}),
         "stored": {how: int(counts[number]) for number, how in enumerate(_HOW)},
         "shards": [{name: tar[name] for name in ("file", "bytes", "sha256")} for tar in tars],
+        "index_sha256": {name: hashlib.sha256(content).hexdigest() for name, content in index_files.items()},
         "unreadable": unreadable_images(out / UNFINISHED, parts, called),
         "digest": _digest(images.classes, lines, index.get("label"), records["stored_sha256"]),
     }

@@ -138,11 +138,23 @@ def save_part(folder: Path, span: Span, records: np.ndarray, about: dict[str, An
 
 
 def about_part(folder: Path, span: Span) -> dict[str, Any] | None:
-    """What is said of a part; None where it is not finished."""
-    path = folder / f"{span.stem}.json"
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    """What is said of a part; None where it is not finished, or damaged."""
+    try:
+        about = json.loads((folder / f"{span.stem}.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return about if isinstance(about, dict) else None
 
 
 def records_of(folder: Path, parts: list[Span]) -> np.ndarray:
-    """The records of finished parts, in one array."""
-    return np.concatenate([np.load(folder / f"{span.stem}.npy", allow_pickle=False) for span in parts])
+    """The records of finished parts, in one array. Raises `DataError` where one is damaged."""
+    records = []
+    for span in parts:
+        path = folder / f"{span.stem}.npy"
+        try:
+            records.append(np.load(path, allow_pickle=False))
+        except (FileNotFoundError, EOFError, ValueError) as error:
+            raise DataError(
+                f"{path} is missing or damaged ({error}): remove {path.with_suffix('.json')}, start the command again"
+            ) from error
+    return np.concatenate(records)

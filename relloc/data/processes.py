@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,6 +20,13 @@ Progress = Callable[[int, int], AbstractContextManager[Callable[[int, str], None
 
 _LOOK_EVERY_S = 0.2
 _END_WITHIN_S = 5.0
+
+
+@contextlib.contextmanager
+def without_progress(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    """A `Progress` that shows nothing."""
+    del total, done
+    yield lambda _done, _text: None
 
 
 class _Worker:

@@ -1,6 +1,7 @@
 """From a composed config to the objects of a run."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -15,8 +16,9 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relloc import ranks
-from relloc.data.image_set import ImageSet, Splits
+from relloc.data.image_set import ImageSet, SlowToIdentify, Splits
 from relloc.data.lists import MultiLabeled
+from relloc.data.processes import without_progress
 from relloc.data.shards import shards
 from relloc.data.views import Center
 from relloc.errors import DataError, UsageError
@@ -41,7 +43,6 @@ _NEUTRAL = (
     *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
     *("data.root", "data.shards", "data.source", "data.unreadable_share"),  # the images' digest counts
 )
-
 
 # Numbers that no constructor looks at before data is listed or anything is trained: lowest, highest.
 _WHOLE = {
@@ -88,19 +89,39 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
 
 
-def splits(data: DictConfig) -> Splits:
-    """The images, with a line that says what was found. Rank 0 is first, so that one process downloads."""
+def splits(data: DictConfig, *, identified: bool = True) -> Splits:
+    """The images, with lines that say what was found. Rank 0 is first, so that one process downloads.
+
+    They are `identified`, with progress shown, unless nobody will ask for their digest.
+    """
     if ranks.rank() > 0:
         ranks.from_first("")
-        return _splits(data)
-    found = _splits(data)
-    ranks.from_first("")
+        found = _splits(data)
+    else:
+        found = _splits(data)
+        ranks.from_first("")
+        _tell_found(found)
+    if identified:
+        _identify(found)
+    return found
+
+
+def _tell_found(found: Splits) -> None:
     labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
     if isinstance(found.train, MultiLabeled):
         labels = f"{len(found.train.classes)} classes, several an image"
     counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
     console.say(f"data    {found.train.name}: {counts}, {labels}")
-    return found
+    for remark in found.remarks:
+        console.say(f"        {remark}")
+
+
+def _identify(found: Splits) -> None:
+    """Make the digests now: a minute of reading files on a slow file server is not to look as if nothing happened."""
+    shown = console.progress_if_long if ranks.rank() == 0 else None
+    for images in (found.train, found.held_out):
+        if isinstance(images, SlowToIdentify):
+            images.identify(functools.partial(shown, f"identify {images.split}") if shown else without_progress)
 
 
 def _splits(data: DictConfig) -> Splits:

@@ -20,6 +20,7 @@ from relloc.results import HEADLINES, LAYERS, NOT_OURS, Result, count_of, headli
 T = TypeVar("T")
 Update = Callable[[int, str], None]
 _LINE_EVERY_S = 30
+_LONG_S = 3
 _SAID = {"top1": "", "map": "", "rankme": "rankme"}  # what the table's head says of a metric
 _last_line: dict[str, float] = {}  # when there was one, of whatever
 _ORDER = {"linear": -2, "linear_fast": -1}
@@ -52,6 +53,23 @@ def progress_bar(what: str, total: int, done: int = 0, *, end_after_s: float = 0
             yield lambda done, text: bar.update(task, completed=done, text=text)
     else:
         yield _lines(what, total, done, end_after_s)
+
+
+@contextlib.contextmanager
+def progress_if_long(what: str, total: int, _done: int = 0) -> Iterator[Update]:
+    """As `progress_bar`, but nothing is shown of what is finished within a few seconds."""
+    started = time.monotonic()
+    shown: Update | None = None
+    with contextlib.ExitStack() as at_end:
+
+        def update(done: int, text: str) -> None:
+            nonlocal shown
+            if shown is None and time.monotonic() - started > _LONG_S:
+                shown = at_end.enter_context(progress_bar(what, total, done))
+            if shown is not None:
+                shown(done, text)
+
+        yield update
 
 
 def _lines(what: str, total: int, first: int, end_after_s: float) -> Update:

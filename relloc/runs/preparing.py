@@ -27,11 +27,11 @@ def prepare(config: DictConfig) -> None:
     are_packed = OmegaConf.select(config, "data.shards") is not None
     if config.out is not None and are_packed:
         raise UsageError("data.shards names images that are packed already: give data.root to pack the originals")
-    data = assemble.splits(config.data)
+    data = assemble.splits(config.data, identified=config.out is not None)  # packing goes by what the images are
     published = _published(config)
     if config.out is None:
         if are_packed:
-            check_hashes(Path(config.data.shards))
+            check_hashes(Path(config.data.shards), _progress("hashes"))
         _tell(check(data, published=published, workers=workers, progress=_progress("check")))
         console.say("checked" if are_packed else "checked; out=FOLDER packs these images into shards")
         return

@@ -54,7 +54,7 @@ def pretrain(config: DictConfig) -> None:
         task, plan = _task(config, data, how)
         identity = assemble.computed(config) | {
             "precision": how.precision,  # what auto became
-            "version of random numbers": PRETRAINING_VERSION,
+            saving.RANDOM_NUMBERS: PRETRAINING_VERSION,
             "training images": data.train.digest(),
         }
         standing = saving.resume(identity, task, run_dir)  # before anything is written there

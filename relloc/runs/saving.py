@@ -16,6 +16,7 @@ from relloc.runs import console
 
 # What `Saver` saves, and a training goes on from
 _OF_A_TRAINING = {"model": dict, "optimizer": dict, "tallies": torch.Tensor, "identity": dict, "step": int}
+RANDOM_NUMBERS = "version of random numbers"  # a part of a run's identity
 
 
 def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
@@ -33,6 +34,11 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
     lacking = [name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)]
     if lacking:
         raise DamagedCheckpoint(f"{checkpoints.damaged(Path(path))}: {', '.join(lacking)} of a training are missing")
+    if RANDOM_NUMBERS in identity and RANDOM_NUMBERS not in state["identity"]:
+        raise UsageError(
+            f"{run_dir} holds a run that an older relloc began: random numbers and the identity of images are now "
+            "made in other ways. Finish it with that version, or give another hydra.run.dir"
+        )
     changed = _changed(state["identity"], identity)
     if changed:
         raise UsageError(

@@ -57,7 +57,9 @@ def test_class_folders_in_sorted_order_are_the_labels(tmp_path: Path) -> None:
 def test_a_list_of_one_labeled_root_is_labeled_and_of_two_is_not(tmp_path: Path) -> None:
     one, two = labeled_root(tmp_path / "one"), labeled_root(tmp_path / "two")
     assert unlabeled([str(one)]).labeled
-    pooled = unlabeled([str(one), str(two)], share=0.5)
+    with pytest.raises(DataError, match=r"one holds several splits .*data.source.pool_splits=true"):
+        unlabeled([str(one), str(two)], share=0.5)
+    pooled = folder(name="mine", root=[str(one), str(two)], held_out_share=0.5, pool_splits=True)
     assert pooled.train.labels is None
     assert len(all_names(pooled, tmp_path)) == 12
 

@@ -1,5 +1,7 @@
 import io
+import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +266,148 @@ def test_only_the_square_of_a_scroll_is_computed() -> None:
     size = (255, 255 * 20_000)  # whole, this would be 3.9 GB
     found = np.asarray(crop_resized(scroll, size, (0, 255 * 10_050), 255))
     assert (found == 100).all()
+
+
+def gray_tiff(
+    path: Path,
+    values: np.ndarray,
+    *,
+    kind: int,
+    bits: int | None = None,
+    photometric: int = 1,
+    size: tuple[int, int] | None = None,
+) -> Path:
+    """A gray TIFF, little endian, in one strip; `kind` 1 is unsigned, 2 signed, 3 float; photometric 0: 0 is white."""
+    height, width = size or values.shape
+    data = values.tobytes()
+    tags = {256: width, 257: height, 258: bits or values.itemsize * 8, 259: 1, 262: photometric, 273: 8, 277: 1}
+    tags |= {278: height, 279: len(data), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory)
+    return path
+
+
+def gray_of(path: Path) -> np.ndarray:
+    found = pixels_of(path)
+    assert (found == found[..., :1]).all()
+    return found[..., 0].astype(float)
+
+
+@pytest.mark.parametrize("widest", [1, 255])
+def test_floating_point_values_are_the_picture_in_either_range(tmp_path: Path, widest: int) -> None:
+    values = (LEVELS / 255 * widest).astype("<f4")
+    path = gray_tiff(tmp_path / "a.tif", values, kind=3)
+    assert np.array_equal(gray_of(path), LEVELS)
+    assert np.array_equal(gray_of(gray_tiff(path, values, kind=3, photometric=0)), 255 - LEVELS)
+
+
+@pytest.mark.parametrize("odd", [-3.0, 4000.0, np.nan, np.inf, -np.inf])
+def test_floating_point_values_outside_both_ranges_are_unreadable(tmp_path: Path, odd: float) -> None:
+    values = (LEVELS / 255).astype("<f4")
+    values[3, 4] = odd
+    with pytest.raises(UnreadableImage, match="floating-point values|not a number"):
+        read_rgb(gray_tiff(tmp_path / "a.tif", values, kind=3))
+
+
+def test_floating_point_values_are_clipped_within_rounding(tmp_path: Path) -> None:
+    values = (LEVELS / 255).astype("<f4")
+    values[0, :2] = -1e-6, 1 + 1e-6
+    assert list(gray_of(gray_tiff(tmp_path / "a.tif", values, kind=3))[0, :2]) == [0, 255]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("<u4", 1), ("<i4", 2), ("<i2", 2)])
+def test_integers_whose_white_is_not_told_are_unreadable(tmp_path: Path, dtype: str, kind: int) -> None:
+    with pytest.raises(UnreadableImage, match="save it in 8 or 16 bits"):
+        read_rgb(gray_tiff(tmp_path / "a.tif", LEVELS.astype(dtype) * 100, kind=kind))
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_16_bits_of_every_byte_order_and_with_white_as_0(tmp_path: Path, dtype: str) -> None:
+    deep = LEVELS.astype(np.uint16) * 257
+    if dtype == "<u2":
+        assert np.array_equal(gray_of(gray_tiff(tmp_path / "a.tif", deep, kind=1)), LEVELS)
+        assert np.array_equal(gray_of(gray_tiff(tmp_path / "b.tif", deep, kind=1, photometric=0)), 255 - LEVELS)
+    else:
+        image = Image.frombytes("I;16B", (36, 24), deep.astype(dtype).tobytes())
+        assert np.array_equal(gray_of(saved(tmp_path, image, "c.tif")), LEVELS)
+
+
+def test_12_bits_reach_from_black_to_white(tmp_path: Path) -> None:
+    levels = np.array([[0, 4095, 2048, 1024]])
+    packed = np.array([0x00, 0x0F, 0xFF, 0x80, 0x04, 0x00], np.uint8)  # two values in three bytes
+    path = gray_tiff(tmp_path / "a.tif", packed[None], kind=1, bits=12, size=(1, 4))
+    assert np.abs(gray_of(path) - levels * 255 / 4095).max() <= 1
+
+
+def test_a_deep_gray_image_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    deep = Image.fromarray(np.ascontiguousarray(np.rot90(LEVELS.astype(np.uint16) * 257, 1)))
+    assert np.array_equal(gray_of(saved(tmp_path, deep, "a.png", exif=exif)), LEVELS)
+
+
+JPEG_OF_65500 = b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xdc\xff\xdc\x03\x01\x11\x00\x02\x11\x01\x03\x11\x01\xff\xda\x00\x02"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        JPEG_OF_65500,
+        b"GIF89a" + struct.pack("<HH", 65500, 65500) + b"\x80\0\0" + bytes(6) + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;",
+        b"GIF89a\1\0\1\0\x80\0\0" + bytes(6) + b"," + struct.pack("<HHHH", 0, 0, 65500, 65500) + b"\0\2\2D\1\0;",
+        b"P6 65500 65500 255\n",
+        b"BM"
+        + struct.pack("<IHHI", 100, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, 65500, 65500, 1, 24, 0, 0, 0, 0, 0, 0),
+    ],
+)
+def test_an_image_that_claims_to_be_huge_is_unreadable_before_memory_is_asked_for(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    for limit in (Image.MAX_IMAGE_PIXELS, None):  # None: another library lifted Pillow's own
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        tracemalloc.start()
+        with pytest.raises(UnreadableImage, match="limit|claims to have 65500 x 65500 px"):
+            read_rgb(tmp_path / "a.jpg")
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
+        b"%PDF-1.4\n",
+        b"\xd7\xcd\xc6\x9a" + bytes(40),
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    ],
+)
+def test_what_other_programs_would_have_to_draw_is_unreadable(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_arguments: object, **_more: object) -> None:
+        raise AssertionError("another program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UnreadableImage, match="cannot identify image file"):
+        read_rgb(tmp_path / "a.jpg")
+
+
+def test_pipes_and_folders_are_unreadable_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "folder.jpg"):
+        for read in (read_rgb, read_file):
+            with pytest.raises(UnreadableImage, match="is no file but a pipe, socket or device|Is a directory"):
+                read(tmp_path / name)
+
+
+def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(UnreadableImage, match="has 1099.5 GB"):
+        read_file(path)

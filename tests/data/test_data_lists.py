@@ -259,3 +259,43 @@ def test_an_impossible_file_name_of_an_annotation_file_is_unreadable_when_read(t
     assert len(splits.train.digest()) == 16
     with pytest.raises(UnreadableImage, match="null byte"):
         splits.train.read(1)
+
+
+def test_categories_that_mean_another_thing_in_the_other_file_are_told(tmp_path: Path) -> None:
+    text(tmp_path / "train2018.json", annotations("", (4, 9), {11: 4, 12: 9}))
+    held_out = json.loads(annotations("", (4, 9), {13: 9}))
+    text(tmp_path / "val2018.json", json.dumps(held_out))
+    assert inat_of(tmp_path).labeled
+    held_out["categories"][0]["name"], held_out["categories"][1]["name"] = "species 9", "species 4"
+    text(tmp_path / "val2018.json", json.dumps(held_out))
+    with pytest.raises(DataError, match=r"val2018.json: category 4 is species 9, in train2018.json it is species 4"):
+        inat_of(tmp_path)
+
+
+def test_a_category_or_an_image_with_two_meanings_is_told(tmp_path: Path) -> None:
+    text(tmp_path / "val2018.json", annotations("", (4, 9), {13: 9}))
+    train = json.loads(annotations("", (4, 9), {11: 4, 12: 9}))
+    twice = train | {"categories": [*train["categories"], {"id": 4, "name": "another"}]}
+    text(tmp_path / "train2018.json", json.dumps(twice))
+    with pytest.raises(DataError, match="category 4 is both"):
+        inat_of(tmp_path)
+    first = train["annotations"][0]
+    twice = train | {"annotations": [*train["annotations"], first | {"category_id": 4}]}
+    text(tmp_path / "train2018.json", json.dumps(twice))
+    with pytest.raises(DataError, match="is annotated with two categories"):
+        inat_of(tmp_path)
+
+
+def test_labels_of_places_that_disagree_between_the_lists_are_told(tmp_path: Path) -> None:
+    places_root(tmp_path)
+    text(tmp_path / "val.csv", "z/zoo/9.jpg 0\n")
+    with pytest.raises(DataError, match=r"val.csv: z/zoo/9.jpg has label 0, .* z/zoo .* have 2"):
+        places_of(tmp_path)
+    text(tmp_path / "val.csv", "z/elsewhere/9.jpg 0\n")  # a folder that training images say nothing of
+    assert places_of(tmp_path).held_out.labels == [0]
+    text(tmp_path / "train.csv", "a/1.jpg 0\na/2.jpg 1\n")  # folders that are no classes
+    text(tmp_path / "val.csv", "a/9.jpg 1\n")
+    assert places_of(tmp_path).held_out.labels == [1]
+    text(tmp_path / "train.csv", f"a/1.jpg {10**12}\n")
+    with pytest.raises(DataError, match="line 1"):
+        places_of(tmp_path)

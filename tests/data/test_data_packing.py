@@ -263,3 +263,62 @@ def test_an_image_too_long_for_a_jpeg_is_unreadable(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Packing(**(PACKING | wrong))
+
+
+def test_what_an_older_relloc_packed_is_known_again_and_goes_on(tmp_path: Path) -> None:
+    root = write_many(tmp_path / "originals", 10, 3)
+    packed(of(root), tmp_path / "out", workers=1)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_bytes())
+    for role in ("train", "held_out"):
+        manifest["packed"]["originals"][role]["digest"] = getattr(of(root), role).former_digest()
+        del manifest[role]["index_sha256"]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    assert packed(of(root), tmp_path / "out", workers=1).train.images == 10
+    manifest["packed"]["originals"]["train"]["digest"] = "0123456789abcdef"
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="the images or their labels are others"):
+        packed(of(root), tmp_path / "out", workers=1)
+
+
+def test_packing_is_not_continued_with_other_images_of_the_same_names_and_sizes(tmp_path: Path) -> None:
+    root = write_many(tmp_path / "originals", 10, 3)
+    packed(of(root), tmp_path / "out", workers=1)
+    path = root / "train/a/0000.jpg"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="the images or their labels are others"):
+        packed(of(root), tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"train": 1}'])
+def test_a_damaged_check_beside_packed_images_is_told(tmp_path: Path, content: str) -> None:
+    root = write_many(tmp_path / "originals", 10, 3)
+    packed(of(root), tmp_path / "out", workers=1)
+    (tmp_path / "out/check.json").write_text(content)
+    with pytest.raises(DataError, match=r"check\.json"):
+        packed(of(root), tmp_path / "out", workers=1)
+
+
+def test_a_damaged_note_of_a_finished_part_is_packed_again_and_damaged_records_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = write_many(tmp_path / "originals", 10, 3), tmp_path / "out"
+    packed(of(root), tmp_path / "whole", workers=1)
+
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("relloc.data.packing._finish", full)
+        with pytest.raises(DataError, match="No space left"):
+            packed(of(root), out, workers=1)
+    (out / "unfinished/train-000001.json").write_text('{"file": ')
+    records = out / "unfinished/train-000000.npy"
+    content = records.read_bytes()
+    records.write_bytes(content[:50])
+    with pytest.raises(DataError, match=r"train-000000\.npy is missing or damaged"):
+        packed(of(root), out, workers=1)
+    records.write_bytes(content)
+    packed(of(root), out, workers=1)
+    assert files(out) == files(tmp_path / "whole")

@@ -1,8 +1,10 @@
 import contextlib
+import io
 import json
 import os
 import pickle
 import shutil
+import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,9 +231,16 @@ def test_imagenet_costs_tens_of_megabytes(copy: Path) -> None:
     n = 1_281_167
     manifest = json.loads((copy / "manifest.json").read_bytes())
     manifest["train"]["images"] = n
+    manifest["packed"]["images_per_shard"] = n
+    manifest["held_out"]["shards"], manifest["train"]["shards"] = (
+        manifest["held_out"]["shards"][:1],
+        [{"file": "train-000000.tar", "bytes": 10 * n, "sha256": ""}],
+    )
+    os.truncate(copy / "train-000000.tar", 10 * n)
+    os.truncate(copy / "train-names.jsonl", n)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     numbers = np.arange(n + 1, dtype=np.int64)
-    columns = dict.fromkeys(("offset", "size", "label"), numbers[:n])
+    columns = {"offset": numbers[:n] * 10, "size": np.full(n, 10), "label": numbers[:n] % 2}
     save_file({**columns, "name_offset": numbers}, copy / "train-index.safetensors")
     tracemalloc.start()
     images = ShardImages(copy, "train")
@@ -308,3 +317,175 @@ def test_a_tar_of_the_same_size_with_other_bytes_is_found_when_hashes_are_asked_
     shards(root=str(damaged))  # as quick as before: sizes alone are looked at
     with pytest.raises(DataError, match=r"val-000000.tar has other bytes than it was packed with"):
         check_hashes(damaged)
+
+
+def changed_manifest(copy: Path, where: str, value: object) -> None:
+    """Put a value at a place such as train.shards.0.file."""
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    at = manifest
+    *above, last = [int(part) if part.isdecimal() else part for part in where.split(".")]
+    for part in above:
+        at = at[part]
+    at[last] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("name", None),
+        ("packed", []),
+        ("packed.images_per_shard", 0),
+        ("packed.images_per_shard", "4"),
+        ("packed.images_per_shard", 2**70),
+        ("train", None),
+        ("train.images", True),
+        ("train.images", -1),
+        ("train.images", 2**34),
+        ("train.classes", "ab"),
+        ("train.classes", [1]),
+        ("train.split", "../train"),
+        ("train.split", ""),
+        ("train.shards", []),
+        ("train.shards.0", 5),
+        ("train.shards.0.file", "../../train-000000.tar"),
+        ("train.shards.0.bytes", "many"),
+        ("train.unreadable", []),
+        ("train.stored", {"kept": 1}),
+        ("train.digest", 5),
+    ],
+)
+def test_a_manifest_that_relloc_did_not_write_is_one_message(copy: Path, where: str, value: object) -> None:
+    changed_manifest(copy, where, value)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        shards(root=str(copy))
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe", b"1" * 5000, b"null"])
+def test_json_of_other_kinds_is_one_message(copy: Path, content: bytes) -> None:
+    (copy / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        shards(root=str(copy))
+
+
+def test_tars_of_others_are_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "000000.tar").write_bytes(bytes(1024))
+    with pytest.raises(DataError, match=r"has no manifest\.json.*Tars of others can't be read: unpack them"):
+        shards(root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "told"),
+    [
+        ("size", 0, 2**34, "outside of its tar"),
+        ("size", 0, -1, "outside of its tar"),
+        ("size", 0, 2**63 - 1, "outside of its tar"),
+        ("offset", 0, 2**34, "outside of its tar"),
+        ("offset", 0, -512, "outside of its tar"),
+        ("offset", 0, 2**63 - 1, "outside of its tar"),
+        ("offset", 1, 512, "overlap"),
+        ("label", 0, 2, "a label is of no class"),
+        ("label", 0, -1, "a label is of no class"),
+        ("name_offset", 1, 2**34, "has other names"),
+        ("name_offset", 0, 1, "has other names"),
+        ("name_offset", -1, 5, "has other names"),
+    ],
+)
+def test_an_index_that_leads_outside_is_one_message(copy: Path, name: str, index: int, value: int, told: str) -> None:
+    path = copy / "train-index.safetensors"
+    columns = {key: values.copy() for key, values in load_file(path).items()}
+    columns[name][index] = value
+    save_file(columns, path)
+    with pytest.raises(DataError, match=f"train-index.safetensors does not fit manifest.json .*{told}"):
+        shards(root=str(copy))
+
+
+@pytest.mark.parametrize("change", ["float", "short", "deep", "scalar", "gone"])
+@pytest.mark.parametrize("name", ["offset", "size", "name_offset"])
+def test_an_index_of_another_form_is_one_message(copy: Path, name: str, change: str) -> None:
+    path = copy / "train-index.safetensors"
+    columns = load_file(path)
+    values = columns.pop(name)
+    other = {"float": values.astype(np.float32), "short": values[:-1].copy(), "deep": values[None].copy()}
+    other["scalar"] = np.array(5)
+    save_file(columns | ({} if change == "gone" else {name: other[change]}), path)
+    with pytest.raises(DataError, match="does not fit manifest.json"):
+        shards(root=str(copy))
+
+
+def test_names_that_are_missing_or_damaged_are_told(copy: Path) -> None:
+    path = copy / "train-names.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(b"x" * len(content))
+    with pytest.raises(DataError, match=r"train-names\.jsonl can't be read"):
+        shards(root=str(copy)).train.source(0)
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match="has other names"):
+        shards(root=str(copy))
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-names\.jsonl is missing"):
+        shards(root=str(copy))
+
+
+@pytest.mark.parametrize("role", ["train", "held_out"])
+def test_other_labels_in_the_index_are_another_set_and_told_by_their_hash(out: Path, copy: Path, role: str) -> None:
+    before, split = getattr(shards(root=str(out)), role), {"train": "train", "held_out": "val"}[role]
+    path = copy / f"{split}-index.safetensors"
+    columns = {key: values.copy() for key, values in load_file(path).items()}
+    columns["label"][0] = 1 - columns["label"][0]
+    save_file(columns, path)
+    after = getattr(shards(root=str(copy)), role)
+    assert after.digest() != before.digest()
+    assert after.former_digest() == before.former_digest()
+    with pytest.raises(DataError, match=rf"{split}-index\.safetensors has other bytes than it was packed with"):
+        check_hashes(copy)
+
+
+def test_other_names_are_another_set(out: Path, copy: Path) -> None:
+    path = copy / "train-names.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"0000", b"9999", 1))
+    assert shards(root=str(copy)).train.digest() != shards(root=str(out)).train.digest()
+
+
+def huge_jpeg(before_the_frame: bytes = b"") -> bytearray:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(stream, "JPEG")
+    content = bytearray(b"\xff\xd8" + before_the_frame + stream.getvalue()[2:])
+    frame = content.index(b"\xff\xc0\x00\x11")
+    content[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
+    return content
+
+
+@pytest.mark.parametrize("before", [b"", b"\x00\x01", b"\xff\xff", b"\xff\x01", b"\xff\xe1\x00\x06\xff\xc0\x00\x00"])
+def test_a_jpeg_that_claims_to_be_huge_is_unreadable_before_memory_is_asked_for(
+    before: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def called(*_arguments: object, **_more: object) -> None:
+        raise AssertionError("the decoder was asked")
+
+    monkeypatch.setattr("relloc.data.shards.decode_jpeg", called)
+    with pytest.raises(UnreadableImage, match="claims to have 65500 x 65500 px"):
+        decoded(huge_jpeg(before))
+
+
+def test_a_huge_image_among_packed_ones_is_one_unreadable_image(copy: Path) -> None:
+    images = shards(root=str(copy)).train
+    path, content = copy / "train-000000.tar", bytearray((copy / "train-000000.tar").read_bytes())
+    frame = content.index(b"\xff\xc0\x00\x11")
+    content[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImage, match="claims to have"):
+        images.read(0)
+    assert images.read(1).size
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-index.safetensors", "train-names.jsonl", "train-000000.tar"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_pipes_and_folders_in_place_of_files_are_told_and_not_waited_for(
+    copy: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    (copy / name).unlink()
+    make(copy / name)
+    with pytest.raises(DataError, match=name):
+        shards(root=str(copy))

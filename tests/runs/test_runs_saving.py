@@ -23,7 +23,7 @@ from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.schedule import Constant
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import saving
-from relloc.runs.saving import Saver, milestone_steps, resume
+from relloc.runs.saving import RANDOM_NUMBERS, Saver, milestone_steps, resume
 
 IDENTITY = {"grid.gap_px": 4, "seed": 0}
 
@@ -299,3 +299,10 @@ def test_a_run_goes_on_from_a_milestone_where_all_else_is_damaged(tmp_path: Path
     Saver._save(saver, standing(5))
     Saver._save(saver, standing(6))
     assert resume(IDENTITY, task, tmp_path).step == 6  # what came after the milestone is not lost again
+
+
+def test_a_run_that_an_older_relloc_began_is_refused_with_the_reason(tmp_path: Path) -> None:
+    saver = new_saver(tmp_path, new_task())
+    Saver._save(saver, standing(7))
+    with pytest.raises(UsageError, match="an older relloc began"):
+        resume(IDENTITY | {RANDOM_NUMBERS: 2}, new_task(), tmp_path)

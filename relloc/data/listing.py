@@ -1,0 +1,153 @@
+"""Finding the images below a folder: what counts as one, and an account of what was passed over."""
+
+import collections
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from relloc.data.images import SUFFIXES, begins_as_image
+from relloc.errors import DataError
+
+# Folders that programs keep beside a user's: thumbnails of a network storage, trash, what macOS packs into archives,
+# what a repaired file system found. Names that begin with a dot are passed over besides. In lower case.
+_NO_FOLDERS_OF_IMAGES = {
+    *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "__pycache__"),
+    *("lost+found", "system volume information"),
+}
+# Of these, the ones that unpacking or repairing an archive or a disk leaves: images of a class may lie in them.
+LEFTOVERS = {"__macosx", "lost+found"}
+_NO_FILES_OF_A_USER = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
+# Images that Pillow does not read, or not alone
+_OTHER_IMAGES = {
+    *(".heic", ".heif", ".jxl", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    *(".psd", ".svg", ".eps", ".exr", ".hdr", ".tga", ".jxr", ".avif", ".jp2", ".j2k", ".ico", ".pfm", ".xcf"),
+}
+_LONGEST_SUFFIX = 12
+_KINDS_TOLD = 8
+
+PassedOver = collections.Counter[str]
+"""How many files or folders were not taken, by what a person calls them: `.heic`, `folders @eaDir`."""
+
+
+def printable(name: str) -> str:
+    """A file's name for a terminal: without line ends, escape sequences, and bytes that are no text."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def images_below(folder: Path, passed_over: PassedOver) -> Iterator[str]:
+    """The images in and below a folder: first its own in sorted order, then those of its folders, in sorted order.
+
+    Links are followed, but not to a folder above, and to none twice: no image is taken twice.
+    `passed_over` is added to.
+
+    Raises:
+        DataError: a folder can't be listed.
+    """
+    entered: set[str] = set()
+    waiting = [(str(folder), os.path.realpath(folder))]
+    while waiting:
+        here, real = waiting.pop()
+        if real in entered:
+            continue
+        entered.add(real)
+        folders: list[tuple[str, str]] = []
+        for entry in _entries(here):
+            if entry.name.startswith("."):
+                continue
+            if not _is_folder(entry):
+                if _is_image(entry, passed_over):
+                    yield entry.path
+            elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
+                passed_over[f"folders {printable(entry.name)}"] += 1
+            else:
+                there = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                if f"{real}/".startswith(f"{there.rstrip('/')}/"):
+                    passed_over["links to a folder above"] += 1
+                else:
+                    folders.append((entry.path, there))
+        waiting += reversed(folders)  # the last is entered next
+
+
+def class_folders_of(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in a folder that may be classes, sorted; none where it is no folder.
+
+    Raises:
+        DataError: it can't be listed, or holds what unpacking left, in which images of a class may be.
+    """
+    if not folder.is_dir():
+        return ()
+    names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry) and not entry.name.startswith(".")]
+    left = [name for name in names if name.lower() in LEFTOVERS]
+    classes = tuple(name for name in names if name.lower() not in _NO_FOLDERS_OF_IMAGES)
+    if left and classes:
+        raise DataError(
+            f"{folder / left[0]} is no class, but what unpacking an archive or repairing a disk left: look whether it "
+            "holds images of a class, then remove it"
+        )
+    return classes
+
+
+def outside_of_classes(folder: Path, passed_over: PassedOver) -> None:
+    """Count what lies in a folder of class folders beside these."""
+    for entry in _entries(str(folder)):
+        if entry.name.startswith("."):
+            continue
+        if not _is_folder(entry):
+            passed_over["images in no class folder"] += _is_image(entry, passed_over)
+        elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
+            passed_over[f"folders {printable(entry.name)}"] += 1
+
+
+def told_passed_over(passed_over: PassedOver) -> str:
+    """One sentence on what was passed over; empty where nothing was."""
+    found = [(kind, count) for kind, count in passed_over.most_common() if count]
+    if not found:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found[:_KINDS_TOLD])
+    rest = sum(count for _, count in found[_KINDS_TOLD:])
+    advice = "; what relloc is to take of them, convert to JPEG or PNG" if _OTHER_IMAGES & set(passed_over) else ""
+    return f"passed over: {kinds}{f' and {rest} others' if rest else ''}{advice}"
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(
+            f"{printable(folder)} can't be listed ({error.strerror}), so that its images would be missing: make it "
+            "readable, or move it out of the data set"
+        ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _is_image(entry: os.DirEntry[str], passed_over: PassedOver) -> bool:
+    name = entry.name.lower()
+    if name in _NO_FILES_OF_A_USER:
+        return False
+    suffix = os.path.splitext(name)[1]
+    if name.endswith(SUFFIXES):
+        # A link to nothing is an image that can't be read: it is told as such, as it once was one.
+        if _leads_to_file_or_nowhere(entry):
+            return True
+        passed_over["pipes, sockets or devices"] += 1
+        return False
+    if not suffix and _leads_to_file_or_nowhere(entry) and begins_as_image(entry.path):
+        return True
+    kind = printable(suffix) or "without a suffix"
+    passed_over[kind if len(suffix) <= _LONGEST_SUFFIX else "with longer suffixes"] += 1
+    return False
+
+
+def _leads_to_file_or_nowhere(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
