@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -297,10 +298,11 @@ def _why_not(told: str, n_points: int, n_sent: int) -> str:
             f"the cluster allows no array of {n_points} jobs (MaxArraySize in `scontrol show config`): "
             "start the sweep in parts, with fewer points at a time and the same sweep=NAME"
         )
-    elif any(word in told for word in ("QOS", "Limit", "limit", "accounting")):
+    elif re.search(r"QOS|Assoc|MaxSubmit|job count|accounting|temporarily unable to accept", told, re.IGNORECASE):
         does = (
-            f"an account, QOS or user may have only so many jobs at a time, and {n_points} were to be added: "
-            "start the sweep in parts, with fewer points at a time and the same sweep=NAME, or when others have ended"
+            f"an account, QOS or user may have only so many jobs, minutes or nodes at a time, and {n_points} jobs were "
+            "to be added: start the sweep in parts, with fewer points at a time and the same sweep=NAME, or when "
+            "others have ended"
         )
     else:
         does = "mend the launcher's settings" if not n_sent else "the same command again sends the rest"
