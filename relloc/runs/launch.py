@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from relloc.errors import UsageError
+from relloc.runs.launcher_words import with_one_value_each
 
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -69,6 +70,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     os.environ[FULL_ERROR] = "1"  # errors reach the lines below instead of Hydra's printer
     if int(os.environ.get("RANK", "0")) > 0:
         sys.argv += _silent_rank()
+    sys.argv[1:] = with_one_value_each(sys.argv[1:])
     warnings.showwarning = _say_warning
     start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
 
@@ -114,7 +116,8 @@ class _Scratch:
         """Launchers of others pickle Hydra's state, which this is part of, to have it composed again elsewhere."""
         raise UsageError(
             "this hydra/launcher sends Hydra itself to other processes, where a point's mistakes and end are lost: "
-            "launcher=slurm submits jobs through submitit as well, launcher=local starts processes of this machine"
+            "hydra/launcher=submitit_slurm and launcher=slurm submit a command for each point instead, launcher=local "
+            "starts processes of this machine"
         )
 
 

@@ -230,11 +230,29 @@ def test_without_slurm_it_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(tmp_path: Path) -> None:
-    """hydra-submitit-launcher's; its submitit_slurm is refused at the same place, and needs a SLURM."""
-    done = relloc(tmp_path, "train", "-m", "hydra/launcher=submitit_local", "seed=0,1")
+    """hydra-submitit-launcher's own class, which hydra/launcher=submitit_local does not name here."""
+    site = tmp_path / "own/hydra/launcher/site.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text(
+        "_target_: hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher\n"
+        "submitit_folder: ${hydra.sweep.dir}/.submitit/%j\ntimeout_min: 1\n"
+    )
+    done = relloc(tmp_path, "train", "-m", "hydra/launcher=site", "seed=0,1", RELLOC_CONF=str(tmp_path / "own"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("relloc: this hydra/launcher sends Hydra itself to other processes, where")
     assert not list(tmp_path.rglob("*_log.*"))
+
+
+def test_a_launcher_chosen_twice_and_settings_swept_are_refused(tmp_path: Path) -> None:
+    for words in (
+        ("launcher=slurm", "hydra/launcher=submitit_slurm"),
+        ("launcher=slurm", "launcher.dry_run=true", "launcher.partition=choice(a,b)"),
+        ("launcher=local,here",),
+        ("sweep=a,b",),
+    ):
+        done = relloc(tmp_path, "train", "-m", "seed=0,1", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert not list(tmp_path.iterdir())
 
 
 def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:

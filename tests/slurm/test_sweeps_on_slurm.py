@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,7 +136,7 @@ def of_photographs(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFac
     """A finished sweep over gap and jitter, evaluated and tracked; most of a job is Python's start."""
     settings = (
         *("device=cpu", "workers=0", "data.source.tiles=[0.4]", "data.source.stride=1", "data.images_per_step=16"),
-        *("data.images_per_batch_norm=16", "data.epochs=2", "data.warmup_epochs=0", "data.milestone_epochs=[1]"),
+        *("data.images_per_batch_norm=16", "data.epochs=12", "data.warmup_epochs=0", "data.milestone_epochs=[1]"),
         *("grid.patch_px=16", "grid.resize.px=80", "view.short_px=64", "view.crop_px=56", "report_every_steps=1"),
         *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "eval.knn.k=[1,5]"),
         *("data.linear.epochs=2", "data.linear.milestone_epochs=[1]"),
@@ -364,6 +366,93 @@ def test_jobs_run_the_code_and_configs_of_their_submission(of_photographs: Sweep
         record = json.loads((of_photographs.point(f"gap_px_{gap_px}_jitter_px_{jitter_px}_") / "run.json").read_text())
         assert record["tags"]["relloc.code"] == str(copy / "relloc")
         assert record["tags"]["relloc.sweep"] == "photographs"
+
+
+def test_hydras_own_name_of_the_launcher_submits_sweeps_and_single_runs(sweeps: Sweeps, store: str) -> None:
+    line = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=main,high", "hydra.launcher.name=mine")
+    line += ("hydra.launcher.timeout_min=60", "hydra.launcher.cpus_per_task=1", "data.epochs=12")
+    code, told = sweeps.run("-m", "seed=0,1", *line, "sweep=s")
+    assert (code, "2 done" in told) == (0, True), told + sweeps.logs()
+    for words in ("seed_0", "seed_1"):
+        tags = json.loads((sweeps.point(words) / "run.json").read_text())["tags"]
+        assert tags["slurm.job"] == sweeps.job(words)
+        shown = sweeps.slurm("scontrol", "show", "job", sweeps.job(words))
+        assert "Partition=main,high" in shown or "Partition=high" in shown or "Partition=main" in shown
+        assert "JobName=mine" in shown
+        assert "TimeLimit=01:00:00" in shown
+    kept = list(sweeps.folder.glob("runs/sweeps/s/.submitit/*/*_log.out"))
+    assert {path.name.partition("_0_log")[0] for path in kept} == {sweeps.job("seed_0"), sweeps.job("seed_1")}
+    code, told = sweeps.run("-m", "seed=0,1", "hydra/launcher=submitit_slurm", "data.epochs=12", "sweep=s")
+    assert (code, "2 done before, 0 to run" in told) == (0, True), told
+
+    code, told = sweeps.run("seed=2", *line, "sweep=alone")
+    assert (code, "1 done" in told) == (0, True), told + sweeps.logs()
+    record = json.loads((sweeps.point("seed_2") / "run.json").read_text())
+    assert record["tags"]["slurm.job"] == sweeps.job("seed_2")
+    assert record["tags"]["relloc.sweep"] == "alone"
+
+
+def test_a_command_killed_before_it_notes_its_jobs_finds_them_again(sweeps: Sweeps, store: str) -> None:
+    """Of two commands with the same points, the first dies the moment that sbatch has its answer."""
+    real = shutil.which("sbatch")
+    killing = sweeps.folder / "bin" / "sbatch"
+    killing.parent.mkdir()
+    killing.write_text(f'#!/bin/sh\n{real} --begin=now+20 "$@" > answer\nkill -9 $PPID\n')
+    killing.chmod(0o755)
+    usual = dict(sweeps.environment)
+    sweeps.environment = usual | {"PATH": f"{killing.parent}:{usual['PATH']}"}
+    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=k", "data.epochs=12"))
+    assert code == -signal.SIGKILL, told
+    assert "Submitted batch job" in (sweeps.folder / "answer").read_text()
+    assert sweeps.job("seed_0").startswith("relloc-")
+    sweeps.environment = usual
+    code, told = sweeps.run("status", "runs/sweeps/k", module="sweep")
+    assert (code, "2 waiting" in told) == (0, True), told
+    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=k", "data.epochs=12"))
+    assert "2 in flight already, 0 to run" in told
+    code, told = sweeps.run("wait", "runs/sweeps/k", module="sweep")
+    assert (code, "2 done" in told) == (0, True), told + sweeps.logs()
+    number = re.findall(r"\d+", (sweeps.folder / "answer").read_text())[0]
+    for words, task in (("seed_0", 0), ("seed_1", 1)):
+        tags = json.loads((sweeps.point(words) / "run.json").read_text())["tags"]
+        assert (tags["slurm.job"], tags["slurm.restarts"]) == (f"{number}_{task}", "0")
+
+
+def test_jobs_that_are_known_by_their_token_are_cancelled(sweeps: Sweeps) -> None:
+    started = sweeps.start("-m", "seed=0,1", *on_slurm("sweep=c"))
+    sweeps.wait_for(lambda: sweeps.has_trained(4))
+    started.kill()
+    script = next(sweeps.folder.glob("runs/sweeps/c/slurm/*/submission.sh"))
+    tokens = [f"{script.parent.name}_{task}" for task in range(2)]
+    assert clients_states(tokens, sweeps) == dict.fromkeys(tokens, "running")
+    for words, token in zip(("seed_0", "seed_1"), tokens, strict=True):
+        noted = json.loads((sweeps.point(words) / "point.json").read_text())
+        (sweeps.point(words) / "point.json").write_text(json.dumps(noted | {"job": {"slurm": token}}))
+    code, told = sweeps.run("cancel", "runs/sweeps/c", module="sweep")
+    assert (code, "2 points were asked to end" in told) == (0, True), told
+    sweeps.wait_for(lambda: not clients_states(tokens, sweeps))
+
+
+def clients_states(jobs: list[str], sweeps: Sweeps) -> dict[str, str]:
+    """As relloc asks this cluster."""
+    asks = "import json, sys; from hydra_plugins.relloc_launchers.clients import states; "
+    asks += "print(json.dumps(states(sys.argv[1:])))"
+    return json.loads(sweeps.slurm(sys.executable, "-c", asks, *jobs))
+
+
+def test_more_points_than_an_array_may_have_are_several_arrays(sweeps: Sweeps) -> None:
+    """This cluster allows a thousand: a smaller number is said by a scontrol that stands before the real one."""
+    saying = sweeps.folder / "bin" / "scontrol"
+    saying.parent.mkdir()
+    real = shutil.which("scontrol")
+    saying.write_text(f'#!/bin/sh\n[ "$1 $2" = "show config" ] && echo "MaxArraySize = 2" || exec {real} "$@"\n')
+    saying.chmod(0o755)
+    sweeps.environment = sweeps.environment | {"PATH": f"{saying.parent}:{sweeps.environment['PATH']}"}
+    code, told = sweeps.run("-m", "seed=0,1,2", *on_slurm("sweep=p", "data.epochs=12"))
+    assert (code, "3 done" in told) == (0, True), told + sweeps.logs()
+    jobs = [sweeps.job(f"seed_{seed}") for seed in range(3)]
+    assert len({job.partition("_")[0] for job in jobs}) == 2
+    assert [job.partition("_")[2] for job in jobs] == ["0", "1", ""]
 
 
 def written(run_dir: Path) -> Counter[tuple[str, int, str]]:

@@ -13,6 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.relloc_launchers.composing import Composing
+from hydra_plugins.relloc_launchers.words import is_of_launcher, refuse_swept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.errors import UsageError
@@ -37,6 +38,7 @@ class PointsLauncher(Launcher):
         self._beside = "[]"
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        refuse_swept(config)
         self.config = config
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._compose = Composing(hydra_context.config_loader, config)
@@ -112,7 +114,7 @@ class PointsLauncher(Launcher):
     def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Point]:
         runs, kind = Path(os.path.abspath(self.config.runs)), self.config.hydra.job.name
         self._beside = json.dumps(_values(job_overrides).get("checkpoint", []))
-        kept = [[word for word in overrides if not _is_of_launcher(word)] for overrides in job_overrides]
+        kept = [[word for word in overrides if not is_of_launcher(word)] for overrides in job_overrides]
         swept = [key for key, found in _values(kept).items() if len(found) > 1]
         points = []
         for given, overrides in zip(job_overrides, kept, strict=True):
@@ -154,10 +156,6 @@ def is_to_run(point: Point, now: Standing) -> bool:
     """Whether nobody runs the point, and it is not done."""
     # Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
     return not now.in_flight and (now.state != "done" or point.kind != "train")
-
-
-def _is_of_launcher(word: str) -> bool:
-    return word.lstrip("+~").startswith(("launcher=", "launcher.", "sweep="))
 
 
 def _values(job_overrides: Sequence[Sequence[str]]) -> dict[str, list[str]]:

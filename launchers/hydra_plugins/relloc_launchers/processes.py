@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra_plugins.relloc_launchers.points import PointsLauncher, is_to_run
+from hydra_plugins.relloc_launchers.starting import start_noted
 
 from relloc import machine
 from relloc.errors import UsageError
-from relloc.sweeps.points import Point, note_job, process_mark
+from relloc.sweeps.points import Point
 from relloc.sweeps.standing import standings
 from relloc.sweeps.table import say
 
@@ -74,19 +75,15 @@ class ProcessLauncher(PointsLauncher):
             environment["CUDA_VISIBLE_DEVICES"] = device
         if not self._on_console:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // self._slots)))
-        # A session of its own: Ctrl-C comes once, from us.
         if self._on_console:
             say(f"\npoint   {point.name}")
-            process = subprocess.Popen(self.command(point), env=environment, start_new_session=True)
+            process = start_noted(point, self.command(point), environment=environment)
         else:
             log = self.sweep.log(point)
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as file:
-                process = subprocess.Popen(
-                    self.command(point), env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-                )
+                process = start_noted(point, self.command(point), environment=environment, output=file)
             say(f"start   {point.name}: {log}")
-        note_job(point, process_mark(process.pid))
         self._running[process] = (point, device)
 
     def _collect(self) -> None:

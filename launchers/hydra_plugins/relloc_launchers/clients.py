@@ -1,0 +1,361 @@
+"""SLURM's commands (sbatch, squeue, scancel, scontrol): how they are asked, and what counts of what they answer.
+
+Sites wrap these commands, and print banners, warnings and notices beside the answer: only lines that look like an
+answer are read.
+"""
+
+import dataclasses
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from relloc.errors import Interrupted, UsageError
+from relloc.files import NO_LOCKS_HERE
+
+ASKED_S = 60  # a client of a cluster in trouble may wait for ever
+_SUBMITTED_S = 300  # a busy controller takes its time for a large array
+
+# States of jobs that are over. squeue leaves them out, but not where a site or SQUEUE_STATES asks for all.
+_OVER = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "REVOKED", "TIMEOUT"),
+)
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT")
+_TOKEN = re.compile(r"relloc-[0-9a-f]{12}")
+_JOB = r"\s*(?P<job>\d+)(?:_(?P<tasks>\d+|\[[^\]]*\]))?"
+_LINE = re.compile(_JOB + r"\|(?P<state>[A-Z_]+)\s*(?:\|(?P<told>.*))?")
+# A job in a format of the site's own, which is not for us to choose then: a state somewhere, perhaps as its letters
+_OTHER_LINE = re.compile(_JOB + r"[\s|,;]+(?P<told>.*)")
+_LETTERS = {"R": "RUNNING", "CG": "COMPLETING", "S": "SUSPENDED", "CD": "COMPLETED", "CA": "CANCELLED", "F": "FAILED"}
+_LETTERS |= {"TO": "TIMEOUT", "NF": "NODE_FAIL", "OOM": "OUT_OF_MEMORY", "PR": "PREEMPTED", "BF": "BOOT_FAIL"}
+# What sbatch says when it can't tell whether the controller took the job
+_UNSURE = re.compile(r"timed out|unable to contact|zero bytes|connection (refused|reset)|communication", re.IGNORECASE)
+# Variables of SLURM that a job has of its own, and that name no job: where the cluster is, and who asks
+_NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+_OF_TRAINING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# Options of sbatch that its variables call otherwise
+_VARIABLES = {"TIMELIMIT": "time", "ARRAY_INX": "array", "NO_REQUEUE": "requeue", "MEM_PER_NODE": "mem"}
+_MEMORY = {"mem", "mem-per-cpu", "mem-per-gpu"}
+_GPUS = {"gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
+_NEVER = {"array", "wait"}  # the sweep decides what the array is, and who waits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job, or one task of an array: `number` is SLURM's or, before that is known, the token of the submission.
+
+    Written as 42, 42_3, 42_3@cluster or relloc-0123456789ab_3.
+    """
+
+    number: str
+    task: int | None = None
+    cluster: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Job":
+        """Read what `str` gives."""
+        name, _, cluster = text.partition("@")
+        number, _, task = name.partition("_")
+        return cls(number=number, task=int(task) if task.isdigit() else None, cluster=cluster or None)
+
+    def __str__(self) -> str:
+        return self.name + (f"@{self.cluster}" if self.cluster else "")
+
+    @property
+    def name(self) -> str:
+        """As SLURM's commands take it, which are told the cluster apart."""
+        return self.number if self.task is None else f"{self.number}_{self.task}"
+
+    @property
+    def is_token(self) -> bool:
+        """Whether SLURM's number is not known."""
+        return _TOKEN.fullmatch(self.number) is not None
+
+
+class NotTaken(UsageError):
+    """SLURM did not take a job, and no job is left of it."""
+
+
+def new_token() -> str:
+    """What a submission is found by in SLURM's queue before its number is known: a part of its comment or name."""
+    return f"relloc-{uuid.uuid4().hex[:12]}"
+
+
+def submit(
+    script: Path, *, token: str, environment: Mapping[str, str], cluster: str | None, lock: Path
+) -> tuple[Job, str]:
+    """Have sbatch take a batch script; the job, and what sbatch said beside that.
+
+    The job is named by its token where sbatch's answer has no number that can be told from others. sbatch itself
+    holds the `lock`, until its end also where this process is killed: see `wait_for_sbatch`.
+
+    Raises:
+        NotTaken: sbatch refused the script.
+        Interrupted: whether it was taken is not known; the queue may show the token later.
+    """
+    try:
+        with open(lock, "ab") as held:
+            _lock(held.fileno())
+            done = subprocess.run(
+                ["sbatch", str(script)],
+                env=dict(environment),
+                pass_fds=(held.fileno(),),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_SUBMITTED_S,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        raise Interrupted(
+            f"sbatch has not answered for {_SUBMITTED_S} s: the same command again finds out whether it took the jobs"
+        ) from None
+    except OSError as error:
+        raise NotTaken(f"sbatch can't be started: {error}") from error
+    told = done.stderr.strip()
+    if done.returncode == 0:
+        job = read_sbatch(done.stdout, cluster)
+        return job or _by_token(token, cluster) or _last_number(done.stdout, cluster) or _unknown(token, cluster), told
+    if _UNSURE.search(told):
+        if job := _by_token(token, cluster):
+            return job, told
+        raise Interrupted(f"SLURM did not say whether it took the jobs ({told}): the same command again finds out")
+    raise NotTaken(told or done.stdout.strip() or f"sbatch ended with exit code {done.returncode}")
+
+
+def wait_for_sbatch(lock: Path) -> None:
+    """Return once no sbatch runs whose command was killed meanwhile: before, the queue may not show its job."""
+    end = time.monotonic() + ASKED_S  # a site's sbatch may leave a process behind that keeps the lock
+    with open(lock, "ab") as file:
+        while not _lock(file.fileno()) and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def _lock(file: int) -> bool:
+    """Lock an open file until the last process that has it open ends; whether it is, or can't be on this system."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+    return True
+
+
+def read_sbatch(told: str, cluster: str | None = None) -> Job | None:
+    """The job of sbatch's answer, also as --parsable gives it; `cluster` is where it was sent if that isn't said."""
+    for pattern in (
+        r"Submitted batch job (\d+)(?: on cluster (\S+))?",
+        r"^\s*(\d+)(?:;(\S+))?\s*$",
+        r"\bjob (\d+)(?: on cluster (\S+))?",
+    ):
+        if found := re.findall(pattern, told, re.MULTILINE | re.IGNORECASE):
+            number, named = found[-1]
+            return Job(number=number, cluster=named.rstrip(".") or _one(cluster))
+    return None
+
+
+def _last_number(told: str, cluster: str | None) -> Job | None:
+    """Of an answer in another language: the number of the last line that has one, and only one."""
+    lines = [re.findall(r"\b\d+\b", line) for line in told.splitlines()]
+    alone = [numbers[0] for numbers in lines if len(numbers) == 1]
+    return Job(number=alone[-1], cluster=_one(cluster)) if alone else None
+
+
+def _unknown(token: str, cluster: str | None) -> Job:
+    return Job(number=token, cluster=cluster)
+
+
+def _one(cluster: str | None) -> str | None:
+    """The cluster, unless several were named and SLURM chose."""
+    return None if cluster is None or "," in cluster else cluster
+
+
+def _by_token(token: str, cluster: str | None) -> Job | None:
+    """The job in the queue whose comment or name has the token."""
+    try:
+        found = [job for job, _, told in _queue(cluster) if token in told]
+    except UsageError:
+        return None
+    return Job(number=found[0].number, cluster=found[0].cluster or _one(cluster)) if found else None
+
+
+def states(jobs: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+    """Of these jobs, those in SLURM's queue, each asked of the cluster that has it.
+
+    Raises `UsageError` where SLURM does not answer.
+    """
+    asked = {text: Job.parse(text) for text in jobs}
+    found: dict[str, Literal["running", "waiting"]] = {}
+    for cluster in sorted({job.cluster for job in asked.values()}, key=str):
+        queue = dict(_alive(cluster))
+        for text, job in asked.items():
+            if job.cluster == cluster and job.name in queue:
+                found[text] = "running" if queue[job.name] in _RUNNING else "waiting"
+    return found
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Have SLURM end these jobs. Raises `UsageError` where it does not."""
+    asked = [Job.parse(text) for text in jobs]
+    for cluster in sorted({job.cluster for job in asked}, key=str):
+        there = [job for job in asked if job.cluster == cluster]
+        names = [job.name for job in there if not job.is_token]
+        if len(names) < len(there):
+            names += _numbers({job.name for job in there if job.is_token}, cluster)
+        if not names:
+            continue
+        try:
+            _ask(["scancel", *_of(cluster), *names])
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UsageError(f"SLURM does not say that it ended all jobs: {_said(error)}") from error
+
+
+def largest_array(cluster: str | None) -> int | None:
+    """How many tasks an array may have (MaxArraySize); None where that can't be asked."""
+    if shutil.which("scontrol") is None:
+        return None
+    try:
+        told = _ask(["scontrol", *_of(_one(cluster)), "show", "config"])
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"^\s*MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
+    return int(found[1]) if found and int(found[1]) > 0 else None
+
+
+def environment_for(script: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The environment for sbatch, and the user's variables that give way to what the script says.
+
+    SBATCH_* variables are defaults of the user's, but SLURM lets them win over lines of the script: those that the
+    script decides are left out. Inside of a job, what SLURM told that job is not for the next one.
+    """
+    inside = "SLURM_JOB_ID" in given or "SLURM_JOBID" in given
+    kept, gave_way = {}, []
+    said = set(re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)) | _NEVER
+    said |= _MEMORY if said & _MEMORY else set()
+    has_gpus = bool(said & _GPUS) or re.search(r"^#SBATCH --gres=.*\bgpu\b", script, re.MULTILINE) is not None
+    for name, value in given.items():
+        if name in _OF_TRAINING or name.startswith("SUBMITIT_"):
+            continue
+        if inside and _is_of_a_job(name):
+            continue
+        if name.startswith("SBATCH_"):
+            option = _option(name)
+            asks_for_gpus = option in _GPUS or (option == "gres" and "gpu" in value)
+            if option in said or (has_gpus and asks_for_gpus):
+                gave_way.append(f"{name}={value}")
+                continue
+        kept[name] = value
+    return kept, sorted(gave_way)
+
+
+def cluster_of(parameters: Mapping[str, object], environment: Mapping[str, str]) -> str | None:
+    """The cluster, or several with commas, that sbatch is asked for; None is the one of this machine."""
+    for name in ("clusters", "cluster", "M"):
+        if parameters.get(name):
+            return str(parameters[name])
+    return environment.get("SBATCH_CLUSTERS") or None
+
+
+def _is_of_a_job(name: str) -> bool:
+    prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+    return name.startswith(prefixes) and name not in _NOT_OF_A_JOB
+
+
+def _option(variable: str) -> str:
+    name = variable.removeprefix("SBATCH_")
+    return _VARIABLES.get(name, name.lower().replace("_", "-"))
+
+
+def _numbers(tokens: set[str], cluster: str | None) -> list[str]:
+    """SLURM's names of the jobs in the queue that these are, each a token and its task."""
+    numbers = []
+    for job, _, told in _queue(cluster):
+        if (found := _TOKEN.search(told)) and not tokens.isdisjoint(_names(found[0], job.task)):
+            numbers.append(job.name)
+    return numbers
+
+
+def _alive(cluster: str | None) -> Iterator[tuple[str, str]]:
+    """By SLURM's name and by the token's: the state of each job in the queue."""
+    for job, state, told in _queue(cluster):
+        yield job.name, state
+        if found := _TOKEN.search(told):
+            for name in _names(found[0], job.task):
+                yield name, state
+
+
+def _names(token: str, task: int | None) -> tuple[str, ...]:
+    return (token,) if task is None else (f"{token}_{task}",)
+
+
+def _queue(cluster: str | None) -> Iterator[tuple[Job, str, str]]:
+    """Each job of this user in the queue that is not over: its state, and its name and comment."""
+    asked = ["squeue", *_of(cluster), "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%j|%k"]
+    try:
+        told = _ask(asked)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UsageError(f"SLURM does not say how its jobs stand: {_said(error)}") from error
+    of = cluster
+    for line in told.splitlines():
+        if named := re.fullmatch(r"CLUSTER: (\S+)\s*", line):
+            of = named[1]
+        if (found := _LINE.fullmatch(line)) is not None:
+            state, about = found["state"], found["told"] or ""
+        elif (found := _OTHER_LINE.fullmatch(line)) is not None:
+            state, about = _state_among(found["told"]), found["told"]
+        else:
+            continue
+        if state not in _OVER:
+            for task in _tasks(found["tasks"]):
+                yield Job(number=found["job"], task=task, cluster=of), state, about
+
+
+def _state_among(text: str) -> str:
+    """The state that one of the words is; a job that is shown without one is taken for one that waits."""
+    words = [_LETTERS.get(word, word) for word in re.split(r"[\s|,;]+", text)]
+    return next((word for word in words if word in (*_RUNNING, *_OVER)), "PENDING")
+
+
+def _tasks(text: str | None) -> Iterator[int | None]:
+    """The tasks of an array that a line tells of: one, or ranges such as [0-3,7%2] that a site's squeue keeps."""
+    if text is None:
+        yield None
+        return
+    for part in text.strip("[]").partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            yield from range(int(first), int(last if last.isdigit() else first) + 1)
+
+
+def _of(cluster: str | None) -> list[str]:
+    return [f"--clusters={cluster}"] if cluster else []
+
+
+def _ask(command: Sequence[str]) -> str:
+    """What a command answers; without the user's defaults for it, which may hide jobs or ask back."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=ASKED_S,
+        check=True,
+    )
+    return done.stdout
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "stderr", "") or error).strip()
