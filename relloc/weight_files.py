@@ -155,6 +155,7 @@ class _Unfolding:
 
     def __init__(self) -> None:
         self._values = 0
+        self._made: dict[Pending, Any] = {}  # a file may name one many times
 
     def plain(self, value: Any, depth: int = 0) -> Any:
         """Dicts with text as keys, lists, tuples, tensors, `LeftOut` and plain values."""
@@ -164,7 +165,9 @@ class _Unfolding:
         if self._values > MOST_OPERATIONS:
             raise TooLarge(f"it unfolds to more than {MOST_OPERATIONS:,} values")
         if isinstance(value, Pending):
-            return value.made()
+            if value not in self._made:
+                self._made[value] = value.made()
+            return self._made[value]
         if isinstance(value, Mapping):
             return {_text(key): self.plain(inner, depth + 1) for key, inner in value.items()}
         if isinstance(value, list | tuple):

@@ -18,6 +18,8 @@ from typing import Any
 # An operation is a byte or more and makes an object of up to 64; a state dict takes about 30 for each tensor.
 MOST_OPERATIONS = 2_000_000
 _LONGEST_NAME = 120
+# A pickle may name one content many times, and each time a maker may copy it: in all so often the file's size.
+_MOST_TIMES, _LEAST_HANDED = 4, 1 << 16
 
 Makers = Mapping[str, Callable[..., Any]]
 Persistent = Callable[[Any], Any]
@@ -65,11 +67,11 @@ class Source:
     def __init__(self, file: io.BufferedIOBase, size: int) -> None:
         self.readline = file.readline
         self._file = file
-        self._size = size
+        self.size = size
 
     def left(self) -> int:
         """How many bytes follow."""
-        return self._size - self._file.tell()
+        return self.size - self._file.tell()
 
     def read(self, count: int) -> bytes:
         """The next `count` bytes. Raises `EOFError` where the file has fewer."""
@@ -96,8 +98,8 @@ def _encode(text: Any, encoding: Any = "") -> Any:
     return text.encode("latin-1")
 
 
-def _listed(items: Any = ()) -> list[Any]:
-    return list(items) if isinstance(items, list | tuple) else []
+def _listed(items: Any = ()) -> Any:
+    return items if isinstance(items, list | tuple) else []
 
 
 def _no_bytes(*content: Any) -> Any:
@@ -115,20 +117,21 @@ PLAIN: Makers = {
 }
 
 
-def read_pickle(source: Any, makers: Makers, persistent: Persistent) -> Any:
+def read_pickle(source: Source, makers: Makers, persistent: Persistent) -> Any:
     """The value of the pickle at the position of `source`, which is left behind the pickle's end.
 
     Args:
-        source: has `read` and `readline`, such as a `Source` or an `io.BytesIO`.
+        source: the file, or a part of one.
         makers: what is called for a name; every other name gives a `LeftOut`.
         persistent: gives the object for a persistent id.
 
     Raises:
         UnpicklingError, ValueError, IndexError, TypeError, EOFError: not a sound pickle.
-        TooLarge: more than `MOST_OPERATIONS`.
+        TooLarge: more than `MOST_OPERATIONS`, or makers are handed the same contents again and again.
     """
-    machine = _Machine(makers, persistent)
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
+    machine = _Machine(makers, persistent, most_handed=_MOST_TIMES * source.size + _LEAST_HANDED)
+    stream: Any = source  # genops asks for read and readline alone
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > MOST_OPERATIONS:
             raise TooLarge(f"it holds more than {MOST_OPERATIONS:,} values, far more than a network's weights have")
         if opcode.name == "STOP":
@@ -140,7 +143,8 @@ def read_pickle(source: Any, makers: Makers, persistent: Persistent) -> Any:
 class _Machine:
     """The stack, the marks in it and the memo of a pickle that is being read."""
 
-    def __init__(self, makers: Makers, persistent: Persistent) -> None:
+    def __init__(self, makers: Makers, persistent: Persistent, *, most_handed: int) -> None:
+        self.left_to_hand = most_handed
         self.makers = makers
         self.persistent = persistent
         self.stack: list[Any] = []
@@ -168,7 +172,19 @@ class _Machine:
         if name in _INSTANCE_OF_FIRST and arguments and isinstance(arguments[0], Named):
             return LeftOut(arguments[0].name)
         maker = self.makers.get(name)
-        return maker(*arguments) if maker else LeftOut(name)
+        if maker is None:
+            return LeftOut(name)
+        self.hand(arguments)
+        return maker(*arguments)
+
+    def hand(self, contents: Any) -> None:
+        """Count what a maker may copy."""
+        sized = contents if isinstance(contents, tuple) else ()
+        self.left_to_hand -= sum(
+            len(part) for part in sized if isinstance(part, str | bytes | bytearray | list | tuple)
+        )
+        if self.left_to_hand < 0:
+            raise TooLarge("it has the same contents again and again")
 
 
 # How objects of a class are made, which is the first argument
@@ -211,6 +227,7 @@ def _extend(target: Any, items: list[Any]) -> None:
 def _build(machine: _Machine, _: Any) -> None:
     state, target = machine.pop(), machine.stack[-1]
     if isinstance(target, Pending):
+        machine.hand(state)
         target.set_state(state)
     elif not isinstance(target, LeftOut | dict):  # a dict's attributes, such as _metadata of a state dict, are dropped
         raise UnpicklingError("it sets the state of what has none")

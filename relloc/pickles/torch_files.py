@@ -143,7 +143,7 @@ _MAKERS: Makers = {
     **ARRAYS,
     **_TENSORS,
     "torch._tensor._rebuild_from_type_v2": _of_class,
-    "torch.Size": lambda sides=(): tuple(sides),
+    "torch.Size": lambda sides=(): sides,
 }
 
 

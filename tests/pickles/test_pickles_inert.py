@@ -161,6 +161,15 @@ def test_what_is_no_sound_pickle_is_one_exception(content: bytes) -> None:
         read(b"\x80\x02" + content)
 
 
+def test_one_content_that_is_handed_to_makers_again_and_again_is_refused() -> None:
+    once = b"\x80\x02]U\x01ac_codecs\nencode\nq\x01X" + struct.pack("<I", 1 << 16) + b"a" * (1 << 16) + b"q\x02"
+    text = once.replace(b"]U\x01a", b"](", 1) + b"U\x06latin1\x86R"
+    again = b"h\x01h\x02U\x06latin1\x86R"
+    assert len(read(text + again + b"e.")) == 2
+    with pytest.raises(TooLarge):
+        read(text + again * 1000 + b"e.")
+
+
 def test_more_values_than_weights_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relloc.pickles.inert.MOST_OPERATIONS", 1000)
     with pytest.raises(TooLarge):
