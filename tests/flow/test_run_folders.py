@@ -204,9 +204,11 @@ def test_a_damaged_status_is_written_anew(tmp_path: Path, evaluation: tuple[str,
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "status.json").write_bytes(b"\xff")
+    (run_dir / ".status.json.1.unfinished").write_bytes(b"{")  # of one that was killed while it wrote
     code, text = ended("relloc.evaluate", *evaluation, "tracking=none", f"hydra.run.dir={run_dir}", folder=tmp_path)
     assert code == 0, text
     assert json.loads((run_dir / "status.json").read_text())["status"] == "FINISHED"
+    assert not list(run_dir.glob(".*unfinished"))
 
 
 def test_half_of_an_evaluations_rows_is_measured_again(tmp_path: Path, evaluation: tuple[str, ...]) -> None:

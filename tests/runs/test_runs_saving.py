@@ -10,7 +10,7 @@ import torch
 
 from relloc import ranks
 from relloc.checkpoints import load_training, newest_sound, save_training, saved_trainings, training_folder
-from relloc.errors import CheckpointError, UsageError
+from relloc.errors import CheckpointError, DamagedCheckpoint, UsageError
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
@@ -306,3 +306,25 @@ def test_a_run_that_an_older_relloc_began_is_refused_with_the_reason(tmp_path: P
     Saver._save(saver, standing(7))
     with pytest.raises(UsageError, match="an older relloc began"):
         resume(IDENTITY | {RANDOM_NUMBERS: 2}, new_task(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"identity": None},
+        {"model": []},
+        {"model": {"other": torch.zeros(1)}},
+        {"optimizer": {}},
+        {"optimizer": {"state": [], "param_groups": 3}},
+        {"tallies": [1.0]},
+    ],
+    ids=str,
+)
+def test_a_whole_file_that_is_no_state_of_this_training_is_named(tmp_path: Path, changes: dict[str, object]) -> None:
+    task = new_task()
+    new_saver(tmp_path, task, milestones={1: "first"}).after_step(standing(1))
+    (path,) = saved_trainings(tmp_path)
+    state = load_training(path)
+    save_training(tmp_path, {**state, **changes}, 1)
+    with pytest.raises(DamagedCheckpoint, match=path.name):
+        resume(IDENTITY, new_task(), tmp_path)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from relloc.tracking import StoreError, mounts, open_store
-from relloc.tracking.mounts import shared_file_system
+from relloc.tracking.mounts import locks_stay_here, shared_file_system
 
 TABLE = """\
 27 1 254:0 / / rw,relatime - ext4 /dev/vda rw
@@ -62,3 +62,26 @@ def test_sqlite_in_a_network_folder_is_refused_unless_asked_for(
         open_store(uri)
     monkeypatch.setenv("RELLOC_SQLITE_ANYWHERE", "1")
     assert open_store(uri).search_experiments()
+
+
+@pytest.mark.parametrize(
+    ("mount", "stay"),
+    [
+        ("nfs4 login1:/home rw,vers=4.2,local_lock=none", False),
+        ("nfs4 login1:/home rw,vers=4.2", False),
+        ("nfs login1:/home rw,vers=3,nolock", True),
+        ("nfs login1:/home rw,vers=3,local_lock=all", True),
+        ("nfs login1:/home rw,vers=3,local_lock=posix", True),
+        ("nfs login1:/home rw,vers=3,local_lock=flock", False),  # ours are not those of flock(2)
+        ("lustre 10.0.0.1@o2ib:/big rw,localflock", True),
+        ("lustre 10.0.0.1@o2ib:/big rw,flock", False),
+        ("ext4 /dev/vda rw,nolock", False),
+    ],
+)
+def test_network_folders_whose_locks_stay_on_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str, stay: bool
+) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(f"27 1 254:0 / / rw - ext4 /dev/vda rw\n32 27 0:41 / {tmp_path} rw,relatime - {mount}\n")
+    monkeypatch.setattr(mounts, "MOUNTS", table)
+    assert locks_stay_here(tmp_path / "run" / "run.lock") is stay
