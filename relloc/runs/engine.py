@@ -222,7 +222,6 @@ def _told_by_name(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """`compiled`, whose failures to compile what it is given are told by the setting that asked for it."""
     from torch._dynamo.exc import BackendCompilerFailed  # seconds to import, and needed only here
 
-    @functools.wraps(compiled)
     def call(*given: Any, **named: Any) -> Any:
         try:
             return compiled(*given, **named)

@@ -156,6 +156,25 @@ def test_batches_that_are_kept_take_no_file_descriptors(crops: Crops) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_locking_pages_keeps_batches_and_their_order(
+    crops: Crops, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    locked: list[torch.Tensor] = []
+
+    def pin_memory(pixels: torch.Tensor) -> torch.Tensor:
+        locked.append(pixels.clone())
+        return locked[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
+    batches = StepSampler(plan, seed=0, first_step=1, steps=7)
+    found = list(load(Seeded(crops, 0), batches, workers=workers, pin=True))
+    assert [batch.pixels.data_ptr() for batch in found] == [pixels.data_ptr() for pixels in locked]
+    for one, other in zip(found, loaded(crops, 0), strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_for_a_gpu_are_page_locked_and_the_same(crops: Crops, workers: int) -> None:

@@ -14,8 +14,9 @@ from relloc.backbone_files import BACKBONE_FILE
 _FULL = "mount -t tmpfs -o size=64k tmpfs {0} && head -c 100000 /dev/zero > {0}/full 2> /dev/null; "
 PLACES = {
     "64 MB of shared memory": "mount -t tmpfs -o size=64m tmpfs /dev/shm && ",
-    "no shared memory": _FULL.format("/dev/shm"),
-    "no temporary files": _FULL.format("full") + "export TMPDIR=$PWD/full; ",
+    "neither shared memory nor temporary files": (
+        _FULL.format("/dev/shm") + _FULL.format("full") + "export TMPDIR=$PWD/full; "
+    ),
 }
 
 
@@ -25,7 +26,7 @@ def _may_mount() -> bool:
     return unshare is not None and subprocess.run(tried, capture_output=True, check=False).returncode == 0
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _may_mount(), reason="needs the right to mount")]
+pytestmark = pytest.mark.skipif(not _may_mount(), reason="needs the right to mount")
 
 
 def run(place: str, folder: Path, module: str, *words: str) -> str:
