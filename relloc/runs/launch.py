@@ -71,11 +71,22 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     @functools.wraps(task)
     def explained_task(config: DictConfig) -> None:
         with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
+            refuse_chdir(HydraConfig.get())
             task(config)
 
     with _scratch_folder(), _explained(config_name, show_all):
         start(explained_task)()
     sys.exit(0)
+
+
+def refuse_chdir(made: Any) -> None:
+    """Raises `UsageError` where Hydra goes into the run's folder, or has: relative paths would count from there."""
+    if made.job.chdir:
+        os.chdir(made.runtime.cwd)
+        raise UsageError(
+            "hydra.job.chdir=true is not for relloc, whose runs have relative paths count from the folder of the "
+            "command: leave it out"
+        )
 
 
 class _Scratch:

@@ -46,17 +46,17 @@ def point(folder: Path, words: str) -> Path:
 
 
 def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_one_stops_none(tmp_path: Path) -> None:
-    line = ("-m", *TINY, "tracking=none", "data.images_per_step=16,20", "launcher=local", "sweep=s")
+    line = ("-m", *TINY, "tracking=none", "data.images_per_step=16,4096", "launcher=local", "sweep=s")
     done = relloc(tmp_path, "train", *line, CUDA_VISIBLE_DEVICES="3,5")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 points, 2 to run" in done.stdout
     assert "1 done, 1 failed" in done.stdout
-    of_failed = done.stdout.partition("failed  images_per_step=20")[2]
-    assert "relloc: data.images_per_step is 20, not a multiple of 16" in of_failed
-    assert f"hydra.run.dir={point(tmp_path, 'images_per_step_20')}" in of_failed
+    of_failed = done.stdout.partition("failed  images_per_step=4096")[2]
+    assert "training images are fewer than one step takes" in of_failed
+    assert f"hydra.run.dir={point(tmp_path, 'images_per_step_4096')}" in of_failed
     assert "Traceback" not in of_failed
     noted = json.loads((tmp_path / "runs/sweeps/s/sweep.json").read_text())["points"]
-    assert [one["name"] for one in noted] == ["images_per_step=16", "images_per_step=20"]
+    assert [one["name"] for one in noted] == ["images_per_step=16", "images_per_step=4096"]
     assert all(Path(one["folder"]).parent == tmp_path / "runs" for one in noted)
     told = relloc(tmp_path, "sweep", "status", "runs/sweeps/s")
     assert (told.returncode, "1 done, 1 failed" in told.stdout) == (1, True)
@@ -122,7 +122,7 @@ def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("RELLOC_CONF", raising=False)
     launcher = ProcessLauncher(OmegaConf.create({"name": "here", "processes": 1}))
     launcher.sweep = Sweep(tmp_path / "sweep")
-    launcher.code = launcher._snapshot()
+    launcher.code = launcher.sweep.copy(launcher._content())
     (tmp_path / "relloc").mkdir()
     (tmp_path / "relloc/__init__.py").write_text("raise SystemExit('not this one')")
     one = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
@@ -212,7 +212,7 @@ def test_the_batch_script(tmp_path: Path, single: bool) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     script = done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("nothing was submitted")]
     told = script.replace(str(tmp_path), "FOLDER").replace(sys.executable, "PYTHON")
-    assert not [path for path in tmp_path.rglob("runs/**/*") if path.is_file() and path.name != ".lock"]
+    assert not list(tmp_path.iterdir())
     if single:
         assert "--array" not in told
         return
@@ -240,7 +240,8 @@ def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(tmp
 def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:
     done = relloc(tmp_path, "sweep", "status", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"relloc: {tmp_path / 'nowhere'} is not the folder of a sweep: sweep.json is missing\n"
+    assert done.stderr.startswith("relloc: nowhere is no sweep of runs/sweeps: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from relloc.errors import UsageError
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, is_alive, name_of, note_job, process_mark
 from relloc.sweeps.standing import Standing, standings, standings_in_time
-from relloc.sweeps.sweep import Sweep, snapshot
+from relloc.sweeps.sweep import Sweep, code_and_configs
 from relloc.tracking import Journal, RunRecord, read_status, search, sync, write_status
 
 
@@ -153,9 +153,11 @@ def test_a_copy_of_the_code_is_shared_until_something_changes(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
 
+    sweep = Sweep(tmp_path / "sweep")
+
     def copied() -> Path:
         folders = {"package": tmp_path / "relloc", "conf": tmp_path / "conf", "plugins": tmp_path / "plugins"}
-        return snapshot(tmp_path / "sweep", **folders)
+        return sweep.copy(code_and_configs(**folders, own={}))
 
     first = copied()
     assert (first / "hydra_plugins/plugins/file").read_text() == "plugins"
