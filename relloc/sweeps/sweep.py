@@ -194,6 +194,11 @@ def find_sweep(word: str) -> Sweep:
     raise UsageError(f"{name or word} is no sweep of {sweeps}: {known}")
 
 
+def is_named(word: str) -> bool:
+    """Whether runs/sweeps has a sweep of that name."""
+    return "/" not in word and word != "" and (runs_folder() / _SWEEPS / word / SWEEP_FILE).exists()
+
+
 def word_of(folder: Path) -> str:
     """How a sweep is named to relloc.report and relloc.sweep from where one stands: its name, or else its folder."""
     if folder == Path(os.path.abspath(runs_folder() / _SWEEPS / folder.name)):

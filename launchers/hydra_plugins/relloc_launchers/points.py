@@ -153,7 +153,7 @@ class PointsLauncher(Launcher):
 
     def _copy_of(self, named_by: str) -> Path:
         """Where the copy has the folder of configs which that option, or environment variable, names."""
-        return Path(str(self.code), "own_conf" + named_by.removeprefix("RELLOC_CONF").replace("-", "_"))
+        return Path(str(self.code), _name_of_copy(named_by))
 
     def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Composed]:
         runs = Path(os.path.abspath(self.config.runs))
@@ -247,10 +247,10 @@ class PointsLauncher(Launcher):
     def _content(self) -> dict[str, bytes]:
         """The code and configs of now."""
         package = Path(sys.modules["relloc"].__file__ or "").parent
-        named = {self._copy_of(option).name: folder for option, folder in self._folders.items()}
+        named = {_name_of_copy(option): folder for option, folder in self._folders.items()}
         own = Path(os.environ.get(_RELLOC_CONF, "").removeprefix("file://"))
         if own.name and own.is_dir():
-            named[self._copy_of(_RELLOC_CONF).name] = own
+            named[_name_of_copy(_RELLOC_CONF)] = own
         return code_and_configs(package=package, conf=conf_dir(), plugins=Path(__file__).parent, own=named)
 
     def _write_config(self) -> None:
@@ -275,6 +275,10 @@ class PointsLauncher(Launcher):
             say(f"sweep   point {one.point.name} is {now.state}: the search ends, and the same command goes on with it")
             sys.exit(1)
         return returned
+
+
+def _name_of_copy(named_by: str) -> str:
+    return "own_conf_" + named_by.lstrip("-").lower().replace("-", "_")
 
 
 def to_run(points: Sequence[Point], found: Sequence[Standing]) -> list[Point]:
