@@ -74,10 +74,14 @@ def _said_by(check: Check, config: DictConfig) -> str | None:
     try:
         check(config)
     except InstantiationException as error:
-        return str(error.__cause__ if isinstance(error.__cause__, ValueError) else error).partition("\n")[0]
-    except (ValueError, OmegaConfBaseException) as error:
-        return str(error).partition("\n")[0]
+        return _one_line(error.__cause__ if isinstance(error.__cause__, ValueError) else error)
+    except (ValueError, TypeError, OmegaConfBaseException) as error:  # TypeError: of a value of another kind
+        return _one_line(error)
     return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _check_command(config: DictConfig) -> None:

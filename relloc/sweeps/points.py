@@ -143,8 +143,9 @@ def read_note(folder: Path) -> dict[str, Any]:
     path = folder / POINT_FILE
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(note["job"], dict):
-            raise TypeError("its job is no mapping")
+        job = note["job"]
+        if not isinstance(job, dict) or ("pid" in job and not {"host", "born"} <= job.keys()):
+            raise TypeError("its job is none")
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:

@@ -237,6 +237,81 @@ def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(tmp
     assert not list(tmp_path.rglob("*_log.*"))
 
 
+def names_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_sweep_that_is_refused_or_only_shown_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/mine.py").touch()
+    before = names_below(tmp_path)
+    shown = ("launcher=slurm", "launcher.dry_run=true", "launcher.gpus_per_node=0")
+    for words, code, told in (
+        (("hydra.sweep.dir=.", "seed=0,1"), 2, "hydra.sweep.dir="),
+        (("sweep=..", "seed=0,1"), 2, "sweep=.. "),
+        (("launcher.processes=0", "seed=0,1"), 2, "launcher.processes=0"),
+        ((*shown, "grid.gap_px=0,48", "sweep=s"), 2, "1 of 2 points can't be run"),
+        ((*shown, "seed=0,1", "sweep=s"), 0, ""),
+    ):
+        done = relloc(tmp_path, "train", "-m", *words)
+        assert (done.returncode, told in done.stderr) == (code, True), done.stderr
+        assert "Traceback" not in done.stderr
+        assert names_below(tmp_path) == before, words
+
+
+@pytest.mark.parametrize("mode", [(), ("-m",)])
+def test_a_folder_of_its_own_to_stand_in_is_refused(tmp_path: Path, mode: tuple[str, ...]) -> None:
+    done = relloc(tmp_path, "train", *mode, "hydra.job.chdir=true", *TINY, "tracking=none")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "hydra.job.chdir" in done.stderr
+    assert not list(tmp_path.rglob("*.*"))
+
+
+SEARCHES = """
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+class Searches(Sweeper):
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        for step in (16, 4096):
+            (found,) = self.launcher.launch([(*arguments, f"data.images_per_step={step}")], 0)
+            try:
+                print("VALUE", repr(found.return_value))
+            except ValueError as error:
+                print("FAILED", error)
+
+node = {"_target_": "hydra_plugins.searches.sweeper.Searches"}
+ConfigStore.instance().store(group="hydra/sweeper", name="searches", node=node, provider="test")
+"""
+
+
+def test_a_sweeper_that_searches_gets_a_number_or_is_refused(tmp_path: Path) -> None:
+    """Its points find what --config-dir names, as the command does."""
+    (tmp_path / "plugins/hydra_plugins/searches").mkdir(parents=True)
+    (tmp_path / "plugins/hydra_plugins/searches/__init__.py").touch()
+    (tmp_path / "plugins/hydra_plugins/searches/sweeper.py").write_text(SEARCHES)
+    (tmp_path / "own/color").mkdir(parents=True)
+    (tmp_path / "own/color/mine.yaml").write_text("defaults: [gray, _self_]\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path / "plugins"), os.environ.get("PYTHONPATH"))))
+    tiny = [word for word in TINY if not word.startswith("data.images_per_step")]
+    line = ("--config-dir=own", "-m", "hydra/sweeper=searches", *tiny, "tracking=none", "color=mine", "sweep=s")
+    refused = relloc(tmp_path, "train", *line, PYTHONPATH=path)
+    assert (refused.returncode, "objective=" in refused.stderr) == (2, True), refused.stderr
+    assert not (tmp_path / "runs").exists()
+    done = relloc(tmp_path, "train", *line, "objective=pretext/top1", PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = map(json.loads, (point(tmp_path, "images_per_step_16") / "results.jsonl").read_text().splitlines())
+    assert f"VALUE {row['value']!r}\n" in done.stdout
+    failed = done.stdout.partition("FAILED ")[2].splitlines()[0]
+    assert "training images are fewer than one step takes" in failed
+
+
 def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:
     done = relloc(tmp_path, "sweep", "status", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")

@@ -21,12 +21,17 @@ def names_of(config: DictConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
+def is_search(config: DictConfig) -> bool:
+    """Whether the sweeper chooses points as it goes, by the numbers of earlier ones."""
+    return config.hydra.sweeper.get("_target_") != _GRID
+
+
 def check_sweeper(config: DictConfig) -> None:
     """Raises `UsageError` where the sweeper wants a number of each point and none is named."""
-    sweeper = str(config.hydra.sweeper.get("_target_"))
-    if sweeper != _GRID and not names_of(config):
+    if is_search(config) and not names_of(config):
+        name = str(config.hydra.sweeper.get("_target_")).rpartition(".")[2]
         raise UsageError(
-            f"the sweeper {sweeper.rpartition('.')[2]} chooses points by a number, and objective= does not say which: "
+            f"the sweeper {name} chooses points by a number, and objective= does not say which: "
             "name a result, such as objective=linear_fast/feature4/top1, or several, objective=[A,B]"
         )
 

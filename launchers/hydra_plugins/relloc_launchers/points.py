@@ -13,9 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from hydra_plugins.relloc_launchers import words
+from hydra_plugins.relloc_launchers import passing
 from hydra_plugins.relloc_launchers.composing import Composing
-from hydra_plugins.relloc_launchers.objective import check_names, check_sweeper, names_of, objective_of
+from hydra_plugins.relloc_launchers.objective import check_names, check_sweeper, is_search, names_of, objective_of
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.errors import UsageError
@@ -63,8 +63,8 @@ class PointsLauncher(Launcher):
         check_folder(self._folder, runs)
         self.sweep = Sweep(self._folder, lock_of(runs))
         self.config = config
-        self._kind = words.command_of(config)
-        self._folders = words.folders_of_configs(config, conf_dir())
+        self._kind = passing.command_of(config)
+        self._folders = passing.folders_of_configs(config, conf_dir())
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._compose = Composing(hydra_context.config_loader, config)
         # The sweeper composes every point to see whether it can be: it need not be done twice.
@@ -157,18 +157,20 @@ class PointsLauncher(Launcher):
 
     def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Composed]:
         runs = Path(os.path.abspath(self.config.runs))
-        self._beside = json.dumps(words.values(job_overrides).get("checkpoint", []))
-        kept = [words.of_points(overrides) for overrides in job_overrides]
-        swept = [key for key, found in words.values(kept).items() if len(found) > 1]
-        of_hydra = words.of_hydra_for_points(self.config)
-        options = words.options(self.config, self._kind, self._folders)
+        self._beside = json.dumps(passing.values(job_overrides).get("checkpoint", []))
+        kept = [passing.of_points(overrides) for overrides in job_overrides]
+        swept = [key for key, found in passing.values(kept).items() if len(found) > 1]
+        if is_search(self.config):  # it gives a point at a time, of which the command line says what stays
+            swept += passing.values([passing.chosen(overrides, self.config) for overrides in kept])
+        of_hydra = passing.of_hydra_for_points(self.config)
+        options = passing.options(self.config, self._kind, self._folders)
         found = []
         for given, overrides in zip(job_overrides, kept, strict=True):
             config, launcher = self._composed_from(given)
             resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
             mark, name = identity(resolved), name_of(overrides, swept, resolved["seed"])
             # A launcher that a preset chose would have the point sent away once more.
-            here = ["launcher=here"] if launcher != "here" and not words.names_launcher(given) else []
+            here = ["launcher=here"] if launcher != "here" and not passing.names_launcher(given) else []
             point = Point(
                 kind=self._kind,
                 name=name,
@@ -185,9 +187,9 @@ class PointsLauncher(Launcher):
     def _resend(self, given: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
         """The words after `python` that make a point alone one of this sweep again."""
         named = [word for word in given if not word.startswith("sweep=")]
-        of_hydra = [*words.of_hydra_for_points(self.config), *words.of_hydra_for_launcher(self.config)]
+        of_hydra = [*passing.of_hydra_for_points(self.config), *passing.of_hydra_for_launcher(self.config)]
         command = ("-m", f"relloc.{self._kind}", *options, "--multirun")
-        return (*command, *named, *of_hydra, f"sweep={words.quoted(str(self.config.sweep))}")
+        return (*command, *named, *of_hydra, f"sweep={passing.quoted(str(self.config.sweep))}")
 
     def _composed_from(self, overrides: Sequence[str]) -> tuple[DictConfig, str]:
         """A point's config without Hydra's part, and the launcher that it chooses."""

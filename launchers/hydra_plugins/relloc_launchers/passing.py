@@ -27,6 +27,12 @@ def of_points(overrides: Sequence[str]) -> list[str]:
     return [word for word in overrides if not _plain(word).startswith(_LAUNCHER)]
 
 
+def chosen(overrides: Sequence[str], config: DictConfig) -> list[str]:
+    """The words that do not stand on the command line as they are: a sweeper chose them."""
+    given = set(config.hydra.overrides.task)
+    return [word for word in overrides if word not in given]
+
+
 def names_launcher(overrides: Sequence[str]) -> bool:
     """Whether a word chooses the launcher, which a point does without."""
     return any(_plain(word).startswith("launcher=") for word in overrides)
