@@ -34,6 +34,7 @@ from relloc.errors import UsageError
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _ASKED_FOR_FULL = os.environ.get(FULL_ERROR)  # by the user; what we set for ourselves is not for commands we start
+_RERUN = "--experimental-rerun"  # of Hydra
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 # What Hydra writes before it calls us, in a run's hydra.output_subdir
 _OF_HYDRA = ["config.yaml", "hydra.yaml", "overrides.yaml"]
@@ -66,6 +67,10 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     if int(os.environ.get("RANK", "0")) > 0:
         sys.argv += _silent_rank()
     warnings.showwarning = _say_warning
+    if any(word.startswith("--e") and _RERUN.startswith(word.partition("=")[0]) for word in sys.argv[1:]):
+        _exit(
+            f"{_RERUN} runs what a pickle holds, and relloc writes none: start the run's command again, which goes on"
+        )
     start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
 
     @functools.wraps(task)

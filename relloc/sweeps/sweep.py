@@ -224,12 +224,12 @@ def code_and_configs(*, package: Path, conf: Path, plugins: Path, own: Mapping[s
 
 def content_of(folder: Path, *, suffix: str = "") -> dict[str, bytes]:
     """The files below a folder, by their names from there; what Python compiled is left out."""
-    found, seen = {}, set()
+    found = {}
     for path, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(path)) in seen:  # a link to a folder above
+        above = Path(os.path.realpath(os.path.dirname(path)))
+        if path != str(folder) and above.is_relative_to(os.path.realpath(path)):  # a link to a folder above
             folders.clear()
             continue
-        seen.add(real)
         folders[:] = [name for name in folders if not suffix or not name.startswith(".")]
         for name in files:
             file = Path(path, name)

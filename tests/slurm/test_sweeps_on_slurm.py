@@ -189,14 +189,18 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish(sweeps: Sweeps) -> None:
-    code, told = sweeps.run("-m", "grid.resize.px=64,20", *on_slurm("sweep=one"))
+    code, told = sweeps.run("-m", "data.images_per_step=16,4096", *on_slurm("sweep=one"))
     assert code == 1, told
     assert "1 done, 1 failed" in told
-    of_failed = told.partition("failed  px=20")[2]
-    assert "20" in of_failed.partition("again, alone:")[0]  # the last lines of its log
-    assert "again, alone: python -m relloc.train" in of_failed
-    assert "grid.resize.px=20" in of_failed
-    failed = sweeps.job("px_20")
+    of_failed = told.partition("failed  images_per_step=4096")[2]
+    assert "4096" in of_failed.partition("again, alone:")[0]  # the last lines of its log
+    again = of_failed.partition("again, alone: ")[2].splitlines()[0]
+    # Submitted as the sweep was
+    assert again.startswith("python -m relloc.train --multirun ")
+    for word in ("data.images_per_step=4096", "launcher=slurm", "sweep=one"):
+        assert f" {word}" in again
+    failed = sweeps.job("images_per_step_4096")
+    assert f"slurm {failed}" in told
     sweeps.wait_for(lambda: "JobState=FAILED" in sweeps.slurm("scontrol", "show", "job", failed))
     assert "ExitCode=1:0" in sweeps.slurm("scontrol", "show", "job", failed)
     with pytest.raises(subprocess.CalledProcessError):  # so all of this works without accounting

@@ -117,7 +117,12 @@ def test_of_folders_of_configs_only_what_hydra_reads_is_copied(tmp_path: Path) -
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     os.symlink(tmp_path, tmp_path / "data" / "loop")
-    assert content_of(tmp_path, suffix=".yaml") == {"data/mine.yaml": b"data/mine.yaml", "top.yaml": b"top.yaml"}
+    os.symlink(tmp_path / "data", tmp_path / "same")
+    assert content_of(tmp_path, suffix=".yaml") == {
+        "data/mine.yaml": b"data/mine.yaml",
+        "same/mine.yaml": b"data/mine.yaml",
+        "top.yaml": b"top.yaml",
+    }
 
 
 def test_what_a_cancelled_sweep_began_no_more_is_cancelled(tmp_path: Path) -> None:
