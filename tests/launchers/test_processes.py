@@ -8,7 +8,8 @@ import pytest
 from hydra_plugins.relloc_launchers.processes import ProcessLauncher
 from omegaconf import OmegaConf
 
-from relloc.sweeps.points import Point
+from relloc.errors import Interrupted
+from relloc.sweeps.points import Point, note_job
 from relloc.sweeps.standing import standings
 from relloc.sweeps.sweep import Sweep
 from relloc.sweeps.table import reason_of
@@ -45,3 +46,12 @@ def test_why_a_point_failed_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture
     told = capfd.readouterr()
     # On the console where it runs alone there
     assert ("on its way" in told.out, "relloc: no data" in told.err) == ((processes == 1), (processes == 1))
+
+
+def test_a_point_that_may_have_a_job_elsewhere_is_not_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no squeue
+    launcher = ProcessLauncher(OmegaConf.create({"processes": 1}))
+    sent = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "a")
+    note_job(sent, {"slurm": "7"})
+    with pytest.raises(Interrupted, match="none is to run twice"):
+        launcher._standings([sent])

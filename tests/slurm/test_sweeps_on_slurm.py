@@ -350,6 +350,16 @@ def test_a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_comm
         assert_one_run(sweeps.point(words), store)
 
 
+def test_what_relloc_sweep_cancels_is_cancelled_whether_it_had_begun_or_not(sweeps: Sweeps) -> None:
+    started = sweeps.start("-m", "seed=0,1", "data.epochs=100000", *on_slurm("sweep=d", "launcher.array_parallelism=1"))
+    sweeps.wait_for(lambda: sweeps.has_trained(8, "seed_0"))
+    assert sweeps.run("cancel", "d", module="sweep")[0] == 0
+    code, told = sweeps.ended(started)
+    assert (code, "2 cancelled" in told) == (1, True), told
+    code, told = sweeps.run("status", "sweep=d", module="sweep")
+    assert (code, "2 cancelled" in told) == (1, True), told
+
+
 def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(sweeps: Sweeps, store: str) -> None:
     started = sweeps.start("seed=0", *on_slurm("launcher.nodes=2"))
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))

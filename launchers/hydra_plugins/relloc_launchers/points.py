@@ -18,7 +18,7 @@ from hydra_plugins.relloc_launchers.composing import Composing
 from hydra_plugins.relloc_launchers.objective import check_names, check_sweeper, is_search, names_of, objective_of
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from relloc.errors import UsageError
+from relloc.errors import Interrupted, UsageError
 from relloc.runs.launch import conf_dir, refuse_chdir, users_environment
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, identity, name_of
@@ -225,7 +225,7 @@ class PointsLauncher(Launcher):
     def _standings(self, points: Sequence[Point]) -> list[Standing]:
         found, silent = known_standings(points, self.schedulers())
         if any(now.state == "unknown" for now in found):
-            raise UsageError(f"{silent[0]}. Points may have jobs there, and none is to run twice: try again later")
+            raise Interrupted(f"{silent[0]}. Points may have jobs there, and none is to run twice: try again later")
         return found
 
     def _tell_end(self, points: Sequence[Point]) -> list[Standing]:
