@@ -54,10 +54,13 @@ class Sweep:
                 "which finds its points"
             ) from error
 
+    def noted(self) -> list[Point]:
+        """The same; none where no command has noted any yet. Raises `UsageError` for a note that can't be read."""
+        return self.points() if (self.folder / SWEEP_FILE).exists() else []
+
     def add(self, points: Sequence[Point], command: Sequence[str]) -> None:
         """Note points, those already there once; the caller has it `locked`."""
-        there = self.points() if (self.folder / SWEEP_FILE).exists() else []
-        of_identity = {point.identity: point for point in (*there, *points)}
+        of_identity = {point.identity: point for point in (*self.noted(), *points)}
         noted = {"command": list(command), "points": [point.to_json() for point in of_identity.values()]}
         write_json(self.folder / SWEEP_FILE, noted)
 

@@ -337,10 +337,14 @@ def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
     damaged = tmp_path / "runs/sweeps/s/sweep.json"
     damaged.parent.mkdir(parents=True, exist_ok=True)
     damaged.write_text('{"points": [')
-    told = relloc(tmp_path, "sweep", "status", str(damaged.parent))
-    assert told.returncode == 2
-    assert told.stderr.startswith(f"relloc: {damaged} is damaged (")
-    assert told.stderr.count("\n") == 1
+    for told in (
+        relloc(tmp_path, "sweep", "status", str(damaged.parent)),
+        relloc(tmp_path, "train", "-m", "seed=0,1", "sweep=s"),
+    ):
+        assert told.returncode == 2
+        assert told.stderr.startswith(f"relloc: {damaged} is damaged (")
+        assert told.stderr.count("\n") == 1
+    assert [path.name for path in damaged.parent.iterdir()] == ["sweep.json"]
 
 
 def test_a_running_point_is_ended_by_its_number(tmp_path: Path) -> None:

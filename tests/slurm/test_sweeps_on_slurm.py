@@ -354,8 +354,7 @@ def test_what_relloc_sweep_cancels_is_cancelled_whether_it_had_begun_or_not(swee
     started = sweeps.start("-m", "seed=0,1", "data.epochs=100000", *on_slurm("sweep=d", "launcher.array_parallelism=1"))
     sweeps.wait_for(lambda: sweeps.has_trained(8, "seed_0"))
     assert sweeps.run("cancel", "d", module="sweep")[0] == 0
-    code, told = sweeps.ended(started)
-    assert (code, "2 cancelled" in told) == (1, True), told
+    assert sweeps.ended(started)[0] == 1
     code, told = sweeps.run("status", "sweep=d", module="sweep")
     assert (code, "2 cancelled" in told) == (1, True), told
 

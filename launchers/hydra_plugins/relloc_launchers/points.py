@@ -59,9 +59,10 @@ class PointsLauncher(Launcher):
         check_name(config.sweep)
         refuse_chdir(config.hydra)
         check_sweeper(config)
-        runs, self._folder = (Path(os.path.abspath(name)) for name in (config.runs, config.hydra.sweep.dir))
-        check_folder(self._folder, runs)
-        self.sweep = Sweep(self._folder, lock_of(runs))
+        runs, folder = (Path(os.path.abspath(name)) for name in (config.runs, config.hydra.sweep.dir))
+        check_folder(folder, runs)
+        self.sweep = Sweep(folder, lock_of(runs))
+        self.sweep.noted()  # damaged, it is told now
         self.config = config
         self._kind = passing.command_of(config)
         self._folders = passing.folders_of_configs(config, conf_dir())
