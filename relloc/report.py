@@ -1,12 +1,11 @@
 """python -m relloc.report [FOLDER ...] [--format FORMAT] [--out FILE]: our numbers beside the published ones.
 
-python -m relloc.report sweep=NAME: those of runs/sweeps/NAME, a line a point and a column a layer, and as a picture.
+python -m relloc.report sweep=NAME: those of runs/sweeps/NAME, a line a setting and a column a layer, and as a picture.
 """
 
 import argparse
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,25 +19,26 @@ from relloc.reports.make import ROWS, make_report
 from relloc.reports.measured import find_measured
 from relloc.reports.table import Report
 from relloc.sweeps.points import Point
-from relloc.sweeps.standing import standings
-from relloc.sweeps.sweep import SWEEP_FILE, Sweep
+from relloc.sweeps.standing import known_standings
+from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep, is_named, runs_folder
 
 _SWEEP = "sweep="
 _PICTURES = ("png", "svg", "pdf")
-_SWEEP_FORMATS = {"markdown": ".md", "csv": ".csv", **{name: f".{name}" for name in _PICTURES}}
 _FORMATS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "markdown": (".md", as_markdown),
     "csv": (".csv", as_csv),
     "html": (".html", as_html),
     "latex": (".tex", as_latex),
 }
+_SWEEP_FORMATS = {name: ending for name, (ending, _) in _FORMATS.items()} | {name: f".{name}" for name in _PICTURES}
+_NOT_IN_FLIGHT = ("stopped", "cancelled", "failed", "missing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the report; 0 if it is there, 2 after a mistake, which is one message on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        if any(folder.startswith(_SWEEP) for folder in options.folders):
+        if any(_names_sweep(folder) for folder in options.folders):
             _report_sweep(options)
         else:
             _report(options)
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "folders",
         metavar="FOLDER",
         nargs="*",
-        help=f"runs, sweeps, or folders of them, by default runs/; or {_SWEEP}NAME",
+        help=f"runs, sweeps, or folders of them, by default runs/; or one sweep: {_SWEEP}NAME, {_SWEEP}FOLDER or NAME",
     )
     parser.add_argument(
         "--format",
@@ -71,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _runs_folder() -> Path:
-    return Path(os.environ.get("RELLOC_RUNS", "runs"))
+def _names_sweep(word: str) -> bool:
+    """Whether a sweep is meant as such: what is a folder here is reported as one, beside the published numbers."""
+    return word.startswith(_SWEEP) or (not os.path.exists(word) and is_named(word))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -81,7 +82,7 @@ def _report(options: argparse.Namespace) -> None:
         raise UsageError(f"--rows {options.rows} is not one of {', '.join(ROWS)}")
     if options.metrics is not None:
         raise UsageError(f"--metrics is for a sweep: name one with {_SWEEP}NAME")
-    runs = [run for folder in options.folders or [_runs_folder()] for run in _runs_of(Path(folder))]
+    runs = [run for folder in options.folders or [runs_folder()] for run in _runs_of(Path(folder))]
     _give(render(make_report(find_measured(runs), options.rows)), options.out)
 
 
@@ -89,18 +90,21 @@ def _report_sweep(options: argparse.Namespace) -> None:
     # pandas and matplotlib take a while, which other reports need not wait
     from relloc.reports.sweep_numbers import read_sweep
     from relloc.reports.sweep_picture import draw_sweep
+    from relloc.reports.sweep_tables import as_report
     from relloc.reports.sweep_text import as_sweep_csv, as_sweep_markdown
 
     sweep, shown = _sweep_of(options), _format(options, _SWEEP_FORMATS)
     points = sweep.points()
     states = _states(points)
     numbers = read_sweep(sweep.name, points, states, options.metrics)
+    idle = [point for point, state in zip(points, states, strict=True) if state in _NOT_IN_FLIGHT]
+    commands = [point.again for point in idle]
     if shown == "csv":
         _give(as_sweep_csv(numbers), options.out)
     elif shown == "markdown":
-        idle = [point for point, state in zip(points, states, strict=True) if state in ("stopped", "failed", "missing")]
-        commands = [shlex.join(["python", *point.arguments]) for point in idle]
         _give(as_sweep_markdown(numbers, commands), options.out)
+    elif shown in _FORMATS:
+        _give(_FORMATS[shown][1](as_report(numbers, commands)), options.out)
     if not numbers.has_ours:
         nothing = f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
         if shown in _PICTURES:
@@ -116,28 +120,21 @@ def _report_sweep(options: argparse.Namespace) -> None:
 
 
 def _sweep_of(options: argparse.Namespace) -> Sweep:
-    word = next(word for word in options.folders if word.startswith(_SWEEP))
+    word = next(word for word in options.folders if _names_sweep(word))
     if len(options.folders) > 1:
         raise UsageError(f"{word} is reported alone: leave out the other folders and sweeps")
     if options.rows != ROWS[0]:
         raise UsageError(f"--rows is for published numbers, which {word} is not beside: leave it out")
-    sweeps = _runs_folder() / "sweeps"
-    sweep = Sweep(sweeps / word.removeprefix(_SWEEP))
-    if not (sweep.folder / SWEEP_FILE).exists():
-        there = ", ".join(sorted(file.parent.name for file in sweeps.glob(f"*/{SWEEP_FILE}")))
-        known = f"name one of {there}" if there else "it has none; RELLOC_RUNS names another folder of runs"
-        raise UsageError(f"{sweep.name} is no sweep of {sweeps}: {known}")
-    return sweep
+    return find_sweep(word)
 
 
 def _states(points: Sequence[Point]) -> list[str]:
     """How each point stands; schedulers are asked only where not all are done, and may be silent."""
-    found = standings(points, {})
+    found, silent = known_standings(points, {})
     if any(now.state != "done" for now in found):
-        try:
-            found = standings(points)
-        except UsageError as error:
-            print(f"relloc: {error}; its points that run or wait are told as stopped or failed", file=sys.stderr)
+        found, silent = known_standings(points)
+    for words in dict.fromkeys(silent):
+        print(f"relloc: {words}; how points stand that have jobs there is not known", file=sys.stderr)
     return [now.state for now in found]
 
 

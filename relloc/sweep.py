@@ -1,4 +1,7 @@
-"""python -m relloc.sweep status|wait|cancel SWEEP...: how the points of a sweep stand, whoever runs them."""
+"""python -m relloc.sweep status|wait|cancel SWEEP...: how the points of a sweep stand, whoever runs them.
+
+SWEEP is its name, as NAME or sweep=NAME, or its folder.
+"""
 
 import argparse
 import contextlib
@@ -9,24 +12,29 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from relloc.errors import UsageError
+from relloc.errors import Interrupted, UsageError
 from relloc.sweeps.mend import mend
-from relloc.sweeps.points import Point, is_elsewhere, read_job
-from relloc.sweeps.standing import schedulers, standings, standings_in_time
-from relloc.sweeps.sweep import Sweep
-from relloc.sweeps.table import say, table, tell_failed
+from relloc.sweeps.points import Point, note_ending, read_job
+from relloc.sweeps.standing import known_standings, schedulers, standings, standings_in_time
+from relloc.sweeps.sweep import Sweep, find_sweep
+from relloc.sweeps.table import say, table, tell_failed, tell_next, tell_silent
+from relloc.tracking.living import is_elsewhere
 
 _POLL_S = 10.0
+_NOT_ENDED_WELL = ("failed", "stopped", "cancelled", "missing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if all points are done (status: or may still become so), 1 if some failed or are missing, 2 for a mistake."""
+    """0 if all points are done (status: or may still become so), 1 if some failed, were ended or are missing.
+
+    2 for a mistake; 75 if it can't be known, as a cluster does not answer.
+    """
     options = _parser().parse_args(arguments)
     try:
-        codes = [_DOES[options.does](Sweep(folder.absolute())) for folder in options.sweeps]
+        codes = [_DOES[options.does](find_sweep(word)) for word in options.sweeps]
     except UsageError as error:
         print(f"relloc: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return max(codes)
 
 
@@ -36,17 +44,22 @@ def _parser() -> argparse.ArgumentParser:
         "does", choices=tuple(_DOES), help="print a table; wait for the last job, then print it; end all jobs"
     )
     parser.add_argument(
-        "sweeps", metavar="SWEEP", nargs="+", type=Path, help="folder of a sweep, such as runs/sweeps/NAME"
+        "sweeps", metavar="SWEEP", nargs="+", help="NAME or sweep=NAME of one in runs/sweeps, or the folder of one"
     )
     return parser
 
 
 def _status(sweep: Sweep) -> int:
     points = sweep.points()
-    found = standings(points)
+    found, silent = known_standings(points)
+    found = sweep.with_cancelled(found)
     say(table(points, found))
     tell_failed(points, found, sweep, lambda point: _log(sweep, point))
-    return int(any(now.state != "done" and not now.in_flight for now in found))
+    tell_silent(found, silent)
+    tell_next(sweep)
+    if any(now.state in _NOT_ENDED_WELL for now in found):
+        return 1
+    return Interrupted.exit_code if any(now.state == "unknown" for now in found) else 0
 
 
 def _wait(sweep: Sweep) -> int:
@@ -63,12 +76,15 @@ def _cancel(sweep: Sweep) -> int:
     points = sweep.points()
     in_flight = [point for point, now in zip(points, standings(points), strict=True) if now.in_flight]
     sweep.cancel()
+    for point in in_flight:  # before it is asked: what has not begun can't say that it was
+        if not is_elsewhere(read_job(point.folder) or {}):
+            note_ending(point.folder, "cancelled")
     for name, scheduler in schedulers().items():
         scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder) or {})])
     asked = len(in_flight)
     for point in in_flight:
         job = read_job(point.folder) or {}
-        if "pid" in job and is_elsewhere(job):
+        if is_elsewhere(job):
             asked -= 1
             say(f"{point.name} is run by process {job['pid']} of {job['host']}: end it there")
         elif "pid" in job:

@@ -9,7 +9,6 @@ from relloc.reports.missing import Fill
 from relloc.reports.table import Cell, Report, Row, Table
 
 _HOW_TO_FILL = "missing: the commands below fill it"
-_TITLE = "Our numbers beside the published ones"
 
 
 def as_html(report: Report) -> str:
@@ -21,8 +20,8 @@ def _lines(report: Report) -> Iterator[str]:
     style = importlib.resources.files("relloc.reports").joinpath("page.css").read_text(encoding="utf-8")
     yield from ("<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">')
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield from (f"<title>{_TITLE}</title>", f"<style>\n{style}</style>", "</head>", "<body>", "<main>")
-    yield from (f"<h1>{_TITLE}</h1>", '<ul class="legend">')
+    yield from (f"<title>{escape(report.title)}</title>", f"<style>\n{style}</style>", "</head>", "<body>", "<main>")
+    yield from (f"<h1>{escape(report.title)}</h1>", '<ul class="legend">')
     yield from (*(f"<li>{escape(line)}</li>" for line in report.legend), "</ul>")
     numbered = 0
     for group in report.groups:

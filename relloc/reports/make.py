@@ -13,6 +13,7 @@ from relloc.reports.published import CARD, CARD_OSS, PUBLISHED_MODEL, RANDOM, SU
 from relloc.reports.table import MISSING, Group, Report, Row, Table
 
 ROWS = ("card", "all")
+_TITLE = "Our numbers beside the published ones"
 
 
 def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
@@ -23,6 +24,7 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     for title in sorted({each.group for each in entries} - {CARD_GROUP}):
         groups.append(_group(title, entries, (), show_all=False))
     return Report(
+        title=_TITLE,
         groups=tuple(group for group in groups if group.tables),
         legend=_legend(entries),
         advice=advice(entries),

@@ -7,13 +7,10 @@ import pandas as pd
 
 from relloc.reports.as_markdown import escape
 from relloc.reports.sweep_numbers import COLUMN, TITLE, Frame, SweepNumbers, mean_tables, our_lines
+from relloc.reports.sweep_tables import LEGEND, points_not_done
 from relloc.reports.table import MISSING
 
 _COMMANDS = 5  # are shown
-_LEGEND = (
-    "Accuracies and mAP are percent. Of several seeds: their mean, ± their standard deviation, in brackets how many. "
-    "Bold: the highest of a column."
-)
 
 
 def as_sweep_csv(sweep: SweepNumbers) -> str:
@@ -27,7 +24,7 @@ def as_sweep_markdown(sweep: SweepNumbers, commands: Sequence[str]) -> str:
 
 
 def _lines(sweep: SweepNumbers, commands: Sequence[str]) -> Iterator[str]:
-    yield from (f"# Sweep {escape(sweep.name)}", "", _LEGEND)
+    yield from (f"# Sweep {escape(sweep.name)}", "", LEGEND)
     for title, table in mean_tables(sweep):
         cells = _cells(table, sweep.lacking())
         yield from ("", f"## {escape(title)}", "", *_pipes(cells))
@@ -37,9 +34,7 @@ def _lines(sweep: SweepNumbers, commands: Sequence[str]) -> Iterator[str]:
             across, down = map(escape, sweep.axes)
             yield from ("", f"At {layer}, where the highest is, {across} across and {down} down:", "")
             yield from _pipes(our_lines(sweep, cells)[layer].unstack(0, fill_value=MISSING))
-    points = sweep.rows.drop_duplicates("folder")
-    not_done = points[points["state"] != "done"].groupby("state")["point"]
-    if len(not_done):
+    if not_done := points_not_done(sweep):
         yield from ("", "## Not done", "")
         yield from (f"- {state} ({len(names)}): {escape(', '.join(names))}" for state, names in not_done)
     if commands:

@@ -69,6 +69,7 @@ class Report:
     `advice` says what to do about missing cells, `missing` has the commands; "" where none is missing.
     """
 
+    title: str
     groups: tuple[Group, ...]
     legend: tuple[str, ...]
     advice: str

@@ -38,7 +38,7 @@ from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 _NEUTRAL = (
     *("device", "workers", "compile", "cuda_graphs", "memory_format", "deterministic", "images_per_forward"),
     "bank_gib",
-    *("runs", "tracking", "launcher", "sweep", "save_every_s", "milestones"),
+    *("runs", "tracking", "launcher", "sweep", "objective", "save_every_s", "milestones"),
     *("report_every_steps", "collapse_steps", "monitor"),
     *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
     *("data.root", "data.shards", "data.source", "data.unreadable_share"),  # the images' digest counts
@@ -321,7 +321,7 @@ def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine
 
 def _params(config: DictConfig) -> dict[str, Any]:
     """All settings, flat; of the data that evaluations bring only which it is, not how to pretrain on it."""
-    told = {name: node for name, node in plain(config).items() if name not in ("launcher", "sweep")}
+    told = {name: node for name, node in plain(config).items() if name not in ("launcher", "sweep", "objective")}
     for node in told["eval"].values():
         if "data" in node:
             node["data"] = {name: node["data"][name] for name in ("name", "root", "shards", "source")}

@@ -36,6 +36,7 @@ from relloc.runs.launcher_words import with_one_value_each
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _ASKED_FOR_FULL = os.environ.get(FULL_ERROR)  # by the user; what we set for ourselves is not for commands we start
+_RERUN = "--experimental-rerun"  # of Hydra
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 # A folder where a file should be, or the reverse
 _PLACE_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
@@ -72,17 +73,32 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
         sys.argv += _silent_rank()
     sys.argv[1:] = with_one_value_each(sys.argv[1:])
     warnings.showwarning = _say_warning
+    if any(word.startswith("--e") and _RERUN.startswith(word.partition("=")[0]) for word in sys.argv[1:]):
+        _exit(
+            f"{_RERUN} runs what a pickle holds, and relloc writes none: start the run's command again, which goes on"
+        )
     start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
 
     @functools.wraps(task)
     def explained_task(config: DictConfig) -> None:
         with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
+            refuse_chdir(HydraConfig.get())
             task(config)
 
     _digits_of.cache_clear()
     with _scratch_folder(), _explained(config_name, show_all):
         start(explained_task)()
     sys.exit(0)
+
+
+def refuse_chdir(made: Any) -> None:
+    """Raises `UsageError` where Hydra goes into the run's folder, or has: relative paths would count from there."""
+    if made.job.chdir:
+        os.chdir(made.runtime.cwd)
+        raise UsageError(
+            "hydra.job.chdir=true is not for relloc, whose runs have relative paths count from the folder of the "
+            "command: leave it out"
+        )
 
 
 @functools.cache

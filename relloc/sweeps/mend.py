@@ -16,7 +16,7 @@ def mend(points: Sequence[Point], found: Sequence[Standing]) -> list[str]:
     """
     told = []
     for point, now in zip(points, found, strict=True):
-        if now.in_flight or status_of(point.folder) != "RUNNING":
+        if now.in_flight or now.state == "unknown" or status_of(point.folder) != "RUNNING":
             continue
         write_status(point.folder, "KILLED")
         words = f"{point.name} was ended before it could say so: noted as stopped"

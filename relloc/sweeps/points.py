@@ -3,22 +3,26 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from relloc.errors import UsageError
 from relloc.files import write_json
-from relloc.tracking.living import is_alive as is_alive
-from relloc.tracking.living import is_elsewhere as is_elsewhere
-from relloc.tracking.living import process_mark as process_mark
 from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
 # Which machine, how many processes, what is followed and kept where: a point is the same with others of these.
-_NOT_OF_A_POINT = ("launcher", "tracking", "sweep", "runs", "workers", "bank_gib", "save_every_s", "reuse")
+_NOT_OF_A_POINT = (
+    *("launcher", "tracking", "sweep", "objective", "runs", "workers", "bank_gib", "save_every_s", "reuse"),
+)
+_PATHS = ("root", "shards", "checkpoint")  # settings that name files, in `data`, in what evaluations bring, and alone
+_NO_PATHS = ("random", "torchvision")  # what `checkpoint` takes besides
 _IDENTITY_DIGITS = 12
+_ENDED = "ended"
 _PLAIN = re.compile(r"[\w./+:@%-]*")  # what Hydra takes as a value without quotes
 
 
@@ -28,7 +32,9 @@ class Point:
 
     `kind` is the command that runs it, train or evaluate; `name` says what is swept; `overrides` are
     all words that compose it; `identity` hashes the config; and `folder` is the run's, the same for
-    every sweep that has this point.
+    every sweep that has this point. `options` are Hydra's options that stand before these words, such as
+    --config-dir; `cwd` is the folder from which relative paths count; `resend` has the words after `python` that
+    send the point to the cluster again where its sweep's command sent it, and none where that ran it itself.
     """
 
     kind: str
@@ -36,13 +42,22 @@ class Point:
     overrides: tuple[str, ...]
     identity: str
     folder: Path
+    options: tuple[str, ...] = ()
+    cwd: str = ""
+    resend: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
         """What Python is to run: the module, and the words that compose the run and name its folder."""
         folder = str(self.folder)
         quoted = folder if _PLAIN.fullmatch(folder) else "'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'"
-        return ["-m", f"relloc.{self.kind}", *self.overrides, f"hydra.run.dir={quoted}"]
+        return ["-m", f"relloc.{self.kind}", *self.options, *self.overrides, f"hydra.run.dir={quoted}"]
+
+    @property
+    def again(self) -> str:
+        """A line for a shell that runs this point alone once more, with the code of then, where the sweep ran it."""
+        line = shlex.join(["python", *(self.resend or self.arguments)])
+        return line if self.cwd in ("", os.getcwd()) else f"cd {shlex.quote(self.cwd)} && {line}"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"folder": str(self.folder)}
@@ -55,14 +70,40 @@ class Point:
             overrides=tuple(fields["overrides"]),
             identity=fields["identity"],
             folder=Path(fields["folder"]),
+            options=tuple(fields.get("options", ())),
+            cwd=fields.get("cwd", ""),
+            resend=tuple(fields.get("resend", ())),
         )
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """Short hash of a resolved config, without settings that don't belong to a point."""
+    """Short hash of a resolved config, without settings that don't belong to a point.
+
+    Relative paths count from the current folder: elsewhere they name other files.
+    """
     kept = {name: value for name, value in config.items() if name not in _NOT_OF_A_POINT and name != "hydra"}
+    kept = _with_whole_paths(kept)
     text = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:_IDENTITY_DIGITS]
+
+
+def _with_whole_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose settings of `_PATHS`, at any depth, are absolute paths."""
+    made: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            made[name] = _with_whole_paths(value)
+        elif name in _PATHS and isinstance(value, list):
+            made[name] = [_whole_path(one) for one in value]
+        else:
+            made[name] = _whole_path(value) if name in _PATHS else value
+    return made
+
+
+def _whole_path(value: Any) -> Any:
+    """An absolute path stays as it is written, so that points of earlier sweeps are found again."""
+    is_relative = isinstance(value, str) and value and value not in _NO_PATHS and not os.path.isabs(value)
+    return os.path.abspath(value) if is_relative else value
 
 
 def folder_of(runs: Path, kind: str, name: str, mark: str) -> Path:
@@ -87,15 +128,35 @@ def note_job(point: Point, job: Mapping[str, Any]) -> None:
     write_json(point.folder / POINT_FILE, point.to_json() | {"job": dict(job), "time_ms": now_ms()})
 
 
-def read_job(folder: Path) -> dict[str, Any] | None:
-    """The job that was last noted; None if none was. Raises `UsageError` where the note can't be read."""
+def note_ending(folder: Path, how: Literal["cancelled", "stopped"]) -> None:
+    """Note that the job which has the point was asked to end: a run that had not begun can't say so itself.
+
+    The note of the next job takes its place; where no job was noted, nothing is.
+    """
+    if (note := read_note(folder)) and note.get(_ENDED) != "cancelled":
+        write_json(folder / POINT_FILE, note | {_ENDED: how})
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """What `note_job` and `note_ending` wrote last; empty where nothing was. Raises `UsageError` for a damaged note."""
     path = folder / POINT_FILE
     try:
-        job = json.loads(path.read_text(encoding="utf-8"))["job"]
-        if not isinstance(job, dict):
-            raise TypeError(f"job is {job}")
-        return job
+        note = json.loads(path.read_text(encoding="utf-8"))
+        job = note["job"]
+        if not isinstance(job, dict) or ("pid" in job and not {"host", "born"} <= job.keys()):
+            raise TypeError("its job is none")
     except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}): remove it if no job or process has the point") from error
+    return note
+
+
+def read_job(folder: Path) -> dict[str, Any] | None:
+    """The job that was last noted; None if none was. Raises `UsageError` where the note can't be read."""
+    return read_note(folder).get("job")
+
+
+def was_asked_to_end(note: Mapping[str, Any]) -> str | None:
+    """How the job of a note was asked to end, "cancelled" or "stopped"; None where it was not."""
+    return note.get(_ENDED)

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relloc.errors import UsageError
-from relloc.sweeps.points import Point, is_alive, is_elsewhere, read_job
+from relloc.sweeps.points import Point, read_note, was_asked_to_end
 from relloc.tracking.holding import is_held
 from relloc.tracking.journal import read_journal
+from relloc.tracking.living import is_alive, is_elsewhere
 from relloc.tracking.record import read_status
 
-State = Literal["done", "running", "waiting", "stopped", "failed", "missing"]
-JobState = Literal["running", "waiting"] | None  # None: it is no more
-ENDED: tuple[State, ...] = ("done", "stopped", "failed", "missing")
+State = Literal["done", "running", "waiting", "stopped", "cancelled", "failed", "missing", "unknown"]
+JobState = Literal["running", "waiting", "unknown"] | None  # None: it is no more
 # Of jobs by scheduler and number: how those that are alive stand. Schedulers register one as an entry point.
 Ask = Callable[[Sequence[str]], Mapping[str, Literal["running", "waiting"]]]
 TRAINED = "train/epoch"
+_DAMAGED = "damaged"
 _AGAIN_S = 30.0
 _HEARD_OF_S = 1800.0  # saves, reports and measurements of the machine are far more frequent
 
@@ -45,17 +46,54 @@ def schedulers() -> dict[str, Any]:
 
 
 def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
-    """How each point stands; the schedulers `asked`, by default all, are asked once each. Raises what they raise."""
+    """How each point stands; the schedulers `asked`, by default all, are asked once each.
+
+    Raises:
+        UsageError: one of them does not answer, or a note is damaged.
+    """
+    found, silent = known_standings(points, asked)
+    if silent:
+        raise UsageError(silent[0])
+    return found
+
+
+def known_standings(
+    points: Sequence[Point], asked: Mapping[str, Ask] | None = None
+) -> tuple[list[Standing], list[str]]:
+    """How each point stands, as far as that is known here, and what is said by those who do not answer.
+
+    Points that only these know are "unknown", unless their folders say more.
+    """
     if asked is None:
         asked = {name: scheduler.states for name, scheduler in schedulers().items()}
-    jobs = [read_job(point.folder) or {} for point in points]
-    alive: dict[tuple[str, str], JobState] = {}
+    notes, silent = _notes(points)
+    jobs = [note.get("job", {}) for note in notes]
+    states: dict[tuple[str, str], JobState] = {}
     for scheduler, ask in asked.items():
         numbers = [str(job[scheduler]) for job in jobs if scheduler in job]
-        alive |= {(scheduler, number): state for number, state in (ask(numbers) if numbers else {}).items()}
-    return [
-        _standing(point.folder, _job_state(point.folder, job, alive)) for point, job in zip(points, jobs, strict=True)
+        try:
+            states |= {(scheduler, number): state for number, state in (ask(numbers) if numbers else {}).items()}
+        except UsageError as error:
+            silent.append(str(error))
+            states |= dict.fromkeys(((scheduler, number) for number in numbers), "unknown")
+    found = [
+        _standing(point.folder, note, _job_state(point.folder, note.get("job", {}), states))
+        for point, note in zip(points, notes, strict=True)
     ]
+    return found, silent
+
+
+def _notes(points: Sequence[Point]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The note of each point; one that is damaged counts as a job of which nothing is known."""
+    notes: list[Mapping[str, Any]] = []
+    silent = []
+    for point in points:
+        try:
+            notes.append(read_note(point.folder))
+        except UsageError as error:
+            notes.append({"job": {_DAMAGED: ""}})
+            silent.append(str(error))
+    return notes, silent
 
 
 def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
@@ -71,12 +109,14 @@ def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None =
             time.sleep(_AGAIN_S)
 
 
-def _job_state(folder: Path, job: Mapping[str, Any], alive: Mapping[tuple[str, str], JobState]) -> JobState:
+def _job_state(folder: Path, job: Mapping[str, Any], states: Mapping[tuple[str, str], JobState]) -> JobState:
     if is_held(folder):  # by whatever command, also one that is not of this sweep
         return "running"
     if "pid" in job:
         return "running" if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder)) else None
-    return next((alive[name, str(number)] for name, number in job.items() if (name, str(number)) in alive), None)
+    if _DAMAGED in job:
+        return "unknown"
+    return next((states[name, str(number)] for name, number in job.items() if (name, str(number)) in states), None)
 
 
 def _was_heard_of(folder: Path) -> bool:
@@ -98,17 +138,32 @@ def status_of(folder: Path) -> str | None:
         return "FAILED"
 
 
-def _standing(folder: Path, job: JobState) -> Standing:
+def _standing(folder: Path, note: Mapping[str, Any], job: JobState) -> Standing:
     status = status_of(folder)
+    if job == "unknown" and status != "FINISHED":
+        # What it wrote lately is all that is known of it.
+        job = "running" if _was_heard_of(folder) else job
     if job == "waiting":
         return Standing(state="waiting", progress=_progress(folder)[0])
     if job == "running":
         progress, left_s = _progress(folder)
         return Standing(state="running", progress=progress, left_s=left_s)
-    if status is None:
-        return Standing(state="failed" if read_job(folder) else "missing")
-    state: State = {"FINISHED": "done", "FAILED": "failed"}.get(status, "stopped")  # pyright: ignore[reportAssignmentType]
+    state = _ended_state(status, note, job)
     return Standing(state=state, progress=1.0 if state == "done" else _progress(folder)[0])
+
+
+def _ended_state(status: str | None, note: Mapping[str, Any], job: JobState) -> State:
+    """How a point ended whose job is no more, or may be for all that is known."""
+    if status == "FINISHED":
+        return "done"
+    asked = was_asked_to_end(note)
+    if asked == "cancelled":
+        return "cancelled"
+    if job == "unknown":
+        return "unknown"
+    if status is None:  # the run said nothing of itself: it had not begun, or was refused
+        return "missing" if not note else "stopped" if asked else "failed"
+    return "failed" if status == "FAILED" else "stopped"
 
 
 def _progress(folder: Path) -> tuple[float | None, float | None]:

@@ -4,26 +4,38 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from relloc.errors import UsageError
 from relloc.files import locked, write_json
 from relloc.sweeps.points import Point
+from relloc.sweeps.standing import Standing
 from relloc.tracking.record import COMMIT_FILE, commit_of
 
 SWEEP_FILE = "sweep.json"
 CODE = "code"
-OWN_CONF = "own_conf"
 LOGS = "logs"
 CANCELLED = "cancelled"
+_LOCK = ".lock"
+_SWEEPS = "sweeps"  # in the folder of runs
+_WORD = "sweep="
+_MOST_BYTES = 200  # of a name: file systems take 255, and logs and jobs put something beside it
+# What separates folders, here or elsewhere, entries of PYTHONPATH, or points; and what sbatch replaces in names of logs
+_NOT_IN_A_NAME = frozenset("/\\:,%")
+_NOT_A_COPY = ("__pycache__", ".pyc")
 
 
 class Sweep:
-    """The folder of a sweep, which any number of commands of the same name share."""
+    """The folder of a sweep, which any number of commands of the same name share.
 
-    def __init__(self, folder: Path) -> None:
+    `lock` is the file that commands lock which may run the same points, by default one beside the folder.
+    """
+
+    def __init__(self, folder: Path, lock: Path | None = None) -> None:
         self.folder = folder
+        self._lock = lock or folder.parent / _LOCK
+        self._made: list[Path] = []  # by this command: folders, and files in them
 
     @property
     def name(self) -> str:
@@ -34,7 +46,7 @@ class Sweep:
         try:
             noted = json.loads((self.folder / SWEEP_FILE).read_text(encoding="utf-8"))
             return [Point.from_json(fields) for fields in noted["points"]]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
@@ -42,32 +54,77 @@ class Sweep:
                 "which finds its points"
             ) from error
 
+    def noted(self) -> list[Point]:
+        """The same; none where no command has noted any yet. Raises `UsageError` for a note that can't be read."""
+        return self.points() if (self.folder / SWEEP_FILE).exists() else []
+
     def add(self, points: Sequence[Point], command: Sequence[str]) -> None:
         """Note points, those already there once; the caller has it `locked`."""
-        there = self.points() if (self.folder / SWEEP_FILE).exists() else []
-        of_identity = {point.identity: point for point in (*there, *points)}
+        of_identity = {point.identity: point for point in (*self.noted(), *points)}
         noted = {"command": list(command), "points": [point.to_json() for point in of_identity.values()]}
         write_json(self.folder / SWEEP_FILE, noted)
 
+    def copy(self, content: Mapping[str, bytes]) -> Path:
+        """Write a copy of code and configs, from which jobs run whenever they start; the folder to import from.
+
+        A second command of a sweep shares the copy of the first where nothing has changed.
+        """
+        place = self.place_of(content)
+        if place.exists():
+            return place
+        self._make_folder(place.parent)
+        new = self.folder / f".{CODE}.{os.getpid()}"
+        try:
+            for name, data in content.items():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                (new / name).write_bytes(data)
+            os.replace(new, place)
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        self._made.append(place)
+        return place
+
+    def place_of(self, content: Mapping[str, bytes]) -> Path:
+        """Where `copy` would put that; nothing is written."""
+        for number in range(1000):
+            place = self.folder / CODE / str(number)
+            if not place.exists() or content_of(place) == content:
+                return place
+        raise UsageError(
+            f"{self.folder / CODE} holds a thousand versions of the code: give the sweep another name (sweep=)"
+        )
+
     def leave_nothing(self) -> None:
-        """Remove what a command made here that was refused, unless there are points."""
+        """Remove what this command made here, and nothing else, unless points were noted."""
         if (self.folder / SWEEP_FILE).exists():
             return
-        shutil.rmtree(self.folder / CODE, ignore_errors=True)
-        (self.folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's
-        with contextlib.suppress(OSError):  # others' files stay
-            self.folder.rmdir()
+        for path in reversed(self._made):
+            if path.parent.name == CODE and path.name.isdigit():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # another command's files stay, and so the folder
+                    path.rmdir()
+        self._made.clear()
 
     def cancel(self) -> None:
         """Tell commands that run this sweep's points on their own machine to start no more."""
         (self.folder / CANCELLED).touch()
 
-    def is_cancelled(self, since_s: float) -> bool:
-        """Whether that was told after a time, in seconds since 1970."""
+    def is_cancelled(self, since_s: float | None = None) -> bool:
+        """Whether that was told after a time in seconds since 1970, by default after any command added points."""
         try:
+            since_s = (self.folder / SWEEP_FILE).stat().st_mtime if since_s is None else since_s
             return (self.folder / CANCELLED).stat().st_mtime > since_s
         except FileNotFoundError:
             return False
+
+    def with_cancelled(self, found: Sequence[Standing]) -> list[Standing]:
+        """The standings of points, where those that no command began any more are cancelled, not missing."""
+        if not self.is_cancelled():
+            return list(found)
+        cancelled = Standing(state="cancelled")
+        return [cancelled if now.state == "missing" else now for now in found]
 
     def log(self, point: Point) -> Path:
         """Where the point's output goes that no scheduler keeps."""
@@ -76,44 +133,109 @@ class Sweep:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One command at a time looks what is to be run, and says what it runs."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder.parent / ".lock"):
+        self._make_folder(self._lock.parent)
+        self._make_folder(self.folder)
+        with locked(self._lock):
             yield
 
+    def _make_folder(self, folder: Path) -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made += reversed(missing)
 
-def snapshot(folder: Path, *, package: Path, conf: Path, plugins: Path, own: Path | None = None) -> Path:
-    """Copy the code, its commit and configs of now, from which jobs run whenever they start; the folder to import from.
 
-    `own` are the user's configs, copied to `OWN_CONF`. A second command of a sweep shares the copy of the first
-    where nothing has changed.
+def check_name(name: object) -> None:
+    """Raises `UsageError` for what can't name a folder of its own in runs/sweeps, and a sweep on a command line."""
+    told = "" if name is None else str(name)
+    whole = told.strip() == told and told.isprintable() and 0 < len(told.encode()) <= _MOST_BYTES
+    if not whole or told[0] in ".-" or _NOT_IN_A_NAME & set(told):
+        raise UsageError(
+            f"sweep={told or 'null'} names no sweep: it is to be the name of one folder in runs/sweeps, of letters, "
+            "digits and signs such as _ and -, the first of them neither . nor - (hydra.sweep.dir=FOLDER puts the "
+            "folder elsewhere)"
+        )
+
+
+def check_folder(folder: Path, runs: Path) -> None:
+    """Raises `UsageError` for a folder that holds other things than a sweep, or can't be one.
+
+    In `runs`/sweeps any folder may be, as that is where a command that was killed left one.
     """
-    target = folder / CODE
-    new = folder / f".{CODE}.{os.getpid()}"
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(package, new / "relloc", ignore=ignored)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"hydra.sweep.dir={folder} can't be a folder: {there} is a file")
+    if folder != there or folder.parent == runs / _SWEEPS or (folder / SWEEP_FILE).exists():
+        return
+    if any(folder.iterdir()):
+        raise UsageError(
+            f"hydra.sweep.dir={folder} holds files that are no sweep's: name a folder that is new, or that of a sweep"
+        )
+
+
+def runs_folder() -> Path:
+    """The folder of runs that commands share which compose no config."""
+    return Path(os.environ.get("RELLOC_RUNS") or "runs")
+
+
+def lock_of(runs: Path) -> Path:
+    """The lock of all sweeps whose points lie in a folder of runs."""
+    return runs / _SWEEPS / _LOCK
+
+
+def find_sweep(word: str) -> Sweep:
+    """The sweep that a word names: its name, sweep=NAME, or its folder. Raises `UsageError` where there is none."""
+    name = word.removeprefix(_WORD)
+    sweeps = runs_folder() / _SWEEPS
+    places = [Path(name)] if "/" in name else [sweeps / name, Path(name)]
+    for folder in places if name else ():
+        if (folder / SWEEP_FILE).exists():
+            return Sweep(Path(os.path.abspath(folder)))
+    if "/" in name:
+        raise UsageError(f"{Path(name).absolute()} is not the folder of a sweep: {SWEEP_FILE} is missing")
+    there = ", ".join(sorted(file.parent.name for file in sweeps.glob(f"*/{SWEEP_FILE}")))
+    known = f"name one of {there}" if there else "it has none; RELLOC_RUNS names another folder of runs"
+    raise UsageError(f"{name or word} is no sweep of {sweeps}: {known}")
+
+
+def is_named(word: str) -> bool:
+    """Whether runs/sweeps has a sweep of that name."""
+    return "/" not in word and word != "" and (runs_folder() / _SWEEPS / word / SWEEP_FILE).exists()
+
+
+def word_of(folder: Path) -> str:
+    """How a sweep is named to relloc.report and relloc.sweep from where one stands: its name, or else its folder."""
+    if folder == Path(os.path.abspath(runs_folder() / _SWEEPS / folder.name)):
+        return folder.name
+    return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+
+
+def code_and_configs(*, package: Path, conf: Path, plugins: Path, own: Mapping[str, Path]) -> dict[str, bytes]:
+    """The code, its commit and configs of now, by their names in the copy.
+
+    Of the user's folders of configs (`own`, by the name of the copy) only what Hydra can read is taken, as other
+    things may lie beside it.
+    """
+    content = {f"relloc/{name}": data for name, data in content_of(package).items()}
     if commit := commit_of(package / "__init__.py"):
-        (new / "relloc" / COMMIT_FILE).write_text(f"{commit}\n", encoding="utf-8")
-    if not (new / "relloc" / "conf").is_dir():
-        shutil.copytree(conf, new / "conf", ignore=ignored)
-    if own and own.is_dir():
-        shutil.copytree(own, new / OWN_CONF, ignore=ignored)
-    shutil.copytree(plugins, new / "hydra_plugins" / plugins.name, ignore=ignored)
-    for number in range(1000):
-        place = target / str(number)
-        if not place.exists():
-            target.mkdir(exist_ok=True)
-            os.replace(new, place)
-            return place
-        if _same(new, place):
-            shutil.rmtree(new)
-            return place
-    raise UsageError(f"{target} holds a thousand versions of the code: give the sweep another name (sweep=)")
+        content[f"relloc/{COMMIT_FILE}"] = f"{commit}\n".encode()
+    if not (package / "conf").is_dir():
+        content |= {f"conf/{name}": data for name, data in content_of(conf).items()}
+    for copied, folder in own.items():
+        content |= {f"{copied}/{name}": data for name, data in content_of(folder, suffix=".yaml").items()}
+    return content | {f"hydra_plugins/{plugins.name}/{name}": data for name, data in content_of(plugins).items()}
 
 
-def _same(one: Path, other: Path) -> bool:
-    return _content(one) == _content(other)
-
-
-def _content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+def content_of(folder: Path, *, suffix: str = "") -> dict[str, bytes]:
+    """The files below a folder, by their names from there; what Python compiled is left out."""
+    found = {}
+    for path, folders, files in os.walk(folder, followlinks=True):
+        above = Path(os.path.realpath(os.path.dirname(path)))
+        if path != str(folder) and above.is_relative_to(os.path.realpath(path)):  # a link to a folder above
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not suffix or not name.startswith(".")]
+        for name in files:
+            file = Path(path, name)
+            if name.endswith(suffix) and not any(part.endswith(_NOT_A_COPY) for part in file.parts) and file.is_file():
+                found[str(file.relative_to(folder))] = file.read_bytes()
+    return found

@@ -3,26 +3,32 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from relloc.sweeps.points import Point
+from relloc.errors import UsageError
+from relloc.sweeps.points import Point, read_job
 from relloc.sweeps.standing import Standing
-from relloc.sweeps.sweep import Sweep
+from relloc.sweeps.sweep import Sweep, word_of
 
 _LAST_LINES = 8
+_READ_BYTES = 1 << 16  # of a log's end
 _WIDTH_OF_FILES = 160
+_MESSAGE = "relloc: "  # what begins a message on stderr
 _COLORS = {
     "done": "green",
     "running": "cyan",
     "waiting": "blue",
     "stopped": "yellow",
+    "cancelled": "yellow",
     "failed": "red",
     "missing": "dim",
+    "unknown": "magenta",
 }
 
 
@@ -36,34 +42,95 @@ def say(told: str | Table) -> None:
 
 
 def table(points: Sequence[Point], found: Sequence[Standing]) -> Table:
-    """One row a point: how it stands, how far it is, how long it takes, its folder."""
+    """One row a point: how it stands, which job has or had it, how far it is, how long it takes, its folder."""
     counts = {state: sum(now.state == state for now in found) for state in _COLORS}
     title = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     made = Table(title=title)
-    for name in ("point", "state", "progress", "time left", "folder"):
+    for name in ("point", "state", "job", "progress", "time left", "folder"):
         made.add_column(name, justify="right" if name in ("progress", "time left") else "left", overflow="fold")
     for point, now in zip(points, found, strict=True):
         progress = "" if now.progress is None else f"{100 * now.progress:.0f} %"
         left = "" if now.left_s is None or now.state != "running" else _duration(now.left_s)
         made.add_row(
-            point.name, Text(now.state, style=_COLORS[now.state]), progress, left, os.path.relpath(point.folder)
+            Text(printable(point.name)),
+            Text(now.state, style=_COLORS[now.state]),
+            Text(_job_of(point)),
+            progress,
+            left,
+            Text(printable(os.path.relpath(point.folder))),
         )
     return made
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, which a terminal would obey, are question marks."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def tell_failed(
     points: Sequence[Point], found: Sequence[Standing], sweep: Sweep, log_of: Callable[[Point], Path | None]
 ) -> None:
-    """Of each point that failed: the last lines of its log, and the command that runs it alone."""
+    """Of each point that failed: why, the last lines of its log, and the command that runs it alone."""
     for point, now in zip(points, found, strict=True):
         if now.state != "failed":
             continue
         log = log_of(point)
-        say(f"\nfailed  {point.name}" + (f": {log}" if log else ""))
-        if log and log.exists():
-            for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]:
-                say(f"        {line}")
-        say(f"        again, alone: {shlex.join(['python', *point.arguments])}")
+        say(f"\nfailed  {printable(point.name)}" + (f": {log}" if log else ""))
+        lines = _end_of(log) if log else []
+        if not lines:
+            say("        it left no output")
+        message = next((line for line in reversed(lines) if line.startswith(_MESSAGE)), None)
+        if message and message not in lines[-_LAST_LINES:]:
+            say(f"        {message}")
+        for line in lines[-_LAST_LINES:]:
+            say(f"        {line}")
+        say(f"        again, alone: {point.again}")
+
+
+def tell_silent(found: Sequence[Standing], silent: Sequence[str]) -> None:
+    """Who did not answer, and what is not known for that reason."""
+    count = sum(now.state == "unknown" for now in found)
+    for words in dict.fromkeys(silent):
+        say(f"unknown {printable(words)}")
+    if silent:
+        say(f"        how {count} points stand is unknown here; the others are as their folders say")
+
+
+def reason_of(log: Path | None) -> str:
+    """Why a point failed, in one line: its last message, or else the last line of its log."""
+    lines = [line for line in (_end_of(log) if log else []) if line.strip()]
+    messages = [line for line in lines if line.startswith(_MESSAGE)]
+    return (messages or lines or ["it left no output"])[-1].removeprefix(_MESSAGE)
+
+
+def tell_next(sweep: Sweep) -> None:
+    """What may come after a sweep."""
+    word = shlex.quote(word_of(sweep.folder))
+    say(f"next: python -m relloc.report sweep={word}")
+    say(f"      python -m relloc.sweep status {word}")
+
+
+def _end_of(log: Path) -> list[str]:
+    try:
+        with open(log, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _READ_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    # A progress bar writes over its own line.
+    return [printable(line.rpartition("\r")[2]) for line in text.split("\n") if line.strip()]
+
+
+def _job_of(point: Point) -> str:
+    """Which job or process has the point, or had it last."""
+    try:
+        job: Mapping[str, Any] = read_job(point.folder) or {}
+    except UsageError:  # damaged, which is told beside the table
+        return "?"
+    if "pid" in job:
+        return f"pid {job['pid']} on {job.get('host', '?')}"
+    return ", ".join(f"{name} {number}" for name, number in job.items() if isinstance(number, str | int))
 
 
 def _duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ def process_mark(pid: int) -> dict[str, Any]:
 
 def is_elsewhere(mark: Mapping[str, Any]) -> bool:
     """Whether the process that `process_mark` told of is one of another machine."""
-    return mark["host"] != socket.gethostname()
+    return mark.get("host", socket.gethostname()) != socket.gethostname()
 
 
 def is_alive(mark: Mapping[str, Any]) -> bool:

@@ -170,7 +170,8 @@ def test_a_command_is_on_record_before_it_does_anything(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 from hydra_plugins.relloc_launchers import starting
-from relloc.sweeps.points import Point, is_alive, read_job
+from relloc.sweeps.points import Point, read_job
+from relloc.tracking.living import is_alive
 folder = Path(sys.argv[1])
 point = Point(kind="train", name="a", overrides=(), identity="a", folder=folder)
 if sys.argv[2] == "dies":

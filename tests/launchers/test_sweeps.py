@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 
 import relloc as relloc_package
 from relloc.runs.launch import conf_dir
-from relloc.sweeps.points import Point, identity, note_job, process_mark
+from relloc.sweeps.points import Point, identity, note_job
 from relloc.sweeps.sweep import Sweep
 from relloc.tracking import RunRecord, read_journal, write_status
+from relloc.tracking.living import process_mark
 from relloc.tracking.record import commit_of
 
 TINY = (
@@ -46,17 +47,17 @@ def point(folder: Path, words: str) -> Path:
 
 
 def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_one_stops_none(tmp_path: Path) -> None:
-    line = ("-m", *TINY, "tracking=none", "data.images_per_step=16,20", "launcher=local", "sweep=s")
+    line = ("-m", *TINY, "tracking=none", "data.images_per_step=16,4096", "launcher=local", "sweep=s")
     done = relloc(tmp_path, "train", *line, CUDA_VISIBLE_DEVICES="3,5")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 points, 2 to run" in done.stdout
     assert "1 done, 1 failed" in done.stdout
-    of_failed = done.stdout.partition("failed  images_per_step=20")[2]
-    assert "relloc: data.images_per_step is 20, not a multiple of 16" in of_failed
-    assert f"hydra.run.dir={point(tmp_path, 'images_per_step_20')}" in of_failed
+    of_failed = done.stdout.partition("failed  images_per_step=4096")[2]
+    assert "training images are fewer than one step takes" in of_failed
+    assert f"hydra.run.dir={point(tmp_path, 'images_per_step_4096')}" in of_failed
     assert "Traceback" not in of_failed
     noted = json.loads((tmp_path / "runs/sweeps/s/sweep.json").read_text())["points"]
-    assert [one["name"] for one in noted] == ["images_per_step=16", "images_per_step=20"]
+    assert [one["name"] for one in noted] == ["images_per_step=16", "images_per_step=4096"]
     assert all(Path(one["folder"]).parent == tmp_path / "runs" for one in noted)
     told = relloc(tmp_path, "sweep", "status", "runs/sweeps/s")
     assert (told.returncode, "1 done, 1 failed" in told.stdout) == (1, True)
@@ -122,7 +123,7 @@ def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("RELLOC_CONF", raising=False)
     launcher = ProcessLauncher(OmegaConf.create({"name": "here", "processes": 1}))
     launcher.sweep = Sweep(tmp_path / "sweep")
-    launcher.code = launcher._snapshot()
+    launcher.code = launcher.sweep.copy(launcher._content())
     (tmp_path / "relloc").mkdir()
     (tmp_path / "relloc/__init__.py").write_text("raise SystemExit('not this one')")
     one = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
@@ -212,7 +213,7 @@ def test_the_batch_script(tmp_path: Path, single: bool) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     script = done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("nothing was submitted")]
     told = script.replace(str(tmp_path), "FOLDER").replace(sys.executable, "PYTHON")
-    assert not [path for path in tmp_path.rglob("runs/**/*") if path.is_file() and path.name != ".lock"]
+    assert not list(tmp_path.iterdir())
     if single:
         assert "--array" not in told
         return
@@ -255,10 +256,86 @@ def test_a_launcher_chosen_twice_and_settings_swept_are_refused(tmp_path: Path) 
         assert not list(tmp_path.iterdir())
 
 
+def names_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_sweep_that_is_refused_or_only_shown_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/mine.py").touch()
+    before = names_below(tmp_path)
+    shown = ("launcher=slurm", "launcher.dry_run=true", "launcher.gpus_per_node=0")
+    for words, code, told in (
+        (("hydra.sweep.dir=.", "seed=0,1"), 2, "hydra.sweep.dir="),
+        (("sweep=..", "seed=0,1"), 2, "sweep=.. "),
+        (("launcher.processes=0", "seed=0,1"), 2, "launcher.processes=0"),
+        ((*shown, "grid.gap_px=0,48", "sweep=s"), 2, "1 of 2 points can't be run"),
+        ((*shown, "seed=0,1", "sweep=s"), 0, ""),
+    ):
+        done = relloc(tmp_path, "train", "-m", *words)
+        assert (done.returncode, told in done.stderr) == (code, True), done.stderr
+        assert "Traceback" not in done.stderr
+        assert names_below(tmp_path) == before, words
+
+
+@pytest.mark.parametrize("mode", [(), ("-m",)])
+def test_a_folder_of_its_own_to_stand_in_is_refused(tmp_path: Path, mode: tuple[str, ...]) -> None:
+    done = relloc(tmp_path, "train", *mode, "hydra.job.chdir=true", *TINY, "tracking=none")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "hydra.job.chdir" in done.stderr
+    assert not list(tmp_path.rglob("*.*"))
+
+
+SEARCHES = """
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+class Searches(Sweeper):
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        for step in (16, 4096):
+            (found,) = self.launcher.launch([(*arguments, f"data.images_per_step={step}")], 0)
+            try:
+                print("VALUE", repr(found.return_value))
+            except ValueError as error:
+                print("FAILED", error)
+
+node = {"_target_": "hydra_plugins.searches.sweeper.Searches"}
+ConfigStore.instance().store(group="hydra/sweeper", name="searches", node=node, provider="test")
+"""
+
+
+def test_a_sweeper_that_searches_gets_a_number_or_is_refused(tmp_path: Path) -> None:
+    """Its points find what --config-dir names, as the command does."""
+    (tmp_path / "plugins/hydra_plugins/searches").mkdir(parents=True)
+    (tmp_path / "plugins/hydra_plugins/searches/__init__.py").touch()
+    (tmp_path / "plugins/hydra_plugins/searches/sweeper.py").write_text(SEARCHES)
+    (tmp_path / "own/color").mkdir(parents=True)
+    (tmp_path / "own/color/mine.yaml").write_text("defaults: [gray, _self_]\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path / "plugins"), os.environ.get("PYTHONPATH"))))
+    tiny = [word for word in TINY if not word.startswith("data.images_per_step")]
+    line = ("--config-dir=own", "-m", "hydra/sweeper=searches", *tiny, "tracking=none", "color=mine", "sweep=s")
+    refused = relloc(tmp_path, "train", *line, PYTHONPATH=path)
+    assert (refused.returncode, "objective=" in refused.stderr) == (2, True), refused.stderr
+    assert not (tmp_path / "runs").exists()
+    done = relloc(tmp_path, "train", *line, "objective=pretext/top1", PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = map(json.loads, (point(tmp_path, "images_per_step_16") / "results.jsonl").read_text().splitlines())
+    assert f"VALUE {row['value']!r}\n" in done.stdout
+    failed = done.stdout.partition("FAILED ")[2].splitlines()[0]
+    assert "training images are fewer than one step takes" in failed
+
+
 def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:
     done = relloc(tmp_path, "sweep", "status", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"relloc: {tmp_path / 'nowhere'} is not the folder of a sweep: sweep.json is missing\n"
+    assert done.stderr.startswith("relloc: nowhere is no sweep of runs/sweeps: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
@@ -279,10 +356,14 @@ def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
     damaged = tmp_path / "runs/sweeps/s/sweep.json"
     damaged.parent.mkdir(parents=True, exist_ok=True)
     damaged.write_text('{"points": [')
-    told = relloc(tmp_path, "sweep", "status", str(damaged.parent))
-    assert told.returncode == 2
-    assert told.stderr.startswith(f"relloc: {damaged} is damaged (")
-    assert told.stderr.count("\n") == 1
+    for told in (
+        relloc(tmp_path, "sweep", "status", str(damaged.parent)),
+        relloc(tmp_path, "train", "-m", "seed=0,1", "sweep=s"),
+    ):
+        assert told.returncode == 2
+        assert told.stderr.startswith(f"relloc: {damaged} is damaged (")
+        assert told.stderr.count("\n") == 1
+    assert [path.name for path in damaged.parent.iterdir()] == ["sweep.json"]
 
 
 def test_a_running_point_is_ended_by_its_number(tmp_path: Path) -> None:

@@ -135,6 +135,25 @@ def test_a_scheduler_that_is_silent_hides_no_numbers(
     assert "| **18.5** ± 0.7 (2) |" in told.out
 
 
+def test_html_and_latex_have_the_same_numbers_and_escape_names(
+    points: list[Point], note, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note("s", points)
+    assert main(["sweep=s", "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "<title>Sweep s</title>" in page
+    assert ("gap_px=100, jitter_px=7" in page, "gap_px=100, jitter_px=0" in page) == (True, True)
+    assert page.count("<b>18.5</b>") == 1
+    assert page.count("python -m relloc.train model=small") == 2  # of the points that are not done
+    assert main(["s", "--out", str(tmp_path / "r.tex")]) == 0  # the name alone
+    text = (tmp_path / "r.tex").read_text()
+    assert r"gap\_px=100, jitter\_px=7" in text
+    assert r"\textbf{18.5} $\pm$ 0.7 (2)" in text
+    capsys.readouterr()
+    assert main([f"sweep={tmp_path / 'runs/sweeps/s'}", "--format", "markdown"]) == 0
+    assert "| **18.5** ± 0.7 (2) |" in capsys.readouterr().out
+
+
 def drawn(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> Figure:
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
@@ -283,8 +302,8 @@ def test_a_picture_alone_is_written_where_it_is_named(
         ),
         (["sweep=empty"], "no point of sweep empty has results yet: python -m relloc.sweep status"),
         (["sweep=broken"], "results.jsonl line 1 is not a result row"),
-        (["sweep=s", "--format", "html"], "--format html is not one of markdown, csv, png, svg, pdf"),
-        (["sweep=s", "--out", "r.html"], "--out r.html ends in none of .md, .csv, .png, .svg, .pdf"),
+        (["sweep=s", "--format", "doc"], "--format doc is not one of markdown, csv, html, latex, png, svg, pdf"),
+        (["sweep=s", "--out", "r.doc"], "--out r.doc ends in none of .md, .csv, .html, .tex, .png, .svg, .pdf"),
         (["sweep=s", "--out", "none/r.png"], "none/r.png could not be written (No such file or directory)"),
         (["sweep=s", "--out", "none/r.csv"], "none/r.csv could not be written (No such file or directory)"),
         (["--metrics", "kn*"], "--metrics is for a sweep: name one with sweep=NAME"),

@@ -191,14 +191,18 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish(sweeps: Sweeps) -> None:
-    code, told = sweeps.run("-m", "grid.resize.px=64,20", *on_slurm("sweep=one"))
+    code, told = sweeps.run("-m", "data.images_per_step=16,4096", *on_slurm("sweep=one"))
     assert code == 1, told
     assert "1 done, 1 failed" in told
-    of_failed = told.partition("failed  px=20")[2]
-    assert "20" in of_failed.partition("again, alone:")[0]  # the last lines of its log
-    assert "again, alone: python -m relloc.train" in of_failed
-    assert "grid.resize.px=20" in of_failed
-    failed = sweeps.job("px_20")
+    of_failed = told.partition("failed  images_per_step=4096")[2]
+    assert "4096" in of_failed.partition("again, alone:")[0]  # the last lines of its log
+    again = of_failed.partition("again, alone: ")[2].splitlines()[0]
+    # Submitted as the sweep was
+    assert again.startswith("python -m relloc.train --multirun ")
+    for word in ("data.images_per_step=4096", "launcher=slurm", "sweep=one"):
+        assert f" {word}" in again
+    failed = sweeps.job("images_per_step_4096")
+    assert f"slurm {failed}" in told
     sweeps.wait_for(lambda: "JobState=FAILED" in sweeps.slurm("scontrol", "show", "job", failed))
     assert "ExitCode=1:0" in sweeps.slurm("scontrol", "show", "job", failed)
     with pytest.raises(subprocess.CalledProcessError):  # so all of this works without accounting
@@ -346,6 +350,15 @@ def test_a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_comm
     assert sweeps.run("status", "runs/sweeps/c", module="sweep")[0] == 0
     for words in ("seed_0", "seed_1"):
         assert_one_run(sweeps.point(words), store)
+
+
+def test_what_relloc_sweep_cancels_is_cancelled_whether_it_had_begun_or_not(sweeps: Sweeps) -> None:
+    started = sweeps.start("-m", "seed=0,1", "data.epochs=100000", *on_slurm("sweep=d", "launcher.array_parallelism=1"))
+    sweeps.wait_for(lambda: sweeps.has_trained(8, "seed_0"))
+    assert sweeps.run("cancel", "d", module="sweep")[0] == 0
+    assert sweeps.ended(started)[0] == 1
+    code, told = sweeps.run("status", "sweep=d", module="sweep")
+    assert (code, "2 cancelled" in told) == (1, True), told
 
 
 def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(sweeps: Sweeps, store: str) -> None:

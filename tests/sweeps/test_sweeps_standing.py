@@ -11,10 +11,11 @@ import pytest
 
 from relloc.errors import UsageError
 from relloc.sweeps.mend import mend
-from relloc.sweeps.points import Point, folder_of, is_alive, name_of, note_job, process_mark
-from relloc.sweeps.standing import Standing, standings, standings_in_time
-from relloc.sweeps.sweep import Sweep, snapshot
+from relloc.sweeps.points import Point, folder_of, name_of, note_ending, note_job
+from relloc.sweeps.standing import Standing, known_standings, standings, standings_in_time
+from relloc.sweeps.sweep import Sweep, code_and_configs
 from relloc.tracking import Journal, RunRecord, read_status, search, sync, write_status
+from relloc.tracking.living import is_alive, process_mark
 
 
 def point(tmp_path: Path, status: str | None = None, job: Mapping[str, object] | None = None) -> Point:
@@ -53,6 +54,55 @@ def test_a_point_stands_as_its_job_and_its_folder_say(
     (found,) = standings([point(tmp_path, status, {"slurm": "7"})], asked(**queue))
     assert found.state == state
     assert found.in_flight == (state in ("running", "waiting"))
+
+
+@pytest.mark.parametrize(
+    ("status", "asked_to_end", "state"),
+    [
+        (None, "cancelled", "cancelled"),  # before it began
+        ("KILLED", "cancelled", "cancelled"),
+        ("RUNNING", "cancelled", "cancelled"),
+        ("FINISHED", "cancelled", "done"),  # it was faster
+        (None, "stopped", "stopped"),
+        ("FAILED", "stopped", "failed"),
+    ],
+)
+def test_a_point_that_was_asked_to_end_has_not_failed(
+    tmp_path: Path, status: str | None, asked_to_end: Literal["cancelled", "stopped"], state: str
+) -> None:
+    made = point(tmp_path, status, {"slurm": "7"})
+    note_ending(made.folder, asked_to_end)
+    assert [now.state for now in standings([made], asked())] == [state]
+    assert [now.state for now in standings([made], asked(job7="running"))] == ["running"]  # it takes a while
+
+
+@pytest.mark.parametrize(
+    ("status", "state"), [("FINISHED", "done"), (None, "unknown"), ("KILLED", "unknown"), ("RUNNING", "running")]
+)
+def test_what_only_a_silent_cluster_knows_is_unknown(tmp_path: Path, status: str | None, state: str) -> None:
+    def silent(_numbers: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+        raise UsageError("no answer")
+
+    made = point(tmp_path, status, {"slurm": "7"})
+    found, told = known_standings([made], {"slurm": silent})
+    assert ([now.state for now in found], told) == ([state], ["no answer"])
+    assert mend([made], found) == []  # it may run
+    with pytest.raises(UsageError, match="no answer"):
+        standings([made], {"slurm": silent})
+    for path in (made.folder, *made.folder.iterdir()):
+        os.utime(path, (0, 0))
+    (found,), _ = known_standings([made], {"slurm": silent})
+    assert found.state == ("done" if status == "FINISHED" else "unknown")  # nothing was heard of it lately
+
+
+def test_a_damaged_note_hides_no_other_point(tmp_path: Path) -> None:
+    made = point(tmp_path, "RUNNING", {"slurm": "7"})
+    (made.folder / "point.json").write_text("{")
+    os.utime(made.folder / "status.json", (0, 0))
+    os.utime(made.folder / "point.json", (0, 0))
+    os.utime(made.folder, (0, 0))
+    (found,), told = known_standings([made], {})
+    assert (found.state, len(told), "point.json" in told[0]) == ("unknown", 1, True)
 
 
 def test_a_run_of_another_machine_runs_while_it_writes(tmp_path: Path) -> None:
@@ -153,9 +203,11 @@ def test_a_copy_of_the_code_is_shared_until_something_changes(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
 
+    sweep = Sweep(tmp_path / "sweep")
+
     def copied() -> Path:
         folders = {"package": tmp_path / "relloc", "conf": tmp_path / "conf", "plugins": tmp_path / "plugins"}
-        return snapshot(tmp_path / "sweep", **folders)
+        return sweep.copy(code_and_configs(**folders, own={}))
 
     first = copied()
     assert (first / "hydra_plugins/plugins/file").read_text() == "plugins"

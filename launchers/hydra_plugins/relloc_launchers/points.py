@@ -1,5 +1,6 @@
 """What all launchers share: which points a sweep has, which are to be run, and what became of them."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -12,38 +13,67 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
+from hydra_plugins.relloc_launchers import passing
 from hydra_plugins.relloc_launchers.composing import Composing
-from hydra_plugins.relloc_launchers.words import is_of_launcher, refuse_swept
+from hydra_plugins.relloc_launchers.objective import check_names, check_sweeper, is_search, names_of, objective_of
+from hydra_plugins.relloc_launchers.words import refuse_swept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from relloc.errors import UsageError
-from relloc.runs.launch import conf_dir, users_environment
+from relloc.errors import Interrupted, UsageError
+from relloc.runs.launch import conf_dir, refuse_chdir, users_environment
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, identity, name_of
-from relloc.sweeps.standing import Ask, Standing, standings
-from relloc.sweeps.sweep import OWN_CONF, Sweep, snapshot
-from relloc.sweeps.table import say, table, tell_failed
+from relloc.sweeps.standing import Ask, Standing, known_standings, schedulers
+from relloc.sweeps.sweep import Sweep, check_folder, check_name, code_and_configs, lock_of
+from relloc.sweeps.table import reason_of, say, table, tell_failed, tell_next, tell_silent
+
+_RELLOC_CONF = "RELLOC_CONF"
+_SCRATCH = "${scratch:}"  # a folder that is removed at the end
+_NAMED = 10  # points that can't be run, in a message
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Composed:
+    """A point with its config, and the same resolved."""
+
+    point: Point
+    config: DictConfig
+    resolved: dict[str, Any]
 
 
 class PointsLauncher(Launcher):
     """Runs each point as a command of its own, in a folder of its own, from a copy of code and configs.
 
-    A point that has finished is not run again, nor one that another command runs. One that failed
-    changes nothing for the others; at the end a table says how all stand, and the exit code is 0
-    only if all are done or in the hands of another command.
+    Everything that can be refused is refused before anything is written. A point that has finished is not run again,
+    nor one that another command runs. One that failed changes nothing for the others; at the end a table says how all
+    stand, and the exit code is 0 only if all are done or in the hands of another command.
     """
+
+    sends_away = True  # whether points run under a scheduler, to which they can be sent again
 
     def __init__(self, settings: DictConfig) -> None:
         self.settings: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # pyright: ignore[reportAttributeAccessIssue]
         self._beside = "[]"
+        self._folders: dict[str, Path] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         refuse_swept(config)
+        check_name(config.sweep)
+        refuse_chdir(config.hydra)
+        check_sweeper(config)
+        runs, folder = (Path(os.path.abspath(name)) for name in (config.runs, config.hydra.sweep.dir))
+        check_folder(folder, runs)
+        self.sweep = Sweep(folder, lock_of(runs))
+        self.sweep.noted()  # damaged, it is told now
         self.config = config
+        self._kind = passing.command_of(config)
+        self._folders = passing.folders_of_configs(config, conf_dir())
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._compose = Composing(hydra_context.config_loader, config)
         # The sweeper composes every point to see whether it can be: it need not be done twice.
         hydra_context.config_loader.load_sweep_config = self._remembering  # pyright: ignore[reportAttributeAccessIssue]
+        # Sweepers write into this folder before a point was looked at: a sweep that is refused leaves nothing.
+        config.hydra.sweep.dir = _SCRATCH
 
     def _remembering(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         composed = self._compose(master_config, sweep_overrides)
@@ -51,39 +81,48 @@ class PointsLauncher(Launcher):
         return composed
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        if "/" in str(self.config.sweep):
-            raise UsageError(f"sweep={self.config.sweep} has a / in it: it names a folder in runs/sweeps")
         given = self._points(job_overrides)
-        points = list({point.identity: point for point in given}.values())
+        composed = list({one.point.identity: one for one in given}.values())
+        points = [one.point for one in composed]
         if len(points) < len(given):
             say(f"sweep   {len(given) - len(points)} points are others over again: each is run once")
-        self.sweep = Sweep(Path(os.path.abspath(self.config.hydra.sweep.dir)))
-        with self.sweep.locked():
-            before = standings(points, self.schedulers())
-            todo = [point for point, now in zip(points, before, strict=True) if is_to_run(point, now)]
-            self._say_what(points, before, todo)
-            self.code = self._snapshot() if todo else None
-            try:
+        content = self._content()
+        self.code = self.sweep.place_of(content)
+        before = self._standings(points)
+        todo = to_run(points, before)
+        self._say_what(points, before, todo)
+        self._check([one for one in composed if one.point in todo])
+        self.plan(todo)  # where a dry run ends: nothing was written yet
+        if self.settings.get("dry_run"):  # and where it had nothing to show
+            sys.exit(0)
+        try:
+            with self.sweep.locked():
+                # Another command may have taken points meanwhile.
+                todo = to_run(points, self._standings(points))
+                self.code = self.sweep.copy(content) if todo else None
                 self.plan(todo)
-            except (UsageError, SystemExit):
-                self.sweep.leave_nothing()
-                raise
-            # Before anything is started: what is started has to be found again.
-            self.sweep.add(points, sys.argv)
-            self.start(todo)
+                # Before anything is started: what is started has to be found again.
+                self.sweep.add(points, sys.argv)
+                self._write_config()
+                self.start(todo)
+        except (UsageError, OSError, SystemExit):
+            self.sweep.leave_nothing()
+            raise
         self.follow(todo)
-        after = standings(points, self.schedulers())
-        for words in mend(points, after):
-            say(f"mended  {words}")
-        say(table(points, after))
-        tell_failed(points, after, self.sweep, self.log_of)
+        after = self._tell_end(points)
+        of_identity = {point.identity: now for point, now in zip(points, after, strict=True)}
+        if names_of(self.config):
+            return [self._returned(one, of_identity[one.point.identity]) for one in given]
         if any(now.state not in ("done", "running", "waiting") for now in after):
             sys.exit(1)
-        return [self._returned(overrides) for overrides in job_overrides]
+        return [JobReturn(overrides=list(one.point.overrides), status=JobStatus.COMPLETED) for one in given]
 
     @abstractmethod
     def plan(self, todo: Sequence[Point]) -> None:
-        """Look whether the settings are such that these can be started. Raises `UsageError` where they are not."""
+        """Look whether the settings are such that these can be started; called twice, and writes nothing.
+
+        Raises `UsageError` where they are not, and `SystemExit` where nothing is to be started.
+        """
 
     def start(self, todo: Sequence[Point]) -> None:
         """Submit all points, and note which job has each, while no other command looks what is to be run."""
@@ -97,77 +136,162 @@ class PointsLauncher(Launcher):
         """The file that has the point's output."""
 
     def schedulers(self) -> Mapping[str, Ask]:
-        """Who knows how jobs stand."""
-        return {}
+        """Who knows how jobs stand: also of points that another launcher began."""
+        return {name: scheduler.states for name, scheduler in schedulers().items()}
 
     def command(self, point: Point) -> list[str]:
-        """The command that runs a point, and goes on with it."""
-        return [sys.executable, "-P", *point.arguments]
+        """The command that runs a point, and goes on with it: with the copies of the folders of configs."""
+        copies = {option: self._copy_of(option) for option in self._folders}
+        copies = {option: copy if copy.is_dir() else self._folders[option] for option, copy in copies.items()}
+        named = [word for word in point.options if not word.startswith(tuple(f"{option}=" for option in copies))]
+        own = tuple(f"{option}={folder}" for option, folder in copies.items())
+        return [sys.executable, "-P", *dataclasses.replace(point, options=(*own, *named)).arguments]
 
     def environment(self) -> dict[str, str]:
         """The environment of a point's command: the code of the copy, and what is told of the sweep."""
         paths = [str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])]
         told = {"PYTHONPATH": os.pathsep.join(paths), "RELLOC_SWEEP": self.sweep.name, "RELLOC_BESIDE": self._beside}
-        own = Path(str(self.code), OWN_CONF)
-        return {**users_environment(), **told, **({"RELLOC_CONF": str(own)} if own.is_dir() else {})}
+        own = self._copy_of(_RELLOC_CONF)
+        return {**users_environment(), **told, **({_RELLOC_CONF: str(own)} if own.is_dir() else {})}
 
-    def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Point]:
-        runs, kind = Path(os.path.abspath(self.config.runs)), self.config.hydra.job.name
-        self._beside = json.dumps(_values(job_overrides).get("checkpoint", []))
-        kept = [[word for word in overrides if not is_of_launcher(word)] for overrides in job_overrides]
-        swept = [key for key, found in _values(kept).items() if len(found) > 1]
-        points = []
+    def _copy_of(self, named_by: str) -> Path:
+        """Where the copy has the folder of configs which that option, or environment variable, names."""
+        return Path(str(self.code), _name_of_copy(named_by))
+
+    def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Composed]:
+        runs = Path(os.path.abspath(self.config.runs))
+        self._beside = json.dumps(passing.values(job_overrides).get("checkpoint", []))
+        kept = [passing.of_points(overrides) for overrides in job_overrides]
+        swept = [key for key, found in passing.values(kept).items() if len(found) > 1]
+        if is_search(self.config):  # it gives a point at a time, of which the command line says what stays
+            swept += passing.values([passing.chosen(overrides, self.config) for overrides in kept])
+        of_hydra = passing.of_hydra_for_points(self.config)
+        options = passing.options(self.config, self._kind, self._folders)
+        found = []
         for given, overrides in zip(job_overrides, kept, strict=True):
-            config = self._resolved(given)
-            mark, name = identity(config), name_of(overrides, swept, config["seed"])
-            folder = folder_of(runs, kind, name, mark)
-            words = (*overrides, *_searched(self.config))
-            points.append(Point(kind=kind, name=name, overrides=tuple(words), identity=mark, folder=folder))
-        return points
+            config, launcher = self._composed_from(given)
+            resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
+            mark, name = identity(resolved), name_of(overrides, swept, resolved["seed"])
+            # A launcher that a preset chose would have the point sent away once more.
+            here = ["launcher=here"] if launcher != "here" and not passing.names_launcher(given) else []
+            point = Point(
+                kind=self._kind,
+                name=name,
+                overrides=(*overrides, *of_hydra),
+                identity=mark,
+                folder=folder_of(runs, self._kind, name, mark),
+                options=(*options, *here),
+                cwd=os.getcwd(),
+                resend=self._resend(given, options) if self.sends_away else (),
+            )
+            found.append(Composed(point=point, config=config, resolved=resolved))
+        return found
 
-    def _resolved(self, overrides: Sequence[str]) -> dict[str, Any]:
+    def _resend(self, given: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
+        """The words after `python` that make a point alone one of this sweep again."""
+        named = [word for word in given if not word.startswith("sweep=")]
+        of_hydra = [*passing.of_hydra_for_points(self.config), *passing.of_hydra_for_launcher(self.config)]
+        command = ("-m", f"relloc.{self._kind}", *options, "--multirun")
+        return (*command, *named, *of_hydra, f"sweep={passing.quoted(str(self.config.sweep))}")
+
+    def _composed_from(self, overrides: Sequence[str]) -> tuple[DictConfig, str]:
+        """A point's config without Hydra's part, and the launcher that it chooses."""
         composed = self._composed.pop(tuple(overrides), None)
         config = composed if composed is not None else self._compose(self.config, list(overrides))
         HydraConfig.instance().set_config(config)
+        launcher = str(config.hydra.runtime.choices.get("launcher"))
         with open_dict(config):
             del config["hydra"]
-        return OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportReturnType]
+        return config, launcher
+
+    def _check(self, todo: Sequence[Composed]) -> None:
+        """Raises `UsageError` with the points that can't be run, of whatever number, and why."""
+        if not todo:
+            return
+        from relloc.runs.foreseeing import refusals  # torch loads here
+
+        setup = [str(line) for line in self.settings.get("setup") or []]
+        for one in todo:
+            check_names(one.config, self._kind)
+        why = refusals(self._kind, [(one.config, one.resolved) for one in todo], setup)
+        refused = [(one.point.name, told) for one, told in zip(todo, why, strict=True) if told]
+        if not refused:
+            return
+        if len(todo) == 1:
+            raise UsageError(refused[0][1])
+        named = [f"  {name}: {told}" for name, told in refused[:_NAMED]]
+        named += [f"  and {len(refused) - _NAMED} more"] if len(refused) > _NAMED else []
+        raise UsageError(
+            "\n".join([f"{len(refused)} of {len(todo)} points can't be run, so that none was started:", *named])
+        )
+
+    def _standings(self, points: Sequence[Point]) -> list[Standing]:
+        found, silent = known_standings(points, self.schedulers())
+        if any(now.state == "unknown" for now in found):
+            raise Interrupted(f"{silent[0]}. Points may have jobs there, and none is to run twice: try again later")
+        return found
+
+    def _tell_end(self, points: Sequence[Point]) -> list[Standing]:
+        found, silent = known_standings(points, self.schedulers())
+        after = self.sweep.with_cancelled(found)
+        for told in mend(points, after):
+            say(f"mended  {told}")
+        say(table(points, after))
+        tell_failed(points, after, self.sweep, self.log_of)
+        tell_silent(after, silent)
+        tell_next(self.sweep)
+        return after
 
     def _say_what(self, points: Sequence[Point], before: Sequence[Standing], todo: Sequence[Point]) -> None:
         done = sum(point not in todo and now.state == "done" for point, now in zip(points, before, strict=True))
-        words = [f"{len(points)} points"]
-        words += [f"{done} done before"] if done else []
-        words += [f"{count} in flight already"] if (count := len(points) - done - len(todo)) else []
-        say(f"sweep   {self.sweep.folder}: {', '.join(words)}, {len(todo)} to run")
+        told = [f"{len(points)} points"]
+        told += [f"{done} done before"] if done else []
+        told += [f"{count} in flight already"] if (count := len(points) - done - len(todo)) else []
+        say(f"sweep   {self.sweep.folder}: {', '.join(told)}, {len(todo)} to run")
 
-    def _snapshot(self) -> Path:
+    def _content(self) -> dict[str, bytes]:
+        """The code and configs of now."""
         package = Path(sys.modules["relloc"].__file__ or "").parent
-        own = Path(os.environ.get("RELLOC_CONF", "").removeprefix("file://"))
-        plugins, own_conf = Path(__file__).parent, own if own.name else None
-        return snapshot(self.sweep.folder, package=package, conf=conf_dir(), plugins=plugins, own=own_conf)
+        named = {_name_of_copy(option): folder for option, folder in self._folders.items()}
+        own = Path(os.environ.get(_RELLOC_CONF, "").removeprefix("file://"))
+        if own.name and own.is_dir():
+            named[_name_of_copy(_RELLOC_CONF)] = own
+        return code_and_configs(package=package, conf=conf_dir(), plugins=Path(__file__).parent, own=named)
 
-    def _returned(self, overrides: Sequence[str]) -> JobReturn:
-        returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
-        returned.return_value = None
+    def _write_config(self) -> None:
+        """Put Hydra's record of the command, which sweepers write elsewhere, into the sweep's folder."""
+        self.config.hydra.sweep.dir = str(self.sweep.folder)
+        OmegaConf.save(self.config, self.sweep.folder / "multirun.yaml")
+
+    def _returned(self, one: Composed, now: Standing) -> JobReturn:
+        """What a sweeper that searches is told: the number, or that the point failed.
+
+        Raises `SystemExit` for a point that was stopped or is another command's: no search goes on without it.
+        """
+        returned = JobReturn(overrides=list(one.point.overrides), working_dir=str(one.point.folder))
+        if now.state == "done":
+            returned.status = JobStatus.COMPLETED
+            returned.return_value = objective_of(one.point.folder, names_of(self.config))
+        elif now.state == "failed":
+            returned.status = JobStatus.FAILED
+            reason = reason_of(self.log_of(one.point))
+            returned.return_value = UsageError(f"point {one.point.name} failed: {reason}")
+        else:
+            say(f"sweep   point {one.point.name} is {now.state}: the search ends, and the same command goes on with it")
+            sys.exit(1)
         return returned
+
+
+def _name_of_copy(named_by: str) -> str:
+    return "own_conf_" + named_by.lstrip("-").lower().replace("-", "_")
+
+
+def to_run(points: Sequence[Point], found: Sequence[Standing]) -> list[Point]:
+    """Those that nobody runs and that are not done."""
+    return [point for point, now in zip(points, found, strict=True) if is_to_run(point, now)]
 
 
 def is_to_run(point: Point, now: Standing) -> bool:
     """Whether nobody runs the point, and it is not done."""
     # Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
     return not now.in_flight and (now.state != "done" or point.kind != "train")
-
-
-def _values(job_overrides: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """What each setting is in any of the points."""
-    values: dict[str, list[str]] = {}
-    for overrides in job_overrides:
-        for word in overrides:
-            key, _, value = word.partition("=")
-            found = values.setdefault(key.lstrip("+~"), [])
-            found += [value] if value not in found else []
-    return values
-
-
-def _searched(config: DictConfig) -> list[str]:
-    return [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +13,25 @@ from hydra_plugins.relloc_launchers.starting import start_noted
 
 from relloc import machine
 from relloc.errors import UsageError
-from relloc.sweeps.points import Point
+from relloc.sweeps.points import Point, note_ending
 from relloc.sweeps.standing import standings
-from relloc.sweeps.table import say
+from relloc.sweeps.table import printable, say
 
 _POLL_S = 0.2
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Exit codes of a point that was asked to end: it saved first, or it had not begun
+_ASKED = {code for number in (*_FORWARDED, signal.SIGHUP) for code in (-number, 128 + number)}
 
 
 class ProcessLauncher(PointsLauncher):
     """Points as processes: one after the other with their output on this console, or several at once with logs.
 
+    Messages of a point on this console go through its log as well, which says later why it failed.
+
     A signal is passed on: points save and end as they do alone, and no other is started.
     """
+
+    sends_away = False
 
     def plan(self, todo: Sequence[Point]) -> None:
         self._running: dict[subprocess.Popen[bytes], tuple[Point, str | None]] = {}
@@ -50,6 +57,8 @@ class ProcessLauncher(PointsLauncher):
                     with self.sweep.locked():
                         self._start_next()
                 time.sleep(_POLL_S)
+                if self._on_console:
+                    self._show_messages()
                 self._collect()
         finally:
             for number, handler in before.items():
@@ -58,7 +67,7 @@ class ProcessLauncher(PointsLauncher):
             say(f"sweep   stopped by {signal.Signals(self._stop).name}; the same command goes on with it")
 
     def log_of(self, point: Point) -> Path | None:
-        return None if self._on_console else self.sweep.log(point)
+        return self.sweep.log(point)
 
     @property
     def _on_console(self) -> bool:
@@ -75,24 +84,38 @@ class ProcessLauncher(PointsLauncher):
             environment["CUDA_VISIBLE_DEVICES"] = device
         if not self._on_console:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // self._slots)))
-        if self._on_console:
-            say(f"\npoint   {point.name}")
-            process = start_noted(point, self.command(point), environment=environment)
-        else:
-            log = self.sweep.log(point)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "ab") as file:
-                process = start_noted(point, self.command(point), environment=environment, output=file)
-            say(f"start   {point.name}: {log}")
+        log = self.sweep.log(point)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            self._shown_bytes = file.tell()
+            name = printable(point.name)
+            say(f"\npoint   {name}" if self._on_console else f"start   {name}: {log}")
+            output = None if self._on_console else file
+            # Messages through the log, not through a pipe, which would break with this command.
+            process = start_noted(point, self.command(point), environment=environment, output=output, messages=file)
         self._running[process] = (point, device)
 
     def _collect(self) -> None:
         for process in [process for process in self._running if process.poll() is not None]:
+            if self._on_console:
+                self._show_messages()
             point, device = self._running.pop(process)
             self._free.append(device)
+            if process.returncode in _ASKED:
+                note_ending(point.folder, "stopped")
             if not self._on_console:
                 how = "done" if process.returncode == 0 else f"ended with exit code {process.returncode}"
                 say(f"end     {point.name}: {how}")
+
+    def _show_messages(self) -> None:
+        """Show on this console what the only running point has written into its log since."""
+        for point, _ in self._running.values():
+            with open(self.sweep.log(point), "rb") as file:
+                file.seek(self._shown_bytes)
+                told = file.read()
+            self._shown_bytes += len(told)
+            sys.stderr.write(told.decode(errors="replace"))
+            sys.stderr.flush()
 
     def _pass_on(self, number: int, _frame: object) -> None:
         self._stop = number

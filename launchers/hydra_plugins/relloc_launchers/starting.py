@@ -5,7 +5,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
-from relloc.sweeps.points import Point, note_job, process_mark
+from relloc.sweeps.points import Point, note_job
+from relloc.tracking.living import process_mark
 
 # The process waits for a line from who started it, and ends where that died first. It keeps its number as it becomes
 # the command.
@@ -13,19 +14,20 @@ _WAIT = 'read -r go && exec "$@" </dev/null'
 
 
 def start_noted(
-    point: Point, command: Sequence[str], *, environment: Mapping[str, str], output: BinaryIO | None = None
+    point: Point, command: Sequence[str], *, environment: Mapping[str, str], output: BinaryIO | None, messages: BinaryIO
 ) -> subprocess.Popen[bytes]:
     """Start a point's command, in a session of its own, once its run folder notes which process it is.
 
     Were it noted after the command began, a kill in between would leave a process that nobody knows of, and the
-    point would be started a second time. Without `output`, what it prints goes where this process prints.
+    point would be started a second time. What it prints goes to `output`, or without one where this
+    process prints; what it writes on stderr goes to `messages`.
     """
     process = subprocess.Popen(
         ["/bin/sh", "-c", _WAIT, "relloc", *command],
         env=dict(environment),
         stdin=subprocess.PIPE,
         stdout=output,
-        stderr=None if output is None else subprocess.STDOUT,
+        stderr=messages,
         start_new_session=True,  # Ctrl-C comes once, from us
     )
     try:

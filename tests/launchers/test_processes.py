@@ -1,0 +1,57 @@
+"""What is noted of a point's process, and what of its output is kept."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from hydra_plugins.relloc_launchers.processes import ProcessLauncher
+from omegaconf import OmegaConf
+
+from relloc.errors import Interrupted
+from relloc.sweeps.points import Point, note_job
+from relloc.sweeps.standing import standings
+from relloc.sweeps.sweep import Sweep
+from relloc.sweeps.table import reason_of
+
+
+def run(tmp_path: Path, code: str, *, processes: int) -> tuple[ProcessLauncher, Point]:
+    """A launcher that has run one point, which is that code."""
+
+    class Runs(ProcessLauncher):
+        def command(self, point: Point) -> list[str]:
+            return [sys.executable, "-c", code]
+
+    launcher = Runs(OmegaConf.create({"processes": processes}))
+    launcher.sweep, launcher.code = Sweep(tmp_path / "sweep"), tmp_path
+    made = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "runs" / "a")
+    launcher.plan([made])
+    launcher.follow([made])
+    return launcher, made
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_a_signal_ends_before_it_began_was_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    code = f"import os, signal; signal.signal({number:d}, signal.SIG_DFL); os.kill(os.getpid(), {number:d})"
+    _, made = run(tmp_path, code, processes=1)
+    assert [now.state for now in standings([made], {})] == ["stopped"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_why_a_point_failed_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str], processes: int) -> None:
+    code = "import sys; print('on its way'); print('relloc: no', 'data', file=sys.stderr); sys.exit(2)"
+    launcher, made = run(tmp_path, code, processes=processes)
+    assert [now.state for now in standings([made], {})] == ["failed"]
+    assert reason_of(launcher.log_of(made)) == "no data"
+    told = capfd.readouterr()
+    # On the console where it runs alone there
+    assert ("on its way" in told.out, "relloc: no data" in told.err) == ((processes == 1), (processes == 1))
+
+
+def test_a_point_that_may_have_a_job_elsewhere_is_not_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no squeue
+    launcher = ProcessLauncher(OmegaConf.create({"processes": 1}))
+    sent = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "a")
+    note_job(sent, {"slurm": "7"})
+    with pytest.raises(Interrupted, match="none is to run twice"):
+        launcher._standings([sent])

@@ -1,0 +1,101 @@
+"""What is said against points before any is started."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from relloc.runs import assemble
+from relloc.runs.foreseeing import refusals
+from relloc.runs.launch import conf_dir
+
+Point = tuple[DictConfig, dict[str, Any]]
+
+
+def composed(command: str, *words: str) -> Point:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose(command, list(words))
+    return config, OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str | None:
+    (found,) = refusals(command, [composed(command, *words)], made_by_jobs)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["grid.gap_px=48"], "grid needs 309 px"),
+        (["grid.patch_px=0"], "grid.patch_px"),
+        (["grid.jitter_px=[3,1]"], "grid.jitter_px"),
+        (["data.warmup_epochs=9"], "warmup"),
+        (["data.images_per_step=20", "data.images_per_batch_norm=16"], "data.images_per_step"),
+        (["data.images_per_step=0"], "data.images_per_step"),
+        (["images_per_forward=many"], "images_per_forward"),
+        (["collapse_steps=x"], "collapse_steps"),
+        (["data.lr=fast"], "data.lr"),
+        (["seed=-1"], "seed"),
+        (["eval.knn.layers=[feature9]"], "layers"),
+        (["batch_norm=other"], "batch_norm"),
+        (["grid.gap_px=ten"], "PatchGrid"),
+        (["view.crop_px=0"], "view.crop_px"),
+        (["data=folder"], "data.root is not set"),
+        (["data=folder", "data.root=nowhere"], "data.root=nowhere"),
+        (["data=folder", "data.root=[/,nowhere]"], "data.root=nowhere"),
+        (["data.shards=nowhere"], "data.shards=nowhere"),
+        (["data=imagenette"], "data.root is not set"),
+        (["eval=voc07_svm", "eval.voc07_svm.data.root=nowhere"], "eval.voc07_svm.data.root=nowhere"),
+    ],
+)
+def test_a_training_that_cannot_be_is_told_by_its_setting(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], setting: str
+) -> None:
+    monkeypatch.delenv("RELLOC_DATA", raising=False)
+    assert setting in (said_of("train", *words) or "")
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["checkpoint=nowhere"], "checkpoint=nowhere"),
+        (["checkpoint=[random,nowhere]"], "checkpoint=nowhere"),
+        (["checkpoint=[]"], "checkpoint=[]"),
+        (["checkpoint=random", "eval=[]"], "eval=[]"),
+        (["checkpoint=random", "data=folder", "data.root=nowhere"], "data.root=nowhere"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_told_by_its_setting(words: list[str], setting: str) -> None:
+    assert setting in (said_of("evaluate", *words) or "")
+
+
+def test_nothing_is_said_against_what_can_run(tmp_path: Path) -> None:
+    assert said_of("train") is None
+    assert said_of("train", "grid.gap_px=39", "model=resnet18", "device=cuda", "color=drop") is None
+    assert said_of("train", "data=folder", f"data.root={tmp_path}") is None
+    assert said_of("train", "data=imagenette", f"data.root={tmp_path / 'new'}") is None  # it is downloaded there
+    assert said_of("evaluate", f"checkpoint=[{tmp_path},random,torchvision]") is None
+    # Not read where every evaluation brings its own
+    own = ("eval=voc07_svm", f"eval.voc07_svm.data.root={tmp_path}", "data=folder", "data.root=nowhere")
+    assert said_of("evaluate", "checkpoint=random", *own) is None
+    # A job that copies its data to its node's own disk makes the folder there.
+    staged = ("data=folder", "data.root=/local/set")
+    assert said_of("train", *staged, made_by_jobs=["cp -r SET /local/set"]) is None
+    assert said_of("train", *staged, made_by_jobs=["module load cuda"])
+
+
+def test_what_points_share_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("relloc.runs.assemble.backbone", lambda model: made.append(model.name) or _plain(model))
+    points = [composed("train", f"seed={seed}", f"grid.gap_px={gap}") for seed in (0, 1) for gap in (0, 48)]
+    points.append(composed("train", "model=resnet18"))
+    found = refusals("train", points)
+    assert [told is None for told in found] == [True, False, True, False, True]
+    assert made == ["small", "resnet18"]
+
+
+def _plain(model: DictConfig) -> Any:
+    return assemble.call(OmegaConf.create(dict(model)).backbone)
