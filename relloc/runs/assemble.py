@@ -30,7 +30,15 @@ from relloc.pretext.objective import RelativeLocation
 from relloc.runs import console
 from relloc.runs.engine import Engine, number, whole
 from relloc.sweeps.points import identity
-from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
+from relloc.tracking import (
+    DatasetRecord,
+    RunRecord,
+    absolute_uri,
+    environment_tags,
+    experiment_name,
+    flatten,
+    import_driver,
+)
 
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
 _NEUTRAL = (
@@ -75,6 +83,24 @@ def check_numbers(config: DictConfig) -> None:
             raise UsageError(f"{name}={asked} is not a list: give {name}=[{asked}]")
         for one in asked:
             number(name, one)
+
+
+def check_tracking(config: DictConfig) -> None:
+    """An address that is none, or a name that MLflow refuses, is told before anything runs.
+
+    Raises:
+        UsageError: with the setting's name, and what to give instead.
+    """
+    uri = config.tracking.uri
+    if uri is not None:
+        try:
+            import_driver(absolute_uri(uri))
+        except UsageError as error:
+            raise UsageError(f"tracking.uri: {error}; tracking=none does without MLflow") from error
+    try:
+        experiment_name(config.tracking.experiment, uri)
+    except UsageError as error:
+        raise UsageError(f"tracking.experiment: {error}") from error
 
 
 def call(node: DictConfig, **more: Any) -> Any:
@@ -286,7 +312,7 @@ def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine
     tags |= dict(told.split("=", 1) for told in os.environ.get("RELLOC_TAGS", "").split(";") if "=" in told)
     return RunRecord(
         name=name,
-        experiment=config.tracking.experiment,
+        experiment=experiment_name(config.tracking.experiment),
         tracking_uri=config.tracking.uri or "",
         tags=tags | environment_tags(devices),
         params=_params(config),

@@ -31,6 +31,7 @@ def evaluate_checkpoint(config: DictConfig) -> None:
     """Run the evaluations that `eval` names on the backbones that `checkpoint` names."""
     engine = settle(config)
     assemble.check_numbers(config)
+    assemble.check_tracking(config)
     assemble.check_roots(config)
     found = subjects(config)
     answers = _answers(config, found, assemble.terms(config, engine))

@@ -72,6 +72,7 @@ def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     if "checkpoint" in config:
         raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
     assemble.check_numbers(config)
+    assemble.check_tracking(config)
     assemble.check_roots(config)
     if config.collapse_steps != "auto":
         engine.whole("collapse_steps", config.collapse_steps, at_least=1)
