@@ -288,15 +288,6 @@ def computed(config: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not f"{name}.".startswith(neutral)}
 
 
-def short_name(config: DictConfig) -> str:
-    """A pretraining's name, what is studied first, as MLflow's tables cut the rest: `gap21 jit0..21 r50 s0 gray`."""
-    jitter = config.grid.jitter_px
-    moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
-    color = HydraConfig.get().runtime.choices["color"]
-    model = config.model.name.replace("resnet", "r")
-    return f"gap{config.grid.gap_px} jit{moved} {model} s{config.seed} {color}"
-
-
 def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine, run_dir: Path) -> RunRecord:
     """What a tracker is told of this run."""
     on = engine.device

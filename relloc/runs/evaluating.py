@@ -18,6 +18,7 @@ from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import assemble, console
 from relloc.runs.engine import Engine, settle
 from relloc.runs.folder import RunFolder, open_folder
+from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import KeptState, KnownRows, obey, state_file
 from relloc.runs.subjects import subjects
 
@@ -48,7 +49,7 @@ def evaluate_checkpoint(config: DictConfig) -> None:
             _follow(found, jobs, terms, engine)
             return
         data = [job.splits for job in jobs]
-        name = f"{_names(found)} on {', '.join(dict.fromkeys(splits.train.name for splits in data))}"
+        name = evaluation_name(found, [splits.train.name for splits in data])
         with open_folder(config, assemble.record(config, name, data, engine, run_dir), run_dir) as folder:
             marks: set[str] = set()
             for one in found:
@@ -96,10 +97,6 @@ def _follow(found: Sequence[Subject], jobs: Sequence[Job], terms: Terms, engine:
         for _rows in done:
             pass
         ranks.union(reasons)
-
-
-def _names(subjects: Sequence[Subject]) -> str:
-    return ", ".join(f"{one.model} {Path(one.checkpoint).parent.name or one.checkpoint}" for one in subjects)
 
 
 def tell_verdict(run_dir: Path, answers: Sequence[known.KnownAnswer], marks: Collection[str]) -> None:
