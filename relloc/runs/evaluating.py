@@ -18,7 +18,7 @@ from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import assemble, console
 from relloc.runs.engine import Engine, settle
 from relloc.runs.folder import RunFolder, open_folder
-from relloc.runs.naming import evaluation_name
+from relloc.runs.naming import data_name, evaluation_name
 from relloc.runs.reusing import KeptState, KnownRows, obey, state_file
 from relloc.runs.subjects import subjects
 
@@ -49,7 +49,8 @@ def evaluate_checkpoint(config: DictConfig) -> None:
             _follow(found, jobs, terms, engine)
             return
         data = [job.splits for job in jobs]
-        name = evaluation_name(found, [splits.train.name for splits in data])
+        names = [data_name(config.data) if splits is own else splits.train.name for splits in data]
+        name = evaluation_name(found, names)
         with open_folder(config, assemble.record(config, name, data, engine, run_dir), run_dir) as folder:
             marks: set[str] = set()
             for one in found:

@@ -37,7 +37,7 @@ def pretraining_name(config: DictConfig, color: str) -> str:
         f"gap{config.grid.gap_px}",
         f"jit{moved}",
         f"{config.data.epochs:g}ep",
-        _data_name(config.data),
+        data_name(config.data),
         _short_model(config.model.name),
         f"s{config.seed}",
         color,
@@ -73,7 +73,7 @@ def _run_name(folder: Path) -> str:
         return folder.name
 
 
-def _data_name(data: DictConfig) -> str:
+def data_name(data: DictConfig) -> str:
     """What the data set is called; of `data=folder`, which is called alike everywhere, the folder's name."""
     place = data.get("shards") or data.get("root")
     if data.name != "folder" or not place:

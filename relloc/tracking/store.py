@@ -146,7 +146,8 @@ def ui_command(uri: str, port: int = UI_PORT) -> str:
 
 def ui_link(uri: str, experiment_id: str, port: int = UI_PORT) -> str:
     """The address of an experiment's charts, on the server itself or where `ui_command` serves."""
-    server = uri.rstrip("/") if is_server(uri) else f"http://127.0.0.1:{port}"
+    uri = absolute_uri(uri)
+    server = uri if is_server(uri) else f"http://127.0.0.1:{port}"
     return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
 
 

@@ -59,7 +59,7 @@ def test_the_ui_is_opened_on_the_charts_of_the_experiment() -> None:
     assert words[-2:] == ["--backend-store-uri", "sqlite:////my runs/mlflow.db"]
     chart = "/#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
     assert ui_link("sqlite:////a.db", "7") == "http://127.0.0.1:5000" + chart
-    assert ui_link("http://login1:8080/", "7") == "http://login1:8080" + chart
+    assert ui_link("HTTP://login1:8080/", "7") == "http://login1:8080" + chart
     assert ui_command("http://login1:8080/") == "http://login1:8080"
 
 
