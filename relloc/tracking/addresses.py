@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from relloc.errors import UsageError
 
@@ -126,7 +126,7 @@ def _refuse_password(secret: str | None, host: str, instead: str) -> None:
 
 def _folder(uri: str, rest: str) -> str:
     if os.environ.get(_FILE_STORE, "").lower() in ("true", "1"):
-        path = urlsplit(uri).path if uri.lower().startswith("file:") else rest
+        path = unquote(urlsplit(uri).path) if uri.lower().startswith("file:") else rest
         return Path(os.path.abspath(os.path.expanduser(path))).as_uri()
     folder = os.path.abspath(os.path.expanduser(re.sub("^//(localhost)?(?=/)", "", rest)))
     raise UsageError(

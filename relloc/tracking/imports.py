@@ -35,6 +35,7 @@ _BY_DATABASES = (
     "mlflow.store.workspace.utils",
     "mlflow.store.workspace_aware_mixin",
 )
+_BY_FOLDERS = ("mlflow.store.tracking.file_store", "mlflow.store.artifact.local_artifact_repo")
 
 
 @functools.cache
@@ -74,6 +75,8 @@ def import_for(uri: str) -> ModuleType:
 
         _import_there_are(_BY_DATABASES)
         _import_there_are(f"mlflow.store.db.{module.name}" for module in pkgutil.iter_modules(mlflow.store.db.__path__))
+    elif uri.startswith("file:"):
+        _import_there_are(_BY_FOLDERS)
     return mlflow
 
 

@@ -91,3 +91,9 @@ def test_a_database_whose_driver_is_missing_is_refused() -> None:
         import_driver("mssql+pyodbc://host/runs")
     import_driver("http://login1:5000")
     import_driver("sqlite:////data/mlflow.db")
+
+
+def test_folders_of_files_are_taken_where_mlflow_was_told_to_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert absolute_uri("file:///data/ml%20runs") == "file:///data/ml%20runs"
+    assert absolute_uri("./mlruns") == f"file://{os.getcwd()}/mlruns"

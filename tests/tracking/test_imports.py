@@ -109,3 +109,12 @@ def test_sending_to_a_file_imports_nothing_in_the_thread(uri: str, new_run: NewR
         done = sent_by_a_fresh_process(new_run(f"run{number}"), address)
         assert done["points"] >= 6
         assert done["imported"] == []
+
+
+def test_sending_to_a_folder_of_files_imports_nothing_in_the_thread(
+    new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    done = sent_by_a_fresh_process(new_run(), f"file://{tmp_path}/mlruns")
+    assert done["points"] >= 6
+    assert done["imported"] == []
