@@ -28,8 +28,8 @@ linear = results["eval"].str.startswith("linear") & (results["metric"] == "top1"
 results = results[linear | (results["metric"] == "top1_k20")]
 
 # %% [markdown]
-# Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 small gray`): its mean, and how many
-# runs are behind it:
+# Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 6ep photos small gray`): its mean, and
+# how many runs are behind it:
 
 # %%
 lines = ["dataset", "model", "eval", "study", "weights", "batch_norm"]

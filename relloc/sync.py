@@ -5,13 +5,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from relloc.tracking import RunRecord, StoreError, absolute_uri, sync
+from relloc.errors import UsageError
+from relloc.tracking import RunRecord, StoreError, absolute_uri, experiment_name, import_driver, sync
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Send each folder, print one line for each; 0 if all were sent, 1 if not."""
+    """Send each folder, print one line for each; 0 if all were sent, 1 if not, 2 for options that can't be used."""
     options = _parser().parse_args(arguments)
-    sent = [_send(run_dir, options.uri) for run_dir in options.run_dirs]
+    try:
+        uri = options.uri if options.uri is None else absolute_uri(options.uri)
+        if uri is not None:
+            import_driver(uri)
+        if options.experiment is not None:
+            experiment_name(options.experiment, uri)
+    except UsageError as error:
+        print(f"relloc.sync: {error}", file=sys.stderr)
+        return error.exit_code
+    sent = [_send(run_dir, uri, options.experiment) for run_dir in options.run_dirs]
     return 0 if all(sent) else 1
 
 
@@ -19,18 +29,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m relloc.sync", description=__doc__)
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
     parser.add_argument("--uri", help="the MLflow store; by default the one noted in each run.json")
+    parser.add_argument("--experiment", help="the experiment to send to; by default the one noted in each run.json")
     return parser
 
 
-def _send(run_dir: Path, uri: str | None) -> bool:
+def _send(run_dir: Path, uri: str | None, experiment: str | None) -> bool:
     try:
-        uri = absolute_uri(uri or _noted_uri(run_dir))
-        sent = sync(run_dir, uri)
+        uri = uri or absolute_uri(_noted_uri(run_dir))
+        sent = sync(run_dir, uri, experiment)
     except FileNotFoundError as error:
         return _complain(run_dir, f"not a run folder: {error.filename or error} is missing")
     except (StoreError, OSError, ValueError) as error:
         return _complain(run_dir, str(error))
     counts = f"{sent.params} params, {sent.points} points, {sent.artifacts} artifacts"
+    for line in sent.refused:
+        _complain(run_dir, line)
     print(f"{run_dir}: {counts if sent else 'nothing new'} -> {uri}")
     return True
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from relloc.tracking.store import SETTINGS
+from relloc.tracking.imports import SETTINGS
 
 DEADLINE_S = 120
 # One thread, as torchrun sets it: sums in another order would hide whether processes compute the same.

@@ -32,7 +32,15 @@ from relloc.runs import console
 from relloc.runs.engine import Engine, number, whole
 from relloc.seeds import Use, seed_for
 from relloc.sweeps.points import identity
-from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
+from relloc.tracking import (
+    DatasetRecord,
+    RunRecord,
+    absolute_uri,
+    environment_tags,
+    experiment_name,
+    flatten,
+    import_driver,
+)
 
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
 _NEUTRAL = (
@@ -76,6 +84,24 @@ def check_numbers(config: DictConfig) -> None:
             raise UsageError(f"{name}={asked} is not a list: give {name}=[{asked}]")
         for one in asked:
             number(name, one)
+
+
+def check_tracking(config: DictConfig) -> None:
+    """An address that is none, or a name that MLflow refuses, is told before anything runs.
+
+    Raises:
+        UsageError: with the setting's name, and what to give instead.
+    """
+    uri = config.tracking.uri
+    if uri is not None:
+        try:
+            import_driver(absolute_uri(uri))
+        except UsageError as error:
+            raise UsageError(f"tracking.uri: {error}; tracking=none does without MLflow") from error
+    try:
+        experiment_name(config.tracking.experiment, uri)
+    except UsageError as error:
+        raise UsageError(f"tracking.experiment: {error}") from error
 
 
 def call(node: DictConfig, **more: Any) -> Any:
@@ -283,15 +309,6 @@ def computed(config: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not f"{name}.".startswith(neutral)}
 
 
-def short_name(config: DictConfig) -> str:
-    """A pretraining's name, what is studied first, as MLflow's tables cut the rest: `gap21 jit0..21 r50 s0 gray`."""
-    jitter = config.grid.jitter_px
-    moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
-    color = HydraConfig.get().runtime.choices["color"]
-    model = config.model.name.replace("resnet", "r")
-    return f"gap{config.grid.gap_px} jit{moved} {model} s{config.seed} {color}"
-
-
 def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine, run_dir: Path) -> RunRecord:
     """What a tracker is told of this run."""
     on = engine.device
@@ -307,7 +324,7 @@ def record(config: DictConfig, name: str, data: Sequence[Splits], engine: Engine
     tags |= dict(told.split("=", 1) for told in os.environ.get("RELLOC_TAGS", "").split(";") if "=" in told)
     return RunRecord(
         name=name,
-        experiment=config.tracking.experiment,
+        experiment=experiment_name(config.tracking.experiment),
         tracking_uri=config.tracking.uri or "",
         tags=tags | environment_tags(devices),
         params=_params(config),

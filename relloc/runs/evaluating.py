@@ -18,6 +18,7 @@ from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import assemble, console
 from relloc.runs.engine import Engine, settle
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
+from relloc.runs.naming import data_name, evaluation_name
 from relloc.runs.reusing import KeptState, KnownRows, obey, state_file
 from relloc.runs.subjects import subjects
 
@@ -31,6 +32,7 @@ def evaluate_checkpoint(config: DictConfig) -> None:
     """Run the evaluations that `eval` names on the backbones that `checkpoint` names."""
     engine = settle(config)
     assemble.check_numbers(config)
+    assemble.check_tracking(config)
     assemble.check_roots(config)
     found = subjects(config)
     answers = _answers(config, found, assemble.terms(config, engine))
@@ -50,7 +52,8 @@ def evaluate_checkpoint(config: DictConfig) -> None:
             _follow(found, jobs, terms, engine)
             return
         data = [job.splits for job in jobs]
-        name = f"{_names(found)} on {', '.join(dict.fromkeys(splits.train.name for splits in data))}"
+        names = [data_name(config.data) if splits is own else splits.train.name for splits in data]
+        name = evaluation_name(found, names)
         with open_folder(config, assemble.record(config, name, data, engine, run_dir), run_dir) as folder:
             marks: set[str] = set()
             for one in found:
@@ -98,10 +101,6 @@ def _follow(found: Sequence[Subject], jobs: Sequence[Job], terms: Terms, engine:
         for _rows in done:
             pass
         ranks.union(reasons)
-
-
-def _names(subjects: Sequence[Subject]) -> str:
-    return ", ".join(f"{one.model} {Path(one.checkpoint).parent.name or one.checkpoint}" for one in subjects)
 
 
 def tell_verdict(run_dir: Path, answers: Sequence[known.KnownAnswer], marks: Collection[str]) -> None:

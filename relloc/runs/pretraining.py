@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from relloc import backbone_files, checkpoints, ranks
@@ -28,6 +29,7 @@ from relloc.runs import assemble, console, engine, saving
 from relloc.runs.engine import Engine
 from relloc.runs.evaluating import evaluate_subject
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
+from relloc.runs.naming import pretraining_name
 from relloc.runs.training import Run, full_batches, train_run
 from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
 
@@ -65,7 +67,8 @@ def pretrain(config: DictConfig) -> None:
             train_run(run, run_dir, standing, None)
             return
         used = [data, *(job.splits for job in jobs)]
-        record = assemble.record(config, assemble.short_name(config), used, how, run_dir)
+        name = pretraining_name(config, HydraConfig.get().runtime.choices["color"])
+        record = assemble.record(config, name, used, how, run_dir)
         with open_folder(config, record, run_dir) as folder:
             console.say(f"engine  {how}; {plan.forward_images} images a forward")
             _draw(config, data, folder)
@@ -79,6 +82,7 @@ def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     if "checkpoint" in config:
         raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
     assemble.check_numbers(config)
+    assemble.check_tracking(config)
     assemble.check_roots(config)
     if config.collapse_steps != "auto":
         engine.whole("collapse_steps", config.collapse_steps, at_least=1)

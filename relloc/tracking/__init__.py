@@ -1,9 +1,13 @@
 """Tracking: the run folder is the truth and MLflow mirrors it. Importing this does not import mlflow."""
 
+from relloc.tracking.addresses import absolute_uri
 from relloc.tracking.artifacts import add_artifact, list_artifacts_to_send
+from relloc.tracking.experiments import experiment_name
+from relloc.tracking.imports import import_driver
 from relloc.tracking.journal import Journal, read_journal
 from relloc.tracking.mirror import Mirror
-from relloc.tracking.mlflow import Note, Sent, forget, read_note, sync
+from relloc.tracking.mlflow import Sent, forget, sync
+from relloc.tracking.note import Note, read_note
 from relloc.tracking.record import (
     DatasetRecord,
     RunRecord,
@@ -12,7 +16,7 @@ from relloc.tracking.record import (
     read_status,
     write_status,
 )
-from relloc.tracking.store import StoreError, absolute_uri, open_store, search, ui_command, ui_link
+from relloc.tracking.store import StoreError, open_store, search, ui_command, ui_link
 
 __all__ = [
     "DatasetRecord",
@@ -25,8 +29,10 @@ __all__ = [
     "absolute_uri",
     "add_artifact",
     "environment_tags",
+    "experiment_name",
     "flatten",
     "forget",
+    "import_driver",
     "list_artifacts_to_send",
     "open_store",
     "read_journal",

@@ -1,5 +1,6 @@
 """artifacts.json: the files of a run folder that a tracker should hold a copy of."""
 
+import os
 from pathlib import Path
 
 from relloc.errors import DamagedFile
@@ -28,8 +29,28 @@ def add_artifact(run_dir: Path, name: str) -> None:
 
 
 def list_artifacts_to_send(run_dir: Path) -> list[str]:
-    """The marked files that exist now, in the order in which they were marked."""
-    return [name for name in _listed(run_dir) if (run_dir / name).is_file()]
+    """The marked files that exist now, in the order in which they were marked; none that lies outside of the folder."""
+    return sort_artifacts(run_dir)[0]
+
+
+def sort_artifacts(run_dir: Path) -> tuple[list[str], list[str]]:
+    """The marked files that can be sent, by name, and a line for each that exists but must not or can't be.
+
+    The list is a file like others, which may come from a stranger or be edited: a name in it, or a link in the folder,
+    may lead to files outside, such as keys. So the place that a name leads to is looked at each time, links followed.
+    """
+    inside, refused = [], []
+    root = os.path.realpath(run_dir)
+    for listed in _listed(run_dir):
+        name = os.path.relpath(os.path.normpath(os.path.join(root, listed)), root)
+        path = os.path.realpath(os.path.join(root, name))
+        if not Path(path).is_relative_to(root):
+            refused.append(f"{listed!r} was not sent: it leads out of the run folder, to {path}")
+        elif os.path.isfile(path) and not os.access(path, os.R_OK):
+            refused.append(f"{listed!r} was not sent: it can't be read")
+        elif os.path.isfile(path) and name not in inside:
+            inside.append(name)
+    return inside, refused
 
 
 def _listed(run_dir: Path) -> list[str]:

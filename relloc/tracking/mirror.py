@@ -2,12 +2,14 @@
 
 import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from relloc.tracking.addresses import absolute_uri
+from relloc.tracking.imports import import_for
 from relloc.tracking.mlflow import sync
 from relloc.tracking.record import write_status
-from relloc.tracking.store import StoreError, absolute_uri, load_mlflow
+from relloc.tracking.store import StoreError
 from relloc.tracking.system import SystemMetrics
 
 CLOSE_S = 60.0
@@ -29,6 +31,7 @@ class Mirror:
         self._every_s = every_s
         self._failures = 0
         self._warned = False
+        self._told: set[str] = set()
         self._trouble: str | None = "nothing was sent"
         self._system: SystemMetrics | None = None
         self._closing = threading.Event()
@@ -37,12 +40,12 @@ class Mirror:
     def start(self) -> None:
         """Note the run as RUNNING and begin.
 
-        mlflow is imported here (about 3 s), not in the thread: a loader's worker that is forked
-        while another thread imports may wait for ever for the half-imported module.
+        mlflow, and all that sending imports, is imported here (about 3 s), not in the thread: other threads would see
+        half-made modules, and a worker that is forked meanwhile may wait for the rest for ever.
         """
         try:
             write_status(self._run_dir, "RUNNING")
-            load_mlflow()
+            import_for(self._uri)
             self._system = SystemMetrics(self._run_dir)
         except (OSError, ImportError, ValueError) as error:  # ValueError: a damaged system.jsonl
             self._fail(error)
@@ -80,11 +83,17 @@ class Mirror:
     def _send(self) -> None:
         self._trouble = "sending was cut short"
         try:
-            sync(self._run_dir, self._uri)
+            self._tell_refused(sync(self._run_dir, self._uri).refused)
         except (StoreError, OSError, ValueError) as error:
             self._fail(error)
         else:
             self._failures, self._trouble = 0, None
+
+    def _tell_refused(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            if line not in self._told:
+                self._told.add(line)
+                self._warn(f"artifacts.json: {line}")
 
     def _fail(self, error: Exception) -> None:
         self._failures += 1

@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from relloc.files import locked, write_json
+from relloc.files import locked
 from relloc.results import Result, read_results
-from relloc.tracking.artifacts import list_artifacts_to_send
+from relloc.tracking.addresses import absolute_uri
+from relloc.tracking.artifacts import sort_artifacts
+from relloc.tracking.experiments import experiment_name, find_or_make_experiment, is_deleted, raise_deleted
 from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE, read_journal
+from relloc.tracking.note import NOTE_FILE, Note, read_note, write_note
 from relloc.tracking.record import (
     RUN_FILE,
     DatasetRecord,
@@ -28,23 +31,17 @@ from relloc.tracking.record import (
     now_ms,
     read_status,
 )
-from relloc.tracking.store import (
-    StoreError,
-    absolute_uri,
-    artifact_location,
-    open_store,
-    store_errors,
-)
+from relloc.tracking.store import StoreError, open_store, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Run
 
-NOTE_FILE = "mlflow.json"
 # MLflow's limits (mlflow.utils.validation, 3.17).
 POINTS_A_BATCH = 1000
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
+NAME_CHARACTERS = 250
 DIGEST_CHARACTERS = 36
 
 _OF_SPREAD = ("_std", "_min", "_max")
@@ -55,54 +52,39 @@ Batch = tuple[list[Point], dict[str, Any]]  # points, and what the note says whe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Note:
-    """What was sent where; see the module's docstring for `unsure`.
-
-    `lines`, `system` and `results` count the lines sent of the journals and of the result rows. `record` and
-    `results_digest` are hashes of the run.json and of the rows that were sent. `artifacts` holds size
-    in bytes and modification time in ns of each file when it was sent.
-    """
-
-    uri: str
-    experiment_id: str
-    run_id: str
-    unsure: Sequence[str] = ()
-    record: str = ""
-    lines: int = 0
-    system: int = 0
-    results: int = 0
-    results_digest: str = ""
-    artifacts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    status: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sent:
-    """How much a sync sent: params, points (journal and results), artifact files; and to where."""
+    """How much a sync sent: params, points (journal and results), artifact files; and to where.
+
+    `refused` has a line for each name in artifacts.json whose file was not sent, and why.
+    """
 
     params: int
     points: int
     artifacts: int
     experiment_id: str
     run_id: str
+    refused: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.params or self.points or self.artifacts)
 
 
-def sync(run_dir: Path, uri: str) -> Sent:
+def sync(run_dir: Path, uri: str, experiment: str | None = None) -> Sent:
     """Send what the store lacks of the run folder; twice in a row sends nothing the second time.
+
+    `experiment` is where the run belongs, by default the one that its record names.
 
     Raises:
         StoreError: the store cannot be reached or written, or refuses; what was sent is noted.
         FileNotFoundError: the folder has no run.json.
-        ValueError: a file of the run folder is malformed.
+        ValueError: a file of the run folder is malformed, or an address or a name can't be used.
     """
     run_dir, uri = run_dir.resolve(), absolute_uri(uri)
     record = RunRecord.read(run_dir)
+    name = experiment_name(experiment or record.experiment, uri)
     client = open_store(uri)
     with store_errors(uri), locked(run_dir / f"{NOTE_FILE}.lock"):
-        note = _noted_run(client, run_dir, record, uri)
+        note = _noted_run(client, run_dir, record, uri, name, moves=experiment is not None)
         note, params = _send_record(client, run_dir, record, note)
         points = 0
         for field in JOURNALS:
@@ -111,7 +93,7 @@ def sync(run_dir: Path, uri: str) -> Sent:
         rows = read_results(run_dir)
         note = _unsure_if_rewritten(note, rows)
         note, more = _send_points(client, run_dir, note, "results", _result_batches(rows, note))
-        note, artifacts = _send_artifacts(client, run_dir, note)
+        note, artifacts, refused = _send_artifacts(client, run_dir, note)
         note = _send_status(client, run_dir, note)
     return Sent(
         params=params,
@@ -119,15 +101,8 @@ def sync(run_dir: Path, uri: str) -> Sent:
         artifacts=artifacts,
         experiment_id=note.experiment_id,
         run_id=note.run_id,
+        refused=tuple(refused),
     )
-
-
-def read_note(run_dir: Path) -> Note | None:
-    """The run folder's note; None if there is none or it cannot be read, which costs only time."""
-    try:
-        return Note(**json.loads((run_dir / NOTE_FILE).read_text(encoding="utf-8")))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
-        return None
 
 
 def forget(run_dir: Path) -> None:
@@ -140,52 +115,55 @@ def forget(run_dir: Path) -> None:
 
 def _keep(run_dir: Path, note: Note, **changes: Any) -> Note:
     note = dataclasses.replace(note, **changes)
-    write_json(run_dir / NOTE_FILE, dataclasses.asdict(note))
+    write_note(run_dir, note)
     return note
 
 
-def _noted_run(client: "MlflowClient", run_dir: Path, record: RunRecord, uri: str) -> Note:
+def _noted_run(
+    client: "MlflowClient", run_dir: Path, record: RunRecord, uri: str, experiment: str, *, moves: bool
+) -> Note:
+    """The note of the run that this folder is in the store; it is looked up there, or made, where there is none.
+
+    `moves`: a run that is in another experiment than the one named is not it.
+    """
     note = read_note(run_dir)
-    if note and note.uri == uri and _is_there(client, note.run_id):
+    if note and (note.uri, note.uid) == (uri, record.uid) and _is_there(client, note, uri, experiment, moves, run_dir):
         return note
-    experiment_id = _experiment(client, record.experiment, uri).experiment_id
+    experiment_id = find_or_make_experiment(client, experiment, uri).experiment_id
     found = client.search_runs([experiment_id], f"tags.`relloc.uid` = '{record.uid}'", max_results=1)
     run = found[0] if found else _new_run(client, experiment_id, record)
-    note = Note(uri=uri, experiment_id=experiment_id, run_id=run.info.run_id)
+    note = Note(uri=uri, uid=record.uid, experiment_id=experiment_id, run_id=run.info.run_id)
     return _keep(run_dir, note, unsure=POINT_FIELDS if found else ())
 
 
-def _is_there(client: "MlflowClient", run_id: str) -> bool:
+def _is_there(client: "MlflowClient", note: Note, uri: str, experiment: str, moves: bool, run_dir: Path) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_run(run_id)
+        run = client.get_run(note.run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-    if run.info.lifecycle_stage == "deleted":
-        raise StoreError(f"run {run_id} was deleted in MLflow; restore it, or remove {NOTE_FILE} to resend")
-    return True
-
-
-def _experiment(client: "MlflowClient", name: str, uri: str) -> "Experiment":
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return client.get_experiment(client.create_experiment(name, artifact_location(uri, name)))
-        except MlflowException:
-            found = client.get_experiment_by_name(name)  # another process may have been faster
-            if found is None:
-                raise
-    return found
+    deleted = run.info.lifecycle_stage == "deleted"
+    if not deleted and not moves:
+        return True
+    belongs_to = client.get_experiment(run.info.experiment_id)
+    if belongs_to.name != experiment and (moves or is_deleted(belongs_to)):
+        return False
+    if not deleted:
+        return True
+    if is_deleted(belongs_to):
+        raise_deleted(belongs_to, uri)
+    raise StoreError(
+        f"run {note.run_id} was deleted in {uri}. Restore it with `MLFLOW_TRACKING_URI={uri} mlflow runs restore "
+        f"--run-id {note.run_id}`, or remove {run_dir / NOTE_FILE} to send it anew"
+    )
 
 
 def _new_run(client: "MlflowClient", experiment_id: str, record: RunRecord) -> "Run":
     tags = {"relloc.uid": record.uid}
-    return client.create_run(experiment_id, record.started_ms, tags=tags, run_name=record.name)
+    return client.create_run(experiment_id, record.started_ms, tags=tags, run_name=record.name[:NAME_CHARACTERS])
 
 
 def _send_record(client: "MlflowClient", run_dir: Path, record: RunRecord, note: Note) -> tuple[Note, int]:
@@ -205,8 +183,8 @@ def _send_record(client: "MlflowClient", run_dir: Path, record: RunRecord, note:
         tags=[RunTag(legal_name(name), text[:TAG_CHARACTERS]) for name, text in tags.items()],
     )
     client.log_inputs(note.run_id, _inputs(record.datasets))
-    if run.info.run_name != record.name:
-        client.update_run(note.run_id, name=record.name)
+    if run.info.run_name != record.name[:NAME_CHARACTERS]:
+        client.update_run(note.run_id, name=record.name[:NAME_CHARACTERS])
     return _keep(run_dir, note, record=digest), len(fresh)
 
 
@@ -330,18 +308,27 @@ def _digest(rows: Sequence[Result]) -> str:
     return hashlib.sha256(repr([dataclasses.astuple(row) for row in rows]).encode()).hexdigest()
 
 
-def _send_artifacts(client: "MlflowClient", run_dir: Path, note: Note) -> tuple[Note, int]:
-    sent = 0
-    for name in list_artifacts_to_send(run_dir):
+def _send_artifacts(client: "MlflowClient", run_dir: Path, note: Note) -> tuple[Note, int, list[str]]:
+    """Send files that are new or changed; a line for each that is not sent, since it can't or must not be."""
+    from mlflow.exceptions import MlflowException
+
+    sent, (names, refused) = 0, sort_artifacts(run_dir)
+    for name in names:
         about = (run_dir / name).stat()
         mark = [about.st_size, about.st_mtime_ns]
         if note.artifacts.get(name) == mark:
             continue
         folder = PurePosixPath(name).parent
-        client.log_artifact(note.run_id, str(run_dir / name), None if folder.name == "" else str(folder))
+        try:
+            client.log_artifact(note.run_id, str(run_dir / name), None if folder.name == "" else str(folder))
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            refused.append(f"{name!r} was not sent: MLflow does not take its name")
+            continue
         note = _keep(run_dir, note, artifacts={**note.artifacts, name: mark})
         sent += 1
-    return note, sent
+    return note, sent, refused
 
 
 def _send_status(client: "MlflowClient", run_dir: Path, note: Note) -> Note:

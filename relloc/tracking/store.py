@@ -1,84 +1,32 @@
 """The MLflow store behind an address: opening it safely, its UI, and its runs as plain dicts."""
 
 import contextlib
-import functools
 import json
-import logging
 import os
 import shlex
 import shutil
 import sqlite3
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from relloc.files import locked
+from relloc.tracking.addresses import SQLITE, absolute_uri, is_server, sqlite_path
+from relloc.tracking.imports import load_mlflow
 from relloc.tracking.mounts import shared_file_system
+from relloc.tracking.relocation import ARTIFACTS, follow_move
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SQLITE = "sqlite:///"
 PROBE_S = 4.0
 UI_PORT = 5000
 ANYWHERE = "RELLOC_SQLITE_ANYWHERE"
-# Retries are left to the next sending: the default of 7 blocks each call to a dead server for 246 s.
-SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
 
 
 class StoreError(RuntimeError):
     """The store cannot be reached, read or written, or refuses what is sent; the text says why."""
-
-
-@functools.cache
-def load_mlflow() -> ModuleType:
-    """Import mlflow and what its sqlite store needs (about 3 s), quiet and without telemetry.
-
-    Settings of the caller's environment win over ours.
-    """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    with warnings.catch_warnings():
-        # mlflow 3.17 maps its tables with a strategy that SQLAlchemy 2.1 deprecates.
-        warnings.filterwarnings("ignore", message=".*noload", category=DeprecationWarning)
-        import alembic.command  # noqa: F401
-        import mlflow
-        import mlflow.store.tracking.sqlalchemy_store
-    # It writes a traceback of pages for what we tell in a line, such as a full disk.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    return mlflow
-
-
-def absolute_uri(uri: str) -> str:
-    """The same address wherever it is used: a relative sqlite path is taken from the current folder."""
-    if not uri.startswith("sqlite:"):
-        return uri.rstrip("/")
-    path = uri.removeprefix(SQLITE)
-    if not uri.startswith(SQLITE) or path in ("", ":memory:"):
-        raise ValueError(f"{uri!r} names no file: give sqlite:////absolute/path.db")
-    return SQLITE + os.path.abspath(path)
-
-
-def is_server(uri: str) -> bool:
-    """Whether the address is that of an MLflow server."""
-    return uri.startswith(("http://", "https://"))
-
-
-def artifact_location(uri: str, experiment: str) -> str | None:
-    """Where an experiment's files go: beside a sqlite file; None leaves it to the server."""
-    if not uri.startswith(SQLITE):
-        return None
-    folder = _sqlite_path(uri).parent / "mlartifacts"
-    return (folder / experiment.replace("/", "_")).as_uri()
 
 
 def open_store(uri: str) -> "MlflowClient":
@@ -95,16 +43,12 @@ def open_store(uri: str) -> "MlflowClient":
             _probe(uri)
         if not uri.startswith(SQLITE):
             return mlflow.MlflowClient(uri, registry_uri=uri)
-        path = _sqlite_path(uri)
+        path = sqlite_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_shared(path)
         with locked(path.with_name(path.name + ".lock")):
             _make_schema(path)
             return mlflow.MlflowClient(uri, registry_uri=uri)
-
-
-def _sqlite_path(uri: str) -> Path:
-    return Path(uri.removeprefix(SQLITE))
 
 
 def _refuse_shared(path: Path) -> None:
@@ -117,12 +61,29 @@ def _refuse_shared(path: Path) -> None:
 
 
 def _probe(uri: str) -> None:
+    """Raise `StoreError` where no server answers within seconds, or another program or a login page does."""
     import requests
 
+    # The settings by which MLflow's client knows the server's certificate, and shows its own
+    unchecked = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+    known = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
+    own = os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
     try:
-        requests.get(f"{uri}/health", timeout=PROBE_S).close()
+        with requests.get(
+            f"{uri}/health", timeout=PROBE_S, stream=True, verify=not unchecked and known, cert=own
+        ) as answer:
+            is_page = answer.ok and "html" in answer.headers.get("Content-Type", "")
+    except requests.exceptions.SSLError as error:
+        raise StoreError(
+            f"no answer from {uri} (SSLError): it speaks no HTTPS, or has a certificate that is not known here, which "
+            "MLFLOW_TRACKING_SERVER_CERT_PATH may name"
+        ) from error
     except requests.RequestException as error:
         raise StoreError(f"no answer from {uri} ({type(error).__name__})") from error
+    if is_page:
+        raise StoreError(
+            f"{uri} answers with a web page where MLflow would not: a page to log in at, or another program"
+        )
 
 
 def _make_schema(path: Path) -> None:
@@ -130,6 +91,7 @@ def _make_schema(path: Path) -> None:
     nor being killed half-way."""
     if path.exists() and path.stat().st_size:
         _check_is_database(path)
+        follow_move(path)
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -137,7 +99,7 @@ def _make_schema(path: Path) -> None:
         shutil.rmtree(left_by_killed, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         new = Path(folder) / path.name
-        SqlAlchemyStore(f"{SQLITE}{new}", (path.parent / "mlartifacts").as_uri()).engine.dispose()
+        SqlAlchemyStore(f"{SQLITE}{new}", (path.parent / ARTIFACTS).as_uri()).engine.dispose()
         os.replace(new, path)
 
 
@@ -153,6 +115,7 @@ def store_errors(uri: str) -> Iterator[None]:
     mlflow = load_mlflow()
     import alembic.util
     import sqlalchemy.exc
+    from google.protobuf.json_format import ParseError
 
     try:
         yield
@@ -162,10 +125,14 @@ def store_errors(uri: str) -> Iterator[None]:
         alembic.util.CommandError,
         sqlite3.Error,
         json.JSONDecodeError,
+        ParseError,  # JSON of another shape than that of MLflow's answers
         OSError,  # requests' exceptions are OSErrors too
+        ImportError,  # of a database's driver
     ) as error:
         lines = str(error).splitlines() or [""]
-        raise StoreError(f"{uri}: {lines[0][:500] or type(error).__name__}") from error
+        # What a server answers may have anything in it, and is shown on a terminal.
+        line = "".join(letter if letter.isprintable() else "?" for letter in lines[0][:500])
+        raise StoreError(f"{uri}: {line or type(error).__name__}") from error
 
 
 def ui_command(uri: str, port: int = UI_PORT) -> str:
@@ -179,7 +146,8 @@ def ui_command(uri: str, port: int = UI_PORT) -> str:
 
 def ui_link(uri: str, experiment_id: str, port: int = UI_PORT) -> str:
     """The address of an experiment's charts, on the server itself or where `ui_command` serves."""
-    server = uri.rstrip("/") if is_server(uri) else f"http://127.0.0.1:{port}"
+    uri = absolute_uri(uri)
+    server = uri if is_server(uri) else f"http://127.0.0.1:{port}"
     return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
 
 
@@ -192,7 +160,7 @@ def search(uri: str, experiment: str) -> list[dict[str, Any]]:
         ValueError: it has no such experiment, or the sqlite file does not exist.
     """
     uri = absolute_uri(uri)
-    if uri.startswith(SQLITE) and not _sqlite_path(uri).exists():
+    if uri.startswith(SQLITE) and not sqlite_path(uri).exists():
         raise ValueError(f"{uri}: there is no such file")
     client = open_store(uri)
     with store_errors(uri):

@@ -223,7 +223,7 @@ def test_of_a_sweep_over_gap_and_jitter_mlflow_has_each_point_once_and_whole(
     for run, (gap_px, jitter_px) in zip(runs, swept, strict=True):
         run_dir = Path(run.data.tags["relloc.run_dir"])
         assert run_dir == of_photographs.point(f"gap_px_{gap_px}_jitter_px_{jitter_px}_")
-        assert run.info.run_name == f"gap{gap_px} jit{jitter_px} small s0 gray"
+        assert run.info.run_name == f"gap{gap_px} jit{jitter_px} 2ep photos small s0 gray"
         assert run.data.tags["slurm.job"] == json.loads((run_dir / "point.json").read_text())["job"]["slurm"]
         assert run.data.tags["slurm.nodes"] in ("n1", "n2")
         histories = [client.get_metric_history(run.info.run_id, name) for name in run.data.metrics]

@@ -1,4 +1,5 @@
 import resource
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -106,8 +107,13 @@ def test_a_store_that_comes_back_gets_everything(uri: str, new_run: NewRun, monk
 
 def test_a_store_that_hangs_does_not_hold_up_the_end(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(mirror, "sync", lambda *_: release.wait(30))
-    follower = Mirror(new_run(), DEAD, warn=pytest.fail)
+
+    def hang(*_: object) -> None:
+        release.wait(30)
+        raise StoreError("too late")
+
+    monkeypatch.setattr(mirror, "sync", hang)
+    follower = Mirror(new_run(), DEAD, warn=lambda _: None)
     follower.start()
     start = time.monotonic()
     message = follower.close("FINISHED", timeout_s=0.2)
@@ -205,10 +211,10 @@ def test_a_broken_database_is_only_a_message(new_run: NewRun, tmp_path: Path) ->
 
 
 def test_a_mirror_that_never_began_says_so(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
+    def missing(_uri: str) -> None:
         raise ImportError("No module named 'mlflow'")
 
-    monkeypatch.setattr(mirror, "load_mlflow", missing)
+    monkeypatch.setattr(mirror, "import_for", missing)
     warnings: list[str] = []
     follower = Mirror(new_run(), DEAD, warn=warnings.append)
     follower.start()
@@ -216,3 +222,91 @@ def test_a_mirror_that_never_began_says_so(new_run: NewRun, monkeypatch: pytest.
     assert message is not None
     assert "No module named 'mlflow'" in message
     assert len(warnings) == 1
+
+
+PAGE, JSON = {"Content-Type": "text/html"}, {"Content-Type": "application/json"}
+ANSWERS = {
+    "page": (200, PAGE, b"<!DOCTYPE html>\n<html>\x1b[31mSign in</html>"),
+    "page without a name": (200, {}, b"<!DOCTYPE html>\n<html>\x1b[31mSign in</html>"),
+    "sent to itself": (302, {"Location": "/health"}, b""),
+    "unauthorized": (401, {}, b"who are you?"),
+    "forbidden": (403, PAGE, b"<html>no</html>"),
+    "lost": (404, {}, b""),
+    "broken": (500, {}, b"Traceback (most recent call last):\n" * 30),
+    "no gateway": (502, PAGE, b"<html>\n</html>"),
+    "nothing": (200, {}, b""),
+    "half": (200, JSON, b'{"experiment": '),
+    "a list": (200, JSON, b"[]"),
+    "an empty object": (200, JSON, b"{}"),
+    "another object": (200, JSON, b'{"experiment": 3}'),
+    "no number": (200, JSON, b'{"experiment": {"experiment_id": NaN}}'),
+    "not text": (200, JSON, b"\xff\xfe{"),
+    "deep": (200, JSON, b"[" * 100_000),
+    "odd error": (400, JSON, b'{"error_code": 3, "message": ["\\u001b[31m"]}'),
+    "hung up": (0, {}, b""),
+}
+
+
+@pytest.fixture
+def odd_server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """It answers every question alike."""
+    status, headers, body = ANSWERS[request.param]
+
+    class Odd(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if status:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_PATCH = do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("odd_server", ANSWERS, indirect=True)
+def test_whatever_a_server_answers_is_one_line_and_training_goes_on(odd_server: str, new_run: NewRun) -> None:
+    run_dir, warnings = new_run(), []
+    follower = Mirror(run_dir, odd_server, warn=warnings.append)
+    follower.start()
+    message = follower.close("FINISHED")
+    assert message is not None
+    assert f"python -m relloc.sync {run_dir} --uri {odd_server}" in message
+    assert len(warnings) == 1
+    assert odd_server in warnings[0]
+    assert warnings[0].isprintable()
+
+
+def test_a_server_without_https_is_told(new_run: NewRun) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+
+        def answer() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(StoreError, match="SSLError"):
+            sync(new_run(), f"https://127.0.0.1:{listener.getsockname()[1]}")
+
+
+def test_a_file_outside_of_the_folder_is_told_once(uri: str, new_run: NewRun, tmp_path: Path) -> None:
+    run_dir, warnings = new_run(), []
+    (tmp_path / "key").write_text("secret")
+    (run_dir / "artifacts.json").write_text('["../key"]')
+    follower = Mirror(run_dir, uri, warn=warnings.append, every_s=0.01)
+    follower.start()
+    wait_until(lambda: warnings)
+    assert follower.close("FINISHED") is None
+    assert len(warnings) == 1
+    assert "../key" in warnings[0]

@@ -27,6 +27,7 @@ from relloc.tracking import (
     sync,
     write_status,
 )
+from relloc.tracking.note import Note, write_note
 
 NewRun = Callable[..., Path]
 LINEAR = Result(
@@ -129,12 +130,62 @@ def test_a_lost_note_costs_no_double_points_and_no_second_run(uri: str, new_run:
     assert sum(points(run_dir, uri).values()) == first.points == 6 + 11 + 2
 
 
-def test_a_note_cut_short_is_a_lost_note(uri: str, new_run: NewRun) -> None:
+@pytest.mark.parametrize("damage", [b"", b'{"uri": "sqli', b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b"1" * 5000])
+def test_a_damaged_note_is_a_lost_note(uri: str, new_run: NewRun, damage: bytes) -> None:
     run_dir = new_run()
     first = sync(run_dir, uri)
-    (run_dir / "mlflow.json").write_text('{"uri": "sqli')
+    (run_dir / "mlflow.json").write_bytes(damage)
+    assert read_note(run_dir) is None
     again = sync(run_dir, uri)
     assert (again.run_id, again.points) == (first.run_id, 0)
+
+
+def test_a_count_that_was_changed_in_the_note_costs_no_point(uri: str, new_run: NewRun) -> None:
+    run_dir = new_run()
+    first = sync(run_dir, uri)
+    path = run_dir / "mlflow.json"
+    path.write_text(path.read_text().replace('"lines": 3', '"lines": 9'))
+    Journal(run_dir).log({"train/loss": 1.0}, 30)
+    again = sync(run_dir, uri)
+    assert (again.run_id, again.points) == (first.run_id, 1)
+    assert max(points(run_dir, uri).values()) == 1
+
+
+def test_a_folder_copied_to_be_another_run_is_another_run(uri: str, new_run: NewRun) -> None:
+    run_dir = new_run()
+    first = sync(run_dir, uri)
+    copy = run_dir.with_name("copy")
+    shutil.copytree(run_dir, copy)
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**record, "uid": "another"}))
+    second = sync(copy, uri)
+    assert second.run_id != first.run_id
+    assert second.points == 6
+
+
+def test_files_outside_of_the_folder_are_not_sent_and_told(uri: str, new_run: NewRun, tmp_path: Path) -> None:
+    run_dir = new_run()
+    (tmp_path / "key").write_text("secret")
+    (run_dir / "own.txt").write_text("own")
+    (run_dir / "link.txt").symlink_to(tmp_path / "key")
+    names = ["link.txt", "../key", str(tmp_path / "key"), "a%2fb", "own.txt"]
+    (run_dir / "a%2fb").write_text("an odd name")
+    (run_dir / "artifacts.json").write_text(json.dumps(names))
+    sent = sync(run_dir, uri)
+    stored = [file.name for file in (tmp_path / "store" / "mlartifacts").rglob("*") if file.is_file()]
+    assert "own.txt" in stored
+    assert "key" not in stored
+    assert "link.txt" not in stored
+    assert [line for line in sent.refused if str(tmp_path / "key") in line] == list(sent.refused)[:3]
+    assert sync(run_dir, uri).artifacts == 0
+
+
+def test_a_name_longer_than_mlflow_takes_is_cut(uri: str, new_run: NewRun) -> None:
+    run_dir = new_run("run")
+    RunRecord(name="r" * 300, experiment="relloc").write(run_dir)
+    sync(run_dir, uri)
+    assert mlflow_run(run_dir, uri).info.run_name == "r" * 250
+    assert not sync(run_dir, uri)
 
 
 @pytest.mark.parametrize("died_at", ["lines", "results"])
@@ -145,7 +196,7 @@ def test_dying_between_sending_and_noting_costs_no_double_points(
     append_results(run_dir, rows())
     keep = mlflow._keep
 
-    def die(folder: Path, note: mlflow.Note, **changes: Any) -> mlflow.Note:
+    def die(folder: Path, note: Note, **changes: Any) -> Note:
         if died_at in changes:
             raise KeyboardInterrupt
         return keep(folder, note, **changes)
@@ -336,8 +387,9 @@ def test_senders_of_one_run_folder_take_turns(uri: str, new_run: NewRun) -> None
 def test_a_store_that_lost_the_run_gets_it_again(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
     first = sync(run_dir, uri)
-    note = json.loads((run_dir / "mlflow.json").read_text())
-    (run_dir / "mlflow.json").write_text(json.dumps({**note, "run_id": "0" * 32}))
+    note = read_note(run_dir)
+    assert note is not None
+    write_note(run_dir, dataclasses.replace(note, run_id="0" * 32))
     with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
         database.execute("DELETE FROM tags")
         database.commit()
@@ -349,7 +401,7 @@ def test_a_store_that_lost_the_run_gets_it_again(uri: str, new_run: NewRun) -> N
 def test_a_run_deleted_in_mlflow_is_not_brought_back(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
     open_store(uri).delete_run(sync(run_dir, uri).run_id)
-    with pytest.raises(StoreError, match=r"was deleted in MLflow; restore it, or remove mlflow\.json"):
+    with pytest.raises(StoreError, match=r"was deleted in .*mlflow runs restore --run-id .*/mlflow\.json"):
         sync(run_dir, uri)
     (run_dir / "mlflow.json").unlink()
     assert sync(run_dir, uri).points == 6

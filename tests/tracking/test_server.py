@@ -1,5 +1,6 @@
 """A server over a real PostgreSQL, started by launchers/tracking_server/serve.sh, without and with a password."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -69,6 +70,20 @@ def server() -> Iterator[Server]:
         yield served
         assert served.end(signal.SIGTERM) == 128 + signal.SIGTERM
         assert not (served.folder / "store" / "db" / "postmaster.pid").exists()
+
+
+def processes_of(server: Server) -> list[psutil.Process]:
+    """All that serve.sh started for the folder, PostgreSQL too, and the script itself."""
+    script = psutil.Process(server.process.pid)
+    database = (server.folder / "store" / "db" / "postmaster.pid").read_text().split()[0]
+    started = [script, *script.children(recursive=True), psutil.Process(int(database))]
+    return [*started, *psutil.Process(int(database)).children(recursive=True)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def asked(server: Server, host: str, origin: str | None = None, password: str | None = None) -> int:
@@ -146,12 +161,63 @@ def test_a_server_that_is_killed_and_comes_back_gets_each_point_once(
     assert capsys.readouterr().out == f"{run_dir}: nothing new -> {server.uri}\n"
 
 
-def test_without_a_password_nothing_is_sent_and_the_reason_is_told(
-    server: Server, new_run: NewRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def restart_with_password(server: Server) -> None:
     if not server.password:
         server.end(signal.SIGTERM)
         server.start(PASSWORD)
+
+
+def test_the_password_is_nowhere_but_as_a_hash(server: Server) -> None:
+    restart_with_password(server)
+    secret = PASSWORD.encode()
+    processes = processes_of(server)
+    assert len(processes) > 4
+    for process in processes:
+        for seen in ("environ", "cmdline"):
+            assert secret not in Path(f"/proc/{process.pid}/{seen}").read_bytes(), process
+    files = [file for file in server.folder.rglob("*") if file.is_file()]
+    assert files
+    assert not [file for file in files if secret in file.read_bytes()]
+    assert asked(server, "127.0.0.1", password=PASSWORD) == 200
+
+
+@pytest.mark.parametrize("killed", ["the script", "the script and MLflow", "the script and PostgreSQL", "all"])
+def test_what_a_killed_script_left_is_ended_or_taken_over(server: Server, killed: str) -> None:
+    restart_with_password(server)
+    script, *others = processes_of(server)
+    database = [process for process in others if "postgres" in process.name()]
+    of_mlflow = [process for process in others if process not in database]
+    hit = [script]
+    if killed != "the script":
+        hit += {"the script and MLflow": of_mlflow, "the script and PostgreSQL": database[:1], "all": others}[killed]
+    for process in hit:
+        process.kill()
+    server.process.wait(60)
+    server.start()
+    wait_until(lambda: not any(map(is_alive, of_mlflow)))
+    wait_until_served(server.uri, server.process, server.folder / "log")  # by the new one
+    assert asked(server, "127.0.0.1", password=PASSWORD) == 200
+    server.password = PASSWORD  # the folder has one, given or not
+
+
+def test_a_number_in_a_pid_file_that_is_another_process_by_now_holds_up_nothing(server: Server) -> None:
+    restart_with_password(server)
+    script, *others = processes_of(server)
+    for process in (script, *others):
+        process.kill()
+    server.process.wait(60)
+    pid_file = server.folder / "store" / "db" / "postmaster.pid"
+    noted = pid_file.read_text().split("\n", 1)
+    pid_file.write_text(f"{os.getpid()}\n{noted[1]}")
+    server.start()
+    server.password = PASSWORD
+    assert asked(server, "127.0.0.1", password=PASSWORD) == 200
+
+
+def test_without_a_password_nothing_is_sent_and_the_reason_is_told(
+    server: Server, new_run: NewRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restart_with_password(server)
     assert [asked(server, "127.0.0.1", password=password) for password in (None, "wrong", PASSWORD)] == [401, 401, 200]
     run_dir = new_run(experiment="guarded", tracking_uri=server.uri)
     assert main([str(run_dir)]) == 1

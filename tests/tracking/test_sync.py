@@ -49,8 +49,33 @@ def test_a_run_that_names_no_store_asks_for_one(new_run: NewRun, capsys: pytest.
     run_dir = new_run()
     assert main([str(run_dir)]) == 1
     assert capsys.readouterr().err == f"{run_dir}: run.json names no store: give one with --uri\n"
-    assert main([str(run_dir), "--uri", "sqlite:///"]) == 1
-    assert "names no file" in capsys.readouterr().err
+    for wrong in (["--uri", "sqlite:///"], ["--uri", "127.0.0.1:5000"], ["--experiment", " "]):
+        assert main([str(run_dir), *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_is_sent_to_the_experiment_that_is_named(
+    uri: str, new_run: NewRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = new_run(tracking_uri=uri)
+    assert main([str(run_dir)]) == 0
+    assert main([str(run_dir), "--experiment", "other"]) == 0
+    assert main([str(run_dir), "--experiment", "other"]) == 0
+    assert "nothing new" in capsys.readouterr().out
+    assert len(search(uri, "relloc")) == len(search(uri, "other")) == 1
+
+
+def test_a_name_of_a_file_outside_is_told_and_the_rest_is_sent(
+    uri: str, new_run: NewRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = new_run(tracking_uri=uri)
+    (tmp_path / "key").write_text("secret")
+    (run_dir / "artifacts.json").write_text('["../key"]')
+    assert main([str(run_dir)]) == 0
+    out, err = capsys.readouterr()
+    assert "6 points, 0 artifacts" in out
+    assert "'../key' was not sent" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_fresh_process_on_a_fresh_file_prints_one_line_and_nothing_else(new_run: NewRun, tmp_path: Path) -> None:

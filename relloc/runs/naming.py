@@ -1,0 +1,86 @@
+"""The names of runs in MLflow, whose tables show about twenty characters: what is studied comes first."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+from relloc.evals.contract import Subject
+from relloc.results import NOT_OURS
+from relloc.tracking import RunRecord
+from relloc.tracking.record import RUN_FILE
+
+_LONGEST = 24  # of a part that users name, in characters
+# Names of files that say nothing of the weights in them, so that the folder's is told as well.
+_OF_ANY = (
+    "checkpoint",
+    "checkpoint_best",
+    "last",
+    "latest",
+    "model",
+    "model_best",
+    "best",
+    "final",
+    "backbone",
+    "weights",
+)
+
+
+def pretraining_name(config: DictConfig, color: str) -> str:
+    """A pretraining by its grid, length, data and the rest, `gap21 jit0..21 70ep in1k r50 s0 gray`.
+
+    `color` is the member of that group that was chosen.
+    """
+    jitter = config.grid.jitter_px
+    moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
+    parts = (
+        f"gap{config.grid.gap_px}",
+        f"jit{moved}",
+        f"{config.data.epochs:g}ep",
+        data_name(config.data),
+        _short_model(config.model.name),
+        f"s{config.seed}",
+        color,
+    )
+    return " ".join(map(str, parts))
+
+
+def evaluation_name(subjects: Sequence[Subject], data: Sequence[str]) -> str:
+    """An evaluation by whose weights it asks, on which data sets: `gap21 jit0..21 70ep in1k r50 s0 gray on voc2007`.
+
+    A backbone of ours is called as its pretraining; others by the file's name, or as `checkpoint=` does, and the model.
+    """
+    who = dict.fromkeys(_weights_name(one) for one in subjects)
+    return f"{', '.join(who)} on {', '.join(dict.fromkeys(data))}"
+
+
+def _weights_name(subject: Subject) -> str:
+    model = _short_model(subject.model)
+    if subject.checkpoint in NOT_OURS:
+        return f"{subject.checkpoint} {model}"
+    file = Path(subject.checkpoint)
+    for folder in file.parents[:2]:  # a run's backbone, or one of its checkpoints
+        if (folder / RUN_FILE).is_file():
+            return _run_name(folder) + ("" if folder == file.parent else f" {file.stem}")
+    told = f"{file.parent.name}/{file.stem}" if file.stem in _OF_ANY and file.parent.name else file.stem
+    return f"{told} {model}"
+
+
+def _run_name(folder: Path) -> str:
+    try:
+        return RunRecord.read(folder).name
+    except (OSError, ValueError):  # a damaged record of another run is no reason not to evaluate its weights
+        return folder.name
+
+
+def data_name(data: DictConfig) -> str:
+    """What the data set is called; of `data=folder`, which is called alike everywhere, the folder's name."""
+    place = data.get("shards") or data.get("root")
+    if data.name != "folder" or not place:
+        return str(data.name)[:_LONGEST]
+    folders = list(place) if isinstance(place, ListConfig) else [place]
+    return "+".join(Path(str(folder)).resolve().name or "folder" for folder in folders)[:_LONGEST]
+
+
+def _short_model(name: str) -> str:
+    return name.replace("resnet", "r")

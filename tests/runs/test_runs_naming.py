@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from relloc.evals.contract import Subject
+from relloc.models.small import SmallBackbone
+from relloc.runs.launch import conf_dir
+from relloc.runs.naming import evaluation_name, pretraining_name
+from relloc.tracking import RunRecord
+
+SHOWN = 20  # characters, in MLflow's table of runs
+
+
+def name(*words: str) -> str:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return pretraining_name(compose("train", list(words)), "gray")
+
+
+def test_a_pretraining_tells_its_grid_first_and_then_its_length_data_model_seed_and_color() -> None:
+    assert name("data=in1k", "model=resnet50") == "gap21 jit0..21 70ep in1k r50 s0 gray"
+    assert name("grid.gap_px=0", "grid.jitter_px=7", "seed=3") == "gap0 jit7 6ep photos small s3 gray"
+
+
+def test_trainings_of_other_length_or_data_have_other_names() -> None:
+    runs = (
+        ["data=in1k"],
+        ["data=in1k", "data.epochs=2"],
+        ["data=photos", "data.epochs=2"],
+        ["data=photos", "data.epochs=0.5"],
+        ["data=folder", "data.root=/data/birds"],
+        ["data=folder", "data.root=/data/cars"],
+        ["data=folder", "data.root=[/data/birds,/data/cars]"],
+        ["data=folder", "data.shards=/packed/boats"],
+    )
+    names = [name(*run) for run in runs]
+    assert len(set(names)) == len(names)
+    assert len({told[:SHOWN] for told in names[:4]}) > 2
+    assert " birds " in names[4]
+    assert all(len(told) <= 70 for told in names)
+
+
+def subject(checkpoint: str, model: str = "resnet50") -> Subject:
+    return Subject(backbone=SmallBackbone(widths=[8] * 5), checkpoint=checkpoint, model=model, weights="")
+
+
+def test_an_evaluation_tells_whose_weights_on_which_data(tmp_path: Path) -> None:
+    run = tmp_path / "20261128-120000_train"
+    run.mkdir()
+    RunRecord(name="gap21 jit7 70ep in1k r50 s0 gray", experiment="relloc").write(run)
+    ours = subject(str(run / "backbone.safetensors"))
+    assert evaluation_name([ours], ["voc2007"]) == "gap21 jit7 70ep in1k r50 s0 gray on voc2007"
+    kept = subject(str(run / "checkpoints" / "epoch_30.pt"))
+    assert evaluation_name([kept], ["voc2007"]) == "gap21 jit7 70ep in1k r50 s0 gray epoch_30 on voc2007"
+    assert evaluation_name([subject("random")], ["in1k", "in1k", "voc2007"]) == "random r50 on in1k, voc2007"
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [("/x/moco_v2.pth", "moco_v2 r50 on a"), ("/x/swav/checkpoint.pth", "swav/checkpoint r50 on a")],
+)
+def test_a_file_of_another_project_is_told_by_its_name(file: str, told: str) -> None:
+    assert evaluation_name([subject(file)], ["a"]) == told
+
+
+def test_a_damaged_record_costs_only_the_name(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    assert evaluation_name([subject(str(tmp_path / "backbone.safetensors"))], ["a"]) == f"{tmp_path.name} on a"
