@@ -7,10 +7,10 @@ import argparse
 import contextlib
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from relloc import terminal
 from relloc.errors import UsageError
 from relloc.reports.as_csv import as_csv
 from relloc.reports.as_html import as_html
@@ -42,10 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _report_sweep(options)
         else:
             _report(options)
+        _tell_next(options)
     except UsageError as error:
-        print(f"relloc: {error}", file=sys.stderr)
+        terminal.complain(error)
         return error.exit_code
     return 0
+
+
+def _tell_next(options: argparse.Namespace) -> None:
+    """Of a report that was printed, how it becomes a page; of a written one, how its empty cells are filled."""
+    words = ["python", "-m", "relloc.report", *options.folders]
+    if options.out is None and options.format is None:
+        form = "md" if any(folder.startswith(_SWEEP) for folder in options.folders) else "html"
+        terminal.tell_next(shlex.join([*words, "--out", f"report.{form}"]), on_stderr=True)
+    elif options.out is not None:
+        terminal.tell_next("python -m relloc.evaluate checkpoint=RUN eval=card_classification", on_stderr=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,7 +148,7 @@ def _states(points: Sequence[Point]) -> list[str]:
         try:
             found = standings(points)
         except UsageError as error:
-            print(f"relloc: {error}; its points that run or wait are told as stopped or failed", file=sys.stderr)
+            terminal.complain(f"{error}; its points that run or wait are told as stopped or failed")
     return [now.state for now in found]
 
 
@@ -182,4 +193,4 @@ def _format_of(out: Path, endings: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run_command(main)

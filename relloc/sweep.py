@@ -4,11 +4,11 @@ import argparse
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from relloc import terminal
 from relloc.errors import UsageError
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, is_elsewhere, read_job
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         codes = [_DOES[options.does](Sweep(folder.absolute())) for folder in options.sweeps]
     except UsageError as error:
-        print(f"relloc: {error}", file=sys.stderr)
+        terminal.complain(error)
         return 2
     return max(codes)
 
@@ -90,4 +90,4 @@ def _log(sweep: Sweep, point: Point) -> Path | None:
 _DOES = {"status": _status, "wait": _wait, "cancel": _cancel}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run_command(main)

@@ -1,17 +1,19 @@
 """python -m relloc.sync RUN_DIR [RUN_DIR ...] [--uri URI]: send to MLflow what it lacks of run folders."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from relloc.tracking import RunRecord, StoreError, absolute_uri, sync
+from relloc import terminal
+from relloc.tracking import RunRecord, StoreError, absolute_uri, sync, ui_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Send each folder, print one line for each; 0 if all were sent, 1 if not."""
     options = _parser().parse_args(arguments)
     sent = [_send(run_dir, options.uri) for run_dir in options.run_dirs]
+    for uri in dict.fromkeys(uri for uri in sent if uri):
+        terminal.tell_next(ui_command(uri))
     return 0 if all(sent) else 1
 
 
@@ -22,7 +24,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _send(run_dir: Path, uri: str | None) -> bool:
+def _send(run_dir: Path, uri: str | None) -> str | None:
+    """The store that has all of the run now; None after a message."""
     try:
         uri = absolute_uri(uri or _noted_uri(run_dir))
         sent = sync(run_dir, uri)
@@ -31,8 +34,8 @@ def _send(run_dir: Path, uri: str | None) -> bool:
     except (StoreError, OSError, ValueError) as error:
         return _complain(run_dir, str(error))
     counts = f"{sent.params} params, {sent.points} points, {sent.artifacts} artifacts"
-    print(f"{run_dir}: {counts if sent else 'nothing new'} -> {uri}")
-    return True
+    print(terminal.escaped(f"{run_dir}: {counts if sent else 'nothing new'} -> {uri}"))
+    return uri
 
 
 def _noted_uri(run_dir: Path) -> str:
@@ -42,10 +45,9 @@ def _noted_uri(run_dir: Path) -> str:
     return uri
 
 
-def _complain(run_dir: Path, reason: str) -> bool:
-    print(f"{run_dir}: {reason}", file=sys.stderr)
-    return False
+def _complain(run_dir: Path, reason: str) -> None:
+    terminal.complain(f"{run_dir}: {reason}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run_command(main)

@@ -35,6 +35,11 @@ def complain(message: object) -> None:
     print(f"relloc: {escaped(str(message), keep=chr(10))}", file=sys.stderr, flush=True)
 
 
+def tell_next(command: str, *, on_stderr: bool = False) -> None:
+    """The command that one goes on with; on stderr where stdout is a file's content."""
+    print(f"next: {escaped(command)}", file=sys.stderr if on_stderr else sys.stdout, flush=True)
+
+
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run a command and exit with its code: 130 after Ctrl-C, 1 where its output found no room."""
     outlive_readers()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,8 @@ from rich.table import Table
 from relloc.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
 from relloc.results import HEADLINES, LAYERS, NOT_OURS, Result, count_of, headlines
-from relloc.terminal import escaped
+from relloc.runs.command_line import as_word
+from relloc.terminal import escaped, tell_next
 
 T = TypeVar("T")
 Update = Callable[[int, str], None]
@@ -50,6 +52,20 @@ def say(*lines: str) -> None:
     """Lines for the user. What acts on a terminal in them, a line end too, is printed as its code."""
     for line in lines:
         console.print(escaped(line))
+
+
+def say_next(command: str, *words: str, **settings: object) -> None:
+    """The command that one goes on with, as it is typed; a sweep's points leave that to the sweep."""
+    if "RELLOC_SWEEP" in os.environ:
+        return
+    typed = [*map(shlex.quote, words), *(as_word(name, value) for name, value in settings.items())]
+    tell_next(" ".join(["python", "-m", f"relloc.{command}", *typed]))
+
+
+def from_here(folder: Path) -> str:
+    """A folder's name from where we are, if it is below; else all of it."""
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) and folder != here else str(folder)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ and that member says which function lists the images.
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,19 +59,43 @@ def _listed(where: Any) -> list[Any]:
     return where if isinstance(where, list) else [] if where is None else [where]
 
 
-def find(words: Sequence[Override]) -> RunData | None:
-    """The data of the run that one evaluation's words name; None where they say data=, or name no run."""
+def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | None:
+    """The data of the first run that one evaluation's words name; None where they say data=, or name no run.
+
+    Where they name only random weights or files, it is that of the first run `beside` them in the same sweep: what is
+    compared is measured on the same images.
+    """
     named = command_line.checkpoints(words)
-    return _of_first(named[0]) if len(named) == 1 and not _say_data(words) else None
+    return _of_first([*named[0], *beside]) if len(named) == 1 and not _say_data(words) else None
+
+
+def find_of_point(words: Sequence[Override]) -> RunData | None:
+    """As `find`, in the command of a point of a sweep, which RELLOC_BESIDE tells of the others."""
+    values = json.loads(os.environ.get("RELLOC_BESIDE", "[]"))
+    return find(words, _all_names(command_line.check([f"checkpoint={value}" for value in values], sweeps=False)))
 
 
 def find_shared(words: Sequence[Override]) -> RunData | None:
     """As `find`, of all points of a sweep; None where they do not have the same."""
     if _say_data(words):
         return None
-    found = [_of_first(names) for names in command_line.checkpoints(words)]
+    named = command_line.checkpoints(words)
+    beside = [name for names in named for name in names]
+    found = [_of_first([*names, *beside]) for names in named]
     same = len({one.words if one else () for one in found}) == 1
-    return found[0] if found and same else None
+    return found[0] if same else None
+
+
+def with_data(words: Sequence[str], command: Sequence[str]) -> list[str]:
+    """The words of one point of the sweep that `command` started, and before them the data set it evaluates on."""
+    swept = command_line.read(command)
+    beside = _all_names(command_line.check(swept.words, sweeps=True))
+    found = find(command_line.check(words, sweeps=False), beside)
+    return [*(found.words if found else ()), *words]
+
+
+def _all_names(words: Sequence[Override]) -> list[str]:
+    return [name for word in words for names in command_line.checkpoints([word]) for name in names]
 
 
 def _say_data(words: Sequence[Override]) -> bool:
@@ -90,11 +115,8 @@ def _read(run: Path, file: Path) -> RunData | None:
     data = _load(file).get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("source"), Mapping):
         return None
-    data = dict(data)
-    places = {}
-    for setting in ("root", "shards"):
-        data[setting] = places[f"data.{setting}"] = _from_where_it_was_started(run, data.get(setting))
-    choices = [(len(words), member, words) for member, words in _matching(data)]
+    places = {f"data.{name}": _from_where_it_was_started(run, data.get(name)) for name in ("root", "shards")}
+    choices = [(len(words), member, words) for member, words in _matching(data, places)]
     if not choices:
         target = data["source"].get("_target_")
         raise UsageError(f"{run} was trained on data of {target}, which no member of data has: give data=NAME")
@@ -126,24 +148,33 @@ def _from_where_it_was_started(run: Path, folder: Any) -> Any:
     return os.path.abspath(there if os.path.exists(there) else folder)
 
 
-def _matching(data: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _matching(data: Mapping[str, Any], places: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Members of the group that list images by the same function, and the words that make them the run's."""
     for member in settings.members("data"):
         file = settings.file_of(f"data/{member}")
         target = OmegaConf.select(OmegaConf.load(file), "source._target_") if file else None
         if target is not None and target == data["source"].get("_target_"):
-            yield member, _words(settings.compose("evaluate", [f"data={member}"]).config, data)
+            yield member, _words(settings.compose("evaluate", [f"data={member}"]).config, data, places)
 
 
-def _words(config: DictConfig, data: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the run has otherwise than the member, settings that follow others last: mostly they need no word then."""
+def _words(config: DictConfig, data: Mapping[str, Any], places: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the run has otherwise than the member, settings that follow others last: mostly they need no word then.
+
+    `places` stand for where the run's own words said that the images lie.
+    """
     both = list(_both(OmegaConf.to_container(config.data, resolve=False), data, "data"))
-    words: list[str] = []
+    found: dict[str, Any] = {}
     for key, _, value in sorted(both, key=lambda one: _follows(one[1])):
         if _is_plain(value) and value != _resolved(config, key):
             OmegaConf.update(config, key, value, merge=False)
-            words.append(f"{key}={command_line.as_value(value)}")
-    return tuple(words)
+            found[key] = value
+    known = {key for key, _, _ in both}
+    found |= {
+        key: value
+        for key, value in places.items()
+        if key in known and _is_plain(value) and value != _resolved(config, key)
+    }
+    return tuple(f"{key}={command_line.as_value(value)}" for key, value in found.items())
 
 
 def _both(ours: Any, theirs: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any, Any]]:

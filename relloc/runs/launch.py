@@ -79,7 +79,7 @@ def _prepare_words(asked: CommandLine, config_name: str) -> RunData | None:
     data = None
     if config_name == "evaluate":
         command_line.check_checkpoints(words)
-        data = data_of_run.find_shared(words) if asked.sweeps else data_of_run.find(words)
+        data = data_of_run.find_shared(words) if asked.sweeps else data_of_run.find_of_point(words)
     given = data.words if data else ()
     silent = _silent_rank() if int(os.environ.get("RANK", "0")) > 0 else []
     sys.argv[1:] = [*asked.flags, *given, *asked.words, *silent]

@@ -13,6 +13,7 @@ from rich.text import Text
 from relloc.sweeps.points import Point
 from relloc.sweeps.standing import Standing
 from relloc.sweeps.sweep import Sweep
+from relloc.terminal import escaped
 
 _LAST_LINES = 8
 _WIDTH_OF_FILES = 160
@@ -27,11 +28,12 @@ _COLORS = {
 
 
 def say(told: str | Table) -> None:
-    """Print on the console."""
-    console = Console(soft_wrap=isinstance(told, str))
+    """Print on the console. Names in it are printed as they are: no markup, nothing that acts on the terminal."""
+    told = escaped(told, keep="\n") if isinstance(told, str) else told
+    console = Console(soft_wrap=isinstance(told, str), markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OF_FILES
-    console.print(told, markup=False, highlight=False)
+    console.print(told, highlight=False)
     sys.stdout.flush()
 
 
@@ -45,9 +47,8 @@ def table(points: Sequence[Point], found: Sequence[Standing]) -> Table:
     for point, now in zip(points, found, strict=True):
         progress = "" if now.progress is None else f"{100 * now.progress:.0f} %"
         left = "" if now.left_s is None or now.state != "running" else _duration(now.left_s)
-        made.add_row(
-            point.name, Text(now.state, style=_COLORS[now.state]), progress, left, os.path.relpath(point.folder)
-        )
+        state, folder = Text(now.state, style=_COLORS[now.state]), os.path.relpath(point.folder)
+        made.add_row(escaped(point.name), state, progress, left, escaped(folder))
     return made
 
 

@@ -16,6 +16,7 @@ from hydra_plugins.relloc_launchers.composing import Composing
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.errors import UsageError
+from relloc.runs import data_of_run
 from relloc.runs.launch import conf_dir, users_environment
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, identity, name_of
@@ -44,7 +45,10 @@ class PointsLauncher(Launcher):
         hydra_context.config_loader.load_sweep_config = self._remembering  # pyright: ignore[reportAttributeAccessIssue]
 
     def _remembering(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        composed = self._compose(master_config, sweep_overrides)
+        words = sweep_overrides
+        if self.config.hydra.job.name == "evaluate":
+            words = data_of_run.with_data(sweep_overrides, sys.argv[1:])
+        composed = self._compose(master_config, words)
         self._composed[tuple(sweep_overrides)] = composed
         return composed
 
@@ -125,7 +129,7 @@ class PointsLauncher(Launcher):
 
     def _resolved(self, overrides: Sequence[str]) -> dict[str, Any]:
         composed = self._composed.pop(tuple(overrides), None)
-        config = composed if composed is not None else self._compose(self.config, list(overrides))
+        config = composed if composed is not None else self._remembering(self.config, list(overrides))
         HydraConfig.instance().set_config(config)
         with open_dict(config):
             del config["hydra"]
