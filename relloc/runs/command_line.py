@@ -258,7 +258,7 @@ def check_checkpoints(words: Sequence[Override]) -> None:
     for name in (name for names in checkpoints(words) for name in names):
         if name in NOT_OURS or not name or os.path.lexists(name) or "$" in name:
             continue
-        raise UsageError(f"checkpoint={name} is neither a folder nor a file{_hint(name)}")
+        raise UsageError(f"checkpoint={name} does not exist{_hint(name)}")
 
 
 def _hint(name: str) -> str:
