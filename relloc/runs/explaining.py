@@ -66,6 +66,8 @@ def no_setting(wrong: str, command: str, words: Sequence[str]) -> str:
     except (HydraException, OmegaConfBaseException):  # a group that is misspelt as well
         known = settings.compose(command).names()
     parent, _, name = wrong.rpartition(".")
+    if wrong.partition(".")[0] not in known and (elsewhere := _elsewhere(wrong, command)):
+        return elsewhere
     if parent and settings.is_group(parent):
         having = [member for member in settings.members(parent) if name in _load(parent, member)]
         swept = [word for word in words if word.startswith(f"{parent}=") and "," in word]
@@ -74,7 +76,7 @@ def no_setting(wrong: str, command: str, words: Sequence[str]) -> str:
         if having:
             owners = ", ".join(f"{parent}={member}" for member in having)
             return f"there is no setting {wrong} here. It belongs to {owners}"
-    return _nearest_setting(wrong, known) or _elsewhere(wrong, command) or _siblings(wrong, known)
+    return _nearest_setting(wrong, known) or _siblings(wrong, known)
 
 
 def _load(group: str, member: str) -> Any:

@@ -143,7 +143,7 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
 
 def _remove_untouched_folder(made: Any) -> None:
     """Remove the folder of a refused run where it holds nothing but what Hydra wrote."""
-    if made.output_subdir is None or made.mode == RunMode.MULTIRUN:
+    if made.output_subdir is None or made.mode == RunMode.MULTIRUN or OmegaConf.is_missing(made.runtime, "output_dir"):
         return
     run_dir = Path(made.runtime.output_dir)
     if _names(run_dir) == [made.output_subdir]:

@@ -120,19 +120,23 @@ def _having(key: str, chosen: Sequence[str], command: str) -> tuple[Composed, st
 
 
 def _source_of(key: str, composed: Composed) -> Source | None:
-    """The last file that sets it."""
+    """The last file that sets it, or is all of it."""
     for source in reversed(composed.sources):
         inner = _inside(key, source)
-        if inner and source.file and _holds(OmegaConf.to_container(OmegaConf.load(source.file)), inner):
+        if inner is None or source.file is None:
+            continue
+        if not inner or _holds(OmegaConf.to_container(OmegaConf.load(source.file)), inner):
             return source
     return None
 
 
-def _inside(key: str, source: Source) -> str:
-    """The setting's name within a file; "" where it stands elsewhere."""
+def _inside(key: str, source: Source) -> str | None:
+    """The setting's name within a file, "" for all that the file holds; None where it stands elsewhere."""
+    if key == source.package:
+        return ""
     if not source.package:
         return key
-    return key.removeprefix(f"{source.package}.") if key.startswith(f"{source.package}.") else ""
+    return key.removeprefix(f"{source.package}.") if key.startswith(f"{source.package}.") else None
 
 
 def _holds(content: Any, key: str) -> bool:
@@ -144,16 +148,17 @@ def _holds(content: Any, key: str) -> bool:
 
 
 def _from_conf(key: str, source: Source) -> Iterator[str]:
-    file = source.file
-    if file is None:
+    file, inner = source.file, _inside(key, source)
+    if file is None or inner is None:
         return
-    inner = _inside(key, source)
-    said = comments(file)
-    yield f"{_INDENT}set in {_shown(file)}: {_raw(file, inner)}"
+    text = file.read_text(encoding="utf-8")
+    said, places = comments(file), {name: (start, end) for name, start, end in _places(yaml.compose(text), "")}
+    line = f": {_between(text.splitlines(), *places[inner])}" if inner in places else ""
+    yield f"{_INDENT}set in {_shown(file)}{line}"
     own = next((said[name] for name in _with_parents(inner) if name in said), "")
-    opening = " ".join(settings.about(file)) if "/" in source.name else ""
-    for text in dict.fromkeys(filter(None, (own, opening))):
-        yield f"{_INDENT}{text}"
+    opening = " ".join(settings.about(file)) if "/" in source.name or not inner else ""
+    for words in dict.fromkeys(filter(None, (own, opening))):
+        yield f"{_INDENT}{words}"
 
 
 def _with_parents(key: str) -> Iterator[str]:
@@ -161,18 +166,12 @@ def _with_parents(key: str) -> Iterator[str]:
     yield from (".".join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
-def _raw(file: Path, inner: str) -> str:
-    """The line that sets it, as it stands there."""
-    node, line = yaml.compose(file.read_text(encoding="utf-8")), 0
-    for name in inner.split("."):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        key, node = next((key, value) for key, value in pairs if key.value == name)
-        line = key.start_mark.line
-    return _without_comment(file.read_text(encoding="utf-8").splitlines()[line]).strip()
-
-
-def _without_comment(line: str) -> str:
-    return re.sub(r"\s+#.*", "", line)
+def _between(lines: Sequence[str], start: yaml.Mark, end: yaml.Mark) -> str:
+    """What stands there, in one line."""
+    told = (
+        [*lines[start.line : end.line], lines[end.line][: end.column]] if end.line < len(lines) else lines[start.line :]
+    )
+    return " ".join(line.strip() for line in told)
 
 
 def comments(file: Path) -> dict[str, str]:
@@ -181,23 +180,23 @@ def comments(file: Path) -> dict[str, str]:
     lines = text.splitlines()
     return {
         key: said
-        for key, line, last in _places(yaml.compose(text), "")
-        if (said := _behind(lines, line, last) or _above(lines, line))
+        for key, start, end in _places(yaml.compose(text), "")
+        if (said := _behind(lines, end) or _above(lines, start.line))
     }
 
 
-def _places(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, int]]:
-    """Each setting of a file with its line, and the line in which its value ends."""
+def _places(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, yaml.Mark, yaml.Mark]]:
+    """Each setting of a file, where it begins, and where its value ends, or its name if it holds others."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         is_flat = isinstance(value, yaml.ScalarNode) or value.flow_style
-        yield f"{prefix}{key.value}", key.start_mark.line, value.end_mark.line if is_flat else key.start_mark.line
+        yield f"{prefix}{key.value}", key.start_mark, value.end_mark if is_flat else key.end_mark
         yield from _places(value, f"{prefix}{key.value}.")
 
 
-def _behind(lines: Sequence[str], line: int, last: int) -> str:
-    found = re.search(r"\s#\s*(.*)", lines[max(line, min(last, len(lines) - 1))])
+def _behind(lines: Sequence[str], end: yaml.Mark) -> str:
+    found = re.match(r":?\s*#\s*(.*)", lines[end.line][end.column :]) if end.line < len(lines) else None
     return found[1].strip() if found else ""
 
 
