@@ -58,4 +58,4 @@ def _joined(*words: str) -> str:
 
 def escape(text: str) -> str:
     r"""Text as it is: what Markdown would read as markup gets a backslash, line ends become spaces."""
-    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))", r"\\\1", escaped(" ".join(text.split())))
+    return re.sub(r"([\\`*\[\]<>|$]|(?<!\w)_|_(?!\w))", r"\\\1", escaped(" ".join(text.split())))
