@@ -123,7 +123,7 @@ def _report_sweep(options: argparse.Namespace) -> None:
         path = options.out or sweep.folder / f"report.{form}"
         with _writing(path):
             draw_sweep(numbers, path, form)
-        print(f"picture {path}")
+        print(f"picture {terminal.escaped(str(path))}")
 
 
 def _sweep_of(options: argparse.Namespace) -> Sweep:
@@ -158,7 +158,7 @@ def _give(text: str, out: Path | None) -> None:
         return
     with _writing(out):
         out.write_text(text, encoding="utf-8")
-    print(f"report  {out}")
+    print(f"report  {terminal.escaped(str(out))}")
 
 
 @contextlib.contextmanager

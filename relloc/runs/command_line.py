@@ -27,6 +27,10 @@ _INFO = ("--info", "-i")
 _INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 # Settings that name something on disk. Hydra reads 2024_10_01 as a number and 1e3 as another one.
 _PATHS = ("checkpoint", "data.root", "data.shards", "out", "runs", "hydra.run.dir", "hydra.sweep.dir", "sweep")
+# Names that may look like numbers, as long as they are the same when written again
+_TEXTS = ("runs", "hydra.run.dir", "hydra.sweep.dir", "sweep")
+# A launcher may make a sweep of a command without -m, and says itself what its settings take
+_SWEEP_THEMSELVES = ("launcher", "hydra")
 _KEY = re.compile(r"(?:\+\+?|~)?[A-Za-z_$][\w.$/@:-]*")
 _OPENING = {"[": "]", "{": "}", "(": ")"}
 
@@ -110,11 +114,12 @@ def _unknown_flag(word: str, left: Sequence[str]) -> str:
 
 
 def check(words: Sequence[str], *, sweeps: bool) -> list[Override]:
-    """Each word as Hydra reads it.
+    """Each word as Hydra reads it; `sweeps`: one may name several values, as it may where a launcher is chosen.
 
     Raises:
         UsageError: Hydra can't read one of them, or would read another value than what stands there.
     """
+    sweeps = sweeps or any(word.startswith(_SWEEP_THEMSELVES) for word in words)
     return [_checked(word, words[place + 1 : place + 2], sweeps) for place, word in enumerate(words)]
 
 
@@ -127,7 +132,7 @@ def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
     read_word = _parsed(word)
     if read_word is None:
         raise UsageError(_unread(key, value, sweeps))
-    if read_word.is_sweep_override() and not sweeps and not read_word.is_hydra_override() and "," in value:
+    if read_word.is_choice_sweep() and not sweeps and not key.lstrip("+").startswith(_SWEEP_THEMSELVES):
         raise UsageError(_several(key, value))
     if key.lstrip("+") in _PATHS:
         _check_path(key, value, read_word)
@@ -223,6 +228,8 @@ def _check_path(key: str, value: str, word: Override) -> None:
         return
     found = word.value()
     values = found if isinstance(found, list) else [found]
+    if key in _TEXTS and str(found) == value:
+        return
     if any(isinstance(one, bool | int | float) for one in values):
         inner = [part if _is_text(part) else _in_quotes(part) for part in _elements(value.strip("[]"))]
         quoted = f"[{','.join(inner)}]" if isinstance(found, list) else _in_quotes(value)

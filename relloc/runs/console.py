@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 import time
@@ -49,9 +50,13 @@ console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, wi
 
 
 def say(*lines: str) -> None:
-    """Lines for the user. What acts on a terminal in them, a line end too, is printed as its code."""
+    """Lines for the user. What acts on a terminal in them is printed as its code.
+
+    So is a line end, unless two blanks follow it: a name with one in it can't pass for another line of ours.
+    """
     for line in lines:
-        console.print(escaped(line))
+        for part in re.split(r"\n(?=  )", line):
+            console.print(escaped(part))
 
 
 def say_next(command: str, *words: str, **settings: object) -> None:

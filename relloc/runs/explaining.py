@@ -145,7 +145,7 @@ def _may_be_checked(override: Override) -> bool:
 def _values(override: Override) -> list[Any]:
     if not override.is_sweep_override():
         return [override.value()]
-    return list(override.sweep_iterator()) if override.is_discrete_sweep() else []
+    return list(override.sweep_iterator()) if override.is_choice_sweep() else []
 
 
 def _is_word(value: Any) -> bool:

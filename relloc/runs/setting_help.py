@@ -93,7 +93,8 @@ def _setting(key: str, chosen: Sequence[str], command: str) -> Iterator[str]:
         yield f"{key}{where} holds {', '.join(held)}"
     else:
         unit = _UNITS.get(re.split(r"[._]", key)[-1], "")
-        yield f"{key}: {as_value(default)} by default{where}" + (f", in {unit}" if unit else "")
+        value = "to be given, it has no default" if composed.is_needed(key) else f"{as_value(default)} by default"
+        yield f"{key}: {value}{where}" + (f", in {unit}" if unit else "")
     source = _source_of(key, composed)
     if source is not None:
         yield from _from_conf(key, source)
@@ -103,7 +104,7 @@ def _setting(key: str, chosen: Sequence[str], command: str) -> Iterator[str]:
 
 def _having(key: str, chosen: Sequence[str], command: str) -> tuple[Composed, str]:
     """What has the setting: what the words choose, or else the first member of a group with which there is one."""
-    composed = settings.compose(command, chosen)
+    composed = settings.compose(command, chosen, with_hydra=key.startswith("hydra."))
     if key in composed.names():
         return composed, ""
     parts = key.split(".")

@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from relloc.errors import UsageError
 
 COMMANDS = ("train", "evaluate", "prepare")  # that have settings
-_NEEDED = {"evaluate": ["checkpoint=random"]}  # what a command does not compose without
 
 
 def conf_dir() -> Path:
@@ -105,17 +104,22 @@ class Composed:
             return None
         return OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
 
+    def is_needed(self, key: str) -> bool:
+        """Whether a setting has no default, and has to be given."""
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(self.config, parent) if parent else self.config
+        return isinstance(node, DictConfig) and OmegaConf.is_missing(node, name)
+
     def names(self) -> list[str]:
         """All settings by their full names, groups of them before what they hold."""
         return list(_keys(OmegaConf.to_container(self.config, resolve=False)))
 
 
-def compose(command: str, words: Sequence[str] = ()) -> Composed:
-    """What `command` composes with these words. Raises what Hydra raises."""
-    needed = [word for word in _NEEDED.get(command, []) if not any(one.startswith("checkpoint=") for one in words)]
-    overrides = [*words, *needed]
+def compose(command: str, words: Sequence[str] = (), *, with_hydra: bool = False) -> Composed:
+    """What `command` composes with these words, with Hydra's own settings if asked for. Raises what Hydra raises."""
+    overrides = list(words)
     with _hydra():
-        config = hydra.compose(command, overrides)
+        config = hydra.compose(command, overrides, return_hydra_config=with_hydra)
         loader = GlobalHydra.instance().hydra.config_loader  # pyright: ignore[reportOptionalMemberAccess]
         listed = loader.compute_defaults_list(config_name=command, overrides=overrides, run_mode=RunMode.RUN)
     return Composed(

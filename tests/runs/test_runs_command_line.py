@@ -75,6 +75,16 @@ def test_several_values_without_a_sweep_are_a_list_or_one_name(tmp_path: Path, m
     assert proposed(refused("checkpoint=a,b")) == 'checkpoint="a,b"'
 
 
+@pytest.mark.parametrize("word", ["launcher.partition=a,b", "hydra.launcher.partition=a,b", "seed=0,1"])
+def test_a_launcher_may_take_several_values(word: str) -> None:
+    command_line.check(["launcher=slurm", word], sweeps=False)
+
+
+def test_names_that_stay_the_same_may_look_like_numbers() -> None:
+    command_line.check(["sweep=3", "hydra.run.dir=2024", "runs=7"], sweeps=False)
+    assert "'sweep=" in refused("sweep=2024_10")
+
+
 def test_a_home_folder_is_shown_as_the_shell_expands_it() -> None:
     assert '"checkpoint=$HOME/x.ckpt"' in refused("checkpoint=~/x.ckpt")
 

@@ -112,6 +112,13 @@ def test_a_pipe_has_the_width_of_columns_or_enough_for_a_table(
     assert console._width() == width
 
 
+def test_a_command_below_a_message_is_a_line_and_a_line_end_in_a_name_is_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console.say("send it later with\n  python -m relloc.sync a\nb")
+    assert capsys.readouterr().out == "send it later with\n  python -m relloc.sync a\\nb\n"
+
+
 def test_the_next_command_is_typed_as_it_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.delenv("RELLOC_SWEEP", raising=False)
     console.say_next("evaluate", checkpoint=["a b=c", "random"])

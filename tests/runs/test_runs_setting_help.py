@@ -28,10 +28,12 @@ def answered(*words: str, command: str = "train") -> str:
         ("eval=[knn,linear]", ["Weighted nearest neighbors", "One linear classifier a stage"]),
         ("color", ["drop", "gray", "projection", "No treatment: the control"]),
         ("monitor", ["monitor.images", "monitor.k"]),
+        ("hydra.run.dir", ["conf/train.yaml"]),
+        ("checkpoint", ["no default", "conf/evaluate.yaml", "A run folder"]),
     ],
 )
 def test_a_word_is_answered_from_conf_and_docstrings(word: str, parts: list[str]) -> None:
-    text = answered(word)
+    text = answered(word, command="evaluate" if word == "checkpoint" else "train")
     assert [part for part in parts if part not in text] == []
 
 
