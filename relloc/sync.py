@@ -1,6 +1,7 @@
 """python -m relloc.sync RUN_DIR [RUN_DIR ...] [--uri URI]: send to MLflow what it lacks of run folders."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def _noted_uri(run_dir: Path) -> str:
 
 
 def _complain(run_dir: Path, reason: str) -> None:
-    terminal.complain(f"{run_dir}: {reason}")
+    print(terminal.escaped(f"{run_dir}: {reason}", keep="\n"), file=sys.stderr)
 
 
 if __name__ == "__main__":
