@@ -303,7 +303,7 @@ def as_value(value: Any) -> str:
         return "{" + ",".join(f"{name}:{as_value(one)}" for name, one in value.items()) + "}"
     if not isinstance(value, str):
         return repr(value)
-    read_word = _parsed(f"key={value}") if value else None
+    read_word = _parsed(f"key={value}") if value and "\\" not in value else None  # one would escape what follows
     plain = read_word is not None and not read_word.is_sweep_override() and read_word.value() == value
     return value if plain else _in_quotes(value)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relloc.errors import UsageError
 from relloc.runs import command_line
@@ -61,6 +63,27 @@ def test_a_setting_with_dashes_is_shown_without(arguments: list[str]) -> None:
 def test_a_value_that_is_taken_only_quoted_is_shown_quoted(value: str) -> None:
     (word,) = OverridesParser.create().parse_overrides([proposed(refused(f"checkpoint={value}"))])
     assert word.value() == value
+
+
+@given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), min_size=1, max_size=12))
+@settings(max_examples=200)
+def test_any_value_can_be_written_as_a_word(value: str) -> None:
+    for plain in (value, [value, "random"]):
+        (typed,) = shlex.split(command_line.as_word("key", plain))
+        (word,) = OverridesParser.create().parse_overrides([typed])
+        assert word.value() == plain
+
+
+@given(st.text("ab=#~[]{}(),:'\"\\\\ .é$-1/", min_size=1, max_size=8))
+@settings(max_examples=300)
+def test_any_word_is_read_as_hydra_does_or_refused_with_one_that_it_reads(value: str) -> None:
+    try:
+        (word,) = command_line.check([f"checkpoint={value}"], sweeps=False)
+    except UsageError as error:
+        if "Write" in str(error) and not value.startswith("~"):
+            OverridesParser.create().parse_overrides([proposed(str(error))])
+    else:
+        assert word.input_line == f"checkpoint={value}"
 
 
 def test_elements_of_a_list_and_of_a_sweep_are_quoted_one_by_one() -> None:
