@@ -3,7 +3,7 @@
 import argparse
 import io
 import pickle
-import sys
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from relloc import backbone_files, checkpoints, files, layouts, weight_files
+from relloc import backbone_files, checkpoints, files, layouts, terminal, weight_files
 from relloc.errors import CheckpointError, UsageError
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -50,9 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, weights = _weights(options.checkpoint, options.checkpoint_prefix)
         _write(options.out, _content(options, weights))
     except UsageError as error:
-        print(f"relloc: {error}", file=sys.stderr)
+        terminal.complain(error)
         return error.exit_code
-    print(f"{options.out}: {model} in {options.layout}'s layout\n\n{_advice(options, model)}")
+    print(f"{terminal.escaped(str(options.out))}: {model} in {options.layout}'s layout\n\n{_advice(options, model)}\n")
+    terminal.tell_next(f"python -m relloc.evaluate {shlex.quote(f'checkpoint={options.out}')} data=NAME")
     return 0
 
 
@@ -154,4 +155,4 @@ def _advice(options: argparse.Namespace, model: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run_command(main)

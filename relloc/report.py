@@ -6,10 +6,11 @@ python -m relloc.report sweep=NAME: those of runs/sweeps/NAME, a line a setting 
 import argparse
 import contextlib
 import os
-import sys
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from relloc import terminal
 from relloc.errors import UsageError
 from relloc.reports.as_csv import as_csv
 from relloc.reports.as_html import as_html
@@ -42,10 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _report_sweep(options)
         else:
             _report(options)
+        _tell_next(options)
     except UsageError as error:
-        print(f"relloc: {error}", file=sys.stderr)
+        terminal.complain(error)
         return error.exit_code
     return 0
+
+
+def _tell_next(options: argparse.Namespace) -> None:
+    """Of a report that was printed, how it becomes a page; of a written one, how its empty cells are filled."""
+    words = ["python", "-m", "relloc.report", *options.folders]
+    if options.out is None and options.format is None:
+        form = "md" if any(folder.startswith(_SWEEP) for folder in options.folders) else "html"
+        terminal.tell_next(shlex.join([*words, "--out", f"report.{form}"]), on_stderr=True)
+    elif options.out is not None:
+        terminal.tell_next("python -m relloc.evaluate checkpoint=RUN eval=card_classification", on_stderr=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +128,7 @@ def _report_sweep(options: argparse.Namespace) -> None:
         path = options.out or sweep.folder / f"report.{form}"
         with _writing(path):
             draw_sweep(numbers, path, form)
-        print(f"picture {path}")
+        print(f"picture {terminal.escaped(str(path))}")
 
 
 def _sweep_of(options: argparse.Namespace) -> Sweep:
@@ -134,7 +146,7 @@ def _states(points: Sequence[Point]) -> list[str]:
     if any(now.state != "done" for now in found):
         found, silent = known_standings(points)
     for words in dict.fromkeys(silent):
-        print(f"relloc: {words}; how points stand that have jobs there is not known", file=sys.stderr)
+        terminal.complain(f"{words}; how points stand that have jobs there is not known")
     return [now.state for now in found]
 
 
@@ -144,7 +156,7 @@ def _give(text: str, out: Path | None) -> None:
         return
     with _writing(out):
         out.write_text(text, encoding="utf-8")
-    print(f"report  {out}")
+    print(f"report  {terminal.escaped(str(out))}")
 
 
 @contextlib.contextmanager
@@ -179,4 +191,4 @@ def _format_of(out: Path, endings: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run_command(main)

@@ -7,11 +7,11 @@ import argparse
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from relloc import terminal
 from relloc.errors import Interrupted, UsageError
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, note_ending, read_job
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         codes = [_DOES[options.does](find_sweep(word)) for word in options.sweeps]
     except UsageError as error:
-        print(f"relloc: {error}", file=sys.stderr)
+        terminal.complain(error)
         return error.exit_code
     return max(codes)
 
@@ -106,4 +106,4 @@ def _log(sweep: Sweep, point: Point) -> Path | None:
 _DOES = {"status": _status, "wait": _wait, "cancel": _cancel}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run_command(main)

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from relloc import terminal
 from relloc.errors import UsageError
-from relloc.tracking import RunRecord, StoreError, absolute_uri, experiment_name, import_driver, sync
+from relloc.tracking import RunRecord, StoreError, absolute_uri, experiment_name, import_driver, sync, ui_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,9 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.experiment is not None:
             experiment_name(options.experiment, uri)
     except UsageError as error:
-        print(f"relloc.sync: {error}", file=sys.stderr)
+        terminal.complain(error)
         return error.exit_code
     sent = [_send(run_dir, uri, options.experiment) for run_dir in options.run_dirs]
+    for uri in dict.fromkeys(uri for uri in sent if uri):
+        terminal.tell_next(ui_command(uri))
     return 0 if all(sent) else 1
 
 
@@ -33,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _send(run_dir: Path, uri: str | None, experiment: str | None) -> bool:
+def _send(run_dir: Path, uri: str | None, experiment: str | None) -> str | None:
+    """The store that has all of the run now; None after a message."""
     try:
         uri = uri or absolute_uri(_noted_uri(run_dir))
         sent = sync(run_dir, uri, experiment)
@@ -44,8 +48,8 @@ def _send(run_dir: Path, uri: str | None, experiment: str | None) -> bool:
     counts = f"{sent.params} params, {sent.points} points, {sent.artifacts} artifacts"
     for line in sent.refused:
         _complain(run_dir, line)
-    print(f"{run_dir}: {counts if sent else 'nothing new'} -> {uri}")
-    return True
+    print(terminal.escaped(f"{run_dir}: {counts if sent else 'nothing new'} -> {uri}"))
+    return uri
 
 
 def _noted_uri(run_dir: Path) -> str:
@@ -55,10 +59,9 @@ def _noted_uri(run_dir: Path) -> str:
     return uri
 
 
-def _complain(run_dir: Path, reason: str) -> bool:
-    print(f"{run_dir}: {reason}", file=sys.stderr)
-    return False
+def _complain(run_dir: Path, reason: str) -> None:
+    print(terminal.escaped(f"{run_dir}: {reason}", keep="\n"), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run_command(main)

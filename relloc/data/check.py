@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from relloc.data.image_set import ImageSet, Splits
-from relloc.data.listing import printable
 from relloc.data.parts import (
     FACTS,
     Role,
@@ -27,6 +26,7 @@ from relloc.data.parts import (
 )
 from relloc.data.processes import Progress, Tick, work_through
 from relloc.errors import UnreadableImage
+from relloc.terminal import escaped
 
 SMALL_PX = 64
 LONG_RATIO = 5
@@ -213,7 +213,7 @@ def _findings(split: SplitCheck) -> list[str]:
     if split.unreadable:
         name, reason = next(iter(split.unreadable.items()))
         told.append(
-            f"{where}: {len(split.unreadable)} images can't be read, such as {printable(name)}: {printable(reason)}"
+            f"{where}: {len(split.unreadable)} images can't be read, such as {escaped(name)}: {escaped(reason)}"
         )
     if split.class_images and split.class_images[0] == 0:
         told.append(f"{where}: a class has no images")
@@ -227,7 +227,7 @@ def _findings(split: SplitCheck) -> list[str]:
 
 
 def _listed(found: Found) -> str:
-    return ", ".join(map(printable, found.examples)) + (", …" if found.n > len(found.examples) else "")
+    return ", ".join(map(escaped, found.examples)) + (", …" if found.n > len(found.examples) else "")
 
 
 def _found_from_json(content: Mapping[str, Any]) -> Found:

@@ -23,12 +23,12 @@ from relloc.data.listing import (
     class_folders_of,
     images_below,
     outside_of_classes,
-    printable,
     told_passed_over,
 )
 from relloc.data.processes import Progress, without_progress
 from relloc.data.split_folders import Branch, images_by_folder, refuse_pooled_splits
 from relloc.errors import DataError
+from relloc.terminal import escaped
 
 _SIZES_ASKED = 1000  # by the former digest
 _NAMED = 5  # of class folders that are empty
@@ -116,7 +116,7 @@ def _labeled(name: str, folder: Path, classes: tuple[str, ...], passed_over: Pas
     if not paths:
         raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}){_instead(passed_over)}")
     if empty:
-        named = ", ".join(map(printable, empty[:_NAMED])) + (", …" if len(empty) > _NAMED else "")
+        named = ", ".join(map(escaped, empty[:_NAMED])) + (", …" if len(empty) > _NAMED else "")
         raise DataError(
             f"{folder}: {len(empty)} of {len(classes)} class folders hold no images ({named}): unpack or copy them "
             "again; a class that is to be left out has no folder in either split" + _instead(passed_over)
@@ -157,7 +157,7 @@ def class_folders(
     classes, other = class_folders_of(base / train), class_folders_of(base / val)
     if classes != other:
         odd = sorted(set(classes) ^ set(other))
-        raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {printable(odd[0])}")
+        raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {escaped(odd[0])}")
     passed_over = PassedOver()
     parts = [_labeled(name, base / split, classes, passed_over) for split in (train, val)]
     splits = Splits(train=parts[0], held_out=parts[1], remarks=_labeled_remarks(base, parts, passed_over))
@@ -168,7 +168,7 @@ def class_folders(
 def _labeled_remarks(base: Path, parts: Sequence[FolderImages], passed_over: PassedOver) -> tuple[str, ...]:
     made = "; ".join(f"{part.split}: {len(part)} images of {len(part.classes)} classes" for part in parts)
     unused = [each for each in class_folders_of(base) if each not in {part.split for part in parts}]
-    named = ", ".join(map(printable, unused[:_FOLDERS_TOLD])) + (", …" if len(unused) > _FOLDERS_TOLD else "")
+    named = ", ".join(map(escaped, unused[:_FOLDERS_TOLD])) + (", …" if len(unused) > _FOLDERS_TOLD else "")
     not_used = f"not used: the folders {named}" if unused else ""
     return tuple(filter(None, (made, not_used, told_passed_over(passed_over))))
 
@@ -210,11 +210,11 @@ def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_
 
 def _unlabeled_remark(branch: Branch) -> str:
     """How many images a root has, in which of its folders."""
-    folders = [f"{printable(name)} {part.images}" for name, part in sorted(branch.folders.items())]
+    folders = [f"{escaped(name)} {part.images}" for name, part in sorted(branch.folders.items())]
     named = ", ".join(folders[:_FOLDERS_TOLD])
     more = f" and {len(folders) - _FOLDERS_TOLD} folders more" if len(folders) > _FOLDERS_TOLD else ""
     without = [name for name in class_folders_of(branch.path) if name not in branch.folders]
-    empty = f"; none in {', '.join(map(printable, without[:_FOLDERS_TOLD]))}" if without else ""
+    empty = f"; none in {', '.join(map(escaped, without[:_FOLDERS_TOLD]))}" if without else ""
     where = f" ({named}{more}{empty})" if folders or without else ""
     return f"{branch.path}: {branch.images} images without labels{where}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from relloc.data.images import SUFFIXES, begins_as_image
 from relloc.errors import DataError
+from relloc.terminal import escaped
 
 # Folders that programs keep beside a user's: thumbnails of a network storage, trash, what macOS packs into archives,
 # what a repaired file system found. Names that begin with a dot are passed over besides. In lower case.
@@ -27,12 +28,6 @@ _KINDS_TOLD = 8
 
 PassedOver = collections.Counter[str]
 """How many files or folders were not taken, by what a person calls them: `.heic`, `folders @eaDir`."""
-
-
-def printable(name: str) -> str:
-    """A file's name for a terminal: without line ends, escape sequences, and bytes that are no text."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def images_below(folder: Path, passed_over: PassedOver) -> Iterator[str]:
@@ -59,7 +54,7 @@ def images_below(folder: Path, passed_over: PassedOver) -> Iterator[str]:
                 if _is_image(entry, passed_over):
                     yield entry.path
             elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
-                passed_over[f"folders {printable(entry.name)}"] += 1
+                passed_over[f"folders {escaped(entry.name)}"] += 1
             else:
                 there = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
                 if f"{real}/".startswith(f"{there.rstrip('/')}/"):
@@ -96,7 +91,7 @@ def outside_of_classes(folder: Path, passed_over: PassedOver) -> None:
         if not _is_folder(entry):
             passed_over["images in no class folder"] += _is_image(entry, passed_over)
         elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
-            passed_over[f"folders {printable(entry.name)}"] += 1
+            passed_over[f"folders {escaped(entry.name)}"] += 1
 
 
 def told_passed_over(passed_over: PassedOver) -> str:
@@ -116,7 +111,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(
-            f"{printable(folder)} can't be listed ({error.strerror}), so that its images would be missing: make it "
+            f"{escaped(folder)} can't be listed ({error.strerror}), so that its images would be missing: make it "
             "readable, or move it out of the data set"
         ) from error
 
@@ -141,7 +136,7 @@ def _is_image(entry: os.DirEntry[str], passed_over: PassedOver) -> bool:
         return False
     if not suffix and _leads_to_file_or_nowhere(entry) and begins_as_image(entry.path):
         return True
-    kind = printable(suffix) or "without a suffix"
+    kind = escaped(suffix) or "without a suffix"
     passed_over[kind if len(suffix) <= _LONGEST_SUFFIX else "with longer suffixes"] += 1
     return False
 

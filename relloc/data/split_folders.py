@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from relloc.data.listing import class_folders_of, printable
+from relloc.data.listing import class_folders_of
 from relloc.errors import DataError
+from relloc.terminal import escaped
 
 _TRAIN_WORDS = ("training", "train", "trn")
 _VAL_WORDS = ("validation", "valid", "val", "dev")
@@ -78,7 +79,7 @@ def _splits_in(branch: Branch) -> dict[str, Branch]:
 
 def _message(root: Branch, parent: Branch, splits: Mapping[str, Branch], *, alone: bool) -> str:
     classes = {name: set(part.folders) for name, part in splits.items()}
-    held = ", ".join(f"{printable(name)} ({_holding(part)})" for name, part in sorted(splits.items()))
+    held = ", ".join(f"{escaped(name)} ({_holding(part)})" for name, part in sorted(splits.items()))
     train, val = _by_word(splits, _TRAIN_WORDS), _by_word(splits, (*_VAL_WORDS, *_OTHER_WORDS))
     first = train or next(iter(splits))
     below = "" if parent is root else f"data.root={parent.path} "

@@ -11,6 +11,7 @@ from relloc.reports.places import Place, place
 from relloc.reports.published import Published
 from relloc.reports.table import Report
 from relloc.results import Result
+from relloc.terminal import escaped
 
 _RESULT = tuple(field.name for field in dataclasses.fields(Result))
 COLUMNS = (
@@ -30,9 +31,28 @@ def as_csv(report: Report) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_published(number) for number in report.published)
-    writer.writerows(_ours(entry) for entry in report.entries)
+    writer.writerows(cells(_published(number)) for number in report.published)
+    writer.writerows(cells(_ours(entry)) for entry in report.entries)
     return text.getvalue()
+
+
+def cells(line: Mapping[str, object]) -> dict[str, object]:
+    """The cells of a line, text among them such that it is nothing but text: see `as_text`."""
+    return {name: as_text(value) if isinstance(value, str) else value for name, value in line.items()}
+
+
+def as_text(text: str) -> str:
+    """Text that a spreadsheet takes for no formula, as it does what begins with = + - or @, and a terminal for text."""
+    text = escaped(text, keep="\n")
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _published(number: Published) -> Mapping[str, object]:

@@ -1,12 +1,13 @@
 """A report as one HTML page that needs nothing else: no script, no other file."""
 
+import html
 import importlib.resources
 from collections.abc import Iterator, Mapping
-from html import escape
 
 from relloc.reports.entries import MARK_WORDS
 from relloc.reports.missing import Fill
 from relloc.reports.table import Cell, Report, Row, Table
+from relloc.terminal import escaped
 
 _HOW_TO_FILL = "missing: the commands below fill it"
 
@@ -79,6 +80,11 @@ def _mark(cell: Cell) -> str:
         return '<span class="mark"></span>'
     word = MARK_WORDS[cell.mark]
     return f'<span class="mark {word}" role="img" aria-label="{word} tolerance">{cell.mark}</span>'
+
+
+def escape(text: str) -> str:
+    """Text as it is: nothing in it is read as HTML, and what acts on a terminal or turns text around is a code."""
+    return html.escape(escaped(text, keep="\n"))
 
 
 def _fill(fill: Fill) -> Iterator[str]:

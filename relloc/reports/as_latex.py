@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from relloc.reports.entries import ABOVE, BELOW, INSIDE
 from relloc.reports.table import MISSING, Cell, Report, Row, Table
+from relloc.terminal import escaped
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -80,4 +81,4 @@ def _number(note: str, notes: Mapping[str, int]) -> str:
 def escape(text: str) -> str:
     """Text as it is: what LaTeX would read as markup is written as its name, line ends become spaces."""
     pattern = f"[{re.escape(''.join(_SPECIAL))}]"
-    return re.sub(pattern, lambda found: _SPECIAL[found[0]], " ".join(text.split()))
+    return re.sub(pattern, lambda found: _SPECIAL[found[0]], escaped(" ".join(text.split())))

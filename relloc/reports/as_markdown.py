@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from relloc.reports.table import Cell, Report, Row, Table
+from relloc.terminal import escaped
 
 
 def as_markdown(report: Report) -> str:
@@ -21,7 +22,7 @@ def _lines(report: Report) -> Iterator[str]:
     if report.advice:
         yield from ("", "## Missing cells", "", escape(report.advice))
     for fill in report.missing:
-        yield from ("", f"{escape(fill.label)}:", "", *(f"    {command}" for command in fill.commands))
+        yield from ("", f"{escape(fill.label)}:", "", *(f"    {escaped(command)}" for command in fill.commands))
 
 
 def _table(table: Table) -> Iterator[str]:
@@ -57,4 +58,4 @@ def _joined(*words: str) -> str:
 
 def escape(text: str) -> str:
     r"""Text as it is: what Markdown would read as markup gets a backslash, line ends become spaces."""
-    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]<>|$]|(?<!\w)_|_(?!\w))", r"\\\1", escaped(" ".join(text.split())))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from relloc.reports.sweep_numbers import WEIGHTS, Frame, SweepNumbers, are_numbers, mean_tables, our_lines
 from relloc.reports.table import MISSING
 from relloc.results import NOT_OURS
+from relloc.terminal import escaped
 
 Tables = Sequence[tuple[str, Frame]]
 
@@ -22,11 +24,13 @@ def draw_sweep(sweep: SweepNumbers, path: Path, form: str = "png") -> None:
     """
     # Without those of random weights alone
     tables = [(t, table) for t, table in mean_tables(sweep) if our_lines(sweep, table)["mean"].notna().any(axis=None)]
-    figure = _maps(sweep, tables) if len(sweep.axes) > 1 else _curves(sweep, tables)
-    figure.suptitle(
-        f"sweep {sweep.name}: accuracy and mAP in percent, of seeds mean and standard deviation", fontsize=10
-    )
-    figure.savefig(path, format=form, dpi=110)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name with two $ in it is no formula
+        figure = _maps(sweep, tables) if len(sweep.axes) > 1 else _curves(sweep, tables)
+        figure.suptitle(
+            f"sweep {escaped(sweep.name)}: accuracy and mAP in percent, of seeds mean and standard deviation",
+            fontsize=10,
+        )
+        figure.savefig(path, format=form, dpi=110)
 
 
 def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:

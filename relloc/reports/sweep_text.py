@@ -5,17 +5,27 @@ from typing import Any
 
 import pandas as pd
 
+from relloc.reports.as_csv import as_text
 from relloc.reports.as_markdown import escape
 from relloc.reports.sweep_numbers import COLUMN, TITLE, Frame, SweepNumbers, mean_tables, our_lines
 from relloc.reports.sweep_tables import LEGEND, points_not_done
 from relloc.reports.table import MISSING
+from relloc.terminal import escaped
 
 _COMMANDS = 5  # are shown
 
 
 def as_sweep_csv(sweep: SweepNumbers) -> str:
     """A line a result, in full, and one for each point that has none."""
-    return sweep.rows.drop(columns=[TITLE, COLUMN]).to_csv(index=False, lineterminator="\n")
+    rows = sweep.rows.drop(columns=[TITLE, COLUMN])
+    texts = {
+        name: pd.Series(
+            [as_text(cell) if isinstance(cell, str) else cell for cell in rows[name]], rows.index, dtype=object
+        )
+        for name in rows.columns
+        if rows[name].dtype == object
+    }
+    return rows.assign(**texts).to_csv(index=False, lineterminator="\n")
 
 
 def as_sweep_markdown(sweep: SweepNumbers, commands: Sequence[str]) -> str:
@@ -39,7 +49,7 @@ def _lines(sweep: SweepNumbers, commands: Sequence[str]) -> Iterator[str]:
         yield from (f"- {state} ({len(names)}): {escape(', '.join(names))}" for state, names in not_done)
     if commands:
         yield from ("", "What neither runs nor waits, each by its own command:", "")
-        yield from (f"    {command}" for command in commands[:_COMMANDS])
+        yield from (f"    {escaped(command)}" for command in commands[:_COMMANDS])
         if more := commands[_COMMANDS:]:
             yield from ("", f"and {len(more)} more")
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +19,8 @@ from rich.table import Table
 from relloc.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
 from relloc.results import HEADLINES, LAYERS, NOT_OURS, Result, count_of, headlines
+from relloc.runs.command_line import as_word
+from relloc.terminal import escaped, tell_next
 
 T = TypeVar("T")
 Update = Callable[[int, str], None]
@@ -25,14 +30,48 @@ _SAID = {"top1": "", "map": "", "rankme": "rankme"}  # what the table's head say
 _last_line: dict[str, float] = {}  # when there was one, of whatever
 _ORDER = {"linear": -2, "linear_fast": -1}
 
-# A file has no width of its own: rich would squeeze tables into 80 columns.
-_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-console = Console(soft_wrap=True, highlight=False, width=_WIDTH)
+_HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {"avgpool": "pool"}
+_LEGEND = "f1 to f5: feature1 to feature5, stages from the image on; pool: avgpool"
+_NAMES = ("evaluation", "weights", "batch norm")
+_WIDTH_OF_FILES = 120
+_SHORTEST_NAME = 12  # columns of a name that is folded
+_BLANKS = 2  # behind each column
 
 
-def say(text: str) -> None:
-    """One line for the user."""
-    console.print(text, markup=False)
+def _width() -> int | None:
+    """COLUMNS, if it is a number; a terminal's own; of a file or pipe, which has none, enough for a table."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return None if sys.stdout is not None and sys.stdout.isatty() else _WIDTH_OF_FILES
+
+
+# Names of files, classes and runs are printed as they are: markup and :emoji: in them mean nothing.
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=_width())
+
+
+def say(*lines: str) -> None:
+    """Lines for the user. What acts on a terminal in them is printed as its code.
+
+    So is a line end, unless two blanks follow it: a name with one in it can't pass for another line of ours.
+    """
+    for line in lines:
+        for part in re.split(r"\n(?=  )", line):
+            console.print(escaped(part))
+
+
+def say_next(command: str, *words: str, **settings: object) -> None:
+    """The command that one goes on with, as it is typed; a sweep's points leave that to the sweep."""
+    if "RELLOC_SWEEP" in os.environ:
+        return
+    typed = [*map(shlex.quote, words), *(as_word(name, value) for name, value in settings.items())]
+    tell_next(" ".join(["python", "-m", f"relloc.{command}", *typed]))
+
+
+def from_here(folder: Path) -> str:
+    """A folder's name from where we are, if it is below; else all of it."""
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) and folder != here else str(folder)
 
 
 @contextlib.contextmanager
@@ -43,14 +82,14 @@ def progress_bar(what: str, total: int, done: int = 0, *, end_after_s: float = 0
     """
     if console.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(what, total=total, completed=done, text="")
-            yield lambda done, text: bar.update(task, completed=done, text=text)
+            task = bar.add_task(escaped(what), total=total, completed=done, text="")
+            yield lambda done, text: bar.update(task, completed=done, text=escaped(text))
     else:
         yield _lines(what, total, done, end_after_s)
 
@@ -98,28 +137,50 @@ def counted(batches: Iterable[T], what: str, total: int) -> Iterator[T]:
             update(done, "batches")
 
 
-def results_table(rows: Sequence[Result]) -> Table:
+def show_results(rows: Sequence[Result]) -> None:
+    """The table of results, and what its short heads mean."""
+    console.print(results_table(rows, console.width))
+    say(_LEGEND)
+
+
+def results_table(rows: Sequence[Result], width: int) -> Table:
     """One line an evaluation, weights and batch norm; layers across.
 
     One number an evaluation: of the numbers of neighbors, or of images, only the one closest to 20
-    is shown; results.jsonl has all.
+    is shown; results.jsonl has all. Where `width` columns are few, long names go on in further lines,
+    and where they are fewer the three names stand below one another; numbers are never cut.
     """
     lines = _by_line([row for row in headlines(rows) if row.eval != "pretext"])
-    table = Table(title="on images never trained on, in percent (RankMe: directions)", box=box.SIMPLE_HEAD)
-    for name in ("evaluation", "weights", "batch norm"):
-        table.add_column(name, no_wrap=True)
     shown = [layer for layer in LAYERS if any(layer in values for values in lines.values())]
+    numbers = {
+        names: [f"{values[one]:.1f}" if one in values else "" for one in shown] for names, values in lines.items()
+    }
+    for_numbers = _columns_of([[_HEADS[one] for one in shown], *numbers.values()])
+    stacked = width < for_numbers + _columns_of([_NAMES, *numbers], at_most=_SHORTEST_NAME)
+    table = Table(
+        title="on images never trained on, in percent (RankMe: directions)",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        width=max(width, for_numbers + _SHORTEST_NAME + _BLANKS) if stacked else None,
+    )
+    for name in ["\n".join(_NAMES)] if stacked else _NAMES:
+        table.add_column(name, overflow="fold", vertical="top")
     for layer in shown:
-        table.add_column(layer, justify="right", no_wrap=True)
+        table.add_column(_HEADS[layer], justify="right", no_wrap=True)
     before = None
-    for (evaluation, weights, batch_norm), values in lines.items():
-        if before not in (None, evaluation):
+    for names, values in numbers.items():
+        if before not in (None, names[0]):
             table.add_section()
-        name = "" if evaluation == before else evaluation
-        numbers = (f"{values[layer]:.1f}" if layer in values else "" for layer in shown)
-        table.add_row(name, weights, batch_norm.replace("_", " "), *numbers)
-        before = evaluation
+        first = names[0] if stacked or names[0] != before else ""
+        table.add_row(*(["\n".join(names)] if stacked else [first, *names[1:]]), *values)
+        before = names[0]
     return table
+
+
+def _columns_of(rows: Sequence[Sequence[str]], at_most: int = sys.maxsize) -> int:
+    """How many columns of a terminal a table of these needs, where longer words are folded."""
+    return sum(_BLANKS + min(at_most, max(map(cell_len, column))) for column in zip(*rows, strict=True))
 
 
 def _by_line(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, float]]:
@@ -130,7 +191,8 @@ def _by_line(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, flo
     for row in sorted(rows, key=lambda row: (_ORDER.get(row.eval, 0), order.index(row.eval))):
         weights = row.checkpoint if row.checkpoint in NOT_OURS else _called(Path(row.checkpoint), len(runs) > 1)
         what = f"{row.eval} {_SAID.get(row.metric, f'k={count_of(row)}')}".strip()
-        lines.setdefault((what, weights, row.batch_norm), {})[row.layer] = row.value
+        names = (escaped(what), escaped(weights), row.batch_norm.replace("_", " "))
+        lines.setdefault(names, {})[row.layer] = row.value
     return lines
 
 

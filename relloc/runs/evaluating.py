@@ -63,6 +63,7 @@ def evaluate_checkpoint(config: DictConfig) -> None:
             folder.summarize(marks)  # the folder may hold rows of another command
     if config.verdict:
         tell_verdict(folder.path, answers, marks)
+    console.say_next("report", console.from_here(run_dir))
 
 
 def _answers(config: DictConfig, found: Sequence[Subject], terms: Terms) -> list[known.KnownAnswer]:

@@ -68,7 +68,7 @@ class RunFolder:
             if row.eval == "pretext":
                 console.say(console.pretext_line(row))
         if any(row.eval != "pretext" for row in rows):
-            console.console.print(console.results_table(rows))
+            console.show_results(rows)
         if rows:
             self.keep(RESULTS_FILE)
 
@@ -208,4 +208,5 @@ def _say_where(folder: RunFolder, trouble: str | None) -> None:
     if trouble:
         console.say(trouble)
     if note and folder.uri:
-        console.say(f"compare runs in MLflow:\n  {ui_command(folder.uri)}\n  {ui_link(folder.uri, note.experiment_id)}")
+        link = ui_link(folder.uri, note.experiment_id)
+        console.say("compare runs in MLflow:", f"  {ui_command(folder.uri)}", f"  {link}")

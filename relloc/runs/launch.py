@@ -4,34 +4,31 @@ Nothing here imports torch, so that --help and a misspelt key are answered at on
 """
 
 import contextlib
-import difflib
 import errno
 import functools
 import os
-import re
 import secrets
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    InstantiationException,
-    MissingConfigException,
-)
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
+from relloc import terminal
 from relloc.errors import UsageError
+from relloc.runs import command_line, data_of_run, explaining, setting_help
+from relloc.runs.command_line import CommandLine
+from relloc.runs.data_of_run import RunData
 from relloc.runs.launcher_words import with_one_value_each
+from relloc.runs.settings import conf_dir as conf_dir
 
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -43,15 +40,6 @@ _PLACE_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, err
 # What Hydra writes before it calls us where a user gives hydra.output_subdir. By default it writes nothing, since the
 # folder may be another run's.
 _OF_HYDRA = ["config.yaml", "hydra.yaml", "overrides.yaml"]
-
-
-def conf_dir() -> Path:
-    """The folder of configs: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).resolve().parents[1]
-    for found in (here / "conf", here.parent / "conf"):
-        if (found / "train.yaml").is_file():
-            return found
-    raise UsageError(f"conf/ is neither in {here} nor beside it: install relloc again")
 
 
 def users_environment() -> dict[str, str]:
@@ -67,27 +55,28 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
     HYDRA_FULL_ERROR=1 shows where an error was raised instead. conf/ may name `${scratch:}` where
     Hydra wants a folder that nobody needs: it is a temporary one.
     """
+    terminal.outlive_readers()
     show_all = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # errors reach the lines below instead of Hydra's printer
-    if int(os.environ.get("RANK", "0")) > 0:
-        sys.argv += _silent_rank()
-    sys.argv[1:] = with_one_value_each(sys.argv[1:])
     warnings.showwarning = _say_warning
-    if any(word.startswith("--e") and _RERUN.startswith(word.partition("=")[0]) for word in sys.argv[1:]):
-        _exit(
-            f"{_RERUN} runs what a pickle holds, and relloc writes none: start the run's command again, which goes on"
-        )
-    start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
-
-    @functools.wraps(task)
-    def explained_task(config: DictConfig) -> None:
-        with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
-            refuse_chdir(HydraConfig.get())
-            task(config)
-
     _digits_of.cache_clear()
     with _scratch_folder(), _explained(config_name, show_all):
+        asked = command_line.read(sys.argv[1:])
+        if asked.asks_for_help and asked.words:
+            print(setting_help.answer(asked.words, config_name))
+            sys.exit(0)
+        data = _prepare_words(asked, config_name)
+        start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
+
+        @functools.wraps(task)
+        def explained_task(config: DictConfig) -> None:
+            with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
+                refuse_chdir(HydraConfig.get())
+                _begin(config, data)
+                task(config)
+
         start(explained_task)()
+    terminal.end_of_output()
     sys.exit(0)
 
 
@@ -113,6 +102,32 @@ def _unique() -> str:
 
 # For all who compose conf/, also without `launch`, since the default names of runs and sweeps have it.
 OmegaConf.register_new_resolver("unique", _unique, replace=True)
+
+
+def _prepare_words(asked: CommandLine, config_name: str) -> RunData | None:
+    """Have sys.argv say what Hydra is to read: flags first, and of an evaluation the data set of the run it names."""
+    if any(flag.startswith(_RERUN) for flag in asked.flags):
+        raise UsageError(
+            f"{_RERUN} runs what a pickle holds, and relloc writes none: start the run's command again, which goes on"
+        )
+    given = with_one_value_each(asked.words)
+    words = command_line.check(given, sweeps=asked.sweeps)
+    explaining.check_kinds(words, config_name)
+    data = None
+    if config_name == "evaluate":
+        command_line.check_checkpoints(words)
+        data = data_of_run.find_shared(words) if asked.sweeps else data_of_run.find_of_point(words)
+    of_run = data.words if data else ()
+    silent = _silent_rank() if int(os.environ.get("RANK", "0")) > 0 else []
+    sys.argv[1:] = [*asked.flags, *of_run, *given, *silent]
+    return data
+
+
+def _begin(config: DictConfig, data: RunData | None) -> None:
+    terminal.tell_when_left("nobody reads this command's output any more: it goes on, and its folder has all numbers")
+    told = data.tell(config) if data else ""
+    if told and int(os.environ.get("RANK", "0")) == 0:
+        print(terminal.escaped(told))
 
 
 class _Scratch:
@@ -151,7 +166,7 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UsageError, HydraException, OmegaConfBaseException) as error:
-        explained = None if show_all else _explain(error, config_name)
+        explained = None if show_all else explaining.explain(error, config_name)
         if explained is None:
             raise
         if HydraConfig.initialized():
@@ -166,7 +181,7 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
 
 def _remove_untouched_folder(made: Any) -> None:
     """Remove the folder of a refused run where it holds nothing but what Hydra wrote."""
-    if made.mode == RunMode.MULTIRUN:
+    if made.mode == RunMode.MULTIRUN or OmegaConf.is_missing(made.runtime, "output_dir"):
         return
     run_dir = Path(made.runtime.output_dir)
     if made.output_subdir is not None and _names(run_dir) == [made.output_subdir]:
@@ -193,79 +208,14 @@ def _names(folder: Path) -> list[str] | None:
 
 
 def _exit(explained: str, exit_code: int = EXIT_MISTAKE) -> NoReturn:
-    print(f"relloc: {explained}", file=sys.stderr)
+    terminal.complain(explained)
     sys.exit(exit_code)
 
 
 def _say_warning(message: Warning | str, *_where: object) -> None:
-    print(f"relloc: {message}", file=sys.stderr)
+    terminal.complain(message)
 
 
 def _silent_rank() -> list[str]:
     """Overrides that keep Hydra on all ranks but the first from writing in the run folder."""
     return ["hydra.run.dir=${scratch:}", "hydra.output_subdir=null"]
-
-
-def _explain(error: Exception, config_name: str) -> str | None:
-    """One message for a user's mistake; None for an error inside a call that is none."""
-    if isinstance(error, InstantiationException):
-        return _explain_call(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
-        group, _, member = error.missing_cfg_file.rpartition("/")
-        members = _members(group)
-        near = difflib.get_close_matches(member, members, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        return f"there is no {group}={member}. {hint}There are {', '.join(members)}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is not set: give {error.full_key}=VALUE (see --help)"
-    unknown = re.match(r"Could not override '(.+?)'", str(error))
-    if isinstance(error, ConfigCompositionException) and unknown:
-        return _explain_key(unknown[1], config_name)
-    return str(error)
-
-
-def _explain_call(error: InstantiationException) -> str | None:
-    cause = error.__cause__
-    if isinstance(cause, ValueError | UsageError):
-        return str(cause)
-    return str(error) if isinstance(cause, TypeError) else None
-
-
-def _explain_key(wrong: str, config_name: str) -> str:
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        known = list(_keys(OmegaConf.to_container(hydra.compose(config_name, _chosen_groups()), resolve=False)))
-    parent, _, name = wrong.rpartition(".")
-    having = [member for member in _members(parent) if name in OmegaConf.load(conf_dir() / parent / f"{member}.yaml")]
-    swept = [word for word in sys.argv[1:] if word.startswith(f"{parent}=") and "," in word]
-    if having and swept:  # Hydra composes the default member first, with all that is not swept
-        return f"{wrong} can't be given beside {swept[0]}: start one command for each {parent}"
-    if having:
-        return f"there is no setting {wrong} here. It belongs to {', '.join(f'{parent}={member}' for member in having)}"
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.8) or difflib.get_close_matches(wrong, known, n=1)
-    if near and (near[0] in siblings or not siblings):
-        return f"there is no setting {wrong}. Did you mean {near[0]}?"
-    if siblings and parent:
-        names = ", ".join(name.rpartition(".")[2] for name in siblings)
-        return f"there is no setting {wrong}: {parent} has {names}"
-    return f"there is no setting {wrong}. See --help for the settings there are"
-
-
-def _members(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) if group else []
-
-
-def _chosen_groups() -> list[str]:
-    """The command line's group=member words, which decide what settings there are."""
-    words = [word for word in sys.argv[1:] if (conf_dir() / word.partition("=")[0]).is_dir()]
-    return [word for word in words if "=" in word and "," not in word]
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for name, child in node.items():
-            if name == "_target_":
-                continue
-            yield f"{prefix}{name}"
-            yield from _keys(child, f"{prefix}{name}.")

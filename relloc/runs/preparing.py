@@ -16,6 +16,7 @@ from relloc.data.shards import check_hashes, read_manifest
 from relloc.errors import UsageError
 from relloc.runs import assemble, console
 from relloc.runs.engine import whole
+from relloc.terminal import escaped
 
 
 def prepare(config: DictConfig) -> None:
@@ -34,6 +35,7 @@ def prepare(config: DictConfig) -> None:
             check_hashes(Path(config.data.shards), _progress("hashes"))
         _tell(check(data, published=published, workers=workers, progress=_progress("check")))
         console.say("checked" if are_packed else "checked; out=FOLDER packs these images into shards")
+        _say_next_of_checked(config, are_packed)
         return
     out = Path(config.out).absolute()
     found = pack(data, out, packing, published=published, workers=workers, progress=_progress("pack"))
@@ -62,20 +64,20 @@ def _progress(what: str) -> Any:
 
 
 def _tell(found: Check) -> None:
-    console.console.print(_table(found))
+    console.console.print(_table(found))  # markup is off there
     for line in found.findings() or ["nothing wrong was found"]:
         console.say(line)
 
 
 def _table(found: Check) -> Table:
-    table = Table(title=f"{found.name}, as checked")
-    table.add_column("images", no_wrap=True)
+    table = Table(title=f"{escaped(found.name)}, as checked")
+    table.add_column("images", overflow="fold")
     columns = [_column(split) for split in (found.train, found.held_out)]
     for split in (found.train, found.held_out):
-        table.add_column(split.split, justify="right", no_wrap=True)
+        table.add_column(escaped(split.split), justify="right", overflow="fold")
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
-    table.add_row(f"also in {found.train.split}", "", str(found.leaked.n))
+    table.add_row(f"also in {escaped(found.train.split)}", "", str(found.leaked.n))
     return table
 
 
@@ -105,8 +107,17 @@ def _tell_packed(out: Path, asked: str, config: DictConfig) -> None:
             f"packed  {split['split']}: {n_bytes / 1e6:.1f} MB in {len(split['shards'])} tars; {stored['kept']} JPEGs "
             f"kept as they were, {stored['reduced']} reduced to {config.short_px} px, {stored['encoded']} encoded"
         )
-    console.say(f"written {out}; what was checked is in {CHECK_FILE} there. To use it:")
-    console.say(f"  python -m relloc.train data={_member(config)} data.shards={asked}")
+    console.say(f"written {out}; what was checked is in {CHECK_FILE} there")
+    console.say_next("train", **{"data": _member(config), "data.shards": asked})
+
+
+def _say_next_of_checked(config: DictConfig, are_packed: bool) -> None:
+    """To train on what is packed, or to pack it, with the words that were typed."""
+    if are_packed:
+        console.say_next("train", **{"data": _member(config), "data.shards": str(config.data.shards)})
+    else:
+        typed = [word for word in HydraConfig.get().overrides.task if not word.startswith("out=")]
+        console.say_next("prepare", *typed, "out=SHARDS")
 
 
 def _member(config: DictConfig) -> str:

@@ -75,6 +75,16 @@ def pretrain(config: DictConfig) -> None:
             train_run(run, run_dir, standing, folder)
             ranks.leave()
             _finish(run, jobs, folder)
+        _say_next(run_dir, data)
+
+
+def _say_next(run_dir: Path, data: Splits) -> None:
+    """An evaluation with recalibrated batch norm as well, or, without labels, one that needs none."""
+    run = console.from_here(run_dir)
+    if data.labeled:
+        console.say_next("evaluate", checkpoint=[run, "random"])
+    else:
+        console.say_next("evaluate", checkpoint=run, eval="label_free")
 
 
 def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:

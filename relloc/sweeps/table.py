@@ -15,6 +15,7 @@ from relloc.errors import UsageError
 from relloc.sweeps.points import Point, read_job
 from relloc.sweeps.standing import Standing
 from relloc.sweeps.sweep import Sweep, word_of
+from relloc.terminal import escaped
 
 _LAST_LINES = 8
 _READ_BYTES = 1 << 16  # of a log's end
@@ -33,11 +34,12 @@ _COLORS = {
 
 
 def say(told: str | Table) -> None:
-    """Print on the console."""
-    console = Console(soft_wrap=isinstance(told, str))
+    """Print on the console. Names in it are printed as they are: no markup, nothing that acts on the terminal."""
+    told = escaped(told, keep="\n") if isinstance(told, str) else told
+    console = Console(soft_wrap=isinstance(told, str), markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OF_FILES
-    console.print(told, markup=False, highlight=False)
+    console.print(told, highlight=False)
     sys.stdout.flush()
 
 
@@ -52,19 +54,14 @@ def table(points: Sequence[Point], found: Sequence[Standing]) -> Table:
         progress = "" if now.progress is None else f"{100 * now.progress:.0f} %"
         left = "" if now.left_s is None or now.state != "running" else _duration(now.left_s)
         made.add_row(
-            Text(printable(point.name)),
+            Text(escaped(point.name)),
             Text(now.state, style=_COLORS[now.state]),
             Text(_job_of(point)),
             progress,
             left,
-            Text(printable(os.path.relpath(point.folder))),
+            Text(escaped(os.path.relpath(point.folder))),
         )
     return made
-
-
-def printable(text: str) -> str:
-    """Text whose control characters, which a terminal would obey, are question marks."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def tell_failed(
@@ -75,7 +72,7 @@ def tell_failed(
         if now.state != "failed":
             continue
         log = log_of(point)
-        say(f"\nfailed  {printable(point.name)}" + (f": {log}" if log else ""))
+        say(f"\nfailed  {escaped(point.name)}" + (f": {log}" if log else ""))
         lines = _end_of(log) if log else []
         if not lines:
             say("        it left no output")
@@ -91,7 +88,7 @@ def tell_silent(found: Sequence[Standing], silent: Sequence[str]) -> None:
     """Who did not answer, and what is not known for that reason."""
     count = sum(now.state == "unknown" for now in found)
     for words in dict.fromkeys(silent):
-        say(f"unknown {printable(words)}")
+        say(f"unknown {escaped(words)}")
     if silent:
         say(f"        how {count} points stand is unknown here; the others are as their folders say")
 
@@ -119,7 +116,7 @@ def _end_of(log: Path) -> list[str]:
     except OSError:
         return []
     # A progress bar writes over its own line.
-    return [printable(line.rpartition("\r")[2]) for line in text.split("\n") if line.strip()]
+    return [escaped(line.rpartition("\r")[2]) for line in text.split("\n") if line.strip()]
 
 
 def _job_of(point: Point) -> str:

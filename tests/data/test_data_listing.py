@@ -7,7 +7,7 @@ from PIL import Image, features
 
 from relloc.data.folder import folder
 from relloc.data.image_set import Splits
-from relloc.data.listing import PassedOver, class_folders_of, images_below, printable, told_passed_over
+from relloc.data.listing import PassedOver, class_folders_of, images_below, told_passed_over
 from relloc.errors import DataError
 
 
@@ -153,10 +153,3 @@ def test_a_folder_that_may_not_be_listed_is_told(tmp_path: Path) -> None:
             listed(tmp_path)
     finally:
         (tmp_path / "1").chmod(0o700)
-
-
-def test_names_are_shown_without_what_a_terminal_obeys() -> None:
-    assert printable("zürich 写真.jpg") == "zürich 写真.jpg"
-    shown = printable(os.fsdecode(b"a\nb\x1b[31m\xff.jpg"))
-    assert shown == "a\\nb\\x1b[31m\\xff.jpg"
-    assert shown.encode()

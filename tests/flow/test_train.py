@@ -201,7 +201,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["data=in1k", "data.rot=/x"], "there is no setting data.rot. Did you mean data.root?"),
         (["pretext_batch_norm=sync"], "pretext_batch_norm=sync is not separate or joint"),
         (["report_every_steps=0"], "report_every_steps=0 is not a whole number of 1 or more"),
-        (["data.images_per_step=many"], "data.images_per_step=many is not a whole number"),
+        (["data.images_per_step=many"], "data.images_per_step=many is not a number"),
         (["eval.knn.layers=[stage4]"], "eval.knn.layers is ['stage4']"),
         (["optimizer.learning_rate=1"], "optimizer has lr, lr_images_per_step"),
         (["grid=mmselfsupp"], "there is no grid=mmselfsupp. Did you mean mmselfsup?"),

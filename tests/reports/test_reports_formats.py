@@ -176,3 +176,43 @@ def test_latex_escapes_each_special_sign() -> None:
         r"a\_b 5\% \$1 \{x\} \#2 \textasciitilde{}\textasciicircum{}\textbackslash{} \& "
         r"\textless{}\textbar{}\textgreater{} $\pm$"
     )
+
+
+HOSTILE = [
+    "=cmd|' /C calc'!A0",
+    "@SUM(A1)",
+    "+1+2",
+    "-1+x",
+    "a\x1b[31m",
+    "a\u202eb",
+    "x | y\n| z |",
+    "<script>",
+    "$x$",
+    "[/]",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("render", [as_csv, as_html, as_latex.as_latex, as_markdown.as_markdown])
+def test_a_name_is_text_in_every_format(
+    result: Callable[..., Result], render: Callable[[Report], str], name: str
+) -> None:
+    def written(name: str) -> str:
+        run = Run(folder=Path("/data/runs/a"), name=name, commit=name, started_ms=1)
+        row = result("linear", "feature1", "top1", 66.25, dataset=name, model="small", checkpoint=f"/data/{name}/b.pt")
+        return render(make_report([Measured(result=row, run=run)]))
+
+    text, plain = written(name), written("plain")
+    assert not set("\x1b\u202e") & set(text)
+    if render is as_html:
+        assert "<script>" not in text
+    if render is as_markdown.as_markdown:
+        assert len(text.splitlines()) == len(plain.splitlines())
+        assert "$x$" not in text
+    if render is as_csv:
+        cells = [cell for line in csv.reader(io.StringIO(text)) for cell in line]
+        assert not [cell for cell in cells if cell.startswith(("=", "@", "+", "-")) and not is_number(cell)]
+
+
+def is_number(cell: str) -> bool:
+    return re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", cell) is not None

@@ -162,3 +162,58 @@ def test_other_ranks_write_in_a_folder_that_goes(
     assert launched(note, "evaluate", "hydra.run.dir=run") == 0
     assert below(tmp_path) == []
     assert not folders[0].exists()
+
+
+def test_a_flag_may_stand_behind_settings(launched: Launched, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launched(refuse, "train", "grid.gap_px=33", "--cfg", "job") == 0
+    assert "gap_px: 33" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("grid.gap_px=ten", "grid.gap_px=ten is not a number"),
+        ("gap_px=10", "Did you mean grid.gap_px"),
+        ("data=imagenet", "Did you mean imagenette or in1k"),
+        ("seed", "seed=VALUE"),
+        ("--seed", "there is no flag --seed"),
+        ("color=a#b", """'color="a#b"'"""),
+    ],
+)
+def test_a_typing_mistake_is_one_line(
+    launched: Launched, capsys: pytest.CaptureFixture[str], word: str, told: str
+) -> None:
+    assert launched(refuse, "train", word) == 2
+    message = capsys.readouterr().err
+    assert told in message
+    assert message.count("\n") == 1
+
+
+def test_help_on_a_setting_is_printed(launched: Launched, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launched(refuse, "train", "--help", "grid.gap_px") == 0
+    assert capsys.readouterr().out.startswith("grid.gap_px: 21 by default")
+
+
+def test_an_evaluation_says_whose_data_it_takes(
+    launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = []
+    (tmp_path / "run").mkdir()
+    data = "{name: mine, root: null, shards: null, source: {_target_: relloc.data.folder.folder, name: mine}}"
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {data}\n")
+
+    def note(config: DictConfig) -> None:
+        names.append(config.data.name)
+
+    assert launched(note, "evaluate", "checkpoint=run") == 0
+    assert launched(note, "evaluate", "checkpoint=run", "data=photos") == 0
+    assert names == ["mine", "photos"]
+    assert "data=folder" in capsys.readouterr().out
+
+
+def test_messages_do_not_act_on_the_terminal(launched: Launched, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_config: DictConfig) -> None:
+        raise UsageError("no \x1b[31mimages\r")
+
+    assert launched(fail, "evaluate") == 2
+    assert capsys.readouterr().err == "relloc: no \\x1b[31mimages\\r\n"

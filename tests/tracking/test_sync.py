@@ -19,9 +19,13 @@ def test_each_run_gets_one_line_with_counts(uri: str, new_run: NewRun, capsys: p
     first, second = new_run("first", tracking_uri=uri), new_run("second", tracking_uri=uri)
     assert main([str(first), str(second)]) == 0
     counts = "4 params, 6 points, 0 artifacts"
-    assert capsys.readouterr() == (f"{first}: {counts} -> {uri}\n{second}: {counts} -> {uri}\n", "")
+    told = capsys.readouterr()
+    assert told.out.splitlines()[:-1] == [f"{first}: {counts} -> {uri}", f"{second}: {counts} -> {uri}"]
+    assert told.out.splitlines()[-1].startswith("next: ")
+    assert uri in told.out.splitlines()[-1]
+    assert told.err == ""
     assert main([str(first)]) == 0
-    assert capsys.readouterr().out == f"{first}: nothing new -> {uri}\n"
+    assert capsys.readouterr().out.startswith(f"{first}: nothing new -> {uri}\n")
     assert {run["name"] for run in search(uri, "relloc")} == {"first", "second"}
 
 
@@ -78,11 +82,13 @@ def test_a_name_of_a_file_outside_is_told_and_the_rest_is_sent(
     assert len(err.splitlines()) == 1
 
 
-def test_a_fresh_process_on_a_fresh_file_prints_one_line_and_nothing_else(new_run: NewRun, tmp_path: Path) -> None:
+def test_a_fresh_process_on_a_fresh_file_prints_its_lines_and_nothing_else(new_run: NewRun, tmp_path: Path) -> None:
     run_dir, uri = new_run(), f"sqlite:///{tmp_path}/deep/er/mlflow.db"
     command = [sys.executable, "-m", "relloc.sync", str(run_dir), "--uri", uri]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=True)
-    assert done.stdout == f"{run_dir}: 4 params, 6 points, 0 artifacts -> {uri}\n"
+    sent, following = done.stdout.splitlines()
+    assert sent == f"{run_dir}: 4 params, 6 points, 0 artifacts -> {uri}"
+    assert following.startswith("next: ")
     assert sorted(os.listdir(tmp_path / "deep" / "er")) == ["mlflow.db", "mlflow.db.lock"]
 
 

@@ -20,7 +20,9 @@ from hydra_plugins.relloc_launchers.words import refuse_swept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.errors import Interrupted, UsageError
-from relloc.runs.launch import conf_dir, refuse_chdir, users_environment
+from relloc.runs import data_of_run
+from relloc.runs.launch import refuse_chdir, users_environment
+from relloc.runs.settings import conf_dir
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, identity, name_of
 from relloc.sweeps.standing import Ask, Standing, known_standings, schedulers
@@ -76,7 +78,10 @@ class PointsLauncher(Launcher):
         config.hydra.sweep.dir = _SCRATCH
 
     def _remembering(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        composed = self._compose(master_config, sweep_overrides)
+        words = sweep_overrides
+        if self.config.hydra.job.name == "evaluate":
+            words = data_of_run.with_data(sweep_overrides, sys.argv[1:])
+        composed = self._compose(master_config, words)
         self._composed[tuple(sweep_overrides)] = composed
         return composed
 
@@ -197,7 +202,7 @@ class PointsLauncher(Launcher):
     def _composed_from(self, overrides: Sequence[str]) -> tuple[DictConfig, str]:
         """A point's config without Hydra's part, and the launcher that it chooses."""
         composed = self._composed.pop(tuple(overrides), None)
-        config = composed if composed is not None else self._compose(self.config, list(overrides))
+        config = composed if composed is not None else self._remembering(self.config, list(overrides))
         HydraConfig.instance().set_config(config)
         launcher = str(config.hydra.runtime.choices.get("launcher"))
         with open_dict(config):

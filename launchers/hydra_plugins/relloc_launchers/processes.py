@@ -15,7 +15,8 @@ from relloc import machine
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point, note_ending
 from relloc.sweeps.standing import standings
-from relloc.sweeps.table import printable, say
+from relloc.sweeps.table import say
+from relloc.terminal import escaped
 
 _POLL_S = 0.2
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -88,7 +89,7 @@ class ProcessLauncher(PointsLauncher):
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as file:
             self._shown_bytes = file.tell()
-            name = printable(point.name)
+            name = escaped(point.name)
             say(f"\npoint   {name}" if self._on_console else f"start   {name}: {log}")
             output = None if self._on_console else file
             # Messages through the log, not through a pipe, which would break with this command.

@@ -1,0 +1,62 @@
+"""python -m relloc: what the commands are; python -m relloc COMMAND ... is python -m relloc.COMMAND ..."""
+
+import ast
+import difflib
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from relloc import terminal
+
+_COMMANDS = ("prepare", "train", "evaluate", "report", "export", "sync", "sweep")
+_HELP = ("-h", "--help", "help")
+_EXIT_MISTAKE = 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """List the commands, or run one; 0, 2 where there is none of that name, or the command's own exit code."""
+    if not arguments or arguments[0] in _HELP:
+        print(_list())
+        return 0
+    name, *words = arguments
+    if name not in _COMMANDS:
+        terminal.complain(_unknown(name))
+        return _EXIT_MISTAKE
+    sys.argv = [f"relloc.{name}", *words]
+    runpy.run_module(f"relloc.{name}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _list() -> str:
+    width = max(map(len, _COMMANDS))
+    lines = [f"  python -m relloc.{name:{width}}   {_purpose(name)}" for name in _COMMANDS]
+    return "\n".join(
+        [
+            "relloc pretrains networks by relative location and measures what their features are worth.",
+            "",
+            *lines,
+            "",
+            "Each tells more with --help, and of a setting with --help SETTING. The first to try, which needs no data:",
+            "  python -m relloc.train",
+        ]
+    )
+
+
+def _purpose(name: str) -> str:
+    """What the command's module says of itself behind the command, read and not imported: that takes seconds."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    first = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+    return first.partition(": ")[2].rstrip(".")
+
+
+def _unknown(name: str) -> str:
+    if "=" in name:
+        return f"{name} is a setting: name a command before it, such as python -m relloc.train {name}"
+    near = difflib.get_close_matches(name, _COMMANDS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"there is no command {name}.{hint} There are {', '.join(_COMMANDS)}"
+
+
+if __name__ == "__main__":
+    terminal.run_command(lambda: main(sys.argv[1:]))

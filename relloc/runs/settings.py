@@ -1,0 +1,152 @@
+"""What settings there are: the folders of configs, their groups and members, and what a command composes of them.
+
+Nothing here imports torch.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from relloc.errors import UsageError
+
+COMMANDS = ("train", "evaluate", "prepare")  # that have settings
+
+
+def conf_dir() -> Path:
+    """The folder of configs: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    for found in (here / "conf", here.parent / "conf"):
+        if (found / "train.yaml").is_file():
+            return found
+    raise UsageError(f"conf/ is neither in {here} nor beside it: install relloc again")
+
+
+def conf_dirs() -> list[Path]:
+    """All folders that groups are looked for in: ours, and the user's own."""
+    own = os.environ.get("RELLOC_CONF", "").removeprefix("file://")
+    return [conf_dir(), *([Path(own)] if own and Path(own).is_dir() else [])]
+
+
+def is_group(name: str) -> bool:
+    return bool(name) and any((folder / name).is_dir() for folder in conf_dirs())
+
+
+def members(group: str) -> list[str]:
+    """The members of a group, by name."""
+    found = (path.stem for folder in conf_dirs() for path in (folder / group).glob("*.yaml")) if group else ()
+    return sorted(set(found))
+
+
+def file_of(member: str) -> Path | None:
+    """The file of `grid/mmselfsup` or `settings`."""
+    return next((path for folder in conf_dirs() if (path := folder / f"{member}.yaml").is_file()), None)
+
+
+def about(file: Path) -> list[str]:
+    """The comment that a file of configs opens with, without its marks."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line[1:].removeprefix(" ").rstrip())
+    return lines
+
+
+def nearest_members(group: str, wrong: str) -> list[str]:
+    """Members that may have been meant: those called alike, and those that a data set's usual name is told of."""
+    known = members(group)
+    near = difflib.get_close_matches(wrong, known, n=1)
+    word = wrong.lower()
+    told = [name for name in known if len(word) > 3 and (file := file_of(f"{group}/{name}")) and _tells(file, word)]
+    return sorted({*near, *told})
+
+
+def _tells(file: Path, word: str) -> bool:
+    return any(word in line.lower() for line in about(file)[:1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A file of configs as a command takes it: what it sets stands below `package`, "" for the top."""
+
+    name: str
+    package: str
+
+    @property
+    def file(self) -> Path | None:
+        return file_of(self.name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Composed:
+    """What a command composes, and the files it composes it of, later ones over earlier ones."""
+
+    config: DictConfig
+    sources: tuple[Source, ...]
+
+    def default(self, key: str) -> Any:
+        """The value of a setting, resolved where that is possible. Raises `KeyError` where there is no such setting."""
+        if key not in self.names():
+            raise KeyError(key)
+        try:
+            value = OmegaConf.select(self.config, key)
+        except (ValueError, KeyError):  # it names another one, or an environment variable, that is not set
+            return None
+        return OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
+
+    def is_needed(self, key: str) -> bool:
+        """Whether a setting has no default, and has to be given."""
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(self.config, parent) if parent else self.config
+        return isinstance(node, DictConfig) and OmegaConf.is_missing(node, name)
+
+    def names(self) -> list[str]:
+        """All settings by their full names, groups of them before what they hold."""
+        return list(_keys(OmegaConf.to_container(self.config, resolve=False)))
+
+
+def compose(command: str, words: Sequence[str] = (), *, with_hydra: bool = False) -> Composed:
+    """What `command` composes with these words, with Hydra's own settings if asked for. Raises what Hydra raises."""
+    overrides = list(words)
+    with _hydra():
+        config = hydra.compose(command, overrides, return_hydra_config=with_hydra)
+        loader = GlobalHydra.instance().hydra.config_loader  # pyright: ignore[reportOptionalMemberAccess]
+        listed = loader.compute_defaults_list(config_name=command, overrides=overrides, run_mode=RunMode.RUN)
+    return Composed(
+        config=config,
+        sources=tuple(
+            Source(name=each.config_path, package=each.package or "") for each in listed.defaults if each.config_path
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()  # a command that failed while it was composed leaves its own
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        yield
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            if name == "_target_":
+                continue
+            yield f"{prefix}{name}"
+            yield from _keys(child, f"{prefix}{name}.")
+
+
+def chosen_groups(words: Sequence[str]) -> list[str]:
+    """The group=member words, which decide what settings there are; not those that name several members to sweep."""
+    chosen = [word for word in words if is_group(word.lstrip("+").partition("=")[0]) and "=" in word]
+    return [word for word in chosen if "," not in word or word.endswith("]")]

@@ -1,0 +1,128 @@
+"""The table of results at any width, and names that mean nothing to the console."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from relloc.results import LAYERS, Result
+from relloc.runs import console
+
+
+def row(evaluation: str, layer: str, weights: str, batch_norm: str = "as_trained", value: float = 61.7) -> Result:
+    metric = "top1_k20" if evaluation == "knn" else "top1"
+    return Result(
+        eval=evaluation,
+        dataset="photos",
+        split="val",
+        layer=layer,
+        metric=metric,
+        value=value,
+        n=10,
+        seed=0,
+        protocol="3.7",
+        checkpoint=weights,
+        model="small",
+        batch_norm=batch_norm,
+    )
+
+
+def rows(*weights: str) -> list[Result]:
+    return [
+        row(evaluation, layer, one, batch_norm, 10.5 + 10 * number)
+        for evaluation in ("linear_places205", "knn")
+        for one in weights
+        for batch_norm in ("as_trained", "recalibrated")
+        for number, layer in enumerate(LAYERS)
+    ]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch):
+    def at(width: int, results: list[Result], encoding: str = "utf-8") -> str:
+        file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+        made = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=width, file=file)
+        monkeypatch.setattr(console, "console", made)
+        console.show_results(results)
+        file.flush()
+        return file.buffer.getvalue().decode(encoding)
+
+    return at
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+@pytest.mark.parametrize("run", ["run", "a_run_of_a_name_that_is_longer_than_any_column_can_be_on_a_small_terminal"])
+def test_no_number_or_name_is_cut(shown, width: int, run: str) -> None:
+    text = shown(width, rows(f"/runs/{run}/backbone.safetensors", "/runs/other/backbone.safetensors", "random"))
+    assert "…" not in text
+    for number in range(len(LAYERS)):
+        assert text.count(f"{10.5 + 10 * number:.1f}") == 12
+    heads = next(line for line in text.splitlines() if "f1" in line)
+    assert heads.split()[-6:] == ["f1", "f2", "f3", "f4", "f5", "pool"]
+    assert max(map(len, text.splitlines())) <= max(width, 75)
+    letters = "".join(char for char in text if char.isalnum() or char == "_")
+    if run == "run" or width == 200:
+        assert run in letters
+
+
+def test_a_usual_table_fits_80_columns_with_whole_names(shown) -> None:
+    text = shown(80, rows("/runs/run/backbone.safetensors", "random"))
+    for name in ("linear_places", "pretrained", "recalibrated", "as trained", "knn k=20"):
+        assert name in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_terminal_without_unicode_gets_the_table(shown) -> None:
+    text = shown(80, rows("/runs/run/backbone.safetensors", "random"), encoding="ascii")
+    assert "10.5" in text
+    assert "\\u" not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["[red]x", "[/]", "x\x1b[31m", "x\r", ":smile:", "a\u202eb", "[link=file:///]x[/link]"]
+)
+def test_names_are_shown_and_mean_nothing(shown, name: str) -> None:
+    text = shown(120, rows(f"/runs/{name.replace('/', '')}/backbone.safetensors", "/runs/b/backbone.safetensors"))
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "\r" not in text
+    assert console.escaped(name.replace("/", "")) in text
+
+
+@pytest.mark.parametrize("name", ["[/]", "x\x1b[31m", "a\nrelloc: finished", "[bold]b"])
+def test_a_line_and_a_bar_take_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    made = Console(
+        soft_wrap=True, markup=False, emoji=False, highlight=False, width=100, file=file, force_terminal=True
+    )
+    monkeypatch.setattr(console, "console", made)
+    console.say(f"data    {name}")
+    with console.progress_bar(f"features of {name}", 2) as update:
+        update(1, name)
+        update(2, name)
+    assert f"data    {console.escaped(name)}\n" in file.getvalue()
+    assert "x\x1b[31m" not in file.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "width"), [("100", 100), ("0", 120), ("many", 120), ("", 120)])
+def test_a_pipe_has_the_width_of_columns_or_enough_for_a_table(
+    columns: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert console._width() == width
+
+
+def test_a_command_below_a_message_is_a_line_and_a_line_end_in_a_name_is_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console.say("send it later with\n  python -m relloc.sync a\nb")
+    assert capsys.readouterr().out == "send it later with\n  python -m relloc.sync a\\nb\n"
+
+
+def test_the_next_command_is_typed_as_it_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.delenv("RELLOC_SWEEP", raising=False)
+    console.say_next("evaluate", checkpoint=["a b=c", "random"])
+    assert capsys.readouterr().out == "next: python -m relloc.evaluate 'checkpoint=[\"a b=c\",random]'\n"
+    monkeypatch.setenv("RELLOC_SWEEP", "s")
+    console.say_next("evaluate", checkpoint="a")
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,165 @@
+"""An evaluation takes the data set of the run that it names, and nothing else from its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import DictConfig
+
+from relloc.errors import UsageError
+from relloc.runs import command_line, data_of_run, settings
+from relloc.runs.data_of_run import RunData
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("RELLOC_DATA", "RELLOC_IN1K", "RELLOC_CONF", "RELLOC_BESIDE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def data_settings(*words: str) -> dict[str, Any]:
+    """The data section of a training's config.yaml, as these words make it."""
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(settings.compose("train", words).config.data, resolve=True)
+    assert isinstance(found, dict)
+    return {str(name): value for name, value in found.items()}
+
+
+def run(folder: str, data: Any, cwd: Path | None = None) -> Path:
+    path = Path(folder)
+    (path / ".hydra").mkdir(parents=True)
+    (path / "config.yaml").write_text(yaml.safe_dump({"seed": 0, "data": data}))
+    if cwd is not None:
+        hydra = {"hydra": {"runtime": {"cwd": str(cwd)}}}
+        (path / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
+    return path
+
+
+def found(*words: str) -> RunData | None:
+    return data_of_run.find(command_line.check(words, sweeps=False))
+
+
+def composed(*words: str) -> DictConfig:
+    data = found(*words)
+    return settings.compose("evaluate", [*(data.words if data else ()), *words]).config
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data=photos", "data.source.stride=0.4"),
+        ("data=folder", "data.root=[/a b,'/c=d']", "data.source.held_out_share=0.1", 'data.name="it\'s"'),
+        ("data=in1k", "data.root=/in1k", "data.source.published_images=null", "data.unreadable_share=0.5"),
+        ("data=voc2007", "data.root=/voc", "data.source.year=2012"),
+        ("data=imagenette", "data.root=/x", "data.linear.epochs=3", "data.linear.milestone_epochs=[1]"),
+        ("data=folder", "data.shards=/shards", "data.knn.layers=[feature4]"),
+    ],
+    ids=" ".join,
+)
+def test_all_data_settings_are_those_of_the_run(words: tuple[str, ...]) -> None:
+    from omegaconf import OmegaConf
+
+    told = data_settings(*words)
+    run("run", told)
+    assert OmegaConf.to_container(composed("checkpoint=run").data, resolve=True) == told
+    assert OmegaConf.to_container(composed("checkpoint=[random,run]").data, resolve=True) == told
+
+
+def test_a_setting_that_is_typed_stands_over_the_runs() -> None:
+    run("run", data_settings("data=folder", "data.root=/a"))
+    config = composed("checkpoint=run", "data.root=/b")
+    assert config.data.root == config.data.source.root == "/b"
+
+
+@pytest.mark.parametrize("words", [("data=photos",), ("experiment=known_answers",)])
+def test_data_that_is_named_is_taken(words: tuple[str, ...]) -> None:
+    run("run", data_settings("data=folder", "data.root=/a"))
+    assert found("checkpoint=run", *words) is None
+
+
+@pytest.mark.parametrize("checkpoint", ["random", "file.pt", "[random,torchvision]", "empty"])
+def test_what_is_no_run_has_no_data(checkpoint: str) -> None:
+    Path("file.pt").touch()
+    Path("empty").mkdir()
+    assert found(f"checkpoint={checkpoint}") is None
+
+
+def test_a_relative_folder_counts_from_where_the_training_was_started(here: Path, monkeypatch) -> None:
+    (here / "set").mkdir()
+    run("run", data_settings("data=folder", "data.root=set"), cwd=here)
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    config = composed("checkpoint=../run")
+    assert config.data.root == config.data.source.root == str(here / "set")
+
+
+def test_images_that_are_gone_are_told_where_they_are_needed(here: Path) -> None:
+    run("run", data_settings("data=folder", f"data.root={here / 'gone'}"))
+    data = found("checkpoint=run")
+    assert data is not None
+    config = settings.compose("evaluate", [*data.words, "checkpoint=run"]).config
+    with pytest.raises(UsageError, match=r"data.root=FOLDER"):
+        data.tell(config)
+    (here / "moved").mkdir()
+    moved = settings.compose("evaluate", [*data.words, "checkpoint=run", f"data.root={here / 'moved'}"]).config
+    assert "moved" in data.tell(moved)
+    own = settings.compose("evaluate", [*data.words, "checkpoint=run", "eval=voc07_svm"]).config
+    assert data.tell(own) == ""
+
+
+def test_a_function_that_no_member_has_is_never_called() -> None:
+    run("run", {"name": "x", "source": {"_target_": "os.system", "command": "touch hacked"}})
+    with pytest.raises(UsageError, match="os.system"):
+        found("checkpoint=run")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "${oc.env:HOME}"},
+        {"knn": {"layers": ["${oc.env:HOME}"]}},
+        {"linear": {"_target_": "os.system", "epochs": {"_target_": "os.system"}}},
+        {"more": {"_target_": "os.system"}},
+        {"root": {"_target_": "os.system"}},
+    ],
+)
+def test_only_plain_values_are_taken(change: dict[str, Any]) -> None:
+    told = data_settings("data=folder", "data.root=/a")
+    run("run", told | change)
+    data = found("checkpoint=run")
+    assert data is not None
+    assert not any("_target_" in word or "${" in word for word in data.words)
+
+
+@pytest.mark.parametrize("content", ["{", "a: !!python/object/apply:os.system [ls]", "\x00", "[" * 3000])
+def test_a_config_that_can_not_be_read_is_one_message(content: str) -> None:
+    run("run", {})
+    Path("run", "config.yaml").write_text(content)
+    with pytest.raises(UsageError, match="config.yaml"):
+        found("checkpoint=run")
+
+
+def test_points_of_a_sweep_have_the_data_of_their_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    run("a", data_settings("data=folder", "data.root=/a"))
+    run("b", data_settings("data=folder", "data.root=/b"))
+    swept = ["-m", "checkpoint=random,b,a", "seed=0,1"]
+    assert data_of_run.find_shared(command_line.check(swept[1:], sweeps=True)) is None
+    for name, root in (("a", "/a"), ("b", "/b"), ("random", "/b")):
+        assert f"data.root={root}" in data_of_run.with_data([f"checkpoint={name}", "seed=0"], swept)
+        monkeypatch.setenv("RELLOC_BESIDE", json.dumps(["random", "b", "a"]))
+        alone = data_of_run.find_of_point(command_line.check([f"checkpoint={name}"], sweeps=False))
+        assert alone is not None
+        assert f"data.root={root}" in alone.words
+
+
+def test_a_sweep_over_runs_of_one_data_set_shares_it() -> None:
+    for name in ("a", "b"):
+        run(name, data_settings("data=folder", "data.root=/same"))
+    shared = data_of_run.find_shared(command_line.check(["checkpoint=a,b,random"], sweeps=True))
+    assert shared is not None
+    assert shared.words == ("data=folder", "data.root=/same")

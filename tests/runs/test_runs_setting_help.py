@@ -1,0 +1,137 @@
+"""--help of a setting, a group and a member, from what stands in conf/ and docstrings; and mistakes in them."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from relloc.errors import UsageError
+from relloc.runs import explaining, setting_help, settings
+from relloc.runs.command_line import check
+
+
+def answered(*words: str, command: str = "train") -> str:
+    return setting_help.answer(words, command)
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("grid.gap_px", ["21", "pixels", "conf/grid/mmselfsup.yaml", "a gap of 21 px", "between neighbors", "48"]),
+        ("bank_gib", ["12", "GiB", "conf/settings.yaml", "features kept in memory"]),
+        ("monitor.most_share", ["0.05", "conf/train.yaml", "a turn that would cost more"]),
+        ("data.root", ["data=folder", "conf/data/folder.yaml"]),
+        ("eval.linear.lr", ["0.01", "conf/linear.yaml", "Linear"]),
+        ("grid.gap_px=32", ["21"]),
+        ("launcher.timeout_min", ["1440", "launcher=slurm", "of each start"]),
+        ("experiment=card2022", ["Reproduces:", "Command:", "Cost:", "Expect:", "override /model: resnet50"]),
+        ("eval=[knn,linear]", ["Weighted nearest neighbors", "One linear classifier a stage"]),
+        ("color", ["drop", "gray", "projection", "No treatment: the control"]),
+        ("monitor", ["monitor.images", "monitor.k"]),
+        ("hydra.run.dir", ["conf/train.yaml"]),
+        ("checkpoint", ["no default", "conf/evaluate.yaml", "A run folder"]),
+    ],
+)
+def test_a_word_is_answered_from_conf_and_docstrings(word: str, parts: list[str]) -> None:
+    text = answered(word, command="evaluate" if word == "checkpoint" else "train")
+    assert [part for part in parts if part not in text] == []
+
+
+@pytest.mark.parametrize("command", settings.COMMANDS)
+def test_each_setting_answers_its_default_and_its_file(command: str) -> None:
+    composed = settings.compose(command)
+    for key in composed.names():
+        assert setting_help._source_of(key, composed) is not None, key
+    for key in [name for name in composed.names() if not settings.is_group(name)][::12]:
+        assert "set in conf/" in answered(key, command=command), key
+
+
+@pytest.mark.parametrize("word", ["grid.gab_px", "gap_px", "nothing.at.all", "data=imagenet", "eval=knnn"])
+def test_what_there_is_not_is_a_mistake(word: str) -> None:
+    with pytest.raises(UsageError, match="there is no"):
+        answered(word)
+
+
+def test_comments_stand_behind_or_above_what_they_are_of(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        textwrap.dedent(
+            """\
+            # of the file
+            a: 1
+            b: "x # y"   # of b
+
+            # of c and d,
+            # in two lines
+            c: [1,
+              2]         # behind c
+            d: 2
+            e:
+              f: 3       # of f
+
+            g: 4
+            """
+        )
+    )
+    assert setting_help.comments(file) == {
+        "b": "of b",
+        "c": "behind c",
+        "d": "of c and d, in two lines",
+        "e": "of c and d, in two lines",
+        "e.f": "of f",
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("gap_px", "Did you mean grid.gap_px"),
+        ("grid.gab_px", "Did you mean grid.gap_px"),
+        ("lr", "data.lr or optimizer.lr"),
+        ("optimizer.learning_rate", "optimizer has lr"),
+        ("data.root", "belongs to data=folder"),
+    ],
+)
+def test_a_misspelt_setting_is_told_with_the_one_meant(word: str, message: str) -> None:
+    assert message in explaining.no_setting(word, "train", [])
+
+
+def test_a_setting_of_another_command_is_told_as_that() -> None:
+    assert "relloc.train" in explaining.no_setting("grid.gap_px", "evaluate", [])
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("imagenet", "imagenette or in1k"), ("place205", "places205")])
+def test_a_misspelt_member_is_told_with_those_meant(wrong: str, near: str) -> None:
+    assert f"Did you mean {near}?" in explaining.no_member("data", wrong)
+
+
+@pytest.mark.parametrize(
+    ("word", "sweeps"),
+    [
+        ("grid.gap_px=ten", False),
+        ("grid.gap_px=0,ten", True),
+        ("data.epochs=abc", False),
+        ("deterministic=maybe", False),
+        ("optimizer.momentum='0.9'", False),
+        ("eval.knn.temperature=hot", False),
+    ],
+)
+def test_a_word_for_a_number_is_told_before_anything_is_composed(word: str, sweeps: bool) -> None:
+    with pytest.raises(UsageError, match=word.partition("=")[0]):
+        explaining.check_kinds(check([word], sweeps=sweeps), "train")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data.root=/x", "data=folder"),
+        ("workers=2", "precision=fp32", "images_per_forward=8", "save_every_s=.5"),
+        ("launcher=local", "launcher.processes=2"),
+        ("launcher.processes=auto",),
+        ("seed=${oc.env:SEED,3}",),
+        ("eval=[knn]", "sweep=name", "runs=elsewhere", "monitor.every_epochs=null"),
+        ("data=nothing", "data.lr=abc"),
+    ],
+)
+def test_other_words_are_left_to_what_takes_them(words: tuple[str, ...]) -> None:
+    explaining.check_kinds(check(words, sweeps=False), "train")
