@@ -30,6 +30,7 @@ class StopRequest:
         self.signal: int | None = None
         self.awaited = False
         self.watched = _watched()
+        self._has_raised = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -59,10 +60,28 @@ class StopRequest:
             _let_go_of_closed_terminal()
         again = self.signal == number
         self.signal = number
-        if number == signal.SIGINT and (again or not self.awaited):
-            raise KeyboardInterrupt
-        if not self.awaited:
-            raise Stopped(self.exit_code)
+        if not self.awaited or (again and number == signal.SIGINT):
+            self._has_raised = True
+            raise self._ending()
+
+    def _ending(self) -> BaseException:
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else Stopped(self.exit_code)
+
+    @contextlib.contextmanager
+    def prevailing(self) -> Iterator[None]:
+        """Have a signal that ended the block at once leave it as `Stopped` or KeyboardInterrupt, whatever became of it.
+
+        It may arrive anywhere, also in code that makes an error of its own of what is raised there: a module in C that
+        is just being imported makes an ImportError of it, without a word of the signal.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, Stopped):
+            raise
+        except BaseException as error:
+            if not self._has_raised:
+                raise
+            raise self._ending() from error
 
 
 def _let_go_of_closed_terminal() -> None:
@@ -82,7 +101,8 @@ def stop_request() -> Iterator[StopRequest]:
     request = StopRequest()
     before = {number: signal.signal(number, request.notice) for number in request.watched}
     try:
-        yield request
+        with request.prevailing():
+            yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -73,6 +73,30 @@ def test_ctrl_c_that_nobody_awaits_interrupts(handlers: dict[int, object]) -> No
     assert installed() == handlers
 
 
+@pytest.mark.parametrize(
+    ("number", "ending"), [(signal.SIGTERM, Stopped), (signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_stop_that_a_library_made_an_error_of_its_own_of_is_a_stop(
+    handlers: dict[int, object], number: int, ending: type[BaseException]
+) -> None:
+    with pytest.raises(ending) as raised, stop_request() as request, request.prevailing():
+        try:
+            send(number)
+        except (KeyboardInterrupt, Stopped):
+            raise ImportError("initialization failed") from None
+    assert isinstance(raised.value.__cause__, ImportError)
+    assert not isinstance(raised.value, Stopped) or raised.value.code == 128 + number
+    assert installed() == handlers
+
+
+def test_an_error_while_a_stop_is_awaited_stays_that_error(handlers: dict[int, object]) -> None:
+    with pytest.raises(ZeroDivisionError), stop_request() as request, request.prevailing():
+        request.listen(awaited=True)
+        send(signal.SIGTERM)
+        raise ZeroDivisionError
+    assert installed() == handlers
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_handler_that_a_library_put_in_place_unseen_by_python_is_replaced(
     handlers: dict[int, object], number: int
