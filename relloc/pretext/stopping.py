@@ -3,10 +3,13 @@
 import contextlib
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_AGAIN_S = 0.05  # until a signal is sent again whose exception was lost: by then the code that lost it has returned
 
 
 class Stopped(SystemExit):
@@ -83,6 +86,31 @@ class StopRequest:
                 raise
             raise self._ending() from error
 
+    @contextlib.contextmanager
+    def never_lost(self) -> Iterator[None]:
+        """Send a signal again that arrived where Python drops exceptions: in weak references' callbacks and `__del__`.
+
+        Python would print "Exception ignored in" with a traceback, and the run would go on.
+        """
+        before, again = sys.unraisablehook, []
+
+        def hear(lost: "sys.UnraisableHookArgs") -> None:
+            if not (self._has_raised and isinstance(lost.exc_value, (KeyboardInterrupt, Stopped))):
+                before(lost)
+                return
+            timer = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), self.signal))
+            again.append(timer)
+            timer.start()
+
+        sys.unraisablehook = hear
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
+            for timer in again:  # the handlers that are put back next would end the process
+                timer.cancel()
+                timer.join()
+
 
 def _let_go_of_closed_terminal() -> None:
     """What is still said goes nowhere if the terminal is gone: an error of writing would take the place of saving."""
@@ -101,7 +129,7 @@ def stop_request() -> Iterator[StopRequest]:
     request = StopRequest()
     before = {number: signal.signal(number, request.notice) for number in request.watched}
     try:
-        with request.prevailing():
+        with request.prevailing(), request.never_lost():
             yield request
     finally:
         for number, handler in before.items():
