@@ -3,10 +3,13 @@
 import contextlib
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_AGAIN_S = 0.05  # until a signal is sent again whose exception was lost: by then the code that lost it has returned
 
 
 class Stopped(SystemExit):
@@ -30,6 +33,7 @@ class StopRequest:
         self.signal: int | None = None
         self.awaited = False
         self.watched = _watched()
+        self._has_raised = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -59,10 +63,53 @@ class StopRequest:
             _let_go_of_closed_terminal()
         again = self.signal == number
         self.signal = number
-        if number == signal.SIGINT and (again or not self.awaited):
-            raise KeyboardInterrupt
-        if not self.awaited:
-            raise Stopped(self.exit_code)
+        if not self.awaited or (again and number == signal.SIGINT):
+            self._has_raised = True
+            raise self._ending()
+
+    def _ending(self) -> BaseException:
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else Stopped(self.exit_code)
+
+    @contextlib.contextmanager
+    def prevailing(self) -> Iterator[None]:
+        """Have a signal that ended the block at once leave it as `Stopped` or KeyboardInterrupt, whatever became of it.
+
+        It may arrive anywhere, also in code that makes an error of its own of what is raised there: a module in C that
+        is just being imported makes an ImportError of it, without a word of the signal.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, Stopped):
+            raise
+        except BaseException as error:
+            if not self._has_raised:
+                raise
+            raise self._ending() from error
+
+    @contextlib.contextmanager
+    def never_lost(self) -> Iterator[None]:
+        """Send a signal again that arrived where Python drops exceptions: in weak references' callbacks and `__del__`.
+
+        Python would print "Exception ignored in" with a traceback, and the run would go on.
+        """
+        before, again = sys.unraisablehook, []
+
+        def hear(lost: "sys.UnraisableHookArgs") -> None:
+            if not (self._has_raised and isinstance(lost.exc_value, (KeyboardInterrupt, Stopped))):
+                before(lost)
+                return
+            timer = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), self.signal))
+            again.append(timer)
+            timer.start()
+
+        sys.unraisablehook = hear
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
+            for timer in again:  # the handlers that are put back next would end the process
+                timer.cancel()
+                timer.join()
 
 
 def _let_go_of_closed_terminal() -> None:
@@ -82,7 +129,8 @@ def stop_request() -> Iterator[StopRequest]:
     request = StopRequest()
     before = {number: signal.signal(number, request.notice) for number in request.watched}
     try:
-        yield request
+        with request.prevailing(), request.never_lost():
+            yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

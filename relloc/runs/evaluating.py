@@ -54,7 +54,8 @@ def evaluate_checkpoint(config: DictConfig) -> None:
         data = [job.splits for job in jobs]
         names = [data_name(config.data) if splits is own else splits.train.name for splits in data]
         name = evaluation_name(found, names)
-        with open_folder(config, assemble.record(config, name, data, engine, run_dir), run_dir) as folder:
+        record = assemble.record(config, name, data, engine, run_dir)
+        with open_folder(config, record, run_dir) as folder, stop.prevailing():
             marks: set[str] = set()
             for one in found:
                 engine.place(one.backbone)

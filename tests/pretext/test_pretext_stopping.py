@@ -2,6 +2,7 @@ import contextlib
 import ctypes
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -70,6 +71,50 @@ def test_a_signal_that_nobody_awaits_ends_the_run_at_once(handlers: dict[int, ob
 def test_ctrl_c_that_nobody_awaits_interrupts(handlers: dict[int, object]) -> None:
     with pytest.raises(KeyboardInterrupt), stop_request():
         send(signal.SIGINT)
+    assert installed() == handlers
+
+
+@pytest.mark.parametrize(
+    ("number", "ending"), [(signal.SIGTERM, Stopped), (signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_stop_that_a_library_made_an_error_of_its_own_of_is_a_stop(
+    handlers: dict[int, object], number: int, ending: type[BaseException]
+) -> None:
+    with pytest.raises(ending) as raised, stop_request() as request, request.prevailing():
+        try:
+            send(number)
+        except (KeyboardInterrupt, Stopped):
+            raise ImportError("initialization failed") from None
+    assert isinstance(raised.value.__cause__, ImportError)
+    assert not isinstance(raised.value, Stopped) or raised.value.code == 128 + number
+    assert installed() == handlers
+
+
+@pytest.mark.parametrize(("number", "ending"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_stop_is_heard_although_python_drops_what_it_raised(
+    handlers: dict[int, object], capfd: pytest.CaptureFixture[str], number: int, ending: type[BaseException]
+) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            send(number)
+
+    before = sys.unraisablehook
+    with pytest.raises(ending), stop_request() as request:
+        dying = Dying()
+        del dying
+        assert request.signal == number
+        select.select([], [], [], 30)  # the signal comes again, and ends the waiting
+        pytest.fail("the stop was lost")
+    assert "ignored" not in capfd.readouterr().err
+    assert sys.unraisablehook is before
+    assert installed() == handlers
+
+
+def test_an_error_while_a_stop_is_awaited_stays_that_error(handlers: dict[int, object]) -> None:
+    with pytest.raises(ZeroDivisionError), stop_request() as request, request.prevailing():
+        request.listen(awaited=True)
+        send(signal.SIGTERM)
+        raise ZeroDivisionError
     assert installed() == handlers
 
 
