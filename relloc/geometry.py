@@ -43,7 +43,14 @@ class Resize(Protocol):
         ...
 
 
+def _check_whole(name: str, value: object) -> None:
+    """A fraction of a pixel would be found only where an image is cut."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value}, not a whole number of pixels")
+
+
 def _check_side(px: int) -> None:
+    _check_whole("grid.resize.px", px)
     if px < 1:
         raise ValueError(f"grid.resize.px is {px}, an image needs at least 1 px")
 
@@ -130,12 +137,18 @@ class PatchGrid:
     resize: Resize | None
 
     def __post_init__(self) -> None:
+        for name in ("patch_px", "gap_px"):
+            _check_whole(f"grid.{name}", getattr(self, name))
         if self.patch_px < 1:
             raise ValueError(f"grid.patch_px is {self.patch_px}, a patch needs at least 1 px")
         if self.gap_px < 0:
             raise ValueError(f"grid.gap_px is {self.gap_px}: patches that have not moved would overlap")
-        if not isinstance(self.jitter_px, int) and len(self.jitter_px) != 2:
-            raise ValueError(f"grid.jitter_px is {self.jitter_px}: give J, or the pair [low, high]")
+        if isinstance(self.jitter_px, float | str) or (
+            not isinstance(self.jitter_px, int) and len(self.jitter_px) != 2
+        ):
+            raise ValueError(f"grid.jitter_px is {self.jitter_px}: give J, or the pair [low, high], in whole pixels")
+        for bound in self.jitter_range:
+            _check_whole("grid.jitter_px", bound)
         low, high = self.jitter_range
         if low > high:
             raise ValueError(f"grid.jitter_px runs from {low} to {high}: low must not exceed high")

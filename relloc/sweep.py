@@ -13,7 +13,7 @@ from pathlib import Path
 
 from relloc import terminal
 from relloc.errors import Interrupted, UsageError
-from relloc.sweeps.mend import mend
+from relloc.sweeps.mend import mend, note_cancelled
 from relloc.sweeps.points import Point, note_ending, read_job
 from relloc.sweeps.standing import known_standings, schedulers, standings, standings_in_time
 from relloc.sweeps.sweep import Sweep, find_sweep
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _status(sweep: Sweep) -> int:
     points = sweep.points()
     found, silent = known_standings(points)
+    note_cancelled(points, found)
     found = sweep.with_cancelled(found)
     say(table(points, found))
     tell_failed(points, found, sweep, lambda point: _log(sweep, point))

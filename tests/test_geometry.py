@@ -155,6 +155,16 @@ def test_impossible_numbers_are_named(wrong: dict[str, object], message: str) ->
         PatchGrid(**right | wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("patch_px", 2.5), ("gap_px", 0.5), ("jitter_px", 1.5), ("jitter_px", [0, 1.5])]
+)
+def test_fractions_of_a_pixel_are_refused(name: str, value: object) -> None:
+    right = {"patch_px": 8, "gap_px": 2, "jitter_px": 1, "resize": None}
+    # Types are checked in tests, and refuse it first; without them PatchGrid has to.
+    with pytest.raises((ValueError, TypeError), match=name):
+        PatchGrid(**right | {name: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("px", [0, -5])
 def test_images_cannot_be_resized_to_nothing(px: int) -> None:
     for resize in (ShortSide, Square):

@@ -1,5 +1,7 @@
 """The optimizer of a pretext model: a trunk and a head that decay differently."""
 
+import math
+
 import torch
 
 from relloc.pretext.objective import RelativeLocation
@@ -19,7 +21,16 @@ def sgd(
 
     Both decays act on all parameters, biases and batch norm included (protocols.md 2.1 and T14).
     mmselfsup codes no scaling rule (T7): at its 512 images a step the rate is its own.
+
+    Raises:
+        ValueError: a number that is negative or infinite; torch looks at no decay that a group brings.
     """
+    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "head_weight_decay": head_weight_decay}
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"optimizer.{name} is {value}, not a number of 0 or more")
+    if not 0 < lr_images_per_step < math.inf:
+        raise ValueError(f"optimizer.lr_images_per_step is {lr_images_per_step}, not a number above 0")
     scaled = lr * images_per_step / lr_images_per_step
     groups = [
         {"params": list(model.backbone.parameters()), "weight_decay": weight_decay},

@@ -26,6 +26,7 @@ _FUSION: dict[str, Any] = {"realize_acc_reads_threshold": 14}
 # Features of all evaluations come from one compiled function, in a variant for each architecture, set of layers and
 # size of images: more than the compiler's own limit of 8, beyond which it warns once and compiles no more.
 _VARIANTS = 128
+_DEVICES = ("auto", "cpu", "cuda")
 _PRECISIONS = ("bf16", "tf32", "fp32")
 
 
@@ -96,6 +97,19 @@ def settle(config: DictConfig) -> Engine:
     return engine
 
 
+def check_words(config: DictConfig) -> None:
+    """Raises `UsageError` for a setting of the engine that no machine could meet."""
+    _choice("device", config.device, _DEVICES)
+    _choice("precision", config.precision, ("auto", *_PRECISIONS))
+    _choice("memory_format", config.memory_format, tuple(_MEMORY_FORMATS))
+    _switch("deterministic", config.deterministic)
+    for name in ("compile", "cuda_graphs"):
+        if config[name] != "auto":
+            _switch(name, config[name])
+    if config.workers != "auto":
+        whole("workers", config.workers)
+
+
 @contextlib.contextmanager
 def training(engine: Engine) -> Iterator[None]:
     """torch's switches for training: the fastest kernels, or those that give the same bits each time."""
@@ -119,7 +133,7 @@ def device(asked: str) -> torch.device:
     Raises:
         UsageError: a GPU was asked for and there is none.
     """
-    _choice("device", asked, ("auto", "cpu", "cuda"))
+    _choice("device", asked, _DEVICES)
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, "

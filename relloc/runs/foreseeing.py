@@ -1,6 +1,6 @@
 """What can be said against a run before it is started and without its data: of all points of a sweep at once.
 
-Each part of a config is looked at once, however many points share it. Whether this machine has the GPU, and whether
+Each part of a config is looked at once, however many points share it. Whether the machine has the GPU, and whether
 the images are any good, is seen where the point runs.
 """
 
@@ -99,6 +99,11 @@ def _check_steps(config: DictConfig) -> None:
         engine.whole("collapse_steps", config.collapse_steps, at_least=1)
 
 
+def _check_optimizer(config: DictConfig) -> None:
+    """The network as well, whose weights an optimizer may choose among by their names."""
+    assemble.call(config.optimizer, model=assemble.pretext_model(config))
+
+
 def _check_evaluations(config: DictConfig) -> None:
     if not assemble.evaluations(config):
         raise UsageError("eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]")
@@ -152,16 +157,20 @@ _CHECKS: Mapping[str, Checks] = {
         ((), _check_command),
         ((), assemble.check_numbers),
         ((), assemble.check_roots),
+        (("tracking",), assemble.check_tracking),
+        ((), engine.check_words),
         (("data.images_per_step", "data.images_per_batch_norm", "images_per_forward", "collapse_steps"), _check_steps),
         (("grid", "color", "normalize"), assemble.patches),
         (("schedule",), lambda config: assemble.call(config.schedule)),
         (("eval",), assemble.evaluations),
         *_OF_EVALUATIONS,
-        (("model", "pretext_batch_norm", "data.images_per_batch_norm"), assemble.pretext_model),
+        (("model", "pretext_batch_norm", "data.images_per_batch_norm", "optimizer"), _check_optimizer),
     ),
     "evaluate": (
         ((), assemble.check_numbers),
         ((), assemble.check_roots),
+        (("tracking",), assemble.check_tracking),
+        ((), engine.check_words),
         (("checkpoint",), _check_checkpoint),
         (("eval",), _check_evaluations),
         *_OF_EVALUATIONS,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from relloc.sweeps.points import Point
+from relloc.sweeps.points import Point, note_ending
 from relloc.sweeps.standing import Standing, status_of
 from relloc.tracking.mlflow import sync
 from relloc.tracking.record import RunRecord, write_status
@@ -14,6 +14,7 @@ def mend(points: Sequence[Point], found: Sequence[Standing]) -> list[str]:
 
     A store that does not answer is told, and hears of it when the point runs again or by relloc.sync.
     """
+    note_cancelled(points, found)
     told = []
     for point, now in zip(points, found, strict=True):
         if now.in_flight or now.state == "unknown" or status_of(point.folder) != "RUNNING":
@@ -27,3 +28,10 @@ def mend(points: Sequence[Point], found: Sequence[Standing]) -> list[str]:
             words += f", but not in MLflow ({error})"
         told.append(words)
     return told
+
+
+def note_cancelled(points: Sequence[Point], found: Sequence[Standing]) -> None:
+    """Note which jobs were cancelled, as the cluster remembers it for some minutes only."""
+    for point, now in zip(points, found, strict=True):
+        if now.state == "cancelled":
+            note_ending(point.folder, "cancelled")

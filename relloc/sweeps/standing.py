@@ -17,9 +17,10 @@ from relloc.tracking.living import is_alive, is_elsewhere
 from relloc.tracking.record import read_status
 
 State = Literal["done", "running", "waiting", "stopped", "cancelled", "failed", "missing", "unknown"]
-JobState = Literal["running", "waiting", "unknown"] | None  # None: it is no more
-# Of jobs by scheduler and number: how those that are alive stand. Schedulers register one as an entry point.
-Ask = Callable[[Sequence[str]], Mapping[str, Literal["running", "waiting"]]]
+JobState = Literal["running", "waiting", "cancelled", "unknown"] | None  # None: it is no more
+# Of jobs by scheduler and number: how those that are alive stand, and which were ended by hand as far as that is
+# remembered. Schedulers register one as an entry point.
+Ask = Callable[[Sequence[str]], Mapping[str, Literal["running", "waiting", "cancelled"]]]
 TRAINED = "train/epoch"
 _DAMAGED = "damaged"
 _AGAIN_S = 30.0
@@ -157,7 +158,7 @@ def _ended_state(status: str | None, note: Mapping[str, Any], job: JobState) -> 
     if status == "FINISHED":
         return "done"
     asked = was_asked_to_end(note)
-    if asked == "cancelled":
+    if asked == "cancelled" or (job == "cancelled" and status != "FAILED"):
         return "cancelled"
     if job == "unknown":
         return "unknown"

@@ -75,7 +75,7 @@ def tell_failed(
         say(f"\nfailed  {escaped(point.name)}" + (f": {log}" if log else ""))
         lines = _end_of(log) if log else []
         if not lines:
-            say("        it left no output")
+            say("        it left no output: it ended before it began")
         message = next((line for line in reversed(lines) if line.startswith(_MESSAGE)), None)
         if message and message not in lines[-_LAST_LINES:]:
             say(f"        {message}")

@@ -167,7 +167,29 @@ def test_the_users_defaults_for_squeue_hide_no_job(commands: Path, monkeypatch: 
     assert states(["42"]) == {"42": "running"}
 
 
-@pytest.mark.parametrize("does", ["echo slurm_load_jobs error >&2; exit 1", None])
+def test_jobs_that_were_ended_by_hand_are_told_from_others_that_are_over(commands: Path) -> None:
+    lines = ("42_0|CANCELLED|n|c", "42_1|FAILED|n|c", "42_2|RUNNING|n|c", f"43|CANCELLED|n|{TOKEN}")
+    write(commands, "squeue", "\n".join(f"echo '{line}'" for line in lines))
+    found = {"42_0": "cancelled", "42_2": "running", TOKEN: "cancelled"}
+    assert states(["42_0", "42_1", "42_2", TOKEN]) == found
+
+
+def test_an_array_that_is_shown_without_its_tasks_is_alive(commands: Path) -> None:
+    write(commands, "squeue", "echo '42|RUNNING|n|c'; echo '43|COMPLETED|n|c'")
+    assert states(["42_0", "42_1", "43_0"]) == {"42_0": "running", "42_1": "running"}
+
+
+def test_a_notice_of_an_error_beside_jobs_hides_none(commands: Path) -> None:
+    write(commands, "squeue", "echo 'squeue: error: a plugin' >&2; echo '42|RUNNING|n|c'")
+    assert states(["42"]) == {"42": "running"}
+
+
+_TROUBLE = "slurm_load_jobs error: Unable to contact slurm controller"
+
+
+@pytest.mark.parametrize(
+    "does", ["echo slurm_load_jobs error >&2; exit 1", f"echo {_TROUBLE} >&2", f"echo {_TROUBLE}", None]
+)
 def test_a_queue_that_does_not_answer_is_no_empty_queue(commands: Path, does: str | None) -> None:
     if does is not None:
         write(commands, "squeue", does)

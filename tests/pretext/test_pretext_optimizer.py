@@ -61,3 +61,12 @@ def test_momentum_carries_a_gradient_on_without_nesterov(model: RelativeLocation
         places.append(value.detach().clone())
     moves = [(before - after).mean().item() for before, after in pairwise(places)]
     assert moves == pytest.approx([0.2, 0.18, 0.162], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CARD if name != "lr_images_per_step"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_numbers_that_torch_would_take_or_find_late_are_refused(
+    model: RelativeLocation, name: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match=f"optimizer.{name} "):
+        sgd(model, **CARD | {name: value}, images_per_step=512)

@@ -28,8 +28,8 @@ def point(tmp_path: Path, status: str | None = None, job: Mapping[str, object] |
     return made
 
 
-def asked(**states: Literal["running", "waiting"]) -> dict:
-    def ask(numbers: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+def asked(**states: Literal["running", "waiting", "cancelled"]) -> dict:
+    def ask(numbers: Sequence[str]) -> dict[str, Literal["running", "waiting", "cancelled"]]:
         return {number: state for name, state in states.items() if (number := name.removeprefix("job")) in numbers}
 
     return {"slurm": ask}
@@ -43,13 +43,18 @@ def asked(**states: Literal["running", "waiting"]) -> dict:
         ("KILLED", {}, "stopped"),
         ("RUNNING", {}, "stopped"),  # ended before it could say so
         (None, {}, "failed"),  # its job left no word
+        (None, {"job7": "cancelled"}, "cancelled"),  # by hand, before it began
+        ("KILLED", {"job7": "cancelled"}, "cancelled"),
+        ("RUNNING", {"job7": "cancelled"}, "cancelled"),
+        ("FINISHED", {"job7": "cancelled"}, "done"),
+        ("FAILED", {"job7": "cancelled"}, "failed"),
         ("FAILED", {"job7": "waiting"}, "waiting"),  # it is to be run again
         ("RUNNING", {"job7": "running"}, "running"),
         ("RUNNING", {"job8": "running"}, "stopped"),  # another's
     ],
 )
 def test_a_point_stands_as_its_job_and_its_folder_say(
-    tmp_path: Path, status: str | None, queue: dict[str, Literal["running", "waiting"]], state: str
+    tmp_path: Path, status: str | None, queue: dict[str, Literal["running", "waiting", "cancelled"]], state: str
 ) -> None:
     (found,) = standings([point(tmp_path, status, {"slurm": "7"})], asked(**queue))
     assert found.state == state
@@ -226,3 +231,9 @@ def test_a_sweep_has_each_point_once_however_often_it_is_started(tmp_path: Path)
     with sweep.locked():
         sweep.add([point(tmp_path)], ["train"])
     assert sweep.points() == [point(tmp_path)]
+
+
+def test_a_cancelled_job_is_noted_before_the_cluster_forgets_it(tmp_path: Path) -> None:
+    made = point(tmp_path, None, {"slurm": "7"})
+    assert mend([made], standings([made], asked(job7="cancelled"))) == []
+    assert [now.state for now in standings([made], asked())] == ["cancelled"]

@@ -22,11 +22,12 @@ from relloc.files import NO_LOCKS_HERE
 ASKED_S = 60  # a client of a cluster in trouble may wait for ever
 _SUBMITTED_S = 300  # a busy controller takes its time for a large array
 
-# States of jobs that are over. squeue leaves them out, but not where a site or SQUEUE_STATES asks for all.
+# States of jobs that are over, which squeue shows for some minutes (MinJobAge) where it is asked for all
 _OVER = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "REVOKED", "TIMEOUT"),
 )
+_CANCELLED = "CANCELLED"
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT")
 _TOKEN = re.compile(r"relloc-[0-9a-f]{12}")
 _JOB = r"\s*(?P<job>\d+)(?:_(?P<tasks>\d+|\[[^\]]*\]))?"
@@ -37,6 +38,8 @@ _LETTERS = {"R": "RUNNING", "CG": "COMPLETING", "S": "SUSPENDED", "CD": "COMPLET
 _LETTERS |= {"TO": "TIMEOUT", "NF": "NODE_FAIL", "OOM": "OUT_OF_MEMORY", "PR": "PREEMPTED", "BF": "BOOT_FAIL"}
 # What sbatch says when it can't tell whether the controller took the job
 _UNSURE = re.compile(r"timed out|unable to contact|zero bytes|connection (refused|reset)|communication", re.IGNORECASE)
+# What squeue says beside no job at all where it could not ask the controller
+_TROUBLE = re.compile(r"^.*(\berror\b|unable to contact|timed out|connection refused).*$", re.IGNORECASE | re.MULTILINE)
 # Variables of SLURM that a job has of its own, and that name no job: where the cluster is, and who asks
 _NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _OF_TRAINING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -183,24 +186,32 @@ def _one(cluster: str | None) -> str | None:
 def _by_token(token: str, cluster: str | None) -> Job | None:
     """The job in the queue whose comment or name has the token."""
     try:
-        found = [job for job, _, told in _queue(cluster) if token in told]
+        found = [job for job, state, told in _queue(cluster) if token in told and state not in _OVER]
     except UsageError:
         return None
     return Job(number=found[0].number, cluster=found[0].cluster or _one(cluster)) if found else None
 
 
-def states(jobs: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+def states(jobs: Sequence[str]) -> dict[str, Literal["running", "waiting", "cancelled"]]:
     """Of these jobs, those in SLURM's queue, each asked of the cluster that has it.
 
-    Raises `UsageError` where SLURM does not answer.
+    A job that was ended by hand is "cancelled" for some minutes, as long as SLURM remembers it; others that are over
+    are left out. Raises `UsageError` where SLURM does not answer.
     """
     asked = {text: Job.parse(text) for text in jobs}
-    found: dict[str, Literal["running", "waiting"]] = {}
+    found: dict[str, Literal["running", "waiting", "cancelled"]] = {}
     for cluster in sorted({job.cluster for job in asked.values()}, key=str):
-        queue = dict(_alive(cluster))
+        queue = dict(sorted(_named_states(cluster), key=lambda named: named[1] not in _OVER))  # what is alive wins
         for text, job in asked.items():
-            if job.cluster == cluster and job.name in queue:
-                found[text] = "running" if queue[job.name] in _RUNNING else "waiting"
+            if job.cluster != cluster:
+                continue
+            state = queue.get(job.name)
+            if state is None and queue.get(job.number) not in (None, *_OVER):
+                state = queue[job.number]  # a site's squeue may show an array without its tasks
+            if state == _CANCELLED:
+                found[text] = "cancelled"
+            elif state is not None and state not in _OVER:
+                found[text] = "running" if state in _RUNNING else "waiting"
     return found
 
 
@@ -279,14 +290,16 @@ def _option(variable: str) -> str:
 def _numbers(tokens: set[str], cluster: str | None) -> list[str]:
     """SLURM's names of the jobs in the queue that these are, each a token and its task."""
     numbers = []
-    for job, _, told in _queue(cluster):
+    for job, state, told in _queue(cluster):
+        if state in _OVER:
+            continue
         if (found := _TOKEN.search(told)) and not tokens.isdisjoint(_names(found[0], job.task)):
             numbers.append(job.name)
     return numbers
 
 
-def _alive(cluster: str | None) -> Iterator[tuple[str, str]]:
-    """By SLURM's name and by the token's: the state of each job in the queue."""
+def _named_states(cluster: str | None) -> Iterator[tuple[str, str]]:
+    """By SLURM's name and by the token's: the state of each job that SLURM knows."""
     for job, state, told in _queue(cluster):
         yield job.name, state
         if found := _TOKEN.search(told):
@@ -299,12 +312,19 @@ def _names(token: str, task: int | None) -> tuple[str, ...]:
 
 
 def _queue(cluster: str | None) -> Iterator[tuple[Job, str, str]]:
-    """Each job of this user in the queue that is not over: its state, and its name and comment."""
-    asked = ["squeue", *_of(cluster), "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%j|%k"]
+    """Each job of this user that SLURM knows, also for some minutes after its end: its state, its name and comment."""
+    asked = ["squeue", *_of(cluster), "--noheader", "--array", "--states=all", f"--user={os.getuid()}"]
     try:
-        told = _ask(asked)
+        told, complaint = _answer([*asked, "--format=%i|%T|%j|%k"])
     except (OSError, subprocess.SubprocessError) as error:
         raise UsageError(f"SLURM does not say how its jobs stand: {_said(error)}") from error
+    found = list(_jobs_in(told, cluster))
+    if not found and (why := _TROUBLE.search(f"{complaint}\n{told}")):  # which a site's squeue may end well with
+        raise UsageError(f"SLURM does not say how its jobs stand: {why[0].strip()}")
+    yield from found
+
+
+def _jobs_in(told: str, cluster: str | None) -> Iterator[tuple[Job, str, str]]:
     of = cluster
     for line in told.splitlines():
         if named := re.fullmatch(r"CLUSTER: (\S+)\s*", line):
@@ -315,9 +335,8 @@ def _queue(cluster: str | None) -> Iterator[tuple[Job, str, str]]:
             state, about = _state_among(found["told"]), found["told"]
         else:
             continue
-        if state not in _OVER:
-            for task in _tasks(found["tasks"]):
-                yield Job(number=found["job"], task=task, cluster=of), state, about
+        for task in _tasks(found["tasks"]):
+            yield Job(number=found["job"], task=task, cluster=of), state, about
 
 
 def _state_among(text: str) -> str:
@@ -342,7 +361,11 @@ def _of(cluster: str | None) -> list[str]:
 
 
 def _ask(command: Sequence[str]) -> str:
-    """What a command answers; without the user's defaults for it, which may hide jobs or ask back."""
+    return _answer(command)[0]
+
+
+def _answer(command: Sequence[str]) -> tuple[str, str]:
+    """What a command writes on stdout and stderr; without the user's defaults for it, which hide jobs or ask back."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
     done = subprocess.run(
         command,
@@ -354,7 +377,7 @@ def _ask(command: Sequence[str]) -> str:
         timeout=ASKED_S,
         check=True,
     )
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def _said(error: Exception) -> str:

@@ -127,7 +127,7 @@ class SlurmLauncher(PointsLauncher):
     def schedulers(self) -> Mapping[str, Ask]:
         return {NAME: self._states}
 
-    def _states(self, jobs: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+    def _states(self, jobs: Sequence[str]) -> dict[str, Literal["running", "waiting", "cancelled"]]:
         if any(Job.parse(job).is_token for job in jobs):
             wait_for_sbatch(self._lock)
         return states(jobs)
