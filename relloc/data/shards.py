@@ -203,7 +203,7 @@ class ShardImages:
 
     @functools.cached_property
     def _digest(self) -> str:
-        hasher = hashlib.sha256(f"{self.former_digest()} {json.dumps(self.classes)}\n".encode())
+        hasher = hashlib.sha256(f"{self._about['digest']} {json.dumps(self.classes)}\n".encode())
         for name in ("size", "label", "presence"):
             values = self._index.get(name)
             hasher.update(name.encode() + (b"" if values is None else np.ascontiguousarray(values).tobytes()))
@@ -213,10 +213,6 @@ class ShardImages:
         except OSError as error:
             raise DataError(f"{self.folder / names_name(self.split)} can't be read: {error.strerror}") from error
         return versioned(hasher)
-
-    def former_digest(self) -> str:
-        """The hash that manifest.json has, whatever became of the index beside it."""
-        return self._about["digest"]
 
 
 class MultiLabeledShards(ShardImages):
