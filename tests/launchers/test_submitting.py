@@ -16,7 +16,7 @@ from hydra_plugins.relloc_launchers.slurm import SlurmLauncher, log_of
 from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 from relloc.sweeps.points import Point, note_job, read_job
 from relloc.sweeps.sweep import Sweep
 
