@@ -361,7 +361,7 @@ def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
         relloc(tmp_path, "train", "-m", "seed=0,1", "sweep=s"),
     ):
         assert told.returncode == 2
-        assert told.stderr.startswith(f"relloc: {damaged} is damaged (")
+        assert told.stderr.startswith(f"relloc: {damaged} is not the note of a sweep: ")
         assert told.stderr.count("\n") == 1
     assert [path.name for path in damaged.parent.iterdir()] == ["sweep.json"]
 
