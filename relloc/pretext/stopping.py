@@ -1,7 +1,6 @@
 """Stopping between two steps when a person or a cluster asks for it."""
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -13,7 +12,7 @@ class Stopped(SystemExit):
     """Leaves the run at once, with the exit code of the signal that asked for it."""
 
 
-def _watched() -> tuple[signal.Signals, ...]:
+def watched() -> tuple[signal.Signals, ...]:
     """The signals to listen to. One of a closed terminal (SIGHUP) stays ignored where `nohup` has it ignored."""
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in WATCHED if not (nohup and number == signal.SIGHUP))
@@ -29,7 +28,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.awaited = False
-        self.watched = _watched()
+        self.watched = watched()
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -55,25 +54,12 @@ class StopRequest:
             signal.signal(number, self.notice)
 
     def notice(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            _let_go_of_closed_terminal()
         again = self.signal == number
         self.signal = number
         if number == signal.SIGINT and (again or not self.awaited):
             raise KeyboardInterrupt
         if not self.awaited:
             raise Stopped(self.exit_code)
-
-
-def _let_go_of_closed_terminal() -> None:
-    """What is still said goes nowhere if the terminal is gone: an error of writing would take the place of saving."""
-    for output in (1, 2):
-        try:
-            os.write(output, b"")
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, output)
-            os.close(nowhere)
 
 
 @contextlib.contextmanager
