@@ -26,6 +26,16 @@ from relloc.data.check import Check, summary, unreadable_images
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.images import ImageFile
 from relloc.data.lists import MultiLabeled
+from relloc.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    UNFINISHED,
+    VERSION,
+    index_name,
+    names_name,
+    read_manifest,
+    shard_name,
+)
 from relloc.data.parts import (
     FACTS,
     ROLES,
@@ -45,18 +55,7 @@ from relloc.data.parts import (
     written,
 )
 from relloc.data.processes import Progress, Tick, work_through
-from relloc.data.shards import (
-    FORMAT,
-    MANIFEST,
-    UNFINISHED,
-    VERSION,
-    decoded,
-    index_name,
-    names_name,
-    read_manifest,
-    shard_name,
-    shards,
-)
+from relloc.data.shards import decoded, shards
 from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.geometry import ShortSide
 

@@ -13,8 +13,8 @@ from relloc import backbone_files, checkpoints, ranks
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
+from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
-from relloc.data.shards import read_manifest
 from relloc.errors import CheckpointError
 from relloc.evals.contract import Job, Subject, check_images
 from relloc.features.batch_norm import check_one_image

@@ -22,8 +22,9 @@ from relloc.data.image_set import ImageSet, Splits
 from relloc.data.images import read_rgb
 from relloc.data.lists import VOC_CLASSES, MultiLabeled, voc
 from relloc.data.loader import load
+from relloc.data.manifest import check_hashes
 from relloc.data.packing import Packing, pack
-from relloc.data.shards import ShardImages, check_hashes, decoded, shards
+from relloc.data.shards import ShardImages, decoded, shards
 from relloc.data.subsets import Subset
 from relloc.data.views import Center, Views
 from relloc.errors import DataError, UnreadableImage
