@@ -29,7 +29,7 @@ from relloc.features.source import Reading
 from relloc.models.resnet import ResNetBackbone
 from relloc.results import LAYERS
 from relloc.runs import engine
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 
 CROP_PX, SHORT_PX = 224, 256
 WARM_UP = 5  # batches from files that are not counted: workers start, and have some ready

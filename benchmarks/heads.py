@@ -30,7 +30,7 @@ from relloc.features.source import Batch, LiveFeatures
 from relloc.models.backbone import STAGES, Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.runs import assemble, engine
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 
 ONE = ("feature5",)
 

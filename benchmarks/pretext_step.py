@@ -17,7 +17,7 @@ from torch import nn
 
 from relloc.pretext import loop
 from relloc.runs import assemble, engine
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 
 PUBLISHED_IMAGES = 64
 

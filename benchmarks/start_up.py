@@ -26,7 +26,7 @@ LONGEST_S = 300
 SWEEP = ("-m", "grid.gap_px=range(0,20)", "grid.jitter_px=range(0,20)", "launcher=slurm", "launcher.dry_run=true")
 COMPOSE = """
 import time, hydra
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 started = time.perf_counter()
 with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
     hydra.compose("train", ["grid.gap_px=16"])

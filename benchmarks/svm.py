@@ -39,7 +39,7 @@ from relloc.evals.voc07_svm import Voc07Svm
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import Bank, LiveFeatures, Sets, fill_bank
 from relloc.runs import assemble, engine
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 from relloc.runs.subjects import subjects
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5")

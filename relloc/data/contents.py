@@ -29,17 +29,11 @@ _PER_TASK = 100
 _CHUNK = 1 << 20
 _DIGITS = 14
 _VERSION = "-2"
-_FORMER_DIGITS = 16
 
 
 def versioned(hasher: "hashlib._Hash") -> str:
     """A digest of 16 characters. Its end says by which rules it was made: older ones have none."""
     return hasher.hexdigest()[:_DIGITS] + _VERSION
-
-
-def is_of_former_rules(digest: object) -> bool:
-    """Whether an older relloc made a digest: of names and of the sizes of a thousand files, not of what they hold."""
-    return isinstance(digest, str) and len(digest) == _FORMER_DIGITS and not digest.endswith(_VERSION)
 
 
 def hash_files(paths: Sequence[str], names: Iterable[str], told_besides: Iterable[str], progress: Progress) -> str:

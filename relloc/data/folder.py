@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from relloc.data.contents import hash_files
-from relloc.data.image_set import Splits, hash_lines, warn_of_other_counts
+from relloc.data.image_set import Splits, warn_of_other_counts
 from relloc.data.images import SUFFIXES, read_rgb
 from relloc.data.listing import (
     PassedOver,
@@ -30,7 +30,6 @@ from relloc.data.split_folders import Branch, images_by_folder, refuse_pooled_sp
 from relloc.errors import DataError
 from relloc.terminal import escaped
 
-_SIZES_ASKED = 1000  # by the former digest
 _NAMED = 5  # of class folders that are empty
 _FOLDERS_TOLD = 8
 TRAIN, VAL = "train", "val"
@@ -45,7 +44,7 @@ class FolderImages:
     paths: Sequence[str]
     labels: Sequence[int] | None = None
     classes: tuple[str, ...] = ()
-    _digests: dict[str, str] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: list[str] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)  # the digest
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,18 +60,11 @@ class FolderImages:
         return self.identify(without_progress)
 
     def identify(self, progress: Progress) -> str:
-        if "now" not in self._digests:
+        """What `digest` gives, with progress shown while files are read."""
+        if not self._made:
             told = [str(len(self.classes)), *self.classes, *self._told_by_list()]
-            self._digests["now"] = hash_files(self.paths, self._names(), told, progress)
-        return self._digests["now"]
-
-    def former_digest(self) -> str:
-        """Of names and the sizes of a thousand files: by this older versions of relloc told images apart."""
-        if "former" not in self._digests:
-            asked = self.paths[:: max(1, len(self.paths) // _SIZES_ASKED)]
-            told = [*self.classes, *self._names(), *map(_size, asked), *self._told_by_list()]
-            self._digests["former"] = hash_lines(told)
-        return self._digests["former"]
+            self._made.append(hash_files(self.paths, self._names(), told, progress))
+        return self._made[0]
 
     def _names(self) -> Iterator[str]:
         """Names below the folder that all files share: the same wherever the set lies."""
@@ -85,13 +77,6 @@ class FolderImages:
     def _told_by_list(self) -> Iterable[str]:
         """What the files do not say themselves."""
         return ()
-
-
-def _size(path: str) -> str:
-    try:
-        return str(os.path.getsize(path))
-    except (OSError, ValueError):  # ValueError: a NUL in a name that a list gave. Told when it is read
-        return "none"
 
 
 def _require(root: str | Sequence[str] | None, setting: str, holding: str = "") -> Path:

@@ -64,15 +64,6 @@ class SlowToIdentify(Protocol):
         ...
 
 
-@runtime_checkable
-class IdentifiedBefore(Protocol):
-    """An `ImageSet` that knows the digest which older versions of relloc gave it, so that their runs can be resumed."""
-
-    def former_digest(self) -> str:
-        """Hash by the older rules, which see less of the images."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Splits:
     """Images to train on, and others never trained on; `remarks` say what was made of the folders they lie in."""
@@ -86,11 +77,6 @@ class Splits:
         """Whether both splits have labels, of the same classes."""
         both = self.train.labels is not None and self.held_out.labels is not None
         return both and self.train.classes == self.held_out.classes
-
-
-def former_digest(images: ImageSet) -> str:
-    """The digest that older versions of relloc gave a set; today's where that did not change."""
-    return images.former_digest() if isinstance(images, IdentifiedBefore) else images.digest()
 
 
 def hash_lines(lines: Iterable[str]) -> str:

@@ -23,10 +23,19 @@ from PIL import Image, features
 from safetensors.numpy import save
 
 from relloc.data.check import Check, summary, unreadable_images
-from relloc.data.contents import is_of_former_rules
-from relloc.data.image_set import ImageSet, Splits, former_digest, hash_lines
+from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.images import ImageFile
 from relloc.data.lists import MultiLabeled
+from relloc.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    UNFINISHED,
+    VERSION,
+    index_name,
+    names_name,
+    read_manifest,
+    shard_name,
+)
 from relloc.data.parts import (
     FACTS,
     ROLES,
@@ -46,18 +55,7 @@ from relloc.data.parts import (
     written,
 )
 from relloc.data.processes import Progress, Tick, work_through
-from relloc.data.shards import (
-    FORMAT,
-    MANIFEST,
-    UNFINISHED,
-    VERSION,
-    decoded,
-    index_name,
-    names_name,
-    read_manifest,
-    shard_name,
-    shards,
-)
+from relloc.data.shards import decoded, shards
 from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.geometry import ShortSide
 
@@ -111,8 +109,8 @@ def pack(
     wanted = _wanted(data, packing)
     try:
         if (out / MANIFEST).exists():
-            return _finished_before(data, out, packing, wanted)
-        _begin(data, out, packing, wanted)
+            return _finished_before(out, wanted)
+        _begin(out, wanted)
         jobs = spans(data, packing.images_per_shard)
         ready = [span for span in jobs if _is_packed(out, span)]
         work_through(
@@ -132,15 +130,15 @@ def pack(
         ) from error
 
 
-def _wanted(data: Splits, packing: Packing, *, former: bool = False) -> dict[str, Any]:
-    """What decides every byte of the packed folder; `former`: the originals identified as older versions did."""
+def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
+    """What decides every byte of the packed folder."""
     return {
         **dataclasses.asdict(packing),
         "resampling": "bilinear, antialiased",
         "encoder": f"Pillow {PIL.__version__}, {_libjpeg()}",
         "originals": {
             role: {
-                "digest": former_digest(images) if former else images.digest(),
+                "digest": images.digest(),
                 "labels": None if images.labels is None else hash_lines(map(str, images.labels)),
             }
             | ({} if (shown := _presence(images)) is None else {"presence": hash_lines(map(str, shown))})
@@ -165,9 +163,9 @@ def _libjpeg() -> str:
     return f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
 
 
-def _finished_before(data: Splits, out: Path, packing: Packing, wanted: dict[str, Any]) -> Check:
+def _finished_before(out: Path, wanted: dict[str, Any]) -> Check:
     shards(root=str(out))
-    _refuse_others(data, out, packing, read_manifest(out)["packed"], wanted)
+    _refuse_others(out, read_manifest(out)["packed"], wanted)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     try:
         return Check.from_json(_json(out / CHECK_FILE))
@@ -175,10 +173,10 @@ def _finished_before(data: Splits, out: Path, packing: Packing, wanted: dict[str
         raise DataError(f"{out / CHECK_FILE} is damaged: remove the folder {out} and pack again") from error
 
 
-def _begin(data: Splits, out: Path, packing: Packing, wanted: dict[str, Any]) -> None:
+def _begin(out: Path, wanted: dict[str, Any]) -> None:
     settings = out / UNFINISHED / _SETTINGS_FILE
     if settings.exists():
-        _refuse_others(data, out, packing, _json(settings), wanted)
+        _refuse_others(out, _json(settings), wanted)
         for folder in (out, out / UNFINISHED):
             for left in folder.glob(".*.unfinished"):
                 left.unlink(missing_ok=True)
@@ -201,23 +199,13 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_others(data: Splits, out: Path, packing: Packing, before: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if before.get("originals") != wanted["originals"] and _of_former_rules(before):
-        wanted = _wanted(data, packing, former=True)
+def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
     changed = [name for name in sorted(before | wanted) if before.get(name) != wanted.get(name)]
-    told = [
-        "the images or their labels are others" if name == "originals" else f"{name} was {before.get(name)}, now {now}"
-        for name, now in ((name, wanted.get(name)) for name in changed)
-    ]
+    told = [f"{name} was {before.get(name)}, now {wanted.get(name)}" for name in changed if name != "originals"]
+    if "originals" in changed:  # an older relloc gave the same images another digest
+        told.append("the images or their labels are others, or an older relloc packed them")
     if told:
         raise DataError(f"out={out} was packed with other settings: {', '.join(told)}. Give another folder, or these")
-
-
-def _of_former_rules(packed: dict[str, Any]) -> bool:
-    """Whether an older relloc identified the originals of a packed folder."""
-    originals = packed.get("originals")
-    parts = originals.values() if isinstance(originals, dict) else ()
-    return any(isinstance(part, dict) and is_of_former_rules(part.get("digest")) for part in parts)
 
 
 def _is_packed(out: Path, span: Span) -> bool:

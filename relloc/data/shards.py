@@ -23,50 +23,17 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from relloc.data.contents import versioned
 from relloc.data.image_set import Splits
 from relloc.data.images import check_size
+from relloc.data.manifest import MANIFEST, check_sizes, index_name, names_name, read_index, read_manifest, shard_name
 from relloc.data.parts import ROLES, Role
-from relloc.data.processes import Progress, without_progress
 from relloc.errors import DataError, UnreadableImage
 
-FORMAT = "relloc shards"
-VERSION = 1
-MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"
 _MOST_OPEN = 512
-_SPLIT_FORM = {
-    "split": str,
-    "images": int,
-    "classes": [str],
-    "digest": str,
-    "unreadable": dict,
-    "shards": [{"file": str, "bytes": int, "sha256": str}],
-    "stored": {"kept": int, "reduced": int, "encoded": int},
-}
-_FORM = {
-    "name": str,
-    "packed": {"images_per_shard": int, "short_px": int},
-    "train": _SPLIT_FORM,
-    "held_out": _SPLIT_FORM,
-}
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a JPEG's frame header, with its size
-
-
-def shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:06d}.tar"
-
-
-def index_name(split: str) -> str:
-    return f"{split}-index.safetensors"
-
-
-def names_name(split: str) -> str:
-    return f"{split}-names.jsonl"
 
 
 def decoded(jpeg: bytearray) -> UInt8[np.ndarray, "h w 3"]:
@@ -154,7 +121,7 @@ class ShardImages:
         self.split: str = self._about["split"]
         self.classes: tuple[str, ...] = tuple(self._about["classes"])
         self._per_shard: int = manifest["packed"]["images_per_shard"]
-        _check_sizes(self.folder, self._about["shards"])
+        check_sizes(self.folder, self._about["shards"])
         self._index = read_index(self.folder, self._about, self._per_shard)
         self._offset, self._size = self._index["offset"], self._index["size"]
         self._name_offset = self._index["name_offset"]
@@ -203,7 +170,7 @@ class ShardImages:
 
     @functools.cached_property
     def _digest(self) -> str:
-        hasher = hashlib.sha256(f"{self.former_digest()} {json.dumps(self.classes)}\n".encode())
+        hasher = hashlib.sha256(f"{self._about['digest']} {json.dumps(self.classes)}\n".encode())
         for name in ("size", "label", "presence"):
             values = self._index.get(name)
             hasher.update(name.encode() + (b"" if values is None else np.ascontiguousarray(values).tobytes()))
@@ -213,10 +180,6 @@ class ShardImages:
         except OSError as error:
             raise DataError(f"{self.folder / names_name(self.split)} can't be read: {error.strerror}") from error
         return versioned(hasher)
-
-    def former_digest(self) -> str:
-        """The hash that manifest.json has, whatever became of the index beside it."""
-        return self._about["digest"]
 
 
 class MultiLabeledShards(ShardImages):
@@ -230,169 +193,6 @@ class MultiLabeledShards(ShardImages):
     def presence(self) -> list[list[int]]:
         """For each image and class: 1 there, 0 there but difficult to recognize, -1 not there."""
         return self._index["presence"].tolist()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What manifest.json of a packed folder says, all of it in the form that `relloc.prepare` writes.
-
-    Raises:
-        DataError: it is missing, damaged, of another version, or not whole.
-    """
-    if not folder.is_dir():
-        raise DataError(f"data.shards={folder} is not a folder: python -m relloc.prepare data=… out={folder} makes it")
-    path = folder / MANIFEST
-    _refuse_pipe(path)
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(_without_manifest(folder)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} can't be read: {error}") from error
-    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
-    if found != (FORMAT, VERSION):
-        raise DataError(f"{path} is not of {FORMAT} version {VERSION} but {found}: pack again with this relloc")
-    wrong = _misfit(manifest, _FORM) or _contradiction(manifest)
-    if wrong:
-        raise DataError(f"{path} is not as relloc.prepare writes it, see {wrong}: copy it again, or pack anew")
-    return manifest
-
-
-def _refuse_pipe(path: Path) -> None:
-    """Raises `DataError` where a path is there and no file: to open a pipe would wait for ever."""
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path} is no file: copy it again, or pack into a new folder")
-
-
-def _without_manifest(folder: Path) -> str:
-    if (folder / UNFINISHED).is_dir():
-        return f"{folder}: packing was not finished: start the same prepare command again"
-    other = ""
-    if any(folder.glob("*.tar")):
-        other = ". Tars of others can't be read: unpack them, and pack the images with relloc.prepare"
-    return f"{folder} has no {MANIFEST}: give the folder that relloc.prepare wrote as out=…{other}"
-
-
-def _misfit(value: object, form: Any, where: str = "") -> str:
-    """Where a JSON value has not the form: a type, a list of one form, or a mapping with a form for each key."""
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
-            return where or "its top"
-        told = (_misfit(value.get(key), part, f"{where}.{key}".lstrip(".")) for key, part in form.items())
-    elif isinstance(form, list):
-        if not isinstance(value, list):
-            return where
-        told = (_misfit(each, form[0], f"{where}[{place}]") for place, each in enumerate(value))
-    else:
-        return "" if isinstance(value, form) and not isinstance(value, bool) else where
-    return next(filter(None, told), "")
-
-
-def _contradiction(manifest: dict[str, Any]) -> str:
-    """What in a manifest can't be of a packed folder, though its form is right."""
-    per_shard = manifest["packed"]["images_per_shard"]
-    if per_shard < 1:
-        return "packed.images_per_shard"
-    for role in ROLES:
-        about = manifest[role]
-        split, images = about["split"], about["images"]
-        if not split or "/" in split or "\0" in split or split.startswith("."):
-            return f"{role}.split"
-        if images < 1:
-            return f"{role}.images"
-        # Also their names, so that no manifest leads out of its folder.
-        called = [tar["file"] for tar in about["shards"]]
-        if len(called) != -(-images // per_shard) or called != [shard_name(split, n) for n in range(len(called))]:
-            return f"{role}.shards"
-    return ""
-
-
-def _check_sizes(folder: Path, tars: Sequence[dict[str, Any]]) -> None:
-    for tar in tars:
-        path = folder / tar["file"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != tar["bytes"]:
-            what = "is missing" if size is None else f"has {size} bytes, not the {tar['bytes']} it was packed with"
-            raise DataError(f"{path} {what}: copy it again from where it was packed, or pack into a new folder")
-
-
-def check_hashes(folder: Path, progress: Progress = without_progress) -> None:
-    """Read every tar and index and hold it against the hash that it was packed with.
-
-    Raises:
-        DataError: one holds other bytes.
-    """
-    manifest = read_manifest(folder)
-    files = [(each["file"], each["sha256"]) for role in ROLES for each in manifest[role]["shards"]]
-    for role in ROLES:  # of the index, only folders packed since it has a hash
-        recorded = manifest[role].get("index_sha256")
-        files += list(recorded.items()) if isinstance(recorded, dict) else []
-    with progress(len(files), 0) as tell:
-        for done, (name, recorded) in enumerate(files, start=1):
-            path = folder / os.path.basename(name)
-            try:
-                with open(path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise DataError(f"{path} can't be read: {error.strerror}") from error
-            if found != recorded:
-                raise DataError(
-                    f"{path} has other bytes than it was packed with: copy it again from where it was packed, or pack "
-                    "into a new folder"
-                )
-            tell(done, "files")
-
-
-def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str, np.ndarray]:
-    """The index of a split, which fits its tars and its list of names.
-
-    Raises:
-        DataError: it can't be read, or does not fit.
-    """
-    path = folder / index_name(about["split"])
-    _refuse_pipe(path)
-    try:
-        index = load_file(path)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} can't be read ({error}): copy it again, or pack into a new folder") from error
-    wrong = _index_misfit(index, about, per_shard, _bytes_of(folder / names_name(about["split"])))
-    if wrong:
-        raise DataError(f"{path} does not fit {MANIFEST} ({wrong}): copy both again, or pack into a new folder")
-    return index
-
-
-def _bytes_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} is missing ({error.strerror}): copy it again, or pack into a new folder") from error
-
-
-def _index_misfit(index: dict[str, np.ndarray], about: dict[str, Any], per_shard: int, names_bytes: int) -> str:
-    """What in an index can't be of this split, in a few words; empty where all fits."""
-    n, classes = about["images"], len(about["classes"])
-    forms = {"offset": (n,), "size": (n,), "name_offset": (n + 1,), "label": (n,), "presence": (n, classes)}
-    for name, shape in forms.items():
-        values = index.get(name)
-        if values is None and name in ("label", "presence"):
-            continue
-        if values is None or values.shape != shape or values.dtype != (np.int8 if name == "presence" else np.int64):
-            return f"{name} is not of {n} images"
-    offset, size, name_offset = index["offset"], index["size"], index["name_offset"]
-    tar_bytes = np.array([tar["bytes"] for tar in about["shards"]], np.int64)[np.arange(n) // per_shard]
-    # Sizes first: an offset and a size near 2^63 have a small sum.
-    if ((size < 0) | (size > tar_bytes)).any() or ((offset < 0) | (offset > tar_bytes - size)).any():
-        return "an image lies outside of its tar"
-    stored = np.flatnonzero(size)
-    same_tar = stored[1:] // per_shard == stored[:-1] // per_shard
-    if (same_tar & (offset[stored[1:]] < (offset + size)[stored[:-1]])).any():
-        return "images overlap"
-    if name_offset[0] != 0 or name_offset[-1] != names_bytes or (np.diff(name_offset) < 0).any():
-        return f"{names_name(about['split'])} has other names"
-    labels = index.get("label")
-    if labels is not None and ((labels < 0) | (labels >= classes)).any():
-        return "a label is of no class"
-    presence = index.get("presence")
-    return "" if presence is None or (np.abs(presence) <= 1).all() else "a mark of presence is not -1, 0 or 1"
 
 
 def shards(*, root: str) -> Splits:

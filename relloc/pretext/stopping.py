@@ -16,7 +16,7 @@ class Stopped(SystemExit):
     """Leaves the run at once, with the exit code of the signal that asked for it."""
 
 
-def _watched() -> tuple[signal.Signals, ...]:
+def watched() -> tuple[signal.Signals, ...]:
     """The signals to listen to. One of a closed terminal (SIGHUP) stays ignored where `nohup` has it ignored."""
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in WATCHED if not (nohup and number == signal.SIGHUP))
@@ -32,7 +32,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.awaited = False
-        self.watched = _watched()
+        self.watched = watched()
         self._has_raised = False
 
     def __bool__(self) -> bool:
@@ -59,8 +59,6 @@ class StopRequest:
             signal.signal(number, self.notice)
 
     def notice(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            _let_go_of_closed_terminal()
         again = self.signal == number
         self.signal = number
         if not self.awaited or (again and number == signal.SIGINT):
@@ -110,17 +108,6 @@ class StopRequest:
             for timer in again:  # the handlers that are put back next would end the process
                 timer.cancel()
                 timer.join()
-
-
-def _let_go_of_closed_terminal() -> None:
-    """What is still said goes nowhere if the terminal is gone: an error of writing would take the place of saving."""
-    for output in (1, 2):
-        try:
-            os.write(output, b"")
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, output)
-            os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from relloc import ranks
 from relloc.data.image_set import ImageSet, SlowToIdentify, Splits
@@ -35,11 +34,9 @@ from relloc.sweeps.points import identity
 from relloc.tracking import (
     DatasetRecord,
     RunRecord,
-    absolute_uri,
     environment_tags,
     experiment_name,
     flatten,
-    import_driver,
 )
 
 # What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
@@ -51,57 +48,6 @@ _NEUTRAL = (
     *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
     *("data.root", "data.shards", "data.source", "data.unreadable_share"),  # the images' digest counts
 )
-
-# Numbers that no constructor looks at before data is listed or anything is trained: lowest, highest.
-_WHOLE = {
-    **dict.fromkeys(("seed", "report_every_steps", "monitor.images", "monitor.k", "calibration_images"), 1),
-    **dict.fromkeys(("data.images_per_step", "data.images_per_batch_norm", "data.linear.epochs"), 1),
-    **dict.fromkeys(("view.short_px", "view.crop_px", "view.batch"), 1),
-    "seed": 0,
-}
-_NUMBERS = {
-    **dict.fromkeys(("save_every_s", "bank_gib", "data.lr", "data.epochs", "data.warmup_epochs"), math.inf),
-    **dict.fromkeys(("data.unreadable_share", "monitor.most_share"), 1),
-    "monitor.every_epochs": math.inf,
-}
-
-
-def check_numbers(config: DictConfig) -> None:
-    """A wrong number is told now, not after a data set was listed or 70 epochs were trained.
-
-    Raises:
-        UsageError: a setting that is no number, or outside what it may be.
-    """
-    for name, at_least in _WHOLE.items():
-        if (value := OmegaConf.select(config, name)) is not None:
-            whole(name, value, at_least=at_least)
-    for name, at_most in _NUMBERS.items():
-        if (value := OmegaConf.select(config, name)) is not None:
-            number(name, value, at_most=at_most)
-    for name in ("milestones", "data.milestone_epochs", "data.linear.milestone_epochs"):
-        asked = OmegaConf.select(config, name, default=ListConfig([]))
-        if not isinstance(asked, ListConfig):
-            raise UsageError(f"{name}={asked} is not a list: give {name}=[{asked}]")
-        for one in asked:
-            number(name, one)
-
-
-def check_tracking(config: DictConfig) -> None:
-    """An address that is none, or a name that MLflow refuses, is told before anything runs.
-
-    Raises:
-        UsageError: with the setting's name, and what to give instead.
-    """
-    uri = config.tracking.uri
-    if uri is not None:
-        try:
-            import_driver(absolute_uri(uri))
-        except UsageError as error:
-            raise UsageError(f"tracking.uri: {error}; tracking=none does without MLflow") from error
-    try:
-        experiment_name(config.tracking.experiment, uri)
-    except UsageError as error:
-        raise UsageError(f"tracking.experiment: {error}") from error
 
 
 def call(node: DictConfig, **more: Any) -> Any:
@@ -241,26 +187,6 @@ def _brought(name: str, data: DictConfig) -> Splits:
         if isinstance(error.__cause__, DataError):  # which knows of one data set a run only
             raise DataError(str(error.__cause__).replace("data.root", f"eval.{name}.data.root")) from error
         raise
-
-
-def check_roots(config: DictConfig) -> None:
-    """All data sets that evaluations bring and nobody has told the place of, in one message.
-
-    Raises:
-        UsageError: there are some.
-    """
-    lost = [
-        f"eval.{name}.data.root=FOLDER or {_variable(config.eval[name].data)}"
-        for name in own_data(config)
-        if not config.eval[name].data.get("shards") and not config.eval[name].data.get("root", "photos")
-    ]
-    if lost:
-        raise UsageError(f"{len(lost)} evaluations don't know where their data set lies; give {'; '.join(lost)}")
-
-
-def _variable(data: DictConfig) -> str:
-    known = {"voc": "RELLOC_VOC", "in1k": "RELLOC_IN1K", "places205": "RELLOC_PLACES205", "inat18": "RELLOC_INAT18"}
-    return next((variable for name, variable in known.items() if str(data.name).startswith(name)), "RELLOC_DATA")
 
 
 def _source(data: DictConfig) -> str:

@@ -15,7 +15,7 @@ from relloc.features.source import Forgetful
 from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.reports import known
 from relloc.results import RESULTS_FILE, append_results, read_results
-from relloc.runs import assemble, console
+from relloc.runs import assemble, checking, console
 from relloc.runs.engine import Engine, settle
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.naming import data_name, evaluation_name
@@ -31,9 +31,9 @@ _NO_ANSWER = (
 def evaluate_checkpoint(config: DictConfig) -> None:
     """Run the evaluations that `eval` names on the backbones that `checkpoint` names."""
     engine = settle(config)
-    assemble.check_numbers(config)
-    assemble.check_tracking(config)
-    assemble.check_roots(config)
+    checking.check_numbers(config)
+    checking.check_tracking(config)
+    checking.check_roots(config)
     found = subjects(config)
     answers = _answers(config, found, assemble.terms(config, engine))
     with contextlib.ExitStack() as at_end:
@@ -69,8 +69,7 @@ def evaluate_checkpoint(config: DictConfig) -> None:
 
 def _answers(config: DictConfig, found: Sequence[Subject], terms: Terms) -> list[known.KnownAnswer]:
     """What is known of the numbers to come. Nothing to do, or nothing known, is told before anything is measured."""
-    if not assemble.evaluations(config):
-        raise UsageError("eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]")
+    checking.check_has_evaluations(config)
     who = [(one.checkpoint, one.model) for one in found]
     answers = known.asked(who, list(config.eval), terms.batch_norms)
     if config.verdict and not answers:

@@ -17,8 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from relloc.data.order import StepPlan
 from relloc.errors import UsageError
 from relloc.results import NOT_OURS
-from relloc.runs import assemble, engine
+from relloc.runs import assemble, checking, engine
 from relloc.runs.engine import Engine
+from relloc.runs.pretraining import check_network
 
 Check = Callable[[DictConfig], object]  # raises what is wrong; what it makes is not needed
 Checks = Sequence[tuple[tuple[str, ...], Check]]  # each with the settings that decide how it ends; () for all
@@ -84,11 +85,6 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _check_command(config: DictConfig) -> None:
-    if "checkpoint" in config:
-        raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
-
-
 def _check_steps(config: DictConfig) -> None:
     """What divides at best, in one process: how many there will be is not known here."""
     ghost, step = config.data.images_per_batch_norm, config.data.images_per_step
@@ -99,21 +95,8 @@ def _check_steps(config: DictConfig) -> None:
         engine.whole("collapse_steps", config.collapse_steps, at_least=1)
 
 
-def _check_optimizer(config: DictConfig) -> None:
-    """The network as well, whose weights an optimizer may choose among by their names."""
-    assemble.call(config.optimizer, model=assemble.pretext_model(config))
-
-
-def _check_evaluations(config: DictConfig) -> None:
-    if not assemble.evaluations(config):
-        raise UsageError("eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]")
-
-
 def _check_checkpoint(config: DictConfig) -> None:
-    asked = [config.checkpoint] if isinstance(config.checkpoint, str) else list(config.checkpoint or [])
-    if not asked or any(not isinstance(one, str) or not one for one in asked):
-        raise UsageError(f"checkpoint={config.checkpoint} names no backbone: give a run folder, a file, or random")
-    for one in asked:
+    for one in checking.named_checkpoints(config):
         if one not in NOT_OURS and not Path(one).exists():
             raise UsageError(f"checkpoint={one} is not there: give a run folder, a file, or {' or '.join(NOT_OURS)}")
 
@@ -148,31 +131,35 @@ def _places(data: DictConfig) -> Iterator[tuple[str, str | None]]:
             yield "root", str(root) if root else None
 
 
+_OF_ALL: Checks = (
+    ((), checking.check_numbers),
+    (("tracking",), checking.check_tracking),
+    ((), checking.check_roots),
+    ((), engine.check_words),
+)
 _OF_EVALUATIONS: Checks = (
     (("view",), assemble.view),
     (("batch_norm", "calibration_images", "bank_gib", "seed"), lambda config: assemble.terms(config, _ENGINE)),
 )
+_OF_THE_NETWORK = (
+    *("model", "pretext_batch_norm", "data.images_per_batch_norm", "grid.patch_px", "optimizer"),
+    *("eval", "batch_norm", "view.batch", "view.crop_px"),
+)
 _CHECKS: Mapping[str, Checks] = {
     "train": (
-        ((), _check_command),
-        ((), assemble.check_numbers),
-        ((), assemble.check_roots),
-        (("tracking",), assemble.check_tracking),
-        ((), engine.check_words),
+        ((), checking.check_is_training),
+        *_OF_ALL,
         (("data.images_per_step", "data.images_per_batch_norm", "images_per_forward", "collapse_steps"), _check_steps),
         (("grid", "color", "normalize"), assemble.patches),
         (("schedule",), lambda config: assemble.call(config.schedule)),
         (("eval",), assemble.evaluations),
         *_OF_EVALUATIONS,
-        (("model", "pretext_batch_norm", "data.images_per_batch_norm", "optimizer"), _check_optimizer),
+        (_OF_THE_NETWORK, lambda config: check_network(config, _ENGINE)),
     ),
     "evaluate": (
-        ((), assemble.check_numbers),
-        ((), assemble.check_roots),
-        (("tracking",), assemble.check_tracking),
-        ((), engine.check_words),
+        *_OF_ALL,
         (("checkpoint",), _check_checkpoint),
-        (("eval",), _check_evaluations),
+        (("eval",), checking.check_has_evaluations),
         *_OF_EVALUATIONS,
     ),
 }

@@ -28,7 +28,7 @@ from relloc.runs import command_line, data_of_run, explaining, setting_help
 from relloc.runs.command_line import CommandLine
 from relloc.runs.data_of_run import RunData
 from relloc.runs.launcher_words import with_one_value_each
-from relloc.runs.settings import conf_dir as conf_dir
+from relloc.runs.settings import conf_dir
 
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"

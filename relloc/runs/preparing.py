@@ -10,9 +10,9 @@ from rich.table import Table
 
 from relloc import machine
 from relloc.data.check import Check, SplitCheck, check
+from relloc.data.manifest import check_hashes, read_manifest
 from relloc.data.packing import CHECK_FILE, Packing, pack
 from relloc.data.parts import ROLES
-from relloc.data.shards import check_hashes, read_manifest
 from relloc.errors import UsageError
 from relloc.runs import assemble, console
 from relloc.runs.engine import whole

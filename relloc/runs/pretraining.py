@@ -13,9 +13,9 @@ from relloc import backbone_files, checkpoints, ranks
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
+from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
-from relloc.data.shards import read_manifest
-from relloc.errors import CheckpointError, UsageError
+from relloc.errors import CheckpointError
 from relloc.evals.contract import Job, Subject, check_images
 from relloc.features.batch_norm import check_one_image
 from relloc.models.backbone import Backbone
@@ -25,7 +25,7 @@ from relloc.pretext.loop import Task
 from relloc.pretext.objective import check_batch_norms
 from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
-from relloc.runs import assemble, console, engine, saving
+from relloc.runs import assemble, checking, console, engine, saving
 from relloc.runs.engine import Engine
 from relloc.runs.evaluating import evaluate_subject
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
@@ -89,18 +89,29 @@ def _say_next(run_dir: Path, data: Splits) -> None:
 
 def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     """A wrong setting is told now, not after a data set was listed or 70 epochs were trained."""
-    if "checkpoint" in config:
-        raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
-    assemble.check_numbers(config)
-    assemble.check_tracking(config)
-    assemble.check_roots(config)
+    checking.check_is_training(config)
+    checking.check_numbers(config)
+    checking.check_tracking(config)
+    checking.check_roots(config)
     if config.collapse_steps != "auto":
         engine.whole("collapse_steps", config.collapse_steps, at_least=1)
-    patches, model = assemble.patches(config), assemble.pretext_model(config)
-    check_batch_norms(model, patches.grid.patch_px)
+    assemble.patches(config)
     assemble.call(config.schedule)
-    evaluations, view, terms = assemble.evaluations(config), assemble.view(config), assemble.terms(config, how)
-    if evaluations and "recalibrated" in terms.batch_norms and terms.reading.batch == 1:
+    assemble.evaluations(config)
+    check_network(config, how)
+
+
+def check_network(config: DictConfig, how: Engine) -> None:
+    """Make the network, its optimizer and what evaluations ask of it, as they will be made for the run.
+
+    Raises:
+        UsageError: one can't be, or a batch norm would see one value a channel.
+    """
+    model = assemble.pretext_model(config)
+    assemble.call(config.optimizer, model=model)
+    check_batch_norms(model, config.grid.patch_px)
+    view, terms = assemble.view(config), assemble.terms(config, how)
+    if config.eval and "recalibrated" in terms.batch_norms and terms.reading.batch == 1:
         check_one_image(model.backbone, view.crop_px)
 
 

@@ -10,7 +10,7 @@ from urllib.error import URLError
 
 import torch
 import torchvision
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from relloc import backbone_files, checkpoints, layouts, weight_files
@@ -19,8 +19,8 @@ from relloc.evals.contract import Subject
 from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
 from relloc.results import NOT_OURS
-from relloc.runs import assemble, console
-from relloc.runs.launch import conf_dir
+from relloc.runs import assemble, checking, console
+from relloc.runs.settings import conf_dir
 
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 
@@ -35,9 +35,7 @@ def subjects(config: DictConfig) -> list[Subject]:
         UsageError: `checkpoint` names none, or needs another model=.
         CheckpointError: a file is missing, damaged, or does not fit.
     """
-    asked = config.checkpoint if isinstance(config.checkpoint, ListConfig) else [config.checkpoint]
-    if not asked or any(not isinstance(one, str) or not one for one in asked):
-        raise UsageError(f"checkpoint={config.checkpoint} names no backbone: give a run folder, a file, or random")
+    asked = checking.named_checkpoints(config)
     found = {name: subject(config, name) for name in asked if name not in NOT_OURS}
     if config.checkpoint_prefix is not None and not found:
         raise UsageError(f"checkpoint={config.checkpoint} has no prefixes: leave checkpoint_prefix out")

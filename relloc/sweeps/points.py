@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from relloc.errors import UsageError
+from relloc.errors import DamagedFile
 from relloc.files import write_json
-from relloc.tracking.record import now_ms
+from relloc.tracking.record import now_ms, read_json
 
 POINT_FILE = "point.json"
 # Which machine, how many processes, what is followed and kept where: a point is the same with others of these.
@@ -23,6 +23,7 @@ _PATHS = ("root", "shards", "checkpoint")  # settings that name files, in `data`
 _NO_PATHS = ("random", "torchvision")  # what `checkpoint` takes besides
 _IDENTITY_DIGITS = 12
 _ENDED = "ended"
+_NOTE_LOST = "Remove it if no job or process has the point"
 _PLAIN = re.compile(r"[\w./+:@%-]*")  # what Hydra takes as a value without quotes
 
 
@@ -50,8 +51,9 @@ class Point:
     def arguments(self) -> list[str]:
         """What Python is to run: the module, and the words that compose the run and name its folder."""
         folder = str(self.folder)
-        quoted = folder if _PLAIN.fullmatch(folder) else "'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'"
-        return ["-m", f"relloc.{self.kind}", *self.options, *self.overrides, f"hydra.run.dir={quoted}"]
+        if not _PLAIN.fullmatch(folder):  # quoted as Hydra's grammar has it
+            folder = "'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        return ["-m", f"relloc.{self.kind}", *self.options, *self.overrides, f"hydra.run.dir={folder}"]
 
     @property
     def again(self) -> str:
@@ -138,17 +140,15 @@ def note_ending(folder: Path, how: Literal["cancelled", "stopped"]) -> None:
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """What `note_job` and `note_ending` wrote last; empty where nothing was. Raises `UsageError` for a damaged note."""
+    """What `note_job` and `note_ending` wrote last; empty where nothing was. Raises `DamagedFile`."""
     path = folder / POINT_FILE
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        job = note["job"]
-        if not isinstance(job, dict) or ("pid" in job and not {"host", "born"} <= job.keys()):
-            raise TypeError("its job is none")
-    except FileNotFoundError:
+        note = read_json(path, "the note of a point", _NOTE_LOST)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is damaged ({error}): remove it if no job or process has the point") from error
+    job = note.get("job") if isinstance(note, dict) else None
+    if not isinstance(job, dict) or ("pid" in job and not {"host", "born"} <= job.keys()):
+        raise DamagedFile(f"{path} does not say which job has the point. {_NOTE_LOST}")
     return note
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from relloc.sweeps.points import Point, read_note, was_asked_to_end
 from relloc.tracking.holding import is_held
 from relloc.tracking.journal import read_journal
 from relloc.tracking.living import is_alive, is_elsewhere
-from relloc.tracking.record import read_status
+from relloc.tracking.record import RunRecord, read_status
 
 State = Literal["done", "running", "waiting", "stopped", "cancelled", "failed", "missing", "unknown"]
 JobState = Literal["running", "waiting", "cancelled", "unknown"] | None  # None: it is no more
@@ -185,6 +184,6 @@ def _progress(folder: Path) -> tuple[float | None, float | None]:
 
 def _epochs(folder: Path) -> float | None:
     try:
-        return float(json.loads((folder / "run.json").read_text(encoding="utf-8"))["params"]["data.epochs"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(RunRecord.read(folder).params["data.epochs"])
+    except (OSError, ValueError, KeyError):
         return None

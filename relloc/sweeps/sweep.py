@@ -1,17 +1,16 @@
 """A sweep's folder: which points it has, the code and configs as they were, and its logs."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from relloc.errors import UsageError
+from relloc.errors import DamagedFile, UsageError, reason
 from relloc.files import locked, write_json
 from relloc.sweeps.points import Point
 from relloc.sweeps.standing import Standing
-from relloc.tracking.record import COMMIT_FILE, commit_of
+from relloc.tracking.record import COMMIT_FILE, commit_of, read_json
 
 SWEEP_FILE = "sweep.json"
 CODE = "code"
@@ -20,6 +19,7 @@ CANCELLED = "cancelled"
 _LOCK = ".lock"
 _SWEEPS = "sweeps"  # in the folder of runs
 _WORD = "sweep="
+_NOTE_LOST = "Remove it, and start the sweep's command again, which finds its points"
 _MOST_BYTES = 200  # of a name: file systems take 255, and logs and jobs put something beside it
 # What separates folders, here or elsewhere, entries of PYTHONPATH, or points; and what sbatch replaces in names of logs
 _NOT_IN_A_NAME = frozenset("/\\:,%")
@@ -44,15 +44,13 @@ class Sweep:
     def points(self) -> list[Point]:
         """All points that commands of this sweep had. Raises `UsageError` where there is no sweep, or none to read."""
         try:
-            noted = json.loads((self.folder / SWEEP_FILE).read_text(encoding="utf-8"))
-            return [Point.from_json(fields) for fields in noted["points"]]
-        except (FileNotFoundError, NotADirectoryError):
+            noted = read_json(self.folder / SWEEP_FILE, "the note of a sweep", _NOTE_LOST)
+        except FileNotFoundError:
             raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{self.folder / SWEEP_FILE} is damaged ({error}): remove it, and start the sweep's command again, "
-                "which finds its points"
-            ) from error
+        try:
+            return [Point.from_json(fields) for fields in noted["points"]]
+        except (KeyError, TypeError) as error:
+            raise DamagedFile(f"{self.folder / SWEEP_FILE} is damaged: {reason(error)}. {_NOTE_LOST}") from error
 
     def noted(self) -> list[Point]:
         """The same; none where no command has noted any yet. Raises `UsageError` for a note that can't be read."""
@@ -166,6 +164,8 @@ def check_folder(folder: Path, runs: Path) -> None:
         raise UsageError(f"hydra.sweep.dir={folder} can't be a folder: {there} is a file")
     if folder != there or folder.parent == runs / _SWEEPS or (folder / SWEEP_FILE).exists():
         return
+    if Path.cwd().is_relative_to(folder):
+        raise UsageError(f"hydra.sweep.dir={folder} holds the folder that this command runs in: name a folder below it")
     if any(folder.iterdir()):
         raise UsageError(
             f"hydra.sweep.dir={folder} holds files that are no sweep's: name a folder that is new, or that of a sweep"

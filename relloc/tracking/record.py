@@ -1,9 +1,11 @@
 """What a run is (run.json, written before anything is measured) and how it stands (status.json)."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import socket
@@ -116,8 +118,8 @@ def read_json(path: Path, what: str, advice: str) -> Any:
     """
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     except OSError as error:
         raise DamagedFile(f"{path} can't be read ({error.strerror}). {advice}") from error
     except (ValueError, RecursionError) as error:

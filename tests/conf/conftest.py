@@ -4,7 +4,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig
 
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
-from relloc.runs import assemble
-from relloc.runs.launch import conf_dir
+from relloc.runs import assemble, checking
+from relloc.runs.settings import conf_dir
 
 EVALS = [
     *("card_classification", "knn", "knn_in1k", "label_free", "label_free_in1k", "linear", "linear_avgpool"),
@@ -127,13 +127,13 @@ def test_settings_that_must_not_change_results_are_left_out_of_what_is_computed(
 )
 def test_a_wrong_number_is_told_before_anything_is_done(compose, wrong, message):
     with pytest.raises(UsageError, match=message):
-        assemble.check_numbers(compose("train", [wrong]))
+        checking.check_numbers(compose("train", [wrong]))
 
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
 def test_the_numbers_of_all_data_sets_are_right(compose, root):
     for data in members("data"):
-        assemble.check_numbers(compose(root, [f"data={data}", *(["checkpoint=random"] if root == "evaluate" else [])]))
+        checking.check_numbers(compose(root, [f"data={data}", *(["checkpoint=random"] if root == "evaluate" else [])]))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tiny import TINY
 
 from relloc.data.folder import folder
+from relloc.data.manifest import UNFINISHED
 from relloc.data.packing import Packing, pack
-from relloc.data.shards import UNFINISHED, shards
+from relloc.data.shards import shards
 
 FOLDER = ("data=folder", "data.name=mine")
 

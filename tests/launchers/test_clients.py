@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra_plugins.relloc_launchers import clients
 from hydra_plugins.relloc_launchers.clients import (
     Job,
-    NotTaken,
     cancel,
-    cluster_of,
-    environment_for,
     largest_array,
     new_token,
     read_sbatch,
@@ -19,6 +17,7 @@ from hydra_plugins.relloc_launchers.clients import (
     submit,
     wait_for_sbatch,
 )
+from hydra_plugins.relloc_launchers.environment import cluster_of, environment_for
 
 from relloc.errors import Interrupted, UsageError
 
@@ -100,7 +99,8 @@ def test_an_answer_without_a_number_leaves_the_token(commands: Path) -> None:
 def test_a_refusal_and_not_knowing_are_two_things(commands: Path) -> None:
     write(commands, "squeue", "exit 0")
     write(commands, "sbatch", "echo 'sbatch: error: Invalid partition' >&2; exit 1")
-    with pytest.raises(NotTaken, match="Invalid partition"):
+    # By its module: Hydra executes the modules of plugins once more when it looks for plugins.
+    with pytest.raises(clients.NotTaken, match="Invalid partition"):
         submit(Path("script"), token=TOKEN, environment={"PATH": str(commands)}, cluster=None, lock=Path("lock"))
     late = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
     write(commands, "sbatch", f"echo '{late}' >&2; exit 1")

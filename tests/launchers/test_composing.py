@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from hydra_plugins.relloc_launchers.composing import Composing
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 
 
 @pytest.fixture(scope="module")

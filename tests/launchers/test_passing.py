@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 from hydra_plugins.relloc_launchers import passing
+from hydra_plugins.relloc_launchers.processes import ProcessLauncher
 from omegaconf import DictConfig, OmegaConf
+
+from relloc.runs import command_line
 
 
 def config(
@@ -60,3 +63,13 @@ def test_the_command_is_the_one_that_was_started(monkeypatch: pytest.MonkeyPatch
     assert passing.command_of(config(job="mine")) == "evaluate"
     monkeypatch.setattr("sys.argv", ["other.py"])
     assert passing.command_of(config(job="train")) == "train"
+
+
+@pytest.mark.parametrize("name", ["gaps", "2026_11_29", "1e3", "a=1", "it's", "a b"])
+def test_a_point_that_is_sent_again_names_its_sweep_as_it_is_called(name: str) -> None:
+    launcher = ProcessLauncher(OmegaConf.create({"processes": 1}))
+    launcher.config, launcher._kind = config(), "train"
+    launcher.config.sweep = name
+    *_, word = launcher._resend(["seed=0"], [])
+    (read,) = command_line.check([word], sweeps=True)
+    assert read.value() == name

@@ -1,7 +1,10 @@
 """What is noted of a point's process, and what of its output is kept."""
 
+import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,25 @@ def run(tmp_path: Path, code: str, *, processes: int) -> tuple[ProcessLauncher, 
 def test_what_a_signal_ends_before_it_began_was_stopped(tmp_path: Path, number: signal.Signals) -> None:
     code = f"import os, signal; signal.signal({number:d}, signal.SIG_DFL); os.kill(os.getpid(), {number:d})"
     _, made = run(tmp_path, code, processes=1)
+    assert [now.state for now in standings([made], {})] == ["stopped"]
+
+
+WAITS = "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(129)); open('begun', 'w'); signal.pause()"
+
+
+def test_a_closed_terminal_reaches_the_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no terminal of their own, and would go on while no other point is started."""
+    monkeypatch.chdir(tmp_path)
+
+    def hang_up() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    asked = threading.Thread(target=hang_up)
+    asked.start()
+    _, made = run(tmp_path, WAITS, processes=2)
+    asked.join()
     assert [now.state for now in standings([made], {})] == ["stopped"]
 
 

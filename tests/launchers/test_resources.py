@@ -8,7 +8,7 @@ from hydra_plugins.relloc_launchers.resources import gpus_asked, gpus_of_gres, p
 from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 
 
 def parameters(**changed: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hydra_plugins.relloc_launchers.slurm import SlurmLauncher, log_of
 from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 from relloc.sweeps.points import Point, note_job, read_job
 from relloc.sweeps.sweep import Sweep
 
@@ -176,7 +176,8 @@ folder = Path(sys.argv[1])
 point = Point(kind="train", name="a", overrides=(), identity="a", folder=folder)
 if sys.argv[2] == "dies":
     starting.note_job = lambda *_: os._exit(9)
-process = starting.start_noted(point, ["sh", "-c", f"echo $$ > {folder}/ran; sleep 1"], environment=os.environ)
+told = {"output": None, "messages": sys.stderr.buffer}
+process = starting.start_noted(point, ["sh", "-c", f"echo $$ > {folder}/ran; sleep 1"], environment=os.environ, **told)
 assert is_alive(read_job(folder))
 assert process.wait() == 0
 assert read_job(folder)["pid"] == int((folder / "ran").read_text())

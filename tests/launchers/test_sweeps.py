@@ -15,7 +15,7 @@ from hydra_plugins.relloc_launchers.processes import ProcessLauncher
 from omegaconf import OmegaConf
 
 import relloc as relloc_package
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 from relloc.sweeps.points import Point, identity, note_job
 from relloc.sweeps.sweep import Sweep
 from relloc.tracking import RunRecord, read_journal, write_status
@@ -128,8 +128,8 @@ def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: p
     (tmp_path / "relloc/__init__.py").write_text("raise SystemExit('not this one')")
     one = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
     python = launcher.command(one)[: -len(one.arguments)]
-    asked = "from relloc.runs import launch; import hydra_plugins.relloc_launchers as plugins; "
-    asked += "print(launch.__file__, launch.conf_dir(), plugins.__file__)"
+    asked = "from relloc.runs import launch, settings; import hydra_plugins.relloc_launchers as plugins; "
+    asked += "print(launch.__file__, settings.conf_dir(), plugins.__file__)"
     told = subprocess.run(
         [*python, "-c", asked],
         cwd=tmp_path,
@@ -361,7 +361,7 @@ def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
         relloc(tmp_path, "train", "-m", "seed=0,1", "sweep=s"),
     ):
         assert told.returncode == 2
-        assert told.stderr.startswith(f"relloc: {damaged} is damaged (")
+        assert told.stderr.startswith(f"relloc: {damaged} is not the note of a sweep: ")
         assert told.stderr.count("\n") == 1
     assert [path.name for path in damaged.parent.iterdir()] == ["sweep.json"]
 

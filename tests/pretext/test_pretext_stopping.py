@@ -183,7 +183,9 @@ def test_what_nohup_ignores_stays_ignored(handlers: dict[int, object]) -> None:
 
 ON_A_TERMINAL = """
 import fcntl, sys, termios, time
+from relloc import terminal
 from relloc.pretext.stopping import stop_request
+terminal.outlive_readers()  # as every command does first
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 with stop_request() as request:
     request.listen(awaited=True)

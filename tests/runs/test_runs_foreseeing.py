@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relloc.runs import assemble
 from relloc.runs.foreseeing import refusals
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 
 Point = tuple[DictConfig, dict[str, Any]]
 
@@ -59,6 +59,11 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
         (["data=folder", "data.root=nowhere"], "data.root=nowhere"),
         (["data=folder", "data.root=[/,nowhere]"], "data.root=nowhere"),
         (["data.shards=nowhere"], "data.shards=nowhere"),
+        (["tracking.uri=host:5000"], "tracking.uri"),
+        (["tracking.experiment=''"], "tracking.experiment"),
+        (["optimizer.momentum=-1"], "momentum"),
+        (["batch_norm=[recalibrated]", "view.batch=1", "view.crop_px=16", "model=resnet18"], "view.batch"),
+        (["data.images_per_batch_norm=1", "grid.patch_px=16", "model=resnet18"], "data.images_per_batch_norm=1"),
         (["data=imagenette"], "data.root is not set"),
         (["eval=voc07_svm", "eval.voc07_svm.data.root=nowhere"], "eval.voc07_svm.data.root=nowhere"),
     ],

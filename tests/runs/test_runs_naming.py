@@ -5,8 +5,8 @@ from hydra import compose, initialize_config_dir
 
 from relloc.evals.contract import Subject
 from relloc.models.small import SmallBackbone
-from relloc.runs.launch import conf_dir
 from relloc.runs.naming import evaluation_name, pretraining_name
+from relloc.runs.settings import conf_dir
 from relloc.tracking import RunRecord
 
 SHOWN = 20  # characters, in MLflow's table of runs

@@ -14,7 +14,7 @@ from relloc.checkpoints import save_training
 from relloc.errors import CheckpointError, UsageError
 from relloc.evals.contract import Subject
 from relloc.models.resnet import ResNetBackbone
-from relloc.runs.launch import conf_dir
+from relloc.runs.settings import conf_dir
 from relloc.runs.subjects import subjects
 
 RESNET_18 = {"name": "resnet18", "backbone": {"_target_": "relloc.models.resnet.ResNetBackbone", "depth": 18}}

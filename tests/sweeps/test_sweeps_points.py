@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from relloc.errors import UsageError
-from relloc.sweeps.points import Point, identity, note_ending, note_job, read_note, was_asked_to_end
+from relloc.errors import DamagedFile
+from relloc.sweeps.points import POINT_FILE, Point, identity, note_ending, note_job, read_note, was_asked_to_end
+from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
 
 def test_a_relative_path_is_another_one_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +83,17 @@ def test_how_a_job_was_asked_to_end_stays_until_the_next_one(tmp_path: Path) -> 
     assert was_asked_to_end(read_note(made.folder)) is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"job": 7}', '{"job": {"pid": 1}}', "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"job": 7}', '{"job": {"pid": 1}}', "\x00", "[" * 100_000])
 def test_a_damaged_note_is_one_message(tmp_path: Path, text: str) -> None:
     (tmp_path / "point.json").write_text(text)
-    with pytest.raises(UsageError, match=r"point\.json is damaged"):
+    with pytest.raises(DamagedFile, match=r"point\.json"):
         read_note(tmp_path)
+
+
+def test_a_folder_where_a_note_should_be_is_one_message(tmp_path: Path) -> None:
+    for name in (POINT_FILE, SWEEP_FILE):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DamagedFile, match=r"point\.json"):
+        read_note(tmp_path)
+    with pytest.raises(DamagedFile, match=r"sweep\.json"):
+        Sweep(tmp_path).points()

@@ -132,7 +132,7 @@ def test_a_damaged_file_hides_no_other_point(tmp_path: Path, damaged: str) -> No
 def test_a_damaged_note_of_a_job_is_told(tmp_path: Path) -> None:
     made = point(tmp_path, "RUNNING", {"slurm": "7"})
     (made.folder / "point.json").write_text("{")
-    with pytest.raises(UsageError, match=r"point\.json is damaged"):
+    with pytest.raises(UsageError, match=r"point\.json"):
         standings([made], {})
 
 

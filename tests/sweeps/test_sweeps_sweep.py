@@ -71,6 +71,15 @@ def test_a_folder_with_files_of_others_is_no_sweep(tmp_path: Path) -> None:
     check_folder(new_sweep(tmp_path / "elsewhere").folder, runs)
 
 
+def test_a_sweep_is_not_made_of_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "empty" / "too"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for folder in (here, here.parent):
+        with pytest.raises(UsageError, match=r"hydra\.sweep\.dir="):
+            check_folder(folder, tmp_path / "runs")
+
+
 def test_a_refused_command_removes_what_it_made_and_nothing_else(tmp_path: Path) -> None:
     others = tmp_path / "there" / "code" / "mine.py"
     others.parent.mkdir(parents=True)

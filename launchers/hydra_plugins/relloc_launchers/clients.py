@@ -40,14 +40,6 @@ _LETTERS |= {"TO": "TIMEOUT", "NF": "NODE_FAIL", "OOM": "OUT_OF_MEMORY", "PR": "
 _UNSURE = re.compile(r"timed out|unable to contact|zero bytes|connection (refused|reset)|communication", re.IGNORECASE)
 # What squeue says beside no job at all where it could not ask the controller
 _TROUBLE = re.compile(r"^.*(\berror\b|unable to contact|timed out|connection refused).*$", re.IGNORECASE | re.MULTILINE)
-# Variables of SLURM that a job has of its own, and that name no job: where the cluster is, and who asks
-_NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
-_OF_TRAINING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# Options of sbatch that its variables call otherwise
-_VARIABLES = {"TIMELIMIT": "time", "ARRAY_INX": "array", "NO_REQUEUE": "requeue", "MEM_PER_NODE": "mem"}
-_MEMORY = {"mem", "mem-per-cpu", "mem-per-gpu"}
-_GPUS = {"gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
-_NEVER = {"array", "wait"}  # the sweep decides what the array is, and who waits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +117,9 @@ def submit(
         raise NotTaken(f"sbatch can't be started: {error}") from error
     told = done.stderr.strip()
     if done.returncode == 0:
-        job = read_sbatch(done.stdout, cluster)
-        return job or _by_token(token, cluster) or _last_number(done.stdout, cluster) or _unknown(token, cluster), told
+        # From what is sure to what is likely; at last the token stands for a number that nobody told.
+        job = read_sbatch(done.stdout, cluster) or _by_token(token, cluster) or _last_number(done.stdout, cluster)
+        return job or Job(number=token, cluster=cluster), told
     if _UNSURE.search(told):
         if job := _by_token(token, cluster):
             return job, told
@@ -163,7 +156,7 @@ def read_sbatch(told: str, cluster: str | None = None) -> Job | None:
     ):
         if found := re.findall(pattern, told, re.MULTILINE | re.IGNORECASE):
             number, named = found[-1]
-            return Job(number=number, cluster=named.rstrip(".") or _one(cluster))
+            return Job(number=number, cluster=named.rstrip(".") or _if_one(cluster))
     return None
 
 
@@ -171,14 +164,10 @@ def _last_number(told: str, cluster: str | None) -> Job | None:
     """Of an answer in another language: the number of the last line that has one, and only one."""
     lines = [re.findall(r"\b\d+\b", line) for line in told.splitlines()]
     alone = [numbers[0] for numbers in lines if len(numbers) == 1]
-    return Job(number=alone[-1], cluster=_one(cluster)) if alone else None
+    return Job(number=alone[-1], cluster=_if_one(cluster)) if alone else None
 
 
-def _unknown(token: str, cluster: str | None) -> Job:
-    return Job(number=token, cluster=cluster)
-
-
-def _one(cluster: str | None) -> str | None:
+def _if_one(cluster: str | None) -> str | None:
     """The cluster, unless several were named and SLURM chose."""
     return None if cluster is None or "," in cluster else cluster
 
@@ -189,7 +178,7 @@ def _by_token(token: str, cluster: str | None) -> Job | None:
         found = [job for job, state, told in _queue(cluster) if token in told and state not in _OVER]
     except UsageError:
         return None
-    return Job(number=found[0].number, cluster=found[0].cluster or _one(cluster)) if found else None
+    return Job(number=found[0].number, cluster=found[0].cluster or _if_one(cluster)) if found else None
 
 
 def states(jobs: Sequence[str]) -> dict[str, Literal["running", "waiting", "cancelled"]]:
@@ -226,7 +215,7 @@ def cancel(jobs: Sequence[str]) -> None:
         if not names:
             continue
         try:
-            _ask(["scancel", *_of(cluster), *names])
+            _ask(["scancel", *_option_for(cluster), *names])
         except (OSError, subprocess.SubprocessError) as error:
             raise UsageError(f"SLURM does not say that it ended all jobs: {_said(error)}") from error
 
@@ -236,55 +225,11 @@ def largest_array(cluster: str | None) -> int | None:
     if shutil.which("scontrol") is None:
         return None
     try:
-        told = _ask(["scontrol", *_of(_one(cluster)), "show", "config"])
+        told = _ask(["scontrol", *_option_for(_if_one(cluster)), "show", "config"])
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(r"^\s*MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
     return int(found[1]) if found and int(found[1]) > 0 else None
-
-
-def environment_for(script: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The environment for sbatch, and the user's variables that give way to what the script says.
-
-    SBATCH_* variables are defaults of the user's, but SLURM lets them win over lines of the script: those that the
-    script decides are left out. Inside of a job, what SLURM told that job is not for the next one.
-    """
-    inside = "SLURM_JOB_ID" in given or "SLURM_JOBID" in given
-    kept, gave_way = {}, []
-    said = set(re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)) | _NEVER
-    said |= _MEMORY if said & _MEMORY else set()
-    has_gpus = bool(said & _GPUS) or re.search(r"^#SBATCH --gres=.*\bgpu\b", script, re.MULTILINE) is not None
-    for name, value in given.items():
-        if name in _OF_TRAINING or name.startswith("SUBMITIT_"):
-            continue
-        if inside and _is_of_a_job(name):
-            continue
-        if name.startswith("SBATCH_"):
-            option = _option(name)
-            asks_for_gpus = option in _GPUS or (option == "gres" and "gpu" in value)
-            if option in said or (has_gpus and asks_for_gpus):
-                gave_way.append(f"{name}={value}")
-                continue
-        kept[name] = value
-    return kept, sorted(gave_way)
-
-
-def cluster_of(parameters: Mapping[str, object], environment: Mapping[str, str]) -> str | None:
-    """The cluster, or several with commas, that sbatch is asked for; None is the one of this machine."""
-    for name in ("clusters", "cluster", "M"):
-        if parameters.get(name):
-            return str(parameters[name])
-    return environment.get("SBATCH_CLUSTERS") or None
-
-
-def _is_of_a_job(name: str) -> bool:
-    prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
-    return name.startswith(prefixes) and name not in _NOT_OF_A_JOB
-
-
-def _option(variable: str) -> str:
-    name = variable.removeprefix("SBATCH_")
-    return _VARIABLES.get(name, name.lower().replace("_", "-"))
 
 
 def _numbers(tokens: set[str], cluster: str | None) -> list[str]:
@@ -293,7 +238,7 @@ def _numbers(tokens: set[str], cluster: str | None) -> list[str]:
     for job, state, told in _queue(cluster):
         if state in _OVER:
             continue
-        if (found := _TOKEN.search(told)) and not tokens.isdisjoint(_names(found[0], job.task)):
+        if (found := _TOKEN.search(told)) and _with_token(found[0], job.task) in tokens:
             numbers.append(job.name)
     return numbers
 
@@ -303,17 +248,17 @@ def _named_states(cluster: str | None) -> Iterator[tuple[str, str]]:
     for job, state, told in _queue(cluster):
         yield job.name, state
         if found := _TOKEN.search(told):
-            for name in _names(found[0], job.task):
-                yield name, state
+            yield _with_token(found[0], job.task), state
 
 
-def _names(token: str, task: int | None) -> tuple[str, ...]:
-    return (token,) if task is None else (f"{token}_{task}",)
+def _with_token(token: str, task: int | None) -> str:
+    """A job's name before SLURM's number was known."""
+    return token if task is None else f"{token}_{task}"
 
 
 def _queue(cluster: str | None) -> Iterator[tuple[Job, str, str]]:
     """Each job of this user that SLURM knows, also for some minutes after its end: its state, its name and comment."""
-    asked = ["squeue", *_of(cluster), "--noheader", "--array", "--states=all", f"--user={os.getuid()}"]
+    asked = ["squeue", *_option_for(cluster), "--noheader", "--array", "--states=all", f"--user={os.getuid()}"]
     try:
         told, complaint = _answer([*asked, "--format=%i|%T|%j|%k"])
     except (OSError, subprocess.SubprocessError) as error:
@@ -356,7 +301,7 @@ def _tasks(text: str | None) -> Iterator[int | None]:
             yield from range(int(first), int(last if last.isdigit() else first) + 1)
 
 
-def _of(cluster: str | None) -> list[str]:
+def _option_for(cluster: str | None) -> list[str]:
     return [f"--clusters={cluster}"] if cluster else []
 
 

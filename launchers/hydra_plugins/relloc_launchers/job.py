@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relloc.files import append_lines, read_lines
+
 _POLL_S = 0.5
 _MOST_RESTARTS = 3  # of a point whose processes were killed: for memory, or by a person
 # Exit codes of a point that saved and ended because the cluster asked for it, and of one that lost a reading process
@@ -128,13 +130,12 @@ def _requeue(folder: Path) -> None:
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     folder.mkdir(parents=True, exist_ok=True)
     noted = folder / _REQUEUES
-    told = set(noted.read_text().splitlines()) if noted.exists() else set()
+    told = {line.decode() for line in read_lines(noted)}
     now = f"{job} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
     scontrol = shutil.which("scontrol")
     if scontrol is None or len([line for line in told - {now} if line.startswith(f"{job} ")]) >= _MOST_RESTARTS:
         raise PointFailed("a process of the point was killed, and it was started again often enough")
-    with noted.open("a") as file:
-        file.write(f"{now}\n")
+    append_lines(noted, [now])
     sys.stdout.flush()
     subprocess.run([scontrol, "requeue", job], check=True)
     time.sleep(_LEFT_TO_SLURM_S)

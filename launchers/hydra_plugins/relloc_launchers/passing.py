@@ -1,7 +1,6 @@
 """What of a sweep's command line its points get, and what is the launcher's."""
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,11 +35,6 @@ def chosen(overrides: Sequence[str], config: DictConfig) -> list[str]:
 def names_launcher(overrides: Sequence[str]) -> bool:
     """Whether a word chooses the launcher, which a point does without."""
     return any(_plain(word).startswith("launcher=") for word in overrides)
-
-
-def quoted(value: str) -> str:
-    """A value as Hydra takes it on a command line."""
-    return value if re.fullmatch(r"[\w./+@-]*", value) else "'" + value.replace("'", "\\'") + "'"
 
 
 def of_hydra_for_points(config: DictConfig) -> list[str]:

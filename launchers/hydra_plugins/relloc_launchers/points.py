@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.errors import Interrupted, UsageError
 from relloc.runs import data_of_run
+from relloc.runs.command_line import as_value
 from relloc.runs.launch import refuse_chdir, users_environment
 from relloc.runs.settings import conf_dir
 from relloc.sweeps.mend import mend
@@ -197,7 +198,7 @@ class PointsLauncher(Launcher):
         named = [word for word in given if not word.startswith("sweep=")]
         of_hydra = [*passing.of_hydra_for_points(self.config), *passing.of_hydra_for_launcher(self.config)]
         command = ("-m", f"relloc.{self._kind}", *options, "--multirun")
-        return (*command, *named, *of_hydra, f"sweep={passing.quoted(str(self.config.sweep))}")
+        return (*command, *named, *of_hydra, f"sweep={as_value(str(self.config.sweep))}")
 
     def _composed_from(self, overrides: Sequence[str]) -> tuple[DictConfig, str]:
         """A point's config without Hydra's part, and the launcher that it chooses."""

@@ -13,15 +13,15 @@ from hydra_plugins.relloc_launchers.starting import start_noted
 
 from relloc import machine
 from relloc.errors import UsageError
+from relloc.pretext.stopping import WATCHED, watched
 from relloc.sweeps.points import Point, note_ending
 from relloc.sweeps.standing import standings
 from relloc.sweeps.table import say
 from relloc.terminal import escaped
 
 _POLL_S = 0.2
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Exit codes of a point that was asked to end: it saved first, or it had not begun
-_ASKED = {code for number in (*_FORWARDED, signal.SIGHUP) for code in (-number, 128 + number)}
+_ASKED = {code for number in WATCHED for code in (-number, 128 + number)}
 
 
 class ProcessLauncher(PointsLauncher):
@@ -40,7 +40,7 @@ class ProcessLauncher(PointsLauncher):
         self._stop: int | None = None
         devices = _devices()
         asked = self.settings["processes"]
-        if asked != "auto" and (not isinstance(asked, int) or asked < 1):
+        if asked != "auto" and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
             raise UsageError(f"launcher.processes={asked} is neither auto nor a whole number of 1 or more")
         self._slots = max(1, len(devices)) if asked == "auto" else asked
         places = range(self._slots)
@@ -48,7 +48,7 @@ class ProcessLauncher(PointsLauncher):
         self._since = time.time()
 
     def follow(self, todo: Sequence[Point]) -> None:
-        before = {number: signal.signal(number, self._pass_on) for number in _FORWARDED}
+        before = {number: signal.signal(number, self._pass_on) for number in watched()}
         try:
             while self._running or (self._waiting and self._stop is None):
                 while self._waiting and len(self._running) < self._slots and self._stop is None:

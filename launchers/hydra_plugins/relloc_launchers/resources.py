@@ -38,22 +38,18 @@ def parameters_of(
     """
     settings, additional = _sorted_out(settings, prefix)
     gpus, gpus_per_node = _gpus(settings, additional, prefix)
-    tasks = max(1, gpus) if settings["tasks_per_node"] == "auto" else _whole(settings, "tasks_per_node", prefix)
-    together = tasks * _whole(settings, "nodes", prefix) > 1
-    _whole(settings, "array_parallelism", prefix)
+    tasks = max(1, gpus) if settings["tasks_per_node"] == "auto" else whole(settings, "tasks_per_node", prefix)
+    together = tasks * whole(settings, "nodes", prefix) > 1
+    whole(settings, "array_parallelism", prefix)
     for key, least in (("max_num_timeout", 0), ("signal_delay_s", 1)):
-        _whole(settings, key, prefix, least)
-    comes_clean = additional.get("export") is not None
+        whole(settings, key, prefix, least)
+    lines = [f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+    if additional.get("export") is not None:  # that is for the batch script; srun would not give our path to the tasks
+        lines.append("unset SLURM_EXPORT_ENV")
     slurm: dict[str, Any] = {
         **{key: value for key, value in settings.items() if key not in (*_NOT_ASKED, *_COMMON) and value is not None},
         "job_name": name,
-        "setup": [
-            f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-            # --export is for the batch script; srun would not give our PYTHONPATH to the tasks.
-            *(["unset SLURM_EXPORT_ENV"] if comes_clean else []),
-            *setup,
-            *settings["setup"],
-        ],
+        "setup": [*lines, *setup, *settings["setup"]],
         # A task that ends badly ends the others, which would wait for it.
         "srun_args": [*(["--kill-on-bad-exit=1"] if together else []), *settings["srun_args"]],
         "additional_parameters": {"requeue": True, **additional},
@@ -178,13 +174,14 @@ def _gpus(settings: Mapping[str, Any], additional: Mapping[str, Any], prefix: st
         tasks = settings["tasks_per_node"]
         return (a_task * tasks if isinstance(tasks, int) else 1), None
     if number is None and in_all is not None:
-        return max(1, in_all // _whole(settings, "nodes", prefix)), None
+        return max(1, in_all // whole(settings, "nodes", prefix)), None
     if number is None:
         number = 1 if asked == "auto" else 0
     return number, (None if not number else number if asked == "auto" else asked)
 
 
-def _whole(settings: Mapping[str, Any], name: str, prefix: str, least: int = 1) -> int:
+def whole(settings: Mapping[str, Any], name: str, prefix: str, least: int = 1) -> int:
+    """The value of a setting that is a whole number. Raises `UsageError` where it is not."""
     value = settings[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{prefix}{name}={value} is not a whole number of {least} or more")

@@ -16,14 +16,13 @@ from hydra_plugins.relloc_launchers.clients import (
     Job,
     NotTaken,
     cancel,
-    cluster_of,
-    environment_for,
     largest_array,
     new_token,
     states,
     submit,
     wait_for_sbatch,
 )
+from hydra_plugins.relloc_launchers.environment import cluster_of, environment_for
 from hydra_plugins.relloc_launchers.job import PointJob
 from hydra_plugins.relloc_launchers.points import PointsLauncher
 from hydra_plugins.relloc_launchers.resources import parameters_of

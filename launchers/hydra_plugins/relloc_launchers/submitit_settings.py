@@ -19,6 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 from hydra_plugins.relloc_launchers.processes import ProcessLauncher
+from hydra_plugins.relloc_launchers.resources import whole
 from hydra_plugins.relloc_launchers.slurm import SlurmLauncher
 from hydra_plugins.relloc_launchers.words import RUN_ALONE
 from omegaconf import DictConfig, OmegaConf
@@ -113,8 +114,8 @@ class SubmititLocalLauncher(ProcessLauncher):
         given = dict(self._given)
         known = [field.name for field in dataclasses.fields(SubmititLocalSettings)]
         _refuse_unknown(given, known, "submitit_local")
-        self._limit_s = None if given["timeout_min"] is None else 60 * _whole(given, "timeout_min")
-        self._threads = None if given["cpus_per_task"] is None else _whole(given, "cpus_per_task")
+        self._limit_s = None if given["timeout_min"] is None else 60 * whole(given, "timeout_min", _PREFIX)
+        self._threads = None if given["cpus_per_task"] is None else whole(given, "cpus_per_task", _PREFIX)
         self._has_gpus = given["gpus_per_node"] != 0
         self._started: dict[subprocess.Popen[bytes], float] = {}
         meaningless = {
@@ -193,10 +194,3 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for name, value in settings.items()
     }
-
-
-def _whole(given: Mapping[str, Any], name: str) -> int:
-    value = given[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{_PREFIX}{name}={value} is not a whole number of 1 or more")
-    return value
