@@ -93,6 +93,7 @@ def _cancel(sweep: Sweep) -> int:
                 os.kill(job["pid"], signal.SIGTERM)
     say(f"{asked} points were asked to end, and no other is started")
     say("the same command as before goes on with all of them")
+    tell_next(sweep)
     return 0
 
 

@@ -79,14 +79,15 @@ class FolderImages:
         return ()
 
 
-def _require(root: str | Sequence[str] | None, setting: str, holding: str = "") -> Path:
-    with_what = f", to a folder with {holding}" if holding else ""
+def require_root(root: str | Sequence[str] | None, holding: str = "") -> Path:
+    """The folder that data.root names. Raises `DataError`, which says what is to be in it, where it is none."""
     if not root:
+        with_what = f", to a folder with {holding}" if holding else ""
         raise DataError(
-            f"{setting} is not set: give {setting}=FOLDER, or set the environment variable RELLOC_DATA{with_what}"
+            f"data.root is not set: give data.root=FOLDER, or set the environment variable RELLOC_DATA{with_what}"
         )
     if not isinstance(root, str) or not os.path.isdir(root):
-        raise DataError(f"{setting}={root} is not a folder: give the folder that holds {holding or 'the images'}")
+        raise DataError(f"data.root={root} is not a folder: give the folder that holds {holding or 'the images'}")
     return Path(root)
 
 
@@ -132,7 +133,7 @@ def class_folders(
     Raises:
         DataError: the root or a split is missing, a split or a class is empty, or the two splits have other classes.
     """
-    base = _require(root, "data.root", holding)
+    base = require_root(root, holding)
     for split in (train, val):
         if not class_folders_of(base / split):
             raise DataError(
@@ -225,7 +226,7 @@ def folder(
     """
     if not 0 < held_out_share < 1:
         raise DataError(f"data.source.held_out_share is {held_out_share}, not between 0 and 1")
-    roots = [_require(one, "data.root") for one in (root if isinstance(root, (list, tuple)) else [root])]
+    roots = [require_root(one) for one in (root if isinstance(root, (list, tuple)) else [root])]
     are_named = (train, val) != (TRAIN, VAL)
     if are_named and (pool_splits or len(roots) > 1):
         raise DataError(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from relloc.data.folder import FolderImages
+from relloc.data.folder import FolderImages, require_root
 from relloc.data.image_set import Splits, warn_of_other_counts
 from relloc.errors import DataError
 
@@ -122,7 +122,7 @@ def voc(
         DataError: a folder or list is missing or empty, or both lists name an image.
     """
     where = _VOC.format(year=year)
-    base = _voc_folder(_root(root, where), year, where)
+    base = _voc_folder(require_root(root, where), year, where)
     splits = Splits(train=_voc_split(name, base, train, where), held_out=_voc_split(name, base, held_out, where))
     _refuse_shared(splits, f"{train}.txt", f"{held_out}.txt")
     warn_of_other_counts(splits, published_images if year == _COUNTED_YEAR else None)
@@ -162,7 +162,7 @@ def places205(
     Raises:
         DataError: a list is missing, empty, or has a line of another form, or both name an image.
     """
-    base = _root(root, _PLACES)
+    base = require_root(root, _PLACES)
     (paths, labels), (val_paths, val_labels) = (_labeled_lines(base / name) for name in (train_list, val_list))
     first = dict(zip(reversed(labels), reversed(paths), strict=True))
     classes = tuple(str(Path(first[label]).parent) if label in first else str(label) for label in range(max(first) + 1))
@@ -207,7 +207,7 @@ def inaturalist2018(
     Raises:
         DataError: a file is missing or not of that form, or both name an image.
     """
-    base = _root(root, _INATURALIST)
+    base = require_root(root, _INATURALIST)
     content = {path: _annotations(base / path) for path in (train_annotations, val_annotations)}
     label_of, classes = _categories(content[train_annotations], base / train_annotations)
     _refuse_other_categories(content[val_annotations], base / val_annotations, label_of, classes, train_annotations)
@@ -310,14 +310,6 @@ def _refuse_shared(splits: Splits, train_list: str, held_out_list: str) -> None:
             f"{train.name}: {len(shared)} of {len(tested)} images of {held_out_list} are also in {train_list}, such as "
             f"{min(shared)}: results on images that were trained on mean nothing; name lists that share none"
         )
-
-
-def _root(root: str | None, where: str) -> Path:
-    if not root:
-        raise DataError(f"data.root is not set: give data.root=FOLDER, or set RELLOC_DATA, to a folder with {where}")
-    if not isinstance(root, str) or not os.path.isdir(root):
-        raise DataError(f"data.root={root} is not a folder: give the one that holds {where}")
-    return Path(root)
 
 
 def _text(path: Path, where: str) -> str:

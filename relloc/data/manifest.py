@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from relloc.data.images import MOST_PIXELS
 from relloc.data.parts import ROLES
 from relloc.data.processes import Progress, without_progress
 from relloc.errors import DataError
@@ -22,6 +23,8 @@ FORMAT = "relloc shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
+_LONGEST_NAME = 1 << 16  # bytes of a line of names; a path of the system has 4096 characters
+_MOST_STORED_BYTES = 3 * MOST_PIXELS  # of one JPEG: no more than its pixels take; a tar may be sparse and claim more
 _SPLIT_FORM = {
     "split": str,
     "images": int,
@@ -200,13 +203,16 @@ def _index_misfit(index: dict[str, np.ndarray], about: dict[str, Any], per_shard
     offset, size, name_offset = index["offset"], index["size"], index["name_offset"]
     tar_bytes = np.array([tar["bytes"] for tar in about["shards"]], np.int64)[np.arange(n) // per_shard]
     # Sizes first: an offset and a size near 2^63 have a small sum.
-    if ((size < 0) | (size > tar_bytes)).any() or ((offset < 0) | (offset > tar_bytes - size)).any():
-        return "an image lies outside of its tar"
+    if ((size < 0) | (size > np.minimum(tar_bytes, _MOST_STORED_BYTES))).any() or (
+        (offset < 0) | (offset > tar_bytes - size)
+    ).any():
+        return "an image lies outside of its tar, or is larger than any JPEG"
     stored = np.flatnonzero(size)
     same_tar = stored[1:] // per_shard == stored[:-1] // per_shard
     if (same_tar & (offset[stored[1:]] < (offset + size)[stored[:-1]])).any():
         return "images overlap"
-    if name_offset[0] != 0 or name_offset[-1] != names_bytes or (np.diff(name_offset) < 0).any():
+    lengths = np.diff(name_offset)
+    if name_offset[0] != 0 or name_offset[-1] != names_bytes or ((lengths < 0) | (lengths > _LONGEST_NAME)).any():
         return f"{names_name(about['split'])} has other names"
     labels = index.get("label")
     if labels is not None and ((labels < 0) | (labels >= classes)).any():

@@ -261,6 +261,7 @@ def _answer_tasks(
             raise
         channel.send((answer.content, len(answer.descriptors)))
         for descriptor in answer.descriptors:
+            # The kernel makes it a descriptor of the parent's (SCM_RIGHTS), which keeps the memory when ours is closed.
             reduction.send_handle(channel, descriptor, parent)
             os.close(descriptor)
 

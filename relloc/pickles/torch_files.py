@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from relloc.pickles.arrays import ARRAYS
-from relloc.pickles.inert import PLAIN, LeftOut, Makers, Named, Pending, Source, TooLarge, read_pickle
+from relloc.pickles.inert import LeftOut, Makers, Named, Pending, Source, TooLarge, read_pickle
+from relloc.pickles.plain import PLAIN
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled

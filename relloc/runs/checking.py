@@ -5,8 +5,10 @@ import math
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relloc.errors import UsageError
+from relloc.features.batch_norm import check_one_image
+from relloc.pretext.objective import check_batch_norms
 from relloc.runs import assemble
-from relloc.runs.engine import number, whole
+from relloc.runs.engine import Engine, number, whole
 from relloc.tracking import absolute_uri, experiment_name, import_driver
 
 # Numbers that no constructor looks at before data is listed or anything is trained: lowest, highest.
@@ -65,6 +67,18 @@ def check_is_training(config: DictConfig) -> None:
     """Raises `UsageError` for a config, such as that of a preset, which is one of relloc.evaluate."""
     if "checkpoint" in config:
         raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
+
+
+def check_network(config: DictConfig) -> None:
+    """Raises `UsageError` where the network can't be made, or a batch norm would be trained on one value a channel."""
+    check_batch_norms(assemble.pretext_model(config), config.grid.patch_px)
+
+
+def check_recalibration(config: DictConfig, how: Engine) -> None:
+    """Raises `UsageError` where the evaluations of a training would recalibrate batch norm on one value a channel."""
+    terms = assemble.terms(config, how)
+    if config.eval and "recalibrated" in terms.batch_norms and terms.reading.batch == 1:
+        check_one_image(assemble.backbone(config.model), assemble.view(config).crop_px)
 
 
 def check_has_evaluations(config: DictConfig) -> None:

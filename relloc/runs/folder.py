@@ -13,7 +13,8 @@ from relloc.files import remove_unfinished, write_whole
 from relloc.pretext.stopping import Stopped
 from relloc.results import RESULTS_FILE, read_results
 from relloc.runs import assemble, console
-from relloc.runs.refusing import CONFIG_FILE, HYDRA_FILES, STATES, FolderBefore
+from relloc.runs.data_of_run import CONFIG_FILE
+from relloc.runs.refusing import HYDRA_FILES, STATES, FolderBefore
 from relloc.tracking import (
     Mirror,
     RunRecord,

@@ -19,7 +19,6 @@ from relloc.errors import UsageError
 from relloc.results import NOT_OURS
 from relloc.runs import assemble, checking, engine
 from relloc.runs.engine import Engine
-from relloc.runs.pretraining import check_network
 
 Check = Callable[[DictConfig], object]  # raises what is wrong; what it makes is not needed
 Checks = Sequence[tuple[tuple[str, ...], Check]]  # each with the settings that decide how it ends; () for all
@@ -141,10 +140,7 @@ _OF_EVALUATIONS: Checks = (
     (("view",), assemble.view),
     (("batch_norm", "calibration_images", "bank_gib", "seed"), lambda config: assemble.terms(config, _ENGINE)),
 )
-_OF_THE_NETWORK = (
-    *("model", "pretext_batch_norm", "data.images_per_batch_norm", "grid.patch_px", "optimizer"),
-    *("eval", "batch_norm", "view.batch", "view.crop_px"),
-)
+_OF_RECALIBRATION = ("eval", "batch_norm", "model", "view", "seed", "calibration_images", "bank_gib")
 _CHECKS: Mapping[str, Checks] = {
     "train": (
         ((), checking.check_is_training),
@@ -154,7 +150,8 @@ _CHECKS: Mapping[str, Checks] = {
         (("schedule",), lambda config: assemble.call(config.schedule)),
         (("eval",), assemble.evaluations),
         *_OF_EVALUATIONS,
-        (_OF_THE_NETWORK, lambda config: check_network(config, _ENGINE)),
+        (_OF_RECALIBRATION, lambda config: checking.check_recalibration(config, _ENGINE)),
+        (("model", "pretext_batch_norm", "data.images_per_batch_norm", "grid.patch_px"), checking.check_network),
     ),
     "evaluate": (
         *_OF_ALL,

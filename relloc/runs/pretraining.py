@@ -17,12 +17,10 @@ from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
 from relloc.evals.contract import Job, Subject, check_images
-from relloc.features.batch_norm import check_one_image
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits
 from relloc.pretext.loop import Task
-from relloc.pretext.objective import check_batch_norms
 from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs import assemble, checking, console, engine, saving
@@ -98,21 +96,8 @@ def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     assemble.patches(config)
     assemble.call(config.schedule)
     assemble.evaluations(config)
-    check_network(config, how)
-
-
-def check_network(config: DictConfig, how: Engine) -> None:
-    """Make the network, its optimizer and what evaluations ask of it, as they will be made for the run.
-
-    Raises:
-        UsageError: one can't be, or a batch norm would see one value a channel.
-    """
-    model = assemble.pretext_model(config)
-    assemble.call(config.optimizer, model=model)
-    check_batch_norms(model, config.grid.patch_px)
-    view, terms = assemble.view(config), assemble.terms(config, how)
-    if config.eval and "recalibrated" in terms.batch_norms and terms.reading.batch == 1:
-        check_one_image(model.backbone, view.crop_px)
+    checking.check_network(config)
+    checking.check_recalibration(config, how)
 
 
 def _tell_small_shards(config: DictConfig) -> None:

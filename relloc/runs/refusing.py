@@ -10,12 +10,12 @@ from relloc.checkpoints import training_folder
 from relloc.errors import DamagedFile
 from relloc.files import write_whole
 from relloc.results import RESULTS_FILE
+from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.tracking.artifacts import ARTIFACTS_FILE
 from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE
 from relloc.tracking.mlflow import NOTE_FILE
 from relloc.tracking.record import RUN_FILE, STATUS_FILE, read_status
 
-CONFIG_FILE = "config.yaml"
 STATES = "evaluations"  # of those that were stopped: what they go on from
 HYDRA_FILES = tuple(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
 # What every start of a run writes anew, and what it only adds to

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point, read_note, was_asked_to_end
+from relloc.terminal import complain
 from relloc.tracking.holding import is_held
 from relloc.tracking.journal import read_journal
 from relloc.tracking.living import is_alive, is_elsewhere
@@ -104,7 +104,7 @@ def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None =
             return standings(points, asked)
         except UsageError as error:
             if not silent:
-                print(f"{error}; asked again every {_AGAIN_S:.0f} s", file=sys.stderr, flush=True)
+                complain(f"{error}; asked again every {_AGAIN_S:.0f} s")
             silent = True
             time.sleep(_AGAIN_S)
 

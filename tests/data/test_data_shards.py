@@ -369,6 +369,23 @@ def test_json_of_other_kinds_is_one_message(copy: Path, content: bytes) -> None:
         shards(root=str(copy))
 
 
+@pytest.mark.parametrize("told", ["larger than any JPEG", "other names"])
+def test_files_that_are_mostly_holes_ask_for_no_memory(copy: Path, told: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    columns = {key: values.copy() for key, values in load_file(copy / "train-index.safetensors").items()}
+    if told == "other names":
+        grown, columns["name_offset"][-1] = copy / "train-names.jsonl", 2**34
+    else:
+        last = manifest["train"]["shards"][-1]
+        grown, last["bytes"], columns["size"][-1] = copy / last["file"], 2**34, 2**33
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+    with open(grown, "r+b") as file:
+        file.truncate(2**34)
+    save_file(columns, copy / "train-index.safetensors")
+    with pytest.raises(DataError, match=told):
+        shards(root=str(copy))
+
+
 def test_tars_of_others_are_told_as_such(tmp_path: Path) -> None:
     (tmp_path / "000000.tar").write_bytes(bytes(1024))
     with pytest.raises(DataError, match=r"has no manifest\.json.*Tars of others can't be read: unpack them"):

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relloc.pickles.inert import PLAIN, LeftOut, Named, Source, TooLarge, read_pickle
+from relloc.pickles.inert import LeftOut, Named, Source, TooLarge, read_pickle
+from relloc.pickles.plain import PLAIN
 
 KEYS = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False) | st.binary()
 LEAVES = KEYS | st.floats(allow_nan=False)

@@ -61,7 +61,6 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
         (["data.shards=nowhere"], "data.shards=nowhere"),
         (["tracking.uri=host:5000"], "tracking.uri"),
         (["tracking.experiment=''"], "tracking.experiment"),
-        (["optimizer.momentum=-1"], "momentum"),
         (["batch_norm=[recalibrated]", "view.batch=1", "view.crop_px=16", "model=resnet18"], "view.batch"),
         (["data.images_per_batch_norm=1", "grid.patch_px=16", "model=resnet18"], "data.images_per_batch_norm=1"),
         (["data=imagenette"], "data.root is not set"),
@@ -110,9 +109,10 @@ def test_what_points_share_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) ->
     made: list[str] = []
     monkeypatch.setattr("relloc.runs.assemble.backbone", lambda model: made.append(model.name) or _plain(model))
     points = [composed("train", f"seed={seed}", f"grid.gap_px={gap}") for seed in (0, 1) for gap in (0, 48)]
+    points.append(composed("train", "data.lr=0.5"))
     points.append(composed("train", "model=resnet18"))
     found = refusals("train", points)
-    assert [told is None for told in found] == [True, False, True, False, True]
+    assert [told is None for told in found] == [True, False, True, False, True, True]
     assert made == ["small", "resnet18"]
 
 

@@ -76,7 +76,8 @@ class SlurmLauncher(PointsLauncher):
         whole = self._batch_script(_DRY_RUN, len(todo), 1)  # and so all settings are looked at
         if self.settings["dry_run"]:
             say(whole)
-            say(f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n{self._shown(todo[0])}")
+            command = shlex.join(self.command(todo[0]))
+            say(f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n  {command}")
             sys.exit(0)
         self._sweep_before = _bytes_of(self.sweep.folder / SWEEP_FILE)
 
@@ -150,16 +151,13 @@ class SlurmLauncher(PointsLauncher):
         more = {str(key).lstrip("-"): value for key, value in self.settings["additional_parameters"].items()}
         return cluster_of(more, os.environ)
 
-    def _shown(self, point: Point) -> str:
-        return "  " + shlex.join(self.command(point))
-
     def _submit(self, points: Sequence[Point], n_parts: int) -> list[Job]:
         """Submit an array of these points, or a single job. Raises `NotTaken` and leaves nothing if SLURM refuses."""
         token = new_token()
         script = self._batch_script(token, len(points), n_parts)
         environment, gave_way = environment_for(script, os.environ)
         for variable in gave_way:
-            say(f"        {variable} gives way to the launcher's settings")
+            say(f"        {variable} of the environment is left out: the launcher's settings decide that")
         folder = self._made_folder(token)
         for number, point in enumerate(points):
             self._delayed(point).dump(folder / f"{number}.pkl")
