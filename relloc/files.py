@@ -21,9 +21,16 @@ def unfinished(path: Path) -> Path:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what processes that were killed began to write."""
+    """Remove what processes that were killed began to write in the place of a file."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*unfinished"):
         left.unlink(missing_ok=True)
+
+
+def remove_all_unfinished(folder: Path, *, but: str) -> None:
+    """Remove what processes that were killed began to write in a folder, but for the file named `but`."""
+    for left in folder.glob(".*.unfinished"):
+        if not left.name.startswith(f".{but}."):
+            left.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -36,8 +43,9 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # writing knows of a number only
+    except BaseException as error:  # also a signal that asks to stop
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # writing knows of a number only
         with contextlib.suppress(OSError):  # a read-only file system refuses even this
             new.unlink()
         raise

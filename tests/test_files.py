@@ -76,6 +76,32 @@ def test_what_a_killed_process_began_to_write_is_removed(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == [".other.123.unfinished"]
 
 
+def test_what_killed_processes_began_to_write_is_removed_but_for_a_file_of_others(tmp_path: Path) -> None:
+    for name in (".backbone.safetensors.123.unfinished", ".mlflow.json.123.unfinished", "mine.unfinished"):
+        (tmp_path / name).touch()
+    files.remove_all_unfinished(tmp_path, but="mlflow.json")
+    assert sorted(os.listdir(tmp_path)) == [".mlflow.json.123.unfinished", "mine.unfinished"]
+    files.remove_all_unfinished(tmp_path / "none", but="mlflow.json")
+
+
+@pytest.mark.parametrize("asked", [KeyboardInterrupt, SystemExit])
+def test_a_signal_while_a_file_is_written_leaves_the_old_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: type[BaseException]
+) -> None:
+    path = tmp_path / "file"
+    files.write_whole(path, b"old")
+
+    def stop(_descriptor: int) -> None:
+        raise asked
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", stop)
+        with pytest.raises(asked):
+            files.write_whole(path, b"new")
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.read_bytes() == b"old"
+
+
 def test_one_at_a_time_holds_a_lock(tmp_path: Path) -> None:
     order = []
     inside = threading.Event()

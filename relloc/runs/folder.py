@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relloc import checkpoints, ranks
 from relloc.errors import UsageError
-from relloc.files import remove_unfinished, write_whole
+from relloc.files import remove_all_unfinished, write_whole
 from relloc.pretext.stopping import Stopped
 from relloc.results import RESULTS_FILE, read_results
 from relloc.runs import assemble, console
@@ -28,9 +28,8 @@ from relloc.tracking import (
     ui_link,
     write_status,
 )
-from relloc.tracking.artifacts import ARTIFACTS_FILE
 from relloc.tracking.holding import FolderIsTaken, held
-from relloc.tracking.record import RUN_FILE, STATUS_FILE
+from relloc.tracking.note import NOTE_FILE
 
 UNREADABLE_FILE = "unreadable.txt"
 _NAMED = 5
@@ -130,8 +129,9 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
     folder = RunFolder(path, config.tracking.uri)
     console.say(f"run     {path}")
     before = FolderBefore.of(path)
-    for name in (RUN_FILE, STATUS_FILE, CONFIG_FILE, ARTIFACTS_FILE, UNREADABLE_FILE, *HYDRA_FILES):
-        remove_unfinished(path / name)  # of a run that was killed while it wrote
+    # Of a run that was killed while it wrote. The note on MLflow is relloc.sync's as well, which may be writing it now.
+    for place in (path, (path / HYDRA_FILES[0]).parent):
+        remove_all_unfinished(place, but=NOTE_FILE)
     record.write(path)
     _write_config(config, path)
     folder.keep(CONFIG_FILE)

@@ -68,6 +68,7 @@ def pretrain(config: DictConfig) -> None:
         name = pretraining_name(config, HydraConfig.get().runtime.choices["color"])
         record = assemble.record(config, name, used, how, run_dir)
         with open_folder(config, record, run_dir) as folder, stop.prevailing():
+            saving.note_identity(run_dir, identity)
             console.say(f"engine  {how}; {plan.forward_images} images a forward")
             _draw(config, data, folder)
             train_run(run, run_dir, standing, folder)

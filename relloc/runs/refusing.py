@@ -11,6 +11,7 @@ from relloc.errors import DamagedFile
 from relloc.files import write_whole
 from relloc.results import RESULTS_FILE
 from relloc.runs.data_of_run import CONFIG_FILE
+from relloc.runs.saving import TRAINING_FILE
 from relloc.tracking.artifacts import ARTIFACTS_FILE
 from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE
 from relloc.tracking.mlflow import NOTE_FILE
@@ -19,7 +20,7 @@ from relloc.tracking.record import RUN_FILE, STATUS_FILE, read_status
 STATES = "evaluations"  # of those that were stopped: what they go on from
 HYDRA_FILES = tuple(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
 # What every start of a run writes anew, and what it only adds to
-_REWRITTEN = (RUN_FILE, STATUS_FILE, CONFIG_FILE, ARTIFACTS_FILE, *HYDRA_FILES)
+_REWRITTEN = (RUN_FILE, STATUS_FILE, CONFIG_FILE, ARTIFACTS_FILE, TRAINING_FILE, *HYDRA_FILES)
 _ADDED_TO = (SYSTEM_FILE, NOTE_FILE, f"{NOTE_FILE}.lock")
 
 

@@ -8,12 +8,17 @@ from typing import Any
 import torch
 
 from relloc import checkpoints, ranks
-from relloc.errors import DamagedCheckpoint, UsageError
+from relloc.backbone_files import BACKBONE_FILE
+from relloc.errors import DamagedCheckpoint, DamagedFile, UsageError
+from relloc.files import write_json
 from relloc.pretext.alarm import Diverged, check_finite
 from relloc.pretext.loop import Standing, Task
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import console
+from relloc.tracking.journal import JOURNAL_FILE
+from relloc.tracking.record import read_json
 
+TRAINING_FILE = "training.json"  # the identity of the folder's training, which its checkpoints hold as well
 # What `Saver` saves, and a training goes on from
 _OF_A_TRAINING = {"model": dict, "optimizer": dict, "tallies": torch.Tensor, "identity": dict, "step": int}
 RANDOM_NUMBERS = "version of random numbers"  # a part of a run's identity
@@ -29,22 +34,16 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
     found = checkpoints.newest_sound(run_dir, console.say) if ranks.rank() == 0 else None
     path = ranks.from_first(str(found or ""))
     if not path:
+        refusal = ranks.from_first(_why_not_here(run_dir, identity) if ranks.rank() == 0 else "")
+        if refusal:
+            raise UsageError(refusal)
         return task.start()
     state = checkpoints.load_training(Path(path))
     lacking = [name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)]
     if lacking:
         raise DamagedCheckpoint(f"{checkpoints.damaged(Path(path))}: {', '.join(lacking)} of a training are missing")
-    if RANDOM_NUMBERS in identity and RANDOM_NUMBERS not in state["identity"]:
-        raise UsageError(
-            f"{run_dir} holds a run that an older relloc began: random numbers and the identity of images are now "
-            "made in other ways. Finish it with that version, or give another hydra.run.dir"
-        )
-    changed = _changed(state["identity"], identity)
-    if changed:
-        raise UsageError(
-            f"{run_dir} holds a run with other settings: {changed}. "
-            "Give another hydra.run.dir, or the run's own settings"
-        )
+    if refusal := _of_another(run_dir, state["identity"], identity):
+        raise UsageError(refusal)
     try:
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
@@ -53,6 +52,46 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
     return Standing(step=state["step"], tally=_own_tally(state["tallies"]).to(task.device))
+
+
+def note_identity(run_dir: Path, identity: dict[str, Any]) -> None:
+    """Note what the training is before it leaves anything that is to be told from another's. Raises `OSError`."""
+    if _noted_identity(run_dir) != identity:
+        write_json(run_dir / TRAINING_FILE, identity)
+
+
+def _noted_identity(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / TRAINING_FILE
+    advice = "Put back a copy, or remove it if the command is the one that began the run"
+    try:
+        noted = read_json(path, "the identity of a training", advice)
+    except FileNotFoundError:
+        return None
+    if not isinstance(noted, dict):
+        raise DamagedFile(f"{path} is not the identity of a training. {advice}")
+    return noted
+
+
+def _why_not_here(run_dir: Path, identity: dict[str, Any]) -> str:
+    """Why a training can't begin in a folder without a checkpoint: it would go on with curves and rows of another.
+
+    A run may be killed before its first checkpoint, and people delete checkpoints of finished ones. "" if it can.
+    """
+    if not any((run_dir / name).exists() for name in (JOURNAL_FILE, BACKBONE_FILE)):
+        return ""
+    return _of_another(run_dir, _noted_identity(run_dir) or {}, identity)
+
+
+def _of_another(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What tells the training of the folder from this one, for a message; "" if it is the same."""
+    if RANDOM_NUMBERS in now and RANDOM_NUMBERS not in before:
+        return (
+            f"{run_dir} holds a run that an older relloc began: random numbers and the identity of images are now "
+            "made in other ways. Finish it with that version, or give another hydra.run.dir"
+        )
+    if changed := _changed(before, now):
+        return f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own"
+    return ""
 
 
 def _own_tally(tallies: torch.Tensor) -> torch.Tensor:

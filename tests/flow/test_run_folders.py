@@ -12,6 +12,7 @@ from commands import Command, descendants, start
 from noise_folder import write_noise
 from tiny import TINY
 
+from relloc.backbone_files import BACKBONE_FILE
 from relloc.results import read_results
 from relloc.tracking import read_journal, search
 from relloc.tracking.holding import LOCK_FILE, is_held
@@ -200,11 +201,30 @@ def test_a_damaged_file_is_named_before_anything_is_changed(
     assert content(run_dir) == before
 
 
+def test_a_folder_whose_checkpoints_were_removed_takes_no_other_training(
+    tmp_path: Path, training: tuple[str, ...]
+) -> None:
+    run_dir = tmp_path / "run"
+    line = (*training, f"hydra.run.dir={run_dir}")
+    code, text = ended("relloc.train", *line, folder=tmp_path)
+    assert code == 0, text
+    shutil.rmtree(run_dir / "checkpoints")
+    before, rows = content(run_dir), read_results(run_dir)
+    code, text = ended("relloc.train", *line, "seed=1", folder=tmp_path)
+    assert code == 2, text
+    assert "seed was 0, now 1" in text
+    assert content(run_dir) == before
+    code, text = ended("relloc.train", *line, folder=tmp_path)
+    assert code == 0, text
+    assert read_results(run_dir) == rows
+
+
 def test_a_damaged_status_is_written_anew(tmp_path: Path, evaluation: tuple[str, ...]) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "status.json").write_bytes(b"\xff")
-    (run_dir / ".status.json.1.unfinished").write_bytes(b"{")  # of one that was killed while it wrote
+    for name in ("status.json", BACKBONE_FILE, "patches.png"):
+        (run_dir / f".{name}.1.unfinished").write_bytes(b"{")  # of one that was killed while it wrote
     code, text = ended("relloc.evaluate", *evaluation, "tracking=none", f"hydra.run.dir={run_dir}", folder=tmp_path)
     assert code == 0, text
     assert json.loads((run_dir / "status.json").read_text())["status"] == "FINISHED"

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from relloc import ranks
+from relloc.backbone_files import BACKBONE_FILE
 from relloc.checkpoints import load_training, newest_sound, save_training, saved_trainings, training_folder
-from relloc.errors import CheckpointError, DamagedCheckpoint, UsageError
+from relloc.errors import CheckpointError, DamagedCheckpoint, DamagedFile, UsageError
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
@@ -23,7 +24,8 @@ from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.schedule import Constant
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import saving
-from relloc.runs.saving import RANDOM_NUMBERS, Saver, milestone_steps, resume
+from relloc.runs.saving import RANDOM_NUMBERS, TRAINING_FILE, Saver, milestone_steps, note_identity, resume
+from relloc.tracking.journal import JOURNAL_FILE
 
 IDENTITY = {"grid.gap_px": 4, "seed": 0}
 
@@ -190,6 +192,27 @@ def test_a_folder_of_other_settings_is_refused_with_what_differs_and_changes_not
     for words in (str(tmp_path), "grid.gap_px was 4, now 5", "model.name was None, now small", "seed was 0, now None"):
         assert words in str(raised.value)
     assert all(torch.equal(old, new) for old, new in zip(before, other.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("left", [JOURNAL_FILE, BACKBONE_FILE])
+def test_without_a_checkpoint_curves_and_weights_of_other_settings_are_refused(tmp_path: Path, left: str) -> None:
+    note_identity(tmp_path, IDENTITY)
+    assert resume(IDENTITY | {"grid.gap_px": 5}, new_task(), tmp_path).step == 0  # nothing is there to be mixed
+    (tmp_path / left).touch()
+    assert resume(IDENTITY, new_task(), tmp_path).step == 0
+    with pytest.raises(UsageError, match="gap_px was 4, now 5"):
+        resume(IDENTITY | {"grid.gap_px": 5}, new_task(), tmp_path)
+    (tmp_path / TRAINING_FILE).unlink()
+    with pytest.raises(UsageError, match="older relloc"):
+        resume(IDENTITY | {RANDOM_NUMBERS: 2}, new_task(), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
+def test_a_damaged_identity_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / JOURNAL_FILE).touch()
+    (tmp_path / TRAINING_FILE).write_bytes(content)
+    with pytest.raises(DamagedFile, match=TRAINING_FILE):
+        resume(IDENTITY, new_task(), tmp_path)
 
 
 def test_with_another_number_of_processes_no_sum_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
