@@ -203,7 +203,7 @@ class ShardImages:
 
     @functools.cached_property
     def _digest(self) -> str:
-        hasher = hashlib.sha256(f"{self.former_digest()} {json.dumps(self.classes)}\n".encode())
+        hasher = hashlib.sha256(f"{self.former_digest()} {json.dumps(self.classes)}\n".encode(errors="surrogatepass"))
         for name in ("size", "label", "presence"):
             values = self._index.get(name)
             hasher.update(name.encode() + (b"" if values is None else np.ascontiguousarray(values).tobytes()))
@@ -290,7 +290,7 @@ def _misfit(value: object, form: Any, where: str = "") -> str:
 def _contradiction(manifest: dict[str, Any]) -> str:
     """What in a manifest can't be of a packed folder, though its form is right."""
     per_shard = manifest["packed"]["images_per_shard"]
-    if per_shard < 1:
+    if not 1 <= per_shard < 1 << 63:
         return "packed.images_per_shard"
     for role in ROLES:
         about = manifest[role]
