@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from relloc import checkpoints, weight_files
 from relloc.errors import CheckpointError, DamagedCheckpoint
+from relloc.terminal import escaped
 
 BACKBONE_FILE = "backbone.safetensors"
 _LONGEST_NAME = 200
@@ -25,8 +26,17 @@ def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> 
 
 
 def backbone_file(path: Path) -> Path:
-    """The file with the weights: `path` itself, or the one in the run folder `path`."""
-    return path.resolve() / BACKBONE_FILE if path.is_dir() else path.resolve()
+    """The file with the weights: `path` itself, or the one in the run folder `path`.
+
+    Raises:
+        CheckpointError: no file can have this name, or a link leads to itself.
+    """
+    try:
+        return path.resolve() / BACKBONE_FILE if path.is_dir() else path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        shown = ascii(str(path)[:_LONGEST_NAME])
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:_LONGEST_NAME]
+        raise CheckpointError(f"{shown} is no path ({reason}): give a file of weights or a run folder") from error
 
 
 def is_ours(file: Path) -> bool:
@@ -109,14 +119,25 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
     """
     wanted = backbone.state_dict()
     check_fits(wanted, weights, origin)
-    # As float64, since isfinite does not know every type that a file may have
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor.double()).all()]
+    # As float64, since isfinite does not know every type that a file may have; and as the backbone will have them
+    both = [(name, tensor.double(), wanted[name].dtype) for name, tensor in weights.items()]
+    broken = [name for name, tensor, kind in both if not torch.isfinite(tensor).all() or _overflows(tensor, kind)]
     if broken:
         raise CheckpointError(
             f"{origin} holds NaN or infinite weights, in {len(broken)} of {len(weights)} tensors, such as "
             f"{broken[0]}: its training diverged or the file is damaged; take an earlier or another one"
         )
+    negative = [name for name, tensor, _ in both if name.endswith("running_var") and (tensor < 0).any()]
+    if negative:
+        raise CheckpointError(
+            f"{origin} has negative variances in {negative[0]}, of which batch norm makes NaN: the file is damaged; "
+            "take another one"
+        )
     backbone.load_state_dict(wanted | dict(weights))
+
+
+def _overflows(tensor: Tensor, kind: torch.dtype) -> bool:
+    return kind.is_floating_point and bool((tensor.abs() > torch.finfo(kind).max).any())
 
 
 def check_fits(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
@@ -132,7 +153,7 @@ def check_fits(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], orig
     others = [name for name in both if _kind(wanted[name]) != _kind(weights[name])]
     if missing or unknown or misfits or others:
         kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits, "of another type": others}
-        told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
+        told = "; ".join(f"{len(names)} {kind}, such as {escaped(names[0])}" for kind, names in kinds.items() if names)
         raise CheckpointError(f"{origin} does not fit this backbone: {told}. Give the model it was trained with")
 
 

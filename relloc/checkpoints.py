@@ -278,6 +278,7 @@ def check_hash(path: Path) -> bool:
 def _noted(path: Path) -> list[str]:
     """The hashes in the note beside a file, which others write in other words; none where there is no note."""
     note = hash_file(path)
+    _refuse_pipe(note)
     try:
         return re.findall(r"\b[0-9a-f]{64}\b", note.read_text(encoding="ascii", errors="replace").lower())
     except FileNotFoundError:
@@ -286,7 +287,14 @@ def _noted(path: Path) -> list[str]:
         raise _not_read(note, error) from error
 
 
+def _refuse_pipe(path: Path) -> None:
+    """Raises `CheckpointError` where a path is there and no file: to open a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no file: move it away")
+
+
 def _digest(path: Path) -> str:
+    _refuse_pipe(path)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

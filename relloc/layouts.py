@@ -61,6 +61,8 @@ _FROM_CHILDREN = (
     (r"^(9|10)\.", "fc."),  # with an nn.Flatten before it the tenth
 )
 _RULES = {"layer1": (), "res2": _FROM_DETECTRON2, "4": _FROM_CHILDREN}
+# What torch.compile, FSDP and activation checkpointing put into names, also between a stage and its blocks
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LONGEST_SHOWN = 100
 _OTHERS = "others outside the backbone"
 
@@ -143,7 +145,7 @@ def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) 
     Raises:
         CheckpointError: no ResNet, several, or none with this prefix.
     """
-    tensors = dict(_flat(content))
+    tensors = _unwrapped(dict(_flat(content)))
     if not tensors:
         raise CheckpointError(f"{origin} holds no tensors (at its top: {_first(list(content)) or 'nothing'})")
     objects = list(dict.fromkeys(_objects(content)))
@@ -178,6 +180,12 @@ def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from _flat(dict(enumerate(content)), name)
 
 
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that they have without torch's wrappers, unless two would have the same."""
+    found = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    return found if len(found) == len(tensors) else tensors
+
+
 def _objects(content: Any) -> Iterator[str]:
     """The classes of all that was not read."""
     if isinstance(content, LeftOut):
@@ -195,7 +203,7 @@ def _choose(places: list[str], prefix: str | None, origin: str, names: Sequence[
             f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {_first(names)}.{unread} "
             f"Known layouts are {KNOWN}"
         )
-    named = places if prefix is None else _matching(places, prefix.strip("."))
+    named = places if prefix is None else _matching(places, _WRAPPERS.sub("", f"{prefix}.").strip("."))
     if len(named) == 1:
         return named[0]
     there = ", ".join(place.rstrip(".") or "(no prefix)" for place in places)

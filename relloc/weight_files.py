@@ -1,5 +1,6 @@
 """Reading files of weights, of any project, without running what may be in them."""
 
+import errno
 import lzma
 import pickle
 import stat
@@ -138,6 +139,8 @@ def _what(start: bytes) -> str:
 
 def opened_safetensors(file: Path) -> Any:
     """A file of safetensors, opened as the library does. Raises those of `BROKEN`: damaged, or none."""
+    if not file.is_file():  # to open a pipe would wait for ever
+        raise FileNotFoundError(errno.ENOENT, "it is no regular file", str(file))
     with open(file, "rb") as begun:
         header = int.from_bytes(begun.read(8), "little")
     if header > _SAFETENSORS_MOST_HEADER:

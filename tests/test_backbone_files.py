@@ -1,6 +1,7 @@
 """Backbones in files: coming back, which are ours, what weights are told apart by, and which are refused."""
 
 import math
+import os
 import subprocess
 from collections import OrderedDict
 from pathlib import Path
@@ -11,7 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from relloc.backbone_files import BACKBONE_FILE, digest, fill, is_ours, load_backbone, model_name, save_backbone
+from relloc.backbone_files import (
+    BACKBONE_FILE,
+    backbone_file,
+    digest,
+    fill,
+    is_ours,
+    load_backbone,
+    model_name,
+    save_backbone,
+)
 from relloc.checkpoints import save_training
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
@@ -206,3 +216,39 @@ def test_one_tensor_that_does_not_fit_is_enough(change: str, told: str) -> None:
         weights["0.bias"] = torch.ones(1)  # torch would broadcast it
     with pytest.raises(CheckpointError, match=f"it does not fit this backbone: {told}"):
         fill(network(), weights, "it")
+
+
+def test_pipes_in_the_place_of_weights_or_their_hash_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / BACKBONE_FILE)
+    assert not is_ours(tmp_path / BACKBONE_FILE)
+    with pytest.raises(CheckpointError):
+        load_backbone(tmp_path)
+    (tmp_path / BACKBONE_FILE).unlink()
+    save_backbone(tmp_path / BACKBONE_FILE, network(), ABOUT)
+    (tmp_path / f"{BACKBONE_FILE}.sha256").unlink()
+    os.mkfifo(tmp_path / f"{BACKBONE_FILE}.sha256")
+    with pytest.raises(CheckpointError, match="is no file"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "loop"])
+def test_what_no_file_can_be_called_is_one_message(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="is no path"):
+        backbone_file(tmp_path / name)
+
+
+def test_weights_that_the_backbone_can_not_hold_or_use_are_refused() -> None:
+    layers = network()
+    state = dict(layers.state_dict())
+    with pytest.raises(CheckpointError, match=r"NaN or infinite .* such as 0\.weight"):
+        fill(layers, changed(state, "0.weight", torch.full((4, 3, 3, 3), 1e300, dtype=torch.float64)), "x")
+    with pytest.raises(CheckpointError, match=r"negative variances in 1\.running_var"):
+        fill(layers, changed(state, "1.running_var", -state["1.running_var"]), "x")
+    fill(layers, changed(state, "0.weight", state["0.weight"].double()), "x")
+
+
+def test_names_of_tensors_can_not_write_on_a_terminal() -> None:
+    layers = network()
+    with pytest.raises(CheckpointError, match=r"\\x1b\[2J\\n"):
+        fill(layers, {**layers.state_dict(), "\x1b[2J\n": torch.ones(1)}, "x")

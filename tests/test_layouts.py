@@ -304,6 +304,15 @@ def test_the_numbered_children_of_a_resnet_are_its_weights(weights: Weights, pre
         find(below(prefix, children(weights) | {"3.weight": ONE}), origin="x.pth").fitted(weights)
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_torchs_wrappers_may_be_anywhere_in_names(weights: Weights, wrapper: str) -> None:
+    wrapped = {name.replace("layer1.", f"layer1.{wrapper}.").replace(".0.", f".0.{wrapper}."): tensor
+               for name, tensor in weights.items()}  # fmt: skip
+    content = {f"module.{wrapper}.{name}": tensor for name, tensor in wrapped.items()}
+    for prefix in (None, "module", f"module.{wrapper}"):
+        assert find(content, origin="x", prefix=prefix).weights.keys() == weights.keys()
+
+
 def test_checkpoints_of_lightning_are_called_by_their_name(weights: Weights) -> None:
     for state in (weights, children(weights)):
         content = {"pytorch-lightning_version": "2.2.0", "epoch": 9, "state_dict": below("backbone.", state)}

@@ -33,6 +33,8 @@ from relloc.terminal import escaped
 _NAMED = 5  # of class folders that are empty
 _FOLDERS_TOLD = 8
 TRAIN, VAL = "train", "val"
+# What a folder of all images of a split is called where labels lie beside it (YOLO) or nowhere
+_NO_CLASSES = {"images", "image", "imgs", "img", "jpegimages", "jpegs", "pictures", "photos", "frames", "data"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,11 @@ def class_folders(
     if classes != other:
         odd = sorted(set(classes) ^ set(other))
         raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {escaped(odd[0])}")
+    if len(classes) == 1 and classes[0].lower() in _NO_CLASSES:
+        raise DataError(
+            f"{base / train} and {base / val} hold one folder each, {escaped(classes[0])}, which is not called as a "
+            f"class is: its images have no labels. data.root={base / train} takes {train} alone, without labels"
+        )
     passed_over = PassedOver()
     parts = [_labeled(name, base / split, classes, passed_over) for split in (train, val)]
     splits = Splits(train=parts[0], held_out=parts[1], remarks=_labeled_remarks(base, parts, passed_over))

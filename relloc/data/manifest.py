@@ -112,7 +112,7 @@ def _misfit(value: object, form: Any, where: str = "") -> str:
 def _contradiction(manifest: dict[str, Any]) -> str:
     """What in a manifest can't be of a packed folder, though its form is right."""
     per_shard = manifest["packed"]["images_per_shard"]
-    if per_shard < 1:
+    if not 1 <= per_shard < 1 << 63:
         return "packed.images_per_shard"
     for role in ROLES:
         about = manifest[role]

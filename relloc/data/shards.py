@@ -170,7 +170,7 @@ class ShardImages:
 
     @functools.cached_property
     def _digest(self) -> str:
-        hasher = hashlib.sha256(f"{self._about['digest']} {json.dumps(self.classes)}\n".encode())
+        hasher = hashlib.sha256(f"{self._about['digest']} {json.dumps(self.classes)}\n".encode(errors="surrogatepass"))
         for name in ("size", "label", "presence"):
             values = self._index.get(name)
             hasher.update(name.encode() + (b"" if values is None else np.ascontiguousarray(values).tobytes()))

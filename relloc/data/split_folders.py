@@ -10,12 +10,15 @@ from relloc.data.listing import class_folders_of
 from relloc.errors import DataError
 from relloc.terminal import escaped
 
-_TRAIN_WORDS = ("training", "train", "trn")
-_VAL_WORDS = ("validation", "valid", "val", "dev")
-_OTHER_WORDS = ("testing", "test", "tst", "evaluation", "eval", "heldout", "held_out", "held-out", "holdout")
+_UNLABELED = ("unlabeled", "unlabelled")  # as of STL-10: to train on, together with train
+_TRAIN_WORDS = ("training", "trainval", "train", "trn", "tr", *_UNLABELED)
+_VAL_WORDS = ("validation", "valid", "minival", "val", "dev")
+_OTHER_WORDS = ("testing", "test", "tst", "evaluation", "eval", "heldout", "held_out", "held-out", "holdout", "query")
 _WORDS = (*_TRAIN_WORDS, *_VAL_WORDS, *_OTHER_WORDS)
-# A word of its own: not the train of "restrain", but those of train2017, seg_train and "Training images".
-_WORD = re.compile(rf"(?<![a-z])({'|'.join(_WORDS)})(?![a-z])")
+# A word of its own: not the train of "restrain", but those of train2017, seg_train, "Training images" and traindata.
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(_WORDS)})(?=$|[^a-z]|(?:data|set|images?|imgs?)(?![a-z]))")
+_FOLD = re.compile(r"(?:cv[\W_]*)?(?:fold|split)[\W_]*(\d+)")  # of a cross-validation
+_CAPITAL_WITHIN = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,7 +51,8 @@ def refuse_pooled_splits(branch: Branch, *, alone: bool) -> None:
     """Refuse to take several splits of a data set for one set of images.
 
     Folders are splits of one set where they lie beside each other, hold images, and their names differ in a word
-    such as train, val or test alone. `alone` says that the set has no other root, so that it may have labels.
+    such as train, val or test, and else at most in numbers, or are folds with numbers. `alone` says that the set has no
+    other root, so that it may have labels.
 
     Raises:
         DataError: there are such folders in or below `branch`.
@@ -70,11 +74,34 @@ def _branches(branch: Branch) -> Iterator[Branch]:
 def _splits_in(branch: Branch) -> dict[str, Branch]:
     """The folders of a folder that are splits of one set, two or more, by their names; else none."""
     alike: dict[str, dict[str, Branch]] = {}
-    for name, part in branch.folders.items():
-        without, n_words = _WORD.subn("*", name.lower())
-        if n_words:
-            alike.setdefault(without, {})[name] = part
-    return next((splits for splits in alike.values() if len(splits) > 1), {})
+    parts: dict[str, set[tuple[str, ...]]] = {}
+    for name, branch_of_name in branch.folders.items():
+        part = _part_of_set(name)
+        if part:
+            rest = _without_part(name)
+            alike.setdefault(rest, {})[name] = branch_of_name
+            parts.setdefault(rest, set()).add(part)
+    return next((splits for rest, splits in alike.items() if len(parts[rest]) > 1), {})
+
+
+def _in_words(name: str) -> str:
+    """A folder's name in lower case; that of TrainImages as train_images."""
+    return _CAPITAL_WITHIN.sub("_", name).lower()
+
+
+def _part_of_set(name: str) -> tuple[str, ...]:
+    """Which part of a set a folder says to be, such as ("train",); train_1 and train_2 are the same. Empty: of none."""
+    if fold := _FOLD.fullmatch(_in_words(name)):
+        return (fold[1],)
+    return tuple("train" if word in _UNLABELED else word for word in _WORD.findall(_in_words(name)))
+
+
+def _without_part(name: str) -> str:
+    """What a folder's name says beside that: its letters alone."""
+    if _FOLD.fullmatch(_in_words(name)):
+        return "fold"
+    letters = re.sub(r"(?:(?!\*)[\W\d_])+", " ", _WORD.sub("*", _in_words(name)))
+    return re.sub(r"\*(?: ?\*)+", "*", letters).strip()
 
 
 def _message(root: Branch, parent: Branch, splits: Mapping[str, Branch], *, alone: bool) -> str:
@@ -102,7 +129,7 @@ def _message(root: Branch, parent: Branch, splits: Mapping[str, Branch], *, alon
 
 def _by_word(splits: Mapping[str, Branch], words: Sequence[str]) -> str | None:
     """The first of the folders, in the order of the words, whose name has one of them."""
-    found = ((name, _WORD.search(name.lower())) for name in splits)
+    found = ((name, _WORD.search(_in_words(name))) for name in splits)
     ranked = sorted((words.index(word[1]), name) for name, word in found if word and word[1] in words)
     return ranked[0][1] if ranked else None
 

@@ -176,11 +176,14 @@ def set_items(target: Any, items: list[Any]) -> None:
 
 
 def _checked_key(key: Any) -> Any:
-    # Only keys whose hash needs no deep recursion
-    if key is None or isinstance(key, str | int | float | bytes | Named | LeftOut):
+    # Only keys whose hash needs no deep recursion, and numbers as text: anyone can choose thousands of equal hash,
+    # which a dict compares with each other.
+    if key is None or isinstance(key, str | bool | bytes | Named | LeftOut):
         return key
+    if isinstance(key, int | float):
+        return str(key)
     if isinstance(key, tuple) and all(part is None or isinstance(part, str | int | float) for part in key):
-        return key
+        return str(key)
     raise UnpicklingError(f"it has a {type(key).__name__} as a key")
 
 

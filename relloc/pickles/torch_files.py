@@ -8,7 +8,8 @@ believed before the file was seen to have it.
 import io
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -192,19 +193,25 @@ def read_zip(file: Path, *, numbers: bool = True) -> Any:
     with zipfile.ZipFile(file) as archive:
         records = {record.filename: record for record in archive.infolist()}
         root = _root(records)
-        _check_sizes(archive.infolist(), file.stat().st_size)
+        _check_records(archive.infolist(), file.stat().st_size)
         if not any(record.CRC for record in records.values()):  # torch.serialization.set_crc32_options(False)
             for record in records.values():
                 record.CRC = None  # pyright: ignore[reportAttributeAccessIssue] - zipfile's way to compare none
-        if f"{root}/byteorder" in records and archive.read(f"{root}/byteorder") != b"little":
+        if f"{root}/byteorder" in records and _record(archive, f"{root}/byteorder") != b"little":
             raise OtherKind(f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}")
         storages = _Storages()
-        pickled = archive.read(f"{root}/data.pkl")  # whole, so that its CRC is compared before it is believed
+        pickled = _record(archive, f"{root}/data.pkl")  # whole, so that its CRC is compared before it is believed
         content = read_pickle(Source(io.BytesIO(pickled), len(pickled)), _MAKERS, storages)
         if numbers:
             for key, storage in storages.by_key.items():
-                storage.content = bytearray(archive.read(f"{root}/data/{key}"))
+                storage.content = bytearray(_record(archive, f"{root}/data/{key}"))
     return content
+
+
+def _record(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A record as long as it declares to be, its CRC compared; reading it whole would unpack more, if there is more."""
+    with archive.open(name) as opened:
+        return opened.read(archive.getinfo(name).file_size)
 
 
 def _root(records: Mapping[str, zipfile.ZipInfo]) -> str:
@@ -225,7 +232,13 @@ def _root(records: Mapping[str, zipfile.ZipInfo]) -> str:
     )
 
 
-def _check_sizes(records: Iterable[zipfile.ZipInfo], size: int) -> None:
+def _check_records(records: Sequence[zipfile.ZipInfo], size: int) -> None:
+    twice = [name for name, count in Counter(record.filename for record in records).items() if count > 1]
+    if twice:  # programs differ in which of them they take
+        raise UnpicklingError(f"its record {twice[0][:80]!a} is there twice")
+    # Others are unpacked by Python's zipfile in pieces that know no limit.
+    if any(record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for record in records):
+        raise OtherKind(f"is a zip packed by another method than torch and zip use: unpack it, or {_SAVE_AGAIN}")
     declared = sum(record.file_size for record in records)
     if declared > max(_LEAST_SIZE, _MOST_EXPANSION * size):
         raise TooLarge(f"its records would fill {declared:,} bytes, the file has {size:,}")

@@ -16,12 +16,14 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from relloc.errors import UsageError
+from relloc.errors import UsageError, reason
 from relloc.runs import command_line, settings
+from relloc.terminal import escaped
 
 CONFIG_FILE = "config.yaml"
 _HYDRA_FILE = Path(".hydra", "hydra.yaml")
 _LARGEST_FILE = 2**20
+_LONGEST_NAME = 200
 _SAYS_DATA = ("data", "experiment")  # a preset may choose the data
 
 
@@ -105,9 +107,9 @@ def _say_data(words: Sequence[Override]) -> bool:
 def _of_first(checkpoints: Sequence[str]) -> RunData | None:
     """The data of the first run folder among them."""
     for name in checkpoints:
-        config = Path(name) / CONFIG_FILE
-        if config.is_file():
-            return _read(Path(name), config)
+        config = os.path.join(name, CONFIG_FILE)
+        if os.path.isfile(config):  # False, too, where no file can have this name
+            return _read(Path(name), Path(config))
     return None
 
 
@@ -118,7 +120,7 @@ def _read(run: Path, file: Path) -> RunData | None:
     places = {f"data.{name}": _from_where_it_was_started(run, data.get(name)) for name in ("root", "shards")}
     choices = [(len(words), member, words) for member, words in _matching(data, places)]
     if not choices:
-        target = data["source"].get("_target_")
+        target = escaped(str(data["source"].get("_target_"))[:_LONGEST_NAME])
         raise UsageError(f"{run} was trained on data of {target}, which no member of data has: give data=NAME")
     _, member, words = min(choices)
     return RunData(run=run, member=member, words=(f"data={member}", *words), places=places)
@@ -129,10 +131,21 @@ def _load(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST_FILE:
             raise UsageError(f"{file} has more than {_LARGEST_FILE} bytes: it is no config of a run; give data=NAME")
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _WithoutAliases)
+    except UsageError:  # a ValueError, too
+        raise
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} can't be read ({error}): give data=NAME") from error
+        raise UsageError(f"{file} can't be read ({reason(error)}): give data=NAME") from error
     return content if isinstance(content, dict) else {}
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """Plain YAML in which nothing stands for another part: relloc writes none, and a crafted file would never end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which relloc does not write")
+        return super().compose_node(parent, index)
 
 
 def _from_where_it_was_started(run: Path, folder: Any) -> Any:

@@ -362,6 +362,18 @@ def test_a_manifest_that_relloc_did_not_write_is_one_message(copy: Path, where: 
         shards(root=str(copy))
 
 
+def test_a_manifest_of_one_tar_with_a_number_beyond_64_bits_is_one_message(originals: Path, tmp_path: Path) -> None:
+    whole = packed(of(originals), tmp_path / "whole", images_per_shard=1000)
+    changed_manifest(whole, "packed.images_per_shard", 2**63)
+    with pytest.raises(DataError, match="images_per_shard"):
+        shards(root=str(whole))
+
+
+def test_a_digest_of_half_a_character_is_another_set(out: Path, copy: Path) -> None:
+    changed_manifest(copy, "train.digest", "\ud800")
+    assert shards(root=str(copy)).train.digest() != shards(root=str(out)).train.digest()
+
+
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe", b"1" * 5000, b"null"])
 def test_json_of_other_kinds_is_one_message(copy: Path, content: bytes) -> None:
     (copy / "manifest.json").write_bytes(content)

@@ -37,6 +37,18 @@ def found_in(root: Path, **settings: object) -> Splits:
         ("val/a", "test/a"),
         ("train", "dev"),
         ("train", "eval"),
+        ("train", "test1"),
+        ("trainval/a", "test/a"),
+        ("train_val", "test"),
+        ("trainA", "testA"),
+        ("TrainImages", "TestImages"),
+        ("traindata/a", "testdata/a"),
+        ("1_train", "2_test"),
+        ("train_10", "test_20"),
+        ("tr", "val"),
+        ("unlabeled", "test"),
+        ("fold1/a", "fold2/a"),
+        ("split_0", "split_1"),
     ],
 )
 def test_several_splits_are_no_set_without_labels(tmp_path: Path, folders: Sequence[str]) -> None:
@@ -59,6 +71,9 @@ def test_several_splits_are_no_set_without_labels(tmp_path: Path, folders: Seque
         ("restrain", "reval", "contest"),
         ("bullet train", "test tube"),
         ("train", "unrelated"),
+        ("train_1", "train_2"),
+        ("train", "unlabeled"),
+        ("manifold1", "fold"),
     ],
 )
 def test_other_folders_are_one_set_and_told_with_their_images(tmp_path: Path, folders: Sequence[str]) -> None:
@@ -109,3 +124,9 @@ def test_roots_that_are_splits_are_pooled_as_they_were_named(tmp_path: Path) -> 
     pooled = folder(name="mine", root=[str(root / "train"), str(root / "test")], held_out_share=0.5)
     assert len(pooled.train) + len(pooled.held_out) == 12
     assert len(pooled.remarks) == 2
+
+
+def test_a_folder_of_all_images_is_no_class(tmp_path: Path) -> None:
+    root = touch(tmp_path, ["train/images", "val/images"])
+    with pytest.raises(DataError, match=rf"one folder each, images, .* data\.root={root / 'train'} takes train alone"):
+        found_in(root)

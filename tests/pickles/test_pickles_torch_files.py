@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -124,6 +125,35 @@ def repacked(file: Path, how: int, change: dict[str, bytes] | None = None) -> No
         for name in old.namelist():
             new.writestr(name, (change or {}).get(name.partition("/")[2], old.read(name)))
     file.write_bytes(out.getvalue())
+
+
+def test_a_record_that_unpacks_to_more_than_it_declares_takes_no_memory(saved: Path) -> None:
+    with zipfile.ZipFile(saved) as old:
+        declared = old.getinfo(next(name for name in old.namelist() if name.endswith("data/0"))).file_size
+    repacked(saved, zipfile.ZIP_DEFLATED, {"data/0": bytes(1 << 27)})
+    saved.write_bytes(saved.read_bytes().replace((1 << 27).to_bytes(4, "little"), declared.to_bytes(4, "little")))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedCheckpoint):
+            read(saved)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_methods_that_unpack_without_a_limit_are_refused(saved: Path, how: int) -> None:
+    repacked(saved, how)
+    with pytest.raises(DamagedCheckpoint, match="packed by another method"):
+        read(saved)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_record_that_is_there_twice_is_refused(saved: Path) -> None:
+    with zipfile.ZipFile(saved, "a") as archive:
+        archive.writestr(next(name for name in archive.namelist() if name.endswith("data/0")), bytes(4000))
+    with pytest.raises(DamagedCheckpoint, match="is there twice"):
+        read(saved)
 
 
 def test_a_compressed_file_is_read_and_a_bomb_is_not(saved: Path) -> None:

@@ -136,12 +136,22 @@ def test_only_plain_values_are_taken(change: dict[str, Any]) -> None:
     assert not any("_target_" in word or "${" in word for word in data.words)
 
 
-@pytest.mark.parametrize("content", ["{", "a: !!python/object/apply:os.system [ls]", "\x00", "[" * 3000])
+CYCLE = "data: {root: &a [*a], source: {_target_: relloc.data.folder.folder}}"
+DOUBLED = "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 12))
+BOMB = f"a0: &a0 [x]\n{DOUBLED}data: {{root: *a11, source: {{_target_: relloc.data.folder.folder}}}}"
+
+
+@pytest.mark.parametrize("content", ["{", "a: !!python/object/apply:os.system [ls]", "\x00", "[" * 3000, CYCLE, BOMB])
 def test_a_config_that_can_not_be_read_is_one_message(content: str) -> None:
     run("run", {})
     Path("run", "config.yaml").write_text(content)
-    with pytest.raises(UsageError, match="config.yaml"):
+    with pytest.raises(UsageError, match="config.yaml") as caught:
         found("checkpoint=run")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_no_run_can_have_names_none() -> None:
+    assert found(f"checkpoint={'x' * 5000}") is None
 
 
 def test_points_of_a_sweep_have_the_data_of_their_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
