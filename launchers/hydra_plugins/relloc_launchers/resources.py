@@ -43,6 +43,9 @@ def parameters_of(
     _whole(settings, "array_parallelism", prefix)
     for key, least in (("max_num_timeout", 0), ("signal_delay_s", 1)):
         _whole(settings, key, prefix, least)
+    for key in ("cpus_per_task", "mem_gb"):
+        if isinstance(settings[key], int | float) and settings[key] <= 0:
+            raise UsageError(f"{prefix}{key}={settings[key]} is not above 0: null leaves it to the cluster")
     comes_clean = additional.get("export") is not None
     slurm: dict[str, Any] = {
         **{key: value for key, value in settings.items() if key not in (*_NOT_ASKED, *_COMMON) and value is not None},
@@ -108,6 +111,11 @@ def _sorted_out(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any
     for name in ("partition", "exclude"):
         if isinstance(made[name], list):
             made[name] = ",".join(map(str, made[name]))
+    for key, value in made["additional_parameters"].items():
+        if isinstance(value, dict | list):
+            raise UsageError(
+                f"{prefix}additional_parameters.{key}={value} is no value of an option of sbatch: quote it"
+            )
     made["submitit"], given = (_named(made[name]) for name in ("submitit", "additional_parameters"))
     _check_submitit(made["submitit"], prefix)
     for where, found in (("additional_parameters", given), ("submitit", made["submitit"])):
@@ -124,8 +132,8 @@ def _sorted_out(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any
 
 
 def _named(options: Mapping[str, Any]) -> dict[str, Any]:
-    """By names as Python writes them: mail-user and --mail-user are mail_user."""
-    return {str(key).lstrip("-").replace("-", "_"): value for key, value in options.items()}
+    """By names as Python writes them: mail-user and --mail-user are mail_user. Those that are null are left out."""
+    return {str(key).lstrip("-").replace("-", "_"): value for key, value in options.items() if value is not None}
 
 
 def _check_types(settings: Mapping[str, Any], prefix: str) -> None:
