@@ -174,9 +174,11 @@ def test_jobs_that_were_ended_by_hand_are_told_from_others_that_are_over(command
     assert states(["42_0", "42_1", "42_2", TOKEN]) == found
 
 
-def test_an_array_that_is_shown_without_its_tasks_is_alive(commands: Path) -> None:
-    write(commands, "squeue", "echo '42|RUNNING|n|c'; echo '43|COMPLETED|n|c'")
-    assert states(["42_0", "42_1", "43_0"]) == {"42_0": "running", "42_1": "running"}
+def test_an_array_that_is_shown_without_its_tasks_stands_for_them(commands: Path) -> None:
+    lines = ("42|RUNNING|n|c", "43|COMPLETED|n|c", "44|CANCELLED|n|c", "44_0|COMPLETED|n|c")
+    write(commands, "squeue", "\n".join(f"echo '{line}'" for line in lines))
+    found = {"42_0": "running", "42_1": "running", "44_1": "cancelled"}
+    assert states(["42_0", "42_1", "43_0", "44_0", "44_1"]) == found
 
 
 def test_a_notice_of_an_error_beside_jobs_hides_none(commands: Path) -> None:

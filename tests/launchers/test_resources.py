@@ -114,3 +114,16 @@ def test_no_limit_of_time_is_the_partitions_and_a_clean_environment_is_told_to_s
 def test_a_list_of_partitions_or_nodes_is_what_slurm_writes_with_commas() -> None:
     made = parameters(partition=["a", "b"], exclude=["n1", "n2"])
     assert (made["slurm_partition"], made["slurm_exclude"]) == ("a,b", "n1,n2")
+
+
+@pytest.mark.parametrize("name", ["cpus_per_task", "mem_gb"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_less_than_nothing_is_asked_of_no_cluster(name: str, value: int) -> None:
+    with pytest.raises(UsageError, match=name):
+        parameters(**{name: value})
+
+
+def test_an_option_of_sbatch_that_is_null_is_left_out_and_a_mapping_is_none() -> None:
+    assert "reservation" not in parameters(additional_parameters={"reservation": None})["slurm_additional_parameters"]
+    with pytest.raises(UsageError, match="additional_parameters.reservation"):
+        parameters(additional_parameters={"reservation": {"a": 1}})

@@ -176,8 +176,8 @@ folder = Path(sys.argv[1])
 point = Point(kind="train", name="a", overrides=(), identity="a", folder=folder)
 if sys.argv[2] == "dies":
     starting.note_job = lambda *_: os._exit(9)
-told = {"output": None, "messages": sys.stderr.buffer}
-process = starting.start_noted(point, ["sh", "-c", f"echo $$ > {folder}/ran; sleep 1"], environment=os.environ, **told)
+command = ["sh", "-c", f"echo $$ > {folder}/ran; sleep 1"]
+process = starting.start_noted(point, command, environment=os.environ, output=None, messages=sys.stderr.buffer)
 assert is_alive(read_job(folder))
 assert process.wait() == 0
 assert read_job(folder)["pid"] == int((folder / "ran").read_text())

@@ -12,6 +12,9 @@ from relloc.runs.launcher_words import with_one_value_each
     [
         ("launcher.partition=a,b", "a,b"),
         ("hydra.launcher.exclude=n1,n2", "n1,n2"),
+        ("hydra.launcher.partition=[a,b]", "a,b"),  # text, where launcher.partition takes a list as well
+        ("hydra.launcher.exclude=[n1, n2]", "n1,n2"),
+        ("launcher.partition=[a,b]", ["a", "b"]),
         ("+launcher.additional_parameters.clusters=a,b", "a,b"),
         ("launcher.exclude=n[1-3],n7", "n[1-3],n7"),
         ("launcher.constraint=[rack1|rack2]", "[rack1|rack2]"),

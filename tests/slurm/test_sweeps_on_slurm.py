@@ -320,8 +320,8 @@ def test_a_killed_process_is_started_again_in_its_job(sweeps: Sweeps, undisturbe
 
 
 def test_a_job_at_its_time_limit_saves_and_is_queued_again(sweeps: Sweeps) -> None:
-    """SLURM looks at limits every 30 s, and the shortest is a minute."""
-    line = ("launcher.timeout_min=1", "launcher.signal_delay_s=40", "data.epochs=100000")
+    """SLURM looks at limits every 30 s; a job has a minute to start in, which takes long where others use the cores."""
+    line = ("launcher.timeout_min=2", "launcher.signal_delay_s=60", "data.epochs=100000")
     started = sweeps.start("seed=0", *on_slurm(), *line)
     sweeps.wait_for(lambda: "everything is saved" in sweeps.logs())
     sweeps.wait_for(lambda: sweeps.slurm("squeue", "-h", "-j", sweeps.job(), "-o", "%T").strip() == "PENDING")

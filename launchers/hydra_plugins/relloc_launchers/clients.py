@@ -194,9 +194,8 @@ def states(jobs: Sequence[str]) -> dict[str, Literal["running", "waiting", "canc
         for text, job in asked.items():
             if job.cluster != cluster:
                 continue
-            state = queue.get(job.name)
-            if state is None and queue.get(job.number) not in (None, *_OVER):
-                state = queue[job.number]  # a site's squeue may show an array without its tasks
+            # An array that was cancelled before a task began is shown without tasks, and by some sites any array.
+            state = queue.get(job.name) or queue.get(job.number)
             if state == _CANCELLED:
                 found[text] = "cancelled"
             elif state is not None and state not in _OVER:

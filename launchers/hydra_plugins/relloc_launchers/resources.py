@@ -43,6 +43,9 @@ def parameters_of(
     whole(settings, "array_parallelism", prefix)
     for key, least in (("max_num_timeout", 0), ("signal_delay_s", 1)):
         whole(settings, key, prefix, least)
+    for key in ("cpus_per_task", "mem_gb"):
+        if isinstance(settings[key], int | float) and settings[key] <= 0:
+            raise UsageError(f"{prefix}{key}={settings[key]} is not above 0: null leaves it to the cluster")
     lines = [f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
     if additional.get("export") is not None:  # that is for the batch script; srun would not give our path to the tasks
         lines.append("unset SLURM_EXPORT_ENV")
@@ -104,6 +107,11 @@ def _sorted_out(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any
     for name in ("partition", "exclude"):
         if isinstance(made[name], list):
             made[name] = ",".join(map(str, made[name]))
+    for key, value in made["additional_parameters"].items():
+        if isinstance(value, dict | list):
+            raise UsageError(
+                f"{prefix}additional_parameters.{key}={value} is no value of an option of sbatch: quote it"
+            )
     made["submitit"], given = (_named(made[name]) for name in ("submitit", "additional_parameters"))
     _check_submitit(made["submitit"], prefix)
     for where, found in (("additional_parameters", given), ("submitit", made["submitit"])):
@@ -120,8 +128,8 @@ def _sorted_out(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any
 
 
 def _named(options: Mapping[str, Any]) -> dict[str, Any]:
-    """By names as Python writes them: mail-user and --mail-user are mail_user."""
-    return {str(key).lstrip("-").replace("-", "_"): value for key, value in options.items()}
+    """By names as Python writes them: mail-user and --mail-user are mail_user. Those that are null are left out."""
+    return {str(key).lstrip("-").replace("-", "_"): value for key, value in options.items() if value is not None}
 
 
 def _check_types(settings: Mapping[str, Any], prefix: str) -> None:

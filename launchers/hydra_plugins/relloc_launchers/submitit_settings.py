@@ -45,6 +45,7 @@ class SubmititSlurmSettings(SlurmQueueConf):
 
     _target_: str = "hydra_plugins.relloc_launchers.submitit_settings.SubmititSlurmLauncher"
     mode: str = "MULTIRUN"  # of Hydra: a single run is submitted as well, as with launcher=slurm
+    timeout_min: int | None = 60  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclasses.dataclass
@@ -169,8 +170,13 @@ def _of_slurm(given: Mapping[str, Any]) -> dict[str, Any]:
         **{name: given[name] for name in _SAME},
         **{name: given.get(name) or [] for name in _LISTS},
         "dry_run": given.get("dry_run", False),
-        "submitit": {name: given[name] for name in others if given[name] not in (None, False)},
+        "submitit": {name: given[name] for name in others if given[name] is not None and not _is_no_flag(given, name)},
     }
+
+
+def _is_no_flag(given: Mapping[str, Any], name: str) -> bool:
+    """Whether it is an option of sbatch that is not wanted, which submitit would write as --exclusive=False."""
+    return name == "exclusive" and given[name] is False
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], launcher: str) -> None:
