@@ -1,6 +1,7 @@
 """All of relloc is imported with the shapes in its annotations checked at run time."""
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jaxtyping import install_import_hook
 install_import_hook("relloc", "checked.check")
 settings.register_profile("shared machines", deadline=None)  # a first example may import MLflow
 settings.load_profile("shared machines")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would be by all that tests start
 torch.set_num_threads(1)  # networks this small spend their time waiting for a second one
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from relloc.errors import UsageError
@@ -72,6 +73,12 @@ def check_is_training(config: DictConfig) -> None:
 def check_network(config: DictConfig) -> None:
     """Raises `UsageError` where the network can't be made, or a batch norm would be trained on one value a channel."""
     check_batch_norms(assemble.pretext_model(config), config.grid.patch_px)
+
+
+def check_optimizer(config: DictConfig) -> None:
+    """Raises `UsageError` for an optimizer that can't be made; without memory for the weights that it is given."""
+    with torch.device("meta"):
+        assemble.call(config.optimizer, model=assemble.pretext_model(config))
 
 
 def check_recalibration(config: DictConfig, how: Engine) -> None:

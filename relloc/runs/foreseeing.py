@@ -152,6 +152,7 @@ _CHECKS: Mapping[str, Checks] = {
         *_OF_EVALUATIONS,
         (_OF_RECALIBRATION, lambda config: checking.check_recalibration(config, _ENGINE)),
         (("model", "pretext_batch_norm", "data.images_per_batch_norm", "grid.patch_px"), checking.check_network),
+        (("model", "pretext_batch_norm", "data.images_per_batch_norm", "optimizer"), checking.check_optimizer),
     ),
     "evaluate": (
         *_OF_ALL,

@@ -1,5 +1,6 @@
 """Whatever stops a pretraining, the same command goes on, and ends with the same bits."""
 
+import contextlib
 import functools
 import json
 import os
@@ -401,9 +402,10 @@ def test_a_signal_is_heard_while_an_evaluations_images_do_not_come(tmp_path: Pat
         "tracking=none",
     )
     command = start("relloc.evaluate", *line, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path)
-    assert command.wait_for(lambda: descendants(command.pid)), command.text
+    assert command.wait_for(lambda: len(descendants(command.pid)) >= 2), command.text
     for pid in descendants(command.pid):
-        os.kill(pid, signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):  # git, which tells of the commit, ends by itself
+            os.kill(pid, signal.SIGSTOP)
     os.kill(command.pid, signal.SIGTERM)
     assert command.wait(30) == 143, command.text
     assert "Traceback" not in command.text

@@ -52,7 +52,7 @@ def loss_with_every_center_encoded_eight_times(model: RelativeLocation, patches:
     centers = model.backbone.embed(torch.stack([center for _, center, _ in pairs]))
     hidden = model.head.neck(torch.cat([neighbors, centers], dim=1))
     right = torch.tensor([label for _, _, label in pairs])
-    return cross_entropy(model.head.answer(hidden).float(), right)  # in float32, as ours
+    return cross_entropy(model.head.answer(hidden), right)
 
 
 def norms_of(model: RelativeLocation) -> dict[str, nn.BatchNorm2d]:

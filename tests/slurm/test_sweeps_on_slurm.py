@@ -223,7 +223,7 @@ def test_of_a_sweep_over_gap_and_jitter_mlflow_has_each_point_once_and_whole(
     for run, (gap_px, jitter_px) in zip(runs, swept, strict=True):
         run_dir = Path(run.data.tags["relloc.run_dir"])
         assert run_dir == of_photographs.point(f"gap_px_{gap_px}_jitter_px_{jitter_px}_")
-        assert run.info.run_name == f"gap{gap_px} jit{jitter_px} 2ep photos small s0 gray"
+        assert run.info.run_name == f"gap{gap_px} jit{jitter_px} 12ep photos small s0 gray"
         assert run.data.tags["slurm.job"] == json.loads((run_dir / "point.json").read_text())["job"]["slurm"]
         assert run.data.tags["slurm.nodes"] in ("n1", "n2")
         histories = [client.get_metric_history(run.info.run_id, name) for name in run.data.metrics]
@@ -452,7 +452,7 @@ def test_jobs_that_are_known_by_their_token_are_cancelled(sweeps: Sweeps) -> Non
         (sweeps.point(words) / "point.json").write_text(json.dumps(noted | {"job": {"slurm": token}}))
     code, told = sweeps.run("cancel", "runs/sweeps/c", module="sweep")
     assert (code, "2 points were asked to end" in told) == (0, True), told
-    sweeps.wait_for(lambda: not clients_states(tokens, sweeps))
+    sweeps.wait_for(lambda: set(clients_states(tokens, sweeps).values()) <= {"cancelled"})
 
 
 def clients_states(jobs: list[str], sweeps: Sweeps) -> dict[str, str]:
