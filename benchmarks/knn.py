@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from relloc.evals.knn import vote
-from relloc.evals.nearest import Neighbors, nearest
+from relloc.features.nearest import Neighbors, nearest
 
 PUBLISHED_CHUNKS = 100
 TEMPERATURE = 0.07

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from report import arguments, tell
 from torch.nn.functional import cosine_similarity
 
-from relloc import checkpoints
+from relloc.checkpoints import states
 from relloc.data.crops import Crops
 from relloc.data.folder import folder
 from relloc.data.loader import load
@@ -53,7 +53,7 @@ def main() -> None:
 def _network(run: str) -> tuple[objective.RelativeLocation, PatchPipeline]:
     config = OmegaConf.load(f"{run}/config.yaml")
     model = assemble.pretext_model(config)
-    saved = checkpoints.load_training(checkpoints.saved_trainings(Path(run))[-1])
+    saved = states.load_training(states.saved_trainings(Path(run))[-1])
     model.load_state_dict(saved["model"])
     return model.eval(), assemble.patches(config)
 

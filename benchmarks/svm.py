@@ -34,8 +34,8 @@ from relloc.data.folder import class_folders
 from relloc.data.image_set import ImageSet
 from relloc.data.lists import NOT_THERE, THERE, MultiLabeled
 from relloc.evals.low_shot import Voc07LowShot, draw
-from relloc.evals.run import calibration_batches
 from relloc.evals.voc07_svm import Voc07Svm
+from relloc.evaluation.run import calibration_batches
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import Bank, LiveFeatures, Sets, fill_bank
 from relloc.runs import assemble, engine

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from relloc import backbone_files, checkpoints, files, layouts, terminal, weight_files
+from relloc import files, terminal
+from relloc.checkpoints import backbone_files, layouts, states, weight_files
 from relloc.errors import CheckpointError, UsageError
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -85,7 +86,7 @@ def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tenso
     """Which model it is, and its weights by torchvision's names, all of them."""
     file = backbone_files.backbone_file(checkpoint)
     if not backbone_files.is_ours(file):
-        checkpoints.check_hash(file)
+        states.check_hash(file)
         found = layouts.find(weight_files.read(file), origin=str(file), prefix=prefix)
         model = found.model_or_advice()
         backbone = ResNetBackbone(depth=_DEPTHS[model])

@@ -10,8 +10,8 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from relloc import layouts, weight_files
-from relloc.backbone_files import BACKBONE_FILE, digest, fill, save_backbone
+from relloc.checkpoints import layouts, weight_files
+from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, fill, save_backbone
 from relloc.export import main
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone

@@ -14,7 +14,7 @@ from relloc.data.image_set import Splits
 from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evals.constants import check_number, check_view, check_whole, check_wholes
-from relloc.evals.nearest import nearest
+from relloc.features.nearest import nearest
 from relloc.features.source import Bank, Batch, FeatureSource, Sets, bank_device, bank_gib, fill_bank, in_gib
 from relloc.results import Score, check_layers
 

@@ -21,7 +21,7 @@ from relloc.data.processes import without_progress
 from relloc.data.shards import shards
 from relloc.data.views import Center
 from relloc.errors import DataError, UsageError
-from relloc.evals.contract import Evaluation, FineTuning, Job, Terms
+from relloc.evaluation.contract import Evaluation, FineTuning, Job, Terms
 from relloc.features.source import Reading, encode
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from relloc.backbone_files import BACKBONE_FILE
+from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
 from relloc.results import HEADLINES, LAYERS, NOT_OURS, Result, count_of, headlines
 from relloc.runs.command_line import as_word

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from relloc import checkpoints, ranks
+from relloc import ranks
+from relloc.checkpoints import states
 from relloc.errors import KnownAnswerMissed, UsageError
-from relloc.evals.contract import Job, Subject, Summarizing, Terms, check_images
-from relloc.evals.run import Work, evaluate, fingerprint, works
+from relloc.evaluation.contract import Job, Subject, Summarizing, Terms, check_images
+from relloc.evaluation.run import Work, evaluate, fingerprint, works
 from relloc.features.source import Forgetful
 from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.reports import known
@@ -141,7 +142,7 @@ def evaluate_subject(
         marks.add(mark)
         there = rows_there.has(subject, name, batch_norm, mark)
         if there:  # another run may have finished what this one began
-            checkpoints.delete_state(state_file(folder.path, mark))
+            states.delete_state(state_file(folder.path, mark))
         return bool(ranks.from_first("yes" if there else ""))
 
     def state(work: Work) -> KeptState:
@@ -161,7 +162,7 @@ def evaluate_subject(
         append_results(folder.path, rows)
         console.say_measured(rows)
         for mark in {row.fingerprint for row in rows}:
-            checkpoints.delete_state(state_file(folder.path, mark))
+            states.delete_state(state_file(folder.path, mark))
         stop.listen(awaited=False)
         obey(stop)
     folder.note_unreadable(ranks.union(folder.unreadable))

@@ -7,7 +7,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from relloc import checkpoints, ranks
+from relloc import ranks
+from relloc.checkpoints import states
 from relloc.errors import UsageError
 from relloc.files import remove_all_unfinished, write_whole
 from relloc.pretext.stopping import Stopped
@@ -177,7 +178,7 @@ def _close(folder: RunFolder, mirror: Mirror | None) -> None:
         _say_where(folder, mirror.close(folder.status))
     console.say(f"run     {folder.path}: {_WORDS[folder.status]}")
     path = folder.path
-    kept = checkpoints.saved_trainings(path) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
+    kept = states.saved_trainings(path) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
     if folder.status != "FINISHED" and kept and not folder.is_mistake:
         console.say(f"        the same command {_with_folder(path)}goes on from there")
 

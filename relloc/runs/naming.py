@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
-from relloc.evals.contract import Subject
+from relloc.evaluation.contract import Subject
 from relloc.results import NOT_OURS
 from relloc.tracking import RunRecord
 from relloc.tracking.record import RUN_FILE

@@ -9,14 +9,15 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from relloc import backbone_files, checkpoints, ranks
+from relloc import ranks
+from relloc.checkpoints import backbone_files, states
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
-from relloc.evals.contract import Job, Subject, check_images
+from relloc.evaluation.contract import Job, Subject, check_images
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits
@@ -164,7 +165,7 @@ def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
     config, how, data, task = run.config, run.how, run.data, run.task
     weights = folder.path / backbone_files.BACKBONE_FILE
     _save_finished(weights, task.model.backbone, about(config) | {"step": task.steps})
-    for kept in (weights, checkpoints.hash_file(weights)):
+    for kept in (weights, states.hash_file(weights)):
         folder.keep(kept.name)
     if not any(row.eval == "pretext" for row in read_results(folder.path)):
         append_results(folder.path, [_held_out(config, how, data, task, folder)])
@@ -196,8 +197,8 @@ def _save_finished(path: Path, backbone: Backbone, about: dict[str, Any]) -> Non
     if path.exists():
         reason = _why_anew(path, backbone)
         if not reason:
-            if not checkpoints.hash_file(path).exists():  # of an older version of relloc
-                checkpoints.note_hash(path)
+            if not states.hash_file(path).exists():  # of an older version of relloc
+                states.note_hash(path)
             return
         console.say(f"weights {path} is written anew from the checkpoint: {reason}")
     backbone_files.save_backbone(path, backbone, about)

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from relloc.backbone_files import BACKBONE_FILE
-from relloc.checkpoints import training_folder
+from relloc.checkpoints.backbone_files import BACKBONE_FILE
+from relloc.checkpoints.states import training_folder
 from relloc.errors import DamagedFile
 from relloc.files import write_whole
 from relloc.results import RESULTS_FILE

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from relloc import checkpoints
+from relloc.checkpoints import states
 from relloc.errors import CheckpointError, DamagedCheckpoint
-from relloc.evals.contract import Subject
+from relloc.evaluation.contract import Subject
 from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console
@@ -122,7 +122,7 @@ class KeptState:
 
     def _loaded(self, path: Path) -> dict[str, Any] | None:
         try:
-            state = checkpoints.load_state(path)
+            state = states.load_state(path)
         except CheckpointError as error:
             if path == self.path and not isinstance(error, DamagedCheckpoint):
                 raise  # it may be read another time, and is not to be written over
@@ -143,7 +143,7 @@ class KeptState:
 
     def _write(self, state: dict[str, Any]) -> None:
         try:
-            checkpoints.save_state(self.path, state)
+            states.save_state(self.path, state)
         except CheckpointError as error:
             console.say(f"{error}. The evaluation itself goes on")
         self._written = time.monotonic()

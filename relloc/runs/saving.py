@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from relloc import checkpoints, ranks
-from relloc.backbone_files import BACKBONE_FILE
+from relloc import ranks
+from relloc.checkpoints import states
+from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.errors import DamagedCheckpoint, DamagedFile, UsageError
 from relloc.files import write_json
 from relloc.pretext.alarm import Diverged, check_finite
@@ -31,24 +32,24 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
         UsageError: the folder holds a run of another `identity`, with what differs.
         CheckpointError: its checkpoint is damaged or of something else.
     """
-    found = checkpoints.newest_sound(run_dir, console.say) if ranks.rank() == 0 else None
+    found = states.newest_sound(run_dir, console.say) if ranks.rank() == 0 else None
     path = ranks.from_first(str(found or ""))
     if not path:
         refusal = ranks.from_first(_why_not_here(run_dir, identity) if ranks.rank() == 0 else "")
         if refusal:
             raise UsageError(refusal)
         return task.start()
-    state = checkpoints.load_training(Path(path))
+    state = states.load_training(Path(path))
     lacking = [name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)]
     if lacking:
-        raise DamagedCheckpoint(f"{checkpoints.damaged(Path(path))}: {', '.join(lacking)} of a training are missing")
+        raise DamagedCheckpoint(f"{states.damaged(Path(path))}: {', '.join(lacking)} of a training are missing")
     if refusal := _of_another(run_dir, state["identity"], identity):
         raise UsageError(refusal)
     try:
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{checkpoints.damaged(Path(path))}, since it does not fit the run: {error}") from error
+        raise DamagedCheckpoint(f"{states.damaged(Path(path))}, since it does not fit the run: {error}") from error
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
     return Standing(step=state["step"], tally=_own_tally(state["tallies"]).to(task.device))
@@ -193,4 +194,4 @@ class Saver:
                 "identity": self.identity,
                 "about": self.about | {"step": standing.step},
             }
-            checkpoints.save_training(self.run_dir, state, standing.step, self.milestones.get(standing.step))
+            states.save_training(self.run_dir, state, standing.step, self.milestones.get(standing.step))

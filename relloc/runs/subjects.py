@@ -13,9 +13,9 @@ import torchvision
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from relloc import backbone_files, checkpoints, layouts, weight_files
+from relloc.checkpoints import backbone_files, layouts, states, weight_files
 from relloc.errors import CheckpointError, UsageError
-from relloc.evals.contract import Subject
+from relloc.evaluation.contract import Subject
 from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
 from relloc.results import NOT_OURS
@@ -98,7 +98,7 @@ def _trained(about: Mapping[str, Any]) -> str:
 def _of_another_project(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
     """Without model=, the one of ours with the blocks in the file."""
     file = backbone_files.backbone_file(Path(checkpoint))
-    checkpoints.check_hash(file)
+    states.check_hash(file)
     found = layouts.find(weight_files.read(file), origin=str(file), prefix=config.checkpoint_prefix)
     if (model := config.get("model")) is None:
         model = _member(found.model_or_advice())

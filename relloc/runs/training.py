@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from relloc import checkpoints, ranks
+from relloc import ranks
+from relloc.checkpoints import states
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import Batch, Unreadable
@@ -189,7 +190,7 @@ def _explained(run: Run, run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Diverged as error:
-        saved = checkpoints.saved_trainings(run_dir)
+        saved = states.saved_trainings(run_dir)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
         raise UsageError(
             f"training diverged: {error}. Nothing was saved after that; {last}. Try a lower data.lr, a longer "

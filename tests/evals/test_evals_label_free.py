@@ -6,8 +6,8 @@ from torch import Tensor
 
 from relloc.data.views import Center
 from relloc.errors import UsageError
-from relloc.evals.contract import Evaluation
 from relloc.evals.label_free import LabelFree
+from relloc.evaluation.contract import Evaluation
 from relloc.features.source import Bank, Sets
 from relloc.features.spectrum import alpha_req, rankme
 from relloc.results import Score

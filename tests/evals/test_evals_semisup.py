@@ -19,8 +19,8 @@ from relloc.data.subsets import stratified
 from relloc.data.views import Center, RandomResized, Views
 from relloc.errors import DataError, UnreadableImage
 from relloc.evals import semisup
-from relloc.evals.contract import FineTuning
 from relloc.evals.semisup import Classifier, SemiSupervised
+from relloc.evaluation.contract import FineTuning
 from relloc.features.source import Reading
 from relloc.models.small import SmallBackbone
 from relloc.patches.normalize import ByDataset

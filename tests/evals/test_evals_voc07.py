@@ -16,9 +16,9 @@ from relloc.data.image_set import Splits
 from relloc.data.shards import ShardImages
 from relloc.data.views import Squash
 from relloc.errors import DataError, UsageError
-from relloc.evals.contract import Demanding, Job, Summarizing, check_images
 from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
+from relloc.evaluation.contract import Demanding, Job, Summarizing, check_images
 from relloc.features.source import Bank, Sets
 from relloc.results import Result, Score
 

@@ -14,7 +14,7 @@ from commands import start
 from PIL import Image
 from tiny import TINY
 
-from relloc.checkpoints import load_state
+from relloc.checkpoints.states import load_state
 from relloc.results import Result, read_results
 
 LOOK = tuple(word for word in TINY if word.startswith(("view.", "data.source", "data.linear")))

@@ -3,7 +3,7 @@
 import torch
 from tiny import TINY
 
-from relloc.backbone_files import BACKBONE_FILE, save_backbone
+from relloc.checkpoints.backbone_files import BACKBONE_FILE, save_backbone
 from relloc.models.resnet import ResNetBackbone
 from relloc.results import read_results
 

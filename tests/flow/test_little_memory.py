@@ -9,7 +9,7 @@ import pytest
 from noise_folder import write_noise
 from tiny import TINY
 
-from relloc.backbone_files import BACKBONE_FILE
+from relloc.checkpoints.backbone_files import BACKBONE_FILE
 
 _FULL = "mount -t tmpfs -o size=64k tmpfs {0} && head -c 100000 /dev/zero > {0}/full 2> /dev/null; "
 PLACES = {

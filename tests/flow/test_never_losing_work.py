@@ -19,8 +19,8 @@ from noise_folder import write_noise
 from safetensors.torch import load_file
 from tiny import TINY
 
-from relloc.backbone_files import BACKBONE_FILE
-from relloc.checkpoints import load_training, saved_trainings
+from relloc.checkpoints.backbone_files import BACKBONE_FILE
+from relloc.checkpoints.states import load_training, saved_trainings
 from relloc.results import read_results
 from relloc.tracking import open_store, read_journal, read_note, search
 

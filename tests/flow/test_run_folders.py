@@ -12,7 +12,7 @@ from commands import Command, descendants, start
 from noise_folder import write_noise
 from tiny import TINY
 
-from relloc.backbone_files import BACKBONE_FILE
+from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.results import read_results
 from relloc.tracking import read_journal, search
 from relloc.tracking.holding import LOCK_FILE, is_held

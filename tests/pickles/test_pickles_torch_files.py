@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from relloc.checkpoints.weight_files import read
 from relloc.errors import CheckpointError, DamagedCheckpoint
 from relloc.pickles.inert import LeftOut
-from relloc.weight_files import read
 
 
 def all_kinds() -> dict[str, Tensor]:

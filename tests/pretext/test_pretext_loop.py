@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relloc.checkpoints import load_training, save_training
+from relloc.checkpoints.states import load_training, save_training
 from relloc.geometry import PatchGrid
 from relloc.models.backbone import Backbone
 from relloc.models.pair_head import PairHead

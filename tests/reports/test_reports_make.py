@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from relloc.backbone_files import BACKBONE_FILE
+from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.reports.entries import ABOVE, BELOW, INSIDE, Entry, make_entries
 from relloc.reports.groups import CARD_GROUP
 from relloc.reports.labels import RUN_WEIGHTS, label_lines

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from relloc.evals.contract import Subject
+from relloc.evaluation.contract import Subject
 from relloc.models.small import SmallBackbone
 from relloc.runs.naming import evaluation_name, pretraining_name
 from relloc.runs.settings import conf_dir

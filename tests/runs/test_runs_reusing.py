@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relloc.checkpoints import save_state
-from relloc.evals.contract import Subject
+from relloc.checkpoints.states import save_state
+from relloc.evaluation.contract import Subject
 from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import Stopped, StopRequest, stop_request
 from relloc.results import Result, append_results, read_results
@@ -147,7 +147,7 @@ def test_a_stop_while_the_state_is_written_leaves_it_whole(tmp_path: Path, monke
         os.kill(os.getpid(), signal.SIGINT)
         save_state(path, content)
 
-    monkeypatch.setattr("relloc.runs.reusing.checkpoints.save_state", save)
+    monkeypatch.setattr("relloc.runs.reusing.states.save_state", save)
     with stop_request() as stop, pytest.raises(Stopped) as stopped:
         kept(tmp_path, stop=stop).save({"epoch": 1})
     assert stopped.value.code == 130

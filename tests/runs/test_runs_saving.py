@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from relloc import ranks
-from relloc.backbone_files import BACKBONE_FILE
-from relloc.checkpoints import load_training, newest_sound, save_training, saved_trainings, training_folder
+from relloc.checkpoints.backbone_files import BACKBONE_FILE
+from relloc.checkpoints.states import load_training, newest_sound, save_training, saved_trainings, training_folder
 from relloc.errors import CheckpointError, DamagedCheckpoint, DamagedFile, UsageError
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead

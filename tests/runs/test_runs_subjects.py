@@ -9,10 +9,10 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from relloc.backbone_files import BACKBONE_FILE, digest, save_backbone
-from relloc.checkpoints import save_training
+from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, save_backbone
+from relloc.checkpoints.states import save_training
 from relloc.errors import CheckpointError, UsageError
-from relloc.evals.contract import Subject
+from relloc.evaluation.contract import Subject
 from relloc.models.resnet import ResNetBackbone
 from relloc.runs.settings import conf_dir
 from relloc.runs.subjects import subjects

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relloc.errors import UsageError
-from relloc.evals import nearest as module
-from relloc.evals.nearest import Neighbors, nearest
+from relloc.features import nearest as module
+from relloc.features.nearest import Neighbors, nearest
 
 GRID = 2.0**40
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from relloc import backbone_files, layouts, weight_files
+from relloc.checkpoints import backbone_files, layouts, weight_files
 from relloc.errors import CheckpointError
 
 WEIGHTS = {
@@ -150,7 +150,7 @@ def test_safetensors_are_known_whatever_the_length_of_their_header(tmp_path: Pat
 HOSTILE = """
 import resource, sys
 from pathlib import Path
-from relloc import weight_files
+from relloc.checkpoints import weight_files
 from relloc.errors import CheckpointError
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

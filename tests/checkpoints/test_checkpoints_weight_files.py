@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from relloc.checkpoints.weight_files import read
 from relloc.errors import CheckpointError
 from relloc.pickles.inert import LeftOut
-from relloc.weight_files import read
 
 WEIGHTS = {
     "a.weight": torch.tensor([[1.5, -0.0], [3e38, 1e-40]]),

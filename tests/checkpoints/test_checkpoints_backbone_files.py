@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from relloc.backbone_files import (
+from relloc.checkpoints.backbone_files import (
     BACKBONE_FILE,
     backbone_file,
     digest,
@@ -22,7 +22,7 @@ from relloc.backbone_files import (
     model_name,
     save_backbone,
 )
-from relloc.checkpoints import save_training
+from relloc.checkpoints.states import save_training
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
 ABOUT = {"model": {"name": "tiny", "backbone": {"widths": [4, 8]}}, "step": 3, "computed": {"path": "/ä/𝄞"}}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from relloc.backbone_files import fill
+from relloc.checkpoints.backbone_files import fill
+from relloc.checkpoints.layouts import find, to_detectron2
 from relloc.errors import CheckpointError
-from relloc.layouts import find, to_detectron2
 from relloc.models.resnet import ResNetBackbone
 from relloc.pickles.inert import LeftOut
 

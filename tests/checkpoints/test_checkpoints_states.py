@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relloc.backbone_files import load_backbone
-from relloc.checkpoints import (
+from relloc.checkpoints.backbone_files import load_backbone
+from relloc.checkpoints.states import (
     delete_state,
     load_state,
     load_training,
@@ -109,8 +109,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from relloc.backbone_files import save_backbone
-from relloc.checkpoints import save_training
+from relloc.checkpoints.backbone_files import save_backbone
+from relloc.checkpoints.states import save_training
 from relloc.errors import CheckpointError
 
 run_dir = Path(sys.argv[1])
@@ -269,7 +269,7 @@ def test_a_state_is_neither_saved_nor_loaded_by_way_of_memory_of_its_size(tmp_pa
 import resource, sys
 from pathlib import Path
 import torch
-from relloc.checkpoints import load_state, save_state
+from relloc.checkpoints.states import load_state, save_state
 
 path = Path(sys.argv[1])
 weight = torch.ones(30_000_000)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from relloc import checkpoints, weight_files
+from relloc.checkpoints import states, weight_files
 from relloc.errors import CheckpointError, DamagedCheckpoint
 from relloc.terminal import escaped
 
@@ -22,7 +22,7 @@ _OF_TRAINING = {"step", "model", "about"}
 def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:
     """Save a backbone's weights as safetensors, with `about` (JSON) telling what built and made it, and their hash."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    checkpoints.write_hashed(path, save(tensors, metadata={"relloc": json.dumps(about, sort_keys=True)}))
+    states.write_hashed(path, save(tensors, metadata={"relloc": json.dumps(about, sort_keys=True)}))
 
 
 def backbone_file(path: Path) -> Path:
@@ -63,7 +63,7 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{file} does not exist: give a {BACKBONE_FILE} or the run folder of a finished pretraining"
         )
-    checkpoints.check_hash(file)
+    states.check_hash(file)
     if file.suffix == ".pt":
         return _backbone_of_training(file)
     try:
@@ -90,15 +90,15 @@ def _described(about: str, file: Path) -> dict[str, Any]:
 def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     expected = "checkpoint of relloc"
     if not weight_files.names_at_top(file, expected=expected) >= _OF_TRAINING:
-        raise DamagedCheckpoint(f"{checkpoints.damaged(file)}: it holds no model")
+        raise DamagedCheckpoint(f"{states.damaged(file)}: it holds no model")
     state = weight_files.read(file, expected=expected)
     model, about = state["model"], state["about"]
     if not isinstance(model, Mapping) or not isinstance(about, Mapping):
-        raise DamagedCheckpoint(f"{checkpoints.damaged(file)}: it holds no model")
+        raise DamagedCheckpoint(f"{states.damaged(file)}: it holds no model")
     prefix = "backbone."
     weights = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
     if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise DamagedCheckpoint(f"{checkpoints.damaged(file)}: its model is not made of tensors")
+        raise DamagedCheckpoint(f"{states.damaged(file)}: its model is not made of tensors")
     return weights, dict(about)
 
 

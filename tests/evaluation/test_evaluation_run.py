@@ -13,10 +13,10 @@ from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
 from relloc.data.views import Center, RandomResized, View
 from relloc.errors import DataError, UsageError
-from relloc.evals.contract import Evaluation, Job, Subject, Terms
 from relloc.evals.knn import Knn
 from relloc.evals.linear import LinearFast
-from relloc.evals.run import Work, evaluate, fingerprint
+from relloc.evaluation.contract import Evaluation, Job, Subject, Terms
+from relloc.evaluation.run import Work, evaluate, fingerprint
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import Color, Forgetful, LiveFeatures, Reading, Sets, State, fill_bank
 from relloc.models.small import SmallBackbone
@@ -237,7 +237,7 @@ def test_features_that_memory_has_no_room_for_are_computed_again_and_that_is_tol
 ) -> None:
     linear = {"linear": EVALUATIONS["linear"]}
     kept = rows_of(subject, splits, terms(), linear)
-    monkeypatch.setattr("relloc.evals.run.free_gib", lambda device: 1e-6)
+    monkeypatch.setattr("relloc.evaluation.run.free_gib", lambda device: 1e-6)
     with pytest.warns(UserWarning, match=r"take .* GiB, and 1e-06 GiB of memory are free: .* computed again"):
         live = rows_of(subject, splits, terms(), linear)
     assert live == kept

@@ -14,7 +14,7 @@ from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.lists import MultiLabeled
 from relloc.data.views import View
-from relloc.evals.contract import (
+from relloc.evaluation.contract import (
     BATCH_NORMS,
     Augmenting,
     Evaluation,
