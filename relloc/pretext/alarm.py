@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from relloc.errors import UsageError
 from relloc.geometry import NEIGHBORS
+from relloc.optimization import all_finite
 from relloc.pretext.loop import Progress
 
 CHANCE_LOSS = math.log(len(NEIGHBORS))
@@ -47,6 +47,5 @@ class Alarm:
 
 def check_finite(model: nn.Module, step: int) -> None:
     """Raises `Diverged` unless all parameters and running statistics are finite."""
-    values = [value for value in model.state_dict().values() if value.is_floating_point()]
-    if not torch.isfinite(torch.nn.utils.get_total_norm(values, norm_type=math.inf)):
+    if not all_finite(model):
         raise Diverged(f"weights or running statistics are not finite after step {step}")

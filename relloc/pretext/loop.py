@@ -4,16 +4,15 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from relloc import ranks
 from relloc.geometry import NEIGHBORS
+from relloc.optimization import Gradients, StepReport, StepsDone, run_steps
 from relloc.pretext import objective
 from relloc.pretext.feed import Images
-from relloc.pretext.gradients import Gradients
 from relloc.pretext.graphed import Graphed
 from relloc.pretext.schedule import Schedule
 
@@ -29,17 +28,6 @@ class Progress:
     loss: float
     top1: float
     lr: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Standing:
-    """How far a training is: steps done, and this process's sums since the last report.
-
-    `tally` (3, float64) holds loss x pairs, right answers and pairs.
-    """
-
-    step: int
-    tally: Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,53 +58,45 @@ class Task:
         """Length of the run in optimizer steps."""
         return max(1, round(self.schedule.epochs * self.steps_per_epoch))
 
-    def start(self) -> Standing:
-        """The standing of a training that has done nothing."""
-        return Standing(step=0, tally=torch.zeros(3, dtype=torch.float64, device=self.device))
+    def start(self) -> StepsDone:
+        """Of a training that has done nothing. What steps add up is loss x pairs, right answers and pairs."""
+        return StepsDone(step=0, sums=torch.zeros(3, dtype=torch.float64, device=self.device))
 
 
 def train(
     task: Task,
     forwards: Iterable[Images],
     *,
-    standing: Standing,
+    done: StepsDone,
     report_every: int,
     report: Callable[[Progress], None],
-    after_step: Callable[[Standing], bool],
+    after_step: Callable[[StepsDone], bool],
 ) -> int:
-    """Run steps from `standing` to the end, or until `after_step` returns True; steps done.
+    """Run steps from `done` to the end, or until `after_step` returns True; steps done.
 
     `forwards` are this process's images on the device, forward by forward; `report` gets the means
     since the last report, every `report_every` steps and at the end. Ranks stop together only if
     `after_step` answers alike on all of them.
     """
     ranks.copy_from_first(task.model.state_dict().values())
-    stepper = Stepper(task)
     task.model.train()
-    base_rates = [group["initial_lr"] for group in _with_initial_rates(task.optimizer)]
-    images, tally = iter(forwards), standing.tally
-    for step in range(standing.step, task.steps):
-        lr = _set_rate(task, base_rates, step)
-        tally = tally + stepper.step(itertools.islice(images, task.accumulation), step)
-        if (step + 1) % report_every == 0 or step + 1 == task.steps:
-            report(_means(ranks.total(tally), step + 1, task, lr))
-            tally = torch.zeros_like(tally)
-        if after_step(Standing(step=step + 1, tally=tally)):
-            return step + 1
-    return task.steps
+    stepper, images = Stepper(task), iter(forwards)
 
+    def report_means(sums: StepReport) -> None:
+        loss, hits, pairs = sums.sums
+        epoch = sums.step / task.steps_per_epoch
+        report(Progress(step=sums.step, epoch=epoch, loss=loss / pairs, top1=100 * hits / pairs, lr=sums.lr))
 
-def _with_initial_rates(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return optimizer.param_groups
-
-
-def _set_rate(task: Task, base_rates: list[float], step: int) -> float:
-    factor = task.schedule.factor(step / task.steps_per_epoch)
-    for group, rate in zip(task.optimizer.param_groups, base_rates, strict=True):
-        group["lr"] = rate * factor
-    return base_rates[0] * factor
+    return run_steps(
+        lambda step: stepper.step(itertools.islice(images, task.accumulation), step),
+        optimizer=task.optimizer,
+        rate_factor=lambda step: task.schedule.factor(step / task.steps_per_epoch),
+        done=done,
+        steps=task.steps,
+        report_every=report_every,
+        report=report_means,
+        after_step=after_step,
+    )
 
 
 class Stepper:
@@ -169,8 +149,3 @@ def _chance(task: Task, n_images: int, step: int, number: int) -> tuple[list[Ten
         kept.append(task.model.head.draw_kept(size, generator))  # pyright: ignore[reportCallIssue]
     masks = None if kept[0] is None else torch.cat(kept)
     return [torch.cat(parts) for parts in zip(*drawn, strict=True)], masks
-
-
-def _means(tally: Tensor, step: int, task: Task, lr: float) -> Progress:
-    loss, hits, pairs = tally.tolist()
-    return Progress(step=step, epoch=step / task.steps_per_epoch, loss=loss / pairs, top1=100 * hits / pairs, lr=lr)

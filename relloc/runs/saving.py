@@ -12,8 +12,9 @@ from relloc.checkpoints import states
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.errors import DamagedCheckpoint, DamagedFile, UsageError
 from relloc.files import write_json
+from relloc.optimization import StepsDone
 from relloc.pretext.alarm import Diverged, check_finite
-from relloc.pretext.loop import Standing, Task
+from relloc.pretext.loop import Task
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import console
 from relloc.tracking.journal import JOURNAL_FILE
@@ -25,7 +26,7 @@ _OF_A_TRAINING = {"model": dict, "optimizer": dict, "tallies": torch.Tensor, "id
 RANDOM_NUMBERS = "version of random numbers"  # a part of a run's identity
 
 
-def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
+def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> StepsDone:
     """Put the newest sound checkpoint of the run folder into `task`; where that training stands.
 
     Raises:
@@ -52,7 +53,7 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> Standing:
         raise DamagedCheckpoint(f"{states.damaged(Path(path))}, since it does not fit the run: {error}") from error
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
-    return Standing(step=state["step"], tally=_own_tally(state["tallies"]).to(task.device))
+    return StepsDone(step=state["step"], sums=_own_tally(state["tallies"]).to(task.device))
 
 
 def note_identity(run_dir: Path, identity: dict[str, Any]) -> None:
@@ -151,12 +152,12 @@ class Saver:
         self.last = time.monotonic()
         self.saved_step: int | None = None
 
-    def after_step(self, standing: Standing) -> bool:
+    def after_step(self, done: StepsDone) -> bool:
         """Save if it is time; whether to stop. All ranks answer alike."""
         self.stop.listen(awaited=True)  # from here on there is work that a stop has to save
         stopping, due = self._agreed()
-        if stopping or due or standing.step in self.milestones or standing.step == self.task.steps:
-            self.save(standing)
+        if stopping or due or done.step in self.milestones or done.step == self.task.steps:
+            self.save(done)
         return stopping
 
     def _agreed(self) -> tuple[bool, bool]:
@@ -170,28 +171,28 @@ class Saver:
             self.stop.signal = signal
         return bool(signal), bool(anyone_due)
 
-    def save(self, standing: Standing) -> None:
-        """Save a training that has done its `standing.step` steps and nothing of the next. All ranks together.
+    def save(self, done: StepsDone) -> None:
+        """Save a training that has done its `done.step` steps and nothing of the next. All ranks together.
 
         Raises:
             Diverged: it holds what is not finite.
         """
-        if standing.step != self.saved_step:
-            self._save(standing)
-            self.saved_step = standing.step
+        if done.step != self.saved_step:
+            self._save(done)
+            self.saved_step = done.step
             self.last = time.monotonic()
 
-    def _save(self, standing: Standing) -> None:
-        tallies = ranks.gathered(standing.tally).cpu()
+    def _save(self, done: StepsDone) -> None:
+        tallies = ranks.gathered(done.sums).cpu()
         if not tallies.isfinite().all():
-            raise Diverged(f"the loss is no longer finite after step {standing.step}")
-        check_finite(self.task.model, standing.step)
+            raise Diverged(f"the loss is no longer finite after step {done.step}")
+        check_finite(self.task.model, done.step)
         if ranks.rank() == 0:
             state = {
                 "model": self.task.model.state_dict(),
                 "optimizer": self.task.optimizer.state_dict(),
                 "tallies": tallies,
                 "identity": self.identity,
-                "about": self.about | {"step": standing.step},
+                "about": self.about | {"step": done.step},
             }
-            states.save_training(self.run_dir, state, standing.step, self.milestones.get(standing.step))
+            states.save_training(self.run_dir, state, done.step, self.milestones.get(done.step))

@@ -19,9 +19,10 @@ from relloc.data.order import Seeded, StepPlan, StepSampler
 from relloc.data.readers import NoImagesCame
 from relloc.data.slots import load_in_slots
 from relloc.errors import DataError, Interrupted, UsageError
+from relloc.optimization import StepsDone
 from relloc.pretext.alarm import Diverged
 from relloc.pretext.feed import HELD_FORWARDS, Feed
-from relloc.pretext.loop import Standing, Task, train
+from relloc.pretext.loop import Task, train
 from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.runs import assemble, console, engine
 from relloc.runs.engine import Engine
@@ -45,15 +46,15 @@ class Run:
     stop: StopRequest
 
 
-def train_run(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None) -> None:
-    """Train from `standing` to the end; only rank 0 has a folder.
+def train_run(run: Run, run_dir: Path, begun: StepsDone, folder: RunFolder | None) -> None:
+    """Train from `begun` to the end; only rank 0 has a folder.
 
     Where it was asked to stop, the process leaves with the signal's exit code, everything saved.
     """
-    if standing.step >= run.task.steps:
+    if begun.step >= run.task.steps:
         return
     unreadable = Unreadable(n_images=len(run.data.train), most_share=run.config.data.unreadable_share)
-    done, saved = _train(run, run_dir, standing, folder, unreadable)
+    done, saved = _train(run, run_dir, begun, folder, unreadable)
     run.stop.listen(awaited=False)
     reasons = ranks.union(unreadable.reasons)
     if folder:
@@ -67,22 +68,22 @@ def train_run(run: Run, run_dir: Path, standing: Standing, folder: RunFolder | N
 
 
 def _train(
-    run: Run, run_dir: Path, standing: Standing, folder: RunFolder | None, unreadable: Unreadable
+    run: Run, run_dir: Path, begun: StepsDone, folder: RunFolder | None, unreadable: Unreadable
 ) -> tuple[int, bool]:
     """Steps done, and whether they are saved."""
-    feed, monitoring, saver = _feed(run, standing.step, unreadable), _monitoring(run, folder), _saver(run, run_dir)
+    feed, monitoring, saver = _feed(run, begun.step, unreadable), _monitoring(run, folder), _saver(run, run_dir)
     asked = run.config.collapse_steps
     told = reporting(
         run.task,
         run.plan,
         feed,
-        first_step=standing.step,
+        first_step=begun.step,
         collapse_steps=max(100, min(2000, run.task.steps // 4)) if asked == "auto" else asked,
         folder=folder,
     )
-    last = standing
+    last = begun
 
-    def after_step(at: Standing) -> bool:
+    def after_step(at: StepsDone) -> bool:
         nonlocal last
         last = at
         if monitoring and not run.stop:
@@ -91,25 +92,25 @@ def _train(
 
     with _explained(run, run_dir), told as report, engine.training(run.how):
         try:
-            done = train(
+            steps_done = train(
                 run.task,
                 feed,
-                standing=standing,
+                done=begun,
                 report_every=run.config.report_every_steps,
                 report=report,
                 after_step=after_step,
             )
         except Interrupted as error:
-            saved = _save_between_steps(run, saver, feed, last, first_step=standing.step)
+            saved = _save_between_steps(run, saver, feed, last, first_step=begun.step)
             if not isinstance(error, NoImagesCame):
                 raise
             if ranks.world_size() > 1:  # the others wait for this one's gradients: there is nothing to agree on
                 raise Stopped(run.stop.exit_code) from error
             return last.step, saved
-    return done, True
+    return steps_done, True
 
 
-def _save_between_steps(run: Run, saver: Saver, feed: Feed, last: Standing, *, first_step: int) -> bool:
+def _save_between_steps(run: Run, saver: Saver, feed: Feed, last: StepsDone, *, first_step: int) -> bool:
     """Save what stands where images fail to come, if that is a whole number of steps; whether it is saved.
 
     Within a step running statistics of batch norms have moved, and other processes wait for this one.

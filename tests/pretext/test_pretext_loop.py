@@ -13,11 +13,12 @@ from relloc.geometry import PatchGrid
 from relloc.models.backbone import Backbone
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
+from relloc.optimization import StepsDone
 from relloc.patches.color import Drop, Keep
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext import objective
-from relloc.pretext.loop import Progress, Standing, Task, train
+from relloc.pretext.loop import Progress, Task, train
 from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.optimizer import sgd
 from relloc.pretext.schedule import Constant, Schedule, Step
@@ -129,16 +130,16 @@ def trained(
     task: Task,
     batches: Iterator[Tensor],
     *,
-    standing: Standing | None = None,
+    standing: StepsDone | None = None,
     stop_after: int | None = None,
     report_every: int = 1,
-) -> tuple[Standing, list[Progress]]:
+) -> tuple[StepsDone, list[Progress]]:
     reports: list[Progress] = []
     seen = [standing or task.start()]
     done = train(
         task,
         batches,
-        standing=seen[0],
+        done=seen[0],
         report_every=report_every,
         report=reports.append,
         after_step=lambda at: seen.append(at) or at.step == stop_after,
@@ -168,7 +169,7 @@ def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: P
     state = {
         "model": first.model.state_dict(),
         "optimizer": first.optimizer.state_dict(),
-        "tally": stopped.tally,
+        "sums": stopped.sums,
     }
     saved = load_training(save_training(tmp_path, state, stopped.step))
 
@@ -177,7 +178,7 @@ def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: P
     second.optimizer.load_state_dict(saved["optimizer"])
     second.model.eval()  # as after questions on held-out images
     torch.rand(5)  # another process has another history of chance
-    standing = Standing(step=saved["step"], tally=saved["tally"])
+    standing = StepsDone(step=saved["step"], sums=saved["sums"])
     end, second_reports = trained(second, forwards(6, first=stopped_after), standing=standing, report_every=2)
     assert end.step == 6
     assert first_reports + second_reports == reports  # a report straddles the stop
@@ -258,7 +259,7 @@ def test_the_rate_follows_the_schedule_step_by_step_in_every_group() -> None:
     train(
         task,
         forwards(6),
-        standing=task.start(),
+        done=task.start(),
         report_every=1,
         report=reports.append,
         after_step=lambda _at: bool(rates.append(tuple(group["lr"] for group in task.optimizer.param_groups))),
@@ -274,7 +275,7 @@ def test_stopping_ends_after_the_step_takes_no_image_more_and_keeps_what_was_not
     stopped, reports = trained(task, batches, stop_after=3, report_every=100)
     assert stopped.step == 3
     assert reports == []
-    assert stopped.tally[2] == 3 * 4 * 8  # the pairs of three steps
+    assert stopped.sums[2] == 3 * 4 * 8  # the pairs of three steps
     assert torch.equal(next(batches), next(forwards(4, first=3)))
 
 

@@ -67,10 +67,10 @@ def trained(rank, world):
         task,
         (images(step * FORWARDS + rank * task.accumulation + number)
          for step in range(STEPS) for number in range(task.accumulation)),
-        standing=task.start(),
+        done=task.start(),
         report_every=2,
         report=lambda progress: reports.append(dataclasses.asdict(progress)),
-        after_step=lambda standing: False,
+        after_step=lambda done: False,
     )
     return model.state_dict(), reports
 

@@ -15,11 +15,12 @@ from relloc.errors import CheckpointError, DamagedCheckpoint, DamagedFile, Usage
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
+from relloc.optimization import StepsDone
 from relloc.patches.color import Keep
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.alarm import Diverged
-from relloc.pretext.loop import Standing, Task
+from relloc.pretext.loop import Task
 from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.schedule import Constant
 from relloc.pretext.stopping import StopRequest
@@ -76,8 +77,8 @@ def new_saver(run_dir: Path, task: Task, **changes: object) -> Saver:
     return Saver(task=task, run_dir=run_dir, **{**fixed, "milestones": {}, **changes})  # type: ignore[arg-type]
 
 
-def standing(done: int, loss: float = 2.0) -> Standing:
-    return Standing(step=done, tally=torch.tensor([loss, 3.0, 8.0], dtype=torch.float64))
+def standing(done: int, loss: float = 2.0) -> StepsDone:
+    return StepsDone(step=done, sums=torch.tensor([loss, 3.0, 8.0], dtype=torch.float64))
 
 
 def names(run_dir: Path) -> list[str]:
@@ -171,7 +172,7 @@ def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path, capsys: pytest.Cap
     other = new_task(seed=1)
     found = resume(IDENTITY, other, tmp_path)
     assert found.step == 7
-    assert torch.equal(found.tally, standing(7).tally)
+    assert torch.equal(found.sums, standing(7).sums)
     torch.testing.assert_close(dict(other.model.state_dict()), dict(task.model.state_dict()), rtol=0, atol=0)
     torch.testing.assert_close(other.optimizer.state_dict(), task.optimizer.state_dict(), rtol=0, atol=0)
     assert f"resume  {saved_trainings(tmp_path)[0]} after step 7 of 12" in capsys.readouterr().out
@@ -180,7 +181,7 @@ def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path, capsys: pytest.Cap
 def test_an_empty_folder_is_a_training_that_has_done_nothing(tmp_path: Path) -> None:
     found = resume(IDENTITY, new_task(), tmp_path)
     assert found.step == 0
-    assert torch.equal(found.tally, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(found.sums, torch.zeros(3, dtype=torch.float64))
 
 
 def test_a_folder_of_other_settings_is_refused_with_what_differs_and_changes_nothing(tmp_path: Path) -> None:

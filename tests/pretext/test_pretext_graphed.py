@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from relloc.errors import UsageError
-from relloc.pretext.gradients import Gradients
+from relloc.optimization import Gradients
 from relloc.pretext.graphed import Graphed
 
 
@@ -16,32 +16,6 @@ def network() -> nn.Sequential:
 
 def backward(model: nn.Module, images: Tensor) -> None:
     model(images).square().mean().backward()
-
-
-def test_backwards_add_to_gradients_that_keep_their_place_and_have_the_layout_of_the_weights() -> None:
-    owned, plain = network(), network()
-    gradients = Gradients(owned.parameters())
-    places = [value.grad.data_ptr() for value in owned.parameters()]
-    for images in torch.randn(2, 4, 3, 4, 4):
-        backward(owned, images)
-        backward(plain, images)
-    for value, other, place in zip(owned.parameters(), plain.parameters(), places, strict=True):
-        assert torch.equal(value.grad, other.grad)
-        assert value.grad.data_ptr() == place
-        assert value.grad.stride() == value.stride()
-    gradients.average()  # one process: they are their own mean
-    assert all(
-        torch.equal(value.grad, other.grad) for value, other in zip(owned.parameters(), plain.parameters(), strict=True)
-    )
-    gradients.clear()
-    assert all(value.grad.abs().max() == 0 for value in owned.parameters())
-
-
-def test_what_is_not_trained_gets_no_gradient() -> None:
-    model = network()
-    model[0].requires_grad_(False)
-    Gradients(model.parameters())
-    assert [value.grad is None for value in model.parameters()] == [True, True, False, False, False, False]
 
 
 @pytest.mark.gpu
