@@ -25,7 +25,7 @@ from relloc.data.images import SUFFIXES
 from relloc.data.shards import shards
 from relloc.data.views import Center
 from relloc.features.pool import pooled_layers
-from relloc.features.source import Reading
+from relloc.features.source import EncodeConfig
 from relloc.models.resnet import ResNetBackbone
 from relloc.results import LAYERS
 from relloc.runs import engine
@@ -42,7 +42,9 @@ def main() -> None:
     on_gpu = how.device.type == "cuda"
     size = options.images or (256 if on_gpu else 8)
     calls = options.calls or (20 if on_gpu else 1)
-    reading = Reading(batch=size, workers=how.workers, device=how.device, precision=how.precision, unreadable_share=1.0)
+    reading = EncodeConfig(
+        batch=size, workers=how.workers, device=how.device, precision=how.precision, unreadable_share=1.0
+    )
     backbone = ResNetBackbone(depth=50).eval()
     how.place(backbone)
     pixels = torch.randint(256, (size, CROP_PX, CROP_PX, 3), dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)
@@ -93,7 +95,7 @@ def _forward(how: engine.Engine, images: Tensor) -> Callable[[], object]:
     return forward
 
 
-def _encode(how: engine.Engine, reading: Reading, backbone: ResNetBackbone, layers: tuple[str, ...]) -> Encode:
+def _encode(how: engine.Engine, reading: EncodeConfig, backbone: ResNetBackbone, layers: tuple[str, ...]) -> Encode:
     """What `LiveFeatures` does with a batch, as one function."""
 
     def encode(pixels: Tensor) -> dict[str, Tensor]:
@@ -105,7 +107,7 @@ def _encode(how: engine.Engine, reading: Reading, backbone: ResNetBackbone, laye
     return lambda pixels: compiled(pixels.to(how.device, non_blocking=True))
 
 
-def _from_files(reading: Reading, encode: Encode, options: argparse.Namespace) -> float:
+def _from_files(reading: EncodeConfig, encode: Encode, options: argparse.Namespace) -> float:
     """Images a second from the first counted batch's end to the last one's, features left on the device."""
     images = images_below(options.root)
     n_images = (WARM_UP + options.batches) * reading.batch

@@ -25,7 +25,7 @@ from relloc.data.views import View
 from relloc.errors import DataError
 from relloc.evals import schedule
 from relloc.evals.constants import check_number, check_numbers, check_view, check_whole
-from relloc.features.source import Reading, State
+from relloc.features.source import EncodeConfig, State
 from relloc.models.backbone import Backbone
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
@@ -72,7 +72,7 @@ class Outcome(TypedDict):
 class _Given:
     """What a call is given besides network and images."""
 
-    reading: Reading
+    reading: EncodeConfig
     seed: int
     state: State
     unreadable: Reasons
@@ -138,7 +138,7 @@ class SemiSupervised:
         ]
 
     def __call__(
-        self, backbone: Backbone, splits: Splits, *, reading: Reading, seed: int, state: State, unreadable: Reasons
+        self, backbone: Backbone, splits: Splits, *, reading: EncodeConfig, seed: int, state: State, unreadable: Reasons
     ) -> Iterator[Score]:
         """Top-1 and top-5 on `splits.held_out` after the last epoch. `backbone` stays as it is.
 
@@ -307,14 +307,14 @@ def _best(outcomes: Sequence[Outcome], place: int) -> int:
     return shares.index(max(shares))
 
 
-def _logits(network: Classifier, images: Float[Tensor, "b 3 h w"], reading: Reading) -> Float[Tensor, "b classes"]:
+def _logits(network: Classifier, images: Float[Tensor, "b 3 h w"], reading: EncodeConfig) -> Float[Tensor, "b classes"]:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=reading.bf16):
         return network(images).float()
 
 
 @torch.no_grad()
 def count_top_hits(
-    network: Classifier, images: ImageSet, view: View, reading: Reading, unreadable: Reasons
+    network: Classifier, images: ImageSet, view: View, reading: EncodeConfig, unreadable: Reasons
 ) -> list[int]:
     """How many images are right at first, how many among the first five answers, and how many were asked.
 

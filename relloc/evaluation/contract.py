@@ -13,7 +13,7 @@ from relloc.data.views import View
 from relloc.errors import DataError, UsageError
 from relloc.features.source import (
     Color,
-    Reading,
+    EncodeConfig,
     Sets,
     State,
 )
@@ -78,7 +78,7 @@ class FineTuning(Protocol):
         backbone: Backbone,
         splits: Splits,
         *,
-        reading: Reading,
+        reading: EncodeConfig,
         seed: int,
         state: State,
         unreadable: Callable[[dict[str, str]], None],
@@ -122,7 +122,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvaluatedModel:
     """Who is evaluated: a backbone in eval mode and on its device, and the names its rows carry.
 
     `weights` is the digest of the backbone's tensors: rows of the same weights can be used again.
@@ -135,10 +135,10 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Terms:
+class EvalSettings:
     """How evaluations are run; `bank_gib` bounds the features kept in memory."""
 
-    reading: Reading
+    reading: EncodeConfig
     batch_norms: Sequence[str]
     calibration_images: int
     bank_gib: float

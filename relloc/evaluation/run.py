@@ -17,12 +17,12 @@ from relloc.data.views import View
 from relloc.evaluation.contract import (
     BATCH_NORMS,
     Augmenting,
+    EvalSettings,
+    EvaluatedModel,
     Evaluation,
     FineTuning,
     Job,
     Labels,
-    Subject,
-    Terms,
     check_images,
 )
 from relloc.features.batch_norm import recalibrate
@@ -55,9 +55,9 @@ class Work:
 
 
 def evaluate(
-    subject: Subject,
+    subject: EvaluatedModel,
     jobs: Sequence[Job],
-    terms: Terms,
+    terms: EvalSettings,
     *,
     is_done: Callable[[str, str, str], bool],
     state: Callable[[Work], State],
@@ -81,7 +81,7 @@ def evaluate(
         yield from _evaluate_alike(subject, together, own_terms, state, unreadable)
 
 
-def works(job: Job, batch_norm: str, subject: Subject, terms: Terms) -> Iterator[Work]:
+def works(job: Job, batch_norm: str, subject: EvaluatedModel, terms: EvalSettings) -> Iterator[Work]:
     """The parts of a job: its layers, where they know nothing of each other."""
     whole = job.evaluation
     if not isinstance(whole, Evaluation):
@@ -108,9 +108,9 @@ def _order(work: Work) -> tuple[int, tuple[str, ...]]:
 
 
 def _evaluate_alike(
-    subject: Subject,
+    subject: EvaluatedModel,
     works: Sequence[Work],
-    terms: Terms,
+    terms: EvalSettings,
     state: Callable[[Work], State],
     unreadable: Callable[[dict[str, str]], None],
 ) -> Iterator[list[Result]]:
@@ -132,7 +132,7 @@ def _evaluate_alike(
         yield from _evaluate_frozen(subject, frozen, terms, state, unreadable)
 
 
-def _terms_of(job: Job, terms: Terms) -> Terms:
+def _terms_of(job: Job, terms: EvalSettings) -> EvalSettings:
     if job.unreadable_share is None:
         return terms
     setting = f"{job.data_setting}.unreadable_share"
@@ -141,9 +141,9 @@ def _terms_of(job: Job, terms: Terms) -> Terms:
 
 
 def _evaluate_frozen(
-    subject: Subject,
+    subject: EvaluatedModel,
     works: Sequence[tuple[Work, Evaluation]],
-    terms: Terms,
+    terms: EvalSettings,
     state: Callable[[Work], State],
     unreadable: Callable[[dict[str, str]], None],
 ) -> Iterator[list[Result]]:
@@ -186,7 +186,7 @@ def _labels(images: ImageSet, needed: Labels) -> Int[Tensor, "n *classes"] | Non
 
 
 def _keep(
-    train: FeatureSource, held_out: FeatureSource, evaluations: Sequence[Evaluation], terms: Terms
+    train: FeatureSource, held_out: FeatureSource, evaluations: Sequence[Evaluation], terms: EvalSettings
 ) -> tuple[FeatureSource, FeatureSource]:
     """The sources with the features of `evaluations` in memory, if there is room for them."""
     if ranks.world_size() > 1:  # evaluations that run in several processes divide what they keep
@@ -207,7 +207,7 @@ def _keep(
     return fill_bank(train, layers, size, device), fill_bank(held_out, layers, size, device)
 
 
-def calibration_batches(images: ImageSet, view: View, terms: Terms) -> Iterator[torch.Tensor]:
+def calibration_batches(images: ImageSet, view: View, terms: EvalSettings) -> Iterator[torch.Tensor]:
     """Pixels (b 3 s s), on the device, of the images that `terms` has statistics estimated on, drawn by its seed."""
     reading = terms.reading
     generator = torch.Generator().manual_seed(seed_for(Use.CALIBRATION_IMAGES, terms.seed))
@@ -224,7 +224,7 @@ def calibration_batches(images: ImageSet, view: View, terms: Terms) -> Iterator[
 
 
 def fingerprint(
-    evaluation: Evaluation | FineTuning, subject: Subject, splits: Splits, terms: Terms, batch_norm: str
+    evaluation: Evaluation | FineTuning, subject: EvaluatedModel, splits: Splits, terms: EvalSettings, batch_norm: str
 ) -> str:
     """Hash of everything that decides an evaluation's numbers, the weights with it."""
     reading = terms.reading
@@ -238,7 +238,7 @@ def fingerprint(
     return hash_lines([repr(decided)])
 
 
-def _named(score: Score, work: Work, subject: Subject, terms: Terms, how: str) -> Result:
+def _named(score: Score, work: Work, subject: EvaluatedModel, terms: EvalSettings, how: str) -> Result:
     images = work.job.splits.train if score.on_train else work.job.splits.held_out
     seen = f"{work.evaluation.view}, {_PRECISIONS[terms.reading.precision]}"
     return Result(

@@ -94,7 +94,7 @@ class State(Protocol):
         ...
 
 
-class Forgetful:
+class NullState:
     """A `State` that keeps nothing."""
 
     def load(self) -> None:
@@ -116,7 +116,7 @@ class Sets:
     held_out: FeatureSource
     classes: Sequence[str] = ()
     augmented: FeatureSource | None = None
-    state: State = dataclasses.field(default_factory=Forgetful)
+    state: State = dataclasses.field(default_factory=NullState)
 
 
 def _batches(keys: Iterable[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
@@ -126,7 +126,7 @@ def _batches(keys: Iterable[tuple[int, int]], size: int) -> Iterator[list[tuple[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
+class EncodeConfig:
     """How views are read and encoded; the same for every evaluation of a run.
 
     `share_setting` is what a user sets `unreadable_share` by. `precision` is "fp32", "tf32" or "bf16".
@@ -175,7 +175,7 @@ class LiveFeatures:
         self,
         backbone: Backbone,
         images: ImageSet,
-        reading: Reading,
+        reading: EncodeConfig,
         view: View,
         *,
         labels: Int[Tensor, "n *classes"] | None = None,

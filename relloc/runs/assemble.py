@@ -21,8 +21,8 @@ from relloc.data.processes import without_progress
 from relloc.data.shards import shards
 from relloc.data.views import Center
 from relloc.errors import DataError, UsageError
-from relloc.evaluation.contract import Evaluation, FineTuning, Job, Terms
-from relloc.features.source import Reading, encode
+from relloc.evaluation.contract import EvalSettings, Evaluation, FineTuning, Job
+from relloc.features.source import EncodeConfig, encode
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.loop import Task
@@ -193,9 +193,9 @@ def _source(data: DictConfig) -> str:
     return repr((data.get("shards"), plain(data.source)))
 
 
-def reading(config: DictConfig, engine: Engine, *, told: bool = True) -> Reading:
+def reading(config: DictConfig, engine: Engine, *, told: bool = True) -> EncodeConfig:
     """How full images are read and encoded; with progress shown if `told`."""
-    read = Reading(
+    read = EncodeConfig(
         batch=whole("view.batch", config.view.batch, at_least=1),
         workers=engine.workers,
         device=engine.device,
@@ -211,10 +211,10 @@ def view(config: DictConfig) -> Center:
     return Center(short_px=config.view.short_px, crop_px=config.view.crop_px)
 
 
-def terms(config: DictConfig, engine: Engine) -> Terms:
+def terms(config: DictConfig, engine: Engine) -> EvalSettings:
     """How evaluations are run."""
     ways = [config.batch_norm] if isinstance(config.batch_norm, str) else list(config.batch_norm)
-    return Terms(
+    return EvalSettings(
         reading=reading(config, engine),
         batch_norms=ways,
         calibration_images=config.calibration_images,

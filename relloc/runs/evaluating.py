@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from relloc import ranks
 from relloc.checkpoints import states
 from relloc.errors import KnownAnswerMissed, UsageError
-from relloc.evaluation.contract import Job, Subject, Summarizing, Terms, check_images
+from relloc.evaluation.contract import EvalSettings, EvaluatedModel, Job, Summarizing, check_images
 from relloc.evaluation.run import Work, evaluate, fingerprint, works
-from relloc.features.source import Forgetful
+from relloc.features.source import NullState
 from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.reports import known
 from relloc.results import RESULTS_FILE, append_results, read_results
@@ -20,7 +20,7 @@ from relloc.runs import assemble, checking, console
 from relloc.runs.engine import Engine, settle
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.naming import data_name, evaluation_name
-from relloc.runs.reusing import KeptState, KnownRows, obey, state_file
+from relloc.runs.reusing import KnownRows, ResumableState, obey, state_file
 from relloc.runs.subjects import subjects
 
 _NO_ANSWER = (
@@ -68,7 +68,7 @@ def evaluate_checkpoint(config: DictConfig) -> None:
     console.say_next("report", console.from_here(run_dir))
 
 
-def _answers(config: DictConfig, found: Sequence[Subject], terms: Terms) -> list[known.KnownAnswer]:
+def _answers(config: DictConfig, found: Sequence[EvaluatedModel], terms: EvalSettings) -> list[known.KnownAnswer]:
     """What is known of the numbers to come. Nothing to do, or nothing known, is told before anything is measured."""
     checking.check_has_evaluations(config)
     who = [(one.checkpoint, one.model) for one in found]
@@ -87,7 +87,7 @@ def _check_ranks(jobs: Sequence[Job]) -> None:
         )
 
 
-def _follow(found: Sequence[Subject], jobs: Sequence[Job], terms: Terms, engine: Engine) -> None:
+def _follow(found: Sequence[EvaluatedModel], jobs: Sequence[Job], terms: EvalSettings, engine: Engine) -> None:
     """What the other processes do: their share of the work. They write and tell nothing but to the first."""
     for one in found:
         engine.place(one.backbone)
@@ -97,7 +97,7 @@ def _follow(found: Sequence[Subject], jobs: Sequence[Job], terms: Terms, engine:
             jobs,
             terms,
             is_done=lambda *_which: bool(ranks.from_first("")),
-            state=lambda _work: Forgetful(),
+            state=lambda _work: NullState(),
             unreadable=reasons.update,
         )
         for _rows in done:
@@ -128,7 +128,12 @@ def tell_verdict(run_dir: Path, answers: Sequence[known.KnownAnswer], marks: Col
 
 
 def evaluate_subject(
-    subject: Subject, jobs: Sequence[Job], terms: Terms, folder: RunFolder, config: DictConfig, stop: StopRequest
+    subject: EvaluatedModel,
+    jobs: Sequence[Job],
+    terms: EvalSettings,
+    folder: RunFolder,
+    config: DictConfig,
+    stop: StopRequest,
 ) -> set[str]:
     """Write the rows of every evaluation as they come; those there already are used again. The fingerprints of all.
 
@@ -145,8 +150,8 @@ def evaluate_subject(
             states.delete_state(state_file(folder.path, mark))
         return bool(ranks.from_first("yes" if there else ""))
 
-    def state(work: Work) -> KeptState:
-        return KeptState(folder.path, work.mark, every_s=config.save_every_s, stop=stop, runs=runs)
+    def state(work: Work) -> ResumableState:
+        return ResumableState(folder.path, work.mark, every_s=config.save_every_s, stop=stop, runs=runs)
 
     subject.backbone.eval()
     console.say(f"eval    {', '.join(job.name for job in jobs)} of {subject.checkpoint} ({subject.model})")
@@ -171,7 +176,7 @@ def evaluate_subject(
     return marks
 
 
-def _summarize(subject: Subject, job: Job, terms: Terms, known_rows: KnownRows) -> set[str]:
+def _summarize(subject: EvaluatedModel, job: Job, terms: EvalSettings, known_rows: KnownRows) -> set[str]:
     """Write the rows that speak of all layers of an evaluation, unless they are there; their fingerprints."""
     marks = set()
     if isinstance(job.evaluation, Summarizing):

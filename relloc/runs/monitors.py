@@ -17,7 +17,7 @@ from relloc.data.views import View
 from relloc.errors import DataError
 from relloc.evals.knn import vote
 from relloc.features.pool import pooled_layers
-from relloc.features.source import Reading
+from relloc.features.source import EncodeConfig
 from relloc.features.spectrum import alpha_req, rankme
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.confusion_picture import draw_confusion
@@ -63,7 +63,7 @@ class Monitors:
         model: RelativeLocation,
         patches: PatchPipeline,
         data: Splits,
-        reading: Reading,
+        reading: EncodeConfig,
         view: View,
         n_images: int,
         k: int,

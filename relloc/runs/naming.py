@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
-from relloc.evaluation.contract import Subject
+from relloc.evaluation.contract import EvaluatedModel
 from relloc.results import NOT_OURS
 from relloc.tracking import RunRecord
 from relloc.tracking.record import RUN_FILE
@@ -45,7 +45,7 @@ def pretraining_name(config: DictConfig, color: str) -> str:
     return " ".join(map(str, parts))
 
 
-def evaluation_name(subjects: Sequence[Subject], data: Sequence[str]) -> str:
+def evaluation_name(subjects: Sequence[EvaluatedModel], data: Sequence[str]) -> str:
     """An evaluation by whose weights it asks, on which data sets: `gap21 jit0..21 70ep in1k r50 s0 gray on voc2007`.
 
     A backbone of ours is called as its pretraining; others by the file's name, or as `checkpoint=` does, and the model.
@@ -54,7 +54,7 @@ def evaluation_name(subjects: Sequence[Subject], data: Sequence[str]) -> str:
     return f"{', '.join(who)} on {', '.join(dict.fromkeys(data))}"
 
 
-def _weights_name(subject: Subject) -> str:
+def _weights_name(subject: EvaluatedModel) -> str:
     model = _short_model(subject.model)
     if subject.checkpoint in NOT_OURS:
         return f"{subject.checkpoint} {model}"

@@ -17,7 +17,7 @@ from relloc.data.loader import Batch, Unreadable, collate, load
 from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
-from relloc.evaluation.contract import Job, Subject, check_images
+from relloc.evaluation.contract import EvaluatedModel, Job, check_images
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits
@@ -179,7 +179,7 @@ def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
         trained, untrained = (_plain_backbone(config, how) for _ in range(2))
         trained.load_state_dict(task.model.backbone.state_dict())
         subjects = [
-            Subject(
+            EvaluatedModel(
                 backbone=backbone,
                 checkpoint=name,
                 model=config.model.name,

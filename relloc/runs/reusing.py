@@ -8,7 +8,7 @@ from typing import Any
 
 from relloc.checkpoints import states
 from relloc.errors import CheckpointError, DamagedCheckpoint
-from relloc.evaluation.contract import Subject
+from relloc.evaluation.contract import EvaluatedModel
 from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console
@@ -29,11 +29,11 @@ class KnownRows:
         self._elsewhere = _rows_below(runs, run_dir) if runs else {}
         self._told: set[tuple[str, str]] = set()
 
-    def of(self, subject: Subject) -> list[Result]:
+    def of(self, subject: EvaluatedModel) -> list[Result]:
         """The rows of a subject in this run folder."""
         return [row for row in read_results(self.run_dir) if row.checkpoint == subject.checkpoint]
 
-    def has(self, subject: Subject, name: str, batch_norm: str, mark: str) -> bool:
+    def has(self, subject: EvaluatedModel, name: str, batch_norm: str, mark: str) -> bool:
         """Whether a part of an evaluation needs no measuring; rows of other runs are copied into this one's."""
         which = (name, batch_norm, mark)
         here = [row for row in read_results(self.run_dir) if (row.eval, row.batch_norm, row.fingerprint) == which]
@@ -97,7 +97,7 @@ def _state_name(mark: str) -> str:
     return f"{STATES}/{mark}.pt"
 
 
-class KeptState:
+class ResumableState:
     """A `State` in a file of the run folder; where it is not there, the newest that a run below `runs` left is loaded.
 
     It is written `every_s` seconds apart at most, and wherever more than `PATIENCE_S` went by. So what

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relloc.checkpoints import backbone_files, layouts, states, weight_files
 from relloc.errors import CheckpointError, UsageError
-from relloc.evaluation.contract import Subject
+from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
 from relloc.results import NOT_OURS
@@ -25,7 +25,7 @@ from relloc.runs.settings import conf_dir
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 
 
-def subjects(config: DictConfig) -> list[Subject]:
+def subjects(config: DictConfig) -> list[EvaluatedModel]:
     """The backbones that `checkpoint` names, one or several, on the CPU.
 
     Random and supervised weights are, unless `model` says which, of the model of the first other one
@@ -47,7 +47,7 @@ def subjects(config: DictConfig) -> list[Subject]:
     return [found.get(name) or _by_name(config, name, of_file) for name in asked]
 
 
-def subject(config: DictConfig, checkpoint: str) -> Subject:
+def subject(config: DictConfig, checkpoint: str) -> EvaluatedModel:
     """The backbone of a run folder or file. Raises as `subjects`."""
     file = backbone_files.backbone_file(Path(checkpoint))
     ours = backbone_files.is_ours(file)
@@ -57,12 +57,12 @@ def subject(config: DictConfig, checkpoint: str) -> Subject:
     return _subject(backbone, str(file), model)
 
 
-def _subject(backbone: Backbone, checkpoint: str, model: str) -> Subject:
+def _subject(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
     digest = backbone_files.digest(backbone.state_dict())
-    return Subject(backbone=backbone, checkpoint=checkpoint, model=model, weights=digest)
+    return EvaluatedModel(backbone=backbone, checkpoint=checkpoint, model=model, weights=digest)
 
 
-def _by_name(config: DictConfig, name: str, model_of_others: str) -> Subject:
+def _by_name(config: DictConfig, name: str, model_of_others: str) -> EvaluatedModel:
     """`random` or `torchvision`."""
     model = config.get("model") or _member(model_of_others)
     torch.manual_seed(config.seed)

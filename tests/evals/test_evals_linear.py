@@ -15,7 +15,7 @@ from relloc.errors import DataError
 from relloc.evals.linear import Linear, LinearFast, _best
 from relloc.evals.training import count_hits, held_back
 from relloc.features.augment import JitterAndLighting
-from relloc.features.source import Bank, Batch, Forgetful, Sets
+from relloc.features.source import Bank, Batch, NullState, Sets
 from relloc.results import Score
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_heads_trained_long_enough_reach_the_optimum_of_logistic_regression() ->
     decay = 0.01
     linear = published(epochs=300, milestone_epochs=(220,), lr=0.3, weight_decay=decay, batch=200)
     given = {"tenth": held_back(TRAIN.n, 0), "watched": None, "device": CPU, "seed": 0}
-    heads = linear._training().fit(TRAIN, Forgetful(), **given).heads
+    heads = linear._training().fit(TRAIN, NullState(), **given).heads
     hits, seen = count_hits(heads, HELD_OUT, torch.arange(HELD_OUT.n), 64, CPU)
     for layer, dim in DIMS.items():
         rows = standardized(TRAIN.features[layer], CHANNELS[layer])
@@ -164,7 +164,7 @@ def test_what_is_reported_on_does_not_choose() -> None:
 def test_each_layer_gets_the_head_that_does_best_on_the_tenth_but_none_that_saw_it_or_diverged() -> None:
     linear = published(**GRID)
     given = {"tenth": held_back(TRAIN.n, 0), "watched": None, "device": CPU, "seed": 0}
-    heads = linear._training().fit(TRAIN, Forgetful(), **given).heads["avgpool"]
+    heads = linear._training().fit(TRAIN, NullState(), **given).heads["avgpool"]
     assert _best(torch.tensor([19, 3, 5, 5, 4]), heads) == 2
     heads.weight[2, 0, 0] = float("nan")
     assert _best(torch.tensor([19, 3, 5, 5, 4]), heads) == 3

@@ -21,14 +21,14 @@ from relloc.errors import DataError, UnreadableImage
 from relloc.evals import semisup
 from relloc.evals.semisup import Classifier, SemiSupervised
 from relloc.evaluation.contract import FineTuning
-from relloc.features.source import Reading
+from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.patches.normalize import ByDataset
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
 
 PALETTE = [(220, 40, 40), (40, 220, 40), (40, 40, 220), (220, 220, 40), (40, 220, 220), (220, 40, 220)]
-READING = Reading(batch=16, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0.0)
+READING = EncodeConfig(batch=16, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from relloc.errors import DataError, UsageError
 from relloc.evals.heads import Setting, Sgd
 from relloc.evals.training import Training, count_hits, held_back
-from relloc.features.source import Bank, Batch, Forgetful
+from relloc.features.source import Bank, Batch, NullState
 
 CPU = torch.device("cpu")
 N_CLASSES = 3
@@ -35,7 +35,7 @@ def training(settings: Sequence[Setting] = (PUBLISHED, *GRID), **changes: Any) -
 def fit(one: Training, source: Any, state: Any = None, seed: int = 0) -> dict[str, Any]:
     tenth = held_back(source.n, seed)
     given = {"tenth": tenth, "watched": None, "device": CPU, "seed": seed}
-    return one.fit(source, state or Forgetful(), **given).heads
+    return one.fit(source, state or NullState(), **given).heads
 
 
 @dataclasses.dataclass
@@ -155,7 +155,7 @@ def test_a_stopped_training_goes_on_bit_for_bit() -> None:
 def test_the_best_epoch_is_kept_over_a_stop() -> None:
     given = {"tenth": held_back(100, 0), "watched": bank(60, seed=9), "device": CPU, "seed": 0}
     wild = training([dataclasses.replace(PUBLISHED, lr=3.0)], milestone_epochs=())
-    whole = wild.fit(bank(100), Forgetful(), **given)
+    whole = wild.fit(bank(100), NullState(), **given)
     state = Kept(2)
     with pytest.raises(KeyboardInterrupt):
         wild.fit(bank(100), state, **given)

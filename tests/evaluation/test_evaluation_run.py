@@ -15,10 +15,10 @@ from relloc.data.views import Center, RandomResized, View
 from relloc.errors import DataError, UsageError
 from relloc.evals.knn import Knn
 from relloc.evals.linear import LinearFast
-from relloc.evaluation.contract import Evaluation, Job, Subject, Terms
+from relloc.evaluation.contract import EvalSettings, EvaluatedModel, Evaluation, Job
 from relloc.evaluation.run import Work, evaluate, fingerprint
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import Color, Forgetful, LiveFeatures, Reading, Sets, State, fill_bank
+from relloc.features.source import Color, EncodeConfig, LiveFeatures, NullState, Sets, State, fill_bank
 from relloc.models.small import SmallBackbone
 from relloc.results import Result, Score
 
@@ -51,10 +51,10 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Splits:
 
 
 @pytest.fixture
-def subject() -> Subject:
+def subject() -> EvaluatedModel:
     torch.manual_seed(0)
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
-    return Subject(backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small", weights="one")
+    return EvaluatedModel(backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small", weights="one")
 
 
 EVALUATIONS: dict[str, Evaluation] = {
@@ -73,23 +73,23 @@ EVALUATIONS: dict[str, Evaluation] = {
 }
 
 
-def terms(**changes: object) -> Terms:
+def terms(**changes: object) -> EvalSettings:
     reading = {"batch": 8, "workers": 0, "device": CPU, "precision": "fp32"}
     reading |= {"unreadable_share": 0.5} | {
         name: changes.pop(name) for name in ("batch", "progress", "precision") if name in changes
     }
     settings = {"batch_norms": ["as_trained"], "calibration_images": 20, "bank_gib": 1.0, "seed": 3}
-    return Terms(reading=Reading(**reading), **{**settings, **changes})  # type: ignore[arg-type]
+    return EvalSettings(reading=EncodeConfig(**reading), **{**settings, **changes})  # type: ignore[arg-type]
 
 
 def rows_of(
-    subject: Subject,
+    subject: EvaluatedModel,
     splits: Splits,
-    terms: Terms,
+    terms: EvalSettings,
     evaluations: Mapping[str, Evaluation] = EVALUATIONS,
     is_done: Callable[[str, str, str], bool] = lambda *_which: False,
     unreadable: Callable[[dict[str, str]], None] = lambda _reasons: None,
-    state: Callable[[Work], State] = lambda _work: Forgetful(),
+    state: Callable[[Work], State] = lambda _work: NullState(),
 ) -> list[Result]:
     jobs = [Job(name=name, evaluation=evaluation, splits=splits) for name, evaluation in evaluations.items()]
     found = evaluate(subject, jobs, terms, is_done=is_done, state=state, unreadable=unreadable)
@@ -121,7 +121,7 @@ def names(rows: Iterable[Result]) -> list[tuple[str, str, str, str]]:
     return [(row.eval, row.layer, row.metric, row.batch_norm) for row in rows]
 
 
-def test_rows_carry_all_names(subject: Subject, splits: Splits) -> None:
+def test_rows_carry_all_names(subject: EvaluatedModel, splits: Splits) -> None:
     rows = rows_of(subject, splits, terms())
     assert names(rows) == [
         ("linear", "feature1", "top1", "as_trained"),
@@ -137,7 +137,7 @@ def test_rows_carry_all_names(subject: Subject, splits: Splits) -> None:
     assert 100 / 3 < max(row.value for row in rows) <= 100
 
 
-def test_the_numbers_are_those_of_the_evaluation_on_the_features(subject: Subject, splits: Splits) -> None:
+def test_the_numbers_are_those_of_the_evaluation_on_the_features(subject: EvaluatedModel, splits: Splits) -> None:
     ours = terms()
     train, held_out = (
         fill_bank(LiveFeatures(subject.backbone, images, ours.reading, VIEW), (*LAYERS, "avgpool"), 8, CPU)
@@ -151,7 +151,7 @@ def test_the_numbers_are_those_of_the_evaluation_on_the_features(subject: Subjec
     assert [row.value for row in rows_of(subject, splits, ours)] == expected
 
 
-def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(subject: Subject, splits: Splits) -> None:
+def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(subject: EvaluatedModel, splits: Splits) -> None:
     before = copy.deepcopy(subject.backbone.state_dict())
     rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"]))
     assert [row.batch_norm for row in rows] == ["as_trained"] * 4 + ["recalibrated"] * 4
@@ -162,7 +162,7 @@ def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(subject: Subje
     assert not subject.backbone.training
 
 
-def test_recalibrated_numbers_come_from_recalibrated_features(subject: Subject, splits: Splits) -> None:
+def test_recalibrated_numbers_come_from_recalibrated_features(subject: EvaluatedModel, splits: Splits) -> None:
     for norm in subject.backbone.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.running_mean += 50  # statistics as trained that put every activation to sleep
@@ -174,12 +174,12 @@ def test_recalibrated_numbers_come_from_recalibrated_features(subject: Subject, 
     assert [row.metric for row in awake] == [row.metric for row in asleep]
 
 
-def test_few_images_recalibrate_in_one_batch(subject: Subject, splits: Splits) -> None:
+def test_few_images_recalibrate_in_one_batch(subject: EvaluatedModel, splits: Splits) -> None:
     rows = rows_of(subject, splits, terms(batch_norms=["recalibrated"], batch=100))
     assert rows[0].protocol.endswith("re-estimated on 30 training images without labels")
 
 
-def test_what_is_done_is_left_out_and_nothing_is_read_for_it(subject: Subject, splits: Splits) -> None:
+def test_what_is_done_is_left_out_and_nothing_is_read_for_it(subject: EvaluatedModel, splits: Splits) -> None:
     read: list[str] = []
 
     def progress(batches: Iterable, what: str, _total: int) -> Iterable:
@@ -196,12 +196,14 @@ def test_what_is_done_is_left_out_and_nothing_is_read_for_it(subject: Subject, s
     assert read == []
 
 
-def test_rows_there_already_are_recognized_and_those_of_other_terms_are_not(subject: Subject, splits: Splits) -> None:
+def test_rows_there_already_are_recognized_and_those_of_other_terms_are_not(
+    subject: EvaluatedModel, splits: Splits
+) -> None:
     there = rows_of(subject, splits, terms())
     marks = {(row.eval, row.batch_norm, row.fingerprint) for row in there}
     assert len(marks) == 2
 
-    def again(splits: Splits, terms: Terms, evaluations: Mapping[str, Evaluation] = EVALUATIONS) -> set[str]:
+    def again(splits: Splits, terms: EvalSettings, evaluations: Mapping[str, Evaluation] = EVALUATIONS) -> set[str]:
         found = rows_of(subject, splits, terms, evaluations, is_done=lambda *which: which in marks)
         return {row.eval for row in found}
 
@@ -214,7 +216,7 @@ def test_rows_there_already_are_recognized_and_those_of_other_terms_are_not(subj
     assert again(splits, terms(), longer) == {"linear"}
 
 
-def test_features_of_all_evaluations_are_computed_once(subject: Subject, splits: Splits) -> None:
+def test_features_of_all_evaluations_are_computed_once(subject: EvaluatedModel, splits: Splits) -> None:
     read: list[str] = []
 
     def progress(batches: Iterable, what: str, _total: int) -> Iterable:
@@ -225,7 +227,7 @@ def test_features_of_all_evaluations_are_computed_once(subject: Subject, splits:
     assert read == ["features of colors train", "features of colors val"]
 
 
-def test_without_room_for_features_linear_gives_the_same_rows(subject: Subject, splits: Splits) -> None:
+def test_without_room_for_features_linear_gives_the_same_rows(subject: EvaluatedModel, splits: Splits) -> None:
     linear = {"linear": EVALUATIONS["linear"]}
     kept, live = (rows_of(subject, splits, terms(bank_gib=gib), linear) for gib in (1.0, 0.0))
     assert live == kept
@@ -233,7 +235,7 @@ def test_without_room_for_features_linear_gives_the_same_rows(subject: Subject, 
 
 
 def test_features_that_memory_has_no_room_for_are_computed_again_and_that_is_told(
-    subject: Subject, splits: Splits, monkeypatch: pytest.MonkeyPatch
+    subject: EvaluatedModel, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear = {"linear": EVALUATIONS["linear"]}
     kept = rows_of(subject, splits, terms(), linear)
@@ -243,7 +245,7 @@ def test_features_that_memory_has_no_room_for_are_computed_again_and_that_is_tol
     assert live == kept
 
 
-def test_rows_do_not_depend_on_which_other_evaluations_run(subject: Subject, splits: Splits) -> None:
+def test_rows_do_not_depend_on_which_other_evaluations_run(subject: EvaluatedModel, splits: Splits) -> None:
     together = rows_of(subject, splits, terms())
     alone = [rows_of(subject, splits, terms(), {name: run}) for name, run in EVALUATIONS.items()]
     assert alone[0] + alone[1] == together
@@ -251,7 +253,7 @@ def test_rows_do_not_depend_on_which_other_evaluations_run(subject: Subject, spl
     assert backwards == alone[1] + alone[0]
 
 
-def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(subject: Subject, splits: Splits) -> None:
+def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(subject: EvaluatedModel, splits: Splits) -> None:
     unlabeled = FolderImages(name="mine", split="train", paths=splits.train.source(0).split())
     for broken in (Splits(train=unlabeled, held_out=splits.held_out), Splits(train=splits.train, held_out=unlabeled)):
         with pytest.raises(UsageError, match=r"has no labels to evaluate on .* python -m relloc\.evaluate checkpoint="):
@@ -266,7 +268,7 @@ def test_an_unknown_batch_norm_is_an_error() -> None:
 @pytest.mark.parametrize("batch", [1, 2, 8])
 @pytest.mark.parametrize("bank_gib", [1.0, 0.0])
 def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
-    subject: Subject, tmp_path: Path, batch: int, bank_gib: float
+    subject: EvaluatedModel, tmp_path: Path, batch: int, bank_gib: float
 ) -> None:
     splits = Splits(
         train=write_split(tmp_path, "train", 16, broken=(3, 4, 5)),
@@ -283,20 +285,22 @@ def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
 @pytest.mark.parametrize(("share", "setting"), [(0.2, "eval.linear.data"), (None, "data")])
 @pytest.mark.parametrize("batch_norm", ["as_trained", "recalibrated"])
 def test_too_many_unreadable_images_are_told_with_the_setting_that_counts(
-    subject: Subject, tmp_path: Path, batch_norm: str, share: float | None, setting: str
+    subject: EvaluatedModel, tmp_path: Path, batch_norm: str, share: float | None, setting: str
 ) -> None:
     train, val = write_split(tmp_path, "train", 16, broken=tuple(range(9))), write_split(tmp_path, "val", 9)
     splits = Splits(train=train, held_out=val)
     job = Job(name="linear", evaluation=EVALUATIONS["linear"], splits=splits, unreadable_share=share)
     given = terms(batch_norms=[batch_norm], calibration_images=16)
     rows = evaluate(
-        subject, [job], given, is_done=lambda *_: False, state=lambda _: Forgetful(), unreadable=lambda _: None
+        subject, [job], given, is_done=lambda *_: False, state=lambda _: NullState(), unreadable=lambda _: None
     )
     with pytest.raises(DataError, match=rf"more than {setting}\.unreadable_share={share or 0.5} allows"):
         list(rows)
 
 
-def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(subject: Subject, splits: Splits) -> None:
+def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(
+    subject: EvaluatedModel, splits: Splits
+) -> None:
     """All training images in one batch: the statistics do not depend on which images were drawn first."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -316,7 +320,7 @@ def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(su
 
 
 def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothing_else(
-    subject: Subject, splits: Splits
+    subject: EvaluatedModel, splits: Splits
 ) -> None:
     evaluation, other = EVALUATIONS.values()
     usual = fingerprint(evaluation, subject, splits, terms(), "as_trained")
@@ -346,7 +350,7 @@ def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothin
 
 
 def test_layers_that_know_nothing_of_each_other_are_finished_and_found_one_by_one(
-    subject: Subject, splits: Splits
+    subject: EvaluatedModel, splits: Splits
 ) -> None:
     looks: list[int] = []
     peek = {"peek": Peek(look=lambda _sets: looks.append(1))}
@@ -357,7 +361,7 @@ def test_layers_that_know_nothing_of_each_other_are_finished_and_found_one_by_on
     assert [row.layer for row in left] == ["feature5"]
 
 
-def test_augmented_views_are_new_each_epoch_and_the_same_each_time(subject: Subject, splits: Splits) -> None:
+def test_augmented_views_are_new_each_epoch_and_the_same_each_time(subject: EvaluatedModel, splits: Splits) -> None:
     found: dict[int, torch.Tensor] = {}
 
     def look(sets: Sets) -> None:
@@ -373,19 +377,19 @@ def test_augmented_views_are_new_each_epoch_and_the_same_each_time(subject: Subj
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
-def test_each_work_keeps_a_state_of_its_own(subject: Subject, splits: Splits) -> None:
+def test_each_work_keeps_a_state_of_its_own(subject: EvaluatedModel, splits: Splits) -> None:
     asked: list[Work] = []
 
     def state(work: Work) -> State:
         asked.append(work)
-        return Forgetful()
+        return NullState()
 
     rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"]), state=state)
     assert {work.mark for work in asked} == {row.fingerprint for row in rows}
     assert len({work.mark for work in asked}) == 4
 
 
-def test_images_without_presence_are_refused_by_name(subject: Subject, splits: Splits) -> None:
+def test_images_without_presence_are_refused_by_name(subject: EvaluatedModel, splits: Splits) -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Presence(Peek):
         labels: ClassVar = "presence"

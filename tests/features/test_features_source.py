@@ -17,9 +17,9 @@ from relloc.features.pool import pooled_layers
 from relloc.features.source import (
     Bank,
     Batch,
+    EncodeConfig,
     FeatureSource,
     LiveFeatures,
-    Reading,
     bank_device,
     bank_gib,
     encode,
@@ -56,9 +56,9 @@ def write_images(folder: Path, n: int, broken: tuple[int, ...] = ()) -> FolderIm
     )
 
 
-def reading(**changes: object) -> Reading:
+def reading(**changes: object) -> EncodeConfig:
     settings = {"batch": 4, "workers": 0, "device": CPU, "precision": "fp32"}
-    return Reading(**{**settings, "unreadable_share": 0.5, **changes})  # type: ignore[arg-type]
+    return EncodeConfig(**{**settings, "unreadable_share": 0.5, **changes})  # type: ignore[arg-type]
 
 
 def gathered(source: FeatureSource, places: Iterable[int], size: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -16,7 +16,7 @@ from relloc.data.views import Center
 from relloc.errors import DataError
 from relloc.evals.knn import vote
 from relloc.features.pool import pooled_layers
-from relloc.features.source import Reading
+from relloc.features.source import EncodeConfig
 from relloc.features.spectrum import alpha_req, rankme
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
@@ -39,7 +39,7 @@ PATCHES = PatchPipeline(
     normalize=ByDataset(),
 )
 VIEW = Center(short_px=PX, crop_px=PX)
-READING = Reading(batch=8, workers=0, device=CPU, precision="fp32", unreadable_share=0)
+READING = EncodeConfig(batch=8, workers=0, device=CPU, precision="fp32", unreadable_share=0)
 N_TRAIN, N_HELD_OUT = 30, 20
 CLASSES = ("blue", "green", "red")
 
@@ -164,7 +164,7 @@ def test_a_second_call_reads_no_image_and_gives_the_same(model: RelativeLocation
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_call_leaves_no_trace(model: RelativeLocation, data: Splits, tmp_path: Path, workers: int) -> None:
-    reading = Reading(**{**vars(READING), "workers": workers})
+    reading = EncodeConfig(**{**vars(READING), "workers": workers})
     model.train()
     model.backbone.blocks[1].eval()
     modes = [module.training for module in model.modules()]

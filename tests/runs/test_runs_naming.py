@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from relloc.evaluation.contract import Subject
+from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.small import SmallBackbone
 from relloc.runs.naming import evaluation_name, pretraining_name
 from relloc.runs.settings import conf_dir
@@ -40,8 +40,8 @@ def test_trainings_of_other_length_or_data_have_other_names() -> None:
     assert all(len(told) <= 70 for told in names)
 
 
-def subject(checkpoint: str, model: str = "resnet50") -> Subject:
-    return Subject(backbone=SmallBackbone(widths=[8] * 5), checkpoint=checkpoint, model=model, weights="")
+def subject(checkpoint: str, model: str = "resnet50") -> EvaluatedModel:
+    return EvaluatedModel(backbone=SmallBackbone(widths=[8] * 5), checkpoint=checkpoint, model=model, weights="")
 
 
 def test_an_evaluation_tells_whose_weights_on_which_data(tmp_path: Path) -> None:

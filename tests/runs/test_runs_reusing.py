@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from relloc.checkpoints.states import save_state
-from relloc.evaluation.contract import Subject
+from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import Stopped, StopRequest, stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs.folder import UNREADABLE_FILE
-from relloc.runs.reusing import KeptState, KnownRows, state_file
+from relloc.runs.reusing import KnownRows, ResumableState, state_file
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
+def subject() -> EvaluatedModel:
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
-    return Subject(backbone=backbone, checkpoint="/here/backbone.safetensors", model="small", weights="w")
+    return EvaluatedModel(backbone=backbone, checkpoint="/here/backbone.safetensors", model="small", weights="w")
 
 
 def row(**changes: object) -> Result:
@@ -44,7 +44,7 @@ def folder(runs: Path, name: str, *rows: Result) -> Path:
 
 
 def test_rows_of_the_same_weights_are_copied_once_and_say_where_they_were_measured(
-    tmp_path: Path, subject: Subject, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, subject: EvaluatedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = folder(tmp_path, "sweep/0", row(), row(metric="top1_k20", value=41.0), row(fingerprint="another"))
     new = folder(tmp_path, "new")
@@ -60,7 +60,7 @@ def test_rows_of_the_same_weights_are_copied_once_and_say_where_they_were_measur
     assert {found.measured_in for found in read_results(newest)} == {str(old)}  # not the folder that copied them
 
 
-def test_what_is_not_the_same_is_measured(tmp_path: Path, subject: Subject) -> None:
+def test_what_is_not_the_same_is_measured(tmp_path: Path, subject: EvaluatedModel) -> None:
     folder(tmp_path, "old", row())
     new = folder(tmp_path, "new")
     known = KnownRows(new, tmp_path)
@@ -71,21 +71,21 @@ def test_what_is_not_the_same_is_measured(tmp_path: Path, subject: Subject) -> N
     assert read_results(new) == []
 
 
-def test_runs_with_broken_images_or_rows_are_not_trusted(tmp_path: Path, subject: Subject) -> None:
+def test_runs_with_broken_images_or_rows_are_not_trusted(tmp_path: Path, subject: EvaluatedModel) -> None:
     (folder(tmp_path, "broken images", row()) / UNREADABLE_FILE).write_text("3.jpg: broken\n")
     (folder(tmp_path, "broken rows", row()) / "results.jsonl").write_text("{}\n")
     new = folder(tmp_path, "new")
     assert not KnownRows(new, tmp_path).has(subject, "knn", "as_trained", "mark")
 
 
-def test_the_same_weights_by_two_paths_are_measured_once_in_a_run(tmp_path: Path, subject: Subject) -> None:
+def test_the_same_weights_by_two_paths_are_measured_once_in_a_run(tmp_path: Path, subject: EvaluatedModel) -> None:
     run = folder(tmp_path, "run", row(checkpoint="random"))
     assert KnownRows(run, None).has(subject, "knn", "as_trained", "mark")
     assert [found.checkpoint for found in read_results(run)] == ["random", subject.checkpoint]
     assert [found.checkpoint for found in KnownRows(run, None).of(subject)] == [subject.checkpoint]
 
 
-def test_rows_of_a_sweeps_runs_are_found(tmp_path: Path, subject: Subject) -> None:
+def test_rows_of_a_sweeps_runs_are_found(tmp_path: Path, subject: EvaluatedModel) -> None:
     for place in ("a sweep/0", "sweeps/name/0"):
         folder(tmp_path, place, row(fingerprint=place))
     known = KnownRows(folder(tmp_path, "new"), tmp_path)
@@ -93,8 +93,10 @@ def test_rows_of_a_sweeps_runs_are_found(tmp_path: Path, subject: Subject) -> No
     assert known.has(subject, "knn", "as_trained", "sweeps/name/0")
 
 
-def kept(run_dir: Path, *, every_s: float = 0, stop: StopRequest | None = None, runs: Path | None = None) -> KeptState:
-    return KeptState(run_dir, "mark", every_s=every_s, stop=stop or StopRequest(), runs=runs)
+def kept(
+    run_dir: Path, *, every_s: float = 0, stop: StopRequest | None = None, runs: Path | None = None
+) -> ResumableState:
+    return ResumableState(run_dir, "mark", every_s=every_s, stop=stop or StopRequest(), runs=runs)
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +176,7 @@ def test_the_newest_state_that_another_run_left_is_gone_on_from(tmp_path: Path) 
         os.utime(state_file(left, "mark"), (epoch, epoch))
     (tmp_path / "broken images" / UNREADABLE_FILE).write_text("3.jpg: broken\n")
     new = folder(tmp_path, "new")
-    other_mark = KeptState(new, "other mark", every_s=0, stop=StopRequest(), runs=tmp_path)
+    other_mark = ResumableState(new, "other mark", every_s=0, stop=StopRequest(), runs=tmp_path)
     assert other_mark.load() is None
     assert kept(new).load() is None  # reuse=false
     assert kept(new, runs=tmp_path).load() == {"epoch": 3}

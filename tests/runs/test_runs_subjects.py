@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, save_backbone
 from relloc.checkpoints.states import save_training
 from relloc.errors import CheckpointError, UsageError
-from relloc.evaluation.contract import Subject
+from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.resnet import ResNetBackbone
 from relloc.runs.settings import conf_dir
 from relloc.runs.subjects import subjects
@@ -25,7 +25,7 @@ def composed(*overrides: str) -> DictConfig:
         return hydra.compose("evaluate", list(overrides))
 
 
-def named(config: DictConfig) -> Subject:
+def named(config: DictConfig) -> EvaluatedModel:
     (found,) = subjects(config)
     return found
 
