@@ -8,6 +8,9 @@ import dataclasses
 import math
 from typing import Protocol, runtime_checkable
 
+from relloc import checks
+from relloc.errors import UsageError
+
 CELLS = 9
 CENTER = 4
 NEIGHBORS = (0, 1, 2, 3, 5, 6, 7, 8)  # cell of the neighbor, in the order of the labels
@@ -43,18 +46,6 @@ class Resize(Protocol):
         ...
 
 
-def _check_whole(name: str, value: object) -> None:
-    """A fraction of a pixel would be found only where an image is cut."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value}, not a whole number of pixels")
-
-
-def _check_side(px: int) -> None:
-    _check_whole("grid.resize.px", px)
-    if px < 1:
-        raise ValueError(f"grid.resize.px is {px}, an image needs at least 1 px")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortSide:
     """The short side becomes `px`, the aspect ratio stays (mmselfsup 0.x; torchvision's rounding)."""
@@ -62,7 +53,7 @@ class ShortSide:
     px: int
 
     def __post_init__(self) -> None:
-        _check_side(self.px)
+        checks.whole("grid.resize.px", self.px)
 
     def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
         if height <= width:
@@ -83,7 +74,7 @@ class Square:
     px: int
 
     def __post_init__(self) -> None:
-        _check_side(self.px)
+        checks.whole("grid.resize.px", self.px)
 
     def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
         return self.px, self.px
@@ -137,21 +128,15 @@ class PatchGrid:
     resize: Resize | None
 
     def __post_init__(self) -> None:
-        for name in ("patch_px", "gap_px"):
-            _check_whole(f"grid.{name}", getattr(self, name))
-        if self.patch_px < 1:
-            raise ValueError(f"grid.patch_px is {self.patch_px}, a patch needs at least 1 px")
-        if self.gap_px < 0:
-            raise ValueError(f"grid.gap_px is {self.gap_px}: patches that have not moved would overlap")
-        if isinstance(self.jitter_px, float | str) or (
-            not isinstance(self.jitter_px, int) and len(self.jitter_px) != 2
-        ):
-            raise ValueError(f"grid.jitter_px is {self.jitter_px}: give J, or the pair [low, high], in whole pixels")
-        for bound in self.jitter_range:
-            _check_whole("grid.jitter_px", bound)
+        checks.whole("grid.patch_px", self.patch_px)
+        checks.whole("grid.gap_px", self.gap_px, at_least=0)  # else patches that have not moved would overlap
+        if not isinstance(self.jitter_px, list | tuple):
+            checks.whole("grid.jitter_px", self.jitter_px, at_least=0)
+        elif len(checks.wholes("grid.jitter_px", self.jitter_px, at_least=-math.inf)) != 2:
+            raise UsageError(f"grid.jitter_px is {self.jitter_px}: give J, or the pair [low, high], in whole pixels")
         low, high = self.jitter_range
         if low > high:
-            raise ValueError(f"grid.jitter_px runs from {low} to {high}: low must not exceed high")
+            raise UsageError(f"grid.jitter_px runs from {low} to {high}: low must not exceed high")
         self._check_fit()
 
     def _check_fit(self) -> None:

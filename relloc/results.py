@@ -19,12 +19,6 @@ _NUMBER, _OF = "row", "rows"
 _LOST = "Remove that line, or put back a copy of the file; what is missing is measured again"
 
 
-def check_layers(setting: str, layers: Sequence[str]) -> None:
-    """Raises `ValueError` unless `layers` names layers that exist."""
-    if isinstance(layers, str) or not layers or any(layer not in LAYERS for layer in layers):
-        raise ValueError(f"{setting} is {layers}: give a list of some of {', '.join(LAYERS)}")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """One measured number with everything needed to know what it means.

@@ -143,7 +143,7 @@ def test_a_grid_larger_than_its_images_does_not_exist(resize: type[ShortSide] | 
         ({"patch_px": 0}, "grid.patch_px is 0"),
         ({"patch_px": -4}, "grid.patch_px is -4"),
         ({"gap_px": -1}, "grid.gap_px is -1"),
-        ({"jitter_px": -2}, "grid.jitter_px runs from 2 to -2"),
+        ({"jitter_px": -2}, "grid.jitter_px is -2"),
         ({"jitter_px": [5, 3]}, "grid.jitter_px runs from 5 to 3"),
         ({"jitter_px": [1, 2, 3]}, r"grid.jitter_px is \[1, 2, 3\]"),
         ({"jitter_px": [1]}, r"grid.jitter_px is \[1\]"),

@@ -22,6 +22,7 @@ import PIL
 from PIL import Image, features
 from safetensors.numpy import save
 
+from relloc import checks
 from relloc.data.check import Check, summary, unreadable_images
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.images import ImageFile
@@ -56,7 +57,7 @@ from relloc.data.parts import (
 )
 from relloc.data.processes import Progress, Tick, work_through
 from relloc.data.shards import decoded, shards
-from relloc.errors import DataError, UnreadableImage, UsageError
+from relloc.errors import DataError, UnreadableImage
 from relloc.geometry import ShortSide
 
 CHECK_FILE = "check.json"
@@ -83,12 +84,10 @@ class Packing:
     images_per_shard: int
 
     def __post_init__(self) -> None:
-        if self.short_px < 1 or self.images_per_shard < 1:
-            raise UsageError(f"short_px={self.short_px} and images_per_shard={self.images_per_shard} must be 1 or more")
-        if not 1 <= self.quality <= 100:
-            raise UsageError(f"quality={self.quality} is not a JPEG quality: 1 to 100, 90 where small loss matters")
-        if self.subsampling not in _SUBSAMPLINGS:
-            raise UsageError(f"subsampling={self.subsampling} is not one of {', '.join(_SUBSAMPLINGS)}")
+        for name in ("short_px", "quality", "images_per_shard"):
+            checks.whole(name, getattr(self, name))
+        checks.number("quality", self.quality, at_most=100)  # 90 where small loss matters
+        checks.one_of("subsampling", self.subsampling, _SUBSAMPLINGS)
 
 
 def pack(

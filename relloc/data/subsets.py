@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from relloc import checks
 from relloc.data.image_set import ImageSet, hash_lines
 from relloc.errors import DataError
 
@@ -71,8 +72,7 @@ def stratified(images: ImageSet, share: float, *, seed: int) -> Subset:
     Raises:
         DataError: the images have no labels.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"the share of images is {share}, not above 0 and up to 1")
+    checks.number("the share of images", share, above=0, at_most=1)
     if images.labels is None:
         raise DataError(f"{images.name} {images.split} has no labels: no share of each class can be taken")
     of_class: dict[int, list[int]] = collections.defaultdict(list)

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from relloc import checks
 from relloc.data.image_set import ImageSet
 from relloc.data.images import crop_resized
 from relloc.data.loader import Sample
-from relloc.errors import UnreadableImage
+from relloc.errors import UnreadableImage, UsageError
 from relloc.geometry import ShortSide
 
 _MOST_TRIES = 10  # torchvision's, before it takes the middle of the image
@@ -60,8 +61,8 @@ class Squash:
     side_px: int
 
     def __post_init__(self) -> None:
-        _check_is_a_side("view.short_px", self.short_px)
-        _check_is_a_side("view.side_px", self.side_px)
+        checks.whole("view.short_px", self.short_px)
+        checks.whole("view.side_px", self.side_px)
 
     def __str__(self) -> str:
         return f"whole image at short side {self.short_px} px squashed to {self.side_px} x {self.side_px} px"
@@ -85,10 +86,10 @@ class RandomResized:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_is_a_side("augment.crop_px", self.crop_px)
+        checks.whole("augment.crop_px", self.crop_px)
         _check_range("augment.scale", self.scale, most=1.0)
         _check_range("augment.ratio", self.ratio, most=math.inf)
-        _check_probability(self.flip)
+        checks.number("augment.flip", self.flip, at_least=0, at_most=1)
 
     def __str__(self) -> str:
         area, aspect = ("..".join(f"{end:.3g}" for end in ends) for ends in (self.scale, self.ratio))
@@ -132,7 +133,7 @@ class RandomCrop:
 
     def __post_init__(self) -> None:
         _check_fits(self.crop_px, self.short_px)
-        _check_probability(self.flip)
+        checks.number("augment.flip", self.flip, at_least=0, at_most=1)
 
     def __str__(self) -> str:
         return f"random crops of {self.crop_px} px from the central {self.short_px} px, flip {self.flip}"
@@ -184,28 +185,20 @@ def _central(size: tuple[int, int], side_px: int) -> tuple[int, int]:
     return round((size[0] - side_px) / 2), round((size[1] - side_px) / 2)
 
 
-def _check_is_a_side(name: str, px: object) -> None:
-    if not isinstance(px, int) or isinstance(px, bool) or px < 1:
-        raise ValueError(f"{name} is {px}: a side is a whole number of px, at least 1")
+def check_view(setting: str, view: object) -> None:
+    """Raises `UsageError` unless `view` can be taken of an image."""
+    if not isinstance(view, View):
+        raise UsageError(f"{setting} is {view}: an evaluation sees images in a view, such as relloc.data.views.Center")
 
 
 def _check_fits(crop_px: Any, short_px: Any) -> None:
-    _check_is_a_side("view.crop_px", crop_px)
-    _check_is_a_side("view.short_px", short_px)
+    checks.whole("view.crop_px", crop_px)
+    checks.whole("view.short_px", short_px)
     if crop_px > short_px:
-        raise ValueError(f"view.crop_px {crop_px} is larger than view.short_px {short_px}")
+        raise UsageError(f"view.crop_px {crop_px} is larger than view.short_px {short_px}")
 
 
-def _check_range(name: str, ends: Any, *, most: float) -> None:
-    are_two = isinstance(ends, list | tuple) and len(ends) == 2 and all(map(_is_number, ends))
-    if not are_two or not 0 < ends[0] <= ends[1] <= most:
-        raise ValueError(f"{name} is {ends}: give two numbers above 0, the lower first, up to {most}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_probability(flip: Any) -> None:
-    if not _is_number(flip) or not 0 <= flip <= 1:
-        raise ValueError(f"augment.flip is {flip}, not a probability from 0 to 1")
+def _check_range(setting: str, ends: Any, *, most: float) -> None:
+    checks.numbers(setting, ends, above=0, at_most=most)
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise UsageError(f"{setting} is {ends}: give two numbers, the lower first")

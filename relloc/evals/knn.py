@@ -9,14 +9,13 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
-from relloc import ranks
+from relloc import checks, ranks
 from relloc.data.image_set import Splits
-from relloc.data.views import View
+from relloc.data.views import View, check_view
 from relloc.errors import UsageError
-from relloc.evals.constants import check_number, check_view, check_whole, check_wholes
 from relloc.features.nearest import nearest
 from relloc.features.source import Bank, Batch, FeatureSource, Sets, bank_device, bank_gib, fill_bank, in_gib
-from relloc.results import Score, check_layers
+from relloc.results import LAYERS, Score
 
 _WEIGHT_GRID = 2**40  # votes are whole numbers: their sum, and so a tie, is the same in any order
 _VOTE_BYTES = 2**28
@@ -91,12 +90,12 @@ class Knn:
     bank_gib: float = dataclasses.field(repr=False)  # the fingerprint is of the repr, and memory decides no number
 
     def __post_init__(self) -> None:
-        check_wholes("eval.knn.k", self.k)
-        check_number("eval.knn.temperature", self.temperature, above=0)
-        check_layers("eval.knn.layers", self.layers)
+        checks.wholes("eval.knn.k", self.k)
+        checks.number("eval.knn.temperature", self.temperature, above=0)
+        checks.some_of("eval.knn.layers", self.layers, LAYERS)
         check_view("eval.knn.view", self.view)
-        check_whole("eval.knn.batch", self.batch)
-        check_number("eval.knn.bank_gib", self.bank_gib, at_least=0)
+        checks.whole("eval.knn.batch", self.batch)
+        checks.number("eval.knn.bank_gib", self.bank_gib, at_least=0)
 
     def check(self, splits: Splits) -> None:
         """Raises `UsageError` where the bank has fewer images than every k."""

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from relloc import checks
 from relloc.data.subsets import evenly_spaced
-from relloc.data.views import View
+from relloc.data.views import View, check_view
 from relloc.errors import UsageError
-from relloc.evals.constants import check_view, check_whole
 from relloc.features.source import FeatureSource, Sets
 from relloc.features.spectrum import alpha_req, rankme
-from relloc.results import Score, check_layers
+from relloc.results import LAYERS, Score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class LabelFree:
     batch: int
 
     def __post_init__(self) -> None:
-        check_layers("eval.label_free.layers", self.layers)
+        checks.some_of("eval.label_free.layers", self.layers, LAYERS)
         check_view("eval.label_free.view", self.view)
-        check_whole("eval.label_free.n_images", self.n_images, at_least=2)  # a spectrum needs two
-        check_whole("eval.label_free.batch", self.batch)
+        checks.whole("eval.label_free.n_images", self.n_images, at_least=2)  # a spectrum needs two
+        checks.whole("eval.label_free.batch", self.batch)
 
     def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
         """`rankme` and `alpha_req` of each layer. Nothing is random: `seed` is not used.

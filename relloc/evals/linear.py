@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from relloc.data.views import View
+from relloc import checks
+from relloc.data.views import View, check_view
 from relloc.errors import DataError
 from relloc.evals import schedule
-from relloc.evals.constants import check_number, check_numbers, check_view
 from relloc.evals.heads import LayerHeads, Setting, Sgd
 from relloc.evals.training import Trained, Training, count_hits, have_diverged, held_back
 from relloc.features.source import Color, FeatureSource, Sets
-from relloc.results import Score, check_layers
+from relloc.results import LAYERS, Score
 
 _DIVERGED = ", diverged: weights are not finite"
 
@@ -59,17 +59,16 @@ class Linear:
     best_epoch: bool = False
 
     def __post_init__(self) -> None:
-        check_layers("eval.linear.layers", self.layers)
+        checks.some_of("eval.linear.layers", self.layers, LAYERS)
         check_view("eval.linear.view", self.view)
         if self.augment is not None:
             check_view("eval.linear.augment", self.augment)
         for name in ("nesterov", "batch_norm", "best_epoch"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"eval.linear.{name} is {getattr(self, name)}: give true or false")
+            checks.true_or_false(f"eval.linear.{name}", getattr(self, name))
         schedule.check_training("eval.linear", self, batch_norm=self.batch_norm)
-        check_number("eval.linear.lr", self.lr, above=0)
-        check_numbers("eval.linear.grid_lrs", self.grid_lrs, above=0, may_be_empty=True)
-        check_numbers("eval.linear.grid_weight_decays", self.grid_weight_decays, at_least=0, may_be_empty=True)
+        checks.number("eval.linear.lr", self.lr, above=0)
+        checks.numbers("eval.linear.grid_lrs", self.grid_lrs, above=0, may_be_empty=True)
+        checks.numbers("eval.linear.grid_weight_decays", self.grid_weight_decays, at_least=0, may_be_empty=True)
         if bool(self.grid_lrs) != bool(self.grid_weight_decays):
             raise ValueError("eval.linear: give both grid_lrs and grid_weight_decays, or neither ([])")
         if self.color and not self.augment:
@@ -171,10 +170,10 @@ class LinearFast:
     batch: int
 
     def __post_init__(self) -> None:
-        check_layers("eval.linear_fast.layers", self.layers)
+        checks.some_of("eval.linear_fast.layers", self.layers, LAYERS)
         check_view("eval.linear_fast.view", self.view)
         schedule.check_training("eval.linear_fast", self, batch_norm=True)
-        check_numbers("eval.linear_fast.learning_rates", self.learning_rates, above=0)
+        checks.numbers("eval.linear_fast.learning_rates", self.learning_rates, above=0)
 
     def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
         """Top-1 of the last epoch on `sets.held_out`, one score a layer. Raises as `Linear`."""

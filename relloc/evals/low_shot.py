@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from relloc import checks
 from relloc.data.image_set import Splits
 from relloc.data.lists import DIFFICULT, NOT_THERE, THERE
-from relloc.data.views import View
+from relloc.data.views import View, check_view
 from relloc.errors import UsageError
-from relloc.evals.constants import check_numbers, check_view, check_whole, check_wholes
 from relloc.evals.metrics import ap_area
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
 from relloc.features.source import Sets
-from relloc.results import Score, check_layers
+from relloc.results import LAYERS, Score
 from relloc.seeds import Use, seed_for
 
 _NEGATIVES = 19  # for each positive image
@@ -47,12 +47,12 @@ class Voc07LowShot:
     batch: int
 
     def __post_init__(self) -> None:
-        check_layers("eval.voc07_low_shot.layers", self.layers)
+        checks.some_of("eval.voc07_low_shot.layers", self.layers, LAYERS)
         check_view("eval.voc07_low_shot.view", self.view)
-        check_wholes("eval.voc07_low_shot.shots", self.shots)
-        check_whole("eval.voc07_low_shot.draws", self.draws)
-        check_numbers("eval.voc07_low_shot.costs", self.costs, above=0)
-        check_whole("eval.voc07_low_shot.batch", self.batch)
+        checks.wholes("eval.voc07_low_shot.shots", self.shots)
+        checks.whole("eval.voc07_low_shot.draws", self.draws)
+        checks.numbers("eval.voc07_low_shot.costs", self.costs, above=0)
+        checks.whole("eval.voc07_low_shot.batch", self.batch)
 
     def check(self, splits: Splits) -> None:
         """Raises `UsageError` where no class can be learned and tested, or one has too few images for every k."""

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Sequence
 from typing import Any
 
-from relloc.evals.constants import check_number, check_whole, check_wholes
+from relloc import checks
 
 
 def factor(epoch: int, milestone_epochs: Sequence[int], gamma: float) -> float:
@@ -24,13 +24,12 @@ def check_training(setting: str, constants: Any, *, batch_norm: bool) -> None:
     Raises:
         ValueError: epochs, milestone_epochs, gamma, momentum, weight_decay or batch can't; with which and why.
     """
-    check_whole(f"{setting}.epochs", constants.epochs)
-    check_wholes(f"{setting}.milestone_epochs", constants.milestone_epochs, may_be_empty=True)
-    if list(constants.milestone_epochs) != sorted(set(constants.milestone_epochs)):
-        raise ValueError(f"{setting}.milestone_epochs is {constants.milestone_epochs}: give epochs that rise")
-    check_number(f"{setting}.gamma", constants.gamma, above=0)
-    check_number(f"{setting}.momentum", constants.momentum, at_least=0, at_most=1)
-    check_number(f"{setting}.weight_decay", constants.weight_decay, at_least=0)
-    check_whole(f"{setting}.batch", constants.batch)
+    checks.whole(f"{setting}.epochs", constants.epochs)
+    checks.wholes(f"{setting}.milestone_epochs", constants.milestone_epochs, may_be_empty=True)
+    checks.rising(f"{setting}.milestone_epochs", constants.milestone_epochs)
+    checks.number(f"{setting}.gamma", constants.gamma, above=0)
+    checks.number(f"{setting}.momentum", constants.momentum, at_least=0, at_most=1)
+    checks.number(f"{setting}.weight_decay", constants.weight_decay, at_least=0)
+    checks.whole(f"{setting}.batch", constants.batch)
     if batch_norm and constants.batch < 2:
         raise ValueError(f"{setting}.batch is {constants.batch}: batch norm needs 2 or more")

@@ -19,12 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from relloc import checks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, stratified
-from relloc.data.views import View
+from relloc.data.views import View, check_view
 from relloc.errors import DataError
 from relloc.evals import schedule
-from relloc.evals.constants import check_number, check_numbers, check_view, check_whole
 from relloc.features.source import EncodeConfig, State
 from relloc.models.backbone import Backbone
 from relloc.results import Score
@@ -112,15 +112,15 @@ class SemiSupervised:
     list_digest: str = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        check_number("eval.semisup.share", self.share, above=0, at_most=1)
+        checks.number("eval.semisup.share", self.share, above=0, at_most=1)
         if not isinstance(self.list_file, str | None):
             raise ValueError(f"eval.semisup.list_file is {self.list_file}: give the path of a file, or null")
         check_view("eval.semisup.view", self.view)
         check_view("eval.semisup.augment", self.augment)
         schedule.check_training("eval.semisup", self, batch_norm=True)
-        check_numbers("eval.semisup.learning_rates", self.learning_rates, above=0)
-        check_numbers("eval.semisup.head_multipliers", self.head_multipliers, above=0)
-        check_whole("eval.semisup.choosing_images", self.choosing_images)
+        checks.numbers("eval.semisup.learning_rates", self.learning_rates, above=0)
+        checks.numbers("eval.semisup.head_multipliers", self.head_multipliers, above=0)
+        checks.whole("eval.semisup.choosing_images", self.choosing_images)
         # What the list holds is part of what decides the numbers, and so of this object's repr.
         names = list_names(Path(self.list_file)) if self.list_file else ()
         object.__setattr__(self, "list_digest", hash_lines(names) if names else "")

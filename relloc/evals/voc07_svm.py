@@ -11,16 +11,16 @@ from jaxtyping import Bool, Float, Int
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
+from relloc import checks
 from relloc.data.image_set import Splits
 from relloc.data.lists import THERE
-from relloc.data.views import View
+from relloc.data.views import View, check_view
 from relloc.errors import UsageError
-from relloc.evals.constants import check_numbers, check_view, check_whole
 from relloc.evals.metrics import ap_steps
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
 from relloc.features.source import Sets
-from relloc.results import Result, Score, check_layers
+from relloc.results import LAYERS, Result, Score
 
 _COST_WITHOUT_CHOICE = 1.0
 
@@ -46,11 +46,11 @@ class Voc07Svm:
     batch: int
 
     def __post_init__(self) -> None:
-        check_layers("eval.voc07_svm.layers", self.layers)
+        checks.some_of("eval.voc07_svm.layers", self.layers, LAYERS)
         check_view("eval.voc07_svm.view", self.view)
-        check_numbers("eval.voc07_svm.costs", self.costs, above=0)
-        check_whole("eval.voc07_svm.folds", self.folds, at_least=2)
-        check_whole("eval.voc07_svm.batch", self.batch)
+        checks.numbers("eval.voc07_svm.costs", self.costs, above=0)
+        checks.whole("eval.voc07_svm.folds", self.folds, at_least=2)
+        checks.whole("eval.voc07_svm.batch", self.batch)
 
     def check(self, splits: Splits) -> None:
         """Raises `UsageError` where no class can be learned and tested, or one can't be parted into `folds`."""

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
+from relloc import checks
 from relloc.data.image_set import Splits
 from relloc.data.lists import MultiLabeled
 from relloc.data.shards import ShardImages
@@ -148,8 +149,7 @@ class EvalSettings:
         if not self.batch_norms:
             raise UsageError(f"batch_norm=[] leaves nothing to do: give {' or '.join(BATCH_NORMS)}, or both")
         for way in self.batch_norms:
-            if way not in BATCH_NORMS:
-                raise UsageError(f"batch_norm={way} is not one of {', '.join(BATCH_NORMS)}")
+            checks.one_of("batch_norm", way, BATCH_NORMS)
 
 
 def check_images(job: Job) -> None:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
-import math
 import random
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from relloc import checks
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
@@ -37,8 +38,8 @@ class JitterAndLighting:
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
-            _check_strength(f"color.{name}", getattr(self, name), most=1)
-        _check_strength("color.lighting", self.lighting, most=math.inf)
+            checks.number(f"color.{name}", getattr(self, name), at_least=0, at_most=1)
+        checks.number("color.lighting", self.lighting, at_least=0)
 
     def __str__(self) -> str:
         return (
@@ -61,12 +62,6 @@ class JitterAndLighting:
         factors = [chance.uniform(1 - width, 1 + width) for width in ranges]
         order = chance.choice(_ORDERS)
         return [*factors, *order, *(chance.gauss(0, self.lighting) for _ in _EIGENVALUES)]
-
-
-def _check_strength(name: str, value: object, *, most: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (0 <= value <= most and value < math.inf):
-        limit = f" to {most}" if math.isfinite(most) else " or more"
-        raise ValueError(f"{name} is {value}: give a number, 0{limit}")
 
 
 def _to(like: Tensor, rows: list[list[float]]) -> Float[Tensor, "b columns"]:

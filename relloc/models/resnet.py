@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from relloc import checks
 from relloc.models.backbone import STAGES, Backbone
 
 _LAYOUT = {18: (BasicBlock, [2, 2, 2, 2]), 50: (Bottleneck, [3, 4, 6, 3])}
@@ -19,8 +20,7 @@ class ResNetBackbone(ResNet, Backbone):
     pooled_sides = (12, 6, 4, 3, 2)
 
     def __init__(self, *, depth: int) -> None:
-        if depth not in _LAYOUT:
-            raise ValueError(f"model.backbone.depth is {depth}, not one of {sorted(_LAYOUT)}")
+        checks.one_of("model.backbone.depth", depth, sorted(_LAYOUT))
         block, layers = _LAYOUT[depth]
         super().__init__(block, layers, zero_init_residual=False)
         self.fc = nn.Identity()

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from relloc import checks
 from relloc.patches.normalize import per_channel
 
 Patches = Float[Tensor, "b n 3 p p"]
@@ -53,10 +54,8 @@ class Gray:
     weights: Literal["luma", "mean"]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p <= 1:
-            raise ValueError(f"color.p is {self.p}, not a probability")
-        if self.weights not in ("luma", "mean"):
-            raise ValueError(f"color.weights is {self.weights!r}, neither 'luma' nor 'mean'")
+        checks.number("color.p", self.p, at_least=0, at_most=1)
+        checks.one_of("color.weights", self.weights, ("luma", "mean"))
 
     def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Which images (b) become gray."""
@@ -79,8 +78,7 @@ class Drop:
     noise_ratio: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.noise not in ("gaussian", "uniform"):
-            raise ValueError(f"color.noise is {self.noise!r}, neither 'gaussian' nor 'uniform'")
+        checks.one_of("color.noise", self.noise, ("gaussian", "uniform"))
 
     def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The channel (b n) each patch keeps, and noise (b n 3 p p) of unit size."""

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from relloc.errors import UsageError
+from relloc import checks
 from relloc.geometry import CELLS, CENTER, NEIGHBORS
 from relloc.models.backbone import Backbone
 from relloc.models.ghost_batch_norm import Groups, use_ghost_batches
@@ -38,8 +38,7 @@ class RelativeLocation(nn.Module):
         one_pass: bool = False,
     ) -> None:
         super().__init__()
-        if batch_norm not in ("separate", "joint"):
-            raise UsageError(f"pretext_batch_norm={batch_norm} is not separate or joint")
+        checks.one_of("pretext_batch_norm", batch_norm, ("separate", "joint"))
         self.backbone = backbone
         self.head = head
         self.batch_norm = batch_norm

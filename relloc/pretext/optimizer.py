@@ -1,9 +1,8 @@
 """The optimizer of a pretext model: a trunk and a head that decay differently."""
 
-import math
-
 import torch
 
+from relloc import checks
 from relloc.pretext.objective import RelativeLocation
 
 
@@ -27,10 +26,8 @@ def sgd(
     """
     numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "head_weight_decay": head_weight_decay}
     for name, value in numbers.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"optimizer.{name} is {value}, not a number of 0 or more")
-    if not 0 < lr_images_per_step < math.inf:
-        raise ValueError(f"optimizer.lr_images_per_step is {lr_images_per_step}, not a number above 0")
+        checks.number(f"optimizer.{name}", value, at_least=0)
+    checks.number("optimizer.lr_images_per_step", lr_images_per_step, above=0)
     scaled = lr * images_per_step / lr_images_per_step
     groups = [
         {"params": list(model.backbone.parameters()), "weight_decay": weight_decay},

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from relloc import checks
+from relloc.errors import UsageError
+
 
 @runtime_checkable
 class Schedule(Protocol):
@@ -19,12 +22,11 @@ class Schedule(Protocol):
 
 
 def _check_span(epochs: float, warmup_epochs: float, warmup_from: float) -> None:
-    if epochs <= 0:
-        raise ValueError(f"schedule.epochs is {epochs}: training needs more than 0")
-    if not 0 <= warmup_epochs <= epochs:
-        raise ValueError(f"schedule.warmup_epochs is {warmup_epochs}, outside the run's 0..{epochs}")
-    if not 0 <= warmup_from <= 1:
-        raise ValueError(f"schedule.warmup_from is {warmup_from}, not in 0..1")
+    checks.number("schedule.epochs", epochs, above=0)
+    checks.number("schedule.warmup_epochs", warmup_epochs, at_least=0)
+    if warmup_epochs > epochs:
+        raise UsageError(f"schedule.warmup_epochs is {warmup_epochs}, more than the {epochs} epochs of the run")
+    checks.number("schedule.warmup_from", warmup_from, at_least=0, at_most=1)
 
 
 def _warmup(epoch: float, warmup_epochs: float, warmup_from: float) -> float:
@@ -49,8 +51,8 @@ class Step:
 
     def __post_init__(self) -> None:
         _check_span(self.epochs, self.warmup_epochs, self.warmup_from)
-        if list(self.milestone_epochs) != sorted(set(self.milestone_epochs)):
-            raise ValueError(f"schedule.milestone_epochs {list(self.milestone_epochs)} do not rise")
+        checks.numbers("schedule.milestone_epochs", self.milestone_epochs, at_least=0, may_be_empty=True)
+        checks.rising("schedule.milestone_epochs", self.milestone_epochs)
         if self.milestone_epochs and self.milestone_epochs[-1] >= self.epochs:
             raise ValueError(
                 f"schedule.milestone_epochs {list(self.milestone_epochs)}: {self.milestone_epochs[-1]} is "

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from relloc import ranks
+from relloc import checks, ranks
 from relloc.data.image_set import ImageSet, SlowToIdentify, Splits
 from relloc.data.lists import MultiLabeled
 from relloc.data.processes import without_progress
@@ -28,7 +28,7 @@ from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.loop import Task
 from relloc.pretext.objective import RelativeLocation
 from relloc.runs import console
-from relloc.runs.engine import Engine, number, whole
+from relloc.runs.engine import Engine
 from relloc.seeds import Use, seed_for
 from relloc.sweeps.points import identity
 from relloc.tracking import (
@@ -175,7 +175,7 @@ def jobs(config: DictConfig, data: Splits | None) -> list[Job]:
         elif node is not None:
             source = _source(node)
             listed[source] = listed.get(source) or _brought(name, node)
-            share = number("unreadable_share", node.unreadable_share, at_most=1)
+            share = checks.number("unreadable_share", node.unreadable_share, at_least=0, at_most=1)
             made.append(Job(name=name, evaluation=evaluation, splits=listed[source], unreadable_share=share))
     return made
 
@@ -196,7 +196,7 @@ def _source(data: DictConfig) -> str:
 def reading(config: DictConfig, engine: Engine, *, told: bool = True) -> EncodeConfig:
     """How full images are read and encoded; with progress shown if `told`."""
     read = EncodeConfig(
-        batch=whole("view.batch", config.view.batch, at_least=1),
+        batch=checks.whole("view.batch", config.view.batch),
         workers=engine.workers,
         device=engine.device,
         precision=engine.precision,
@@ -219,7 +219,7 @@ def terms(config: DictConfig, engine: Engine) -> EvalSettings:
         batch_norms=ways,
         calibration_images=config.calibration_images,
         bank_gib=config.bank_gib,
-        seed=whole("seed", config.seed),
+        seed=checks.whole("seed", config.seed, at_least=0),
     )
 
 

@@ -5,11 +5,12 @@ import math
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from relloc import checks
 from relloc.errors import UsageError
 from relloc.features.batch_norm import check_one_image
 from relloc.pretext.objective import check_batch_norms
 from relloc.runs import assemble
-from relloc.runs.engine import Engine, number, whole
+from relloc.runs.engine import Engine
 from relloc.tracking import absolute_uri, experiment_name, import_driver
 
 # Numbers that no constructor looks at before data is listed or anything is trained: lowest, highest.
@@ -34,16 +35,16 @@ def check_numbers(config: DictConfig) -> None:
     """
     for name, at_least in _WHOLE.items():
         if (value := OmegaConf.select(config, name)) is not None:
-            whole(name, value, at_least=at_least)
+            checks.whole(name, value, at_least=at_least)
     for name, at_most in _NUMBERS.items():
         if (value := OmegaConf.select(config, name)) is not None:
-            number(name, value, at_most=at_most)
+            checks.number(name, value, at_least=0, at_most=at_most)
     for name in ("milestones", "data.milestone_epochs", "data.linear.milestone_epochs"):
         asked = OmegaConf.select(config, name, default=ListConfig([]))
         if not isinstance(asked, ListConfig):
             raise UsageError(f"{name}={asked} is not a list: give {name}=[{asked}]")
         for one in asked:
-            number(name, one)
+            checks.number(name, one, at_least=0)
 
 
 def check_tracking(config: DictConfig) -> None:

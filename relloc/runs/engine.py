@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from relloc import machine, ranks
+from relloc import checks, machine, ranks
 from relloc.errors import UsageError
 from relloc.runs import console
 
@@ -87,8 +86,8 @@ def settle(config: DictConfig) -> Engine:
         precision=_precision(config.precision, on),
         compiled=compiled,
         cuda_graphs=_cuda_graphs(config.cuda_graphs, on, compiled),
-        memory_format=_choice("memory_format", config.memory_format, tuple(_MEMORY_FORMATS)),
-        deterministic=_switch("deterministic", config.deterministic),
+        memory_format=checks.one_of("memory_format", config.memory_format, tuple(_MEMORY_FORMATS)),
+        deterministic=checks.true_or_false("deterministic", config.deterministic),
         workers=_workers(config.workers, on),
     )
     rounded = engine.precision != "fp32"
@@ -99,15 +98,15 @@ def settle(config: DictConfig) -> Engine:
 
 def check_words(config: DictConfig) -> None:
     """Raises `UsageError` for a setting of the engine that no machine could meet."""
-    _choice("device", config.device, _DEVICES)
-    _choice("precision", config.precision, ("auto", *_PRECISIONS))
-    _choice("memory_format", config.memory_format, tuple(_MEMORY_FORMATS))
-    _switch("deterministic", config.deterministic)
+    checks.one_of("device", config.device, _DEVICES)
+    checks.one_of("precision", config.precision, ("auto", *_PRECISIONS))
+    checks.one_of("memory_format", config.memory_format, tuple(_MEMORY_FORMATS))
+    checks.true_or_false("deterministic", config.deterministic)
     for name in ("compile", "cuda_graphs"):
         if config[name] != "auto":
-            _switch(name, config[name])
+            checks.true_or_false(name, config[name])
     if config.workers != "auto":
-        whole("workers", config.workers)
+        checks.whole("workers", config.workers, at_least=0)
 
 
 @contextlib.contextmanager
@@ -133,7 +132,7 @@ def device(asked: str) -> torch.device:
     Raises:
         UsageError: a GPU was asked for and there is none.
     """
-    _choice("device", asked, _DEVICES)
+    checks.one_of("device", asked, _DEVICES)
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, "
@@ -148,35 +147,8 @@ def device(asked: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def whole(name: str, value: Any, *, at_least: int = 0) -> int:
-    """The value of a setting that is a whole number. Raises `UsageError` where it is not."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise UsageError(f"{name}={value} is not a whole number of {at_least} or more")
-    return value
-
-
-def number(name: str, value: Any, *, at_least: float = 0, at_most: float = math.inf) -> float:
-    """The value of a setting that is a number. Raises `UsageError` where it is not."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not at_least <= value <= at_most:
-        limits = f"{at_least} or more" if at_most == math.inf else f"{at_least} to {at_most}"
-        raise UsageError(f"{name}={value} is not a number of {limits}")
-    return value
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise UsageError(f"{name}={value} is not one of {', '.join(choices)}")
-    return value
-
-
-def _switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UsageError(f"{name}={value} is not true or false")
-    return value
-
-
 def _precision(asked: Any, on: torch.device) -> str:
-    _choice("precision", asked, ("auto", *_PRECISIONS))
+    checks.one_of("precision", asked, ("auto", *_PRECISIONS))
     if asked == "bf16" and on.type == "cpu":
         raise UsageError(
             "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 convolutions "
@@ -193,7 +165,7 @@ def _compiled(asked: Any, on: torch.device) -> bool:
     Raises:
         UsageError: compile=true, and it does not work here.
     """
-    wanted = on.type == "cuda" if asked == "auto" else _switch("compile", asked)
+    wanted = on.type == "cuda" if asked == "auto" else checks.true_or_false("compile", asked)
     missing = why_not_compiled(on) if wanted else ""
     if not missing:
         return wanted
@@ -250,7 +222,7 @@ def _told_by_name(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def _cuda_graphs(asked: Any, on: torch.device, compiled: bool) -> bool:
     if asked == "auto":
         return on.type == "cuda" and compiled
-    if _switch("cuda_graphs", asked) and on.type != "cuda":
+    if checks.true_or_false("cuda_graphs", asked) and on.type != "cuda":
         raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
     return asked
 
@@ -267,7 +239,7 @@ def _missing_for_triton() -> str:
 def _workers(asked: Any, on: torch.device) -> int:
     """Loader processes: as asked; else a training process's share of the cores but one, a quarter beside a CPU."""
     if asked != "auto":
-        return whole("workers", asked)
+        return checks.whole("workers", asked, at_least=0)
     cores = machine.cores() // ranks.local_world_size()
     # One core is left to the process that feeds a GPU, which has little to do where steps are CUDA graphs.
     return cores // 4 if on.type == "cpu" else max(1, cores - 1)

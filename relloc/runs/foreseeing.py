@@ -14,6 +14,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from relloc import checks
 from relloc.data.order import StepPlan
 from relloc.errors import UsageError
 from relloc.results import NOT_OURS
@@ -88,10 +89,10 @@ def _check_steps(config: DictConfig) -> None:
     """What divides at best, in one process: how many there will be is not known here."""
     ghost, step = config.data.images_per_batch_norm, config.data.images_per_step
     forward = ghost if config.images_per_forward == "auto" else config.images_per_forward
-    forward = engine.whole("images_per_forward", forward, at_least=1)
+    forward = checks.whole("images_per_forward", forward)
     StepPlan(n_images=step, images_per_step=step, images_per_batch_norm=ghost, images_per_forward=forward)
     if config.collapse_steps != "auto":
-        engine.whole("collapse_steps", config.collapse_steps, at_least=1)
+        checks.whole("collapse_steps", config.collapse_steps)
 
 
 def _check_checkpoint(config: DictConfig) -> None:

@@ -8,14 +8,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from relloc import machine
+from relloc import checks, machine
 from relloc.data.check import Check, SplitCheck, check
 from relloc.data.manifest import check_hashes, read_manifest
 from relloc.data.packing import CHECK_FILE, Packing, pack
 from relloc.data.parts import ROLES
 from relloc.errors import UsageError
 from relloc.runs import assemble, console
-from relloc.runs.engine import whole
 from relloc.terminal import escaped
 
 
@@ -44,14 +43,14 @@ def prepare(config: DictConfig) -> None:
 
 
 def _packing(config: DictConfig) -> Packing:
-    numbers = {name: whole(name, config[name], at_least=1) for name in ("short_px", "quality", "images_per_shard")}
+    numbers = {name: checks.whole(name, config[name]) for name in ("short_px", "quality", "images_per_shard")}
     return Packing(subsampling=str(config.subsampling), **numbers)
 
 
 def _workers(config: DictConfig) -> int:
     if config.workers == "auto":
         return machine.cores()
-    return whole("workers", config.workers, at_least=1)
+    return checks.whole("workers", config.workers)
 
 
 def _published(config: DictConfig) -> Mapping[str, int] | None:

@@ -9,7 +9,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from relloc import ranks
+from relloc import checks, ranks
 from relloc.checkpoints import backbone_files, states
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
@@ -94,7 +94,7 @@ def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     checking.check_tracking(config)
     checking.check_roots(config)
     if config.collapse_steps != "auto":
-        engine.whole("collapse_steps", config.collapse_steps, at_least=1)
+        checks.whole("collapse_steps", config.collapse_steps)
     assemble.patches(config)
     assemble.call(config.schedule)
     assemble.evaluations(config)
@@ -131,7 +131,7 @@ def _task(config: DictConfig, data: Splits, how: Engine) -> tuple[Task, StepPlan
 def _images_per_forward(config: DictConfig, how: Engine) -> int:
     """As asked; else one ghost batch, or compiled as many as divide a process's share of the step, up to 512."""
     if config.images_per_forward != "auto":
-        return engine.whole("images_per_forward", config.images_per_forward, at_least=1)
+        return checks.whole("images_per_forward", config.images_per_forward)
     ghost, share = config.data.images_per_batch_norm, config.data.images_per_step // ranks.world_size()
     if not how.compiled:
         return ghost

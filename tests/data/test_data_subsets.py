@@ -102,7 +102,7 @@ def test_what_is_taken_depends_on_names_and_seed_alone() -> None:
 
 def test_shares_that_are_none_and_images_without_labels_are_refused() -> None:
     for share in (0, -0.1, 1.1):
-        with pytest.raises(ValueError, match="not above 0 and up to 1"):
+        with pytest.raises(ValueError, match="give a number above 0 and of 1 or less"):
             stratified(named([3]), share, seed=0)
     with pytest.raises(DataError, match="named train has no labels"):
         stratified(dataclasses.replace(named([3]), labels=None), 0.5, seed=0)

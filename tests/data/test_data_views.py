@@ -1,4 +1,5 @@
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torchvision.transforms import functional
 
 from relloc.data.folder import FolderImages
 from relloc.data.photos import read_photo
-from relloc.data.views import Center, RandomCrop, RandomResized, Squash, View, Views
+from relloc.data.views import Center, RandomCrop, RandomResized, Squash, View, Views, check_view
+from relloc.errors import UsageError
 
 SIZES = [(300, 400), (400, 300), (256, 256), (500, 333), (333, 501), (100, 120), (375, 500), (40, 2000), (2000, 41)]
 VIEWS = [
@@ -156,12 +158,16 @@ def test_an_unreadable_image_has_no_view_but_a_reason(tmp_path: Path) -> None:
     [
         (Center, {"short_px": 256, "crop_px": 257}, r"view.crop_px 257 is larger than view.short_px 256"),
         (RandomCrop, {"short_px": 256, "crop_px": 257}, r"view.crop_px 257 is larger than view.short_px 256"),
-        (Center, {"short_px": 256, "crop_px": 0}, r"view.crop_px is 0: a side is a whole number of px, at least 1"),
-        (Squash, {"short_px": 256, "side_px": 0}, r"view.side_px is 0: a side is a whole number of px, at least 1"),
-        (RandomResized, {"crop_px": 0}, r"augment.crop_px is 0: a side is a whole number of px, at least 1"),
+        (Center, {"short_px": 256, "crop_px": 0}, r"view.crop_px is 0: give a whole number of 1 or more"),
+        (Squash, {"short_px": 256, "side_px": 0}, r"view.side_px is 0: give a whole number of 1 or more"),
+        (RandomResized, {"crop_px": 0}, r"augment.crop_px is 0: give a whole number of 1 or more"),
         (RandomResized, {"crop_px": 8, "scale": (0.5, 1.5)}, r"augment.scale is \(0.5, 1.5\)"),
         (RandomResized, {"crop_px": 8, "ratio": (2.0, 1.0)}, r"augment.ratio is \(2.0, 1.0\): give two numbers"),
-        (RandomResized, {"crop_px": 8, "flip": 2.0}, r"augment.flip is 2.0, not a probability"),
+        (
+            RandomResized,
+            {"crop_px": 8, "flip": 2.0},
+            r"augment.flip is 2.0: give a number from 0 to 1",
+        ),
     ],
 )
 def test_a_view_that_can_not_be_is_refused(make: type, settings: dict, message: str) -> None:
@@ -172,15 +178,15 @@ def test_a_view_that_can_not_be_is_refused(make: type, settings: dict, message: 
 @pytest.mark.parametrize(
     ("view", "name", "value", "message"),
     [
-        (Center(short_px=256, crop_px=224), "crop_px", "abc", "view.crop_px is abc: a side is a whole number"),
-        (Center(short_px=256, crop_px=224), "short_px", None, "view.short_px is None: a side is a whole number"),
-        (Center(short_px=256, crop_px=224), "crop_px", 1.5, "view.crop_px is 1.5: a side is a whole number"),
-        (Squash(short_px=256, side_px=224), "side_px", "abc", "view.side_px is abc: a side is a whole number"),
-        (RandomCrop(short_px=8, crop_px=8), "crop_px", True, "view.crop_px is True: a side is a whole number"),
-        (RandomResized(crop_px=8), "crop_px", "abc", "augment.crop_px is abc: a side is a whole number"),
-        (RandomResized(crop_px=8), "scale", 0.5, "augment.scale is 0.5: give two numbers"),
-        (RandomResized(crop_px=8), "ratio", ["a", 1], r"augment.ratio is \['a', 1\]: give two numbers"),
-        (RandomResized(crop_px=8), "flip", "abc", "augment.flip is abc, not a probability"),
+        (Center(short_px=256, crop_px=224), "crop_px", "abc", "view.crop_px is abc: give a whole number"),
+        (Center(short_px=256, crop_px=224), "short_px", None, "view.short_px is None: give a whole number"),
+        (Center(short_px=256, crop_px=224), "crop_px", 1.5, "view.crop_px is 1.5: give a whole number"),
+        (Squash(short_px=256, side_px=224), "side_px", "abc", "view.side_px is abc: give a whole number"),
+        (RandomCrop(short_px=8, crop_px=8), "crop_px", True, "view.crop_px is True: give a whole number"),
+        (RandomResized(crop_px=8), "crop_px", "abc", "augment.crop_px is abc: give a whole number"),
+        (RandomResized(crop_px=8), "scale", 0.5, "augment.scale is 0.5: give a list"),
+        (RandomResized(crop_px=8), "ratio", ["a", 1], r"augment.ratio is \['a', 1\]: give numbers above 0"),
+        (RandomResized(crop_px=8), "flip", "abc", "augment.flip is abc: give a number"),
     ],
 )
 def test_what_is_no_number_is_refused_by_name(view: View, name: str, value: object, message: str) -> None:
@@ -195,3 +201,10 @@ def test_words_for_a_protocol() -> None:
     resized = "random resized crops of 224 px (area 0.08..1, aspect 0.75..1.33), flip 0.5"
     assert str(RandomResized(crop_px=224)) == resized
     assert str(RandomCrop(short_px=256, crop_px=224)) == "random crops of 224 px from the central 256 px, flip 0.5"
+
+
+@pytest.mark.parametrize("value", [None, "abc", {"short_px": 256}, 224])
+def test_what_is_no_view_is_told(value: object) -> None:
+    check_view("eval.linear.augment", RandomCrop(short_px=8, crop_px=8))
+    with pytest.raises(UsageError, match=f"^eval.linear.augment is {re.escape(str(value))}: an evaluation sees"):
+        check_view("eval.linear.augment", value)

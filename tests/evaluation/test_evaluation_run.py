@@ -261,7 +261,7 @@ def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(subject: Evaluated
 
 
 def test_an_unknown_batch_norm_is_an_error() -> None:
-    with pytest.raises(UsageError, match="batch_norm=fresh is not one of as_trained, recalibrated"):
+    with pytest.raises(UsageError, match="batch_norm is fresh: give one of as_trained, recalibrated"):
         terms(batch_norms=["as_trained", "fresh"])
 
 

@@ -75,12 +75,14 @@ def test_a_strength_out_of_range_is_refused(name: str, value: float) -> None:
         JitterAndLighting(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "limit"), [("brightness", "to 1"), ("contrast", "to 1"), ("lighting", "or more")])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("brightness", "from 0 to 1"), ("contrast", "from 0 to 1"), ("lighting", "of 0 or more")]
+)
 @pytest.mark.parametrize("value", ["abc", None, True, math.nan])
 def test_a_strength_that_is_no_number_is_refused(name: str, limit: str, value: object) -> None:
     made = JitterAndLighting()
     object.__setattr__(made, name, value)  # the type checker of tests would be first
-    with pytest.raises(ValueError, match=rf"color\.{name} is {value}: give a number, 0 {limit}"):
+    with pytest.raises(ValueError, match=rf"color\.{name} is {value}: give a number {limit}"):
         made.__post_init__()
 
 
