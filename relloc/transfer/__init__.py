@@ -1,0 +1,1 @@
+"""Training a backbone further with labels, inside a classifier, a detector or a segmenter."""
