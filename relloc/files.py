@@ -1,14 +1,17 @@
-"""Writing, appending to and locking files: the one way each is done, so that a crash or a full disk leaves no half."""
+"""Writing, reading, appending to and locking files: the one way each is done; a crash or a full disk leaves no half."""
 
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, BinaryIO
+
+from relloc.errors import DamagedFile
 
 # What file systems without locks answer (Lustre mounted without flock, some FUSE ones)
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -33,13 +36,17 @@ def remove_all_unfinished(folder: Path, *, but: str) -> None:
             left.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is there whole or not at all, in the place of what was there. Raises `OSError`."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of what was there once the block ends, whole and on the disk; else nothing changes.
+
+    Raises `OSError`.
+    """
     new = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(new, "wb") as file:
-            file.write(content)
+        with open(new, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
@@ -51,9 +58,51 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is there whole or not at all, in the place of what was there. Raises `OSError`."""
+    with writing(path) as file:
+        file.write(content)
+
+
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file at once: a reader sees the old one or the new one, never a part. Raises `OSError`."""
     write_whole(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode())
+
+
+def read_json(path: Path, kind: Any, what: str, advice: str) -> Any:
+    """The value of a JSON file, checked against the type `kind`, such as a dataclass or list[str].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFile: it can't be read, or is not `what` it should be; `advice` says what to do then.
+    """
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except OSError as error:
+        raise DamagedFile(f"{path} can't be read ({error.strerror}). {advice}") from error
+    return parse_json(content, kind, f"{path} is not {what}", advice)
+
+
+def parse_json(content: bytes, kind: Any, problem: str, advice: str) -> Any:
+    """JSON text as a value of the type `kind`. Raises `DamagedFile`, which says `problem`, why, and `advice`."""
+    from pydantic import ValidationError  # late, as it takes a while
+
+    try:
+        return _validator(kind).validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        why = f"{place}: {first['msg']}" if place else first["msg"]
+        raise DamagedFile(f"{problem}: {why}. {advice}") from error
+
+
+@functools.cache
+def _validator(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def append_lines(path: Path, lines: Iterable[str], *, durable: bool = True) -> None:

@@ -76,6 +76,7 @@ def _work(path: Path) -> dict[str, tuple[int, int]]:
 
 def _status(path: Path) -> str | None:
     try:
-        return (read_status(path) or {}).get("status")
+        found = read_status(path)
     except DamagedFile:  # it is written anew
         return None
+    return found.status if found else None

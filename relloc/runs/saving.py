@@ -10,15 +10,14 @@ import torch
 from relloc import ranks
 from relloc.checkpoints import states
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
-from relloc.errors import DamagedCheckpoint, DamagedFile, UsageError
-from relloc.files import write_json
+from relloc.errors import DamagedCheckpoint, UsageError
+from relloc.files import read_json, write_json
 from relloc.optimization import StepsDone
 from relloc.pretext.alarm import Diverged, check_finite
 from relloc.pretext.loop import Task
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import console
 from relloc.tracking.journal import JOURNAL_FILE
-from relloc.tracking.record import read_json
 
 TRAINING_FILE = "training.json"  # the identity of the folder's training, which its checkpoints hold as well
 # What `Saver` saves, and a training goes on from
@@ -66,12 +65,9 @@ def _noted_identity(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / TRAINING_FILE
     advice = "Put back a copy, or remove it if the command is the one that began the run"
     try:
-        noted = read_json(path, "the identity of a training", advice)
+        return read_json(path, dict[str, Any], "the identity of a training", advice)
     except FileNotFoundError:
         return None
-    if not isinstance(noted, dict):
-        raise DamagedFile(f"{path} is not the identity of a training. {advice}")
-    return noted
 
 
 def _why_not_here(run_dir: Path, identity: dict[str, Any]) -> str:

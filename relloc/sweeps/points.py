@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relloc.errors import DamagedFile
-from relloc.files import write_json
-from relloc.tracking.record import now_ms, read_json
+from relloc.files import read_json, write_json
+from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
 # Which machine, how many processes, what is followed and kept where: a point is the same with others of these.
@@ -63,19 +63,6 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"folder": str(self.folder)}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Point":
-        return cls(
-            kind=fields["kind"],
-            name=fields["name"],
-            overrides=tuple(fields["overrides"]),
-            identity=fields["identity"],
-            folder=Path(fields["folder"]),
-            options=tuple(fields.get("options", ())),
-            cwd=fields.get("cwd", ""),
-            resend=tuple(fields.get("resend", ())),
-        )
 
 
 def identity(config: Mapping[str, Any]) -> str:
@@ -143,10 +130,10 @@ def read_note(folder: Path) -> dict[str, Any]:
     """What `note_job` and `note_ending` wrote last; empty where nothing was. Raises `DamagedFile`."""
     path = folder / POINT_FILE
     try:
-        note = read_json(path, "the note of a point", _NOTE_LOST)
-    except (FileNotFoundError, NotADirectoryError):
+        note: dict[str, Any] = read_json(path, dict[str, Any], "the note of a point", _NOTE_LOST)
+    except FileNotFoundError:
         return {}
-    job = note.get("job") if isinstance(note, dict) else None
+    job = note.get("job")
     if not isinstance(job, dict) or ("pid" in job and not {"host", "born"} <= job.keys()):
         raise DamagedFile(f"{path} does not say which job has the point. {_NOTE_LOST}")
     return note

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relloc.errors import UsageError
+from relloc.status import Status
 from relloc.sweeps.points import Point, read_note, was_asked_to_end
 from relloc.terminal import complain
 from relloc.tracking.holding import is_held
@@ -130,12 +131,13 @@ def _was_heard_of(folder: Path) -> bool:
     return time.time() - written < _HEARD_OF_S
 
 
-def status_of(folder: Path) -> str | None:
+def status_of(folder: Path) -> Status | None:
     """What the run says of itself; None where it says nothing."""
     try:
-        return (read_status(folder) or {}).get("status")
+        found = read_status(folder)
     except ValueError:  # damaged: it runs again
-        return "FAILED"
+        return Status.FAILED
+    return found.status if found else None
 
 
 def _standing(folder: Path, note: Mapping[str, Any], job: JobState) -> Standing:

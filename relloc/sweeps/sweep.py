@@ -1,16 +1,17 @@
 """A sweep's folder: which points it has, the code and configs as they were, and its logs."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from relloc.errors import DamagedFile, UsageError, reason
-from relloc.files import locked, write_json
+from relloc.errors import UsageError
+from relloc.files import locked, read_json, write_json
 from relloc.sweeps.points import Point
 from relloc.sweeps.standing import Standing
-from relloc.tracking.record import COMMIT_FILE, commit_of, read_json
+from relloc.tracking.record import COMMIT_FILE, commit_of
 
 SWEEP_FILE = "sweep.json"
 CODE = "code"
@@ -24,6 +25,13 @@ _MOST_BYTES = 200  # of a name: file systems take 255, and logs and jobs put som
 # What separates folders, here or elsewhere, entries of PYTHONPATH, or points; and what sbatch replaces in names of logs
 _NOT_IN_A_NAME = frozenset("/\\:,%")
 _NOT_A_COPY = ("__pycache__", ".pyc")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Note:
+    """What sweep.json holds that is read again."""
+
+    points: list[Point]
 
 
 class Sweep:
@@ -44,13 +52,10 @@ class Sweep:
     def points(self) -> list[Point]:
         """All points that commands of this sweep had. Raises `UsageError` where there is no sweep, or none to read."""
         try:
-            noted = read_json(self.folder / SWEEP_FILE, "the note of a sweep", _NOTE_LOST)
+            note: _Note = read_json(self.folder / SWEEP_FILE, _Note, "the note of a sweep", _NOTE_LOST)
         except FileNotFoundError:
             raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing") from None
-        try:
-            return [Point.from_json(fields) for fields in noted["points"]]
-        except (KeyError, TypeError) as error:
-            raise DamagedFile(f"{self.folder / SWEEP_FILE} is damaged: {reason(error)}. {_NOTE_LOST}") from error
+        return note.points
 
     def noted(self) -> list[Point]:
         """The same; none where no command has noted any yet. Raises `UsageError` for a note that can't be read."""

@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 
 from relloc.errors import DamagedFile
-from relloc.files import write_json
-from relloc.tracking.record import read_json
+from relloc.files import read_json, write_json
 
 ARTIFACTS_FILE = "artifacts.json"
 _LIST_LOST = "Remove it; the run's command, started again with the same hydra.run.dir, writes it anew"
@@ -56,9 +55,9 @@ def sort_artifacts(run_dir: Path) -> tuple[list[str], list[str]]:
 def _listed(run_dir: Path) -> list[str]:
     path = run_dir / ARTIFACTS_FILE
     try:
-        names = read_json(path, "a list of files", _LIST_LOST)
+        names: list[str] = read_json(path, list[str], "a list of files", _LIST_LOST)
     except FileNotFoundError:
         return []
-    if not isinstance(names, list) or not all(isinstance(name, str) and "\0" not in name for name in names):
+    if any("\0" in name for name in names):
         raise DamagedFile(f"{path} is not a list of files. {_LIST_LOST}")
     return names

@@ -1,7 +1,7 @@
 """journal.jsonl: every metric of a run, one JSON line per step, written before any tracker sees it.
 
-A line is {"time_ms": Unix milliseconds, "step": int, "metrics": {name: value}}. JSON has no nan and
-no infinities: they are written as the strings "nan", "inf" and "-inf". system.jsonl is another one, of the machine.
+A line is {"time_ms": Unix milliseconds, "step": int, "metrics": {name: value}}. system.jsonl is another journal, of the
+machine.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from relloc.errors import DamagedFile, reason
-from relloc.files import append_lines, read_lines
+from relloc.errors import DamagedFile
+from relloc.files import append_lines, parse_json, read_lines
 from relloc.tracking.record import legal_name, now_ms
 
 JOURNAL_FILE = "journal.jsonl"
@@ -21,7 +21,10 @@ _LOST = "Remove that line, or put back a copy of the file; no weights and no res
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the journal: the metrics of a step and when they were logged (Unix ms)."""
+    """One line of the journal: the metrics of a step and when they were logged (Unix ms).
+
+    JSON has no nan and no infinities: they are written as the text "nan", "inf" and "-inf".
+    """
 
     time_ms: int
     step: int
@@ -39,7 +42,7 @@ class Journal:
         self._path = run_dir / file
         self._last_step: dict[str, int] = {}
         for entry in read_journal(run_dir, file=file):
-            self._remember(entry)
+            self._last_step.update(dict.fromkeys(entry.metrics, entry.step))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append the metrics of a step and hand them to the operating system before returning.
@@ -49,18 +52,13 @@ class Journal:
         """
         if illegal := [name for name in metrics if legal_name(name) != name]:
             raise ValueError(f"metric names {illegal}: only letters, digits and _ - . : / space are allowed")
-        fresh = {name: float(value) for name, value in metrics.items() if self._is_new(name, step)}
+        fresh = {name: float(value) for name, value in metrics.items() if step > self._last_step.get(name, -math.inf)}
         if not fresh:
             return
-        entry = Entry(time_ms=now_ms(), step=step, metrics=fresh)
-        append_lines(self._path, [_to_json(entry)], durable=False)  # training does not wait for the disk
-        self._remember(entry)
-
-    def _is_new(self, name: str, step: int) -> bool:
-        return name not in self._last_step or step > self._last_step[name]
-
-    def _remember(self, entry: Entry) -> None:
-        self._last_step.update(dict.fromkeys(entry.metrics, entry.step))
+        texts = {name: value if math.isfinite(value) else str(value) for name, value in fresh.items()}
+        line = json.dumps({"time_ms": now_ms(), "step": step, "metrics": texts}, ensure_ascii=False, allow_nan=False)
+        append_lines(self._path, [line], durable=False)  # training does not wait for the disk
+        self._last_step.update(dict.fromkeys(fresh, step))
 
 
 def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -> list[Entry]:
@@ -75,24 +73,6 @@ def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -
     except OSError as error:
         raise DamagedFile(f"{path} can't be read ({error.strerror}): put back a copy, or move it away") from error
     return [
-        _from_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if number > first_line
+        parse_json(line, Entry, f"{path} line {number} is not a journal entry", _LOST)
+        for number, line in enumerate(lines[first_line:], start=first_line + 1)
     ]
-
-
-def _to_json(entry: Entry) -> str:
-    metrics = {name: v if math.isfinite(v) else str(v) for name, v in entry.metrics.items()}
-    line = {"time_ms": entry.time_ms, "step": entry.step, "metrics": metrics}
-    return json.dumps(line, ensure_ascii=False, allow_nan=False)
-
-
-def _from_json(line: bytes, place: str) -> Entry:
-    try:
-        fields = json.loads(line.decode("utf-8"))
-        if not isinstance(fields, dict) or not isinstance(fields["metrics"], dict):
-            raise TypeError("it has no named values")
-        metrics = {str(name): float(value) for name, value in fields["metrics"].items()}
-        if not isinstance(fields["time_ms"], int) or not isinstance(fields["step"], int):
-            raise TypeError("time_ms and step have to be whole numbers")
-        return Entry(time_ms=fields["time_ms"], step=fields["step"], metrics=metrics)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DamagedFile(f"{place} is not a journal entry: {reason(error)}. {_LOST}") from error

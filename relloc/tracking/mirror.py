@@ -2,9 +2,10 @@
 
 import shlex
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from relloc.status import Status
 from relloc.tracking.addresses import absolute_uri
 from relloc.tracking.imports import import_for
 from relloc.tracking.mlflow import sync
@@ -31,7 +32,7 @@ class Mirror:
         self._every_s = every_s
         self._failures = 0
         self._warned = False
-        self._told: set[str] = set()
+        self._refused: set[str] = set()
         self._trouble: str | None = "nothing was sent"
         self._system: SystemMetrics | None = None
         self._closing = threading.Event()
@@ -44,7 +45,7 @@ class Mirror:
         half-made modules, and a worker that is forked meanwhile may wait for the rest for ever.
         """
         try:
-            write_status(self._run_dir, "RUNNING")
+            write_status(self._run_dir, Status.RUNNING)
             import_for(self._uri)
             self._system = SystemMetrics(self._run_dir)
         except (OSError, ImportError, ValueError) as error:  # ValueError: a damaged system.jsonl
@@ -69,30 +70,32 @@ class Mirror:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        late = f"sending took longer than {timeout_s:g} s" if self._thread.is_alive() else None
-        trouble = late or self._trouble
-        return None if trouble is None else self._message(trouble)
+        trouble = self._trouble
+        if self._thread.is_alive():
+            trouble = f"sending took longer than {timeout_s:g} s"
+        if trouble is None:
+            return None
+        command = f"python -m relloc.sync {shlex.quote(str(self._run_dir))} --uri {shlex.quote(self._uri)}"
+        return f"MLflow has not got everything: {trouble}. Nothing is lost; send it later with\n  {command}"
 
     def _work(self) -> None:
-        pause_s = 0.0
-        while not self._closing.wait(pause_s):
+        pause_s, closing = 0.0, False
+        while not closing:
+            closing = self._closing.wait(pause_s)
             self._send()
             pause_s = min(self._every_s * 2 ** min(self._failures, 10), max(self._every_s, LONGEST_PAUSE_S))
-        self._send()
 
     def _send(self) -> None:
         self._trouble = "sending was cut short"
         try:
-            self._tell_refused(sync(self._run_dir, self._uri).refused)
+            refused = sync(self._run_dir, self._uri).refused
         except (StoreError, OSError, ValueError) as error:
             self._fail(error)
-        else:
-            self._failures, self._trouble = 0, None
-
-    def _tell_refused(self, lines: Sequence[str]) -> None:
-        for line in lines:
-            if line not in self._told:
-                self._told.add(line)
+            return
+        self._failures, self._trouble = 0, None
+        for line in refused:
+            if line not in self._refused:
+                self._refused.add(line)
                 self._warn(f"artifacts.json: {line}")
 
     def _fail(self, error: Exception) -> None:
@@ -101,7 +104,3 @@ class Mirror:
         if not self._warned:
             self._warned = True
             self._warn(f"MLflow does not follow: {error}. Training goes on; the run folder keeps everything.")
-
-    def _message(self, trouble: str) -> str:
-        command = f"python -m relloc.sync {shlex.quote(str(self._run_dir))} --uri {shlex.quote(self._uri)}"
-        return f"MLflow has not got everything: {trouble}. Nothing is lost; send it later with\n  {command}"

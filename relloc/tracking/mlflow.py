@@ -1,8 +1,8 @@
 """Sending a run folder to MLflow: what is missing there, once, at any time, again after any crash.
 
-mlflow.json in the run folder notes what was sent where. Before points of a file are sent, the file is
-noted as `unsure`, and after them no longer; a file that is still unsure, or a missing note, says that
-a sender died half-way, and the store is asked which points it has.
+mlflow.json in the run folder notes what was sent where. Before points are sent, the note says that it is `unsure`, and
+after them no longer; a note that is unsure or missing says that a sender died half-way, and the store is asked which
+points it has.
 """
 
 import dataclasses
@@ -17,25 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from relloc.files import locked
 from relloc.results import Result, read_results
+from relloc.status import Status
 from relloc.tracking.addresses import absolute_uri
 from relloc.tracking.artifacts import sort_artifacts
 from relloc.tracking.experiments import experiment_name, find_or_make_experiment, is_deleted, raise_deleted
 from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE, read_journal
 from relloc.tracking.note import NOTE_FILE, Note, read_note, write_note
-from relloc.tracking.record import (
-    RUN_FILE,
-    DatasetRecord,
-    RunRecord,
-    Scalar,
-    legal_name,
-    now_ms,
-    read_status,
-)
+from relloc.tracking.record import RUN_FILE, DatasetRecord, RunRecord, legal_name, now_ms, read_status
 from relloc.tracking.store import StoreError, open_store, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 # MLflow's limits (mlflow.utils.validation, 3.17).
 POINTS_A_BATCH = 1000
@@ -45,8 +37,6 @@ NAME_CHARACTERS = 250
 DIGEST_CHARACTERS = 36
 
 _OF_SPREAD = ("_std", "_min", "_max")
-JOURNALS = {"lines": JOURNAL_FILE, "system": SYSTEM_FILE}
-POINT_FIELDS = (*JOURNALS, "results")
 Point = tuple[str, int, float, int]  # metric name, step, value, Unix ms
 Batch = tuple[list[Point], dict[str, Any]]  # points, and what the note says when they are sent
 
@@ -69,6 +59,21 @@ class Sent:
         return bool(self.params or self.points or self.artifacts)
 
 
+@dataclasses.dataclass
+class _Sending:
+    """One run folder on its way to one store."""
+
+    client: "MlflowClient"
+    uri: str
+    run_dir: Path
+    record: RunRecord
+    note: Note
+
+    def update_note(self, **changes: Any) -> None:
+        self.note = dataclasses.replace(self.note, **changes)
+        write_note(self.run_dir, self.note)
+
+
 def sync(run_dir: Path, uri: str, experiment: str | None = None) -> Sent:
     """Send what the store lacks of the run folder; twice in a row sends nothing the second time.
 
@@ -84,23 +89,19 @@ def sync(run_dir: Path, uri: str, experiment: str | None = None) -> Sent:
     name = experiment_name(experiment or record.experiment, uri)
     client = open_store(uri)
     with store_errors(uri), locked(run_dir / f"{NOTE_FILE}.lock"):
-        note = _noted_run(client, run_dir, record, uri, name, moves=experiment is not None)
-        note, params = _send_record(client, run_dir, record, note)
-        points = 0
-        for field in JOURNALS:
-            note, more = _send_points(client, run_dir, note, field, _journal_batches(run_dir, note, field))
-            points += more
-        rows = read_results(run_dir)
-        note = _unsure_if_rewritten(note, rows)
-        note, more = _send_points(client, run_dir, note, "results", _result_batches(rows, note))
-        note, artifacts, refused = _send_artifacts(client, run_dir, note)
-        note = _send_status(client, run_dir, note)
+        note = read_note(run_dir) or Note(uri="", uid="", experiment_id="", run_id="")
+        sending = _Sending(client, uri, run_dir, record, note)
+        _find_run(sending, name, moves=experiment is not None)
+        params = _send_record(sending)
+        points = _send_points(sending)
+        artifacts, refused = _send_artifacts(sending)
+        _send_status(sending)
     return Sent(
         params=params,
-        points=points + more,
+        points=points,
         artifacts=artifacts,
-        experiment_id=note.experiment_id,
-        run_id=note.run_id,
+        experiment_id=sending.note.experiment_id,
+        run_id=sending.note.run_id,
         refused=tuple(refused),
     )
 
@@ -113,32 +114,29 @@ def forget(run_dir: Path) -> None:
             client.delete_run(note.run_id)
 
 
-def _keep(run_dir: Path, note: Note, **changes: Any) -> Note:
-    note = dataclasses.replace(note, **changes)
-    write_note(run_dir, note)
-    return note
-
-
-def _noted_run(
-    client: "MlflowClient", run_dir: Path, record: RunRecord, uri: str, experiment: str, *, moves: bool
-) -> Note:
-    """The note of the run that this folder is in the store; it is looked up there, or made, where there is none.
+def _find_run(sending: _Sending, experiment: str, *, moves: bool) -> None:
+    """Note which run of the store this folder is; where the note does not say it is looked up, or made.
 
     `moves`: a run that is in another experiment than the one named is not it.
     """
-    note = read_note(run_dir)
-    if note and (note.uri, note.uid) == (uri, record.uid) and _is_there(client, note, uri, experiment, moves, run_dir):
-        return note
-    experiment_id = find_or_make_experiment(client, experiment, uri).experiment_id
+    client, record, note = sending.client, sending.record, sending.note
+    if (note.uri, note.uid) == (sending.uri, record.uid) and _is_there(sending, experiment, moves):
+        return
+    experiment_id = find_or_make_experiment(client, experiment, sending.uri).experiment_id
     found = client.search_runs([experiment_id], f"tags.`relloc.uid` = '{record.uid}'", max_results=1)
-    run = found[0] if found else _new_run(client, experiment_id, record)
-    note = Note(uri=uri, uid=record.uid, experiment_id=experiment_id, run_id=run.info.run_id)
-    return _keep(run_dir, note, unsure=POINT_FIELDS if found else ())
+    if found:
+        run = found[0]
+    else:
+        tags, run_name = {"relloc.uid": record.uid}, record.name[:NAME_CHARACTERS]
+        run = client.create_run(experiment_id, record.started_ms, tags=tags, run_name=run_name)
+    sending.note = Note(uri=sending.uri, uid=record.uid, experiment_id=experiment_id, run_id=run.info.run_id)
+    sending.update_note(unsure=bool(found))
 
 
-def _is_there(client: "MlflowClient", note: Note, uri: str, experiment: str, moves: bool, run_dir: Path) -> bool:
+def _is_there(sending: _Sending, experiment: str, moves: bool) -> bool:
     from mlflow.exceptions import MlflowException
 
+    client, uri, note = sending.client, sending.uri, sending.note
     try:
         run = client.get_run(note.run_id)
     except MlflowException as error:
@@ -157,26 +155,33 @@ def _is_there(client: "MlflowClient", note: Note, uri: str, experiment: str, mov
         raise_deleted(belongs_to, uri)
     raise StoreError(
         f"run {note.run_id} was deleted in {uri}. Restore it with `MLFLOW_TRACKING_URI={uri} mlflow runs restore "
-        f"--run-id {note.run_id}`, or remove {run_dir / NOTE_FILE} to send it anew"
+        f"--run-id {note.run_id}`, or remove {sending.run_dir / NOTE_FILE} to send it anew"
     )
 
 
-def _new_run(client: "MlflowClient", experiment_id: str, record: RunRecord) -> "Run":
-    tags = {"relloc.uid": record.uid}
-    return client.create_run(experiment_id, record.started_ms, tags=tags, run_name=record.name[:NAME_CHARACTERS])
-
-
-def _send_record(client: "MlflowClient", run_dir: Path, record: RunRecord, note: Note) -> tuple[Note, int]:
-    digest = hashlib.sha256((run_dir / RUN_FILE).read_bytes()).hexdigest()
-    if digest == note.record:
-        return note, 0
+def _send_record(sending: _Sending) -> int:
+    """Send what the run is, where that changed; how many params are new."""
     from mlflow.entities import Param, RunTag
 
+    client, record, note = sending.client, sending.record, sending.note
+    digest = hashlib.sha256((sending.run_dir / RUN_FILE).read_bytes()).hexdigest()
+    if digest == note.record:
+        return 0
     run = client.get_run(note.run_id)
-    params = {legal_name(name): _text(value) for name, value in record.params.items()}
-    fresh = {name: text for name, text in params.items() if name not in run.data.params}
-    tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(run_dir)}
-    tags |= _source(record.tags) | _changed_params(run.data.params, params)
+    before = run.data.params
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.params.items()}
+    params = {legal_name(name): text[:PARAM_CHARACTERS] for name, text in texts.items()}
+    fresh = {name: text for name, text in params.items() if name not in before}
+    tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(sending.run_dir)}
+    # What the UI shows as a run's source: its command, and the commit
+    if kind := record.tags.get("relloc.kind"):
+        tags |= {"mlflow.source.name": f"relloc.{kind}", "mlflow.source.type": "LOCAL"}
+    if commit := record.tags.get("relloc.commit"):
+        tags["mlflow.source.git.commit"] = commit
+    # MLflow never changes a param: a resumed run's other values can only be told in a tag.
+    changes = [f"{name}: {old} -> {params[name]}" for name, old in before.items() if params.get(name, old) != old]
+    if changes:
+        tags["relloc.changed_params"] = "; ".join(changes)
     client.log_batch(
         note.run_id,
         params=[Param(name, text) for name, text in fresh.items()],
@@ -185,24 +190,8 @@ def _send_record(client: "MlflowClient", run_dir: Path, record: RunRecord, note:
     client.log_inputs(note.run_id, _inputs(record.datasets))
     if run.info.run_name != record.name[:NAME_CHARACTERS]:
         client.update_run(note.run_id, name=record.name[:NAME_CHARACTERS])
-    return _keep(run_dir, note, record=digest), len(fresh)
-
-
-def _text(value: Scalar) -> str:
-    return (value if isinstance(value, str) else json.dumps(value))[:PARAM_CHARACTERS]
-
-
-def _source(tags: dict[str, str]) -> dict[str, str]:
-    """What the UI shows as a run's source: its command, and the commit."""
-    kind, commit = tags.get("relloc.kind"), tags.get("relloc.commit")
-    told = {"mlflow.source.name": f"relloc.{kind}", "mlflow.source.type": "LOCAL"} if kind else {}
-    return told | ({"mlflow.source.git.commit": commit} if commit else {})
-
-
-def _changed_params(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
-    # MLflow never changes a param: a resumed run's other values can only be told in a tag.
-    changes = [f"{name}: {old[name]} -> {new[name]}" for name in new if old.get(name, new[name]) != new[name]]
-    return {"relloc.changed_params": "; ".join(changes)} if changes else {}
+    sending.update_note(record=digest)
+    return len(fresh)
 
 
 def _inputs(datasets: Iterable[DatasetRecord]) -> list[Any]:
@@ -227,24 +216,40 @@ def _inputs(datasets: Iterable[DatasetRecord]) -> list[Any]:
     ]
 
 
-def _send_points(
-    client: "MlflowClient", run_dir: Path, note: Note, field: str, batches: Iterable[Batch]
-) -> tuple[Note, int]:
+def _send_points(sending: _Sending) -> int:
+    """Send the points of the journals and of the results that the store lacks; how many these are."""
+    doubt = sending.note.unsure
+    sent = _send_batches(sending, _journal_batches(sending), doubt)
+    rows = read_results(sending.run_dir)
+    # An evaluation that was done anew may have changed rows that were sent: then all are looked at again.
+    first = sending.note.results
+    changed = first > 0 and _digest(rows[:first]) != sending.note.results_digest
+    fresh = rows if changed else rows[first:]
+    if fresh:
+        # Of two values of one name and step MLflow shows the one with the later time.
+        points = [point for later, row in enumerate(fresh) for point in _row_points(row, now_ms() + later)]
+        batch = points, {"results": len(rows), "results_digest": _digest(rows)}
+        sent += _send_batches(sending, [batch], doubt or changed)
+    if sending.note.unsure:
+        sending.update_note(unsure=False)
+    return sent
+
+
+def _send_batches(sending: _Sending, batches: Iterable[Batch], doubt: bool) -> int:
+    """Send points, where in `doubt` only those that the store has not; how many were sent."""
     from mlflow.entities import Metric
 
+    client, run_id = sending.client, sending.note.run_id
     sent, known = 0, None
     for points, changes in batches:
         if known is None:
-            known = _points_there(client, note.run_id) if field in note.unsure else set()
-            note = _keep(run_dir, note, unsure=sorted({*note.unsure, field}))
+            known = _points_there(client, run_id) if doubt else set()
+        sending.update_note(unsure=True)
         fresh = [point for point in points if _identity(*point[:3]) not in known]
-        metrics = [Metric(name, value, time_ms, step) for name, step, value, time_ms in fresh]
-        client.log_batch(note.run_id, metrics=metrics)
-        note = _keep(run_dir, note, **changes)
+        client.log_batch(run_id, metrics=[Metric(name, value, time_ms, step) for name, step, value, time_ms in fresh])
+        sending.update_note(unsure=doubt, **changes)
         sent += len(fresh)
-    if known is not None:
-        note = _keep(run_dir, note, unsure=[other for other in note.unsure if other != field])
-    return note, sent
+    return sent
 
 
 def _points_there(client: "MlflowClient", run_id: str) -> set[tuple[str, int, str]]:
@@ -259,30 +264,16 @@ def _identity(name: str, step: int, value: float) -> tuple[str, int, str]:
     return name, step, "nan" if math.isnan(value) else repr(max(-largest, min(largest, value)))
 
 
-def _journal_batches(run_dir: Path, note: Note, field: str) -> Iterator[Batch]:
-    points: list[Point] = []
-    sent = getattr(note, field)
-    entries = read_journal(run_dir, sent, JOURNALS[field])
-    for line, entry in enumerate(entries, start=sent + 1):
-        points += [(legal_name(name), entry.step, v, entry.time_ms) for name, v in entry.metrics.items()]
-        if len(points) >= POINTS_A_BATCH or line == sent + len(entries):
-            yield points, {field: line}
-            points = []
-
-
-def _unsure_if_rewritten(note: Note, rows: Sequence[Result]) -> Note:
-    """Rows that were already sent and now differ (an evaluation was done anew) are all looked at again."""
-    if _digest(rows[: note.results]) == note.results_digest or not note.results:
-        return note
-    return dataclasses.replace(note, results=0, unsure=sorted({*note.unsure, "results"}))
-
-
-def _result_batches(rows: Sequence[Result], note: Note) -> Iterator[Batch]:
-    fresh = rows[note.results :]
-    if fresh:
-        # Of two values of one name and step MLflow shows the one with the later time.
-        points = [point for later, row in enumerate(fresh) for point in _row_points(row, now_ms() + later)]
-        yield points, {"results": len(rows), "results_digest": _digest(rows)}
+def _journal_batches(sending: _Sending) -> Iterator[Batch]:
+    for field, file in (("lines", JOURNAL_FILE), ("system", SYSTEM_FILE)):
+        first = getattr(sending.note, field)
+        entries = read_journal(sending.run_dir, first, file)
+        points: list[Point] = []
+        for line, entry in enumerate(entries, start=first + 1):
+            points += [(legal_name(name), entry.step, v, entry.time_ms) for name, v in entry.metrics.items()]
+            if len(points) >= POINTS_A_BATCH or line == first + len(entries):
+                yield points, {field: line}
+                points = []
 
 
 def _row_points(row: Result, time_ms: int) -> list[Point]:
@@ -308,35 +299,35 @@ def _digest(rows: Sequence[Result]) -> str:
     return hashlib.sha256(repr([dataclasses.astuple(row) for row in rows]).encode()).hexdigest()
 
 
-def _send_artifacts(client: "MlflowClient", run_dir: Path, note: Note) -> tuple[Note, int, list[str]]:
+def _send_artifacts(sending: _Sending) -> tuple[int, list[str]]:
     """Send files that are new or changed; a line for each that is not sent, since it can't or must not be."""
     from mlflow.exceptions import MlflowException
 
-    sent, (names, refused) = 0, sort_artifacts(run_dir)
+    run_dir, sent, (names, refused) = sending.run_dir, 0, sort_artifacts(sending.run_dir)
     for name in names:
         about = (run_dir / name).stat()
-        mark = [about.st_size, about.st_mtime_ns]
-        if note.artifacts.get(name) == mark:
+        version = [about.st_size, about.st_mtime_ns]
+        if sending.note.artifacts.get(name) == version:
             continue
-        folder = PurePosixPath(name).parent
+        folder = str(PurePosixPath(name).parent)
         try:
-            client.log_artifact(note.run_id, str(run_dir / name), None if folder.name == "" else str(folder))
+            sending.client.log_artifact(sending.note.run_id, str(run_dir / name), None if folder == "." else folder)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             refused.append(f"{name!r} was not sent: MLflow does not take its name")
             continue
-        note = _keep(run_dir, note, artifacts={**note.artifacts, name: mark})
+        sending.update_note(artifacts={**sending.note.artifacts, name: version})
         sent += 1
-    return note, sent, refused
+    return sent, refused
 
 
-def _send_status(client: "MlflowClient", run_dir: Path, note: Note) -> Note:
-    status = read_status(run_dir)
-    if status is None or status == note.status:
-        return note
-    if status["status"] in ("RUNNING", "SCHEDULED"):
-        client.update_run(note.run_id, status["status"])
+def _send_status(sending: _Sending) -> None:
+    now = read_status(sending.run_dir)
+    if now is None or dataclasses.asdict(now) == sending.note.status:
+        return
+    if now.status in (Status.RUNNING, Status.WAITING):
+        sending.client.update_run(sending.note.run_id, now.status)
     else:
-        client.set_terminated(note.run_id, status["status"], status["time_ms"])
-    return _keep(run_dir, note, status=status)
+        sending.client.set_terminated(sending.note.run_id, now.status, now.time_ms)
+    sending.update_note(status=dataclasses.asdict(now))

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ _SEAL = "seal"
 class Note:
     """What was sent where.
 
-    `uid` is that of the run: a folder that was copied to become another run has the note of the first. Files whose
-    points may or may not have arrived are `unsure` (see relloc.tracking.mlflow). `lines`, `system` and `results` count
+    `uid` is that of the run: a folder that was copied to become another run has the note of the first. `unsure`:
+    points that it does not tell of may have arrived (see relloc.tracking.mlflow). `lines`, `system` and `results` count
     the lines sent of the journals and of the result rows. `record` and `results_digest` are hashes of the run.json and
     of the rows that were sent. `artifacts` holds size in bytes and modification time in ns of each file when it was
     sent.
@@ -28,7 +27,7 @@ class Note:
     uid: str
     experiment_id: str
     run_id: str
-    unsure: Sequence[str] = ()
+    unsure: bool = False
     record: str = ""
     lines: int = 0
     system: int = 0

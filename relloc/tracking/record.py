@@ -1,11 +1,9 @@
 """What a run is (run.json, written before anything is measured) and how it stands (status.json)."""
 
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 import socket
@@ -14,16 +12,15 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from relloc.errors import DamagedFile, reason
-from relloc.files import write_json
-from relloc.tracking.store import absolute_uri
+from relloc.files import read_json, write_json
+from relloc.status import Status
+from relloc.tracking.addresses import absolute_uri
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
 COMMIT_FILE = "COMMIT"  # in a copy of the package, which is no checkout: what was copied
-STATUSES = ("RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED")
 CONTEXTS = ("train", "eval")
 DISTRIBUTIONS = ("torch", "torchvision", "hydra-core", "mlflow")
 GIT_TIMEOUT_S = 10
@@ -63,6 +60,8 @@ class RunRecord:
     `started_ms` is the Unix time of its first start in milliseconds.
     """
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
     name: str
     experiment: str
     tracking_uri: str = ""
@@ -96,70 +95,29 @@ class RunRecord:
             FileNotFoundError: the folder has no run.json.
             DamagedFile: run.json is not a record of this version.
         """
-        path = run_dir / RUN_FILE
-        fields = read_json(path, "a run record", _RECORD_LOST)
-        try:
-            if not isinstance(fields, dict):
-                raise TypeError("it has no named values")
-            datasets = tuple(DatasetRecord(**dataset) for dataset in fields.pop("datasets", ()))
-            record = cls(**fields, datasets=datasets)
-            _check_types(record)
-            return record
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DamagedFile(f"{path} is not a run record: {reason(error)}. {_RECORD_LOST}") from error
+        record: RunRecord = read_json(run_dir / RUN_FILE, cls, "a run record", _RECORD_LOST)
+        return record
 
 
-def read_json(path: Path, what: str, advice: str) -> Any:
-    """The value of a JSON file of a run folder, which is `what`; `advice` says what to do about a damaged one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """How a run stands, and since when (Unix ms)."""
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFile: it is not JSON, or no file.
-    """
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
-    except OSError as error:
-        raise DamagedFile(f"{path} can't be read ({error.strerror}). {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not {what}: {reason(error)}. {advice}") from error
-
-
-def _check_types(record: RunRecord) -> None:
-    """Raises `TypeError` for a field of another kind, which JSON may hold and a dataclass takes."""
-    texts = {field: getattr(record, field) for field in ("name", "experiment", "tracking_uri", "uid")}
-    texts |= {f"tags.{name}": tag for name, tag in record.tags.items()}
-    for number, dataset in enumerate(record.datasets):
-        texts |= {f"datasets {number}": dataset.name, f"digest {number}": dataset.digest, f"{number}": dataset.source}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise TypeError(f"{name} is {text!r}, not text")
-    for name, value in record.params.items():
-        if not isinstance(value, Scalar):
-            raise TypeError(f"params.{name} is {value!r}, neither text nor a number")
-    if not isinstance(record.started_ms, int):
-        raise TypeError(f"started_ms is {record.started_ms!r}, not a number of milliseconds")
+    status: Status
+    time_ms: int
 
 
 def write_status(run_dir: Path, status: str) -> None:
-    """Write how the run stands, one of `STATUSES`, and when, to status.json, atomically."""
-    if status not in STATUSES:
-        raise ValueError(f"status is {status!r}, not one of {', '.join(STATUSES)}")
-    write_json(run_dir / STATUS_FILE, {"status": status, "time_ms": now_ms()})
+    """Write how the run stands, and when, to status.json, atomically. Raises `ValueError`: that is no status."""
+    write_json(run_dir / STATUS_FILE, {"status": Status(status), "time_ms": now_ms()})
 
 
-def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """Read {"status": ..., "time_ms": ...}; None if the run never said how it stands. Raises `DamagedFile`."""
-    path = run_dir / STATUS_FILE
+def read_status(run_dir: Path) -> RunStatus | None:
+    """How the run stands; None if it never said so. Raises `DamagedFile`."""
     try:
-        found = read_json(path, "the status of a run", _STATUS_LOST)
+        return read_json(run_dir / STATUS_FILE, RunStatus, "the status of a run", _STATUS_LOST)
     except FileNotFoundError:
         return None
-    is_dict = isinstance(found, dict)
-    if not is_dict or found.get("status") not in STATUSES or not isinstance(found.get("time_ms"), int):
-        raise DamagedFile(f"{path} is not the status of a run: {str(found)[:100]}. {_STATUS_LOST}")
-    return found
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Scalar]:

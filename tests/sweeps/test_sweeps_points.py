@@ -1,10 +1,13 @@
 """What makes a point the same one: its settings, with paths from wherever they are given."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from relloc.errors import DamagedFile
+from relloc.files import parse_json
 from relloc.sweeps.points import POINT_FILE, Point, identity, note_ending, note_job, read_note, was_asked_to_end
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
@@ -44,6 +47,10 @@ def test_what_is_no_relative_path_makes_the_identity_of_before(tmp_path: Path, m
     assert identity(configs[3] | {"objective": "knn/feature4/top1", "sweep": "s"}) == before[3]
 
 
+def read_back(fields: dict[str, Any]) -> Point:
+    return parse_json(json.dumps(fields).encode(), Point, "no point", "")
+
+
 def test_the_command_of_a_point_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = Point(
@@ -60,14 +67,14 @@ def test_the_command_of_a_point_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert made.again == f"cd {tmp_path} && {told}"  # where its relative paths are what they were
-    assert Point.from_json(made.to_json()) == made
-    sent = Point.from_json(made.to_json() | {"resend": ["-m", "relloc.train", "launcher=slurm"], "cwd": ""})
+    assert read_back(made.to_json()) == made
+    sent = read_back(made.to_json() | {"resend": ["-m", "relloc.train", "launcher=slurm"], "cwd": ""})
     assert sent.again == "python -m relloc.train launcher=slurm"
 
 
 def test_a_note_of_an_earlier_version_is_read() -> None:
     fields = {"kind": "train", "name": "a", "overrides": ["seed=0"], "identity": "a", "folder": "/x"}
-    assert Point.from_json(fields).arguments == ["-m", "relloc.train", "seed=0", "hydra.run.dir=/x"]
+    assert read_back(fields).arguments == ["-m", "relloc.train", "seed=0", "hydra.run.dir=/x"]
 
 
 def test_how_a_job_was_asked_to_end_stays_until_the_next_one(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Literal
 import pytest
 
 from relloc.errors import UsageError
+from relloc.status import Status
 from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, name_of, note_ending, note_job
-from relloc.sweeps.standing import Standing, known_standings, standings, standings_in_time
+from relloc.sweeps.standing import Standing, known_standings, standings, standings_in_time, status_of
 from relloc.sweeps.sweep import Sweep, code_and_configs
-from relloc.tracking import Journal, RunRecord, read_status, search, sync, write_status
+from relloc.tracking import Journal, RunRecord, search, sync, write_status
 from relloc.tracking.living import is_alive, process_mark
 
 
@@ -188,7 +189,7 @@ def test_what_a_cluster_killed_does_not_run_for_ever_in_mlflow(tmp_path: Path) -
     assert mend([killed], standings([killed], asked(job7="running"))) == []
     (words,) = mend([killed], standings([killed], asked()))
     assert words == "gap_px=4 was ended before it could say so: noted as stopped"
-    assert (read_status(killed.folder) or {})["status"] == "KILLED"
+    assert status_of(killed.folder) == Status.STOPPED
     (run,) = search(uri, "e")
     assert run["status"] == "KILLED"
     assert mend([killed], standings([killed], asked())) == []

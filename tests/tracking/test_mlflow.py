@@ -194,19 +194,20 @@ def test_dying_between_sending_and_noting_costs_no_double_points(
 ) -> None:
     run_dir = new_run()
     append_results(run_dir, rows())
-    keep = mlflow._keep
+    whole = mlflow.write_note
 
-    def die(folder: Path, note: Note, **changes: Any) -> Note:
-        if died_at in changes:
+    def die(folder: Path, note: Note) -> None:
+        before = read_note(folder)
+        if before and getattr(before, died_at) != getattr(note, died_at):
             raise KeyboardInterrupt
-        return keep(folder, note, **changes)
+        whole(folder, note)
 
-    monkeypatch.setattr(mlflow, "_keep", die)
+    monkeypatch.setattr(mlflow, "write_note", die)
     with pytest.raises(KeyboardInterrupt):
         sync(run_dir, uri)
     stored = points(run_dir, uri)
     assert ("train/loss", 0, 2.5) in stored
-    monkeypatch.setattr(mlflow, "_keep", keep)
+    monkeypatch.setattr(mlflow, "write_note", whole)
     # New points beside the doubtful ones, as in a training that was killed and resumed.
     Journal(run_dir).log({"train/loss": 1.0}, 30)
     sync(run_dir, uri)

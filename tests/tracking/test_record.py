@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relloc.status import Status
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten, read_status, write_status
 from relloc.tracking.record import commit_of, legal_name
 
@@ -58,8 +59,8 @@ def test_status_round_trip(tmp_path: Path) -> None:
     write_status(tmp_path, "KILLED")
     status = read_status(tmp_path)
     assert status is not None
-    assert status["status"] == "KILLED"
-    with pytest.raises(ValueError, match="status is 'done'"):
+    assert status.status == Status.STOPPED
+    with pytest.raises(ValueError, match="'done' is not a valid Status"):
         write_status(tmp_path, "done")
 
 
