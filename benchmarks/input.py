@@ -28,12 +28,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from relloc.data.crops import Crops
 from relloc.data.folder import FolderImages, folder
 from relloc.data.image_set import ImageSet, Splits
+from relloc.data.loader import Unreadable
 from relloc.data.packing import Packing, pack
 from relloc.data.shards import shards
 from relloc.data.slots import load_in_slots
 from relloc.geometry import PatchGrid, ShortSide
 from relloc.pretext.feed import HELD_FORWARDS, Feed
-from relloc.seeds import Use, seed_for
+from relloc.seeds import Use
 
 GRID = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))  # conf/grid/mmselfsup.yaml
 PACKING = Packing(short_px=292, quality=90, subsampling="4:2:0", images_per_shard=5000)  # conf/prepare.yaml
@@ -63,13 +64,14 @@ def training_rates(images: ImageSet, *, workers: int, n_images: int, device: tor
     """
     n_batches, started_after = n_images // BATCH, max(1, workers)
     places = range((n_batches + started_after) * BATCH)
-    samples = [(place % len(images), seed_for(Use.CROP, 0, place)) for place in places]
+    samples = [(place % len(images), place // len(images)) for place in places]
     batches = [samples[start : start + BATCH] for start in places[::BATCH]]
-    crops = Crops(images, GRID, centered=False)
+    crops = Crops(images, GRID, use=Use.CROP, seed=0, centered=False)
     cpu_before = _cpu_s()
     sizes = {"images": BATCH, "side_px": GRID.span_px, "held": HELD_FORWARDS}
     loaded = load_in_slots(crops, batches, workers=workers, pin=device.type == "cuda", say=print, **sizes)
-    feed = iter(Feed((batch.pixels for batch in loaded), batches_per_forward=1, device=device))
+    unreadable = Unreadable(n_images=len(images), most_share=1)
+    feed = iter(Feed(loaded, unreadable, images_per_batch=BATCH, batches_per_forward=1, device=device))
     for _ in range(started_after):
         next(feed)
     started = time.perf_counter()

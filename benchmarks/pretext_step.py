@@ -55,7 +55,7 @@ def _ours(config, how: engine.Engine) -> tuple[Callable[[], object], int]:
     task.model.train()
     images = torch.randint(256, (n_images, side, side, 3), dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)
     stepper = loop.Stepper(task)  # as `loop.train` steps; the learning rate is the warm-up's
-    return lambda: stepper.step([images], 0), n_images
+    return lambda: stepper.step(iter([images]), 0), n_images
 
 
 def _published(config, how: engine.Engine) -> tuple[Callable[[], object], int]:

@@ -40,7 +40,7 @@ def main() -> None:
     if [len(source) for source in sources] != [len(sources[0])] * 2:
         raise UsageError(f"{options.shards} holds other images than {options.root}")
     model, patches = _network(options.run)
-    crops = [_pixels(Crops(source, patches.grid, centered=False)) for source in sources]
+    crops = [_pixels(Crops(source, patches.grid, use=Use.CROP, seed=0, centered=False)) for source in sources]
     views = [_pixels(Views(source, Center(short_px=256, crop_px=224))) for source in sources]
     off = (crops[0].float() - crops[1].float()).abs()
     rows = [_asked(model, patches, pixels, name) for name, pixels in zip(("files", "shards"), crops, strict=True)]

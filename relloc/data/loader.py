@@ -1,4 +1,4 @@
-"""Loading in worker processes: samples become batches there, so that one tensor travels for each batch."""
+"""Loading in worker processes: samples become batches there, so that one piece of memory travels for each batch."""
 
 import dataclasses
 import functools
@@ -22,47 +22,56 @@ class Sample:
     """Pixels of image `index`, or None if it can't be used; `unreadable` says why, by image name."""
 
     index: int
-    pixels: UInt8[Tensor, "3 s s"] | None
+    pixels: UInt8[np.ndarray, "s s 3"] | None
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """The samples of a batch that have pixels, and the reasons of those that have none."""
+class ImageBatch:
+    """The samples of a batch that have pixels, and the reasons of those that have none.
+
+    Pixels lie channels last in memory, as decoders leave them.
+    """
 
     pixels: UInt8[Tensor, "b 3 s s"]
     indices: Int[Tensor, "b"]
     unreadable: dict[str, str]
 
-    def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, from which a GPU copies faster."""
-        return dataclasses.replace(self, pixels=self.pixels.pin_memory())
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchMessage:
+    """What a reading process tells of a batch; `rows` are None where they lie in memory that both processes have."""
+
+    indices: list[int]
+    unreadable: dict[str, str]
+    shape: tuple[int, ...]
+    rows: UInt8[np.ndarray, "b s s 3"] | None = None
+
+    def batch(self, rows: UInt8[Tensor, "b s s 3"]) -> ImageBatch:
+        indices = torch.tensor(self.indices, dtype=torch.int64)
+        return ImageBatch(pixels=rows.permute(0, 3, 1, 2), indices=indices, unreadable=self.unreadable)
 
 
-def usable(samples: list[Sample]) -> tuple[list[Tensor], Int[Tensor, "b"], dict[str, str]]:
-    """Pixels and indices of the samples that have pixels, and the reasons of those that have none."""
-    good = [(sample.pixels, sample.index) for sample in samples if sample.pixels is not None]
+def write_samples(samples: list[Sample], memory: Callable[[tuple[int, ...]], UInt8[Tensor, "b s s 3"]]) -> BatchMessage:
+    """Write the pixels of samples of one size into `memory(shape)`; those without pixels have no row there."""
+    usable = [(sample.index, sample.pixels) for sample in samples if sample.pixels is not None]
+    side = len(usable[0][1]) if usable else 0
+    shape = (len(usable), side, side, 3)
+    rows = memory(shape).numpy()
+    for row, (_, pixels) in zip(rows, usable, strict=True):
+        row[:] = pixels
     unreadable = {name: reason for sample in samples for name, reason in sample.unreadable.items()}
-    return [pixels for pixels, _ in good], torch.tensor([index for _, index in good]).long(), unreadable
+    return BatchMessage(indices=[index for index, _ in usable], unreadable=unreadable, shape=shape, rows=rows)
 
 
-def _own_memory(shape: tuple[int, ...]) -> UInt8[Tensor, "n s s 3"]:
+def own_memory(shape: tuple[int, ...]) -> UInt8[Tensor, "b s s 3"]:
     return torch.empty(shape, dtype=torch.uint8)
 
 
-def collate(
-    samples: list[Sample], memory: Callable[[tuple[int, ...]], UInt8[Tensor, "n s s 3"]] = _own_memory
-) -> Batch:
-    """One batch of samples of one size, pixel after pixel in memory as decoders leave them (channels last).
-
-    `memory` gives the bytes that the batch is written to.
-    """
-    images, indices, unreadable = usable(samples)
-    side = images[0].shape[-1] if images else 0
-    rows = memory((len(images), side, side, 3))
-    for row, image in zip(rows, images, strict=True):
-        row.copy_(image.permute(1, 2, 0))
-    return Batch(pixels=rows.permute(0, 3, 1, 2), indices=indices, unreadable=unreadable)
+def collate(samples: list[Sample]) -> ImageBatch:
+    """One batch of samples of one size, in memory of its own."""
+    message = write_samples(samples, own_memory)
+    return message.batch(torch.from_numpy(message.rows))
 
 
 def load(
@@ -72,8 +81,8 @@ def load(
     workers: int,
     pin: bool,
     stopping: Callable[[], bool] = never,
-) -> Iterator[Batch]:
-    """One `Batch` for each list of sample keys, in that order whatever `workers` is.
+) -> Iterator[ImageBatch]:
+    """One batch for each list of sample keys, in that order whatever `workers` is.
 
     With `pin` batches are in page-locked memory, from which a GPU copies faster. `stopping` is as in
     `ReadingProcesses`.
@@ -84,65 +93,47 @@ def load(
     if not workers:
         for keys in batches:
             batch = collate([samples[key] for key in keys])
-            yield batch.pin_memory() if pin else batch
+            yield _page_locked(batch) if pin else batch
         return
-    with ReadingProcesses(_Collated(samples), batches, workers=workers, stopping=stopping) as answers:
+    read = functools.partial(_read_and_hand_over, samples)
+    with ReadingProcesses(read, batches, workers=workers, stopping=stopping) as answers:
         yield from look_ahead(answers, functools.partial(_received, pin=pin))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sent:
-    """A batch on its way from a reading process; `rows` are None where they lie in memory that is handed over."""
+def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
+    """In a reading process: a batch in memory that is handed over, or in the message where the system can't do that."""
+    descriptors: list[int] = []
 
-    shape: tuple[int, ...]
-    rows: UInt8[np.ndarray, "n s s 3"] | None
-    indices: Int[np.ndarray, "n"]
-    unreadable: dict[str, str]
+    def memory(shape: tuple[int, ...]) -> UInt8[Tensor, "b s s 3"]:
+        if not can_be_handed() or not all(shape):
+            return own_memory(shape)
+        try:
+            descriptor, rows = to_hand_over(shape)
+        except OSError as error:
+            raise Interrupted(
+                f"there is no room for a batch of {math.prod(shape) / 1e6:.0f} MB in a process that reads images "
+                f"({error.strerror}): give fewer, such as workers=2, or more memory, and start the same command again"
+            ) from error
+        descriptors.append(descriptor)
+        return rows
 
-
-class _Collated:
-    """What a reading process makes of the keys of a batch."""
-
-    def __init__(self, samples: Dataset[Sample]) -> None:
-        self.samples = samples
-
-    def __call__(self, keys: list[Any]) -> Answer:
-        descriptors: list[int] = []
-
-        def memory(shape: tuple[int, ...]) -> UInt8[Tensor, "n s s 3"]:
-            if not can_be_handed() or not all(shape):
-                return _own_memory(shape)
-            descriptor, rows = _to_hand_over(shape)
-            descriptors.append(descriptor)
-            return rows
-
-        batch = collate([self.samples[key] for key in keys], memory)
-        rows = batch.pixels.permute(0, 2, 3, 1)
-        sent = _Sent(
-            shape=tuple(rows.shape),
-            rows=None if descriptors else rows.numpy(),
-            indices=batch.indices.numpy(),
-            unreadable=batch.unreadable,
-        )
-        return Answer(content=sent, descriptors=tuple(descriptors))
+    message = write_samples([samples[key] for key in keys], memory)
+    if descriptors:
+        message = dataclasses.replace(message, rows=None)
+    return Answer(content=message, descriptors=tuple(descriptors))
 
 
-def _to_hand_over(shape: tuple[int, ...]) -> tuple[int, Tensor]:
-    try:
-        return to_hand_over(shape)
-    except OSError as error:
-        raise Interrupted(
-            f"there is no room for a batch of {math.prod(shape) / 1e6:.0f} MB in a process that reads images "
-            f"({error.strerror}): give fewer, such as workers=2, or more memory, and start the same command again"
-        ) from error
+def _received(answer: Answer, *, pin: bool) -> ImageBatch:
+    """In the training process: the batch of a message."""
+    message: BatchMessage = answer.content
+    was_handed_over = message.rows is None
+    rows = handed_over(answer.descriptors[0], message.shape) if was_handed_over else torch.from_numpy(message.rows)
+    batch = message.batch(rows)
+    return _page_locked(batch) if pin else batch
 
 
-def _received(answer: Answer, *, pin: bool) -> Batch:
-    """The batch as the training process takes it."""
-    sent: _Sent = answer.content
-    rows = handed_over(answer.descriptors[0], sent.shape) if sent.rows is None else torch.from_numpy(sent.rows)
-    batch = Batch(pixels=rows.permute(0, 3, 1, 2), indices=torch.from_numpy(sent.indices), unreadable=sent.unreadable)
-    return batch.pin_memory() if pin else batch
+def _page_locked(batch: ImageBatch) -> ImageBatch:
+    return dataclasses.replace(batch, pixels=batch.pixels.pin_memory())
 
 
 class Unreadable:
@@ -165,4 +156,14 @@ class Unreadable:
             raise DataError(
                 f"{len(self.reasons)} of {self.n_images} images can't be used, more than {self.setting}="
                 f"{self.most_share} allows; the first is {first}: {reason}. Mend or remove them, or raise the share"
+            )
+
+    def add_full(self, batch: ImageBatch, *, images: int) -> None:
+        """Add those of a batch. Raises `DataError` as `add`, and for a batch of less than `images` usable images."""
+        self.add(batch.unreadable)
+        if len(batch.pixels) < images:
+            first, reason = next(iter(batch.unreadable.items()))
+            raise DataError(
+                f"{len(batch.unreadable)} images in a row can't be used, and none takes their place; the first is "
+                f"{first}: {reason}"
             )

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
-from relloc.data.loader import Sample
 from relloc.errors import DataError
 from relloc.seeds import Use, seed_for
 
@@ -101,15 +100,3 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 def _order(n_images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(seed_for(Use.IMAGE_ORDER, seed, epoch)).permutation(n_images)
-
-
-class Seeded(Dataset[Sample]):
-    """Samples by (index, epoch) of crops by (index, seed): the reading processes derive the seeds."""
-
-    def __init__(self, samples: Dataset[Sample], seed: int) -> None:
-        self.samples = samples
-        self.seed = seed
-
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        index, epoch = place
-        return self.samples[index, seed_for(Use.CROP, self.seed, epoch, index)]

@@ -7,6 +7,7 @@ training process does.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relloc import machine
-from relloc.data.loader import Batch, Sample, load, usable
+from relloc.data.loader import ImageBatch, Sample, load, write_samples
 from relloc.data.readers import PREFETCHED, Answer, ReadingProcesses, never
 from relloc.data.shared_memory import shared_with_forks
+
+Slots = UInt8[Tensor, "n images s s 3"]
 
 
 def load_in_slots(
@@ -34,7 +37,7 @@ def load_in_slots(
     held: int,
     say: Callable[[str], None],
     stopping: Callable[[], bool] = never,
-) -> Iterator[Batch]:
+) -> Iterator[ImageBatch]:
     """What `load` gives, of at most `images` images each of `side_px` a side; only the last `held` batches stay valid.
 
     Where the memory can't be had at once `load` serves, and `say` is told.
@@ -43,16 +46,24 @@ def load_in_slots(
         Interrupted: a worker was killed.
         NoImagesCame: as `ReadingProcesses`.
     """
-    shape = (workers * PREFETCHED + held + 1, images, side_px, side_px, 3)
-    slots = _slots(shape, say) if workers and machine.forks() else None
+    slots = None
+    if workers and machine.forks():
+        slots = _slots((workers * PREFETCHED + held + 1, images, side_px, side_px, 3), say)
     if slots is None:
-        return load(samples, batches, workers=workers, pin=pin, stopping=stopping)
+        yield from load(samples, batches, workers=workers, pin=pin, stopping=stopping)
+        return
     numbered = ((number % len(slots), keys) for number, keys in enumerate(batches))
-    answers = ReadingProcesses(_InSlots(samples, slots), numbered, workers=workers, stopping=stopping, say=say)
-    return _batches(answers, slots, pin=pin, say=say)
+    read = functools.partial(_read_into_slot, samples, slots)
+    with ReadingProcesses(read, numbered, workers=workers, stopping=stopping, say=say) as answers:
+        # With the first answer workers are forked: pages locked before would be missing in them.
+        first = list(itertools.islice(answers, 1))
+        with _page_locked(slots, say) if pin else contextlib.nullcontext():
+            for answer in itertools.chain(first, answers):
+                slot, message = answer.content
+                yield message.batch(slots[slot, : len(message.indices)])
 
 
-def _slots(shape: tuple[int, ...], say: Callable[[str], None]) -> UInt8[Tensor, "n images s s 3"] | None:
+def _slots(shape: tuple[int, ...], say: Callable[[str], None]) -> Slots | None:
     try:
         return shared_with_forks(shape)
     except OSError as error:
@@ -63,41 +74,11 @@ def _slots(shape: tuple[int, ...], say: Callable[[str], None]) -> UInt8[Tensor, 
         return None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Filled:
-    """A batch whose pixels lie in a slot."""
-
-    slot: int
-    indices: list[int]
-    unreadable: dict[str, str]
-
-
-class _InSlots:
-    """What a reading process makes of the keys of a batch and the number of the slot that it is written to."""
-
-    def __init__(self, samples: Dataset[Sample], slots: UInt8[Tensor, "n images s s 3"]) -> None:
-        self.samples = samples
-        self.slots = slots
-
-    def __call__(self, numbered: tuple[int, list[Any]]) -> Answer:
-        slot, keys = numbered
-        images, indices, unreadable = usable([self.samples[key] for key in keys])
-        for row, image in zip(self.slots[slot], images, strict=False):
-            row.copy_(image.permute(1, 2, 0))
-        return Answer(content=_Filled(slot=slot, indices=indices.tolist(), unreadable=unreadable))
-
-
-def _batches(
-    answers: ReadingProcesses, slots: UInt8[Tensor, "n images s s 3"], *, pin: bool, say: Callable[[str], None]
-) -> Iterator[Batch]:
-    with answers:
-        first = next(answers, None)  # by now workers are forked: pages locked before would be missing in them
-        with _page_locked(slots, say) if pin else contextlib.nullcontext():
-            for answer in itertools.chain([first] if first else [], answers):
-                filled: _Filled = answer.content
-                indices = torch.tensor(filled.indices, dtype=torch.int64)
-                pixels = slots[filled.slot, : len(indices)].permute(0, 3, 1, 2)
-                yield Batch(pixels=pixels, indices=indices, unreadable=filled.unreadable)
+def _read_into_slot(samples: Dataset[Sample], slots: Slots, numbered: tuple[int, list[Any]]) -> Answer:
+    """In a reading process: the samples of `keys` in the slot of this number, and what there is to say of them."""
+    slot, keys = numbered
+    message = write_samples([samples[key] for key in keys], lambda shape: slots[slot, : shape[0]])
+    return Answer(content=(slot, dataclasses.replace(message, rows=None)))
 
 
 @contextlib.contextmanager

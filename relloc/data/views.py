@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from relloc import checks
@@ -25,9 +23,9 @@ _MOST_TRIES = 10  # torchvision's, before it takes the middle of the image
 
 @runtime_checkable
 class View(Protocol):
-    """A square of an image. All its luck comes from `chance`; its `str` says in a protocol what it is."""
+    """A square of an image. All that is random about it comes from `rng`; its `str` says in a protocol what it is."""
 
-    def __call__(self, image: Image.Image, chance: random.Random) -> UInt8[Tensor, "3 s s"]: ...
+    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]: ...
 
     def __str__(self) -> str: ...
 
@@ -45,9 +43,9 @@ class Center:
     def __str__(self) -> str:
         return f"center view {self.short_px}/{self.crop_px} px"
 
-    def __call__(self, image: Image.Image, chance: random.Random) -> UInt8[Tensor, "3 s s"]:
+    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
-        return _pixels(crop_resized(image, size, _central(size, self.crop_px), self.crop_px))
+        return np.asarray(crop_resized(image, size, _central(size, self.crop_px), self.crop_px))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +65,9 @@ class Squash:
     def __str__(self) -> str:
         return f"whole image at short side {self.short_px} px squashed to {self.side_px} x {self.side_px} px"
 
-    def __call__(self, image: Image.Image, chance: random.Random) -> UInt8[Tensor, "3 s s"]:
+    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
         height, width = ShortSide(px=self.short_px).size(image.height, image.width, 0)
-        return _pixels(_resized(_resized(image, width, height), self.side_px, self.side_px))
+        return np.asarray(_resized(_resized(image, width, height), self.side_px, self.side_px))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,21 +93,21 @@ class RandomResized:
         area, aspect = ("..".join(f"{end:.3g}" for end in ends) for ends in (self.scale, self.ratio))
         return f"random resized crops of {self.crop_px} px (area {area}, aspect {aspect}), flip {self.flip}"
 
-    def __call__(self, image: Image.Image, chance: random.Random) -> UInt8[Tensor, "3 s s"]:
-        top, left, bottom, right = self.box(image.height, image.width, chance)
+    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
+        top, left, bottom, right = self.box(image.height, image.width, rng)
         # Cut before resizing, as torchvision does: at its rim, `resize(box=)` also reads what lies beyond the box.
         cut = image.crop((left, top, right, bottom))
-        return _pixels(_flipped(_resized(cut, self.crop_px, self.crop_px), self.flip, chance))
+        return np.asarray(_flipped(_resized(cut, self.crop_px, self.crop_px), self.flip, rng))
 
-    def box(self, height: int, width: int, chance: random.Random) -> tuple[int, int, int, int]:
+    def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
         """(top, left, bottom, right) of a random box in a `height` x `width` image."""
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(_MOST_TRIES):
-            area = height * width * chance.uniform(*self.scale)
-            aspect = math.exp(chance.uniform(low, high))
+            area = height * width * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(low, high))
             box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < box_width <= width and 0 < box_height <= height:
-                top, left = chance.randint(0, height - box_height), chance.randint(0, width - box_width)
+                top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
                 return top, left, top + box_height, left + box_width
         return self._middle(height, width)
 
@@ -138,12 +136,12 @@ class RandomCrop:
     def __str__(self) -> str:
         return f"random crops of {self.crop_px} px from the central {self.short_px} px, flip {self.flip}"
 
-    def __call__(self, image: Image.Image, chance: random.Random) -> UInt8[Tensor, "3 s s"]:
+    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         top, left = _central(size, self.short_px)
         room = self.short_px - self.crop_px
-        corner = (top + chance.randint(0, room), left + chance.randint(0, room))
-        return _pixels(_flipped(crop_resized(image, size, corner, self.crop_px), self.flip, chance))
+        corner = (top + rng.randint(0, room), left + rng.randint(0, room))
+        return np.asarray(_flipped(crop_resized(image, size, corner, self.crop_px), self.flip, rng))
 
 
 class Views(Dataset[Sample]):
@@ -168,16 +166,12 @@ class Views(Dataset[Sample]):
         return Sample(index=index, pixels=self.view(image, random.Random(seed)))
 
 
-def _pixels(image: Image.Image) -> UInt8[Tensor, "3 s s"]:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _flipped(image: Image.Image, flip: float, chance: random.Random) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < flip else image
+def _flipped(image: Image.Image, flip: float, rng: random.Random) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < flip else image
 
 
 def _central(size: tuple[int, int], side_px: int) -> tuple[int, int]:

@@ -16,8 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from relloc.data.image_set import ImageSet
-from relloc.data.loader import Batch as ImageBatch
-from relloc.data.loader import Unreadable, load
+from relloc.data.loader import ImageBatch, Unreadable, load
 from relloc.data.readers import never
 from relloc.data.views import View, Views
 from relloc.errors import DataError, UsageError

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Task:
 
 def train(
     task: Task,
-    forwards: Iterable[Images],
+    forwards: Iterator[Images],
     *,
     done: StepsDone,
     report_every: int,
@@ -80,7 +80,7 @@ def train(
     """
     ranks.copy_from_first(task.model.state_dict().values())
     task.model.train()
-    stepper, images = Stepper(task), iter(forwards)
+    stepper = Stepper(task)
 
     def report_means(sums: StepReport) -> None:
         loss, hits, pairs = sums.sums
@@ -88,7 +88,7 @@ def train(
         report(Progress(step=sums.step, epoch=epoch, loss=loss / pairs, top1=100 * hits / pairs, lr=sums.lr))
 
     return run_steps(
-        lambda step: stepper.step(itertools.islice(images, task.accumulation), step),
+        lambda step: stepper.step(forwards, step),
         optimizer=task.optimizer,
         rate_factor=lambda step: task.schedule.factor(step / task.steps_per_epoch),
         done=done,
@@ -108,23 +108,23 @@ class Stepper:
         compute = functools.partial(_forward_backward, task)
         self._compute = Graphed(compute) if task.cuda_graphs else compute
 
-    def step(self, forwards: Iterable[Images], step: int) -> Tensor:
-        """One step over the images of `accumulation` forwards; its loss x pairs, right answers and pairs."""
-        tally = torch.zeros(3, dtype=torch.float64, device=self.task.device)
+    def step(self, forwards: Iterator[Images], step: int) -> Tensor:
+        """One step over the images of the next `accumulation` forwards; its loss x pairs, right answers and pairs."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.task.device)
         self._gradients.clear()
-        for number, images in enumerate(forwards):
-            drawn, kept = _chance(self.task, len(images), step, number)
-            tally += self._compute(images, kept, *drawn)
+        for number, images in enumerate(itertools.islice(forwards, self.task.accumulation)):
+            drawn, dropout_mask = _draw(self.task, len(images), step, number)
+            sums += self._compute(images, dropout_mask, *drawn)
         self._gradients.average()
         self.task.optimizer.step()
-        return tally
+        return sums
 
 
-def _forward_backward(task: Task, images: Images, kept: Tensor | None, *drawn: Tensor) -> Tensor:
+def _forward_backward(task: Task, images: Images, dropout_mask: Tensor | None, *drawn: Tensor) -> Tensor:
     """Add a forward's share to the gradients; its loss x pairs, right answers and pairs."""
     patches = task.make(images, *drawn)
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
-        logits = task.network(patches, kept)
+        logits = task.network(patches, dropout_mask)
     loss = objective.loss(logits)
     (loss / task.accumulation).backward()
     pairs = len(images) * PAIRS
@@ -132,20 +132,19 @@ def _forward_backward(task: Task, images: Images, kept: Tensor | None, *drawn: T
     return torch.stack([loss * pairs, right, torch.full_like(loss, pairs)])
 
 
-def _chance(task: Task, n_images: int, step: int, number: int) -> tuple[list[Tensor], Tensor | None]:
-    """What is drawn for a forward: for its patches, and what dropout keeps.
+def _draw(task: Task, n_images: int, step: int, number: int) -> tuple[list[Tensor], Tensor | None]:
+    """The random numbers of a forward: those of its patches, and the mask of what dropout keeps.
 
-    Keyed by the place of each ghost batch in the step, not carried along: any step can be computed
+    Each ghost batch has a seed of its own, by the step and its number in the step: any step can be computed
     again alone, in forwards of any size, by any number of processes.
     """
     size = task.model.images_per_batch_norm
     ghosts = n_images // size
     first = (ranks.rank() * task.accumulation + number) * ghosts
     generator = torch.Generator(task.device)
-    drawn, kept = [], []
-    for place in range(first, first + ghosts):
-        generator.manual_seed(task.seed_of(step, place))
+    drawn, masks = [], []
+    for ghost in range(first, first + ghosts):
+        generator.manual_seed(task.seed_of(step, ghost))
         drawn.append(task.draw(size, generator))
-        kept.append(task.model.head.draw_kept(size, generator))  # pyright: ignore[reportCallIssue]
-    masks = None if kept[0] is None else torch.cat(kept)
-    return [torch.cat(parts) for parts in zip(*drawn, strict=True)], masks
+        masks.append(task.model.head.draw_kept(size, generator))  # pyright: ignore[reportCallIssue]
+    return [torch.cat(parts) for parts in zip(*drawn, strict=True)], None if masks[0] is None else torch.cat(masks)

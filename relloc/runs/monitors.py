@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relloc.data.crops import Crops
 from relloc.data.image_set import ImageSet, Splits
-from relloc.data.loader import Batch, load
+from relloc.data.loader import ImageBatch, load
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import View
 from relloc.errors import DataError
@@ -24,7 +24,7 @@ from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.held_out import POSITIONS, answers, confusion, evaluating
 from relloc.pretext.objective import RelativeLocation
 from relloc.results import LAYERS
-from relloc.seeds import Use, seed_for
+from relloc.seeds import Use
 
 SPECTRUM_LAYERS = ("feature4", "feature5", "avgpool")
 _TEMPERATURE = 0.07  # protocols.md 3.7
@@ -126,7 +126,7 @@ class Monitors:
 
         return {f"monitor/knn/{layer}/top1_k{k}": _where_defined(top1, layer) for layer in LAYERS}
 
-    def _encode(self, views: Batch, layers: tuple[str, ...]) -> dict[str, Tensor]:
+    def _encode(self, views: ImageBatch, layers: tuple[str, ...]) -> dict[str, Tensor]:
         """Features (n d) of each layer, on the device."""
         found = []
         for pixels in views.pixels.split(self.reading.batch):
@@ -136,32 +136,29 @@ class Monitors:
         return {layer: torch.cat([features[layer] for features in found]) for layer in layers}
 
     @functools.cached_property
-    def _crops(self) -> Batch:
+    def _crops(self) -> ImageBatch:
         images = self.data.held_out
-        keys = [
-            (place, seed_for(Use.HELD_OUT_CROP, self.seed, place))
-            for place in evenly_spaced(len(images), self.n_images)
-        ]
+        keys = [(index,) for index in evenly_spaced(len(images), self.n_images)]
         batches = [keys[start : start + self.reading.batch] for start in range(0, len(keys), self.reading.batch)]
-        crops = Crops(images, self.patches.grid, centered=True)
+        crops = Crops(images, self.patches.grid, use=Use.HELD_OUT_CROP, seed=self.seed, centered=True)
         loaded = load(crops, batches, workers=self.reading.workers, pin=False, stopping=self.reading.stopping)
         return _joined(loaded, images)
 
     @functools.cached_property
-    def _held_out_views(self) -> Batch:
+    def _held_out_views(self) -> ImageBatch:
         return self._views(self.data.held_out)
 
     @functools.cached_property
-    def _training_views(self) -> Batch:
+    def _training_views(self) -> ImageBatch:
         return self._views(self.data.train)
 
-    def _views(self, images: ImageSet) -> Batch:
+    def _views(self, images: ImageSet) -> ImageBatch:
         places = evenly_spaced(len(images), self.n_images)
         keys = [(place, 0) for place in places]  # a still view knows no chance
         return _joined(self.reading.views(images, self.view, keys, self.reading.batch), images)
 
 
-def _joined(loaded: Iterable[Batch], images: ImageSet) -> Batch:
+def _joined(loaded: Iterable[ImageBatch], images: ImageSet) -> ImageBatch:
     batches = list(loaded)
     unreadable = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
     good = [batch for batch in batches if len(batch.pixels)]
@@ -171,14 +168,14 @@ def _joined(loaded: Iterable[Batch], images: ImageSet) -> Batch:
             f"monitors can use none of the {len(unreadable)} images they chose of {images.name} {images.split}; "
             f"the first is {first}: {reason}. Mend or remove them"
         )
-    return Batch(
+    return ImageBatch(
         pixels=torch.cat([batch.pixels for batch in good]),
         indices=torch.cat([batch.indices for batch in good]),
         unreadable=unreadable,
     )
 
 
-def _labels(images: ImageSet, views: Batch) -> Tensor:
+def _labels(images: ImageSet, views: ImageBatch) -> Tensor:
     return torch.as_tensor(images.labels)[views.indices]
 
 

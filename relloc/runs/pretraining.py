@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import Tensor
 
 from relloc import checks, ranks
 from relloc.checkpoints import backbone_files, states
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
-from relloc.data.loader import Batch, Unreadable, collate, load
+from relloc.data.loader import ImageBatch, Unreadable, collate, load
 from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
@@ -29,8 +30,8 @@ from relloc.runs.engine import Engine
 from relloc.runs.evaluating import evaluate_subject
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.naming import pretraining_name
-from relloc.runs.training import Run, full_batches, train_run
-from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
+from relloc.runs.training import Run, train_run
+from relloc.seeds import PRETRAINING_VERSION, Use
 
 PICTURE = "patches.png"
 _PICTURED = 6
@@ -141,19 +142,20 @@ def _images_per_forward(config: DictConfig, how: Engine) -> int:
 
 def _draw(config: DictConfig, data: Splits, folder: RunFolder) -> None:
     pipeline = assemble.patches(config)
-    crops = Crops(data.train, pipeline.grid, centered=False)
+    crops = Crops(data.train, pipeline.grid, use=Use.PICTURE_CROP, seed=config.seed, centered=False)
     chosen = range(0, len(data.train), max(1, len(data.train) // _PICTURED))
-    seeds = {index: seed_for(Use.PICTURE_CROP, config.seed, index) for index in chosen[:_PICTURED]}
-    images = collate([crops[index, seed] for index, seed in seeds.items()]).pixels
+    images = collate([crops[(index,)] for index in chosen[:_PICTURED]]).pixels
     draw_patches(images, pipeline, folder.path / PICTURE, seed=config.seed)
     folder.keep(PICTURE)
     console.say(f"picture {folder.path / PICTURE}")
 
 
-def _noting(loaded: Iterable[Batch], indices: list[int]) -> Iterator[Batch]:
-    for crops in loaded:
-        indices += crops.indices.tolist()
-        yield crops
+def _pixels(loaded: Iterable[ImageBatch], unreadable: Unreadable, indices: list[int]) -> Iterator[Tensor]:
+    """Pixels of batches; which images they are of is added to `indices`."""
+    for batch in loaded:
+        unreadable.add_full(batch, images=1)
+        indices += batch.indices.tolist()
+        yield batch.pixels
 
 
 def about(config: DictConfig) -> dict[str, Any]:
@@ -229,15 +231,15 @@ def _plain_backbone(config: DictConfig, how: Engine) -> Backbone:
 
 def _held_out(config: DictConfig, how: Engine, data: Splits, task: Task, folder: RunFolder) -> Result:
     patches = assemble.patches(config)
-    crops = Crops(data.held_out, patches.grid, centered=True)
+    crops = Crops(data.held_out, patches.grid, use=Use.HELD_OUT_CROP, seed=config.seed, centered=True)
     size = config.data.images_per_batch_norm
-    places = [(index, seed_for(Use.HELD_OUT_CROP, config.seed, index)) for index in range(len(data.held_out))]
-    batches = [places[start : start + size] for start in range(0, len(places), size)]
+    keys = [(index,) for index in range(len(crops))]
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
     loaded = load(crops, batches, workers=how.workers, pin=how.device.type == "cuda")
     unreadable = Unreadable(n_images=len(crops), most_share=config.data.unreadable_share)
     asked: list[int] = []
     shown = console.counted(loaded, "held-out pretext", len(batches))
-    pixels = full_batches(_noting(shown, asked), unreadable, at_least=1)
+    pixels = _pixels(shown, unreadable, asked)
     given = answers(task.model, pixels, patches, seed=config.seed, device=how.device, bf16=how.bf16)
     folder.note_unreadable(unreadable.reasons)
     found = accuracy(count_hits(given), [data.held_out.source(index) for index in asked])

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from relloc import ranks
 from relloc.checkpoints import states
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
-from relloc.data.loader import Batch, Unreadable
-from relloc.data.order import Seeded, StepPlan, StepSampler
+from relloc.data.loader import Unreadable
+from relloc.data.order import StepPlan, StepSampler
 from relloc.data.readers import NoImagesCame
 from relloc.data.slots import load_in_slots
-from relloc.errors import DataError, Interrupted, UsageError
+from relloc.errors import Interrupted, UsageError
 from relloc.optimization import StepsDone
 from relloc.pretext.alarm import Diverged
 from relloc.pretext.feed import HELD_FORWARDS, Feed
@@ -30,6 +30,7 @@ from relloc.runs.folder import RunFolder
 from relloc.runs.monitors import Monitors
 from relloc.runs.saving import Saver, milestone_steps
 from relloc.runs.watching import Monitoring, reporting
+from relloc.seeds import Use
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def _train(
         try:
             steps_done = train(
                 run.task,
-                feed,
+                iter(feed),
                 done=begun,
                 report_every=run.config.report_every_steps,
                 report=report,
@@ -125,7 +126,7 @@ def _feed(run: Run, first_step: int, unreadable: Unreadable) -> Feed:
     plan, grid = run.plan, assemble.patches(run.config).grid
     sampler = StepSampler(plan, seed=run.config.seed, first_step=first_step, steps=run.task.steps, rank=ranks.rank())
     loaded = load_in_slots(
-        Seeded(Crops(run.data.train, grid, centered=False), run.config.seed),
+        Crops(run.data.train, grid, use=Use.CROP, seed=run.config.seed, centered=False),
         sampler,
         workers=run.how.workers,
         pin=run.how.device.type == "cuda",
@@ -135,21 +136,13 @@ def _feed(run: Run, first_step: int, unreadable: Unreadable) -> Feed:
         say=console.say,
         stopping=lambda: bool(run.stop),
     )
-    full = full_batches(loaded, unreadable, at_least=plan.images_per_batch_norm)
-    return Feed(full, batches_per_forward=plan.ghosts_per_forward, device=run.how.device)
-
-
-def full_batches(loaded: Iterable[Batch], unreadable: Unreadable, *, at_least: int) -> Iterator[torch.Tensor]:
-    """Pixels of batches. Raises `DataError` for one of less than `at_least` images, and where too many are broken."""
-    for batch in loaded:
-        unreadable.add(batch.unreadable)
-        if len(batch.pixels) < at_least:
-            first, reason = next(iter(batch.unreadable.items()))
-            raise DataError(
-                f"{len(batch.unreadable)} images in a row can't be used, and none takes their place; the first is "
-                f"{first}: {reason}"
-            )
-        yield batch.pixels
+    return Feed(
+        loaded,
+        unreadable,
+        images_per_batch=plan.images_per_batch_norm,
+        batches_per_forward=plan.ghosts_per_forward,
+        device=run.how.device,
+    )
 
 
 def _monitoring(run: Run, folder: RunFolder | None) -> Monitoring | None:

@@ -1,9 +1,9 @@
 import dataclasses
+import random
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
@@ -11,6 +11,7 @@ from torchvision.transforms import functional as F
 from relloc.data.crops import Crops
 from relloc.errors import UnreadableImage
 from relloc.geometry import Area, PatchGrid, ShortSide
+from relloc.seeds import Use, seed_for
 
 SIZES = {"patch_px": 8, "gap_px": 2, "jitter_px": 1}
 SPAN = 30
@@ -47,31 +48,35 @@ class Places:
         return "0" * 16
 
 
-def place_of(pixels: torch.Tensor) -> tuple[int, int]:
+def crops_of(images: Places, grid: PatchGrid, *, centered: bool) -> Crops:
+    return Crops(images, grid, use=Use.CROP, seed=0, centered=centered)
+
+
+def place_of(pixels: np.ndarray) -> tuple[int, int]:
     """Corner of a crop; the rest of it must follow from there."""
-    assert pixels.shape == (3, SPAN, SPAN)
-    assert pixels.dtype == torch.uint8
-    top, left = int(pixels[0, 0, 0]), int(pixels[1, 0, 0])
-    rows, columns = torch.meshgrid(torch.arange(SPAN), torch.arange(SPAN), indexing="ij")
-    assert torch.equal(pixels[0].long(), rows + top)
-    assert torch.equal(pixels[1].long(), columns + left)
+    assert pixels.shape == (SPAN, SPAN, 3)
+    assert pixels.dtype == np.uint8
+    top, left = map(int, pixels[0, 0, :2])
+    rows, columns = np.mgrid[:SPAN, :SPAN]
+    assert np.array_equal(pixels[..., 0], rows + top)
+    assert np.array_equal(pixels[..., 1], columns + left)
     return top, left
 
 
 def test_an_index_and_a_seed_decide_the_crop() -> None:
-    crops = Crops(Places([(80, 60), (90, 50)]), AS_IT_IS, centered=False)
+    crops = crops_of(Places([(80, 60), (90, 50)]), AS_IT_IS, centered=False)
     first, other_seed, other_image = crops[0, 7], crops[0, 8], crops[1, 7]
     assert first.index == 0
     assert first.unreadable == {}
-    again = Crops(Places([(80, 60), (90, 50)]), AS_IT_IS, centered=False)[0, 7]
-    assert torch.equal(again.pixels, first.pixels)
+    again = crops_of(Places([(80, 60), (90, 50)]), AS_IT_IS, centered=False)[0, 7]
+    assert np.array_equal(again.pixels, first.pixels)
     assert place_of(other_seed.pixels) != place_of(first.pixels)
     assert other_image.index == 1
-    assert (other_image.pixels[2] == 1).all()
+    assert (other_image.pixels[..., 2] == 1).all()
 
 
 def test_random_crops_reach_every_edge_evenly() -> None:
-    crops = Crops(Places([(SPAN + 3, SPAN + 9)]), AS_IT_IS, centered=False)
+    crops = crops_of(Places([(SPAN + 3, SPAN + 9)]), AS_IT_IS, centered=False)
     places = np.array([place_of(crops[0, seed].pixels) for seed in range(2000)])
     for values, n in zip(places.T, (4, 10), strict=True):
         counts = np.bincount(values, minlength=n)
@@ -84,29 +89,29 @@ def test_random_crops_reach_every_edge_evenly() -> None:
     ("size", "middle"), [((30, 30), (0, 0)), ((50, 70), (10, 20)), ((51, 70), (10, 20)), ((255, 31), (112, 0))]
 )
 def test_centered_crops_are_the_middle_whatever_the_seed(size: tuple[int, int], middle: tuple[int, int]) -> None:
-    crops = Crops(Places([size]), AS_IT_IS, centered=True)
+    crops = crops_of(Places([size]), AS_IT_IS, centered=True)
     assert {place_of(crops[0, seed].pixels) for seed in range(5)} == {middle}
 
 
 def test_a_crop_is_part_of_the_resized_image() -> None:
     places = Places([(90, 120)])
-    crops = Crops(places, PatchGrid(**SIZES, resize=ShortSide(px=45)), centered=True)
+    crops = crops_of(places, PatchGrid(**SIZES, resize=ShortSide(px=45)), centered=True)
     resized = F.resize(places.read(0), [45], InterpolationMode.BILINEAR, antialias=True)
-    expected = np.asarray(F.crop(resized, 7, 15, SPAN, SPAN)).transpose(2, 0, 1)
-    assert np.abs(crops[0, 0].pixels.numpy().astype(int) - expected).max() <= 1
+    expected = np.asarray(F.crop(resized, 7, 15, SPAN, SPAN))
+    assert np.abs(crops[0, 0].pixels.astype(int) - expected).max() <= 1
 
 
 def test_the_seed_also_decides_the_size_where_the_grid_draws_it() -> None:
     grid = PatchGrid(**SIZES, resize=Area(low_px2=1000, high_px2=40_000))
-    crops = Crops(Places([(200, 200)]), grid, centered=True)
-    steps = [int(crops[0, seed].pixels[0].max()) - int(crops[0, seed].pixels[0].min()) for seed in range(300)]
-    assert crops[0, 5].pixels.equal(crops[0, 5].pixels)
+    crops = crops_of(Places([(200, 200)]), grid, centered=True)
+    steps = [np.ptp(crops[0, seed].pixels[..., 0].astype(int)) for seed in range(300)]
+    assert np.array_equal(crops[0, 5].pixels, crops[0, 5].pixels)
     assert min(steps) < 35  # hardly reduced: 30 px of 200
     assert max(steps) > 130  # reduced to 31..43 px
 
 
 def test_an_unreadable_image_is_replaced_by_the_next_and_named() -> None:
-    crops = Crops(Places([(40, 40), None, None, (50, 50)]), AS_IT_IS, centered=False)
+    crops = crops_of(Places([(40, 40), None, None, (50, 50)]), AS_IT_IS, centered=False)
     sample = crops[1, 0]
     assert sample.index == 3
     assert sample.pixels is not None
@@ -115,27 +120,35 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_named() -> None:
 
 
 def test_no_image_stands_in_for_one_that_is_asked_about() -> None:
-    sample = Crops(Places([(40, 40), None, (50, 50)]), AS_IT_IS, centered=True)[1, 0]
+    sample = crops_of(Places([(40, 40), None, (50, 50)]), AS_IT_IS, centered=True)[1, 0]
     assert (sample.index, sample.pixels) == (1, None)
     assert sample.unreadable == {"/photos/1.jpg": "is an empty file"}
 
 
 def test_after_the_last_image_comes_the_first() -> None:
-    sample = Crops(Places([(40, 40), None]), AS_IT_IS, centered=False)[1, 0]
+    sample = crops_of(Places([(40, 40), None]), AS_IT_IS, centered=False)[1, 0]
     assert (sample.index, list(sample.unreadable)) == (0, ["/photos/1.jpg"])
 
 
 def test_an_image_too_small_for_the_grid_is_named_with_the_numbers() -> None:
-    sample = Crops(Places([(29, 44), (40, 40)]), AS_IT_IS, centered=False)[0, 0]
+    sample = crops_of(Places([(29, 44), (40, 40)]), AS_IT_IS, centered=False)[0, 0]
     assert sample.index == 1
     assert sample.unreadable == {"/photos/0.jpg": "is 44x29 px, the grid needs 30 px"}
 
 
 @pytest.mark.parametrize(("n", "tried"), [(1, 1), (3, 3), (80, 50)])
 def test_where_no_image_near_can_be_read_all_tried_are_named(n: int, tried: int) -> None:
-    sample = Crops(Places([None] * n), AS_IT_IS, centered=False)[0, 0]
+    sample = crops_of(Places([None] * n), AS_IT_IS, centered=False)[0, 0]
     assert (sample.index, sample.pixels, len(sample.unreadable)) == (0, None, tried)
 
 
 def test_there_are_as_many_crops_as_images() -> None:
-    assert len(Crops(Places([(40, 40)] * 3), AS_IT_IS, centered=False)) == 3
+    assert len(crops_of(Places([(40, 40)] * 3), AS_IT_IS, centered=False)) == 3
+
+
+def test_an_image_gets_another_crop_in_every_epoch_from_a_seed_of_its_use() -> None:
+    crops = Crops(Places([(90, 80)] * 3), AS_IT_IS, use=Use.CROP, seed=5, centered=False)
+    for index, epoch in ((0, 0), (0, 1), (2, 1)):
+        rng = random.Random(seed_for(Use.CROP, 5, epoch, index))
+        rng.random()  # of the size, which this grid leaves
+        assert place_of(crops[index, epoch].pixels) == (rng.randint(0, 90 - SPAN), rng.randint(0, 80 - SPAN))

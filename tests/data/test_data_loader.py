@@ -13,16 +13,17 @@ from torch.utils.data import Dataset
 
 from relloc.data.crops import Crops
 from relloc.data.folder import FolderImages
-from relloc.data.loader import Batch, Sample, Unreadable, collate, load
-from relloc.data.order import Seeded, StepPlan, StepSampler
+from relloc.data.loader import ImageBatch, Sample, Unreadable, collate, load
+from relloc.data.order import StepPlan, StepSampler
 from relloc.errors import DataError, Interrupted
 from relloc.geometry import PatchGrid, ShortSide
+from relloc.seeds import Use
 
 GRID = PatchGrid(patch_px=8, gap_px=2, jitter_px=1, resize=ShortSide(px=36))
 
 
 def sample(index: int, unreadable: dict[str, str] | None = None, *, usable: bool = True) -> Sample:
-    pixels = torch.full((3, 4, 4), index, dtype=torch.uint8) if usable else None
+    pixels = np.full((4, 4, 3), index, np.uint8) if usable else None
     return Sample(index=index, pixels=pixels, unreadable=unreadable or {})
 
 
@@ -35,13 +36,13 @@ def crops(tmp_path: Path) -> Crops:
         Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
     (tmp_path / "03.png").write_bytes(b"")
     paths = sorted(map(str, tmp_path.iterdir()))
-    return Crops(FolderImages(name="mine", split="train", paths=paths), GRID, centered=False)
+    return Crops(FolderImages(name="mine", split="train", paths=paths), GRID, use=Use.CROP, seed=0, centered=False)
 
 
-def loaded(crops: Crops, workers: int) -> list[Batch]:
+def loaded(crops: Crops, workers: int) -> list[ImageBatch]:
     plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
     batches = StepSampler(plan, seed=0, first_step=1, steps=7)
-    return list(load(Seeded(crops, 0), batches, workers=workers, pin=False))
+    return list(load(crops, batches, workers=workers, pin=False))
 
 
 def test_worker_processes_change_neither_batches_nor_their_order(crops: Crops, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_batches_follow_the_sampler(crops: Crops) -> None:
     for batch, samples in zip(loaded(crops, 0), wanted, strict=True):
         assert batch.indices.tolist() == [4 if index == 3 else index for index, _ in samples]
         for pixels, place in zip(batch.pixels, samples, strict=True):
-            assert torch.equal(pixels, Seeded(crops, 0)[place].pixels)
+            assert np.array_equal(pixels.permute(1, 2, 0), crops[place].pixels)
 
 
 def test_collate_leaves_out_what_has_no_pixels_and_keeps_its_reason() -> None:
@@ -169,7 +170,7 @@ def test_locking_pages_keeps_batches_and_their_order(
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
     batches = StepSampler(plan, seed=0, first_step=1, steps=7)
-    found = list(load(Seeded(crops, 0), batches, workers=workers, pin=True))
+    found = list(load(crops, batches, workers=workers, pin=True))
     # Several threads lock them, in any order.
     assert {batch.pixels.data_ptr() for batch in found} == {pixels.data_ptr() for pixels in locked}
     for one, other in zip(found, loaded(crops, 0), strict=True):
@@ -181,7 +182,7 @@ def test_locking_pages_keeps_batches_and_their_order(
 def test_batches_for_a_gpu_are_page_locked_and_the_same(crops: Crops, workers: int) -> None:
     plan = StepPlan(n_images=len(crops), images_per_step=4, images_per_batch_norm=2)
     batches = StepSampler(plan, seed=0, first_step=1, steps=7)
-    locked = list(load(Seeded(crops, 0), batches, workers=workers, pin=True))
+    locked = list(load(crops, batches, workers=workers, pin=True))
     for one, other in zip(locked, loaded(crops, 0), strict=True):
         assert one.pixels.is_pinned()
         assert one.pixels.is_contiguous(memory_format=torch.channels_last)

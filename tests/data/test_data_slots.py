@@ -3,12 +3,13 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from relloc.data import slots
-from relloc.data.loader import Batch, Sample, load
+from relloc.data.loader import ImageBatch, Sample, load
 from relloc.data.slots import load_in_slots
 
 SIDE, IMAGES, HELD = 6, 4, 3
@@ -20,8 +21,8 @@ class Numbered(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if index % 10 == 9:
             return Sample(index=index, pixels=None, unreadable={str(index): "is broken"})
-        rows = torch.arange(SIDE * SIDE).reshape(SIDE, SIDE).expand(3, -1, -1) + index
-        return Sample(index=index, pixels=rows.to(torch.uint8))
+        rows = np.arange(SIDE * SIDE * 3).reshape(SIDE, SIDE, 3) + index
+        return Sample(index=index, pixels=rows.astype(np.uint8))
 
 
 def keys(n: int = 40) -> list[list[int]]:
@@ -29,7 +30,7 @@ def keys(n: int = 40) -> list[list[int]]:
     return [list(range(4 * number, 4 * number + (4 if number < n - 1 else 2))) for number in range(n)]
 
 
-def in_slots(workers: int, held: int = HELD, say: Callable[[str], None] = print) -> Iterator[Batch]:
+def in_slots(workers: int, held: int = HELD, say: Callable[[str], None] = print) -> Iterator[ImageBatch]:
     return load_in_slots(
         Numbered(), keys(), workers=workers, pin=False, images=IMAGES, side_px=SIDE, held=held, say=say
     )
@@ -48,7 +49,7 @@ def test_batches_are_those_of_the_plain_loader_in_its_order(workers: int) -> Non
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_last_batches_stay_as_they_were_while_workers_run_ahead(workers: int) -> None:
-    last: collections.deque[tuple[Batch, torch.Tensor]] = collections.deque(maxlen=HELD)
+    last: collections.deque[tuple[ImageBatch, torch.Tensor]] = collections.deque(maxlen=HELD)
     for batch in in_slots(workers):
         last.append((batch, batch.pixels.clone()))
         assert all(torch.equal(held.pixels, copied) for held, copied in last)
@@ -79,7 +80,7 @@ def test_where_processes_are_not_forked_the_plain_loader_serves(monkeypatch: pyt
     assert_plain(list(in_slots(2)))
 
 
-def assert_plain(found: list[Batch]) -> None:
+def assert_plain(found: list[ImageBatch]) -> None:
     """Batches as `load` gives them, each in memory of its own."""
     expected = list(load(Numbered(), keys(), workers=0, pin=False))
     assert [batch.indices.tolist() for batch in found] == [batch.indices.tolist() for batch in expected]

@@ -328,7 +328,7 @@ def test_hits_are_counted_on_still_views() -> None:
     images = Colors(split="val", n=31, n_classes=6)
     view = Center(short_px=36, crop_px=32)
     first, five, n = semisup.count_top_hits(network, images, view, READING, lambda reasons: None)
-    pixels = torch.stack([Views(images, view)[place, 0].pixels for place in range(31)])  # type: ignore[misc]
+    pixels = collate([Views(images, view)[place, 0] for place in range(31)]).pixels
     with torch.no_grad():
         ranked = network.eval()(ByDataset()(pixels.float())).argsort(dim=1, descending=True)
     right = ranked == torch.tensor(images.labels).unsqueeze(1)

@@ -8,6 +8,7 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from relloc.data.folder import class_folders
+from relloc.data.loader import collate
 from relloc.data.photos import photos
 from relloc.data.views import Squash, Views
 from relloc.errors import UsageError
@@ -89,7 +90,7 @@ def of_real_images(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], T
     torch.manual_seed(0)
     backbone = ResNetBackbone(depth=18).eval()
     with torch.no_grad():
-        pixels = torch.stack([views[place, 0].pixels for place in places.tolist()]).float()  # type: ignore[misc]
+        pixels = collate([views[place, 0] for place in places.tolist()]).pixels.float()
         encoded = encode(backbone, pixels, REAL_LAYERS, False)
     return encoded, torch.where(torch.as_tensor(images.labels)[places] < 3, 1.0, -1.0).double()
 

@@ -29,7 +29,7 @@ from relloc.pretext.held_out import POSITIONS, accuracy, answers, count_hits
 from relloc.pretext.objective import RelativeLocation
 from relloc.results import LAYERS
 from relloc.runs.monitors import Monitors, confusion_picture
-from relloc.seeds import Use, seed_for
+from relloc.seeds import Use
 
 CPU = torch.device("cpu")
 PX = 64
@@ -97,8 +97,8 @@ def test_pretext_values_are_the_accuracy_on_evenly_spaced_center_crops(
     model: RelativeLocation, data: Splits, tmp_path: Path
 ) -> None:
     values = monitors(model, data, tmp_path)(7)
-    crops = Crops(data.held_out, PATCHES.grid, centered=True)
-    pixels = collate([crops[place, seed_for(Use.HELD_OUT_CROP, 3, place)] for place in HELD_OUT_PLACES]).pixels
+    crops = Crops(data.held_out, PATCHES.grid, use=Use.HELD_OUT_CROP, seed=3, centered=True)
+    pixels = collate([crops[(place,)] for place in HELD_OUT_PLACES]).pixels
     given = answers(model, pixels.split(READING.batch), PATCHES, seed=3, device=CPU, bf16=False)
     expected = accuracy(count_hits(given), [str(place) for place in HELD_OUT_PLACES])
     assert values["monitor/pretext/top1"] == pytest.approx(expected.percent)
@@ -181,7 +181,7 @@ def test_a_call_leaves_no_trace(model: RelativeLocation, data: Splits, tmp_path:
 def test_training_with_monitors_gives_the_weights_of_training_without(
     data: Splits, tmp_path: Path, one_pass: bool
 ) -> None:
-    crops = Crops(data.train, PATCHES.grid, centered=False)
+    crops = Crops(data.train, PATCHES.grid, use=Use.CROP, seed=0, centered=False)
     pixels = collate([crops[place, place] for place in range(8)]).pixels
 
     def trained(watched: bool) -> dict[str, Tensor]:

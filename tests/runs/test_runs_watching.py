@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from relloc.data.loader import Unreadable
 from relloc.data.order import StepPlan
 from relloc.errors import DataError
 from relloc.pretext.alarm import CHANCE_LOSS, Diverged
@@ -178,7 +179,8 @@ def progress(step: int, loss: float) -> Progress:
 
 
 def waiting_feed() -> Feed:
-    return Feed([], batches_per_forward=1, device=torch.device("cpu"))
+    unreadable = Unreadable(n_images=1, most_share=0)
+    return Feed([], unreadable, images_per_batch=1, batches_per_forward=1, device=torch.device("cpu"))
 
 
 def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
