@@ -25,7 +25,7 @@ from relloc.tracking.journal import read_journal
 
 BEFORE_THE_ENGINE = "b7bcc65"
 # One epoch of the default run, and nothing but its training: no evaluations, no tracking server.
-OVERRIDES = ("eval=[]", "tracking=none", "data.epochs=1", "data.milestone_epochs=[]")
+OVERRIDES = ("eval=[]", "tracking=none", "schedule.epochs=1", "schedule.milestone_epochs=[]")
 RATE = "speed/images_per_s"
 
 
@@ -62,7 +62,7 @@ def _train(checkout: Path, overrides: list[str]) -> Trained:
         metrics = [entry.metrics for entry in read_journal(Path(folder) / "run")]
     rates = [metric[RATE] for metric in metrics if RATE in metric]
     if len(rates) < 2:
-        raise SystemExit(f"{checkout}: only {len(rates)} reports of {RATE}; train longer: data.epochs=2")
+        raise SystemExit(f"{checkout}: only {len(rates)} reports of {RATE}; train longer: schedule.epochs=2")
     return Trained(rates=rates[1:], clock_s=clock_s, cpu_s=cpu_s, load=load)
 
 

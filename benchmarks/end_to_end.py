@@ -61,8 +61,8 @@ def _training(gpus: int, options: argparse.Namespace) -> dict[str, object]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     settings = [
         *("model=resnet50", "data=folder", f"data.shards={options.shards}", "eval=[]", "schedule=constant"),
-        *(f"data.images_per_step={options.images * gpus}", f"hydra.run.dir={run_dir}", *options.overrides),
-        f"data.epochs={_epochs(options, gpus)}",
+        *(f"recipe.images_per_step={options.images * gpus}", f"hydra.run.dir={run_dir}", *options.overrides),
+        f"schedule.epochs={_epochs(options, gpus)}",
     ]
     environment = {**os.environ, "RELLOC_RUNS": str(options.out), "OMP_NUM_THREADS": "1"}
     own = os.sched_getaffinity(0)

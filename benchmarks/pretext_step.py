@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     rows, ratios, how = [], {}, None
     for patch_px in options.patch_px:
-        settings = [f"grid.patch_px={patch_px}", "grid.resize.px=400", f"data.images_per_step={options.images}"]
+        settings = [f"grid.patch_px={patch_px}", "grid.resize.px=400", f"recipe.images_per_step={options.images}"]
         config = _config([*settings, *options.overrides])
         how = engine.settle(config)
         theirs = None if options.ours_only else _side("published", patch_px, *_published(config, how), options)
@@ -50,7 +50,7 @@ def _config(overrides: list[str]):
 
 
 def _ours(config, how: engine.Engine) -> tuple[Callable[[], object], int]:
-    n_images, side = config.data.images_per_step, assemble.patches(config).grid.span_px
+    n_images, side = config.recipe.images_per_step, assemble.patches(config).grid.span_px
     task = assemble.task(config, how, steps_per_epoch=1000, accumulation=1)
     task.model.train()
     images = torch.randint(256, (n_images, side, side, 3), dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)

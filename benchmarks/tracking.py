@@ -34,7 +34,7 @@ REPORT_S = 0.3
 SEEN_S = 300
 RATE = "speed/images_per_s"
 REPORTED = ("train/loss", "train/top1", "train/lr", "train/epoch", RATE, "speed/waiting_percent")
-TRAINING = ("eval=[]", "data.epochs=2", "data.warmup_epochs=0", "data.milestone_epochs=[]", "device=cpu")
+TRAINING = ("eval=[]", "schedule.epochs=2", "schedule.warmup_epochs=0", "schedule.milestone_epochs=[]", "device=cpu")
 
 
 def main() -> None:

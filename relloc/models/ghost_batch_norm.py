@@ -78,7 +78,7 @@ class GhostBatchNorm(_BatchNorm):
         """Move the running statistics by (biased) ones (ghosts groups c), first to last."""
         counts = [self.groups.images * rows * places for rows in self.groups.rows_per_image]
         if min(counts) < 2:
-            raise ValueError("batch norm knows no variance of one value: raise data.images_per_batch_norm")
+            raise ValueError("batch norm knows no variance of one value: raise recipe.images_per_batch_norm")
         unbiased = [part * (count / (count - 1)) for part, count in zip(variances.split(1, 1), counts, strict=True)]
         share, n = self.momentum or 0.0, means.shape[0] * means.shape[1]
         later = torch.arange(n - 1, -1, -1, device=means.device, dtype=means.dtype).unsqueeze(1)

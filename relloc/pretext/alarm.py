@@ -40,8 +40,8 @@ class Alarm:
             self._said = True
             self.say(
                 f"alarm   the loss has stayed at log 8 = {CHANCE_LOSS:.3f} for {progress.step - self._left_chance_at} "
-                "steps: the network answers at chance. If that goes on, try a lower data.lr, a longer "
-                "data.warmup_epochs, or an easier question (a smaller grid.gap_px, color=gray)"
+                "steps: the network answers at chance. If that goes on, try a lower optimizer.lr, a longer "
+                "schedule.warmup_epochs, or an easier question (a smaller grid.gap_px, color=gray)"
             )
 
 

@@ -95,8 +95,8 @@ def check_batch_norms(model: RelativeLocation, patch_px: int) -> None:
     if n > 1:
         return
     told = (
-        f"data.images_per_batch_norm={n}: a batch norm would see one value a channel, of which there is no variance. "
-        "Give data.images_per_batch_norm=2 or more, or pretext_batch_norm=joint, where nine patches count together"
+        f"recipe.images_per_batch_norm={n}: a batch norm would see one value a channel, of which there is no variance. "
+        "Give recipe.images_per_batch_norm=2 or more, or pretext_batch_norm=joint, where nine patches count together"
     )
     with one_value_refused(model.train(), told):
         model(torch.zeros(n, CELLS, 3, patch_px, patch_px))

@@ -45,7 +45,8 @@ _NEUTRAL = (
     "bank_gib",
     *("runs", "tracking", "launcher", "sweep", "objective", "save_every_s", "milestones"),
     *("report_every_steps", "collapse_steps", "monitor"),
-    *("eval", "batch_norm", "calibration_images", "view", "data.linear", "data.knn"),
+    *("eval", "batch_norm", "calibration_images", "view", "probe"),
+    *("recipe.epochs", "recipe.warmup_epochs", "recipe.milestone_epochs", "recipe.lr"),  # schedule and optimizer say it
     *("data.root", "data.shards", "data.source", "data.unreadable_share"),  # the images' digest counts
 )
 
@@ -114,7 +115,7 @@ def pretext_model(config: DictConfig, *, one_pass: bool = False) -> RelativeLoca
         trunk,
         head,
         batch_norm=config.pretext_batch_norm,
-        images_per_batch_norm=config.data.images_per_batch_norm,
+        images_per_batch_norm=config.recipe.images_per_batch_norm,
         one_pass=one_pass,
     )
 

@@ -11,17 +11,20 @@ from relloc.features.batch_norm import check_one_image
 from relloc.pretext.objective import check_batch_norms
 from relloc.runs import assemble
 from relloc.runs.engine import Engine
+from relloc.runs.renamed import refuse_old_names_in
 from relloc.tracking import absolute_uri, experiment_name, import_driver
 
 # Numbers that no constructor looks at before data is listed or anything is trained: lowest, highest.
 _WHOLE = {
     **dict.fromkeys(("seed", "report_every_steps", "monitor.images", "monitor.k", "calibration_images"), 1),
-    **dict.fromkeys(("data.images_per_step", "data.images_per_batch_norm", "data.linear.epochs"), 1),
+    **dict.fromkeys(("recipe.images_per_step", "recipe.images_per_batch_norm", "probe.linear.epochs"), 1),
     **dict.fromkeys(("view.short_px", "view.crop_px", "view.batch"), 1),
     "seed": 0,
 }
 _NUMBERS = {
-    **dict.fromkeys(("save_every_s", "bank_gib", "data.lr", "data.epochs", "data.warmup_epochs"), math.inf),
+    **dict.fromkeys(
+        ("save_every_s", "bank_gib", "optimizer.lr", "schedule.epochs", "schedule.warmup_epochs"), math.inf
+    ),
     **dict.fromkeys(("data.unreadable_share", "monitor.most_share"), 1),
     "monitor.every_epochs": math.inf,
 }
@@ -33,13 +36,14 @@ def check_numbers(config: DictConfig) -> None:
     Raises:
         UsageError: a setting that is no number, or outside what it may be.
     """
+    refuse_old_names_in(config)
     for name, at_least in _WHOLE.items():
         if (value := OmegaConf.select(config, name)) is not None:
             checks.whole(name, value, at_least=at_least)
     for name, at_most in _NUMBERS.items():
         if (value := OmegaConf.select(config, name)) is not None:
             checks.number(name, value, at_least=0, at_most=at_most)
-    for name in ("milestones", "data.milestone_epochs", "data.linear.milestone_epochs"):
+    for name in ("milestones", "schedule.milestone_epochs", "probe.linear.milestone_epochs"):
         asked = OmegaConf.select(config, name, default=ListConfig([]))
         if not isinstance(asked, ListConfig):
             raise UsageError(f"{name}={asked} is not a list: give {name}=[{asked}]")

@@ -68,7 +68,7 @@ def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | Non
     compared is measured on the same images.
     """
     named = command_line.checkpoints(words)
-    return _of_first([*named[0], *beside]) if len(named) == 1 and not _say_data(words) else None
+    return _of_first([*named[0], *beside], words) if len(named) == 1 and not _say_data(words) else None
 
 
 def find_of_point(words: Sequence[Override]) -> RunData | None:
@@ -83,7 +83,7 @@ def find_shared(words: Sequence[Override]) -> RunData | None:
         return None
     named = command_line.checkpoints(words)
     beside = [name for names in named for name in names]
-    found = [_of_first([*names, *beside]) for names in named]
+    found = [_of_first([*names, *beside], words) for names in named]
     same = len({one.words if one else () for one in found}) == 1
     return found[0] if same else None
 
@@ -104,26 +104,35 @@ def _say_data(words: Sequence[Override]) -> bool:
     return any(word.key_or_group in _SAYS_DATA for word in words)
 
 
-def _of_first(checkpoints: Sequence[str]) -> RunData | None:
-    """The data of the first run folder among them."""
-    for name in checkpoints:
-        config = os.path.join(name, CONFIG_FILE)
-        if os.path.isfile(config):  # False, too, where no file can have this name
-            return _read(Path(name), Path(config))
-    return None
+def _of_first(checkpoints: Sequence[str], words: Sequence[Override]) -> RunData | None:
+    """The data of the first run folder among them, without the probe where `words` choose one."""
+    folders = (name for name in checkpoints if os.path.isfile(os.path.join(name, CONFIG_FILE)))
+    run = next(folders, None)
+    found = _read(Path(run), Path(run, CONFIG_FILE)) if run else None
+    if found and any(word.key_or_group == "probe" for word in words):
+        kept = tuple(word for word in found.words if not word.startswith("probe."))
+        return dataclasses.replace(found, words=kept)
+    return found
 
 
 def _read(run: Path, file: Path) -> RunData | None:
-    data = _load(file).get("data")
+    content = _load(file)
+    data = content.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("source"), Mapping):
         return None
     places = {f"data.{name}": _from_where_it_was_started(run, data.get(name)) for name in ("root", "shards")}
-    choices = [(len(words), member, words) for member, words in _matching(data, places)]
+    choices = [(len(words), member, words) for member, words in _matching(data, _probe(content), places)]
     if not choices:
         target = escaped(str(data["source"].get("_target_"))[:_LONGEST_NAME])
         raise UsageError(f"{run} was trained on data of {target}, which no member of data has: give data=NAME")
     _, member, words = min(choices)
     return RunData(run=run, member=member, words=(f"data={member}", *words), places=places)
+
+
+def _probe(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sizes of the run's evaluations; runs of earlier versions have them in `data`."""
+    probe = content.get("probe", content["data"])
+    return probe if isinstance(probe, Mapping) else {}
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -161,21 +170,28 @@ def _from_where_it_was_started(run: Path, folder: Any) -> Any:
     return os.path.abspath(there if os.path.exists(there) else folder)
 
 
-def _matching(data: Mapping[str, Any], places: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _matching(
+    data: Mapping[str, Any], probe: Mapping[str, Any], places: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Members of the group that list images by the same function, and the words that make them the run's."""
     for member in settings.members("data"):
         file = settings.file_of(f"data/{member}")
         target = OmegaConf.select(OmegaConf.load(file), "source._target_") if file else None
         if target is not None and target == data["source"].get("_target_"):
-            yield member, _words(settings.compose("evaluate", [f"data={member}"]).config, data, places)
+            yield member, _words(settings.compose("evaluate", [f"data={member}"]).config, data, probe, places)
 
 
-def _words(config: DictConfig, data: Mapping[str, Any], places: Mapping[str, Any]) -> tuple[str, ...]:
+def _words(
+    config: DictConfig, data: Mapping[str, Any], probe: Mapping[str, Any], places: Mapping[str, Any]
+) -> tuple[str, ...]:
     """What the run has otherwise than the member, settings that follow others last: mostly they need no word then.
 
     `places` stand for where the run's own words said that the images lie.
     """
-    both = list(_both(OmegaConf.to_container(config.data, resolve=False), data, "data"))
+    both = [
+        *_both(OmegaConf.to_container(config.data, resolve=False), data, "data"),
+        *_both(OmegaConf.to_container(config.probe, resolve=False), probe, "probe"),
+    ]
     found: dict[str, Any] = {}
     for key, _, value in sorted(both, key=lambda one: _follows(one[1])):
         if _is_plain(value) and value != _resolved(config, key):

@@ -18,6 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from relloc.errors import UsageError
 from relloc.runs import settings
+from relloc.runs.renamed import new_name
 
 # Groups whose settings others than relloc read, or where a word may stand for a number (launcher.processes=auto)
 _FREE = ("launcher", "hydra", "tracking")
@@ -45,6 +46,16 @@ def no_member(group: str, wrong: str) -> str:
     return f"there is no {group}={wrong}. {hint}There are {', '.join(settings.members(group))}"
 
 
+def check_members(overrides: Sequence[Override]) -> None:
+    """Raises `UsageError` for `recipe=in1kk`: Hydra goes on without a member of a group that data sets choose from."""
+    for one in overrides:
+        group = one.key_or_group
+        if group in settings.CHOSEN_BY_DATA and not one.is_delete():
+            for value in _values(one):
+                if isinstance(value, str) and settings.file_of(f"{group}/{value}") is None:
+                    raise UsageError(no_member(group, value))
+
+
 def _explain_call(error: InstantiationException) -> str | None:
     cause = error.__cause__
     if isinstance(cause, ValueError | UsageError):
@@ -61,6 +72,8 @@ def _explain_call(error: InstantiationException) -> str | None:
 
 def no_setting(wrong: str, command: str, words: Sequence[str]) -> str:
     """Of `gap_px=10` and `grid.gab_px=10`: which setting may have been meant, or who has it."""
+    if renamed := new_name(wrong):
+        return f"{wrong} is now {renamed}"
     try:
         known = settings.compose(command, settings.chosen_groups(words)).names()
     except (HydraException, OmegaConfBaseException):  # a group that is misspelt as well

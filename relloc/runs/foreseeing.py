@@ -87,7 +87,7 @@ def _one_line(error: BaseException) -> str:
 
 def _check_steps(config: DictConfig) -> None:
     """What divides at best, in one process: how many there will be is not known here."""
-    ghost, step = config.data.images_per_batch_norm, config.data.images_per_step
+    ghost, step = config.recipe.images_per_batch_norm, config.recipe.images_per_step
     forward = ghost if config.images_per_forward == "auto" else config.images_per_forward
     forward = checks.whole("images_per_forward", forward)
     StepPlan(n_images=step, images_per_step=step, images_per_batch_norm=ghost, images_per_forward=forward)
@@ -146,14 +146,17 @@ _CHECKS: Mapping[str, Checks] = {
     "train": (
         ((), checking.check_is_training),
         *_OF_ALL,
-        (("data.images_per_step", "data.images_per_batch_norm", "images_per_forward", "collapse_steps"), _check_steps),
+        (
+            ("recipe.images_per_step", "recipe.images_per_batch_norm", "images_per_forward", "collapse_steps"),
+            _check_steps,
+        ),
         (("grid", "color", "normalize"), assemble.patches),
         (("schedule",), lambda config: assemble.call(config.schedule)),
         (("eval",), assemble.evaluations),
         *_OF_EVALUATIONS,
         (_OF_RECALIBRATION, lambda config: checking.check_recalibration(config, _ENGINE)),
-        (("model", "pretext_batch_norm", "data.images_per_batch_norm", "grid.patch_px"), checking.check_network),
-        (("model", "pretext_batch_norm", "data.images_per_batch_norm", "optimizer"), checking.check_optimizer),
+        (("model", "pretext_batch_norm", "recipe.images_per_batch_norm", "grid.patch_px"), checking.check_network),
+        (("model", "pretext_batch_norm", "recipe.images_per_batch_norm", "optimizer"), checking.check_optimizer),
     ),
     "evaluate": (
         *_OF_ALL,

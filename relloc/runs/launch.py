@@ -28,6 +28,7 @@ from relloc.runs import command_line, data_of_run, explaining, setting_help
 from relloc.runs.command_line import CommandLine
 from relloc.runs.data_of_run import RunData
 from relloc.runs.launcher_words import with_one_value_each
+from relloc.runs.renamed import refuse_old_names
 from relloc.runs.settings import conf_dir
 
 EXIT_MISTAKE = 2
@@ -112,6 +113,8 @@ def _prepare_words(asked: CommandLine, config_name: str) -> RunData | None:
         )
     given = with_one_value_each(asked.words)
     words = command_line.check(given, sweeps=asked.sweeps)
+    refuse_old_names(word.key_or_group for word in words)
+    explaining.check_members(words)
     explaining.check_kinds(words, config_name)
     data = None
     if config_name == "evaluate":

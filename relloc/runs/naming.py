@@ -36,7 +36,7 @@ def pretraining_name(config: DictConfig, color: str) -> str:
     parts = (
         f"gap{config.grid.gap_px}",
         f"jit{moved}",
-        f"{config.data.epochs:g}ep",
+        f"{config.schedule.epochs:g}ep",
         data_name(config.data),
         _short_model(config.model.name),
         f"s{config.seed}",

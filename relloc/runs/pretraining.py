@@ -119,8 +119,8 @@ def _tell_small_shards(config: DictConfig) -> None:
 def _task(config: DictConfig, data: Splits, how: Engine) -> tuple[Task, StepPlan]:
     plan = StepPlan(
         n_images=len(data.train),
-        images_per_step=config.data.images_per_step,
-        images_per_batch_norm=config.data.images_per_batch_norm,
+        images_per_step=config.recipe.images_per_step,
+        images_per_batch_norm=config.recipe.images_per_batch_norm,
         images_per_forward=_images_per_forward(config, how),
         world=ranks.world_size(),
     )
@@ -133,7 +133,7 @@ def _images_per_forward(config: DictConfig, how: Engine) -> int:
     """As asked; else one ghost batch, or compiled as many as divide a process's share of the step, up to 512."""
     if config.images_per_forward != "auto":
         return checks.whole("images_per_forward", config.images_per_forward)
-    ghost, share = config.data.images_per_batch_norm, config.data.images_per_step // ranks.world_size()
+    ghost, share = config.recipe.images_per_batch_norm, config.recipe.images_per_step // ranks.world_size()
     if not how.compiled:
         return ghost
     fitting = range(ghost, min(share, _MOST_FORWARD_IMAGES) + 1, ghost)
@@ -232,7 +232,7 @@ def _plain_backbone(config: DictConfig, how: Engine) -> Backbone:
 def _held_out(config: DictConfig, how: Engine, data: Splits, task: Task, folder: RunFolder) -> Result:
     patches = assemble.patches(config)
     crops = Crops(data.held_out, patches.grid, use=Use.HELD_OUT_CROP, seed=config.seed, centered=True)
-    size = config.data.images_per_batch_norm
+    size = config.recipe.images_per_batch_norm
     keys = [(index,) for index in range(len(crops))]
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
     loaded = load(crops, batches, workers=how.workers, pin=how.device.type == "cuda")

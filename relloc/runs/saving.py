@@ -17,6 +17,7 @@ from relloc.pretext.alarm import Diverged, check_finite
 from relloc.pretext.loop import Task
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import console
+from relloc.runs.renamed import new_name
 from relloc.tracking.journal import JOURNAL_FILE
 
 TRAINING_FILE = "training.json"  # the identity of the folder's training, which its checkpoints hold as well
@@ -87,9 +88,22 @@ def _of_another(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> s
             f"{run_dir} holds a run that an older relloc began: random numbers and the identity of images are now "
             "made in other ways. Finish it with that version, or give another hydra.run.dir"
         )
-    if changed := _changed(before, now):
+    if changed := _changed(_with_new_names(before), now):
         return f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own"
     return ""
+
+
+def _with_new_names(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity whose settings are called as now.
+
+    Rate and spans stood in it twice, as data.lr and as optimizer.lr: the latter are what was trained with.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in identity.items():
+        new = new_name(name) or name
+        if new == name or new.startswith("recipe."):
+            kept[new] = value
+    return kept
 
 
 def _own_tally(tallies: torch.Tensor) -> torch.Tensor:

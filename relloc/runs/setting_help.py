@@ -17,6 +17,7 @@ from relloc.errors import UsageError
 from relloc.runs import settings
 from relloc.runs.command_line import as_value
 from relloc.runs.explaining import no_member, no_setting
+from relloc.runs.renamed import refuse_old_names
 from relloc.runs.settings import Composed, Source
 
 # The unit that a name ends in
@@ -41,6 +42,7 @@ def answer(words: Sequence[str], command: str) -> str:
     Raises:
         UsageError: there is nothing of that name.
     """
+    refuse_old_names(word.lstrip("+~").partition("=")[0] for word in words)
     chosen = settings.chosen_groups(words)
     return "\n\n".join("\n".join(_answer(word, chosen, command)) for word in words)
 

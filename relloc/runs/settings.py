@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from relloc.errors import UsageError
 
 COMMANDS = ("train", "evaluate", "prepare")  # that have settings
+# Groups of which a data set chooses the member that is called like itself, if there is one
+CHOSEN_BY_DATA = ("recipe", "probe")
 
 
 def conf_dir() -> Path:

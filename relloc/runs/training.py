@@ -187,13 +187,13 @@ def _explained(run: Run, run_dir: Path) -> Iterator[None]:
         saved = states.saved_trainings(run_dir)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
         raise UsageError(
-            f"training diverged: {error}. Nothing was saved after that; {last}. Try a lower data.lr, a longer "
-            "data.warmup_epochs, or precision=fp32, with another hydra.run.dir"
+            f"training diverged: {error}. Nothing was saved after that; {last}. Try a lower optimizer.lr, a longer "
+            "schedule.warmup_epochs, or precision=fp32, with another hydra.run.dir"
         ) from error
     except torch.OutOfMemoryError as error:
         images, ghost = run.plan.forward_images, run.plan.images_per_batch_norm
         raise UsageError(
             f"the GPU's memory is too small for {images} images at once: give "
             f"images_per_forward={max(images // 2 // ghost, 1) * ghost} or less, a multiple of "
-            f"data.images_per_batch_norm={ghost} (the results stay the same)"
+            f"recipe.images_per_batch_norm={ghost} (the results stay the same)"
         ) from error

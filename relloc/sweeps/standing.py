@@ -186,6 +186,6 @@ def _progress(folder: Path) -> tuple[float | None, float | None]:
 
 def _epochs(folder: Path) -> float | None:
     try:
-        return float(RunRecord.read(folder).params["data.epochs"])
+        return float(RunRecord.read(folder).params["schedule.epochs"])
     except (OSError, ValueError, KeyError):
         return None

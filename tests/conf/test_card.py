@@ -47,8 +47,8 @@ def model(card) -> RelativeLocation:
         ("schedule.warmup_from", 0.1),
         ("schedule.milestone_epochs", [30, 50]),
         ("schedule.gamma", 0.1),
-        ("data.images_per_step", 512),
-        ("data.images_per_batch_norm", 64),
+        ("recipe.images_per_step", 512),
+        ("recipe.images_per_batch_norm", 64),
         ("pretext_batch_norm", "separate"),
         ("eval.knn.k", [10, 20, 100, 200]),
         ("eval.knn.temperature", 0.07),
@@ -230,8 +230,8 @@ def test_the_bank_of_imagenet_fits_where_knn_needs_it(card):
 def test_one_epoch_has_2502_steps_on_eight_gpus_and_on_one(card, world, accumulation):
     plan = StepPlan(
         n_images=1_281_167,
-        images_per_step=card.data.images_per_step,
-        images_per_batch_norm=card.data.images_per_batch_norm,
+        images_per_step=card.recipe.images_per_step,
+        images_per_batch_norm=card.recipe.images_per_batch_norm,
         images_per_forward=64,
         world=world,
     )

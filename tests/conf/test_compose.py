@@ -16,7 +16,7 @@ EVALS = [
 ]
 CARD = {"voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "knn", "label_free"}
 CARD |= {"semisup_1", "semisup_10"}
-GROUPS = ("model", "grid", "color", "normalize", "optimizer", "schedule", "tracking", "experiment")
+GROUPS = ("model", "recipe", "probe", "grid", "color", "normalize", "optimizer", "schedule", "tracking", "experiment")
 
 
 def members(group: str) -> list[str]:
@@ -26,6 +26,8 @@ def members(group: str) -> list[str]:
 def test_the_groups_and_members_are_those_of_the_study():
     assert members("model") == ["alexnet", "resnet18", "resnet50", "small"]
     assert members("data") == ["folder", "imagenette", "in1k", "inat18", "photos", "places205", "voc2007"]
+    assert members("recipe") == members("data")
+    assert members("probe") == ["folder", "in1k", "inat18", "photos", "places205"]
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
     assert members("color") == ["drop", "gray", "none", "projection"]
     assert members("eval") == EVALS
@@ -51,8 +53,36 @@ def test_a_member_composes_and_makes_its_objects(compose, choice):
 @pytest.mark.parametrize("data", members("data"))
 def test_a_data_set_composes_for_both_commands(compose, root, data):
     config = compose(root, [f"data={data}", "checkpoint=random"] if root == "evaluate" else [f"data={data}"])
-    settings = OmegaConf.to_container(config.data, resolve=True)
-    assert {"epochs", "images_per_step", "images_per_batch_norm", "shards", "lr", "linear", "knn"} <= set(settings)
+    found = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(found, dict)
+    assert {"name", "shards", "source", "unreadable_share"} == set(found["data"]) - {"root"}
+    assert {"epochs", "milestone_epochs", "learning_rates"} == set(found["probe"]["linear"])
+    assert {"layers"} == set(found["probe"]["knn"])
+    if root == "train":
+        assert set(found["recipe"]) == RECIPE
+
+
+RECIPE = {"epochs", "warmup_epochs", "milestone_epochs", "lr", "images_per_step", "images_per_batch_norm"}
+
+
+def test_a_data_set_chooses_its_recipe_and_any_other_can_be_named(compose):
+    assert compose("train", ["data=in1k"]).schedule.epochs == 70
+    assert compose("train", ["experiment=card2022", "data=imagenette"]).schedule.epochs == 200
+    mixed = compose("train", ["data=folder", "recipe=in1k", "probe=photos"])
+    assert (mixed.data.name, mixed.schedule.epochs, mixed.recipe.images_per_step) == ("folder", 70, 512)
+    assert mixed.eval.linear_fast.epochs == 30
+
+
+def test_a_data_set_of_ones_own_needs_no_recipe(compose, tmp_path):
+    own = tmp_path / "data" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text((conf_dir() / "data" / "folder.yaml").read_text().replace("name: folder", "name: mine"))
+    words = [f"hydra.searchpath=[{tmp_path.as_uri()}]", "data=mine"]
+    assert compose("train", words).schedule.epochs == 100
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("epochs: 7\n")
+    config = compose("train", words)
+    assert (config.data.name, config.schedule.epochs, config.recipe.images_per_step) == ("mine", 7, 256)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +149,10 @@ def test_settings_that_must_not_change_results_are_left_out_of_what_is_computed(
         ("milestones=5", r"milestones=5 is not a list: give milestones=\[5\]"),
         ("milestones=[abc]", "milestones is abc: give a number"),
         ("data.unreadable_share=abc", "data.unreadable_share is abc: give a number from 0 to 1"),
-        ("data.lr=abc", "data.lr is abc: give a number"),
+        ("optimizer.lr=abc", "optimizer.lr is abc: give a number"),
         ("view.crop_px=abc", "view.crop_px is abc: give a whole number"),
         ("bank_gib=abc", "bank_gib is abc: give a number"),
-        ("data.linear.epochs=abc", "data.linear.epochs is abc: give a whole number"),
+        ("probe.linear.epochs=abc", "probe.linear.epochs is abc: give a whole number"),
     ],
 )
 def test_a_wrong_number_is_told_before_anything_is_done(compose, wrong, message):

@@ -98,13 +98,13 @@ def test_an_image_gets_another_key_in_every_epoch() -> None:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((100, 30, 20, 20, 1), "data.images_per_step is 30, not a multiple of 20: with 1 processes"),
-        ((100, 64, 32, 32, 4), "data.images_per_step is 64, not a multiple of 128: with 4 processes"),
+        ((100, 30, 20, 20, 1), "recipe.images_per_step is 30, not a multiple of 20: with 1 processes"),
+        ((100, 64, 32, 32, 4), "recipe.images_per_step is 64, not a multiple of 128: with 4 processes"),
         ((100, 64, 8, 12, 1), "images_per_forward is 12, not a multiple of 8: .*images_per_batch_norm=8 images"),
-        ((10, 64, 32, 32, 1), r"10 training images are fewer .* data.images_per_step \(now 64\) .* to 10 or less"),
-        ((100, 0, 8, 8, 1), "data.images_per_step is 0, .*each must be 1 or more"),
-        ((100, 8, 0, 8, 1), "data.images_per_batch_norm 0, .*each must be 1 or more"),
-        ((100, -8, 8, 8, 1), "data.images_per_step is -8, .*each must be 1 or more"),
+        ((10, 64, 32, 32, 1), r"10 training images are fewer .* recipe.images_per_step \(now 64\) .* to 10 or less"),
+        ((100, 0, 8, 8, 1), "recipe.images_per_step is 0, .*each must be 1 or more"),
+        ((100, 8, 0, 8, 1), "recipe.images_per_batch_norm 0, .*each must be 1 or more"),
+        ((100, -8, 8, 8, 1), "recipe.images_per_step is -8, .*each must be 1 or more"),
         ((100, 8, 8, 8, 0), "on 0 processes: each must be 1 or more"),
     ],
 )

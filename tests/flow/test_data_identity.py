@@ -19,7 +19,7 @@ def test_a_training_goes_on_with_a_copy_and_not_with_replaced_images(relloc, tmp
     root = write_many(tmp_path / "originals", 40, 8)
     tiny = [word for word in TINY if not word.startswith("data.source.")]
     line = ("data=folder", "data.name=mine", *tiny, "eval=[]", "tracking=none", "monitor.every_epochs=null")
-    line += (f"hydra.run.dir={tmp_path / 'run'}", "data.milestone_epochs=[]")
+    line += (f"hydra.run.dir={tmp_path / 'run'}", "schedule.milestone_epochs=[]")
     first = relloc("train", *line, "data.root=originals")
     assert first.code == 0, first.text
     assert "train: 40 images of 2 classes; val: 8 images of 2 classes" in first.text

@@ -17,7 +17,7 @@ from tiny import TINY
 from relloc.checkpoints.states import load_state
 from relloc.results import Result, read_results
 
-LOOK = tuple(word for word in TINY if word.startswith(("view.", "data.source", "data.linear")))
+LOOK = tuple(word for word in TINY if word.startswith(("view.", "data.source", "probe.linear")))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def long_linear(labeled: Path) -> tuple[str, ...]:
     """A linear evaluation of some seconds, written each second."""
     return (
         *("checkpoint=random", "model=small", *on(labeled), "eval=[linear]", "batch_norm=as_trained", "tracking=none"),
-        *(f"data.linear.epochs={EPOCHS}", "data.linear.milestone_epochs=[40]", "workers=0", "device=cpu"),
+        *(f"probe.linear.epochs={EPOCHS}", "probe.linear.milestone_epochs=[40]", "workers=0", "device=cpu"),
         "save_every_s=1",
     )
 

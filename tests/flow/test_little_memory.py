@@ -49,10 +49,10 @@ def test_training_and_evaluation_need_no_shared_memory_and_no_temporary_files(tm
     size = ["grid.patch_px=96", "grid.gap_px=96", "grid.jitter_px=0", "grid.resize.px=700"]
     tiny = [word for word in TINY if not word.startswith(("data.source", "grid.", "device", "tracking", "workers"))]
     short = [
-        "data.images_per_batch_norm=16",
-        "data.images_per_step=16",
-        "data.epochs=1",
-        "data.milestone_epochs=[]",
+        "recipe.images_per_batch_norm=16",
+        "recipe.images_per_step=16",
+        "schedule.epochs=1",
+        "schedule.milestone_epochs=[]",
         "eval=[]",
     ]
     run(place, tmp_path, "relloc.train", *tiny, *images, *size, *short, f"hydra.run.dir={tmp_path}/trained")

@@ -35,9 +35,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     root = write_noise(tmp_path_factory.mktemp("images"))
     return (
         *(word for word in TINY if not word.startswith("data.source")),
-        *("device=cpu", "data=folder", f"data.root={root}", "data.images_per_batch_norm=8", "data.lr=2", "color=drop"),
+        *(
+            "device=cpu",
+            "data=folder",
+            f"data.root={root}",
+            "recipe.images_per_batch_norm=8",
+            "optimizer.lr=2",
+            "color=drop",
+        ),
         *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
-        *(f"data.epochs={EPOCHS}", "data.milestone_epochs=[10]", "data.warmup_epochs=2"),
+        *(f"schedule.epochs={EPOCHS}", "schedule.milestone_epochs=[10]", "schedule.warmup_epochs=2"),
         *(f"report_every_steps={REPORT_EVERY}", "monitor.every_epochs=null", "tracking=none", "eval=[]"),
     )
 
@@ -169,7 +176,7 @@ def test_a_killed_run_ends_with_the_same_bits_on_a_gpu_with_deterministic_settin
 def test_a_killed_run_stays_one_run_in_mlflow(tmp_path: Path, settings: tuple[str, ...]) -> None:
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     client = open_store(uri)
-    line = (*settings, "tracking=sqlite", "save_every_s=0.1", f"data.epochs={3 * EPOCHS}")
+    line = (*settings, "tracking=sqlite", "save_every_s=0.1", f"schedule.epochs={3 * EPOCHS}")
     command = start_training(tmp_path, *line)
     run_dir = tmp_path / "run"
     assert command.wait_for(lambda: read_note(run_dir) and reported(run_dir)), command.text
@@ -206,8 +213,14 @@ def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(
 def test_sigterm_while_evaluating_ends_at_once_and_the_same_command_goes_on(
     tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
-    line = (*settings, "data.epochs=1", "data.milestone_epochs=[]", "data.warmup_epochs=0", "eval=[linear_fast]")
-    line = (*line, "data.linear.epochs=150")
+    line = (
+        *settings,
+        "schedule.epochs=1",
+        "schedule.milestone_epochs=[]",
+        "schedule.warmup_epochs=0",
+        "eval=[linear_fast]",
+    )
+    line = (*line, "probe.linear.epochs=150")
     command = start_training(tmp_path, *line)
     assert command.wait_for(lambda: "eval    linear" in command.text), command.text
     os.kill(command.pid, signal.SIGTERM)
@@ -254,7 +267,7 @@ def test_only_damaged_checkpoints_end_in_one_message(
 
 
 def test_milestones_stay_and_can_be_evaluated(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    line = (*settings, "data.epochs=3", "data.milestone_epochs=[]", "save_every_s=0", "milestones=[1,1.5]")
+    line = (*settings, "schedule.epochs=3", "schedule.milestone_epochs=[]", "save_every_s=0", "milestones=[1,1.5]")
     run_dir = train(tmp_path, *line)
     kept = run_dir / "checkpoints"
     names = {"epoch_1.pt", "epoch_1.5.pt", "step_000000011.pt", "step_000000012.pt"}
@@ -317,7 +330,7 @@ def test_a_step_in_one_forward_is_that_of_two_but_for_rounding(tmp_path: Path, s
 
     An epoch moves weights by 1e-3 and more; float32 rounds them to 6e-8 of their size, and so much each step.
     """
-    short = (*settings, "data.epochs=1", "data.milestone_epochs=[]", "data.warmup_epochs=0")
+    short = (*settings, "schedule.epochs=1", "schedule.milestone_epochs=[]", "schedule.warmup_epochs=0")
     runs = []
     for images in (8, 16):
         folder = tmp_path / str(images)
@@ -331,7 +344,7 @@ def test_a_step_in_one_forward_is_that_of_two_but_for_rounding(tmp_path: Path, s
 def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
     tmp_path: Path, settings: tuple[str, ...], lr: str
 ) -> None:
-    command = start_training(tmp_path, *settings, "data.warmup_epochs=0", f"data.lr={lr}", "save_every_s=0")
+    command = start_training(tmp_path, *settings, "schedule.warmup_epochs=0", f"optimizer.lr={lr}", "save_every_s=0")
     assert command.wait() == 2, command.text
     assert "relloc: training diverged: " in command.text
     assert "Traceback" not in command.text
@@ -347,7 +360,7 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
 
 
 def test_divergence_before_anything_was_saved_says_so(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    command = start_training(tmp_path, *settings, "data.lr=1e20")
+    command = start_training(tmp_path, *settings, "optimizer.lr=1e20")
     assert command.wait() == 2, command.text
     assert "relloc: training diverged: the loss is nan at step 3" in command.text
     assert "no checkpoint was saved before" in command.text

@@ -109,7 +109,7 @@ def test_training_from_shards_of_kept_jpegs_gives_the_weights_of_training_from_t
     assert shards(root=str(tmp_path / "out")).labeled
 
     tiny = [word for word in TINY if not word.startswith("data.source.")]
-    line = (*FOLDER, *tiny, "data.root=originals", "data.epochs=1", "data.milestone_epochs=[]", "eval=[]")
+    line = (*FOLDER, *tiny, "data.root=originals", "schedule.epochs=1", "schedule.milestone_epochs=[]", "eval=[]")
     weights = []
     for name, more in (("folder", ()), ("shards", ("data.shards=out",))):
         run_dir = tmp_path / name

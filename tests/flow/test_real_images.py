@@ -23,8 +23,8 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
     pretrained = relloc(
         "train",
         *("model=small", "data=folder", f"data.root=[{imagenette / 'train'},{real_images / 'demo_photos'}]"),
-        *("data.epochs=12", "data.warmup_epochs=0.5", "data.milestone_epochs=[9]", "data.lr=0.8"),
-        *("data.images_per_step=64", "data.images_per_batch_norm=64", "tracking=none", f"hydra.run.dir={run_dir}"),
+        *("schedule.epochs=12", "schedule.warmup_epochs=0.5", "schedule.milestone_epochs=[9]", "optimizer.lr=0.8"),
+        *("recipe.images_per_step=64", "recipe.images_per_batch_norm=64", "tracking=none", f"hydra.run.dir={run_dir}"),
     )
     assert pretrained.code == 0, pretrained.text
     assert "skipped: folder has no labels" in pretrained.text
@@ -33,11 +33,11 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
     assert sum(point["train/top1"] for point in curve[-3:]) / 3 > CHANCE_PERCENT + 2
 
     looks = ("data=folder", "data.name=imagenette_small", f"data.root={imagenette}", "tracking=none")
-    ways = ("batch_norm=[as_trained,recalibrated]", "calibration_images=512", "data.linear.epochs=20")
+    ways = ("batch_norm=[as_trained,recalibrated]", "calibration_images=512", "probe.linear.epochs=20")
     for who, out in ((f"checkpoint={run_dir}", evaluated), ("checkpoint=random", random)):
         more = ("model=small",) if out == random else ()
         done = relloc(
-            "evaluate", who, *more, *looks, *ways, "data.linear.milestone_epochs=[10]", f"hydra.run.dir={out}"
+            "evaluate", who, *more, *looks, *ways, "probe.linear.milestone_epochs=[10]", f"hydra.run.dir={out}"
         )
         assert done.code == 0, done.text
 

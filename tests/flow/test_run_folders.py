@@ -32,7 +32,7 @@ def on_noise(images: Path) -> tuple[str, ...]:
 def training(on_noise: tuple[str, ...]) -> tuple[str, ...]:
     tiny = tuple(word for word in TINY if not word.startswith("data.source"))
     small = ("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "monitor.every_epochs=null")
-    return (*tiny, *on_noise, *small, "tracking=none", "eval=[]", "data.images_per_batch_norm=8", "save_every_s=0")
+    return (*tiny, *on_noise, *small, "tracking=none", "eval=[]", "recipe.images_per_batch_norm=8", "save_every_s=0")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def long_training(tmp_path: Path, training: tuple[str, ...], *more: str) -> Command:
     """One that trains in `run`, and would for long."""
-    line = (*training, "data.epochs=100000", f"hydra.run.dir={tmp_path / 'run'}", *more)
+    line = (*training, "schedule.epochs=100000", f"hydra.run.dir={tmp_path / 'run'}", *more)
     command = start("relloc.train", *line, folder=tmp_path)
     assert command.wait_for(lambda: read_journal(tmp_path / "run")), command.text
     return command
@@ -72,7 +72,7 @@ def test_a_second_command_is_refused_and_changes_nothing(
     command = long_training(tmp_path, training)
     before = content(run_dir)
     words = (f"hydra.run.dir={run_dir}", "tracking=none")
-    for module, line in (("relloc.train", (*training, "data.epochs=3")), ("relloc.evaluate", evaluation)):
+    for module, line in (("relloc.train", (*training, "schedule.epochs=3")), ("relloc.evaluate", evaluation)):
         code, text = ended(module, *line, *words, folder=tmp_path)
         assert code == 2, text
         assert f"process {command.pid} on " in text
@@ -109,7 +109,7 @@ def test_after_kill_9_the_next_goes_on_at_once_although_reading_processes_live(
     try:
         assert (tmp_path / "run" / LOCK_FILE).exists()
         again = start(
-            "relloc.train", *training, "data.epochs=100000", f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path
+            "relloc.train", *training, "schedule.epochs=100000", f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path
         )
         assert again.wait_for(lambda: "resume" in again.text), again.text
         again.kill()
@@ -121,7 +121,8 @@ def test_after_kill_9_the_next_goes_on_at_once_although_reading_processes_live(
 
 def test_commands_of_one_second_have_folders_of_their_own(tmp_path: Path, training: tuple[str, ...]) -> None:
     commands = [
-        start("relloc.train", *training, "data.epochs=1", "data.milestone_epochs=[]", folder=tmp_path) for _ in range(3)
+        start("relloc.train", *training, "schedule.epochs=1", "schedule.milestone_epochs=[]", folder=tmp_path)
+        for _ in range(3)
     ]
     assert [command.wait() for command in commands] == [0, 0, 0], commands[0].text
     folders = list((tmp_path / "runs").iterdir())

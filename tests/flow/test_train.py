@@ -82,7 +82,7 @@ def test_seed_and_neutral_settings(relloc, tmp_path):
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, tmp_path):
     small = ("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "monitor.every_epochs=null")
-    line = (*TINY, *small, "eval=[]", "tracking=none", "data.epochs=12", "report_every_steps=1")
+    line = (*TINY, *small, "eval=[]", "tracking=none", "schedule.epochs=12", "report_every_steps=1")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert relloc("train", *line, f"hydra.run.dir={straight}").code == 0
 
@@ -126,7 +126,7 @@ def test_a_dead_server_costs_nothing_and_sync_sends_the_rest(relloc, tmp_path):
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(relloc, tmp_path):
     run_dir = tmp_path / "out"
     line = (*TINY, "eval=[]", "tracking=none", f"hydra.run.dir={run_dir}", "save_every_s=0")
-    assert relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]").code == 0
+    assert relloc("train", *line, "schedule.epochs=1", "schedule.milestone_epochs=[]").code == 0
     saved = sorted((run_dir / "checkpoints").iterdir())
     for file in ("backbone.safetensors", "results.jsonl"):
         (run_dir / file).unlink()
@@ -137,17 +137,26 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(relloc, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
-    full = relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]", fresh=True, preexec_fn=small_files_only)
+    full = relloc(
+        "train", *line, "schedule.epochs=1", "schedule.milestone_epochs=[]", fresh=True, preexec_fn=small_files_only
+    )
     assert full.code == 2, full.text
     assert "could not be written" in full.text
     assert "hydra.run.dir" in full.text
     assert sorted((run_dir / "checkpoints").iterdir()) == saved
-    assert relloc("train", *line, "data.epochs=1", "data.milestone_epochs=[]").code == 0
+    assert relloc("train", *line, "schedule.epochs=1", "schedule.milestone_epochs=[]").code == 0
 
 
 def test_a_finished_run_writes_a_damaged_backbone_anew(relloc, tmp_path):
     run_dir = tmp_path / "out"
-    line = (*TINY, "eval=[]", "tracking=none", f"hydra.run.dir={run_dir}", "data.epochs=1", "data.milestone_epochs=[]")
+    line = (
+        *TINY,
+        "eval=[]",
+        "tracking=none",
+        f"hydra.run.dir={run_dir}",
+        "schedule.epochs=1",
+        "schedule.milestone_epochs=[]",
+    )
     assert relloc("train", *line).code == 0
     file, note = run_dir / "backbone.safetensors", run_dir / "backbone.safetensors.sha256"
     whole, hashed = file.read_bytes(), note.read_bytes()
@@ -167,7 +176,7 @@ def test_a_finished_run_writes_a_damaged_backbone_anew(relloc, tmp_path):
 
 def test_two_processes_share_one_run_folder(relloc, tmp_path):
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    line = (*TINY, "data.images_per_batch_norm=8", "eval=[knn]", "tracking=none")
+    line = (*TINY, "recipe.images_per_batch_norm=8", "eval=[knn]", "tracking=none")
     done = relloc("train", *line, through=torchrun, fresh=True)
     assert done.code == 0, done.text
     (run_dir,) = (tmp_path / "runs").iterdir()  # named after the clock of one
@@ -201,9 +210,9 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["data=in1k", "data.rot=/x"], "there is no setting data.rot. Did you mean data.root?"),
         (["pretext_batch_norm=sync"], "pretext_batch_norm is sync: give one of"),
         (["report_every_steps=0"], "report_every_steps is 0: give a whole number of 1 or more"),
-        (["data.images_per_step=many"], "data.images_per_step=many is not a number"),
+        (["recipe.images_per_step=many"], "recipe.images_per_step=many is not a number"),
         (["eval.knn.layers=[stage4]"], "eval.knn.layers is ['stage4']"),
-        (["optimizer.learning_rate=1"], "optimizer has lr, lr_images_per_step"),
+        (["optimizer.learning_rate=1"], "Did you mean optimizer.lr?"),
         (["grid=mmselfsupp"], "there is no grid=mmselfsupp. Did you mean mmselfsup?"),
         (["eval=[svm]"], "there is no eval=svm. There are card_classification, knn"),
         (["grid.gap_px=300"], "grid needs 813 px"),
@@ -211,7 +220,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["data=in1k"], "set the environment variable RELLOC_DATA"),
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
         (["data=folder", f"data.root={tmp_path / 'empty'}"], "0 images to train on"),
-        (["data.images_per_step=100000", "data.images_per_batch_norm=1000"], "fewer than one step takes"),
+        (["recipe.images_per_step=100000", "recipe.images_per_batch_norm=1000"], "fewer than one step takes"),
         (["schedule.milestone_epochs=[99]"], "never reached"),
         (["eval.knn.k=[]"], "eval.knn.k is []"),
         (["seed=-1"], "seed is -1: give a whole number"),

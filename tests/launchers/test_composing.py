@@ -38,7 +38,7 @@ def test_all_kinds_of_words_compose_alike(loader: ConfigLoader, master: DictConf
         ["grid.gap_px=48", "grid.jitter_px=7"],
         ["model=resnet18", "data=folder", "data.root='/a, b'", "color=drop"],
         ["data.root=/c", "data=folder", "model=resnet18", "color=drop"],
-        ["eval=[knn]", "eval.knn.k=[5,10]", "data.lr=1e-3", "sweep=null"],
+        ["eval=[knn]", "eval.knn.k=[5,10]", "optimizer.lr=1e-3", "sweep=null"],
         ["+launcher.more={a: 1}", "grid.gap_px=16"],
         ["experiment=card2022", "grid.gap_px=8"],
         ["~monitor.k"],

@@ -31,8 +31,8 @@ def test_words_of_the_launcher_are_not_of_a_point() -> None:
 
 def test_what_a_sweeper_chose_is_not_on_the_command_line() -> None:
     given = config()
-    given.hydra.overrides.task = ["seed=0", "data.lr=interval(0.1,1)"]
-    assert passing.chosen(["seed=0", "data.lr=0.3"], given) == ["data.lr=0.3"]
+    given.hydra.overrides.task = ["seed=0", "optimizer.lr=interval(0.1,1)"]
+    assert passing.chosen(["seed=0", "optimizer.lr=0.3"], given) == ["optimizer.lr=0.3"]
 
 
 def test_hydras_settings_of_a_job_are_passed_on_those_of_a_sweep_are_not() -> None:

@@ -23,9 +23,14 @@ from relloc.tracking.living import process_mark
 from relloc.tracking.record import commit_of
 
 TINY = (
-    *("data.source.tiles=[0.4]", "data.source.stride=0.5", "data.images_per_step=16", "data.images_per_batch_norm=16"),
-    *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "data.epochs=1"),
-    *("data.warmup_epochs=0", "data.milestone_epochs=[]", "eval=[]", "monitor.every_epochs=null", "device=cpu"),
+    *(
+        "data.source.tiles=[0.4]",
+        "data.source.stride=0.5",
+        "recipe.images_per_step=16",
+        "recipe.images_per_batch_norm=16",
+    ),
+    *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "schedule.epochs=1"),
+    *("schedule.warmup_epochs=0", "schedule.milestone_epochs=[]", "eval=[]", "monitor.every_epochs=null", "device=cpu"),
 )
 
 
@@ -47,7 +52,7 @@ def point(folder: Path, words: str) -> Path:
 
 
 def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_one_stops_none(tmp_path: Path) -> None:
-    line = ("-m", *TINY, "tracking=none", "data.images_per_step=16,4096", "launcher=local", "sweep=s")
+    line = ("-m", *TINY, "tracking=none", "recipe.images_per_step=16,4096", "launcher=local", "sweep=s")
     done = relloc(tmp_path, "train", *line, CUDA_VISIBLE_DEVICES="3,5")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 points, 2 to run" in done.stdout
@@ -67,8 +72,8 @@ def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_o
     commit = RunRecord.read(trained.parent).tags.get("relloc.commit")
     assert (commit or "")[:40] == (commit_of(Path(relloc_package.__file__)) or "")[:40]  # not lost in the sweep's copy
     written = trained.stat().st_mtime_ns
-    wider = (*(word for word in line if not word.startswith(("sweep=", "data.images_per_step="))), "sweep=t")
-    again = relloc(tmp_path, "train", *wider, "data.images_per_step=16", "seed=1,0", "tracking.experiment=other")
+    wider = (*(word for word in line if not word.startswith(("sweep=", "recipe.images_per_step="))), "sweep=t")
+    again = relloc(tmp_path, "train", *wider, "recipe.images_per_step=16", "seed=1,0", "tracking.experiment=other")
     assert (again.returncode, "2 points, 1 done before, 1 to run" in again.stdout) == (0, True), again.stdout
     assert trained.stat().st_mtime_ns == written
 
@@ -144,7 +149,7 @@ def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: p
 
 
 def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: Path) -> None:
-    line = ("-m", *TINY, "tracking=none", "seed=0,1", "data.epochs=8", "report_every_steps=1", "sweep=s")
+    line = ("-m", *TINY, "tracking=none", "seed=0,1", "schedule.epochs=8", "report_every_steps=1", "sweep=s")
     reached = 0
     for number in (signal.SIGINT, signal.SIGTERM):
         with open(tmp_path / "output", "w") as output:
@@ -187,7 +192,7 @@ def test_a_point_is_what_it_computes_not_where_nor_how_it_is_followed() -> None:
     assert len(one) == 12
     elsewhere = ("launcher=slurm", "launcher.nodes=2", "tracking=none", "sweep=other", "workers=3", "runs=there")
     assert identity(config_of("grid.gap_px=32", *elsewhere)) == one
-    for other in ("grid.gap_px=31", "seed=1", "model=resnet18", "color=drop", "eval=[]", "data.epochs=3"):
+    for other in ("grid.gap_px=31", "seed=1", "model=resnet18", "color=drop", "eval=[]", "schedule.epochs=3"):
         assert identity(config_of("grid.gap_px=32", other)) != one, other
 
 
@@ -299,7 +304,7 @@ class Searches(Sweeper):
 
     def sweep(self, arguments):
         for step in (16, 4096):
-            (found,) = self.launcher.launch([(*arguments, f"data.images_per_step={step}")], 0)
+            (found,) = self.launcher.launch([(*arguments, f"recipe.images_per_step={step}")], 0)
             try:
                 print("VALUE", repr(found.return_value))
             except ValueError as error:
@@ -318,7 +323,7 @@ def test_a_sweeper_that_searches_gets_a_number_or_is_refused(tmp_path: Path) -> 
     (tmp_path / "own/color").mkdir(parents=True)
     (tmp_path / "own/color/mine.yaml").write_text("defaults: [gray, _self_]\n")
     path = os.pathsep.join(filter(None, (str(tmp_path / "plugins"), os.environ.get("PYTHONPATH"))))
-    tiny = [word for word in TINY if not word.startswith("data.images_per_step")]
+    tiny = [word for word in TINY if not word.startswith("recipe.images_per_step")]
     line = ("--config-dir=own", "-m", "hydra/sweeper=searches", *tiny, "tracking=none", "color=mine", "sweep=s")
     refused = relloc(tmp_path, "train", *line, PYTHONPATH=path)
     assert (refused.returncode, "objective=" in refused.stderr) == (2, True), refused.stderr

@@ -28,7 +28,7 @@ def model(backbone: SmallBackbone, batch_norm: str, images: int) -> RelativeLoca
 
 
 def test_one_image_and_a_map_of_one_pixel_are_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"data.images_per_batch_norm=1:.*pretext_batch_norm=joint"):
+    with pytest.raises(UsageError, match=r"recipe.images_per_batch_norm=1:.*pretext_batch_norm=joint"):
         check_batch_norms(model(small(), "separate", 1), patch_px=32)
 
 

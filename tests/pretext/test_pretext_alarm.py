@@ -32,7 +32,7 @@ def test_a_loss_that_stays_at_chance_is_said_once_with_what_to_try() -> None:
     for step in range(100, 500, 10):
         alarm.look(at(step, CHANCE_LOSS))
     assert len(said) == 1
-    for words in ("log 8 = 2.079", "100 steps", "at chance", "data.lr", "data.warmup_epochs", "grid.gap_px"):
+    for words in ("log 8 = 2.079", "100 steps", "at chance", "optimizer.lr", "schedule.warmup_epochs", "grid.gap_px"):
         assert words in said[0]
 
 

@@ -29,7 +29,7 @@ def proposed(message: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "flags", "words"),
     [
-        (["seed=0", "-m", "data.lr=1,2"], ["-m"], ["seed=0", "data.lr=1,2"]),
+        (["seed=0", "-m", "optimizer.lr=1,2"], ["-m"], ["seed=0", "optimizer.lr=1,2"]),
         (["seed=0", "--cfg", "job"], ["--cfg", "job"], ["seed=0"]),
         (["seed=0", "-c", "job", "-m"], ["-c", "job", "-m"], ["seed=0"]),
         (["--info", "seed=0"], ["--info=all"], ["seed=0"]),

@@ -1,5 +1,6 @@
 """An evaluation takes the data set of the run that it names, and nothing else from its folder."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def data_settings(*words: str) -> dict[str, Any]:
+def data_settings(*words: str, section: str = "data") -> dict[str, Any]:
     """The data section of a training's config.yaml, as these words make it."""
     from omegaconf import OmegaConf
 
-    found = OmegaConf.to_container(settings.compose("train", words).config.data, resolve=True)
+    found = OmegaConf.to_container(settings.compose("train", words).config[section], resolve=True)
     assert isinstance(found, dict)
     return {str(name): value for name, value in found.items()}
 
 
-def run(folder: str, data: Any, cwd: Path | None = None) -> Path:
+def run(folder: str, data: Any, cwd: Path | None = None, **more: Any) -> Path:
     path = Path(folder)
     (path / ".hydra").mkdir(parents=True)
-    (path / "config.yaml").write_text(yaml.safe_dump({"seed": 0, "data": data}))
+    (path / "config.yaml").write_text(yaml.safe_dump({"seed": 0, "data": data, **more}))
     if cwd is not None:
         hydra = {"hydra": {"runtime": {"cwd": str(cwd)}}}
         (path / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
@@ -56,18 +57,27 @@ def composed(*words: str) -> DictConfig:
         ("data=folder", "data.root=[/a b,'/c=d']", "data.source.held_out_share=0.1", 'data.name="it\'s"'),
         ("data=in1k", "data.root=/in1k", "data.source.published_images=null", "data.unreadable_share=0.5"),
         ("data=voc2007", "data.root=/voc", "data.source.year=2012"),
-        ("data=imagenette", "data.root=/x", "data.linear.epochs=3", "data.linear.milestone_epochs=[1]"),
-        ("data=folder", "data.shards=/shards", "data.knn.layers=[feature4]"),
+        ("data=imagenette", "data.root=/x", "probe.linear.epochs=3", "probe.linear.milestone_epochs=[1]"),
+        ("data=folder", "data.shards=/shards", "probe.knn.layers=[feature4]"),
     ],
     ids=" ".join,
 )
 def test_all_data_settings_are_those_of_the_run(words: tuple[str, ...]) -> None:
     from omegaconf import OmegaConf
 
-    told = data_settings(*words)
-    run("run", told)
-    assert OmegaConf.to_container(composed("checkpoint=run").data, resolve=True) == told
-    assert OmegaConf.to_container(composed("checkpoint=[random,run]").data, resolve=True) == told
+    told, probe = data_settings(*words), data_settings(*words, section="probe")
+    run("run", told, probe=probe)
+    run("before", told | probe)  # as earlier versions wrote it
+    for checkpoint in ("run", "[random,run]", "before"):
+        config = composed(f"checkpoint={checkpoint}")
+        assert OmegaConf.to_container(config.data, resolve=True) == told
+        assert OmegaConf.to_container(config.probe, resolve=True) == probe
+
+
+def test_a_probe_that_is_named_is_taken() -> None:
+    run("run", data_settings("data=folder", "data.root=/a"), probe=data_settings("probe=in1k", section="probe"))
+    assert composed("checkpoint=run").probe.linear.epochs == 90
+    assert composed("checkpoint=run", "probe=photos").probe.linear.epochs == 30
 
 
 def test_a_setting_that_is_typed_stands_over_the_runs() -> None:
@@ -123,14 +133,14 @@ def test_a_function_that_no_member_has_is_never_called() -> None:
     [
         {"name": "${oc.env:HOME}"},
         {"knn": {"layers": ["${oc.env:HOME}"]}},
-        {"linear": {"_target_": "os.system", "epochs": {"_target_": "os.system"}}},
+        {"linear": {"epochs": {"_target_": "os.system"}}},
         {"more": {"_target_": "os.system"}},
         {"root": {"_target_": "os.system"}},
     ],
 )
 def test_only_plain_values_are_taken(change: dict[str, Any]) -> None:
     told = data_settings("data=folder", "data.root=/a")
-    run("run", told | change)
+    run("run", told | change, **({"probe": copy.deepcopy(change)} if "linear" in change else {}))
     data = found("checkpoint=run")
     assert data is not None
     assert not any("_target_" in word or "${" in word for word in data.words)

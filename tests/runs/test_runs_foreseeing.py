@@ -34,12 +34,12 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
         (["grid.gap_px=48"], "grid needs 309 px"),
         (["grid.patch_px=0"], "grid.patch_px"),
         (["grid.jitter_px=[3,1]"], "grid.jitter_px"),
-        (["data.warmup_epochs=9"], "warmup"),
-        (["data.images_per_step=20", "data.images_per_batch_norm=16"], "data.images_per_step"),
-        (["data.images_per_step=0"], "data.images_per_step"),
+        (["schedule.warmup_epochs=9"], "warmup"),
+        (["recipe.images_per_step=20", "recipe.images_per_batch_norm=16"], "recipe.images_per_step"),
+        (["recipe.images_per_step=0"], "recipe.images_per_step"),
         (["images_per_forward=many"], "images_per_forward"),
         (["collapse_steps=x"], "collapse_steps"),
-        (["data.lr=fast"], "data.lr"),
+        (["optimizer.lr=fast"], "optimizer.lr"),
         (["seed=-1"], "seed"),
         (["eval.knn.layers=[feature9]"], "layers"),
         (["batch_norm=other"], "batch_norm"),
@@ -64,7 +64,7 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
         (["tracking.uri=host:5000"], "tracking.uri"),
         (["tracking.experiment=''"], "tracking.experiment"),
         (["batch_norm=[recalibrated]", "view.batch=1", "view.crop_px=16", "model=resnet18"], "view.batch"),
-        (["data.images_per_batch_norm=1", "grid.patch_px=16", "model=resnet18"], "data.images_per_batch_norm=1"),
+        (["recipe.images_per_batch_norm=1", "grid.patch_px=16", "model=resnet18"], "recipe.images_per_batch_norm=1"),
         (["data=imagenette"], "data.root is not set"),
         (["eval=voc07_svm", "eval.voc07_svm.data.root=nowhere"], "eval.voc07_svm.data.root=nowhere"),
     ],
@@ -117,7 +117,7 @@ def test_what_points_share_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("relloc.runs.assemble.backbone", backbone)
     points = [composed("train", f"seed={seed}", f"grid.gap_px={gap}") for seed in (0, 1) for gap in (0, 48)]
-    points.append(composed("train", "data.lr=0.5"))
+    points.append(composed("train", "optimizer.lr=0.5"))
     points.append(composed("train", "model=resnet18"))
     found = refusals("train", points)
     assert [told is None for told in found] == [True, False, True, False, True, True]

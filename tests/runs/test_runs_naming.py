@@ -25,9 +25,9 @@ def test_a_pretraining_tells_its_grid_first_and_then_its_length_data_model_seed_
 def test_trainings_of_other_length_or_data_have_other_names() -> None:
     runs = (
         ["data=in1k"],
-        ["data=in1k", "data.epochs=2"],
-        ["data=photos", "data.epochs=2"],
-        ["data=photos", "data.epochs=0.5"],
+        ["data=in1k", "schedule.epochs=2"],
+        ["data=photos", "schedule.epochs=2"],
+        ["data=photos", "schedule.epochs=0.5"],
         ["data=folder", "data.root=/data/birds"],
         ["data=folder", "data.root=/data/cars"],
         ["data=folder", "data.root=[/data/birds,/data/cars]"],

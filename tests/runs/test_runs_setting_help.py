@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from relloc.errors import UsageError
-from relloc.runs import explaining, setting_help, settings
+from relloc.runs import explaining, renamed, setting_help, settings
 from relloc.runs.command_line import check
 
 
@@ -87,13 +87,45 @@ def test_comments_stand_behind_or_above_what_they_are_of(tmp_path: Path) -> None
     [
         ("gap_px", "Did you mean grid.gap_px"),
         ("grid.gab_px", "Did you mean grid.gap_px"),
-        ("lr", "data.lr or optimizer.lr"),
-        ("optimizer.learning_rate", "optimizer has lr"),
+        ("lr", "optimizer.lr or recipe.lr"),
+        ("optimizer.learning_rate", "Did you mean optimizer.lr"),
         ("data.root", "belongs to data=folder"),
     ],
 )
 def test_a_misspelt_setting_is_told_with_the_one_meant(word: str, message: str) -> None:
     assert message in explaining.no_setting(word, "train", [])
+
+
+OLD_NAMES = {
+    "data.lr": "optimizer.lr",
+    "data.epochs": "schedule.epochs",
+    "data.warmup_epochs": "schedule.warmup_epochs",
+    "data.milestone_epochs": "schedule.milestone_epochs",
+    "data.images_per_step": "recipe.images_per_step",
+    "data.images_per_batch_norm": "recipe.images_per_batch_norm",
+    "data.linear.epochs": "probe.linear.epochs",
+    "data.knn.layers": "probe.knn.layers",
+}
+
+
+@pytest.mark.parametrize("old", OLD_NAMES)
+def test_an_old_name_is_told_with_the_new_one(old: str) -> None:
+    told = f"{old} is now {OLD_NAMES[old]}"
+    assert explaining.no_setting(old, "train", []) == told
+    with pytest.raises(UsageError, match=told):
+        answered(old)
+    with pytest.raises(UsageError, match=told):
+        renamed.refuse_old_names([old])
+    composed = settings.compose("train", [f"+{old}=1"]).config  # as a preset of the user's own may have it
+    with pytest.raises(UsageError, match=f"is now {OLD_NAMES[old].partition('.')[0]}"):
+        renamed.refuse_old_names_in(composed)
+
+
+@pytest.mark.parametrize("word", ["recipe=in1kk", "probe=small", "recipe=in1k,nothing"])
+def test_a_misspelt_recipe_is_told_although_hydra_would_go_on_without(word: str) -> None:
+    with pytest.raises(UsageError, match="there is no (recipe|probe)="):
+        explaining.check_members(check([word], sweeps=True))
+    explaining.check_members(check(["recipe=in1k", "probe=photos", "~probe", "data=nothing"], sweeps=False))
 
 
 def test_a_setting_of_another_command_is_told_as_that() -> None:
@@ -110,7 +142,7 @@ def test_a_misspelt_member_is_told_with_those_meant(wrong: str, near: str) -> No
     [
         ("grid.gap_px=ten", False),
         ("grid.gap_px=0,ten", True),
-        ("data.epochs=abc", False),
+        ("schedule.epochs=abc", False),
         ("deterministic=maybe", False),
         ("optimizer.momentum='0.9'", False),
         ("eval.knn.temperature=hot", False),
@@ -130,7 +162,7 @@ def test_a_word_for_a_number_is_told_before_anything_is_composed(word: str, swee
         ("launcher.processes=auto",),
         ("seed=${oc.env:SEED,3}",),
         ("eval=[knn]", "sweep=name", "runs=elsewhere", "monitor.every_epochs=null"),
-        ("data=nothing", "data.lr=abc"),
+        ("data=nothing", "optimizer.lr=abc"),
     ],
 )
 def test_other_words_are_left_to_what_takes_them(words: tuple[str, ...]) -> None:

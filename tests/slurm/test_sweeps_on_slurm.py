@@ -123,10 +123,21 @@ def settings(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     """A training of some seconds, with all that is random, on files of noise."""
     root = write_noise(tmp_path_factory.mktemp("images"))
     return (
-        *("device=cpu", "data=folder", f"data.root={root}", "data.images_per_step=16", "data.images_per_batch_norm=8"),
+        *(
+            "device=cpu",
+            "data=folder",
+            f"data.root={root}",
+            "recipe.images_per_step=16",
+            "recipe.images_per_batch_norm=8",
+        ),
         *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "color=drop"),
         *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
-        *(f"data.epochs={STEPS // 4}", "data.milestone_epochs=[10]", "data.warmup_epochs=2", "report_every_steps=4"),
+        *(
+            f"schedule.epochs={STEPS // 4}",
+            "schedule.milestone_epochs=[10]",
+            "schedule.warmup_epochs=2",
+            "report_every_steps=4",
+        ),
         *("monitor.every_epochs=null", "eval=[]", "save_every_s=0", "workers=1", f"tracking.uri={store}"),
     )
 
@@ -135,11 +146,16 @@ def settings(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
 def of_photographs(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
     """A finished sweep over gap and jitter, evaluated and tracked; most of a job is Python's start."""
     settings = (
-        *("device=cpu", "workers=0", "data.source.tiles=[0.4]", "data.source.stride=1", "data.images_per_step=16"),
-        *("data.images_per_batch_norm=16", "data.epochs=12", "data.warmup_epochs=0", "data.milestone_epochs=[1]"),
+        *("device=cpu", "workers=0", "data.source.tiles=[0.4]", "data.source.stride=1", "recipe.images_per_step=16"),
+        *(
+            "recipe.images_per_batch_norm=16",
+            "schedule.epochs=12",
+            "schedule.warmup_epochs=0",
+            "schedule.milestone_epochs=[1]",
+        ),
         *("grid.patch_px=16", "grid.resize.px=80", "view.short_px=64", "view.crop_px=56", "report_every_steps=1"),
         *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "eval.knn.k=[1,5]"),
-        *("data.linear.epochs=2", "data.linear.milestone_epochs=[1]"),
+        *("probe.linear.epochs=2", "probe.linear.milestone_epochs=[1]"),
         *(f"grid.{name}={','.join(map(str, swept))}" for name, swept in (("gap_px", GAPS), ("jitter_px", JITTERS))),
     )
     made = Sweeps(folder=tmp_path_factory.mktemp("photographs"), environment=cluster, settings=settings)
@@ -191,7 +207,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish(sweeps: Sweeps) -> None:
-    code, told = sweeps.run("-m", "data.images_per_step=16,4096", *on_slurm("sweep=one"))
+    code, told = sweeps.run("-m", "recipe.images_per_step=16,4096", *on_slurm("sweep=one"))
     assert code == 1, told
     assert "1 done, 1 failed" in told
     of_failed = told.partition("failed  images_per_step=4096")[2]
@@ -199,7 +215,7 @@ def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish
     again = of_failed.partition("again, alone: ")[2].splitlines()[0]
     # Submitted as the sweep was
     assert again.startswith("python -m relloc.train --multirun ")
-    for word in ("data.images_per_step=4096", "launcher=slurm", "sweep=one"):
+    for word in ("recipe.images_per_step=4096", "launcher=slurm", "sweep=one"):
         assert f" {word}" in again
     failed = sweeps.job("images_per_step_4096")
     assert f"slurm {failed}" in told
@@ -321,7 +337,7 @@ def test_a_killed_process_is_started_again_in_its_job(sweeps: Sweeps, undisturbe
 
 def test_a_job_at_its_time_limit_saves_and_is_queued_again(sweeps: Sweeps) -> None:
     """SLURM looks at limits every 30 s; a job has a minute to start in, which takes long where others use the cores."""
-    line = ("launcher.timeout_min=2", "launcher.signal_delay_s=60", "data.epochs=100000")
+    line = ("launcher.timeout_min=2", "launcher.signal_delay_s=60", "schedule.epochs=100000")
     started = sweeps.start("seed=0", *on_slurm(), *line)
     sweeps.wait_for(lambda: "everything is saved" in sweeps.logs())
     sweeps.wait_for(lambda: sweeps.slurm("squeue", "-h", "-j", sweeps.job(), "-o", "%T").strip() == "PENDING")
@@ -353,7 +369,9 @@ def test_a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_comm
 
 
 def test_what_relloc_sweep_cancels_is_cancelled_whether_it_had_begun_or_not(sweeps: Sweeps) -> None:
-    started = sweeps.start("-m", "seed=0,1", "data.epochs=100000", *on_slurm("sweep=d", "launcher.array_parallelism=1"))
+    started = sweeps.start(
+        "-m", "seed=0,1", "schedule.epochs=100000", *on_slurm("sweep=d", "launcher.array_parallelism=1")
+    )
     sweeps.wait_for(lambda: sweeps.has_trained(8, "seed_0"))
     assert sweeps.run("cancel", "d", module="sweep")[0] == 0
     assert sweeps.ended(started)[0] == 1
@@ -392,7 +410,7 @@ def test_jobs_run_the_code_and_configs_of_their_submission(of_photographs: Sweep
 
 def test_hydras_own_name_of_the_launcher_submits_sweeps_and_single_runs(sweeps: Sweeps, store: str) -> None:
     line = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=main,high", "hydra.launcher.name=mine")
-    line += ("hydra.launcher.timeout_min=60", "hydra.launcher.cpus_per_task=1", "data.epochs=12")
+    line += ("hydra.launcher.timeout_min=60", "hydra.launcher.cpus_per_task=1", "schedule.epochs=12")
     code, told = sweeps.run("-m", "seed=0,1", *line, "sweep=s")
     assert (code, "2 done" in told) == (0, True), told + sweeps.logs()
     for words in ("seed_0", "seed_1"):
@@ -404,7 +422,7 @@ def test_hydras_own_name_of_the_launcher_submits_sweeps_and_single_runs(sweeps: 
         assert "TimeLimit=01:00:00" in shown
     kept = list(sweeps.folder.glob("runs/sweeps/s/.submitit/*/*_log.out"))
     assert {path.name.partition("_0_log")[0] for path in kept} == {sweeps.job("seed_0"), sweeps.job("seed_1")}
-    code, told = sweeps.run("-m", "seed=0,1", "hydra/launcher=submitit_slurm", "data.epochs=12", "sweep=s")
+    code, told = sweeps.run("-m", "seed=0,1", "hydra/launcher=submitit_slurm", "schedule.epochs=12", "sweep=s")
     assert (code, "2 done before, 0 to run" in told) == (0, True), told
 
     code, told = sweeps.run("seed=2", *line, "sweep=alone")
@@ -423,14 +441,14 @@ def test_a_command_killed_before_it_notes_its_jobs_finds_them_again(sweeps: Swee
     killing.chmod(0o755)
     usual = dict(sweeps.environment)
     sweeps.environment = usual | {"PATH": f"{killing.parent}:{usual['PATH']}"}
-    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=k", "data.epochs=12"))
+    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=k", "schedule.epochs=12"))
     assert code == -signal.SIGKILL, told
     assert "Submitted batch job" in (sweeps.folder / "answer").read_text()
     assert sweeps.job("seed_0").startswith("relloc-")
     sweeps.environment = usual
     code, told = sweeps.run("status", "runs/sweeps/k", module="sweep")
     assert (code, "2 waiting" in told) == (0, True), told
-    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=k", "data.epochs=12"))
+    code, told = sweeps.run("-m", "seed=0,1", *on_slurm("sweep=k", "schedule.epochs=12"))
     assert "2 in flight already, 0 to run" in told
     code, told = sweeps.run("wait", "runs/sweeps/k", module="sweep")
     assert (code, "2 done" in told) == (0, True), told + sweeps.logs()
@@ -470,7 +488,7 @@ def test_more_points_than_an_array_may_have_are_several_arrays(sweeps: Sweeps) -
     saying.write_text(f'#!/bin/sh\n[ "$1 $2" = "show config" ] && echo "MaxArraySize = 2" || exec {real} "$@"\n')
     saying.chmod(0o755)
     sweeps.environment = sweeps.environment | {"PATH": f"{saying.parent}:{sweeps.environment['PATH']}"}
-    code, told = sweeps.run("-m", "seed=0,1,2", *on_slurm("sweep=p", "data.epochs=12"))
+    code, told = sweeps.run("-m", "seed=0,1,2", *on_slurm("sweep=p", "schedule.epochs=12"))
     assert (code, "3 done" in told) == (0, True), told + sweeps.logs()
     jobs = [sweeps.job(f"seed_{seed}") for seed in range(3)]
     assert len({job.partition("_")[0] for job in jobs}) == 2

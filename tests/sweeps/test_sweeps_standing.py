@@ -159,7 +159,7 @@ def test_a_point_that_nobody_began_is_missing(tmp_path: Path) -> None:
 
 def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) -> None:
     running = point(tmp_path, "RUNNING", process_mark(os.getpid()))
-    RunRecord(name="a", experiment="e", params={"data.epochs": 8}).write(running.folder)
+    RunRecord(name="a", experiment="e", params={"schedule.epochs": 8}).write(running.folder)
     journal = Journal(running.folder)
     for step, epoch in ((10, 1.0), (20, 2.0)):
         journal.log({"train/epoch": epoch}, step)

@@ -1,0 +1,39 @@
+"""Settings that had another name in earlier versions, so that an old command or preset ends in the new name."""
+
+from collections.abc import Iterable
+
+from omegaconf import DictConfig, OmegaConf
+
+from relloc.errors import UsageError
+
+# A name may stand for all settings below it: data.linear.epochs is probe.linear.epochs now.
+_NEW_NAMES = {
+    "data.lr": "optimizer.lr",
+    "data.epochs": "schedule.epochs",
+    "data.warmup_epochs": "schedule.warmup_epochs",
+    "data.milestone_epochs": "schedule.milestone_epochs",
+    "data.images_per_step": "recipe.images_per_step",
+    "data.images_per_batch_norm": "recipe.images_per_batch_norm",
+    "data.linear": "probe.linear",
+    "data.knn": "probe.knn",
+}
+
+
+def new_name(setting: str) -> str | None:
+    """How a setting is called now; None where its name was never another."""
+    for old, new in _NEW_NAMES.items():
+        if setting == old or setting.startswith(f"{old}."):
+            return new + setting.removeprefix(old)
+    return None
+
+
+def refuse_old_names(settings: Iterable[str]) -> None:
+    """Raises `UsageError` that says the new names, where some of these are old ones."""
+    told = [f"{setting} is now {new}" for setting in settings if (new := new_name(setting))]
+    if told:
+        raise UsageError("; ".join(told))
+
+
+def refuse_old_names_in(config: DictConfig) -> None:
+    """As `refuse_old_names`, of a composed config: a user's preset or data set may still have them."""
+    refuse_old_names(name for name in _NEW_NAMES if OmegaConf.select(config, name) is not None)
