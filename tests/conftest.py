@@ -21,8 +21,14 @@ torch.set_num_threads(1)  # networks this small spend their time waiting for a s
 LONG = ("slurm/test_sweeps_on_slurm", "flow", "launchers", "tracking/test_browser", "tracking/test_server", "analysis")
 
 
+SLOW = ("browser", "postgres", "slurm")  # markers of tests that start a server
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
+    for item in items:
+        if any(item.get_closest_marker(name) for name in SLOW):
+            item.add_marker("slow")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

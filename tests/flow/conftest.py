@@ -10,6 +10,14 @@ from pathlib import Path
 import pytest
 from commands import FIXED, start
 
+FAST = "test_whole_path.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.path.name != FAST:
+            item.add_marker("slow")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Done:

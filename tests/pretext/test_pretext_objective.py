@@ -158,6 +158,7 @@ for bf16 in (False, True):
 """
 
 
+@pytest.mark.slow
 def test_traced_for_compilation_gradients_are_those_of_the_plain_network(tmp_path: Path) -> None:
     """Tracing is where a compiler goes wrong unseen; "aot_eager" traces all of it, and runs that op by op."""
     # In a process of its own: this one checks shapes at run time, which would be traced as well.
