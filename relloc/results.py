@@ -3,55 +3,108 @@
 import dataclasses
 import json
 import math
-import re
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from relloc.errors import DamagedFile, reason
 from relloc.files import append_lines, read_lines
+from relloc.results_before import convert, mark_headlines
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
 RESULTS_FILE = "results.jsonl"
 NOT_OURS = ("random", "torchvision")
-HEADLINES = ("top1", "map", "rankme")  # what evaluations are known by, but for those by number of something
-# In each line of results.jsonl, beside the fields of a `Result`: which row of its batch it is, of how many
-_NUMBER, _OF = "row", "rows"
+KINDS = ("pretext", "frozen", "fine-tuned", "study")
+CHOSEN = "chosen without the test set"  # the variant of numbers whose settings were chosen so, unlike the published
+FORMAT = 2
+# Each line of results.jsonl has, beside the fields of a `Result`, its format, and which row it is of how many of its
+# batch
+_FORMAT, _NUMBER, _OF = "format", "row", "rows"
 _LOST = "Remove that line, or put back a copy of the file; what is missing is measured again"
 
 
+def closest_to_20(counts: Iterable[int]) -> int:
+    """Which number of neighbors, or of images a class, the headline metric has: the first of those closest to 20."""
+    return min(counts, key=lambda count: abs(count - 20))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
+class _Number:
+    """What an evaluation knows of a number that it measured."""
+
+    metric: str
+    value: float
+    n: int
+    layer: str = ""
+    table: str = ""
+    column: str = ""
+    variant: str = ""
+    unit: str = "%"
+    higher_is_better: bool | None = True
+    headline: bool = False
+    low: float | None = None
+    high: float | None = None
+    protocol: str = ""
+    deviations: tuple[str, ...] = ()
+    choice: str = ""
+    details: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score(_Number):
+    """A number as an evaluation yields it; see `Result` for its fields. Who was evaluated, on what, is added outside.
+
+    `on_train`: measured on images of the training split, by cross-validation.
+    """
+
+    on_train: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(_Number):
     """One measured number with everything needed to know what it means.
 
-    `value`, `low` and `high` are percent for accuracies; `low` and `high` bound a 95 % confidence
-    interval where one was computed. `n` counts the samples behind the number. `checkpoint` is a
-    path, or "random" (initialization only), or "torchvision" (its supervised weights).
-    `batch_norm` says which batch-norm statistics the backbone used: "as_trained" or
-    "recalibrated". `protocol` names the published protocol and every deviation from it;
-    `fingerprint` hashes all constants, the view and the images, so that a result already there is
-    recognized. `measured_in` is the run folder that measured a row which was copied from there.
+    What was measured:
+        eval: the evaluation's name in the config. kind: one of `KINDS`.
+        dataset, split: the images; n: how many samples are behind the number; seed.
+        layer: of the backbone; "" where there is none, as of a whole network.
+        metric, unit: percent for accuracies; value: in this unit.
+        low, high: a 95 % confidence interval, where one was computed.
+        higher_is_better: None where neither is, or it is not known.
+        headline: whether it is what the evaluation is known by.
+    Where it stands in reports:
+        table, column: titles; table is "" for a detail that stands in none.
+        variant: what sets its line apart from others in the same columns, such as `CHOSEN` or the layer.
+    How it was measured:
+        protocol: the id of the published protocol, such as "3.1".
+        deviations: from it, a sentence each. details: other facts, such as constants.
+        choice: what was chosen on which split; "" if nothing was.
+        view, precision: how images were seen, and the number format.
+        batch_norm: which statistics the backbone used, "as_trained" or "recalibrated".
+    Of what:
+        checkpoint: a path, or "random" (initialization only), or "torchvision" (its supervised weights); model.
+        fingerprint: hash of all constants, view and images, by which a result that is already there is recognized.
+        measured_in: the run folder that measured a row which was copied from there.
     """
 
     eval: str
     dataset: str
     split: str
-    layer: str
-    metric: str
-    value: float
-    n: int
     seed: int
-    protocol: str
     checkpoint: str
     model: str
+    kind: str = "frozen"
+    view: str = ""
+    precision: str = ""
     batch_norm: str = "as_trained"
-    low: float | None = None
-    high: float | None = None
     fingerprint: str = ""
     measured_in: str = ""
 
     def __post_init__(self) -> None:
-        if self.layer not in LAYERS:
-            raise ValueError(f"layer is {self.layer!r}, not one of {', '.join(LAYERS)}")
+        if self.layer not in ("", *LAYERS):
+            raise ValueError(f"layer is {self.layer!r}, neither empty nor one of {', '.join(LAYERS)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}, not one of {', '.join(KINDS)}")
         if not math.isfinite(self.value):
             raise ValueError(f"{self.eval} {self.layer} {self.metric} is {self.value}: not a number to report")
         if self.n < 1:
@@ -59,11 +112,13 @@ class Result:
 
     @property
     def tracked_name(self) -> str:
-        """Name for a tracker: `linear/feature4/top1`, `linear_random_recalibrated/feature4/top1`."""
-        variant = f"_{self.checkpoint}" if self.checkpoint in NOT_OURS else ""
-        variant += "_recalibrated" if self.batch_norm == "recalibrated" else ""
-        place = self.eval + variant if self.eval == "pretext" else f"{self.eval}{variant}/{self.layer}"
-        return f"{place}/{self.metric}"
+        """Name for a tracker: `linear/feature4/top1`, `linear_random_recalibrated/feature4/top1`, `pretext/top1`."""
+        name = self.eval
+        if self.checkpoint in NOT_OURS:
+            name += f"_{self.checkpoint}"
+        if self.batch_norm == "recalibrated":
+            name += "_recalibrated"
+        return "/".join(filter(None, (name, self.layer, self.metric)))
 
 
 def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
@@ -72,18 +127,22 @@ def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
     All or none are there afterwards, also for readers: each line says which of how many it is, so that rows of which a
     power cut left only the first ones are known as such. Raises `OSError`.
     """
-    batch = [dataclasses.asdict(row) for row in rows]
-    counted = [row | {_NUMBER: number, _OF: len(batch)} for number, row in enumerate(batch, start=1)]
-    append_lines(run_dir / RESULTS_FILE, [json.dumps(row, ensure_ascii=False) for row in counted])
+    batch = list(rows)
+    lines = []
+    for number, row in enumerate(batch, start=1):
+        fields = {_FORMAT: FORMAT, **dataclasses.asdict(row), _NUMBER: number, _OF: len(batch)}
+        lines.append(json.dumps(fields, ensure_ascii=False))
+    append_lines(run_dir / RESULTS_FILE, lines)
 
 
 def read_results(run_dir: Path) -> Sequence[Result]:
     """Read the run folder's rows, oldest first, without those whose batch (see `append_results`) is not complete.
 
-    Lines that say nothing of a batch, as those before 2026-11-29, are complete each for itself.
+    Lines that say nothing of a batch, as those before 2026-11-29, are complete each for itself. Lines of the format
+    before are converted, see `relloc.results_before`.
 
     Raises:
-        DamagedFile: a line is not a result of this version, with its line number.
+        DamagedFile: a line is not a result of a known format, with its line number.
     """
     path = run_dir / RESULTS_FILE
     try:
@@ -95,8 +154,10 @@ def read_results(run_dir: Path) -> Sequence[Result]:
     rows: list[Result] = []
     begun: list[Result] = []  # of the batch that is being read
     size = 0
+    is_of_before = False
     for place, line in enumerate(lines, start=1):
-        row, number, of = _parsed(line, f"{path} line {place}")
+        row, number, of, form = _parsed(line, f"{path} line {place}")
+        is_of_before |= form < FORMAT
         if number != len(begun) + 1 or of != size:
             begun, size = [], of  # what was begun before was never finished
         if number == len(begun) + 1:
@@ -104,66 +165,41 @@ def read_results(run_dir: Path) -> Sequence[Result]:
         if len(begun) == size:
             rows += begun
             begun = []
-    return rows
+    return mark_headlines(rows) if is_of_before else rows
 
 
-def _parsed(line: bytes, place: str) -> tuple[Result, int, int]:
-    """A row, and which it is of how many of its batch."""
+def _parsed(line: bytes, place: str) -> tuple[Result, int, int, int]:
+    """A row, which it is of how many of its batch, and the format of its line."""
     try:
         fields = json.loads(line.decode("utf-8"))
         if not isinstance(fields, dict):
             raise TypeError("it has no named values")
-        number, of = fields.pop(_NUMBER, 1), fields.pop(_OF, 1)
-        row = Result(**fields)
-        _check_types(row)
+        form, number, of = fields.pop(_FORMAT, 1), fields.pop(_NUMBER, 1), fields.pop(_OF, 1)
+        if form not in (1, FORMAT):
+            raise ValueError(f"its format is {form}, and this version of relloc knows no format above {FORMAT}")
+        row = _checked(convert(fields) if form == 1 else fields)
         if not isinstance(number, int) or not isinstance(of, int) or not 1 <= number <= of:
             raise ValueError(f"it is row {number} of {of}")
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise DamagedFile(f"{place} is not a result row: {reason(error)}. {_LOST}") from error
-    return row, number, of
+    return row, number, of, form
 
 
-def _check_types(row: Result) -> None:
-    """Raises `TypeError` for a field of another kind, which JSON may hold and a dataclass takes."""
-    for name, kind in _KINDS.items():
-        value = getattr(row, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}")
+def _checked(fields: dict[str, typing.Any]) -> Result:
+    """Raises `TypeError` for a field that is missing, unknown or of another kind, which JSON may hold."""
+    for field in dataclasses.fields(Result):
+        if field.name in fields and not _is_of_type(fields[field.name], field.type):
+            raise TypeError(f"{field.name} is {fields[field.name]!r}")
+    values: dict[str, typing.Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return Result(**values)
 
 
-def count_of(row: Result) -> int | None:
-    """k of `top1_k20` or `map_k16`; None for a metric without."""
-    found = re.fullmatch(r"[a-z0-9]+_k(\d+)", row.metric)
-    return int(found[1]) if found else None
-
-
-def headlines(rows: Sequence[Result]) -> list[Result]:
-    """What each evaluation is known by; of metrics by number of neighbors, or of images, the one closest to 20."""
-    closest: dict[str, int] = {}
-    for row in rows:
-        if (k := count_of(row)) is not None:
-            closest[row.eval] = min(k, closest.get(row.eval, k), key=lambda k: abs(k - 20))
-    return [row for row in rows if row.metric in HEADLINES or closest.get(row.eval, -1) == count_of(row)]
-
-
-_KINDS = {
-    **dict.fromkeys(("eval", "dataset", "split", "layer", "metric", "protocol", "checkpoint", "model"), str),
-    **dict.fromkeys(("batch_norm", "fingerprint", "measured_in"), str),
-    **dict.fromkeys(("n", "seed"), int),
-    **dict.fromkeys(("value", "low", "high"), (int, float, type(None))),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Score:
-    """What an evaluation knows of a result; who was evaluated, on what, is added outside.
-
-    `on_train`: measured on images of the training split, by cross-validation.
-    """
-
-    layer: str
-    metric: str
-    value: float
-    n: int
-    protocol: str
-    on_train: bool = False
+def _is_of_type(value: object, annotation: typing.Any) -> bool:
+    if typing.get_origin(annotation) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    allowed = typing.get_args(annotation) or (annotation,)
+    if isinstance(value, bool):
+        return bool in allowed
+    return isinstance(value, (*allowed, int) if float in allowed else allowed)

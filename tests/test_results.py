@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from relloc.errors import DamagedFile
-from relloc.results import LAYERS, RESULTS_FILE, Result, append_results, read_results
+from relloc.results import FORMAT, LAYERS, RESULTS_FILE, Result, append_results, read_results
 
 ROW = Result(
     eval="linear",
@@ -18,7 +18,11 @@ ROW = Result(
     value=51.2 + 1e-13,
     n=50_000,
     seed=0,
-    protocol="3.3 five heads; “as published”, ü",
+    protocol="3.3",
+    deviations=("five heads; “as published”, ü", "small"),
+    details=("lr 0.1",),
+    higher_is_better=None,
+    headline=True,
     checkpoint="/runs/a b/ü/backbone.safetensors",
     model="resnet50",
 )
@@ -113,8 +117,7 @@ def test_a_batch_whose_lines_are_not_all_there_counts_as_none(tmp_path: Path) ->
 
 
 def test_rows_without_a_word_of_their_batch_are_complete(tmp_path: Path) -> None:
-    """As files have them that were written before 2026-11-29."""
-    old = "".join(f"{json.dumps(dataclasses.asdict(each))}\n" for each in BATCH)
+    old = "".join(f"{json.dumps({'format': FORMAT, **dataclasses.asdict(each)})}\n" for each in BATCH)
     (tmp_path / RESULTS_FILE).write_text(old)
     append_results(tmp_path, [ROW, ROW])
     assert list(read_results(tmp_path)) == [*BATCH, ROW, ROW]
@@ -157,7 +160,7 @@ def test_a_folder_without_results_has_none(tmp_path: Path) -> None:
     assert list(read_results(tmp_path)) == []
 
 
-FIELDS = dataclasses.asdict(ROW)
+FIELDS = {"format": FORMAT, **dataclasses.asdict(ROW)}
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,10 @@ FIELDS = dataclasses.asdict(ROW)
         json.dumps({**FIELDS, "eval": 3}),
         json.dumps({**FIELDS, "value": "much"}),
         json.dumps({**FIELDS, "value": True}),
+        json.dumps({**FIELDS, "headline": 1}),
+        json.dumps({**FIELDS, "details": "lr 0.1"}),
+        json.dumps({**FIELDS, "deviations": [1]}),
+        json.dumps({**FIELDS, "kind": "frosty"}),
         json.dumps({**FIELDS, "checkpoint": None}),
         "[" * 100_000,
     ],
@@ -191,6 +198,10 @@ FIELDS = dataclasses.asdict(ROW)
         "a number for a name",
         "text",
         "truth",
+        "number for a truth",
+        "text for a list",
+        "list of numbers",
+        "unknown kind",
         "null",
         "deep",
     ],
@@ -223,7 +234,7 @@ def test_what_can_not_be_read_at_all_is_named(tmp_path: Path) -> None:
         ({"checkpoint": "torchvision"}, "linear_torchvision/feature4/top1"),
         ({"checkpoint": "random", "batch_norm": "recalibrated"}, "linear_random_recalibrated/feature4/top1"),
         ({"eval": "knn", "layer": "avgpool", "metric": "top1_k20"}, "knn/avgpool/top1_k20"),
-        ({"eval": "pretext", "layer": "avgpool"}, "pretext/top1"),
+        ({"eval": "pretext", "layer": ""}, "pretext/top1"),
         ({"checkpoint": "/runs/random"}, "linear/feature4/top1"),
     ],
 )
@@ -243,7 +254,7 @@ def test_no_two_kinds_of_row_share_a_tracked_name() -> None:
 
 
 def test_a_row_without_a_layer_of_the_benchmark_or_without_samples_can_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"layer is 'conv1', not one of feature1, feature2, .*, avgpool"):
+    with pytest.raises(ValueError, match=r"layer is 'conv1', neither empty nor one of feature1, feature2, .*, avgpool"):
         row(layer="conv1")
     with pytest.raises(ValueError, match="n is 0: a result needs at least one sample"):
         row(n=0)

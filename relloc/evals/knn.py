@@ -15,7 +15,7 @@ from relloc.data.views import View, check_view
 from relloc.errors import UsageError
 from relloc.features.nearest import nearest
 from relloc.features.source import Bank, Batch, FeatureSource, Sets, bank_device, bank_gib, fill_bank, in_gib
-from relloc.results import LAYERS, Score
+from relloc.results import LAYERS, Score, closest_to_20
 
 _WEIGHT_GRID = 2**40  # votes are whole numbers: their sum, and so a tie, is the same in any order
 _VOTE_BYTES = 2**28
@@ -76,6 +76,7 @@ class Knn:
     In a process group the bank is divided: all ranks call, and all get the scores.
     """
 
+    kind: ClassVar[str] = "frozen"
     version: ClassVar[int] = 1
     labels: ClassVar[Literal["class", "presence", "none"]] = "class"
     keeps: ClassVar[bool] = True
@@ -125,9 +126,23 @@ class Knn:
                 found = self._vote(bank, layer, features[layer].to(device), allowed)
                 for k, classes in found.items():
                     hits[layer, k] += int((classes.cpu() == labels.cpu()).sum())
+        details = [f"T={self.temperature}"]
+        if beyond := [str(k) for k in self.k if k > n_images]:
+            details.append(f"k={', '.join(beyond)} left out, the bank has {n_images} images")
         for (layer, k), right in hits.items():
-            protocol = self._protocol(layer, n_images)
-            yield Score(layer=layer, metric=f"top1_k{k}", value=100 * right / seen, n=seen, protocol=protocol)
+            yield Score(
+                table="Nearest neighbors, top-1",
+                column=f"k={k}",
+                variant=layer,
+                layer=layer,
+                metric=f"top1_k{k}",
+                headline=k == closest_to_20(allowed),
+                value=100 * right / seen,
+                n=seen,
+                protocol="3.7",
+                deviations=() if layer == "avgpool" else (f"features of {layer} pooled as in 3.1",),
+                details=tuple(details),
+            )
 
     def _bank(self, train: FeatureSource, device: torch.device) -> Bank:
         """The features of this rank's share of the images."""
@@ -169,15 +184,6 @@ class Knn:
             across_ranks=ranks.world_size() > 1,
             name=f"eval.knn at {layer}",
         )
-
-    def _protocol(self, layer: str, n_images: int) -> str:
-        protocol = f"3.7 weighted kNN, T={self.temperature}"
-        if layer != "avgpool":
-            protocol += f"; deviation: features of {layer} pooled as in 3.1"
-        beyond = [str(k) for k in self.k if k > n_images]
-        if beyond:
-            protocol += f"; k={', '.join(beyond)} left out, the bank has {n_images} images"
-        return protocol
 
 
 def _concatenated(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:

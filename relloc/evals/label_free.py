@@ -27,6 +27,7 @@ class LabelFree:
     decomposition, in float64, takes a fortieth of the time that 25,600 images of 9,216 dimensions take.
     """
 
+    kind: ClassVar[str] = "frozen"
     version: ClassVar[int] = 1
     labels: ClassVar[Literal["class", "presence", "none"]] = "none"
     keeps: ClassVar[bool] = False
@@ -54,17 +55,27 @@ class LabelFree:
         """
         places = torch.tensor(evenly_spaced(sets.held_out.n, self.n_images), dtype=torch.int64)
         for layer, rows in self._features(sets.held_out, places).items():
-            protocol = f"singular values of {len(rows)} images, evenly spaced over the split"
-            pooled = "" if layer == "avgpool" else f"; features of {layer} pooled as in 3.1"
+            details = [f"singular values of {len(rows)} images, evenly spaced over the split"]
+            if layer != "avgpool":
+                details.append(f"features of {layer} pooled as in 3.1")
             alpha, why_not = _alpha(layer, rows)
-            rank = _rank(layer, rows)
-            yield Score(
-                layer=layer, metric="rankme", value=rank, n=len(rows), protocol=f"RankMe, {protocol}{pooled}{why_not}"
+            rank = Score(
+                table="Label-free measures",
+                column=layer,
+                variant="RankMe",
+                layer=layer,
+                metric="rankme",
+                unit="directions",
+                higher_is_better=None,
+                headline=True,
+                value=_rank(layer, rows),
+                n=len(rows),
+                details=(*details, *why_not),
             )
+            yield rank
             if alpha is not None:
-                yield Score(
-                    layer=layer, metric="alpha_req", value=alpha, n=len(rows), protocol=f"alpha-ReQ, {protocol}{pooled}"
-                )
+                as_alpha = {"metric": "alpha_req", "variant": "alpha-ReQ", "unit": "exponent", "headline": False}
+                yield dataclasses.replace(rank, **as_alpha, value=alpha, details=tuple(details))
 
     def _features(self, source: FeatureSource, places: Int[Tensor, "m"]) -> dict[str, Float[Tensor, "m _d"]]:
         parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
@@ -84,10 +95,11 @@ def _rank(layer: str, rows: Float[Tensor, "n d"]) -> float:
         ) from error
 
 
-def _alpha(layer: str, rows: Float[Tensor, "n d"]) -> tuple[float | None, str]:
+def _alpha(layer: str, rows: Float[Tensor, "n d"]) -> tuple[float | None, list[str]]:
+    """alpha-ReQ, or None and why there is none."""
     if not rows.isfinite().all():
-        return None, ""  # RankMe refuses these, with the reason
+        return None, []  # RankMe refuses these, with the reason
     try:
-        return alpha_req(rows), ""
+        return alpha_req(rows), []
     except ValueError as error:
-        return None, f"; no alpha-ReQ: {error}"
+        return None, [f"no alpha-ReQ: {error}"]

@@ -15,9 +15,9 @@ from relloc.evals import schedule
 from relloc.evals.heads import LayerHeads, Setting, Sgd
 from relloc.evals.training import Trained, Training, count_hits, have_diverged, held_back
 from relloc.features.source import Color, FeatureSource, Sets
-from relloc.results import LAYERS, Score
+from relloc.results import CHOSEN, LAYERS, Score
 
-_DIVERGED = ", diverged: weights are not finite"
+_DIVERGED = "diverged: weights are not finite"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,13 @@ class Linear:
     `best_epoch` asks for it, `top1_best`. The grid, each of `grid_lrs` with each of
     `grid_weight_decays`, never trains on a tenth of the training images, which in the still `view`
     choose the setting of each layer; val only reports it, as `top1_tuned`, after the last epoch.
-    `follows` names the protocol in words.
+    `follows` names the protocol in words, `protocol` by its id; `table` is the title of the table of its results.
 
     Raises:
         ValueError: constants that would train nothing.
     """
 
+    kind: ClassVar[str] = "frozen"
     version: ClassVar[int] = 2
     labels: ClassVar[Literal["class"]] = "class"
     keeps: ClassVar[bool] = False
@@ -43,6 +44,9 @@ class Linear:
     layers: Sequence[str]
     view: View
     follows: str
+    # The fingerprint is of the repr, and these decide no number
+    protocol: str = dataclasses.field(default="3.3", repr=False)
+    table: str = dataclasses.field(default="Linear, top-1", repr=False)
     augment: View | None = None
     color: Color | None = None
     epochs: int
@@ -89,14 +93,41 @@ class Linear:
         hits, seen = _all_hits(trained, sets.held_out, self.batch, device)
         for layer in self.layers:
             gone = have_diverged(trained.heads[layer])
-            words = f"{self._words(0, gone)}, last epoch{self._how_mixed()}"
-            yield self._score(layer, "top1", int(hits[layer][0]), seen, words)
+            last = Score(
+                table=self.table,
+                column=layer,
+                variant="last epoch" if self.best_epoch else "",
+                layer=layer,
+                metric="top1",
+                headline=True,
+                value=100 * int(hits[layer][0]) / seen,
+                n=seen,
+                protocol=self.protocol,
+                deviations=self._how_mixed(),
+                details=(*self._details(0, gone), "last epoch"),
+            )
+            yield last
             if self.best_epoch:
-                words = f"{self._words(0, gone)}, best epoch on val{self._how_mixed()}"
-                yield self._score(layer, "top1_best", trained.best[layer], seen, words)
+                yield dataclasses.replace(
+                    last,
+                    metric="top1_best",
+                    variant="",
+                    headline=False,
+                    value=100 * trained.best[layer] / seen,
+                    choice="best epoch on val, as published",
+                    details=self._details(0, gone),
+                )
             if chosen:
-                words = f"{self._words(chosen[layer], gone)}, last epoch, {self._how_chosen()}"
-                yield self._score(layer, "top1_tuned", int(hits[layer][chosen[layer]]), seen, words)
+                yield dataclasses.replace(
+                    last,
+                    metric="top1_tuned",
+                    variant=CHOSEN,
+                    headline=False,
+                    value=100 * int(hits[layer][chosen[layer]]) / seen,
+                    deviations=(),
+                    choice=self._how_chosen(),
+                    details=(*self._details(chosen[layer], gone), "last epoch"),
+                )
 
     def _source(self, sets: Sets) -> FeatureSource:
         if self.augment is None:
@@ -124,18 +155,15 @@ class Linear:
         ]
         return (Setting(lr=self.lr, weight_decay=self.weight_decay, sees_all=True), *grid)
 
-    def _score(self, layer: str, metric: str, hits: int, seen: int, words: str) -> Score:
-        return Score(layer=layer, metric=metric, value=100 * hits / seen, n=seen, protocol=words)
-
-    def _words(self, head: int, gone: Tensor) -> str:
+    def _details(self, head: int, gone: Tensor) -> tuple[str, ...]:
         seen = ", ".join(str(part) for part in (self.augment, self.color) if part) or "the still view"
-        diverged = _DIVERGED if gone[head] else ""
-        return f"{self.follows}, {_in_words(self._training(), head)}, trained on {seen}{diverged}"
+        name = self.follows.removeprefix(f"{self.protocol} ")
+        return (name, *_constants(self._training(), head), f"trained on {seen}", *([_DIVERGED] if gone[head] else []))
 
-    def _how_mixed(self) -> str:
+    def _how_mixed(self) -> tuple[str, ...]:
         """What differs for the published head where heads train beside it that must not see the tenth."""
-        unlike = "; deviation: a batch is all of the held-back tenth or all of the rest, published ones are uniform"
-        return unlike if self.grid_lrs else ""
+        unlike = "a batch is all of the held-back tenth or all of the rest, published ones are uniform"
+        return (unlike,) if self.grid_lrs else ()
 
     def _how_chosen(self) -> str:
         many = len(self.grid_lrs) * len(self.grid_weight_decays)
@@ -154,6 +182,7 @@ class LinearFast:
         ValueError: constants that would train nothing.
     """
 
+    kind: ClassVar[str] = "frozen"
     version: ClassVar[int] = 2
     labels: ClassVar[Literal["class"]] = "class"
     keeps: ClassVar[bool] = True
@@ -184,8 +213,22 @@ class LinearFast:
         hits, seen = _all_hits(trained, sets.held_out, self.batch, device)
         for layer in self.layers:
             head = chosen[layer]
-            words = self._words(head, have_diverged(trained.heads[layer]))
-            yield Score(layer=layer, metric="top1", value=100 * int(hits[layer][head]) / seen, n=seen, protocol=words)
+            diverged = [_DIVERGED] if have_diverged(trained.heads[layer])[head] else []
+            yield Score(
+                table="Linear on features computed once, top-1",
+                column=layer,
+                layer=layer,
+                metric="top1",
+                headline=True,
+                value=100 * int(hits[layer][head]) / seen,
+                n=seen,
+                protocol="3.3",
+                deviations=("one fixed center view, features computed once",),
+                choice=f"rate chosen among {len(self.learning_rates)} on a held-back random tenth of train"
+                if several
+                else "",
+                details=("one head a stage", *_constants(self._training(), head), *diverged),
+            )
 
     def _training(self) -> Training:
         every = len(self.learning_rates) == 1
@@ -200,19 +243,15 @@ class LinearFast:
             batch_norm=True,
         )
 
-    def _words(self, head: int, gone: Tensor) -> str:
-        how = _in_words(self._training(), head) + (_DIVERGED if gone[head] else "")
-        if len(self.learning_rates) > 1:
-            how += f", rate chosen among {len(self.learning_rates)} on a held-back random tenth of train"
-        return f"3.3 one head a stage, {how}; fast: one fixed center view, features computed once"
 
-
-def _in_words(training: Training, head: int) -> str:
+def _constants(training: Training, head: int) -> tuple[str, ...]:
     setting, sgd = training.sgd.settings[head], training.sgd
     return (
-        f"lr {setting.lr:g}, wd {setting.weight_decay:g}, {'nesterov ' if sgd.nesterov else ''}momentum "
-        f"{sgd.momentum:g}, {schedule.in_words(training.epochs, training.milestone_epochs, training.gamma)}, "
-        f"batch {training.batch}"
+        f"lr {setting.lr:g}",
+        f"weight decay {setting.weight_decay:g}",
+        f"{'nesterov ' if sgd.nesterov else ''}momentum {sgd.momentum:g}",
+        schedule.in_words(training.epochs, training.milestone_epochs, training.gamma),
+        f"batch {training.batch}",
     )
 
 

@@ -18,7 +18,7 @@ from relloc.evals.metrics import ap_area
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
 from relloc.features.source import Sets
-from relloc.results import LAYERS, Score
+from relloc.results import CHOSEN, LAYERS, Score, closest_to_20
 from relloc.seeds import Use, seed_for
 
 _NEGATIVES = 19  # for each positive image
@@ -34,6 +34,7 @@ class Voc07LowShot:
     training images that were not drawn. Where the draws leave no positive image there is no such row, and it is said.
     """
 
+    kind: ClassVar[str] = "frozen"
     version: ClassVar[int] = 2
     labels: ClassVar = "presence"
     keeps: ClassVar[bool] = True
@@ -70,18 +71,33 @@ class Voc07LowShot:
             classes = known.usable
             shots = _allowed(known.present, classes, self.shots)
             factor = leading_factor(known.train)
-            missing = sorted(set(self.shots) - set(shots))
-            note = left_out(sets.classes, classes)
-            note += (
-                f"; deviation: no k={','.join(map(str, missing))}, for which a class has too few images"
-                if missing
-                else ""
-            )
+            deviations = left_out(sets.classes, classes)
+            if missing := sorted(set(self.shots) - set(shots)):
+                too_few = f"no k={','.join(map(str, missing))}, for which a class has too few images"
+                deviations = (*deviations, too_few)
             for k in shots:
                 drawn = draw(known.present, classes, k, self.draws, seed)
                 on_test, on_rest = self._maps(known, classes, drawn, factor)
-                digest = f"{_digest(drawn)}{note}{_not_judged(known.present, classes, k)}"
-                yield from self._scores(layer, k, on_test, on_rest, len(known.test), digest)
+                yield from self._scores(
+                    Score(
+                        table="Low-shot SVM, VOC07 protocol, mAP",
+                        column=f"k={k}",
+                        layer=layer,
+                        metric=f"map_k{k}",
+                        headline=k == closest_to_20(shots),
+                        value=0.0,  # set for each score
+                        n=len(known.test),
+                        protocol="3.2",
+                        deviations=deviations,
+                        details=(
+                            f"{self.draws} draws, mean over them",
+                            f"draws {_digest(drawn)}",
+                            *_not_judged(known.present, classes, k),
+                        ),
+                    ),
+                    on_test,
+                    on_rest,
+                )
 
     def _maps(
         self, known: Grams, classes: Sequence[int], drawn: Int[Tensor, "chosen draws s"], factor: Float[Tensor, "n r"]
@@ -114,30 +130,29 @@ class Voc07LowShot:
         return fit(gram, signs, weights, factor=factor).coefficients
 
     def _scores(
-        self,
-        layer: str,
-        k: int,
-        on_test: Float[Tensor, "draws costs"],
-        on_rest: Float[Tensor, "draws costs"],
-        n: int,
-        note: str,
+        self, blank: Score, on_test: Float[Tensor, "draws costs"], on_rest: Float[Tensor, "draws costs"]
     ) -> Iterator[Score]:
-        how = f"3.2 low-shot SVM, {self.draws} draws, mean over them; draws {note}"
+        """`blank` with each value."""
         best = int(on_test.mean(dim=0).argmax())
-        published = f"{how}; cost {self.costs[best]:g} of {len(self.costs)} chosen on test as published"
         values = on_test[:, best]
-        said = {
-            "": values.mean(),
-            "_std": values.std(correction=0),
-            "_min": values.min(),
-            "_max": values.max(),
-        }
-        for suffix, value in said.items():
-            yield Score(layer=layer, metric=f"map_k{k}{suffix}", value=float(value), n=n, protocol=published)
+        choice = f"cost {self.costs[best]:g} of {len(self.costs)} chosen on test as published"
+        published = dataclasses.replace(blank, value=float(values.mean()), choice=choice)
+        yield published
+        spread = {"std": values.std(correction=0), "min": values.min(), "max": values.max()}
+        for name, value in spread.items():
+            as_detail = {"table": "", "variant": f"{name} over draws", "headline": False}
+            yield dataclasses.replace(published, **as_detail, metric=f"{blank.metric}_{name}", value=float(value))
         if not on_rest.isnan().any():  # else every class is: each draw of a class leaves as many of its images
             chosen = int(on_rest.mean(dim=0).argmax())
-            own = f"{how}; cost {self.costs[chosen]:g} of {len(self.costs)} chosen on the training images not drawn"
-            yield Score(layer=layer, metric=f"map_k{k}_cv", value=float(on_test[:, chosen].mean()), n=n, protocol=own)
+            choice = f"cost {self.costs[chosen]:g} of {len(self.costs)} chosen on the training images not drawn"
+            yield dataclasses.replace(
+                blank,
+                metric=f"{blank.metric}_cv",
+                variant=CHOSEN,
+                headline=False,
+                value=float(on_test[:, chosen].mean()),
+                choice=choice,
+            )
 
 
 def _allowed(present: Int[Tensor, "n classes"], classes: Sequence[int], shots: Sequence[int]) -> list[int]:
@@ -153,14 +168,13 @@ def _allowed(present: Int[Tensor, "n classes"], classes: Sequence[int], shots: S
     return allowed
 
 
-def _not_judged(present: Int[Tensor, "n classes"], classes: Sequence[int], k: int) -> str:
+def _not_judged(present: Int[Tensor, "n classes"], classes: Sequence[int], k: int) -> Iterator[str]:
     """Words on classes all of whose positive images every draw takes, so that no cost is judged by them."""
     used_up = int(((present[:, list(classes)] == THERE).sum(dim=0) == k).sum())
-    if not used_up:
-        return ""
     if used_up == len(classes):
-        return "; no cost chosen without the test set, as draws leave no positive image"
-    return f"; {used_up} of {len(classes)} classes have no positive image left to choose a cost by"
+        yield "no cost chosen without the test set, as draws leave no positive image"
+    elif used_up:
+        yield f"{used_up} of {len(classes)} classes have no positive image left to choose a cost by"
 
 
 def draw(

@@ -27,7 +27,7 @@ from relloc.errors import DataError
 from relloc.evals import schedule
 from relloc.features.source import EncodeConfig, State
 from relloc.models.backbone import Backbone
-from relloc.results import Score
+from relloc.results import CHOSEN, Score
 from relloc.seeds import Use, seed_for
 
 _TOP = (1, 5)
@@ -93,6 +93,7 @@ class SemiSupervised:
         DataError: `list_file` can't be read or names nothing.
     """
 
+    kind: ClassVar[str] = "fine-tuned"
     version: ClassVar[int] = 2
     labels: ClassVar[Literal["class", "presence", "none"]] = "class"
 
@@ -247,36 +248,50 @@ class SemiSupervised:
     def _scores(self, outcomes: Sequence[Outcome], tuned_on: Subset, seed: int, n_classes: int) -> Iterator[Score]:
         several = len(self.settings) > 1
         best, chosen = (_best(outcomes, place) for place in (0, -1))
-        how = "chosen on the images it is reported on, as published" if several else ""
-        protocol = self._protocol(tuned_on, seed, outcomes, best, how)
-        yield from self._rows("", outcomes[best]["tallies"][0], n_classes, protocol)
+        choice = "chosen on the images it is reported on, as published" if several else ""
+        details = self._details(tuned_on, seed, outcomes, best)
+        yield from self._rows(outcomes[best]["tallies"][0], n_classes, "", choice, details)
         if several:
-            how = f"chosen on {outcomes[0]['tallies'][-1][-1]} other training images"
-            protocol = self._protocol(tuned_on, seed, outcomes, chosen, how)
-            yield from self._rows("_tuned", outcomes[chosen]["tallies"][0], n_classes, protocol)
+            choice = f"chosen on {outcomes[0]['tallies'][-1][-1]} other training images"
+            details = self._details(tuned_on, seed, outcomes, chosen)
+            yield from self._rows(outcomes[chosen]["tallies"][0], n_classes, CHOSEN, choice, details)
 
-    def _rows(self, suffix: str, tally: Sequence[int], n_classes: int, protocol: str) -> Iterator[Score]:
+    def _rows(
+        self, tally: Sequence[int], n_classes: int, variant: str, choice: str, details: tuple[str, ...]
+    ) -> Iterator[Score]:
         *hits, n = tally
         for top, right in zip(_TOP, hits, strict=True):
             if top == 1 or top < n_classes:
-                yield Score(layer="avgpool", metric=f"top{top}{suffix}", value=100 * right / n, n=n, protocol=protocol)
+                yield Score(
+                    table="Fine-tuned on 1 % and 10 % of the labels",
+                    column=f"{100 * self.share:g} % top-{top}",
+                    variant=variant,
+                    layer="avgpool",
+                    metric=f"top{top}_tuned" if variant else f"top{top}",
+                    headline=top == 1 and not variant,
+                    value=100 * right / n,
+                    n=n,
+                    protocol="OpenSelfSup semi_classification",
+                    deviations=tuple(self._deviations()),
+                    choice=choice,
+                    details=details,
+                )
 
-    def _protocol(self, tuned_on: Subset, seed: int, outcomes: Sequence[Outcome], number: int, how: str) -> str:
+    def _details(self, tuned_on: Subset, seed: int, outcomes: Sequence[Outcome], number: int) -> tuple[str, ...]:
         source = (
             f"list {Path(self.list_file).name}" if self.list_file else f"{self.share:.3g} of each class by seed {seed}"
         )
-        words = [
-            f"OpenSelfSup semi-supervised: fine-tuned on {len(tuned_on)} labeled images ({source}, hash "
-            f"{tuned_on.list_hash()})",
-            f"{self.settings[number]}" + (f" of {len(self.settings)} settings, {how}" if how else ""),
-            f"momentum {self.momentum:g}, weight decay {self.weight_decay:g}, "
-            f"{schedule.in_words(self.epochs, self.milestone_epochs, self.gamma)}, batch {self.batch}, "
+        return (
+            f"fine-tuned on {len(tuned_on)} labeled images ({source}, hash {tuned_on.list_hash()})",
+            f"{self.settings[number]}" + (f", one of {tried} settings" if (tried := len(self.settings)) > 1 else ""),
+            f"momentum {self.momentum:g}",
+            f"weight decay {self.weight_decay:g}",
+            schedule.in_words(self.epochs, self.milestone_epochs, self.gamma),
+            f"batch {self.batch}",
             "batch norm trained",
             f"trained on {self.augment}",
             *self._diverged(outcomes, number),
-            *self._deviations(),
-        ]
-        return "; ".join(words)
+        )
 
     def _diverged(self, outcomes: Sequence[Outcome], number: int) -> Iterator[str]:
         if not outcomes[number]["finite"]:
@@ -286,9 +301,9 @@ class SemiSupervised:
 
     def _deviations(self) -> Iterator[str]:
         if not self.list_file:
-            yield "deviation: the list is ours, not SimCLR's"
+            yield "the list is ours, not SimCLR's"
         if (tried := len(self.settings)) != _PUBLISHED_SETTINGS:
-            yield f"deviation: {tried} setting{'s' * (tried > 1)} tried, published is the best of {_PUBLISHED_SETTINGS}"
+            yield f"{tried} setting{'s' * (tried > 1)} tried, published is the best of {_PUBLISHED_SETTINGS}"
 
 
 def _labels(images: ImageSet) -> Int[Tensor, "n"]:

@@ -96,7 +96,7 @@ def class_weights(positive: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return 1 + (_POSITIVE_WEIGHT - 1) * positive.double()
 
 
-def left_out(classes: Sequence[str], usable: Sequence[int]) -> str:
-    """Words for a protocol: the classes that could not be learned or tested; empty if there are none."""
+def left_out(classes: Sequence[str], usable: Sequence[int]) -> tuple[str, ...]:
+    """The deviation that classes which could not be learned or tested are; none if there are no such."""
     missing = [name for number, name in enumerate(classes) if number not in usable]
-    return f"; deviation: without {', '.join(missing)} (no positive image to train on or to test on)" if missing else ""
+    return (f"without {', '.join(missing)} (no positive image to train on or to test on)",) if missing else ()

@@ -20,9 +20,10 @@ from relloc.evals.metrics import ap_steps
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
 from relloc.features.source import Sets
-from relloc.results import LAYERS, Result, Score
+from relloc.results import CHOSEN, LAYERS, Result, Score
 
 _COST_WITHOUT_CHOICE = 1.0
+_TABLE = "Linear SVM, VOC07 protocol, mAP"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Voc07Svm:
     without a positive image in train or test is left out, and said so.
     """
 
+    kind: ClassVar[str] = "frozen"
     version: ClassVar[int] = 1
     labels: ClassVar = "presence"
     keeps: ClassVar[bool] = True
@@ -80,13 +82,31 @@ class Voc07Svm:
             validated = self._cross_validate(known, classes)  # (costs, classes)
             chosen = _first_best(validated, sorted(self.costs))
             scores = known.test @ self._fit_all(known, classes, chosen)
-            how = self._protocol(known.present.shape[1], left_out(sets.classes, classes))
-            value = float(known.test_map(scores.unsqueeze(2), classes))
-            yield Score(layer=layer, metric="map", value=value, n=len(known.test), protocol=how)
+            tested = Score(
+                table=_TABLE,
+                column=layer,
+                layer=layer,
+                metric="map",
+                headline=True,
+                value=float(known.test_map(scores.unsqueeze(2), classes)),
+                n=len(known.test),
+                protocol="3.1",
+                deviations=left_out(sets.classes, classes),
+                details=(
+                    f"SVM a class ({known.present.shape[1]})",
+                    "squared hinge",
+                    "positives twice",
+                    "difficult images negative in training",
+                    f"cost among {len(self.costs)} by {self.folds}-fold cross-validation",
+                    "all-point AP",
+                ),
+            )
+            yield tested
             best = validated[:, ~validated.isnan().all(dim=0)].nan_to_num(-1)
             if best.shape[1]:
                 value, n = float(100 * best.max(dim=0).values.mean()), len(known.train)
-                yield Score(layer=layer, metric="map_cv", value=value, n=n, protocol=how, on_train=True)
+                as_detail = {"metric": "map_cv", "table": "", "headline": False, "on_train": True}
+                yield dataclasses.replace(tested, **as_detail, value=value, n=n)
 
     def _cross_validate(self, known: Grams, classes: Sequence[int]) -> Float[Tensor, "costs classes"]:
         """Average precision by rising cost and class, mean over folds; nan where none has positives on both sides."""
@@ -127,24 +147,21 @@ class Voc07Svm:
         factor = leading_factor(known.train).unsqueeze(0)
         return fit(known.train.unsqueeze(0), signs, weights, factor=factor).coefficients[0]
 
-    def _protocol(self, n_classes: int, deviation: str) -> str:
-        how = f"3.1 SVM a class ({n_classes}), squared hinge, positives twice, difficult images negative in training"
-        return f"{how}, cost among {len(self.costs)} by {self.folds}-fold cross-validation, all-point AP{deviation}"
-
     def summary(self, rows: Sequence[Result]) -> Iterator[Result]:
         """The best layer: chosen on test as published, and by cross-validation on train."""
         tested, validated = ([row for row in rows if row.metric == metric] for metric in ("map", "map_cv"))
         if not tested:
             return
+        best = {"column": "best layer", "headline": False}
         by_test = max(tested, key=lambda row: row.value)
-        protocol = f"{by_test.protocol}; best of {len(tested)} layers, chosen on test as published"
-        yield dataclasses.replace(by_test, metric="map_best", protocol=protocol)
+        choice = f"best of {len(tested)} layers, chosen on test as published"
+        yield dataclasses.replace(by_test, **best, metric="map_best", choice=choice)
         if not validated:
             return
         layer = max(validated, key=lambda row: row.value).layer
         by_validation = next(row for row in tested if row.layer == layer)
-        protocol = f"{by_validation.protocol}; best of {len(tested)} layers, chosen by cross-validation on train"
-        yield dataclasses.replace(by_validation, metric="map_best_cv", protocol=protocol)
+        choice = f"best of {len(tested)} layers, chosen by cross-validation on train"
+        yield dataclasses.replace(by_validation, **best, metric="map_best_cv", variant=CHOSEN, choice=choice)
 
 
 def _first_best(validated: Float[Tensor, "costs classes"], costs: Sequence[float]) -> Float[Tensor, "classes"]:

@@ -29,6 +29,7 @@ Labels = Literal["class", "presence", "none"]
 class Evaluation(Protocol):
     """What evals/ members are: constants, and a call that yields scores.
 
+    `kind` is one of `relloc.results.KINDS`.
     `version` is raised when the code changes what it computes, so that older rows are not used again.
     `labels` says what an image is to be labeled with: one class, the presence of each class, or
     nothing. `keeps`: features are read more than once, so that they should be kept in memory.
@@ -36,6 +37,7 @@ class Evaluation(Protocol):
     divides its work among processes says so by `across_ranks = True`; others run in one.
     """
 
+    kind: ClassVar[str]
     version: ClassVar[int]
     labels: ClassVar[Labels]
     keeps: ClassVar[bool]
@@ -65,6 +67,7 @@ class Augmenting(Protocol):
 class FineTuning(Protocol):
     """An evaluation that trains all of a copy of the backbone, batch norm included."""
 
+    kind: ClassVar[str]
     version: ClassVar[int]
     labels: ClassVar[Labels]
 

@@ -127,7 +127,8 @@ def _evaluate_alike(
             state=state(work),
             unreadable=unreadable,
         )
-        yield [_named(score, work, subject, terms, "statistics trained with the weights") for score in scores]
+        how = ("batch-norm statistics trained with the weights",)
+        yield [_named(score, work, subject, terms, how) for score in scores]
     if frozen:
         yield from _evaluate_frozen(subject, frozen, terms, state, unreadable)
 
@@ -150,11 +151,11 @@ def _evaluate_frozen(
     """Works that see the same features, which are therefore computed once."""
     first = works[0][0]
     splits, view = first.job.splits, first.evaluation.view
-    backbone, how = subject.backbone, "statistics as trained"
+    backbone, how = subject.backbone, ()
     if first.batch_norm == "recalibrated":
         backbone = copy.deepcopy(backbone)
         used = recalibrate(backbone, calibration_batches(splits.train, view, terms))
-        how = f"statistics re-estimated on {used} training images without labels"
+        how = (f"batch-norm statistics re-estimated on {used} training images without labels",)
     train, held_out = (
         LiveFeatures(backbone, images, terms.reading, view, labels=_labels(images, first.evaluation.labels))
         for images in (splits.train, splits.held_out)
@@ -238,19 +239,20 @@ def fingerprint(
     return hash_lines([repr(decided)])
 
 
-def _named(score: Score, work: Work, subject: EvaluatedModel, terms: EvalSettings, how: str) -> Result:
+def _named(score: Score, work: Work, subject: EvaluatedModel, terms: EvalSettings, details: tuple[str, ...]) -> Result:
+    """The result of a score; `details` say of all of an evaluation's scores how they were measured."""
     images = work.job.splits.train if score.on_train else work.job.splits.held_out
-    seen = f"{work.evaluation.view}, {_PRECISIONS[terms.reading.precision]}"
+    measured = {name: value for name, value in vars(score).items() if name not in ("on_train", "details")}
     return Result(
+        **measured,
+        details=(*score.details, *details),
         eval=work.job.name,
+        kind=work.evaluation.kind,
         dataset=images.name,
         split=images.split,
-        layer=score.layer,
-        metric=score.metric,
-        value=score.value,
-        n=score.n,
         seed=terms.seed,
-        protocol=f"{score.protocol}; {seen}; batch norm: {how}",
+        view=str(work.evaluation.view),
+        precision=_PRECISIONS[terms.reading.precision],
         checkpoint=subject.checkpoint,
         model=subject.model,
         batch_norm=work.batch_norm,

@@ -16,7 +16,7 @@ from relloc.terminal import escaped
 _RESULT = tuple(field.name for field in dataclasses.fields(Result))
 COLUMNS = (
     *("origin", "group", "section", "row", "column", "setting", "images"),
-    *_RESULT,
+    *(name for name in _RESULT if name != "column"),
     *("run", "folder", "commit", "source", "edition"),
     *("beside", "published", "tolerance", "mark", "best", "why", "replaces"),
 )
@@ -84,7 +84,9 @@ def _ours(entry: Entry) -> Mapping[str, object]:
     source = {"run": run.name, "folder": str(run.folder), "commit": run.commit, "why": entry.why}
     source["images"] = entry.measured.digest
     replaces = {"replaces": " / ".join(f"{each.result.value!r} of {each.run.name}" for each in older)}
-    return _placed(entry.place) | dataclasses.asdict(entry.result) | origin | source | beside | replaces
+    result = dataclasses.asdict(entry.result)
+    listed = {name: "; ".join(result[name]) for name in ("deviations", "details")}
+    return result | listed | _placed(entry.place) | origin | source | beside | replaces
 
 
 def _placed(where: Place | None) -> dict[str, object]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from relloc.reports.entries import MARK_WORDS, Entry
 from relloc.reports.groups import CARD_GROUP, view_of
-from relloc.reports.notes import cell_note
+from relloc.reports.notes import cell_note, said
 from relloc.reports.places import BEST_LAYER
 from relloc.reports.published import Published
 from relloc.reports.table import Cell
@@ -58,7 +58,7 @@ def _key(entry: Entry, metric: str) -> tuple[object, ...]:
 
 def _details(entry: Entry, spread: Mapping[str, float]) -> str:
     row, run = entry.result, entry.measured.run
-    lines = [f"run {run.name} ({run.folder})", f"seed {row.seed}, commit {run.commit}", f"protocol: {row.protocol}"]
+    lines = [f"run {run.name} ({run.folder})", f"seed {row.seed}, commit {run.commit}", f"protocol: {said(row)}"]
     lines.append(f"{row.dataset} {row.split}, n = {row.n:,}, {row.layer}, {row.metric}")
     if entry.measured.digest:
         lines.append(f"images {entry.measured.digest}")

@@ -26,8 +26,7 @@ def group_of(result: Result, images: str = "") -> str:
 
 def view_of(result: Result) -> str:
     """How the images were seen, as the protocol has it (with the precision) before the batch norm; "" if it has not."""
-    before, found, _ = result.protocol.rpartition("; batch norm: ")
-    return before.rpartition("; ")[2].rpartition(", ")[0] if found else ""
+    return result.view
 
 
 def foreign_view(result: Result) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from relloc.reports.entries import Entry
+from relloc.results import Result
 
 _GAP = "…"
 
@@ -22,9 +23,15 @@ def line_note(entries: Sequence[Entry]) -> str:
         f"run {_listed(run.name for run in runs)}",
         f"seed {_listed(str(entry.result.seed) for entry in entries)}",
         f"commit {_listed(short_commit(run.commit) for run in runs)}",
-        shared_words([entry.result.protocol for entry in entries]),
+        shared_words([said(entry.result) for entry in entries]),
     ]
     return "; ".join([*words, *dict.fromkeys(entry.why for entry in entries if entry.why)])
+
+
+def said(row: Result) -> str:
+    """How a number was measured, in one sentence."""
+    facts = (row.protocol, row.choice, *row.details, *(f"deviation: {one}" for one in row.deviations))
+    return "; ".join(filter(None, (*facts, row.view, row.precision)))
 
 
 def _listed(names: Iterable[str]) -> str:

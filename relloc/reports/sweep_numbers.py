@@ -10,11 +10,11 @@ import pandas as pd
 from relloc.errors import DataError
 from relloc.reports.labels import short_names
 from relloc.reports.table import MISSING
-from relloc.results import LAYERS, NOT_OURS, Result, headlines, read_results
+from relloc.results import LAYERS, NOT_OURS, Result, read_results
 from relloc.sweeps.points import Point
 from relloc.tracking.record import RunRecord, Scalar
 
-WEIGHTS, TITLE, COLUMN = "weights", "title", "column"
+WEIGHTS, TITLE, COLUMN = "weights", "title", "across"
 Frame = Any  # a pandas DataFrame, whose types pyright can't follow
 _SEED = "seed"
 _RESULT = [field.name for field in dataclasses.fields(Result)]
@@ -96,7 +96,7 @@ def _shown(rows: Sequence[Result], sweep: str, metrics: str | None) -> set[Resul
             f"no point of sweep {sweep} has results yet: python -m relloc.sweep status tells how they stand"
         )
     if metrics is None:
-        return set(headlines(rows))
+        return {row for row in rows if row.headline}
     names = {row: dataclasses.replace(row, checkpoint="").tracked_name for row in rows}
     shown = {row for row, name in names.items() if fnmatch.fnmatchcase(name, metrics)}
     if not shown:

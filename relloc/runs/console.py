@@ -18,7 +18,7 @@ from rich.table import Table
 
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
-from relloc.results import HEADLINES, LAYERS, NOT_OURS, Result, count_of, headlines
+from relloc.results import LAYERS, NOT_OURS, Result
 from relloc.runs.command_line import as_word
 from relloc.terminal import escaped, tell_next
 
@@ -26,9 +26,7 @@ T = TypeVar("T")
 Update = Callable[[int, str], None]
 _LINE_EVERY_S = 30
 _LONG_S = 3
-_SAID = {"top1": "", "map": "", "rankme": "rankme"}  # what the table's head says of a metric
 _last_line: dict[str, float] = {}  # when there was one, of whatever
-_ORDER = {"linear": -2, "linear_fast": -1}
 
 _HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {"avgpool": "pool"}
 _LEGEND = "f1 to f5: feature1 to feature5, stages from the image on; pool: avgpool"
@@ -146,11 +144,10 @@ def show_results(rows: Sequence[Result]) -> None:
 def results_table(rows: Sequence[Result], width: int) -> Table:
     """One line an evaluation, weights and batch norm; layers across.
 
-    One number an evaluation: of the numbers of neighbors, or of images, only the one closest to 20
-    is shown; results.jsonl has all. Where `width` columns are few, long names go on in further lines,
-    and where they are fewer the three names stand below one another; numbers are never cut.
+    One number an evaluation, its headline; results.jsonl has all. Where `width` columns are few, long names go on in
+    further lines, and where they are fewer the three names stand below one another; numbers are never cut.
     """
-    lines = _by_line([row for row in headlines(rows) if row.eval != "pretext"])
+    lines = _by_line([row for row in rows if row.headline])
     shown = [layer for layer in LAYERS if any(layer in values for values in lines.values())]
     numbers = {
         names: [f"{values[one]:.1f}" if one in values else "" for one in shown] for names, values in lines.items()
@@ -158,7 +155,7 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
     for_numbers = _columns_of([[_HEADS[one] for one in shown], *numbers.values()])
     stacked = width < for_numbers + _columns_of([_NAMES, *numbers], at_most=_SHORTEST_NAME)
     table = Table(
-        title="on images never trained on, in percent (RankMe: directions)",
+        title="on images never trained on, in percent where no unit is named",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -188,9 +185,9 @@ def _by_line(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, flo
     runs = {Path(row.checkpoint).parent.name for row in rows if row.checkpoint not in NOT_OURS}
     lines: dict[tuple[str, str, str], dict[str, float]] = {}
     order = list(dict.fromkeys(row.eval for row in rows))
-    for row in sorted(rows, key=lambda row: (_ORDER.get(row.eval, 0), order.index(row.eval))):
+    for row in sorted(rows, key=lambda row: order.index(row.eval)):
         weights = row.checkpoint if row.checkpoint in NOT_OURS else _called(Path(row.checkpoint), len(runs) > 1)
-        what = f"{row.eval} {_SAID.get(row.metric, f'k={count_of(row)}')}".strip()
+        what = f"{row.eval} {row.metric}" + ("" if row.unit == "%" else f" ({row.unit})")
         names = (escaped(what), escaped(weights), row.batch_norm.replace("_", " "))
         lines.setdefault(names, {})[row.layer] = row.value
     return lines
@@ -204,13 +201,14 @@ def _called(weights: Path, several: bool) -> str:
 
 
 def say_measured(rows: Sequence[Result]) -> None:
-    """A line for each layer of what was just measured, its headline numbers."""
+    """A line for each layer of what was just measured: its headline, and what stands in its table beside it."""
     by_layer: dict[str, list[str]] = {}
     for row in rows:
-        if row.metric in HEADLINES or count_of(row) is not None:
+        if row.headline or (row.table and row.variant in ("", row.layer)):
             by_layer.setdefault(row.layer, []).append(f"{row.metric} {row.value:.1f}")
     for layer, numbers in by_layer.items():
-        say(f"        {rows[0].eval} {layer}, {rows[0].batch_norm.replace('_', ' ')}: {', '.join(numbers)}")
+        what = " ".join(filter(None, (rows[0].eval, layer)))
+        say(f"        {what}, {rows[0].batch_norm.replace('_', ' ')}: {', '.join(numbers)}")
 
 
 def pretext_line(row: Result) -> str:

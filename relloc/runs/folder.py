@@ -66,10 +66,10 @@ class RunFolder:
         self.status = "FINISHED"
         rows = [row for row in read_results(self.path) if marks is None or row.fingerprint in marks]
         for row in rows:
-            if row.eval == "pretext":
+            if row.kind == "pretext":
                 console.say(console.pretext_line(row))
-        if any(row.eval != "pretext" for row in rows):
-            console.show_results(rows)
+        if evaluated := [row for row in rows if row.kind != "pretext"]:
+            console.show_results(evaluated)
         if rows:
             self.keep(RESULTS_FILE)
 

@@ -31,7 +31,13 @@ def runs(tmp_path, monkeypatch) -> Path:
         run_dir,
         [
             Result(
-                eval=evaluation, layer=f"feature{stage}", metric=metric, value=value + stage, checkpoint=who, **names
+                eval=evaluation,
+                layer=f"feature{stage}",
+                metric=metric,
+                headline=True,
+                value=value + stage,
+                checkpoint=who,
+                **names,
             )
             for evaluation, metric in (("linear_fast", "top1"), ("knn", "top1_k20"))
             for who, value in (("random", 30.0), ("/x/backbone.safetensors", 60.0))
@@ -47,7 +53,7 @@ def runs(tmp_path, monkeypatch) -> Path:
         folder.mkdir()
         value = 40.0 + gap + jitter + seed
         row = {**names, "eval": "knn", "metric": "top1_k20", "checkpoint": "/x/backbone.safetensors", "seed": seed}
-        append_results(folder, [Result(layer="feature4", value=value, **row)])
+        append_results(folder, [Result(layer="feature4", value=value, headline=True, **row)])
         words = (f"grid.gap_px={gap}", f"grid.jitter_px={jitter}", f"seed={seed}")
         points.append(Point(kind="train", name=folder.name, overrides=words, identity=folder.name, folder=folder))
     sweep = Sweep(tmp_path / "sweeps" / "grid")

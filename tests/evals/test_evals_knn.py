@@ -147,16 +147,25 @@ def test_only_avgpool_is_the_published_protocol() -> None:
     layers = ("feature4", "avgpool")
     train, held_out = bank_of(BANK, LABELS, layers), bank_of(QUERIES, ANSWERS, layers)
     found = scores(evaluation(layers=layers), train, held_out)
-    protocols = {score.layer: score.protocol for score in found}
-    assert protocols["avgpool"] == "3.7 weighted kNN, T=0.07"
-    assert protocols["feature4"] == "3.7 weighted kNN, T=0.07; deviation: features of feature4 pooled as in 3.1"
+    assert {score.protocol for score in found} == {"3.7"}
+    assert {(score.layer, score.deviations) for score in found} == {
+        ("avgpool", ()),
+        ("feature4", ("features of feature4 pooled as in 3.1",)),
+    }
+    assert {score.variant for score in found} == set(layers)  # layers are lines of the same columns
+
+
+def test_the_headline_is_the_number_of_neighbors_closest_to_20_of_those_allowed() -> None:
+    assert [score.metric for score in scores(evaluation()) if score.headline] == ["top1_k20"]
+    small = bank_of(BANK[:7], LABELS[:7])
+    assert [score.metric for score in scores(evaluation(), small) if score.headline] == ["top1_k5"]
 
 
 def test_numbers_of_neighbors_beyond_the_bank_are_left_out() -> None:
     small = bank_of(BANK[:20], LABELS[:20])
     found = scores(evaluation(), small)
     assert [score.metric for score in found] == ["top1_k1", "top1_k5", "top1_k20"]
-    assert {score.protocol for score in found} == {"3.7 weighted kNN, T=0.07; k=100 left out, the bank has 20 images"}
+    assert {score.details for score in found} == {("T=0.07", "k=100 left out, the bank has 20 images")}
     with pytest.raises(UsageError, match=r"eval.knn.k \[50, 100\]: the bank has only 20 images"):
         scores(evaluation(k=(50, 100)), small)
 

@@ -42,8 +42,12 @@ def test_each_layer_has_both_measures_of_its_features() -> None:
     expected = [measure(rows) for rows in (ROWS, ROWS.square()) for measure in (rankme, alpha_req)]
     assert [score.value for score in found] == expected
     assert {score.n for score in found} == {60}
-    assert "pooled as in 3.1" in found[0].protocol
-    assert found[2].protocol == "RankMe, singular values of 60 images, evenly spaced over the split"
+    assert "features of feature4 pooled as in 3.1" in found[0].details
+    assert found[2].details == ("singular values of 60 images, evenly spaced over the split",)
+    assert [(score.unit, score.higher_is_better, score.headline) for score in found[:2]] == [
+        ("directions", None, True),
+        ("exponent", None, False),
+    ]
 
 
 def test_more_images_than_asked_for_are_taken_in_even_steps() -> None:
@@ -56,7 +60,7 @@ def test_a_layer_of_few_directions_has_no_alpha_and_says_so() -> None:
     flat = ROWS[:, :3].contiguous()
     found = scores(evaluation(("avgpool",)), bank_of(avgpool=flat))
     assert [score.metric for score in found] == ["rankme"]
-    assert "no alpha-ReQ: features of 60 images span 3 directions" in found[0].protocol
+    assert "no alpha-ReQ: features of 60 images span 3 directions" in " ".join(found[0].details)
 
 
 @pytest.mark.parametrize(("spoilt", "reason"), [(float("nan"), "1 of 720 features are not finite"), (None, "are zero")])

@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 
 from relloc.data.views import Center, RandomResized
 from relloc.errors import DataError
-from relloc.evals.linear import Linear, LinearFast, _best
+from relloc.evals.linear import _DIVERGED, Linear, LinearFast, _best
 from relloc.evals.training import count_hits, held_back
 from relloc.features.augment import JitterAndLighting
 from relloc.features.source import Bank, Batch, NullState, Sets
-from relloc.results import Score
+from relloc.results import CHOSEN, Score
 
 CPU = torch.device("cpu")
 DIMS = {"feature1": 12, "feature4": 8, "avgpool": 4}
@@ -154,11 +154,11 @@ def test_what_is_reported_on_does_not_choose() -> None:
     for held_out, value in ((CLEAR_HELD_OUT, 100.0), (WRONG, 0.0)):
         for score in scores(published(**GRID), CLEAR, held_out).values():
             assert score.value == value
-            assert "lr 0.1," in score.protocol
+            assert "lr 0.1" in score.details
         for score in scores(fast(learning_rates=(1e-9, 0.1)), CLEAR, held_out).values():
             assert score.value == value
-            assert "rate chosen among 2 on a held-back random tenth of train; fast:" in score.protocol
-            assert score.protocol.startswith("3.3 one head a stage, lr 0.1,")
+            assert score.choice == "rate chosen among 2 on a held-back random tenth of train"
+            assert score.details[:2] == ("one head a stage", "lr 0.1")
 
 
 def test_each_layer_gets_the_head_that_does_best_on_the_tenth_but_none_that_saw_it_or_diverged() -> None:
@@ -173,17 +173,17 @@ def test_each_layer_gets_the_head_that_does_best_on_the_tenth_but_none_that_saw_
 def test_a_diverged_published_head_is_said_so_and_the_others_are_chosen_from() -> None:
     found = scores(published(lr=1e30, **GRID), CLEAR, CLEAR_HELD_OUT)
     for layer in DIMS:
-        assert "diverged" in found[layer, "top1"].protocol
+        assert _DIVERGED in found[layer, "top1"].details
         assert found[layer, "top1_tuned"].value == 100
-        assert "diverged" not in found[layer, "top1_tuned"].protocol
+        assert _DIVERGED not in found[layer, "top1_tuned"].details
 
 
 def test_a_diverged_rate_of_the_fast_ones_is_said_so_and_not_chosen() -> None:
     for score in scores(fast(learning_rates=(1e30,)), CLEAR, CLEAR_HELD_OUT).values():
-        assert ", diverged: weights are not finite; fast: " in score.protocol
+        assert _DIVERGED in score.details
     for score in scores(fast(learning_rates=(1e30, 0.1)), CLEAR, CLEAR_HELD_OUT).values():
         assert score.value == 100
-        assert "diverged" not in score.protocol
+        assert _DIVERGED not in score.details
 
 
 def test_too_few_images_to_train_on_are_told_and_not_evaluated() -> None:
@@ -212,8 +212,11 @@ def test_the_best_epoch_on_val_is_a_row_beside_the_last() -> None:
     assert min(gains) >= 0
     assert max(gains) > 0
     found = of_seeds[0]
-    assert found["avgpool", "top1_best"].protocol.endswith("best epoch on val")
-    assert found["avgpool", "top1"].protocol.endswith("last epoch")
+    best, last = found["avgpool", "top1_best"], found["avgpool", "top1"]
+    assert best.choice == "best epoch on val, as published"
+    assert "last epoch" in last.details
+    assert "last epoch" not in best.details
+    assert (best.column, best.variant, last.column, last.variant) == ("avgpool", "", "avgpool", "last epoch")
 
 
 @pytest.mark.parametrize("one", [fast(learning_rates=(1e-9, 0.1)), published(**GRID)])
@@ -255,19 +258,17 @@ def test_the_seed_alone_decides_whatever_was_drawn_before() -> None:
 def test_protocols_name_constants_views_and_how_the_setting_was_chosen() -> None:
     linear = published(augment=AUGMENT, color=JitterAndLighting(), layers=("avgpool",), **GRID)
     found = scores(linear, CLEAR, CLEAR_HELD_OUT, augmented=CLEAR)
-    sgd = "lr 0.1, wd 0.0001, nesterov momentum 0.9, 8 epochs, x0.1 at 5, 7, batch 32"
-    views = f"trained on {AUGMENT}, {JitterAndLighting()}"
-    assert found["avgpool", "top1"].protocol == (
-        f"3.3 one head a stage, {sgd}, {views}, last epoch; deviation: a batch is all of the held-back tenth or all "
-        "of the rest, published ones are uniform"
-    )
-    assert found["avgpool", "top1_tuned"].protocol == (
-        f"3.3 one head a stage, {sgd}, {views}, last epoch, chosen among 4 on a held-back tenth of train in the "
-        "still view, not trained on, whose images enter batch norm"
-    )
-    assert scores(fast(), CLEAR, CLEAR_HELD_OUT)["avgpool", "top1"].protocol == (
-        f"3.3 one head a stage, {sgd}; fast: one fixed center view, features computed once"
-    )
+    sgd = ("lr 0.1", "weight decay 0.0001", "nesterov momentum 0.9", "8 epochs, x0.1 at 5, 7", "batch 32")
+    how = ("one head a stage", *sgd, f"trained on {AUGMENT}, {JitterAndLighting()}", "last epoch")
+    last, tuned = found["avgpool", "top1"], found["avgpool", "top1_tuned"]
+    assert (last.protocol, last.details, last.choice) == ("3.3", how, "")
+    assert [one.startswith("a batch is all of the held-back tenth") for one in last.deviations] == [True]
+    assert (tuned.protocol, tuned.details, tuned.deviations, tuned.variant) == ("3.3", how, (), CHOSEN)
+    assert "among 4 on a held-back tenth of train in the still view" in tuned.choice
+    assert "enter batch norm" in tuned.choice
+    first = scores(fast(), CLEAR, CLEAR_HELD_OUT)["avgpool", "top1"]
+    assert (first.protocol, first.details, first.choice) == ("3.3", ("one head a stage", *sgd), "")
+    assert first.deviations == ("one fixed center view, features computed once",)
 
 
 def test_nothing_to_report_on_is_said() -> None:

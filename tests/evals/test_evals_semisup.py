@@ -230,8 +230,13 @@ def test_of_several_settings_one_is_chosen_without_val_and_one_on_it(monkeypatch
     found = {score.metric: score for score in scores(run, splits=colors)}
     hits = {metric: round(score.value * 31 / 100) for metric, score in found.items()}
     assert hits == {"top1": 25, "top5": 30, "top1_tuned": 10, "top5_tuned": 20}
-    assert "lr 0.001, of the head x1 of 3 settings, chosen on 12 other training images" in found["top5_tuned"].protocol
-    assert "lr 0.01, of the head x1 of 3 settings, chosen on the images it is" in found["top1"].protocol
+    assert "lr 0.001, of the head x1, one of 3 settings" in found["top5_tuned"].details
+    assert found["top5_tuned"].choice == "chosen on 12 other training images"
+    assert "lr 0.01, of the head x1, one of 3 settings" in found["top1"].details
+    assert "on the images it is reported on" in found["top1"].choice
+    assert {score.metric for score in found.values() if score.variant} == {"top1_tuned", "top5_tuned"}
+    assert {score.column for score in found.values()} == {"20 % top-1", "20 % top-5"}
+    assert [score.metric for score in found.values() if score.headline] == ["top1"]
 
 
 def test_a_setting_that_diverged_comes_last_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +249,7 @@ def test_a_setting_that_diverged_comes_last_and_is_named(monkeypatch: pytest.Mon
     assert state.saved == 1 + 3 + 3 + 3  # not trained further once it had diverged; then one for each setting
     assert {metric: round(score.value * 31 / 100) for metric, score in found.items()} == {"top1": 10, "top1_tuned": 9}
     for score in found.values():
-        assert "; diverged and ranked last: lr 1e+30, of the head x1; " in score.protocol
+        assert "diverged and ranked last: lr 1e+30, of the head x1" in score.details
 
 
 def test_where_all_diverged_that_is_said_also_after_a_stop() -> None:
@@ -254,9 +259,9 @@ def test_where_all_diverged_that_is_said_also_after_a_stop() -> None:
         scores(run, stopped)
     for state in (Kept(), Kept(stopped.content)):
         (score,) = scores(run, state)
-        assert "; diverged: loss or weights are not finite; " in score.protocol
+        assert "diverged: loss or weights are not finite" in score.details
         assert state.content == {"outcomes": [{"finite": False, "tallies": [[11, 31, 31]]}]}
-    assert "diverged" not in scores(evaluation(epochs=1, milestone_epochs=[]))[0].protocol
+    assert "diverged" not in " ".join(scores(evaluation(epochs=1, milestone_epochs=[]))[0].details)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,26 +302,29 @@ def test_without_two_images_to_train_on_or_one_to_ask_about_nothing_is_reported(
 
 
 def test_the_protocol_names_images_and_constants() -> None:
-    protocol = scores(evaluation(epochs=1, milestone_epochs=[]))[0].protocol
+    score = scores(evaluation(epochs=1, milestone_epochs=[]))[0]
     chosen = stratified(SPLITS.train, 0.2, seed=1)
-    assert f"fine-tuned on 18 labeled images (0.2 of each class by seed 1, hash {chosen.list_hash()})" in protocol
-    assert "lr 0.05, of the head x10; momentum 0.9, weight decay 0.0005, 1 epochs, batch 5, batch norm tr" in protocol
-    assert "random resized crops of 32 px" in protocol
-    assert protocol.endswith(
-        "; deviation: the list is ours, not SimCLR's; deviation: 1 setting tried, published is the best of 9"
-    )
+    images, *constants, views = score.details
+    assert images == f"fine-tuned on 18 labeled images (0.2 of each class by seed 1, hash {chosen.list_hash()})"
+    assert constants == [
+        *("lr 0.05, of the head x10", "momentum 0.9", "weight decay 0.0005", "1 epochs", "batch 5"),
+        "batch norm trained",
+    ]
+    assert "random resized crops of 32 px" in views
+    assert score.choice == ""
+    assert score.deviations == ("the list is ours, not SimCLR's", "1 setting tried, published is the best of 9")
     run = evaluation(epochs=1, milestone_epochs=[], learning_rates=[0.1, 0.2, 0.3], head_multipliers=[1, 2, 3])
     assert "tried, published" not in " ".join(run._deviations())
-    assert "x0.2 at 1, 2, batch 5" in evaluation()._protocol(chosen, 1, [{"finite": True, "tallies": []}], 0, "")
+    assert "3 epochs, x0.2 at 1, 2" in evaluation()._details(chosen, 1, [{"finite": True, "tallies": []}], 0)
 
 
 def test_a_given_list_decides_and_is_part_of_what_the_evaluation_is(tmp_path: Path) -> None:
     path = tmp_path / "1percent.txt"
     path.write_text("".join(f"{index}.png\n" for index in range(12)))
     run = evaluation(list_file=str(path), epochs=1, milestone_epochs=[])
-    protocol = scores(run)[0].protocol
-    assert "fine-tuned on 12 labeled images (list 1percent.txt, hash " in protocol
-    assert "the list is ours" not in protocol
+    score = scores(run)[0]
+    assert score.details[0].startswith("fine-tuned on 12 labeled images (list 1percent.txt, hash ")
+    assert "the list is ours" not in " ".join(score.deviations)
     path.write_text("0.png\n1.png\n")
     assert repr(evaluation(list_file=str(path), epochs=1, milestone_epochs=[])) != repr(run)
     with pytest.raises(DataError, match="nowhere.txt can't be read"):

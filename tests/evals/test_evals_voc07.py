@@ -20,7 +20,7 @@ from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
 from relloc.evaluation.contract import Demanding, Job, Summarizing, check_images
 from relloc.features.source import Bank, Sets
-from relloc.results import Result, Score
+from relloc.results import CHOSEN, Result, Score
 
 CPU = torch.device("cpu")
 VIEW = Squash(short_px=256, side_px=224)
@@ -91,7 +91,9 @@ def test_svm_equals_the_published_pipeline(sets: Sets) -> None:
     assert found["map_cv"].value == pytest.approx(np.mean(validated), abs=1e-2)
     assert (found["map"].n, found["map_cv"].n) == (80, 120)
     assert (found["map"].on_train, found["map_cv"].on_train) == (False, True)
-    assert "deviation" not in found["map"].protocol
+    assert found["map"].deviations == ()
+    assert [score.metric for score in found.values() if score.headline] == ["map"]
+    assert found["map_cv"].table == ""  # a detail
 
 
 def test_low_shot_equals_the_published_pipeline(sets: Sets) -> None:
@@ -116,7 +118,8 @@ def test_low_shot_equals_the_published_pipeline(sets: Sets) -> None:
         expected = {"": by_draw.mean(), "_std": by_draw.std(), "_min": by_draw.min(), "_max": by_draw.max()}
         for suffix, value in (expected | {"_cv": values[:, chosen].mean()}).items():
             assert found[f"map_k{k}{suffix}"].value == pytest.approx(value, abs=1e-2)
-        assert f"cost {COSTS[chosen]:g} of 4 chosen on the training images not drawn" in found[f"map_k{k}_cv"].protocol
+        assert found[f"map_k{k}"].choice == f"cost {COSTS[best]:g} of 4 chosen on test as published"
+        assert found[f"map_k{k}_cv"].choice == f"cost {COSTS[chosen]:g} of 4 chosen on the training images not drawn"
         choices.append((best, chosen, circular))
     assert all(chosen != 0 for _, chosen, _ in choices)
     assert any(chosen != best for best, chosen, _ in choices)
@@ -130,13 +133,13 @@ def test_without_positive_images_beyond_the_drawn_no_cost_is_chosen_by_them_and_
     used_up = dataclasses.replace(sets, train=dataclasses.replace(sets.train, labels=labels))
     found = scores_of(low_shot(), used_up)
     assert "map_k1_cv" in found
-    assert "positive image" not in found["map_k1"].protocol
+    assert "positive image" not in " ".join(found["map_k1"].details)
     assert "map_k2_cv" not in found
-    assert "no cost chosen without the test set, as draws leave no positive image" in found["map_k2"].protocol
+    assert "no cost chosen without the test set, as draws leave no positive image" in found["map_k2"].details
     labels[10, 1] = 1
     found = scores_of(low_shot(), used_up)
-    assert "2 of 3 classes have no positive image left to choose a cost by" in found["map_k2_cv"].protocol
-    assert "left to choose" not in found["map_k1_cv"].protocol
+    assert "2 of 3 classes have no positive image left to choose a cost by" in found["map_k2_cv"].details
+    assert "left to choose" not in " ".join(found["map_k1_cv"].details)
 
 
 def test_draws_have_k_positives_and_19_k_negatives_and_change_with_the_seed(sets: Sets) -> None:
@@ -150,7 +153,7 @@ def test_draws_have_k_positives_and_19_k_negatives_and_change_with_the_seed(sets
             assert set(labels[rows[2:], c].tolist()) == {-1}  # difficult ones are neither
     assert torch.equal(draw(labels, (2,), 2, 2, 0), drawn[1:, :2])  # whatever else is drawn
     assert not torch.equal(draw(labels, (0, 2), 2, 5, 1), drawn)
-    other = [scores_of(low_shot(shots=(1,)), sets, seed)["map_k1"].protocol for seed in (0, 1)]
+    other = [scores_of(low_shot(shots=(1,)), sets, seed)["map_k1"].details for seed in (0, 1)]
     assert other[0] != other[1]  # the hash of the draws
 
 
@@ -167,7 +170,7 @@ def test_a_class_without_positives_is_left_out_and_said(sets: Sets) -> None:
     )
     for evaluation, metric in ((svm(), "map"), (low_shot(), "map_k2_cv")):
         found = scores_of(evaluation, lacking)[metric]
-        assert "deviation: without cat (no positive image to train on or to test on)" in found.protocol
+        assert found.deviations == ("without cat (no positive image to train on or to test on)",)
         if metric == "map":
             assert found.value == pytest.approx(scores_of(evaluation, without)[metric].value, abs=1e-6)
     nothing = dataclasses.replace(sets, train=dataclasses.replace(train, labels=torch.full_like(labels, -1)))
@@ -191,7 +194,7 @@ def test_fewer_positives_than_folds_are_validated_where_they_can_be(sets: Sets, 
 def test_more_shots_than_there_are_images_are_left_out_and_said(sets: Sets) -> None:
     found = scores_of(low_shot(shots=(1, 2, 64)), sets)
     assert {metric for metric in found if metric.endswith("_std")} == {"map_k1_std", "map_k2_std"}
-    assert "deviation: no k=64, for which a class has too few images" in found["map_k1"].protocol
+    assert found["map_k1"].deviations == ("no k=64, for which a class has too few images",)
     with pytest.raises(UsageError, match=r"shots=\[64\]: a class has only \d+ positive images and one \d+ negative"):
         scores_of(low_shot(shots=(64,)), sets)
 
@@ -350,7 +353,11 @@ def test_the_best_layer_is_chosen_on_test_as_published_and_by_cross_validation()
     assert isinstance(evaluation, Summarizing)
     by_test, by_validation = evaluation.summary(rows)
     assert (by_test.metric, by_test.layer, by_test.value) == ("map_best", "feature4", 52)
-    assert by_test.protocol.endswith("best of 2 layers, chosen on test as published")
+    assert by_test.choice == "best of 2 layers, chosen on test as published"
+    assert [(one.column, one.variant, one.headline) for one in (by_test, by_validation)] == [
+        ("best layer", "", False),
+        ("best layer", CHOSEN, False),
+    ]
     assert (by_validation.metric, by_validation.layer, by_validation.value) == ("map_best_cv", "feature2", 50)
     assert list(evaluation.summary([])) == []
     assert [row.metric for row in evaluation.summary(rows[::2])] == ["map_best"]  # nothing could be validated

@@ -100,6 +100,7 @@ def rows_of(
 class Peek:
     """An evaluation that looks at what it is given, and has a row a layer to show for it."""
 
+    kind: ClassVar[str] = "frozen"
     version: ClassVar[int] = 1
     labels: ClassVar = "class"
     keeps: ClassVar[bool] = False
@@ -132,8 +133,8 @@ def test_rows_carry_all_names(subject: EvaluatedModel, splits: Splits) -> None:
     for row in rows:
         assert (row.dataset, row.split, row.n, row.seed) == ("colors", "val", 18, 3)
         assert (row.checkpoint, row.model) == ("/runs/one/backbone.safetensors", "small")
-        assert row.protocol.startswith("3.3 one head a stage" if row.eval == "linear" else "3.7 weighted kNN")
-        assert row.protocol.endswith("; center view 96/96 px, float32; batch norm: statistics as trained")
+        assert row.protocol == ("3.3" if row.eval == "linear" else "3.7")
+        assert (row.kind, row.view, row.precision) == ("frozen", "center view 96/96 px", "float32")
     assert 100 / 3 < max(row.value for row in rows) <= 100
 
 
@@ -155,9 +156,9 @@ def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(subject: Evalu
     before = copy.deepcopy(subject.backbone.state_dict())
     rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"]))
     assert [row.batch_norm for row in rows] == ["as_trained"] * 4 + ["recalibrated"] * 4
-    told = "; batch norm: statistics re-estimated on 16 training images without labels"  # 20 hold two batches of 8
-    assert all(row.protocol.endswith(told) for row in rows[4:])
-    assert all(row.protocol.endswith("as trained") for row in rows[:4])
+    told = "batch-norm statistics re-estimated on 16 training images without labels"  # 20 hold two batches of 8
+    assert all(row.details[-1] == told for row in rows[4:])
+    assert not any("batch-norm statistics" in " ".join(row.details) for row in rows[:4])
     assert all(torch.equal(value, before[name]) for name, value in subject.backbone.state_dict().items())
     assert not subject.backbone.training
 
@@ -170,13 +171,13 @@ def test_recalibrated_numbers_come_from_recalibrated_features(subject: Evaluated
     asleep, awake = rows[:4], rows[4:]
     assert [row.value for row in asleep] == pytest.approx([100 / 3] * 4)  # every image looks the same
     assert max(row.value for row in awake) > 50
-    assert awake[0].protocol.endswith("re-estimated on 24 training images without labels")  # of 30, three batches
+    assert awake[0].details[-1].endswith("re-estimated on 24 training images without labels")  # of 30, three batches
     assert [row.metric for row in awake] == [row.metric for row in asleep]
 
 
 def test_few_images_recalibrate_in_one_batch(subject: EvaluatedModel, splits: Splits) -> None:
     rows = rows_of(subject, splits, terms(batch_norms=["recalibrated"], batch=100))
-    assert rows[0].protocol.endswith("re-estimated on 30 training images without labels")
+    assert rows[0].details[-1].endswith("re-estimated on 30 training images without labels")
 
 
 def test_what_is_done_is_left_out_and_nothing_is_read_for_it(subject: EvaluatedModel, splits: Splits) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from relloc.results import Result, append_results
+from relloc.results_before import convert
 from relloc.tracking import RunRecord
 
 NewRun = Callable[..., Path]
@@ -13,7 +14,10 @@ COMMIT = "6a6cf28a1b2c3d4e5f60718293a4b5c6d7e8f901"
 
 @pytest.fixture
 def result() -> NewResult:
-    """A result on the card's own images; n is the published number of images unless it is given."""
+    """A result as the evaluation of that name yields it, on the card's own images; `fields` replace its fields.
+
+    n is the published number of images unless it is given.
+    """
     images = {"voc2007": ("test", 4952), "in1k": ("val", 50_000), "places205": ("val", 20_500)}
 
     def new(
@@ -21,8 +25,11 @@ def result() -> NewResult:
     ) -> Result:
         split, n = images.get(dataset, ("val", 300))
         named = {"eval": name, "layer": layer, "metric": metric, "value": value, "checkpoint": checkpoint}
-        rest = {"split": split, "n": n, "seed": 0, "protocol": "3.9 as published", "model": "resnet50"}
-        return Result(dataset=dataset, **{**named, **rest, **fields})
+        rest = {"dataset": dataset, "split": split, "n": n, "seed": 0, "model": "resnet50"}
+        row = convert({**named, **rest, "protocol": "3.9 as published", "low": None, "high": None})
+        row |= {"headline": row.get("headline", metric in ("top1_k20", "map_k16"))}
+        row |= {name: tuple(row[name]) for name in ("deviations", "details")}
+        return Result(**{**row, **fields})
 
     return new
 

@@ -8,7 +8,7 @@ import pytest
 
 from relloc.reports.as_csv import as_csv
 from relloc.reports.entries import make_entries
-from relloc.reports.groups import CARD_GROUP, foreign_view, view_of
+from relloc.reports.groups import CARD_GROUP, foreign_view
 from relloc.reports.make import make_report
 from relloc.reports.measured import Measured, Run
 from relloc.reports.missing import is_cell_of_card
@@ -26,10 +26,6 @@ def of_run(
     where = {"folder": Path("/data/runs") / folder, "name": name or folder}
     run = Run(**where, commit="6a6cf28a1b2c", started_ms=at, digests=digests)
     return [Measured(result=row, run=run) for row in rows]
-
-
-def seen(view: str) -> str:
-    return f"3.3 five heads; deviation: x, y; {view}, float32; batch norm: statistics as trained"
 
 
 def shown(report: Report) -> dict[tuple[str, str], list[str]]:
@@ -138,7 +134,7 @@ def test_images_that_no_run_recorded_are_told_only_where_others_differ(result: R
 
 def test_elsewhere_each_view_has_tables_of_its_own(result: Rows) -> None:
     rows = [
-        result("linear", layer, "top1", value, dataset="folder", protocol=seen(view), fingerprint=view)
+        result("linear", layer, "top1", value, dataset="folder", view=view, fingerprint=view)
         for layer, value, view in (("feature4", 1.0, PUBLISHED), ("feature4", 2.0, SMALL), ("feature5", 3.0, SMALL))
     ]
     assert shown(make_report(of_run("a", *rows))) == {
@@ -149,7 +145,7 @@ def test_elsewhere_each_view_has_tables_of_its_own(result: Rows) -> None:
 
 def test_on_the_card_another_view_is_a_line_that_says_so_and_fills_no_cell(result: Rows) -> None:
     rows = [
-        result("linear_in1k", "feature4", "top1", value, protocol=seen(view), fingerprint=view)
+        result("linear_in1k", "feature4", "top1", value, view=view, fingerprint=view)
         for value, view in ((9.0, PUBLISHED), (8.0, SMALL))
     ]
     both = shown(make_report(of_run("a", *rows)))
@@ -170,11 +166,10 @@ def test_on_the_card_another_view_is_a_line_that_says_so_and_fills_no_cell(resul
         ("knn", "folder", SMALL, ""),
     ],
 )
-def test_views_are_read_from_the_protocol(result: Rows, name: str, dataset: str, view: str, foreign: str) -> None:
-    best = seen(view) + "; best of 5 layers, chosen on test as published"
-    row = result(name, "avgpool", "map_best", 9.0, dataset=dataset, protocol=best)
-    assert (view_of(row), foreign_view(row)) == (view, foreign)
-    assert view_of(result(name, "avgpool", "map_best", 9.0, protocol="1.1 center crop; interval: t")) == ""
+def test_the_view_of_a_number_on_the_card_may_be_another_than_the_published(
+    result: Rows, name: str, dataset: str, view: str, foreign: str
+) -> None:
+    assert foreign_view(result(name, "avgpool", "map_best", 9.0, dataset=dataset, view=view)) == foreign
 
 
 def test_low_shot_is_at_the_best_layer_of_its_own_run_where_runs_stand_apart(result: Rows) -> None:
@@ -193,14 +188,21 @@ def test_low_shot_is_at_the_best_layer_of_its_own_run_where_runs_stand_apart(res
 def test_on_other_images_a_line_has_one_note_and_its_cells_keep_the_details(result: Rows) -> None:
     shots = [
         result(
-            "voc07_low_shot", "feature4", f"map_k{k}", 9.0, dataset="toy", protocol=f"3.2 draws {k}a; cost {k} of 19"
+            "voc07_low_shot",
+            "feature4",
+            f"map_k{k}",
+            9.0,
+            dataset="toy",
+            protocol="3.2",
+            choice=f"cost {k} of 19",
+            details=(),
         )
         for k in (1, 2, 4)
     ]
     report = make_report([*of_run("a", shots[0]), *of_run("b", *shots[1:])])
     table = report.groups[1].tables[0]
     (note,) = table.notes
-    assert note.startswith("run a and b; seed 0; commit 6a6cf28a1b; 3.2 draws …; cost … of 19; low-shot at feature4")
+    assert note.startswith("run a and b; seed 0; commit 6a6cf28a1b; 3.2; cost … of 19; low-shot at feature4")
     assert [cell.details.splitlines()[2] for cell in table.rows[0].cells if cell] == [
-        f"protocol: {row.protocol}" for row in shots
+        f"protocol: 3.2; {row.choice}" for row in shots
     ]

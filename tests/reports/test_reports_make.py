@@ -161,7 +161,7 @@ def test_details_name_run_seed_commit_protocol_interval_draws_and_what_was_repla
     assert cell.details.splitlines() == [
         "run a (/data/runs/a)",
         "seed 0, commit 6a6cf28a1b2c3d4e5f60",
-        "protocol: 3.9 as published",
+        "protocol: 3.9; as published",
         "voc2007 test, n = 4,952, feature4, map_k1",
         "95 % interval 8.00 to 10.00",
         "over draws: std 0.50, min 8.40",

@@ -17,6 +17,7 @@ def row(evaluation: str, layer: str, weights: str, batch_norm: str = "as_trained
         split="val",
         layer=layer,
         metric=metric,
+        headline=True,
         value=value,
         n=10,
         seed=0,
@@ -67,7 +68,7 @@ def test_no_number_or_name_is_cut(shown, width: int, run: str) -> None:
 
 def test_a_usual_table_fits_80_columns_with_whole_names(shown) -> None:
     text = shown(80, rows("/runs/run/backbone.safetensors", "random"))
-    for name in ("linear_places", "pretrained", "recalibrated", "as trained", "knn k=20"):
+    for name in ("linear_places", "pretrained", "recalibrated", "as trained", "knn top1_k20"):
         assert name in text
     assert max(map(len, text.splitlines())) <= 80
 

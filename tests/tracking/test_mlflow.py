@@ -229,7 +229,7 @@ def test_results_give_a_value_a_layer_and_a_curve_over_the_layers(uri: str, new_
     run_dir = new_run()
     append_results(run_dir, rows())
     append_results(run_dir, rows(checkpoint="random", scale=1.0))
-    append_results(run_dir, [dataclasses.replace(LINEAR, eval="pretext", value=55.5)])
+    append_results(run_dir, [dataclasses.replace(LINEAR, eval="pretext", layer="", value=55.5)])
     sync(run_dir, uri)
     stored = points(run_dir, uri) - JOURNAL_POINTS
     expected = [
