@@ -8,8 +8,9 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
+from io import BufferedRandom
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from relloc.errors import DamagedFile
 
@@ -29,15 +30,15 @@ def remove_unfinished(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def remove_all_unfinished(folder: Path, *, but: str) -> None:
-    """Remove what processes that were killed began to write in a folder, but for the file named `but`."""
+def remove_all_unfinished(folder: Path, *, but: str = "") -> None:
+    """Remove what processes that were killed began to write in a folder, but for a file named `but`."""
     for left in folder.glob(".*.unfinished"):
         if not left.name.startswith(f".{but}."):
             left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
+def writing(path: Path) -> Iterator[BufferedRandom]:
     """A file that takes the place of what was there once the block ends, whole and on the disk; else nothing changes.
 
     Raises `OSError`.

@@ -11,7 +11,8 @@ import torchvision
 from safetensors.torch import load_file
 
 from relloc.checkpoints import layouts, weight_files
-from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, fill, save_backbone
+from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, save_backbone
+from relloc.checkpoints.fitting import fill
 from relloc.export import main
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone

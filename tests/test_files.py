@@ -172,3 +172,19 @@ def test_a_disk_that_is_really_full_keeps_whole_lines(tmp_path: Path) -> None:
     command = [*mounted, str(tmp_path), sys.executable, "-c", FULL, str(tmp_path), "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail() -> None:
+        with files.writing(tmp_path / "a") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with files.writing(tmp_path / "a") as file:
+        file.write(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

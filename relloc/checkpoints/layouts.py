@@ -7,12 +7,13 @@ Ours are torchvision's, which mmselfsup, OpenSelfSup, timm and VISSL share below
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from relloc.checkpoints.fitting import check_fits, first_of
+from relloc.checkpoints.weight_files import leaves
 from relloc.errors import CheckpointError
 from relloc.pickles.inert import LeftOut
 
@@ -63,7 +64,6 @@ _FROM_CHILDREN = (
 _RULES = {"layer1": (), "res2": _FROM_DETECTRON2, "4": _FROM_CHILDREN}
 # What torch.compile, FSDP and activation checkpointing put into names, also between a stage and its blocks
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_LONGEST_SHOWN = 100
 _OTHERS = "others outside the backbone"
 
 
@@ -113,25 +113,19 @@ class Found:
             CheckpointError: tensors that are missing, unknown or of another shape, with their names.
                 Unknown are only those below the backbone's own prefix.
         """
-        missing = [name for name in wanted if name not in self.weights and not name.endswith("num_batches_tracked")]
-        unknown = [name for name in self.weights if name not in wanted]
-        both = [(name, tensor.shape, wanted[name].shape) for name, tensor in self.weights.items() if name in wanted]
-        misfits = [f"{name} {list(has)} for {list(wants)}" for name, has, wants in both if has != wants]
-        kinds = {"missing": missing, "unknown": unknown, "of another shape": misfits}
-        told = [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names]
-        if told:
-            raise CheckpointError(
-                f"{self.origin} ({self.layout}) does not fit this backbone: {'; '.join(told)}. Known layouts are "
-                f"{KNOWN}. Give the model it was trained with; what lies outside a checkpoint_prefix is left out"
-            )
+        advice = (
+            f"Known layouts are {KNOWN}. Give the model it was trained with; what lies outside a checkpoint_prefix is "
+            "left out"
+        )
+        check_fits(wanted, self.weights, f"{self.origin} ({self.layout})", advice)
         return dict(self.weights)
 
     def __str__(self) -> str:
         told = [f"{count} of {what}" for what, count in self.left_out.items() if what != _OTHERS]
         if self.others:
-            told.append(f"{len(self.others)} of {_OTHERS} ({_first(self.others)})")
+            told.append(f"{len(self.others)} of {_OTHERS} ({first_of(self.others)})")
         if self.objects:
-            told.append(f"objects, which are never made ({_first(self.objects)})")
+            told.append(f"objects, which are never made ({first_of(self.objects)})")
         return f"{self.layout}, {len(self.weights)} tensors; left out: {', '.join(told) or 'none'}"
 
 
@@ -145,10 +139,11 @@ def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) 
     Raises:
         CheckpointError: no ResNet, several, or none with this prefix.
     """
-    tensors = _unwrapped(dict(_flat(content)))
+    values = list(leaves(content))
+    tensors = _unwrapped({name: value for name, value in values if isinstance(value, Tensor)})
     if not tensors:
-        raise CheckpointError(f"{origin} holds no tensors (at its top: {_first(list(content)) or 'nothing'})")
-    objects = list(dict.fromkeys(_objects(content)))
+        raise CheckpointError(f"{origin} holds no tensors (at its top: {first_of(list(content)) or 'nothing'})")
+    objects = list(dict.fromkeys(value.name for _, value in values if isinstance(value, LeftOut)))
     stages = {match["prefix"]: match["stage"] for match in map(_STAGE_1.fullmatch, tensors) if match}
     place = _choose(list(stages), prefix, origin, list(tensors), objects)
     rules = _RULES[stages[place]]
@@ -170,37 +165,18 @@ def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_renamed(name, _TO_DETECTRON2): tensor for name, tensor in weights.items()}
 
 
-def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(content, torch.Tensor):
-        yield name.removesuffix("."), content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _flat(value, f"{name}{key}.")
-    elif isinstance(content, list | tuple):
-        yield from _flat(dict(enumerate(content)), name)
-
-
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """By the names that they have without torch's wrappers, unless two would have the same."""
     found = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     return found if len(found) == len(tensors) else tensors
 
 
-def _objects(content: Any) -> Iterator[str]:
-    """The classes of all that was not read."""
-    if isinstance(content, LeftOut):
-        yield content.name
-    elif isinstance(content, Mapping | list | tuple):
-        for value in content.values() if isinstance(content, Mapping) else content:
-            yield from _objects(value)
-
-
 def _choose(places: list[str], prefix: str | None, origin: str, names: Sequence[str], objects: Sequence[str]) -> str:
     if not places:
-        unread = f" Objects of {_first(objects)} are not read, as that would run code:" if objects else ""
+        unread = f" Objects of {first_of(objects)} are not read, as that would run code:" if objects else ""
         unread += " save the model's state_dict() instead of an object." if objects else ""
         raise CheckpointError(
-            f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {_first(names)}.{unread} "
+            f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {first_of(names)}.{unread} "
             f"Known layouts are {KNOWN}"
         )
     named = places if prefix is None else _matching(places, _WRAPPERS.sub("", f"{prefix}.").strip("."))
@@ -249,8 +225,3 @@ def _layout(content: Mapping[str, Any], place: str, stage: str) -> str:
     if place == "state_dict." and set(content) <= {"state_dict", "author", "meta"}:
         return "mmselfsup 0.x or OpenSelfSup, as published"
     return f"torchvision's names below {place.rstrip('.')}" if place else "torchvision or timm"
-
-
-def _first(names: Sequence[str], count: int = 3) -> str:
-    shown = [name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…" for name in names[:count]]
-    return ", ".join(shown) + (", …" if len(names) > count else "")

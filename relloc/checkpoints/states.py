@@ -1,42 +1,19 @@
 """Checkpoints of trainings and evaluations, saved atomically: a file is there whole, or the one before still is."""
 
-import contextlib
-import hashlib
-import io
+import errno
 import os
 import pickle
-import re
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from relloc import files
+from relloc.checkpoints.hashed_files import BROKEN, check_hash, damaged, hash_file, not_read, writing_hashed
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
 _KEPT = 2
-# What torch.load raises for damaged files
-UNREADABLE = (
-    *(OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError),
-    *(OverflowError, MemoryError, AssertionError, struct.error),
-)
-
-
-def write_checkpoint(path: Path, content: bytes | memoryview) -> None:
-    """As `write_whole`, with advice. Raises `CheckpointError`: no space or no permission."""
-    try:
-        files.write_whole(path, content)
-    except OSError as error:
-        raise _not_written(path, error) from error
-
-
-def _not_written(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path} could not be written ({error.strerror}). What was saved before is untouched; "
-        "free some space and start the same command with the same hydra.run.dir to go on"
-    )
 
 
 def training_folder(run_dir: Path) -> Path:
@@ -52,14 +29,13 @@ def save_training(run_dir: Path, state: Mapping[str, Any], step: int, milestone:
     Raises:
         CheckpointError: no space or no permission; earlier checkpoints stay.
     """
-    content = _serialized({**state, "step": step})
+    state = {**state, "step": step}
     if milestone:
-        write_hashed(training_folder(run_dir) / f"{milestone}.pt", content)
+        save_state(training_folder(run_dir) / f"{milestone}.pt", state)
     path = training_folder(run_dir) / f"step_{step:09d}.pt"
-    write_hashed(path, content)
+    save_state(path, state)
     for old in saved_trainings(run_dir)[:-_KEPT]:
-        old.unlink(missing_ok=True)
-        hash_file(old).unlink(missing_ok=True)
+        delete_state(old)
     return path
 
 
@@ -71,17 +47,8 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: no space or no permission; what was at `path` stays.
     """
-    unfinished = files.unfinished(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest = _stream(unfinished, state)
-        # The hash last: a process that is killed while it saves leaves the old file with the old hash.
-        files.write_whole(hash_file(path), _hash_line(path, digest))
-        _replace_hashed(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise _not_written(path, error) from error
+    with writing_hashed(path) as file:
+        torch.save(dict(state), file)  # pyright: ignore[reportArgumentType] - it asks for write and flush alone
 
 
 def delete_state(path: Path) -> None:
@@ -89,77 +56,6 @@ def delete_state(path: Path) -> None:
     for file in (path, hash_file(path)):
         file.unlink(missing_ok=True)
     files.remove_unfinished(path)
-
-
-def _stream(path: Path, state: Mapping[str, Any]) -> str:
-    """Write a state to a file and to the disk; its SHA-256."""
-    with open(path, "wb") as file:
-        hashed = _Hashed(file)
-        torch.save(dict(state), hashed)  # pyright: ignore[reportArgumentType] - it asks for write and flush alone
-        if hashed.error:
-            raise hashed.error
-        os.fsync(file.fileno())
-    return hashed.sha256.hexdigest()
-
-
-class _Hashed:
-    """A file for torch.save, hashed as it is written.
-
-    The first error is kept, and nothing is written after it: torch would make a RuntimeError without
-    a reason of it, after trying to write the end of the file all the same.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.sha256 = hashlib.sha256()
-        self.error: OSError | None = None
-        self._file = file
-
-    def write(self, content: bytes | memoryview) -> int:
-        if not self.error:
-            try:
-                self._file.write(content)
-                self.sha256.update(content)
-            except OSError as error:
-                self.error = error
-        return len(content)
-
-    def flush(self) -> None:
-        if not self.error:
-            self._file.flush()
-
-
-def _replace_hashed(unfinished: Path, path: Path) -> None:
-    try:
-        os.replace(unfinished, path)
-    except OSError:
-        hash_file(path).unlink(missing_ok=True)  # it is not that of the file which stays
-        raise
-
-
-def _serialized(state: Mapping[str, Any]) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return buffer.getbuffer()
-
-
-def hash_file(path: Path) -> Path:
-    """Where the SHA-256 of a file is noted, as `sha256sum --check` reads it."""
-    return path.with_name(path.name + ".sha256")
-
-
-def _hash_line(path: Path, digest: str) -> bytes:
-    return f"{digest}  {path.name}\n".encode()
-
-
-def write_hashed(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole, with its SHA-256 beside it. Raises `CheckpointError`: no space or no permission."""
-    # The hash first: a checkpoint without one is never left behind, an old one's is not yet wanted.
-    write_checkpoint(hash_file(path), _hash_line(path, hashlib.sha256(content).hexdigest()))
-    try:
-        write_checkpoint(path, content)
-    except CheckpointError:
-        hash_file(path).unlink(missing_ok=True)
-        raise
 
 
 def saved_trainings(run_dir: Path) -> list[Path]:
@@ -173,13 +69,14 @@ def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     Raises:
         CheckpointError: there were checkpoints, and all are damaged; or one can't be read at present.
     """
-    for unfinished in training_folder(run_dir).glob(".*.unfinished"):
-        unfinished.unlink(missing_ok=True)  # of a process that was killed while it saved
+    files.remove_all_unfinished(training_folder(run_dir))
     for path in reversed(saved_trainings(run_dir)):
         try:
             load_training(path)
         except DamagedCheckpoint as error:
-            _set_aside(path)
+            for file in (path, hash_file(path)):
+                if file.exists():
+                    os.replace(file, file.with_name(f"{file.name}.damaged"))
             warn(f"{error}. It is set aside as {path.name}.damaged")
         else:
             return path
@@ -191,12 +88,6 @@ def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _set_aside(path: Path) -> None:
-    os.replace(path, path.with_name(path.name + ".damaged"))
-    if hash_file(path).exists():
-        os.replace(hash_file(path), hash_file(path).with_name(hash_file(path).name + ".damaged"))
-
-
 def load_training(path: Path) -> dict[str, Any]:
     """The state that `save_training` saved, on the CPU.
 
@@ -204,112 +95,45 @@ def load_training(path: Path) -> dict[str, Any]:
         DamagedCheckpoint: no checkpoint, or not as it was saved.
         CheckpointError: it is missing, or can't be read at present.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _not_read(path, error) from error
-    _check_hash(path, hashlib.sha256(content).hexdigest())
-    state = _parsed(path, lambda: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    state = _load(path, mapped=False)
     if "step" not in state:
         raise DamagedCheckpoint(f"{damaged(path)}: it names no step")
     return state
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` saved, on the CPU: its tensors stay in the file until they are read.
+    """What `save_state` saved, on the CPU: its tensors stay in the file until they are read. Raises as `load_training`.
 
-    Raises:
-        DamagedCheckpoint: not as it was saved.
-        CheckpointError: it is missing, or can't be read at present.
+    A file without a hash is read whole, as it may be cut off.
     """
-    hashed = _check_hash(path, _digest(path))
-    return _parsed(path, lambda: _loaded(path, hashed))
+    return _load(path, mapped=True)
 
 
-def _loaded(path: Path, hashed: bool) -> Any:
+def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
+    is_as_saved = check_hash(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=hashed)
-    except (OSError, RuntimeError) as error:
-        if not hashed:
-            raise
-        if isinstance(error, OSError):
-            raise _not_read(path, error) from error
-        return _loaded(path, hashed=False)  # it is as it was saved: the file system can't map files
-
-
-def _parsed(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
+        with path.open("rb"):  # torch's errors do not tell whether a file can't be read or is no checkpoint
+            pass
+    except OSError as error:
+        raise not_read(path, error) from error
     try:
-        state = load()
+        state = _read(path, mapped=mapped and is_as_saved)
     except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
         raise DamagedCheckpoint(f"{damaged(path)}: it holds more than tensors and plain values") from error
-    except CheckpointError:  # a ValueError, too
-        raise
-    except UNREADABLE as error:
+    except BROKEN as error:
+        # Reading at a place that a damaged file names is an invalid argument; other errors are the system's.
+        if isinstance(error, OSError) and (is_as_saved or error.errno != errno.EINVAL):
+            raise not_read(path, error) from error
         raise DamagedCheckpoint(f"{damaged(path)}: {error}") from error
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{damaged(path)}: it holds no named values")
     return state
 
 
-def damaged(path: Path) -> str:
-    """How a message about a file that is not as it was saved begins."""
-    return f"{path} is damaged or no checkpoint of relloc"
-
-
-def _not_read(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} can't be read ({error.strerror}); nothing was changed")
-
-
-def note_hash(path: Path) -> None:
-    """Note the SHA-256 of a file that has none. Raises `CheckpointError`: it can't be read, or the hash not written."""
-    write_checkpoint(hash_file(path), _hash_line(path, _digest(path)))
-
-
-def check_hash(path: Path) -> bool:
-    """Whether there is a noted hash; files of older versions of relloc, of others, and copies, may have none.
-
-    Raises:
-        DamagedCheckpoint: the file is another than the one of which the hash was noted.
-        CheckpointError: it can't be read at present.
-    """
-    return bool(_noted(path)) and _check_hash(path, _digest(path))
-
-
-def _noted(path: Path) -> list[str]:
-    """The hashes in the note beside a file, which others write in other words; none where there is no note."""
-    note = hash_file(path)
-    _refuse_pipe(note)
+def _read(path: Path, *, mapped: bool) -> Any:
     try:
-        return re.findall(r"\b[0-9a-f]{64}\b", note.read_text(encoding="ascii", errors="replace").lower())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise _not_read(note, error) from error
-
-
-def _refuse_pipe(path: Path) -> None:
-    """Raises `CheckpointError` where a path is there and no file: to open a pipe would wait for ever."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is no file: move it away")
-
-
-def _digest(path: Path) -> str:
-    _refuse_pipe(path)
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _not_read(path, error) from error
-
-
-def _check_hash(path: Path, digest: str) -> bool:
-    """Whether there is a noted hash. Raises `DamagedCheckpoint` if it is not `digest`."""
-    note = hash_file(path)
-    if not note.exists():
-        return False
-    if digest not in _noted(path):
-        raise DamagedCheckpoint(
-            f"{damaged(path)}: its SHA-256 is not the one noted in {note.name} (if you replaced it yourself, delete "
-            "that note)"
-        )
-    return True
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except RuntimeError:
+        if not mapped:
+            raise
+        return _read(path, mapped=False)  # it is as it was saved: the file system can't map files

@@ -1,20 +1,17 @@
 """Reading files of weights, of any project, without running what may be in them."""
 
 import errno
-import lzma
-import pickle
 import stat
 import struct
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from relloc.checkpoints.hashed_files import BROKEN
 from relloc.errors import CheckpointError, DamagedCheckpoint
 from relloc.pickles import torch_files
 from relloc.pickles.inert import MOST_OPERATIONS, LeftOut, Named, Pending, TooLarge
@@ -33,12 +30,6 @@ _OTHERS = {
     b"\xfd7zXZ": "compressed by xz: unpack it",
     b"BZh": "compressed by bzip2: unpack it",
 }
-# What the readers raise for damaged files. A content that needs more memory than there is, is none of ours, too.
-BROKEN = (
-    *(OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
-    *(MemoryError, NotImplementedError, AssertionError, ImportError, BufferError, struct.error, zlib.error),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, lzma.LZMAError, SafetensorError),
-)
 _DEEPEST = 100  # nested containers
 
 
@@ -60,9 +51,9 @@ def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
         raise _only_objects(file, content)
     if not isinstance(content, Mapping):
         raise DamagedCheckpoint(f"{file} holds a {type(content).__name__}, not weights by their names")
-    found = None if _any(content, Tensor) is not None else _main_object(content)
-    if isinstance(found, LeftOut):
-        raise _only_objects(file, found)
+    has_tensors = any(isinstance(value, Tensor) for _, value in leaves(content))
+    if not has_tensors and (model := _main_object(content)):
+        raise _only_objects(file, model)
     return dict(content)
 
 
@@ -183,21 +174,22 @@ def _text(key: Any) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _any(content: Any, kind: type) -> Any:
-    """The first value of this type in nested containers; None where there is none."""
-    if isinstance(content, kind):
-        return content
-    inner = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
-    found = (_any(value, kind) for value in inner)
-    return next((value for value in found if value is not None), None)
+def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All values in nested containers, by dotted names."""
+    if isinstance(content, list | tuple):
+        content = dict(enumerate(content))
+    if not isinstance(content, Mapping):
+        yield name.removesuffix("."), content
+        return
+    for key, value in content.items():
+        yield from leaves(value, f"{name}{key}.")
 
 
-def _main_object(content: Mapping[str, Any]) -> Any:
+def _main_object(content: Mapping[str, Any]) -> LeftOut | None:
     """What was left out of a file without tensors: the model, if it is there by a usual name."""
-    for name in ("model", "state_dict", "net", "module", "ema"):
-        if isinstance(content.get(name), LeftOut):
-            return content[name]
-    return _any(content, LeftOut)
+    left_out = [value for _, value in leaves(content) if isinstance(value, LeftOut)]
+    usual = [content[name] for name in ("model", "state_dict", "net", "module", "ema") if name in content]
+    return next((value for value in (*usual, *left_out) if isinstance(value, LeftOut)), None)
 
 
 def _only_objects(file: Path, what: LeftOut) -> DamagedCheckpoint:

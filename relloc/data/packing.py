@@ -52,12 +52,11 @@ from relloc.data.parts import (
     save_part,
     sha256,
     spans,
-    write,
-    written,
 )
 from relloc.data.processes import Progress, Tick, work_through
 from relloc.data.shards import decoded, shards
 from relloc.errors import DataError, UnreadableImage
+from relloc.files import write_whole, writing
 from relloc.geometry import ShortSide
 
 CHECK_FILE = "check.json"
@@ -183,7 +182,7 @@ def _begin(out: Path, wanted: dict[str, Any]) -> None:
     if out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
         raise DataError(f"out={out} holds files that relloc.prepare did not write: give a new or an empty folder")
     settings.parent.mkdir(parents=True, exist_ok=True)
-    write(settings, as_json(wanted))
+    write_whole(settings, as_json(wanted))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -215,7 +214,7 @@ def _is_packed(out: Path, span: Span) -> bool:
 
 def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:
     path = out / shard_name(span.split, span.number)
-    with written(path) as file:
+    with writing(path) as file:
         records, unreadable = _write_tar(file, images_of(data, span.role), packing, span, tick)
         size = file.tell()
         file.seek(0)
@@ -289,8 +288,8 @@ def _finish(
         about = _write_index(data, out, role, [span for span in parts if span.role == role])
         hashes = found.train.sha256 if role == "train" else found.held_out.sha256
         manifest[role] = about | {"originals_sha256": hashes}
-    write(out / CHECK_FILE, as_json(found.as_json()))
-    write(out / MANIFEST, as_json(manifest))
+    write_whole(out / CHECK_FILE, as_json(found.as_json()))
+    write_whole(out / MANIFEST, as_json(manifest))
     shutil.rmtree(out / UNFINISHED)
     return found
 
@@ -311,7 +310,7 @@ def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict
         index["presence"] = np.asarray(shown, dtype=np.int8)
     index_files = {names_name(images.split): b"".join(lines), index_name(images.split): save(index)}
     for name, content in index_files.items():
-        write(out / name, content)
+        write_whole(out / name, content)
     counts = np.bincount(records["how"], minlength=len(_HOW))
     tars = [about_part(out / UNFINISHED, span) or {} for span in parts]
     return {

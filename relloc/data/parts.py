@@ -4,13 +4,10 @@ A part is a range of images that one process goes through. It is a file of recor
 and a JSON file, written after it: a part is finished where that is there.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,6 +16,7 @@ import numpy as np
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.images import ImageFile, read_file
 from relloc.errors import DataError
+from relloc.files import write_whole, writing
 
 Role = Literal["train", "held_out"]
 ROLES: tuple[Role, ...] = ("train", "held_out")
@@ -104,27 +102,6 @@ def sha256(content: bytes) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(content).digest(), dtype=np.uint8)
 
 
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[io.BufferedRandom]:
-    """A file that has its name when it is whole and safe on the disk; on an error nothing of it is left."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with open(unfinished, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a whole file at once; the one before stays until then."""
-    with written(path) as file:
-        file.write(content)
-
-
 def as_json(content: Any) -> bytes:
     """JSON that is the same bytes for the same content, and holds any file name."""
     return (json.dumps(content, indent=1) + "\n").encode("ascii")
@@ -132,9 +109,9 @@ def as_json(content: Any) -> bytes:
 
 def save_part(folder: Path, span: Span, records: np.ndarray, about: dict[str, Any]) -> None:
     """Keep a part: its records, and what else is to be said of it."""
-    with written(folder / f"{span.stem}.npy") as file:
+    with writing(folder / f"{span.stem}.npy") as file:
         np.save(file, records, allow_pickle=False)
-    write(folder / f"{span.stem}.json", as_json(about))
+    write_whole(folder / f"{span.stem}.json", as_json(about))
 
 
 def about_part(folder: Path, span: Span) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import relloc.models
-from relloc.checkpoints.backbone_files import check_fits
+from relloc.checkpoints.fitting import check_fits
 from relloc.errors import CheckpointError
 from relloc.models.backbone import Backbone
 

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from relloc import checks, ranks
-from relloc.checkpoints import backbone_files, states
+from relloc.checkpoints import backbone_files
+from relloc.checkpoints.hashed_files import hash_file, note_hash
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import ImageBatch, Unreadable, collate, load
@@ -167,7 +168,7 @@ def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
     config, how, data, task = run.config, run.how, run.data, run.task
     weights = folder.path / backbone_files.BACKBONE_FILE
     _save_finished(weights, task.model.backbone, about(config) | {"step": task.steps})
-    for kept in (weights, states.hash_file(weights)):
+    for kept in (weights, hash_file(weights)):
         folder.keep(kept.name)
     if not any(row.eval == "pretext" for row in read_results(folder.path)):
         append_results(folder.path, [_held_out(config, how, data, task, folder)])
@@ -199,8 +200,8 @@ def _save_finished(path: Path, backbone: Backbone, about: dict[str, Any]) -> Non
     if path.exists():
         reason = _why_anew(path, backbone)
         if not reason:
-            if not states.hash_file(path).exists():  # of an older version of relloc
-                states.note_hash(path)
+            if not hash_file(path).exists():  # of an older version of relloc
+                note_hash(path)
             return
         console.say(f"weights {path} is written anew from the checkpoint: {reason}")
     backbone_files.save_backbone(path, backbone, about)

@@ -10,6 +10,7 @@ import torch
 from relloc import ranks
 from relloc.checkpoints import states
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
+from relloc.checkpoints.hashed_files import damaged
 from relloc.errors import DamagedCheckpoint, UsageError
 from relloc.files import read_json, write_json
 from relloc.optimization import StepsDone
@@ -43,14 +44,14 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> StepsDone:
     state = states.load_training(Path(path))
     lacking = [name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)]
     if lacking:
-        raise DamagedCheckpoint(f"{states.damaged(Path(path))}: {', '.join(lacking)} of a training are missing")
+        raise DamagedCheckpoint(f"{damaged(Path(path))}: {', '.join(lacking)} of a training are missing")
     if refusal := _of_another(run_dir, state["identity"], identity):
         raise UsageError(refusal)
     try:
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{states.damaged(Path(path))}, since it does not fit the run: {error}") from error
+        raise DamagedCheckpoint(f"{damaged(Path(path))}, since it does not fit the run: {error}") from error
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
     return StepsDone(step=state["step"], sums=_own_tally(state["tallies"]).to(task.device))

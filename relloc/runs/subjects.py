@@ -13,7 +13,9 @@ import torchvision
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from relloc.checkpoints import backbone_files, layouts, states, weight_files
+from relloc.checkpoints import backbone_files, layouts, weight_files
+from relloc.checkpoints.fitting import fill
+from relloc.checkpoints.hashed_files import check_hash
 from relloc.errors import CheckpointError, UsageError
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.backbone import Backbone
@@ -68,7 +70,7 @@ def _by_name(config: DictConfig, name: str, model_of_others: str) -> EvaluatedMo
     torch.manual_seed(config.seed)
     backbone = assemble.backbone(model)
     if name == "torchvision":
-        backbone_files.fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
+        fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
     return _subject(backbone, name, model.name)
 
 
@@ -85,7 +87,7 @@ def _ours(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
     else:
         name = backbone_files.model_name(about, file)
         backbone = described_backbone(about["model"], weights, str(file))
-    backbone_files.fill(backbone, weights, f"{checkpoint} (a {_trained(about)})")
+    fill(backbone, weights, f"{checkpoint} (a {_trained(about)})")
     return backbone, name
 
 
@@ -98,12 +100,12 @@ def _trained(about: Mapping[str, Any]) -> str:
 def _of_another_project(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
     """Without model=, the one of ours with the blocks in the file."""
     file = backbone_files.backbone_file(Path(checkpoint))
-    states.check_hash(file)
+    check_hash(file)
     found = layouts.find(weight_files.read(file), origin=str(file), prefix=config.checkpoint_prefix)
     if (model := config.get("model")) is None:
         model = _member(found.model_or_advice())
     backbone = assemble.backbone(model)
-    backbone_files.fill(backbone, found.fitted(backbone.state_dict()), str(file))
+    fill(backbone, found.fitted(backbone.state_dict()), str(file))
     console.say(f"weights {file}: {found}")
     return backbone, model.name
 

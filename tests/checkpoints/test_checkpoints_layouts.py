@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relloc.checkpoints.backbone_files import fill
+from relloc.checkpoints.fitting import fill
 from relloc.checkpoints.layouts import find, to_detectron2
 from relloc.errors import CheckpointError
 from relloc.models.resnet import ResNetBackbone

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import math
 import os
@@ -231,17 +232,18 @@ def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_
             newest_sound(tmp_path, warnings.append)
 
 
+@pytest.mark.parametrize(("place", "name"), [(Path, "open"), (hashlib, "file_digest"), (torch, "load")])
 def test_a_checkpoint_that_can_not_be_read_at_present_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str
 ) -> None:
     save_training(tmp_path, {"value": 1}, 1)
     before = files_below(tmp_path)
 
-    def stale(_path: Path) -> bytes:
+    def stale(*_arguments: object, **_more: object) -> None:
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr(Path, "read_bytes", stale)
-    with pytest.raises(CheckpointError, match=r"step_000000001\.pt can't be read \(Stale file handle\); nothing was"):
+    monkeypatch.setattr(place, name, stale)
+    with pytest.raises(CheckpointError, match=r"step_000000001\.pt\S* can't be read \(Stale file handle\); nothing"):
         newest_sound(tmp_path, pytest.fail)
     monkeypatch.undo()
     assert files_below(tmp_path) == before

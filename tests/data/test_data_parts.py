@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
-from relloc.data.parts import ROLES, about_part, as_json, names, records_of, save_part, spans, written
+from relloc.data.parts import ROLES, about_part, as_json, names, records_of, save_part, spans
 from relloc.errors import DataError
 
 
@@ -46,22 +46,6 @@ def test_splits_of_one_name_are_refused() -> None:
 )
 def test_files_are_called_by_their_path_below_what_holds_them_all(paths: list[str], expected: list[str]) -> None:
     assert names(listed("train", paths)) == expected
-
-
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    def fail() -> None:
-        with written(tmp_path / "a") as file:
-            file.write(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-    with written(tmp_path / "a") as file:
-        file.write(b"old")
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_parts_come_back_in_order_and_are_finished_once_said_so(tmp_path: Path) -> None:
