@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d
 
-from relloc.models.backbone import STAGES, Backbone
+from relloc.models.backbone import Backbone
 
 
 def _conv(inputs: int, outputs: int, side: int, stride: int, padding: int, *, norm: nn.Module) -> nn.Sequential:
@@ -45,12 +45,9 @@ class AlexNetBackbone(Backbone):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(torch.as_tensor(module.bias))
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        conv1 = self.conv1(images)
-        conv2 = self.conv2(self.respond(self.pool(conv1)))
-        conv3 = self.conv3(self.respond(self.pool(conv2)))
-        conv4 = self.conv4(conv3)
-        return dict(zip(STAGES, (conv1, conv2, conv3, conv4, self.conv5(conv4)), strict=True))
+    def layers_of_stages(self) -> list[list[nn.Module]]:
+        between = [self.pool, self.respond]
+        return [[self.conv1], [*between, self.conv2], [*between, self.conv3], [self.conv4], [self.conv5]]
 
     def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
         pool5 = self.pool(self(patches)["feature5"])

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from relloc import checks
-from relloc.models.backbone import STAGES, Backbone
+from relloc.models.backbone import Backbone
 
 _LAYOUT = {18: (BasicBlock, [2, 2, 2, 2]), 50: (Bottleneck, [3, 4, 6, 3])}
 
 
-class ResNetBackbone(ResNet, Backbone):
+class ResNetBackbone(Backbone, ResNet):
     """ResNet v1.5 without its classifier: stem after ReLU, then stages 1 to 4 (protocols.md 2.1, 3.1).
 
     Initialization is Kaiming normal, fan out, batch-norm weights one (zero_init_residual off), as
@@ -28,13 +28,9 @@ class ResNetBackbone(ResNet, Backbone):
         self.stage_channels = tuple(widths)
         self.embedding_dim = widths[-1]
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        maps = [self.relu(self.bn1(self.conv1(images)))]
-        x = self.maxpool(maps[0])
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            maps.append(x)
-        return dict(zip(STAGES, maps, strict=True))
+    def layers_of_stages(self) -> list[list[nn.Module]]:
+        stem = [self.conv1, self.bn1, self.relu]
+        return [stem, [self.maxpool, self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
     def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
         return self.avgpool(self(patches)["feature5"]).flatten(1)

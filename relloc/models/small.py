@@ -39,11 +39,8 @@ class SmallBackbone(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        maps = [self.stem(images)]
-        for block in self.blocks:
-            maps.append(block(maps[-1]))
-        return dict(zip(STAGES, maps, strict=True))
+    def layers_of_stages(self) -> list[list[nn.Module]]:
+        return [[self.stem], *([block] for block in self.blocks)]
 
     def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
         return self(patches)["feature5"].mean(dim=(2, 3))

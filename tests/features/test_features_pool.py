@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relloc.features.pool import layer_channels, layer_dims, pool_stage, pooled_layers
 from relloc.models.alexnet import AlexNetBackbone
@@ -97,6 +97,9 @@ class GivenMaps(Backbone):
         super().__init__()
         self.maps = maps
         self.stage_channels = tuple(stage.shape[1] for stage in maps.values())
+
+    def layers_of_stages(self) -> list[list[nn.Module]]:
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.maps

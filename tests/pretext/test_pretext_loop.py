@@ -86,7 +86,7 @@ class PlainBackbone(Backbone):
         super().__init__()
         self.convolution = nn.Conv2d(3, 4, 8, stride=4)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def layers_of_stages(self) -> list[list[nn.Module]]:
         raise NotImplementedError
 
     def embed(self, patches: Tensor) -> Tensor:

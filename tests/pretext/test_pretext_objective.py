@@ -191,6 +191,9 @@ class CellNumber(Backbone):
     pooled_sides = (1,) * 5
     embedding_dim = 1
 
+    def layers_of_stages(self) -> list[list[nn.Module]]:
+        raise NotImplementedError
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
