@@ -1,8 +1,9 @@
 """kNN over a bank of random vectors: seconds and memory of ours, and of the published full-matrix way on a part.
 
-Ours is `relloc.evals.knn.vote`, exact to float64. The published way (protocols.md 3.7, M0) multiplies a hundredth of
-the queries by the whole bank in float32 and takes the top k of all products; it is timed on a few of those hundredths.
-A sample of queries is compared with plain float64, where rows that differ by less than 1e-12 in cosine count as equal.
+Ours is `relloc.features.voting.vote`, exact to float64. The published way (protocols.md 3.7, M0) multiplies a hundredth
+of the queries by the whole bank in float32 and takes the top k of all products; it is timed on a few of
+those hundredths. A sample of queries is compared with plain float64, where rows that differ by less than 1e-12 in
+cosine count as equal.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from report import arguments, once_s, tell
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from relloc.evals.knn import vote
 from relloc.features.nearest import Neighbors, nearest
+from relloc.features.voting import vote
 
 PUBLISHED_CHUNKS = 100
 TEMPERATURE = 0.07

@@ -15,10 +15,10 @@ from relloc.data.loader import ImageBatch, load
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import View
 from relloc.errors import DataError
-from relloc.evals.knn import vote
 from relloc.features.pool import pooled_layers
 from relloc.features.source import EncodeConfig
 from relloc.features.spectrum import alpha_req, rankme
+from relloc.features.voting import vote
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.held_out import POSITIONS, answers, confusion, evaluating

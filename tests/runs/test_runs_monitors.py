@@ -14,10 +14,10 @@ from relloc.data.image_set import Splits
 from relloc.data.loader import collate
 from relloc.data.views import Center
 from relloc.errors import DataError
-from relloc.evals.knn import vote
 from relloc.features.pool import pooled_layers
 from relloc.features.source import EncodeConfig
 from relloc.features.spectrum import alpha_req, rankme
+from relloc.features.voting import vote
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
