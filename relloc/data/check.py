@@ -2,22 +2,20 @@
 
 import dataclasses
 import functools
-import itertools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relloc.data.image_set import ImageSet, Splits
+from relloc.data.image_set import ROLES, Role, Splits
+from relloc.data.listing import first_names
 from relloc.data.parts import (
     FACTS,
-    Role,
     Span,
     about_part,
     fill_facts,
-    images_of,
     names,
     original,
     records_of,
@@ -41,6 +39,13 @@ class Found:
 
     n: int
     examples: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return first_names(self.examples, _EXAMPLES) + (", …" if self.n > len(self.examples) else "")
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Found":
+        return Found(n=content["n"], examples=tuple(content["examples"]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +86,8 @@ class Check:
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Check":
         """The check that `as_json` wrote."""
-        splits = {role: _split_from_json(content[role]) for role in ("train", "held_out")}
-        return Check(name=content["name"], leaked=_found_from_json(content["leaked"]), **splits)
+        splits = {role: _split_from_json(content[role]) for role in ROLES}
+        return Check(name=content["name"], leaked=Found.from_json(content["leaked"]), **splits)
 
     def findings(self) -> list[str]:
         """A sentence for each thing to look at, the gravest first."""
@@ -90,7 +95,7 @@ class Check:
         if self.leaked.n:
             told.append(
                 f"LEAK: {self.leaked.n} images of {self.held_out.split} are also in {self.train.split}, with the same "
-                f"bytes ({_listed(self.leaked)}): results on {self.held_out.split} would be too good"
+                f"bytes ({self.leaked}): results on {self.held_out.split} would be too good"
             )
         return told + [line for split in (self.train, self.held_out) for line in _findings(split)]
 
@@ -113,17 +118,17 @@ def summary(data: Splits, folder: Path, parts: Sequence[Span], published: Mappin
     official = published or {}
     train, train_files, train_names = _split_check(data, "train", folder, parts, official)
     held_out, files, held_out_names = _split_check(data, "held_out", folder, parts, official)
-    leaks = (f"{held_out_names[index]} = {train_names[first]}" for index, first in _also_in(files, train_files))
+    leaks = [f"{held_out_names[index]} = {train_names[first]}" for index, first in _also_in(files, train_files)]
     return Check(name=data.train.name, train=train, held_out=held_out, leaked=_found(leaks))
 
 
 def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
-    images = images_of(data, span.role)
+    images = data.of(span.role)
     records = np.zeros(len(span), FACTS)
     unreadable: dict[int, str] = {}
-    for place, index in enumerate(range(span.start, span.stop)):
+    for record, index in zip(records, range(span.start, span.stop), strict=True):
         try:
-            fill_facts(records[place], original(images, index))
+            fill_facts(record, original(images, index))
         except UnreadableImage as error:
             unreadable[index] = str(error)
         tick()
@@ -133,77 +138,62 @@ def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
 def _split_check(
     data: Splits, role: Role, folder: Path, parts: Sequence[Span], published: Mapping[str, int]
 ) -> tuple[SplitCheck, np.ndarray, list[str]]:
-    images, mine = images_of(data, role), [span for span in parts if span.role == role]
-    called, records = names(images), records_of(folder, mine)
-    short, long = np.minimum(records["height"], records["width"]), np.maximum(records["height"], records["width"])
+    """What was found in a split, the hashes of its files (zeros where unreadable), and their names."""
+    images, parts = data.of(role), [span for span in parts if span.role == role]
+    called, records = names(images), records_of(folder, parts)
+    short, long = np.sort([records["height"], records["width"]], axis=0)
     readable = short > 0
     hashes = np.where(readable[:, None], records["sha256"], 0)
-    sample = np.flatnonzero(readable)
-    sample = sample[:: max(1, -(-len(sample) // _HASHED))]
+    hashed = np.flatnonzero(readable)
+    hashed = hashed[:: max(1, -(-len(hashed) // _HASHED))]
+    counts = None if images.labels is None else np.bincount(np.asarray(images.labels), minlength=len(images.classes))
+    sides = short[readable]
+
+    def those(chosen: np.ndarray) -> Found:
+        return _found([called[index] for index in np.flatnonzero(chosen)])
+
     found = SplitCheck(
         split=images.split,
         images=len(images),
         published=published.get(images.split),
-        class_images=_class_images(images),
-        short_px=_least_median_greatest(short[readable]),
-        unreadable=unreadable_images(folder, mine, called),
-        small=_found(called[index] for index in np.flatnonzero(readable & (short < SMALL_PX))),
-        long=_found(called[index] for index in np.flatnonzero(readable & (long > LONG_RATIO * short))),
-        single_color=_found(called[index] for index in np.flatnonzero(records["single_color"])),
-        repeated=_found(f"{called[index]} = {called[first]}" for index, first in _repeated(hashes)),
-        sha256={called[index]: bytes(hashes[index]).hex() for index in sample},
+        class_images=None if counts is None else (int(counts.min()), int(counts.max())),
+        short_px=(int(sides.min()), int(np.median(sides)), int(sides.max())) if len(sides) else None,
+        unreadable=unreadable_images(folder, parts, called),
+        small=those(readable & (short < SMALL_PX)),
+        long=those(readable & (long > LONG_RATIO * short)),
+        single_color=those(records["single_color"]),
+        repeated=_found([f"{called[index]} = {called[first]}" for index, first in _repeated(hashes)]),
+        sha256={called[index]: bytes(hashes[index]).hex() for index in hashed},
     )
     return found, hashes, called
 
 
 def unreadable_images(folder: Path, parts: Sequence[Span], called: Sequence[str]) -> dict[str, str]:
     """Name and reason of each image that can't be read."""
-    told = [(about_part(folder, span) or {})["unreadable"] for span in parts]
-    return {called[int(index)]: reason for reasons in told for index, reason in reasons.items()}
+    reasons = [(about_part(folder, span) or {})["unreadable"] for span in parts]
+    return {called[int(index)]: reason for of_part in reasons for index, reason in of_part.items()}
 
 
-def _class_images(images: ImageSet) -> tuple[int, int] | None:
-    if images.labels is None:
-        return None
-    counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes))
-    return int(counts.min()), int(counts.max())
+def _found(lines: Sequence[str]) -> Found:
+    return Found(n=len(lines), examples=tuple(lines[:_EXAMPLES]))
 
 
-def _least_median_greatest(sides: np.ndarray) -> tuple[int, int, int] | None:
-    if not len(sides):
-        return None
-    return int(sides.min()), int(np.median(sides)), int(sides.max())
-
-
-def _found(lines: Iterable[str]) -> Found:
-    rest = iter(lines)
-    examples = tuple(itertools.islice(rest, _EXAMPLES))
-    return Found(n=len(examples) + sum(1 for _ in rest), examples=examples)
-
-
-def _same_as(hashes: np.ndarray) -> np.ndarray:
+def _first_equal(hashes: np.ndarray) -> np.ndarray:
     """For each row of hashes (n, 32) the first row equal to it; -1 for rows of zeros."""
-    keys = np.ascontiguousarray(hashes).view("<u8")
-    order = np.lexsort(keys.T)  # stable: of equal rows the first stays first
-    new = np.ones(len(keys), bool)
-    new[1:] = (keys[order][1:] != keys[order][:-1]).any(axis=1)
-    first = np.empty(len(keys), np.int64)
-    first[order] = order[new][np.cumsum(new) - 1]
-    first[~keys.any(axis=1)] = -1
-    return first
+    rows = np.ascontiguousarray(hashes).view("V32").ravel()
+    _, first, group = np.unique(rows, return_index=True, return_inverse=True)
+    return np.where(hashes.any(axis=1), first[group], -1)
 
 
-def _repeated(hashes: np.ndarray) -> list[tuple[int, int]]:
-    first = _same_as(hashes)
-    again = np.flatnonzero((first >= 0) & (first != np.arange(len(first))))
-    return [(int(index), int(first[index])) for index in again]
+def _repeated(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(index, first equal index) of each row that repeats an earlier one."""
+    return ((index, first) for index, first in enumerate(_first_equal(hashes).tolist()) if 0 <= first < index)
 
 
-def _also_in(hashes: np.ndarray, others: np.ndarray) -> list[tuple[int, int]]:
+def _also_in(hashes: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, int]]:
     """(index in `hashes`, first equal index in `others`) wherever there is one."""
-    first = _same_as(np.concatenate([others, hashes]))[len(others) :]
-    there = np.flatnonzero((first >= 0) & (first < len(others)))
-    return [(int(index), int(first[index])) for index in there]
+    first_equal = _first_equal(np.concatenate([others, hashes]))[len(others) :]
+    return ((index, first) for index, first in enumerate(first_equal.tolist()) if 0 <= first < len(others))
 
 
 def _findings(split: SplitCheck) -> list[str]:
@@ -223,18 +213,10 @@ def _findings(split: SplitCheck) -> list[str]:
         (split.long, f"are over {LONG_RATIO} times as long as wide"),
         (split.single_color, "have a single color"),
     )
-    return told + [f"{where}: {found.n} images {what} ({_listed(found)})" for found, what in kinds if found.n]
-
-
-def _listed(found: Found) -> str:
-    return ", ".join(map(escaped, found.examples)) + (", …" if found.n > len(found.examples) else "")
-
-
-def _found_from_json(content: Mapping[str, Any]) -> Found:
-    return Found(n=content["n"], examples=tuple(content["examples"]))
+    return told + [f"{where}: {found.n} images {what} ({found})" for found, what in kinds if found.n]
 
 
 def _split_from_json(content: Mapping[str, Any]) -> SplitCheck:
-    kinds = {name: _found_from_json(content[name]) for name in ("small", "long", "single_color", "repeated")}
+    kinds = {name: Found.from_json(content[name]) for name in ("small", "long", "single_color", "repeated")}
     pairs = {name: content[name] and tuple(content[name]) for name in ("class_images", "short_px")}
     return SplitCheck(**{**content, **kinds, **pairs})

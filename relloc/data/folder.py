@@ -21,6 +21,7 @@ from relloc.data.images import SUFFIXES, read_rgb
 from relloc.data.listing import (
     PassedOver,
     class_folders_of,
+    first_names,
     images_below,
     outside_of_classes,
     told_passed_over,
@@ -65,10 +66,10 @@ class FolderImages:
         """What `digest` gives, with progress shown while files are read."""
         if not self._made:
             told = [str(len(self.classes)), *self.classes, *self._told_by_list()]
-            self._made.append(hash_files(self.paths, self._names(), told, progress))
+            self._made.append(hash_files(self.paths, self.names(), told, progress))
         return self._made[0]
 
-    def _names(self) -> Iterator[str]:
+    def names(self) -> Iterator[str]:
         """Names below the folder that all files share: the same wherever the set lies."""
         absolute = {folder: os.path.abspath(folder) for folder in {os.path.dirname(path) for path in self.paths}}
         common = os.path.commonpath(absolute.values()).rstrip("/")
@@ -94,6 +95,7 @@ def require_root(root: str | Sequence[str] | None, holding: str = "") -> Path:
 
 
 def _labeled(name: str, folder: Path, classes: tuple[str, ...], passed_over: PassedOver) -> FolderImages:
+    """One split, with its class folders. `passed_over` is added to."""
     paths, labels, empty = [], [], []
     outside_of_classes(folder, passed_over)
     for label, class_name in enumerate(classes):
@@ -101,20 +103,17 @@ def _labeled(name: str, folder: Path, classes: tuple[str, ...], passed_over: Pas
         paths += found
         labels += [label] * len(found)
         empty += [] if found else [class_name]
+    problem = ""
     if not paths:
-        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}){_instead(passed_over)}")
-    if empty:
-        named = ", ".join(map(escaped, empty[:_NAMED])) + (", …" if len(empty) > _NAMED else "")
-        raise DataError(
-            f"{folder}: {len(empty)} of {len(classes)} class folders hold no images ({named}): unpack or copy them "
-            "again; a class that is to be left out has no folder in either split" + _instead(passed_over)
+        problem = f"{folder} holds no images ({', '.join(SUFFIXES)})"
+    elif empty:
+        problem = (
+            f"{folder}: {len(empty)} of {len(classes)} class folders hold no images ({first_names(empty, _NAMED)}): "
+            "unpack or copy them again; a class that is to be left out has no folder in either split"
         )
+    if problem:
+        raise DataError(". There ".join(filter(None, (problem, told_passed_over(passed_over)))))
     return FolderImages(name=name, split=folder.name, paths=paths, labels=labels, classes=classes)
-
-
-def _instead(passed_over: PassedOver) -> str:
-    told = told_passed_over(passed_over)
-    return f". There {told}" if told else ""
 
 
 def class_folders(
@@ -153,28 +152,21 @@ def class_folders(
         )
     passed_over = PassedOver()
     parts = [_labeled(name, base / split, classes, passed_over) for split in (train, val)]
-    splits = Splits(train=parts[0], held_out=parts[1], remarks=_labeled_remarks(base, parts, passed_over))
+    counts = "; ".join(f"{part.split}: {len(part)} images of {len(classes)} classes" for part in parts)
+    unused = [each for each in class_folders_of(base) if each not in (train, val)]
+    not_used = f"not used: the folders {first_names(unused, _FOLDERS_TOLD)}" if unused else ""
+    remarks = tuple(filter(None, (counts, not_used, told_passed_over(passed_over))))
+    splits = Splits(train=parts[0], held_out=parts[1], remarks=remarks)
     warn_of_other_counts(splits, published_images)
     return splits
-
-
-def _labeled_remarks(base: Path, parts: Sequence[FolderImages], passed_over: PassedOver) -> tuple[str, ...]:
-    made = "; ".join(f"{part.split}: {len(part)} images of {len(part.classes)} classes" for part in parts)
-    unused = [each for each in class_folders_of(base) if each not in {part.split for part in parts}]
-    named = ", ".join(map(escaped, unused[:_FOLDERS_TOLD])) + (", …" if len(unused) > _FOLDERS_TOLD else "")
-    not_used = f"not used: the folders {named}" if unused else ""
-    return tuple(filter(None, (made, not_used, told_passed_over(passed_over))))
-
-
-def _hashed_share(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_splits: bool) -> Splits:
     for one, other in itertools.permutations(roots, 2):
         if other.resolve().is_relative_to(one.resolve()):
             raise DataError(f"data.root: {other} lies in {one}, so that its images would be taken twice; name one")
-    parts: dict[bool, list[str]] = {True: [], False: []}
+    train: list[str] = []
+    held_out: list[str] = []
     remarks = []
     for root in roots:
         passed_over = PassedOver()
@@ -184,32 +176,32 @@ def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_
             refuse_pooled_splits(branch, alone=len(roots) == 1)
         remarks += [_unlabeled_remark(branch), told_passed_over(passed_over)]
         for path in paths:
-            held_out = _hashed_share(os.path.relpath(path, root)) < held_out_share
-            parts[held_out].append(path)
-    told = tuple(filter(None, remarks))
-    if not parts[False] or not parts[True]:
-        where = ", ".join(map(str, roots))
+            hashed = hashlib.sha256(os.path.relpath(path, root).encode("utf-8", "surrogateescape")).digest()
+            is_held_out = int.from_bytes(hashed[:8], "big") / 2**64 < held_out_share
+            (held_out if is_held_out else train).append(path)
+    remarks = tuple(filter(None, remarks))
+    if not train or not held_out:
         raise DataError(
-            f"{where}: {len(parts[False])} images to train on and {len(parts[True])} held out "
+            f"{', '.join(map(str, roots))}: {len(train)} images to train on and {len(held_out)} held out "
             f"({', '.join(SUFFIXES)}); both need some: check data.root and data.source.held_out_share. Found was "
-            + ". ".join(told)
+            + ". ".join(remarks)
         )
     return Splits(
-        train=FolderImages(name=name, split="train", paths=parts[False]),
-        held_out=FolderImages(name=name, split="held_out", paths=parts[True]),
-        remarks=told,
+        train=FolderImages(name=name, split="train", paths=train),
+        held_out=FolderImages(name=name, split="held_out", paths=held_out),
+        remarks=remarks,
     )
 
 
 def _unlabeled_remark(branch: Branch) -> str:
     """How many images a root has, in which of its folders."""
     folders = [f"{escaped(name)} {part.images}" for name, part in sorted(branch.folders.items())]
-    named = ", ".join(folders[:_FOLDERS_TOLD])
-    more = f" and {len(folders) - _FOLDERS_TOLD} folders more" if len(folders) > _FOLDERS_TOLD else ""
-    without = [name for name in class_folders_of(branch.path) if name not in branch.folders]
-    empty = f"; none in {', '.join(map(escaped, without[:_FOLDERS_TOLD]))}" if without else ""
-    where = f" ({named}{more}{empty})" if folders or without else ""
-    return f"{branch.path}: {branch.images} images without labels{where}"
+    where = ", ".join(folders[:_FOLDERS_TOLD])
+    if len(folders) > _FOLDERS_TOLD:
+        where += f" and {len(folders) - _FOLDERS_TOLD} folders more"
+    if empty := [name for name in class_folders_of(branch.path) if name not in branch.folders]:
+        where += f"; none in {first_names(empty, _FOLDERS_TOLD)}"
+    return f"{branch.path}: {branch.images} images without labels" + (f" ({where})" if where else "")
 
 
 def folder(

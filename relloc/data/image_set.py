@@ -4,13 +4,16 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from relloc.data.processes import Progress
+
+Role = Literal["train", "held_out"]
+ROLES: tuple[Role, ...] = ("train", "held_out")
 
 
 @runtime_checkable
@@ -71,6 +74,10 @@ class Splits:
     train: ImageSet
     held_out: ImageSet
     remarks: tuple[str, ...] = ()
+
+    def of(self, role: Role) -> ImageSet:
+        """The split that plays this role."""
+        return self.train if role == "train" else self.held_out
 
     @property
     def labeled(self) -> bool:

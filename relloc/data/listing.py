@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from relloc.data.images import SUFFIXES, begins_as_image
@@ -96,13 +96,19 @@ def outside_of_classes(folder: Path, passed_over: PassedOver) -> None:
 
 def told_passed_over(passed_over: PassedOver) -> str:
     """One sentence on what was passed over; empty where nothing was."""
-    found = [(kind, count) for kind, count in passed_over.most_common() if count]
-    if not found:
+    kinds = [f"{count} {kind}" for kind, count in passed_over.most_common(_KINDS_TOLD) if count]
+    if not kinds:
         return ""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in found[:_KINDS_TOLD])
-    rest = sum(count for _, count in found[_KINDS_TOLD:])
+    rest = passed_over.total() - sum(count for _, count in passed_over.most_common(_KINDS_TOLD))
+    if rest:
+        kinds[-1] += f" and {rest} others"
     advice = "; what relloc is to take of them, convert to JPEG or PNG" if _OTHER_IMAGES & set(passed_over) else ""
-    return f"passed over: {kinds}{f' and {rest} others' if rest else ''}{advice}"
+    return f"passed over: {', '.join(kinds)}{advice}"
+
+
+def first_names(names: Sequence[str], most: int) -> str:
+    """The first of many names, as they may stand in a message."""
+    return ", ".join(map(escaped, names[:most])) + (", …" if len(names) > most else "")
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

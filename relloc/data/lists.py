@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -70,27 +70,26 @@ class VocImages(ListedImages):
         Raises:
             DataError: a list is about other images than the split, or an annotation is missing or broken.
         """
-        lists = self.devkit / "ImageSets" / "Main"
-        if not any((lists / f"{name}_{self.split}.txt").exists() for name in VOC_CLASSES):
+        lists = [self.devkit / "ImageSets" / "Main" / f"{name}_{self.split}.txt" for name in VOC_CLASSES]
+        if not any(path.exists() for path in lists):
             return [_annotated_presence(self.devkit / "Annotations" / f"{image}.xml") for image in self.listed]
-        columns = [self._class_list(lists / f"{name}_{self.split}.txt") for name in VOC_CLASSES]
+        columns = [self._class_list(path) for path in lists]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _class_list(self, path: Path) -> list[int]:
-        marks = {}
+        """Of each image: whether it shows one class."""
+        presence = {}
         for number, line in _lines(path, _VOC.format(year=self.devkit.name.removeprefix("VOC"))):
             image, *rest = line.split()
             if rest not in (["1"], ["0"], ["-1"]):
                 raise DataError(f"{path} line {number}: {line!r} is not an image and 1, 0 or -1")
-            marks[image] = int(rest[0])
-        unmarked = [image for image in self.listed if image not in marks]
-        if unmarked or len(marks) != len(set(self.listed)):
-            example = unmarked[0] if unmarked else next(image for image in marks if image not in set(self.listed))
+            presence[image] = int(rest[0])
+        if odd := set(self.listed) ^ set(presence):
             raise DataError(
-                f"{path} and {self.split}.txt beside it name different images, such as {example}: unpack both from "
+                f"{path} and {self.split}.txt beside it name different images, such as {min(odd)}: unpack both from "
                 "the same archive again"
             )
-        return [marks[image] for image in self.listed]
+        return [presence[image] for image in self.listed]
 
 
 def _annotated_presence(path: Path) -> list[int]:
@@ -100,9 +99,12 @@ def _annotated_presence(path: Path) -> list[int]:
         raise DataError(f"{path} is missing: without lists of classes it says what the image shows") from error
     except ET.ParseError as error:
         raise DataError(f"{path} is not XML: {error}") from error
-    easy = {one.findtext("name") for one in objects if one.findtext("difficult", "0").strip() != "1"}
-    shown = {one.findtext("name") for one in objects}
-    return [THERE if name in easy else DIFFICULT if name in shown else NOT_THERE for name in VOC_CLASSES]
+    presence = dict.fromkeys(VOC_CLASSES, NOT_THERE)
+    for one in objects:
+        name, is_difficult = one.findtext("name", ""), one.findtext("difficult", "0").strip() == "1"
+        if name in presence:
+            presence[name] = max(presence[name], DIFFICULT if is_difficult else THERE)
+    return list(presence.values())
 
 
 def voc(
@@ -121,29 +123,20 @@ def voc(
     Raises:
         DataError: a folder or list is missing or empty, or both lists name an image.
     """
-    where = _VOC.format(year=year)
-    base = _voc_folder(require_root(root, where), year, where)
-    splits = Splits(train=_voc_split(name, base, train, where), held_out=_voc_split(name, base, held_out, where))
-    _refuse_shared(splits, f"{train}.txt", f"{held_out}.txt")
-    warn_of_other_counts(splits, published_images if year == _COUNTED_YEAR else None)
-    return splits
-
-
-def _voc_folder(root: Path, year: int, where: str) -> Path:
-    candidates = (root / "VOCdevkit" / f"VOC{year}", root / f"VOC{year}", root)
-    for folder in candidates:
-        if (folder / "JPEGImages").is_dir():
-            return folder
-    raise DataError(f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {where}")
-
-
-def _voc_split(name: str, base: Path, split: str, where: str) -> VocImages:
-    path = base / "ImageSets" / "Main" / f"{split}.txt"
-    found = [line.split()[0] for _, line in _lines(path, where)]
-    if not found:
-        raise DataError(f"{path} names no images")
-    paths = [f"{base / 'JPEGImages'}/{one}.jpg" for one in found]
-    return VocImages(name=name, split=split, paths=paths, classes=VOC_CLASSES, devkit=base, listed=found)
+    holding = _VOC.format(year=year)
+    above = require_root(root, holding)
+    candidates = (above / "VOCdevkit" / f"VOC{year}", above / f"VOC{year}", above)
+    devkit = next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
+    if devkit is None:
+        raise DataError(f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {holding}")
+    splits = []
+    for split in (train, held_out):
+        path = devkit / "ImageSets" / "Main" / f"{split}.txt"
+        listed = [line.split()[0] for _, line in _lines(path, holding)]
+        paths = [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
+        splits.append(VocImages(name=name, split=split, paths=paths, classes=VOC_CLASSES, devkit=devkit, listed=listed))
+    published = published_images if year == _COUNTED_YEAR else None
+    return _checked(splits, [f"{train}.txt", f"{held_out}.txt"], published)
 
 
 def places205(
@@ -163,32 +156,57 @@ def places205(
         DataError: a list is missing, empty, or has a line of another form, or both name an image.
     """
     base = require_root(root, _PLACES)
-    (paths, labels), (val_paths, val_labels) = (_labeled_lines(base / name) for name in (train_list, val_list))
-    first = dict(zip(reversed(labels), reversed(paths), strict=True))
-    classes = tuple(str(Path(first[label]).parent) if label in first else str(label) for label in range(max(first) + 1))
-    if max(val_labels) >= len(classes):
-        raise DataError(f"{base / val_list}: label {max(val_labels)} is in no line of {base / train_list}")
-    _refuse_other_labels(base / train_list, paths, labels, base / val_list, val_paths, val_labels)
-    splits = Splits(
-        train=_images(name, "train", base / images, base / train_list, paths, labels, classes),
-        held_out=_images(name, "val", base / images, base / val_list, val_paths, val_labels, classes),
-    )
-    _refuse_shared(splits, train_list, val_list)
-    warn_of_other_counts(splits, published_images)
-    return splits
+    train, val = (_labeled_lines(base / path) for path in (train_list, val_list))
+    folder_of: dict[int, str] = {}
+    for path, label in train:
+        folder_of.setdefault(label, str(Path(path).parent))
+    classes = tuple(folder_of.get(label, str(label)) for label in range(max(folder_of) + 1))
+    largest = max(label for _, label in val)
+    if largest >= len(classes):
+        raise DataError(f"{base / val_list}: label {largest} is in no line of {base / train_list}")
+    _refuse_other_labels(base / train_list, train, base / val_list, val)
+    splits = [
+        ListedImages(
+            name=name,
+            split=split,
+            paths=[f"{base / images}/{path}" for path, _ in lines],
+            labels=[label for _, label in lines],
+            classes=classes,
+        )
+        for split, lines in (("train", train), ("val", val))
+    ]
+    return _checked(splits, [train_list, val_list], published_images)
 
 
-def _labeled_lines(path: Path) -> tuple[list[str], list[int]]:
-    paths, labels = [], []
+def _labeled_lines(path: Path) -> list[tuple[str, int]]:
+    """Path and label of each image that a list names, one at least."""
+    found = []
     for number, line in _lines(path, _PLACES):
         image, _, label = line.rpartition(" ")
         if not image or not label.isdecimal() or len(label) > _LABEL_DIGITS:
             raise DataError(f"{path} line {number}: {line!r} is not a path, a space and a class number")
-        paths.append(image.strip())
-        labels.append(int(label))
-    if not paths:
-        raise DataError(f"{path} names no images")
-    return paths, labels
+        found.append((image.strip(), int(label)))
+    return found
+
+
+def _refuse_other_labels(
+    train_list: Path, train: Sequence[tuple[str, int]], val_list: Path, val: Sequence[tuple[str, int]]
+) -> None:
+    """Raises `DataError` where images of one folder have one label in the training list, another in the other list.
+
+    Only where each folder has one label there, and each label one folder: in other layouts folders say nothing.
+    """
+    pairs = {(os.path.dirname(path), label) for path, label in train}
+    label_of = dict(pairs)
+    if not len(pairs) == len(label_of) == len(set(label_of.values())):
+        return
+    for path, label in val:
+        folder = os.path.dirname(path)
+        if label_of.get(folder, label) != label:
+            raise DataError(
+                f"{val_list}: {path} has label {label}, images of its folder {folder} in {train_list} have "
+                f"{label_of[folder]}: take both lists from the same release of the data set"
+            )
 
 
 def inaturalist2018(
@@ -208,18 +226,23 @@ def inaturalist2018(
         DataError: a file is missing or not of that form, or both name an image.
     """
     base = require_root(root, _INATURALIST)
-    content = {path: _annotations(base / path) for path in (train_annotations, val_annotations)}
-    label_of, classes = _categories(content[train_annotations], base / train_annotations)
-    _refuse_other_categories(content[val_annotations], base / val_annotations, label_of, classes, train_annotations)
-
-    def split(split_name: str, path: str) -> ListedImages:
-        files, labels = _annotated(content[path], base / path, images, label_of)
-        return _images(name, split_name, base / images, base / path, files, labels, classes)
-
-    splits = Splits(train=split("train", train_annotations), held_out=split("val", val_annotations))
-    _refuse_shared(splits, train_annotations, val_annotations)
-    warn_of_other_counts(splits, published_images)
-    return splits
+    lists = [train_annotations, val_annotations]
+    content = [_annotations(base / path) for path in lists]
+    classes, other_classes = (_categories(one, base / path) for one, path in zip(content, lists, strict=True))
+    for category in sorted(classes.keys() & other_classes.keys()):
+        if classes[category] != other_classes[category]:
+            raise DataError(
+                f"{base / val_annotations}: category {category} is {other_classes[category]}, in {train_annotations} "
+                f"it is {classes[category]}: labels would not mean the same in both splits. Take both files from the "
+                "same release of the data set"
+            )
+    label_of = {category: label for label, category in enumerate(classes)}
+    splits = []
+    for split, one, path in zip(("train", "val"), content, lists, strict=True):
+        files, labels = _annotated(one, base / path, images, label_of)
+        paths = [f"{base / images}/{file}" for file in files]
+        splits.append(ListedImages(name=name, split=split, paths=paths, labels=labels, classes=tuple(classes.values())))
+    return _checked(splits, lists, published_images)
 
 
 def _annotations(path: Path) -> dict[str, list[Any]]:
@@ -232,116 +255,76 @@ def _annotations(path: Path) -> dict[str, list[Any]]:
     return content
 
 
-def _categories(content: Mapping[str, list[Any]], path: Path) -> tuple[dict[int, int], tuple[str, ...]]:
-    """Labels by category number, in the order of the numbers, and the names in that order."""
+def _categories(content: Mapping[str, list[Any]], path: Path) -> dict[int, str]:
+    """The names of categories by their numbers, in the order of the numbers, which is that of the labels."""
+    called: dict[int, str] = {}
     try:
-        called = {category["id"]: category["name"] for category in content["categories"]}
+        for category in content["categories"]:
+            number, name = category["id"], category["name"]
+            if called.setdefault(number, name) != name:
+                raise DataError(f"{path}: category {number} is both {called[number]} and {name}")
+        return dict(sorted(called.items()))
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: a category without id or name: {error}") from error
-    twice = next((one for one in content["categories"] if called[one["id"]] != one["name"]), None)
-    if twice:
-        raise DataError(f"{path}: category {twice['id']} is both {twice['name']} and {called[twice['id']]}")
-    return {category: label for label, category in enumerate(sorted(called))}, tuple(
-        called[one] for one in sorted(called)
-    )
-
-
-def _refuse_other_categories(
-    content: Mapping[str, list[Any]], path: Path, label_of: Mapping[int, int], classes: Sequence[str], train: str
-) -> None:
-    """Raises `DataError` where both files have a number for a category, and not the same category."""
-    other_labels, other_classes = _categories(content, path)
-    for category, label in other_labels.items():
-        name, known = other_classes[label], label_of.get(category)
-        if known is not None and classes[known] != name:
-            raise DataError(
-                f"{path}: category {category} is {name}, in {train} it is {classes[known]}: labels would not mean the "
-                "same in both splits. Take both files from the same release of the data set"
-            )
 
 
 def _annotated(
     content: Mapping[str, list[Any]], path: Path, folder: str, label_of: Mapping[int, int]
 ) -> tuple[list[str], list[int]]:
+    """File and label of each image."""
+    category_of: dict[int, int] = {}
     try:
-        category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
         for entry in content["annotations"]:
-            if category_of[entry["image_id"]] != entry["category_id"]:
-                raise DataError(f"{path}: image {entry['image_id']} is annotated with two categories: which is right?")
+            image, category = entry["image_id"], entry["category_id"]
+            if category_of.setdefault(image, category) != category:
+                raise DataError(f"{path}: image {image} is annotated with two categories: which is right?")
         files = [entry["file_name"].removeprefix(f"{folder}/") for entry in content["images"]]
         labels = [label_of[category_of[entry["id"]]] for entry in content["images"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: an image without file name, annotation or known category: {error}") from error
+    if not files:
+        raise DataError(f"{path} names no images")
     return files, labels
 
 
-def _refuse_other_labels(
-    train: Path,
-    paths: Sequence[str],
-    labels: Sequence[int],
-    val: Path,
-    val_paths: Sequence[str],
-    val_labels: Sequence[int],
-) -> None:
-    """Raises `DataError` where images of one folder have one label in the training list, another in the other list.
+def _checked(
+    images: Sequence[FolderImages], lists: Sequence[str], published_images: Mapping[str, int] | None
+) -> Splits:
+    """Training and held-out images that two lists name.
 
-    Only where each folder has one label there, and each label one folder: in other layouts folders say nothing.
+    Raises:
+        DataError: both name an image: what it shows would be known before it is asked.
     """
-    label_of = dict(zip(map(os.path.dirname, paths), labels, strict=True))
-    pairs = set(zip(map(os.path.dirname, paths), labels, strict=True))
-    if len(pairs) != len(label_of) or len(set(label_of.values())) != len(label_of):
-        return
-    for path, label in zip(val_paths, val_labels, strict=True):
-        folder = os.path.dirname(path)
-        if label_of.get(folder, label) != label:
-            raise DataError(
-                f"{val}: {path} has label {label}, images of its folder {folder} in {train} have {label_of[folder]}: "
-                "take both lists from the same release of the data set"
-            )
-
-
-def _refuse_shared(splits: Splits, train_list: str, held_out_list: str) -> None:
-    """Raises `DataError` where an image is in both splits: what it shows would be known before it is asked."""
-    train, held_out = splits.train, splits.held_out
-    tested = {held_out.source(place) for place in range(len(held_out))}
-    shared = tested.intersection(train.source(place) for place in range(len(train)))
+    splits = Splits(train=images[0], held_out=images[1])
+    tested = set(images[1].paths)
+    shared = tested.intersection(images[0].paths)
     if shared:
         raise DataError(
-            f"{train.name}: {len(shared)} of {len(tested)} images of {held_out_list} are also in {train_list}, such as "
+            f"{splits.train.name}: {len(shared)} of {len(tested)} images of {lists[1]} are also in {lists[0]}, such as "
             f"{min(shared)}: results on images that were trained on mean nothing; name lists that share none"
         )
+    warn_of_other_counts(splits, published_images)
+    return splits
 
 
-def _text(path: Path, where: str) -> str:
+def _text(path: Path, holding: str) -> str:
     if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-        raise DataError(f"{path} is no file: data.root is to hold {where}")
+        raise DataError(f"{path} is no file: data.root is to hold {holding}")
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: data.root is to hold {where}") from error
+        raise DataError(f"{path} is missing: data.root is to hold {holding}") from error
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}") from error
 
 
-def _lines(path: Path, where: str) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, with their numbers."""
-    for number, line in enumerate(_text(path, where).split("\n"), start=1):
+def _lines(path: Path, holding: str) -> list[tuple[int, str]]:
+    """The lines that hold something, one at least, with their numbers."""
+    lines = [(number, line.strip()) for number, line in enumerate(_text(path, holding).split("\n"), start=1)]
+    for number, line in lines:
         if "\0" in line:  # of which no file name is made
             raise DataError(f"{path} line {number} holds a NUL byte: the file is damaged, unpack it again")
-        if line.strip():
-            yield number, line.strip()
-
-
-def _images(
-    name: str,
-    split: str,
-    folder: Path,
-    listed_in: Path,
-    files: Sequence[str],
-    labels: Sequence[int] | None = None,
-    classes: tuple[str, ...] = (),
-) -> ListedImages:
-    if not files:
-        raise DataError(f"{listed_in} names no images")
-    paths = [f"{folder}/{file}" for file in files]
-    return ListedImages(name=name, split=split, paths=paths, labels=labels, classes=classes)
+    found = [(number, line) for number, line in lines if line]
+    if not found:
+        raise DataError(f"{path} names no images")
+    return found

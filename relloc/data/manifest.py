@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from relloc.data.image_set import ROLES
 from relloc.data.images import MOST_PIXELS
-from relloc.data.parts import ROLES
 from relloc.data.processes import Progress, without_progress
 from relloc.errors import DataError
 

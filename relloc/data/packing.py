@@ -5,6 +5,7 @@ and started again. What is finished lies in the folder's `unfinished/` until all
 is written last.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +25,7 @@ from safetensors.numpy import save
 
 from relloc import checks
 from relloc.data.check import Check, summary, unreadable_images
-from relloc.data.image_set import ImageSet, Splits, hash_lines
+from relloc.data.image_set import ROLES, ImageSet, Role, Splits, hash_lines
 from relloc.data.images import ImageFile
 from relloc.data.lists import MultiLabeled
 from relloc.data.manifest import (
@@ -39,13 +40,10 @@ from relloc.data.manifest import (
 )
 from relloc.data.parts import (
     FACTS,
-    ROLES,
-    Role,
     Span,
     about_part,
     as_json,
     fill_facts,
-    images_of,
     names,
     original,
     records_of,
@@ -130,19 +128,21 @@ def pack(
 
 def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
     """What decides every byte of the packed folder."""
+    turbo = features.version("libjpeg_turbo")
+    libjpeg = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
     return {
         **dataclasses.asdict(packing),
         "resampling": "bilinear, antialiased",
-        "encoder": f"Pillow {PIL.__version__}, {_libjpeg()}",
-        "originals": {
-            role: {
-                "digest": images.digest(),
-                "labels": None if images.labels is None else hash_lines(map(str, images.labels)),
-            }
-            | ({} if (shown := _presence(images)) is None else {"presence": hash_lines(map(str, shown))})
-            for role, images in ((role, images_of(data, role)) for role in ROLES)
-        },
+        "encoder": f"Pillow {PIL.__version__}, {libjpeg}",
+        "originals": {role: _original_images(data.of(role)) for role in ROLES},
     }
+
+
+def _original_images(images: ImageSet) -> dict[str, str | None]:
+    """Hashes of what is packed."""
+    labels, presence = images.labels, _presence(images)
+    hashes = {"digest": images.digest(), "labels": None if labels is None else hash_lines(map(str, labels))}
+    return hashes if presence is None else {**hashes, "presence": hash_lines(map(str, presence))}
 
 
 def _presence(images: ImageSet) -> list[list[int]] | None:
@@ -154,11 +154,6 @@ def _presence(images: ImageSet) -> list[list[int]] | None:
     except DataError as error:  # to pretrain on them is possible all the same
         warnings.warn(f"packed without what images show, which SVMs of VOC need: {error}", stacklevel=2)
         return None
-
-
-def _libjpeg() -> str:
-    turbo = features.version("libjpeg_turbo")
-    return f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
 
 
 def _finished_before(out: Path, wanted: dict[str, Any]) -> Check:
@@ -188,22 +183,22 @@ def _begin(out: Path, wanted: dict[str, Any]) -> None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is missing or damaged: remove the folder that is packed into, and pack again"
-        ) from error
+    except (FileNotFoundError, ValueError, RecursionError):
+        content = None
     if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged: remove the folder that is packed into, and pack again")
+        raise DataError(f"{path} is missing or damaged: remove the folder that is packed into, and pack again")
     return content
 
 
 def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
     changed = [name for name in sorted(before | wanted) if before.get(name) != wanted.get(name)]
-    told = [f"{name} was {before.get(name)}, now {wanted.get(name)}" for name in changed if name != "originals"]
+    differences = [f"{name} was {before.get(name)}, now {wanted.get(name)}" for name in changed if name != "originals"]
     if "originals" in changed:  # an older relloc gave the same images another digest
-        told.append("the images or their labels are others, or an older relloc packed them")
-    if told:
-        raise DataError(f"out={out} was packed with other settings: {', '.join(told)}. Give another folder, or these")
+        differences.append("the images or their labels are others, or an older relloc packed them")
+    if differences:
+        raise DataError(
+            f"out={out} was packed with other settings: {', '.join(differences)}. Give another folder, or these"
+        )
 
 
 def _is_packed(out: Path, span: Span) -> bool:
@@ -215,7 +210,7 @@ def _is_packed(out: Path, span: Span) -> bool:
 def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:
     path = out / shard_name(span.split, span.number)
     with writing(path) as file:
-        records, unreadable = _write_tar(file, images_of(data, span.role), packing, span, tick)
+        records, unreadable = _write_tar(file, data.of(span.role), packing, span, tick)
         size = file.tell()
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -258,16 +253,11 @@ def _stored(found: ImageFile, packing: Packing) -> tuple[bytes, str]:
     if min(found.rgb.size) > packing.short_px:
         height, width = ShortSide(px=packing.short_px).size(found.rgb.height, found.rgb.width, 0)
         return _encoded(found.rgb.resize((width, height), Image.Resampling.BILINEAR), packing), "reduced"
-    if found.is_plain_jpeg and _reads_the_same(found):
-        return found.content, "kept"
+    if found.is_plain_jpeg:
+        with contextlib.suppress(UnreadableImage):
+            if np.array_equal(decoded(bytearray(found.content)), np.asarray(found.rgb)):
+                return found.content, "kept"
     return _encoded(found.rgb, packing), "encoded"
-
-
-def _reads_the_same(found: ImageFile) -> bool:
-    try:
-        return np.array_equal(decoded(bytearray(found.content)), np.asarray(found.rgb))
-    except UnreadableImage:
-        return False
 
 
 def _encoded(rgb: Image.Image, packing: Packing) -> bytes:
@@ -296,34 +286,34 @@ def _finish(
 
 def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict[str, Any]:
     """Write index and names of a split; its entry in the manifest."""
-    images, called, records = images_of(data, role), names(images_of(data, role)), records_of(out / UNFINISHED, parts)
+    images, records = data.of(role), records_of(out / UNFINISHED, parts)
+    called, presence = names(images), _presence(images)
     lines = [json.dumps(name).encode("ascii") + b"\n" for name in called]
-    index = {
-        "offset": np.ascontiguousarray(records["offset"]),
-        "size": np.ascontiguousarray(records["size"]),
-        "name_offset": np.cumsum([0, *map(len, lines)], dtype=np.int64),
-    }
+    index = {name: np.ascontiguousarray(records[name]) for name in ("offset", "size")}
+    index["name_offset"] = np.cumsum([0, *map(len, lines)], dtype=np.int64)
     if images.labels is not None:
         index["label"] = np.asarray(images.labels, dtype=np.int64)
-    shown = _presence(images)
-    if shown is not None:
-        index["presence"] = np.asarray(shown, dtype=np.int8)
+    if presence is not None:
+        index["presence"] = np.asarray(presence, dtype=np.int8)
     index_files = {names_name(images.split): b"".join(lines), index_name(images.split): save(index)}
     for name, content in index_files.items():
         write_whole(out / name, content)
-    counts = np.bincount(records["how"], minlength=len(_HOW))
+    counts = np.bincount(records["how"], minlength=len(_HOW)).tolist()
     tars = [about_part(out / UNFINISHED, span) or {} for span in parts]
-    return {
+    entry = {
         "split": images.split,
         "images": len(images),
         "classes": list(images.classes),
-        **({} if shown is None else {"multi_labeled": True}),
-        "stored": {how: int(counts[number]) for number, how in enumerate(_HOW)},
+        "multi_labeled": True,
+        "stored": dict(zip(_HOW, counts, strict=True)),
         "shards": [{name: tar[name] for name in ("file", "bytes", "sha256")} for tar in tars],
         "index_sha256": {name: hashlib.sha256(content).hexdigest() for name, content in index_files.items()},
         "unreadable": unreadable_images(out / UNFINISHED, parts, called),
         "digest": _digest(images.classes, lines, index.get("label"), records["stored_sha256"]),
     }
+    if presence is None:
+        del entry["multi_labeled"]
+    return entry
 
 
 def _digest(classes: Sequence[str], lines: Sequence[bytes], labels: np.ndarray | None, stored: np.ndarray) -> str:

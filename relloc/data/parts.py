@@ -7,29 +7,19 @@ and a JSON file, written after it: a part is finished where that is there.
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from relloc.data.image_set import ImageSet, Splits
+from relloc.data.folder import FolderImages
+from relloc.data.image_set import ROLES, ImageSet, Role, Splits
 from relloc.data.images import ImageFile, read_file
 from relloc.errors import DataError
 from relloc.files import write_whole, writing
 
-Role = Literal["train", "held_out"]
-ROLES: tuple[Role, ...] = ("train", "held_out")
 # height is 0 where the image can't be read
 FACTS = np.dtype([("height", "<i4"), ("width", "<i4"), ("sha256", "u1", (32,)), ("single_color", "?")])
-
-
-@runtime_checkable
-class OnDisk(Protocol):
-    """An `ImageSet` whose images are files."""
-
-    @property
-    def paths(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +40,6 @@ class Span:
         return self.stop - self.start
 
 
-def images_of(data: Splits, role: Role) -> ImageSet:
-    """The split that plays this role."""
-    return data.train if role == "train" else data.held_out
-
-
 def spans(data: Splits, length: int) -> list[Span]:
     """Both splits in parts of `length` images, the last one shorter. Raises `DataError` where they share a name."""
     if data.train.split == data.held_out.split:
@@ -62,7 +47,7 @@ def spans(data: Splits, length: int) -> list[Span]:
     return [
         Span(role=role, split=images.split, number=number, start=start, stop=min(start + length, len(images)))
         for role in ROLES
-        for images in (images_of(data, role),)
+        for images in (data.of(role),)
         for number, start in enumerate(range(0, len(images), length))
     ]
 
@@ -73,7 +58,7 @@ def original(images: ImageSet, index: int) -> ImageFile:
     Raises:
         UnreadableImage: as `read_rgb`.
     """
-    if isinstance(images, OnDisk):
+    if isinstance(images, FolderImages):
         return read_file(Path(images.paths[index]))
     rgb = images.read(index)
     return ImageFile(content=b"%dx%d " % rgb.size + rgb.tobytes(), rgb=rgb, is_plain_jpeg=False)
@@ -81,12 +66,9 @@ def original(images: ImageSet, index: int) -> ImageFile:
 
 def names(images: ImageSet) -> list[str]:
     """What each image is called: files by their path below the folder that holds them all."""
-    sources = [images.source(index) for index in range(len(images))]
-    if not isinstance(images, OnDisk):
-        return sources
-    paths = [os.path.abspath(path) for path in sources]
-    common = os.path.commonpath({os.path.dirname(path) for path in paths})
-    return [path[len(common) :].lstrip("/") for path in paths]
+    if isinstance(images, FolderImages):
+        return list(images.names())
+    return [images.source(index) for index in range(len(images))]
 
 
 def fill_facts(record: np.void, file: ImageFile) -> None:

@@ -1,4 +1,9 @@
-"""Going through jobs with several processes, none of which outlives the command that started it."""
+"""Going through jobs with several processes, none of which outlives the command that started it.
+
+`concurrent.futures` can't do this: its queues are guarded by semaphores that are files in /dev/shm, so that it fails
+where that is full; it waits for running jobs before an error or a signal gets through; and it tells of no progress
+within a job.
+"""
 
 import contextlib
 import os
@@ -29,57 +34,6 @@ def without_progress(total: int, done: int) -> Iterator[Callable[[int, str], Non
     yield lambda _done, _text: None
 
 
-class _Worker:
-    """One process with its jobs, and what it tells: how far it is, and the error that stopped it.
-
-    Both come through a pipe. Memory that counts for several processes would be a file in /dev/shm or
-    TMPDIR, and where these are full a process dies that touches it.
-    """
-
-    def __init__(self, work: Callable[[Job, Tick], None], jobs: Sequence[Job]) -> None:
-        context = machine.process_context()
-        self.count = 0
-        self.error: Exception | None = None
-        self.told, telling = context.Pipe(duplex=False)
-        arguments = (work, jobs, telling, os.getpid())
-        self.process: BaseProcess = context.Process(target=_work_through, args=arguments, daemon=True)
-        try:
-            self.process.start()
-        except OSError as error:
-            raise UsageError(
-                f"another process that reads images can't be started ({error.strerror}): give fewer workers="
-            ) from error
-        telling.close()
-
-    def listen(self) -> None:
-        """Take what the process has told since it was last listened to."""
-        with contextlib.suppress(EOFError, OSError):  # it has ended, and said all
-            while self.told.poll():
-                told = self.told.recv()
-                if isinstance(told, Exception):
-                    self.error = told
-                else:
-                    self.count = told
-
-    def finish(self) -> None:
-        """Take leave of the process, which has ended. Raises what ended it early."""
-        self.process.join()
-        self.listen()
-        if not self.process.exitcode:
-            return
-        raise self.error or UsageError(
-            f"a process that reads images ended with code {self.process.exitcode} (-9: killed, perhaps for want of "
-            "memory). What is finished stays: start the same command again, perhaps with fewer workers"
-        )
-
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.join(_END_WITHIN_S)
-        self.process.kill()  # also one that was suspended
-        self.process.join(_END_WITHIN_S)
-        self.told.close()
-
-
 def work_through(
     work: Callable[[Job, Tick], None],
     jobs: Sequence[Job],
@@ -97,37 +51,70 @@ def work_through(
         OSError, UsageError: as `work` raised it; the other processes are ended.
         UsageError: a process died.
     """
-    team: list[_Worker] = []
-    told = done
-    try:
-        for place in range(min(workers, len(jobs))):
-            team.append(_Worker(work, jobs[place::workers]))
-        with progress(total, done) as tell:  # opened after the processes began: its thread is not copied into them
-            running = team
+    with contextlib.ExitStack() as at_end:
+        running: dict[Connection, BaseProcess] = {}
+        for number in range(min(workers, len(jobs))):
+            channel, process = _start(work, jobs[number::workers])
+            at_end.callback(_end, channel, process)
+            running[channel] = process
+        counts = dict.fromkeys(running, 0)
+        # Opened after the processes began: its thread is not copied into them.
+        with progress(total, done) as tell:
             while running:
-                ended = wait([worker.process.sentinel for worker in running], _LOOK_EVERY_S)
-                for worker in running:
-                    worker.listen()
-                for worker in [worker for worker in running if worker.process.sentinel in ended]:
-                    worker.finish()
-                running = [worker for worker in running if worker.process.sentinel not in ended]
-                if (now := done + sum(worker.count for worker in team)) > told:
-                    tell(now, "images")
-                    told = now
-    finally:
-        for worker in team:
-            worker.end()
+                ready = wait(list(running))
+                for channel in [channel for channel in running if channel in ready]:
+                    try:
+                        message = channel.recv()
+                    except (EOFError, OSError):  # the process has ended
+                        _raise_if_killed(running.pop(channel))
+                        continue
+                    if isinstance(message, Exception):
+                        raise message
+                    if message > counts[channel]:
+                        counts[channel] = message
+                        tell(done + sum(counts.values()), "images")
 
 
-def _work_through(work: Callable[[Any, Tick], None], jobs: Sequence[Any], telling: Connection, parent: int) -> None:
+def _start(work: Callable[[Job, Tick], None], jobs: Sequence[Job]) -> tuple[Connection, BaseProcess]:
+    """A process that works on the jobs, and the pipe through which it tells how far it is, or what stopped it."""
+    context = machine.process_context()
+    channel, telling = context.Pipe(duplex=False)
+    process = context.Process(target=_work_on, args=(work, jobs, telling, os.getpid()), daemon=True)
+    try:
+        process.start()
+    except OSError as error:
+        raise UsageError(
+            f"another process that reads images can't be started ({error.strerror}): give fewer workers="
+        ) from error
+    telling.close()  # so that the pipe ends when the process does
+    return channel, process
+
+
+def _raise_if_killed(process: BaseProcess) -> None:
+    process.join()
+    if process.exitcode:
+        raise UsageError(
+            f"a process that reads images ended with code {process.exitcode} (-9: killed, perhaps for want of "
+            "memory). What is finished stays: start the same command again, perhaps with fewer workers"
+        )
+
+
+def _end(channel: Connection, process: BaseProcess) -> None:
+    process.terminate()
+    process.join(_END_WITHIN_S)
+    process.kill()  # also one that was suspended
+    process.join(_END_WITHIN_S)
+    channel.close()
+
+
+def _work_on(work: Callable[[Any, Tick], None], jobs: Sequence[Any], telling: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
     done, told_at = 0, 0.0
 
-    def tell(what: int | Exception) -> None:
+    def tell(message: int | Exception) -> None:
         try:
-            telling.send(what)
+            telling.send(message)
         except OSError:  # nobody listens any more
             os._exit(1)
 

@@ -26,10 +26,9 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from relloc.data.contents import versioned
-from relloc.data.image_set import Splits
+from relloc.data.image_set import ROLES, Role, Splits
 from relloc.data.images import check_size
 from relloc.data.manifest import MANIFEST, check_sizes, index_name, names_name, read_index, read_manifest, shard_name
-from relloc.data.parts import ROLES, Role
 from relloc.errors import DataError, UnreadableImage
 
 _MOST_OPEN = 512

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from relloc import checks, machine
 from relloc.data.check import Check, SplitCheck, check
+from relloc.data.image_set import ROLES
 from relloc.data.manifest import check_hashes, read_manifest
 from relloc.data.packing import CHECK_FILE, Packing, pack
-from relloc.data.parts import ROLES
 from relloc.errors import UsageError
 from relloc.runs import assemble, console
 from relloc.terminal import escaped

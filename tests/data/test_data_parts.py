@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relloc.data.folder import FolderImages
-from relloc.data.image_set import Splits
-from relloc.data.parts import ROLES, about_part, as_json, names, records_of, save_part, spans
+from relloc.data.image_set import ROLES, Splits
+from relloc.data.parts import about_part, as_json, names, records_of, save_part, spans
 from relloc.errors import DataError
 
 
