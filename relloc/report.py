@@ -19,6 +19,7 @@ from relloc.reports.as_markdown import as_markdown
 from relloc.reports.make import ROWS, make_report
 from relloc.reports.measured import find_measured
 from relloc.reports.table import Report
+from relloc.status import Status
 from relloc.sweeps.points import Point
 from relloc.sweeps.standing import known_standings
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep, is_named, runs_folder
@@ -143,11 +144,11 @@ def _sweep_of(options: argparse.Namespace) -> Sweep:
 def _states(points: Sequence[Point]) -> list[str]:
     """How each point stands; schedulers are asked only where not all are done, and may be silent."""
     found, silent = known_standings(points, {})
-    if any(now.state != "done" for now in found):
+    if any(now.status is not Status.DONE for now in found):
         found, silent = known_standings(points)
     for words in dict.fromkeys(silent):
         terminal.complain(f"{words}; how points stand that have jobs there is not known")
-    return [now.state for now in found]
+    return [now.status.word for now in found]
 
 
 def _give(text: str, out: Path | None) -> None:

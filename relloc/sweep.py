@@ -13,15 +13,22 @@ from pathlib import Path
 
 from relloc import terminal
 from relloc.errors import Interrupted, UsageError
-from relloc.sweeps.mend import mend, note_cancelled
+from relloc.status import Status
 from relloc.sweeps.points import Point, note_ending, read_job
-from relloc.sweeps.standing import known_standings, schedulers, standings, standings_in_time
+from relloc.sweeps.standing import (
+    known_standings,
+    note_cancelled,
+    repair_status,
+    schedulers,
+    standings,
+    standings_in_time,
+)
 from relloc.sweeps.sweep import Sweep, find_sweep
 from relloc.sweeps.table import say, table, tell_failed, tell_next, tell_silent
 from relloc.tracking.living import is_elsewhere
 
 _POLL_S = 10.0
-_NOT_ENDED_WELL = ("failed", "stopped", "cancelled", "missing")
+_NOT_ENDED_WELL = (Status.FAILED, Status.STOPPED, Status.CANCELLED, Status.MISSING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,9 +65,9 @@ def _status(sweep: Sweep) -> int:
     tell_failed(points, found, sweep, lambda point: _log(sweep, point))
     tell_silent(found, silent)
     tell_next(sweep)
-    if any(now.state in _NOT_ENDED_WELL for now in found):
+    if any(now.status in _NOT_ENDED_WELL for now in found):
         return 1
-    return Interrupted.exit_code if any(now.state == "unknown" for now in found) else 0
+    return Interrupted.exit_code if any(now.status is Status.UNKNOWN for now in found) else 0
 
 
 def _wait(sweep: Sweep) -> int:
@@ -68,7 +75,7 @@ def _wait(sweep: Sweep) -> int:
     while any(now.in_flight for now in found):
         time.sleep(_POLL_S)
         found = standings_in_time(sweep.points())
-    for words in mend(sweep.points(), found):
+    for words in repair_status(sweep.points(), found):
         say(f"mended  {words}")
     return _status(sweep)
 
@@ -78,13 +85,13 @@ def _cancel(sweep: Sweep) -> int:
     in_flight = [point for point, now in zip(points, standings(points), strict=True) if now.in_flight]
     sweep.cancel()
     for point in in_flight:  # before it is asked: what has not begun can't say that it was
-        if not is_elsewhere(read_job(point.folder) or {}):
-            note_ending(point.folder, "cancelled")
+        if not is_elsewhere(read_job(point.folder)):
+            note_ending(point.folder, Status.CANCELLED)
     for name, scheduler in schedulers().items():
-        scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder) or {})])
+        scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder))])
     asked = len(in_flight)
     for point in in_flight:
-        job = read_job(point.folder) or {}
+        job = read_job(point.folder)
         if is_elsewhere(job):
             asked -= 1
             say(f"{point.name} is run by process {job['pid']} of {job['host']}: end it there")
@@ -98,7 +105,7 @@ def _cancel(sweep: Sweep) -> int:
 
 
 def _log(sweep: Sweep, point: Point) -> Path | None:
-    job = read_job(point.folder) or {}
+    job = read_job(point.folder)
     for name, scheduler in schedulers().items():
         if name in job:
             return scheduler.log_of(sweep.folder, str(job[name]))

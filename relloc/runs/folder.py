@@ -16,6 +16,7 @@ from relloc.results import RESULTS_FILE, read_results
 from relloc.runs import assemble, console
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.refusing import HYDRA_FILES, STATES, FolderBefore
+from relloc.status import Status
 from relloc.tracking import (
     Mirror,
     RunRecord,
@@ -34,7 +35,6 @@ from relloc.tracking.note import NOTE_FILE
 
 UNREADABLE_FILE = "unreadable.txt"
 _NAMED = 5
-_WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
 
 class RunFolder:
@@ -43,7 +43,7 @@ class RunFolder:
     def __init__(self, path: Path, uri: str | None) -> None:
         self.path = path
         self.uri = uri
-        self.status = "FAILED"
+        self.status = Status.FAILED
         self.is_mistake = False  # that ended it: the same command would end so again
         self.kept: set[str] = set()
         self.unreadable: dict[str, str] = {}
@@ -55,7 +55,7 @@ class RunFolder:
 
     def stopped(self) -> None:
         """The run was asked to stop, and can go on."""
-        self.status = "KILLED"
+        self.status = Status.STOPPED
 
     def note_unreadable(self, reasons: dict[str, str]) -> None:
         """Remember images that could not be used."""
@@ -63,7 +63,7 @@ class RunFolder:
 
     def summarize(self, marks: Collection[str] | None = None) -> None:
         """The run is finished: say what came out, and where it is. `marks` are the fingerprints of the rows to show."""
-        self.status = "FINISHED"
+        self.status = Status.DONE
         rows = [row for row in read_results(self.path) if marks is None or row.fingerprint in marks]
         for row in rows:
             if row.kind == "pretext":
@@ -138,7 +138,7 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
     folder.keep(CONFIG_FILE)
     mirror = Mirror(path, folder.uri, warn=console.say) if folder.uri else None
     try:
-        write_status(path, "RUNNING")
+        write_status(path, Status.RUNNING)
         if mirror:
             mirror.start()
         yield folder
@@ -176,10 +176,10 @@ def _close(folder: RunFolder, mirror: Mirror | None) -> None:
         console.say(f"{error.filename or folder.path} can't be written ({error.strerror})")
     if mirror:
         _say_where(folder, mirror.close(folder.status))
-    console.say(f"run     {folder.path}: {_WORDS[folder.status]}")
+    console.say(f"run     {folder.path}: {folder.status.word}")
     path = folder.path
     kept = states.saved_trainings(path) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
-    if folder.status != "FINISHED" and kept and not folder.is_mistake:
+    if folder.status is not Status.DONE and kept and not folder.is_mistake:
         console.say(f"        the same command {_with_folder(path)}goes on from there")
 
 
@@ -192,7 +192,7 @@ def _with_folder(path: Path) -> str:
 def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBefore) -> None:
     """End a run because of a mistake as if it had never begun."""
     if mirror:
-        mirror.close(before.status or "FAILED")
+        mirror.close(before.status or Status.FAILED)
         if before.is_new:
             with contextlib.suppress(StoreError):  # it can't be reached: then it has no run to forget, or keeps it
                 forget(folder.path)

@@ -12,6 +12,7 @@ from relloc.files import write_whole
 from relloc.results import RESULTS_FILE
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.saving import TRAINING_FILE
+from relloc.status import Status
 from relloc.tracking.artifacts import ARTIFACTS_FILE
 from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE
 from relloc.tracking.mlflow import NOTE_FILE
@@ -32,7 +33,7 @@ class FolderBefore:
     work: dict[str, tuple[int, int]]
     rewritten: dict[str, bytes]
     names: frozenset[str]
-    status: str | None
+    status: Status | None
 
     @classmethod
     def of(cls, path: Path) -> "FolderBefore":
@@ -74,7 +75,7 @@ def _work(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _status(path: Path) -> str | None:
+def _status(path: Path) -> Status | None:
     try:
         found = read_status(path)
     except DamagedFile:  # it is written anew

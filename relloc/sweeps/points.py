@@ -8,10 +8,11 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from relloc.errors import DamagedFile
 from relloc.files import read_json, write_json
+from relloc.status import Status
 from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
@@ -22,7 +23,6 @@ _NOT_OF_A_POINT = (
 _PATHS = ("root", "shards", "checkpoint")  # settings that name files, in `data`, in what evaluations bring, and alone
 _NO_PATHS = ("random", "torchvision")  # what `checkpoint` takes besides
 _IDENTITY_DIGITS = 12
-_ENDED = "ended"
 _NOTE_LOST = "Remove it if no job or process has the point"
 _PLAIN = re.compile(r"[\w./+:@%-]*")  # what Hydra takes as a value without quotes
 
@@ -117,13 +117,14 @@ def note_job(point: Point, job: Mapping[str, Any]) -> None:
     write_json(point.folder / POINT_FILE, point.to_json() | {"job": dict(job), "time_ms": now_ms()})
 
 
-def note_ending(folder: Path, how: Literal["cancelled", "stopped"]) -> None:
-    """Note that the job which has the point was asked to end: a run that had not begun can't say so itself.
+def note_ending(folder: Path, how: Status) -> None:
+    """Note that the job which has the point was asked to end, so that it is CANCELLED or STOPPED.
 
-    The note of the next job takes its place; where no job was noted, nothing is.
+    A run that had not begun can't say so itself. The note of the next job takes its place; where no job was noted,
+    nothing is.
     """
-    if (note := read_note(folder)) and note.get(_ENDED) != "cancelled":
-        write_json(folder / POINT_FILE, note | {_ENDED: how})
+    if (note := read_note(folder)) and note.get("ended") != Status.CANCELLED.word:
+        write_json(folder / POINT_FILE, note | {"ended": how.word})
 
 
 def read_note(folder: Path) -> dict[str, Any]:
@@ -139,11 +140,6 @@ def read_note(folder: Path) -> dict[str, Any]:
     return note
 
 
-def read_job(folder: Path) -> dict[str, Any] | None:
-    """The job that was last noted; None if none was. Raises `UsageError` where the note can't be read."""
-    return read_note(folder).get("job")
-
-
-def was_asked_to_end(note: Mapping[str, Any]) -> str | None:
-    """How the job of a note was asked to end, "cancelled" or "stopped"; None where it was not."""
-    return note.get(_ENDED)
+def read_job(folder: Path) -> dict[str, Any]:
+    """The job that was last noted; empty where none was. Raises `DamagedFile`."""
+    return read_note(folder).get("job", {})

@@ -5,22 +5,22 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from relloc.errors import UsageError
 from relloc.status import Status
-from relloc.sweeps.points import Point, read_note, was_asked_to_end
+from relloc.sweeps.points import Point, note_ending, read_note
 from relloc.terminal import complain
 from relloc.tracking.holding import is_held
 from relloc.tracking.journal import read_journal
 from relloc.tracking.living import is_alive, is_elsewhere
-from relloc.tracking.record import RunRecord, read_status
+from relloc.tracking.mlflow import sync
+from relloc.tracking.record import RunRecord, read_status, write_status
+from relloc.tracking.store import StoreError
 
-State = Literal["done", "running", "waiting", "stopped", "cancelled", "failed", "missing", "unknown"]
-JobState = Literal["running", "waiting", "cancelled", "unknown"] | None  # None: it is no more
-# Of jobs by scheduler and number: how those that are alive stand, and which were ended by hand as far as that is
-# remembered. Schedulers register one as an entry point.
-Ask = Callable[[Sequence[str]], Mapping[str, Literal["running", "waiting", "cancelled"]]]
+# Of jobs by scheduler and number: which of them are WAITING or RUNNING, and which were CANCELLED by hand as far as that
+# is remembered. Schedulers register one as an entry point.
+Ask = Callable[[Sequence[str]], Mapping[str, Status]]
 TRAINED = "train/epoch"
 _DAMAGED = "damaged"
 _AGAIN_S = 30.0
@@ -31,14 +31,14 @@ _HEARD_OF_S = 1800.0  # saves, reports and measurements of the machine are far m
 class Standing:
     """`progress` is the part of the training done, 0 to 1; `left_s` an estimate; both None where nothing is known."""
 
-    state: State
+    status: Status
     progress: float | None = None
     left_s: float | None = None
 
     @property
     def in_flight(self) -> bool:
         """Whether a job has the point, now or in a while."""
-        return self.state in ("running", "waiting")
+        return self.status in (Status.RUNNING, Status.WAITING)
 
 
 def schedulers() -> dict[str, Any]:
@@ -52,9 +52,9 @@ def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -
     Raises:
         UsageError: one of them does not answer, or a note is damaged.
     """
-    found, silent = known_standings(points, asked)
-    if silent:
-        raise UsageError(silent[0])
+    found, problems = known_standings(points, asked)
+    if problems:
+        raise UsageError(problems[0])
     return found
 
 
@@ -63,38 +63,28 @@ def known_standings(
 ) -> tuple[list[Standing], list[str]]:
     """How each point stands, as far as that is known here, and what is said by those who do not answer.
 
-    Points that only these know are "unknown", unless their folders say more.
+    Points that only these know are UNKNOWN, unless their folders say more.
     """
     if asked is None:
         asked = {name: scheduler.states for name, scheduler in schedulers().items()}
-    notes, silent = _notes(points)
-    jobs = [note.get("job", {}) for note in notes]
-    states: dict[tuple[str, str], JobState] = {}
-    for scheduler, ask in asked.items():
-        numbers = [str(job[scheduler]) for job in jobs if scheduler in job]
-        try:
-            states |= {(scheduler, number): state for number, state in (ask(numbers) if numbers else {}).items()}
-        except UsageError as error:
-            silent.append(str(error))
-            states |= dict.fromkeys(((scheduler, number) for number in numbers), "unknown")
-    found = [
-        _standing(point.folder, note, _job_state(point.folder, note.get("job", {}), states))
-        for point, note in zip(points, notes, strict=True)
-    ]
-    return found, silent
-
-
-def _notes(points: Sequence[Point]) -> tuple[list[Mapping[str, Any]], list[str]]:
-    """The note of each point; one that is damaged counts as a job of which nothing is known."""
     notes: list[Mapping[str, Any]] = []
-    silent = []
+    problems = []
     for point in points:
         try:
             notes.append(read_note(point.folder))
         except UsageError as error:
             notes.append({"job": {_DAMAGED: ""}})
-            silent.append(str(error))
-    return notes, silent
+            problems.append(str(error))
+    answers: dict[tuple[str, str], Status] = {}
+    for scheduler, ask in asked.items():
+        numbers = [str(note["job"][scheduler]) for note in notes if scheduler in note.get("job", {})]
+        try:
+            answer = ask(numbers) if numbers else {}
+        except UsageError as error:
+            answer = dict.fromkeys(numbers, Status.UNKNOWN)
+            problems.append(str(error))
+        answers |= {(scheduler, number): status for number, status in answer.items()}
+    return [_standing(point.folder, note, answers) for point, note in zip(points, notes, strict=True)], problems
 
 
 def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
@@ -110,25 +100,32 @@ def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None =
             time.sleep(_AGAIN_S)
 
 
-def _job_state(folder: Path, job: Mapping[str, Any], states: Mapping[tuple[str, str], JobState]) -> JobState:
-    if is_held(folder):  # by whatever command, also one that is not of this sweep
-        return "running"
-    if "pid" in job:
-        return "running" if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder)) else None
-    if _DAMAGED in job:
-        return "unknown"
-    return next((states[name, str(number)] for name, number in job.items() if (name, str(number)) in states), None)
+def repair_status(points: Sequence[Point], found: Sequence[Standing]) -> list[str]:
+    """Note as stopped what is noted as running and has no job any more, and tell MLflow; what was repaired, in words.
+
+    A store that does not answer is told, and hears of it when the point runs again or by relloc.sync.
+    """
+    note_cancelled(points, found)
+    repaired = []
+    for point, now in zip(points, found, strict=True):
+        if now.in_flight or now.status is Status.UNKNOWN or status_of(point.folder) is not Status.RUNNING:
+            continue
+        write_status(point.folder, Status.STOPPED)
+        words = f"{point.name} was ended before it could say so: noted as stopped"
+        try:
+            if uri := RunRecord.read(point.folder).tracking_uri:
+                sync(point.folder, uri)
+        except (StoreError, OSError, ValueError) as error:
+            words += f", but not in MLflow ({error})"
+        repaired.append(words)
+    return repaired
 
 
-def _was_heard_of(folder: Path) -> bool:
-    """Whether a run that another machine has wrote anything lately, which is all that can be known of it here."""
-    if status_of(folder) != "RUNNING":
-        return False
-    try:
-        written = max(path.stat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("checkpoints/*")))
-    except FileNotFoundError:  # removed while it was looked at
-        return True
-    return time.time() - written < _HEARD_OF_S
+def note_cancelled(points: Sequence[Point], found: Sequence[Standing]) -> None:
+    """Note which jobs were cancelled, as the cluster remembers it for some minutes only."""
+    for point, now in zip(points, found, strict=True):
+        if now.status is Status.CANCELLED:
+            note_ending(point.folder, Status.CANCELLED)
 
 
 def status_of(folder: Path) -> Status | None:
@@ -140,32 +137,52 @@ def status_of(folder: Path) -> Status | None:
     return found.status if found else None
 
 
-def _standing(folder: Path, note: Mapping[str, Any], job: JobState) -> Standing:
-    status = status_of(folder)
-    if job == "unknown" and status != "FINISHED":
-        # What it wrote lately is all that is known of it.
-        job = "running" if _was_heard_of(folder) else job
-    if job == "waiting":
-        return Standing(state="waiting", progress=_progress(folder)[0])
-    if job == "running":
-        progress, left_s = _progress(folder)
-        return Standing(state="running", progress=progress, left_s=left_s)
-    state = _ended_state(status, note, job)
-    return Standing(state=state, progress=1.0 if state == "done" else _progress(folder)[0])
+def _standing(folder: Path, note: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]) -> Standing:
+    own, job = status_of(folder), _job_status(folder, note.get("job", {}), answers)
+    if job is Status.UNKNOWN and own is not Status.DONE and _was_heard_of(folder):
+        job = Status.RUNNING  # what it wrote lately is all that is known of it
+    status = job if job is Status.RUNNING or job is Status.WAITING else _ended_status(own, note, job)
+    progress, left_s = (1.0, None) if status is Status.DONE else _progress(folder)
+    return Standing(status=status, progress=progress, left_s=left_s if status is Status.RUNNING else None)
 
 
-def _ended_state(status: str | None, note: Mapping[str, Any], job: JobState) -> State:
-    """How a point ended whose job is no more, or may be for all that is known."""
-    if status == "FINISHED":
-        return "done"
-    asked = was_asked_to_end(note)
-    if asked == "cancelled" or (job == "cancelled" and status != "FAILED"):
-        return "cancelled"
-    if job == "unknown":
-        return "unknown"
-    if status is None:  # the run said nothing of itself: it had not begun, or was refused
-        return "missing" if not note else "stopped" if asked else "failed"
-    return "failed" if status == "FAILED" else "stopped"
+def _job_status(folder: Path, job: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]) -> Status | None:
+    """How the job stands that has the point, or had it last; None where it is no more."""
+    if is_held(folder):  # by whatever command, also one that is not of this sweep
+        return Status.RUNNING
+    if "pid" in job:
+        return Status.RUNNING if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder)) else None
+    if _DAMAGED in job:
+        return Status.UNKNOWN
+    known = [answers[name, str(number)] for name, number in job.items() if (name, str(number)) in answers]
+    return known[0] if known else None
+
+
+def _ended_status(own: Status | None, note: Mapping[str, Any], job: Status | None) -> Status:
+    """How a point ended whose job is no more, or may be for all that is known; `own` is what its run said last."""
+    if own is Status.DONE:
+        return Status.DONE
+    asked = note.get("ended")
+    if asked == Status.CANCELLED.word or (job is Status.CANCELLED and own is not Status.FAILED):
+        return Status.CANCELLED
+    if job is Status.UNKNOWN:
+        return Status.UNKNOWN
+    if own is None:  # the run had not begun, or was refused
+        if not note:
+            return Status.MISSING
+        return Status.STOPPED if asked else Status.FAILED
+    return Status.FAILED if own is Status.FAILED else Status.STOPPED
+
+
+def _was_heard_of(folder: Path) -> bool:
+    """Whether a run that another machine has wrote anything lately, which is all that can be known of it here."""
+    if status_of(folder) is not Status.RUNNING:
+        return False
+    try:
+        written = max(path.stat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("checkpoints/*")))
+    except FileNotFoundError:  # removed while it was looked at
+        return True
+    return time.time() - written < _HEARD_OF_S
 
 
 def _progress(folder: Path) -> tuple[float | None, float | None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from relloc.errors import UsageError
 from relloc.files import locked, read_json, write_json
+from relloc.status import Status
 from relloc.sweeps.points import Point
 from relloc.sweeps.standing import Standing
 from relloc.tracking.record import COMMIT_FILE, commit_of
@@ -126,8 +127,8 @@ class Sweep:
         """The standings of points, where those that no command began any more are cancelled, not missing."""
         if not self.is_cancelled():
             return list(found)
-        cancelled = Standing(state="cancelled")
-        return [cancelled if now.state == "missing" else now for now in found]
+        cancelled = Standing(status=Status.CANCELLED)
+        return [cancelled if now.status is Status.MISSING else now for now in found]
 
     def log(self, point: Point) -> Path:
         """Where the point's output goes that no scheduler keeps."""

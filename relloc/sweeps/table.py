@@ -3,15 +3,16 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from relloc.errors import UsageError
+from relloc.status import Status
 from relloc.sweeps.points import Point, read_job
 from relloc.sweeps.standing import Standing
 from relloc.sweeps.sweep import Sweep, word_of
@@ -22,14 +23,14 @@ _READ_BYTES = 1 << 16  # of a log's end
 _WIDTH_OF_FILES = 160
 _MESSAGE = "relloc: "  # what begins a message on stderr
 _COLORS = {
-    "done": "green",
-    "running": "cyan",
-    "waiting": "blue",
-    "stopped": "yellow",
-    "cancelled": "yellow",
-    "failed": "red",
-    "missing": "dim",
-    "unknown": "magenta",
+    Status.DONE: "green",
+    Status.RUNNING: "cyan",
+    Status.WAITING: "blue",
+    Status.STOPPED: "yellow",
+    Status.CANCELLED: "yellow",
+    Status.FAILED: "red",
+    Status.MISSING: "dim",
+    Status.UNKNOWN: "magenta",
 }
 
 
@@ -45,17 +46,16 @@ def say(told: str | Table) -> None:
 
 def table(points: Sequence[Point], found: Sequence[Standing]) -> Table:
     """One row a point: how it stands, which job has or had it, how far it is, how long it takes, its folder."""
-    counts = {state: sum(now.state == state for now in found) for state in _COLORS}
-    title = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    made = Table(title=title)
+    counts = Counter(now.status for now in found)
+    made = Table(title=", ".join(f"{counts[status]} {status.word}" for status in _COLORS if counts[status]))
     for name in ("point", "state", "job", "progress", "time left", "folder"):
         made.add_column(name, justify="right" if name in ("progress", "time left") else "left", overflow="fold")
     for point, now in zip(points, found, strict=True):
         progress = "" if now.progress is None else f"{100 * now.progress:.0f} %"
-        left = "" if now.left_s is None or now.state != "running" else _duration(now.left_s)
+        left = "" if now.left_s is None or now.status is not Status.RUNNING else _duration(now.left_s)
         made.add_row(
             Text(escaped(point.name)),
-            Text(now.state, style=_COLORS[now.state]),
+            Text(now.status.word, style=_COLORS[now.status]),
             Text(_job_of(point)),
             progress,
             left,
@@ -69,7 +69,7 @@ def tell_failed(
 ) -> None:
     """Of each point that failed: why, the last lines of its log, and the command that runs it alone."""
     for point, now in zip(points, found, strict=True):
-        if now.state != "failed":
+        if now.status is not Status.FAILED:
             continue
         log = log_of(point)
         say(f"\nfailed  {escaped(point.name)}" + (f": {log}" if log else ""))
@@ -86,7 +86,7 @@ def tell_failed(
 
 def tell_silent(found: Sequence[Standing], silent: Sequence[str]) -> None:
     """Who did not answer, and what is not known for that reason."""
-    count = sum(now.state == "unknown" for now in found)
+    count = sum(now.status is Status.UNKNOWN for now in found)
     for words in dict.fromkeys(silent):
         say(f"unknown {escaped(words)}")
     if silent:
@@ -122,7 +122,7 @@ def _end_of(log: Path) -> list[str]:
 def _job_of(point: Point) -> str:
     """Which job or process has the point, or had it last."""
     try:
-        job: Mapping[str, Any] = read_job(point.folder) or {}
+        job = read_job(point.folder)
     except UsageError:  # damaged, which is told beside the table
         return "?"
     if "pid" in job:

@@ -20,6 +20,7 @@ from hydra_plugins.relloc_launchers.clients import (
 from hydra_plugins.relloc_launchers.environment import cluster_of, environment_for
 
 from relloc.errors import Interrupted, UsageError
+from relloc.status import Status
 
 TOKEN = "relloc-0123456789ab"
 
@@ -129,8 +130,8 @@ def test_jobs_are_found_among_lines_of_others(commands: Path) -> None:
     write(commands, "squeue", "\n".join(f"echo '{line}'" for line in lines))
     numbers = [f"42_{task}" for task in range(6)]
     found = states([*numbers, "7", "8", "12"])
-    waiting = dict.fromkeys(("42_1", "42_2", "42_3", "42_5"), "waiting")
-    assert found == {"42_0": "running", "7": "running", "8": "running", **waiting}
+    waiting = dict.fromkeys(("42_1", "42_2", "42_3", "42_5"), Status.WAITING)
+    assert found == {"42_0": Status.RUNNING, "7": Status.RUNNING, "8": Status.RUNNING, **waiting}
 
 
 def test_a_queue_in_a_format_of_the_sites_own_loses_no_job(commands: Path) -> None:
@@ -140,13 +141,17 @@ def test_a_queue_in_a_format_of_the_sites_own_loses_no_job(commands: Path) -> No
         "42_[1-2] main relloc_g me PD 0:00 1",
     )
     write(commands, "squeue", "\n".join(f"echo '{line}'" for line in (*table, "42_3 main relloc_g me CD 0:10 1")))
-    assert states([f"42_{task}" for task in range(4)]) == {"42_0": "running", "42_1": "waiting", "42_2": "waiting"}
+    assert states([f"42_{task}" for task in range(4)]) == {
+        "42_0": Status.RUNNING,
+        "42_1": Status.WAITING,
+        "42_2": Status.WAITING,
+    }
 
 
 def test_a_token_finds_its_jobs_by_comment_and_by_name(commands: Path) -> None:
     write(commands, "squeue", f"echo '42_1|RUNNING|n|{TOKEN}'; echo '43|PENDING|mine_relloc-aaaaaaaaaaaa|mine'")
     asking = [f"{TOKEN}_0", f"{TOKEN}_1", "relloc-aaaaaaaaaaaa", "relloc-bbbbbbbbbbbb"]
-    assert states(asking) == {f"{TOKEN}_1": "running", "relloc-aaaaaaaaaaaa": "waiting"}
+    assert states(asking) == {f"{TOKEN}_1": Status.RUNNING, "relloc-aaaaaaaaaaaa": Status.WAITING}
     write(commands, "scancel", "")
     cancel(asking)
     assert asked()[-1] == "scancel 42_1 43"
@@ -155,7 +160,7 @@ def test_a_token_finds_its_jobs_by_comment_and_by_name(commands: Path) -> None:
 def test_each_cluster_is_asked_for_its_jobs(commands: Path) -> None:
     does = 'case "$*" in *--clusters=mpp2*) echo "CLUSTER: mpp2"; echo "43_0|RUNNING";; *) echo "43_1|RUNNING";; esac'
     write(commands, "squeue", does)
-    assert states(["43_0@mpp2", "43_1@mpp2", "43_1", "43_0"]) == {"43_0@mpp2": "running", "43_1": "running"}
+    assert states(["43_0@mpp2", "43_1@mpp2", "43_1", "43_0"]) == {"43_0@mpp2": Status.RUNNING, "43_1": Status.RUNNING}
     write(commands, "scancel", "")
     cancel(["43_0@mpp2", "43_1"])
     assert set(asked()[-2:]) == {"scancel --clusters=mpp2 43_0", "scancel 43_1"}
@@ -164,26 +169,26 @@ def test_each_cluster_is_asked_for_its_jobs(commands: Path) -> None:
 def test_the_users_defaults_for_squeue_hide_no_job(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUEUE_PARTITION", "other")
     write(commands, "squeue", '[ -z "$SQUEUE_PARTITION" ] && echo "42|RUNNING"')
-    assert states(["42"]) == {"42": "running"}
+    assert states(["42"]) == {"42": Status.RUNNING}
 
 
 def test_jobs_that_were_ended_by_hand_are_told_from_others_that_are_over(commands: Path) -> None:
     lines = ("42_0|CANCELLED|n|c", "42_1|FAILED|n|c", "42_2|RUNNING|n|c", f"43|CANCELLED|n|{TOKEN}")
     write(commands, "squeue", "\n".join(f"echo '{line}'" for line in lines))
-    found = {"42_0": "cancelled", "42_2": "running", TOKEN: "cancelled"}
+    found = {"42_0": Status.CANCELLED, "42_2": Status.RUNNING, TOKEN: Status.CANCELLED}
     assert states(["42_0", "42_1", "42_2", TOKEN]) == found
 
 
 def test_an_array_that_is_shown_without_its_tasks_stands_for_them(commands: Path) -> None:
     lines = ("42|RUNNING|n|c", "43|COMPLETED|n|c", "44|CANCELLED|n|c", "44_0|COMPLETED|n|c")
     write(commands, "squeue", "\n".join(f"echo '{line}'" for line in lines))
-    found = {"42_0": "running", "42_1": "running", "44_1": "cancelled"}
+    found = {"42_0": Status.RUNNING, "42_1": Status.RUNNING, "44_1": Status.CANCELLED}
     assert states(["42_0", "42_1", "43_0", "44_0", "44_1"]) == found
 
 
 def test_a_notice_of_an_error_beside_jobs_hides_none(commands: Path) -> None:
     write(commands, "squeue", "echo 'squeue: error: a plugin' >&2; echo '42|RUNNING|n|c'")
-    assert states(["42"]) == {"42": "running"}
+    assert states(["42"]) == {"42": Status.RUNNING}
 
 
 _TROUBLE = "slurm_load_jobs error: Unable to contact slurm controller"

@@ -12,6 +12,7 @@ from hydra_plugins.relloc_launchers.processes import ProcessLauncher
 from omegaconf import OmegaConf
 
 from relloc.errors import Interrupted
+from relloc.status import Status
 from relloc.sweeps.points import Point, note_job
 from relloc.sweeps.standing import standings
 from relloc.sweeps.sweep import Sweep
@@ -37,7 +38,7 @@ def run(tmp_path: Path, code: str, *, processes: int) -> tuple[ProcessLauncher, 
 def test_what_a_signal_ends_before_it_began_was_stopped(tmp_path: Path, number: signal.Signals) -> None:
     code = f"import os, signal; signal.signal({number:d}, signal.SIG_DFL); os.kill(os.getpid(), {number:d})"
     _, made = run(tmp_path, code, processes=1)
-    assert [now.state for now in standings([made], {})] == ["stopped"]
+    assert [now.status for now in standings([made], {})] == [Status.STOPPED]
 
 
 WAITS = "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(129)); open('begun', 'w'); signal.pause()"
@@ -56,14 +57,14 @@ def test_a_closed_terminal_reaches_the_points(tmp_path: Path, monkeypatch: pytes
     asked.start()
     _, made = run(tmp_path, WAITS, processes=2)
     asked.join()
-    assert [now.state for now in standings([made], {})] == ["stopped"]
+    assert [now.status for now in standings([made], {})] == [Status.STOPPED]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_why_a_point_failed_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str], processes: int) -> None:
     code = "import sys; print('on its way'); print('relloc: no', 'data', file=sys.stderr); sys.exit(2)"
     launcher, made = run(tmp_path, code, processes=processes)
-    assert [now.state for now in standings([made], {})] == ["failed"]
+    assert [now.status for now in standings([made], {})] == [Status.FAILED]
     assert reason_of(launcher.log_of(made)) == "no data"
     told = capfd.readouterr()
     # On the console where it runs alone there

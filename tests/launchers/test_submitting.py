@@ -144,7 +144,7 @@ def test_what_was_sent_before_a_refusal_stays_noted(tmp_path: Path, commands: Pa
     made, todo = launcher(array_parallelism=8), points(tmp_path, 5)
     with pytest.raises(UsageError, match="2 jobs were sent"):
         send(made, todo)
-    assert [read_job(point.folder) for point in todo] == [{"slurm": "42_0"}, {"slurm": "42_1"}, None, None, None]
+    assert [read_job(point.folder) for point in todo] == [{"slurm": "42_0"}, {"slurm": "42_1"}, {}, {}, {}]
     (script,) = made.sweep.folder.glob("slurm/*/submission.sh")
     assert "--array=0-1%2" in script.read_text()
     assert len(made.sweep.points()) == 5

@@ -464,13 +464,13 @@ def test_jobs_that_are_known_by_their_token_are_cancelled(sweeps: Sweeps) -> Non
     started.kill()
     script = next(sweeps.folder.glob("runs/sweeps/c/slurm/*/submission.sh"))
     tokens = [f"{script.parent.name}_{task}" for task in range(2)]
-    assert clients_states(tokens, sweeps) == dict.fromkeys(tokens, "running")
+    assert clients_states(tokens, sweeps) == dict.fromkeys(tokens, "RUNNING")
     for words, token in zip(("seed_0", "seed_1"), tokens, strict=True):
         noted = json.loads((sweeps.point(words) / "point.json").read_text())
         (sweeps.point(words) / "point.json").write_text(json.dumps(noted | {"job": {"slurm": token}}))
     code, told = sweeps.run("cancel", "runs/sweeps/c", module="sweep")
     assert (code, "2 points were asked to end" in told) == (0, True), told
-    sweeps.wait_for(lambda: set(clients_states(tokens, sweeps).values()) <= {"cancelled"})
+    sweeps.wait_for(lambda: set(clients_states(tokens, sweeps).values()) <= {"CANCELLED"})
 
 
 def clients_states(jobs: list[str], sweeps: Sweeps) -> dict[str, str]:

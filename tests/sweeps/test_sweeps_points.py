@@ -8,7 +8,8 @@ import pytest
 
 from relloc.errors import DamagedFile
 from relloc.files import parse_json
-from relloc.sweeps.points import POINT_FILE, Point, identity, note_ending, note_job, read_note, was_asked_to_end
+from relloc.status import Status
+from relloc.sweeps.points import POINT_FILE, Point, identity, note_ending, note_job, read_note
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
 
@@ -79,15 +80,15 @@ def test_a_note_of_an_earlier_version_is_read() -> None:
 
 def test_how_a_job_was_asked_to_end_stays_until_the_next_one(tmp_path: Path) -> None:
     made = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
-    note_ending(made.folder, "stopped")
+    note_ending(made.folder, Status.STOPPED)
     assert not made.folder.exists()  # no job, nothing to note
     note_job(made, {"slurm": "7"})
-    assert was_asked_to_end(read_note(made.folder)) is None
-    note_ending(made.folder, "cancelled")
-    note_ending(made.folder, "stopped")  # as its process then ends
-    assert was_asked_to_end(read_note(made.folder)) == "cancelled"
+    assert "ended" not in read_note(made.folder)
+    note_ending(made.folder, Status.CANCELLED)
+    note_ending(made.folder, Status.STOPPED)  # as its process then ends
+    assert read_note(made.folder)["ended"] == "cancelled"
     note_job(made, {"slurm": "8"})
-    assert was_asked_to_end(read_note(made.folder)) is None
+    assert "ended" not in read_note(made.folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"job": 7}', '{"job": {"pid": 1}}', "\x00", "[" * 100_000])

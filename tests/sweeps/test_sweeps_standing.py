@@ -5,15 +5,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from relloc.errors import UsageError
 from relloc.status import Status
-from relloc.sweeps.mend import mend
 from relloc.sweeps.points import Point, folder_of, name_of, note_ending, note_job
-from relloc.sweeps.standing import Standing, known_standings, standings, standings_in_time, status_of
+from relloc.sweeps.standing import Standing, known_standings, repair_status, standings, standings_in_time, status_of
 from relloc.sweeps.sweep import Sweep, code_and_configs
 from relloc.tracking import Journal, RunRecord, search, sync, write_status
 from relloc.tracking.living import is_alive, process_mark
@@ -29,8 +27,8 @@ def point(tmp_path: Path, status: str | None = None, job: Mapping[str, object] |
     return made
 
 
-def asked(**states: Literal["running", "waiting", "cancelled"]) -> dict:
-    def ask(numbers: Sequence[str]) -> dict[str, Literal["running", "waiting", "cancelled"]]:
+def asked(**states: Status) -> dict:
+    def ask(numbers: Sequence[str]) -> dict[str, Status]:
         return {number: state for name, state in states.items() if (number := name.removeprefix("job")) in numbers}
 
     return {"slurm": ask}
@@ -39,66 +37,67 @@ def asked(**states: Literal["running", "waiting", "cancelled"]) -> dict:
 @pytest.mark.parametrize(
     ("status", "queue", "state"),
     [
-        ("FINISHED", {}, "done"),
-        ("FAILED", {}, "failed"),
-        ("KILLED", {}, "stopped"),
-        ("RUNNING", {}, "stopped"),  # ended before it could say so
-        (None, {}, "failed"),  # its job left no word
-        (None, {"job7": "cancelled"}, "cancelled"),  # by hand, before it began
-        ("KILLED", {"job7": "cancelled"}, "cancelled"),
-        ("RUNNING", {"job7": "cancelled"}, "cancelled"),
-        ("FINISHED", {"job7": "cancelled"}, "done"),
-        ("FAILED", {"job7": "cancelled"}, "failed"),
-        ("FAILED", {"job7": "waiting"}, "waiting"),  # it is to be run again
-        ("RUNNING", {"job7": "running"}, "running"),
-        ("RUNNING", {"job8": "running"}, "stopped"),  # another's
+        ("FINISHED", {}, Status.DONE),
+        ("FAILED", {}, Status.FAILED),
+        ("KILLED", {}, Status.STOPPED),
+        ("RUNNING", {}, Status.STOPPED),  # ended before it could say so
+        (None, {}, Status.FAILED),  # its job left no word
+        (None, {"job7": Status.CANCELLED}, Status.CANCELLED),  # by hand, before it began
+        ("KILLED", {"job7": Status.CANCELLED}, Status.CANCELLED),
+        ("RUNNING", {"job7": Status.CANCELLED}, Status.CANCELLED),
+        ("FINISHED", {"job7": Status.CANCELLED}, Status.DONE),
+        ("FAILED", {"job7": Status.CANCELLED}, Status.FAILED),
+        ("FAILED", {"job7": Status.WAITING}, Status.WAITING),  # it is to be run again
+        ("RUNNING", {"job7": Status.RUNNING}, Status.RUNNING),
+        ("RUNNING", {"job8": Status.RUNNING}, Status.STOPPED),  # another's
     ],
 )
 def test_a_point_stands_as_its_job_and_its_folder_say(
-    tmp_path: Path, status: str | None, queue: dict[str, Literal["running", "waiting", "cancelled"]], state: str
+    tmp_path: Path, status: str | None, queue: dict[str, Status], state: str
 ) -> None:
     (found,) = standings([point(tmp_path, status, {"slurm": "7"})], asked(**queue))
-    assert found.state == state
-    assert found.in_flight == (state in ("running", "waiting"))
+    assert found.status == state
+    assert found.in_flight == (state in (Status.RUNNING, Status.WAITING))
 
 
 @pytest.mark.parametrize(
     ("status", "asked_to_end", "state"),
     [
-        (None, "cancelled", "cancelled"),  # before it began
-        ("KILLED", "cancelled", "cancelled"),
-        ("RUNNING", "cancelled", "cancelled"),
-        ("FINISHED", "cancelled", "done"),  # it was faster
-        (None, "stopped", "stopped"),
-        ("FAILED", "stopped", "failed"),
+        (None, Status.CANCELLED, Status.CANCELLED),  # before it began
+        ("KILLED", Status.CANCELLED, Status.CANCELLED),
+        ("RUNNING", Status.CANCELLED, Status.CANCELLED),
+        ("FINISHED", Status.CANCELLED, Status.DONE),  # it was faster
+        (None, Status.STOPPED, Status.STOPPED),
+        ("FAILED", Status.STOPPED, Status.FAILED),
     ],
 )
 def test_a_point_that_was_asked_to_end_has_not_failed(
-    tmp_path: Path, status: str | None, asked_to_end: Literal["cancelled", "stopped"], state: str
+    tmp_path: Path, status: str | None, asked_to_end: Status, state: str
 ) -> None:
     made = point(tmp_path, status, {"slurm": "7"})
     note_ending(made.folder, asked_to_end)
-    assert [now.state for now in standings([made], asked())] == [state]
-    assert [now.state for now in standings([made], asked(job7="running"))] == ["running"]  # it takes a while
+    assert [now.status for now in standings([made], asked())] == [state]
+    assert [now.status for now in standings([made], asked(job7=Status.RUNNING))] == [Status.RUNNING]  # it takes a while
 
 
 @pytest.mark.parametrize(
-    ("status", "state"), [("FINISHED", "done"), (None, "unknown"), ("KILLED", "unknown"), ("RUNNING", "running")]
+    ("status", "state"),
+    [("FINISHED", Status.DONE), (None, Status.UNKNOWN), ("KILLED", Status.UNKNOWN), ("RUNNING", Status.RUNNING)],
 )
 def test_what_only_a_silent_cluster_knows_is_unknown(tmp_path: Path, status: str | None, state: str) -> None:
-    def silent(_numbers: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+    def silent(_numbers: Sequence[str]) -> dict[str, Status]:
         raise UsageError("no answer")
 
     made = point(tmp_path, status, {"slurm": "7"})
     found, told = known_standings([made], {"slurm": silent})
-    assert ([now.state for now in found], told) == ([state], ["no answer"])
-    assert mend([made], found) == []  # it may run
+    assert ([now.status for now in found], told) == ([state], ["no answer"])
+    assert repair_status([made], found) == []  # it may run
     with pytest.raises(UsageError, match="no answer"):
         standings([made], {"slurm": silent})
     for path in (made.folder, *made.folder.iterdir()):
         os.utime(path, (0, 0))
     (found,), _ = known_standings([made], {"slurm": silent})
-    assert found.state == ("done" if status == "FINISHED" else "unknown")  # nothing was heard of it lately
+    assert found.status == (Status.DONE if status == "FINISHED" else Status.UNKNOWN)  # nothing was heard of it lately
 
 
 def test_a_damaged_note_hides_no_other_point(tmp_path: Path) -> None:
@@ -108,17 +107,17 @@ def test_a_damaged_note_hides_no_other_point(tmp_path: Path) -> None:
     os.utime(made.folder / "point.json", (0, 0))
     os.utime(made.folder, (0, 0))
     (found,), told = known_standings([made], {})
-    assert (found.state, len(told), "point.json" in told[0]) == ("unknown", 1, True)
+    assert (found.status, len(told), "point.json" in told[0]) == (Status.UNKNOWN, 1, True)
 
 
 def test_a_run_of_another_machine_runs_while_it_writes(tmp_path: Path) -> None:
     there = point(tmp_path, "RUNNING", process_mark(os.getpid()) | {"host": "elsewhere"})
     found = standings([there], {})
-    assert found[0].state == "running"
-    assert mend([there], found) == []
+    assert found[0].status == Status.RUNNING
+    assert repair_status([there], found) == []
     for path in (there.folder, *there.folder.iterdir()):
         os.utime(path, (0, 0))
-    assert standings([there], {})[0].state == "stopped"
+    assert standings([there], {})[0].status == Status.STOPPED
 
 
 @pytest.mark.parametrize("damaged", ["status.json", "journal.jsonl"])
@@ -126,8 +125,8 @@ def test_a_damaged_file_hides_no_other_point(tmp_path: Path, damaged: str) -> No
     made = point(tmp_path, "KILLED")
     (made.folder / damaged).write_text('{"st\n{"\n')
     found = standings([made], {})
-    assert found[0].state == ("failed" if damaged == "status.json" else "stopped")
-    assert mend([made], found) == []
+    assert found[0].status == (Status.FAILED if damaged == "status.json" else Status.STOPPED)
+    assert repair_status([made], found) == []
 
 
 def test_a_damaged_note_of_a_job_is_told(tmp_path: Path) -> None:
@@ -140,21 +139,21 @@ def test_a_damaged_note_of_a_job_is_told(tmp_path: Path) -> None:
 def test_a_scheduler_that_is_silent_for_a_while_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = iter([UsageError("no answer"), UsageError("no answer"), {"7": "running"}])
+    answers = iter([UsageError("no answer"), UsageError("no answer"), {"7": Status.RUNNING}])
 
-    def ask(numbers: Sequence[str]) -> dict[str, Literal["running", "waiting"]]:
+    def ask(numbers: Sequence[str]) -> dict[str, Status]:
         if isinstance(answer := next(answers), UsageError):
             raise answer
         return answer  # pyright: ignore[reportReturnType]
 
     monkeypatch.setattr("relloc.sweeps.standing._AGAIN_S", 0.0)
     (found,) = standings_in_time([point(tmp_path, "RUNNING", {"slurm": "7"})], {"slurm": ask})
-    assert found.state == "running"
+    assert found.status == Status.RUNNING
     assert capsys.readouterr().err.count("no answer") == 1
 
 
 def test_a_point_that_nobody_began_is_missing(tmp_path: Path) -> None:
-    assert standings([point(tmp_path)], {}) == [Standing(state="missing")]
+    assert standings([point(tmp_path)], {}) == [Standing(status=Status.MISSING)]
 
 
 def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) -> None:
@@ -168,7 +167,7 @@ def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) ->
     told = lines[1].partition('"time_ms": ')[2].partition(",")[0]
     (running.folder / "journal.jsonl").write_text(lines[0] + "\n" + lines[1].replace(told, str(first + 3000)) + "\n")
     (found,) = standings([running], {})
-    assert (found.state, found.progress, found.left_s) == ("running", 0.25, 18.0)
+    assert (found.status, found.progress, found.left_s) == (Status.RUNNING, 0.25, 18.0)
 
 
 def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
@@ -186,13 +185,13 @@ def test_what_a_cluster_killed_does_not_run_for_ever_in_mlflow(tmp_path: Path) -
     killed = point(tmp_path, "RUNNING", {"slurm": "7"})
     RunRecord(name="a", experiment="e", tracking_uri=uri).write(killed.folder)
     sync(killed.folder, uri)
-    assert mend([killed], standings([killed], asked(job7="running"))) == []
-    (words,) = mend([killed], standings([killed], asked()))
+    assert repair_status([killed], standings([killed], asked(job7=Status.RUNNING))) == []
+    (words,) = repair_status([killed], standings([killed], asked()))
     assert words == "gap_px=4 was ended before it could say so: noted as stopped"
     assert status_of(killed.folder) == Status.STOPPED
     (run,) = search(uri, "e")
     assert run["status"] == "KILLED"
-    assert mend([killed], standings([killed], asked())) == []
+    assert repair_status([killed], standings([killed], asked())) == []
 
 
 def test_names_say_what_is_swept_and_folders_stay(tmp_path: Path) -> None:
@@ -236,5 +235,5 @@ def test_a_sweep_has_each_point_once_however_often_it_is_started(tmp_path: Path)
 
 def test_a_cancelled_job_is_noted_before_the_cluster_forgets_it(tmp_path: Path) -> None:
     made = point(tmp_path, None, {"slurm": "7"})
-    assert mend([made], standings([made], asked(job7="cancelled"))) == []
-    assert [now.state for now in standings([made], asked())] == ["cancelled"]
+    assert repair_status([made], standings([made], asked(job7=Status.CANCELLED))) == []
+    assert [now.status for now in standings([made], asked())] == [Status.CANCELLED]

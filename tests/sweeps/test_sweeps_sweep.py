@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from relloc.errors import UsageError
+from relloc.status import Status
 from relloc.sweeps.points import Point
 from relloc.sweeps.standing import Standing
 from relloc.sweeps.sweep import Sweep, check_folder, check_name, content_of, find_sweep, word_of
@@ -136,8 +137,8 @@ def test_of_folders_of_configs_only_what_hydra_reads_is_copied(tmp_path: Path) -
 
 def test_what_a_cancelled_sweep_began_no_more_is_cancelled(tmp_path: Path) -> None:
     sweep = new_sweep(tmp_path / "s")
-    found = [Standing(state="missing"), Standing(state="done")]
+    found = [Standing(status=Status.MISSING), Standing(status=Status.DONE)]
     assert sweep.with_cancelled(found) == found
     sweep.cancel()
     os.utime(sweep.folder / "sweep.json", (1, 1))
-    assert [now.state for now in sweep.with_cancelled(found)] == ["cancelled", "done"]
+    assert [now.status for now in sweep.with_cancelled(found)] == [Status.CANCELLED, Status.DONE]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from relloc.status import Status
 from relloc.sweeps import table
 from relloc.sweeps.points import POINT_FILE, Point, note_job
 from relloc.sweeps.standing import Standing
@@ -28,21 +29,21 @@ def cells(points: list[Point], found: list[Standing]) -> dict[str, list[str]]:
     [(0, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h"), (360_000, "100.0 h")],
 )
 def test_the_time_left_of_a_running_point_has_the_unit_that_is_short(tmp_path: Path, seconds: float, text: str) -> None:
-    running = Standing(state="running", progress=0.256, left_s=seconds)
+    running = Standing(status=Status.RUNNING, progress=0.256, left_s=seconds)
     told = cells([point(tmp_path)], [running])
     assert (told["progress"], told["time left"]) == (["26 %"], [text])
 
 
 def test_a_point_that_does_not_run_has_no_time_left_and_may_have_no_progress(tmp_path: Path) -> None:
-    found = [Standing(state="stopped", progress=0.5, left_s=60.0), Standing(state="missing")]
+    found = [Standing(status=Status.STOPPED, progress=0.5, left_s=60.0), Standing(status=Status.MISSING)]
     told = cells([point(tmp_path, "a"), point(tmp_path, "b")], found)
     assert (told["progress"], told["time left"]) == (["50 %", ""], ["", ""])
 
 
 def test_the_title_counts_each_state_that_a_point_is_in(tmp_path: Path) -> None:
-    states = ("failed", "done", "done", "unknown")
+    states = (Status.FAILED, Status.DONE, Status.DONE, Status.UNKNOWN)
     points = [point(tmp_path, f"p{number}") for number in range(len(states))]
-    made = table.table(points, [Standing(state=state) for state in states])  # type: ignore[arg-type]
+    made = table.table(points, [Standing(status=state) for state in states])  # type: ignore[arg-type]
     assert made.title == "2 done, 1 failed, 1 unknown"
 
 
@@ -54,13 +55,13 @@ def test_the_job_is_a_process_of_a_machine_or_a_number_of_a_cluster_and_folders_
     note_job(points[0], {"pid": 12, "host": "node1", "born": 0})
     note_job(points[1], {"slurm": "7_2"})
     (points[3].folder / POINT_FILE).write_text("{")
-    told = cells(points, [Standing(state="missing")] * len(points))
+    told = cells(points, [Standing(status=Status.MISSING)] * len(points))
     assert told["job"] == ["pid 12 on node1", "slurm 7_2", "", "?"]
     assert told["folder"] == ["process", "cluster", "none", "damaged"]
 
 
 def test_names_of_points_mean_nothing_to_the_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = table.table([point(tmp_path, "[red]a\x1b[0m:smile:")], [Standing(state="done")])
+    made = table.table([point(tmp_path, "[red]a\x1b[0m:smile:")], [Standing(status=Status.DONE)])
     table.say(made)
     told = capsys.readouterr().out
     assert r"[red]a\x1b[0m:smile:" in told
@@ -74,7 +75,7 @@ def test_a_file_has_room_for_the_table_unless_a_width_is_asked_for(
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
-    table.say(table.table([point(tmp_path, "a" * 120)], [Standing(state="done")]))
+    table.say(table.table([point(tmp_path, "a" * 120)], [Standing(status=Status.DONE)]))
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= (int(columns) if columns else 160)
     assert told.count("a") >= 120  # folded, not cut
@@ -85,7 +86,7 @@ def told_of_failed(folder: Path, log: str | None, capsys: pytest.CaptureFixture[
     if log is not None:
         path.write_text(log)
     failed, done = point(folder, "a", **more), point(folder, "b", **more)
-    states = [Standing(state="failed"), Standing(state="done")]
+    states = [Standing(status=Status.FAILED), Standing(status=Status.DONE)]
     table.tell_failed([failed, done], states, Sweep(folder / "s"), lambda _: path if log is not None else None)
     return capsys.readouterr().out
 
@@ -142,7 +143,7 @@ def test_the_reason_of_a_point_without_a_log_is_that_it_has_none(tmp_path: Path)
 def test_who_does_not_answer_is_told_once_with_the_number_of_points_that_nobody_knows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    unknown = [Standing(state="unknown"), Standing(state="done"), Standing(state="unknown")]
+    unknown = [Standing(status=Status.UNKNOWN), Standing(status=Status.DONE), Standing(status=Status.UNKNOWN)]
     table.tell_silent(unknown, ["squeue \x1b[2J is silent", "squeue \x1b[2J is silent"])
     told = capsys.readouterr().out
     assert told.count("is silent") == 1
@@ -163,7 +164,7 @@ def test_the_next_commands_name_the_sweep_as_a_shell_takes_it(
 
 
 def test_colors_are_for_terminals_alone(tmp_path: Path) -> None:
-    made = table.table([point(tmp_path)], [Standing(state="failed")])
+    made = table.table([point(tmp_path)], [Standing(status=Status.FAILED)])
     terminal = Console(force_terminal=True, width=160, color_system="standard", no_color=False)
     with terminal.capture() as seen:
         terminal.print(made)

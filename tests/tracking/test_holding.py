@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from relloc.errors import UsageError
+from relloc.status import Status
 from relloc.tracking import holding, write_status
 from relloc.tracking.holding import LOCK_FILE, FolderIsTaken, held, is_held
 from relloc.tracking.living import process_mark
@@ -210,6 +211,6 @@ def test_a_sweep_sees_a_point_that_a_command_of_its_own_has(tmp_path: Path, hold
     point = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
     process = holder(point.folder)
     write_status(point.folder, "RUNNING")
-    assert standings([point], {})[0].state == "running"
+    assert standings([point], {})[0].status is Status.RUNNING
     process.communicate("\n")
-    assert standings([point], {})[0].state == "stopped"
+    assert standings([point], {})[0].status is Status.STOPPED

@@ -14,10 +14,10 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from relloc.errors import Interrupted, UsageError
 from relloc.files import NO_LOCKS_HERE
+from relloc.status import Status
 
 ASKED_S = 60  # a client of a cluster in trouble may wait for ever
 _SUBMITTED_S = 300  # a busy controller takes its time for a large array
@@ -181,14 +181,14 @@ def _by_token(token: str, cluster: str | None) -> Job | None:
     return Job(number=found[0].number, cluster=found[0].cluster or _if_one(cluster)) if found else None
 
 
-def states(jobs: Sequence[str]) -> dict[str, Literal["running", "waiting", "cancelled"]]:
+def states(jobs: Sequence[str]) -> dict[str, Status]:
     """Of these jobs, those in SLURM's queue, each asked of the cluster that has it.
 
-    A job that was ended by hand is "cancelled" for some minutes, as long as SLURM remembers it; others that are over
+    A job that was ended by hand is CANCELLED for some minutes, as long as SLURM remembers it; others that are over
     are left out. Raises `UsageError` where SLURM does not answer.
     """
     asked = {text: Job.parse(text) for text in jobs}
-    found: dict[str, Literal["running", "waiting", "cancelled"]] = {}
+    found: dict[str, Status] = {}
     for cluster in sorted({job.cluster for job in asked.values()}, key=str):
         queue = dict(sorted(_named_states(cluster), key=lambda named: named[1] not in _OVER))  # what is alive wins
         for text, job in asked.items():
@@ -197,9 +197,9 @@ def states(jobs: Sequence[str]) -> dict[str, Literal["running", "waiting", "canc
             # An array that was cancelled before a task began is shown without tasks, and by some sites any array.
             state = queue.get(job.name) or queue.get(job.number)
             if state == _CANCELLED:
-                found[text] = "cancelled"
+                found[text] = Status.CANCELLED
             elif state is not None and state not in _OVER:
-                found[text] = "running" if state in _RUNNING else "waiting"
+                found[text] = Status.RUNNING if state in _RUNNING else Status.WAITING
     return found
 
 

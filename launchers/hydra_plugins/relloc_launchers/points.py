@@ -24,9 +24,9 @@ from relloc.runs import data_of_run
 from relloc.runs.command_line import as_value
 from relloc.runs.launch import refuse_chdir, users_environment
 from relloc.runs.settings import conf_dir
-from relloc.sweeps.mend import mend
+from relloc.status import Status
 from relloc.sweeps.points import Point, folder_of, identity, name_of
-from relloc.sweeps.standing import Ask, Standing, known_standings, schedulers
+from relloc.sweeps.standing import Ask, Standing, known_standings, repair_status, schedulers
 from relloc.sweeps.sweep import Sweep, check_folder, check_name, code_and_configs, lock_of
 from relloc.sweeps.table import reason_of, say, table, tell_failed, tell_next, tell_silent
 
@@ -119,7 +119,7 @@ class PointsLauncher(Launcher):
         of_identity = {point.identity: now for point, now in zip(points, after, strict=True)}
         if names_of(self.config):
             return [self._returned(one, of_identity[one.point.identity]) for one in given]
-        if any(now.state not in ("done", "running", "waiting") for now in after):
+        if not all(now.in_flight or now.status is Status.DONE for now in after):
             sys.exit(1)
         return [JobReturn(overrides=list(one.point.overrides), status=JobStatus.COMPLETED) for one in given]
 
@@ -233,14 +233,14 @@ class PointsLauncher(Launcher):
 
     def _standings(self, points: Sequence[Point]) -> list[Standing]:
         found, silent = known_standings(points, self.schedulers())
-        if any(now.state == "unknown" for now in found):
+        if any(now.status is Status.UNKNOWN for now in found):
             raise Interrupted(f"{silent[0]}. Points may have jobs there, and none is to run twice: try again later")
         return found
 
     def _tell_end(self, points: Sequence[Point]) -> list[Standing]:
         found, silent = known_standings(points, self.schedulers())
         after = self.sweep.with_cancelled(found)
-        for told in mend(points, after):
+        for told in repair_status(points, after):
             say(f"mended  {told}")
         say(table(points, after))
         tell_failed(points, after, self.sweep, self.log_of)
@@ -249,7 +249,7 @@ class PointsLauncher(Launcher):
         return after
 
     def _say_what(self, points: Sequence[Point], before: Sequence[Standing], todo: Sequence[Point]) -> None:
-        done = sum(point not in todo and now.state == "done" for point, now in zip(points, before, strict=True))
+        done = sum(point not in todo and now.status is Status.DONE for point, now in zip(points, before, strict=True))
         told = [f"{len(points)} points"]
         told += [f"{done} done before"] if done else []
         told += [f"{count} in flight already"] if (count := len(points) - done - len(todo)) else []
@@ -275,15 +275,16 @@ class PointsLauncher(Launcher):
         Raises `SystemExit` for a point that was stopped or is another command's: no search goes on without it.
         """
         returned = JobReturn(overrides=list(one.point.overrides), working_dir=str(one.point.folder))
-        if now.state == "done":
+        if now.status is Status.DONE:
             returned.status = JobStatus.COMPLETED
             returned.return_value = objective_of(one.point.folder, names_of(self.config))
-        elif now.state == "failed":
+        elif now.status is Status.FAILED:
             returned.status = JobStatus.FAILED
             reason = reason_of(self.log_of(one.point))
             returned.return_value = UsageError(f"point {one.point.name} failed: {reason}")
         else:
-            say(f"sweep   point {one.point.name} is {now.state}: the search ends, and the same command goes on with it")
+            status = now.status.word
+            say(f"sweep   point {one.point.name} is {status}: the search ends, and the same command goes on with it")
             sys.exit(1)
         return returned
 
@@ -300,4 +301,4 @@ def to_run(points: Sequence[Point], found: Sequence[Standing]) -> list[Point]:
 def is_to_run(point: Point, now: Standing) -> bool:
     """Whether nobody runs the point, and it is not done."""
     # Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
-    return not now.in_flight and (now.state != "done" or point.kind != "train")
+    return not now.in_flight and (now.status is not Status.DONE or point.kind != "train")

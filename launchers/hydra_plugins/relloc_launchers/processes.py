@@ -14,6 +14,7 @@ from hydra_plugins.relloc_launchers.starting import start_noted
 from relloc import machine
 from relloc.errors import UsageError
 from relloc.pretext.stopping import WATCHED, watched
+from relloc.status import Status
 from relloc.sweeps.points import Point, note_ending
 from relloc.sweeps.standing import standings
 from relloc.sweeps.table import say
@@ -103,7 +104,7 @@ class ProcessLauncher(PointsLauncher):
             point, device = self._running.pop(process)
             self._free.append(device)
             if process.returncode in _ASKED:
-                note_ending(point.folder, "stopped")
+                note_ending(point.folder, Status.STOPPED)
             if not self._on_console:
                 how = "done" if process.returncode == 0 else f"ended with exit code {process.returncode}"
                 say(f"end     {point.name}: {how}")

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hydra_plugins.relloc_launchers.clients import (
     Job,
@@ -32,6 +32,7 @@ from omegaconf import DictConfig
 from relloc.errors import UsageError
 from relloc.files import write_whole
 from relloc.runs.launch import FULL_ERROR
+from relloc.status import Status
 from relloc.sweeps.points import POINT_FILE, Point, note_job, read_job
 from relloc.sweeps.standing import Ask, standings_in_time
 from relloc.sweeps.sweep import SWEEP_FILE
@@ -99,15 +100,15 @@ class SlurmLauncher(PointsLauncher):
 
     def follow(self, todo: Sequence[Point]) -> None:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        shown: dict[str, str] = {}
+        shown: dict[str, Status] = {}
         pause_s = _FIRST_POLL_S
         try:
             while todo:
                 found = standings_in_time(todo, self.schedulers())
                 for point, now in zip(todo, found, strict=True):
-                    if shown.get(point.identity) != now.state:
-                        say(f"{now.state:7} {point.name}")
-                        shown[point.identity], pause_s = now.state, _FIRST_POLL_S
+                    if shown.get(point.identity) != now.status:
+                        say(f"{now.status.word:7} {point.name}")
+                        shown[point.identity], pause_s = now.status, _FIRST_POLL_S
                 if not any(now.in_flight for now in found):
                     return
                 time.sleep(pause_s)
@@ -121,13 +122,13 @@ class SlurmLauncher(PointsLauncher):
             signal.signal(signal.SIGTERM, before)
 
     def log_of(self, point: Point) -> Path | None:
-        job = (read_job(point.folder) or {}).get(NAME)
+        job = read_job(point.folder).get(NAME)
         return log_of(self.sweep.folder, str(job)) if job else None
 
     def schedulers(self) -> Mapping[str, Ask]:
         return {NAME: self._states}
 
-    def _states(self, jobs: Sequence[str]) -> dict[str, Literal["running", "waiting", "cancelled"]]:
+    def _states(self, jobs: Sequence[str]) -> dict[str, Status]:
         if any(Job.parse(job).is_token for job in jobs):
             wait_for_sbatch(self._lock)
         return states(jobs)
