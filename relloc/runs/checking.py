@@ -45,7 +45,7 @@ def check_numbers(config: DictConfig) -> None:
             checks.number(name, value, at_least=0, at_most=at_most)
     for name in ("milestones", "schedule.milestone_epochs", "probe.linear.milestone_epochs"):
         asked = OmegaConf.select(config, name, default=ListConfig([]))
-        if not isinstance(asked, ListConfig):
+        if not isinstance(asked, ListConfig | list):
             raise UsageError(f"{name}={asked} is not a list: give {name}=[{asked}]")
         for one in asked:
             checks.number(name, one, at_least=0)

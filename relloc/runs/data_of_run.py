@@ -219,7 +219,7 @@ def _both(ours: Any, theirs: Mapping[str, Any], key: str) -> Iterator[tuple[str,
 
 def _follows(value: Any) -> bool:
     """Whether a setting is that of another, as data.source.root is data.root's."""
-    return isinstance(value, str) and "${" in value and "${oc.env:" not in value
+    return isinstance(value, str) and "${." in value
 
 
 def _resolved(config: DictConfig, key: str) -> Any:

@@ -54,6 +54,7 @@ def pretrain(config: DictConfig) -> None:
         for job in _with_labels(jobs):
             check_images(job)
         _tell_small_shards(config)
+        _tell_scaled(config)
         task, plan = _task(config, data, how)
         identity = assemble.computed(config) | {
             "precision": how.precision,  # what auto became
@@ -102,6 +103,14 @@ def _make_what_needs_no_data(config: DictConfig, how: Engine) -> None:
     assemble.evaluations(config)
     checking.check_network(config)
     checking.check_recalibration(config, how)
+
+
+def _tell_scaled(config: DictConfig) -> None:
+    """Say what became of warm-up and milestones where schedule.epochs is not what the recipe was made for."""
+    schedule, made_for = config.schedule, config.recipe.epochs
+    spans = [f"{name} {schedule[name]}" for name in ("warmup_epochs", "milestone_epochs") if name in schedule]
+    if ranks.rank() == 0 and schedule.epochs != made_for and spans:
+        console.say(f"spans   {schedule.epochs} epochs in place of the recipe's {made_for}: {', '.join(spans)}")
 
 
 def _tell_small_shards(config: DictConfig) -> None:

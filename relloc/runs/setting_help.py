@@ -36,6 +36,14 @@ _UNITS = {
 _INDENT = "  "
 
 
+def _groups(*names: str) -> str:
+    """What `${members:…}` in the text of --help is: a line for each group, with its members."""
+    return "\n".join(f"{name}: {', '.join(settings.members(name))}" for name in names)
+
+
+OmegaConf.register_new_resolver("members", _groups, replace=True)
+
+
 def answer(words: Sequence[str], command: str) -> str:
     """What is known of each word: a setting, a group, or one of its members, group=member.
 

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from relloc.errors import UsageError
+from relloc.runs import resolvers as _resolvers  # noqa: F401  (registers what conf/ names)
 
 COMMANDS = ("train", "evaluate", "prepare")  # that have settings
 # Groups of which a data set chooses the member that is called like itself, if there is one
@@ -43,8 +44,8 @@ def is_group(name: str) -> bool:
 
 
 def members(group: str) -> list[str]:
-    """The members of a group, by name."""
-    found = (path.stem for folder in conf_dirs() for path in (folder / group).glob("*.yaml")) if group else ()
+    """The members of a group, by name; files called `_…` are parts that members share."""
+    found = (path.stem for folder in conf_dirs() for path in (folder / group).glob("[!_]*.yaml")) if group else ()
     return sorted(set(found))
 
 

@@ -14,13 +14,13 @@ EVALS = [
     *("linear_fast", "linear_in1k", "linear_inat18", "linear_places205", "semisup_1", "semisup_10"),
     *("voc07_low_shot", "voc07_svm"),
 ]
-CARD = {"voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "knn", "label_free"}
-CARD |= {"semisup_1", "semisup_10"}
+CARD = {"voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "knn_in1k", "semisup_1"}
+CARD |= {"semisup_10", "label_free_in1k"}
 GROUPS = ("model", "recipe", "probe", "grid", "color", "normalize", "optimizer", "schedule", "tracking", "experiment")
 
 
 def members(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / group).glob("[!_]*.yaml"))
 
 
 def test_the_groups_and_members_are_those_of_the_study():
@@ -45,8 +45,8 @@ def test_a_member_composes_and_makes_its_objects(compose, choice):
     assert assemble.patches(config).grid.span_px > 0
     assert assemble.call(config.optimizer, model=model).param_groups
     assert assemble.call(config.schedule).factor(0) >= 0
-    linear = "linear_in1k" if choice == "experiment=card2022" else "linear_fast"
-    assert set(assemble.evaluations(config)) == {linear, "knn"}
+    named = {"linear_in1k", "knn_in1k"} if choice == "experiment=card2022" else {"linear_fast", "knn"}
+    assert set(assemble.evaluations(config)) == named
 
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
@@ -90,6 +90,7 @@ def test_a_data_set_of_ones_own_needs_no_recipe(compose, tmp_path):
     [
         ("[linear,knn]", {"linear", "knn"}),
         ("[knn]", {"knn"}),
+        ("[knn,knn_in1k,label_free_in1k,label_free]", {"knn", "knn_in1k", "label_free", "label_free_in1k"}),
         ("linear", {"linear"}),
         ("[]", set()),
         ("card_classification", CARD),

@@ -18,7 +18,15 @@ from relloc.reports.published import RANDOM, SUPERVISED, published_numbers
 from relloc.results import Result, append_results, read_results
 from relloc.runs.evaluating import tell_verdict
 
-FROZEN = ("voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "knn", "label_free")
+FROZEN = (
+    "voc07_svm",
+    "voc07_low_shot",
+    "linear_in1k",
+    "linear_avgpool",
+    "linear_places205",
+    "knn_in1k",
+    "label_free_in1k",
+)
 TUNED = ("semisup_1", "semisup_10")
 
 
@@ -103,7 +111,7 @@ def test_the_whole_card_from_one_command_and_from_what_is_there_already(
         *(("voc07_low_shot", f"map_k1{suffix}") for suffix in ("", "_std", "_min", "_max", "_cv")),
         *(("linear_in1k", metric) for metric in ("top1", "top1_tuned")),
         *(("linear_avgpool", metric) for metric in ("top1", "top1_best")),
-        *(("label_free", "rankme"), ("knn", "top1_k10"), ("semisup_1", "top1"), ("semisup_10", "top1")),
+        *(("label_free_in1k", "rankme"), ("knn_in1k", "top1_k10"), ("semisup_1", "top1"), ("semisup_10", "top1")),
     }
     assert not list(first.glob("evaluations/*.pt"))  # nothing that would be gone on from is left behind
     again = relloc("evaluate", "-m", *who, *line)

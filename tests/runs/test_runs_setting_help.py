@@ -18,10 +18,10 @@ def answered(*words: str, command: str = "train") -> str:
     ("word", "parts"),
     [
         ("grid.gap_px", ["21", "pixels", "conf/grid/mmselfsup.yaml", "a gap of 21 px", "between neighbors", "48"]),
-        ("bank_gib", ["12", "GiB", "conf/settings.yaml", "features kept in memory"]),
+        ("bank_gib", ["12", "GiB", "conf/_settings.yaml", "features kept in memory"]),
         ("monitor.most_share", ["0.05", "conf/train.yaml", "a turn that would cost more"]),
         ("data.root", ["data=folder", "conf/data/folder.yaml"]),
-        ("eval.linear.lr", ["0.01", "conf/linear.yaml", "Linear"]),
+        ("eval.linear.lr", ["0.01", "conf/eval/linear.yaml", "Linear"]),
         ("grid.gap_px=32", ["21"]),
         ("launcher.timeout_min", ["1440", "launcher=slurm", "of each start"]),
         ("experiment=card2022", ["Reproduces:", "Command:", "Cost:", "Expect:", "override /model: resnet50"]),

@@ -1,0 +1,62 @@
+"""Every command that conf/ itself tells of composes, and those of presets can be run where their images are."""
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from relloc.runs import foreseeing, settings
+from relloc.runs.settings import conf_dir
+
+COMMAND = re.compile(r"-m relloc\.(train|evaluate|prepare) +((?:\S+=\S+ ?|-m )+)")
+STANDS_FOR = {"RUN_FOLDER": "random", "RUN": "random", "FILE.pth": "random", "NAME": "knn"}
+
+
+def told(*groups: str) -> list[tuple[str, str]]:
+    files = [file for group in groups for file in sorted((conf_dir() / group).glob("*.yaml"))]
+    found = [match.groups() for file in files for match in COMMAND.finditer(file.read_text(encoding="utf-8"))]
+    return list(dict.fromkeys((command, words.strip()) for command, words in found))
+
+
+def as_typed(words: str, folder: Path) -> list[str]:
+    """The words with files and folders that there are, and of a sweep those of its first point."""
+    sweeps, typed = "-m" in words.split(), []
+    for word in words.split():
+        key, _, value = word.partition("=")
+        if sweeps and not value.startswith("["):
+            value = value.partition(",")[0]
+        for name, meant in STANDS_FOR.items():
+            value = re.sub(rf"\b{re.escape(name)}\b", meant, value)
+        if re.fullmatch("IMAGENET|VOC|FOLDER|SHARDS|[A-Z]", value):
+            value = str(folder)
+        typed += [f"{key}={value}"] if value else []
+    return typed
+
+
+@pytest.mark.parametrize(("command", "words"), told(".", "eval", "data", "hydra/help", "launcher", "tracking"))
+def test_a_command_composes(command: str, words: str, tmp_path: Path) -> None:
+    config = settings.compose(command, as_typed(words, tmp_path)).config
+    assert OmegaConf.to_container(config, resolve=True)
+
+
+def test_commands_are_found() -> None:
+    assert len(told("hydra/help")) > 10
+    assert {words.partition(" ")[0] for _, words in told("experiment")} >= {
+        f"experiment={file.stem}" for file in (conf_dir() / "experiment").glob("*.yaml")
+    }
+
+
+@pytest.mark.parametrize(("command", "words"), told("experiment"))
+def test_a_presets_own_command_can_be_run(
+    command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RELLOC_IN1K", "RELLOC_VOC", "RELLOC_PLACES205"):  # as the presets and conf/eval say
+        monkeypatch.delenv(name, raising=False)
+        if command == "evaluate":
+            monkeypatch.setenv(name, str(tmp_path))
+    config = settings.compose(command, [*as_typed(words, tmp_path), "tracking=none"]).config
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    settled = {str(name): value for name, value in resolved.items()}
+    assert foreseeing.refusals(command, [(config, settled)]) == [None]
