@@ -55,9 +55,9 @@ class Resident:
             return pooled_layers(self.backbone, ByDataset()(pixels.float()), layers)
 
     def batches(
-        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[Batch]:
-        for chosen in places.split(size):
+        for chosen in indices.split(size):
             with torch.no_grad():
                 yield self.encode(self.pixels[: len(chosen)], tuple(layers)), self.labels[: len(chosen)]
 
@@ -69,16 +69,16 @@ class FromFiles:
         images = images_below(options.root)
         labels = torch.randint(options.classes, (len(images),))
         of_eval = assemble.evaluations(config)["linear_in1k"]
-        reading = assemble.reading(config, how, told=False)
+        reading = assemble.encode_config(config, how, told=False)
         self.live = LiveFeatures(backbone, images, reading, of_eval.augment, labels=labels, color=of_eval.color)
         self.n = options.steps * options.batch
         self.n_classes = options.classes
         self.dims, self.channels = self.live.dims, self.live.channels
 
     def batches(
-        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[Batch]:
-        return self.live.batches(places % self.live.n, size, layers, epoch)
+        return self.live.batches(indices % self.live.n, size, layers, epoch)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +30,18 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
-from relloc.data.folder import class_folders
-from relloc.data.image_set import ImageSet
+from relloc.data.folder import FolderImages, class_folders
+from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import NOT_THERE, THERE, MultiLabeled
 from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
+from relloc.evaluation.contract import Context, Evaluation, NullState
 from relloc.evaluation.run import calibration_batches
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import Bank, LiveFeatures, Sets, fill_bank
+from relloc.features.source import Bank, LiveFeatures, fill_bank
 from relloc.runs import assemble, engine
 from relloc.runs.settings import conf_dir
-from relloc.runs.subjects import subjects
+from relloc.runs.subjects import evaluated_models
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5")
 SVM, LOW_SHOT = "voc07_svm", "voc07_low_shot"
@@ -61,19 +62,19 @@ def main() -> None:
         who = [f"checkpoint={options.checkpoint}", f"model={options.model}"]
         config = compose("evaluate", [*who, f"eval=[{SVM},{LOW_SHOT}]", *options.overrides])
     how = engine.settle(config)
-    sets = _sets(config, how, options)
+    context = _context(config, how, options)
     of_name = assemble.evaluations(config)
     rows = []
     ours, theirs = np.zeros(2), np.zeros(2)
     for layer in options.layers:
         for name, liblinear in ((SVM, _liblinear_svm), (LOW_SHOT, _liblinear_low_shot)):
             evaluation = dataclasses.replace(of_name[name], layers=(layer,))  # pyright: ignore[reportArgumentType]
-            spent, found = _timed(evaluation, sets, how.device)
+            spent, found = _timed(evaluation, context)
             row = {"layer": layer, "protocol": name}
             rows.append({**row, "side": "ours", "part": "whole", **_told(spent), "mAP": found})
             if layer not in options.liblinear:
                 continue
-            part = liblinear(evaluation, sets, layer)
+            part = liblinear(evaluation, context, layer)
             theirs_whole = part.spent * part.of
             said = {"part": f"1 of {part.of}", **_told(part.spent), "whole, processor s": float(theirs_whole[1])}
             rows.append({**row, "side": "LIBLINEAR", **said, "unconverged": part.unconverged})
@@ -85,7 +86,7 @@ def main() -> None:
         ratios[f"LIBLINEAR's whole on {cores} cores, over ours, same layers"] = by_clock / cores
         ratios["the same by processor seconds"] = by_processors
     ratios["1-minute load at the end"] = os.getloadavg()[0]
-    title = f"SVMs: {sets.train.n} and {sets.held_out.n} images, {sets.train.n_classes} classes; {how}"
+    title = f"SVMs: {context.train.n} and {context.held_out.n} images, {context.train.n_classes} classes; {how}"
     tell(title, rows, ratios, options.json, settings=vars(options))
 
 
@@ -111,7 +112,7 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def _sets(config, how: engine.Engine, options: argparse.Namespace) -> Sets:
+def _context(config, how: engine.Engine, options: argparse.Namespace) -> Context:
     if options.features and options.features.exists():
         kept = load_file(options.features)
     else:
@@ -119,7 +120,18 @@ def _sets(config, how: engine.Engine, options: argparse.Namespace) -> Sets:
         if options.features:
             save_file(kept, options.features)
     train, held_out = (_bank(kept, split, options.layers) for split in ("train", "held_out"))
-    return Sets(train=train, held_out=held_out, classes=[str(c) for c in range(train.n_classes)])
+    classes = tuple(map(str, range(train.n_classes)))
+    trained, tested = (FolderImages(name="kept", split=split, paths=[], classes=classes) for split in ("train", "val"))
+    return Context(
+        backbone=evaluated_models(config)[0].backbone,
+        splits=Splits(train=trained, held_out=tested),
+        train=train,
+        held_out=held_out,
+        encode_config=assemble.encode_config(config, how),
+        seed=0,
+        state=NullState(),
+        folder=Path(),
+    )
 
 
 def _bank(kept: dict[str, Tensor], split: str, layers: list[str]) -> Bank:
@@ -129,7 +141,7 @@ def _bank(kept: dict[str, Tensor], split: str, layers: list[str]) -> Bank:
 
 
 def _features(config, how: engine.Engine, options: argparse.Namespace) -> dict[str, Tensor]:
-    backbone = subjects(config)[0].backbone.eval()
+    backbone = evaluated_models(config)[0].backbone.eval()
     how.place(backbone)
     root = options.classes_root
     if root:
@@ -138,10 +150,10 @@ def _features(config, how: engine.Engine, options: argparse.Namespace) -> dict[s
         splits = assemble.splits(config.eval[SVM].data)
     view = assemble.evaluations(config)[SVM].view
     if options.recalibrate:
-        recalibrate(backbone, calibration_batches(splits.train, view, assemble.terms(config, how)))
+        recalibrate(backbone, calibration_batches(splits.train, view, assemble.eval_settings(config, how)))
     kept = {}
     for split, images in (("train", splits.train), ("held_out", splits.held_out)):
-        live = LiveFeatures(backbone, images, assemble.reading(config, how), view, labels=_present(images))
+        live = LiveFeatures(backbone, images, assemble.encode_config(config, how), view, labels=_present(images))
         places = torch.linspace(0, live.n - 1, min(live.n, options.most)).long()
         bank = fill_bank(live, LAYERS, 64, torch.device("cpu"), places)
         kept |= {f"{split} {layer}": rows for layer, rows in bank.features.items()}
@@ -165,26 +177,26 @@ def _told(spent: np.ndarray) -> dict[str, float]:
     return dict(zip(("s", "processor s"), map(float, spent), strict=True))
 
 
-def _timed(evaluation: Callable, sets: Sets, device: torch.device) -> tuple[np.ndarray, str]:
+def _timed(evaluation: Evaluation, context: Context) -> tuple[np.ndarray, str]:
     started = _clocks()
-    found = {score.metric: score.value for score in evaluation(sets, device=device, seed=0)}
+    found = {score.metric: score.value for score in evaluation.run(context)}
     means = [value for metric, value in found.items() if metric == "map" or metric[5:].isdigit()]
     return _clocks() - started, " to ".join(f"{value:.1f}" for value in dict.fromkeys((means[0], means[-1])))
 
 
-def _liblinear_svm(evaluation: Voc07Svm, sets: Sets, layer: str) -> Part:
-    x, y = _published(sets.train, layer)
+def _liblinear_svm(evaluation: Voc07Svm, context: Context, layer: str) -> Part:
+    x, y = _published(context.train, layer)
     folds = [train for train, _ in StratifiedKFold(evaluation.folds).split(x, y)]
     parts = [(x[rows], y[rows]) for rows in (*folds, slice(None))]
-    return _fitted(parts, evaluation.costs, of=sets.train.n_classes)
+    return _fitted(parts, evaluation.costs, of=context.train.n_classes)
 
 
-def _liblinear_low_shot(evaluation: Voc07LowShot, sets: Sets, layer: str) -> Part:
-    x, y = _published(sets.train, layer)
+def _liblinear_low_shot(evaluation: Voc07LowShot, context: Context, layer: str) -> Part:
+    x, y = _published(context.train, layer)
     most = min(int((y == 1).sum()), int((y == -1).sum()) // 19)
-    drawn = [draw(sets.train.labels, (0,), k, 1, 0)[0, 0].numpy() for k in evaluation.shots if k <= most]
+    drawn = [draw(context.train.labels, (0,), k, 1, 0)[0, 0].numpy() for k in evaluation.shots if k <= most]
     parts = [(x[rows], y[rows]) for rows in drawn]
-    return _fitted(parts, evaluation.costs, of=sets.train.n_classes * evaluation.draws)
+    return _fitted(parts, evaluation.costs, of=context.train.n_classes * evaluation.draws)
 
 
 def _published(bank: Bank, layer: str) -> tuple[np.ndarray, np.ndarray]:

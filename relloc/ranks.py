@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -44,12 +47,17 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def from_first(text: str) -> str:
-    """The text of rank 0, on every rank."""
-    box = [text]
+def from_first(value: T) -> T:
+    """The value of rank 0, on every rank: anything that can be pickled; tensors on the CPU."""
+    box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def largest(*numbers: int) -> list[int]:
+    """The largest of each number over all ranks, on every rank."""
+    return gathered(torch.tensor(numbers, dtype=torch.int64)).amax(0).tolist()
 
 
 def copy_from_first(values: Iterable[Tensor]) -> None:

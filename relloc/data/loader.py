@@ -139,18 +139,28 @@ def _page_locked(batch: ImageBatch) -> ImageBatch:
 class Unreadable:
     """Counts images that could not be used, by name, and stops the run when they are too many.
 
-    `setting` is where the user says how many that is.
+    `setting` is where the user says how many that is. `note` is told of all of them.
     """
 
-    def __init__(self, *, n_images: int, most_share: float, setting: str = "data.unreadable_share") -> None:
+    def __init__(
+        self,
+        *,
+        n_images: int,
+        most_share: float,
+        setting: str = "data.unreadable_share",
+        note: Callable[[dict[str, str]], None] | None = None,
+    ) -> None:
         self.reasons: dict[str, str] = {}
         self.n_images = n_images
         self.most_share = most_share
         self.setting = setting
+        self.note = note
 
     def add(self, reasons: dict[str, str]) -> None:
         """Raises `DataError` once more than `most_share` of the data set is unreadable."""
         self.reasons.update(reasons)
+        if self.note:
+            self.note(reasons)
         if len(self.reasons) > self.most_share * self.n_images:
             first, reason = next(iter(self.reasons.items()))
             raise DataError(

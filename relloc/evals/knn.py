@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
@@ -12,7 +11,8 @@ from relloc import checks, ranks
 from relloc.data.image_set import Splits
 from relloc.data.views import View, check_view
 from relloc.errors import UsageError
-from relloc.features.source import Bank, Batch, FeatureSource, Sets, bank_device, bank_gib, fill_bank, in_gib
+from relloc.evaluation.contract import Context, Evaluation
+from relloc.features.source import Bank, Batch, FeatureSource, bank_device, bank_gib, fill_bank, in_gib
 from relloc.features.voting import vote
 from relloc.results import LAYERS, Score, closest_to_20
 
@@ -20,18 +20,18 @@ _QUERY_BYTES = 2**29  # of features that meet the bank at once: it is walked thr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Knn:
+class Knn(Evaluation):
     """Top-1 of the weighted vote for each k that the bank allows, layer by layer.
 
     In a process group the bank is divided: all ranks call, and all get the scores.
     """
 
-    kind: ClassVar[str] = "frozen"
-    version: ClassVar[int] = 1
-    labels: ClassVar[Literal["class", "presence", "none"]] = "class"
-    keeps: ClassVar[bool] = True
-    layer_by_layer: ClassVar[bool] = True
-    across_ranks: ClassVar[bool] = True
+    kind = "frozen"
+    labels = "class"
+    version = 1
+    across_ranks = True
+    independent_layers = True
+    keeps_features = True
 
     k: Sequence[int]
     temperature: float
@@ -56,24 +56,24 @@ class Knn:
     def _too_few(self, n_images: int) -> UsageError:
         return UsageError(f"eval.knn.k {list(self.k)}: the bank has only {n_images} images")
 
-    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
-        """Scores of `sets.held_out` by the neighbors in `sets.train`. Nothing is random: `seed` is not used.
+    def run(self, context: Context) -> Iterator[Score]:
+        """Scores of held-out images by their neighbors among training images. Nothing is random.
 
         Raises:
             UsageError: the bank would take more than `bank_gib` or than is free, has fewer images than every k, or
                 features hold NaN or infinity.
         """
-        bank = self._bank(sets.train, device)
+        bank = self._bank(context.train, context.device)
         n_images = int(ranks.total(torch.tensor(bank.n)))
         allowed = [k for k in self.k if k <= n_images]
         if not allowed:
             raise self._too_few(n_images)
         hits = {(layer, k): 0 for layer in self.layers for k in allowed}
         seen = 0
-        for features, labels in self._queries(sets.held_out):
+        for features, labels in self._queries(context.held_out):
             seen += len(labels)
             for layer in self.layers:
-                found = self._vote(bank, layer, features[layer].to(device), allowed)
+                found = self._vote(bank, layer, features[layer].to(context.device), allowed)
                 for k, classes in found.items():
                     hits[layer, k] += int((classes.cpu() == labels.cpu()).sum())
         details = [f"T={self.temperature}"]
@@ -167,9 +167,9 @@ class _Share:
         return self.of.channels
 
     def batches(
-        self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[Batch]:
-        return self.of.batches(places + self.start, size, layers, epoch, epochs)
+        return self.of.batches(indices + self.start, size, layers, epoch, epochs)
 
     def kept(self, bank: Bank) -> Bank:
         """The same rows of a bank, which are not copied."""

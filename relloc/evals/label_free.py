@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,13 +11,14 @@ from relloc import checks
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import View, check_view
 from relloc.errors import UsageError
-from relloc.features.source import FeatureSource, Sets
+from relloc.evaluation.contract import Context, Evaluation
+from relloc.features.source import FeatureSource
 from relloc.features.spectrum import alpha_req, rankme
 from relloc.results import LAYERS, Score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelFree:
+class LabelFree(Evaluation):
     """RankMe and alpha-ReQ of `n_images` held-out images (all, where there are fewer), evenly spaced.
 
     Both are defined in `relloc.features.spectrum`. RankMe's authors take 25,600 images; it grows with
@@ -27,11 +27,9 @@ class LabelFree:
     decomposition, in float64, takes a fortieth of the time that 25,600 images of 9,216 dimensions take.
     """
 
-    kind: ClassVar[str] = "frozen"
-    version: ClassVar[int] = 1
-    labels: ClassVar[Literal["class", "presence", "none"]] = "none"
-    keeps: ClassVar[bool] = False
-    layer_by_layer: ClassVar[bool] = False
+    kind = "frozen"
+    labels = "none"
+    version = 1
 
     layers: Sequence[str]
     n_images: int
@@ -44,8 +42,8 @@ class LabelFree:
         checks.whole("eval.label_free.n_images", self.n_images, at_least=2)  # a spectrum needs two
         checks.whole("eval.label_free.batch", self.batch)
 
-    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
-        """`rankme` and `alpha_req` of each layer. Nothing is random: `seed` is not used.
+    def run(self, context: Context) -> Iterator[Score]:
+        """`rankme` and `alpha_req` of each layer. Nothing is random.
 
         alpha-ReQ is left out, as the protocol of RankMe then says, where features span fewer than the
         5 directions that it needs.
@@ -53,8 +51,8 @@ class LabelFree:
         Raises:
             UsageError: features that are not finite, or all zero.
         """
-        places = torch.tensor(evenly_spaced(sets.held_out.n, self.n_images), dtype=torch.int64)
-        for layer, rows in self._features(sets.held_out, places).items():
+        indices = torch.tensor(evenly_spaced(context.held_out.n, self.n_images), dtype=torch.int64)
+        for layer, rows in self._features(context.held_out, indices).items():
             details = [f"singular values of {len(rows)} images, evenly spaced over the split"]
             if layer != "avgpool":
                 details.append(f"features of {layer} pooled as in 3.1")
@@ -77,9 +75,9 @@ class LabelFree:
                 as_alpha = {"metric": "alpha_req", "variant": "alpha-ReQ", "unit": "exponent", "headline": False}
                 yield dataclasses.replace(rank, **as_alpha, value=alpha, details=tuple(details))
 
-    def _features(self, source: FeatureSource, places: Int[Tensor, "m"]) -> dict[str, Float[Tensor, "m _d"]]:
+    def _features(self, source: FeatureSource, indices: Int[Tensor, "m"]) -> dict[str, Float[Tensor, "m _d"]]:
         parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
-        for features, _ in source.batches(places, self.batch, self.layers):
+        for features, _ in source.batches(indices, self.batch, self.layers):
             for layer, rows in parts.items():
                 rows.append(features[layer].cpu())
         return {layer: torch.cat(rows) for layer, rows in parts.items()}

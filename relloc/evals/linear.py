@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
@@ -14,14 +13,15 @@ from relloc.errors import DataError
 from relloc.evals import schedule
 from relloc.evals.heads import LayerHeads, Setting, Sgd
 from relloc.evals.training import Trained, Training, count_hits, have_diverged, held_back
-from relloc.features.source import Color, FeatureSource, Sets
+from relloc.evaluation.contract import Context, Evaluation
+from relloc.features.source import Color
 from relloc.results import CHOSEN, LAYERS, Score
 
 _DIVERGED = "diverged: weights are not finite"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear:
+class Linear(Evaluation):
     """A linear classifier a layer as published, and a grid of others trained in the same pass.
 
     The published one (`lr`, `weight_decay`) trains on all training images in the views `augment`
@@ -35,11 +35,9 @@ class Linear:
         ValueError: constants that would train nothing.
     """
 
-    kind: ClassVar[str] = "frozen"
-    version: ClassVar[int] = 2
-    labels: ClassVar[Literal["class"]] = "class"
-    keeps: ClassVar[bool] = False
-    layer_by_layer: ClassVar[bool] = False
+    kind = "frozen"
+    labels = "class"
+    version = 2
 
     layers: Sequence[str]
     view: View
@@ -78,19 +76,19 @@ class Linear:
         if self.color and not self.augment:
             raise ValueError("eval.linear.color needs eval.linear.augment: still views are not colored")
 
-    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
-        """Scores on `sets.held_out` by layer: top1, and top1_best and top1_tuned where asked for.
+    def run(self, context: Context) -> Iterator[Score]:
+        """Scores on held-out images by layer: top1, and top1_best and top1_tuned where asked for.
 
         Raises:
             UsageError: features that are not finite.
             DataError: images that can't be read, or too few.
         """
-        tenth = held_back(sets.train.n, seed)
-        watched = sets.held_out if self.best_epoch else None
-        source = self._source(sets)
-        trained = self._training().fit(source, sets.state, tenth=tenth, watched=watched, device=device, seed=seed)
-        chosen = _chosen(trained, sets.train, tenth, self.batch, device) if self.grid_lrs else {}
-        hits, seen = _all_hits(trained, sets.held_out, self.batch, device)
+        tenth = held_back(context.train.n, context.seed)
+        source = context.augmented(self.augment, self.color) if self.augment else context.train
+        watched = context.held_out if self.best_epoch else None
+        trained = self._training().fit(source, context, tenth=tenth, watched=watched)
+        chosen = _chosen(trained, context, tenth, self.batch) if self.grid_lrs else {}
+        hits, seen = _all_hits(trained, context, self.batch)
         for layer in self.layers:
             gone = have_diverged(trained.heads[layer])
             last = Score(
@@ -129,13 +127,6 @@ class Linear:
                     details=(*self._details(chosen[layer], gone), "last epoch"),
                 )
 
-    def _source(self, sets: Sets) -> FeatureSource:
-        if self.augment is None:
-            return sets.train
-        if sets.augmented is None:
-            raise ValueError(f"eval.linear trains on {self.augment}, but was given no such source")
-        return sets.augmented
-
     def _training(self) -> Training:
         return Training(
             layers=self.layers,
@@ -172,7 +163,7 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearFast:
+class LinearFast(Evaluation):
     """The same classifiers on features that are computed once: a fixed view, no augmentation.
 
     With one learning rate all training images train. With several, a random tenth is held back to
@@ -182,11 +173,10 @@ class LinearFast:
         ValueError: constants that would train nothing.
     """
 
-    kind: ClassVar[str] = "frozen"
-    version: ClassVar[int] = 2
-    labels: ClassVar[Literal["class"]] = "class"
-    keeps: ClassVar[bool] = True
-    layer_by_layer: ClassVar[bool] = False
+    kind = "frozen"
+    labels = "class"
+    version = 2
+    keeps_features = True
 
     layers: Sequence[str]
     view: View
@@ -204,13 +194,13 @@ class LinearFast:
         schedule.check_training("eval.linear_fast", self, batch_norm=True)
         checks.numbers("eval.linear_fast.learning_rates", self.learning_rates, above=0)
 
-    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
-        """Top-1 of the last epoch on `sets.held_out`, one score a layer. Raises as `Linear`."""
-        tenth = held_back(sets.train.n, seed)
-        trained = self._training().fit(sets.train, sets.state, tenth=tenth, watched=None, device=device, seed=seed)
+    def run(self, context: Context) -> Iterator[Score]:
+        """Top-1 of the last epoch on held-out images, one score a layer. Raises as `Linear`."""
+        tenth = held_back(context.train.n, context.seed)
+        trained = self._training().fit(context.train, context, tenth=tenth, watched=None)
         several = len(self.learning_rates) > 1
-        chosen = _chosen(trained, sets.train, tenth, self.batch, device) if several else dict.fromkeys(self.layers, 0)
-        hits, seen = _all_hits(trained, sets.held_out, self.batch, device)
+        chosen = _chosen(trained, context, tenth, self.batch) if several else dict.fromkeys(self.layers, 0)
+        hits, seen = _all_hits(trained, context, self.batch)
         for layer in self.layers:
             head = chosen[layer]
             diverged = [_DIVERGED] if have_diverged(trained.heads[layer])[head] else []
@@ -255,11 +245,9 @@ def _constants(training: Training, head: int) -> tuple[str, ...]:
     )
 
 
-def _chosen(
-    trained: Trained, train: FeatureSource, tenth: Int[Tensor, "m"], size: int, device: torch.device
-) -> dict[str, int]:
+def _chosen(trained: Trained, context: Context, tenth: Int[Tensor, "m"], size: int) -> dict[str, int]:
     """The head of each layer that is right most often on the tenth it was not trained on; diverged ones come last."""
-    hits, _ = count_hits(trained.heads, train, tenth, size, device)
+    hits, _ = count_hits(trained.heads, context.train, tenth, size, context.device)
     return {layer: _best(hits[layer], heads) for layer, heads in trained.heads.items()}
 
 
@@ -269,10 +257,9 @@ def _best(hits: Int[Tensor, "heads"], heads: LayerHeads) -> int:
     return int(hits.masked_fill(not_ranked, -1).masked_fill(seen, -2).argmax())
 
 
-def _all_hits(
-    trained: Trained, held_out: FeatureSource, size: int, device: torch.device
-) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
-    hits, seen = count_hits(trained.heads, held_out, torch.arange(held_out.n), size, device)
+def _all_hits(trained: Trained, context: Context, size: int) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
+    held_out = context.held_out
+    hits, seen = count_hits(trained.heads, held_out, torch.arange(held_out.n), size, context.device)
     if not seen:
         raise DataError("none of the images to report on can be read")
     return hits, seen

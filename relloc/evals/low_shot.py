@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +16,7 @@ from relloc.errors import UsageError
 from relloc.evals.metrics import ap_area
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
-from relloc.features.source import Sets
+from relloc.evaluation.contract import Context, Evaluation
 from relloc.results import CHOSEN, LAYERS, Score, closest_to_20
 from relloc.seeds import Use, seed_for
 
@@ -26,7 +25,7 @@ _MOST_GRAM_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Voc07LowShot:
+class Voc07LowShot(Evaluation):
     """Mean average precision after k positive images a class, for each k that every class allows.
 
     `map_k1` is the mean over the draws at the cost whose mean is best on test, as published, with
@@ -34,11 +33,11 @@ class Voc07LowShot:
     training images that were not drawn. Where the draws leave no positive image there is no such row, and it is said.
     """
 
-    kind: ClassVar[str] = "frozen"
-    version: ClassVar[int] = 2
-    labels: ClassVar = "presence"
-    keeps: ClassVar[bool] = True
-    layer_by_layer: ClassVar[bool] = True
+    kind = "frozen"
+    labels = "presence"
+    version = 2
+    independent_layers = True
+    keeps_features = True
 
     layers: Sequence[str]
     view: View
@@ -60,23 +59,23 @@ class Voc07LowShot:
         present, test_present = presences(splits)
         _allowed(present, usable(present, test_present), self.shots)
 
-    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
-        """Scores of each layer and k. The draws depend on `seed`, k and the labels alone.
+    def run(self, context: Context) -> Iterator[Score]:
+        """Scores of each layer and k. The draws depend on the seed, k and the labels alone.
 
         Raises:
             UsageError: as `check`, or features are not finite.
         """
         for layer in self.layers:
-            known = grams(sets.train, sets.held_out, layer, self.batch, device)
+            known = grams(context.train, context.held_out, layer, self.batch, context.device)
             classes = known.usable
             shots = _allowed(known.present, classes, self.shots)
             factor = leading_factor(known.train)
-            deviations = left_out(sets.classes, classes)
+            deviations = left_out(context.splits.train.classes, classes)
             if missing := sorted(set(self.shots) - set(shots)):
                 too_few = f"no k={','.join(map(str, missing))}, for which a class has too few images"
                 deviations = (*deviations, too_few)
             for k in shots:
-                drawn = draw(known.present, classes, k, self.draws, seed)
+                drawn = draw(known.present, classes, k, self.draws, context.seed)
                 on_test, on_rest = self._maps(known, classes, drawn, factor)
                 yield from self._scores(
                     Score(

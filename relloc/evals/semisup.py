@@ -9,9 +9,9 @@ reported for each method, which is a choice on the images that are reported on.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, strat
 from relloc.data.views import View, check_view
 from relloc.errors import DataError
 from relloc.evals import schedule
-from relloc.features.source import EncodeConfig, State
+from relloc.evaluation.contract import Context, Evaluation
+from relloc.features.source import EncodeConfig
 from relloc.models.backbone import Backbone
 from relloc.results import CHOSEN, Score
 from relloc.seeds import Use, seed_for
 
 _TOP = (1, 5)
 _PUBLISHED_SETTINGS = 9  # three rates and three multipliers of the head's (docs/MODEL_ZOO.md)
-Reasons = Callable[[dict[str, str]], None]  # what is done with the names of unreadable images and why they are
 
 
 class Classifier(nn.Module):
@@ -69,17 +69,7 @@ class Outcome(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Given:
-    """What a call is given besides network and images."""
-
-    reading: EncodeConfig
-    seed: int
-    state: State
-    unreadable: Reasons
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SemiSupervised:
+class SemiSupervised(Evaluation):
     """SGD with momentum on all weights; rates times `gamma` at the milestones; batch norm trains with it.
 
     The images are `share` of each class by `seed`, or what `list_file` names, one file name a line.
@@ -93,9 +83,10 @@ class SemiSupervised:
         DataError: `list_file` can't be read or names nothing.
     """
 
-    kind: ClassVar[str] = "fine-tuned"
-    version: ClassVar[int] = 2
-    labels: ClassVar[Literal["class", "presence", "none"]] = "class"
+    kind = "fine-tuned"
+    labels = "class"
+    version = 2
+    layers = ()
 
     share: float
     list_file: str | None
@@ -127,30 +118,23 @@ class SemiSupervised:
         object.__setattr__(self, "list_digest", hash_lines(names) if names else "")
 
     @property
-    def layers(self) -> Sequence[str]:
-        """Where the head is: rows need a layer."""
-        return ("avgpool",)
-
-    @property
     def settings(self) -> list[Rates]:
         return [
             Rates(learning_rate=rate, head_multiplier=times)
             for rate, times in itertools.product(self.learning_rates, self.head_multipliers)
         ]
 
-    def __call__(
-        self, backbone: Backbone, splits: Splits, *, reading: EncodeConfig, seed: int, state: State, unreadable: Reasons
-    ) -> Iterator[Score]:
-        """Top-1 and top-5 on `splits.held_out` after the last epoch. `backbone` stays as it is.
+    def run(self, context: Context) -> Iterator[Score]:
+        """Top-1 and top-5 on held-out images after the last epoch.
 
-        `state` is saved to after each epoch, and gone on from: on a CPU with the same bits as if it had
-        never stopped. `unreadable` is told which images can't be read, and why, after each pass.
+        The state is saved after each epoch, and gone on from: on a CPU with the same bits as if it had
+        never stopped.
 
         Raises:
             DataError: images without labels; a list that does not fit; no other images to choose on;
                 too many that can't be read.
         """
-        given = _Given(reading=reading, seed=seed, state=state, unreadable=unreadable)
+        splits, state, seed = context.splits, context.state, context.seed
         tuned_on = self._subset(splits.train, seed)
         sets: list[ImageSet] = [splits.held_out]
         if len(self.settings) > 1:
@@ -158,8 +142,8 @@ class SemiSupervised:
         saved = state.load() or {}
         outcomes: list[Outcome] = saved.get("outcomes", [])
         for rates in self.settings[len(outcomes) :]:
-            network, finite = self._tune(backbone, tuned_on, rates, saved | {"outcomes": outcomes}, given)
-            tallies = [count_top_hits(network, images, self.view, reading, unreadable) for images in sets]
+            network, finite = self._tune(context, tuned_on, rates, saved | {"outcomes": outcomes})
+            tallies = [count_top_hits(network, images, self.view, context.encode_config) for images in sets]
             outcomes = [*outcomes, Outcome(finite=finite, tallies=tallies)]
             saved = {}
             state.save({"outcomes": outcomes})
@@ -185,11 +169,9 @@ class SemiSupervised:
         places = [others[place] for place in evenly_spaced(len(others), self.choosing_images)]
         return Subset(images=train, places=places)
 
-    def _tune(
-        self, backbone: Backbone, images: Subset, rates: Rates, saved: dict[str, Any], given: _Given
-    ) -> tuple[Classifier, bool]:
+    def _tune(self, context: Context, images: Subset, rates: Rates, saved: dict[str, Any]) -> tuple[Classifier, bool]:
         """The network after the last epoch, from where `saved` left off, and whether all of it stayed finite."""
-        network = Classifier(copy.deepcopy(backbone), len(images.classes), seed=given.seed).to(given.reading.device)
+        network = Classifier(copy.deepcopy(context.backbone), len(images.classes), seed=context.seed).to(context.device)
         network.requires_grad_(True)
         optimizer = self._optimizer(network, rates)
         first, finite = saved.get("epochs", 0), saved.get("finite", True)
@@ -203,10 +185,10 @@ class SemiSupervised:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             what = f"{rates}, epoch {epoch + 1} of {self.epochs}"
-            finite = self._epoch(network, optimizer, images, epoch, what, given)
+            finite = self._epoch(network, optimizer, images, epoch, what, context)
             kept = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
             so_far = {"outcomes": saved["outcomes"], "epochs": epoch + 1, "finite": finite}
-            given.state.save(so_far | kept)
+            context.state.save(so_far | kept)
         return network, finite
 
     def _optimizer(self, network: Classifier, rates: Rates) -> torch.optim.SGD:
@@ -219,28 +201,27 @@ class SemiSupervised:
         return torch.optim.SGD(groups, lr=each[0], momentum=self.momentum, weight_decay=self.weight_decay)
 
     def _epoch(
-        self, network: Classifier, optimizer: torch.optim.SGD, images: Subset, epoch: int, what: str, given: _Given
+        self, network: Classifier, optimizer: torch.optim.SGD, images: Subset, epoch: int, what: str, context: Context
     ) -> bool:
         """Train for an epoch; whether all losses were finite, and all weights and statistics are."""
         network.train()
-        reading, labels = given.reading, _labels(images)
-        rng = np.random.default_rng(seed_for(Use.FINE_TUNING_ORDER, given.seed, epoch))
+        encode_config, labels = context.encode_config, _labels(images)
+        rng = np.random.default_rng(seed_for(Use.FINE_TUNING_ORDER, context.seed, epoch))
         order = rng.permutation(len(images)).tolist()
-        keys = [(place, seed_for(Use.FINE_TUNING_VIEW, given.seed, epoch, place)) for place in order]
-        bad = reading.unreadable_of(len(images))
+        keys = [(place, seed_for(Use.FINE_TUNING_VIEW, context.seed, epoch, place)) for place in order]
+        bad = encode_config.unreadable_of(len(images))
         losses = []
-        loaded = reading.views(images, self.augment, keys, self.batch)
-        for views in reading.progress(loaded, what, -(-len(keys) // self.batch)):
+        loaded = encode_config.views(images, self.augment, keys, self.batch)
+        for views in encode_config.progress(loaded, what, -(-len(keys) // self.batch)):
             bad.add(views.unreadable)
             if len(views.pixels) < 2:
                 continue  # batch norm knows no variance of one
-            target = labels[views.indices].to(reading.device)
+            target = labels[views.indices].to(encode_config.device)
             optimizer.zero_grad(set_to_none=True)
-            loss = cross_entropy(_logits(network, reading.to_device(views.pixels), reading), target)
+            loss = cross_entropy(_logits(network, encode_config.to_device(views.pixels), encode_config.bf16), target)
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        given.unreadable(bad.reasons)
         if not losses:
             raise DataError(f"no two of {len(images)} images of {images.name} that fine-tuning takes can be read")
         return bool(torch.stack(losses).isfinite().all()) and _is_finite(network)
@@ -322,15 +303,13 @@ def _best(outcomes: Sequence[Outcome], place: int) -> int:
     return shares.index(max(shares))
 
 
-def _logits(network: Classifier, images: Float[Tensor, "b 3 h w"], reading: EncodeConfig) -> Float[Tensor, "b classes"]:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=reading.bf16):
+def _logits(network: Classifier, images: Float[Tensor, "b 3 h w"], bf16: bool) -> Float[Tensor, "b classes"]:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         return network(images).float()
 
 
 @torch.no_grad()
-def count_top_hits(
-    network: Classifier, images: ImageSet, view: View, reading: EncodeConfig, unreadable: Reasons
-) -> list[int]:
+def count_top_hits(network: Classifier, images: ImageSet, view: View, encode_config: EncodeConfig) -> list[int]:
     """How many images are right at first, how many among the first five answers, and how many were asked.
 
     Raises:
@@ -339,17 +318,18 @@ def count_top_hits(
     network.eval()
     labels = _labels(images)
     keys = [(place, place) for place in range(len(images))]
-    bad = reading.unreadable_of(len(images))
+    bad = encode_config.unreadable_of(len(images))
     counts = torch.zeros(len(_TOP) + 1, dtype=torch.int64)
-    loaded = reading.views(images, view, keys, reading.batch)
-    for views in reading.progress(loaded, f"asking {images.name} {images.split}", -(-len(keys) // reading.batch)):
+    loaded = encode_config.views(images, view, keys, encode_config.batch)
+    for views in encode_config.progress(
+        loaded, f"asking {images.name} {images.split}", -(-len(keys) // encode_config.batch)
+    ):
         bad.add(views.unreadable)
         if len(views.pixels):
-            logits = _logits(network, reading.to_device(views.pixels), reading)
+            logits = _logits(network, encode_config.to_device(views.pixels), encode_config.bf16)
             target = labels[views.indices].to(logits.device).unsqueeze(1)
             places = logits.topk(min(max(_TOP), logits.shape[1]), dim=1).indices == target
             counts += torch.tensor([*(int(places[:, :top].sum()) for top in _TOP), len(target)])
-    unreadable(bad.reasons)
     if not counts[-1]:
         raise DataError(f"none of the images of {images.name} {images.split} to ask about can be read")
     return counts.tolist()

@@ -11,7 +11,8 @@ from torch import Tensor
 from relloc.errors import DataError, UsageError
 from relloc.evals import schedule
 from relloc.evals.heads import LayerHeads, Sgd
-from relloc.features.source import Features, FeatureSource, State
+from relloc.evaluation.contract import Context
+from relloc.features.source import Features, FeatureSource
 from relloc.seeds import Use, seed_for
 
 _HELD_BACK = 10  # one in ten training images chooses among heads
@@ -61,20 +62,19 @@ class Training:
     def fit(
         self,
         source: FeatureSource,
-        state: State,
+        context: Context,
         *,
         tenth: Int[Tensor, "m"],
         watched: FeatureSource | None,
-        device: torch.device,
-        seed: int,
     ) -> Trained:
-        """Heads trained to the last epoch, from where `state` left off; each epoch's hits on `watched`, if any.
+        """Heads trained to the last epoch, from where it was stopped; each epoch's hits on `watched`, if any.
 
         Raises:
             UsageError: features that are not finite.
             DataError: a whole batch of images that can't be read; too few to train on.
         """
-        trained = self._start(source, state, device, seed)
+        device, seed = context.device, context.seed
+        trained = self._start(source, context)
         for epoch in range(trained.epoch, self.epochs):
             for heads in trained.heads.values():
                 heads.train()
@@ -88,7 +88,7 @@ class Training:
             if watched:
                 hits, _ = count_hits(trained.heads, watched, torch.arange(watched.n), self.batch, device)
                 trained.best = {layer: max(int(of[0]), trained.best.get(layer, 0)) for layer, of in hits.items()}
-            state.save(
+            context.state.save(
                 {
                     "epoch": trained.epoch,
                     "best": trained.best,
@@ -97,9 +97,10 @@ class Training:
             )
         return trained
 
-    def _start(self, source: FeatureSource, state: State, device: torch.device, seed: int) -> Trained:
-        trained = Trained(heads={layer: self._heads(source, layer, seed, device) for layer in self.layers})
-        saved = state.load()
+    def _start(self, source: FeatureSource, context: Context) -> Trained:
+        heads = {layer: self._heads(source, layer, context.seed, context.device) for layer in self.layers}
+        trained = Trained(heads=heads)
+        saved = context.state.load()
         if saved:
             trained.epoch, trained.best = saved["epoch"], saved["best"]
             for layer, of_layer in trained.heads.items():

@@ -3,7 +3,6 @@
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from relloc.errors import UsageError
 from relloc.evals.metrics import ap_steps
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
-from relloc.features.source import Sets
+from relloc.evaluation.contract import Context, Evaluation
 from relloc.results import CHOSEN, LAYERS, Result, Score
 
 _COST_WITHOUT_CHOICE = 1.0
@@ -27,7 +26,7 @@ _TABLE = "Linear SVM, VOC07 protocol, mAP"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Voc07Svm:
+class Voc07Svm(Evaluation):
     """Mean average precision of SVMs whose cost each class chooses by `folds`-fold cross-validation on train.
 
     `map` is the test's; `map_cv` the cross-validated one on training images (scikit-learn's average
@@ -35,11 +34,11 @@ class Voc07Svm:
     without a positive image in train or test is left out, and said so.
     """
 
-    kind: ClassVar[str] = "frozen"
-    version: ClassVar[int] = 1
-    labels: ClassVar = "presence"
-    keeps: ClassVar[bool] = True
-    layer_by_layer: ClassVar[bool] = True
+    kind = "frozen"
+    labels = "presence"
+    version = 1
+    independent_layers = True
+    keeps_features = True
 
     layers: Sequence[str]
     view: View
@@ -69,14 +68,14 @@ class Voc07Svm:
                 f"than {most}, and missing in no more: give {most} folds or fewer, or more images"
             )
 
-    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
-        """Scores of each layer. Nothing is random: `seed` is not used.
+    def run(self, context: Context) -> Iterator[Score]:
+        """Scores of each layer. Nothing is random.
 
         Raises:
             UsageError: as `check`, or features are not finite.
         """
         for layer in self.layers:
-            known = grams(sets.train, sets.held_out, layer, self.batch, device)
+            known = grams(context.train, context.held_out, layer, self.batch, context.device)
             classes = known.usable
             self._check_folds(known.present, classes)  # again: images that can't be read are not among these
             validated = self._cross_validate(known, classes)  # (costs, classes)
@@ -91,7 +90,7 @@ class Voc07Svm:
                 value=float(known.test_map(scores.unsqueeze(2), classes)),
                 n=len(known.test),
                 protocol="3.1",
-                deviations=left_out(sets.classes, classes),
+                deviations=left_out(context.splits.train.classes, classes),
                 details=(
                     f"SVM a class ({known.present.shape[1]})",
                     "squared hinge",

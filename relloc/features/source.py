@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -49,6 +49,10 @@ def _silent(batches: Iterable[ImageBatch], _what: str, _total: int) -> Iterable[
     return batches
 
 
+def _ignore(_reasons: dict[str, str]) -> None:
+    pass
+
+
 @runtime_checkable
 class FeatureSource(Protocol):
     """Labeled images 0..n-1 as pooled features; `dims` numbers a layer, in `channels` channels.
@@ -70,52 +74,14 @@ class FeatureSource(Protocol):
     def channels(self) -> dict[str, int]: ...
 
     def batches(
-        self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[Batch]:
-        """Features by layer and labels of the images at `places`, in that order, `size` at a time.
+        """Features by layer and labels of the images at `indices`, in that order, `size` at a time.
 
         Where views are random, each epoch has its own; else `epoch` changes nothing. `epochs` is how
         many there are, which only progress tells.
         """
         ...
-
-
-@runtime_checkable
-class State(Protocol):
-    """What a long evaluation goes on from if it was stopped."""
-
-    def load(self) -> dict[str, Any] | None:
-        """What was saved last, on the CPU; None at the first start."""
-        ...
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Keep tensors and plain values; calls that follow one another too soon are passed over."""
-        ...
-
-
-class NullState:
-    """A `State` that keeps nothing."""
-
-    def load(self) -> None:
-        return None
-
-    def save(self, state: dict[str, Any]) -> None:
-        pass
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sets:
-    """What an evaluation is given: both splits as the evaluation's still view shows them.
-
-    `augmented` is the training split in the random views that the evaluation asks for; `classes` are
-    the names behind the labels.
-    """
-
-    train: FeatureSource
-    held_out: FeatureSource
-    classes: Sequence[str] = ()
-    augmented: FeatureSource | None = None
-    state: State = dataclasses.field(default_factory=NullState)
 
 
 def _batches(keys: Iterable[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
@@ -131,7 +97,8 @@ class EncodeConfig:
     `share_setting` is what a user sets `unreadable_share` by. `precision` is "fp32", "tf32" or "bf16".
     `encode` is the function of that name, or what a compiler made of it; it serves full batches, as each
     other size would be compiled anew. `stopping` says whether the run was asked to stop, where that is
-    otherwise looked at between steps only.
+    otherwise looked at between steps only. `note_unreadable` is told as they are met which images can't be used, and
+    why.
     """
 
     batch: int
@@ -143,6 +110,7 @@ class EncodeConfig:
     progress: ProgressBar = _silent
     encode: Encode = encode
     stopping: Callable[[], bool] = never
+    note_unreadable: Callable[[dict[str, str]], None] = _ignore
 
     @property
     def bf16(self) -> bool:
@@ -151,7 +119,12 @@ class EncodeConfig:
 
     def unreadable_of(self, n_images: int) -> Unreadable:
         """The count of those of `n_images` that can't be used, which ends the run beyond `unreadable_share`."""
-        return Unreadable(n_images=n_images, most_share=self.unreadable_share, setting=self.share_setting)
+        return Unreadable(
+            n_images=n_images,
+            most_share=self.unreadable_share,
+            setting=self.share_setting,
+            note=self.note_unreadable,
+        )
 
     def views(self, images: ImageSet, view: View, keys: Iterable[tuple[int, int]], size: int) -> Iterable[ImageBatch]:
         """Views by (image, seed of its chance), `size` at a time; keys are asked for as they are needed."""
@@ -167,14 +140,14 @@ class EncodeConfig:
 class LiveFeatures:
     """A `FeatureSource` that encodes images each time they are asked for: little memory, more time.
 
-    `backbone` is on `reading.device`. `labels` (n, or n x classes) are the images' own unless given.
+    `backbone` is on `encode_config.device`. `labels` (n, or n x classes) are the images' own unless given.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         images: ImageSet,
-        reading: EncodeConfig,
+        encode_config: EncodeConfig,
         view: View,
         *,
         labels: Int[Tensor, "n *classes"] | None = None,
@@ -185,7 +158,7 @@ class LiveFeatures:
             raise ValueError(f"{images.name} {images.split} has no labels")
         self.backbone = backbone
         self.images = images
-        self.reading = reading
+        self.encode_config = encode_config
         self.view = view
         self.labels = torch.as_tensor(images.labels) if labels is None else labels
         self.color = color
@@ -194,29 +167,29 @@ class LiveFeatures:
         self.n_classes = len(images.classes)
         self.dims = layer_dims(backbone)
         self.channels = layer_channels(backbone)
-        self.unreadable = reading.unreadable_of(self.n)
+        self.unreadable = encode_config.unreadable_of(self.n)
 
     def batches(
-        self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[Batch]:
         self.backbone.eval()
-        keys = ((place, seed_for(Use.AUGMENTED_VIEW, self.seed, epoch, place)) for place in places.tolist())
-        loaded = self.reading.views(self.images, self.view, keys, size)
+        keys = ((index, seed_for(Use.AUGMENTED_VIEW, self.seed, epoch, index)) for index in indices.tolist())
+        loaded = self.encode_config.views(self.images, self.view, keys, size)
         what = f"features of {self.images.name} {self.images.split}"
         what += f", epoch {epoch + 1} of {epochs}" if epochs > 1 else ""
-        for views in self.reading.progress(loaded, what, -(-len(places) // size)):
+        for views in self.encode_config.progress(loaded, what, -(-len(indices) // size)):
             self.unreadable.add(views.unreadable)
             if len(views.pixels):
                 yield self._encode(views, size, layers, epoch), self.labels[views.indices]
 
     @torch.no_grad()
     def _encode(self, views: ImageBatch, size: int, layers: Sequence[str], epoch: int) -> Features:
-        images = views.pixels.to(self.reading.device, non_blocking=True).float()
+        images = views.pixels.to(self.encode_config.device, non_blocking=True).float()
         if self.color:
-            seeds = [seed_for(Use.AUGMENTED_COLOR, self.seed, epoch, place) for place in views.indices.tolist()]
+            seeds = [seed_for(Use.AUGMENTED_COLOR, self.seed, epoch, index) for index in views.indices.tolist()]
             images = 255 * self.color(images / 255, seeds)
-        way = self.reading.encode if len(images) == size else encode
-        return way(self.backbone, images, tuple(layers), self.reading.bf16)
+        way = self.encode_config.encode if len(images) == size else encode
+        return way(self.backbone, images, tuple(layers), self.encode_config.bf16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,9 +210,9 @@ class Bank:
         return {layer: rows.shape[1] for layer, rows in self.features.items()}
 
     def batches(
-        self, places: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[Batch]:
-        for chosen in places.split(size):
+        for chosen in indices.split(size):
             yield {layer: self.features[layer][chosen] for layer in layers}, self.labels[chosen]
 
 
@@ -248,9 +221,9 @@ def fill_bank(
     layers: Sequence[str],
     size: int,
     device: torch.device,
-    places: Int[Tensor, "m"] | None = None,
+    indices: Int[Tensor, "m"] | None = None,
 ) -> Bank:
-    """A source's features of the named layers, in the memory of `device`: of all images, or of those at `places`.
+    """A source's features of the named layers, in the memory of `device`: of all images, or of those at `indices`.
 
     Matrices are allocated once: the peak is the bank itself and one batch.
 
@@ -258,11 +231,11 @@ def fill_bank(
         DataError: none of the images can be read.
         UsageError: there is no room for that.
     """
-    places = torch.arange(source.n) if places is None else places
-    rows = _room(len(places), {layer: source.dims[layer] for layer in layers}, device)
+    indices = torch.arange(source.n) if indices is None else indices
+    rows = _room(len(indices), {layer: source.dims[layer] for layer in layers}, device)
     labels = []
     filled = 0
-    for features, batch_labels in source.batches(places, size, layers):
+    for features, batch_labels in source.batches(indices, size, layers):
         end = filled + len(batch_labels)
         for layer, matrix in rows.items():
             matrix[filled:end] = features[layer]

@@ -21,7 +21,7 @@ from relloc.data.processes import without_progress
 from relloc.data.shards import shards
 from relloc.data.views import Center
 from relloc.errors import DataError, UsageError
-from relloc.evaluation.contract import EvalSettings, Evaluation, FineTuning, Job
+from relloc.evaluation.contract import EvalSettings, Evaluation, NamedEvaluation
 from relloc.features.source import EncodeConfig, encode
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
@@ -145,12 +145,12 @@ def patches(config: DictConfig) -> PatchPipeline:
     return PatchPipeline(grid=call(config.grid), color=call(config.color), normalize=call(config.normalize))
 
 
-def evaluations(config: DictConfig) -> dict[str, Evaluation | FineTuning]:
+def evaluations(config: DictConfig) -> dict[str, Evaluation]:
     """The evaluations that `eval` names."""
     return {str(name): _evaluation(str(name), node) for name, node in (config.eval or {}).items()}
 
 
-def _evaluation(name: str, node: DictConfig) -> Evaluation | FineTuning:
+def _evaluation(name: str, node: DictConfig) -> Evaluation:
     constants = {key: value for key, value in plain(node).items() if key != "data"}
     try:
         return call(OmegaConf.create(constants))
@@ -165,19 +165,21 @@ def own_data(config: DictConfig) -> list[str]:
     return [str(name) for name, node in (config.eval or {}).items() if node.get("data")]
 
 
-def jobs(config: DictConfig, data: Splits | None) -> list[Job]:
+def named_evaluations(config: DictConfig, data: Splits | None) -> list[NamedEvaluation]:
     """The evaluations on their images: `data`, or what they bring; each data set is listed once."""
     listed = {_source(config.data): data} if data else {}
     made = []
     for name, evaluation in evaluations(config).items():
         node = config.eval[name].get("data")
         if node is None and data is not None:
-            made.append(Job(name=name, evaluation=evaluation, splits=data))
+            made.append(NamedEvaluation(name=name, evaluation=evaluation, splits=data))
         elif node is not None:
             source = _source(node)
             listed[source] = listed.get(source) or _brought(name, node)
             share = checks.number("unreadable_share", node.unreadable_share, at_least=0, at_most=1)
-            made.append(Job(name=name, evaluation=evaluation, splits=listed[source], unreadable_share=share))
+            made.append(
+                NamedEvaluation(name=name, evaluation=evaluation, splits=listed[source], unreadable_share=share)
+            )
     return made
 
 
@@ -194,7 +196,7 @@ def _source(data: DictConfig) -> str:
     return repr((data.get("shards"), plain(data.source)))
 
 
-def reading(config: DictConfig, engine: Engine, *, told: bool = True) -> EncodeConfig:
+def encode_config(config: DictConfig, engine: Engine, *, told: bool = True) -> EncodeConfig:
     """How full images are read and encoded; with progress shown if `told`."""
     read = EncodeConfig(
         batch=checks.whole("view.batch", config.view.batch),
@@ -212,11 +214,11 @@ def view(config: DictConfig) -> Center:
     return Center(short_px=config.view.short_px, crop_px=config.view.crop_px)
 
 
-def terms(config: DictConfig, engine: Engine) -> EvalSettings:
+def eval_settings(config: DictConfig, engine: Engine) -> EvalSettings:
     """How evaluations are run."""
     ways = [config.batch_norm] if isinstance(config.batch_norm, str) else list(config.batch_norm)
     return EvalSettings(
-        reading=reading(config, engine),
+        encode_config=encode_config(config, engine),
         batch_norms=ways,
         calibration_images=config.calibration_images,
         bank_gib=config.bank_gib,

@@ -88,8 +88,8 @@ def check_optimizer(config: DictConfig) -> None:
 
 def check_recalibration(config: DictConfig, how: Engine) -> None:
     """Raises `UsageError` where the evaluations of a training would recalibrate batch norm on one value a channel."""
-    terms = assemble.terms(config, how)
-    if config.eval and "recalibrated" in terms.batch_norms and terms.reading.batch == 1:
+    terms = assemble.eval_settings(config, how)
+    if config.eval and "recalibrated" in terms.batch_norms and terms.encode_config.batch == 1:
         check_one_image(assemble.backbone(config.model), assemble.view(config).crop_px)
 
 

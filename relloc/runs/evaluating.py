@@ -10,23 +10,37 @@ from omegaconf import DictConfig
 from relloc import ranks
 from relloc.checkpoints import states
 from relloc.errors import KnownAnswerMissed, UsageError
-from relloc.evaluation.contract import EvalSettings, EvaluatedModel, Job, Summarizing, check_images
-from relloc.evaluation.run import Work, evaluate, fingerprint, works
-from relloc.features.source import NullState
+from relloc.evaluation.contract import EvalSettings, EvaluatedModel, NamedEvaluation
+from relloc.evaluation.run import EvalPart, evaluate, fingerprint, parts_of
 from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.reports import known
 from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import assemble, checking, console
-from relloc.runs.engine import Engine, settle
+from relloc.runs.engine import settle
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.naming import data_name, evaluation_name
-from relloc.runs.reusing import KnownRows, ResumableState, obey, state_file
-from relloc.runs.subjects import subjects
+from relloc.runs.reusing import KnownRows, ResumableState, raise_if_stopped, state_file
+from relloc.runs.subjects import evaluated_models
 
 _NO_ANSWER = (
     "verdict=true, but nothing measured here has a published answer: it takes a ResNet-50, random or torchvision's, "
     "with batch norm as trained, and an evaluation of ImageNet, Places205 or VOC2007"
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalRun:
+    """Where a run's evaluations are measured, and what they may use again.
+
+    `folder` is None on all ranks but the first, which alone writes and prints. `runs` is the folder of
+    runs whose rows and states of the same weights are used again; None for no other run's.
+    """
+
+    run_dir: Path
+    folder: RunFolder | None
+    stop: StopRequest
+    save_every_s: float
+    runs: Path | None
 
 
 def evaluate_checkpoint(config: DictConfig) -> None:
@@ -35,51 +49,59 @@ def evaluate_checkpoint(config: DictConfig) -> None:
     checking.check_numbers(config)
     checking.check_tracking(config)
     checking.check_roots(config)
-    found = subjects(config)
-    answers = _answers(config, found, assemble.terms(config, engine))
+    models = evaluated_models(config)
+    answers = _answers(config, models, assemble.eval_settings(config, engine))
     with contextlib.ExitStack() as at_end:
         ranks.join(engine.device)
         at_end.callback(ranks.leave)
         stop = at_end.enter_context(stop_request())
         run_dir = at_end.enter_context(own_folder())
         check_files(run_dir)
-        terms = assemble.terms(config, engine)
+        settings = assemble.eval_settings(config, engine)
         own = None if len(assemble.own_data(config)) == len(config.eval) else assemble.splits(config.data)
-        jobs = assemble.jobs(config, own)
-        _check_ranks(jobs)
-        for job in jobs:
-            check_images(job)
-        if ranks.rank() > 0:
-            _follow(found, jobs, terms, engine)
+        evaluations = assemble.named_evaluations(config, own)
+        _check_ranks(evaluations)
+        for named in evaluations:
+            named.check_images()
+        run = EvalRun(
+            run_dir=run_dir,
+            folder=None,
+            stop=stop,
+            save_every_s=config.save_every_s,
+            runs=Path(config.runs) if config.reuse else None,
+        )
+        if ranks.rank() == 0:
+            data = [named.splits for named in evaluations]
+            names = [data_name(config.data) if splits is own else splits.train.name for splits in data]
+            record = assemble.record(config, evaluation_name(models, names), data, engine, run_dir)
+            folder = at_end.enter_context(open_folder(config, record, run_dir))
+            run = dataclasses.replace(run, folder=folder)
+            at_end.enter_context(stop.prevailing())
+        fingerprints: set[str] = set()
+        for model in models:
+            engine.place(model.backbone)
+            fingerprints |= evaluate_model(model, evaluations, settings, run)
+            model.backbone.cpu()
+        if run.folder is None:
             return
-        data = [job.splits for job in jobs]
-        names = [data_name(config.data) if splits is own else splits.train.name for splits in data]
-        name = evaluation_name(found, names)
-        record = assemble.record(config, name, data, engine, run_dir)
-        with open_folder(config, record, run_dir) as folder, stop.prevailing():
-            marks: set[str] = set()
-            for one in found:
-                engine.place(one.backbone)
-                marks |= evaluate_subject(one, jobs, terms, folder, config, stop)
-                one.backbone.cpu()
-            folder.summarize(marks)  # the folder may hold rows of another command
+        run.folder.summarize(fingerprints)  # the folder may hold rows of another command
     if config.verdict:
-        tell_verdict(folder.path, answers, marks)
+        report_known_answers(run_dir, answers, fingerprints)
     console.say_next("report", console.from_here(run_dir))
 
 
-def _answers(config: DictConfig, found: Sequence[EvaluatedModel], terms: EvalSettings) -> list[known.KnownAnswer]:
+def _answers(config: DictConfig, models: Sequence[EvaluatedModel], settings: EvalSettings) -> list[known.KnownAnswer]:
     """What is known of the numbers to come. Nothing to do, or nothing known, is told before anything is measured."""
     checking.check_has_evaluations(config)
-    who = [(one.checkpoint, one.model) for one in found]
-    answers = known.asked(who, list(config.eval), terms.batch_norms)
+    names = [(model.checkpoint, model.model) for model in models]
+    answers = known.asked(names, list(config.eval), settings.batch_norms)
     if config.verdict and not answers:
         raise UsageError(_NO_ANSWER)
     return answers
 
 
-def _check_ranks(jobs: Sequence[Job]) -> None:
-    alone = [job.name for job in jobs if not getattr(job.evaluation, "across_ranks", False)]
+def _check_ranks(evaluations: Sequence[NamedEvaluation]) -> None:
+    alone = [named.name for named in evaluations if not named.evaluation.across_ranks]
     if ranks.world_size() > 1 and alone:
         raise UsageError(
             f"eval={','.join(alone)} runs in one process, which takes one GPU: leave torchrun out, or name "
@@ -87,31 +109,13 @@ def _check_ranks(jobs: Sequence[Job]) -> None:
         )
 
 
-def _follow(found: Sequence[EvaluatedModel], jobs: Sequence[Job], terms: EvalSettings, engine: Engine) -> None:
-    """What the other processes do: their share of the work. They write and tell nothing but to the first."""
-    for one in found:
-        engine.place(one.backbone)
-        reasons: dict[str, str] = {}
-        done = evaluate(
-            one,
-            jobs,
-            terms,
-            is_done=lambda *_which: bool(ranks.from_first("")),
-            state=lambda _work: NullState(),
-            unreadable=reasons.update,
-        )
-        for _rows in done:
-            pass
-        ranks.union(reasons)
-
-
-def tell_verdict(run_dir: Path, answers: Sequence[known.KnownAnswer], marks: Collection[str]) -> None:
+def report_known_answers(run_dir: Path, answers: Sequence[known.KnownAnswer], fingerprints: Collection[str]) -> None:
     """Say of each of the answers whether it came out in the rows with these fingerprints.
 
     Raises:
         KnownAnswerMissed: one did not, or could not be checked.
     """
-    rows = [row for row in read_results(run_dir) if row.fingerprint in marks]
+    rows = [row for row in read_results(run_dir) if row.fingerprint in fingerprints]
     verdicts, unchecked = known.check(rows, answers), known.unchecked(rows, answers)
     for verdict in verdicts:
         console.say(str(verdict))
@@ -127,65 +131,76 @@ def tell_verdict(run_dir: Path, answers: Sequence[known.KnownAnswer], marks: Col
         )
 
 
-def evaluate_subject(
-    subject: EvaluatedModel,
-    jobs: Sequence[Job],
-    terms: EvalSettings,
-    folder: RunFolder,
-    config: DictConfig,
-    stop: StopRequest,
+def evaluate_model(
+    model: EvaluatedModel, evaluations: Sequence[NamedEvaluation], settings: EvalSettings, run: EvalRun
 ) -> set[str]:
-    """Write the rows of every evaluation as they come; those there already are used again. The fingerprints of all.
+    """Measure what is not measured yet, and write each part's rows as it is done. The fingerprints of all rows.
 
-    Where it was asked to stop, the process leaves with the signal's exit code, once what is finished is saved.
+    All ranks call it together. Where the run was asked to stop, the process leaves with the signal's exit
+    code, once what is finished is saved.
     """
-    marks: set[str] = set()
-    runs = Path(config.runs) if config.reuse else None
-    rows_there = KnownRows(folder.path, runs)
+    folder, run_dir = run.folder, run.run_dir
+    unreadable = folder.unreadable if folder else {}
+    encode_config = dataclasses.replace(settings.encode_config, note_unreadable=unreadable.update)
+    settings = dataclasses.replace(settings, encode_config=encode_config)
+    model.backbone.eval()
+    parts = [
+        part
+        for batch_norm in settings.batch_norms
+        for named in evaluations
+        for part in parts_of(named, batch_norm, model, settings)
+    ]
+    known_rows = KnownRows(run_dir, run.runs) if folder else None
+    wanted = [parts[number] for number in ranks.from_first(_not_measured(parts, model, known_rows))]
 
-    def is_done(name: str, batch_norm: str, mark: str) -> bool:
-        marks.add(mark)
-        there = rows_there.has(subject, name, batch_norm, mark)
-        if there:  # another run may have finished what this one began
-            states.delete_state(state_file(folder.path, mark))
-        return bool(ranks.from_first("yes" if there else ""))
+    def open_state(fingerprint: str) -> ResumableState:
+        every_s, stop, runs = run.save_every_s, run.stop, run.runs
+        return ResumableState(run_dir, fingerprint, every_s=every_s, stop=stop, runs=runs)
 
-    def state(work: Work) -> ResumableState:
-        return ResumableState(folder.path, work.mark, every_s=config.save_every_s, stop=stop, runs=runs)
-
-    subject.backbone.eval()
-    console.say(f"eval    {', '.join(job.name for job in jobs)} of {subject.checkpoint} ({subject.model})")
-    rows_of_each = evaluate(
-        subject,
-        jobs,
-        terms,
-        is_done=is_done,
-        state=state,
-        unreadable=folder.note_unreadable,
-    )
-    for rows in rows_of_each:
-        append_results(folder.path, rows)
-        console.say_measured(rows)
-        for mark in {row.fingerprint for row in rows}:
-            states.delete_state(state_file(folder.path, mark))
-        stop.listen(awaited=False)
-        obey(stop)
-    folder.note_unreadable(ranks.union(folder.unreadable))
-    for job in jobs:
-        marks |= _summarize(subject, job, terms, rows_there)
-    return marks
+    for part, rows in evaluate(model, wanted, settings, run_dir=run_dir, open_state=open_state):
+        if folder:
+            append_results(run_dir, rows)
+            console.say_measured(rows)
+            for file in sorted(path for path in (run_dir / part.folder).rglob("*") if path.is_file()):
+                folder.keep(str(file.relative_to(run_dir)))
+            states.delete_state(state_file(run_dir, part.fingerprint))
+        raise_if_stopped(run.stop)
+    unreadable.update(ranks.union(unreadable))
+    fingerprints = {part.fingerprint for part in parts}
+    if known_rows:
+        for named in evaluations:
+            fingerprints |= _summarize(model, named, settings, known_rows)
+    return fingerprints
 
 
-def _summarize(subject: EvaluatedModel, job: Job, terms: EvalSettings, known_rows: KnownRows) -> set[str]:
-    """Write the rows that speak of all layers of an evaluation, unless they are there; their fingerprints."""
-    marks = set()
-    if isinstance(job.evaluation, Summarizing):
-        for batch_norm in terms.batch_norms:
-            mark = fingerprint(job.evaluation, subject, job.splits, terms, batch_norm)
-            parts = {work.mark for work in works(job, batch_norm, subject, terms)}
-            there = [row for row in known_rows.of(subject) if row.eval == job.name]
-            if not any(row.fingerprint == mark for row in there):
-                rows = job.evaluation.summary([row for row in there if row.fingerprint in parts])
-                append_results(known_rows.run_dir, [dataclasses.replace(row, fingerprint=mark) for row in rows])
-            marks.add(mark)
-    return marks
+def _not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, known_rows: KnownRows | None) -> list[int]:
+    """Which of the parts have no rows yet; what another run measured is used again."""
+    if known_rows is None:
+        return []  # rank 0 knows
+    names = dict.fromkeys(part.named.name for part in parts)
+    console.say(f"eval    {', '.join(names)} of {model.checkpoint} ({model.model})")
+    missing = []
+    for number, part in enumerate(parts):
+        if known_rows.has(model, part.named.name, part.batch_norm, part.fingerprint):
+            # Another run may have finished what this one began.
+            states.delete_state(state_file(known_rows.run_dir, part.fingerprint))
+        else:
+            missing.append(number)
+    return missing
+
+
+def _summarize(
+    model: EvaluatedModel, named: NamedEvaluation, settings: EvalSettings, known_rows: KnownRows
+) -> set[str]:
+    """Write the rows about all layers of an evaluation together, unless they are there; their fingerprints."""
+    fingerprints = set()
+    for batch_norm in settings.batch_norms:
+        of_parts = {part.fingerprint for part in parts_of(named, batch_norm, model, settings)}
+        measured = [row for row in known_rows.of(model) if row.eval == named.name]
+        rows = list(named.evaluation.summary([row for row in measured if row.fingerprint in of_parts]))
+        if rows:
+            of_whole = fingerprint(named.evaluation, model, named.splits, settings, batch_norm)
+            if all(row.fingerprint != of_whole for row in measured):
+                append_results(known_rows.run_dir, [dataclasses.replace(row, fingerprint=of_whole) for row in rows])
+            fingerprints.add(of_whole)
+    return fingerprints

@@ -139,7 +139,7 @@ _OF_ALL: Checks = (
 )
 _OF_EVALUATIONS: Checks = (
     (("view",), assemble.view),
-    (("batch_norm", "calibration_images", "bank_gib", "seed"), lambda config: assemble.terms(config, _ENGINE)),
+    (("batch_norm", "calibration_images", "bank_gib", "seed"), lambda config: assemble.eval_settings(config, _ENGINE)),
 )
 _OF_RECALIBRATION = ("eval", "batch_norm", "model", "view", "seed", "calibration_images", "bank_gib")
 _CHECKS: Mapping[str, Checks] = {

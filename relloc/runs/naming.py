@@ -45,12 +45,12 @@ def pretraining_name(config: DictConfig, color: str) -> str:
     return " ".join(map(str, parts))
 
 
-def evaluation_name(subjects: Sequence[EvaluatedModel], data: Sequence[str]) -> str:
+def evaluation_name(models: Sequence[EvaluatedModel], data: Sequence[str]) -> str:
     """An evaluation by whose weights it asks, on which data sets: `gap21 jit0..21 70ep in1k r50 s0 gray on voc2007`.
 
     A backbone of ours is called as its pretraining; others by the file's name, or as `checkpoint=` does, and the model.
     """
-    who = dict.fromkeys(_weights_name(one) for one in subjects)
+    who = dict.fromkeys(_weights_name(one) for one in models)
     return f"{', '.join(who)} on {', '.join(dict.fromkeys(data))}"
 
 

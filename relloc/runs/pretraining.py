@@ -19,7 +19,7 @@ from relloc.data.loader import ImageBatch, Unreadable, collate, load
 from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
-from relloc.evaluation.contract import EvaluatedModel, Job, check_images
+from relloc.evaluation.contract import EvaluatedModel, NamedEvaluation
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits
@@ -28,7 +28,7 @@ from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs import assemble, checking, console, engine, saving
 from relloc.runs.engine import Engine
-from relloc.runs.evaluating import evaluate_subject
+from relloc.runs.evaluating import EvalRun, evaluate_model
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.naming import pretraining_name
 from relloc.runs.training import Run, train_run
@@ -50,9 +50,9 @@ def pretrain(config: DictConfig) -> None:
         run_dir = at_end.enter_context(own_folder())
         check_files(run_dir)
         data = assemble.splits(config.data)
-        jobs = assemble.jobs(config, data)  # also what only they need is found, or missed, before training
+        jobs = assemble.named_evaluations(config, data)  # also what only they need is found, or missed, before training
         for job in _with_labels(jobs):
-            check_images(job)
+            job.check_images()
         _tell_small_shards(config)
         _tell_scaled(config)
         task, plan = _task(config, data, how)
@@ -173,7 +173,7 @@ def about(config: DictConfig) -> dict[str, Any]:
     return {"model": assemble.plain(config.model), "computed": assemble.computed(config)}
 
 
-def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
+def _finish(run: Run, jobs: Sequence[NamedEvaluation], folder: RunFolder) -> None:
     config, how, data, task = run.config, run.how, run.data, run.task
     weights = folder.path / backbone_files.BACKBONE_FILE
     _save_finished(weights, task.model.backbone, about(config) | {"step": task.steps})
@@ -190,7 +190,7 @@ def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
     if labeled:
         trained, untrained = (_plain_backbone(config, how) for _ in range(2))
         trained.load_state_dict(task.model.backbone.state_dict())
-        subjects = [
+        models = [
             EvaluatedModel(
                 backbone=backbone,
                 checkpoint=name,
@@ -199,8 +199,15 @@ def _finish(run: Run, jobs: Sequence[Job], folder: RunFolder) -> None:
             )
             for name, backbone in ((str(weights), trained), ("random", untrained))
         ]
-        for subject in subjects:
-            evaluate_subject(subject, labeled, assemble.terms(config, how), folder, config, run.stop)
+        eval_run = EvalRun(
+            run_dir=folder.path,
+            folder=folder,
+            stop=run.stop,
+            save_every_s=config.save_every_s,
+            runs=Path(config.runs) if config.reuse else None,
+        )
+        for model in models:
+            evaluate_model(model, labeled, assemble.eval_settings(config, how), eval_run)
     folder.summarize()
 
 
@@ -226,7 +233,7 @@ def _why_anew(path: Path, backbone: Backbone) -> str:
     return "" if same else "it held other weights"
 
 
-def _with_labels(jobs: Sequence[Job]) -> list[Job]:
+def _with_labels(jobs: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
     """The evaluations whose images have the labels that they need; the others are skipped."""
     return [job for job in jobs if job.evaluation.labels != "class" or job.splits.labeled]
 

@@ -1,4 +1,4 @@
-"""What keeps an evaluation from being measured twice: rows of other runs, and states to go on from."""
+"""Spares evaluations work: rows that other runs measured are used again, and a stopped evaluation goes on."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from relloc import ranks
 from relloc.checkpoints import states
 from relloc.errors import CheckpointError, DamagedCheckpoint
 from relloc.evaluation.contract import EvaluatedModel
@@ -29,15 +30,15 @@ class KnownRows:
         self._elsewhere = _rows_below(runs, run_dir) if runs else {}
         self._told: set[tuple[str, str]] = set()
 
-    def of(self, subject: EvaluatedModel) -> list[Result]:
-        """The rows of a subject in this run folder."""
-        return [row for row in read_results(self.run_dir) if row.checkpoint == subject.checkpoint]
+    def of(self, model: EvaluatedModel) -> list[Result]:
+        """The rows of a model in this run folder."""
+        return [row for row in read_results(self.run_dir) if row.checkpoint == model.checkpoint]
 
-    def has(self, subject: EvaluatedModel, name: str, batch_norm: str, mark: str) -> bool:
+    def has(self, model: EvaluatedModel, name: str, batch_norm: str, fingerprint: str) -> bool:
         """Whether a part of an evaluation needs no measuring; rows of other runs are copied into this one's."""
-        which = (name, batch_norm, mark)
+        which = (name, batch_norm, fingerprint)
         here = [row for row in read_results(self.run_dir) if (row.eval, row.batch_norm, row.fingerprint) == which]
-        if any(row.checkpoint == subject.checkpoint for row in here):
+        if any(row.checkpoint == model.checkpoint for row in here):
             return True
         if here:  # the same weights by another path
             found, source = [row for row in here if row.checkpoint == here[0].checkpoint], self.run_dir
@@ -45,7 +46,7 @@ class KnownRows:
             source, found = self._elsewhere[which]
         else:
             return False
-        copied = {"checkpoint": subject.checkpoint}
+        copied = {"checkpoint": model.checkpoint}
         rows = [dataclasses.replace(row, **copied, measured_in=row.measured_in or str(source)) for row in found]
         append_results(self.run_dir, rows)
         self._tell(name, batch_norm, rows[0].measured_in)
@@ -88,33 +89,38 @@ def _of_other_runs(runs: Path, name: str, but: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def state_file(run_dir: Path, mark: str) -> Path:
+def state_file(run_dir: Path, fingerprint: str) -> Path:
     """Where a stopped evaluation is kept until it is finished."""
-    return run_dir / _state_name(mark)
+    return run_dir / _state_name(fingerprint)
 
 
-def _state_name(mark: str) -> str:
-    return f"{STATES}/{mark}.pt"
+def _state_name(fingerprint: str) -> str:
+    return f"{STATES}/{fingerprint}.pt"
 
 
 class ResumableState:
-    """A `State` in a file of the run folder; where it is not there, the newest that a run below `runs` left is loaded.
+    """A `State` in a file of the run folder; else the newest that a run below `runs` left is loaded.
 
     It is written `every_s` seconds apart at most, and wherever more than `PATIENCE_S` went by. So what
     was saved last is in the file, or the next call comes within seconds: then a stop waits for that,
-    which writes and obeys it. A full disk is told, and ends nothing.
+    which writes and leaves. Rank 0 reads and writes for all ranks. A full disk is told, and ends nothing.
     """
 
-    def __init__(self, run_dir: Path, mark: str, *, every_s: float, stop: StopRequest, runs: Path | None) -> None:
-        self.path = state_file(run_dir, mark)
+    def __init__(
+        self, run_dir: Path, fingerprint: str, *, every_s: float, stop: StopRequest, runs: Path | None
+    ) -> None:
+        self.path = state_file(run_dir, fingerprint)
         self._run_dir = run_dir
-        self._mark = mark
+        self._mark = fingerprint
         self._every_s = every_s
         self._stop = stop
         self._runs = runs
         self._written = self._called = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
+        return ranks.from_first(self._newest() if ranks.rank() == 0 else None)
+
+    def _newest(self) -> dict[str, Any] | None:
         if self.path.exists() and (state := self._loaded(self.path)) is not None:
             return state
         elsewhere = _of_other_runs(self._runs, _state_name(self._mark), self._run_dir) if self._runs else []
@@ -135,10 +141,12 @@ class ResumableState:
         now = time.monotonic()
         due = now - self._written >= self._every_s or now - self._called >= PATIENCE_S
         self._stop.listen(awaited=True)  # also while the file is written, which is then whole
-        if due or self._stop:
-            self._write(state)
-            self._stop.listen(awaited=False)
-            obey(self._stop)
+        # Rank 0's clock decides for all; a stop, whoever is asked.
+        stopping, due = ranks.largest(self._stop.signal or 0, due and ranks.rank() == 0)
+        if due or stopping:
+            if ranks.rank() == 0:
+                self._write(state)
+            raise_if_stopped(self._stop)  # on all ranks, once the file is there
         self._called = time.monotonic()
 
     def _write(self, state: dict[str, Any]) -> None:
@@ -149,7 +157,13 @@ class ResumableState:
         self._written = time.monotonic()
 
 
-def obey(stop: StopRequest) -> None:
-    """Leave the run with the signal's exit code, if one asked for that."""
+def raise_if_stopped(stop: StopRequest) -> None:
+    """Leave the run with the signal's exit code if any rank was asked to stop; else a signal ends it at once again.
+
+    All ranks call it together.
+    """
+    (signal,) = ranks.largest(stop.signal or 0)
+    stop.signal = signal or None
+    stop.listen(awaited=False)
     if stop:
         raise Stopped(stop.exit_code)

@@ -174,12 +174,8 @@ class Saver:
     def _agreed(self) -> tuple[bool, bool]:
         # Rank 0's clock decides for all; a stop, whoever is asked.
         due = ranks.rank() == 0 and time.monotonic() - self.last > self.every_s
-        if ranks.world_size() == 1:
-            return bool(self.stop), due
-        asked = torch.tensor([[self.stop.signal or 0, due]])
-        signal, anyone_due = ranks.gathered(asked[0]).amax(0).tolist()
-        if signal and not self.stop:
-            self.stop.signal = signal
+        signal, anyone_due = ranks.largest(self.stop.signal or 0, due)
+        self.stop.signal = self.stop.signal or signal or None
         return bool(signal), bool(anyone_due)
 
     def save(self, done: StepsDone) -> None:

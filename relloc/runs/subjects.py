@@ -1,4 +1,4 @@
-"""Whom `checkpoint` names: backbones of ours and of other projects, random ones, torchvision's supervised ones."""
+"""The backbones that `checkpoint` names: ours, of other projects, random ones, torchvision's supervised ones."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from relloc.runs.settings import conf_dir
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 
 
-def subjects(config: DictConfig) -> list[EvaluatedModel]:
+def evaluated_models(config: DictConfig) -> list[EvaluatedModel]:
     """The backbones that `checkpoint` names, one or several, on the CPU.
 
     Random and supervised weights are, unless `model` says which, of the model of the first other one
@@ -38,28 +38,28 @@ def subjects(config: DictConfig) -> list[EvaluatedModel]:
         CheckpointError: a file is missing, damaged, or does not fit.
     """
     asked = checking.named_checkpoints(config)
-    found = {name: subject(config, name) for name in asked if name not in NOT_OURS}
+    found = {name: evaluated_model(config, name) for name in asked if name not in NOT_OURS}
     if config.checkpoint_prefix is not None and not found:
         raise UsageError(f"checkpoint={config.checkpoint} has no prefixes: leave checkpoint_prefix out")
     beside = [name for name in json.loads(os.environ.get("RELLOC_BESIDE", "[]")) if name not in NOT_OURS]
     if found:
         of_file = next(iter(found.values())).model
     else:
-        of_file = subject(config, beside[0]).model if beside and not config.get("model") else "resnet50"
+        of_file = evaluated_model(config, beside[0]).model if beside and not config.get("model") else "resnet50"
     return [found.get(name) or _by_name(config, name, of_file) for name in asked]
 
 
-def subject(config: DictConfig, checkpoint: str) -> EvaluatedModel:
-    """The backbone of a run folder or file. Raises as `subjects`."""
+def evaluated_model(config: DictConfig, checkpoint: str) -> EvaluatedModel:
+    """The backbone of a run folder or file. Raises as `evaluated_models`."""
     file = backbone_files.backbone_file(Path(checkpoint))
     ours = backbone_files.is_ours(file)
     if ours and config.checkpoint_prefix is not None:
         raise UsageError(f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out")
     backbone, model = (_ours if ours else _of_another_project)(config, checkpoint)
-    return _subject(backbone, str(file), model)
+    return _evaluated_model(backbone, str(file), model)
 
 
-def _subject(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
+def _evaluated_model(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
     digest = backbone_files.digest(backbone.state_dict())
     return EvaluatedModel(backbone=backbone, checkpoint=checkpoint, model=model, weights=digest)
 
@@ -71,7 +71,7 @@ def _by_name(config: DictConfig, name: str, model_of_others: str) -> EvaluatedMo
     backbone = assemble.backbone(model)
     if name == "torchvision":
         fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
-    return _subject(backbone, name, model.name)
+    return _evaluated_model(backbone, name, model.name)
 
 
 def _member(model: str) -> DictConfig:

@@ -149,11 +149,12 @@ def _monitoring(run: Run, folder: RunFolder | None) -> Monitoring | None:
     asked = run.config.monitor
     if folder is None or not asked.every_epochs:
         return None
+    encode_config = assemble.encode_config(run.config, run.how, told=False)
     monitors = Monitors(
         model=run.task.model,
         patches=assemble.patches(run.config),
         data=run.data,
-        reading=dataclasses.replace(assemble.reading(run.config, run.how, told=False), stopping=lambda: bool(run.stop)),
+        reading=dataclasses.replace(encode_config, stopping=lambda: bool(run.stop)),
         view=assemble.view(run.config),
         n_images=asked.images,
         k=asked.k,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import start
+from contexts import context
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from relloc.data.views import Center
 from relloc.errors import UsageError
 from relloc.evals import knn as knn_module
 from relloc.evals.knn import Knn
-from relloc.features.source import Bank, Batch, Sets
+from relloc.features.source import Bank, Batch
 from relloc.features.voting import vote
 from relloc.results import Score
 
@@ -52,7 +53,7 @@ def evaluation(**changes: object) -> Knn:
 
 def scores(knn: Knn, train: Bank | None = None, held_out: Bank | None = None) -> list[Score]:
     train, held_out = train or bank_of(BANK, LABELS), held_out or bank_of(QUERIES, ANSWERS)
-    return list(knn(Sets(train=train, held_out=held_out), device=CPU, seed=0))
+    return list(knn.run(context(train, held_out)))
 
 
 def test_scores_are_the_share_of_right_votes_for_each_k() -> None:
@@ -122,7 +123,7 @@ class Unkept:
 
 def test_a_source_that_is_no_bank_gives_the_same_scores() -> None:
     train, held_out = Unkept(bank_of(BANK, LABELS)), Unkept(bank_of(QUERIES, ANSWERS))
-    assert list(evaluation()(Sets(train=train, held_out=held_out), device=CPU, seed=0)) == scores(evaluation())
+    assert list(evaluation().run(context(train, held_out))) == scores(evaluation())
 
 
 def test_queries_are_gathered_so_that_the_bank_is_not_walked_through_for_each_batch(
@@ -135,12 +136,12 @@ def test_queries_are_gathered_so_that_the_bank_is_not_walked_through_for_each_ba
         return vote(queries, *given, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(knn_module, "vote", counted)
-    unkept = Sets(train=bank_of(BANK, LABELS), held_out=Unkept(bank_of(QUERIES, ANSWERS)))
-    list(evaluation(batch=20)(unkept, device=CPU, seed=0))
+    unkept = context(bank_of(BANK, LABELS), Unkept(bank_of(QUERIES, ANSWERS)))
+    list(evaluation(batch=20).run(unkept))
     assert asked == [150]
     monkeypatch.setattr(knn_module, "_QUERY_BYTES", 4 * 16 * 50)
     asked.clear()
-    found = list(evaluation(batch=20)(unkept, device=CPU, seed=0))
+    found = list(evaluation(batch=20).run(unkept))
     assert asked == [60, 60, 30]
     assert found == scores(evaluation())
 
@@ -188,12 +189,13 @@ import sys
 from pathlib import Path
 
 import torch
+from contexts import context
 from safetensors.torch import load_file
 
 from relloc import ranks
 from relloc.data.views import Center
 from relloc.evals.knn import Knn
-from relloc.features.source import Bank, Sets
+from relloc.features.source import Bank
 from relloc.features.voting import vote
 
 ranks.join(torch.device("cpu"))
@@ -219,8 +221,8 @@ knn = Knn(k=k, temperature=0.07, layers=("avgpool",), view=Center(short_px=8, cr
 
 
 def scores(train):
-    sets = Sets(train=train, held_out=bank_of(given["queries"], given["answers"]))
-    return [str(score) for score in knn(sets, device=torch.device("cpu"), seed=0)]
+    given_to_it = context(train, bank_of(given["queries"], given["answers"]))
+    return [str(score) for score in knn.run(given_to_it)]
 
 
 whole, few = bank_of(given["bank"], given["labels"]), bank_of(given["bank"][:5], given["labels"][:5])

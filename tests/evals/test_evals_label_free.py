@@ -2,13 +2,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from contexts import context
 from torch import Tensor
 
 from relloc.data.views import Center
 from relloc.errors import UsageError
 from relloc.evals.label_free import LabelFree
-from relloc.evaluation.contract import Evaluation
-from relloc.features.source import Bank, Sets
+from relloc.features.source import Bank
 from relloc.features.spectrum import alpha_req, rankme
 from relloc.results import Score
 
@@ -28,12 +28,11 @@ def evaluation(layers: Sequence[str] = ("feature4", "avgpool"), n_images: int = 
 
 
 def scores(run: LabelFree, held_out: Bank) -> list[Score]:
-    return list(run(Sets(train=held_out, held_out=held_out), device=CPU, seed=0))
+    return list(run.run(context(held_out, held_out)))
 
 
 def test_each_layer_has_both_measures_of_its_features() -> None:
     run = evaluation()
-    assert isinstance(run, Evaluation)
     found = scores(run, bank_of(feature4=ROWS, avgpool=ROWS.square()))
     assert [(score.layer, score.metric) for score in found] == [
         *(("feature4", "rankme"), ("feature4", "alpha_req")),

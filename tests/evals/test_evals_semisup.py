@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contexts import context
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -20,7 +21,6 @@ from relloc.data.views import Center, RandomResized, Views
 from relloc.errors import DataError, UnreadableImage
 from relloc.evals import semisup
 from relloc.evals.semisup import Classifier, SemiSupervised
-from relloc.evaluation.contract import FineTuning
 from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.patches.normalize import ByDataset
@@ -98,8 +98,8 @@ def evaluation(**changes: Any) -> SemiSupervised:
 
 
 def scores(run: SemiSupervised, state: Kept | None = None, splits: Splits = SPLITS, **changes: Any) -> list[Score]:
-    given = {"reading": READING, "seed": 1, "state": state or Kept(), "unreadable": lambda reasons: None}
-    return list(run(trunk(), splits, **{**given, **changes}))
+    given = {"backbone": trunk(), "splits": splits, "encode_config": READING, "seed": 1, "state": state or Kept()}
+    return list(run.run(context(**{**given, **changes})))
 
 
 def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -165,9 +165,8 @@ def test_a_batch_of_one_is_passed_over() -> None:
 
 def test_few_labels_are_enough_for_colors_and_the_given_backbone_stays() -> None:
     backbone = trunk()
-    assert isinstance(evaluation(), FineTuning)
     run = evaluation(share=0.4, epochs=10, milestone_epochs=[6, 8], head_multipliers=[1])
-    found = list(run(backbone, SPLITS, reading=READING, seed=1, state=Kept(), unreadable=lambda reasons: None))
+    found = scores(run, backbone=backbone)
     assert [(score.layer, score.metric, score.n) for score in found] == [("avgpool", "top1", 31)]
     assert found[0].value > 80
     assert_same_bits(dict(backbone.state_dict()), dict(trunk().state_dict()))
@@ -279,9 +278,9 @@ class Broken(Colors):
 def test_images_that_can_not_be_read_are_told_of_all_that_were_asked_for() -> None:
     splits = Splits(train=Broken(split="train", n=90), held_out=Broken(split="val", n=31))
     told: dict[str, str] = {}
-    reading = dataclasses.replace(READING, unreadable_share=0.9)
+    reading = dataclasses.replace(READING, unreadable_share=0.9, note_unreadable=told.update)
     run = evaluation(epochs=1, milestone_epochs=[], learning_rates=[0.05, 0.01])
-    found = scores(run, splits=splits, reading=reading, unreadable=told.update)
+    found = scores(run, splits=splits, encode_config=reading)
     assert {score.n for score in found} == {24}
     taken = stratified(splits.train, 0.2, seed=1)
     broken = {f"val/{index}.png" for index in range(0, 31, 5)}
@@ -296,9 +295,9 @@ def test_without_two_images_to_train_on_or_one_to_ask_about_nothing_is_reported(
     reading = dataclasses.replace(READING, unreadable_share=1.0)
     run = evaluation(epochs=1, milestone_epochs=[])
     with pytest.raises(DataError, match="no two of 18 images of colors that fine-tuning takes can be read"):
-        scores(run, splits=Splits(train=gone, held_out=there), reading=reading)
+        scores(run, splits=Splits(train=gone, held_out=there), encode_config=reading)
     with pytest.raises(DataError, match="none of the images of colors train to ask about can be read"):
-        scores(run, splits=Splits(train=there, held_out=gone), reading=reading)
+        scores(run, splits=Splits(train=there, held_out=gone), encode_config=reading)
 
 
 def test_the_protocol_names_images_and_constants() -> None:
@@ -335,7 +334,7 @@ def test_hits_are_counted_on_still_views() -> None:
     network = Classifier(trunk(), 6, seed=0)
     images = Colors(split="val", n=31, n_classes=6)
     view = Center(short_px=36, crop_px=32)
-    first, five, n = semisup.count_top_hits(network, images, view, READING, lambda reasons: None)
+    first, five, n = semisup.count_top_hits(network, images, view, READING)
     pixels = collate([Views(images, view)[place, 0] for place in range(31)]).pixels
     with torch.no_grad():
         ranked = network.eval()(ByDataset()(pixels.float())).argsort(dim=1, descending=True)

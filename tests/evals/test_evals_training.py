@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from contexts import context
 from torch import Tensor
 
 from relloc.errors import DataError, UsageError
 from relloc.evals.heads import Setting, Sgd
 from relloc.evals.training import Training, count_hits, held_back
-from relloc.features.source import Bank, Batch, NullState
+from relloc.evaluation.contract import NullState
+from relloc.features.source import Bank, Batch
 
 CPU = torch.device("cpu")
 N_CLASSES = 3
@@ -34,8 +36,7 @@ def training(settings: Sequence[Setting] = (PUBLISHED, *GRID), **changes: Any) -
 
 def fit(one: Training, source: Any, state: Any = None, seed: int = 0) -> dict[str, Any]:
     tenth = held_back(source.n, seed)
-    given = {"tenth": tenth, "watched": None, "device": CPU, "seed": seed}
-    return one.fit(source, state or NullState(), **given).heads
+    return one.fit(source, context(state=state or NullState(), seed=seed), tenth=tenth, watched=None).heads
 
 
 @dataclasses.dataclass
@@ -153,13 +154,13 @@ def test_a_stopped_training_goes_on_bit_for_bit() -> None:
 
 
 def test_the_best_epoch_is_kept_over_a_stop() -> None:
-    given = {"tenth": held_back(100, 0), "watched": bank(60, seed=9), "device": CPU, "seed": 0}
+    given = {"tenth": held_back(100, 0), "watched": bank(60, seed=9)}
     wild = training([dataclasses.replace(PUBLISHED, lr=3.0)], milestone_epochs=())
-    whole = wild.fit(bank(100), NullState(), **given)
+    whole = wild.fit(bank(100), context(), **given)
     state = Kept(2)
     with pytest.raises(KeyboardInterrupt):
-        wild.fit(bank(100), state, **given)
-    resumed = wild.fit(bank(100), state, **given)
+        wild.fit(bank(100), context(state=state), **given)
+    resumed = wild.fit(bank(100), context(state=state), **given)
     assert resumed.best == whole.best
     hits, seen = count_hits(whole.heads, bank(60, seed=9), torch.arange(60), 16, CPU)
     assert seen == 60

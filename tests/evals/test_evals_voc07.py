@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from contexts import context
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 from torch import Tensor
@@ -18,8 +19,8 @@ from relloc.data.views import Squash
 from relloc.errors import DataError, UsageError
 from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
-from relloc.evaluation.contract import Demanding, Job, Summarizing, check_images
-from relloc.features.source import Bank, Sets
+from relloc.evaluation.contract import Context, NamedEvaluation
+from relloc.features.source import Bank
 from relloc.results import CHOSEN, Result, Score
 
 CPU = torch.device("cpu")
@@ -41,8 +42,8 @@ def bank(n: int, seed: int, present: Tensor | None = None) -> Bank:
 
 
 @pytest.fixture(scope="module")
-def sets() -> Sets:
-    return Sets(train=bank(120, 0), held_out=bank(80, 1), classes=CLASSES)
+def sets() -> Context:
+    return context(bank(120, 0), bank(80, 1), classes=CLASSES)
 
 
 def svm(**changes: object) -> Voc07Svm:
@@ -54,8 +55,8 @@ def low_shot(**changes: object) -> Voc07LowShot:
     return Voc07LowShot(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def scores_of(evaluation: Voc07Svm | Voc07LowShot, sets: Sets, seed: int = 0) -> dict[str, Score]:
-    return {score.metric: score for score in evaluation(sets, device=CPU, seed=seed)}
+def scores_of(evaluation: Voc07Svm | Voc07LowShot, sets: Context, seed: int = 0) -> dict[str, Score]:
+    return {score.metric: score for score in evaluation.run(dataclasses.replace(sets, seed=seed))}
 
 
 def normalized(source: Bank) -> np.ndarray:
@@ -76,7 +77,7 @@ def published_ap(scores: np.ndarray, labels: np.ndarray) -> float:
     return 100 * float(best_later[positive].mean())
 
 
-def test_svm_equals_the_published_pipeline(sets: Sets) -> None:
+def test_svm_equals_the_published_pipeline(sets: Context) -> None:
     x, z = normalized(sets.train), normalized(sets.held_out)
     aps, validated = [], []
     for c in range(3):
@@ -96,7 +97,7 @@ def test_svm_equals_the_published_pipeline(sets: Sets) -> None:
     assert found["map_cv"].table == ""  # a detail
 
 
-def test_low_shot_equals_the_published_pipeline(sets: Sets) -> None:
+def test_low_shot_equals_the_published_pipeline(sets: Context) -> None:
     """Two draws of seed 7: the cost chosen on images not drawn is neither the first, nor always the best on test."""
     x, z = normalized(sets.train), normalized(sets.held_out)
     labels, tested = sets.train.labels.numpy(), sets.held_out.labels.numpy()
@@ -126,7 +127,7 @@ def test_low_shot_equals_the_published_pipeline(sets: Sets) -> None:
     assert any(chosen != circular for _, chosen, circular in choices)  # images drawn would have misled it
 
 
-def test_without_positive_images_beyond_the_drawn_no_cost_is_chosen_by_them_and_that_is_said(sets: Sets) -> None:
+def test_without_positive_images_beyond_the_drawn_no_cost_is_chosen_by_them_and_that_is_said(sets: Context) -> None:
     labels = -torch.ones(120, 3, dtype=torch.int64)
     for c in range(3):
         labels[2 * c : 2 * c + 2, c] = 1
@@ -142,7 +143,7 @@ def test_without_positive_images_beyond_the_drawn_no_cost_is_chosen_by_them_and_
     assert "left to choose" not in " ".join(found["map_k1_cv"].details)
 
 
-def test_draws_have_k_positives_and_19_k_negatives_and_change_with_the_seed(sets: Sets) -> None:
+def test_draws_have_k_positives_and_19_k_negatives_and_change_with_the_seed(sets: Context) -> None:
     labels = sets.train.labels
     drawn = draw(labels, (0, 2), 2, 5, 0)
     assert drawn.shape == (2, 5, 40)
@@ -157,13 +158,13 @@ def test_draws_have_k_positives_and_19_k_negatives_and_change_with_the_seed(sets
     assert other[0] != other[1]  # the hash of the draws
 
 
-def test_a_class_without_positives_is_left_out_and_said(sets: Sets) -> None:
+def test_a_class_without_positives_is_left_out_and_said(sets: Context) -> None:
     labels = sets.train.labels.clone()
     labels[:, 1] = -1
     train = dataclasses.replace(sets.train, labels=labels)
     lacking = dataclasses.replace(sets, train=train)
     two = [0, 2]
-    without = Sets(
+    without = context(
         train=dataclasses.replace(train, labels=labels[:, two], n_classes=2),
         held_out=dataclasses.replace(sets.held_out, labels=sets.held_out.labels[:, two], n_classes=2),
         classes=("bird", "dog"),
@@ -180,7 +181,7 @@ def test_a_class_without_positives_is_left_out_and_said(sets: Sets) -> None:
 
 
 @pytest.mark.parametrize("positives", [1, 2])
-def test_fewer_positives_than_folds_are_validated_where_they_can_be(sets: Sets, positives: int) -> None:
+def test_fewer_positives_than_folds_are_validated_where_they_can_be(sets: Context, positives: int) -> None:
     labels = -torch.ones(120, 3, dtype=torch.int64)
     labels[:positives] = 1
     with warnings.catch_warnings():
@@ -191,7 +192,7 @@ def test_fewer_positives_than_folds_are_validated_where_they_can_be(sets: Sets, 
     assert ("map_cv" in found) == (positives == 2)  # of one, no fold has it on both sides
 
 
-def test_more_shots_than_there_are_images_are_left_out_and_said(sets: Sets) -> None:
+def test_more_shots_than_there_are_images_are_left_out_and_said(sets: Context) -> None:
     found = scores_of(low_shot(shots=(1, 2, 64)), sets)
     assert {metric for metric in found if metric.endswith("_std")} == {"map_k1_std", "map_k2_std"}
     assert found["map_k1"].deviations == ("no k=64, for which a class has too few images",)
@@ -199,7 +200,7 @@ def test_more_shots_than_there_are_images_are_left_out_and_said(sets: Sets) -> N
         scores_of(low_shot(shots=(64,)), sets)
 
 
-def test_features_that_are_not_finite_are_named(sets: Sets) -> None:
+def test_features_that_are_not_finite_are_named(sets: Context) -> None:
     rows = sets.train.features[LAYER].clone()
     rows[7, 3] = float("nan")
     broken = dataclasses.replace(sets, train=dataclasses.replace(sets.train, features={LAYER: rows}))
@@ -270,12 +271,11 @@ def splits_of(train: Tensor, held_out: Tensor) -> Splits:
     return Splits(train=made[0], held_out=made[1])
 
 
-def test_too_few_images_are_told_before_features_are_asked_for(sets: Sets) -> None:
+def test_too_few_images_are_told_before_features_are_asked_for(sets: Context) -> None:
     labels, tested = sets.train.labels, sets.held_out.labels
     most = int(torch.maximum((labels == 1).sum(dim=0), 120 - (labels == 1).sum(dim=0)).min())
     enough, told = splits_of(labels, tested), f"folds is {most + 1}: of 120 .* more: give {most} folds or fewer"
     for evaluation in (svm(), low_shot(shots=(1, 64)), svm(folds=most)):
-        assert isinstance(evaluation, Demanding)
         evaluation.check(enough)
     with pytest.raises(UsageError, match=told):
         svm(folds=most + 1).check(enough)
@@ -287,29 +287,29 @@ def test_too_few_images_are_told_before_features_are_asked_for(sets: Sets) -> No
         for evaluation in (svm(), low_shot()):
             with pytest.raises(UsageError, match="no class has a positive image both"):
                 evaluation.check(splits_of(torch.full((n, 3), 1 if n == 1 else -1), tested))
-    job = Job(name="voc07_svm", evaluation=svm(folds=100), splits=enough)
+    job = NamedEvaluation(name="voc07_svm", evaluation=svm(folds=100), splits=enough)
     with pytest.raises(UsageError, match="folds is 100"):
-        check_images(job)
+        job.check_images()
 
 
-def test_what_images_show_has_to_be_known_of_both_splits(sets: Sets) -> None:
+def test_what_images_show_has_to_be_known_of_both_splits(sets: Context) -> None:
     known = splits_of(sets.train.labels, sets.held_out.labels)
     unknown = FolderImages(name="voc", split="test", paths=["x"])
-    check_images(Job(name="voc07_svm", evaluation=svm(), splits=known))
+    NamedEvaluation(name="voc07_svm", evaluation=svm(), splits=known).check_images()
     for splits in (Splits(train=known.train, held_out=unknown), Splits(train=unknown, held_out=known.held_out)):
         with pytest.raises(UsageError, match=r"voc07_svm needs images that say .*: voc do not$"):
-            check_images(Job(name="voc07_svm", evaluation=svm(), splits=splits))
+            NamedEvaluation(name="voc07_svm", evaluation=svm(), splits=splits).check_images()
     packed_before = ShardImages.__new__(ShardImages)  # by a relloc that did not keep it
     packed_before.name, packed_before.split = "voc2007", "trainval"
     packed_before.labels, packed_before.classes = None, CLASSES
-    job = Job(
+    job = NamedEvaluation(
         name="mine",
         evaluation=svm(),
         splits=Splits(train=packed_before, held_out=packed_before),
         unreadable_share=0.1,
     )
     with pytest.raises(UsageError, match=r"voc2007 do not; .*pack it again, .*or give eval.mine.data.root"):
-        check_images(job)
+        job.check_images()
 
 
 class Lost(Shown):
@@ -320,16 +320,16 @@ class Lost(Shown):
 
 
 @pytest.mark.parametrize(("share", "setting"), [(0.1, "eval.mine.data.root"), (None, "data.root")])
-def test_a_missing_list_names_the_evaluations_own_root(sets: Sets, share: float | None, setting: str) -> None:
+def test_a_missing_list_names_the_evaluations_own_root(sets: Context, share: float | None, setting: str) -> None:
     lost = Lost(name="voc", split="test", paths=["x"], marks=[])
     splits = dataclasses.replace(splits_of(sets.train.labels, sets.held_out.labels), held_out=lost)
     for evaluation in (svm(), low_shot()):
-        job = Job(name="mine", evaluation=evaluation, splits=splits, unreadable_share=share)
+        job = NamedEvaluation(name="mine", evaluation=evaluation, splits=splits, unreadable_share=share)
         with pytest.raises(DataError, match=f"^cat_test.txt is missing: {setting} is to hold VOC"):
-            check_images(job)
+            job.check_images()
 
 
-def test_folds_that_unreadable_images_leave_too_few_for_are_told_too(sets: Sets) -> None:
+def test_folds_that_unreadable_images_leave_too_few_for_are_told_too(sets: Context) -> None:
     left = Bank(
         features={LAYER: sets.train.features[LAYER][:5]},
         labels=torch.tensor([[1, -1, -1], [1, -1, 1], [-1, 1, -1], [-1, 1, 1], [-1, 1, -1]]),
@@ -350,7 +350,6 @@ def test_the_best_layer_is_chosen_on_test_as_published_and_by_cross_validation()
     rows = [row("feature2", "map", 50), row("feature2", "map_cv", 61), row("feature4", "map", 52)]
     rows.append(row("feature4", "map_cv", 60))
     evaluation = svm()
-    assert isinstance(evaluation, Summarizing)
     by_test, by_validation = evaluation.summary(rows)
     assert (by_test.metric, by_test.layer, by_test.value) == ("map_best", "feature4", 52)
     assert by_test.choice == "best of 2 layers, chosen on test as published"

@@ -2,11 +2,11 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from contexts import context
 from PIL import Image
 
 from relloc.data.folder import FolderImages
@@ -15,10 +15,18 @@ from relloc.data.views import Center, RandomResized, View
 from relloc.errors import DataError, UsageError
 from relloc.evals.knn import Knn
 from relloc.evals.linear import LinearFast
-from relloc.evaluation.contract import EvalSettings, EvaluatedModel, Evaluation, Job
-from relloc.evaluation.run import Work, evaluate, fingerprint
+from relloc.evaluation.contract import (
+    Context,
+    EvalSettings,
+    EvaluatedModel,
+    Evaluation,
+    NamedEvaluation,
+    NullState,
+    State,
+)
+from relloc.evaluation.run import EvalPart, evaluate, fingerprint, parts_of
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import Color, EncodeConfig, LiveFeatures, NullState, Sets, State, fill_bank
+from relloc.features.source import EncodeConfig, LiveFeatures, fill_bank
 from relloc.models.small import SmallBackbone
 from relloc.results import Result, Score
 
@@ -51,7 +59,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Splits:
 
 
 @pytest.fixture
-def subject() -> EvaluatedModel:
+def model() -> EvaluatedModel:
     torch.manual_seed(0)
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
     return EvaluatedModel(backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small", weights="one")
@@ -73,47 +81,48 @@ EVALUATIONS: dict[str, Evaluation] = {
 }
 
 
-def terms(**changes: object) -> EvalSettings:
-    reading = {"batch": 8, "workers": 0, "device": CPU, "precision": "fp32"}
-    reading |= {"unreadable_share": 0.5} | {
-        name: changes.pop(name) for name in ("batch", "progress", "precision") if name in changes
+def settings(**changes: object) -> EvalSettings:
+    encode_config = {"batch": 8, "workers": 0, "device": CPU, "precision": "fp32"}
+    encode_config |= {"unreadable_share": 0.5} | {
+        name: changes.pop(name) for name in ("batch", "progress", "precision", "note_unreadable") if name in changes
     }
     settings = {"batch_norms": ["as_trained"], "calibration_images": 20, "bank_gib": 1.0, "seed": 3}
-    return EvalSettings(reading=EncodeConfig(**reading), **{**settings, **changes})  # type: ignore[arg-type]
+    return EvalSettings(encode_config=EncodeConfig(**encode_config), **{**settings, **changes})  # type: ignore[arg-type]
 
 
 def rows_of(
-    subject: EvaluatedModel,
+    model: EvaluatedModel,
     splits: Splits,
-    terms: EvalSettings,
+    given: EvalSettings,
     evaluations: Mapping[str, Evaluation] = EVALUATIONS,
-    is_done: Callable[[str, str, str], bool] = lambda *_which: False,
-    unreadable: Callable[[dict[str, str]], None] = lambda _reasons: None,
-    state: Callable[[Work], State] = lambda _work: NullState(),
+    is_wanted: Callable[[EvalPart], bool] = lambda _part: True,
+    open_state: Callable[[str], State] = lambda _fingerprint: NullState(),
+    run_dir: Path = Path("nowhere"),
 ) -> list[Result]:
-    jobs = [Job(name=name, evaluation=evaluation, splits=splits) for name, evaluation in evaluations.items()]
-    found = evaluate(subject, jobs, terms, is_done=is_done, state=state, unreadable=unreadable)
-    return [row for rows in found for row in rows]
+    named = [NamedEvaluation(name=name, evaluation=one, splits=splits) for name, one in evaluations.items()]
+    for one in named:
+        one.check_images()
+    parts = [part for way in given.batch_norms for one in named for part in parts_of(one, way, model, given)]
+    wanted = [part for part in parts if is_wanted(part)]
+    found = evaluate(model, wanted, given, run_dir=run_dir, open_state=open_state)
+    return [row for _, rows in found for row in rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Peek:
+class Peek(Evaluation):
     """An evaluation that looks at what it is given, and has a row a layer to show for it."""
 
-    kind: ClassVar[str] = "frozen"
-    version: ClassVar[int] = 1
-    labels: ClassVar = "class"
-    keeps: ClassVar[bool] = False
-    layer_by_layer: ClassVar[bool] = True
+    kind = "frozen"
+    labels = "class"
+    version = 1
+    independent_layers = True
 
-    look: Callable[[Sets], None]
+    look: Callable[[Context], None]
     layers: Sequence[str] = LAYERS
     view: View = VIEW
-    augment: View | None = None
-    color: Color | None = None
 
-    def __call__(self, sets: Sets, *, device: torch.device, seed: int) -> Iterator[Score]:
-        self.look(sets)
+    def run(self, context: Context) -> Iterator[Score]:
+        self.look(context)
         for layer in self.layers:
             yield Score(layer=layer, metric="top1", value=1.0, n=1, protocol="a look")
 
@@ -122,8 +131,8 @@ def names(rows: Iterable[Result]) -> list[tuple[str, str, str, str]]:
     return [(row.eval, row.layer, row.metric, row.batch_norm) for row in rows]
 
 
-def test_rows_carry_all_names(subject: EvaluatedModel, splits: Splits) -> None:
-    rows = rows_of(subject, splits, terms())
+def test_rows_carry_all_names(model: EvaluatedModel, splits: Splits) -> None:
+    rows = rows_of(model, splits, settings())
     assert names(rows) == [
         ("linear", "feature1", "top1", "as_trained"),
         ("linear", "feature5", "top1", "as_trained"),
@@ -138,36 +147,36 @@ def test_rows_carry_all_names(subject: EvaluatedModel, splits: Splits) -> None:
     assert 100 / 3 < max(row.value for row in rows) <= 100
 
 
-def test_the_numbers_are_those_of_the_evaluation_on_the_features(subject: EvaluatedModel, splits: Splits) -> None:
-    ours = terms()
+def test_the_numbers_are_those_of_the_evaluation_on_the_features(model: EvaluatedModel, splits: Splits) -> None:
+    ours = settings()
     train, held_out = (
-        fill_bank(LiveFeatures(subject.backbone, images, ours.reading, VIEW), (*LAYERS, "avgpool"), 8, CPU)
+        fill_bank(LiveFeatures(model.backbone, images, ours.encode_config, VIEW), (*LAYERS, "avgpool"), 8, CPU)
         for images in (splits.train, splits.held_out)
     )
     expected = [
         score.value
         for evaluation in EVALUATIONS.values()
-        for score in evaluation(Sets(train=train, held_out=held_out), device=CPU, seed=ours.seed)
+        for score in evaluation.run(context(train, held_out, seed=ours.seed))
     ]
-    assert [row.value for row in rows_of(subject, splits, ours)] == expected
+    assert [row.value for row in rows_of(model, splits, ours)] == expected
 
 
-def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(subject: EvaluatedModel, splits: Splits) -> None:
-    before = copy.deepcopy(subject.backbone.state_dict())
-    rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"]))
+def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(model: EvaluatedModel, splits: Splits) -> None:
+    before = copy.deepcopy(model.backbone.state_dict())
+    rows = rows_of(model, splits, settings(batch_norms=["as_trained", "recalibrated"]))
     assert [row.batch_norm for row in rows] == ["as_trained"] * 4 + ["recalibrated"] * 4
     told = "batch-norm statistics re-estimated on 16 training images without labels"  # 20 hold two batches of 8
     assert all(row.details[-1] == told for row in rows[4:])
     assert not any("batch-norm statistics" in " ".join(row.details) for row in rows[:4])
-    assert all(torch.equal(value, before[name]) for name, value in subject.backbone.state_dict().items())
-    assert not subject.backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
+    assert not model.backbone.training
 
 
-def test_recalibrated_numbers_come_from_recalibrated_features(subject: EvaluatedModel, splits: Splits) -> None:
-    for norm in subject.backbone.modules():
+def test_recalibrated_numbers_come_from_recalibrated_features(model: EvaluatedModel, splits: Splits) -> None:
+    for norm in model.backbone.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.running_mean += 50  # statistics as trained that put every activation to sleep
-    rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"], calibration_images=1000))
+    rows = rows_of(model, splits, settings(batch_norms=["as_trained", "recalibrated"], calibration_images=1000))
     asleep, awake = rows[:4], rows[4:]
     assert [row.value for row in asleep] == pytest.approx([100 / 3] * 4)  # every image looks the same
     assert max(row.value for row in awake) > 50
@@ -175,109 +184,111 @@ def test_recalibrated_numbers_come_from_recalibrated_features(subject: Evaluated
     assert [row.metric for row in awake] == [row.metric for row in asleep]
 
 
-def test_few_images_recalibrate_in_one_batch(subject: EvaluatedModel, splits: Splits) -> None:
-    rows = rows_of(subject, splits, terms(batch_norms=["recalibrated"], batch=100))
+def test_few_images_recalibrate_in_one_batch(model: EvaluatedModel, splits: Splits) -> None:
+    rows = rows_of(model, splits, settings(batch_norms=["recalibrated"], batch=100))
     assert rows[0].details[-1].endswith("re-estimated on 30 training images without labels")
 
 
-def test_what_is_done_is_left_out_and_nothing_is_read_for_it(subject: EvaluatedModel, splits: Splits) -> None:
+def test_what_is_done_is_left_out_and_nothing_is_read_for_it(model: EvaluatedModel, splits: Splits) -> None:
     read: list[str] = []
 
     def progress(batches: Iterable, what: str, _total: int) -> Iterable:
         read.append(what)
         return batches
 
-    both = terms(batch_norms=["as_trained", "recalibrated"], progress=progress)
+    both = settings(batch_norms=["as_trained", "recalibrated"], progress=progress)
     done = {("linear", "as_trained"), ("knn", "as_trained"), ("knn", "recalibrated")}
-    rows = rows_of(subject, splits, both, is_done=lambda name, batch_norm, _mark: (name, batch_norm) in done)
+    rows = rows_of(model, splits, both, is_wanted=lambda part: (part.named.name, part.batch_norm) not in done)
     assert names(rows) == [(("linear"), layer, "top1", "recalibrated") for layer in LAYERS]
     assert len(read) == 2  # training and held-out images, once each
     read.clear()
-    assert rows_of(subject, splits, both, is_done=lambda *_asked: True) == []
+    assert rows_of(model, splits, both, is_wanted=lambda _part: False) == []
     assert read == []
 
 
 def test_rows_there_already_are_recognized_and_those_of_other_terms_are_not(
-    subject: EvaluatedModel, splits: Splits
+    model: EvaluatedModel, splits: Splits
 ) -> None:
-    there = rows_of(subject, splits, terms())
-    marks = {(row.eval, row.batch_norm, row.fingerprint) for row in there}
+    there = rows_of(model, splits, settings())
+    marks = {row.fingerprint for row in there}
     assert len(marks) == 2
 
-    def again(splits: Splits, terms: EvalSettings, evaluations: Mapping[str, Evaluation] = EVALUATIONS) -> set[str]:
-        found = rows_of(subject, splits, terms, evaluations, is_done=lambda *which: which in marks)
+    def again(splits: Splits, given: EvalSettings, evaluations: Mapping[str, Evaluation] = EVALUATIONS) -> set[str]:
+        found = rows_of(model, splits, given, evaluations, is_wanted=lambda part: part.fingerprint not in marks)
         return {row.eval for row in found}
 
     fewer = Splits(train=dataclasses.replace(splits.train, paths=splits.train.paths[:-1]), held_out=splits.held_out)
     longer = {**EVALUATIONS, "linear": dataclasses.replace(EVALUATIONS["linear"], epochs=6)}
-    assert again(splits, terms()) == set()
-    assert again(splits, terms(bank_gib=2.0)) == set()  # a matter of memory alone
-    assert again(splits, terms(seed=4)) == {"linear", "knn"}
-    assert again(fewer, terms()) == {"linear", "knn"}
-    assert again(splits, terms(), longer) == {"linear"}
+    assert again(splits, settings()) == set()
+    assert again(splits, settings(bank_gib=2.0)) == set()  # a matter of memory alone
+    assert again(splits, settings(seed=4)) == {"linear", "knn"}
+    assert again(fewer, settings()) == {"linear", "knn"}
+    assert again(splits, settings(), longer) == {"linear"}
 
 
-def test_features_of_all_evaluations_are_computed_once(subject: EvaluatedModel, splits: Splits) -> None:
+def test_features_of_all_evaluations_are_computed_once(model: EvaluatedModel, splits: Splits) -> None:
     read: list[str] = []
 
     def progress(batches: Iterable, what: str, _total: int) -> Iterable:
         read.append(what)
         return batches
 
-    rows_of(subject, splits, terms(progress=progress))
+    rows_of(model, splits, settings(progress=progress))
     assert read == ["features of colors train", "features of colors val"]
 
 
-def test_without_room_for_features_linear_gives_the_same_rows(subject: EvaluatedModel, splits: Splits) -> None:
+def test_without_room_for_features_linear_gives_the_same_rows(model: EvaluatedModel, splits: Splits) -> None:
     linear = {"linear": EVALUATIONS["linear"]}
-    kept, live = (rows_of(subject, splits, terms(bank_gib=gib), linear) for gib in (1.0, 0.0))
+    kept, live = (rows_of(model, splits, settings(bank_gib=gib), linear) for gib in (1.0, 0.0))
     assert live == kept
     assert len(live) == 2
 
 
 def test_features_that_memory_has_no_room_for_are_computed_again_and_that_is_told(
-    subject: EvaluatedModel, splits: Splits, monkeypatch: pytest.MonkeyPatch
+    model: EvaluatedModel, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear = {"linear": EVALUATIONS["linear"]}
-    kept = rows_of(subject, splits, terms(), linear)
+    kept = rows_of(model, splits, settings(), linear)
     monkeypatch.setattr("relloc.evaluation.run.free_gib", lambda device: 1e-6)
     with pytest.warns(UserWarning, match=r"take .* GiB, and 1e-06 GiB of memory are free: .* computed again"):
-        live = rows_of(subject, splits, terms(), linear)
+        live = rows_of(model, splits, settings(), linear)
     assert live == kept
 
 
-def test_rows_do_not_depend_on_which_other_evaluations_run(subject: EvaluatedModel, splits: Splits) -> None:
-    together = rows_of(subject, splits, terms())
-    alone = [rows_of(subject, splits, terms(), {name: run}) for name, run in EVALUATIONS.items()]
+def test_rows_do_not_depend_on_which_other_evaluations_run(model: EvaluatedModel, splits: Splits) -> None:
+    together = rows_of(model, splits, settings())
+    alone = [rows_of(model, splits, settings(), {name: run}) for name, run in EVALUATIONS.items()]
     assert alone[0] + alone[1] == together
-    backwards = rows_of(subject, splits, terms(), dict(reversed(EVALUATIONS.items())))
+    backwards = rows_of(model, splits, settings(), dict(reversed(EVALUATIONS.items())))
     assert backwards == alone[1] + alone[0]
 
 
-def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(subject: EvaluatedModel, splits: Splits) -> None:
+def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(model: EvaluatedModel, splits: Splits) -> None:
     unlabeled = FolderImages(name="mine", split="train", paths=splits.train.source(0).split())
     for broken in (Splits(train=unlabeled, held_out=splits.held_out), Splits(train=splits.train, held_out=unlabeled)):
         with pytest.raises(UsageError, match=r"has no labels to evaluate on .* python -m relloc\.evaluate checkpoint="):
-            rows_of(subject, broken, terms())
+            rows_of(model, broken, settings())
 
 
 def test_an_unknown_batch_norm_is_an_error() -> None:
     with pytest.raises(UsageError, match="batch_norm is fresh: give one of as_trained, recalibrated"):
-        terms(batch_norms=["as_trained", "fresh"])
+        settings(batch_norms=["as_trained", "fresh"])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 @pytest.mark.parametrize("bank_gib", [1.0, 0.0])
 def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
-    subject: EvaluatedModel, tmp_path: Path, batch: int, bank_gib: float
+    model: EvaluatedModel, tmp_path: Path, batch: int, bank_gib: float
 ) -> None:
     splits = Splits(
         train=write_split(tmp_path, "train", 16, broken=(3, 4, 5)),
         held_out=write_split(tmp_path, "val", 9, broken=(7,)),
     )
     told: dict[str, str] = {}
-    both = terms(batch_norms=["as_trained", "recalibrated"], batch=batch, bank_gib=bank_gib)
-    rows = rows_of(subject, splits, both, {"linear": EVALUATIONS["linear"]}, unreadable=told.update)
+    both = settings(
+        batch_norms=["as_trained", "recalibrated"], batch=batch, bank_gib=bank_gib, note_unreadable=told.update
+    )
+    rows = rows_of(model, splits, both, {"linear": EVALUATIONS["linear"]})
     assert len(rows) == 4
     assert {row.n for row in rows} == {8}
     assert {Path(name).name for name in told} == {"train3.png", "train4.png", "train5.png", "val7.png"}
@@ -286,114 +297,112 @@ def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
 @pytest.mark.parametrize(("share", "setting"), [(0.2, "eval.linear.data"), (None, "data")])
 @pytest.mark.parametrize("batch_norm", ["as_trained", "recalibrated"])
 def test_too_many_unreadable_images_are_told_with_the_setting_that_counts(
-    subject: EvaluatedModel, tmp_path: Path, batch_norm: str, share: float | None, setting: str
+    model: EvaluatedModel, tmp_path: Path, batch_norm: str, share: float | None, setting: str
 ) -> None:
     train, val = write_split(tmp_path, "train", 16, broken=tuple(range(9))), write_split(tmp_path, "val", 9)
     splits = Splits(train=train, held_out=val)
-    job = Job(name="linear", evaluation=EVALUATIONS["linear"], splits=splits, unreadable_share=share)
-    given = terms(batch_norms=[batch_norm], calibration_images=16)
-    rows = evaluate(
-        subject, [job], given, is_done=lambda *_: False, state=lambda _: NullState(), unreadable=lambda _: None
-    )
+    named = NamedEvaluation(name="linear", evaluation=EVALUATIONS["linear"], splits=splits, unreadable_share=share)
+    given = settings(batch_norms=[batch_norm], calibration_images=16)
+    parts = parts_of(named, batch_norm, model, given)
+    rows = evaluate(model, parts, given, run_dir=Path("nowhere"), open_state=lambda _fingerprint: NullState())
     with pytest.raises(DataError, match=rf"more than {setting}\.unreadable_share={share or 0.5} allows"):
         list(rows)
 
 
 def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(
-    subject: EvaluatedModel, splits: Splits
+    model: EvaluatedModel, splits: Splits
 ) -> None:
     """All training images in one batch: the statistics do not depend on which images were drawn first."""
     seen: dict[str, torch.Tensor] = {}
 
-    def peek(sets: Sets) -> None:
-        for features, _ in sets.train.batches(torch.arange(sets.train.n), sets.train.n, LAYERS):
+    def peek(given: Context) -> None:
+        for features, _ in given.train.batches(torch.arange(given.train.n), given.train.n, LAYERS):
             seen.update(features)
 
-    rows_of(subject, splits, terms(batch_norms=["recalibrated"], batch=30), {"peek": Peek(look=peek)})
-    twin = copy.deepcopy(subject.backbone)
-    reading = terms(batch=30).reading
-    loaded = reading.views(splits.train, VIEW, [(place, 0) for place in range(30)], 30)
-    views = [reading.to_device(batch.pixels) for batch in loaded]
+    rows_of(model, splits, settings(batch_norms=["recalibrated"], batch=30), {"peek": Peek(look=peek)})
+    twin = copy.deepcopy(model.backbone)
+    encode_config = settings(batch=30).encode_config
+    loaded = encode_config.views(splits.train, VIEW, [(place, 0) for place in range(30)], 30)
+    views = [encode_config.to_device(batch.pixels) for batch in loaded]
     recalibrate(twin, views)
-    features, _ = next(LiveFeatures(twin, splits.train, reading, VIEW).batches(torch.arange(30), 30, LAYERS))
+    features, _ = next(LiveFeatures(twin, splits.train, encode_config, VIEW).batches(torch.arange(30), 30, LAYERS))
     for layer in LAYERS:
         torch.testing.assert_close(seen[layer], features[layer], rtol=1e-3, atol=1e-4)
 
 
 def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothing_else(
-    subject: EvaluatedModel, splits: Splits
+    model: EvaluatedModel, splits: Splits
 ) -> None:
     evaluation, other = EVALUATIONS.values()
-    usual = fingerprint(evaluation, subject, splits, terms(), "as_trained")
-    assert usual == fingerprint(evaluation, subject, splits, terms(bank_gib=0), "as_trained")
+    usual = fingerprint(evaluation, model, splits, settings(), "as_trained")
+    assert usual == fingerprint(evaluation, model, splits, settings(bank_gib=0), "as_trained")
     swapped = Splits(train=splits.held_out, held_out=splits.train)
     renamed = Splits(train=splits.train, held_out=dataclasses.replace(splits.held_out, name="others"))
     newer_kind = type(type(evaluation).__name__, (type(evaluation),), {"version": evaluation.version + 1})
     newer = newer_kind(**vars(evaluation))
     different = [
-        fingerprint(other, subject, splits, terms(), "as_trained"),
-        fingerprint(evaluation, dataclasses.replace(subject, model="resnet18"), splits, terms(), "as_trained"),
-        fingerprint(evaluation, dataclasses.replace(subject, weights="others"), splits, terms(), "as_trained"),
-        fingerprint(evaluation, subject, swapped, terms(), "as_trained"),
-        fingerprint(evaluation, subject, splits, terms(seed=77), "as_trained"),
-        fingerprint(evaluation, subject, splits, terms(precision="tf32"), "as_trained"),
-        fingerprint(evaluation, subject, splits, terms(), "recalibrated"),
-        fingerprint(evaluation, subject, splits, terms(calibration_images=2), "recalibrated"),
-        fingerprint(evaluation, subject, splits, terms(batch=4), "recalibrated"),
-        fingerprint(evaluation, subject, renamed, terms(), "as_trained"),
-        fingerprint(newer, subject, splits, terms(), "as_trained"),
+        fingerprint(other, model, splits, settings(), "as_trained"),
+        fingerprint(evaluation, dataclasses.replace(model, model="resnet18"), splits, settings(), "as_trained"),
+        fingerprint(evaluation, dataclasses.replace(model, weights="others"), splits, settings(), "as_trained"),
+        fingerprint(evaluation, model, swapped, settings(), "as_trained"),
+        fingerprint(evaluation, model, splits, settings(seed=77), "as_trained"),
+        fingerprint(evaluation, model, splits, settings(precision="tf32"), "as_trained"),
+        fingerprint(evaluation, model, splits, settings(), "recalibrated"),
+        fingerprint(evaluation, model, splits, settings(calibration_images=2), "recalibrated"),
+        fingerprint(evaluation, model, splits, settings(batch=4), "recalibrated"),
+        fingerprint(evaluation, model, renamed, settings(), "as_trained"),
+        fingerprint(newer, model, splits, settings(), "as_trained"),
     ]
     assert len({usual, *different}) == 1 + len(different)
-    same = fingerprint(evaluation, subject, splits, terms(calibration_images=2, batch=4), "as_trained")
+    same = fingerprint(evaluation, model, splits, settings(calibration_images=2, batch=4), "as_trained")
     assert usual == same  # they decide recalibrated statistics alone
-    moved = dataclasses.replace(subject, checkpoint="/elsewhere/backbone.safetensors")
-    assert usual == fingerprint(evaluation, moved, splits, terms(), "as_trained")
+    moved = dataclasses.replace(model, checkpoint="/elsewhere/backbone.safetensors")
+    assert usual == fingerprint(evaluation, moved, splits, settings(), "as_trained")
 
 
 def test_layers_that_know_nothing_of_each_other_are_finished_and_found_one_by_one(
-    subject: EvaluatedModel, splits: Splits
+    model: EvaluatedModel, splits: Splits
 ) -> None:
     looks: list[int] = []
-    peek = {"peek": Peek(look=lambda _sets: looks.append(1))}
-    rows = rows_of(subject, splits, terms(), peek)
+    peek = {"peek": Peek(look=lambda _context: looks.append(1))}
+    rows = rows_of(model, splits, settings(), peek)
     assert len(looks) == len({row.fingerprint for row in rows}) == 2
     done = rows[0].fingerprint
-    left = rows_of(subject, splits, terms(), peek, is_done=lambda _name, _norm, mark: mark == done)
+    left = rows_of(model, splits, settings(), peek, is_wanted=lambda part: part.fingerprint != done)
     assert [row.layer for row in left] == ["feature5"]
 
 
-def test_augmented_views_are_new_each_epoch_and_the_same_each_time(subject: EvaluatedModel, splits: Splits) -> None:
+def test_augmented_views_are_new_each_epoch_and_the_same_each_time(model: EvaluatedModel, splits: Splits) -> None:
     found: dict[int, torch.Tensor] = {}
 
-    def look(sets: Sets) -> None:
-        assert sets.augmented is not None
+    def look(given: Context) -> None:
+        augmented = given.augmented(RandomResized(crop_px=PX), None)
         for epoch in (0, 1):
-            (batch,) = sets.augmented.batches(torch.arange(30), 30, LAYERS, epoch)
-            (again,) = sets.augmented.batches(torch.arange(29, -1, -1), 30, LAYERS, epoch)
+            (batch,) = augmented.batches(torch.arange(30), 30, LAYERS, epoch)
+            (again,) = augmented.batches(torch.arange(29, -1, -1), 30, LAYERS, epoch)
             found[epoch] = batch[0]["feature1"]
             torch.testing.assert_close(again[0]["feature1"].flip(0), found[epoch], rtol=1e-4, atol=1e-5)
 
-    augment = RandomResized(crop_px=PX)
-    rows_of(subject, splits, terms(), {"peek": Peek(look=look, layers=("feature1",), augment=augment)})
+    rows_of(model, splits, settings(), {"peek": Peek(look=look, layers=("feature1",))})
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
-def test_each_work_keeps_a_state_of_its_own(subject: EvaluatedModel, splits: Splits) -> None:
-    asked: list[Work] = []
+def test_each_work_keeps_a_state_of_its_own(model: EvaluatedModel, splits: Splits) -> None:
+    asked: list[str] = []
 
-    def state(work: Work) -> State:
-        asked.append(work)
+    def open_state(fingerprint: str) -> State:
+        asked.append(fingerprint)
         return NullState()
 
-    rows = rows_of(subject, splits, terms(batch_norms=["as_trained", "recalibrated"]), state=state)
-    assert {work.mark for work in asked} == {row.fingerprint for row in rows}
-    assert len({work.mark for work in asked}) == 4
+    rows = rows_of(model, splits, settings(batch_norms=["as_trained", "recalibrated"]), open_state=open_state)
+    assert set(asked) == {row.fingerprint for row in rows}
+    assert len(asked) == 4
 
 
-def test_images_without_presence_are_refused_by_name(subject: EvaluatedModel, splits: Splits) -> None:
+def test_images_without_presence_are_refused_by_name(model: EvaluatedModel, splits: Splits) -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Presence(Peek):
-        labels: ClassVar = "presence"
+        labels = "presence"
 
     with pytest.raises(UsageError, match=r"eval\.svm needs images .*PASCAL VOC.*colors do not"):
-        rows_of(subject, splits, terms(), {"svm": Presence(look=lambda _sets: None)})
+        rows_of(model, splits, settings(), {"svm": Presence(look=lambda _context: None)})

@@ -16,7 +16,7 @@ from relloc.errors import KnownAnswerMissed
 from relloc.reports.known import asked
 from relloc.reports.published import RANDOM, SUPERVISED, published_numbers
 from relloc.results import Result, append_results, read_results
-from relloc.runs.evaluating import tell_verdict
+from relloc.runs.evaluating import report_known_answers
 
 FROZEN = (
     "voc07_svm",
@@ -219,15 +219,15 @@ def test_the_verdict_is_on_the_rows_of_this_command(tmp_path: Path, capsys: pyte
     best = {"layer": "avgpool", "metric": "top1_best", "value": 4.0}
     linear = dataclasses.replace(svm, eval="linear_avgpool", dataset="in1k", split="val", n=50_000, **best)
     append_results(tmp_path, [svm, linear])
-    tell_verdict(tmp_path, answers, {"now"})
+    report_known_answers(tmp_path, answers, {"now"})
     assert capsys.readouterr().out.count("pass") == 2
     append_results(tmp_path, [dataclasses.replace(linear, value=40.0)])
     with pytest.raises(KnownAnswerMissed, match="of 2 known answers 1 are outside their tolerance: "):
-        tell_verdict(tmp_path, answers, {"now"})
+        report_known_answers(tmp_path, answers, {"now"})
     assert "FAIL" in capsys.readouterr().out
     append_results(tmp_path, [dataclasses.replace(svm, n=4951, fingerprint="then")])
     with pytest.raises(KnownAnswerMissed, match="of 2 known answers 2 could not be checked: "):
-        tell_verdict(tmp_path, answers, {"then"})
+        report_known_answers(tmp_path, answers, {"then"})
     told = capsys.readouterr().out
     assert "map_best on voc2007 test: measured on 4,951 images, where 4,952 are published" in told
     assert "top1_best on in1k val: no such number was measured" in told

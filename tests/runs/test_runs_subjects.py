@@ -15,7 +15,7 @@ from relloc.errors import CheckpointError, UsageError
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.resnet import ResNetBackbone
 from relloc.runs.settings import conf_dir
-from relloc.runs.subjects import subjects
+from relloc.runs.subjects import evaluated_models
 
 RESNET_18 = {"name": "resnet18", "backbone": {"_target_": "relloc.models.resnet.ResNetBackbone", "depth": 18}}
 
@@ -26,7 +26,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def named(config: DictConfig) -> EvaluatedModel:
-    (found,) = subjects(config)
+    (found,) = evaluated_models(config)
     return found
 
 
