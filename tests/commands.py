@@ -72,11 +72,13 @@ def start(
     *arguments: str,
     folder: Path,
     output: Path | None = None,
+    messages: Path | None = None,
     environment: Mapping[str, str] | None = None,
     processes: int = 1,
 ) -> Command:
     """Start `python -m MODULE ARGUMENTS`, or `python MODULE` for a file, in an existing folder.
 
+    What it prints goes to the file `output`, or, where `messages` is given, what it prints on stderr goes there.
     Of several processes each is told what torchrun tells it.
     """
     if environment is None:
@@ -84,9 +86,10 @@ def start(
     if output is None:
         output = folder / f"output_{len(list(folder.glob('output_*')))}.txt"
     output.touch()
+    told = (output, messages or output)
     together = _together(processes) if processes > 1 else [{}]
     started = [
-        _server().Process(target=_become, args=(module, arguments, folder, output, {**environment, **of_rank}))
+        _server().Process(target=_become, args=(module, arguments, folder, told, {**environment, **of_rank}))
         for of_rank in together
     ]
     for process in started:
@@ -138,12 +141,12 @@ def _server() -> ForkServerContext:
 
 
 def _become(
-    module: str, arguments: tuple[str, ...], folder: Path, output: Path, environment: Mapping[str, str]
+    module: str, arguments: tuple[str, ...], folder: Path, told: tuple[Path, Path], environment: Mapping[str, str]
 ) -> None:
     multiprocessing.set_start_method(None, force=True)  # the command's own processes start as they always do
-    with open(output, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for descriptor, path in enumerate(told, start=1):  # of stdout and stderr
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), descriptor)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.chdir(folder)
     os.environ.clear()

@@ -56,6 +56,7 @@ def test_the_local_rank_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.local_rank() == 3
 
 
+@pytest.mark.slow
 def test_two_processes_add_tell_and_join(tmp_path: Path) -> None:
     script = tmp_path / "meet.py"
     script.write_text(SCRIPT, encoding="utf-8")

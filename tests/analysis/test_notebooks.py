@@ -70,6 +70,7 @@ def test_there_is_a_notebook_to_execute():
     assert [path.stem for path in NOTEBOOKS] == ["accuracy_by_layer", "sweep", "training_curves"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_draws(path, runs):
     notebook = jupytext.read(path)

@@ -197,6 +197,7 @@ def hostile() -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit of memory is set by what /proc tells")
+@pytest.mark.slow
 def test_hostile_files_neither_crash_nor_fill_the_memory(tmp_path: Path) -> None:
     for name, content in hostile().items():
         (tmp_path / name).write_bytes(content)

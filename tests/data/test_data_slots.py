@@ -75,6 +75,7 @@ def test_where_no_memory_can_be_shared_the_plain_loader_serves_and_it_is_said(mo
     assert "workers=" in said[0]
 
 
+@pytest.mark.slow
 def test_where_processes_are_not_forked_the_plain_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert_plain(list(in_slots(2)))

@@ -237,6 +237,7 @@ Path(sys.argv[2], f"{rank}.json").write_text(json.dumps(told))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_bank_find_what_one_does(tmp_path: Path) -> None:
     assert Knn.across_ranks  # by which the command knows
     script = tmp_path / "two_ranks.py"

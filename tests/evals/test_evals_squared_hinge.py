@@ -96,6 +96,7 @@ def of_real_images(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], T
 
 
 @pytest.mark.parametrize("layer", REAL_LAYERS)
+@pytest.mark.slow
 def test_all_costs_equal_liblinear_on_features_of_real_images(
     of_real_images: tuple[dict[str, Tensor], Tensor], layer: str
 ) -> None:

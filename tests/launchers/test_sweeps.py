@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from commands import start
 from hydra import compose, initialize_config_dir
 from hydra_plugins.relloc_launchers.processes import ProcessLauncher
 from omegaconf import OmegaConf
@@ -40,10 +42,24 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def relloc(folder: Path, module: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"relloc.{module}", *words]
-    return subprocess.run(
-        command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240, check=False
-    )
+    """Run `python -m relloc.MODULE WORDS` in a folder, to which nothing is added that the command does not write."""
+    if "PYTHONPATH" in more:  # for an interpreter that has not begun
+        line = [sys.executable, "-m", f"relloc.{module}", *words]
+        return subprocess.run(
+            line, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240, check=False
+        )
+    with tempfile.TemporaryDirectory() as told:
+        output, messages = Path(told, "output"), Path(told, "messages")
+        command = start(
+            f"relloc.{module}",
+            *words,
+            folder=folder,
+            output=output,
+            messages=messages,
+            environment=environment(**more),
+        )
+        code = command.wait(240)
+        return subprocess.CompletedProcess(words, code, output.read_text(), messages.read_text())
 
 
 def point(folder: Path, words: str) -> Path:
@@ -51,6 +67,7 @@ def point(folder: Path, words: str) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_one_stops_none(tmp_path: Path) -> None:
     line = ("-m", *TINY, "tracking=none", "recipe.images_per_step=16,4096", "launcher=local", "sweep=s")
     done = relloc(tmp_path, "train", *line, CUDA_VISIBLE_DEVICES="3,5")
@@ -148,6 +165,7 @@ def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: p
     assert told.stdout.split() == [str(launcher.code / name) for name in used]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: Path) -> None:
     line = ("-m", *TINY, "tracking=none", "seed=0,1", "schedule.epochs=8", "report_every_steps=1", "sweep=s")
     reached = 0
@@ -265,6 +283,7 @@ def names_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_refused_or_only_shown_leaves_everything_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/mine.py").touch()
@@ -315,6 +334,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="searches", node=node, 
 """
 
 
+@pytest.mark.slow
 def test_a_sweeper_that_searches_gets_a_number_or_is_refused(tmp_path: Path) -> None:
     """Its points find what --config-dir names, as the command does."""
     (tmp_path / "plugins/hydra_plugins/searches").mkdir(parents=True)
@@ -343,6 +363,7 @@ def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
     odd = relloc(tmp_path, "train", "-m", "launcher=local", "launcher.processes=abc", "seed=0")
     assert (odd.returncode, odd.stderr) == (

@@ -94,16 +94,19 @@ def server() -> Iterator[str]:
         serving.shutdown()
 
 
+@pytest.mark.slow
 def test_sending_to_a_server_imports_nothing_in_the_thread(server: str, new_run: NewRun) -> None:
     assert sent_by_a_fresh_process(new_run(), server) | {"points": 6} == {"points": 6, "imported": []}
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_imports_nothing_in_the_thread(new_run: NewRun) -> None:
     done = sent_by_a_fresh_process(new_run(), "http://127.0.0.1:9")
     assert "no answer" in done["error"]
     assert done["imported"] == []
 
 
+@pytest.mark.slow
 def test_sending_to_a_file_imports_nothing_in_the_thread(uri: str, new_run: NewRun, tmp_path: Path) -> None:
     for number, address in enumerate((f"sqlite:///{tmp_path}/fresh/mlflow.db", uri)):
         done = sent_by_a_fresh_process(new_run(f"run{number}"), address)
@@ -111,6 +114,7 @@ def test_sending_to_a_file_imports_nothing_in_the_thread(uri: str, new_run: NewR
         assert done["imported"] == []
 
 
+@pytest.mark.slow
 def test_sending_to_a_folder_of_files_imports_nothing_in_the_thread(
     new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
