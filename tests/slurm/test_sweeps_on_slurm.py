@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import Command, start
 from noise_folder import write_noise
 from safetensors.torch import load_file
 
@@ -36,31 +37,20 @@ class Sweeps:
     folder: Path
     environment: dict[str, str]
     settings: tuple[str, ...]
-    started: list[subprocess.Popen[str]] = dataclasses.field(default_factory=list)
+    started: list[Command] = dataclasses.field(default_factory=list)
 
-    def start(self, *words: str, module: str = "train") -> subprocess.Popen[str]:
+    def start(self, *words: str, module: str = "train") -> Command:
         flags = [word for word in words if word == "-m"]
         line = [*flags, *(self.settings if module == "train" else ()), *(word for word in words if word != "-m")]
-        command = [sys.executable, "-m", f"relloc.{module}", *line]
-        output = open(self.folder / f"output_{len(list(self.folder.glob('output_*')))}.txt", "w+")  # noqa: SIM115
-        with output:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=self.environment, stdout=output, stderr=subprocess.STDOUT, text=True
-            )
-        self.started.append(process)
-        return process
+        self.started.append(start(f"relloc.{module}", *line, folder=self.folder, environment=self.environment))
+        return self.started[-1]
 
     def run(self, *words: str, module: str = "train") -> tuple[int, str]:
         return self.ended(self.start(*words, module=module))
 
-    def ended(self, started: subprocess.Popen[str]) -> tuple[int, str]:
+    def ended(self, started: Command) -> tuple[int, str]:
         """Exit code, and what was printed."""
-        try:
-            code = started.wait(DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            started.kill()
-            pytest.fail(f"not finished after {DEADLINE_S} s:\n{self.told()}")
-        return code, self.told()
+        return started.wait(DEADLINE_S), started.text
 
     def told(self) -> str:
         """What the newest command printed, and the logs of all jobs."""
@@ -173,7 +163,6 @@ def sweeps(cluster: dict[str, str], settings: tuple[str, ...], tmp_path: Path) -
     yield made
     for process in made.started:
         process.kill()
-        process.wait(DEADLINE_S)
     made.slurm("scancel", f"--user={os.getuid()}")
     made.wait_for(lambda: not made.slurm("squeue", "-h"))
 
@@ -355,7 +344,6 @@ def test_a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_comm
     started = sweeps.start("-m", "seed=0,1", *on_slurm("sweep=c"))
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4, "seed_0"))
     started.kill()  # the login shell is gone
-    started.wait(DEADLINE_S)
     sweeps.slurm("scancel", sweeps.job("seed_1"))
     code, told = sweeps.run("wait", "runs/sweeps/c", module="sweep")
     assert code == 1, told

@@ -100,6 +100,7 @@ def quick_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_sixteen_processes_on_a_fresh_file_lose_none_of_256_runs(new_run: NewRun, quick_folder: Path) -> None:
     uri, sweep = f"sqlite:///{quick_folder}/mlflow.db", {"relloc.sweep": "gaps"}
     runs = [str(new_run(f"gap{number}", tags=sweep, params={"gap": number})) for number in range(256)]
