@@ -6,6 +6,7 @@ Nothing here imports torch.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,10 +93,19 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Composed:
-    """What a command composes, and the files it composes it of, later ones over earlier ones."""
+    """What a command composes of these words."""
 
     config: DictConfig
-    sources: tuple[Source, ...]
+    command: str
+    words: tuple[str, ...]
+
+    @functools.cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """The files that it is composed of, later ones over earlier ones."""
+        with _hydra():
+            loader = GlobalHydra.instance().hydra.config_loader  # pyright: ignore[reportOptionalMemberAccess]
+            listed = loader.compute_defaults_list(self.command, list(self.words), RunMode.RUN).defaults
+        return tuple(Source(name=one.config_path, package=one.package or "") for one in listed if one.config_path)
 
     def default(self, key: str) -> Any:
         """The value of a setting, resolved where that is possible. Raises `KeyError` where there is no such setting."""
@@ -120,17 +130,9 @@ class Composed:
 
 def compose(command: str, words: Sequence[str] = (), *, with_hydra: bool = False) -> Composed:
     """What `command` composes with these words, with Hydra's own settings if asked for. Raises what Hydra raises."""
-    overrides = list(words)
     with _hydra():
-        config = hydra.compose(command, overrides, return_hydra_config=with_hydra)
-        loader = GlobalHydra.instance().hydra.config_loader  # pyright: ignore[reportOptionalMemberAccess]
-        listed = loader.compute_defaults_list(config_name=command, overrides=overrides, run_mode=RunMode.RUN)
-    return Composed(
-        config=config,
-        sources=tuple(
-            Source(name=each.config_path, package=each.package or "") for each in listed.defaults if each.config_path
-        ),
-    )
+        config = hydra.compose(command, list(words), return_hydra_config=with_hydra)
+    return Composed(config=config, command=command, words=tuple(words))
 
 
 @contextlib.contextmanager

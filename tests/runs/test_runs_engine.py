@@ -245,7 +245,7 @@ def test_training_sets_the_kernels_and_puts_them_back_even_when_it_fails(
 def forward_images(monkeypatch: pytest.MonkeyPatch, *, asked: object, compiled: bool, world: int, step: int) -> int:
     monkeypatch.setattr("relloc.ranks.world_size", lambda: world)
     config = OmegaConf.create(
-        {"images_per_forward": asked, "data": {"images_per_batch_norm": 64, "images_per_step": step}}
+        {"images_per_forward": asked, "recipe": {"images_per_batch_norm": 64, "images_per_step": step}}
     )
     how = Engine(
         device=torch.device("cpu"),

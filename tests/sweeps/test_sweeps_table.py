@@ -60,7 +60,10 @@ def test_the_job_is_a_process_of_a_machine_or_a_number_of_a_cluster_and_folders_
     assert told["folder"] == ["process", "cluster", "none", "damaged"]
 
 
-def test_names_of_points_mean_nothing_to_the_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_points_mean_nothing_to_the_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     made = table.table([point(tmp_path, "[red]a\x1b[0m:smile:")], [Standing(status=Status.DONE)])
     table.say(made)
     told = capsys.readouterr().out
