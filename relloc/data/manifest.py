@@ -6,7 +6,7 @@ The folder may be a stranger's, cut short by a copy, or of another program: all 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(_without_manifest(folder)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
-    if found != (FORMAT, VERSION):
-        raise DataError(f"{path} is not of {FORMAT} version {VERSION} but {found}: pack again with this relloc")
+    version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+    if version != (FORMAT, VERSION):
+        raise DataError(f"{path} is not of {FORMAT} version {VERSION} but {version}: pack again with this relloc")
     wrong = _misfit(manifest, _FORM) or _contradiction(manifest)
     if wrong:
         raise DataError(f"{path} is not as relloc.prepare writes it, see {wrong}: copy it again, or pack anew")
@@ -95,18 +95,18 @@ def _without_manifest(folder: Path) -> str:
 
 
 def _misfit(value: object, form: Any, where: str = "") -> str:
-    """Where a JSON value has not the form: a type, a list of one form, or a mapping with a form for each key."""
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
-            return where or "its top"
-        told = (_misfit(value.get(key), part, f"{where}.{key}".lstrip(".")) for key, part in form.items())
-    elif isinstance(form, list):
-        if not isinstance(value, list):
-            return where
-        told = (_misfit(each, form[0], f"{where}[{place}]") for place, each in enumerate(value))
-    else:
-        return "" if isinstance(value, form) and not isinstance(value, bool) else where
-    return next(filter(None, told), "")
+    """Where a JSON value has not the form: a type, a list of one form, or a mapping with a form for each key.
+
+    pydantic, which reads other files, refuses names that are no Unicode, and files may have such names.
+    """
+    inner: Iterable[tuple[str, object, Any]] = ()
+    if isinstance(form, dict) and isinstance(value, dict):
+        inner = ((f"{where}.{key}".lstrip("."), value.get(key), part) for key, part in form.items())
+    elif isinstance(form, list) and isinstance(value, list):
+        inner = ((f"{where}[{number}]", each, form[0]) for number, each in enumerate(value))
+    elif not isinstance(form, type) or not isinstance(value, form) or isinstance(value, bool):
+        return where
+    return next(filter(None, (_misfit(each, part, place) for place, each, part in inner)), "")
 
 
 def _contradiction(manifest: dict[str, Any]) -> str:
@@ -115,15 +115,14 @@ def _contradiction(manifest: dict[str, Any]) -> str:
     if not 1 <= per_shard < 1 << 63:
         return "packed.images_per_shard"
     for role in ROLES:
-        about = manifest[role]
-        split, images = about["split"], about["images"]
+        split, images = manifest[role]["split"], manifest[role]["images"]
         if not split or "/" in split or "\0" in split or split.startswith("."):
             return f"{role}.split"
         if images < 1:
             return f"{role}.images"
         # Also their names, so that no manifest leads out of its folder.
-        called = [tar["file"] for tar in about["shards"]]
-        if len(called) != -(-images // per_shard) or called != [shard_name(split, n) for n in range(len(called))]:
+        tars, n_tars = manifest[role]["shards"], -(-images // per_shard)
+        if len(tars) != n_tars or any(tar["file"] != shard_name(split, n) for n, tar in enumerate(tars)):
             return f"{role}.shards"
     return ""
 
@@ -171,51 +170,49 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
     Raises:
         DataError: it can't be read, or does not fit.
     """
-    path = folder / index_name(about["split"])
+    path, names_path = folder / index_name(about["split"]), folder / names_name(about["split"])
     _refuse_pipe(path)
     try:
         index = load_file(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} can't be read ({error}): copy it again, or pack into a new folder") from error
-    wrong = _index_misfit(index, about, per_shard, _bytes_of(folder / names_name(about["split"])))
+    try:
+        names_bytes = names_path.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{names_path} is missing ({error.strerror}): copy it again, or pack into a new folder"
+        ) from error
+    wrong = _index_misfit(index, about, per_shard, names_bytes)
     if wrong:
         raise DataError(f"{path} does not fit {MANIFEST} ({wrong}): copy both again, or pack into a new folder")
     return index
 
 
-def _bytes_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} is missing ({error.strerror}): copy it again, or pack into a new folder") from error
-
-
 def _index_misfit(index: dict[str, np.ndarray], about: dict[str, Any], per_shard: int, names_bytes: int) -> str:
     """What in an index can't be of this split, in a few words; empty where all fits."""
     n, classes = about["images"], len(about["classes"])
-    forms = {"offset": (n,), "size": (n,), "name_offset": (n + 1,), "label": (n,), "presence": (n, classes)}
-    for name, shape in forms.items():
-        values = index.get(name)
-        if values is None and name in ("label", "presence"):
-            continue
-        if values is None or values.shape != shape or values.dtype != (np.int8 if name == "presence" else np.int64):
+    shapes = {"offset": (n,), "size": (n,), "name_offset": (n + 1,), "label": (n,), "presence": (n, classes)}
+    for name in {"offset", "size", "name_offset"} | (index.keys() & shapes.keys()):
+        kind = np.int8 if name == "presence" else np.int64
+        if name not in index or index[name].shape != shapes[name] or index[name].dtype != kind:
             return f"{name} is not of {n} images"
     offset, size, name_offset = index["offset"], index["size"], index["name_offset"]
     tar_bytes = np.array([tar["bytes"] for tar in about["shards"]], np.int64)[np.arange(n) // per_shard]
     # Sizes first: an offset and a size near 2^63 have a small sum.
-    if ((size < 0) | (size > np.minimum(tar_bytes, _MOST_STORED_BYTES))).any() or (
-        (offset < 0) | (offset > tar_bytes - size)
-    ).any():
+    if not _within(size, 0, np.minimum(tar_bytes, _MOST_STORED_BYTES)) or not _within(offset, 0, tar_bytes - size):
         return "an image lies outside of its tar, or is larger than any JPEG"
     stored = np.flatnonzero(size)
     same_tar = stored[1:] // per_shard == stored[:-1] // per_shard
     if (same_tar & (offset[stored[1:]] < (offset + size)[stored[:-1]])).any():
         return "images overlap"
-    lengths = np.diff(name_offset)
-    if name_offset[0] != 0 or name_offset[-1] != names_bytes or ((lengths < 0) | (lengths > _LONGEST_NAME)).any():
+    if (name_offset[0], name_offset[-1]) != (0, names_bytes) or not _within(np.diff(name_offset), 0, _LONGEST_NAME):
         return f"{names_name(about['split'])} has other names"
-    labels = index.get("label")
-    if labels is not None and ((labels < 0) | (labels >= classes)).any():
+    if "label" in index and not _within(index["label"], 0, classes - 1):
         return "a label is of no class"
-    presence = index.get("presence")
-    return "" if presence is None or (np.abs(presence) <= 1).all() else "a mark of presence is not -1, 0 or 1"
+    if "presence" in index and not _within(index["presence"], -1, 1):
+        return "presence is not -1, 0 or 1"
+    return ""
+
+
+def _within(values: np.ndarray, least: int, most: int | np.ndarray) -> bool:
+    return bool(((values >= least) & (values <= most)).all())

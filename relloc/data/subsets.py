@@ -16,10 +16,10 @@ from relloc.errors import DataError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subset:
-    """An `ImageSet` of the images at `places` of another one, in that order."""
+    """An `ImageSet` of the images that `indices` of another one name, in that order."""
 
     images: ImageSet
-    places: Sequence[int]
+    indices: Sequence[int]
 
     @property
     def name(self) -> str:
@@ -35,30 +35,34 @@ class Subset:
 
     @property
     def labels(self) -> Sequence[int] | None:
-        known = self.images.labels
-        return None if known is None else [known[place] for place in self.places]
+        labels = self.images.labels
+        return None if labels is None else [labels[index] for index in self.indices]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def read(self, index: int) -> Image.Image:
-        return self.images.read(self.places[index])
+        return self.images.read(self.indices[index])
 
     def source(self, index: int) -> str:
-        return self.images.source(self.places[index])
+        return self.images.source(self.indices[index])
 
     def digest(self) -> str:
-        return hash_lines([self.images.digest(), *map(str, self.places)])
+        return hash_lines([self.images.digest(), *map(str, self.indices)])
 
     def list_hash(self) -> str:
         """Hash of the file names, sorted: the same for the same images in any folder, order or packing."""
-        return hash_lines(sorted(_file_name(self, index) for index in range(len(self))))
+        return hash_lines(sorted(_file_names(self)))
+
+
+def _file_names(images: ImageSet) -> list[str]:
+    return [images.source(index).rpartition("/")[2] for index in range(len(images))]
 
 
 def evenly_spaced(n: int, most: int) -> list[int]:
     """`most` of the numbers 0..n-1 in even steps; all of them where there are no more."""
     count = min(n, most)
-    return [place * n // count for place in range(count)]
+    return [step * n // count for step in range(count)]
 
 
 def stratified(images: ImageSet, share: float, *, seed: int) -> Subset:
@@ -75,18 +79,19 @@ def stratified(images: ImageSet, share: float, *, seed: int) -> Subset:
     checks.number("the share of images", share, above=0, at_most=1)
     if images.labels is None:
         raise DataError(f"{images.name} {images.split} has no labels: no share of each class can be taken")
+    hashes = [
+        hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest() for name in _file_names(images)
+    ]
     of_class: dict[int, list[int]] = collections.defaultdict(list)
-    for place, label in enumerate(images.labels):
-        of_class[label].append(place)
-    quotas = _quotas({label: len(places) for label, places in of_class.items()}, share)
-    chosen: list[int] = []
-    for label, places in of_class.items():
-        by_luck = sorted(places, key=lambda place: (_luck(seed, _file_name(images, place)), place))
-        chosen += by_luck[: quotas[label]]
-    return Subset(images=images, places=sorted(chosen))
+    for index in sorted(range(len(images)), key=hashes.__getitem__):
+        of_class[images.labels[index]].append(index)
+    quotas = _quotas({label: len(indices) for label, indices in of_class.items()}, share)
+    chosen = [index for label, indices in of_class.items() for index in indices[: quotas[label]]]
+    return Subset(images=images, indices=sorted(chosen))
 
 
 def _quotas(sizes: dict[int, int], share: float) -> dict[int, int]:
+    """How many images are taken of each class."""
     exact = {label: round(share * size, 9) for label, size in sizes.items()}  # 0.29 x 100 is 29, not 28.999...
     quotas = {label: max(1, math.floor(wanted)) for label, wanted in exact.items()}
     over = math.floor(round(share * sum(sizes.values()), 9)) - sum(quotas.values())
@@ -94,14 +99,6 @@ def _quotas(sizes: dict[int, int], share: float) -> dict[int, int]:
     for label in neediest[: max(over, 0)]:
         quotas[label] += 1
     return quotas
-
-
-def _luck(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()
-
-
-def _file_name(images: ImageSet, place: int) -> str:
-    return images.source(place).rpartition("/")[2]
 
 
 def listed(images: ImageSet, path: Path) -> Subset:
@@ -112,28 +109,27 @@ def listed(images: ImageSet, path: Path) -> Subset:
     Raises:
         DataError: the list can't be read or is empty, or a name is not that of exactly one image.
     """
-    wanted = list_names(path)
-    places: dict[str, list[int]] = collections.defaultdict(list)
-    for place in range(len(images)):
-        name = _file_name(images, place)
-        if name in wanted:
-            places[name].append(place)
-    odd = [name for name in wanted if len(places[name]) != 1]
+    indices: dict[str, list[int]] = {name: [] for name in list_names(path)}
+    for index, name in enumerate(_file_names(images)):
+        if name in indices:
+            indices[name].append(index)
+    odd = [name for name in indices if len(indices[name]) != 1]
     if odd:
-        count = len(places[odd[0]])
         raise DataError(
-            f"{path}: {len(odd)} of {len(wanted)} names are not those of exactly one image of {images.name} "
-            f"{images.split}, such as {odd[0]} ({count} images): give a list of this data set's file names"
+            f"{path}: {len(odd)} of {len(indices)} names are not those of exactly one image of {images.name} "
+            f"{images.split}, such as {odd[0]} ({len(indices[odd[0]])} images): give a list of this data set's file "
+            "names"
         )
-    return Subset(images=images, places=sorted(found[0] for found in places.values()))
+    return Subset(images=images, indices=sorted(index for (index,) in indices.values()))
 
 
 def list_names(path: Path) -> dict[str, None]:
+    """The file names in a list, without repetitions."""
     try:
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}. It is to have one file name a line") from error
-    names = dict.fromkeys(line.strip().rpartition("/")[2] for line in lines if line.strip())  # without repetitions
+    names = dict.fromkeys(line.strip().rpartition("/")[2] for line in lines if line.strip())
     if not names:
         raise DataError(f"{path} names no images: it is to have one file name a line")
     return names

@@ -159,7 +159,7 @@ class SemiSupervised(Evaluation):
         return listed(train, Path(self.list_file)) if self.list_file else stratified(train, self.share, seed=seed)
 
     def _others(self, train: ImageSet, tuned_on: Subset) -> Subset:
-        taken = set(tuned_on.places)
+        taken = set(tuned_on.indices)
         others = [place for place in range(len(train)) if place not in taken]
         if not others:
             raise DataError(
@@ -167,7 +167,7 @@ class SemiSupervised(Evaluation):
                 "be chosen: give one number in eval.semisup.learning_rates and head_multipliers, or a smaller share"
             )
         places = [others[place] for place in evenly_spaced(len(others), self.choosing_images)]
-        return Subset(images=train, places=places)
+        return Subset(images=train, indices=places)
 
     def _tune(self, context: Context, images: Subset, rates: Rates, saved: dict[str, Any]) -> tuple[Classifier, bool]:
         """The network after the last epoch, from where `saved` left off, and whether all of it stayed finite."""

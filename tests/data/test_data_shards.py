@@ -197,7 +197,7 @@ def test_worker_processes_read_what_the_parent_reads(out: Path) -> None:
 def test_training_cuts_the_same_pixels_from_packed_images_with_and_without_pillow(out: Path, px: int) -> None:
     """At 96 px as they are, at 110 px enlarged."""
     images = shards(root=str(out)).train
-    through_pillow = Subset(images=images, places=range(len(images)))
+    through_pillow = Subset(images=images, indices=range(len(images)))
     grid = PatchGrid(patch_px=24, gap_px=4, jitter_px=(0, 4), resize=ShortSide(px=px))
     for index, seed in ((0, 1), (3, 2), (len(images) - 1, 3)):
         found = Crops(images, grid, use=Use.CROP, seed=0, centered=False)[index, seed].pixels

@@ -49,20 +49,20 @@ def files(subset: Subset) -> set[str]:
 
 def test_a_subset_is_the_images_at_its_places() -> None:
     whole = named([3, 4])
-    subset = Subset(images=whole, places=[5, 0])
+    subset = Subset(images=whole, indices=[5, 0])
     assert isinstance(subset, ImageSet)
     assert (len(subset), subset.labels, subset.classes) == (2, [1, 0], whole.classes)
     assert subset.read(0).getpixel((0, 0)) == (5, 5, 5)
     assert subset.source(1) == "/data/0/0_0.jpg"
-    assert Subset(images=dataclasses.replace(whole, labels=None), places=[5, 0]).labels is None
+    assert Subset(images=dataclasses.replace(whole, labels=None), indices=[5, 0]).labels is None
 
 
 def test_digests_tell_subsets_apart_and_the_hash_of_the_list_does_not_ask_where_images_lie() -> None:
     whole = named([3, 4])
-    some, other, same = (Subset(images=whole, places=places) for places in ([5, 0], [5, 1], [0, 5]))
+    some, other, same = (Subset(images=whole, indices=places) for places in ([5, 0], [5, 1], [0, 5]))
     assert len({one.digest() for one in (some, other, same)}) == 3
     assert some.list_hash() == same.list_hash() != other.list_hash()
-    assert Subset(images=named([3, 4], "/elsewhere"), places=[5, 0]).list_hash() == some.list_hash()
+    assert Subset(images=named([3, 4], "/elsewhere"), indices=[5, 0]).list_hash() == some.list_hash()
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +71,7 @@ def test_a_share_has_its_size_and_each_class_its_part(sizes: list[int], share: f
     whole = named(sizes)
     subset = stratified(whole, share, seed=seed)
     found = Counter(subset.labels or ())
-    assert list(subset.places) == sorted(set(subset.places))
+    assert list(subset.indices) == sorted(set(subset.indices))
     for label, size in enumerate(sizes):
         assert 1 <= found[label] <= size
         assert abs(found[label] - share * size) <= 1
@@ -112,8 +112,8 @@ def test_a_list_names_images_by_their_files(tmp_path: Path) -> None:
     path = tmp_path / "1percent.txt"
     path.write_text("1_4.jpg\n\n0_2.jpg\n1/1_3.jpg\n0_2.jpg\n")
     subset = listed(named([3, 4]), path)
-    assert list(subset.places) == [2, 3, 4]
-    assert subset.list_hash() == Subset(images=named([3, 4]), places=[2, 3, 4]).list_hash()
+    assert list(subset.indices) == [2, 3, 4]
+    assert subset.list_hash() == Subset(images=named([3, 4]), indices=[2, 3, 4]).list_hash()
     assert list(list_names(path)) == ["1_4.jpg", "0_2.jpg", "1_3.jpg"]
 
 

@@ -284,7 +284,7 @@ def test_images_that_can_not_be_read_are_told_of_all_that_were_asked_for() -> No
     assert {score.n for score in found} == {24}
     taken = stratified(splits.train, 0.2, seed=1)
     broken = {f"val/{index}.png" for index in range(0, 31, 5)}
-    broken |= {taken.source(index) for index in range(len(taken)) if taken.places[index] % 5 == 0}
+    broken |= {taken.source(index) for index in range(len(taken)) if taken.indices[index] % 5 == 0}
     assert broken <= set(told)
     assert set(told.values()) == {"cut off"}
     assert len(told) > len(broken)  # those that choose the setting, too
