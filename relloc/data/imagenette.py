@@ -22,12 +22,12 @@ def imagenette(*, root: str | None, size: Literal["full", "320px", "160px"], dow
         raise DataError("data.root is not set: give data.root=FOLDER to keep Imagenette in, or set RELLOC_DATA")
     if size not in _FOLDERS:
         raise DataError(f"data.source.size is {size!r}, not one of {', '.join(_FOLDERS)}")
-    place = Path(root) / _FOLDERS[size]
-    if not place.is_dir():
+    folder = Path(root) / _FOLDERS[size]
+    if not folder.is_dir():
         if not download:
-            raise DataError(f"{place} is missing: set data.source.download=true to fetch it")
+            raise DataError(f"{folder} is missing: set data.source.download=true to fetch it")
         try:
             Imagenette(root, split="train", size=size, download=True)
         except (OSError, RuntimeError) as error:
             raise DataError(f"Imagenette could not be downloaded to {root}: {error}") from error
-    return class_folders(name="imagenette", root=str(place), train="train", val="val")
+    return class_folders(name="imagenette", root=str(folder), train="train", val="val")

@@ -15,7 +15,7 @@ class StepPlan:
     """How the images of an optimizer step are spread over processes and forwards.
 
     A step takes `images_per_step` images, in ghost batches of `images_per_batch_norm` whose
-    batch-norm statistics and chance belong together. Each of `world` processes takes an equal run
+    batch-norm statistics and random numbers belong together. Each of `world` processes takes an equal run
     of them, `images_per_forward` images at a time, or all at once where that is None. Neither of
     these two numbers changes what a step computes. An epoch drops its incomplete last step.
 

@@ -51,19 +51,19 @@ def decoded(jpeg: bytearray) -> UInt8[np.ndarray, "h w 3"]:
 
 def _claimed_size(jpeg: bytearray) -> tuple[int, int]:
     """Width and height that a JPEG's frame header gives; (0, 0) where there is none, which the decoder then tells."""
-    place = 2  # behind the marker of the start
-    while place + 9 <= len(jpeg):
-        if jpeg[place] != 0xFF:  # libjpeg looks for the next marker, and so does this
-            place += 1
+    position = 2  # behind the marker of the start
+    while position + 9 <= len(jpeg):
+        if jpeg[position] != 0xFF:  # libjpeg looks for the next marker, and so does this
+            position += 1
             continue
-        marker = jpeg[place + 1]
+        marker = jpeg[position + 1]
         if marker in _FRAMES:
-            return int.from_bytes(jpeg[place + 7 : place + 9], "big"), int.from_bytes(
-                jpeg[place + 5 : place + 7], "big"
+            return int.from_bytes(jpeg[position + 7 : position + 9], "big"), int.from_bytes(
+                jpeg[position + 5 : position + 7], "big"
             )
         # A filling byte before a marker, or a marker that has no segment; else a segment with its length
         has_no_length = marker == 0xFF or marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8
-        place += 1 if has_no_length else 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+        position += 1 if has_no_length else 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
     return 0, 0
 
 

@@ -1,6 +1,6 @@
 """Color treatments: they hide chromatic aberration, which tells where in the lens a patch was.
 
-Each draws its chance apart (`draw`), and then is a pure function of patches on the scale 0..255, the
+Each draws its random numbers apart (`draw`), and then is a pure function of patches on the scale 0..255, the
 nine of an image side by side, to the same shape and scale. Constants: protocols.md 1.1.
 """
 
@@ -84,21 +84,21 @@ class Drop:
         """The channel (b n) each patch keeps, and noise (b n 3 p p) of unit size."""
         device = generator.device
         unit = torch.randn if self.noise == "gaussian" else torch.rand
-        kept = torch.randint(3, (b, n), generator=generator, device=device)
-        return kept, unit((b, n, 3, p, p), generator=generator, device=device)
+        channel = torch.randint(3, (b, n), generator=generator, device=device)
+        return channel, unit((b, n, 3, p, p), generator=generator, device=device)
 
-    def __call__(self, patches: Patches, kept: Tensor, unit: Tensor) -> Patches:
-        place = kept.view(*kept.shape, 1, 1, 1)
-        is_kept = torch.arange(3, device=patches.device).view(3, 1, 1) == place
-        filling = per_channel(IMAGENET_MEAN_PX, patches) + self._noise(patches, place, unit)
-        return torch.where(is_kept, patches, filling)
+    def __call__(self, patches: Patches, channel: Tensor, unit: Tensor) -> Patches:
+        channel = channel.view(*channel.shape, 1, 1, 1)
+        stays = torch.arange(3, device=patches.device).view(3, 1, 1) == channel
+        filling = per_channel(IMAGENET_MEAN_PX, patches) + self._noise(patches, channel, unit)
+        return torch.where(stays, patches, filling)
 
-    def _noise(self, patches: Patches, kept: Tensor, unit: Tensor) -> Patches:
+    def _noise(self, patches: Patches, channel: Tensor, unit: Tensor) -> Patches:
         if self.noise == "uniform":
             return (unit - 0.5) * 100 * self.noise_ratio
         p = patches.shape[-1]
-        channel = patches.gather(2, kept.expand(-1, -1, -1, p, p))
-        return unit * (channel.std(dim=(3, 4), keepdim=True) * self.noise_ratio)
+        values = patches.gather(2, channel.expand(-1, -1, -1, p, p))
+        return unit * (values.std(dim=(3, 4), keepdim=True) * self.noise_ratio)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

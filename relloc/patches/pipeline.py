@@ -32,7 +32,7 @@ class Normalize(Protocol):
 class PatchPipeline:
     """Sample a grid, cut, treat the colors, normalize: whole batches, on the images' device.
 
-    `draw` holds all the chance, `make` none: that is a pure function which torch.compile can fuse.
+    All random numbers come from `draw`; `make` is a pure function, which torch.compile can fuse.
     """
 
     grid: PatchGrid
@@ -40,14 +40,14 @@ class PatchPipeline:
     normalize: Normalize
 
     def draw(self, n_images: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The chance of `n_images` images, from `generator` alone: corners (b 9 2), and the color's."""
+        """The random numbers of `n_images` images, from `generator` alone: corners (b 9 2), and the color's."""
         corners = sample_corners(self.grid, n_images, generator)
         return corners, *self.color.draw(n_images, CELLS, self.grid.patch_px, generator)
 
     def make(
         self, images: UInt8[Tensor, "b 3 s s"], corners: Int[Tensor, "b 9 2"], *drawn: Tensor
     ) -> Float[Tensor, "b 9 3 p p"]:
-        """Patches of `images`, whose side is the grid's span, with the chance that `draw` gave.
+        """Patches of `images`, whose side is the grid's span, with the random numbers that `draw` gave.
 
         Raises:
             ValueError: the images are not of the grid's span.

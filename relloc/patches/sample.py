@@ -1,4 +1,4 @@
-"""Where the nine patches of each image lie: a grid plus chance, from a generator that is passed in."""
+"""Where the nine patches of each image lie: a grid plus random jitter, from a generator that is passed in."""
 
 import functools
 

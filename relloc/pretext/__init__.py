@@ -1,1 +1,1 @@
-"""Pretraining: the objective, its optimization, and how a run is kept from losing work."""
+"""Pretraining: the objective, its training loop, and how a run stops without losing work."""

@@ -34,9 +34,9 @@ class Graphed:
             self._plain_calls += 1
             return self._call(given)
         graph = self._graph or self._record(given)
-        for place, value in zip(self._inputs, given, strict=True):
-            if place is not None and value is not None:
-                place.copy_(value)
+        for recorded, value in zip(self._inputs, given, strict=True):
+            if recorded is not None and value is not None:
+                recorded.copy_(value)
         graph.replay()
         return self._result
 

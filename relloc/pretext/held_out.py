@@ -1,4 +1,4 @@
-"""What a model answers about images never trained on; its accuracy, with an interval that knows which are kin."""
+"""Held-out pretext accuracy with a 95 % confidence interval clustered by source image."""
 
 import contextlib
 import dataclasses
@@ -53,19 +53,19 @@ def answers(
     device: torch.device,
     bf16: bool,
 ) -> Int[Tensor, "n 8"]:
-    """What the model in eval mode answers of each image of `batches` (uint8 b 3 s s): a label a pair.
+    """The answers of the model in eval mode for each image of `batches` (uint8 b 3 s s): a label a pair.
 
     Pair i of an image has label i. The jitter and colors of batch i come from a generator seeded
     by `seed` alone, so that every checkpoint is asked the same questions.
     """
     generator = torch.Generator(device).manual_seed(seed_for(Use.HELD_OUT_PATCHES, seed))
-    found = []
+    answered = []
     with evaluating(model):
         for images in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(patches(images.to(device, non_blocking=True), generator))
-            found.append(logits.argmax(dim=2).cpu())
-    return torch.cat(found)
+            answered.append(logits.argmax(dim=2).cpu())
+    return torch.cat(answered)
 
 
 def count_hits(answered: Int[Tensor, "n 8"]) -> Int[Tensor, "n"]:
@@ -87,9 +87,9 @@ def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
     variance of a ratio of cluster totals (Cochran, Sampling Techniques, 3rd ed., 6.3); it is
     0..100 where there is one source.
     """
-    names, place = np.unique(np.asarray(sources), return_inverse=True)
-    hits_of = np.bincount(place, weights=hits.numpy(), minlength=len(names))
-    pairs_of = np.bincount(place, minlength=len(names)) * PAIRS
+    names, source_of = np.unique(np.asarray(sources), return_inverse=True)
+    hits_of = np.bincount(source_of, weights=hits.numpy(), minlength=len(names))
+    pairs_of = np.bincount(source_of, minlength=len(names)) * PAIRS
     share = float(hits_of.sum() / pairs_of.sum())
     half = math.inf
     if len(names) > 1:

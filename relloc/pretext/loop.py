@@ -36,7 +36,7 @@ class Task:
 
     `network` and `make` are `model` and the making of patches from images and what `draw` drew, as
     they are or compiled; `cuda_graphs` records forward and backward as one. A forward has ghost batches
-    of `model.images_per_batch_norm` images, and the chance of each comes from
+    of `model.images_per_batch_norm` images, and the random numbers of each come from
     `seed_of(step, its place in the step)`.
     """
 
