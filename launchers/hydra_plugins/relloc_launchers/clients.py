@@ -8,7 +8,6 @@ import dataclasses
 import fcntl
 import os
 import re
-import shutil
 import subprocess
 import time
 import uuid
@@ -72,6 +71,25 @@ class Job:
     def is_token(self) -> bool:
         """Whether SLURM's number is not known."""
         return _TOKEN.fullmatch(self.number) is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Queued:
+    """A job that SLURM knows, its state there, and `about` it: its name and comment."""
+
+    job: Job
+    state: str
+    about: str
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in _OVER
+
+    @property
+    def names(self) -> list[str]:
+        """SLURM's, and the one with the token, by which it was known before SLURM's number was."""
+        found = _TOKEN.search(self.about)
+        return [self.job.name, *([dataclasses.replace(self.job, number=found[0]).name] if found else [])]
 
 
 class NotTaken(UsageError):
@@ -175,7 +193,7 @@ def _if_one(cluster: str | None) -> str | None:
 def _by_token(token: str, cluster: str | None) -> Job | None:
     """The job in the queue whose comment or name has the token."""
     try:
-        found = [job for job, state, told in _queue(cluster) if token in told and state not in _OVER]
+        found = [queued.job for queued in _queue(cluster) if token in queued.about and not queued.is_over]
     except UsageError:
         return None
     return Job(number=found[0].number, cluster=found[0].cluster or _if_one(cluster)) if found else None
@@ -190,7 +208,9 @@ def states(jobs: Sequence[str]) -> dict[str, Status]:
     asked = {text: Job.parse(text) for text in jobs}
     found: dict[str, Status] = {}
     for cluster in sorted({job.cluster for job in asked.values()}, key=str):
-        queue = dict(sorted(_named_states(cluster), key=lambda named: named[1] not in _OVER))  # what is alive wins
+        queue: dict[str, str] = {}
+        for queued in sorted(_queue(cluster), key=lambda queued: not queued.is_over):  # what is alive wins
+            queue |= dict.fromkeys(queued.names, queued.state)
         for text, job in asked.items():
             if job.cluster != cluster:
                 continue
@@ -209,66 +229,35 @@ def cancel(jobs: Sequence[str]) -> None:
     for cluster in sorted({job.cluster for job in asked}, key=str):
         there = [job for job in asked if job.cluster == cluster]
         names = [job.name for job in there if not job.is_token]
-        if len(names) < len(there):
-            names += _numbers({job.name for job in there if job.is_token}, cluster)
-        if not names:
-            continue
-        try:
-            _ask(["scancel", *_option_for(cluster), *names])
-        except (OSError, subprocess.SubprocessError) as error:
-            raise UsageError(f"SLURM does not say that it ended all jobs: {_said(error)}") from error
+        tokens = {job.name for job in there if job.is_token}
+        if tokens:
+            names += [queued.job.name for queued in _queue(cluster) if not queued.is_over and tokens & {*queued.names}]
+        if names:
+            _ask(["scancel", *_option_for(cluster), *names], "SLURM does not say that it ended all jobs")
 
 
 def largest_array(cluster: str | None) -> int | None:
     """How many tasks an array may have (MaxArraySize); None where that can't be asked."""
-    if shutil.which("scontrol") is None:
-        return None
     try:
-        told = _ask(["scontrol", *_option_for(_if_one(cluster)), "show", "config"])
-    except (OSError, subprocess.SubprocessError):
+        told, _ = _ask(["scontrol", *_option_for(_if_one(cluster)), "show", "config"], "SLURM does not say its limits")
+    except UsageError:
         return None
     found = re.search(r"^\s*MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
     return int(found[1]) if found and int(found[1]) > 0 else None
 
 
-def _numbers(tokens: set[str], cluster: str | None) -> list[str]:
-    """SLURM's names of the jobs in the queue that these are, each a token and its task."""
-    numbers = []
-    for job, state, told in _queue(cluster):
-        if state in _OVER:
-            continue
-        if (found := _TOKEN.search(told)) and _with_token(found[0], job.task) in tokens:
-            numbers.append(job.name)
-    return numbers
-
-
-def _named_states(cluster: str | None) -> Iterator[tuple[str, str]]:
-    """By SLURM's name and by the token's: the state of each job that SLURM knows."""
-    for job, state, told in _queue(cluster):
-        yield job.name, state
-        if found := _TOKEN.search(told):
-            yield _with_token(found[0], job.task), state
-
-
-def _with_token(token: str, task: int | None) -> str:
-    """A job's name before SLURM's number was known."""
-    return token if task is None else f"{token}_{task}"
-
-
-def _queue(cluster: str | None) -> Iterator[tuple[Job, str, str]]:
-    """Each job of this user that SLURM knows, also for some minutes after its end: its state, its name and comment."""
+def _queue(cluster: str | None) -> Iterator[_Queued]:
+    """Each job of this user that SLURM knows, also for some minutes after its end."""
     asked = ["squeue", *_option_for(cluster), "--noheader", "--array", "--states=all", f"--user={os.getuid()}"]
-    try:
-        told, complaint = _answer([*asked, "--format=%i|%T|%j|%k"])
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UsageError(f"SLURM does not say how its jobs stand: {_said(error)}") from error
+    problem = "SLURM does not say how its jobs stand"
+    told, complaint = _ask([*asked, "--format=%i|%T|%j|%k"], problem)
     found = list(_jobs_in(told, cluster))
     if not found and (why := _TROUBLE.search(f"{complaint}\n{told}")):  # which a site's squeue may end well with
-        raise UsageError(f"SLURM does not say how its jobs stand: {why[0].strip()}")
+        raise UsageError(f"{problem}: {why[0].strip()}")
     yield from found
 
 
-def _jobs_in(told: str, cluster: str | None) -> Iterator[tuple[Job, str, str]]:
+def _jobs_in(told: str, cluster: str | None) -> Iterator[_Queued]:
     of = cluster
     for line in told.splitlines():
         if named := re.fullmatch(r"CLUSTER: (\S+)\s*", line):
@@ -280,7 +269,7 @@ def _jobs_in(told: str, cluster: str | None) -> Iterator[tuple[Job, str, str]]:
         else:
             continue
         for task in _tasks(found["tasks"]):
-            yield Job(number=found["job"], task=task, cluster=of), state, about
+            yield _Queued(job=Job(number=found["job"], task=task, cluster=of), state=state, about=about)
 
 
 def _state_among(text: str) -> str:
@@ -304,25 +293,23 @@ def _option_for(cluster: str | None) -> list[str]:
     return [f"--clusters={cluster}"] if cluster else []
 
 
-def _ask(command: Sequence[str]) -> str:
-    return _answer(command)[0]
+def _ask(command: Sequence[str], problem: str) -> tuple[str, str]:
+    """What a command writes on stdout and stderr; without the user's defaults for it, which hide jobs or ask back.
 
-
-def _answer(command: Sequence[str]) -> tuple[str, str]:
-    """What a command writes on stdout and stderr; without the user's defaults for it, which hide jobs or ask back."""
+    Raises `UsageError`, which begins with the `problem`, where it fails.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
-    done = subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=ASKED_S,
-        check=True,
-    )
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ASKED_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UsageError(f"{problem}: {str(getattr(error, 'stderr', '') or error).strip()}") from error
     return done.stdout, done.stderr
-
-
-def _said(error: Exception) -> str:
-    return str(getattr(error, "stderr", "") or error).strip()

@@ -104,14 +104,17 @@ def _rank() -> dict[str, str]:
 
 def _tags() -> dict[str, str]:
     """What the run tells of its job."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "")
     told = {
-        "slurm.job": job,
+        "slurm.job": _job_id(),
         "slurm.nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
         "slurm.restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
     return {"RELLOC_TAGS": ";".join(f"{name}={value}" for name, value in told.items())}
+
+
+def _job_id() -> str:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
 def _folder_of(command: Sequence[str]) -> Path:
@@ -126,8 +129,7 @@ def _requeue(folder: Path) -> None:
     SLURM's own count has preemptions and time limits too, so the folder notes at which of its starts a job was queued
     again from here; of several tasks that are killed in one start, all note the same.
     """
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    job = _job_id()
     folder.mkdir(parents=True, exist_ok=True)
     noted = folder / _REQUEUES
     told = {line.decode() for line in read_lines(noted)}

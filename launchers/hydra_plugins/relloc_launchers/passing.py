@@ -5,10 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra_plugins.relloc_launchers.words import is_of_launcher
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from relloc.errors import UsageError
+
+RUN_ALONE = "hydra.mode=RUN"  # for the command of a point whose launcher, chosen in a file, would launch it again
 _COMMANDS = ("train", "evaluate")
+_OF_LAUNCHER = ("launcher=", "launcher.", "sweep=")
 # Hydra's own settings that say how a sweep is made and where, not how a point runs
 _OF_SWEEP = ("hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.mode", "hydra.run.")
 # Hydra's options that name folders of configs, and the provider by which Hydra lists what they named
@@ -23,7 +27,24 @@ def command_of(config: DictConfig) -> str:
 
 def of_points(overrides: Sequence[str]) -> list[str]:
     """A point's own words: those that are not the launcher's."""
-    return [word for word in overrides if not is_of_launcher(word)]
+    return [word for word in overrides if not _is_of_launcher(word)]
+
+
+def refuse_swept(config: DictConfig) -> None:
+    """Raise `UsageError` where the launcher, a setting of it or the sweep's name would be swept.
+
+    All points share one launcher, made before they are known: values from choice(...), launcher=a,b or
+    hydra.sweeper.params would not reach it.
+    """
+    given = OverridesParser.create().parse_overrides([word for word in config.hydra.overrides.task if "=" in word])
+    swept = [word.key_or_group for word in given if word.is_sweep_override()]
+    swept += list(config.hydra.sweeper.get("params") or {})
+    for key in swept:
+        if _is_of_launcher(f"{key}="):
+            raise UsageError(
+                f"{key} can't be swept, as all points share one launcher: give it one value on the command line; "
+                f"one with a comma is quoted, {key}=\"'a,b'\" in a shell"
+            )
 
 
 def chosen(overrides: Sequence[str], config: DictConfig) -> list[str]:
@@ -80,3 +101,8 @@ def options(config: DictConfig, kind: str, folders: dict[str, Path]) -> list[str
 
 def _plain(word: str) -> str:
     return word.lstrip("+~")
+
+
+def _is_of_launcher(word: str) -> bool:
+    """Whether a word says how points are run, or what the sweep is called."""
+    return _plain(word).startswith(_OF_LAUNCHER)

@@ -16,7 +16,6 @@ from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.relloc_launchers import passing
 from hydra_plugins.relloc_launchers.composing import Composing
 from hydra_plugins.relloc_launchers.objective import check_names, check_sweeper, is_search, names_of, objective_of
-from hydra_plugins.relloc_launchers.words import refuse_swept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.errors import Interrupted, UsageError
@@ -53,6 +52,7 @@ class PointsLauncher(Launcher):
     """
 
     sends_away = True  # whether points run under a scheduler, to which they can be sent again
+    may_be_chosen_in_files = True  # which points compose as well
 
     def __init__(self, settings: DictConfig) -> None:
         self.settings: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,7 +60,7 @@ class PointsLauncher(Launcher):
         self._folders: dict[str, Path] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        refuse_swept(config)
+        passing.refuse_swept(config)
         check_name(config.sweep)
         refuse_chdir(config.hydra)
         check_sweeper(config)
@@ -151,7 +151,9 @@ class PointsLauncher(Launcher):
         copies = {option: copy if copy.is_dir() else self._folders[option] for option, copy in copies.items()}
         named = [word for word in point.options if not word.startswith(tuple(f"{option}=" for option in copies))]
         own = tuple(f"{option}={folder}" for option, folder in copies.items())
-        return [sys.executable, "-P", *dataclasses.replace(point, options=(*own, *named)).arguments]
+        *words, folder = dataclasses.replace(point, options=(*own, *named)).arguments
+        # A launcher that a file chose, which the point composes as well, must not launch it again.
+        return [sys.executable, "-P", *words, *([passing.RUN_ALONE] if self.may_be_chosen_in_files else []), folder]
 
     def environment(self) -> dict[str, str]:
         """The environment of a point's command: the code of the copy, and what is told of the sweep."""

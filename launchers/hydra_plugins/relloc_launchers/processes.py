@@ -34,6 +34,7 @@ class ProcessLauncher(PointsLauncher):
     """
 
     sends_away = False
+    may_be_chosen_in_files = False
 
     def plan(self, todo: Sequence[Point]) -> None:
         self._running: dict[subprocess.Popen[bytes], tuple[Point, str | None]] = {}

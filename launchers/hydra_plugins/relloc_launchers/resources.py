@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relloc.checks import whole
 from relloc.errors import UsageError
 
 # Settings that say how relloc submits, not what a job asks for
@@ -38,11 +39,11 @@ def parameters_of(
     """
     settings, additional = _sorted_out(settings, prefix)
     gpus, gpus_per_node = _gpus(settings, additional, prefix)
-    tasks = max(1, gpus) if settings["tasks_per_node"] == "auto" else whole(settings, "tasks_per_node", prefix)
-    together = tasks * whole(settings, "nodes", prefix) > 1
-    whole(settings, "array_parallelism", prefix)
-    for key, least in (("max_num_timeout", 0), ("signal_delay_s", 1)):
-        whole(settings, key, prefix, least)
+    tasks = settings["tasks_per_node"]
+    tasks = max(1, gpus) if tasks == "auto" else whole(f"{prefix}tasks_per_node", tasks)
+    together = tasks * whole(f"{prefix}nodes", settings["nodes"]) > 1
+    for key, at_least in (("array_parallelism", 1), ("max_num_timeout", 0), ("signal_delay_s", 1)):
+        whole(f"{prefix}{key}", settings[key], at_least)
     for key in ("cpus_per_task", "mem_gb"):
         if isinstance(settings[key], int | float) and settings[key] <= 0:
             raise UsageError(f"{prefix}{key}={settings[key]} is not above 0: null leaves it to the cluster")
@@ -182,15 +183,7 @@ def _gpus(settings: Mapping[str, Any], additional: Mapping[str, Any], prefix: st
         tasks = settings["tasks_per_node"]
         return (a_task * tasks if isinstance(tasks, int) else 1), None
     if number is None and in_all is not None:
-        return max(1, in_all // whole(settings, "nodes", prefix)), None
+        return max(1, in_all // whole(f"{prefix}nodes", settings["nodes"])), None
     if number is None:
         number = 1 if asked == "auto" else 0
     return number, (None if not number else number if asked == "auto" else asked)
-
-
-def whole(settings: Mapping[str, Any], name: str, prefix: str, least: int = 1) -> int:
-    """The value of a setting that is a whole number. Raises `UsageError` where it is not."""
-    value = settings[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{prefix}{name}={value} is not a whole number of {least} or more")
-    return value

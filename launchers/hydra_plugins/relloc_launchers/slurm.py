@@ -26,7 +26,6 @@ from hydra_plugins.relloc_launchers.environment import cluster_of, environment_f
 from hydra_plugins.relloc_launchers.job import PointJob
 from hydra_plugins.relloc_launchers.points import PointsLauncher
 from hydra_plugins.relloc_launchers.resources import parameters_of
-from hydra_plugins.relloc_launchers.words import RUN_ALONE
 from omegaconf import DictConfig
 
 from relloc.errors import UsageError
@@ -136,11 +135,6 @@ class SlurmLauncher(PointsLauncher):
     @property
     def _lock(self) -> Path:
         return self.sweep.folder.parent / ".sbatch.lock"
-
-    def command(self, point: Point) -> list[str]:
-        # The launcher may be chosen by a file that the point composes as well: it must not submit itself again.
-        *command, folder = super().command(point)
-        return [*command, RUN_ALONE, folder]
 
     @property
     def _logs(self) -> Path:

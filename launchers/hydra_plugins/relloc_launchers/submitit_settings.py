@@ -19,11 +19,10 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 from hydra_plugins.relloc_launchers.processes import ProcessLauncher
-from hydra_plugins.relloc_launchers.resources import whole
 from hydra_plugins.relloc_launchers.slurm import SlurmLauncher
-from hydra_plugins.relloc_launchers.words import RUN_ALONE
 from omegaconf import DictConfig, OmegaConf
 
+from relloc.checks import whole
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point
 from relloc.sweeps.table import say
@@ -101,6 +100,8 @@ class SubmititSlurmLauncher(SlurmLauncher):
 class SubmititLocalLauncher(ProcessLauncher):
     """Points as processes of this machine, with the settings of hydra/launcher=submitit_local."""
 
+    may_be_chosen_in_files = True
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(OmegaConf.create({"processes": "auto"}))
         self._given = _plain(settings)
@@ -115,8 +116,12 @@ class SubmititLocalLauncher(ProcessLauncher):
         given = dict(self._given)
         known = [field.name for field in dataclasses.fields(SubmititLocalSettings)]
         _refuse_unknown(given, known, "submitit_local")
-        self._limit_s = None if given["timeout_min"] is None else 60 * whole(given, "timeout_min", _PREFIX)
-        self._threads = None if given["cpus_per_task"] is None else whole(given, "cpus_per_task", _PREFIX)
+        self._limit_s = None
+        if (limit := given["timeout_min"]) is not None:
+            self._limit_s = 60 * whole(f"{_PREFIX}timeout_min", limit)
+        self._threads = given["cpus_per_task"]
+        if self._threads is not None:
+            whole(f"{_PREFIX}cpus_per_task", self._threads)
         self._has_gpus = given["gpus_per_node"] != 0
         self._started: dict[subprocess.Popen[bytes], float] = {}
         meaningless = {
@@ -134,10 +139,6 @@ class SubmititLocalLauncher(ProcessLauncher):
                     "process of this machine, with one GPU where there are some and its output in the sweep's logs/"
                 )
         super().plan(todo)
-
-    def command(self, point: Point) -> list[str]:
-        *command, folder = super().command(point)
-        return [*command, RUN_ALONE, folder]
 
     def environment(self) -> dict[str, str]:
         made = super().environment()
