@@ -217,6 +217,7 @@ def test_a_point_is_what_it_computes_not_where_nor_how_it_is_followed() -> None:
 GOLDEN = Path(__file__).with_name("slurm_batch_script.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("single", [False, True])
 def test_the_batch_script(tmp_path: Path, single: bool) -> None:
     """A dry run submits nothing, and needs no SLURM."""
@@ -246,6 +247,7 @@ def test_the_batch_script(tmp_path: Path, single: bool) -> None:
     assert told == GOLDEN.read_text(), accept
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("sbatch") is not None, reason="SLURM is here")
 def test_without_slurm_it_is_told_at_once(tmp_path: Path) -> None:
     done = relloc(tmp_path, "train", "launcher=slurm")
@@ -253,6 +255,7 @@ def test_without_slurm_it_is_told_at_once(tmp_path: Path) -> None:
     assert "there is no sbatch here" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(tmp_path: Path) -> None:
     """hydra-submitit-launcher's own class, which hydra/launcher=submitit_local does not name here."""
     site = tmp_path / "own/hydra/launcher/site.yaml"
@@ -267,6 +270,7 @@ def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(tmp
     assert not list(tmp_path.rglob("*_log.*"))
 
 
+@pytest.mark.slow
 def test_a_launcher_chosen_twice_and_settings_swept_are_refused(tmp_path: Path) -> None:
     for words in (
         ("launcher=slurm", "hydra/launcher=submitit_slurm"),
@@ -302,6 +306,7 @@ def test_a_sweep_that_is_refused_or_only_shown_leaves_everything_as_it_was(tmp_p
         assert names_below(tmp_path) == before, words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [(), ("-m",)])
 def test_a_folder_of_its_own_to_stand_in_is_refused(tmp_path: Path, mode: tuple[str, ...]) -> None:
     done = relloc(tmp_path, "train", *mode, "hydra.job.chdir=true", *TINY, "tracking=none")
@@ -356,6 +361,7 @@ def test_a_sweeper_that_searches_gets_a_number_or_is_refused(tmp_path: Path) -> 
     assert "training images are fewer than one step takes" in failed
 
 
+@pytest.mark.slow
 def test_status_of_what_is_no_sweep_is_one_message(tmp_path: Path) -> None:
     done = relloc(tmp_path, "sweep", "status", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
@@ -392,6 +398,7 @@ def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
     assert [path.name for path in damaged.parent.iterdir()] == ["sweep.json"]
 
 
+@pytest.mark.slow
 def test_a_running_point_is_ended_by_its_number(tmp_path: Path) -> None:
     """Of a sweep whose command is gone."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

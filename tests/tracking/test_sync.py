@@ -82,6 +82,7 @@ def test_a_name_of_a_file_outside_is_told_and_the_rest_is_sent(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_fresh_process_on_a_fresh_file_prints_its_lines_and_nothing_else(new_run: NewRun, tmp_path: Path) -> None:
     run_dir, uri = new_run(), f"sqlite:///{tmp_path}/deep/er/mlflow.db"
     command = [sys.executable, "-m", "relloc.sync", str(run_dir), "--uri", uri]
