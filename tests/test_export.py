@@ -63,6 +63,7 @@ def test_it_comes_back_to_the_bit(
     assert all(torch.equal(maps[stage], expected[stage]) for stage in expected)
 
 
+@pytest.mark.slow
 def test_torchvision_loads_it_strictly_as_the_printed_lines_say(
     run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

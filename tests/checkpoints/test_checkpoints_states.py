@@ -266,6 +266,7 @@ def test_a_state_comes_back_to_the_bit_and_its_hash_is_one_that_sha256sum_checks
     assert_same(load_state(path), found)
 
 
+@pytest.mark.slow
 def test_a_state_is_neither_saved_nor_loaded_by_way_of_memory_of_its_size(tmp_path: Path) -> None:
     program = """
 import resource, sys

@@ -190,6 +190,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "sys.exit(3)", "sys.last_frames = found; sys.exit(3)"])
+@pytest.mark.slow
 def test_reading_processes_end_with_the_one_that_started_them(tmp_path: Path, end: str) -> None:
     (tmp_path / "parent.py").write_text(PARENT.replace("{end}", end))
     done = subprocess.run([sys.executable, tmp_path / "parent.py"], capture_output=True, text=True, timeout=60)

@@ -112,6 +112,7 @@ def test_a_refusal_and_not_knowing_are_two_things(commands: Path) -> None:
     assert str(taken) == "42"
 
 
+@pytest.mark.slow
 def test_an_sbatch_that_outlives_its_command_is_waited_for(commands: Path) -> None:
     write(commands, "sbatch", "kill -9 $PPID; sleep 2; touch registered; echo Submitted batch job 42")
     asks = "import os, sys; from pathlib import Path; from hydra_plugins.relloc_launchers.clients import submit; "

@@ -135,12 +135,14 @@ def test_a_command_that_fails_fails_its_job() -> None:
         job_of("raise SystemExit(3)").result()
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_starts_four_times_at_most(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(job_module().PointFailed, match="exit code -9"):
         job_of("import os; print('started', flush=True); os.kill(os.getpid(), 9)").result()
     assert capfd.readouterr().out.count("started") == 4
 
 
+@pytest.mark.slow
 def test_a_command_that_lost_a_reading_process_starts_again() -> None:
     job_of(
         "import pathlib; path = pathlib.Path('began'); again = path.exists(); path.touch(); exit(0 if again else 75)"

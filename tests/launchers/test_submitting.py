@@ -247,6 +247,7 @@ def test_settings_that_it_does_not_have_are_named(words: tuple[str, ...], named:
         plan()
 
 
+@pytest.mark.slow
 def test_processes_of_this_machine_take_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("hydra.launcher.cpus_per_task=3", "hydra.launcher.gpus_per_node=0", "hydra.launcher.timeout_min=1")
     config, made = submitit("hydra/launcher=submitit_local", *words)

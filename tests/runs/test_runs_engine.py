@@ -174,6 +174,7 @@ def test_an_attempt_that_fails_names_compile_and_the_reason(
 
 @pytest.mark.usefixtures("_asked_anew")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@pytest.mark.slow
 def test_without_a_compiler_for_cpus_compiling_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no_compiler")))

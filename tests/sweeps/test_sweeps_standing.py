@@ -180,6 +180,7 @@ def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
     assert not is_alive(mark)
 
 
+@pytest.mark.slow
 def test_what_a_cluster_killed_does_not_run_for_ever_in_mlflow(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     killed = point(tmp_path, "RUNNING", {"slurm": "7"})

@@ -149,6 +149,7 @@ def slow_server() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_server_too_slow_to_answer_is_one_warning_and_one_message(
     slow_server: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_files_go_beside_a_store_that_was_moved_and_earlier_ones_are_found(
         assert (place_of(uri, run.run_id) / "notes.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_a_store_that_was_moved(store: Path, make_run: NewRun, tmp_path: Path) -> None:
     run_dir = make_run("run")
     sync(run_dir, f"sqlite:///{store}")

@@ -10,6 +10,8 @@ import torch
 from commands import start
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import dataclasses
 import json
