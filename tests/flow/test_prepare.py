@@ -48,7 +48,7 @@ def test_a_check_alone_tells_and_writes_nothing(relloc, tmp_path):
         assert words in done.text
     assert f"train: {len(BROKEN)} images can't be read" in done.text
 
-    for wrong, told in (("quality=101", "quality=101"), ("shortpx=2", "Did you mean short_px?")):
+    for wrong, told in (("quality=101", "quality is 101"), ("shortpx=2", "Did you mean short_px?")):
         refused = relloc("prepare", *FOLDER, "data.root=originals", "out=out", wrong)
         assert refused.code == 2
         assert told in refused.text
