@@ -57,12 +57,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _status(sweep: Sweep) -> int:
-    points = sweep.points()
-    found, silent = known_standings(points)
-    note_cancelled(points, found)
+    found, silent = known_standings(sweep.points())
+    note_cancelled(found)
     found = sweep.with_cancelled(found)
-    say(table(points, found))
-    tell_failed(points, found, sweep, lambda point: _log(sweep, point))
+    say(table(found))
+    tell_failed(found, lambda point: _log(sweep, point))
     tell_silent(found, silent)
     tell_next(sweep)
     if any(now.status in _NOT_ENDED_WELL for now in found):
@@ -75,14 +74,13 @@ def _wait(sweep: Sweep) -> int:
     while any(now.in_flight for now in found):
         time.sleep(_POLL_S)
         found = standings_in_time(sweep.points())
-    for words in repair_status(sweep.points(), found):
+    for words in repair_status(found):
         say(f"mended  {words}")
     return _status(sweep)
 
 
 def _cancel(sweep: Sweep) -> int:
-    points = sweep.points()
-    in_flight = [point for point, now in zip(points, standings(points), strict=True) if now.in_flight]
+    in_flight = [now.point for now in standings(sweep.points()) if now.in_flight]
     sweep.cancel()
     for point in in_flight:  # before it is asked: what has not begun can't say that it was
         if not is_elsewhere(read_job(point.folder)):

@@ -5,12 +5,10 @@ Both give the same numbers for the same image; which one serves is a matter of m
 
 import dataclasses
 import itertools
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import psutil
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -24,8 +22,6 @@ from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.seeds import Use, seed_for
-
-_MEMORY = Path("/proc/meminfo")
 
 Features = dict[str, Float[Tensor, "b _d"]]
 Batch = tuple[Features, Int[Tensor, "b *classes"]]
@@ -285,9 +281,7 @@ def free_gib(device: torch.device) -> float:
     """Memory of `device` that can still be taken, in GiB: of a CPU what Linux calls available, caches included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
-    told = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMORY.read_text(), re.MULTILINE) if _MEMORY.exists() else None
-    free = int(told[1]) * 2**10 if told else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return free / 2**30
+    return psutil.virtual_memory().available / 2**30
 
 
 def in_gib(gib: float) -> str:

@@ -5,6 +5,7 @@ checksum. Here such notes are left out by name, each record's CRC is compared, a
 believed before the file was seen to have it.
 """
 
+import dataclasses
 import io
 import re
 import zipfile
@@ -49,52 +50,53 @@ class OtherKind(ValueError):
     """A file that torch wrote for another use; the message, which goes on after the file's name, says what to do."""
 
 
+@dataclasses.dataclass
 class _Storage:
     """The bytes of one or more tensors; `content` is None until they are read."""
 
-    def __init__(self, itemsize: int) -> None:
-        self.itemsize = itemsize
-        self.content: bytearray | None = None
+    itemsize: int
+    content: bytearray | None = None
 
 
+@dataclasses.dataclass
 class _Stored:
     """Numbers in a storage: `count` of one type, from the number `start` on."""
 
-    def __init__(self, storage: _Storage, dtype: torch.dtype, start: int, count: int) -> None:
-        self.storage = storage
-        self.dtype = dtype
-        self.start = start
-        self.count = count
+    storage: _Storage
+    dtype: torch.dtype
+    start: int
+    count: int
 
 
+@dataclasses.dataclass(eq=False)
 class _Tensor(Pending):
     """A tensor: which numbers of a storage it has, in which order."""
 
-    def __init__(self, stored: _Stored, offset: Any, size: Any, stride: Any, dtype: torch.dtype) -> None:
-        self._stored = stored
-        self._offset = offset
-        self._size = size
-        self._stride = stride
-        self._dtype = dtype
+    stored: _Stored
+    offset: Any
+    size: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    dtype: torch.dtype
 
     def made(self) -> torch.Tensor:
-        sides = (*self._size, *self._stride, self._offset)
-        if len(self._size) != len(self._stride) or not _whole(sides):
+        size, stride, offset, stored = self.size, self.stride, self.offset, self.stored
+        if len(size) != len(stride) or not _whole((*size, *stride, offset)):
             raise UnpicklingError("it has a tensor of an impossible shape")
-        content = self._stored.storage.content
+        content = stored.storage.content
         if content is None:
             raise UnpicklingError("it has a tensor without numbers")
-        unit = self._dtype.itemsize
-        first = self._stored.start * self._stored.dtype.itemsize
-        end = first + self._stored.count * self._stored.dtype.itemsize
-        if end > len(content) or first % unit:
-            raise UnpicklingError("it has fewer numbers than its tensors")
-        last = self._offset + sum((side - 1) * step for side, step in zip(self._size, self._stride, strict=True))
-        if 0 not in self._size and first + (last + 1) * unit > end:
+        is_empty = 0 in size
+        unit = self.dtype.itemsize
+        # The bytes of the storage that are this tensor's to use
+        first = stored.start * stored.dtype.itemsize
+        end = first + stored.count * stored.dtype.itemsize
+        last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
+        reaches_too_far = not is_empty and first + (last + 1) * unit > end
+        if end > len(content) or first % unit or reaches_too_far:
             raise UnpicklingError("it has fewer numbers than its tensors")
         count = len(content) // unit
-        flat = torch.frombuffer(content, dtype=self._dtype, count=count) if count else torch.empty(0, dtype=self._dtype)
-        return flat.as_strided(self._size, self._stride, first // unit + (0 if 0 in self._size else self._offset))
+        flat = torch.frombuffer(content, dtype=self.dtype, count=count) if count else torch.empty(0, dtype=self.dtype)
+        return flat.as_strided(size, stride, first // unit + (0 if is_empty else offset))
 
 
 def _whole(numbers: Iterable[Any]) -> bool:

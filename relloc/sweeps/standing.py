@@ -29,8 +29,12 @@ _HEARD_OF_S = 1800.0  # saves, reports and measurements of the machine are far m
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Standing:
-    """`progress` is the part of the training done, 0 to 1; `left_s` an estimate; both None where nothing is known."""
+    """How a point stands.
 
+    `progress` is the part of the training done, 0 to 1; `left_s` an estimate; both None where nothing is known.
+    """
+
+    point: Point
     status: Status
     progress: float | None = None
     left_s: float | None = None
@@ -84,7 +88,7 @@ def known_standings(
             answer = dict.fromkeys(numbers, Status.UNKNOWN)
             problems.append(str(error))
         answers |= {(scheduler, number): status for number, status in answer.items()}
-    return [_standing(point.folder, note, answers) for point, note in zip(points, notes, strict=True)], problems
+    return [_standing(point, note, answers) for point, note in zip(points, notes, strict=True)], problems
 
 
 def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
@@ -100,32 +104,33 @@ def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None =
             time.sleep(_AGAIN_S)
 
 
-def repair_status(points: Sequence[Point], found: Sequence[Standing]) -> list[str]:
+def repair_status(found: Sequence[Standing]) -> list[str]:
     """Note as stopped what is noted as running and has no job any more, and tell MLflow; what was repaired, in words.
 
     A store that does not answer is told, and hears of it when the point runs again or by relloc.sync.
     """
-    note_cancelled(points, found)
+    note_cancelled(found)
     repaired = []
-    for point, now in zip(points, found, strict=True):
-        if now.in_flight or now.status is Status.UNKNOWN or status_of(point.folder) is not Status.RUNNING:
+    for now in found:
+        folder = now.point.folder
+        if now.in_flight or now.status is Status.UNKNOWN or status_of(folder) is not Status.RUNNING:
             continue
-        write_status(point.folder, Status.STOPPED)
-        words = f"{point.name} was ended before it could say so: noted as stopped"
+        write_status(folder, Status.STOPPED)
+        words = f"{now.point.name} was ended before it could say so: noted as stopped"
         try:
-            if uri := RunRecord.read(point.folder).tracking_uri:
-                sync(point.folder, uri)
+            if uri := RunRecord.read(folder).tracking_uri:
+                sync(folder, uri)
         except (StoreError, OSError, ValueError) as error:
             words += f", but not in MLflow ({error})"
         repaired.append(words)
     return repaired
 
 
-def note_cancelled(points: Sequence[Point], found: Sequence[Standing]) -> None:
+def note_cancelled(found: Sequence[Standing]) -> None:
     """Note which jobs were cancelled, as the cluster remembers it for some minutes only."""
-    for point, now in zip(points, found, strict=True):
+    for now in found:
         if now.status is Status.CANCELLED:
-            note_ending(point.folder, Status.CANCELLED)
+            note_ending(now.point.folder, Status.CANCELLED)
 
 
 def status_of(folder: Path) -> Status | None:
@@ -137,13 +142,15 @@ def status_of(folder: Path) -> Status | None:
     return found.status if found else None
 
 
-def _standing(folder: Path, note: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]) -> Standing:
+def _standing(point: Point, note: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]) -> Standing:
+    folder = point.folder
     own, job = status_of(folder), _job_status(folder, note.get("job", {}), answers)
     if job is Status.UNKNOWN and own is not Status.DONE and _was_heard_of(folder):
         job = Status.RUNNING  # what it wrote lately is all that is known of it
     status = job if job is Status.RUNNING or job is Status.WAITING else _ended_status(own, note, job)
     progress, left_s = (1.0, None) if status is Status.DONE else _progress(folder)
-    return Standing(status=status, progress=progress, left_s=left_s if status is Status.RUNNING else None)
+    left_s = left_s if status is Status.RUNNING else None
+    return Standing(point=point, status=status, progress=progress, left_s=left_s)
 
 
 def _job_status(folder: Path, job: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]) -> Status | None:

@@ -127,8 +127,9 @@ class Sweep:
         """The standings of points, where those that no command began any more are cancelled, not missing."""
         if not self.is_cancelled():
             return list(found)
-        cancelled = Standing(status=Status.CANCELLED)
-        return [cancelled if now.status is Status.MISSING else now for now in found]
+        return [
+            dataclasses.replace(now, status=Status.CANCELLED) if now.status is Status.MISSING else now for now in found
+        ]
 
     def log(self, point: Point) -> Path:
         """Where the point's output goes that no scheduler keeps."""

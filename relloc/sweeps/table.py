@@ -44,33 +44,29 @@ def say(told: str | Table) -> None:
     sys.stdout.flush()
 
 
-def table(points: Sequence[Point], found: Sequence[Standing]) -> Table:
+def table(found: Sequence[Standing]) -> Table:
     """One row a point: how it stands, which job has or had it, how far it is, how long it takes, its folder."""
     counts = Counter(now.status for now in found)
     made = Table(title=", ".join(f"{counts[status]} {status.word}" for status in _COLORS if counts[status]))
     for name in ("point", "state", "job", "progress", "time left", "folder"):
         made.add_column(name, justify="right" if name in ("progress", "time left") else "left", overflow="fold")
-    for point, now in zip(points, found, strict=True):
+    for now in found:
         progress = "" if now.progress is None else f"{100 * now.progress:.0f} %"
         left = "" if now.left_s is None or now.status is not Status.RUNNING else _duration(now.left_s)
         made.add_row(
-            Text(escaped(point.name)),
+            Text(escaped(now.point.name)),
             Text(now.status.word, style=_COLORS[now.status]),
-            Text(_job_of(point)),
+            Text(_job_of(now.point)),
             progress,
             left,
-            Text(escaped(os.path.relpath(point.folder))),
+            Text(escaped(os.path.relpath(now.point.folder))),
         )
     return made
 
 
-def tell_failed(
-    points: Sequence[Point], found: Sequence[Standing], sweep: Sweep, log_of: Callable[[Point], Path | None]
-) -> None:
+def tell_failed(found: Sequence[Standing], log_of: Callable[[Point], Path | None]) -> None:
     """Of each point that failed: why, the last lines of its log, and the command that runs it alone."""
-    for point, now in zip(points, found, strict=True):
-        if now.status is not Status.FAILED:
-            continue
+    for point in [now.point for now in found if now.status is Status.FAILED]:
         log = log_of(point)
         say(f"\nfailed  {escaped(point.name)}" + (f": {log}" if log else ""))
         lines = _end_of(log) if log else []

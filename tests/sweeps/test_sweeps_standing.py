@@ -91,7 +91,7 @@ def test_what_only_a_silent_cluster_knows_is_unknown(tmp_path: Path, status: str
     made = point(tmp_path, status, {"slurm": "7"})
     found, told = known_standings([made], {"slurm": silent})
     assert ([now.status for now in found], told) == ([state], ["no answer"])
-    assert repair_status([made], found) == []  # it may run
+    assert repair_status(found) == []  # it may run
     with pytest.raises(UsageError, match="no answer"):
         standings([made], {"slurm": silent})
     for path in (made.folder, *made.folder.iterdir()):
@@ -114,7 +114,7 @@ def test_a_run_of_another_machine_runs_while_it_writes(tmp_path: Path) -> None:
     there = point(tmp_path, "RUNNING", process_mark(os.getpid()) | {"host": "elsewhere"})
     found = standings([there], {})
     assert found[0].status == Status.RUNNING
-    assert repair_status([there], found) == []
+    assert repair_status(found) == []
     for path in (there.folder, *there.folder.iterdir()):
         os.utime(path, (0, 0))
     assert standings([there], {})[0].status == Status.STOPPED
@@ -126,7 +126,7 @@ def test_a_damaged_file_hides_no_other_point(tmp_path: Path, damaged: str) -> No
     (made.folder / damaged).write_text('{"st\n{"\n')
     found = standings([made], {})
     assert found[0].status == (Status.FAILED if damaged == "status.json" else Status.STOPPED)
-    assert repair_status([made], found) == []
+    assert repair_status(found) == []
 
 
 def test_a_damaged_note_of_a_job_is_told(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_scheduler_that_is_silent_for_a_while_is_asked_again(
 
 
 def test_a_point_that_nobody_began_is_missing(tmp_path: Path) -> None:
-    assert standings([point(tmp_path)], {}) == [Standing(status=Status.MISSING)]
+    assert standings([point(tmp_path)], {}) == [Standing(point=point(tmp_path), status=Status.MISSING)]
 
 
 def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) -> None:
@@ -186,13 +186,13 @@ def test_what_a_cluster_killed_does_not_run_for_ever_in_mlflow(tmp_path: Path) -
     killed = point(tmp_path, "RUNNING", {"slurm": "7"})
     RunRecord(name="a", experiment="e", tracking_uri=uri).write(killed.folder)
     sync(killed.folder, uri)
-    assert repair_status([killed], standings([killed], asked(job7=Status.RUNNING))) == []
-    (words,) = repair_status([killed], standings([killed], asked()))
+    assert repair_status(standings([killed], asked(job7=Status.RUNNING))) == []
+    (words,) = repair_status(standings([killed], asked()))
     assert words == "gap_px=4 was ended before it could say so: noted as stopped"
     assert status_of(killed.folder) == Status.STOPPED
     (run,) = search(uri, "e")
     assert run["status"] == "KILLED"
-    assert repair_status([killed], standings([killed], asked())) == []
+    assert repair_status(standings([killed], asked())) == []
 
 
 def test_names_say_what_is_swept_and_folders_stay(tmp_path: Path) -> None:
@@ -236,5 +236,5 @@ def test_a_sweep_has_each_point_once_however_often_it_is_started(tmp_path: Path)
 
 def test_a_cancelled_job_is_noted_before_the_cluster_forgets_it(tmp_path: Path) -> None:
     made = point(tmp_path, None, {"slurm": "7"})
-    assert repair_status([made], standings([made], asked(job7=Status.CANCELLED))) == []
+    assert repair_status(standings([made], asked(job7=Status.CANCELLED))) == []
     assert [now.status for now in standings([made], asked())] == [Status.CANCELLED]

@@ -137,7 +137,8 @@ def test_of_folders_of_configs_only_what_hydra_reads_is_copied(tmp_path: Path) -
 
 def test_what_a_cancelled_sweep_began_no_more_is_cancelled(tmp_path: Path) -> None:
     sweep = new_sweep(tmp_path / "s")
-    found = [Standing(status=Status.MISSING), Standing(status=Status.DONE)]
+    point = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
+    found = [Standing(point=point, status=status) for status in (Status.MISSING, Status.DONE)]
     assert sweep.with_cancelled(found) == found
     sweep.cancel()
     os.utime(sweep.folder / "sweep.json", (1, 1))

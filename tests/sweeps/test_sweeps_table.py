@@ -18,9 +18,13 @@ def point(folder: Path, name: str = "gap_px=4", **more: object) -> Point:
     return Point(**{**fields, **more})  # type: ignore[arg-type]
 
 
-def cells(points: list[Point], found: list[Standing]) -> dict[str, list[str]]:
+def standing(status: Status, of: Point, **more: float) -> Standing:
+    return Standing(point=of, status=status, **more)
+
+
+def cells(*found: Standing) -> dict[str, list[str]]:
     """The columns of the table, by their heads."""
-    made = table.table(points, found)
+    made = table.table(found)
     return {str(column.header): [str(cell) for cell in column.cells] for column in made.columns}
 
 
@@ -29,21 +33,19 @@ def cells(points: list[Point], found: list[Standing]) -> dict[str, list[str]]:
     [(0, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h"), (360_000, "100.0 h")],
 )
 def test_the_time_left_of_a_running_point_has_the_unit_that_is_short(tmp_path: Path, seconds: float, text: str) -> None:
-    running = Standing(status=Status.RUNNING, progress=0.256, left_s=seconds)
-    told = cells([point(tmp_path)], [running])
+    told = cells(standing(Status.RUNNING, point(tmp_path), progress=0.256, left_s=seconds))
     assert (told["progress"], told["time left"]) == (["26 %"], [text])
 
 
 def test_a_point_that_does_not_run_has_no_time_left_and_may_have_no_progress(tmp_path: Path) -> None:
-    found = [Standing(status=Status.STOPPED, progress=0.5, left_s=60.0), Standing(status=Status.MISSING)]
-    told = cells([point(tmp_path, "a"), point(tmp_path, "b")], found)
+    stopped = standing(Status.STOPPED, point(tmp_path, "a"), progress=0.5, left_s=60.0)
+    told = cells(stopped, standing(Status.MISSING, point(tmp_path, "b")))
     assert (told["progress"], told["time left"]) == (["50 %", ""], ["", ""])
 
 
 def test_the_title_counts_each_state_that_a_point_is_in(tmp_path: Path) -> None:
     states = (Status.FAILED, Status.DONE, Status.DONE, Status.UNKNOWN)
-    points = [point(tmp_path, f"p{number}") for number in range(len(states))]
-    made = table.table(points, [Standing(status=state) for state in states])  # type: ignore[arg-type]
+    made = table.table([standing(state, point(tmp_path, f"p{number}")) for number, state in enumerate(states)])
     assert made.title == "2 done, 1 failed, 1 unknown"
 
 
@@ -55,7 +57,7 @@ def test_the_job_is_a_process_of_a_machine_or_a_number_of_a_cluster_and_folders_
     note_job(points[0], {"pid": 12, "host": "node1", "born": 0})
     note_job(points[1], {"slurm": "7_2"})
     (points[3].folder / POINT_FILE).write_text("{")
-    told = cells(points, [Standing(status=Status.MISSING)] * len(points))
+    told = cells(*(standing(Status.MISSING, made) for made in points))
     assert told["job"] == ["pid 12 on node1", "slurm 7_2", "", "?"]
     assert told["folder"] == ["process", "cluster", "none", "damaged"]
 
@@ -64,7 +66,7 @@ def test_names_of_points_mean_nothing_to_the_console(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    made = table.table([point(tmp_path, "[red]a\x1b[0m:smile:")], [Standing(status=Status.DONE)])
+    made = table.table([standing(Status.DONE, point(tmp_path, "[red]a\x1b[0m:smile:"))])
     table.say(made)
     told = capsys.readouterr().out
     assert r"[red]a\x1b[0m:smile:" in told
@@ -78,7 +80,7 @@ def test_a_file_has_room_for_the_table_unless_a_width_is_asked_for(
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
-    table.say(table.table([point(tmp_path, "a" * 120)], [Standing(status=Status.DONE)]))
+    table.say(table.table([standing(Status.DONE, point(tmp_path, "a" * 120))]))
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= (int(columns) if columns else 160)
     assert told.count("a") >= 120  # folded, not cut
@@ -88,9 +90,9 @@ def told_of_failed(folder: Path, log: str | None, capsys: pytest.CaptureFixture[
     path = folder / "log"
     if log is not None:
         path.write_text(log)
-    failed, done = point(folder, "a", **more), point(folder, "b", **more)
-    states = [Standing(status=Status.FAILED), Standing(status=Status.DONE)]
-    table.tell_failed([failed, done], states, Sweep(folder / "s"), lambda _: path if log is not None else None)
+    failed = standing(Status.FAILED, point(folder, "a", **more))
+    done = standing(Status.DONE, point(folder, "b", **more))
+    table.tell_failed([failed, done], lambda _: path if log is not None else None)
     return capsys.readouterr().out
 
 
@@ -144,9 +146,9 @@ def test_the_reason_of_a_point_without_a_log_is_that_it_has_none(tmp_path: Path)
 
 
 def test_who_does_not_answer_is_told_once_with_the_number_of_points_that_nobody_knows(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unknown = [Standing(status=Status.UNKNOWN), Standing(status=Status.DONE), Standing(status=Status.UNKNOWN)]
+    unknown = [standing(status, point(tmp_path)) for status in (Status.UNKNOWN, Status.DONE, Status.UNKNOWN)]
     table.tell_silent(unknown, ["squeue \x1b[2J is silent", "squeue \x1b[2J is silent"])
     told = capsys.readouterr().out
     assert told.count("is silent") == 1
@@ -167,7 +169,7 @@ def test_the_next_commands_name_the_sweep_as_a_shell_takes_it(
 
 
 def test_colors_are_for_terminals_alone(tmp_path: Path) -> None:
-    made = table.table([point(tmp_path)], [Standing(status=Status.FAILED)])
+    made = table.table([standing(Status.FAILED, point(tmp_path))])
     terminal = Console(force_terminal=True, width=160, color_system="standard", no_color=False)
     with terminal.capture() as seen:
         terminal.print(made)

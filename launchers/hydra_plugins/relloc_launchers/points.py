@@ -95,8 +95,8 @@ class PointsLauncher(Launcher):
         content = self._content()
         self.code = self.sweep.place_of(content)
         before = self._standings(points)
-        todo = to_run(points, before)
-        self._say_what(points, before, todo)
+        todo = to_run(before)
+        self._say_what(before, todo)
         self._check([one for one in composed if one.point in todo])
         self.plan(todo)  # where a dry run ends: nothing was written yet
         if self.settings.get("dry_run"):  # and where it had nothing to show
@@ -104,7 +104,7 @@ class PointsLauncher(Launcher):
         try:
             with self.sweep.locked():
                 # Another command may have taken points meanwhile.
-                todo = to_run(points, self._standings(points))
+                todo = to_run(self._standings(points))
                 self.code = self.sweep.copy(content) if todo else None
                 self.plan(todo)
                 # Before anything is started: what is started has to be found again.
@@ -116,7 +116,7 @@ class PointsLauncher(Launcher):
             raise
         self.follow(todo)
         after = self._tell_end(points)
-        of_identity = {point.identity: now for point, now in zip(points, after, strict=True)}
+        of_identity = {now.point.identity: now for now in after}
         if names_of(self.config):
             return [self._returned(one, of_identity[one.point.identity]) for one in given]
         if not all(now.in_flight or now.status is Status.DONE for now in after):
@@ -242,19 +242,19 @@ class PointsLauncher(Launcher):
     def _tell_end(self, points: Sequence[Point]) -> list[Standing]:
         found, silent = known_standings(points, self.schedulers())
         after = self.sweep.with_cancelled(found)
-        for told in repair_status(points, after):
+        for told in repair_status(after):
             say(f"mended  {told}")
-        say(table(points, after))
-        tell_failed(points, after, self.sweep, self.log_of)
+        say(table(after))
+        tell_failed(after, self.log_of)
         tell_silent(after, silent)
         tell_next(self.sweep)
         return after
 
-    def _say_what(self, points: Sequence[Point], before: Sequence[Standing], todo: Sequence[Point]) -> None:
-        done = sum(point not in todo and now.status is Status.DONE for point, now in zip(points, before, strict=True))
-        told = [f"{len(points)} points"]
+    def _say_what(self, before: Sequence[Standing], todo: Sequence[Point]) -> None:
+        done = sum(now.point not in todo and now.status is Status.DONE for now in before)
+        told = [f"{len(before)} points"]
         told += [f"{done} done before"] if done else []
-        told += [f"{count} in flight already"] if (count := len(points) - done - len(todo)) else []
+        told += [f"{count} in flight already"] if (count := len(before) - done - len(todo)) else []
         say(f"sweep   {self.sweep.folder}: {', '.join(told)}, {len(todo)} to run")
 
     def _content(self) -> dict[str, bytes]:
@@ -295,12 +295,11 @@ def _name_of_copy(named_by: str) -> str:
     return "own_conf_" + named_by.lstrip("-").lower().replace("-", "_")
 
 
-def to_run(points: Sequence[Point], found: Sequence[Standing]) -> list[Point]:
-    """Those that nobody runs and that are not done."""
-    return [point for point, now in zip(points, found, strict=True) if is_to_run(point, now)]
+def to_run(found: Sequence[Standing]) -> list[Point]:
+    """Those that nobody runs and that are not done.
 
-
-def is_to_run(point: Point, now: Standing) -> bool:
-    """Whether nobody runs the point, and it is not done."""
-    # Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
-    return not now.in_flight and (now.status is not Status.DONE or point.kind != "train")
+    Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
+    """
+    return [
+        now.point for now in found if not now.in_flight and (now.status is not Status.DONE or now.point.kind != "train")
+    ]

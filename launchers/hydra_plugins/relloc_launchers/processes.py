@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra_plugins.relloc_launchers.points import PointsLauncher, is_to_run
+from hydra_plugins.relloc_launchers.points import PointsLauncher, to_run
 from hydra_plugins.relloc_launchers.starting import start_noted
 
 from relloc import machine
@@ -79,7 +79,7 @@ class ProcessLauncher(PointsLauncher):
     def _start_next(self) -> None:
         point = self._waiting.pop(0)
         # Another command may have run it, or run it now, while it waited here.
-        if not is_to_run(point, *standings([point], {})):
+        if not to_run(standings([point], {})):
             return
         device = self._free.pop(0)
         environment = self.environment()

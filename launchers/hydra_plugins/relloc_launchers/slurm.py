@@ -104,10 +104,10 @@ class SlurmLauncher(PointsLauncher):
         try:
             while todo:
                 found = standings_in_time(todo, self.schedulers())
-                for point, now in zip(todo, found, strict=True):
-                    if shown.get(point.identity) != now.status:
-                        say(f"{now.status.word:7} {point.name}")
-                        shown[point.identity], pause_s = now.status, _FIRST_POLL_S
+                for now in found:
+                    if shown.get(now.point.identity) != now.status:
+                        say(f"{now.status.word:7} {now.point.name}")
+                        shown[now.point.identity], pause_s = now.status, _FIRST_POLL_S
                 if not any(now.in_flight for now in found):
                     return
                 time.sleep(pause_s)
