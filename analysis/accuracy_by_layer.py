@@ -12,7 +12,7 @@
 # %% [markdown]
 # # At which layer does pretraining pay?
 #
-# Top-1 of frozen features, layer by layer: pretrained on relative location, beside the same network at
+# The headline metric of each evaluation, layer by layer: pretrained on relative location, beside the same network at
 # random initialization. Each panel is one evaluation on one data set; dashed lines have batch-norm
 # statistics re-estimated on the evaluation's training images.
 #
@@ -24,8 +24,7 @@ import matplotlib.pyplot as plt
 from load import load_results, runs_folder
 
 results = load_results(runs_folder())
-linear = results["eval"].str.startswith("linear") & (results["metric"] == "top1")
-results = results[linear | (results["metric"] == "top1_k20")]
+results = results[results["headline"] & (results["unit"] == "%") & (results["layer"] != "")]
 
 # %% [markdown]
 # Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 6ep photos small gray`): its mean, and
@@ -55,7 +54,7 @@ for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=Tr
         name = study + (", recalibrated" if batch_norm == "recalibrated" else "")
         draw_line(axis, line, name, color, batch_norm)
     axis.set_title(f"{evaluation} on {dataset}, {model}", fontsize=10)
-    axis.set_ylabel("top-1 (%)")
+    axis.set_ylabel(f"{rows['metric'].iloc[0]} (%)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)  # names can be long
 figure.savefig(runs_folder() / "accuracy_by_layer.png", dpi=120)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from relloc.reports.labels import RUN_WEIGHTS
+from relloc.reports.lines import RUN_WEIGHTS
 from relloc.results import NOT_OURS, RESULTS_FILE, read_results
 from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.record import RUN_FILE

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from load import runs_folder
 
-from relloc.reports.sweep_numbers import mean_tables, our_lines, read_sweep
+from relloc.reports.sweep import mean_tables, our_lines, read_sweep
 from relloc.results import RESULTS_FILE
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 

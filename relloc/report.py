@@ -16,9 +16,8 @@ from relloc.reports.as_csv import as_csv
 from relloc.reports.as_html import as_html
 from relloc.reports.as_latex import as_latex
 from relloc.reports.as_markdown import as_markdown
-from relloc.reports.make import ROWS, make_report
-from relloc.reports.measured import find_measured
-from relloc.reports.table import Report
+from relloc.reports.load import find_measured
+from relloc.reports.table import ROWS, Report, make_report
 from relloc.status import Status
 from relloc.sweeps.points import Point
 from relloc.sweeps.standing import known_standings
@@ -101,10 +100,8 @@ def _report(options: argparse.Namespace) -> None:
 
 def _report_sweep(options: argparse.Namespace) -> None:
     # pandas and matplotlib take a while, which other reports need not wait
-    from relloc.reports.sweep_numbers import read_sweep
-    from relloc.reports.sweep_picture import draw_sweep
-    from relloc.reports.sweep_tables import as_report
-    from relloc.reports.sweep_text import as_sweep_csv, as_sweep_markdown
+    from relloc.reports.pictures import draw_sweep
+    from relloc.reports.sweep import as_report, as_sweep_csv, as_sweep_markdown, read_sweep
 
     sweep, shown = _sweep_of(options), _format(options, _SWEEP_FORMATS)
     points = sweep.points()

@@ -96,8 +96,9 @@ def _facts(sentence: str) -> dict[str, Any]:
         said[0] = rest
     elif said[0].startswith("OpenSelfSup"):
         protocol = "OpenSelfSup semi_classification"
-    deviations = [one.removeprefix("deviation: ") for one in said if one.startswith("deviation: ")]
-    details = [one for one in said if one and not one.startswith("deviation: ")]
+    unlike = ("deviation: ", "fast: ")
+    deviations = [one.partition(": ")[2] for one in said if one.startswith(unlike)]
+    details = [one for one in said if one and not one.startswith(unlike)]
     # A choice is told at the end of a part, after a comma, or is a part of its own
     parts = [part for one in details for part in re.split(r", (?=chosen |rate chosen |best epoch on val)", one)]
     chosen = [part for part in parts if part.startswith(_CHOICES) or re.match(r"cost \S+ of \d+ chosen ", part)]

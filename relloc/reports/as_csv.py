@@ -3,22 +3,21 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from relloc.reports.entries import MARK_WORDS, Entry
-from relloc.reports.groups import CARD_GROUP
-from relloc.reports.places import Place, place
-from relloc.reports.published import Published
+from relloc.reports.compare import MARK_WORDS, Entry
+from relloc.reports.published import CARD_GROUP, Published, parts_of
 from relloc.reports.table import Report
 from relloc.results import Result
 from relloc.terminal import escaped
 
 _RESULT = tuple(field.name for field in dataclasses.fields(Result))
 COLUMNS = (
-    *("origin", "group", "section", "row", "column", "setting", "images"),
-    *(name for name in _RESULT if name != "column"),
+    *("origin", "group", "row", "setting", "images"),
+    *_RESULT,
     *("run", "folder", "commit", "source", "edition"),
     *("beside", "published", "tolerance", "mark", "best", "why", "replaces"),
+    *("state", "evaluation", "hours"),
 )
 
 
@@ -26,12 +25,15 @@ def as_csv(report: Report) -> str:
     """All published and all our numbers, those that no table shows included.
 
     `origin` is "published" or "ours". `mark` is inside, above or below `tolerance` around
-    `published`, the numbers of the row `beside`; several values are separated by " / ".
+    `published`, the numbers of the row `beside`; several values are separated by " / ". `state` of a published number
+    says whether ours is measured, missing or not built, `evaluation` and `hours` what measures it and how long that
+    takes.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(cells(_published(number)) for number in report.published)
+    ours = {(each.result.table, each.result.column) for each in report.entries if each.group == CARD_GROUP}
+    writer.writerows(cells(_published(number, ours)) for number in report.published)
     writer.writerows(cells(_ours(entry)) for entry in report.entries)
     return text.getvalue()
 
@@ -55,39 +57,42 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _published(number: Published) -> Mapping[str, object]:
-    return _placed(place(number.evaluation, number.layer, number.metric)) | {
+def _published(number: Published, ours: Collection[tuple[str, str]]) -> Mapping[str, object]:
+    part = next(part for part in parts_of(number.table) if number.column in part.columns)
+    missing = "missing" if part.evaluation else "not built"
+    return {
         "origin": "published",
         "group": CARD_GROUP,
         "row": number.row,
         "eval": number.evaluation,
-        "dataset": number.dataset,
-        "split": number.split,
-        "layer": number.layer,
-        "metric": number.metric,
         "value": number.printed,
-        "tolerance": number.tolerance,
-        "edition": number.edition,
-        "source": number.source,
+        "state": "measured" if (number.table, number.column) in ours else missing,
+        "hours": part.hours,
+        "evaluation": part.evaluation,
+    } | {
+        name: getattr(number, name)
+        for name in ("table", "column", "dataset", "split", "layer", "metric", "tolerance", "edition", "source")
     }
 
 
 def _ours(entry: Entry) -> Mapping[str, object]:
-    run, older = entry.measured.run, entry.measured.older
-    beside = {
-        "beside": entry.beside[0].row if entry.beside else "",
-        "published": " / ".join(each.printed for each in entry.beside),
-        "tolerance": entry.beside[0].tolerance if entry.beside else "",
+    measured, beside, result = entry.measured, entry.beside, dataclasses.asdict(entry.result)
+    return {
+        **result,
+        **{name: "; ".join(result[name]) for name in ("deviations", "details")},
+        "origin": "ours",
+        "group": entry.group,
+        "row": entry.label,
+        "setting": entry.setting,
+        "images": measured.digest,
+        "run": measured.run.name,
+        "folder": str(measured.run.folder),
+        "commit": measured.run.commit,
+        "beside": beside[0].row if beside else "",
+        "published": " / ".join(each.printed for each in beside),
+        "tolerance": beside[0].tolerance if beside else "",
         "mark": MARK_WORDS.get(entry.mark, ""),
+        "best": "yes" if entry.is_best else "",
+        "why": entry.why,
+        "replaces": " / ".join(f"{each.result.value!r} of {each.run.name}" for each in measured.older),
     }
-    origin = {"origin": "ours", "group": entry.group, "row": entry.label, "best": "yes" if entry.best else ""}
-    source = {"run": run.name, "folder": str(run.folder), "commit": run.commit, "why": entry.why}
-    source["images"] = entry.measured.digest
-    replaces = {"replaces": " / ".join(f"{each.result.value!r} of {each.run.name}" for each in older)}
-    result = dataclasses.asdict(entry.result)
-    listed = {name: "; ".join(result[name]) for name in ("deviations", "details")}
-    return result | listed | _placed(entry.place) | origin | source | beside | replaces
-
-
-def _placed(where: Place | None) -> dict[str, object]:
-    return dataclasses.asdict(where) if where else {}

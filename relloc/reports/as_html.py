@@ -4,7 +4,7 @@ import html
 import importlib.resources
 from collections.abc import Iterator, Mapping
 
-from relloc.reports.entries import MARK_WORDS
+from relloc.reports.compare import MARK_WORDS
 from relloc.reports.missing import Fill
 from relloc.reports.table import Cell, Report, Row, Table
 from relloc.terminal import escaped
@@ -63,7 +63,7 @@ def _row(row: Row, notes: Mapping[str, int], name: str) -> str:
 
 
 def _cell(cell: Cell, notes: Mapping[str, int], name: str) -> str:
-    text = f"<b>{escape(cell.text)}</b>" if cell.best else escape(cell.text)
+    text = f"<b>{escape(cell.text)}</b>" if cell.is_best else escape(cell.text)
     link = _link(cell.note, notes, name) or "<sup></sup>"
     spread = f"<small>{escape(cell.spread)}</small>" if cell.spread else ""
     return f'<td title="{escape(cell.details)}">{text}{_mark(cell)}{link}{spread}</td>'

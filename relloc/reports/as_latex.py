@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 
-from relloc.reports.entries import ABOVE, BELOW, INSIDE
+from relloc.reports.compare import ABOVE, BELOW, INSIDE
 from relloc.reports.table import MISSING, Cell, Report, Row, Table
 from relloc.terminal import escaped
 
@@ -69,7 +69,7 @@ def _row(row: Row, notes: Mapping[str, int]) -> str:
 
 
 def _cell(cell: Cell, notes: Mapping[str, int]) -> str:
-    text = f"\\textbf{{{escape(cell.text)}}}" if cell.best else escape(cell.text)
+    text = f"\\textbf{{{escape(cell.text)}}}" if cell.is_best else escape(cell.text)
     text += f" {escape(cell.spread)}" if cell.spread else ""
     return f"{text}{_MARKS[cell.mark]}{_number(cell.note, notes)}"
 

@@ -44,7 +44,7 @@ def _row(row: Row, notes: Mapping[str, int]) -> str:
 
 
 def _cell(cell: Cell, notes: Mapping[str, int]) -> str:
-    text = f"**{escape(cell.text)}**" if cell.best else escape(cell.text)
+    text = f"**{escape(cell.text)}**" if cell.is_best else escape(cell.text)
     return _joined(text, cell.spread, cell.mark, _number(cell.note, notes))
 
 

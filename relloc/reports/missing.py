@@ -3,19 +3,17 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 
-from relloc.reports.entries import Entry
-from relloc.reports.groups import CARD_GROUP
-from relloc.reports.labels import label_lines
-from relloc.reports.measured import Line
-from relloc.reports.places import SECTIONS
-from relloc.reports.published import PUBLISHED_MODEL
+from relloc.reports.compare import Entry
+from relloc.reports.lines import label_lines
+from relloc.reports.load import Line
+from relloc.reports.published import PUBLISHED_MODEL, CardPart, card_parts
 from relloc.results import NOT_OURS
 
-_MEMBERS = {"knn": "knn_in1k"}  # of conf/eval, where it is not called after its rows
 _DATA_SETS = (
-    "The data sets are found by RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, or eval.NAME.data.root=."
+    "The data sets are found by RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, or eval.NAME.data.root=. "
+    "Hours are estimates for one GPU with 16 cores that reads shards."
 )
 _NOTHING_YET = (
     f"No {PUBLISHED_MODEL} line has a number on the card's images: python -m relloc.evaluate checkpoint=RUN "
@@ -31,73 +29,55 @@ class Fill:
     commands: tuple[str, ...]
 
 
-def is_cell_of_card(entry: Entry) -> bool:
-    """Whether a number fills a cell that the published model has on the card."""
-    of_card = entry.group == CARD_GROUP and entry.result.model == PUBLISHED_MODEL
-    return of_card and entry.place is not None and entry.place.as_published
-
-
 def advice(entries: Sequence[Entry]) -> str:
     """What to do about missing cells; "" where none is."""
-    if not any(map(is_cell_of_card, entries)):
+    if not any(each.fills_card for each in entries):
         return _NOTHING_YET
-    return _DATA_SETS if commands(entries) else ""
+    return _DATA_SETS if fills(entries) else ""
 
 
-def commands(entries: Sequence[Entry]) -> tuple[Fill, ...]:
+def fills(entries: Sequence[Entry]) -> tuple[Fill, ...]:
     """For each line that is on the card, and its controls, a command an evaluation that lacks a cell.
 
     A command measures both ways of batch norm: it stands once, with the line as trained, if there is one.
     """
-    there = {
-        (each.measured.line.whole, each.result.eval, each.place.column)
-        for each in entries
-        if each.place and is_cell_of_card(each)
-    }
+    there = {(each.measured.line.whole, each.result.table, each.result.column) for each in entries if each.fills_card}
     lines = {line for line, _, _ in there}
-    lines |= _controls(lines)
-    lacking = {line: tuple(_lacking(line, there)) for line in lines}
+    if lines:
+        # Random initialization and supervised weights, where no line has them
+        for name in set(NOT_OURS) - {line.checkpoint for line in lines}:
+            lines.add(Line(checkpoint=name, model=PUBLISHED_MODEL, batch_norm="as_trained", seed=0))
+
+    def lacking(line: Line) -> Iterator[CardPart]:
+        for part in card_parts():
+            # Fine-tuning gathers statistics of its own: it is run once, not for each way of batch norm
+            is_done = part.kind == "fine-tuned" and line.batch_norm != "as_trained"
+            has_all = all((line, part.table, column) in there for column in part.columns)
+            if part.evaluation and not is_done and not has_all:
+                yield part
+
     labels = label_lines({each.measured.line.whole for each in entries} | lines)
-    filled = (Fill(label=labels[line], commands=_commands(line, lacking)) for line in labels if line in lines)
-    return tuple(fill for fill in filled if fill.commands)
+    found = []
+    for line in (line for line in labels if line in lines):
+        as_trained = dataclasses.replace(line, batch_norm="as_trained")
+        asked = list(lacking(as_trained)) if line != as_trained and as_trained in lines else []
+        commands = tuple(command(line, part) for part in lacking(line) if part not in asked)
+        if commands:
+            found.append(Fill(label=labels[line], commands=commands))
+    return tuple(found)
 
 
-def _controls(lines: Set[Line]) -> set[Line]:
-    """Random initialization and supervised weights, where some line is on the card but none has them."""
-    missing = set(NOT_OURS) - {line.checkpoint for line in lines} if lines else set()
-    return {Line(checkpoint=name, model=PUBLISHED_MODEL, batch_norm="as_trained", seed=0) for name in missing}
-
-
-def _lacking(line: Line, there: Set[tuple[Line, str, str]]) -> Iterator[str]:
-    for section in SECTIONS:
-        for evaluation, columns in section.columns.items():
-            lacks = any((line, evaluation, column) not in there for column in columns)
-            if section.built and lacks and not _is_alike(line, evaluation):
-                yield evaluation
-
-
-def _commands(line: Line, lacking: Mapping[Line, Sequence[str]]) -> tuple[str, ...]:
-    as_trained = dataclasses.replace(line, batch_norm="as_trained")
-    asked = () if as_trained == line else lacking.get(as_trained, ())
-    return tuple(command(line, evaluation) for evaluation in lacking[line] if evaluation not in asked)
-
-
-def _is_alike(line: Line, evaluation: str) -> bool:
-    """Fine-tuning gathers statistics of its own: it is run once, not for each way of batch norm."""
-    return evaluation.startswith("semisup") and line.batch_norm != "as_trained"
-
-
-def command(line: Line, evaluation: str) -> str:
-    """The shell command that measures an evaluation of a line."""
+def command(line: Line, part: CardPart) -> str:
+    """The shell command that measures a part of the card, with its hours as a comment."""
     words = [f"checkpoint={_quoted(line.checkpoint)}"]
     if line.checkpoint in NOT_OURS:
         words.append(f"model={line.model}")
-    words += [f"eval={_MEMBERS.get(evaluation, evaluation)}"]
+    words.append(f"eval={part.evaluation}")
     if line.batch_norm != "as_trained":
         words.append(f"batch_norm={line.batch_norm}")
     if line.seed:
         words.append(f"seed={line.seed}")
-    return shlex.join(["python", "-m", "relloc.evaluate", *words])
+    return f"{shlex.join(['python', '-m', 'relloc.evaluate', *words])}  # about {part.hours} h"
 
 
 def _quoted(path: str) -> str:

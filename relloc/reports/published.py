@@ -1,26 +1,41 @@
-"""The published numbers of published.csv: the card, its controls, and other pretext tasks (protocols.md 4.1 to 4.3)."""
+"""The published card: its tables (card.csv), and the published numbers (published.csv; protocols.md 4.1 to 4.3)."""
 
 import csv
 import dataclasses
 import functools
 import importlib.resources
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from relloc.results import LAYERS
+from relloc.results import LAYERS, Result
 
+CARD_GROUP = "The published card"
+BEST_LAYER = "best layer"  # the column of numbers at the layer at which they are highest
 KINDS = ("card", "other")
 CARD, CARD_OSS = "mmselfsup Relative-Loc", "OpenSelfSup Relative-Loc"
 RANDOM, SUPERVISED = "OpenSelfSup Random", "OpenSelfSup Supervised"
 PUBLISHED_MODEL = "resnet50"
-# Images that the published numbers are of, by data set and split (protocols.md 3)
-PUBLISHED_IMAGES = {
-    ("in1k", "val"): 50_000,
-    ("voc2007", "test"): 4_952,
-    ("places205", "val"): 20_500,
-    ("inat18", "val"): 24_426,
-    ("coco2017", "val"): 5_000,
-    ("voc2012", "val"): 1_449,
-}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CardPart:
+    """What one evaluation fills of a table of the card.
+
+    `evaluation` is its name in conf/eval, "" where it is not built; `kind` is that of its results. `view` is the
+    published one, and `images` the number of images that the published numbers are of. `hours` is an estimate for a
+    ResNet-50 on one GPU, from the rates in benchmarks/README.md. `layer_best_in` is the table whose best layer is the
+    layer of these numbers; "" where they have columns for layers, or the layer is given.
+    """
+
+    table: str
+    evaluation: str
+    kind: str
+    columns: tuple[str, ...]
+    dataset: str
+    split: str
+    images: int
+    view: str
+    hours: str
+    layer_best_in: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +47,14 @@ class Published:
     values of one row apart. `tolerance` is the difference, in points, up to which a number of ours
     agrees with it: 1.0 for the SVM, 1.5 for linear classifiers, 0.7 for AP, 1.0 for mIoU; 2.2 for
     low-shot, the widest spread between the two published runs of this recipe; and 1.5 for nearest
-    neighbors and semi-supervised rows, of which no spread is known.
+    neighbors and semi-supervised rows, of which no spread is known. `known_answer_of` names the weights whose
+    evaluation must give this number, "random" or "torchvision"; "" for none.
     """
 
     kind: str
     row: str
+    table: str
+    column: str
     evaluation: str
     dataset: str
     split: str
@@ -45,6 +63,7 @@ class Published:
     printed: str
     tolerance: float
     edition: str
+    known_answer_of: str
     source: str
 
     def __post_init__(self) -> None:
@@ -60,19 +79,46 @@ class Published:
         return float(self.printed)
 
 
+def _lines(name: str) -> Iterable[dict[str, str]]:
+    text = importlib.resources.files("relloc.reports").joinpath(name).read_text(encoding="utf-8")
+    return csv.DictReader(text.splitlines())
+
+
+@functools.cache
+def card_parts() -> tuple[CardPart, ...]:
+    """The parts of the card, in the order of its tables."""
+    return tuple(
+        CardPart(**line | {"columns": tuple(line["columns"].split("|")), "images": int(line["images"])})  # type: ignore[arg-type]
+        for line in _lines("card.csv")
+    )
+
+
 @functools.cache
 def published_numbers() -> tuple[Published, ...]:
     """All published numbers, in the order of the file."""
-    text = importlib.resources.files("relloc.reports").joinpath("published.csv").read_text(encoding="utf-8")
-    return tuple(_number(line) for line in csv.DictReader(text.splitlines()))
+    numbers = []
+    for line in _lines("published.csv"):
+        printed, tolerance = line.pop("value"), float(line.pop("tolerance"))
+        numbers.append(Published(**line, printed=printed, tolerance=tolerance))
+    return tuple(numbers)
 
 
-def _number(line: dict[str, str]) -> Published:
-    texts = {name: text for name, text in line.items() if name not in ("value", "tolerance")}
-    return Published(**texts, printed=line["value"], tolerance=float(line["tolerance"]))
+def parts_of(table: str) -> list[CardPart]:
+    """The parts of a table; none if the card does not have it."""
+    return [part for part in card_parts() if part.table == table]
 
 
-def accepted(numbers: Iterable[Published]) -> tuple[float, float]:
+def is_on_card(row: Result) -> bool:
+    """Whether a number stands in a table of the card, of as many images as the published ones, named so."""
+    measured = (row.dataset, row.split, row.n)
+    return any(measured == (part.dataset, part.split, part.images) for part in parts_of(row.table))
+
+
+def foreign_view(row: Result) -> str:
+    """The view of a number on the card if it is known and not the published one, else ""."""
+    return row.view if is_on_card(row) and row.view != parts_of(row.table)[0].view else ""
+
+
+def accepted(numbers: Sequence[Published]) -> tuple[float, float]:
     """From where to where a number agrees with `numbers`, at least one: with any, or between them."""
-    numbers = tuple(numbers)
     return min(each.value - each.tolerance for each in numbers), max(each.value + each.tolerance for each in numbers)

@@ -13,9 +13,9 @@ from relloc.errors import KnownAnswerMissed, UsageError
 from relloc.evaluation.contract import EvalSettings, EvaluatedModel, NamedEvaluation
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, parts_of
 from relloc.pretext.stopping import StopRequest, stop_request
-from relloc.reports import known
 from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import assemble, checking, console
+from relloc.runs import known_answers as known
 from relloc.runs.engine import settle
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.naming import data_name, evaluation_name

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from rows import result
 
 from relloc.data.lists import VOC_CLASSES
 from relloc.errors import KnownAnswerMissed
-from relloc.reports.known import asked
 from relloc.reports.published import RANDOM, SUPERVISED, published_numbers
 from relloc.results import Result, append_results, read_results
 from relloc.runs.evaluating import report_known_answers
+from relloc.runs.known_answers import asked
 
 FROZEN = (
     "voc07_svm",
@@ -159,7 +160,8 @@ def published_as(rows: Sequence[Result], file: Path, *, in1k_images: int, moved:
     numbers = []
     for number in published_numbers():
         for row in rows:
-            same = (number.row, number.evaluation, number.metric) == (names[row.checkpoint], row.eval, row.metric)
+            place = (number.table, number.column, number.metric)
+            same = number.row == names[row.checkpoint] and place == (row.table, row.column, row.metric)
             if same and (row.layer == number.layer or row.metric == "map_best"):
                 value = row.value + moved * ((row.checkpoint, row.eval) == ("torchvision", "voc07_svm"))
                 fields = {name: text for name, text in vars(number).items() if name not in ("printed", "tolerance")}
@@ -213,11 +215,8 @@ def test_what_has_no_known_answer_is_told_before_anything_is_measured(relloc, tm
 
 def test_the_verdict_is_on_the_rows_of_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = asked([("random", "resnet50")], ["voc07_svm", "linear_avgpool"], ["as_trained"])
-    about = {"seed": 0, "protocol": "3", "checkpoint": "random", "model": "resnet50", "fingerprint": "now"}
-    best = {"layer": "feature2", "metric": "map_best", "value": 30.9}
-    svm = Result(eval="voc07_svm", dataset="voc2007", split="test", n=4952, **best, **about)
-    best = {"layer": "avgpool", "metric": "top1_best", "value": 4.0}
-    linear = dataclasses.replace(svm, eval="linear_avgpool", dataset="in1k", split="val", n=50_000, **best)
+    svm = result("voc07_svm", "feature2", "map_best", 30.9, dataset="voc2007", fingerprint="now")
+    linear = result("linear_avgpool", "avgpool", "top1_best", 4.0, fingerprint="now")
     append_results(tmp_path, [svm, linear])
     report_known_answers(tmp_path, answers, {"now"})
     assert capsys.readouterr().out.count("pass") == 2

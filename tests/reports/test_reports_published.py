@@ -1,12 +1,11 @@
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from relloc.reports.groups import CARD_GROUP
-from relloc.reports.make import make_report
-from relloc.reports.places import IMAGES_OF, SECTIONS, place
-from relloc.reports.published import PUBLISHED_IMAGES, Published, accepted, published_numbers
+from relloc.reports.published import CARD_GROUP, Published, accepted, card_parts, parts_of, published_numbers
+from relloc.reports.table import make_report
 
 
 def numbers(row: str, evaluation: str, metric: str = "") -> list[float]:
@@ -52,16 +51,21 @@ def test_tolerances_are_those_of_the_field() -> None:
 def test_every_number_stands_in_a_column_of_its_own_and_names_its_source() -> None:
     cells = Counter()
     for each in published_numbers():
-        where = place(each.evaluation, each.layer, each.metric)
-        section = next(section for section in SECTIONS if each.evaluation in section.columns)
-        assert where is not None
-        assert where.as_published
-        assert where.column in section.columns[each.evaluation]
-        assert (each.dataset, each.split) == IMAGES_OF[each.evaluation]
-        assert (each.dataset, each.split) in PUBLISHED_IMAGES
+        (part,) = (part for part in parts_of(each.table) if each.column in part.columns)
+        assert (each.dataset, each.split) == (part.dataset, part.split)
         assert "protocols.md 4." in each.source
-        cells[each.row, where, each.edition] += 1
+        cells[each.row, each.table, each.column, each.edition] += 1
     assert set(cells.values()) == {1}
+
+
+def test_the_parts_of_the_card_fill_each_column_once_and_name_evaluations_that_exist() -> None:
+    cells = [(part.table, column) for part in card_parts() for column in part.columns]
+    assert len(cells) == len(set(cells))
+    conf = Path(__file__).parents[2] / "conf" / "eval"
+    for part in card_parts():
+        assert not part.evaluation or (conf / f"{part.evaluation}.yaml").exists()
+        assert bool(part.evaluation) == bool(part.hours) == bool(part.view)
+        assert part.layer_best_in in ("", *(other.table for other in card_parts()))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,7 @@ def test_a_wrong_line_of_the_file_is_told(wrong: dict[str, str | float]) -> None
         Published(**{**line, **wrong})
 
 
-def test_other_tasks_and_other_tables_come_only_when_asked_for() -> None:
+def test_other_tasks_come_only_when_asked_for() -> None:
     card, everything = make_report([], rows="card"), make_report([], rows="all")
     assert [group.title for group in card.groups] == [CARD_GROUP]
     few = {row.label for table in card.groups[0].tables for row in table.rows}
@@ -84,5 +88,4 @@ def test_other_tasks_and_other_tables_come_only_when_asked_for() -> None:
         "OpenSelfSup Supervised",
     }
     assert "mmselfsup SwAV" in {row.label for table in everything.groups[0].tables for row in table.rows}
-    titles = {table.title for table in everything.groups[0].tables} - {table.title for table in card.groups[0].tables}
-    assert titles == {section.title for section in SECTIONS if not section.built}
+    assert [table.title for table in everything.groups[0].tables] == [table.title for table in card.groups[0].tables]

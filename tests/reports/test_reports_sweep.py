@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from relloc.report import main
-from relloc.reports.sweep_numbers import mean_tables, read_sweep
-from relloc.reports.sweep_picture import draw_sweep
-from relloc.reports.sweep_text import as_sweep_markdown
+from relloc.reports.pictures import draw_sweep
+from relloc.reports.sweep import as_sweep_markdown, mean_tables, read_sweep
 from relloc.results import Result
 from relloc.sweeps.points import Point, note_job
 from relloc.sweeps.sweep import Sweep

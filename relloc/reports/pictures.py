@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from relloc.reports.sweep_numbers import WEIGHTS, Frame, SweepNumbers, are_numbers, mean_tables, our_lines
+from relloc.reports.sweep import WEIGHTS, Frame, SweepNumbers, are_numbers, mean_tables, our_lines
 from relloc.reports.table import MISSING
 from relloc.results import NOT_OURS
 from relloc.terminal import escaped

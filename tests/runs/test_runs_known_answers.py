@@ -1,11 +1,12 @@
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
+from rows import result
 
-from relloc.reports.known import Verdict, asked, known_answers, unchecked
-from relloc.reports.known import check as check_some
 from relloc.results import Result
+from relloc.runs.known_answers import Verdict, asked, known_answers, unchecked
+from relloc.runs.known_answers import check as check_some
 
 
 def check(rows: Sequence[Result]) -> list[Verdict]:
@@ -15,26 +16,26 @@ def check(rows: Sequence[Result]) -> list[Verdict]:
 @pytest.mark.parametrize(
     ("value", "passed"), [(73.11, False), (73.12, True), (75.0, True), (76.2, True), (77.2, True), (77.21, False)]
 )
-def test_supervised_weights_give_about_76(result: Callable[..., Result], value: float, passed: bool) -> None:
+def test_supervised_weights_give_about_76(value: float, passed: bool) -> None:
     row = result("linear_avgpool", "avgpool", "top1", value, checkpoint="torchvision")
     (verdict,) = check([row])
-    assert (verdict.expected, verdict.tolerance, verdict.passed) == ((74.12, 76.2), 1.0, passed)
+    assert (verdict.answer.tolerance, verdict.passed) == (1.0, passed)
     word = "pass" if passed else "FAIL"
     what = "torchvision linear_avgpool avgpool top1 on in1k val"
     assert str(verdict).startswith(f"{word}  {what}: {value:.2f}, expected 74.12 to 76.2 ± 1 (OpenSelfSup")
 
 
-def test_random_layers_are_held_against_the_published_row(result: Callable[..., Result]) -> None:
+def test_random_layers_are_held_against_the_published_row() -> None:
     published = dict(zip((f"feature{n}" for n in range(1, 6)), (11.37, 16.21, 13.47, 9.07, 6.54), strict=True))
     exact = [result("linear_in1k", layer, "top1", value) for layer, value in published.items()]
     verdicts = check([*exact, result("linear_avgpool", "avgpool", "top1_best", 4.35)])
     assert [verdict.value for verdict in verdicts] == [*published.values(), 4.35]
-    assert all(verdict.passed and verdict.tolerance == 1.5 for verdict in verdicts)
+    assert all(verdict.passed and verdict.answer.tolerance == 1.5 for verdict in verdicts)
     off = [result("linear_in1k", layer, "top1", value + 1.51) for layer, value in published.items()]
     assert not any(verdict.passed for verdict in check(off))
 
 
-def test_svm_and_low_shot_are_checked_where_they_are(result: Callable[..., Result]) -> None:
+def test_svm_and_low_shot_are_checked_where_they_are() -> None:
     rows = [
         result("voc07_svm", "feature1", "map_best", 31.0, dataset="voc2007"),  # whatever layer is best
         result("voc07_low_shot", "feature2", "map_k1", 20.0, dataset="voc2007"),
@@ -42,7 +43,7 @@ def test_svm_and_low_shot_are_checked_where_they_are(result: Callable[..., Resul
         result("voc07_svm", "feature5", "map_best", 87.0, dataset="voc2007", checkpoint="torchvision"),
     ]
     verdicts = check(rows)
-    assert [(verdict.value, verdict.expected[0], verdict.passed) for verdict in verdicts] == [
+    assert [(verdict.value, verdict.answer.published.value, verdict.passed) for verdict in verdicts] == [
         (31.0, 30.54, True),
         (20.0, 9.15, False),
         (87.0, 87.17, True),
@@ -64,9 +65,7 @@ def test_svm_and_low_shot_are_checked_where_they_are(result: Callable[..., Resul
     ],
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
 )
-def test_an_answer_that_no_row_gives_is_named_with_the_reason(
-    result: Callable[..., Result], unlike: dict[str, object], why: str
-) -> None:
+def test_an_answer_that_no_row_gives_is_named_with_the_reason(unlike: dict[str, object], why: str) -> None:
     (answer,) = asked([("torchvision", "resnet50")], ["linear_avgpool"], ["as_trained"])
     fields = {"metric": "top1", "checkpoint": "torchvision", **unlike}
     row = result("linear_avgpool", "avgpool", fields.pop("metric"), 75.0, **fields)
@@ -85,13 +84,13 @@ def test_an_answer_that_no_row_gives_is_named_with_the_reason(
     ],
 )
 def test_each_answer_has_the_tolerance_of_its_published_number(
-    result: Callable[..., Result], name: str, layer: str, metric: str, published: float, tolerance: float
+    name: str, layer: str, metric: str, published: float, tolerance: float
 ) -> None:
     dataset = "voc2007" if name.startswith("voc07") else "in1k"
     off = (-tolerance - 0.01, -tolerance, tolerance, tolerance + 0.01)
     verdicts = [check([result(name, layer, metric, published + by, dataset=dataset)])[0] for by in off]
     assert [verdict.passed for verdict in verdicts] == [False, True, True, False]
-    assert {verdict.tolerance for verdict in verdicts} == {tolerance}
+    assert {verdict.answer.tolerance for verdict in verdicts} == {tolerance}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_what_will_be_known_is_known_before_any_work(
     subjects: dict[str, str], evaluations: list[str], batch_norms: list[str], expected: dict[tuple[str, str], int]
 ) -> None:
     answers = asked(subjects.items(), evaluations, batch_norms)
-    assert Counter((answer.checkpoint, answer.evaluation) for answer in answers) == expected
+    assert Counter((answer.published.known_answer_of, answer.published.evaluation) for answer in answers) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,17 +130,17 @@ def test_what_will_be_known_is_known_before_any_work(
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_other_rows_say_nothing(result: Callable[..., Result], other: dict[str, object]) -> None:
+def test_other_rows_say_nothing(other: dict[str, object]) -> None:
     assert check([result("linear_in1k", "feature1", "top1", 90.0, **other)]) == []
 
 
-def test_the_last_measurement_counts(result: Callable[..., Result]) -> None:
+def test_the_last_measurement_counts() -> None:
     rows = [result("linear_in1k", "feature1", "top1", value) for value in (90.0, 11.0)]
     assert [verdict.passed for verdict in check(rows)] == [True]
     assert check([]) == []
 
 
-def test_another_view_has_no_known_answer(result: Callable[..., Result]) -> None:
+def test_another_view_has_no_known_answer() -> None:
     rows = {
         view: result("linear_in1k", "feature1", "top1", 11.0, view=f"center view {view} px")
         for view in ("256/224", "72/64")

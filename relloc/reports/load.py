@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from relloc.errors import DataError
+from relloc.reports.published import BEST_LAYER
 from relloc.results import RESULTS_FILE, Result, read_results
 from relloc.tracking.record import RUN_FILE, RunRecord
 
 UNKNOWN_COMMIT = "unknown commit"
-# Of these metrics the layer is a part of the answer, not of the question
-_LAYER_IS_CHOSEN = ("map_best", "map_best_cv")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,23 +28,23 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """Who was evaluated, and how: a line of a table. `apart` tells from others of it what was not measured alike."""
+    """Who was evaluated, and how: a line of a table. `variant` names the run where others were measured otherwise."""
 
     checkpoint: str
     model: str
     batch_norm: str
     seed: int
-    apart: str = ""
+    variant: str = ""
 
     @property
     def whole(self) -> "Line":
-        """The line, nothing of it set apart."""
-        return dataclasses.replace(self, apart="")
+        """The line without its variant."""
+        return dataclasses.replace(self, variant="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A result and its run; `older` are earlier measurements of it that it replaces, `apart` is that of its line.
+    """A result and its run; `older` are earlier measurements of it that it replaces, `variant` is that of its line.
 
     `images` tells the images from others of the same name, split and number, where there are such.
     """
@@ -53,7 +52,7 @@ class Measured:
     result: Result
     run: Run
     older: tuple["Measured", ...] = ()
-    apart: str = ""
+    variant: str = ""
     images: str = ""
 
     @property
@@ -65,7 +64,16 @@ class Measured:
     def line(self) -> Line:
         row = self.result
         who = {"checkpoint": row.checkpoint, "model": row.model, "batch_norm": row.batch_norm}
-        return Line(**who, seed=row.seed, apart=self.apart)
+        return Line(**who, seed=row.seed, variant=self.variant)
+
+    @property
+    def question(self) -> tuple[object, ...]:
+        """What the number answers as its names say; the fingerprint says whether two were measured alike."""
+        row = self.result
+        # Where the best layer is asked for, the layer is a part of the answer
+        layer = "" if row.column == BEST_LAYER else row.layer
+        place = (row.table or row.eval, row.column, row.variant, row.metric)
+        return self.line, *place, row.dataset, row.split, row.n, layer
 
 
 def find_measured(paths: Sequence[Path]) -> list[Measured]:
@@ -112,29 +120,23 @@ def _origin(measured_in: str, own: Run) -> Run:
 
 def _run(folder: Path) -> Run:
     record = RunRecord.read(folder)
-    commit = record.tags.get("relloc.commit", UNKNOWN_COMMIT)
-    return Run(folder=folder, name=record.name, commit=commit, started_ms=record.started_ms, digests=_digests(record))
-
-
-def _digests(record: RunRecord) -> dict[str, str]:
-    found: dict[str, set[str]] = {}
+    digests: dict[str, set[str]] = {}
     for images in record.datasets:
-        found.setdefault(images.name, set()).add(images.digest)
-    return {name: digests.pop() for name, digests in found.items() if len(digests) == 1}
-
-
-def question(measured: Measured) -> tuple[object, ...]:
-    """What a number answers as its names say; the fingerprint says whether two were measured alike."""
-    row = measured.result
-    layer = "" if row.metric in _LAYER_IS_CHOSEN else row.layer
-    return measured.line, row.eval, row.dataset, row.split, row.n, layer, row.metric
+        digests.setdefault(images.name, set()).add(images.digest)
+    return Run(
+        folder=folder,
+        name=record.name,
+        commit=record.tags.get("relloc.commit", UNKNOWN_COMMIT),
+        started_ms=record.started_ms,
+        digests={name: found.pop() for name, found in digests.items() if len(found) == 1},
+    )
 
 
 def newest(measured: Iterable[Measured]) -> list[Measured]:
     """One result for each question and fingerprint (or none): the last, which keeps the others, copies aside."""
     kept: dict[tuple[object, ...], Measured] = {}
     for each in measured:
-        asked = (question(each), each.result.fingerprint)
+        asked = (each.question, each.result.fingerprint)
         before = kept.pop(asked, None)
         others = (*before.older, dataclasses.replace(before, older=())) if before else ()
         older = tuple(other for other in others if not _is_copy(other, each))

@@ -7,16 +7,13 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
-from relloc.reports.entries import ABOVE, BELOW, INSIDE, Entry, make_entries
-from relloc.reports.groups import CARD_GROUP
-from relloc.reports.labels import RUN_WEIGHTS, label_lines
-from relloc.reports.make import make_report
-from relloc.reports.measured import Line, Measured, Run
+from relloc.reports.compare import ABOVE, BELOW, INSIDE, Entry, make_entries
+from relloc.reports.lines import RUN_WEIGHTS, label_lines
+from relloc.reports.load import Line, Measured, Run
 from relloc.reports.missing import command
-from relloc.reports.notes import shared_words, short_commit
-from relloc.reports.places import CHOSEN, Place, column_order, place
-from relloc.reports.table import MISSING, Report, Row
-from relloc.results import Result
+from relloc.reports.published import CARD_GROUP, card_parts
+from relloc.reports.table import MISSING, Report, Row, column_order, make_report, note, short_commit
+from relloc.results import CHOSEN, Result
 
 OURS = "/data/runs/card2022/backbone.safetensors"
 
@@ -79,7 +76,7 @@ def test_other_images_never_stand_beside_published_numbers(
     assert _texts(elsewhere) == ["77.00"]
     assert not any(row.is_published or row.empty for table in elsewhere.tables for row in table.rows)
     assert elsewhere.title == f"{ours.dataset} {ours.split}, {ours.n:,} images"
-    assert elsewhere.tables[0].title == "Linear by the ImageNet protocol, top-1"
+    assert elsewhere.tables[0].title == "Linear, ImageNet protocol, top-1"
 
 
 def test_an_evaluation_on_another_data_set_of_the_card_is_not_the_card(result: Callable[..., Result]) -> None:
@@ -102,17 +99,17 @@ def test_low_shot_numbers_are_those_of_the_best_svm_layer_of_the_run(result: Cal
     shots = (low_shot("feature3", 3.0), low_shot("feature4", 4.0), low_shot("feature5", 5.0))
 
     def shown(*found: Measured) -> tuple[float, str]:
-        placed = [each for each in make_entries(found) if each.result.eval == "voc07_low_shot" and each.place]
+        placed = [each for each in make_entries(found) if each.result.eval == "voc07_low_shot" and each.is_shown]
         assert len(placed) == 1
         return placed[0].result.value, placed[0].why
 
     assert shown(*measured(*shots)) == (
         4.0,
-        "low-shot at feature4 as on the published card, no best SVM layer being known",
+        "at feature4 as on the published card, no best layer being known",
     )
-    same = "low-shot at feature5, the best SVM layer of the same run"
+    same = "at feature5, the best layer of the same run"
     assert shown(*measured(best("feature5"), *shots)) == (5.0, same)
-    other = "low-shot at feature3, the best SVM layer of run b"
+    other = "at feature3, the best layer of run b"
     assert shown(*measured(*shots), *measured(best("feature3"), run="b")) == (3.0, other)
 
 
@@ -123,7 +120,7 @@ def test_what_was_chosen_without_the_test_set_has_lines_of_its_own(result: Calla
         result("linear_avgpool", "avgpool", "top1", 39.0, checkpoint=OURS),
         result("linear_avgpool", "avgpool", "top1_best", 39.2, checkpoint=OURS),
     ]
-    lines = rows_of(make_report(measured(*rows)), "ImageNet linear, top-1")
+    lines = rows_of(make_report(measured(*rows)), "Linear, ImageNet protocol, top-1")
     ours = {label: row for label, row in lines.items() if not row.is_published}
     assert {label: [cell.text for cell in row.cells if cell] for label, row in ours.items()} == {
         "card2022, seed 0": ["51.00", "39.20"],
@@ -137,11 +134,11 @@ def test_what_was_chosen_without_the_test_set_has_lines_of_its_own(result: Calla
 def test_the_best_of_ours_is_marked_apart_from_supervised_weights(result: Callable[..., Result]) -> None:
     values = {"random": 11.0, "torchvision": 90.0, OURS: 15.0, "/other/backbone.safetensors": 15.0}
     rows = [result("linear_in1k", "feature1", "top1", value, checkpoint=name) for name, value in values.items()]
-    best = [each.result.checkpoint for each in make_entries(measured(*rows)) if each.best]
+    best = [each.result.checkpoint for each in make_entries(measured(*rows)) if each.is_best]
     assert sorted(best) == sorted([OURS, "/other/backbone.safetensors"])
-    assert not any(each.best for each in make_entries(measured(rows[2])))
+    assert not any(each.is_best for each in make_entries(measured(rows[2])))
     ranks = [result("label_free", "avgpool", "rankme", value, checkpoint=name) for name, value in values.items()]
-    assert not any(each.best for each in make_entries(measured(*ranks)))
+    assert not any(each.is_best for each in make_entries(measured(*ranks)))
 
 
 def test_details_name_run_seed_commit_protocol_interval_draws_and_what_was_replaced(
@@ -154,18 +151,18 @@ def test_details_name_run_seed_commit_protocol_interval_draws_and_what_was_repla
         result(*shot, "map_k1_min", 8.4, dataset="voc2007"),
     ]
     old = measured(result(*shot, "map_k1", 7.0, dataset="voc2007"), run="old")
-    lines = rows_of(make_report([*old, *measured(*rows, started_ms=2)]), "VOC07 low-shot SVM, mAP")
+    lines = rows_of(make_report([*old, *measured(*rows, started_ms=2)]), "Low-shot SVM, VOC07 protocol, mAP")
     cell = lines["random, seed 0"].cells[0]
     assert cell is not None
     assert (cell.text, cell.spread, cell.mark) == ("9.00", "± 0.50", INSIDE)
     assert cell.details.splitlines() == [
         "run a (/data/runs/a)",
         "seed 0, commit 6a6cf28a1b2c3d4e5f60",
-        "protocol: 3.9; as published",
+        *("protocol 3.9", "as published"),
         "voc2007 test, n = 4,952, feature4, map_k1",
         "95 % interval 8.00 to 10.00",
-        "over draws: std 0.50, min 8.40",
-        "low-shot at feature4 as on the published card, no best SVM layer being known",
+        *("std over draws: 0.50", "min over draws: 8.40"),
+        "at feature4 as on the published card, no best layer being known",
         "inside: OpenSelfSup Random 9.15, tolerance 2.2",
         "replaces 7.00 of run old",
     ]
@@ -178,7 +175,7 @@ def test_of_the_layers_of_nearest_neighbors_one_is_bold(result: Callable[..., Re
     lines = rows_of(
         make_report(measured(*rows, result("knn", "avgpool", "top1_k20", 10.0))), "Nearest neighbors, top-1"
     )
-    bold = {label: [cell.best for cell in row.cells if cell] for label, row in lines.items() if not row.is_published}
+    bold = {label: [cell.is_best for cell in row.cells if cell] for label, row in lines.items() if not row.is_published}
     assert bold == {
         "random, seed 0, avgpool": [False],
         "card2022, seed 0, feature3": [False],
@@ -210,15 +207,23 @@ def test_missing_cells_name_their_commands(result: Callable[..., Result]) -> Non
     assert list(missing) == ["random, seed 0", "torchvision, seed 0", "card2022, seed 0"]
     ours = f"python -m relloc.evaluate checkpoint={OURS} eval="
     evaluations = ["voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "linear_inat18"]
-    assert missing["card2022, seed 0"] == tuple(ours + name for name in [*evaluations, "semisup_1", "semisup_10"])
-    assert "python -m relloc.evaluate checkpoint=random model=resnet50 eval=knn_in1k" in missing["random, seed 0"]
+    commands = [each.partition("  # about ")[0] for each in missing["card2022, seed 0"]]
+    assert commands == [ours + name for name in [*evaluations, "semisup_1", "semisup_10"]]
+    hours = {part.evaluation: part.hours for part in card_parts()}
+    assert [each.partition("  # about ")[2] for each in missing["card2022, seed 0"]] == [
+        f"{hours[name]} h" for name in [*evaluations, "semisup_1", "semisup_10"]
+    ]
+    assert (
+        f"python -m relloc.evaluate checkpoint=random model=resnet50 eval=knn_in1k  # about {hours['knn_in1k']} h"
+        in (missing["random, seed 0"])
+    )
 
 
 def test_a_command_can_be_given_as_it_is_printed() -> None:
     line = Line(checkpoint='/a b/"c",gap=3/x', model="small", batch_norm="recalibrated", seed=3)
-    printed = command(line, "voc07_svm")
+    printed = command(line, card_parts()[0])
     assert printed.startswith("python -m relloc.evaluate 'checkpoint=")
-    parsed = OverridesParser.create().parse_overrides(shlex.split(printed)[3:])
+    parsed = OverridesParser.create().parse_overrides(shlex.split(printed, comments=True)[3:])
     assert {each.key_or_group: each.value() for each in parsed} == {
         "checkpoint": '/a b/"c",gap=3/x',
         "eval": "voc07_svm",
@@ -233,7 +238,7 @@ def test_lines_that_are_not_on_the_card_get_one_sentence(result: Callable[..., R
     report = make_report(measured(elsewhere, small))
     assert report.missing == ()
     assert report.advice.startswith("No resnet50 line has a number on the card's images: python -m relloc.evaluate")
-    lines = rows_of(report, "ImageNet linear, top-1")
+    lines = rows_of(report, "Linear, ImageNet protocol, top-1")
     assert lines["card2022, small, seed 0"].empty == ""  # nothing below says how to fill it
     on_card = result("linear_in1k", "feature4", "top1", 51.0, checkpoint="/c/run9/backbone.safetensors")
     report = make_report(measured(elsewhere, small, on_card))
@@ -248,7 +253,7 @@ def test_a_recalibrated_line_asks_only_for_what_its_line_as_trained_has(result: 
     missing = {fill.label: fill.commands for fill in make_report(measured(*both, *knn)).missing}
     assert "recalibrated" not in " ".join(missing["card2022, seed 0"])
     assert missing["card2022, recalibrated, seed 0"] == (
-        f"python -m relloc.evaluate checkpoint={OURS} eval=knn_in1k batch_norm=recalibrated",
+        f"python -m relloc.evaluate checkpoint={OURS} eval=knn_in1k batch_norm=recalibrated  # about 0.1 h",
     )
 
 
@@ -256,19 +261,46 @@ def test_fine_tuning_is_not_asked_for_twice(result: Callable[..., Result]) -> No
     row = result("knn", "avgpool", "top1_k20", 15.0, checkpoint=OURS, batch_norm="recalibrated")
     (fill,) = (fill for fill in make_report(measured(row)).missing if "card2022" in fill.label)
     assert not any("semisup" in each for each in fill.commands)
-    assert all(each.endswith("batch_norm=recalibrated") for each in fill.commands)
+    assert all("batch_norm=recalibrated  #" in each for each in fill.commands)
 
 
-def test_unknown_evaluations_and_columns_have_a_place_too() -> None:
-    assert place("linear", "feature2", "top1") == Place(section="linear", column="feature2")
-    assert place("linear", "feature2", "mcc") == Place(section="linear", column="feature2", setting="mcc")
-    assert place("voc07_low_shot", "feature2", "map_k1_max") is None
-    assert place("voc07_svm", "feature2", "map_cv") is None  # measured on train
-    assert place("knn", "feature4", "top1_k20") == Place(
-        section="Nearest neighbors, top-1", column="k=20", setting="feature4"
-    )
-    assert column_order({"k=200", "k=5", "k=10"}, "Nearest neighbors, top-1") == ["k=5", "k=10", "k=200"]
-    assert column_order({"zz", "avgpool", "feature2"}, "linear") == ["feature2", "avgpool", "zz"]
+def test_an_evaluation_that_the_card_does_not_have_gets_a_table_by_its_fields(result: Callable[..., Result]) -> None:
+    placed = {"table": "Mine", "column": "a column", "variant": "twice", "unit": "px", "higher_is_better": False}
+    rows = [
+        result("mine", "", "loss", value, checkpoint=name, **placed) for value, name in ((2.0, "random"), (1.0, OURS))
+    ]
+    hidden = result("mine", "", "detail", 3.0, table="")
+    report = make_report(measured(*rows, hidden))
+    (table,) = report.groups[1].tables
+    assert (table.title, table.columns) == ("Mine", ("a column",))
+    assert [
+        (row.label, row.setting, row.cells[0].text, row.cells[0].is_best) for row in table.rows if row.cells[0]
+    ] == [
+        ("random, seed 0", "twice", "2.00", False),
+        ("card2022, seed 0", "twice", "1.00", True),  # lower is better
+    ]
+    assert len(report.entries) == 3
+
+
+def test_columns_are_in_the_order_of_the_card_and_of_their_numbers() -> None:
+    assert column_order({"k=200", "k=5", "k=10"}, ("k=10", "k=200")) == ["k=5", "k=10", "k=200"]
+    assert column_order({"zz", "avgpool", "feature2"}, ()) == ["feature2", "avgpool", "zz"]
+    assert column_order({"feature1", "best layer"}, ("best layer", "feature1")) == ["best layer", "feature1"]
+    assert column_order({"10 % top-1", "1 % top-5", "1 % top-1"}, ()) == ["1 % top-1", "1 % top-5", "10 % top-1"]
+
+
+def test_every_table_of_the_card_says_its_tolerance_and_how_it_stands(result: Callable[..., Result]) -> None:
+    row = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS)
+    (card,) = make_report(measured(row)).groups
+    captions = {table.title: table.caption for table in card.tables}
+    assert captions.keys() == {part.table for part in card_parts()} - {"Linear, iNaturalist 2018 protocol, top-1"}
+    for part in card_parts():
+        caption = captions.get(part.table, "")
+        assert ("Not built" in caption) == (bool(caption) and not part.evaluation)
+        if caption:
+            assert caption.startswith("Tolerance: ± ")
+            asked = f"checkpoint=RUN eval={part.evaluation}, about {part.hours} h"
+            assert (asked in caption) == (bool(part.evaluation) and part.evaluation != "linear_in1k")
 
 
 def test_commits_are_shortened_but_say_that_files_had_been_changed() -> None:
@@ -276,17 +308,9 @@ def test_commits_are_shortened_but_say_that_files_had_been_changed() -> None:
     assert short_commit("unknown commit") == "unknown commit"
 
 
-def test_words_that_differ_become_a_gap() -> None:
-    one = "3.2 SVM; draws b210; deviation: no k=8,16; cost 10 of 19 chosen on test; center view"
-    other = "3.2 SVM; draws 95a5; deviation: no k=8,16; cost 0.5 of 19 chosen on test; center view"
-    assert shared_words([one, other, one]) == (
-        "3.2 SVM; draws …; deviation: no k=8,16; cost … of 19 chosen on test; center view"
-    )
-    assert shared_words([one]) == one
-    assert shared_words(["a b", "c d"]) == "…"
-    assert shared_words(["1 a b 1 c d e", "2 a b 2 c d e"]) == "… c d e"
-    knn = "3.7 kNN, T=0.07; {}center view, float32; as trained"
-    layers = [f"deviation: features of feature{n} pooled as in 3.1; " for n in (1, 2)]
-    texts = [knn.format(text) for text in (*layers, "")]
-    assert shared_words(texts) == "3.7 kNN, T=0.07 …; center view, float32; as trained"
-    assert shared_words(texts[:2]) == knn.format("deviation: features of … pooled as in 3.1; ")
+def test_what_is_not_said_of_all_numbers_of_a_line_becomes_a_gap(result: Callable[..., Result]) -> None:
+    one = result("knn", "feature1", "top1_k20", 1.0, protocol="3.7", details=("T=0.07",), deviations=("pooled",))
+    other = result("knn", "avgpool", "top1_k20", 1.0, protocol="3.7", details=("T=0.07",), view="center")
+    entries = make_entries(measured(one, other))
+    assert note(entries) == "run a; seed 0; commit 6a6cf28a1b; protocol 3.7; T=0.07; …"
+    assert note(entries[:1]).endswith("protocol 3.7; T=0.07; deviation: pooled")

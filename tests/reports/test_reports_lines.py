@@ -7,12 +7,10 @@ from types import MappingProxyType
 import pytest
 
 from relloc.reports.as_csv import as_csv
-from relloc.reports.entries import make_entries
-from relloc.reports.groups import CARD_GROUP, foreign_view
-from relloc.reports.make import make_report
-from relloc.reports.measured import Measured, Run
-from relloc.reports.missing import is_cell_of_card
-from relloc.reports.table import Report
+from relloc.reports.compare import make_entries
+from relloc.reports.load import Measured, Run
+from relloc.reports.published import CARD_GROUP, foreign_view
+from relloc.reports.table import Report, make_report
 from relloc.results import Result
 
 OURS = "/data/runs/card2022/backbone.safetensors"
@@ -106,7 +104,7 @@ def test_elsewhere_other_images_of_the_same_name_have_tables_of_their_own(result
         (f"{title}, images 01234567", "card2022, seed 0"): ["2.00"],
         (f"{title}, images abcdefgh", "other, seed 0"): ["3.00"],
     }
-    assert {each.result.value for each in two.entries if each.best} == {2.0}  # the third competes with none
+    assert {each.result.value for each in two.entries if each.is_best} == {2.0}  # the third competes with none
     assert "several sets of them" in two.legend[-1]
     assert "several sets of them" not in alike.legend[-1]
     lines = list(csv.DictReader(io.StringIO(as_csv(alike))))
@@ -120,8 +118,8 @@ def test_on_the_card_other_images_of_the_same_name_are_a_line_that_says_so(resul
         (CARD_GROUP, "card2022, seed 0, images 01234567"): ["2.00"],
         (CARD_GROUP, "other, seed 0, images abcdefgh"): ["3.00"],
     }
-    assert {each.result.value for each in two.entries if each.best} == {2.0}
-    assert all(is_cell_of_card(each) and each.mark for each in two.entries)  # they fill the card all the same
+    assert {each.result.value for each in two.entries if each.is_best} == {2.0}
+    assert all(each.fills_card and each.mark for each in two.entries)  # they fill the card all the same
 
 
 def test_images_that_no_run_recorded_are_told_only_where_others_differ(result: Rows) -> None:
@@ -154,7 +152,7 @@ def test_on_the_card_another_view_is_a_line_that_says_so_and_fills_no_cell(resul
         (CARD_GROUP, f"random, seed 0, {SMALL}"): ["8.00"],
     }
     entries = make_entries(of_run("a", *rows))
-    assert [(is_cell_of_card(each), bool(each.mark)) for each in entries] == [(True, True), (False, False)]
+    assert [(each.fills_card, bool(each.mark)) for each in entries] == [(True, True), (False, False)]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +179,7 @@ def test_low_shot_is_at_the_best_layer_of_its_own_run_where_runs_stand_apart(res
         return [*shots, result("voc07_svm", best, "map_best", 60.0, dataset="voc2007", fingerprint=mark)]
 
     entries = make_entries([*of_run("a", *rows("a", "feature3")), *of_run("b", *rows("b", "feature4"), at=2)])
-    placed = {each.label: each.result.layer for each in entries if each.place and each.result.metric == "map_k1"}
+    placed = {each.label: each.result.layer for each in entries if each.is_shown and each.result.metric == "map_k1"}
     assert placed == {"random, seed 0, run a": "feature3", "random, seed 0, run b": "feature4"}
 
 
@@ -202,7 +200,6 @@ def test_on_other_images_a_line_has_one_note_and_its_cells_keep_the_details(resu
     report = make_report([*of_run("a", shots[0]), *of_run("b", *shots[1:])])
     table = report.groups[1].tables[0]
     (note,) = table.notes
-    assert note.startswith("run a and b; seed 0; commit 6a6cf28a1b; 3.2; cost … of 19; low-shot at feature4")
-    assert [cell.details.splitlines()[2] for cell in table.rows[0].cells if cell] == [
-        f"protocol: 3.2; {row.choice}" for row in shots
-    ]
+    assert note.startswith("run a and b; seed 0; commit 6a6cf28a1b; protocol 3.2; …; at feature4 as on the published")
+    for cell, row in zip((cell for cell in table.rows[0].cells if cell), shots, strict=True):
+        assert {"protocol 3.2", row.choice} <= set(cell.details.splitlines())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from relloc.errors import DataError
-from relloc.reports.measured import UNKNOWN_COMMIT, find_measured, newest
+from relloc.reports.load import UNKNOWN_COMMIT, find_measured, newest
 from relloc.results import RESULTS_FILE
 from relloc.tracking import RunRecord
 from relloc.tracking.record import DatasetRecord

@@ -1,0 +1,166 @@
+"""Our numbers made comparable: each with its line, its group, and the published numbers it stands beside."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from relloc.reports.lines import group_of, label_lines, set_apart, tell_images_apart
+from relloc.reports.load import Line, Measured, newest
+from relloc.reports.published import (
+    BEST_LAYER,
+    CARD,
+    CARD_GROUP,
+    CARD_OSS,
+    PUBLISHED_MODEL,
+    RANDOM,
+    SUPERVISED,
+    Published,
+    accepted,
+    foreign_view,
+    parts_of,
+    published_numbers,
+)
+from relloc.results import LAYERS, Result
+
+INSIDE, ABOVE, BELOW = "≈", "+", "\N{MINUS SIGN}"
+MARK_WORDS = {INSIDE: "inside", ABOVE: "above", BELOW: "below"}
+# With which published row a line of ours is compared: the first that has the number
+_COMPARED_WITH = {"random": (RANDOM,), "torchvision": (SUPERVISED,)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One number of ours.
+
+    `group` is `CARD_GROUP` or names the other images it was measured on. `is_shown` says whether a table shows it.
+    `beside` are the published numbers it is compared with, `is_best` whether none of ours in its column is better.
+    `why` says how the layer was chosen, where one was.
+    """
+
+    measured: Measured
+    label: str
+    group: str
+    is_shown: bool
+    beside: tuple[Published, ...] = ()
+    is_best: bool = False
+    why: str = ""
+
+    @property
+    def result(self) -> Result:
+        return self.measured.result
+
+    @property
+    def setting(self) -> str:
+        """What sets the line apart from others of its label: its variant, and on the card other views and images."""
+        row = self.result
+        on_card = (foreign_view(row), self.measured.images) if self.group == CARD_GROUP else ()
+        return ", ".join(filter(None, (row.variant, *on_card)))
+
+    @property
+    def fills_card(self) -> bool:
+        """Whether it fills a cell that the published model has on the card."""
+        row = self.result
+        is_as_published = row.variant in ("", LAYERS[-1]) and not foreign_view(row)
+        return self.is_shown and self.group == CARD_GROUP and row.model == PUBLISHED_MODEL and is_as_published
+
+    @property
+    def mark(self) -> str:
+        """`INSIDE`, `ABOVE` or `BELOW` the tolerance of the published numbers; "" without one."""
+        if not self.beside:
+            return ""
+        low, high = accepted(self.beside)
+        value, rounding = self.result.value, 1e-9
+        return BELOW if value < low - rounding else ABOVE if value > high + rounding else INSIDE
+
+
+def make_entries(measured: Iterable[Measured]) -> list[Entry]:
+    """All numbers, the newest of those measured alike, lines in the order in which tables show them."""
+    kept = set_apart(tell_images_apart(newest(measured)))
+    labels = label_lines({each.line for each in kept})
+    best_layers = _best_layers(kept)
+    entries = [_entry(each, labels[each.line], best_layers) for each in kept]
+    order = {label: number for number, label in enumerate(labels.values())}
+    return _mark_best(sorted(entries, key=lambda entry: order[entry.label]))
+
+
+def _best_layers(kept: Iterable[Measured]) -> Mapping[tuple[object, ...], list[Measured]]:
+    """Where the best layer of a table was measured, by table, line, group and view."""
+    best: dict[tuple[object, ...], list[Measured]] = {}
+    for each in kept:
+        if each.result.column == BEST_LAYER and not each.result.variant:
+            key = (each.result.table, each.line.whole, group_of(each), each.result.view)
+            best.setdefault(key, []).append(each)
+    return best
+
+
+def _entry(each: Measured, label: str, best_layers: Mapping[tuple[object, ...], list[Measured]]) -> Entry:
+    row, group = each.result, group_of(each)
+    is_shown, why = bool(row.table), ""
+    if is_shown and (source := next((part.layer_best_in for part in parts_of(row.table) if part.layer_best_in), "")):
+        best = best_layers.get((source, each.line.whole, group, row.view), [])
+        layer, why = _layer_of(each, best)
+        is_shown = row.layer == layer
+    beside = published_beside(each.line, row) if is_shown and group == CARD_GROUP else ()
+    return Entry(measured=each, label=label, group=group, is_shown=is_shown, beside=beside, why=why)
+
+
+def _layer_of(each: Measured, best: Sequence[Measured]) -> tuple[str, str]:
+    """The layer at which a table is shown that has none of its own, and why.
+
+    It is the best layer of the run that measured the number, else the newest of the line, else the published one.
+    """
+    same_run = [one for one in best if one.run == each.run]
+    if found := [*same_run, *reversed(best)]:
+        where = "the same run" if same_run else f"run {found[0].run.name}"
+        layer = found[0].result.layer
+        return layer, f"at {layer}, the best layer of {where}"
+    published = (one for one in published_numbers() if (one.row, one.table) == (CARD, each.result.table))
+    layer = next(published).layer
+    return layer, f"at {layer} as on the published card, no best layer being known"
+
+
+def published_beside(line: Line, row: Result) -> tuple[Published, ...]:
+    """The published numbers that a number on the card is compared with: of the published model, view and layer."""
+    if line.model != PUBLISHED_MODEL or foreign_view(row):
+        return ()
+    for name in _COMPARED_WITH.get(line.checkpoint, (CARD, CARD_OSS)):
+        found = tuple(
+            each
+            for each in published_numbers()
+            if (each.row, each.table, each.column) == (name, row.table, row.column)
+            and (row.variant not in LAYERS or row.variant == each.layer)
+        )
+        if found:
+            return found
+    return ()
+
+
+def _mark_best(entries: Sequence[Entry]) -> list[Entry]:
+    """Marks the best of several lines of ours in a column and setting, supervised weights aside."""
+    contests: dict[tuple[object, ...], list[float]] = {}
+    for each in entries:
+        if _competes(each):
+            contests.setdefault(_contest(each), []).append(_goodness(each.result))
+    best = {key: max(values) for key, values in contests.items() if len(values) > 1}
+    return [
+        dataclasses.replace(each, is_best=True)
+        if _competes(each) and best.get(_contest(each)) == _goodness(each.result)
+        else each
+        for each in entries
+    ]
+
+
+def _competes(entry: Entry) -> bool:
+    row = entry.result
+    return entry.is_shown and row.checkpoint != "torchvision" and row.higher_is_better is not None
+
+
+def _goodness(row: Result) -> float:
+    return row.value if row.higher_is_better else -row.value
+
+
+def _contest(entry: Entry) -> tuple[object, ...]:
+    """Who competes: the same column and setting; layers that are lines of one column compete with each other."""
+    row = entry.result
+    variant = "" if row.variant == row.layer else row.variant
+    on_card = entry.measured.images if entry.group == CARD_GROUP else ""
+    return entry.group, row.table, row.column, variant, foreign_view(row), on_card
