@@ -56,7 +56,10 @@ def convert(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     evaluation, metric, layer = fields["eval"], fields["metric"], fields["layer"]
     placed = next(_placed(evaluation, metric, layer), {"table": evaluation, "column": layer, "variant": metric})
-    return {**fields, **_facts(fields["protocol"]), "kind": _kind(evaluation), **placed}
+    # These had one name on the run's own images and on ImageNet
+    if evaluation in ("knn", "label_free") and fields["dataset"] == "in1k":
+        evaluation += "_in1k"
+    return {**fields, **_facts(fields["protocol"]), "eval": evaluation, "kind": _kind(evaluation), **placed}
 
 
 def _placed(evaluation: str, metric: str, layer: str) -> Iterator[dict[str, Any]]:

@@ -29,10 +29,13 @@ def find(rows: list[Result], evaluation: str, metric: str, batch_norm: str = "as
 
 
 def test_no_row_is_lost_and_no_value_changes(rows: list[Result]) -> None:
-    same = ("eval", "dataset", "split", "metric", "value", "low", "high", "n", "seed", "checkpoint", "model")
+    same = ("dataset", "split", "metric", "value", "low", "high", "n", "seed", "checkpoint", "model")
     same += ("batch_norm", "fingerprint", "measured_in")
     assert [[getattr(row, name) for name in same] for row in rows] == [[line[name] for name in same] for line in LINES]
     assert {row.kind for row in rows} == set(KINDS) - {"study"}
+    renamed = {"knn": "knn_in1k", "label_free": "label_free_in1k"}
+    for row, line in zip(rows, LINES, strict=True):
+        assert row.eval == (renamed.get(line["eval"], line["eval"]) if line["dataset"] == "in1k" else line["eval"])
     assert [row.layer or "avgpool" for row in rows] == [line["layer"] for line in LINES]  # of pretext rows now ""
 
 
@@ -79,13 +82,13 @@ def test_facts_of_a_sentence_become_fields(rows: list[Result]) -> None:
 
 
 def test_units_headlines_and_places_are_those_of_the_evaluations_of_now(rows: list[Result]) -> None:
-    rank = find(rows, "label_free", "rankme")
+    rank = find(rows, "label_free_in1k", "rankme")
     assert (rank.unit, rank.higher_is_better, rank.headline, rank.variant) == ("directions", None, True, "RankMe")
-    assert {row.unit for row in rows if row.eval != "label_free"} == {"%"}
-    headlines = {(row.eval, row.metric) for row in rows if row.headline}
+    assert {row.unit for row in rows if not row.eval.startswith("label_free")} == {"%"}
+    headlines = {(row.eval.removesuffix("_in1k"), row.metric) for row in rows if row.headline}
     assert headlines == {
         *(("pretext", "top1"), ("linear_fast", "top1"), ("knn", "top1_k20"), ("label_free", "rankme")),
-        *((f"linear_{name}", "top1") for name in ("in1k", "avgpool", "places205", "inat18")),
+        *((name, "top1") for name in ("linear", "linear_avgpool", "linear_places205", "linear_inat18")),
         *(("voc07_svm", "map"), ("voc07_low_shot", "map_k1"), ("semisup_1", "top1"), ("semisup_10", "top1")),
     }
     details = {row.metric for row in rows if not row.table}

@@ -20,7 +20,7 @@ def test_the_card_is_as_published() -> None:
     assert numbers(card, "linear_in1k") == [15.11, 30.47, 42.83, 51.20, 40.96]
     assert numbers(card, "linear_avgpool") == [39.65, 38.78, 40.4]
     assert numbers(card, "linear_places205") == [20.69, 34.72, 43.01, 45.97, 41.96]
-    assert numbers(card, "knn") == [14.5, 15.0, 15.0, 14.2]
+    assert numbers(card, "knn_in1k") == [14.5, 15.0, 15.0, 14.2]
     assert numbers(card, "voc0712_detection") == [79.70]
     assert numbers(card, "coco_mask_rcnn_fpn_1x") == [37.5, 56.2, 41.3, 33.7, 53.3, 36.1]
     assert numbers(card, "voc12aug_fcn") == [63.49]

@@ -219,7 +219,7 @@ def test_evaluated_files_are_told_by_their_names_and_random_weights_by_setting_w
     ]
     text = as_sweep_markdown(read_sweep("s", made, done(made)), [f"command {number}" for number in range(7)])
     assert text.endswith("    command 4\n\nand 2 more\n")
-    assert tables(text, "knn/top1_k20 on in1k val")[:7] == [
+    assert tables(text, "knn_in1k/top1_k20 on in1k val")[:7] == [
         "| short_px | weights | feature4 |",
         "| 64 | a.pth | 74.0 |",
         "| 64 | b.pth | 74.0 |",
