@@ -13,10 +13,8 @@ from pathlib import Path
 from relloc import terminal
 from relloc.errors import UsageError
 from relloc.reports.as_csv import as_csv
-from relloc.reports.as_html import as_html
-from relloc.reports.as_latex import as_latex
-from relloc.reports.as_markdown import as_markdown
 from relloc.reports.load import find_measured
+from relloc.reports.render import as_html, as_latex, as_markdown
 from relloc.reports.table import ROWS, Report, make_report
 from relloc.status import Status
 from relloc.sweeps.points import Point
@@ -25,13 +23,14 @@ from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep, is_named, runs_fo
 
 _SWEEP = "sweep="
 _PICTURES = ("png", "svg", "pdf")
-_FORMATS: dict[str, tuple[str, Callable[[Report], str]]] = {
-    "markdown": (".md", as_markdown),
-    "csv": (".csv", as_csv),
-    "html": (".html", as_html),
-    "latex": (".tex", as_latex),
+_FORMATS = {"markdown": ".md", "csv": ".csv", "html": ".html", "latex": ".tex"}
+_SWEEP_FORMATS = _FORMATS | {name: f".{name}" for name in _PICTURES}
+_RENDER: dict[str, Callable[[Report], str]] = {
+    "markdown": as_markdown,
+    "csv": as_csv,
+    "html": as_html,
+    "latex": as_latex,
 }
-_SWEEP_FORMATS = {name: ending for name, (ending, _) in _FORMATS.items()} | {name: f".{name}" for name in _PICTURES}
 _NOT_IN_FLIGHT = ("stopped", "cancelled", "failed", "missing")
 
 
@@ -89,7 +88,7 @@ def _names_sweep(word: str) -> bool:
 
 
 def _report(options: argparse.Namespace) -> None:
-    render = _FORMATS[_format(options, {name: ending for name, (ending, _) in _FORMATS.items()})][1]
+    render = _RENDER[_format(options, _FORMATS)]
     if options.rows not in ROWS:
         raise UsageError(f"--rows {options.rows} is not one of {', '.join(ROWS)}")
     if options.metrics is not None:
@@ -101,7 +100,7 @@ def _report(options: argparse.Namespace) -> None:
 def _report_sweep(options: argparse.Namespace) -> None:
     # pandas and matplotlib take a while, which other reports need not wait
     from relloc.reports.pictures import draw_sweep
-    from relloc.reports.sweep import as_report, as_sweep_csv, as_sweep_markdown, read_sweep
+    from relloc.reports.sweep import as_report, as_sweep_csv, read_sweep
 
     sweep, shown = _sweep_of(options), _format(options, _SWEEP_FORMATS)
     points = sweep.points()
@@ -111,10 +110,8 @@ def _report_sweep(options: argparse.Namespace) -> None:
     commands = [point.again for point in idle]
     if shown == "csv":
         _give(as_sweep_csv(numbers), options.out)
-    elif shown == "markdown":
-        _give(as_sweep_markdown(numbers, commands), options.out)
-    elif shown in _FORMATS:
-        _give(_FORMATS[shown][1](as_report(numbers, commands)), options.out)
+    elif shown in _RENDER:
+        _give(_RENDER[shown](as_report(numbers, commands)), options.out)
     if not numbers.has_ours:
         nothing = f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
         if shown in _PICTURES:

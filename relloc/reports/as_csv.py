@@ -40,12 +40,16 @@ def as_csv(report: Report) -> str:
 
 def cells(line: Mapping[str, object]) -> dict[str, object]:
     """The cells of a line, text among them such that it is nothing but text: see `as_text`."""
-    return {name: as_text(value) if isinstance(value, str) else value for name, value in line.items()}
+    return {name: as_text(value) for name, value in line.items()}
 
 
-def as_text(text: str) -> str:
-    """Text that a spreadsheet takes for no formula, as it does what begins with = + - or @, and a terminal for text."""
-    text = escaped(text, keep="\n")
+def as_text(value: object) -> object:
+    """Text such that a spreadsheet takes it for no formula, as it does what begins with = + - or @, and a terminal for
+    text; any other value as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    text = escaped(value, keep="\n")
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
 
 

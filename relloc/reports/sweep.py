@@ -9,13 +9,11 @@ import pandas as pd
 
 from relloc.errors import DataError
 from relloc.reports.as_csv import as_text
-from relloc.reports.as_markdown import escape
 from relloc.reports.lines import short_names
 from relloc.reports.missing import Fill
 from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
 from relloc.results import LAYERS, NOT_OURS, Result, read_results
 from relloc.sweeps.points import Point
-from relloc.terminal import escaped
 from relloc.tracking.record import RunRecord, Scalar
 
 WEIGHTS, TITLE, COLUMN = "weights", "title", "across"
@@ -213,48 +211,54 @@ LEGEND = (
 
 def as_report(sweep: SweepNumbers, commands: Sequence[str]) -> Report:
     """A table a metric, a row for each combination of swept settings and weights; `commands` run what is not done."""
-    tables = tuple(_table(sweep, title, table) for title, table in mean_tables(sweep))
-    not_done = "; ".join(f"{state} ({len(names)}): {', '.join(names)}" for state, names in points_not_done(sweep))
+    tables = [one for title, table in mean_tables(sweep) for one in _tables(sweep, title, table)]
+    points = sweep.rows.drop_duplicates("folder")
+    groups = points[points["state"] != "done"].groupby("state")["point"]
+    not_done = "; ".join(f"{state} ({len(names)}): {', '.join(map(str, names))}" for state, names in groups)
     fill = Fill(label="What neither runs nor waits, each by its own command", commands=tuple(commands))
     return Report(
         title=f"Sweep {sweep.name}",
-        groups=(Group(title="Means over seeds", tables=tables),),
+        groups=(Group(title="Means over seeds", tables=tuple(tables)),),
         legend=(LEGEND,),
         advice=f"Points that are not done: {not_done}." if not_done else "",
         missing=(fill,) if commands else (),
     )
 
 
-def points_not_done(sweep: SweepNumbers) -> list[tuple[str, list[str]]]:
-    """The names of points by how they stand, but for those that are done."""
-    points = sweep.rows.drop_duplicates("folder")
-    groups = points[points["state"] != "done"].groupby("state")["point"]
-    return [(str(state), list(map(str, names))) for state, names in groups]
-
-
-def _table(sweep: SweepNumbers, title: str, table: Frame) -> Table:
-    return Table(
-        title=title,
-        caption="",
-        columns=tuple(map(str, table["mean"].columns)),
-        rows=tuple(_rows(sweep, table)),
-    )
-
-
-def _rows(sweep: SweepNumbers, table: Frame) -> Iterator[Row]:
+def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
+    """The table of a metric; of two settings a grid, too, at the layer with the highest mean."""
     highest, lacking = table["mean"].max(), sweep.lacking()
+    rows = []
     for key, line in table.iterrows():
         settings = dict(zip(sweep.keys, key if isinstance(key, tuple) else (key,), strict=True))
         weights = str(settings.pop(WEIGHTS))
         # Weights that are not ours have one line for all points, without their settings.
         label = ", ".join(f"{name}={value}" for name, value in settings.items() if value != "")
-        yield Row(
-            label=label or weights,
-            setting=weights if label else "",
-            is_published=False,
-            cells=tuple(_cell(line, layer, highest[layer]) for layer in highest.index),
-            empty=lacking.get(key, MISSING),
-        )
+        cells = tuple(_cell(line, layer, highest[layer]) for layer in highest.index)
+        setting, empty = weights if label else "", lacking.get(key, MISSING)
+        rows.append(Row(label=label or weights, setting=setting, is_published=False, cells=cells, empty=empty))
+    yield Table(title=title, caption="", columns=tuple(map(str, highest.index)), rows=tuple(rows))
+    if len(sweep.axes) == 2 and our_lines(sweep, table)["mean"].notna().any(axis=None):
+        yield _grid(sweep, title, table, lacking)
+
+
+def _grid(sweep: SweepNumbers, title: str, table: Frame, lacking: Mapping[object, str]) -> Table:
+    ours = our_lines(sweep, table)
+    highest = ours["mean"].max()
+    layer = str(highest.idxmax())
+    shown = [_cell(line, layer, highest[layer]) for _, line in ours.iterrows()]
+    # Points that are not done say in their cells how they stand
+    keys = table.index[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)]
+    texts = [lacking.get(key, MISSING) for key in keys]
+    cells = [one or Cell(text=text, note="", details="") for one, text in zip(shown, texts, strict=True)]
+    grid = pd.Series(cells, index=ours.index).unstack(0)
+    across, down = sweep.axes
+    return Table(
+        title=f"{title} at {layer}, where the highest is: {across} across and {down} down",
+        caption="",
+        columns=tuple(map(str, grid.columns)),
+        rows=tuple(Row(label=str(name), is_published=False, cells=tuple(line)) for name, line in grid.iterrows()),
+    )
 
 
 def _cell(line: Any, layer: str, highest: float) -> Cell | None:
@@ -266,71 +270,12 @@ def _cell(line: Any, layer: str, highest: float) -> Cell | None:
     return Cell(text=f"{mean:.1f}", note="", details=details, spread=spread, is_best=bool(mean == highest))
 
 
-_COMMANDS = 5  # are shown
-
-
 def as_sweep_csv(sweep: SweepNumbers) -> str:
     """A line a result, in full, and one for each point that has none."""
     rows = sweep.rows.drop(columns=[TITLE, COLUMN])
     texts = {
-        name: pd.Series(
-            [as_text(cell) if isinstance(cell, str) else cell for cell in rows[name]], rows.index, dtype=object
-        )
+        name: pd.Series(list(map(as_text, rows[name])), rows.index, dtype=object)
         for name in rows.columns
         if rows[name].dtype == object
     }
     return rows.assign(**texts).to_csv(index=False, lineterminator="\n")
-
-
-def as_sweep_markdown(sweep: SweepNumbers, commands: Sequence[str]) -> str:
-    """A table a metric, and of two settings a grid; at last what is not done, and the `commands` that run it."""
-    return "\n".join(_lines(sweep, commands)) + "\n"
-
-
-def _lines(sweep: SweepNumbers, commands: Sequence[str]) -> Iterator[str]:
-    yield from (f"# Sweep {escape(sweep.name)}", "", LEGEND)
-    for title, table in mean_tables(sweep):
-        cells = _cells(table, sweep.lacking())
-        yield from ("", f"## {escape(title)}", "", *_pipes(cells))
-        ours = our_lines(sweep, table)["mean"]
-        if len(sweep.axes) == 2 and ours.notna().any(axis=None):
-            layer = ours.max().idxmax()
-            across, down = map(escape, sweep.axes)
-            yield from ("", f"At {layer}, where the highest is, {across} across and {down} down:", "")
-            yield from _pipes(our_lines(sweep, cells)[layer].unstack(0, fill_value=MISSING))
-    if not_done := points_not_done(sweep):
-        yield from ("", "## Not done", "")
-        yield from (f"- {state} ({len(names)}): {escape(', '.join(names))}" for state, names in not_done)
-    if commands:
-        yield from ("", "What neither runs nor waits, each by its own command:", "")
-        yield from (f"    {escaped(command)}" for command in commands[:_COMMANDS])
-        if more := commands[_COMMANDS:]:
-            yield from ("", f"and {len(more)} more")
-
-
-def _cells(table: Frame, lacking: Mapping[object, str]) -> Frame:
-    highest = table["mean"].max()
-    lines = [
-        [_text(line, layer, highest[layer]) or lacking.get(key, MISSING) for layer in highest.index]
-        for key, line in table.iterrows()
-    ]
-    return pd.DataFrame(lines, index=table.index, columns=highest.index)
-
-
-def _text(line: Any, layer: str, highest: float) -> str:
-    mean, std, count = (line[what, layer] for what in ("mean", "std", "count"))
-    if not count > 0:
-        return ""
-    text = f"**{mean:.1f}**" if mean == highest else f"{mean:.1f}"
-    return f"{text} ± {std:.1f} ({count:.0f})" if count > 1 else text
-
-
-def _pipes(cells: Frame) -> Iterator[str]:
-    """What tells lines apart, then the cells, aligned for reading as they are."""
-    heads = [escape(str(name)) for name in (*cells.index.names, *cells.columns)]
-    keys = (key if isinstance(key, tuple) else (key,) for key in cells.index)
-    lines = [[*map(escape, key), *line] for key, line in zip(keys, cells.to_numpy(), strict=True)]
-    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-    lines.insert(0, ["-" * (width - 1) + ":" for width in widths])
-    for line in (heads, *lines):
-        yield f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))} |"

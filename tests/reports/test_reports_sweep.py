@@ -10,7 +10,8 @@ from PIL import Image
 
 from relloc.report import main
 from relloc.reports.pictures import draw_sweep
-from relloc.reports.sweep import as_sweep_markdown, mean_tables, read_sweep
+from relloc.reports.render import as_markdown
+from relloc.reports.sweep import as_report, mean_tables, read_sweep
 from relloc.results import Result
 from relloc.sweeps.points import Point, note_job
 from relloc.sweeps.sweep import Sweep
@@ -97,22 +98,24 @@ def test_a_sweep_is_printed_and_drawn(
     assert main(["sweep=s"]) == 0
     told = capsys.readouterr().out
     assert tables(told, "linear/top1 on photos val") == [
-        "| gap_px | jitter_px | weights | feature4 | feature5 |",
-        "| 0 | 0 | pretrained | 10.5 ± 0.7 (2) | **9.5** ± 0.7 (2) |",
-        "| 0 | 7 | pretrained | 17.5 ± 0.7 (2) | 2.5 ± 0.7 (2) |",
-        "| 16 | 0 | pretrained | 10.7 ± 0.7 (2) | 9.3 ± 0.7 (2) |",
-        "| 16 | 7 | pretrained | 17.7 ± 0.7 (2) | 2.3 ± 0.7 (2) |",
-        "| 100 | 0 | pretrained | missing, failed | missing, failed |",
-        "| 100 | 7 | pretrained | **18.5** ± 0.7 (2) | 1.5 ± 0.7 (2) |",
-        "| | | random | 9.5 ± 0.7 (2) | — |",
-        "| jitter_px | 0 | 16 | 100 |",
+        "| | feature4 | feature5 |",
+        "| gap_px=0, jitter_px=0, pretrained | 10.5 ± 0.7 (2) | **9.5** ± 0.7 (2) |",
+        "| gap_px=0, jitter_px=7, pretrained | 17.5 ± 0.7 (2) | 2.5 ± 0.7 (2) |",
+        "| gap_px=16, jitter_px=0, pretrained | 10.7 ± 0.7 (2) | 9.3 ± 0.7 (2) |",
+        "| gap_px=16, jitter_px=7, pretrained | 17.7 ± 0.7 (2) | 2.3 ± 0.7 (2) |",
+        "| gap_px=100, jitter_px=0, pretrained | missing, failed | missing, failed |",
+        "| gap_px=100, jitter_px=7, pretrained | **18.5** ± 0.7 (2) | 1.5 ± 0.7 (2) |",
+        "| random | 9.5 ± 0.7 (2) | — |",
+    ]
+    highest = "linear/top1 on photos val at feature4, where the highest is: gap_px across and jitter_px down"
+    assert tables(told, highest) == [
+        "| | 0 | 16 | 100 |",
         "| 0 | 10.5 ± 0.7 (2) | 10.7 ± 0.7 (2) | missing, failed |",
         "| 7 | 17.5 ± 0.7 (2) | 17.7 ± 0.7 (2) | **18.5** ± 0.7 (2) |",
     ]
-    assert "At feature4, where the highest is, gap_px across and jitter_px down:" in told
     assert "## voc07_low_shot/map_k16 on photos val" in told
     assert "map_k1 " not in told
-    assert "- failed (1): gap_px=100 jitter_px=0 seed=1\n- missing (1): gap_px=100 jitter_px=0 seed=0\n" in told
+    assert "failed (1): gap_px=100 jitter_px=0 seed=1; missing (1): gap_px=100 jitter_px=0 seed=0." in told
     for point in points:
         words = "python -m relloc.train model=small {} {} {} ".format(*point.overrides[1:])
         assert (f"\n    {words}" in told) == ("gap_px=100" in words and "jitter_px=0" in words)
@@ -131,7 +134,7 @@ def test_a_scheduler_that_is_silent_hides_no_numbers(
     assert main(["sweep=s", "--format", "markdown"]) == 0
     told = capsys.readouterr()
     assert "SLURM does not say how its jobs stand" in told.err
-    assert "| **18.5** ± 0.7 (2) |" in told.out
+    assert "**18.5** ± 0.7 (2) |" in told.out
 
 
 def test_html_and_latex_have_the_same_numbers_and_escape_names(
@@ -142,7 +145,7 @@ def test_html_and_latex_have_the_same_numbers_and_escape_names(
     page = (tmp_path / "r.html").read_text()
     assert "<title>Sweep s</title>" in page
     assert ("gap_px=100, jitter_px=7" in page, "gap_px=100, jitter_px=0" in page) == (True, True)
-    assert page.count("<b>18.5</b>") == 1
+    assert page.count("<b>18.5</b>") == 2  # in the table and in the grid
     assert page.count("python -m relloc.train model=small") == 2  # of the points that are not done
     assert main(["s", "--out", str(tmp_path / "r.tex")]) == 0  # the name alone
     text = (tmp_path / "r.tex").read_text()
@@ -150,7 +153,7 @@ def test_html_and_latex_have_the_same_numbers_and_escape_names(
     assert r"\textbf{18.5} $\pm$ 0.7 (2)" in text
     capsys.readouterr()
     assert main([f"sweep={tmp_path / 'runs/sweeps/s'}", "--format", "markdown"]) == 0
-    assert "| **18.5** ± 0.7 (2) |" in capsys.readouterr().out
+    assert "**18.5** ± 0.7 (2) |" in capsys.readouterr().out
 
 
 def drawn(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> Figure:
@@ -191,9 +194,9 @@ def test_of_three_settings_two_are_told_together(new_point: NewPoint, result, mo
     ]
     axis = drawn(made, monkeypatch).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["0, project", "0, drop", "7, project", "7, drop"]
-    text = as_sweep_markdown(read_sweep("s", made, done(made)), [])
-    assert len(tables(text, "linear/top1 on in1k val")) == 1 + 8  # no grid
-    assert "Not done" not in text
+    text = as_markdown(as_report(read_sweep("s", made, done(made)), []))
+    assert len(tables(text, "linear/top1 on in1k val")) == 1 + 8
+    assert "not done" not in text
 
 
 def test_seeds_are_what_is_swept_where_nothing_else_is(points: list[Point]) -> None:
@@ -217,16 +220,16 @@ def test_evaluated_files_are_told_by_their_names_and_random_weights_by_setting_w
         )
         for size in (64, 256)
     ]
-    text = as_sweep_markdown(read_sweep("s", made, done(made)), [f"command {number}" for number in range(7)])
-    assert text.endswith("    command 4\n\nand 2 more\n")
+    text = as_markdown(as_report(read_sweep("s", made, done(made)), [f"command {number}" for number in range(11)]))
+    assert text.endswith("    command 8\n\nand 2 more\n")
     assert tables(text, "knn_in1k/top1_k20 on in1k val")[:7] == [
-        "| short_px | weights | feature4 |",
-        "| 64 | a.pth | 74.0 |",
-        "| 64 | b.pth | 74.0 |",
-        "| 64 | random | 6.4 |",
-        "| 256 | a.pth | **266.0** |",
-        "| 256 | b.pth | **266.0** |",
-        "| 256 | random | 25.6 |",
+        "| | feature4 |",
+        "| short_px=64, a.pth | 74.0 |",
+        "| short_px=64, b.pth | 74.0 |",
+        "| short_px=64, random | 6.4 |",
+        "| short_px=256, a.pth | **266.0** |",
+        "| short_px=256, b.pth | **266.0** |",
+        "| short_px=256, random | 25.6 |",
     ]
 
 
