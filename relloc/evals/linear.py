@@ -10,9 +10,9 @@ from torch import Tensor
 from relloc import checks
 from relloc.data.views import View, check_view
 from relloc.errors import DataError
-from relloc.evals import schedule
 from relloc.evals.heads import LayerHeads, Setting, Sgd
 from relloc.evals.training import Trained, Training, count_hits, have_diverged, held_back
+from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.source import Color
 from relloc.results import CHOSEN, LAYERS, Score

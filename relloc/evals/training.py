@@ -9,10 +9,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from relloc.errors import DataError, UsageError
-from relloc.evals import schedule
 from relloc.evals.heads import LayerHeads, Sgd
 from relloc.evaluation.contract import Context
 from relloc.features.source import Features, FeatureSource
+from relloc.optimization import milestone_factor
 from relloc.seeds import Use, seed_for
 
 _HELD_BACK = 10  # one in ten training images chooses among heads
@@ -116,7 +116,7 @@ class Training:
         self, heads: Heads, source: FeatureSource, tenth: Tensor, epoch: int, device: torch.device, seed: int
     ) -> int:
         """Train for an epoch; how many batches all heads have learned from."""
-        factor = schedule.factor(epoch, self.milestone_epochs, self.gamma)
+        factor = milestone_factor(epoch, self.milestone_epochs, self.gamma)
         waiting: list[Waiting] = []
         learned = 0
         for request in self.requests(source.n, tenth, seed_for(Use.HEAD_BATCHES, seed, epoch)):

@@ -124,9 +124,14 @@ class EncodeConfig:
 
     def views(self, images: ImageSet, view: View, keys: Iterable[tuple[int, int]], size: int) -> Iterable[ImageBatch]:
         """Views by (image, seed of its chance), `size` at a time; keys are asked for as they are needed."""
+        return self.view_batches(images, view, _batches(keys, size))
+
+    def view_batches(
+        self, images: ImageSet, view: View, batches: Iterable[list[tuple[int, int]]]
+    ) -> Iterable[ImageBatch]:
+        """The same in given batches, of which some may be empty."""
         pin = self.device.type == "cuda"
-        views = Views(images, view)
-        return load(views, _batches(keys, size), workers=self.workers, pin=pin, stopping=self.stopping)
+        return load(Views(images, view), batches, workers=self.workers, pin=pin, stopping=self.stopping)
 
     def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """Views as the network takes them."""

@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from relloc.transfer.schedule import Constant, Milestones, Poly
 
@@ -12,6 +13,17 @@ def test_milestones_with_linear_warm_up_are_those_of_the_detectors() -> None:
     assert detector.factor(0) == 0.001
     assert [detector.factor(step) for step in (100, 17_999, 18_000, 21_999)] == [1, 1, 0.1, 0.1]
     assert detector.factor(22_000) == detector.factor(23_999) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("milestones", [[], [1], [2, 5], [3, 9]])
+def test_milestones_are_those_of_torch(milestones: list[int]) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    oracle = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+    schedule = Milestones(milestones=milestones, gamma=0.2)
+    for epoch in range(8):
+        assert schedule.factor(epoch) == pytest.approx(oracle.get_last_lr()[0])
+        optimizer.step()
+        oracle.step()
 
 
 def test_a_milestone_within_the_warm_up_acts_on_it() -> None:

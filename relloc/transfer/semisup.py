@@ -13,41 +13,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from relloc import checks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
+from relloc.data.loader import ImageBatch
 from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, stratified
 from relloc.data.views import View, check_view
 from relloc.errors import DataError
-from relloc.evals import schedule
+from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
-from relloc.features.source import EncodeConfig
-from relloc.models.backbone import Backbone
 from relloc.results import CHOSEN, Score
-from relloc.seeds import Use, seed_for
+from relloc.transfer.classifier import TOP, Classifier, TrainingViews, count_top_hits
+from relloc.transfer.loop import Diverged, FineTuning, Part
+from relloc.transfer.schedule import Milestones
 
-_TOP = (1, 5)
 _PUBLISHED_SETTINGS = 9  # three rates and three multipliers of the head's (docs/MODEL_ZOO.md)
-
-
-class Classifier(nn.Module):
-    """A backbone and one linear layer on its average-pooled last stage, N(0, 0.01), biases zero."""
-
-    def __init__(self, backbone: Backbone, n_classes: int, *, seed: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.stage_channels[-1], n_classes)
-        generator = torch.Generator().manual_seed(seed_for(Use.FINE_TUNING_WEIGHTS, seed))
-        nn.init.normal_(self.head.weight, std=0.01, generator=generator)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b classes"]:
-        return self.head(self.backbone(images)["feature5"].mean(dim=(2, 3)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +67,7 @@ class SemiSupervised(Evaluation):
     kind = "fine-tuned"
     labels = "class"
     version = 2
+    across_ranks = True
     layers = ()
 
     share: float
@@ -141,11 +123,12 @@ class SemiSupervised(Evaluation):
             sets.append(self._others(splits.train, tuned_on))
         saved = state.load() or {}
         outcomes: list[Outcome] = saved.get("outcomes", [])
+        training_so_far = saved.get("training")
         for rates in self.settings[len(outcomes) :]:
-            network, finite = self._tune(context, tuned_on, rates, saved | {"outcomes": outcomes})
+            network, finite = self._tune(context, tuned_on, rates, outcomes, training_so_far)
             tallies = [count_top_hits(network, images, self.view, context.encode_config) for images in sets]
             outcomes = [*outcomes, Outcome(finite=finite, tallies=tallies)]
-            saved = {}
+            training_so_far = None
             state.save({"outcomes": outcomes})
         yield from self._scores(outcomes, tuned_on, seed, len(splits.train.classes))
 
@@ -169,62 +152,57 @@ class SemiSupervised(Evaluation):
         places = [others[place] for place in evenly_spaced(len(others), self.choosing_images)]
         return Subset(images=train, indices=places)
 
-    def _tune(self, context: Context, images: Subset, rates: Rates, saved: dict[str, Any]) -> tuple[Classifier, bool]:
-        """The network after the last epoch, from where `saved` left off, and whether all of it stayed finite."""
+    def _tune(
+        self,
+        context: Context,
+        images: Subset,
+        rates: Rates,
+        outcomes: Sequence[Outcome],
+        training_so_far: dict[str, Any] | None,
+    ) -> tuple[Classifier, bool]:
+        """The network after the last epoch, and whether loss and weights stayed finite."""
         network = Classifier(copy.deepcopy(context.backbone), len(images.classes), seed=context.seed).to(context.device)
         network.requires_grad_(True)
-        optimizer = self._optimizer(network, rates)
-        first, finite = saved.get("epochs", 0), saved.get("finite", True)
-        if first:
-            network.load_state_dict(saved["network"])
-            optimizer.load_state_dict(saved["optimizer"])
-        for epoch in range(first, self.epochs):
-            if not finite:
-                break  # no step mends it
-            factor = schedule.factor(epoch, self.milestone_epochs, self.gamma)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            what = f"{rates}, epoch {epoch + 1} of {self.epochs}"
-            finite = self._epoch(network, optimizer, images, epoch, what, context)
-            kept = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            so_far = {"outcomes": saved["outcomes"], "epochs": epoch + 1, "finite": finite}
-            context.state.save(so_far | kept)
-        return network, finite
-
-    def _optimizer(self, network: Classifier, rates: Rates) -> torch.optim.SGD:
-        each = (rates.learning_rate, rates.learning_rate * rates.head_multiplier)
-        parts = (network.backbone, network.head)
+        head_rate = rates.learning_rate * rates.head_multiplier
         groups = [
-            {"params": list(part.parameters()), "lr": rate, "base_lr": rate}
-            for part, rate in zip(parts, each, strict=True)
+            {"params": list(network.backbone.parameters()), "lr": rates.learning_rate},
+            {"params": list(network.head.parameters()), "lr": head_rate},
         ]
-        return torch.optim.SGD(groups, lr=each[0], momentum=self.momentum, weight_decay=self.weight_decay)
+        views = TrainingViews(
+            images=images,
+            view=self.augment,
+            batch=self.batch,
+            encode_config=context.encode_config,
+            seed=context.seed,
+        )
+        n_steps = views.steps_per_epoch
 
-    def _epoch(
-        self, network: Classifier, optimizer: torch.optim.SGD, images: Subset, epoch: int, what: str, context: Context
-    ) -> bool:
-        """Train for an epoch; whether all losses were finite, and all weights and statistics are."""
-        network.train()
-        encode_config, labels = context.encode_config, _labels(images)
-        rng = np.random.default_rng(seed_for(Use.FINE_TUNING_ORDER, context.seed, epoch))
-        order = rng.permutation(len(images)).tolist()
-        keys = [(place, seed_for(Use.FINE_TUNING_VIEW, context.seed, epoch, place)) for place in order]
-        bad = encode_config.unreadable_of(len(images))
-        losses = []
-        loaded = encode_config.views(images, self.augment, keys, self.batch)
-        for views in encode_config.progress(loaded, what, -(-len(keys) // self.batch)):
-            bad.add(views.unreadable)
-            if len(views.pixels) < 2:
-                continue  # batch norm knows no variance of one
-            target = labels[views.indices].to(encode_config.device)
-            optimizer.zero_grad(set_to_none=True)
-            loss = cross_entropy(_logits(network, encode_config.to_device(views.pixels), encode_config.bf16), target)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        if not losses:
-            raise DataError(f"no two of {len(images)} images of {images.name} that fine-tuning takes can be read")
-        return bool(torch.stack(losses).isfinite().all()) and _is_finite(network)
+        def parts(first: int, end: int) -> Iterator[Sequence[Part[ImageBatch]]]:
+            return views.parts(first, end, f"{rates}, epoch {end // n_steps} of {self.epochs}")
+
+        training = FineTuning(
+            network,
+            torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay),
+            parts=parts,
+            loss=lambda batch: views.loss(network, batch),
+            length=self.epochs,
+            steps_per_unit=n_steps,
+            schedule=Milestones(milestones=self.milestone_epochs, gamma=self.gamma),
+            synchronized=True,
+            seed=context.seed,
+            device=context.device,
+            bf16=context.encode_config.bf16,
+            name=f"fine-tuning on {images.name}, {rates},",
+            least_samples=2,  # batch norm knows no variance of one
+        )
+        if training_so_far:
+            training.load_state_dict(training_so_far)
+        try:
+            for _ in training.spans(every=1):
+                context.state.save({"outcomes": outcomes, "training": training.state_dict()})
+        except Diverged:
+            return network, False
+        return network, True
 
     def _scores(self, outcomes: Sequence[Outcome], tuned_on: Subset, seed: int, n_classes: int) -> Iterator[Score]:
         several = len(self.settings) > 1
@@ -241,7 +219,7 @@ class SemiSupervised(Evaluation):
         self, tally: Sequence[int], n_classes: int, variant: str, choice: str, details: tuple[str, ...]
     ) -> Iterator[Score]:
         *hits, n = tally
-        for top, right in zip(_TOP, hits, strict=True):
+        for top, right in zip(TOP, hits, strict=True):
             if top == 1 or top < n_classes:
                 yield Score(
                     table="Fine-tuned on 1 % and 10 % of the labels",
@@ -287,49 +265,7 @@ class SemiSupervised(Evaluation):
             yield f"{tried} setting{'s' * (tried > 1)} tried, published is the best of {_PUBLISHED_SETTINGS}"
 
 
-def _labels(images: ImageSet) -> Int[Tensor, "n"]:
-    if images.labels is None:
-        raise DataError(f"{images.name} {images.split} has no labels to fine-tune with")
-    return torch.as_tensor(images.labels)
-
-
-def _is_finite(network: Classifier) -> bool:
-    return all(bool(values.isfinite().all()) for values in network.state_dict().values())
-
-
 def _best(outcomes: Sequence[Outcome], place: int) -> int:
     """The setting that is right most often on the set at `place`; those that diverged come last."""
     shares = [(of["finite"], of["tallies"][place][0] / of["tallies"][place][-1]) for of in outcomes]
     return shares.index(max(shares))
-
-
-def _logits(network: Classifier, images: Float[Tensor, "b 3 h w"], bf16: bool) -> Float[Tensor, "b classes"]:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        return network(images).float()
-
-
-@torch.no_grad()
-def count_top_hits(network: Classifier, images: ImageSet, view: View, encode_config: EncodeConfig) -> list[int]:
-    """How many images are right at first, how many among the first five answers, and how many were asked.
-
-    Raises:
-        DataError: too many images can't be read, or all.
-    """
-    network.eval()
-    labels = _labels(images)
-    keys = [(place, place) for place in range(len(images))]
-    bad = encode_config.unreadable_of(len(images))
-    counts = torch.zeros(len(_TOP) + 1, dtype=torch.int64)
-    loaded = encode_config.views(images, view, keys, encode_config.batch)
-    for views in encode_config.progress(
-        loaded, f"asking {images.name} {images.split}", -(-len(keys) // encode_config.batch)
-    ):
-        bad.add(views.unreadable)
-        if len(views.pixels):
-            logits = _logits(network, encode_config.to_device(views.pixels), encode_config.bf16)
-            target = labels[views.indices].to(logits.device).unsqueeze(1)
-            places = logits.topk(min(max(_TOP), logits.shape[1]), dim=1).indices == target
-            counts += torch.tensor([*(int(places[:, :top].sum()) for top in _TOP), len(target)])
-    if not counts[-1]:
-        raise DataError(f"none of the images of {images.name} {images.split} to ask about can be read")
-    return counts.tolist()

@@ -1,15 +1,9 @@
-"""Learning rates that fall at milestones, and what the constants of a training must be."""
+"""The constants of evaluations that train by SGD: whether they make sense, and how they are written."""
 
-import bisect
 from collections.abc import Sequence
 from typing import Any
 
 from relloc import checks
-
-
-def factor(epoch: int, milestone_epochs: Sequence[int], gamma: float) -> float:
-    """What rates are multiplied by in an epoch, counted from 0: `gamma` for each milestone reached."""
-    return gamma ** bisect.bisect_right(milestone_epochs, epoch)
 
 
 def in_words(epochs: int, milestone_epochs: Sequence[int], gamma: float) -> str:
