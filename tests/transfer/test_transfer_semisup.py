@@ -25,7 +25,7 @@ from relloc.patches.normalize import ByDataset
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.transfer import semisup
-from relloc.transfer.classifier import Classifier, count_top_hits
+from relloc.transfer.classifier import Classifier, TrainingViews, count_top_hits
 from relloc.transfer.semisup import SemiSupervised
 
 PALETTE = [(220, 40, 40), (40, 220, 40), (40, 40, 220), (220, 220, 40), (40, 220, 220), (220, 40, 220)]
@@ -341,6 +341,14 @@ def test_hits_are_counted_on_still_views() -> None:
         ranked = network.eval()(ByDataset()(pixels.float())).argsort(dim=1, descending=True)
     right = ranked == torch.tensor(images.labels).unsqueeze(1)
     assert (first, five, n) == (int(right[:, 0].sum()), int(right[:, :5].sum()), 31)
+
+
+def test_a_batch_of_which_nothing_could_be_read_changes_nothing() -> None:
+    network = Classifier(trunk(), 3, seed=0)
+    view = RandomResized(crop_px=32)
+    views = TrainingViews(images=SPLITS.train, view=view, batch=4, encode_config=READING, seed=0)
+    views.loss(network, collate([])).backward()
+    assert all(float(value.grad.abs().max()) == 0 for value in network.parameters() if value.grad is not None)
 
 
 @pytest.mark.parametrize(
