@@ -101,7 +101,7 @@ def _shown(rows: Sequence[Result], sweep: str, metrics: str | None) -> set[Resul
     names = {row: dataclasses.replace(row, checkpoint="").tracked_name for row in rows}
     shown = {row for row, name in names.items() if fnmatch.fnmatchcase(name, metrics)}
     if not shown:
-        known = sorted({name.replace(row.layer, "*") for row, name in names.items()})
+        known = sorted({name.replace(f"/{row.layer}/", "/*/") for row, name in names.items()})
         raise DataError(f"--metrics {metrics} fits nothing that was measured: {', '.join(known)}")
     return shown
 
@@ -146,9 +146,10 @@ def _swept(settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def _described(row: Result, kind: str) -> dict[str, Any]:
     recalibrated = "_recalibrated" if row.batch_norm == "recalibrated" else ""
+    unit = "" if row.unit == "%" else f", {row.unit}"
     return {
         WEIGHTS: "pretrained" if kind == "train" and row.checkpoint not in NOT_OURS else row.checkpoint,
-        TITLE: f"{row.eval}{recalibrated}/{row.metric} on {row.dataset} {row.split}",
+        TITLE: f"{row.eval}{recalibrated}/{row.metric} on {row.dataset} {row.split}{unit}",
         COLUMN: row.layer or row.column,
     } | dataclasses.asdict(row)
 

@@ -179,7 +179,7 @@ def _finish(run: Run, jobs: Sequence[NamedEvaluation], folder: RunFolder) -> Non
     _save_finished(weights, task.model.backbone, about(config) | {"step": task.steps})
     for kept in (weights, hash_file(weights)):
         folder.keep(kept.name)
-    if not any(row.eval == "pretext" for row in read_results(folder.path)):
+    if not any(row.kind == "pretext" for row in read_results(folder.path)):
         append_results(folder.path, [_held_out(config, how, data, task, folder)])
     labeled = _with_labels(jobs)
     if unlabeled := [job.name for job in jobs if job not in labeled]:

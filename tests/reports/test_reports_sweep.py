@@ -300,7 +300,7 @@ def test_a_picture_alone_is_written_where_it_is_named(
         (["runs", "sweep=s"], "sweep=s is reported alone"),
         (
             ["sweep=s", "--metrics", "kn*"],
-            "--metrics kn* fits nothing that was measured: linear/*/top1, linear/*/top1_tuned\n",
+            "--metrics kn* fits nothing that was measured: linear/*/top1, linear/*/top1_tuned, pretext/top1\n",
         ),
         (["sweep=empty"], "no point of sweep empty has results yet: python -m relloc.sweep status"),
         (["sweep=broken"], "results.jsonl line 1 is not a result row"),
@@ -322,7 +322,8 @@ def test_a_mistake_is_one_message(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = (result("linear", "feature4", metric, 9.0, checkpoint="x") for metric in ("top1", "top1_tuned"))
+    rows = [result("linear", "feature4", metric, 9.0, checkpoint="x") for metric in ("top1", "top1_tuned")]
+    rows.append(result("pretext", "", "top1", 9.0, checkpoint="x"))
     broken, none = new_point(*rows, gap_px=0), new_point(gap_px=8)
     note("s", [broken, none])
     note("empty", [none])
