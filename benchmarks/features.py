@@ -28,7 +28,8 @@ from relloc.features.pool import pooled_layers
 from relloc.features.source import EncodeConfig
 from relloc.models.resnet import ResNetBackbone
 from relloc.results import LAYERS
-from relloc.runs import engine
+from relloc.runs import build, engine
+from relloc.runs.build import Evaluating
 from relloc.runs.settings import conf_dir
 
 CROP_PX, SHORT_PX = 224, 256
@@ -38,7 +39,7 @@ Encode = Callable[[Tensor], dict[str, Tensor]]
 
 def main() -> None:
     options = _options()
-    how = engine.settle(_config(options.overrides))
+    how = engine.settle(_config(options.overrides).engine)
     on_gpu = how.device.type == "cuda"
     size = options.images or (256 if on_gpu else 8)
     calls = options.calls or (20 if on_gpu else 1)
@@ -74,9 +75,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _config(overrides: Sequence[str]):
+def _config(overrides: Sequence[str]) -> Evaluating:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("evaluate", ["checkpoint=random", "model=resnet50", *overrides])
+        return build.evaluating(compose("evaluate", ["checkpoint=random", "model=resnet50", *overrides]))
 
 
 def _repeated(work: Callable[[], object], calls: int) -> Callable[[], object]:

@@ -24,12 +24,14 @@ from report import arguments, median_s, tell
 from torch import Tensor
 
 from relloc.evals.heads import Setting, Sgd
+from relloc.evals.linear import Linear
 from relloc.evals.training import Training, held_back
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.features.source import Batch, LiveFeatures
 from relloc.models.backbone import STAGES, Backbone
 from relloc.patches.normalize import ByDataset
-from relloc.runs import assemble, engine
+from relloc.runs import build, engine
+from relloc.runs.build import Evaluating
 from relloc.runs.settings import conf_dir
 
 ONE = ("feature5",)
@@ -65,11 +67,11 @@ class Resident:
 class FromFiles:
     """A `FeatureSource` of the evaluation's random views of few images, which are read again and again."""
 
-    def __init__(self, backbone: Backbone, options: argparse.Namespace, config, how: engine.Engine) -> None:
+    def __init__(self, backbone: Backbone, options: argparse.Namespace, config: Evaluating, how: engine.Engine) -> None:
         images = images_below(options.root)
         labels = torch.randint(options.classes, (len(images),))
-        of_eval = assemble.evaluations(config)["linear_in1k"]
-        reading = assemble.encode_config(config, how, told=False)
+        of_eval = _linear(config)
+        reading = config.encode_config(how, shown=False)
         self.live = LiveFeatures(backbone, images, reading, of_eval.augment, labels=labels, color=of_eval.color)
         self.n = options.steps * options.batch
         self.n_classes = options.classes
@@ -96,9 +98,8 @@ def main() -> None:
     if options.steps % 10:
         parser.error("--steps is to be a multiple of ten: one batch in ten is held back from the grid")
     config = _config([f"model={options.model}", *options.overrides])
-    how = engine.settle(config)
-    torch.manual_seed(0)
-    backbone = assemble.backbone(config.model)
+    how = engine.settle(config.engine)
+    backbone = build.model_of_conf(options.model).backbone(0)
     how.place(backbone)
     sides = _sides(options)
     rows = _timed(sides, Resident(backbone, options, how), how, options)
@@ -123,15 +124,21 @@ def _over_first(rows: list[dict[str, object]]) -> dict[str, float]:
     return {f"{row['side']}, over {rows[0]['side']}": row["ms a step"] / rows[0]["ms a step"] for row in rows[1:]}
 
 
-def _config(overrides: list[str]):
+def _config(overrides: list[str]) -> Evaluating:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(
-            "evaluate", ["checkpoint=random", "data=in1k", "data.root=nowhere", "eval=linear_in1k", *overrides]
-        )
+        words = ["checkpoint=random", "data=in1k", "data.root=nowhere", "eval=linear_in1k", *overrides]
+        return build.evaluating(compose("evaluate", words))
+
+
+def _linear(config: Evaluating) -> Linear:
+    (asked,) = config.evaluations
+    if not isinstance(asked.evaluation, Linear):
+        raise TypeError(f"eval={asked.name} is no linear evaluation")
+    return asked.evaluation
 
 
 def _sides(options: argparse.Namespace) -> dict[str, Training]:
-    constants = _config([]).eval.linear_in1k
+    constants = _linear(_config([]))
     published = Setting(lr=constants.lr, weight_decay=constants.weight_decay, sees_all=True)
     grid = [
         Setting(lr=lr, weight_decay=decay, sees_all=False)

@@ -16,7 +16,9 @@ from report import arguments, once_s, tell
 from torch import nn
 
 from relloc.pretext import loop
-from relloc.runs import assemble, engine
+from relloc.runs import build, engine
+from relloc.runs.build import Pretraining
+from relloc.runs.pretraining import make_task
 from relloc.runs.settings import conf_dir
 
 PUBLISHED_IMAGES = 64
@@ -34,7 +36,7 @@ def main() -> None:
     for patch_px in options.patch_px:
         settings = [f"grid.patch_px={patch_px}", "grid.resize.px=400", f"recipe.images_per_step={options.images}"]
         config = _config([*settings, *options.overrides])
-        how = engine.settle(config)
+        how = engine.settle(config.engine)
         theirs = None if options.ours_only else _side("published", patch_px, *_published(config, how), options)
         with engine.training(how):
             ours = _side("ours", patch_px, *_ours(config, how), options)
@@ -44,28 +46,28 @@ def main() -> None:
     tell(f"pretext step, ResNet-50; ours: {how}", rows, ratios, options.json, settings=vars(options))
 
 
-def _config(overrides: list[str]):
+def _config(overrides: list[str]) -> Pretraining:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", ["model=resnet50", "data=in1k", "data.root=nowhere", *overrides])
+        return build.pretraining(compose("train", ["model=resnet50", "data=in1k", "data.root=nowhere", *overrides]))
 
 
-def _ours(config, how: engine.Engine) -> tuple[Callable[[], object], int]:
-    n_images, side = config.recipe.images_per_step, assemble.patches(config).grid.span_px
-    task = assemble.task(config, how, steps_per_epoch=1000, accumulation=1)
+def _ours(config: Pretraining, how: engine.Engine) -> tuple[Callable[[], object], int]:
+    n_images, side = config.images_per_step, config.patches.grid.span_px
+    task = make_task(config, how, steps_per_epoch=1000, accumulation=1)
     task.model.train()
     images = torch.randint(256, (n_images, side, side, 3), dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)
     stepper = loop.Stepper(task)  # as `loop.train` steps; the learning rate is the warm-up's
     return lambda: stepper.step(iter([images]), 0), n_images
 
 
-def _published(config, how: engine.Engine) -> tuple[Callable[[], object], int]:
+def _published(config: Pretraining, how: engine.Engine) -> tuple[Callable[[], object], int]:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
-    trunk = assemble.backbone(config.model).to(how.device)
+    trunk = config.model.make_backbone().to(how.device)
     neck = [nn.Linear(4096, 4096), nn.BatchNorm1d(4096, momentum=0.003), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4096, 8)]
     head = nn.Sequential(*neck).to(how.device)
     optimizer = torch.optim.SGD([*trunk.parameters(), *head.parameters()], lr=0.02, momentum=0.9, weight_decay=1e-4)
-    px = config.grid.patch_px
+    px = config.patches.grid.patch_px
     neighbors, centers = torch.randn(2, 8 * PUBLISHED_IMAGES, 3, px, px, device=how.device)
     right = torch.arange(8, device=how.device).repeat(PUBLISHED_IMAGES)
 

@@ -24,7 +24,7 @@ from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext import objective
 from relloc.results import LAYERS
-from relloc.runs import assemble
+from relloc.runs import build
 from relloc.seeds import Use, seed_for
 
 BATCH = 64
@@ -51,11 +51,11 @@ def main() -> None:
 
 
 def _network(run: str) -> tuple[objective.RelativeLocation, PatchPipeline]:
-    config = OmegaConf.load(f"{run}/config.yaml")
-    model = assemble.pretext_model(config)
+    settings = build.pretraining(OmegaConf.load(f"{run}/config.yaml"))
+    model = settings.network()
     saved = states.load_training(states.saved_trainings(Path(run))[-1])
     model.load_state_dict(saved["model"])
-    return model.eval(), assemble.patches(config)
+    return model.eval(), settings.patches
 
 
 def _pixels(samples: Crops | Views) -> torch.Tensor:

@@ -39,7 +39,8 @@ from relloc.evaluation.contract import Context, Evaluation, NullState
 from relloc.evaluation.run import calibration_batches
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import Bank, LiveFeatures, fill_bank
-from relloc.runs import assemble, engine
+from relloc.runs import build, engine
+from relloc.runs.build import Evaluating
 from relloc.runs.settings import conf_dir
 from relloc.runs.subjects import evaluated_models
 
@@ -60,10 +61,12 @@ def main() -> None:
     options = _options()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         who = [f"checkpoint={options.checkpoint}", f"model={options.model}"]
-        config = compose("evaluate", [*who, f"eval=[{SVM},{LOW_SHOT}]", *options.overrides])
-    how = engine.settle(config)
+        nowhere = [f"eval.{name}.data.root=nowhere" for name in (SVM, LOW_SHOT) if options.classes_root]
+        words = [*who, f"eval=[{SVM},{LOW_SHOT}]", *nowhere, *options.overrides]
+        config = build.evaluating(compose("evaluate", words))
+    how = engine.settle(config.engine)
     context = _context(config, how, options)
-    of_name = assemble.evaluations(config)
+    of_name = {one.name: one.evaluation for one in config.evaluations}
     rows = []
     ours, theirs = np.zeros(2), np.zeros(2)
     for layer in options.layers:
@@ -112,7 +115,7 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def _context(config, how: engine.Engine, options: argparse.Namespace) -> Context:
+def _context(config: Evaluating, how: engine.Engine, options: argparse.Namespace) -> Context:
     if options.features and options.features.exists():
         kept = load_file(options.features)
     else:
@@ -127,7 +130,7 @@ def _context(config, how: engine.Engine, options: argparse.Namespace) -> Context
         splits=Splits(train=trained, held_out=tested),
         train=train,
         held_out=held_out,
-        encode_config=assemble.encode_config(config, how),
+        encode_config=config.encode_config(how),
         seed=0,
         state=NullState(),
         folder=Path(),
@@ -140,20 +143,20 @@ def _bank(kept: dict[str, Tensor], split: str, layers: list[str]) -> Bank:
     return Bank(features=features, labels=present, n_classes=present.shape[1], channels={})
 
 
-def _features(config, how: engine.Engine, options: argparse.Namespace) -> dict[str, Tensor]:
+def _features(config: Evaluating, how: engine.Engine, options: argparse.Namespace) -> dict[str, Tensor]:
     backbone = evaluated_models(config)[0].backbone.eval()
     how.place(backbone)
     root = options.classes_root
     if root:
         splits = class_folders(name="classes", root=root, train="train", val="val")
     else:
-        splits = assemble.splits(config.eval[SVM].data)
-    view = assemble.evaluations(config)[SVM].view
+        splits = (config.evaluations[0].data or config.data).read()
+    view = config.evaluations[0].evaluation.view
     if options.recalibrate:
-        recalibrate(backbone, calibration_batches(splits.train, view, assemble.eval_settings(config, how)))
+        recalibrate(backbone, calibration_batches(splits.train, view, config.eval_settings(how)))
     kept = {}
     for split, images in (("train", splits.train), ("held_out", splits.held_out)):
-        live = LiveFeatures(backbone, images, assemble.encode_config(config, how), view, labels=_present(images))
+        live = LiveFeatures(backbone, images, config.encode_config(how), view, labels=_present(images))
         places = torch.linspace(0, live.n - 1, min(live.n, options.most)).long()
         bank = fill_bank(live, LAYERS, 64, torch.device("cpu"), places)
         kept |= {f"{split} {layer}": rows for layer, rows in bank.features.items()}

@@ -6,10 +6,10 @@ from relloc.runs.launch import launch
 
 
 def run(config: DictConfig) -> None:
-    """Evaluate the checkpoint that `config` names."""
-    from relloc.runs.evaluating import evaluate_checkpoint  # torch loads here: --help does without
+    """Evaluate the checkpoints that `config` names."""
+    from relloc.runs import build, evaluating, invocation  # torch loads here: --help does without
 
-    evaluate_checkpoint(config)
+    evaluating.evaluate_checkpoint(build.evaluating(config), invocation.Invocation.of(config))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from relloc.runs.launch import launch
 
 def run(config: DictConfig) -> None:
     """Check, and pack if `out` is set, what `config` says."""
-    from relloc.runs.preparing import prepare  # torch loads here: --help does without
+    from relloc.runs import build, invocation, preparing  # torch loads here: --help does without
 
-    prepare(config)
+    preparing.prepare(build.preparing(config), invocation.Invocation.of(config))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from relloc.runs.launch import launch
 
 def run(config: DictConfig) -> None:
     """Pretrain and evaluate what `config` says."""
-    from relloc.runs.pretraining import pretrain  # torch loads here: --help does without
+    from relloc.runs import build, invocation, pretraining  # torch loads here: --help does without
 
-    pretrain(config)
+    pretraining.pretrain(build.pretraining(config), invocation.Invocation.of(config))
 
 
 if __name__ == "__main__":

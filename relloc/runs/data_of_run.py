@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relloc.errors import UsageError, reason
 from relloc.runs import command_line, settings
+from relloc.runs.settings import Composed
 from relloc.terminal import escaped
 
 CONFIG_FILE = "config.yaml"
@@ -178,30 +179,31 @@ def _matching(
         file = settings.file_of(f"data/{member}")
         target = OmegaConf.select(OmegaConf.load(file), "source._target_") if file else None
         if target is not None and target == data["source"].get("_target_"):
-            yield member, _words(settings.compose("evaluate", [f"data={member}"]).config, data, probe, places)
+            yield member, _words(settings.compose("evaluate", [f"data={member}"]), data, probe, places)
 
 
 def _words(
-    config: DictConfig, data: Mapping[str, Any], probe: Mapping[str, Any], places: Mapping[str, Any]
+    composed: Composed, data: Mapping[str, Any], probe: Mapping[str, Any], places: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """What the run has otherwise than the member, settings that follow others last: mostly they need no word then.
 
     `places` stand for where the run's own words said that the images lie.
     """
+    config = composed.config
     both = [
         *_both(OmegaConf.to_container(config.data, resolve=False), data, "data"),
         *_both(OmegaConf.to_container(config.probe, resolve=False), probe, "probe"),
     ]
     found: dict[str, Any] = {}
     for key, _, value in sorted(both, key=lambda one: _follows(one[1])):
-        if _is_plain(value) and value != _resolved(config, key):
+        if _is_plain(value) and value != composed.value(key):
             OmegaConf.update(config, key, value, merge=False)
             found[key] = value
     known = {key for key, _, _ in both}
     found |= {
         key: value
         for key, value in places.items()
-        if key in known and _is_plain(value) and value != _resolved(config, key)
+        if key in known and _is_plain(value) and value != composed.value(key)
     }
     return tuple(f"{key}={command_line.as_value(value)}" for key, value in found.items())
 
@@ -220,11 +222,6 @@ def _both(ours: Any, theirs: Mapping[str, Any], key: str) -> Iterator[tuple[str,
 def _follows(value: Any) -> bool:
     """Whether a setting is that of another, as data.source.root is data.root's."""
     return isinstance(value, str) and "${." in value
-
-
-def _resolved(config: DictConfig, key: str) -> Any:
-    value = OmegaConf.select(config, key)
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _is_plain(value: Any) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from relloc import checks, machine, ranks
 from relloc.errors import UsageError
@@ -27,6 +26,30 @@ _FUSION: dict[str, Any] = {"realize_acc_reads_threshold": 14}
 _VARIANTS = 128
 _DEVICES = ("auto", "cpu", "cuda")
 _PRECISIONS = ("bf16", "tf32", "fp32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """The settings of an engine as they are asked for. "auto" leaves one to the machine, which `settle` looks at."""
+
+    device: str
+    precision: str
+    compile: bool | str
+    cuda_graphs: bool | str
+    memory_format: str
+    deterministic: bool
+    workers: int | str
+
+    def __post_init__(self) -> None:
+        checks.one_of("device", self.device, _DEVICES)
+        checks.one_of("precision", self.precision, ("auto", *_PRECISIONS))
+        checks.one_of("memory_format", self.memory_format, tuple(_MEMORY_FORMATS))
+        checks.true_or_false("deterministic", self.deterministic)
+        for name in ("compile", "cuda_graphs"):
+            if getattr(self, name) != "auto":
+                checks.true_or_false(name, getattr(self, name))
+        if self.workers != "auto":
+            checks.whole("workers", self.workers, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,40 +96,27 @@ class Engine:
         return ", ".join(words)
 
 
-def settle(config: DictConfig) -> Engine:
-    """The engine that a config asks for, with torch's global switches set accordingly.
+def settle(asked: EngineSettings) -> Engine:
+    """The engine that is asked for, with torch's global switches set accordingly.
 
     Raises:
-        UsageError: a setting that does not exist, or that this machine cannot meet.
+        UsageError: a setting that this machine cannot meet.
     """
-    on = device(config.device)
-    compiled = _compiled(config.compile, on)
+    on = device(asked.device)
+    compiled = _compiled(asked.compile, on)
     engine = Engine(
         device=on,
-        precision=_precision(config.precision, on),
+        precision=_precision(asked.precision, on),
         compiled=compiled,
-        cuda_graphs=_cuda_graphs(config.cuda_graphs, on, compiled),
-        memory_format=checks.one_of("memory_format", config.memory_format, tuple(_MEMORY_FORMATS)),
-        deterministic=checks.true_or_false("deterministic", config.deterministic),
-        workers=_workers(config.workers, on),
+        cuda_graphs=_cuda_graphs(asked.cuda_graphs, on, compiled),
+        memory_format=asked.memory_format,
+        deterministic=asked.deterministic,
+        workers=_workers(asked.workers, on),
     )
     rounded = engine.precision != "fp32"
     torch.set_float32_matmul_precision("high" if rounded else "highest")
     torch.backends.cudnn.allow_tf32 = rounded
     return engine
-
-
-def check_words(config: DictConfig) -> None:
-    """Raises `UsageError` for a setting of the engine that no machine could meet."""
-    checks.one_of("device", config.device, _DEVICES)
-    checks.one_of("precision", config.precision, ("auto", *_PRECISIONS))
-    checks.one_of("memory_format", config.memory_format, tuple(_MEMORY_FORMATS))
-    checks.true_or_false("deterministic", config.deterministic)
-    for name in ("compile", "cuda_graphs"):
-        if config[name] != "auto":
-            checks.true_or_false(name, config[name])
-    if config.workers != "auto":
-        checks.whole("workers", config.workers, at_least=0)
 
 
 @contextlib.contextmanager
@@ -132,7 +142,6 @@ def device(asked: str) -> torch.device:
     Raises:
         UsageError: a GPU was asked for and there is none.
     """
-    checks.one_of("device", asked, _DEVICES)
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, "
@@ -148,7 +157,6 @@ def device(asked: str) -> torch.device:
 
 
 def _precision(asked: Any, on: torch.device) -> str:
-    checks.one_of("precision", asked, ("auto", *_PRECISIONS))
     if asked == "bf16" and on.type == "cpu":
         raise UsageError(
             "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 convolutions "
@@ -165,7 +173,7 @@ def _compiled(asked: Any, on: torch.device) -> bool:
     Raises:
         UsageError: compile=true, and it does not work here.
     """
-    wanted = on.type == "cuda" if asked == "auto" else checks.true_or_false("compile", asked)
+    wanted = on.type == "cuda" if asked == "auto" else asked
     missing = why_not_compiled(on) if wanted else ""
     if not missing:
         return wanted
@@ -222,7 +230,7 @@ def _told_by_name(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def _cuda_graphs(asked: Any, on: torch.device, compiled: bool) -> bool:
     if asked == "auto":
         return on.type == "cuda" and compiled
-    if checks.true_or_false("cuda_graphs", asked) and on.type != "cuda":
+    if asked and on.type != "cuda":
         raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
     return asked
 
@@ -239,7 +247,7 @@ def _missing_for_triton() -> str:
 def _workers(asked: Any, on: torch.device) -> int:
     """Loader processes: as asked; else a training process's share of the cores but one, a quarter beside a CPU."""
     if asked != "auto":
-        return checks.whole("workers", asked, at_least=0)
+        return asked
     cores = machine.cores() // ranks.local_world_size()
     # One core is left to the process that feeds a GPU, which has little to do where steps are CUDA graphs.
     return cores // 4 if on.type == "cpu" else max(1, cores - 1)

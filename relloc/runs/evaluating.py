@@ -5,8 +5,6 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from relloc import ranks
 from relloc.checkpoints import states
 from relloc.errors import KnownAnswerMissed, UsageError
@@ -14,11 +12,13 @@ from relloc.evaluation.contract import EvalSettings, EvaluatedModel, NamedEvalua
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, parts_of
 from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.results import RESULTS_FILE, append_results, read_results
-from relloc.runs import assemble, checking, console
+from relloc.runs import console
 from relloc.runs import known_answers as known
+from relloc.runs.build import Evaluating
 from relloc.runs.engine import settle
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
-from relloc.runs.naming import data_name, evaluation_name
+from relloc.runs.invocation import Invocation
+from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import KnownRows, ResumableState, raise_if_stopped, state_file
 from relloc.runs.subjects import evaluated_models
 
@@ -43,23 +43,19 @@ class EvalRun:
     runs: Path | None
 
 
-def evaluate_checkpoint(config: DictConfig) -> None:
-    """Run the evaluations that `eval` names on the backbones that `checkpoint` names."""
-    engine = settle(config)
-    checking.check_numbers(config)
-    checking.check_tracking(config)
-    checking.check_roots(config)
-    models = evaluated_models(config)
-    answers = _answers(config, models, assemble.eval_settings(config, engine))
+def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
+    """Run the evaluations that are asked for on the backbones that are."""
+    engine = settle(asked.engine)
+    models = evaluated_models(asked)
+    answers = _answers(asked, models)
     with contextlib.ExitStack() as at_end:
         ranks.join(engine.device)
         at_end.callback(ranks.leave)
         stop = at_end.enter_context(stop_request())
-        run_dir = at_end.enter_context(own_folder())
+        run_dir = at_end.enter_context(own_folder(invocation.folder))
         check_files(run_dir)
-        settings = assemble.eval_settings(config, engine)
-        own = None if len(assemble.own_data(config)) == len(config.eval) else assemble.splits(config.data)
-        evaluations = assemble.named_evaluations(config, own)
+        own = asked.data.read() if asked.needs_own_data else None
+        evaluations = asked.named_evaluations(own)
         _check_ranks(evaluations)
         for named in evaluations:
             named.check_images()
@@ -67,16 +63,17 @@ def evaluate_checkpoint(config: DictConfig) -> None:
             run_dir=run_dir,
             folder=None,
             stop=stop,
-            save_every_s=config.save_every_s,
-            runs=Path(config.runs) if config.reuse else None,
+            save_every_s=asked.save_every_s,
+            runs=asked.reused_runs,
         )
         if ranks.rank() == 0:
             data = [named.splits for named in evaluations]
-            names = [data_name(config.data) if splits is own else splits.train.name for splits in data]
-            record = assemble.record(config, evaluation_name(models, names), data, engine, run_dir)
-            folder = at_end.enter_context(open_folder(config, record, run_dir))
+            names = [asked.data.short_name if splits is own else splits.train.name for splits in data]
+            record = invocation.record(evaluation_name(models, names), data, engine)
+            folder = at_end.enter_context(open_folder(invocation, record, run_dir))
             run = dataclasses.replace(run, folder=folder)
             at_end.enter_context(stop.prevailing())
+        settings = asked.eval_settings(engine)
         fingerprints: set[str] = set()
         for model in models:
             engine.place(model.backbone)
@@ -85,17 +82,16 @@ def evaluate_checkpoint(config: DictConfig) -> None:
         if run.folder is None:
             return
         run.folder.summarize(fingerprints)  # the folder may hold rows of another command
-    if config.verdict:
+    if asked.verdict:
         report_known_answers(run_dir, answers, fingerprints)
     console.say_next("report", console.from_here(run_dir))
 
 
-def _answers(config: DictConfig, models: Sequence[EvaluatedModel], settings: EvalSettings) -> list[known.KnownAnswer]:
-    """What is known of the numbers to come. Nothing to do, or nothing known, is told before anything is measured."""
-    checking.check_has_evaluations(config)
+def _answers(asked: Evaluating, models: Sequence[EvaluatedModel]) -> list[known.KnownAnswer]:
+    """What is known of the numbers to come. Where nothing is, that is told before anything is measured."""
     names = [(model.checkpoint, model.model) for model in models]
-    answers = known.asked(names, list(config.eval), settings.batch_norms)
-    if config.verdict and not answers:
+    answers = known.asked(names, [one.name for one in asked.evaluations], asked.batch_norms)
+    if asked.verdict and not answers:
         raise UsageError(_NO_ANSWER)
     return answers
 

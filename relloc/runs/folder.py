@@ -4,17 +4,15 @@ import contextlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
 from relloc import ranks
 from relloc.checkpoints import states
 from relloc.errors import UsageError
 from relloc.files import remove_all_unfinished, write_whole
 from relloc.pretext.stopping import Stopped
 from relloc.results import RESULTS_FILE, read_results
-from relloc.runs import assemble, console
+from relloc.runs import console
 from relloc.runs.data_of_run import CONFIG_FILE
+from relloc.runs.invocation import Invocation
 from relloc.runs.refusing import HYDRA_FILES, STATES, FolderBefore
 from relloc.status import Status
 from relloc.tracking import (
@@ -89,15 +87,15 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def own_folder() -> Iterator[Path]:
-    """This run's folder, which no other command has until the block ends; rank 0 holds it for all ranks.
+def own_folder(folder: Path) -> Iterator[Path]:
+    """The folder that rank 0 gives, for all ranks: no other command has it until the block ends.
 
     Nothing may be read or written there outside of the block.
 
     Raises:
         FolderIsTaken: another run has it.
     """
-    run_dir = assemble.run_dir()
+    run_dir = Path(ranks.from_first(str(folder)))
     with contextlib.ExitStack() as at_end:
         taken: FolderIsTaken | None = None
         if ranks.rank() == 0:
@@ -122,19 +120,20 @@ def check_files(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[RunFolder]:
+def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterator[RunFolder]:
     """Write the record and config, follow the run in MLflow, and say at the end where everything is.
 
     A mistake that is told before anything was trained or measured leaves the folder as it was, and no run in MLflow.
     """
-    folder = RunFolder(path, config.tracking.uri)
+    folder = RunFolder(path, invocation.settings["tracking"]["uri"])
     console.say(f"run     {path}")
     before = FolderBefore.of(path)
     # Of a run that was killed while it wrote. The note on MLflow is relloc.sync's as well, which may be writing it now.
     for place in (path, (path / HYDRA_FILES[0]).parent):
         remove_all_unfinished(place, but=NOTE_FILE)
     record.write(path)
-    _write_config(config, path)
+    for name, text in invocation.files.items():
+        write_whole(path / name, text.encode("utf-8", "surrogateescape"))
     folder.keep(CONFIG_FILE)
     mirror = Mirror(path, folder.uri, warn=console.say) if folder.uri else None
     try:
@@ -153,22 +152,14 @@ def open_folder(config: DictConfig, record: RunRecord, path: Path) -> Iterator[R
         if folder.is_mistake and before.has_no_new_work():
             _leave_as_before(folder, mirror, before)
         else:
-            _close(folder, mirror)
+            _close(folder, mirror, named=invocation.names_folder)
 
 
-def _write_config(config: DictConfig, path: Path) -> None:
-    """Write config.yaml, resolved, and .hydra/, as Hydra would have before the folder was this run's alone."""
-    contents = {CONFIG_FILE: OmegaConf.to_yaml(config, resolve=True)}
-    if HydraConfig.get().output_subdir is None:
-        made: DictConfig = HydraConfig.instance().cfg  # pyright: ignore[reportAssignmentType]
-        parts = (config, made, made.hydra.overrides.task)
-        contents |= {name: OmegaConf.to_yaml(part) for name, part in zip(HYDRA_FILES, parts, strict=True)}
-    for name, text in contents.items():
-        write_whole(path / name, text.encode("utf-8", "surrogateescape"))
+def _close(folder: RunFolder, mirror: Mirror | None, *, named: bool) -> None:
+    """Note how the run ended, send MLflow the rest, and say where everything is.
 
-
-def _close(folder: RunFolder, mirror: Mirror | None) -> None:
-    """Note how the run ended, send MLflow the rest, and say where everything is."""
+    `named` says whether the command names its folder.
+    """
     try:
         folder.tell_unreadable()
         write_status(folder.path, folder.status)
@@ -180,13 +171,7 @@ def _close(folder: RunFolder, mirror: Mirror | None) -> None:
     path = folder.path
     kept = states.saved_trainings(path) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
     if folder.status is not Status.DONE and kept and not folder.is_mistake:
-        console.say(f"        the same command {_with_folder(path)}goes on from there")
-
-
-def _with_folder(path: Path) -> str:
-    """What the command lacks to name its folder."""
-    typed = any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra)
-    return "" if typed else f"with hydra.run.dir={path} "
+        console.say(f"        the same command {'' if named else f'with hydra.run.dir={path} '}goes on from there")
 
 
 def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBefore) -> None:

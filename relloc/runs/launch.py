@@ -34,6 +34,7 @@ from relloc.runs.settings import conf_dir
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _ASKED_FOR_FULL = os.environ.get(FULL_ERROR)  # by the user; what we set for ourselves is not for commands we start
+_NOBODY_READS = "nobody reads this command's output any more: it goes on, and its folder has all numbers"
 _RERUN = "--experimental-rerun"  # of Hydra
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 # A folder where a file should be, or the reverse
@@ -49,8 +50,8 @@ def users_environment() -> dict[str, str]:
     return given | ({FULL_ERROR: _ASKED_FOR_FULL} if _ASKED_FOR_FULL is not None else {})
 
 
-def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
-    """Compose the config from the command line, run `task`, and exit.
+def launch(task: Callable[..., None], config_name: str) -> NoReturn:
+    """Compose the config from the command line, run `task` with it, and exit.
 
     Mistakes that a user can make end in one message on stderr and exit code 2, Ctrl-C in 130.
     HYDRA_FULL_ERROR=1 shows where an error was raised instead. conf/ may name `${scratch:}` where
@@ -73,7 +74,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> NoReturn:
         def explained_task(config: DictConfig) -> None:
             with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
                 refuse_chdir(HydraConfig.get())
-                _begin(config, data)
+                _say_data_of_run(data.tell(config) if data else "")
+                terminal.tell_when_left(_NOBODY_READS)
                 task(config)
 
         start(explained_task)()
@@ -126,11 +128,9 @@ def _prepare_words(asked: CommandLine, config_name: str) -> RunData | None:
     return data
 
 
-def _begin(config: DictConfig, data: RunData | None) -> None:
-    terminal.tell_when_left("nobody reads this command's output any more: it goes on, and its folder has all numbers")
-    told = data.tell(config) if data else ""
-    if told and int(os.environ.get("RANK", "0")) == 0:
-        print(terminal.escaped(told))
+def _say_data_of_run(line: str) -> None:
+    if line and int(os.environ.get("RANK", "0")) == 0:
+        print(terminal.escaped(line))
 
 
 class _Scratch:

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig
-
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.results import NOT_OURS
+from relloc.runs.build import Pretraining
 from relloc.tracking import RunRecord
 from relloc.tracking.record import RUN_FILE
 
-_LONGEST = 24  # of a part that users name, in characters
 # Names of files that say nothing of the weights in them, so that the folder's is told as well.
 _OF_ANY = (
     "checkpoint",
@@ -26,20 +24,21 @@ _OF_ANY = (
 )
 
 
-def pretraining_name(config: DictConfig, color: str) -> str:
+def pretraining_name(settings: Pretraining, color: str) -> str:
     """A pretraining by its grid, length, data and the rest, `gap21 jit0..21 70ep in1k r50 s0 gray`.
 
     `color` is the member of that group that was chosen.
     """
-    jitter = config.grid.jitter_px
+    grid = settings.patches.grid
+    jitter = grid.jitter_px
     moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
     parts = (
-        f"gap{config.grid.gap_px}",
+        f"gap{grid.gap_px}",
         f"jit{moved}",
-        f"{config.schedule.epochs:g}ep",
-        data_name(config.data),
-        _short_model(config.model.name),
-        f"s{config.seed}",
+        f"{settings.schedule.epochs:g}ep",
+        settings.data.short_name,
+        _short_model(settings.model.name),
+        f"s{settings.seed}",
         color,
     )
     return " ".join(map(str, parts))
@@ -71,15 +70,6 @@ def _run_name(folder: Path) -> str:
         return RunRecord.read(folder).name
     except (OSError, ValueError):  # a damaged record of another run is no reason not to evaluate its weights
         return folder.name
-
-
-def data_name(data: DictConfig) -> str:
-    """What the data set is called; of `data=folder`, which is called alike everywhere, the folder's name."""
-    place = data.get("shards") or data.get("root")
-    if data.name != "folder" or not place:
-        return str(data.name)[:_LONGEST]
-    folders = list(place) if isinstance(place, ListConfig) else [place]
-    return "+".join(Path(str(folder)).resolve().name or "folder" for folder in folders)[:_LONGEST]
 
 
 def _short_model(name: str) -> str:

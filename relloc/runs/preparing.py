@@ -1,61 +1,49 @@
 """Checking a data set and packing it, with what a person sees of that."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from relloc import checks, machine
+from relloc import machine
 from relloc.data.check import Check, SplitCheck, check
 from relloc.data.image_set import ROLES
 from relloc.data.manifest import check_hashes, read_manifest
 from relloc.data.packing import CHECK_FILE, Packing, pack
-from relloc.errors import UsageError
-from relloc.runs import assemble, console
+from relloc.runs import console
+from relloc.runs.build import Preparing
+from relloc.runs.invocation import Invocation
 from relloc.terminal import escaped
 
 
-def prepare(config: DictConfig) -> None:
+def prepare(settings: Preparing, invocation: Invocation) -> None:
     """Check every image of a data set; with `out` set, pack it there in the same pass."""
-    if config.out == "":
-        raise UsageError("out= names no folder: give out=FOLDER to pack into, or leave it out to check only")
-    packing = _packing(config)
-    workers = _workers(config)
-    are_packed = OmegaConf.select(config, "data.shards") is not None
-    if config.out is not None and are_packed:
-        raise UsageError("data.shards names images that are packed already: give data.root to pack the originals")
-    data = assemble.splits(config.data, identified=config.out is not None)  # packing goes by what the images are
-    published = _published(config)
-    if config.out is None:
-        if are_packed:
-            check_hashes(Path(config.data.shards), _progress("hashes"))
-        _tell(check(data, published=published, workers=workers, progress=_progress("check")))
-        console.say("checked" if are_packed else "checked; out=FOLDER packs these images into shards")
-        _say_next_of_checked(config, are_packed)
+    data = settings.data.read(identified=settings.out is not None)  # packing goes by what the images are
+    packed = settings.data.shards
+    workers = settings.workers or machine.cores()
+    if settings.out is not None:
+        out = Path(settings.out).absolute()
+        found = pack(
+            data,
+            out,
+            settings.packing,
+            published=settings.published,
+            workers=workers,
+            progress=_progress("pack"),
+        )
+        _tell(found)
+        _tell_packed(out, settings.packing)
+        _say_next_training(invocation, settings.out)
         return
-    out = Path(config.out).absolute()
-    found = pack(data, out, packing, published=published, workers=workers, progress=_progress("pack"))
-    _tell(found)
-    _tell_packed(out, str(config.out), config)
-
-
-def _packing(config: DictConfig) -> Packing:
-    numbers = {name: checks.whole(name, config[name]) for name in ("short_px", "quality", "images_per_shard")}
-    return Packing(subsampling=str(config.subsampling), **numbers)
-
-
-def _workers(config: DictConfig) -> int:
-    if config.workers == "auto":
-        return machine.cores()
-    return checks.whole("workers", config.workers)
-
-
-def _published(config: DictConfig) -> Mapping[str, int] | None:
-    node = OmegaConf.select(config, "data.source.published_images")
-    return None if node is None else assemble.plain(node)
+    if packed:
+        check_hashes(Path(packed), _progress("hashes"))
+    _tell(check(data, published=settings.published, workers=workers, progress=_progress("check")))
+    if packed:
+        console.say("checked")
+        _say_next_training(invocation, packed)
+    else:
+        console.say("checked; out=FOLDER packs these images into shards")
+        console.say_next("prepare", *(word for word in invocation.words if not word.startswith("out=")), "out=SHARDS")
 
 
 def _progress(what: str) -> Any:
@@ -97,27 +85,17 @@ def _column(split: SplitCheck) -> dict[str, str]:
     }
 
 
-def _tell_packed(out: Path, asked: str, config: DictConfig) -> None:
+def _tell_packed(out: Path, packing: Packing) -> None:
     manifest = read_manifest(out)
     for split in (manifest[role] for role in ROLES):
         n_bytes = sum(tar["bytes"] for tar in split["shards"])
         stored = split["stored"]
         console.say(
             f"packed  {split['split']}: {n_bytes / 1e6:.1f} MB in {len(split['shards'])} tars; {stored['kept']} JPEGs "
-            f"kept as they were, {stored['reduced']} reduced to {config.short_px} px, {stored['encoded']} encoded"
+            f"kept as they were, {stored['reduced']} reduced to {packing.short_px} px, {stored['encoded']} encoded"
         )
     console.say(f"written {out}; what was checked is in {CHECK_FILE} there")
-    console.say_next("train", **{"data": _member(config), "data.shards": asked})
 
 
-def _say_next_of_checked(config: DictConfig, are_packed: bool) -> None:
-    """To train on what is packed, or to pack it, with the words that were typed."""
-    if are_packed:
-        console.say_next("train", **{"data": _member(config), "data.shards": str(config.data.shards)})
-    else:
-        typed = [word for word in HydraConfig.get().overrides.task if not word.startswith("out=")]
-        console.say_next("prepare", *typed, "out=SHARDS")
-
-
-def _member(config: DictConfig) -> str:
-    return HydraConfig.get().runtime.choices["data"]
+def _say_next_training(invocation: Invocation, shards: str) -> None:
+    console.say_next("train", **{"data": invocation.choices["data"], "data.shards": shards})

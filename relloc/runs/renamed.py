@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from omegaconf import DictConfig, OmegaConf
-
 from relloc.errors import UsageError
 
 # A name may stand for all settings below it: data.linear.epochs is probe.linear.epochs now.
@@ -32,8 +30,3 @@ def refuse_old_names(settings: Iterable[str]) -> None:
     told = [f"{setting} is now {new}" for setting in settings if (new := new_name(setting))]
     if told:
         raise UsageError("; ".join(told))
-
-
-def refuse_old_names_in(config: DictConfig) -> None:
-    """As `refuse_old_names`, of a composed config: a user's preset or data set may still have them."""
-    refuse_old_names(name for name in _NEW_NAMES if OmegaConf.select(config, name) is not None)

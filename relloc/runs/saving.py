@@ -1,7 +1,7 @@
 """How a pretraining is kept from losing work: when it saves, and how it goes on."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ _OF_A_TRAINING = {"model": dict, "optimizer": dict, "tallies": torch.Tensor, "id
 RANDOM_NUMBERS = "version of random numbers"  # a part of a run's identity
 
 
-def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> StepsDone:
+def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
     """Put the newest sound checkpoint of the run folder into `task`; where that training stands.
 
     Raises:
@@ -57,7 +57,7 @@ def resume(identity: dict[str, Any], task: Task, run_dir: Path) -> StepsDone:
     return StepsDone(step=state["step"], sums=_own_tally(state["tallies"]).to(task.device))
 
 
-def note_identity(run_dir: Path, identity: dict[str, Any]) -> None:
+def note_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
     """Note what the training is before it leaves anything that is to be told from another's. Raises `OSError`."""
     if _noted_identity(run_dir) != identity:
         write_json(run_dir / TRAINING_FILE, identity)
@@ -72,7 +72,7 @@ def _noted_identity(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _why_not_here(run_dir: Path, identity: dict[str, Any]) -> str:
+def _why_not_here(run_dir: Path, identity: Mapping[str, Any]) -> str:
     """Why a training can't begin in a folder without a checkpoint: it would go on with curves and rows of another.
 
     A run may be killed before its first checkpoint, and people delete checkpoints of finished ones. "" if it can.
@@ -82,7 +82,7 @@ def _why_not_here(run_dir: Path, identity: dict[str, Any]) -> str:
     return _of_another(run_dir, _noted_identity(run_dir) or {}, identity)
 
 
-def _of_another(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
+def _of_another(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What tells the training of the folder from this one, for a message; "" if it is the same."""
     if RANDOM_NUMBERS in now and RANDOM_NUMBERS not in before:
         return (
@@ -94,7 +94,7 @@ def _of_another(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> s
     return ""
 
 
-def _with_new_names(identity: dict[str, Any]) -> dict[str, Any]:
+def _with_new_names(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity whose settings are called as now.
 
     Rate and spans stood in it twice, as data.lr and as optimizer.lr: the latter are what was trained with.
@@ -114,8 +114,8 @@ def _own_tally(tallies: torch.Tensor) -> torch.Tensor:
     return tallies.sum(0) if ranks.rank() == 0 else torch.zeros(3, dtype=tallies.dtype)
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
 
 
@@ -146,12 +146,12 @@ class Saver:
         self,
         *,
         task: Task,
-        identity: dict[str, Any],
+        identity: Mapping[str, Any],
         about: dict[str, Any],
         run_dir: Path,
         stop: StopRequest,
         every_s: float,
-        milestones: dict[int, str],
+        milestones: Mapping[int, str],
     ) -> None:
         self.task = task
         self.identity = identity

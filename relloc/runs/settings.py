@@ -117,6 +117,11 @@ class Composed:
             return None
         return OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
 
+    def value(self, key: str) -> Any:
+        """The value of a setting, resolved."""
+        value = OmegaConf.select(self.config, key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
     def is_needed(self, key: str) -> bool:
         """Whether a setting has no default, and has to be given."""
         parent, _, name = key.rpartition(".")

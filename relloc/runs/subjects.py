@@ -5,12 +5,10 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.error import URLError
 
-import torch
 import torchvision
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from relloc.checkpoints import backbone_files, layouts, weight_files
@@ -21,13 +19,13 @@ from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
 from relloc.results import NOT_OURS
-from relloc.runs import assemble, checking, console
-from relloc.runs.settings import conf_dir
+from relloc.runs import console
+from relloc.runs.build import Evaluating, model_of_conf
 
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 
 
-def evaluated_models(config: DictConfig) -> list[EvaluatedModel]:
+def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     """The backbones that `checkpoint` names, one or several, on the CPU.
 
     Random and supervised weights are, unless `model` says which, of the model of the first other one
@@ -37,25 +35,25 @@ def evaluated_models(config: DictConfig) -> list[EvaluatedModel]:
         UsageError: `checkpoint` names none, or needs another model=.
         CheckpointError: a file is missing, damaged, or does not fit.
     """
-    asked = checking.named_checkpoints(config)
-    found = {name: evaluated_model(config, name) for name in asked if name not in NOT_OURS}
-    if config.checkpoint_prefix is not None and not found:
-        raise UsageError(f"checkpoint={config.checkpoint} has no prefixes: leave checkpoint_prefix out")
+    asked = settings.checkpoints
+    found = {name: evaluated_model(settings, name) for name in asked if name not in NOT_OURS}
+    if settings.checkpoint_prefix is not None and not found:
+        raise UsageError(f"checkpoint={','.join(asked)} has no prefixes: leave checkpoint_prefix out")
     beside = [name for name in json.loads(os.environ.get("RELLOC_BESIDE", "[]")) if name not in NOT_OURS]
     if found:
         of_file = next(iter(found.values())).model
     else:
-        of_file = evaluated_model(config, beside[0]).model if beside and not config.get("model") else "resnet50"
-    return [found.get(name) or _by_name(config, name, of_file) for name in asked]
+        of_file = evaluated_model(settings, beside[0]).model if beside and not settings.model else "resnet50"
+    return [found.get(name) or _by_name(settings, name, of_file) for name in asked]
 
 
-def evaluated_model(config: DictConfig, checkpoint: str) -> EvaluatedModel:
+def evaluated_model(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
     """The backbone of a run folder or file. Raises as `evaluated_models`."""
     file = backbone_files.backbone_file(Path(checkpoint))
     ours = backbone_files.is_ours(file)
-    if ours and config.checkpoint_prefix is not None:
+    if ours and settings.checkpoint_prefix is not None:
         raise UsageError(f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out")
-    backbone, model = (_ours if ours else _of_another_project)(config, checkpoint)
+    backbone, model = (_ours if ours else _of_another_project)(settings, checkpoint)
     return _evaluated_model(backbone, str(file), model)
 
 
@@ -64,26 +62,21 @@ def _evaluated_model(backbone: Backbone, checkpoint: str, model: str) -> Evaluat
     return EvaluatedModel(backbone=backbone, checkpoint=checkpoint, model=model, weights=digest)
 
 
-def _by_name(config: DictConfig, name: str, model_of_others: str) -> EvaluatedModel:
+def _by_name(settings: Evaluating, name: str, model_of_others: str) -> EvaluatedModel:
     """`random` or `torchvision`."""
-    model = config.get("model") or _member(model_of_others)
-    torch.manual_seed(config.seed)
-    backbone = assemble.backbone(model)
+    model = settings.model or model_of_conf(model_of_others)
+    backbone = model.backbone(settings.seed)
     if name == "torchvision":
         fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
     return _evaluated_model(backbone, name, model.name)
 
 
-def _member(model: str) -> DictConfig:
-    return cast(DictConfig, OmegaConf.load(conf_dir() / "model" / f"{model}.yaml"))
-
-
-def _ours(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
+def _ours(settings: Evaluating, checkpoint: str) -> tuple[Backbone, str]:
     """A model= of the command line is the user's word and may be anything; that of a file is a stranger's."""
     file = backbone_files.backbone_file(Path(checkpoint))
     weights, about = backbone_files.load_backbone(file)
-    if (model := config.get("model")) is not None:
-        backbone, name = assemble.backbone(model), model.name
+    if (model := settings.model) is not None:
+        backbone, name = model.backbone(settings.seed), model.name
     else:
         name = backbone_files.model_name(about, file)
         backbone = described_backbone(about["model"], weights, str(file))
@@ -97,14 +90,14 @@ def _trained(about: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) and name.isprintable() else "model without a name"
 
 
-def _of_another_project(config: DictConfig, checkpoint: str) -> tuple[Backbone, str]:
+def _of_another_project(settings: Evaluating, checkpoint: str) -> tuple[Backbone, str]:
     """Without model=, the one of ours with the blocks in the file."""
     file = backbone_files.backbone_file(Path(checkpoint))
     check_hash(file)
-    found = layouts.find(weight_files.read(file), origin=str(file), prefix=config.checkpoint_prefix)
-    if (model := config.get("model")) is None:
-        model = _member(found.model_or_advice())
-    backbone = assemble.backbone(model)
+    found = layouts.find(weight_files.read(file), origin=str(file), prefix=settings.checkpoint_prefix)
+    if (model := settings.model) is None:
+        model = model_of_conf(found.model_or_advice())
+    backbone = model.backbone(settings.seed)
     fill(backbone, found.fitted(backbone.state_dict()), str(file))
     console.say(f"weights {file}: {found}")
     return backbone, model.name

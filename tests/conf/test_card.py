@@ -10,7 +10,8 @@ from relloc.data.order import StepPlan
 from relloc.data.views import RandomCrop, RandomResized, View
 from relloc.features.augment import JitterAndLighting
 from relloc.pretext.objective import RelativeLocation
-from relloc.runs import assemble
+from relloc.runs import build
+from relloc.runs.build import Pretraining
 
 
 @pytest.fixture(
@@ -21,8 +22,15 @@ def card(request, compose):
 
 
 @pytest.fixture(scope="module")
-def model(card) -> RelativeLocation:
-    return assemble.pretext_model(card)
+def settings(card) -> Pretraining:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RELLOC_DATA", "/nowhere")
+        return build.pretraining(card)
+
+
+@pytest.fixture(scope="module")
+def model(settings) -> RelativeLocation:
+    return settings.network()
 
 
 @pytest.mark.parametrize(
@@ -205,8 +213,8 @@ def test_network_and_initialization(model):
     assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in last_norms)  # zero_init_residual off
 
 
-def test_optimizer_rates_and_decays_are_the_published_ones(card, model):
-    optimizer = assemble.call(card.optimizer, model=model)
+def test_optimizer_rates_and_decays_are_the_published_ones(settings, model):
+    optimizer = settings.make_optimizer(model=model)
     trunk, head = optimizer.param_groups
     assert (trunk["lr"], trunk["momentum"], trunk["weight_decay"], trunk["nesterov"]) == (0.2, 0.9, 1e-4, False)
     assert (head["lr"], head["weight_decay"]) == (0.2, 5e-4)

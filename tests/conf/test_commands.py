@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from relloc.runs import foreseeing, settings
+from relloc.runs import build, settings
 from relloc.runs.settings import conf_dir
 
 COMMAND = re.compile(r"-m relloc\.(train|evaluate|prepare) +((?:\S+=\S+ ?|-m )+)")
@@ -56,7 +56,4 @@ def test_a_presets_own_command_can_be_run(
         if command == "evaluate":
             monkeypatch.setenv(name, str(tmp_path))
     config = settings.compose(command, [*as_typed(words, tmp_path), "tracking=none"]).config
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
-    settled = {str(name): value for name, value in resolved.items()}
-    assert foreseeing.refusals(command, [(config, settled)]) == [None]
+    assert build.refusals(command, [config]) == [None]

@@ -1,12 +1,14 @@
 """Every member of every group composes, and its objects can be made."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
-from relloc.runs import assemble, checking
+from relloc.runs import build
 from relloc.runs.settings import conf_dir
 
 EVALS = [
@@ -38,15 +40,16 @@ def test_the_groups_and_members_are_those_of_the_study():
 @pytest.mark.parametrize(
     "choice", [f"{group}={member}" for group in GROUPS for member in members(group) if member != "known_answers"]
 )
-def test_a_member_composes_and_makes_its_objects(compose, choice):
+def test_a_member_composes_and_makes_its_objects(compose, choice, monkeypatch):
+    monkeypatch.setenv("RELLOC_DATA", "/nowhere")
     config = compose("train", [choice])
     OmegaConf.to_container(config, resolve=True)  # every interpolation has a value
-    model = assemble.pretext_model(config)
-    assert assemble.patches(config).grid.span_px > 0
-    assert assemble.call(config.optimizer, model=model).param_groups
-    assert assemble.call(config.schedule).factor(0) >= 0
+    settings = build.pretraining(config)
+    assert settings.patches.grid.span_px > 0
+    assert settings.make_optimizer(model=settings.network()).param_groups
+    assert settings.schedule.factor(0) >= 0
     named = {"linear_in1k", "knn_in1k"} if choice == "experiment=card2022" else {"linear_fast", "knn"}
-    assert set(assemble.evaluations(config)) == named
+    assert {one.name for one in settings.evaluations} == named
 
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
@@ -97,8 +100,9 @@ def test_a_data_set_of_ones_own_needs_no_recipe(compose, tmp_path):
         ("[card_classification,linear_inat18]", {*CARD, "linear_inat18"}),
     ],
 )
-def test_eval_names_several_one_or_none(compose, asked, names):
-    assert set(assemble.evaluations(compose("train", [f"eval={asked}"]))) == names
+def test_eval_names_several_one_or_none(compose, asked, names, monkeypatch):
+    monkeypatch.setenv("RELLOC_DATA", "/nowhere")
+    assert {one.name for one in build.pretraining(compose("train", [f"eval={asked}"])).evaluations} == names
 
 
 def test_a_preset_wins_over_the_root_and_the_command_line_over_both(compose):
@@ -131,40 +135,44 @@ def test_a_preset_only_overrides(compose, preset):
 
 
 def test_settings_that_must_not_change_results_are_left_out_of_what_is_computed(compose):
+    def identity(words: list[str]) -> Mapping[str, Any]:
+        return build.pretraining(compose("train", words)).identity
+
     neutral = ["device=cpu", "workers=2", "tracking=none", "bank_gib=1", "report_every_steps=3", "eval=[]"]
     neutral += ["compile=false", "cuda_graphs=false", "memory_format=contiguous", "deterministic=true"]
-    neutral += ["images_per_forward=128", "milestones=[1]", "collapse_steps=9"]
+    neutral += ["images_per_forward=64", "milestones=[1]", "collapse_steps=9"]
     neutral += ["monitor.every_epochs=null", "save_every_s=1"]
-    assert assemble.computed(compose("train", neutral)) == assemble.computed(compose("train", []))
-    assert assemble.computed(compose("train", ["grid.gap_px=8"])) != assemble.computed(compose("train", []))
+    assert identity(neutral) == identity([])
+    assert identity(["grid.gap_px=8"]) != identity([])
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ("monitor.images=0", "monitor.images is 0: give a whole number of 1 or more"),
-        ("monitor.k=x", "monitor.k is x: give a whole number"),
+        ("monitor.k=0", "monitor.k is 0: give a whole number"),
         ("monitor.every_epochs=-1", "monitor.every_epochs is -1: give a number of 0 or more"),
         ("monitor.most_share=2", "monitor.most_share is 2: give a number from 0 to 1"),
-        ("save_every_s=abc", "save_every_s is abc: give a number"),
-        ("milestones=5", r"milestones=5 is not a list: give milestones=\[5\]"),
-        ("milestones=[abc]", "milestones is abc: give a number"),
-        ("data.unreadable_share=abc", "data.unreadable_share is abc: give a number from 0 to 1"),
-        ("optimizer.lr=abc", "optimizer.lr is abc: give a number"),
-        ("view.crop_px=abc", "view.crop_px is abc: give a whole number"),
-        ("bank_gib=abc", "bank_gib is abc: give a number"),
-        ("probe.linear.epochs=abc", "probe.linear.epochs is abc: give a whole number"),
+        ("save_every_s=-1", "save_every_s is -1: give a number"),
+        ("milestones=[-1]", r"milestones is \[-1\]: give numbers of 0 or more"),
+        ("data.unreadable_share=2", "data.unreadable_share is 2: give a number from 0 to 1"),
+        ("optimizer.lr=-1", "optimizer.lr is -1: give a number of 0 or more"),
+        ("view.crop_px=0", "view.crop_px is 0: give a whole number of 1 or more"),
+        ("bank_gib=-1", "bank_gib is -1: give a number of 0 or more"),
+        ("probe.linear.epochs=0", "eval.linear_fast.epochs is 0: give a whole number"),
     ],
 )
 def test_a_wrong_number_is_told_before_anything_is_done(compose, wrong, message):
     with pytest.raises(UsageError, match=message):
-        checking.check_numbers(compose("train", [wrong]))
+        build.pretraining(compose("train", [wrong]))
 
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
 def test_the_numbers_of_all_data_sets_are_right(compose, root):
     for data in members("data"):
-        checking.check_numbers(compose(root, [f"data={data}", *(["checkpoint=random"] if root == "evaluate" else [])]))
+        config = compose(root, [f"data={data}", *(["checkpoint=random"] if root == "evaluate" else [])])
+        settings = build.pretraining(config) if root == "train" else build.evaluating(config)
+        assert settings.data.setting == "data"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +183,7 @@ def test_the_numbers_of_all_data_sets_are_right(compose, root):
         ("voc07_svm", "folds=1", "eval.voc07_svm.folds is 1"),
     ],
 )
-def test_a_wrong_constant_is_told_by_the_name_of_the_member(compose, member, wrong, message):
+def test_a_wrong_constant_is_told_by_the_name_of_the_member(compose, member, wrong, message, monkeypatch):
+    monkeypatch.setenv("RELLOC_DATA", "/nowhere")
     with pytest.raises(UsageError, match=message):
-        assemble.evaluations(compose("evaluate", ["checkpoint=random", f"eval=[{member}]", f"eval.{member}.{wrong}"]))
+        build.evaluating(compose("evaluate", ["checkpoint=random", f"eval=[{member}]", f"eval.{member}.{wrong}"]))

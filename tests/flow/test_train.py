@@ -231,7 +231,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["precision=bf16", "device=cpu"], "precision=bf16 is for GPUs"),
         (["images_per_forward=3"], "images_per_forward is 3, not a multiple of 64"),
         (["milestones=[99]"], "the run has no epoch 99"),
-        (["batch_norm=frozen"], "batch_norm is frozen: give one of"),
+        (["batch_norm=frozen"], "batch_norm is ['frozen']: give a list of some of"),
     ]
     if not torch.cuda.is_available():
         cases.append((["device=cuda"], "torch finds no GPU"))

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from relloc.errors import UsageError
 from relloc.runs import engine
-from relloc.runs.engine import Engine, settle
-from relloc.runs.pretraining import _images_per_forward
+from relloc.runs.engine import EngineSettings, settle
 
 DEFAULTS = {
     "device": "cpu",
@@ -23,8 +21,12 @@ DEFAULTS = {
 }
 
 
-def asked(**changes: object) -> DictConfig:
-    return OmegaConf.create({**DEFAULTS, **changes})
+def asked(**changes: object) -> EngineSettings:
+    settings = EngineSettings(**DEFAULTS)  # type: ignore[arg-type]
+    for name, value in changes.items():  # of whatever type: the type checker of tests would be first
+        object.__setattr__(settings, name, value)
+    settings.__post_init__()
+    return settings
 
 
 @pytest.fixture(autouse=True)
@@ -241,47 +243,3 @@ def test_training_sets_the_kernels_and_puts_them_back_even_when_it_fails(
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def forward_images(monkeypatch: pytest.MonkeyPatch, *, asked: object, compiled: bool, world: int, step: int) -> int:
-    monkeypatch.setattr("relloc.ranks.world_size", lambda: world)
-    config = OmegaConf.create(
-        {"images_per_forward": asked, "recipe": {"images_per_batch_norm": 64, "images_per_step": step}}
-    )
-    how = Engine(
-        device=torch.device("cpu"),
-        precision="fp32",
-        compiled=compiled,
-        cuda_graphs=False,
-        memory_format="contiguous",
-        deterministic=False,
-        workers=0,
-    )
-    return _images_per_forward(config, how)
-
-
-@pytest.mark.parametrize(
-    ("compiled", "world", "step", "expected"),
-    [
-        (False, 1, 512, 64),  # one ghost batch
-        (False, 8, 512, 64),
-        (True, 1, 512, 512),  # the whole step
-        (True, 8, 512, 64),  # a process's share of it
-        (True, 2, 512, 256),
-        (True, 1, 1024, 512),  # no more than fit a GPU
-        (True, 1, 960, 320),  # 960 / 3: 512 and 448 and 384 do not divide it
-        (True, 1, 64 * 11, 64),  # a prime number of ghost batches
-        (True, 1, 32, 64),  # nothing fits: the plan says why
-    ],
-)
-def test_auto_is_a_ghost_batch_or_compiled_the_most_that_divide_a_share(
-    monkeypatch: pytest.MonkeyPatch, compiled: bool, world: int, step: int, expected: int
-) -> None:
-    found = forward_images(monkeypatch, asked="auto", compiled=compiled, world=world, step=step)
-    assert found == expected
-
-
-def test_images_per_forward_as_asked_or_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert forward_images(monkeypatch, asked=128, compiled=True, world=1, step=512) == 128
-    with pytest.raises(UsageError, match="images_per_forward is 0: give a whole number of 1 or more"):
-        forward_images(monkeypatch, asked=0, compiled=True, world=1, step=512)

@@ -5,6 +5,7 @@ from hydra import compose, initialize_config_dir
 
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.small import SmallBackbone
+from relloc.runs import build
 from relloc.runs.naming import evaluation_name, pretraining_name
 from relloc.runs.settings import conf_dir
 from relloc.tracking import RunRecord
@@ -14,7 +15,7 @@ SHOWN = 20  # characters, in MLflow's table of runs
 
 def name(*words: str) -> str:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return pretraining_name(compose("train", list(words)), "gray")
+        return pretraining_name(build.pretraining(compose("train", list(words))), "gray")
 
 
 def test_a_pretraining_tells_its_grid_first_and_then_its_length_data_model_seed_and_color() -> None:
@@ -25,9 +26,9 @@ def test_a_pretraining_tells_its_grid_first_and_then_its_length_data_model_seed_
 def test_trainings_of_other_length_or_data_have_other_names() -> None:
     runs = (
         ["data=in1k"],
-        ["data=in1k", "schedule.epochs=2"],
-        ["data=photos", "schedule.epochs=2"],
-        ["data=photos", "schedule.epochs=0.5"],
+        ["data=in1k", "schedule.epochs=2", "schedule.warmup_epochs=0", "schedule.milestone_epochs=[]"],
+        ["data=photos", "schedule.epochs=2", "schedule.milestone_epochs=[]"],
+        ["data=photos", "schedule.epochs=0.5", "schedule.milestone_epochs=[]"],
         ["data=folder", "data.root=/data/birds"],
         ["data=folder", "data.root=/data/cars"],
         ["data=folder", "data.root=[/data/birds,/data/cars]"],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from relloc.errors import UsageError
-from relloc.runs import explaining, renamed, setting_help, settings
+from relloc.runs import build, explaining, renamed, setting_help, settings
 from relloc.runs.command_line import check
 
 
@@ -118,7 +118,7 @@ def test_an_old_name_is_told_with_the_new_one(old: str) -> None:
         renamed.refuse_old_names([old])
     composed = settings.compose("train", [f"+{old}=1"]).config  # as a preset of the user's own may have it
     with pytest.raises(UsageError, match=f"is now {OLD_NAMES[old].partition('.')[0]}"):
-        renamed.refuse_old_names_in(composed)
+        build.pretraining(composed)
 
 
 @pytest.mark.parametrize("word", ["recipe=in1kk", "probe=small", "recipe=in1k,nothing"])

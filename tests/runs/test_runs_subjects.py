@@ -7,26 +7,27 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from omegaconf import DictConfig
 
 from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, save_backbone
 from relloc.checkpoints.states import save_training
 from relloc.errors import CheckpointError, UsageError
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.resnet import ResNetBackbone
+from relloc.runs import build
+from relloc.runs.build import Evaluating
 from relloc.runs.settings import conf_dir
 from relloc.runs.subjects import evaluated_models
 
 RESNET_18 = {"name": "resnet18", "backbone": {"_target_": "relloc.models.resnet.ResNetBackbone", "depth": 18}}
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str) -> Evaluating:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra.compose("evaluate", list(overrides))
+        return build.evaluating(hydra.compose("evaluate", list(overrides)))
 
 
-def named(config: DictConfig) -> EvaluatedModel:
-    (found,) = evaluated_models(config)
+def named(settings: Evaluating) -> EvaluatedModel:
+    (found,) = evaluated_models(settings)
     return found
 
 

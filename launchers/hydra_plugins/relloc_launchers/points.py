@@ -216,12 +216,12 @@ class PointsLauncher(Launcher):
         """Raises `UsageError` with the points that can't be run, of whatever number, and why."""
         if not todo:
             return
-        from relloc.runs.foreseeing import refusals  # torch loads here
+        from relloc.runs.build import refusals  # torch loads here
 
         setup = [str(line) for line in self.settings.get("setup") or []]
         for one in todo:
             check_names(one.config, self._kind)
-        why = refusals(self._kind, [(one.config, one.resolved) for one in todo], setup)
+        why = refusals(self._kind, [one.config for one in todo], setup)
         refused = [(one.point.name, told) for one, told in zip(todo, why, strict=True) if told]
         if not refused:
             return

@@ -1,0 +1,119 @@
+"""A data set as settings name it: where its images come from, before anything is looked for."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from relloc import checks, ranks
+from relloc.data.image_set import SlowToIdentify, Splits
+from relloc.data.lists import MultiLabeled
+from relloc.data.processes import without_progress
+from relloc.data.shards import shards
+from relloc.errors import DataError, UsageError
+from relloc.runs import console
+
+_LONGEST_NAME = 24  # characters, in the name of a run
+# The environment variables that conf/data takes folders from, by the beginning of a data set's name
+_VARIABLES = {"voc": "RELLOC_VOC", "in1k": "RELLOC_IN1K", "places205": "RELLOC_PLACES205", "inat18": "RELLOC_INAT18"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """The images that a member of conf/data names.
+
+    `setting` is where users set them: data, or eval.NAME.data of what an evaluation brings. `source` is the call that
+    lists the images, as settings have it, and `list_images` makes it; with `shards`, a folder that relloc.prepare
+    packed, that is read instead. `unreadable_share` of the images may be broken.
+    """
+
+    setting: str
+    name: str
+    shards: str | None
+    unreadable_share: float
+    source: Mapping[str, Any]
+    list_images: Callable[[], Splits] = dataclasses.field(compare=False)
+
+    def __post_init__(self) -> None:
+        checks.number(f"{self.setting}.unreadable_share", self.unreadable_share, at_least=0, at_most=1)
+
+    @property
+    def images(self) -> str:
+        """The same text for the same images, whichever setting names them."""
+        return repr((self.shards, self.source))
+
+    @property
+    def short_name(self) -> str:
+        """What the data set is called; of `data=folder`, which is called alike everywhere, the folder's name."""
+        place = self.shards or self.source.get("root")
+        if self.name != "folder" or not place:
+            return self.name[:_LONGEST_NAME]
+        folders = [place] if isinstance(place, str) else place
+        return "+".join(Path(str(folder)).resolve().name or "folder" for folder in folders)[:_LONGEST_NAME]
+
+    @property
+    def what_is_missing(self) -> str:
+        """What to give where nobody has said yet where the images are; "" where somebody has."""
+        if self.shards or self.source.get("root", "photos"):
+            return ""
+        variable = next((_VARIABLES[name] for name in _VARIABLES if self.name.startswith(name)), "RELLOC_DATA")
+        return f"{self.setting}.root=FOLDER or {variable}"
+
+    def check_folders(self, made_by_jobs: Sequence[str]) -> None:
+        """Raises `UsageError` where a folder is not there, and stands in none of the lines of a batch script either.
+
+        A job may copy its data to its node's own disk.
+        """
+        for name, folder in self._folders():
+            if folder is None:
+                raise UsageError(f"{self.setting}.root is not set: give {self.setting}.root=FOLDER")
+            if not Path(folder).is_dir() and not any(folder in line for line in made_by_jobs):
+                raise UsageError(f"{self.setting}.{name}={folder} is not a folder here")
+
+    def _folders(self) -> Iterator[tuple[str, str | None]]:
+        """The folders that images are read from, each with its setting; None for one that nobody named."""
+        if self.shards:
+            yield "shards", self.shards
+        elif "root" in self.source:
+            roots = self.source["root"]
+            for root in roots if isinstance(roots, list) else [roots]:
+                if not root or not self.source.get("download"):  # a download makes the folder
+                    yield "root", str(root) if root else None
+
+    def read(self, *, identified: bool = True) -> Splits:
+        """List the images, and say what was found. Rank 0 is first, so that one process downloads.
+
+        They are `identified`, with progress shown, unless nobody will ask for their digest.
+        """
+        is_first = ranks.rank() == 0
+        if not is_first:
+            ranks.from_first("")
+        try:
+            found = shards(root=self.shards) if self.shards else self.list_images()
+        except DataError as error:  # it knows of one data set a run only
+            raise DataError(str(error).replace("data.root", f"{self.setting}.root")) from error
+        if is_first:
+            ranks.from_first("")
+            _say_found(found)
+        if identified:
+            _identify(found, shown=is_first)
+        return found
+
+
+def _say_found(found: Splits) -> None:
+    labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
+    if isinstance(found.train, MultiLabeled):
+        labels = f"{len(found.train.classes)} classes, several an image"
+    counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
+    console.say(f"data    {found.train.name}: {counts}, {labels}")
+    for remark in found.remarks:
+        console.say(f"        {remark}")
+
+
+def _identify(found: Splits, *, shown: bool) -> None:
+    """Make the digests now: a minute of reading files on a slow file server is not to look as if nothing happened."""
+    for images in (found.train, found.held_out):
+        if isinstance(images, SlowToIdentify):
+            bar = functools.partial(console.progress_if_long, f"identify {images.split}")
+            images.identify(bar if shown else without_progress)

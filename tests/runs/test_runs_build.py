@@ -1,0 +1,231 @@
+"""What is built of a config, and what is said against points of a sweep before any is started."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from relloc.data.image_set import Splits
+from relloc.data.photos import photos
+from relloc.errors import UsageError
+from relloc.pretext.objective import RelativeLocation
+from relloc.runs import build
+from relloc.runs.build import refusals
+from relloc.runs.data_sets import DataSet
+from relloc.runs.settings import conf_dir
+
+
+def composed(command: str, *words: str) -> DictConfig:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(command, list(words))
+
+
+def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str | None:
+    (found,) = refusals(command, [composed(command, *words)], made_by_jobs)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["grid.gap_px=48"], "grid needs 309 px"),
+        (["grid.patch_px=0"], "grid.patch_px"),
+        (["grid.jitter_px=[3,1]"], "grid.jitter_px"),
+        (["schedule.warmup_epochs=9"], "warmup"),
+        (["recipe.images_per_step=20", "recipe.images_per_batch_norm=16"], "recipe.images_per_step"),
+        (["recipe.images_per_step=0"], "recipe.images_per_step"),
+        (["images_per_forward=many"], "images_per_forward"),
+        (["collapse_steps=x"], "collapse_steps"),
+        (["seed=-1"], "seed"),
+        (["eval.knn.layers=[feature9]"], "layers"),
+        (["batch_norm=other"], "batch_norm"),
+        (["grid.gap_px=ten"], "PatchGrid"),
+        (["view.crop_px=0"], "view.crop_px"),
+        (["grid.patch_px=2.5"], "patch_px"),
+        (["grid.jitter_px=[0,1.5]"], "jitter"),
+        (["optimizer.lr=-1"], "optimizer.lr"),
+        (["optimizer.lr=nan"], "optimizer.lr"),
+        (["optimizer.weight_decay=-1"], "optimizer.weight_decay"),
+        (["optimizer.lr_images_per_step=0"], "optimizer.lr_images_per_step"),
+        (["device=cuda:x"], "device"),
+        (["precision=fp8"], "precision"),
+        (["memory_format=other"], "memory_format"),
+        (["compile=sometimes"], "compile"),
+        (["workers=-2"], "workers"),
+        (["tracking.uri=ftp://there"], "tracking.uri"),
+        (["data=folder"], "data.root is not set"),
+        (["data=folder", "data.root=nowhere"], "data.root=nowhere"),
+        (["data=folder", "data.root=[/,nowhere]"], "data.root=nowhere"),
+        (["data.shards=nowhere"], "data.shards=nowhere"),
+        (["tracking.uri=host:5000"], "tracking.uri"),
+        (["tracking.experiment=''"], "tracking.experiment"),
+        (["batch_norm=[recalibrated]", "view.batch=1", "view.crop_px=16", "model=resnet18"], "view.batch"),
+        (["recipe.images_per_batch_norm=1", "grid.patch_px=16", "model=resnet18"], "recipe.images_per_batch_norm=1"),
+        (["data=imagenette"], "data.root is not set"),
+        (["eval=voc07_svm", "eval.voc07_svm.data.root=nowhere"], "eval.voc07_svm.data.root=nowhere"),
+    ],
+)
+def test_a_training_that_cannot_be_is_told_by_its_setting(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], setting: str
+) -> None:
+    monkeypatch.delenv("RELLOC_DATA", raising=False)
+    assert setting in (said_of("train", *words) or "")
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["checkpoint=nowhere"], "checkpoint=nowhere"),
+        (["checkpoint=[random,nowhere]"], "checkpoint=nowhere"),
+        (["checkpoint=[]"], "checkpoint=[]"),
+        (["checkpoint=random", "eval=[]"], "eval=[]"),
+        (["checkpoint=random", "precision=fp8"], "precision"),
+        (["checkpoint=random", "tracking.uri=ftp://there"], "tracking.uri"),
+        (["checkpoint=random", "data=folder", "data.root=nowhere"], "data.root=nowhere"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_told_by_its_setting(words: list[str], setting: str) -> None:
+    assert setting in (said_of("evaluate", *words) or "")
+
+
+def test_nothing_is_said_against_what_can_run(tmp_path: Path) -> None:
+    assert said_of("train") is None
+    assert said_of("train", "grid.gap_px=39", "model=resnet18", "device=cuda", "color=drop") is None
+    assert said_of("train", "data=folder", f"data.root={tmp_path}") is None
+    assert said_of("train", "data=imagenette", f"data.root={tmp_path / 'new'}") is None  # it is downloaded there
+    assert said_of("evaluate", f"checkpoint=[{tmp_path},random,torchvision]") is None
+    # Not read where every evaluation brings its own
+    own = ("eval=voc07_svm", f"eval.voc07_svm.data.root={tmp_path}", "data=folder", "data.root=nowhere")
+    assert said_of("evaluate", "checkpoint=random", *own) is None
+    # A job that copies its data to its node's own disk makes the folder there.
+    staged = ("data=folder", "data.root=/local/set")
+    assert said_of("train", *staged, made_by_jobs=["cp -r SET /local/set"]) is None
+    assert said_of("train", *staged, made_by_jobs=["module load cuda"])
+
+
+def test_what_points_share_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def check(model: RelativeLocation, patch_px: int) -> None:
+        assert next(model.parameters()).is_meta  # without memory a network takes next to no time
+        looked.append(model.backbone.embedding_dim)
+
+    monkeypatch.setattr(build, "check_batch_norms", check)
+    build._check_network.cache_clear()
+    points = [composed("train", f"seed={seed}", f"grid.gap_px={gap}") for seed in (0, 1) for gap in (0, 48)]
+    points.append(composed("train", "report_every_steps=3"))
+    points.append(composed("train", "model=resnet18"))
+    found = refusals("train", points)
+    build._check_network.cache_clear()
+    assert [told is None for told in found] == [True, False, True, False, True, True]
+    assert looked == [256, 512]
+
+
+def test_what_is_built_of_a_training_is_made_once_and_shared() -> None:
+    settings = build.pretraining(composed("train", "seed=3", "images_per_forward=64", "batch_norm=recalibrated"))
+    assert (settings.seed, settings.images_per_forward, settings.collapse_steps) == (3, 64, None)
+    assert settings.batch_norms == ["recalibrated"]
+    assert settings.patches.grid is settings.patches.grid
+    assert [one.name for one in settings.evaluations] == ["linear_fast", "knn"]
+    assert settings.about["model"]["name"] == settings.model.name == "small"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.seed = 4  # type: ignore[misc]
+
+
+def test_the_seed_decides_the_weights_and_nothing_else_does() -> None:
+    settings = build.pretraining(composed("train", "seed=3"))
+    torch.manual_seed(99)
+    first, second = settings.network().state_dict(), settings.network().state_dict()
+    other = dataclasses.replace(settings, seed=4).network().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["backbone.stem.0.weight"], other["backbone.stem.0.weight"])
+
+
+def test_building_a_training_draws_no_random_number() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build.pretraining(composed("train", "model=resnet18"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_evaluations_of_the_same_images_list_them_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = [f"eval.{name}.data.root={tmp_path}" for name in ("voc07_svm", "voc07_low_shot")]
+    settings = build.evaluating(
+        composed("evaluate", "checkpoint=random", "eval=[voc07_svm,voc07_low_shot,knn]", *words)
+    )
+    read: list[str] = []
+
+    def listing(data: DataSet) -> Splits:
+        read.append(data.setting)
+        return photos(tiles=[0.4], stride=0.2)
+
+    monkeypatch.setattr(DataSet, "read", listing)
+    own = photos(tiles=[0.4], stride=0.2)
+    found = settings.named_evaluations(own)
+    assert read == ["eval.voc07_svm.data"]
+    assert found[0].splits is found[1].splits
+    assert found[2].splits is own
+    assert (found[0].unreadable_share, found[2].unreadable_share) == (settings.data.unreadable_share, None)
+
+
+def test_evaluations_that_bring_their_own_data_leave_that_of_the_run_alone() -> None:
+    asked = ("checkpoint=random", "eval.voc07_svm.data.root=/voc")
+    assert not build.evaluating(composed("evaluate", *asked, "eval=voc07_svm")).needs_own_data
+    assert build.evaluating(composed("evaluate", *asked, "eval=[voc07_svm,knn]")).needs_own_data
+
+
+def test_all_data_sets_whose_place_nobody_said_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RELLOC_DATA", "RELLOC_VOC", "RELLOC_IN1K"):
+        monkeypatch.delenv(name, raising=False)
+    said = said_of("evaluate", "checkpoint=random", "eval=[voc07_svm,linear_in1k]") or ""
+    assert said.startswith("2 evaluations don't know where their data set lies")
+    assert "eval.voc07_svm.data.root=FOLDER or RELLOC_VOC" in said
+    assert "eval.linear_in1k.data.root=FOLDER or RELLOC_IN1K" in said
+
+
+def test_a_preset_of_another_command_is_told() -> None:
+    with pytest.raises(UsageError, match=r"run it with python -m relloc\.evaluate"):
+        build.pretraining(composed("evaluate", "checkpoint=random"))
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["out=''"], "out= names no folder"),
+        (["out=there", "data=folder", "data.shards=/packed"], "data.shards names images that are packed already"),
+        (["workers=0"], "workers is 0"),
+        (["short_px=0"], "short_px is 0"),
+        (["quality=101"], "quality is 101"),
+        (["subsampling='4:1:1'"], "subsampling is 4:1:1"),
+    ],
+)
+def test_a_packing_that_cannot_be_is_told_by_its_setting(words: list[str], setting: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(setting)):
+        build.preparing(composed("prepare", *words))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("milestones", 5, "milestones is 5: give a list, [5]"),
+        ("milestones", ["abc"], "milestones is ['abc']: give numbers of 0 or more"),
+        ("save_every_s", "abc", "save_every_s is abc: give a number of 0 or more"),
+        ("bank_gib", "abc", "bank_gib is abc: give a number of 0 or more"),
+        ("seed", 1.5, "seed is 1.5: give a whole number of 0 or more"),
+        ("batch_norms", ["fresh"], "batch_norm is ['fresh']: give a list of some of as_trained, recalibrated"),
+        ("batch_norms", [], "batch_norm is []: give a list of some of as_trained, recalibrated"),
+        ("collapse_steps", "x", "collapse_steps is x: give a whole number of 1 or more"),
+        ("images_per_step", "many", "recipe.images_per_step is many: give a whole number of 1 or more"),
+    ],
+)
+def test_settings_check_themselves(name: str, value: object, message: str) -> None:
+    settings = build.pretraining(composed("train"))
+    object.__setattr__(settings, name, value)  # of whatever type: the type checker of tests would be first
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        settings.__post_init__()

@@ -1,0 +1,39 @@
+"""The order of a pretraining, and what it works out by itself."""
+
+import dataclasses
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from relloc.runs import build
+from relloc.runs.build import Pretraining
+from relloc.runs.pretraining import fastest_forward
+from relloc.runs.settings import conf_dir
+
+
+@pytest.fixture(scope="module")
+def settings() -> Pretraining:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return build.pretraining(compose("train", []))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "world", "step", "expected"),
+    [
+        (False, 1, 512, 64),  # one ghost batch
+        (False, 8, 512, 64),
+        (True, 1, 512, 512),  # the whole step
+        (True, 8, 512, 64),  # a process's share of it
+        (True, 2, 512, 256),
+        (True, 1, 1024, 512),  # no more than fit a GPU
+        (True, 1, 960, 320),  # 960 / 3: 512 and 448 and 384 do not divide it
+        (True, 1, 64 * 11, 64),  # a prime number of ghost batches
+        (True, 8, 64, 64),  # nothing fits: the plan says why
+    ],
+)
+def test_a_forward_is_a_ghost_batch_or_compiled_the_most_that_divide_a_share(
+    settings: Pretraining, monkeypatch: pytest.MonkeyPatch, compiled: bool, world: int, step: int, expected: int
+) -> None:
+    monkeypatch.setattr("relloc.ranks.world_size", lambda: world)
+    asked = dataclasses.replace(settings, images_per_step=step, images_per_batch_norm=64)
+    assert fastest_forward(asked, compiled=compiled) == expected
