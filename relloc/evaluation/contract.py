@@ -176,7 +176,4 @@ class EvalSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.batch_norms:
-            raise UsageError(f"batch_norm=[] leaves nothing to do: give {' or '.join(BATCH_NORMS)}, or both")
-        for way in self.batch_norms:
-            checks.one_of("batch_norm", way, BATCH_NORMS)
+        checks.some_of("batch_norm", self.batch_norms, BATCH_NORMS)

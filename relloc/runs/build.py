@@ -405,7 +405,7 @@ def _shared(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     batch_norm, view = given["batch_norm"], given["view"]
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
     return {
-        "seed": given["seed"],
+        **{name: given[name] for name in ("seed", "calibration_images", "bank_gib", "save_every_s")},
         "engine": EngineSettings(**engine),
         "tracking": TrackingSettings(**given["tracking"]),
         "data": _data_set("data", config.data),
@@ -413,9 +413,6 @@ def _shared(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         "view": Center(short_px=view["short_px"], crop_px=view["crop_px"]),
         "view_batch": view["batch"],
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
-        "calibration_images": given["calibration_images"],
-        "bank_gib": given["bank_gib"],
-        "save_every_s": given["save_every_s"],
         "reused_runs": Path(given["runs"]) if given["reuse"] else None,
     }
 

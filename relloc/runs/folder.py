@@ -1,6 +1,7 @@
 """A run's folder while the run lives: its record, its mirror in MLflow, and the words at the end."""
 
 import contextlib
+import dataclasses
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -35,16 +36,21 @@ UNREADABLE_FILE = "unreadable.txt"
 _NAMED = 5
 
 
+@dataclasses.dataclass
 class RunFolder:
-    """The folder, whether its run came to its end, and why images could not be used, by name."""
+    """The folder of a run while it lives.
 
-    def __init__(self, path: Path, uri: str | None) -> None:
-        self.path = path
-        self.uri = uri
-        self.status = Status.FAILED
-        self.is_mistake = False  # that ended it: the same command would end so again
-        self.kept: set[str] = set()
-        self.unreadable: dict[str, str] = {}
+    `uri` is the MLflow store that follows it. `is_mistake` says that a mistake ended it, so that the same command
+    would end alike. `kept` names the files that the tracker copies, `unreadable` has the images that could not be
+    used, and why.
+    """
+
+    path: Path
+    uri: str | None
+    status: Status = Status.FAILED
+    is_mistake: bool = False
+    kept: set[str] = dataclasses.field(default_factory=set)
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def keep(self, name: str) -> None:
         """Have the tracker hold a copy of a file of this folder."""

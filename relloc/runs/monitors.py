@@ -1,5 +1,6 @@
 """What a network has learned so far, asked between two steps of training and without a trace in it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -36,6 +37,7 @@ def confusion_picture(step: int) -> str:
     return f"confusion/step_{step:09d}.png"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Monitors:
     """Numbers by name for the journal whenever it is called with the steps done, and a picture in `folder`.
 
@@ -57,30 +59,15 @@ class Monitors:
         DataError: none of the images chosen of a split can be used.
     """
 
-    def __init__(
-        self,
-        *,
-        model: RelativeLocation,
-        patches: PatchPipeline,
-        data: Splits,
-        reading: EncodeConfig,
-        view: View,
-        n_images: int,
-        k: int,
-        seed: int,
-        folder: Path,
-    ) -> None:
-        if min(n_images, k) < 1:
-            raise ValueError(f"monitors look at {n_images} images and {k} neighbors: each must be 1 or more")
-        self.model = model
-        self.patches = patches
-        self.data = data
-        self.reading = reading
-        self.view = view
-        self.n_images = n_images
-        self.k = k
-        self.seed = seed
-        self.folder = folder
+    model: RelativeLocation
+    patches: PatchPipeline
+    data: Splits
+    reading: EncodeConfig
+    view: View
+    n_images: int
+    k: int
+    seed: int
+    folder: Path
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:

@@ -53,7 +53,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             one.check_images()
         _tell_small_shards(settings)
         _tell_scaled(settings)
-        plan = _plan(settings, data, engine)
+        plan = make_plan(settings, data, engine)
         task = make_task(settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation)
         training = Training(
             settings=settings,
@@ -117,7 +117,7 @@ def _tell_scaled(settings: Pretraining) -> None:
         console.say(f"spans   {epochs} epochs in place of the recipe's {made_for}: {', '.join(spans)}")
 
 
-def _plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
+def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
     return StepPlan(
         n_images=len(data.train),
         images_per_step=settings.images_per_step,

@@ -1,5 +1,6 @@
 """How a pretraining is kept from losing work: when it saves, and how it goes on."""
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,32 +137,23 @@ def milestone_steps(epochs: Sequence[float], task: Task) -> dict[int, str]:
     return steps
 
 
+@dataclasses.dataclass(kw_only=True)
 class Saver:
     """Saves every `every_s` seconds, at milestones, at the end, and when asked to stop.
 
-    Nothing is saved that is not finite. `about` is what a saved step tells of itself.
+    Nothing is saved that is not finite. `about` is what a saved step tells of itself. `saved_at_s` is the clock at the
+    last save, `saved_step` the steps that were done then.
     """
 
-    def __init__(
-        self,
-        *,
-        task: Task,
-        identity: Mapping[str, Any],
-        about: dict[str, Any],
-        run_dir: Path,
-        stop: StopRequest,
-        every_s: float,
-        milestones: Mapping[int, str],
-    ) -> None:
-        self.task = task
-        self.identity = identity
-        self.about = about
-        self.run_dir = run_dir
-        self.stop = stop
-        self.every_s = every_s
-        self.milestones = milestones
-        self.last = time.monotonic()
-        self.saved_step: int | None = None
+    task: Task
+    identity: Mapping[str, Any]
+    about: Mapping[str, Any]
+    run_dir: Path
+    stop: StopRequest
+    every_s: float
+    milestones: Mapping[int, str]
+    saved_at_s: float = dataclasses.field(default_factory=lambda: time.monotonic())
+    saved_step: int | None = None
 
     def after_step(self, done: StepsDone) -> bool:
         """Save if it is time; whether to stop. All ranks answer alike."""
@@ -173,7 +165,7 @@ class Saver:
 
     def _agreed(self) -> tuple[bool, bool]:
         # Rank 0's clock decides for all; a stop, whoever is asked.
-        due = ranks.rank() == 0 and time.monotonic() - self.last > self.every_s
+        due = ranks.rank() == 0 and time.monotonic() - self.saved_at_s > self.every_s
         signal, anyone_due = ranks.largest(self.stop.signal or 0, due)
         self.stop.signal = self.stop.signal or signal or None
         return bool(signal), bool(anyone_due)
@@ -184,12 +176,8 @@ class Saver:
         Raises:
             Diverged: it holds what is not finite.
         """
-        if done.step != self.saved_step:
-            self._save(done)
-            self.saved_step = done.step
-            self.last = time.monotonic()
-
-    def _save(self, done: StepsDone) -> None:
+        if done.step == self.saved_step:
+            return
         tallies = ranks.gathered(done.sums).cpu()
         if not tallies.isfinite().all():
             raise Diverged(f"the loss is no longer finite after step {done.step}")
@@ -200,6 +188,7 @@ class Saver:
                 "optimizer": self.task.optimizer.state_dict(),
                 "tallies": tallies,
                 "identity": self.identity,
-                "about": self.about | {"step": done.step},
+                "about": {**self.about, "step": done.step},
             }
             states.save_training(self.run_dir, state, done.step, self.milestones.get(done.step))
+        self.saved_step, self.saved_at_s = done.step, time.monotonic()

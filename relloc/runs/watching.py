@@ -1,6 +1,8 @@
 """What is seen of a training while it runs: journal, progress, alarms, and monitors at their period."""
 
 import contextlib
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -59,6 +61,7 @@ def reporting(
         yield report
 
 
+@dataclasses.dataclass
 class Monitoring:
     """Asks `monitors` every `every_steps` steps, as long as that takes `most_share` of the time or less.
 
@@ -66,27 +69,22 @@ class Monitoring:
     it is seen by training, which goes on without monitors where these fail.
     """
 
-    def __init__(
-        self,
-        monitors: Callable[[int], Mapping[str, float]],
-        *,
-        every_steps: int,
-        most_share: float,
-        folder: RunFolder,
-        device: torch.device,
-    ) -> None:
-        self.monitors = monitors
-        self.every_steps = every_steps
-        self.most_share = most_share
-        self.folder = folder
-        self.device = device
-        self.journal = Journal(folder.path)
-        self.cost_s = 0.0
-        self.asked_at = time.monotonic()
+    monitors: Callable[[int], Mapping[str, float]]
+    _: dataclasses.KW_ONLY
+    every_steps: int
+    most_share: float
+    folder: RunFolder
+    device: torch.device
+    cost_s: float = 0.0
+    asked_at_s: float = dataclasses.field(default_factory=lambda: time.monotonic())
+
+    @functools.cached_property
+    def _journal(self) -> Journal:
+        return Journal(self.folder.path)
 
     def after_step(self, done: int) -> None:
         """Ask, if it is time."""
-        if done % self.every_steps or self.cost_s > self.most_share * (time.monotonic() - self.asked_at):
+        if done % self.every_steps or self.cost_s > self.most_share * (time.monotonic() - self.asked_at_s):
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # steps still queued are no cost of this
@@ -95,7 +93,7 @@ class Monitoring:
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
         try:
-            self.journal.log(self.monitors(done), done)
+            self._journal.log(self.monitors(done), done)
         except (DataError, OSError) as error:
             console.say(f"monitors stop: {error}. Training goes on")
             self.most_share = -1.0
@@ -103,5 +101,5 @@ class Monitoring:
         finally:
             torch.use_deterministic_algorithms(deterministic)
         self.folder.keep(confusion_picture(done))
-        self.asked_at = time.monotonic()
-        self.cost_s = self.asked_at - started
+        self.asked_at_s = time.monotonic()
+        self.cost_s = self.asked_at_s - started

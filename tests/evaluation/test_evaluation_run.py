@@ -271,7 +271,9 @@ def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(model: EvaluatedMo
 
 
 def test_an_unknown_batch_norm_is_an_error() -> None:
-    with pytest.raises(UsageError, match="batch_norm is fresh: give one of as_trained, recalibrated"):
+    with pytest.raises(
+        UsageError, match=r"batch_norm is \['as_trained', 'fresh'\]: give a list of some of as_trained, recalibrated"
+    ):
         settings(batch_norms=["as_trained", "fresh"])
 
 

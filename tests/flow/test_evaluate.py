@@ -91,7 +91,7 @@ def test_mistakes_end_in_one_message(relloc, tmp_path):
     for arguments, message in [
         (["checkpoint=[]"], "checkpoint=[] names no backbone"),
         (["checkpoint=null"], "names no backbone"),
-        (["checkpoint=random", "model=small", "batch_norm=[]"], "batch_norm=[] leaves nothing to do"),
+        (["checkpoint=random", "model=small", "batch_norm=[]"], "batch_norm is []: give a list of some of"),
         (["checkpoint=torchvision", "model=alexnet"], "torchvision has no supervised weights for model=alexnet"),
         (["checkpoint=/nowhere"], "does not exist"),
         ([f"checkpoint={not_ours}"], "damaged"),

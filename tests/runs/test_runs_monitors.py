@@ -235,11 +235,3 @@ def test_a_network_that_collapsed_or_diverged_has_spectra_that_are_not_defined(
     values = monitors(model, data, tmp_path)(1)
     undefined = ("rankme", "alpha_req", "knn") if math.isnan(value) else ("rankme", "alpha_req")
     assert all(math.isnan(number) == any(word in name for word in undefined) for name, number in values.items())
-
-
-@pytest.mark.parametrize("wrong", [{"n_images": 0}, {"k": 0}])
-def test_nothing_to_look_at_is_an_error(
-    model: RelativeLocation, data: Splits, tmp_path: Path, wrong: dict[str, int]
-) -> None:
-    with pytest.raises(ValueError, match="each must be 1 or more"):
-        monitors(model, data, tmp_path, **wrong)

@@ -168,7 +168,7 @@ def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path, capsys: pytest.Cap
     task = new_task()
     for _ in range(3):
         step(task)
-    Saver._save(new_saver(tmp_path, task), standing(7))
+    Saver.save(new_saver(tmp_path, task), standing(7))
     other = new_task(seed=1)
     found = resume(IDENTITY, other, tmp_path)
     assert found.step == 7
@@ -185,7 +185,7 @@ def test_an_empty_folder_is_a_training_that_has_done_nothing(tmp_path: Path) -> 
 
 
 def test_a_folder_of_other_settings_is_refused_with_what_differs_and_changes_nothing(tmp_path: Path) -> None:
-    Saver._save(new_saver(tmp_path, new_task()), standing(7))
+    Saver.save(new_saver(tmp_path, new_task()), standing(7))
     other = new_task(seed=1)
     before = [parameter.clone() for parameter in other.model.parameters()]
     with pytest.raises(UsageError) as raised:
@@ -311,7 +311,7 @@ def test_a_run_goes_on_from_a_milestone_where_all_else_is_damaged(tmp_path: Path
     task = new_task()
     saver = new_saver(tmp_path, task, milestones={4: "epoch_1"})
     for done in (4, 8, 9):
-        Saver._save(saver, standing(done))
+        Saver.save(saver, standing(done))
     for path in saved_trainings(tmp_path):
         flip_a_byte(path)
     with pytest.raises(CheckpointError, match=r"Copy a milestone to (step_\d+\.pt) to go on from there") as raised:
@@ -320,14 +320,14 @@ def test_a_run_goes_on_from_a_milestone_where_all_else_is_damaged(tmp_path: Path
     folder = training_folder(tmp_path)
     (folder / name).write_bytes((folder / "epoch_1.pt").read_bytes())
     assert resume(IDENTITY, task, tmp_path).step == 4
-    Saver._save(saver, standing(5))
-    Saver._save(saver, standing(6))
+    Saver.save(saver, standing(5))
+    Saver.save(saver, standing(6))
     assert resume(IDENTITY, task, tmp_path).step == 6  # what came after the milestone is not lost again
 
 
 def test_a_run_that_an_older_relloc_began_is_refused_with_the_reason(tmp_path: Path) -> None:
     saver = new_saver(tmp_path, new_task())
-    Saver._save(saver, standing(7))
+    Saver.save(saver, standing(7))
     with pytest.raises(UsageError, match="an older relloc began"):
         resume(IDENTITY | {RANDOM_NUMBERS: 2}, new_task(), tmp_path)
 

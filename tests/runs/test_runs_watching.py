@@ -34,6 +34,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     stopped = Clock()
     monkeypatch.setattr(time, "monotonic", stopped)
+    monkeypatch.setattr("relloc.runs.console._last_line", {})  # of other tests, by the real clock
     return stopped
 
 

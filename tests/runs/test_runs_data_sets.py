@@ -1,0 +1,75 @@
+"""A data set by its settings."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relloc.data.image_set import Splits
+from relloc.data.photos import photos
+from relloc.errors import DataError, UsageError
+from relloc.runs.data_sets import DataSet
+
+
+def data_set(**changes: Any) -> DataSet:
+    settings = {
+        "setting": "data",
+        "name": "folder",
+        "shards": None,
+        "unreadable_share": 0.0,
+        "source": {"root": "/data/birds"},
+        "list_images": lambda: photos(tiles=[0.4], stride=0.5),
+    }
+    return DataSet(**{**settings, **changes})
+
+
+def test_a_wrong_share_is_told_by_its_setting() -> None:
+    with pytest.raises(UsageError, match=r"eval\.knn\.data\.unreadable_share is 2: give a number from 0 to 1"):
+        data_set(setting="eval.knn.data", unreadable_share=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "short"),
+    [
+        ({}, "birds"),
+        ({"source": {"root": ["/data/birds", "/data/cars"]}}, "birds+cars"),
+        ({"shards": "/packed/boats"}, "boats"),
+        ({"name": "in1k"}, "in1k"),
+        ({"source": {}}, "folder"),
+    ],
+)
+def test_it_is_called_by_its_folder_where_all_are_called_alike(changes: dict[str, Any], short: str) -> None:
+    assert data_set(**changes).short_name == short
+
+
+def test_the_same_images_are_the_same_whoever_names_them() -> None:
+    assert data_set().images == data_set(setting="eval.knn.data", unreadable_share=1).images
+    assert data_set().images != data_set(source={"root": "/data/cars"}).images
+    assert data_set().images != data_set(shards="/packed").images
+
+
+def test_folders_are_looked_for_unless_jobs_make_them(tmp_path: Path) -> None:
+    data_set(source={"root": str(tmp_path)}).check_folders([])
+    data_set(source={"root": "/local/set"}).check_folders(["cp -r SET /local/set"])
+    data_set(source={"root": "/local/set", "download": True}).check_folders([])
+    data_set(source={}).check_folders([])
+    with pytest.raises(UsageError, match=r"data\.root=/local/set is not a folder here"):
+        data_set(source={"root": "/local/set"}).check_folders(["module load cuda"])
+    with pytest.raises(UsageError, match=r"data\.root is not set"):
+        data_set(source={"root": None, "download": True}).check_folders([])
+    with pytest.raises(UsageError, match=r"data\.shards=/local/set is not a folder here"):
+        data_set(shards="/local/set").check_folders([])
+
+
+def test_reading_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    found = data_set().read()
+    told = capsys.readouterr().out
+    assert f"{len(found.train)} images to train on, {len(found.held_out)} held out" in told
+
+
+def test_what_is_wrong_with_images_is_told_by_the_setting() -> None:
+    def failing() -> Splits:
+        raise DataError("data.root=/x holds no images")
+
+    with pytest.raises(DataError, match=r"^eval\.knn\.data\.root=/x holds no images$"):
+        data_set(setting="eval.knn.data", list_images=failing).read()
