@@ -22,7 +22,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "resnet18": lambda: ResNetBackbone(depth=18),
 }
 NEIGHBOR_CELLS = (0, 1, 2, 3, 5, 6, 7, 8)
-every_backbone = pytest.mark.parametrize("kind", BACKBONES)
+every_backbone = pytest.mark.parametrize("kind", ["small", pytest.param("resnet18", marks=pytest.mark.slow)])
 
 
 def model_of(

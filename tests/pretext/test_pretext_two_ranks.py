@@ -9,6 +9,8 @@ import torch
 from commands import start
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import dataclasses
 import json

@@ -37,6 +37,7 @@ def test_a_word_is_answered_from_conf_and_docstrings(word: str, parts: list[str]
     assert [part for part in parts if part not in text] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", settings.COMMANDS)
 def test_each_setting_answers_its_default_and_its_file(command: str) -> None:
     composed = settings.compose(command)
