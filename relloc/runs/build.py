@@ -69,25 +69,6 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrackingSettings:
-    """The MLflow store at `uri`, None for none, and the experiment there."""
-
-    uri: str | None
-    experiment: str
-
-    def __post_init__(self) -> None:
-        if self.uri is not None:
-            try:
-                import_driver(absolute_uri(self.uri))
-            except UsageError as error:
-                raise UsageError(f"tracking.uri: {error}; tracking=none does without MLflow") from error
-        try:
-            experiment_name(self.experiment, self.uri)
-        except UsageError as error:
-            raise UsageError(f"tracking.experiment: {error}") from error
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class MonitorSettings:
     """What is asked of held-out images every so many epochs of training, None for never."""
 
@@ -123,7 +104,6 @@ class RunSettings:
 
     seed: int
     engine: EngineSettings
-    tracking: TrackingSettings
     data: DataSet
     evaluations: Sequence[EvaluationAsked]
     view: Center
@@ -402,12 +382,12 @@ def model_of_conf(member: str) -> Model:
 def _shared(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `RunSettings`."""
     refuse_old_names(flatten(given))  # a user's preset or data set may still have them
+    _check_tracking(**given["tracking"])
     batch_norm, view = given["batch_norm"], given["view"]
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
     return {
         **{name: given[name] for name in ("seed", "calibration_images", "bank_gib", "save_every_s")},
         "engine": EngineSettings(**engine),
-        "tracking": TrackingSettings(**given["tracking"]),
         "data": _data_set("data", config.data),
         "evaluations": [_evaluation(str(name), node) for name, node in (config.eval or {}).items()],
         "view": Center(short_px=view["short_px"], crop_px=view["crop_px"]),
@@ -415,6 +395,19 @@ def _shared(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
         "reused_runs": Path(given["runs"]) if given["reuse"] else None,
     }
+
+
+def _check_tracking(uri: Any, experiment: Any) -> None:
+    """Raises `UsageError` for an address that is none, and a name that MLflow refuses; asks no server."""
+    if uri is not None:
+        try:
+            import_driver(absolute_uri(uri))
+        except UsageError as error:
+            raise UsageError(f"tracking.uri: {error}; tracking=none does without MLflow") from error
+    try:
+        experiment_name(experiment, uri)
+    except UsageError as error:
+        raise UsageError(f"tracking.experiment: {error}") from error
 
 
 def _data_set(setting: str, node: Any) -> DataSet:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from relloc.errors import UsageError, reason
 from relloc.runs import command_line, settings
@@ -37,17 +37,16 @@ class RunData:
     words: tuple[str, ...]
     places: Mapping[str, Any]
 
-    def tell(self, config: DictConfig) -> str:
-        """One line that says what was taken, "" where no evaluation of `config` needs it.
+    def tell(self, given: Mapping[str, Any]) -> str:
+        """One line that says what was taken, "" where no evaluation of the settings that are given needs it.
 
         Raises:
             UsageError: the images are not where they were, nor was another place given.
         """
-        if all(node.get("data") for node in (config.eval or {}).values()):
+        if all(node.get("data") for node in (given["eval"] or {}).values()):
             return ""
-        setting = "data.shards" if config.data.get("shards") else "data.root"
-        where = OmegaConf.select(config, setting)
-        where = OmegaConf.to_container(where) if OmegaConf.is_config(where) else where
+        name = "shards" if given["data"].get("shards") else "root"
+        setting, where = f"data.{name}", given["data"].get(name)
         gone = [str(one) for one in _listed(where) if not os.path.exists(str(one))]
         if gone and where == self.places.get(setting):
             raise UsageError(

@@ -74,7 +74,11 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
         def explained_task(config: DictConfig) -> None:
             with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
                 refuse_chdir(HydraConfig.get())
-                _say_data_of_run(data.tell(config) if data else "")
+                if data:
+                    given: Any = OmegaConf.to_container(config, resolve=True)
+                    line = data.tell(given)
+                    if line and int(os.environ.get("RANK", "0")) == 0:
+                        print(terminal.escaped(line))
                 terminal.tell_when_left(_NOBODY_READS)
                 task(config)
 
@@ -126,11 +130,6 @@ def _prepare_words(asked: CommandLine, config_name: str) -> RunData | None:
     silent = _silent_rank() if int(os.environ.get("RANK", "0")) > 0 else []
     sys.argv[1:] = [*asked.flags, *of_run, *given, *silent]
     return data
-
-
-def _say_data_of_run(line: str) -> None:
-    if line and int(os.environ.get("RANK", "0")) == 0:
-        print(terminal.escaped(line))
 
 
 class _Scratch:

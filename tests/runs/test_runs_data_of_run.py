@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from relloc.errors import UsageError
 from relloc.runs import command_line, data_of_run, settings
 from relloc.runs.data_of_run import RunData
+from relloc.runs.invocation import plain
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +115,12 @@ def test_images_that_are_gone_are_told_where_they_are_needed(here: Path) -> None
     assert data is not None
     config = settings.compose("evaluate", [*data.words, "checkpoint=run"]).config
     with pytest.raises(UsageError, match=r"data.root=FOLDER"):
-        data.tell(config)
+        data.tell(plain(config))
     (here / "moved").mkdir()
     moved = settings.compose("evaluate", [*data.words, "checkpoint=run", f"data.root={here / 'moved'}"]).config
-    assert "moved" in data.tell(moved)
+    assert "moved" in data.tell(plain(moved))
     own = settings.compose("evaluate", [*data.words, "checkpoint=run", "eval=voc07_svm"]).config
-    assert data.tell(own) == ""
+    assert data.tell(plain(own)) == ""
 
 
 def test_a_function_that_no_member_has_is_never_called() -> None:
