@@ -41,8 +41,8 @@ from relloc.features.batch_norm import recalibrate
 from relloc.features.source import Bank, LiveFeatures, fill_bank
 from relloc.runs import build, engine
 from relloc.runs.build import Evaluating
+from relloc.runs.evaluated_models import evaluated_models
 from relloc.runs.settings import conf_dir
-from relloc.runs.subjects import evaluated_models
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5")
 SVM, LOW_SHOT = "voc07_svm", "voc07_low_shot"

@@ -23,7 +23,7 @@ AS_GIVEN = {
     "features/augment.py": "likewise of an image's colors",
     "runs/build.py": "initial weights come from the plain seed, as everywhere",
     "runs/pretraining.py": "likewise",
-    "runs/subjects.py": "likewise",
+    "runs/evaluated_models.py": "likewise",
     "pretext/loop.py": "the task's seed_of derives it",
     "patches/picture.py": "derived once, for two draws that are to be the same",
     "evals/training.py": "the order of an epoch, whose seed the caller derives",

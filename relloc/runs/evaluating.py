@@ -2,45 +2,32 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from relloc import ranks
-from relloc.checkpoints import states
+from relloc.checkpoints.states import delete_state
 from relloc.errors import KnownAnswerMissed, UsageError
 from relloc.evaluation.contract import EvalSettings, EvaluatedModel, NamedEvaluation
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, parts_of
-from relloc.pretext.stopping import StopRequest, stop_request
+from relloc.pretext.stopping import stop_request
 from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import console
 from relloc.runs import known_answers as known
 from relloc.runs.build import Evaluating
 from relloc.runs.engine import settle
-from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
+from relloc.runs.evaluated_models import evaluated_models
+from relloc.runs.folder import check_files, open_folder, own_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
-from relloc.runs.reusing import KnownRows, ResumableState, raise_if_stopped, state_file
-from relloc.runs.subjects import evaluated_models
+from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
 
 _NO_ANSWER = (
     "verdict=true, but nothing measured here has a published answer: it takes a ResNet-50, random or torchvision's, "
     "with batch norm as trained, and an evaluation of ImageNet, Places205 or VOC2007"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalRun:
-    """Where a run's evaluations are measured, and what they may use again.
-
-    `folder` is None on all ranks but the first, which alone writes and prints. `runs` is the folder of
-    runs whose rows and states of the same weights are used again; None for no other run's.
-    """
-
-    run_dir: Path
-    folder: RunFolder | None
-    stop: StopRequest
-    save_every_s: float
-    runs: Path | None
 
 
 def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
@@ -59,29 +46,29 @@ def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
         _check_ranks(evaluations)
         for named in evaluations:
             named.check_images()
-        run = EvalRun(
-            run_dir=run_dir,
-            folder=None,
-            stop=stop,
-            save_every_s=asked.save_every_s,
-            runs=asked.reused_runs,
-        )
+        folder = None
         if ranks.rank() == 0:
             data = [named.splits for named in evaluations]
             names = [asked.data.short_name if splits is own else splits.train.name for splits in data]
             record = invocation.record(evaluation_name(models, names), data, engine)
             folder = at_end.enter_context(open_folder(invocation, record, run_dir))
-            run = dataclasses.replace(run, folder=folder)
             at_end.enter_context(stop.prevailing())
+        run = EvalRun(
+            run_dir=run_dir,
+            folder=folder,
+            stop=stop,
+            save_every_s=asked.save_every_s,
+            reused_runs=asked.reused_runs,
+        )
         settings = asked.eval_settings(engine)
         fingerprints: set[str] = set()
         for model in models:
             engine.place(model.backbone)
             fingerprints |= evaluate_model(model, evaluations, settings, run)
             model.backbone.cpu()
-        if run.folder is None:
+        if folder is None:
             return
-        run.folder.summarize(fingerprints)  # the folder may hold rows of another command
+        folder.summarize(fingerprints)  # the folder may hold rows of another command
     if asked.verdict:
         report_known_answers(run_dir, answers, fingerprints)
     console.say_next("report", console.from_here(run_dir))
@@ -101,7 +88,7 @@ def _check_ranks(evaluations: Sequence[NamedEvaluation]) -> None:
     if ranks.world_size() > 1 and alone:
         raise UsageError(
             f"eval={','.join(alone)} runs in one process, which takes one GPU: leave torchrun out, or name "
-            "evaluations that divide their work, eval=[knn]"
+            "only evaluations that divide their work, as nearest neighbors and fine-tuning do"
         )
 
 
@@ -146,57 +133,38 @@ def evaluate_model(
         for named in evaluations
         for part in parts_of(named, batch_norm, model, settings)
     ]
-    known_rows = KnownRows(run_dir, run.runs) if folder else None
-    wanted = [parts[number] for number in ranks.from_first(_not_measured(parts, model, known_rows))]
-
-    def open_state(fingerprint: str) -> ResumableState:
-        every_s, stop, runs = run.save_every_s, run.stop, run.runs
-        return ResumableState(run_dir, fingerprint, every_s=every_s, stop=stop, runs=runs)
-
+    wanted = []
+    if folder:
+        console.say(f"eval    {', '.join(named.name for named in evaluations)} of {model.checkpoint} ({model.model})")
+        wanted = not_measured(parts, model, run)
+    wanted = [parts[number] for number in ranks.from_first(wanted)]
+    open_state = functools.partial(ResumableState, run)
     for part, rows in evaluate(model, wanted, settings, run_dir=run_dir, open_state=open_state):
         if folder:
             append_results(run_dir, rows)
             console.say_measured(rows)
             for file in sorted(path for path in (run_dir / part.folder).rglob("*") if path.is_file()):
                 folder.keep(str(file.relative_to(run_dir)))
-            states.delete_state(state_file(run_dir, part.fingerprint))
+            delete_state(state_file(run_dir, part.fingerprint))
         raise_if_stopped(run.stop)
     unreadable.update(ranks.union(unreadable))
-    fingerprints = {part.fingerprint for part in parts}
-    if known_rows:
-        for named in evaluations:
-            fingerprints |= _summarize(model, named, settings, known_rows)
-    return fingerprints
+    summarized = _summarize(model, parts, settings, run_dir) if folder else set()
+    return summarized | {part.fingerprint for part in parts}
 
 
-def _not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, known_rows: KnownRows | None) -> list[int]:
-    """Which of the parts have no rows yet; what another run measured is used again."""
-    if known_rows is None:
-        return []  # rank 0 knows
-    names = dict.fromkeys(part.named.name for part in parts)
-    console.say(f"eval    {', '.join(names)} of {model.checkpoint} ({model.model})")
-    missing = []
-    for number, part in enumerate(parts):
-        if known_rows.has(model, part.named.name, part.batch_norm, part.fingerprint):
-            # Another run may have finished what this one began.
-            states.delete_state(state_file(known_rows.run_dir, part.fingerprint))
-        else:
-            missing.append(number)
-    return missing
-
-
-def _summarize(
-    model: EvaluatedModel, named: NamedEvaluation, settings: EvalSettings, known_rows: KnownRows
-) -> set[str]:
+def _summarize(model: EvaluatedModel, parts: Sequence[EvalPart], settings: EvalSettings, run_dir: Path) -> set[str]:
     """Write the rows about all layers of an evaluation together, unless they are there; their fingerprints."""
+    measured = [row for row in read_results(run_dir) if row.checkpoint == model.checkpoint]
     fingerprints = set()
-    for batch_norm in settings.batch_norms:
-        of_parts = {part.fingerprint for part in parts_of(named, batch_norm, model, settings)}
-        measured = [row for row in known_rows.of(model) if row.eval == named.name]
-        rows = list(named.evaluation.summary([row for row in measured if row.fingerprint in of_parts]))
-        if rows:
-            of_whole = fingerprint(named.evaluation, model, named.splits, settings, batch_norm)
-            if all(row.fingerprint != of_whole for row in measured):
-                append_results(known_rows.run_dir, [dataclasses.replace(row, fingerprint=of_whole) for row in rows])
-            fingerprints.add(of_whole)
+    for (name, batch_norm), group in itertools.groupby(parts, key=lambda part: (part.named.name, part.batch_norm)):
+        together = list(group)
+        named = together[0].named
+        of_parts = {part.fingerprint for part in together}
+        rows = [row for row in measured if row.eval == name and row.fingerprint in of_parts]
+        summary = list(named.evaluation.summary(rows))
+        if summary:
+            whole = fingerprint(named.evaluation, model, named.splits, settings, batch_norm)
+            if all((row.eval, row.fingerprint) != (name, whole) for row in measured):
+                append_results(run_dir, [dataclasses.replace(row, fingerprint=whole) for row in summary])
+            fingerprints.add(whole)
     return fingerprints

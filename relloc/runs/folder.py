@@ -65,10 +65,10 @@ class RunFolder:
         """Remember images that could not be used."""
         self.unreadable |= reasons
 
-    def summarize(self, marks: Collection[str] | None = None) -> None:
-        """The run is finished: say what came out, and where it is. `marks` are the fingerprints of the rows to show."""
+    def summarize(self, fingerprints: Collection[str] | None = None) -> None:
+        """The run is finished: say what came out, and where it is. `fingerprints` are of the rows to show."""
         self.status = Status.DONE
-        rows = [row for row in read_results(self.path) if marks is None or row.fingerprint in marks]
+        rows = [row for row in read_results(self.path) if fingerprints is None or row.fingerprint in fingerprints]
         for row in rows:
             if row.kind == "pretext":
                 console.say(console.pretext_line(row))

@@ -15,7 +15,7 @@ from relloc.data.loader import ImageBatch, Unreadable, collate, load
 from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
-from relloc.evaluation.contract import EvaluatedModel, NamedEvaluation
+from relloc.evaluation.contract import NamedEvaluation
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits
@@ -25,10 +25,12 @@ from relloc.results import Result, append_results, read_results
 from relloc.runs import console, saving
 from relloc.runs.build import Pretraining
 from relloc.runs.engine import Engine, settle
-from relloc.runs.evaluating import EvalRun, evaluate_model
+from relloc.runs.evaluated_models import evaluated
+from relloc.runs.evaluating import evaluate_model
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import pretraining_name
+from relloc.runs.reusing import EvalRun
 from relloc.runs.training import Training, train_to_the_end
 from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
 
@@ -261,16 +263,11 @@ def _evaluate(training: Training, evaluations: Sequence[NamedEvaluation], folder
         folder=folder,
         stop=training.stop,
         save_every_s=settings.save_every_s,
-        runs=settings.reused_runs,
+        reused_runs=settings.reused_runs,
     )
     for checkpoint, backbone in ((weights, trained), ("random", untrained)):
         engine.place(backbone)
-        model = EvaluatedModel(
-            backbone=backbone,
-            checkpoint=checkpoint,
-            model=settings.model.name,
-            weights=backbone_files.digest(backbone.state_dict()),
-        )
+        model = evaluated(backbone, checkpoint, settings.model.name)
         evaluate_model(model, labeled, settings.eval_settings(engine), run)
 
 

@@ -25,9 +25,9 @@ from relloc.files import write_whole
 from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import Stopped, stop_request
 from relloc.results import Result, Score, read_results
-from relloc.runs.evaluating import EvalRun, evaluate_model
+from relloc.runs.evaluating import evaluate_model
 from relloc.runs.folder import RunFolder
-from relloc.runs.reusing import state_file
+from relloc.runs.reusing import EvalRun, state_file
 from relloc.tracking import list_artifacts_to_send
 
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ def measured(run_dir: Path, evaluations: dict[str, Evaluation], *batch_norms: st
     run_dir.mkdir(exist_ok=True)
     folder = RunFolder(run_dir, None)
     with stop_request() as stop:
-        run = EvalRun(run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, runs=None)
+        run = EvalRun(run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, reused_runs=None)
         folder.summarize(evaluate_model(model(), named, settings, run))
     return list(read_results(run_dir))
 

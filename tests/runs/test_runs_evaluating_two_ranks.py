@@ -27,8 +27,9 @@ from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import stop_request
 from relloc.results import Score, read_results
-from relloc.runs.evaluating import EvalRun, evaluate_model
+from relloc.runs.evaluating import evaluate_model
 from relloc.runs.folder import RunFolder
+from relloc.runs.reusing import EvalRun
 
 CPU = torch.device("cpu")
 run_dir, stopping_rank, told = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -78,7 +79,7 @@ if __name__ == "__main__":
     )
     with stop_request() as stop:
         folder = RunFolder(run_dir, None) if ranks.rank() == 0 else None
-        run = EvalRun(run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, runs=None)
+        run = EvalRun(run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, reused_runs=None)
         try:
             evaluate_model(model, [named], settings, run)
         finally:

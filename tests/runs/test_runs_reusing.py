@@ -10,18 +10,37 @@ import pytest
 import torch
 
 from relloc.checkpoints.states import save_state
-from relloc.evaluation.contract import EvaluatedModel
+from relloc.data.folder import FolderImages
+from relloc.data.image_set import Splits
+from relloc.data.views import Center
+from relloc.evals.knn import Knn
+from relloc.evaluation.contract import EvaluatedModel, NamedEvaluation
+from relloc.evaluation.run import EvalPart
 from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import Stopped, StopRequest, stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs.folder import UNREADABLE_FILE
-from relloc.runs.reusing import KnownRows, ResumableState, state_file
+from relloc.runs.reusing import EvalRun, ResumableState, not_measured, state_file
+
+MODEL = EvaluatedModel(
+    backbone=SmallBackbone(widths=(8, 8, 8, 10, 8)), checkpoint="/here/backbone.safetensors", model="small", weights="w"
+)
+KNN = Knn(k=(10,), temperature=0.07, layers=("avgpool",), view=Center(short_px=8, crop_px=8), batch=8, bank_gib=1)
+IMAGES = FolderImages(name="colors", split="train", paths=[])
 
 
-@pytest.fixture(scope="module")
-def subject() -> EvaluatedModel:
-    backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
-    return EvaluatedModel(backbone=backbone, checkpoint="/here/backbone.safetensors", model="small", weights="w")
+def eval_run(run_dir: Path, *, every_s: float = 0, stop: StopRequest | None = None, runs: Path | None) -> EvalRun:
+    stop = stop or StopRequest()
+    return EvalRun(run_dir=run_dir, folder=None, stop=stop, save_every_s=every_s, reused_runs=runs)
+
+
+def is_known(
+    run_dir: Path, runs: Path | None, name: str = "knn", batch_norm: str = "as_trained", fingerprint: str = "mark"
+) -> bool:
+    """Whether a part of an evaluation has rows in the run folder, or gets them from another run's."""
+    named = NamedEvaluation(name=name, evaluation=KNN, splits=Splits(train=IMAGES, held_out=IMAGES))
+    part = EvalPart(named=named, evaluation=KNN, batch_norm=batch_norm, fingerprint=fingerprint)
+    return not_measured([part], MODEL, eval_run(run_dir, runs=runs)) == []
 
 
 def row(**changes: object) -> Result:
@@ -44,59 +63,58 @@ def folder(runs: Path, name: str, *rows: Result) -> Path:
 
 
 def test_rows_of_the_same_weights_are_copied_once_and_say_where_they_were_measured(
-    tmp_path: Path, subject: EvaluatedModel, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = folder(tmp_path, "sweep/0", row(), row(metric="top1_k20", value=41.0), row(fingerprint="another"))
     new = folder(tmp_path, "new")
-    known = KnownRows(new, tmp_path)
-    assert known.has(subject, "knn", "as_trained", "mark")
-    assert known.has(subject, "knn", "as_trained", "mark")
+    assert is_known(new, tmp_path)
+    assert is_known(new, tmp_path)
     copied = read_results(new)
     assert [(found.metric, found.value) for found in copied] == [("top1_k10", 40.0), ("top1_k20", 41.0)]
-    assert {(found.checkpoint, found.measured_in) for found in copied} == {(subject.checkpoint, str(old))}
+    assert {(found.checkpoint, found.measured_in) for found in copied} == {(MODEL.checkpoint, str(old))}
     assert capsys.readouterr().out.count("of the same weights in") == 1
     newest = folder(tmp_path, "newest")
-    assert KnownRows(newest, tmp_path).has(subject, "knn", "as_trained", "mark")
+    assert is_known(newest, tmp_path)
     assert {found.measured_in for found in read_results(newest)} == {str(old)}  # not the folder that copied them
 
 
-def test_what_is_not_the_same_is_measured(tmp_path: Path, subject: EvaluatedModel) -> None:
+def test_what_is_not_the_same_is_measured(tmp_path: Path) -> None:
     folder(tmp_path, "old", row())
     new = folder(tmp_path, "new")
-    known = KnownRows(new, tmp_path)
-    assert not known.has(subject, "knn", "as_trained", "other mark")
-    assert not known.has(subject, "knn", "recalibrated", "mark")
-    assert not known.has(subject, "linear", "as_trained", "mark")
-    assert not KnownRows(new, None).has(subject, "knn", "as_trained", "mark")  # reuse=false
+    assert not is_known(new, tmp_path, fingerprint="other mark")
+    assert not is_known(new, tmp_path, batch_norm="recalibrated")
+    assert not is_known(new, tmp_path, name="linear")
+    assert not is_known(new, None)  # reuse=false
     assert read_results(new) == []
 
 
-def test_runs_with_broken_images_or_rows_are_not_trusted(tmp_path: Path, subject: EvaluatedModel) -> None:
+def test_runs_with_broken_images_or_rows_are_not_trusted(tmp_path: Path) -> None:
     (folder(tmp_path, "broken images", row()) / UNREADABLE_FILE).write_text("3.jpg: broken\n")
     (folder(tmp_path, "broken rows", row()) / "results.jsonl").write_text("{}\n")
     new = folder(tmp_path, "new")
-    assert not KnownRows(new, tmp_path).has(subject, "knn", "as_trained", "mark")
+    assert not is_known(new, tmp_path)
 
 
-def test_the_same_weights_by_two_paths_are_measured_once_in_a_run(tmp_path: Path, subject: EvaluatedModel) -> None:
+def test_the_same_weights_by_two_paths_are_measured_once_in_a_run(tmp_path: Path) -> None:
     run = folder(tmp_path, "run", row(checkpoint="random"))
-    assert KnownRows(run, None).has(subject, "knn", "as_trained", "mark")
-    assert [found.checkpoint for found in read_results(run)] == ["random", subject.checkpoint]
-    assert [found.checkpoint for found in KnownRows(run, None).of(subject)] == [subject.checkpoint]
+    assert is_known(run, None)
+    assert [found.checkpoint for found in read_results(run)] == ["random", MODEL.checkpoint]
+    assert is_known(run, None)
+    assert len(read_results(run)) == 2
 
 
-def test_rows_of_a_sweeps_runs_are_found(tmp_path: Path, subject: EvaluatedModel) -> None:
+def test_rows_of_a_sweeps_runs_are_found(tmp_path: Path) -> None:
     for place in ("a sweep/0", "sweeps/name/0"):
         folder(tmp_path, place, row(fingerprint=place))
-    known = KnownRows(folder(tmp_path, "new"), tmp_path)
-    assert known.has(subject, "knn", "as_trained", "a sweep/0")
-    assert known.has(subject, "knn", "as_trained", "sweeps/name/0")
+    new = folder(tmp_path, "new")
+    assert is_known(new, tmp_path, fingerprint="a sweep/0")
+    assert is_known(new, tmp_path, fingerprint="sweeps/name/0")
 
 
 def kept(
     run_dir: Path, *, every_s: float = 0, stop: StopRequest | None = None, runs: Path | None = None
 ) -> ResumableState:
-    return ResumableState(run_dir, "mark", every_s=every_s, stop=stop or StopRequest(), runs=runs)
+    return ResumableState(eval_run(run_dir, every_s=every_s, stop=stop, runs=runs), "mark")
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +167,7 @@ def test_a_stop_while_the_state_is_written_leaves_it_whole(tmp_path: Path, monke
         os.kill(os.getpid(), signal.SIGINT)
         save_state(path, content)
 
-    monkeypatch.setattr("relloc.runs.reusing.states.save_state", save)
+    monkeypatch.setattr("relloc.runs.reusing.save_state", save)
     with stop_request() as stop, pytest.raises(Stopped) as stopped:
         kept(tmp_path, stop=stop).save({"epoch": 1})
     assert stopped.value.code == 130
@@ -176,7 +194,7 @@ def test_the_newest_state_that_another_run_left_is_gone_on_from(tmp_path: Path) 
         os.utime(state_file(left, "mark"), (epoch, epoch))
     (tmp_path / "broken images" / UNREADABLE_FILE).write_text("3.jpg: broken\n")
     new = folder(tmp_path, "new")
-    other_mark = ResumableState(new, "other mark", every_s=0, stop=StopRequest(), runs=tmp_path)
+    other_mark = ResumableState(eval_run(new, runs=tmp_path), "other mark")
     assert other_mark.load() is None
     assert kept(new).load() is None  # reuse=false
     assert kept(new, runs=tmp_path).load() == {"epoch": 3}

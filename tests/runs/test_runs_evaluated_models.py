@@ -15,8 +15,8 @@ from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.resnet import ResNetBackbone
 from relloc.runs import build
 from relloc.runs.build import Evaluating
+from relloc.runs.evaluated_models import evaluated_models
 from relloc.runs.settings import conf_dir
-from relloc.runs.subjects import evaluated_models
 
 RESNET_18 = {"name": "resnet18", "backbone": {"_target_": "relloc.models.resnet.ResNetBackbone", "depth": 18}}
 

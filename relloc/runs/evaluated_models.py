@@ -36,52 +36,40 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
         CheckpointError: a file is missing, damaged, or does not fit.
     """
     asked = settings.checkpoints
-    found = {name: evaluated_model(settings, name) for name in asked if name not in NOT_OURS}
+    found = {name: _from_file(settings, name) for name in asked if name not in NOT_OURS}
     if settings.checkpoint_prefix is not None and not found:
         raise UsageError(f"checkpoint={','.join(asked)} has no prefixes: leave checkpoint_prefix out")
     beside = [name for name in json.loads(os.environ.get("RELLOC_BESIDE", "[]")) if name not in NOT_OURS]
     if found:
         of_file = next(iter(found.values())).model
     else:
-        of_file = evaluated_model(settings, beside[0]).model if beside and not settings.model else "resnet50"
+        of_file = _from_file(settings, beside[0]).model if beside and not settings.model else "resnet50"
     return [found.get(name) or _by_name(settings, name, of_file) for name in asked]
 
 
-def evaluated_model(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
-    """The backbone of a run folder or file. Raises as `evaluated_models`."""
+def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
+    """The backbone of a run folder or file, of the model in `settings` or else of the one that the file tells."""
     file = backbone_files.backbone_file(Path(checkpoint))
-    ours = backbone_files.is_ours(file)
-    if ours and settings.checkpoint_prefix is not None:
-        raise UsageError(f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out")
-    backbone, model = (_ours if ours else _of_another_project)(settings, checkpoint)
-    return _evaluated_model(backbone, str(file), model)
-
-
-def _evaluated_model(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
-    digest = backbone_files.digest(backbone.state_dict())
-    return EvaluatedModel(backbone=backbone, checkpoint=checkpoint, model=model, weights=digest)
-
-
-def _by_name(settings: Evaluating, name: str, model_of_others: str) -> EvaluatedModel:
-    """`random` or `torchvision`."""
-    model = settings.model or model_of_conf(model_of_others)
-    backbone = model.backbone(settings.seed)
-    if name == "torchvision":
-        fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
-    return _evaluated_model(backbone, name, model.name)
-
-
-def _ours(settings: Evaluating, checkpoint: str) -> tuple[Backbone, str]:
-    """A model= of the command line is the user's word and may be anything; that of a file is a stranger's."""
-    file = backbone_files.backbone_file(Path(checkpoint))
-    weights, about = backbone_files.load_backbone(file)
-    if (model := settings.model) is not None:
-        backbone, name = model.backbone(settings.seed), model.name
+    model = settings.model
+    if backbone_files.is_ours(file):
+        if settings.checkpoint_prefix is not None:
+            raise UsageError(f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out")
+        weights, about = backbone_files.load_backbone(file)
+        # The model of the command line is the user's word and may be anything; that of a file is a stranger's.
+        if model is not None:
+            name, backbone = model.name, model.backbone(settings.seed)
+        else:
+            name = backbone_files.model_name(about, file)
+            backbone = described_backbone(about["model"], weights, str(file))
+        fill(backbone, weights, f"{checkpoint} (a {_trained(about)})")
     else:
-        name = backbone_files.model_name(about, file)
-        backbone = described_backbone(about["model"], weights, str(file))
-    fill(backbone, weights, f"{checkpoint} (a {_trained(about)})")
-    return backbone, name
+        check_hash(file)
+        found = layouts.find(weight_files.read(file), origin=str(file), prefix=settings.checkpoint_prefix)
+        model = model or model_of_conf(found.model_or_advice())
+        name, backbone = model.name, model.backbone(settings.seed)
+        fill(backbone, found.fitted(backbone.state_dict()), str(file))
+        console.say(f"weights {file}: {found}")
+    return evaluated(backbone, str(file), name)
 
 
 def _trained(about: Mapping[str, Any]) -> str:
@@ -90,17 +78,19 @@ def _trained(about: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) and name.isprintable() else "model without a name"
 
 
-def _of_another_project(settings: Evaluating, checkpoint: str) -> tuple[Backbone, str]:
-    """Without model=, the one of ours with the blocks in the file."""
-    file = backbone_files.backbone_file(Path(checkpoint))
-    check_hash(file)
-    found = layouts.find(weight_files.read(file), origin=str(file), prefix=settings.checkpoint_prefix)
-    if (model := settings.model) is None:
-        model = model_of_conf(found.model_or_advice())
+def _by_name(settings: Evaluating, name: str, model_of_others: str) -> EvaluatedModel:
+    """`random` or `torchvision`."""
+    model = settings.model or model_of_conf(model_of_others)
     backbone = model.backbone(settings.seed)
-    fill(backbone, found.fitted(backbone.state_dict()), str(file))
-    console.say(f"weights {file}: {found}")
-    return backbone, model.name
+    if name == "torchvision":
+        fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
+    return evaluated(backbone, name, model.name)
+
+
+def evaluated(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
+    """A backbone with the digest of its weights."""
+    weights = backbone_files.digest(backbone.state_dict())
+    return EvaluatedModel(backbone=backbone, checkpoint=checkpoint, model=model, weights=weights)
 
 
 def supervised_weights(model: str) -> dict[str, Tensor]:
