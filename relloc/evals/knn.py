@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from relloc import checks, ranks
@@ -96,17 +95,17 @@ class Knn(Evaluation):
 
     def _bank(self, train: FeatureSource, device: torch.device) -> Bank:
         """The features of this rank's share of the images."""
-        edges = [train.n * rank // ranks.world_size() for rank in (ranks.rank(), ranks.rank() + 1)]
-        share = _Share(of=train, start=edges[0], stop=edges[1])
-        needed = bank_gib(share, self.layers)
+        start, stop = (train.n * rank // ranks.world_size() for rank in (ranks.rank(), ranks.rank() + 1))
+        needed = bank_gib(train, self.layers, stop - start)
         if needed > self.bank_gib:
             raise UsageError(
-                f"eval.knn needs {in_gib(needed)} for {share.n} images at {', '.join(self.layers)}, more than "
+                f"eval.knn needs {in_gib(needed)} for {stop - start} images at {', '.join(self.layers)}, more than "
                 f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise it"
             )
-        if isinstance(train, Bank):
-            return share.kept(train)
-        return fill_bank(share, self.layers, self.batch, bank_device(needed, device))
+        if isinstance(train, Bank):  # its rows need no copy
+            features = {layer: rows[start:stop] for layer, rows in train.features.items()}
+            return dataclasses.replace(train, features=features, labels=train.labels[start:stop])
+        return fill_bank(train, self.layers, self.batch, bank_device(needed, device), torch.arange(start, stop))
 
     def _queries(self, held_out: FeatureSource) -> Iterator[Batch]:
         """All of `held_out`, as many at once as `_QUERY_BYTES` hold."""
@@ -140,39 +139,3 @@ def _concatenated(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[
     layers = batches[0][0].keys()
     features = {layer: torch.cat([one[layer] for one, _ in batches]) for layer in layers}
     return features, torch.cat([labels for _, labels in batches])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Share:
-    """Images `start` to `stop` of a source, as a source of their own."""
-
-    of: FeatureSource
-    start: int
-    stop: int
-
-    @property
-    def n(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def n_classes(self) -> int:
-        return self.of.n_classes
-
-    @property
-    def dims(self) -> dict[str, int]:
-        return self.of.dims
-
-    @property
-    def channels(self) -> dict[str, int]:
-        return self.of.channels
-
-    def batches(
-        self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
-    ) -> Iterator[Batch]:
-        return self.of.batches(indices + self.start, size, layers, epoch, epochs)
-
-    def kept(self, bank: Bank) -> Bank:
-        """The same rows of a bank, which are not copied."""
-        rows = slice(self.start, self.stop)
-        features = {layer: matrix[rows] for layer, matrix in bank.features.items()}
-        return dataclasses.replace(bank, features=features, labels=bank.labels[rows])

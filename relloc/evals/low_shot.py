@@ -115,10 +115,10 @@ class Voc07LowShot(Evaluation):
         """Coefficients of each draw's SVMs among all n training images, costs as listed."""
         n, size = len(known.train), drawn.shape[1]
         found = known.train.new_zeros(len(drawn), n, len(self.costs))
-        for places in torch.arange(len(drawn)).split(max(1, _MOST_GRAM_BYTES // (8 * size * size))):
-            rows = drawn[places].to(known.train.device)
+        for some_draws in torch.arange(len(drawn)).split(max(1, _MOST_GRAM_BYTES // (8 * size * size))):
+            rows = drawn[some_draws].to(known.train.device)
             some = self._fit_some(known.train[rows.unsqueeze(2), rows.unsqueeze(1)], factor[rows])
-            found[places] = found[places].scatter(1, rows.unsqueeze(2).expand_as(some), some)
+            found[some_draws] = found[some_draws].scatter(1, rows.unsqueeze(2).expand_as(some), some)
         return found
 
     def _fit_some(self, gram: Float[Tensor, "p s s"], factor: Float[Tensor, "p s r"]) -> Float[Tensor, "p s costs"]:

@@ -21,7 +21,7 @@ _STEPS_AT_ONCE = {"cuda": 16, "cpu": 1}
 _CPU = torch.device("cpu")
 
 Heads = dict[str, LayerHeads]
-Part = tuple[Int[Tensor, "_b"], bool]  # a batch of places, and whether they are of the tenth
+Part = tuple[Int[Tensor, "_b"], bool]  # indices of a batch, and whether they are of the tenth
 Waiting = tuple[dict[str, Tensor], Tensor, bool]  # normalized features, labels, and the same
 
 
@@ -144,12 +144,12 @@ class Training:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(n, generator=generator)
         if all(setting.sees_all for setting in self.sgd.settings):
-            return [[(places, False) for places in order.split(self.batch)]]
+            return [[(indices, False) for indices in order.split(self.batch)]]
         among = torch.isin(order, tenth)
         groups = (False, True) if any(setting.sees_all for setting in self.sgd.settings) else (False,)
-        parts = [(places, group) for group in groups for places in order[among == group].split(self.batch)]
+        parts = [(indices, group) for group in groups for indices in order[among == group].split(self.batch)]
         full = [part for part in parts if len(part[0]) == self.batch]
-        mixed = [full[place] for place in torch.randperm(len(full), generator=generator).tolist()]
+        mixed = [full[number] for number in torch.randperm(len(full), generator=generator).tolist()]
         rest = [[part] for part in parts if 0 < len(part[0]) < self.batch]
         return [request for request in (mixed, *rest) if request]
 
@@ -157,10 +157,10 @@ class Training:
         self, source: FeatureSource, request: list[Part], epoch: int
     ) -> Iterator[tuple[Features, Int[Tensor, "_b"], bool]]:
         """Features, labels and group of each batch; images that can't be read are missing in them."""
-        places = torch.cat([places for places, _ in request])
+        indices = torch.cat([indices for indices, _ in request])
         groups = [of_tenth for _, of_tenth in request]
         read = 0
-        for features, labels in source.batches(places, self.batch, self.layers, epoch, self.epochs):
+        for features, labels in source.batches(indices, self.batch, self.layers, epoch, self.epochs):
             yield features, labels, groups[read]
             read += 1
         if read < len(request) and len(set(groups)) > 1:
@@ -182,7 +182,7 @@ def check_finite(heads: Heads) -> None:
 
 @torch.no_grad()
 def count_hits(
-    heads: Heads, source: FeatureSource, places: Int[Tensor, "m"], size: int, device: torch.device
+    heads: Heads, source: FeatureSource, indices: Int[Tensor, "m"], size: int, device: torch.device
 ) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
     """Right answers of each head by layer, and how many images were asked. Leaves heads in eval mode.
 
@@ -193,7 +193,7 @@ def count_hits(
         of_layer.eval()
     counts = {layer: torch.zeros(len(one.weight), dtype=torch.int64, device=device) for layer, one in heads.items()}
     seen = 0
-    for features, labels in source.batches(places, size, tuple(heads)):
+    for features, labels in source.batches(indices, size, tuple(heads)):
         target = labels.to(device, non_blocking=True)[:, None]
         for layer, of_layer in heads.items():
             counts[layer] += (of_layer(features[layer].to(device)).argmax(dim=2) == target).sum(dim=0)

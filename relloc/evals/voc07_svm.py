@@ -132,8 +132,8 @@ class Voc07Svm(Evaluation):
             split = StratifiedKFold(n_splits=self.folds).split(np.zeros(len(positive)), positive.numpy())
             held = [torch.from_numpy(held) for _, held in split]
         trained = torch.ones(len(positive), self.folds, dtype=torch.bool)
-        for fold, places in enumerate(held):
-            trained[places, fold] = False
+        for fold, indices in enumerate(held):
+            trained[indices, fold] = False
         return trained.to(device)
 
     def _fit_all(

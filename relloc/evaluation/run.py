@@ -99,6 +99,12 @@ def fingerprint(
     return hash_lines([repr((repr(evaluation), evaluation.version, weights, precision, images, settings.seed))])
 
 
+def grouped(parts: Sequence[EvalPart]) -> list[list[EvalPart]]:
+    """The parts in the order in which they are measured; those of a group see the same features, or none."""
+    order = sorted(parts, key=lambda part: (BATCH_NORMS.index(part.batch_norm), *_same_features(part)))
+    return [list(group) for _, group in itertools.groupby(order, key=_same_features)]
+
+
 def evaluate(
     model: EvaluatedModel,
     parts: Sequence[EvalPart],
@@ -107,25 +113,10 @@ def evaluate(
     run_dir: Path,
     open_state: Callable[[str], State],
 ) -> Iterator[tuple[EvalPart, list[Result]]]:
-    """Each part and its results, as they come.
+    """Each part of a group and its results, as they come; what they share is computed once.
 
-    Parts that see the same features come one after the other, so that these are computed once. `open_state`
-    gives what a part with that fingerprint goes on from.
+    `open_state` gives what a part with that fingerprint goes on from.
     """
-    order = sorted(parts, key=lambda part: (BATCH_NORMS.index(part.batch_norm), *_same_features(part)))
-    for _, group in itertools.groupby(order, key=_same_features):
-        # A function of its own, so that features which are kept leave the memory before the next ones come.
-        yield from _evaluate_group(model, list(group), settings, run_dir, open_state)
-
-
-def _evaluate_group(
-    model: EvaluatedModel,
-    parts: Sequence[EvalPart],
-    settings: EvalSettings,
-    run_dir: Path,
-    open_state: Callable[[str], State],
-) -> Iterator[tuple[EvalPart, list[Result]]]:
-    """Parts that see the same features, which are therefore computed once."""
     first = parts[0].evaluation
     splits = parts[0].named.splits
     settings = _with_own_share(parts[0].named, settings)

@@ -273,9 +273,9 @@ def bank_device(gib: float, device: torch.device) -> torch.device:
     return torch.device("cpu")
 
 
-def bank_gib(source: FeatureSource, layers: Sequence[str]) -> float:
-    """Memory that `fill_bank` would take, in GiB."""
-    return _gib(source.n, (source.dims[layer] for layer in layers))
+def bank_gib(source: FeatureSource, layers: Sequence[str], n: int | None = None) -> float:
+    """Memory that `fill_bank` would take for `n` images, or all, in GiB."""
+    return _gib(source.n if n is None else n, (source.dims[layer] for layer in layers))
 
 
 def _gib(n: int, dims: Iterable[int]) -> float:

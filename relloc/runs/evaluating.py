@@ -11,7 +11,7 @@ from relloc import ranks
 from relloc.checkpoints.states import delete_state
 from relloc.errors import KnownAnswerMissed, UsageError
 from relloc.evaluation.contract import EvalSettings, EvaluatedModel, NamedEvaluation
-from relloc.evaluation.run import EvalPart, evaluate, fingerprint, parts_of
+from relloc.evaluation.run import EvalPart, evaluate, fingerprint, grouped, parts_of
 from relloc.pretext.stopping import stop_request
 from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import console
@@ -139,14 +139,15 @@ def evaluate_model(
         wanted = not_measured(parts, model, run)
     wanted = [parts[number] for number in ranks.from_first(wanted)]
     open_state = functools.partial(ResumableState, run)
-    for part, rows in evaluate(model, wanted, settings, run_dir=run_dir, open_state=open_state):
-        if folder:
-            append_results(run_dir, rows)
-            console.say_measured(rows)
-            for file in sorted(path for path in (run_dir / part.folder).rglob("*") if path.is_file()):
-                folder.keep(str(file.relative_to(run_dir)))
-            delete_state(state_file(run_dir, part.fingerprint))
-        raise_if_stopped(run.stop)
+    for group in grouped(wanted):
+        for part, rows in evaluate(model, group, settings, run_dir=run_dir, open_state=open_state):
+            if folder:
+                append_results(run_dir, rows)
+                console.say_measured(rows)
+                for file in sorted(path for path in (run_dir / part.folder).rglob("*") if path.is_file()):
+                    folder.keep(str(file.relative_to(run_dir)))
+                delete_state(state_file(run_dir, part.fingerprint))
+            raise_if_stopped(run.stop)
     unreadable.update(ranks.union(unreadable))
     summarized = _summarize(model, parts, settings, run_dir) if folder else set()
     return summarized | {part.fingerprint for part in parts}

@@ -24,7 +24,7 @@ from relloc.evaluation.contract import (
     NullState,
     State,
 )
-from relloc.evaluation.run import EvalPart, evaluate, fingerprint, parts_of
+from relloc.evaluation.run import EvalPart, evaluate, fingerprint, grouped, parts_of
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import EncodeConfig, LiveFeatures, fill_bank
 from relloc.models.small import SmallBackbone
@@ -104,8 +104,12 @@ def rows_of(
         one.check_images()
     parts = [part for way in given.batch_norms for one in named for part in parts_of(one, way, model, given)]
     wanted = [part for part in parts if is_wanted(part)]
-    found = evaluate(model, wanted, given, run_dir=run_dir, open_state=open_state)
-    return [row for _, rows in found for row in rows]
+    return [
+        row
+        for group in grouped(wanted)
+        for _, rows in evaluate(model, group, given, run_dir=run_dir, open_state=open_state)
+        for row in rows
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
