@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from relloc import checks, ranks
+from relloc import checks, neutral, ranks
 from relloc.data.image_set import Splits
 from relloc.data.order import StepPlan
 from relloc.data.packing import Packing
@@ -40,18 +40,6 @@ from relloc.runs.invocation import plain
 from relloc.runs.renamed import refuse_old_names
 from relloc.runs.settings import conf_dir
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
-
-# What a run may be resumed with: where the images lie, how fast they come, what is evaluated and told.
-_NEUTRAL = (
-    *("device", "workers", "compile", "cuda_graphs", "memory_format", "deterministic", "images_per_forward"),
-    "bank_gib",
-    *("runs", "tracking", "launcher", "sweep", "objective", "save_every_s", "milestones"),
-    *("report_every_steps", "collapse_steps", "monitor"),
-    *("eval", "batch_norm", "calibration_images", "view", "probe"),
-    *("recipe.epochs", "recipe.warmup_epochs", "recipe.milestone_epochs", "recipe.lr"),  # schedule and optimizer say it
-    *("data.root", "data.shards", "data.source", "data.unreadable_share"),  # the images' digest counts
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
@@ -443,8 +431,7 @@ def _evaluation(name: str, node: Any) -> EvaluationAsked:
 
 def _computed(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide what pretraining computes, flat."""
-    neutral = tuple(f"{name}." for name in _NEUTRAL)
-    return {name: value for name, value in flatten(given).items() if not f"{name}.".startswith(neutral)}
+    return neutral.of_weights(flatten(given))
 
 
 def _unless_auto(value: Any) -> Any:

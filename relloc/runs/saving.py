@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from relloc import ranks
+from relloc import neutral, ranks
 from relloc.checkpoints import states
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.checkpoints.hashed_files import damaged
@@ -90,22 +90,19 @@ def _of_another(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             f"{run_dir} holds a run that an older relloc began: random numbers and the identity of images are now "
             "made in other ways. Finish it with that version, or give another hydra.run.dir"
         )
-    if changed := _changed(_with_new_names(before), now):
+    if changed := _changed(_as_of_now(before), now):
         return f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own"
     return ""
 
 
-def _with_new_names(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity whose settings are called as now.
+def _as_of_now(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity that an earlier version may have noted, with the names and without the neutral settings of now.
 
     Rate and spans stood in it twice, as data.lr and as optimizer.lr: the latter are what was trained with.
     """
-    kept: dict[str, Any] = {}
-    for name, value in identity.items():
-        new = new_name(name) or name
-        if new == name or new.startswith("recipe."):
-            kept[new] = value
-    return kept
+    renamed = {name: new_name(name) or name for name in identity}
+    kept = {new: identity[old] for old, new in renamed.items() if new == old or new.startswith("recipe.")}
+    return neutral.of_weights(kept)
 
 
 def _own_tally(tallies: torch.Tensor) -> torch.Tensor:

@@ -10,16 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relloc import neutral
 from relloc.errors import DamagedFile
 from relloc.files import read_json, write_json
 from relloc.status import Status
 from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
-# Which machine, how many processes, what is followed and kept where: a point is the same with others of these.
-_NOT_OF_A_POINT = (
-    *("launcher", "tracking", "sweep", "objective", "runs", "workers", "bank_gib", "save_every_s", "reuse"),
-)
 _PATHS = ("root", "shards", "checkpoint")  # settings that name files, in `data`, in what evaluations bring, and alone
 _NO_PATHS = ("random", "torchvision")  # what `checkpoint` takes besides
 _IDENTITY_DIGITS = 12
@@ -70,8 +67,7 @@ def identity(config: Mapping[str, Any]) -> str:
 
     Relative paths count from the current folder: elsewhere they name other files.
     """
-    kept = {name: value for name, value in config.items() if name not in _NOT_OF_A_POINT and name != "hydra"}
-    kept = _with_whole_paths(kept)
+    kept = _with_whole_paths(neutral.of_run(config))
     text = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:_IDENTITY_DIGITS]
 

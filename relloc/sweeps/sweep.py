@@ -19,6 +19,7 @@ CODE = "code"
 LOGS = "logs"
 CANCELLED = "cancelled"
 _LOCK = ".lock"
+_VERSION = 2  # of how points are told apart by their settings: 1 counted device, and the recipe as part of the data
 _SWEEPS = "sweeps"  # in the folder of runs
 _WORD = "sweep="
 _NOTE_LOST = "Remove it, and start the sweep's command again, which finds its points"
@@ -33,6 +34,7 @@ class _Note:
     """What sweep.json holds that is read again."""
 
     points: list[Point]
+    version: int = 1
 
 
 class Sweep:
@@ -52,20 +54,34 @@ class Sweep:
 
     def points(self) -> list[Point]:
         """All points that commands of this sweep had. Raises `UsageError` where there is no sweep, or none to read."""
+        return self._note().points
+
+    def _note(self) -> _Note:
         try:
-            note: _Note = read_json(self.folder / SWEEP_FILE, _Note, "the note of a sweep", _NOTE_LOST)
+            return read_json(self.folder / SWEEP_FILE, _Note, "the note of a sweep", _NOTE_LOST)
         except FileNotFoundError:
             raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing") from None
-        return note.points
 
     def noted(self) -> list[Point]:
         """The same; none where no command has noted any yet. Raises `UsageError` for a note that can't be read."""
-        return self.points() if (self.folder / SWEEP_FILE).exists() else []
+        return self._note().points if (self.folder / SWEEP_FILE).exists() else []
+
+    def check_version(self) -> None:
+        """Raises `UsageError` where an earlier version noted points, which would not be found again but run twice."""
+        if (self.folder / SWEEP_FILE).exists() and self._note().version != _VERSION:
+            raise UsageError(
+                f"{self.folder} was begun by another version of relloc, which tells points apart by other settings: "
+                "finish it with that version, or give another name, sweep=NAME. What it measured stays, and is reported"
+            )
 
     def add(self, points: Sequence[Point], command: Sequence[str]) -> None:
         """Note points, those already there once; the caller has it `locked`."""
         of_identity = {point.identity: point for point in (*self.noted(), *points)}
-        noted = {"command": list(command), "points": [point.to_json() for point in of_identity.values()]}
+        noted = {
+            "version": _VERSION,
+            "command": list(command),
+            "points": [point.to_json() for point in of_identity.values()],
+        }
         write_json(self.folder / SWEEP_FILE, noted)
 
     def copy(self, content: Mapping[str, bytes]) -> Path:

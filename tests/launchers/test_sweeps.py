@@ -210,7 +210,17 @@ def test_a_point_is_what_it_computes_not_where_nor_how_it_is_followed() -> None:
     assert len(one) == 12
     elsewhere = ("launcher=slurm", "launcher.nodes=2", "tracking=none", "sweep=other", "workers=3", "runs=there")
     assert identity(config_of("grid.gap_px=32", *elsewhere)) == one
-    for other in ("grid.gap_px=31", "seed=1", "model=resnet18", "color=drop", "eval=[]", "schedule.epochs=3"):
+    assert identity(config_of("grid.gap_px=32", "device=cpu", "compile=false", "images_per_forward=128")) == one
+    assert identity(config_of("grid.gap_px=32", "recipe.lr=0.4", "optimizer.lr=0.8")) == one
+    for other in (
+        "grid.gap_px=31",
+        "seed=1",
+        "model=resnet18",
+        "color=drop",
+        "eval=[]",
+        "schedule.epochs=3",
+        "precision=fp32",
+    ):
         assert identity(config_of("grid.gap_px=32", other)) != one, other
 
 

@@ -67,7 +67,7 @@ class PointsLauncher(Launcher):
         runs, folder = (Path(os.path.abspath(name)) for name in (config.runs, config.hydra.sweep.dir))
         check_folder(folder, runs)
         self.sweep = Sweep(folder, lock_of(runs))
-        self.sweep.noted()  # damaged, it is told now
+        self.sweep.check_version()  # and that its note can be read
         self.config = config
         self._kind = passing.command_of(config)
         self._folders = passing.folders_of_configs(config, conf_dir())
