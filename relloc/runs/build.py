@@ -41,6 +41,7 @@ from relloc.runs.renamed import refuse_old_names
 from relloc.runs.settings import conf_dir
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """A network that is made when it is needed. `settings` are those of conf/model, which a backbone's file tells."""

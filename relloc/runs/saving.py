@@ -90,7 +90,7 @@ def _of_another(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             f"{run_dir} holds a run that an older relloc began: random numbers and the identity of images are now "
             "made in other ways. Finish it with that version, or give another hydra.run.dir"
         )
-    if changed := _changed(_as_of_now(before), now):
+    if changed := difference(before, now):
         return f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own"
     return ""
 
@@ -112,7 +112,9 @@ def _own_tally(tallies: torch.Tensor) -> torch.Tensor:
     return tallies.sum(0) if ranks.rank() == 0 else torch.zeros(3, dtype=tallies.dtype)
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which settings of two identities differ, for a message; the first may be of an earlier version of relloc."""
+    before = _as_of_now(before)
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
 

@@ -1,6 +1,7 @@
 """What is built of a config, and what is said against points of a sweep before any is started."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from relloc.data.image_set import Splits
 from relloc.data.photos import photos
 from relloc.errors import UsageError
 from relloc.pretext.objective import RelativeLocation
-from relloc.runs import build
+from relloc.runs import build, saving
 from relloc.runs.build import refusals
 from relloc.runs.data_sets import DataSet
 from relloc.runs.settings import conf_dir
@@ -229,3 +230,15 @@ def test_settings_check_themselves(name: str, value: object, message: str) -> No
     object.__setattr__(settings, name, value)  # of whatever type: the type checker of tests would be first
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         settings.__post_init__()
+
+
+RECORDED = Path(__file__).parent / "recorded" / "training_version_0.json"
+
+
+@pytest.mark.parametrize(("words", "changed"), [((), ""), (("optimizer.lr=0.4",), "optimizer.lr was 0.8, now 0.4")])
+def test_a_training_that_was_begun_before_recipes_is_known_by_its_settings(words: Sequence[str], changed: str) -> None:
+    """`recorded/` has the identity of the default run as it was written when data sets held rates and spans."""
+    noted = json.loads(RECORDED.read_text())
+    now = build.pretraining(composed("train", *words)).identity
+    of_the_images = {name: noted[name] for name in ("precision", saving.RANDOM_NUMBERS, "training images")}
+    assert saving.difference(noted, {**now, **of_the_images}) == changed
