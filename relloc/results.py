@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 from relloc.errors import DamagedFile, reason
-from relloc.files import append_lines, read_lines
+from relloc.files import append_lines, parse_json, read_lines
 from relloc.results_before import convert, mark_headlines
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
@@ -86,6 +86,8 @@ class Result(_Number):
         fingerprint: hash of all constants, view and images, by which a result that is already there is recognized.
         measured_in: the run folder that measured a row which was copied from there.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
 
     eval: str
     dataset: str
@@ -170,36 +172,15 @@ def read_results(run_dir: Path) -> Sequence[Result]:
 
 def _parsed(line: bytes, place: str) -> tuple[Result, int, int, int]:
     """A row, which it is of how many of its batch, and the format of its line."""
+    problem = f"{place} is not a result row"
+    fields = parse_json(line, dict[str, Any], problem, _LOST)
+    form, number, of = fields.pop(_FORMAT, 1), fields.pop(_NUMBER, 1), fields.pop(_OF, 1)
     try:
-        fields = json.loads(line.decode("utf-8"))
-        if not isinstance(fields, dict):
-            raise TypeError("it has no named values")
-        form, number, of = fields.pop(_FORMAT, 1), fields.pop(_NUMBER, 1), fields.pop(_OF, 1)
         if form not in (1, FORMAT):
             raise ValueError(f"its format is {form}, and this version of relloc knows no format above {FORMAT}")
-        row = _checked(convert(fields) if form == 1 else fields)
         if not isinstance(number, int) or not isinstance(of, int) or not 1 <= number <= of:
             raise ValueError(f"it is row {number} of {of}")
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-        raise DamagedFile(f"{place} is not a result row: {reason(error)}. {_LOST}") from error
-    return row, number, of, form
-
-
-def _checked(fields: dict[str, typing.Any]) -> Result:
-    """Raises `TypeError` for a field that is missing, unknown or of another kind, which JSON may hold."""
-    for field in dataclasses.fields(Result):
-        if field.name in fields and not _is_of_type(fields[field.name], field.type):
-            raise TypeError(f"{field.name} is {fields[field.name]!r}")
-    values: dict[str, typing.Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
-    return Result(**values)
-
-
-def _is_of_type(value: object, annotation: typing.Any) -> bool:
-    if typing.get_origin(annotation) is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
-    allowed = typing.get_args(annotation) or (annotation,)
-    if isinstance(value, bool):
-        return bool in allowed
-    return isinstance(value, (*allowed, int) if float in allowed else allowed)
+        fields = convert(fields) if form == 1 else fields
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DamagedFile(f"{problem}: {reason(error)}. {_LOST}") from error
+    return parse_json(json.dumps(fields).encode(), Result, problem, _LOST), number, of, form

@@ -26,6 +26,6 @@ def result(
     named = {"eval": name, "layer": layer, "metric": metric, "value": value, "checkpoint": checkpoint}
     rest = {"dataset": dataset, "split": split, "n": n, "seed": 0, "model": "resnet50"}
     row = convert({**named, **rest, "protocol": "3.9 as published"})
-    row |= {"headline": row.get("headline", metric in ("top1_k20", "map_k16"))}
+    row |= {"headline": row.get("headline") or metric in ("top1_k20", "map_k16")}
     row |= {name: tuple(row[name]) for name in ("deviations", "details")}
     return Result(**{**row, **fields})
