@@ -14,7 +14,7 @@ from relloc.reports.missing import Fill
 from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
 from relloc.results import LAYERS, NOT_OURS, Result, read_results
 from relloc.sweeps.points import Point
-from relloc.tracking.record import RunRecord, Scalar
+from relloc.tracking.record import RUN_FILE, RunRecord, Scalar
 
 WEIGHTS, TITLE, COLUMN = "weights", "title", "across"
 Frame = Any  # a pandas DataFrame, whose types pyright can't follow
@@ -57,7 +57,8 @@ class SweepNumbers:
     def lacking(self) -> dict[object, str]:
         """How the points without results stand that have these `keys`."""
         blank = self.rows[self.rows["eval"].isna() & (self.rows["state"] != "done")]
-        return {key: ", ".join(states.unique()) for key, states in blank.groupby(self.keys, observed=True)["state"]}
+        states = blank.groupby(self.keys, observed=True)["state"].unique()
+        return states.map(", ".join).to_dict()
 
 
 def read_sweep(name: str, points: Sequence[Point], states: Sequence[str], metrics: str | None = None) -> SweepNumbers:
@@ -68,9 +69,12 @@ def read_sweep(name: str, points: Sequence[Point], states: Sequence[str], metric
     Raises:
         DataError: no point has results, none fits `metrics`, or a file is broken.
     """
-    results = [_results_of(point) for point in points]
+    try:
+        results = [_results_of(point) for point in points]
+        settings = _with_defaults(points)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{error}: mend or remove it") from error
     shown = _shown([row for rows in results for row in rows], name, metrics)
-    settings = _with_defaults(points)
     swept = _swept(settings)
     lines: list[dict[str, Any]] = []
     for point, state, rows, setting in zip(points, states, results, settings, strict=True):
@@ -83,12 +87,10 @@ def read_sweep(name: str, points: Sequence[Point], states: Sequence[str], metric
 
 
 def _results_of(point: Point) -> Iterable[Result]:
-    try:
-        rows = read_results(point.folder)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{error}: mend or remove it") from error
     # Of one number measured anew the last stands
-    return {(row.tracked_name, row.dataset, row.split, row.checkpoint): row for row in rows}.values()
+    return {
+        (row.tracked_name, row.dataset, row.split, row.checkpoint): row for row in read_results(point.folder)
+    }.values()
 
 
 def _shown(rows: Sequence[Result], sweep: str, metrics: str | None) -> set[Result]:
@@ -106,29 +108,19 @@ def _shown(rows: Sequence[Result], sweep: str, metrics: str | None) -> set[Resul
     return shown
 
 
-def _settings(point: Point) -> dict[str, str]:
-    words = (word.lstrip("+~").partition("=") for word in point.overrides)
-    return {key: value for key, _, value in words if key not in _SAID_ANYWAY}
-
-
 def _with_defaults(points: Sequence[Point]) -> list[dict[str, str]]:
     """Of each point what any command of the sweep sets: where its own did not, the value that its run noted."""
-    settings = [_settings(point) for point in points]
+    settings = []
+    for point in points:
+        words = (word.lstrip("+~").partition("=") for word in point.overrides)
+        settings.append({key: value for key, _, value in words if key not in _SAID_ANYWAY})
     keys = dict.fromkeys(key for each in settings for key in each)
     for point, each in zip(points, settings, strict=True):
-        if lacking := [key for key in keys if key not in each]:
-            params = _params_of(point)
-            each |= {key: _word(params[key]) for key in lacking if key in params}
+        lacking = [key for key in keys if key not in each]
+        if lacking and (point.folder / RUN_FILE).exists():
+            noted = RunRecord.read(point.folder).params
+            each |= {key: _word(noted[key]) for key in lacking if key in noted}
     return settings
-
-
-def _params_of(point: Point) -> Mapping[str, Scalar]:
-    try:
-        return RunRecord.read(point.folder).params
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise DataError(f"{error}: mend or remove it") from error
 
 
 def _word(value: Scalar) -> str:
@@ -159,16 +151,12 @@ def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
     ours = [name for path, name in names.items() if path not in NOT_OURS]
     weights = rows[WEIGHTS].map(names.get).fillna(ours[0] if len(ours) == 1 else MISSING)
     rows = rows.assign(**{WEIGHTS: weights}).astype(dict.fromkeys(swept, str))
-    columns = sorted(rows[COLUMN].dropna().unique(), key=lambda name: (*LAYERS, name).index(name))
-    order = {WEIGHTS: (*ours, MISSING, *NOT_OURS), COLUMN: columns}
-    order |= {key: (*_by_size(rows[key]), _ANY) for key in swept}
+    order = {WEIGHTS: [*ours, MISSING, *NOT_OURS], COLUMN: [*LAYERS, *rows[COLUMN].dropna()]}
+    for key in swept:
+        values = rows[key].unique()
+        order[key] = [*(sorted(values, key=float) if are_numbers(values) else values), _ANY]
     kinds = {key: pd.CategoricalDtype(list(dict.fromkeys(values)), ordered=True) for key, values in order.items()}
     return rows.astype(kinds)
-
-
-def _by_size(values: Iterable[str]) -> list[str]:
-    values = list(dict.fromkeys(values))
-    return sorted(values, key=float) if are_numbers(values) else values
 
 
 def are_numbers(values: Iterable[str]) -> bool:
@@ -228,55 +216,54 @@ def as_report(sweep: SweepNumbers, commands: Sequence[str]) -> Report:
 
 def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
     """The table of a metric; of two settings a grid, too, at the layer with the highest mean."""
-    highest, lacking = table["mean"].max(), sweep.lacking()
+    cells, lacking = _cells(table), sweep.lacking()
     rows = []
-    for key, line in table.iterrows():
-        settings = dict(zip(sweep.keys, key if isinstance(key, tuple) else (key,), strict=True))
-        weights = str(settings.pop(WEIGHTS))
+    for key, line in cells.iterrows():
+        *settings, weights = key
         # Weights that are not ours have one line for all points, without their settings.
-        label = ", ".join(f"{name}={value}" for name, value in settings.items() if value != "")
-        cells = tuple(_cell(line, layer, highest[layer]) for layer in highest.index)
-        setting, empty = weights if label else "", lacking.get(key, MISSING)
-        rows.append(Row(label=label or weights, setting=setting, is_published=False, cells=cells, empty=empty))
-    yield Table(title=title, caption="", columns=tuple(map(str, highest.index)), rows=tuple(rows))
+        label = ", ".join(f"{name}={value}" for name, value in zip(sweep.swept, settings, strict=True) if value != _ANY)
+        named = {"label": label, "setting": weights} if label else {"label": weights}
+        rows.append(Row(**named, is_published=False, cells=tuple(line), empty=lacking.get(key, MISSING)))
+    yield Table(title=title, caption="", columns=tuple(cells), rows=tuple(rows))
     if len(sweep.axes) == 2 and our_lines(sweep, table)["mean"].notna().any(axis=None):
-        yield _grid(sweep, title, table, lacking)
+        yield _grid(sweep, title, table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)], lacking)
 
 
-def _grid(sweep: SweepNumbers, title: str, table: Frame, lacking: Mapping[object, str]) -> Table:
-    ours = our_lines(sweep, table)
-    highest = ours["mean"].max()
-    layer = str(highest.idxmax())
-    shown = [_cell(line, layer, highest[layer]) for _, line in ours.iterrows()]
+def _grid(sweep: SweepNumbers, title: str, ours: Frame, lacking: Mapping[object, str]) -> Table:
+    layer = ours["mean"].max().idxmax()
+    cells = _cells(ours)[layer]
     # Points that are not done say in their cells how they stand
-    keys = table.index[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)]
-    texts = [lacking.get(key, MISSING) for key in keys]
-    cells = [one or Cell(text=text, note="", details="") for one, text in zip(shown, texts, strict=True)]
-    grid = pd.Series(cells, index=ours.index).unstack(0)
+    for key in cells.index[cells.isna()]:
+        cells[key] = Cell(text=lacking.get(key, MISSING), note="", details="")
+    grid = our_lines(sweep, cells).unstack(0)
+    grid = grid.where(grid.notna(), None)  # pairs of settings that no point has
     across, down = sweep.axes
     return Table(
         title=f"{title} at {layer}, where the highest is: {across} across and {down} down",
         caption="",
-        columns=tuple(map(str, grid.columns)),
-        rows=tuple(Row(label=str(name), is_published=False, cells=tuple(line)) for name, line in grid.iterrows()),
+        columns=tuple(grid),
+        rows=tuple(Row(label=name, is_published=False, cells=tuple(line)) for name, line in grid.iterrows()),
     )
 
 
-def _cell(line: Any, layer: str, highest: float) -> Cell | None:
-    mean, std, count = (line[what, layer] for what in ("mean", "std", "count"))
+def _cells(table: Frame) -> Frame:
+    """A cell for each mean, the highest of each column bold; None where nothing was measured."""
+    cells = {}
+    for layer, highest in table["mean"].max().items():
+        numbers = zip(*(table[what, layer] for what in ("mean", "std", "count")), strict=True)
+        cells[layer] = [_cell(*line, is_best=line[0] == highest) for line in numbers]
+    return pd.DataFrame(cells, index=table.index, dtype=object)
+
+
+def _cell(mean: float, std: float, count: float, *, is_best: bool) -> Cell | None:
     if not count > 0:
         return None
-    spread = f"± {std:.1f} ({count:.0f})" if count > 1 and not pd.isna(std) else ""
-    details = f"{mean:.4f}, {count:.0f} seeds" if count > 1 else f"{mean:.4f}, one seed"
-    return Cell(text=f"{mean:.1f}", note="", details=details, spread=spread, is_best=bool(mean == highest))
+    seeds, spread = (f"{count:.0f} seeds", f"± {std:.1f} ({count:.0f})") if count > 1 else ("one seed", "")
+    return Cell(text=f"{mean:.1f}", note="", details=f"{mean:.4f}, {seeds}", spread=spread, is_best=is_best)
 
 
 def as_sweep_csv(sweep: SweepNumbers) -> str:
     """A line a result, in full, and one for each point that has none."""
     rows = sweep.rows.drop(columns=[TITLE, COLUMN])
-    texts = {
-        name: pd.Series(list(map(as_text, rows[name])), rows.index, dtype=object)
-        for name in rows.columns
-        if rows[name].dtype == object
-    }
-    return rows.assign(**texts).to_csv(index=False, lineterminator="\n")
+    texts = rows.apply(lambda column: pd.Series(list(map(as_text, column)), dtype=object))
+    return texts.to_csv(index=False, lineterminator="\n")

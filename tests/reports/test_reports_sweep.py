@@ -199,6 +199,14 @@ def test_of_three_settings_two_are_told_together(new_point: NewPoint, result, mo
     assert "not done" not in text
 
 
+def test_pairs_of_settings_that_no_point_has_are_left_blank(new_point: NewPoint, result) -> None:
+    row = result("linear", "feature4", "top1", 50.0, checkpoint="x")
+    made = [new_point(row, gap_px=gap, jitter_px=jitter) for gap, jitter in ((0, 0), (0, 7), (8, 0))]
+    text = as_markdown(as_report(read_sweep("s", made, done(made)), []))
+    highest = "linear/top1 on in1k val at feature4, where the highest is: gap_px across and jitter_px down"
+    assert tables(text, highest) == ["| | 0 | 8 |", "| 0 | **50.0** | **50.0** |", "| 7 | **50.0** | |"]
+
+
 def test_seeds_are_what_is_swept_where_nothing_else_is(points: list[Point]) -> None:
     ((_, table),) = mean_tables(read_sweep("s", points[:2], done(points[:2]), FEATURE4))
     assert dict(table["mean"]["feature4"]) == {
