@@ -75,32 +75,25 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
     if about is None:
         raise CheckpointError(f"{file} holds weights, but relloc did not write it: its backbone is unknown")
-    return weights, _described(about, file)
-
-
-def _described(about: str, file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(about)
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file} is damaged: what it tells of its backbone is no JSON") from error
-    if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{file} is damaged: what it tells of its backbone is no mapping")
-    return content
+        described = json.loads(about)
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        raise DamagedCheckpoint(f"{file} is damaged: what it tells of its backbone is no JSON mapping")
+    return weights, described
 
 
 def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     expected = "checkpoint of relloc"
-    if not weight_files.names_at_top(file, expected=expected) >= _OF_TRAINING:
-        raise DamagedCheckpoint(f"{damaged(file)}: it holds no model")
-    state = weight_files.read(file, expected=expected)
-    model, about = state["model"], state["about"]
-    if not isinstance(model, Mapping) or not isinstance(about, Mapping):
-        raise DamagedCheckpoint(f"{damaged(file)}: it holds no model")
-    prefix = "backbone."
-    weights = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise DamagedCheckpoint(f"{damaged(file)}: its model is not made of tensors")
-    return weights, dict(about)
+    is_training = weight_files.names_at_top(file, expected=expected) >= _OF_TRAINING
+    match weight_files.read(file, expected=expected) if is_training else None:
+        case {"model": dict(model), "about": dict(about)}:
+            prefix = "backbone."
+            weights = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
+            if all(isinstance(value, Tensor) for value in weights.values()):
+                return weights, about
+    raise DamagedCheckpoint(f"{damaged(file)}: it holds no model of tensors")
 
 
 def model_name(about: Mapping[str, Any], file: Path) -> str:

@@ -7,7 +7,7 @@ Ours are torchvision's, which mmselfsup, OpenSelfSup, timm and VISSL share below
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,10 +21,7 @@ KNOWN = (
     "mmselfsup 0.x and 1.x, OpenSelfSup, torchvision, timm, VISSL, PyTorch Lightning and detectron2 ResNets, "
     "the numbered children of torchvision's in an nn.Sequential, and state dicts of such names with any prefix"
 )
-_MODELS: Mapping[tuple[str, tuple[int, ...]], str] = {
-    ("basic", (2, 2, 2, 2)): "resnet18",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50",
-}
+_MODELS = {"2-2-2-2 basic": "resnet18", "3-4-6-3 bottleneck": "resnet50"}
 # How a file names stage 1, and with it everything else
 _STAGE_1 = re.compile(r"(?P<prefix>(?:.*\.)?)(?P<stage>layer1|res2|4)\.0\.conv1\.weight")
 # A part of a dotted name that tells that no backbone is below it, and what is.
@@ -38,30 +35,33 @@ _LEFT_OUT = {
     "state of the training": r"optimizer\w*|\w*scheduler\w*|\w*scaler|amp|loss|criterion|meta|message_hub|callbacks",
     "input normalization": r"data_preprocessor|pixel_mean|pixel_std",
 }
-_TO_DETECTRON2 = (
-    (r"^bn1\.", "stem.conv1.norm."),
-    (r"^conv1\.", "stem.conv1."),
-    (r"^layer(\d)\.", lambda found: f"res{int(found[1]) + 1}."),
-    (r"\.bn(\d)\.", r".conv\1.norm."),
-    (r"\.downsample\.0\.", ".shortcut."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
-)
-_FROM_DETECTRON2 = (
-    (r"^stem\.conv1\.norm\.", "bn1."),
-    (r"^stem\.", ""),  # their converter writes stem.fc, too
-    (r"^res(\d)\.", lambda found: f"layer{int(found[1]) - 1}."),
-    (r"\.conv(\d)\.norm\.", r".bn\1."),
-    (r"\.shortcut\.norm\.", ".downsample.1."),
-    (r"\.shortcut\.", ".downsample.0."),
-)
+# Parts of detectron2's names and of ours, applied in this order; ^ stands before the first part.
+_DETECTRON2 = {
+    "^stem.conv1.norm.": "^bn1.",
+    "^stem.conv1.": "^conv1.",
+    "^stem.fc.": "^fc.",  # their converter writes it, too
+    "^res2.": "^layer1.",
+    "^res3.": "^layer2.",
+    "^res4.": "^layer3.",
+    "^res5.": "^layer4.",
+    ".conv1.norm.": ".bn1.",
+    ".conv2.norm.": ".bn2.",
+    ".conv3.norm.": ".bn3.",
+    ".shortcut.norm.": ".downsample.1.",
+    ".shortcut.": ".downsample.0.",
+}
 # nn.Sequential(*resnet.children()): conv1, bn1, relu, maxpool, four stages, avgpool, fc
-_FROM_CHILDREN = (
-    (r"^0\.", "conv1."),
-    (r"^1\.", "bn1."),
-    (r"^([4-7])\.", lambda found: f"layer{int(found[1]) - 3}."),
-    (r"^(9|10)\.", "fc."),  # with an nn.Flatten before it the tenth
-)
-_RULES = {"layer1": (), "res2": _FROM_DETECTRON2, "4": _FROM_CHILDREN}
+_CHILDREN = {
+    "^0.": "^conv1.",
+    "^1.": "^bn1.",
+    "^4.": "^layer1.",
+    "^5.": "^layer2.",
+    "^6.": "^layer3.",
+    "^7.": "^layer4.",
+    "^9.": "^fc.",
+    "^10.": "^fc.",  # with an nn.Flatten before it
+}
+_NAMES: Mapping[str, Mapping[str, str]] = {"layer1": {}, "res2": _DETECTRON2, "4": _CHILDREN}
 # What torch.compile, FSDP and activation checkpointing put into names, also between a stage and its blocks
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OTHERS = "others outside the backbone"
@@ -85,12 +85,12 @@ class Found:
     objects: Sequence[str] = ()
 
     @property
-    def blocks(self) -> tuple[str, tuple[int, ...]]:
-        """What kind of blocks, and how many in each stage."""
+    def blocks(self) -> str:
+        """How many blocks each stage has, and of what kind: 3-4-6-3 bottleneck."""
         kind = "bottleneck" if "layer1.0.conv3.weight" in self.weights else "basic"
-        matches = [re.match(r"layer(\d)\.(\d+)\.", name) for name in self.weights]
-        places = {(match[1], match[2]) for match in matches if match}
-        return kind, tuple(sum(stage == place[0] for place in places) for stage in "1234")
+        places = set(re.findall(r"^layer(\d)\.(\d+)\.", "\n".join(self.weights), re.MULTILINE))
+        counts = Counter(stage for stage, _ in places)
+        return f"{counts['1']}-{counts['2']}-{counts['3']}-{counts['4']} {kind}"
 
     @property
     def model(self) -> str | None:
@@ -99,9 +99,8 @@ class Found:
     def model_or_advice(self) -> str:
         """The model's name. Raises `CheckpointError` where the blocks are those of none of ours."""
         if self.model is None:
-            kind, counts = self.blocks
             raise CheckpointError(
-                f"{self.origin} holds a ResNet of {'-'.join(map(str, counts))} {kind} blocks, which is none of "
+                f"{self.origin} holds a ResNet of {self.blocks} blocks, which is none of "
                 f"{', '.join(_MODELS.values())}: give another file, or model=NAME to see what does not fit"
             )
         return self.model
@@ -146,8 +145,8 @@ def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) 
     objects = list(dict.fromkeys(value.name for _, value in values if isinstance(value, LeftOut)))
     stages = {match["prefix"]: match["stage"] for match in map(_STAGE_1.fullmatch, tensors) if match}
     place = _choose(list(stages), prefix, origin, list(tensors), objects)
-    rules = _RULES[stages[place]]
-    inside = {_renamed(name.removeprefix(place), rules): name for name in tensors if name.startswith(place)}
+    parts = _NAMES[stages[place]].items()
+    inside = {_renamed(name.removeprefix(place), parts): name for name in tensors if name.startswith(place)}
     kinds = {name: _kind(name.partition(".")[0]) for name in inside}
     outside = {name: _kind(name) or _OTHERS for name in tensors if not name.startswith(place)}
     return Found(
@@ -162,7 +161,8 @@ def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) 
 
 def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ResNet's weights by detectron2's names, as its converter from torchvision gives them."""
-    return {_renamed(name, _TO_DETECTRON2): tensor for name, tensor in weights.items()}
+    parts = [(ours, theirs) for theirs, ours in _DETECTRON2.items()]
+    return {_renamed(name, parts): tensor for name, tensor in weights.items()}
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -173,20 +173,19 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _choose(places: list[str], prefix: str | None, origin: str, names: Sequence[str], objects: Sequence[str]) -> str:
     if not places:
-        unread = f" Objects of {first_of(objects)} are not read, as that would run code:" if objects else ""
-        unread += " save the model's state_dict() instead of an object." if objects else ""
+        unread = f"Objects of {first_of(objects)} are not read, as that would run code: save a state_dict(). "
         raise CheckpointError(
-            f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {first_of(names)}.{unread} "
-            f"Known layouts are {KNOWN}"
+            f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {first_of(names)}. "
+            f"{unread if objects else ''}Known layouts are {KNOWN}"
         )
     named = places if prefix is None else _matching(places, _WRAPPERS.sub("", f"{prefix}.").strip("."))
     if len(named) == 1:
         return named[0]
     there = ", ".join(place.rstrip(".") or "(no prefix)" for place in places)
-    example = (places[0] if prefix is None or not named else named[0]).rstrip(".")
-    what = f"holds {len(places)} backbones" if named else f"holds no backbone below {prefix}; there are"
+    example = (named or places)[0].rstrip(".") or "''"
+    what = f"{len(places)} backbones" if named else f"no backbone below {prefix}; there are"
     raise CheckpointError(
-        f"{origin} {what}: {there}. Name one, such as checkpoint_prefix={example or chr(39) * 2} "
+        f"{origin} holds {what}: {there}. Name one, such as checkpoint_prefix={example} "
         "(relloc.export: --checkpoint-prefix)"
     )
 
@@ -205,23 +204,24 @@ def _kind(name: str) -> str | None:
     return None
 
 
-def _renamed(name: str, rules: Sequence[tuple[str, Any]]) -> str:
-    for pattern, new in rules:
-        name = re.sub(pattern, new, name)
-    return name
+def _renamed(name: str, parts: Iterable[tuple[str, str]]) -> str:
+    name = f"^{name}"
+    for old, new in parts:
+        name = name.replace(old, new)
+    return name.removeprefix("^")
 
 
 def _layout(content: Mapping[str, Any], place: str, stage: str) -> str:
+    below = f" below {place.rstrip('.')}" if place else ""
+    names = "children by their numbers" if stage == "4" else "names"
     if stage == "res2":
         return "detectron2's names"
     if "pytorch-lightning_version" in content or "hyper_parameters" in content:
-        return f"PyTorch Lightning, {'numbered children' if stage == '4' else 'names'} below {place.rstrip('.')}"
-    if stage == "4":
-        return f"torchvision's children by their numbers{' below ' if place else ''}{place.rstrip('.')}"
+        return f"PyTorch Lightning, {names}{below}"
     if place.endswith("_feature_blocks."):
         return "VISSL"
     if place == "state_dict.backbone.":
         return "mmselfsup 1.x" if "message_hub" in content else "mmselfsup 0.x or OpenSelfSup, as trained"
     if place == "state_dict." and set(content) <= {"state_dict", "author", "meta"}:
         return "mmselfsup 0.x or OpenSelfSup, as published"
-    return f"torchvision's names below {place.rstrip('.')}" if place else "torchvision or timm"
+    return f"torchvision's {names}{below}" if place or stage == "4" else "torchvision or timm"

@@ -46,28 +46,30 @@ def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
         DamagedCheckpoint: damaged, nothing of this kind, or objects of classes and nothing else.
         CheckpointError: nothing there, or it can't be read.
     """
-    content = _content(file, expected, lambda value: _Unfolding().plain(value))
-    if isinstance(content, LeftOut):
-        raise _only_objects(file, content)
-    if not isinstance(content, Mapping):
+    content = _content(file, expected)
+    kinds = {type(value) for _, value in leaves(content)}
+    if LeftOut in kinds and Tensor not in kinds:
+        raise DamagedCheckpoint(
+            f"{file} holds more than tensors and plain values: {_main_object(content)}, which would be code to run. "
+            "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
+        )
+    if not isinstance(content, dict):
         raise DamagedCheckpoint(f"{file} holds a {type(content).__name__}, not weights by their names")
-    has_tensors = any(isinstance(value, Tensor) for _, value in leaves(content))
-    if not has_tensors and (model := _main_object(content)):
-        raise _only_objects(file, model)
-    return dict(content)
+    return content
 
 
 def names_at_top(file: Path, *, expected: str = "file of weights") -> set[str]:
     """The names at the top of what is in a file; its tensors are not read. Raises as `read`."""
-    content = _content(file, expected, lambda value: value, numbers=False)
+    content = _content(file, expected, numbers=False)
     return {name for name in content if isinstance(name, str)} if isinstance(content, Mapping) else set()
 
 
-def _content(file: Path, expected: str, finish: Callable[[Any], Any], *, numbers: bool = True) -> Any:
+def _content(file: Path, expected: str, *, numbers: bool = True) -> Any:
     start, size = _first_bytes(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # a refused file is one message
-            return finish(_reader(start, size)(file, numbers))
+            content = _reader(start, size)(file, numbers)
+            return _Unfolding().plain(content) if numbers else content
     except OtherKind as error:
         raise DamagedCheckpoint(f"{file} {error}") from error
     except BROKEN as error:
@@ -75,12 +77,12 @@ def _content(file: Path, expected: str, finish: Callable[[Any], Any], *, numbers
 
 
 def _reason(error: BaseException) -> str:
-    first_line = str(error).strip("'\"").partition("\n")[0][:300]
     if isinstance(error, MemoryError):
         return "what it declares does not fit into memory"
+    first_line = str(error).partition("\n")[0][:300] or type(error).__name__
     if isinstance(error, KeyError | IndexError | TypeError | AttributeError | struct.error):  # of no use to a reader
-        return f"its parts do not fit together ({first_line or type(error).__name__})"
-    return first_line or "it ends early"
+        return f"its parts do not fit together ({first_line})"
+    return first_line
 
 
 def _first_bytes(file: Path) -> tuple[bytes, int]:
@@ -106,9 +108,9 @@ def _reader(start: bytes, size: int) -> Callable[[Path, bool], Any]:
     if has_brace and 8 + header <= size:
         return _from_safetensors
     if start.startswith(torch_files.ZIP_START):
-        return lambda file, numbers: torch_files.read_zip(file, numbers=numbers)
+        return torch_files.read_zip
     if start.startswith(torch_files.LEGACY_START):
-        return lambda file, numbers: torch_files.read_legacy(file, numbers=numbers)
+        return torch_files.read_legacy
     if has_brace and header <= _SAFETENSORS_MOST_HEADER:  # it ends within its header
         return _from_safetensors
     if start.startswith(_PICKLE):
@@ -185,15 +187,8 @@ def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{name}{key}.")
 
 
-def _main_object(content: Mapping[str, Any]) -> LeftOut | None:
-    """What was left out of a file without tensors: the model, if it is there by a usual name."""
-    left_out = [value for _, value in leaves(content) if isinstance(value, LeftOut)]
-    usual = [content[name] for name in ("model", "state_dict", "net", "module", "ema") if name in content]
-    return next((value for value in (*usual, *left_out) if isinstance(value, LeftOut)), None)
-
-
-def _only_objects(file: Path, what: LeftOut) -> DamagedCheckpoint:
-    return DamagedCheckpoint(
-        f"{file} holds more than tensors and plain values: {what}, which would be code to run. "
-        "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
-    )
+def _main_object(content: Any) -> LeftOut:
+    """The first that was left out of a file without tensors, or the model, if it is there by a usual name."""
+    left_out = {name: value for name, value in leaves(content) if isinstance(value, LeftOut)}
+    usual = [name for name in ("model", "state_dict", "net", "module", "ema") if name in left_out]
+    return left_out[(usual or list(left_out))[0]]

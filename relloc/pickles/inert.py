@@ -69,16 +69,11 @@ class Source:
         self._file = file
         self.size = size
 
-    def left(self) -> int:
-        """How many bytes follow."""
-        return self.size - self._file.tell()
-
     def read(self, count: int) -> bytes:
         """The next `count` bytes. Raises `EOFError` where the file has fewer."""
         # Only large counts are compared: the file's own position costs more than reading one byte.
-        if count > 1024 and count > self.left():
-            raise EOFError("it ends early")
-        content = self._file.read(count)
+        is_large = count > 1024 and count > self.size - self._file.tell()
+        content = b"" if is_large else self._file.read(count)
         if len(content) < count:
             raise EOFError("it ends early")
         return content
@@ -102,9 +97,24 @@ def read_pickle(source: Source, makers: Makers, persistent: Persistent) -> Any:
         if count > MOST_OPERATIONS:
             raise TooLarge(f"it holds more than {MOST_OPERATIONS:,} values, far more than a network's weights have")
         if opcode.name == "STOP":
-            return machine.pop()
-        _OPERATIONS[opcode.name](machine, argument)
+            return machine.stack.pop()
+        machine.run(opcode, argument)
     raise EOFError("it ends early")
+
+
+_WITHOUT_EFFECT = frozenset(("PROTO", "FRAME", "READONLY_BUFFER"))
+_FIXED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_OF_ARGUMENT = frozenset(
+    (
+        *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    )
+)
+# How objects of a class are made, which is the first argument
+_INSTANCE_OF_FIRST = (
+    *("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__"),
+)
 
 
 class _Machine:
@@ -118,46 +128,120 @@ class _Machine:
         self.marked: list[list[Any]] = []  # the stacks below each mark, innermost last
         self.memo: dict[int, Any] = {}
 
-    def pop(self) -> Any:
-        return self.stack.pop()
+    def run(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Do one operation."""
+        name = opcode.name
+        if name in _OF_ARGUMENT:
+            self.stack.append(argument)
+        elif name in _FIXED:
+            self.stack.append(_FIXED[name])
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = self.stack[-1]
+        elif name == "MARK":
+            self.marked.append(self.stack)
+            self.stack = []
+        elif name in ("POP", "POP_MARK"):
+            self.pop(name)
+        elif name not in _WITHOUT_EFFECT:
+            operands = self.take(opcode.stack_before)
+            self.stack.append(self.contained(name, argument, operands))
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
+    def pop(self, name: str) -> None:
+        """Drop a value, or a mark with all above it; `POP` means the mark where nothing is above it."""
+        if name == "POP" and self.stack:
+            self.stack.pop()
+        else:
+            self.stack = self.marked.pop()
 
-    def pop_mark(self) -> list[Any]:
-        """Everything above the last mark, which is removed."""
-        items = self.stack
-        self.stack = self.marked.pop()
-        return items
+    def take(self, before: list[pickletools.StackObject]) -> list[Any]:
+        """Remove what an operation works on, `before` it: so many values, and everything above a mark if it has one."""
+        count, above = len(before), []
+        if pickletools.markobject in before:
+            count = before.index(pickletools.markobject)
+            above, self.stack = self.stack, self.marked.pop()
+        start = len(self.stack) - count
+        if start < 0:
+            raise UnpicklingError("its stack is empty")
+        taken = self.stack[start:] + above
+        del self.stack[start:]
+        return taken
+
+    def contained(self, operation: str, argument: Any, operands: list[Any]) -> Any:
+        """What an operation leaves on the stack, if it is a container. Sets are lists: nothing has to be hashed."""
+        match operation, operands:
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE", _:
+                return tuple(operands)
+            case "EMPTY_LIST" | "LIST" | "EMPTY_SET" | "FROZENSET", _:
+                return operands
+            case "EMPTY_DICT" | "DICT", _:
+                return set_items({}, operands)
+            case "SETITEM" | "SETITEMS", [target, *items]:
+                return set_items(target, items)
+            case "APPEND" | "APPENDS" | "ADDITEMS", [list(target), *items]:
+                target.extend(items)
+                return target
+            case "APPEND" | "APPENDS" | "ADDITEMS", [LeftOut() as target, *_]:
+                return target
+        return self.named(operation, argument, operands)
+
+    def named(self, operation: str, argument: Any, operands: list[Any]) -> Any:
+        """What an operation leaves on the stack, if it names that."""
+        match operation, operands:
+            case "GET" | "BINGET" | "LONG_BINGET", _:
+                return self.memo[argument]
+            case "GLOBAL", _:
+                return _named(*argument.split(" ", 1))
+            case "STACK_GLOBAL", [str(module), str(name)]:
+                return _named(module, name)
+            case "PERSID", _:
+                return self.persistent(argument)
+            case "BINPERSID", [reference]:
+                return self.persistent(reference)
+            case "DUP", [value]:
+                self.stack.append(value)
+                return value
+        return self.object(operation, argument, operands)
+
+    def object(self, operation: str, argument: Any, operands: list[Any]) -> Any:
+        """What an operation leaves on the stack, if it makes an object or gives it its state."""
+        match operation, operands:
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX", [function, arguments, *_]:  # no maker takes keywords
+                return self.call(function, arguments)
+            case "OBJ", [function, *arguments]:
+                return self.call(function, tuple(arguments))
+            case "INST", arguments:
+                return self.call(_named(*argument.split(" ", 1)), tuple(arguments))
+            case "BUILD", [Pending() as target, state]:
+                self.hand(state)
+                target.set_state(state)
+                return target
+            case "BUILD", [LeftOut() | dict() as target, _]:  # such as _metadata, an attribute of a state dict
+                return target
+        raise UnpicklingError(f"it uses {operation} as no file of weights does")
 
     def call(self, function: Any, arguments: Any) -> Any:
+        """What a maker gives; a `LeftOut` where there is none for this function."""
         if isinstance(function, LeftOut):  # such as a bound method that getattr would have given
             return function
         if not isinstance(function, Named) or not isinstance(arguments, tuple):
             raise UnpicklingError("it calls what is no function")
-        name = function.name
-        if name in _INSTANCE_OF_FIRST and arguments and isinstance(arguments[0], Named):
+        if function.name in _INSTANCE_OF_FIRST and arguments and isinstance(arguments[0], Named):
             return LeftOut(arguments[0].name)
-        maker = self.makers.get(name)
+        maker = self.makers.get(function.name)
         if maker is None:
-            return LeftOut(name)
+            return LeftOut(function.name)
         self.hand(arguments)
         return maker(*arguments)
 
     def hand(self, contents: Any) -> None:
         """Count what a maker may copy."""
-        sized = contents if isinstance(contents, tuple) else ()
-        self.left_to_hand -= sum(
-            len(part) for part in sized if isinstance(part, str | bytes | bytearray | list | tuple)
-        )
+        for part in contents if isinstance(contents, tuple) else ():
+            if isinstance(part, str | bytes | bytearray | list | tuple):
+                self.left_to_hand -= len(part)
         if self.left_to_hand < 0:
             raise TooLarge("it has the same contents again and again")
-
-
-# How objects of a class are made, which is the first argument
-_INSTANCE_OF_FIRST = (
-    *("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__"),
-)
 
 
 def _named(module: str, name: str) -> Named:
@@ -165,14 +249,15 @@ def _named(module: str, name: str) -> Named:
     return Named("".join(character if character.isprintable() else "?" for character in text))
 
 
-def set_items(target: Any, items: list[Any]) -> None:
-    """Put keys and values, which take turns in `items`, into a dict. Raises `UnpicklingError`: no dict, or no keys."""
+def set_items(target: Any, items: list[Any]) -> Any:
+    """A dict with more keys and values, which take turns in `items`. Raises `UnpicklingError`: no dict, or no keys."""
     if isinstance(target, LeftOut):
-        return
+        return target
     if not isinstance(target, dict) or len(items) % 2:
         raise UnpicklingError("it sets items of what has none")
     for key, value in zip(items[::2], items[1::2], strict=True):
         target[_checked_key(key)] = value
+    return target
 
 
 def _checked_key(key: Any) -> Any:
@@ -185,160 +270,3 @@ def _checked_key(key: Any) -> Any:
     if isinstance(key, tuple) and all(part is None or isinstance(part, str | int | float) for part in key):
         return str(key)
     raise UnpicklingError(f"it has a {type(key).__name__} as a key")
-
-
-def _extend(target: Any, items: list[Any]) -> None:
-    if isinstance(target, list):
-        target.extend(items)
-    elif not isinstance(target, LeftOut):
-        raise UnpicklingError("it appends to what is no list")
-
-
-def _build(machine: _Machine, _: Any) -> None:
-    state, target = machine.pop(), machine.stack[-1]
-    if isinstance(target, Pending):
-        machine.hand(state)
-        target.set_state(state)
-    elif not isinstance(target, LeftOut | dict):  # a dict's attributes, such as _metadata of a state dict, are dropped
-        raise UnpicklingError("it sets the state of what has none")
-
-
-def _set_item(machine: _Machine, _: Any) -> None:
-    value, key = machine.pop(), machine.pop()
-    set_items(machine.stack[-1], [key, value])
-
-
-def _many_items(machine: _Machine, _: Any) -> None:
-    items = machine.pop_mark()
-    set_items(machine.stack[-1], items)
-
-
-def _append(machine: _Machine, _: Any) -> None:
-    item = machine.pop()
-    _extend(machine.stack[-1], [item])
-
-
-def _many_appended(machine: _Machine, _: Any) -> None:
-    items = machine.pop_mark()
-    _extend(machine.stack[-1], items)
-
-
-def _dict_of_marked(machine: _Machine, _: Any) -> None:
-    made: dict[Any, Any] = {}
-    set_items(made, machine.pop_mark())
-    machine.push(made)
-
-
-def _tuple_of(count: int) -> Callable[[_Machine, Any], None]:
-    def operation(machine: _Machine, _: Any) -> None:
-        if len(machine.stack) < count:
-            raise UnpicklingError("its stack is empty")
-        items = tuple(machine.stack[-count:])
-        del machine.stack[-count:]
-        machine.push(items)
-
-    return operation
-
-
-def _mark(machine: _Machine, _: Any) -> None:
-    machine.marked.append(machine.stack)
-    machine.stack = []
-
-
-def _pop(machine: _Machine, _: Any) -> None:
-    if machine.stack:
-        machine.pop()
-    else:
-        machine.pop_mark()
-
-
-def _drop_marked(machine: _Machine, _: Any) -> None:
-    machine.pop_mark()
-
-
-def _stack_global(machine: _Machine, _: Any) -> None:
-    name, module = machine.pop(), machine.pop()
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise UnpicklingError("it names a class by what is no text")
-    machine.push(_named(module, name))
-
-
-def _reduce(machine: _Machine, _: Any) -> None:
-    arguments, function = machine.pop(), machine.pop()
-    machine.push(machine.call(function, arguments))
-
-
-def _new_object_with_keywords(machine: _Machine, _: Any) -> None:
-    machine.pop()  # no maker takes keywords
-    arguments, function = machine.pop(), machine.pop()
-    machine.push(machine.call(function, arguments))
-
-
-def _instance(machine: _Machine, argument: str) -> None:
-    arguments = tuple(machine.pop_mark())
-    machine.push(machine.call(_named(*argument.split(" ", 1)), arguments))
-
-
-def _object(machine: _Machine, _: Any) -> None:
-    function, *arguments = machine.pop_mark()
-    machine.push(machine.call(function, tuple(arguments)))
-
-
-def _memoize(machine: _Machine, argument: int | None) -> None:
-    machine.memo[len(machine.memo) if argument is None else argument] = machine.stack[-1]
-
-
-def _refused(machine: _Machine, _: Any) -> None:
-    raise UnpicklingError("it refers to something outside the file")
-
-
-def _push_argument(machine: _Machine, argument: Any) -> None:
-    machine.push(argument)
-
-
-def _nothing(machine: _Machine, _: Any) -> None: ...
-
-
-_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(("PROTO", "FRAME", "READONLY_BUFFER"), _nothing),
-    **dict.fromkeys(("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2"), _push_argument),
-    **dict.fromkeys(("FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"), _push_argument),
-    **dict.fromkeys(("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _push_argument),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), _push_argument),
-    "NONE": lambda machine, _: machine.push(None),
-    "NEWTRUE": lambda machine, _: machine.push(True),
-    "NEWFALSE": lambda machine, _: machine.push(False),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "TUPLE1": _tuple_of(1),
-    "TUPLE2": _tuple_of(2),
-    "TUPLE3": _tuple_of(3),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "LIST": lambda machine, _: machine.push(machine.pop_mark()),
-    "APPEND": _append,
-    "APPENDS": _many_appended,
-    "EMPTY_SET": lambda machine, _: machine.push([]),
-    "ADDITEMS": _many_appended,
-    "FROZENSET": lambda machine, _: machine.push(machine.pop_mark()),
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "DICT": _dict_of_marked,
-    "SETITEM": _set_item,
-    "SETITEMS": _many_items,
-    "MARK": _mark,
-    "POP": _pop,
-    "POP_MARK": _drop_marked,
-    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _memoize),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, argument: machine.push(machine.memo[argument])),
-    "GLOBAL": lambda machine, argument: machine.push(_named(*argument.split(" ", 1))),
-    "STACK_GLOBAL": _stack_global,
-    "REDUCE": _reduce,
-    "NEWOBJ": _reduce,
-    "NEWOBJ_EX": _new_object_with_keywords,
-    "INST": _instance,
-    "OBJ": _object,
-    "BUILD": _build,
-    "BINPERSID": lambda machine, _: machine.push(machine.persistent(machine.pop())),
-    "PERSID": lambda machine, argument: machine.push(machine.persistent(argument)),
-    **dict.fromkeys(("EXT1", "EXT2", "EXT4", "NEXT_BUFFER"), _refused),
-}

@@ -6,10 +6,7 @@ from relloc.pickles.inert import LeftOut, Makers, set_items
 
 
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    for key, value in pairs:
-        set_items(made, [key, value])
-    return made
+    return set_items({}, [part for key, value in pairs for part in (key, value)])
 
 
 def _encode(text: Any, encoding: Any = "") -> Any:

@@ -80,13 +80,10 @@ class _Tensor(Pending):
 
     def made(self) -> torch.Tensor:
         size, stride, offset, stored = self.size, self.stride, self.offset, self.stored
-        if len(size) != len(stride) or not _whole((*size, *stride, offset)):
-            raise UnpicklingError("it has a tensor of an impossible shape")
-        content = stored.storage.content
-        if content is None:
-            raise UnpicklingError("it has a tensor without numbers")
+        content, unit = stored.storage.content, self.dtype.itemsize
+        if len(size) != len(stride) or not _whole((*size, *stride, offset)) or content is None:
+            raise UnpicklingError("it has a tensor of an impossible shape, or without numbers")
         is_empty = 0 in size
-        unit = self.dtype.itemsize
         # The bytes of the storage that are this tensor's to use
         first = stored.start * stored.dtype.itemsize
         end = first + stored.count * stored.dtype.itemsize
@@ -103,24 +100,22 @@ def _whole(numbers: Iterable[Any]) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
-def _tensor(stored: Any, offset: Any, size: Any, stride: Any, *_more: Any) -> Any:
-    return _of_type(stored, offset, size, stride, stored.dtype if isinstance(stored, _Stored) else None)
+def _tensor(stored: Any, offset: Any, size: Any, stride: Any, *_more: Any, dtype: Any = None) -> Any:
+    match stored, size, stride:
+        case LeftOut(), _, _:
+            return stored
+        case _Stored(), [*sides], [*steps]:
+            return _Tensor(stored, offset, tuple(sides), tuple(steps), dtype or stored.dtype)
+    raise UnpicklingError("it has a tensor of an unknown form")
 
 
-def _tensor_of_type(stored: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Any:
-    _requires_grad, _hooks, kind, *_ = more
-    found = vars(torch).get(kind.name.removeprefix("torch.")) if isinstance(kind, Named) else None
-    return _of_type(stored, offset, size, stride, found)
-
-
-def _of_type(stored: Any, offset: Any, size: Any, stride: Any, dtype: Any) -> Any:
-    if isinstance(stored, LeftOut):
-        return stored
-    if not isinstance(stored, _Stored) or not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
-        raise UnpicklingError("it has a tensor of an unknown form")
-    if not isinstance(dtype, torch.dtype):
-        return LeftOut("torch.Tensor")
-    return _Tensor(stored, offset, tuple(size), tuple(stride), dtype)
+def _tensor_of_type(*arguments: Any) -> Any:
+    match arguments:
+        case _stored, _offset, _size, _stride, _requires_grad, _hooks, Named(kind), *_:
+            dtype = vars(torch).get(kind.removeprefix("torch."))
+            if isinstance(dtype, torch.dtype):
+                return _tensor(*arguments, dtype=dtype)
+    return LeftOut("torch.Tensor")
 
 
 def _parameter(tensor: Any, *_more: Any) -> Any:
@@ -129,10 +124,12 @@ def _parameter(tensor: Any, *_more: Any) -> Any:
 
 def _of_class(maker: Any, kind: Any, arguments: Any, *_state: Any) -> Any:
     """A tensor that has attributes, or of a class that only looks like one and may mean something else."""
-    known = _TENSORS.get(maker.name) if isinstance(maker, Named) else None
-    if known is None or not isinstance(kind, Named) or kind.name not in _PLAIN_TYPES:
-        return LeftOut(str(kind))
-    return known(*arguments)
+    match maker, kind:
+        case Named(name), Named(of) if name in _TENSORS and of in _PLAIN_TYPES:
+            return _TENSORS[name](*arguments)
+        case _, Named(of):
+            return LeftOut(of)
+    return LeftOut("torch.Tensor")
 
 
 _TENSORS: Makers = {
@@ -159,30 +156,25 @@ class _Storages:
 
     def __call__(self, reference: Any) -> Any:
         """What a persistent id stands for: a part of a storage, or in old files the class of a module."""
-        if not isinstance(reference, tuple) or len(reference) < 2:
-            raise UnpicklingError("it refers to something outside the file")
-        what, kind, *more = reference
-        if what in ("module", b"module") and isinstance(kind, Named):
-            return kind
-        if what not in ("storage", b"storage") or not isinstance(kind, Named) or len(more) < 3:
-            raise UnpicklingError("it refers to something outside the file")
-        key, _place, count, *view = more
-        found = _STORAGE.fullmatch(kind.name)
-        if not found or found[1] not in _DTYPES:
-            return LeftOut(kind.name)
-        if not isinstance(key, str) or not _whole([count]):
-            raise UnpicklingError("it has a storage of an unknown form")
-        dtype = _DTYPES[found[1]]
-        storage = self.by_key.setdefault(key, _Storage(dtype.itemsize))
+        match reference:
+            case ["module" | b"module", Named() as kind, *_]:
+                return kind
+            case ["storage" | b"storage", Named(name), key, _place, count, *view]:
+                found = _STORAGE.fullmatch(name)
+                dtype = _DTYPES.get(found[1]) if found else None
+            case _:
+                return refuse_reference(reference)
+        if dtype is None:
+            return LeftOut(name)
         start = 0
         if view and view[0] is not None:  # a part of a storage, in old files: its own key, start and length
             _key, start, count = view[0]
-            if not _whole([start, count]):
-                raise UnpicklingError("it has a storage of an unknown form")
-        return _Stored(storage, dtype, start, count)
+        if not isinstance(key, str) or not _whole([start, count]):
+            raise UnpicklingError("it has a storage of an unknown form")
+        return _Stored(self.by_key.setdefault(key, _Storage(dtype.itemsize)), dtype, start, count)
 
 
-def read_zip(file: Path, *, numbers: bool = True) -> Any:
+def read_zip(file: Path, numbers: bool = True) -> Any:
     """What torch.save wrote as a zip: plain values, and `Pending` ones for tensors and arrays.
 
     Without `numbers` the tensors' bytes are not read, and the tensors can't be made.
@@ -246,13 +238,13 @@ def _check_records(records: Sequence[zipfile.ZipInfo], size: int) -> None:
         raise TooLarge(f"its records would fill {declared:,} bytes, the file has {size:,}")
 
 
-def read_legacy(file: Path, *, numbers: bool = True) -> Any:
+def read_legacy(file: Path, numbers: bool = True) -> Any:
     """What torch.save wrote as one stream, as `read_zip` gives it. Raises as that does, and `EOFError`."""
     with open(file, "rb") as opened:
-        return _stream(Source(opened, file.stat().st_size), numbers=numbers)
+        return _stream(Source(opened, file.stat().st_size), numbers)
 
 
-def _stream(source: Source, *, numbers: bool) -> Any:
+def _stream(source: Source, numbers: bool = True) -> Any:
     storages = _Storages()
     about = [read_pickle(source, {}, refuse_reference) for _ in range(3)]
     if about[:2] != [_MAGIC, _PROTOCOL] or not isinstance(about[2], dict):
@@ -280,7 +272,7 @@ def _storage_of_bytes(content: Any) -> Any:
     """How pickle keeps a storage: a stream of torch's as bytes. None can be within it, so there is no recursion."""
     if not isinstance(content, bytes):
         raise UnpicklingError("it has a storage of an unknown form")
-    stored = _stream(Source(io.BytesIO(content), len(content)), numbers=True)
+    stored = _stream(Source(io.BytesIO(content), len(content)))
     return stored if isinstance(stored, _Stored) else LeftOut("torch.storage._load_from_bytes")
 
 
