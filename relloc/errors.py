@@ -1,5 +1,8 @@
 """Mistakes that a user can make: each message says what to do, and is shown without a traceback."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UsageError(ValueError):
     """A request that can't be met as it is."""
@@ -41,8 +44,19 @@ class UnreadableImage(Exception):
 
 def reason(error: Exception) -> str:
     """Why something could not be read, in some words: Python's own messages may repeat all of it, or only a name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     if isinstance(error, UnicodeDecodeError):
         return f"it is not text in {error.encoding}"
     if isinstance(error, KeyError):
         return f"{error} is missing"
     return " ".join(str(error).split())[:200]
+
+
+@contextlib.contextmanager
+def data_errors(problem: str, *kinds: type[Exception], advice: str) -> Iterator[None]:
+    """Errors of these kinds become a `DataError` that says the problem, its reason, and what to do."""
+    try:
+        yield
+    except kinds as error:
+        raise DataError(f"{problem}: {reason(error)}. {advice}") from error

@@ -12,7 +12,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
-from relloc.errors import DamagedFile
+from relloc.errors import DamagedFile, DataError, data_errors
 
 # What file systems without locks answer (Lustre mounted without flock, some FUSE ones)
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -104,6 +104,19 @@ def _validator(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
+
+
+def read_text(path: Path, advice: str) -> str:
+    """The text of a file of a data set; bytes that are no UTF-8 stay as surrogates.
+
+    Raises:
+        DataError: it is missing, can't be read, or is no file: to open a pipe would wait for ever.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file. {advice}")
+    problem = "can't be read" if path.exists() else "is missing"
+    with data_errors(f"{path} {problem}", OSError, advice=advice):
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def append_lines(path: Path, lines: Iterable[str], *, durable: bool = True) -> None:

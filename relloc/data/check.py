@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relloc.data.image_set import ROLES, Role, Splits
+from relloc.data.image_set import ROLES, ImageSet, Splits
+from relloc.data.images import ImageFile
 from relloc.data.listing import first_names
 from relloc.data.parts import (
     FACTS,
@@ -42,10 +43,6 @@ class Found:
 
     def __str__(self) -> str:
         return first_names(self.examples, _EXAMPLES) + (", …" if self.n > len(self.examples) else "")
-
-    @staticmethod
-    def from_json(content: Mapping[str, Any]) -> "Found":
-        return Found(n=content["n"], examples=tuple(content["examples"]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +83,8 @@ class Check:
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Check":
         """The check that `as_json` wrote."""
-        splits = {role: _split_from_json(content[role]) for role in ROLES}
-        return Check(name=content["name"], leaked=Found.from_json(content["leaked"]), **splits)
+        splits = {role: SplitCheck(**_with_types(content[role])) for role in ROLES}
+        return Check(**{**_with_types(content), **splits})
 
     def findings(self) -> list[str]:
         """A sentence for each thing to look at, the gravest first."""
@@ -116,41 +113,65 @@ def check(data: Splits, *, published: Mapping[str, int] | None, workers: int, pr
 def summary(data: Splits, folder: Path, parts: Sequence[Span], published: Mapping[str, int] | None) -> Check:
     """The check of a data set, all parts of which are finished in `folder`."""
     official = published or {}
-    train, train_files, train_names = _split_check(data, "train", folder, parts, official)
-    held_out, files, held_out_names = _split_check(data, "held_out", folder, parts, official)
-    leaks = [f"{held_out_names[index]} = {train_names[first]}" for index, first in _also_in(files, train_files)]
+    of_role = {role: [span for span in parts if span.role == role] for role in ROLES}
+    train, _, first = _split_check(data.train, folder, of_role["train"], official)
+    held_out, files, _ = _split_check(data.held_out, folder, of_role["held_out"], official)
+    leaks = [f"{name} = {first[content]}" for name, content in files if content in first]
     return Check(name=data.train.name, train=train, held_out=held_out, leaked=_found(leaks))
 
 
-def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
-    images = data.of(span.role)
-    records = np.zeros(len(span), FACTS)
+def examine(
+    images: ImageSet,
+    span: Span,
+    kind: np.dtype,
+    tick: Tick,
+    store: Callable[[np.void, int, ImageFile], None] | None = None,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Records of the images of a part, of the type `kind`, and why the images can't be read whose records are zeros.
+
+    `store(record, index, file)` is called of each image before its facts are recorded, and may call it unreadable.
+    """
+    records = np.zeros(len(span), kind)
     unreadable: dict[int, str] = {}
     for record, index in zip(records, range(span.start, span.stop), strict=True):
         try:
-            fill_facts(record, original(images, index))
+            file = original(images, index)
+            if store:
+                store(record, index, file)
+            fill_facts(record, file)
         except UnreadableImage as error:
             unreadable[index] = str(error)
         tick()
+    return records, unreadable
+
+
+def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
+    records, unreadable = examine(data.of(span.role), span, FACTS, tick)
     save_part(folder, span, records, {"unreadable": unreadable})
 
 
 def _split_check(
-    data: Splits, role: Role, folder: Path, parts: Sequence[Span], published: Mapping[str, int]
-) -> tuple[SplitCheck, np.ndarray, list[str]]:
-    """What was found in a split, the hashes of its files (zeros where unreadable), and their names."""
-    images, parts = data.of(role), [span for span in parts if span.role == role]
+    images: ImageSet, folder: Path, parts: list[Span], published: Mapping[str, int]
+) -> tuple[SplitCheck, list[tuple[str, bytes]], dict[bytes, str]]:
+    """What was found in a split; names and hashes of its files that can be read; of each hash the first name."""
     called, records = names(images), records_of(folder, parts)
     short, long = np.sort([records["height"], records["width"]], axis=0)
-    readable = short > 0
-    hashes = np.where(readable[:, None], records["sha256"], 0)
-    hashed = np.flatnonzero(readable)
-    hashed = hashed[:: max(1, -(-len(hashed) // _HASHED))]
-    counts = None if images.labels is None else np.bincount(np.asarray(images.labels), minlength=len(images.classes))
+    readable = np.flatnonzero(short)
     sides = short[readable]
+    counts = None if images.labels is None else np.bincount(np.asarray(images.labels), minlength=len(images.classes))
+    hashes = records["sha256"][readable]
+    files = [(called[index], content.tobytes()) for index, content in zip(readable, hashes, strict=True)]
+    sampled = files[:: max(1, -(-len(files) // _HASHED))]
+    first: dict[bytes, str] = {}
+    repeated = []
+    for name, content in files:
+        if content in first:
+            repeated.append(f"{name} = {first[content]}")
+        else:
+            first[content] = name
 
     def those(chosen: np.ndarray) -> Found:
-        return _found([called[index] for index in np.flatnonzero(chosen)])
+        return _found([called[index] for index in np.flatnonzero(chosen & (short > 0))])
 
     found = SplitCheck(
         split=images.split,
@@ -159,13 +180,13 @@ def _split_check(
         class_images=None if counts is None else (int(counts.min()), int(counts.max())),
         short_px=(int(sides.min()), int(np.median(sides)), int(sides.max())) if len(sides) else None,
         unreadable=unreadable_images(folder, parts, called),
-        small=those(readable & (short < SMALL_PX)),
-        long=those(readable & (long > LONG_RATIO * short)),
+        small=those(short < SMALL_PX),
+        long=those(long > LONG_RATIO * short),
         single_color=those(records["single_color"]),
-        repeated=_found([f"{called[index]} = {called[first]}" for index, first in _repeated(hashes)]),
-        sha256={called[index]: bytes(hashes[index]).hex() for index in hashed},
+        repeated=_found(repeated),
+        sha256={name: content.hex() for name, content in sampled},
     )
-    return found, hashes, called
+    return found, files, first
 
 
 def unreadable_images(folder: Path, parts: Sequence[Span], called: Sequence[str]) -> dict[str, str]:
@@ -176,24 +197,6 @@ def unreadable_images(folder: Path, parts: Sequence[Span], called: Sequence[str]
 
 def _found(lines: Sequence[str]) -> Found:
     return Found(n=len(lines), examples=tuple(lines[:_EXAMPLES]))
-
-
-def _first_equal(hashes: np.ndarray) -> np.ndarray:
-    """For each row of hashes (n, 32) the first row equal to it; -1 for rows of zeros."""
-    rows = np.ascontiguousarray(hashes).view("V32").ravel()
-    _, first, group = np.unique(rows, return_index=True, return_inverse=True)
-    return np.where(hashes.any(axis=1), first[group], -1)
-
-
-def _repeated(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(index, first equal index) of each row that repeats an earlier one."""
-    return ((index, first) for index, first in enumerate(_first_equal(hashes).tolist()) if 0 <= first < index)
-
-
-def _also_in(hashes: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(index in `hashes`, first equal index in `others`) wherever there is one."""
-    first_equal = _first_equal(np.concatenate([others, hashes]))[len(others) :]
-    return ((index, first) for index, first in enumerate(first_equal.tolist()) if 0 <= first < len(others))
 
 
 def _findings(split: SplitCheck) -> list[str]:
@@ -216,7 +219,13 @@ def _findings(split: SplitCheck) -> list[str]:
     return told + [f"{where}: {found.n} images {what} ({found})" for found, what in kinds if found.n]
 
 
-def _split_from_json(content: Mapping[str, Any]) -> SplitCheck:
-    kinds = {name: Found.from_json(content[name]) for name in ("small", "long", "single_color", "repeated")}
-    pairs = {name: content[name] and tuple(content[name]) for name in ("class_images", "short_px")}
-    return SplitCheck(**{**content, **kinds, **pairs})
+def _with_types(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a check as they were before they became JSON, which has no tuples."""
+    fields: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, dict) and value.keys() == {"n", "examples"}:
+            value = Found(n=value["n"], examples=tuple(value["examples"]))
+        fields[name] = value
+    return fields

@@ -26,7 +26,6 @@ SAMPLED_IMAGES = 1_000
 SAMPLED_BYTES = 1 << 30
 _THREADS = 16  # they wait for a file server, not for a core
 _PER_TASK = 100
-_CHUNK = 1 << 20
 _DIGITS = 14
 _VERSION = "-2"
 
@@ -45,10 +44,9 @@ def hash_files(paths: Sequence[str], names: Iterable[str], told_besides: Iterabl
         sizes = list(_in_threads(threads, _size, paths, progress, "file sizes"))
         hasher = hashlib.sha256(b"images in files\0")
         told = itertools.chain(told_besides, (f"{size} {name}" for name, size in zip(names, sizes, strict=True)))
-        while part := list(itertools.islice(told, _PER_TASK)):
+        for text in told:
             # The length before the text: names may hold any character, line ends too.
-            lines = "".join(f"{len(text)}:{text}" for text in part)
-            hasher.update(lines.encode("utf-8", "surrogateescape"))
+            hasher.update(f"{len(text)}:{text}".encode("utf-8", "surrogateescape"))
         chosen = [paths[place] for place in _sampled(sizes)]
         for content in _in_threads(threads, _content, chosen, progress, "files"):
             hasher.update(content)
@@ -92,9 +90,6 @@ def _sampled(sizes: Sequence[int | None]) -> list[int]:
 def _content(path: str) -> bytes:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            hasher = hashlib.sha256()
-            while piece := file.read(_CHUNK):
-                hasher.update(piece)
+            return hashlib.file_digest(file, "sha256").digest()
     except OSError:
         return b"can't be read"
-    return hasher.digest()

@@ -10,13 +10,13 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from relloc.data.contents import hash_files
-from relloc.data.image_set import Splits, warn_of_other_counts
+from relloc.data.image_set import Role, Splits, warn_of_other_counts
 from relloc.data.images import SUFFIXES, read_rgb
 from relloc.data.listing import (
     PassedOver,
@@ -47,6 +47,7 @@ class FolderImages:
     paths: Sequence[str]
     labels: Sequence[int] | None = None
     classes: tuple[str, ...] = ()
+    labels_are_listed: bool = False  # so that the files do not say them, and the digest has to
     _made: list[str] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)  # the digest
 
     def __len__(self) -> int:
@@ -58,14 +59,14 @@ class FolderImages:
     def source(self, index: int) -> str:
         return self.paths[index]
 
-    def digest(self) -> str:
-        """Hash of names, labels and what the files hold, as far as `relloc.data.contents` says."""
-        return self.identify(without_progress)
+    def digest(self, progress: Progress = without_progress) -> str:
+        """Hash of names, labels and what the files hold, as far as `relloc.data.contents` says. Made once, then kept.
 
-    def identify(self, progress: Progress) -> str:
-        """What `digest` gives, with progress shown while files are read."""
+        `progress` is told of the files that are read.
+        """
         if not self._made:
-            told = [str(len(self.classes)), *self.classes, *self._told_by_list()]
+            labels = map(str, self.labels or ()) if self.labels_are_listed else ()
+            told = [str(len(self.classes)), *self.classes, *labels]
             self._made.append(hash_files(self.paths, self.names(), told, progress))
         return self._made[0]
 
@@ -77,20 +78,16 @@ class FolderImages:
             folder, _, name = path.rpartition("/")
             yield f"{absolute[folder]}/{name}"[len(common) + 1 :]
 
-    def _told_by_list(self) -> Iterable[str]:
-        """What the files do not say themselves."""
-        return ()
 
-
-def require_root(root: str | Sequence[str] | None, holding: str = "") -> Path:
+def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
     """The folder that data.root names. Raises `DataError`, which says what is to be in it, where it is none."""
     if not root:
-        with_what = f", to a folder with {holding}" if holding else ""
         raise DataError(
-            f"data.root is not set: give data.root=FOLDER, or set the environment variable RELLOC_DATA{with_what}"
+            "data.root is not set: give data.root=FOLDER, or set the environment variable RELLOC_DATA, to a folder "
+            f"with {holding}"
         )
     if not isinstance(root, str) or not os.path.isdir(root):
-        raise DataError(f"data.root={root} is not a folder: give the folder that holds {holding or 'the images'}")
+        raise DataError(f"data.root={root} is not a folder: give the folder that holds {holding}")
     return Path(root)
 
 
@@ -102,17 +99,16 @@ def _labeled(name: str, folder: Path, classes: tuple[str, ...], passed_over: Pas
         found = list(images_below(folder / class_name, passed_over))
         paths += found
         labels += [label] * len(found)
-        empty += [] if found else [class_name]
-    problem = ""
-    if not paths:
-        problem = f"{folder} holds no images ({', '.join(SUFFIXES)})"
-    elif empty:
+        if not found:
+            empty.append(class_name)
+    if empty:
         problem = (
             f"{folder}: {len(empty)} of {len(classes)} class folders hold no images ({first_names(empty, _NAMED)}): "
             "unpack or copy them again; a class that is to be left out has no folder in either split"
         )
-    if problem:
-        raise DataError(". There ".join(filter(None, (problem, told_passed_over(passed_over)))))
+        if not paths:
+            problem = f"{folder} holds no images ({', '.join(SUFFIXES)})"
+        raise DataError(f"{problem}. {told_passed_over(passed_over)}")
     return FolderImages(name=name, split=folder.name, paths=paths, labels=labels, classes=classes)
 
 
@@ -122,7 +118,7 @@ def class_folders(
     root: str | None,
     train: str,
     val: str,
-    holding: str = "",
+    holding: str = "images in class folders",
     published_images: Mapping[str, int] | None = None,
 ) -> Splits:
     """ROOT/`train`/CLASS/* and ROOT/`val`/CLASS/*; the label is the place of CLASS in sorted order.
@@ -135,16 +131,14 @@ def class_folders(
         DataError: the root or a split is missing, a split or a class is empty, or the two splits have other classes.
     """
     base = require_root(root, holding)
-    for split in (train, val):
-        if not class_folders_of(base / split):
-            raise DataError(
-                f"{base / split} has no class folders: {name} needs {base}/{train}/CLASS/* and {base}/{val}/CLASS/*"
-                + (f"; data.root is to hold {holding}" if holding else "")
-            )
-    classes, other = class_folders_of(base / train), class_folders_of(base / val)
-    if classes != other:
-        odd = sorted(set(classes) ^ set(other))
-        raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {escaped(odd[0])}")
+    classes, other = (class_folders_of(base / split) for split in (train, val))
+    if not classes or not other:
+        raise DataError(
+            f"{base / (val if classes else train)} has no class folders: {name} needs {base}/{train}/CLASS/* and "
+            f"{base}/{val}/CLASS/*; data.root is to hold {holding}"
+        )
+    if odd := set(classes) ^ set(other):
+        raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {escaped(min(odd))}")
     if len(classes) == 1 and classes[0].lower() in _NO_CLASSES:
         raise DataError(
             f"{base / train} and {base / val} hold one folder each, {escaped(classes[0])}, which is not called as a "
@@ -152,11 +146,11 @@ def class_folders(
         )
     passed_over = PassedOver()
     parts = [_labeled(name, base / split, classes, passed_over) for split in (train, val)]
-    counts = "; ".join(f"{part.split}: {len(part)} images of {len(classes)} classes" for part in parts)
-    unused = [each for each in class_folders_of(base) if each not in (train, val)]
-    not_used = f"not used: the folders {first_names(unused, _FOLDERS_TOLD)}" if unused else ""
-    remarks = tuple(filter(None, (counts, not_used, told_passed_over(passed_over))))
-    splits = Splits(train=parts[0], held_out=parts[1], remarks=remarks)
+    remarks = ["; ".join(f"{part.split}: {len(part)} images of {len(classes)} classes" for part in parts)]
+    if unused := [each for each in class_folders_of(base) if each not in (train, val)]:
+        remarks.append(f"not used: the folders {first_names(unused, _FOLDERS_TOLD)}")
+    remarks.append(told_passed_over(passed_over))
+    splits = Splits(train=parts[0], held_out=parts[1], remarks=tuple(filter(None, remarks)))
     warn_of_other_counts(splits, published_images)
     return splits
 
@@ -165,8 +159,7 @@ def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_
     for one, other in itertools.permutations(roots, 2):
         if other.resolve().is_relative_to(one.resolve()):
             raise DataError(f"data.root: {other} lies in {one}, so that its images would be taken twice; name one")
-    train: list[str] = []
-    held_out: list[str] = []
+    parts: dict[Role, list[str]] = {"train": [], "held_out": []}
     remarks = []
     for root in roots:
         passed_over = PassedOver()
@@ -178,30 +171,26 @@ def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_
         for path in paths:
             hashed = hashlib.sha256(os.path.relpath(path, root).encode("utf-8", "surrogateescape")).digest()
             is_held_out = int.from_bytes(hashed[:8], "big") / 2**64 < held_out_share
-            (held_out if is_held_out else train).append(path)
+            parts["held_out" if is_held_out else "train"].append(path)
     remarks = tuple(filter(None, remarks))
-    if not train or not held_out:
+    if not all(parts.values()):
         raise DataError(
-            f"{', '.join(map(str, roots))}: {len(train)} images to train on and {len(held_out)} held out "
-            f"({', '.join(SUFFIXES)}); both need some: check data.root and data.source.held_out_share. Found was "
+            f"{', '.join(map(str, roots))}: {len(parts['train'])} images to train on and {len(parts['held_out'])} held "
+            f"out ({', '.join(SUFFIXES)}); both need some: check data.root and data.source.held_out_share. Found was "
             + ". ".join(remarks)
         )
-    return Splits(
-        train=FolderImages(name=name, split="train", paths=train),
-        held_out=FolderImages(name=name, split="held_out", paths=held_out),
-        remarks=remarks,
-    )
+    images = {role: FolderImages(name=name, split=role, paths=paths) for role, paths in parts.items()}
+    return Splits(train=images["train"], held_out=images["held_out"], remarks=remarks)
 
 
 def _unlabeled_remark(branch: Branch) -> str:
     """How many images a root has, in which of its folders."""
-    folders = [f"{escaped(name)} {part.images}" for name, part in sorted(branch.folders.items())]
-    where = ", ".join(folders[:_FOLDERS_TOLD])
-    if len(folders) > _FOLDERS_TOLD:
-        where += f" and {len(folders) - _FOLDERS_TOLD} folders more"
+    remark = f"{branch.path}: {branch.images} images without labels"
+    if held := [f"{name} {part.images}" for name, part in sorted(branch.folders.items())]:
+        remark += f", in {len(held)} folders ({first_names(held, _FOLDERS_TOLD)})"
     if empty := [name for name in class_folders_of(branch.path) if name not in branch.folders]:
-        where += f"; none in {first_names(empty, _FOLDERS_TOLD)}"
-    return f"{branch.path}: {branch.images} images without labels" + (f" ({where})" if where else "")
+        remark += f"; none in {first_names(empty, _FOLDERS_TOLD)}"
+    return remark
 
 
 def folder(
@@ -225,7 +214,7 @@ def folder(
     """
     if not 0 < held_out_share < 1:
         raise DataError(f"data.source.held_out_share is {held_out_share}, not between 0 and 1")
-    roots = [require_root(one) for one in (root if isinstance(root, (list, tuple)) else [root])]
+    roots = [require_root(one, "the images") for one in (root if isinstance(root, (list, tuple)) else [root])]
     are_named = (train, val) != (TRAIN, VAL)
     if are_named and (pool_splits or len(roots) > 1):
         raise DataError(

@@ -10,8 +10,6 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from relloc.data.processes import Progress
-
 Role = Literal["train", "held_out"]
 ROLES: tuple[Role, ...] = ("train", "held_out")
 
@@ -55,15 +53,6 @@ class ReadsArrays(Protocol):
 
     def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """The pixels of what `read` gives. Raises `UnreadableImage`."""
-        ...
-
-
-@runtime_checkable
-class SlowToIdentify(Protocol):
-    """An `ImageSet` whose digest takes reading: it is made with progress shown before `digest` is asked for it."""
-
-    def identify(self, progress: Progress) -> str:
-        """What `digest` gives. Made once, then kept."""
         ...
 
 

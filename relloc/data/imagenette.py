@@ -5,9 +5,10 @@ from typing import Literal
 
 from torchvision.datasets import Imagenette
 
+from relloc import checks
 from relloc.data.folder import class_folders
 from relloc.data.image_set import Splits
-from relloc.errors import DataError
+from relloc.errors import DataError, data_errors
 
 _FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
 
@@ -20,14 +21,12 @@ def imagenette(*, root: str | None, size: Literal["full", "320px", "160px"], dow
     """
     if not root:
         raise DataError("data.root is not set: give data.root=FOLDER to keep Imagenette in, or set RELLOC_DATA")
-    if size not in _FOLDERS:
-        raise DataError(f"data.source.size is {size!r}, not one of {', '.join(_FOLDERS)}")
+    checks.one_of("data.source.size", size, _FOLDERS)
     folder = Path(root) / _FOLDERS[size]
     if not folder.is_dir():
         if not download:
             raise DataError(f"{folder} is missing: set data.source.download=true to fetch it")
-        try:
+        problem = f"Imagenette could not be downloaded to {root}"
+        with data_errors(problem, OSError, RuntimeError, advice="Try again, or put it there"):
             Imagenette(root, split="train", size=size, download=True)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"Imagenette could not be downloaded to {root}: {error}") from error
     return class_folders(name="imagenette", root=str(folder), train="train", val="val")

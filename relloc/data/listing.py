@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from relloc.data.images import SUFFIXES, begins_as_image
-from relloc.errors import DataError
+from relloc.errors import DataError, data_errors
 from relloc.terminal import escaped
 
 # Folders that programs keep beside a user's: thumbnails of a network storage, trash, what macOS packs into archives,
@@ -46,22 +46,34 @@ def images_below(folder: Path, passed_over: PassedOver) -> Iterator[str]:
         if real in entered:
             continue
         entered.add(real)
-        folders: list[tuple[str, str]] = []
-        for entry in _entries(here):
-            if entry.name.startswith("."):
-                continue
-            if not _is_folder(entry):
-                if _is_image(entry, passed_over):
-                    yield entry.path
-            elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
-                passed_over[f"folders {escaped(entry.name)}"] += 1
+        images, folders = _found_in(here, passed_over)
+        yield from images
+        for entry in reversed(folders):  # the last is entered next
+            there = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+            if f"{real}/".startswith(f"{there.rstrip('/')}/"):
+                passed_over["links to a folder above"] += 1
             else:
-                there = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-                if f"{real}/".startswith(f"{there.rstrip('/')}/"):
-                    passed_over["links to a folder above"] += 1
-                else:
-                    folders.append((entry.path, there))
-        waiting += reversed(folders)  # the last is entered next
+                waiting.append((entry.path, there))
+
+
+def outside_of_classes(folder: Path, passed_over: PassedOver) -> None:
+    """Count what lies in a folder of class folders beside these."""
+    images, _ = _found_in(str(folder), passed_over)
+    passed_over["images in no class folder"] += len(images)
+
+
+def _found_in(folder: str, passed_over: PassedOver) -> tuple[list[str], list[os.DirEntry[str]]]:
+    """The images in a folder, and its folders that may hold some, sorted."""
+    images, folders = [], []
+    for entry in _entries(folder):
+        if not _is_folder(entry):
+            if _is_image(entry, passed_over):
+                images.append(entry.path)
+        elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
+            passed_over[f"folders {escaped(entry.name)}"] += 1
+        else:
+            folders.append(entry)
+    return images, folders
 
 
 def class_folders_of(folder: Path) -> tuple[str, ...]:
@@ -70,11 +82,9 @@ def class_folders_of(folder: Path) -> tuple[str, ...]:
     Raises:
         DataError: it can't be listed, or holds what unpacking left, in which images of a class may be.
     """
-    if not folder.is_dir():
-        return ()
-    names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry) and not entry.name.startswith(".")]
-    left = [name for name in names if name.lower() in LEFTOVERS]
+    names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry)] if folder.is_dir() else []
     classes = tuple(name for name in names if name.lower() not in _NO_FOLDERS_OF_IMAGES)
+    left = [name for name in names if name.lower() in LEFTOVERS]
     if left and classes:
         raise DataError(
             f"{folder / left[0]} is no class, but what unpacking an archive or repairing a disk left: look whether it "
@@ -83,27 +93,13 @@ def class_folders_of(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def outside_of_classes(folder: Path, passed_over: PassedOver) -> None:
-    """Count what lies in a folder of class folders beside these."""
-    for entry in _entries(str(folder)):
-        if entry.name.startswith("."):
-            continue
-        if not _is_folder(entry):
-            passed_over["images in no class folder"] += _is_image(entry, passed_over)
-        elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
-            passed_over[f"folders {escaped(entry.name)}"] += 1
-
-
 def told_passed_over(passed_over: PassedOver) -> str:
     """One sentence on what was passed over; empty where nothing was."""
-    kinds = [f"{count} {kind}" for kind, count in passed_over.most_common(_KINDS_TOLD) if count]
+    kinds = [f"{count} {kind}" for kind, count in passed_over.most_common() if count]
     if not kinds:
         return ""
-    rest = passed_over.total() - sum(count for _, count in passed_over.most_common(_KINDS_TOLD))
-    if rest:
-        kinds[-1] += f" and {rest} others"
     advice = "; what relloc is to take of them, convert to JPEG or PNG" if _OTHER_IMAGES & set(passed_over) else ""
-    return f"passed over: {', '.join(kinds)}{advice}"
+    return f"passed over: {first_names(kinds, _KINDS_TOLD)}{advice}"
 
 
 def first_names(names: Sequence[str], most: int) -> str:
@@ -112,43 +108,27 @@ def first_names(names: Sequence[str], most: int) -> str:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(
-            f"{escaped(folder)} can't be listed ({error.strerror}), so that its images would be missing: make it "
-            "readable, or move it out of the data set"
-        ) from error
+    """What lies in a folder, sorted; names that begin with a dot are passed over."""
+    advice = "Its images would be missing: make it readable, or move it out of the data set"
+    with data_errors(f"{escaped(folder)} can't be listed", OSError, advice=advice), os.scandir(folder) as entries:
+        return sorted((each for each in entries if not each.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
 def _is_image(entry: os.DirEntry[str], passed_over: PassedOver) -> bool:
     name = entry.name.lower()
-    if name in _NO_FILES_OF_A_USER:
-        return False
     suffix = os.path.splitext(name)[1]
     if name.endswith(SUFFIXES):
         # A link to nothing is an image that can't be read: it is told as such, as it once was one.
-        if _leads_to_file_or_nowhere(entry):
+        if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
             return True
         passed_over["pipes, sockets or devices"] += 1
-        return False
-    if not suffix and _leads_to_file_or_nowhere(entry) and begins_as_image(entry.path):
+    elif not suffix and begins_as_image(entry.path):
         return True
-    kind = escaped(suffix) or "without a suffix"
-    passed_over[kind if len(suffix) <= _LONGEST_SUFFIX else "with longer suffixes"] += 1
+    elif name not in _NO_FILES_OF_A_USER:
+        kind = escaped(suffix) or "without a suffix"
+        passed_over[kind if len(suffix) <= _LONGEST_SUFFIX else "with longer suffixes"] += 1
     return False
-
-
-def _leads_to_file_or_nowhere(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-    except OSError:
-        return True

@@ -9,13 +9,14 @@ import functools
 import json
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from relloc.data.folder import FolderImages, require_root
 from relloc.data.image_set import Splits, warn_of_other_counts
-from relloc.errors import DataError
+from relloc.errors import DataError, data_errors
+from relloc.files import read_text
 
 _VOC_NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -28,15 +29,8 @@ THERE, DIFFICULT, NOT_THERE = 1, 0, -1  # as the class lists of PASCAL VOC have 
 
 _VOC = "the PASCAL VOC{year} development kit (images and lists, of trainval and of test), from the PASCAL VOC site"
 _PLACES = "Places205 (images at 256 px, and the split lists), from the Places site of MIT"
+_UNPACK = "Unpack it again"
 _INATURALIST = "the iNaturalist 2018 competition's images and annotations, from its FGVC repository"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ListedImages(FolderImages):
-    """An `ImageSet` of files whose labels stand in a list, and are therefore part of its digest."""
-
-    def _told_by_list(self) -> Iterable[str]:
-        return map(str, self.labels or ())
 
 
 @runtime_checkable
@@ -52,7 +46,7 @@ class MultiLabeled(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VocImages(ListedImages):
+class VocImages(FolderImages):
     """The images of a list of PASCAL VOC: no labels, as each may show several classes."""
 
     devkit: Path
@@ -93,14 +87,12 @@ class VocImages(ListedImages):
 
 
 def _annotated_presence(path: Path) -> list[int]:
-    try:
-        objects = ET.parse(path).getroot().findall("object")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: without lists of classes it says what the image shows") from error
-    except ET.ParseError as error:
-        raise DataError(f"{path} is not XML: {error}") from error
+    if not path.exists():
+        raise DataError(f"{path} is missing: without lists of classes it says what the image shows")
+    with data_errors(f"{path} is not XML", OSError, ET.ParseError, advice=_UNPACK):
+        root = ET.parse(path).getroot()
     presence = dict.fromkeys(VOC_CLASSES, NOT_THERE)
-    for one in objects:
+    for one in root.findall("object"):
         name, is_difficult = one.findtext("name", ""), one.findtext("difficult", "0").strip() == "1"
         if name in presence:
             presence[name] = max(presence[name], DIFFICULT if is_difficult else THERE)
@@ -165,17 +157,7 @@ def places205(
     if largest >= len(classes):
         raise DataError(f"{base / val_list}: label {largest} is in no line of {base / train_list}")
     _refuse_other_labels(base / train_list, train, base / val_list, val)
-    splits = [
-        ListedImages(
-            name=name,
-            split=split,
-            paths=[f"{base / images}/{path}" for path, _ in lines],
-            labels=[label for _, label in lines],
-            classes=classes,
-        )
-        for split, lines in (("train", train), ("val", val))
-    ]
-    return _checked(splits, [train_list, val_list], published_images)
+    return _labeled_splits(name, base / images, classes, {train_list: train, val_list: val}, published_images)
 
 
 def _labeled_lines(path: Path) -> list[tuple[str, int]]:
@@ -226,7 +208,7 @@ def inaturalist2018(
         DataError: a file is missing or not of that form, or both name an image.
     """
     base = require_root(root, _INATURALIST)
-    lists = [train_annotations, val_annotations]
+    lists = (train_annotations, val_annotations)
     content = [_annotations(base / path) for path in lists]
     classes, other_classes = (_categories(one, base / path) for one, path in zip(content, lists, strict=True))
     for category in sorted(classes.keys() & other_classes.keys()):
@@ -237,19 +219,14 @@ def inaturalist2018(
                 "same release of the data set"
             )
     label_of = {category: label for label, category in enumerate(classes)}
-    splits = []
-    for split, one, path in zip(("train", "val"), content, lists, strict=True):
-        files, labels = _annotated(one, base / path, images, label_of)
-        paths = [f"{base / images}/{file}" for file in files]
-        splits.append(ListedImages(name=name, split=split, paths=paths, labels=labels, classes=tuple(classes.values())))
-    return _checked(splits, lists, published_images)
+    named = {path: _annotated(one, base / path, images, label_of) for one, path in zip(content, lists, strict=True)}
+    return _labeled_splits(name, base / images, tuple(classes.values()), named, published_images)
 
 
 def _annotations(path: Path) -> dict[str, list[Any]]:
-    try:
-        content = json.loads(_text(path, _INATURALIST))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    text = _text(path, _INATURALIST)
+    with data_errors(f"{path} is not JSON", ValueError, RecursionError, advice=_UNPACK):
+        content = json.loads(text)
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
         raise DataError(f"{path} is no annotation file: it has no images, annotations and categories")
     return content
@@ -258,33 +235,50 @@ def _annotations(path: Path) -> dict[str, list[Any]]:
 def _categories(content: Mapping[str, list[Any]], path: Path) -> dict[int, str]:
     """The names of categories by their numbers, in the order of the numbers, which is that of the labels."""
     called: dict[int, str] = {}
-    try:
+    with data_errors(f"{path}: a category without id or name", KeyError, TypeError, advice=_UNPACK):
         for category in content["categories"]:
             number, name = category["id"], category["name"]
             if called.setdefault(number, name) != name:
                 raise DataError(f"{path}: category {number} is both {called[number]} and {name}")
         return dict(sorted(called.items()))
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: a category without id or name: {error}") from error
 
 
 def _annotated(
     content: Mapping[str, list[Any]], path: Path, folder: str, label_of: Mapping[int, int]
-) -> tuple[list[str], list[int]]:
+) -> list[tuple[str, int]]:
     """File and label of each image."""
     category_of: dict[int, int] = {}
-    try:
+    problem = f"{path}: an image without file name, annotation or known category"
+    with data_errors(problem, KeyError, TypeError, AttributeError, advice=_UNPACK):
         for entry in content["annotations"]:
             image, category = entry["image_id"], entry["category_id"]
             if category_of.setdefault(image, category) != category:
                 raise DataError(f"{path}: image {image} is annotated with two categories: which is right?")
-        files = [entry["file_name"].removeprefix(f"{folder}/") for entry in content["images"]]
-        labels = [label_of[category_of[entry["id"]]] for entry in content["images"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: an image without file name, annotation or known category: {error}") from error
-    if not files:
+        found = [
+            (entry["file_name"].removeprefix(f"{folder}/"), label_of[category_of[entry["id"]]])
+            for entry in content["images"]
+        ]
+    if not found:
         raise DataError(f"{path} names no images")
-    return files, labels
+    return found
+
+
+def _labeled_splits(
+    name: str,
+    folder: Path,
+    classes: tuple[str, ...],
+    named: Mapping[str, Sequence[tuple[str, int]]],
+    published_images: Mapping[str, int] | None,
+) -> Splits:
+    """The images with their labels that the lists of training and of validation have `named`, in `folder`."""
+    splits = []
+    for split, images in zip(("train", "val"), named.values(), strict=True):
+        paths = [f"{folder}/{path}" for path, _ in images]
+        labels = [label for _, label in images]
+        splits.append(
+            FolderImages(name=name, split=split, paths=paths, labels=labels, classes=classes, labels_are_listed=True)
+        )
+    return _checked(splits, list(named), published_images)
 
 
 def _checked(
@@ -308,23 +302,17 @@ def _checked(
 
 
 def _text(path: Path, holding: str) -> str:
-    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-        raise DataError(f"{path} is no file: data.root is to hold {holding}")
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: data.root is to hold {holding}") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}") from error
+    return read_text(path, f"data.root is to hold {holding}")
 
 
 def _lines(path: Path, holding: str) -> list[tuple[int, str]]:
     """The lines that hold something, one at least, with their numbers."""
-    lines = [(number, line.strip()) for number, line in enumerate(_text(path, holding).split("\n"), start=1)]
-    for number, line in lines:
+    found = []
+    for number, line in enumerate(_text(path, holding).split("\n"), start=1):
         if "\0" in line:  # of which no file name is made
             raise DataError(f"{path} line {number} holds a NUL byte: the file is damaged, unpack it again")
-    found = [(number, line) for number, line in lines if line]
+        if line.strip():
+            found.append((number, line.strip()))
     if not found:
         raise DataError(f"{path} names no images")
     return found

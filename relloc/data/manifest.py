@@ -6,7 +6,7 @@ The folder may be a stranger's, cut short by a copy, or of another program: all 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from safetensors.numpy import load_file
 from relloc.data.image_set import ROLES
 from relloc.data.images import MOST_PIXELS
 from relloc.data.processes import Progress, without_progress
-from relloc.errors import DataError
+from relloc.errors import DataError, data_errors
+from relloc.files import read_text
 
 FORMAT = "relloc shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
+_AGAIN = "Copy it again from where it was packed, or pack into a new folder"
 _LONGEST_NAME = 1 << 16  # bytes of a line of names; a path of the system has 4096 characters
 _MOST_STORED_BYTES = 3 * MOST_PIXELS  # of one JPEG: no more than its pixels take; a tar may be sparse and claim more
 _SPLIT_FORM = {
@@ -63,50 +65,45 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"data.shards={folder} is not a folder: python -m relloc.prepare data=… out={folder} makes it")
     path = folder / MANIFEST
-    _refuse_pipe(path)
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(_without_manifest(folder)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} can't be read: {error}") from error
+    if (folder / UNFINISHED).is_dir() and not path.exists():
+        raise DataError(f"{folder}: packing was not finished: start the same prepare command again")
+    if not path.exists():
+        raise DataError(
+            f"{folder} has no {MANIFEST}: give the folder that relloc.prepare wrote as out=…. Tars of others can't be "
+            "read: unpack them, and pack the images with relloc.prepare"
+        )
+    manifest = read_json(path)
     version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
     if version != (FORMAT, VERSION):
         raise DataError(f"{path} is not of {FORMAT} version {VERSION} but {version}: pack again with this relloc")
-    wrong = _misfit(manifest, _FORM) or _contradiction(manifest)
+    wrong = _misfit(manifest, _FORM, "manifest") or _contradiction(manifest)
     if wrong:
-        raise DataError(f"{path} is not as relloc.prepare writes it, see {wrong}: copy it again, or pack anew")
+        raise DataError(f"{path} is not as relloc.prepare writes it, see {wrong}. {_AGAIN}")
     return manifest
 
 
-def _refuse_pipe(path: Path) -> None:
-    """Raises `DataError` where a path is there and no file: to open a pipe would wait for ever."""
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path} is no file: copy it again, or pack into a new folder")
+def read_json(path: Path) -> Any:
+    """The value of a JSON file that lies beside packed images. Raises `DataError` where there is none."""
+    text = read_text(path, _AGAIN)
+    with data_errors(f"{path} can't be read", ValueError, RecursionError, advice=_AGAIN):
+        return json.loads(text)
 
 
-def _without_manifest(folder: Path) -> str:
-    if (folder / UNFINISHED).is_dir():
-        return f"{folder}: packing was not finished: start the same prepare command again"
-    other = ""
-    if any(folder.glob("*.tar")):
-        other = ". Tars of others can't be read: unpack them, and pack the images with relloc.prepare"
-    return f"{folder} has no {MANIFEST}: give the folder that relloc.prepare wrote as out=…{other}"
-
-
-def _misfit(value: object, form: Any, where: str = "") -> str:
+def _misfit(value: Any, form: Any, where: str) -> str:
     """Where a JSON value has not the form: a type, a list of one form, or a mapping with a form for each key.
 
     pydantic, which reads other files, refuses names that are no Unicode, and files may have such names.
     """
-    inner: Iterable[tuple[str, object, Any]] = ()
-    if isinstance(form, dict) and isinstance(value, dict):
-        inner = ((f"{where}.{key}".lstrip("."), value.get(key), part) for key, part in form.items())
-    elif isinstance(form, list) and isinstance(value, list):
-        inner = ((f"{where}[{number}]", each, form[0]) for number, each in enumerate(value))
-    elif not isinstance(form, type) or not isinstance(value, form) or isinstance(value, bool):
+    kind = form if isinstance(form, type) else type(form)
+    if type(value) is not kind:
         return where
-    return next(filter(None, (_misfit(each, part, place) for place, each, part in inner)), "")
+    if isinstance(form, dict):
+        parts = [_misfit(value.get(key), inner, f"{where}.{key}") for key, inner in form.items()]
+    elif isinstance(form, list):
+        parts = [_misfit(each, form[0], f"{where}[{number}]") for number, each in enumerate(value)]
+    else:
+        parts = []
+    return next(filter(None, parts), "")
 
 
 def _contradiction(manifest: dict[str, Any]) -> str:
@@ -151,17 +148,15 @@ def check_hashes(folder: Path, progress: Progress = without_progress) -> None:
     with progress(len(files), 0) as tell:
         for done, (name, recorded) in enumerate(files, start=1):
             path = folder / os.path.basename(name)
-            try:
-                with open(path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise DataError(f"{path} can't be read: {error.strerror}") from error
-            if found != recorded:
-                raise DataError(
-                    f"{path} has other bytes than it was packed with: copy it again from where it was packed, or pack "
-                    "into a new folder"
-                )
+            if file_hash(path).hex() != recorded:
+                raise DataError(f"{path} has other bytes than it was packed with. {_AGAIN}")
             tell(done, "files")
+
+
+def file_hash(path: Path) -> bytes:
+    """The SHA-256 of a file of packed images. Raises `DataError` where it can't be read."""
+    with data_errors(f"{path} can't be read", OSError, advice=_AGAIN), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str, np.ndarray]:
@@ -171,18 +166,13 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
         DataError: it can't be read, or does not fit.
     """
     path, names_path = folder / index_name(about["split"]), folder / names_name(about["split"])
-    _refuse_pipe(path)
-    try:
+    for each in (path, names_path):
+        if not each.is_file():  # nor a pipe, which to open would wait for ever
+            raise DataError(f"{each} is missing. {_AGAIN}")
+    damages = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError)
+    with data_errors(f"{path} can't be read", *damages, advice=_AGAIN):
         index = load_file(path)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} can't be read ({error}): copy it again, or pack into a new folder") from error
-    try:
-        names_bytes = names_path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{names_path} is missing ({error.strerror}): copy it again, or pack into a new folder"
-        ) from error
-    wrong = _index_misfit(index, about, per_shard, names_bytes)
+    wrong = _index_misfit(index, about, per_shard, names_path.stat().st_size)
     if wrong:
         raise DataError(f"{path} does not fit {MANIFEST} ({wrong}): copy both again, or pack into a new folder")
     return index
@@ -192,7 +182,8 @@ def _index_misfit(index: dict[str, np.ndarray], about: dict[str, Any], per_shard
     """What in an index can't be of this split, in a few words; empty where all fits."""
     n, classes = about["images"], len(about["classes"])
     shapes = {"offset": (n,), "size": (n,), "name_offset": (n + 1,), "label": (n,), "presence": (n, classes)}
-    for name in {"offset", "size", "name_offset"} | (index.keys() & shapes.keys()):
+    needed = {"offset", "size", "name_offset"} | ({"presence"} if about.get("multi_labeled") else set())
+    for name in needed | (index.keys() & shapes.keys()):
         kind = np.int8 if name == "presence" else np.int64
         if name not in index or index[name].shape != shapes[name] or index[name].dtype != kind:
             return f"{name} is not of {n} images"

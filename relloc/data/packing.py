@@ -15,6 +15,7 @@ import shutil
 import tarfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from PIL import Image, features
 from safetensors.numpy import save
 
 from relloc import checks
-from relloc.data.check import Check, summary, unreadable_images
-from relloc.data.image_set import ROLES, ImageSet, Role, Splits, hash_lines
+from relloc.data.check import Check, examine, summary
+from relloc.data.image_set import ROLES, ImageSet, Splits, hash_lines
 from relloc.data.images import ImageFile
 from relloc.data.lists import MultiLabeled
 from relloc.data.manifest import (
@@ -35,6 +36,7 @@ from relloc.data.manifest import (
     VERSION,
     index_name,
     names_name,
+    read_json,
     read_manifest,
     shard_name,
 )
@@ -43,9 +45,7 @@ from relloc.data.parts import (
     Span,
     about_part,
     as_json,
-    fill_facts,
     names,
-    original,
     records_of,
     save_part,
     sha256,
@@ -53,8 +53,8 @@ from relloc.data.parts import (
 )
 from relloc.data.processes import Progress, Tick, work_through
 from relloc.data.shards import decoded, shards
-from relloc.errors import DataError, UnreadableImage
-from relloc.files import write_whole, writing
+from relloc.errors import DataError, UnreadableImage, data_errors
+from relloc.files import remove_all_unfinished, write_whole, writing
 from relloc.geometry import ShortSide
 
 CHECK_FILE = "check.json"
@@ -108,15 +108,11 @@ def pack(
             return _finished_before(out, wanted)
         _begin(out, wanted)
         jobs = spans(data, packing.images_per_shard)
-        ready = [span for span in jobs if _is_packed(out, span)]
-        work_through(
-            functools.partial(_pack_span, data, out, packing),
-            [span for span in jobs if span not in ready],
-            workers=workers,
-            total=sum(map(len, jobs)),
-            done=sum(map(len, ready)),
-            progress=progress,
-        )
+        left = [span for span in jobs if not _is_packed(out, span)]
+        total = sum(map(len, jobs))
+        done = total - sum(map(len, left))
+        work = functools.partial(_pack_span, data, out, packing)
+        work_through(work, left, workers=workers, total=total, done=done, progress=progress)
         return _finish(data, out, wanted, jobs, published)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
@@ -160,34 +156,26 @@ def _finished_before(out: Path, wanted: dict[str, Any]) -> Check:
     shards(root=str(out))
     _refuse_others(out, read_manifest(out)["packed"], wanted)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    try:
-        return Check.from_json(_json(out / CHECK_FILE))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{out / CHECK_FILE} is damaged: remove the folder {out} and pack again") from error
+    with _damages(out / CHECK_FILE):
+        return Check.from_json(read_json(out / CHECK_FILE))
 
 
 def _begin(out: Path, wanted: dict[str, Any]) -> None:
     settings = out / UNFINISHED / _SETTINGS_FILE
     if settings.exists():
-        _refuse_others(out, _json(settings), wanted)
+        with _damages(settings):
+            _refuse_others(out, read_json(settings), wanted)
         for folder in (out, out / UNFINISHED):
-            for left in folder.glob(".*.unfinished"):
-                left.unlink(missing_ok=True)
+            remove_all_unfinished(folder)
         return
     if out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
         raise DataError(f"out={out} holds files that relloc.prepare did not write: give a new or an empty folder")
-    settings.parent.mkdir(parents=True, exist_ok=True)
     write_whole(settings, as_json(wanted))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is missing or damaged: remove the folder that is packed into, and pack again")
-    return content
+def _damages(path: Path) -> AbstractContextManager[None]:
+    advice = "Remove the folder that is packed into, and pack again"
+    return data_errors(f"{path} is damaged", KeyError, TypeError, AttributeError, advice=advice)
 
 
 def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -209,35 +197,23 @@ def _is_packed(out: Path, span: Span) -> bool:
 
 def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:
     path = out / shard_name(span.split, span.number)
+    images = data.of(span.role)
     with writing(path) as file:
-        records, unreadable = _write_tar(file, data.of(span.role), packing, span, tick)
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+
+            def store(record: np.void, index: int, found: ImageFile) -> None:
+                content, how = _stored(found, packing)
+                record["how"], record["stored_sha256"] = _HOW.index(how), sha256(content)
+                record["offset"], record["size"] = _add(tar, file, f"{index:09d}.jpg", content), len(content)
+                if images.labels is not None:
+                    _add(tar, file, f"{index:09d}.cls", str(images.labels[index]).encode())
+
+            records, unreadable = examine(images, span, _PACKED, tick, store)
         size = file.tell()
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     about = {"file": path.name, "bytes": size, "sha256": digest, "unreadable": unreadable}
     save_part(out / UNFINISHED, span, records, about)
-
-
-def _write_tar(
-    file: io.BufferedRandom, images: ImageSet, packing: Packing, span: Span, tick: Tick
-) -> tuple[np.ndarray, dict[int, str]]:
-    records = np.zeros(len(span), _PACKED)
-    unreadable: dict[int, str] = {}
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for record, index in zip(records, range(span.start, span.stop), strict=True):
-            try:
-                found = original(images, index)
-                content, how = _stored(found, packing)
-            except UnreadableImage as error:
-                unreadable[index] = str(error)
-            else:
-                fill_facts(record, found)
-                record["how"], record["stored_sha256"] = _HOW.index(how), sha256(content)
-                record["offset"], record["size"] = _add(tar, file, f"{index:09d}.jpg", content), len(content)
-                if images.labels is not None:
-                    _add(tar, file, f"{index:09d}.cls", str(images.labels[index]).encode())
-            tick()
-    return records, unreadable
 
 
 def _add(tar: tarfile.TarFile, file: io.BufferedRandom, name: str, content: bytes) -> int:
@@ -274,28 +250,32 @@ def _finish(
 ) -> Check:
     found = summary(data, out / UNFINISHED, parts, published)
     manifest = {"format": FORMAT, "version": VERSION, "name": data.train.name, "packed": wanted}
-    for role in ROLES:
-        about = _write_index(data, out, role, [span for span in parts if span.role == role])
-        hashes = found.train.sha256 if role == "train" else found.held_out.sha256
-        manifest[role] = about | {"originals_sha256": hashes}
+    for role, checked in zip(ROLES, (found.train, found.held_out), strict=True):
+        about = _write_index(data.of(role), out, [span for span in parts if span.role == role])
+        manifest[role] = about | {"unreadable": checked.unreadable, "originals_sha256": checked.sha256}
     write_whole(out / CHECK_FILE, as_json(found.as_json()))
     write_whole(out / MANIFEST, as_json(manifest))
     shutil.rmtree(out / UNFINISHED)
     return found
 
 
-def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict[str, Any]:
-    """Write index and names of a split; its entry in the manifest."""
-    images, records = data.of(role), records_of(out / UNFINISHED, parts)
-    called, presence = names(images), _presence(images)
-    lines = [json.dumps(name).encode("ascii") + b"\n" for name in called]
+def _write_index(images: ImageSet, out: Path, parts: list[Span]) -> dict[str, Any]:
+    """Write index and names of a split; its entry in the manifest, but for what checking found."""
+    records, presence = records_of(out / UNFINISHED, parts), _presence(images)
+    lines = [json.dumps(name).encode("ascii") + b"\n" for name in names(images)]
+    named = b"".join(lines)
+    # The digest of a split: classes, names, labels, and the hash of each stored image
+    hasher = hashlib.sha256(f"{FORMAT} {json.dumps(list(images.classes))}\n".encode())
+    hasher.update(named)
     index = {name: np.ascontiguousarray(records[name]) for name in ("offset", "size")}
     index["name_offset"] = np.cumsum([0, *map(len, lines)], dtype=np.int64)
     if images.labels is not None:
         index["label"] = np.asarray(images.labels, dtype=np.int64)
+        hasher.update(index["label"].tobytes())
+    hasher.update(records["stored_sha256"].tobytes())
     if presence is not None:
         index["presence"] = np.asarray(presence, dtype=np.int8)
-    index_files = {names_name(images.split): b"".join(lines), index_name(images.split): save(index)}
+    index_files = {names_name(images.split): named, index_name(images.split): save(index)}
     for name, content in index_files.items():
         write_whole(out / name, content)
     counts = np.bincount(records["how"], minlength=len(_HOW)).tolist()
@@ -304,22 +284,9 @@ def _write_index(data: Splits, out: Path, role: Role, parts: list[Span]) -> dict
         "split": images.split,
         "images": len(images),
         "classes": list(images.classes),
-        "multi_labeled": True,
         "stored": dict(zip(_HOW, counts, strict=True)),
         "shards": [{name: tar[name] for name in ("file", "bytes", "sha256")} for tar in tars],
         "index_sha256": {name: hashlib.sha256(content).hexdigest() for name, content in index_files.items()},
-        "unreadable": unreadable_images(out / UNFINISHED, parts, called),
-        "digest": _digest(images.classes, lines, index.get("label"), records["stored_sha256"]),
+        "digest": hasher.hexdigest()[:16],
     }
-    if presence is None:
-        del entry["multi_labeled"]
-    return entry
-
-
-def _digest(classes: Sequence[str], lines: Sequence[bytes], labels: np.ndarray | None, stored: np.ndarray) -> str:
-    hasher = hashlib.sha256(f"{FORMAT} {json.dumps(list(classes))}\n".encode())
-    for line in lines:
-        hasher.update(line)
-    hasher.update(b"" if labels is None else labels.astype("<i8").tobytes())
-    hasher.update(np.ascontiguousarray(stored).tobytes())
-    return hasher.hexdigest()[:16]
+    return entry if presence is None else {**entry, "multi_labeled": True}

@@ -9,6 +9,7 @@ comes back as its answer, and every wait looks about once a second.
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import pickle
 import queue
@@ -48,13 +49,6 @@ class Answer:
 
     content: Any
     descriptors: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Failed:
-    """The error that ended a process, pickled."""
-
-    error: bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,28 +105,6 @@ class ReadingProcesses:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.end()
-
-    def __iter__(self) -> Iterator[Answer]:
-        return self
-
-    def __next__(self) -> Answer:
-        if not self._started:
-            self._start()
-        if self._answered == self._asked:
-            raise StopIteration
-        answer = self._receive(self._processes[self._answered % len(self._processes)])
-        self._answered += 1
-        self._ask()
-        return answer
-
-    def ready(self) -> bool:
-        """Whether the next answer is there, so that `next` would not wait."""
-        if not self._started or self._answered == self._asked:
-            return False
-        return self._processes[self._answered % len(self._processes)].channel.poll()
-
-    def end(self) -> None:
         """End all processes at once: they only read, and have nothing to save."""
         for one in self._processes:
             one.kill()
@@ -143,6 +115,27 @@ class ReadingProcesses:
             one.channel.close()
         self._processes = []
         self._asked = self._answered
+
+    def __iter__(self) -> Iterator[Answer]:
+        return self
+
+    def __next__(self) -> Answer:
+        if not self._started:
+            self._start()
+        if self._answered == self._asked:
+            raise StopIteration
+        answer = self._receive(self._turn(self._answered))
+        self._answered += 1
+        self._ask()
+        return answer
+
+    def ready(self) -> bool:
+        """Whether the next answer is there, so that `next` would not wait."""
+        return self._answered < self._asked and self._turn(self._answered).channel.poll()
+
+    def _turn(self, number: int) -> _Process:
+        """The process that the task of this number is given to."""
+        return self._processes[number % len(self._processes)]
 
     def _start(self) -> None:
         self._started = True
@@ -162,62 +155,59 @@ class ReadingProcesses:
     def _ask(self) -> None:
         """Give the next task, if there is one, to the process whose turn it is."""
         for task in itertools.islice(self._tasks, 1):
-            one = self._processes[self._asked % len(self._processes)]
-            try:
+            one = self._turn(self._asked)
+            with self._killed_told(one):
                 one.channel.send((task,))
-            except OSError as error:
-                raise self._killed(one) from error
             self._asked += 1
 
     def _receive(self, one: _Process) -> Answer:
         self._wait(one)
-        try:
-            answer, n_descriptors = one.channel.recv()
-        except (EOFError, OSError) as error:
-            raise self._killed(one) from error
-        if isinstance(answer, _Failed):
-            raise pickle.loads(answer.error)
-        return Answer(content=answer, descriptors=tuple(self._receive_descriptor(one) for _ in range(n_descriptors)))
-
-    def _receive_descriptor(self, one: _Process) -> int:
-        self._wait(one)
-        try:
-            return reduction.recv_handle(one.channel)
-        except (EOFError, OSError) as error:
-            raise self._killed(one) from error
-        except RuntimeError as error:  # what Python makes of a message whose descriptor the system left out
-            raise Interrupted(
-                "the system lets this process open no more files, which takes one for each batch of images: raise "
-                "`ulimit -n`, or give workers=0"
-            ) from error
+        with self._killed_told(one):
+            content, n_descriptors = one.channel.recv()
+        if n_descriptors is None:
+            raise pickle.loads(content)
+        descriptors = []
+        for _ in range(n_descriptors):
+            self._wait(one)
+            try:
+                with self._killed_told(one):
+                    descriptors.append(reduction.recv_handle(one.channel))
+            except RuntimeError as error:  # what Python makes of a message whose descriptor the system left out
+                raise Interrupted(
+                    "the system lets this process open no more files, which takes one for each batch of images: raise "
+                    "`ulimit -n`, or give workers=0"
+                ) from error
+        return Answer(content=content, descriptors=tuple(descriptors))
 
     def _wait(self, one: _Process) -> None:
         """Until the process has sent something, or has ended. Bounded, and not deaf to a request to stop."""
         started = time.monotonic()
-        asked_at, tell_after = None, _TELL_AFTER_S
+        stop_after, tell_after = math.inf, _TELL_AFTER_S
         while not one.channel.poll(_LOOK_EVERY_S):
-            now = time.monotonic()
-            asked_at = asked_at or (now if self._stopping() else None)
-            if asked_at and now - asked_at >= STOP_WITHIN_S:
-                raise NoImagesCame(f"process {one.process.pid} has read no images for {now - started:.0f} s")
-            if now - started >= _GIVE_UP_AFTER_S:
-                raise Interrupted(
-                    f"process {one.process.pid} that reads images has read none for {now - started:.0f} s: look at the "
-                    "disk that holds them, and start the same command again"
-                )
-            if now - started >= tell_after:
-                self._say(
-                    f"loader  process {one.process.pid} has read no images for {now - started:.0f} s: still waiting"
-                )
+            waited = time.monotonic() - started
+            told = f"process {one.process.pid} that reads images has read none for {waited:.0f} s"
+            if stop_after == math.inf and self._stopping():
+                stop_after = waited + STOP_WITHIN_S
+            if waited >= stop_after:
+                raise NoImagesCame(told)
+            if waited >= _GIVE_UP_AFTER_S:
+                raise Interrupted(f"{told}: look at the disk that holds them, and start the same command again")
+            if waited >= tell_after:
+                self._say(f"loader  {told}: still waiting")
                 tell_after *= 2
 
-    def _killed(self, one: _Process) -> Interrupted:
-        one.process.join(_LOOK_EVERY_S)
-        return Interrupted(
-            f"a process that reads images was killed, most often because memory ran out (workers={self._workers}): "
-            f"give fewer, such as workers=2, or more memory, and start the same command again. It ended with code "
-            f"{one.process.exitcode}"
-        )
+    @contextlib.contextmanager
+    def _killed_told(self, one: _Process) -> Iterator[None]:
+        """Raises `Interrupted` where the other end of a channel is gone."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            one.process.join(_LOOK_EVERY_S)
+            raise Interrupted(
+                "a process that reads images was killed, most often because memory ran out "
+                f"(workers={self._workers}): give fewer, such as workers=2, or more memory, and start the same command "
+                f"again. It ended with code {one.process.exitcode}"
+            ) from error
 
 
 def _start_process(make: Callable[[Any], Answer], earlier: Sequence[Connection]) -> _Process:
@@ -256,7 +246,7 @@ def _answer_tasks(
         try:
             answer = make(task)
         except BaseException as error:
-            channel.send((_Failed(error=_pickled(error)), 0))
+            channel.send((_pickled(error), None))  # in the place of how many descriptors follow
             threading.Event().wait()  # for ever: the parent ends this process when it has read the error
             raise
         channel.send((answer.content, len(answer.descriptors)))

@@ -10,10 +10,13 @@ size 0 and is in no tar. manifest.json says how all that came to be.
 """
 
 import array
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
+import struct
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +29,10 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from relloc.data.contents import versioned
-from relloc.data.image_set import ROLES, Role, Splits
+from relloc.data.image_set import ROLES, ImageSet, Role, Splits
 from relloc.data.images import check_size
-from relloc.data.manifest import MANIFEST, check_sizes, index_name, names_name, read_index, read_manifest, shard_name
-from relloc.errors import DataError, UnreadableImage
+from relloc.data.manifest import check_sizes, file_hash, names_name, read_index, read_manifest, shard_name
+from relloc.errors import DataError, UnreadableImage, data_errors
 
 _MOST_OPEN = 512
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a JPEG's frame header, with its size
@@ -58,9 +61,8 @@ def _claimed_size(jpeg: bytearray) -> tuple[int, int]:
             continue
         marker = jpeg[position + 1]
         if marker in _FRAMES:
-            return int.from_bytes(jpeg[position + 7 : position + 9], "big"), int.from_bytes(
-                jpeg[position + 5 : position + 7], "big"
-            )
+            height, width = struct.unpack_from(">HH", jpeg, position + 5)
+            return width, height
         # A filling byte before a marker, or a marker that has no segment; else a segment with its length
         has_no_length = marker == 0xFF or marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8
         position += 1 if has_no_length else 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
@@ -71,33 +73,24 @@ class _Files:
     """Files opened when first read, by the process that reads, and kept open up to a number."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        weakref.finalize(self, _close, self._open)
+        self._open: dict[Path, io.FileIO] = {}
+        self._until_gone = contextlib.ExitStack()
+        weakref.finalize(self, self._until_gone.close)
 
     def read(self, path: Path, offset: int, size: int) -> bytearray:
         """`size` bytes at `offset`. Raises `OSError`, and `EOFError` where the file ends before."""
         content = bytearray(size)
-        if path not in self._open and len(self._open) >= _MOST_OPEN:
-            with open(path, "rb") as file:
-                got = os.preadv(file.fileno(), [content], offset)
-        else:
-            got = os.preadv(self._descriptor(path), [content], offset)
+        with contextlib.ExitStack() as until_read:
+            file = self._open.get(path)
+            if file is None:
+                keeper = self._until_gone if len(self._open) < _MOST_OPEN else until_read
+                file = keeper.enter_context(open(path, "rb", buffering=0))
+                if keeper is not until_read:
+                    self._open[path] = file
+            got = os.preadv(file.fileno(), [content], offset)
         if got != size:
             raise EOFError(f"{path} ends before byte {offset + size}")
         return content
-
-    def _descriptor(self, path: Path) -> int:
-        if path not in self._open:
-            mine = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if self._open.setdefault(path, mine) != mine:  # another thread was first
-                os.close(mine)
-        return self._open[path]
-
-
-def _close(descriptors: dict[Path, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)
-    descriptors.clear()
 
 
 class ShardImages:
@@ -120,10 +113,9 @@ class ShardImages:
         self.split: str = self._about["split"]
         self.classes: tuple[str, ...] = tuple(self._about["classes"])
         self._per_shard: int = manifest["packed"]["images_per_shard"]
+        self._names = self.folder / names_name(self.split)
         check_sizes(self.folder, self._about["shards"])
         self._index = read_index(self.folder, self._about, self._per_shard)
-        self._offset, self._size = self._index["offset"], self._index["size"]
-        self._name_offset = self._index["name_offset"]
         labels = self._index.get("label")
         self.labels: Sequence[int] | None = None if labels is None else array.array("q", labels.tobytes())
         self._files = _Files()
@@ -132,32 +124,27 @@ class ShardImages:
         return type(self), (self.folder, self.role)
 
     def __len__(self) -> int:
-        return len(self._size)
+        return len(self._index["size"])
 
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.read_array(index))
 
     def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        size = int(self._size[index])
+        size = int(self._index["size"][index])
         if size == 0:
-            raise UnreadableImage(
-                str(self._about["unreadable"].get(self.source(index), "was not readable when packed"))
-            )
+            reasons = self._about["unreadable"]
+            raise UnreadableImage(str(reasons.get(self.source(index), "was not readable when packed")))
         tar = self.folder / shard_name(self.split, index // self._per_shard)
         try:
-            content = self._files.read(tar, int(self._offset[index]), size)
+            content = self._files.read(tar, int(self._index["offset"][index]), size)
         except (OSError, EOFError) as error:
             raise UnreadableImage(f"{type(error).__name__}: {error}") from error
         return decoded(content)
 
     def source(self, index: int) -> str:
-        start, stop = int(self._name_offset[index]), int(self._name_offset[index + 1])
-        path = self.folder / names_name(self.split)
-        try:
-            name = json.loads(self._files.read(path, start, stop - start))
-        except (OSError, EOFError, ValueError) as error:
-            raise DataError(f"{path} can't be read ({error}): copy it again, or pack into a new folder") from error
-        return str(name)
+        start, stop = self._index["name_offset"][index : index + 2].tolist()
+        with data_errors(f"{self._names} can't be read", OSError, EOFError, ValueError, advice="Pack again"):
+            return str(json.loads(self._files.read(self._names, start, stop - start)))
 
     def digest(self) -> str:
         """Hash of names, labels and the stored bytes of each image: however they are parted into tars.
@@ -173,21 +160,12 @@ class ShardImages:
         for name in ("size", "label", "presence"):
             values = self._index.get(name)
             hasher.update(name.encode() + (b"" if values is None else np.ascontiguousarray(values).tobytes()))
-        try:
-            with open(self.folder / names_name(self.split), "rb") as file:
-                hasher.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{self.folder / names_name(self.split)} can't be read: {error.strerror}") from error
+        hasher.update(file_hash(self._names))
         return versioned(hasher)
 
 
 class MultiLabeledShards(ShardImages):
     """Packed images that may show several classes: `relloc.data.lists.MultiLabeled`."""
-
-    def __init__(self, folder: Path, role: Role) -> None:
-        super().__init__(folder, role)
-        if "presence" not in self._index:
-            raise DataError(f"{folder / index_name(self.split)} does not fit {MANIFEST}: copy both again, or pack anew")
 
     def presence(self) -> list[list[int]]:
         """For each image and class: 1 there, 0 there but difficult to recognize, -1 not there."""
@@ -198,9 +176,9 @@ def shards(*, root: str) -> Splits:
     """Both splits of the packed folder `root`. Raises `DataError` as `ShardImages`."""
     if not isinstance(root, str):  # the type of a setting is what the user gave
         raise DataError(f"data.shards={root} is not a folder: it names one that relloc.prepare packed")
-    folder = Path(root)
-    manifest = read_manifest(folder)
-    train, held_out = (
-        (MultiLabeledShards if manifest[role].get("multi_labeled") else ShardImages)(folder, role) for role in ROLES
-    )
-    return Splits(train=train, held_out=held_out)
+    manifest = read_manifest(Path(root))
+    splits: dict[Role, ImageSet] = {}
+    for role in ROLES:
+        kind = MultiLabeledShards if manifest[role].get("multi_labeled") else ShardImages
+        splits[role] = kind(Path(root), role)
+    return Splits(**splits)

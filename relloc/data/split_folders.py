@@ -1,9 +1,10 @@
 """Folders called train, val, test and the like: refusing to make one set of images of several splits."""
 
+import collections
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from relloc.data.listing import class_folders_of
@@ -32,16 +33,11 @@ class Branch:
 
 def images_by_folder(root: Path, paths: Sequence[str]) -> Branch:
     """How many of the images lie in each folder below `root`."""
-    counts: dict[str, int] = {}
-    for path in paths:
-        folder = path.rpartition("/")[0]
-        counts[folder] = counts.get(folder, 0) + 1
-    trunk = Branch(path=root)
+    counts = collections.Counter(path.rpartition("/")[0] for path in paths)
+    trunk = Branch(path=root, images=len(paths))
     for folder, count in counts.items():
-        relative = os.path.relpath(folder, root)
         here = trunk
-        here.images += count
-        for name in () if relative == "." else relative.split("/"):
+        for name in Path(os.path.relpath(folder, root)).parts:
             here = here.folders.setdefault(name, Branch(path=here.path / name))
             here.images += count
     return trunk
@@ -57,31 +53,23 @@ def refuse_pooled_splits(branch: Branch, *, alone: bool) -> None:
     Raises:
         DataError: there are such folders in or below `branch`.
     """
-    for each in _branches(branch):
-        splits = _splits_in(each)
-        if splits:
-            raise DataError(_message(branch, each, splits, alone=alone))
-
-
-def _branches(branch: Branch) -> Iterator[Branch]:
     waiting = [branch]
     while waiting:
         here = waiting.pop()
-        yield here
+        splits = _splits_in(here)
+        if splits:
+            raise DataError(_message(branch, here, splits, alone=alone))
         waiting += here.folders.values()
 
 
-def _splits_in(branch: Branch) -> dict[str, Branch]:
-    """The folders of a folder that are splits of one set, two or more, by their names; else none."""
-    alike: dict[str, dict[str, Branch]] = {}
-    parts: dict[str, set[tuple[str, ...]]] = {}
-    for name, branch_of_name in branch.folders.items():
-        part = _part_of_set(name)
+def _splits_in(branch: Branch) -> list[str]:
+    """The folders of a folder that are splits of one set, two or more; else none."""
+    alike: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name in branch.folders:
+        part, rest = _part_and_rest(name)
         if part:
-            rest = _without_part(name)
-            alike.setdefault(rest, {})[name] = branch_of_name
-            parts.setdefault(rest, set()).add(part)
-    return next((splits for rest, splits in alike.items() if len(parts[rest]) > 1), {})
+            alike.setdefault(rest, {})[name] = part
+    return next((sorted(parts) for parts in alike.values() if len(set(parts.values())) > 1), [])
 
 
 def _in_words(name: str) -> str:
@@ -89,32 +77,30 @@ def _in_words(name: str) -> str:
     return _CAPITAL_WITHIN.sub("_", name).lower()
 
 
-def _part_of_set(name: str) -> tuple[str, ...]:
-    """Which part of a set a folder says to be, such as ("train",); train_1 and train_2 are the same. Empty: of none."""
-    if fold := _FOLD.fullmatch(_in_words(name)):
-        return (fold[1],)
-    return tuple("train" if word in _UNLABELED else word for word in _WORD.findall(_in_words(name)))
+def _part_and_rest(name: str) -> tuple[tuple[str, ...], str]:
+    """Which part of a set a folder says to be, such as ("train",), or none; and the letters of what it says besides.
+
+    So train_1 and train_2 are the same part.
+    """
+    words = _in_words(name)
+    if fold := _FOLD.fullmatch(words):
+        return (fold[1],), "fold"
+    part = tuple("train" if word in _UNLABELED else word for word in _WORD.findall(words))
+    letters = re.sub(r"(?:(?!\*)[\W\d_])+", " ", _WORD.sub("*", words))
+    return part, re.sub(r"\*(?: ?\*)+", "*", letters).strip()
 
 
-def _without_part(name: str) -> str:
-    """What a folder's name says beside that: its letters alone."""
-    if _FOLD.fullmatch(_in_words(name)):
-        return "fold"
-    letters = re.sub(r"(?:(?!\*)[\W\d_])+", " ", _WORD.sub("*", _in_words(name)))
-    return re.sub(r"\*(?: ?\*)+", "*", letters).strip()
-
-
-def _message(root: Branch, parent: Branch, splits: Mapping[str, Branch], *, alone: bool) -> str:
-    classes = {name: set(part.folders) for name, part in splits.items()}
-    held = ", ".join(f"{escaped(name)} ({_holding(part)})" for name, part in sorted(splits.items()))
+def _message(root: Branch, parent: Branch, splits: Sequence[str], *, alone: bool) -> str:
+    parts = parent.folders
+    held = [f"{escaped(name)} ({parts[name].images} images in {len(parts[name].folders)} folders)" for name in splits]
     train, val = _by_word(splits, _TRAIN_WORDS), _by_word(splits, (*_VAL_WORDS, *_OTHER_WORDS))
-    first = train or next(iter(splits))
+    first = train or splits[0]
     below = "" if parent is root else f"data.root={parent.path} "
     ways = []
-    if alone and train and val and classes[train]:
-        if classes[train] == classes[val]:
+    if alone and train and val and parts[train].folders:
+        if parts[train].folders.keys() == parts[val].folders.keys():
             ways.append(f"{below}data.source.train={train} data.source.val={val} takes them as the splits they are")
-        elif not class_folders_of(splits[val].path):
+        elif not class_folders_of(parts[val].path):
             ways.append(
                 f"{val} has no class folders: sort its images into folders called as those of {train}, and both splits "
                 "are taken with their labels"
@@ -122,19 +108,12 @@ def _message(root: Branch, parent: Branch, splits: Mapping[str, Branch], *, alon
     ways.append(f"data.root={parent.path / first} takes {first} alone, without labels")
     ways.append("data.source.pool_splits=true takes all as one set without labels")
     return (
-        f"{parent.path} holds several splits of a data set: {held}. Taken as one set without labels, what is to be "
-        f"tested on would be trained on. {'; '.join(ways)}"
+        f"{parent.path} holds several splits of a data set: {', '.join(held)}. Taken as one set without labels, what "
+        f"is to be tested on would be trained on. {'; '.join(ways)}"
     )
 
 
-def _by_word(splits: Mapping[str, Branch], words: Sequence[str]) -> str | None:
+def _by_word(splits: Sequence[str], words: Sequence[str]) -> str | None:
     """The first of the folders, in the order of the words, whose name has one of them."""
-    found = ((name, _WORD.search(_in_words(name))) for name in splits)
-    ranked = sorted((words.index(word[1]), name) for name, word in found if word and word[1] in words)
-    return ranked[0][1] if ranked else None
-
-
-def _holding(part: Branch) -> str:
-    return (
-        f"{part.images} images in {len(part.folders)} class folders" if part.folders else f"{part.images} images, flat"
-    )
+    found = [(word[1], name) for name in splits if (word := _WORD.search(_in_words(name)))]
+    return next((name for wanted in words for word, name in found if word == wanted), None)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from relloc import checks
 from relloc.data.image_set import ImageSet, hash_lines
-from relloc.errors import DataError
+from relloc.errors import DataError, data_errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,8 @@ def listed(images: ImageSet, path: Path) -> Subset:
 
 def list_names(path: Path) -> dict[str, None]:
     """The file names in a list, without repetitions."""
-    try:
+    with data_errors(f"{path} can't be read", OSError, advice="It is to have one file name a line"):
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}. It is to have one file name a line") from error
     names = dict.fromkeys(line.strip().rpartition("/")[2] for line in lines if line.strip())
     if not names:
         raise DataError(f"{path} names no images: it is to have one file name a line")

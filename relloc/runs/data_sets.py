@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from relloc import checks, ranks
-from relloc.data.image_set import SlowToIdentify, Splits
+from relloc.data.folder import FolderImages
+from relloc.data.image_set import Splits
 from relloc.data.lists import MultiLabeled
 from relloc.data.processes import without_progress
 from relloc.data.shards import shards
@@ -114,6 +115,6 @@ def _say_found(found: Splits) -> None:
 def _identify(found: Splits, *, shown: bool) -> None:
     """Make the digests now: a minute of reading files on a slow file server is not to look as if nothing happened."""
     for images in (found.train, found.held_out):
-        if isinstance(images, SlowToIdentify):
+        if isinstance(images, FolderImages):
             bar = functools.partial(console.progress_if_long, f"identify {images.split}")
-            images.identify(bar if shown else without_progress)
+            images.digest(bar if shown else without_progress)

@@ -9,8 +9,7 @@ import pytest
 
 from relloc.data import contents
 from relloc.data.contents import hash_files
-from relloc.data.folder import folder
-from relloc.data.image_set import SlowToIdentify
+from relloc.data.folder import FolderImages, folder
 from relloc.data.processes import without_progress
 
 
@@ -123,7 +122,7 @@ def test_progress_is_told_of_sizes_and_of_what_is_read(tmp_path: Path) -> None:
 
 def test_a_digest_says_by_which_rules_it_was_made(tmp_path: Path) -> None:
     images = folder(name="mine", root=str(files(tmp_path / "set", 30)), held_out_share=0.5).train
-    assert isinstance(images, SlowToIdentify)
+    assert isinstance(images, FolderImages)
     assert images.digest().endswith("-2")
     assert len(images.digest()) == 16
 
