@@ -8,12 +8,12 @@ from torch import Tensor
 
 from relloc import checks, ranks
 from relloc.data.image_set import Splits
-from relloc.data.views import View, check_view
+from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.source import Bank, Batch, FeatureSource, bank_device, bank_gib, fill_bank, in_gib
 from relloc.features.voting import vote
-from relloc.results import LAYERS, Score, closest_to_20
+from relloc.results import Score, closest_to_20
 
 _QUERY_BYTES = 2**29  # of features that meet the bank at once: it is walked through once for each
 
@@ -40,11 +40,9 @@ class Knn(Evaluation):
     bank_gib: float = dataclasses.field(repr=False)  # the fingerprint is of the repr, and memory decides no number
 
     def __post_init__(self) -> None:
+        self.check_reading("eval.knn")
         checks.wholes("eval.knn.k", self.k)
         checks.number("eval.knn.temperature", self.temperature, above=0)
-        checks.some_of("eval.knn.layers", self.layers, LAYERS)
-        check_view("eval.knn.view", self.view)
-        checks.whole("eval.knn.batch", self.batch)
         checks.number("eval.knn.bank_gib", self.bank_gib, at_least=0)
 
     def check(self, splits: Splits) -> None:

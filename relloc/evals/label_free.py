@@ -9,12 +9,12 @@ from torch import Tensor
 
 from relloc import checks
 from relloc.data.subsets import evenly_spaced
-from relloc.data.views import View, check_view
+from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.source import FeatureSource
 from relloc.features.spectrum import alpha_req, rankme
-from relloc.results import LAYERS, Score
+from relloc.results import Score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,8 @@ class LabelFree(Evaluation):
     batch: int
 
     def __post_init__(self) -> None:
-        checks.some_of("eval.label_free.layers", self.layers, LAYERS)
-        check_view("eval.label_free.view", self.view)
+        self.check_reading("eval.label_free")
         checks.whole("eval.label_free.n_images", self.n_images, at_least=2)  # a spectrum needs two
-        checks.whole("eval.label_free.batch", self.batch)
 
     def run(self, context: Context) -> Iterator[Score]:
         """`rankme` and `alpha_req` of each layer. Nothing is random.

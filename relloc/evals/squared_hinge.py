@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from relloc.errors import UsageError
@@ -30,40 +30,17 @@ _RESIDUAL = 1e-5
 _BENEFIT = 30  # 2 c times the second eigenvalue from which preconditioning pays
 _RANK = 192
 
+# For each of g Gram matrices a number for each of its n examples in each of m problems; and leading eigenvectors
+PerExample = Float[Tensor, "g n m"]
+Factor = Float[Tensor, "g n r"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """`coefficients` (g n m) of the examples, and the decision values K b of all n of them."""
+    """`coefficients` of the examples, and the decision values K b of all n of them."""
 
-    coefficients: Float[Tensor, "g n m"]
-    decisions: Float[Tensor, "g n m"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Problems:
-    """m problems on each of g Gram matrices; an example of weight 0 is not part of a problem."""
-
-    gram: Float[Tensor, "g n n"]
-    signs: Float[Tensor, "g n m"]
-    weights: Float[Tensor, "g n m"]
-
-    def at(self, live: Bool[Tensor, "m"]) -> "_Problems":
-        return _Problems(gram=self.gram, signs=self.signs[..., live], weights=self.weights[..., live])
-
-    def wanted(self, decisions: Float[Tensor, "g n m"]) -> Float[Tensor, "g n m"]:
-        """The coefficients that decision values ask for: equal to those that made them at the optimum."""
-        return 2 * self.weights * self.signs * self.slack(decisions)
-
-    def slack(self, decisions: Float[Tensor, "g n m"]) -> Float[Tensor, "g n m"]:
-        return (1 - self.signs * decisions).clamp(min=0)
-
-    def support(self, decisions: Float[Tensor, "g n m"]) -> Float[Tensor, "g n m"]:
-        """sqrt(2 c) where an example pulls, 0 elsewhere."""
-        return (2 * self.weights * (self.slack(decisions) > 0)).sqrt()
-
-    def objective(self, b: Float[Tensor, "g n m"], decisions: Float[Tensor, "g n m"]) -> Float[Tensor, "g 1 m"]:
-        loss = self.weights * self.slack(decisions).square()
-        return (b * decisions / 2 + loss).sum(dim=1, keepdim=True)
+    coefficients: PerExample
+    decisions: PerExample
 
 
 def leading_factor(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n r"]:
@@ -79,68 +56,60 @@ def leading_factor(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n r"]:
 
 def fit(
     gram: Float[Tensor, "g n n"],
-    signs: Float[Tensor, "g n m"],
-    weights: Float[Tensor, "g n m"],
+    signs: PerExample,
+    weights: PerExample,
     *,
-    factor: Float[Tensor, "g n r"],
-    start: Float[Tensor, "g n m"] | None = None,
+    factor: Factor,
+    start: PerExample | None = None,
 ) -> Fitted:
     """The m problems on each of g Gram matrices, to a relative 1e-9 of their objectives, proven by the gradient.
 
-    `signs` are 1 or -1, `weights` 0 or more. `start` are coefficients to begin at, such as those of
-    a lower cost. All in float64.
+    `signs` are 1 or -1, `weights` 0 or more; an example of weight 0 is not part of a problem. `start`
+    are coefficients to begin at, such as those of a lower cost. All in float64.
 
     Raises:
         UsageError: what is given is not finite, or a problem is not solved after 200 steps.
     """
-    for given in (gram, weights, *([] if start is None else [start])):
+    b = torch.zeros_like(signs) if start is None else start.clone()
+    for given in (gram, weights, b):
         if not given.isfinite().all():
             raise UsageError("SVMs of features, costs or coefficients that are not finite have no solution")
-    problems = _Problems(gram=gram, signs=signs, weights=weights)
-    b = torch.zeros_like(signs) if start is None else start.clone()
     f = gram @ b
     live = torch.ones(signs.shape[-1], dtype=torch.bool, device=gram.device)
     for step in range(_MOST_STEPS):
-        part = problems.at(live)
-        b_live, f_live = b[..., live], f[..., live]
-        residual = b_live - part.wanted(f_live)
+        y, c, b_live, f_live = (values[..., live] for values in (signs, weights, b, f))
+        # At the optimum the coefficients are those that the decision values ask for.
+        slack = (1 - y * f_live).clamp(min=0)
+        residual = b_live - 2 * c * y * slack
         pulled = gram @ residual
         squared_gradient = (residual * pulled).sum(dim=1, keepdim=True)
-        solved = squared_gradient <= 2 * _GAP * part.objective(b_live, f_live)  # half of it bounds what is left
+        objective = (b_live * f_live / 2 + c * slack.square()).sum(dim=1, keepdim=True)
+        solved = squared_gradient <= 2 * _GAP * objective  # half of the left side bounds what is still to be gained
         open_ = ~solved.all(dim=0).squeeze(0)
         if not open_.any():
             return Fitted(coefficients=b, decisions=f)
         live[live.clone()] = open_
-        part, b_live, f_live = part.at(open_), b_live[..., open_], f_live[..., open_]
-        moved, f_moved = _newton(part, f_live, residual[..., open_], pulled[..., open_], factor)
+        y, c, b_live, f_live, slack, residual, pulled = (
+            values[..., open_] for values in (y, c, b_live, f_live, slack, residual, pulled)
+        )
+        # Newton's step, to the solution on the present support, and what it does to the decision values.
+        scale = (2 * c * (slack > 0)).sqrt()  # sqrt(2 c) where an example pulls, 0 elsewhere
+        u, image = _solve(gram, scale, scale * pulled, factor)
+        moved, f_moved = scale * u - residual, image - pulled
         if step >= _FULL_STEPS:
-            length = _best_length(part, b_live, f_live, moved, f_moved)
-            moved, f_moved = length * moved, length * f_moved
+            moved = moved * _best_length(y, c, b_live, f_live, moved, f_moved)
         b[..., live] = b_live + moved
         f[..., live] = gram @ b[..., live]
     left = int(live.sum())
     raise UsageError(f"{left} SVMs are not solved after {_MOST_STEPS} steps: their features are badly scaled")
 
 
-def _newton(
-    problems: _Problems,
-    f: Float[Tensor, "g n m"],
-    residual: Float[Tensor, "g n m"],
-    pulled: Float[Tensor, "g n m"],
-    factor: Float[Tensor, "g n r"],
-) -> tuple[Float[Tensor, "g n m"], Float[Tensor, "g n m"]]:
-    """The step to the solution on the present support, and what it does to the decision values."""
-    scale = problems.support(f)
-    solved, image = _solve(problems.gram, scale, scale * pulled, factor)
-    return scale * solved - residual, image - pulled
-
-
 def _solve(
     gram: Float[Tensor, "g n n"],
-    scale: Float[Tensor, "g n m"],
-    right: Float[Tensor, "g n m"],
-    factor: Float[Tensor, "g n r"],
-) -> tuple[Float[Tensor, "g n m"], Float[Tensor, "g n m"]]:
+    scale: PerExample,
+    right: PerExample,
+    factor: Factor,
+) -> tuple[PerExample, PerExample]:
     """u with (1 + S K S) u = right for S = diag(scale), and K S u, by preconditioned conjugate gradients."""
     precondition = _preconditioner(scale, factor)
     u, image, rest = torch.zeros_like(right), torch.zeros_like(right), right
@@ -160,9 +129,7 @@ def _solve(
     return u, image
 
 
-def _preconditioner(
-    scale: Float[Tensor, "g n m"], factor: Float[Tensor, "g n r"]
-) -> Callable[[Float[Tensor, "g n m"]], Float[Tensor, "g n m"]]:
+def _preconditioner(scale: PerExample, factor: Factor) -> Callable[[PerExample], PerExample]:
     """The inverse of 1 + S Z Z^T S (Woodbury): near that of 1 + S K S, whose few large eigenvalues are in Z.
 
     Problems of low cost are left as they are: their systems are near the identity.
@@ -176,7 +143,7 @@ def _preconditioner(
     inner.diagonal(dim1=-2, dim2=-1).add_(1)
     triangle = torch.linalg.cholesky(inner)  # (g m r r)
 
-    def apply(v: Float[Tensor, "g n m"]) -> Float[Tensor, "g n m"]:
+    def apply(v: PerExample) -> PerExample:
         short = (factor.mT @ (chosen * v[..., costly])).mT.unsqueeze(-1)
         solved = torch.cholesky_solve(short, triangle).squeeze(-1).mT
         moved = v.clone()
@@ -187,18 +154,14 @@ def _preconditioner(
 
 
 def _best_length(
-    problems: _Problems,
-    b: Float[Tensor, "g n m"],
-    f: Float[Tensor, "g n m"],
-    moved: Float[Tensor, "g n m"],
-    f_moved: Float[Tensor, "g n m"],
+    y: PerExample, c: PerExample, b: PerExample, f: PerExample, moved: PerExample, f_moved: PerExample
 ) -> Float[Tensor, "g 1 m"]:
     """The step length of least objective: the zero of a derivative that rises in straight pieces, by bisection."""
     linear, curve = ((one * f_moved).sum(dim=1, keepdim=True) for one in (b, moved))
     low, high = torch.zeros_like(curve), torch.full_like(curve, 2.0)
     for _ in range(60):
         middle = (low + high) / 2
-        pull = problems.wanted(f + middle * f_moved)
+        pull = 2 * c * y * (1 - y * (f + middle * f_moved)).clamp(min=0)
         rising = linear + middle * curve - (pull * f_moved).sum(dim=1, keepdim=True) > 0
         low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
     return low

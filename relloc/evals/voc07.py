@@ -1,20 +1,37 @@
 """What the SVM evaluations of PASCAL VOC share (protocols.md 3.1): features, costs, weights, averages over classes."""
 
+import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from relloc import checks
 from relloc.data.image_set import Splits
 from relloc.data.lists import DIFFICULT, THERE, MultiLabeled
 from relloc.errors import UsageError
 from relloc.evals.metrics import ap_area
+from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.source import FeatureSource
+from relloc.results import Score
 
 _NORM_EPSILON = 1e-5
 _POSITIVE_WEIGHT = 2.0
+
+Presence = Int[Tensor, "n classes"]  # of each image and class: THERE, DIFFICULT or NOT_THERE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What images show of the `classes` that can be learned and tested; `present`: training images, all classes."""
+
+    classes: list[int]
+    present: Int[Tensor, "n all"]
+    train: Presence
+    test: Int[Tensor, "t classes"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,61 +39,82 @@ class Grams:
     """Inner products of the normalized features of one layer, each feature vector with a 1 appended.
 
     The 1 is the intercept, which LIBLINEAR regularizes like any weight. `train` is (n, n), `test`
-    (test images, n); `present` and `test_present` are the labels of both, 1, 0 or -1.
+    (test images, n).
     """
 
     train: Float[Tensor, "n n"]
     test: Float[Tensor, "t n"]
-    present: Int[Tensor, "n classes"]
-    test_present: Int[Tensor, "t classes"]
+    shown: Shown
 
-    @property
-    def usable(self) -> list[int]:
-        """The classes with a positive and another image to train on, and a positive one to be tested on."""
-        return usable(self.present, self.test_present)
-
-    def test_map(self, scores: Float[Tensor, "t classes m"], classes: Sequence[int]) -> Float[Tensor, "m"]:
-        """Mean over `classes` of average precision in percent; an image difficult for a class does not count there."""
-        truth = self.test_present[:, list(classes)].to(scores.device).unsqueeze(2).expand_as(scores)
+    def test_map(self, scores: Float[Tensor, "t classes m"]) -> Float[Tensor, "m"]:
+        """Mean over classes of average precision in percent; an image difficult for a class does not count there."""
+        truth = self.shown.test.to(scores.device).unsqueeze(2).expand_as(scores)
         flat = [part.reshape(len(scores), -1) for part in (scores, truth == THERE, truth != DIFFICULT)]
-        return 100 * ap_area(*flat).view(len(classes), -1).mean(dim=0)
+        return 100 * ap_area(*flat).view(scores.shape[1], -1).mean(dim=0)
 
 
-def usable(present: Int[Tensor, "n classes"], test_present: Int[Tensor, "t classes"]) -> list[int]:
-    """The classes with a positive and another image to train on, and a positive one to be tested on."""
-    there, tested = (labels == THERE for labels in (present, test_present))
-    return [c for c in range(there.shape[1]) if there[:, c].any() and not there[:, c].all() and tested[:, c].any()]
+class Voc07(Evaluation):
+    """What both evaluations are and check alike; `setting` is where a user finds their constants."""
 
+    kind = "frozen"
+    labels = "presence"
+    independent_layers = True
+    keeps_features = True
+    setting: ClassVar[str]
 
-def presences(splits: Splits) -> tuple[Int[Tensor, "n classes"], Int[Tensor, "t classes"]]:
-    """What the images of both splits show, as `Grams` has it, before any feature is computed."""
-    train, held_out = (
-        torch.as_tensor(images.presence(), dtype=torch.int64)
-        for images in (splits.train, splits.held_out)
-        if isinstance(images, MultiLabeled)
-    )
-    return train, held_out
+    costs: Sequence[float]
 
+    def __post_init__(self) -> None:
+        self.check_reading(self.setting)
+        checks.numbers(f"{self.setting}.costs", self.costs, above=0)
 
-def check_usable(setting: str, classes: Sequence[int]) -> None:
-    """Raises `UsageError` where there is no class to learn and test."""
-    if not classes:
-        raise UsageError(f"{setting}: no class has a positive image both to train on and to be tested on")
+    def check(self, splits: Splits) -> None:
+        """Raises `UsageError` where no class can be learned and tested, or one has too few images."""
+        present, test_present = (
+            torch.as_tensor(images.presence(), dtype=torch.int64)
+            for images in (splits.train, splits.held_out)
+            if isinstance(images, MultiLabeled)
+        )
+        self.check_shown(self._shown(present, test_present))
 
+    def run(self, context: Context) -> Iterator[Score]:
+        """Scores of each layer. All that is random depends on the seed and the labels alone.
 
-def grams(train: FeatureSource, test: FeatureSource, layer: str, size: int, device: torch.device) -> Grams:
-    """Reads the features of `layer`, `size` images at a time.
+        Raises:
+            UsageError: as `check`, or features are not finite.
+        """
+        for layer in self.layers:
+            (x, present), (z, test_present) = (
+                _normalized(source, layer, self.batch, context.device) for source in (context.train, context.held_out)
+            )
+            shown = self._shown(present, test_present)
+            self.check_shown(shown)  # again: images that can't be read are not among these
+            missing = [name for number, name in enumerate(context.splits.train.classes) if number not in shown.classes]
+            left_out = f"without {', '.join(missing)} (no positive image to train on or to test on)"
+            known = Grams(train=x @ x.T + 1, test=z @ x.T + 1, shown=shown)
+            yield from self.measure(known, context, layer, (left_out,) if missing else ())
 
-    Raises:
-        UsageError: features that are not finite.
-    """
-    (x, present), (z, test_present) = (_normalized(source, layer, size, device) for source in (train, test))
-    return Grams(train=x @ x.T + 1, test=z @ x.T + 1, present=present, test_present=test_present)
+    @abc.abstractmethod
+    def check_shown(self, shown: Shown) -> None:
+        """Raises `UsageError` where a class has too few images."""
+
+    @abc.abstractmethod
+    def measure(self, known: Grams, context: Context, layer: str, deviations: tuple[str, ...]) -> Iterator[Score]:
+        """Scores of a layer, which deviate from the protocol in `deviations` at the least."""
+
+    def _shown(self, present: Presence, test_present: Int[Tensor, "t classes"]) -> Shown:
+        """Raises `UsageError` unless a class is shown and not shown in training images, and shown in a test image."""
+        there = present == THERE
+        usable = there.any(dim=0) & ~there.all(dim=0) & (test_present == THERE).any(dim=0)
+        classes = usable.nonzero().squeeze(1).tolist()
+        if not classes:
+            raise UsageError(f"{self.setting}: no class has a positive image both to train on and to be tested on")
+        return Shown(classes=classes, present=present, train=present[:, classes], test=test_present[:, classes])
 
 
 def _normalized(
     source: FeatureSource, layer: str, size: int, device: torch.device
-) -> tuple[Float[Tensor, "n d"], Int[Tensor, "n classes"]]:
+) -> tuple[Float[Tensor, "n d"], Presence]:
     """Features in float64, each row divided by its length plus 1e-5, and the labels."""
     rows, labels = [], []
     for features, batch_labels in source.batches(torch.arange(source.n), size, (layer,)):
@@ -94,9 +132,3 @@ def _normalized(
 def class_weights(positive: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """How much an example counts in the loss: positive ones twice."""
     return 1 + (_POSITIVE_WEIGHT - 1) * positive.double()
-
-
-def left_out(classes: Sequence[str], usable: Sequence[int]) -> tuple[str, ...]:
-    """The deviation that classes which could not be learned or tested are; none if there are no such."""
-    missing = [name for number, name in enumerate(classes) if number not in usable]
-    return (f"without {', '.join(missing)} (no positive image to train on or to test on)",) if missing else ()

@@ -6,27 +6,25 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from relloc import checks
-from relloc.data.image_set import Splits
 from relloc.data.lists import THERE
-from relloc.data.views import View, check_view
+from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evals.metrics import ap_steps
 from relloc.evals.squared_hinge import fit, leading_factor
-from relloc.evals.voc07 import Grams, check_usable, class_weights, grams, left_out, presences, usable
-from relloc.evaluation.contract import Context, Evaluation
-from relloc.results import CHOSEN, LAYERS, Result, Score
+from relloc.evals.voc07 import Grams, Shown, Voc07, class_weights
+from relloc.evaluation.contract import Context
+from relloc.results import CHOSEN, Result, Score
 
 _COST_WITHOUT_CHOICE = 1.0
-_TABLE = "Linear SVM, VOC07 protocol, mAP"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Voc07Svm(Evaluation):
+class Voc07Svm(Voc07):
     """Mean average precision of SVMs whose cost each class chooses by `folds`-fold cross-validation on train.
 
     `map` is the test's; `map_cv` the cross-validated one on training images (scikit-learn's average
@@ -34,11 +32,8 @@ class Voc07Svm(Evaluation):
     without a positive image in train or test is left out, and said so.
     """
 
-    kind = "frozen"
-    labels = "presence"
+    setting = "eval.voc07_svm"
     version = 1
-    independent_layers = True
-    keeps_features = True
 
     layers: Sequence[str]
     view: View
@@ -47,104 +42,90 @@ class Voc07Svm(Evaluation):
     batch: int
 
     def __post_init__(self) -> None:
-        checks.some_of("eval.voc07_svm.layers", self.layers, LAYERS)
-        check_view("eval.voc07_svm.view", self.view)
-        checks.numbers("eval.voc07_svm.costs", self.costs, above=0)
+        super().__post_init__()
         checks.whole("eval.voc07_svm.folds", self.folds, at_least=2)
-        checks.whole("eval.voc07_svm.batch", self.batch)
 
-    def check(self, splits: Splits) -> None:
-        """Raises `UsageError` where no class can be learned and tested, or one can't be parted into `folds`."""
-        present, test_present = presences(splits)
-        self._check_folds(present, usable(present, test_present))
-
-    def _check_folds(self, present: Int[Tensor, "n classes"], classes: Sequence[int]) -> None:
-        check_usable("eval.voc07_svm", classes)
-        positive = (present[:, list(classes)] == THERE).sum(dim=0)
-        most = int(torch.maximum(positive, len(present) - positive).min())  # the rarer of both may miss in some folds
+    def check_shown(self, shown: Shown) -> None:
+        """Raises `UsageError` where a class can't be parted into `folds`."""
+        n = len(shown.train)
+        positive = (shown.train == THERE).sum(dim=0)
+        most = int(torch.maximum(positive, n - positive).min())  # the rarer of both may miss in some folds
         if self.folds > most:
             raise UsageError(
-                f"eval.voc07_svm.folds is {self.folds}: of {len(present)} training images, some class is in no more "
+                f"eval.voc07_svm.folds is {self.folds}: of {n} training images, some class is in no more "
                 f"than {most}, and missing in no more: give {most} folds or fewer, or more images"
             )
 
-    def run(self, context: Context) -> Iterator[Score]:
-        """Scores of each layer. Nothing is random.
-
-        Raises:
-            UsageError: as `check`, or features are not finite.
-        """
-        for layer in self.layers:
-            known = grams(context.train, context.held_out, layer, self.batch, context.device)
-            classes = known.usable
-            self._check_folds(known.present, classes)  # again: images that can't be read are not among these
-            validated = self._cross_validate(known, classes)  # (costs, classes)
-            chosen = _first_best(validated, sorted(self.costs))
-            scores = known.test @ self._fit_all(known, classes, chosen)
-            tested = Score(
-                table=_TABLE,
-                column=layer,
-                layer=layer,
-                metric="map",
-                headline=True,
-                value=float(known.test_map(scores.unsqueeze(2), classes)),
-                n=len(known.test),
-                protocol="3.1",
-                deviations=left_out(context.splits.train.classes, classes),
-                details=(
-                    f"SVM a class ({known.present.shape[1]})",
-                    "squared hinge",
-                    "positives twice",
-                    "difficult images negative in training",
-                    f"cost among {len(self.costs)} by {self.folds}-fold cross-validation",
-                    "all-point AP",
-                ),
+    def measure(self, known: Grams, context: Context, layer: str, deviations: tuple[str, ...]) -> Iterator[Score]:
+        """The test's score, and the cross-validated one. Nothing is random."""
+        positive = (known.shown.train == THERE).to(known.train.device)
+        factor = leading_factor(known.train).unsqueeze(0)
+        validated = self._cross_validate(known.train, positive, factor)
+        # All training images, each class at its own cost
+        signs = torch.where(positive, 1.0, -1.0).double().unsqueeze(0)
+        weights = _first_best(validated, sorted(self.costs)) * class_weights(positive)
+        fitted = fit(known.train.unsqueeze(0), signs, weights.unsqueeze(0), factor=factor)
+        scores = known.test @ fitted.coefficients[0]
+        tested = Score(
+            table="Linear SVM, VOC07 protocol, mAP",
+            column=layer,
+            layer=layer,
+            metric="map",
+            headline=True,
+            value=float(known.test_map(scores.unsqueeze(2))),
+            n=len(known.test),
+            protocol="3.1",
+            deviations=deviations,
+            details=(
+                f"SVM a class ({known.shown.present.shape[1]})",
+                "squared hinge",
+                "positives twice",
+                "difficult images negative in training",
+                f"cost among {len(self.costs)} by {self.folds}-fold cross-validation",
+                "all-point AP",
+            ),
+        )
+        yield tested
+        best = validated[:, ~validated.isnan().all(dim=0)].nan_to_num(-1)
+        if best.shape[1]:
+            yield dataclasses.replace(
+                tested,
+                table="",
+                metric="map_cv",
+                headline=False,
+                value=float(100 * best.max(dim=0).values.mean()),
+                n=len(known.train),
+                on_train=True,
             )
-            yield tested
-            best = validated[:, ~validated.isnan().all(dim=0)].nan_to_num(-1)
-            if best.shape[1]:
-                value, n = float(100 * best.max(dim=0).values.mean()), len(known.train)
-                as_detail = {"metric": "map_cv", "table": "", "headline": False, "on_train": True}
-                yield dataclasses.replace(tested, **as_detail, value=value, n=n)
 
-    def _cross_validate(self, known: Grams, classes: Sequence[int]) -> Float[Tensor, "costs classes"]:
+    def _cross_validate(
+        self, gram: Float[Tensor, "n n"], positive: Bool[Tensor, "n classes"], factor: Float[Tensor, "1 n r"]
+    ) -> Float[Tensor, "costs classes"]:
         """Average precision by rising cost and class, mean over folds; nan where none has positives on both sides."""
-        positive = (known.present[:, list(classes)] == THERE).to(known.train.device)
-        trained = torch.stack([self._trained(one, known.train.device) for one in positive.cpu().mT], dim=1)
+        trained = torch.stack([self._trained(one) for one in positive.cpu().mT], dim=1).to(gram.device)
+        n_classes = positive.shape[1]
         positive = positive.unsqueeze(2).expand_as(trained).flatten(1)
         trained = trained.flatten(1)  # (n, classes x folds)
-        signs = torch.where(positive, 1.0, -1.0).double()
-        weights = class_weights(positive) * trained
-        gram, factor = known.train.unsqueeze(0), leading_factor(known.train).unsqueeze(0)
+        signs = torch.where(positive, 1.0, -1.0).double().unsqueeze(0)
+        weights = (class_weights(positive) * trained).unsqueeze(0)
         found, start = [], None
         for cost in sorted(self.costs):
-            fitted = fit(gram, signs.unsqueeze(0), cost * weights.unsqueeze(0), factor=factor, start=start)
+            fitted = fit(gram.unsqueeze(0), signs, cost * weights, factor=factor, start=start)
             start = fitted.coefficients
             precision = ap_steps(fitted.decisions[0], positive, ~trained)
             precision[~(positive & trained).any(dim=0)] = torch.nan
-            found.append(precision.view(len(classes), self.folds).nanmean(dim=1))
+            found.append(precision.view(n_classes, self.folds).nanmean(dim=1))
         return torch.stack(found)
 
-    def _trained(self, positive: Bool[Tensor, "n"], device: torch.device) -> Bool[Tensor, "n folds"]:
+    def _trained(self, positive: Bool[Tensor, "n"]) -> Bool[Tensor, "n folds"]:
         """For each fold which images are trained on: scikit-learn's folds, stratified and not shuffled."""
+        trained = torch.ones(len(positive), self.folds, dtype=torch.bool)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The least populated class")  # fewer positives than folds
             split = StratifiedKFold(n_splits=self.folds).split(np.zeros(len(positive)), positive.numpy())
-            held = [torch.from_numpy(held) for _, held in split]
-        trained = torch.ones(len(positive), self.folds, dtype=torch.bool)
-        for fold, indices in enumerate(held):
-            trained[indices, fold] = False
-        return trained.to(device)
-
-    def _fit_all(
-        self, known: Grams, classes: Sequence[int], costs: Float[Tensor, "classes"]
-    ) -> Float[Tensor, "n classes"]:
-        """The coefficients of each class on all training images, at its own cost."""
-        positive = (known.present[:, list(classes)] == THERE).to(known.train.device)
-        signs = torch.where(positive, 1.0, -1.0).double().unsqueeze(0)
-        weights = (costs.to(positive.device) * class_weights(positive)).unsqueeze(0)
-        factor = leading_factor(known.train).unsqueeze(0)
-        return fit(known.train.unsqueeze(0), signs, weights, factor=factor).coefficients[0]
+            for fold, (_, held) in enumerate(split):
+                trained[torch.from_numpy(held), fold] = False
+        return trained
 
     def summary(self, rows: Sequence[Result]) -> Iterator[Result]:
         """The best layer: chosen on test as published, and by cross-validation on train."""

@@ -12,11 +12,11 @@ from relloc import checks
 from relloc.data.image_set import Splits
 from relloc.data.lists import MultiLabeled
 from relloc.data.shards import ShardImages
-from relloc.data.views import View
+from relloc.data.views import View, check_view
 from relloc.errors import DataError, UsageError
 from relloc.features.source import Color, EncodeConfig, FeatureSource, LiveFeatures
 from relloc.models.backbone import Backbone
-from relloc.results import Result, Score
+from relloc.results import LAYERS, Result, Score
 
 BATCH_NORMS = ("as_trained", "recalibrated")
 Kind = Literal["frozen", "fine-tuned", "study"]
@@ -102,10 +102,17 @@ class Evaluation(abc.ABC):
 
     layers: Sequence[str]  # whose pooled features are read: () for none
     view: Any  # how images are seen, in words by its `str`; a relloc.data.views.View but where it is fine-tuned
+    batch: int  # images that are read at once, or that a step trains on
 
     @abc.abstractmethod
     def run(self, context: Context) -> Iterator[Score]:
         """The scores, as they come."""
+
+    def check_reading(self, setting: str) -> None:
+        """Raises `UsageError` where layers, view or batch of the evaluation `setting` make no sense."""
+        checks.some_of(f"{setting}.layers", self.layers, LAYERS)
+        check_view(f"{setting}.view", self.view)
+        checks.whole(f"{setting}.batch", self.batch)
 
     def check(self, splits: Splits) -> None:  # noqa: B027 - most evaluations ask for nothing more
         """Raises `UsageError` or `DataError`, before anything is computed, where images with the labels don't do."""
