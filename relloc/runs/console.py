@@ -1,6 +1,7 @@
 """What a person sees: progress, tables, and where everything went."""
 
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich import box
-from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,8 +32,10 @@ _HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {"avgpool"
 _LEGEND = "f1 to f5: feature1 to feature5, stages from the image on; pool: avgpool"
 _NAMES = ("evaluation", "weights", "batch norm")
 _WIDTH_OF_FILES = 120
-_SHORTEST_NAME = 12  # columns of a name that is folded
-_BLANKS = 2  # behind each column
+# Columns of a terminal: below which three names beside the numbers of six layers are folded too often, and which the
+# numbers need beside a name of 14
+_NARROW = 80
+_NARROWEST = 56
 
 
 def _width() -> int | None:
@@ -115,14 +117,11 @@ def _lines(what: str, total: int, first: int, end_after_s: float) -> Update:
     def update(done: int, text: str) -> None:
         nonlocal printed
         now = time.monotonic()
-        ends = done >= total
-        since = _last_line.get("s", -end_after_s) if ends else printed
-        is_due = now - since >= (end_after_s if ends else _LINE_EVERY_S)
-        if not is_due:
-            return
-        printed = _last_line["s"] = now
-        left = (now - started) / max(1, done - first) * (total - done)
-        say(f"{what} {done}/{total} {text} {now - started:.0f} s, {left:.0f} s left")
+        since, pause = (printed, _LINE_EVERY_S) if done < total else (_last_line.get("s", -math.inf), end_after_s)
+        if now - since >= pause:
+            printed = _last_line["s"] = now
+            left = (now - started) / max(1, done - first) * (total - done)
+            say(f"{what} {done}/{total} {text} {now - started:.0f} s, {left:.0f} s left")
 
     return update
 
@@ -144,60 +143,47 @@ def show_results(rows: Sequence[Result]) -> None:
 def results_table(rows: Sequence[Result], width: int) -> Table:
     """One line an evaluation, weights and batch norm; layers across.
 
-    One number an evaluation, its headline; results.jsonl has all. Where `width` columns are few, long names go on in
-    further lines, and where they are fewer the three names stand below one another; numbers are never cut.
+    One number an evaluation, its headline; results.jsonl has all. Long names go on in further lines, and in a narrow
+    terminal the three names stand below one another; numbers are never cut.
     """
-    lines = _by_line([row for row in rows if row.headline])
-    shown = [layer for layer in LAYERS if any(layer in values for values in lines.values())]
-    numbers = {
-        names: [f"{values[one]:.1f}" if one in values else "" for one in shown] for names, values in lines.items()
-    }
-    for_numbers = _columns_of([[_HEADS[one] for one in shown], *numbers.values()])
-    stacked = width < for_numbers + _columns_of([_NAMES, *numbers], at_most=_SHORTEST_NAME)
+    headlines = [row for row in rows if row.headline]
+    layers = [layer for layer in LAYERS if any(row.layer == layer for row in headlines)]
+    is_narrow = width < _NARROW
     table = Table(
         title="on images never trained on, in percent where no unit is named",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        width=max(width, for_numbers + _SHORTEST_NAME + _BLANKS) if stacked else None,
+        width=max(width, _NARROWEST) if is_narrow else None,
     )
-    for name in ["\n".join(_NAMES)] if stacked else _NAMES:
+    for name in ["\n".join(_NAMES)] if is_narrow else _NAMES:
         table.add_column(name, overflow="fold", vertical="top")
-    for layer in shown:
+    for layer in layers:
         table.add_column(_HEADS[layer], justify="right", no_wrap=True)
-    before = None
-    for names, values in numbers.items():
-        if before not in (None, names[0]):
-            table.add_section()
-        first = names[0] if stacked or names[0] != before else ""
-        table.add_row(*(["\n".join(names)] if stacked else [first, *names[1:]]), *values)
-        before = names[0]
+    for evaluation, lines in _by_evaluation(headlines).items():
+        table.add_section()
+        for (weights, batch_norm), values in lines.items():
+            names = (evaluation, weights, batch_norm)
+            table.add_row(*(["\n".join(names)] if is_narrow else names), *(values.get(layer) for layer in layers))
+            if not is_narrow:
+                evaluation = ""  # named once
     return table
 
 
-def _columns_of(rows: Sequence[Sequence[str]], at_most: int = sys.maxsize) -> int:
-    """How many columns of a terminal a table of these needs, where longer words are folded."""
-    return sum(_BLANKS + min(at_most, max(map(cell_len, column))) for column in zip(*rows, strict=True))
-
-
-def _by_line(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, float]]:
-    """Values by layer of each evaluation, weights and batch norm; several checkpoints are told apart by their runs."""
-    runs = {Path(row.checkpoint).parent.name for row in rows if row.checkpoint not in NOT_OURS}
-    lines: dict[tuple[str, str, str], dict[str, float]] = {}
-    order = list(dict.fromkeys(row.eval for row in rows))
-    for row in sorted(rows, key=lambda row: order.index(row.eval)):
-        weights = row.checkpoint if row.checkpoint in NOT_OURS else _called(Path(row.checkpoint), len(runs) > 1)
-        what = f"{row.eval} {row.metric}" + ("" if row.unit == "%" else f" ({row.unit})")
-        names = (escaped(what), escaped(weights), row.batch_norm.replace("_", " "))
-        lines.setdefault(names, {})[row.layer] = row.value
-    return lines
-
-
-def _called(weights: Path, several: bool) -> str:
-    """The run of a backbone where there are several, or the file's name where another project wrote it."""
-    if weights.name != BACKBONE_FILE:
-        return weights.name
-    return weights.parent.name if several else "pretrained"
+def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], dict[str, str]]]:
+    """Values by layer of each evaluation, and there of weights and batch norm."""
+    files = {Path(row.checkpoint) for row in rows if row.checkpoint not in NOT_OURS}
+    several = len({file.parent.name for file in files}) > 1  # told apart by their runs
+    found: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    for row in rows:
+        weights = Path(row.checkpoint).name  # of another project, or no file
+        if weights == BACKBONE_FILE:
+            weights = Path(row.checkpoint).parent.name if several else "pretrained"
+        evaluation = f"{row.eval} {row.metric}" + ("" if row.unit == "%" else f" ({row.unit})")
+        lines = found.setdefault(escaped(evaluation), {})
+        line = lines.setdefault((escaped(weights), row.batch_norm.replace("_", " ")), {})
+        line[row.layer] = f"{row.value:.1f}"
+    return found
 
 
 def say_measured(rows: Sequence[Result]) -> None:

@@ -84,16 +84,16 @@ class Engine:
         return _told_by_name(torch.compile(function, dynamic=False, options=_FUSION))
 
     def __str__(self) -> str:
-        words = [
-            str(self.device.type),
+        words = (
+            self.device.type,
             self.precision,
             "compiled" if self.compiled else "not compiled",
-            *(["CUDA graphs"] if self.cuda_graphs else []),
+            "CUDA graphs" if self.cuda_graphs else "",
             self.memory_format,
-            *(["deterministic"] if self.deterministic else []),
+            "deterministic" if self.deterministic else "",
             f"{self.workers} workers",
-        ]
-        return ", ".join(words)
+        )
+        return ", ".join(filter(None, words))
 
 
 def settle(asked: EngineSettings) -> Engine:
@@ -103,33 +103,40 @@ def settle(asked: EngineSettings) -> Engine:
         UsageError: a setting that this machine cannot meet.
     """
     on = device(asked.device)
+    is_gpu = on.type == "cuda"
+    precision = asked.precision
+    if precision == "bf16" and not is_gpu:
+        raise UsageError(
+            "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 convolutions "
+            "unset on CPUs. Give precision=fp32"
+        )
+    if precision == "auto":
+        precision = "bf16" if is_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if asked.cuda_graphs is True and not is_gpu:
+        raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
     compiled = _compiled(asked.compile, on)
-    engine = Engine(
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return Engine(
         device=on,
-        precision=_precision(asked.precision, on),
+        precision=precision,
         compiled=compiled,
-        cuda_graphs=_cuda_graphs(asked.cuda_graphs, on, compiled),
+        cuda_graphs=is_gpu and compiled if asked.cuda_graphs == "auto" else bool(asked.cuda_graphs),
         memory_format=asked.memory_format,
         deterministic=asked.deterministic,
         workers=_workers(asked.workers, on),
     )
-    rounded = engine.precision != "fp32"
-    torch.set_float32_matmul_precision("high" if rounded else "highest")
-    torch.backends.cudnn.allow_tf32 = rounded
-    return engine
 
 
 @contextlib.contextmanager
 def training(engine: Engine) -> Iterator[None]:
     """torch's switches for training: the fastest kernels, or those that give the same bits each time."""
     torch.backends.cudnn.benchmark = not engine.deterministic
-    if not engine.deterministic:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
+    if engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+        torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
+    torch.use_deterministic_algorithms(engine.deterministic)
     try:
         yield
     finally:
@@ -156,17 +163,6 @@ def device(asked: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _precision(asked: Any, on: torch.device) -> str:
-    if asked == "bf16" and on.type == "cpu":
-        raise UsageError(
-            "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 convolutions "
-            "unset on CPUs. Give precision=fp32"
-        )
-    if asked != "auto":
-        return asked
-    return "bf16" if on.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-
-
 def _compiled(asked: Any, on: torch.device) -> bool:
     """Whether to compile: as asked, where that works; of itself on a GPU.
 
@@ -189,10 +185,14 @@ def _compiled(asked: Any, on: torch.device) -> bool:
 @functools.cache
 def why_not_compiled(on: torch.device) -> str:
     """What torch.compile lacks on this machine; "" where it works, which a small function tries."""
-    if on.type == "cuda" and (missing := _missing_for_triton()):
-        return missing
+    if on.type == "cuda":
+        # Triton builds a small C library at first use.
+        if not any(map(shutil.which, ("cc", "gcc", "clang", os.environ.get("CC", "cc")))):
+            return "a C compiler"
+        if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+            return "Python.h (the python3-dev package)"
     try:
-        torch.compile(_tried, dynamic=False)(torch.ones(64, device=on))
+        torch.compile(lambda values: values * 2 + 1, dynamic=False)(torch.ones(64, device=on))
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = _first_line(error)
         if isinstance(error, OSError):
@@ -200,10 +200,6 @@ def why_not_compiled(on: torch.device) -> str:
         compiler = "a C++ compiler, which CXX names," if on.type == "cpu" else "a C compiler, which CC names,"
         return f"{compiler} or another part of it ({reason})"
     return ""
-
-
-def _tried(values: torch.Tensor) -> torch.Tensor:
-    return values * 2 + 1
 
 
 def _first_line(error: BaseException) -> str:
@@ -225,23 +221,6 @@ def _told_by_name(compiled: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return call
-
-
-def _cuda_graphs(asked: Any, on: torch.device, compiled: bool) -> bool:
-    if asked == "auto":
-        return on.type == "cuda" and compiled
-    if asked and on.type != "cuda":
-        raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
-    return asked
-
-
-def _missing_for_triton() -> str:
-    """What Triton needs to build a small C library at first use on a GPU, and this machine lacks."""
-    if not any(map(shutil.which, ("cc", "gcc", "clang", os.environ.get("CC", "cc")))):
-        return "a C compiler"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return "Python.h (the python3-dev package)"
-    return ""
 
 
 def _workers(asked: Any, on: torch.device) -> int:

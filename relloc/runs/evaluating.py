@@ -100,14 +100,10 @@ def report_known_answers(run_dir: Path, answers: Sequence[known.KnownAnswer], fi
     """
     rows = [row for row in read_results(run_dir) if row.fingerprint in fingerprints]
     verdicts, unchecked = known.check(rows, answers), known.unchecked(rows, answers)
-    for verdict in verdicts:
-        console.say(str(verdict))
-    for missing in unchecked:
-        console.say(f"not checked: {missing}")
+    console.say(*map(str, verdicts), *(f"not checked: {missing}" for missing in unchecked))
     failed = sum(not verdict.passed for verdict in verdicts)
-    wrong = [f"{failed} are outside their tolerance"] * bool(failed)
-    wrong += [f"{len(unchecked)} could not be checked"] * bool(unchecked)
-    if wrong:
+    counts = {"are outside their tolerance": failed, "could not be checked": len(unchecked)}
+    if wrong := [f"{count} {what}" for what, count in counts.items() if count]:
         raise KnownAnswerMissed(
             f"of {len(answers)} known answers {' and '.join(wrong)}: check the data sets with "
             f"python -m relloc.prepare, and what {run_dir / RESULTS_FILE} says of the protocol"
@@ -127,12 +123,10 @@ def evaluate_model(
     encode_config = dataclasses.replace(settings.encode_config, note_unreadable=unreadable.update)
     settings = dataclasses.replace(settings, encode_config=encode_config)
     model.backbone.eval()
-    parts = [
-        part
-        for batch_norm in settings.batch_norms
-        for named in evaluations
-        for part in parts_of(named, batch_norm, model, settings)
+    of_evaluations = [
+        parts_of(named, batch_norm, model, settings) for batch_norm in settings.batch_norms for named in evaluations
     ]
+    parts = list(itertools.chain(*of_evaluations))
     wanted = []
     if folder:
         console.say(f"eval    {', '.join(named.name for named in evaluations)} of {model.checkpoint} ({model.model})")
@@ -149,23 +143,27 @@ def evaluate_model(
                 delete_state(state_file(run_dir, part.fingerprint))
             raise_if_stopped(run.stop)
     unreadable.update(ranks.union(unreadable))
-    summarized = _summarize(model, parts, settings, run_dir) if folder else set()
+    summarized = _summarize(model, of_evaluations, settings, run_dir) if folder else set()
     return summarized | {part.fingerprint for part in parts}
 
 
-def _summarize(model: EvaluatedModel, parts: Sequence[EvalPart], settings: EvalSettings, run_dir: Path) -> set[str]:
-    """Write the rows about all layers of an evaluation together, unless they are there; their fingerprints."""
+def _summarize(
+    model: EvaluatedModel, of_evaluations: Sequence[Sequence[EvalPart]], settings: EvalSettings, run_dir: Path
+) -> set[str]:
+    """Write the rows about all layers of an evaluation together, unless they are there; their fingerprints.
+
+    `of_evaluations` has the parts of each evaluation under each batch norm.
+    """
     measured = [row for row in read_results(run_dir) if row.checkpoint == model.checkpoint]
+    known = {(row.eval, row.fingerprint) for row in measured}
     fingerprints = set()
-    for (name, batch_norm), group in itertools.groupby(parts, key=lambda part: (part.named.name, part.batch_norm)):
-        together = list(group)
-        named = together[0].named
-        of_parts = {part.fingerprint for part in together}
-        rows = [row for row in measured if row.eval == name and row.fingerprint in of_parts]
-        summary = list(named.evaluation.summary(rows))
+    for parts in filter(None, of_evaluations):
+        named, batch_norm = parts[0].named, parts[0].batch_norm
+        of_parts = {(named.name, part.fingerprint) for part in parts}
+        summary = list(named.evaluation.summary([row for row in measured if (row.eval, row.fingerprint) in of_parts]))
         if summary:
             whole = fingerprint(named.evaluation, model, named.splits, settings, batch_norm)
-            if all((row.eval, row.fingerprint) != (name, whole) for row in measured):
+            if (named.name, whole) not in known:
                 append_results(run_dir, [dataclasses.replace(row, fingerprint=whole) for row in summary])
             fingerprints.add(whole)
     return fingerprints

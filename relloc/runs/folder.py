@@ -14,7 +14,7 @@ from relloc.results import RESULTS_FILE, read_results
 from relloc.runs import console
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.invocation import Invocation
-from relloc.runs.refusing import HYDRA_FILES, STATES, FolderBefore
+from relloc.runs.refusing import HYDRA_FOLDER, STATES, FolderBefore
 from relloc.status import Status
 from relloc.tracking import (
     Mirror,
@@ -57,22 +57,13 @@ class RunFolder:
         add_artifact(self.path, name)
         self.kept.add(name)
 
-    def stopped(self) -> None:
-        """The run was asked to stop, and can go on."""
-        self.status = Status.STOPPED
-
-    def note_unreadable(self, reasons: dict[str, str]) -> None:
-        """Remember images that could not be used."""
-        self.unreadable |= reasons
-
     def summarize(self, fingerprints: Collection[str] | None = None) -> None:
         """The run is finished: say what came out, and where it is. `fingerprints` are of the rows to show."""
         self.status = Status.DONE
         rows = [row for row in read_results(self.path) if fingerprints is None or row.fingerprint in fingerprints]
-        for row in rows:
-            if row.kind == "pretext":
-                console.say(console.pretext_line(row))
-        if evaluated := [row for row in rows if row.kind != "pretext"]:
+        evaluated = [row for row in rows if row.kind != "pretext"]
+        console.say(*(console.pretext_line(row) for row in rows if row not in evaluated))
+        if evaluated:
             console.show_results(evaluated)
         if rows:
             self.keep(RESULTS_FILE)
@@ -103,13 +94,13 @@ def own_folder(folder: Path) -> Iterator[Path]:
     """
     run_dir = Path(ranks.from_first(str(folder)))
     with contextlib.ExitStack() as at_end:
-        taken: FolderIsTaken | None = None
-        if ranks.rank() == 0:
-            try:
+        taken = None
+        try:
+            if ranks.rank() == 0:
                 at_end.enter_context(held(run_dir))
-            except FolderIsTaken as error:
-                taken = error
-        if ranks.from_first("taken" if taken else ""):
+        except FolderIsTaken as error:
+            taken = error
+        if ranks.from_first(taken is not None):
             raise taken or SystemExit(FolderIsTaken.exit_code)  # rank 0 says it for all
         yield run_dir
 
@@ -135,7 +126,7 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
     console.say(f"run     {path}")
     before = FolderBefore.of(path)
     # Of a run that was killed while it wrote. The note on MLflow is relloc.sync's as well, which may be writing it now.
-    for place in (path, (path / HYDRA_FILES[0]).parent):
+    for place in (path, path / HYDRA_FOLDER):
         remove_all_unfinished(place, but=NOTE_FILE)
     record.write(path)
     for name, text in invocation.files.items():
@@ -148,7 +139,7 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
             mirror.start()
         yield folder
     except (KeyboardInterrupt, Stopped):
-        folder.stopped()
+        folder.status = Status.STOPPED
         console.say("interrupted; what was saved and evaluated before stays")
         raise
     except UsageError as error:
@@ -197,9 +188,9 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBef
 
 
 def _say_where(folder: RunFolder, trouble: str | None) -> None:
-    note = read_note(folder.path)
     if trouble:
         console.say(trouble)
+    note = read_note(folder.path)
     if note and folder.uri:
         link = ui_link(folder.uri, note.experiment_id)
         console.say("compare runs in MLflow:", f"  {ui_command(folder.uri)}", f"  {link}")

@@ -11,7 +11,7 @@ import secrets
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,9 +39,7 @@ _RERUN = "--experimental-rerun"  # of Hydra
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 # A folder where a file should be, or the reverse
 _PLACE_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
-# What Hydra writes before it calls us where a user gives hydra.output_subdir. By default it writes nothing, since the
-# folder may be another run's.
-_OF_HYDRA = ["config.yaml", "hydra.yaml", "overrides.yaml"]
+_OF_HYDRA = ("config.yaml", "hydra.yaml", "overrides.yaml")  # what Hydra writes before it calls us
 
 
 def users_environment() -> dict[str, str]:
@@ -186,27 +184,16 @@ def _remove_untouched_folder(made: Any) -> None:
     if made.mode == RunMode.MULTIRUN or OmegaConf.is_missing(made.runtime, "output_dir"):
         return
     run_dir = Path(made.runtime.output_dir)
-    if made.output_subdir is not None and _names(run_dir) == [made.output_subdir]:
-        _remove(run_dir / made.output_subdir, _OF_HYDRA)
-    _remove(run_dir, [])
-
-
-def _remove(folder: Path, files: Sequence[str]) -> None:
-    """Remove a folder if `files` are all it holds; not where we stand."""
-    if _names(folder) != files or folder.samefile(Path.cwd()):
-        return
-    with contextlib.suppress(OSError):  # another process writes there, or may alone: then it stays
-        for name in files:
-            (folder / name).unlink()
-        folder.rmdir()
-
-
-def _names(folder: Path) -> list[str] | None:
-    """What a folder holds; None where there is none that can be read."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:
-        return None
+    # By default Hydra writes nothing, since the folder may be another run's; this is where the user has it write.
+    of_hydra = run_dir / (made.output_subdir or "")
+    with contextlib.suppress(OSError):  # it is not empty, or another process writes there, or may alone: then it stays
+        expected = {of_hydra, *(of_hydra / name for name in _OF_HYDRA)}
+        if made.output_subdir and {*run_dir.glob("*"), *of_hydra.glob("*")} == expected:
+            for name in _OF_HYDRA:
+                (of_hydra / name).unlink()
+            of_hydra.rmdir()
+        if not run_dir.samefile(Path.cwd()):
+            run_dir.rmdir()
 
 
 def _exit(explained: str, exit_code: int = EXIT_MISTAKE) -> NoReturn:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +16,10 @@ from relloc.data.loader import ImageBatch, load
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import View
 from relloc.errors import DataError
-from relloc.features.pool import pooled_layers
-from relloc.features.source import EncodeConfig
+from relloc.features.source import EncodeConfig, encode
 from relloc.features.spectrum import alpha_req, rankme
 from relloc.features.voting import vote
+from relloc.geometry import PatchGrid
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.held_out import POSITIONS, answers, confusion, evaluating
@@ -92,19 +92,19 @@ class Monitors:
         return {"monitor/pretext/top1": top1} | named
 
     def _features(self) -> dict[str, float]:
-        labeled = self.data.labeled
-        held_out = self._encode(self._held_out_views, LAYERS if labeled else SPECTRUM_LAYERS)
+        held_out = self._encode(self._views[0])
         values = {}
         for layer in SPECTRUM_LAYERS:
             features = held_out[layer].cpu()  # a small decomposition: LAPACK's time is known, a GPU's is not
             values[f"monitor/rankme/{layer}"] = _where_defined(rankme, features)
             values[f"monitor/alpha_req/{layer}"] = _where_defined(alpha_req, features)
-        return values | self._knn(held_out) if labeled else values
+        return values | self._knn(held_out) if self.data.labeled else values
 
     def _knn(self, queries: dict[str, Tensor]) -> dict[str, float]:
-        bank = self._encode(self._training_views, LAYERS)
-        known = _labels(self.data.train, self._training_views)
-        truth = _labels(self.data.held_out, self._held_out_views)
+        held_out_views, training_views = self._views
+        bank = self._encode(training_views)
+        known = torch.as_tensor(self.data.train.labels)[training_views.indices]
+        truth = torch.as_tensor(self.data.held_out.labels)[held_out_views.indices]
         k, n_classes = min(self.k, len(known)), len(self.data.train.classes)
 
         def top1(layer: str) -> float:
@@ -113,57 +113,56 @@ class Monitors:
 
         return {f"monitor/knn/{layer}/top1_k{k}": _where_defined(top1, layer) for layer in LAYERS}
 
-    def _encode(self, views: ImageBatch, layers: tuple[str, ...]) -> dict[str, Tensor]:
+    def _encode(self, views: ImageBatch) -> dict[str, Tensor]:
         """Features (n d) of each layer, on the device."""
+        reading = self.reading
         found = []
-        for pixels in views.pixels.split(self.reading.batch):
-            images = self.reading.to_device(pixels)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.reading.bf16):
-                found.append(pooled_layers(self.model.backbone, images, layers))
-        return {layer: torch.cat([features[layer] for features in found]) for layer in layers}
+        for pixels in views.pixels.split(reading.batch):
+            images = pixels.to(reading.device, non_blocking=True).float()
+            found.append(encode(self.model.backbone, images, LAYERS, reading.bf16))
+        return {layer: torch.cat([features[layer] for features in found]) for layer in LAYERS}
 
     @functools.cached_property
     def _crops(self) -> ImageBatch:
         images = self.data.held_out
-        keys = [(index,) for index in evenly_spaced(len(images), self.n_images)]
-        batches = [keys[start : start + self.reading.batch] for start in range(0, len(keys), self.reading.batch)]
-        crops = Crops(images, self.patches.grid, use=Use.HELD_OUT_CROP, seed=self.seed, centered=True)
-        loaded = load(crops, batches, workers=self.reading.workers, pin=False, stopping=self.reading.stopping)
-        return _joined(loaded, images)
+        indices = evenly_spaced(len(images), self.n_images)
+        return _joined(held_out_crops(images, indices, self.patches.grid, self.seed, self.reading), images)
 
     @functools.cached_property
-    def _held_out_views(self) -> ImageBatch:
-        return self._views(self.data.held_out)
+    def _views(self) -> list[ImageBatch]:
+        """Whole views of held-out images, and of training images where both have labels."""
+        views = []
+        for images in (self.data.held_out, self.data.train)[: 1 + self.data.labeled]:
+            keys = [(index, 0) for index in evenly_spaced(len(images), self.n_images)]  # still views: nothing is drawn
+            views.append(_joined(self.reading.views(images, self.view, keys, self.reading.batch), images))
+        return views
 
-    @functools.cached_property
-    def _training_views(self) -> ImageBatch:
-        return self._views(self.data.train)
 
-    def _views(self, images: ImageSet) -> ImageBatch:
-        places = evenly_spaced(len(images), self.n_images)
-        keys = [(place, 0) for place in places]  # a still view knows no chance
-        return _joined(self.reading.views(images, self.view, keys, self.reading.batch), images)
+def held_out_crops(
+    images: ImageSet, indices: Sequence[int], grid: PatchGrid, seed: int, config: EncodeConfig
+) -> Iterator[ImageBatch]:
+    """The middle of each of the images, which held-out pretext accuracy is measured on."""
+    crops = Crops(images, grid, use=Use.HELD_OUT_CROP, seed=seed, centered=True)
+    batches = [
+        [(index,) for index in indices[start : start + config.batch]] for start in range(0, len(indices), config.batch)
+    ]
+    pin = config.device.type == "cuda"
+    return load(crops, batches, workers=config.workers, pin=pin, stopping=config.stopping)
 
 
 def _joined(loaded: Iterable[ImageBatch], images: ImageSet) -> ImageBatch:
+    """All batches in one, without the images that can't be used."""
     batches = list(loaded)
-    unreadable = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
     good = [batch for batch in batches if len(batch.pixels)]
     if not good:
+        unreadable = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
         first, reason = next(iter(unreadable.items()), ("the whole set", "it is empty"))
         raise DataError(
             f"monitors can use none of the {len(unreadable)} images they chose of {images.name} {images.split}; "
             f"the first is {first}: {reason}. Mend or remove them"
         )
-    return ImageBatch(
-        pixels=torch.cat([batch.pixels for batch in good]),
-        indices=torch.cat([batch.indices for batch in good]),
-        unreadable=unreadable,
-    )
-
-
-def _labels(images: ImageSet, views: ImageBatch) -> Tensor:
-    return torch.as_tensor(images.labels)[views.indices]
+    pixels, indices = torch.cat([batch.pixels for batch in good]), torch.cat([batch.indices for batch in good])
+    return ImageBatch(pixels=pixels, indices=indices, unreadable={})
 
 
 def _where_defined(measure: Callable[[T], float], of: T) -> float:

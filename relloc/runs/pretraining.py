@@ -1,6 +1,8 @@
 """Pretraining from start to end, in the order of this file: prepare, train, ask held-out images, evaluate."""
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -8,10 +10,10 @@ from torch import Tensor
 
 from relloc import ranks
 from relloc.checkpoints import backbone_files
-from relloc.checkpoints.hashed_files import hash_file, note_hash
+from relloc.checkpoints.hashed_files import hash_file
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
-from relloc.data.loader import ImageBatch, Unreadable, collate, load
+from relloc.data.loader import ImageBatch, Unreadable, collate
 from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
@@ -29,6 +31,7 @@ from relloc.runs.evaluated_models import evaluated
 from relloc.runs.evaluating import evaluate_model
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.invocation import Invocation
+from relloc.runs.monitors import held_out_crops
 from relloc.runs.naming import pretraining_name
 from relloc.runs.reusing import EvalRun
 from relloc.runs.training import Training, train_to_the_end
@@ -171,13 +174,11 @@ def _draw_patches(settings: Pretraining, data: Splits, folder: RunFolder) -> Non
 def _save_backbone(training: Training, folder: RunFolder) -> None:
     """Save the trained weights, unless the file of an earlier start holds just these."""
     path, backbone = folder.path / backbone_files.BACKBONE_FILE, training.task.model.backbone
-    reason = _why_anew(path, backbone) if path.exists() else "there is none"
-    if reason:
-        if path.exists():
-            console.say(f"weights {path} is written anew from the checkpoint: {reason}")
+    trouble = _why_anew(path, backbone) if path.exists() else ""
+    if trouble:
+        console.say(f"weights {path} is written anew from the checkpoint: {trouble}")
+    if trouble or not path.exists() or not hash_file(path).exists():  # an older relloc wrote no hash
         backbone_files.save_backbone(path, backbone, training.settings.about | {"step": training.task.steps})
-    elif not hash_file(path).exists():  # of an older version of relloc
-        note_hash(path)
     for file in (path, hash_file(path)):
         folder.keep(file.name)
 
@@ -196,20 +197,22 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
     """Accuracy on held-out images, unless an earlier start measured it."""
     if any(row.kind == "pretext" for row in read_results(folder.path)):
         return
-    settings, engine, images = training.settings, training.engine, training.data.held_out
-    crops = Crops(images, settings.patches.grid, use=Use.HELD_OUT_CROP, seed=settings.seed, centered=True)
-    size = settings.images_per_batch_norm
-    keys = [(index,) for index in range(len(images))]
-    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-    loaded = load(crops, batches, workers=engine.workers, pin=engine.device.type == "cuda")
-    unreadable = Unreadable(n_images=len(crops), most_share=settings.data.unreadable_share)
-    asked: list[int] = []
-    shown = console.counted(loaded, "held-out pretext", len(batches))
-    pixels = _pixels(shown, unreadable, asked)
-    model, patches = training.task.model, settings.patches
-    given = answers(model, pixels, patches, seed=settings.seed, device=engine.device, bf16=engine.bf16)
-    folder.note_unreadable(unreadable.reasons)
-    found = accuracy(count_hits(given), [images.source(index) for index in asked])
+    settings, images = training.settings, training.data.held_out
+    config = dataclasses.replace(settings.encode_config(training.engine), batch=settings.images_per_batch_norm)
+    loaded = held_out_crops(images, range(len(images)), settings.patches.grid, settings.seed, config)
+    unreadable = config.unreadable_of(len(images))
+    indices: list[int] = []
+    shown = config.progress(loaded, "held-out pretext", math.ceil(len(images) / config.batch))
+    given = answers(
+        training.task.model,
+        _pixels(shown, unreadable, indices),
+        settings.patches,
+        seed=settings.seed,
+        device=config.device,
+        bf16=config.bf16,
+    )
+    folder.unreadable |= unreadable.reasons
+    found = accuracy(count_hits(given), [images.source(index) for index in indices])
     row = Result(
         eval="pretext",
         dataset=images.name,

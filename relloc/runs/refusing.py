@@ -19,7 +19,8 @@ from relloc.tracking.mlflow import NOTE_FILE
 from relloc.tracking.record import RUN_FILE, STATUS_FILE, read_status
 
 STATES = "evaluations"  # of those that were stopped: what they go on from
-HYDRA_FILES = tuple(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
+HYDRA_FOLDER = ".hydra"
+HYDRA_FILES = tuple(f"{HYDRA_FOLDER}/{name}.yaml" for name in ("config", "hydra", "overrides"))
 # What every start of a run writes anew, and what it only adds to
 _REWRITTEN = (RUN_FILE, STATUS_FILE, CONFIG_FILE, ARTIFACTS_FILE, TRAINING_FILE, *HYDRA_FILES)
 _ADDED_TO = (SYSTEM_FILE, NOTE_FILE, f"{NOTE_FILE}.lock")
@@ -30,17 +31,22 @@ class FolderBefore:
     """What a run folder held when a run began: marks of its work, and the content of files that are written anew."""
 
     path: Path
-    work: dict[str, tuple[int, int]]
+    work: dict[Path, tuple[int, int]]
     rewritten: dict[str, bytes]
-    names: frozenset[str]
+    names: set[str]
     status: Status | None
 
     @classmethod
     def of(cls, path: Path) -> "FolderBefore":
-        names = frozenset(name for name in (*_REWRITTEN, *_ADDED_TO) if (path / name).exists())
+        files = [*path.glob("*"), *(path / HYDRA_FOLDER).glob("*")]
+        names = {str(file.relative_to(path)) for file in files}
         rewritten = {name: (path / name).read_bytes() for name in names.intersection(_REWRITTEN)}
-        names |= frozenset(file.name for file in path.glob("*"))
-        return cls(path=path, work=_work(path), rewritten=rewritten, names=names, status=_status(path))
+        status = None
+        with contextlib.suppress(DamagedFile):  # it is written anew
+            status = read_status(path)
+        return cls(
+            path=path, work=_work(path), rewritten=rewritten, names=names, status=status.status if status else None
+        )
 
     @property
     def is_new(self) -> bool:
@@ -53,31 +59,17 @@ class FolderBefore:
 
     def restore(self, made: Iterable[str]) -> None:
         """Remove what is new of the usual files and of those that the run `made`, and put back what was replaced."""
-        for name in (*_REWRITTEN, *_ADDED_TO, *made):
-            if name not in self.names:
-                (self.path / name).unlink(missing_ok=True)
+        for name in {*_REWRITTEN, *_ADDED_TO, *made} - self.names:
+            (self.path / name).unlink(missing_ok=True)
         for name, content in self.rewritten.items():
             write_whole(self.path / name, content)
         with contextlib.suppress(OSError):  # it is not there, or not empty
-            (self.path / HYDRA_FILES[0]).parent.rmdir()
+            (self.path / HYDRA_FOLDER).rmdir()
 
 
-def _work(path: Path) -> dict[str, tuple[int, int]]:
+def _work(path: Path) -> dict[Path, tuple[int, int]]:
     """Size and time of all files that hold what was trained or measured."""
-    folders = (training_folder(path), path / STATES)
     files = [path / name for name in (JOURNAL_FILE, RESULTS_FILE, BACKBONE_FILE)]
-    files += [file for folder in folders for file in folder.glob("*")]
-    found = {}
-    for file in files:
-        with contextlib.suppress(FileNotFoundError):
-            about = file.stat()
-            found[str(file)] = (about.st_size, about.st_mtime_ns)
-    return found
-
-
-def _status(path: Path) -> Status | None:
-    try:
-        found = read_status(path)
-    except DamagedFile:  # it is written anew
-        return None
-    return found.status if found else None
+    files += [*training_folder(path).glob("*"), *(path / STATES).glob("*")]
+    found = {file: file.stat() for file in files if file.exists()}
+    return {file: (about.st_size, about.st_mtime_ns) for file, about in found.items()}

@@ -41,48 +41,40 @@ class EvalRun:
 
 def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun) -> list[int]:
     """Which of the parts have no rows in the run folder yet. Rows of the same weights elsewhere are copied there."""
-    here = _by_key(read_results(run.run_dir))
-    elsewhere = _rows_below(run.reused_runs, run.run_dir) if run.reused_runs else {}
+    here = _rows_of(run.run_dir)
+    known: dict[_Key, list[Result]] = {}
+    for path in _of_other_runs(run.reused_runs, RESULTS_FILE, run.run_dir) if run.reused_runs else ():
+        # A file of another version, or an unreadable one: then it is measured again.
+        with contextlib.suppress(ValueError, OSError):
+            known |= _rows_of(path.parent)  # the newest run's count
+    known |= here
     missing: list[int] = []
     named: set[tuple[str, str]] = set()
     for number, part in enumerate(parts):
-        key = (part.named.name, part.batch_norm, part.fingerprint)
-        source, rows = (run.run_dir, here[key]) if key in here else elsewhere.get(key, (run.run_dir, []))
-        if not rows:
+        name, batch_norm, fingerprint = key = (part.named.name, part.batch_norm, part.fingerprint)
+        if key not in known:
             missing.append(number)
             continue
-        delete_state(state_file(run.run_dir, part.fingerprint))  # another run may have finished what this one began
+        delete_state(state_file(run.run_dir, fingerprint))  # another run may have finished what this one began
         if any(row.checkpoint == model.checkpoint for row in here.get(key, [])):
             continue
         # Of one checkpoint: the same weights may have been measured by several paths.
-        copied = [
-            dataclasses.replace(row, checkpoint=model.checkpoint, measured_in=row.measured_in or str(source))
-            for row in rows
-            if row.checkpoint == rows[0].checkpoint
-        ]
-        append_results(run.run_dir, copied)
-        if key[:2] not in named:
-            named.add(key[:2])
-            name, batch_norm, _ = key
-            place = copied[0].measured_in
+        first = known[key][0]
+        of_one = [row for row in known[key] if row.checkpoint == first.checkpoint]
+        append_results(run.run_dir, [dataclasses.replace(row, checkpoint=model.checkpoint) for row in of_one])
+        if (name, batch_norm) not in named:
+            named.add((name, batch_norm))
+            place = first.measured_in
             console.say(f"found   {name} ({batch_norm}) of the same weights in {place}; reuse=false measures it again")
     return missing
 
 
-def _by_key(rows: Sequence[Result]) -> dict[_Key, list[Result]]:
+def _rows_of(run_dir: Path) -> dict[_Key, list[Result]]:
+    """The rows of a run folder; each says where it was measured."""
     found: dict[_Key, list[Result]] = {}
-    for row in rows:
-        found.setdefault((row.eval, row.batch_norm, row.fingerprint), []).append(row)
-    return found
-
-
-def _rows_below(runs: Path, but: Path) -> dict[_Key, tuple[Path, list[Result]]]:
-    """Rows of the run folders below `runs`, with the folder; the newest run's count."""
-    found: dict[_Key, tuple[Path, list[Result]]] = {}
-    for path in _of_other_runs(runs, RESULTS_FILE, but):
-        # A file of another version, or an unreadable one: then it is measured again.
-        with contextlib.suppress(ValueError, OSError):
-            found |= {key: (path.parent, rows) for key, rows in _by_key(read_results(path.parent)).items()}
+    for row in read_results(run_dir):
+        told = dataclasses.replace(row, measured_in=row.measured_in or str(run_dir))
+        found.setdefault((row.eval, row.batch_norm, row.fingerprint), []).append(told)
     return found
 
 

@@ -35,24 +35,21 @@ def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
         UsageError: the folder holds a run of another `identity`, with what differs.
         CheckpointError: its checkpoint is damaged or of something else.
     """
-    found = states.newest_sound(run_dir, console.say) if ranks.rank() == 0 else None
-    path = ranks.from_first(str(found or ""))
-    if not path:
-        refusal = ranks.from_first(_why_not_here(run_dir, identity) if ranks.rank() == 0 else "")
-        if refusal:
-            raise UsageError(refusal)
+    path, before = ranks.from_first(_begun(run_dir) if ranks.rank() == 0 else (None, None))
+    if path is None:
+        if before is not None:
+            _refuse_another(run_dir, before, identity)
         return task.start()
-    state = states.load_training(Path(path))
+    state = states.load_training(path)
     lacking = [name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)]
     if lacking:
-        raise DamagedCheckpoint(f"{damaged(Path(path))}: {', '.join(lacking)} of a training are missing")
-    if refusal := _of_another(run_dir, state["identity"], identity):
-        raise UsageError(refusal)
+        raise DamagedCheckpoint(f"{damaged(path)}: {', '.join(lacking)} of a training are missing")
+    _refuse_another(run_dir, state["identity"], identity)
     try:
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{damaged(Path(path))}, since it does not fit the run: {error}") from error
+        raise DamagedCheckpoint(f"{damaged(path)}, since it does not fit the run: {error}") from error
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
     return StepsDone(step=state["step"], sums=_own_tally(state["tallies"]).to(task.device))
@@ -73,26 +70,28 @@ def _noted_identity(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _why_not_here(run_dir: Path, identity: Mapping[str, Any]) -> str:
-    """Why a training can't begin in a folder without a checkpoint: it would go on with curves and rows of another.
+def _begun(run_dir: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest sound checkpoint of a folder. Where none is, but curves or weights are: of which training they are.
 
-    A run may be killed before its first checkpoint, and people delete checkpoints of finished ones. "" if it can.
+    A run may be killed before its first checkpoint, and people delete checkpoints of finished ones.
     """
-    if not any((run_dir / name).exists() for name in (JOURNAL_FILE, BACKBONE_FILE)):
-        return ""
-    return _of_another(run_dir, _noted_identity(run_dir) or {}, identity)
+    path = states.newest_sound(run_dir, console.say)
+    if path or not any((run_dir / name).exists() for name in (JOURNAL_FILE, BACKBONE_FILE)):
+        return path, None
+    return None, _noted_identity(run_dir) or {}
 
 
-def _of_another(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What tells the training of the folder from this one, for a message; "" if it is the same."""
+def _refuse_another(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises `UsageError` with what tells the training of the folder from this one, if anything does."""
     if RANDOM_NUMBERS in now and RANDOM_NUMBERS not in before:
-        return (
+        raise UsageError(
             f"{run_dir} holds a run that an older relloc began: random numbers and the identity of images are now "
             "made in other ways. Finish it with that version, or give another hydra.run.dir"
         )
     if changed := difference(before, now):
-        return f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own"
-    return ""
+        raise UsageError(
+            f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own"
+        )
 
 
 def _as_of_now(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,17 +156,13 @@ class Saver:
     def after_step(self, done: StepsDone) -> bool:
         """Save if it is time; whether to stop. All ranks answer alike."""
         self.stop.listen(awaited=True)  # from here on there is work that a stop has to save
-        stopping, due = self._agreed()
-        if stopping or due or done.step in self.milestones or done.step == self.task.steps:
-            self.save(done)
-        return stopping
-
-    def _agreed(self) -> tuple[bool, bool]:
         # Rank 0's clock decides for all; a stop, whoever is asked.
         due = ranks.rank() == 0 and time.monotonic() - self.saved_at_s > self.every_s
-        signal, anyone_due = ranks.largest(self.stop.signal or 0, due)
+        signal, due = ranks.largest(self.stop.signal or 0, due)
         self.stop.signal = self.stop.signal or signal or None
-        return bool(signal), bool(anyone_due)
+        if signal or due or done.step in self.milestones or done.step == self.task.steps:
+            self.save(done)
+        return bool(signal)
 
     def save(self, done: StepsDone) -> None:
         """Save a training that has done its `done.step` steps and nothing of the next. All ranks together.

@@ -32,6 +32,7 @@ from relloc.runs.monitors import Monitors
 from relloc.runs.saving import Saver
 from relloc.runs.watching import Monitoring, reporting
 from relloc.seeds import Use
+from relloc.status import Status
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,12 @@ def train_to_the_end(training: Training, begun: StepsDone, folder: RunFolder | N
     stop.listen(awaited=False)
     reasons = ranks.union(unreadable.reasons)
     if folder:
-        folder.note_unreadable(reasons)
+        folder.unreadable |= reasons
     if stop:  # also in the last step, after which evaluations would come
         if folder:
             kept = "everything is saved" if is_saved else "no images came to end the next; the last checkpoint is saved"
             console.say(f"{stop.name}: stopped after step {done} of {task.steps}; {kept}")
-            folder.stopped()
+            folder.status = Status.STOPPED
         sys.exit(stop.exit_code)
 
 

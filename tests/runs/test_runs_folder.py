@@ -89,7 +89,7 @@ def test_what_ended_outside_may_be_tried_again(tmp_path: Path) -> None:
 def test_unreadable_images_of_all_parts_of_a_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("b.jpg", "a.jpg", "b.jpg"):
         with open_folder(invocation(tmp_path), RECORD, tmp_path) as folder:
-            folder.note_unreadable({name: "is an empty file"})
+            folder.unreadable[name] = "is an empty file"
             folder.summarize()
     assert (tmp_path / UNREADABLE_FILE).read_text() == "a.jpg: is an empty file\nb.jpg: is an empty file\n"
     assert "2 images could not be used, such as a.jpg" in capsys.readouterr().out.replace("\n", " ")
