@@ -23,8 +23,9 @@ from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep, is_named, runs_fo
 
 _SWEEP = "sweep="
 _PICTURES = ("png", "svg", "pdf")
-_FORMATS = {"markdown": ".md", "csv": ".csv", "html": ".html", "latex": ".tex"}
-_SWEEP_FORMATS = _FORMATS | {name: f".{name}" for name in _PICTURES}
+# Of a file by its ending; what is printed has the first
+_FORMATS = {".md": "markdown", ".csv": "csv", ".html": "html", ".tex": "latex"}
+_SWEEP_FORMATS = _FORMATS | {f".{name}": name for name in _PICTURES}
 _RENDER: dict[str, Callable[[Report], str]] = {
     "markdown": as_markdown,
     "csv": as_csv,
@@ -38,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the report; 0 if it is there, 2 after a mistake, which is one message on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        if any(_names_sweep(folder) for folder in options.folders):
-            _report_sweep(options)
+        sweeps = [word for word in options.folders if _names_sweep(word)]
+        if sweeps:
+            _report_sweep(sweeps[0], options)
         else:
             _report(options)
         _tell_next(options)
@@ -69,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--format",
-        help=f"{', '.join(_FORMATS)}; of a sweep {', '.join(_SWEEP_FORMATS)}; by default that of FILE's ending, "
-        "which must be known; printed, markdown",
+        help=f"{', '.join(_FORMATS.values())}; of a sweep {', '.join(_SWEEP_FORMATS.values())}; "
+        "by default that of FILE's ending, which must be known; printed, markdown",
     )
     parser.add_argument(
         "--rows", default=ROWS[0], help="card: relative location and its controls; all: other tasks too"
@@ -97,42 +99,38 @@ def _report(options: argparse.Namespace) -> None:
     _give(render(make_report(find_measured(runs), options.rows)), options.out)
 
 
-def _report_sweep(options: argparse.Namespace) -> None:
+def _report_sweep(word: str, options: argparse.Namespace) -> None:
     # pandas and matplotlib take a while, which other reports need not wait
     from relloc.reports.pictures import draw_sweep
     from relloc.reports.sweep import as_report, as_sweep_csv, read_sweep
 
-    sweep, shown = _sweep_of(options), _format(options, _SWEEP_FORMATS)
+    if len(options.folders) > 1:
+        raise UsageError(f"{word} is reported alone: leave out the other folders and sweeps")
+    if options.rows != ROWS[0]:
+        raise UsageError(f"--rows is for published numbers, which {word} is not beside: leave it out")
+    sweep, shown = find_sweep(word), _format(options, _SWEEP_FORMATS)
     points = sweep.points()
     states = _states(points)
     numbers = read_sweep(sweep.name, points, states, options.metrics)
-    idle = [point for point, state in zip(points, states, strict=True) if state in _NOT_IN_FLIGHT]
-    commands = [point.again for point in idle]
     if shown == "csv":
         _give(as_sweep_csv(numbers), options.out)
     elif shown in _RENDER:
-        _give(_RENDER[shown](as_report(numbers, commands)), options.out)
-    if not numbers.has_ours:
-        nothing = f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
-        if shown in _PICTURES:
-            raise UsageError(nothing)
-        if options.format is options.out is None:
-            print(nothing)
-    elif options.format is options.out is None or shown in _PICTURES:
+        idle = [point for point, state in zip(points, states, strict=True) if state in _NOT_IN_FLIGHT]
+        _give(_RENDER[shown](as_report(numbers, [point.again for point in idle])), options.out)
+    # A picture is drawn where one is asked for, and beside what is printed where nothing is
+    if shown not in _PICTURES and not (options.format is options.out is None):
+        return
+    if numbers.has_ours:
         form = shown if shown in _PICTURES else _PICTURES[0]
         path = options.out or sweep.folder / f"report.{form}"
         with _writing(path):
             draw_sweep(numbers, path, form)
         print(f"picture {terminal.escaped(str(path))}")
-
-
-def _sweep_of(options: argparse.Namespace) -> Sweep:
-    word = next(word for word in options.folders if _names_sweep(word))
-    if len(options.folders) > 1:
-        raise UsageError(f"{word} is reported alone: leave out the other folders and sweeps")
-    if options.rows != ROWS[0]:
-        raise UsageError(f"--rows is for published numbers, which {word} is not beside: leave it out")
-    return find_sweep(word)
+        return
+    nothing = f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
+    if shown in _PICTURES:
+        raise UsageError(nothing)
+    print(nothing)
 
 
 def _states(points: Sequence[Point]) -> list[str]:
@@ -169,20 +167,18 @@ def _runs_of(folder: Path) -> list[Path]:
     return [point.folder for point in Sweep(folder).points() if point.folder.is_dir()]
 
 
-def _format(options: argparse.Namespace, endings: Mapping[str, str]) -> str:
+def _format(options: argparse.Namespace, of_ending: Mapping[str, str]) -> str:
     """The format that is asked for, by its name or by the ending of the file; printed, the first."""
-    name = options.format or (_format_of(options.out, endings) if options.out else next(iter(endings)))
-    if name not in endings:
-        raise UsageError(f"--format {name} is not one of {', '.join(endings)}")
+    formats = list(of_ending.values())
+    name, out = options.format or formats[0], options.out
+    if not options.format and out:
+        if out.suffix.lower() not in of_ending:
+            known = ", ".join(of_ending)
+            raise UsageError(f"--out {out} ends in none of {known}: end it so, or say --format {'|'.join(formats)}")
+        name = of_ending[out.suffix.lower()]
+    if name not in formats:
+        raise UsageError(f"--format {name} is not one of {', '.join(formats)}")
     return name
-
-
-def _format_of(out: Path, endings: Mapping[str, str]) -> str:
-    of_ending = {ending: name for name, ending in endings.items()}
-    if out.suffix.lower() not in of_ending:
-        known = ", ".join(of_ending)
-        raise UsageError(f"--out {out} ends in none of {known}: end it so, or say --format {'|'.join(endings)}")
-    return of_ending[out.suffix.lower()]
 
 
 if __name__ == "__main__":

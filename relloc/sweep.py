@@ -85,17 +85,16 @@ def _cancel(sweep: Sweep) -> int:
     for point in in_flight:  # before it is asked: what has not begun can't say that it was
         if not is_elsewhere(read_job(point.folder)):
             note_ending(point.folder, Status.CANCELLED)
+    jobs = [(point, read_job(point.folder)) for point in in_flight]
     for name, scheduler in schedulers().items():
-        scheduler.cancel([str(job[name]) for point in in_flight if name in (job := read_job(point.folder))])
-    asked = len(in_flight)
-    for point in in_flight:
-        job = read_job(point.folder)
+        scheduler.cancel([str(job[name]) for _, job in jobs if name in job])
+    for point, job in jobs:
         if is_elsewhere(job):
-            asked -= 1
             say(f"{point.name} is run by process {job['pid']} of {job['host']}: end it there")
         elif "pid" in job:
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(job["pid"], signal.SIGTERM)
+    asked = sum(not is_elsewhere(job) for _, job in jobs)
     say(f"{asked} points were asked to end, and no other is started")
     say("the same command as before goes on with all of them")
     tell_next(sweep)

@@ -30,17 +30,12 @@ def as_csv(report: Report) -> str:
     takes.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     ours = {(each.result.table, each.result.column) for each in report.entries if each.group == CARD_GROUP}
-    writer.writerows(cells(_published(number, ours)) for number in report.published)
-    writer.writerows(cells(_ours(entry)) for entry in report.entries)
+    for line in (*(_published(number, ours) for number in report.published), *map(_ours, report.entries)):
+        writer.writerow({name: as_text(value) for name, value in line.items()})
     return text.getvalue()
-
-
-def cells(line: Mapping[str, object]) -> dict[str, object]:
-    """The cells of a line, text among them such that it is nothing but text: see `as_text`."""
-    return {name: as_text(value) for name, value in line.items()}
 
 
 def as_text(value: object) -> object:
@@ -65,22 +60,20 @@ def _published(number: Published, ours: Collection[tuple[str, str]]) -> Mapping[
     part = next(part for part in parts_of(number.table) if number.column in part.columns)
     missing = "missing" if part.evaluation else "not built"
     return {
+        **dataclasses.asdict(number),
+        "kind": "",  # which is that of an evaluation
         "origin": "published",
         "group": CARD_GROUP,
-        "row": number.row,
         "eval": number.evaluation,
         "value": number.printed,
         "state": "measured" if (number.table, number.column) in ours else missing,
         "hours": part.hours,
         "evaluation": part.evaluation,
-    } | {
-        name: getattr(number, name)
-        for name in ("table", "column", "dataset", "split", "layer", "metric", "tolerance", "edition", "source")
     }
 
 
 def _ours(entry: Entry) -> Mapping[str, object]:
-    measured, beside, result = entry.measured, entry.beside, dataclasses.asdict(entry.result)
+    measured, run, beside, result = entry.measured, entry.measured.run, entry.beside, dataclasses.asdict(entry.result)
     return {
         **result,
         **{name: "; ".join(result[name]) for name in ("deviations", "details")},
@@ -89,9 +82,9 @@ def _ours(entry: Entry) -> Mapping[str, object]:
         "row": entry.label,
         "setting": entry.setting,
         "images": measured.digest,
-        "run": measured.run.name,
-        "folder": str(measured.run.folder),
-        "commit": measured.run.commit,
+        "run": run.name,
+        "folder": str(run.folder),
+        "commit": run.commit,
         "beside": beside[0].row if beside else "",
         "published": " / ".join(each.printed for each in beside),
         "tolerance": beside[0].tolerance if beside else "",

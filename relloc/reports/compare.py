@@ -1,7 +1,7 @@
 """Our numbers made comparable: each with its line, its group, and the published numbers it stands beside."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from relloc.reports.lines import group_of, label_lines, set_apart, tell_images_apart
 from relloc.reports.load import Line, Measured, newest
@@ -76,28 +76,25 @@ def make_entries(measured: Iterable[Measured]) -> list[Entry]:
     """All numbers, the newest of those measured alike, lines in the order in which tables show them."""
     kept = set_apart(tell_images_apart(newest(measured)))
     labels = label_lines({each.line for each in kept})
-    best_layers = _best_layers(kept)
-    entries = [_entry(each, labels[each.line], best_layers) for each in kept]
-    order = {label: number for number, label in enumerate(labels.values())}
-    return _mark_best(sorted(entries, key=lambda entry: order[entry.label]))
+    order = list(labels)
+    best = [each for each in kept if each.result.column == BEST_LAYER and not each.result.variant]
+    return _mark_best(
+        [_entry(each, labels[each.line], best) for each in sorted(kept, key=lambda each: order.index(each.line))]
+    )
 
 
-def _best_layers(kept: Iterable[Measured]) -> Mapping[tuple[object, ...], list[Measured]]:
-    """Where the best layer of a table was measured, by table, line, group and view."""
-    best: dict[tuple[object, ...], list[Measured]] = {}
-    for each in kept:
-        if each.result.column == BEST_LAYER and not each.result.variant:
-            key = (each.result.table, each.line.whole, group_of(each), each.result.view)
-            best.setdefault(key, []).append(each)
-    return best
-
-
-def _entry(each: Measured, label: str, best_layers: Mapping[tuple[object, ...], list[Measured]]) -> Entry:
+def _entry(each: Measured, label: str, best: Sequence[Measured]) -> Entry:
+    """`best` are the best layers of all lines and tables."""
     row, group = each.result, group_of(each)
     is_shown, why = bool(row.table), ""
-    if is_shown and (source := next((part.layer_best_in for part in parts_of(row.table) if part.layer_best_in), "")):
-        best = best_layers.get((source, each.line.whole, group, row.view), [])
-        layer, why = _layer_of(each, best)
+    if source := next((part.layer_best_in for part in parts_of(row.table) if part.layer_best_in), ""):
+        alike = [
+            one
+            for one in best
+            if (one.result.table, one.result.view) == (source, row.view)
+            and (one.line.whole, group_of(one)) == (each.line.whole, group)
+        ]
+        layer, why = _layer_of(each, alike)
         is_shown = row.layer == layer
     beside = published_beside(each.line, row) if is_shown and group == CARD_GROUP else ()
     return Entry(measured=each, label=label, group=group, is_shown=is_shown, beside=beside, why=why)
@@ -108,11 +105,12 @@ def _layer_of(each: Measured, best: Sequence[Measured]) -> tuple[str, str]:
 
     It is the best layer of the run that measured the number, else the newest of the line, else the published one.
     """
-    same_run = [one for one in best if one.run == each.run]
-    if found := [*same_run, *reversed(best)]:
-        where = "the same run" if same_run else f"run {found[0].run.name}"
-        layer = found[0].result.layer
-        return layer, f"at {layer}, the best layer of {where}"
+    if same_run := [one for one in best if one.run == each.run]:
+        layer = same_run[0].result.layer
+        return layer, f"at {layer}, the best layer of the same run"
+    if best:
+        layer = best[-1].result.layer
+        return layer, f"at {layer}, the best layer of run {best[-1].run.name}"
     published = (one for one in published_numbers() if (one.row, one.table) == (CARD, each.result.table))
     layer = next(published).layer
     return layer, f"at {layer} as on the published card, no best layer being known"
@@ -138,20 +136,14 @@ def _mark_best(entries: Sequence[Entry]) -> list[Entry]:
     """Marks the best of several lines of ours in a column and setting, supervised weights aside."""
     contests: dict[tuple[object, ...], list[float]] = {}
     for each in entries:
-        if _competes(each):
-            contests.setdefault(_contest(each), []).append(_goodness(each.result))
-    best = {key: max(values) for key, values in contests.items() if len(values) > 1}
-    return [
-        dataclasses.replace(each, is_best=True)
-        if _competes(each) and best.get(_contest(each)) == _goodness(each.result)
-        else each
-        for each in entries
-    ]
-
-
-def _competes(entry: Entry) -> bool:
-    row = entry.result
-    return entry.is_shown and row.checkpoint != "torchvision" and row.higher_is_better is not None
+        contests.setdefault(_contest(each), []).append(_goodness(each.result))
+    contests[()] = []
+    marked = []
+    for each in entries:
+        rivals = contests[_contest(each)]
+        is_best = len(rivals) > 1 and _goodness(each.result) == max(rivals)
+        marked.append(dataclasses.replace(each, is_best=is_best))
+    return marked
 
 
 def _goodness(row: Result) -> float:
@@ -159,8 +151,13 @@ def _goodness(row: Result) -> float:
 
 
 def _contest(entry: Entry) -> tuple[object, ...]:
-    """Who competes: the same column and setting; layers that are lines of one column compete with each other."""
+    """Who competes: the same column and setting; layers that are lines of one column compete with each other.
+
+    Empty of numbers that compete with none.
+    """
     row = entry.result
+    if not entry.is_shown or row.checkpoint == "torchvision" or row.higher_is_better is None:
+        return ()
     variant = "" if row.variant == row.layer else row.variant
     on_card = entry.measured.images if entry.group == CARD_GROUP else ""
     return entry.group, row.table, row.column, variant, foreign_view(row), on_card

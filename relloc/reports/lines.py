@@ -1,6 +1,7 @@
 """Lines of tables: their short names, and setting apart what looks alike but was not measured alike."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +30,10 @@ def tell_images_apart(kept: Sequence[Measured]) -> list[Measured]:
     def named(each: Measured) -> tuple[object, ...]:
         return each.result.dataset, each.result.split, each.result.n
 
-    digests: dict[tuple[object, ...], set[str]] = {}
-    for each in kept:
-        digests.setdefault(named(each), set()).update(filter(None, [each.digest]))
+    digests = Counter(name for name, _ in {(named(each), each.digest) for each in kept if each.digest})
     told = []
     for each in kept:
-        if len(digests[named(each)]) > 1:
+        if digests[named(each)] > 1:
             images = f"images {each.digest[:_DIGITS]}" if each.digest else "images not recorded"
             each = replace(each, images=images)
         told.append(each)
@@ -71,9 +70,9 @@ def set_apart(kept: Sequence[Measured]) -> list[Measured]:
 def _run_names(measured: Iterable[Measured]) -> dict[Path, str]:
     """The name of each run, or the end of its folder where another has that name."""
     name_of = {each.run.folder: each.run.name for each in measured}
-    names = list(name_of.values())
+    count = Counter(name_of.values())
     ends = short_names(map(str, name_of))
-    return {folder: name if names.count(name) == 1 else ends[str(folder)] for folder, name in name_of.items()}
+    return {folder: name if count[name] == 1 else ends[str(folder)] for folder, name in name_of.items()}
 
 
 def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
@@ -88,12 +87,9 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
 
     labels = {}
     for line in sorted(lines, key=rank):
-        words = [names[line.checkpoint]]
-        words += [line.model] if line.model != PUBLISHED_MODEL else []
-        words += [line.batch_norm] if line.batch_norm != "as_trained" else []
-        words += [f"seed {line.seed}"]
-        words += [f"run {line.variant}"] if line.variant else []
-        labels[line] = ", ".join(words)
+        unusual = [word for word in (line.model, line.batch_norm) if word not in (PUBLISHED_MODEL, "as_trained")]
+        variant = [f"run {line.variant}"] if line.variant else []
+        labels[line] = ", ".join([names[line.checkpoint], *unusual, f"seed {line.seed}", *variant])
     return labels
 
 

@@ -120,31 +120,25 @@ def _origin(measured_in: str, own: Run) -> Run:
 
 def _run(folder: Path) -> Run:
     record = RunRecord.read(folder)
-    digests: dict[str, set[str]] = {}
-    for images in record.datasets:
-        digests.setdefault(images.name, set()).add(images.digest)
+    images = {(one.name, one.digest) for one in record.datasets}
+    names = [name for name, _ in images]
     return Run(
         folder=folder,
         name=record.name,
         commit=record.tags.get("relloc.commit", UNKNOWN_COMMIT),
         started_ms=record.started_ms,
-        digests={name: found.pop() for name, found in digests.items() if len(found) == 1},
+        digests={name: digest for name, digest in images if names.count(name) == 1},
     )
 
 
 def newest(measured: Iterable[Measured]) -> list[Measured]:
     """One result for each question and fingerprint (or none): the last, which keeps the others, copies aside."""
-    kept: dict[tuple[object, ...], Measured] = {}
-    for each in measured:
-        asked = (each.question, each.result.fingerprint)
-        before = kept.pop(asked, None)
-        others = (*before.older, dataclasses.replace(before, older=())) if before else ()
-        older = tuple(other for other in others if not _is_copy(other, each))
-        kept[asked] = dataclasses.replace(each, older=older)
-    return list(kept.values())
-
-
-def _is_copy(one: Measured, other: Measured) -> bool:
-    """Whether both are the same measurement, in the folder that made it or copied to another."""
-    same = dataclasses.replace(one.result, measured_in=other.result.measured_in) == other.result
-    return same and one.run.folder == other.run.folder
+    answers: dict[tuple[object, ...], dict[tuple[object, ...], Measured]] = {}
+    for each in reversed(list(measured)):
+        # The same in the folder that measured it and in those that it was copied to
+        measurement = (dataclasses.replace(each.result, measured_in=""), each.run.folder)
+        answers.setdefault((each.question, each.result.fingerprint), {}).setdefault(measurement, each)
+    kept = []
+    for last, *older in (answer.values() for answer in answers.values()):
+        kept.append(dataclasses.replace(last, older=tuple(reversed(older))))
+    return kept[::-1]

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from relloc.reports.compare import Entry
 from relloc.reports.lines import label_lines
@@ -29,11 +29,11 @@ class Fill:
     commands: tuple[str, ...]
 
 
-def advice(entries: Sequence[Entry]) -> str:
+def advice(entries: Sequence[Entry], missing: Sequence[Fill]) -> str:
     """What to do about missing cells; "" where none is."""
     if not any(each.fills_card for each in entries):
         return _NOTHING_YET
-    return _DATA_SETS if fills(entries) else ""
+    return _DATA_SETS if missing else ""
 
 
 def fills(entries: Sequence[Entry]) -> tuple[Fill, ...]:
@@ -48,35 +48,32 @@ def fills(entries: Sequence[Entry]) -> tuple[Fill, ...]:
         for name in set(NOT_OURS) - {line.checkpoint for line in lines}:
             lines.add(Line(checkpoint=name, model=PUBLISHED_MODEL, batch_norm="as_trained", seed=0))
 
-    def lacking(line: Line) -> Iterator[CardPart]:
-        for part in card_parts():
+    def lacking(line: Line) -> list[CardPart]:
+        return [
+            part
+            for part in card_parts()
+            if part.evaluation
             # Fine-tuning gathers statistics of its own: it is run once, not for each way of batch norm
-            is_done = part.kind == "fine-tuned" and line.batch_norm != "as_trained"
-            has_all = all((line, part.table, column) in there for column in part.columns)
-            if part.evaluation and not is_done and not has_all:
-                yield part
+            and not (part.kind == "fine-tuned" and line.batch_norm != "as_trained")
+            and not all((line, part.table, column) in there for column in part.columns)
+        ]
 
-    labels = label_lines({each.measured.line.whole for each in entries} | lines)
     found = []
-    for line in (line for line in labels if line in lines):
+    for line, label in label_lines({each.measured.line.whole for each in entries} | lines).items():
         as_trained = dataclasses.replace(line, batch_norm="as_trained")
-        asked = list(lacking(as_trained)) if line != as_trained and as_trained in lines else []
+        asked = lacking(as_trained) if line != as_trained and as_trained in lines else []
         commands = tuple(command(line, part) for part in lacking(line) if part not in asked)
-        if commands:
-            found.append(Fill(label=labels[line], commands=commands))
+        if line in lines and commands:
+            found.append(Fill(label=label, commands=commands))
     return tuple(found)
 
 
 def command(line: Line, part: CardPart) -> str:
     """The shell command that measures a part of the card, with its hours as a comment."""
-    words = [f"checkpoint={_quoted(line.checkpoint)}"]
-    if line.checkpoint in NOT_OURS:
-        words.append(f"model={line.model}")
-    words.append(f"eval={part.evaluation}")
-    if line.batch_norm != "as_trained":
-        words.append(f"batch_norm={line.batch_norm}")
-    if line.seed:
-        words.append(f"seed={line.seed}")
+    model = [f"model={line.model}"] if line.checkpoint in NOT_OURS else []
+    batch_norm = [f"batch_norm={line.batch_norm}"] if line.batch_norm != "as_trained" else []
+    seed = [f"seed={line.seed}"] if line.seed else []
+    words = [f"checkpoint={_quoted(line.checkpoint)}", *model, f"eval={part.evaluation}", *batch_norm, *seed]
     return f"{shlex.join(['python', '-m', 'relloc.evaluate', *words])}  # about {part.hours} h"
 
 

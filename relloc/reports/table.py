@@ -107,17 +107,19 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     for title in (CARD_GROUP, *sorted({each.group for each in entries} - {CARD_GROUP})):
         ours = [each for each in entries if each.group == title and each.is_shown]
         numbers = published if title == CARD_GROUP else ()
-        card = dict.fromkeys(part.table for part in card_parts())
-        known = list(card) if numbers else [table for table in card if any(one.result.table == table for one in ours)]
-        others = sorted({each.result.table for each in ours} - card.keys())
-        tables = (_table(table, ours, numbers, spreads) for table in (*known, *others))
-        groups.append(Group(title=title, tables=tuple(table for table in tables if table.rows)))
+        # In the order of the card, then those that it does not have
+        names = dict.fromkeys(part.table for part in card_parts())
+        names |= dict.fromkeys(sorted({each.result.table for each in ours}))
+        tables = [_table(name, ours, numbers, spreads) for name in names]
+        if shown := tuple(table for table in tables if table.rows):
+            groups.append(Group(title=title, tables=shown))
+    missing = fills(entries)
     return Report(
         title="Our numbers beside the published ones",
-        groups=tuple(group for group in groups if group.tables),
+        groups=tuple(groups),
         legend=tuple(_legend(entries)),
-        advice=advice(entries),
-        missing=fills(entries),
+        advice=advice(entries, missing),
+        missing=missing,
         entries=tuple(entries),
         published=published,
     )
@@ -127,9 +129,9 @@ def _table(title: str, ours: Sequence[Entry], published: Sequence[Published], sp
     numbers = [each for each in published if each.table == title]
     here = [each for each in ours if each.result.table == title]
     of_card = [column for part in parts_of(title) for column in part.columns]
-    columns = {each.column for each in numbers} | {each.result.column for each in here}
-    columns |= set(of_card) if published else set()  # these stay though nothing fills them yet
-    ordered = column_order(columns, of_card)
+    # Beside published numbers the card's columns stay though nothing fills them yet
+    columns = [each.column for each in numbers] + [each.result.column for each in here] + (of_card if published else [])
+    ordered = column_order(set(columns), of_card)
     return Table(
         title=title,
         caption=" ".join(_caption(title, here, numbers)) if published else "",
@@ -190,11 +192,10 @@ def _published_cell(numbers: Sequence[Published]) -> Cell:
 
 def _our_rows(here: Sequence[Entry], columns: Sequence[str], spreads: Spreads) -> Iterable[Row]:
     rows: dict[tuple[str, str], dict[str, Entry]] = {}
-    of_label: dict[str, list[Entry]] = {}
     for entry in here:
         rows.setdefault((entry.label, entry.setting), {})[entry.result.column] = entry
-        of_label.setdefault(entry.label, []).append(entry)
     for (label, setting), cells in rows.items():
+        of_label = [entry for entry in here if entry.label == label]
         # Whether there are commands for what else the row lacks
         is_to_be_filled = any(each.fills_card and not each.measured.variant for each in cells.values())
         yield Row(
@@ -203,7 +204,7 @@ def _our_rows(here: Sequence[Entry], columns: Sequence[str], spreads: Spreads) -
             cells=tuple(_our_cell(cells[column], spreads) if column in cells else None for column in columns),
             setting=setting,
             empty=MISSING if is_to_be_filled else "",
-            note="" if of_label[label][0].group == CARD_GROUP else note(of_label[label]),
+            note="" if of_label[0].group == CARD_GROUP else note(of_label),
         )
 
 
@@ -249,17 +250,14 @@ def note(entries: Sequence[Entry]) -> str:
     runs = [entry.measured.run for entry in entries]
     of_each = [facts(entry.result) for entry in entries]
     shared = [one for one in of_each[0] if all(one in said for said in of_each)]
-    gap = ["…"] if any(len(said) > len(shared) for said in of_each) else []
-    words = [
-        f"run {_listed(run.name for run in runs)}",
-        f"seed {_listed(str(entry.result.seed) for entry in entries)}",
-        f"commit {_listed(short_commit(run.commit) for run in runs)}",
-    ]
+    gap = ["…"] if max(map(len, of_each)) > len(shared) else []
+    told = {
+        "run": [run.name for run in runs],
+        "seed": [str(entry.result.seed) for entry in entries],
+        "commit": [short_commit(run.commit) for run in runs],
+    }
+    words = [f"{name} {' and '.join(dict.fromkeys(of_all))}" for name, of_all in told.items()]
     return "; ".join([*words, *shared, *gap, *dict.fromkeys(entry.why for entry in entries if entry.why)])
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " and ".join(dict.fromkeys(names))
 
 
 def short_commit(commit: str) -> str:

@@ -72,21 +72,17 @@ def identity(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:_IDENTITY_DIGITS]
 
 
-def _with_whole_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config whose settings of `_PATHS`, at any depth, are absolute paths."""
-    made: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            made[name] = _with_whole_paths(value)
-        elif name in _PATHS and isinstance(value, list):
-            made[name] = [_whole_path(one) for one in value]
-        else:
-            made[name] = _whole_path(value) if name in _PATHS else value
-    return made
+def _with_whole_paths(value: Any, name: str = "") -> Any:
+    """A setting of that name; those of `_PATHS`, at any depth and also in lists, become absolute paths.
 
-
-def _whole_path(value: Any) -> Any:
-    """An absolute path stays as it is written, so that points of earlier sweeps are found again."""
+    An absolute path stays as it is written, so that points of earlier sweeps are found again.
+    """
+    if isinstance(value, Mapping):
+        return {key: _with_whole_paths(inner, key) for key, inner in value.items()}
+    if name not in _PATHS:
+        return value
+    if isinstance(value, list):
+        return [_with_whole_paths(one, name) for one in value]
     is_relative = isinstance(value, str) and value and value not in _NO_PATHS and not os.path.isabs(value)
     return os.path.abspath(value) if is_relative else value
 

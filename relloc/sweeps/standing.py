@@ -79,7 +79,7 @@ def known_standings(
         except UsageError as error:
             notes.append({"job": {_DAMAGED: ""}})
             problems.append(str(error))
-    answers: dict[tuple[str, str], Status] = {}
+    answers = {(_DAMAGED, ""): Status.UNKNOWN}
     for scheduler, ask in asked.items():
         numbers = [str(note["job"][scheduler]) for note in notes if scheduler in note.get("job", {})]
         try:
@@ -159,10 +159,8 @@ def _job_status(folder: Path, job: Mapping[str, Any], answers: Mapping[tuple[str
         return Status.RUNNING
     if "pid" in job:
         return Status.RUNNING if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder)) else None
-    if _DAMAGED in job:
-        return Status.UNKNOWN
-    known = [answers[name, str(number)] for name, number in job.items() if (name, str(number)) in answers]
-    return known[0] if known else None
+    asked = ((name, str(number)) for name, number in job.items())
+    return next((answers[one] for one in asked if one in answers), None)
 
 
 def _ended_status(own: Status | None, note: Mapping[str, Any], job: Status | None) -> Status:
@@ -174,11 +172,10 @@ def _ended_status(own: Status | None, note: Mapping[str, Any], job: Status | Non
         return Status.CANCELLED
     if job is Status.UNKNOWN:
         return Status.UNKNOWN
-    if own is None:  # the run had not begun, or was refused
-        if not note:
-            return Status.MISSING
-        return Status.STOPPED if asked else Status.FAILED
-    return Status.FAILED if own is Status.FAILED else Status.STOPPED
+    if own is None and not note:
+        return Status.MISSING
+    # A run that says nothing had not begun, or was refused
+    return Status.FAILED if own is Status.FAILED or (own is None and not asked) else Status.STOPPED
 
 
 def _was_heard_of(folder: Path) -> bool:
@@ -195,21 +192,12 @@ def _was_heard_of(folder: Path) -> bool:
 def _progress(folder: Path) -> tuple[float | None, float | None]:
     """The part of the training that is done, and the seconds that the rest takes at the rate of the last reports."""
     try:
-        told = [entry for entry in read_journal(folder) if TRAINED in entry.metrics]
-    except ValueError:  # damaged: the run itself says so when it goes on
+        epochs = float(RunRecord.read(folder).params["schedule.epochs"])
+        told = [(entry.time_ms, entry.metrics[TRAINED]) for entry in read_journal(folder) if TRAINED in entry.metrics]
+    except (OSError, ValueError, KeyError):  # damaged: the run itself says so when it goes on
         return None, None
-    epochs = _epochs(folder)
     if not told or not epochs:
         return None, None
-    last, before = told[-1], told[max(0, len(told) - 20)]
-    passed = last.metrics[TRAINED] - before.metrics[TRAINED]
-    rest = max(0.0, epochs - last.metrics[TRAINED])
-    left_s = rest * (last.time_ms - before.time_ms) / 1000 / passed if passed > 0 else None
-    return min(1.0, last.metrics[TRAINED] / epochs), left_s
-
-
-def _epochs(folder: Path) -> float | None:
-    try:
-        return float(RunRecord.read(folder).params["schedule.epochs"])
-    except (OSError, ValueError, KeyError):
-        return None
+    (before_ms, before), (now_ms, now) = told[-20:][0], told[-1]
+    left_s = max(0.0, epochs - now) * (now_ms - before_ms) / 1000 / (now - before) if now > before else None
+    return min(1.0, now / epochs), left_s

@@ -69,13 +69,10 @@ def tell_failed(found: Sequence[Standing], log_of: Callable[[Point], Path | None
     for point in [now.point for now in found if now.status is Status.FAILED]:
         log = log_of(point)
         say(f"\nfailed  {escaped(point.name)}" + (f": {log}" if log else ""))
-        lines = _end_of(log) if log else []
-        if not lines:
-            say("        it left no output: it ended before it began")
-        message = next((line for line in reversed(lines) if line.startswith(_MESSAGE)), None)
-        if message and message not in lines[-_LAST_LINES:]:
-            say(f"        {message}")
-        for line in lines[-_LAST_LINES:]:
+        lines = _end_of(log) or ["it left no output: it ended before it began"]
+        last = lines[-_LAST_LINES:]
+        message = [line for line in lines if line.startswith(_MESSAGE)][-1:]
+        for line in [*(one for one in message if one not in last), *last]:
             say(f"        {line}")
         say(f"        again, alone: {point.again}")
 
@@ -91,9 +88,9 @@ def tell_silent(found: Sequence[Standing], silent: Sequence[str]) -> None:
 
 def reason_of(log: Path | None) -> str:
     """Why a point failed, in one line: its last message, or else the last line of its log."""
-    lines = [line for line in (_end_of(log) if log else []) if line.strip()]
+    lines = _end_of(log) or ["it left no output"]
     messages = [line for line in lines if line.startswith(_MESSAGE)]
-    return (messages or lines or ["it left no output"])[-1].removeprefix(_MESSAGE)
+    return (messages or lines)[-1].removeprefix(_MESSAGE)
 
 
 def tell_next(sweep: Sweep) -> None:
@@ -103,7 +100,9 @@ def tell_next(sweep: Sweep) -> None:
     say(f"      python -m relloc.sweep status {word}")
 
 
-def _end_of(log: Path) -> list[str]:
+def _end_of(log: Path | None) -> list[str]:
+    if log is None:
+        return []
     try:
         with open(log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
