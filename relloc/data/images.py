@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import io
 import os
 import stat
@@ -16,6 +15,7 @@ import numpy as np
 
 # The plugins of the formats below, each imported by name: Image.open would else import all forty.
 from PIL import (
+    AvifImagePlugin,  # noqa: F401
     BmpImagePlugin,  # noqa: F401
     ExifTags,
     GifImagePlugin,  # noqa: F401
@@ -33,21 +33,15 @@ from relloc.errors import UnreadableImage
 
 # Only these are opened, whatever a file is called. Pillow knows more: of EPS it makes a picture by starting
 # Ghostscript, a program that a crafted file may turn against its user.
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000"]
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".jp2"),
+FORMATS = "JPEG PNG WEBP BMP DIB TIFF PPM GIF JPEG2000 AVIF".split()
+SUFFIXES = tuple(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .gif .jp2 .avif".split()
 )
-with contextlib.suppress(ImportError):  # came with Pillow 11.3
-    from PIL import AvifImagePlugin  # noqa: F401
-
-    FORMATS.append("AVIF")
-    SUFFIXES = (*SUFFIXES, ".avif")
 MOST_PIXELS = 178_956_970
 """The largest image that is decoded: Pillow's own limit, 0.5 GB of RGB. A file of 100 bytes may claim to be larger."""
 MOST_BYTES = 2 << 30  # of a file: above what MOST_PIXELS take in four channels of 16 bits
 _BROKEN = (  # what Pillow raises on files that are broken in one place or another
-    *(OSError, UnidentifiedImageError, SyntaxError, ValueError, TypeError, IndexError, struct.error),
+    *(OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error),
     *(Image.DecompressionBombError, EOFError, ArithmeticError, RuntimeError, zlib.error),
     MemoryError,  # what a crafted JPEG 2000 asks for; a machine that is out of memory kills instead
 )
@@ -78,11 +72,8 @@ def read_rgb(path: Path) -> Image.Image:
             `MOST_PIXELS`, or of numbers whose black and white the file does not tell (32-bit and
             signed integers; floating-point numbers outside both ranges).
     """
-    try:
-        with _opened(path) as file:
-            return _decoded(file)[0]
-    except _BROKEN as error:
-        raise UnreadableImage(_reason(path, error)) from error
+    with _opened(path) as file:
+        return _decoded(file)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,12 +95,9 @@ def read_file(path: Path) -> ImageFile:
     Raises:
         UnreadableImage: as `read_rgb`.
     """
-    try:
-        with _opened(path) as file:
-            content = file.read()
+    with _opened(path) as file:
+        content = file.read()
         rgb, is_plain_jpeg = _decoded(io.BytesIO(content))
-    except _BROKEN as error:
-        raise UnreadableImage(_reason(path, error)) from error
     return ImageFile(content=content, rgb=rgb, is_plain_jpeg=is_plain_jpeg)
 
 
@@ -118,7 +106,7 @@ def begins_as_image(path: str) -> bool:
     try:
         with _opened(Path(path)) as file:
             start = file.read(16)
-    except (OSError, ValueError):
+    except UnreadableImage:
         return False
     kind = start[8:12] if start.startswith(b"RIFF") else start[4:12]
     return start.startswith(_SIGNATURES) or kind in (b"WEBP", b"ftypavif", b"ftypavis")
@@ -126,20 +114,24 @@ def begins_as_image(path: str) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
-    """A regular file, open. A pipe of that name is not waited for, nor a device read."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """A regular file, open. A pipe of that name is not waited for, nor a device read.
+
+    Raises:
+        UnreadableImage: it can't be opened, or the block fails as Pillow does on broken files.
+    """
     try:
-        about = os.fstat(descriptor)
-        if stat.S_ISDIR(about.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("is no file but a pipe, socket or device")
-        if about.st_size > MOST_BYTES:
-            raise ValueError(f"has {about.st_size / 1e9:.1f} GB, images of up to {MOST_BYTES / 1e9:.1f} GB are read")
-        with open(descriptor, "rb", closefd=False) as file:
+        # Python itself refuses folders.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise ValueError("is no file but a pipe, socket or device")
+            if about.st_size > MOST_BYTES:
+                raise ValueError(
+                    f"has {about.st_size / 1e9:.1f} GB, images of up to {MOST_BYTES / 1e9:.1f} GB are read"
+                )
             yield file
-    finally:
-        os.close(descriptor)
+    except _BROKEN as error:
+        raise UnreadableImage(_reason(path, error)) from error
 
 
 def _decoded(source: io.BufferedReader | io.BytesIO) -> tuple[Image.Image, bool]:
@@ -148,10 +140,12 @@ def _decoded(source: io.BufferedReader | io.BytesIO) -> tuple[Image.Image, bool]
         warnings.simplefilter("ignore")
         with Image.open(source, formats=FORMATS) as image:
             check_size(*image.size)  # Pillow has this limit too, but a program may have lifted it
+            if min(image.size) == 0:
+                raise ValueError("zero-sized")
             image.load()
             turn, shades = _turn(image), _shades(image)
             plain = image.format == "JPEG" and image.mode in ("RGB", "L") and turn is None
-            rgb = _to_rgb(image if shades is None else shades)
+            rgb = (shades or image).convert("RGB")
             return rgb if turn is None else rgb.transpose(turn), plain
 
 
@@ -205,7 +199,7 @@ def _shades(image: Image.Image) -> Image.Image | None:
 
 
 def _float_shades(values: np.ndarray) -> Image.Image:
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    low, high = float(values.min()), float(values.max())
     rounding = 1e-3  # a resampled image may reach a little beyond its range
     if not np.isfinite([low, high]).all():
         raise ValueError("has values that are infinite or not a number")
@@ -215,12 +209,6 @@ def _float_shades(values: np.ndarray) -> Image.Image:
             f"has floating-point values from {low:g} to {high:g}: read are those from 0 to 1 and from 0 to 255"
         )
     return Image.fromarray(np.clip(np.rint(values * (255 / widest)), 0, 255).astype(np.uint8))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if min(image.size) == 0:
-        raise ValueError("zero-sized")
-    return image.convert("RGB")
 
 
 def crop_resized(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side_px: int) -> Image.Image:

@@ -8,12 +8,8 @@ from torch.nn.functional import adaptive_max_pool2d
 from relloc.models.backbone import Backbone
 
 
-def _conv(inputs: int, outputs: int, side: int, stride: int, padding: int, *, norm: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, side, stride, padding), norm, nn.ReLU())
-
-
-def _bare_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, affine=False)
+def _conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs, affine=False), nn.ReLU())
 
 
 class AlexNetBackbone(Backbone):
@@ -31,14 +27,13 @@ class AlexNetBackbone(Backbone):
 
     def __init__(self) -> None:
         super().__init__()
-        norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
         self.conv1 = nn.Sequential(nn.Conv2d(3, 96, 11, 4, 5), nn.ReLU())
         self.conv2 = nn.Sequential(nn.Conv2d(96, 256, 5, 1, 2), nn.ReLU())
-        self.conv3 = _conv(256, 384, 3, 1, 1, norm=_bare_norm(384))
-        self.conv4 = _conv(384, 384, 3, 1, 1, norm=_bare_norm(384))
-        self.conv5 = _conv(384, 256, 3, 1, 1, norm=_bare_norm(256))
+        self.conv3 = _conv(256, 384)
+        self.conv4 = _conv(384, 384)
+        self.conv5 = _conv(384, 256)
         self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.respond = norm
+        self.respond = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
         self.fc6 = nn.Sequential(nn.Linear(256 * 9, 4096), nn.BatchNorm1d(4096, affine=False), nn.ReLU())
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

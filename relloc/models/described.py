@@ -6,7 +6,9 @@ backbone is a stranger's word: of it only relloc's own backbones are called, wit
 
 import importlib
 import inspect
+import json
 import pkgutil
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +20,8 @@ from relloc.checkpoints.fitting import check_fits
 from relloc.errors import CheckpointError
 from relloc.models.backbone import Backbone
 
-_DEEPEST = 10
-_MOST_VALUES = 1000
+_LONGEST = 10_000  # characters of settings as JSON
+_ORDERS = re.compile(r'"_|\$\{')  # names that only Hydra understands, such as "_target_", and what OmegaConf looks up
 _ADVICE = "If you trust this file, say yourself what to build: give model=NAME, the model it was trained with"
 
 
@@ -50,8 +52,9 @@ def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str
     target = node.get("_target_")
     known = backbones()
     if not isinstance(target, str) or target not in known:
+        wish = ascii(target[:120])[1:-1] if isinstance(target, str) else f"a {type(target).__name__}"
         raise CheckpointError(
-            f"{origin} wants {_shown(target)} to be called for its backbone; of what a file names only "
+            f"{origin} wants {wish} to be called for its backbone; of what a file names only "
             f"relloc's own backbones are ({', '.join(sorted(known))}). {_ADVICE}"
         )
     settings = {name: value for name, value in node.items() if name != "_target_"}
@@ -71,29 +74,11 @@ def _built(backbone: type[Backbone], settings: dict[str, Any], origin: str) -> B
 
 def _check_plain(settings: Mapping[Any, Any], origin: str) -> None:
     """Raise `CheckpointError` unless all values are as JSON has them, and none is an order to Hydra or OmegaConf."""
-    left: list[tuple[Any, int]] = [(settings, 0)]
-    for count, (value, depth) in enumerate(left):  # the list grows while it is read
-        if count > _MOST_VALUES or depth > _DEEPEST:
-            raise CheckpointError(f"{origin} describes its backbone with more values than one has. {_ADVICE}")
-        if isinstance(value, Mapping):
-            for name in value:
-                if not isinstance(name, str) or name.startswith("_"):
-                    raise CheckpointError(f"{origin} wants {_wish(name, value)} for its backbone. {_ADVICE}")
-            left += [(inner, depth + 1) for inner in value.values()]
-        elif isinstance(value, list | tuple):
-            left += [(inner, depth + 1) for inner in value]
-        elif isinstance(value, str) and "${" in value:
-            raise CheckpointError(f"{origin} wants {_shown(value)} to be looked up for its backbone. {_ADVICE}")
-        elif not isinstance(value, str | int | float | None):
-            raise CheckpointError(f"{origin} has a {type(value).__name__} in what it tells of its backbone. {_ADVICE}")
-
-
-def _wish(name: object, value: Mapping[Any, Any]) -> str:
-    """What a key that only Hydra understands asks for."""
-    return f"{_shown(value[name])} to be called" if name == "_target_" else f"the setting {_shown(name)}"
-
-
-def _shown(value: object) -> str:
-    """A stranger's word as it may stand in a message."""
-    text = value if isinstance(value, str) else f"a {type(value).__name__}"
-    return ascii(text[:120])[1:-1] if isinstance(value, str) else text
+    try:
+        text = json.dumps(settings)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{origin} describes its backbone with more than plain values: {error}. {_ADVICE}") from error
+    if len(text) > _LONGEST:
+        raise CheckpointError(f"{origin} describes its backbone with more values than one has. {_ADVICE}")
+    if _ORDERS.search(text):
+        raise CheckpointError(f"{origin} describes its backbone with more than plain values: {text[:120]}. {_ADVICE}")

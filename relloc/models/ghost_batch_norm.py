@@ -36,12 +36,15 @@ class Groups:
         """Rows of a ghost batch, counted in blocks of `images` rows."""
         return sum(self.rows_per_image)
 
-    def ghost_batches(self, rows: int) -> int:
-        """How many ghost batches `rows` rows are. Raises `ValueError` where they do not divide."""
-        whole = self.images * self.blocks
-        if rows % whole:
+    def check_divides(self, rows: int) -> None:
+        """Raise `ValueError` unless `rows` rows are whole ghost batches."""
+        if rows % (self.images * self.blocks):
             raise ValueError(f"{rows} rows are no whole number of ghost batches of {self.images} x {self.blocks}")
-        return rows // whole
+
+    def values(self, blocks: Tensor) -> list[int]:
+        """How many values of a channel each group has of `blocks` (blocks images c ...)."""
+        of_block = blocks[0, :, 0].numel()
+        return [of_block * rows for rows in self.rows_per_image]
 
 
 class GhostBatchNorm(_BatchNorm):
@@ -54,9 +57,8 @@ class GhostBatchNorm(_BatchNorm):
     def __init__(self, norm: _BatchNorm, groups: Groups) -> None:
         if norm.momentum is None or norm.running_mean is None:
             raise ValueError("a batch norm without momentum or running statistics can't take ghost batches")
-        like: dict[str, Any] = {"device": norm.running_mean.device, "dtype": norm.running_mean.dtype}  # pyright: ignore[reportOptionalMemberAccess]
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, **like)
-        self.load_state_dict(norm.state_dict())
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self.to(norm.running_mean).load_state_dict(norm.state_dict())
         self.groups = groups
         group_of_block = [group for group, rows in enumerate(groups.rows_per_image) for _ in range(rows)]
         self.register_buffer("group_of_block", torch.tensor(group_of_block), persistent=False)
@@ -67,23 +69,23 @@ class GhostBatchNorm(_BatchNorm):
     def forward(self, input: Float[Tensor, "rows c *hw"]) -> Float[Tensor, "rows c *hw"]:
         if not self.training:
             return super().forward(input)
-        self.groups.ghost_batches(len(input))  # raises here, before shapes disagree
+        self.groups.check_divides(len(input))  # before shapes disagree
         with torch.no_grad():
-            means, variances = _statistics(_blocks(input, self.groups), self.groups)
-            self._move_running(means, variances, places=input[0, 0].numel())
+            blocks = _blocks(input, self.groups)
+            means, variances = _statistics(blocks, self.groups)
+            self._move_running(means, variances, self.groups.values(blocks))
             inverse = torch.rsqrt(variances + self.eps)
         return _Normalize.apply(input, self.weight, self.bias, means, inverse, self.group_of_block, self.groups)
 
-    def _move_running(self, means: Tensor, variances: Tensor, *, places: int) -> None:
-        """Move the running statistics by (biased) ones (ghosts groups c), first to last."""
-        counts = [self.groups.images * rows * places for rows in self.groups.rows_per_image]
+    def _move_running(self, means: Tensor, variances: Tensor, counts: list[int]) -> None:
+        """Move the running statistics by (biased) ones (ghosts groups c) of so many values a group, first to last."""
         if min(counts) < 2:
             raise ValueError("batch norm knows no variance of one value: raise recipe.images_per_batch_norm")
-        unbiased = [part * (count / (count - 1)) for part, count in zip(variances.split(1, 1), counts, strict=True)]
+        unbiased = _times(variances, [count / (count - 1) for count in counts])
         share, n = self.momentum or 0.0, means.shape[0] * means.shape[1]
         later = torch.arange(n - 1, -1, -1, device=means.device, dtype=means.dtype).unsqueeze(1)
         weights = share * (1 - share) ** later
-        for running, moved in ((self.running_mean, means), (self.running_var, torch.cat(unbiased, 1))):
+        for running, moved in ((self.running_mean, means), (self.running_var, unbiased)):
             running.mul_((1 - share) ** n).add_((weights * moved.flatten(0, 1)).sum(0))  # pyright: ignore[reportOptionalMemberAccess]
         self.num_batches_tracked.add_(n)  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -133,8 +135,9 @@ class _Normalize(torch.autograd.Function):
         of_x = _as(scale * gradient + slope * blocks + offset, x.dtype).flatten(0, 1)
         if weight is None:
             return of_x, *(None,) * 6
-        counts = _counts(even, blocks, groups)
-        return of_x, (along * inverse * counts).sum((0, 1)), (even * counts).sum((0, 1)), *(None,) * 4
+        counts = groups.values(blocks)
+        of_weight, of_bias = _times(along * inverse, counts), _times(even, counts)
+        return of_x, of_weight.sum((0, 1)), of_bias.sum((0, 1)), *(None,) * 4
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,11 +171,10 @@ def _group_means(blocks: Tensor, groups: Groups) -> Float[Tensor, "ghosts groups
     return torch.cat([part.mean(1, keepdim=True) for part in of_blocks.split(list(groups.rows_per_image), 1)], 1)
 
 
-def _counts(of_groups: Tensor, blocks: Tensor, groups: Groups) -> Float[Tensor, "ghosts groups c"]:
-    """How many values of a channel are in each group."""
-    of_block = blocks[0, :, 0].numel()
-    parts = zip(of_groups.split(1, 1), groups.rows_per_image, strict=True)
-    return torch.cat([torch.full_like(part, of_block * rows) for part, rows in parts], 1)
+def _times(of_groups: Tensor, factors: Sequence[float]) -> Float[Tensor, "ghosts groups c"]:
+    """Values (ghosts groups c) times a factor for each group."""
+    parts = zip(of_groups.split(1, 1), factors, strict=True)
+    return torch.cat([part * factor for part, factor in parts], 1)
 
 
 def _to_blocks(of_groups: Sequence[Tensor], group_of_block: Tensor, blocks: Tensor) -> Sequence[Tensor]:
