@@ -47,27 +47,6 @@ class Resize(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShortSide:
-    """The short side becomes `px`, the aspect ratio stays (mmselfsup 0.x; torchvision's rounding)."""
-
-    px: int
-
-    def __post_init__(self) -> None:
-        checks.whole("grid.resize.px", self.px)
-
-    def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
-        if height <= width:
-            return self.px, int(self.px * width / height)
-        return int(self.px * height / width), self.px
-
-    def shortest(self) -> int:
-        return self.px
-
-    def longest_short_side(self) -> int:
-        return self.px
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Square:
     """Both sides become `px`, the aspect ratio is lost (google 2019 and mmselfsup 1.x)."""
 
@@ -84,6 +63,15 @@ class Square:
 
     def longest_short_side(self) -> int:
         return self.px
+
+
+class ShortSide(Square):
+    """The short side becomes `px`, the aspect ratio stays (mmselfsup 0.x; torchvision's rounding)."""
+
+    def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
+        if height <= width:
+            return self.px, int(self.px * width / height)
+        return int(self.px * height / width), self.px
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,9 +125,6 @@ class PatchGrid:
         low, high = self.jitter_range
         if low > high:
             raise UsageError(f"grid.jitter_px runs from {low} to {high}: low must not exceed high")
-        self._check_fit()
-
-    def _check_fit(self) -> None:
         shortest = self.resize.shortest() if self.resize else 0
         if 0 < shortest < self.span_px:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What pretraining takes from each image: one square crop, as large as the grid's span."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -17,6 +18,7 @@ from relloc.seeds import Use, seed_for
 _MOST_TRIES = 50
 
 
+@dataclasses.dataclass
 class Crops(Dataset[Sample]):
     """Crops by keys (index, *numbers): the same key gives the same crop in any worker or process.
 
@@ -26,12 +28,12 @@ class Crops(Dataset[Sample]):
     image stands in for another. `Sample.unreadable` names what could not be read.
     """
 
-    def __init__(self, images: ImageSet, grid: PatchGrid, *, use: Use, seed: int, centered: bool) -> None:
-        self.images = images
-        self.grid = grid
-        self.use = use
-        self.seed = seed
-        self.centered = centered
+    images: ImageSet
+    grid: PatchGrid
+    _: dataclasses.KW_ONLY
+    use: Use
+    seed: int
+    centered: bool
 
     def __len__(self) -> int:
         return len(self.images)

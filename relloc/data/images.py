@@ -33,9 +33,10 @@ from relloc.errors import UnreadableImage
 
 # Only these are opened, whatever a file is called. Pillow knows more: of EPS it makes a picture by starting
 # Ghostscript, a program that a crafted file may turn against its user.
-FORMATS = "JPEG PNG WEBP BMP DIB TIFF PPM GIF JPEG2000 AVIF".split()
-SUFFIXES = tuple(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .gif .jp2 .avif".split()
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF"]
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".jp2", ".avif"),
 )
 MOST_PIXELS = 178_956_970
 """The largest image that is decoded: Pillow's own limit, 0.5 GB of RGB. A file of 100 bytes may claim to be larger."""

@@ -16,6 +16,8 @@ from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
 from relloc.data.shared_memory import can_be_handed, handed_over, to_hand_over
 from relloc.errors import DataError, Interrupted
 
+_own_memory = functools.partial(torch.empty, dtype=torch.uint8)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -40,38 +42,37 @@ class ImageBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchMessage:
-    """What a reading process tells of a batch; `rows` are None where they lie in memory that both processes have."""
+    """What a reading process tells of a batch, beside its pixels."""
 
     indices: list[int]
     unreadable: dict[str, str]
     shape: tuple[int, ...]
-    rows: UInt8[np.ndarray, "b s s 3"] | None = None
 
-    def batch(self, rows: UInt8[Tensor, "b s s 3"]) -> ImageBatch:
+    def batch(self, rows: UInt8[Tensor, "b s s 3"], *, pin: bool = False) -> ImageBatch:
+        """The batch whose pixels are `rows`; with `pin` a copy of them in page-locked memory."""
+        pixels = rows.permute(0, 3, 1, 2)
         indices = torch.tensor(self.indices, dtype=torch.int64)
-        return ImageBatch(pixels=rows.permute(0, 3, 1, 2), indices=indices, unreadable=self.unreadable)
+        return ImageBatch(pixels=pixels.pin_memory() if pin else pixels, indices=indices, unreadable=self.unreadable)
 
 
-def write_samples(samples: list[Sample], memory: Callable[[tuple[int, ...]], UInt8[Tensor, "b s s 3"]]) -> BatchMessage:
+def write_samples(
+    samples: list[Sample], memory: Callable[[tuple[int, ...]], UInt8[Tensor, "b s s 3"]]
+) -> tuple[BatchMessage, UInt8[Tensor, "b s s 3"]]:
     """Write the pixels of samples of one size into `memory(shape)`; those without pixels have no row there."""
     usable = [(sample.index, sample.pixels) for sample in samples if sample.pixels is not None]
     side = len(usable[0][1]) if usable else 0
     shape = (len(usable), side, side, 3)
-    rows = memory(shape).numpy()
-    for row, (_, pixels) in zip(rows, usable, strict=True):
+    rows = memory(shape)
+    for row, (_, pixels) in zip(rows.numpy(), usable, strict=True):
         row[:] = pixels
     unreadable = {name: reason for sample in samples for name, reason in sample.unreadable.items()}
-    return BatchMessage(indices=[index for index, _ in usable], unreadable=unreadable, shape=shape, rows=rows)
+    return BatchMessage(indices=[index for index, _ in usable], unreadable=unreadable, shape=shape), rows
 
 
-def own_memory(shape: tuple[int, ...]) -> UInt8[Tensor, "b s s 3"]:
-    return torch.empty(shape, dtype=torch.uint8)
-
-
-def collate(samples: list[Sample]) -> ImageBatch:
+def collate(samples: list[Sample], *, pin: bool = False) -> ImageBatch:
     """One batch of samples of one size, in memory of its own."""
-    message = write_samples(samples, own_memory)
-    return message.batch(torch.from_numpy(message.rows))
+    message, rows = write_samples(samples, _own_memory)
+    return message.batch(rows, pin=pin)
 
 
 def load(
@@ -92,8 +93,7 @@ def load(
     """
     if not workers:
         for keys in batches:
-            batch = collate([samples[key] for key in keys])
-            yield _page_locked(batch) if pin else batch
+            yield collate([samples[key] for key in keys], pin=pin)
         return
     read = functools.partial(_read_and_hand_over, samples)
     with ReadingProcesses(read, batches, workers=workers, stopping=stopping) as answers:
@@ -106,7 +106,7 @@ def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
 
     def memory(shape: tuple[int, ...]) -> UInt8[Tensor, "b s s 3"]:
         if not can_be_handed() or not all(shape):
-            return own_memory(shape)
+            return _own_memory(shape)
         try:
             descriptor, rows = to_hand_over(shape)
         except OSError as error:
@@ -117,44 +117,30 @@ def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
         descriptors.append(descriptor)
         return rows
 
-    message = write_samples([samples[key] for key in keys], memory)
-    if descriptors:
-        message = dataclasses.replace(message, rows=None)
-    return Answer(content=message, descriptors=tuple(descriptors))
+    message, rows = write_samples([samples[key] for key in keys], memory)
+    # As an array: torch would pass its tensors on through /dev/shm.
+    return Answer(content=(message, None if descriptors else rows.numpy()), descriptors=tuple(descriptors))
 
 
 def _received(answer: Answer, *, pin: bool) -> ImageBatch:
     """In the training process: the batch of a message."""
-    message: BatchMessage = answer.content
-    was_handed_over = message.rows is None
-    rows = handed_over(answer.descriptors[0], message.shape) if was_handed_over else torch.from_numpy(message.rows)
-    batch = message.batch(rows)
-    return _page_locked(batch) if pin else batch
+    message, sent = answer.content
+    rows = handed_over(answer.descriptors[0], message.shape) if sent is None else torch.from_numpy(sent)
+    return message.batch(rows, pin=pin)
 
 
-def _page_locked(batch: ImageBatch) -> ImageBatch:
-    return dataclasses.replace(batch, pixels=batch.pixels.pin_memory())
-
-
+@dataclasses.dataclass(kw_only=True)
 class Unreadable:
     """Counts images that could not be used, by name, and stops the run when they are too many.
 
     `setting` is where the user says how many that is. `note` is told of all of them.
     """
 
-    def __init__(
-        self,
-        *,
-        n_images: int,
-        most_share: float,
-        setting: str = "data.unreadable_share",
-        note: Callable[[dict[str, str]], None] | None = None,
-    ) -> None:
-        self.reasons: dict[str, str] = {}
-        self.n_images = n_images
-        self.most_share = most_share
-        self.setting = setting
-        self.note = note
+    n_images: int
+    most_share: float
+    setting: str = "data.unreadable_share"
+    note: Callable[[dict[str, str]], None] | None = None
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, reasons: dict[str, str]) -> None:
         """Raises `DataError` once more than `most_share` of the data set is unreadable."""

@@ -70,15 +70,16 @@ class StepPlan:
         return self.forward_images // self.images_per_batch_norm
 
 
+@dataclasses.dataclass
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (index, epoch) for one process, one ghost batch each, from `first_step` to `steps`."""
 
-    def __init__(self, plan: StepPlan, *, seed: int, first_step: int, steps: int, rank: int = 0) -> None:
-        self.plan = plan
-        self.seed = seed
-        self.first_step = first_step
-        self.steps = steps
-        self.rank = rank
+    plan: StepPlan
+    _: dataclasses.KW_ONLY
+    seed: int
+    first_step: int
+    steps: int
+    rank: int = 0
 
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.plan.accumulation * self.plan.ghosts_per_forward
@@ -88,15 +89,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.first_step, self.steps):
             epoch, place = divmod(step, self.plan.steps_per_epoch)
             if epoch != order_epoch:
-                order = _order(self.plan.n_images, self.seed, epoch)
-                order_epoch = epoch
+                rng = np.random.default_rng(seed_for(Use.IMAGE_ORDER, self.seed, epoch))
+                order, order_epoch = rng.permutation(self.plan.n_images), epoch
             start = place * self.plan.images_per_step
             images = order[start : start + self.plan.images_per_step].reshape(
                 self.plan.world, -1, self.plan.images_per_batch_norm
             )
             for ghost in images[self.rank]:
                 yield [(index, epoch) for index in ghost.tolist()]
-
-
-def _order(n_images: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng(seed_for(Use.IMAGE_ORDER, seed, epoch)).permutation(n_images)

@@ -54,8 +54,8 @@ class Tile:
 
 def _starts(low: int, high: int, stride: float) -> list[int]:
     """Evenly spaced whole numbers from low to high, both included, about `stride` (1 or more) apart."""
-    steps = max(1, round((high - low) / max(stride, 1))) if high > low else 0
-    return [low + round(step * (high - low) / steps) for step in range(steps + 1)] if steps else [low]
+    steps = max(1, round((high - low) / max(stride, 1)))
+    return sorted({low + round(step * (high - low) / steps) for step in range(steps + 1)})
 
 
 def tiles_of(photo: str, width: int, height: int, *, split: Split, tiles: Sequence[float], stride: float) -> list[Tile]:
@@ -79,10 +79,10 @@ def tiles_of(photo: str, width: int, height: int, *, split: Split, tiles: Sequen
     first, last = (long - strip, long) if split == "held_out" else (0, long - strip)
     found = []
     for side in sides:
-        along = _starts(first, last - side, stride * side)
-        across = _starts(0, short - side, stride * side)
-        places = [(a, c) if width >= height else (c, a) for a in along for c in across]
-        found += [Tile(photo=photo, left=left, top=top, side_px=side) for left, top in places]
+        for along in _starts(first, last - side, stride * side):
+            for across in _starts(0, short - side, stride * side):
+                left, top = (along, across) if width >= height else (across, along)
+                found.append(Tile(photo=photo, left=left, top=top, side_px=side))
     return found
 
 
@@ -95,11 +95,9 @@ class PhotoTiles:
     def __init__(self, *, split: Split, tiles: Sequence[float], stride: float) -> None:
         self.split = split
         self._photos = {photo: read_photo(photo) for photo in _FILES}
-        self.tiles = [
-            found
-            for photo, image in self._photos.items()
-            for found in tiles_of(photo, *image.size, split=split, tiles=tiles, stride=stride)
-        ]
+        self.tiles: list[Tile] = []
+        for photo, image in self._photos.items():
+            self.tiles += tiles_of(photo, *image.size, split=split, tiles=tiles, stride=stride)
         self.labels: Sequence[int] | None = [self.classes.index(tile.photo) for tile in self.tiles]
 
     def __len__(self) -> int:

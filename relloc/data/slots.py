@@ -6,7 +6,6 @@ training process does.
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
@@ -22,8 +21,6 @@ from relloc import machine
 from relloc.data.loader import ImageBatch, Sample, load, write_samples
 from relloc.data.readers import PREFETCHED, Answer, ReadingProcesses, never
 from relloc.data.shared_memory import shared_with_forks
-
-Slots = UInt8[Tensor, "n images s s 3"]
 
 
 def load_in_slots(
@@ -48,7 +45,14 @@ def load_in_slots(
     """
     slots = None
     if workers and machine.forks():
-        slots = _slots((workers * PREFETCHED + held + 1, images, side_px, side_px, 3), say)
+        shape = (workers * PREFETCHED + held + 1, images, side_px, side_px, 3)
+        try:
+            slots = shared_with_forks(shape)
+        except OSError as error:
+            say(
+                f"loader  {math.prod(shape) / 1e6:.0f} MB of memory that {shape[0]} batches share can't be had "
+                f"({error.strerror}): images come slower. Give fewer workers=, or more memory"
+            )
     if slots is None:
         yield from load(samples, batches, workers=workers, pin=pin, stopping=stopping)
         return
@@ -63,22 +67,13 @@ def load_in_slots(
                 yield message.batch(slots[slot, : len(message.indices)])
 
 
-def _slots(shape: tuple[int, ...], say: Callable[[str], None]) -> Slots | None:
-    try:
-        return shared_with_forks(shape)
-    except OSError as error:
-        say(
-            f"loader  {math.prod(shape) / 1e6:.0f} MB of memory that {shape[0]} batches share can't be had "
-            f"({error.strerror}): images come slower. Give fewer workers=, or more memory"
-        )
-        return None
-
-
-def _read_into_slot(samples: Dataset[Sample], slots: Slots, numbered: tuple[int, list[Any]]) -> Answer:
+def _read_into_slot(
+    samples: Dataset[Sample], slots: UInt8[Tensor, "n images s s 3"], numbered: tuple[int, list[Any]]
+) -> Answer:
     """In a reading process: the samples of `keys` in the slot of this number, and what there is to say of them."""
     slot, keys = numbered
-    message = write_samples([samples[key] for key in keys], lambda shape: slots[slot, : shape[0]])
-    return Answer(content=(slot, dataclasses.replace(message, rows=None)))
+    message, _ = write_samples([samples[key] for key in keys], lambda shape: slots[slot, : shape[0]])
+    return Answer(content=(slot, message))
 
 
 @contextlib.contextmanager

@@ -27,8 +27,6 @@ class View(Protocol):
 
     def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]: ...
 
-    def __str__(self) -> str: ...
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Center:
@@ -108,13 +106,11 @@ class RandomResized:
             box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < box_width <= width and 0 < box_height <= height:
                 top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
-                return top, left, top + box_height, left + box_width
-        return self._middle(height, width)
-
-    def _middle(self, height: int, width: int) -> tuple[int, int, int, int]:
-        box_height = min(height, max(1, round(width / self.ratio[0])))
-        box_width = min(width, max(1, round(height * self.ratio[1])))
-        top, left = (height - box_height) // 2, (width - box_width) // 2
+                break
+        else:  # the middle of the image, as torchvision takes it
+            box_height = min(height, max(1, round(width / self.ratio[0])))
+            box_width = min(width, max(1, round(height * self.ratio[1])))
+            top, left = (height - box_height) // 2, (width - box_width) // 2
         return top, left, top + box_height, left + box_width
 
 
@@ -144,15 +140,15 @@ class RandomCrop:
         return np.asarray(_flipped(crop_resized(image, size, corner, self.crop_px), self.flip, rng))
 
 
+@dataclasses.dataclass
 class Views(Dataset[Sample]):
     """Views by (index, seed): the same pair gives the same view in any worker, process or epoch.
 
     An image that can't be read has no pixels; `Sample.unreadable` says why.
     """
 
-    def __init__(self, images: ImageSet, view: View) -> None:
-        self.images = images
-        self.view = view
+    images: ImageSet
+    view: View
 
     def __len__(self) -> int:
         return len(self.images)

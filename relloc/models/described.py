@@ -77,7 +77,9 @@ def _check_plain(settings: Mapping[Any, Any], origin: str) -> None:
     try:
         text = json.dumps(settings)
     except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{origin} describes its backbone with more than plain values: {error}. {_ADVICE}") from error
+        raise CheckpointError(
+            f"{origin} describes its backbone with more than plain values: {error}. {_ADVICE}"
+        ) from error
     if len(text) > _LONGEST:
         raise CheckpointError(f"{origin} describes its backbone with more values than one has. {_ADVICE}")
     if _ORDERS.search(text):
