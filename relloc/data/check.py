@@ -112,11 +112,11 @@ def check(data: Splits, *, published: Mapping[str, int] | None, workers: int, pr
 
 def summary(data: Splits, folder: Path, parts: Sequence[Span], published: Mapping[str, int] | None) -> Check:
     """The check of a data set, all parts of which are finished in `folder`."""
-    official = published or {}
     of_role = {role: [span for span in parts if span.role == role] for role in ROLES}
-    train, _, first = _split_check(data.train, folder, of_role["train"], official)
-    held_out, files, _ = _split_check(data.held_out, folder, of_role["held_out"], official)
-    leaks = [f"{name} = {first[content]}" for name, content in files if content in first]
+    train, trained_on = _split_check(data.train, folder, of_role["train"], published or {})
+    held_out, files = _split_check(data.held_out, folder, of_role["held_out"], published or {})
+    first_of = {content: name for name, content in reversed(trained_on)}
+    leaks = [f"{name} = {first_of[content]}" for name, content in files if content in first_of]
     return Check(name=data.train.name, train=train, held_out=held_out, leaked=_found(leaks))
 
 
@@ -152,8 +152,8 @@ def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
 
 def _split_check(
     images: ImageSet, folder: Path, parts: list[Span], published: Mapping[str, int]
-) -> tuple[SplitCheck, list[tuple[str, bytes]], dict[bytes, str]]:
-    """What was found in a split; names and hashes of its files that can be read; of each hash the first name."""
+) -> tuple[SplitCheck, list[tuple[str, bytes]]]:
+    """What was found in a split, and the names and hashes of its files that can be read."""
     called, records = names(images), records_of(folder, parts)
     short, long = np.sort([records["height"], records["width"]], axis=0)
     readable = np.flatnonzero(short)
@@ -162,13 +162,17 @@ def _split_check(
     hashes = records["sha256"][readable]
     files = [(called[index], content.tobytes()) for index, content in zip(readable, hashes, strict=True)]
     sampled = files[:: max(1, -(-len(files) // _HASHED))]
-    first: dict[bytes, str] = {}
+    first_of: dict[bytes, str] = {}
     repeated = []
     for name, content in files:
-        if content in first:
-            repeated.append(f"{name} = {first[content]}")
-        else:
-            first[content] = name
+        if content in first_of:
+            repeated.append(f"{name} = {first_of[content]}")
+        first_of.setdefault(content, name)
+
+    unreadable: dict[str, str] = {}
+    for span in parts:
+        reasons = (about_part(folder, span) or {})["unreadable"]
+        unreadable |= {called[int(index)]: reason for index, reason in reasons.items()}
 
     def those(chosen: np.ndarray) -> Found:
         return _found([called[index] for index in np.flatnonzero(chosen & (short > 0))])
@@ -179,20 +183,14 @@ def _split_check(
         published=published.get(images.split),
         class_images=None if counts is None else (int(counts.min()), int(counts.max())),
         short_px=(int(sides.min()), int(np.median(sides)), int(sides.max())) if len(sides) else None,
-        unreadable=unreadable_images(folder, parts, called),
+        unreadable=unreadable,
         small=those(short < SMALL_PX),
         long=those(long > LONG_RATIO * short),
         single_color=those(records["single_color"]),
         repeated=_found(repeated),
         sha256={name: content.hex() for name, content in sampled},
     )
-    return found, files, first
-
-
-def unreadable_images(folder: Path, parts: Sequence[Span], called: Sequence[str]) -> dict[str, str]:
-    """Name and reason of each image that can't be read."""
-    reasons = [(about_part(folder, span) or {})["unreadable"] for span in parts]
-    return {called[int(index)]: reason for of_part in reasons for index, reason in of_part.items()}
+    return found, files
 
 
 def _found(lines: Sequence[str]) -> Found:

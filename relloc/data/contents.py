@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -40,30 +40,25 @@ def hash_files(paths: Sequence[str], names: Iterable[str], told_besides: Iterabl
 
     A file that is missing, can't be read or is no regular file counts as such: mended, the set is another one.
     """
-    with ThreadPoolExecutor(_THREADS) as threads:
-        sizes = list(_in_threads(threads, _size, paths, progress, "file sizes"))
-        hasher = hashlib.sha256(b"images in files\0")
-        told = itertools.chain(told_besides, (f"{size} {name}" for name, size in zip(names, sizes, strict=True)))
-        for text in told:
-            # The length before the text: names may hold any character, line ends too.
-            hasher.update(f"{len(text)}:{text}".encode("utf-8", "surrogateescape"))
-        chosen = [paths[place] for place in _sampled(sizes)]
-        for content in _in_threads(threads, _content, chosen, progress, "files"):
-            hasher.update(content)
+    sizes = _in_threads(_size, paths, progress, "file sizes")
+    hasher = hashlib.sha256(b"images in files\0")
+    for text in itertools.chain(told_besides, (f"{size} {name}" for name, size in zip(names, sizes, strict=True))):
+        # The length before the text: names may hold any character, line ends too.
+        hasher.update(f"{len(text)}:{text}".encode("utf-8", "surrogateescape"))
+    for content in _in_threads(_content, [paths[place] for place in _sampled(sizes)], progress, "files"):
+        hasher.update(content)
     return versioned(hasher)
 
 
-def _in_threads(
-    threads: ThreadPoolExecutor, ask: Callable[[str], T], paths: Sequence[str], progress: Progress, what: str
-) -> Iterator[T]:
+def _in_threads(ask: Callable[[str], T], paths: Sequence[str], progress: Progress, what: str) -> list[T]:
     """What `ask` gives of each path, in their order."""
     parts = [paths[start : start + _PER_TASK] for start in range(0, len(paths), _PER_TASK)]
-    done = 0
-    with progress(len(paths), 0) as tell:
-        for found in threads.map(lambda part: [ask(path) for path in part], parts):
-            yield from found
-            done += len(found)
-            tell(done, what)
+    found: list[T] = []
+    with ThreadPoolExecutor(_THREADS) as threads, progress(len(paths), 0) as tell:
+        for of_part in threads.map(lambda part: list(map(ask, part)), parts):
+            found += of_part
+            tell(len(found), what)
+    return found
 
 
 def _size(path: str) -> int | None:

@@ -8,9 +8,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
-from relloc.data.image_set import ImageSet, ReadsArrays
+from relloc.data.image_set import ImageSet
 from relloc.data.images import crop_resized
 from relloc.data.loader import Sample
+from relloc.data.shards import ShardImages
 from relloc.errors import UnreadableImage
 from relloc.geometry import PatchGrid
 from relloc.seeds import Use, seed_for
@@ -55,7 +56,7 @@ class Crops(Dataset[Sample]):
     def _crop(self, index: int, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
         images, side = self.images, self.grid.span_px
         # Through Pillow an image that is only cut takes 1.4 times as long.
-        image = images.read_array(index) if isinstance(images, ReadsArrays) else images.read(index)
+        image = images.read_array(index) if isinstance(images, ShardImages) else images.read(index)
         height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         try:
             size = self.grid.resized(height, width, rng.random())

@@ -221,7 +221,7 @@ def folder(
             f"data.source.train={train} and data.source.val={val} name the splits of one labeled data set: leave them "
             "out where data.source.pool_splits=true or several roots make one set without labels"
         )
-    if are_named and train == val:
+    if train == val:
         raise DataError(f"data.source.train and data.source.val are both {train}: images trained on test nothing")
     labeled = len(roots) == 1 and class_folders_of(roots[0] / train) and class_folders_of(roots[0] / val)
     if not pool_splits and (are_named or labeled):

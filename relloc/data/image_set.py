@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 Role = Literal["train", "held_out"]
@@ -44,15 +42,6 @@ class ImageSet(Protocol):
 
     def digest(self) -> str:
         """Hash of what the set consists of: names, labels and what the images hold; the same wherever it lies."""
-        ...
-
-
-@runtime_checkable
-class ReadsArrays(Protocol):
-    """An `ImageSet` that has the pixels as an array first: who only cuts them needs no Pillow."""
-
-    def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The pixels of what `read` gives. Raises `UnreadableImage`."""
         ...
 
 

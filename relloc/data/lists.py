@@ -157,7 +157,7 @@ def places205(
     if largest >= len(classes):
         raise DataError(f"{base / val_list}: label {largest} is in no line of {base / train_list}")
     _refuse_other_labels(base / train_list, train, base / val_list, val)
-    return _labeled_splits(name, base / images, classes, {train_list: train, val_list: val}, published_images)
+    return _labeled_splits(name, base / images, classes, [train_list, val_list], [train, val], published_images)
 
 
 def _labeled_lines(path: Path) -> list[tuple[str, int]]:
@@ -208,23 +208,23 @@ def inaturalist2018(
         DataError: a file is missing or not of that form, or both name an image.
     """
     base = require_root(root, _INATURALIST)
-    lists = (train_annotations, val_annotations)
+    lists = [train_annotations, val_annotations]
     content = [_annotations(base / path) for path in lists]
     classes, other_classes = (_categories(one, base / path) for one, path in zip(content, lists, strict=True))
-    for category in sorted(classes.keys() & other_classes.keys()):
-        if classes[category] != other_classes[category]:
+    for category, called in classes.items():
+        other = other_classes.get(category, called)
+        if called != other:
             raise DataError(
-                f"{base / val_annotations}: category {category} is {other_classes[category]}, in {train_annotations} "
-                f"it is {classes[category]}: labels would not mean the same in both splits. Take both files from the "
-                "same release of the data set"
+                f"{base / val_annotations}: category {category} is {other}, in {train_annotations} it is {called}: "
+                "labels would not mean the same in both splits. Take both files from the same release of the data set"
             )
     label_of = {category: label for label, category in enumerate(classes)}
-    named = {path: _annotated(one, base / path, images, label_of) for one, path in zip(content, lists, strict=True)}
-    return _labeled_splits(name, base / images, tuple(classes.values()), named, published_images)
+    named = [_annotated(one, base / path, images, label_of) for one, path in zip(content, lists, strict=True)]
+    return _labeled_splits(name, base / images, tuple(classes.values()), lists, named, published_images)
 
 
 def _annotations(path: Path) -> dict[str, list[Any]]:
-    text = _text(path, _INATURALIST)
+    text = read_text(path, f"data.root is to hold {_INATURALIST}")
     with data_errors(f"{path} is not JSON", ValueError, RecursionError, advice=_UNPACK):
         content = json.loads(text)
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
@@ -267,18 +267,19 @@ def _labeled_splits(
     name: str,
     folder: Path,
     classes: tuple[str, ...],
-    named: Mapping[str, Sequence[tuple[str, int]]],
+    lists: Sequence[str],
+    named: Sequence[Sequence[tuple[str, int]]],
     published_images: Mapping[str, int] | None,
 ) -> Splits:
-    """The images with their labels that the lists of training and of validation have `named`, in `folder`."""
+    """Both splits: paths below `folder` and labels that the two lists have `named`."""
     splits = []
-    for split, images in zip(("train", "val"), named.values(), strict=True):
+    for split, images in zip(("train", "val"), named, strict=True):
         paths = [f"{folder}/{path}" for path, _ in images]
         labels = [label for _, label in images]
         splits.append(
             FolderImages(name=name, split=split, paths=paths, labels=labels, classes=classes, labels_are_listed=True)
         )
-    return _checked(splits, list(named), published_images)
+    return _checked(splits, lists, published_images)
 
 
 def _checked(
@@ -301,14 +302,11 @@ def _checked(
     return splits
 
 
-def _text(path: Path, holding: str) -> str:
-    return read_text(path, f"data.root is to hold {holding}")
-
-
 def _lines(path: Path, holding: str) -> list[tuple[int, str]]:
     """The lines that hold something, one at least, with their numbers."""
     found = []
-    for number, line in enumerate(_text(path, holding).split("\n"), start=1):
+    text = read_text(path, f"data.root is to hold {holding}")
+    for number, line in enumerate(text.split("\n"), start=1):
         if "\0" in line:  # of which no file name is made
             raise DataError(f"{path} line {number} holds a NUL byte: the file is damaged, unpack it again")
         if line.strip():

@@ -6,7 +6,7 @@ The folder may be a stranger's, cut short by a copy, or of another program: all 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _contradiction(manifest: dict[str, Any]) -> str:
         return "packed.images_per_shard"
     for role in ROLES:
         split, images = manifest[role]["split"], manifest[role]["images"]
-        if not split or "/" in split or "\0" in split or split.startswith("."):
+        if not re.fullmatch(r"[^./\0][^/\0]*", split):
             return f"{role}.split"
         if images < 1:
             return f"{role}.images"
@@ -122,16 +122,6 @@ def _contradiction(manifest: dict[str, Any]) -> str:
         if len(tars) != n_tars or any(tar["file"] != shard_name(split, n) for n, tar in enumerate(tars)):
             return f"{role}.shards"
     return ""
-
-
-def check_sizes(folder: Path, tars: Sequence[dict[str, Any]]) -> None:
-    """Raises `DataError` where a tar is missing or has another number of bytes than manifest.json says."""
-    for tar in tars:
-        path = folder / tar["file"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != tar["bytes"]:
-            what = "is missing" if size is None else f"has {size} bytes, not the {tar['bytes']} it was packed with"
-            raise DataError(f"{path} {what}: copy it again from where it was packed, or pack into a new folder")
 
 
 def check_hashes(folder: Path, progress: Progress = without_progress) -> None:
@@ -163,12 +153,19 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
     """The index of a split, which fits its tars and its list of names.
 
     Raises:
-        DataError: it can't be read, or does not fit.
+        DataError: it can't be read, or does not fit; a file is missing, or a tar has another size than when packed.
     """
     path, names_path = folder / index_name(about["split"]), folder / names_name(about["split"])
-    for each in (path, names_path):
+    packed_bytes = {folder / tar["file"]: tar["bytes"] for tar in about["shards"]}
+    for each in (*packed_bytes, path, names_path):
         if not each.is_file():  # nor a pipe, which to open would wait for ever
-            raise DataError(f"{each} is missing. {_AGAIN}")
+            raise DataError(f"{each} is missing: copy it again from where it was packed, or pack into a new folder")
+    for tar, n_bytes in packed_bytes.items():
+        if tar.stat().st_size != n_bytes:
+            raise DataError(
+                f"{tar} has {tar.stat().st_size} bytes, not the {n_bytes} it was packed with: copy it again from where "
+                "it was packed, or pack into a new folder"
+            )
     damages = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError)
     with data_errors(f"{path} can't be read", *damages, advice=_AGAIN):
         index = load_file(path)

@@ -103,7 +103,8 @@ def pack(
             finished stays, and the same call goes on.
     """
     wanted = _wanted(data, packing)
-    try:
+    advice = "The tars that are finished stay: mend this and start the same command again"
+    with data_errors(f"packing into {out} stopped", OSError, advice=advice):
         if (out / MANIFEST).exists():
             return _finished_before(out, wanted)
         _begin(out, wanted)
@@ -114,12 +115,6 @@ def pack(
         work = functools.partial(_pack_span, data, out, packing)
         work_through(work, left, workers=workers, total=total, done=done, progress=progress)
         return _finish(data, out, wanted, jobs, published)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise DataError(
-            f"packing into {out} stopped: {error.strerror}{where}. The tars that are finished stay: "
-            "mend this and start the same command again"
-        ) from error
 
 
 def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
@@ -190,9 +185,9 @@ def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) ->
 
 
 def _is_packed(out: Path, span: Span) -> bool:
-    about = about_part(out / UNFINISHED, span)
+    about = about_part(out / UNFINISHED, span) or {}
     tar = out / shard_name(span.split, span.number)
-    return about is not None and tar.is_file() and tar.stat().st_size == about.get("bytes")
+    return tar.is_file() and tar.stat().st_size == about.get("bytes")
 
 
 def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:

@@ -69,7 +69,7 @@ def _silent(_text: str) -> None:
     pass
 
 
-class ReadingProcesses:
+class ReadingProcesses(Iterator[Answer]):
     """An iterator over what `make` answers to each of `tasks`, in their order; use it as a context.
 
     Process k of n is given tasks k, k + n, k + 2 n, ..., up to PREFETCHED ahead. They are started by
@@ -97,7 +97,6 @@ class ReadingProcesses:
         self._stopping = stopping
         self._say = say
         self._processes: list[_Process] = []
-        self._started = False
         self._asked = 0
         self._answered = 0
 
@@ -116,11 +115,8 @@ class ReadingProcesses:
         self._processes = []
         self._asked = self._answered
 
-    def __iter__(self) -> Iterator[Answer]:
-        return self
-
     def __next__(self) -> Answer:
-        if not self._started:
+        if not self._asked:
             self._start()
         if self._answered == self._asked:
             raise StopIteration
@@ -138,7 +134,6 @@ class ReadingProcesses:
         return self._processes[number % len(self._processes)]
 
     def _start(self) -> None:
-        self._started = True
         first = list(itertools.islice(self._tasks, self._workers * PREFETCHED))
         self._tasks = itertools.chain(first, self._tasks)
         try:
@@ -220,9 +215,6 @@ def _start_process(make: Callable[[Any], Answer], earlier: Sequence[Connection])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
     try:
         process.start()
-    except BaseException:
-        ours.close()
-        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
@@ -294,6 +286,4 @@ def look_ahead(answers: ReadingProcesses, finish: Callable[[Answer], Any]) -> It
         for answer in answers:
             pending.append(threads.submit(finish, answer))
             while len(pending) > _FINISHING or (pending and not answers.ready()):
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+                yield pending.popleft().result()  # all of them, once there is no next answer

@@ -31,11 +31,12 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from relloc.data.contents import versioned
 from relloc.data.image_set import ROLES, ImageSet, Role, Splits
 from relloc.data.images import check_size
-from relloc.data.manifest import check_sizes, file_hash, names_name, read_index, read_manifest, shard_name
+from relloc.data.manifest import file_hash, names_name, read_index, read_manifest, shard_name
 from relloc.errors import DataError, UnreadableImage, data_errors
 
 _MOST_OPEN = 512
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a JPEG's frame header, with its size
+_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD9), 0xFF}  # markers without a segment, or a filling byte before one
 
 
 def decoded(jpeg: bytearray) -> UInt8[np.ndarray, "h w 3"]:
@@ -63,9 +64,9 @@ def _claimed_size(jpeg: bytearray) -> tuple[int, int]:
         if marker in _FRAMES:
             height, width = struct.unpack_from(">HH", jpeg, position + 5)
             return width, height
-        # A filling byte before a marker, or a marker that has no segment; else a segment with its length
-        has_no_length = marker == 0xFF or marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8
-        position += 1 if has_no_length else 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
+        position += 1
+        if marker not in _WITHOUT_LENGTH:
+            position += 1 + int.from_bytes(jpeg[position + 1 : position + 3], "big")
     return 0, 0
 
 
@@ -114,7 +115,6 @@ class ShardImages:
         self.classes: tuple[str, ...] = tuple(self._about["classes"])
         self._per_shard: int = manifest["packed"]["images_per_shard"]
         self._names = self.folder / names_name(self.split)
-        check_sizes(self.folder, self._about["shards"])
         self._index = read_index(self.folder, self._about, self._per_shard)
         labels = self._index.get("label")
         self.labels: Sequence[int] | None = None if labels is None else array.array("q", labels.tobytes())
@@ -130,6 +130,7 @@ class ShardImages:
         return Image.fromarray(self.read_array(index))
 
     def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels of what `read` gives, for who only cuts them and needs no Pillow. Raises `UnreadableImage`."""
         size = int(self._index["size"][index])
         if size == 0:
             reasons = self._about["unreadable"]

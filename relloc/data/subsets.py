@@ -1,7 +1,6 @@
 """A part of an image set: a share of each class, the same wherever the images lie, or what a list names."""
 
 import collections
-import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -14,29 +13,15 @@ from relloc.data.image_set import ImageSet, hash_lines
 from relloc.errors import DataError, data_errors
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Subset:
     """An `ImageSet` of the images that `indices` of another one name, in that order."""
 
-    images: ImageSet
-    indices: Sequence[int]
-
-    @property
-    def name(self) -> str:
-        return self.images.name
-
-    @property
-    def split(self) -> str:
-        return self.images.split
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.images.classes
-
-    @property
-    def labels(self) -> Sequence[int] | None:
-        labels = self.images.labels
-        return None if labels is None else [labels[index] for index in self.indices]
+    def __init__(self, *, images: ImageSet, indices: Sequence[int]) -> None:
+        self.images = images
+        self.indices = indices
+        self.name, self.split, self.classes = images.name, images.split, images.classes
+        labels = images.labels
+        self.labels: Sequence[int] | None = None if labels is None else [labels[index] for index in indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -109,18 +94,15 @@ def listed(images: ImageSet, path: Path) -> Subset:
     Raises:
         DataError: the list can't be read or is empty, or a name is not that of exactly one image.
     """
-    indices: dict[str, list[int]] = {name: [] for name in list_names(path)}
-    for index, name in enumerate(_file_names(images)):
-        if name in indices:
-            indices[name].append(index)
-    odd = [name for name in indices if len(indices[name]) != 1]
+    wanted, names = list_names(path), _file_names(images)
+    counts = collections.Counter(names)
+    odd = [name for name in wanted if counts[name] != 1]
     if odd:
         raise DataError(
-            f"{path}: {len(odd)} of {len(indices)} names are not those of exactly one image of {images.name} "
-            f"{images.split}, such as {odd[0]} ({len(indices[odd[0]])} images): give a list of this data set's file "
-            "names"
+            f"{path}: {len(odd)} of {len(wanted)} names are not those of exactly one image of {images.name} "
+            f"{images.split}, such as {odd[0]} ({counts[odd[0]]} images): give a list of this data set's file names"
         )
-    return Subset(images=images, indices=sorted(index for (index,) in indices.values()))
+    return Subset(images=images, indices=[index for index, name in enumerate(names) if name in wanted])
 
 
 def list_names(path: Path) -> dict[str, None]:
