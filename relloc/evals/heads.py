@@ -135,88 +135,65 @@ class LayerHeads(nn.Module):
     ) -> None:
         """One step for each batch of `normalized` features, all in one go."""
         rows = torch.cat(list(batches))
-        block = _Block(
-            ways=ways,
-            sizes=[len(batch) for batch in batches],
-            of_weight=self._products(rows, self.weight),
-            of_momentum=self._products(rows, self.weight_momentum) if len(batches) > 1 else None,
-            alike=rows @ rows.T,
-        )
-        gradients, biases = block.gradients(labels, self.bias, self.bias_momentum)
-        after = [_like(rows, table) for table in (ways.weight, ways.momentum)]
-        self.bias, self.bias_momentum = (_combined(table, biases) for table in after)
+        sizes = [len(batch) for batch in batches]
+        several = len(batches) > 1
+        step_of_row = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(rows.device, non_blocking=True)
+        # Products of all rows with what was there before, and with each other
+        of_weight = self._products(rows, self.weight).transpose(0, 1)
+        of_momentum = self._products(rows, self.weight_momentum).transpose(0, 1) if several else of_weight
+        alike = rows @ rows.T
+        before, after, momentum_after = (_like(rows, table) for table in (ways.before, ways.weight, ways.momentum))
+        shares = _like(rows, ways.active / np.array(sizes)[:, None])  # losses are means over a batch
+        gradients = torch.zeros_like(of_weight)  # by logits
+        biases = [self.bias, self.bias_momentum]  # and their gradients: what biases are sums of
+        end = 0
+        for step, target in enumerate(labels):
+            start, end = end, end + sizes[step]
+            way = before[step]
+            # Logits as they are before the step, given the gradients of the rows of earlier steps
+            logits = way[:, _WEIGHT, None, None] * of_weight[:, start:end]
+            if step:
+                logits += way[:, _MOMENTUM, None, None] * of_momentum[:, start:end]
+                moved = alike[start:end, :start] * way[:, _GRADIENTS + step_of_row[:start]][:, None]
+                logits = torch.baddbmm(logits, moved, gradients[:, :start])
+            logits += _combined(way[:, : len(biases)], torch.stack(biases, dim=1))[:, None]
+            answers = nn.functional.one_hot(target, self.bias.shape[1])
+            gradients[:, start:end] = (logits.softmax(dim=2) - answers) * shares[step, :, None, None]
+            biases.append(gradients[:, start:end].sum(dim=1))
+        parts = torch.stack(biases, dim=1)
+        self.bias, self.bias_momentum = _combined(after, parts), _combined(momentum_after, parts)
         for head in np.flatnonzero(ways.active.any(axis=0)).tolist():
-            if len(batches) == 1:
-                self._move_one_step(head, rows, gradients[head], ways)
-            else:
-                shares = [table[head, _GRADIENTS + block.step_of_row] for table in after]
-                self._move(head, rows, gradients[head], shares, ways)
+            of_rows = None
+            if several:
+                of_rows = [table[head, _GRADIENTS + step_of_row, None] for table in (after, momentum_after)]
+            self._move(head, rows, gradients[head], of_rows, ways)
 
-    def _move(self, head: int, rows: Tensor, gradients: Tensor, shares: list[Tensor], ways: Coefficients) -> None:
-        """A head's weights and momentum after the steps, in place; of all heads at once it would take more room."""
+    def _move(
+        self, head: int, rows: Tensor, gradients: Tensor, of_rows: list[Tensor] | None, ways: Coefficients
+    ) -> None:
+        """A head's weights and momentum after the steps, in place; of all heads at once it would take more room.
+
+        `of_rows` are the coefficients of each row's gradient; None after a single step, where one product serves both.
+        """
         weight, momentum = self.weight[head], self.weight_momentum[head]
         to_weight, to_momentum = ways.weight[head].tolist(), ways.momentum[head].tolist()
-        of_weight, of_momentum = (share[:, None] * gradients for share in shares)
-        grown = torch.addmm(momentum, of_momentum.T, rows, beta=to_momentum[_MOMENTUM])
-        grown.add_(weight, alpha=to_momentum[_WEIGHT])
-        weight.addmm_(of_weight.T, rows, beta=to_weight[_WEIGHT]).add_(momentum, alpha=to_weight[_MOMENTUM])
-        momentum.copy_(grown)
-
-    def _move_one_step(self, head: int, rows: Tensor, gradients: Tensor, ways: Coefficients) -> None:
-        """The same after a single step, where one product serves both."""
-        weight, momentum = self.weight[head], self.weight_momentum[head]
-        to_weight, to_momentum = ways.weight[head].tolist(), ways.momentum[head].tolist()
-        gradient = gradients.T @ rows
-        grown = torch.add(to_momentum[_MOMENTUM] * momentum, weight, alpha=to_momentum[_WEIGHT])
-        grown.add_(gradient, alpha=to_momentum[_GRADIENTS])
-        weight.mul_(to_weight[_WEIGHT]).add_(momentum, alpha=to_weight[_MOMENTUM])
-        weight.add_(gradient, alpha=to_weight[_GRADIENTS])
+        if of_rows is None:
+            gradient = gradients.T @ rows
+            grown = torch.add(to_momentum[_MOMENTUM] * momentum, weight, alpha=to_momentum[_WEIGHT])
+            grown.add_(gradient, alpha=to_momentum[_GRADIENTS])
+            weight.mul_(to_weight[_WEIGHT]).add_(momentum, alpha=to_weight[_MOMENTUM])
+            weight.add_(gradient, alpha=to_weight[_GRADIENTS])
+        else:
+            of_weight, of_momentum = (coefficients * gradients for coefficients in of_rows)
+            grown = torch.addmm(momentum, of_momentum.T, rows, beta=to_momentum[_MOMENTUM])
+            grown.add_(weight, alpha=to_momentum[_WEIGHT])
+            weight.addmm_(of_weight.T, rows, beta=to_weight[_WEIGHT]).add_(momentum, alpha=to_weight[_MOMENTUM])
         momentum.copy_(grown)
 
     def _products(
         self, rows: Float[Tensor, "b d"], weight: Float[Tensor, "heads classes d"]
     ) -> Float[Tensor, "b heads classes"]:
         return (rows @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2])
-
-
-class _Block:
-    """The steps of one `learn`, by logits: products of all rows with what was there before, and with each other."""
-
-    def __init__(
-        self, *, ways: Coefficients, sizes: list[int], of_weight: Tensor, of_momentum: Tensor | None, alike: Tensor
-    ) -> None:
-        self.of_weight = of_weight.transpose(0, 1)
-        self.of_momentum = None if of_momentum is None else of_momentum.transpose(0, 1)
-        self.alike = alike
-        self.before = _like(alike, ways.before)
-        self.shares = _like(alike, ways.active / np.array(sizes)[:, None])  # losses are means over a batch
-        self.ends = np.cumsum(sizes).tolist()
-        numbers = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
-        self.step_of_row = numbers.to(alike.device, non_blocking=True)
-
-    def gradients(
-        self, labels: Sequence[Tensor], bias: Tensor, bias_momentum: Tensor
-    ) -> tuple[Float[Tensor, "heads rows classes"], Float[Tensor, "heads columns classes"]]:
-        """Gradients by logits of every row; and what biases are sums of, by the columns of coefficients."""
-        gradients = torch.zeros_like(self.of_weight)
-        biases = [bias, bias_momentum]
-        for step, (start, end) in enumerate(zip([0, *self.ends], self.ends, strict=False)):
-            logits = self._logits(step, start, end, gradients)
-            logits += _combined(self.before[step, :, : len(biases)], torch.stack(biases, dim=1))[:, None]
-            answers = nn.functional.one_hot(labels[step], bias.shape[1])
-            gradients[:, start:end] = (logits.softmax(dim=2) - answers) * self.shares[step, :, None, None]
-            biases.append(gradients[:, start:end].sum(dim=1))
-        return gradients, torch.stack(biases, dim=1)
-
-    def _logits(self, step: int, start: int, end: int, gradients: Tensor) -> Float[Tensor, "heads rows classes"]:
-        """Logits without biases as they are before a step, given the gradients of the rows of earlier steps."""
-        way = self.before[step]
-        logits = way[:, _WEIGHT, None, None] * self.of_weight[:, start:end]
-        if self.of_momentum is None or not step:
-            return logits
-        logits += way[:, _MOMENTUM, None, None] * self.of_momentum[:, start:end]
-        moved = self.alike[start:end, :start] * way[:, _GRADIENTS + self.step_of_row[:start]][:, None]
-        return torch.baddbmm(logits, moved, gradients[:, :start])
 
 
 def _like(rows: Tensor, table: np.ndarray) -> Tensor:

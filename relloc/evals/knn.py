@@ -70,7 +70,15 @@ class Knn(Evaluation):
         for features, labels in self._queries(context.held_out):
             seen += len(labels)
             for layer in self.layers:
-                found = self._vote(bank, layer, features[layer].to(context.device), allowed)
+                found = vote(
+                    features[layer].to(context.device),
+                    bank.features[layer],
+                    bank.labels,
+                    k=allowed,
+                    temperature=self.temperature,
+                    n_classes=bank.n_classes,
+                    name=f"eval.knn at {layer}",
+                )
                 for k, classes in found.items():
                     hits[layer, k] += int((classes.cpu() == labels.cpu()).sum())
         details = [f"T={self.temperature}"]
@@ -107,33 +115,20 @@ class Knn(Evaluation):
 
     def _queries(self, held_out: FeatureSource) -> Iterator[Batch]:
         """All of `held_out`, as many at once as `_QUERY_BYTES` hold."""
-        size = max(1, _QUERY_BYTES // (4 * sum(held_out.dims[layer] for layer in self.layers)))
-        if isinstance(held_out, Bank):
-            yield from held_out.batches(torch.arange(held_out.n), size, self.layers)
-            return
-        gathered: list[tuple[dict[str, Tensor], Tensor]] = []
-        for batch in held_out.batches(torch.arange(held_out.n), self.batch, self.layers):
+        most = max(1, _QUERY_BYTES // (4 * sum(held_out.dims[layer] for layer in self.layers)))
+        size = most if isinstance(held_out, Bank) else self.batch
+        gathered: list[Batch] = []
+        for batch in held_out.batches(torch.arange(held_out.n), size, self.layers):
             gathered.append(batch)
-            if sum(len(labels) for _, labels in gathered) >= size:
-                yield _concatenated(gathered)
+            if sum(len(labels) for _, labels in gathered) >= most:
+                yield _joined(gathered)
                 gathered = []
         if gathered:
-            yield _concatenated(gathered)
-
-    def _vote(self, bank: Bank, layer: str, queries: Tensor, k: Sequence[int]) -> dict[int, Tensor]:
-        return vote(
-            queries,
-            bank.features[layer],
-            bank.labels,
-            k=k,
-            temperature=self.temperature,
-            n_classes=bank.n_classes,
-            across_ranks=ranks.world_size() > 1,
-            name=f"eval.knn at {layer}",
-        )
+            yield _joined(gathered)
 
 
-def _concatenated(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
-    layers = batches[0][0].keys()
-    features = {layer: torch.cat([one[layer] for one, _ in batches]) for layer in layers}
+def _joined(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> Batch:
+    if len(batches) == 1:  # of a bank, and needs no copy
+        return batches[0]
+    features = {layer: torch.cat([of_batch[layer] for of_batch, _ in batches]) for layer in batches[0][0]}
     return features, torch.cat([labels for _, labels in batches])

@@ -1,6 +1,8 @@
 """Linear classifiers on frozen features, all layers and settings in one pass (protocols.md 3.3 to 3.6)."""
 
+import abc
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,14 +16,73 @@ from relloc.evals.heads import LayerHeads, Setting, Sgd
 from relloc.evals.training import Trained, Training, count_hits, have_diverged, held_back
 from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
-from relloc.features.source import Color
-from relloc.results import CHOSEN, LAYERS, Score
+from relloc.features.source import Color, FeatureSource
+from relloc.results import CHOSEN, Score
 
 _DIVERGED = "diverged: weights are not finite"
 
 
+class _Trained(Evaluation):
+    """What both evaluations do alike; their constants are fields of their own."""
+
+    kind = "frozen"
+    labels = "class"
+    version = 2
+
+    epochs: int
+    milestone_epochs: Sequence[int]
+    gamma: float
+    momentum: float
+    nesterov: bool
+    batch_norm: bool
+
+    @abc.abstractmethod
+    def _settings(self) -> list[Setting]:
+        """Those of the heads of a layer."""
+
+    def _training(self) -> Training:
+        return Training(
+            layers=self.layers,
+            sgd=Sgd(settings=tuple(self._settings()), momentum=self.momentum, nesterov=self.nesterov),
+            epochs=self.epochs,
+            milestone_epochs=self.milestone_epochs,
+            gamma=self.gamma,
+            batch=self.batch,
+            batch_norm=self.batch_norm,
+        )
+
+    def _train(
+        self, source: FeatureSource, context: Context, watched: FeatureSource | None = None
+    ) -> tuple[Trained, dict[str, int]]:
+        """Trained heads, and which of a layer is right most often on the tenth; 0 where all heads trained on it."""
+        tenth = held_back(context.train.n, context.seed)
+        trained = self._training().fit(source, context, tenth=tenth, watched=watched)
+        if all(setting.sees_all for setting in self._settings()):
+            return trained, dict.fromkeys(self.layers, 0)
+        hits, _ = count_hits(trained.heads, context.train, tenth, self.batch, context.device)
+        return trained, {layer: _best(hits[layer], heads) for layer, heads in trained.heads.items()}
+
+    def _hits(self, trained: Trained, context: Context) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
+        """Right answers of each head on held-out images, and how many these are. Raises `DataError` for none."""
+        held_out = context.held_out
+        hits, seen = count_hits(trained.heads, held_out, torch.arange(held_out.n), self.batch, context.device)
+        if not seen:
+            raise DataError("none of the images to report on can be read")
+        return hits, seen
+
+    def _constants(self, head: int) -> tuple[str, ...]:
+        setting = self._settings()[head]
+        return (
+            f"lr {setting.lr:g}",
+            f"weight decay {setting.weight_decay:g}",
+            f"{'nesterov ' if self.nesterov else ''}momentum {self.momentum:g}",
+            schedule.in_words(self.epochs, self.milestone_epochs, self.gamma),
+            f"batch {self.batch}",
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear(Evaluation):
+class Linear(_Trained):
     """A linear classifier a layer as published, and a grid of others trained in the same pass.
 
     The published one (`lr`, `weight_decay`) trains on all training images in the views `augment`
@@ -34,10 +95,6 @@ class Linear(Evaluation):
     Raises:
         ValueError: constants that would train nothing.
     """
-
-    kind = "frozen"
-    labels = "class"
-    version = 2
 
     layers: Sequence[str]
     view: View
@@ -61,8 +118,7 @@ class Linear(Evaluation):
     best_epoch: bool = False
 
     def __post_init__(self) -> None:
-        checks.some_of("eval.linear.layers", self.layers, LAYERS)
-        check_view("eval.linear.view", self.view)
+        self.check_reading("eval.linear")
         if self.augment is not None:
             check_view("eval.linear.augment", self.augment)
         for name in ("nesterov", "batch_norm", "best_epoch"):
@@ -83,12 +139,9 @@ class Linear(Evaluation):
             UsageError: features that are not finite.
             DataError: images that can't be read, or too few.
         """
-        tenth = held_back(context.train.n, context.seed)
         source = context.augmented(self.augment, self.color) if self.augment else context.train
-        watched = context.held_out if self.best_epoch else None
-        trained = self._training().fit(source, context, tenth=tenth, watched=watched)
-        chosen = _chosen(trained, context, tenth, self.batch) if self.grid_lrs else {}
-        hits, seen = _all_hits(trained, context, self.batch)
+        trained, chosen = self._train(source, context, watched=context.held_out if self.best_epoch else None)
+        hits, seen = self._hits(trained, context)
         for layer in self.layers:
             gone = have_diverged(trained.heads[layer])
             last = Score(
@@ -115,7 +168,7 @@ class Linear(Evaluation):
                     choice="best epoch on val, as published",
                     details=self._details(0, gone),
                 )
-            if chosen:
+            if self.grid_lrs:
                 yield dataclasses.replace(
                     last,
                     metric="top1_tuned",
@@ -127,29 +180,15 @@ class Linear(Evaluation):
                     details=(*self._details(chosen[layer], gone), "last epoch"),
                 )
 
-    def _training(self) -> Training:
-        return Training(
-            layers=self.layers,
-            sgd=Sgd(settings=self._settings(), momentum=self.momentum, nesterov=self.nesterov),
-            epochs=self.epochs,
-            milestone_epochs=self.milestone_epochs,
-            gamma=self.gamma,
-            batch=self.batch,
-            batch_norm=self.batch_norm,
-        )
-
-    def _settings(self) -> tuple[Setting, ...]:
-        grid = [
-            Setting(lr=lr, weight_decay=decay, sees_all=False)
-            for lr in self.grid_lrs
-            for decay in self.grid_weight_decays
-        ]
-        return (Setting(lr=self.lr, weight_decay=self.weight_decay, sees_all=True), *grid)
+    def _settings(self) -> list[Setting]:
+        grid = itertools.product(self.grid_lrs, self.grid_weight_decays)
+        published = Setting(lr=self.lr, weight_decay=self.weight_decay, sees_all=True)
+        return [published, *(Setting(lr=lr, weight_decay=decay, sees_all=False) for lr, decay in grid)]
 
     def _details(self, head: int, gone: Tensor) -> tuple[str, ...]:
         seen = ", ".join(str(part) for part in (self.augment, self.color) if part) or "the still view"
         name = self.follows.removeprefix(f"{self.protocol} ")
-        return (name, *_constants(self._training(), head), f"trained on {seen}", *([_DIVERGED] if gone[head] else []))
+        return (name, *self._constants(head), f"trained on {seen}", *([_DIVERGED] if gone[head] else []))
 
     def _how_mixed(self) -> tuple[str, ...]:
         """What differs for the published head where heads train beside it that must not see the tenth."""
@@ -163,7 +202,7 @@ class Linear(Evaluation):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearFast(Evaluation):
+class LinearFast(_Trained):
     """The same classifiers on features that are computed once: a fixed view, no augmentation.
 
     With one learning rate all training images train. With several, a random tenth is held back to
@@ -173,9 +212,8 @@ class LinearFast(Evaluation):
         ValueError: constants that would train nothing.
     """
 
-    kind = "frozen"
-    labels = "class"
-    version = 2
+    nesterov = True
+    batch_norm = True
     keeps_features = True
 
     layers: Sequence[str]
@@ -189,18 +227,16 @@ class LinearFast(Evaluation):
     batch: int
 
     def __post_init__(self) -> None:
-        checks.some_of("eval.linear_fast.layers", self.layers, LAYERS)
-        check_view("eval.linear_fast.view", self.view)
+        self.check_reading("eval.linear_fast")
         schedule.check_training("eval.linear_fast", self, batch_norm=True)
         checks.numbers("eval.linear_fast.learning_rates", self.learning_rates, above=0)
 
     def run(self, context: Context) -> Iterator[Score]:
         """Top-1 of the last epoch on held-out images, one score a layer. Raises as `Linear`."""
-        tenth = held_back(context.train.n, context.seed)
-        trained = self._training().fit(context.train, context, tenth=tenth, watched=None)
-        several = len(self.learning_rates) > 1
-        chosen = _chosen(trained, context, tenth, self.batch) if several else dict.fromkeys(self.layers, 0)
-        hits, seen = _all_hits(trained, context, self.batch)
+        trained, chosen = self._train(context.train, context)
+        hits, seen = self._hits(trained, context)
+        n_rates = len(self.learning_rates)
+        choice = f"rate chosen among {n_rates} on a held-back random tenth of train" if n_rates > 1 else ""
         for layer in self.layers:
             head = chosen[layer]
             diverged = [_DIVERGED] if have_diverged(trained.heads[layer])[head] else []
@@ -214,52 +250,16 @@ class LinearFast(Evaluation):
                 n=seen,
                 protocol="3.3",
                 deviations=("one fixed center view, features computed once",),
-                choice=f"rate chosen among {len(self.learning_rates)} on a held-back random tenth of train"
-                if several
-                else "",
-                details=("one head a stage", *_constants(self._training(), head), *diverged),
+                choice=choice,
+                details=("one head a stage", *self._constants(head), *diverged),
             )
 
-    def _training(self) -> Training:
+    def _settings(self) -> list[Setting]:
         every = len(self.learning_rates) == 1
-        settings = [Setting(lr=lr, weight_decay=self.weight_decay, sees_all=every) for lr in self.learning_rates]
-        return Training(
-            layers=self.layers,
-            sgd=Sgd(settings=tuple(settings), momentum=self.momentum, nesterov=True),
-            epochs=self.epochs,
-            milestone_epochs=self.milestone_epochs,
-            gamma=self.gamma,
-            batch=self.batch,
-            batch_norm=True,
-        )
-
-
-def _constants(training: Training, head: int) -> tuple[str, ...]:
-    setting, sgd = training.sgd.settings[head], training.sgd
-    return (
-        f"lr {setting.lr:g}",
-        f"weight decay {setting.weight_decay:g}",
-        f"{'nesterov ' if sgd.nesterov else ''}momentum {sgd.momentum:g}",
-        schedule.in_words(training.epochs, training.milestone_epochs, training.gamma),
-        f"batch {training.batch}",
-    )
-
-
-def _chosen(trained: Trained, context: Context, tenth: Int[Tensor, "m"], size: int) -> dict[str, int]:
-    """The head of each layer that is right most often on the tenth it was not trained on; diverged ones come last."""
-    hits, _ = count_hits(trained.heads, context.train, tenth, size, context.device)
-    return {layer: _best(hits[layer], heads) for layer, heads in trained.heads.items()}
+        return [Setting(lr=lr, weight_decay=self.weight_decay, sees_all=every) for lr in self.learning_rates]
 
 
 def _best(hits: Int[Tensor, "heads"], heads: LayerHeads) -> int:
     not_ranked = have_diverged(heads)
     seen = torch.tensor([setting.sees_all for setting in heads.sgd.settings])
     return int(hits.masked_fill(not_ranked, -1).masked_fill(seen, -2).argmax())
-
-
-def _all_hits(trained: Trained, context: Context, size: int) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
-    held_out = context.held_out
-    hits, seen = count_hits(trained.heads, held_out, torch.arange(held_out.n), size, context.device)
-    if not seen:
-        raise DataError("none of the images to report on can be read")
-    return hits, seen

@@ -88,7 +88,7 @@ class Voc07LowShot(Voc07):
                 choice=self._choice(best, "test as published"),
                 details=(
                     f"{self.draws} draws, mean over them",
-                    f"draws {hashlib.sha256(drawn.numpy().tobytes()).hexdigest()[:16]}",
+                    f"draws {hashlib.sha256(drawn.cpu().numpy().tobytes()).hexdigest()[:16]}",
                     *_not_judged(shown.train, k),
                 ),
             )

@@ -74,7 +74,11 @@ class Training:
             DataError: a whole batch of images that can't be read; too few to train on.
         """
         device, seed = context.device, context.seed
-        trained = self._start(source, context)
+        trained = Trained(heads={layer: self._heads(source, layer, seed, device) for layer in self.layers})
+        if saved := context.state.load():
+            trained.epoch, trained.best = saved["epoch"], saved["best"]
+            for layer, heads in trained.heads.items():
+                heads.load_state_dict(saved["heads"][layer])
         for epoch in range(trained.epoch, self.epochs):
             for heads in trained.heads.values():
                 heads.train()
@@ -97,20 +101,16 @@ class Training:
             )
         return trained
 
-    def _start(self, source: FeatureSource, context: Context) -> Trained:
-        heads = {layer: self._heads(source, layer, context.seed, context.device) for layer in self.layers}
-        trained = Trained(heads=heads)
-        saved = context.state.load()
-        if saved:
-            trained.epoch, trained.best = saved["epoch"], saved["best"]
-            for layer, of_layer in trained.heads.items():
-                of_layer.load_state_dict(saved["heads"][layer])
-        return trained
-
     def _heads(self, source: FeatureSource, layer: str, seed: int, device: torch.device = _CPU) -> LayerHeads:
         channels = source.channels[layer] if self.batch_norm else None
-        dim, n_classes = source.dims[layer], source.n_classes
-        return LayerHeads(self.sgd, dim=dim, channels=channels, n_classes=n_classes, seed=seed, device=device)
+        return LayerHeads(
+            self.sgd,
+            dim=source.dims[layer],
+            channels=channels,
+            n_classes=source.n_classes,
+            seed=seed,
+            device=device,
+        )
 
     def _pass(
         self, heads: Heads, source: FeatureSource, tenth: Tensor, epoch: int, device: torch.device, seed: int

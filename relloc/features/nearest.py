@@ -29,13 +29,21 @@ _GRID_BITS = 40
 _ROUNDING = 1.01  # of the bounds themselves, and what they leave out as of second order
 _LOWEST = torch.iinfo(torch.int64).min
 
+Queries = Float[Tensor, "q d"]
+Unit = Float64[Tensor, "q d"]  # queries at length one
+Rows = Float[Tensor, "n d"]
+Lengths = Float64[Tensor, "n"]  # of the rows
+Nearest = Int64[Tensor, "q k"]  # keys, or rows
+Candidates = Int64[Tensor, "q m"]  # rows that may be among the nearest of each query
+Chunk = tuple[int, Float[Tensor, "r d"]]  # number of the first row, and rows
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Neighbors:
     """Cosines and rows of the nearest, nearest first; `retried` queries needed a slower way than the first."""
 
     similarities: Float64[Tensor, "q k"]
-    rows: Int64[Tensor, "q k"]
+    rows: Nearest
     retried: int
 
 
@@ -74,11 +82,7 @@ class _Keys:
     """
 
     first_row: int
-    n_rows: int
-
-    @property
-    def row_bits(self) -> int:
-        return self.n_rows.bit_length()
+    row_bits: int
 
     @property
     def grid(self) -> int:
@@ -88,7 +92,7 @@ class _Keys:
         near = similar.clamp(-1, 1).mul(self.grid).round().long()
         return near * 2**self.row_bits + (2**self.row_bits - 1 - self.first_row - places)
 
-    def part(self, keys: Int64[Tensor, "q k"]) -> tuple[Float64[Tensor, "q k"], Int64[Tensor, "q k"]]:
+    def part(self, keys: Nearest) -> tuple[Float64[Tensor, "q k"], Nearest]:
         last = 2**self.row_bits - 1
         return (keys >> self.row_bits).double() / self.grid, last - (keys & last)
 
@@ -97,7 +101,7 @@ class _Keys:
 class _Search:
     """A bank, how it is walked, and how keys are made."""
 
-    bank: Float[Tensor, "n d"]
+    bank: Rows
     device: torch.device
     keys: _Keys
     chunk: int
@@ -120,13 +124,12 @@ class _Search:
 
 
 def nearest(
-    queries: Float[Tensor, "q d"],
-    bank: Float[Tensor, "n d"],
+    queries: Queries,
+    bank: Rows,
     k: int,
     *,
     chunk: int | None = None,
     tile: int | None = None,
-    across_ranks: bool = False,
     name: str = "features",
 ) -> Neighbors:
     """The `k` rows of `bank` (all, where there are fewer) of the largest cosine with each query.
@@ -137,39 +140,33 @@ def nearest(
     beyond queries and bank is, on a GPU, 4.5 GiB (2 for a chunk, 2 for products, half a GiB in float64),
     on a CPU an eighth of that, and about 12 d + 100 k bytes a query.
 
-    With `across_ranks` each rank's `bank` is its part of one bank, in the order of ranks: all call
-    with the same queries, and all get the answer for the whole bank, whose rows are numbered through.
+    In a process group each rank's `bank` is its part of one bank, in the order of ranks: all call with
+    the same queries, and all get the answer for the whole bank, whose rows are numbered through.
 
     Raises:
         UsageError: queries or rows that hold NaN or infinity, called by `name`.
     """
-    width = max(1, queries.shape[1])
-    sizes = ranks.gathered(torch.tensor([len(bank)])).flatten().tolist() if across_ranks else [len(bank)]
-    first_row = sum(sizes[: ranks.rank()]) if across_ranks else 0
+    sizes = ranks.gathered(torch.tensor([len(bank)])).flatten().tolist()
     work = _WORK_BYTES[queries.device.type]
-    chunk = chunk or max(1, work // (_BYTES_A_VALUE * width))
+    chunk = chunk or max(1, work // (_BYTES_A_VALUE * max(1, queries.shape[1])))
     search = _Search(
         bank=bank,
         device=queries.device,
-        keys=_Keys(first_row=first_row, n_rows=sum(sizes)),
+        keys=_Keys(first_row=sum(sizes[: ranks.rank()]), row_bits=sum(sizes).bit_length()),
         chunk=chunk,
         tile=tile or max(1, work // (_BYTES_A_PRODUCT * min(chunk, max(1, len(bank))))),
         name=name,
     )
-    keys, retried = _all_keys(queries, search, min(k, len(bank)))
-    if across_ranks:
-        keys = _merged(keys, min(k, sum(sizes)))
+    of_this_rank, retried = _all_keys(queries, search, min(k, len(bank)))
+    # The nearest of all ranks are among those of each; a rank that has fewer rows fills up with the lowest keys.
+    keys = of_this_rank.new_full((len(queries), min(k, sum(sizes))), _LOWEST)
+    keys[:, : of_this_rank.shape[1]] = of_this_rank
+    keys = ranks.gathered(keys).transpose(0, 1).flatten(1).topk(keys.shape[1], dim=1).values
     similarities, rows = search.keys.part(keys)
     return Neighbors(similarities=similarities, rows=rows, retried=retried)
 
 
-def _merged(keys: Int64[Tensor, "q mine"], k: int) -> Int64[Tensor, "q k"]:
-    padded = keys.new_full((len(keys), k), _LOWEST)
-    padded[:, : keys.shape[1]] = keys
-    return ranks.gathered(padded).transpose(0, 1).flatten(1).topk(k, dim=1).values
-
-
-def _all_keys(queries: Float[Tensor, "q d"], search: _Search, k: int) -> tuple[Int64[Tensor, "q k"], int]:
+def _all_keys(queries: Queries, search: _Search, k: int) -> tuple[Nearest, int]:
     """The keys of the `k` nearest, and how many queries the first way did not settle."""
     _refuse(int((~queries.isfinite().all(dim=1)).sum()), len(queries), search.name)
     keys = torch.full((len(queries), k), _LOWEST, device=queries.device)
@@ -182,15 +179,12 @@ def _all_keys(queries: Float[Tensor, "q d"], search: _Search, k: int) -> tuple[I
         left = left[~settled]
         unsettled.append(len(left))
         if not len(left):
-            break
-    else:
-        keys[left] = _in_float64(queries[left], search, k)
+            return keys, unsettled[0]
+    keys[left] = _in_float64(queries[left], search, k)
     return keys, unsettled[0] if unsettled else 0
 
 
-def _through_candidates(
-    queries: Float[Tensor, "q d"], search: _Search, k: int, way: _Way
-) -> tuple[Int64[Tensor, "q k"], Bool[Tensor, "q"]]:
+def _through_candidates(queries: Queries, search: _Search, k: int, way: _Way) -> tuple[Nearest, Bool[Tensor, "q"]]:
     """Keys, and of which queries they are sure to be right.
 
     A product is off by at most `off`, so a row that is among the k nearest lies at most twice that below
@@ -207,8 +201,8 @@ def _through_candidates(
 
 
 def _candidates(
-    unit: Float64[Tensor, "q d"], search: _Search, k: int, way: _Way
-) -> tuple[Float32[Tensor, "q m"], Int64[Tensor, "q m"], Float64[Tensor, "q"]]:
+    unit: Unit, search: _Search, k: int, way: _Way
+) -> tuple[Float32[Tensor, "q m"], Candidates, Float64[Tensor, "q"]]:
     """The best products and their rows, in no order, and what the products of each query may be off by."""
     rounded, off = _rounded(unit, torch.ones_like(unit[:, 0]), way, search.block)
     kept = min(len(search.bank), 2 * k + _SPARE)
@@ -220,17 +214,11 @@ def _candidates(
             rounded_rows, rows_off = _rounded(rows, lengths, way, search.block)
             most_off = torch.maximum(most_off, rows_off.max())
             for tile in _tiles(len(unit), search.tile):
-                _keep_largest(best[tile], places[tile], rounded[tile] @ rounded_rows.T, start)
+                values, columns = _largest(rounded[tile] @ rounded_rows.T, kept)
+                chosen = torch.cat([best[tile], values], dim=1).topk(kept, dim=1, sorted=False)
+                places[tile] = torch.cat([places[tile], columns + start], dim=1).gather(1, chosen.indices)
+                best[tile] = chosen.values
     return best, places, _ROUNDING * (off + most_off + way.per_term * unit.shape[1])
-
-
-def _keep_largest(
-    best: Float32[Tensor, "q m"], places: Int64[Tensor, "q m"], similar: Float32[Tensor, "q r"], start: int
-) -> None:
-    values, columns = _largest(similar, best.shape[1])
-    chosen = torch.cat([best, values], dim=1).topk(best.shape[1], dim=1, sorted=False)
-    places.copy_(torch.cat([places, columns + start], dim=1).gather(1, chosen.indices))
-    best.copy_(chosen.values)
 
 
 def _largest(values: Shaped[Tensor, "q r"], count: int) -> tuple[Shaped[Tensor, "q c"], Int64[Tensor, "q c"]]:
@@ -251,9 +239,7 @@ def _largest(values: Shaped[Tensor, "q r"], count: int) -> tuple[Shaped[Tensor, 
     return best.values, columns.gather(1, best.indices)
 
 
-def _exact_keys(
-    unit: Float64[Tensor, "q d"], search: _Search, places: Int64[Tensor, "q m"], wanted: Bool[Tensor, "q m"]
-) -> Int64[Tensor, "q m"]:
+def _exact_keys(unit: Unit, search: _Search, places: Candidates, wanted: Bool[Tensor, "q m"]) -> Candidates:
     """The keys of the wanted pairs of query and row, from float64 products; the lowest of all elsewhere."""
     keys = torch.full_like(places, _LOWEST)
     for start, rows, lengths in search.chunks():
@@ -266,7 +252,7 @@ def _exact_keys(
     return keys
 
 
-def _in_float64(queries: Float[Tensor, "q d"], search: _Search, k: int) -> Int64[Tensor, "q k"]:
+def _in_float64(queries: Queries, search: _Search, k: int) -> Nearest:
     unit = _unit(queries)
     keys = torch.full((len(queries), k), _LOWEST, device=queries.device)
     for start, rows, lengths in search.chunks():
@@ -278,17 +264,15 @@ def _in_float64(queries: Float[Tensor, "q d"], search: _Search, k: int) -> Int64
     return keys.topk(k, dim=1).values
 
 
-def _lengths(rows: Float[Tensor, "n d"]) -> Float64[Tensor, "n"]:
+def _lengths(rows: Rows) -> Lengths:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).clamp(min=_TINY)
 
 
-def _unit(rows: Float[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
+def _unit(rows: Rows) -> Float64[Tensor, "n d"]:
     return rows / _lengths(rows).unsqueeze(1)
 
 
-def _rounded(
-    rows: Float[Tensor, "n d"], lengths: Float64[Tensor, "n"], way: _Way, block: int
-) -> tuple[Float32[Tensor, "n d"], Float64[Tensor, "n"]]:
+def _rounded(rows: Rows, lengths: Lengths, way: _Way, block: int) -> tuple[Float32[Tensor, "n d"], Lengths]:
     """Rows at length one as the factors of a way, and the length of what rounding took from each."""
     low = torch.empty(rows.shape, device=rows.device)
     off = torch.empty_like(lengths)
@@ -324,9 +308,7 @@ def _matmul_precision(wanted: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def on_device(
-    bank: Float[Tensor, "n d"], size: int, device: torch.device
-) -> Iterator[tuple[int, Float[Tensor, "r d"]]]:
+def on_device(bank: Rows, size: int, device: torch.device) -> Iterator[Chunk]:
     """(first row, rows) of chunks of `size` rows in order, on `device`.
 
     To a GPU they go through two page-locked buffers and a stream of their own, so that the next is on
@@ -336,12 +318,6 @@ def on_device(
         for start in range(0, len(bank), size):
             yield start, bank[start : start + size].to(device)
         return
-    yield from _streamed(bank, size, device)
-
-
-def _streamed(
-    bank: Float[Tensor, "n d"], size: int, device: torch.device
-) -> Iterator[tuple[int, Float[Tensor, "r d"]]]:
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     shape = (min(size, len(bank)), bank.shape[1])
     buffers = [torch.empty(shape, dtype=bank.dtype, pin_memory=True) for _ in range(2)]

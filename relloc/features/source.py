@@ -80,12 +80,6 @@ class FeatureSource(Protocol):
         ...
 
 
-def _batches(keys: Iterable[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    left = iter(keys)
-    while batch := list(itertools.islice(left, size)):
-        yield batch
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
     """How views are read and encoded; the same for every evaluation of a run.
@@ -124,12 +118,29 @@ class EncodeConfig:
 
     def views(self, images: ImageSet, view: View, keys: Iterable[tuple[int, int]], size: int) -> Iterable[ImageBatch]:
         """Views by (image, seed of its chance), `size` at a time; keys are asked for as they are needed."""
-        return self.view_batches(images, view, _batches(keys, size))
+        left = iter(keys)
+        return self._load(images, view, iter(lambda: list(itertools.islice(left, size)), []))
 
-    def view_batches(
-        self, images: ImageSet, view: View, batches: Iterable[list[tuple[int, int]]]
-    ) -> Iterable[ImageBatch]:
-        """The same in given batches, of which some may be empty."""
+    def read(
+        self,
+        images: ImageSet,
+        view: View,
+        batches: Iterable[list[tuple[int, int]]],
+        n_batches: int,
+        what: str,
+        unreadable: Unreadable | None = None,
+    ) -> Iterator[ImageBatch]:
+        """The same in given batches, of which some may be empty; progress calls them `what`.
+
+        Raises:
+            DataError: more images than `unreadable` allows can't be read, by default more than `unreadable_share`.
+        """
+        unreadable = unreadable or self.unreadable_of(len(images))
+        for views in self.progress(self._load(images, view, batches), what, n_batches):
+            unreadable.add(views.unreadable)
+            yield views
+
+    def _load(self, images: ImageSet, view: View, batches: Iterable[list[tuple[int, int]]]) -> Iterator[ImageBatch]:
         pin = self.device.type == "cuda"
         return load(Views(images, view), batches, workers=self.workers, pin=pin, stopping=self.stopping)
 
@@ -174,12 +185,14 @@ class LiveFeatures:
         self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[Batch]:
         self.backbone.eval()
-        keys = ((index, seed_for(Use.AUGMENTED_VIEW, self.seed, epoch, index)) for index in indices.tolist())
-        loaded = self.encode_config.views(self.images, self.view, keys, size)
+        parts = indices.split(size)
+        keys = (
+            [(index, seed_for(Use.AUGMENTED_VIEW, self.seed, epoch, index)) for index in part.tolist()]
+            for part in parts
+        )
         what = f"features of {self.images.name} {self.images.split}"
         what += f", epoch {epoch + 1} of {epochs}" if epochs > 1 else ""
-        for views in self.encode_config.progress(loaded, what, -(-len(indices) // size)):
-            self.unreadable.add(views.unreadable)
+        for views in self.encode_config.read(self.images, self.view, keys, len(parts), what, self.unreadable):
             if len(views.pixels):
                 yield self._encode(views, size, layers, epoch), self.labels[views.indices]
 
@@ -233,7 +246,17 @@ def fill_bank(
         UsageError: there is no room for that.
     """
     indices = torch.arange(source.n) if indices is None else indices
-    rows = _room(len(indices), {layer: source.dims[layer] for layer in layers}, device)
+    needed, free = bank_gib(source, layers, len(indices)), free_gib(device)
+    full = UsageError(
+        f"features of {len(indices)} images at {', '.join(layers)} take {in_gib(needed)}, and the memory of {device} "
+        f"has {in_gib(free)} free: name fewer layers, take a smaller data set, or free memory"
+    )
+    if needed > free:
+        raise full
+    try:
+        rows = {layer: torch.empty(len(indices), source.dims[layer], device=device) for layer in layers}
+    except RuntimeError as error:  # an allocator that is asked for too much raises nothing narrower
+        raise full from error
     labels = []
     filled = 0
     for features, batch_labels in source.batches(indices, size, layers):
@@ -252,20 +275,6 @@ def fill_bank(
     )
 
 
-def _room(n: int, dims: dict[str, int], device: torch.device) -> dict[str, Float[Tensor, "n _d"]]:
-    needed, free = _gib(n, dims.values()), free_gib(device)
-    full = UsageError(
-        f"features of {n} images at {', '.join(dims)} take {in_gib(needed)}, and the memory of {device} has "
-        f"{in_gib(free)} free: name fewer layers, take a smaller data set, or free memory"
-    )
-    if needed > free:
-        raise full
-    try:
-        return {layer: torch.empty(n, dim, device=device) for layer, dim in dims.items()}
-    except RuntimeError as error:  # an allocator that is asked for too much raises nothing narrower
-        raise full from error
-
-
 def bank_device(gib: float, device: torch.device) -> torch.device:
     """`device` if a bank of `gib` takes less than half of its free memory, else the CPU."""
     if device.type == "cuda" and gib < free_gib(device) / 2:
@@ -275,11 +284,8 @@ def bank_device(gib: float, device: torch.device) -> torch.device:
 
 def bank_gib(source: FeatureSource, layers: Sequence[str], n: int | None = None) -> float:
     """Memory that `fill_bank` would take for `n` images, or all, in GiB."""
-    return _gib(source.n if n is None else n, (source.dims[layer] for layer in layers))
-
-
-def _gib(n: int, dims: Iterable[int]) -> float:
-    return n * sum(dims) * 4 / 2**30
+    values = sum(source.dims[layer] for layer in layers) * (source.n if n is None else n)
+    return values * 4 / 2**30
 
 
 def free_gib(device: torch.device) -> float:

@@ -57,10 +57,8 @@ class TrainingViews:
         Raises:
             DataError: too many images can't be read.
         """
-        unreadable = self.encode_config.unreadable_of(len(self.images))
-        loaded = self.encode_config.view_batches(self.images, self.view, self._keys(first, end))
-        for views in self.encode_config.progress(loaded, what, end - first):
-            unreadable.add(views.unreadable)
+        keys = self._keys(first, end)
+        for views in self.encode_config.read(self.images, self.view, keys, end - first, what):
             yield [Part(content=views, samples=len(views.pixels))]
 
     def _keys(self, first: int, end: int) -> Iterator[list[tuple[int, int]]]:
@@ -104,11 +102,9 @@ def count_top_hits(network: Classifier, images: ImageSet, view: View, encode_con
     labels, size = labels_of(images), encode_config.batch
     (mine,) = divided(range(len(images)))
     keys = [(index, index) for index in mine]  # a still view needs no seed
-    unreadable = encode_config.unreadable_of(len(images))
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
     counts = torch.zeros(len(TOP) + 1, dtype=torch.int64)
-    loaded = encode_config.views(images, view, keys, size)
-    for views in encode_config.progress(loaded, f"asking {images.name} {images.split}", -(-len(keys) // size)):
-        unreadable.add(views.unreadable)
+    for views in encode_config.read(images, view, batches, len(batches), f"asking {images.name} {images.split}"):
         if not len(views.pixels):
             continue
         with torch.autocast(encode_config.device.type, torch.bfloat16, enabled=encode_config.bf16):

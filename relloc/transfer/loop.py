@@ -61,6 +61,7 @@ def divided(samples: Sequence[T], accumulation: int = 1) -> list[Sequence[T]]:
     return [samples[edges[part] : edges[part + 1]] for part in range(first, first + accumulation)]
 
 
+@dataclasses.dataclass(eq=False)
 class FineTuning(Generic[T]):
     """A training of `network` by `optimizer`, whose gradient of a step is that of the mean over its samples.
 
@@ -77,49 +78,32 @@ class FineTuning(Generic[T]):
     All processes start with the weights of the first. `name` is what messages call the training.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        parts: PartsOfSteps[T],
-        loss: Callable[[T], Tensor],
-        length: int,
-        steps_per_unit: int,
-        schedule: Schedule,
-        synchronized: bool,
-        seed: int,
-        device: torch.device,
-        bf16: bool,
-        name: str,
-        least_samples: int = 1,
-    ) -> None:
-        self.network = network
-        self.optimizer = optimizer
-        self.parts = parts
-        self.loss = loss
-        self.length = length
-        self.steps_per_unit = steps_per_unit
-        self.schedule = schedule
-        self.seed = seed
-        self.device = device
-        self.bf16 = bf16
-        self.name = name
-        self.least_samples = least_samples
-        self.step = 0
-        self.synchronized = synchronized and ranks.world_size() > 1
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    _: dataclasses.KW_ONLY
+    parts: PartsOfSteps[T]
+    loss: Callable[[T], Tensor]
+    length: int
+    steps_per_unit: int
+    schedule: Schedule
+    synchronized: bool
+    seed: int
+    device: torch.device
+    bf16: bool
+    name: str
+    least_samples: int = 1
+    step: int = dataclasses.field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.synchronized = self.synchronized and ranks.world_size() > 1
         if self.synchronized:
-            synchronize(network, device)
-        self._gradients = Gradients(network.parameters())
-        ranks.copy_from_first(network.state_dict().values())
+            synchronize(self.network, self.device)
+        self._gradients = Gradients(self.network.parameters())
+        ranks.copy_from_first(self.network.state_dict().values())
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on to the bit, in any number of processes."""
-        return {
-            "step": self.step,
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return {"step": self.step, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from there."""
@@ -160,22 +144,20 @@ class FineTuning(Generic[T]):
         self.step = end
         # Batch norm that is not synchronized has seen other images in each process: the first one's counts.
         ranks.copy_from_first(self.network.buffers())
-        return self._checked(reports[0])
-
-    def _checked(self, report: StepReport) -> Span:
-        sum_of_losses, samples = report.sums
+        sum_of_losses, samples = reports[0].sums
+        lr = reports[0].lr
         if not samples:
             raise DataError(
-                f"{self.name}: up to step {report.step} no step has {self.least_samples} or more images that can be "
+                f"{self.name}: up to step {end} no step has {self.least_samples} or more images that can be "
                 "read, so nothing can be trained on: mend or remove what can't be read"
             )
         if not math.isfinite(sum_of_losses) or not all_finite(self.network):
             raise Diverged(
-                f"{self.name} diverged: loss or weights are no longer finite after step {report.step} of "
-                f"{self.length * self.steps_per_unit}, at a learning rate of {report.lr:g}. Give a lower one"
+                f"{self.name} diverged: loss or weights are no longer finite after step {end} of "
+                f"{self.length * self.steps_per_unit}, at a learning rate of {lr:g}. Give a lower one"
                 + (", or precision=fp32" if self.bf16 else "")
             )
-        return Span(step=report.step, loss=sum_of_losses / samples, samples=int(samples), lr=report.lr)
+        return Span(step=end, loss=sum_of_losses / samples, samples=int(samples), lr=lr)
 
     def _take_step(self, step: int, parts: Sequence[Part[T]]) -> Tensor:
         """One optimizer step; the sum of the losses of this process's samples, and their number."""
@@ -184,12 +166,15 @@ class FineTuning(Generic[T]):
         samples = int(ranks.total(torch.tensor(sum(part.samples for part in parts))))
         if samples < self.least_samples:
             return sums
+        forked = [self.device] if self.device.type == "cuda" else []
         self._gradients.clear()
         for number, part in enumerate(parts, start=ranks.rank() * len(parts)):
             # Other processes wait in a synchronized batch norm for a part, also where it is empty.
             if not part.samples and not self.synchronized:
                 continue
-            loss = self._loss_of(part, step, number)
+            with torch.random.fork_rng(forked), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                torch.manual_seed(seed_for(Use.FINE_TUNING_FORWARD, self.seed, step, number))
+                loss = self.loss(part.content)
             # The mean over processes of the gradients is to be that of the mean over samples.
             (loss * (part.samples * ranks.world_size() / samples)).backward()
             if part.samples:  # the mean loss of no samples is NaN, and its gradients are zeros
@@ -197,9 +182,3 @@ class FineTuning(Generic[T]):
         self._gradients.average()
         self.optimizer.step()
         return sums
-
-    def _loss_of(self, part: Part[T], step: int, number: int) -> Tensor:
-        generators_of = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(generators_of), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            torch.manual_seed(seed_for(Use.FINE_TUNING_FORWARD, self.seed, step, number))
-            return self.loss(part.content)

@@ -17,7 +17,6 @@ import torch
 
 from relloc import checks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
-from relloc.data.loader import ImageBatch
 from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, stratified
 from relloc.data.views import View, check_view
 from relloc.errors import DataError
@@ -25,7 +24,7 @@ from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.results import CHOSEN, Score
 from relloc.transfer.classifier import TOP, Classifier, TrainingViews, count_top_hits
-from relloc.transfer.loop import Diverged, FineTuning, Part
+from relloc.transfer.loop import Diverged, FineTuning
 from relloc.transfer.schedule import Milestones
 
 _PUBLISHED_SETTINGS = 9  # three rates and three multipliers of the head's (docs/MODEL_ZOO.md)
@@ -116,11 +115,9 @@ class SemiSupervised(Evaluation):
             DataError: images without labels; a list that does not fit; no other images to choose on;
                 too many that can't be read.
         """
-        splits, state, seed = context.splits, context.state, context.seed
-        tuned_on = self._subset(splits.train, seed)
-        sets: list[ImageSet] = [splits.held_out]
-        if len(self.settings) > 1:
-            sets.append(self._others(splits.train, tuned_on))
+        state = context.state
+        tuned_on, *others = self._subsets(context.splits.train, context.seed)
+        sets: list[ImageSet] = [context.splits.held_out, *others]
         saved = state.load() or {}
         outcomes: list[Outcome] = saved.get("outcomes", [])
         training_so_far = saved.get("training")
@@ -130,27 +127,26 @@ class SemiSupervised(Evaluation):
             outcomes = [*outcomes, Outcome(finite=finite, tallies=tallies)]
             training_so_far = None
             state.save({"outcomes": outcomes})
-        yield from self._scores(outcomes, tuned_on, seed, len(splits.train.classes))
+        yield from self._scores(outcomes, tuned_on, context.seed)
 
     def check(self, splits: Splits) -> None:
         """Raises `DataError` for a list that does not fit, and where no images are left to choose a setting on."""
-        tuned_on = self._subset(splits.train, seed=0)
-        if len(self.settings) > 1:
-            self._others(splits.train, tuned_on)
+        self._subsets(splits.train, seed=0)
 
-    def _subset(self, train: ImageSet, seed: int) -> Subset:
-        return listed(train, Path(self.list_file)) if self.list_file else stratified(train, self.share, seed=seed)
-
-    def _others(self, train: ImageSet, tuned_on: Subset) -> Subset:
+    def _subsets(self, train: ImageSet, seed: int) -> list[Subset]:
+        """The images that are trained on and, where there are several settings, others to choose one on."""
+        tuned_on = listed(train, Path(self.list_file)) if self.list_file else stratified(train, self.share, seed=seed)
+        if len(self.settings) == 1:
+            return [tuned_on]
         taken = set(tuned_on.indices)
-        others = [place for place in range(len(train)) if place not in taken]
+        others = [index for index in range(len(train)) if index not in taken]
         if not others:
             raise DataError(
                 f"{train.name} {train.split} has no images beyond those that are trained on, so that no setting can "
                 "be chosen: give one number in eval.semisup.learning_rates and head_multipliers, or a smaller share"
             )
-        places = [others[place] for place in evenly_spaced(len(others), self.choosing_images)]
-        return Subset(images=train, indices=places)
+        indices = [others[place] for place in evenly_spaced(len(others), self.choosing_images)]
+        return [tuned_on, Subset(images=train, indices=indices)]
 
     def _tune(
         self,
@@ -163,10 +159,9 @@ class SemiSupervised(Evaluation):
         """The network after the last epoch, and whether loss and weights stayed finite."""
         network = Classifier(copy.deepcopy(context.backbone), len(images.classes), seed=context.seed).to(context.device)
         network.requires_grad_(True)
-        head_rate = rates.learning_rate * rates.head_multiplier
         groups = [
             {"params": list(network.backbone.parameters()), "lr": rates.learning_rate},
-            {"params": list(network.head.parameters()), "lr": head_rate},
+            {"params": list(network.head.parameters()), "lr": rates.learning_rate * rates.head_multiplier},
         ]
         views = TrainingViews(
             images=images,
@@ -175,18 +170,15 @@ class SemiSupervised(Evaluation):
             encode_config=context.encode_config,
             seed=context.seed,
         )
-        n_steps = views.steps_per_epoch
-
-        def parts(first: int, end: int) -> Iterator[Sequence[Part[ImageBatch]]]:
-            return views.parts(first, end, f"{rates}, epoch {end // n_steps} of {self.epochs}")
-
         training = FineTuning(
             network,
             torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay),
-            parts=parts,
+            parts=lambda first, end: views.parts(
+                first, end, f"{rates}, epoch {end // views.steps_per_epoch} of {self.epochs}"
+            ),
             loss=lambda batch: views.loss(network, batch),
             length=self.epochs,
-            steps_per_unit=n_steps,
+            steps_per_unit=views.steps_per_epoch,
             schedule=Milestones(milestones=self.milestone_epochs, gamma=self.gamma),
             synchronized=True,
             seed=context.seed,
@@ -204,23 +196,18 @@ class SemiSupervised(Evaluation):
             return network, False
         return network, True
 
-    def _scores(self, outcomes: Sequence[Outcome], tuned_on: Subset, seed: int, n_classes: int) -> Iterator[Score]:
-        several = len(self.settings) > 1
-        best, chosen = (_best(outcomes, place) for place in (0, -1))
-        choice = "chosen on the images it is reported on, as published" if several else ""
-        details = self._details(tuned_on, seed, outcomes, best)
-        yield from self._rows(outcomes[best]["tallies"][0], n_classes, "", choice, details)
-        if several:
-            choice = f"chosen on {outcomes[0]['tallies'][-1][-1]} other training images"
-            details = self._details(tuned_on, seed, outcomes, chosen)
-            yield from self._rows(outcomes[chosen]["tallies"][0], n_classes, CHOSEN, choice, details)
-
-    def _rows(
-        self, tally: Sequence[int], n_classes: int, variant: str, choice: str, details: tuple[str, ...]
-    ) -> Iterator[Score]:
-        *hits, n = tally
-        for top, right in zip(TOP, hits, strict=True):
-            if top == 1 or top < n_classes:
+    def _scores(self, outcomes: Sequence[Outcome], tuned_on: Subset, seed: int) -> Iterator[Score]:
+        published = "chosen on the images it is reported on, as published" if len(self.settings) > 1 else ""
+        # Which line of the table, and by which of the sets the setting of that line is chosen
+        variants = [("", published, 0)]
+        if len(self.settings) > 1:
+            variants.append((CHOSEN, f"chosen on {outcomes[0]['tallies'][1][-1]} other training images", 1))
+        for variant, choice, chosen_on in variants:
+            number = _best(outcomes, chosen_on)
+            *hits, n = outcomes[number]["tallies"][0]
+            for top, right in zip(TOP, hits, strict=True):
+                if top > 1 and top >= len(tuned_on.classes):
+                    continue
                 yield Score(
                     table="Fine-tuned on 1 % and 10 % of the labels",
                     column=f"{100 * self.share:g} % top-{top}",
@@ -233,13 +220,17 @@ class SemiSupervised(Evaluation):
                     protocol="OpenSelfSup semi_classification",
                     deviations=tuple(self._deviations()),
                     choice=choice,
-                    details=details,
+                    details=self._details(tuned_on, seed, outcomes, number),
                 )
 
     def _details(self, tuned_on: Subset, seed: int, outcomes: Sequence[Outcome], number: int) -> tuple[str, ...]:
-        source = (
-            f"list {Path(self.list_file).name}" if self.list_file else f"{self.share:.3g} of each class by seed {seed}"
-        )
+        source = f"{self.share:.3g} of each class by seed {seed}"
+        if self.list_file:
+            source = f"list {Path(self.list_file).name}"
+        gone = [str(rates) for rates, of in zip(self.settings, outcomes, strict=False) if not of["finite"]]
+        diverged = [f"diverged and ranked last: {' and '.join(gone)}"] if gone else []
+        if not outcomes[number]["finite"]:
+            diverged = ["diverged: loss or weights are not finite"]
         return (
             f"fine-tuned on {len(tuned_on)} labeled images ({source}, hash {tuned_on.list_hash()})",
             f"{self.settings[number]}" + (f", one of {tried} settings" if (tried := len(self.settings)) > 1 else ""),
@@ -249,14 +240,8 @@ class SemiSupervised(Evaluation):
             f"batch {self.batch}",
             "batch norm trained",
             f"trained on {self.augment}",
-            *self._diverged(outcomes, number),
+            *diverged,
         )
-
-    def _diverged(self, outcomes: Sequence[Outcome], number: int) -> Iterator[str]:
-        if not outcomes[number]["finite"]:
-            yield "diverged: loss or weights are not finite"
-        elif gone := [str(rates) for rates, of in zip(self.settings, outcomes, strict=True) if not of["finite"]]:
-            yield f"diverged and ranked last: {' and '.join(gone)}"
 
     def _deviations(self) -> Iterator[str]:
         if not self.list_file:

@@ -204,7 +204,7 @@ given = load_file(sys.argv[1])
 k, n_classes = (1, 5, 20, 100), 5
 half = [slice(0, 137), slice(137, 400)][rank]
 found = vote(given["queries"], given["bank"][half], given["labels"][half], k=k, temperature=0.07,
-             n_classes=n_classes, chunk=50, across_ranks=True)
+             n_classes=n_classes, chunk=50)
 
 
 def bank_of(rows, labels):
