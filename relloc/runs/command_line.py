@@ -8,12 +8,12 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString, Transformer
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import OverrideParseException
 
 from relloc.errors import UsageError
@@ -32,7 +32,6 @@ _TEXTS = ("runs", "hydra.run.dir", "hydra.sweep.dir", "sweep")
 # A launcher may make a sweep of a command without -m, and says itself what its settings take
 _SWEEP_THEMSELVES = ("launcher", "hydra")
 _KEY = re.compile(r"(?:\+\+?|~)?[A-Za-z_$][\w.$/@:-]*")
-_OPENING = {"[": "]", "{": "}", "(": ")"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,16 +48,6 @@ class CommandLine:
     @property
     def sweeps(self) -> bool:
         return any(flag in ("--multirun", "-m") for flag in self.flags)
-
-    @property
-    def runs(self) -> bool:
-        """Whether the command is to be run, and not only to show something."""
-        shows = (*_INFO, "--cfg", "-c", "--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc")
-        return not any(flag.partition("=")[0] in shows for flag in self.flags)
-
-    @property
-    def arguments(self) -> list[str]:
-        return [*self.flags, *self.words]
 
 
 def read(arguments: Sequence[str]) -> CommandLine:
@@ -86,31 +75,31 @@ def _flag(word: str, left: list[str]) -> list[str]:
     """A flag, together with its value, which is taken from what is `left`."""
     name, has_value, value = word.partition("=")
     known = (*_ALONE, *_WITH_VALUE, *_INFO)
-    if name not in known and name.startswith("--"):
-        meant = [flag for flag in known if flag.startswith(name)]
-        name = meant[0] if len(meant) == 1 else name
+    # As usual, the beginning of a flag's name stands for it if no other begins so.
+    meant = [flag for flag in known if flag.startswith(name)] if name.startswith("--") else []
+    if name not in known and len(meant) == 1:
+        name = meant[0]
     if name in _ALONE and not has_value:
         return [name]
     if name in _INFO:
         asked = value or (left.pop(0) if left and left[0] in _INFOS else "all")
         return [f"--info={asked}"]
-    if name in _WITH_VALUE:
-        if has_value:
-            return [f"{name}={value}"]
-        if not left:
-            raise UsageError(f"{name} needs a value behind it")
-        return [name, left.pop(0)]
-    raise UsageError(_unknown_flag(word, left))
+    if name not in _WITH_VALUE:
+        raise UsageError(f"there is no flag {word}{_as_setting(word, left)}. See --help")
+    if has_value:
+        return [f"{name}={value}"]
+    if not left:
+        raise UsageError(f"{name} needs a value behind it")
+    return [name, left.pop(0)]
 
 
-def _unknown_flag(word: str, left: Sequence[str]) -> str:
-    name, has_value, value = word.lstrip("-").partition("=")
-    if not has_value and left and not left[0].startswith("-") and "=" not in left[0]:
-        value = left[0]
-    if _KEY.fullmatch(name):
-        meant = f"settings are written without dashes, {_typed(name, value)}" if value else "settings have no dashes"
-        return f"there is no flag {word}: {meant}. See --help"
-    return f"there is no flag {word}. See --help"
+def _as_setting(word: str, left: Sequence[str]) -> str:
+    """Of a setting with dashes, `--seed 0`: how it is written."""
+    name, _, value = word.lstrip("-").partition("=")
+    if not _KEY.fullmatch(name):
+        return ""
+    behind = left[0] if left and not left[0].startswith("-") and "=" not in left[0] else "VALUE"
+    return f": settings are written without dashes, {_typed(name, value or behind)}"
 
 
 def check(words: Sequence[str], *, sweeps: bool) -> list[Override]:
@@ -128,7 +117,7 @@ def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
     if not equals and not (word.startswith("~") and _KEY.fullmatch(word)):
         raise UsageError(_without_equals(word, after))
     if not _KEY.fullmatch(key):
-        raise UsageError(f"{_quoted(word)} does not begin with the name of a setting, such as seed=0. See --help")
+        raise UsageError(f"{shlex.quote(word)} does not begin with the name of a setting, such as seed=0. See --help")
     read_word = _parsed(word)
     if read_word is None:
         raise UsageError(_unread(key, value, sweeps))
@@ -152,9 +141,9 @@ def _without_equals(word: str, after: Sequence[str]) -> str:
         return "one of the words is empty: a setting is KEY=VALUE, such as seed=0"
     key, colon, value = word.partition(":")
     if colon and value and _KEY.fullmatch(key):
-        return f"{_quoted(word)} sets nothing: it is written with =, {_typed(key, value)}"
+        return f"{shlex.quote(word)} sets nothing: it is written with =, {_typed(key, value)}"
     if not _KEY.fullmatch(word):
-        return f"{_quoted(word)} is no setting: these are written KEY=VALUE, such as seed=0. See --help"
+        return f"{shlex.quote(word)} is no setting: these are written KEY=VALUE, such as seed=0. See --help"
     if after and "=" not in after[0] and not _KEY.fullmatch(after[0]):
         return f"{word} {after[0]} are two words: a setting is one, {_typed(word, after[0])}"
     return f"{word} is given no value: write {word}=VALUE; --help {word} tells what it is"
@@ -166,45 +155,32 @@ def _unread(key: str, value: str, sweeps: bool) -> str:
         home = f"$HOME{value[1:]}" if value[1:2] in ("", "/") else os.path.expanduser(value)
         meant = "" if home.startswith("~") else f'"{key}={home}", or '
         return f"{key}={value}: the shell expands ~ only where a word begins with it. Write {meant}the whole path"
-    if value.startswith("[") != value.endswith("]") and _parsed(f"{key}={_closed(value)}"):
-        meant = _quoted(f"{key}={_closed(value)}")
-        return f"{_quoted(f'{key}={value}')} has a bracket without its other half: write {meant}"
+    told = shlex.quote(f"{key}={value}")
+    closed = f"{key}={value}]" if value.startswith("[") else f"{key}=[{value}"
+    if value.startswith("[") != value.endswith("]") and _parsed(closed):
+        return f"{told} has a bracket without its other half: write {shlex.quote(closed)}"
     return (
-        f"{_quoted(f'{key}={value}')} can't be read: a value with such characters stands in quotes, and these inside "
-        f"of the shell's. Write {_with_quotes(key, value, sweeps)}"
+        f"{told} can't be read: a value with such characters stands in quotes, and these inside of the shell's. "
+        f"Write {_with_quotes(key, value, sweeps)}"
     )
 
 
-def _closed(value: str) -> str:
-    """The value with the brackets that it lacks at its end, or the one at its beginning."""
-    missing: list[str] = []
-    for char in value:
-        if char in _OPENING:
-            missing.append(_OPENING[char])
-        elif char in _OPENING.values() and (not missing or missing.pop() != char):
-            return f"[{value}"
-    return value + "".join(reversed(missing))
+def _with_quotes(key: str, value: str, sweeps: bool, *, as_text: bool = False) -> str:
+    """The word with quotes around what needs them: elements of a list, values of a sweep, or all of it.
 
-
-def _with_quotes(key: str, value: str, sweeps: bool) -> str:
-    """The word with quotes around what needs them: elements of a list, values of a sweep, or all of it."""
-    elements = _elements(value)
-    if value.startswith("[") and value.endswith("]"):
-        quoted = f"{key}=[{','.join(map(_element, _elements(value[1:-1])))}]"
-    elif sweeps and len(elements) > 1:
-        quoted = f"{key}={','.join(map(_element, elements))}"
-    else:
-        quoted = f"{key}={_in_quotes(value)}"
-    return _quoted(quoted if _parsed(quoted) else f"{key}={_in_quotes(value)}")
-
-
-def _elements(value: str) -> list[str]:
-    """The parts of a value between commas that stand in no quotes."""
-    return [part.strip() for part in re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"']+|["'])+""", value)]
-
-
-def _element(value: str) -> str:
-    return value if _parsed(f"key={value}") else _in_quotes(value)
+    They are needed by what can't be read, and if it is to be read `as_text` by what would be something else.
+    """
+    is_list = value.startswith("[") and value.endswith("]")
+    # What stands between commas that are in no quotes
+    elements = re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"']+|["'])+""", value[1:-1] if is_list else value)
+    parts = [part.strip() for part in elements] if is_list or (sweeps and len(elements) > 1) else [value]
+    for place, part in enumerate(parts):
+        read_part = _parsed(f"key={part}")
+        if read_part is None or (as_text and not isinstance(read_part.value(), str)):
+            parts[place] = _in_quotes(part)
+    quoted = ",".join(parts)
+    word = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
+    return shlex.quote(word if _parsed(word) else f"{key}={_in_quotes(value)}")
 
 
 def _in_quotes(value: str) -> str:
@@ -213,9 +189,10 @@ def _in_quotes(value: str) -> str:
 
 
 def _several(key: str, value: str) -> str:
-    listed, whole = _quoted(f"{key}=[{value}]"), _quoted(f"{key}={_in_quotes(value)}")
+    whole = shlex.quote(f"{key}={_in_quotes(value)}")
     if Path(value).exists():
         return f"{key}={value} is read as several values: write {whole} for what is called that"
+    listed = shlex.quote(f"{key}=[{value}]")
     return (
         f"{key}={value} names several values: write {listed} for a list of them, -m before it for a run of each, or "
         f"{whole} if that is one value"
@@ -224,40 +201,31 @@ def _several(key: str, value: str) -> str:
 
 def _check_path(key: str, value: str, word: Override) -> None:
     """A name that Hydra reads as a number or a yes is asked for in quotes; null is none."""
-    if word.is_sweep_override() or word.is_delete() or word.value() is None:
+    if word.is_sweep_override() or word.is_delete():
         return
     found = word.value()
-    values = found if isinstance(found, list) else [found]
     if key in _TEXTS and str(found) == value:
         return
-    if any(isinstance(one, bool | int | float) for one in values):
-        inner = [part if _is_text(part) else _in_quotes(part) for part in _elements(value.strip("[]"))]
-        quoted = f"[{','.join(inner)}]" if isinstance(found, list) else _in_quotes(value)
-        raise UsageError(f"{key}={value} is read as a number, not as a name: write {_quoted(f'{key}={quoted}')}")
+    if any(isinstance(one, bool | int | float) for one in (found if isinstance(found, list) else [found])):
+        meant = _with_quotes(key, value, sweeps=False, as_text=True)
+        raise UsageError(f"{key}={value} is read as a number, not as a name: write {meant}")
 
 
-def _is_text(part: str) -> bool:
-    read_part = _parsed(f"key={part}")
-    return read_part is not None and isinstance(read_part.value(), str)
+def values(word: Override) -> list[Any]:
+    """What a word sets: one value, or each that a sweep lists."""
+    if not word.is_sweep_override():
+        return [word.value()]
+    if not word.is_choice_sweep():
+        return []
+    points = [_parsed(f"key={text}") for text in word.sweep_string_iterator()]
+    return [point.value() for point in points if point is not None]
 
 
 def checkpoints(words: Sequence[Override]) -> list[list[str]]:
     """The checkpoints that are named, a list for each point of a sweep; none where the setting is not given."""
     named = [word for word in words if word.key_or_group == "checkpoint" and not word.is_delete()]
-    if not named:
-        return []
-    word = named[-1]
-    if word.is_sweep_override():
-        if not word.is_choice_sweep():
-            return []
-        points = [_parsed(f"checkpoint={value}") for value in word.sweep_iterator(transformer=Transformer.encode)]
-        return [_names(point.value()) for point in points if point is not None]
-    return [_names(word.value())]
-
-
-def _names(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [one.text if isinstance(one, QuotedString) else one for one in values if isinstance(one, str | QuotedString)]
+    points = [value if isinstance(value, list) else [value] for word in named[-1:] for value in values(word)]
+    return [[name for name in point if isinstance(name, str)] for point in points]
 
 
 def check_checkpoints(words: Sequence[Override]) -> None:
@@ -269,26 +237,16 @@ def check_checkpoints(words: Sequence[Override]) -> None:
 
 
 def _hint(name: str) -> str:
-    if name.lower() in NOT_OURS:
-        return f": did you mean checkpoint={name.lower()}?"
+    folder = Path(name).parent
     near = difflib.get_close_matches(name.lower(), NOT_OURS, n=1, cutoff=0.75)
+    if not near:
+        beside = sorted(file.name for file in folder.glob("*"))
+        near = [str(folder / one) for one in difflib.get_close_matches(Path(name).name, beside, n=1, cutoff=0.75)]
     if near:
-        return f": did you mean checkpoint={near[0]}?"
-    path = Path(name)
-    beside = sorted(_entries(path.parent))
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.75)
-    if near:
-        return f": did you mean {as_word('checkpoint', str(path.parent / near[0]))}?"
-    if not path.parent.is_dir():
-        return f", nor is there a folder {path.parent}; we are in {Path.cwd()}"
-    return f" in {path.parent.absolute()}: give a run folder, a file of weights, {' or '.join(NOT_OURS)}"
-
-
-def _entries(folder: Path) -> Iterator[str]:
-    try:
-        yield from os.listdir(folder)
-    except OSError:
-        return
+        return f": did you mean {as_word('checkpoint', near[0])}?"
+    if not folder.is_dir():
+        return f", nor is there a folder {folder}; we are in {Path.cwd()}"
+    return f" in {folder.absolute()}: give a run folder, a file of weights, {' or '.join(NOT_OURS)}"
 
 
 def as_value(value: Any) -> str:
@@ -310,13 +268,9 @@ def as_value(value: Any) -> str:
 
 def as_word(key: str, value: Any) -> str:
     """`key=value` as it is typed in a shell."""
-    return _quoted(f"{key}={as_value(value)}")
+    return shlex.quote(f"{key}={as_value(value)}")
 
 
 def _typed(key: str, value: str) -> str:
     """`key=value` as a person meant it, with quotes only where Hydra can't read it without."""
-    return _quoted(f"{key}={value if _parsed(f'{key}={value}') else _in_quotes(value)}")
-
-
-def _quoted(word: str) -> str:
-    return shlex.quote(word)
+    return shlex.quote(f"{key}={value if _parsed(f'{key}={value}') else _in_quotes(value)}")

@@ -5,7 +5,6 @@ Nothing here imports torch.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,17 +65,20 @@ def about(file: Path) -> list[str]:
     return lines
 
 
-def nearest_members(group: str, wrong: str) -> list[str]:
-    """Members that may have been meant: those called alike, and those that a data set's usual name is told of."""
-    known = members(group)
-    near = difflib.get_close_matches(wrong, known, n=1)
-    word = wrong.lower()
-    told = [name for name in known if len(word) > 3 and (file := file_of(f"{group}/{name}")) and _tells(file, word)]
-    return sorted({*near, *told})
+def content_of(member: str) -> dict[str, Any]:
+    """What the file of `grid/mmselfsup` sets, unresolved; {} where there is none."""
+    file = file_of(member)
+    content = OmegaConf.to_container(OmegaConf.load(file)) if file else None
+    return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
 
 
-def _tells(file: Path, word: str) -> bool:
-    return any(word in line.lower() for line in about(file)[:1])
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """All settings of a plain config by their full names, those that hold others before what they hold."""
+    found = {}
+    for name, value in node.items() if isinstance(node, Mapping) else ():
+        if name != "_target_":
+            found |= {f"{prefix}{name}": value, **flat(value, f"{prefix}{name}.")}
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +87,7 @@ class Source:
 
     name: str
     package: str
-
-    @property
-    def file(self) -> Path | None:
-        return file_of(self.name)
+    file: Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,17 +99,22 @@ class Composed:
     words: tuple[str, ...]
 
     @functools.cached_property
+    def unresolved(self) -> dict[str, Any]:
+        """All settings by their full names, groups of them before what they hold."""
+        return flat(OmegaConf.to_container(self.config, resolve=False))
+
+    @functools.cached_property
     def sources(self) -> tuple[Source, ...]:
         """The files that it is composed of, later ones over earlier ones."""
         with _hydra():
             loader = GlobalHydra.instance().hydra.config_loader  # pyright: ignore[reportOptionalMemberAccess]
             listed = loader.compute_defaults_list(self.command, list(self.words), RunMode.RUN).defaults
-        return tuple(Source(name=one.config_path, package=one.package or "") for one in listed if one.config_path)
+        names = {one.config_path: one.package or "" for one in listed if one.config_path}
+        files = ((name, package, file_of(name)) for name, package in names.items())
+        return tuple(Source(name=name, package=package, file=file) for name, package, file in files if file)
 
     def default(self, key: str) -> Any:
-        """The value of a setting, resolved where that is possible. Raises `KeyError` where there is no such setting."""
-        if key not in self.names():
-            raise KeyError(key)
+        """The value of a setting, resolved where that is possible."""
         try:
             value = OmegaConf.select(self.config, key)
         except (ValueError, KeyError):  # it names another one, or an environment variable, that is not set
@@ -122,15 +126,9 @@ class Composed:
         value = OmegaConf.select(self.config, key)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
-    def is_needed(self, key: str) -> bool:
-        """Whether a setting has no default, and has to be given."""
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(self.config, parent) if parent else self.config
-        return isinstance(node, DictConfig) and OmegaConf.is_missing(node, name)
-
     def names(self) -> list[str]:
-        """All settings by their full names, groups of them before what they hold."""
-        return list(_keys(OmegaConf.to_container(self.config, resolve=False)))
+        """All settings by their full names."""
+        return list(self.unresolved)
 
 
 def compose(command: str, words: Sequence[str] = (), *, with_hydra: bool = False) -> Composed:
@@ -145,15 +143,6 @@ def _hydra() -> Iterator[None]:
     GlobalHydra.instance().clear()  # a command that failed while it was composed leaves its own
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for name, child in node.items():
-            if name == "_target_":
-                continue
-            yield f"{prefix}{name}"
-            yield from _keys(child, f"{prefix}{name}.")
 
 
 def chosen_groups(words: Sequence[str]) -> list[str]:
