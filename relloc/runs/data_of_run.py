@@ -8,7 +8,7 @@ and that member says which function lists the images.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ _HYDRA_FILE = Path(".hydra", "hydra.yaml")
 _LARGEST_FILE = 2**20
 _LONGEST_NAME = 200
 _SAYS_DATA = ("data", "experiment")  # a preset may choose the data
+_STARTED_IN = "hydra.runtime.cwd"
+_PLACES = ("data.root", "data.shards", "data.source.root")  # where images lay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,53 +110,49 @@ def _of_first(checkpoints: Sequence[str], words: Sequence[Override]) -> RunData 
     """The data of the first run folder among them, without the probe where `words` choose one."""
     folders = (name for name in checkpoints if os.path.isfile(os.path.join(name, CONFIG_FILE)))
     run = next(folders, None)
-    found = _read(Path(run), Path(run, CONFIG_FILE)) if run else None
-    if found and any(word.key_or_group == "probe" for word in words):
-        kept = tuple(word for word in found.words if not word.startswith("probe."))
-        return dataclasses.replace(found, words=kept)
-    return found
+    return _read(Path(run), any(word.key_or_group == "probe" for word in words)) if run else None
 
 
-def _read(run: Path, file: Path) -> RunData | None:
-    content = _load(file)
+def _read(run: Path, chooses_probe: bool) -> RunData | None:
+    content = _load(run / CONFIG_FILE)
     data = content.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("source"), Mapping):
         return None
-    places = {f"data.{name}": _from_where_it_was_started(run, data.get(name)) for name in ("root", "shards")}
-    choices = [(len(words), member, words) for member, words in _matching(data, _probe(content), places)]
+    # Runs of earlier versions have the sizes of their evaluations in `data`.
+    probe = {} if chooses_probe else content.get("probe", data)
+    given = settings.flat({"data": data, "probe": probe})
+    places = {key: _from_where_it_was_started(run, given.get(key)) for key in _PLACES}
+    given |= {key: place for key, place in places.items() if key in given}
+    # Members that list images by the same function, with the words that make them the run's
+    target = data["source"].get("_target_")
+    choices = []
+    for member in settings.members("data"):
+        source = settings.content_of(f"data/{member}").get("source")
+        if target is not None and isinstance(source, dict) and source.get("_target_") == target:
+            words = _words(settings.compose("evaluate", [f"data={member}"]), given)
+            choices.append((len(words), member, words))
     if not choices:
-        target = escaped(str(data["source"].get("_target_"))[:_LONGEST_NAME])
-        raise UsageError(f"{run} was trained on data of {target}, which no member of data has: give data=NAME")
+        told = escaped(str(target)[:_LONGEST_NAME])
+        raise UsageError(f"{run} was trained on data of {told}, which no member of data has: give data=NAME")
     _, member, words = min(choices)
     return RunData(run=run, member=member, words=(f"data={member}", *words), places=places)
 
 
-def _probe(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The sizes of the run's evaluations; runs of earlier versions have them in `data`."""
-    probe = content.get("probe", content["data"])
-    return probe if isinstance(probe, Mapping) else {}
+def _load(file: Path) -> Any:
+    """The content of a file of plain YAML, at most a config's size; relloc writes no aliases, which might be endless.
 
-
-def _load(file: Path) -> dict[str, Any]:
-    """A file of plain YAML. Raises `UsageError` where it is none."""
+    Raises `UsageError` where it is none.
+    """
     try:
         if file.stat().st_size > _LARGEST_FILE:
-            raise UsageError(f"{file} has more than {_LARGEST_FILE} bytes: it is no config of a run; give data=NAME")
-        content = yaml.load(file.read_text(encoding="utf-8"), _WithoutAliases)
-    except UsageError:  # a ValueError, too
-        raise
+            raise yaml.YAMLError(f"it has more than {_LARGEST_FILE} bytes")
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise yaml.YAMLError("it has an alias, which relloc does not write")
+        content = yaml.safe_load(text)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} can't be read ({reason(error)}): give data=NAME") from error
     return content if isinstance(content, dict) else {}
-
-
-class _WithoutAliases(yaml.SafeLoader):
-    """Plain YAML in which nothing stands for another part: relloc writes none, and a crafted file would never end."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias, which relloc does not write")
-        return super().compose_node(parent, index)
 
 
 def _from_where_it_was_started(run: Path, folder: Any) -> Any:
@@ -163,70 +161,24 @@ def _from_where_it_was_started(run: Path, folder: Any) -> Any:
         return [_from_where_it_was_started(run, one) for one in folder]
     if not isinstance(folder, str) or os.path.isabs(folder):
         return folder
-    started = _load(run / _HYDRA_FILE) if (run / _HYDRA_FILE).is_file() else {}
-    for name in ("hydra", "runtime", "cwd"):
-        started = started.get(name) if isinstance(started, dict) else None
+    started = settings.flat(_load(run / _HYDRA_FILE)).get(_STARTED_IN) if (run / _HYDRA_FILE).is_file() else None
     there = os.path.join(started, folder) if isinstance(started, str) else folder
     return os.path.abspath(there if os.path.exists(there) else folder)
 
 
-def _matching(
-    data: Mapping[str, Any], probe: Mapping[str, Any], places: Mapping[str, Any]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Members of the group that list images by the same function, and the words that make them the run's."""
-    for member in settings.members("data"):
-        file = settings.file_of(f"data/{member}")
-        target = OmegaConf.select(OmegaConf.load(file), "source._target_") if file else None
-        if target is not None and target == data["source"].get("_target_"):
-            yield member, _words(settings.compose("evaluate", [f"data={member}"]), data, probe, places)
-
-
-def _words(
-    composed: Composed, data: Mapping[str, Any], probe: Mapping[str, Any], places: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """What the run has otherwise than the member, settings that follow others last: mostly they need no word then.
-
-    `places` stand for where the run's own words said that the images lie.
-    """
-    config = composed.config
-    both = [
-        *_both(OmegaConf.to_container(config.data, resolve=False), data, "data"),
-        *_both(OmegaConf.to_container(config.probe, resolve=False), probe, "probe"),
-    ]
-    found: dict[str, Any] = {}
-    for key, _, value in sorted(both, key=lambda one: _follows(one[1])):
-        if _is_plain(value) and value != composed.value(key):
-            OmegaConf.update(config, key, value, merge=False)
-            found[key] = value
-    known = {key for key, _, _ in both}
-    found |= {
-        key: value
-        for key, value in places.items()
-        if key in known and _is_plain(value) and value != composed.value(key)
-    }
+def _words(composed: Composed, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the run has otherwise than the member, settings that follow others last: mostly they need no word then."""
+    ours = {key: value for key, value in composed.unresolved.items() if key.startswith(("data.", "probe."))}
+    found = {}
+    for key in sorted(ours, key=lambda key: "${." in str(ours[key])):
+        if key in given and _is_plain(given[key]) and given[key] != composed.value(key):
+            OmegaConf.update(composed.config, key, given[key], merge=False)
+            found[key] = given[key]
     return tuple(f"{key}={command_line.as_value(value)}" for key, value in found.items())
-
-
-def _both(ours: Any, theirs: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any, Any]]:
-    """Each setting that the member and the run have, with both values; not which function is called."""
-    for name in ours:
-        if name == "_target_" or name not in theirs:
-            continue
-        if isinstance(ours[name], dict) and isinstance(theirs[name], Mapping):
-            yield from _both(ours[name], theirs[name], f"{key}.{name}")
-        else:
-            yield f"{key}.{name}", ours[name], theirs[name]
-
-
-def _follows(value: Any) -> bool:
-    """Whether a setting is that of another, as data.source.root is data.root's."""
-    return isinstance(value, str) and "${." in value
 
 
 def _is_plain(value: Any) -> bool:
     """Whether it is a value, and none that Hydra would look up: `${oc.env:SECRET}` is one."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
-    if isinstance(value, str):
-        return "${" not in value
-    return value is None or isinstance(value, bool | int | float)
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
