@@ -16,6 +16,7 @@ from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
 from relloc.data.shared_memory import can_be_handed, handed_over, to_hand_over
 from relloc.errors import DataError, Interrupted
 
+Rows = UInt8[Tensor, "b s s 3"]
 _own_memory = functools.partial(torch.empty, dtype=torch.uint8)
 
 
@@ -48,16 +49,14 @@ class BatchMessage:
     unreadable: dict[str, str]
     shape: tuple[int, ...]
 
-    def batch(self, rows: UInt8[Tensor, "b s s 3"], *, pin: bool = False) -> ImageBatch:
+    def batch(self, rows: Rows, *, pin: bool = False) -> ImageBatch:
         """The batch whose pixels are `rows`; with `pin` a copy of them in page-locked memory."""
         pixels = rows.permute(0, 3, 1, 2)
         indices = torch.tensor(self.indices, dtype=torch.int64)
         return ImageBatch(pixels=pixels.pin_memory() if pin else pixels, indices=indices, unreadable=self.unreadable)
 
 
-def write_samples(
-    samples: list[Sample], memory: Callable[[tuple[int, ...]], UInt8[Tensor, "b s s 3"]]
-) -> tuple[BatchMessage, UInt8[Tensor, "b s s 3"]]:
+def write_samples(samples: list[Sample], memory: Callable[[tuple[int, ...]], Rows]) -> tuple[BatchMessage, Rows]:
     """Write the pixels of samples of one size into `memory(shape)`; those without pixels have no row there."""
     usable = [(sample.index, sample.pixels) for sample in samples if sample.pixels is not None]
     side = len(usable[0][1]) if usable else 0
@@ -104,7 +103,7 @@ def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
     """In a reading process: a batch in memory that is handed over, or in the message where the system can't do that."""
     descriptors: list[int] = []
 
-    def memory(shape: tuple[int, ...]) -> UInt8[Tensor, "b s s 3"]:
+    def memory(shape: tuple[int, ...]) -> Rows:
         if not can_be_handed() or not all(shape):
             return _own_memory(shape)
         try:

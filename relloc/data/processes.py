@@ -57,7 +57,6 @@ def work_through(
             channel, process = _start(work, jobs[number::workers])
             at_end.callback(_end, channel, process)
             running[channel] = process
-        counts = dict.fromkeys(running, 0)
         # Opened after the processes began: its thread is not copied into them.
         with progress(total, done) as tell:
             while running:
@@ -65,14 +64,14 @@ def work_through(
                 for channel in [channel for channel in running if channel in ready]:
                     try:
                         message = channel.recv()
-                    except (EOFError, OSError):  # the process has ended
+                    except (EOFError, OSError):
                         _raise_if_killed(running.pop(channel))
                         continue
                     if isinstance(message, Exception):
                         raise message
-                    if message > counts[channel]:
-                        counts[channel] = message
-                        tell(done + sum(counts.values()), "images")
+                    if message:
+                        done += message
+                        tell(done, "images")
 
 
 def _start(work: Callable[[Job, Tick], None], jobs: Sequence[Job]) -> tuple[Connection, BaseProcess]:
@@ -110,7 +109,7 @@ def _end(channel: Connection, process: BaseProcess) -> None:
 def _work_on(work: Callable[[Any, Tick], None], jobs: Sequence[Any], telling: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    done, told_at = 0, 0.0
+    new, told_at = 0, 0.0  # images since the last message, and when that was
 
     def tell(message: int | Exception) -> None:
         try:
@@ -119,13 +118,13 @@ def _work_on(work: Callable[[Any, Tick], None], jobs: Sequence[Any], telling: Co
             os._exit(1)
 
     def tick() -> None:
-        nonlocal done, told_at
-        done += 1
+        nonlocal new, told_at
+        new += 1
         if os.getppid() != parent:  # killed: nobody waits for this any more
             os._exit(1)
         if (now := time.monotonic()) - told_at >= _LOOK_EVERY_S / 2:
-            tell(done)
-            told_at = now
+            tell(new)
+            new, told_at = 0, now
 
     try:
         for job in jobs:
@@ -133,4 +132,4 @@ def _work_on(work: Callable[[Any, Tick], None], jobs: Sequence[Any], telling: Co
     except (OSError, UsageError) as error:
         tell(error)
         os._exit(1)
-    tell(done)
+    tell(new)

@@ -20,12 +20,14 @@ from relloc.geometry import ShortSide
 
 _MOST_TRIES = 10  # torchvision's, before it takes the middle of the image
 
+Pixels = UInt8[np.ndarray, "s s 3"]
+
 
 @runtime_checkable
 class View(Protocol):
     """A square of an image. All that is random about it comes from `rng`; its `str` says in a protocol what it is."""
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]: ...
+    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Center:
     def __str__(self) -> str:
         return f"center view {self.short_px}/{self.crop_px} px"
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
+    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         return np.asarray(crop_resized(image, size, _central(size, self.crop_px), self.crop_px))
 
@@ -63,7 +65,7 @@ class Squash:
     def __str__(self) -> str:
         return f"whole image at short side {self.short_px} px squashed to {self.side_px} x {self.side_px} px"
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
+    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         height, width = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         return np.asarray(_resized(_resized(image, width, height), self.side_px, self.side_px))
 
@@ -91,7 +93,7 @@ class RandomResized:
         area, aspect = ("..".join(f"{end:.3g}" for end in ends) for ends in (self.scale, self.ratio))
         return f"random resized crops of {self.crop_px} px (area {area}, aspect {aspect}), flip {self.flip}"
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
+    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         top, left, bottom, right = self.box(image.height, image.width, rng)
         # Cut before resizing, as torchvision does: at its rim, `resize(box=)` also reads what lies beyond the box.
         cut = image.crop((left, top, right, bottom))
@@ -132,7 +134,7 @@ class RandomCrop:
     def __str__(self) -> str:
         return f"random crops of {self.crop_px} px from the central {self.short_px} px, flip {self.flip}"
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
+    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         top, left = _central(size, self.short_px)
         room = self.short_px - self.crop_px

@@ -5,7 +5,6 @@ backbone is a stranger's word: of it only relloc's own backbones are called, wit
 """
 
 import importlib
-import inspect
 import json
 import pkgutil
 import re
@@ -27,13 +26,10 @@ _ADVICE = "If you trust this file, say yourself what to build: give model=NAME, 
 
 def backbones() -> dict[str, type[Backbone]]:
     """All backbones that the modules of relloc.models define, by the names that conf/model has in `_target_`."""
-    found: dict[str, type[Backbone]] = {}
     for module in pkgutil.iter_modules(relloc.models.__path__, f"{relloc.models.__name__}."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            own = inspect.isclass(value) and value.__module__ == module.name
-            if own and issubclass(value, Backbone) and not inspect.isabstract(value):
-                found[f"{module.name}.{name}"] = value
-    return found
+        importlib.import_module(module.name)
+    found = {f"{backbone.__module__}.{backbone.__name__}": backbone for backbone in Backbone.__subclasses__()}
+    return {name: backbone for name, backbone in found.items() if name.startswith(relloc.models.__name__)}
 
 
 def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str) -> Backbone:

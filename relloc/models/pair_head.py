@@ -5,7 +5,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from relloc.geometry import OFFSETS
+from relloc.geometry import NEIGHBORS
+
+Neighbors = Float[Tensor, "b 8 d"]  # their embeddings
+Centers = Float[Tensor, "b d"]
+Logits = Float[Tensor, "b 8 8"]  # image, pair, label
 
 
 class PairHead(nn.Module):
@@ -35,7 +39,7 @@ class PairHead(nn.Module):
         norm = nn.BatchNorm1d(hidden_dim, momentum=batch_norm_momentum)
         self.neck = nn.Sequential(joint, norm, nn.ReLU())
         self.dropout = dropout
-        self.answer = nn.Linear(hidden_dim, len(OFFSETS))
+        self.answer = nn.Linear(hidden_dim, len(NEIGHBORS))
         for layer, std in ((joint, neck_std), (self.answer, head_std)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -45,16 +49,16 @@ class PairHead(nn.Module):
         """Which hidden units dropout keeps, for each pair; None where nothing is dropped."""
         if not self.dropout:
             return None
-        shape = (n_images, len(OFFSETS), self.answer.in_features)
+        shape = (n_images, len(NEIGHBORS), self.answer.in_features)
         kept = torch.empty(shape, dtype=torch.bool, device=generator.device)
         return kept.bernoulli_(1 - self.dropout, generator=generator)
 
     def forward(
         self,
-        neighbors: Float[Tensor, "b 8 d"],
-        centers: Float[Tensor, "b d"],
+        neighbors: Neighbors,
+        centers: Centers,
         kept: Bool[Tensor, "b 8 h"] | None = None,
-    ) -> Float[Tensor, "b 8 8"]:
+    ) -> Logits:
         """Logits over the eight labels for each (neighbor, center) pair; `kept` acts in training alone."""
         joint, norm, rectify = self.neck
         hidden = _linear_of_pairs(joint.weight, joint.bias, self.embed(neighbors), self.embed(centers))  # pyright: ignore[reportArgumentType]
@@ -72,7 +76,7 @@ class AlexNetPairHead(nn.Module):
         self.fc7 = nn.Linear(2 * embedding_dim, hidden_dim)
         self.norm = nn.BatchNorm1d(hidden_dim, affine=False)
         self.fc8 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc9 = nn.Linear(hidden_dim, len(OFFSETS))
+        self.fc9 = nn.Linear(hidden_dim, len(NEIGHBORS))
         for layer in (self.fc7, self.fc8, self.fc9):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -80,18 +84,14 @@ class AlexNetPairHead(nn.Module):
     def draw_kept(self, n_images: int, generator: torch.Generator) -> None:
         """Nothing is dropped."""
 
-    def forward(
-        self, neighbors: Float[Tensor, "b 8 d"], centers: Float[Tensor, "b d"], kept: None = None
-    ) -> Float[Tensor, "b 8 8"]:
+    def forward(self, neighbors: Neighbors, centers: Centers, kept: None = None) -> Logits:
         """Logits over the eight labels for each (neighbor, center) pair."""
         hidden = _linear_of_pairs(self.fc7.weight, self.fc7.bias, neighbors, centers)
         hidden = self.norm(hidden.flatten(0, 1)).relu()
         return self.fc9(self.fc8(hidden).relu()).unflatten(0, neighbors.shape[:2])
 
 
-def _linear_of_pairs(
-    weight: Tensor, bias: Tensor, neighbors: Float[Tensor, "b 8 d"], centers: Float[Tensor, "b d"]
-) -> Float[Tensor, "b 8 h"]:
+def _linear_of_pairs(weight: Tensor, bias: Tensor, neighbors: Neighbors, centers: Centers) -> Float[Tensor, "b 8 h"]:
     """A linear layer of the concatenations [neighbor, center]; the center's half is computed once an image."""
     of_neighbors, of_centers = weight.chunk(2, dim=1)
     return linear(neighbors, of_neighbors) + linear(centers, of_centers, bias).unsqueeze(1)

@@ -24,20 +24,15 @@ def _weighted(patches: Patches, weights: tuple[float, float, float]) -> Float[Te
     return (red * weights[0]).add(green, alpha=weights[1]).add(blue, alpha=weights[2])
 
 
-def _gray(patches: Patches, weights: Literal["luma", "mean"]) -> Float[Tensor, "b n 1 p p"]:
-    if weights == "mean":
-        return patches.mean(dim=2, keepdim=True)
-    # ITU-R 601 luma in the 16-bit fixed point of Pillow, so that it equals torchvision's on images.
-    return torch.floor((_weighted(patches, (19595.0, 38470.0, 7471.0)) + 32768) / 65536)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Keep:
-    """No treatment: the control in which the shortcut stays open."""
-
+class _NothingRandom:
     def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Nothing is random."""
+        """No numbers."""
         return ()
+
+
+class Keep(_NothingRandom):
+    """No treatment: the control in which the shortcut stays open."""
 
     def __call__(self, patches: Patches) -> Patches:
         return patches
@@ -62,7 +57,12 @@ class Gray:
         return (torch.rand(b, generator=generator, device=generator.device) < self.p,)
 
     def __call__(self, patches: Patches, chosen: Tensor) -> Patches:
-        return torch.where(chosen.view(-1, 1, 1, 1, 1), _gray(patches, self.weights), patches)
+        if self.weights == "mean":
+            gray = patches.mean(dim=2, keepdim=True)
+        else:
+            # ITU-R 601 luma in the 16-bit fixed point of Pillow, so that it equals torchvision's on images.
+            gray = torch.floor((_weighted(patches, (19595.0, 38470.0, 7471.0)) + 32768) / 65536)
+        return torch.where(chosen.view(-1, 1, 1, 1, 1), gray, patches)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,27 +90,20 @@ class Drop:
     def __call__(self, patches: Patches, channel: Tensor, unit: Tensor) -> Patches:
         channel = channel.view(*channel.shape, 1, 1, 1)
         stays = torch.arange(3, device=patches.device).view(3, 1, 1) == channel
-        filling = per_channel(IMAGENET_MEAN_PX, patches) + self._noise(patches, channel, unit)
-        return torch.where(stays, patches, filling)
-
-    def _noise(self, patches: Patches, channel: Tensor, unit: Tensor) -> Patches:
         if self.noise == "uniform":
-            return (unit - 0.5) * 100 * self.noise_ratio
-        p = patches.shape[-1]
-        values = patches.gather(2, channel.expand(-1, -1, -1, p, p))
-        return unit * (values.std(dim=(3, 4), keepdim=True) * self.noise_ratio)
+            noise = (unit - 0.5) * 100 * self.noise_ratio
+        else:
+            p = patches.shape[-1]
+            values = patches.gather(2, channel.expand(-1, -1, -1, p, p))
+            noise = unit * (values.std(dim=(3, 4), keepdim=True) * self.noise_ratio)
+        return torch.where(stays, patches, per_channel(IMAGENET_MEAN_PX, patches) + noise)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Project:
+class Project(_NothingRandom):
     """Removes the green-magenta direction a = [-1, 2, -1] from every pixel, around the mean color.
 
     B = I - a'a / (aa'), the paper's projection.
     """
-
-    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Nothing is random."""
-        return ()
 
     def __call__(self, patches: Patches) -> Patches:
         red, green, blue = IMAGENET_MEAN_PX

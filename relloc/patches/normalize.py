@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Pixels = Float[Tensor, "*b 3 h w"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -28,7 +29,7 @@ def per_channel(values: tuple[float, ...], pixels: Tensor) -> Float[Tensor, "c 1
 class ByDataset:
     """ImageNet's mean and standard deviation, per channel (mmselfsup 0.x)."""
 
-    def __call__(self, pixels: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    def __call__(self, pixels: Pixels) -> Pixels:
         mean = per_channel(IMAGENET_MEAN, pixels) * 255
         std = per_channel(IMAGENET_STD, pixels) * 255
         return (pixels - mean) / std
@@ -43,6 +44,6 @@ class PerPatch:
 
     floor_px: float = 1.0
 
-    def __call__(self, pixels: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    def __call__(self, pixels: Pixels) -> Pixels:
         std, mean = torch.std_mean(pixels, dim=(-3, -2, -1), correction=0, keepdim=True)
         return (pixels - mean) / std.clamp(min=self.floor_px)

@@ -1,6 +1,5 @@
 """A picture of what the network is asked: the grid on each image, and the patches as it sees them."""
 
-import io
 from pathlib import Path
 
 import matplotlib
@@ -10,14 +9,12 @@ matplotlib.use("Agg")  # a file, never a window
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import UInt8
-from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from relloc.files import write_whole
+from relloc.files import writing
 from relloc.geometry import CENTER
 from relloc.patches.pipeline import PatchPipeline
-from relloc.patches.sample import sample_corners
 from relloc.seeds import Use, seed_for
 
 
@@ -28,12 +25,16 @@ def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path
     colors of its own.
     """
     grid = pipeline.grid
-    drawn = seed_for(Use.PICTURE_PATCHES, seed)
-    patches = pipeline(images, torch.Generator().manual_seed(drawn))
-    corners = sample_corners(grid, len(images), torch.Generator().manual_seed(drawn))  # the same draw
+    generator = torch.Generator().manual_seed(seed_for(Use.PICTURE_PATCHES, seed))
+    corners, *drawn = pipeline.draw(len(images), generator)
+    patches = pipeline.make(images, corners, *drawn)
     figure, axes = plt.subplots(2, len(images), figsize=(2.4 * len(images), 5), squeeze=False, layout="constrained")
     for column in range(len(images)):
-        _draw_boxes(axes[0, column], images[column], corners[column], grid.patch_px)
+        axes[0, column].imshow(images[column].permute(1, 2, 0).numpy())
+        for cell, (top, left) in enumerate(corners[column].tolist()):
+            color = "red" if cell == CENTER else "white"
+            box = Rectangle((left, top), grid.patch_px, grid.patch_px, fill=False, edgecolor=color, linewidth=1.2)
+            axes[0, column].add_patch(box)
         axes[1, column].imshow(_mosaic(patches[column], corners[column], grid.span_px).numpy())
         for axis in axes[:, column]:
             axis.set_axis_off()
@@ -41,17 +42,9 @@ def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path
         f"{grid.patch_px} px patches, gap {grid.gap_px} px, jitter {grid.jitter_px}", loc="left", fontsize=9
     )
     axes[1, 0].set_title("as the network sees them", loc="left", fontsize=9)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110, format="png")
+    with writing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
-    write_whole(path, drawn.getbuffer())
-
-
-def _draw_boxes(axis: Axes, image: Tensor, corners: Tensor, patch_px: int) -> None:
-    axis.imshow(image.permute(1, 2, 0).numpy())
-    for cell, (top, left) in enumerate(corners.tolist()):
-        color = "red" if cell == CENTER else "white"
-        axis.add_patch(Rectangle((left, top), patch_px, patch_px, fill=False, edgecolor=color, linewidth=1.2))
 
 
 def _mosaic(patches: Tensor, corners: Tensor, span_px: int) -> Tensor:

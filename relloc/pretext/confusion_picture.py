@@ -1,6 +1,5 @@
 """A picture of which positions are told apart: the confusion matrix, and where the network looks right."""
 
-import io
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from relloc.files import write_whole
+from relloc.files import writing
 from relloc.geometry import CELLS, CENTER, CHANCE_PERCENT, NEIGHBORS
 from relloc.pretext.held_out import POSITIONS
 
@@ -40,9 +39,8 @@ def draw_confusion(confusion: Int[Tensor, "8 8"], path: Path, *, step: int, top1
     _draw_around(around, percent.diagonal())
     bar = figure.colorbar(shown, cax=scale, ticks=[0, 5, CHANCE_PERCENT, 25, 50, 75, 100])
     bar.set_ticklabels(["0", "5", "chance", "25", "50", "75", "100 %"])
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110, format="png")
-    write_whole(path, drawn.getbuffer())  # a tracker may be reading the picture of an earlier step
+    with writing(path) as file:  # a tracker may be reading the picture of an earlier step
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _draw_matrix(axis: Axes, percent: Float[Tensor, "8 8"]) -> AxesImage:

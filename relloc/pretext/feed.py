@@ -1,5 +1,6 @@
 """From the loader's batches in the host's memory to forwards on the device."""
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ _AHEAD = 2  # forwards that the host may queue: enough to keep a GPU busy, few e
 HELD_FORWARDS = 2  # whose batches must stay as they are: the one being taken, and the one still being copied
 
 
+@dataclasses.dataclass
 class Feed:
     """Forwards of `batches_per_forward` full batches each, in order, on `device`.
 
@@ -27,22 +29,17 @@ class Feed:
         DataError: `unreadable` images are too many, or a batch has less than `images_per_batch`.
     """
 
-    def __init__(
-        self,
-        batches: Iterable[ImageBatch],
-        unreadable: Unreadable,
-        *,
-        images_per_batch: int,
-        batches_per_forward: int,
-        device: torch.device,
-    ) -> None:
-        self.batches = iter(batches)
-        self.unreadable = unreadable
-        self.images_per_batch = images_per_batch
-        self.batches_per_forward = batches_per_forward
-        self.device = device
-        self.waited_s = 0.0
-        self.taken = 0
+    batches: Iterable[ImageBatch]
+    unreadable: Unreadable
+    _: dataclasses.KW_ONLY
+    images_per_batch: int
+    batches_per_forward: int
+    device: torch.device
+    waited_s: float = 0.0
+    taken: int = 0
+
+    def __post_init__(self) -> None:
+        self.batches = iter(self.batches)
         self._queued: list[Any] = []  # CUDA events: ends of the forwards that a GPU has before it
 
     def __iter__(self) -> Iterator[Images]:

@@ -32,21 +32,18 @@ class Graphed:
     def __call__(self, *given: Tensor | None) -> Tensor:
         if self._plain_calls < _PLAIN_CALLS:
             self._plain_calls += 1
-            return self._call(given)
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            with torch.cuda.stream(self._stream):
+                result = self._function(*given)
+            here.wait_stream(self._stream)
+            return result
         graph = self._graph or self._record(given)
         for recorded, value in zip(self._inputs, given, strict=True):
             if recorded is not None and value is not None:
                 recorded.copy_(value)
         graph.replay()
         return self._result
-
-    def _call(self, given: tuple[Tensor | None, ...]) -> Tensor:
-        here = torch.cuda.current_stream()
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            result = self._function(*given)
-        here.wait_stream(self._stream)
-        return result
 
     def _record(self, given: tuple[Tensor | None, ...]) -> torch.cuda.CUDAGraph:
         self._inputs = [None if value is None else torch.empty_like(value) for value in given]

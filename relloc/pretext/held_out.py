@@ -15,6 +15,7 @@ from relloc.geometry import NEIGHBORS, OFFSETS
 from relloc.pretext import objective
 from relloc.seeds import Use, seed_for
 
+Answers = Int[Tensor, "n 8"]  # for each image, a label a pair
 PAIRS = len(NEIGHBORS)
 _ROWS, _COLUMNS = {-1: "up", 0: "", 1: "down"}, {-1: "left", 0: "", 1: "right"}
 # Where a neighbor lies, in the order of the labels: up_left, up, ... down_right.
@@ -52,7 +53,7 @@ def answers(
     seed: int,
     device: torch.device,
     bf16: bool,
-) -> Int[Tensor, "n 8"]:
+) -> Answers:
     """The answers of the model in eval mode for each image of `batches` (uint8 b 3 s s): a label a pair.
 
     Pair i of an image has label i. The jitter and colors of batch i come from a generator seeded
@@ -68,12 +69,12 @@ def answers(
     return torch.cat(answered)
 
 
-def count_hits(answered: Int[Tensor, "n 8"]) -> Int[Tensor, "n"]:
+def count_hits(answered: Answers) -> Int[Tensor, "n"]:
     """Right answers (0..8) of each image."""
     return (answered == torch.arange(PAIRS)).sum(dim=1)
 
 
-def confusion(answered: Int[Tensor, "n 8"]) -> Int[Tensor, "8 8"]:
+def confusion(answered: Answers) -> Int[Tensor, "8 8"]:
     """How often a neighbor at one position (row) was taken for one at another (column)."""
     cells = torch.arange(PAIRS) * PAIRS + answered
     return cells.flatten().bincount(minlength=PAIRS * PAIRS).reshape(PAIRS, PAIRS)

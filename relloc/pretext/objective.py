@@ -12,6 +12,7 @@ from relloc.geometry import CELLS, CENTER, NEIGHBORS
 from relloc.models.backbone import Backbone
 from relloc.models.ghost_batch_norm import Groups, use_ghost_batches
 from relloc.models.one_value import one_value_refused
+from relloc.models.pair_head import Centers, Logits, Neighbors
 
 
 class RelativeLocation(nn.Module):
@@ -49,9 +50,7 @@ class RelativeLocation(nn.Module):
             use_ghost_batches(backbone, Groups(images=images_per_batch_norm, rows_per_image=rows))
             use_ghost_batches(head, Groups(images=images_per_batch_norm, rows_per_image=(len(NEIGHBORS),)))
 
-    def forward(
-        self, patches: Float[Tensor, "b 9 3 p p"], kept: Bool[Tensor, "b 8 h"] | None = None
-    ) -> Float[Tensor, "b 8 8"]:
+    def forward(self, patches: Float[Tensor, "b 9 3 p p"], kept: Bool[Tensor, "b 8 h"] | None = None) -> Logits:
         """Logits (image, pair, label) of patches in the grid's row-major order.
 
         `kept` is what dropout keeps of the head's hidden units in training: `head.draw_kept` draws it.
@@ -62,7 +61,7 @@ class RelativeLocation(nn.Module):
         logits = [self.head(*self._embed(part), mask) for part, mask in zip(parts, masks, strict=True)]
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
-    def _embed(self, patches: Tensor) -> tuple[Float[Tensor, "b 8 d"], Float[Tensor, "b d"]]:
+    def _embed(self, patches: Tensor) -> tuple[Neighbors, Centers]:
         if self.batch_norm == "joint":
             cells = self._encode(patches.flatten(0, 1)).unflatten(0, (len(patches), -1))
             return _around(cells, 1), cells[:, CENTER]
@@ -114,18 +113,18 @@ def _around(cells: Tensor, dim: int) -> Tensor:
     return torch.cat([before, after], dim)
 
 
-def labels(logits: Float[Tensor, "b 8 8"]) -> Tensor:
+def labels(logits: Logits) -> Tensor:
     """The right answers (b 8): pair i of an image has label i."""
     return torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
 
 
-def loss(logits: Float[Tensor, "b 8 8"]) -> Float[Tensor, ""]:
+def loss(logits: Logits) -> Float[Tensor, ""]:
     """Cross entropy, the mean over all pairs; log 8 = 2.079 is a network that knows nothing."""
     # bfloat16 is too coarse for it; float64 stays, so that tests of equality see no float32 rounding.
     exact = logits if logits.dtype == torch.float64 else logits.float()
     return cross_entropy(exact.flatten(0, 1), labels(logits).flatten())
 
 
-def hits(logits: Float[Tensor, "b 8 8"]) -> Tensor:
+def hits(logits: Logits) -> Tensor:
     """Right answers of each image (b), 0..8."""
     return (logits.argmax(dim=2) == labels(logits)).sum(dim=1)

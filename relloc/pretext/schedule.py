@@ -1,6 +1,5 @@
 """Learning rate over a run, as a factor on the base rate: pure functions of the step."""
 
-import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from relloc import checks
 from relloc.errors import UsageError
+from relloc.optimization import milestone_factor
 
 
 @runtime_checkable
@@ -21,36 +21,54 @@ class Schedule(Protocol):
         ...
 
 
-def _check_span(epochs: float, warmup_epochs: float, warmup_from: float) -> None:
-    checks.number("schedule.epochs", epochs, above=0)
-    checks.number("schedule.warmup_epochs", warmup_epochs, at_least=0)
-    if warmup_epochs > epochs:
-        raise UsageError(f"schedule.warmup_epochs is {warmup_epochs}, more than the {epochs} epochs of the run")
-    checks.number("schedule.warmup_from", warmup_from, at_least=0, at_most=1)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The base rate throughout (the author's code)."""
 
+    epochs: float
 
-def _warmup(epoch: float, warmup_epochs: float, warmup_from: float) -> float:
-    if epoch >= warmup_epochs:
+    def __post_init__(self) -> None:
+        checks.number("schedule.epochs", self.epochs, above=0)
+
+    def factor(self, epoch: float) -> float:
         return 1.0
-    return warmup_from + (1 - warmup_from) * epoch / warmup_epochs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
+class _WarmedUp(Constant):
+    """Linear warm-up each step, from `warmup_from` times the base rate, to which it then stays."""
+
+    warmup_epochs: float
+    warmup_from: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number("schedule.warmup_epochs", self.warmup_epochs, at_least=0)
+        if self.warmup_epochs > self.epochs:
+            raise UsageError(
+                f"schedule.warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run"
+            )
+        checks.number("schedule.warmup_from", self.warmup_from, at_least=0, at_most=1)
+
+    def factor(self, epoch: float) -> float:
+        if epoch >= self.warmup_epochs:
+            return 1.0
+        return self.warmup_from + (1 - self.warmup_from) * epoch / self.warmup_epochs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step(_WarmedUp):
     """Linear warm-up each step, then times `gamma` at each milestone (protocols.md 2.1).
 
     Raises:
         ValueError: a milestone that the run never reaches, or a span that does not fit.
     """
 
-    epochs: float
-    warmup_epochs: float
-    warmup_from: float
     milestone_epochs: Sequence[float]
     gamma: float
 
     def __post_init__(self) -> None:
-        _check_span(self.epochs, self.warmup_epochs, self.warmup_from)
+        super().__post_init__()
         checks.numbers("schedule.milestone_epochs", self.milestone_epochs, at_least=0, may_be_empty=True)
         checks.rising("schedule.milestone_epochs", self.milestone_epochs)
         if self.milestone_epochs and self.milestone_epochs[-1] >= self.epochs:
@@ -60,36 +78,14 @@ class Step:
             )
 
     def factor(self, epoch: float) -> float:
-        passed = bisect.bisect_right(self.milestone_epochs, epoch)
-        return _warmup(epoch, self.warmup_epochs, self.warmup_from) * self.gamma**passed
+        return super().factor(epoch) * milestone_factor(epoch, self.milestone_epochs, self.gamma)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(_WarmedUp):
     """Linear warm-up each step, then half a cosine down to zero at the end."""
-
-    epochs: float
-    warmup_epochs: float
-    warmup_from: float
-
-    def __post_init__(self) -> None:
-        _check_span(self.epochs, self.warmup_epochs, self.warmup_from)
 
     def factor(self, epoch: float) -> float:
         if epoch < self.warmup_epochs:
-            return _warmup(epoch, self.warmup_epochs, self.warmup_from)
+            return super().factor(epoch)
         progress = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Constant:
-    """The base rate throughout (the author's code)."""
-
-    epochs: float
-
-    def __post_init__(self) -> None:
-        _check_span(self.epochs, 0, 0)
-
-    def factor(self, epoch: float) -> float:
-        return 1.0
