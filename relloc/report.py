@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the report; 0 if it is there, 2 after a mistake, which is one message on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        sweeps = [word for word in options.folders if _names_sweep(word)]
-        if sweeps:
+        if sweeps := [word for word in options.folders if _names_sweep(word)]:
             _report_sweep(sweeps[0], options)
         else:
             _report(options)
@@ -53,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell_next(options: argparse.Namespace) -> None:
     """Of a report that was printed, how it becomes a page; of a written one, how its empty cells are filled."""
-    words = ["python", "-m", "relloc.report", *options.folders]
-    if options.out is None and options.format is None:
-        form = "md" if any(folder.startswith(_SWEEP) for folder in options.folders) else "html"
-        terminal.tell_next(shlex.join([*words, "--out", f"report.{form}"]), on_stderr=True)
-    elif options.out is not None:
+    if options.out is not None:
         terminal.tell_next("python -m relloc.evaluate checkpoint=RUN eval=card_classification", on_stderr=True)
+    elif options.format is None:
+        form = "md" if any(folder.startswith(_SWEEP) for folder in options.folders) else "html"
+        words = ["python", "-m", "relloc.report", *options.folders, "--out", f"report.{form}"]
+        terminal.tell_next(shlex.join(words), on_stderr=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,9 +6,9 @@ The sentence ended in "; VIEW, PRECISION; batch norm: …". This module is the o
 import csv
 import dataclasses
 import functools
-import importlib.resources
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 Row = TypeVar("Row")
@@ -36,7 +36,7 @@ def _rules() -> list[dict[str, str]]:
 
     In curly brackets: the layer, and the groups of the pattern.
     """
-    text = importlib.resources.files("relloc").joinpath("results_before.csv").read_text(encoding="utf-8")
+    text = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 

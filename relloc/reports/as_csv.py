@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Collection, Mapping
 
 from relloc.reports.compare import MARK_WORDS, Entry
@@ -11,6 +12,7 @@ from relloc.reports.table import Report
 from relloc.results import Result
 from relloc.terminal import escaped
 
+_FORMULA = re.compile(r"[=@]|[+-](?!(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|inf$|nan$)", re.IGNORECASE)  # unlike numbers
 _RESULT = tuple(field.name for field in dataclasses.fields(Result))
 COLUMNS = (
     *("origin", "group", "row", "setting", "images"),
@@ -45,15 +47,7 @@ def as_text(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = escaped(value, keep="\n")
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def _published(number: Published, ours: Collection[tuple[str, str]]) -> Mapping[str, object]:

@@ -98,9 +98,10 @@ def short_names(checkpoints: Iterable[str]) -> dict[str, str]:
     tails = {path: [part for part in Path(path).parts if part != RUN_WEIGHTS] or [path] for path in checkpoints}
     names = {}
     for path, parts in tails.items():
-        others = [other for name, other in tails.items() if name != path]
-        unique = (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others))
-        names[path] = "/".join(parts[-next(unique, len(parts)) :])
+        n = 1
+        while n < len(parts) and sum(other[-n:] == parts[-n:] for other in tails.values()) > 1:
+            n += 1
+        names[path] = "/".join(parts[-n:])
     return names
 
 

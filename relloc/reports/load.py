@@ -63,8 +63,13 @@ class Measured:
     @property
     def line(self) -> Line:
         row = self.result
-        who = {"checkpoint": row.checkpoint, "model": row.model, "batch_norm": row.batch_norm}
-        return Line(**who, seed=row.seed, variant=self.variant)
+        return Line(
+            checkpoint=row.checkpoint,
+            model=row.model,
+            batch_norm=row.batch_norm,
+            seed=row.seed,
+            variant=self.variant,
+        )
 
     @property
     def question(self) -> tuple[object, ...]:

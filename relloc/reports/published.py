@@ -3,8 +3,8 @@
 import csv
 import dataclasses
 import functools
-import importlib.resources
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from relloc.results import LAYERS, Result
 
@@ -80,8 +80,7 @@ class Published:
 
 
 def _lines(name: str) -> Iterable[dict[str, str]]:
-    text = importlib.resources.files("relloc.reports").joinpath(name).read_text(encoding="utf-8")
-    return csv.DictReader(text.splitlines())
+    return csv.DictReader(Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines())
 
 
 @functools.cache
@@ -96,11 +95,10 @@ def card_parts() -> tuple[CardPart, ...]:
 @functools.cache
 def published_numbers() -> tuple[Published, ...]:
     """All published numbers, in the order of the file."""
-    numbers = []
-    for line in _lines("published.csv"):
-        printed, tolerance = line.pop("value"), float(line.pop("tolerance"))
-        numbers.append(Published(**line, printed=printed, tolerance=tolerance))
-    return tuple(numbers)
+    return tuple(
+        Published(**line | {"tolerance": float(line["tolerance"])})  # type: ignore[arg-type]
+        for line in _lines("published.csv")
+    )
 
 
 def parts_of(table: str) -> list[CardPart]:

@@ -1,11 +1,11 @@
 """Reports in Markdown, HTML and LaTeX: each has a template beside this file, and its own way to show text as it is."""
 
 import html
-import importlib.resources
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from relloc.reports.compare import BELOW, INSIDE, MARK_WORDS
@@ -13,6 +13,13 @@ from relloc.reports.table import MISSING, Report
 from relloc.terminal import escaped
 
 _MOST_COMMANDS = 9  # in Markdown, which is printed
+# LaTeX is full of curly brackets
+_LATEX_SYNTAX = {
+    "block_start_string": "<%",
+    "block_end_string": "%>",
+    "variable_start_string": "<<",
+    "variable_end_string": ">>",
+}
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -42,19 +49,16 @@ def as_html(report: Report) -> str:
 
 def as_latex(report: Report) -> str:
     r"""A fragment to \input, for the packages booktabs and inputenc (utf8): an environment for each table."""
-    return _render("report.tex.jinja", report, escape_latex)
+    return _render("report.tex.jinja", report, escape_latex, **_LATEX_SYNTAX)
 
 
-def _render(template: str, report: Report, escape: Callable[[str], str]) -> str:
+def _render(template: str, report: Report, escape: Callable[[str], str], **syntax: str) -> str:
     def finalize(value: object) -> Markup:
         # What a macro has made is not escaped again
         return value if isinstance(value, Markup) else Markup(escape(str(value)))
 
-    # LaTeX is full of curly brackets
-    marks = ("<%", "%>", "<<", ">>") if escape is escape_latex else ("{%", "%}", "{{", "}}")
-    names = ("block_start_string", "block_end_string", "variable_start_string", "variable_end_string")
     environment = Environment(
-        **dict(zip(names, marks, strict=True)),
+        **syntax,  # type: ignore[arg-type]
         comment_start_string="<#",
         comment_end_string="#>",
         trim_blocks=True,
@@ -63,28 +67,19 @@ def _render(template: str, report: Report, escape: Callable[[str], str]) -> str:
         undefined=StrictUndefined,
         autoescape=True,
         finalize=finalize,
-        loader=FunctionLoader(_read),
+        loader=FileSystemLoader(Path(__file__).parent),
     )
     environment.filters["code"] = lambda text: Markup(escaped(text))
-    return environment.get_template(template).render(
-        report=report, mark_words=MARK_WORDS, most_commands=_MOST_COMMANDS, style=_read("page.css")
-    )
-
-
-def _read(name: str) -> str:
-    return importlib.resources.files("relloc.reports").joinpath(name).read_text(encoding="utf-8")
+    return environment.get_template(template).render(report=report, mark_words=MARK_WORDS, most_commands=_MOST_COMMANDS)
 
 
 def _aligned(lines: Sequence[str]) -> str:
     """A pipe table with columns as wide as their longest cell: names to the left, numbers to the right."""
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows[1] = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    aligned = []
-    for name, *cells in rows:
-        padded = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
-        aligned.append(f"| {' | '.join(padded)} |\n")
-    return "".join(aligned)
+    rows[1] = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    form = "".join([f"| {{:<{widths[0]}}} |", *(f" {{:>{width}}} |" for width in widths[1:]), "\n"])
+    return "".join(form.format(*row) for row in rows)
 
 
 def escape_markdown(text: str) -> str:

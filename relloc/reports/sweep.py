@@ -224,7 +224,7 @@ def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
         label = ", ".join(f"{name}={value}" for name, value in zip(sweep.swept, settings, strict=True) if value != _ANY)
         named = {"label": label, "setting": weights} if label else {"label": weights}
         rows.append(Row(**named, is_published=False, cells=tuple(line), empty=lacking.get(key, MISSING)))
-    yield Table(title=title, caption="", columns=tuple(cells), rows=tuple(rows))
+    yield Table(title=title, columns=tuple(cells), rows=tuple(rows))
     if len(sweep.axes) == 2 and our_lines(sweep, table)["mean"].notna().any(axis=None):
         yield _grid(sweep, title, table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)], lacking)
 
@@ -234,13 +234,12 @@ def _grid(sweep: SweepNumbers, title: str, ours: Frame, lacking: Mapping[object,
     cells = _cells(ours)[layer]
     # Points that are not done say in their cells how they stand
     for key in cells.index[cells.isna()]:
-        cells[key] = Cell(text=lacking.get(key, MISSING), note="", details="")
+        cells[key] = Cell(text=lacking.get(key, MISSING))
     grid = our_lines(sweep, cells).unstack(0)
     grid = grid.where(grid.notna(), None)  # pairs of settings that no point has
     across, down = sweep.axes
     return Table(
         title=f"{title} at {layer}, where the highest is: {across} across and {down} down",
-        caption="",
         columns=tuple(grid),
         rows=tuple(Row(label=name, is_published=False, cells=tuple(line)) for name, line in grid.iterrows()),
     )
@@ -259,7 +258,7 @@ def _cell(mean: float, std: float, count: float, *, is_best: bool) -> Cell | Non
     if not count > 0:
         return None
     seeds, spread = (f"{count:.0f} seeds", f"± {std:.1f} ({count:.0f})") if count > 1 else ("one seed", "")
-    return Cell(text=f"{mean:.1f}", note="", details=f"{mean:.4f}, {seeds}", spread=spread, is_best=is_best)
+    return Cell(text=f"{mean:.1f}", details=f"{mean:.4f}, {seeds}", spread=spread, is_best=is_best)
 
 
 def as_sweep_csv(sweep: SweepNumbers) -> str:

@@ -37,8 +37,8 @@ class Cell:
     """
 
     text: str
-    note: str
-    details: str
+    note: str = ""
+    details: str = ""
     spread: str = ""
     mark: str = ""
     is_best: bool = False
@@ -64,7 +64,7 @@ class Table:
     """The notes of its rows and cells are numbered from 1, equal ones once."""
 
     title: str
-    caption: str
+    caption: str = ""
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ class Sweep:
     def __init__(self, folder: Path, lock: Path | None = None) -> None:
         self.folder = folder
         self._lock = lock or folder.parent / _LOCK
-        self._made: list[Path] = []  # by this command: folders, and files in them
+        self._made = contextlib.ExitStack()  # removes what this command made
 
     @property
     def name(self) -> str:
@@ -102,30 +103,18 @@ class Sweep:
         except OSError:
             shutil.rmtree(new, ignore_errors=True)
             raise
-        self._made.append(place)
+        self._made.callback(shutil.rmtree, place, ignore_errors=True)
         return place
 
     def place_of(self, content: Mapping[str, bytes]) -> Path:
         """Where `copy` would put that; nothing is written."""
-        for number in range(1000):
-            place = self.folder / CODE / str(number)
-            if not place.exists() or content_of(place) == content:
-                return place
-        raise UsageError(
-            f"{self.folder / CODE} holds a thousand versions of the code: give the sweep another name (sweep=)"
-        )
+        places = (self.folder / CODE / str(number) for number in itertools.count())
+        return next(place for place in places if not place.exists() or content_of(place) == content)
 
     def leave_nothing(self) -> None:
         """Remove what this command made here, and nothing else, unless points were noted."""
-        if (self.folder / SWEEP_FILE).exists():
-            return
-        for path in reversed(self._made):
-            if path.parent.name == CODE and path.name.isdigit():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):  # another command's files stay, and so the folder
-                    path.rmdir()
-        self._made.clear()
+        if not (self.folder / SWEEP_FILE).exists():
+            self._made.close()
 
     def cancel(self) -> None:
         """Tell commands that run this sweep's points on their own machine to start no more."""
@@ -162,7 +151,10 @@ class Sweep:
     def _make_folder(self, folder: Path) -> None:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        self._made += reversed(missing)
+        for path in reversed(missing):
+            # Another command's files stay, and so the folder
+            self._made.enter_context(contextlib.suppress(OSError))
+            self._made.callback(path.rmdir)
 
 
 def check_name(name: object) -> None:
@@ -238,14 +230,14 @@ def code_and_configs(*, package: Path, conf: Path, plugins: Path, own: Mapping[s
     Of the user's folders of configs (`own`, by the name of the copy) only what Hydra can read is taken, as other
     things may lie beside it.
     """
-    content = {f"relloc/{name}": data for name, data in content_of(package).items()}
+    content = {"relloc": content_of(package), f"hydra_plugins/{plugins.name}": content_of(plugins)}
     if commit := commit_of(package / "__init__.py"):
-        content[f"relloc/{COMMIT_FILE}"] = f"{commit}\n".encode()
+        content["relloc"][COMMIT_FILE] = f"{commit}\n".encode()
     if not (package / "conf").is_dir():
-        content |= {f"conf/{name}": data for name, data in content_of(conf).items()}
+        content["conf"] = content_of(conf)
     for copied, folder in own.items():
-        content |= {f"{copied}/{name}": data for name, data in content_of(folder, suffix=".yaml").items()}
-    return content | {f"hydra_plugins/{plugins.name}/{name}": data for name, data in content_of(plugins).items()}
+        content[copied] = content_of(folder, suffix=".yaml")
+    return {f"{copied}/{name}": data for copied, files in content.items() for name, data in files.items()}
 
 
 def content_of(folder: Path, *, suffix: str = "") -> dict[str, bytes]:
