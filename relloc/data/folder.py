@@ -32,7 +32,6 @@ from relloc.errors import DataError
 from relloc.terminal import escaped
 
 _NAMED = 5  # of class folders that are empty
-_FOLDERS_TOLD = 8
 TRAIN, VAL = "train", "val"
 # What a folder of all images of a split is called where labels lie beside it (YOLO) or nowhere
 _NO_CLASSES = {"images", "image", "imgs", "img", "jpegimages", "jpegs", "pictures", "photos", "frames", "data"}
@@ -108,7 +107,7 @@ def _labeled(name: str, folder: Path, classes: tuple[str, ...], passed_over: Pas
         )
         if not paths:
             problem = f"{folder} holds no images ({', '.join(SUFFIXES)})"
-        raise DataError(f"{problem}. {told_passed_over(passed_over)}")
+        raise DataError(". ".join(filter(None, (problem, told_passed_over(passed_over)))))
     return FolderImages(name=name, split=folder.name, paths=paths, labels=labels, classes=classes)
 
 
@@ -148,7 +147,7 @@ def class_folders(
     parts = [_labeled(name, base / split, classes, passed_over) for split in (train, val)]
     remarks = ["; ".join(f"{part.split}: {len(part)} images of {len(classes)} classes" for part in parts)]
     if unused := [each for each in class_folders_of(base) if each not in (train, val)]:
-        remarks.append(f"not used: the folders {first_names(unused, _FOLDERS_TOLD)}")
+        remarks.append(f"not used: the folders {first_names(unused)}")
     remarks.append(told_passed_over(passed_over))
     splits = Splits(train=parts[0], held_out=parts[1], remarks=tuple(filter(None, remarks)))
     warn_of_other_counts(splits, published_images)
@@ -187,9 +186,9 @@ def _unlabeled_remark(branch: Branch) -> str:
     """How many images a root has, in which of its folders."""
     remark = f"{branch.path}: {branch.images} images without labels"
     if held := [f"{name} {part.images}" for name, part in sorted(branch.folders.items())]:
-        remark += f", in {len(held)} folders ({first_names(held, _FOLDERS_TOLD)})"
+        remark += f", in {len(held)} folders ({first_names(held)})"
     if empty := [name for name in class_folders_of(branch.path) if name not in branch.folders]:
-        remark += f"; none in {first_names(empty, _FOLDERS_TOLD)}"
+        remark += f"; none in {first_names(empty)}"
     return remark
 
 

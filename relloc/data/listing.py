@@ -24,7 +24,6 @@ _OTHER_IMAGES = {
     *(".psd", ".svg", ".eps", ".exr", ".hdr", ".tga", ".jxr", ".avif", ".jp2", ".j2k", ".ico", ".pfm", ".xcf"),
 }
 _LONGEST_SUFFIX = 12
-_KINDS_TOLD = 8
 
 PassedOver = collections.Counter[str]
 """How many files or folders were not taken, by what a person calls them: `.heic`, `folders @eaDir`."""
@@ -99,10 +98,10 @@ def told_passed_over(passed_over: PassedOver) -> str:
     if not kinds:
         return ""
     advice = "; what relloc is to take of them, convert to JPEG or PNG" if _OTHER_IMAGES & set(passed_over) else ""
-    return f"passed over: {first_names(kinds, _KINDS_TOLD)}{advice}"
+    return f"passed over: {first_names(kinds)}{advice}"
 
 
-def first_names(names: Sequence[str], most: int) -> str:
+def first_names(names: Sequence[str], most: int = 8) -> str:
     """The first of many names, as they may stand in a message."""
     return ", ".join(map(escaped, names[:most])) + (", …" if len(names) > most else "")
 

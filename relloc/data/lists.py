@@ -37,9 +37,6 @@ _INATURALIST = "the iNaturalist 2018 competition's images and annotations, from 
 class MultiLabeled(Protocol):
     """Images that may show several classes."""
 
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
     def presence(self) -> list[list[int]]:
         """For each image and class: 1 there, 0 there but difficult to recognize, -1 not there."""
         ...
@@ -122,13 +119,12 @@ def voc(
     if devkit is None:
         raise DataError(f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {holding}")
     splits = []
-    for split in (train, held_out):
-        path = devkit / "ImageSets" / "Main" / f"{split}.txt"
+    lists = [devkit / "ImageSets" / "Main" / f"{split}.txt" for split in (train, held_out)]
+    for split, path in zip((train, held_out), lists, strict=True):
         listed = [line.split()[0] for _, line in _lines(path, holding)]
         paths = [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
         splits.append(VocImages(name=name, split=split, paths=paths, classes=VOC_CLASSES, devkit=devkit, listed=listed))
-    published = published_images if year == _COUNTED_YEAR else None
-    return _checked(splits, [f"{train}.txt", f"{held_out}.txt"], published)
+    return _checked(splits, lists, published_images if year == _COUNTED_YEAR else None)
 
 
 def places205(
@@ -148,16 +144,28 @@ def places205(
         DataError: a list is missing, empty, or has a line of another form, or both name an image.
     """
     base = require_root(root, _PLACES)
-    train, val = (_labeled_lines(base / path) for path in (train_list, val_list))
+    lists = [base / train_list, base / val_list]
+    train, val = map(_labeled_lines, lists)
     folder_of: dict[int, str] = {}
     for path, label in train:
         folder_of.setdefault(label, str(Path(path).parent))
     classes = tuple(folder_of.get(label, str(label)) for label in range(max(folder_of) + 1))
     largest = max(label for _, label in val)
     if largest >= len(classes):
-        raise DataError(f"{base / val_list}: label {largest} is in no line of {base / train_list}")
-    _refuse_other_labels(base / train_list, train, base / val_list, val)
-    return _labeled_splits(name, base / images, classes, [train_list, val_list], [train, val], published_images)
+        raise DataError(f"{lists[1]}: label {largest} is in no line of {lists[0]}")
+    # Images of one folder are to have one label in both lists; but only where each folder has one label in the
+    # training list, and each label one folder: in other layouts folders say nothing.
+    pairs = {(os.path.dirname(path), label) for path, label in train}
+    label_of = dict(pairs)
+    if len(pairs) == len(label_of) == len(set(label_of.values())):
+        for path, label in val:
+            expected = label_of.get(os.path.dirname(path), label)
+            if label != expected:
+                raise DataError(
+                    f"{lists[1]}: {path} has label {label}, images of its folder {os.path.dirname(path)} in {lists[0]} "
+                    f"have {expected}: take both lists from the same release of the data set"
+                )
+    return _labeled_splits(name, base / images, classes, lists, [train, val], published_images)
 
 
 def _labeled_lines(path: Path) -> list[tuple[str, int]]:
@@ -169,26 +177,6 @@ def _labeled_lines(path: Path) -> list[tuple[str, int]]:
             raise DataError(f"{path} line {number}: {line!r} is not a path, a space and a class number")
         found.append((image.strip(), int(label)))
     return found
-
-
-def _refuse_other_labels(
-    train_list: Path, train: Sequence[tuple[str, int]], val_list: Path, val: Sequence[tuple[str, int]]
-) -> None:
-    """Raises `DataError` where images of one folder have one label in the training list, another in the other list.
-
-    Only where each folder has one label there, and each label one folder: in other layouts folders say nothing.
-    """
-    pairs = {(os.path.dirname(path), label) for path, label in train}
-    label_of = dict(pairs)
-    if not len(pairs) == len(label_of) == len(set(label_of.values())):
-        return
-    for path, label in val:
-        folder = os.path.dirname(path)
-        if label_of.get(folder, label) != label:
-            raise DataError(
-                f"{val_list}: {path} has label {label}, images of its folder {folder} in {train_list} have "
-                f"{label_of[folder]}: take both lists from the same release of the data set"
-            )
 
 
 def inaturalist2018(
@@ -208,18 +196,18 @@ def inaturalist2018(
         DataError: a file is missing or not of that form, or both name an image.
     """
     base = require_root(root, _INATURALIST)
-    lists = [train_annotations, val_annotations]
-    content = [_annotations(base / path) for path in lists]
-    classes, other_classes = (_categories(one, base / path) for one, path in zip(content, lists, strict=True))
+    lists = [base / train_annotations, base / val_annotations]
+    content = [_annotations(path) for path in lists]
+    classes, other_classes = map(_categories, content, lists)
     for category, called in classes.items():
         other = other_classes.get(category, called)
         if called != other:
             raise DataError(
-                f"{base / val_annotations}: category {category} is {other}, in {train_annotations} it is {called}: "
+                f"{lists[1]}: category {category} is {other}, in {train_annotations} it is {called}: "
                 "labels would not mean the same in both splits. Take both files from the same release of the data set"
             )
     label_of = {category: label for label, category in enumerate(classes)}
-    named = [_annotated(one, base / path, images, label_of) for one, path in zip(content, lists, strict=True)]
+    named = [_annotated(one, path, images, label_of) for one, path in zip(content, lists, strict=True)]
     return _labeled_splits(name, base / images, tuple(classes.values()), lists, named, published_images)
 
 
@@ -267,7 +255,7 @@ def _labeled_splits(
     name: str,
     folder: Path,
     classes: tuple[str, ...],
-    lists: Sequence[str],
+    lists: Sequence[Path],
     named: Sequence[Sequence[tuple[str, int]]],
     published_images: Mapping[str, int] | None,
 ) -> Splits:
@@ -283,7 +271,7 @@ def _labeled_splits(
 
 
 def _checked(
-    images: Sequence[FolderImages], lists: Sequence[str], published_images: Mapping[str, int] | None
+    images: Sequence[FolderImages], lists: Sequence[Path], published_images: Mapping[str, int] | None
 ) -> Splits:
     """Training and held-out images that two lists name.
 
@@ -295,8 +283,9 @@ def _checked(
     shared = tested.intersection(images[0].paths)
     if shared:
         raise DataError(
-            f"{splits.train.name}: {len(shared)} of {len(tested)} images of {lists[1]} are also in {lists[0]}, such as "
-            f"{min(shared)}: results on images that were trained on mean nothing; name lists that share none"
+            f"{splits.train.name}: {len(shared)} of {len(tested)} images of {lists[1].name} are also in "
+            f"{lists[0].name}, such as {min(shared)}: results on images that were trained on mean nothing; name lists "
+            "that share none"
         )
     warn_of_other_counts(splits, published_images)
     return splits

@@ -227,7 +227,11 @@ def _answer_tasks(
     make: Callable[[Any], Answer], channel: Connection, inherited: Sequence[Connection], parent: int
 ) -> None:
     """What a reading process does until the parent ends it."""
-    _leave_signals_to_parent()
+    # Ignored is what terminals (SIGINT, SIGHUP) and clusters (the others) send to every process of a run: the parent
+    # still needs images to end its step, after which it ends its reading processes.
+    for number in _OF_THE_RUN:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_RUN)
     torch.set_num_threads(1)
     for other in inherited:
         other.close()
@@ -255,16 +259,6 @@ def _take_tasks(channel: Connection, tasks: "queue.SimpleQueue[Any]", parent: in
             if channel.poll(_LOOK_EVERY_S):
                 tasks.put(channel.recv())
     os._exit(0)
-
-
-def _leave_signals_to_parent() -> None:
-    """Ignore what terminals (SIGINT, SIGHUP) and clusters (the others) send to every process of a run.
-
-    The parent still needs images to end its step, after which it ends its reading processes.
-    """
-    for number in _OF_THE_RUN:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_RUN)
 
 
 def _pickled(error: BaseException) -> bytes:

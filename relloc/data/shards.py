@@ -107,7 +107,7 @@ class ShardImages:
 
     def __init__(self, folder: Path, role: Role) -> None:
         self.folder = folder.absolute()
-        self.role: Role = role
+        self.role = role
         manifest = read_manifest(folder)
         self._about = manifest[role]
         self.name: str = manifest["name"]
