@@ -64,24 +64,23 @@ def _check(options: argparse.Namespace) -> None:
 def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
     """Which model it is, and its weights by torchvision's names, all of them."""
     file = backbone_files.backbone_file(checkpoint)
-    if not backbone_files.is_ours(file):
+    found = None
+    if backbone_files.is_ours(file):
+        weights, about = backbone_files.load_backbone(file)
+        if prefix is not None:
+            raise UsageError(f"{file} has no prefixes: leave --checkpoint-prefix out")
+        model = backbone_files.model_name(about, file)
+        if model not in DEPTHS:
+            raise CheckpointError(
+                f"{file} is a {model}, which torchvision, detectron2 and mmdetection do not have: "
+                f"only {' and '.join(DEPTHS)} can be exported"
+            )
+    else:
         check_hash(file)
         found = layouts.find(weight_files.read(file), origin=str(file), prefix=prefix)
-        model = found.model_or_advice()
-        backbone = ResNetBackbone(depth=DEPTHS[model])
-        fill(backbone, found.fitted(backbone.state_dict()), str(file))
-        return model, backbone.state_dict()
-    weights, about = backbone_files.load_backbone(file)
-    if prefix is not None:
-        raise UsageError(f"{file} has no prefixes: leave --checkpoint-prefix out")
-    model = backbone_files.model_name(about, file)
-    if model not in DEPTHS:
-        raise CheckpointError(
-            f"{file} is a {model}, which torchvision, detectron2 and mmdetection do not have: "
-            f"only {' and '.join(DEPTHS)} can be exported"
-        )
+        weights, model = found.weights, found.model_or_advice()
     backbone = ResNetBackbone(depth=DEPTHS[model])
-    fill(backbone, weights, str(file))
+    fill(backbone, found.fitted(backbone.state_dict()) if found else weights, str(file))
     return model, backbone.state_dict()
 
 

@@ -21,10 +21,10 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
     check_fits(wanted, weights, origin)
     broken, negative = [], []
     for name, tensor in weights.items():
-        # As float64, since isfinite does not know every type that a file may have
-        values, kind = tensor.double(), wanted[name].dtype
-        overflows = kind.is_floating_point and (values.abs() > torch.finfo(kind).max).any()
-        if overflows or not torch.isfinite(values).all():
+        # As float64, since isfinite does not know every type that a file may have; and as loaded, where large ones
+        # may become infinite.
+        values = tensor.double()
+        if not (torch.isfinite(values) & torch.isfinite(values.to(wanted[name].dtype))).all():
             broken.append(name)
         if name.endswith("running_var") and (values < 0).any():
             negative.append(name)

@@ -79,21 +79,21 @@ class _Tensor(Pending):
     dtype: torch.dtype
 
     def made(self) -> torch.Tensor:
-        size, stride, offset, stored = self.size, self.stride, self.offset, self.stored
-        content, unit = stored.storage.content, self.dtype.itemsize
-        if len(size) != len(stride) or not _whole((*size, *stride, offset)) or content is None:
+        stored, content = self.stored, self.stored.storage.content
+        if not _whole((*self.size, *self.stride, self.offset)) or content is None:
             raise UnpicklingError("it has a tensor of an impossible shape, or without numbers")
-        is_empty = 0 in size
-        # The bytes of the storage that are this tensor's to use
-        first = stored.start * stored.dtype.itemsize
-        end = first + stored.count * stored.dtype.itemsize
-        last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
-        reaches_too_far = not is_empty and first + (last + 1) * unit > end
-        if end > len(content) or first % unit or reaches_too_far:
+        # The bytes of the storage that are this tensor's to use; torch compares what its shape needs with them.
+        start = stored.start * stored.dtype.itemsize
+        end = start + stored.count * stored.dtype.itemsize
+        own = memoryview(content)[start:end]
+        try:
+            flat = torch.frombuffer(own, dtype=self.dtype) if own else torch.empty(0, dtype=self.dtype)
+            made = flat.as_strided(self.size, self.stride, 0 if 0 in self.size else self.offset)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UnpicklingError("it has fewer numbers than its tensors") from error
+        if end > len(content):
             raise UnpicklingError("it has fewer numbers than its tensors")
-        count = len(content) // unit
-        flat = torch.frombuffer(content, dtype=self.dtype, count=count) if count else torch.empty(0, dtype=self.dtype)
-        return flat.as_strided(size, stride, first // unit + (0 if is_empty else offset))
+        return made
 
 
 def _whole(numbers: Iterable[Any]) -> bool:

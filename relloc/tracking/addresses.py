@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
 from relloc.errors import UsageError
@@ -32,23 +33,22 @@ def absolute_uri(uri: str) -> str:
     found = _SCHEME.match(uri)
     scheme = found[1].lower() if found else ""
     rest = uri[len(scheme) + 1 :] if scheme else uri
+    kind = scheme.partition("+")[0]  # behind a plus stands the driver of a database
     if scheme in _SERVERS:
         return _server(uri, scheme, rest)
-    if scheme.partition("+")[0] == "sqlite":
+    if kind == "sqlite":
         return _sqlite(uri, rest)
-    if scheme.partition("+")[0] in _DATABASES:
+    if kind in _DATABASES:
         return _database(uri, scheme, rest)
     if scheme == "file" or (not scheme and (rest.startswith(("/", ".", "~")) or os.path.isdir(rest))):
         return _folder(uri, rest)
-    if uri == "databricks" or scheme == "databricks" or scheme in _plugins():
+    plugins = importlib.metadata.entry_points(group="mlflow.tracking_store")
+    if uri == "databricks" or scheme in ("databricks", *plugins.names):
         return uri
     if scheme:
         raise UsageError(f"{uri!r} is no address that is known, for {scheme}: give {_GIVE}")
     host = re.sub("^https?//", "", uri)
-    raise UsageError(
-        f"{uri!r} does not say what it is: give http://{host} (or https://{host}) for an MLflow server, or "
-        "sqlite:////ABSOLUTE/PATH/mlflow.db for a file"
-    )
+    raise UsageError(f"{uri!r} does not say what it is: give http://{host} or https://{host} for a server, or {_GIVE}")
 
 
 def is_server(uri: str) -> bool:
@@ -67,30 +67,27 @@ def sqlite_path(uri: str) -> Path:
 
 
 def _server(uri: str, scheme: str, rest: str) -> str:
-    host = rest.lstrip("/")
-    if not rest.startswith("//") or rest.startswith("///") or not host:
-        raise UsageError(f"{uri!r} names no server: give {scheme}://{host or 'HOST:PORT'}")
     try:
-        parts = urlsplit(f"{scheme}:{rest}")
-        port = "" if parts.port is None else f":{parts.port}"
-    except ValueError as error:  # a port that is none, brackets of IPv6 that do not close
-        raise UsageError(f"{uri!r} is no address of a server ({error}): give {scheme}://HOST:PORT") from error
-    name = parts.netloc.rpartition("@")[2]
-    if not parts.hostname or re.search(r"[\s\\<>\"^`{|}]", rest):
-        raise UsageError(f"{uri!r} names no server: give {scheme}://HOST{port or ':PORT'}")
-    instead = "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    _refuse_password(parts.username, name, instead)
-    path = parts.path.rstrip("/")
-    if parts.query or parts.fragment:
-        raise UsageError(f"{uri!r} is the address of a page: give that of the server, {scheme}://{name}{path}")
+        parts = urlsplit(f"{scheme}://{rest.lstrip('/')}")
+        is_server = parts.port != 0 and parts.hostname and not re.search(r"[\s\\<>\"^`{|}]", rest)
+    except ValueError:  # a port that is none, brackets of IPv6 that do not close
+        is_server = False
+    if not is_server:
+        raise UsageError(f"{uri!r} names no server: give {scheme}://HOST:PORT")
+    name, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
+    if parts.username is not None:
+        _refuse_password(name, "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+    if parts.query or parts.fragment or not re.match("//[^/]", rest):
+        raise UsageError(
+            f"{uri!r} is not the address of a server, but of a page or of none: give {scheme}://{name}{path}"
+        )
     return f"{scheme}://{name}{path}"
 
 
 def _sqlite(uri: str, rest: str) -> str:
     path = rest.removeprefix("///")
     if not uri.lower().startswith(SQLITE) or path in ("", ":memory:"):
-        meant = (rest if rest.startswith("/") and not rest.startswith("//") else rest.lstrip("/")) or "/PATH/mlflow.db"
-        meant = "/PATH/mlflow.db" if meant == ":memory:" else meant
+        meant = re.sub("^//+|^:memory:$", "", path) or "/PATH/mlflow.db"
         raise UsageError(
             f"{uri!r} names no file: give {SQLITE}{meant} (three slashes and a path, which may begin with a fourth)"
         )
@@ -104,24 +101,23 @@ def _sqlite(uri: str, rest: str) -> str:
 
 
 def _database(uri: str, scheme: str, rest: str) -> str:
-    if not rest.startswith("//"):
-        raise UsageError(f"{uri!r} is no address of a database: give {scheme}://USER@HOST/DATABASE")
     try:
         parts = urlsplit(f"{scheme}:{rest}")
-    except ValueError as error:
-        raise UsageError(f"{uri!r} is no address of a database: {error}") from error
-    host = parts.netloc.rpartition("@")[2]
-    instead = "leave the password out, and keep it where the database's client looks, such as ~/.pgpass"
-    _refuse_password(parts.password, host, instead)
+    except ValueError:  # brackets that do not close
+        parts = urlsplit("")
+    if not rest.startswith("//") or not parts.scheme:
+        raise UsageError(f"{uri!r} is no address of a database: give {scheme}://USER@HOST/DATABASE")
+    if parts.password is not None:
+        host = parts.netloc.rpartition("@")[2]
+        _refuse_password(host, "leave it out, and keep it where the database's client looks, such as ~/.pgpass")
     return f"{scheme}:{rest}"
 
 
-def _refuse_password(secret: str | None, host: str, instead: str) -> None:
-    if secret is not None:
-        raise UsageError(
-            f"the address of {host} has a name or a password before it, which would be written into the run folder "
-            f"and shown in MLflow: {instead}"
-        )
+def _refuse_password(host: str, instead: str) -> NoReturn:
+    raise UsageError(
+        f"the address of {host} has a name or a password before it, which would be written into the run folder "
+        f"and shown in MLflow: {instead}"
+    )
 
 
 def _folder(uri: str, rest: str) -> str:
@@ -132,8 +128,3 @@ def _folder(uri: str, rest: str) -> str:
     raise UsageError(
         f"{uri!r} is a folder, and MLflow no longer keeps runs in folders of files: give {SQLITE}{folder}/mlflow.db"
     )
-
-
-def _plugins() -> set[str]:
-    """Schemes that installed plugins of MLflow add."""
-    return {plugin.name for plugin in importlib.metadata.entry_points(group="mlflow.tracking_store")}

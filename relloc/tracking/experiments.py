@@ -21,15 +21,11 @@ def experiment_name(asked: object, uri: str | None = None) -> str:
         UsageError: there is none, it is blank, too long or no text, or has characters that can't be shown.
     """
     name = str(asked) if isinstance(asked, int) and not isinstance(asked, bool) else asked
-    if not isinstance(name, str):
-        said = "null" if name is None else repr(name)
-        raise UsageError(f"an experiment can't be called {said}: give a name, such as relloc")
-    if not name.strip():
-        raise UsageError("an experiment's name can't be empty or blank: give a name, such as relloc")
-    if len(name) > LONGEST_NAME:
-        raise UsageError(f"an experiment's name has {len(name)} characters, of which {LONGEST_NAME} are the most")
-    if not name.isprintable():
-        raise UsageError(f"an experiment's name has characters that can't be shown: {name!r}")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise UsageError(
+            f"an experiment can't be called {name!r}: give a name that is not blank, can be shown and has "
+            f"{LONGEST_NAME} characters at most, such as relloc"
+        )
     if uri and uri.partition(":")[0] == "databricks" and not name.startswith("/"):
         raise UsageError(f"Databricks wants a path as an experiment's name, such as /Users/YOU/{name}")
     return name

@@ -28,6 +28,7 @@ from relloc.tracking.store import StoreError, open_store, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 # MLflow's limits (mlflow.utils.validation, 3.17).
 POINTS_A_BATCH = 1000
@@ -37,8 +38,7 @@ NAME_CHARACTERS = 250
 DIGEST_CHARACTERS = 36
 
 _OF_SPREAD = ("_std", "_min", "_max")
-Point = tuple[str, int, float, int]  # metric name, step, value, Unix ms
-Batch = tuple[list[Point], dict[str, Any]]  # points, and what the note says when they are sent
+Batch = tuple[list["Metric"], dict[str, Any]]  # points, and what the note says when they are sent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,11 +167,10 @@ def _send_record(sending: _Sending) -> int:
     digest = hashlib.sha256((sending.run_dir / RUN_FILE).read_bytes()).hexdigest()
     if digest == note.record:
         return 0
-    run = client.get_run(note.run_id)
-    before = run.data.params
+    before = client.get_run(note.run_id).data.params
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.params.items()}
     params = {legal_name(name): text[:PARAM_CHARACTERS] for name, text in texts.items()}
-    fresh = {name: text for name, text in params.items() if name not in before}
+    fresh = [Param(name, text) for name, text in params.items() if name not in before]
     tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(sending.run_dir)}
     # What the UI shows as a run's source: its command, and the commit
     if kind := record.tags.get("relloc.kind"):
@@ -184,12 +183,11 @@ def _send_record(sending: _Sending) -> int:
         tags["relloc.changed_params"] = "; ".join(changes)
     client.log_batch(
         note.run_id,
-        params=[Param(name, text) for name, text in fresh.items()],
+        params=fresh,
         tags=[RunTag(legal_name(name), text[:TAG_CHARACTERS]) for name, text in tags.items()],
     )
     client.log_inputs(note.run_id, _inputs(record.datasets))
-    if run.info.run_name != record.name[:NAME_CHARACTERS]:
-        client.update_run(note.run_id, name=record.name[:NAME_CHARACTERS])
+    client.update_run(note.run_id, name=record.name[:NAME_CHARACTERS])
     sending.update_note(record=digest)
     return len(fresh)
 
@@ -237,62 +235,57 @@ def _send_points(sending: _Sending) -> int:
 
 def _send_batches(sending: _Sending, batches: Iterable[Batch], doubt: bool) -> int:
     """Send points, where in `doubt` only those that the store has not; how many were sent."""
-    from mlflow.entities import Metric
-
     client, run_id = sending.client, sending.note.run_id
     sent, known = 0, None
     for points, changes in batches:
         if known is None:
-            known = _points_there(client, run_id) if doubt else set()
+            names = client.get_run(run_id).data.metrics if doubt else ()
+            known = {_identity(point) for name in names for point in client.get_metric_history(run_id, name)}
         sending.update_note(unsure=True)
-        fresh = [point for point in points if _identity(*point[:3]) not in known]
-        client.log_batch(run_id, metrics=[Metric(name, value, time_ms, step) for name, step, value, time_ms in fresh])
+        fresh = [point for point in points if _identity(point) not in known]
+        client.log_batch(run_id, metrics=fresh)
         sending.update_note(unsure=doubt, **changes)
         sent += len(fresh)
     return sent
 
 
-def _points_there(client: "MlflowClient", run_id: str) -> set[tuple[str, int, str]]:
-    names = client.get_run(run_id).data.metrics
-    histories = [client.get_metric_history(run_id, name) for name in names]
-    return {_identity(point.key, point.step, point.value) for history in histories for point in history}
-
-
-def _identity(name: str, step: int, value: float) -> tuple[str, int, str]:
+def _identity(point: "Metric") -> tuple[str, int, str]:
     # Stores keep infinities as the largest number, and nan is not equal to itself.
     largest = sys.float_info.max
-    return name, step, "nan" if math.isnan(value) else repr(max(-largest, min(largest, value)))
+    value = "nan" if math.isnan(point.value) else repr(max(-largest, min(largest, point.value)))
+    return point.key, point.step, value
 
 
 def _journal_batches(sending: _Sending) -> Iterator[Batch]:
+    from mlflow.entities import Metric
+
     for field, file in (("lines", JOURNAL_FILE), ("system", SYSTEM_FILE)):
         first = getattr(sending.note, field)
         entries = read_journal(sending.run_dir, first, file)
-        points: list[Point] = []
+        points: list[Metric] = []
         for line, entry in enumerate(entries, start=first + 1):
-            points += [(legal_name(name), entry.step, v, entry.time_ms) for name, v in entry.metrics.items()]
+            points += [Metric(legal_name(name), v, entry.time_ms, entry.step) for name, v in entry.metrics.items()]
             if len(points) >= POINTS_A_BATCH or line == first + len(entries):
                 yield points, {field: line}
                 points = []
 
 
-def _row_points(row: Result, time_ms: int) -> list[Point]:
+def _row_points(row: Result, time_ms: int) -> list["Metric"]:
     """A row under its name and as a point of curves: over feature1 to feature5, and over k where it has one.
 
     Curves of how a number spreads would only hide those of the numbers.
     """
+    from mlflow.entities import Metric
+
     name = legal_name(row.tracked_name)
-    points = [(name, 0, row.value, time_ms)]
     variant, layer, metric = name.rpartition(f"/{row.layer}/")
-    if not layer or metric.endswith(_OF_SPREAD):
-        return points
-    if row.layer.startswith("feature"):
-        step = int(row.layer.removeprefix("feature"))
-        points.append((f"{variant}/{metric}_by_layer", step, row.value, time_ms))
-    if counted := re.fullmatch(r"(\w+?)_k(\d+)(_\w+)?", metric):
-        what, k, rest = counted[1], int(counted[2]), counted[3] or ""
-        points.append((f"{variant}{layer}{what}{rest}_by_k", k, row.value, time_ms))
-    return points
+    steps = {name: 0}
+    if layer and not metric.endswith(_OF_SPREAD):
+        if row.layer.startswith("feature"):
+            steps[f"{variant}/{metric}_by_layer"] = int(row.layer.removeprefix("feature"))
+        if counted := re.fullmatch(r"(\w+?)_k(\d+)((_\w+)?)", metric):
+            steps[f"{variant}{layer}{counted[1]}{counted[3]}_by_k"] = int(counted[2])
+    return [Metric(name, row.value, time_ms, step) for name, step in steps.items()]
 
 
 def _digest(rows: Sequence[Result]) -> str:

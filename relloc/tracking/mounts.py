@@ -1,10 +1,10 @@
-"""Which file system a path lies on, by Linux's table of mounts."""
+"""Which file system a path lies on, by the system's table of mounts."""
 
 import os
-import re
 from pathlib import Path
 
-MOUNTS = Path("/proc/self/mountinfo")
+import psutil
+
 # Types of file systems that several machines write at once.
 _SHARED = {
     "nfs",
@@ -39,7 +39,7 @@ _SHARED_FUSE = {
 
 def shared_file_system(path: Path) -> str | None:
     """The type of the network file system that holds a path, such as "nfs4"; None if none does or nobody can say."""
-    found = _type_of(path)
+    found = _mount_of(path)[0]
     fuse = found.removeprefix("fuse.")
     return found if found in _SHARED or (fuse != found and fuse in _SHARED_FUSE) else None
 
@@ -55,23 +55,14 @@ def locks_stay_here(path: Path) -> bool:
     return kind == "lustre" and "localflock" in options
 
 
-def _type_of(path: Path) -> str:
-    return _mount_of(path)[0]
-
-
 def _mount_of(path: Path) -> tuple[str, list[str]]:
-    """The type and the options of the mount that a path is below; of mounts at one place the last one counts.
-
-    A line is "ID PARENT MAJOR:MINOR ROOT PLACE OPTIONS [FIELDS] - TYPE SOURCE OPTIONS" (proc(5)).
-    """
+    """The type and the options of the mount that a path is below; of mounts at one place the last one counts."""
     try:
-        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:  # not Linux
+        mounts = psutil.disk_partitions(all=True)
+    except OSError:  # no table of mounts
         return "", []
-    real, nearest, kind, options = Path(os.path.realpath(path)), -1, "", ""
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        place = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4]))
-        if real.is_relative_to(place) and len(place.parts) >= nearest:
-            nearest, kind, options = len(place.parts), after.split(" ")[0], after.rpartition(" ")[2]
+    real, nearest, kind, options = Path(os.path.realpath(path)), 0, "", ""
+    for mount in mounts:
+        if real.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= nearest:
+            nearest, kind, options = len(mount.mountpoint), mount.fstype, mount.opts
     return kind, options.split(",")

@@ -1,26 +1,33 @@
 from pathlib import Path
 
+import psutil
 import pytest
 
-from relloc.tracking import StoreError, mounts, open_store
+from relloc.tracking import StoreError, open_store
 from relloc.tracking.mounts import locks_stay_here, shared_file_system
 
 TABLE = """\
-27 1 254:0 / / rw,relatime - ext4 /dev/vda rw
-31 27 0:40 / /home rw - autofs systemd-1 rw
-32 27 0:41 / /home rw,relatime shared:12 master:3 - nfs4 login1:/export/home rw,vers=4.2
-33 32 254:1 / /home/ann/local rw - xfs /dev/nvme0n1 rw
-34 27 0:43 / /big\\040data rw - lustre 10.0.0.1@o2ib:/big rw
-35 27 0:44 / /mnt/ssh rw - fuse.sshfs ann@login1: rw
-36 27 0:45 / /mnt/vault rw - fuse.gocryptfs /vault rw
+/dev/vda / ext4 rw,relatime 0 0
+systemd-1 /home autofs rw 0 0
+login1:/export/home /home nfs4 rw,relatime,vers=4.2 0 0
+/dev/nvme0n1 /home/ann/local xfs rw 0 0
+10.0.0.1@o2ib:/big /big\\040data lustre rw 0 0
+ann@login1: /mnt/ssh fuse.sshfs rw 0 0
+/vault /mnt/vault fuse.gocryptfs rw 0 0
 """
 
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "mountinfo"
-    path.write_text(TABLE)
-    monkeypatch.setattr(mounts, "MOUNTS", path)
+    return write_table(TABLE, tmp_path, monkeypatch)
+
+
+def write_table(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as /proc, with this table of mounts (fstab(5)), for psutil to look into."""
+    path = folder / "proc" / "self" / "mounts"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(folder / "proc"))
     return path
 
 
@@ -43,7 +50,7 @@ def test_the_nearest_and_latest_mount_counts(path: str, kind: str | None) -> Non
 
 
 def test_a_link_is_followed(table: Path, tmp_path: Path) -> None:
-    table.write_text(f"{TABLE}40 27 0:9 / {tmp_path}/net rw - beegfs beegfs_nodev rw\n")
+    table.write_text(f"{TABLE}beegfs_nodev {tmp_path}/net beegfs rw 0 0\n")
     (tmp_path / "net").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "net")
     assert shared_file_system(tmp_path / "runs" / "mlflow.db") == "beegfs"
@@ -57,7 +64,7 @@ def test_without_a_table_nothing_is_known(table: Path) -> None:
 def test_sqlite_in_a_network_folder_is_refused_unless_asked_for(
     uri: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table.write_text(f"{TABLE}40 27 0:9 / {tmp_path}/store rw - nfs login1:/x rw\n")
+    table.write_text(f"{TABLE}login1:/x {tmp_path}/store nfs rw 0 0\n")
     with pytest.raises(StoreError, match=r"store is a network folder \(nfs\).*tracking=server"):
         open_store(uri)
     monkeypatch.setenv("RELLOC_SQLITE_ANYWHERE", "1")
@@ -81,7 +88,7 @@ def test_sqlite_in_a_network_folder_is_refused_unless_asked_for(
 def test_network_folders_whose_locks_stay_on_one_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str, stay: bool
 ) -> None:
-    table = tmp_path / "mountinfo"
-    table.write_text(f"27 1 254:0 / / rw - ext4 /dev/vda rw\n32 27 0:41 / {tmp_path} rw,relatime - {mount}\n")
-    monkeypatch.setattr(mounts, "MOUNTS", table)
+    kind, source, options = mount.split(" ")
+    table = f"/dev/vda / ext4 rw 0 0\n{source} {tmp_path} {kind} {options} 0 0\n"
+    write_table(table, tmp_path, monkeypatch)
     assert locks_stay_here(tmp_path / "run" / "run.lock") is stay
