@@ -54,8 +54,20 @@ class LabelFree(Evaluation):
             details = [f"singular values of {len(rows)} images, evenly spaced over the split"]
             if layer != "avgpool":
                 details.append(f"features of {layer} pooled as in 3.1")
-            alpha, why_not = _alpha(layer, rows)
-            rank = Score(
+            try:
+                rank = rankme(rows)
+            except ValueError as error:
+                raise UsageError(
+                    f"eval.label_free at {layer}: {error}. The network may have diverged or be dead there, or half "
+                    "precision overflowed: give precision=fp32, batch_norm=recalibrated, other weights, or leave the "
+                    "layer out"
+                ) from error
+            alpha, why_not = None, []
+            try:
+                alpha = alpha_req(rows)
+            except ValueError as error:
+                why_not = [f"no alpha-ReQ: {error}"]
+            score = Score(
                 table="Label-free measures",
                 column=layer,
                 variant="RankMe",
@@ -64,14 +76,21 @@ class LabelFree(Evaluation):
                 unit="directions",
                 higher_is_better=None,
                 headline=True,
-                value=_rank(layer, rows),
+                value=rank,
                 n=len(rows),
                 details=(*details, *why_not),
             )
-            yield rank
+            yield score
             if alpha is not None:
-                as_alpha = {"metric": "alpha_req", "variant": "alpha-ReQ", "unit": "exponent", "headline": False}
-                yield dataclasses.replace(rank, **as_alpha, value=alpha, details=tuple(details))
+                yield dataclasses.replace(
+                    score,
+                    variant="alpha-ReQ",
+                    metric="alpha_req",
+                    unit="exponent",
+                    headline=False,
+                    value=alpha,
+                    details=tuple(details),
+                )
 
     def _features(self, source: FeatureSource, indices: Int[Tensor, "m"]) -> dict[str, Float[Tensor, "m _d"]]:
         parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
@@ -79,23 +98,3 @@ class LabelFree(Evaluation):
             for layer, rows in parts.items():
                 rows.append(features[layer].cpu())
         return {layer: torch.cat(rows) for layer, rows in parts.items()}
-
-
-def _rank(layer: str, rows: Float[Tensor, "n d"]) -> float:
-    try:
-        return rankme(rows)
-    except ValueError as error:
-        raise UsageError(
-            f"eval.label_free at {layer}: {error}. The network may have diverged or be dead there, or half precision "
-            "overflowed: give precision=fp32, batch_norm=recalibrated, other weights, or leave the layer out"
-        ) from error
-
-
-def _alpha(layer: str, rows: Float[Tensor, "n d"]) -> tuple[float | None, list[str]]:
-    """alpha-ReQ, or None and why there is none."""
-    if not rows.isfinite().all():
-        return None, []  # RankMe refuses these, with the reason
-    try:
-        return alpha_req(rows), []
-    except ValueError as error:
-        return None, [f"no alpha-ReQ: {error}"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from relloc import checks
 
+Pixels = Float[Tensor, "b 3 s s"]
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _ORDERS = tuple(itertools.permutations((_BRIGHTNESS, _CONTRAST, _SATURATION)))
@@ -47,7 +48,7 @@ class JitterAndLighting:
             f"lighting noise {self.lighting}"
         )
 
-    def __call__(self, pixels: Float[Tensor, "b 3 s s"], seeds: Sequence[int]) -> Float[Tensor, "b 3 s s"]:
+    def __call__(self, pixels: Pixels, seeds: Sequence[int]) -> Pixels:
         """The images, which are in 0..1, each changed by the chance of its seed; lighting may leave that range."""
         drawn = _to(pixels, [self.draw(seed) for seed in seeds])
         factors, slots, shifts = drawn.split(3, dim=1)
@@ -71,9 +72,7 @@ def _to(like: Tensor, rows: list[list[float]]) -> Float[Tensor, "b columns"]:
     return table.to(like.device, non_blocking=True)
 
 
-def _changed(
-    pixels: Float[Tensor, "b 3 s s"], which: Int[Tensor, "b"], factors: Float[Tensor, "b 3"]
-) -> Float[Tensor, "b 3 s s"]:
+def _changed(pixels: Pixels, which: Int[Tensor, "b"], factors: Float[Tensor, "b 3"]) -> Pixels:
     """Pixels blended with black, their mean gray or their own gray: brightness, contrast, saturation."""
     red, green, blue = pixels.unbind(dim=1)
     gray = (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)

@@ -23,19 +23,16 @@ from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.seeds import Use, seed_for
 
+Pixels = Float[Tensor, "b 3 s s"]
 Features = dict[str, Float[Tensor, "b _d"]]
 Batch = tuple[Features, Int[Tensor, "b *classes"]]
-# Changes pixels (b 3 s s) between 0 and 1 by the chance of one seed an image
-Color = Callable[[Float[Tensor, "b 3 s s"], Sequence[int]], Float[Tensor, "b 3 s s"]]
+# Changes pixels between 0 and 1 by the chance of one seed an image
+Color = Callable[[Pixels, Sequence[int]], Pixels]
 ProgressBar = Callable[[Iterable[ImageBatch], str, int], Iterable[ImageBatch]]
+Encode = Callable[[Backbone, Pixels, tuple[str, ...], bool], Features]
 
 
-Encode = Callable[[Backbone, Float[Tensor, "b 3 s s"], tuple[str, ...], bool], Features]
-
-
-def encode(
-    backbone: Backbone, images: Float[Tensor, "b 3 s s"], layers: tuple[str, ...], bf16: bool
-) -> dict[str, Float[Tensor, "b _d"]]:
+def encode(backbone: Backbone, images: Pixels, layers: tuple[str, ...], bf16: bool) -> Features:
     """Pooled features of images of 0 to 255: normalized, encoded in bfloat16 if asked, pooled in float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         return pooled_layers(backbone, ByDataset()(images), layers)
@@ -144,7 +141,7 @@ class EncodeConfig:
         pin = self.device.type == "cuda"
         return load(Views(images, view), batches, workers=self.workers, pin=pin, stopping=self.stopping)
 
-    def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
+    def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> Pixels:
         """Views as the network takes them."""
         return ByDataset()(pixels.to(self.device, non_blocking=True).float())
 

@@ -227,7 +227,7 @@ class SemiSupervised(Evaluation):
         source = f"{self.share:.3g} of each class by seed {seed}"
         if self.list_file:
             source = f"list {Path(self.list_file).name}"
-        gone = [str(rates) for rates, of in zip(self.settings, outcomes, strict=False) if not of["finite"]]
+        gone = [str(rates) for rates, of in zip(self.settings, outcomes, strict=True) if not of["finite"]]
         diverged = [f"diverged and ranked last: {' and '.join(gone)}"] if gone else []
         if not outcomes[number]["finite"]:
             diverged = ["diverged: loss or weights are not finite"]
