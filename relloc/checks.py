@@ -16,7 +16,7 @@ _FINITE = sys.float_info.max
 def whole(setting: str, value: Any, at_least: float = 1) -> int:
     """A whole number of `at_least` or more."""
     if not _is_whole(value, at_least):
-        raise _wrong(setting, value, _whole_numbers("a whole number", at_least))
+        raise _wrong(setting, value, f"a whole number{_limits(at_least=at_least)}")
     return value
 
 
@@ -52,7 +52,7 @@ def some_of(setting: str, values: Any, choices: Collection[Any]) -> Any:
 
 def wholes(setting: str, values: Any, at_least: float = 1, *, may_be_empty: bool = False) -> Any:
     """A list of whole numbers of `at_least` or more."""
-    wanted = _whole_numbers("whole numbers", at_least)
+    wanted = f"whole numbers{_limits(at_least=at_least)}"
     return _list_of(wanted, lambda value: _is_whole(value, at_least), setting, values, may_be_empty)
 
 
@@ -102,11 +102,7 @@ def _is_number(value: Any, above: float, at_least: float, at_most: float) -> boo
     return above < value and at_least <= value <= at_most  # never true of nan
 
 
-def _whole_numbers(kind: str, at_least: float) -> str:
-    return kind if at_least == -math.inf else f"{kind} of {at_least} or more"
-
-
-def _limits(above: float, at_least: float, at_most: float) -> str:
+def _limits(above: float = -math.inf, at_least: float = -math.inf, at_most: float = _FINITE) -> str:
     if at_least > -math.inf and at_most < _FINITE:
         return f" from {at_least:g} to {at_most:g}"
     limits = []

@@ -157,11 +157,13 @@ class RunSettings:
             data = one.data or self.data
             if data.images not in listed:
                 listed[data.images] = data.read()
-            share = one.data.unreadable_share if one.data else None
-            splits = listed[data.images]
-            found.append(
-                NamedEvaluation(name=one.name, evaluation=one.evaluation, splits=splits, unreadable_share=share)
+            named = NamedEvaluation(
+                name=one.name,
+                evaluation=one.evaluation,
+                splits=listed[data.images],
+                unreadable_share=one.data.unreadable_share if one.data else None,
             )
+            found.append(named)
         return found
 
 
@@ -289,7 +291,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         milestones=given["milestones"],
         report_every_steps=given["report_every_steps"],
         monitor=MonitorSettings(**given["monitor"]),
-        identity=_computed(given),
+        identity=neutral.of_weights(flatten(given)),
     )
     # The slow checks come last. Many points of a sweep have the same network.
     names = ("model", "optimizer", "pretext_batch_norm")
@@ -335,17 +337,16 @@ def refusals(command: str, configs: Sequence[DictConfig], made_by_jobs: Sequence
     Whether the machine has the GPU, and whether the images are any good, is seen where the point runs. Folders of data
     that stand in `made_by_jobs`, lines of a batch script, are not looked for.
     """
-    return [_refusal(command, config, made_by_jobs) for config in configs]
-
-
-def _refusal(command: str, config: Any, made_by_jobs: Sequence[str]) -> str | None:
-    try:
-        settings = pretraining(config) if command == "train" else evaluating(config)
-        settings.check_places(made_by_jobs)
-    # A TypeError is of a value of another kind.
-    except (UsageError, InstantiationException, TypeError, OmegaConfBaseException) as error:
-        return " ".join(str(error).split())
-    return None
+    make = pretraining if command == "train" else evaluating
+    found: list[str | None] = []
+    for config in configs:
+        try:
+            make(config).check_places(made_by_jobs)
+            found.append(None)
+        # A TypeError is of a value of another kind.
+        except (UsageError, InstantiationException, TypeError, OmegaConfBaseException) as error:
+            found.append(" ".join(str(error).split()))
+    return found
 
 
 def call(node: Any, **more: Any) -> Any:
@@ -428,11 +429,6 @@ def _evaluation(name: str, node: Any) -> EvaluationAsked:
         raise UsageError(re.sub(r"\beval\.[a-z0-9_]+", f"eval.{name}", str(error))) from error
     data = _data_set(f"eval.{name}.data", node.data) if node.get("data") else None
     return EvaluationAsked(name=name, evaluation=evaluation, data=data)
-
-
-def _computed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what pretraining computes, flat."""
-    return neutral.of_weights(flatten(given))
 
 
 def _unless_auto(value: Any) -> Any:

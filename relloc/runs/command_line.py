@@ -118,7 +118,7 @@ def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
         raise UsageError(_without_equals(word, after))
     if not _KEY.fullmatch(key):
         raise UsageError(f"{shlex.quote(word)} does not begin with the name of a setting, such as seed=0. See --help")
-    read_word = _parsed(word)
+    read_word = parsed(word)
     if read_word is None:
         raise UsageError(_unread(key, value, sweeps))
     if read_word.is_choice_sweep() and not sweeps and not key.lstrip("+").startswith(_SWEEP_THEMSELVES):
@@ -128,7 +128,8 @@ def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
     return read_word
 
 
-def _parsed(word: str) -> Override | None:
+def parsed(word: str) -> Override | None:
+    """A word as Hydra reads it; None where it can't."""
     try:
         return OverridesParser.create().parse_overrides([word])[0]
     except OverrideParseException:
@@ -157,7 +158,7 @@ def _unread(key: str, value: str, sweeps: bool) -> str:
         return f"{key}={value}: the shell expands ~ only where a word begins with it. Write {meant}the whole path"
     told = shlex.quote(f"{key}={value}")
     closed = f"{key}={value}]" if value.startswith("[") else f"{key}=[{value}"
-    if value.startswith("[") != value.endswith("]") and _parsed(closed):
+    if value.startswith("[") != value.endswith("]") and parsed(closed):
         return f"{told} has a bracket without its other half: write {shlex.quote(closed)}"
     return (
         f"{told} can't be read: a value with such characters stands in quotes, and these inside of the shell's. "
@@ -175,12 +176,12 @@ def _with_quotes(key: str, value: str, sweeps: bool, *, as_text: bool = False) -
     elements = re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"']+|["'])+""", value[1:-1] if is_list else value)
     parts = [part.strip() for part in elements] if is_list or (sweeps and len(elements) > 1) else [value]
     for place, part in enumerate(parts):
-        read_part = _parsed(f"key={part}")
+        read_part = parsed(f"key={part}")
         if read_part is None or (as_text and not isinstance(read_part.value(), str)):
             parts[place] = _in_quotes(part)
     quoted = ",".join(parts)
     word = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
-    return shlex.quote(word if _parsed(word) else f"{key}={_in_quotes(value)}")
+    return shlex.quote(word if parsed(word) else f"{key}={_in_quotes(value)}")
 
 
 def _in_quotes(value: str) -> str:
@@ -217,7 +218,7 @@ def values(word: Override) -> list[Any]:
         return [word.value()]
     if not word.is_choice_sweep():
         return []
-    points = [_parsed(f"key={text}") for text in word.sweep_string_iterator()]
+    points = [parsed(f"key={text}") for text in word.sweep_string_iterator()]
     return [point.value() for point in points if point is not None]
 
 
@@ -261,7 +262,7 @@ def as_value(value: Any) -> str:
         return "{" + ",".join(f"{name}:{as_value(one)}" for name, one in value.items()) + "}"
     if not isinstance(value, str):
         return repr(value)
-    read_word = _parsed(f"key={value}") if value and "\\" not in value else None  # one would escape what follows
+    read_word = parsed(f"key={value}") if value and "\\" not in value else None  # one would escape what follows
     plain = read_word is not None and not read_word.is_sweep_override() and read_word.value() == value
     return value if plain else _in_quotes(value)
 
@@ -273,4 +274,4 @@ def as_word(key: str, value: Any) -> str:
 
 def _typed(key: str, value: str) -> str:
     """`key=value` as a person meant it, with quotes only where Hydra can't read it without."""
-    return shlex.quote(f"{key}={value if _parsed(f'{key}={value}') else _in_quotes(value)}")
+    return shlex.quote(f"{key}={value if parsed(f'{key}={value}') else _in_quotes(value)}")

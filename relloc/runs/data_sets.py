@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +66,17 @@ class DataSet:
 
         A job may copy its data to its node's own disk.
         """
-        for name, folder in self._folders():
-            if folder is None:
+        if not self.shards and "root" not in self.source:
+            return
+        name = "shards" if self.shards else "root"
+        folders = self.shards or self.source["root"]
+        downloads = bool(not self.shards and self.source.get("download"))  # which makes the folder
+        for folder in folders if isinstance(folders, list) else [folders]:
+            if not folder:
                 raise UsageError(f"{self.setting}.root is not set: give {self.setting}.root=FOLDER")
-            if not Path(folder).is_dir() and not any(folder in line for line in made_by_jobs):
+            is_made = downloads or any(str(folder) in line for line in made_by_jobs)
+            if not is_made and not Path(str(folder)).is_dir():
                 raise UsageError(f"{self.setting}.{name}={folder} is not a folder here")
-
-    def _folders(self) -> Iterator[tuple[str, str | None]]:
-        """The folders that images are read from, each with its setting; None for one that nobody named."""
-        if self.shards:
-            yield "shards", self.shards
-        elif "root" in self.source:
-            roots = self.source["root"]
-            for root in roots if isinstance(roots, list) else [roots]:
-                if not root or not self.source.get("download"):  # a download makes the folder
-                    yield "root", str(root) if root else None
 
     def read(self, *, identified: bool = True) -> Splits:
         """List the images, and say what was found. Rank 0 is first, so that one process downloads.

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
-from hydra.errors import HydraException
+
+from relloc.runs.command_line import parsed
 
 # partition=a,b and exclude=n[1-3],n7 are how SLURM itself has them
 _SETTING = re.compile(r"(\+{0,2}(?:hydra\.)?launcher\.[\w.@-]+)=(.+)", re.DOTALL)
@@ -34,10 +34,10 @@ def _with_one_value(word: str) -> str:
 
 
 def _needs_quotes(word: str) -> bool:
-    try:
-        value = OverridesParser.create().parse_override(word).value()
-    except HydraException:
+    override = parsed(word)
+    if override is None:
         return True
+    value = override.value()
     if isinstance(value, list):  # [rack1|rack2] is one word of SLURM's
         return word.partition("=")[0].endswith("launcher.constraint")
     return isinstance(value, ChoiceSweep) and value.simple_form

@@ -16,17 +16,12 @@ def scaled(spans: Any, made_for: Any, epochs: Any) -> Any:
     Where both are the same, spans stay what they are, to the bit. What is no number is left for the checks of the
     setting to refuse.
     """
-    values = list(spans) if isinstance(spans, ListConfig | list) else spans
-    numbers = [made_for, epochs, *(values if isinstance(values, list) else [values])]
-    if made_for == epochs or not made_for or not all(isinstance(one, int | float) for one in numbers):
-        return values
-    if isinstance(values, list):
-        return [_of_six_digits(one * epochs / made_for) for one in values]
-    return _of_six_digits(values * epochs / made_for)
-
-
-def _of_six_digits(value: float) -> float:
-    return float(f"{value:.6g}")
+    is_list = isinstance(spans, ListConfig | list)
+    values = list(spans) if is_list else [spans]
+    are_numbers = all(isinstance(one, int | float) for one in (made_for, epochs, *values))
+    if are_numbers and made_for and made_for != epochs:
+        values = [float(f"{one * epochs / made_for:.6g}") for one in values]
+    return values if is_list else values[0]
 
 
 def scaled_whole(milestones: Any, made_for: Any, epochs: Any) -> Any:
