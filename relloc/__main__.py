@@ -30,16 +30,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _list() -> str:
     width = max(map(len, _COMMANDS))
-    lines = [f"  python -m relloc.{name:{width}}   {_purpose(name)}" for name in _COMMANDS]
-    return "\n".join(
-        [
-            "relloc pretrains networks by relative location and measures what their features are worth.",
-            "",
-            *lines,
-            "",
-            "Each tells more with --help, and of a setting with --help SETTING. The first to try, which needs no data:",
-            "  python -m relloc.train",
-        ]
+    lines = "\n".join(f"  python -m relloc.{name:{width}}   {_purpose(name)}" for name in _COMMANDS)
+    return (
+        f"relloc pretrains networks by relative location and measures what their features are worth.\n\n{lines}\n\n"
+        "Each tells more with --help, and of a setting with --help SETTING. The first to try, which needs no data:\n"
+        "  python -m relloc.train"
     )
 
 

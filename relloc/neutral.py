@@ -4,7 +4,7 @@ Resuming a training, recognizing a point of a sweep and telling a run's settings
 that are measured already need none: they are recognized by the fingerprint of what they measure.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 # Neither weights nor results change with these, but for rounding: a run is the same with others of them.
@@ -55,16 +55,14 @@ def of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not f"{name}.".startswith(neutral)}
 
 
-def of_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a nested config, what decides the weights and results of a run, and what it keeps of itself."""
-    return _without(config, _HOW_IT_IS_RUN)
+def of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Of a nested config, what decides the weights and results of a run, and what it keeps of itself.
 
-
-def _without(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    left_out = set(names)
+    `prefix` stands before the names of its settings, as in `recipe.`
+    """
     kept: dict[str, Any] = {}
     for name, value in config.items():
-        below = [key.removeprefix(f"{name}.") for key in left_out if key.startswith(f"{name}.")]
-        if name not in left_out:
-            kept[name] = _without(value, below) if below and isinstance(value, Mapping) else value
+        key = f"{prefix}{name}"
+        if key not in _HOW_IT_IS_RUN:
+            kept[name] = of_run(value, f"{key}.") if isinstance(value, Mapping) else value
     return kept

@@ -110,7 +110,7 @@ class RunSettings:
         checks.whole("calibration_images", self.calibration_images)
         checks.number("bank_gib", self.bank_gib, at_least=0, at_most=math.inf)
         checks.number("save_every_s", self.save_every_s, at_least=0, at_most=math.inf)
-        lost = [one.data.what_is_missing for one in self.evaluations if one.data and one.data.what_is_missing]
+        lost = [told for one in self.evaluations if one.data and (told := one.data.what_is_missing)]
         if lost:
             raise UsageError(f"{len(lost)} evaluations don't know where their data set lies; give {'; '.join(lost)}")
 

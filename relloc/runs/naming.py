@@ -32,16 +32,9 @@ def pretraining_name(settings: Pretraining, color: str) -> str:
     grid = settings.patches.grid
     jitter = grid.jitter_px
     moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
-    parts = (
-        f"gap{grid.gap_px}",
-        f"jit{moved}",
-        f"{settings.schedule.epochs:g}ep",
-        settings.data.short_name,
-        _short_model(settings.model.name),
-        f"s{settings.seed}",
-        color,
-    )
-    return " ".join(map(str, parts))
+    length = f"{settings.schedule.epochs:g}ep"
+    what = f"{settings.data.short_name} {_short_model(settings.model.name)} s{settings.seed} {color}"
+    return f"gap{grid.gap_px} jit{moved} {length} {what}"
 
 
 def evaluation_name(models: Sequence[EvaluatedModel], data: Sequence[str]) -> str:

@@ -116,10 +116,9 @@ class Composed:
     def default(self, key: str) -> Any:
         """The value of a setting, resolved where that is possible."""
         try:
-            value = OmegaConf.select(self.config, key)
+            return self.value(key)
         except (ValueError, KeyError):  # it names another one, or an environment variable, that is not set
             return None
-        return OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
 
     def value(self, key: str) -> Any:
         """The value of a setting, resolved."""
