@@ -49,7 +49,8 @@ class RunData:
             return ""
         name = "shards" if given["data"].get("shards") else "root"
         setting, where = f"data.{name}", given["data"].get(name)
-        gone = [str(one) for one in _listed(where) if not os.path.exists(str(one))]
+        folders = where if isinstance(where, list) else [where] if where else []
+        gone = [str(one) for one in folders if not os.path.exists(str(one))]
         if gone and where == self.places.get(setting):
             raise UsageError(
                 f"{self.run} was trained on data={self.member} in {', '.join(gone)}, which is not there any more: "
@@ -59,10 +60,6 @@ class RunData:
         return f"data    that of {self.run}: {named}. data=NAME takes another"
 
 
-def _listed(where: Any) -> list[Any]:
-    return where if isinstance(where, list) else [] if where is None else [where]
-
-
 def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | None:
     """The data of the first run that one evaluation's words name; None where they say data=, or name no run.
 
@@ -70,7 +67,7 @@ def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | Non
     compared is measured on the same images.
     """
     named = command_line.checkpoints(words)
-    return _of_first([*named[0], *beside], words) if len(named) == 1 and not _say_data(words) else None
+    return _of_first([*named[0], *beside], words) if len(named) == 1 else None
 
 
 def find_of_point(words: Sequence[Override]) -> RunData | None:
@@ -81,8 +78,6 @@ def find_of_point(words: Sequence[Override]) -> RunData | None:
 
 def find_shared(words: Sequence[Override]) -> RunData | None:
     """As `find`, of all points of a sweep; None where they do not have the same."""
-    if _say_data(words):
-        return None
     named = command_line.checkpoints(words)
     beside = [name for names in named for name in names]
     found = [_of_first([*names, *beside], words) for names in named]
@@ -102,18 +97,17 @@ def _all_names(words: Sequence[Override]) -> list[str]:
     return [name for word in words for names in command_line.checkpoints([word]) for name in names]
 
 
-def _say_data(words: Sequence[Override]) -> bool:
-    return any(word.key_or_group in _SAYS_DATA for word in words)
-
-
 def _of_first(checkpoints: Sequence[str], words: Sequence[Override]) -> RunData | None:
-    """The data of the first run folder among them, without the probe where `words` choose one."""
+    """The data of the first run folder among them, without the probe if `words` choose one."""
+    given = {word.key_or_group for word in words}
     folders = (name for name in checkpoints if os.path.isfile(os.path.join(name, CONFIG_FILE)))
     run = next(folders, None)
-    return _read(Path(run), any(word.key_or_group == "probe" for word in words)) if run else None
+    if run is None or not given.isdisjoint(_SAYS_DATA):
+        return None
+    return _read(Path(run), chooses_probe="probe" in given)
 
 
-def _read(run: Path, chooses_probe: bool) -> RunData | None:
+def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
     content = _load(run / CONFIG_FILE)
     data = content.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("source"), Mapping):
