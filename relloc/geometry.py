@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from relloc import checks
 from relloc.errors import UsageError
 
+Pair = tuple[int, int]
 CELLS = 9
 CENTER = 4
 NEIGHBORS = (0, 1, 2, 3, 5, 6, 7, 8)  # cell of the neighbor, in the order of the labels
@@ -33,7 +34,7 @@ def opposite(label: int) -> int:
 class Resize(Protocol):
     """How large an image becomes before the grid is placed in it."""
 
-    def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
+    def size(self, height: int, width: int, chance: float) -> Pair:
         """New (height, width) of a `height` x `width` image; `chance` in [0, 1) is the only luck."""
         ...
 
@@ -55,7 +56,7 @@ class Square:
     def __post_init__(self) -> None:
         checks.whole("grid.resize.px", self.px)
 
-    def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
+    def size(self, height: int, width: int, chance: float) -> Pair:
         return self.px, self.px
 
     def shortest(self) -> int:
@@ -68,7 +69,7 @@ class Square:
 class ShortSide(Square):
     """The short side becomes `px`, the aspect ratio stays (mmselfsup 0.x; torchvision's rounding)."""
 
-    def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
+    def size(self, height: int, width: int, chance: float) -> Pair:
         if height <= width:
             return self.px, int(self.px * width / height)
         return int(self.px * height / width), self.px
@@ -85,7 +86,7 @@ class Area:
         if not 0 < self.low_px2 <= self.high_px2:
             raise ValueError(f"area range {self.low_px2}..{self.high_px2} px2 is not a range above 0")
 
-    def size(self, height: int, width: int, chance: float) -> tuple[int, int]:
+    def size(self, height: int, width: int, chance: float) -> Pair:
         area = self.low_px2 + chance * (self.high_px2 - self.low_px2)
         scale = math.sqrt(area / (height * width))
         return max(1, round(height * scale)), max(1, round(width * scale))
@@ -112,7 +113,7 @@ class PatchGrid:
 
     patch_px: int
     gap_px: int
-    jitter_px: int | tuple[int, int] | list[int]
+    jitter_px: int | Pair | list[int]
     resize: Resize | None
 
     def __post_init__(self) -> None:
@@ -134,7 +135,7 @@ class PatchGrid:
             )
 
     @property
-    def jitter_range(self) -> tuple[int, int]:
+    def jitter_range(self) -> Pair:
         """Lowest and highest displacement of a patch, both included."""
         if isinstance(self.jitter_px, int):
             return -self.jitter_px, self.jitter_px
@@ -155,11 +156,11 @@ class PatchGrid:
         """Side of the square that holds the grid wherever its patches move: the crop side."""
         return 3 * self.patch_px + 2 * self.gap_px + self.jitter_width
 
-    def lowest_corner(self, cell: int) -> tuple[int, int]:
+    def lowest_corner(self, cell: int) -> Pair:
         """(row, column) in the span of a cell's top left corner, moved as far up and left as it can."""
         return cell // 3 * self.pitch_px, cell % 3 * self.pitch_px
 
-    def resized(self, height: int, width: int, chance: float) -> tuple[int, int]:
+    def resized(self, height: int, width: int, chance: float) -> Pair:
         """(height, width) of an image after the resize, enlarged where an `Area` is too small.
 
         Raises:

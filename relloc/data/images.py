@@ -30,6 +30,7 @@ from PIL import (
 )
 
 from relloc.errors import UnreadableImage
+from relloc.geometry import Pair
 
 # Only these are opened, whatever a file is called. Pillow knows more: of EPS it makes a picture by starting
 # Ghostscript, a program that a crafted file may turn against its user.
@@ -212,7 +213,7 @@ def _float_shades(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values * (255 / widest)), 0, 255).astype(np.uint8))
 
 
-def crop_resized(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side_px: int) -> Image.Image:
+def crop_resized(image: Image.Image, size: Pair, corner: Pair, side_px: int) -> Image.Image:
     """The `side_px` square at `corner` (row, column) of the image resized to `size` (height, width).
 
     Bilinear with antialiasing, as torchvision does on Pillow images. Only the square is computed,

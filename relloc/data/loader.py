@@ -16,6 +16,8 @@ from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
 from relloc.data.shared_memory import can_be_handed, handed_over, to_hand_over
 from relloc.errors import DataError, Interrupted
 
+Reasons = dict[str, str]  # why images can't be used, by their names
+Shape = tuple[int, ...]
 Rows = UInt8[Tensor, "b s s 3"]
 _own_memory = functools.partial(torch.empty, dtype=torch.uint8)
 
@@ -26,7 +28,7 @@ class Sample:
 
     index: int
     pixels: UInt8[np.ndarray, "s s 3"] | None
-    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
+    unreadable: Reasons = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class ImageBatch:
 
     pixels: UInt8[Tensor, "b 3 s s"]
     indices: Int[Tensor, "b"]
-    unreadable: dict[str, str]
+    unreadable: Reasons
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,8 @@ class BatchMessage:
     """What a reading process tells of a batch, beside its pixels."""
 
     indices: list[int]
-    unreadable: dict[str, str]
-    shape: tuple[int, ...]
+    unreadable: Reasons
+    shape: Shape
 
     def batch(self, rows: Rows, *, pin: bool = False) -> ImageBatch:
         """The batch whose pixels are `rows`; with `pin` a copy of them in page-locked memory."""
@@ -56,7 +58,7 @@ class BatchMessage:
         return ImageBatch(pixels=pixels.pin_memory() if pin else pixels, indices=indices, unreadable=self.unreadable)
 
 
-def write_samples(samples: list[Sample], memory: Callable[[tuple[int, ...]], Rows]) -> tuple[BatchMessage, Rows]:
+def write_samples(samples: list[Sample], memory: Callable[[Shape], Rows]) -> tuple[BatchMessage, Rows]:
     """Write the pixels of samples of one size into `memory(shape)`; those without pixels have no row there."""
     usable = [(sample.index, sample.pixels) for sample in samples if sample.pixels is not None]
     side = len(usable[0][1]) if usable else 0
@@ -103,7 +105,7 @@ def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
     """In a reading process: a batch in memory that is handed over, or in the message where the system can't do that."""
     descriptors: list[int] = []
 
-    def memory(shape: tuple[int, ...]) -> Rows:
+    def memory(shape: Shape) -> Rows:
         if not can_be_handed() or not all(shape):
             return _own_memory(shape)
         try:
@@ -138,10 +140,10 @@ class Unreadable:
     n_images: int
     most_share: float
     setting: str = "data.unreadable_share"
-    note: Callable[[dict[str, str]], None] | None = None
-    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    note: Callable[[Reasons], None] | None = None
+    reasons: Reasons = dataclasses.field(default_factory=dict)
 
-    def add(self, reasons: dict[str, str]) -> None:
+    def add(self, reasons: Reasons) -> None:
         """Raises `DataError` once more than `most_share` of the data set is unreadable."""
         self.reasons.update(reasons)
         if self.note:

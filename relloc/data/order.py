@@ -35,20 +35,20 @@ class StepPlan:
                 f"recipe.images_per_step is {self.images_per_step}, recipe.images_per_batch_norm "
                 f"{self.images_per_batch_norm}, on {self.world} processes: each must be 1 or more"
             )
-        self._check_divides("images_per_forward", self.forward_images, self.images_per_batch_norm)
-        self._check_divides("recipe.images_per_step", self.images_per_step, self.forward_images * self.world)
+        for name, images, part in (
+            ("images_per_forward", self.forward_images, self.images_per_batch_norm),
+            ("recipe.images_per_step", self.images_per_step, self.forward_images * self.world),
+        ):
+            if images % part:
+                raise DataError(
+                    f"{name} is {images}, not a multiple of {part}: with {self.world} processes, ghost batches of "
+                    f"recipe.images_per_batch_norm={self.images_per_batch_norm} images must fill each forward, and "
+                    "forwards each process's share of recipe.images_per_step"
+                )
         if self.n_images < self.images_per_step:
             raise DataError(
                 f"{self.n_images} training images are fewer than one step takes: set recipe.images_per_step "
                 f"(now {self.images_per_step}) and recipe.images_per_batch_norm to {self.n_images} or less"
-            )
-
-    def _check_divides(self, name: str, images: int, part: int) -> None:
-        if images % part:
-            raise DataError(
-                f"{name} is {images}, not a multiple of {part}: with {self.world} processes, ghost batches of "
-                f"recipe.images_per_batch_norm={self.images_per_batch_norm} images must fill each forward, and "
-                "forwards each process's share of recipe.images_per_step"
             )
 
     @property

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_NO_FILE = -1  # in place of a descriptor: memory of its own
+
 
 def shared_with_forks(shape: Sequence[int]) -> Tensor:
     """Bytes (uint8) that this process shares with all that it forks from now on.
@@ -19,7 +21,7 @@ def shared_with_forks(shape: Sequence[int]) -> Tensor:
     Raises:
         OSError: the system has no room for them.
     """
-    return torch.frombuffer(mmap.mmap(-1, torch.Size(shape).numel()), dtype=torch.uint8).view(*shape)
+    return _mapped(_NO_FILE, shape)
 
 
 def can_be_handed() -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from relloc import checks
 from relloc.patches.normalize import per_channel
 
+Drawn = tuple[Tensor, ...]
 Patches = Float[Tensor, "b n 3 p p"]
 IMAGENET_MEAN_PX = (123.675, 116.28, 103.53)
 
@@ -26,7 +27,7 @@ def _weighted(patches: Patches, weights: tuple[float, float, float]) -> Float[Te
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _NothingRandom:
-    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn:
         """No numbers."""
         return ()
 
@@ -52,7 +53,7 @@ class Gray:
         checks.number("color.p", self.p, at_least=0, at_most=1)
         checks.one_of("color.weights", self.weights, ("luma", "mean"))
 
-    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn:
         """Which images (b) become gray."""
         return (torch.rand(b, generator=generator, device=generator.device) < self.p,)
 
@@ -80,7 +81,7 @@ class Drop:
     def __post_init__(self) -> None:
         checks.one_of("color.noise", self.noise, ("gaussian", "uniform"))
 
-    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn:
         """The channel (b n) each patch keeps, and noise (b n 3 p p) of unit size."""
         device = generator.device
         unit = torch.randn if self.noise == "gaussian" else torch.rand

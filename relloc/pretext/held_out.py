@@ -11,15 +11,14 @@ from jaxtyping import Int
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from relloc.geometry import NEIGHBORS, OFFSETS
+from relloc.geometry import NEIGHBORS
 from relloc.pretext import objective
 from relloc.seeds import Use, seed_for
 
 Answers = Int[Tensor, "n 8"]  # for each image, a label a pair
 PAIRS = len(NEIGHBORS)
-_ROWS, _COLUMNS = {-1: "up", 0: "", 1: "down"}, {-1: "left", 0: "", 1: "right"}
-# Where a neighbor lies, in the order of the labels: up_left, up, ... down_right.
-POSITIONS = tuple(f"{_ROWS[row]}_{_COLUMNS[column]}".strip("_") for row, column in OFFSETS)
+# Where a neighbor lies, in the order of the labels
+POSITIONS = ("up_left", "up", "up_right", "left", "right", "down_left", "down", "down_right")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

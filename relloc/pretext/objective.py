@@ -65,23 +65,20 @@ class RelativeLocation(nn.Module):
         if self.batch_norm == "joint":
             cells = self._encode(patches.flatten(0, 1)).unflatten(0, (len(patches), -1))
             return _around(cells, 1), cells[:, CENTER]
-        if self.one_pass and self.training:
-            return self._embed_ghost_batches(patches)
-        around = self._encode(_around(patches, 1).flatten(0, 1))
-        return around.unflatten(0, (len(patches), -1)), self._encode(patches[:, CENTER])
-
-    def _encode(self, rows: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n d"]:
-        # In the format of the weights, else the first convolution copies its input, forth and back.
-        return self.backbone.embed(rows.contiguous(memory_format=_memory_format(self.backbone)))
-
-    def _embed_ghost_batches(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """In each ghost batch first the neighbors, then the centers, as `Groups` wants them."""
+        if not (self.one_pass and self.training):
+            around = self._encode(_around(patches, 1).flatten(0, 1))
+            return around.unflatten(0, (len(patches), -1)), self._encode(patches[:, CENTER])
+        # In each ghost batch first the neighbors, then the centers, as `Groups` wants them.
         b, n = len(patches), self.images_per_batch_norm
         ghosts = patches.unflatten(0, (-1, n))
         rows = torch.cat([_around(ghosts, 2).flatten(1, 2), ghosts[:, :, CENTER]], 1)
         embedded = self._encode(rows.flatten(0, 1)).unflatten(0, (-1, CELLS * n))
         around, centers = embedded.split([len(NEIGHBORS) * n, n], dim=1)
         return around.reshape(b, len(NEIGHBORS), -1), centers.reshape(b, -1)
+
+    def _encode(self, rows: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n d"]:
+        # In the format of the weights, else the first convolution copies its input, forth and back.
+        return self.backbone.embed(rows.contiguous(memory_format=_memory_format(self.backbone)))
 
 
 @torch.no_grad()
