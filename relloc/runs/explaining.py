@@ -17,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from relloc.errors import UsageError
 from relloc.runs import settings
 from relloc.runs.command_line import as_value, values
-from relloc.runs.renamed import new_name
+from relloc.runs.renamed import nearest_old_name, new_name
 
 # Groups whose settings others than relloc read, or where a word may stand for a number (launcher.processes=auto)
 _FREE = ("launcher", "hydra", "tracking")
@@ -96,6 +96,8 @@ def no_setting(wrong: str, command: str, words: Sequence[str]) -> str:
         if swept:  # Hydra composes the default member first, with all that is not swept
             return f"{wrong} can't be given beside {swept[0]}: start one command for each {parent}"
         return f"there is no setting {wrong} here. It belongs to {', '.join(having)}"
+    if old := nearest_old_name(wrong):
+        return f"there is no setting {wrong}. Did you mean {new_name(old)}, which was {old} before?"
     return f"there is no setting {wrong}{_meant(wrong, known)}"
 
 

@@ -1,5 +1,6 @@
 """Settings that had another name in earlier versions, so that an old command or preset ends in the new name."""
 
+import difflib
 from collections.abc import Iterable
 
 from relloc.errors import UsageError
@@ -23,6 +24,12 @@ def new_name(setting: str) -> str | None:
         if setting == old or setting.startswith(f"{old}."):
             return new + setting.removeprefix(old)
     return None
+
+
+def nearest_old_name(setting: str) -> str | None:
+    """The former name that this looks like, such as data.epochs for data.epoch; None where none is near."""
+    near = difflib.get_close_matches(setting, _NEW_NAMES, n=1, cutoff=0.85)
+    return near[0] if near else None
 
 
 def refuse_old_names(settings: Iterable[str]) -> None:

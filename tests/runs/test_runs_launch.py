@@ -174,6 +174,7 @@ def test_a_flag_may_stand_behind_settings(launched: Launched, capsys: pytest.Cap
     [
         ("grid.gap_px=ten", "grid.gap_px=ten is not a number"),
         ("gap_px=10", "Did you mean grid.gap_px"),
+        ("data.epoch=3", "Did you mean schedule.epochs, which was data.epochs"),
         ("data=imagenet", "Did you mean imagenette or in1k"),
         ("seed", "seed=VALUE"),
         ("--seed", "there is no flag --seed"),
