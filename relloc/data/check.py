@@ -42,7 +42,7 @@ class Found:
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        return first_names(self.examples, _EXAMPLES) + (", …" if self.n > len(self.examples) else "")
+        return first_names(self.examples) + (", …" if self.n > len(self.examples) else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -131,10 +131,11 @@ def check_hashes(folder: Path, progress: Progress = without_progress) -> None:
         DataError: one holds other bytes.
     """
     manifest = read_manifest(folder)
-    files = [(each["file"], each["sha256"]) for role in ROLES for each in manifest[role]["shards"]]
-    for role in ROLES:  # of the index, only folders packed since it has a hash
-        recorded = manifest[role].get("index_sha256")
-        files += list(recorded.items()) if isinstance(recorded, dict) else []
+    files: list[tuple[str, str]] = []
+    for role in ROLES:
+        files += [(tar["file"], tar["sha256"]) for tar in manifest[role]["shards"]]
+        recorded = manifest[role].get("index_sha256")  # of the index, only folders packed since it has a hash
+        files += recorded.items() if isinstance(recorded, dict) else ()
     with progress(len(files), 0) as tell:
         for done, (name, recorded) in enumerate(files, start=1):
             path = folder / os.path.basename(name)

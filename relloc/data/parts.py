@@ -15,7 +15,7 @@ import numpy as np
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import ROLES, ImageSet, Role, Splits
 from relloc.data.images import ImageFile, read_file
-from relloc.errors import DataError
+from relloc.errors import DataError, data_errors
 from relloc.files import write_whole, writing
 
 # height is 0 where the image can't be read
@@ -110,10 +110,7 @@ def records_of(folder: Path, parts: list[Span]) -> np.ndarray:
     records = []
     for span in parts:
         path = folder / f"{span.stem}.npy"
-        try:
+        advice = f"Remove {path.with_suffix('.json')}, and start the command again"
+        with data_errors(f"{path} is missing or damaged", FileNotFoundError, EOFError, ValueError, advice=advice):
             records.append(np.load(path, allow_pickle=False))
-        except (FileNotFoundError, EOFError, ValueError) as error:
-            raise DataError(
-                f"{path} is missing or damaged ({error}): remove {path.with_suffix('.json')}, start the command again"
-            ) from error
     return np.concatenate(records)
