@@ -39,7 +39,10 @@ def _parser() -> argparse.ArgumentParser:
 def _send(run_dir: Path, uri: str | None, experiment: str | None) -> str | None:
     """The store that has all of the run now; None after a message."""
     try:
-        uri = uri or absolute_uri(_noted_uri(run_dir))
+        uri = uri or RunRecord.read(run_dir).tracking_uri
+        if not uri:
+            return _complain(run_dir, "run.json names no store: give one with --uri")
+        uri = absolute_uri(uri)
         sent = sync(run_dir, uri, experiment)
     except FileNotFoundError as error:
         return _complain(run_dir, f"not a run folder: {error.filename or error} is missing")
@@ -49,13 +52,6 @@ def _send(run_dir: Path, uri: str | None, experiment: str | None) -> str | None:
     for line in sent.refused:
         _complain(run_dir, line)
     print(terminal.escaped(f"{run_dir}: {counts if sent else 'nothing new'} -> {uri}"))
-    return uri
-
-
-def _noted_uri(run_dir: Path) -> str:
-    uri = RunRecord.read(run_dir).tracking_uri
-    if not uri:
-        raise ValueError("run.json names no store: give one with --uri")
     return uri
 
 

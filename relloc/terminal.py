@@ -68,19 +68,23 @@ def outlive_readers() -> None:
 
 def tell_when_left(message: str) -> None:
     """What is said on stderr when whoever read stdout leaves."""
-    stream = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if isinstance(stream, _Outliving):
+    if stream := _own_stdout():
         stream.told_when_left = message
 
 
 def end_of_output() -> bool:
     """Whether printed words were lost for lack of room; that is said on stderr."""
     sys.stdout.flush()
+    stream = _own_stdout()
+    if stream is None or stream.lost is None:
+        return False
+    complain(f"not all that was printed could be written: {stream.lost.strerror}")
+    return True
+
+
+def _own_stdout() -> "_Outliving | None":
     stream = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    lost = stream.lost if isinstance(stream, _Outliving) else None
-    if lost is not None:
-        complain(f"not all that was printed could be written: {lost.strerror}")
-    return lost is not None
+    return stream if isinstance(stream, _Outliving) else None
 
 
 class _Outliving(io.RawIOBase):

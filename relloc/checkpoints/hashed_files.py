@@ -20,8 +20,8 @@ from relloc.errors import CheckpointError, DamagedCheckpoint
 
 # What readers raise for damaged files. A content that needs more memory than there is, is none of ours, too.
 BROKEN = (
-    *(OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
-    *(MemoryError, NotImplementedError, AssertionError, ImportError, BufferError, struct.error, zlib.error),
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError),
+    *(MemoryError, AssertionError, ImportError, BufferError, struct.error, zlib.error),
     *(pickle.UnpicklingError, zipfile.BadZipFile, lzma.LZMAError, SafetensorError),
 )
 

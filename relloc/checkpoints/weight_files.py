@@ -121,13 +121,8 @@ def _reader(start: bytes, size: int) -> Callable[[Path, bool], Any]:
             "load a file of such an old torch with torch in the project that wrote it, and save the model's "
             "state_dict() again with torch.save"
         )
-    raise ValueError(f"it is {_what(start)}")
-
-
-def _what(start: bytes) -> str:
-    if not start:
-        return "empty"
-    return next((told for begins, told in _OTHERS.items() if start.startswith(begins)), _KINDS)
+    known = [told for begins, told in _OTHERS.items() if start.startswith(begins)]
+    raise ValueError(f"it is {known[0] if known else _KINDS if start else 'empty'}")
 
 
 def opened_safetensors(file: Path) -> Any:

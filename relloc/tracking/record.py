@@ -149,15 +149,19 @@ def environment_tags(device_names: Sequence[str] = ()) -> dict[str, str]:
     What cannot be found out is absent: a package that is not installed, a commit outside of a
     checkout and of a sweep's copy of one. A commit ends in "-dirty" if tracked files were changed.
     """
-    tags = {"host": socket.gethostname(), "version.python": platform.python_version()}
-    tags["relloc.code"] = str(Path(__file__).parents[1])
-    if device_names:
-        tags["devices"] = ", ".join(device_names)
-    if commit := commit_of(Path(__file__)) or _copied_commit(Path(__file__).parents[1]):
-        tags["relloc.commit"] = commit
-    if version := _version("relloc"):
-        tags["relloc.version"] = version
-    return tags | {f"version.{name}": found for name in DISTRIBUTIONS if (found := _version(name))}
+    package = Path(__file__).parents[1]
+    copied = package / COMMIT_FILE
+    commit = commit_of(Path(__file__)) or (copied.read_text(encoding="utf-8").strip() if copied.is_file() else None)
+    tags = {
+        "host": socket.gethostname(),
+        "version.python": platform.python_version(),
+        "relloc.code": str(package),
+        "devices": ", ".join(device_names),
+        "relloc.commit": commit,
+        "relloc.version": _version("relloc"),
+        **{f"version.{name}": _version(name) for name in DISTRIBUTIONS},
+    }
+    return {name: text for name, text in tags.items() if text}
 
 
 def commit_of(file: Path) -> str | None:
@@ -167,11 +171,6 @@ def commit_of(file: Path) -> str | None:
         return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _copied_commit(package: Path) -> str | None:
-    noted = package / COMMIT_FILE
-    return noted.read_text(encoding="utf-8").strip() if noted.is_file() else None
 
 
 def _git(folder: Path, *arguments: str) -> str:
