@@ -119,7 +119,11 @@ def evaluate(
     """
     first = parts[0].evaluation
     splits = parts[0].named.splits
-    settings = _with_own_share(parts[0].named, settings)
+    share = parts[0].named.unreadable_share
+    if share is not None:  # of images that the evaluation brings another share than of the run's may be unreadable
+        setting = f"{parts[0].named.data_setting}.unreadable_share"
+        own = dataclasses.replace(settings.encode_config, unreadable_share=share, share_setting=setting)
+        settings = dataclasses.replace(settings, encode_config=own)
     backbone, details = model.backbone, ()
     if first.kind == "fine-tuned":
         details = ("batch-norm statistics trained with the weights",)
@@ -156,15 +160,6 @@ def _same_features(part: EvalPart) -> tuple[str, ...]:
     kind = "" if evaluation.kind == "fine-tuned" else f"layers {bool(evaluation.layers)}"
     digests = (splits.train.digest(), splits.held_out.digest())
     return part.batch_norm, kind, *digests, str(part.named.unreadable_share), repr(evaluation.view), evaluation.labels
-
-
-def _with_own_share(named: NamedEvaluation, settings: EvalSettings) -> EvalSettings:
-    """Settings for images that an evaluation brings, of which another share than of the run's may be unreadable."""
-    if named.unreadable_share is None:
-        return settings
-    setting = f"{named.data_setting}.unreadable_share"
-    own = dataclasses.replace(settings.encode_config, unreadable_share=named.unreadable_share, share_setting=setting)
-    return dataclasses.replace(settings, encode_config=own)
 
 
 def _labels(images: ImageSet, needed: Labels) -> Int[Tensor, "n *classes"] | None:

@@ -193,7 +193,7 @@ def say_measured(rows: Sequence[Result]) -> None:
         if row.headline or (row.table and row.variant in ("", row.layer)):
             by_layer.setdefault(row.layer, []).append(f"{row.metric} {row.value:.1f}")
     for layer, numbers in by_layer.items():
-        what = " ".join(filter(None, (rows[0].eval, layer)))
+        what = f"{rows[0].eval} {layer}".strip()
         say(f"        {what}, {rows[0].batch_norm.replace('_', ' ')}: {', '.join(numbers)}")
 
 

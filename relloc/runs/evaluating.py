@@ -24,17 +24,18 @@ from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
 
-_NO_ANSWER = (
-    "verdict=true, but nothing measured here has a published answer: it takes a ResNet-50, random or torchvision's, "
-    "with batch norm as trained, and an evaluation of ImageNet, Places205 or VOC2007"
-)
-
 
 def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
     """Run the evaluations that are asked for on the backbones that are."""
     engine = settle(asked.engine)
     models = evaluated_models(asked)
-    answers = _answers(asked, models)
+    subjects = [(model.checkpoint, model.model) for model in models]
+    answers = known.asked(subjects, [one.name for one in asked.evaluations], asked.batch_norms)
+    if asked.verdict and not answers:
+        raise UsageError(
+            "verdict=true, but nothing measured here has a published answer: it takes a ResNet-50, random or "
+            "torchvision's, with batch norm as trained, and an evaluation of ImageNet, Places205 or VOC2007"
+        )
     with contextlib.ExitStack() as at_end:
         ranks.join(engine.device)
         at_end.callback(ranks.leave)
@@ -43,7 +44,12 @@ def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
         check_files(run_dir)
         own = asked.data.read() if asked.needs_own_data else None
         evaluations = asked.named_evaluations(own)
-        _check_ranks(evaluations)
+        alone = [named.name for named in evaluations if not named.evaluation.across_ranks]
+        if ranks.world_size() > 1 and alone:
+            raise UsageError(
+                f"eval={','.join(alone)} runs in one process, which takes one GPU: leave torchrun out, or name "
+                "only evaluations that divide their work, as nearest neighbors and fine-tuning do"
+            )
         for named in evaluations:
             named.check_images()
         folder = None
@@ -72,24 +78,6 @@ def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
     if asked.verdict:
         report_known_answers(run_dir, answers, fingerprints)
     console.say_next("report", console.from_here(run_dir))
-
-
-def _answers(asked: Evaluating, models: Sequence[EvaluatedModel]) -> list[known.KnownAnswer]:
-    """What is known of the numbers to come. Where nothing is, that is told before anything is measured."""
-    names = [(model.checkpoint, model.model) for model in models]
-    answers = known.asked(names, [one.name for one in asked.evaluations], asked.batch_norms)
-    if asked.verdict and not answers:
-        raise UsageError(_NO_ANSWER)
-    return answers
-
-
-def _check_ranks(evaluations: Sequence[NamedEvaluation]) -> None:
-    alone = [named.name for named in evaluations if not named.evaluation.across_ranks]
-    if ranks.world_size() > 1 and alone:
-        raise UsageError(
-            f"eval={','.join(alone)} runs in one process, which takes one GPU: leave torchrun out, or name "
-            "only evaluations that divide their work, as nearest neighbors and fine-tuning do"
-        )
 
 
 def report_known_answers(run_dir: Path, answers: Sequence[known.KnownAnswer], fingerprints: Collection[str]) -> None:

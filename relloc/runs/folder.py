@@ -72,15 +72,14 @@ class RunFolder:
         """Name the images that could not be used, together with those of earlier parts of the run."""
         if not self.unreadable:
             return
-        lines = [f"{name}: {reason}" for name, reason in sorted(self.unreadable.items())]
+        lines = {f"{name}: {reason}" for name, reason in self.unreadable.items()}
         known = self.path / UNREADABLE_FILE
         if known.exists():
-            lines = sorted({*lines, *known.read_text(encoding="utf-8", errors="surrogateescape").splitlines()})
-        write_whole(known, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+            lines.update(known.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        content = "".join(f"{line}\n" for line in sorted(lines))
+        write_whole(known, content.encode("utf-8", "surrogateescape"))
         self.keep(UNREADABLE_FILE)
-        console.say(
-            f"{len(lines)} images could not be used, such as {lines[0]}; all are named in {self.path / UNREADABLE_FILE}"
-        )
+        console.say(f"{len(lines)} images could not be used, such as {min(lines)}; all are named in {known}")
 
 
 @contextlib.contextmanager
@@ -183,8 +182,8 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBef
     except OSError as error:  # the mistake itself is told all the same
         console.say(f"{error.filename or folder.path} can't be written ({error.strerror}): the folder is not as it was")
     if folder.unreadable:  # the file with all of them would be in the folder
-        names = ", ".join(sorted(folder.unreadable)[:_NAMED])
-        console.say(f"could not be used: {names} and others, if any; python -m relloc.prepare names all of a data set")
+        first = ", ".join(sorted(folder.unreadable)[:_NAMED])
+        console.say(f"could not be used: {first} and others, if any; python -m relloc.prepare names all of a data set")
 
 
 def _say_where(folder: RunFolder, trouble: str | None) -> None:

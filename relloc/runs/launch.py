@@ -44,8 +44,8 @@ _OF_HYDRA = ("config.yaml", "hydra.yaml", "overrides.yaml")  # what Hydra writes
 
 def users_environment() -> dict[str, str]:
     """The environment as the user gave it, for commands that this one starts."""
-    given = {name: value for name, value in os.environ.items() if name != FULL_ERROR}
-    return given | ({FULL_ERROR: _ASKED_FOR_FULL} if _ASKED_FOR_FULL is not None else {})
+    given = {**os.environ, FULL_ERROR: _ASKED_FOR_FULL}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def launch(task: Callable[..., None], config_name: str) -> NoReturn:
@@ -60,7 +60,8 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
     os.environ[FULL_ERROR] = "1"  # errors reach the lines below instead of Hydra's printer
     warnings.showwarning = _say_warning
     _digits_of.cache_clear()
-    with _scratch_folder(), _explained(config_name, show_all):
+    with contextlib.ExitStack() as at_end, _explained(config_name, show_all):
+        OmegaConf.register_new_resolver("scratch", _Scratch(at_end), replace=True)
         asked = command_line.read(sys.argv[1:])
         if asked.asks_for_help and asked.words:
             print(setting_help.answer(asked.words, config_name))
@@ -125,8 +126,9 @@ def _prepare_words(asked: CommandLine, config_name: str) -> RunData | None:
         command_line.check_checkpoints(words)
         data = data_of_run.find_shared(words) if asked.sweeps else data_of_run.find_of_point(words)
     of_run = data.words if data else ()
-    silent = _silent_rank() if int(os.environ.get("RANK", "0")) > 0 else []
-    sys.argv[1:] = [*asked.flags, *of_run, *given, *silent]
+    sys.argv[1:] = [*asked.flags, *of_run, *given]
+    if int(os.environ.get("RANK", "0")) > 0:  # only the first writes in the run folder, Hydra too
+        sys.argv += ["hydra.run.dir=${scratch:}", "hydra.output_subdir=null"]
     return data
 
 
@@ -153,13 +155,6 @@ class _Scratch:
 
 
 @contextlib.contextmanager
-def _scratch_folder() -> Iterator[None]:
-    with contextlib.ExitStack() as at_end:
-        OmegaConf.register_new_resolver("scratch", _Scratch(at_end), replace=True)
-        yield
-
-
-@contextlib.contextmanager
 def _explained(config_name: str, show_all: bool) -> Iterator[None]:
     try:
         yield
@@ -176,7 +171,10 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         if show_all or error.errno not in _DISK_ERRORS + _PLACE_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _exit(f"{error.strerror}{where}. What was saved before stays; mend this and go on with the run's hydra.run.dir")
+        _exit(
+            f"{error.strerror}{where}. What was saved before stays; mend this and go on with the run's hydra.run.dir",
+            EXIT_MISTAKE,
+        )
 
 
 def _remove_untouched_folder(made: Any) -> None:
@@ -196,15 +194,10 @@ def _remove_untouched_folder(made: Any) -> None:
             run_dir.rmdir()
 
 
-def _exit(explained: str, exit_code: int = EXIT_MISTAKE) -> NoReturn:
+def _exit(explained: str, exit_code: int) -> NoReturn:
     terminal.complain(explained)
     sys.exit(exit_code)
 
 
 def _say_warning(message: Warning | str, *_where: object) -> None:
     terminal.complain(message)
-
-
-def _silent_rank() -> list[str]:
-    """Overrides that keep Hydra on all ranks but the first from writing in the run folder."""
-    return ["hydra.run.dir=${scratch:}", "hydra.output_subdir=null"]

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from relloc.checkpoints import backbone_files
 from relloc.checkpoints.hashed_files import hash_file
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
-from relloc.data.loader import ImageBatch, Unreadable, collate
+from relloc.data.loader import collate
 from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
@@ -39,6 +39,7 @@ from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
 
 PICTURE = "patches.png"
 _PICTURED = 6
+_SPANS = ("warmup_epochs", "milestone_epochs")
 _MOST_FORWARD_IMAGES = 512  # what 80 GB hold of a compiled ResNet-50 at 96 px twice over
 
 
@@ -56,8 +57,9 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         evaluations = settings.named_evaluations(data)
         for one in _with_labels(evaluations):
             one.check_images()
-        _tell_small_shards(settings)
-        _tell_scaled(settings)
+        if ranks.rank() == 0:
+            _say_small_shards(settings)
+            _say_scaled(settings)
         plan = make_plan(settings, data, engine)
         task = make_task(settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation)
         training = Training(
@@ -92,7 +94,11 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             _measure_pretext(training, folder)
             _evaluate(training, evaluations, folder)
             folder.summarize()
-        _say_next(run_dir, data)
+        run = console.from_here(run_dir)
+        if data.labeled:  # with recalibrated batch norm as well
+            console.say_next("evaluate", checkpoint=[run, "random"])
+        else:
+            console.say_next("evaluate", checkpoint=run, eval="label_free")
 
 
 def _with_labels(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
@@ -100,11 +106,12 @@ def _with_labels(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation
     return [one for one in evaluations if one.evaluation.labels != "class" or one.splits.labeled]
 
 
-def _tell_small_shards(settings: Pretraining) -> None:
-    resize = settings.patches.grid.resize
-    if ranks.rank() > 0 or not settings.data.shards or resize is None:
+def _say_small_shards(settings: Pretraining) -> None:
+    """Say it where images were packed smaller than the grid takes them."""
+    resize, shards = settings.patches.grid.resize, settings.data.shards
+    if not shards or resize is None:
         return
-    manifest, wanted = read_manifest(Path(settings.data.shards)), resize.longest_short_side()
+    manifest, wanted = read_manifest(Path(shards)), resize.longest_short_side()
     packed = manifest["packed"]["short_px"]
     if packed < wanted and manifest["train"]["stored"]["reduced"]:
         console.say(
@@ -113,13 +120,12 @@ def _tell_small_shards(settings: Pretraining) -> None:
         )
 
 
-def _tell_scaled(settings: Pretraining) -> None:
+def _say_scaled(settings: Pretraining) -> None:
     """Say what became of warm-up and milestones where schedule.epochs is not what the recipe was made for."""
-    epochs, made_for = settings.schedule.epochs, settings.recipe_epochs
-    fields = vars(settings.schedule)
-    spans = [f"{name} {fields[name]}" for name in ("warmup_epochs", "milestone_epochs") if name in fields]
-    if ranks.rank() == 0 and epochs != made_for and spans:
-        console.say(f"spans   {epochs} epochs in place of the recipe's {made_for}: {', '.join(spans)}")
+    schedule, made_for = settings.schedule, settings.recipe_epochs
+    spans = [f"{name} {value}" for name, value in vars(schedule).items() if name in _SPANS]
+    if schedule.epochs != made_for and spans:
+        console.say(f"spans   {schedule.epochs} epochs in place of the recipe's {made_for}: {', '.join(spans)}")
 
 
 def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
@@ -202,10 +208,16 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
     loaded = held_out_crops(images, range(len(images)), settings.patches.grid, settings.seed, config)
     unreadable = config.unreadable_of(len(images))
     indices: list[int] = []
-    shown = config.progress(loaded, "held-out pretext", math.ceil(len(images) / config.batch))
+
+    def pixels() -> Iterator[Tensor]:
+        for batch in config.progress(loaded, "held-out pretext", math.ceil(len(images) / config.batch)):
+            unreadable.add_full(batch, images=1)
+            indices.extend(batch.indices.tolist())
+            yield batch.pixels
+
     given = answers(
         training.task.model,
-        _pixels(shown, unreadable, indices),
+        pixels(),
         settings.patches,
         seed=settings.seed,
         device=config.device,
@@ -238,14 +250,6 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
     append_results(folder.path, [row])
 
 
-def _pixels(loaded: Iterable[ImageBatch], unreadable: Unreadable, indices: list[int]) -> Iterator[Tensor]:
-    """Pixels of batches; which images they are of is added to `indices`."""
-    for batch in loaded:
-        unreadable.add_full(batch, images=1)
-        indices += batch.indices.tolist()
-        yield batch.pixels
-
-
 def _evaluate(training: Training, evaluations: Sequence[NamedEvaluation], folder: RunFolder) -> None:
     """Evaluate the trained backbone, and beside it the same at random initialization."""
     settings, engine = training.settings, training.engine
@@ -272,12 +276,3 @@ def _evaluate(training: Training, evaluations: Sequence[NamedEvaluation], folder
         engine.place(backbone)
         model = evaluated(backbone, checkpoint, settings.model.name)
         evaluate_model(model, labeled, settings.eval_settings(engine), run)
-
-
-def _say_next(run_dir: Path, data: Splits) -> None:
-    """An evaluation with recalibrated batch norm as well, or, without labels, one that needs none."""
-    run = console.from_here(run_dir)
-    if data.labeled:
-        console.say_next("evaluate", checkpoint=[run, "random"])
-    else:
-        console.say_next("evaluate", checkpoint=run, eval="label_free")

@@ -115,10 +115,9 @@ class ResumableState:
         return ranks.from_first(self._newest() if ranks.rank() == 0 else None)
 
     def _newest(self) -> dict[str, Any] | None:
-        paths = [self.path] if self.path.exists() else []
-        if self.run.reused_runs:
-            name = str(self.path.relative_to(self.run.run_dir))
-            paths += reversed(_of_other_runs(self.run.reused_runs, name, self.run.run_dir))
+        run, paths = self.run, [self.path] if self.path.exists() else []
+        if run.reused_runs:
+            paths += reversed(_of_other_runs(run.reused_runs, str(self.path.relative_to(run.run_dir)), run.run_dir))
         for path in paths:
             try:
                 state = load_state(path)
