@@ -36,9 +36,8 @@ from relloc.results import NOT_OURS
 from relloc.runs import console
 from relloc.runs.data_sets import DataSet
 from relloc.runs.engine import Engine, EngineSettings
-from relloc.runs.invocation import plain
 from relloc.runs.renamed import refuse_old_names
-from relloc.runs.settings import conf_dir
+from relloc.runs.settings import conf_dir, plain
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
 
 

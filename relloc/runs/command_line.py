@@ -43,11 +43,11 @@ class CommandLine:
 
     @property
     def asks_for_help(self) -> bool:
-        return any(flag in ("--help", "-h") for flag in self.flags)
+        return not {"--help", "-h"}.isdisjoint(self.flags)
 
     @property
     def sweeps(self) -> bool:
-        return any(flag in ("--multirun", "-m") for flag in self.flags)
+        return not {"--multirun", "-m"}.isdisjoint(self.flags)
 
 
 def read(arguments: Sequence[str]) -> CommandLine:

@@ -43,8 +43,7 @@ def no_member(group: str, wrong: str) -> str:
     known = settings.members(group)
     meant = difflib.get_close_matches(wrong, known, n=1)
     for member in known if len(wrong) > 3 else ():
-        file = settings.file_of(f"{group}/{member}")
-        if file and wrong.lower() in "".join(settings.about(file)[:1]).lower():
+        if wrong.lower() in "".join(settings.about(f"{group}/{member}")[:1]).lower():
             meant.append(member)
     hint = f"Did you mean {' or '.join(sorted(set(meant)))}? " if meant else ""
     return f"there is no {group}={wrong}. {hint}There are {', '.join(known)}"

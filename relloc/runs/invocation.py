@@ -15,6 +15,7 @@ from relloc.data.image_set import ImageSet, Splits
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.engine import Engine
 from relloc.runs.refusing import HYDRA_FILES
+from relloc.runs.settings import plain
 from relloc.sweeps.points import identity
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
@@ -91,12 +92,6 @@ class Invocation:
             for name, node in kept["eval"].items()
         }
         return flatten(kept)
-
-
-def plain(node: Any) -> dict[str, Any]:
-    """A node of a config with everything in it resolved, as JSON has it."""
-    content = OmegaConf.to_container(node, resolve=True)
-    return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _dataset(images: ImageSet, use: str) -> DatasetRecord:

@@ -71,7 +71,7 @@ def _member(group: str, member: str) -> Iterator[str]:
     if file is None:
         raise UsageError(no_member(group, member))
     yield f"{group}={member}   ({_shown(file)})"
-    yield from (f"{_INDENT}{line}".rstrip() for line in settings.about(file))
+    yield from (f"{_INDENT}{line}".rstrip() for line in settings.about(f"{group}/{member}"))
     lines = file.read_text(encoding="utf-8").splitlines()
     body = list(itertools.dropwhile(lambda line: not line or line.startswith("#"), lines))
     if body:
@@ -84,8 +84,7 @@ def _group(group: str, command: str) -> Iterator[str]:
     known = settings.members(group)
     width = max(map(len, known), default=0)
     for member in known:
-        file = settings.file_of(f"{group}/{member}")
-        first = next(iter(settings.about(file)), "") if file else ""
+        first = next(iter(settings.about(f"{group}/{member}")), "")
         yield f"{_INDENT}{member:{width}}   {first}".rstrip()
     held = _held(group, settings.compose(command))
     if held:
@@ -159,7 +158,7 @@ def _from_conf(key: str, source: Source) -> Iterator[str]:
     said = comments(source.file)
     while inner and inner not in said:
         inner = inner.rpartition(".")[0]
-    opening = " ".join(settings.about(source.file)) if "/" in source.name or key == source.package else ""
+    opening = " ".join(settings.about(source.name)) if "/" in source.name or key == source.package else ""
     for words in dict.fromkeys(filter(None, (said.get(inner), opening))):
         yield f"{_INDENT}{words}"
 

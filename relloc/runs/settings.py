@@ -54,10 +54,11 @@ def file_of(member: str) -> Path | None:
     return next((path for folder in conf_dirs() if (path := folder / f"{member}.yaml").is_file()), None)
 
 
-def about(file: Path) -> list[str]:
-    """The comment that a file of configs opens with, without its marks."""
+def about(member: str) -> list[str]:
+    """The comment that the file of `grid/mmselfsup` opens with, without its marks; [] where there is no file."""
+    file = file_of(member)
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines() if file else ():
         if not line.startswith("#"):
             break
         if not line.startswith("# @package"):
@@ -68,7 +69,12 @@ def about(file: Path) -> list[str]:
 def content_of(member: str) -> dict[str, Any]:
     """What the file of `grid/mmselfsup` sets, unresolved; {} where there is none."""
     file = file_of(member)
-    content = OmegaConf.to_container(OmegaConf.load(file)) if file else None
+    return plain(OmegaConf.load(file), resolve=False) if file else {}
+
+
+def plain(node: Any, *, resolve: bool = True) -> dict[str, Any]:
+    """A node of a config as JSON has it, with everything in it resolved unless said otherwise."""
+    content = OmegaConf.to_container(node, resolve=resolve)
     return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
 
 

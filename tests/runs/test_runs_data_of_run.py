@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from relloc.errors import UsageError
 from relloc.runs import command_line, data_of_run, settings
 from relloc.runs.data_of_run import RunData
-from relloc.runs.invocation import plain
+from relloc.runs.settings import plain
 
 
 @pytest.fixture(autouse=True)
