@@ -9,9 +9,8 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-Row = TypeVar("Row")
 _CHOICES = ("chosen", "rate chosen", "best epoch on val", "best of")
 _COUNT = re.compile(r"[a-z0-9]+_k(\d+)")  # of neighbors, or of images a class: metrics such as `top1_k20` or `map_k16`
 
@@ -87,14 +86,11 @@ def _facts(sentence: str) -> dict[str, Any]:
     }
 
 
-def mark_headlines(rows: Sequence[Row]) -> list[Row]:
+def mark_headlines(rows: Sequence[Any]) -> list[Any]:
     """Rows of evaluations that are known by a number of neighbors, or of images a class: by the one closest to 20."""
     distances: dict[str, dict[str, int]] = {}
     for row in rows:
-        if found := _COUNT.fullmatch(row.metric):  # type: ignore[attr-defined]
-            distances.setdefault(row.eval, {})[row.metric] = abs(int(found[1]) - 20)  # type: ignore[attr-defined]
+        if found := _COUNT.fullmatch(row.metric):
+            distances.setdefault(row.eval, {})[row.metric] = abs(int(found[1]) - 20)
     known_by = {(name, min(of, key=of.__getitem__)) for name, of in distances.items()}
-    return [
-        dataclasses.replace(row, headline=True) if (row.eval, row.metric) in known_by else row  # type: ignore
-        for row in rows
-    ]
+    return [dataclasses.replace(row, headline=True) if (row.eval, row.metric) in known_by else row for row in rows]

@@ -82,9 +82,9 @@ def _wait(sweep: Sweep) -> int:
 def _cancel(sweep: Sweep) -> int:
     in_flight = [now.point for now in standings(sweep.points()) if now.in_flight]
     sweep.cancel()
-    for point in in_flight:  # before it is asked: what has not begun can't say that it was
-        if not is_elsewhere(read_job(point.folder)):
-            note_ending(point.folder, Status.CANCELLED)
+    here = [point for point in in_flight if not is_elsewhere(read_job(point.folder))]
+    for point in here:  # before it is asked: what has not begun can't say that it was
+        note_ending(point.folder, Status.CANCELLED)
     jobs = [(point, read_job(point.folder)) for point in in_flight]
     for name, scheduler in schedulers().items():
         scheduler.cancel([str(job[name]) for _, job in jobs if name in job])
@@ -94,8 +94,7 @@ def _cancel(sweep: Sweep) -> int:
         elif "pid" in job:
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(job["pid"], signal.SIGTERM)
-    asked = sum(not is_elsewhere(job) for _, job in jobs)
-    say(f"{asked} points were asked to end, and no other is started")
+    say(f"{len(here)} points were asked to end, and no other is started")
     say("the same command as before goes on with all of them")
     tell_next(sweep)
     return 0

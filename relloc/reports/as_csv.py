@@ -71,6 +71,8 @@ def _ours(entry: Entry) -> Mapping[str, object]:
     return {
         **result,
         **{name: "; ".join(result[name]) for name in ("deviations", "details")},
+        **({"beside": beside[0].row, "tolerance": beside[0].tolerance} if beside else {}),
+        "published": " / ".join(each.printed for each in beside),
         "origin": "ours",
         "group": entry.group,
         "row": entry.label,
@@ -79,9 +81,6 @@ def _ours(entry: Entry) -> Mapping[str, object]:
         "run": run.name,
         "folder": str(run.folder),
         "commit": run.commit,
-        "beside": beside[0].row if beside else "",
-        "published": " / ".join(each.printed for each in beside),
-        "tolerance": beside[0].tolerance if beside else "",
         "mark": MARK_WORDS.get(entry.mark, ""),
         "best": "yes" if entry.is_best else "",
         "why": entry.why,

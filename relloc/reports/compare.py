@@ -1,7 +1,7 @@
 """Our numbers made comparable: each with its line, its group, and the published numbers it stands beside."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from relloc.reports.lines import group_of, label_lines, set_apart, tell_images_apart
 from relloc.reports.load import Line, Measured, newest
@@ -22,6 +22,7 @@ from relloc.reports.published import (
 from relloc.results import LAYERS, Result
 
 INSIDE, ABOVE, BELOW = "≈", "+", "\N{MINUS SIGN}"
+SPREADS = ("std over draws", "min over draws", "max over draws")  # variants of the details that say how draws differ
 MARK_WORDS = {INSIDE: "inside", ABOVE: "above", BELOW: "below"}
 # With which published row a line of ours is compared: the first that has the number
 _COMPARED_WITH = {"random": (RANDOM,), "torchvision": (SUPERVISED,)}
@@ -33,7 +34,8 @@ class Entry:
 
     `group` is `CARD_GROUP` or names the other images it was measured on. `is_shown` says whether a table shows it.
     `beside` are the published numbers it is compared with, `is_best` whether none of ours in its column is better.
-    `why` says how the layer was chosen, where one was.
+    `why` says how the layer was chosen, where one was. `spread` has the std, min or max over draws, where an evaluation
+    gave these beside the number.
     """
 
     measured: Measured
@@ -43,6 +45,7 @@ class Entry:
     beside: tuple[Published, ...] = ()
     is_best: bool = False
     why: str = ""
+    spread: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def result(self) -> Result:
@@ -78,12 +81,24 @@ def make_entries(measured: Iterable[Measured]) -> list[Entry]:
     labels = label_lines({each.line for each in kept})
     order = list(labels)
     best = [each for each in kept if each.result.column == BEST_LAYER and not each.result.variant]
-    return _mark_best(
-        [_entry(each, labels[each.line], best) for each in sorted(kept, key=lambda each: order.index(each.line))]
-    )
+    spreads: dict[tuple[object, ...], dict[str, float]] = {}
+    for each in kept:
+        if each.result.variant in SPREADS:
+            spreads.setdefault(_key_of_spread(each), {})[each.result.variant] = each.result.value
+    entries = []
+    for each in sorted(kept, key=lambda each: order.index(each.line)):
+        spread = {} if each.result.variant else spreads.get(_key_of_spread(each), {})
+        entries.append(_entry(each, labels[each.line], best, spread))
+    return _mark_best(entries)
 
 
-def _entry(each: Measured, label: str, best: Sequence[Measured]) -> Entry:
+def _key_of_spread(each: Measured) -> tuple[object, ...]:
+    """What a number and its std, min and max over draws have in common."""
+    row = each.result
+    return each.line, row.eval, row.layer, row.column, row.view, row.dataset, row.split, row.n, each.images
+
+
+def _entry(each: Measured, label: str, best: Sequence[Measured], spread: Mapping[str, float]) -> Entry:
     """`best` are the best layers of all lines and tables."""
     row, group = each.result, group_of(each)
     is_shown, why = bool(row.table), ""
@@ -97,7 +112,7 @@ def _entry(each: Measured, label: str, best: Sequence[Measured]) -> Entry:
         layer, why = _layer_of(each, alike)
         is_shown = row.layer == layer
     beside = published_beside(each.line, row) if is_shown and group == CARD_GROUP else ()
-    return Entry(measured=each, label=label, group=group, is_shown=is_shown, beside=beside, why=why)
+    return Entry(measured=each, label=label, group=group, is_shown=is_shown, beside=beside, why=why, spread=spread)
 
 
 def _layer_of(each: Measured, best: Sequence[Measured]) -> tuple[str, str]:
@@ -138,12 +153,8 @@ def _mark_best(entries: Sequence[Entry]) -> list[Entry]:
     for each in entries:
         contests.setdefault(_contest(each), []).append(_goodness(each.result))
     contests[()] = []
-    marked = []
-    for each in entries:
-        rivals = contests[_contest(each)]
-        is_best = len(rivals) > 1 and _goodness(each.result) == max(rivals)
-        marked.append(dataclasses.replace(each, is_best=is_best))
-    return marked
+    best = {contest: max(values) for contest, values in contests.items() if len(values) > 1}
+    return [dataclasses.replace(each, is_best=best.get(_contest(each)) == _goodness(each.result)) for each in entries]
 
 
 def _goodness(row: Result) -> float:

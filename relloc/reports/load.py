@@ -143,7 +143,5 @@ def newest(measured: Iterable[Measured]) -> list[Measured]:
         # The same in the folder that measured it and in those that it was copied to
         measurement = (dataclasses.replace(each.result, measured_in=""), each.run.folder)
         answers.setdefault((each.question, each.result.fingerprint), {}).setdefault(measurement, each)
-    kept = []
-    for last, *older in (answer.values() for answer in answers.values()):
-        kept.append(dataclasses.replace(last, older=tuple(reversed(older))))
-    return kept[::-1]
+    kept = [list(answer.values()) for answer in reversed(answers.values())]
+    return [dataclasses.replace(last, older=tuple(reversed(older))) for last, *older in kept]

@@ -2,9 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from relloc.reports.compare import ABOVE, BELOW, INSIDE, MARK_WORDS, Entry, make_entries
+from relloc.reports.compare import ABOVE, BELOW, INSIDE, MARK_WORDS, SPREADS, Entry, make_entries
 from relloc.reports.lines import natural
 from relloc.reports.load import Measured
 from relloc.reports.missing import Fill, advice, fills
@@ -24,8 +24,6 @@ from relloc.reports.published import (
 from relloc.results import LAYERS, Result
 
 ROWS = ("card", "all")
-_SPREADS = ("std over draws", "min over draws", "max over draws")  # variants of the details that say how draws differ
-Spreads = Mapping[tuple[object, ...], Mapping[str, float]]
 MISSING = "—"  # what stands in a cell of ours that is not measured
 
 
@@ -102,7 +100,6 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     """Our numbers beside the published ones: the "card" rows, or "all" of published.csv."""
     entries = make_entries(measured)
     published = tuple(each for each in published_numbers() if rows == "all" or each.kind == "card")
-    spreads = _spreads_of(entries)
     groups = []
     for title in (CARD_GROUP, *sorted({each.group for each in entries} - {CARD_GROUP})):
         ours = [each for each in entries if each.group == title and each.is_shown]
@@ -110,7 +107,7 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
         # In the order of the card, then those that it does not have
         names = dict.fromkeys(part.table for part in card_parts())
         names |= dict.fromkeys(sorted({each.result.table for each in ours}))
-        tables = [_table(name, ours, numbers, spreads) for name in names]
+        tables = [_table(name, ours, numbers) for name in names]
         if shown := tuple(table for table in tables if table.rows):
             groups.append(Group(title=title, tables=shown))
     missing = fills(entries)
@@ -125,7 +122,7 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     )
 
 
-def _table(title: str, ours: Sequence[Entry], published: Sequence[Published], spreads: Spreads) -> Table:
+def _table(title: str, ours: Sequence[Entry], published: Sequence[Published]) -> Table:
     numbers = [each for each in published if each.table == title]
     here = [each for each in ours if each.result.table == title]
     of_card = [column for part in parts_of(title) for column in part.columns]
@@ -136,7 +133,7 @@ def _table(title: str, ours: Sequence[Entry], published: Sequence[Published], sp
         title=title,
         caption=" ".join(_caption(title, here, numbers)) if published else "",
         columns=tuple(ordered),
-        rows=(*_published_rows(numbers, ordered), *_our_rows(here, ordered, spreads)),
+        rows=(*_published_rows(numbers, ordered), *_our_rows(here, ordered)),
     )
 
 
@@ -149,7 +146,7 @@ def column_order(columns: Iterable[str], of_card: Iterable[str]) -> list[str]:
     heads = [head(column) for column in (*of_card, *LAYERS)]
     return sorted(
         columns,
-        key=lambda column: (heads.index(head(column)) if head(column) in heads else len(heads), natural(column)),
+        key=lambda column: ([*heads, head(column)].index(head(column)), natural(column)),
     )
 
 
@@ -190,7 +187,7 @@ def _published_cell(numbers: Sequence[Published]) -> Cell:
     return Cell(text=text, note=note, details=note)
 
 
-def _our_rows(here: Sequence[Entry], columns: Sequence[str], spreads: Spreads) -> Iterable[Row]:
+def _our_rows(here: Sequence[Entry], columns: Sequence[str]) -> Iterable[Row]:
     rows: dict[tuple[str, str], dict[str, Entry]] = {}
     for entry in here:
         rows.setdefault((entry.label, entry.setting), {})[entry.result.column] = entry
@@ -201,41 +198,24 @@ def _our_rows(here: Sequence[Entry], columns: Sequence[str], spreads: Spreads) -
         yield Row(
             label=label,
             is_published=False,
-            cells=tuple(_our_cell(cells[column], spreads) if column in cells else None for column in columns),
+            cells=tuple(_our_cell(cells[column]) if column in cells else None for column in columns),
             setting=setting,
             empty=MISSING if is_to_be_filled else "",
             note="" if of_label[0].group == CARD_GROUP else note(of_label),
         )
 
 
-def _our_cell(entry: Entry, spreads: Spreads) -> Cell:
+def _our_cell(entry: Entry) -> Cell:
     """A cell of ours; only on the card it has a note of its own."""
-    result = entry.result
-    spread = spreads.get(_key_of_spread(entry), {})
+    result, std = entry.result, entry.spread.get("std over draws")
     return Cell(
         text=f"{result.value:.2f}" + (f" ({result.layer})" if result.column == BEST_LAYER else ""),
         note=note([entry]) if entry.group == CARD_GROUP else "",
-        details="\n".join(_details(entry, spread)),
-        spread=f"± {spread['std over draws']:.2f}" if "std over draws" in spread else "",
+        details="\n".join(_details(entry)),
+        spread="" if std is None else f"± {std:.2f}",
         mark=entry.mark,
         is_best=entry.is_best,
     )
-
-
-def _spreads_of(entries: Iterable[Entry]) -> Spreads:
-    """For each number whose std, min or max over draws an evaluation gave beside it, these."""
-    spreads: dict[tuple[object, ...], dict[str, float]] = {}
-    for entry in entries:
-        if entry.result.variant in _SPREADS:
-            spreads.setdefault(_key_of_spread(entry), {})[entry.result.variant] = entry.result.value
-    return spreads
-
-
-def _key_of_spread(entry: Entry) -> tuple[object, ...]:
-    row = entry.result
-    variant = "" if row.variant in _SPREADS else row.variant
-    images = (row.dataset, row.split, row.n, entry.measured.images)
-    return entry.measured.line, row.eval, row.layer, row.column, variant, row.view, images
 
 
 def facts(row: Result) -> list[str]:
@@ -265,7 +245,7 @@ def short_commit(commit: str) -> str:
     return re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit)
 
 
-def _details(entry: Entry, spread: Mapping[str, float]) -> Iterable[str]:
+def _details(entry: Entry) -> Iterable[str]:
     row, run = entry.result, entry.measured.run
     yield f"run {run.name} ({run.folder})"
     yield f"seed {row.seed}, commit {run.commit}"
@@ -276,7 +256,7 @@ def _details(entry: Entry, spread: Mapping[str, float]) -> Iterable[str]:
         yield f"images {entry.measured.digest}"
     if row.low is not None and row.high is not None:
         yield f"95 % interval {row.low:.2f} to {row.high:.2f}"
-    yield from (f"{name}: {value:.2f}" for name, value in spread.items())
+    yield from (f"{name}: {value:.2f}" for name, value in entry.spread.items())
     if entry.why:
         yield entry.why
     if entry.mark:
@@ -302,7 +282,7 @@ def _legend(entries: Sequence[Entry]) -> Iterable[str]:
         "Bold: the highest of several rows of ours in a column with the same setting, supervised weights aside; the "
         "layers of nearest neighbors are rows that compete."
     )
-    if any(each.result.variant in _SPREADS for each in entries):
+    if any(each.result.variant in SPREADS for each in entries):
         yield "± is the standard deviation over the draws of low-shot examples."
     if replaced := sum(len(each.measured.older) for each in entries):
         yield f"Of numbers measured alike (by fingerprint) the newest stands: {replaced} older left out."

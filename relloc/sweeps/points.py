@@ -89,11 +89,9 @@ def _with_whole_paths(value: Any, name: str = "") -> Any:
 
 def folder_of(runs: Path, kind: str, name: str, mark: str) -> Path:
     """The run folder of a point: the one that an earlier sweep gave it, else `runs`/KIND_NAME_IDENTITY."""
-    for there in sorted(runs.glob(f"{kind}_*{mark}")):
-        if there.is_dir():
-            return there
     readable = re.sub(r"[^\w.+-]+", "_", name).strip("_")[:80]
-    return runs / "_".join(part for part in (kind, readable, mark) if part)
+    new = runs / "_".join(filter(None, (kind, readable, mark)))
+    return next(filter(Path.is_dir, sorted(runs.glob(f"{kind}_*{mark}"))), new)
 
 
 def name_of(overrides: Sequence[str], swept: Sequence[str], seed: int) -> str:

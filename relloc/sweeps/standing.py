@@ -31,7 +31,8 @@ _HEARD_OF_S = 1800.0  # saves, reports and measurements of the machine are far m
 class Standing:
     """How a point stands.
 
-    `progress` is the part of the training done, 0 to 1; `left_s` an estimate; both None where nothing is known.
+    `progress` is the part of the training done, 0 to 1; `left_s` an estimate, of a point that runs; both None where
+    nothing is known.
     """
 
     point: Point
@@ -149,7 +150,6 @@ def _standing(point: Point, note: Mapping[str, Any], answers: Mapping[tuple[str,
         job = Status.RUNNING  # what it wrote lately is all that is known of it
     status = job if job is Status.RUNNING or job is Status.WAITING else _ended_status(own, note, job)
     progress, left_s = (1.0, None) if status is Status.DONE else _progress(folder)
-    left_s = left_s if status is Status.RUNNING else None
     return Standing(point=point, status=status, progress=progress, left_s=left_s)
 
 

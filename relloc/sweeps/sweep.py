@@ -27,7 +27,6 @@ _NOTE_LOST = "Remove it, and start the sweep's command again, which finds its po
 _MOST_BYTES = 200  # of a name: file systems take 255, and logs and jobs put something beside it
 # What separates folders, here or elsewhere, entries of PYTHONPATH, or points; and what sbatch replaces in names of logs
 _NOT_IN_A_NAME = frozenset("/\\:,%")
-_NOT_A_COPY = ("__pycache__", ".pyc")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,21 +54,20 @@ class Sweep:
 
     def points(self) -> list[Point]:
         """All points that commands of this sweep had. Raises `UsageError` where there is no sweep, or none to read."""
+        if not (self.folder / SWEEP_FILE).exists():
+            raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing")
         return self._note().points
 
     def _note(self) -> _Note:
+        """Without points where no command has noted any yet. Raises `UsageError` for a note that can't be read."""
         try:
             return read_json(self.folder / SWEEP_FILE, _Note, "the note of a sweep", _NOTE_LOST)
         except FileNotFoundError:
-            raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing") from None
-
-    def noted(self) -> list[Point]:
-        """The same; none where no command has noted any yet. Raises `UsageError` for a note that can't be read."""
-        return self._note().points if (self.folder / SWEEP_FILE).exists() else []
+            return _Note(points=[], version=_VERSION)
 
     def check_version(self) -> None:
         """Raises `UsageError` where an earlier version noted points, which would not be found again but run twice."""
-        if (self.folder / SWEEP_FILE).exists() and self._note().version != _VERSION:
+        if self._note().version != _VERSION:
             raise UsageError(
                 f"{self.folder} was begun by another version of relloc, which tells points apart by other settings: "
                 "finish it with that version, or give another name, sweep=NAME. What it measured stays, and is reported"
@@ -77,7 +75,7 @@ class Sweep:
 
     def add(self, points: Sequence[Point], command: Sequence[str]) -> None:
         """Note points, those already there once; the caller has it `locked`."""
-        of_identity = {point.identity: point for point in (*self.noted(), *points)}
+        of_identity = {point.identity: point for point in (*self._note().points, *points)}
         noted = {
             "version": _VERSION,
             "command": list(command),
@@ -248,9 +246,9 @@ def content_of(folder: Path, *, suffix: str = "") -> dict[str, bytes]:
         if path != str(folder) and above.is_relative_to(os.path.realpath(path)):  # a link to a folder above
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not suffix or not name.startswith(".")]
+        folders[:] = [name for name in folders if name != "__pycache__" and not (suffix and name.startswith("."))]
         for name in files:
             file = Path(path, name)
-            if name.endswith(suffix) and not any(part.endswith(_NOT_A_COPY) for part in file.parts) and file.is_file():
+            if name.endswith(suffix) and not name.endswith(".pyc") and file.is_file():
                 found[str(file.relative_to(folder))] = file.read_bytes()
     return found
