@@ -82,15 +82,6 @@ def hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def note_hash(path: Path) -> None:
-    """Note the SHA-256 of a file that has none. Raises `CheckpointError`: it can't be read, or the hash not written."""
-    _refuse_pipe(path)
-    try:
-        _write_hash(path, _digest(path))
-    except OSError as error:
-        raise not_written(hash_file(path), error) from error
-
-
 def check_hash(path: Path) -> bool:
     """Whether there is a noted hash; files of older versions of relloc, of others, and copies, may have none.
 
