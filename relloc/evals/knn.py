@@ -77,6 +77,7 @@ class Knn(Evaluation):
                     k=allowed,
                     temperature=self.temperature,
                     n_classes=bank.n_classes,
+                    across_ranks=True,
                     name=f"eval.knn at {layer}",
                 )
                 for k, classes in found.items():

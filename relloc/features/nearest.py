@@ -130,6 +130,7 @@ def nearest(
     *,
     chunk: int | None = None,
     tile: int | None = None,
+    across_ranks: bool = False,
     name: str = "features",
 ) -> Neighbors:
     """The `k` rows of `bank` (all, where there are fewer) of the largest cosine with each query.
@@ -140,28 +141,31 @@ def nearest(
     beyond queries and bank is, on a GPU, 4.5 GiB (2 for a chunk, 2 for products, half a GiB in float64),
     on a CPU an eighth of that, and about 12 d + 100 k bytes a query.
 
-    In a process group each rank's `bank` is its part of one bank, in the order of ranks: all call with
+    With `across_ranks` each rank's `bank` is its part of one bank, in the order of ranks: all call with
     the same queries, and all get the answer for the whole bank, whose rows are numbered through.
+    Without it no other rank is asked, so that one of them may search alone.
 
     Raises:
         UsageError: queries or rows that hold NaN or infinity, called by `name`.
     """
-    sizes = ranks.gathered(torch.tensor([len(bank)])).flatten().tolist()
+    sizes = ranks.gathered(torch.tensor([len(bank)])).flatten().tolist() if across_ranks else [len(bank)]
+    first_row = sum(sizes[: ranks.rank()]) if across_ranks else 0
     work = _WORK_BYTES[queries.device.type]
     chunk = chunk or max(1, work // (_BYTES_A_VALUE * max(1, queries.shape[1])))
     search = _Search(
         bank=bank,
         device=queries.device,
-        keys=_Keys(first_row=sum(sizes[: ranks.rank()]), row_bits=sum(sizes).bit_length()),
+        keys=_Keys(first_row=first_row, row_bits=sum(sizes).bit_length()),
         chunk=chunk,
         tile=tile or max(1, work // (_BYTES_A_PRODUCT * min(chunk, max(1, len(bank))))),
         name=name,
     )
-    of_this_rank, retried = _all_keys(queries, search, min(k, len(bank)))
-    # The nearest of all ranks are among those of each; a rank that has fewer rows fills up with the lowest keys.
-    keys = of_this_rank.new_full((len(queries), min(k, sum(sizes))), _LOWEST)
-    keys[:, : of_this_rank.shape[1]] = of_this_rank
-    keys = ranks.gathered(keys).transpose(0, 1).flatten(1).topk(keys.shape[1], dim=1).values
+    keys, retried = _all_keys(queries, search, min(k, len(bank)))
+    if across_ranks:
+        # The nearest of all ranks are among those of each; a rank of fewer rows fills up with the lowest keys.
+        padded = keys.new_full((len(queries), min(k, sum(sizes))), _LOWEST)
+        padded[:, : keys.shape[1]] = keys
+        keys = ranks.gathered(padded).transpose(0, 1).flatten(1).topk(padded.shape[1], dim=1).values
     similarities, rows = search.keys.part(keys)
     return Neighbors(similarities=similarities, rows=rows, retried=retried)
 

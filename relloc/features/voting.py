@@ -24,19 +24,20 @@ def vote(
     n_classes: int,
     chunk: int | None = None,
     tile: int | None = None,
+    across_ranks: bool = False,
     name: str = "features",
 ) -> dict[int, Int64[Tensor, "q"]]:
     """Predicted class of each query, for each k: neighbors vote with exp(cosine / temperature).
 
-    Neighbors, ties, memory, ranks, `chunk`, `tile` and `name` are those of `nearest`; `labels` are those
-    of this rank's bank. All rows vote where there are fewer than k. Equal votes, to 2^-40 of the nearest
+    Neighbors, ties, memory, `across_ranks`, `chunk`, `tile` and `name` are those of `nearest`; `labels` are
+    those of this rank's bank. All rows vote where there are fewer than k. Equal votes, to 2^-40 of the nearest
     neighbor's, go to the lower class.
 
     Raises:
         UsageError: features that hold NaN or infinity.
     """
-    found = nearest(queries, bank, max(k), chunk=chunk, tile=tile, name=name)
-    classes = _of_all_ranks(labels).to(queries.device)[found.rows]
+    found = nearest(queries, bank, max(k), chunk=chunk, tile=tile, across_ranks=across_ranks, name=name)
+    classes = (_of_all_ranks(labels) if across_ranks else labels).to(queries.device)[found.rows]
     # Over the nearest's, a common factor: nothing overflows, votes stay.
     weights = torch.exp((found.similarities - found.similarities[:, :1]) / temperature)
     return {count: _winner(weights[:, :count], classes[:, :count], n_classes) for count in k}
