@@ -32,6 +32,7 @@ _TEXTS = ("runs", "hydra.run.dir", "hydra.sweep.dir", "sweep")
 # A launcher may make a sweep of a command without -m, and says itself what its settings take
 _SWEEP_THEMSELVES = ("launcher", "hydra")
 _KEY = re.compile(r"(?:\+\+?|~)?[A-Za-z_$][\w.$/@:-]*")
+_OPENING = {"[": "]", "{": "}", "(": ")"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,13 +158,24 @@ def _unread(key: str, value: str, sweeps: bool) -> str:
         meant = "" if home.startswith("~") else f'"{key}={home}", or '
         return f"{key}={value}: the shell expands ~ only where a word begins with it. Write {meant}the whole path"
     told = shlex.quote(f"{key}={value}")
-    closed = f"{key}={value}]" if value.startswith("[") else f"{key}=[{value}"
+    closed = f"{key}={_closed(value)}"
     if value.startswith("[") != value.endswith("]") and parsed(closed):
         return f"{told} has a bracket without its other half: write {shlex.quote(closed)}"
     return (
         f"{told} can't be read: a value with such characters stands in quotes, and these inside of the shell's. "
         f"Write {_with_quotes(key, value, sweeps)}"
     )
+
+
+def _closed(value: str) -> str:
+    """The value with the brackets that it lacks at its end, or the one at its beginning."""
+    missing: list[str] = []
+    for char in value:
+        if char in _OPENING:
+            missing.append(_OPENING[char])
+        elif char in _OPENING.values() and (not missing or missing.pop() != char):
+            return f"[{value}"
+    return value + "".join(reversed(missing))
 
 
 def _with_quotes(key: str, value: str, sweeps: bool, *, as_text: bool = False) -> str:

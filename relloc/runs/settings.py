@@ -115,8 +115,8 @@ class Composed:
         with _hydra():
             loader = GlobalHydra.instance().hydra.config_loader  # pyright: ignore[reportOptionalMemberAccess]
             listed = loader.compute_defaults_list(self.command, list(self.words), RunMode.RUN).defaults
-        names = {one.config_path: one.package or "" for one in listed if one.config_path}
-        files = ((name, package, file_of(name)) for name, package in names.items())
+        names = [(one.config_path, one.package or "") for one in listed if one.config_path]
+        files = ((name, package, file_of(name)) for name, package in names)
         return tuple(Source(name=name, package=package, file=file) for name, package, file in files if file)
 
     def default(self, key: str) -> Any:

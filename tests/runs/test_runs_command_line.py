@@ -91,6 +91,14 @@ def test_elements_of_a_list_and_of_a_sweep_are_quoted_one_by_one() -> None:
     assert proposed(refused("checkpoint=a=b,random", sweeps=True)) == 'checkpoint="a=b",random'
 
 
+@pytest.mark.parametrize(
+    ("value", "closed"),
+    [("[knn", "[knn]"), ("knn]", "[knn]"), ("[[knn", "[[knn]]"), ("[a,[b,c", "[a,[b,c]]"), ("[{a:1", "[{a:1}]")],
+)
+def test_every_open_bracket_is_closed(value: str, closed: str) -> None:
+    assert proposed(refused(f"eval={value}")) == f"eval={closed}"
+
+
 def test_several_values_without_a_sweep_are_a_list_or_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert proposed(refused("checkpoint=a,b")) == "checkpoint=[a,b]"
     monkeypatch.chdir(tmp_path)

@@ -47,6 +47,13 @@ def test_each_setting_answers_its_default_and_its_file(command: str) -> None:
         assert "set in conf/" in answered(key, command=command), key
 
 
+def test_a_file_that_two_evaluations_share_is_named_for_both() -> None:
+    both = "eval=[voc07_svm,voc07_low_shot]"
+    for name in ("voc07_svm", "voc07_low_shot"):
+        assert "set in conf/data/voc2007.yaml" in answered(f"eval.{name}.data.name", both)
+        assert "set in conf/eval/_voc07.yaml" in answered(f"eval.{name}.costs", both)
+
+
 @pytest.mark.parametrize("word", ["grid.gab_px", "gap_px", "nothing.at.all", "data=imagenet", "eval=knnn"])
 def test_what_there_is_not_is_a_mistake(word: str) -> None:
     with pytest.raises(UsageError, match="there is no"):
