@@ -1,4 +1,4 @@
-.PHONY: check test
+.PHONY: check docs test
 
 check:
 	ruff check .
@@ -8,3 +8,6 @@ check:
 
 test:
 	pytest
+
+docs:
+	mkdocs build --strict

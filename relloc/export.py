@@ -19,7 +19,7 @@ from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the file and print what the other project needs to be told; 0, or 2 after a message."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     layout, out, classes = options.layout, options.out, options.fc
     try:
         _check(options)
@@ -37,15 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m relloc.export", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run folder or any file of weights")
-    parser.add_argument("--layout", required=True, choices=SUFFIXES)
-    parser.add_argument("--out", required=True, metavar="FILE", type=Path, help=_suffixes())
-    parser.add_argument("--fc", metavar="CLASSES", type=int, help="torchvision: add a classifier of zeros")
-    parser.add_argument("--checkpoint-prefix", metavar="PREFIX", help="which backbone, where CHECKPOINT holds several")
-    parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """The words that the command takes."""
+    words = argparse.ArgumentParser(prog="python -m relloc.export", description=__doc__)
+    words.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run folder or any file of weights")
+    words.add_argument("--layout", required=True, choices=SUFFIXES)
+    words.add_argument("--out", required=True, metavar="FILE", type=Path, help=_suffixes())
+    words.add_argument("--fc", metavar="CLASSES", type=int, help="torchvision: add a classifier of zeros")
+    words.add_argument("--checkpoint-prefix", metavar="PREFIX", help="which backbone, where CHECKPOINT holds several")
+    words.add_argument("--force", action="store_true", help="replace FILE if it is there")
+    return words
 
 
 def _suffixes() -> str:

@@ -37,7 +37,7 @@ _NOT_IN_FLIGHT = ("stopped", "cancelled", "failed", "missing")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the report; 0 if it is there, 2 after a mistake, which is one message on stderr."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         if sweeps := [word for word in options.folders if _names_sweep(word)]:
             _report_sweep(sweeps[0], options)
@@ -60,27 +60,26 @@ def _tell_next(options: argparse.Namespace) -> None:
         terminal.tell_next(shlex.join(words), on_stderr=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m relloc.report", description=__doc__)
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The words that the command takes."""
+    words = argparse.ArgumentParser(prog="python -m relloc.report", description=__doc__)
+    words.add_argument(
         "folders",
         metavar="FOLDER",
         nargs="*",
         help=f"runs, sweeps, or folders of them, by default runs/; or one sweep: {_SWEEP}NAME, {_SWEEP}FOLDER or NAME",
     )
-    parser.add_argument(
+    words.add_argument(
         "--format",
         help=f"{', '.join(_FORMATS.values())}; of a sweep {', '.join(_SWEEP_FORMATS.values())}; "
         "by default that of FILE's ending, which must be known; printed, markdown",
     )
-    parser.add_argument(
-        "--rows", default=ROWS[0], help="card: relative location and its controls; all: other tasks too"
-    )
-    parser.add_argument(
+    words.add_argument("--rows", default=ROWS[0], help="card: relative location and its controls; all: other tasks too")
+    words.add_argument(
         "--metrics", metavar="PATTERN", help="of a sweep: not the headline metrics, but these: 'linear*/top1_tuned'"
     )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write there instead of printing")
-    return parser
+    words.add_argument("--out", metavar="FILE", type=Path, help="write there instead of printing")
+    return words
 
 
 def _names_sweep(word: str) -> bool:

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     2 for a mistake; 75 if it can't be known, as a cluster does not answer.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         codes = [_DOES[options.does](find_sweep(word)) for word in options.sweeps]
     except UsageError as error:
@@ -45,15 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return max(codes)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m relloc.sweep", description=__doc__)
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The words that the command takes."""
+    words = argparse.ArgumentParser(prog="python -m relloc.sweep", description=__doc__)
+    words.add_argument(
         "does", choices=tuple(_DOES), help="print a table; wait for the last job, then print it; end all jobs"
     )
-    parser.add_argument(
+    words.add_argument(
         "sweeps", metavar="SWEEP", nargs="+", help="NAME or sweep=NAME of one in runs/sweeps, or the folder of one"
     )
-    return parser
+    return words
 
 
 def _status(sweep: Sweep) -> int:

@@ -12,7 +12,7 @@ from relloc.tracking import RunRecord, StoreError, absolute_uri, experiment_name
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Send each folder, print one line for each; 0 if all were sent, 1 if not, 2 for options that can't be used."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         uri = options.uri if options.uri is None else absolute_uri(options.uri)
         if uri is not None:
@@ -28,12 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(sent) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m relloc.sync", description=__doc__)
-    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
-    parser.add_argument("--uri", help="the MLflow store; by default the one noted in each run.json")
-    parser.add_argument("--experiment", help="the experiment to send to; by default the one noted in each run.json")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """The words that the command takes."""
+    words = argparse.ArgumentParser(prog="python -m relloc.sync", description=__doc__)
+    words.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
+    words.add_argument("--uri", help="the MLflow store; by default the one noted in each run.json")
+    words.add_argument("--experiment", help="the experiment to send to; by default the one noted in each run.json")
+    return words
 
 
 def _send(run_dir: Path, uri: str | None, experiment: str | None) -> str | None:
