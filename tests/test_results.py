@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,13 @@ def test_rows_come_back_as_they_were_written_oldest_first(tmp_path: Path) -> Non
     assert json.loads(lines[0])["value"] == ROW.value
 
 
-@pytest.mark.parametrize("odd", ["a\u2028b", "a\x85b", "a\x0bb", "a\nb", "a\rb", 'a"b', "𝄞", "a\\b"])
+@pytest.mark.parametrize(
+    "odd", ["a\u2028b", "a\x85b", "a\x0bb", "a\nb", "a\rb", 'a"b', "𝄞", "a\\b", os.fsdecode(b"a\xe9 \xff")]
+)
 def test_any_path_stays_in_its_line(tmp_path: Path, odd: str) -> None:
-    append_results(tmp_path, [row(checkpoint=f"/runs/{odd}"), ROW])
-    assert list(read_results(tmp_path)) == [row(checkpoint=f"/runs/{odd}"), ROW]
+    rows = [row(checkpoint=f"/runs/{odd}", measured_in=odd), ROW]
+    append_results(tmp_path, rows)
+    assert list(read_results(tmp_path)) == rows
 
 
 def test_a_last_line_that_a_kill_left_unfinished_is_no_row_and_makes_room_for_the_next(tmp_path: Path) -> None:

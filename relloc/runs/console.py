@@ -28,7 +28,7 @@ _LINE_EVERY_S = 30
 _LONG_S = 3
 _last_line: dict[str, float] = {}  # when there was one, of whatever
 
-_HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {"avgpool": "pool"}
+_HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {"avgpool": "pool", "": "value"}
 _LEGEND = "f1 to f5: feature1 to feature5, stages from the image on; pool: avgpool"
 _NAMES = ("evaluation", "weights", "batch norm")
 _WIDTH_OF_FILES = 120
@@ -141,13 +141,13 @@ def show_results(rows: Sequence[Result]) -> None:
 
 
 def results_table(rows: Sequence[Result], width: int) -> Table:
-    """One line an evaluation, weights and batch norm; layers across.
+    """One line an evaluation, weights and batch norm; layers across, then the value of what has none.
 
     One number an evaluation, its headline; results.jsonl has all. Long names go on in further lines, and in a narrow
     terminal the three names stand below one another; numbers are never cut.
     """
     headlines = [row for row in rows if row.headline]
-    layers = [layer for layer in LAYERS if any(row.layer == layer for row in headlines)]
+    layers = [layer for layer in _HEADS if any(row.layer == layer for row in headlines)]
     is_narrow = width < _NARROW
     table = Table(
         title="on images never trained on, in percent where no unit is named",

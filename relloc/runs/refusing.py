@@ -71,5 +71,9 @@ def _work(path: Path) -> dict[Path, tuple[int, int]]:
     """Size and time of all files that hold what was trained or measured."""
     files = [path / name for name in (JOURNAL_FILE, RESULTS_FILE, BACKBONE_FILE)]
     files += [*training_folder(path).glob("*"), *(path / STATES).glob("*")]
-    found = {file: file.stat() for file in files if file.exists()}
-    return {file: (about.st_size, about.st_mtime_ns) for file, about in found.items()}
+    found = {}
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # it was never there, or was removed just now
+            about = file.stat()
+            found[file] = (about.st_size, about.st_mtime_ns)
+    return found

@@ -150,6 +150,7 @@ def _standing(point: Point, note: Mapping[str, Any], answers: Mapping[tuple[str,
         job = Status.RUNNING  # what it wrote lately is all that is known of it
     status = job if job is Status.RUNNING or job is Status.WAITING else _ended_status(own, note, job)
     progress, left_s = (1.0, None) if status is Status.DONE else _progress(folder)
+    left_s = left_s if status is Status.RUNNING else None
     return Standing(point=point, status=status, progress=progress, left_s=left_s)
 
 

@@ -1,6 +1,8 @@
 """How points stand, by what their folders say and who has their jobs; and what is put right."""
 
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -168,6 +170,12 @@ def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) ->
     (running.folder / "journal.jsonl").write_text(lines[0] + "\n" + lines[1].replace(told, str(first + 3000)) + "\n")
     (found,) = standings([running], {})
     assert (found.status, found.progress, found.left_s) == (Status.RUNNING, 0.25, 18.0)
+    waiting = dataclasses.replace(running, folder=tmp_path / "waiting")
+    shutil.copytree(running.folder, waiting.folder)
+    write_status(waiting.folder, "KILLED")
+    note_job(waiting, {"slurm": "7"})
+    (found,) = standings([waiting], asked(job7=Status.WAITING))
+    assert (found.status, found.progress, found.left_s) == (Status.WAITING, 0.25, None)
 
 
 def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
