@@ -5,9 +5,9 @@ backbone is a stranger's word: of it only relloc's own backbones are called, wit
 """
 
 import importlib
+import inspect
 import json
 import pkgutil
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +20,7 @@ from relloc.errors import CheckpointError
 from relloc.models.backbone import Backbone
 
 _LONGEST = 10_000  # characters of settings as JSON
-_ORDERS = re.compile(r'"_|\$\{')  # names that only Hydra understands, such as "_target_", and what OmegaConf looks up
+_DEEPEST = 10  # nested containers
 _ADVICE = "If you trust this file, say yourself what to build: give model=NAME, the model it was trained with"
 
 
@@ -28,8 +28,14 @@ def backbones() -> dict[str, type[Backbone]]:
     """All backbones that the modules of relloc.models define, by the names that conf/model has in `_target_`."""
     for module in pkgutil.iter_modules(relloc.models.__path__, f"{relloc.models.__name__}."):
         importlib.import_module(module.name)
-    found = {f"{backbone.__module__}.{backbone.__name__}": backbone for backbone in Backbone.__subclasses__()}
-    return {name: backbone for name, backbone in found.items() if name.startswith(relloc.models.__name__)}
+    found: dict[str, type[Backbone]] = {}
+    classes: list[type[Backbone]] = Backbone.__subclasses__()
+    for one in classes:  # the list grows while it is read
+        classes += one.__subclasses__()
+        name = f"{one.__module__}.{one.__name__}"
+        if name.startswith(f"{relloc.models.__name__}.") and not inspect.isabstract(one):
+            found[name] = one
+    return found
 
 
 def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str) -> Backbone:
@@ -76,7 +82,15 @@ def _check_plain(settings: Mapping[Any, Any], origin: str) -> None:
         raise CheckpointError(
             f"{origin} describes its backbone with more than plain values: {error}. {_ADVICE}"
         ) from error
-    if len(text) > _LONGEST:
-        raise CheckpointError(f"{origin} describes its backbone with more values than one has. {_ADVICE}")
-    if _ORDERS.search(text):
+    is_order = "${" in text  # OmegaConf would look it up
+    left: list[tuple[Any, int]] = [(settings, 0)]
+    for value, depth in left:  # the list grows while it is read
+        if len(text) > _LONGEST or depth > _DEEPEST:
+            raise CheckpointError(f"{origin} describes its backbone with more values than one has. {_ADVICE}")
+        if isinstance(value, dict):
+            is_order |= any(str(name).startswith("_") for name in value)  # for Hydra, such as "_target_"
+            left += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list | tuple):
+            left += [(inner, depth + 1) for inner in value]
+    if is_order:
         raise CheckpointError(f"{origin} describes its backbone with more than plain values: {text[:120]}. {_ADVICE}")
