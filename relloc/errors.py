@@ -59,4 +59,6 @@ def data_errors(problem: str, *kinds: type[Exception], advice: str) -> Iterator[
     try:
         yield
     except kinds as error:
-        raise DataError(f"{problem}: {reason(error)}. {advice}") from error
+        file = str(error.filename or "") if isinstance(error, OSError) else ""
+        where = "" if file in problem else f" ({file})"
+        raise DataError(f"{problem}: {reason(error)}{where}. {advice}") from error

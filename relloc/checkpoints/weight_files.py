@@ -79,7 +79,8 @@ def _content(file: Path, expected: str, *, numbers: bool = True) -> Any:
 def _reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "what it declares does not fit into memory"
-    first_line = str(error).partition("\n")[0][:300] or type(error).__name__
+    without_text = "it ends early" if isinstance(error, EOFError) else type(error).__name__
+    first_line = str(error).partition("\n")[0][:300] or without_text
     if isinstance(error, KeyError | IndexError | TypeError | AttributeError | struct.error):  # of no use to a reader
         return f"its parts do not fit together ({first_line})"
     return first_line

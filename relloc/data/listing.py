@@ -21,9 +21,10 @@ _NO_FILES_OF_A_USER = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 # Images that Pillow does not read, or not alone
 _OTHER_IMAGES = {
     *(".heic", ".heif", ".jxl", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
-    *(".psd", ".svg", ".eps", ".exr", ".hdr", ".tga", ".jxr", ".avif", ".jp2", ".j2k", ".ico", ".pfm", ".xcf"),
+    *(".psd", ".svg", ".eps", ".exr", ".hdr", ".tga", ".jxr", ".j2k", ".ico", ".pfm", ".xcf"),
 }
 _LONGEST_SUFFIX = 12
+_KINDS_TOLD = 8
 
 PassedOver = collections.Counter[str]
 """How many files or folders were not taken, by what a person calls them: `.heic`, `folders @eaDir`."""
@@ -94,11 +95,14 @@ def class_folders_of(folder: Path) -> tuple[str, ...]:
 
 def told_passed_over(passed_over: PassedOver) -> str:
     """One sentence on what was passed over; empty where nothing was."""
-    kinds = [f"{count} {kind}" for kind, count in passed_over.most_common() if count]
+    most = passed_over.most_common(_KINDS_TOLD)
+    kinds = [f"{count} {kind}" for kind, count in most if count]
     if not kinds:
         return ""
+    others = passed_over.total() - sum(count for _, count in most)
+    rest = f" and {others} others" if others else ""
     advice = "; what relloc is to take of them, convert to JPEG or PNG" if _OTHER_IMAGES & set(passed_over) else ""
-    return f"passed over: {first_names(kinds)}{advice}"
+    return f"passed over: {', '.join(kinds)}{rest}{advice}"
 
 
 def first_names(names: Sequence[str], most: int = 8) -> str:

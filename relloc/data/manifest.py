@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}: give the folder that relloc.prepare wrote as out=…. Tars of others can't be "
             "read: unpack them, and pack the images with relloc.prepare"
         )
-    manifest = read_json(path)
+    manifest = read_json(path, _AGAIN)
     version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
     if version != (FORMAT, VERSION):
         raise DataError(f"{path} is not of {FORMAT} version {VERSION} but {version}: pack again with this relloc")
@@ -82,10 +82,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file that lies beside packed images. Raises `DataError` where there is none."""
-    text = read_text(path, _AGAIN)
-    with data_errors(f"{path} can't be read", ValueError, RecursionError, advice=_AGAIN):
+def read_json(path: Path, advice: str) -> Any:
+    """The value of a JSON file of a packed folder. Raises `DataError`, with the advice, where there is none."""
+    text = read_text(path, advice)
+    with data_errors(f"{path} can't be read", ValueError, RecursionError, advice=advice):
         return json.loads(text)
 
 

@@ -60,6 +60,7 @@ from relloc.geometry import ShortSide
 CHECK_FILE = "check.json"
 _SETTINGS_FILE = "settings.json"
 _SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+_ANEW = "Remove the folder that is packed into, and pack again"
 _LONGEST_JPEG_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 _HOW = ("unreadable", "kept", "encoded", "reduced")
 _PACKED = np.dtype([*FACTS.descr, ("how", "u1"), ("offset", "<i8"), ("size", "<i8"), ("stored_sha256", "u1", (32,))])
@@ -152,14 +153,14 @@ def _finished_before(out: Path, wanted: dict[str, Any]) -> Check:
     _refuse_others(out, read_manifest(out)["packed"], wanted)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     with _damages(out / CHECK_FILE):
-        return Check.from_json(read_json(out / CHECK_FILE))
+        return Check.from_json(read_json(out / CHECK_FILE, _ANEW))
 
 
 def _begin(out: Path, wanted: dict[str, Any]) -> None:
     settings = out / UNFINISHED / _SETTINGS_FILE
     if settings.exists():
         with _damages(settings):
-            _refuse_others(out, read_json(settings), wanted)
+            _refuse_others(out, read_json(settings, _ANEW), wanted)
         for folder in (out, out / UNFINISHED):
             remove_all_unfinished(folder)
         return
@@ -169,8 +170,7 @@ def _begin(out: Path, wanted: dict[str, Any]) -> None:
 
 
 def _damages(path: Path) -> AbstractContextManager[None]:
-    advice = "Remove the folder that is packed into, and pack again"
-    return data_errors(f"{path} is damaged", KeyError, TypeError, AttributeError, advice=advice)
+    return data_errors(f"{path} is damaged", KeyError, TypeError, AttributeError, advice=_ANEW)
 
 
 def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:

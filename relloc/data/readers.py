@@ -113,6 +113,7 @@ class ReadingProcesses(Iterator[Answer]):
             one.process.join(max(0.0, deadline - time.monotonic()))
             one.channel.close()
         self._processes = []
+        self._tasks = iter(())  # so that no process is started for them
         self._asked = self._answered
 
     def __next__(self) -> Answer:

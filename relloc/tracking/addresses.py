@@ -18,7 +18,8 @@ _SERVERS = ("http", "https")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(?!\d+(/|$))", re.IGNORECASE)  # a number behind the colon is a port
-_GIVE = "http://HOST:PORT for an MLflow server, or sqlite:////ABSOLUTE/PATH/mlflow.db for a file"
+_FILE = "sqlite:////ABSOLUTE/PATH/mlflow.db for a file"
+_GIVE = f"http://HOST:PORT for an MLflow server, or {_FILE}"
 
 
 def absolute_uri(uri: str) -> str:
@@ -48,7 +49,7 @@ def absolute_uri(uri: str) -> str:
     if scheme:
         raise UsageError(f"{uri!r} is no address that is known, for {scheme}: give {_GIVE}")
     host = re.sub("^https?//", "", uri)
-    raise UsageError(f"{uri!r} does not say what it is: give http://{host} or https://{host} for a server, or {_GIVE}")
+    raise UsageError(f"{uri!r} does not say what it is: give http://{host} or https://{host} for a server, or {_FILE}")
 
 
 def is_server(uri: str) -> bool:
@@ -69,18 +70,26 @@ def sqlite_path(uri: str) -> Path:
 def _server(uri: str, scheme: str, rest: str) -> str:
     try:
         parts = urlsplit(f"{scheme}://{rest.lstrip('/')}")
-        is_server = parts.port != 0 and parts.hostname and not re.search(r"[\s\\<>\"^`{|}]", rest)
-    except ValueError:  # a port that is none, brackets of IPv6 that do not close
-        is_server = False
-    if not is_server:
+    except ValueError as error:
+        raise UsageError(
+            f"{uri!r} has a host that can't be read: give {scheme}://HOST:PORT, or {scheme}://[ADDRESS]:PORT for an "
+            "address of IPv6"
+        ) from error
+    try:
+        has_sound_port = parts.port != 0
+    except ValueError:  # it is no number, or too large
+        has_sound_port = False
+    if not has_sound_port:
+        raise UsageError(f"{uri!r} has a port that is no number from 1 to 65535: give {scheme}://HOST:PORT")
+    if not parts.hostname or re.search(r"[\s\\<>\"^`{|}]", rest):
         raise UsageError(f"{uri!r} names no server: give {scheme}://HOST:PORT")
     name, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
     if parts.username is not None:
         _refuse_password(name, "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
-    if parts.query or parts.fragment or not re.match("//[^/]", rest):
-        raise UsageError(
-            f"{uri!r} is not the address of a server, but of a page or of none: give {scheme}://{name}{path}"
-        )
+    if parts.query or parts.fragment:
+        raise UsageError(f"{uri!r} is the address of a page: give that of its server, {scheme}://{name}{path}")
+    if not re.match("//[^/]", rest):
+        raise UsageError(f"{uri!r} does not begin with {scheme}:// and a host: give {scheme}://{name}{path}")
     return f"{scheme}://{name}{path}"
 
 

@@ -72,6 +72,8 @@ def test_what_is_no_image_is_counted_by_its_suffix(tmp_path: Path) -> None:
     for words in ("2 .heic", "1 .cr2", "1 without a suffix", "1 with longer suffixes", "convert"):
         assert words in told_passed_over(passed_over)
     assert told_passed_over(PassedOver()) == ""
+    many = PassedOver({f".{number}": 20 - number for number in range(10)})
+    assert told_passed_over(many).endswith(", 13 .7 and 23 others")
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,8 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
     try:
         with pytest.raises(
-            DataError, match=r"packing into .*out stopped: File too large.*start the same command again"
+            DataError,
+            match=r"packing into .*out stopped: File too large \(.*train-0.*\.tar\)\..*start the same command again",
         ):
             packed(data, tmp_path / "out", workers=1)
     finally:
@@ -294,8 +295,17 @@ def test_a_damaged_check_beside_packed_images_is_told(tmp_path: Path, content: s
     root = write_many(tmp_path / "originals", 10, 3)
     packed(of(root), tmp_path / "out", workers=1)
     (tmp_path / "out/check.json").write_text(content)
-    with pytest.raises(DataError, match=r"check\.json"):
+    with pytest.raises(DataError, match=r"check\.json .*Remove the folder that is packed into, and pack again"):
         packed(of(root), tmp_path / "out", workers=1)
+
+
+def test_damaged_settings_of_unfinished_packing_are_told(tmp_path: Path) -> None:
+    data = of(write_many(tmp_path / "originals", 20, 4))
+    with pytest.raises(KeyboardInterrupt):
+        pack(data, tmp_path / "out", Packing(**PACKING), published=None, workers=1, progress=Interrupt(5))
+    (tmp_path / "out/unfinished/settings.json").write_text("{")
+    with pytest.raises(DataError, match=r"settings\.json .*Remove the folder that is packed into, and pack again"):
+        packed(data, tmp_path / "out")
 
 
 def test_a_damaged_note_of_a_finished_part_is_packed_again_and_damaged_records_are_told(

@@ -89,6 +89,13 @@ def test_no_more_tasks_are_asked_for_than_are_prefetched() -> None:
     assert list(found) == []
 
 
+def test_no_process_is_started_after_the_end() -> None:
+    with ReadingProcesses(doubled, range(9), workers=2) as found:
+        pass
+    assert list(found) == []
+    assert found._processes == []
+
+
 def test_tasks_and_answers_wider_than_what_the_system_buffers_do_not_lock_each_other() -> None:
     tasks = [b"x" * 3_000_000] * 6
     with ReadingProcesses(lambda task: Answer(content=task), tasks, workers=2) as found:

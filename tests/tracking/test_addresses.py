@@ -76,6 +76,23 @@ def test_what_is_no_address_is_refused_with_one_that_is(
 
 
 @pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("http://h:99999", "has a port that is no number from 1 to 65535: give http://HOST:PORT"),
+        ("http://h:0", "has a port that is no number from 1 to 65535: give http://HOST:PORT"),
+        ("http://[::1", "has a host that can't be read: give http://HOST:PORT, or http://[ADDRESS]:PORT for an"),
+        ("http://h/#/experiments/3", "is the address of a page: give that of its server, http://h"),
+        ("http:/h", "does not begin with http:// and a host: give http://h"),
+        ("host:5000", "does not say what it is: give http://host:5000 or https://host:5000 for a server, or sqlite:"),
+    ],
+)
+def test_what_is_wrong_with_an_address_of_a_server_is_told(given: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        absolute_uri(given)
+    assert str(caught.value).startswith(f"{given!r} {told}")
+
+
+@pytest.mark.parametrize(
     "given", ["http://me:secret@login1:5000", "http://secret@login1", "mysql://me:secret@host/runs"]
 )
 def test_passwords_in_an_address_are_refused_and_not_shown(given: str) -> None:
