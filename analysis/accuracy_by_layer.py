@@ -31,7 +31,8 @@ results = results[results["headline"] & (results["unit"] == "%") & (results["lay
 # how many runs are behind it:
 
 # %%
-lines = ["dataset", "model", "eval", "study", "weights", "batch_norm"]
+told_apart = ["study", "settings", "weights", "batch_norm"]
+lines = ["dataset", "model", "eval", *told_apart]
 by_layer = results.pivot_table(index=lines, columns="layer", values="value", aggfunc="mean").round(1)
 by_layer["runs"] = results.groupby(lines)["folder"].nunique()
 by_layer
@@ -48,9 +49,10 @@ def draw_line(axis, rows, label, color, batch_norm):
 panels = list(results.groupby(["dataset", "model", "eval"]))
 figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False, layout="constrained")
 for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=True):
-    studies = list(dict.fromkeys(rows["study"][rows["weights"] != "random"]))
-    for (study, weights, batch_norm), line in rows.groupby(["study", "weights", "batch_norm"], sort=False):
-        color = "gray" if weights == "random" else f"C{studies.index(study)}"
+    pretrained = rows[rows["weights"] != "random"]
+    studies = list(dict.fromkeys(zip(pretrained["study"], pretrained["settings"], strict=True)))
+    for (study, settings, weights, batch_norm), line in rows.groupby(told_apart, sort=False):
+        color = "gray" if weights == "random" else f"C{studies.index((study, settings))}"
         name = study + (", recalibrated" if batch_norm == "recalibrated" else "")
         draw_line(axis, line, name, color, batch_norm)
     axis.set_title(f"{evaluation} on {dataset}, {model}", fontsize=10)

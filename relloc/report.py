@@ -14,6 +14,7 @@ from relloc import terminal
 from relloc.errors import UsageError
 from relloc.reports.as_csv import as_csv
 from relloc.reports.load import find_measured
+from relloc.reports.missing import FILL_CARD
 from relloc.reports.render import as_html, as_latex, as_markdown
 from relloc.reports.table import ROWS, Report, make_report
 from relloc.status import Status
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tell_next(options: argparse.Namespace) -> None:
     """Of a report that was printed, how it becomes a page; of a written one, how its empty cells are filled."""
     if options.out is not None:
-        terminal.tell_next("python -m relloc.evaluate checkpoint=RUN eval=card_classification", on_stderr=True)
+        terminal.tell_next(FILL_CARD, on_stderr=True)
     elif options.format is None:
         form = "md" if any(folder.startswith(_SWEEP) for folder in options.folders) else "html"
         words = ["python", "-m", "relloc.report", *options.folders, "--out", f"report.{form}"]

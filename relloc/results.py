@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from relloc.errors import DamagedFile, reason
 from relloc.files import append_lines, parse_json, read_lines
-from relloc.results_before import convert, mark_headlines
+from relloc.results_before import convert, mark_headlines, with_series
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
 RESULTS_FILE = "results.jsonl"
@@ -51,6 +51,9 @@ class _Number:
     deviations: tuple[str, ...] = ()
     choice: str = ""
     details: tuple[str, ...] = ()
+    series: str = ""
+    k: int | None = None
+    spread: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ class Result(_Number):
         low, high: a 95 % confidence interval, where one was computed.
         higher_is_better: None where neither is, or it is not known.
         headline: whether it is what the evaluation is known by.
+        series, k: the metric without its k, of numbers that are measured at several k, such as the number of neighbors.
+        spread: "std", "min" or "max" of a number over draws; "" for a number itself.
     Where it stands in reports:
         table, column: titles; table is "" for a detail that stands in none.
         variant: what sets its line apart from others in the same columns, such as `CHOSEN` or the layer.
@@ -116,14 +121,19 @@ class Result(_Number):
             raise ValueError(f"n is {self.n}: a result needs at least one sample")
 
     @property
-    def tracked_name(self) -> str:
-        """Name for a tracker: `linear/feature4/top1`, `linear_random_recalibrated/feature4/top1`, `pretext/top1`."""
+    def tracked_eval(self) -> str:
+        """What names for a tracker begin with: `linear`, `linear_random_recalibrated`."""
         name = self.eval
         if self.checkpoint in NOT_OURS:
             name += f"_{self.checkpoint}"
         if self.batch_norm == "recalibrated":
             name += "_recalibrated"
-        return "/".join(filter(None, (name, self.layer, self.metric)))
+        return name
+
+    @property
+    def tracked_name(self) -> str:
+        """Name for a tracker: `linear/feature4/top1`, `linear_random_recalibrated/feature4/top1`, `pretext/top1`."""
+        return "/".join(filter(None, (self.tracked_eval, self.layer, self.metric)))
 
 
 def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
@@ -185,7 +195,7 @@ def _parsed(line: bytes, place: str) -> tuple[Result, int, int, int]:
             raise ValueError(f"its format is {form}, and this version of relloc knows no format above {FORMAT}")
         if not isinstance(number, int) or not isinstance(of, int) or not 1 <= number <= of:
             raise ValueError(f"it is row {number} of {of}")
-        fields = convert(fields) if form == 1 else fields
+        fields = convert(fields) if form == 1 else with_series(fields)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DamagedFile(f"{problem}: {reason(error)}. {_LOST}") from error
     row: Result = parse_json(json.dumps(fields).encode(), Result, problem, _LOST)

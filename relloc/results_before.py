@@ -1,5 +1,7 @@
 """Lines of results.jsonl as they were before they said their format: flat rows with a sentence as protocol.
 
+Before 2026-11-29 it was the name of a metric only that told its k, and whether it is a spread over draws.
+
 The sentence ended in "; VIEW, PRECISION; batch norm: …". This module is the only one that takes such text apart.
 """
 
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 _CHOICES = ("chosen", "rate chosen", "best epoch on val", "best of")
+_SPREADS = ("std", "min", "max")
+_SERIES = re.compile(r"(?P<name>\w+?)_k(?P<k>\d+)(?P<how>(_\w+)?)")
 _COUNT = re.compile(r"[a-z0-9]+_k(\d+)")  # of neighbors, or of images a class: metrics such as `top1_k20` or `map_k16`
 
 
@@ -26,7 +30,17 @@ def convert(fields: Mapping[str, Any]) -> dict[str, Any]:
     # These had one name on the run's own images and on ImageNet
     if evaluation in ("knn", "label_free") and fields["dataset"] == "in1k":
         evaluation += "_in1k"
-    return {**fields, **_facts(fields["protocol"]), "eval": evaluation, "kind": _kind(evaluation), **placed}
+    facts = _facts(fields["protocol"])
+    return {**with_series(fields), **facts, "eval": evaluation, "kind": _kind(evaluation), **placed}
+
+
+def with_series(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a line, with `series`, `k` and `spread` as its metric's name tells them where it has none."""
+    name, _, last = str(fields.get("metric")).rpartition("_")
+    told: dict[str, Any] = {"spread": last} if last in _SPREADS else {}
+    if found := _SERIES.fullmatch(name if told else str(fields.get("metric"))):
+        told |= {"series": found["name"] + found["how"], "k": int(found["k"])}
+    return {**told, **fields}
 
 
 @functools.cache

@@ -95,6 +95,18 @@ def test_units_headlines_and_places_are_those_of_the_evaluations_of_now(rows: li
     assert details == {"map_cv", "map_k1_std", "map_k1_min", "map_k1_max"}
 
 
+def test_the_name_of_a_metric_told_its_k_and_how_draws_differ(tmp_path: Path, rows: list[Result]) -> None:
+    told = {row.metric: (row.series, row.k, row.spread) for row in rows if row.k is not None}
+    assert told["top1_k20"] == ("top1", 20, "")
+    assert (told["map_k1"], told["map_k1_cv"]) == (("map", 1, ""), ("map_cv", 1, ""))
+    assert [told[f"map_k1_{name}"] for name in ("std", "min", "max")] == [("map", 1, n) for n in ("std", "min", "max")]
+    # And of lines with a format from before there were fields for it
+    lines = [{"format": 2, **dataclasses.asdict(row)} for row in rows]
+    without = [{name: line[name] for name in line if name not in ("series", "k", "spread")} for line in lines]
+    (tmp_path / RESULTS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in without))
+    assert list(read_results(tmp_path)) == rows
+
+
 def test_an_evaluation_of_somebody_else_keeps_its_sentence(tmp_path: Path) -> None:
     line = LINES[0] | {"eval": "mine", "metric": "score", "layer": "feature2", "protocol": "as I do it; twice"}
     (tmp_path / RESULTS_FILE).write_text(json.dumps(line) + "\n")

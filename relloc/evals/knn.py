@@ -92,6 +92,8 @@ class Knn(Evaluation):
                 variant=layer,
                 layer=layer,
                 metric=f"top1_k{k}",
+                series="top1",
+                k=k,
                 headline=k == closest_to_20(allowed),
                 value=100 * right / seen,
                 n=seen,

@@ -80,6 +80,8 @@ class Voc07LowShot(Voc07):
                 column=f"k={k}",
                 layer=layer,
                 metric=f"map_k{k}",
+                series="map",
+                k=k,
                 headline=k == closest_to_20(shots),
                 value=float(values.mean()),
                 n=len(known.test),
@@ -100,6 +102,7 @@ class Voc07LowShot(Voc07):
                     variant=f"{name} over draws",
                     headline=False,
                     metric=f"map_k{k}_{name}",
+                    spread=name,
                     value=float(value),
                 )
             if not on_rest.isnan().any():  # else every class is: each draw of a class leaves as many of its images
@@ -107,6 +110,7 @@ class Voc07LowShot(Voc07):
                 yield dataclasses.replace(
                     published,
                     metric=f"map_k{k}_cv",
+                    series="map_cv",
                     variant=CHOSEN,
                     headline=False,
                     value=float(on_test[:, chosen].mean()),

@@ -22,7 +22,6 @@ from relloc.reports.published import (
 from relloc.results import LAYERS, Result
 
 INSIDE, ABOVE, BELOW = "≈", "+", "\N{MINUS SIGN}"
-SPREADS = ("std over draws", "min over draws", "max over draws")  # variants of the details that say how draws differ
 MARK_WORDS = {INSIDE: "inside", ABOVE: "above", BELOW: "below"}
 # With which published row a line of ours is compared: the first that has the number
 _COMPARED_WITH = {"random": (RANDOM,), "torchvision": (SUPERVISED,)}
@@ -83,8 +82,8 @@ def make_entries(measured: Iterable[Measured]) -> list[Entry]:
     best = [each for each in kept if each.result.column == BEST_LAYER and not each.result.variant]
     spreads: dict[tuple[object, ...], dict[str, float]] = {}
     for each in kept:
-        if each.result.variant in SPREADS:
-            spreads.setdefault(_key_of_spread(each), {})[each.result.variant] = each.result.value
+        if each.result.spread:
+            spreads.setdefault(_key_of_spread(each), {})[each.result.spread] = each.result.value
     entries = []
     for each in sorted(kept, key=lambda each: order.index(each.line)):
         spread = {} if each.result.variant else spreads.get(_key_of_spread(each), {})

@@ -15,10 +15,8 @@ _DATA_SETS = (
     "The data sets are found by RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, or eval.NAME.data.root=. "
     "Hours are estimates for one GPU with 16 cores that reads shards."
 )
-_NOTHING_YET = (
-    f"No {PUBLISHED_MODEL} line has a number on the card's images: python -m relloc.evaluate checkpoint=RUN "
-    "eval=card_classification measures them."
-)
+FILL_CARD = "python -m relloc.evaluate checkpoint=RUN eval=card_classification"
+_NOTHING_YET = f"No {PUBLISHED_MODEL} line has a number on the card's images: {FILL_CARD} measures them."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
-from relloc.reports.compare import ABOVE, BELOW, INSIDE, MARK_WORDS, SPREADS, Entry, make_entries
+from relloc.reports.compare import ABOVE, BELOW, INSIDE, MARK_WORDS, Entry, make_entries
 from relloc.reports.lines import natural
 from relloc.reports.load import Measured
 from relloc.reports.missing import Fill, advice, fills
@@ -207,7 +207,7 @@ def _our_rows(here: Sequence[Entry], columns: Sequence[str]) -> Iterable[Row]:
 
 def _our_cell(entry: Entry) -> Cell:
     """A cell of ours; only on the card it has a note of its own."""
-    result, std = entry.result, entry.spread.get("std over draws")
+    result, std = entry.result, entry.spread.get("std")
     return Cell(
         text=f"{result.value:.2f}" + (f" ({result.layer})" if result.column == BEST_LAYER else ""),
         note=note([entry]) if entry.group == CARD_GROUP else "",
@@ -256,7 +256,7 @@ def _details(entry: Entry) -> Iterable[str]:
         yield f"images {entry.measured.digest}"
     if row.low is not None and row.high is not None:
         yield f"95 % interval {row.low:.2f} to {row.high:.2f}"
-    yield from (f"{name}: {value:.2f}" for name, value in entry.spread.items())
+    yield from (f"{name} over draws: {value:.2f}" for name, value in entry.spread.items())
     if entry.why:
         yield entry.why
     if entry.mark:
@@ -282,7 +282,7 @@ def _legend(entries: Sequence[Entry]) -> Iterable[str]:
         "Bold: the highest of several rows of ours in a column with the same setting, supervised weights aside; the "
         "layers of nearest neighbors are rows that compete."
     )
-    if any(each.result.variant in SPREADS for each in entries):
+    if any(each.result.spread for each in entries):
         yield "± is the standard deviation over the draws of low-shot examples."
     if replaced := sum(len(each.measured.older) for each in entries):
         yield f"Of numbers measured alike (by fingerprint) the newest stands: {replaced} older left out."

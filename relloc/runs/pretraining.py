@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import hydra
 from torch import Tensor
 
 from relloc import ranks
@@ -34,6 +35,7 @@ from relloc.runs.invocation import Invocation
 from relloc.runs.monitors import held_out_crops
 from relloc.runs.naming import pretraining_name
 from relloc.runs.reusing import EvalRun
+from relloc.runs.settings import content_of, members
 from relloc.runs.training import Training, train_to_the_end
 from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
 
@@ -98,12 +100,19 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         if data.labeled:  # with recalibrated batch norm as well
             console.say_next("evaluate", checkpoint=[run, "random"])
         else:
-            console.say_next("evaluate", checkpoint=run, eval="label_free")
+            console.say_next("evaluate", checkpoint=run, eval=_members_without_labels())
 
 
 def _with_labels(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
     """The evaluations whose images have the labels that they need; the others are skipped."""
     return [one for one in evaluations if one.evaluation.labels != "class" or one.splits.labeled]
+
+
+def _members_without_labels() -> list[str]:
+    """The members of our conf/eval that measure whatever images they are given, without labels."""
+    targets = {name: content_of(f"eval/{name}").get("_target_", "") for name in members("eval")}
+    ours = {name: target for name, target in targets.items() if target.startswith("relloc.")}
+    return [name for name, target in ours.items() if hydra.utils.get_class(target).labels == "none"]
 
 
 def _say_small_shards(settings: Pretraining) -> None:

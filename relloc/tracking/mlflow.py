@@ -9,14 +9,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from relloc.files import locked
-from relloc.results import Result, read_results
+from relloc.results import LAYERS, Result, read_results
 from relloc.status import Status
 from relloc.tracking.addresses import absolute_uri
 from relloc.tracking.artifacts import sort_artifacts
@@ -37,7 +36,6 @@ TAG_CHARACTERS = 8000
 NAME_CHARACTERS = 250
 DIGEST_CHARACTERS = 36
 
-_OF_SPREAD = ("_std", "_min", "_max")
 Batch = tuple[list["Metric"], dict[str, Any]]  # points, and what the note says when they are sent
 
 
@@ -277,15 +275,13 @@ def _row_points(row: Result, time_ms: int) -> list["Metric"]:
     """
     from mlflow.entities import Metric
 
-    name = legal_name(row.tracked_name)
-    variant, layer, metric = name.rpartition(f"/{row.layer}/")
-    steps = {name: 0}
-    if layer and not metric.endswith(_OF_SPREAD):
-        if row.layer.startswith("feature"):
-            steps[f"{variant}/{metric}_by_layer"] = int(row.layer.removeprefix("feature"))
-        if counted := re.fullmatch(r"(\w+?)_k(\d+)((_\w+)?)", metric):
-            steps[f"{variant}{layer}{counted[1]}{counted[3]}_by_k"] = int(counted[2])
-    return [Metric(name, row.value, time_ms, step) for name, step in steps.items()]
+    steps = {row.tracked_name: 0}
+    if row.layer and not row.spread:
+        if row.layer != "avgpool":
+            steps[f"{row.tracked_eval}/{row.metric}_by_layer"] = LAYERS.index(row.layer) + 1
+        if row.k is not None:
+            steps[f"{row.tracked_eval}/{row.layer}/{row.series}_by_k"] = row.k
+    return [Metric(legal_name(name), row.value, time_ms, step) for name, step in steps.items()]
 
 
 def _digest(rows: Sequence[Result]) -> str:

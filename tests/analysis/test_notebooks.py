@@ -100,9 +100,10 @@ def test_rows_belong_to_the_pretraining_of_their_weights(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(str(ANALYSIS))
     from load import load_results
 
-    for folder, name, tags in (("pretrained", "gap0 s1 gray", {}), ("it", "gap32 s0 gray", {"relloc.kind": kind})):
+    told = {"pretrained": ("gap0 s1 gray", 1, {}), "it": ("gap32 s0 gray", 0, {"relloc.kind": kind})}
+    for folder, (name, seed, tags) in told.items():
         (tmp_path / folder).mkdir()
-        RunRecord(name=name, experiment="relloc", tags=tags).write(tmp_path / folder)
+        RunRecord(name=name, experiment="relloc", tags=tags, params={"seed": seed}).write(tmp_path / folder)
     row = Result(
         eval="knn",
         layer="feature1",
@@ -118,3 +119,20 @@ def test_rows_belong_to_the_pretraining_of_their_weights(tmp_path, monkeypatch, 
     )
     append_results(tmp_path / "it", [row])
     assert list(load_results(tmp_path)["study"]) == [study]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_study(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ANALYSIS))
+    from load import load_results
+
+    names = {"dataset": "photos", "split": "held_out", "n": 100, "model": "small", "checkpoint": "/x/backbone.pt"}
+    for seed, rate in ((0, 0.1), (1, 0.1), (2, 0.2)):
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        params = {"seed": seed, "optimizer.lr": rate, "workers": seed}
+        told = {"name": f"gap0 s{seed} gray", "tags": {"relloc.kind": "train"}, "params": params}
+        RunRecord(experiment="relloc", **told).write(folder)
+        append_results(folder, [Result(eval="knn", layer="feature1", metric="top1", value=1.0, seed=seed, **names)])
+    found = load_results(tmp_path)
+    assert set(found["study"]) == {"gap0 gray"}
+    assert list(found["settings"] == found["settings"][0]) == [True, True, False]

@@ -61,6 +61,7 @@ def test_scores_are_the_share_of_right_votes_for_each_k() -> None:
     expected = {f"top1_k{k}": 100 * (classes == ANSWERS).double().mean().item() for k, classes in voted.items()}
     found = scores(evaluation())
     assert {score.metric: score.value for score in found} == pytest.approx(expected)
+    assert [score.metric for score in found] == [f"{score.series}_k{score.k}" for score in found]
     assert {score.n for score in found} == {150}
     assert 100 / N_CLASSES < min(expected.values()) < max(expected.values()) < 100
 

@@ -26,6 +26,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from waiting import wait_until_served
 
 from relloc.results import Result, append_results
+from relloc.results_before import with_series
 from relloc.tracking import (
     Journal,
     RunRecord,
@@ -84,10 +85,11 @@ def finished_run(run_dir: Path, uri: str, gap_px: int, jitter_px: int) -> None:
             values["voc07_low_shot", layer, f"map_k{shots}"] = low_shot(gap_px, stage, shots)
             values["voc07_low_shot", layer, f"map_k{shots}_std"] = 4 / shots
     told = {"dataset": "voc07", "split": "test", "n": 4952, "seed": 0, "protocol": "3.2", "model": "resnet50"}
+    told["checkpoint"] = "backbone.safetensors"
     append_results(
         run_dir,
         [
-            Result(eval=name, layer=layer, metric=metric, value=value, checkpoint="backbone.safetensors", **told)
+            Result(**with_series({**told, "eval": name, "layer": layer, "metric": metric, "value": value}))
             for (name, layer, metric), value in values.items()
         ],
     )

@@ -246,8 +246,16 @@ def test_results_give_a_value_a_layer_and_a_curve_over_the_layers(uri: str, new_
 
 def test_numbers_of_several_k_are_also_a_curve_over_k(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
-    metrics = {"map_k1": 10.0, "map_k16": 30.0, "map_k1_cv": 9.0, "map_k1_std": 1.0, "map_best": 40.0}
-    shots = [dataclasses.replace(LINEAR, eval="low_shot", metric=name, value=value) for name, value in metrics.items()]
+    shots = [
+        dataclasses.replace(LINEAR, eval="low_shot", metric=metric, value=value, **told)
+        for metric, value, told in (
+            ("map_k1", 10.0, {"series": "map", "k": 1}),
+            ("map_k16", 30.0, {"series": "map", "k": 16}),
+            ("map_k1_cv", 9.0, {"series": "map_cv", "k": 1}),
+            ("map_k1_std", 1.0, {"series": "map", "k": 1, "spread": "std"}),
+            ("map_best", 40.0, {}),
+        )
+    ]
     append_results(run_dir, shots)
     sync(run_dir, uri)
     curves = {point for point in points(run_dir, uri) if point[0].endswith("_by_k")}
