@@ -24,6 +24,11 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
 
 
+def path_as_text(path: Path) -> str:
+    r"""A path as it may be written anywhere: bytes that are no UTF-8 are told as `\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def remove_unfinished(path: Path) -> None:
     """Remove what processes that were killed began to write in the place of a file."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*unfinished"):
@@ -65,9 +70,13 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file at once: a reader sees the old one or the new one, never a part. Raises `OSError`."""
-    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode())
+def write_json(path: Path, value: object, *, errors: str = "strict") -> None:
+    """Replace a JSON file at once: a reader sees the old one or the new one, never a part. Raises `OSError`.
+
+    `errors` as of `str.encode`: what becomes of a path's bytes that are no text.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
+    write_whole(path, text.encode("utf-8", errors))
 
 
 def read_json(path: Path, kind: Any, what: str, advice: str) -> Any:

@@ -20,9 +20,6 @@ FORMAT = 2
 # Each line of results.jsonl has, beside the fields of a `Result`, its format, and which row it is of how many of its
 # batch
 _FORMAT, _NUMBER, _OF = "format", "row", "rows"
-# Bytes of a path that are no UTF-8, as Python decodes them, and as pydantic takes them: private characters
-_PRIVATE = {0xDC00 + byte: 0x10FE00 + byte for byte in range(0x80, 0x100)}
-_BYTES = {private: byte for byte, private in _PRIVATE.items()}
 _LOST = "Remove that line, or put back a copy of the file; what is missing is measured again"
 
 
@@ -186,9 +183,8 @@ def read_results(run_dir: Path) -> Sequence[Result]:
 def _parsed(line: bytes, place: str) -> tuple[Result, int, int, int]:
     """A row, which it is of how many of its batch, and the format of its line."""
     problem = f"{place} is not a result row"
-    text = line.decode("utf-8", "surrogateescape")
-    readable = text.translate(_PRIVATE)
-    fields = parse_json(readable.encode(), dict[str, Any], problem, _LOST)
+    text = line.decode("utf-8", "replace")  # paths were once written with any bytes
+    fields = parse_json(text.encode(), dict[str, Any], problem, _LOST)
     form, number, of = fields.pop(_FORMAT, 1), fields.pop(_NUMBER, 1), fields.pop(_OF, 1)
     try:
         if form not in (1, FORMAT):
@@ -198,8 +194,4 @@ def _parsed(line: bytes, place: str) -> tuple[Result, int, int, int]:
         fields = convert(fields) if form == 1 else with_series(fields)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DamagedFile(f"{problem}: {reason(error)}. {_LOST}") from error
-    row: Result = parse_json(json.dumps(fields).encode(), Result, problem, _LOST)
-    if readable != text:
-        paths = {name: getattr(row, name).translate(_BYTES) for name in ("checkpoint", "measured_in")}
-        row = dataclasses.replace(row, **paths)
-    return row, number, of, form
+    return parse_json(json.dumps(fields).encode(), Result, problem, _LOST), number, of, form

@@ -16,6 +16,7 @@ from relloc.checkpoints.fitting import fill
 from relloc.checkpoints.hashed_files import check_hash
 from relloc.errors import CheckpointError, UsageError
 from relloc.evaluation.contract import EvaluatedModel
+from relloc.files import path_as_text
 from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
 from relloc.results import NOT_OURS
@@ -69,7 +70,7 @@ def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
         name, backbone = model.name, model.backbone(settings.seed)
         fill(backbone, found.fitted(backbone.state_dict()), str(file))
         console.say(f"weights {file}: {found}")
-    return evaluated(backbone, str(file), name)
+    return evaluated(backbone, path_as_text(file), name)
 
 
 def _trained(about: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from relloc.checkpoints.states import delete_state, load_state, save_state
 from relloc.errors import CheckpointError, DamagedCheckpoint
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.evaluation.run import EvalPart
+from relloc.files import path_as_text
 from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console
@@ -73,7 +74,7 @@ def _rows_of(run_dir: Path) -> dict[_Key, list[Result]]:
     """The rows of a run folder; each says where it was measured."""
     found: dict[_Key, list[Result]] = {}
     for row in read_results(run_dir):
-        told = dataclasses.replace(row, measured_in=row.measured_in or str(run_dir))
+        told = dataclasses.replace(row, measured_in=row.measured_in or path_as_text(run_dir))
         found.setdefault((row.eval, row.batch_norm, row.fingerprint), []).append(told)
     return found
 

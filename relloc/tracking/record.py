@@ -85,7 +85,7 @@ class RunRecord:
             started_ms=first.started_ms,
             tracking_uri=absolute_uri(self.tracking_uri) if self.tracking_uri else "",
         )
-        write_json(run_dir / RUN_FILE, dataclasses.asdict(kept))
+        write_json(run_dir / RUN_FILE, dataclasses.asdict(kept), errors="replace")  # it only describes
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":

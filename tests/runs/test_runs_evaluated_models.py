@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import hydra
@@ -56,6 +58,12 @@ def test_a_file_of_another_project_needs_no_model_and_is_named_by_its_path(
         f"weights {moco}: torchvision's names below state_dict.module.encoder_q, 120 tensors; left out: 120 of mom"
         in (capsys.readouterr().out.replace("\n", ""))
     )
+
+
+def test_a_path_of_bytes_that_are_no_text_is_told_as_text(tmp_path: Path, moco: Path) -> None:
+    odd = shutil.copy(moco, tmp_path / os.fsdecode(b"caf\xe9.pth"))
+    found = named(composed(f'checkpoint="{odd}"', "checkpoint_prefix=module.encoder_q"))
+    assert found.checkpoint == rf"{tmp_path}/caf\xe9.pth"
 
 
 def test_random_weights_of_a_sweep_are_of_the_model_of_its_other_points(

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,11 @@ def test_a_record_comes_back_as_it_was_and_numbers_stay_numbers(tmp_path: Path) 
     written = json.loads((tmp_path / "run.json").read_text())["params"]
     assert [type(value) for value in written.values()] == [float, int, bool, str]
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_path_of_bytes_that_are_no_text_ends_no_run(tmp_path: Path) -> None:
+    RunRecord(name="a", experiment="b", params={"checkpoint": os.fsdecode(b"caf\xe9.pt")}).write(tmp_path)
+    assert RunRecord.read(tmp_path).params == {"checkpoint": "caf?.pt"}
 
 
 def test_a_resumed_run_keeps_its_identity_but_takes_the_new_description(tmp_path: Path) -> None:
