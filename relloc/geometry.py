@@ -1,7 +1,9 @@
-"""The patch grid in whole pixels: plain Python, no tensors, no chance.
+"""Geometry of the 3x3 patch grid, in whole pixels: plain Python, without tensors or randomness.
 
-Conventions used everywhere: axis order is batch, channel, row, column; pairs are (row, column);
-boxes are half-open (top, left, bottom, right). A grid is 3x3, its cells numbered row by row.
+Conventions used everywhere: the axis order is batch, channel, row, column; pairs are
+(row, column); boxes are half-open (top, left, bottom, right). The nine cells of a grid are numbered
+row by row from 0; cell 4 is the center. The label of a neighbor, 0 to 7, is its position among the
+other eight cells in that order: this is the class that the network predicts.
 """
 
 import dataclasses
@@ -11,54 +13,63 @@ from typing import Protocol, runtime_checkable
 from relloc import checks
 from relloc.errors import UsageError
 
-Pair = tuple[int, int]
+Pair = tuple[int, int]  # (row, column), (height, width) or (low, high), in pixels
 CELLS = 9
 CENTER = 4
-NEIGHBORS = (0, 1, 2, 3, 5, 6, 7, 8)  # cell of the neighbor, in the order of the labels
-OFFSETS = tuple((cell // 3 - 1, cell % 3 - 1) for cell in NEIGHBORS)  # neighbor minus center
-CHANCE_PERCENT = 100 / len(NEIGHBORS)
+NEIGHBORS = (0, 1, 2, 3, 5, 6, 7, 8)  # the cell of each label
+OFFSETS = tuple((cell // 3 - 1, cell % 3 - 1) for cell in NEIGHBORS)  # neighbor minus center, in cells
+CHANCE_PERCENT = 100 / len(NEIGHBORS)  # accuracy of a network that guesses
 
-# mmselfsup 1.x walks the columns first: rows of its 8-way head, taken in this order, are row-major
-# (protocols.md 1.4).
+# mmselfsup 1.x numbers its cells column by column: taking the rows of its 8-way output layer in this
+# order gives the row-by-row labels used here (protocols.md 1.4).
 ROW_MAJOR_FROM_MMSELFSUP_1X = (0, 3, 5, 1, 6, 2, 4, 7)
 
 
 def opposite(label: int) -> int:
-    """Label of the center as seen from the neighbor that `label` (0..7) names."""
-    if not 0 <= label < len(OFFSETS):
-        raise ValueError(f"label is {label}, not in 0..{len(OFFSETS) - 1}")
-    return len(OFFSETS) - 1 - label
+    """Returns the label of the center as seen from the neighbor with this label (0 to 7).
+
+    Example:
+        Label 1 is the cell above the center. `opposite(1)` is 6, the cell below it.
+
+    Raises:
+        ValueError: there is no such label.
+    """
+    n_labels = len(OFFSETS)
+    if not 0 <= label < n_labels:
+        raise ValueError(f"label is {label}, not in 0..{n_labels - 1}")
+    # Labels run row by row, so a half turn of the grid reverses their order.
+    return n_labels - 1 - label
 
 
 @runtime_checkable
 class Resize(Protocol):
-    """How large an image becomes before the grid is placed in it."""
+    """A rule for the size that an image is brought to before patches are cut from it."""
 
-    def size(self, height: int, width: int, chance: float) -> Pair:
-        """New (height, width) of a `height` x `width` image; `chance` in [0, 1) is the only luck."""
+    def size(self, height: int, width: int, u: float) -> Pair:
+        """Returns the new (height, width) of an image of `height` x `width` pixels.
+
+        `u` is a uniform random number in [0, 1), the only source of randomness.
+        """
         ...
 
     def shortest(self) -> int:
-        """The shortest side that any image can get, in pixels; 0 where that is not bounded."""
+        """Returns the shortest side that any resized image can have, in pixels; 0 if there is no bound."""
         ...
 
     def longest_short_side(self) -> int:
-        """The longest that the shorter side of any image can get, in pixels."""
+        """Returns the largest value that the shorter side of a resized image can have, in pixels."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Square:
-    """Both sides become `px`, the aspect ratio is lost (google 2019 and mmselfsup 1.x)."""
+class _ToSide:
+    # What `Square` and `ShortSide` share: the shorter side of every resized image is `px` pixels.
 
     px: int
 
     def __post_init__(self) -> None:
         checks.whole("grid.resize.px", self.px)
 
-    def size(self, height: int, width: int, chance: float) -> Pair:
-        return self.px, self.px
-
     def shortest(self) -> int:
         return self.px
 
@@ -66,10 +77,23 @@ class Square:
         return self.px
 
 
-class ShortSide(Square):
-    """The short side becomes `px`, the aspect ratio stays (mmselfsup 0.x; torchvision's rounding)."""
+class Square(_ToSide):
+    """Resizes both sides to `px` pixels and so loses the aspect ratio.
 
-    def size(self, height: int, width: int, chance: float) -> Pair:
+    Used by google 2019 and mmselfsup 1.x (protocols.md 1.1).
+    """
+
+    def size(self, height: int, width: int, u: float) -> Pair:
+        return self.px, self.px
+
+
+class ShortSide(_ToSide):
+    """Resizes the shorter side to `px` pixels and keeps the aspect ratio.
+
+    Used by mmselfsup 0.x (protocols.md 1.1). The longer side is rounded down, as torchvision does.
+    """
+
+    def size(self, height: int, width: int, u: float) -> Pair:
         if height <= width:
             return self.px, int(self.px * width / height)
         return int(self.px * height / width), self.px
@@ -77,38 +101,59 @@ class ShortSide(Square):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Area:
-    """The area becomes uniform in [low_px2, high_px2], the aspect ratio stays (Doersch 2015)."""
+    """Resizes to a random area, uniform in [low_px2, high_px2], and keeps the aspect ratio.
+
+    Used by the paper (Doersch 2015, protocols.md 1.1). Areas are in square pixels.
+
+    Raises:
+        ValueError: the range is empty or does not lie above 0.
+    """
 
     low_px2: int
     high_px2: int
 
     def __post_init__(self) -> None:
         if not 0 < self.low_px2 <= self.high_px2:
-            raise ValueError(f"area range {self.low_px2}..{self.high_px2} px2 is not a range above 0")
+            raise ValueError(
+                f"area range {self.low_px2}..{self.high_px2} px2 is not valid: "
+                "give grid.resize.low_px2 above 0 and grid.resize.high_px2 of at least low_px2"
+            )
 
-    def size(self, height: int, width: int, chance: float) -> Pair:
-        area = self.low_px2 + chance * (self.high_px2 - self.low_px2)
+    def size(self, height: int, width: int, u: float) -> Pair:
+        area = self.low_px2 + u * (self.high_px2 - self.low_px2)
         scale = math.sqrt(area / (height * width))
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        # A very long image could otherwise round to a side of 0 pixels.
+        new_height = max(1, round(height * scale))
+        new_width = max(1, round(width * scale))
+        return new_height, new_width
 
     def shortest(self) -> int:
         return 0
 
     def longest_short_side(self) -> int:
+        # The shorter side is longest when the image is a square of the largest area.
         return math.isqrt(self.high_px2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchGrid:
-    """Nine square patches, 3x3, each moved on its own by the jitter.
+    """Nine square patches in a 3x3 grid, each displaced on its own by random jitter.
 
-    `patch_px` is the side of a patch; `gap_px` the distance between neighbors that have not moved.
-    `jitter_px` says how far a patch moves on each axis: a number J means uniformly by -J..J, a
-    pair (low, high) uniformly by low..high. (0, 21) around a gap of 21 is the random 64 px crop
-    of an 85 px cell of mmselfsup. `resize` acts on the image before; None keeps its size.
+    Args:
+        patch_px: side of a patch.
+        gap_px: distance between two neighboring patches before the jitter.
+        jitter_px: range of the displacement on each axis, uniform over whole pixels. A number J means
+            -J to J, a pair [low, high] means low to high, ends included. For example [0, 21] with a
+            gap of 21 is the random 64 px crop of an 85 px cell of mmselfsup.
+        resize: how an image is resized before the patches are cut; None keeps its size.
+
+    Example:
+        >>> grid = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))
+        >>> grid.span_px
+        255
 
     Raises:
-        ValueError: a grid that cannot exist, or that no resized image can hold, with the numbers.
+        ValueError: a value is not valid, or no resized image can hold the grid.
     """
 
     patch_px: int
@@ -118,58 +163,80 @@ class PatchGrid:
 
     def __post_init__(self) -> None:
         checks.whole("grid.patch_px", self.patch_px)
-        checks.whole("grid.gap_px", self.gap_px, at_least=0)  # else patches that have not moved would overlap
-        if not isinstance(self.jitter_px, list | tuple):
+        # A negative gap would make patches overlap, and shared pixels give the answer away.
+        checks.whole("grid.gap_px", self.gap_px, at_least=0)
+        self._check_jitter()
+        self._check_fits()
+
+    def _check_jitter(self) -> None:
+        if isinstance(self.jitter_px, list | tuple):
+            checks.wholes("grid.jitter_px", self.jitter_px, at_least=-math.inf)
+            if len(self.jitter_px) != 2:
+                raise UsageError(
+                    f"grid.jitter_px is {self.jitter_px}: give one number J, or two as [low, high], in whole pixels"
+                )
+        else:
             checks.whole("grid.jitter_px", self.jitter_px, at_least=0)
-        elif len(checks.wholes("grid.jitter_px", self.jitter_px, at_least=-math.inf)) != 2:
-            raise UsageError(f"grid.jitter_px is {self.jitter_px}: give J, or the pair [low, high], in whole pixels")
         low, high = self.jitter_range
         if low > high:
             raise UsageError(f"grid.jitter_px runs from {low} to {high}: low must not exceed high")
-        shortest = self.resize.shortest() if self.resize else 0
+
+    def _check_fits(self) -> None:
+        if self.resize is None:
+            return
+        shortest = self.resize.shortest()
+        # 0 means no bound: `resized` then enlarges each image that is too small.
         if 0 < shortest < self.span_px:
             raise ValueError(
-                f"grid needs {self.span_px} px (3 x {self.patch_px} px patches + 2 x {self.gap_px} px "
+                f"the grid needs {self.span_px} px (3 x {self.patch_px} px patches + 2 x {self.gap_px} px "
                 f"gaps + {self.jitter_width} px of jitter), but images are resized to a side of "
                 f"{shortest} px: set grid.resize.px to {self.span_px} or more, or make the grid smaller"
             )
 
     @property
     def jitter_range(self) -> Pair:
-        """Lowest and highest displacement of a patch, both included."""
+        """The smallest and the largest displacement of a patch, both included."""
         if isinstance(self.jitter_px, int):
             return -self.jitter_px, self.jitter_px
-        return self.jitter_px[0], self.jitter_px[1]
+        low, high = self.jitter_px
+        return low, high
 
     @property
     def jitter_width(self) -> int:
+        """The largest minus the smallest displacement of a patch."""
         low, high = self.jitter_range
         return high - low
 
     @property
     def pitch_px(self) -> int:
-        """Distance between the same corner of two neighbors that have not moved."""
+        """The distance between the top left corners of two neighboring patches before the jitter."""
         return self.patch_px + self.gap_px
 
     @property
     def span_px(self) -> int:
-        """Side of the square that holds the grid wherever its patches move: the crop side."""
+        """The side of the square that holds the grid wherever its patches move: the side of a crop."""
         return 3 * self.patch_px + 2 * self.gap_px + self.jitter_width
 
     def lowest_corner(self, cell: int) -> Pair:
-        """(row, column) in the span of a cell's top left corner, moved as far up and left as it can."""
-        return cell // 3 * self.pitch_px, cell % 3 * self.pitch_px
+        """Returns a patch's top left corner (row, column) in the crop at the smallest displacement."""
+        row, column = divmod(cell, 3)
+        return row * self.pitch_px, column * self.pitch_px
 
-    def resized(self, height: int, width: int, chance: float) -> Pair:
-        """(height, width) of an image after the resize, enlarged where an `Area` is too small.
+    def resized(self, height: int, width: int, u: float) -> Pair:
+        """Returns the (height, width) of an image after the resize, large enough for the grid.
+
+        `u` is a uniform random number in [0, 1), the only source of randomness. An image that
+        `Area` makes too small is enlarged until the grid fits; its aspect ratio stays.
 
         Raises:
-            ValueError: the image is smaller than the grid and nothing enlarges it.
+            ValueError: the image is smaller than the grid, and there is no resize to enlarge it. The
+                caller puts the image's name before the message.
         """
         if self.resize is None:
             if min(height, width) < self.span_px:
                 raise ValueError(f"is {width}x{height} px, the grid needs {self.span_px} px")
             return height, width
-        new_height, new_width = self.resize.size(height, width, chance)
+        new_height, new_width = self.resize.size(height, width, u)
         scale = max(1.0, self.span_px / min(new_height, new_width))
+        # Rounded up, since one pixel less would be too small for the grid.
         return math.ceil(new_height * scale), math.ceil(new_width * scale)

@@ -28,7 +28,7 @@ from relloc.geometry import (
 CONF = Path(__file__).parents[1] / "conf" / "grid"
 LABELS = st.integers(0, 7)
 SIDES = st.integers(1, 3000)
-CHANCES = st.floats(0, 1, exclude_max=True)
+UNIFORMS = st.floats(0, 1, exclude_max=True)
 JITTERS = st.one_of(
     st.integers(0, 30),
     st.tuples(st.integers(-30, 30), st.integers(0, 60)).map(lambda pair: (pair[0], pair[0] + pair[1])),
@@ -67,9 +67,9 @@ def test_only_eight_labels_have_an_opposite(label: int) -> None:
 def test_the_permutation_of_mmselfsup_1x_turns_its_columns_into_rows() -> None:
     column_by_column = ["TL", "ML", "BL", "TM", "BM", "TR", "MR", "BR"]  # protocols.md 1.4
     row_by_row = ["TL", "TM", "TR", "ML", "MR", "BL", "BM", "BR"]
-    assert [column_by_column[place] for place in ROW_MAJOR_FROM_MMSELFSUP_1X] == row_by_row
+    assert [column_by_column[index] for index in ROW_MAJOR_FROM_MMSELFSUP_1X] == row_by_row
     offsets = sorted(OFFSETS, key=lambda offset: offset[::-1])
-    assert tuple(offsets[place] for place in ROW_MAJOR_FROM_MMSELFSUP_1X) == OFFSETS
+    assert tuple(offsets[index] for index in ROW_MAJOR_FROM_MMSELFSUP_1X) == OFFSETS
 
 
 @pytest.mark.parametrize("name", ["mmselfsup", "google2019"])
@@ -116,17 +116,17 @@ def test_patches_stay_in_the_span_and_reach_both_its_ends(numbers: dict[str, Any
         assert max(corner[axis] for corner in corners) + (high - low) + grid.patch_px == grid.span_px
 
 
-@given(valid(), SIDES, SIDES, CHANCES)
-def test_the_span_fits_in_any_resized_image(numbers: dict[str, Any], height: int, width: int, chance: float) -> None:
+@given(valid(), SIDES, SIDES, UNIFORMS)
+def test_the_span_fits_in_any_resized_image(numbers: dict[str, Any], height: int, width: int, u: float) -> None:
     grid = PatchGrid(**numbers)
     if grid.resize is None:
         height, width = height + grid.span_px, width + grid.span_px
-    resized = grid.resized(height, width, chance)
+    resized = grid.resized(height, width, u)
     assert min(resized) >= grid.span_px
     if grid.resize is None:
         assert resized == (height, width)
     if isinstance(grid.resize, Square | ShortSide):
-        assert resized == grid.resize.size(height, width, chance)  # it fits: nothing more is enlarged
+        assert resized == grid.resize.size(height, width, u)  # it fits: nothing more is enlarged
 
 
 @pytest.mark.parametrize("resize", [ShortSide, Square])
@@ -174,7 +174,7 @@ def test_images_cannot_be_resized_to_nothing(px: int) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 10), (-5, 10), (20, 10)])
 def test_an_area_range_is_above_zero_and_not_reversed(low: int, high: int) -> None:
-    with pytest.raises(ValueError, match=rf"area range {low}\.\.{high} px2"):
+    with pytest.raises(ValueError, match=rf"{low}\.\.{high} px2"):
         Area(low_px2=low, high_px2=high)
 
 
@@ -184,10 +184,10 @@ def test_short_side_is_torchvisions_resize(height: int, width: int, px: int) -> 
     assert ShortSide(px=px).size(height, width, 0) == tuple(F.resize(image, [px], antialias=True).shape[1:])
 
 
-@given(st.integers(1, 4000), st.integers(1, 4000), CHANCES)
-def test_area_is_drawn_from_the_range_and_keeps_the_aspect_ratio(height: int, width: int, chance: float) -> None:
-    new_height, new_width = Area(low_px2=150_000, high_px2=450_000).size(height, width, chance)
-    area = 150_000 + chance * 300_000
+@given(st.integers(1, 4000), st.integers(1, 4000), UNIFORMS)
+def test_area_is_drawn_from_the_range_and_keeps_the_aspect_ratio(height: int, width: int, u: float) -> None:
+    new_height, new_width = Area(low_px2=150_000, high_px2=450_000).size(height, width, u)
+    area = 150_000 + u * 300_000
     half_a_pixel = 0.5 * (new_height + new_width) + 0.25
     assert abs(new_height * new_width - area) <= half_a_pixel
     assert abs(new_height - math.sqrt(area * height / width)) <= 0.5001
@@ -224,7 +224,7 @@ def test_without_resize_an_image_keeps_its_size_and_must_hold_the_grid() -> None
         grid.resized(300, 254, 0.3)
 
 
-def test_the_three_ways_to_resize_keep_their_word_on_the_shortest_side() -> None:
+def test_no_resized_image_has_a_side_below_the_shortest_that_its_resize_gives() -> None:
     resizes: list[Resize] = [ShortSide(px=30), Square(px=30), Area(low_px2=50, high_px2=60)]
     for resize in resizes:
         for height, width in [(1, 1000), (1000, 1), (7, 7)]:

@@ -1,1 +1,1 @@
-"""What is cut from an image, and what hides the shortcuts in it."""
+"""Cuts patches out of images and removes cues that would make the pretext task trivial."""

@@ -1,7 +1,11 @@
-"""Color treatments: they hide chromatic aberration, which tells where in the lens a patch was.
+"""Color treatments that hide chromatic aberration.
 
-Each draws its random numbers apart (`draw`), and then is a pure function of patches on the scale 0..255, the
-nine of an image side by side, to the same shape and scale. Constants: protocols.md 1.1.
+A lens bends red and green by different amounts, and the shift between the channels tells where in
+the photograph a patch was: a network that sees it answers without looking at the content.
+
+A treatment first draws its random numbers (`draw`) and then is a pure function of patches on the
+scale 0..255, of the same shape and scale. The patches of an image lie side by side: (image, patch,
+channel, row, column). Sources of the constants: protocols.md 1.1.
 """
 
 import dataclasses
@@ -14,26 +18,29 @@ from torch import Tensor
 from relloc import checks
 from relloc.patches.normalize import per_channel
 
-Drawn = tuple[Tensor, ...]
+Drawn = tuple[Tensor, ...]  # the random numbers of a treatment
 Patches = Float[Tensor, "b n 3 p p"]
-IMAGENET_MEAN_PX = (123.675, 116.28, 103.53)
+IMAGENET_MEAN_PX = (123.675, 116.28, 103.53)  # of each channel, in gray levels
 
 
-def _weighted(patches: Patches, weights: tuple[float, float, float]) -> Float[Tensor, "b n 1 p p"]:
-    # Channel by channel, which spares a product as large as the patches.
+def _weighted_sum(patches: Patches, weights: tuple[float, float, float]) -> Float[Tensor, "b n 1 p p"]:
+    # Channel by channel, since a product with all weights would take as much memory as the patches.
     red, green, blue = patches.split(1, dim=2)
-    return (red * weights[0]).add(green, alpha=weights[1]).add(blue, alpha=weights[2])
+    weighted = red * weights[0]
+    return weighted.add(green, alpha=weights[1]).add(blue, alpha=weights[2])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _NothingRandom:
+class _NotRandom:
+    # A treatment that needs no random numbers.
+
     def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn:
-        """No numbers."""
+        """Returns an empty tuple."""
         return ()
 
 
-class Keep(_NothingRandom):
-    """No treatment: the control in which the shortcut stays open."""
+class Keep(_NotRandom):
+    """Leaves the colors as they are: the control, in which the shortcut stays open."""
 
     def __call__(self, patches: Patches) -> Patches:
         return patches
@@ -41,9 +48,13 @@ class Keep(_NothingRandom):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gray:
-    """With probability `p` all patches of an image become gray, three equal channels.
+    """Makes all patches of an image gray with probability `p`; the three channels are then equal.
 
-    "luma" weights are torchvision's (mmselfsup 0.x), "mean" are equal thirds (google 2019, 1.x).
+    `weights` are "luma", those of torchvision (mmselfsup 0.x), or "mean", equal thirds (google 2019
+    and mmselfsup 1.x).
+
+    Raises:
+        ValueError: `p` is not a probability, or `weights` is neither of the two.
     """
 
     p: float
@@ -54,25 +65,31 @@ class Gray:
         checks.one_of("color.weights", self.weights, ("luma", "mean"))
 
     def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn:
-        """Which images (b) become gray."""
-        return (torch.rand(b, generator=generator, device=generator.device) < self.p,)
+        """Returns which of the `b` images become gray (b)."""
+        u = torch.rand(b, generator=generator, device=generator.device)
+        return (u < self.p,)
 
-    def __call__(self, patches: Patches, chosen: Tensor) -> Patches:
+    def __call__(self, patches: Patches, becomes_gray: Tensor) -> Patches:
         if self.weights == "mean":
             gray = patches.mean(dim=2, keepdim=True)
         else:
-            # ITU-R 601 luma in the 16-bit fixed point of Pillow, so that it equals torchvision's on images.
-            gray = torch.floor((_weighted(patches, (19595.0, 38470.0, 7471.0)) + 32768) / 65536)
-        return torch.where(chosen.view(-1, 1, 1, 1, 1), gray, patches)
+            # The luma of ITU-R 601 in Pillow's fixed point with 16 bits, rounded to whole gray levels:
+            # equal to torchvision's result on images, bit for bit.
+            fixed_point = _weighted_sum(patches, (19595.0, 38470.0, 7471.0))
+            gray = torch.floor((fixed_point + 32768) / 65536)
+        return torch.where(becomes_gray.view(-1, 1, 1, 1, 1), gray, patches)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drop:
-    """Each patch keeps one channel, drawn uniformly; the other two become noise around the mean.
+    """Keeps one random channel of each patch and replaces the other two by noise around the mean.
 
-    "gaussian" noise has `noise_ratio` (1/100) times the standard deviation of the kept channel, as
-    in the paper; "uniform" noise lies within `noise_ratio` x 100 / 2 = half a gray level, as in the
-    author's code.
+    "gaussian" noise has `noise_ratio` (1/100) times the standard deviation of the channel that is
+    kept, as in the paper (Doersch 2015). "uniform" noise lies within `noise_ratio` x 100 / 2, which
+    is half a gray level, as in the author's code.
+
+    Raises:
+        ValueError: `noise` is neither of the two.
     """
 
     noise: Literal["gaussian", "uniform"]
@@ -82,31 +99,36 @@ class Drop:
         checks.one_of("color.noise", self.noise, ("gaussian", "uniform"))
 
     def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn:
-        """The channel (b n) each patch keeps, and noise (b n 3 p p) of unit size."""
+        """Returns the channel that each patch keeps (b n), and noise of unit size (b n 3 p p)."""
         device = generator.device
-        unit = torch.randn if self.noise == "gaussian" else torch.rand
+        random = torch.randn if self.noise == "gaussian" else torch.rand
         channel = torch.randint(3, (b, n), generator=generator, device=device)
-        return channel, unit((b, n, 3, p, p), generator=generator, device=device)
+        unit_noise = random((b, n, 3, p, p), generator=generator, device=device)
+        return channel, unit_noise
 
-    def __call__(self, patches: Patches, channel: Tensor, unit: Tensor) -> Patches:
+    def __call__(self, patches: Patches, channel: Tensor, unit_noise: Tensor) -> Patches:
         channel = channel.view(*channel.shape, 1, 1, 1)
-        stays = torch.arange(3, device=patches.device).view(3, 1, 1) == channel
+        is_kept = torch.arange(3, device=patches.device).view(3, 1, 1) == channel
         if self.noise == "uniform":
-            noise = (unit - 0.5) * 100 * self.noise_ratio
+            noise = (unit_noise - 0.5) * 100 * self.noise_ratio
         else:
+            # The contrast of the channel that is kept sets the size of the noise.
             p = patches.shape[-1]
-            values = patches.gather(2, channel.expand(-1, -1, -1, p, p))
-            noise = unit * (values.std(dim=(3, 4), keepdim=True) * self.noise_ratio)
-        return torch.where(stays, patches, per_channel(IMAGENET_MEAN_PX, patches) + noise)
+            kept_channel = patches.gather(2, channel.expand(-1, -1, -1, p, p))
+            std = kept_channel.std(dim=(3, 4), keepdim=True)
+            noise = unit_noise * (std * self.noise_ratio)
+        mean = per_channel(IMAGENET_MEAN_PX, patches)
+        return torch.where(is_kept, patches, mean + noise)
 
 
-class Project(_NothingRandom):
-    """Removes the green-magenta direction a = [-1, 2, -1] from every pixel, around the mean color.
+class Project(_NotRandom):
+    """Removes the green-magenta component of every pixel, relative to ImageNet's mean color.
 
-    B = I - a'a / (aa'), the paper's projection.
+    The paper's projection (Doersch 2015): B = I - a'a / (aa') with the direction a = [-1, 2, -1].
     """
 
     def __call__(self, patches: Patches) -> Patches:
         red, green, blue = IMAGENET_MEAN_PX
-        along = _weighted(patches, (-1.0, 2.0, -1.0)) - (2 * green - red - blue)
-        return patches - along * per_channel((-1 / 6, 2 / 6, -1 / 6), patches)
+        # The component along a, less that of the mean color; aa' = 6 is in the factors below.
+        component = _weighted_sum(patches, (-1.0, 2.0, -1.0)) - (2 * green - red - blue)
+        return patches - component * per_channel((-1 / 6, 2 / 6, -1 / 6), patches)

@@ -1,14 +1,18 @@
-"""A picture of what the network is asked: the grid on each image, and the patches as it sees them."""
+"""Draws a picture of the pretext task: each image with its grid, and its patches below.
+
+It shows what the network is asked, and whether patches and color treatment are as intended.
+"""
 
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file, never a window
+matplotlib.use("Agg")  # draws into files and needs no display
 
 import matplotlib.pyplot as plt
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -19,39 +23,51 @@ from relloc.seeds import Use, seed_for
 
 
 def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path: Path, *, seed: int) -> None:
-    """Save a column an image: the crop with its nine boxes above, its patches after treatment below.
+    """Saves a PNG with one column for each image.
 
-    The patches are stretched to the range of each image's own, since a normalized patch has no
-    colors of its own.
+    The upper row shows the crop with its nine boxes, the center in red. The lower row shows the
+    patches as the network sees them. Normalized patches are no colors, so the range of values of
+    each image is stretched to the range that can be shown.
     """
     grid = pipeline.grid
     generator = torch.Generator().manual_seed(seed_for(Use.PICTURE_PATCHES, seed))
+    # Boxes and patches come from the same draw, so that the picture shows what was really cut.
     corners, *drawn = pipeline.draw(len(images), generator)
     patches = pipeline.make(images, corners, *drawn)
-    figure, axes = plt.subplots(2, len(images), figsize=(2.4 * len(images), 5), squeeze=False, layout="constrained")
-    for column in range(len(images)):
-        axes[0, column].imshow(images[column].permute(1, 2, 0).numpy())
-        for cell, (top, left) in enumerate(corners[column].tolist()):
-            color = "red" if cell == CENTER else "white"
-            box = Rectangle((left, top), grid.patch_px, grid.patch_px, fill=False, edgecolor=color, linewidth=1.2)
-            axes[0, column].add_patch(box)
-        axes[1, column].imshow(_mosaic(patches[column], corners[column], grid.span_px).numpy())
-        for axis in axes[:, column]:
-            axis.set_axis_off()
-    axes[0, 0].set_title(
-        f"{grid.patch_px} px patches, gap {grid.gap_px} px, jitter {grid.jitter_px}", loc="left", fontsize=9
-    )
+
+    n_columns = len(images)
+    size_inches = (2.4 * n_columns, 5)
+    figure, axes = plt.subplots(2, n_columns, figsize=size_inches, squeeze=False, layout="constrained")
+    for column, image in enumerate(images):
+        upper, lower = axes[:, column]
+        upper.imshow(image.permute(1, 2, 0).numpy())
+        _draw_boxes(upper, corners[column], grid.patch_px)
+        lower.imshow(_mosaic(patches[column], corners[column], grid.span_px).numpy())
+        upper.set_axis_off()
+        lower.set_axis_off()
+    settings = f"{grid.patch_px} px patches, gap {grid.gap_px} px, jitter {grid.jitter_px}"
+    axes[0, 0].set_title(settings, loc="left", fontsize=9)
     axes[1, 0].set_title("as the network sees them", loc="left", fontsize=9)
     with writing(path) as file:
         figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
 
-def _mosaic(patches: Tensor, corners: Tensor, span_px: int) -> Tensor:
+def _draw_boxes(axis: Axes, corners: Int[Tensor, "9 2"], patch_px: int) -> None:
+    for cell, (top, left) in enumerate(corners.tolist()):
+        color = "red" if cell == CENTER else "white"
+        box = Rectangle((left, top), patch_px, patch_px, fill=False, edgecolor=color, linewidth=1.2)
+        axis.add_patch(box)
+
+
+def _mosaic(
+    patches: Float[Tensor, "9 3 p p"], corners: Int[Tensor, "9 2"], span_px: int
+) -> Float[Tensor, "span span 3"]:
+    """Puts the patches of an image at their corners on a white canvas, stretched to 0..1."""
     low, high = patches.amin(), patches.amax()
-    shown = (patches - low) / (high - low).clamp(min=1e-6)
+    stretched = (patches - low) / (high - low).clamp(min=1e-6)  # a flat image would divide by zero
     canvas = torch.ones(span_px, span_px, 3)
     side = patches.shape[-1]
-    for patch, (top, left) in zip(shown, corners.tolist(), strict=True):
+    for patch, (top, left) in zip(stretched, corners.tolist(), strict=True):
         canvas[top : top + side, left : left + side] = patch.permute(1, 2, 0)
     return canvas

@@ -1,4 +1,4 @@
-"""From a batch of images to the batch of patches that a network takes."""
+"""Turns a batch of images into the batch of patches that a network takes."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -12,30 +12,42 @@ from relloc.patches.color import Drawn
 from relloc.patches.cut import cut
 from relloc.patches.sample import sample_corners
 
-Images = UInt8[Tensor, "b 3 s s"]
+Images = UInt8[Tensor, "b 3 s s"]  # s: the grid's span_px
+Patches = Float[Tensor, "b 9 3 p p"]  # in the grid's row-by-row order
 
 
 @runtime_checkable
 class Color(Protocol):
-    """A color treatment: what it draws for b x n patches of side p, and what it makes of patches with that."""
+    """A color treatment of patches (see `relloc.patches.color`)."""
 
-    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn: ...
+    def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn:
+        """Returns the random numbers for `n` patches of side `p` of each of `b` images."""
+        ...
 
-    def __call__(self, patches: Tensor, *drawn: Tensor) -> Tensor: ...
+    def __call__(self, patches: Tensor, *drawn: Tensor) -> Tensor:
+        """Returns the treated patches; `drawn` is what `draw` returned."""
+        ...
 
 
 @runtime_checkable
 class Normalize(Protocol):
-    """From the scale 0..255 to what a network takes."""
+    """A normalization of pixels (see `relloc.patches.normalize`)."""
 
-    def __call__(self, pixels: Tensor) -> Tensor: ...
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Returns the pixels, given on the scale 0..255, as a network takes them."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchPipeline:
-    """Sample a grid, cut, treat the colors, normalize: whole batches, on the images' device.
+    """Samples a grid of patches, cuts them, treats their colors and normalizes them.
 
-    All random numbers come from `draw`; `make` is a pure function, which torch.compile can fuse.
+    It works on whole batches, on the device of the images. `draw` makes all random numbers, and
+    `make` is a pure function of images and these numbers, so that torch.compile can fuse it.
+
+    Example:
+        >>> pipeline = PatchPipeline(grid=grid, color=Keep(), normalize=ByDataset())
+        >>> patches = pipeline(images, torch.Generator().manual_seed(0))
     """
 
     grid: PatchGrid
@@ -43,21 +55,27 @@ class PatchPipeline:
     normalize: Normalize
 
     def draw(self, n_images: int, generator: torch.Generator) -> Drawn:
-        """The random numbers of `n_images` images, from `generator` alone: corners (b 9 2), and the color's."""
-        corners = sample_corners(self.grid, n_images, generator)
-        return corners, *self.color.draw(n_images, CELLS, self.grid.patch_px, generator)
+        """Returns the random numbers for `n_images` images, made by `generator` alone.
 
-    def make(self, images: Images, corners: Int[Tensor, "b 9 2"], *drawn: Tensor) -> Float[Tensor, "b 9 3 p p"]:
-        """Patches of `images`, whose side is the grid's span, with the random numbers that `draw` gave.
+        The first tensor is the corners of the patches (b 9 2); the color treatment's own follow.
+        """
+        corners = sample_corners(self.grid, n_images, generator)
+        for_color = self.color.draw(n_images, CELLS, self.grid.patch_px, generator)
+        return corners, *for_color
+
+    def make(self, images: Images, corners: Int[Tensor, "b 9 2"], *drawn: Tensor) -> Patches:
+        """Returns the patches of `images`; `corners` and `drawn` are what `draw` returned.
 
         Raises:
-            ValueError: the images are not of the grid's span.
+            ValueError: the side of the images is not the grid's `span_px`.
         """
-        if images.shape[-1] != self.grid.span_px:
-            raise ValueError(f"images are {images.shape[-1]} px, the grid spans {self.grid.span_px} px")
+        side_px = images.shape[-1]
+        if side_px != self.grid.span_px:
+            raise ValueError(f"images are {side_px} px, the grid spans {self.grid.span_px} px")
         patches = cut(images, corners, self.grid.patch_px).float()
         return self.normalize(self.color(patches, *drawn))
 
-    def __call__(self, images: Images, generator: torch.Generator) -> Float[Tensor, "b 9 3 p p"]:
-        """Draw and make at once."""
-        return self.make(images, *self.draw(len(images), generator))
+    def __call__(self, images: Images, generator: torch.Generator) -> Patches:
+        """Returns the patches of `images`, with random numbers drawn from `generator`."""
+        drawn = self.draw(len(images), generator)
+        return self.make(images, *drawn)

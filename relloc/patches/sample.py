@@ -1,4 +1,4 @@
-"""Where the nine patches of each image lie: a grid plus random jitter, from a generator that is passed in."""
+"""Samples the positions of the nine patches of each image: a regular grid plus random jitter."""
 
 import functools
 
@@ -10,16 +10,22 @@ from relloc.geometry import CELLS, PatchGrid
 
 
 @functools.cache
-def _on(corners: tuple[tuple[int, int], ...], device: torch.device) -> Int[Tensor, "9 2"]:
-    # Kept, since whatever travels to the GPU makes the host wait for all that is queued there.
+def _corners_on(corners: tuple[tuple[int, int], ...], device: torch.device) -> Int[Tensor, "9 2"]:
+    # Cached on the device: copying a constant to a GPU in every call would make the host wait for all
+    # work queued there.
     return torch.tensor(corners, device=device)
 
 
 def sample_corners(grid: PatchGrid, n_images: int, generator: torch.Generator) -> Int[Tensor, "b 9 2"]:
-    """Top left corners (row, column) of nine patches in a span_px square, each moved on its own.
+    """Returns the top left corner (row, column) of each of the nine patches of `n_images` images.
 
-    Uniform over the whole pixels of the jitter range, both ends included, on the generator's device.
+    Corners count from the top left of a crop of side `grid.span_px`. Each patch is displaced on its
+    own and on each axis, uniformly over the whole pixels of the jitter range with both ends
+    included. `generator` is the only source of randomness; the result is on its device.
     """
     device = generator.device
-    moves = torch.randint(grid.jitter_width + 1, (n_images, CELLS, 2), generator=generator, device=device)
-    return _on(tuple(map(grid.lowest_corner, range(CELLS))), device) + moves
+    # Displacements count from the lowest corner, so they run from 0 to the width of the range.
+    shape = (n_images, CELLS, 2)
+    displacements = torch.randint(grid.jitter_width + 1, shape, generator=generator, device=device)
+    lowest_corners = tuple(map(grid.lowest_corner, range(CELLS)))
+    return _corners_on(lowest_corners, device) + displacements
