@@ -24,7 +24,7 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
 
 
-def path_as_text(path: Path) -> str:
+def path_as_text(path: Path | str) -> str:
     r"""A path as it may be written anywhere: bytes that are no UTF-8 are told as `\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 

@@ -70,7 +70,7 @@ def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
         name, backbone = model.name, model.backbone(settings.seed)
         fill(backbone, found.fitted(backbone.state_dict()), str(file))
         console.say(f"weights {file}: {found}")
-    return evaluated(backbone, path_as_text(file), name)
+    return evaluated(backbone, str(file), name)
 
 
 def _trained(about: Mapping[str, Any]) -> str:
@@ -91,7 +91,7 @@ def _by_name(settings: Evaluating, name: str, model_of_others: str) -> Evaluated
 def evaluated(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
     """A backbone with the digest of its weights."""
     weights = backbone_files.digest(backbone.state_dict())
-    return EvaluatedModel(backbone=backbone, checkpoint=checkpoint, model=model, weights=weights)
+    return EvaluatedModel(backbone=backbone, checkpoint=path_as_text(checkpoint), model=model, weights=weights)
 
 
 def supervised_weights(model: str) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
 from relloc.evaluation.contract import NamedEvaluation
+from relloc.files import path_as_text
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, answers, count_hits
@@ -253,7 +254,7 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
             "center crop, eight pairs with the center, jitter and colors as in training",
             "interval: t over sources",
         ),
-        checkpoint=str(folder.path / backbone_files.BACKBONE_FILE),
+        checkpoint=path_as_text(folder.path / backbone_files.BACKBONE_FILE),
         model=settings.model.name,
     )
     append_results(folder.path, [row])
