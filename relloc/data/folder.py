@@ -26,6 +26,7 @@ from relloc.data.listing import (
     outside_of_classes,
     told_passed_over,
 )
+from relloc.data.manifest import is_packed
 from relloc.data.processes import Progress, without_progress
 from relloc.data.split_folders import Branch, images_by_folder, refuse_pooled_splits
 from relloc.errors import DataError
@@ -87,6 +88,10 @@ def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
         )
     if not isinstance(root, str) or not os.path.isdir(root):
         raise DataError(f"data.root={root} is not a folder: give the folder that holds {holding}")
+    if is_packed(Path(root)):
+        raise DataError(
+            f"data.root={root} holds images that relloc.prepare packed: give data.shards={root} in its place"
+        )
     return Path(root)
 
 

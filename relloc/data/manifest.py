@@ -24,6 +24,7 @@ FORMAT = "relloc shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
+SETTINGS_FILE = "settings.json"  # of a packing that is unfinished
 _AGAIN = "Copy it again from where it was packed, or pack into a new folder"
 _LONGEST_NAME = 1 << 16  # bytes of a line of names; a path of the system has 4096 characters
 _MOST_STORED_BYTES = 3 * MOST_PIXELS  # of one JPEG: no more than its pixels take; a tar may be sparse and claim more
@@ -54,6 +55,15 @@ def index_name(split: str) -> str:
 
 def names_name(split: str) -> str:
     return f"{split}-names.jsonl"
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether relloc.prepare packed this folder, or began to; other data sets have a manifest.json as well."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return (folder / UNFINISHED / SETTINGS_FILE).is_file()
+    with open(path, "rb") as file:
+        return FORMAT.encode() in file.read(200)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

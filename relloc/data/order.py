@@ -47,9 +47,23 @@ class StepPlan:
                 )
         if self.n_images < self.images_per_step:
             raise DataError(
-                f"{self.n_images} training images are fewer than one step takes: set recipe.images_per_step "
-                f"(now {self.images_per_step}) and recipe.images_per_batch_norm to {self.n_images} or less"
+                f"{self.n_images} training images are fewer than one step takes, which are {self.images_per_step}: "
+                f"{self._fitting()}"
             )
+
+    def _fitting(self) -> str:
+        """What to write for a data set that is smaller than a step."""
+        share = self.n_images // self.world  # of a process
+        if share == 0:
+            return f"start {self.n_images} processes or fewer"
+        ghost = min(self.images_per_batch_norm, share)
+        words = f"recipe.images_per_step={share // ghost * ghost * self.world}"
+        if ghost < self.images_per_batch_norm:
+            words += f" recipe.images_per_batch_norm={ghost}"
+        # One that was given, or that was chosen for the larger step
+        if self.forward_images != self.images_per_batch_norm and share // ghost * ghost % self.forward_images:
+            words += " images_per_forward=auto"
+        return f"add {words}"
 
     @property
     def forward_images(self) -> int:

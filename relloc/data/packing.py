@@ -32,6 +32,7 @@ from relloc.data.lists import MultiLabeled
 from relloc.data.manifest import (
     FORMAT,
     MANIFEST,
+    SETTINGS_FILE,
     UNFINISHED,
     VERSION,
     index_name,
@@ -58,7 +59,6 @@ from relloc.files import remove_all_unfinished, write_whole, writing
 from relloc.geometry import ShortSide
 
 CHECK_FILE = "check.json"
-_SETTINGS_FILE = "settings.json"
 _SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 _ANEW = "Remove the folder that is packed into, and pack again"
 _LONGEST_JPEG_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
@@ -157,7 +157,7 @@ def _finished_before(out: Path, wanted: dict[str, Any]) -> Check:
 
 
 def _begin(out: Path, wanted: dict[str, Any]) -> None:
-    settings = out / UNFINISHED / _SETTINGS_FILE
+    settings = out / UNFINISHED / SETTINGS_FILE
     if settings.exists():
         with _damages(settings):
             _refuse_others(out, read_json(settings, _ANEW), wanted)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from PIL import Image
 
+from relloc import checks
 from relloc.data.image_set import Splits
 from relloc.data.images import read_rgb
 from relloc.errors import DataError
@@ -73,8 +74,9 @@ def tiles_of(photo: str, width: int, height: int, *, split: Split, tiles: Sequen
     strip = max(sides, default=0)
     if min(sides, default=0) < 1 or stride <= 0 or 2 * strip > long or strip > short:
         raise ValueError(
-            f"data.source.tiles {list(tiles)}, stride {stride}: a tile is 1 px at least and half a photograph at most "
-            f"(here {width}x{height} px), a stride above 0"
+            f"data.source.tiles {list(tiles)}, stride {stride}: tiles are shares of a photograph's short side between "
+            f"0 and 0.5, so that each has 1 px at least and half a photograph at most (here {width}x{height} px); the "
+            "stride is a share of the tile, above 0"
         )
     first, last = (long - strip, long) if split == "held_out" else (0, long - strip)
     found = []
@@ -119,6 +121,8 @@ class PhotoTiles:
 
 
 def photos(*, tiles: Sequence[float], stride: float) -> Splits:
-    """Both splits of the embedded photographs."""
+    """Both splits of the embedded photographs, in tiles as `tiles_of` makes them."""
+    checks.numbers("data.source.tiles", tiles, may_be_empty=True)
+    checks.number("data.source.stride", stride)
     train, held_out = (PhotoTiles(split=split, tiles=tiles, stride=stride) for split in ("train", "held_out"))
     return Splits(train=train, held_out=held_out)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ class DataSet:
         try:
             found = shards(root=self.shards) if self.shards else self.list_images()
         except DataError as error:  # it knows of one data set a run only
-            raise DataError(str(error).replace("data.root", f"{self.setting}.root")) from error
+            told = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", str(error))
+            raise DataError(told) from error
         if is_first:
             ranks.from_first("")
             _say_found(found)

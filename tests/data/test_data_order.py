@@ -101,7 +101,7 @@ def test_an_image_gets_another_key_in_every_epoch() -> None:
         ((100, 30, 20, 20, 1), "recipe.images_per_step is 30, not a multiple of 20: with 1 processes"),
         ((100, 64, 32, 32, 4), "recipe.images_per_step is 64, not a multiple of 128: with 4 processes"),
         ((100, 64, 8, 12, 1), "images_per_forward is 12, not a multiple of 8: .*images_per_batch_norm=8 images"),
-        ((10, 64, 32, 32, 1), r"10 training images are fewer .* recipe.images_per_step \(now 64\) .* to 10 or less"),
+        ((10, 64, 32, 32, 1), "10 training images are fewer than one step takes, which are 64: add recipe.images_per"),
         ((100, 0, 8, 8, 1), "recipe.images_per_step is 0, .*each must be 1 or more"),
         ((100, 8, 0, 8, 1), "recipe.images_per_batch_norm 0, .*each must be 1 or more"),
         ((100, -8, 8, 8, 1), "recipe.images_per_step is -8, .*each must be 1 or more"),
@@ -112,6 +112,20 @@ def test_impossible_plans_are_refused_with_the_numbers(numbers: tuple[int, ...],
     names = ("n_images", "images_per_step", "images_per_batch_norm", "images_per_forward", "world")
     with pytest.raises(DataError, match=message):
         StepPlan(**dict(zip(names, numbers, strict=True)))
+
+
+@given(st.integers(1, 300), st.integers(1, 16), st.integers(1, 3), st.integers(1, 3))
+def test_what_is_told_for_few_images_makes_a_plan(n_images: int, ghost: int, ghosts: int, world: int) -> None:
+    given_numbers = {"images_per_step": 512 * ghost * ghosts * world, "images_per_batch_norm": ghost}
+    with pytest.raises(DataError, match=": add recipe.images_per_step|: start . processes or fewer") as error:
+        StepPlan(n_images=n_images, images_per_forward=ghost * ghosts, world=world, **given_numbers)
+    told = dict(word.split("=") for word in str(error.value).partition(": add ")[2].split())
+    numbers = given_numbers | {
+        key.removeprefix("recipe."): int(value) for key, value in told.items() if value != "auto"
+    }
+    if told:
+        forward = None if "images_per_forward" in told else min(ghost * ghosts, numbers["images_per_batch_norm"])
+        StepPlan(n_images=n_images, images_per_forward=forward, world=world, **numbers)
 
 
 def test_an_epoch_drops_its_incomplete_last_step() -> None:

@@ -330,3 +330,17 @@ def test_a_damaged_note_of_a_finished_part_is_packed_again_and_damaged_records_a
     records.write_bytes(content)
     packed(of(root), out, workers=1)
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_a_packed_folder_is_no_folder_of_images(tmp_path: Path, unfinished: bool) -> None:
+    write_many(tmp_path / "originals", 8, 8)
+    (tmp_path / "originals" / "manifest.json").write_text("{}")  # of others
+    out = tmp_path / "out"
+    packed(of(tmp_path / "originals"), out)
+    if unfinished:
+        (out / "manifest.json").rename(tmp_path / "manifest.json")
+        (out / "unfinished").mkdir()
+        (out / "unfinished" / "settings.json").write_text("{}")
+    with pytest.raises(DataError, match=f"give data.shards={out}"):
+        of(out)

@@ -85,6 +85,11 @@ def test_impossible_tiles_are_refused_with_the_numbers(tiles: list[float], strid
             tiles_of("a", 1000, 300, split="train", tiles=tiles, stride=stride)
 
 
+def test_tiles_are_shares_of_a_photograph() -> None:
+    with pytest.raises(ValueError, match="tiles are shares of a photograph's short side between 0 and 0.5"):
+        photos(tiles=[4], stride=STRIDE)
+
+
 def test_tiles_are_evenly_spread_about_a_stride_apart() -> None:
     tiles = tiles_of("a", 400, 100, split="train", tiles=[0.5], stride=0.5)
     assert sorted({tile.left for tile in tiles}) == [0, 25, 50, 75, 100, 125, 150, 175, 200, 225, 250, 275, 300]

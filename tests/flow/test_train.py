@@ -224,6 +224,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["recipe.images_per_step=100000", "recipe.images_per_batch_norm=1000"], "fewer than one step takes"),
         (["schedule.milestone_epochs=[99]"], "never reached"),
         (["eval.knn.k=[]"], "eval.knn.k is []"),
+        (["data.source.tiles=0.4"], "data.source.tiles is 0.4: give a list, [0.4]"),
         (["seed=-1"], "seed is -1: give a whole number"),
         (["workers=many"], "workers is many: give a whole number"),
         (["view.crop_px=300"], "view.crop_px 300 is larger than view.short_px 256"),
