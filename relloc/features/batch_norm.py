@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from relloc.models.one_value import one_value_refused
+from relloc.models.one_value import refuse_one_value
 
 ONE_IMAGE = (
     "batch_norm=recalibrated can't take a batch of one image, of which a batch norm of this network sees one value a "
@@ -38,7 +38,7 @@ def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
         norm.momentum = None  # torch's way to ask for a cumulative average
     backbone.train()
     used = 0
-    with one_value_refused(backbone, ONE_IMAGE):
+    with refuse_one_value(backbone, ONE_IMAGE):
         for images in batches:
             backbone(images)
             used += len(images)
@@ -51,5 +51,5 @@ def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
 @torch.no_grad()
 def check_one_image(backbone: nn.Module, side_px: int) -> None:
     """Raises `UsageError` where `recalibrate` can't take batches of one image of that side; changes statistics."""
-    with one_value_refused(backbone.train(), ONE_IMAGE):
+    with refuse_one_value(backbone.train(), ONE_IMAGE):
         backbone(torch.zeros(1, 3, side_px, side_px))

@@ -1,1 +1,1 @@
-"""Backbones, and the head that answers where one patch lies relative to another."""
+"""Backbone networks, and the heads that classify where one patch lies relative to another."""

@@ -1,4 +1,8 @@
-"""The contract that a backbone keeps, so that every run and every evaluation can use it."""
+"""The interface of every backbone network: five named stages, and one embedding vector per patch.
+
+Pretraining, every evaluation and every export use backbones through this interface alone, so a
+new network that implements it works with all of them (docs/extending.md shows how to add one).
+"""
 
 import abc
 import copy
@@ -8,14 +12,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 STAGES = ("feature1", "feature2", "feature3", "feature4", "feature5")
+# Dilation changes the stages from this index on, feature4 and feature5, as segmentation does.
+_FIRST_DILATED_STAGE = 3
 
 
 class Backbone(nn.Module, abc.ABC):
-    """Five named stages, one after the other, and one embedding a patch.
+    """A convolutional network of five stages, one after the other, that also embeds patches.
 
-    `forward(images)` returns the maps (b channels rows columns) of all stages after the activation,
-    by the names in STAGES, so that any layer can be probed without hooks. `pooled_sides` is the
-    side of each stage's map after the evaluations' pooling.
+    `forward(images)` returns the feature maps of all stages after their activation, each of shape
+    (images, channels, rows, columns), by the names in `STAGES`. So any layer can be evaluated
+    without hooks.
+
+    Attributes:
+        stage_channels: channels of each stage's map.
+        pooled_sides: rows (and columns) of each stage's map after the pooling that evaluations
+            apply (`relloc.features.pool`).
+        embedding_dim: length of the vector that `embed` returns for each patch.
     """
 
     stage_channels: tuple[int, ...]
@@ -24,13 +36,14 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def layers_of_stages(self) -> Sequence[Sequence[nn.Module]]:
-        """For each stage the modules that its input passes, in order."""
+        """Returns, for each of the five stages, the modules that its input passes, in order."""
 
     @abc.abstractmethod
     def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
-        """One vector a patch: what the pretext head sees."""
+        """Returns one embedding vector per patch: the input of the pretext head."""
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Returns the feature map of each stage by name."""
         maps = {}
         x = images
         for name, layers in zip(STAGES, self.layers_of_stages(), strict=True):
@@ -40,38 +53,50 @@ class Backbone(nn.Module, abc.ABC):
         return maps
 
     def stages(self) -> dict[str, nn.Module]:
-        """Each stage as a module that takes the map of the stage before, with this backbone's own weights.
+        """Returns each stage as a module that maps the previous stage's output to its own.
 
-        A detector may take feature1 to feature4 as its trunk and feature5 as its head:
+        The modules share this backbone's weights. A detector may take feature1 to feature4 as its
+        trunk and feature5 as its head:
 
             stages = list(copy.deepcopy(backbone).stages().values())
             trunk, head = nn.Sequential(*stages[:4]), stages[4]
         """
-        layers = zip(STAGES, self.layers_of_stages(), strict=True)
-        return {name: of_stage[0] if len(of_stage) == 1 else nn.Sequential(*of_stage) for name, of_stage in layers}
+        stages = {}
+        for name, layers in zip(STAGES, self.layers_of_stages(), strict=True):
+            # A single module needs no container around it.
+            stages[name] = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+        return stages
 
     def dilated(self) -> "Backbone":
-        """A copy whose last two stages do not shrink the map any further; for segmentation.
+        """Returns a copy whose last two stages keep the size of the map, for segmentation.
 
-        Where they had a stride, all convolutions after it look further apart instead. Every other
-        pixel (every fourth of feature5) is as it was. For ResNet-50 these are strides 1, 2, 1, 1 and
-        dilations 1, 1, 2, 4 with contracted first blocks, as in mmsegmentation, which torchvision calls
-        replace_stride_with_dilation=[False, True, True].
+        Each stride of these stages becomes 1, and the convolutions after it are dilated instead,
+        so that they see the same input pixels as before. Every other pixel of feature4 (every
+        fourth of feature5) is therefore as it was.
+
+        For ResNet-50 this gives strides 1, 2, 1, 1 and dilations 1, 1, 2, 4 with contracted first
+        blocks, as in mmsegmentation; torchvision calls it
+        `replace_stride_with_dilation=[False, True, True]`.
         """
-        copied = copy.deepcopy(self)
-        distance = 1
-        for stage in list(copied.stages().values())[3:]:
-            stride = 1
+        network = copy.deepcopy(self)
+        stages = list(network.stages().values())
+        # How much finer the input of the stage is sampled than in the original network.
+        dilation = 1
+        for stage in stages[_FIRST_DILATED_STAGE:]:
+            stage_stride = 1
             for convolution in stage.modules():
                 if not isinstance(convolution, nn.Conv2d):
                     continue
-                reach = distance * stride
+                conv_dilation = dilation * stage_stride
                 if convolution.stride != (1, 1):
-                    # It still looks as far as the stage before: what it skipped lies between.
-                    reach, stride = distance, convolution.stride[0]
+                    # The strided convolution itself still reads the undilated input of the stage.
+                    # Only what comes after it sees a map with additional pixels in between.
+                    conv_dilation = dilation
+                    stage_stride = convolution.stride[0]
                     convolution.stride = (1, 1)
                 if convolution.kernel_size != (1, 1):
-                    convolution.dilation = (reach, reach)
-                    convolution.padding = tuple(side // 2 * reach for side in convolution.kernel_size)
-            distance *= stride
-        return copied
+                    convolution.dilation = (conv_dilation, conv_dilation)
+                    # "Same" padding of a dilated kernel, so that the map keeps its size.
+                    convolution.padding = tuple(side // 2 * conv_dilation for side in convolution.kernel_size)
+            dilation *= stage_stride
+        return network

@@ -1,9 +1,15 @@
-"""Ghost batch norm: one large forward, the statistics of many small batches.
+"""Ghost batch norm: one large forward pass with the statistics of many small batches.
 
-Hoffer, Hubara, Soudry (NeurIPS 2017) gave the name. The published recipe (protocols.md 2.1, 2.2)
-normalizes 64 images at a time, neighbors and centers apart, because it trains on eight GPUs in two
-calls each. Here the same groups are parts of one forward, so that the number of GPUs, and how many
-images pass at once, change nothing beyond rounding.
+The name is that of Hoffer, Hubara, Soudry, "Train longer, generalize better" (NeurIPS 2017). The
+published recipe (docs/protocols.md 2.1, 2.2) normalizes 64 images at a time, and neighbors apart
+from centers, because it trains on eight GPUs and passes neighbors and centers in two calls. Here
+the same groups are parts of one forward. So neither the number of GPUs nor the number of images
+that pass at once changes anything beyond rounding.
+
+Words used below: a *ghost batch* is a run of consecutive rows that one GPU of the published recipe
+would see; it has one or more *groups*, which are normalized apart; and a group has one or more
+*blocks* of as many rows as the ghost batch has images. For pretraining with separate statistics a
+ghost batch has nine blocks: eight of neighbors (group 0), and one of centers (group 1).
 """
 
 import dataclasses
@@ -15,13 +21,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+GroupValues = Float[Tensor, "ghosts groups c"]  # one number for each group and channel
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Which rows of a batch share statistics.
+    """Says which rows of a batch share batch-norm statistics.
 
-    Rows come in ghost batches of `images` images. In each, `rows_per_image[k]` x `images` rows make
-    group k, one group after the other.
+    A batch is a sequence of ghost batches of `images` images. In each of them,
+    `rows_per_image[k]` x `images` rows make up group k, one group after the other.
+
+    Raises:
+        ValueError: `images` is less than 1.
     """
 
     images: int
@@ -29,69 +40,126 @@ class Groups:
 
     def __post_init__(self) -> None:
         if self.images < 1:
-            raise ValueError(f"a ghost batch of {self.images} images: it needs at least 1")
+            raise ValueError(f"a ghost batch of {self.images} images is not possible: it needs at least 1 image")
 
     @property
     def blocks(self) -> int:
-        """Rows of a ghost batch, counted in blocks of `images` rows."""
+        """Blocks in a ghost batch; a block has `images` rows."""
         return sum(self.rows_per_image)
 
     def check_divides(self, rows: int) -> None:
-        """Raise `ValueError` unless `rows` rows are whole ghost batches."""
-        if rows % (self.images * self.blocks):
-            raise ValueError(f"{rows} rows are no whole number of ghost batches of {self.images} x {self.blocks}")
+        """Raises `ValueError` unless `rows` rows are a whole number of ghost batches."""
+        rows_per_ghost = self.images * self.blocks
+        if rows % rows_per_ghost:
+            raise ValueError(
+                f"{rows} rows are not a whole number of ghost batches of {self.images} x {self.blocks} rows"
+            )
 
-    def values(self, blocks: Tensor) -> list[int]:
-        """How many values of a channel each group has of `blocks` (blocks images c ...)."""
-        of_block = blocks[0, :, 0].numel()
-        return [of_block * rows for rows in self.rows_per_image]
+    def values_per_channel(self, blocks: Tensor) -> list[int]:
+        """Returns how many values of a channel each group has in `blocks` (blocks images c ...)."""
+        values_per_block = blocks[0, :, 0].numel()
+        return [values_per_block * rows for rows in self.rows_per_image]
 
 
 class GhostBatchNorm(_BatchNorm):
-    """`norm` with the statistics of `groups` in training; as `norm` in evaluation, with its names.
+    """A batch norm that uses the statistics of each group of `groups` in training.
 
-    Running statistics move group by group, as if each had been a forward of its own. It is written
-    for torch.compile, which makes a reduction and a pointwise kernel of it each way.
+    It takes over weights, statistics and parameter names of `norm`, and computes in evaluation mode
+    what `norm` does. Running statistics move group by group, as if each group had been a forward
+    of its own. The code is written for torch.compile, which turns it into one reduction and one
+    pointwise kernel in each direction.
+
+    Raises:
+        ValueError: `norm` has no momentum or no running statistics; in training, rows that are no
+            whole number of ghost batches, or groups of one value per channel.
     """
 
     def __init__(self, norm: _BatchNorm, groups: Groups) -> None:
         if norm.momentum is None or norm.running_mean is None:
-            raise ValueError("a batch norm without momentum or running statistics can't take ghost batches")
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        self.to(norm.running_mean).load_state_dict(norm.state_dict())
+            raise ValueError(
+                "a batch norm without momentum or running statistics can't be replaced by a ghost batch norm"
+            )
+        super().__init__(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+        )
+        self.to(norm.running_mean)
+        self.load_state_dict(norm.state_dict())
         self.groups = groups
-        group_of_block = [group for group, rows in enumerate(groups.rows_per_image) for _ in range(rows)]
-        self.register_buffer("group_of_block", torch.tensor(group_of_block), persistent=False)
+        group_of_block = []
+        for group, rows in enumerate(groups.rows_per_image):
+            group_of_block.extend([group] * rows)
+        # A buffer moves to the GPU with the module; not persistent, it stays out of checkpoints.
+        self.register_buffer(
+            "group_of_block",
+            torch.tensor(group_of_block),
+            persistent=False,
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # vectors and maps alike
+        pass  # vectors and maps are both allowed
 
     def forward(self, input: Float[Tensor, "rows c *hw"]) -> Float[Tensor, "rows c *hw"]:
         if not self.training:
             return super().forward(input)
-        self.groups.check_divides(len(input))  # before shapes disagree
+        # Checked first: afterwards torch would complain of shapes, in words that help nobody.
+        self.groups.check_divides(len(input))
+        # Gradients through the statistics are part of `_Normalize.backward`.
         with torch.no_grad():
-            blocks = _blocks(input, self.groups)
-            means, variances = _statistics(blocks, self.groups)
-            self._move_running(means, variances, self.groups.values(blocks))
-            inverse = torch.rsqrt(variances + self.eps)
-        return _Normalize.apply(input, self.weight, self.bias, means, inverse, self.group_of_block, self.groups)
+            blocks = _to_blocks(input, self.groups)
+            means, variances = _group_statistics(blocks, self.groups)
+            counts = self.groups.values_per_channel(blocks)
+            self._update_running_statistics(means, variances, counts)
+            inverse_std = torch.rsqrt(variances + self.eps)
+        return _Normalize.apply(
+            input,
+            self.weight,
+            self.bias,
+            means,
+            inverse_std,
+            self.group_of_block,
+            self.groups,
+        )
 
-    def _move_running(self, means: Tensor, variances: Tensor, counts: list[int]) -> None:
-        """Move the running statistics by (biased) ones (ghosts groups c) of so many values a group, first to last."""
+    def _update_running_statistics(
+        self,
+        means: GroupValues,
+        variances: GroupValues,
+        counts: list[int],
+    ) -> None:
+        """Moves the running statistics by those of each group, from the first group to the last.
+
+        `variances` are biased; `counts` has the number of values per channel of each group.
+        """
         if min(counts) < 2:
-            raise ValueError("batch norm knows no variance of one value: raise recipe.images_per_batch_norm")
-        unbiased = _times(variances, [count / (count - 1) for count in counts])
-        share, n = self.momentum or 0.0, means.shape[0] * means.shape[1]
-        later = torch.arange(n - 1, -1, -1, device=means.device, dtype=means.dtype).unsqueeze(1)
-        weights = share * (1 - share) ** later
-        for running, moved in ((self.running_mean, means), (self.running_var, unbiased)):
-            running.mul_((1 - share) ** n).add_((weights * moved.flatten(0, 1)).sum(0))  # pyright: ignore[reportOptionalMemberAccess]
-        self.num_batches_tracked.add_(n)  # pyright: ignore[reportOptionalMemberAccess]
+            raise ValueError(
+                "a batch norm has no variance of one value per channel: raise recipe.images_per_batch_norm"
+            )
+        # Running variances are unbiased, as PyTorch's are.
+        unbiased = _scale_groups(variances, [count / (count - 1) for count in counts])
+        momentum = self.momentum or 0.0
+        n_updates = means.shape[0] * means.shape[1]
+        # n updates r = (1 - m) r + m x, one after the other, are one weighted sum: an update that is
+        # followed by j others has the weight m (1 - m)^j, and the old value (1 - m)^n.
+        later_updates = torch.arange(
+            n_updates - 1,
+            -1,
+            -1,
+            device=means.device,
+            dtype=means.dtype,
+        )
+        weights = momentum * (1 - momentum) ** later_updates.unsqueeze(1)
+        old_weight = (1 - momentum) ** n_updates
+        for running, new in ((self.running_mean, means), (self.running_var, unbiased)):
+            update = (weights * new.flatten(0, 1)).sum(0)
+            running.mul_(old_weight).add_(update)  # pyright: ignore[reportOptionalMemberAccess]
+        self.num_batches_tracked.add_(n_updates)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class _Normalize(torch.autograd.Function):
-    """Batch norm with given statistics of groups (ghosts groups c), and its backward through them to x.
+    """Batch norm with given statistics of groups, and its backward through these statistics.
 
     Left to autograd, the compiler would keep a float32 copy of every map beside the one it needs.
     """
@@ -103,88 +171,117 @@ class _Normalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         means: Tensor,
-        inverse: Tensor,
+        inverse_std: Tensor,
         group_of_block: Tensor,
         groups: Groups,
     ) -> Tensor:
-        """Normalized rows; `inverse` is one over the standard deviation."""
-        ctx.save_for_backward(x, weight, means, inverse, group_of_block)
+        """Returns the normalized rows; `means` and `inverse_std` are (ghosts groups c)."""
+        ctx.save_for_backward(x, weight, means, inverse_std, group_of_block)
         ctx.groups = groups
-        scale = inverse if weight is None else inverse * weight
+        # (x - mean) / std * weight + bias, as x * scale + shift.
+        scale = inverse_std if weight is None else inverse_std * weight
         shift = -means * scale if bias is None else bias - means * scale
-        blocks = _blocks(x, groups)
-        scale, shift = _to_blocks((scale, shift), group_of_block, blocks)
+        blocks = _to_blocks(x, groups)
+        scale, shift = _broadcast_to_blocks((scale, shift), group_of_block, blocks)
         rows = (blocks * scale + shift).flatten(0, 1)
-        # A tensor of its own, no view: ReLU writes into it, and autograd copies the gradient of a view that is
-        # written into, in an order of memory that convolutions have to copy once more.
+        # A tensor of its own and no view: ReLU writes into it, and autograd copies the gradient of
+        # a view that is written into, in a memory order that convolutions have to copy once more.
         return rows.clone() if rows.dtype == x.dtype else rows.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, means, inverse, group_of_block = ctx.saved_tensors
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        grad_output: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, means, inverse_std, group_of_block = ctx.saved_tensors
         groups: Groups = ctx.groups
-        blocks = _blocks(x, groups)
-        gradient = _blocks(gradient, groups)
-        (center,) = _to_blocks((means,), group_of_block, blocks)
-        even, along = _group_means(gradient, groups), _group_means(gradient * (blocks - center), groups)
-        scale = inverse if weight is None else inverse * weight
-        # scale (g - mean(g) - (x - mean) mean(g (x - mean)) / variance), as a line in x: few values to fetch.
-        slope = -scale * inverse.square() * along
-        offset = -scale * even - slope * means
-        scale, slope, offset = _to_blocks((scale, slope, offset), group_of_block, blocks)
-        of_x = _as(scale * gradient + slope * blocks + offset, x.dtype).flatten(0, 1)
+        blocks = _to_blocks(x, groups)
+        grad = _to_blocks(grad_output, groups)
+        # The two means of a group that the gradient needs: of g, and of g (x - mean).
+        (block_means,) = _broadcast_to_blocks((means,), group_of_block, blocks)
+        mean_grad = _group_means(grad, groups)
+        mean_grad_x = _group_means(grad * (blocks - block_means), groups)
+        # The gradient scale (g - mean(g) - (x - mean) mean(g (x - mean)) / variance), written as
+        # scale g + slope x + offset: three numbers a group and channel are all that is fetched.
+        scale = inverse_std if weight is None else inverse_std * weight
+        slope = -scale * inverse_std.square() * mean_grad_x
+        offset = -scale * mean_grad - slope * means
+        scale, slope, offset = _broadcast_to_blocks((scale, slope, offset), group_of_block, blocks)
+        grad_x = _cast(scale * grad + slope * blocks + offset, x.dtype).flatten(0, 1)
         if weight is None:
-            return of_x, *(None,) * 6
-        counts = groups.values(blocks)
-        of_weight, of_bias = _times(along * inverse, counts), _times(even, counts)
-        return of_x, of_weight.sum((0, 1)), of_bias.sum((0, 1)), *(None,) * 4
+            return grad_x, *(None,) * 6
+        # Means times counts are the sums over the rows of each group.
+        counts = groups.values_per_channel(blocks)
+        grad_weight = _scale_groups(mean_grad_x * inverse_std, counts)
+        grad_bias = _scale_groups(mean_grad, counts)
+        return grad_x, grad_weight.sum((0, 1)), grad_bias.sum((0, 1)), *(None,) * 4
 
 
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # Where nothing is to be converted, `to` returns what it was given, and a compiled Function that returns
-    # that has zero gradients (torch 2.11; a test looks).
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Where nothing is to be converted, `to` returns what it was given, and a compiled Function that
+    # returns that has zero gradients (torch 2.11; a test looks).
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _blocks(x: Tensor, groups: Groups) -> Tensor:
-    """(blocks images c ...) in float32, or in float64 as it came."""
+def _to_blocks(x: Tensor, groups: Groups) -> Tensor:
+    """Returns rows as (blocks images c ...), in float32, or in float64 where they are float64."""
     blocks = x.unflatten(0, (-1, groups.images))
     return blocks if blocks.dtype == torch.float64 else blocks.float()
 
 
-def _statistics(blocks: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """(ghosts groups c) means and biased variances.
+def _group_statistics(blocks: Tensor, groups: Groups) -> tuple[GroupValues, GroupValues]:
+    """Returns means and biased variances of each group.
 
-    Variances are means of squares minus squares of means, which one pass gives, both after a value
-    that lies among the others is subtracted, so that little cancels.
+    Variances are means of squares minus squares of means, which takes one pass over the data.
+    This form loses digits where the mean is far from zero. So one value of each channel is
+    subtracted from all others first, which leaves numbers of about the size of the deviations.
     """
-    guess = blocks[0, 0].flatten(1)[:, 0] if blocks.dim() > 3 else blocks[0, 0]
-    left = blocks - guess.view(-1, *(1,) * (blocks.dim() - 3))
-    off = _group_means(left, groups)
-    return off + guess, (_group_means(left.square(), groups) - off.square()).clamp(min=0)
+    first_values = blocks[0, 0]
+    if blocks.dim() > 3:
+        first_values = first_values.flatten(1)[:, 0]
+    shifted = blocks - first_values.view(-1, *(1,) * (blocks.dim() - 3))
+    shifted_means = _group_means(shifted, groups)
+    mean_squares = _group_means(shifted.square(), groups)
+    # Rounding may give a variance just below zero.
+    variances = (mean_squares - shifted_means.square()).clamp(min=0)
+    return shifted_means + first_values, variances
 
 
-def _group_means(blocks: Tensor, groups: Groups) -> Float[Tensor, "ghosts groups c"]:
-    """Means over the rows and places of each group."""
-    inner = (1, *range(3, blocks.dim()))
-    of_blocks = blocks.mean(inner).unflatten(0, (-1, groups.blocks))
-    return torch.cat([part.mean(1, keepdim=True) for part in of_blocks.split(list(groups.rows_per_image), 1)], 1)
+def _group_means(blocks: Tensor, groups: Groups) -> GroupValues:
+    """Returns the means over all rows and pixels of each group."""
+    images_and_pixels = (1, *range(3, blocks.dim()))
+    block_means = blocks.mean(images_and_pixels)
+    # All blocks have as many values, so the mean of a group is the mean of its blocks' means.
+    per_ghost = block_means.unflatten(0, (-1, groups.blocks))
+    means = []
+    for group in per_ghost.split(list(groups.rows_per_image), 1):
+        means.append(group.mean(1, keepdim=True))
+    return torch.cat(means, 1)
 
 
-def _times(of_groups: Tensor, factors: Sequence[float]) -> Float[Tensor, "ghosts groups c"]:
-    """Values (ghosts groups c) times a factor for each group."""
-    parts = zip(of_groups.split(1, 1), factors, strict=True)
-    return torch.cat([part * factor for part, factor in parts], 1)
+def _scale_groups(values: Tensor, factors: Sequence[float]) -> GroupValues:
+    """Returns `values` (ghosts groups c) times one factor for each group."""
+    scaled = []
+    for group, factor in zip(values.split(1, 1), factors, strict=True):
+        scaled.append(group * factor)
+    return torch.cat(scaled, 1)
 
 
-def _to_blocks(of_groups: Sequence[Tensor], group_of_block: Tensor, blocks: Tensor) -> Sequence[Tensor]:
-    """Values (ghosts groups c), each shaped to meet the blocks."""
-    spread = torch.stack(tuple(of_groups))[:, :, group_of_block].flatten(1, 2)
-    return spread.view(*spread.shape[:2], 1, -1, *(1,) * (blocks.dim() - 3)).unbind()
+def _broadcast_to_blocks(
+    values: Sequence[Tensor],
+    group_of_block: Tensor,
+    blocks: Tensor,
+) -> Sequence[Tensor]:
+    """Returns each of `values` (ghosts groups c) in a shape that broadcasts against `blocks`."""
+    # One indexing for all of them is one kernel, and the compiler fuses what follows.
+    per_block = torch.stack(tuple(values))[:, :, group_of_block].flatten(1, 2)
+    pixel_dims = (1,) * (blocks.dim() - 3)
+    broadcastable = per_block.view(*per_block.shape[:2], 1, -1, *pixel_dims)
+    return broadcastable.unbind()
 
 
 def use_ghost_batches(module: nn.Module, groups: Groups) -> None:
-    """Put a `GhostBatchNorm` in the place of every batch norm inside `module`; weights and names stay."""
+    """Replaces every batch norm inside `module` by a `GhostBatchNorm`; weights and names stay."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             setattr(module, name, GhostBatchNorm(child, groups))

@@ -1,4 +1,7 @@
-"""A batch norm that trains needs more than one value a channel: of one there is no variance."""
+"""Guards against training a batch norm on one value per channel, which has no variance.
+
+PyTorch refuses that as well, but its message names no setting that a user could change.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,16 +13,30 @@ from relloc.errors import UsageError
 
 
 @contextlib.contextmanager
-def one_value_refused(network: nn.Module, told: str) -> Iterator[None]:
-    """While the block runs, a batch norm of `network` that trains on one value a channel raises `UsageError(told)`."""
+def refuse_one_value(network: nn.Module, message: str) -> Iterator[None]:
+    """Makes every batch norm inside `network` refuse one value per channel during the block.
 
-    def refuse(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if norm.training and given[0].numel() == given[0].shape[1]:
-            raise UsageError(told)
+    Batch norms in evaluation mode are not affected.
 
-    hooks = [module.register_forward_pre_hook(refuse) for module in network.modules() if isinstance(module, _BatchNorm)]
+    Raises:
+        UsageError: a batch norm in training mode was given one value per channel. The text is
+            `message`, since the caller knows which setting leads to it.
+    """
+
+    def check_input(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        (x,) = inputs
+        channels = x.shape[1]
+        if norm.training and x.numel() == channels:
+            raise UsageError(message)
+
+    hooks = []
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            hook = module.register_forward_pre_hook(check_input)
+            hooks.append(hook)
     try:
         yield
     finally:
+        # Without this the hooks would slow down, and could stop, every later forward.
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,7 @@
-"""Heads that answer where a neighbor lies relative to the center: two embeddings in, eight logits out."""
+"""Heads that classify where a neighbor patch lies relative to the center patch.
+
+Each (neighbor, center) pair of embeddings becomes eight logits, one for each relative location.
+"""
 
 import torch
 from jaxtyping import Bool, Float
@@ -7,17 +10,22 @@ from torch.nn.functional import linear
 
 from relloc.geometry import NEIGHBORS
 
-Neighbors = Float[Tensor, "b 8 d"]  # their embeddings
-Centers = Float[Tensor, "b d"]
+NeighborEmbeddings = Float[Tensor, "b 8 d"]  # image, neighbor, embedding
+CenterEmbeddings = Float[Tensor, "b d"]  # image, embedding
 Logits = Float[Tensor, "b 8 8"]  # image, pair, label
+DropoutMask = Bool[Tensor, "b 8 h"]  # image, pair, hidden unit: True where the unit is kept
 
 
 class PairHead(nn.Module):
-    """mmselfsup's neck and head: Linear, batch norm, ReLU, dropout, Linear (protocols.md 2.1, M0).
+    """mmselfsup's neck and head: linear, batch norm, ReLU, dropout, linear (docs/protocols.md 2.1).
 
-    The input is the concatenation [neighbor, center]. Weights are normal with `neck_std` and
-    `head_std`; biases are zero, but for `neck_bias`. `embed_dim` puts a linear layer before, applied
-    to each patch alone, as in google 2019; None leaves it out.
+    The input of the first layer is the concatenation [neighbor, center]. Weights are drawn from
+    normal distributions with standard deviations `neck_std` and `head_std`; biases are zero, but
+    for `neck_bias` of the first layer. With `embed_dim`, a further linear layer is applied to each
+    patch before, as in google 2019; None leaves it out.
+
+    `dropout` is the probability that a hidden unit is dropped. The mask is drawn by
+    `draw_dropout_mask` and passed to `forward`, so that randomness is keyed by the caller.
     """
 
     def __init__(
@@ -33,9 +41,9 @@ class PairHead(nn.Module):
         embed_dim: int | None = None,
     ) -> None:
         super().__init__()
-        width = embed_dim or embedding_dim
+        patch_dim = embed_dim or embedding_dim
         self.embed = nn.Linear(embedding_dim, embed_dim) if embed_dim else nn.Identity()
-        joint = nn.Linear(2 * width, hidden_dim)
+        joint = nn.Linear(2 * patch_dim, hidden_dim)
         norm = nn.BatchNorm1d(hidden_dim, momentum=batch_norm_momentum)
         self.neck = nn.Sequential(joint, norm, nn.ReLU())
         self.dropout = dropout
@@ -45,31 +53,53 @@ class PairHead(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.constant_(joint.bias, neck_bias)
 
-    def draw_kept(self, n_images: int, generator: torch.Generator) -> Bool[Tensor, "n 8 h"] | None:
-        """Which hidden units dropout keeps, for each pair; None where nothing is dropped."""
+    def draw_dropout_mask(
+        self,
+        n_images: int,
+        generator: torch.Generator,
+    ) -> DropoutMask | None:
+        """Returns which hidden units dropout keeps for each pair, or None without dropout."""
         if not self.dropout:
             return None
-        shape = (n_images, len(NEIGHBORS), self.answer.in_features)
-        kept = torch.empty(shape, dtype=torch.bool, device=generator.device)
-        return kept.bernoulli_(1 - self.dropout, generator=generator)
+        hidden_dim = self.answer.in_features
+        mask = torch.empty(
+            (n_images, len(NEIGHBORS), hidden_dim),
+            dtype=torch.bool,
+            device=generator.device,
+        )
+        return mask.bernoulli_(1 - self.dropout, generator=generator)
 
     def forward(
         self,
-        neighbors: Neighbors,
-        centers: Centers,
-        kept: Bool[Tensor, "b 8 h"] | None = None,
+        neighbors: NeighborEmbeddings,
+        centers: CenterEmbeddings,
+        dropout_mask: DropoutMask | None = None,
     ) -> Logits:
-        """Logits over the eight labels for each (neighbor, center) pair; `kept` acts in training alone."""
-        joint, norm, rectify = self.neck
-        hidden = _linear_of_pairs(joint.weight, joint.bias, self.embed(neighbors), self.embed(centers))  # pyright: ignore[reportArgumentType]
-        hidden = rectify(norm(hidden.flatten(0, 1))).unflatten(0, hidden.shape[:2])
-        if self.training and kept is not None:
-            hidden = hidden * kept / (1 - self.dropout)
+        """Returns logits over the eight labels for each (neighbor, center) pair.
+
+        `dropout_mask` acts in training mode alone.
+        """
+        joint, norm, relu = self.neck
+        hidden = _linear_on_pairs(
+            joint.weight,  # pyright: ignore[reportArgumentType]
+            joint.bias,  # pyright: ignore[reportArgumentType]
+            self.embed(neighbors),
+            self.embed(centers),
+        )
+        # Batch norm takes rows, so the pairs of all images become one dimension, and two again.
+        normalized = norm(hidden.flatten(0, 1))
+        hidden = relu(normalized).unflatten(0, hidden.shape[:2])
+        if self.training and dropout_mask is not None:
+            # Units that stay are scaled up, so that the expected sum is the same in evaluation.
+            hidden = hidden * dropout_mask / (1 - self.dropout)
         return self.answer(hidden)
 
 
 class AlexNetPairHead(nn.Module):
-    """fc7 (batch norm without scale and shift, ReLU), fc8 (ReLU), fc9 (protocols.md 2.1, DC)."""
+    """The paper's head: fc7 with batch norm (no scale and shift) and ReLU, fc8 with ReLU, fc9.
+
+    The settings are those of docs/protocols.md 2.1, column deepcontext.
+    """
 
     def __init__(self, *, embedding_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -81,17 +111,44 @@ class AlexNetPairHead(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def draw_kept(self, n_images: int, generator: torch.Generator) -> None:
-        """Nothing is dropped."""
+    def draw_dropout_mask(
+        self,
+        n_images: int,
+        generator: torch.Generator,
+    ) -> None:
+        """Returns None, as this head has no dropout; `generator` is left as it is."""
 
-    def forward(self, neighbors: Neighbors, centers: Centers, kept: None = None) -> Logits:
-        """Logits over the eight labels for each (neighbor, center) pair."""
-        hidden = _linear_of_pairs(self.fc7.weight, self.fc7.bias, neighbors, centers)
-        hidden = self.norm(hidden.flatten(0, 1)).relu()
-        return self.fc9(self.fc8(hidden).relu()).unflatten(0, neighbors.shape[:2])
+    def forward(
+        self,
+        neighbors: NeighborEmbeddings,
+        centers: CenterEmbeddings,
+        dropout_mask: None = None,
+    ) -> Logits:
+        """Returns logits over the eight labels for each (neighbor, center) pair."""
+        hidden = _linear_on_pairs(
+            self.fc7.weight,
+            self.fc7.bias,
+            neighbors,
+            centers,
+        )
+        # Batch norm takes rows: one for each pair of each image.
+        fc7 = self.norm(hidden.flatten(0, 1)).relu()
+        fc8 = self.fc8(fc7).relu()
+        return self.fc9(fc8).unflatten(0, neighbors.shape[:2])
 
 
-def _linear_of_pairs(weight: Tensor, bias: Tensor, neighbors: Neighbors, centers: Centers) -> Float[Tensor, "b 8 h"]:
-    """A linear layer of the concatenations [neighbor, center]; the center's half is computed once an image."""
-    of_neighbors, of_centers = weight.chunk(2, dim=1)
-    return linear(neighbors, of_neighbors) + linear(centers, of_centers, bias).unsqueeze(1)
+def _linear_on_pairs(
+    weight: Tensor,
+    bias: Tensor,
+    neighbors: NeighborEmbeddings,
+    centers: CenterEmbeddings,
+) -> Float[Tensor, "b 8 h"]:
+    """Applies a linear layer to the concatenation [neighbor, center] of each pair.
+
+    A linear layer of a concatenation is the sum of two linear layers. So the center's half is
+    computed once for an image instead of once for each of its eight pairs.
+    """
+    neighbor_weight, center_weight = weight.chunk(2, dim=1)
+    from_neighbors = linear(neighbors, neighbor_weight)
+    from_centers = linear(centers, center_weight, bias)
+    return from_neighbors + from_centers.unsqueeze(1)

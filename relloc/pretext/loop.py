@@ -146,5 +146,5 @@ def _draw(task: Task, n_images: int, step: int, number: int) -> tuple[list[Tenso
     for ghost in range(first, first + ghosts):
         generator.manual_seed(task.seed_of(step, ghost))
         drawn.append(task.draw(size, generator))
-        masks.append(task.model.head.draw_kept(size, generator))  # pyright: ignore[reportCallIssue]
+        masks.append(task.model.head.draw_dropout_mask(size, generator))  # pyright: ignore[reportCallIssue]
     return [torch.cat(parts) for parts in zip(*drawn, strict=True)], None if masks[0] is None else torch.cat(masks)

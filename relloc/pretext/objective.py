@@ -11,8 +11,8 @@ from relloc import checks
 from relloc.geometry import CELLS, CENTER, NEIGHBORS
 from relloc.models.backbone import Backbone
 from relloc.models.ghost_batch_norm import Groups, use_ghost_batches
-from relloc.models.one_value import one_value_refused
-from relloc.models.pair_head import Centers, Logits, Neighbors
+from relloc.models.one_value import refuse_one_value
+from relloc.models.pair_head import CenterEmbeddings, Logits, NeighborEmbeddings
 
 
 class RelativeLocation(nn.Module):
@@ -53,7 +53,7 @@ class RelativeLocation(nn.Module):
     def forward(self, patches: Float[Tensor, "b 9 3 p p"], kept: Bool[Tensor, "b 8 h"] | None = None) -> Logits:
         """Logits (image, pair, label) of patches in the grid's row-major order.
 
-        `kept` is what dropout keeps of the head's hidden units in training: `head.draw_kept` draws it.
+        `kept` is what dropout keeps of the head's hidden units in training: `head.draw_dropout_mask` draws it.
         """
         together = len(patches) if self.one_pass or not self.training else self.images_per_batch_norm
         parts = patches.split(together)
@@ -61,7 +61,7 @@ class RelativeLocation(nn.Module):
         logits = [self.head(*self._embed(part), mask) for part, mask in zip(parts, masks, strict=True)]
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
-    def _embed(self, patches: Tensor) -> tuple[Neighbors, Centers]:
+    def _embed(self, patches: Tensor) -> tuple[NeighborEmbeddings, CenterEmbeddings]:
         if self.batch_norm == "joint":
             cells = self._encode(patches.flatten(0, 1)).unflatten(0, (len(patches), -1))
             return _around(cells, 1), cells[:, CENTER]
@@ -94,7 +94,7 @@ def check_batch_norms(model: RelativeLocation, patch_px: int) -> None:
         f"recipe.images_per_batch_norm={n}: a batch norm would see one value a channel, of which there is no variance. "
         "Give recipe.images_per_batch_norm=2 or more, or pretext_batch_norm=joint, where nine patches count together"
     )
-    with one_value_refused(model.train(), told):
+    with refuse_one_value(model.train(), told):
         model(torch.zeros(n, CELLS, 3, patch_px, patch_px))
 
 

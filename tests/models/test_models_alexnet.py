@@ -25,8 +25,8 @@ def caffe_response(maps: Tensor, n: int = 5, alpha: float = 1e-4, beta: float = 
 
 def caffe_pool(maps: Tensor) -> Tensor:
     """3x3 windows two apart, the last ones hanging over the border."""
-    places = range(math.ceil((maps.shape[-1] - 3) / 2) + 1)
-    rows = [[maps[..., 2 * r : 2 * r + 3, 2 * c : 2 * c + 3].amax(dim=(2, 3)) for c in places] for r in places]
+    indices = range(math.ceil((maps.shape[-1] - 3) / 2) + 1)
+    rows = [[maps[..., 2 * r : 2 * r + 3, 2 * c : 2 * c + 3].amax(dim=(2, 3)) for c in indices] for r in indices]
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from relloc.errors import UsageError
 from relloc.features.batch_norm import check_one_image, recalibrate
-from relloc.models.one_value import one_value_refused
+from relloc.models.one_value import refuse_one_value
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
 from relloc.pretext.objective import RelativeLocation, check_batch_norms
@@ -59,8 +59,8 @@ def test_recalibration_with_one_image_is_refused_where_maps_have_one_pixel() -> 
 
 def test_after_the_block_networks_are_as_before() -> None:
     network = nn.Sequential(nn.BatchNorm1d(3))
-    with one_value_refused(network, "told"), pytest.raises(UsageError, match="told"):
+    with refuse_one_value(network, "told"), pytest.raises(UsageError, match="told"):
         network(torch.rand(1, 3))
     assert not network[0]._forward_pre_hooks
-    with one_value_refused(network.eval(), "told"):
+    with refuse_one_value(network.eval(), "told"):
         network(torch.rand(1, 3))

@@ -74,16 +74,16 @@ def test_running_statistics_move_by_the_given_momentum() -> None:
 def test_dropout_hides_the_hidden_units_that_were_not_kept_in_training_alone() -> None:
     neighbors, centers = embeddings(b=64)
     half = pair_head(hidden_dim=64, dropout=0.5)
-    kept = half.draw_kept(64, torch.Generator().manual_seed(3))
-    assert kept.shape == (64, 8, 64)
-    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.01)
-    assert torch.equal(half.eval()(neighbors, centers, kept), half(neighbors, centers))
+    mask = half.draw_dropout_mask(64, torch.Generator().manual_seed(3))
+    assert mask.shape == (64, 8, 64)
+    assert mask.float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(half.eval()(neighbors, centers, mask), half(neighbors, centers))
     seen: list[Tensor] = []
     half.answer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    half.train()(neighbors, centers, kept)
-    half(neighbors, centers, torch.ones_like(kept))
+    half.train()(neighbors, centers, mask)
+    half(neighbors, centers, torch.ones_like(mask))
     dropped, doubled = seen
-    assert torch.equal(dropped, doubled * kept)
+    assert torch.equal(dropped, doubled * mask)
     half(neighbors, centers)
     torch.testing.assert_close(doubled, 2 * seen[-1])
 
@@ -91,8 +91,8 @@ def test_dropout_hides_the_hidden_units_that_were_not_kept_in_training_alone() -
 def test_a_head_without_dropout_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
-    assert pair_head().draw_kept(4, generator) is None
-    assert AlexNetPairHead(embedding_dim=DIM, hidden_dim=16).draw_kept(4, generator) is None
+    assert pair_head().draw_dropout_mask(4, generator) is None
+    assert AlexNetPairHead(embedding_dim=DIM, hidden_dim=16).draw_dropout_mask(4, generator) is None
     assert torch.equal(generator.get_state(), before)
 
 

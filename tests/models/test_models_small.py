@@ -35,10 +35,10 @@ def test_every_stage_is_taken_after_its_activation() -> None:
 
 @pytest.mark.parametrize("widths", [(), (4, 6, 8, 10), (4, 6, 8, 10, 12, 14)])
 def test_another_number_of_widths_is_an_error_that_counts_them(widths: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"model\.backbone\.widths has {len(widths)} numbers, one a stage makes 5"):
+    with pytest.raises(ValueError, match=rf"model\.backbone\.widths has {len(widths)} numbers.* 5 "):
         SmallBackbone(widths=widths)
 
 
 def test_widths_that_torch_does_not_train_safely_are_refused() -> None:
-    with pytest.raises(ValueError, match="has 7, fewer than the 8"):
+    with pytest.raises(ValueError, match=r"widths contains 7.*8"):
         SmallBackbone(widths=(8, 8, 7, 16, 16))

@@ -98,7 +98,7 @@ class PlainHead(nn.Module):
         super().__init__()
         self.answer = nn.Linear(8, 8)
 
-    def draw_kept(self, n_images: int, generator: torch.Generator) -> None:
+    def draw_dropout_mask(self, n_images: int, generator: torch.Generator) -> None:
         pass
 
     def forward(self, neighbors: Tensor, centers: Tensor, kept: None) -> Tensor:

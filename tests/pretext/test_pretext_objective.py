@@ -118,7 +118,7 @@ def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(kind: str, batch_
     together = model_of(kind, batch_norm, images=3, one_pass=True, dropout=0.5).train()
     apart = model_of(kind, batch_norm, images=3, dropout=0.5).train()
     patches = patches_of(b=6)
-    kept = apart.head.draw_kept(6, torch.Generator().manual_seed(4))
+    kept = apart.head.draw_dropout_mask(6, torch.Generator().manual_seed(4))
     for model in (together, apart):
         objective.loss(model(patches, kept)).backward()
     for (name, value), other in zip(together.named_parameters(), apart.parameters(), strict=True):
@@ -147,7 +147,7 @@ for bf16 in (False, True):
     traced, plain = model(True), model(False)
     network = torch.compile(traced, backend="aot_eager", dynamic=False)
     patches = torch.randn(16, 9, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    kept = plain.head.draw_kept(16, torch.Generator().manual_seed(4))
+    kept = plain.head.draw_dropout_mask(16, torch.Generator().manual_seed(4))
     for one in (network, plain):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = one(patches, kept)

@@ -190,7 +190,7 @@ def test_training_with_monitors_gives_the_weights_of_training_without(
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for step in range(2):
             generator = torch.Generator().manual_seed(int(torch.randint(1000, ())))  # the global one is carried along
-            kept = model.head.draw_kept(len(pixels), generator)
+            kept = model.head.draw_dropout_mask(len(pixels), generator)
             optimizer.zero_grad()
             objective.loss(model(PATCHES(pixels, generator), kept)).backward()
             optimizer.step()
