@@ -1,4 +1,8 @@
-"""Result: one number, fully named. `results.jsonl` in the run folder is the truth; trackers mirror it."""
+"""Defines `Result`, one measured number with all the facts needed to interpret it, and its file.
+
+Each run folder has a `results.jsonl` with one result per line. This file is the source of truth:
+MLflow and the reports only mirror it. Lines are appended and never changed.
+"""
 
 import dataclasses
 import json
@@ -9,28 +13,39 @@ from typing import Any, ClassVar
 
 from relloc.errors import DamagedFile, reason
 from relloc.files import append_lines, parse_json, read_lines
-from relloc.results_before import convert, mark_headlines, with_series
+from relloc.results_before import add_series, convert, mark_headlines
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
 RESULTS_FILE = "results.jsonl"
+# Values of `Result.checkpoint` that name weights which relloc did not pretrain.
 NOT_OURS = ("random", "torchvision")
 KINDS = ("pretext", "frozen", "fine-tuned", "study")
-CHOSEN = "chosen without the test set"  # the variant of numbers whose settings were chosen so, unlike the published
+# The `variant` of numbers whose hyperparameters were chosen without the test set, where the
+# published protocol chooses them on it.
+CHOSEN_WITHOUT_TEST = "chosen without the test set"
 FORMAT = 2
-# Each line of results.jsonl has, beside the fields of a `Result`, its format, and which row it is of how many of its
-# batch
-_FORMAT, _NUMBER, _OF = "format", "row", "rows"
-_LOST = "Remove that line, or put back a copy of the file; what is missing is measured again"
+
+# Keys that a line of results.jsonl has beside the fields of a `Result`: the version of its format,
+# which row of its batch it is (from 1), and how many rows the batch has.
+_FORMAT_KEY = "format"
+_ROW_KEY = "row"
+_ROW_COUNT_KEY = "rows"
+
+_ADVICE = "Remove that line, or put back a copy of the file; what is missing is measured again"
 
 
 def closest_to_20(counts: Iterable[int]) -> int:
-    """Which number of neighbors, or of images a class, the headline metric has: the first of those closest to 20."""
+    """Returns the count closest to 20, the first of them on a tie.
+
+    It decides which number of neighbors (kNN), or of images per class (low-shot SVM), is the
+    headline metric of its evaluation.
+    """
     return min(counts, key=lambda count: abs(count - 20))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Number:
-    """What an evaluation knows of a number that it measured."""
+    """The fields that a `Score` and a `Result` share; they are documented at `Result`."""
 
     metric: str
     value: float
@@ -55,9 +70,9 @@ class _Number:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score(_Number):
-    """A number as an evaluation yields it; see `Result` for its fields. Who was evaluated, on what, is added outside.
+    """One number as an evaluation yields it. The runner adds model and data set to make a `Result`.
 
-    `on_train`: measured on images of the training split, by cross-validation.
+    `on_train`: the number was measured on images of the training split, by cross-validation.
     """
 
     on_train: bool = False
@@ -69,27 +84,33 @@ class Result(_Number):
 
     What was measured:
         eval: the evaluation's name in the config. kind: one of `KINDS`.
-        dataset, split: the images; n: how many samples are behind the number; seed.
-        layer: of the backbone; "" where there is none, as of a whole network.
-        metric, unit: percent for accuracies; value: in this unit.
+        dataset, split: the images that the number was measured on. n: how many these are. seed.
+        layer: the layer of the backbone; "" where there is none, as for a whole network.
+        metric: its name. value: in `unit`, which is percent for accuracies.
         low, high: a 95 % confidence interval, where one was computed.
-        higher_is_better: None where neither is, or it is not known.
-        headline: whether it is what the evaluation is known by.
-        series, k: the metric without its k, of numbers that are measured at several k, such as the number of neighbors.
-        spread: "std", "min" or "max" of a number over draws; "" for a number itself.
+        higher_is_better: None where neither direction is better, or it is not known.
+        headline: whether this is the number that the evaluation is known by.
+        k: a number of neighbors, or of images per class, for metrics that are measured at several;
+            series: the metric without this number, such as "top1" for "top1_k20".
+        spread: "std", "min" or "max" of a number over random draws; "" for a number itself.
     Where it stands in reports:
-        table, column: titles; table is "" for a detail that stands in none.
-        variant: what sets its line apart from others in the same columns, such as `CHOSEN` or the layer.
+        table, column: titles; a `table` of "" keeps the number out of all tables.
+        variant: distinguishes lines of the same table, such as `CHOSEN_WITHOUT_TEST` or the layer.
     How it was measured:
-        protocol: the id of the published protocol, such as "3.1".
-        deviations: from it, a sentence each. details: other facts, such as constants.
-        choice: what was chosen on which split; "" if nothing was.
-        view, precision: how images were seen, and the number format.
+        protocol: the id of the published protocol, a paragraph of docs/protocols.md such as "3.1".
+        deviations: differences from that protocol, a sentence each.
+        details: other facts, such as hyperparameters.
+        choice: which hyperparameters were chosen, and on which split; "" if none were.
+        view: how images were cropped and resized. precision: the number format.
         batch_norm: which statistics the backbone used, "as_trained" or "recalibrated".
-    Of what:
-        checkpoint: a path, or "random" (initialization only), or "torchvision" (its supervised weights); model.
-        fingerprint: hash of all constants, view and images, by which a result that is already there is recognized.
-        measured_in: the run folder that measured a row which was copied from there.
+    What it was measured of:
+        checkpoint: a path, or "random" (weights as initialized), or "torchvision" (supervised).
+        model: the name of the architecture.
+        fingerprint: hash of all constants, view and images; equal ones are not measured again.
+        measured_in: the run folder that this row was copied from, if it was.
+
+    Raises:
+        ValueError: an unknown layer or kind, a value that is not finite, or no sample.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
@@ -109,17 +130,20 @@ class Result(_Number):
 
     def __post_init__(self) -> None:
         if self.layer not in ("", *LAYERS):
-            raise ValueError(f"layer is {self.layer!r}, neither empty nor one of {', '.join(LAYERS)}")
+            known = ", ".join(LAYERS)
+            raise ValueError(f"The layer of a result is {self.layer!r}: it must be empty or one of {known}")
         if self.kind not in KINDS:
-            raise ValueError(f"kind is {self.kind!r}, not one of {', '.join(KINDS)}")
+            known = ", ".join(KINDS)
+            raise ValueError(f"The kind of a result is {self.kind!r}: it must be one of {known}")
         if not math.isfinite(self.value):
-            raise ValueError(f"{self.eval} {self.layer} {self.metric} is {self.value}: not a number to report")
+            name = f"{self.eval} {self.layer} {self.metric}"
+            raise ValueError(f"The result {name} is {self.value}: only finite numbers can be reported")
         if self.n < 1:
-            raise ValueError(f"n is {self.n}: a result needs at least one sample")
+            raise ValueError(f"The n of a result is {self.n}: it must count at least one sample")
 
     @property
     def tracked_eval(self) -> str:
-        """What names for a tracker begin with: `linear`, `linear_random_recalibrated`."""
+        """The evaluation's name in a tracker, such as `linear` or `linear_random_recalibrated`."""
         name = self.eval
         if self.checkpoint in NOT_OURS:
             name += f"_{self.checkpoint}"
@@ -129,69 +153,107 @@ class Result(_Number):
 
     @property
     def tracked_name(self) -> str:
-        """Name for a tracker: `linear/feature4/top1`, `linear_random_recalibrated/feature4/top1`, `pretext/top1`."""
-        return "/".join(filter(None, (self.tracked_eval, self.layer, self.metric)))
+        """The metric's name in a tracker such as MLflow, unique among the results of a run.
+
+        Examples: `linear/feature4/top1`, `linear_random_recalibrated/feature4/top1`, `pretext/top1`.
+        """
+        parts = (self.tracked_eval, self.layer, self.metric)
+        return "/".join(part for part in parts if part)
 
 
 def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
-    """Append rows that belong together to the run folder's results.jsonl, on disk before returning.
+    """Appends a batch of rows to the run folder's results.jsonl; they are on disk when it returns.
 
-    All or none are there afterwards, also for readers: each line says which of how many it is, so that rows of which a
-    power cut left only the first ones are known as such. Raises `OSError`.
+    A batch is all or nothing, also for concurrent readers: each line says which row of how many it
+    is, so `read_results` recognizes a batch of which a power cut left only the first lines.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     batch = list(rows)
     lines = []
     for number, row in enumerate(batch, start=1):
-        fields = {_FORMAT: FORMAT, **dataclasses.asdict(row), _NUMBER: number, _OF: len(batch)}
+        fields = {
+            _FORMAT_KEY: FORMAT,
+            **dataclasses.asdict(row),
+            _ROW_KEY: number,
+            _ROW_COUNT_KEY: len(batch),
+        }
         lines.append(json.dumps(fields, ensure_ascii=False))
     append_lines(run_dir / RESULTS_FILE, lines)
 
 
 def read_results(run_dir: Path) -> Sequence[Result]:
-    """Read the run folder's rows, oldest first, without those whose batch (see `append_results`) is not complete.
+    """Returns the run folder's rows, oldest first, without those of incomplete batches.
 
-    Lines that say nothing of a batch, as those before 2026-11-29, are complete each for itself. Lines of the format
-    before are converted, see `relloc.results_before`.
+    Lines that do not mention a batch (older than 2026-11-29) count as batches of one. Lines of
+    format 1 are converted by `relloc.results_before`. A missing file has no rows.
 
     Raises:
-        DamagedFile: a line is not a result of a known format, with its line number.
+        DamagedFile: the file cannot be read, or a line is not a result of a known format; the
+            message has the line's number.
     """
     path = run_dir / RESULTS_FILE
     try:
         lines = read_lines(path)
     except OSError as error:
         raise DamagedFile(
-            f"{path} can't be read ({error.strerror}): put back a copy, or move it away, and all is measured again"
+            f"{path} can't be read ({error.strerror}): put back a copy of it, or move it away, and everything is "
+            "measured again"
         ) from error
     rows: list[Result] = []
-    begun: list[Result] = []  # of the batch that is being read
-    size = 0
-    is_of_before = False
-    for place, line in enumerate(lines, start=1):
-        row, number, of, form = _parsed(line, f"{path} line {place}")
-        is_of_before |= form < FORMAT
-        if number != len(begun) + 1 or of != size:
-            begun, size = [], of  # what was begun before was never finished
-        if number == len(begun) + 1:
-            begun.append(row)
-        if len(begun) == size:
-            rows += begun
-            begun = []
-    return mark_headlines(rows) if is_of_before else rows
+    batch: list[Result] = []  # rows of the batch that is being read
+    batch_size = 0
+    has_old_format = False
+    for line_number, text in enumerate(lines, start=1):
+        line = _parse_line(text, f"{path} line {line_number}")
+        has_old_format |= line.format < FORMAT
+        # A line that does not continue the batch shows that the batch was never finished: its rows
+        # are dropped, and the line counts only if it is the first of a batch itself.
+        continues = line.number == len(batch) + 1 and line.count == batch_size
+        if not continues:
+            batch = []
+            batch_size = line.count
+        if line.number == len(batch) + 1:
+            batch.append(line.result)
+        if len(batch) == batch_size:
+            rows += batch
+            batch = []
+    # Format 1 did not say which row is the headline of its evaluation.
+    return mark_headlines(rows) if has_old_format else rows
 
 
-def _parsed(line: bytes, place: str) -> tuple[Result, int, int, int]:
-    """A row, which it is of how many of its batch, and the format of its line."""
-    problem = f"{place} is not a result row"
-    text = line.decode("utf-8", "replace")  # paths were once written with any bytes
-    fields = parse_json(text.encode(), dict[str, Any], problem, _LOST)
-    form, number, of = fields.pop(_FORMAT, 1), fields.pop(_NUMBER, 1), fields.pop(_OF, 1)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A parsed line: its result, which row of how many in its batch it is, and its format."""
+
+    result: Result
+    number: int
+    count: int
+    format: int
+
+
+def _parse_line(line: bytes, location: str) -> _Line:
+    """Parses one line of results.jsonl; `location` names file and line in error messages."""
+    problem = f"{location} is not a result row"
+    # A path on Linux is bytes and need not be UTF-8; older versions wrote such bytes as they were.
+    text = line.decode("utf-8", "replace")
+    fields = parse_json(text.encode(), dict[str, Any], problem, _ADVICE)
+
+    # The bookkeeping keys are not fields of a `Result`.
+    version = fields.pop(_FORMAT_KEY, 1)
+    number = fields.pop(_ROW_KEY, 1)
+    count = fields.pop(_ROW_COUNT_KEY, 1)
     try:
-        if form not in (1, FORMAT):
-            raise ValueError(f"its format is {form}, and this version of relloc knows no format above {FORMAT}")
-        if not isinstance(number, int) or not isinstance(of, int) or not 1 <= number <= of:
-            raise ValueError(f"it is row {number} of {of}")
-        fields = convert(fields) if form == 1 else with_series(fields)
+        if version not in (1, FORMAT):
+            raise ValueError(f"its format is {version}, and this version of relloc knows no format above {FORMAT}")
+        are_whole = isinstance(number, int) and isinstance(count, int)
+        if not are_whole or not 1 <= number <= count:
+            raise ValueError(f"it says that it is row {number} of {count}")
+        fields = convert(fields) if version == 1 else add_series(fields)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise DamagedFile(f"{problem}: {reason(error)}. {_LOST}") from error
-    return parse_json(json.dumps(fields).encode(), Result, problem, _LOST), number, of, form
+        raise DamagedFile(f"{problem}: {reason(error)}. {_ADVICE}") from error
+
+    # Back to JSON, so that pydantic checks the fields as strictly as it does when it parses a file.
+    result: Result = parse_json(json.dumps(fields).encode(), Result, problem, _ADVICE)
+    return _Line(result=result, number=number, count=count, format=version)

@@ -265,9 +265,9 @@ def test_no_two_kinds_of_row_share_a_tracked_name() -> None:
 
 
 def test_a_row_without_a_layer_of_the_benchmark_or_without_samples_can_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"layer is 'conv1', neither empty nor one of feature1, feature2, .*, avgpool"):
+    with pytest.raises(ValueError, match=r"layer .* 'conv1': .* feature1, feature2, .*, avgpool"):
         row(layer="conv1")
-    with pytest.raises(ValueError, match="n is 0: a result needs at least one sample"):
+    with pytest.raises(ValueError, match="n of a result is 0"):
         row(n=0)
 
 

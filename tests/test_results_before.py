@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from relloc.errors import DamagedFile
-from relloc.results import CHOSEN, KINDS, RESULTS_FILE, Result, append_results, read_results
+from relloc.results import CHOSEN_WITHOUT_TEST, KINDS, RESULTS_FILE, Result, append_results, read_results
 
 RECORDED = Path(__file__).parent / "results_before.jsonl"
 LINES = [json.loads(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()]
@@ -64,7 +64,11 @@ def test_facts_of_a_sentence_become_fields(rows: list[Result]) -> None:
     assert (tuned.protocol, tuned.view, tuned.precision) == ("3.3", "center view 256/224 px", "float32")
     assert tuned.choice.startswith("chosen among 10 on a held-back tenth of train in the still view, not trained on")
     assert ", lr 0.03, " in tuned.details[0]
-    assert (tuned.table, tuned.column, tuned.variant) == ("Linear, ImageNet protocol, top-1", "feature1", CHOSEN)
+    assert (tuned.table, tuned.column, tuned.variant) == (
+        "Linear, ImageNet protocol, top-1",
+        "feature1",
+        CHOSEN_WITHOUT_TEST,
+    )
     last = find(rows, "linear_in1k", "top1")
     assert [one.startswith("a batch is all of the held-back tenth") for one in last.deviations] == [True]
     assert (last.variant, last.headline, last.choice) == ("", True, "")

@@ -40,7 +40,7 @@ class Knn(Evaluation):
     bank_gib: float = dataclasses.field(repr=False)  # the fingerprint is of the repr, and memory decides no number
 
     def __post_init__(self) -> None:
-        self.check_reading("eval.knn")
+        self.check_inputs("eval.knn")
         checks.wholes("eval.knn.k", self.k)
         checks.number("eval.knn.temperature", self.temperature, above=0)
         checks.number("eval.knn.bank_gib", self.bank_gib, at_least=0)

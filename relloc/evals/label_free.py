@@ -37,7 +37,7 @@ class LabelFree(Evaluation):
     batch: int
 
     def __post_init__(self) -> None:
-        self.check_reading("eval.label_free")
+        self.check_inputs("eval.label_free")
         checks.whole("eval.label_free.n_images", self.n_images, at_least=2)  # a spectrum needs two
 
     def run(self, context: Context) -> Iterator[Score]:

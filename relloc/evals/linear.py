@@ -17,7 +17,7 @@ from relloc.evals.training import Trained, Training, count_hits, have_diverged, 
 from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.source import Color, FeatureSource
-from relloc.results import CHOSEN, Score
+from relloc.results import CHOSEN_WITHOUT_TEST, Score
 
 _DIVERGED = "diverged: weights are not finite"
 
@@ -76,7 +76,7 @@ class _Trained(Evaluation):
             f"lr {setting.lr:g}",
             f"weight decay {setting.weight_decay:g}",
             f"{'nesterov ' if self.nesterov else ''}momentum {self.momentum:g}",
-            schedule.in_words(self.epochs, self.milestone_epochs, self.gamma),
+            schedule.describe_schedule(self.epochs, self.milestone_epochs, self.gamma),
             f"batch {self.batch}",
         )
 
@@ -118,12 +118,12 @@ class Linear(_Trained):
     best_epoch: bool = False
 
     def __post_init__(self) -> None:
-        self.check_reading("eval.linear")
+        self.check_inputs("eval.linear")
         if self.augment is not None:
             check_view("eval.linear.augment", self.augment)
         for name in ("nesterov", "batch_norm", "best_epoch"):
             checks.true_or_false(f"eval.linear.{name}", getattr(self, name))
-        schedule.check_training("eval.linear", self, batch_norm=self.batch_norm)
+        schedule.check_sgd_settings("eval.linear", self, batch_norm=self.batch_norm)
         checks.number("eval.linear.lr", self.lr, above=0)
         checks.numbers("eval.linear.grid_lrs", self.grid_lrs, above=0, may_be_empty=True)
         checks.numbers("eval.linear.grid_weight_decays", self.grid_weight_decays, at_least=0, may_be_empty=True)
@@ -172,7 +172,7 @@ class Linear(_Trained):
                 yield dataclasses.replace(
                     last,
                     metric="top1_tuned",
-                    variant=CHOSEN,
+                    variant=CHOSEN_WITHOUT_TEST,
                     headline=False,
                     value=100 * int(hits[layer][chosen[layer]]) / seen,
                     deviations=(),
@@ -227,8 +227,8 @@ class LinearFast(_Trained):
     batch: int
 
     def __post_init__(self) -> None:
-        self.check_reading("eval.linear_fast")
-        schedule.check_training("eval.linear_fast", self, batch_norm=True)
+        self.check_inputs("eval.linear_fast")
+        schedule.check_sgd_settings("eval.linear_fast", self, batch_norm=True)
         checks.numbers("eval.linear_fast.learning_rates", self.learning_rates, above=0)
 
     def run(self, context: Context) -> Iterator[Score]:

@@ -65,7 +65,7 @@ class Voc07(Evaluation):
     costs: Sequence[float]
 
     def __post_init__(self) -> None:
-        self.check_reading(self.setting)
+        self.check_inputs(self.setting)
         checks.numbers(f"{self.setting}.costs", self.costs, above=0)
 
     def check(self, splits: Splits) -> None:

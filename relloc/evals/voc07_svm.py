@@ -18,7 +18,7 @@ from relloc.evals.metrics import ap_steps
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import Grams, Shown, Voc07, class_weights
 from relloc.evaluation.contract import Context
-from relloc.results import CHOSEN, Result, Score
+from relloc.results import CHOSEN_WITHOUT_TEST, Result, Score
 
 _COST_WITHOUT_CHOICE = 1.0
 
@@ -141,7 +141,9 @@ class Voc07Svm(Voc07):
         layer = max(validated, key=lambda row: row.value).layer
         by_validation = next(row for row in tested if row.layer == layer)
         choice = f"best of {len(tested)} layers, chosen by cross-validation on train"
-        yield dataclasses.replace(by_validation, **best, metric="map_best_cv", variant=CHOSEN, choice=choice)
+        yield dataclasses.replace(
+            by_validation, **best, metric="map_best_cv", variant=CHOSEN_WITHOUT_TEST, choice=choice
+        )
 
 
 def _first_best(validated: Float[Tensor, "costs classes"], costs: Sequence[float]) -> Float[Tensor, "classes"]:

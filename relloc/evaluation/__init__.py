@@ -1,1 +1,1 @@
-"""What every evaluation declares and is given, and the runner that computes what several of them share once."""
+"""The interface that every evaluation implements, and the runner that shares features among them."""

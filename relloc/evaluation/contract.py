@@ -1,4 +1,9 @@
-"""Interfaces between evaluations and their runner."""
+"""Interfaces between evaluations and their runner.
+
+An evaluation is a frozen dataclass of its hyperparameters that derives from `Evaluation`. The
+runner (`relloc.evaluation.run`) hands it a `Context` with the model and its features; the
+evaluation yields a `Score` for each number it measures.
+"""
 
 import abc
 import dataclasses
@@ -24,24 +29,25 @@ Labels = Literal["class", "presence", "own", "none"]
 
 
 @runtime_checkable
-class State(Protocol):
-    """What a long evaluation goes on from if it was stopped: tensors and plain values, the same for all ranks.
+class ResumableState(Protocol):
+    """Storage from which a long evaluation resumes after it was stopped.
 
-    All ranks call `load` and `save` together. What differs between ranks is gathered before it is saved
+    A state is a dictionary of tensors and plain values, the same for all ranks. All ranks call
+    `load` and `save` together. What differs between ranks is gathered before it is saved
     (`relloc.ranks.gathered`), and each rank takes its part of what was loaded.
     """
 
     def load(self) -> dict[str, Any] | None:
-        """What rank 0 saved last, on the CPU of each rank; None at the first start."""
+        """Returns what rank 0 saved last, on the CPU of each rank; None at the first start."""
         ...
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep rank 0's `state`; calls that follow one another too soon are passed over."""
+        """Saves the `state` of rank 0; calls that follow one another too soon are skipped."""
         ...
 
 
 class NullState:
-    """A `State` that keeps nothing."""
+    """A `ResumableState` that saves nothing, for tests and evaluations that are not resumed."""
 
     def load(self) -> None:
         return None
@@ -52,14 +58,18 @@ class NullState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the runner gives an evaluation.
+    """Everything that the runner gives an evaluation.
 
-    `backbone` is in eval mode and on the device, and stays as it is: who trains it trains a copy.
-    `train` and `held_out` are the pooled features of the splits in the evaluation's `view`, kept in
-    memory or computed each time that they are asked for; of no image where it has no layers.
-    `encode_config` has batch size, reading processes, device, precision and progress; the images that
-    it can't read are noted for the run.
-    `folder` is for pictures and tables; it belongs to this evaluation of this model, and need not exist yet.
+    backbone: in eval mode and on the device. It must not change: fine-tuning trains a copy.
+    splits: the images.
+    train, held_out: pooled features of the two splits in the evaluation's `view`, either kept in
+        memory or computed each time they are asked for; empty for an evaluation without layers.
+    encode_config: batch size, number of reading processes, device, precision and progress bar. It
+        records for the run which images cannot be read.
+    seed: the run's seed, from which the evaluation derives its own.
+    state: where a long evaluation saves its progress.
+    folder: for pictures and tables; it belongs to this evaluation of this model, and need not
+        exist yet.
     """
 
     backbone: Backbone
@@ -68,29 +78,45 @@ class Context:
     held_out: FeatureSource
     encode_config: EncodeConfig
     seed: int
-    state: State
+    state: ResumableState
     folder: Path
 
     @property
     def device(self) -> torch.device:
+        """The device of the backbone."""
         return self.encode_config.device
 
     def augmented(self, view: View, color: Color | None) -> FeatureSource:
-        """Features of the training split in random views, colored on the device, anew in each epoch."""
-        return LiveFeatures(self.backbone, self.splits.train, self.encode_config, view, color=color, seed=self.seed)
+        """Returns features of the training split in random views that are new in each epoch.
+
+        `color` changes the colors of the views, on the device; None leaves them as they are.
+        """
+        return LiveFeatures(
+            self.backbone,
+            self.splits.train,
+            self.encode_config,
+            view,
+            color=color,
+            seed=self.seed,
+        )
 
 
 class Evaluation(abc.ABC):
-    """What each evaluation derives from: a frozen dataclass of its constants that says here what it is.
+    """Base class of all evaluations: frozen dataclasses whose fields are their hyperparameters.
 
-    kind: frozen evaluations and studies see the backbone with each of the run's batch norms; a fine-tuned
-        one trains a copy of it, batch norm included, and runs once.
-    labels: what an image must be labeled with: one class, the presence of each class, nothing, or what
-        the evaluation looks for by itself (boxes, masks), in `check`.
-    version: raised when the code computes something else, so that older results are not used again.
-    across_ranks: all processes of the run call `run` together and divide its work.
-    independent_layers: each of `layers` is measured for itself, so that each can be finished alone.
-    keeps_features: features are read more than once, and are kept in memory where there is room.
+    A hash of the `repr` decides which results are already measured, so a field that decides no
+    number is declared with `repr=False`. Class attributes declare what the evaluation is:
+
+    kind: "frozen" and "study" see the backbone under each of the run's batch norms; "fine-tuned"
+        trains a copy of it, batch norm included, and runs once.
+    labels: what an image must be labeled with: one class ("class"), the presence of each class
+        ("presence"), nothing ("none"), or what the evaluation itself looks for in `check`, such
+        as boxes or masks ("own").
+    version: an integer to raise when the code computes something else, so that results of an
+        older version are measured again.
+    across_ranks: all processes of the run call `run` together and divide the work.
+    independent_layers: each of `layers` is measured by itself, and finished and resumed by itself.
+    keeps_features: features are read more than once, and are kept in memory if there is room.
     """
 
     kind: ClassVar[Kind]
@@ -100,33 +126,49 @@ class Evaluation(abc.ABC):
     independent_layers: ClassVar[bool] = False
     keeps_features: ClassVar[bool] = False
 
-    layers: Sequence[str]  # whose pooled features are read: () for none
-    view: Any  # how images are seen, in words by its `str`; a relloc.data.views.View but where it is fine-tuned
-    batch: int  # images that are read at once, or that a step trains on
+    layers: Sequence[str]  # whose pooled features are read; () for none
+    # How images are cropped and resized, in words by its `str`: a relloc.data.views.View, except
+    # for fine-tuned evaluations, whose own type also names the training views.
+    view: Any
+    batch: int  # number of images that are read at once, or that a step trains on
 
     @abc.abstractmethod
     def run(self, context: Context) -> Iterator[Score]:
-        """The scores, as they come."""
+        """Yields the scores as they are measured."""
 
-    def check_reading(self, setting: str) -> None:
-        """Raises `UsageError` where layers, view or batch of the evaluation `setting` make no sense."""
+    def check_inputs(self, setting: str) -> None:
+        """Checks layers, view and batch of the evaluation that is configured at `setting`.
+
+        Raises:
+            UsageError: one of them is wrong; the message names it and its value.
+        """
         checks.some_of(f"{setting}.layers", self.layers, LAYERS)
         check_view(f"{setting}.view", self.view)
         checks.whole(f"{setting}.batch", self.batch)
 
-    def check(self, splits: Splits) -> None:  # noqa: B027 - most evaluations ask for nothing more
-        """Raises `UsageError` or `DataError`, before anything is computed, where images with the labels don't do."""
+    def check(self, splits: Splits) -> None:  # noqa: B027 - most evaluations have no further demands
+        """Checks before any computation whether the evaluation can work on these images.
+
+        The kind of labels that `labels` asks for has been checked before.
+
+        Raises:
+            UsageError, DataError: the images will not do; the message says why.
+        """
 
     def summary(self, rows: Sequence[Result]) -> Iterator[Result]:
-        """Results about all layers together, from the rows of all of them; their fingerprints do not count."""
+        """Yields results that need all layers, such as the best layer, from the rows of all layers.
+
+        They are derived again whenever rows are, so the fingerprints of the results do not count.
+        """
         return iter(())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedEvaluation:
-    """An evaluation, the name of its rows, and the images it is about.
+    """An evaluation under its name in the config, with the images that it is measured on.
 
-    `unreadable_share` of them may be broken; None is the share of the run.
+    `unreadable_share` is the share of these images that may be broken; None if the images are the
+    run's own, for which the run's share holds.
     """
 
     name: str
@@ -136,34 +178,56 @@ class NamedEvaluation:
 
     @property
     def data_setting(self) -> str:
-        """Where the user sets what the images are: the run's data, or what the evaluation brings."""
-        return "data" if self.unreadable_share is None else f"eval.{self.name}.data"
+        """The setting that chooses the images: the run's `data`, or the evaluation's own."""
+        if self.unreadable_share is None:
+            return "data"
+        return f"eval.{self.name}.data"
 
     def check_images(self) -> None:
-        """Raises `UsageError` where the images lack the labels that the evaluation needs, or are too few for it."""
-        name, images = f"eval.{self.name}", self.splits.train.name
+        """Checks that the images have the labels that the evaluation needs, and enough of them.
+
+        Raises:
+            UsageError: labels are missing, or there are too few images.
+            DataError: a list of labels is missing or damaged.
+        """
+        setting = f"eval.{self.name}"
+        dataset = self.splits.train.name
+        both_splits = (self.splits.train, self.splits.held_out)
+
         if self.evaluation.labels == "class" and not self.splits.labeled:
             raise UsageError(
-                f"{name}: {images} has no labels to evaluate on (train/CLASS and val/CLASS folders with the same "
-                "classes): evaluate on labeled data with python -m relloc.evaluate checkpoint=… data=… "
+                f"{setting}: {dataset} has no labels to evaluate on (train/CLASS and val/CLASS folders with the "
+                "same classes): evaluate on labeled data with python -m relloc.evaluate checkpoint=… data=… "
             )
-        both = (self.splits.train, self.splits.held_out)
-        if self.evaluation.labels == "presence" and not all(isinstance(split, MultiLabeled) for split in both):
-            message = f"{name} needs images that say of each class whether it is there (PASCAL VOC): {images} do not"
-            if any(isinstance(split, ShardImages) for split in both):
-                message += f"; if it is VOC, pack it again, as shards keep this now, or give {self.data_setting}.root"
-            raise UsageError(message)
+
+        if self.evaluation.labels == "presence":
+            have_presence = all(isinstance(split, MultiLabeled) for split in both_splits)
+            if not have_presence:
+                message = (
+                    f"{setting} needs images that say of each class whether it is in the image (PASCAL VOC): "
+                    f"{dataset} do not"
+                )
+                # Shards that older versions packed have lost what VOC says of each class.
+                if any(isinstance(split, ShardImages) for split in both_splits):
+                    message += (
+                        f"; if it is VOC, pack it again, as shards keep this now, or give {self.data_setting}.root"
+                    )
+                raise UsageError(message)
+
         try:
             self.evaluation.check(self.splits)
-        except DataError as error:  # a list that is read only now; it knows of one data set a run
-            raise DataError(str(error).replace("data.root", f"{self.data_setting}.root")) from error
+        except DataError as error:
+            # A list of labels was read only now, by a data set that believes itself the run's own.
+            message = str(error).replace("data.root", f"{self.data_setting}.root")
+            raise DataError(message) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """A backbone in eval mode and on its device, and the names that its rows carry.
+    """A backbone in eval mode and on its device, and the names that its results carry.
 
-    `weights` is the digest of the backbone's tensors: rows of the same weights can be used again.
+    checkpoint: its path, or "random" or "torchvision". model: the name of the architecture.
+    weights: a digest of the backbone's tensors; results of equal weights can be used again.
     """
 
     backbone: Backbone
@@ -174,7 +238,14 @@ class EvaluatedModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """How evaluations are run; `bank_gib` bounds the features kept in memory."""
+    """Settings that all evaluations of a run share.
+
+    encode_config: how images are read and encoded.
+    batch_norms: some of `BATCH_NORMS`, each of which frozen evaluations are measured under.
+    calibration_images: number of training images that recalibrated statistics are estimated on.
+    bank_gib: the most memory, in GiB, for features that several evaluations read.
+    seed: the run's seed.
+    """
 
     encode_config: EncodeConfig
     batch_norms: Sequence[str]

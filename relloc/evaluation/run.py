@@ -1,4 +1,9 @@
-"""All named evaluations of one backbone: features computed once, numbers given their full names."""
+"""Runs evaluations of one model: computes shared features once and names every number in full.
+
+An evaluation is split into parts, each of which is finished, resumed and recognized by itself
+(`split_evaluation`). Parts that see the same features form a group (`group_parts`), and a group is
+measured together (`evaluate`).
+"""
 
 import copy
 import dataclasses
@@ -23,7 +28,7 @@ from relloc.evaluation.contract import (
     Evaluation,
     Labels,
     NamedEvaluation,
-    State,
+    ResumableState,
 )
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import (
@@ -36,19 +41,22 @@ from relloc.features.source import (
     free_gib,
     in_gib,
 )
+from relloc.models.backbone import Backbone
 from relloc.results import Result, Score
 from relloc.seeds import Use, seed_for
 
-_CALIBRATION_VERSION = 2  # raised when other images are drawn to recalibrate batch norm on
+# Enters fingerprints. To raise when other images are drawn to recalibrate batch norm on.
+_CALIBRATION_VERSION = 2
+# The features of evaluations that read none.
 NO_FEATURES = Bank(features={}, labels=torch.zeros(0, dtype=torch.int64), n_classes=0, channels={})
 _PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalPart:
-    """The part of an evaluation of a model that is finished, or stopped, as a whole.
+    """The smallest unit of an evaluation of a model that is finished or resumed as a whole.
 
-    `evaluation` is that of `named`, or the same with one of its layers.
+    `evaluation` is that of `named`, or the same with only one of its layers.
     """
 
     named: NamedEvaluation
@@ -58,51 +66,118 @@ class EvalPart:
 
     @property
     def folder(self) -> Path:
-        """Where its pictures and tables go, in the run folder."""
+        """Where its pictures and tables go, relative to the run folder."""
         return Path("evaluations") / f"{self.named.name}_{self.fingerprint}"
 
 
-def parts_of(named: NamedEvaluation, batch_norm: str, model: EvaluatedModel, settings: EvalSettings) -> list[EvalPart]:
-    """The parts of an evaluation under a batch norm: one for each layer where these are independent."""
+def split_evaluation(
+    named: NamedEvaluation,
+    batch_norm: str,
+    model: EvaluatedModel,
+    settings: EvalSettings,
+) -> list[EvalPart]:
+    """Returns the parts of an evaluation under a batch norm: one per layer where these are independent."""
     evaluation = named.evaluation
     if evaluation.kind == "fine-tuned":
+        # Fine-tuning trains batch norm with the weights, so it runs once, under the first one.
         if batch_norm != settings.batch_norms[0]:
-            return []  # batch norm is trained with the weights: there is one way only
+            return []
         batch_norm = "as_trained"
-    parts = [evaluation]
+
+    evaluations = [evaluation]
     if evaluation.independent_layers:
-        parts = [dataclasses.replace(evaluation, layers=(layer,)) for layer in evaluation.layers]  # pyright: ignore
-    return [
-        EvalPart(
+        evaluations = []
+        for layer in evaluation.layers:
+            of_layer = dataclasses.replace(evaluation, layers=(layer,))  # pyright: ignore
+            evaluations.append(of_layer)
+
+    parts = []
+    for each in evaluations:
+        part = EvalPart(
             named=named,
-            evaluation=part,
+            evaluation=each,
             batch_norm=batch_norm,
-            fingerprint=fingerprint(part, model, named.splits, settings, batch_norm),
+            fingerprint=fingerprint(each, model, named.splits, settings, batch_norm),
         )
-        for part in parts
-    ]
+        parts.append(part)
+    return parts
 
 
 def fingerprint(
-    evaluation: Evaluation, model: EvaluatedModel, splits: Splits, settings: EvalSettings, batch_norm: str
+    evaluation: Evaluation,
+    model: EvaluatedModel,
+    splits: Splits,
+    settings: EvalSettings,
+    batch_norm: str,
 ) -> str:
-    """Hash of everything that decides an evaluation's numbers, the weights with it."""
-    both = (splits.train, splits.held_out)
-    images = [(split.name, split.split, split.digest()) for split in both]
+    """Returns a hash of everything that decides an evaluation's numbers.
+
+    Results with this fingerprint are used again instead of being measured. Hence it includes the
+    weights, the images and their labels, all hyperparameters, the precision and the seed, and
+    leaves out what only decides speed or memory. What is hashed, and in which order, must not
+    change: existing results would no longer be recognized.
+    """
+    both_splits = (splits.train, splits.held_out)
+    images = []
+    for split in both_splits:
+        images.append((split.name, split.split, split.digest()))
+    # A digest covers one class per image; what else an image shows is hashed here.
     if evaluation.labels == "presence":
-        images += [hash_lines(map(str, split.presence())) for split in both if isinstance(split, MultiLabeled)]
-    calibrated = ()
+        for split in both_splits:
+            if isinstance(split, MultiLabeled):
+                images.append(hash_lines(map(str, split.presence())))
+
+    # The batch size decides numbers only where batch statistics are estimated.
+    calibration = ()
     if batch_norm == "recalibrated":
-        calibrated = (_CALIBRATION_VERSION, settings.calibration_images, settings.encode_config.batch)
-    weights = (model.weights, model.model, batch_norm, calibrated)
-    precision = settings.encode_config.precision
-    return hash_lines([repr((repr(evaluation), evaluation.version, weights, precision, images, settings.seed))])
+        calibration = (
+            _CALIBRATION_VERSION,
+            settings.calibration_images,
+            settings.encode_config.batch,
+        )
+    weights = (model.weights, model.model, batch_norm, calibration)
+    facts = (
+        repr(evaluation),
+        evaluation.version,
+        weights,
+        settings.encode_config.precision,
+        images,
+        settings.seed,
+    )
+    return hash_lines([repr(facts)])
 
 
-def grouped(parts: Sequence[EvalPart]) -> list[list[EvalPart]]:
-    """The parts in the order in which they are measured; those of a group see the same features, or none."""
-    order = sorted(parts, key=lambda part: (BATCH_NORMS.index(part.batch_norm), *_same_features(part)))
-    return [list(group) for _, group in itertools.groupby(order, key=_same_features)]
+def group_parts(parts: Sequence[EvalPart]) -> list[list[EvalPart]]:
+    """Returns the parts in the order to measure them, in groups that see the same features."""
+
+    def sort_key(part: EvalPart) -> tuple[int | str, ...]:
+        return (BATCH_NORMS.index(part.batch_norm), *_group_key(part))
+
+    ordered = sorted(parts, key=sort_key)
+    groups = []
+    for _, group in itertools.groupby(ordered, key=_group_key):
+        groups.append(list(group))
+    return groups
+
+
+def _group_key(part: EvalPart) -> tuple[str, ...]:
+    """Returns a key that is equal for parts that see the same features, or none.
+
+    It also orders groups: the "" of fine-tuning sorts first, so that networks are trained before
+    features fill the memory.
+    """
+    evaluation = part.evaluation
+    splits = part.named.splits
+    kind = "" if evaluation.kind == "fine-tuned" else f"layers {bool(evaluation.layers)}"
+    return (
+        part.batch_norm,
+        kind,
+        splits.train.digest(),
+        splits.held_out.digest(),
+        str(part.named.unreadable_share),
+        repr(evaluation.view),
+        evaluation.labels,
+    )
 
 
 def evaluate(
@@ -111,96 +186,161 @@ def evaluate(
     settings: EvalSettings,
     *,
     run_dir: Path,
-    open_state: Callable[[str], State],
+    open_state: Callable[[str], ResumableState],
 ) -> Iterator[tuple[EvalPart, list[Result]]]:
-    """Each part of a group and its results, as they come; what they share is computed once.
+    """Yields each part of a group from `group_parts` with its results, as they are measured.
 
-    `open_state` gives what a part with that fingerprint goes on from.
+    `open_state` returns the state that the part with a given fingerprint resumes from.
     """
-    first = parts[0].evaluation
-    splits = parts[0].named.splits
-    share = parts[0].named.unreadable_share
-    if share is not None:  # of images that the evaluation brings another share than of the run's may be unreadable
-        setting = f"{parts[0].named.data_setting}.unreadable_share"
-        own = dataclasses.replace(settings.encode_config, unreadable_share=share, share_setting=setting)
-        settings = dataclasses.replace(settings, encode_config=own)
-    backbone, details = model.backbone, ()
-    if first.kind == "fine-tuned":
-        details = ("batch-norm statistics trained with the weights",)
-    elif parts[0].batch_norm == "recalibrated":
-        backbone = copy.deepcopy(backbone)
-        n_images = recalibrate(backbone, calibration_batches(splits.train, first.view, settings))
-        details = (f"batch-norm statistics re-estimated on {n_images} training images without labels",)
-    train = held_out = kept_train = kept_held_out = NO_FEATURES
-    if first.layers:
+    # All parts of a group agree in everything that is read from the first one here.
+    first = parts[0]
+    settings = _with_unreadable_share(settings, first.named)
+    backbone, details = _prepare_backbone(model.backbone, first, settings)
+
+    live_train = live_held_out = NO_FEATURES
+    cached_train = cached_held_out = NO_FEATURES
+    if first.evaluation.layers:
         # Nothing is read or computed until an evaluation asks for features.
-        train, held_out = (
-            LiveFeatures(backbone, images, settings.encode_config, first.view, labels=_labels(images, first.labels))
-            for images in (splits.train, splits.held_out)
-        )
-        kept_train, kept_held_out = _keep(train, held_out, parts, settings)
+        splits = first.named.splits
+        live_train = _live_features(backbone, splits.train, first.evaluation, settings)
+        live_held_out = _live_features(backbone, splits.held_out, first.evaluation, settings)
+        cached_train, cached_held_out = _cache_features(live_train, live_held_out, parts, settings)
+
     for part in parts:
-        keeps = part.evaluation.keeps_features
+        cached = part.evaluation.keeps_features
         context = Context(
             backbone=backbone,
             splits=part.named.splits,
-            train=kept_train if keeps else train,
-            held_out=kept_held_out if keeps else held_out,
+            train=cached_train if cached else live_train,
+            held_out=cached_held_out if cached else live_held_out,
             encode_config=settings.encode_config,
             seed=settings.seed,
             state=open_state(part.fingerprint),
             folder=run_dir / part.folder,
         )
-        yield part, [_result(score, part, model, settings, details) for score in part.evaluation.run(context)]
+        results = []
+        for score in part.evaluation.run(context):
+            results.append(_to_result(score, part, model, settings, details))
+        yield part, results
 
 
-def _same_features(part: EvalPart) -> tuple[str, ...]:
-    """Parts that agree in this see the same features, or none. What trains comes before features fill the memory."""
-    splits, evaluation = part.named.splits, part.evaluation
-    kind = "" if evaluation.kind == "fine-tuned" else f"layers {bool(evaluation.layers)}"
-    digests = (splits.train.digest(), splits.held_out.digest())
-    return part.batch_norm, kind, *digests, str(part.named.unreadable_share), repr(evaluation.view), evaluation.labels
+def _with_unreadable_share(settings: EvalSettings, named: NamedEvaluation) -> EvalSettings:
+    """Returns the settings with the share of unreadable images that holds for the evaluation."""
+    if named.unreadable_share is None:
+        return settings
+    encode_config = dataclasses.replace(
+        settings.encode_config,
+        unreadable_share=named.unreadable_share,
+        share_setting=f"{named.data_setting}.unreadable_share",
+    )
+    return dataclasses.replace(settings, encode_config=encode_config)
+
+
+def _prepare_backbone(
+    backbone: Backbone,
+    part: EvalPart,
+    settings: EvalSettings,
+) -> tuple[Backbone, tuple[str, ...]]:
+    """Returns the backbone with the batch-norm statistics of the part, and details for its results."""
+    if part.evaluation.kind == "fine-tuned":
+        return backbone, ("batch-norm statistics trained with the weights",)
+    if part.batch_norm == "as_trained":
+        return backbone, ()
+    backbone = copy.deepcopy(backbone)
+    batches = calibration_batches(part.named.splits.train, part.evaluation.view, settings)
+    n_images = recalibrate(backbone, batches)
+    detail = f"batch-norm statistics re-estimated on {n_images} training images without labels"
+    return backbone, (detail,)
+
+
+def _live_features(
+    backbone: Backbone,
+    images: ImageSet,
+    evaluation: Evaluation,
+    settings: EvalSettings,
+) -> LiveFeatures:
+    return LiveFeatures(
+        backbone,
+        images,
+        settings.encode_config,
+        evaluation.view,
+        labels=_labels(images, evaluation.labels),
+    )
 
 
 def _labels(images: ImageSet, needed: Labels) -> Int[Tensor, "n *classes"] | None:
-    """The labels that go with features: None for the images' own class, zeros where features need none."""
+    """Returns the labels that accompany features.
+
+    None stands for the images' own classes; zeros are for evaluations that need no label.
+    """
     if needed == "presence" and isinstance(images, MultiLabeled):
         return torch.as_tensor(images.presence())
-    return None if needed == "class" else torch.zeros(len(images), dtype=torch.int64)
+    if needed == "class":
+        return None
+    return torch.zeros(len(images), dtype=torch.int64)
 
 
-def _keep(
-    train: FeatureSource, held_out: FeatureSource, parts: Sequence[EvalPart], settings: EvalSettings
+def _cache_features(
+    train: FeatureSource,
+    held_out: FeatureSource,
+    parts: Sequence[EvalPart],
+    settings: EvalSettings,
 ) -> tuple[FeatureSource, FeatureSource]:
-    """The sources with the features that several of `parts` read in memory, if there is room for them."""
-    if ranks.world_size() > 1:  # evaluations that run in several processes divide what they keep
+    """Returns both sources with the features that several parts read in memory, if there is room.
+
+    Otherwise it returns them as they are: features are then computed each time they are asked for.
+    """
+    # With several processes, an evaluation that keeps features divides them among the processes.
+    if ranks.world_size() > 1:
         return train, held_out
-    layers = sorted({layer for part in parts if part.evaluation.keeps_features for layer in part.evaluation.layers})
+
+    layers = set()
+    for part in parts:
+        if part.evaluation.keeps_features:
+            layers.update(part.evaluation.layers)
+    layers = sorted(layers)
     needed = bank_gib(train, layers) + bank_gib(held_out, layers)
     if not layers or needed > settings.bank_gib:
         return train, held_out
+
     device = bank_device(needed, settings.encode_config.device)
-    if needed > (free := free_gib(device)):
+    free = free_gib(device)
+    if needed > free:
         warnings.warn(
             f"features of {', '.join(layers)} take {in_gib(needed)}, and {in_gib(free)} of memory are free: they are "
-            "not kept but computed again each time, which is slow",
+            "not kept in memory but computed again each time, which is slow",
             stacklevel=2,
         )
         return train, held_out
-    size = settings.encode_config.batch
-    return fill_bank(train, layers, size, device), fill_bank(held_out, layers, size, device)
+    batch = settings.encode_config.batch
+    train_bank = fill_bank(train, layers, batch, device)
+    held_out_bank = fill_bank(held_out, layers, batch, device)
+    return train_bank, held_out_bank
 
 
-def calibration_batches(images: ImageSet, view: View, settings: EvalSettings) -> Iterator[torch.Tensor]:
-    """Pixels (b 3 s s), on the device, of the images that statistics are estimated on, drawn by the seed."""
+def calibration_batches(
+    images: ImageSet,
+    view: View,
+    settings: EvalSettings,
+) -> Iterator[torch.Tensor]:
+    """Yields pixels (b 3 s s), on the device, to estimate batch-norm statistics on.
+
+    The images are drawn by the run's seed. All batches have the same number of images, except for
+    those that cannot be read.
+    """
     encode_config = settings.encode_config
     generator = torch.Generator().manual_seed(seed_for(Use.CALIBRATION_IMAGES, settings.seed))
     order = torch.randperm(len(images), generator=generator)
-    # Whole batches only: each counts alike in the statistics, whatever its size.
+
+    # Whole batches only: each counts the same in the statistics, whatever its size.
     size = min(encode_config.batch, len(images))
-    n_images = max(size, min(settings.calibration_images, len(images)) // size * size)
-    indices = order[:n_images].tolist()
-    keys = [(index, seed_for(Use.CALIBRATION_VIEW, settings.seed, index)) for index in indices]
+    n_batches = min(settings.calibration_images, len(images)) // size
+    n_images = max(size, n_batches * size)
+
+    keys = []
+    for index in order[:n_images].tolist():
+        seed = seed_for(Use.CALIBRATION_VIEW, settings.seed, index)
+        keys.append((index, seed))
     unreadable = encode_config.unreadable_of(len(images))
     for views in encode_config.views(images, view, keys, size):
         unreadable.add(views.unreadable)
@@ -208,15 +348,21 @@ def calibration_batches(images: ImageSet, view: View, settings: EvalSettings) ->
             yield encode_config.to_device(views.pixels)
 
 
-def _result(
-    score: Score, part: EvalPart, model: EvaluatedModel, settings: EvalSettings, details: tuple[str, ...]
+def _to_result(
+    score: Score,
+    part: EvalPart,
+    model: EvaluatedModel,
+    settings: EvalSettings,
+    details: tuple[str, ...],
 ) -> Result:
-    """The result of a score; `details` say of all of an evaluation's scores how they were measured."""
-    images = part.named.splits.train if score.on_train else part.named.splits.held_out
-    measured = {name: value for name, value in vars(score).items() if name not in ("on_train", "details")}
+    """Returns the score as a `Result`; `details` are added to those of the score."""
+    splits = part.named.splits
+    images = splits.train if score.on_train else splits.held_out
+    measured = vars(score).copy()
+    del measured["on_train"]  # from here on, `split` says it
+    measured["details"] = (*score.details, *details)
     return Result(
         **measured,
-        details=(*score.details, *details),
         eval=part.named.name,
         kind=part.evaluation.kind,
         dataset=images.name,

@@ -11,7 +11,7 @@ from relloc import ranks
 from relloc.checkpoints.states import delete_state
 from relloc.errors import KnownAnswerMissed, UsageError
 from relloc.evaluation.contract import EvalSettings, EvaluatedModel, NamedEvaluation
-from relloc.evaluation.run import EvalPart, evaluate, fingerprint, grouped, parts_of
+from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
 from relloc.pretext.stopping import stop_request
 from relloc.results import RESULTS_FILE, append_results, read_results
 from relloc.runs import console
@@ -112,7 +112,9 @@ def evaluate_model(
     settings = dataclasses.replace(settings, encode_config=encode_config)
     model.backbone.eval()
     of_evaluations = [
-        parts_of(named, batch_norm, model, settings) for batch_norm in settings.batch_norms for named in evaluations
+        split_evaluation(named, batch_norm, model, settings)
+        for batch_norm in settings.batch_norms
+        for named in evaluations
     ]
     parts = list(itertools.chain(*of_evaluations))
     wanted = []
@@ -121,7 +123,7 @@ def evaluate_model(
         wanted = not_measured(parts, model, run)
     wanted = [parts[number] for number in ranks.from_first(wanted)]
     open_state = functools.partial(ResumableState, run)
-    for group in grouped(wanted):
+    for group in group_parts(wanted):
         for part, rows in evaluate(model, group, settings, run_dir=run_dir, open_state=open_state):
             if folder:
                 append_results(run_dir, rows)

@@ -22,7 +22,7 @@ from relloc.data.views import View, check_view
 from relloc.errors import DataError
 from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
-from relloc.results import CHOSEN, Score
+from relloc.results import CHOSEN_WITHOUT_TEST, Score
 from relloc.transfer.classifier import TOP, Classifier, TrainingViews, count_top_hits
 from relloc.transfer.loop import Diverged, FineTuning
 from relloc.transfer.schedule import Milestones
@@ -90,7 +90,7 @@ class SemiSupervised(Evaluation):
             raise ValueError(f"eval.semisup.list_file is {self.list_file}: give the path of a file, or null")
         check_view("eval.semisup.view", self.view)
         check_view("eval.semisup.augment", self.augment)
-        schedule.check_training("eval.semisup", self, batch_norm=True)
+        schedule.check_sgd_settings("eval.semisup", self, batch_norm=True)
         checks.numbers("eval.semisup.learning_rates", self.learning_rates, above=0)
         checks.numbers("eval.semisup.head_multipliers", self.head_multipliers, above=0)
         checks.whole("eval.semisup.choosing_images", self.choosing_images)
@@ -201,7 +201,9 @@ class SemiSupervised(Evaluation):
         # Which line of the table, and by which of the sets the setting of that line is chosen
         variants = [("", published, 0)]
         if len(self.settings) > 1:
-            variants.append((CHOSEN, f"chosen on {outcomes[0]['tallies'][1][-1]} other training images", 1))
+            variants.append(
+                (CHOSEN_WITHOUT_TEST, f"chosen on {outcomes[0]['tallies'][1][-1]} other training images", 1)
+            )
         for variant, choice, chosen_on in variants:
             number = _best(outcomes, chosen_on)
             *hits, n = outcomes[number]["tallies"][0]
@@ -236,7 +238,7 @@ class SemiSupervised(Evaluation):
             f"{self.settings[number]}" + (f", one of {tried} settings" if (tried := len(self.settings)) > 1 else ""),
             f"momentum {self.momentum:g}",
             f"weight decay {self.weight_decay:g}",
-            schedule.in_words(self.epochs, self.milestone_epochs, self.gamma),
+            schedule.describe_schedule(self.epochs, self.milestone_epochs, self.gamma),
             f"batch {self.batch}",
             "batch norm trained",
             f"trained on {self.augment}",

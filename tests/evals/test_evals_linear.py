@@ -17,7 +17,7 @@ from relloc.evals.linear import _DIVERGED, Linear, LinearFast, _best
 from relloc.evals.training import count_hits, held_back
 from relloc.features.augment import JitterAndLighting
 from relloc.features.source import Bank, Batch
-from relloc.results import CHOSEN, Score
+from relloc.results import CHOSEN_WITHOUT_TEST, Score
 
 CPU = torch.device("cpu")
 DIMS = {"feature1": 12, "feature4": 8, "avgpool": 4}
@@ -260,7 +260,7 @@ def test_protocols_name_constants_views_and_how_the_setting_was_chosen() -> None
     last, tuned = found["avgpool", "top1"], found["avgpool", "top1_tuned"]
     assert (last.protocol, last.details, last.choice) == ("3.3", how, "")
     assert [one.startswith("a batch is all of the held-back tenth") for one in last.deviations] == [True]
-    assert (tuned.protocol, tuned.details, tuned.deviations, tuned.variant) == ("3.3", how, (), CHOSEN)
+    assert (tuned.protocol, tuned.details, tuned.deviations, tuned.variant) == ("3.3", how, (), CHOSEN_WITHOUT_TEST)
     assert "among 4 on a held-back tenth of train in the still view" in tuned.choice
     assert "enter batch norm" in tuned.choice
     first = scores(fast(), CLEAR, CLEAR_HELD_OUT)["avgpool", "top1"]

@@ -21,7 +21,7 @@ from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
 from relloc.evaluation.contract import Context, NamedEvaluation
 from relloc.features.source import Bank
-from relloc.results import CHOSEN, Result, Score
+from relloc.results import CHOSEN_WITHOUT_TEST, Result, Score
 
 CPU = torch.device("cpu")
 VIEW = Squash(short_px=256, side_px=224)
@@ -359,7 +359,7 @@ def test_the_best_layer_is_chosen_on_test_as_published_and_by_cross_validation()
     assert by_test.choice == "best of 2 layers, chosen on test as published"
     assert [(one.column, one.variant, one.headline) for one in (by_test, by_validation)] == [
         ("best layer", "", False),
-        ("best layer", CHOSEN, False),
+        ("best layer", CHOSEN_WITHOUT_TEST, False),
     ]
     assert (by_validation.metric, by_validation.layer, by_validation.value) == ("map_best_cv", "feature2", 50)
     assert list(evaluation.summary([])) == []

@@ -13,7 +13,7 @@ from relloc.reports.load import Line, Measured, Run
 from relloc.reports.missing import command
 from relloc.reports.published import CARD_GROUP, card_parts
 from relloc.reports.table import MISSING, Report, Row, column_order, make_report, note, short_commit
-from relloc.results import CHOSEN, Result
+from relloc.results import CHOSEN_WITHOUT_TEST, Result
 
 OURS = "/data/runs/card2022/backbone.safetensors"
 
@@ -124,7 +124,7 @@ def test_what_was_chosen_without_the_test_set_has_lines_of_its_own(result: Calla
     ours = {label: row for label, row in lines.items() if not row.is_published}
     assert {label: [cell.text for cell in row.cells if cell] for label, row in ours.items()} == {
         "card2022, seed 0": ["51.00", "39.20"],
-        f"card2022, seed 0, {CHOSEN}": ["53.50"],
+        f"card2022, seed 0, {CHOSEN_WITHOUT_TEST}": ["53.50"],
         "card2022, seed 0, last epoch": ["39.00"],
     }
     assert ours["card2022, seed 0"].empty == MISSING

@@ -26,7 +26,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from waiting import wait_until_served
 
 from relloc.results import Result, append_results
-from relloc.results_before import with_series
+from relloc.results_before import add_series
 from relloc.tracking import (
     Journal,
     RunRecord,
@@ -89,7 +89,7 @@ def finished_run(run_dir: Path, uri: str, gap_px: int, jitter_px: int) -> None:
     append_results(
         run_dir,
         [
-            Result(**with_series({**told, "eval": name, "layer": layer, "metric": metric, "value": value}))
+            Result(**add_series({**told, "eval": name, "layer": layer, "metric": metric, "value": value}))
             for (name, layer, metric), value in values.items()
         ],
     )
