@@ -1,5 +1,7 @@
 """From a composed config to the objects of a run, once: below this module nobody sees a config.
 
+Here `pretraining`, `evaluating` and `preparing` see one, and make it plain first.
+
 The objects check themselves, so that a wrong setting is found by building, before data is listed or anything is
 computed, and also on a login node without a GPU: `refusals` builds all points of a sweep before any is sent.
 """
@@ -272,16 +274,16 @@ class Preparing:
 
 def pretraining(config: DictConfig) -> Pretraining:
     """What relloc.train is to do. Raises `UsageError`, or what Hydra raises of a call that can't be made."""
-    if "checkpoint" in config:
-        raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
     given = plain(config)
+    if "checkpoint" in given:
+        raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
     settings = Pretraining(
-        **_shared(config, given),
-        model=_model(config.model),
-        patches=PatchPipeline(grid=call(config.grid), color=call(config.color), normalize=call(config.normalize)),
-        schedule=call(config.schedule),
+        **_shared(given),
+        model=_model(given["model"]),
+        patches=PatchPipeline(**{name: call(name, given[name]) for name in ("grid", "color", "normalize")}),
+        schedule=call("schedule", given["schedule"]),
         recipe_epochs=given["recipe"]["epochs"],
-        make_optimizer=functools.partial(call, config.optimizer),
+        make_optimizer=functools.partial(call, "optimizer", given["optimizer"]),
         batch_norm=given["pretext_batch_norm"],
         images_per_step=given["recipe"]["images_per_step"],
         images_per_batch_norm=given["recipe"]["images_per_batch_norm"],
@@ -309,10 +311,10 @@ def evaluating(config: DictConfig) -> Evaluating:
     given = plain(config)
     asked: Any = given["checkpoint"] if config.checkpoint is not None else None  # unset, the config says so itself
     return Evaluating(
-        **_shared(config, given),
+        **_shared(given),
         checkpoints=asked if isinstance(asked, list) else [asked],
         checkpoint_prefix=given["checkpoint_prefix"],
-        model=_model(config.model) if given.get("model") else None,
+        model=_model(given["model"]) if given.get("model") else None,
         verdict=given["verdict"],
     )
 
@@ -322,7 +324,7 @@ def preparing(config: DictConfig) -> Preparing:
     given = plain(config)
     names = ("short_px", "quality", "subsampling", "images_per_shard")
     return Preparing(
-        data=_data_set("data", config.data),
+        data=_data_set("data", given["data"]),
         published=given["data"]["source"].get("published_images"),
         out=given["out"],
         packing=Packing(**{name: given[name] for name in names}),
@@ -348,13 +350,16 @@ def refusals(command: str, configs: Sequence[DictConfig], made_by_jobs: Sequence
     return found
 
 
-def call(node: Any, **more: Any) -> Any:
-    """What the `_target_` of a node makes of its keys and `more`; lists and mappings become plain ones.
+def call(setting: str, node: Mapping[str, Any], **more: Any) -> Any:
+    """What the `_target_` of a plain node makes of its keys and `more`.
 
-    A mistake in a setting is raised as the target tells it, without Hydra's words around it.
+    A mistake in a setting is raised as the target tells it, without Hydra's words around it; Hydra's own errors name
+    `setting`, where users have the node.
     """
+    config = OmegaConf.create()
+    OmegaConf.update(config, setting, node)
     try:
-        return hydra.utils.instantiate(node, _convert_="all", **more)
+        return hydra.utils.instantiate(OmegaConf.select(config, setting), _convert_="all", **more)
     except InstantiationException as error:
         if isinstance(error.__cause__, UsageError):
             raise error.__cause__ from None
@@ -365,10 +370,10 @@ def call(node: Any, **more: Any) -> Any:
 
 def model_of_conf(member: str) -> Model:
     """A member of conf/model."""
-    return _model(OmegaConf.load(conf_dir() / "model" / f"{member}.yaml"))
+    return _model(plain(OmegaConf.load(conf_dir() / "model" / f"{member}.yaml")))
 
 
-def _shared(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `RunSettings`."""
     refuse_old_names(flatten(given))  # a user's preset or data set may still have them
     _check_tracking(**given["tracking"])
@@ -377,8 +382,8 @@ def _shared(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: given[name] for name in ("seed", "calibration_images", "bank_gib", "save_every_s")},
         "engine": EngineSettings(**engine),
-        "data": _data_set("data", config.data),
-        "evaluations": [_evaluation(str(name), node) for name, node in (config.eval or {}).items()],
+        "data": _data_set("data", given["data"]),
+        "evaluations": [_evaluation(name, node) for name, node in (given["eval"] or {}).items()],
         "view": Center(short_px=view["short_px"], crop_px=view["crop_px"]),
         "view_batch": view["batch"],
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
@@ -386,7 +391,7 @@ def _shared(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_tracking(uri: Any, experiment: Any) -> None:
+def _check_tracking(uri: str | None, experiment: str) -> None:
     """Raises `UsageError` for an address that is none, and a name that MLflow refuses; asks no server."""
     if uri is not None:
         try:
@@ -399,34 +404,33 @@ def _check_tracking(uri: Any, experiment: Any) -> None:
         raise UsageError(f"tracking.experiment: {error}") from error
 
 
-def _data_set(setting: str, node: Any) -> DataSet:
-    given = plain(node)
+def _data_set(setting: str, node: Mapping[str, Any]) -> DataSet:
     return DataSet(
         setting=setting,
-        name=str(given["name"]),
-        shards=given.get("shards"),
-        unreadable_share=given["unreadable_share"],
-        source=given["source"],
-        list_images=functools.partial(call, node.source),
+        name=str(node["name"]),
+        shards=node.get("shards"),
+        unreadable_share=node["unreadable_share"],
+        source=node["source"],
+        list_images=functools.partial(call, f"{setting}.source", node["source"]),
     )
 
 
-def _model(node: Any) -> Model:
+def _model(node: Mapping[str, Any]) -> Model:
     return Model(
-        name=str(node.name),
-        settings=plain(node),
-        make_backbone=functools.partial(call, node.backbone),
-        make_head=functools.partial(call, node.head),
+        name=str(node["name"]),
+        settings=node,
+        make_backbone=functools.partial(call, "model.backbone", node["backbone"]),
+        make_head=functools.partial(call, "model.head", node["head"]),
     )
 
 
-def _evaluation(name: str, node: Any) -> EvaluationAsked:
-    constants = {key: value for key, value in plain(node).items() if key != "data"}
+def _evaluation(name: str, node: Mapping[str, Any]) -> EvaluationAsked:
+    constants = {key: value for key, value in node.items() if key != "data"}
     try:
-        evaluation = call(OmegaConf.create({"eval": {name: constants}}).eval[name])
+        evaluation = call(f"eval.{name}", constants)
     except UsageError as error:  # it knows its kind, eval.linear, and not what it is called here
         raise UsageError(re.sub(r"\beval\.[a-z0-9_]+", f"eval.{name}", str(error))) from error
-    data = _data_set(f"eval.{name}.data", node.data) if node.get("data") else None
+    data = _data_set(f"eval.{name}.data", node["data"]) if node.get("data") else None
     return EvaluationAsked(name=name, evaluation=evaluation, data=data)
 
 
@@ -440,12 +444,15 @@ def _check_network(nodes: str, images_per_batch_norm: int, patch_px: int) -> Non
 
     Raises `UsageError` where one can't be made, or a batch norm would be trained on one value a channel.
     """
-    config = OmegaConf.create(json.loads(nodes))
+    given = json.loads(nodes)
+    model = _model(given["model"])
     with torch.device("meta"):
-        backbone = call(config.model.backbone)
-        head = call(config.model.head, embedding_dim=backbone.embedding_dim)
+        backbone = model.make_backbone()
         network = RelativeLocation(
-            backbone, head, batch_norm=config.pretext_batch_norm, images_per_batch_norm=images_per_batch_norm
+            backbone,
+            model.make_head(embedding_dim=backbone.embedding_dim),
+            batch_norm=given["pretext_batch_norm"],
+            images_per_batch_norm=images_per_batch_norm,
         )
         check_batch_norms(network, patch_px)
-        call(config.optimizer, model=network)
+        call("optimizer", given["optimizer"], model=network)

@@ -5,34 +5,43 @@ Nothing here imports torch.
 
 import os
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+Value = float | str | None  # of a setting, which nobody has checked yet
 
-def scaled(spans: Any, made_for: Any, epochs: Any) -> Any:
+
+def scaled(spans: ListConfig | list[Value] | Value, made_for: Value, epochs: Value) -> list[Value] | Value:
     """Spans in epochs, one or several, made for a training of `made_for` epochs, in one of `epochs`.
 
     Where both are the same, spans stay what they are, to the bit. What is no number is left for the checks of the
     setting to refuse.
     """
     is_list = isinstance(spans, ListConfig | list)
-    values = list(spans) if is_list else [spans]
-    are_numbers = all(isinstance(one, int | float) for one in (made_for, epochs, *values))
-    if are_numbers and made_for and made_for != epochs:
-        values = [float(f"{one * epochs / made_for:.6g}") for one in values]
+    values: list[Value] = list(spans) if is_list else [spans]
+    numbers = _numbers(values)
+    lengths = _numbers([made_for, epochs])
+    if numbers and lengths and lengths[0] and made_for != epochs:
+        values = [float(f"{one * lengths[1] / lengths[0]:.6g}") for one in numbers]
     return values if is_list else values[0]
 
 
-def scaled_whole(milestones: Any, made_for: Any, epochs: Any) -> Any:
+def scaled_whole(milestones: ListConfig | list[Value] | Value, made_for: Value, epochs: Value) -> list[Value] | Value:
     """As `scaled`, in whole epochs: milestones that fall together, or outside of the training, are left out."""
     found = scaled(milestones, made_for, epochs)
-    if made_for == epochs or not isinstance(found, list) or not all(isinstance(one, int | float) for one in found):
+    numbers = _numbers(found) if isinstance(found, list) else None
+    if made_for == epochs or numbers is None or not isinstance(epochs, int | float):
         return found
-    return sorted({round(one) for one in found if 1 <= round(one) < epochs})
+    return [*sorted({round(one) for one in numbers if 1 <= round(one) < epochs})]
 
 
-def images_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> Any:
+def _numbers(values: list[Value]) -> list[int | float] | None:
+    """The values where all are numbers, else None."""
+    numbers = [one for one in values if isinstance(one, int | float)]
+    return numbers if len(numbers) == len(values) else None
+
+
+def images_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> list[str] | str | None:
     """Where the images of a data set lie: where those of the same set that is trained on do, or as `variable` says.
 
     `variable` is an environment variable, in whose place RELLOC_DATA may stand. None where it names packed shards.
@@ -44,7 +53,7 @@ def images_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> Any
     return None if folder is None or _is_packed(folder) else folder
 
 
-def shards_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> Any:
+def shards_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> list[str] | str | None:
     """As `images_of`, the folder that relloc.prepare packed; None where a folder of images is given instead."""
     trained_on = _same_set(_parent_, _root_)
     if trained_on is not None:
@@ -72,8 +81,8 @@ def _is_packed(folder: str) -> bool:
     return Path(folder, MANIFEST).is_file()
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+def _plain(folders: ListConfig | str | None) -> list[str] | str | None:
+    return list(folders) if isinstance(folders, ListConfig) else folders
 
 
 for _resolver in (scaled, scaled_whole, images_of, shards_of):

@@ -44,7 +44,7 @@ def test_whole_milestones_rise_and_are_reached(shares: list[float], made_for: in
 def test_only_epochs_need_be_set() -> None:
     shorter = composed("data=in1k", "schedule.epochs=7").schedule
     assert (shorter.warmup_epochs, shorter.milestone_epochs) == (0.5, [3, 5])
-    assert build.call(shorter).factor(6) == pytest.approx(0.01)
+    assert build.call("schedule", settings.plain(shorter)).factor(6) == pytest.approx(0.01)
     assert composed("schedule.epochs=3", "schedule=cosine").schedule.warmup_epochs == 0.1
     given = composed("data=in1k", "schedule.epochs=7", "schedule.warmup_epochs=1", "schedule.milestone_epochs=[6]")
     assert (given.schedule.warmup_epochs, given.schedule.milestone_epochs) == (1, [6])
