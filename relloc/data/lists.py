@@ -23,7 +23,7 @@ _VOC_NAMES = (
     "sofa train tvmonitor"
 )
 VOC_CLASSES = tuple(_VOC_NAMES.split())
-_COUNTED_YEAR = 2007  # whose counts published_images has: the benchmark is of this year
+COUNTED_YEAR = 2007  # whose counts published_images has: the benchmark is of this year
 _LABEL_DIGITS = 6  # there is a class for each number up to the largest label
 THERE, DIFFICULT, NOT_THERE = 1, 0, -1  # as the class lists of PASCAL VOC have it
 
@@ -124,7 +124,7 @@ def voc(
         listed = [line.split()[0] for _, line in _lines(path, holding)]
         paths = [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
         splits.append(VocImages(name=name, split=split, paths=paths, classes=VOC_CLASSES, devkit=devkit, listed=listed))
-    return _checked(splits, lists, published_images if year == _COUNTED_YEAR else None)
+    return _checked(splits, lists, published_images if year == COUNTED_YEAR else None)
 
 
 def places205(

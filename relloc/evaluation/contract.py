@@ -168,13 +168,15 @@ class NamedEvaluation:
     """An evaluation under its name in the config, with the images that it is measured on.
 
     `unreadable_share` is the share of these images that may be broken; None if the images are the
-    run's own, for which the run's share holds.
+    run's own, for which the run's share holds. `how_to_give` says how to choose images that the
+    evaluation brings.
     """
 
     name: str
     evaluation: Evaluation
     splits: Splits
     unreadable_share: float | None = None
+    how_to_give: str = ""
 
     @property
     def data_setting(self) -> str:
@@ -195,9 +197,12 @@ class NamedEvaluation:
         both_splits = (self.splits.train, self.splits.held_out)
 
         if self.evaluation.labels == "class" and not self.splits.labeled:
+            advice = "evaluate on labeled data with python -m relloc.evaluate checkpoint=… data=…"
+            if self.how_to_give:
+                advice = f"give labeled images by {self.how_to_give}"
             raise UsageError(
                 f"{setting}: {dataset} has no labels to evaluate on (train/CLASS and val/CLASS folders with the "
-                "same classes): evaluate on labeled data with python -m relloc.evaluate checkpoint=… data=… "
+                f"same classes): {advice}"
             )
 
         if self.evaluation.labels == "presence":

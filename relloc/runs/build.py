@@ -163,6 +163,7 @@ class RunSettings:
                 evaluation=one.evaluation,
                 splits=listed[data.images],
                 unreadable_share=one.data.unreadable_share if one.data else None,
+                how_to_give=one.data.how_to_give if one.data else "",
             )
             found.append(named)
         return found

@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relloc import checks, ranks
 from relloc.data.folder import FolderImages
-from relloc.data.image_set import Splits
-from relloc.data.lists import MultiLabeled
+from relloc.data.image_set import Splits, warn_of_other_counts
+from relloc.data.lists import COUNTED_YEAR, MultiLabeled
 from relloc.data.processes import without_progress
 from relloc.data.shards import shards
 from relloc.errors import DataError, UsageError
@@ -57,10 +59,23 @@ class DataSet:
     @property
     def what_is_missing(self) -> str:
         """What to give where nobody has said yet where the images are; "" where somebody has."""
-        if self.shards or self.source.get("root", "photos"):
-            return ""
-        variable = next((_VARIABLES[name] for name in _VARIABLES if self.name.startswith(name)), "RELLOC_DATA")
-        return f"{self.setting}.root=FOLDER or {variable}"
+        return "" if self.shards or self.source.get("root", "photos") else self.how_to_give
+
+    @property
+    def how_to_give(self) -> str:
+        """What says where the images are."""
+        return f"{self.setting}.root=FOLDER or {self._variable}"
+
+    @property
+    def _variable(self) -> str:
+        """The environment variable that conf/data takes the folder from, where it is set."""
+        return next((_VARIABLES[name] for name in _VARIABLES if self.name.startswith(name)), "RELLOC_DATA")
+
+    @property
+    def _place(self) -> str:
+        """The folder as a setting, `data.shards=SHARDS`; "" for images that lie in none."""
+        folder = self.shards or self.source.get("root")
+        return f"{self.setting}.{'shards' if self.shards else 'root'}={folder}" if folder else ""
 
     def check_folders(self, made_by_jobs: Sequence[str]) -> None:
         """Raises `UsageError` where a folder is not there, and stands in none of the lines of a batch script either.
@@ -90,14 +105,37 @@ class DataSet:
         try:
             found = shards(root=self.shards) if self.shards else self.list_images()
         except DataError as error:  # it knows of one data set a run only
-            told = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", str(error))
-            raise DataError(told) from error
+            raise DataError(self._in_own_words(str(error))) from error
+        if self.shards:
+            self._warn_of_other_images(found)
         if is_first:
             ranks.from_first("")
             _say_found(found)
+            if self.shards or self.setting != "data":  # what the command line need not say
+                console.say(f"        {self._place}")
         if identified:
             _identify(found, shown=is_first)
         return found
+
+    def _in_own_words(self, message: str) -> str:
+        """A message about data.root or data.shards, with the setting of this data set, or the variable behind it."""
+        message = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", message)
+        variable = next((name for name in (self._variable, "RELLOC_DATA") if os.environ.get(name)), "")
+        folder = self.shards or self.source.get("root")
+        if variable and os.environ[variable] == folder:
+            message = message.replace(self._place, f"{self._place} (by {variable})")
+        return message
+
+    def _warn_of_other_images(self, found: Splits) -> None:
+        """Warn where packed images are not the published ones: whoever reads originals warns of that himself."""
+        if "published_images" not in self.source or self.source.get("year", COUNTED_YEAR) != COUNTED_YEAR:
+            return
+        if found.train.name != self.name:
+            warnings.warn(
+                f"{self._place} holds images called {found.train.name}, not {self.name}: results name them so",
+                stacklevel=3,
+            )
+        warn_of_other_counts(found, self.source["published_images"])
 
 
 def _say_found(found: Splits) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from relloc.data.image_set import Splits
+from relloc.data.packing import Packing, pack
 from relloc.data.photos import photos
+from relloc.data.processes import without_progress
 from relloc.errors import DataError, UsageError
 from relloc.runs.data_sets import DataSet
 
@@ -73,3 +75,29 @@ def test_what_is_wrong_with_images_is_told_by_the_setting() -> None:
 
     with pytest.raises(DataError, match=r"^eval\.knn\.data\.root=/x holds no images$"):
         data_set(setting="eval.knn.data", list_images=failing).read()
+
+
+def test_the_variable_that_named_a_folder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> Splits:
+        raise DataError("data.root=/nowhere is not a folder")
+
+    monkeypatch.setenv("RELLOC_IN1K", "/nowhere")
+    data = data_set(setting="eval.knn.data", name="in1k", source={"root": "/nowhere"}, list_images=failing)
+    with pytest.raises(DataError, match=r"^eval\.knn\.data\.root=/nowhere \(by RELLOC_IN1K\) is not a folder$"):
+        data.read()
+
+
+def test_packed_images_that_are_not_the_published_ones_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packing = Packing(short_px=32, quality=90, subsampling="4:2:0", images_per_shard=500)
+    photographs = photos(tiles=[0.4], stride=0.5)
+    pack(photographs, tmp_path / "packed", packing, published=None, workers=1, progress=without_progress)
+    source = {"root": None, "published_images": {"train": 1281167, "val": 50000}}
+    data = data_set(setting="eval.knn.data", name="in1k", shards=str(tmp_path / "packed"), source=source)
+    with pytest.warns(UserWarning, match="photos") as warned:
+        data.read()
+    told = [str(one.message) for one in warned]
+    assert any("holds images called photos, not in1k" in one for one in told)
+    assert any("the published set 1281167" in one for one in told)
+    assert f"eval.knn.data.shards={tmp_path / 'packed'}" in capsys.readouterr().out
