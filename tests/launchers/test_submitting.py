@@ -12,6 +12,7 @@ import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
+from hydra_plugins.relloc_launchers.points import CONFIG_FILE
 from hydra_plugins.relloc_launchers.slurm import SlurmLauncher, log_of
 from omegaconf import OmegaConf
 
@@ -62,6 +63,7 @@ def send(launcher: SlurmLauncher, todo: list[Point]) -> None:
     """What `launch` does."""
     launcher.plan(todo)
     launcher.sweep.add(todo, ["train"])
+    (launcher.sweep.folder / CONFIG_FILE).write_text("{}")
     launcher.start(todo)
 
 
@@ -117,6 +119,7 @@ def test_a_job_finds_what_it_runs_by_itself_and_keeps_what_it_saved(
         ("Invalid job array specification", "MaxArraySize"),
         ("QOSMaxSubmitJobPerUserLimit", "in parts"),
         ("Invalid partition name specified", "settings"),
+        ("Could not establish a configuration source", "^no SLURM answers here: [^\n]*launcher=local"),
     ],
 )
 def test_a_refusal_says_what_to_do_and_leaves_what_was_there(
@@ -133,7 +136,7 @@ def test_a_refusal_says_what_to_do_and_leaves_what_was_there(
     made.sweep.add(todo[:1], ["train"])
     note_job(todo[0], {"slurm": "1_0"})
     before = files(tmp_path / "runs")
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=told):
         send(made, todo)
     assert files(tmp_path / "runs") == before
 

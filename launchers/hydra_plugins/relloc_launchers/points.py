@@ -31,6 +31,7 @@ from relloc.sweeps.table import reason_of, say, table, tell_failed, tell_next, t
 
 _RELLOC_CONF = "RELLOC_CONF"
 _SCRATCH = "${scratch:}"  # a folder that is removed at the end
+CONFIG_FILE = "multirun.yaml"  # Hydra's record of the command
 _NAMED = 10  # points that can't be run, in a message
 
 
@@ -269,7 +270,7 @@ class PointsLauncher(Launcher):
     def _write_config(self) -> None:
         """Put Hydra's record of the command, which sweepers write elsewhere, into the sweep's folder."""
         self.config.hydra.sweep.dir = str(self.sweep.folder)
-        OmegaConf.save(self.config, self.sweep.folder / "multirun.yaml")
+        OmegaConf.save(self.config, self.sweep.folder / CONFIG_FILE)
 
     def _returned(self, one: Composed, now: Standing) -> JobReturn:
         """What a sweeper that searches is told: the number, or that the point failed.

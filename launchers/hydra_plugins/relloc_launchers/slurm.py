@@ -24,7 +24,7 @@ from hydra_plugins.relloc_launchers.clients import (
 )
 from hydra_plugins.relloc_launchers.environment import cluster_of, environment_for
 from hydra_plugins.relloc_launchers.job import PointJob
-from hydra_plugins.relloc_launchers.points import PointsLauncher
+from hydra_plugins.relloc_launchers.points import CONFIG_FILE, PointsLauncher
 from hydra_plugins.relloc_launchers.resources import parameters_of
 from omegaconf import DictConfig
 
@@ -41,6 +41,8 @@ NAME = "slurm"
 _FIRST_POLL_S, _LONGEST_POLL_S = 1.0, 30.0
 _DRY_RUN = "relloc-dry_run"
 _SCRIPT = "submission.sh"
+# What sbatch says where it finds no configuration, neither in a file nor by DNS
+_NO_SLURM = re.compile(r"configuration source|DNS SRV|failed to fetch config", re.IGNORECASE)
 
 __all__ = ["NAME", "SlurmLauncher", "cancel", "log_of", "states"]  # the middle three are what `relloc.sweeps` asks
 
@@ -79,7 +81,8 @@ class SlurmLauncher(PointsLauncher):
             command = shlex.join(self.command(todo[0]))
             say(f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n  {command}")
             sys.exit(0)
-        self._sweep_before = _bytes_of(self.sweep.folder / SWEEP_FILE)
+        notes = (self.sweep.folder / name for name in (SWEEP_FILE, CONFIG_FILE))
+        self._notes_before = {note: _bytes_of(note) for note in notes}
 
     def start(self, todo: Sequence[Point]) -> None:
         if not todo:
@@ -233,9 +236,10 @@ class SlurmLauncher(PointsLauncher):
 
     def _leave_nothing(self) -> None:
         """Make the sweep what it was before this command."""
-        _restore(self.sweep.folder / SWEEP_FILE, self._sweep_before)
-        self.sweep.leave_nothing()
+        for note, content in self._notes_before.items():
+            _restore(note, content)
         self._lock.unlink(missing_ok=True)
+        self.sweep.leave_nothing()
 
     def _say_sent(self, jobs: Sequence[Job]) -> None:
         say(f"sent    {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}; logs in {self._logs}")
@@ -284,6 +288,8 @@ def _tasks(job: Job, n_points: int) -> list[Job]:
 
 def _why_not(told: str, n_points: int, n_sent: int) -> str:
     """What SLURM said, and what to do about it."""
+    if _NO_SLURM.search(told):
+        return "no SLURM answers here: sbatch knows no cluster. launcher=local or launcher=here run on this machine"
     before = f"{n_sent} jobs were sent, " if n_sent else ""
     if "Invalid job array specification" in told:
         does = (
