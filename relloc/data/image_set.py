@@ -47,7 +47,7 @@ class ImageSet(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Images to train on, and others never trained on; `remarks` say what was made of the folders they lie in."""
+    """Images to train on, and others held out; `remarks` say what was made of the folders they lie in."""
 
     train: ImageSet
     held_out: ImageSet

@@ -150,7 +150,7 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
     layers = [layer for layer in _HEADS if any(row.layer == layer for row in headlines)]
     is_narrow = width < _NARROW
     table = Table(
-        title="on images never trained on, in percent where no unit is named",
+        title="on images held out of the evaluation's training; % unless a unit is named",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

@@ -166,7 +166,7 @@ def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_p
     both = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'two'}", processes=2)
     assert (alone.code, both.code) == (0, 0), both.text
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
-    assert both.text.count("on images never trained on") == 1  # one process tells
+    assert both.text.count("on images held out of the evaluation's training") == 1  # one process tells
     # The broken image is in the second process's share
     unreadable = [(tmp_path / run / "unreadable.txt").read_text() for run in ("one", "two")]
     assert unreadable[0] == unreadable[1]

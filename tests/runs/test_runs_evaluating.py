@@ -203,7 +203,7 @@ def test_boxes_and_a_study_become_rows_and_files_of_the_run(tmp_path: Path, caps
         folder = Path("evaluations") / f"spread_{row.fingerprint}"
         assert len((tmp_path / folder / "spread.csv").read_text().splitlines()) == 1 + 8 * 2 * 2
         assert {str(folder / "spread.csv"), str(folder / "pictures" / "spread.png")} <= set(sent)
-    shown = capsys.readouterr().out.partition("on images never trained on")[2].splitlines()
+    shown = capsys.readouterr().out.partition("on images held out of the evaluation's training")[2].splitlines()
     (line,) = [line for line in shown if "box_error" in line]
     assert line.split()[-1] == f"{rows[0].value:.1f}"
     assert any(line.split()[-1:] == ["value"] for line in shown)
