@@ -1,1 +1,1 @@
-"""Pretraining: the objective, its training loop, and how a run stops without losing work."""
+"""Trains the pretext task: predict where one patch of an image lies relative to another."""

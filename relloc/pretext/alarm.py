@@ -1,4 +1,4 @@
-"""Alarms while training: a loss that stays at chance, and one that is no number any more."""
+"""Warns while training if the loss stays at chance, and ends a training that diverged."""
 
 import math
 from collections.abc import Callable
@@ -10,42 +10,54 @@ from relloc.geometry import NEIGHBORS
 from relloc.optimization import all_finite
 from relloc.pretext.loop import Progress
 
-CHANCE_LOSS = math.log(len(NEIGHBORS))
-_CLOSE = 0.01  # field.md 2, item 39
+CHANCE_LOSS = math.log(len(NEIGHBORS))  # of a network that finds all eight positions equally likely
+_AT_CHANCE = 0.01  # a loss within this distance of CHANCE_LOSS counts as chance
 
 
 class Diverged(UsageError):
-    """Loss or weights are not finite: nothing that follows could be right."""
+    """The loss or the weights are not finite, so that nothing that follows could be right."""
 
 
 class Alarm:
-    """Looks at each report. Says once when the loss has stayed at log 8 for `collapse_steps` steps.
+    """Watches the loss of a training and warns once of a collapse to chance.
 
-    The paper warns of this collapse: the network answers all eight positions alike.
+    The paper (Doersch 2015) reports that a network may collapse: it gives all eight positions the
+    same probability, and the loss stays at log 8.
+
+    Args:
+        collapse_steps: how many optimizer steps the loss has to stay at chance before the warning.
+        first_step: the step from which this process trains, where counting begins.
+        say: is called with the text of the warning.
     """
 
     def __init__(self, *, collapse_steps: int, first_step: int, say: Callable[[str], None]) -> None:
         self.collapse_steps = collapse_steps
         self.say = say
-        self._left_chance_at = first_step
-        self._said = False
+        self._last_step_off_chance = first_step
+        self._has_warned = False
 
     def look(self, progress: Progress) -> None:
-        """Raises `Diverged` where the loss is not finite."""
+        """Takes a report of the training.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
         if not math.isfinite(progress.loss):
             raise Diverged(f"the loss is {progress.loss} at step {progress.step} (learning rate {progress.lr:g})")
-        if abs(progress.loss - CHANCE_LOSS) >= _CLOSE:
-            self._left_chance_at = progress.step
-        elif progress.step - self._left_chance_at >= self.collapse_steps and not self._said:
-            self._said = True
+        if abs(progress.loss - CHANCE_LOSS) >= _AT_CHANCE:
+            self._last_step_off_chance = progress.step
+            return
+        steps_at_chance = progress.step - self._last_step_off_chance
+        if steps_at_chance >= self.collapse_steps and not self._has_warned:
+            self._has_warned = True
             self.say(
-                f"alarm   the loss has stayed at log 8 = {CHANCE_LOSS:.3f} for {progress.step - self._left_chance_at} "
-                "steps: the network answers at chance. If that goes on, try a lower optimizer.lr, a longer "
+                f"alarm   the loss has stayed at log 8 = {CHANCE_LOSS:.3f} for {steps_at_chance} steps: "
+                "the network answers at chance. If that goes on, try a lower optimizer.lr, a longer "
                 "schedule.warmup_epochs, or an easier question (a smaller grid.gap_px, color=gray)"
             )
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """Raises `Diverged` unless all parameters and running statistics are finite."""
+    """Raises `Diverged` unless all parameters and running statistics of the model are finite."""
     if not all_finite(model):
         raise Diverged(f"weights or running statistics are not finite after step {step}")

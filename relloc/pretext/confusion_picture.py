@@ -1,4 +1,4 @@
-"""A picture of which positions are told apart: the confusion matrix, and where the network looks right."""
+"""Draws which positions the network confuses: the confusion matrix, and a map of the accuracies."""
 
 from pathlib import Path
 
@@ -15,66 +15,92 @@ from relloc.geometry import CELLS, CENTER, CHANCE_PERCENT, NEIGHBORS
 from relloc.pretext.held_out import POSITIONS
 
 _ARROWS = dict(zip(POSITIONS, "↖↑↗←→↙↓↘", strict=True))
-_BESIDE = [f"{position.replace('_', ' ')} {arrow}" for position, arrow in _ARROWS.items()]
-_BELOW = ["\n".join((arrow, *position.split("_"))) for position, arrow in _ARROWS.items()]
-_BOXES = ((0.135, 0.16, 0.375, 0.71), (0.59, 0.23, 0.3, 0.57), (0.91, 0.27, 0.012, 0.49))
-_WHITE_FROM_PERCENT = 40
+_ROW_LABELS = [f"{position.replace('_', ' ')} {arrow}" for position, arrow in _ARROWS.items()]
+_COLUMN_LABELS = ["\n".join((arrow, *position.split("_"))) for position, arrow in _ARROWS.items()]
+
+# Left, bottom, width and height as shares of the figure. Fixed, since letting matplotlib find a
+# layout takes as long as drawing, and training waits for it.
+_MATRIX_BOX = (0.135, 0.16, 0.375, 0.71)
+_MAP_BOX = (0.59, 0.23, 0.3, 0.57)
+_SCALE_BOX = (0.91, 0.27, 0.012, 0.49)
+_WHITE_TEXT_FROM_PERCENT = 40  # on cells as dark as this, white is easier to read than black
 
 
 def draw_confusion(confusion: Int[Tensor, "8 8"], path: Path, *, step: int, top1: float) -> None:
-    """Save counts (true position down, answer across) in percent of each row, and the accuracy of each position.
+    """Saves a PNG of the confusion matrix and of the accuracy at each position.
 
-    `step` counts the optimizer steps done, `top1` is the accuracy over all pairs in percent.
+    Args:
+        confusion: counts by true position (row) and answered position (column). They are shown in
+            percent of their row.
+        path: where the picture is saved; an earlier one is replaced.
+        step: optimizer steps done, for the title.
+        top1: accuracy over all pairs in percent, for the title.
     """
-    percent = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    pairs_of_row = confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    percent = 100 * confusion / pairs_of_row
+
     figure = Figure(figsize=(11, 5.8))
-    # Left, bottom, width, height as shares of the figure: finding a layout takes as long as drawing.
-    matrix, around, scale = (figure.add_axes(box) for box in _BOXES)
-    figure.suptitle(
-        f"after step {step:,}: {top1:.1f} % of {int(confusion.sum()):,} held-out pairs right "
-        f"(chance {CHANCE_PERCENT} %)",
-        fontsize=13,
-    )
-    shown = _draw_matrix(matrix, percent)
-    _draw_around(around, percent.diagonal())
-    bar = figure.colorbar(shown, cax=scale, ticks=[0, 5, CHANCE_PERCENT, 25, 50, 75, 100])
+    n_pairs = int(confusion.sum())
+    title = f"after step {step:,}: {top1:.1f} % of {n_pairs:,} held-out pairs right (chance {CHANCE_PERCENT} %)"
+    figure.suptitle(title, fontsize=13)
+    matrix = figure.add_axes(_MATRIX_BOX)
+    image = _draw_matrix(matrix, percent)
+    position_map = figure.add_axes(_MAP_BOX)
+    _draw_position_map(position_map, percent.diagonal())
+    scale = figure.add_axes(_SCALE_BOX)
+    bar = figure.colorbar(image, cax=scale, ticks=[0, 5, CHANCE_PERCENT, 25, 50, 75, 100])
     bar.set_ticklabels(["0", "5", "chance", "25", "50", "75", "100 %"])
-    with writing(path) as file:  # a tracker may be reading the picture of an earlier step
+    # Replaced as a whole, since a tracker may be reading the picture of an earlier step.
+    with writing(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
 
 def _draw_matrix(axis: Axes, percent: Float[Tensor, "8 8"]) -> AxesImage:
-    shown = _show(axis, percent)
+    image = _draw_cells(axis, percent)
     axis.set_title("answers of each position, % of its pairs", fontsize=11)
     axis.set_xlabel("answered")
     axis.set_ylabel("true position of the neighbor")
-    axis.set_xticks(range(len(_BELOW)), _BELOW)
-    axis.set_yticks(range(len(_BESIDE)), _BESIDE)
+    axis.set_xticks(range(len(_COLUMN_LABELS)), _COLUMN_LABELS)
+    axis.set_yticks(range(len(_ROW_LABELS)), _ROW_LABELS)
     for row, values in enumerate(percent.tolist()):
         for column, value in enumerate(values):
-            _write(axis, row, column, value, f"{value:.0f}", bold=row == column)
-    return shown
+            is_right = row == column
+            _write_in_cell(axis, row, column, value, f"{value:.0f}", bold=is_right)
+    return image
 
 
-def _draw_around(axis: Axes, right: Float[Tensor, "8"]) -> None:
-    """The accuracy of each position, where it lies around the center patch."""
+def _draw_position_map(axis: Axes, accuracies: Float[Tensor, "8"]) -> None:
+    """Draws the accuracy of each position where it lies around the center patch."""
     cells = torch.full((CELLS,), torch.nan)
-    cells[list(NEIGHBORS)] = right
-    _show(axis, cells.reshape(3, 3))
+    cells[list(NEIGHBORS)] = accuracies
+    _draw_cells(axis, cells.reshape(3, 3))
     axis.set_title("accuracy by position, %", fontsize=11)
     axis.set_xticks([])
     axis.set_yticks([])
     for cell, value in enumerate(cells.tolist()):
-        text = "center" if cell == CENTER else f"{value:.1f}"
-        _write(axis, cell // 3, cell % 3, value, text, bold=cell != CENTER, size=15)
+        row, column = divmod(cell, 3)
+        is_center = cell == CENTER
+        text = "center" if is_center else f"{value:.1f}"
+        _write_in_cell(axis, row, column, value, text, bold=not is_center, size=15)
 
 
-def _show(axis: Axes, percent: Float[Tensor, "rows columns"]) -> AxesImage:
-    # One scale for all steps, so that pictures compare; the root keeps differences near chance visible.
-    return axis.imshow(percent.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
+def _draw_cells(axis: Axes, percent: Float[Tensor, "rows columns"]) -> AxesImage:
+    # The same color scale at all steps, so that pictures can be compared. The square root keeps
+    # differences near chance visible.
+    color_scale = PowerNorm(0.5, vmin=0, vmax=100)
+    return axis.imshow(percent.numpy(), cmap="Blues", norm=color_scale)
 
 
-def _write(axis: Axes, row: int, column: int, value: float, text: str, *, bold: bool, size: int = 10) -> None:
-    color = "white" if value >= _WHITE_FROM_PERCENT else "black"
+def _write_in_cell(axis: Axes, row: int, column: int, value: float, text: str, *, bold: bool, size: int = 10) -> None:
+    color = "white" if value >= _WHITE_TEXT_FROM_PERCENT else "black"
     weight = "bold" if bold else "normal"
-    axis.text(column, row, text, ha="center", va="center", color=color, fontweight=weight, fontsize=size)
+    axis.text(
+        column,
+        row,
+        text,
+        ha="center",
+        va="center",
+        color=color,
+        fontweight=weight,
+        fontsize=size,
+    )

@@ -1,4 +1,8 @@
-"""A function of tensors as a CUDA graph: the GPU is given its thousands of kernels in one launch."""
+"""Records a function of tensors as a CUDA graph, which launches all its kernels at once.
+
+A training step has thousands of small kernels. Launched one by one, they can take the host longer
+than the GPU needs to run them; a recorded graph is one launch.
+"""
 
 from collections.abc import Callable
 
@@ -7,57 +11,66 @@ from torch import Tensor
 
 from relloc.errors import UsageError
 
-_PLAIN_CALLS = 3  # in which kernels are compiled, loaded and chosen, none of which can be recorded
+# Calls before the recording. In them kernels are compiled, loaded and chosen, which can't be recorded.
+_PLAIN_CALLS = 3
 
 
 class Graphed:
-    """`function`, called as it is at first, then recorded and replayed: the same kernels, so the same bits.
+    """A function that is called as it is at first, then recorded and replayed.
 
-    It must launch the same kernels each time, on tensors of the same shapes, and what it writes beside its
-    result must stay in its place. The result is overwritten by the next call.
+    A replay runs the same kernels, so results are equal to the bit. The function must launch the
+    same kernels in each call, on tensors of the same shapes, and tensors that it changes beside its
+    result must keep their memory. The next call overwrites the result.
 
-    Raises:
-        UsageError: it can't be recorded.
+    Raises (when called):
+        UsageError: the function can't be recorded.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self._function = function
         self._plain_calls = 0
-        # A stream of its own from the first call on: autograd's nodes keep the stream on which they were made.
+        # The stream of the recording is used from the first call on, since the nodes that autograd
+        # creates for parameters remember the stream on which they were created.
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor | None] = []
+        self._inputs: list[Tensor | None] = []  # the memory that the graph reads its arguments from
         self._result: Tensor
 
-    def __call__(self, *given: Tensor | None) -> Tensor:
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
         if self._plain_calls < _PLAIN_CALLS:
             self._plain_calls += 1
-            here = torch.cuda.current_stream()
-            self._stream.wait_stream(here)
-            with torch.cuda.stream(self._stream):
-                result = self._function(*given)
-            here.wait_stream(self._stream)
-            return result
-        graph = self._graph or self._record(given)
-        for recorded, value in zip(self._inputs, given, strict=True):
-            if recorded is not None and value is not None:
-                recorded.copy_(value)
+            return self._call_plainly(arguments)
+        graph = self._graph or self._record(arguments)
+        # A graph reads from fixed memory, so the arguments are copied there.
+        for memory, argument in zip(self._inputs, arguments, strict=True):
+            if memory is not None and argument is not None:
+                memory.copy_(argument)
         graph.replay()
         return self._result
 
-    def _record(self, given: tuple[Tensor | None, ...]) -> torch.cuda.CUDAGraph:
-        self._inputs = [None if value is None else torch.empty_like(value) for value in given]
+    def _call_plainly(self, arguments: tuple[Tensor | None, ...]) -> Tensor:
+        # Arguments come from the caller's stream, and the result goes back to it: each waits.
+        callers_stream = torch.cuda.current_stream()
+        self._stream.wait_stream(callers_stream)
+        with torch.cuda.stream(self._stream):
+            result = self._function(*arguments)
+        callers_stream.wait_stream(self._stream)
+        return result
+
+    def _record(self, arguments: tuple[Tensor | None, ...]) -> torch.cuda.CUDAGraph:
+        self._inputs = [None if argument is None else torch.empty_like(argument) for argument in arguments]
         graph = torch.cuda.CUDAGraph()
         try:
-            # Threads of NCCL and of page-locking may use the GPU meanwhile.
+            # "thread_local", since threads of NCCL and of page-locking may call CUDA meanwhile, which
+            # would otherwise break the recording.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = self._function(*self._inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise UsageError(
-                f"the step can't be recorded as a CUDA graph ({error}): give cuda_graphs=false (the results stay "
-                "the same)"
+                f"the training step can't be recorded as a CUDA graph ({error}): "
+                "give cuda_graphs=false, with which the results stay the same"
             ) from error
         self._graph = graph
         return graph

@@ -15,15 +15,15 @@ from relloc.geometry import NEIGHBORS
 from relloc.pretext import objective
 from relloc.seeds import Use, seed_for
 
-Answers = Int[Tensor, "n 8"]  # for each image, a label a pair
+Answers = Int[Tensor, "n 8"]  # the label that the network gives each of the eight pairs of an image
 PAIRS = len(NEIGHBORS)
-# Where a neighbor lies, in the order of the labels
+# Where the neighbor of each label lies, seen from the center
 POSITIONS = ("up_left", "up", "up_right", "left", "right", "down_left", "down", "down_right")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Top-1 over all pairs in percent, and a 95 % interval."""
+    """Top-1 accuracy over all pairs, with the ends of its 95 % interval; all in percent."""
 
     percent: float
     low: float
@@ -33,12 +33,13 @@ class Accuracy:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode while the block runs; each module's own mode is put back after."""
+    """Puts the model into eval mode while the block runs, and each module back into its own mode after."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
+        # Module by module, since some may be frozen in eval mode within a model that trains.
         for module, training in modes.items():
             module.training = training
 
@@ -53,51 +54,69 @@ def answers(
     device: torch.device,
     bf16: bool,
 ) -> Answers:
-    """The answers of the model in eval mode for each image of `batches` (uint8 b 3 s s): a label a pair.
+    """Returns the label that the model, in eval mode, gives each of the eight pairs of each image.
 
-    Pair i of an image has label i. The jitter and colors of batch i come from a generator seeded
-    by `seed` alone, so that every checkpoint is asked the same questions.
+    The right label of pair i is i. `batches` are uint8 (b 3 s s), and `patches` makes patches of
+    them. All random numbers of the patches come from one generator seeded by `seed` alone, so that
+    every checkpoint gets the same questions.
     """
     generator = torch.Generator(device).manual_seed(seed_for(Use.HELD_OUT_PATCHES, seed))
-    answered = []
+    labels_of_batches = []
     with evaluating(model):
         for images in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(patches(images.to(device, non_blocking=True), generator))
-            answered.append(logits.argmax(dim=2).cpu())
-    return torch.cat(answered)
+                on_device = images.to(device, non_blocking=True)
+                logits = model(patches(on_device, generator))
+            labels = logits.argmax(dim=2)
+            labels_of_batches.append(labels.cpu())
+    return torch.cat(labels_of_batches)
 
 
 def count_hits(answered: Answers) -> Int[Tensor, "n"]:
-    """Right answers (0..8) of each image."""
-    return (answered == torch.arange(PAIRS)).sum(dim=1)
+    """Returns the number of right answers (0 to 8) for each image."""
+    right = torch.arange(PAIRS)
+    return (answered == right).sum(dim=1)
 
 
 def confusion(answered: Answers) -> Int[Tensor, "8 8"]:
-    """How often a neighbor at one position (row) was taken for one at another (column)."""
-    cells = torch.arange(PAIRS) * PAIRS + answered
-    return cells.flatten().bincount(minlength=PAIRS * PAIRS).reshape(PAIRS, PAIRS)
+    """Returns the confusion matrix: counts by true position (row) and answered position (column)."""
+    true_positions = torch.arange(PAIRS)
+    # Each (true, answered) pair gets a number of its own, 0 to 63, of which occurrences are counted.
+    cells = true_positions * PAIRS + answered
+    counts = cells.flatten().bincount(minlength=PAIRS * PAIRS)
+    return counts.reshape(PAIRS, PAIRS)
 
 
 def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
-    """Accuracy with an interval over sources: images of one source count as one observation.
+    """Returns the accuracy with an interval that treats images of one source as one observation.
 
-    The eight pairs of an image share its center, and tiles of a photograph share pixels; treating
-    them as independent would promise too much. The interval is Student's t on the linearized
-    variance of a ratio of cluster totals (Cochran, Sampling Techniques, 3rd ed., 6.3); it is
-    0..100 where there is one source.
+    The eight pairs of an image share its center, and tiles of a photograph share pixels. An interval
+    that took them as independent would be too narrow. The interval is Student's t on the linearized
+    variance of a ratio of cluster totals (Cochran, Sampling Techniques, 3rd ed., 6.3). With a single
+    source nothing is known of others, and the interval is 0 to 100.
+
+    Args:
+        hits: right answers (0 to 8) of each image, as `count_hits` gives them.
+        sources: a name for each image; images with the same name are of one source.
     """
-    names, source_of = np.unique(np.asarray(sources), return_inverse=True)
-    hits_of = np.bincount(source_of, weights=hits.numpy(), minlength=len(names))
-    pairs_of = np.bincount(source_of, minlength=len(names)) * PAIRS
-    share = float(hits_of.sum() / pairs_of.sum())
-    half = math.inf
-    if len(names) > 1:
-        variance = len(names) / (len(names) - 1) * float(((hits_of - share * pairs_of) ** 2).sum())
-        half = float(stdtrit(len(names) - 1, 0.975)) * math.sqrt(variance) / float(pairs_of.sum())
+    names, source_of_image = np.unique(np.asarray(sources), return_inverse=True)
+    n_sources = len(names)
+    # Totals of each cluster: right answers and pairs.
+    hits_of_source = np.bincount(source_of_image, weights=hits.numpy(), minlength=n_sources)
+    pairs_of_source = np.bincount(source_of_image, minlength=n_sources) * PAIRS
+    n_pairs = pairs_of_source.sum()
+    share = float(hits_of_source.sum() / n_pairs)
+
+    half_width = math.inf
+    if n_sources > 1:
+        # How far each cluster is from its expected hits; their mean square is the variance of the ratio.
+        residuals = hits_of_source - share * pairs_of_source
+        variance = n_sources / (n_sources - 1) * float((residuals**2).sum())
+        t_quantile = float(stdtrit(n_sources - 1, 0.975))
+        half_width = t_quantile * math.sqrt(variance) / float(n_pairs)
     return Accuracy(
         percent=100 * share,
-        low=100 * max(0.0, share - half),
-        high=100 * min(1.0, share + half),
-        n_pairs=int(pairs_of.sum()),
+        low=100 * max(0.0, share - half_width),
+        high=100 * min(1.0, share + half_width),
+        n_pairs=int(n_pairs),
     )

@@ -1,4 +1,8 @@
-"""The training loop, plain: steps in order, each a function of its number and the seed."""
+"""The training loop of the pretext task.
+
+Every optimizer step is a function of the weights, its images, its number and the seed, so that a
+run that is stopped and resumed equals one that was not, bit for bit.
+"""
 
 import dataclasses
 import functools
@@ -6,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from relloc import ranks
@@ -17,11 +22,16 @@ from relloc.pretext.graphed import Graphed
 from relloc.pretext.schedule import Schedule
 
 PAIRS = len(NEIGHBORS)
+Sums = Float[Tensor, "3"]  # sum of the losses of all pairs, number of right answers, number of pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a stretch of steps gave: means over its pairs. `step` counts the steps done so far."""
+    """A report of the training: means over the pairs of all steps since the last report.
+
+    `step` counts the optimizer steps done so far, `top1` is in percent, and `lr` is the rate of the
+    last step.
+    """
 
     step: int
     epoch: float
@@ -32,12 +42,23 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained, on what; the same for every step.
+    """A model and everything that its training steps need and that stays the same for all of them.
 
-    `network` and `make` are `model` and the making of patches from images and what `draw` drew, as
-    they are or compiled; `cuda_graphs` records forward and backward as one. A forward has ghost batches
-    of `model.images_per_batch_norm` images, and the random numbers of each come from
-    `seed_of(step, its place in the step)`.
+    Args:
+        model: the model that is trained.
+        network: `model`, or its compiled form; gives logits.
+        optimizer: holds the initial learning rates, which `schedule` multiplies.
+        schedule: number of epochs and course of the learning rate.
+        draw: makes the random numbers for the patches of a number of images.
+        make: makes patches from images and what `draw` returned; may be compiled.
+        steps_per_epoch: optimizer steps in an epoch.
+        accumulation: forwards of this process in each optimizer step, whose gradients are added.
+        seed_of: gives the seed of a ghost batch from (step, index of the ghost batch in the step).
+        device: where the model is.
+        bf16: whether forwards run in bfloat16 by autocast.
+        cuda_graphs: whether forward and backward are recorded as a CUDA graph.
+
+    A forward consists of ghost batches of `model.images_per_batch_norm` images each.
     """
 
     model: objective.RelativeLocation
@@ -55,12 +76,13 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Length of the run in optimizer steps."""
-        return max(1, round(self.schedule.epochs * self.steps_per_epoch))
+        """The length of the run in optimizer steps, at least one."""
+        steps = round(self.schedule.epochs * self.steps_per_epoch)
+        return max(1, steps)
 
     def start(self) -> StepsDone:
-        """Of a training that has done nothing. What steps add up is loss x pairs, right answers and pairs."""
-        return StepsDone(step=0, sums=torch.zeros(3, dtype=torch.float64, device=self.device))
+        """Returns the state of a training that has done no step."""
+        return StepsDone(step=0, sums=_no_sums(self.device))
 
 
 def train(
@@ -72,20 +94,32 @@ def train(
     report: Callable[[Progress], None],
     after_step: Callable[[StepsDone], bool],
 ) -> int:
-    """Run steps from `done` to the end, or until `after_step` returns True; steps done.
+    """Trains from `done` to the end of the schedule, and returns the number of steps done.
 
-    `forwards` are this process's images on the device, forward by forward; `report` gets the means
-    since the last report, every `report_every` steps and at the end. Ranks stop together only if
-    `after_step` answers alike on all of them.
+    Args:
+        task: what is trained.
+        forwards: the images of this process's forwards, on the device.
+        done: where to begin: `task.start()`, or what a run that is resumed had saved.
+        report_every: optimizer steps between reports; there is one more at the end.
+        report: is called with each report.
+        after_step: is called after each step; training ends early if it returns True. Processes that
+            train together stop together only if it returns the same on all of them.
     """
+    # Weights may differ between processes, such as after resuming: those of rank 0 count.
     ranks.copy_from_first(task.model.state_dict().values())
     task.model.train()
     stepper = Stepper(task)
 
-    def report_means(sums: StepReport) -> None:
-        loss, hits, pairs = sums.sums
-        epoch = sums.step / task.steps_per_epoch
-        report(Progress(step=sums.step, epoch=epoch, loss=loss / pairs, top1=100 * hits / pairs, lr=sums.lr))
+    def report_means(totals: StepReport) -> None:
+        loss, hits, pairs = totals.sums
+        progress = Progress(
+            step=totals.step,
+            epoch=totals.step / task.steps_per_epoch,
+            loss=loss / pairs,
+            top1=100 * hits / pairs,
+            lr=totals.lr,
+        )
+        report(progress)
 
     return run_steps(
         lambda step: stepper.step(forwards, step),
@@ -100,7 +134,7 @@ def train(
 
 
 class Stepper:
-    """Optimizer steps of a task, whose model's gradients it owns."""
+    """Takes optimizer steps of a task, and owns the memory of its model's gradients."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -108,43 +142,58 @@ class Stepper:
         compute = functools.partial(_forward_backward, task)
         self._compute = Graphed(compute) if task.cuda_graphs else compute
 
-    def step(self, forwards: Iterator[Images], step: int) -> Tensor:
-        """One step over the images of the next `accumulation` forwards; its loss x pairs, right answers and pairs."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.task.device)
+    def step(self, forwards: Iterator[Images], step: int) -> Sums:
+        """Takes one step over the next `accumulation` forwards, and returns its sums over the pairs."""
+        sums = _no_sums(self.task.device)
         self._gradients.clear()
-        for number, images in enumerate(itertools.islice(forwards, self.task.accumulation)):
-            drawn, dropout_mask = _draw(self.task, len(images), step, number)
+        forwards_of_step = itertools.islice(forwards, self.task.accumulation)
+        for index, images in enumerate(forwards_of_step):
+            drawn, dropout_mask = _draw(self.task, len(images), step, index)
             sums += self._compute(images, dropout_mask, *drawn)
         self._gradients.average()
         self.task.optimizer.step()
         return sums
 
 
-def _forward_backward(task: Task, images: Images, dropout_mask: Tensor | None, *drawn: Tensor) -> Tensor:
-    """Add a forward's share to the gradients; its loss x pairs, right answers and pairs."""
+def _no_sums(device: torch.device) -> Sums:
+    # float64, since sums over many steps would lose digits in float32.
+    return torch.zeros(3, dtype=torch.float64, device=device)
+
+
+def _forward_backward(task: Task, images: Images, dropout_mask: Tensor | None, *drawn: Tensor) -> Sums:
+    """Adds the gradients of a forward to those of the step, and returns the forward's sums."""
     patches = task.make(images, *drawn)
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
         logits = task.network(patches, dropout_mask)
     loss = objective.loss(logits)
+    # Gradients of the forwards of a step add up; divided, they are the gradient of the step's mean.
     (loss / task.accumulation).backward()
+    # Everything stays on the device: reading a number would make the host wait for the GPU.
     pairs = len(images) * PAIRS
-    loss, right = loss.detach().double(), objective.hits(logits.detach()).sum().double()
-    return torch.stack([loss * pairs, right, torch.full_like(loss, pairs)])
+    mean_loss = loss.detach().double()
+    hits = objective.hits(logits.detach()).sum().double()
+    return torch.stack([mean_loss * pairs, hits, torch.full_like(mean_loss, pairs)])
 
 
-def _draw(task: Task, n_images: int, step: int, number: int) -> tuple[list[Tensor], Tensor | None]:
-    """The random numbers of a forward: those of its patches, and the mask of what dropout keeps.
+def _draw(task: Task, n_images: int, step: int, forward_index: int) -> tuple[list[Tensor], Tensor | None]:
+    """Returns the random numbers for the patches of a forward, and its dropout mask.
 
-    Each ghost batch has a seed of its own, by the step and its number in the step: any step can be computed
-    again alone, in forwards of any size, by any number of processes.
+    Each ghost batch has a seed of its own, made of the step and its index in the step. So any step
+    can be computed again by itself, in forwards of any size and by any number of processes.
     """
-    size = task.model.images_per_batch_norm
-    ghosts = n_images // size
-    first = (ranks.rank() * task.accumulation + number) * ghosts
+    ghost_size = task.model.images_per_batch_norm
+    n_ghosts = n_images // ghost_size
+    # Ghost batches are counted over all forwards of all ranks, in the order of the images.
+    forwards_before = ranks.rank() * task.accumulation + forward_index
+    first = forwards_before * n_ghosts
     generator = torch.Generator(task.device)
-    drawn, masks = [], []
-    for ghost in range(first, first + ghosts):
-        generator.manual_seed(task.seed_of(step, ghost))
-        drawn.append(task.draw(size, generator))
-        masks.append(task.model.head.draw_dropout_mask(size, generator))  # pyright: ignore[reportCallIssue]
-    return [torch.cat(parts) for parts in zip(*drawn, strict=True)], None if masks[0] is None else torch.cat(masks)
+    drawn_of_ghosts = []
+    masks = []
+    for ghost_index in range(first, first + n_ghosts):
+        generator.manual_seed(task.seed_of(step, ghost_index))
+        drawn_of_ghosts.append(task.draw(ghost_size, generator))
+        masks.append(task.model.head.draw_dropout_mask(ghost_size, generator))  # pyright: ignore[reportCallIssue]
+    drawn = [torch.cat(parts) for parts in zip(*drawn_of_ghosts, strict=True)]
+    if masks[0] is None:  # a head without dropout
+        return drawn, None
+    return drawn, torch.cat(masks)

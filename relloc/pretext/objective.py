@@ -1,9 +1,13 @@
-"""Relative location: eight questions an image, each patch encoded once."""
+"""The relative location objective: eight questions about each image, each patch encoded once.
+
+Each question shows the network the center patch and one of its eight neighbors, and asks which of
+the eight positions the neighbor has.
+"""
 
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -11,22 +15,27 @@ from relloc import checks
 from relloc.geometry import CELLS, CENTER, NEIGHBORS
 from relloc.models.backbone import Backbone
 from relloc.models.ghost_batch_norm import Groups, use_ghost_batches
-from relloc.models.one_value import refuse_one_value
+from relloc.models.one_value import one_value_refused
 from relloc.models.pair_head import CenterEmbeddings, Logits, NeighborEmbeddings
 
 
 class RelativeLocation(nn.Module):
-    """Backbone and head; the logits of the eight (neighbor, center) pairs of each image.
+    """A backbone and a head that give the logits of the eight (neighbor, center) pairs of an image.
 
-    In training `images_per_batch_norm` images share batch-norm statistics, in order. In the backbone
-    their neighbors and centers are two groups ("separate") or all nine patches one ("joint").
-    Separate equals the published recipe, which encodes every center eight times: repeating a sample
-    changes neither the mean nor the biased variance of a batch (protocols.md 2.2). Only the running
-    variance differs, by the factor (M - 1/8) / (M - 1) with M values a channel: 0.4 % or less from
-    64 images with maps of 2x2 on.
+    The published recipe encodes the center of an image eight times, once with each neighbor. Here it
+    is encoded once, with the same result: to repeat a sample changes neither the mean nor the biased
+    variance of a batch (protocols.md 2.2). Only the running variance differs, by the factor
+    (M - 1/8) / (M - 1) with M values a channel: 0.4 % or less from 64 images with maps of 2x2 on.
 
-    Groups pass through the network one after the other, or with `one_pass` all together, which is
-    the same but for rounding and is for torch.compile.
+    Args:
+        backbone: encodes patches.
+        head: takes embeddings of neighbors and centers, and gives logits.
+        batch_norm: "separate" normalizes neighbors and centers as two groups in the backbone, as the
+            published recipe does; "joint" all nine patches as one.
+        images_per_batch_norm: how many consecutive images share batch-norm statistics in training (a
+            ghost batch).
+        one_pass: whether all ghost batches go through the network at once and not one after the
+            other, for torch.compile. Results differ by rounding alone.
     """
 
     def __init__(
@@ -46,82 +55,120 @@ class RelativeLocation(nn.Module):
         self.images_per_batch_norm = images_per_batch_norm
         self.one_pass = one_pass
         if one_pass:
-            rows = (len(NEIGHBORS), 1) if batch_norm == "separate" else (CELLS,)
-            use_ghost_batches(backbone, Groups(images=images_per_batch_norm, rows_per_image=rows))
-            use_ghost_batches(head, Groups(images=images_per_batch_norm, rows_per_image=(len(NEIGHBORS),)))
+            # With several ghost batches in one forward, batch norms have to be told them apart. The
+            # head sees a row for each of the eight pairs.
+            n_neighbors = len(NEIGHBORS)
+            rows_in_backbone = (n_neighbors, 1) if batch_norm == "separate" else (CELLS,)
+            use_ghost_batches(backbone, Groups(images=images_per_batch_norm, rows_per_image=rows_in_backbone))
+            use_ghost_batches(head, Groups(images=images_per_batch_norm, rows_per_image=(n_neighbors,)))
 
-    def forward(self, patches: Float[Tensor, "b 9 3 p p"], kept: Bool[Tensor, "b 8 h"] | None = None) -> Logits:
-        """Logits (image, pair, label) of patches in the grid's row-major order.
+    def forward(self, patches: Float[Tensor, "b 9 3 p p"], dropout_mask: Bool[Tensor, "b 8 h"] | None = None) -> Logits:
+        """Returns the logits (image, pair, label) of patches in the grid's row-by-row order.
 
-        `kept` is what dropout keeps of the head's hidden units in training: `head.draw_dropout_mask` draws it.
+        `dropout_mask` says which hidden units of the head are kept in training;
+        `head.draw_dropout_mask` makes it.
         """
-        together = len(patches) if self.one_pass or not self.training else self.images_per_batch_norm
-        parts = patches.split(together)
-        masks = [None] * len(parts) if kept is None else kept.split(together)
-        logits = [self.head(*self._embed(part), mask) for part, mask in zip(parts, masks, strict=True)]
+        # In eval mode statistics are fixed, so that ghost batches make no difference.
+        if self.one_pass or not self.training:
+            return self.head(*self._embed(patches), dropout_mask)
+        ghost_batches = patches.split(self.images_per_batch_norm)
+        masks: list[Tensor | None] = [None] * len(ghost_batches)
+        if dropout_mask is not None:
+            masks = list(dropout_mask.split(self.images_per_batch_norm))
+        logits = []
+        for ghost_batch, mask in zip(ghost_batches, masks, strict=True):
+            neighbors, centers = self._embed(ghost_batch)
+            logits.append(self.head(neighbors, centers, mask))
+        # A single one stays as it is, which spares a copy.
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
-    def _embed(self, patches: Tensor) -> tuple[NeighborEmbeddings, CenterEmbeddings]:
+    def _embed(self, patches: Float[Tensor, "b 9 3 p p"]) -> tuple[NeighborEmbeddings, CenterEmbeddings]:
+        b = len(patches)
         if self.batch_norm == "joint":
-            cells = self._encode(patches.flatten(0, 1)).unflatten(0, (len(patches), -1))
-            return _around(cells, 1), cells[:, CENTER]
-        if not (self.one_pass and self.training):
-            around = self._encode(_around(patches, 1).flatten(0, 1))
-            return around.unflatten(0, (len(patches), -1)), self._encode(patches[:, CENTER])
-        # In each ghost batch first the neighbors, then the centers, as `Groups` wants them.
-        b, n = len(patches), self.images_per_batch_norm
-        ghosts = patches.unflatten(0, (-1, n))
-        rows = torch.cat([_around(ghosts, 2).flatten(1, 2), ghosts[:, :, CENTER]], 1)
+            embedded = self._encode(patches.flatten(0, 1)).unflatten(0, (b, -1))
+            return _without_center(embedded, dim=1), embedded[:, CENTER]
+        if self.one_pass and self.training:
+            return self._embed_ghost_batches(patches)
+        # Two forwards of the backbone, so that its batch norms see neighbors and centers apart.
+        neighbors = self._encode(_without_center(patches, dim=1).flatten(0, 1))
+        centers = self._encode(patches[:, CENTER])
+        return neighbors.unflatten(0, (b, -1)), centers
+
+    def _embed_ghost_batches(self, patches: Float[Tensor, "b 9 3 p p"]) -> tuple[NeighborEmbeddings, CenterEmbeddings]:
+        """Embeds the patches of all ghost batches in one forward of the backbone."""
+        b = len(patches)
+        n = self.images_per_batch_norm
+        ghost_batches = patches.unflatten(0, (-1, n))
+        # In each ghost batch all neighbors come first and then all centers, as `Groups` expects.
+        neighbors = _without_center(ghost_batches, dim=2).flatten(1, 2)
+        centers = ghost_batches[:, :, CENTER]
+        rows = torch.cat([neighbors, centers], 1)
         embedded = self._encode(rows.flatten(0, 1)).unflatten(0, (-1, CELLS * n))
-        around, centers = embedded.split([len(NEIGHBORS) * n, n], dim=1)
-        return around.reshape(b, len(NEIGHBORS), -1), centers.reshape(b, -1)
+        # Back to one entry for each image.
+        n_neighbors = len(NEIGHBORS)
+        embedded_neighbors, embedded_centers = embedded.split([n_neighbors * n, n], dim=1)
+        return embedded_neighbors.reshape(b, n_neighbors, -1), embedded_centers.reshape(b, -1)
 
     def _encode(self, rows: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n d"]:
-        # In the format of the weights, else the first convolution copies its input, forth and back.
-        return self.backbone.embed(rows.contiguous(memory_format=_memory_format(self.backbone)))
+        # In the memory format of the weights; otherwise the first convolution would copy its input in
+        # the forward and again in the backward.
+        memory_format = _memory_format(self.backbone)
+        return self.backbone.embed(rows.contiguous(memory_format=memory_format))
 
 
 @torch.no_grad()
 def check_batch_norms(model: RelativeLocation, patch_px: int) -> None:
-    """Raises `UsageError` where a batch norm would be trained on one value a channel; changes statistics.
+    """Checks that no batch norm of the model would train on a single value a channel.
 
-    That needs a group of one patch, so a single image a batch norm, and a map of one pixel.
+    That happens with a group of one patch, so with one image a batch norm, whose feature map has one
+    pixel. The check does a forward, which changes the running statistics of the model.
+
+    Raises:
+        UsageError: a batch norm would get a single value a channel.
     """
     n = model.images_per_batch_norm
     if n > 1:
         return
-    told = (
+    message = (
         f"recipe.images_per_batch_norm={n}: a batch norm would see one value a channel, of which there is no variance. "
         "Give recipe.images_per_batch_norm=2 or more, or pretext_batch_norm=joint, where nine patches count together"
     )
-    with refuse_one_value(model.train(), told):
+    with one_value_refused(model.train(), message):
         model(torch.zeros(n, CELLS, 3, patch_px, patch_px))
 
 
 def _memory_format(module: nn.Module) -> torch.memory_format:
-    """That of a module's convolutions."""
-    weights = (weight for weight in module.parameters() if weight.dim() == 4)
-    return next((torch.channels_last for weight in weights if not weight.is_contiguous()), torch.contiguous_format)
+    """Returns the memory format of a module's convolutions."""
+    for weight in module.parameters():
+        is_convolution = weight.dim() == 4
+        if is_convolution and not weight.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
 
 
-def _around(cells: Tensor, dim: int) -> Tensor:
-    # Slices, since an index list would have to travel to the GPU, which waits for it.
+def _without_center(cells: Tensor, dim: int) -> Tensor:
+    # By slices, since a list of indices would be copied to the GPU, and the host would wait for it.
     before, _, after = cells.split([CENTER, 1, CELLS - CENTER - 1], dim)
     return torch.cat([before, after], dim)
 
 
-def labels(logits: Logits) -> Tensor:
-    """The right answers (b 8): pair i of an image has label i."""
-    return torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+def labels(logits: Logits) -> Int[Tensor, "b 8"]:
+    """Returns the right answers: pair i of every image has label i."""
+    n_pairs = logits.shape[1]
+    return torch.arange(n_pairs, device=logits.device).expand(logits.shape[:2])
 
 
 def loss(logits: Logits) -> Float[Tensor, ""]:
-    """Cross entropy, the mean over all pairs; log 8 = 2.079 is a network that knows nothing."""
-    # bfloat16 is too coarse for it; float64 stays, so that tests of equality see no float32 rounding.
+    """Returns the cross entropy, its mean over all pairs.
+
+    A network that finds all positions equally likely has a loss of log 8 = 2.079.
+    """
+    # bfloat16 is too coarse for a loss. float64 stays, for tests that compare to more digits.
     exact = logits if logits.dtype == torch.float64 else logits.float()
     return cross_entropy(exact.flatten(0, 1), labels(logits).flatten())
 
 
-def hits(logits: Logits) -> Tensor:
-    """Right answers of each image (b), 0..8."""
-    return (logits.argmax(dim=2) == labels(logits)).sum(dim=1)
+def hits(logits: Logits) -> Int[Tensor, "b"]:
+    """Returns the number of right answers (0 to 8) for each image."""
+    answers = logits.argmax(dim=2)
+    return (answers == labels(logits)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The optimizer of a pretext model: a trunk and a head that decay differently."""
+"""The optimizer of a pretext model: SGD with a weight decay each for backbone and head."""
 
 import torch
 
@@ -16,21 +16,34 @@ def sgd(
     weight_decay: float,
     head_weight_decay: float,
 ) -> torch.optim.SGD:
-    """SGD whose rate is `lr` at `lr_images_per_step` and grows linearly with `images_per_step`.
+    """Returns SGD with a learning rate that grows linearly with the number of images in a step.
 
-    Both decays act on all parameters, biases and batch norm included (protocols.md 2.1 and T14).
-    mmselfsup codes no scaling rule (T7): at its 512 images a step the rate is its own.
+    The rate is `lr` where `images_per_step` equals `lr_images_per_step`. Both weight decays act on
+    all parameters, also on biases and batch norm (protocols.md 2.1 and T14). mmselfsup has no such
+    scaling rule (T7); at its 512 images a step the rate is the same.
+
+    Example:
+        With lr=0.2 at lr_images_per_step=512, a step of 64 images has the rate 0.025.
 
     Raises:
-        ValueError: a number that is negative or infinite; torch looks at no decay that a group brings.
+        ValueError: a number is negative or infinite.
     """
-    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "head_weight_decay": head_weight_decay}
-    for name, value in numbers.items():
-        checks.number(f"optimizer.{name}", value, at_least=0)
+    # Checked here, since torch does not check the weight decay of a parameter group.
+    checks.number("optimizer.lr", lr, at_least=0)
+    checks.number("optimizer.momentum", momentum, at_least=0)
+    checks.number("optimizer.weight_decay", weight_decay, at_least=0)
+    checks.number("optimizer.head_weight_decay", head_weight_decay, at_least=0)
     checks.number("optimizer.lr_images_per_step", lr_images_per_step, above=0)
-    scaled = lr * images_per_step / lr_images_per_step
+    scaled_lr = lr * images_per_step / lr_images_per_step
     groups = [
-        {"params": list(model.backbone.parameters()), "weight_decay": weight_decay},
-        {"params": list(model.head.parameters()), "weight_decay": head_weight_decay},
+        {
+            "params": list(model.backbone.parameters()),
+            "weight_decay": weight_decay,
+        },
+        {
+            "params": list(model.head.parameters()),
+            "weight_decay": head_weight_decay,
+        },
     ]
-    return torch.optim.SGD(groups, lr=scaled, momentum=momentum, fused=True)  # one kernel for all weights
+    # fused: one kernel updates all weights, where one a parameter would wait for its launch.
+    return torch.optim.SGD(groups, lr=scaled_lr, momentum=momentum, fused=True)

@@ -1,4 +1,4 @@
-"""Learning rate over a run, as a factor on the base rate: pure functions of the step."""
+"""Learning rate schedules: factors on the initial rate, as pure functions of the epoch."""
 
 import dataclasses
 import math
@@ -12,31 +12,40 @@ from relloc.optimization import milestone_factor
 
 @runtime_checkable
 class Schedule(Protocol):
-    """How long a run is, and how its learning rate moves."""
+    """The length of a training and the course of its learning rate."""
 
     epochs: float
 
     def factor(self, epoch: float) -> float:
-        """Learning rate over base rate at `epoch`, a real number in [0, epochs)."""
+        """Returns the learning rate at `epoch`, a real number in [0, epochs), over the initial rate."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Constant:
-    """The base rate throughout (the author's code)."""
+class _Lasting:
+    # What all schedules share: the number of epochs.
 
     epochs: float
 
     def __post_init__(self) -> None:
         checks.number("schedule.epochs", self.epochs, above=0)
 
+
+class Constant(_Lasting):
+    """Keeps the initial rate throughout, as the paper's code does (protocols.md 2.1).
+
+    Raises:
+        ValueError: `epochs` is not above 0.
+    """
+
     def factor(self, epoch: float) -> float:
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _WarmedUp(Constant):
-    """Linear warm-up each step, from `warmup_from` times the base rate, to which it then stays."""
+class _WarmedUp(_Lasting):
+    # What `Step` and `Cosine` share. The rate rises by the same amount each step for
+    # `warmup_epochs`, from `warmup_from` times the initial rate up to the initial rate.
 
     warmup_epochs: float
     warmup_from: float
@@ -46,11 +55,12 @@ class _WarmedUp(Constant):
         checks.number("schedule.warmup_epochs", self.warmup_epochs, at_least=0)
         if self.warmup_epochs > self.epochs:
             raise UsageError(
-                f"schedule.warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run"
+                f"schedule.warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run: "
+                "give a shorter warm-up or a larger schedule.epochs"
             )
         checks.number("schedule.warmup_from", self.warmup_from, at_least=0, at_most=1)
 
-    def factor(self, epoch: float) -> float:
+    def _warmup_factor(self, epoch: float) -> float:
         if epoch >= self.warmup_epochs:
             return 1.0
         return self.warmup_from + (1 - self.warmup_from) * epoch / self.warmup_epochs
@@ -58,10 +68,11 @@ class _WarmedUp(Constant):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(_WarmedUp):
-    """Linear warm-up each step, then times `gamma` at each milestone (protocols.md 2.1).
+    """Warms up linearly, then multiplies the rate by `gamma` at each milestone (protocols.md 2.1).
 
     Raises:
-        ValueError: a milestone that the run never reaches, or a span that does not fit.
+        ValueError: a milestone that the run never reaches, milestones out of order, or a warm-up
+            that is longer than the run.
     """
 
     milestone_epochs: Sequence[float]
@@ -71,21 +82,29 @@ class Step(_WarmedUp):
         super().__post_init__()
         checks.numbers("schedule.milestone_epochs", self.milestone_epochs, at_least=0, may_be_empty=True)
         checks.rising("schedule.milestone_epochs", self.milestone_epochs)
-        if self.milestone_epochs and self.milestone_epochs[-1] >= self.epochs:
+        if not self.milestone_epochs:
+            return
+        last = self.milestone_epochs[-1]
+        if last >= self.epochs:
             raise ValueError(
-                f"schedule.milestone_epochs {list(self.milestone_epochs)}: {self.milestone_epochs[-1]} is "
+                f"schedule.milestone_epochs {list(self.milestone_epochs)}: {last} is "
                 f"never reached in {self.epochs} epochs; set them to fit, or [] for none"
             )
 
     def factor(self, epoch: float) -> float:
-        return super().factor(epoch) * milestone_factor(epoch, self.milestone_epochs, self.gamma)
+        return self._warmup_factor(epoch) * milestone_factor(epoch, self.milestone_epochs, self.gamma)
 
 
 class Cosine(_WarmedUp):
-    """Linear warm-up each step, then half a cosine down to zero at the end."""
+    """Warms up linearly, then falls to zero at the end along half a cosine.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
 
     def factor(self, epoch: float) -> float:
         if epoch < self.warmup_epochs:
-            return super().factor(epoch)
-        progress = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+            return self._warmup_factor(epoch)
+        decay_epochs = self.epochs - self.warmup_epochs
+        progress = (epoch - self.warmup_epochs) / decay_epochs
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -1,4 +1,8 @@
-"""Stopping between two steps when a person or a cluster asks for it."""
+"""Turns signals such as Ctrl-C or SLURM's warnings into a request to stop between two training steps.
+
+While a request can be honored, the run saves a checkpoint and ends in order; before and after that
+a signal ends it at once. Either way the exit code is that of the signal.
+"""
 
 import contextlib
 import os
@@ -9,24 +13,32 @@ from collections.abc import Iterator
 from types import FrameType
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_AGAIN_S = 0.05  # until a signal is sent again whose exception was lost: by then the code that lost it has returned
+# Seconds until a signal is sent again whose exception Python dropped: by then the code that dropped it
+# has returned.
+_RESEND_AFTER_S = 0.05
 
 
 class Stopped(SystemExit):
-    """Leaves the run at once, with the exit code of the signal that asked for it."""
+    """Ends the run at once, with the exit code of the signal that asked for it."""
 
 
 def watched() -> tuple[signal.Signals, ...]:
-    """The signals to listen to. One of a closed terminal (SIGHUP) stays ignored where `nohup` has it ignored."""
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return tuple(number for number in WATCHED if not (nohup and number == signal.SIGHUP))
+    """Returns the signals to listen to.
+
+    SIGHUP, which a closed terminal sends, is left out where `nohup` has it ignored.
+    """
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    if not under_nohup:
+        return WATCHED
+    return tuple(number for number in WATCHED if number != signal.SIGHUP)
 
 
 class StopRequest:
-    """Which signal asked to stop, or None.
+    """A request to stop: true as soon as one of the watched signals has arrived.
 
-    While `awaited`, somebody looks between two steps and ends the run in order; else a signal ends
-    it at once by `Stopped`, or by KeyboardInterrupt for Ctrl-C. A second Ctrl-C always does.
+    `signal` is the number of that signal, or None. While `awaited` is True, the training looks at
+    the request between two steps and ends the run in order. Otherwise a signal ends the run at once
+    by raising `Stopped`, or KeyboardInterrupt for Ctrl-C. A second Ctrl-C always does.
     """
 
     def __init__(self) -> None:
@@ -40,7 +52,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 128 plus the signal; 130 for Ctrl-C."""
+        """The exit code by the shell's convention: 128 plus the signal's number, so 130 for Ctrl-C."""
         return 128 + (self.signal or 0)
 
     @property
@@ -49,31 +61,35 @@ class StopRequest:
         return signal.Signals(self.signal or 0).name
 
     def listen(self, *, awaited: bool) -> None:
-        """From here on somebody awaits signals, or nobody does.
+        """Sets whether somebody looks at the request from here on, and installs the handlers again.
 
-        Handlers are put in place again: libraries that compile code at run time (LLVM in Triton and
-        in GPU drivers) install their own for SIGUSR1 and others, below Python's knowledge.
+        Handlers are installed again since libraries that compile code at run time (LLVM in Triton
+        and in GPU drivers) install their own for SIGUSR1 and others, without Python knowing.
         """
         self.awaited = awaited
         for number in self.watched:
             signal.signal(number, self.notice)
 
     def notice(self, number: int, _frame: FrameType | None) -> None:
-        again = self.signal == number
+        """Notes a signal that arrived (this is the signal handler); raises if it is to end the run."""
+        is_second = self.signal == number
         self.signal = number
-        if not self.awaited or (again and number == signal.SIGINT):
+        insists = is_second and number == signal.SIGINT
+        if not self.awaited or insists:
             self._has_raised = True
             raise self._ending()
 
     def _ending(self) -> BaseException:
-        return KeyboardInterrupt() if self.signal == signal.SIGINT else Stopped(self.exit_code)
+        if self.signal == signal.SIGINT:
+            return KeyboardInterrupt()
+        return Stopped(self.exit_code)
 
     @contextlib.contextmanager
     def prevailing(self) -> Iterator[None]:
-        """Have a signal that ended the block at once leave it as `Stopped` or KeyboardInterrupt, whatever became of it.
+        """Makes the block end with the signal's exception even if other code turned it into another.
 
-        It may arrive anywhere, also in code that makes an error of its own of what is raised there: a module in C that
-        is just being imported makes an ImportError of it, without a word of the signal.
+        A signal can arrive anywhere, also in code that converts exceptions. For example, a C module
+        that is being imported makes an ImportError of it, which says nothing of the signal.
         """
         try:
             yield
@@ -86,38 +102,53 @@ class StopRequest:
 
     @contextlib.contextmanager
     def never_lost(self) -> Iterator[None]:
-        """Send a signal again that arrived where Python drops exceptions: in weak references' callbacks and `__del__`.
+        """Sends a signal again if Python dropped the exception that it raised.
 
-        Python would print "Exception ignored in" with a traceback, and the run would go on.
+        Python drops exceptions in `__del__` and in callbacks of weak references: it prints
+        "Exception ignored in" with a traceback, and the run would go on.
         """
-        before, again = sys.unraisablehook, []
+        hook_before = sys.unraisablehook
+        timers = []
 
-        def hear(lost: "sys.UnraisableHookArgs") -> None:
-            if not (self._has_raised and isinstance(lost.exc_value, (KeyboardInterrupt, Stopped))):
-                before(lost)
+        def resend(dropped: "sys.UnraisableHookArgs") -> None:
+            is_stop = isinstance(dropped.exc_value, (KeyboardInterrupt, Stopped))
+            if not (self._has_raised and is_stop):
+                hook_before(dropped)
                 return
-            timer = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), self.signal))
-            again.append(timer)
+            # Later and from another thread: raised here, it would be dropped as well.
+            timer = threading.Timer(_RESEND_AFTER_S, os.kill, (os.getpid(), self.signal))
+            timers.append(timer)
             timer.start()
 
-        sys.unraisablehook = hear
+        sys.unraisablehook = resend
         try:
             yield
         finally:
-            sys.unraisablehook = before
-            for timer in again:  # the handlers that are put back next would end the process
+            sys.unraisablehook = hook_before
+            # Not sent any more: with the handlers that are restored next, it would kill the process.
+            for timer in timers:
                 timer.cancel()
                 timer.join()
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turns the watched signals into a request while the block runs; handlers are put back after."""
+    """Turns the watched signals into a request while the block runs; handlers are restored after.
+
+    Example:
+        >>> with stop_request() as stop:
+        ...     stop.listen(awaited=True)
+        ...     while not stop:
+        ...         take_step()
+        >>> sys.exit(stop.exit_code)
+    """
     request = StopRequest()
-    before = {number: signal.signal(number, request.notice) for number in request.watched}
+    handlers_before = {}
+    for number in request.watched:
+        handlers_before[number] = signal.signal(number, request.notice)
     try:
         with request.prevailing(), request.never_lost():
             yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers_before.items():
             signal.signal(number, handler)

@@ -72,10 +72,10 @@ def test_finite_weights_pass_however_large_or_small() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, -1])
-def test_one_weight_that_is_not_finite_is_enough(value: float, place: int) -> None:
+@pytest.mark.parametrize("index", [0, -1])
+def test_one_weight_that_is_not_finite_is_enough(value: float, index: int) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    list(model.parameters())[place].data.view(-1)[-1] = value
+    list(model.parameters())[index].data.view(-1)[-1] = value
     with pytest.raises(Diverged, match="not finite after step 3"):
         check_finite(model, step=3)
 

@@ -51,11 +51,11 @@ def test_the_interval_is_wider_where_images_come_from_few_sources() -> None:
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says_with_ten_sources() -> None:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
-        rates = np.clip(chance.normal(0.3, 0.05, 10), 0, 1)
-        hits = torch.from_numpy(chance.binomial(8, np.repeat(rates, 20)))
+        rates = np.clip(rng.normal(0.3, 0.05, 10), 0, 1)
+        hits = torch.from_numpy(rng.binomial(8, np.repeat(rates, 20)))
         found = accuracy(hits, [f"photo{i // 20}" for i in range(200)])
         covered += found.low <= 30 <= found.high
     assert 0.92 < covered / 400 < 0.98
@@ -130,7 +130,7 @@ def test_answers_are_those_of_the_model_in_eval_mode_image_by_image(model: Relat
     expected = [[int(row.argmax()) for row in image] for batch in logits for image in batch]
     model.train()
     assert asked(images, seed=9).tolist() == expected
-    assert asked(images, seed=9).tolist() == expected  # no chance is left over: dropout is off
+    assert asked(images, seed=9).tolist() == expected  # nothing random is left: dropout is off
     hits = [sum(answer == label for label, answer in enumerate(image)) for image in expected]
     assert count_hits(asked(images, seed=9)).tolist() == hits
     assert set(hits) != {0}

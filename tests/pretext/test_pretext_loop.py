@@ -31,13 +31,13 @@ WARM = Step(epochs=3, warmup_epochs=1, warmup_from=0.1, milestone_epochs=[2], ga
 
 
 def forwards(number: int, *, first: int = 0, size: int = 4, side: int = GRID.span_px) -> Iterator[Tensor]:
-    """Images of the forwards `first` to `number`, each a function of its place alone."""
-    for place in range(first, number):
-        generator = torch.Generator().manual_seed(place)
+    """Images of the forwards `first` to `number`, each a function of its index alone."""
+    for index in range(first, number):
+        generator = torch.Generator().manual_seed(index)
         yield torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
-def lucky_task(*, initial_seed: int = 0, run_seed: int = 7, images_per_batch_norm: int = 4, **changes: object) -> Task:
+def random_task(*, initial_seed: int = 0, run_seed: int = 7, images_per_batch_norm: int = 4, **changes: object) -> Task:
     """Everything random at once: jitter, dropped colors, dropout; batch norm and momentum keep state."""
     torch.manual_seed(initial_seed)
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
@@ -70,7 +70,7 @@ def lucky_task(*, initial_seed: int = 0, run_seed: int = 7, images_per_batch_nor
 
 def exact_task(**changes: object) -> Task:
     """The same in float64; patches are made in float32, of which each is rounded alike in any forward."""
-    task = lucky_task(**changes)
+    task = random_task(**changes)
     task.model.double()
     return dataclasses.replace(task, make=lambda *given: PIPELINE.make(*given).double())
 
@@ -108,13 +108,13 @@ class PlainHead(nn.Module):
 def plain_task(
     *, lr: float, schedule: Schedule, steps_per_epoch: int, accumulation: int = 1, images_per_batch_norm: int = 1
 ) -> Task:
-    """No chance and no batch statistics, so that what a step computes can be written out."""
+    """No randomness and no batch statistics, so that what a step computes can be written out."""
     torch.manual_seed(0)
     model = RelativeLocation(
         PlainBackbone(), PlainHead(), batch_norm="separate", images_per_batch_norm=images_per_batch_norm
     )
     pipeline = PatchPipeline(grid=FIXED_GRID, color=Keep(), normalize=ByDataset())
-    return lucky_task(
+    return random_task(
         model=model,
         network=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
@@ -153,17 +153,17 @@ def assert_same_state(one: Task, other: Task) -> None:
         assert torch.equal(value, other.model.state_dict()[name]), name
     momenta = [task.optimizer.state_dict()["state"] for task in (one, other)]
     assert momenta[0].keys() == momenta[1].keys()
-    for place, state in momenta[0].items():
-        assert torch.equal(state["momentum_buffer"], momenta[1][place]["momentum_buffer"])
+    for index, state in momenta[0].items():
+        assert torch.equal(state["momentum_buffer"], momenta[1][index]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("stopped_after", [1, 3, 5])
 def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: Path) -> None:
-    whole = lucky_task()
+    whole = random_task()
     end, reports = trained(whole, forwards(6), report_every=2)
     assert end.step == whole.steps == 6
 
-    first = lucky_task()
+    first = random_task()
     stopped, first_reports = trained(first, forwards(6), stop_after=stopped_after, report_every=2)
     assert stopped.step == stopped_after
     state = {
@@ -173,11 +173,11 @@ def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: P
     }
     saved = load_training(save_training(tmp_path, state, stopped.step))
 
-    second = lucky_task(initial_seed=1)
+    second = random_task(initial_seed=1)
     second.model.load_state_dict(saved["model"])
     second.optimizer.load_state_dict(saved["optimizer"])
     second.model.eval()  # as after questions on held-out images
-    torch.rand(5)  # another process has another history of chance
+    torch.rand(5)  # another process has drawn other random numbers before
     standing = StepsDone(step=saved["step"], sums=saved["sums"])
     end, second_reports = trained(second, forwards(6, first=stopped_after), standing=standing, report_every=2)
     assert end.step == 6
@@ -186,15 +186,15 @@ def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: P
 
 
 def test_another_seed_trains_otherwise_so_that_equality_above_means_something() -> None:
-    one, other = lucky_task(), lucky_task(run_seed=8)
+    one, other = random_task(), random_task(run_seed=8)
     trained(one, forwards(6))
     trained(other, forwards(6))
     assert not torch.equal(one.model.backbone.stem[0].weight, other.model.backbone.stem[0].weight)
 
 
-def test_chance_is_drawn_anew_in_every_forward() -> None:
+def test_random_numbers_are_drawn_anew_in_every_forward() -> None:
     seen: list[Tensor] = []
-    task = lucky_task(accumulation=2)
+    task = random_task(accumulation=2)
     spy = dataclasses.replace(task, make=lambda *given: seen.append(task.make(*given)) or seen[-1])
     trained(spy, itertools.repeat(next(forwards(1)), 12))
     assert len(seen) == 12
@@ -253,7 +253,7 @@ def test_a_report_is_the_mean_over_the_pairs_since_the_last_one() -> None:
 
 
 def test_the_rate_follows_the_schedule_step_by_step_in_every_group() -> None:
-    task = lucky_task()
+    task = random_task()
     rates: list[tuple[float, ...]] = []
     reports: list[Progress] = []
     train(
@@ -270,7 +270,7 @@ def test_the_rate_follows_the_schedule_step_by_step_in_every_group() -> None:
 
 
 def test_stopping_ends_after_the_step_takes_no_image_more_and_keeps_what_was_not_reported() -> None:
-    task = lucky_task()
+    task = random_task()
     batches = forwards(6)
     stopped, reports = trained(task, batches, stop_after=3, report_every=100)
     assert stopped.step == 3
@@ -280,7 +280,7 @@ def test_stopping_ends_after_the_step_takes_no_image_more_and_keeps_what_was_not
 
 
 def test_a_finished_training_does_nothing_more() -> None:
-    task = lucky_task()
+    task = random_task()
     before = copy.deepcopy(task.model.state_dict())
     standing = dataclasses.replace(task.start(), step=6)
     assert trained(task, forwards(0), standing=standing) == (standing, [])
@@ -294,12 +294,12 @@ def test_a_finished_training_does_nothing_more() -> None:
 def test_the_length_in_steps_is_the_nearest_whole_number_and_at_least_one(
     epochs: float, steps_per_epoch: int, steps: int
 ) -> None:
-    task = lucky_task(schedule=Constant(epochs=epochs), steps_per_epoch=steps_per_epoch)
+    task = random_task(schedule=Constant(epochs=epochs), steps_per_epoch=steps_per_epoch)
     assert task.steps == steps
 
 
 def test_bfloat16_changes_reports_by_rounding_alone_and_weights_stay_float32() -> None:
-    exact, rounded = lucky_task(), lucky_task(bf16=True)
+    exact, rounded = random_task(), random_task(bf16=True)
     _, of_exact = trained(exact, forwards(6), stop_after=1)
     _, of_rounded = trained(rounded, forwards(6), stop_after=1)
     assert of_rounded[0].loss != of_exact[0].loss
@@ -309,7 +309,7 @@ def test_bfloat16_changes_reports_by_rounding_alone_and_weights_stay_float32() -
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_how_many_images_pass_at_once_changes_rounding_alone(size: int) -> None:
-    """Ghost batches of four images, in forwards of one, two or all four of them; dropout and colors by chance.
+    """Ghost batches of four images, in forwards of one, two or all four of them; random dropout and colors.
 
     In float64: batch norm of four images on small maps amplifies rounding 100,000 times in so few steps, so that
     processors differ in float32 by more than a mistake would.

@@ -118,9 +118,9 @@ def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(kind: str, batch_
     together = model_of(kind, batch_norm, images=3, one_pass=True, dropout=0.5).train()
     apart = model_of(kind, batch_norm, images=3, dropout=0.5).train()
     patches = patches_of(b=6)
-    kept = apart.head.draw_dropout_mask(6, torch.Generator().manual_seed(4))
+    mask = apart.head.draw_dropout_mask(6, torch.Generator().manual_seed(4))
     for model in (together, apart):
-        objective.loss(model(patches, kept)).backward()
+        objective.loss(model(patches, mask)).backward()
     for (name, value), other in zip(together.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(value.grad, other.grad, rtol=1e-7, atol=1e-9, msg=name)
     assert list(together.state_dict()) == list(apart.state_dict())

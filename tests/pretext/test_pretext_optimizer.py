@@ -53,13 +53,13 @@ def test_trunk_and_head_decay_by_their_own_amount_biases_and_batch_norm_included
 def test_momentum_carries_a_gradient_on_without_nesterov(model: RelativeLocation) -> None:
     optimizer = sgd(model, **{**CARD, "weight_decay": 0.0, "head_weight_decay": 0.0}, images_per_step=512)
     value = model.head.answer.bias
-    places = [value.detach().clone()]
+    values = [value.detach().clone()]
     for gradient in (1.0, 0.0, 0.0):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
         optimizer.step()
-        places.append(value.detach().clone())
-    moves = [(before - after).mean().item() for before, after in pairwise(places)]
+        values.append(value.detach().clone())
+    moves = [(before - after).mean().item() for before, after in pairwise(values)]
     assert moves == pytest.approx([0.2, 0.18, 0.162], rel=1e-4)
 
 

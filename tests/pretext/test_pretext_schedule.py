@@ -70,31 +70,31 @@ SPANS = {"epochs": 10, "warmup_epochs": 1, "warmup_from": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"epochs": 0}, "schedule.epochs is 0: give a number above 0"),
+        ({"epochs": 0}, "schedule.epochs is 0.* above 0"),
         ({"epochs": -1}, "schedule.epochs is -1"),
         ({"warmup_epochs": 11}, r"schedule.warmup_epochs is 11, more than the 10 epochs"),
         ({"warmup_epochs": -1}, "schedule.warmup_epochs is -1"),
-        ({"warmup_from": 1.5}, r"schedule.warmup_from is 1.5: give a number from 0 to 1"),
+        ({"warmup_from": 1.5}, r"schedule.warmup_from is 1.5.* from 0 to 1"),
     ],
 )
-def test_spans_that_do_not_fit_are_errors_with_their_numbers(changes: dict[str, float], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_spans_that_do_not_fit_are_errors_with_their_numbers(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Cosine(**{**SPANS, **changes})
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         Step(**{**SPANS, **changes}, milestone_epochs=[], gamma=0.1)
 
 
 @pytest.mark.parametrize(
-    ("milestones", "told"),
+    ("milestones", "message"),
     [
-        ([5, 10], "10 is never reached in 10 epochs; set them to fit, or .. for none"),
+        ([5, 10], "10 is never reached in 10 epochs"),
         ([5, 12.5], "12.5 is never reached"),
-        ([6, 3], r"schedule.milestone_epochs is \[6, 3\]: give epochs that rise"),
-        ([3, 3], "give epochs that rise"),
+        ([6, 3], r"schedule.milestone_epochs is \[6, 3\]"),
+        ([3, 3], r"schedule.milestone_epochs is \[3, 3\]"),
     ],
 )
-def test_milestones_that_never_act_are_errors(milestones: list[float], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_milestones_that_never_act_are_errors(milestones: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Step(**SPANS, milestone_epochs=milestones, gamma=0.1)
