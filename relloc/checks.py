@@ -1,6 +1,8 @@
-"""Checks of settings: each raises `UsageError` with the setting's name, its value and what is right, or returns it.
+"""Checks of settings, so that the same mistake has the same message everywhere.
 
-Used by every class and function that a user's settings reach, so that the same mistake has the same message.
+Each function returns a value that is right, and otherwise raises `UsageError` with the setting's
+name, its value and what to give instead. Every class and function that a user's settings reach uses
+them.
 """
 
 import math
@@ -10,50 +12,65 @@ from typing import Any
 
 from relloc.errors import UsageError
 
-_FINITE = sys.float_info.max
+_LARGEST_FLOAT = sys.float_info.max  # the default upper limit, which leaves out infinity
 
 
 def whole(setting: str, value: Any, at_least: float = 1) -> int:
-    """A whole number of `at_least` or more."""
+    """Checks that a value is a whole number of `at_least` or more.
+
+    Example:
+        >>> whole("grid.patch_px", 0)
+        UsageError: grid.patch_px is 0: give a whole number of 1 or more
+    """
     if not _is_whole(value, at_least):
-        raise _wrong(setting, value, f"a whole number{_limits(at_least=at_least)}")
+        raise _wrong(setting, value, f"a whole number{_limits_text(at_least=at_least)}")
     return value
 
 
 def number(
-    setting: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = _FINITE
+    setting: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = _LARGEST_FLOAT,
 ) -> float:
-    """A number within the limits; infinity only where `at_most` is infinite."""
+    """Checks that a value is a number within the limits. Infinity is one if `at_most` is infinite."""
     if not _is_number(value, above, at_least, at_most):
-        raise _wrong(setting, value, f"a number{_limits(above, at_least, at_most)}")
+        raise _wrong(setting, value, f"a number{_limits_text(above, at_least, at_most)}")
     return value
 
 
 def true_or_false(setting: str, value: Any) -> bool:
-    """A truth value, and no number that Python would take for one."""
+    """Checks that a value is True or False; 0 and 1 are neither."""
     if not isinstance(value, bool):
         raise _wrong(setting, value, "true or false")
     return value
 
 
 def one_of(setting: str, value: Any, choices: Collection[Any]) -> Any:
-    """One of the choices."""
+    """Checks that a value is one of the choices."""
     if value not in choices:
         raise _wrong(setting, value, f"one of {_listed(choices)}")
     return value
 
 
 def some_of(setting: str, values: Any, choices: Collection[Any]) -> Any:
-    """A list, not empty, of some of the choices."""
-    if not isinstance(values, list | tuple) or not values or any(value not in choices for value in values):
+    """Checks that a value is a list, not empty, of some of the choices."""
+    is_list = isinstance(values, list | tuple)
+    if not is_list or not values or any(value not in choices for value in values):
         raise _wrong(setting, values, f"a list of some of {_listed(choices)}")
     return values
 
 
 def wholes(setting: str, values: Any, at_least: float = 1, *, may_be_empty: bool = False) -> Any:
-    """A list of whole numbers of `at_least` or more."""
-    wanted = f"whole numbers{_limits(at_least=at_least)}"
-    return _list_of(wanted, lambda value: _is_whole(value, at_least), setting, values, may_be_empty)
+    """Checks that a value is a list of whole numbers of `at_least` or more."""
+    wanted = f"whole numbers{_limits_text(at_least=at_least)}"
+
+    def is_right(value: Any) -> bool:
+        return _is_whole(value, at_least)
+
+    return _list_of(wanted, is_right, setting, values, may_be_empty)
 
 
 def numbers(
@@ -62,26 +79,40 @@ def numbers(
     *,
     above: float = -math.inf,
     at_least: float = -math.inf,
-    at_most: float = _FINITE,
+    at_most: float = _LARGEST_FLOAT,
     may_be_empty: bool = False,
 ) -> Any:
-    """A list of numbers within the limits."""
-    wanted = f"numbers{_limits(above, at_least, at_most)}"
-    return _list_of(wanted, lambda value: _is_number(value, above, at_least, at_most), setting, values, may_be_empty)
+    """Checks that a value is a list of numbers within the limits."""
+    wanted = f"numbers{_limits_text(above, at_least, at_most)}"
+
+    def is_right(value: Any) -> bool:
+        return _is_number(value, above, at_least, at_most)
+
+    return _list_of(wanted, is_right, setting, values, may_be_empty)
 
 
 def rising(setting: str, values: Iterable[float]) -> None:
-    """Epochs of which each is later than the one before."""
+    """Checks that each epoch of a list is later than the one before."""
     values = list(values)
-    if values != sorted(set(values)):
+    sorted_without_repeats = sorted(set(values))
+    if values != sorted_without_repeats:
         raise _wrong(setting, values, "epochs that rise")
 
 
-def _list_of(wanted: str, is_right: Callable[[Any], bool], setting: str, values: Any, may_be_empty: bool) -> Any:
-    # The usual slip is the number alone, which is answered with the list to write.
-    if isinstance(values, int | float) and not isinstance(values, bool):
+def _list_of(
+    wanted: str,
+    is_right: Callable[[Any], bool],
+    setting: str,
+    values: Any,
+    may_be_empty: bool,
+) -> Any:
+    # The usual slip is a single number without brackets: the message shows the list to write.
+    is_single_number = isinstance(values, int | float) and not isinstance(values, bool)
+    if is_single_number:
         raise _wrong(setting, values, f"a list, [{values}]")
-    if not isinstance(values, list | tuple) or not (values or may_be_empty):
+    if not isinstance(values, list | tuple):
+        raise _wrong(setting, values, f"a list of {wanted}")
+    if not values and not may_be_empty:
         raise _wrong(setting, values, f"a list of {wanted}")
     if not all(map(is_right, values)):
         raise _wrong(setting, values, wanted)
@@ -93,26 +124,35 @@ def _wrong(setting: str, value: Any, wanted: str) -> UsageError:
 
 
 def _is_whole(value: Any, at_least: float) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    # Python counts True and False as whole numbers; a user who writes true means something else.
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) and value >= at_least
 
 
 def _is_number(value: Any, above: float, at_least: float, at_most: float) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if isinstance(value, bool):
         return False
-    return above < value and at_least <= value <= at_most  # never true of nan
+    if not isinstance(value, int | float):
+        return False
+    # Written so that nan, for which every comparison is false, is refused.
+    return above < value and at_least <= value <= at_most
 
 
-def _limits(above: float = -math.inf, at_least: float = -math.inf, at_most: float = _FINITE) -> str:
-    if at_least > -math.inf and at_most < _FINITE:
+def _limits_text(above: float = -math.inf, at_least: float = -math.inf, at_most: float = _LARGEST_FLOAT) -> str:
+    """Returns the limits in words, such as " above 0 and of 1 or less"; empty without limits."""
+    if at_least > -math.inf and at_most < _LARGEST_FLOAT:
         return f" from {at_least:g} to {at_most:g}"
     limits = []
     if above > -math.inf:
         limits.append(f"above {above:g}")
     if at_least > -math.inf:
         limits.append(f"of {at_least:g} or more")
-    if at_most < _FINITE:
+    if at_most < _LARGEST_FLOAT:
         limits.append(f"of {at_most:g} or less")
-    return f" {' and '.join(limits)}" if limits else ""
+    if not limits:
+        return ""
+    return " " + " and ".join(limits)
 
 
 def _listed(choices: Collection[Any]) -> str:

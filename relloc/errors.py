@@ -1,23 +1,26 @@
-"""Mistakes that a user can make: each message says what to do, and is shown without a traceback."""
+"""Errors that a user can cause and mend: each message says what to do and is shown without a traceback."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class UsageError(ValueError):
-    """A request that can't be met as it is."""
+    """A request that can't be fulfilled as it was made."""
 
     exit_code = 2
 
 
 class Interrupted(UsageError):
-    """Something outside ended the run; the same command may well succeed. Its exit code is EX_TEMPFAIL's."""
+    """A run that something outside ended; the same command may succeed when it is repeated.
+
+    The exit code is EX_TEMPFAIL of sysexits.h.
+    """
 
     exit_code = 75
 
 
 class KnownAnswerMissed(UsageError):
-    """What was measured is not what is known of it."""
+    """A measured value that differs from the one that is known for the checkpoint."""
 
     exit_code = 1
 
@@ -35,30 +38,44 @@ class CheckpointError(UsageError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A file that is there and can be read, but is no checkpoint, or not as it was saved."""
+    """A file that can be read, but is not a checkpoint or not as it was saved."""
 
 
 class UnreadableImage(Exception):
-    """One image that can't be used; the message says why, without its name."""
+    """A single image that can't be used; the message says why, without the image's name."""
 
 
 def reason(error: Exception) -> str:
-    """Why something could not be read, in some words: Python's own messages may repeat all of it, or only a name."""
+    """Returns in some words why something could not be read.
+
+    Python's own messages do not always do: they may repeat the whole content, or only a name.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnicodeDecodeError):
         return f"it is not text in {error.encoding}"
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return " ".join(str(error).split())[:200]
+    one_line = " ".join(str(error).split())
+    return one_line[:200]
 
 
 @contextlib.contextmanager
 def data_errors(problem: str, *kinds: type[Exception], advice: str) -> Iterator[None]:
-    """Errors of these kinds become a `DataError` that says the problem, its reason, and what to do."""
+    """Turns errors of the given kinds into a `DataError` while the block runs.
+
+    The message says the problem, the reason of the original error, and the advice.
+
+    Example:
+        >>> with data_errors(f"{path} can't be read", OSError, advice="Pack again"):
+        ...     path.read_bytes()
+    """
     try:
         yield
     except kinds as error:
-        file = str(error.filename or "") if isinstance(error, OSError) else ""
+        # The operating system names the file that failed, which may be another than the problem names.
+        file = ""
+        if isinstance(error, OSError) and error.filename:
+            file = str(error.filename)
         where = "" if file in problem else f" ({file})"
         raise DataError(f"{problem}: {reason(error)}{where}. {advice}") from error

@@ -1,4 +1,7 @@
-"""Writing, reading, appending to and locking files: the one way each is done; a crash or a full disk leaves no half."""
+"""Writes, reads, appends to and locks files, so that a crash or a full disk leaves nothing half done.
+
+Everything in relloc that writes a file into a run folder or a data set does it by these functions.
+"""
 
 import contextlib
 import errno
@@ -14,77 +17,102 @@ from typing import IO, Any
 
 from relloc.errors import DamagedFile, DataError, data_errors
 
-# What file systems without locks answer (Lustre mounted without flock, some FUSE ones)
+# How file systems without locks answer to a lock (Lustre mounted without flock, and some FUSE ones)
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # bytes read at once when looking for the end of the last line
 
 
 def unfinished(path: Path) -> Path:
-    """Where this process writes a file before that takes its place."""
+    """Returns the temporary file in which this process writes what will become `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
 
 
 def path_as_text(path: Path | str) -> str:
-    r"""A path as it may be written anywhere: bytes that are no UTF-8 are told as `\xe9`."""
+    r"""Returns a path as text that can be written anywhere: bytes that are not UTF-8 become `\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what processes that were killed began to write in the place of a file."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*unfinished"):
-        left.unlink(missing_ok=True)
+    """Removes the temporary files of `path` that killed processes left behind."""
+    escaped_name = glob.escape(path.name)
+    for temporary in path.parent.glob(f".{escaped_name}.*unfinished"):
+        temporary.unlink(missing_ok=True)
 
 
 def remove_all_unfinished(folder: Path, *, but: str = "") -> None:
-    """Remove what processes that were killed began to write in a folder, but for a file named `but`."""
-    for left in folder.glob(".*.unfinished"):
-        if not left.name.startswith(f".{but}."):
-            left.unlink(missing_ok=True)
+    """Removes all temporary files in a folder that killed processes left, except those of the file `but`."""
+    for temporary in folder.glob(".*.unfinished"):
+        if not temporary.name.startswith(f".{but}."):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BufferedRandom]:
-    """A file that takes the place of what was there once the block ends, whole and on the disk; else nothing changes.
+    """Opens a file that replaces `path` when the block ends, whole and on the disk.
 
-    Raises `OSError`.
+    If the block raises, or the process is killed, `path` stays as it was. Missing folders are made.
+
+    Example:
+        >>> with writing(path) as file:
+        ...     figure.savefig(file, format="png")
+
+    Raises:
+        OSError: the file can't be written.
     """
-    new = unfinished(path)
+    temporary = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(new, "w+b") as file:
+        with open(temporary, "w+b") as file:
             yield file
+            # On the disk before it gets its name; otherwise a power failure could leave an empty file.
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, path)
+        # Replacing is atomic: a reader sees the old file or the new one.
+        os.replace(temporary, path)
     except BaseException as error:  # also a signal that asks to stop
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # writing knows of a number only
-        with contextlib.suppress(OSError):  # a read-only file system refuses even this
-            new.unlink()
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # errors of a write do not name the file
+        # A read-only file system refuses even this.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is there whole or not at all, in the place of what was there. Raises `OSError`."""
+    """Replaces a file by one with this content, at once.
+
+    Raises:
+        OSError: the file can't be written; what was there is unchanged.
+    """
     with writing(path) as file:
         file.write(content)
 
 
 def write_json(path: Path, value: object, *, errors: str = "strict") -> None:
-    """Replace a JSON file at once: a reader sees the old one or the new one, never a part. Raises `OSError`.
+    """Replaces a JSON file at once: a reader sees the old one or the new one, never a part.
 
-    `errors` as of `str.encode`: what becomes of a path's bytes that are no text.
+    `errors` is that of `str.encode`: what becomes of a path's bytes that are not UTF-8.
+
+    Raises:
+        OSError: the file can't be written; what was there is unchanged.
+        ValueError: the value contains nan or infinity, which JSON has no words for.
     """
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
     write_whole(path, text.encode("utf-8", errors))
 
 
 def read_json(path: Path, kind: Any, what: str, advice: str) -> Any:
-    """The value of a JSON file, checked against the type `kind`, such as a dataclass or list[str].
+    """Returns the value of a JSON file, checked against a type.
+
+    Args:
+        path: the file.
+        kind: the type, such as a dataclass or list[str].
+        what: what the file should be, for the message: "PATH is not WHAT".
+        advice: what to do if it is damaged, for the message.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedFile: it can't be read, or is not `what` it should be; `advice` says what to do then.
+        DamagedFile: the file can't be read, or its value is not of the type.
     """
     try:
         content = path.read_bytes()
@@ -96,98 +124,128 @@ def read_json(path: Path, kind: Any, what: str, advice: str) -> Any:
 
 
 def parse_json(content: bytes, kind: Any, problem: str, advice: str) -> Any:
-    """JSON text as a value of the type `kind`. Raises `DamagedFile`, which says `problem`, why, and `advice`."""
-    from pydantic import ValidationError  # late, as it takes a while
+    """Returns the value of JSON text, checked against the type `kind`.
+
+    Raises:
+        DamagedFile: it is not JSON or not of that type; the message says `problem`, why, and `advice`.
+    """
+    from pydantic import ValidationError  # late, since importing pydantic takes a while
 
     try:
         return _validator(kind).validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        why = f"{place}: {first['msg']}" if place else first["msg"]
+        # One mistake is enough to say what is wrong; a value may have hundreds.
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+        first = details[0]
+        why = first["msg"]
+        field = ".".join(map(str, first["loc"]))
+        if field:
+            why = f"{field}: {why}"
         raise DamagedFile(f"{problem}: {why}. {advice}") from error
 
 
 @functools.cache
 def _validator(kind: Any) -> Any:
+    # Cached, since pydantic takes longer to make a validator than to use it.
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
 
 
 def read_text(path: Path, advice: str) -> str:
-    """The text of a file of a data set; bytes that are no UTF-8 stay as surrogates.
+    """Returns the text of a file of a data set; bytes that are not UTF-8 become surrogates.
 
     Raises:
-        DataError: it is missing, can't be read, or is no file: to open a pipe would wait for ever.
+        DataError: the file is missing, can't be read, or is not a regular file; the message ends with
+            `advice`.
     """
-    if path.exists() and not path.is_file():
+    exists = path.exists()
+    # A pipe is refused, since opening one would wait for ever.
+    if exists and not path.is_file():
         raise DataError(f"{path} is no file. {advice}")
-    problem = "can't be read" if path.exists() else "is missing"
+    problem = "can't be read" if exists else "is missing"
     with data_errors(f"{path} {problem}", OSError, advice=advice):
         return path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def append_lines(path: Path, lines: Iterable[str], *, durable: bool = True) -> None:
-    """Append whole lines: all of them or, where the disk is full, none; `durable`: on disk before returning.
+    """Appends lines to a file: all of them or, if the disk is full, none.
 
-    A last line that a kill left without its end is cut off first. Several processes may append to one file: each
-    waits for the other, where the file system has locks.
+    Several processes may append to one file: each waits for the others, on file systems that have
+    locks. A last line without its end, which a killed process left, is cut off first.
+
+    Args:
+        path: the file; it is made if there is none.
+        lines: the lines, without their ends.
+        durable: whether they are on the disk when the function returns.
 
     Raises:
         OSError: they could not be written; the file is as it was.
     """
     content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
-    # Without a buffer: one that could not be emptied is written when the file is closed, behind the cut.
-    with open(path, "a+b", buffering=0) as file, _exclusive(file):
-        end = _cut_half_line(file)
+    # Unbuffered: a buffer that could not be emptied would be written when the file is closed, after
+    # the file has been cut to its former length.
+    with open(path, "a+b", buffering=0) as file, _exclusive_lock(file):
+        former_length = _cut_half_line(file)
         try:
-            left = memoryview(content)
-            while left:
-                left = left[file.write(left) :]
+            # One write may take only a part, such as when the disk is nearly full.
+            remaining = memoryview(content)
+            while remaining:
+                n_written = file.write(remaining)
+                remaining = remaining[n_written:]
             if durable:
                 os.fsync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), end)
-            error.filename = str(path)  # writing knows of a number only
+                os.ftruncate(file.fileno(), former_length)
+            error.filename = str(path)  # errors of a write do not name the file
             raise
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """The finished lines of a file that grows by `append_lines`, without their ends; none where there is no file."""
+    """Returns the finished lines of a file that `append_lines` writes, without their ends.
+
+    A file that does not exist has no lines.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
-    return content.split(b"\n")[:-1]  # what follows the last line end is unfinished, or empty
+    # What follows the last line end is an unfinished line, or empty.
+    return content.split(b"\n")[:-1]
 
 
 def _cut_half_line(file: IO[bytes]) -> int:
-    """Truncate behind the last line end; how many bytes are left."""
-    end = position = os.fstat(file.fileno()).st_size
-    found = 0
-    # Backward, in pieces: a journal may be long, and is nearly always whole.
-    while position and not found:
+    """Cuts off what follows the last line end, and returns how many bytes are left."""
+    length = os.fstat(file.fileno()).st_size
+    whole_length = 0
+    position = length
+    # Backward and piece by piece, since a journal may be long and nearly always ends with a whole line.
+    while position > 0 and whole_length == 0:
         start = max(0, position - _CHUNK)
         file.seek(start)
         piece = file.read(position - start)
-        found = start + piece.rfind(b"\n") + 1 if b"\n" in piece else 0
+        line_end = piece.rfind(b"\n")
+        if line_end >= 0:
+            whole_length = start + line_end + 1
         position = start
-    if found < end:
-        os.ftruncate(file.fileno(), found)
-    return found
+    if whole_length < length:
+        os.ftruncate(file.fileno(), whole_length)
+    return whole_length
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among processes and threads; no lock on file systems that have none."""
-    with open(path, "ab") as file, _exclusive(file):
+    """Holds an exclusive lock while the block runs, among processes and threads.
+
+    On a file system that has no locks the block runs without one.
+    """
+    with open(path, "ab") as file, _exclusive_lock(file):
         yield
 
 
 @contextlib.contextmanager
-def _exclusive(file: IO[bytes]) -> Iterator[None]:
+def _exclusive_lock(file: IO[bytes]) -> Iterator[None]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
@@ -196,6 +254,7 @@ def _exclusive(file: IO[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
-        # Said out loud: a process forked meanwhile (a loader's worker) has the file open too.
+        # Closing the file would not do: a process that was forked meanwhile (one that loads images) has
+        # it open too, and the lock would stay as long as that process lives.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)

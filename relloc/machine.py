@@ -1,4 +1,4 @@
-"""What differs between the systems that relloc runs on: Linux and macOS."""
+"""Differences between the operating systems that relloc runs on: Linux and macOS."""
 
 import multiprocessing
 import os
@@ -7,20 +7,22 @@ from typing import Any
 
 
 def cores() -> int:
-    """How many cores this process may use; of all, where the system knows no such limit (macOS)."""
+    """Returns the number of CPU cores that this process may use."""
+    # A cluster gives a job a part of the cores. macOS knows no such limit, so there it is all of them.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def forks() -> bool:
-    """Whether processes that work for this one are forked, and so share the memory that it made before.
+    """Returns whether child processes are forked, and so share the memory that this process has filled.
 
-    On macOS system libraries start threads that a fork breaks: there they start afresh.
+    On macOS system libraries start threads that do not survive a fork: child processes start afresh.
     """
     return sys.platform == "linux"
 
 
 def process_context() -> Any:
-    """What starts such processes: a context of `multiprocessing`."""
-    return multiprocessing.get_context("fork" if forks() else "spawn")
+    """Returns the context of `multiprocessing` by which child processes are started."""
+    method = "fork" if forks() else "spawn"
+    return multiprocessing.get_context(method)

@@ -1,42 +1,44 @@
-"""Settings that decide neither what is trained nor what is measured, with the reason beside each.
+"""Lists of the settings that change neither what is trained nor what is measured, with the reasons.
 
-Resuming a training, recognizing a point of a sweep and telling a run's settings apart all go by these lists. Results
-that are measured already need none: they are recognized by the fingerprint of what they measure.
+Resuming a training, identifying a point of a sweep and comparing the settings of runs all use these
+lists. Results do not: a result that exists already is recognized by the fingerprint of what it
+measures.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# Neither weights nor results change with these, but for rounding: a run is the same with others of them.
+# Settings of how a run is executed. Neither weights nor results depend on them, except for rounding: a
+# run with other values of these is the same run.
 _HOW_IT_IS_RUN = {
     "device": "the same numbers on another machine, but for rounding",
     "compile": "the same computation, compiled",
-    "cuda_graphs": "the same steps, given to the GPU at one go",
+    "cuda_graphs": "the same steps, launched on the GPU at once",
     "memory_format": "the order of values in memory",
     "deterministic": "the same sums, always in one order",
     "images_per_forward": "a step is divided otherwise; its gradient is the same",
     "workers": "how many processes read images",
-    "bank_gib": "more is computed again where features are not kept",
+    "bank_gib": "features that do not fit in memory are computed again",
     "save_every_s": "how often a run is saved",
-    "reuse": "rows that are copied are those that would be measured",
+    "reuse": "rows that are copied equal those that would be measured",
     "runs": "where run folders lie",
     "tracking": "where numbers are mirrored to",
     "launcher": "which machines run it",
     "sweep": "the name of a sweep",
-    "objective": "which result a sweeper is told",
+    "objective": "which result a sweeper is given",
     "hydra": "how Hydra starts it",
-    "recipe.epochs": "schedule.epochs says how long is trained",
-    "recipe.warmup_epochs": "schedule.warmup_epochs says it",
-    "recipe.milestone_epochs": "schedule.milestone_epochs says it",
-    "recipe.lr": "optimizer.lr says it",
+    "recipe.epochs": "schedule.epochs holds the value",
+    "recipe.warmup_epochs": "schedule.warmup_epochs holds the value",
+    "recipe.milestone_epochs": "schedule.milestone_epochs holds the value",
+    "recipe.lr": "optimizer.lr holds the value",
 }
 
-# The weights that are trained do not change with these, but what is kept, watched or measured of them does.
+# Settings of what is saved, watched or measured of a training. Its weights do not depend on them.
 _WHAT_IS_SEEN_OF_IT = {
-    "milestones": "checkpoints that are kept",
+    "milestones": "which checkpoints are kept",
     "report_every_steps": "rows of the journal",
-    "collapse_steps": "when a warning comes",
-    "monitor": "what is asked while training",
+    "collapse_steps": "when a warning is given",
+    "monitor": "what is measured while training",
     "eval": "evaluations of the trained weights",
     "probe": "sizes of evaluations",
     "batch_norm": "of evaluations",
@@ -45,24 +47,38 @@ _WHAT_IS_SEEN_OF_IT = {
     "data.root": "the digest of the images is compared instead",
     "data.shards": "the digest of the images is compared instead",
     "data.source": "the digest of the images is compared instead",
-    "data.unreadable_share": "when to give up",
+    "data.unreadable_share": "when a run gives up",
 }
 
 
 def of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of flat settings, `grid.gap_px`, those that decide which weights a training makes of its images."""
-    neutral = tuple(f"{name}." for name in (*_HOW_IT_IS_RUN, *_WHAT_IS_SEEN_OF_IT))
-    return {name: value for name, value in settings.items() if not f"{name}.".startswith(neutral)}
+    """Returns the settings that decide which weights a training makes of its images.
+
+    `settings` are flat, with names such as `grid.gap_px`.
+    """
+    # With a dot at the end, `monitor` stands for `monitor` and `monitor.images` but not `monitors`.
+    neutral_prefixes = tuple(f"{name}." for name in (*_HOW_IT_IS_RUN, *_WHAT_IS_SEEN_OF_IT))
+    deciding = {}
+    for name, value in settings.items():
+        is_neutral = f"{name}.".startswith(neutral_prefixes)
+        if not is_neutral:
+            deciding[name] = value
+    return deciding
 
 
 def of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Of a nested config, what decides the weights and results of a run, and what it keeps of itself.
+    """Returns the settings that decide the weights, results and saved files of a run.
 
-    `prefix` stands before the names of its settings, as in `recipe.`
+    `config` is nested, and so is what is returned. `prefix` stands before the names of its
+    settings, such as `recipe.` for the settings of that group.
     """
-    kept: dict[str, Any] = {}
+    deciding: dict[str, Any] = {}
     for name, value in config.items():
-        key = f"{prefix}{name}"
-        if key not in _HOW_IT_IS_RUN:
-            kept[name] = of_run(value, f"{key}.") if isinstance(value, Mapping) else value
-    return kept
+        full_name = f"{prefix}{name}"
+        if full_name in _HOW_IT_IS_RUN:
+            continue
+        if isinstance(value, Mapping):
+            deciding[name] = of_run(value, f"{full_name}.")
+        else:
+            deciding[name] = value
+    return deciding

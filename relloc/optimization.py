@@ -1,28 +1,36 @@
-"""What trainings share: the loop over optimizer steps, rates that follow a schedule, gradients averaged over ranks."""
+"""Parts that all trainings share: the loop over steps, learning rates, and gradients over processes."""
 
 import bisect
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from relloc import ranks
 
-_ALIGNED = 64  # values: where vectorized kernels may begin
+# Each parameter's gradients begin at a multiple of this many values, as vectorized kernels need it.
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepsDone:
-    """How far a training is: optimizer steps done, and what this process's steps since the last report add up to."""
+    """The state of a training: optimizer steps done, and sums that were not reported yet.
+
+    `sums` are those of this process over the steps since the last report.
+    """
 
     step: int
-    sums: Tensor
+    sums: Float[Tensor, "k"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Sums over the steps since the last report and over all ranks; `lr` is the rate of the last of these steps."""
+    """Sums over the steps since the last report and over all processes.
+
+    `step` counts the optimizer steps done, and `lr` is the learning rate of the last one.
+    """
 
     step: int
     sums: list[float]
@@ -40,67 +48,102 @@ def run_steps(
     report: Callable[[StepReport], None],
     after_step: Callable[[StepsDone], bool],
 ) -> int:
-    """Take steps from `done` to `steps`, or until `after_step` returns True; how many are done then.
+    """Takes optimizer steps from `done` on, and returns how many are done at the end.
 
-    `take_step(number)` does forward, backward and the optimizer's step, and returns numbers (k,) that are added up,
-    such as the sum of losses, right answers and images. Learning rates are `rate_factor(number)` times the initial
-    ones. `after_step` may save (`done` is all that is to be kept beside model and optimizer), evaluate, and stop;
-    ranks stop together only if it answers alike on all of them.
+    Args:
+        take_step: is called with the step's number, counted from 0. It does forward, backward and
+            the optimizer's step, and returns numbers (k) that are added up, such as the sum of losses,
+            right answers and images.
+        optimizer: its learning rates are set before each step.
+        rate_factor: gives the factor on the initial learning rates from the step's number.
+        done: where to begin.
+        steps: the number of steps at which training ends.
+        report_every: steps between reports; there is one more at the end.
+        report: is called with each report.
+        after_step: is called after each step, and may save or evaluate; what it is given is all that
+            has to be saved beside model and optimizer. Training ends early if it returns True.
+            Processes that train together stop together only if it returns the same on all of them.
     """
     for number in range(done.step, steps):
         lr = set_rates(optimizer, rate_factor(number))
         sums = done.sums + take_step(number)
-        if (number + 1) % report_every == 0 or number + 1 == steps:
-            report(StepReport(step=number + 1, sums=ranks.total(sums).tolist(), lr=lr))
+        n_done = number + 1
+        if n_done % report_every == 0 or n_done == steps:
+            totals = ranks.total(sums).tolist()
+            report(StepReport(step=n_done, sums=totals, lr=lr))
             sums = torch.zeros_like(sums)
-        done = StepsDone(step=number + 1, sums=sums)
+        done = StepsDone(step=n_done, sums=sums)
         if after_step(done):
             break
     return done.step
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Give each parameter group `factor` times its initial learning rate; the rate of the first group.
+    """Sets each parameter group's learning rate to `factor` times its initial one.
 
-    The initial rate is what the group had at the first call. It is saved and loaded with the optimizer's state.
+    The initial rate is what the group had at the first call. It is kept in the group and so saved
+    and loaded with the optimizer's state. Returns the new rate of the first group.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        initial_lr = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = initial_lr * factor
     return optimizer.param_groups[0]["lr"]
 
 
 def milestone_factor(epoch: float, milestone_epochs: Sequence[float], gamma: float) -> float:
-    """What rates are multiplied by at `epoch`, counted from 0: `gamma` for each milestone reached."""
-    return gamma ** bisect.bisect_right(milestone_epochs, epoch)
+    """Returns the factor on learning rates at `epoch`, counted from 0: `gamma` for each milestone reached.
+
+    Example:
+        >>> milestone_factor(35, [30, 50], 0.1)
+        0.1
+    """
+    n_reached = bisect.bisect_right(milestone_epochs, epoch)
+    return gamma**n_reached
 
 
 @torch.no_grad()
 def all_finite(model: nn.Module) -> bool:
-    """Whether all parameters, running statistics and other floating-point buffers are finite."""
+    """Returns whether all parameters, running statistics and other floating-point buffers are finite."""
     values = [value for value in model.state_dict().values() if value.is_floating_point()]
-    return bool(torch.nn.utils.get_total_norm(values, norm_type=torch.inf).isfinite())
+    # The largest magnitude of all, by few kernels: it is nan or infinite if any value is.
+    largest = torch.nn.utils.get_total_norm(values, norm_type=torch.inf)
+    return bool(largest.isfinite())
 
 
 class Gradients:
-    """The gradients of parameters in one piece of memory: one kernel clears them, one collective averages them.
+    """The gradients of parameters in one block of memory, so that one kernel or call handles all.
 
-    Each parameter's `grad` is its part of that memory, for backwards to add to. Its place stays, so that a recorded
-    CUDA graph can write there. Processes average in one call after the last backward: nothing of it runs beside the
-    backward, as it does with DistributedDataParallel, whose hooks and kernels the process that feeds a GPU has no
-    time for.
+    Each parameter's `grad` is a view of its part of that memory, and backwards add to it. The memory
+    stays where it is, so that a recorded CUDA graph can write to it.
+
+    Processes average their gradients in one call after the last backward of a step.
+    DistributedDataParallel would do it beside the backward, but its hooks and kernels take time that
+    the process that feeds a GPU does not have.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        learned = [value for value in parameters if value.requires_grad]
-        lengths = [-(-value.numel() // _ALIGNED) * _ALIGNED for value in learned]
-        self._all = torch.zeros(sum(lengths), dtype=learned[0].dtype, device=learned[0].device)
-        for value, part in zip(learned, self._all.split(lengths), strict=True):
-            value.grad = part.as_strided(value.shape, value.stride())  # in the memory format of the weights
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        lengths = [_aligned(parameter.numel()) for parameter in trained]
+        first = trained[0]
+        self._all = torch.zeros(sum(lengths), dtype=first.dtype, device=first.device)
+        for parameter, part in zip(trained, self._all.split(lengths), strict=True):
+            # With the strides of the weights, such as channels-last: the optimizer's kernel reads
+            # weights and gradients together.
+            parameter.grad = part.as_strided(parameter.shape, parameter.stride())
 
     def clear(self) -> None:
+        """Sets all gradients to zero."""
         self._all.zero_()
 
     def average(self) -> None:
-        """Replace them by their mean over all processes."""
-        if ranks.world_size() > 1:
-            ranks.total(self._all.div_(ranks.world_size()))
+        """Replaces the gradients by their mean over all processes."""
+        n_processes = ranks.world_size()
+        if n_processes > 1:
+            # Divided before the sum, which could overflow otherwise.
+            ranks.total(self._all.div_(n_processes))
+
+
+def _aligned(length: int) -> int:
+    """Returns the next multiple of the alignment."""
+    n_blocks = -(-length // _ALIGNMENT)
+    return n_blocks * _ALIGNMENT

@@ -1,4 +1,8 @@
-"""Processes that train together, started by torchrun: the identity where there is only one."""
+"""Communication between the processes of a run that torchrun started.
+
+Every function also works in a run of a single process, where it returns what it was given. A rank
+is the number of a process; rank 0 is the first.
+"""
 
 import os
 from collections.abc import Iterable
@@ -6,49 +10,55 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
 from torch import Tensor
 
 T = TypeVar("T")
 
 
 def world_size() -> int:
+    """Returns the number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Returns the number of this process among all of the run."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
-    """Which of this machine's processes, and so of its GPUs, this one is."""
+    """Returns the number of this process, and so of its GPU, among those of the run on this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """How many processes of the run are on this machine."""
+    """Returns the number of processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes if torchrun started several: NCCL between GPUs, gloo between CPUs.
+    """Connects to the other processes if torchrun started several.
 
-    With GPUs there is both, so that hosts can agree without waiting for what is queued on the GPUs.
+    GPUs communicate by NCCL and CPUs by gloo. With GPUs both are used, so that hosts can agree on
+    something without waiting for the work that is queued on the GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
+    if is_alone:
+        return
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
 
 
 def leave() -> None:
-    """Part from the other processes; collective calls are the identity from here on."""
+    """Disconnects from the other processes; from here on this process is a run of its own."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def from_first(value: T) -> T:
-    """The value of rank 0, on every rank: anything that can be pickled; tensors on the CPU."""
+    """Returns rank 0's value on every rank. It can be anything that pickles; tensors on the CPU."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
@@ -56,26 +66,27 @@ def from_first(value: T) -> T:
 
 
 def largest(*numbers: int) -> list[int]:
-    """The largest of each number over all ranks, on every rank."""
-    return gathered(torch.tensor(numbers, dtype=torch.int64)).amax(0).tolist()
+    """Returns, for each of the numbers, the largest over all ranks."""
+    of_all_ranks = gathered(torch.tensor(numbers, dtype=torch.int64))
+    return of_all_ranks.amax(0).tolist()
 
 
 def copy_from_first(values: Iterable[Tensor]) -> None:
-    """Put rank 0's values in the place of each rank's own."""
+    """Overwrites tensors on every rank with rank 0's."""
     if dist.is_initialized():
         for value in values:
             dist.broadcast(value, src=0)
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over all ranks, on every rank; changes `values` in place."""
+    """Adds tensors up over all ranks, in place, and returns `values`."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def gathered(values: Tensor) -> Tensor:
-    """The values (n) of all ranks, (world n), on every rank."""
+def gathered(values: Shaped[Tensor, "*n"]) -> Shaped[Tensor, "world *n"]:
+    """Returns the tensors of all ranks, stacked in the order of ranks."""
     if not dist.is_initialized():
         return values.unsqueeze(0)
     parts = [torch.empty_like(values) for _ in range(world_size())]
@@ -84,9 +95,12 @@ def gathered(values: Tensor) -> Tensor:
 
 
 def union(texts: dict[str, str]) -> dict[str, str]:
-    """The dictionaries of all ranks in one, on every rank."""
+    """Returns the dictionaries of all ranks merged; the highest rank's value counts for a key of several."""
     if not dist.is_initialized():
         return texts
-    gathered: list[dict[str, str]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(gathered, texts)
-    return {name: text for part in gathered for name, text in part.items()}
+    of_all_ranks: list[dict[str, str]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(of_all_ranks, texts)
+    merged = {}
+    for of_rank in of_all_ranks:
+        merged.update(of_rank)
+    return merged

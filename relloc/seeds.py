@@ -1,18 +1,23 @@
-"""Seeds of everything that is random: one for each use, so that no two uses share their random numbers.
+"""Seeds of everything random, a separate one for each use, so that no two uses share random numbers.
 
-Initial weights of networks are the one exception: they come from `torch.manual_seed(seed)` itself, as everywhere.
+The initial weights of networks are the exception: they come from `torch.manual_seed(seed)` itself,
+as is common.
 """
 
 import enum
 import hashlib
 
-# Raised when a use of the pretraining gets other random numbers: a run that began with others can't be resumed.
+# Goes up when a use within pretraining gets other random numbers: a run that began with the numbers of
+# an earlier version can't be resumed.
 PRETRAINING_VERSION = 2
 
 
 @enum.unique
 class Use(enum.Enum):
-    """What is drawn at random, and the numbers that tell one draw from the next."""
+    """What random numbers are used for, and the numbers that `seed_for` takes for it.
+
+    The text of a value is hashed into the seed: changing a word changes the random numbers.
+    """
 
     IMAGE_ORDER = "order of the images of a pretraining epoch: seed, epoch"
     CROP = "size and place of a training image's crop: seed, epoch, image"
@@ -37,9 +42,15 @@ class Use(enum.Enum):
 
 
 def seed_for(use: Use, *numbers: int) -> int:
-    """A 63-bit seed: the same for the same use and numbers, in any process; unrelated to all others.
+    """Returns a seed of 63 bits: the same for the same use and numbers, in any process.
 
-    It takes about a microsecond.
+    Seeds of other uses or other numbers are unrelated to it. A call takes about a microsecond.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(seed_for(Use.HELD_OUT_PATCHES, seed))
     """
-    named = " ".join([use.value, *map(str, numbers)])
-    return int.from_bytes(hashlib.sha256(named.encode()).digest()[:8], "big") >> 1
+    text = " ".join([use.value, *map(str, numbers)])
+    digest = hashlib.sha256(text.encode()).digest()
+    first_64_bits = int.from_bytes(digest[:8], "big")
+    # One bit less, since generators take seeds as signed 64-bit numbers.
+    return first_64_bits >> 1

@@ -1,21 +1,24 @@
-"""How runs and the points of sweeps stand."""
+"""The status of a run, or of a point of a sweep."""
 
 import enum
 
 
 class Status(enum.StrEnum):
-    """How a run or a point of a sweep stands: the values are MLflow's words where it has one, and status.json's."""
+    """The status of a run, or of a point of a sweep.
 
-    WAITING = "SCHEDULED"
+    Values are written to status.json and MLflow; they are MLflow's own words where it has one.
+    """
+
+    WAITING = "SCHEDULED"  # queued by a cluster, not started
     RUNNING = "RUNNING"
     DONE = "FINISHED"
-    STOPPED = "KILLED"  # it saved, or was killed, and can go on
+    STOPPED = "KILLED"  # stopped before its end, and can be resumed
     FAILED = "FAILED"
-    CANCELLED = "CANCELLED"  # on the user's demand, before it was done
-    MISSING = "MISSING"  # nobody began it
-    UNKNOWN = "UNKNOWN"  # a cluster that may have it does not answer
+    CANCELLED = "CANCELLED"  # by the user, before its end
+    MISSING = "MISSING"  # never started
+    UNKNOWN = "UNKNOWN"  # the cluster that may run it does not answer
 
     @property
     def word(self) -> str:
-        """As it is shown: done, running, ..."""
+        """The status as it is shown, such as "done" or "running"."""
         return self.name.lower()

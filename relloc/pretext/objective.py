@@ -15,7 +15,7 @@ from relloc import checks
 from relloc.geometry import CELLS, CENTER, NEIGHBORS
 from relloc.models.backbone import Backbone
 from relloc.models.ghost_batch_norm import Groups, use_ghost_batches
-from relloc.models.one_value import one_value_refused
+from relloc.models.one_value import refuse_one_value
 from relloc.models.pair_head import CenterEmbeddings, Logits, NeighborEmbeddings
 
 
@@ -133,7 +133,7 @@ def check_batch_norms(model: RelativeLocation, patch_px: int) -> None:
         f"recipe.images_per_batch_norm={n}: a batch norm would see one value a channel, of which there is no variance. "
         "Give recipe.images_per_batch_norm=2 or more, or pretext_batch_norm=joint, where nine patches count together"
     )
-    with one_value_refused(model.train(), message):
+    with refuse_one_value(model.train(), message):
         model(torch.zeros(n, CELLS, 3, patch_px, patch_px))
 
 

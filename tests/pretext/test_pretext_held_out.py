@@ -144,7 +144,7 @@ def test_the_seed_decides_which_questions_are_asked(asked: Asker) -> None:
 class Knows(nn.Module):
     """Answers every pair right, and in bfloat16 where autocast is on."""
 
-    def forward(self, neighbors: Tensor, _centers: Tensor, _kept: Tensor | None = None) -> Tensor:
+    def forward(self, neighbors: Tensor, _centers: Tensor, _mask: Tensor | None = None) -> Tensor:
         self.seen = torch.eye(8) @ torch.eye(8)
         return self.seen.expand(len(neighbors), 8, 8)
 

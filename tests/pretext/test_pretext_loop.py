@@ -101,7 +101,7 @@ class PlainHead(nn.Module):
     def draw_dropout_mask(self, n_images: int, generator: torch.Generator) -> None:
         pass
 
-    def forward(self, neighbors: Tensor, centers: Tensor, kept: None) -> Tensor:
+    def forward(self, neighbors: Tensor, centers: Tensor, dropout_mask: None) -> Tensor:
         return self.answer(torch.cat([neighbors, centers.unsqueeze(1).expand_as(neighbors)], dim=2))
 
 

@@ -147,10 +147,10 @@ for bf16 in (False, True):
     traced, plain = model(True), model(False)
     network = torch.compile(traced, backend="aot_eager", dynamic=False)
     patches = torch.randn(16, 9, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    kept = plain.head.draw_dropout_mask(16, torch.Generator().manual_seed(4))
+    mask = plain.head.draw_dropout_mask(16, torch.Generator().manual_seed(4))
     for one in (network, plain):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = one(patches, kept)
+            logits = one(patches, mask)
         objective.loss(logits).backward()
     for (name, value), other in zip(traced.named_parameters(), plain.parameters(), strict=True):
         if name != "head.neck.0.bias":  # whose gradient batch norm cancels
@@ -202,7 +202,7 @@ class CellNumber(Backbone):
 
 
 class Difference(nn.Module):
-    def forward(self, neighbors: Tensor, centers: Tensor, kept: None) -> Tensor:
+    def forward(self, neighbors: Tensor, centers: Tensor, dropout_mask: None) -> Tensor:
         return (neighbors - centers.unsqueeze(1)).expand(-1, -1, 8)
 
 
