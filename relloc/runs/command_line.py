@@ -18,6 +18,7 @@ from hydra.errors import OverrideParseException
 
 from relloc.errors import UsageError
 from relloc.results import NOT_OURS
+from relloc.runs.renamed import usual_name
 
 _ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 _ALONE += ("--shell-completion", "-sc")
@@ -100,7 +101,7 @@ def _as_setting(word: str, left: Sequence[str]) -> str:
     if not _KEY.fullmatch(name):
         return ""
     behind = left[0] if left and not left[0].startswith("-") and "=" not in left[0] else "VALUE"
-    return f": settings are written without dashes, {_typed(name, value or behind)}"
+    return f": settings are written without dashes, {_typed(usual_name(name) or name, value or behind)}"
 
 
 def check(words: Sequence[str], *, sweeps: bool) -> list[Override]:
@@ -239,6 +240,13 @@ def checkpoints(words: Sequence[Override]) -> list[list[str]]:
     named = [word for word in words if word.key_or_group == "checkpoint" and not word.is_delete()]
     points = [value if isinstance(value, list) else [value] for word in named[-1:] for value in values(word)]
     return [[name for name in point if isinstance(name, str)] for point in points]
+
+
+def check_bare_checkpoint(words: Sequence[str]) -> None:
+    """Raises `UsageError` for a checkpoint that stands there without its setting: `runs/one`, `random`."""
+    for word in words:
+        if "=" not in word and (word in NOT_OURS or os.path.exists(word)):
+            raise UsageError(f"{word} is given without its setting: write {as_word('checkpoint', word)}")
 
 
 def check_checkpoints(words: Sequence[Override]) -> None:

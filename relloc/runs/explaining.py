@@ -1,5 +1,6 @@
 """What is said of a mistake on the command line: one message, which names the setting and what to write instead."""
 
+import contextlib
 import difflib
 import re
 import sys
@@ -17,10 +18,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from relloc.errors import UsageError
 from relloc.runs import settings
 from relloc.runs.command_line import as_value, values
-from relloc.runs.renamed import nearest_old_name, new_name
+from relloc.runs.renamed import nearest_old_name, new_name, usual_name
 
 # Groups whose settings others than relloc read, or where a word may stand for a number (launcher.processes=auto)
 _FREE = ("launcher", "hydra", "tracking")
+# Below these, others than relloc say which settings there are
+_FREE_TO_ADD = ("hydra.", "hydra/", "launcher.additional_parameters", "launcher.submitit")
 
 
 def explain(error: Exception, command: str) -> str | None:
@@ -32,14 +35,30 @@ def explain(error: Exception, command: str) -> str | None:
         return no_member(group, member)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set: give {error.full_key}=VALUE (see --help {error.full_key})"
+    preset = re.match(r"In 'experiment/(.+?)': Could not override", str(error))
+    if isinstance(error, ConfigCompositionException) and preset:
+        return _preset_of_another(preset[1], command) or str(error)
     unknown = re.match(r"Could not override '(.+?)'", str(error))
     if isinstance(error, ConfigCompositionException) and unknown:
         return no_setting(unknown[1], command, sys.argv[1:])
     return str(error)
 
 
+def _preset_of_another(preset: str, command: str) -> str | None:
+    """Of `relloc.evaluate experiment=card2022`: whose preset that is; None where it is nobody's."""
+    for other in settings.COMMANDS:
+        if other != command:
+            with contextlib.suppress(HydraException, OmegaConfBaseException):
+                settings.compose(other, [f"experiment={preset}"])
+                whole = f"python -m relloc.{other} experiment={preset}"
+                return f"experiment={preset} is a preset of relloc.{other}, not of relloc.{command}: start {whole}"
+    return None
+
+
 def no_member(group: str, wrong: str) -> str:
     """Of `data=imagenet`: which member may have been meant, one that is called alike or that says the word."""
+    if group == "eval" and wrong in ("none", "null"):
+        return f"there is no eval={wrong}: write eval=[] for no evaluation"
     known = settings.members(group)
     meant = difflib.get_close_matches(wrong, known, n=1)
     for member in known if len(wrong) > 3 else ():
@@ -50,9 +69,11 @@ def no_member(group: str, wrong: str) -> str:
 
 
 def check_members(overrides: Sequence[Override]) -> None:
-    """Raises `UsageError` for `recipe=in1kk`: Hydra goes on without a member of a group that data sets choose from."""
+    """Raises `UsageError` for `recipe=in1kk`, without which Hydra goes on, and for `eval=null`, which it can't read."""
     for one in overrides:
         group = one.key_or_group
+        if group == "eval" and not one.is_delete() and None in values(one):
+            raise UsageError(no_member(group, "null"))
         if group in settings.CHOSEN_BY_DATA and not one.is_delete():
             for value in values(one):
                 if isinstance(value, str) and settings.file_of(f"{group}/{value}") is None:
@@ -81,23 +102,38 @@ def no_setting(wrong: str, command: str, words: Sequence[str]) -> str:
         known = settings.compose(command, settings.chosen_groups(words)).names()
     except (HydraException, OmegaConfBaseException):  # a group that is misspelt as well
         known = settings.compose(command).names()
-    parent, _, name = wrong.rpartition(".")
     # A setting of another command, such as grid.gap_px of relloc.evaluate
     if wrong.partition(".")[0] not in known:
         for other in settings.COMMANDS:
             if wrong in settings.compose(other).names():
                 return f"relloc.{command} has no setting {wrong}: it belongs to python -m relloc.{other}"
     # One of another member of the group, such as data.root of data=photos
-    members = settings.members(parent) if settings.is_group(parent) else []
-    having = [f"{parent}={member}" for member in members if name in settings.content_of(f"{parent}/{member}")]
-    if having:
-        swept = [word for word in words if word.startswith(f"{parent}=") and "," in word]
+    group = wrong.partition(".")[0]
+    if having := _having(wrong, command):
+        swept = [word for word in words if word.startswith(f"{group}=") and "," in word]
         if swept:  # Hydra composes the default member first, with all that is not swept
-            return f"{wrong} can't be given beside {swept[0]}: start one command for each {parent}"
+            return f"{wrong} can't be given beside {swept[0]}: start one command for each {group}"
         return f"there is no setting {wrong} here. It belongs to {', '.join(having)}"
+    if (usual := usual_name(wrong)) in known:
+        return f"there is no setting {wrong}. Did you mean {usual}?"
     if old := nearest_old_name(wrong):
         return f"there is no setting {wrong}. Did you mean {new_name(old)}, which was {old} before?"
     return f"there is no setting {wrong}{_meant(wrong, known)}"
+
+
+def _having(wrong: str, command: str) -> list[str]:
+    """The members, as `data=folder`, that have a setting; of evaluations the one that it names, eval.linear.lr."""
+    group, _, inner = wrong.partition(".")
+    if group == "eval":
+        named = inner.partition(".")[0]
+        is_there = named in settings.members(group)
+        return [f"eval={named}"] if is_there and wrong in settings.compose(command, [f"eval={named}"]).names() else []
+    having = []
+    for member in settings.members(group):
+        content = settings.content_of(f"{group}/{member}")
+        if inner in settings.flat(content.get(group, content)):
+            having.append(f"{group}={member}")
+    return having
 
 
 def _meant(wrong: str, known: Sequence[str]) -> str:
@@ -140,3 +176,26 @@ def check_kinds(overrides: Sequence[Override], command: str) -> None:
         if isinstance(default, bool | int | float):
             wrong = "neither true nor false" if isinstance(default, bool) else "not a number"
             raise UsageError(f"{key}={value} is {wrong}; {as_value(default)} by default. See --help {key}")
+
+
+def check_added(overrides: Sequence[Override], command: str) -> None:
+    """Raises `UsageError` for `+recipe.epoch=2`: Hydra adds such a setting, and nothing reads it.
+
+    What is added to a call is left to the call, which knows its arguments.
+    """
+    added = [one.key_or_group for one in overrides if one.is_add() or one.is_force_add()]
+    swept = {one.key_or_group for one in overrides if one.is_sweep_override()}  # whose members may have it
+    added = [key for key in added if not settings.is_group(key) and not key.startswith(_FREE_TO_ADD)]
+    words = [one.input_line or "" for one in overrides]
+    try:
+        known = settings.compose(command, settings.chosen_groups(words)).unresolved if added else {}
+    except (HydraException, OmegaConfBaseException):  # which Hydra tells itself in a moment
+        return
+    called = {name for name, value in known.items() if isinstance(value, dict) and "_target_" in value}
+    for key in added:
+        parts = key.split(".")
+        above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+        is_of_call = any(f"{one}._target_" in added or one in called for one in above)
+        is_evaluation = above == ["eval"]
+        if key not in known and not is_of_call and not is_evaluation and parts[0] not in swept:
+            raise UsageError(no_setting(key, command, words))

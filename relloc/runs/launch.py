@@ -35,6 +35,7 @@ EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _ASKED_FOR_FULL = os.environ.get(FULL_ERROR)  # by the user; what we set for ourselves is not for commands we start
 _NOBODY_READS = "nobody reads this command's output any more: it goes on, and its folder has all numbers"
+_OWN_CONFIGS = ("--config-", "-cd", "-cn", "-cp")  # flags of Hydra that bring groups which we do not see
 _RERUN = "--experimental-rerun"  # of Hydra
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 # A folder where a file should be, or the reverse
@@ -73,6 +74,7 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
         def explained_task(config: DictConfig) -> None:
             with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
                 refuse_chdir(HydraConfig.get())
+                _refuse_name_of_sweep(HydraConfig.get())
                 if data:
                     given: Any = OmegaConf.to_container(config, resolve=True)
                     line = data.tell(given)
@@ -96,6 +98,13 @@ def refuse_chdir(made: Any) -> None:
         )
 
 
+def _refuse_name_of_sweep(made: Any) -> None:
+    """Raises `UsageError` where a run that is alone is given the name of a sweep."""
+    named = [word for word in made.overrides.task if word.lstrip("+").startswith("sweep=")]
+    if named and made.mode != RunMode.MULTIRUN:
+        raise UsageError(f"{named[0]} names a sweep, and this is one run: start it with -m, or leave sweep= out")
+
+
 @functools.cache
 def _digits_of(_pid: int) -> str:
     return secrets.token_hex(3)
@@ -117,10 +126,14 @@ def _prepare_words(asked: CommandLine, config_name: str) -> RunData | None:
             f"{_RERUN} runs what a pickle holds, and relloc writes none: start the run's command again, which goes on"
         )
     given = with_one_value_each(asked.words)
+    if config_name == "evaluate":
+        command_line.check_bare_checkpoint(given)
     words = command_line.check(given, sweeps=asked.sweeps)
     refuse_old_names(word.key_or_group for word in words)
     explaining.check_members(words)
     explaining.check_kinds(words, config_name)
+    if not any(flag.startswith(_OWN_CONFIGS) for flag in asked.flags):
+        explaining.check_added(words, config_name)
     data = None
     if config_name == "evaluate":
         command_line.check_checkpoints(words)

@@ -18,6 +18,19 @@ _NEW_NAMES = {
 }
 
 
+# What others call it, alone or below data
+_USUAL_NAMES = {
+    "batch": "recipe.images_per_step",
+    "batch_size": "recipe.images_per_step",
+    "epochs": "schedule.epochs",
+}
+
+
+def usual_name(setting: str) -> str | None:
+    """The setting that many projects call like this, such as recipe.images_per_step for batch_size."""
+    return _USUAL_NAMES.get(setting.removeprefix("data.").replace("-", "_"))
+
+
 def new_name(setting: str) -> str | None:
     """How a setting is called now; None where its name was never another."""
     for old, new in _NEW_NAMES.items():

@@ -179,6 +179,18 @@ def test_a_flag_may_stand_behind_settings(launched: Launched, capsys: pytest.Cap
         ("seed", "seed=VALUE"),
         ("--seed", "there is no flag --seed"),
         ("color=a#b", """'color="a#b"'"""),
+        ("--epochs=2", "schedule.epochs=2"),
+        ("data.batch_size=2", "Did you mean recipe.images_per_step?"),
+        ("data.batch=64", "Did you mean recipe.images_per_step?"),
+        ("eval=none", "eval=[]"),
+        ("eval=null", "eval=[]"),
+        ("eval.linear.epochs=2", "It belongs to eval=linear\n"),
+        ("data.source.year=2012", "It belongs to data=voc2007\n"),
+        ("sweep=gaps", "-m"),
+        ("+recipe.epoch=2", "Did you mean recipe.epochs?"),
+        ("+foo=1", "there is no setting foo"),
+        ("+bank_gib.x=1", "there is no setting bank_gib.x"),
+        ("++data.root=x", "belongs to data=folder"),
     ],
 )
 def test_a_typing_mistake_is_one_line(
@@ -188,6 +200,36 @@ def test_a_typing_mistake_is_one_line(
     message = capsys.readouterr().err
     assert told in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("experiment=card2022", "start python -m relloc.train experiment=card2022\n"),
+        ("runs", "write checkpoint=runs\n"),
+        ("random", "write checkpoint=random\n"),
+    ],
+)
+def test_a_mistake_of_an_evaluation_is_told_with_what_to_write(
+    launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, told: str
+) -> None:
+    (tmp_path / "runs").mkdir()
+    assert launched(refuse, "evaluate", word) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("+optimizer.dampening=0.1", "++seed=3", "+hydra.job.env_set.A=b"),
+        ("launcher=slurm", "hydra.mode=RUN", "+launcher.submitit.mem_per_gpu=64G"),
+        ("+eval.mine._target_=a.b", "+eval.mine.k=3", "+eval.other={_target_:a.b}"),
+        ("-m", "sweep=gaps", "hydra/launcher=basic"),
+    ],
+    ids=" ".join,
+)
+def test_what_something_reads_may_be_added(launched: Launched, words: tuple[str, ...]) -> None:
+    assert launched(lambda _config: None, "train", *words) == 0
 
 
 def test_help_on_a_setting_is_printed(launched: Launched, capsys: pytest.CaptureFixture[str]) -> None:
