@@ -15,6 +15,7 @@ from relloc.checkpoints.hashed_files import check_hash
 from relloc.errors import CheckpointError, UsageError
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
+from relloc.tracking.unfinished import unfinished_training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +65,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
     """Which model it is, and its weights by torchvision's names, all of them."""
+    if unfinished := unfinished_training(checkpoint):
+        raise CheckpointError(unfinished)
     file = backbone_files.backbone_file(checkpoint)
     found = None
     if backbone_files.is_ours(file):

@@ -8,6 +8,7 @@ from relloc.errors import DataError
 from relloc.reports.published import BEST_LAYER
 from relloc.results import RESULTS_FILE, Result, read_results
 from relloc.tracking.record import RUN_FILE, RunRecord
+from relloc.tracking.unfinished import unfinished_training
 
 UNKNOWN_COMMIT = "unknown commit"
 
@@ -96,6 +97,8 @@ def find_measured(paths: Sequence[Path]) -> list[Measured]:
     folders = {file.parent.resolve() for path in paths for file in path.rglob(RESULTS_FILE)}
     found = [each for folder in sorted(folders) for each in _of_folder(folder)]
     if not found:
+        if unfinished := list(filter(None, map(unfinished_training, paths))):
+            raise DataError("; ".join(unfinished))
         raise DataError(
             f"no run folder ({RUN_FILE} and {RESULTS_FILE}) with results at or below "
             f"{', '.join(map(str, paths))}: run python -m relloc.evaluate first, or name other folders"

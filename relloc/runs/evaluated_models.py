@@ -22,6 +22,7 @@ from relloc.models.described import described_backbone
 from relloc.results import NOT_OURS
 from relloc.runs import console
 from relloc.runs.build import Evaluating, model_of_conf
+from relloc.tracking.unfinished import unfinished_training
 
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 
@@ -50,6 +51,8 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
 
 def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
     """The backbone of a run folder or file, of the model in `settings` or else of the one that the file tells."""
+    if unfinished := unfinished_training(Path(checkpoint)):
+        raise UsageError(f"checkpoint={unfinished}")
     file = backbone_files.backbone_file(Path(checkpoint))
     model = settings.model
     if backbone_files.is_ours(file):
