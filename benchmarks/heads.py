@@ -23,9 +23,9 @@ from hydra import compose, initialize_config_dir
 from report import arguments, median_s, tell
 from torch import Tensor
 
-from relloc.evals.heads import Setting, Sgd
+from relloc.evals.heads import HeadSettings, Sgd
 from relloc.evals.linear import Linear
-from relloc.evals.training import Training, held_back
+from relloc.evals.training import HeadTraining, draw_held_back
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.features.source import Batch, LiveFeatures
 from relloc.models.backbone import STAGES, Backbone
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def _timed(
-    sides: dict[str, Training], source: Resident | FromFiles, how: engine.Engine, options: argparse.Namespace
+    sides: dict[str, HeadTraining], source: Resident | FromFiles, how: engine.Engine, options: argparse.Namespace
 ) -> list[dict[str, object]]:
     passes = {name: _pass(training, source, how.device) for name, training in sides.items()}
     spent = median_s(passes, device=how.device, rounds=options.rounds)
@@ -137,11 +137,11 @@ def _linear(config: Evaluating) -> Linear:
     return asked.evaluation
 
 
-def _sides(options: argparse.Namespace) -> dict[str, Training]:
+def _sides(options: argparse.Namespace) -> dict[str, HeadTraining]:
     constants = _linear(_config([]))
-    published = Setting(lr=constants.lr, weight_decay=constants.weight_decay, sees_all=True)
+    published = HeadSettings(lr=constants.lr, weight_decay=constants.weight_decay, sees_all=True)
     grid = [
-        Setting(lr=lr, weight_decay=decay, sees_all=False)
+        HeadSettings(lr=lr, weight_decay=decay, sees_all=False)
         for lr in constants.grid_lrs
         for decay in constants.grid_weight_decays
     ]
@@ -155,8 +155,10 @@ def _sides(options: argparse.Namespace) -> dict[str, Training]:
     return few | many
 
 
-def _training(layers: tuple[str, ...], settings: list[Setting], options: argparse.Namespace, at_once: int) -> Training:
-    return Training(
+def _training(
+    layers: tuple[str, ...], settings: list[HeadSettings], options: argparse.Namespace, at_once: int
+) -> HeadTraining:
+    return HeadTraining(
         layers=layers,
         sgd=Sgd(settings=tuple(settings), momentum=0.9, nesterov=True),
         epochs=1,
@@ -168,13 +170,13 @@ def _training(layers: tuple[str, ...], settings: list[Setting], options: argpars
     )
 
 
-def _pass(training: Training, source: Resident | FromFiles, device: torch.device):
-    heads = {layer: training._heads(source, layer, seed=0).to(device).train() for layer in training.layers}
-    tenth = held_back(source.n, seed=0)
-    return lambda: training._pass(heads, source, tenth, 0, device, seed=0)
+def _pass(training: HeadTraining, source: Resident | FromFiles, device: torch.device):
+    heads = {layer: training._new_heads(source, layer, seed=0).to(device).train() for layer in training.layers}
+    tenth = draw_held_back(source.n, seed=0)
+    return lambda: training._train_epoch(heads, source, tenth, 0, device, seed=0)
 
 
-def _row(name: str, training: Training, seconds: float, options: argparse.Namespace) -> dict[str, object]:
+def _row(name: str, training: HeadTraining, seconds: float, options: argparse.Namespace) -> dict[str, object]:
     return {
         "side": name,
         "heads": len(training.layers) * len(training.sgd.settings),

@@ -11,7 +11,7 @@ import torch
 
 import relloc
 from relloc.data.views import RandomResized
-from relloc.evals.training import held_back
+from relloc.evals.training import draw_held_back
 from relloc.features.augment import JitterAndLighting
 from relloc.seeds import Use, seed_for
 
@@ -64,7 +64,7 @@ def test_the_colors_of_a_training_view_do_not_depend_on_its_box(color: str) -> N
 def test_images_that_recalibrate_batch_norm_are_not_those_held_back() -> None:
     n = 2000
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_for(Use.CALIBRATION_IMAGES, 7)))
-    both = set(order[:200].tolist()) & set(held_back(n, 7).tolist())
+    both = set(order[:200].tolist()) & set(draw_held_back(n, 7).tolist())
     assert 5 < len(both) < 40  # 20 by chance
 
 

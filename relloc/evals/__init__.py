@@ -1,1 +1,5 @@
-"""Evaluations of frozen features: each is a dataclass of its constants; calling it yields scores."""
+"""Evaluations of frozen features, such as nearest neighbors, linear classifiers and SVMs.
+
+Each is a frozen dataclass of its hyperparameters that derives from
+`relloc.evaluation.contract.Evaluation`; its `run` yields scores.
+"""

@@ -1,16 +1,24 @@
-"""Many linear classifiers of one layer, trained side by side as if each were alone.
+"""Trains many linear classifiers ("heads") on one layer side by side, each as if it were alone.
 
-Features are frozen, so what the classifiers see does not depend on them. That makes several SGD
-steps one: with the features of the next K batches at hand, the logits of all K steps follow from
-one product with the weights (and one with the momentum), from products of features with features,
-and from the gradients by logits as they come. After K steps the sum of their weight gradients is
-added in one product. Nothing is approximated: SGD is linear in what it adds up, so weights after k
-steps are a sum of the weights, the momentum and k gradients before, with coefficients that follow
-from learning rate, decay and momentum alone.
+Features are frozen, so what the heads see does not depend on them. That allows to compute several
+SGD steps at once. SGD is linear in what it adds up: the weights after k steps are a sum of the
+weights before, the momentum before, and k gradients, with coefficients that follow from learning
+rate, weight decay and momentum alone (`Sgd.coefficients`). So with the features of the next K
+batches at hand (`LayerHeads.learn`):
 
-It saves memory traffic. 55 heads on five layers of ImageNet are 1.9 GB; a step alone reads or
-writes that much seven times at the least, 4.5 ms at 3 TB/s, and multiplies 0.5 TFLOP. K steps
-together pass it 14 times in all and multiply 1 TFLOP a step: at K = 16 0.6 ms of traffic.
+1. The products of all features with the weights, with the momentum, and with one another are
+   computed once.
+2. For each step in turn, these products give the logits, without touching the weights: a
+   gradient by weights is a product of gradients by logits with features, so its effect on later
+   logits is a product of those gradients with inner products of features.
+3. After K steps, the sum of all weight gradients is added in one product.
+
+Nothing is approximated; results differ from single steps by rounding only.
+
+The gain is memory traffic. 55 heads on five layers of ImageNet are 1.9 GB; a step alone reads or
+writes that much at least seven times, which takes 4.5 ms at 3 TB/s, and multiplies 0.5 TFLOP. K
+steps together read or write it 14 times in all and multiply 1 TFLOP per step: at K = 16 that is
+0.6 ms of traffic per step.
 """
 
 import dataclasses
@@ -23,14 +31,21 @@ from torch import Tensor, nn
 
 from relloc.seeds import Use, seed_for
 
-_WEIGHT, _MOMENTUM, _GRADIENTS = 0, 1, 2  # what the columns of coefficients multiply; gradients are the rest
+# Columns of the tables of coefficients: what the weights before the first step, the momentum before
+# it, and the gradients of the steps (all columns from the third on) are multiplied with.
+_WEIGHT = 0
+_MOMENTUM = 1
+_GRADIENTS = 2
 _LARGEST = float(np.finfo(np.float32).max)
 _CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How one head differs from the others; `sees_all`: also the training images that choose among heads."""
+class HeadSettings:
+    """The hyperparameters in which the heads of a layer differ.
+
+    `sees_all`: the head also trains on the held-back images that choose among heads.
+    """
 
     lr: float
     weight_decay: float
@@ -39,58 +54,95 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sgd:
-    """The rule that all heads of a layer follow, torch.optim.SGD's without dampening."""
+    """The update rule of all heads of a layer: that of torch.optim.SGD without dampening."""
 
-    settings: tuple[Setting, ...]
+    settings: tuple[HeadSettings, ...]
     momentum: float
     nesterov: bool
 
     def coefficients(self, active: Bool[np.ndarray, "steps heads"], factor: float) -> "Coefficients":
-        """What the weights are made of before each step and after the last, rates times `factor`.
+        """Returns how the weights and the momentum of some steps are made up of what came before.
 
-        A head takes only the steps in which it is `active`.
+        Args:
+            active: which head takes which step; a head stays as it is in the other steps.
+            factor: multiplies all learning rates, such as 0.1 after a milestone.
         """
         steps, heads = active.shape
-        lr = factor * np.array([[setting.lr] for setting in self.settings])
-        decay = np.array([[setting.weight_decay] for setting in self.settings])
-        weight, momentum = np.zeros((2, heads, _GRADIENTS + steps))
-        weight[:, _WEIGHT], momentum[:, _MOMENTUM] = 1, 1
+        rates = [setting.lr for setting in self.settings]
+        decays = [setting.weight_decay for setting in self.settings]
+        lr = factor * np.array(rates)[:, None]
+        decay = np.array(decays)[:, None]
+
+        # Before the first step, weights are once the weights, and momentum is once the momentum.
+        weight = np.zeros((heads, _GRADIENTS + steps))
+        momentum = np.zeros((heads, _GRADIENTS + steps))
+        weight[:, _WEIGHT] = 1
+        momentum[:, _MOMENTUM] = 1
         weights = [weight]
-        for step, takes_part in enumerate(active):
-            pull = decay * weight
-            pull[:, _GRADIENTS + step] += 1
-            grown = self.momentum * momentum + pull
-            moved = weight - lr * (pull + self.momentum * grown if self.nesterov else grown)
-            momentum = np.where(takes_part[:, None], grown, momentum)
-            weight = np.where(takes_part[:, None], moved, weight)
+        for step, takes_step in enumerate(active):
+            # The rule of torch.optim.SGD, applied to coefficients instead of to tensors.
+            gradient = decay * weight
+            gradient[:, _GRADIENTS + step] += 1
+            next_momentum = self.momentum * momentum + gradient
+            update = next_momentum
+            if self.nesterov:
+                update = gradient + self.momentum * next_momentum
+            next_weight = weight - lr * update
+            momentum = np.where(takes_step[:, None], next_momentum, momentum)
+            weight = np.where(takes_step[:, None], next_weight, weight)
             weights.append(weight)
-        # Of rates far too large; what they multiply still overflows, so that such a head is seen to diverge.
-        before, weight, momentum = (
-            np.clip(one, -_LARGEST, _LARGEST) for one in (np.stack(weights[:-1]), weight, momentum)
+
+        # Far too large rates give coefficients that float32 cannot hold. They are clipped; what they
+        # multiply still overflows, so that such a head is seen to diverge.
+        return Coefficients(
+            before=np.clip(np.stack(weights[:-1]), -_LARGEST, _LARGEST),
+            weight=np.clip(weight, -_LARGEST, _LARGEST),
+            momentum=np.clip(momentum, -_LARGEST, _LARGEST),
+            active=active,
         )
-        return Coefficients(before=before, weight=weight, momentum=momentum, active=active)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """Weights `before` each step, and `weight` and `momentum` after the last, as sums over columns.
+    """The coefficients of some SGD steps of some heads, which `Sgd.coefficients` computes.
 
-    Columns are: weights and momentum before the first step, and the gradient of each step.
+    The columns multiply the weights before the first step, the momentum before it, and the gradient
+    of each step.
     """
 
+    # Of the weights before each step, from which its logits follow.
     before: Float64[np.ndarray, "steps heads columns"]
+    # Of the weights and the momentum after the last step.
     weight: Float64[np.ndarray, "heads columns"]
     momentum: Float64[np.ndarray, "heads columns"]
-    active: Bool[np.ndarray, "steps heads"]
+    active: Bool[np.ndarray, "steps heads"]  # which head takes which step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Products:
+    """Products of the features of several batches, whose rows follow one another."""
+
+    times_weight: Float[Tensor, "heads rows classes"]  # with the weights before the first step
+    times_momentum: Float[Tensor, "heads rows classes"]  # with the momentum before the first step
+    gram: Float[Tensor, "rows rows"]  # with one another
+    sizes: list[int]  # number of rows of each step
+    step_of_row: Int[Tensor, "rows"]
 
 
 class LayerHeads(nn.Module):
-    """One linear head a setting on one layer's pooled features, behind one batch norm for all.
+    """One linear head per setting on the pooled features of one layer, behind one batch norm for all.
 
-    Batch norm has no scale and shift and normalizes each channel over images and places (momentum
-    0.1), as BatchNorm2d before the flattening does; it depends on no head. `channels` is None for
-    none. Weights are N(0, 0.01) from `seed`, the same for each head and on each device, biases zero
-    (protocols.md 3.3). They are made on `device`: those of all heads may be more than other memory holds.
+    Batch norm has no scale and shift and normalizes each channel over images and positions (momentum
+    0.1), like a BatchNorm2d before the features are flattened; no head influences it. Weights are
+    drawn from N(0, 0.01), equal for all heads and on all devices; biases are zero (protocols.md 3.3).
+
+    Args:
+        sgd: the update rule, with one setting per head.
+        dim: number of features, all positions of all channels.
+        channels: number of channels for batch norm; None for no batch norm.
+        n_classes: number of outputs of each head.
+        seed: of the weights.
+        device: where the weights are created; those of all heads may exceed other memory.
     """
 
     weight: Tensor
@@ -99,109 +151,223 @@ class LayerHeads(nn.Module):
     bias_momentum: Tensor
 
     def __init__(
-        self, sgd: Sgd, *, dim: int, channels: int | None, n_classes: int, seed: int, device: torch.device = _CPU
+        self,
+        sgd: Sgd,
+        *,
+        dim: int,
+        channels: int | None,
+        n_classes: int,
+        seed: int,
+        device: torch.device = _CPU,
     ) -> None:
         super().__init__()
-        heads = len(sgd.settings)
+        n_heads = len(sgd.settings)
+        # Drawn on the CPU, as a GPU would draw other numbers from the same seed.
         generator = torch.Generator().manual_seed(seed_for(Use.HEAD_WEIGHTS, seed))
         start = torch.empty(n_classes, dim).normal_(std=0.01, generator=generator)
+        start = start.to(device)
         self.sgd = sgd
-        self.norm = None if channels is None else nn.BatchNorm1d(channels, affine=False, device=device)
-        self.register_buffer("weight", start.to(device).repeat(heads, 1, 1))
-        self.register_buffer("bias", torch.zeros(heads, n_classes, device=device))
-        self.register_buffer("weight_momentum", torch.zeros(heads, n_classes, dim, device=device))
-        self.register_buffer("bias_momentum", torch.zeros(heads, n_classes, device=device))
+        self.norm = None
+        if channels is not None:
+            self.norm = nn.BatchNorm1d(channels, affine=False, device=device)
+        # Buffers, as `learn` moves them itself, without autograd and an optimizer.
+        self.register_buffer("weight", start.repeat(n_heads, 1, 1))
+        self.register_buffer("bias", torch.zeros(n_heads, n_classes, device=device))
+        self.register_buffer("weight_momentum", torch.zeros(n_heads, n_classes, dim, device=device))
+        self.register_buffer("bias_momentum", torch.zeros(n_heads, n_classes, device=device))
+        # Kept on the device and read once per epoch: to look each time would wait for the GPU.
         self.register_buffer("features_are_finite", torch.tensor(True, device=device))
 
     @torch.no_grad()
     def normalized(self, rows: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """Features as heads see them; in training mode they also move the running statistics."""
+        """Returns features after batch norm; in training mode it also updates the running statistics."""
         self.features_are_finite = self.features_are_finite & rows.isfinite().all()
         if self.norm is None:
             return rows
-        return self.norm(rows.unflatten(1, (self.norm.num_features, -1))).flatten(1)
+        by_channel = rows.unflatten(1, (self.norm.num_features, -1))  # (b channels positions)
+        return self.norm(by_channel).flatten(1)
 
     def forward(self, rows: Float[Tensor, "b d"]) -> Float[Tensor, "b heads classes"]:
-        """Logits of each head."""
-        return self._products(self.normalized(rows), self.weight) + self.bias
+        """Returns the logits of each head for features before batch norm."""
+        return self._multiply(self.normalized(rows), self.weight) + self.bias
 
-    def finite(self) -> Bool[Tensor, "heads"]:
-        """Which heads have not diverged."""
-        return self.weight.isfinite().all(dim=(1, 2)) & self.bias.isfinite().all(dim=1)
+    def is_finite(self) -> Bool[Tensor, "heads"]:
+        """Returns which heads have finite weights and biases, so have not diverged."""
+        weight_is_finite = self.weight.isfinite().all(dim=(1, 2))
+        bias_is_finite = self.bias.isfinite().all(dim=1)
+        return weight_is_finite & bias_is_finite
 
     @torch.no_grad()
     def learn(
-        self, batches: Sequence[Float[Tensor, "_b d"]], labels: Sequence[Int[Tensor, "_b"]], ways: Coefficients
+        self,
+        batches: Sequence[Float[Tensor, "_b d"]],
+        labels: Sequence[Int[Tensor, "_b"]],
+        coefficients: Coefficients,
     ) -> None:
-        """One step for each batch of `normalized` features, all in one go."""
+        """Takes one step of SGD on the cross-entropy for each batch, all steps at once.
+
+        The module's docstring explains the method.
+
+        Args:
+            batches: features from `normalized`.
+            labels: the classes of each batch.
+            coefficients: of these steps, from `Sgd.coefficients`.
+        """
         rows = torch.cat(list(batches))
         sizes = [len(batch) for batch in batches]
-        several = len(batches) > 1
-        step_of_row = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(rows.device, non_blocking=True)
-        # Products of all rows with what was there before, and with each other
-        of_weight = self._products(rows, self.weight).transpose(0, 1)
-        of_momentum = self._products(rows, self.weight_momentum).transpose(0, 1) if several else of_weight
-        alike = rows @ rows.T
-        before, after, momentum_after = (_like(rows, table) for table in (ways.before, ways.weight, ways.momentum))
-        shares = _like(rows, ways.active / np.array(sizes)[:, None])  # losses are means over a batch
-        gradients = torch.zeros_like(of_weight)  # by logits
-        biases = [self.bias, self.bias_momentum]  # and their gradients: what biases are sums of
+        has_several = len(batches) > 1
+        step_of_row = np.repeat(np.arange(len(sizes)), sizes)
+        step_of_row = torch.from_numpy(step_of_row).to(rows.device, non_blocking=True)
+
+        # 1. Products of all features with what was there before, and with one another.
+        times_weight = self._multiply(rows, self.weight)
+        times_weight = times_weight.transpose(0, 1)
+        times_momentum = times_weight
+        if has_several:  # the logits of the first step do not depend on the momentum
+            times_momentum = self._multiply(rows, self.weight_momentum)
+            times_momentum = times_momentum.transpose(0, 1)
+        products = _Products(
+            times_weight=times_weight,
+            times_momentum=times_momentum,
+            gram=rows @ rows.T,
+            sizes=sizes,
+            step_of_row=step_of_row,
+        )
+
+        # 2. Gradients by logits, step by step.
+        weight_after = _to_tensor(coefficients.weight, rows)
+        momentum_after = _to_tensor(coefficients.momentum, rows)
+        gradients, bias_terms = self._logit_gradients(products, labels, coefficients)
+
+        # 3. Biases and weights after all steps.
+        self.bias = _weighted_sum(weight_after, bias_terms)
+        self.bias_momentum = _weighted_sum(momentum_after, bias_terms)
+        took_a_step = coefficients.active.any(axis=0)
+        for head in np.flatnonzero(took_a_step).tolist():
+            if has_several:
+                columns = _GRADIENTS + step_of_row
+                of_weight = weight_after[head, columns, None]
+                of_momentum = momentum_after[head, columns, None]
+                self._take_steps(head, rows, gradients[head], of_weight, of_momentum, coefficients)
+            else:
+                self._take_step(head, rows, gradients[head], coefficients)
+
+    def _logit_gradients(
+        self,
+        products: "_Products",
+        labels: Sequence[Int[Tensor, "_b"]],
+        coefficients: Coefficients,
+    ) -> tuple[Float[Tensor, "heads rows classes"], Float[Tensor, "heads columns classes"]]:
+        """Returns the gradients of the loss by the logits of all steps, and what biases are sums of.
+
+        The latter are the bias before the first step, its momentum, and its gradient in each step.
+        """
+        before = _to_tensor(coefficients.before, products.gram)
+        # Losses are means over a batch, and nothing is learned in steps that a head does not take.
+        row_weights = coefficients.active / np.array(products.sizes)[:, None]
+        row_weights = _to_tensor(row_weights, products.gram)
+        gradients = torch.zeros_like(products.times_weight)
+        bias_terms = [self.bias, self.bias_momentum]
         end = 0
         for step, target in enumerate(labels):
-            start, end = end, end + sizes[step]
-            way = before[step]
-            # Logits as they are before the step, given the gradients of the rows of earlier steps
-            logits = way[:, _WEIGHT, None, None] * of_weight[:, start:end]
+            start = end
+            end = start + products.sizes[step]
+            now = before[step]  # (heads columns)
+            weight_share = now[:, _WEIGHT, None, None]
+            logits = weight_share * products.times_weight[:, start:end]
             if step:
-                logits += way[:, _MOMENTUM, None, None] * of_momentum[:, start:end]
-                moved = alike[start:end, :start] * way[:, _GRADIENTS + step_of_row[:start]][:, None]
-                logits = torch.baddbmm(logits, moved, gradients[:, :start])
-            logits += _combined(way[:, : len(biases)], torch.stack(biases, dim=1))[:, None]
-            answers = nn.functional.one_hot(target, self.bias.shape[1])
-            gradients[:, start:end] = (logits.softmax(dim=2) - answers) * shares[step, :, None, None]
-            biases.append(gradients[:, start:end].sum(dim=1))
-        parts = torch.stack(biases, dim=1)
-        self.bias, self.bias_momentum = _combined(after, parts), _combined(momentum_after, parts)
-        for head in np.flatnonzero(ways.active.any(axis=0)).tolist():
-            of_rows = None
-            if several:
-                of_rows = [table[head, _GRADIENTS + step_of_row, None] for table in (after, momentum_after)]
-            self._move(head, rows, gradients[head], of_rows, ways)
+                momentum_share = now[:, _MOMENTUM, None, None]
+                logits += momentum_share * products.times_momentum[:, start:end]
+                # What the gradients of earlier steps have changed about these logits: the inner
+                # products of both steps' features, times the gradients by logits.
+                earlier_columns = _GRADIENTS + products.step_of_row[:start]
+                gradient_shares = now[:, earlier_columns]
+                influence = products.gram[start:end, :start] * gradient_shares[:, None]
+                logits = torch.baddbmm(logits, influence, gradients[:, :start])
+            bias_shares = now[:, : len(bias_terms)]
+            bias = _weighted_sum(bias_shares, torch.stack(bias_terms, dim=1))
+            logits += bias[:, None]
 
-    def _move(
-        self, head: int, rows: Tensor, gradients: Tensor, of_rows: list[Tensor] | None, ways: Coefficients
+            # The gradient of cross-entropy by logits is the probabilities minus the answer.
+            one_hot = nn.functional.one_hot(target, self.bias.shape[1])
+            errors = logits.softmax(dim=2) - one_hot
+            gradients[:, start:end] = errors * row_weights[step, :, None, None]
+            bias_terms.append(gradients[:, start:end].sum(dim=1))
+        return gradients, torch.stack(bias_terms, dim=1)
+
+    def _take_step(
+        self,
+        head: int,
+        rows: Float[Tensor, "b d"],
+        gradients: Float[Tensor, "b classes"],
+        coefficients: Coefficients,
     ) -> None:
-        """A head's weights and momentum after the steps, in place; of all heads at once it would take more room.
+        """Updates a head's weights and momentum by a single step, in place.
 
-        `of_rows` are the coefficients of each row's gradient; None after a single step, where one product serves both.
+        One product is the gradient for both.
         """
-        weight, momentum = self.weight[head], self.weight_momentum[head]
-        to_weight, to_momentum = ways.weight[head].tolist(), ways.momentum[head].tolist()
-        if of_rows is None:
-            gradient = gradients.T @ rows
-            grown = torch.add(to_momentum[_MOMENTUM] * momentum, weight, alpha=to_momentum[_WEIGHT])
-            grown.add_(gradient, alpha=to_momentum[_GRADIENTS])
-            weight.mul_(to_weight[_WEIGHT]).add_(momentum, alpha=to_weight[_MOMENTUM])
-            weight.add_(gradient, alpha=to_weight[_GRADIENTS])
-        else:
-            of_weight, of_momentum = (coefficients * gradients for coefficients in of_rows)
-            grown = torch.addmm(momentum, of_momentum.T, rows, beta=to_momentum[_MOMENTUM])
-            grown.add_(weight, alpha=to_momentum[_WEIGHT])
-            weight.addmm_(of_weight.T, rows, beta=to_weight[_WEIGHT]).add_(momentum, alpha=to_weight[_MOMENTUM])
-        momentum.copy_(grown)
+        weight = self.weight[head]
+        momentum = self.weight_momentum[head]
+        to_weight = coefficients.weight[head].tolist()
+        to_momentum = coefficients.momentum[head].tolist()
+        gradient = gradients.T @ rows
+        # Both are needed from before the step, so the momentum is written last.
+        next_momentum = torch.add(to_momentum[_MOMENTUM] * momentum, weight, alpha=to_momentum[_WEIGHT])
+        next_momentum.add_(gradient, alpha=to_momentum[_GRADIENTS])
+        weight.mul_(to_weight[_WEIGHT])
+        weight.add_(momentum, alpha=to_weight[_MOMENTUM])
+        weight.add_(gradient, alpha=to_weight[_GRADIENTS])
+        momentum.copy_(next_momentum)
 
-    def _products(
-        self, rows: Float[Tensor, "b d"], weight: Float[Tensor, "heads classes d"]
+    def _take_steps(
+        self,
+        head: int,
+        rows: Float[Tensor, "b d"],
+        gradients: Float[Tensor, "b classes"],
+        of_weight: Float[Tensor, "b 1"],
+        of_momentum: Float[Tensor, "b 1"],
+        coefficients: Coefficients,
+    ) -> None:
+        """Updates a head's weights and momentum by several steps, in place.
+
+        `of_weight` and `of_momentum` are the coefficients of each row's gradient. It is called head
+        by head, as temporary results for all heads at once would take too much memory.
+        """
+        weight = self.weight[head]
+        momentum = self.weight_momentum[head]
+        to_weight = coefficients.weight[head].tolist()
+        to_momentum = coefficients.momentum[head].tolist()
+        for_weight = of_weight * gradients
+        for_momentum = of_momentum * gradients
+        # Both are needed from before the steps, so the momentum is written last.
+        next_momentum = torch.addmm(momentum, for_momentum.T, rows, beta=to_momentum[_MOMENTUM])
+        next_momentum.add_(weight, alpha=to_momentum[_WEIGHT])
+        weight.addmm_(for_weight.T, rows, beta=to_weight[_WEIGHT])
+        weight.add_(momentum, alpha=to_weight[_MOMENTUM])
+        momentum.copy_(next_momentum)
+
+    def _multiply(
+        self,
+        rows: Float[Tensor, "b d"],
+        weight: Float[Tensor, "heads classes d"],
     ) -> Float[Tensor, "b heads classes"]:
-        return (rows @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2])
+        """Returns the products of features with the weights of all heads, in one matrix product."""
+        products = rows @ weight.flatten(0, 1).T
+        return products.unflatten(1, weight.shape[:2])
 
 
-def _like(rows: Tensor, table: np.ndarray) -> Tensor:
-    return torch.from_numpy(table).to(rows.dtype).to(rows.device, non_blocking=True)
+def _to_tensor(table: np.ndarray, like: Tensor) -> Tensor:
+    """Returns the table with the number format and on the device of `like`."""
+    return torch.from_numpy(table).to(like.dtype).to(like.device, non_blocking=True)
 
 
-def _combined(
-    ways: Float[Tensor, "heads columns"], parts: Float[Tensor, "heads columns classes"]
+def _weighted_sum(
+    coefficients: Float[Tensor, "heads columns"],
+    terms: Float[Tensor, "heads columns classes"],
 ) -> Float[Tensor, "heads classes"]:
-    """Sums of parts, written out: a product might be rounded to 19 bits, and biases grow by small steps."""
-    return (ways[:, :, None] * parts).sum(dim=1)
+    """Returns the sum of coefficients times terms over the columns.
+
+    It is written out because a matrix product in TF32 rounds to 10 bits, and biases grow by small
+    steps.
+    """
+    return (coefficients[:, :, None] * terms).sum(dim=1)

@@ -1,4 +1,8 @@
-"""Weighted nearest neighbors, exact (protocols.md 3.7)."""
+"""Classifies held-out images by a weighted vote of their exact nearest neighbors (protocols.md 3.7).
+
+The neighbors are training images, whose features form the "bank". With several processes the bank
+is divided among them, and every process votes on all queries.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,14 +19,24 @@ from relloc.features.source import Bank, Batch, FeatureSource, bank_device, bank
 from relloc.features.voting import vote
 from relloc.results import Score, closest_to_20
 
-_QUERY_BYTES = 2**29  # of features that meet the bank at once: it is walked through once for each
+# Memory of the queries that are compared with the bank at once. The whole bank is read once for each
+# such group, so larger groups save time.
+_QUERY_BYTES = 2**29
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knn(Evaluation):
-    """Top-1 of the weighted vote for each k that the bank allows, layer by layer.
+    """Top-1 accuracy of the weighted vote of k nearest neighbors, for each k and layer.
 
-    In a process group the bank is divided: all ranks call, and all get the scores.
+    In a process group all ranks call `run`, and all get the same scores.
+
+    `k`: the numbers of neighbors. `temperature`: a neighbor votes with exp(cosine / temperature).
+    `layers`: the layers to measure. `view`: how images are cropped and resized.
+    `batch`: the number of images that are read at once.
+    `bank_gib`: the most memory, in GiB, for the bank of each process.
+
+    Raises:
+        UsageError: one of these is wrong.
     """
 
     kind = "frozen"
@@ -37,7 +51,8 @@ class Knn(Evaluation):
     layers: Sequence[str]
     view: View
     batch: int
-    bank_gib: float = dataclasses.field(repr=False)  # the fingerprint is of the repr, and memory decides no number
+    # Not in the repr, which is hashed to recognize results: memory decides no number.
+    bank_gib: float = dataclasses.field(repr=False)
 
     def __post_init__(self) -> None:
         self.check_inputs("eval.knn")
@@ -46,46 +61,60 @@ class Knn(Evaluation):
         checks.number("eval.knn.bank_gib", self.bank_gib, at_least=0)
 
     def check(self, splits: Splits) -> None:
-        """Raises `UsageError` where the bank has fewer images than every k."""
-        if len(splits.train) < min(self.k):
-            raise self._too_few(len(splits.train))
+        """Raises `UsageError` if there are fewer training images than every k."""
+        n_images = len(splits.train)
+        if n_images < min(self.k):
+            raise self._too_few(n_images)
 
     def _too_few(self, n_images: int) -> UsageError:
-        return UsageError(f"eval.knn.k {list(self.k)}: the bank has only {n_images} images")
+        return UsageError(
+            f"eval.knn.k {list(self.k)}: the bank has only {n_images} images. Give a k of {n_images} or less, or more "
+            "training images"
+        )
 
     def run(self, context: Context) -> Iterator[Score]:
-        """Scores of held-out images by their neighbors among training images. Nothing is random.
+        """Yields the accuracy on held-out images for each layer and k. Nothing is random.
 
         Raises:
-            UsageError: the bank would take more than `bank_gib` or than is free, has fewer images than every k, or
-                features hold NaN or infinity.
+            UsageError: the bank would take more memory than `bank_gib` or than is free, there are
+                fewer images than every k, or features hold NaN or infinity.
         """
-        bank = self._bank(context.train, context.device)
+        bank = self._fill_bank(context.train, context.device)
         n_images = int(ranks.total(torch.tensor(bank.n)))
-        allowed = [k for k in self.k if k <= n_images]
-        if not allowed:
+        possible = [k for k in self.k if k <= n_images]
+        if not possible:
             raise self._too_few(n_images)
-        hits = {(layer, k): 0 for layer in self.layers for k in allowed}
-        seen = 0
+
+        hits: dict[tuple[str, int], int] = {}
+        for layer in self.layers:
+            for k in possible:
+                hits[layer, k] = 0
+        n_queries = 0
         for features, labels in self._queries(context.held_out):
-            seen += len(labels)
+            n_queries += len(labels)
             for layer in self.layers:
-                found = vote(
+                # One search for the largest k serves all of them.
+                predictions = vote(
                     features[layer].to(context.device),
                     bank.features[layer],
                     bank.labels,
-                    k=allowed,
+                    k=possible,
                     temperature=self.temperature,
                     n_classes=bank.n_classes,
                     across_ranks=True,
                     name=f"eval.knn at {layer}",
                 )
-                for k, classes in found.items():
-                    hits[layer, k] += int((classes.cpu() == labels.cpu()).sum())
+                for k, classes in predictions.items():
+                    is_right = classes.cpu() == labels.cpu()
+                    hits[layer, k] += int(is_right.sum())
+
         details = [f"T={self.temperature}"]
-        if beyond := [str(k) for k in self.k if k > n_images]:
-            details.append(f"k={', '.join(beyond)} left out, the bank has {n_images} images")
-        for (layer, k), right in hits.items():
+        too_many = [str(k) for k in self.k if k > n_images]
+        if too_many:
+            details.append(f"k={', '.join(too_many)} left out, the bank has {n_images} images")
+        for (layer, k), n_right in hits.items():
+            # The protocol is for avgpool; other layers are measured the same way.
+            deviations = () if layer == "avgpool" else (f"features of {layer} pooled as in 3.1",)
             yield Score(
                 table="Nearest neighbors, top-1",
                 column=f"k={k}",
@@ -94,44 +123,68 @@ class Knn(Evaluation):
                 metric=f"top1_k{k}",
                 series="top1",
                 k=k,
-                headline=k == closest_to_20(allowed),
-                value=100 * right / seen,
-                n=seen,
+                headline=k == closest_to_20(possible),
+                value=100 * n_right / n_queries,
+                n=n_queries,
                 protocol="3.7",
-                deviations=() if layer == "avgpool" else (f"features of {layer} pooled as in 3.1",),
+                deviations=deviations,
                 details=tuple(details),
             )
 
-    def _bank(self, train: FeatureSource, device: torch.device) -> Bank:
-        """The features of this rank's share of the images."""
-        start, stop = (train.n * rank // ranks.world_size() for rank in (ranks.rank(), ranks.rank() + 1))
+    def _fill_bank(self, train: FeatureSource, device: torch.device) -> Bank:
+        """Returns the features of this rank's share of the training images."""
+        # Shares are contiguous, and as equal as possible.
+        rank = ranks.rank()
+        world_size = ranks.world_size()
+        start = train.n * rank // world_size
+        stop = train.n * (rank + 1) // world_size
         needed = bank_gib(train, self.layers, stop - start)
         if needed > self.bank_gib:
             raise UsageError(
                 f"eval.knn needs {in_gib(needed)} for {stop - start} images at {', '.join(self.layers)}, more than "
                 f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise it"
             )
-        if isinstance(train, Bank):  # its rows need no copy
+        if isinstance(train, Bank):
+            # Features are in memory already: slices of them need no copy.
             features = {layer: rows[start:stop] for layer, rows in train.features.items()}
-            return dataclasses.replace(train, features=features, labels=train.labels[start:stop])
-        return fill_bank(train, self.layers, self.batch, bank_device(needed, device), torch.arange(start, stop))
+            labels = train.labels[start:stop]
+            return dataclasses.replace(train, features=features, labels=labels)
+        return fill_bank(
+            train,
+            self.layers,
+            self.batch,
+            bank_device(needed, device),
+            torch.arange(start, stop),
+        )
 
     def _queries(self, held_out: FeatureSource) -> Iterator[Batch]:
-        """All of `held_out`, as many at once as `_QUERY_BYTES` hold."""
-        most = max(1, _QUERY_BYTES // (4 * sum(held_out.dims[layer] for layer in self.layers)))
-        size = most if isinstance(held_out, Bank) else self.batch
-        gathered: list[Batch] = []
-        for batch in held_out.batches(torch.arange(held_out.n), size, self.layers):
-            gathered.append(batch)
-            if sum(len(labels) for _, labels in gathered) >= most:
-                yield _joined(gathered)
-                gathered = []
-        if gathered:
-            yield _joined(gathered)
+        """Yields all held-out features and labels, in groups that fill about `_QUERY_BYTES`."""
+        n_values = sum(held_out.dims[layer] for layer in self.layers)
+        group_size = max(1, _QUERY_BYTES // (4 * n_values))
+        # Images are encoded in batches of the usual size; features in memory need no batches.
+        size = group_size if isinstance(held_out, Bank) else self.batch
+        group: list[Batch] = []
+        n_in_group = 0
+        for features, labels in held_out.batches(torch.arange(held_out.n), size, self.layers):
+            group.append((features, labels))
+            n_in_group += len(labels)
+            if n_in_group >= group_size:
+                yield _join(group)
+                group = []
+                n_in_group = 0
+        if group:
+            yield _join(group)
 
 
-def _joined(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> Batch:
-    if len(batches) == 1:  # of a bank, and needs no copy
+def _join(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> Batch:
+    """Returns several batches as one."""
+    if len(batches) == 1:  # as from a bank: it needs no copy
         return batches[0]
-    features = {layer: torch.cat([of_batch[layer] for of_batch, _ in batches]) for layer in batches[0][0]}
-    return features, torch.cat([labels for _, labels in batches])
+    by_layer: dict[str, list[Tensor]] = {}
+    all_labels = []
+    for features, labels in batches:
+        all_labels.append(labels)
+        for layer, rows in features.items():
+            by_layer.setdefault(layer, []).append(rows)
+    joined = {layer: torch.cat(rows) for layer, rows in by_layer.items()}
+    return joined, torch.cat(all_labels)

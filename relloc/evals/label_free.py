@@ -1,4 +1,4 @@
-"""How many directions the features of held-out images use, layer by layer, without a label."""
+"""Measures how many directions features use, layer by layer, without labels: RankMe and alpha-ReQ."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,21 @@ from relloc.results import Score
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelFree(Evaluation):
-    """RankMe and alpha-ReQ of `n_images` held-out images (all, where there are fewer), evenly spaced.
+    """RankMe and alpha-ReQ of the features of `n_images` held-out images, evenly spaced.
 
-    Both are defined in `relloc.features.spectrum`. RankMe's authors take 25,600 images; it grows with
-    their number until that is several times the dimensions, so only rows of one n compare. 4,096 is
-    twice a ResNet-50's 2,048 dimensions at avgpool, no more than most evaluation splits have, and the
-    decomposition, in float64, takes a fortieth of the time that 25,600 images of 9,216 dimensions take.
+    Where there are fewer images, all are taken. `relloc.features.spectrum` defines both measures.
+
+    The authors of RankMe take 25,600 images. RankMe grows with their number until that is several
+    times the dimensions, so only numbers for the same n can be compared. The default of 4,096 images
+    is twice the 2,048 dimensions of a ResNet-50's avgpool, is no more than most evaluation splits
+    have, and takes a fortieth of the time for the decomposition in float64 that 25,600 images of
+    9,216 dimensions take.
+
+    `layers`: the layers to measure. `view`: how images are cropped and resized.
+    `batch`: the number of images that are read at once.
+
+    Raises:
+        UsageError: one of these is wrong.
     """
 
     kind = "frozen"
@@ -38,19 +47,23 @@ class LabelFree(Evaluation):
 
     def __post_init__(self) -> None:
         self.check_inputs("eval.label_free")
-        checks.whole("eval.label_free.n_images", self.n_images, at_least=2)  # a spectrum needs two
+        # The features of a single image, minus their mean, have no spectrum.
+        checks.whole("eval.label_free.n_images", self.n_images, at_least=2)
 
     def run(self, context: Context) -> Iterator[Score]:
-        """`rankme` and `alpha_req` of each layer. Nothing is random.
+        """Yields `rankme` and `alpha_req` of each layer. Nothing is random.
 
-        alpha-ReQ is left out, as the protocol of RankMe then says, where features span fewer than the
-        5 directions that it needs.
+        alpha-ReQ is left out where features span fewer than the 5 directions that it needs; the
+        details of RankMe then say so.
 
         Raises:
-            UsageError: features that are not finite, or all zero.
+            UsageError: features are not finite, or all zero.
         """
-        indices = torch.tensor(evenly_spaced(context.held_out.n, self.n_images), dtype=torch.int64)
-        for layer, rows in self._features(context.held_out, indices).items():
+        positions = evenly_spaced(context.held_out.n, self.n_images)
+        indices = torch.tensor(positions, dtype=torch.int64)
+        # All layers are read in one pass, as reading and encoding images takes most of the time.
+        features = self._read(context.held_out, indices)
+        for layer, rows in features.items():
             details = [f"singular values of {len(rows)} images, evenly spaced over the split"]
             if layer != "avgpool":
                 details.append(f"features of {layer} pooled as in 3.1")
@@ -62,11 +75,13 @@ class LabelFree(Evaluation):
                     "precision overflowed: give precision=fp32, batch_norm=recalibrated, other weights, or leave the "
                     "layer out"
                 ) from error
-            alpha, why_not = None, []
+            alpha = None
+            missing = []
             try:
                 alpha = alpha_req(rows)
             except ValueError as error:
-                why_not = [f"no alpha-ReQ: {error}"]
+                missing = [f"no alpha-ReQ: {error}"]
+
             score = Score(
                 table="Label-free measures",
                 column=layer,
@@ -74,11 +89,12 @@ class LabelFree(Evaluation):
                 layer=layer,
                 metric="rankme",
                 unit="directions",
+                # A higher rank is not better in itself: it has to be seen beside accuracies.
                 higher_is_better=None,
                 headline=True,
                 value=rank,
                 n=len(rows),
-                details=(*details, *why_not),
+                details=(*details, *missing),
             )
             yield score
             if alpha is not None:
@@ -92,9 +108,17 @@ class LabelFree(Evaluation):
                     details=tuple(details),
                 )
 
-    def _features(self, source: FeatureSource, indices: Int[Tensor, "m"]) -> dict[str, Float[Tensor, "m _d"]]:
-        parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+    def _read(
+        self,
+        source: FeatureSource,
+        indices: Int[Tensor, "m"],
+    ) -> dict[str, Float[Tensor, "m _d"]]:
+        """Returns the features of the images at `indices` by layer, on the CPU."""
+        batches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         for features, _ in source.batches(indices, self.batch, self.layers):
-            for layer, rows in parts.items():
+            for layer, rows in batches.items():
                 rows.append(features[layer].cpu())
-        return {layer: torch.cat(rows) for layer, rows in parts.items()}
+        joined = {}
+        for layer, rows in batches.items():
+            joined[layer] = torch.cat(rows)
+        return joined

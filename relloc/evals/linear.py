@@ -1,4 +1,8 @@
-"""Linear classifiers on frozen features, all layers and settings in one pass (protocols.md 3.3 to 3.6)."""
+"""Linear classifiers on frozen features of all layers, trained in one pass (protocols.md 3.3 to 3.6).
+
+`Linear` trains on random views, which are encoded anew in each epoch; `LinearFast` trains on one
+fixed view, whose features are computed once.
+"""
 
 import abc
 import dataclasses
@@ -6,24 +10,27 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from relloc import checks
 from relloc.data.views import View, check_view
 from relloc.errors import DataError
-from relloc.evals.heads import LayerHeads, Setting, Sgd
-from relloc.evals.training import Trained, Training, count_hits, have_diverged, held_back
+from relloc.evals.heads import HeadSettings, LayerHeads, Sgd
+from relloc.evals.training import HeadTraining, TrainedHeads, count_hits, draw_held_back, have_diverged
 from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.source import Color, FeatureSource
 from relloc.results import CHOSEN_WITHOUT_TEST, Score
 
 _DIVERGED = "diverged: weights are not finite"
+# Ranks of heads that must not be chosen, below any number of right answers.
+_RANK_OF_DIVERGED = -1
+_RANK_OF_UNFAIR = -2
 
 
-class _Trained(Evaluation):
-    """What both evaluations do alike; their constants are fields of their own."""
+class _LinearEvaluation(Evaluation):
+    """Base class of both evaluations, which have these hyperparameters as fields of their own."""
 
     kind = "frozen"
     labels = "class"
@@ -37,13 +44,19 @@ class _Trained(Evaluation):
     batch_norm: bool
 
     @abc.abstractmethod
-    def _settings(self) -> list[Setting]:
-        """Those of the heads of a layer."""
+    def _settings(self) -> list[HeadSettings]:
+        """Returns the hyperparameters of the heads of a layer."""
 
-    def _training(self) -> Training:
-        return Training(
+    def _training(self) -> HeadTraining:
+        """Returns the training of all heads."""
+        sgd = Sgd(
+            settings=tuple(self._settings()),
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+        )
+        return HeadTraining(
             layers=self.layers,
-            sgd=Sgd(settings=tuple(self._settings()), momentum=self.momentum, nesterov=self.nesterov),
+            sgd=sgd,
             epochs=self.epochs,
             milestone_epochs=self.milestone_epochs,
             gamma=self.gamma,
@@ -52,54 +65,84 @@ class _Trained(Evaluation):
         )
 
     def _train(
-        self, source: FeatureSource, context: Context, watched: FeatureSource | None = None
-    ) -> tuple[Trained, dict[str, int]]:
-        """Trained heads, and which of a layer is right most often on the tenth; 0 where all heads trained on it."""
-        tenth = held_back(context.train.n, context.seed)
+        self,
+        source: FeatureSource,
+        context: Context,
+        watched: FeatureSource | None = None,
+    ) -> tuple[TrainedHeads, dict[str, int]]:
+        """Trains all heads on `source`, and chooses one per layer by the held-back tenth.
+
+        Returns the heads, and for each layer the index of the head with the most right answers on
+        the tenth, which is seen in the still view; 0 if all heads trained on the tenth, so that there
+        is nothing to choose. `watched` are images to measure the best epoch on.
+        """
+        tenth = draw_held_back(context.train.n, context.seed)
         trained = self._training().fit(source, context, tenth=tenth, watched=watched)
         if all(setting.sees_all for setting in self._settings()):
             return trained, dict.fromkeys(self.layers, 0)
         hits, _ = count_hits(trained.heads, context.train, tenth, self.batch, context.device)
-        return trained, {layer: _best(hits[layer], heads) for layer, heads in trained.heads.items()}
+        chosen = {}
+        for layer, heads in trained.heads.items():
+            chosen[layer] = _best_head(hits[layer], heads)
+        return trained, chosen
 
-    def _hits(self, trained: Trained, context: Context) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
-        """Right answers of each head on held-out images, and how many these are. Raises `DataError` for none."""
+    def _count_held_out_hits(
+        self,
+        trained: TrainedHeads,
+        context: Context,
+    ) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
+        """Returns the right answers of each head on held-out images, and the number of these images.
+
+        Raises:
+            DataError: none of the images can be read.
+        """
         held_out = context.held_out
-        hits, seen = count_hits(trained.heads, held_out, torch.arange(held_out.n), self.batch, context.device)
-        if not seen:
-            raise DataError("none of the images to report on can be read")
-        return hits, seen
+        indices = torch.arange(held_out.n)
+        hits, n_images = count_hits(trained.heads, held_out, indices, self.batch, context.device)
+        if not n_images:
+            raise DataError("none of the images to report on can be read: repair them, or evaluate on another data set")
+        return hits, n_images
 
-    def _constants(self, head: int) -> tuple[str, ...]:
+    def _describe_head(self, head: int) -> tuple[str, ...]:
+        """Returns the hyperparameters of a head in words, for the details of its score."""
         setting = self._settings()[head]
+        kind = "nesterov " if self.nesterov else ""
         return (
             f"lr {setting.lr:g}",
             f"weight decay {setting.weight_decay:g}",
-            f"{'nesterov ' if self.nesterov else ''}momentum {self.momentum:g}",
+            f"{kind}momentum {self.momentum:g}",
             schedule.describe_schedule(self.epochs, self.milestone_epochs, self.gamma),
             f"batch {self.batch}",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear(_Trained):
-    """A linear classifier a layer as published, and a grid of others trained in the same pass.
+class Linear(_LinearEvaluation):
+    """A linear classifier per layer as published, and a grid of others trained in the same pass.
 
-    The published one (`lr`, `weight_decay`) trains on all training images in the views `augment`
-    and `color` make, new ones each epoch; its last epoch is `top1`, its best on val, where
-    `best_epoch` asks for it, `top1_best`. The grid, each of `grid_lrs` with each of
-    `grid_weight_decays`, never trains on a tenth of the training images, which in the still `view`
-    choose the setting of each layer; val only reports it, as `top1_tuned`, after the last epoch.
-    `follows` names the protocol in words, `protocol` by its id; `table` is the title of the table of its results.
+    The published one (`lr`, `weight_decay`) trains on all training images, in random views by
+    `augment` and `color` that are new in each epoch. It yields `top1`, measured after the last
+    epoch, and with `best_epoch` also `top1_best`, measured after the epoch that is best on val.
+
+    The grid has a classifier for each of `grid_lrs` with each of `grid_weight_decays`. It never
+    trains on a tenth of the training images, which, in the still `view`, choose the setting of each
+    layer. The chosen one yields `top1_tuned`, measured on val after the last epoch.
+
+    `layers`: the layers to measure. `view`: how images are cropped and resized for measuring, and
+    for training too if `augment` is None. `follows` names the protocol in words, `protocol` by its
+    id. `table`: the title of the table of its results. `epochs`: the length of the training.
+    `gamma`: what the learning rate is multiplied by after each of `milestone_epochs`.
+    `momentum`, `nesterov`, `batch`: hyperparameters of SGD, which all classifiers share.
+    `batch_norm`: whether features are normalized by a batch norm without scale and shift.
 
     Raises:
-        ValueError: constants that would train nothing.
+        ValueError: hyperparameters with which nothing could be trained.
     """
 
     layers: Sequence[str]
     view: View
     follows: str
-    # The fingerprint is of the repr, and these decide no number
+    # Not in the repr, which is hashed to recognize results: these decide no number.
     protocol: str = dataclasses.field(default="3.3", repr=False)
     table: str = dataclasses.field(default="Linear, top-1", repr=False)
     augment: View | None = None
@@ -125,25 +168,40 @@ class Linear(_Trained):
             checks.true_or_false(f"eval.linear.{name}", getattr(self, name))
         schedule.check_sgd_settings("eval.linear", self, batch_norm=self.batch_norm)
         checks.number("eval.linear.lr", self.lr, above=0)
-        checks.numbers("eval.linear.grid_lrs", self.grid_lrs, above=0, may_be_empty=True)
-        checks.numbers("eval.linear.grid_weight_decays", self.grid_weight_decays, at_least=0, may_be_empty=True)
+        checks.numbers(
+            "eval.linear.grid_lrs",
+            self.grid_lrs,
+            above=0,
+            may_be_empty=True,
+        )
+        checks.numbers(
+            "eval.linear.grid_weight_decays",
+            self.grid_weight_decays,
+            at_least=0,
+            may_be_empty=True,
+        )
+        # One of the two alone would make an empty grid.
         if bool(self.grid_lrs) != bool(self.grid_weight_decays):
             raise ValueError("eval.linear: give both grid_lrs and grid_weight_decays, or neither ([])")
         if self.color and not self.augment:
             raise ValueError("eval.linear.color needs eval.linear.augment: still views are not colored")
 
     def run(self, context: Context) -> Iterator[Score]:
-        """Scores on held-out images by layer: top1, and top1_best and top1_tuned where asked for.
+        """Yields top1 of each layer on held-out images, and top1_best and top1_tuned where asked for.
 
         Raises:
-            UsageError: features that are not finite.
-            DataError: images that can't be read, or too few.
+            UsageError: features are not finite.
+            DataError: images cannot be read, or are too few.
         """
-        source = context.augmented(self.augment, self.color) if self.augment else context.train
-        trained, chosen = self._train(source, context, watched=context.held_out if self.best_epoch else None)
-        hits, seen = self._hits(trained, context)
+        source = context.train
+        if self.augment:
+            source = context.augmented(self.augment, self.color)
+        watched = context.held_out if self.best_epoch else None
+        trained, chosen = self._train(source, context, watched=watched)
+        hits, n_images = self._count_held_out_hits(trained, context)
         for layer in self.layers:
-            gone = have_diverged(trained.heads[layer])
+            diverged = have_diverged(trained.heads[layer])
+            # The published head is the first one.
             last = Score(
                 table=self.table,
                 column=layer,
@@ -151,11 +209,11 @@ class Linear(_Trained):
                 layer=layer,
                 metric="top1",
                 headline=True,
-                value=100 * int(hits[layer][0]) / seen,
-                n=seen,
+                value=100 * int(hits[layer][0]) / n_images,
+                n=n_images,
                 protocol=self.protocol,
-                deviations=self._how_mixed(),
-                details=(*self._details(0, gone), "last epoch"),
+                deviations=self._deviations(),
+                details=(*self._details(0, diverged), "last epoch"),
             )
             yield last
             if self.best_epoch:
@@ -164,52 +222,73 @@ class Linear(_Trained):
                     metric="top1_best",
                     variant="",
                     headline=False,
-                    value=100 * trained.best[layer] / seen,
+                    value=100 * trained.best[layer] / n_images,
                     choice="best epoch on val, as published",
-                    details=self._details(0, gone),
+                    details=self._details(0, diverged),
                 )
             if self.grid_lrs:
+                head = chosen[layer]
                 yield dataclasses.replace(
                     last,
                     metric="top1_tuned",
                     variant=CHOSEN_WITHOUT_TEST,
                     headline=False,
-                    value=100 * int(hits[layer][chosen[layer]]) / seen,
+                    value=100 * int(hits[layer][head]) / n_images,
                     deviations=(),
-                    choice=self._how_chosen(),
-                    details=(*self._details(chosen[layer], gone), "last epoch"),
+                    choice=self._choice(),
+                    details=(*self._details(head, diverged), "last epoch"),
                 )
 
-    def _settings(self) -> list[Setting]:
-        grid = itertools.product(self.grid_lrs, self.grid_weight_decays)
-        published = Setting(lr=self.lr, weight_decay=self.weight_decay, sees_all=True)
-        return [published, *(Setting(lr=lr, weight_decay=decay, sees_all=False) for lr, decay in grid)]
+    def _settings(self) -> list[HeadSettings]:
+        settings = [HeadSettings(lr=self.lr, weight_decay=self.weight_decay, sees_all=True)]
+        for lr, decay in itertools.product(self.grid_lrs, self.grid_weight_decays):
+            settings.append(HeadSettings(lr=lr, weight_decay=decay, sees_all=False))
+        return settings
 
-    def _details(self, head: int, gone: Tensor) -> tuple[str, ...]:
-        seen = ", ".join(str(part) for part in (self.augment, self.color) if part) or "the still view"
-        name = self.follows.removeprefix(f"{self.protocol} ")
-        return (name, *self._constants(head), f"trained on {seen}", *([_DIVERGED] if gone[head] else []))
+    def _details(self, head: int, diverged: Bool[Tensor, "heads"]) -> tuple[str, ...]:
+        """Returns in words how a head was trained, and whether it diverged."""
+        views = [str(part) for part in (self.augment, self.color) if part]
+        training_views = ", ".join(views) or "the still view"
+        details = [
+            self.follows.removeprefix(f"{self.protocol} "),
+            *self._describe_head(head),
+            f"trained on {training_views}",
+        ]
+        if diverged[head]:
+            details.append(_DIVERGED)
+        return tuple(details)
 
-    def _how_mixed(self) -> tuple[str, ...]:
-        """What differs for the published head where heads train beside it that must not see the tenth."""
-        unlike = "a batch is all of the held-back tenth or all of the rest, published ones are uniform"
-        return (unlike,) if self.grid_lrs else ()
+    def _deviations(self) -> tuple[str, ...]:
+        """Returns what differs for the published head if there is a grid.
 
-    def _how_chosen(self) -> str:
-        many = len(self.grid_lrs) * len(self.grid_weight_decays)
+        The grid must not see the tenth, so batches cannot mix its images with others.
+        """
+        if not self.grid_lrs:
+            return ()
+        return ("a batch is all of the held-back tenth or all of the rest, published ones are uniform",)
+
+    def _choice(self) -> str:
+        """Returns in words how the head of the grid was chosen."""
+        n_settings = len(self.grid_lrs) * len(self.grid_weight_decays)
+        # The published head trains on the tenth, and all heads of a layer share one batch norm.
         norm = ", whose images enter batch norm" if self.batch_norm else ""
-        return f"chosen among {many} on a held-back tenth of train in the still view, not trained on{norm}"
+        return f"chosen among {n_settings} on a held-back tenth of train in the still view, not trained on{norm}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearFast(_Trained):
-    """The same classifiers on features that are computed once: a fixed view, no augmentation.
+class LinearFast(_LinearEvaluation):
+    """Linear classifiers on features that are computed once, in one fixed view without augmentation.
 
-    With one learning rate all training images train. With several, a random tenth is held back to
-    choose the rate of each layer, and is not trained on; val only reports.
+    With one learning rate, all training images are trained on. With several, a random tenth of them
+    is not trained on and chooses the rate of each layer. Val only reports.
+
+    `layers`: the layers to measure. `view`: how images are cropped and resized.
+    `epochs`: the length of the training. `gamma`: what the learning rate is multiplied by after each
+    of `milestone_epochs`. `learning_rates`: the rates to choose from. `momentum`, `weight_decay`,
+    `batch`: further hyperparameters of SGD.
 
     Raises:
-        ValueError: constants that would train nothing.
+        ValueError: hyperparameters with which nothing could be trained.
     """
 
     nesterov = True
@@ -232,34 +311,52 @@ class LinearFast(_Trained):
         checks.numbers("eval.linear_fast.learning_rates", self.learning_rates, above=0)
 
     def run(self, context: Context) -> Iterator[Score]:
-        """Top-1 of the last epoch on held-out images, one score a layer. Raises as `Linear`."""
+        """Yields one score per layer: top1 on held-out images after the last epoch.
+
+        Raises:
+            UsageError: features are not finite.
+            DataError: images cannot be read, or are too few.
+        """
         trained, chosen = self._train(context.train, context)
-        hits, seen = self._hits(trained, context)
+        hits, n_images = self._count_held_out_hits(trained, context)
         n_rates = len(self.learning_rates)
-        choice = f"rate chosen among {n_rates} on a held-back random tenth of train" if n_rates > 1 else ""
+        choice = ""
+        if n_rates > 1:
+            choice = f"rate chosen among {n_rates} on a held-back random tenth of train"
         for layer in self.layers:
             head = chosen[layer]
-            diverged = [_DIVERGED] if have_diverged(trained.heads[layer])[head] else []
+            details = ["one head a stage", *self._describe_head(head)]
+            if have_diverged(trained.heads[layer])[head]:
+                details.append(_DIVERGED)
             yield Score(
                 table="Linear on features computed once, top-1",
                 column=layer,
                 layer=layer,
                 metric="top1",
                 headline=True,
-                value=100 * int(hits[layer][head]) / seen,
-                n=seen,
+                value=100 * int(hits[layer][head]) / n_images,
+                n=n_images,
                 protocol="3.3",
                 deviations=("one fixed center view, features computed once",),
                 choice=choice,
-                details=("one head a stage", *self._constants(head), *diverged),
+                details=tuple(details),
             )
 
-    def _settings(self) -> list[Setting]:
-        every = len(self.learning_rates) == 1
-        return [Setting(lr=lr, weight_decay=self.weight_decay, sees_all=every) for lr in self.learning_rates]
+    def _settings(self) -> list[HeadSettings]:
+        # A single rate needs no images to choose it by.
+        sees_all = len(self.learning_rates) == 1
+        settings = []
+        for lr in self.learning_rates:
+            settings.append(HeadSettings(lr=lr, weight_decay=self.weight_decay, sees_all=sees_all))
+        return settings
 
 
-def _best(hits: Int[Tensor, "heads"], heads: LayerHeads) -> int:
-    not_ranked = have_diverged(heads)
-    seen = torch.tensor([setting.sees_all for setting in heads.sgd.settings])
-    return int(hits.masked_fill(not_ranked, -1).masked_fill(seen, -2).argmax())
+def _best_head(hits: Int[Tensor, "heads"], heads: LayerHeads) -> int:
+    """Returns the head with the most right answers on the tenth, the first of them on a tie.
+
+    Heads that trained on the tenth are never chosen, and diverged ones only if there is no other.
+    """
+    sees_all = torch.tensor([setting.sees_all for setting in heads.sgd.settings])
+    ranked = hits.masked_fill(have_diverged(heads), _RANK_OF_DIVERGED)
+    ranked = ranked.masked_fill(sees_all, _RANK_OF_UNFAIR)
+    return int(ranked.argmax())

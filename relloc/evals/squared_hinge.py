@@ -1,56 +1,72 @@
-"""Linear SVMs with squared hinge loss, exactly, from inner products alone, many at once.
+"""Solves many linear SVMs with squared hinge loss exactly, from inner products alone.
 
 For examples x_i (an appended 1 is the intercept) with signs y_i and weights c_i, a problem is
 
     minimize over w:  |w|^2 / 2 + sum_i c_i max(0, 1 - y_i <w, x_i>)^2
 
-as LIBLINEAR's L2-regularized L2-loss SVM (Fan et al., JMLR 2008) has it, c_i being the cost times
-the weight of the class. Its solution is w = sum_i b_i x_i with b_i = 2 c_i y_i max(0, 1 - y_i f_i)
-at the decision values f = K b, K the Gram matrix: b is zero outside the support, and on it solves
-(K + diag(1 / 2c)) b = y. So the support is guessed, the system solved, the support read off the
-solution again until it stays: Newton's method on the support, finite and a few steps long. Systems
-are solved by conjugate gradients for all problems at once, so that the work is products of one
-Gram matrix with many columns; the leading eigenvectors of K precondition them where costs are high.
+as LIBLINEAR's L2-regularized L2-loss SVM (Fan et al., JMLR 2008) has it; c_i is the cost times the
+weight of the class. The solution is w = sum_i b_i x_i with coefficients b_i = 2 c_i y_i max(0, 1 -
+y_i f_i), where f = K b are the decision values and K the Gram matrix. So b is zero outside the
+support (the examples with y_i f_i < 1), and on the support it solves (K + diag(1 / 2c)) b = y.
+
+That suggests Newton's method: guess the support, solve the linear system, read the support off the
+solution, and repeat until it stays the same. This ends after finitely many steps, in practice a
+few. The systems of all problems are solved together by conjugate gradients, so that the work is
+products of one Gram matrix with many columns. Where costs are high, systems are ill-conditioned,
+and the leading eigenvectors of K precondition them.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from relloc.errors import UsageError
 
-_GAP = 1e-12  # relative distance to the optimum; at 1e-9 images that nearly tie change places in average precision
+# Relative distance to the optimum at which a problem is solved. At 1e-9, images with nearly equal
+# decision values swap ranks, which changes average precision.
+_GAP = 1e-12
 _MOST_STEPS = 200
-_FULL_STEPS = 25  # steps without a line search; supports that have not settled by then get one
-_MOST_ITERATIONS = 2000
-_RESIDUAL = 1e-5
-_BENEFIT = 30  # 2 c times the second eigenvalue from which preconditioning pays
-_RANK = 192
+# Newton steps of full length. The few problems whose support still changes after them may be
+# cycling; a line search from there on makes each step lower the objective.
+_FULL_STEPS = 25
+_MOST_ITERATIONS = 2000  # of conjugate gradients in one Newton step
+_RESIDUAL = 1e-5  # relative residual at which conjugate gradients stop
+# Preconditioning pays from here on: 2 c times the second eigenvalue of K, which is about the
+# condition number that is left after conjugate gradients have dealt with the first one.
+_BENEFIT = 30
+_RANK = 192  # number of eigenvectors in the preconditioner
+_BISECTIONS = 60  # halve an interval of 2 to below the spacing of float64
 
-# For each of g Gram matrices a number for each of its n examples in each of m problems; and leading eigenvectors
+# A number for each of n examples in each of m problems, on each of g Gram matrices.
 PerExample = Float[Tensor, "g n m"]
+PerProblem = Float[Tensor, "g 1 m"]
 Factor = Float[Tensor, "g n r"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """`coefficients` of the examples, and the decision values K b of all n of them."""
+    """The solutions of `fit`: the `coefficients` b of the examples and their `decisions` K b."""
 
     coefficients: PerExample
     decisions: PerExample
 
 
 def leading_factor(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n r"]:
-    """Z with Z Z^T near `gram`: its leading eigenvectors, for `fit` on it or on any of its rows and columns."""
+    """Returns Z such that Z Z^T approximates `gram` by its 192 leading eigenvectors (r = 192 or n).
+
+    `fit` preconditions with it. The rows of Z for some examples serve the Gram matrix of these.
+    """
     rank = min(_RANK, len(gram))
-    # svd_lowrank draws from torch's global generator; what it draws only decides how fast systems are solved.
+    # svd_lowrank draws from torch's global generator, whose state is put back afterwards. The
+    # accuracy of Z only decides how fast systems are solved.
     devices = [gram.device] if gram.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         vectors, values, _ = torch.svd_lowrank(gram, q=rank, niter=3)
+    # Rounding can make the smallest eigenvalues of a positive semidefinite matrix negative.
     return vectors * values.clamp(min=0).sqrt()
 
 
@@ -62,46 +78,111 @@ def fit(
     factor: Factor,
     start: PerExample | None = None,
 ) -> Fitted:
-    """The m problems on each of g Gram matrices, to a relative 1e-9 of their objectives, proven by the gradient.
+    """Solves the m problems on each of g Gram matrices; all tensors are float64.
 
-    `signs` are 1 or -1, `weights` 0 or more; an example of weight 0 is not part of a problem. `start`
-    are coefficients to begin at, such as those of a lower cost. All in float64.
+    Objectives are within a relative 1e-12 of the optimum, which the gradient proves.
+
+    Args:
+        gram: inner products of the examples, with the intercept's 1 included.
+        signs: 1 for positive and -1 for negative examples.
+        weights: c_i, 0 or more; an example of weight 0 is not part of a problem.
+        factor: from `leading_factor`.
+        start: coefficients to begin at, such as those of a lower cost; zeros by default.
 
     Raises:
-        UsageError: what is given is not finite, or a problem is not solved after 200 steps.
+        UsageError: an input is not finite, or a problem is not solved after 200 steps.
     """
     b = torch.zeros_like(signs) if start is None else start.clone()
     for given in (gram, weights, b):
         if not given.isfinite().all():
             raise UsageError("SVMs of features, costs or coefficients that are not finite have no solution")
     f = gram @ b
-    live = torch.ones(signs.shape[-1], dtype=torch.bool, device=gram.device)
+    unsolved = torch.ones(signs.shape[-1], dtype=torch.bool, device=gram.device)
     for step in range(_MOST_STEPS):
-        y, c, b_live, f_live = (values[..., live] for values in (signs, weights, b, f))
-        # At the optimum the coefficients are those that the decision values ask for.
-        slack = (1 - y * f_live).clamp(min=0)
-        residual = b_live - 2 * c * y * slack
-        pulled = gram @ residual
-        squared_gradient = (residual * pulled).sum(dim=1, keepdim=True)
-        objective = (b_live * f_live / 2 + c * slack.square()).sum(dim=1, keepdim=True)
-        solved = squared_gradient <= 2 * _GAP * objective  # half of the left side bounds what is still to be gained
-        open_ = ~solved.all(dim=0).squeeze(0)
-        if not open_.any():
+        state = _state_of(gram, signs, weights, b, f, unsolved)
+
+        # Problems that are solved on every Gram matrix take no further part.
+        still_open = ~state.solved().all(dim=0).squeeze(0)
+        if not still_open.any():
             return Fitted(coefficients=b, decisions=f)
-        live[live.clone()] = open_
-        y, c, b_live, f_live, slack, residual, pulled = (
-            values[..., open_] for values in (y, c, b_live, f_live, slack, residual, pulled)
-        )
-        # Newton's step, to the solution on the present support, and what it does to the decision values.
-        scale = (2 * c * (slack > 0)).sqrt()  # sqrt(2 c) where an example pulls, 0 elsewhere
-        u, image = _solve(gram, scale, scale * pulled, factor)
-        moved, f_moved = scale * u - residual, image - pulled
+        unsolved[unsolved.clone()] = still_open
+        state = state.select(still_open)
+
+        # Newton's step: to the solution on the present support. As sqrt(2 c) is 0 outside of it,
+        # scaling by it makes the system symmetric and leaves the support alone at once.
+        on_support = state.slack > 0
+        scale = (2 * state.weights * on_support).sqrt()
+        u, gram_scaled_u = _solve(gram, scale, scale * state.pulled, factor)
+        b_step = scale * u - state.residual
+        f_step = gram_scaled_u - state.pulled
         if step >= _FULL_STEPS:
-            moved = moved * _best_length(y, c, b_live, f_live, moved, f_moved)
-        b[..., live] = b_live + moved
-        f[..., live] = gram @ b[..., live]
-    left = int(live.sum())
-    raise UsageError(f"{left} SVMs are not solved after {_MOST_STEPS} steps: their features are badly scaled")
+            b_step = b_step * _best_length(state, b_step, f_step)
+        b[..., unsolved] = state.b + b_step
+        # Multiplied anew, so that rounding does not add up over the steps.
+        f[..., unsolved] = gram @ b[..., unsolved]
+    n_left = int(unsolved.sum())
+    raise UsageError(
+        f"{n_left} SVMs are not solved after {_MOST_STEPS} steps of Newton's method: the features are badly scaled. "
+        "Check that the network has not diverged, and leave out the highest costs"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _State:
+    """Where Newton's method is in some of the problems, in the symbols of the module's docstring."""
+
+    signs: PerExample  # y
+    weights: PerExample  # c
+    b: PerExample  # coefficients
+    f: PerExample  # decision values K b
+    slack: PerExample  # max(0, 1 - y f), by how much an example misses its margin
+    residual: PerExample  # b - 2 c y slack, zero at the optimum
+    pulled: PerExample  # K residual: the gradient by w, as products with the examples
+
+    def select(self, problems: Bool[Tensor, "m"]) -> "_State":
+        """Returns the state of some of the problems."""
+        selected = {}
+        for name, values in vars(self).items():
+            selected[name] = values[..., problems]
+        return _State(**selected)
+
+    def solved(self) -> Bool[Tensor, "g 1 m"]:
+        """Returns which problems are solved.
+
+        The gradient by w is sum_i residual_i x_i, with the squared length residual^T K residual. The
+        objective is 1-strongly convex in w, so half of that bounds what is still to be gained.
+        """
+        squared_gradient = (self.residual * self.pulled).sum(dim=1, keepdim=True)
+        terms = self.b * self.f / 2 + self.weights * self.slack.square()
+        objective = terms.sum(dim=1, keepdim=True)
+        return squared_gradient <= 2 * _GAP * objective
+
+
+def _state_of(
+    gram: Float[Tensor, "g n n"],
+    signs: PerExample,
+    weights: PerExample,
+    b: PerExample,
+    f: PerExample,
+    problems: Bool[Tensor, "m"],
+) -> _State:
+    """Returns the state of some of the problems at the coefficients b and decision values f."""
+    y = signs[..., problems]
+    c = weights[..., problems]
+    b = b[..., problems]
+    f = f[..., problems]
+    slack = (1 - y * f).clamp(min=0)
+    # At the optimum the coefficients are those that the decision values ask for.
+    residual = b - 2 * c * y * slack
+    return _State(
+        signs=y,
+        weights=c,
+        b=b,
+        f=f,
+        slack=slack,
+        residual=residual,
+        pulled=gram @ residual,
+    )
 
 
 def _solve(
@@ -110,58 +191,92 @@ def _solve(
     right: PerExample,
     factor: Factor,
 ) -> tuple[PerExample, PerExample]:
-    """u with (1 + S K S) u = right for S = diag(scale), and K S u, by preconditioned conjugate gradients."""
+    """Solves (1 + S K S) u = right for S = diag(scale), and returns u and K S u.
+
+    The method is preconditioned conjugate gradients (Saad, Iterative Methods, algorithm 9.1), for
+    all problems at once; the names in brackets are those of the book.
+    """
     precondition = _preconditioner(scale, factor)
-    u, image, rest = torch.zeros_like(right), torch.zeros_like(right), right
-    close = precondition(rest)
-    direction, size = close, (rest * close).sum(dim=1, keepdim=True)
+    u = torch.zeros_like(right)
+    gram_scaled_u = torch.zeros_like(right)
+    residual = right  # [r]
+    preconditioned = precondition(residual)  # [z]
+    direction = preconditioned  # [p]
+    size = (residual * preconditioned).sum(dim=1, keepdim=True)  # [(r, z)]
     goal = _RESIDUAL**2 * size
     for _ in range(_MOST_ITERATIONS):
-        pulled = gram @ (scale * direction)
-        product = direction + scale * pulled
-        length = torch.where(size > goal, size / (direction * product).sum(dim=1, keepdim=True), 0)
-        u, image, rest = u + length * direction, image + length * pulled, rest - length * product
-        close = precondition(rest)
-        smaller = (rest * close).sum(dim=1, keepdim=True)
-        if not (smaller > goal).any():
+        gram_direction = gram @ (scale * direction)
+        product = direction + scale * gram_direction  # [A p]
+        curvature = (direction * product).sum(dim=1, keepdim=True)
+        # Problems that have reached the goal stand still, which also avoids dividing 0 by 0.
+        length = torch.where(size > goal, size / curvature, 0)  # [alpha]
+        u = u + length * direction
+        gram_scaled_u = gram_scaled_u + length * gram_direction
+        residual = residual - length * product
+
+        preconditioned = precondition(residual)
+        next_size = (residual * preconditioned).sum(dim=1, keepdim=True)
+        if not (next_size > goal).any():
             break
-        direction, size = close + torch.where(size > 0, smaller / size, 0) * direction, smaller
-    return u, image
+        ratio = torch.where(size > 0, next_size / size, 0)  # [beta]
+        direction = preconditioned + ratio * direction
+        size = next_size
+    return u, gram_scaled_u
 
 
 def _preconditioner(scale: PerExample, factor: Factor) -> Callable[[PerExample], PerExample]:
-    """The inverse of 1 + S Z Z^T S (Woodbury): near that of 1 + S K S, whose few large eigenvalues are in Z.
+    """Returns a function that multiplies with the inverse of 1 + S Z Z^T S, with Z the `factor`.
 
-    Problems of low cost are left as they are: their systems are near the identity.
+    That matrix is close to 1 + S K S, whose few large eigenvalues Z holds, and by Woodbury's
+    identity its inverse is 1 - S Z (1 + Z^T S^2 Z)^-1 Z^T S, which costs little as Z is narrow.
+    Problems of low cost are left as they are, since their systems are near the identity.
     """
-    second = factor[..., 1:2].square().sum(dim=1).max() if factor.shape[-1] > 1 else 0
-    costly = scale.square().amax(dim=(0, 1)) * second >= _BENEFIT
+    second_eigenvalue = 0
+    if factor.shape[-1] > 1:
+        second_eigenvalue = factor[..., 1:2].square().sum(dim=1).max()
+    highest = scale.square().amax(dim=(0, 1))
+    costly = highest * second_eigenvalue >= _BENEFIT
     if not costly.any():
         return lambda v: v
-    chosen = scale[..., costly]
-    inner = torch.stack([(factor * one).mT @ (factor * one) for one in chosen.unsqueeze(-1).unbind(dim=2)], dim=1)
+
+    # The small matrix of each costly problem, one at a time, as S Z of all would take m times the
+    # memory of Z.
+    costly_scale = scale[..., costly]
+    inner = []
+    for one in costly_scale.unsqueeze(-1).unbind(dim=2):
+        scaled_factor = factor * one
+        inner.append(scaled_factor.mT @ scaled_factor)
+    inner = torch.stack(inner, dim=1)
     inner.diagonal(dim1=-2, dim2=-1).add_(1)
     triangle = torch.linalg.cholesky(inner)  # (g m r r)
 
     def apply(v: PerExample) -> PerExample:
-        short = (factor.mT @ (chosen * v[..., costly])).mT.unsqueeze(-1)
-        solved = torch.cholesky_solve(short, triangle).squeeze(-1).mT
-        moved = v.clone()
-        moved[..., costly] -= chosen * (factor @ solved)
-        return moved
+        projected = factor.mT @ (costly_scale * v[..., costly])  # (g r m)
+        solved = torch.cholesky_solve(projected.mT.unsqueeze(-1), triangle)
+        solved = solved.squeeze(-1).mT
+        result = v.clone()
+        result[..., costly] -= costly_scale * (factor @ solved)
+        return result
 
     return apply
 
 
-def _best_length(
-    y: PerExample, c: PerExample, b: PerExample, f: PerExample, moved: PerExample, f_moved: PerExample
-) -> Float[Tensor, "g 1 m"]:
-    """The step length of least objective: the zero of a derivative that rises in straight pieces, by bisection."""
-    linear, curve = ((one * f_moved).sum(dim=1, keepdim=True) for one in (b, moved))
-    low, high = torch.zeros_like(curve), torch.full_like(curve, 2.0)
-    for _ in range(60):
+def _best_length(state: _State, b_step: PerExample, f_step: PerExample) -> PerProblem:
+    """Returns the step length, from 0 to 2, at which the objective is least.
+
+    Along a step the objective's derivative rises in straight pieces; bisection finds its zero.
+    """
+    linear = (state.b * f_step).sum(dim=1, keepdim=True)
+    curvature = (b_step * f_step).sum(dim=1, keepdim=True)
+    low = torch.zeros_like(curvature)
+    high = torch.full_like(curvature, 2.0)
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        pull = 2 * c * y * (1 - y * (f + middle * f_moved)).clamp(min=0)
-        rising = linear + middle * curve - (pull * f_moved).sum(dim=1, keepdim=True) > 0
-        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+        f_middle = state.f + middle * f_step
+        slack = (1 - state.signs * f_middle).clamp(min=0)
+        loss_gradient = 2 * state.weights * state.signs * slack
+        derivative = linear + middle * curvature - (loss_gradient * f_step).sum(dim=1, keepdim=True)
+        is_rising = derivative > 0
+        low = torch.where(is_rising, low, middle)
+        high = torch.where(is_rising, middle, high)
     return low

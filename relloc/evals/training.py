@@ -1,4 +1,4 @@
-"""The passes over training images in which heads of all layers are trained together."""
+"""Trains the linear heads of all layers together, in one pass over the training images per epoch."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -16,24 +16,45 @@ from relloc.optimization import milestone_factor
 from relloc.seeds import Use, seed_for
 
 _HELD_BACK = 10  # one in ten training images chooses among heads
-# A GPU gains more by less memory traffic than twice the products cost it; a CPU does not.
+# Several steps at once read and write less memory, but need twice the products (see
+# relloc.evals.heads). That pays on a GPU and not on a CPU.
 _STEPS_AT_ONCE = {"cuda": 16, "cpu": 1}
 _CPU = torch.device("cpu")
 
-Heads = dict[str, LayerHeads]
-Part = tuple[Int[Tensor, "_b"], bool]  # indices of a batch, and whether they are of the tenth
-Waiting = tuple[dict[str, Tensor], Tensor, bool]  # normalized features, labels, and the same
+Heads = dict[str, LayerHeads]  # by layer
 
 
-def held_back(n: int, seed: int) -> Int[Tensor, "m"]:
-    """The tenth of `n` training images, one at least, that chooses among heads."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_for(Use.HELD_BACK, seed)))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchRequest:
+    """The indices of the images of a batch, and whether they are of the held-back tenth."""
+
+    indices: Int[Tensor, "b"]
+    is_of_tenth: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _HeadBatch:
+    """A batch that waits to be learned from: normalized features by layer, and labels."""
+
+    rows: dict[str, Tensor]
+    labels: Tensor
+    is_of_tenth: bool
+
+
+def draw_held_back(n: int, seed: int) -> Int[Tensor, "m"]:
+    """Returns the indices of the tenth of n training images, at least one, that chooses among heads."""
+    generator = torch.Generator().manual_seed(seed_for(Use.HELD_BACK, seed))
+    order = torch.randperm(n, generator=generator)
     return order[: max(1, n // _HELD_BACK)]
 
 
 @dataclasses.dataclass(kw_only=True)
-class Trained:
-    """Heads by layer after `epoch` epochs; `best` has the most hits of the first head after any epoch, where asked."""
+class TrainedHeads:
+    """Heads by layer after `epoch` epochs.
+
+    `best`: by layer, the most right answers on validation images that the first head had after any
+    epoch; empty if these were not asked for.
+    """
 
     heads: Heads
     epoch: int = 0
@@ -41,13 +62,14 @@ class Trained:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """SGD on all heads at once, rates times `gamma` at the milestones; one forward of the backbone a batch.
+class HeadTraining:
+    """Trains all heads with SGD, with one forward pass of the backbone per batch for all of them.
 
-    Heads that must not see the held-back tenth take no step on its images: where there are such
-    heads, a batch is either of the tenth or of the rest, and the batches of an epoch come mixed.
-    Batch norm, which has no parameters and sees no label, is of all images that any head trains on.
-    `steps_at_once` changes speed and rounding alone; None is what suits the device.
+    Learning rates are multiplied by `gamma` at the milestones. Heads that must not see the held-back
+    tenth take no step on its images; if there are such heads, a batch is either entirely of the
+    tenth or entirely of the rest, and the batches of an epoch come in random order. Batch norm,
+    which has no parameters and sees no labels, is computed from all images that any head trains on.
+    `steps_at_once` changes speed and rounding only; None chooses what suits the device.
     """
 
     layers: Sequence[str]
@@ -66,42 +88,54 @@ class Training:
         *,
         tenth: Int[Tensor, "m"],
         watched: FeatureSource | None,
-    ) -> Trained:
-        """Heads trained to the last epoch, from where it was stopped; each epoch's hits on `watched`, if any.
+    ) -> TrainedHeads:
+        """Trains to the last epoch, resuming from the context's state.
+
+        Args:
+            source: features of the training images.
+            context: device, seed and state.
+            tenth: indices of the held-back images.
+            watched: features on which the first head's best epoch is measured, if any.
 
         Raises:
-            UsageError: features that are not finite.
-            DataError: a whole batch of images that can't be read; too few to train on.
+            UsageError: features are not finite.
+            DataError: a whole batch of images cannot be read, or too few can to train on.
         """
-        device, seed = context.device, context.seed
-        trained = Trained(heads={layer: self._heads(source, layer, seed, device) for layer in self.layers})
-        if saved := context.state.load():
-            trained.epoch, trained.best = saved["epoch"], saved["best"]
-            for layer, heads in trained.heads.items():
-                heads.load_state_dict(saved["heads"][layer])
+        device = context.device
+        heads = {}
+        for layer in self.layers:
+            heads[layer] = self._new_heads(source, layer, context.seed, device)
+        trained = TrainedHeads(heads=heads)
+        _resume(trained, context)
+
         for epoch in range(trained.epoch, self.epochs):
-            for heads in trained.heads.values():
-                heads.train()
-            if not self._pass(trained.heads, source, tenth, epoch, device, seed):
+            # Counting right answers below leaves heads in eval mode.
+            for of_layer in heads.values():
+                of_layer.train()
+            n_batches = self._train_epoch(heads, source, tenth, epoch, device, context.seed)
+            if not n_batches:
                 raise DataError(
                     f"of {source.n} training images too few can be read and are not held back to choose among linear "
-                    "heads: no head can be trained on them, give more"
+                    "heads: no head can be trained on them, give more images"
                 )
-            check_finite(trained.heads)
+            check_finite(heads)
             trained.epoch = epoch + 1
             if watched:
-                hits, _ = count_hits(trained.heads, watched, torch.arange(watched.n), self.batch, device)
-                trained.best = {layer: max(int(of[0]), trained.best.get(layer, 0)) for layer, of in hits.items()}
-            context.state.save(
-                {
-                    "epoch": trained.epoch,
-                    "best": trained.best,
-                    "heads": {layer: heads.state_dict() for layer, heads in trained.heads.items()},
-                }
-            )
+                hits, _ = count_hits(heads, watched, torch.arange(watched.n), self.batch, device)
+                for layer, of_heads in hits.items():
+                    first_head = int(of_heads[0])
+                    trained.best[layer] = max(first_head, trained.best.get(layer, 0))
+            _save(trained, context)
         return trained
 
-    def _heads(self, source: FeatureSource, layer: str, seed: int, device: torch.device = _CPU) -> LayerHeads:
+    def _new_heads(
+        self,
+        source: FeatureSource,
+        layer: str,
+        seed: int,
+        device: torch.device = _CPU,
+    ) -> LayerHeads:
+        """Returns the heads of a layer as they are before training."""
         channels = source.channels[layer] if self.batch_norm else None
         return LayerHeads(
             self.sgd,
@@ -112,96 +146,185 @@ class Training:
             device=device,
         )
 
-    def _pass(
-        self, heads: Heads, source: FeatureSource, tenth: Tensor, epoch: int, device: torch.device, seed: int
+    def _train_epoch(
+        self,
+        heads: Heads,
+        source: FeatureSource,
+        tenth: Int[Tensor, "m"],
+        epoch: int,
+        device: torch.device,
+        seed: int,
     ) -> int:
-        """Train for an epoch; how many batches all heads have learned from."""
+        """Trains for an epoch, and returns the number of batches that all heads have learned from."""
         factor = milestone_factor(epoch, self.milestone_epochs, self.gamma)
-        waiting: list[Waiting] = []
-        learned = 0
-        for request in self.requests(source.n, tenth, seed_for(Use.HEAD_BATCHES, seed, epoch)):
-            for features, labels, of_tenth in self._read(source, request, epoch):
+        steps_at_once = self.steps_at_once or _STEPS_AT_ONCE[device.type]
+        epoch_seed = seed_for(Use.HEAD_BATCHES, seed, epoch)
+        waiting: list[_HeadBatch] = []
+        n_learned = 0
+        for requests in self.requests(source.n, tenth, epoch_seed):
+            for features, labels, is_of_tenth in self._read(source, requests, epoch):
+                # Batch norm divides by the variance of a batch, and one image has none.
                 if self.batch_norm and len(labels) < 2:
-                    continue  # batch norm knows no variance of one
-                rows = {layer: one.normalized(features[layer].to(device)) for layer, one in heads.items()}
-                waiting.append((rows, labels.to(device, non_blocking=True), of_tenth))
-                learned += not of_tenth
-                if len(waiting) == (self.steps_at_once or _STEPS_AT_ONCE[device.type]):
+                    continue
+                rows = {}
+                for layer, of_layer in heads.items():
+                    rows[layer] = of_layer.normalized(features[layer].to(device))
+                batch = _HeadBatch(
+                    rows=rows,
+                    labels=labels.to(device, non_blocking=True),
+                    is_of_tenth=is_of_tenth,
+                )
+                waiting.append(batch)
+                if not is_of_tenth:
+                    n_learned += 1
+                if len(waiting) == steps_at_once:
                     self._learn(heads, waiting, factor)
                     waiting = []
+        # The last batches of an epoch, which are fewer than steps are taken at once.
         if waiting:
             self._learn(heads, waiting, factor)
-        return learned
+        return n_learned
 
-    def _learn(self, heads: Heads, waiting: Sequence[Waiting], factor: float) -> None:
-        active = [[one.sees_all or not of_tenth for one in self.sgd.settings] for _, _, of_tenth in waiting]
-        ways = self.sgd.coefficients(np.array(active), factor)
+    def _learn(self, heads: Heads, batches: Sequence[_HeadBatch], factor: float) -> None:
+        """Takes one step per batch with all heads, except with those that must not see the batch."""
+        active = []
+        for batch in batches:
+            takes_step = [head.sees_all or not batch.is_of_tenth for head in self.sgd.settings]
+            active.append(takes_step)
+        coefficients = self.sgd.coefficients(np.array(active), factor)
+        labels = [batch.labels for batch in batches]
         for layer, of_layer in heads.items():
-            of_layer.learn([rows[layer] for rows, _, _ in waiting], [labels for _, labels, _ in waiting], ways)
+            rows = [batch.rows[layer] for batch in batches]
+            of_layer.learn(rows, labels, coefficients)
 
-    def requests(self, n: int, tenth: Int[Tensor, "m"], seed: int) -> list[list[Part]]:
-        """What an epoch asks of its source: batches in random order, last the ones that are not full."""
+    def requests(self, n: int, tenth: Int[Tensor, "m"], seed: int) -> list[list[BatchRequest]]:
+        """Returns the batches of an epoch over n images in random order, as lists for the source.
+
+        Batches that are not full come last, each in a list of its own: a source cuts each list into
+        full batches, so that only the last batch of a list may be smaller.
+        """
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(n, generator=generator)
-        if all(setting.sees_all for setting in self.sgd.settings):
-            return [[(indices, False) for indices in order.split(self.batch)]]
-        among = torch.isin(order, tenth)
-        groups = (False, True) if any(setting.sees_all for setting in self.sgd.settings) else (False,)
-        parts = [(indices, group) for group in groups for indices in order[among == group].split(self.batch)]
-        full = [part for part in parts if len(part[0]) == self.batch]
-        mixed = [full[number] for number in torch.randperm(len(full), generator=generator).tolist()]
-        rest = [[part] for part in parts if 0 < len(part[0]) < self.batch]
-        return [request for request in (mixed, *rest) if request]
+        sees_all = [head.sees_all for head in self.sgd.settings]
+        if all(sees_all):
+            # No head has to be kept from the tenth: batches are drawn from all images.
+            batches = []
+            for indices in order.split(self.batch):
+                batches.append(BatchRequest(indices=indices, is_of_tenth=False))
+            return [batches]
+
+        # Batches of the rest, then those of the tenth, if any head trains on it.
+        is_of_tenth = torch.isin(order, tenth)
+        groups = (False, True) if any(sees_all) else (False,)
+        batches = []
+        for group in groups:
+            for indices in order[is_of_tenth == group].split(self.batch):
+                batches.append(BatchRequest(indices=indices, is_of_tenth=group))
+
+        full = [batch for batch in batches if len(batch.indices) == self.batch]
+        shuffled = []
+        for number in torch.randperm(len(full), generator=generator).tolist():
+            shuffled.append(full[number])
+        requests = [shuffled] if shuffled else []
+        for batch in batches:
+            if 0 < len(batch.indices) < self.batch:
+                requests.append([batch])
+        return requests
 
     def _read(
-        self, source: FeatureSource, request: list[Part], epoch: int
+        self,
+        source: FeatureSource,
+        requests: list[BatchRequest],
+        epoch: int,
     ) -> Iterator[tuple[Features, Int[Tensor, "_b"], bool]]:
-        """Features, labels and group of each batch; images that can't be read are missing in them."""
-        indices = torch.cat([indices for indices, _ in request])
-        groups = [of_tenth for _, of_tenth in request]
-        read = 0
+        """Yields features and labels of each batch, and whether it is of the tenth.
+
+        Images that cannot be read are missing in their batch.
+
+        Raises:
+            DataError: none of a whole batch can be read. The source leaves such a batch out, so
+                it would no longer be known which of the others are of the tenth.
+        """
+        indices = torch.cat([request.indices for request in requests])
+        groups = [request.is_of_tenth for request in requests]
+        n_read = 0
         for features, labels in source.batches(indices, self.batch, self.layers, epoch, self.epochs):
-            yield features, labels, groups[read]
-            read += 1
-        if read < len(request) and len(set(groups)) > 1:
+            yield features, labels, groups[n_read]
+            n_read += 1
+        if n_read < len(requests) and len(set(groups)) > 1:
             raise DataError(
-                f"none of a whole batch of {self.batch} images can be read, so that images which choose among "
-                "linear heads could not be told from the others: mend or remove what can't be read"
+                f"none of a whole batch of {self.batch} images can be read, so images that choose among linear "
+                "heads can't be told from the others: repair or remove the images that can't be read"
             )
 
 
+def _resume(trained: TrainedHeads, context: Context) -> None:
+    """Loads what an earlier run of this training saved, if it did."""
+    saved = context.state.load()
+    if not saved:
+        return
+    trained.epoch = saved["epoch"]
+    trained.best = saved["best"]
+    for layer, of_layer in trained.heads.items():
+        of_layer.load_state_dict(saved["heads"][layer])
+
+
+def _save(trained: TrainedHeads, context: Context) -> None:
+    """Saves the training after an epoch, for `_resume`."""
+    tensors = {}
+    for layer, of_layer in trained.heads.items():
+        tensors[layer] = of_layer.state_dict()
+    context.state.save({"epoch": trained.epoch, "best": trained.best, "heads": tensors})
+
+
 def check_finite(heads: Heads) -> None:
-    """Raises `UsageError` if features that heads were given were not finite."""
-    bad = [layer for layer, of_layer in heads.items() if not of_layer.features_are_finite]
-    if bad:
+    """Checks that all features that heads were given were finite.
+
+    Raises:
+        UsageError: some were not; the message names their layers.
+    """
+    broken = [layer for layer, of_layer in heads.items() if not of_layer.features_are_finite]
+    if broken:
         raise UsageError(
-            f"features of {', '.join(bad)} are NaN or infinite, so no linear classifier can be trained on them: the "
+            f"features of {', '.join(broken)} are NaN or infinite, so no linear classifier can be trained on them: the "
             "checkpoint is damaged or its numbers overflow. Name other layers, or try precision=fp32"
         )
 
 
 @torch.no_grad()
 def count_hits(
-    heads: Heads, source: FeatureSource, indices: Int[Tensor, "m"], size: int, device: torch.device
+    heads: Heads,
+    source: FeatureSource,
+    indices: Int[Tensor, "m"],
+    size: int,
+    device: torch.device,
 ) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
-    """Right answers of each head by layer, and how many images were asked. Leaves heads in eval mode.
+    """Returns by layer how many images each head classifies right, and the number of images.
+
+    It leaves the heads in eval mode. Images that cannot be read are not counted. `size` is the
+    number of images per batch.
 
     Raises:
-        UsageError: features that are not finite.
+        UsageError: features are not finite.
     """
-    for of_layer in heads.values():
+    counts = {}
+    for layer, of_layer in heads.items():
         of_layer.eval()
-    counts = {layer: torch.zeros(len(one.weight), dtype=torch.int64, device=device) for layer, one in heads.items()}
-    seen = 0
+        # Counted on the device: to move each batch's counts would wait for the GPU.
+        counts[layer] = torch.zeros(len(of_layer.weight), dtype=torch.int64, device=device)
+    n_images = 0
     for features, labels in source.batches(indices, size, tuple(heads)):
         target = labels.to(device, non_blocking=True)[:, None]
         for layer, of_layer in heads.items():
-            counts[layer] += (of_layer(features[layer].to(device)).argmax(dim=2) == target).sum(dim=0)
-        seen += len(labels)
+            logits = of_layer(features[layer].to(device))
+            is_right = logits.argmax(dim=2) == target
+            counts[layer] += is_right.sum(dim=0)
+        n_images += len(labels)
     check_finite(heads)
-    return {layer: of_layer.cpu() for layer, of_layer in counts.items()}, seen
+    on_cpu = {layer: of_layer.cpu() for layer, of_layer in counts.items()}
+    return on_cpu, n_images
 
 
 def have_diverged(heads: LayerHeads) -> Bool[Tensor, "heads"]:
-    """Which heads are no longer finite, on the CPU."""
-    return ~heads.finite().cpu()
+    """Returns which heads are no longer finite, on the CPU."""
+    return ~heads.is_finite().cpu()

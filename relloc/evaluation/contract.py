@@ -23,6 +23,8 @@ from relloc.features.source import Color, EncodeConfig, FeatureSource, LiveFeatu
 from relloc.models.backbone import Backbone
 from relloc.results import LAYERS, Result, Score
 
+# Which statistics frozen batch norm uses: those of the pretraining, which are of patches, or ones
+# estimated anew on the whole images that evaluations show.
 BATCH_NORMS = ("as_trained", "recalibrated")
 Kind = Literal["frozen", "fine-tuned", "study"]
 Labels = Literal["class", "presence", "own", "none"]
@@ -58,27 +60,21 @@ class NullState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """Everything that the runner gives an evaluation.
+    """Everything that the runner gives an evaluation: the model, its features and the settings."""
 
-    backbone: in eval mode and on the device. It must not change: fine-tuning trains a copy.
-    splits: the images.
-    train, held_out: pooled features of the two splits in the evaluation's `view`, either kept in
-        memory or computed each time they are asked for; empty for an evaluation without layers.
-    encode_config: batch size, number of reading processes, device, precision and progress bar. It
-        records for the run which images cannot be read.
-    seed: the run's seed, from which the evaluation derives its own.
-    state: where a long evaluation saves its progress.
-    folder: for pictures and tables; it belongs to this evaluation of this model, and need not
-        exist yet.
-    """
-
+    # In eval mode and on the device. It must not change: fine-tuning trains a copy.
     backbone: Backbone
     splits: Splits
+    # Pooled features of both splits in the evaluation's `view`, either kept in memory or computed
+    # each time they are asked for; empty for an evaluation without layers.
     train: FeatureSource
     held_out: FeatureSource
+    # Batch size, number of reading processes, device, precision and progress bar. It also records
+    # for the run which images cannot be read.
     encode_config: EncodeConfig
-    seed: int
-    state: ResumableState
+    seed: int  # the run's seed, from which the evaluation derives its own
+    state: ResumableState  # where a long evaluation saves its progress
+    # For pictures and tables. It belongs to this evaluation of this model, and need not exist yet.
     folder: Path
 
     @property
@@ -229,33 +225,26 @@ class NamedEvaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """A backbone in eval mode and on its device, and the names that its results carry.
-
-    checkpoint: its path, or "random" or "torchvision". model: the name of the architecture.
-    weights: a digest of the backbone's tensors; results of equal weights can be used again.
-    """
+    """A backbone in eval mode and on its device, and the names that its results carry."""
 
     backbone: Backbone
-    checkpoint: str
-    model: str
+    checkpoint: str  # its path, or "random" or "torchvision"
+    model: str  # the name of the architecture
+    # A digest of the backbone's tensors: results of equal weights can be used again, whatever file
+    # the weights come from.
     weights: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """Settings that all evaluations of a run share.
+    """Settings that all evaluations of a run share."""
 
-    encode_config: how images are read and encoded.
-    batch_norms: some of `BATCH_NORMS`, each of which frozen evaluations are measured under.
-    calibration_images: number of training images that recalibrated statistics are estimated on.
-    bank_gib: the most memory, in GiB, for features that several evaluations read.
-    seed: the run's seed.
-    """
-
-    encode_config: EncodeConfig
+    encode_config: EncodeConfig  # how images are read and encoded
+    # Some of `BATCH_NORMS`; frozen evaluations are measured under each of them.
     batch_norms: Sequence[str]
+    # Number of training images that recalibrated batch-norm statistics are estimated on.
     calibration_images: int
-    bank_gib: float
+    bank_gib: float  # the most memory, in GiB, for features that several evaluations read
     seed: int
 
     def __post_init__(self) -> None:

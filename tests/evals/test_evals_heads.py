@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from relloc.evals.heads import LayerHeads, Setting, Sgd
+from relloc.evals.heads import HeadSettings, LayerHeads, Sgd
 from relloc.seeds import Use, seed_for
 
 DIM, CHANNELS, N_CLASSES = 12, 3, 4
 SIZES = (8, 8, 8, 5, 8, 8, 8, 3, 8, 8, 8, 8)
 SETTINGS = (
-    Setting(lr=0.1, weight_decay=0.01, sees_all=True),
-    Setting(lr=0.5, weight_decay=0.001, sees_all=False),
-    Setting(lr=0.01, weight_decay=0.0, sees_all=False),
+    HeadSettings(lr=0.1, weight_decay=0.01, sees_all=True),
+    HeadSettings(lr=0.5, weight_decay=0.001, sees_all=False),
+    HeadSettings(lr=0.01, weight_decay=0.0, sees_all=False),
 )
 Data = list[tuple[Tensor, Tensor]]
 
@@ -36,7 +36,7 @@ FACTORS = [1.0] * 6 + [0.1] * 6
 
 
 def made(
-    settings: Sequence[Setting] = SETTINGS, *, nesterov: bool = True, channels: int | None = CHANNELS
+    settings: Sequence[HeadSettings] = SETTINGS, *, nesterov: bool = True, channels: int | None = CHANNELS
 ) -> LayerHeads:
     sgd = Sgd(settings=tuple(settings), momentum=0.9, nesterov=nesterov)
     return LayerHeads(sgd, dim=DIM, channels=channels, n_classes=N_CLASSES, seed=0).train()
@@ -108,7 +108,7 @@ def test_a_head_that_diverges_disturbs_no_other(at_once: int) -> None:
     wild = dataclasses.replace(SETTINGS[1], lr=1e30)
     beside = trained(made([SETTINGS[0], wild, SETTINGS[2]]), data(), at_once=at_once)
     calm = trained(made(), data(), at_once=at_once)
-    assert beside.finite().tolist() == [True, False, True]
+    assert beside.is_finite().tolist() == [True, False, True]
     torch.testing.assert_close(beside.weight[[0, 2]], calm.weight[[0, 2]], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(beside.bias[[0, 2]], calm.bias[[0, 2]], rtol=1e-6, atol=1e-7)
 

@@ -9,16 +9,16 @@ from contexts import context
 from torch import Tensor
 
 from relloc.errors import DataError, UsageError
-from relloc.evals.heads import Setting, Sgd
-from relloc.evals.training import Training, count_hits, held_back
+from relloc.evals.heads import HeadSettings, Sgd
+from relloc.evals.training import HeadTraining, count_hits, draw_held_back
 from relloc.evaluation.contract import NullState
 from relloc.features.source import Bank, Batch
 
 CPU = torch.device("cpu")
 N_CLASSES = 3
 DIMS, CHANNELS = {"feature1": 12, "avgpool": 4}, {"feature1": 3, "avgpool": 4}
-PUBLISHED = Setting(lr=0.05, weight_decay=1e-3, sees_all=True)
-GRID = tuple(Setting(lr=lr, weight_decay=1e-3, sees_all=False) for lr in (0.1, 0.02))
+PUBLISHED = HeadSettings(lr=0.05, weight_decay=1e-3, sees_all=True)
+GRID = tuple(HeadSettings(lr=lr, weight_decay=1e-3, sees_all=False) for lr in (0.1, 0.02))
 
 
 def bank(n: int, *, seed: int = 0) -> Bank:
@@ -28,14 +28,14 @@ def bank(n: int, *, seed: int = 0) -> Bank:
     return Bank(features=features, labels=labels, n_classes=N_CLASSES, channels=CHANNELS)
 
 
-def training(settings: Sequence[Setting] = (PUBLISHED, *GRID), **changes: Any) -> Training:
+def training(settings: Sequence[HeadSettings] = (PUBLISHED, *GRID), **changes: Any) -> HeadTraining:
     sgd = Sgd(settings=tuple(settings), momentum=0.9, nesterov=True)
     constants = {"layers": tuple(DIMS), "sgd": sgd, "epochs": 4, "milestone_epochs": (2, 3), "gamma": 0.1, "batch": 16}
-    return Training(**{**constants, "batch_norm": True, **changes})
+    return HeadTraining(**{**constants, "batch_norm": True, **changes})
 
 
-def fit(one: Training, source: Any, state: Any = None, seed: int = 0) -> dict[str, Any]:
-    tenth = held_back(source.n, seed)
+def fit(one: HeadTraining, source: Any, state: Any = None, seed: int = 0) -> dict[str, Any]:
+    tenth = draw_held_back(source.n, seed)
     return one.fit(source, context(state=state or NullState(), seed=seed), tenth=tenth, watched=None).heads
 
 
@@ -89,7 +89,7 @@ def test_each_epoch_asks_for_every_image_once_in_another_order(n: int) -> None:
     orders = [[place for batch in watched.of_epoch(epoch) for place in batch] for epoch in range(4)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert len(set(map(tuple, orders))) == 4
-    tenth = set(held_back(n, 0).tolist())
+    tenth = set(draw_held_back(n, 0).tolist())
     assert len(tenth) == max(1, n // 10)
     for epoch in range(4):  # a batch is of the tenth or of the rest
         assert {len(tenth & set(batch)) in (0, len(batch)) for batch in watched.of_epoch(epoch)} == {True}
@@ -98,7 +98,7 @@ def test_each_epoch_asks_for_every_image_once_in_another_order(n: int) -> None:
 def test_batches_of_the_tenth_come_among_the_others() -> None:
     watched = Watched(bank(640))
     fit(training(epochs=1, milestone_epochs=()), watched)
-    tenth = set(held_back(640, 0).tolist())
+    tenth = set(draw_held_back(640, 0).tolist())
     turns = [number for number, batch in enumerate(watched.of_epoch(0)) if set(batch) <= tenth]
     assert len(turns) == 4
     assert min(turns) < 30  # of 40; all at the end would be 36 and more
@@ -106,11 +106,11 @@ def test_batches_of_the_tenth_come_among_the_others() -> None:
 
 
 @pytest.mark.parametrize("settings", [(PUBLISHED,), GRID])
-def test_without_two_kinds_of_heads_batches_are_full_but_for_the_last(settings: Sequence[Setting]) -> None:
+def test_without_two_kinds_of_heads_batches_are_full_but_for_the_last(settings: Sequence[HeadSettings]) -> None:
     watched = Watched(bank(100))
     fit(training(settings, epochs=1, milestone_epochs=()), watched)
     asked = [place for batch in watched.of_epoch(0) for place in batch]
-    seen = set(range(100)) if settings == (PUBLISHED,) else set(range(100)) - set(held_back(100, 0).tolist())
+    seen = set(range(100)) if settings == (PUBLISHED,) else set(range(100)) - set(draw_held_back(100, 0).tolist())
     assert sorted(asked) == sorted(seen)
     assert [len(batch) for batch in watched.of_epoch(0)][:-1] == [16] * (len(seen) // 16)
 
@@ -119,7 +119,7 @@ def test_without_two_kinds_of_heads_batches_are_full_but_for_the_last(settings: 
 def test_labels_of_the_tenth_reach_the_published_head_alone(unreadable: frozenset[int]) -> None:
     clean = bank(100)
     labels = clean.labels.clone()
-    labels[held_back(100, 0)] = (labels[held_back(100, 0)] + 1) % N_CLASSES
+    labels[draw_held_back(100, 0)] = (labels[draw_held_back(100, 0)] + 1) % N_CLASSES
     poisoned = dataclasses.replace(clean, labels=labels)
     found, other = (fit(training(), Watched(source, unreadable)) for source in (clean, poisoned))
     for layer in DIMS:
@@ -130,7 +130,7 @@ def test_labels_of_the_tenth_reach_the_published_head_alone(unreadable: frozense
 
 def test_where_a_whole_batch_is_missing_nothing_is_trained_on_by_mistake() -> None:
     one = training(epochs=1, milestone_epochs=())
-    full = next(places for places, _ in one.requests(100, held_back(100, 0), 0)[0])
+    full = one.requests(100, draw_held_back(100, 0), 0)[0][0].indices
     gone = frozenset(full.tolist())
     source = Watched(bank(100), gone)
     with pytest.raises(DataError, match="none of a whole batch of 5 images can be read"):
@@ -154,7 +154,7 @@ def test_a_stopped_training_goes_on_bit_for_bit() -> None:
 
 
 def test_the_best_epoch_is_kept_over_a_stop() -> None:
-    given = {"tenth": held_back(100, 0), "watched": bank(60, seed=9)}
+    given = {"tenth": draw_held_back(100, 0), "watched": bank(60, seed=9)}
     wild = training([dataclasses.replace(PUBLISHED, lr=3.0)], milestone_epochs=())
     whole = wild.fit(bank(100), context(), **given)
     state = Kept(2)
@@ -191,7 +191,7 @@ def test_a_last_batch_of_one_image_is_passed_over_where_batch_norm_knows_no_vari
     heads = fit(training([PUBLISHED], batch=99, epochs=1, milestone_epochs=()), bank(100))
     assert heads["feature1"].norm.num_batches_tracked == 1
     heads = fit(training([PUBLISHED], batch=99, batch_norm=False), bank(100))
-    assert heads["feature1"].finite().all()
+    assert heads["feature1"].is_finite().all()
 
 
 def test_an_epoch_in_which_no_head_would_learn_is_an_error() -> None:
