@@ -76,9 +76,9 @@ def _named(variable: str) -> str | None:
 
 
 def _is_packed(folder: str) -> bool:
-    from relloc.data.manifest import MANIFEST  # numpy loads here, which commands that only show settings do without
+    from relloc.data.manifest import is_packed  # numpy loads here, which commands that only show settings do without
 
-    return Path(folder, MANIFEST).is_file()
+    return is_packed(Path(folder))
 
 
 def _plain(folders: ListConfig | str | None) -> list[str] | str | None:

@@ -215,8 +215,12 @@ def _from_docstring(key: str, composed: Composed) -> Iterator[str]:
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(target, str) or not target.startswith("relloc."):
         return
-    said = re.split(r"(?<=[.;])\s+", " ".join(_docstring(target).split()))
+    text = _docstring(target)
+    said = re.split(r"(?<=[.;])\s+", " ".join(text.split()))
     naming = [sentence for sentence in said if f"`{name}`" in sentence]
+    # Its entry below Args, which may go on in lines that stand further in
+    if entry := re.search(rf"^    {re.escape(name)}: (.+(?:\n {{5,}}.+)*)", text, re.MULTILINE):
+        naming = [" ".join(entry[1].split())]
     told = " ".join(naming or said[:1]).rstrip(" ;")
     if told:
         yield f"{_INDENT}{target}: {told}"

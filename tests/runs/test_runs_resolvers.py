@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from relloc.data.manifest import MANIFEST
+from relloc.data.manifest import FORMAT, MANIFEST
 from relloc.errors import UsageError
 from relloc.runs import build, resolvers, settings
 
@@ -113,7 +113,9 @@ def test_a_variable_may_name_packed_shards(variable: str, tmp_path: Path, monkey
     monkeypatch.setenv(variable, str(tmp_path))
     images = composed("data=in1k", "eval=[knn_in1k]")
     assert (images.data.root, images.data.shards) == places(images, "knn_in1k") == (str(tmp_path), None)
-    (tmp_path / MANIFEST).touch()
+    (tmp_path / MANIFEST).write_text('{"images": 3}')  # of others
+    assert composed("data=in1k").data.shards is None
+    (tmp_path / MANIFEST).write_text(f'{{"format": "{FORMAT}"}}')
     packed = composed("data=in1k", "eval=[knn_in1k]")
     assert (packed.data.root, packed.data.shards) == places(packed, "knn_in1k") == (None, str(tmp_path))
     brought = composed("data=photos", "eval=[knn_in1k]")

@@ -17,7 +17,11 @@ def answered(*words: str, command: str = "train") -> str:
 @pytest.mark.parametrize(
     ("word", "parts"),
     [
-        ("grid.gap_px", ["21", "pixels", "conf/grid/mmselfsup.yaml", "a gap of 21 px", "between neighbors", "48"]),
+        (
+            "grid.gap_px",
+            ["21", "pixels", "conf/grid/mmselfsup.yaml", "a gap of 21 px", ": distance between two neighbor", "48"],
+        ),
+        ("grid.jitter_px", [": range of the displacement", "of mmselfsup.\n"]),
         ("bank_gib", ["12", "GiB", "conf/_settings.yaml", "features kept in memory"]),
         ("monitor.most_share", ["0.05", "conf/train.yaml", "a turn that would cost more"]),
         ("data.root", ["data=folder", "conf/data/folder.yaml"]),
