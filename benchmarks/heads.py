@@ -27,7 +27,7 @@ from relloc.evals.heads import HeadSettings, Sgd
 from relloc.evals.linear import Linear
 from relloc.evals.training import HeadTraining, draw_held_back
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
-from relloc.features.source import Batch, LiveFeatures
+from relloc.features.source import FeatureBatch, LiveFeatures
 from relloc.models.backbone import STAGES, Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.runs import build, engine
@@ -58,7 +58,7 @@ class Resident:
 
     def batches(
         self, indices: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Iterator[FeatureBatch]:
         for chosen in indices.split(size):
             with torch.no_grad():
                 yield self.encode(self.pixels[: len(chosen)], tuple(layers)), self.labels[: len(chosen)]
@@ -79,7 +79,7 @@ class FromFiles:
 
     def batches(
         self, indices: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Iterator[FeatureBatch]:
         return self.live.batches(indices % self.live.n, size, layers, epoch)
 
 

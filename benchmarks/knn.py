@@ -16,7 +16,7 @@ from report import arguments, once_s, tell
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from relloc.features.nearest import Neighbors, nearest
+from relloc.features.nearest import NearestNeighbors, nearest
 from relloc.features.voting import vote
 
 PUBLISHED_CHUNKS = 100
@@ -111,7 +111,7 @@ def _timed(side: str, n_queries: int, work: Callable[[], object], device: torch.
 
 
 def _checked(
-    found: Neighbors,
+    found: NearestNeighbors,
     queries: Tensor,
     bank: Tensor,
     labels: Tensor,

@@ -12,7 +12,7 @@ from relloc.data.image_set import Splits
 from relloc.data.views import View
 from relloc.evaluation.contract import Context, NullState
 from relloc.evaluation.run import NO_FEATURES
-from relloc.features.source import Color, EncodeConfig, FeatureSource
+from relloc.features.source import ColorAugmentation, EncodeConfig, FeatureSource
 from relloc.models.small import SmallBackbone
 
 
@@ -22,7 +22,7 @@ class MadeContext(Context):
 
     random_views: FeatureSource | None = None
 
-    def augmented(self, view: View, color: Color | None) -> FeatureSource:
+    def augmented(self, view: View, color: ColorAugmentation | None) -> FeatureSource:
         return self.random_views or super().augmented(view, color)
 
 

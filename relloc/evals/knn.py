@@ -15,7 +15,7 @@ from relloc.data.image_set import Splits
 from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context, Evaluation
-from relloc.features.source import Bank, Batch, FeatureSource, bank_device, bank_gib, fill_bank, in_gib
+from relloc.features.source import Bank, FeatureBatch, FeatureSource, bank_device, bank_gib, fill_bank, format_gib
 from relloc.features.voting import vote
 from relloc.results import Score, closest_to_20
 
@@ -141,7 +141,7 @@ class Knn(Evaluation):
         needed = bank_gib(train, self.layers, stop - start)
         if needed > self.bank_gib:
             raise UsageError(
-                f"eval.knn needs {in_gib(needed)} for {stop - start} images at {', '.join(self.layers)}, more than "
+                f"eval.knn needs {format_gib(needed)} for {stop - start} images at {', '.join(self.layers)}, more than "
                 f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise it"
             )
         if isinstance(train, Bank):
@@ -157,13 +157,13 @@ class Knn(Evaluation):
             torch.arange(start, stop),
         )
 
-    def _queries(self, held_out: FeatureSource) -> Iterator[Batch]:
+    def _queries(self, held_out: FeatureSource) -> Iterator[FeatureBatch]:
         """Yields all held-out features and labels, in groups that fill about `_QUERY_BYTES`."""
         n_values = sum(held_out.dims[layer] for layer in self.layers)
         group_size = max(1, _QUERY_BYTES // (4 * n_values))
         # Images are encoded in batches of the usual size; features in memory need no batches.
         size = group_size if isinstance(held_out, Bank) else self.batch
-        group: list[Batch] = []
+        group: list[FeatureBatch] = []
         n_in_group = 0
         for features, labels in held_out.batches(torch.arange(held_out.n), size, self.layers):
             group.append((features, labels))
@@ -176,7 +176,7 @@ class Knn(Evaluation):
             yield _join(group)
 
 
-def _join(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> Batch:
+def _join(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> FeatureBatch:
     """Returns several batches as one."""
     if len(batches) == 1:  # as from a bank: it needs no copy
         return batches[0]

@@ -20,7 +20,7 @@ from relloc.evals.heads import HeadSettings, LayerHeads, Sgd
 from relloc.evals.training import HeadTraining, TrainedHeads, count_hits, draw_held_back, have_diverged
 from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
-from relloc.features.source import Color, FeatureSource
+from relloc.features.source import ColorAugmentation, FeatureSource
 from relloc.results import CHOSEN_WITHOUT_TEST, Score
 
 _DIVERGED = "diverged: weights are not finite"
@@ -146,7 +146,7 @@ class Linear(_LinearEvaluation):
     protocol: str = dataclasses.field(default="3.3", repr=False)
     table: str = dataclasses.field(default="Linear, top-1", repr=False)
     augment: View | None = None
-    color: Color | None = None
+    color: ColorAugmentation | None = None
     epochs: int
     milestone_epochs: Sequence[int]
     gamma: float

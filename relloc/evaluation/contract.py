@@ -19,7 +19,7 @@ from relloc.data.lists import MultiLabeled
 from relloc.data.shards import ShardImages
 from relloc.data.views import View, check_view
 from relloc.errors import DataError, UsageError
-from relloc.features.source import Color, EncodeConfig, FeatureSource, LiveFeatures
+from relloc.features.source import ColorAugmentation, EncodeConfig, FeatureSource, LiveFeatures
 from relloc.models.backbone import Backbone
 from relloc.results import LAYERS, Result, Score
 
@@ -82,7 +82,7 @@ class Context:
         """The device of the backbone."""
         return self.encode_config.device
 
-    def augmented(self, view: View, color: Color | None) -> FeatureSource:
+    def augmented(self, view: View, color: ColorAugmentation | None) -> FeatureSource:
         """Returns features of the training split in random views that are new in each epoch.
 
         `color` changes the colors of the views, on the device; None leaves them as they are.

@@ -38,8 +38,8 @@ from relloc.features.source import (
     bank_device,
     bank_gib,
     fill_bank,
+    format_gib,
     free_gib,
-    in_gib,
 )
 from relloc.models.backbone import Backbone
 from relloc.results import Result, Score
@@ -307,8 +307,8 @@ def _cache_features(
     free = free_gib(device)
     if needed > free:
         warnings.warn(
-            f"features of {', '.join(layers)} take {in_gib(needed)}, and {in_gib(free)} of memory are free: they are "
-            "not kept in memory but computed again each time, which is slow",
+            f"features of {', '.join(layers)} take {format_gib(needed)}, and {format_gib(free)} of memory are free: "
+            "they are not kept in memory but computed again each time, which is slow",
             stacklevel=2,
         )
         return train, held_out

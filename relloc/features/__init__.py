@@ -1,1 +1,1 @@
-"""From a frozen backbone and images to pooled features, layer by layer."""
+"""Features of images from a frozen backbone, layer by layer, and what is computed from them."""

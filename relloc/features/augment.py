@@ -1,4 +1,7 @@
-"""Random colors of training images, on the device and for a whole batch at once (protocols.md 3.3)."""
+"""Random color changes of training images, on the device and for a whole batch at once.
+
+They are those of linear classification by layer (docs/protocols.md 3.3).
+"""
 
 import dataclasses
 import itertools
@@ -11,25 +14,38 @@ from torch import Tensor
 
 from relloc import checks
 
-Pixels = Float[Tensor, "b 3 s s"]
-_LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
+UnitRangeImages = Float[Tensor, "b 3 s s"]  # RGB values from 0 to 1
+
+_LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue: torchvision's rgb_to_grayscale
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _ORDERS = tuple(itertools.permutations((_BRIGHTNESS, _CONTRAST, _SATURATION)))
-# Principal components of ImageNet's RGB values in 0..1, as AlexNet's lighting noise takes them: eigenvalues, and
-# eigenvectors as columns (mmselfsup 0.x, pipelines/transforms.py, class Lighting).
+# Principal components of ImageNet's RGB values in 0..1, for AlexNet's lighting noise: eigenvalues,
+# and eigenvectors as columns (mmselfsup 0.x, pipelines/transforms.py, class Lighting).
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
-_EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+_EIGENVECTORS = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JitterAndLighting:
-    """Brightness, contrast and saturation times factors, in random order; then a shift of all pixels' color.
+    """Random brightness, contrast and saturation in random order, then AlexNet's lighting noise.
 
-    Each image draws from its own seed: factors uniform in 1 - x .. 1 + x (torchvision's ColorJitter,
-    hue left alone), one of the six orders, and along each principal component of ImageNet's colors a
-    normal number of standard deviation `lighting` times its eigenvalue. The first three clip to
-    0..1; lighting stands after them and before the normalization, and clips nothing. Published
-    jitter rounds to 8 bits after each change; this does not.
+    Each image is changed by random numbers of its own seed:
+
+    - a factor for each of brightness, contrast and saturation, uniform in 1 - x .. 1 + x with x the
+      setting of that name (torchvision's ColorJitter, hue left alone), applied in one of the six
+      orders; results are clipped to 0..1;
+    - a shift of the color of all pixels: along each principal component of ImageNet's colors a
+      normal number with standard deviation `lighting` times the eigenvalue. It is added last, before
+      the normalization, and is not clipped.
+
+    The published jitter rounds to 8 bits after each change; this one does not.
+
+    Raises:
+        UsageError: a setting is out of range: the first three lie in 0..1, `lighting` is 0 or more.
     """
 
     brightness: float = 0.4
@@ -39,7 +55,12 @@ class JitterAndLighting:
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
-            checks.number(f"color.{name}", getattr(self, name), at_least=0, at_most=1)
+            checks.number(
+                f"color.{name}",
+                getattr(self, name),
+                at_least=0,
+                at_most=1,
+            )
         checks.number("color.lighting", self.lighting, at_least=0)
 
     def __str__(self) -> str:
@@ -48,46 +69,74 @@ class JitterAndLighting:
             f"lighting noise {self.lighting}"
         )
 
-    def __call__(self, pixels: Pixels, seeds: Sequence[int]) -> Pixels:
-        """The images, which are in 0..1, each changed by the chance of its seed; lighting may leave that range."""
-        drawn = _to(pixels, [self.draw(seed) for seed in seeds])
-        factors, slots, shifts = drawn.split(3, dim=1)
-        for slot in slots.unbind(dim=1):
-            pixels = _changed(pixels, slot.long(), factors)
-        return pixels + _shift(shifts)[:, :, None, None]
+    def __call__(self, images: UnitRangeImages, seeds: Sequence[int]) -> UnitRangeImages:
+        """Returns the images, each changed by its seed; lighting may leave the range 0..1."""
+        drawn = _copy_to_device([self.draw(seed) for seed in seeds], like=images)
+        factors, orders, normals = drawn.split(3, dim=1)
+        # Images have different orders, so each pass applies to each image the change whose turn it is.
+        for changes in orders.unbind(dim=1):
+            images = _apply_change(images, changes.long(), factors)
+        return images + _lighting_shift(normals)[:, :, None, None]
 
     def draw(self, seed: int) -> list[float]:
-        """The chance of an image: three factors, which of them comes first to last, three normal numbers."""
-        chance = random.Random(seed)
-        ranges = (self.brightness, self.contrast, self.saturation)
-        factors = [chance.uniform(1 - width, 1 + width) for width in ranges]
-        order = chance.choice(_ORDERS)
-        return [*factors, *order, *(chance.gauss(0, self.lighting) for _ in _EIGENVALUES)]
+        """Returns the nine random numbers of an image.
+
+        Three factors (brightness, contrast, saturation), the order of these changes as three
+        indices, and three normal numbers for lighting.
+        """
+        rng = random.Random(seed)
+        factors = []
+        for strength in (self.brightness, self.contrast, self.saturation):
+            factors.append(rng.uniform(1 - strength, 1 + strength))
+        order = rng.choice(_ORDERS)
+        normals = [rng.gauss(0, self.lighting) for _ in _EIGENVALUES]
+        return [*factors, *order, *normals]
 
 
-def _to(like: Tensor, rows: list[list[float]]) -> Float[Tensor, "b columns"]:
+def _copy_to_device(
+    rows: list[list[float]],
+    like: Tensor,
+) -> Float[Tensor, "b columns"]:
+    """Returns the rows as a tensor with the type and the device of `like`."""
     table = torch.tensor(rows, dtype=like.dtype).reshape(len(rows), -1)
     if like.device.type == "cuda":
-        table = table.pin_memory()  # else the host waits for all that is queued on the GPU
+        # Without page-locked memory the host waits for everything that is queued on the GPU.
+        table = table.pin_memory()
     return table.to(like.device, non_blocking=True)
 
 
-def _changed(pixels: Pixels, which: Int[Tensor, "b"], factors: Float[Tensor, "b 3"]) -> Pixels:
-    """Pixels blended with black, their mean gray or their own gray: brightness, contrast, saturation."""
-    red, green, blue = pixels.unbind(dim=1)
-    gray = (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(1)
-    kind = which[:, None, None, None]
-    toward = torch.where(kind == _CONTRAST, gray.mean(dim=(2, 3), keepdim=True), gray)
-    toward = toward.masked_fill(kind == _BRIGHTNESS, 0)
-    factor = factors.gather(1, which[:, None])[:, :, None, None]
-    return (factor * pixels + (1 - factor) * toward).clamp(0, 1)
+def _apply_change(
+    images: UnitRangeImages,
+    changes: Int[Tensor, "b"],
+    factors: Float[Tensor, "b 3"],
+) -> UnitRangeImages:
+    """Returns each image after one change, `changes[i]` (brightness, contrast or saturation).
+
+    All three blend the image with another one: brightness with black, contrast with the image's
+    mean gray value, saturation with the image in gray.
+    """
+    red, green, blue = images.unbind(dim=1)
+    gray = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    gray = gray.unsqueeze(1)
+    mean_gray = gray.mean(dim=(2, 3), keepdim=True)
+    # The image to blend with is chosen by masks, as a branch for each image would be a kernel each.
+    change = changes[:, None, None, None]
+    other = torch.where(change == _CONTRAST, mean_gray, gray)
+    other = other.masked_fill(change == _BRIGHTNESS, 0)
+    factor = factors.gather(1, changes[:, None])[:, :, None, None]
+    blended = factor * images + (1 - factor) * other
+    return blended.clamp(0, 1)
 
 
-def _shift(normals: Float[Tensor, "b 3"]) -> Float[Tensor, "b 3"]:
-    """What lighting adds to red, green and blue; sums instead of a product, which might be rounded to 19 bits."""
-    columns = zip(*_EIGENVECTORS, strict=True)
-    parts = [
-        torch.stack([value * eigenvalue * normal for value in vector], dim=1)
-        for vector, eigenvalue, normal in zip(columns, _EIGENVALUES, normals.unbind(dim=1), strict=True)
-    ]
-    return parts[0] + parts[1] + parts[2]
+def _lighting_shift(normals: Float[Tensor, "b 3"]) -> Float[Tensor, "b 3"]:
+    """Returns what lighting adds to red, green and blue of each image.
+
+    It is the product of the eigenvectors with the scaled normal numbers, written as a sum: a matrix
+    product on a GPU may round its factors to TF32.
+    """
+    components = zip(*_EIGENVECTORS, strict=True)
+    shifts = []
+    for vector, eigenvalue, normal in zip(components, _EIGENVALUES, normals.unbind(dim=1), strict=True):
+        shift = [value * eigenvalue * normal for value in vector]
+        shifts.append(torch.stack(shift, dim=1))
+    return shifts[0] + shifts[1] + shifts[2]

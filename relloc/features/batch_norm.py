@@ -1,8 +1,8 @@
-"""Batch-norm statistics for the images at hand.
+"""Recalibrates batch norm: estimates its running statistics again, on other images.
 
 Statistics gathered on small patches do not fit full images. The published protocol uses them as
-trained; estimating them again, without labels, on the evaluation's training images is the other
-named way (`batch_norm=recalibrated`).
+they were trained (`batch_norm=as_trained`). Estimating them again, without labels, on the training
+images of the evaluation is the alternative (`batch_norm=recalibrated`).
 """
 
 from collections.abc import Iterable
@@ -14,20 +14,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from relloc.models.one_value import refuse_one_value
 
 ONE_IMAGE = (
-    "batch_norm=recalibrated can't take a batch of one image, of which a batch norm of this network sees one value a "
-    "channel, and so no variance: give a larger view.batch, images that can be read, or batch_norm=as_trained"
+    "batch_norm=recalibrated can't use a batch of one image: a batch norm of this network sees only one value "
+    "per channel of it, and so no variance. Give a larger view.batch, images that can be read, or "
+    "batch_norm=as_trained"
 )
 
 
 @torch.no_grad()
 def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Replace all running statistics by the average over `batches` (b 3 h w); images used.
+    """Replaces the running statistics of all batch norms by averages over `batches`.
 
-    Each batch counts alike, so they should be of one size. Weights stay. A backbone without batch
-    norm is left as it is, and 0 is returned.
+    Each batch (b 3 h w) has the same weight, so all should have the same size. Weights are not
+    changed, and the backbone is left in evaluation mode. A backbone without batch norm is left as
+    it is, and no batch is asked for.
+
+    Returns:
+        The number of images used.
 
     Raises:
-        UsageError: a batch of one image, of which a batch norm would see one value a channel.
+        UsageError: a batch of one image, of which a batch norm would see one value per channel.
     """
     norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
     if not norms:
@@ -35,21 +40,31 @@ def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's way to ask for a cumulative average
+        # PyTorch's way to ask for the plain average of all batches. With a momentum, the last
+        # batches would count most.
+        norm.momentum = None
+    # Running statistics move in training mode only.
     backbone.train()
-    used = 0
+    n_images = 0
     with refuse_one_value(backbone, ONE_IMAGE):
         for images in batches:
             backbone(images)
-            used += len(images)
+            n_images += len(images)
     backbone.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return used
+    return n_images
 
 
 @torch.no_grad()
 def check_one_image(backbone: nn.Module, side_px: int) -> None:
-    """Raises `UsageError` where `recalibrate` can't take batches of one image of that side; changes statistics."""
+    """Checks that `recalibrate` can use batches of one image of `side_px` x `side_px`.
+
+    Changes the running statistics of the backbone, which is left in training mode.
+
+    Raises:
+        UsageError: a batch norm would see one value per channel.
+    """
+    black_image = torch.zeros(1, 3, side_px, side_px)
     with refuse_one_value(backbone.train(), ONE_IMAGE):
-        backbone(torch.zeros(1, 3, side_px, side_px))
+        backbone(black_image)

@@ -1,8 +1,10 @@
-"""The nearest rows of a bank by cosine: exact, in bounded memory, on CPUs, one GPU or several.
+"""Exact nearest neighbors by cosine similarity, in bounded memory, on CPUs, one GPU or several.
 
-Candidates are found by fast products whose error is bounded; what could be among the nearest within
-that bound is compared again in float64. Queries with more such rows than are kept are done again by
-slower products, in the end wholly in float64. So the way never decides what is found.
+The search has two steps. Fast products of low precision, whose error is bounded, find candidates:
+all rows that could be among the nearest within that bound. The candidates are then compared again
+in float64. A query with more candidates than there is room for is searched again with slower and
+more precise products, in the end wholly in float64. So neither precision nor hardware decides
+which neighbors are found.
 """
 
 import contextlib
@@ -16,69 +18,95 @@ from torch import Tensor
 from relloc import ranks
 from relloc.errors import UsageError
 
-_WORK_BYTES = {"cuda": 2**31, "cpu": 2**28}  # what a chunk of the bank, and products with it, may take
-_BLOCK_BYTES = {"cuda": 2**29, "cpu": 2**22}  # what is worked on in float64 at once: on a CPU, what its cache holds
-_BYTES_A_VALUE = 16  # of a chunk: two copies that arrive from elsewhere, and all of it rounded or in float64
-_BYTES_A_PRODUCT = 16
-_BYTES_A_BLOCK_VALUE = 24
-_WORTH_IT = 48  # a CPU compares a pair again in the time of so many float64 products of whole matrices
-_SPARE = 56  # candidates kept beyond twice the neighbors asked for
-_GROUP = 16  # columns that are looked at as one
-_TINY = 1e-12  # torch.nn.functional.normalize's: a row shorter than this keeps its direction but not unit length
-_GRID_BITS = 40
-_ROUNDING = 1.01  # of the bounds themselves, and what they leave out as of second order
-_LOWEST = torch.iinfo(torch.int64).min
+# Memory, in bytes, that a chunk of the bank and the products with it may take, each.
+_WORK_BYTES = {"cuda": 2**31, "cpu": 2**28}
+# Memory, in bytes, of what is computed in float64 at once. On a CPU it fits into the cache.
+_BLOCK_BYTES = {"cuda": 2**29, "cpu": 2**22}
+# Bytes per value of a chunk: two copies that arrive from elsewhere, and the rounded or float64 one.
+_BYTES_PER_VALUE = 16
+_BYTES_PER_PRODUCT = 16
+_BYTES_PER_BLOCK_VALUE = 24
+# On a CPU one candidate pair takes the time of so many float64 products of whole matrices.
+_PAIR_COST = 48
+_SPARE_CANDIDATES = 56  # kept for each query beyond twice the number of neighbors
+_GROUP_SIZE = 16  # columns whose maximum is looked at first
+_MIN_NORM = 1e-12  # as torch.nn.functional.normalize: shorter rows do not get unit length
+_GRID_BITS = 40  # similarities are rounded to multiples of 2^-40
+# Margin for the rounding of the error bounds themselves, and for terms of second order.
+_BOUND_MARGIN = 1.01
+_LOWEST_KEY = torch.iinfo(torch.int64).min
 
 Queries = Float[Tensor, "q d"]
-Unit = Float64[Tensor, "q d"]  # queries at length one
-Rows = Float[Tensor, "n d"]
-Lengths = Float64[Tensor, "n"]  # of the rows
-Nearest = Int64[Tensor, "q k"]  # keys, or rows
-Candidates = Int64[Tensor, "q m"]  # rows that may be among the nearest of each query
+UnitQueries = Float64[Tensor, "q d"]  # queries scaled to length one
+BankRows = Float[Tensor, "n d"]
+Norms = Float64[Tensor, "n"]  # Euclidean lengths of rows
+Keys = Int64[Tensor, "q k"]  # similarity and row in one integer, see `_KeyFormat`
+RowNumbers = Int64[Tensor, "q k"]
+CandidateRows = Int64[Tensor, "q m"]  # rows that may be among the nearest of each query
 Chunk = tuple[int, Float[Tensor, "r d"]]  # number of the first row, and rows
+ChunkWithNorms = tuple[int, Float[Tensor, "r d"], Float64[Tensor, "r"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Neighbors:
-    """Cosines and rows of the nearest, nearest first; `retried` queries needed a slower way than the first."""
+class NearestNeighbors:
+    """The nearest rows of each query and their cosine similarities, nearest first.
+
+    `retried` is the number of queries for which the first, fastest precision was not enough.
+    """
 
     similarities: Float64[Tensor, "q k"]
-    rows: Nearest
+    rows: RowNumbers
     retried: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Way:
-    """Products whose factors lose `dropped_bits` of float32's 23, and whose sums lose up to `per_term` a term.
+class _ProductPrecision:
+    """A precision of matrix products, with a bound of its error.
 
-    Float32: 2^-24 a term, whatever the order of the sum. TF32 drops 13 bits; factors are rounded here,
-    so that nothing depends on how a GPU does it, and products are then exact. Tensor cores cut sums off
-    at 2^-23 of the largest term or more (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA
-    tensor cores", 2021), in each of the at most 1.5 additions a term: below 2^-22.
+    Factors lose `dropped_bits` of float32's 23 bits, and sums at most `error_per_term` per term.
+
+    Float32 loses 2^-24 per term, whatever the order of the sum. TF32 drops 13 bits of the factors,
+    which are rounded here, so that nothing depends on how a GPU rounds; products are then exact.
+    Tensor cores cut sums off at 2^-23 of the largest term or more (Fasi, Higham, Mikaitis,
+    Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021), in each of the at most 1.5
+    additions per term: below 2^-22.
     """
 
     dropped_bits: int
-    per_term: float
+    error_per_term: float
     matmul_precision: str
 
 
-_FLOAT32 = _Way(dropped_bits=0, per_term=2**-24, matmul_precision="highest")
-_TF32 = _Way(dropped_bits=13, per_term=2**-22, matmul_precision="high")
+_FLOAT32 = _ProductPrecision(dropped_bits=0, error_per_term=2**-24, matmul_precision="highest")
+_TF32 = _ProductPrecision(dropped_bits=13, error_per_term=2**-22, matmul_precision="high")
 
 
-def _ways(device: torch.device, n_rows: int, k: int) -> tuple[_Way, ...]:
-    """Ways to find candidates, fastest first; none where all pairs are as soon compared in float64."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return _TF32, _FLOAT32
-    return () if device.type == "cpu" and n_rows < _WORTH_IT * k else (_FLOAT32,)
+def _product_precisions(
+    device: torch.device,
+    n_rows: int,
+    k: int,
+) -> tuple[_ProductPrecision, ...]:
+    """Returns the precisions with which candidates are searched, fastest first.
+
+    Returns none where comparing all pairs in float64 takes no longer than that.
+    """
+    if device.type == "cuda":
+        # Tensor cores have TF32 since Ampere.
+        has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return (_TF32, _FLOAT32) if has_tf32 else (_FLOAT32,)
+    if device.type == "cpu" and n_rows < _PAIR_COST * k:
+        return ()
+    return (_FLOAT32,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Keys:
-    """Similarity and row in one integer: larger is nearer, and of equally near rows the earlier one.
+class _KeyFormat:
+    """Packs similarity and row into one integer, so that top-k of the integers is the answer.
 
-    Similarities are rounded to a grid of 2^-40 (coarser beyond 4 million rows), above the rounding of
-    float64 sums: rows that are alike stay so wherever they lie. Distinct keys leave top-k no choice.
+    A larger key is a nearer row, and of equally near rows the earlier one. Similarities are rounded
+    to a grid of 2^-40 (coarser beyond 4 million rows), which is above the rounding of float64 sums.
+    So identical rows have the same similarity wherever they lie, and as all keys differ, top-k has
+    no choice of its own to make.
     """
 
     first_row: int
@@ -86,254 +114,403 @@ class _Keys:
 
     @property
     def grid(self) -> int:
+        """Steps of the grid per unit of similarity; 62 bits hold similarity and row beside the sign."""
         return 2 ** min(_GRID_BITS, 62 - self.row_bits)
 
-    def join(self, similar: Float64[Tensor, "*n"], places: Int64[Tensor, "..."]) -> Int64[Tensor, "*n"]:
-        near = similar.clamp(-1, 1).mul(self.grid).round().long()
-        return near * 2**self.row_bits + (2**self.row_bits - 1 - self.first_row - places)
+    def pack(
+        self,
+        similarities: Float64[Tensor, "*n"],
+        rows: Int64[Tensor, "..."],
+    ) -> Int64[Tensor, "*n"]:
+        """Returns the keys of rows that are counted from the first of this rank."""
+        steps = similarities.clamp(-1, 1).mul(self.grid).round().long()
+        # Counted from the last row of all ranks backwards, so that earlier rows have larger keys.
+        reversed_rows = 2**self.row_bits - 1 - self.first_row - rows
+        return steps * 2**self.row_bits + reversed_rows
 
-    def part(self, keys: Nearest) -> tuple[Float64[Tensor, "q k"], Nearest]:
-        last = 2**self.row_bits - 1
-        return (keys >> self.row_bits).double() / self.grid, last - (keys & last)
+    def unpack(self, keys: Keys) -> tuple[Float64[Tensor, "q k"], RowNumbers]:
+        """Returns similarities and rows, which are counted through the banks of all ranks."""
+        last_row = 2**self.row_bits - 1
+        similarities = (keys >> self.row_bits).double() / self.grid
+        rows = last_row - (keys & last_row)
+        return similarities, rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Search:
-    """A bank, how it is walked, and how keys are made."""
+    """A bank, how much of it is worked on at once, and how keys are made."""
 
-    bank: Rows
+    bank: BankRows
     device: torch.device
-    keys: _Keys
+    keys: _KeyFormat
     chunk: int
     tile: int
     name: str
 
-    def chunks(self) -> Iterator[tuple[int, Float[Tensor, "r d"], Float64[Tensor, "r"]]]:
-        """First row, rows and their lengths. Raises `UsageError` in the end if some are not finite."""
-        usable = torch.zeros((), dtype=torch.int64, device=self.device)
-        for start, rows in on_device(self.bank, self.chunk, self.device):
-            lengths = _lengths(rows)
-            usable += lengths.isfinite().sum()
-            yield start, rows, lengths
-        _refuse(len(self.bank) - int(usable), len(self.bank), self.name)
+    def chunks(self) -> Iterator[ChunkWithNorms]:
+        """Yields first row, rows and their norms of each chunk of the bank.
+
+        Raises:
+            UsageError: after the last chunk, if some rows are not finite.
+        """
+        # Counted on the device and looked at once, since each look makes the host wait for the GPU.
+        n_finite = torch.zeros((), dtype=torch.int64, device=self.device)
+        for start, rows in chunks_on_device(self.bank, self.chunk, self.device):
+            norms = _norms(rows)
+            n_finite += norms.isfinite().sum()
+            yield start, rows, norms
+        _check_all_finite(len(self.bank) - int(n_finite), len(self.bank), self.name)
 
     @property
     def block(self) -> int:
-        """How many rows are worked on in float64 at once."""
-        return max(1, _BLOCK_BYTES[self.device.type] // (_BYTES_A_BLOCK_VALUE * max(1, self.bank.shape[1])))
+        """How many rows are computed in float64 at once."""
+        bytes_per_row = _BYTES_PER_BLOCK_VALUE * max(1, self.bank.shape[1])
+        return max(1, _BLOCK_BYTES[self.device.type] // bytes_per_row)
 
 
 def nearest(
     queries: Queries,
-    bank: Rows,
+    bank: BankRows,
     k: int,
     *,
     chunk: int | None = None,
     tile: int | None = None,
     across_ranks: bool = False,
     name: str = "features",
-) -> Neighbors:
-    """The `k` rows of `bank` (all, where there are fewer) of the largest cosine with each query.
+) -> NearestNeighbors:
+    """Returns the `k` rows of `bank` with the largest cosine similarity to each query.
 
-    Equal similarities, to 2^-40, go to the earlier row. Work is done where `queries` lie; a bank in the
-    CPU's memory is copied to a GPU in chunks, while it computes. `chunk` rows of the bank meet `tile`
-    queries at a time; neither changes what is found. By default they are such that the memory needed
-    beyond queries and bank is, on a GPU, 4.5 GiB (2 for a chunk, 2 for products, half a GiB in float64),
-    on a CPU an eighth of that, and about 12 d + 100 k bytes a query.
+    All rows are returned where there are fewer than `k`. Of similarities that are equal to 2^-40,
+    the earlier row comes first.
 
-    With `across_ranks` each rank's `bank` is its part of one bank, in the order of ranks: all call with
-    the same queries, and all get the answer for the whole bank, whose rows are numbered through.
-    Without it no other rank is asked, so that one of them may search alone.
+    The work is done on the device of `queries`. A bank in the memory of the CPU is copied to a GPU
+    in chunks while the GPU computes. `chunk` rows of the bank are multiplied with `tile` queries at
+    a time; neither changes what is found. By default they are chosen such that the memory needed
+    beyond queries and bank is, on a GPU, 4.5 GiB (2 for a chunk, 2 for products, half a GiB for
+    float64), on a CPU an eighth of that, and about 12 d + 100 k bytes per query.
+
+    With `across_ranks`, the banks of all ranks are parts of one bank, in the order of ranks. All
+    ranks then call this function with the same queries, and all get the neighbors in the whole
+    bank, with its rows numbered through. Without it no other rank is asked, so that one rank may
+    search alone.
+
+    Example:
+        neighbors = nearest(queries, bank, 20)
+        classes = labels[neighbors.rows]
 
     Raises:
-        UsageError: queries or rows that hold NaN or infinity, called by `name`.
+        UsageError: queries or rows contain NaN or infinity; the message calls them `name`.
     """
-    sizes = ranks.gathered(torch.tensor([len(bank)])).flatten().tolist() if across_ranks else [len(bank)]
-    first_row = sum(sizes[: ranks.rank()]) if across_ranks else 0
-    work = _WORK_BYTES[queries.device.type]
-    chunk = chunk or max(1, work // (_BYTES_A_VALUE * max(1, queries.shape[1])))
+    # The rows of this rank are numbered after those of the ranks before it.
+    n_rows_of_ranks = [len(bank)]
+    first_row = 0
+    if across_ranks:
+        n_rows_of_ranks = ranks.gathered(torch.tensor([len(bank)])).flatten().tolist()
+        first_row = sum(n_rows_of_ranks[: ranks.rank()])
+    n_rows = sum(n_rows_of_ranks)
+
+    work_bytes = _WORK_BYTES[queries.device.type]
+    if not chunk:
+        bytes_per_row = _BYTES_PER_VALUE * max(1, queries.shape[1])
+        chunk = max(1, work_bytes // bytes_per_row)
+    if not tile:
+        rows_at_once = min(chunk, max(1, len(bank)))
+        tile = max(1, work_bytes // (_BYTES_PER_PRODUCT * rows_at_once))
+
     search = _Search(
         bank=bank,
         device=queries.device,
-        keys=_Keys(first_row=first_row, row_bits=sum(sizes).bit_length()),
+        keys=_KeyFormat(first_row=first_row, row_bits=n_rows.bit_length()),
         chunk=chunk,
-        tile=tile or max(1, work // (_BYTES_A_PRODUCT * min(chunk, max(1, len(bank))))),
+        tile=tile,
         name=name,
     )
-    keys, retried = _all_keys(queries, search, min(k, len(bank)))
+    keys, retried = _nearest_keys(queries, search, min(k, len(bank)))
     if across_ranks:
-        # The nearest of all ranks are among those of each; a rank of fewer rows fills up with the lowest keys.
-        padded = keys.new_full((len(queries), min(k, sum(sizes))), _LOWEST)
-        padded[:, : keys.shape[1]] = keys
-        keys = ranks.gathered(padded).transpose(0, 1).flatten(1).topk(padded.shape[1], dim=1).values
-    similarities, rows = search.keys.part(keys)
-    return Neighbors(similarities=similarities, rows=rows, retried=retried)
+        keys = _merge_ranks(keys, min(k, n_rows))
+    similarities, rows = search.keys.unpack(keys)
+    return NearestNeighbors(similarities=similarities, rows=rows, retried=retried)
 
 
-def _all_keys(queries: Queries, search: _Search, k: int) -> tuple[Nearest, int]:
-    """The keys of the `k` nearest, and how many queries the first way did not settle."""
-    _refuse(int((~queries.isfinite().all(dim=1)).sum()), len(queries), search.name)
-    keys = torch.full((len(queries), k), _LOWEST, device=queries.device)
+def _merge_ranks(keys: Keys, k: int) -> Int64[Tensor, "q all_k"]:
+    """Returns the `k` largest keys of all ranks, on every rank.
+
+    The nearest rows of all ranks are among the nearest of each rank.
+    """
+    # A rank with fewer rows than k has fewer keys; the lowest key, which no row has, fills them up.
+    padded = keys.new_full((len(keys), k), _LOWEST_KEY)
+    padded[:, : keys.shape[1]] = keys
+    keys_of_ranks = ranks.gathered(padded)
+    keys_of_queries = keys_of_ranks.transpose(0, 1).flatten(1)
+    return keys_of_queries.topk(k, dim=1).values
+
+
+def _nearest_keys(queries: Queries, search: _Search, k: int) -> tuple[Keys, int]:
+    """Returns the keys of the `k` nearest rows, and how many queries needed more than one precision."""
+    is_finite = queries.isfinite().all(dim=1)
+    _check_all_finite(int((~is_finite).sum()), len(queries), search.name)
+    keys = torch.full((len(queries), k), _LOWEST_KEY, device=queries.device)
     if not k:
         return keys, 0
-    left, unsettled = torch.arange(len(queries), device=queries.device), []
-    for way in _ways(queries.device, len(search.bank), k):
-        found, settled = _through_candidates(queries[left], search, k, way)
-        keys[left[settled]] = found[settled]
-        left = left[~settled]
-        unsettled.append(len(left))
-        if not len(left):
-            return keys, unsettled[0]
-    keys[left] = _in_float64(queries[left], search, k)
-    return keys, unsettled[0] if unsettled else 0
+    remaining = torch.arange(len(queries), device=queries.device)
+    n_unsettled = []
+    # Each precision settles most of the queries that the one before it has left.
+    for precision in _product_precisions(queries.device, len(search.bank), k):
+        new_keys, settled = _keys_from_candidates(queries[remaining], search, k, precision)
+        keys[remaining[settled]] = new_keys[settled]
+        remaining = remaining[~settled]
+        n_unsettled.append(len(remaining))
+        if not len(remaining):
+            return keys, n_unsettled[0]
+    keys[remaining] = _keys_in_float64(queries[remaining], search, k)
+    return keys, n_unsettled[0] if n_unsettled else 0
 
 
-def _through_candidates(queries: Queries, search: _Search, k: int, way: _Way) -> tuple[Nearest, Bool[Tensor, "q"]]:
-    """Keys, and of which queries they are sure to be right.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Candidates:
+    """For each query the rows with the largest products, in no order.
 
-    A product is off by at most `off`, so a row that is among the k nearest lies at most twice that below
-    the k-th best product. It was looked at if the worst product kept lies lower still.
+    `error_bound` is how far each of a query's products may be from the exact one.
     """
-    unit = _unit(queries)
-    best, places, off = _candidates(unit, search, k, way)
-    reach = best.topk(k, dim=1).values[:, -1:].double() - 2 * off.unsqueeze(1) - 2 / search.keys.grid
-    settled = best.amin(dim=1, keepdim=True).double() < reach
-    if best.shape[1] == len(search.bank):
+
+    products: Float32[Tensor, "q m"]
+    rows: CandidateRows
+    error_bound: Float64[Tensor, "q"]
+
+
+def _keys_from_candidates(
+    queries: Queries,
+    search: _Search,
+    k: int,
+    precision: _ProductPrecision,
+) -> tuple[Keys, Bool[Tensor, "q"]]:
+    """Returns keys, and for which queries they are certain to be right."""
+    unit = _normalize(queries)
+    found = _find_candidates(unit, search, k, precision)
+    # A product is off by at most the error bound. So a row of the true k nearest has a product of at
+    # least the k-th best one less twice that bound. The grid, to which similarities are rounded,
+    # adds two steps.
+    kth_best = found.products.topk(k, dim=1).values[:, -1:].double()
+    threshold = kth_best - 2 * found.error_bound.unsqueeze(1) - 2 / search.keys.grid
+    # If the worst candidate lies below the threshold, so do all rows that are no candidates.
+    worst = found.products.amin(dim=1, keepdim=True).double()
+    settled = worst < threshold
+    has_all_rows = found.products.shape[1] == len(search.bank)
+    if has_all_rows:
         settled = torch.ones_like(settled)
-    keys = _exact_keys(unit, search, places, (best.double() >= reach) & settled)
+    # Candidates below the threshold, and unsettled queries, need no exact comparison.
+    wanted = (found.products.double() >= threshold) & settled
+    keys = _exact_keys(unit, search, found.rows, wanted)
     return keys.topk(k, dim=1).values, settled.squeeze(1)
 
 
-def _candidates(
-    unit: Unit, search: _Search, k: int, way: _Way
-) -> tuple[Float32[Tensor, "q m"], Candidates, Float64[Tensor, "q"]]:
-    """The best products and their rows, in no order, and what the products of each query may be off by."""
-    rounded, off = _rounded(unit, torch.ones_like(unit[:, 0]), way, search.block)
-    kept = min(len(search.bank), 2 * k + _SPARE)
-    best = torch.full((len(unit), kept), -torch.inf, device=unit.device)
-    places = torch.zeros((len(unit), kept), dtype=torch.int64, device=unit.device)
-    most_off = off.new_zeros(())
-    with _matmul_precision(way.matmul_precision):
-        for start, rows, lengths in search.chunks():
-            rounded_rows, rows_off = _rounded(rows, lengths, way, search.block)
-            most_off = torch.maximum(most_off, rows_off.max())
-            for tile in _tiles(len(unit), search.tile):
-                values, columns = _largest(rounded[tile] @ rounded_rows.T, kept)
-                chosen = torch.cat([best[tile], values], dim=1).topk(kept, dim=1, sorted=False)
-                places[tile] = torch.cat([places[tile], columns + start], dim=1).gather(1, chosen.indices)
-                best[tile] = chosen.values
-    return best, places, _ROUNDING * (off + most_off + way.per_term * unit.shape[1])
+def _find_candidates(
+    unit: UnitQueries,
+    search: _Search,
+    k: int,
+    precision: _ProductPrecision,
+) -> _Candidates:
+    """Returns the rows with the largest products with each query, in the given precision."""
+    n_candidates = min(len(search.bank), 2 * k + _SPARE_CANDIDATES)
+    ones = torch.ones_like(unit[:, 0])
+    rounded_queries, query_errors = _round_to(precision, unit, ones, search.block)
+    shape = (len(unit), n_candidates)
+    products = torch.full(shape, -torch.inf, device=unit.device)
+    candidate_rows = torch.zeros(shape, dtype=torch.int64, device=unit.device)
+    max_row_error = query_errors.new_zeros(())
+    with _matmul_precision(precision.matmul_precision):
+        for start, rows, norms in search.chunks():
+            rounded_rows, row_errors = _round_to(precision, rows, norms, search.block)
+            max_row_error = torch.maximum(max_row_error, row_errors.max())
+            for tile in _slices(len(unit), search.tile):
+                # The matrix of products gets no name: it would still be in memory when the next
+                # one is computed.
+                best, columns = _largest(rounded_queries[tile] @ rounded_rows.T, n_candidates)
+                products[tile], candidate_rows[tile] = _merge_candidates(
+                    products[tile],
+                    candidate_rows[tile],
+                    best,
+                    columns + start,
+                )
+    # By Cauchy-Schwarz, rounding a factor moves a product of unit vectors by at most the length of
+    # the error. The sum over d terms adds its own rounding.
+    sum_error = precision.error_per_term * unit.shape[1]
+    error_bound = _BOUND_MARGIN * (query_errors + max_row_error + sum_error)
+    return _Candidates(products=products, rows=candidate_rows, error_bound=error_bound)
 
 
-def _largest(values: Shaped[Tensor, "q r"], count: int) -> tuple[Shaped[Tensor, "q c"], Int64[Tensor, "q c"]]:
-    """The `count` largest values of each row (all, where there are fewer), in no order, and their columns.
+def _merge_candidates(
+    old_products: Float32[Tensor, "t m"],
+    old_rows: Int64[Tensor, "t m"],
+    new_products: Float32[Tensor, "t c"],
+    new_rows: Int64[Tensor, "t c"],
+) -> tuple[Float32[Tensor, "t m"], Int64[Tensor, "t m"]]:
+    """Returns the best of the candidates of earlier chunks and those of a new one."""
+    n_candidates = old_products.shape[1]
+    products = torch.cat([old_products, new_products], dim=1)
+    best = products.topk(n_candidates, dim=1, sorted=False)
+    rows = torch.cat([old_rows, new_rows], dim=1)
+    return best.values, rows.gather(1, best.indices)
 
-    They lie in the `count` groups of columns with the largest maxima: few columns are compared one by one.
+
+def _largest(
+    values: Shaped[Tensor, "q r"],
+    count: int,
+) -> tuple[Shaped[Tensor, "q c"], Int64[Tensor, "q c"]]:
+    """Returns the `count` largest values of each row, in no order, and their columns.
+
+    Returns all values where there are fewer. The result is that of `torch.topk`, but faster: the
+    `count` largest values lie in the `count` groups of columns with the largest maxima, so only
+    the columns of these groups are compared one by one.
     """
-    groups = values.shape[1] // _GROUP
-    if groups < 2 * count:
-        return values.topk(min(count, values.shape[1]), dim=1, sorted=False)
-    whole = groups * _GROUP
-    maxima = values[:, :whole].unflatten(1, (_GROUP, groups)).amax(dim=1)
-    chosen = maxima.topk(count, dim=1, sorted=False).indices
-    members = torch.arange(0, whole, groups, device=values.device)
-    rest = torch.arange(whole, values.shape[1], device=values.device).expand(len(values), -1)
-    columns = torch.cat([(chosen.unsqueeze(2) + members).flatten(1), rest], dim=1)
+    n_columns = values.shape[1]
+    n_groups = n_columns // _GROUP_SIZE
+    if n_groups < 2 * count:
+        return values.topk(min(count, n_columns), dim=1, sorted=False)
+    # Group g has the columns g, g + n_groups, g + 2 n_groups, ...: maxima over them are maxima over
+    # contiguous parts of memory.
+    n_grouped = n_groups * _GROUP_SIZE
+    maxima = values[:, :n_grouped].unflatten(1, (_GROUP_SIZE, n_groups)).amax(dim=1)
+    best_groups = maxima.topk(count, dim=1, sorted=False).indices
+    offsets = torch.arange(0, n_grouped, n_groups, device=values.device)
+    grouped_columns = (best_groups.unsqueeze(2) + offsets).flatten(1)
+    # The columns that fill no group are compared, too.
+    other_columns = torch.arange(n_grouped, n_columns, device=values.device)
+    other_columns = other_columns.expand(len(values), -1)
+    columns = torch.cat([grouped_columns, other_columns], dim=1)
     best = values.gather(1, columns).topk(count, dim=1, sorted=False)
     return best.values, columns.gather(1, best.indices)
 
 
-def _exact_keys(unit: Unit, search: _Search, places: Candidates, wanted: Bool[Tensor, "q m"]) -> Candidates:
-    """The keys of the wanted pairs of query and row, from float64 products; the lowest of all elsewhere."""
-    keys = torch.full_like(places, _LOWEST)
-    for start, rows, lengths in search.chunks():
-        here = wanted & (places >= start) & (places < start + len(rows))
-        for pair in here.nonzero().split(search.block):
-            query, column = pair.unbind(1)
-            place = places[query, column]
-            similar = (unit[query] * rows[place - start]).sum(dim=1) / lengths[place - start]
-            keys[query, column] = search.keys.join(similar, place)
+def _exact_keys(
+    unit: UnitQueries,
+    search: _Search,
+    candidate_rows: CandidateRows,
+    wanted: Bool[Tensor, "q m"],
+) -> CandidateRows:
+    """Returns the keys of the wanted pairs of query and row from float64 products.
+
+    All other pairs get the lowest key.
+    """
+    keys = torch.full_like(candidate_rows, _LOWEST_KEY)
+    for start, rows, norms in search.chunks():
+        is_in_chunk = (candidate_rows >= start) & (candidate_rows < start + len(rows))
+        pairs = (wanted & is_in_chunk).nonzero()
+        for block in pairs.split(search.block):
+            query, column = block.unbind(1)
+            row = candidate_rows[query, column]
+            row_in_chunk = row - start
+            # One expression, so that the products are freed before the next block is gathered.
+            dot_products = (unit[query] * rows[row_in_chunk]).sum(dim=1)
+            similarities = dot_products / norms[row_in_chunk]
+            keys[query, column] = search.keys.pack(similarities, row)
     return keys
 
 
-def _in_float64(queries: Queries, search: _Search, k: int) -> Nearest:
-    unit = _unit(queries)
-    keys = torch.full((len(queries), k), _LOWEST, device=queries.device)
-    for start, rows, lengths in search.chunks():
-        unit_rows = rows / lengths.unsqueeze(1)
-        places = torch.arange(start, start + len(rows), device=queries.device)
-        for tile in _tiles(len(unit), max(1, search.tile // 6)):
-            found, _ = _largest(search.keys.join(unit[tile] @ unit_rows.T, places), k)
-            keys[tile] = torch.cat([keys[tile], found], dim=1).topk(k, dim=1, sorted=False).values
+def _keys_in_float64(queries: Queries, search: _Search, k: int) -> Keys:
+    """Returns the keys of the `k` nearest rows by float64 products of all queries and rows."""
+    unit = _normalize(queries)
+    keys = torch.full((len(queries), k), _LOWEST_KEY, device=queries.device)
+    # Float64 products, similarities and keys take about six times the memory of float32 products.
+    tile_size = max(1, search.tile // 6)
+    for start, rows, norms in search.chunks():
+        unit_rows = rows / norms.unsqueeze(1)
+        row_numbers = torch.arange(start, start + len(rows), device=queries.device)
+        for tile in _slices(len(unit), tile_size):
+            new_keys, _ = _largest(search.keys.pack(unit[tile] @ unit_rows.T, row_numbers), k)
+            keys[tile] = torch.cat([keys[tile], new_keys], dim=1).topk(k, dim=1, sorted=False).values
     return keys.topk(k, dim=1).values
 
 
-def _lengths(rows: Rows) -> Lengths:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).clamp(min=_TINY)
+def _norms(rows: BankRows) -> Norms:
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.clamp(min=_MIN_NORM)
 
 
-def _unit(rows: Rows) -> Float64[Tensor, "n d"]:
-    return rows / _lengths(rows).unsqueeze(1)
+def _normalize(rows: BankRows) -> Float64[Tensor, "n d"]:
+    """Returns the rows scaled to length one, in float64."""
+    return rows / _norms(rows).unsqueeze(1)
 
 
-def _rounded(rows: Rows, lengths: Lengths, way: _Way, block: int) -> tuple[Float32[Tensor, "n d"], Lengths]:
-    """Rows at length one as the factors of a way, and the length of what rounding took from each."""
-    low = torch.empty(rows.shape, device=rows.device)
-    off = torch.empty_like(lengths)
-    half = 1 << max(0, way.dropped_bits - 1)
-    for part in _tiles(len(rows), block):
-        unit = rows[part] / lengths[part].unsqueeze(1)
-        low[part] = unit
-        if way.dropped_bits:
-            low[part] = ((low[part].view(torch.int32) + half) & -2 * half).view(torch.float32)
-        off[part] = torch.linalg.vector_norm(unit.sub_(low[part]), dim=1)
-    return low, off
+def _round_to(
+    precision: _ProductPrecision,
+    rows: BankRows,
+    norms: Norms,
+    block: int,
+) -> tuple[Float32[Tensor, "n d"], Norms]:
+    """Returns the rows at length one, rounded to the factors of `precision`.
+
+    Also returns the length of what rounding took from each row. `block` rows are worked on at once.
+    """
+    rounded = torch.empty(rows.shape, device=rows.device)
+    errors = torch.empty_like(norms)
+    # Adding half a step to the bits and cutting them off rounds to nearest: float32 orders its
+    # values as the integers of their bits, and a carry into the exponent is right as well.
+    half_step = 1 << max(0, precision.dropped_bits - 1)
+    kept_bits = -2 * half_step
+    for part in _slices(len(rows), block):
+        unit = rows[part] / norms[part].unsqueeze(1)
+        rounded[part] = unit
+        if precision.dropped_bits:
+            bits = rounded[part].view(torch.int32)
+            rounded[part] = ((bits + half_step) & kept_bits).view(torch.float32)
+        errors[part] = torch.linalg.vector_norm(unit.sub_(rounded[part]), dim=1)
+    return rounded, errors
 
 
-def _tiles(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, n, size))
+def _slices(n: int, size: int) -> Iterator[slice]:
+    """Yields slices of `size` that cover `n`; the last one may reach beyond."""
+    for start in range(0, n, size):
+        yield slice(start, start + size)
 
 
-def _refuse(bad: int, n: int, name: str) -> None:
-    if bad:
+def _check_all_finite(n_bad: int, n: int, name: str) -> None:
+    if n_bad:
         raise UsageError(
-            f"{name}: {bad} of {n} images hold NaN or infinity, so that they have no neighbors. The network may have "
-            "diverged, or half precision overflowed: give precision=fp32, batch_norm=recalibrated, or other weights"
+            f"{name}: {n_bad} of {n} images have features with NaN or infinity, so their neighbors can't be found. "
+            "The network may have diverged, or half precision may have overflowed. Try precision=fp32, "
+            "batch_norm=recalibrated, or other weights."
         )
 
 
 @contextlib.contextmanager
-def _matmul_precision(wanted: str) -> Iterator[None]:
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """Sets PyTorch's global precision of float32 products, and puts the old one back."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(wanted)
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def on_device(bank: Rows, size: int, device: torch.device) -> Iterator[Chunk]:
-    """(first row, rows) of chunks of `size` rows in order, on `device`.
+def chunks_on_device(bank: BankRows, size: int, device: torch.device) -> Iterator[Chunk]:
+    """Yields (first row, rows) of chunks of `size` rows in order, on `device`.
 
-    To a GPU they go through two page-locked buffers and a stream of their own, so that the next is on
-    its way while one is worked on; at most two are on the GPU.
+    From the CPU to a GPU they go through two page-locked buffers and a CUDA stream of their own, so
+    that the next chunk is on its way while the GPU works on one. At most two are on the GPU.
     """
     if bank.device == device or device.type != "cuda":
         for start in range(0, len(bank), size):
             yield start, bank[start : start + size].to(device)
         return
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    compute_stream = torch.cuda.current_stream(device)
+    copy_stream = torch.cuda.Stream(device)
     shape = (min(size, len(bank)), bank.shape[1])
+    # Only copies from page-locked memory run beside computation.
     buffers = [torch.empty(shape, dtype=bank.dtype, pin_memory=True) for _ in range(2)]
-    worked_on = [torch.cuda.Event(), torch.cuda.Event()]
+    chunk_done = [torch.cuda.Event(), torch.cuda.Event()]
     for number, start in enumerate(range(0, len(bank), size)):
-        buffer, done = buffers[number % 2], worked_on[number % 2]
+        buffer = buffers[number % 2]
+        done = chunk_done[number % 2]
+        # The chunk before the last used this buffer. Its work is done, and so is its copy.
         done.synchronize()  # returns at once where it was never recorded
         rows = bank[start : start + size]
         buffer[: len(rows)].copy_(rows)
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(copy_stream):
             arrived = buffer[: len(rows)].to(device, non_blocking=True)
-        main.wait_stream(side)
-        arrived.record_stream(main)
+        compute_stream.wait_stream(copy_stream)
+        # The allocator must not reuse this memory before the other stream has read it.
+        arrived.record_stream(compute_stream)
         yield start, arrived
-        done.record(main)
+        done.record(compute_stream)

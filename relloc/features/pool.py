@@ -1,4 +1,7 @@
-"""Pooling a stage's map to about 9,000 numbers, as the benchmark does (protocols.md 3.1)."""
+"""Pools the feature map of each stage to about 9,000 numbers per image.
+
+This is how the published benchmark makes features of all layers comparable (docs/protocols.md 3.1).
+"""
 
 import torch
 from jaxtyping import Float
@@ -8,46 +11,74 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, pad
 from relloc.models.backbone import STAGES, Backbone
 from relloc.results import LAYERS
 
-# Side of a stage's map at 224 px -> kernel, stride, padding of its "specified" pooling.
-_SPECIFIED = {112: (10, 10, 4), 56: (16, 8, 0), 28: (13, 5, 0), 14: (8, 3, 0), 7: (6, 1, 0)}
+# The benchmark's "specified" pooling of an input of 224 px: side of the stage's map -> kernel,
+# stride, padding, and the side of the pooled map (docs/protocols.md 3.1).
+_SPECIFIED_WINDOWS = {
+    112: (10, 10, 4),
+    56: (16, 8, 0),
+    28: (13, 5, 0),
+    14: (8, 3, 0),
+    7: (6, 1, 0),
+}
 _SPECIFIED_SIDES = {112: 12, 56: 6, 28: 4, 14: 3, 7: 2}
 
 
 def pool_stage(maps: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b d"]:
-    """Average-pool to `side` x `side` and flatten: the published windows where they give that side.
+    """Average-pools each map to `side` x `side` and flattens it.
 
-    Other map sizes (another input or backbone) get adaptive windows, the benchmark's "adaptive" mode.
+    Uses the published windows where they give that side. Maps of other sizes (of another input
+    size or backbone) get adaptive windows, which is the benchmark's "adaptive" mode.
     """
     height, width = maps.shape[-2:]
-    if height == width and _SPECIFIED_SIDES.get(height) == side:
-        kernel, stride, padding = _SPECIFIED[height]
-        if torch.compiler.is_compiling() and stride > 1 and kernel % stride == 0:
-            # Means of squares first, which the compiler takes from the map as it is; avg_pool2d wants a float32 copy.
-            blocks = pad(maps, (padding,) * 4).unflatten(-1, (-1, stride)).unflatten(-3, (-1, stride))
-            maps, kernel, stride, padding = blocks.mean((-3, -1)), kernel // stride, 1, 0
-        return avg_pool2d(maps, kernel, stride, padding).flatten(1)
-    return adaptive_avg_pool2d(maps, side).flatten(1)
+    is_specified = height == width and _SPECIFIED_SIDES.get(height) == side
+    if not is_specified:
+        return adaptive_avg_pool2d(maps, side).flatten(1)
+    kernel, stride, padding = _SPECIFIED_WINDOWS[height]
+    if torch.compiler.is_compiling() and stride > 1 and kernel % stride == 0:
+        # The compiler would copy the whole map to float32 for avg_pool2d. It fuses means over
+        # squares of stride x stride pixels with the map as it is. A window is a whole number of
+        # these squares, so the same mean is then taken over the few squares of each window.
+        padded = pad(maps, (padding,) * 4)
+        squares = padded.unflatten(-1, (-1, stride)).unflatten(-3, (-1, stride))
+        maps = squares.mean((-3, -1))
+        kernel = kernel // stride
+        stride = 1
+        padding = 0
+    return avg_pool2d(maps, kernel, stride, padding).flatten(1)
 
 
 def pooled_layers(
-    backbone: Backbone, images: Float[Tensor, "b 3 h w"], layers: tuple[str, ...]
+    backbone: Backbone,
+    images: Float[Tensor, "b 3 h w"],
+    layers: tuple[str, ...],
 ) -> dict[str, Float[Tensor, "b d"]]:
-    """The pooled features of the named layers in float32: half precision overflows in feature5."""
+    """Returns the pooled features of the named layers, in float32, by layer in the given order.
+
+    `layers` are some of `relloc.results.LAYERS`: stages of the backbone, or "avgpool", which is the
+    mean over the map of feature5.
+    """
     stages = backbone(images)
-    sides = dict(zip(STAGES, backbone.pooled_sides, strict=True))
-    pooled = {name: pool_stage(stages[name].float(), sides[name]) for name in layers if name in sides}
+    pooled = {}
+    for name, side in zip(STAGES, backbone.pooled_sides, strict=True):
+        if name in layers:
+            # Half precision overflows in the sums over windows of feature5.
+            pooled[name] = pool_stage(stages[name].float(), side)
     if "avgpool" in layers:
         pooled["avgpool"] = stages["feature5"].float().mean(dim=(2, 3))
     return {name: pooled[name] for name in layers}
 
 
 def layer_channels(backbone: Backbone) -> dict[str, int]:
-    """Channels of each layer."""
-    return dict(zip(LAYERS, (*backbone.stage_channels, backbone.stage_channels[-1]), strict=True))
+    """Returns the number of channels of each layer, by layer."""
+    # avgpool has the channels of the last stage.
+    channels = (*backbone.stage_channels, backbone.stage_channels[-1])
+    return dict(zip(LAYERS, channels, strict=True))
 
 
 def layer_dims(backbone: Backbone) -> dict[str, int]:
-    """How many numbers each layer has after pooling: channels x places."""
-    sides = (*backbone.pooled_sides, 1)
+    """Returns how many numbers each layer has after pooling: channels times pooled pixels."""
     channels = layer_channels(backbone)
-    return {layer: channels[layer] * side * side for layer, side in zip(LAYERS, sides, strict=True)}
+    dims = {}
+    for layer, side in zip(LAYERS, (*backbone.pooled_sides, 1), strict=True):
+        dims[layer] = channels[layer] * side * side
+    return dims

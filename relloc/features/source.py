@@ -1,6 +1,6 @@
-"""Where an evaluation gets its features: computed once and kept, or computed again each time.
+"""Sources of features for evaluations: kept in memory, or computed again each time.
 
-Both give the same numbers for the same image; which one serves is a matter of memory alone.
+Both give the same numbers for the same image. Which one is used is a matter of memory alone.
 """
 
 import dataclasses
@@ -18,74 +18,114 @@ from relloc.data.loader import ImageBatch, Unreadable, load
 from relloc.data.readers import never
 from relloc.data.views import View, Views
 from relloc.errors import DataError, UsageError
+from relloc.features.augment import UnitRangeImages
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.seeds import Use, seed_for
 
-Pixels = Float[Tensor, "b 3 s s"]
-Features = dict[str, Float[Tensor, "b _d"]]
-Batch = tuple[Features, Int[Tensor, "b *classes"]]
-# Changes pixels between 0 and 1 by the chance of one seed an image
-Color = Callable[[Pixels, Sequence[int]], Pixels]
+ByteRangeImages = Float[Tensor, "b 3 s s"]  # RGB values from 0 to 255, as floating-point numbers
+NormalizedImages = Float[Tensor, "b 3 s s"]  # what networks take: ImageNet's mean 0, deviation 1
+Features = dict[str, Float[Tensor, "b _d"]]  # by layer
+FeatureBatch = tuple[Features, Int[Tensor, "b *classes"]]  # features, and labels
+# Changes the colors of a batch at random, by one seed for each image.
+ColorAugmentation = Callable[[UnitRangeImages, Sequence[int]], UnitRangeImages]
+# Called with batches, what they are for, and their number; passes the batches on, and shows progress.
 ProgressBar = Callable[[Iterable[ImageBatch], str, int], Iterable[ImageBatch]]
-Encode = Callable[[Backbone, Pixels, tuple[str, ...], bool], Features]
+EncodeFunction = Callable[[Backbone, ByteRangeImages, tuple[str, ...], bool], Features]
+SeededIndex = tuple[int, int]  # index of an image, and seed of its random view
+
+_BYTES_PER_FEATURE = 4  # float32
+_GIB = 2**30
 
 
-def encode(backbone: Backbone, images: Pixels, layers: tuple[str, ...], bf16: bool) -> Features:
-    """Pooled features of images of 0 to 255: normalized, encoded in bfloat16 if asked, pooled in float32."""
+def encode(
+    backbone: Backbone,
+    images: ByteRangeImages,
+    layers: tuple[str, ...],
+    bf16: bool,
+) -> Features:
+    """Returns pooled features of images with values from 0 to 255.
+
+    Images are normalized, encoded in bfloat16 if `bf16`, and pooled in float32.
+    """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         return pooled_layers(backbone, ByDataset()(images), layers)
 
 
-def _silent(batches: Iterable[ImageBatch], _what: str, _total: int) -> Iterable[ImageBatch]:
+def _no_progress(
+    batches: Iterable[ImageBatch],
+    _what: str,
+    _total: int,
+) -> Iterable[ImageBatch]:
     return batches
 
 
-def _ignore(_reasons: dict[str, str]) -> None:
+def _note_nothing(_reasons: dict[str, str]) -> None:
     pass
 
 
 @runtime_checkable
 class FeatureSource(Protocol):
-    """Labeled images 0..n-1 as pooled features; `dims` numbers a layer, in `channels` channels.
+    """Labeled images, numbered from 0 to n - 1, whose pooled features can be asked for.
 
-    A label is the number of a class; or, where an image may show several (PASCAL VOC), a row of
-    `n_classes` of 1 (there), 0 (difficult) and -1 (not there).
+    A label is the number of a class. Where an image may show several classes (PASCAL VOC), it is a
+    row of `n_classes` values: 1 (present), 0 (difficult) or -1 (absent).
     """
 
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """The number of images."""
+        ...
 
     @property
-    def n_classes(self) -> int: ...
+    def n_classes(self) -> int:
+        """The number of classes."""
+        ...
 
     @property
-    def dims(self) -> dict[str, int]: ...
+    def dims(self) -> dict[str, int]:
+        """How many numbers an image has at each layer."""
+        ...
 
     @property
-    def channels(self) -> dict[str, int]: ...
+    def channels(self) -> dict[str, int]:
+        """The number of channels of each layer, before pooled maps were flattened."""
+        ...
 
     def batches(
-        self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
-    ) -> Iterator[Batch]:
-        """Features by layer and labels of the images at `indices`, in that order, `size` at a time.
+        self,
+        indices: Int[Tensor, "m"],
+        size: int,
+        layers: Sequence[str],
+        epoch: int = 0,
+        epochs: int = 1,
+    ) -> Iterator[FeatureBatch]:
+        """Yields features by layer, and labels, of the images at `indices`.
 
-        Where views are random, each epoch has its own; else `epoch` changes nothing. `epochs` is how
-        many there are, which only progress tells.
+        Images come in the given order, `size` at a time. Where views are random, each epoch has its
+        own; otherwise `epoch` changes nothing. `epochs` is their number, which is only displayed.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """How views are read and encoded; the same for every evaluation of a run.
+    """How views of images are read and encoded; the same for all evaluations of a run.
 
-    `share_setting` is what a user sets `unreadable_share` by. `precision` is "fp32", "tf32" or "bf16".
-    `encode` is the function of that name, or what a compiler made of it; it serves full batches, as each
-    other size would be compiled anew. `stopping` says whether the run was asked to stop, where that is
-    otherwise looked at between steps only. `note_unreadable` is told as they are met which images can't be used, and
-    why.
+    Attributes:
+        batch: images that are encoded at once.
+        workers: processes that read images.
+        device: where networks compute.
+        precision: "fp32", "tf32" or "bf16".
+        unreadable_share: share of images that may be unreadable before the run ends.
+        share_setting: the setting by which a user sets `unreadable_share`, for messages.
+        progress: shows how far reading has come.
+        encode: the function `encode`, or what a compiler made of it. It is used for full batches
+            only, as each other size would be compiled anew.
+        stopping: returns whether the run was asked to stop, for waits within a step.
+        note_unreadable: is called with the names of unreadable images and the reasons, as they are
+            met.
     """
 
     batch: int
@@ -94,10 +134,10 @@ class EncodeConfig:
     precision: str
     unreadable_share: float
     share_setting: str = "data.unreadable_share"
-    progress: ProgressBar = _silent
-    encode: Encode = encode
+    progress: ProgressBar = _no_progress
+    encode: EncodeFunction = encode
     stopping: Callable[[], bool] = never
-    note_unreadable: Callable[[dict[str, str]], None] = _ignore
+    note_unreadable: Callable[[dict[str, str]], None] = _note_nothing
 
     @property
     def bf16(self) -> bool:
@@ -105,7 +145,10 @@ class EncodeConfig:
         return self.precision == "bf16"
 
     def unreadable_of(self, n_images: int) -> Unreadable:
-        """The count of those of `n_images` that can't be used, which ends the run beyond `unreadable_share`."""
+        """Returns a new counter of unreadable images among `n_images`.
+
+        It ends the run when their share exceeds `unreadable_share`.
+        """
         return Unreadable(
             n_images=n_images,
             most_share=self.unreadable_share,
@@ -113,43 +156,82 @@ class EncodeConfig:
             note=self.note_unreadable,
         )
 
-    def views(self, images: ImageSet, view: View, keys: Iterable[tuple[int, int]], size: int) -> Iterable[ImageBatch]:
-        """Views by (image, seed of its chance), `size` at a time; keys are asked for as they are needed."""
-        left = iter(keys)
-        return self._load(images, view, iter(lambda: list(itertools.islice(left, size)), []))
+    def views(
+        self,
+        images: ImageSet,
+        view: View,
+        keys: Iterable[SeededIndex],
+        size: int,
+    ) -> Iterable[ImageBatch]:
+        """Yields views of images, `size` at a time; `keys` are taken as they are needed.
+
+        Unreadable images are left out and named in their batch; counting them is up to the caller.
+        """
+        remaining = iter(keys)
+
+        def next_keys() -> list[SeededIndex]:
+            return list(itertools.islice(remaining, size))
+
+        # Calls `next_keys` until it returns an empty list.
+        return self._load(images, view, iter(next_keys, []))
 
     def read(
         self,
         images: ImageSet,
         view: View,
-        batches: Iterable[list[tuple[int, int]]],
+        batches: Iterable[list[SeededIndex]],
         n_batches: int,
         what: str,
         unreadable: Unreadable | None = None,
     ) -> Iterator[ImageBatch]:
-        """The same in given batches, of which some may be empty; progress calls them `what`.
+        """Yields views of images in the given batches, some of which may be empty.
+
+        `what` is the text beside the progress bar. `unreadable` counts unreadable images; by
+        default that is a new counter.
 
         Raises:
-            DataError: more images than `unreadable` allows can't be read, by default more than `unreadable_share`.
+            DataError: more images can't be read than `unreadable` allows.
         """
         unreadable = unreadable or self.unreadable_of(len(images))
-        for views in self.progress(self._load(images, view, batches), what, n_batches):
-            unreadable.add(views.unreadable)
-            yield views
+        loaded = self._load(images, view, batches)
+        for batch in self.progress(loaded, what, n_batches):
+            unreadable.add(batch.unreadable)
+            yield batch
 
-    def _load(self, images: ImageSet, view: View, batches: Iterable[list[tuple[int, int]]]) -> Iterator[ImageBatch]:
-        pin = self.device.type == "cuda"
-        return load(Views(images, view), batches, workers=self.workers, pin=pin, stopping=self.stopping)
+    def _load(
+        self,
+        images: ImageSet,
+        view: View,
+        batches: Iterable[list[SeededIndex]],
+    ) -> Iterator[ImageBatch]:
+        return load(
+            Views(images, view),
+            batches,
+            workers=self.workers,
+            pin=self.device.type == "cuda",
+            stopping=self.stopping,
+        )
 
-    def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> Pixels:
-        """Views as the network takes them."""
-        return ByDataset()(pixels.to(self.device, non_blocking=True).float())
+    def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> NormalizedImages:
+        """Returns images on the device, normalized as networks take them."""
+        images = pixels.to(self.device, non_blocking=True).float()
+        return ByDataset()(images)
 
 
 class LiveFeatures:
-    """A `FeatureSource` that encodes images each time they are asked for: little memory, more time.
+    """A `FeatureSource` that encodes images each time they are asked for.
 
-    `backbone` is on `encode_config.device`. `labels` (n, or n x classes) are the images' own unless given.
+    That takes little memory and more time; with random views there is no other way.
+
+    Args:
+        backbone: a network on `encode_config.device`; `batches` puts it into evaluation mode.
+        images: the images, in `view`.
+        labels: labels (n, or n x classes) in place of the images' own.
+        color: random color changes, applied on the device.
+        seed: of all random numbers of views and colors.
+
+    Raises:
+        ValueError: neither the images nor `labels` have labels.
     """
 
     def __init__(
@@ -160,11 +242,11 @@ class LiveFeatures:
         view: View,
         *,
         labels: Int[Tensor, "n *classes"] | None = None,
-        color: Color | None = None,
+        color: ColorAugmentation | None = None,
         seed: int = 0,
     ) -> None:
         if labels is None and images.labels is None:
-            raise ValueError(f"{images.name} {images.split} has no labels")
+            raise ValueError(f"{images.name} {images.split} has no labels, but features need labels beside them")
         self.backbone = backbone
         self.images = images
         self.encode_config = encode_config
@@ -179,33 +261,69 @@ class LiveFeatures:
         self.unreadable = encode_config.unreadable_of(self.n)
 
     def batches(
-        self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
-    ) -> Iterator[Batch]:
+        self,
+        indices: Int[Tensor, "m"],
+        size: int,
+        layers: Sequence[str],
+        epoch: int = 0,
+        epochs: int = 1,
+    ) -> Iterator[FeatureBatch]:
         self.backbone.eval()
-        parts = indices.split(size)
-        keys = (
-            [(index, seed_for(Use.AUGMENTED_VIEW, self.seed, epoch, index)) for index in part.tolist()]
-            for part in parts
-        )
+        batches = indices.split(size)
+        # A generator, so that seeds are computed as batches are read, not all of an epoch at first.
+        keys = (self._keys(batch, epoch) for batch in batches)
         what = f"features of {self.images.name} {self.images.split}"
-        what += f", epoch {epoch + 1} of {epochs}" if epochs > 1 else ""
-        for views in self.encode_config.read(self.images, self.view, keys, len(parts), what, self.unreadable):
+        if epochs > 1:
+            what += f", epoch {epoch + 1} of {epochs}"
+        read = self.encode_config.read(
+            self.images,
+            self.view,
+            keys,
+            len(batches),
+            what,
+            self.unreadable,
+        )
+        for views in read:
+            # A batch may be empty, as no image of it could be read.
             if len(views.pixels):
                 yield self._encode(views, size, layers, epoch), self.labels[views.indices]
 
+    def _keys(self, indices: Int[Tensor, "m"], epoch: int) -> list[SeededIndex]:
+        """Returns each image with the seed of its view, which depends on image and epoch alone."""
+        keys = []
+        for index in indices.tolist():
+            view_seed = seed_for(Use.AUGMENTED_VIEW, self.seed, epoch, index)
+            keys.append((index, view_seed))
+        return keys
+
     @torch.no_grad()
-    def _encode(self, views: ImageBatch, size: int, layers: Sequence[str], epoch: int) -> Features:
-        images = views.pixels.to(self.encode_config.device, non_blocking=True).float()
+    def _encode(
+        self,
+        views: ImageBatch,
+        size: int,
+        layers: Sequence[str],
+        epoch: int,
+    ) -> Features:
+        device = self.encode_config.device
+        images = views.pixels.to(device, non_blocking=True).float()
         if self.color:
-            seeds = [seed_for(Use.AUGMENTED_COLOR, self.seed, epoch, index) for index in views.indices.tolist()]
-            images = 255 * self.color(images / 255, seeds)
-        way = self.encode_config.encode if len(images) == size else encode
-        return way(self.backbone, images, tuple(layers), self.encode_config.bf16)
+            color_seeds = []
+            for index in views.indices.tolist():
+                color_seeds.append(seed_for(Use.AUGMENTED_COLOR, self.seed, epoch, index))
+            images = 255 * self.color(images / 255, color_seeds)
+        # A compiled function serves one size, and would be compiled anew for another.
+        encode_images = self.encode_config.encode if len(images) == size else encode
+        return encode_images(
+            self.backbone,
+            images,
+            tuple(layers),
+            self.encode_config.bf16,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bank:
-    """A `FeatureSource` kept in memory: one matrix a layer, one row an image."""
+    """A `FeatureSource` that is kept in memory: one matrix per layer, with one row per image."""
 
     features: dict[str, Float[Tensor, "n _d"]]
     labels: Int[Tensor, "n *classes"]
@@ -221,10 +339,16 @@ class Bank:
         return {layer: rows.shape[1] for layer, rows in self.features.items()}
 
     def batches(
-        self, indices: Int[Tensor, "m"], size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
-    ) -> Iterator[Batch]:
-        for chosen in indices.split(size):
-            yield {layer: self.features[layer][chosen] for layer in layers}, self.labels[chosen]
+        self,
+        indices: Int[Tensor, "m"],
+        size: int,
+        layers: Sequence[str],
+        epoch: int = 0,
+        epochs: int = 1,
+    ) -> Iterator[FeatureBatch]:
+        for batch in indices.split(size):
+            features = {layer: self.features[layer][batch] for layer in layers}
+            yield features, self.labels[batch]
 
 
 def fill_bank(
@@ -234,38 +358,45 @@ def fill_bank(
     device: torch.device,
     indices: Int[Tensor, "m"] | None = None,
 ) -> Bank:
-    """A source's features of the named layers, in the memory of `device`: of all images, or of those at `indices`.
+    """Computes the features of a source once and keeps them in the memory of `device`.
 
-    Matrices are allocated once: the peak is the bank itself and one batch.
+    Images are those at `indices`, by default all; `size` of them are encoded at once. Images that
+    can't be read have no row.
 
     Raises:
         DataError: none of the images can be read.
-        UsageError: there is no room for that.
+        UsageError: the memory is not large enough.
     """
     indices = torch.arange(source.n) if indices is None else indices
-    needed, free = bank_gib(source, layers, len(indices)), free_gib(device)
-    full = UsageError(
-        f"features of {len(indices)} images at {', '.join(layers)} take {in_gib(needed)}, and the memory of {device} "
-        f"has {in_gib(free)} free: name fewer layers, take a smaller data set, or free memory"
+    needed_gib = bank_gib(source, layers, len(indices))
+    available_gib = free_gib(device)
+    too_large = UsageError(
+        f"features of {len(indices)} images at {', '.join(layers)} take {format_gib(needed_gib)}, but the memory of "
+        f"{device} has only {format_gib(available_gib)} free: name fewer layers, use a smaller data set, or free memory"
     )
-    if needed > free:
-        raise full
+    if needed_gib > available_gib:
+        raise too_large
+    # Each matrix is allocated once and filled batch by batch. Joining a list of batches at the end
+    # would need the memory twice.
+    matrices = {}
     try:
-        rows = {layer: torch.empty(len(indices), source.dims[layer], device=device) for layer in layers}
+        for layer in layers:
+            matrices[layer] = torch.empty(len(indices), source.dims[layer], device=device)
     except RuntimeError as error:  # an allocator that is asked for too much raises nothing narrower
-        raise full from error
+        raise too_large from error
     labels = []
-    filled = 0
+    n_filled = 0
     for features, batch_labels in source.batches(indices, size, layers):
-        end = filled + len(batch_labels)
-        for layer, matrix in rows.items():
-            matrix[filled:end] = features[layer]
+        end = n_filled + len(batch_labels)
+        for layer, matrix in matrices.items():
+            matrix[n_filled:end] = features[layer]
         labels.append(batch_labels)
-        filled = end
+        n_filled = end
     if not labels:
-        raise DataError("none of the images can be read: there are no features to evaluate")
+        raise DataError("none of the images can be read, so there are no features to evaluate")
+    # Unreadable images leave rows at the end unused.
     return Bank(
-        features={layer: matrix[:filled] for layer, matrix in rows.items()},
+        features={layer: matrix[:n_filled] for layer, matrix in matrices.items()},
         labels=torch.cat(labels),
         n_classes=source.n_classes,
         channels=source.channels,
@@ -273,25 +404,30 @@ def fill_bank(
 
 
 def bank_device(gib: float, device: torch.device) -> torch.device:
-    """`device` if a bank of `gib` takes less than half of its free memory, else the CPU."""
+    """Returns `device` if a bank of `gib` takes less than half of its free memory, else the CPU."""
     if device.type == "cuda" and gib < free_gib(device) / 2:
         return device
     return torch.device("cpu")
 
 
 def bank_gib(source: FeatureSource, layers: Sequence[str], n: int | None = None) -> float:
-    """Memory that `fill_bank` would take for `n` images, or all, in GiB."""
-    values = sum(source.dims[layer] for layer in layers) * (source.n if n is None else n)
-    return values * 4 / 2**30
+    """Returns the memory that `fill_bank` takes for `n` images (by default all), in GiB."""
+    n_images = source.n if n is None else n
+    values_per_image = sum(source.dims[layer] for layer in layers)
+    return values_per_image * n_images * _BYTES_PER_FEATURE / _GIB
 
 
 def free_gib(device: torch.device) -> float:
-    """Memory of `device` that can still be taken, in GiB: of a CPU what Linux calls available, caches included."""
+    """Returns the memory of `device` that can still be taken, in GiB.
+
+    For a CPU that is what Linux calls available, caches included.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**30
-    return psutil.virtual_memory().available / 2**30
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes / _GIB
+    return psutil.virtual_memory().available / _GIB
 
 
-def in_gib(gib: float) -> str:
-    """Words that keep three digits of however little."""
+def format_gib(gib: float) -> str:
+    """Returns text such as "9.77 GiB", with three digits also of small numbers."""
     return f"{gib:.3g} GiB" if gib < 100 else f"{gib:.0f} GiB"

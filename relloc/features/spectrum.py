@@ -1,65 +1,96 @@
-"""How many directions features use, without labels: two measures of their spectrum."""
+"""Measures how many directions features use, without labels, from their singular values.
+
+`rankme` is an effective rank; `alpha_req` is the exponent of the decay of the eigenvalues.
+"""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_EPSILON = 1e-7
-_FIRST_RANK, _LAST_RANK = 4, 100
+_RANKME_EPSILON = 1e-7  # RankMe's constant for float32
+# Ranks, counted from 1 at the largest eigenvalue, between which alpha-ReQ's line is fitted.
+_FIRST_RANK = 4
+_LAST_RANK = 100
 
 
 def rankme(features: Float[Tensor, "n d"]) -> float:
-    """RankMe, from 1 (all features on one line) to min(n, d) (all directions used alike).
+    """Returns RankMe, an effective rank between 1 and min(n, d).
 
-    With s the singular values of the features, not centered, and p = s / sum(s) + 1e-7, it is
-    exp(-sum(p log p)) over all min(n, d) of them: Garrido, Balestriero, Najman, LeCun, "RankMe",
-    ICML 2023, whose constant for float32 is 1e-7; singular values are computed in float64 here.
-    It grows with n until n is several times d, so only numbers of one n compare.
+    It is 1 if all features lie on one line through the origin, and min(n, d) if all directions
+    are used alike. With s the singular values of the features, not centered, and
+    p = s / sum(s) + 1e-7, RankMe is exp(-sum(p log p)) over all min(n, d) of them: Garrido,
+    Balestriero, Najman, LeCun, "RankMe", ICML 2023, whose constant for float32 is 1e-7. Singular
+    values are computed in float64 here. RankMe grows with n until n is several times d, so only
+    values of the same n can be compared.
 
     Raises:
-        ValueError: features that are not finite, or all zero.
+        ValueError: features are not finite, or all are zero.
     """
-    s = torch.linalg.svdvals(_doubles(features))
-    if not s.any():
-        raise ValueError(f"all features of {len(features)} images are zero: they have no directions")
-    p = s / s.sum() + _EPSILON
-    return float(torch.exp(-(p * p.log()).sum()))
+    singular_values = torch.linalg.svdvals(_to_float64(features))
+    if not singular_values.any():
+        raise ValueError(f"all features of {len(features)} images are zero, so they have no directions to count")
+    p = singular_values / singular_values.sum() + _RANKME_EPSILON
+    entropy = -(p * p.log()).sum()
+    return float(torch.exp(entropy))
 
 
 def alpha_req(features: Float[Tensor, "n d"]) -> float:
-    """Exponent a of the decay rank^-a of the eigenvalues of the features' covariance.
+    """Returns alpha-ReQ: the exponent a of the decay rank^-a of the covariance's eigenvalues.
 
-    Agrawal, Mondal, Ghosh, Richards, "alpha-ReQ", NeurIPS 2022. The paper gives no range; this is
-    the fit of the authors' code (fastssl, `stringer_get_powerlaw` on ranks from 3 to 99 counted
-    from 0): features are centered, and a line through log eigenvalue over log rank is fitted by
-    least squares with weights 1 / rank, over ranks 4 to 100 counted from 1 at the largest. Ranks
-    end earlier where the features span fewer directions: at min(n - 1, d) or less.
+    Agrawal, Mondal, Ghosh, Richards, "alpha-ReQ", NeurIPS 2022. The paper gives no range of ranks;
+    this is the fit of the authors' code (fastssl, `stringer_get_powerlaw` on ranks from 3 to 99
+    counted from 0). Features are centered, and a line through log eigenvalue over log rank is
+    fitted by least squares with weights 1 / rank, over ranks 4 to 100 counted from 1 at the
+    largest. The range ends earlier where features span fewer directions: at min(n - 1, d) or less.
 
     Raises:
-        ValueError: features that are not finite, or span fewer than 5 directions: no line has a slope.
+        ValueError: features are not finite, or span fewer than 5 directions, so that no line has a
+            slope.
     """
-    doubles = _doubles(features)
-    s = torch.linalg.svdvals(doubles - doubles.mean(dim=0))
-    rounding = torch.finfo(torch.float64).eps * max(features.shape) * float(doubles.norm())
-    directions = int((s > rounding).sum())
-    if directions <= _FIRST_RANK:
+    exact = _to_float64(features)
+    centered = exact - exact.mean(dim=0)
+    singular_values = torch.linalg.svdvals(centered)
+    # Singular values up to the rounding of float64 are zeros: those directions are not used. This
+    # is the bound of numpy.linalg.matrix_rank, with the Frobenius norm.
+    epsilon = torch.finfo(torch.float64).eps
+    rounding = epsilon * max(features.shape) * float(exact.norm())
+    n_directions = int((singular_values > rounding).sum())
+    if n_directions <= _FIRST_RANK:
         raise ValueError(
-            f"features of {len(features)} images span {directions} directions around their mean: "
-            f"the power law is fitted from rank {_FIRST_RANK} on and needs {_FIRST_RANK + 1}"
+            f"features of {len(features)} images span {n_directions} directions around their mean, but alpha-ReQ "
+            f"needs {_FIRST_RANK + 1}: its power law is fitted from rank {_FIRST_RANK} on"
         )
-    return -_slope(s[_FIRST_RANK - 1 : min(directions, _LAST_RANK)].square().log())
+    last_rank = min(n_directions, _LAST_RANK)
+    # Eigenvalues of the covariance are squares of singular values, up to a factor 1 / (n - 1) that
+    # moves the line but not its slope.
+    eigenvalues = singular_values[_FIRST_RANK - 1 : last_rank].square()
+    return -_slope(eigenvalues.log())
 
 
 def _slope(logs: Float[Tensor, "m"]) -> float:
-    """Slope of `logs`, at ranks from the first on, over log rank; weights 1 / rank."""
-    ranks = torch.arange(_FIRST_RANK, _FIRST_RANK + len(logs), dtype=logs.dtype, device=logs.device)
-    weights = (1 / ranks) / (1 / ranks).sum()
-    x = ranks.log() - (weights * ranks.log()).sum()
-    return float((weights * x * logs).sum() / (weights * x.square()).sum())
+    """Returns the slope of `logs`, at ranks from `_FIRST_RANK` on, over the logarithm of the rank.
+
+    Least squares with weights 1 / rank, as low ranks are few on a logarithmic axis but count most.
+    """
+    ranks = torch.arange(
+        _FIRST_RANK,
+        _FIRST_RANK + len(logs),
+        dtype=logs.dtype,
+        device=logs.device,
+    )
+    weights = 1 / ranks
+    weights = weights / weights.sum()
+    x = ranks.log()
+    centered_x = x - (weights * x).sum()
+    # Slope of weighted least squares: weighted covariance of x and y over weighted variance of x.
+    covariance = (weights * centered_x * logs).sum()
+    variance = (weights * centered_x.square()).sum()
+    return float(covariance / variance)
 
 
-def _doubles(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    bad = int((~features.isfinite()).sum())
-    if bad:
-        raise ValueError(f"{bad} of {features.numel()} features are not finite")
+def _to_float64(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Returns the features in float64. Raises `ValueError` where some are not finite."""
+    n_bad = int((~features.isfinite()).sum())
+    if n_bad:
+        raise ValueError(f"{n_bad} of {features.numel()} features are not finite")
     return features.double()

@@ -16,7 +16,7 @@ from relloc.errors import DataError
 from relloc.evals.linear import _DIVERGED, Linear, LinearFast, _best_head
 from relloc.evals.training import count_hits, draw_held_back
 from relloc.features.augment import JitterAndLighting
-from relloc.features.source import Bank, Batch
+from relloc.features.source import Bank, FeatureBatch
 from relloc.results import CHOSEN_WITHOUT_TEST, Score
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ class Augmented:
 
     def batches(
         self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Iterator[FeatureBatch]:
         self.epochs.append(epoch)
         chance = torch.Generator().manual_seed(epoch)
         for features, labels in self.bank.batches(places, size, layers):

@@ -12,7 +12,7 @@ from relloc.errors import DataError, UsageError
 from relloc.evals.heads import HeadSettings, Sgd
 from relloc.evals.training import HeadTraining, count_hits, draw_held_back
 from relloc.evaluation.contract import NullState
-from relloc.features.source import Bank, Batch
+from relloc.features.source import Bank, FeatureBatch
 
 CPU = torch.device("cpu")
 N_CLASSES = 3
@@ -54,7 +54,7 @@ class Watched:
 
     def batches(
         self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Iterator[FeatureBatch]:
         for chosen in places.split(size):
             self.asked.append((epoch, chosen.tolist()))
             kept = torch.tensor([place for place in chosen.tolist() if place not in self.unreadable])

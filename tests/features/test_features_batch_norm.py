@@ -13,8 +13,8 @@ from relloc.models.small import SmallBackbone
 def backbone() -> SmallBackbone:
     torch.manual_seed(0)
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
-    for place, norm in enumerate(norms_of(backbone)):
-        norm.momentum = 0.1 + place / 100
+    for index, norm in enumerate(norms_of(backbone)):
+        norm.momentum = 0.1 + index / 100
         nn.init.uniform_(norm.running_mean, -1, 1)
         nn.init.uniform_(norm.running_var, 0.5, 2)
         norm.num_batches_tracked += 1000  # as after a long training
@@ -27,7 +27,7 @@ def norms_of(backbone: nn.Module) -> list[nn.BatchNorm2d]:
 
 def batches(n: int = 3, size: int = 4) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(size, 3, 48, 48, generator=generator) * (1 + place) + place for place in range(n)]
+    return [torch.randn(size, 3, 48, 48, generator=generator) * (1 + index) + index for index in range(n)]
 
 
 def test_statistics_become_the_averages_over_the_batches(backbone: SmallBackbone) -> None:

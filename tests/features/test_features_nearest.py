@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relloc.errors import UsageError
 from relloc.features import nearest as module
-from relloc.features.nearest import Neighbors, nearest
+from relloc.features.nearest import NearestNeighbors, nearest
 
 GRID = 2.0**40
 
@@ -27,14 +27,14 @@ def oracle(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(np.take_along_axis(similar, order, axis=1) / GRID), torch.tensor(order)
 
 
-def assert_is_oracles(found: Neighbors, queries: Tensor, bank: Tensor, k: int) -> None:
+def assert_is_oracles(found: NearestNeighbors, queries: Tensor, bank: Tensor, k: int) -> None:
     similar, rows = oracle(queries, bank, k)
     assert torch.equal(found.rows, rows)
     torch.testing.assert_close(found.similarities, similar, rtol=0, atol=2 / GRID)
 
 
 @pytest.fixture(params=["float64", "float32", "tf32", "tf32 alone"])
-def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def precisions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What GPUs do, on this CPU: factors are rounded as there."""
     chosen = {
         "float64": (),
@@ -42,10 +42,10 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         "tf32": (module._TF32, module._FLOAT32),
         "tf32 alone": (module._TF32,),
     }
-    monkeypatch.setattr(module, "_ways", lambda device, n_rows, k: chosen[request.param])
+    monkeypatch.setattr(module, "_product_precisions", lambda device, n_rows, k: chosen[request.param])
 
 
-@pytest.mark.usefixtures("ways")
+@pytest.mark.usefixtures("precisions")
 @pytest.mark.parametrize("k", [1, 7, 200])
 def test_neighbors_are_those_of_float64(k: int) -> None:
     queries, bank = drawn(40, 48, seed=0), drawn(5000, 48, seed=1)
@@ -59,14 +59,14 @@ def test_crowds_within_the_rounding_of_products_are_told_apart(monkeypatch: pyte
     direction, noise = drawn(1, 32, seed=2).double(), drawn(3000, 32, seed=3).double()
     bank = torch.cat([drawn(500, 32, seed=4).double(), direction + 1e-5 * noise])
     queries = torch.cat([direction, drawn(3, 32, seed=5).double()])
-    for ways in ((module._FLOAT32,), (module._TF32,), (module._TF32, module._FLOAT32)):
-        monkeypatch.setattr(module, "_ways", lambda device, n_rows, k, ways=ways: ways)
+    for precisions in ((module._FLOAT32,), (module._TF32,), (module._TF32, module._FLOAT32)):
+        monkeypatch.setattr(module, "_product_precisions", lambda device, n_rows, k, precisions=precisions: precisions)
         found = nearest(queries, bank, 20, chunk=617)
         assert_is_oracles(found, queries, bank, 20)
         assert 1 <= found.retried < 4
 
 
-@pytest.mark.usefixtures("ways")
+@pytest.mark.usefixtures("precisions")
 @settings(max_examples=6, deadline=None)
 @given(st.integers(20, 700), st.integers(3, 50), st.integers(1, 90), st.integers(0, 3))
 def test_chunks_tiles_and_repeated_rows_change_nothing(chunk: int, tile: int, k: int, seed: int) -> None:
@@ -77,18 +77,18 @@ def test_chunks_tiles_and_repeated_rows_change_nothing(chunk: int, tile: int, k:
     assert_is_oracles(nearest(queries, bank, k, chunk=chunk, tile=tile), queries, bank, k)
 
 
-@pytest.mark.parametrize("way", [module._FLOAT32, module._TF32])
-def test_products_are_off_by_less_than_the_bound(way: module._Way) -> None:
+@pytest.mark.parametrize("precision", [module._FLOAT32, module._TF32])
+def test_products_are_off_by_less_than_the_bound(precision: module._ProductPrecision) -> None:
     sides = [drawn(300, 257, seed=seed) for seed in (6, 7)]
-    units = [module._unit(side) for side in sides]
-    (low, off), (low_too, off_too) = (module._rounded(side, module._lengths(side), way, 64) for side in sides)
+    units = [module._normalize(side) for side in sides]
+    (low, off), (low_too, off_too) = (module._round_to(precision, side, module._norms(side), 64) for side in sides)
     error = (low.double() @ low_too.double().T - units[0] @ units[1].T).abs().amax(dim=1)
-    bound = module._ROUNDING * (off + off_too.max())
+    bound = module._BOUND_MARGIN * (off + off_too.max())
     assert (error <= bound).all()
-    assert bound.max() < 2.0 ** (way.dropped_bits - 22)
+    assert bound.max() < 2.0 ** (precision.dropped_bits - 22)
     # As TF32 has them: ten bits after the leading one, so that nothing is left for a GPU to round.
-    if way.dropped_bits:
-        assert not (low.view(torch.int32) & (2**way.dropped_bits - 1)).any()
+    if precision.dropped_bits:
+        assert not (low.view(torch.int32) & (2**precision.dropped_bits - 1)).any()
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 500, 1003])
@@ -100,7 +100,7 @@ def test_the_largest_are_found_through_groups(columns: int) -> None:
         assert torch.equal(values.gather(1, where), found)
 
 
-@pytest.mark.usefixtures("ways")
+@pytest.mark.usefixtures("precisions")
 def test_queries_and_bank_are_left_as_they_are() -> None:
     queries, bank = drawn(4, 6, seed=0).double(), drawn(900, 6, seed=1).double()
     nearest(queries, bank, 3)
@@ -115,7 +115,7 @@ def test_fewer_rows_than_asked_for_are_all_found_and_none_of_none() -> None:
     assert nearest(queries, bank[:0], 3).rows.shape == (4, 0)
 
 
-@pytest.mark.usefixtures("ways")
+@pytest.mark.usefixtures("precisions")
 def test_chunks_and_products_take_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = drawn(700, 16, seed=0), drawn(3000, 16, seed=1)
     whole = nearest(queries, bank, 5)
@@ -123,7 +123,7 @@ def test_chunks_and_products_take_what_is_allowed(monkeypatch: pytest.MonkeyPatc
     products: list[int] = []
 
     def walked(rows: Tensor, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        for start, chunk in on_device(rows, size, device):
+        for start, chunk in chunks_on_device(rows, size, device):
             chunks.append(chunk.numel())
             yield start, chunk
 
@@ -131,13 +131,13 @@ def test_chunks_and_products_take_what_is_allowed(monkeypatch: pytest.MonkeyPatc
         products.append(values.numel())
         return found_largest(values, count)
 
-    on_device, found_largest = module.on_device, module._largest
-    monkeypatch.setattr(module, "on_device", walked)
+    chunks_on_device, found_largest = module.chunks_on_device, module._largest
+    monkeypatch.setattr(module, "chunks_on_device", walked)
     monkeypatch.setattr(module, "_largest", largest)
     monkeypatch.setitem(module._WORK_BYTES, "cpu", 2**17)
     assert torch.equal(nearest(queries, bank, 5).rows, whole.rows)
-    assert max(chunks) * module._BYTES_A_VALUE == 2**17
-    assert max(products) * module._BYTES_A_PRODUCT <= 2**17
+    assert max(chunks) * module._BYTES_PER_VALUE == 2**17
+    assert max(products) * module._BYTES_PER_PRODUCT <= 2**17
     assert len(products) > 40
 
 
@@ -157,10 +157,10 @@ def test_features_that_are_not_finite_are_refused_by_name(bad: float, monkeypatc
     spoilt = bank.clone()
     spoilt[[4, 29], 2] = bad
     for k in (3, 1):  # compared in float64, or through candidates
-        monkeypatch.setattr(module, "_WORTH_IT", 10)
-        with pytest.raises(UsageError, match=r"feature5: 2 of 30 images hold NaN or infinity.*precision=fp32"):
+        monkeypatch.setattr(module, "_PAIR_COST", 10)
+        with pytest.raises(UsageError, match=r"feature5: 2 of 30 images .*NaN or infinity.*precision=fp32"):
             nearest(queries, spoilt, k, chunk=7, name="feature5")
-    with pytest.raises(UsageError, match="features: 1 of 5 images hold NaN or infinity"):
+    with pytest.raises(UsageError, match=r"features: 1 of 5 images .*NaN or infinity"):
         nearest(torch.cat([queries[:4], spoilt[4:5]]), bank, 3)
 
 
@@ -187,5 +187,5 @@ def test_a_gpu_tells_crowds_apart() -> None:
     queries = bank[:50] + 1e-6 * drawn(50, 64, seed=2).double().cuda()
     found = nearest(queries, bank, 20, chunk=1000)
     assert found.retried == 50
-    here = Neighbors(similarities=found.similarities.cpu(), rows=found.rows.cpu(), retried=found.retried)
+    here = NearestNeighbors(similarities=found.similarities.cpu(), rows=found.rows.cpu(), retried=found.retried)
     assert_is_oracles(here, queries.cpu(), bank.cpu(), 20)

@@ -16,16 +16,16 @@ from relloc.features import source as source_module
 from relloc.features.pool import pooled_layers
 from relloc.features.source import (
     Bank,
-    Batch,
     EncodeConfig,
+    FeatureBatch,
     FeatureSource,
     LiveFeatures,
     bank_device,
     bank_gib,
     encode,
     fill_bank,
+    format_gib,
     free_gib,
-    in_gib,
 )
 from relloc.models.small import SmallBackbone
 from relloc.seeds import Use, seed_for
@@ -44,13 +44,13 @@ def backbone() -> SmallBackbone:
 
 
 def write_images(folder: Path, n: int, broken: tuple[int, ...] = ()) -> FolderImages:
-    chance = np.random.default_rng(0)
-    paths = [folder / f"{place}.png" for place in range(n)]
-    for place, path in enumerate(paths):
-        Image.fromarray(chance.integers(256, size=(PX, PX, 3), dtype=np.uint8)).save(path)
-        if place in broken:
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{index}.png" for index in range(n)]
+    for index, path in enumerate(paths):
+        Image.fromarray(rng.integers(256, size=(PX, PX, 3), dtype=np.uint8)).save(path)
+        if index in broken:
             path.write_bytes(b"no image")
-    labels = [place % 3 for place in range(n)]
+    labels = [index % 3 for index in range(n)]
     return FolderImages(
         name="noise", split="train", paths=[str(path) for path in paths], labels=labels, classes=("a", "b", "c")
     )
@@ -61,8 +61,8 @@ def reading(**changes: object) -> EncodeConfig:
     return EncodeConfig(**{**settings, "unreadable_share": 0.5, **changes})  # type: ignore[arg-type]
 
 
-def gathered(source: FeatureSource, places: Iterable[int], size: int) -> tuple[dict[str, Tensor], Tensor]:
-    found = list(source.batches(torch.tensor(list(places)), size, LAYERS))
+def gathered(source: FeatureSource, indices: Iterable[int], size: int) -> tuple[dict[str, Tensor], Tensor]:
+    found = list(source.batches(torch.tensor(list(indices)), size, LAYERS))
     features = {layer: torch.cat([batch[layer] for batch, _ in found]) for layer in LAYERS}
     return features, torch.cat([labels for _, labels in found])
 
@@ -118,13 +118,13 @@ def test_images_that_can_not_be_read_drop_out_and_are_named(tmp_path: Path, back
     images = write_images(tmp_path, 9, broken=BROKEN)
     live = LiveFeatures(backbone, images, reading(), VIEW)
     bank = fill_bank(live, LAYERS, 2, CPU)
-    readable = [place for place in range(9) if place not in BROKEN]
+    readable = [index for index in range(9) if index not in BROKEN]
     features, labels = gathered(live, readable, 4)
     assert bank.n == 6
     assert_same_features(bank.features, features)
     assert torch.equal(bank.labels, labels)
-    assert bank.labels.tolist() == [place % 3 for place in readable]
-    assert set(live.unreadable.reasons) == {images.paths[place] for place in BROKEN}
+    assert bank.labels.tolist() == [index % 3 for index in readable]
+    assert set(live.unreadable.reasons) == {images.paths[index] for index in BROKEN}
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path: Path, backbone: SmallBackbone) -> None:
@@ -204,16 +204,16 @@ class Endless:
 
     n, n_classes, channels, dims = 3, 2, {"avgpool": 8}, {"avgpool": 10**15}  # 11 PiB: beyond any address
 
-    def batches(self, *_: object) -> Iterator[Batch]:
+    def batches(self, *_: object) -> Iterator[FeatureBatch]:
         raise AssertionError("images are encoded before there is room for them")
 
 
 def test_a_bank_larger_than_memory_is_refused_before_anything_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = r"features of 3 images at avgpool take \d+ GiB, and the memory of cpu has .* GiB free: name fewer layers"
-    with pytest.raises(UsageError, match=told):
+    message = r"features of 3 images at avgpool take \d+ GiB.* cpu .* GiB free.*fewer layers"
+    with pytest.raises(UsageError, match=message):
         fill_bank(Endless(), ["avgpool"], 2, CPU)
     monkeypatch.setattr(source_module, "free_gib", lambda device: 1e12)  # another process was faster
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         fill_bank(Endless(), ["avgpool"], 2, CPU)
 
 
@@ -242,7 +242,7 @@ def test_free_memory_is_what_linux_calls_available() -> None:
     ("gib", "words"), [(0.00123456, "0.00123 GiB"), (9.7744, "9.77 GiB"), (210.49, "210 GiB"), (1234, "1234 GiB")]
 )
 def test_little_memory_keeps_its_digits(gib: float, words: str) -> None:
-    assert in_gib(gib) == words
+    assert format_gib(gib) == words
 
 
 def test_full_batches_are_encoded_by_what_was_compiled_and_others_as_they_are(
@@ -275,8 +275,8 @@ def test_colors_belong_to_image_and_epoch_and_are_changed_before_normalizing(
     asked = (([0, 1, 2, 3], 0), ([3, 2], 1))
     found = [next(source.batches(torch.tensor(order), 4, LAYERS, epoch)) for order, epoch in asked]
     assert all(0.9 < largest <= 1 for largest, _ in given)
-    assert given[0][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 0, place) for place in range(4)]
-    assert given[1][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 1, place) for place in (3, 2)]
+    assert given[0][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 0, index) for index in range(4)]
+    assert given[1][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 1, index) for index in (3, 2)]
     with torch.no_grad():
         of_black = encode(backbone, torch.zeros(4, 3, PX, PX), LAYERS, False)
     assert_same_features(found[0][0], of_black)

@@ -65,8 +65,8 @@ def test_alpha_req_recovers_the_exponent_of_a_power_law(alpha: float, n: int, d:
 
 
 def test_alpha_req_fits_ranks_4_to_100_with_weights_that_fall_as_the_rank() -> None:
-    chance = np.random.default_rng(0)
-    eigenvalues = np.sort(np.exp(chance.normal(size=150)))[::-1].copy()
+    rng = np.random.default_rng(0)
+    eigenvalues = np.sort(np.exp(rng.normal(size=150)))[::-1].copy()
     features = centered_orthonormal(200, 150) * torch.from_numpy(np.sqrt(eigenvalues))
     ranks = np.arange(4, 101)
     # polyfit's weights multiply residuals, so they are roots of those of the squares
