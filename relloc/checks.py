@@ -12,7 +12,9 @@ from typing import Any
 
 from relloc.errors import UsageError
 
-_LARGEST_FLOAT = sys.float_info.max  # the default upper limit, which leaves out infinity
+# Limits where none is given. The upper one leaves out infinity.
+_LOWEST = -math.inf
+_HIGHEST = sys.float_info.max
 
 
 def whole(setting: str, value: Any, at_least: float = 1) -> int:
@@ -31,9 +33,9 @@ def number(
     setting: str,
     value: Any,
     *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    at_most: float = _LARGEST_FLOAT,
+    above: float = _LOWEST,
+    at_least: float = _LOWEST,
+    at_most: float = _HIGHEST,
 ) -> float:
     """Checks that a value is a number within the limits. Infinity is one if `at_most` is infinite."""
     if not _is_number(value, above, at_least, at_most):
@@ -57,13 +59,20 @@ def one_of(setting: str, value: Any, choices: Collection[Any]) -> Any:
 
 def some_of(setting: str, values: Any, choices: Collection[Any]) -> Any:
     """Checks that a value is a list, not empty, of some of the choices."""
+    # A string is refused too, although its letters could be looked up among the choices.
     is_list = isinstance(values, list | tuple)
-    if not is_list or not values or any(value not in choices for value in values):
+    if not is_list or not values or not all(value in choices for value in values):
         raise _wrong(setting, values, f"a list of some of {_listed(choices)}")
     return values
 
 
-def wholes(setting: str, values: Any, at_least: float = 1, *, may_be_empty: bool = False) -> Any:
+def wholes(
+    setting: str,
+    values: Any,
+    at_least: float = 1,
+    *,
+    may_be_empty: bool = False,
+) -> Any:
     """Checks that a value is a list of whole numbers of `at_least` or more."""
     wanted = f"whole numbers{_limits_text(at_least=at_least)}"
 
@@ -77,9 +86,9 @@ def numbers(
     setting: str,
     values: Any,
     *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    at_most: float = _LARGEST_FLOAT,
+    above: float = _LOWEST,
+    at_least: float = _LOWEST,
+    at_most: float = _HIGHEST,
     may_be_empty: bool = False,
 ) -> Any:
     """Checks that a value is a list of numbers within the limits."""
@@ -139,16 +148,21 @@ def _is_number(value: Any, above: float, at_least: float, at_most: float) -> boo
     return above < value and at_least <= value <= at_most
 
 
-def _limits_text(above: float = -math.inf, at_least: float = -math.inf, at_most: float = _LARGEST_FLOAT) -> str:
+def _limits_text(
+    above: float = _LOWEST,
+    at_least: float = _LOWEST,
+    at_most: float = _HIGHEST,
+) -> str:
     """Returns the limits in words, such as " above 0 and of 1 or less"; empty without limits."""
-    if at_least > -math.inf and at_most < _LARGEST_FLOAT:
+    # The common case of a range reads better as one.
+    if at_least > _LOWEST and at_most < _HIGHEST:
         return f" from {at_least:g} to {at_most:g}"
     limits = []
-    if above > -math.inf:
+    if above > _LOWEST:
         limits.append(f"above {above:g}")
-    if at_least > -math.inf:
+    if at_least > _LOWEST:
         limits.append(f"of {at_least:g} or more")
-    if at_most < _LARGEST_FLOAT:
+    if at_most < _HIGHEST:
         limits.append(f"of {at_most:g} or less")
     if not limits:
         return ""

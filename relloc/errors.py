@@ -50,10 +50,13 @@ def reason(error: Exception) -> str:
 
     Python's own messages do not always do: they may repeat the whole content, or only a name.
     """
+    # Without the error's number and the path, which the caller's message has anyway.
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    # Python's message names a byte and its position, which says little.
     if isinstance(error, UnicodeDecodeError):
         return f"it is not text in {error.encoding}"
+    # Python's message is the key alone.
     if isinstance(error, KeyError):
         return f"{error} is missing"
     one_line = " ".join(str(error).split())
@@ -78,4 +81,5 @@ def data_errors(problem: str, *kinds: type[Exception], advice: str) -> Iterator[
         if isinstance(error, OSError) and error.filename:
             file = str(error.filename)
         where = "" if file in problem else f" ({file})"
-        raise DataError(f"{problem}: {reason(error)}{where}. {advice}") from error
+        why = reason(error)
+        raise DataError(f"{problem}: {why}{where}. {advice}") from error

@@ -117,9 +117,12 @@ def read_json(path: Path, kind: Any, what: str, advice: str) -> Any:
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        # As Python would raise it, whatever part of the path is missing.
+        message = os.strerror(errno.ENOENT)
+        raise FileNotFoundError(errno.ENOENT, message, str(path)) from None
     except OSError as error:
-        raise DamagedFile(f"{path} can't be read ({error.strerror}). {advice}") from error
+        problem = f"{path} can't be read ({error.strerror})"
+        raise DamagedFile(f"{problem}. {advice}") from error
     return parse_json(content, kind, f"{path} is not {what}", advice)
 
 
@@ -182,7 +185,8 @@ def append_lines(path: Path, lines: Iterable[str], *, durable: bool = True) -> N
     Raises:
         OSError: they could not be written; the file is as it was.
     """
-    content = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+    text = "".join(f"{line}\n" for line in lines)
+    content = text.encode("utf-8", "surrogateescape")
     # Unbuffered: a buffer that could not be emptied would be written when the file is closed, after
     # the file has been cut to its former length.
     with open(path, "a+b", buffering=0) as file, _exclusive_lock(file):

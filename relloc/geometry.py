@@ -95,8 +95,10 @@ class ShortSide(_ToSide):
 
     def size(self, height: int, width: int, u: float) -> Pair:
         if height <= width:
-            return self.px, int(self.px * width / height)
-        return int(self.px * height / width), self.px
+            new_width = int(self.px * width / height)
+            return self.px, new_width
+        new_height = int(self.px * height / width)
+        return new_height, self.px
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,8 @@ class Area:
             )
 
     def size(self, height: int, width: int, u: float) -> Pair:
-        area = self.low_px2 + u * (self.high_px2 - self.low_px2)
+        width_of_range = self.high_px2 - self.low_px2
+        area = self.low_px2 + u * width_of_range
         scale = math.sqrt(area / (height * width))
         # A very long image could otherwise round to a side of 0 pixels.
         new_height = max(1, round(height * scale))
@@ -187,10 +190,11 @@ class PatchGrid:
         shortest = self.resize.shortest()
         # 0 means no bound: `resized` then enlarges each image that is too small.
         if 0 < shortest < self.span_px:
+            parts = f"3 x {self.patch_px} px patches + 2 x {self.gap_px} px gaps + {self.jitter_width} px of jitter"
             raise ValueError(
-                f"the grid needs {self.span_px} px (3 x {self.patch_px} px patches + 2 x {self.gap_px} px "
-                f"gaps + {self.jitter_width} px of jitter), but images are resized to a side of "
-                f"{shortest} px: set grid.resize.px to {self.span_px} or more, or make the grid smaller"
+                f"the grid needs {self.span_px} px ({parts}), "
+                f"but images are resized to a side of {shortest} px: "
+                f"set grid.resize.px to {self.span_px} or more, or make the grid smaller"
             )
 
     @property
@@ -215,7 +219,8 @@ class PatchGrid:
     @property
     def span_px(self) -> int:
         """The side of the square that holds the grid wherever its patches move: the side of a crop."""
-        return 3 * self.patch_px + 2 * self.gap_px + self.jitter_width
+        patches_and_gaps = 3 * self.patch_px + 2 * self.gap_px
+        return patches_and_gaps + self.jitter_width
 
     def lowest_corner(self, cell: int) -> Pair:
         """Returns a patch's top left corner (row, column) in the crop at the smallest displacement."""
@@ -234,9 +239,13 @@ class PatchGrid:
         """
         if self.resize is None:
             if min(height, width) < self.span_px:
-                raise ValueError(f"is {width}x{height} px, the grid needs {self.span_px} px")
+                size = f"{width}x{height} px"
+                raise ValueError(f"is {size}, the grid needs {self.span_px} px")
             return height, width
         new_height, new_width = self.resize.size(height, width, u)
-        scale = max(1.0, self.span_px / min(new_height, new_width))
+        short_side = min(new_height, new_width)
+        scale = max(1.0, self.span_px / short_side)
         # Rounded up, since one pixel less would be too small for the grid.
-        return math.ceil(new_height * scale), math.ceil(new_width * scale)
+        enlarged_height = math.ceil(new_height * scale)
+        enlarged_width = math.ceil(new_width * scale)
+        return enlarged_height, enlarged_width

@@ -57,7 +57,8 @@ def of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     `settings` are flat, with names such as `grid.gap_px`.
     """
     # With a dot at the end, `monitor` stands for `monitor` and `monitor.images` but not `monitors`.
-    neutral_prefixes = tuple(f"{name}." for name in (*_HOW_IT_IS_RUN, *_WHAT_IS_SEEN_OF_IT))
+    neutral_names = [*_HOW_IT_IS_RUN, *_WHAT_IS_SEEN_OF_IT]
+    neutral_prefixes = tuple(f"{name}." for name in neutral_names)
     deciding = {}
     for name, value in settings.items():
         is_neutral = f"{name}.".startswith(neutral_prefixes)
@@ -77,6 +78,7 @@ def of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         full_name = f"{prefix}{name}"
         if full_name in _HOW_IT_IS_RUN:
             continue
+        # Groups are searched too, since some of their settings may be neutral.
         if isinstance(value, Mapping):
             deciding[name] = of_run(value, f"{full_name}.")
         else:

@@ -66,8 +66,10 @@ def run_steps(
     """
     for number in range(done.step, steps):
         lr = set_rates(optimizer, rate_factor(number))
+        # Sums stay on the device between reports, since to read them makes the host wait.
         sums = done.sums + take_step(number)
         n_done = number + 1
+        # Totals are a collective call: all processes report at the same steps.
         if n_done % report_every == 0 or n_done == steps:
             totals = ranks.total(sums).tolist()
             report(StepReport(step=n_done, sums=totals, lr=lr))
@@ -84,19 +86,25 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
     The initial rate is what the group had at the first call. It is kept in the group and so saved
     and loaded with the optimizer's state. Returns the new rate of the first group.
     """
+    # The key is that of torch's own schedulers.
     for group in optimizer.param_groups:
         initial_lr = group.setdefault("initial_lr", group["lr"])
         group["lr"] = initial_lr * factor
     return optimizer.param_groups[0]["lr"]
 
 
-def milestone_factor(epoch: float, milestone_epochs: Sequence[float], gamma: float) -> float:
+def milestone_factor(
+    epoch: float,
+    milestone_epochs: Sequence[float],
+    gamma: float,
+) -> float:
     """Returns the factor on learning rates at `epoch`, counted from 0: `gamma` for each milestone reached.
 
     Example:
         >>> milestone_factor(35, [30, 50], 0.1)
         0.1
     """
+    # A milestone counts from its own epoch on.
     n_reached = bisect.bisect_right(milestone_epochs, epoch)
     return gamma**n_reached
 
@@ -104,7 +112,8 @@ def milestone_factor(epoch: float, milestone_epochs: Sequence[float], gamma: flo
 @torch.no_grad()
 def all_finite(model: nn.Module) -> bool:
     """Returns whether all parameters, running statistics and other floating-point buffers are finite."""
-    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    tensors = model.state_dict().values()
+    values = [value for value in tensors if value.is_floating_point()]
     # The largest magnitude of all, by few kernels: it is nan or infinite if any value is.
     largest = torch.nn.utils.get_total_norm(values, norm_type=torch.inf)
     return bool(largest.isfinite())
@@ -126,7 +135,8 @@ class Gradients:
         lengths = [_aligned(parameter.numel()) for parameter in trained]
         first = trained[0]
         self._all = torch.zeros(sum(lengths), dtype=first.dtype, device=first.device)
-        for parameter, part in zip(trained, self._all.split(lengths), strict=True):
+        parts = self._all.split(lengths)
+        for parameter, part in zip(trained, parts, strict=True):
             # With the strides of the weights, such as channels-last: the optimizer's kernel reads
             # weights and gradients together.
             parameter.grad = part.as_strided(parameter.shape, parameter.stride())
@@ -145,5 +155,5 @@ class Gradients:
 
 def _aligned(length: int) -> int:
     """Returns the next multiple of the alignment."""
-    n_blocks = -(-length // _ALIGNMENT)
+    n_blocks = -(-length // _ALIGNMENT)  # rounded up
     return n_blocks * _ALIGNMENT

@@ -42,6 +42,7 @@ def join(device: torch.device) -> None:
     GPUs communicate by NCCL and CPUs by gloo. With GPUs both are used, so that hosts can agree on
     something without waiting for the work that is queued on the GPUs.
     """
+    # torchrun tells each process the number of processes in its environment.
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
     if is_alone:
         return
@@ -59,6 +60,7 @@ def leave() -> None:
 
 def from_first(value: T) -> T:
     """Returns rank 0's value on every rank. It can be anything that pickles; tensors on the CPU."""
+    # The call overwrites the members of a list.
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
@@ -67,7 +69,9 @@ def from_first(value: T) -> T:
 
 def largest(*numbers: int) -> list[int]:
     """Returns, for each of the numbers, the largest over all ranks."""
-    of_all_ranks = gathered(torch.tensor(numbers, dtype=torch.int64))
+    # On the CPU, so that hosts agree without waiting for the GPUs.
+    of_this_rank = torch.tensor(numbers, dtype=torch.int64)
+    of_all_ranks = gathered(of_this_rank)
     return of_all_ranks.amax(0).tolist()
 
 
@@ -89,6 +93,7 @@ def gathered(values: Shaped[Tensor, "*n"]) -> Shaped[Tensor, "world *n"]:
     """Returns the tensors of all ranks, stacked in the order of ranks."""
     if not dist.is_initialized():
         return values.unsqueeze(0)
+    # The call writes into tensors that have to be there.
     parts = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(parts, values)
     return torch.stack(parts)
@@ -98,7 +103,8 @@ def union(texts: dict[str, str]) -> dict[str, str]:
     """Returns the dictionaries of all ranks merged; the highest rank's value counts for a key of several."""
     if not dist.is_initialized():
         return texts
-    of_all_ranks: list[dict[str, str]] = [{} for _ in range(world_size())]
+    # The call fills a list that has a place for each rank.
+    of_all_ranks: list[dict[str, str]] = [{}] * world_size()
     dist.all_gather_object(of_all_ranks, texts)
     merged = {}
     for of_rank in of_all_ranks:

@@ -49,7 +49,9 @@ def seed_for(use: Use, *numbers: int) -> int:
     Example:
         >>> generator = torch.Generator().manual_seed(seed_for(Use.HELD_OUT_PATCHES, seed))
     """
-    text = " ".join([use.value, *map(str, numbers)])
+    words = [use.value, *map(str, numbers)]
+    text = " ".join(words)
+    # A hash, since the seeds of neighboring numbers are to be unrelated.
     digest = hashlib.sha256(text.encode()).digest()
     first_64_bits = int.from_bytes(digest[:8], "big")
     # One bit less, since generators take seeds as signed 64-bit numbers.

@@ -20,14 +20,22 @@ from relloc.patches.normalize import per_channel
 
 Drawn = tuple[Tensor, ...]  # the random numbers of a treatment
 Patches = Float[Tensor, "b n 3 p p"]
+ChannelValues = tuple[float, float, float]  # of red, green and blue
 IMAGENET_MEAN_PX = (123.675, 116.28, 103.53)  # of each channel, in gray levels
+_GREEN_MAGENTA = (-1.0, 2.0, -1.0)  # the direction a of the paper's projection
+_GREEN_MAGENTA_OVER_6 = (-1 / 6, 2 / 6, -1 / 6)
 
 
-def _weighted_sum(patches: Patches, weights: tuple[float, float, float]) -> Float[Tensor, "b n 1 p p"]:
+def _weighted_sum(
+    patches: Patches,
+    weights: ChannelValues,
+) -> Float[Tensor, "b n 1 p p"]:
     # Channel by channel, since a product with all weights would take as much memory as the patches.
     red, green, blue = patches.split(1, dim=2)
-    weighted = red * weights[0]
-    return weighted.add(green, alpha=weights[1]).add(blue, alpha=weights[2])
+    red_weight, green_weight, blue_weight = weights
+    weighted = red * red_weight
+    weighted = weighted.add(green, alpha=green_weight)
+    return weighted.add(blue, alpha=blue_weight)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +85,8 @@ class Gray:
             # equal to torchvision's result on images, bit for bit.
             fixed_point = _weighted_sum(patches, (19595.0, 38470.0, 7471.0))
             gray = torch.floor((fixed_point + 32768) / 65536)
-        return torch.where(becomes_gray.view(-1, 1, 1, 1, 1), gray, patches)
+        of_each_image = becomes_gray.view(-1, 1, 1, 1, 1)
+        return torch.where(of_each_image, gray, patches)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,18 +112,26 @@ class Drop:
         device = generator.device
         random = torch.randn if self.noise == "gaussian" else torch.rand
         channel = torch.randint(3, (b, n), generator=generator, device=device)
-        unit_noise = random((b, n, 3, p, p), generator=generator, device=device)
+        shape = (b, n, 3, p, p)
+        unit_noise = random(shape, generator=generator, device=device)
         return channel, unit_noise
 
-    def __call__(self, patches: Patches, channel: Tensor, unit_noise: Tensor) -> Patches:
+    def __call__(
+        self,
+        patches: Patches,
+        channel: Tensor,
+        unit_noise: Tensor,
+    ) -> Patches:
         channel = channel.view(*channel.shape, 1, 1, 1)
-        is_kept = torch.arange(3, device=patches.device).view(3, 1, 1) == channel
+        channels = torch.arange(3, device=patches.device).view(3, 1, 1)
+        is_kept = channels == channel
         if self.noise == "uniform":
             noise = (unit_noise - 0.5) * 100 * self.noise_ratio
         else:
             # The contrast of the channel that is kept sets the size of the noise.
             p = patches.shape[-1]
-            kept_channel = patches.gather(2, channel.expand(-1, -1, -1, p, p))
+            indices = channel.expand(-1, -1, -1, p, p)
+            kept_channel = patches.gather(2, indices)
             std = kept_channel.std(dim=(3, 4), keepdim=True)
             noise = unit_noise * (std * self.noise_ratio)
         mean = per_channel(IMAGENET_MEAN_PX, patches)
@@ -129,6 +146,8 @@ class Project(_NotRandom):
 
     def __call__(self, patches: Patches) -> Patches:
         red, green, blue = IMAGENET_MEAN_PX
-        # The component along a, less that of the mean color; aa' = 6 is in the factors below.
-        component = _weighted_sum(patches, (-1.0, 2.0, -1.0)) - (2 * green - red - blue)
-        return patches - component * per_channel((-1 / 6, 2 / 6, -1 / 6), patches)
+        component_of_mean = 2 * green - red - blue
+        component = _weighted_sum(patches, _GREEN_MAGENTA) - component_of_mean
+        # Removed along a; the factors hold the division by aa' = 6.
+        direction = per_channel(_GREEN_MAGENTA_OVER_6, patches)
+        return patches - component * direction

@@ -14,10 +14,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @functools.cache
-def _cached_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cached_tensor(
+    values: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     # Cached on the device: copying a constant to a GPU in every call would make the host wait for all
     # work queued there.
-    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+    tensor = torch.tensor(values, dtype=dtype, device=device)
+    return tensor.view(-1, 1, 1)
 
 
 def per_channel(values: tuple[float, ...], pixels: Tensor) -> Float[Tensor, "c 1 1"]:
@@ -53,5 +58,6 @@ class PerPatch:
 
     def __call__(self, pixels: Pixels) -> Pixels:
         # Over channels, rows and columns together; differences between channels are kept.
-        std, mean = torch.std_mean(pixels, dim=(-3, -2, -1), correction=0, keepdim=True)
+        all_values = (-3, -2, -1)
+        std, mean = torch.std_mean(pixels, dim=all_values, correction=0, keepdim=True)
         return (pixels - mean) / std.clamp(min=self.floor_px)

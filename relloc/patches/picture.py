@@ -22,7 +22,13 @@ from relloc.patches.pipeline import PatchPipeline
 from relloc.seeds import Use, seed_for
 
 
-def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path: Path, *, seed: int) -> None:
+def draw_patches(
+    images: UInt8[Tensor, "b 3 s s"],
+    pipeline: PatchPipeline,
+    path: Path,
+    *,
+    seed: int,
+) -> None:
     """Saves a PNG with one column for each image.
 
     The upper row shows the crop with its nine boxes, the center in red. The lower row shows the
@@ -42,7 +48,8 @@ def draw_patches(images: UInt8[Tensor, "b 3 s s"], pipeline: PatchPipeline, path
         upper, lower = axes[:, column]
         upper.imshow(image.permute(1, 2, 0).numpy())
         _draw_boxes(upper, corners[column], grid.patch_px)
-        lower.imshow(_mosaic(patches[column], corners[column], grid.span_px).numpy())
+        mosaic = _mosaic(patches[column], corners[column], grid.span_px)
+        lower.imshow(mosaic.numpy())
         upper.set_axis_off()
         lower.set_axis_off()
     settings = f"{grid.patch_px} px patches, gap {grid.gap_px} px, jitter {grid.jitter_px}"
@@ -64,10 +71,14 @@ def _mosaic(
     patches: Float[Tensor, "9 3 p p"], corners: Int[Tensor, "9 2"], span_px: int
 ) -> Float[Tensor, "span span 3"]:
     """Puts the patches of an image at their corners on a white canvas, stretched to 0..1."""
-    low, high = patches.amin(), patches.amax()
-    stretched = (patches - low) / (high - low).clamp(min=1e-6)  # a flat image would divide by zero
+    low = patches.amin()
+    value_range = patches.amax() - low
+    # A flat image would divide by zero.
+    stretched = (patches - low) / value_range.clamp(min=1e-6)
     canvas = torch.ones(span_px, span_px, 3)
     side = patches.shape[-1]
     for patch, (top, left) in zip(stretched, corners.tolist(), strict=True):
-        canvas[top : top + side, left : left + side] = patch.permute(1, 2, 0)
+        rows = slice(top, top + side)
+        columns = slice(left, left + side)
+        canvas[rows, columns] = patch.permute(1, 2, 0)
     return canvas

@@ -63,7 +63,12 @@ class PatchPipeline:
         for_color = self.color.draw(n_images, CELLS, self.grid.patch_px, generator)
         return corners, *for_color
 
-    def make(self, images: Images, corners: Int[Tensor, "b 9 2"], *drawn: Tensor) -> Patches:
+    def make(
+        self,
+        images: Images,
+        corners: Int[Tensor, "b 9 2"],
+        *drawn: Tensor,
+    ) -> Patches:
         """Returns the patches of `images`; `corners` and `drawn` are what `draw` returned.
 
         Raises:

@@ -8,15 +8,24 @@ from torch import Tensor
 
 from relloc.geometry import CELLS, PatchGrid
 
+Corners = tuple[tuple[int, int], ...]
+
 
 @functools.cache
-def _corners_on(corners: tuple[tuple[int, int], ...], device: torch.device) -> Int[Tensor, "9 2"]:
+def _corners_on(
+    corners: Corners,
+    device: torch.device,
+) -> Int[Tensor, "9 2"]:
     # Cached on the device: copying a constant to a GPU in every call would make the host wait for all
     # work queued there.
     return torch.tensor(corners, device=device)
 
 
-def sample_corners(grid: PatchGrid, n_images: int, generator: torch.Generator) -> Int[Tensor, "b 9 2"]:
+def sample_corners(
+    grid: PatchGrid,
+    n_images: int,
+    generator: torch.Generator,
+) -> Int[Tensor, "b 9 2"]:
     """Returns the top left corner (row, column) of each of the nine patches of `n_images` images.
 
     Corners count from the top left of a crop of side `grid.span_px`. Each patch is displaced on its
@@ -26,6 +35,7 @@ def sample_corners(grid: PatchGrid, n_images: int, generator: torch.Generator) -
     device = generator.device
     # Displacements count from the lowest corner, so they run from 0 to the width of the range.
     shape = (n_images, CELLS, 2)
-    displacements = torch.randint(grid.jitter_width + 1, shape, generator=generator, device=device)
+    n_displacements = grid.jitter_width + 1
+    displacements = torch.randint(n_displacements, shape, generator=generator, device=device)
     lowest_corners = tuple(map(grid.lowest_corner, range(CELLS)))
     return _corners_on(lowest_corners, device) + displacements

@@ -30,7 +30,13 @@ class Alarm:
         say: is called with the text of the warning.
     """
 
-    def __init__(self, *, collapse_steps: int, first_step: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        collapse_steps: int,
+        first_step: int,
+        say: Callable[[str], None],
+    ) -> None:
         self.collapse_steps = collapse_steps
         self.say = say
         self._last_step_off_chance = first_step
@@ -43,8 +49,11 @@ class Alarm:
             Diverged: the loss is not finite.
         """
         if not math.isfinite(progress.loss):
-            raise Diverged(f"the loss is {progress.loss} at step {progress.step} (learning rate {progress.lr:g})")
-        if abs(progress.loss - CHANCE_LOSS) >= _AT_CHANCE:
+            where = f"at step {progress.step} (learning rate {progress.lr:g})"
+            raise Diverged(f"the loss is {progress.loss} {where}")
+        # Steps are counted from the last report whose loss differed from chance, up or down.
+        distance = abs(progress.loss - CHANCE_LOSS)
+        if distance >= _AT_CHANCE:
             self._last_step_off_chance = progress.step
             return
         steps_at_chance = progress.step - self._last_step_off_chance

@@ -15,8 +15,8 @@ from relloc.geometry import CELLS, CENTER, CHANCE_PERCENT, NEIGHBORS
 from relloc.pretext.held_out import POSITIONS
 
 _ARROWS = dict(zip(POSITIONS, "↖↑↗←→↙↓↘", strict=True))
-_ROW_LABELS = [f"{position.replace('_', ' ')} {arrow}" for position, arrow in _ARROWS.items()]
-_COLUMN_LABELS = ["\n".join((arrow, *position.split("_"))) for position, arrow in _ARROWS.items()]
+_ROW_LABELS = [f"{position} {arrow}".replace("_", " ") for position, arrow in _ARROWS.items()]
+_COLUMN_LABELS = [f"{arrow}_{position}".replace("_", "\n") for position, arrow in _ARROWS.items()]
 
 # Left, bottom, width and height as shares of the figure. Fixed, since letting matplotlib find a
 # layout takes as long as drawing, and training waits for it.
@@ -26,7 +26,13 @@ _SCALE_BOX = (0.91, 0.27, 0.012, 0.49)
 _WHITE_TEXT_FROM_PERCENT = 40  # on cells as dark as this, white is easier to read than black
 
 
-def draw_confusion(confusion: Int[Tensor, "8 8"], path: Path, *, step: int, top1: float) -> None:
+def draw_confusion(
+    confusion: Int[Tensor, "8 8"],
+    path: Path,
+    *,
+    step: int,
+    top1: float,
+) -> None:
     """Saves a PNG of the confusion matrix and of the accuracy at each position.
 
     Args:
@@ -36,19 +42,22 @@ def draw_confusion(confusion: Int[Tensor, "8 8"], path: Path, *, step: int, top1
         step: optimizer steps done, for the title.
         top1: accuracy over all pairs in percent, for the title.
     """
+    # A position without pairs would divide by zero.
     pairs_of_row = confusion.sum(dim=1, keepdim=True).clamp(min=1)
     percent = 100 * confusion / pairs_of_row
 
     figure = Figure(figsize=(11, 5.8))
     n_pairs = int(confusion.sum())
-    title = f"after step {step:,}: {top1:.1f} % of {n_pairs:,} held-out pairs right (chance {CHANCE_PERCENT} %)"
+    share = f"{top1:.1f} % of {n_pairs:,} held-out pairs right"
+    title = f"after step {step:,}: {share} (chance {CHANCE_PERCENT} %)"
     figure.suptitle(title, fontsize=13)
     matrix = figure.add_axes(_MATRIX_BOX)
     image = _draw_matrix(matrix, percent)
     position_map = figure.add_axes(_MAP_BOX)
     _draw_position_map(position_map, percent.diagonal())
     scale = figure.add_axes(_SCALE_BOX)
-    bar = figure.colorbar(image, cax=scale, ticks=[0, 5, CHANCE_PERCENT, 25, 50, 75, 100])
+    ticks = [0, 5, CHANCE_PERCENT, 25, 50, 75, 100]
+    bar = figure.colorbar(image, cax=scale, ticks=ticks)
     bar.set_ticklabels(["0", "5", "chance", "25", "50", "75", "100 %"])
     # Replaced as a whole, since a tracker may be reading the picture of an earlier step.
     with writing(path) as file:
@@ -64,13 +73,15 @@ def _draw_matrix(axis: Axes, percent: Float[Tensor, "8 8"]) -> AxesImage:
     axis.set_yticks(range(len(_ROW_LABELS)), _ROW_LABELS)
     for row, values in enumerate(percent.tolist()):
         for column, value in enumerate(values):
+            text = f"{value:.0f}"
             is_right = row == column
-            _write_in_cell(axis, row, column, value, f"{value:.0f}", bold=is_right)
+            _write_in_cell(axis, row, column, value, text, bold=is_right)
     return image
 
 
 def _draw_position_map(axis: Axes, accuracies: Float[Tensor, "8"]) -> None:
     """Draws the accuracy of each position where it lies around the center patch."""
+    # The center has no accuracy: its cell stays empty.
     cells = torch.full((CELLS,), torch.nan)
     cells[list(NEIGHBORS)] = accuracies
     _draw_cells(axis, cells.reshape(3, 3))
@@ -91,7 +102,16 @@ def _draw_cells(axis: Axes, percent: Float[Tensor, "rows columns"]) -> AxesImage
     return axis.imshow(percent.numpy(), cmap="Blues", norm=color_scale)
 
 
-def _write_in_cell(axis: Axes, row: int, column: int, value: float, text: str, *, bold: bool, size: int = 10) -> None:
+def _write_in_cell(
+    axis: Axes,
+    row: int,
+    column: int,
+    value: float,
+    text: str,
+    *,
+    bold: bool,
+    size: int = 10,
+) -> None:
     color = "white" if value >= _WHITE_TEXT_FROM_PERCENT else "black"
     weight = "bold" if bold else "normal"
     axis.text(

@@ -76,7 +76,8 @@ class Feed:
             yield images
             # The caller has queued the forward by now. Without waiting the host would run ahead by as
             # many forwards as the loader has ready, and a stop would have to wait for all of them.
-            self._queued.append(torch.cuda.current_stream(self.device).record_event())
+            end_of_forward = torch.cuda.current_stream(self.device).record_event()
+            self._queued.append(end_of_forward)
             if len(self._queued) == _MAX_QUEUED:
                 oldest = self._queued.pop(0)
                 oldest.synchronize()
@@ -84,7 +85,8 @@ class Feed:
     def _take(self) -> list[Images]:
         """Returns the images of the batches of the next forward; an empty list at the end."""
         started = time.monotonic()
-        batches = list(itertools.islice(self.batches, self.batches_per_forward))
+        next_batches = itertools.islice(self.batches, self.batches_per_forward)
+        batches = list(next_batches)
         device_is_idle = all(end.query() for end in self._queued)
         if device_is_idle:
             self.waited_s += time.monotonic() - started

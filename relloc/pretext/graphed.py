@@ -58,7 +58,10 @@ class Graphed:
         return result
 
     def _record(self, arguments: tuple[Tensor | None, ...]) -> torch.cuda.CUDAGraph:
-        self._inputs = [None if argument is None else torch.empty_like(argument) for argument in arguments]
+        # Absent arguments, such as the dropout mask of a head without dropout, stay absent.
+        for argument in arguments:
+            memory = None if argument is None else torch.empty_like(argument)
+            self._inputs.append(memory)
         graph = torch.cuda.CUDAGraph()
         try:
             # "thread_local", since threads of NCCL and of page-locking may call CUDA meanwhile, which

@@ -63,6 +63,7 @@ def answers(
     generator = torch.Generator(device).manual_seed(seed_for(Use.HELD_OUT_PATCHES, seed))
     labels_of_batches = []
     with evaluating(model):
+        # The generator goes on from batch to batch: random numbers depend on the order of images.
         for images in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 on_device = images.to(device, non_blocking=True)
@@ -111,9 +112,12 @@ def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
     if n_sources > 1:
         # How far each cluster is from its expected hits; their mean square is the variance of the ratio.
         residuals = hits_of_source - share * pairs_of_source
-        variance = n_sources / (n_sources - 1) * float((residuals**2).sum())
+        sum_of_squares = float((residuals**2).sum())
+        variance = n_sources / (n_sources - 1) * sum_of_squares
+        # 2.5 % on each side are left out; with many sources the quantile is the normal one, 1.96.
         t_quantile = float(stdtrit(n_sources - 1, 0.975))
-        half_width = t_quantile * math.sqrt(variance) / float(n_pairs)
+        standard_error_in_hits = math.sqrt(variance)
+        half_width = t_quantile * standard_error_in_hits / float(n_pairs)
     return Accuracy(
         percent=100 * share,
         low=100 * max(0.0, share - half_width),

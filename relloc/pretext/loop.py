@@ -111,6 +111,7 @@ def train(
     stepper = Stepper(task)
 
     def report_means(totals: StepReport) -> None:
+        # Means over pairs and not over forwards, which may have unequal sizes.
         loss, hits, pairs = totals.sums
         progress = Progress(
             step=totals.step,
@@ -148,8 +149,10 @@ class Stepper:
         self._gradients.clear()
         forwards_of_step = itertools.islice(forwards, self.task.accumulation)
         for index, images in enumerate(forwards_of_step):
+            # Random numbers are drawn outside of `_compute`, which may be a recorded CUDA graph.
             drawn, dropout_mask = _draw(self.task, len(images), step, index)
             sums += self._compute(images, dropout_mask, *drawn)
+        # Once a step, after all its backwards.
         self._gradients.average()
         self.task.optimizer.step()
         return sums
@@ -160,7 +163,12 @@ def _no_sums(device: torch.device) -> Sums:
     return torch.zeros(3, dtype=torch.float64, device=device)
 
 
-def _forward_backward(task: Task, images: Images, dropout_mask: Tensor | None, *drawn: Tensor) -> Sums:
+def _forward_backward(
+    task: Task,
+    images: Images,
+    dropout_mask: Tensor | None,
+    *drawn: Tensor,
+) -> Sums:
     """Adds the gradients of a forward to those of the step, and returns the forward's sums."""
     patches = task.make(images, *drawn)
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
@@ -172,10 +180,16 @@ def _forward_backward(task: Task, images: Images, dropout_mask: Tensor | None, *
     pairs = len(images) * PAIRS
     mean_loss = loss.detach().double()
     hits = objective.hits(logits.detach()).sum().double()
-    return torch.stack([mean_loss * pairs, hits, torch.full_like(mean_loss, pairs)])
+    pairs_tensor = torch.full_like(mean_loss, pairs)
+    return torch.stack([mean_loss * pairs, hits, pairs_tensor])
 
 
-def _draw(task: Task, n_images: int, step: int, forward_index: int) -> tuple[list[Tensor], Tensor | None]:
+def _draw(
+    task: Task,
+    n_images: int,
+    step: int,
+    forward_index: int,
+) -> tuple[list[Tensor], Tensor | None]:
     """Returns the random numbers for the patches of a forward, and its dropout mask.
 
     Each ghost batch has a seed of its own, made of the step and its index in the step. So any step
@@ -192,8 +206,12 @@ def _draw(task: Task, n_images: int, step: int, forward_index: int) -> tuple[lis
     for ghost_index in range(first, first + n_ghosts):
         generator.manual_seed(task.seed_of(step, ghost_index))
         drawn_of_ghosts.append(task.draw(ghost_size, generator))
-        masks.append(task.model.head.draw_dropout_mask(ghost_size, generator))  # pyright: ignore[reportCallIssue]
-    drawn = [torch.cat(parts) for parts in zip(*drawn_of_ghosts, strict=True)]
+        # After the patches' numbers: the order is part of what the seed decides.
+        mask = task.model.head.draw_dropout_mask(ghost_size, generator)  # pyright: ignore[reportCallIssue]
+        masks.append(mask)
+    # Each kind of random numbers becomes one tensor of the forward, image by image.
+    kinds = zip(*drawn_of_ghosts, strict=True)
+    drawn = [torch.cat(of_ghosts) for of_ghosts in kinds]
     if masks[0] is None:  # a head without dropout
         return drawn, None
     return drawn, torch.cat(masks)

@@ -7,7 +7,7 @@ the eight positions the neighbor has.
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -16,7 +16,11 @@ from relloc.geometry import CELLS, CENTER, NEIGHBORS
 from relloc.models.backbone import Backbone
 from relloc.models.ghost_batch_norm import Groups, use_ghost_batches
 from relloc.models.one_value import refuse_one_value
-from relloc.models.pair_head import CenterEmbeddings, Logits, NeighborEmbeddings
+from relloc.models.pair_head import CenterEmbeddings, DropoutMask, Logits, NeighborEmbeddings
+
+Patches = Float[Tensor, "b 9 3 p p"]  # in the grid's row-by-row order
+Embeddings = tuple[NeighborEmbeddings, CenterEmbeddings]
+N_NEIGHBORS = len(NEIGHBORS)
 
 
 class RelativeLocation(nn.Module):
@@ -57,12 +61,17 @@ class RelativeLocation(nn.Module):
         if one_pass:
             # With several ghost batches in one forward, batch norms have to be told them apart. The
             # head sees a row for each of the eight pairs.
-            n_neighbors = len(NEIGHBORS)
-            rows_in_backbone = (n_neighbors, 1) if batch_norm == "separate" else (CELLS,)
-            use_ghost_batches(backbone, Groups(images=images_per_batch_norm, rows_per_image=rows_in_backbone))
-            use_ghost_batches(head, Groups(images=images_per_batch_norm, rows_per_image=(n_neighbors,)))
+            rows_in_backbone = (N_NEIGHBORS, 1) if batch_norm == "separate" else (CELLS,)
+            groups_in_backbone = Groups(images=images_per_batch_norm, rows_per_image=rows_in_backbone)
+            use_ghost_batches(backbone, groups_in_backbone)
+            groups_in_head = Groups(images=images_per_batch_norm, rows_per_image=(N_NEIGHBORS,))
+            use_ghost_batches(head, groups_in_head)
 
-    def forward(self, patches: Float[Tensor, "b 9 3 p p"], dropout_mask: Bool[Tensor, "b 8 h"] | None = None) -> Logits:
+    def forward(
+        self,
+        patches: Patches,
+        dropout_mask: DropoutMask | None = None,
+    ) -> Logits:
         """Returns the logits (image, pair, label) of patches in the grid's row-by-row order.
 
         `dropout_mask` says which hidden units of the head are kept in training;
@@ -70,7 +79,8 @@ class RelativeLocation(nn.Module):
         """
         # In eval mode statistics are fixed, so that ghost batches make no difference.
         if self.one_pass or not self.training:
-            return self.head(*self._embed(patches), dropout_mask)
+            neighbors, centers = self._embed(patches)
+            return self.head(neighbors, centers, dropout_mask)
         ghost_batches = patches.split(self.images_per_batch_norm)
         masks: list[Tensor | None] = [None] * len(ghost_batches)
         if dropout_mask is not None:
@@ -80,34 +90,38 @@ class RelativeLocation(nn.Module):
             neighbors, centers = self._embed(ghost_batch)
             logits.append(self.head(neighbors, centers, mask))
         # A single one stays as it is, which spares a copy.
-        return torch.cat(logits) if len(logits) > 1 else logits[0]
+        if len(logits) == 1:
+            return logits[0]
+        return torch.cat(logits)
 
-    def _embed(self, patches: Float[Tensor, "b 9 3 p p"]) -> tuple[NeighborEmbeddings, CenterEmbeddings]:
+    def _embed(self, patches: Patches) -> Embeddings:
         b = len(patches)
         if self.batch_norm == "joint":
-            embedded = self._encode(patches.flatten(0, 1)).unflatten(0, (b, -1))
+            rows = self._encode(patches.flatten(0, 1))
+            embedded = rows.unflatten(0, (b, -1))
             return _without_center(embedded, dim=1), embedded[:, CENTER]
         if self.one_pass and self.training:
             return self._embed_ghost_batches(patches)
         # Two forwards of the backbone, so that its batch norms see neighbors and centers apart.
-        neighbors = self._encode(_without_center(patches, dim=1).flatten(0, 1))
+        neighbor_patches = _without_center(patches, dim=1)
+        neighbors = self._encode(neighbor_patches.flatten(0, 1))
         centers = self._encode(patches[:, CENTER])
         return neighbors.unflatten(0, (b, -1)), centers
 
-    def _embed_ghost_batches(self, patches: Float[Tensor, "b 9 3 p p"]) -> tuple[NeighborEmbeddings, CenterEmbeddings]:
+    def _embed_ghost_batches(self, patches: Patches) -> Embeddings:
         """Embeds the patches of all ghost batches in one forward of the backbone."""
         b = len(patches)
         n = self.images_per_batch_norm
         ghost_batches = patches.unflatten(0, (-1, n))
         # In each ghost batch all neighbors come first and then all centers, as `Groups` expects.
-        neighbors = _without_center(ghost_batches, dim=2).flatten(1, 2)
-        centers = ghost_batches[:, :, CENTER]
-        rows = torch.cat([neighbors, centers], 1)
-        embedded = self._encode(rows.flatten(0, 1)).unflatten(0, (-1, CELLS * n))
+        neighbor_patches = _without_center(ghost_batches, dim=2).flatten(1, 2)
+        center_patches = ghost_batches[:, :, CENTER]
+        rows = torch.cat([neighbor_patches, center_patches], 1)
+        encoded = self._encode(rows.flatten(0, 1))
         # Back to one entry for each image.
-        n_neighbors = len(NEIGHBORS)
-        embedded_neighbors, embedded_centers = embedded.split([n_neighbors * n, n], dim=1)
-        return embedded_neighbors.reshape(b, n_neighbors, -1), embedded_centers.reshape(b, -1)
+        embedded = encoded.unflatten(0, (-1, CELLS * n))
+        neighbors, centers = embedded.split([N_NEIGHBORS * n, n], dim=1)
+        return neighbors.reshape(b, N_NEIGHBORS, -1), centers.reshape(b, -1)
 
     def _encode(self, rows: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n d"]:
         # In the memory format of the weights; otherwise the first convolution would copy its input in
@@ -148,14 +162,16 @@ def _memory_format(module: nn.Module) -> torch.memory_format:
 
 def _without_center(cells: Tensor, dim: int) -> Tensor:
     # By slices, since a list of indices would be copied to the GPU, and the host would wait for it.
-    before, _, after = cells.split([CENTER, 1, CELLS - CENTER - 1], dim)
+    n_after = CELLS - CENTER - 1
+    before, _, after = cells.split([CENTER, 1, n_after], dim)
     return torch.cat([before, after], dim)
 
 
 def labels(logits: Logits) -> Int[Tensor, "b 8"]:
     """Returns the right answers: pair i of every image has label i."""
     n_pairs = logits.shape[1]
-    return torch.arange(n_pairs, device=logits.device).expand(logits.shape[:2])
+    of_an_image = torch.arange(n_pairs, device=logits.device)
+    return of_an_image.expand(logits.shape[:2])
 
 
 def loss(logits: Logits) -> Float[Tensor, ""]:
@@ -165,7 +181,8 @@ def loss(logits: Logits) -> Float[Tensor, ""]:
     """
     # bfloat16 is too coarse for a loss. float64 stays, for tests that compare to more digits.
     exact = logits if logits.dtype == torch.float64 else logits.float()
-    return cross_entropy(exact.flatten(0, 1), labels(logits).flatten())
+    right_labels = labels(logits).flatten()
+    return cross_entropy(exact.flatten(0, 1), right_labels)
 
 
 def hits(logits: Logits) -> Int[Tensor, "b"]:

@@ -34,6 +34,7 @@ def sgd(
     checks.number("optimizer.weight_decay", weight_decay, at_least=0)
     checks.number("optimizer.head_weight_decay", head_weight_decay, at_least=0)
     checks.number("optimizer.lr_images_per_step", lr_images_per_step, above=0)
+    # The linear scaling rule (Goyal et al. 2017).
     scaled_lr = lr * images_per_step / lr_images_per_step
     groups = [
         {

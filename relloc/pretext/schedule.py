@@ -63,7 +63,8 @@ class _WarmedUp(_Lasting):
     def _warmup_factor(self, epoch: float) -> float:
         if epoch >= self.warmup_epochs:
             return 1.0
-        return self.warmup_from + (1 - self.warmup_from) * epoch / self.warmup_epochs
+        rise = 1 - self.warmup_from
+        return self.warmup_from + rise * epoch / self.warmup_epochs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class Step(_WarmedUp):
         checks.rising("schedule.milestone_epochs", self.milestone_epochs)
         if not self.milestone_epochs:
             return
+        # A milestone that never acts is most likely a slip, such as epochs shortened alone.
         last = self.milestone_epochs[-1]
         if last >= self.epochs:
             raise ValueError(
@@ -92,7 +94,8 @@ class Step(_WarmedUp):
             )
 
     def factor(self, epoch: float) -> float:
-        return self._warmup_factor(epoch) * milestone_factor(epoch, self.milestone_epochs, self.gamma)
+        decay = milestone_factor(epoch, self.milestone_epochs, self.gamma)
+        return self._warmup_factor(epoch) * decay
 
 
 class Cosine(_WarmedUp):
@@ -107,4 +110,6 @@ class Cosine(_WarmedUp):
             return self._warmup_factor(epoch)
         decay_epochs = self.epochs - self.warmup_epochs
         progress = (epoch - self.warmup_epochs) / decay_epochs
-        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        # An epoch beyond the end would let the cosine rise again.
+        angle = math.pi * min(progress, 1.0)
+        return 0.5 * (1 + math.cos(angle))

@@ -12,7 +12,13 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+WATCHED = (
+    signal.SIGINT,  # Ctrl-C
+    signal.SIGTERM,  # `kill`, and the end of a SLURM job
+    signal.SIGHUP,  # the terminal was closed
+    signal.SIGUSR1,  # such as SLURM's warning before a time limit (`sbatch --signal`)
+    signal.SIGUSR2,
+)
 # Seconds until a signal is sent again whose exception Python dropped: by then the code that dropped it
 # has returned.
 _RESEND_AFTER_S = 0.05
@@ -74,12 +80,14 @@ class StopRequest:
         """Notes a signal that arrived (this is the signal handler); raises if it is to end the run."""
         is_second = self.signal == number
         self.signal = number
+        # A cluster may send SIGTERM again and again; a person who presses Ctrl-C twice means it.
         insists = is_second and number == signal.SIGINT
         if not self.awaited or insists:
             self._has_raised = True
             raise self._ending()
 
     def _ending(self) -> BaseException:
+        # What Python itself raises, so that libraries and debuggers see an ordinary Ctrl-C.
         if self.signal == signal.SIGINT:
             return KeyboardInterrupt()
         return Stopped(self.exit_code)
@@ -116,7 +124,8 @@ class StopRequest:
                 hook_before(dropped)
                 return
             # Later and from another thread: raised here, it would be dropped as well.
-            timer = threading.Timer(_RESEND_AFTER_S, os.kill, (os.getpid(), self.signal))
+            to_this_process = (os.getpid(), self.signal)
+            timer = threading.Timer(_RESEND_AFTER_S, os.kill, to_this_process)
             timers.append(timer)
             timer.start()
 
