@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from relloc.checkpoints import weight_files
 from relloc.checkpoints.hashed_files import BROKEN, check_hash, damaged, writing_hashed
+from relloc.checkpoints.places import BACKBONE_FILE
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
-BACKBONE_FILE = "backbone.safetensors"
 _LONGEST_NAME = 200
 _OF_TRAINING = {"step", "model", "about"}
 

@@ -11,13 +11,10 @@ import torch
 
 from relloc import files
 from relloc.checkpoints.hashed_files import BROKEN, check_hash, damaged, hash_file, not_read, writing_hashed
+from relloc.checkpoints.places import saved_trainings, training_folder
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
 _KEPT = 2
-
-
-def training_folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
 
 
 def save_training(run_dir: Path, state: Mapping[str, Any], step: int, milestone: str | None = None) -> Path:
@@ -56,11 +53,6 @@ def delete_state(path: Path) -> None:
     for file in (path, hash_file(path)):
         file.unlink(missing_ok=True)
     files.remove_unfinished(path)
-
-
-def saved_trainings(run_dir: Path) -> list[Path]:
-    """The checkpoints in a run folder, oldest first; milestones are not among them."""
-    return sorted(training_folder(run_dir).glob("step_*.pt"))
 
 
 def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from relloc.checkpoints.backbone_files import BACKBONE_FILE
-from relloc.checkpoints.states import saved_trainings
+from relloc.checkpoints.places import BACKBONE_FILE, saved_trainings
 from relloc.tracking.holding import is_held
 from relloc.tracking.journal import read_journal
 from relloc.tracking.record import RUN_FILE, RunRecord
