@@ -15,6 +15,7 @@ from relloc.errors import UsageError
 from relloc.reports.as_csv import as_csv
 from relloc.reports.load import find_measured
 from relloc.reports.missing import FILL_CARD
+from relloc.reports.published import PUBLISHED_MODEL
 from relloc.reports.render import as_html, as_latex, as_markdown
 from relloc.reports.table import ROWS, Report, make_report
 from relloc.status import Status
@@ -41,20 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if sweeps := [word for word in options.folders if _names_sweep(word)]:
-            _report_sweep(sweeps[0], options)
+            has_card_model = _report_sweep(sweeps[0], options)
         else:
-            _report(options)
-        _tell_next(options)
+            has_card_model = _report(options)
+        _tell_next(options, has_card_model=has_card_model)
     except UsageError as error:
         terminal.complain(error)
         return error.exit_code
     return 0
 
 
-def _tell_next(options: argparse.Namespace) -> None:
-    """Of a report that was printed, how it becomes a page; of a written one, how its empty cells are filled."""
+def _tell_next(options: argparse.Namespace, *, has_card_model: bool) -> None:
+    """Of a report that was printed, how it becomes a page; of a written one, how its empty cells are filled.
+
+    The card is of one model: other models fill none of its cells.
+    """
     if options.out is not None:
-        terminal.tell_next(FILL_CARD, on_stderr=True)
+        if has_card_model:
+            terminal.tell_next(FILL_CARD, on_stderr=True)
     elif options.format is None:
         form = "md" if any(folder.startswith(_SWEEP) for folder in options.folders) else "html"
         words = ["python", "-m", "relloc.report", *options.folders, "--out", f"report.{form}"]
@@ -88,17 +93,21 @@ def _names_sweep(word: str) -> bool:
     return word.startswith(_SWEEP) or (not os.path.exists(word) and is_named(word))
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> bool:
+    """Give the report of runs; whether any of its numbers is of the card's model."""
     render = _RENDER[_format(options, _FORMATS)]
     if options.rows not in ROWS:
         raise UsageError(f"--rows {options.rows} is not one of {', '.join(ROWS)}")
     if options.metrics is not None:
         raise UsageError(f"--metrics is for a sweep: name one with {_SWEEP}NAME")
     runs = [run for folder in options.folders or [runs_folder()] for run in _runs_of(Path(folder))]
-    _give(render(make_report(find_measured(runs), options.rows)), options.out)
+    measured = find_measured(runs)
+    _give(render(make_report(measured, options.rows)), options.out)
+    return any(each.result.model == PUBLISHED_MODEL for each in measured)
 
 
-def _report_sweep(word: str, options: argparse.Namespace) -> None:
+def _report_sweep(word: str, options: argparse.Namespace) -> bool:
+    """As `_report`, of a sweep."""
     # pandas and matplotlib take a while, which other reports need not wait
     from relloc.reports.pictures import draw_sweep
     from relloc.reports.sweep import as_report, as_sweep_csv, read_sweep
@@ -116,20 +125,22 @@ def _report_sweep(word: str, options: argparse.Namespace) -> None:
     elif shown in _RENDER:
         idle = [point for point, state in zip(points, states, strict=True) if state in _NOT_IN_FLIGHT]
         _give(_RENDER[shown](as_report(numbers, [point.again for point in idle])), options.out)
+    has_card_model = bool((numbers.rows["model"] == PUBLISHED_MODEL).any())
     # A picture is drawn where one is asked for, and beside what is printed where nothing is
     if shown not in _PICTURES and not (options.format is options.out is None):
-        return
+        return has_card_model
     if numbers.has_ours:
         form = shown if shown in _PICTURES else _PICTURES[0]
         path = options.out or sweep.folder / f"report.{form}"
         with _writing(path):
             draw_sweep(numbers, path, form)
         print(f"picture {terminal.escaped(str(path))}")
-        return
+        return has_card_model
     nothing = f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
     if shown in _PICTURES:
         raise UsageError(nothing)
     print(nothing)
+    return has_card_model
 
 
 def _states(points: Sequence[Point]) -> list[str]:

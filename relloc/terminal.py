@@ -31,12 +31,18 @@ def _shown(char: str) -> str:
 
 
 def complain(message: object) -> None:
-    """One message on stderr, whose lines stay lines; nothing in it acts on the terminal."""
+    """One message on stderr, after all that was printed; lines stay lines, and nothing in it acts on the terminal."""
+    sys.stdout.flush()
+    _print_on_stderr(message)
+
+
+def _print_on_stderr(message: object) -> None:
     print(f"relloc: {escaped(str(message), keep=chr(10))}", file=sys.stderr, flush=True)
 
 
 def tell_next(command: str, *, on_stderr: bool = False) -> None:
     """The command that one goes on with; on stderr where stdout is a file's content."""
+    sys.stdout.flush()
     print(f"next: {escaped(command)}", file=sys.stderr if on_stderr else sys.stdout, flush=True)
 
 
@@ -123,7 +129,7 @@ class _Outliving(io.RawIOBase):
             os.dup2(nowhere, self._descriptor)
             os.close(nowhere)
         if self.told_when_left:
-            complain(self.told_when_left)
+            _print_on_stderr(self.told_when_left)  # not now to be flushed: stdout is being written
 
 
 def _outliving(stream: Any, original: object, descriptor: int) -> Any:

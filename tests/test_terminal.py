@@ -98,3 +98,11 @@ def test_names_are_printed_in_any_encoding(encoding: str) -> None:
     assert done.returncode == 0
     assert done.stderr == b""
     assert (b"\\u65e5" in done.stdout) == (encoding != "utf-8")
+
+
+def test_a_message_stands_behind_what_was_printed_before() -> None:
+    does = "from relloc import terminal; print('first'); terminal.complain('second')"
+    done = subprocess.run(
+        [sys.executable, "-c", does], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    )
+    assert done.stdout == "first\nrelloc: second\n"

@@ -16,6 +16,7 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
+from relloc.checkpoints.places import BACKBONE_FILE, TRAINING_FOLDER
 from relloc.errors import UsageError, reason
 from relloc.runs import command_line, settings
 from relloc.runs.settings import Composed
@@ -100,11 +101,20 @@ def _all_names(words: Sequence[Override]) -> list[str]:
 def _of_first(checkpoints: Sequence[str], words: Sequence[Override]) -> RunData | None:
     """The data of the first run folder among them, without the probe if `words` choose one."""
     given = {word.key_or_group for word in words}
-    folders = (name for name in checkpoints if os.path.isfile(os.path.join(name, CONFIG_FILE)))
-    run = next(folders, None)
+    run = next(filter(None, map(_run_of, checkpoints)), None)
     if run is None or not given.isdisjoint(_SAYS_DATA):
         return None
-    return _read(Path(run), chooses_probe="probe" in given)
+    return _read(run, chooses_probe="probe" in given)
+
+
+def _run_of(checkpoint: str) -> Path | None:
+    """The run folder that a checkpoint names by itself, by its backbone's file or by one of its training."""
+    path = Path(checkpoint)
+    if path.name == BACKBONE_FILE:
+        path = path.parent
+    elif path.suffix == ".pt" and path.parent.name == TRAINING_FOLDER:
+        path = path.parent.parent
+    return path if os.path.isfile(path / CONFIG_FILE) else None
 
 
 def _read(run: Path, *, chooses_probe: bool) -> RunData | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from relloc import ranks
-from relloc.checkpoints import states
+from relloc.checkpoints.places import BACKBONE_FILE, TRAINING_FOLDER, saved_trainings
 from relloc.errors import UsageError
 from relloc.files import remove_all_unfinished, write_whole
 from relloc.pretext.stopping import Stopped
@@ -15,7 +15,9 @@ from relloc.runs import console
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.invocation import Invocation
 from relloc.runs.refusing import HYDRA_FOLDER, STATES, FolderBefore
+from relloc.runs.saving import TRAINING_FILE
 from relloc.status import Status
+from relloc.sweeps.points import POINT_FILE
 from relloc.tracking import (
     Mirror,
     RunRecord,
@@ -29,11 +31,18 @@ from relloc.tracking import (
     ui_link,
     write_status,
 )
-from relloc.tracking.holding import FolderIsTaken, held
+from relloc.tracking.artifacts import ARTIFACTS_FILE
+from relloc.tracking.holding import LOCK_FILE, held
+from relloc.tracking.journal import JOURNAL_FILE
 from relloc.tracking.note import NOTE_FILE
+from relloc.tracking.record import RUN_FILE, STATUS_FILE
 
 UNREADABLE_FILE = "unreadable.txt"
 _NAMED = 5
+# What tells that a run had a folder; a command's log may be written there before it begins
+_OF_A_RUN = {RUN_FILE, POINT_FILE, LOCK_FILE, STATES, TRAINING_FILE, JOURNAL_FILE, RESULTS_FILE, BACKBONE_FILE}
+_OF_A_RUN |= {HYDRA_FOLDER, STATUS_FILE, TRAINING_FOLDER, ARTIFACTS_FILE, NOTE_FILE}
+_LOGS = {".log", ".out", ".err", ".txt"}
 
 
 @dataclasses.dataclass
@@ -90,18 +99,30 @@ def own_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         FolderIsTaken: another run has it.
+        UsageError: it holds files of something else.
     """
     run_dir = Path(ranks.from_first(str(folder)))
     with contextlib.ExitStack() as at_end:
-        taken = None
+        refusal = None
         try:
             if ranks.rank() == 0:
+                _refuse_others_files(run_dir)
                 at_end.enter_context(held(run_dir))
-        except FolderIsTaken as error:
-            taken = error
-        if ranks.from_first(taken is not None):
-            raise taken or SystemExit(FolderIsTaken.exit_code)  # rank 0 says it for all
+        except UsageError as error:
+            refusal = error
+        if ranks.from_first(refusal is not None):
+            raise refusal or SystemExit(UsageError.exit_code)  # rank 0 says it for all
         yield run_dir
+
+
+def _refuse_others_files(run_dir: Path) -> None:
+    names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    others = sorted(name for name in names if not name.startswith(".") and Path(name).suffix not in _LOGS)
+    if others and names.isdisjoint(_OF_A_RUN):
+        raise UsageError(
+            f"hydra.run.dir={run_dir} holds {others[0]}{' and more' if others[1:] else ''}, but nothing of a run: give "
+            "a folder that is new, or that of a run"
+        )
 
 
 def check_files(path: Path) -> None:
@@ -139,7 +160,8 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
         yield folder
     except (KeyboardInterrupt, Stopped):
         folder.status = Status.STOPPED
-        console.say("interrupted; what was saved and evaluated before stays")
+        kept = "what was saved and evaluated before stays" if _has_work(path) else "nothing had been saved yet"
+        console.say(f"interrupted; {kept}")
         raise
     except UsageError as error:
         folder.is_mistake = error.exit_code == UsageError.exit_code
@@ -165,9 +187,14 @@ def _close(folder: RunFolder, mirror: Mirror | None, *, named: bool) -> None:
         _say_where(folder, mirror.close(folder.status))
     console.say(f"run     {folder.path}: {folder.status.word}")
     path = folder.path
-    kept = states.saved_trainings(path) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
-    if folder.status is not Status.DONE and kept and not folder.is_mistake:
-        console.say(f"        the same command {'' if named else f'with hydra.run.dir={path} '}goes on from there")
+    if folder.status is not Status.DONE and not folder.is_mistake:
+        does = "goes on from there" if _has_work(path) else "starts it anew"
+        console.say(f"        the same command {'' if named else f'with hydra.run.dir={path} '}{does}")
+
+
+def _has_work(path: Path) -> bool:
+    """Whether the folder has anything that a run goes on from."""
+    return bool(saved_trainings(path)) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
 
 
 def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBefore) -> None:

@@ -13,6 +13,7 @@ from relloc.data.packing import CHECK_FILE, Packing, pack
 from relloc.runs import console
 from relloc.runs.build import Preparing
 from relloc.runs.invocation import Invocation
+from relloc.runs.settings import members
 from relloc.terminal import escaped
 
 
@@ -33,9 +34,17 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         _say_found(check(data, published=settings.published, workers=workers, progress=progress))
         console.say("checked" if shards else "checked; out=FOLDER packs these images into shards")
     if shards:
-        console.say_next("train", **{"data": invocation.choices["data"], "data.shards": shards})
+        console.say_next("train", **{"data": _member(data.train.name, invocation), "data.shards": shards})
     else:
         console.say_next("prepare", *(word for word in invocation.words if not word.startswith("out=")), "out=SHARDS")
+
+
+def _member(name: str, invocation: Invocation) -> str:
+    """The member of conf/data that packed images of that name are trained on by: their own, whatever was typed."""
+    chosen = str(invocation.choices["data"])
+    if name in members("data"):
+        return name
+    return "folder" if chosen == "photos" else chosen  # photos is what stands where nothing was typed
 
 
 def _say_found(found: Check) -> None:

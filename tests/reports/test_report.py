@@ -61,6 +61,15 @@ def test_the_ending_of_the_file_decides_unless_a_format_is_given(
     assert other.read_text(encoding="utf-8").startswith("% Needs")
 
 
+@pytest.mark.parametrize(("model", "fills"), [("resnet50", True), ("small", False)])
+def test_the_card_is_offered_where_its_model_was_measured(
+    new_run, result, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, fills: bool
+) -> None:
+    folder = new_run("a", result("linear_in1k", "feature4", "top1", 9.0, model=model))
+    assert main([str(folder), "--out", str(tmp_path / "r.md")]) == 0
+    assert ("next: " in capsys.readouterr().err) == fills
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

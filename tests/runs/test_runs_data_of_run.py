@@ -69,7 +69,8 @@ def test_all_data_settings_are_those_of_the_run(words: tuple[str, ...]) -> None:
     told, probe = data_settings(*words), data_settings(*words, section="probe")
     run("run", told, probe=probe)
     run("before", told | probe)  # as earlier versions wrote it
-    for checkpoint in ("run", "[random,run]", "before"):
+    weights = ("run/backbone.safetensors", "run/checkpoints/epoch_3.pt")
+    for checkpoint in ("run", "[random,run]", "before", *weights):
         config = composed(f"checkpoint={checkpoint}")
         assert OmegaConf.to_container(config.data, resolve=True) == told
         assert OmegaConf.to_container(config.probe, resolve=True) == probe

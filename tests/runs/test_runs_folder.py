@@ -65,6 +65,27 @@ def test_a_stopped_run_says_how_to_go_on(
     assert f"the same {words}" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_a_stopped_run_without_anything_saved_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), open_folder(invocation(tmp_path), RECORD, tmp_path):
+        raise KeyboardInterrupt
+    told = capsys.readouterr().out
+    assert "interrupted; nothing had been saved yet" in told
+    assert f"the same command with hydra.run.dir={tmp_path} starts it anew" in told.replace("\n", " ")
+
+
+def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "out.log").touch()
+    with own_folder(tmp_path):  # of the command's own output
+        pass
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UsageError, match=r"holds a\.jpg, but nothing of a run"), own_folder(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "out.log"]
+    RECORD.write(tmp_path)
+    with own_folder(tmp_path):
+        pass
+
+
 def test_a_mistake_before_any_work_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError), open_folder(invocation(tmp_path), RECORD, tmp_path):
         raise UsageError("a wrong setting")

@@ -13,7 +13,7 @@ from relloc.runs.preparing import prepare
 from relloc.runs.settings import conf_dir
 
 
-def run(*words: str) -> None:
+def run(*words: str, chosen: str = "folder") -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         settings = build.preparing(compose("prepare", ["data=folder", "data.name=mine", "workers=1", *words]))
     invocation = Invocation(
@@ -21,7 +21,7 @@ def run(*words: str) -> None:
         folder=Path(),
         names_folder=False,
         words=("data=folder", *words),
-        choices={"data": "folder"},
+        choices={"data": chosen},
         settings={},
         files={},
     )
@@ -52,11 +52,14 @@ def test_packing_tells_what_became_of_images_and_how_to_train_on_them(
     told = capsys.readouterr().out.replace("\n", " ")
     assert "packed  train: " in told
     assert "2 JPEGs kept as they were, 3 reduced to 96 px, 3 encoded" in told
-    assert f"next: python -m relloc.train data=folder data.shards={out}" in told
+    next_command = f"next: python -m relloc.train data=folder data.shards={out}"
+    assert next_command in told
     assert (out / MANIFEST).is_file()
     # What is packed is checked by its hashes, and has no command that packs it again.
     run(f"data.shards={out}")
     told = capsys.readouterr().out.replace("\n", " ")
     assert "checked " in told
     assert "out=SHARDS" not in told
-    assert f"next: python -m relloc.train data=folder data.shards={out}" in told
+    assert next_command in told
+    run(f"data.shards={out}", chosen="photos")  # as where no data= was typed
+    assert next_command in capsys.readouterr().out.replace("\n", " ")
