@@ -1,1 +1,1 @@
-"""Training a backbone further with labels, inside a classifier, a detector or a segmenter."""
+"""Fine-tuning: trains a backbone further with labels, inside a classifier, detector or segmenter."""

@@ -1,7 +1,7 @@
-"""The one training loop of semi-supervised training, detection and segmentation.
+"""The training loop that semi-supervised classification, detection and segmentation share.
 
-It knows of a batch how many samples it has and how their loss is computed, and nothing else: images
-may be one tensor or a list of different sizes, targets anything.
+Of a batch it knows how many samples it has and how their loss is computed, and nothing else. So
+images may be one tensor or a list of different sizes, and targets anything.
 """
 
 import dataclasses
@@ -23,25 +23,32 @@ T = TypeVar("T")
 
 
 class Diverged(UsageError):
-    """A training whose loss or weights are no longer finite: no further step mends it."""
+    """A training whose loss or weights are no longer finite, which further steps can't repair."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part(Generic[T]):
-    """What one forward is given, and how many samples its loss is the mean over: none, where all were unreadable."""
+class MicroBatch(Generic[T]):
+    """The input of one forward, and the number of samples over which its loss is the mean.
+
+    `samples` is 0 where none of them could be read.
+    """
 
     content: T
     samples: int
 
 
-# Where the batches come from. Called with (first, end), it yields this process's parts of each of the steps from
-# `first` to before `end`. A step is the same whatever span it is asked for in, and has as many parts in each process.
-PartsOfSteps = Callable[[int, int], Iterator[Sequence[Part[T]]]]
+# Called with (first, end), it yields this process's micro-batches of each step from `first` to
+# before `end`. A step is the same whatever range it is asked for in, and has the same number of
+# micro-batches in each process.
+MicroBatchSource = Callable[[int, int], Iterator[Sequence[MicroBatch[T]]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Span:
-    """What a span of steps gave. `step` counts all steps done; `loss` is the mean over the span's samples."""
+    """What a range of steps gave: the mean loss of its samples, and the last learning rate.
+
+    `step` counts all steps of the training so far.
+    """
 
     step: int
     loss: float
@@ -49,39 +56,56 @@ class Span:
     lr: float
 
 
-def divided(samples: Sequence[T], accumulation: int = 1) -> list[Sequence[T]]:
-    """This process's `accumulation` parts of a step's samples.
+def split_for_rank(samples: Sequence[T], accumulation: int = 1) -> list[Sequence[T]]:
+    """Returns this process's micro-batches of the samples of a step, `accumulation` of them.
 
-    Over all processes the parts are the samples in order, cut as evenly as possible. So two processes
-    have the parts of one process with twice the accumulation.
+    Over all processes, the micro-batches are the samples in order, cut as evenly as possible. So
+    two processes have the micro-batches of one process with twice the accumulation.
+
+    Example:
+        split_for_rank(range(7), 3)  # one process: [range(0, 2), range(2, 4), range(4, 7)]
     """
-    n_parts = ranks.world_size() * accumulation
-    edges = [len(samples) * part // n_parts for part in range(n_parts + 1)]
+    n_micro_batches = ranks.world_size() * accumulation
+    edges = []
+    for number in range(n_micro_batches + 1):
+        edges.append(len(samples) * number // n_micro_batches)
     first = ranks.rank() * accumulation
-    return [samples[edges[part] : edges[part + 1]] for part in range(first, first + accumulation)]
+    own = range(first, first + accumulation)
+    return [samples[edges[number] : edges[number + 1]] for number in own]
 
 
 @dataclasses.dataclass(eq=False)
 class FineTuning(Generic[T]):
-    """A training of `network` by `optimizer`, whose gradient of a step is that of the mean over its samples.
+    """A training of `network` by `optimizer` on the mean loss over the samples of each step.
 
-    `length` counts iterations, or epochs where `steps_per_unit` is the number of steps an epoch. In
-    that unit `schedule` moves the rate of each parameter group, of which each has its own base rate.
+    Gradients of a step's micro-batches are added up, over all processes. A batch norm uses the
+    statistics of one micro-batch; with `synchronized`, of the micro-batches that all processes
+    compute at the same time. All processes start with the weights of the first.
 
-    The gradients of a step's parts are added up, over all processes. Batch norm has the statistics of
-    one part; where it is `synchronized`, of the parts that all processes compute at the same time.
+    PyTorch's global generators, from which dropout draws, are seeded for each micro-batch by its
+    place in the step, and put back afterwards. So any step can be computed again.
 
-    `loss` is given the content of a part. PyTorch's global generators, from which dropout draws, are
-    seeded for each part by its place in the step and put back after: any step can be computed again.
-    A step of fewer samples than `least_samples` is left out, as batch norm knows no variance of one.
-
-    All processes start with the weights of the first. `name` is what messages call the training.
+    Args:
+        network: trained in place.
+        optimizer: one that has the parameters of the network, each group with its own base rate.
+        micro_batches: where the data comes from.
+        loss: the mean loss of the content of a micro-batch.
+        length: how long to train, in units of `schedule`: iterations, or epochs.
+        steps_per_unit: 1 for iterations, or the number of steps in an epoch.
+        schedule: the factor of the base rates.
+        synchronized: whether batch norms use the statistics of all processes.
+        seed: of dropout.
+        device: where the network is.
+        bf16: whether forwards run in bfloat16.
+        name: what messages call the training.
+        least_samples: a step with fewer samples over all processes is left out. 2 where a batch
+            norm sees one value per channel of a sample, which has no variance.
     """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     _: dataclasses.KW_ONLY
-    parts: PartsOfSteps[T]
+    micro_batches: MicroBatchSource[T]
     loss: Callable[[T], Tensor]
     length: int
     steps_per_unit: int
@@ -95,6 +119,7 @@ class FineTuning(Generic[T]):
     step: int = dataclasses.field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        # One process has nobody to synchronize with.
         self.synchronized = self.synchronized and ranks.world_size() > 1
         if self.synchronized:
             synchronize(self.network, self.device)
@@ -102,83 +127,122 @@ class FineTuning(Generic[T]):
         ranks.copy_from_first(self.network.state_dict().values())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on to the bit, in any number of processes."""
-        return {"step": self.step, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Returns what `load_state_dict` needs to go on to the bit, in any number of processes."""
+        return {
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Goes on from a state of `state_dict`."""
         self.step = saved["step"]
         self.network.load_state_dict(saved["network"])
         self.optimizer.load_state_dict(saved["optimizer"])
 
     def spans(self, every: int) -> Iterator[Span]:
-        """Train to the end, and pause after each `every` units: to evaluate, and to save `state_dict()`.
+        """Trains to the end, and yields after each `every` units of the schedule.
 
-        In a pause the network may be in any mode, and is the same in all processes.
+        The caller may then evaluate, and save `state_dict()`. It may leave the network in any mode,
+        which has to be the same in all processes.
 
         Raises:
             Diverged: loss or weights are not finite after a span.
             DataError: no step of a span has enough samples.
         """
-        last = self.length * self.steps_per_unit
-        while self.step < last:
-            # A resumed training pauses where one that was never stopped does.
-            whole = every * self.steps_per_unit
-            yield self._train_until(min(last, (self.step // whole + 1) * whole))
+        last_step = self.length * self.steps_per_unit
+        steps_per_span = every * self.steps_per_unit
+        while self.step < last_step:
+            # Spans end at multiples of their length, wherever a resumed training began.
+            next_pause = (self.step // steps_per_span + 1) * steps_per_span
+            yield self._train_until(min(last_step, next_pause))
 
     def _train_until(self, end: int) -> Span:
         self.network.train()
-        parts = self.parts(self.step, end)
+        steps = self.micro_batches(self.step, end)
         reports: list[StepReport] = []
         run_steps(
-            lambda step: self._take_step(step, next(parts)),
+            lambda step: self._take_step(step, next(steps)),
             optimizer=self.optimizer,
             rate_factor=lambda step: self.schedule.factor(step / self.steps_per_unit),
-            done=StepsDone(step=self.step, sums=torch.zeros(2, dtype=torch.float64, device=self.device)),
+            done=StepsDone(
+                step=self.step,
+                sums=torch.zeros(2, dtype=torch.float64, device=self.device),
+            ),
             steps=end,
             report_every=end,
             report=reports.append,
             after_step=lambda _done: False,
         )
-        next(parts, None)  # what the parts have to say after the last one
+        # The source finishes after its last step: it counts unreadable images, and may raise.
+        next(steps, None)
         self.step = end
-        # Batch norm that is not synchronized has seen other images in each process: the first one's counts.
+        # Batch norm that is not synchronized has seen other images in each process: the statistics
+        # of the first one count.
         ranks.copy_from_first(self.network.buffers())
-        sum_of_losses, samples = reports[0].sums
-        lr = reports[0].lr
+        (report,) = reports
+        return self._check_span(report)
+
+    def _check_span(self, report: StepReport) -> Span:
+        """Returns the span that ends with `report`, unless it trained nothing or diverged."""
+        sum_of_losses, samples = report.sums
         if not samples:
             raise DataError(
-                f"{self.name}: up to step {end} no step has {self.least_samples} or more images that can be "
-                "read, so nothing can be trained on: mend or remove what can't be read"
+                f"{self.name}: up to step {self.step} no step has {self.least_samples} or more images that can be "
+                "read, so nothing can be trained on. Repair or remove the images that can't be read."
             )
+        # The loss of this span comes from weights before its last step, so both are looked at.
         if not math.isfinite(sum_of_losses) or not all_finite(self.network):
+            remedy = "Give a lower one, or precision=fp32." if self.bf16 else "Give a lower one."
             raise Diverged(
-                f"{self.name} diverged: loss or weights are no longer finite after step {end} of "
-                f"{self.length * self.steps_per_unit}, at a learning rate of {lr:g}. Give a lower one"
-                + (", or precision=fp32" if self.bf16 else "")
+                f"{self.name} diverged: loss or weights are no longer finite after step {self.step} of "
+                f"{self.length * self.steps_per_unit}, at a learning rate of {report.lr:g}. {remedy}"
             )
-        return Span(step=end, loss=sum_of_losses / samples, samples=int(samples), lr=lr)
+        return Span(
+            step=self.step,
+            loss=sum_of_losses / samples,
+            samples=int(samples),
+            lr=report.lr,
+        )
 
-    def _take_step(self, step: int, parts: Sequence[Part[T]]) -> Tensor:
-        """One optimizer step; the sum of the losses of this process's samples, and their number."""
+    def _take_step(self, step: int, micro_batches: Sequence[MicroBatch[T]]) -> Tensor:
+        """Takes one optimizer step.
+
+        Returns the sum of the losses of this process's samples, and their number.
+        """
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        # How many samples all processes have is known before the first forward: it weights each part's loss.
-        samples = int(ranks.total(torch.tensor(sum(part.samples for part in parts))))
-        if samples < self.least_samples:
+        # The number of samples of all processes weights each loss, so it is needed before the first
+        # forward.
+        own_samples = sum(micro_batch.samples for micro_batch in micro_batches)
+        all_samples = int(ranks.total(torch.tensor(own_samples)))
+        if all_samples < self.least_samples:
             return sums
-        forked = [self.device] if self.device.type == "cuda" else []
         self._gradients.clear()
-        for number, part in enumerate(parts, start=ranks.rank() * len(parts)):
-            # Other processes wait in a synchronized batch norm for a part, also where it is empty.
-            if not part.samples and not self.synchronized:
+        first_number = ranks.rank() * len(micro_batches)
+        for number, micro_batch in enumerate(micro_batches, start=first_number):
+            samples = micro_batch.samples
+            # An empty micro-batch changes nothing. But where batch norm is synchronized, the other
+            # processes wait in it for this one.
+            if not samples and not self.synchronized:
                 continue
-            with torch.random.fork_rng(forked), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                torch.manual_seed(seed_for(Use.FINE_TUNING_FORWARD, self.seed, step, number))
-                loss = self.loss(part.content)
-            # The mean over processes of the gradients is to be that of the mean over samples.
-            (loss * (part.samples * ranks.world_size() / samples)).backward()
-            if part.samples:  # the mean loss of no samples is NaN, and its gradients are zeros
-                sums += torch.stack([loss.detach().double() * part.samples, sums.new_full((), part.samples)])
+            loss = self._forward(step, number, micro_batch.content)
+            # `Gradients.average` takes the mean over processes. With this weight that mean is the
+            # gradient of the mean over all samples, however they are divided.
+            weight = samples * ranks.world_size() / all_samples
+            (loss * weight).backward()
+            if samples:  # the mean loss of no samples is NaN, and its gradients are zeros
+                sum_of_losses = loss.detach().double() * samples
+                sums += torch.stack([sum_of_losses, sums.new_full((), samples)])
         self._gradients.average()
         self.optimizer.step()
         return sums
+
+    def _forward(self, step: int, number: int, content: T) -> Tensor:
+        """Returns the loss of micro-batch `number` of a step, counted through all processes."""
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(gpus),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            torch.manual_seed(seed_for(Use.FINE_TUNING_FORWARD, self.seed, step, number))
+            return self.loss(content)

@@ -1,6 +1,6 @@
-"""Learning rates of fine-tuning, as factors on the base rate of each parameter group.
+"""Learning-rate schedules of fine-tuning, as factors on the base rate of each parameter group.
 
-A schedule counts in the unit of its own numbers, iterations or epochs. All are functions of the
+A schedule counts in the unit of its own numbers, iterations or epochs. Each is a function of the
 position alone, so a resumed training needs nothing but its step.
 """
 
@@ -14,21 +14,26 @@ from relloc.optimization import milestone_factor
 
 @runtime_checkable
 class Schedule(Protocol):
-    """How the learning rate moves."""
+    """A learning rate as a function of how far a training is."""
 
     def factor(self, position: float) -> float:
-        """Learning rate over base rate at `position`, a number of 0 or more."""
+        """Returns learning rate over base rate at `position`, a number of 0 or more."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Milestones:
-    """Linear warm-up from `warmup_from` over `warmup`, and times `gamma` at each milestone reached.
+    """A step schedule with linear warm-up.
 
-    mmdetection's detectors have warmup=100 (1,000 for Mask R-CNN) iterations from 0.001.
+    The rate is multiplied by `gamma` at each milestone. During the first `warmup` units it rises
+    linearly from `warmup_from` times its value. mmdetection's detectors have warmup=100 iterations
+    (1,000 for Mask R-CNN) and warmup_from=0.001.
+
+    Example:
+        Milestones(milestones=[30, 60], gamma=0.1).factor(45)  # 0.1
 
     Raises:
-        ValueError: milestones that do not rise, or numbers out of range.
+        ValueError: milestones do not rise, or a number is out of range.
     """
 
     milestones: Sequence[float]
@@ -37,25 +42,34 @@ class Milestones:
     warmup_from: float = 1
 
     def __post_init__(self) -> None:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones are {list(self.milestones)}: give numbers that rise")
+        milestones = list(self.milestones)
+        if milestones != sorted(set(milestones)):
+            raise ValueError(f"milestones are {milestones}: give numbers that rise")
+        # A gamma of 0 would end the training, and a negative one climb the loss.
         _check("gamma", self.gamma, self.gamma > 0, "above 0")
         _check("warmup", self.warmup, self.warmup >= 0, "of 0 or more")
-        _check("warmup_from", self.warmup_from, 0 <= self.warmup_from <= 1, "in 0..1")
+        # A warm-up that starts above the base rate would be none.
+        is_share = 0 <= self.warmup_from <= 1
+        _check("warmup_from", self.warmup_from, is_share, "in 0..1")
 
     def factor(self, position: float) -> float:
         factor = milestone_factor(position, self.milestones, self.gamma)
+        # Warm-up multiplies what the milestones give, as a milestone may lie within it.
         if position < self.warmup:
-            factor *= self.warmup_from + (1 - self.warmup_from) * position / self.warmup
+            warmup_rise = (1 - self.warmup_from) * position / self.warmup
+            factor *= self.warmup_from + warmup_rise
         return factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Poly:
-    """A power of what is left of `length`, down to `floor` times the base rate, as in mmsegmentation.
+    """A polynomial schedule, as mmsegmentation's.
+
+    The rate falls from the base rate to `floor` times the base rate at `length`, as the given
+    power of the share of `length` that remains.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: a number is out of range.
     """
 
     length: float
@@ -68,8 +82,9 @@ class Poly:
         _check("floor", self.floor, 0 <= self.floor <= 1, "in 0..1")
 
     def factor(self, position: float) -> float:
-        left = max(0.0, 1 - position / self.length)
-        return (1 - self.floor) * left**self.power + self.floor
+        # Beyond the end the rate stays at the floor.
+        remaining = max(0.0, 1 - position / self.length)
+        return (1 - self.floor) * remaining**self.power + self.floor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,5 +96,6 @@ class Constant:
 
 
 def _check(name: str, value: float, fits: bool, limit: str) -> None:
+    """Raises `ValueError` unless `value` is finite and fits."""
     if not fits or not math.isfinite(value):
         raise ValueError(f"{name} is {value}: give a number {limit}")

@@ -1,9 +1,9 @@
-"""Fine-tuning the whole network with few labels, as OpenSelfSup does with 1 % and 10 % of ImageNet.
+"""Fine-tuning of the whole network with few labels: 1 % or 10 % of ImageNet (docs/protocols.md 3.14).
 
-Its constants are those of OpenSelfSup's configs/benchmarks/semi_classification/
-imagenet_{1percent,10percent}/ (base.py, and r50_lr*_head*.py for rates and weight decay), its head that
-of openselfsup/models/heads/cls_head.py; docs/MODEL_ZOO.md tells that of nine settings the best is
-reported for each method, which is a choice on the images that are reported on.
+The constants are those of OpenSelfSup's configs/benchmarks/semi_classification/
+imagenet_{1percent,10percent}/ (base.py, and r50_lr*_head*.py for rates and weight decay), and the
+linear layer is that of openselfsup/models/heads/cls_head.py. docs/MODEL_ZOO.md says that the best
+of nine settings is reported for each method, which is a choice on the images reported on.
 """
 
 import copy
@@ -17,6 +17,7 @@ import torch
 
 from relloc import checks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
+from relloc.data.loader import ImageBatch
 from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, stratified
 from relloc.data.views import View, check_view
 from relloc.errors import DataError
@@ -24,15 +25,21 @@ from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.results import CHOSEN_WITHOUT_TEST, Score
 from relloc.transfer.classifier import TOP, Classifier, TrainingViews, count_top_hits
-from relloc.transfer.loop import Diverged, FineTuning
+from relloc.transfer.loop import Diverged, FineTuning, MicroBatch
 from relloc.transfer.schedule import Milestones
 
-_PUBLISHED_SETTINGS = 9  # three rates and three multipliers of the head's (docs/MODEL_ZOO.md)
+_PUBLISHED_SETTINGS = 9  # three rates times three multipliers of the head's (docs/MODEL_ZOO.md)
+# Which of the sets of images that hits are counted on is which.
+_HELD_OUT = 0
+_CHOOSING = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
-    """One of the settings that are tried: the trunk's learning rate, and how many times that the head has."""
+    """One of the settings that are tried.
+
+    `learning_rate` is that of the backbone; the head's is `head_multiplier` times as large.
+    """
 
     learning_rate: float
     head_multiplier: float
@@ -42,7 +49,11 @@ class Rates:
 
 
 class Outcome(TypedDict):
-    """What became of a setting: whether loss and weights stayed finite; hits of top 1, of top 5 and images a set."""
+    """The outcome of a setting, as it is saved.
+
+    finite: whether loss and weights stayed finite.
+    tallies: for each set of images the top-1 hits, top-5 hits and number of images.
+    """
 
     finite: bool
     tallies: list[list[int]]
@@ -50,16 +61,19 @@ class Outcome(TypedDict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SemiSupervised(Evaluation):
-    """SGD with momentum on all weights; rates times `gamma` at the milestones; batch norm trains with it.
+    """Accuracy after fine-tuning all weights on a small share of the labels.
 
-    The images are `share` of each class by `seed`, or what `list_file` names, one file name a line.
-    With several settings (each rate with each multiplier) `top1` and `top5` are those of the setting
-    that is best on the images reported on, as published, and `top1_tuned` and `top5_tuned` those of
-    the setting that is best on `choosing_images` other training images. A setting that diverged ranks
-    last and is named.
+    Training is SGD with momentum; rates are multiplied by `gamma` at the milestones; batch norm
+    trains, too. The labeled images are `share` of each class, drawn by the seed, or those that
+    `list_file` names, one file name a line.
+
+    Each learning rate is tried with each multiplier. `top1` and `top5` are those of the setting
+    that is best on the images reported on, as published. `top1_tuned` and `top5_tuned` are those of
+    the setting that is best on `choosing_images` other training images. A setting that diverged
+    ranks last and is named.
 
     Raises:
-        ValueError: constants that would train nothing.
+        ValueError: a constant with which nothing can be trained.
         DataError: `list_file` can't be read or names nothing.
     """
 
@@ -94,75 +108,121 @@ class SemiSupervised(Evaluation):
         checks.numbers("eval.semisup.learning_rates", self.learning_rates, above=0)
         checks.numbers("eval.semisup.head_multipliers", self.head_multipliers, above=0)
         checks.whole("eval.semisup.choosing_images", self.choosing_images)
-        # What the list holds is part of what decides the numbers, and so of this object's repr.
+        # Results are used again if the repr of their evaluation is the same. So what the list
+        # contains has to be part of the repr, beside its path.
         names = list_names(Path(self.list_file)) if self.list_file else ()
-        object.__setattr__(self, "list_digest", hash_lines(names) if names else "")
+        list_digest = hash_lines(names) if names else ""
+        # A frozen dataclass can't be assigned to, also not by itself.
+        object.__setattr__(self, "list_digest", list_digest)
 
     @property
     def settings(self) -> list[Rates]:
-        return [
-            Rates(learning_rate=rate, head_multiplier=times)
-            for rate, times in itertools.product(self.learning_rates, self.head_multipliers)
-        ]
+        """The settings that are tried: each rate with each multiplier."""
+        settings = []
+        for rate, multiplier in itertools.product(self.learning_rates, self.head_multipliers):
+            settings.append(Rates(learning_rate=rate, head_multiplier=multiplier))
+        return settings
 
     def run(self, context: Context) -> Iterator[Score]:
-        """Top-1 and top-5 on held-out images after the last epoch.
+        """Yields top-1 and top-5 accuracy on held-out images after the last epoch.
 
-        The state is saved after each epoch, and gone on from: on a CPU with the same bits as if it had
-        never stopped.
+        The state is saved after each epoch and after each setting. On a CPU a resumed evaluation
+        ends with the same bits as one that was never stopped.
 
         Raises:
-            DataError: images without labels; a list that does not fit; no other images to choose on;
-                too many that can't be read.
+            DataError: images have no labels; the list does not fit; no other images are left to
+                choose a setting on; or too many images can't be read.
         """
         state = context.state
-        tuned_on, *others = self._subsets(context.splits.train, context.seed)
-        sets: list[ImageSet] = [context.splits.held_out, *others]
+        training_images, *choosing_images = self._subsets(context.splits.train, context.seed)
+        # Hits on held-out images are reported; hits on other training images choose a setting.
+        tested_images: list[ImageSet] = [context.splits.held_out, *choosing_images]
+
+        # Settings that are finished are not trained again; the one after them goes on.
         saved = state.load() or {}
         outcomes: list[Outcome] = saved.get("outcomes", [])
-        training_so_far = saved.get("training")
-        for rates in self.settings[len(outcomes) :]:
-            network, finite = self._tune(context, tuned_on, rates, outcomes, training_so_far)
-            tallies = [count_top_hits(network, images, self.view, context.encode_config) for images in sets]
+        training_state = saved.get("training")
+        remaining = self.settings[len(outcomes) :]
+        for rates in remaining:
+            network, finite = self._fine_tune(
+                context,
+                training_images,
+                rates,
+                outcomes,
+                training_state,
+            )
+            tallies = []
+            for images in tested_images:
+                tallies.append(count_top_hits(network, images, self.view, context.encode_config))
             outcomes = [*outcomes, Outcome(finite=finite, tallies=tallies)]
-            training_so_far = None
+            # What was saved of a training is that of the first setting alone.
+            training_state = None
             state.save({"outcomes": outcomes})
-        yield from self._scores(outcomes, tuned_on, context.seed)
+        yield from self._scores(outcomes, training_images, context.seed)
 
     def check(self, splits: Splits) -> None:
-        """Raises `DataError` for a list that does not fit, and where no images are left to choose a setting on."""
+        """Checks that images can be chosen, before anything is trained.
+
+        Raises:
+            DataError: the list does not fit, or no images are left to choose a setting on.
+        """
         self._subsets(splits.train, seed=0)
 
     def _subsets(self, train: ImageSet, seed: int) -> list[Subset]:
-        """The images that are trained on and, where there are several settings, others to choose one on."""
-        tuned_on = listed(train, Path(self.list_file)) if self.list_file else stratified(train, self.share, seed=seed)
+        """Returns the images to train on and, for several settings, others to choose one on."""
+        if self.list_file:
+            training_images = listed(train, Path(self.list_file))
+        else:
+            training_images = stratified(train, self.share, seed=seed)
         if len(self.settings) == 1:
-            return [tuned_on]
-        taken = set(tuned_on.indices)
-        others = [index for index in range(len(train)) if index not in taken]
-        if not others:
+            return [training_images]
+        used = set(training_images.indices)
+        unused = [index for index in range(len(train)) if index not in used]
+        if not unused:
             raise DataError(
                 f"{train.name} {train.split} has no images beyond those that are trained on, so that no setting can "
                 "be chosen: give one number in eval.semisup.learning_rates and head_multipliers, or a smaller share"
             )
-        indices = [others[place] for place in evenly_spaced(len(others), self.choosing_images)]
-        return [tuned_on, Subset(images=train, indices=indices)]
+        # Images mostly lie class by class, so evenly spaced ones are of all classes.
+        chosen = evenly_spaced(len(unused), self.choosing_images)
+        indices = [unused[position] for position in chosen]
+        return [training_images, Subset(images=train, indices=indices)]
 
-    def _tune(
+    def _fine_tune(
         self,
         context: Context,
         images: Subset,
         rates: Rates,
         outcomes: Sequence[Outcome],
-        training_so_far: dict[str, Any] | None,
+        training_state: dict[str, Any] | None,
     ) -> tuple[Classifier, bool]:
-        """The network after the last epoch, and whether loss and weights stayed finite."""
-        network = Classifier(copy.deepcopy(context.backbone), len(images.classes), seed=context.seed).to(context.device)
+        """Trains with one setting.
+
+        Returns the network after the last epoch, and whether loss and weights stayed finite.
+        `outcomes` are saved together with the state of the training, which begins at
+        `training_state` if that is given.
+        """
+        # The backbone of the run is evaluated by others, too, so a copy of it is trained.
+        backbone = copy.deepcopy(context.backbone)
+        network = Classifier(backbone, len(images.classes), seed=context.seed).to(context.device)
+        # Backbones come frozen from the runner; here all weights learn.
         network.requires_grad_(True)
+        # The head starts from random weights, for which a higher rate may be better.
         groups = [
-            {"params": list(network.backbone.parameters()), "lr": rates.learning_rate},
-            {"params": list(network.head.parameters()), "lr": rates.learning_rate * rates.head_multiplier},
+            {
+                "params": list(network.backbone.parameters()),
+                "lr": rates.learning_rate,
+            },
+            {
+                "params": list(network.head.parameters()),
+                "lr": rates.learning_rate * rates.head_multiplier,
+            },
         ]
+        optimizer = torch.optim.SGD(
+            groups,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
         views = TrainingViews(
             images=images,
             view=self.augment,
@@ -170,12 +230,15 @@ class SemiSupervised(Evaluation):
             encode_config=context.encode_config,
             seed=context.seed,
         )
+
+        def micro_batches(first: int, end: int) -> Iterator[Sequence[MicroBatch[ImageBatch]]]:
+            epoch = end // views.steps_per_epoch
+            return views.micro_batches(first, end, f"{rates}, epoch {epoch} of {self.epochs}")
+
         training = FineTuning(
             network,
-            torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay),
-            parts=lambda first, end: views.parts(
-                first, end, f"{rates}, epoch {end // views.steps_per_epoch} of {self.epochs}"
-            ),
+            optimizer,
+            micro_batches=micro_batches,
             loss=lambda batch: views.loss(network, batch),
             length=self.epochs,
             steps_per_unit=views.steps_per_epoch,
@@ -185,31 +248,42 @@ class SemiSupervised(Evaluation):
             device=context.device,
             bf16=context.encode_config.bf16,
             name=f"fine-tuning on {images.name}, {rates},",
-            least_samples=2,  # batch norm knows no variance of one
+            least_samples=2,  # of one image a batch norm may see one value, which has no variance
         )
-        if training_so_far:
-            training.load_state_dict(training_so_far)
+        if training_state:
+            training.load_state_dict(training_state)
         try:
+            # A span is one epoch, as the schedule counts epochs.
             for _ in training.spans(every=1):
-                context.state.save({"outcomes": outcomes, "training": training.state_dict()})
+                state = {"outcomes": outcomes, "training": training.state_dict()}
+                context.state.save(state)
         except Diverged:
+            # Too large a rate is an outcome like others: the next setting may do.
             return network, False
         return network, True
 
-    def _scores(self, outcomes: Sequence[Outcome], tuned_on: Subset, seed: int) -> Iterator[Score]:
-        published = "chosen on the images it is reported on, as published" if len(self.settings) > 1 else ""
-        # Which line of the table, and by which of the sets the setting of that line is chosen
-        variants = [("", published, 0)]
+    def _scores(
+        self,
+        outcomes: Sequence[Outcome],
+        training_images: Subset,
+        seed: int,
+    ) -> Iterator[Score]:
+        # Lines of the table: variant, how its setting is chosen, and on which of the sets.
+        lines = [("", "", _HELD_OUT)]
         if len(self.settings) > 1:
-            variants.append(
-                (CHOSEN_WITHOUT_TEST, f"chosen on {outcomes[0]['tallies'][1][-1]} other training images", 1)
-            )
-        for variant, choice, chosen_on in variants:
-            number = _best(outcomes, chosen_on)
-            *hits, n = outcomes[number]["tallies"][0]
-            for top, right in zip(TOP, hits, strict=True):
-                if top > 1 and top >= len(tuned_on.classes):
+            n_choosing = outcomes[0]["tallies"][_CHOOSING][-1]
+            lines = [
+                ("", "chosen on the images it is reported on, as published", _HELD_OUT),
+                (CHOSEN_WITHOUT_TEST, f"chosen on {n_choosing} other training images", _CHOOSING),
+            ]
+        for variant, choice, chosen_on in lines:
+            best = _best_setting(outcomes, chosen_on)
+            *hits, n = outcomes[best]["tallies"][_HELD_OUT]
+            for top, n_right in zip(TOP, hits, strict=True):
+                # Among five or fewer classes, the first five answers are always right.
+                if top > 1 and top >= len(training_images.classes):
                     continue
+                # The headline is the published way: top-1 of the setting that is best on test.
                 yield Score(
                     table="Fine-tuned on 1 % and 10 % of the labels",
                     column=f"{100 * self.share:g} % top-{top}",
@@ -217,42 +291,69 @@ class SemiSupervised(Evaluation):
                     layer="avgpool",
                     metric=f"top{top}_tuned" if variant else f"top{top}",
                     headline=top == 1 and not variant,
-                    value=100 * right / n,
+                    value=100 * n_right / n,
                     n=n,
                     protocol="OpenSelfSup semi_classification",
                     deviations=tuple(self._deviations()),
                     choice=choice,
-                    details=self._details(tuned_on, seed, outcomes, number),
+                    details=self._details(training_images, seed, outcomes, best),
                 )
 
-    def _details(self, tuned_on: Subset, seed: int, outcomes: Sequence[Outcome], number: int) -> tuple[str, ...]:
+    def _details(
+        self,
+        training_images: Subset,
+        seed: int,
+        outcomes: Sequence[Outcome],
+        number: int,
+    ) -> tuple[str, ...]:
+        """Returns what a result says of its images and constants; `number` is its setting's."""
         source = f"{self.share:.3g} of each class by seed {seed}"
         if self.list_file:
             source = f"list {Path(self.list_file).name}"
-        gone = [str(rates) for rates, of in zip(self.settings, outcomes, strict=True) if not of["finite"]]
-        diverged = [f"diverged and ranked last: {' and '.join(gone)}"] if gone else []
-        if not outcomes[number]["finite"]:
-            diverged = ["diverged: loss or weights are not finite"]
+        setting = str(self.settings[number])
+        n_tried = len(self.settings)
+        if n_tried > 1:
+            setting += f", one of {n_tried} settings"
         return (
-            f"fine-tuned on {len(tuned_on)} labeled images ({source}, hash {tuned_on.list_hash()})",
-            f"{self.settings[number]}" + (f", one of {tried} settings" if (tried := len(self.settings)) > 1 else ""),
+            f"fine-tuned on {len(training_images)} labeled images ({source}, hash {training_images.list_hash()})",
+            setting,
             f"momentum {self.momentum:g}",
             f"weight decay {self.weight_decay:g}",
             schedule.describe_schedule(self.epochs, self.milestone_epochs, self.gamma),
             f"batch {self.batch}",
             "batch norm trained",
             f"trained on {self.augment}",
-            *diverged,
+            *self._divergence(outcomes, number),
         )
 
+    def _divergence(self, outcomes: Sequence[Outcome], number: int) -> list[str]:
+        """Returns what a result of setting `number` says of settings that diverged, if any did."""
+        if not outcomes[number]["finite"]:
+            return ["diverged: loss or weights are not finite"]
+        diverged = []
+        for rates, outcome in zip(self.settings, outcomes, strict=True):
+            if not outcome["finite"]:
+                diverged.append(str(rates))
+        return [f"diverged and ranked last: {' and '.join(diverged)}"] if diverged else []
+
     def _deviations(self) -> Iterator[str]:
+        """Yields how this differs from what was published."""
         if not self.list_file:
             yield "the list is ours, not SimCLR's"
-        if (tried := len(self.settings)) != _PUBLISHED_SETTINGS:
-            yield f"{tried} setting{'s' * (tried > 1)} tried, published is the best of {_PUBLISHED_SETTINGS}"
+        n_tried = len(self.settings)
+        if n_tried != _PUBLISHED_SETTINGS:
+            plural = "s" if n_tried > 1 else ""
+            yield f"{n_tried} setting{plural} tried, published is the best of {_PUBLISHED_SETTINGS}"
 
 
-def _best(outcomes: Sequence[Outcome], place: int) -> int:
-    """The setting that is right most often on the set at `place`; those that diverged come last."""
-    shares = [(of["finite"], of["tallies"][place][0] / of["tallies"][place][-1]) for of in outcomes]
-    return shares.index(max(shares))
+def _best_setting(outcomes: Sequence[Outcome], image_set: int) -> int:
+    """Returns which setting has the highest top-1 accuracy on one of the sets of images.
+
+    Settings that diverged rank last; of equal ones the first is best.
+    """
+    ranking = []
+    for outcome in outcomes:
+        hits = outcome["tallies"][image_set]
+        top1_share = hits[0] / hits[-1]
+        ranking.append((outcome["finite"], top1_share))
+    return ranking.index(max(ranking))

@@ -1,4 +1,4 @@
-"""Batch norm with the statistics of the images of all processes."""
+"""Synchronized batch norm: statistics over the images of all processes of a training."""
 
 import torch
 from jaxtyping import Float
@@ -9,9 +9,9 @@ from relloc import ranks
 
 
 def synchronize(network: nn.Module, device: torch.device) -> None:
-    """Put a synchronized batch norm in the place of every one inside `network`; weights and names stay.
+    """Replaces every batch norm inside `network` by a synchronized one; weights and names stay.
 
-    On GPUs it is PyTorch's, which refuses to compute on CPUs; there it is ours.
+    On GPUs it is PyTorch's. That one refuses to compute on CPUs, where `CpuSyncBatchNorm` is used.
     """
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -24,55 +24,85 @@ def synchronize(network: nn.Module, device: torch.device) -> None:
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """`norm`, whose weights and statistics it takes over, with the statistics of all processes in training.
+    """A batch norm that uses the statistics of all processes in training, for CPUs.
 
-    Processes may have different numbers of images, also none.
+    It takes over the weights and running statistics of `norm`. Processes may have different numbers
+    of images, also none; they have to call `forward` the same number of times.
+
+    Raises:
+        ValueError: all processes together have one value per channel, which has no variance.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        super().__init__(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+        )
         self.train(norm.training)
         # The same tensors, not copies: an optimizer may hold the weights already.
         self._parameters.update(norm._parameters)
         self._buffers.update(norm._buffers)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # vectors and maps alike
+        pass  # vectors and maps are both allowed
 
     def forward(self, input: Float[Tensor, "b c *hw"]) -> Float[Tensor, "b c *hw"]:
         if not self.training:
             return super().forward(input)
         channels = input.shape[1]
-        axes = [0, *range(2, input.dim())]
-        along_channels = (1, channels, *(1,) * (input.dim() - 2))
+        reduced_dims = [0, *range(2, input.dim())]
+        # The shape in which a number per channel broadcasts against the input.
+        per_channel = (1, channels, *(1,) * (input.dim() - 2))
         # Half precision is too coarse for sums.
         values = input if input.dtype == torch.float64 else input.float()
-        count = ranks.total(torch.tensor(input.numel() / channels, dtype=torch.float64)).item()
+
+        # Sums and counts of all processes, so that each image has the same weight.
+        own_count = torch.tensor(input.numel() / channels, dtype=torch.float64)
+        count = ranks.total(own_count).item()
         if count == 1:
-            raise ValueError("batch norm knows no variance of one value a channel: give more images a step")
-        mean = _SumOverRanks.apply(values.sum(axes)) / count
-        centered = values - mean.view(along_channels)
-        variance = _SumOverRanks.apply(centered.square().sum(axes)) / count
-        self._move_running_statistics(mean.detach(), variance.detach(), count)
-        normalized = centered * torch.rsqrt(variance + self.eps).view(along_channels)
+            raise ValueError("a batch norm has no variance of one value per channel: give more images for each step")
+        mean = _SumOverRanks.apply(values.sum(reduced_dims)) / count
+        centered = values - mean.view(per_channel)
+        # A second pass over centered values is exact where means of squares would cancel.
+        variance = _SumOverRanks.apply(centered.square().sum(reduced_dims)) / count
+        self._update_running_statistics(mean.detach(), variance.detach(), count)
+
+        inverse_std = torch.rsqrt(variance + self.eps)
+        normalized = centered * inverse_std.view(per_channel)
         if self.affine:
-            normalized = normalized * self.weight.view(along_channels) + self.bias.view(along_channels)
+            scaled = normalized * self.weight.view(per_channel)
+            normalized = scaled + self.bias.view(per_channel)
         return normalized.to(input.dtype)
 
     @torch.no_grad()
-    def _move_running_statistics(self, mean: Tensor, variance: Tensor, count: float) -> None:
+    def _update_running_statistics(
+        self,
+        mean: Tensor,
+        variance: Tensor,
+        count: float,
+    ) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
-        # PyTorch's meaning of no momentum: a cumulative average.
-        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        momentum = self.momentum
+        if momentum is None:
+            # PyTorch's meaning of no momentum: the average over all batches so far.
+            momentum = 1 / self.num_batches_tracked.item()
+        # As PyTorch does: normalize with the biased variance, and keep the unbiased one.
         unbiased = variance * (count / (count - 1))
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over all processes; so is its gradient, as each process's loss depends on the sum."""
+    """The sum over all processes, with its gradient.
+
+    The loss of each process depends on the sum. So the gradient of one process's values is the sum
+    of the gradients of all processes.
+    """
 
     @staticmethod
     def forward(ctx: object, values: Tensor) -> Tensor:

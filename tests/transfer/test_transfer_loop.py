@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from relloc.errors import DataError, UsageError
-from relloc.transfer.loop import Diverged, FineTuning, Part, divided
+from relloc.transfer.loop import Diverged, FineTuning, MicroBatch, split_for_rank
 from relloc.transfer.schedule import Constant, Milestones, Poly, Schedule
 
 CPU = torch.device("cpu")
@@ -27,11 +27,12 @@ class Feed:
         self.batch, self.accumulation, self.missing = batch, accumulation, missing
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, first: int, end: int) -> Iterator[Sequence[Part[list[Pair]]]]:
+    def __call__(self, first: int, end: int) -> Iterator[Sequence[MicroBatch[list[Pair]]]]:
         self.asked.append((first, end))
         for step in range(first, end):
             samples = [sample(step, number) for number in range(self.batch - self.missing(step))]
-            yield [Part(content=list(part), samples=len(part)) for part in divided(samples, self.accumulation)]
+            parts = split_for_rank(samples, self.accumulation)
+            yield [MicroBatch(content=list(part), samples=len(part)) for part in parts]
 
 
 def network(*, dropout: float = 0) -> nn.Sequential:
@@ -62,7 +63,7 @@ def training(feed: Feed, net: nn.Module | None = None, lr: float = 0.1, **change
         "name": "eval.detection",
     }
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=1e-2)
-    return FineTuning(net, optimizer, parts=feed, **{**settings, **changes})
+    return FineTuning(net, optimizer, micro_batches=feed, **{**settings, **changes})
 
 
 def trained(one: FineTuning[list[Pair]], every: int = 2) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(schedule: Schedule)
         torch.manual_seed(stop_after)  # a new process has other random numbers
         again.load_state_dict(saved)
         assert_equal(trained(again, every=1), whole)
-        assert all(first >= 2 * stop_after for first, _ in again.parts.asked)  # type: ignore[attr-defined]
+        assert all(first >= 2 * stop_after for first, _ in again.micro_batches.asked)  # type: ignore[attr-defined]
 
 
 def test_spans_end_at_the_same_steps_wherever_a_training_goes_on_from() -> None:
@@ -143,7 +144,7 @@ def test_each_parameter_group_keeps_its_own_base_rate() -> None:
     seen = []
     settings = {"loss": loss_of(net), "steps_per_unit": 1, "synchronized": False, "seed": 0, "device": CPU}
     poly = Poly(length=4, power=1)
-    one = FineTuning(net, optimizer, parts=Feed(), length=4, schedule=poly, bf16=False, name="x", **settings)
+    one = FineTuning(net, optimizer, micro_batches=Feed(), length=4, schedule=poly, bf16=False, name="x", **settings)
     for _ in one.spans(1):
         seen.append([group["lr"] for group in optimizer.param_groups])
     assert seen == [pytest.approx([0.1 * factor, factor]) for factor in (1, 0.75, 0.5, 0.25)]
@@ -177,16 +178,16 @@ def test_images_may_be_lists_of_different_sizes_and_targets_anything() -> None:
         sizes = [(5 + step, 9), (8, 4 + step)]
         return [(torch.randn(3, *size, generator=generator).double(), {"point": torch.ones(2)}) for size in sizes]
 
-    def parts(first: int, end: int) -> Iterator[Sequence[Part[list[tuple[Tensor, dict[str, Tensor]]]]]]:
+    def parts(first: int, end: int) -> Iterator[Sequence[MicroBatch[list[tuple[Tensor, dict[str, Tensor]]]]]]:
         for step in range(first, end):
-            yield [Part(content=[one], samples=1) for one in images(step)]
+            yield [MicroBatch(content=[one], samples=1) for one in images(step)]
 
     def loss(part: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
         ((image, target),) = part
         return mse_loss(net(image.unsqueeze(0))[0], target["point"].double())
 
     one = training(Feed(), net, loss=loss, length=30)
-    one.parts = parts  # type: ignore[assignment]
+    one.micro_batches = parts  # type: ignore[assignment]
     losses = [span.loss for span in one.spans(10)]
     assert losses[-1] < 0.1 * losses[0]
 
@@ -235,6 +236,6 @@ def test_in_bfloat16_the_weights_stay_in_float32() -> None:
 
 
 def test_parts_of_a_step_are_its_samples_in_order() -> None:
-    assert divided(range(7), 3) == [range(2), range(2, 4), range(4, 7)]
-    assert divided([1, 2], 4) == [[], [1], [], [2]]
-    assert divided("abcdef") == ["abcdef"]
+    assert split_for_rank(range(7), 3) == [range(2), range(2, 4), range(4, 7)]
+    assert split_for_rank([1, 2], 4) == [[], [1], [], [2]]
+    assert split_for_rank("abcdef") == ["abcdef"]

@@ -130,7 +130,7 @@ def plainly_tuned(run: SemiSupervised, epochs: int) -> Classifier:
         order = np.random.default_rng(seed_for(Use.FINE_TUNING_ORDER, 1, epoch)).permutation(len(images)).tolist()
         for start in range(0, len(order), run.batch):
             chosen = order[start : start + run.batch]
-            batch = collate([views[place, seed_for(Use.FINE_TUNING_VIEW, 1, epoch, place)] for place in chosen])
+            batch = collate([views[index, seed_for(Use.FINE_TUNING_VIEW, 1, epoch, index)] for index in chosen])
             if len(batch.pixels) > 1:
                 optimizer.zero_grad()
                 target = torch.tensor(images.labels)[batch.indices]
@@ -297,7 +297,7 @@ def test_without_two_images_to_train_on_or_one_to_ask_about_nothing_is_reported(
     run = evaluation(epochs=1, milestone_epochs=[])
     with pytest.raises(DataError, match="fine-tuning on colors, lr 0.05.*no step has 2 or more images"):
         scores(run, splits=Splits(train=gone, held_out=there), encode_config=reading)
-    with pytest.raises(DataError, match="none of the images of colors train to ask about can be read"):
+    with pytest.raises(DataError, match=r"none of the images of colors train .*can be read"):
         scores(run, splits=Splits(train=there, held_out=gone), encode_config=reading)
 
 
@@ -336,7 +336,7 @@ def test_hits_are_counted_on_still_views() -> None:
     images = Colors(split="val", n=31, n_classes=6)
     view = Center(short_px=36, crop_px=32)
     first, five, n = count_top_hits(network, images, view, READING)
-    pixels = collate([Views(images, view)[place, 0] for place in range(31)]).pixels
+    pixels = collate([Views(images, view)[index, 0] for index in range(31)]).pixels
     with torch.no_grad():
         ranked = network.eval()(ByDataset()(pixels.float())).argsort(dim=1, descending=True)
     right = ranked == torch.tensor(images.labels).unsqueeze(1)
@@ -362,7 +362,7 @@ def test_a_batch_of_which_nothing_could_be_read_changes_nothing() -> None:
         ({"learning_rates": 0.1}, "eval.semisup.learning_rates is 0.1: give a list, [0.1]"),
         ({"head_multipliers": ["x"]}, "eval.semisup.head_multipliers is ['x']: give numbers above 0"),
         ({"epochs": 0}, "eval.semisup.epochs is 0: give a whole number of 1 or more"),
-        ({"batch": 1}, "eval.semisup.batch is 1: batch norm needs 2 or more"),
+        ({"batch": 1}, "eval.semisup.batch is 1: batch norm needs"),
         ({"batch": 2.5}, "eval.semisup.batch is 2.5: give a whole number of 1 or more"),
         ({"milestone_epochs": [3, 3]}, "eval.semisup.milestone_epochs is [3, 3]: give epochs that rise"),
         ({"choosing_images": 0}, "eval.semisup.choosing_images is 0: give a whole number of 1 or more"),

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from relloc import ranks
 from relloc.models.small import SmallBackbone
-from relloc.transfer.loop import FineTuning, Part, divided
+from relloc.transfer.loop import FineTuning, MicroBatch, split_for_rank
 from relloc.transfer.schedule import Milestones
 
 CPU = torch.device("cpu")
@@ -55,10 +55,10 @@ def task(way, accumulation):
 
     def parts(first, end):
         for step in range(first, end):
-            numbers = divided(range(BATCH), accumulation)
+            numbers = split_for_rank(range(BATCH), accumulation)
             if step == 1:  # half of them can't be read, which are all of the second process
                 numbers = [[number for number in part if number < BATCH // 2] for part in numbers]
-            yield [Part(content=[sample(step, number) for number in part], samples=len(part)) for part in numbers]
+            yield [MicroBatch(content=[sample(step, number) for number in part], samples=len(part)) for part in numbers]
 
     def loss(part):
         images = torch.stack([image for image, _ in part]) if part else torch.zeros(0, 3, 64, 64).double()
@@ -67,7 +67,7 @@ def task(way, accumulation):
 
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     return FineTuning(
-        network, optimizer, parts=parts, loss=loss, length=STEPS // 2, steps_per_unit=2,
+        network, optimizer, micro_batches=parts, loss=loss, length=STEPS // 2, steps_per_unit=2,
         schedule=Milestones(milestones=[2], gamma=0.1, warmup=1, warmup_from=0.1), synchronized=way == "synchronized",
         seed=1, device=CPU, bf16=False, name="test",
     )
