@@ -136,7 +136,7 @@ class Result(_Number):
             known = ", ".join(KINDS)
             raise ValueError(f"The kind of a result is {self.kind!r}: it must be one of {known}")
         if not math.isfinite(self.value):
-            name = f"{self.eval} {self.layer} {self.metric}"
+            name = " ".join((self.eval, self.layer, self.metric))
             raise ValueError(f"The result {name} is {self.value}: only finite numbers can be reported")
         if self.n < 1:
             raise ValueError(f"The n of a result is {self.n}: it must count at least one sample")
@@ -225,12 +225,12 @@ def read_results(run_dir: Path) -> Sequence[Result]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Line:
-    """A parsed line: its result, which row of how many in its batch it is, and its format."""
+    """A parsed line of results.jsonl: a result, and which row of how many in its batch it is."""
 
     result: Result
-    number: int
+    number: int  # from 1
     count: int
-    format: int
+    format: int  # of the line as it was read
 
 
 def _parse_line(line: bytes, location: str) -> _Line:
@@ -255,5 +255,6 @@ def _parse_line(line: bytes, location: str) -> _Line:
         raise DamagedFile(f"{problem}: {reason(error)}. {_ADVICE}") from error
 
     # Back to JSON, so that pydantic checks the fields as strictly as it does when it parses a file.
-    result: Result = parse_json(json.dumps(fields).encode(), Result, problem, _ADVICE)
+    as_json = json.dumps(fields).encode()
+    result: Result = parse_json(as_json, Result, problem, _ADVICE)
     return _Line(result=result, number=number, count=count, format=version)

@@ -164,7 +164,8 @@ def mark_headlines(rows: Sequence[Any]) -> list[Any]:
         match = _METRIC_WITH_COUNT.fullmatch(row.metric)
         if match:
             count = int(match[1])
-            distances.setdefault(row.eval, {})[row.metric] = abs(count - 20)
+            by_metric = distances.setdefault(row.eval, {})
+            by_metric[row.metric] = abs(count - 20)
     headlines = set()
     for evaluation, by_metric in distances.items():
         closest = min(by_metric, key=by_metric.__getitem__)

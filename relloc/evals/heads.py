@@ -94,8 +94,9 @@ class Sgd:
 
         # Far too large rates give coefficients that float32 cannot hold. They are clipped; what they
         # multiply still overflows, so that such a head is seen to diverge.
+        before = np.stack(weights[:-1])
         return Coefficients(
-            before=np.clip(np.stack(weights[:-1]), -_LARGEST, _LARGEST),
+            before=np.clip(before, -_LARGEST, _LARGEST),
             weight=np.clip(weight, -_LARGEST, _LARGEST),
             momentum=np.clip(momentum, -_LARGEST, _LARGEST),
             active=active,
@@ -172,9 +173,11 @@ class LayerHeads(nn.Module):
             self.norm = nn.BatchNorm1d(channels, affine=False, device=device)
         # Buffers, as `learn` moves them itself, without autograd and an optimizer.
         self.register_buffer("weight", start.repeat(n_heads, 1, 1))
-        self.register_buffer("bias", torch.zeros(n_heads, n_classes, device=device))
-        self.register_buffer("weight_momentum", torch.zeros(n_heads, n_classes, dim, device=device))
-        self.register_buffer("bias_momentum", torch.zeros(n_heads, n_classes, device=device))
+        no_bias = torch.zeros(n_heads, n_classes, device=device)
+        no_momentum = torch.zeros(n_heads, n_classes, dim, device=device)
+        self.register_buffer("bias", no_bias)
+        self.register_buffer("weight_momentum", no_momentum)
+        self.register_buffer("bias_momentum", no_bias.clone())
         # Kept on the device and read once per epoch: to look each time would wait for the GPU.
         self.register_buffer("features_are_finite", torch.tensor(True, device=device))
 
@@ -264,7 +267,8 @@ class LayerHeads(nn.Module):
         """
         before = _to_tensor(coefficients.before, products.gram)
         # Losses are means over a batch, and nothing is learned in steps that a head does not take.
-        row_weights = coefficients.active / np.array(products.sizes)[:, None]
+        sizes = np.array(products.sizes)
+        row_weights = coefficients.active / sizes[:, None]
         row_weights = _to_tensor(row_weights, products.gram)
         gradients = torch.zeros_like(products.times_weight)
         bias_terms = [self.bias, self.bias_momentum]
@@ -282,7 +286,8 @@ class LayerHeads(nn.Module):
                 # products of both steps' features, times the gradients by logits.
                 earlier_columns = _GRADIENTS + products.step_of_row[:start]
                 gradient_shares = now[:, earlier_columns]
-                influence = products.gram[start:end, :start] * gradient_shares[:, None]
+                inner_products = products.gram[start:end, :start]
+                influence = inner_products * gradient_shares[:, None]
                 logits = torch.baddbmm(logits, influence, gradients[:, :start])
             bias_shares = now[:, : len(bias_terms)]
             bias = _weighted_sum(bias_shares, torch.stack(bias_terms, dim=1))
@@ -291,8 +296,10 @@ class LayerHeads(nn.Module):
             # The gradient of cross-entropy by logits is the probabilities minus the answer.
             one_hot = nn.functional.one_hot(target, self.bias.shape[1])
             errors = logits.softmax(dim=2) - one_hot
-            gradients[:, start:end] = errors * row_weights[step, :, None, None]
-            bias_terms.append(gradients[:, start:end].sum(dim=1))
+            step_weights = row_weights[step, :, None, None]
+            gradients[:, start:end] = errors * step_weights
+            bias_gradient = gradients[:, start:end].sum(dim=1)
+            bias_terms.append(bias_gradient)
         return gradients, torch.stack(bias_terms, dim=1)
 
     def _take_step(
@@ -312,7 +319,8 @@ class LayerHeads(nn.Module):
         to_momentum = coefficients.momentum[head].tolist()
         gradient = gradients.T @ rows
         # Both are needed from before the step, so the momentum is written last.
-        next_momentum = torch.add(to_momentum[_MOMENTUM] * momentum, weight, alpha=to_momentum[_WEIGHT])
+        next_momentum = to_momentum[_MOMENTUM] * momentum
+        next_momentum = torch.add(next_momentum, weight, alpha=to_momentum[_WEIGHT])
         next_momentum.add_(gradient, alpha=to_momentum[_GRADIENTS])
         weight.mul_(to_weight[_WEIGHT])
         weight.add_(momentum, alpha=to_weight[_MOMENTUM])
@@ -340,7 +348,12 @@ class LayerHeads(nn.Module):
         for_weight = of_weight * gradients
         for_momentum = of_momentum * gradients
         # Both are needed from before the steps, so the momentum is written last.
-        next_momentum = torch.addmm(momentum, for_momentum.T, rows, beta=to_momentum[_MOMENTUM])
+        next_momentum = torch.addmm(
+            momentum,
+            for_momentum.T,
+            rows,
+            beta=to_momentum[_MOMENTUM],
+        )
         next_momentum.add_(weight, alpha=to_momentum[_WEIGHT])
         weight.addmm_(for_weight.T, rows, beta=to_weight[_WEIGHT])
         weight.add_(momentum, alpha=to_weight[_MOMENTUM])
@@ -358,7 +371,8 @@ class LayerHeads(nn.Module):
 
 def _to_tensor(table: np.ndarray, like: Tensor) -> Tensor:
     """Returns the table with the number format and on the device of `like`."""
-    return torch.from_numpy(table).to(like.dtype).to(like.device, non_blocking=True)
+    tensor = torch.from_numpy(table).to(like.dtype)
+    return tensor.to(like.device, non_blocking=True)
 
 
 def _weighted_sum(

@@ -42,9 +42,9 @@ class Knn(Evaluation):
     kind = "frozen"
     labels = "class"
     version = 1
-    across_ranks = True
+    across_ranks = True  # the bank is divided
     independent_layers = True
-    keeps_features = True
+    keeps_features = True  # other evaluations may read the same ones
 
     k: Sequence[int]
     temperature: float
@@ -79,6 +79,7 @@ class Knn(Evaluation):
             UsageError: the bank would take more memory than `bank_gib` or than is free, there are
                 fewer images than every k, or features hold NaN or infinity.
         """
+        # Every rank has a part of the bank; counts and messages are about all of it.
         bank = self._fill_bank(context.train, context.device)
         n_images = int(ranks.total(torch.tensor(bank.n)))
         possible = [k for k in self.k if k <= n_images]
@@ -111,7 +112,8 @@ class Knn(Evaluation):
         details = [f"T={self.temperature}"]
         too_many = [str(k) for k in self.k if k > n_images]
         if too_many:
-            details.append(f"k={', '.join(too_many)} left out, the bank has {n_images} images")
+            names = ", ".join(too_many)
+            details.append(f"k={names} left out, the bank has {n_images} images")
         for (layer, k), n_right in hits.items():
             # The protocol is for avgpool; other layers are measured the same way.
             deviations = () if layer == "avgpool" else (f"features of {layer} pooled as in 3.1",)
@@ -138,17 +140,22 @@ class Knn(Evaluation):
         world_size = ranks.world_size()
         start = train.n * rank // world_size
         stop = train.n * (rank + 1) // world_size
-        needed = bank_gib(train, self.layers, stop - start)
+        n_images = stop - start
+        needed = bank_gib(train, self.layers, n_images)
         if needed > self.bank_gib:
+            layers = ", ".join(self.layers)
             raise UsageError(
-                f"eval.knn needs {format_gib(needed)} for {stop - start} images at {', '.join(self.layers)}, more than "
-                f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise it"
+                f"eval.knn needs {format_gib(needed)} for {n_images} images at {layers}, more than "
+                f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise bank_gib"
             )
         if isinstance(train, Bank):
             # Features are in memory already: slices of them need no copy.
-            features = {layer: rows[start:stop] for layer, rows in train.features.items()}
+            features = {}
+            for layer, rows in train.features.items():
+                features[layer] = rows[start:stop]
             labels = train.labels[start:stop]
             return dataclasses.replace(train, features=features, labels=labels)
+        # A bank that would fill the GPU is kept in other memory, from which parts are compared in turn.
         return fill_bank(
             train,
             self.layers,
@@ -165,7 +172,8 @@ class Knn(Evaluation):
         size = group_size if isinstance(held_out, Bank) else self.batch
         group: list[FeatureBatch] = []
         n_in_group = 0
-        for features, labels in held_out.batches(torch.arange(held_out.n), size, self.layers):
+        indices = torch.arange(held_out.n)
+        for features, labels in held_out.batches(indices, size, self.layers):
             group.append((features, labels))
             n_in_group += len(labels)
             if n_in_group >= group_size:
@@ -186,5 +194,7 @@ def _join(batches: Sequence[tuple[dict[str, Tensor], Tensor]]) -> FeatureBatch:
         all_labels.append(labels)
         for layer, rows in features.items():
             by_layer.setdefault(layer, []).append(rows)
-    joined = {layer: torch.cat(rows) for layer, rows in by_layer.items()}
+    joined = {}
+    for layer, rows in by_layer.items():
+        joined[layer] = torch.cat(rows)
     return joined, torch.cat(all_labels)

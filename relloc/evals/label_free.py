@@ -75,6 +75,7 @@ class LabelFree(Evaluation):
                     "precision overflowed: give precision=fp32, batch_norm=recalibrated, other weights, or leave the "
                     "layer out"
                 ) from error
+            # Features may use too few directions for a power law, which is a finding and no error.
             alpha = None
             missing = []
             try:

@@ -80,7 +80,14 @@ class _LinearEvaluation(Evaluation):
         trained = self._training().fit(source, context, tenth=tenth, watched=watched)
         if all(setting.sees_all for setting in self._settings()):
             return trained, dict.fromkeys(self.layers, 0)
-        hits, _ = count_hits(trained.heads, context.train, tenth, self.batch, context.device)
+        # Chosen by images that none of the candidates trained on, in the view that is measured.
+        hits, _ = count_hits(
+            trained.heads,
+            context.train,
+            tenth,
+            self.batch,
+            context.device,
+        )
         chosen = {}
         for layer, heads in trained.heads.items():
             chosen[layer] = _best_head(hits[layer], heads)
@@ -98,7 +105,13 @@ class _LinearEvaluation(Evaluation):
         """
         held_out = context.held_out
         indices = torch.arange(held_out.n)
-        hits, n_images = count_hits(trained.heads, held_out, indices, self.batch, context.device)
+        hits, n_images = count_hits(
+            trained.heads,
+            held_out,
+            indices,
+            self.batch,
+            context.device,
+        )
         if not n_images:
             raise DataError("none of the images to report on can be read: repair them, or evaluate on another data set")
         return hits, n_images
@@ -139,6 +152,7 @@ class Linear(_LinearEvaluation):
         ValueError: hyperparameters with which nothing could be trained.
     """
 
+    # The order of these fields enters the repr, which is hashed to recognize results: keep it.
     layers: Sequence[str]
     view: View
     follows: str
@@ -216,6 +230,7 @@ class Linear(_LinearEvaluation):
                 details=(*self._details(0, diverged), "last epoch"),
             )
             yield last
+            # A number that is chosen on the images that it is reported on, as the protocol does it.
             if self.best_epoch:
                 yield dataclasses.replace(
                     last,
@@ -226,6 +241,7 @@ class Linear(_LinearEvaluation):
                     choice="best epoch on val, as published",
                     details=self._details(0, diverged),
                 )
+            # A number whose hyperparameters were chosen without them.
             if self.grid_lrs:
                 head = chosen[layer]
                 yield dataclasses.replace(
@@ -291,8 +307,10 @@ class LinearFast(_LinearEvaluation):
         ValueError: hyperparameters with which nothing could be trained.
     """
 
+    # As in the published protocol; not fields, so that they cannot be changed.
     nesterov = True
     batch_norm = True
+    # Read once per epoch, so computing them again each time would take most of the time.
     keeps_features = True
 
     layers: Sequence[str]
@@ -300,7 +318,7 @@ class LinearFast(_LinearEvaluation):
     epochs: int
     milestone_epochs: Sequence[int]
     gamma: float
-    learning_rates: Sequence[float]
+    learning_rates: Sequence[float]  # one head per rate and layer
     momentum: float
     weight_decay: float
     batch: int

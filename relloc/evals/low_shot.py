@@ -75,8 +75,11 @@ class Voc07LowShot(Voc07):
         Raises:
             UsageError: there is none.
         """
-        n_positive = int((labels.train == THERE).sum(dim=0).min())
-        n_negative = int((labels.train == NOT_THERE).sum(dim=0).min())
+        # The numbers of the rarest class, as every class has to have enough images.
+        positive_by_class = (labels.train == THERE).sum(dim=0)
+        negative_by_class = (labels.train == NOT_THERE).sum(dim=0)
+        n_positive = int(positive_by_class.min())
+        n_negative = int(negative_by_class.min())
         most = min(n_positive, n_negative // _NEGATIVES)
         possible = [k for k in self.shots if k <= most]
         if not possible:
@@ -108,7 +111,9 @@ class Voc07LowShot(Voc07):
             # As published: the cost is chosen by the numbers that are reported.
             best = int(on_test.mean(dim=0).argmax())
             by_draw = on_test[:, best]
-            digest = hashlib.sha256(drawn.cpu().numpy().tobytes()).hexdigest()
+            # Shows whether two results are about the same draws.
+            drawn_bytes = drawn.cpu().numpy().tobytes()
+            digest = hashlib.sha256(drawn_bytes).hexdigest()
             published = Score(
                 table="Low-shot SVM, VOC07 protocol, mAP",
                 column=f"k={k}",
@@ -162,7 +167,9 @@ class Voc07LowShot(Voc07):
 
     def _choice(self, number: int, images: str) -> str:
         """Returns in words which cost was chosen on which images."""
-        return f"cost {self.costs[number]:g} of {len(self.costs)} chosen on {images}"
+        cost = self.costs[number]
+        n_costs = len(self.costs)
+        return f"cost {cost:g} of {n_costs} chosen on {images}"
 
     def _mean_precisions(
         self,
@@ -178,13 +185,18 @@ class Voc07LowShot(Voc07):
         # One column per SVM, so that the decision values of all of them are one product.
         by_class = coefficients.view(n_classes, self.draws, -1, n_costs)
         columns = by_class.permute(2, 0, 1, 3).flatten(1)  # (n, classes x draws x costs)
-        test_scores = (gram.test @ columns).view(len(gram.test), n_classes, -1)
-        train_scores = (gram.train @ columns).view(len(gram.train), n_classes, -1)
+        test_scores = gram.test @ columns
+        test_scores = test_scores.view(len(gram.test), n_classes, -1)
+        train_scores = gram.train @ columns
+        train_scores = train_scores.view(len(gram.train), n_classes, -1)
 
         on_test = gram.test_map(test_scores)
         presence = gram.labels.train.to(train_scores.device)
         on_rest = 100 * _precision_on_rest(train_scores, presence, drawn, n_costs)
-        return on_test.view(self.draws, -1), on_rest.view(self.draws, -1)
+        # One row per draw, one column per cost.
+        on_test = on_test.view(self.draws, -1)
+        on_rest = on_rest.view(self.draws, -1)
+        return on_test, on_rest
 
     def _fit(
         self,
@@ -202,8 +214,13 @@ class Voc07LowShot(Voc07):
         # Signs and weights are equal for all draws, whose positive images come first: (s costs).
         n_positive = size // (1 + _NEGATIVES)
         positive = torch.arange(size, device=gram.device) < n_positive
-        signs = torch.where(positive, 1.0, -1.0).double().unsqueeze(1).expand(-1, n_costs)
-        costs = torch.tensor(list(self.costs), dtype=torch.float64, device=gram.device)
+        signs = torch.where(positive, 1.0, -1.0).double()
+        signs = signs.unsqueeze(1).expand(-1, n_costs)
+        costs = torch.tensor(
+            list(self.costs),
+            dtype=torch.float64,
+            device=gram.device,
+        )
         weights = class_weights(positive).unsqueeze(1) * costs
 
         # Each draw has a Gram matrix of its own, of which as many as memory allows are solved at once.
@@ -253,8 +270,9 @@ def draw(
     """
     drawn = []
     for c in classes:
-        positive = (presence[:, c] == THERE).nonzero().squeeze(1)
-        negative = (presence[:, c] == NOT_THERE).nonzero().squeeze(1)
+        in_class = presence[:, c]
+        positive = (in_class == THERE).nonzero().squeeze(1)
+        negative = (in_class == NOT_THERE).nonzero().squeeze(1)
         for number in range(draws):
             # A generator of its own, so that a draw is the same whatever else is measured.
             generator = torch.Generator().manual_seed(seed_for(Use.LOW_SHOT_IMAGES, seed, c, k, number))
@@ -281,12 +299,19 @@ def _precision_on_rest(
     n_draws = drawn.shape[1]
     drawn = drawn.to(scores.device)
     images = drawn.permute(2, 0, 1)  # (s classes draws)
-    was_drawn = torch.zeros(n_images, n_classes, n_draws, dtype=torch.bool, device=scores.device)
+    was_drawn = torch.zeros(
+        n_images,
+        n_classes,
+        n_draws,
+        dtype=torch.bool,
+        device=scores.device,
+    )
     was_drawn.scatter_(0, images, torch.ones_like(images, dtype=torch.bool))
 
     # From each draw to its rankings, one per cost.
     was_drawn = was_drawn.repeat_interleave(n_costs, dim=2)
-    is_counted = ~was_drawn & (presence != DIFFICULT).unsqueeze(2)
+    is_clear = (presence != DIFFICULT).unsqueeze(2)
+    is_counted = ~was_drawn & is_clear
     is_positive = (presence == THERE).unsqueeze(2).expand_as(scores)
     precision = ap_area(
         scores.reshape(n_images, -1),

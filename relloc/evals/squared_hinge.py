@@ -97,7 +97,8 @@ def fit(
         if not given.isfinite().all():
             raise UsageError("SVMs of features, costs or coefficients that are not finite have no solution")
     f = gram @ b
-    unsolved = torch.ones(signs.shape[-1], dtype=torch.bool, device=gram.device)
+    n_problems = signs.shape[-1]
+    unsolved = torch.ones(n_problems, dtype=torch.bool, device=gram.device)
     for step in range(_MOST_STEPS):
         state = _state_of(gram, signs, weights, b, f, unsolved)
 
@@ -116,7 +117,8 @@ def fit(
         b_step = scale * u - state.residual
         f_step = gram_scaled_u - state.pulled
         if step >= _FULL_STEPS:
-            b_step = b_step * _best_length(state, b_step, f_step)
+            length = _best_length(state, b_step, f_step)
+            b_step = b_step * length
         b[..., unsolved] = state.b + b_step
         # Multiplied anew, so that rounding does not add up over the steps.
         f[..., unsolved] = gram @ b[..., unsolved]
@@ -153,8 +155,9 @@ class _State:
         objective is 1-strongly convex in w, so half of that bounds what is still to be gained.
         """
         squared_gradient = (self.residual * self.pulled).sum(dim=1, keepdim=True)
-        terms = self.b * self.f / 2 + self.weights * self.slack.square()
-        objective = terms.sum(dim=1, keepdim=True)
+        regularizer = self.b * self.f / 2
+        loss = self.weights * self.slack.square()
+        objective = (regularizer + loss).sum(dim=1, keepdim=True)
         return squared_gradient <= 2 * _GAP * objective
 
 
@@ -202,6 +205,7 @@ def _solve(
     residual = right  # [r]
     preconditioned = precondition(residual)  # [z]
     direction = preconditioned  # [p]
+    # The squared residual in the norm of the preconditioner, which decides when to stop.
     size = (residual * preconditioned).sum(dim=1, keepdim=True)  # [(r, z)]
     goal = _RESIDUAL**2 * size
     for _ in range(_MOST_ITERATIONS):
@@ -233,7 +237,9 @@ def _preconditioner(scale: PerExample, factor: Factor) -> Callable[[PerExample],
     """
     second_eigenvalue = 0
     if factor.shape[-1] > 1:
-        second_eigenvalue = factor[..., 1:2].square().sum(dim=1).max()
+        # Columns of Z are eigenvectors times the root of their eigenvalue.
+        second_column = factor[..., 1:2]
+        second_eigenvalue = second_column.square().sum(dim=1).max()
     highest = scale.square().amax(dim=(0, 1))
     costly = highest * second_eigenvalue >= _BENEFIT
     if not costly.any():
@@ -275,7 +281,8 @@ def _best_length(state: _State, b_step: PerExample, f_step: PerExample) -> PerPr
         f_middle = state.f + middle * f_step
         slack = (1 - state.signs * f_middle).clamp(min=0)
         loss_gradient = 2 * state.weights * state.signs * slack
-        derivative = linear + middle * curvature - (loss_gradient * f_step).sum(dim=1, keepdim=True)
+        loss_slope = (loss_gradient * f_step).sum(dim=1, keepdim=True)
+        derivative = linear + middle * curvature - loss_slope
         is_rising = derivative > 0
         low = torch.where(is_rising, low, middle)
         high = torch.where(is_rising, middle, high)

@@ -72,13 +72,13 @@ class HeadTraining:
     `steps_at_once` changes speed and rounding only; None chooses what suits the device.
     """
 
-    layers: Sequence[str]
-    sgd: Sgd
+    layers: Sequence[str]  # each has heads of its own
+    sgd: Sgd  # the update rule, and the settings of the heads of a layer
     epochs: int
-    milestone_epochs: Sequence[int]
-    gamma: float
-    batch: int
-    batch_norm: bool
+    milestone_epochs: Sequence[int]  # epochs after which learning rates fall
+    gamma: float  # what they are multiplied by then
+    batch: int  # images per step
+    batch_norm: bool  # whether features are normalized before the heads
     steps_at_once: int | None = None
 
     def fit(
@@ -121,10 +121,12 @@ class HeadTraining:
             check_finite(heads)
             trained.epoch = epoch + 1
             if watched:
-                hits, _ = count_hits(heads, watched, torch.arange(watched.n), self.batch, device)
+                indices = torch.arange(watched.n)
+                hits, _ = count_hits(heads, watched, indices, self.batch, device)
                 for layer, of_heads in hits.items():
                     first_head = int(of_heads[0])
-                    trained.best[layer] = max(first_head, trained.best.get(layer, 0))
+                    best_so_far = trained.best.get(layer, 0)
+                    trained.best[layer] = max(first_head, best_so_far)
             _save(trained, context)
         return trained
 
@@ -166,6 +168,7 @@ class HeadTraining:
                 # Batch norm divides by the variance of a batch, and one image has none.
                 if self.batch_norm and len(labels) < 2:
                     continue
+                # All heads of a layer share these, so they are normalized once.
                 rows = {}
                 for layer, of_layer in heads.items():
                     rows[layer] = of_layer.normalized(features[layer].to(device))
@@ -197,7 +200,12 @@ class HeadTraining:
             rows = [batch.rows[layer] for batch in batches]
             of_layer.learn(rows, labels, coefficients)
 
-    def requests(self, n: int, tenth: Int[Tensor, "m"], seed: int) -> list[list[BatchRequest]]:
+    def requests(
+        self,
+        n: int,
+        tenth: Int[Tensor, "m"],
+        seed: int,
+    ) -> list[list[BatchRequest]]:
         """Returns the batches of an epoch over n images in random order, as lists for the source.
 
         Batches that are not full come last, each in a list of its own: a source cuts each list into
@@ -245,13 +253,16 @@ class HeadTraining:
             DataError: none of a whole batch can be read. The source leaves such a batch out, so
                 it would no longer be known which of the others are of the tenth.
         """
+        # Asked for in one go, so that the source can read ahead.
         indices = torch.cat([request.indices for request in requests])
         groups = [request.is_of_tenth for request in requests]
         n_read = 0
-        for features, labels in source.batches(indices, self.batch, self.layers, epoch, self.epochs):
+        batches = source.batches(indices, self.batch, self.layers, epoch, self.epochs)
+        for features, labels in batches:
             yield features, labels, groups[n_read]
             n_read += 1
-        if n_read < len(requests) and len(set(groups)) > 1:
+        is_mixed = len(set(groups)) > 1
+        if n_read < len(requests) and is_mixed:
             raise DataError(
                 f"none of a whole batch of {self.batch} images can be read, so images that choose among linear "
                 "heads can't be told from the others: repair or remove the images that can't be read"
@@ -274,7 +285,12 @@ def _save(trained: TrainedHeads, context: Context) -> None:
     tensors = {}
     for layer, of_layer in trained.heads.items():
         tensors[layer] = of_layer.state_dict()
-    context.state.save({"epoch": trained.epoch, "best": trained.best, "heads": tensors})
+    state = {
+        "epoch": trained.epoch,
+        "best": trained.best,
+        "heads": tensors,
+    }
+    context.state.save(state)
 
 
 def check_finite(heads: Heads) -> None:
@@ -311,7 +327,8 @@ def count_hits(
     for layer, of_layer in heads.items():
         of_layer.eval()
         # Counted on the device: to move each batch's counts would wait for the GPU.
-        counts[layer] = torch.zeros(len(of_layer.weight), dtype=torch.int64, device=device)
+        n_heads = len(of_layer.weight)
+        counts[layer] = torch.zeros(n_heads, dtype=torch.int64, device=device)
     n_images = 0
     for features, labels in source.batches(indices, size, tuple(heads)):
         target = labels.to(device, non_blocking=True)[:, None]
@@ -321,7 +338,9 @@ def count_hits(
             counts[layer] += is_right.sum(dim=0)
         n_images += len(labels)
     check_finite(heads)
-    on_cpu = {layer: of_layer.cpu() for layer, of_layer in counts.items()}
+    on_cpu = {}
+    for layer, of_layer in counts.items():
+        on_cpu[layer] = of_layer.cpu()
     return on_cpu, n_images
 
 

@@ -56,7 +56,9 @@ class GramMatrices:
         Images in which a class is marked as difficult do not count for this class.
         """
         n_images, n_classes, _ = scores.shape
-        presence = self.labels.test.to(scores.device).unsqueeze(2).expand_as(scores)
+        # All m rankings of a class have the same labels.
+        presence = self.labels.test.to(scores.device)
+        presence = presence.unsqueeze(2).expand_as(scores)
         precision = ap_area(
             scores.reshape(n_images, -1),
             (presence == THERE).reshape(n_images, -1),
@@ -71,7 +73,7 @@ class Voc07(Evaluation):
     kind = "frozen"
     labels = "presence"
     independent_layers = True
-    keeps_features = True
+    keeps_features = True  # both evaluations read the same ones
     setting: ClassVar[str]
 
     costs: Sequence[float]
@@ -88,7 +90,7 @@ class Voc07(Evaluation):
         """
         presence = []
         for images in (splits.train, splits.held_out):
-            if isinstance(images, MultiLabeled):
+            if isinstance(images, MultiLabeled):  # which `NamedEvaluation.check_images` has checked
                 presence.append(torch.as_tensor(images.presence(), dtype=torch.int64))
         train, test = presence
         self.check_labels(self._labels_of(train, test))
@@ -100,8 +102,18 @@ class Voc07(Evaluation):
             UsageError: as in `check`, or features are not finite.
         """
         for layer in self.layers:
-            train, train_presence = _normalized(context.train, layer, self.batch, context.device)
-            test, test_presence = _normalized(context.held_out, layer, self.batch, context.device)
+            train, train_presence = _normalized(
+                context.train,
+                layer,
+                self.batch,
+                context.device,
+            )
+            test, test_presence = _normalized(
+                context.held_out,
+                layer,
+                self.batch,
+                context.device,
+            )
             labels = self._labels_of(train_presence, test_presence)
             # Once more after `check`, as images that cannot be read are missing here.
             self.check_labels(labels)
@@ -146,7 +158,10 @@ class Voc07(Evaluation):
         """
         in_train = train == THERE
         in_test = test == THERE
-        is_usable = in_train.any(dim=0) & ~in_train.all(dim=0) & in_test.any(dim=0)
+        has_positive = in_train.any(dim=0)
+        has_negative = ~in_train.all(dim=0)
+        can_be_tested = in_test.any(dim=0)
+        is_usable = has_positive & has_negative & can_be_tested
         classes = is_usable.nonzero().squeeze(1).tolist()
         if not classes:
             raise UsageError(
@@ -176,7 +191,8 @@ def _normalized(
     """
     rows = []
     presence = []
-    for features, labels in source.batches(torch.arange(source.n), size, (layer,)):
+    indices = torch.arange(source.n)
+    for features, labels in source.batches(indices, size, (layer,)):
         x = features[layer].to(device, torch.float64)
         if not x.isfinite().all():
             raise UsageError(

@@ -23,6 +23,7 @@ from relloc.evals.voc07 import GramMatrices, Voc07, VocLabels, class_weights
 from relloc.evaluation.contract import Context
 from relloc.results import CHOSEN_WITHOUT_TEST, Result, Score
 
+# The cost of classes that could not be validated at any cost.
 _COST_WITHOUT_CHOICE = 1.0
 
 
@@ -145,7 +146,8 @@ class Voc07Svm(Voc07):
         n_classes = positive.shape[1]
         positive = positive.unsqueeze(2).expand_as(in_training).flatten(1)
         in_training = in_training.flatten(1)
-        signs = torch.where(positive, 1.0, -1.0).double().unsqueeze(0)
+        signs = torch.where(positive, 1.0, -1.0).double()
+        signs = signs.unsqueeze(0)
         # Images of the held-out fold have weight 0: they are not part of the problem.
         weights = (class_weights(positive) * in_training).unsqueeze(0)
         has_positives = (positive & in_training).any(dim=0)
@@ -153,10 +155,18 @@ class Voc07Svm(Voc07):
         by_cost = []
         start = None
         for cost in sorted(self.costs):
-            fitted = fit(gram.unsqueeze(0), signs, cost * weights, factor=factor, start=start)
+            fitted = fit(
+                gram.unsqueeze(0),
+                signs,
+                cost * weights,
+                factor=factor,
+                start=start,
+            )
             # The solution at one cost is near that of the next.
             start = fitted.coefficients
             precision = ap_steps(fitted.decisions[0], positive, ~in_training)
+            # Without a positive image to train on there is nothing to learn; without one to validate on
+            # average precision is nan by itself, and `nanmean` leaves both out.
             precision[~has_positives] = torch.nan
             by_fold = precision.view(n_classes, self.folds)
             by_cost.append(by_fold.nanmean(dim=1))
@@ -217,6 +227,10 @@ def _choose_costs(
     """
     # nan, where nothing could be validated, becomes -1 so that it is never the best.
     best = validated.nan_to_num(-1).argmax(dim=0)
-    values = torch.tensor(costs, dtype=torch.float64, device=validated.device)
+    values = torch.tensor(
+        costs,
+        dtype=torch.float64,
+        device=validated.device,
+    )
     has_no_value = validated.isnan().all(dim=0)
     return torch.where(has_no_value, _COST_WITHOUT_CHOICE, values[best])

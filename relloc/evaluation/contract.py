@@ -101,25 +101,23 @@ class Evaluation(abc.ABC):
     """Base class of all evaluations: frozen dataclasses whose fields are their hyperparameters.
 
     A hash of the `repr` decides which results are already measured, so a field that decides no
-    number is declared with `repr=False`. Class attributes declare what the evaluation is:
-
-    kind: "frozen" and "study" see the backbone under each of the run's batch norms; "fine-tuned"
-        trains a copy of it, batch norm included, and runs once.
-    labels: what an image must be labeled with: one class ("class"), the presence of each class
-        ("presence"), nothing ("none"), or what the evaluation itself looks for in `check`, such
-        as boxes or masks ("own").
-    version: an integer to raise when the code computes something else, so that results of an
-        older version are measured again.
-    across_ranks: all processes of the run call `run` together and divide the work.
-    independent_layers: each of `layers` is measured by itself, and finished and resumed by itself.
-    keeps_features: features are read more than once, and are kept in memory if there is room.
+    number is declared with `repr=False`. Class attributes declare what the evaluation is.
     """
 
+    # "frozen" and "study" see the backbone under each of the run's batch norms; "fine-tuned" trains a
+    # copy of it, batch norm included, and runs once.
     kind: ClassVar[Kind]
+    # What an image must be labeled with: one class ("class"), the presence of each class
+    # ("presence"), nothing ("none"), or what the evaluation itself looks for in `check`, such as
+    # boxes or masks ("own").
     labels: ClassVar[Labels]
+    # To raise when the code computes something else, so that older results are measured again.
     version: ClassVar[int]
+    # All processes of the run call `run` together and divide the work.
     across_ranks: ClassVar[bool] = False
+    # Each of `layers` is measured by itself, and can be finished and resumed by itself.
     independent_layers: ClassVar[bool] = False
+    # Features are read more than once, and are kept in memory if there is room.
     keeps_features: ClassVar[bool] = False
 
     layers: Sequence[str]  # whose pooled features are read; () for none

@@ -48,7 +48,13 @@ from relloc.seeds import Use, seed_for
 # Enters fingerprints. To raise when other images are drawn to recalibrate batch norm on.
 _CALIBRATION_VERSION = 2
 # The features of evaluations that read none.
-NO_FEATURES = Bank(features={}, labels=torch.zeros(0, dtype=torch.int64), n_classes=0, channels={})
+NO_FEATURES = Bank(
+    features={},
+    labels=torch.zeros(0, dtype=torch.int64),
+    n_classes=0,
+    channels={},
+)
+# The number formats as results name them.
 _PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}
 
 
@@ -61,8 +67,8 @@ class EvalPart:
 
     named: NamedEvaluation
     evaluation: Evaluation
-    batch_norm: str
-    fingerprint: str
+    batch_norm: str  # one of `BATCH_NORMS`
+    fingerprint: str  # from `fingerprint`, the same for the same numbers
 
     @property
     def folder(self) -> Path:
@@ -76,7 +82,10 @@ def split_evaluation(
     model: EvaluatedModel,
     settings: EvalSettings,
 ) -> list[EvalPart]:
-    """Returns the parts of an evaluation under a batch norm: one per layer where these are independent."""
+    """Returns the parts of an evaluation under a batch norm.
+
+    An evaluation whose layers are independent has one part per layer, others have a single part.
+    """
     evaluation = named.evaluation
     if evaluation.kind == "fine-tuned":
         # Fine-tuning trains batch norm with the weights, so it runs once, under the first one.
@@ -241,11 +250,12 @@ def _prepare_backbone(
     part: EvalPart,
     settings: EvalSettings,
 ) -> tuple[Backbone, tuple[str, ...]]:
-    """Returns the backbone with the batch-norm statistics of the part, and details for its results."""
+    """Returns the backbone with the part's batch-norm statistics, and details for its results."""
     if part.evaluation.kind == "fine-tuned":
         return backbone, ("batch-norm statistics trained with the weights",)
     if part.batch_norm == "as_trained":
         return backbone, ()
+    # Recalibration changes the statistics, so it works on a copy: other groups need the original.
     backbone = copy.deepcopy(backbone)
     batches = calibration_batches(part.named.splits.train, part.evaluation.view, settings)
     n_images = recalibrate(backbone, batches)
@@ -294,6 +304,7 @@ def _cache_features(
     if ranks.world_size() > 1:
         return train, held_out
 
+    # Only features that an evaluation reads more than once are worth their memory.
     layers = set()
     for part in parts:
         if part.evaluation.keeps_features:
@@ -306,9 +317,10 @@ def _cache_features(
     device = bank_device(needed, settings.encode_config.device)
     free = free_gib(device)
     if needed > free:
+        names = ", ".join(layers)
         warnings.warn(
-            f"features of {', '.join(layers)} take {format_gib(needed)}, and {format_gib(free)} of memory are free: "
-            "they are not kept in memory but computed again each time, which is slow",
+            f"features of {names} take {format_gib(needed)}, and {format_gib(free)} of memory are free: they are "
+            "not kept in memory but computed again each time, which is slow",
             stacklevel=2,
         )
         return train, held_out
@@ -337,6 +349,7 @@ def calibration_batches(
     n_batches = min(settings.calibration_images, len(images)) // size
     n_images = max(size, n_batches * size)
 
+    # Views may be random: each image has a seed of its own, which its place in a batch does not change.
     keys = []
     for index in order[:n_images].tolist():
         seed = seed_for(Use.CALIBRATION_VIEW, settings.seed, index)
@@ -358,6 +371,7 @@ def _to_result(
     """Returns the score as a `Result`; `details` are added to those of the score."""
     splits = part.named.splits
     images = splits.train if score.on_train else splits.held_out
+    # A score and a result share their fields, except for what the runner knows.
     measured = vars(score).copy()
     del measured["on_train"]  # from here on, `split` says it
     measured["details"] = (*score.details, *details)

@@ -14,7 +14,8 @@ def describe_schedule(epochs: int, milestone_epochs: Sequence[int], gamma: float
     words = f"{epochs} epochs"
     reached = [str(milestone) for milestone in milestone_epochs if milestone < epochs]
     if reached:
-        words += f", x{gamma:g} at {', '.join(reached)}"
+        milestones = ", ".join(reached)
+        words += f", x{gamma:g} at {milestones}"
     return words
 
 
@@ -32,7 +33,12 @@ def check_sgd_settings(setting: str, evaluation: Any, *, batch_norm: bool) -> No
     checks.wholes(f"{setting}.milestone_epochs", evaluation.milestone_epochs, may_be_empty=True)
     checks.rising(f"{setting}.milestone_epochs", evaluation.milestone_epochs)
     checks.number(f"{setting}.gamma", evaluation.gamma, above=0)
-    checks.number(f"{setting}.momentum", evaluation.momentum, at_least=0, at_most=1)
+    checks.number(
+        f"{setting}.momentum",
+        evaluation.momentum,
+        at_least=0,
+        at_most=1,
+    )
     checks.number(f"{setting}.weight_decay", evaluation.weight_decay, at_least=0)
     checks.whole(f"{setting}.batch", evaluation.batch)
     # Batch norm divides by the variance of a batch, and one image has none.
