@@ -54,10 +54,10 @@ def test_any_path_stays_in_its_line(tmp_path: Path, odd: str) -> None:
 
 def test_a_path_of_bytes_that_are_no_text_is_readable(tmp_path: Path) -> None:
     odd = os.fsdecode(b"/runs/caf\xe9.pt")
-    told = path_as_text(Path(odd))
-    assert told == r"/runs/caf\xe9.pt"
-    append_results(tmp_path, [row(checkpoint=told), row(checkpoint=odd)])
-    assert list(read_results(tmp_path)) == [row(checkpoint=told), row(checkpoint="/runs/caf\ufffd.pt")]
+    text = path_as_text(Path(odd))
+    assert text == r"/runs/caf\xe9.pt"
+    append_results(tmp_path, [row(checkpoint=text), row(checkpoint=odd)])
+    assert list(read_results(tmp_path)) == [row(checkpoint=text), row(checkpoint="/runs/caf\ufffd.pt")]
 
 
 def test_a_last_line_that_a_kill_left_unfinished_is_no_row_and_makes_room_for_the_next(tmp_path: Path) -> None:

@@ -100,10 +100,12 @@ def test_units_headlines_and_places_are_those_of_the_evaluations_of_now(rows: li
 
 
 def test_the_name_of_a_metric_told_its_k_and_how_draws_differ(tmp_path: Path, rows: list[Result]) -> None:
-    told = {row.metric: (row.series, row.k, row.spread) for row in rows if row.k is not None}
-    assert told["top1_k20"] == ("top1", 20, "")
-    assert (told["map_k1"], told["map_k1_cv"]) == (("map", 1, ""), ("map_cv", 1, ""))
-    assert [told[f"map_k1_{name}"] for name in ("std", "min", "max")] == [("map", 1, n) for n in ("std", "min", "max")]
+    by_metric = {row.metric: (row.series, row.k, row.spread) for row in rows if row.k is not None}
+    assert by_metric["top1_k20"] == ("top1", 20, "")
+    assert (by_metric["map_k1"], by_metric["map_k1_cv"]) == (("map", 1, ""), ("map_cv", 1, ""))
+    assert [by_metric[f"map_k1_{name}"] for name in ("std", "min", "max")] == [
+        ("map", 1, n) for n in ("std", "min", "max")
+    ]
     # And of lines with a format from before there were fields for it
     lines = [{"format": 2, **dataclasses.asdict(row)} for row in rows]
     without = [{name: line[name] for name in line if name not in ("series", "k", "spread")} for line in lines]

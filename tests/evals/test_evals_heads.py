@@ -23,9 +23,9 @@ Data = list[tuple[Tensor, Tensor]]
 
 
 def data(seed: int = 1) -> Data:
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     return [
-        (3 * torch.randn(size, DIM, generator=chance) + 1, torch.randint(N_CLASSES, (size,), generator=chance))
+        (3 * torch.randn(size, DIM, generator=rng) + 1, torch.randint(N_CLASSES, (size,), generator=rng))
         for size in SIZES
     ]
 
@@ -51,9 +51,9 @@ def trained(heads: LayerHeads, batches: Data, *, at_once: int, active: np.ndarra
     return heads
 
 
-def alone(place: int, batches: Data, *, nesterov: bool, normalized: bool = True) -> tuple[nn.Linear, nn.Module]:
+def alone(index: int, batches: Data, *, nesterov: bool, normalized: bool = True) -> tuple[nn.Linear, nn.Module]:
     """The head of one setting trained as anyone would."""
-    setting = SETTINGS[place]
+    setting = SETTINGS[index]
     norm = nn.BatchNorm2d(CHANNELS, affine=False, momentum=0.1) if normalized else nn.Identity()
     head = nn.Linear(DIM, N_CLASSES)
     generator = torch.Generator().manual_seed(seed_for(Use.HEAD_WEIGHTS, 0))
@@ -63,7 +63,7 @@ def alone(place: int, batches: Data, *, nesterov: bool, normalized: bool = True)
     optimizer = torch.optim.SGD(head.parameters(), **rule)  # type: ignore[arg-type]
     for (features, labels), active, factor in zip(batches, ACTIVE, FACTORS, strict=True):
         rows = norm(features.reshape(len(features), CHANNELS, 2, 2)).flatten(1)
-        if active[place]:
+        if active[index]:
             optimizer.param_groups[0]["lr"] = factor * setting.lr
             optimizer.zero_grad()
             cross_entropy(head(rows), labels).backward()
@@ -75,32 +75,32 @@ def alone(place: int, batches: Data, *, nesterov: bool, normalized: bool = True)
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_each_head_is_what_torch_makes_of_it_alone(at_once: int, nesterov: bool) -> None:
     heads = trained(made(nesterov=nesterov), data(), at_once=at_once)
-    for place in range(len(SETTINGS)):
-        head, norm = alone(place, data(), nesterov=nesterov)
-        torch.testing.assert_close(heads.weight[place], head.weight.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(heads.bias[place], head.bias.detach(), rtol=1e-5, atol=1e-6)
+    for index in range(len(SETTINGS)):
+        head, norm = alone(index, data(), nesterov=nesterov)
+        torch.testing.assert_close(heads.weight[index], head.weight.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(heads.bias[index], head.bias.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(heads.norm.running_mean, norm.running_mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(heads.norm.running_var, norm.running_var, rtol=1e-6, atol=1e-6)
         features = data(seed=2)[0][0]
         expected = head(norm.eval()(features.reshape(-1, CHANNELS, 2, 2)).flatten(1))
-        torch.testing.assert_close(heads.eval()(features)[:, place], expected.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(heads.eval()(features)[:, index], expected.detach(), rtol=1e-4, atol=1e-5)
     assert (heads.weight - made().weight).abs().amax(dim=(1, 2)).min() > 0.005  # all have moved
     assert not heads.eval()(features).requires_grad
 
 
 def test_without_batch_norm_heads_see_features_as_they_are() -> None:
     heads = trained(made(channels=None), data(), at_once=2)
-    for place in range(len(SETTINGS)):
-        head, _ = alone(place, data(), nesterov=True, normalized=False)
-        torch.testing.assert_close(heads.weight[place], head.weight.detach(), rtol=2e-5, atol=2e-6)
+    for index in range(len(SETTINGS)):
+        head, _ = alone(index, data(), nesterov=True, normalized=False)
+        torch.testing.assert_close(heads.weight[index], head.weight.detach(), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_head_does_not_know_which_others_train_beside_it(at_once: int) -> None:
     together = trained(made(), data(), at_once=at_once)
-    for place, setting in enumerate(SETTINGS):
-        single = trained(made([setting]), data(), at_once=at_once, active=ACTIVE[:, place : place + 1])
-        torch.testing.assert_close(single.weight[0], together.weight[place], rtol=1e-5, atol=1e-6)
+    for index, setting in enumerate(SETTINGS):
+        single = trained(made([setting]), data(), at_once=at_once, active=ACTIVE[:, index : index + 1])
+        torch.testing.assert_close(single.weight[0], together.weight[index], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("at_once", [1, 6])

@@ -117,9 +117,9 @@ class Unkept:
     channels = property(lambda self: self.bank.channels)
 
     def batches(
-        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[FeatureBatch]:
-        return self.bank.batches(places, size, layers, epoch, epochs)
+        return self.bank.batches(indices, size, layers, epoch, epochs)
 
 
 def test_a_source_that_is_no_bank_gives_the_same_scores() -> None:

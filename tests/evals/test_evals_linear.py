@@ -32,9 +32,9 @@ def bank(n: int, *, spread: float, seed: int, layers: Sequence[str] = tuple(DIMS
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(N_CLASSES, (n,), generator=generator)
     features = {}
-    for place, layer in enumerate(layers):
-        centers = torch.randn(N_CLASSES, DIMS[layer], generator=torch.Generator().manual_seed(90 + place))
-        noise = torch.randn(n, DIMS[layer], generator=torch.Generator().manual_seed(1000 * seed + place))
+    for index, layer in enumerate(layers):
+        centers = torch.randn(N_CLASSES, DIMS[layer], generator=torch.Generator().manual_seed(90 + index))
+        noise = torch.randn(n, DIMS[layer], generator=torch.Generator().manual_seed(1000 * seed + index))
         features[layer] = 5 + 10 * (centers[labels] + spread * noise)  # far from standardized
     if at_random:
         labels = torch.randint(N_CLASSES, (n,), generator=generator)
@@ -56,12 +56,12 @@ class Augmented:
     channels = property(lambda self: self.bank.channels)
 
     def batches(
-        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[FeatureBatch]:
         self.epochs.append(epoch)
-        chance = torch.Generator().manual_seed(epoch)
-        for features, labels in self.bank.batches(places, size, layers):
-            yield {name: torch.randn(rows.shape, generator=chance) for name, rows in features.items()}, labels
+        rng = torch.Generator().manual_seed(epoch)
+        for features, labels in self.bank.batches(indices, size, layers):
+            yield {name: torch.randn(rows.shape, generator=rng) for name, rows in features.items()}, labels
 
 
 def fast(**changes: Any) -> LinearFast:

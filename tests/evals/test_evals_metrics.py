@@ -42,14 +42,14 @@ def test_both_equal_their_definitions_with_ties_and_with_images_left_out(ranking
 
 
 def test_columns_are_rankings_of_their_own():
-    chance = torch.Generator().manual_seed(0)
-    scores = torch.randn(30, 5, generator=chance, dtype=torch.float64)
-    positive = torch.rand(30, 5, generator=chance) < 0.3
-    counted = torch.rand(30, 5, generator=chance) < 0.8
+    rng = torch.Generator().manual_seed(0)
+    scores = torch.randn(30, 5, generator=rng, dtype=torch.float64)
+    positive = torch.rand(30, 5, generator=rng) < 0.3
+    counted = torch.rand(30, 5, generator=rng) < 0.8
     together = ap_area(scores, positive, counted)
     alone = [ap_area(*(t[:, [m]] for t in (scores, positive, counted))) for m in range(5)]
     assert torch.equal(together, torch.cat(alone))
-    shuffled = torch.randperm(30, generator=chance)
+    shuffled = torch.randperm(30, generator=rng)
     torch.testing.assert_close(ap_area(scores[shuffled], positive[shuffled], counted[shuffled]), together)
 
 

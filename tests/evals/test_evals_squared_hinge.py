@@ -26,8 +26,8 @@ REAL_LAYERS = ("feature1", "feature5")
 
 def features(kind: str, n: int = N, dim: int = DIM) -> Tensor:
     """Rows of length one, as the benchmark has them; networks' features are never negative and much alike."""
-    chance = torch.Generator().manual_seed(1)
-    x = torch.randn(n, dim, generator=chance, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(n, dim, generator=rng, dtype=torch.float64)
     if kind == "alike":
         x = (x * torch.arange(1, dim + 1).double() ** -0.6 + 0.3).relu()
     if kind == "duplicates":
@@ -38,9 +38,9 @@ def features(kind: str, n: int = N, dim: int = DIM) -> Tensor:
 
 
 def signs_of(x: Tensor, positives: int) -> Tensor:
-    chance = torch.Generator().manual_seed(2)
-    direction = torch.randn(x.shape[1], generator=chance, dtype=torch.float64)
-    ranked = (x @ direction + 0.02 * torch.randn(len(x), generator=chance)).argsort(descending=True)
+    rng = torch.Generator().manual_seed(2)
+    direction = torch.randn(x.shape[1], generator=rng, dtype=torch.float64)
+    ranked = (x @ direction + 0.02 * torch.randn(len(x), generator=rng)).argsort(descending=True)
     signs = -torch.ones(len(x), dtype=torch.float64)
     signs[ranked[:positives]] = 1
     return signs
@@ -85,14 +85,14 @@ def of_real_images(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], T
     else:
         root = request.getfixturevalue("real_images") / "imagenette_small"
         images = class_folders(name="real", root=str(root), train="train", val="val").train
-    places = torch.linspace(0, len(images) - 1, BEYOND_THE_RANK).long()
+    indices = torch.linspace(0, len(images) - 1, BEYOND_THE_RANK).long()
     views = Views(images, Squash(short_px=64, side_px=64))
     torch.manual_seed(0)
     backbone = ResNetBackbone(depth=18).eval()
     with torch.no_grad():
-        pixels = collate([views[place, 0] for place in places.tolist()]).pixels.float()
+        pixels = collate([views[index, 0] for index in indices.tolist()]).pixels.float()
         encoded = encode(backbone, pixels, REAL_LAYERS, False)
-    return encoded, torch.where(torch.as_tensor(images.labels)[places] < 3, 1.0, -1.0).double()
+    return encoded, torch.where(torch.as_tensor(images.labels)[indices] < 3, 1.0, -1.0).double()
 
 
 @pytest.mark.parametrize("layer", REAL_LAYERS)
@@ -119,22 +119,22 @@ def assert_as_liblinear(x: Tensor, signs: Tensor) -> None:
     columns = signs.unsqueeze(1).expand_as(weights)
     factor = leading_factor(gram)
     fitted = fit(gram[None], columns[None], weights[None], factor=factor[None])
-    for place, cost in enumerate(COSTS):
-        ours, theirs = with_one.T @ fitted.coefficients[0, :, place], liblinear(x, signs, cost)
-        least, other = (objective(w, with_one, signs, weights[:, place]) for w in (ours, theirs))
+    for index, cost in enumerate(COSTS):
+        ours, theirs = with_one.T @ fitted.coefficients[0, :, index], liblinear(x, signs, cost)
+        least, other = (objective(w, with_one, signs, weights[:, index]) for w in (ours, theirs))
         assert least == pytest.approx(other, rel=1e-6)
         assert least <= other * (1 + 1e-9)
         positive, everything = (signs > 0).unsqueeze(1), torch.ones(len(x), 1, dtype=torch.bool)
         precision = [float(ap_area((with_one @ w).unsqueeze(1), positive, everything)) for w in (ours, theirs)]
         assert precision[0] == pytest.approx(precision[1], abs=1e-4)
-        torch.testing.assert_close(fitted.decisions[0, :, place], with_one @ ours, rtol=0, atol=1e-9)
+        torch.testing.assert_close(fitted.decisions[0, :, index], with_one @ ours, rtol=0, atol=1e-9)
 
 
 def problems(n: int = 60, m: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = features("alike")[:n]
     gram = (x @ x.T + 1).unsqueeze(0)
-    chance = torch.Generator().manual_seed(4)
-    signs = torch.where(torch.rand(1, n, m, generator=chance) < 0.3, 1.0, -1.0).double()
+    rng = torch.Generator().manual_seed(4)
+    signs = torch.where(torch.rand(1, n, m, generator=rng) < 0.3, 1.0, -1.0).double()
     weights = class_weights(signs > 0) * torch.logspace(-5, 2, m, dtype=torch.float64)
     return gram, signs, weights, leading_factor(gram[0]).unsqueeze(0)
 
@@ -170,9 +170,9 @@ def test_several_gram_matrices_at_once_are_each_solved_as_alone() -> None:
         torch.cat([weights[:, half] for half in halves]),
         factor=torch.cat([factor[:, half] for half in halves]),
     )
-    for place, half in enumerate(halves):
+    for index, half in enumerate(halves):
         alone = fit(gram[:, half, half], signs[:, half], weights[:, half], factor=factor[:, half])
-        torch.testing.assert_close(batched.decisions[place], alone.decisions[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batched.decisions[index], alone.decisions[0], rtol=1e-4, atol=1e-4)
 
 
 def test_torchs_own_chance_is_left_alone() -> None:

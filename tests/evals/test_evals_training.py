@@ -22,9 +22,9 @@ GRID = tuple(HeadSettings(lr=lr, weight_decay=1e-3, sees_all=False) for lr in (0
 
 
 def bank(n: int, *, seed: int = 0) -> Bank:
-    chance = torch.Generator().manual_seed(seed)
-    labels = torch.randint(N_CLASSES, (n,), generator=chance)
-    features = {layer: 4 * torch.randn(n, dim, generator=chance) + labels[:, None] for layer, dim in DIMS.items()}
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(N_CLASSES, (n,), generator=rng)
+    features = {layer: 4 * torch.randn(n, dim, generator=rng) + labels[:, None] for layer, dim in DIMS.items()}
     return Bank(features=features, labels=labels, n_classes=N_CLASSES, channels=CHANNELS)
 
 
@@ -53,16 +53,16 @@ class Watched:
     channels = property(lambda self: self.bank.channels)
 
     def batches(
-        self, places: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
+        self, indices: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
     ) -> Iterator[FeatureBatch]:
-        for chosen in places.split(size):
+        for chosen in indices.split(size):
             self.asked.append((epoch, chosen.tolist()))
-            kept = torch.tensor([place for place in chosen.tolist() if place not in self.unreadable])
-            if len(kept):
-                yield from self.bank.batches(kept, size, layers)
+            readable = torch.tensor([index for index in chosen.tolist() if index not in self.unreadable])
+            if len(readable):
+                yield from self.bank.batches(readable, size, layers)
 
     def of_epoch(self, number: int) -> list[list[int]]:
-        return [places for epoch, places in self.asked if epoch == number]
+        return [indices for epoch, indices in self.asked if epoch == number]
 
 
 class Kept:
@@ -86,7 +86,7 @@ class Kept:
 def test_each_epoch_asks_for_every_image_once_in_another_order(n: int) -> None:
     watched = Watched(bank(n))
     fit(training(), watched)
-    orders = [[place for batch in watched.of_epoch(epoch) for place in batch] for epoch in range(4)]
+    orders = [[index for batch in watched.of_epoch(epoch) for index in batch] for epoch in range(4)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert len(set(map(tuple, orders))) == 4
     tenth = set(draw_held_back(n, 0).tolist())
@@ -109,7 +109,7 @@ def test_batches_of_the_tenth_come_among_the_others() -> None:
 def test_without_two_kinds_of_heads_batches_are_full_but_for_the_last(settings: Sequence[HeadSettings]) -> None:
     watched = Watched(bank(100))
     fit(training(settings, epochs=1, milestone_epochs=()), watched)
-    asked = [place for batch in watched.of_epoch(0) for place in batch]
+    asked = [index for batch in watched.of_epoch(0) for index in batch]
     seen = set(range(100)) if settings == (PUBLISHED,) else set(range(100)) - set(draw_held_back(100, 0).tolist())
     assert sorted(asked) == sorted(seen)
     assert [len(batch) for batch in watched.of_epoch(0)][:-1] == [16] * (len(seen) // 16)
@@ -215,9 +215,9 @@ def test_features_that_are_not_finite_are_named_by_layer() -> None:
 def test_hits_are_counted_over_all_batches_of_the_images_asked() -> None:
     source = bank(100)
     heads = fit(training(), source)
-    places = torch.arange(30, 90)
-    hits, seen = count_hits(heads, source, places, 7, CPU)
+    indices = torch.arange(30, 90)
+    hits, seen = count_hits(heads, source, indices, 7, CPU)
     assert seen == 60
     for layer, of_layer in heads.items():
-        right = of_layer(source.features[layer][places]).argmax(dim=2) == source.labels[places][:, None]
+        right = of_layer(source.features[layer][indices]).argmax(dim=2) == source.labels[indices][:, None]
         assert hits[layer].tolist() == right.sum(dim=0).tolist()

@@ -32,12 +32,12 @@ LAYER = "feature4"
 
 def bank(n: int, seed: int, present: Tensor | None = None) -> Bank:
     """Features that tell of three classes, of which an image shows any; some are difficult."""
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     if present is None:
-        present = torch.where(torch.rand(n, 3, generator=chance) < 0.3, 1, -1)
-        present[torch.rand(n, 3, generator=chance) < 0.08] = 0
+        present = torch.where(torch.rand(n, 3, generator=rng) < 0.3, 1, -1)
+        present[torch.rand(n, 3, generator=rng) < 0.08] = 0
     directions = torch.randn(3, 30, generator=torch.Generator().manual_seed(9))
-    rows = ((present != -1).float() @ directions * 0.5 + torch.randn(n, 30, generator=chance) + 0.5).relu()
+    rows = ((present != -1).float() @ directions * 0.5 + torch.randn(n, 30, generator=rng) + 0.5).relu()
     return Bank(features={LAYER: rows}, labels=present, n_classes=3, channels={LAYER: 30})
 
 
@@ -106,13 +106,13 @@ def test_low_shot_equals_the_published_pipeline(sets: Context) -> None:
     for k in (1, 2, 3):
         drawn = draw(sets.train.labels, range(3), k, 2, 7).numpy()
         on_test, on_rest, on_all = np.zeros((3, 2, len(COSTS), 3))  # draws, costs and classes of each
-        for c, number, place in itertools.product(range(3), range(2), range(len(COSTS))):
+        for c, number, index in itertools.product(range(3), range(2), range(len(COSTS))):
             rows = drawn[c, number]
-            fitted = published_svm(COSTS[place]).fit(x[rows], np.where(labels[rows, c] == 1, 1, -1))
+            fitted = published_svm(COSTS[index]).fit(x[rows], np.where(labels[rows, c] == 1, 1, -1))
             rest = np.setdiff1d(np.arange(len(x)), rows)
-            on_test[number, place, c] = published_ap(fitted.decision_function(z), tested[:, c])
-            on_rest[number, place, c] = published_ap(fitted.decision_function(x[rest]), labels[rest, c])
-            on_all[number, place, c] = published_ap(fitted.decision_function(x), labels[:, c])
+            on_test[number, index, c] = published_ap(fitted.decision_function(z), tested[:, c])
+            on_rest[number, index, c] = published_ap(fitted.decision_function(x[rest]), labels[rest, c])
+            on_all[number, index, c] = published_ap(fitted.decision_function(x), labels[:, c])
         best, chosen, circular = (int(one.mean(axis=(0, 2)).argmax()) for one in (on_test, on_rest, on_all))
         values = on_test.mean(axis=2)
         by_draw = values[:, best]
@@ -121,8 +121,8 @@ def test_low_shot_equals_the_published_pipeline(sets: Context) -> None:
             score = found[f"map_k{k}{suffix}"]
             assert score.value == pytest.approx(value, abs=1e-2)
             is_spread = suffix in ("_std", "_min", "_max")
-            told = ("map", k, suffix[1:]) if is_spread else (f"map{suffix}", k, "")
-            assert (score.series, score.k, score.spread) == told
+            expected_text = ("map", k, suffix[1:]) if is_spread else (f"map{suffix}", k, "")
+            assert (score.series, score.k, score.spread) == expected_text
         assert found[f"map_k{k}"].choice == f"cost {COSTS[best]:g} of 4 chosen on test as published"
         assert found[f"map_k{k}_cv"].choice == f"cost {COSTS[chosen]:g} of 4 chosen on the training images not drawn"
         choices.append((best, chosen, circular))
@@ -151,8 +151,8 @@ def test_draws_have_k_positives_and_19_k_negatives_and_change_with_the_seed(sets
     labels = sets.train.labels
     drawn = draw(labels, (0, 2), 2, 5, 0)
     assert drawn.shape == (2, 5, 40)
-    for place, c in enumerate((0, 2)):
-        for rows in drawn[place]:
+    for index, c in enumerate((0, 2)):
+        for rows in drawn[index]:
             assert len(set(rows.tolist())) == 40
             assert labels[rows[:2], c].tolist() == [1, 1]
             assert set(labels[rows[2:], c].tolist()) == {-1}  # difficult ones are neither
@@ -263,25 +263,31 @@ def test_shots_and_draws_that_make_no_sense_are_refused(wrong: dict[str, object]
 class Shown(FolderImages):
     """Images of which nothing but what they show is asked."""
 
-    marks: list[list[int]]
+    presence_rows: list[list[int]]
 
     def presence(self) -> list[list[int]]:
-        return self.marks
+        return self.presence_rows
 
 
 def splits_of(train: Tensor, held_out: Tensor) -> Splits:
     both = (("trainval", train), ("test", held_out))
-    made = [Shown(name="voc", split=split, paths=["x"] * len(marks), marks=marks.tolist()) for split, marks in both]
+    made = [
+        Shown(name="voc", split=split, paths=["x"] * len(presence_rows), presence_rows=presence_rows.tolist())
+        for split, presence_rows in both
+    ]
     return Splits(train=made[0], held_out=made[1])
 
 
 def test_too_few_images_are_told_before_features_are_asked_for(sets: Context) -> None:
     labels, tested = sets.train.labels, sets.held_out.labels
     most = int(torch.maximum((labels == 1).sum(dim=0), 120 - (labels == 1).sum(dim=0)).min())
-    enough, told = splits_of(labels, tested), f"folds is {most + 1}: of 120 .* more: give {most} folds or fewer"
+    enough, expected_text = (
+        splits_of(labels, tested),
+        f"folds is {most + 1}: of 120 .* more: give {most} folds or fewer",
+    )
     for evaluation in (svm(), low_shot(shots=(1, 64)), svm(folds=most)):
         evaluation.check(enough)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=expected_text):
         svm(folds=most + 1).check(enough)
     with pytest.raises(UsageError, match=r"shots=\[64\]: a class has only"):
         low_shot(shots=(64,)).check(enough)
@@ -325,7 +331,7 @@ class Lost(Shown):
 
 @pytest.mark.parametrize(("share", "setting"), [(0.1, "eval.mine.data.root"), (None, "data.root")])
 def test_a_missing_list_names_the_evaluations_own_root(sets: Context, share: float | None, setting: str) -> None:
-    lost = Lost(name="voc", split="test", paths=["x"], marks=[])
+    lost = Lost(name="voc", split="test", paths=["x"], presence_rows=[])
     splits = dataclasses.replace(splits_of(sets.train.labels, sets.held_out.labels), held_out=lost)
     for evaluation in (svm(), low_shot()):
         job = NamedEvaluation(name="mine", evaluation=evaluation, splits=splits, unreadable_share=share)

@@ -39,16 +39,16 @@ VIEW = Center(short_px=PX, crop_px=PX)
 
 def write_split(folder: Path, split: str, n: int, broken: tuple[int, ...] = ()) -> FolderImages:
     """Noise around the color of the class, so that classes can be told apart, but not in every image."""
-    chance = np.random.default_rng(len(split))
+    rng = np.random.default_rng(len(split))
     paths = []
-    for place in range(n):
-        pixels = chance.normal(100, 40, size=(PX, PX, 3)) + chance.normal(0, 8, size=3)
-        pixels[..., 2 - place % 3] += 12
-        paths.append(str(folder / f"{split}{place}.png"))
+    for index in range(n):
+        pixels = rng.normal(100, 40, size=(PX, PX, 3)) + rng.normal(0, 8, size=3)
+        pixels[..., 2 - index % 3] += 12
+        paths.append(str(folder / f"{split}{index}.png"))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
-        if place in broken:
+        if index in broken:
             Path(paths[-1]).write_bytes(b"no image")
-    labels = [place % 3 for place in range(n)]
+    labels = [index % 3 for index in range(n)]
     return FolderImages(name="colors", split=split, paths=paths, labels=labels, classes=CLASSES)
 
 
@@ -169,8 +169,8 @@ def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(model: Evaluat
     before = copy.deepcopy(model.backbone.state_dict())
     rows = rows_of(model, splits, settings(batch_norms=["as_trained", "recalibrated"]))
     assert [row.batch_norm for row in rows] == ["as_trained"] * 4 + ["recalibrated"] * 4
-    told = "batch-norm statistics re-estimated on 16 training images without labels"  # 20 hold two batches of 8
-    assert all(row.details[-1] == told for row in rows[4:])
+    reported = "batch-norm statistics re-estimated on 16 training images without labels"  # 20 hold two batches of 8
+    assert all(row.details[-1] == reported for row in rows[4:])
     assert not any("batch-norm statistics" in " ".join(row.details) for row in rows[:4])
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
     assert not model.backbone.training
@@ -214,11 +214,11 @@ def test_rows_there_already_are_recognized_and_those_of_other_terms_are_not(
     model: EvaluatedModel, splits: Splits
 ) -> None:
     there = rows_of(model, splits, settings())
-    marks = {row.fingerprint for row in there}
-    assert len(marks) == 2
+    fingerprints = {row.fingerprint for row in there}
+    assert len(fingerprints) == 2
 
     def again(splits: Splits, given: EvalSettings, evaluations: Mapping[str, Evaluation] = EVALUATIONS) -> set[str]:
-        found = rows_of(model, splits, given, evaluations, is_wanted=lambda part: part.fingerprint not in marks)
+        found = rows_of(model, splits, given, evaluations, is_wanted=lambda part: part.fingerprint not in fingerprints)
         return {row.eval for row in found}
 
     fewer = Splits(train=dataclasses.replace(splits.train, paths=splits.train.paths[:-1]), held_out=splits.held_out)
@@ -288,14 +288,14 @@ def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
         train=write_split(tmp_path, "train", 16, broken=(3, 4, 5)),
         held_out=write_split(tmp_path, "val", 9, broken=(7,)),
     )
-    told: dict[str, str] = {}
+    reported: dict[str, str] = {}
     both = settings(
-        batch_norms=["as_trained", "recalibrated"], batch=batch, bank_gib=bank_gib, note_unreadable=told.update
+        batch_norms=["as_trained", "recalibrated"], batch=batch, bank_gib=bank_gib, note_unreadable=reported.update
     )
     rows = rows_of(model, splits, both, {"linear": EVALUATIONS["linear"]})
     assert len(rows) == 4
     assert {row.n for row in rows} == {8}
-    assert {Path(name).name for name in told} == {"train3.png", "train4.png", "train5.png", "val7.png"}
+    assert {Path(name).name for name in reported} == {"train3.png", "train4.png", "train5.png", "val7.png"}
 
 
 @pytest.mark.parametrize(("share", "setting"), [(0.2, "eval.linear.data"), (None, "data")])
@@ -326,7 +326,7 @@ def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(
     rows_of(model, splits, settings(batch_norms=["recalibrated"], batch=30), {"peek": Peek(look=peek)})
     twin = copy.deepcopy(model.backbone)
     encode_config = settings(batch=30).encode_config
-    loaded = encode_config.views(splits.train, VIEW, [(place, 0) for place in range(30)], 30)
+    loaded = encode_config.views(splits.train, VIEW, [(index, 0) for index in range(30)], 30)
     views = [encode_config.to_device(batch.pixels) for batch in loaded]
     recalibrate(twin, views)
     features, _ = next(LiveFeatures(twin, splits.train, encode_config, VIEW).batches(torch.arange(30), 30, LAYERS))
