@@ -100,12 +100,12 @@ def numbers(
     return _list_of(wanted, is_right, setting, values, may_be_empty)
 
 
-def rising(setting: str, values: Iterable[float]) -> None:
+def increasing(setting: str, values: Iterable[float]) -> None:
     """Checks that each epoch of a list is later than the one before."""
     values = list(values)
     sorted_without_repeats = sorted(set(values))
     if values != sorted_without_repeats:
-        raise _wrong(setting, values, "epochs that rise")
+        raise _wrong(setting, values, "epochs in increasing order")
 
 
 def _list_of(

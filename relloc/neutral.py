@@ -10,7 +10,7 @@ from typing import Any
 
 # Settings of how a run is executed. Neither weights nor results depend on them, except for rounding: a
 # run with other values of these is the same run.
-_HOW_IT_IS_RUN = {
+_EXECUTION = {
     "device": "the same numbers on another machine, but for rounding",
     "compile": "the same computation, compiled",
     "cuda_graphs": "the same steps, launched on the GPU at once",
@@ -34,7 +34,7 @@ _HOW_IT_IS_RUN = {
 }
 
 # Settings of what is saved, watched or measured of a training. Its weights do not depend on them.
-_WHAT_IS_SEEN_OF_IT = {
+_OBSERVATION = {
     "milestones": "which checkpoints are kept",
     "report_every_steps": "rows of the journal",
     "collapse_steps": "when a warning is given",
@@ -51,13 +51,13 @@ _WHAT_IS_SEEN_OF_IT = {
 }
 
 
-def of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that decide which weights a training makes of its images.
 
     `settings` are flat, with names such as `grid.gap_px`.
     """
     # With a dot at the end, `monitor` stands for `monitor` and `monitor.images` but not `monitors`.
-    neutral_names = [*_HOW_IT_IS_RUN, *_WHAT_IS_SEEN_OF_IT]
+    neutral_names = [*_EXECUTION, *_OBSERVATION]
     neutral_prefixes = tuple(f"{name}." for name in neutral_names)
     deciding = {}
     for name, value in settings.items():
@@ -67,7 +67,7 @@ def of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     return deciding
 
 
-def of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def settings_of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the settings that decide the weights, results and saved files of a run.
 
     `config` is nested, and so is what is returned. `prefix` stands before the names of its
@@ -76,11 +76,11 @@ def of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     deciding: dict[str, Any] = {}
     for name, value in config.items():
         full_name = f"{prefix}{name}"
-        if full_name in _HOW_IT_IS_RUN:
+        if full_name in _EXECUTION:
             continue
         # Groups are searched too, since some of their settings may be neutral.
         if isinstance(value, Mapping):
-            deciding[name] = of_run(value, f"{full_name}.")
+            deciding[name] = settings_of_run(value, f"{full_name}.")
         else:
             deciding[name] = value
     return deciding

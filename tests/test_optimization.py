@@ -29,13 +29,13 @@ def backward(model: nn.Module, images: Tensor) -> None:
 def test_backwards_add_to_gradients_that_keep_their_place_and_have_the_layout_of_the_weights() -> None:
     owned, plain = network(), network()
     gradients = Gradients(owned.parameters())
-    places = [value.grad.data_ptr() for value in owned.parameters()]
+    addresses = [value.grad.data_ptr() for value in owned.parameters()]
     for images in torch.randn(2, 4, 3, 4, 4):
         backward(owned, images)
         backward(plain, images)
-    for value, other, place in zip(owned.parameters(), plain.parameters(), places, strict=True):
+    for value, other, address in zip(owned.parameters(), plain.parameters(), addresses, strict=True):
         assert torch.equal(value.grad, other.grad)
-        assert value.grad.data_ptr() == place
+        assert value.grad.data_ptr() == address
         assert value.grad.stride() == value.stride()
     gradients.average()  # one process: they are their own mean
     assert all(

@@ -21,7 +21,7 @@ from relloc import ranks
 ranks.join(torch.device("cpu"))
 rank = ranks.rank()
 values = torch.tensor([1.0, 10.0 * rank], dtype=torch.float64)
-told = {
+answers = {
     "rank": rank,
     "local_rank": ranks.local_rank(),
     "world_size": ranks.world_size(),
@@ -32,9 +32,10 @@ told = {
     "empty union": ranks.union({}),
 }
 ranks.leave()
-told["after"] = [ranks.world_size(), ranks.rank(), ranks.total(torch.tensor(5 + rank)).item(), ranks.from_first("own")]
+sum_alone = ranks.total(torch.tensor(5 + rank)).item()
+answers["after"] = [ranks.world_size(), ranks.rank(), sum_alone, ranks.from_first("own")]
 ranks.leave()
-Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(told))
+Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(answers))
 """
 
 
@@ -72,11 +73,11 @@ def test_two_processes_add_tell_and_join(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
-        told = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert (told["rank"], told["local_rank"], told["world_size"]) == (rank, rank, 2)
-        assert told["total"] == told["in place"] == [2.0, 10.0]
-        assert told["from_first"] == "folder of rank 0, ä"
-        assert told["union"].keys() == {"both", "only 0", "only 1"}
-        assert (told["union"]["only 0"], told["union"]["only 1"]) == ("0", "1")
-        assert told["empty union"] == {}
-        assert told["after"] == [1, 0, 5 + rank, "own"]
+        answers = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (answers["rank"], answers["local_rank"], answers["world_size"]) == (rank, rank, 2)
+        assert answers["total"] == answers["in place"] == [2.0, 10.0]
+        assert answers["from_first"] == "folder of rank 0, ä"
+        assert answers["union"].keys() == {"both", "only 0", "only 1"}
+        assert (answers["union"]["only 0"], answers["union"]["only 1"]) == ("0", "1")
+        assert answers["empty union"] == {}
+        assert answers["after"] == [1, 0, 5 + rank, "own"]

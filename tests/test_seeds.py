@@ -1,4 +1,4 @@
-"""Every use of chance has seeds of its own: what one draws says nothing of what another draws."""
+"""Every use of random numbers has its own seeds: what one draws says nothing about what another draws."""
 
 import ast
 import itertools
@@ -56,7 +56,7 @@ def test_the_colors_of_a_training_view_do_not_depend_on_its_box(color: str) -> N
         box = crop.box(300, 400, random.Random(seed_for(Use.AUGMENTED_VIEW, 0, 0, image)))
         areas.append((box[2] - box[0]) * (box[3] - box[1]))
         factors.append(jitter.draw(seed_for(Use.AUGMENTED_COLOR, 0, 0, image))[at])
-    assert abs(np.corrcoef(areas, factors)[0, 1]) < 4 / np.sqrt(4000)  # four standard deviations of chance
+    assert abs(np.corrcoef(areas, factors)[0, 1]) < 4 / np.sqrt(4000)  # four standard deviations if independent
     shared = [jitter.draw(seed_for(Use.AUGMENTED_VIEW, 0, 0, image))[0] for image in range(4000)]
     assert np.corrcoef(areas, shared)[0, 1] > 0.4  # as one seed for both gives
 
@@ -71,7 +71,7 @@ def test_images_that_recalibrate_batch_norm_are_not_those_held_back() -> None:
 def test_nothing_in_the_package_seeds_a_generator_past_the_list_of_uses() -> None:
     root = Path(relloc.__file__).parent
     seeding = {"manual_seed", "default_rng", "Random", "RandomState", "SeedSequence"}
-    found = set()
+    seeding_files = set()
     for path in root.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -79,8 +79,8 @@ def test_nothing_in_the_package_seeds_a_generator_past_the_list_of_uses() -> Non
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             derived = any(isinstance(a, ast.Call) and getattr(a.func, "id", "") == "seed_for" for a in node.args)
             if name in seeding and not derived:
-                found.add(path.relative_to(root).as_posix())
-    assert found <= set(AS_GIVEN), found - set(AS_GIVEN)
+                seeding_files.add(path.relative_to(root).as_posix())
+    assert seeding_files <= set(AS_GIVEN), seeding_files - set(AS_GIVEN)
 
 
 def test_every_use_is_used() -> None:

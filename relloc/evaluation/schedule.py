@@ -31,7 +31,7 @@ def check_sgd_settings(setting: str, evaluation: Any, *, batch_norm: bool) -> No
     """
     checks.whole(f"{setting}.epochs", evaluation.epochs)
     checks.wholes(f"{setting}.milestone_epochs", evaluation.milestone_epochs, may_be_empty=True)
-    checks.rising(f"{setting}.milestone_epochs", evaluation.milestone_epochs)
+    checks.increasing(f"{setting}.milestone_epochs", evaluation.milestone_epochs)
     checks.number(f"{setting}.gamma", evaluation.gamma, above=0)
     checks.number(
         f"{setting}.momentum",

@@ -27,7 +27,7 @@ class Alarm:
     Args:
         collapse_steps: how many optimizer steps the loss has to stay at chance before the warning.
         first_step: the step from which this process trains, where counting begins.
-        say: is called with the text of the warning.
+        warn: is called with the text of the warning.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class Alarm:
         *,
         collapse_steps: int,
         first_step: int,
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.collapse_steps = collapse_steps
-        self.say = say
+        self.warn = warn
         self._last_step_off_chance = first_step
         self._has_warned = False
 
-    def look(self, progress: Progress) -> None:
+    def check(self, progress: Progress) -> None:
         """Takes a report of the training.
 
         Raises:
@@ -59,7 +59,7 @@ class Alarm:
         steps_at_chance = progress.step - self._last_step_off_chance
         if steps_at_chance >= self.collapse_steps and not self._has_warned:
             self._has_warned = True
-            self.say(
+            self.warn(
                 f"alarm   the loss has stayed at log 8 = {CHANCE_LOSS:.3f} for {steps_at_chance} steps: "
                 "the network answers at chance. If that goes on, try a lower optimizer.lr, a longer "
                 "schedule.warmup_epochs, or an easier question (a smaller grid.gap_px, color=gray)"

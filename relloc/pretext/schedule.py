@@ -82,7 +82,7 @@ class Step(_WarmedUp):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.numbers("schedule.milestone_epochs", self.milestone_epochs, at_least=0, may_be_empty=True)
-        checks.rising("schedule.milestone_epochs", self.milestone_epochs)
+        checks.increasing("schedule.milestone_epochs", self.milestone_epochs)
         if not self.milestone_epochs:
             return
         # A milestone that never acts is most likely a slip, such as epochs shortened alone.

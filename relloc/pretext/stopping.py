@@ -28,7 +28,7 @@ class Stopped(SystemExit):
     """Ends the run at once, with the exit code of the signal that asked for it."""
 
 
-def watched() -> tuple[signal.Signals, ...]:
+def signals_to_watch() -> tuple[signal.Signals, ...]:
     """Returns the signals to listen to.
 
     SIGHUP, which a closed terminal sends, is left out where `nohup` has it ignored.
@@ -50,7 +50,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.awaited = False
-        self.watched = watched()
+        self.watched = signals_to_watch()
         self._has_raised = False
 
     def __bool__(self) -> bool:
@@ -93,7 +93,7 @@ class StopRequest:
         return Stopped(self.exit_code)
 
     @contextlib.contextmanager
-    def prevailing(self) -> Iterator[None]:
+    def reraised(self) -> Iterator[None]:
         """Makes the block end with the signal's exception even if other code turned it into another.
 
         A signal can arrive anywhere, also in code that converts exceptions. For example, a C module
@@ -109,7 +109,7 @@ class StopRequest:
             raise self._ending() from error
 
     @contextlib.contextmanager
-    def never_lost(self) -> Iterator[None]:
+    def resent(self) -> Iterator[None]:
         """Sends a signal again if Python dropped the exception that it raised.
 
         Python drops exceptions in `__del__` and in callbacks of weak references: it prints
@@ -156,7 +156,7 @@ def stop_request() -> Iterator[StopRequest]:
     for number in request.watched:
         handlers_before[number] = signal.signal(number, request.notice)
     try:
-        with request.prevailing(), request.never_lost():
+        with request.reraised(), request.resent():
             yield request
     finally:
         for number, handler in handlers_before.items():

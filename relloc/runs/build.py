@@ -293,7 +293,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         milestones=given["milestones"],
         report_every_steps=given["report_every_steps"],
         monitor=MonitorSettings(**given["monitor"]),
-        identity=neutral.of_weights(flatten(given)),
+        identity=neutral.settings_of_weights(flatten(given)),
     )
     # The slow checks come last. Many points of a sweep have the same network.
     names = ("model", "optimizer", "pretext_batch_norm")

@@ -58,7 +58,7 @@ def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
             names = [asked.data.short_name if splits is own else splits.train.name for splits in data]
             record = invocation.record(evaluation_name(models, names), data, engine)
             folder = at_end.enter_context(open_folder(invocation, record, run_dir))
-            at_end.enter_context(stop.prevailing())
+            at_end.enter_context(stop.reraised())
         run = EvalRun(
             run_dir=run_dir,
             folder=folder,

@@ -87,7 +87,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             return
         name = pretraining_name(settings, str(invocation.choices["color"]))
         record = invocation.record(name, [data, *(one.splits for one in evaluations)], engine)
-        with open_folder(invocation, record, run_dir) as folder, stop.prevailing():
+        with open_folder(invocation, record, run_dir) as folder, stop.reraised():
             saving.note_identity(run_dir, training.identity)
             console.say(f"engine  {engine}; {plan.forward_images} images a forward")
             _draw_patches(settings, data, folder)

@@ -101,7 +101,7 @@ def _as_of_now(identity: Mapping[str, Any]) -> dict[str, Any]:
     """
     renamed = {name: new_name(name) or name for name in identity}
     kept = {new: identity[old] for old, new in renamed.items() if new == old or new.startswith("recipe.")}
-    return neutral.of_weights(kept)
+    return neutral.settings_of_weights(kept)
 
 
 def _own_tally(tallies: torch.Tensor) -> torch.Tensor:

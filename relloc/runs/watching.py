@@ -25,10 +25,10 @@ def reporting(
 ) -> Iterator[Callable[[Progress], None]]:
     """Gives what takes each report of `train`; only rank 0, which has a folder, tells of it."""
     alarm = Alarm(
-        collapse_steps=collapse_steps, first_step=first_step, say=console.say if folder else lambda _text: None
+        collapse_steps=collapse_steps, first_step=first_step, warn=console.say if folder else lambda _text: None
     )
     if folder is None:
-        yield alarm.look
+        yield alarm.check
         return
     journal = Journal(folder.path)
     last = (time.monotonic(), feed.waited_s, first_step)
@@ -51,7 +51,7 @@ def reporting(
                 },
                 progress.step,
             )
-            alarm.look(progress)
+            alarm.check(progress)
             bar(
                 progress.step,
                 f"loss {progress.loss:.3f}  top-1 {progress.top1:.1f} %  {rate:.0f} images/s  "

@@ -67,7 +67,7 @@ def identity(config: Mapping[str, Any]) -> str:
 
     Relative paths count from the current folder: elsewhere they name other files.
     """
-    kept = _with_whole_paths(neutral.of_run(config))
+    kept = _with_whole_paths(neutral.settings_of_run(config))
     text = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:_IDENTITY_DIGITS]
 

@@ -285,7 +285,7 @@ def test_nothing_to_report_on_is_said() -> None:
         (fast, {"learning_rates": [0]}, "eval.linear_fast.learning_rates is [0]: give numbers above 0"),
         (fast, {"epochs": 0}, "eval.linear_fast.epochs is 0: give a whole number of 1 or more"),
         (fast, {"batch": 1}, "eval.linear_fast.batch is 1: batch norm needs"),
-        (fast, {"milestone_epochs": (7, 5)}, "eval.linear_fast.milestone_epochs is [7, 5]: give epochs that rise"),
+        (fast, {"milestone_epochs": (7, 5)}, "eval.linear_fast.milestone_epochs is [7, 5]: give epochs"),
         (fast, {"layers": ("feature9",)}, "eval.linear_fast.layers is ('feature9',)"),
         (published, {"layers": ()}, "eval.linear.layers is ()"),
         (published, {"epochs": 0}, "eval.linear.epochs is 0: give a whole number of 1 or more"),

@@ -58,9 +58,9 @@ def test_luma_is_torchvisions_grayscale_of_pillow_images_bit_for_bit() -> None:
     patches = noise(4, 9, 3, 64, 64)
     gray = treated_by(Gray(p=1, weights="luma"), patches, seeded(0))
     to_gray = RandomGrayscale(p=1)
-    for patch, found in zip(patches.flatten(0, 1), gray.flatten(0, 1), strict=True):
+    for patch, actual in zip(patches.flatten(0, 1), gray.flatten(0, 1), strict=True):
         image = to_gray(Image.fromarray(patch.byte().permute(1, 2, 0).numpy()))
-        assert torch.equal(found, torch.from_numpy(np.array(image)).permute(2, 0, 1).float())
+        assert torch.equal(actual, torch.from_numpy(np.array(image)).permute(2, 0, 1).float())
 
 
 def test_mean_weights_are_thirds() -> None:

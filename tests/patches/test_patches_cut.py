@@ -14,8 +14,8 @@ def test_cut_is_slicing(data: st.DataObject, patch_px: int, n: int) -> None:
     corners = data.draw(st.lists(st.lists(corner, min_size=n, max_size=n), min_size=3, max_size=3))
     patches = cut(IMAGES, torch.tensor(corners), patch_px)
     assert patches.shape == (3, n, 3, patch_px, patch_px)
-    for image, of_image, found in zip(IMAGES, corners, patches, strict=True):
-        for (top, left), patch in zip(of_image, found, strict=True):
+    for image, of_image, actual in zip(IMAGES, corners, patches, strict=True):
+        for (top, left), patch in zip(of_image, actual, strict=True):
             assert torch.equal(patch, image[:, top : top + patch_px, left : left + patch_px])
 
 

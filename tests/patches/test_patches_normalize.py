@@ -16,15 +16,15 @@ def test_by_dataset_is_torchvisions_totensor_and_normalize() -> None:
     expected = [
         oracle(Image.fromarray(patch.permute(1, 2, 0).numpy().astype(np.uint8))) for patch in PIXELS.flatten(0, 1)
     ]
-    found = ByDataset()(PIXELS)
-    torch.testing.assert_close(found, torch.stack(expected).view_as(PIXELS))
-    torch.testing.assert_close(ByDataset()(PIXELS[:, 0]), found[:, 0])  # whole images, as evaluations give them
+    actual = ByDataset()(PIXELS)
+    torch.testing.assert_close(actual, torch.stack(expected).view_as(PIXELS))
+    torch.testing.assert_close(ByDataset()(PIXELS[:, 0]), actual[:, 0])  # whole images, as evaluations give them
 
 
 def test_per_patch_gives_each_patch_zero_mean_and_unit_variance() -> None:
     brighter = PIXELS * torch.linspace(0.2, 1, 9).view(9, 1, 1, 1)
-    found = PerPatch()(brighter)
-    for patch, normalized in zip(brighter.flatten(0, 1).numpy(), found.flatten(0, 1).numpy(), strict=True):
+    actual = PerPatch()(brighter)
+    for patch, normalized in zip(brighter.flatten(0, 1).numpy(), actual.flatten(0, 1).numpy(), strict=True):
         np.testing.assert_allclose(normalized, (patch - patch.mean()) / patch.std(), atol=1e-5)
 
 

@@ -18,11 +18,11 @@ def seeded(seed: int) -> torch.Generator:
 
 def test_patches_are_cut_treated_and_normalized_in_this_order() -> None:
     treatment, normalize = Gray(p=1, weights="luma"), PerPatch()
-    found = PatchPipeline(grid=GRID, color=treatment, normalize=normalize)(IMAGES, seeded(1))
+    actual = PatchPipeline(grid=GRID, color=treatment, normalize=normalize)(IMAGES, seeded(1))
     patches = cut(IMAGES, sample_corners(GRID, 6, seeded(1)), 8).float()
-    assert found.shape == (6, 9, 3, 8, 8)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, normalize(treatment(patches, *treatment.draw(6, 9, 8, seeded(0)))))
+    assert actual.shape == (6, 9, 3, 8, 8)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, normalize(treatment(patches, *treatment.draw(6, 9, 8, seeded(0)))))
 
 
 def test_the_generator_decides_everything() -> None:

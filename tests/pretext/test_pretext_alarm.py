@@ -14,8 +14,8 @@ def at(step: int, loss: float) -> Progress:
 
 
 def new_alarm(*, first_step: int = 0) -> tuple[Alarm, list[str]]:
-    said: list[str] = []
-    return Alarm(collapse_steps=100, first_step=first_step, say=said.append), said
+    warnings: list[str] = []
+    return Alarm(collapse_steps=100, first_step=first_step, warn=warnings.append), warnings
 
 
 def test_chance_is_the_loss_of_a_network_that_answers_all_alike() -> None:
@@ -25,43 +25,43 @@ def test_chance_is_the_loss_of_a_network_that_answers_all_alike() -> None:
 
 
 def test_a_loss_that_stays_at_chance_is_said_once_with_what_to_try() -> None:
-    alarm, said = new_alarm()
+    alarm, warnings = new_alarm()
     for step in range(10, 100, 10):
-        alarm.look(at(step, CHANCE_LOSS + 0.009 * (-1) ** step))
-    assert said == []
+        alarm.check(at(step, CHANCE_LOSS + 0.009 * (-1) ** step))
+    assert warnings == []
     for step in range(100, 500, 10):
-        alarm.look(at(step, CHANCE_LOSS))
-    assert len(said) == 1
+        alarm.check(at(step, CHANCE_LOSS))
+    assert len(warnings) == 1
     for words in ("log 8 = 2.079", "100 steps", "at chance", "optimizer.lr", "schedule.warmup_epochs", "grid.gap_px"):
-        assert words in said[0]
+        assert words in warnings[0]
 
 
 @pytest.mark.parametrize("loss", [1.5, CHANCE_LOSS - 0.011, CHANCE_LOSS + 0.011, 7.0])
 def test_leaving_chance_starts_the_count_anew(loss: float) -> None:
-    alarm, said = new_alarm()
-    alarm.look(at(50, CHANCE_LOSS))
-    alarm.look(at(90, loss))
-    alarm.look(at(189, CHANCE_LOSS))
-    assert said == []
-    alarm.look(at(190, CHANCE_LOSS))
-    assert len(said) == 1
+    alarm, warnings = new_alarm()
+    alarm.check(at(50, CHANCE_LOSS))
+    alarm.check(at(90, loss))
+    alarm.check(at(189, CHANCE_LOSS))
+    assert warnings == []
+    alarm.check(at(190, CHANCE_LOSS))
+    assert len(warnings) == 1
 
 
 def test_a_resumed_run_counts_from_where_it_went_on() -> None:
-    alarm, said = new_alarm(first_step=1000)
-    alarm.look(at(1099, CHANCE_LOSS))
-    assert said == []
-    alarm.look(at(1100, CHANCE_LOSS))
-    assert len(said) == 1
+    alarm, warnings = new_alarm(first_step=1000)
+    alarm.check(at(1099, CHANCE_LOSS))
+    assert warnings == []
+    alarm.check(at(1100, CHANCE_LOSS))
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_ends_training(loss: float) -> None:
-    alarm, said = new_alarm()
+    alarm, warnings = new_alarm()
     with pytest.raises(Diverged, match=rf"the loss is {loss} at step 7 \(learning rate 0\.1\)") as raised:
-        alarm.look(at(7, loss))
+        alarm.check(at(7, loss))
     assert isinstance(raised.value, UsageError)  # shown without a traceback
-    assert said == []
+    assert warnings == []
 
 
 def test_finite_weights_pass_however_large_or_small() -> None:

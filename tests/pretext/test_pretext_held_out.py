@@ -27,18 +27,18 @@ def random_hits(n: int, seed: int = 0) -> Tensor:
 
 
 def test_accuracy_is_right_answers_over_pairs() -> None:
-    found = accuracy(torch.tensor([8, 0, 4, 1]), ["a", "a", "b", "c"])
-    assert found.percent == pytest.approx(100 * 13 / 32)
-    assert found.n_pairs == 32
-    assert found.low < found.percent < found.high
+    result = accuracy(torch.tensor([8, 0, 4, 1]), ["a", "a", "b", "c"])
+    assert result.percent == pytest.approx(100 * 13 / 32)
+    assert result.n_pairs == 32
+    assert result.low < result.percent < result.high
 
 
 def test_the_interval_of_independent_images_is_the_normal_ones() -> None:
     hits = random_hits(600)
-    found = accuracy(hits, [str(i) for i in range(600)])
+    result = accuracy(hits, [str(i) for i in range(600)])
     error = 100 * (hits / 8).std().item() / 600**0.5
-    assert found.high - found.percent == pytest.approx(1.96 * error, rel=0.1)
-    assert found.percent - found.low == pytest.approx(1.96 * error, rel=0.1)
+    assert result.high - result.percent == pytest.approx(1.96 * error, rel=0.1)
+    assert result.percent - result.low == pytest.approx(1.96 * error, rel=0.1)
 
 
 def test_the_interval_is_wider_where_images_come_from_few_sources() -> None:
@@ -56,21 +56,21 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_with_ten_sources() ->
     for _ in range(400):
         rates = np.clip(rng.normal(0.3, 0.05, 10), 0, 1)
         hits = torch.from_numpy(rng.binomial(8, np.repeat(rates, 20)))
-        found = accuracy(hits, [f"photo{i // 20}" for i in range(200)])
-        covered += found.low <= 30 <= found.high
+        result = accuracy(hits, [f"photo{i // 20}" for i in range(200)])
+        covered += result.low <= 30 <= result.high
     assert 0.92 < covered / 400 < 0.98
 
 
 def test_one_source_alone_tells_nothing_of_others() -> None:
-    found = accuracy(torch.tensor([3, 5, 6]), ["a", "a", "a"])
-    assert (found.low, found.high) == (0, 100)
+    result = accuracy(torch.tensor([3, 5, 6]), ["a", "a", "a"])
+    assert (result.low, result.high) == (0, 100)
 
 
 def test_the_order_of_images_changes_nothing() -> None:
     hits, sources = random_hits(40), [f"photo{i % 7}" for i in range(40)]
-    found = dataclasses.astuple(accuracy(hits, sources))
+    result = dataclasses.astuple(accuracy(hits, sources))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    assert dataclasses.astuple(accuracy(hits[order], [sources[i] for i in order.tolist()])) == pytest.approx(found)
+    assert dataclasses.astuple(accuracy(hits[order], [sources[i] for i in order.tolist()])) == pytest.approx(result)
 
 
 @pytest.fixture
@@ -178,8 +178,8 @@ def test_the_diagonal_of_the_confusion_is_the_accuracy() -> None:
     answered = random_answers(30)
     counts = confusion(answered)
     assert counts.sum(dim=1).tolist() == [30] * 8
-    found = accuracy(count_hits(answered), [str(image) for image in range(30)])
-    assert found.percent == pytest.approx(100 * float(counts.diagonal().sum() / counts.sum()))
+    result = accuracy(count_hits(answered), [str(image) for image in range(30)])
+    assert result.percent == pytest.approx(100 * float(counts.diagonal().sum() / counts.sum()))
 
 
 def test_positions_are_named_in_the_order_of_the_labels() -> None:

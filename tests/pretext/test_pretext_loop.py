@@ -130,12 +130,12 @@ def trained(
     task: Task,
     batches: Iterator[Tensor],
     *,
-    standing: StepsDone | None = None,
+    begun: StepsDone | None = None,
     stop_after: int | None = None,
     report_every: int = 1,
 ) -> tuple[StepsDone, list[Progress]]:
     reports: list[Progress] = []
-    seen = [standing or task.start()]
+    seen = [begun or task.start()]
     done = train(
         task,
         batches,
@@ -178,8 +178,8 @@ def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: P
     second.optimizer.load_state_dict(saved["optimizer"])
     second.model.eval()  # as after questions on held-out images
     torch.rand(5)  # another process has drawn other random numbers before
-    standing = StepsDone(step=saved["step"], sums=saved["sums"])
-    end, second_reports = trained(second, forwards(6, first=stopped_after), standing=standing, report_every=2)
+    begun = StepsDone(step=saved["step"], sums=saved["sums"])
+    end, second_reports = trained(second, forwards(6, first=stopped_after), begun=begun, report_every=2)
     assert end.step == 6
     assert first_reports + second_reports == reports  # a report straddles the stop
     assert_same_state(second, whole)
@@ -282,8 +282,8 @@ def test_stopping_ends_after_the_step_takes_no_image_more_and_keeps_what_was_not
 def test_a_finished_training_does_nothing_more() -> None:
     task = random_task()
     before = copy.deepcopy(task.model.state_dict())
-    standing = dataclasses.replace(task.start(), step=6)
-    assert trained(task, forwards(0), standing=standing) == (standing, [])
+    begun = dataclasses.replace(task.start(), step=6)
+    assert trained(task, forwards(0), begun=begun) == (begun, [])
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
 
 

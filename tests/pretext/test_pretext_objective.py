@@ -166,9 +166,9 @@ def test_traced_for_compilation_gradients_are_those_of_the_plain_network(tmp_pat
     script.write_text(TRACED)
     done = start(str(script), folder=tmp_path)
     assert done.wait() == 0, done.text
-    told = [line.split() for line in done.text.splitlines() if line.startswith(("True ", "False "))]
-    assert len(told) > 60
-    for bf16, name, off in told:
+    printed = [line.split() for line in done.text.splitlines() if line.startswith(("True ", "False "))]
+    assert len(printed) > 60
+    for bf16, name, off in printed:
         assert float(off) < (0.15 if bf16 == "True" else 1e-4), (bf16, name, off)
 
 

@@ -47,13 +47,13 @@ def test_cosine_is_half_a_cosine_from_the_end_of_warmup_to_zero_at_the_end() -> 
     epochs=st.floats(0.5, 100),
     warmup_share=st.floats(0, 1),
     warmup_from=st.floats(0, 1),
-    place=st.floats(0, 1, exclude_max=True),
+    share_done=st.floats(0, 1, exclude_max=True),
 )
 def test_no_factor_leaves_0_to_1_and_warmup_never_falls(
-    epochs: float, warmup_share: float, warmup_from: float, place: float
+    epochs: float, warmup_share: float, warmup_from: float, share_done: float
 ) -> None:
     spans = {"epochs": epochs, "warmup_epochs": warmup_share * epochs, "warmup_from": warmup_from}
-    epoch = place * epochs
+    epoch = share_done * epochs
     for schedule in (Cosine(**spans), Step(**spans, milestone_epochs=[epochs / 2], gamma=0.1), Constant(epochs=epochs)):
         assert isinstance(schedule, Schedule)
         assert 0 <= schedule.factor(epoch) <= 1

@@ -80,7 +80,7 @@ def test_ctrl_c_that_nobody_awaits_interrupts(handlers: dict[int, object]) -> No
 def test_a_stop_that_a_library_made_an_error_of_its_own_of_is_a_stop(
     handlers: dict[int, object], number: int, ending: type[BaseException]
 ) -> None:
-    with pytest.raises(ending) as raised, stop_request() as request, request.prevailing():
+    with pytest.raises(ending) as raised, stop_request() as request, request.reraised():
         try:
             send(number)
         except (KeyboardInterrupt, Stopped):
@@ -111,7 +111,7 @@ def test_a_stop_is_heard_although_python_drops_what_it_raised(
 
 
 def test_an_error_while_a_stop_is_awaited_stays_that_error(handlers: dict[int, object]) -> None:
-    with pytest.raises(ZeroDivisionError), stop_request() as request, request.prevailing():
+    with pytest.raises(ZeroDivisionError), stop_request() as request, request.reraised():
         request.listen(awaited=True)
         send(signal.SIGTERM)
         raise ZeroDivisionError
@@ -204,8 +204,8 @@ def test_a_closed_terminal_asks_to_stop_and_takes_no_more_words() -> None:
         [sys.executable, "-c", ON_A_TERMINAL], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     )
     os.close(theirs)
-    said = b""
-    while b"listens" not in said:
-        said += os.read(ours, 1000)
+    output = b""
+    while b"listens" not in output:
+        output += os.read(ours, 1000)
     os.close(ours)
     assert process.wait(60) == 129

@@ -1,4 +1,4 @@
-"""Two processes, told what torchrun tells them, train as one does that accumulates."""
+"""Two processes started by torchrun train as one does that accumulates gradients."""
 
 import json
 import runpy
@@ -106,9 +106,9 @@ def test_two_processes_give_the_weights_of_one_that_accumulates(folder: Path) ->
     for name in weights:
         assert torch.equal(of_ranks[0][name], of_ranks[1][name]), name
         torch.testing.assert_close(of_ranks[0][name], state[name], rtol=1e-6, atol=1e-9, msg=name)
-    told = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert told[0] == [pytest.approx(report, rel=1e-9) for report in reports]
+    reports_of_ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert reports_of_ranks[0] == reports_of_ranks[1]
+    assert reports_of_ranks[0] == [pytest.approx(report, rel=1e-9) for report in reports]
 
 
 def test_batch_norm_of_each_process_sees_its_own_forwards_alone(folder: Path) -> None:

@@ -364,7 +364,7 @@ def test_a_batch_of_which_nothing_could_be_read_changes_nothing() -> None:
         ({"epochs": 0}, "eval.semisup.epochs is 0: give a whole number of 1 or more"),
         ({"batch": 1}, "eval.semisup.batch is 1: batch norm needs"),
         ({"batch": 2.5}, "eval.semisup.batch is 2.5: give a whole number of 1 or more"),
-        ({"milestone_epochs": [3, 3]}, "eval.semisup.milestone_epochs is [3, 3]: give epochs that rise"),
+        ({"milestone_epochs": [3, 3]}, "eval.semisup.milestone_epochs is [3, 3]: give epochs"),
         ({"choosing_images": 0}, "eval.semisup.choosing_images is 0: give a whole number of 1 or more"),
     ],
 )

@@ -13,7 +13,7 @@ from hydra_plugins.relloc_launchers.starting import start_noted
 
 from relloc import machine
 from relloc.errors import UsageError
-from relloc.pretext.stopping import WATCHED, watched
+from relloc.pretext.stopping import WATCHED, signals_to_watch
 from relloc.status import Status
 from relloc.sweeps.points import Point, note_ending
 from relloc.sweeps.standing import standings
@@ -50,7 +50,7 @@ class ProcessLauncher(PointsLauncher):
         self._since = time.time()
 
     def follow(self, todo: Sequence[Point]) -> None:
-        before = {number: signal.signal(number, self._pass_on) for number in watched()}
+        before = {number: signal.signal(number, self._pass_on) for number in signals_to_watch()}
         try:
             while self._running or (self._waiting and self._stop is None):
                 while self._waiting and len(self._running) < self._slots and self._stop is None:
