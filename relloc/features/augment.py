@@ -15,8 +15,13 @@ from torch import Tensor
 from relloc import checks
 
 UnitRangeImages = Float[Tensor, "b 3 s s"]  # RGB values from 0 to 1
+ImageNumbers = Float[Tensor, "b 3"]  # three random numbers, or shifts, of each image
 
-_LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue: torchvision's rgb_to_grayscale
+_LUMA = (
+    0.2989,
+    0.587,
+    0.114,
+)  # weights of red, green, blue: torchvision's rgb_to_grayscale
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _ORDERS = tuple(itertools.permutations((_BRIGHTNESS, _CONTRAST, _SATURATION)))
 # Principal components of ImageNet's RGB values in 0..1, for AlexNet's lighting noise: eigenvalues,
@@ -39,8 +44,8 @@ class JitterAndLighting:
       setting of that name (torchvision's ColorJitter, hue left alone), applied in one of the six
       orders; results are clipped to 0..1;
     - a shift of the color of all pixels: along each principal component of ImageNet's colors a
-      normal number with standard deviation `lighting` times the eigenvalue. It is added last, before
-      the normalization, and is not clipped.
+      normal number with standard deviation `lighting` times the eigenvalue. It is added last,
+      before the normalization, and is not clipped.
 
     The published jitter rounds to 8 bits after each change; this one does not.
 
@@ -71,12 +76,14 @@ class JitterAndLighting:
 
     def __call__(self, images: UnitRangeImages, seeds: Sequence[int]) -> UnitRangeImages:
         """Returns the images, each changed by its seed; lighting may leave the range 0..1."""
-        drawn = _copy_to_device([self.draw(seed) for seed in seeds], like=images)
+        numbers = [self.draw(seed) for seed in seeds]
+        drawn = _copy_to_device(numbers, like=images)
         factors, orders, normals = drawn.split(3, dim=1)
-        # Images have different orders, so each pass applies to each image the change whose turn it is.
+        # Images have different orders, so each pass applies to each image the change that is next.
         for changes in orders.unbind(dim=1):
             images = _apply_change(images, changes.long(), factors)
-        return images + _lighting_shift(normals)[:, :, None, None]
+        shifts = _lighting_shift(normals)
+        return images + shifts[:, :, None, None]
 
     def draw(self, seed: int) -> list[float]:
         """Returns the nine random numbers of an image.
@@ -87,7 +94,8 @@ class JitterAndLighting:
         rng = random.Random(seed)
         factors = []
         for strength in (self.brightness, self.contrast, self.saturation):
-            factors.append(rng.uniform(1 - strength, 1 + strength))
+            factor = rng.uniform(1 - strength, 1 + strength)
+            factors.append(factor)
         order = rng.choice(_ORDERS)
         normals = [rng.gauss(0, self.lighting) for _ in _EIGENVALUES]
         return [*factors, *order, *normals]
@@ -98,7 +106,8 @@ def _copy_to_device(
     like: Tensor,
 ) -> Float[Tensor, "b columns"]:
     """Returns the rows as a tensor with the type and the device of `like`."""
-    table = torch.tensor(rows, dtype=like.dtype).reshape(len(rows), -1)
+    table = torch.tensor(rows, dtype=like.dtype)
+    table = table.reshape(len(rows), -1)
     if like.device.type == "cuda":
         # Without page-locked memory the host waits for everything that is queued on the GPU.
         table = table.pin_memory()
@@ -108,7 +117,7 @@ def _copy_to_device(
 def _apply_change(
     images: UnitRangeImages,
     changes: Int[Tensor, "b"],
-    factors: Float[Tensor, "b 3"],
+    factors: ImageNumbers,
 ) -> UnitRangeImages:
     """Returns each image after one change, `changes[i]` (brightness, contrast or saturation).
 
@@ -116,27 +125,37 @@ def _apply_change(
     mean gray value, saturation with the image in gray.
     """
     red, green, blue = images.unbind(dim=1)
-    gray = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    luma_red, luma_green, luma_blue = _LUMA
+    gray = luma_red * red + luma_green * green + luma_blue * blue
     gray = gray.unsqueeze(1)
     mean_gray = gray.mean(dim=(2, 3), keepdim=True)
     # The image to blend with is chosen by masks, as a branch for each image would be a kernel each.
     change = changes[:, None, None, None]
-    other = torch.where(change == _CONTRAST, mean_gray, gray)
-    other = other.masked_fill(change == _BRIGHTNESS, 0)
-    factor = factors.gather(1, changes[:, None])[:, :, None, None]
+    is_contrast = change == _CONTRAST
+    is_brightness = change == _BRIGHTNESS
+    other = torch.where(is_contrast, mean_gray, gray)
+    other = other.masked_fill(is_brightness, 0)
+    factor = factors.gather(1, changes[:, None])
+    factor = factor[:, :, None, None]
     blended = factor * images + (1 - factor) * other
     return blended.clamp(0, 1)
 
 
-def _lighting_shift(normals: Float[Tensor, "b 3"]) -> Float[Tensor, "b 3"]:
+def _lighting_shift(normals: ImageNumbers) -> ImageNumbers:
     """Returns what lighting adds to red, green and blue of each image.
 
     It is the product of the eigenvectors with the scaled normal numbers, written as a sum: a matrix
     product on a GPU may round its factors to TF32.
     """
-    components = zip(*_EIGENVECTORS, strict=True)
+    eigenvectors = zip(*_EIGENVECTORS, strict=True)
+    components = zip(
+        eigenvectors,
+        _EIGENVALUES,
+        normals.unbind(dim=1),
+        strict=True,
+    )
     shifts = []
-    for vector, eigenvalue, normal in zip(components, _EIGENVALUES, normals.unbind(dim=1), strict=True):
+    for vector, eigenvalue, normal in components:
         shift = [value * eigenvalue * normal for value in vector]
         shifts.append(torch.stack(shift, dim=1))
     return shifts[0] + shifts[1] + shifts[2]

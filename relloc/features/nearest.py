@@ -40,11 +40,15 @@ Queries = Float[Tensor, "q d"]
 UnitQueries = Float64[Tensor, "q d"]  # queries scaled to length one
 BankRows = Float[Tensor, "n d"]
 Norms = Float64[Tensor, "n"]  # Euclidean lengths of rows
+Similarities = Float64[Tensor, "q k"]
+Products = Float32[Tensor, "q m"]  # rounded dot products with candidates
+ErrorBounds = Float64[Tensor, "q"]
 Keys = Int64[Tensor, "q k"]  # similarity and row in one integer, see `_KeyFormat`
 RowNumbers = Int64[Tensor, "q k"]
 CandidateRows = Int64[Tensor, "q m"]  # rows that may be among the nearest of each query
-Chunk = tuple[int, Float[Tensor, "r d"]]  # number of the first row, and rows
-ChunkWithNorms = tuple[int, Float[Tensor, "r d"], Float64[Tensor, "r"]]
+ChunkRows = Float[Tensor, "r d"]
+Chunk = tuple[int, ChunkRows]  # number of the first row, and rows
+ChunkWithNorms = tuple[int, ChunkRows, Float64[Tensor, "r"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class NearestNeighbors:
     `retried` is the number of queries for which the first, fastest precision was not enough.
     """
 
-    similarities: Float64[Tensor, "q k"]
+    similarities: Similarities
     rows: RowNumbers
     retried: int
 
@@ -77,8 +81,16 @@ class _ProductPrecision:
     matmul_precision: str
 
 
-_FLOAT32 = _ProductPrecision(dropped_bits=0, error_per_term=2**-24, matmul_precision="highest")
-_TF32 = _ProductPrecision(dropped_bits=13, error_per_term=2**-22, matmul_precision="high")
+_FLOAT32 = _ProductPrecision(
+    dropped_bits=0,
+    error_per_term=2**-24,
+    matmul_precision="highest",
+)
+_TF32 = _ProductPrecision(
+    dropped_bits=13,
+    error_per_term=2**-22,
+    matmul_precision="high",
+)
 
 
 def _product_precisions(
@@ -93,7 +105,9 @@ def _product_precisions(
     if device.type == "cuda":
         # Tensor cores have TF32 since Ampere.
         has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return (_TF32, _FLOAT32) if has_tf32 else (_FLOAT32,)
+        if has_tf32:
+            return _TF32, _FLOAT32
+        return (_FLOAT32,)
     if device.type == "cpu" and n_rows < _PAIR_COST * k:
         return ()
     return (_FLOAT32,)
@@ -114,7 +128,7 @@ class _KeyFormat:
 
     @property
     def grid(self) -> int:
-        """Steps of the grid per unit of similarity; 62 bits hold similarity and row beside the sign."""
+        """Steps of the grid per unit of similarity; similarity and row share 62 bits of a key."""
         return 2 ** min(_GRID_BITS, 62 - self.row_bits)
 
     def pack(
@@ -123,12 +137,15 @@ class _KeyFormat:
         rows: Int64[Tensor, "..."],
     ) -> Int64[Tensor, "*n"]:
         """Returns the keys of rows that are counted from the first of this rank."""
-        steps = similarities.clamp(-1, 1).mul(self.grid).round().long()
+        # Rounding may give similarities just beyond -1 and 1, for which the key has no room.
+        clamped = similarities.clamp(-1, 1)
+        steps = clamped.mul(self.grid).round().long()
         # Counted from the last row of all ranks backwards, so that earlier rows have larger keys.
-        reversed_rows = 2**self.row_bits - 1 - self.first_row - rows
+        last_row = 2**self.row_bits - 1
+        reversed_rows = last_row - self.first_row - rows
         return steps * 2**self.row_bits + reversed_rows
 
-    def unpack(self, keys: Keys) -> tuple[Float64[Tensor, "q k"], RowNumbers]:
+    def unpack(self, keys: Keys) -> tuple[Similarities, RowNumbers]:
         """Returns similarities and rows, which are counted through the banks of all ranks."""
         last_row = 2**self.row_bits - 1
         similarities = (keys >> self.row_bits).double() / self.grid
@@ -159,7 +176,8 @@ class _Search:
             norms = _norms(rows)
             n_finite += norms.isfinite().sum()
             yield start, rows, norms
-        _check_all_finite(len(self.bank) - int(n_finite), len(self.bank), self.name)
+        n_rows = len(self.bank)
+        _check_all_finite(n_rows - int(n_finite), n_rows, self.name)
 
     @property
     def block(self) -> int:
@@ -246,9 +264,10 @@ def _merge_ranks(keys: Keys, k: int) -> Int64[Tensor, "q all_k"]:
 
 
 def _nearest_keys(queries: Queries, search: _Search, k: int) -> tuple[Keys, int]:
-    """Returns the keys of the `k` nearest rows, and how many queries needed more than one precision."""
+    """Returns keys of the `k` nearest rows, and how many queries needed a second precision."""
     is_finite = queries.isfinite().all(dim=1)
-    _check_all_finite(int((~is_finite).sum()), len(queries), search.name)
+    n_bad = int((~is_finite).sum())
+    _check_all_finite(n_bad, len(queries), search.name)
     keys = torch.full((len(queries), k), _LOWEST_KEY, device=queries.device)
     if not k:
         return keys, 0
@@ -256,12 +275,19 @@ def _nearest_keys(queries: Queries, search: _Search, k: int) -> tuple[Keys, int]
     n_unsettled = []
     # Each precision settles most of the queries that the one before it has left.
     for precision in _product_precisions(queries.device, len(search.bank), k):
-        new_keys, settled = _keys_from_candidates(queries[remaining], search, k, precision)
-        keys[remaining[settled]] = new_keys[settled]
+        new_keys, settled = _keys_from_candidates(
+            queries[remaining],
+            search,
+            k,
+            precision,
+        )
+        settled_queries = remaining[settled]
+        keys[settled_queries] = new_keys[settled]
         remaining = remaining[~settled]
         n_unsettled.append(len(remaining))
         if not len(remaining):
             return keys, n_unsettled[0]
+    # What no precision could tell apart, such as crowds of almost equal rows.
     keys[remaining] = _keys_in_float64(queries[remaining], search, k)
     return keys, n_unsettled[0] if n_unsettled else 0
 
@@ -273,9 +299,9 @@ class _Candidates:
     `error_bound` is how far each of a query's products may be from the exact one.
     """
 
-    products: Float32[Tensor, "q m"]
+    products: Products
     rows: CandidateRows
-    error_bound: Float64[Tensor, "q"]
+    error_bound: ErrorBounds
 
 
 def _keys_from_candidates(
@@ -287,11 +313,13 @@ def _keys_from_candidates(
     """Returns keys, and for which queries they are certain to be right."""
     unit = _normalize(queries)
     found = _find_candidates(unit, search, k, precision)
-    # A product is off by at most the error bound. So a row of the true k nearest has a product of at
-    # least the k-th best one less twice that bound. The grid, to which similarities are rounded,
+    # A product is off by at most the error bound. So a row of the true k nearest has a product of
+    # at least the k-th best one less twice that bound. The grid, to which similarities are rounded,
     # adds two steps.
-    kth_best = found.products.topk(k, dim=1).values[:, -1:].double()
-    threshold = kth_best - 2 * found.error_bound.unsqueeze(1) - 2 / search.keys.grid
+    k_best = found.products.topk(k, dim=1).values
+    kth_best = k_best[:, -1:].double()
+    error_bound = found.error_bound.unsqueeze(1)
+    threshold = kth_best - 2 * error_bound - 2 / search.keys.grid
     # If the worst candidate lies below the threshold, so do all rows that are no candidates.
     worst = found.products.amin(dim=1, keepdim=True).double()
     settled = worst < threshold
@@ -370,14 +398,15 @@ def _largest(
     # Group g has the columns g, g + n_groups, g + 2 n_groups, ...: maxima over them are maxima over
     # contiguous parts of memory.
     n_grouped = n_groups * _GROUP_SIZE
-    maxima = values[:, :n_grouped].unflatten(1, (_GROUP_SIZE, n_groups)).amax(dim=1)
+    grouped = values[:, :n_grouped].unflatten(1, (_GROUP_SIZE, n_groups))
+    maxima = grouped.amax(dim=1)
     best_groups = maxima.topk(count, dim=1, sorted=False).indices
     offsets = torch.arange(0, n_grouped, n_groups, device=values.device)
-    grouped_columns = (best_groups.unsqueeze(2) + offsets).flatten(1)
+    grouped_columns = best_groups.unsqueeze(2) + offsets
     # The columns that fill no group are compared, too.
     other_columns = torch.arange(n_grouped, n_columns, device=values.device)
     other_columns = other_columns.expand(len(values), -1)
-    columns = torch.cat([grouped_columns, other_columns], dim=1)
+    columns = torch.cat([grouped_columns.flatten(1), other_columns], dim=1)
     best = values.gather(1, columns).topk(count, dim=1, sorted=False)
     return best.values, columns.gather(1, best.indices)
 
@@ -394,7 +423,8 @@ def _exact_keys(
     """
     keys = torch.full_like(candidate_rows, _LOWEST_KEY)
     for start, rows, norms in search.chunks():
-        is_in_chunk = (candidate_rows >= start) & (candidate_rows < start + len(rows))
+        end = start + len(rows)
+        is_in_chunk = (candidate_rows >= start) & (candidate_rows < end)
         pairs = (wanted & is_in_chunk).nonzero()
         for block in pairs.split(search.block):
             query, column = block.unbind(1)
@@ -453,8 +483,10 @@ def _round_to(
         rounded[part] = unit
         if precision.dropped_bits:
             bits = rounded[part].view(torch.int32)
-            rounded[part] = ((bits + half_step) & kept_bits).view(torch.float32)
-        errors[part] = torch.linalg.vector_norm(unit.sub_(rounded[part]), dim=1)
+            rounded_bits = (bits + half_step) & kept_bits
+            rounded[part] = rounded_bits.view(torch.float32)
+        lost = unit.sub_(rounded[part])
+        errors[part] = torch.linalg.vector_norm(lost, dim=1)
     return rounded, errors
 
 
@@ -506,9 +538,10 @@ def chunks_on_device(bank: BankRows, size: int, device: torch.device) -> Iterato
         # The chunk before the last used this buffer. Its work is done, and so is its copy.
         done.synchronize()  # returns at once where it was never recorded
         rows = bank[start : start + size]
-        buffer[: len(rows)].copy_(rows)
+        filled = buffer[: len(rows)]
+        filled.copy_(rows)
         with torch.cuda.stream(copy_stream):
-            arrived = buffer[: len(rows)].to(device, non_blocking=True)
+            arrived = filled.to(device, non_blocking=True)
         compute_stream.wait_stream(copy_stream)
         # The allocator must not reuse this memory before the other stream has read it.
         arrived.record_stream(compute_stream)

@@ -11,6 +11,9 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, pad
 from relloc.models.backbone import STAGES, Backbone
 from relloc.results import LAYERS
 
+FeatureMaps = Float[Tensor, "b c h w"]
+PooledFeatures = Float[Tensor, "b d"]  # channels times pooled pixels, flattened
+
 # The benchmark's "specified" pooling of an input of 224 px: side of the stage's map -> kernel,
 # stride, padding, and the side of the pooled map (docs/protocols.md 3.1).
 _SPECIFIED_WINDOWS = {
@@ -23,7 +26,7 @@ _SPECIFIED_WINDOWS = {
 _SPECIFIED_SIDES = {112: 12, 56: 6, 28: 4, 14: 3, 7: 2}
 
 
-def pool_stage(maps: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b d"]:
+def pool_stage(maps: FeatureMaps, side: int) -> PooledFeatures:
     """Average-pools each map to `side` x `side` and flattens it.
 
     Uses the published windows where they give that side. Maps of other sizes (of another input
@@ -32,26 +35,29 @@ def pool_stage(maps: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b d"
     height, width = maps.shape[-2:]
     is_specified = height == width and _SPECIFIED_SIDES.get(height) == side
     if not is_specified:
-        return adaptive_avg_pool2d(maps, side).flatten(1)
+        pooled = adaptive_avg_pool2d(maps, side)
+        return pooled.flatten(1)
     kernel, stride, padding = _SPECIFIED_WINDOWS[height]
     if torch.compiler.is_compiling() and stride > 1 and kernel % stride == 0:
         # The compiler would copy the whole map to float32 for avg_pool2d. It fuses means over
         # squares of stride x stride pixels with the map as it is. A window is a whole number of
         # these squares, so the same mean is then taken over the few squares of each window.
         padded = pad(maps, (padding,) * 4)
-        squares = padded.unflatten(-1, (-1, stride)).unflatten(-3, (-1, stride))
+        columns_split = padded.unflatten(-1, (-1, stride))
+        squares = columns_split.unflatten(-3, (-1, stride))
         maps = squares.mean((-3, -1))
         kernel = kernel // stride
         stride = 1
         padding = 0
-    return avg_pool2d(maps, kernel, stride, padding).flatten(1)
+    pooled = avg_pool2d(maps, kernel, stride, padding)
+    return pooled.flatten(1)
 
 
 def pooled_layers(
     backbone: Backbone,
     images: Float[Tensor, "b 3 h w"],
     layers: tuple[str, ...],
-) -> dict[str, Float[Tensor, "b d"]]:
+) -> dict[str, PooledFeatures]:
     """Returns the pooled features of the named layers, in float32, by layer in the given order.
 
     `layers` are some of `relloc.results.LAYERS`: stages of the backbone, or "avgpool", which is the
@@ -62,23 +68,29 @@ def pooled_layers(
     for name, side in zip(STAGES, backbone.pooled_sides, strict=True):
         if name in layers:
             # Half precision overflows in the sums over windows of feature5.
-            pooled[name] = pool_stage(stages[name].float(), side)
+            maps = stages[name].float()
+            pooled[name] = pool_stage(maps, side)
     if "avgpool" in layers:
-        pooled["avgpool"] = stages["feature5"].float().mean(dim=(2, 3))
+        maps = stages["feature5"].float()
+        pooled["avgpool"] = maps.mean(dim=(2, 3))
     return {name: pooled[name] for name in layers}
 
 
 def layer_channels(backbone: Backbone) -> dict[str, int]:
     """Returns the number of channels of each layer, by layer."""
     # avgpool has the channels of the last stage.
-    channels = (*backbone.stage_channels, backbone.stage_channels[-1])
+    last_channels = backbone.stage_channels[-1]
+    channels = (*backbone.stage_channels, last_channels)
     return dict(zip(LAYERS, channels, strict=True))
 
 
 def layer_dims(backbone: Backbone) -> dict[str, int]:
     """Returns how many numbers each layer has after pooling: channels times pooled pixels."""
     channels = layer_channels(backbone)
+    # avgpool has one pixel.
+    sides = (*backbone.pooled_sides, 1)
     dims = {}
-    for layer, side in zip(LAYERS, (*backbone.pooled_sides, 1), strict=True):
-        dims[layer] = channels[layer] * side * side
+    for layer, side in zip(LAYERS, sides, strict=True):
+        pixels = side * side
+        dims[layer] = channels[layer] * pixels
     return dims

@@ -30,7 +30,7 @@ Features = dict[str, Float[Tensor, "b _d"]]  # by layer
 FeatureBatch = tuple[Features, Int[Tensor, "b *classes"]]  # features, and labels
 # Changes the colors of a batch at random, by one seed for each image.
 ColorAugmentation = Callable[[UnitRangeImages, Sequence[int]], UnitRangeImages]
-# Called with batches, what they are for, and their number; passes the batches on, and shows progress.
+# Passes batches on and shows progress, given what they are for and how many they are.
 ProgressBar = Callable[[Iterable[ImageBatch], str, int], Iterable[ImageBatch]]
 EncodeFunction = Callable[[Backbone, ByteRangeImages, tuple[str, ...], bool], Features]
 SeededIndex = tuple[int, int]  # index of an image, and seed of its random view
@@ -172,7 +172,7 @@ class EncodeConfig:
         def next_keys() -> list[SeededIndex]:
             return list(itertools.islice(remaining, size))
 
-        # Calls `next_keys` until it returns an empty list.
+        # This form of `iter` calls `next_keys` until it returns an empty list.
         return self._load(images, view, iter(next_keys, []))
 
     def read(
@@ -208,12 +208,14 @@ class EncodeConfig:
             Views(images, view),
             batches,
             workers=self.workers,
+            # From page-locked memory copies to a GPU run beside computation.
             pin=self.device.type == "cuda",
             stopping=self.stopping,
         )
 
     def to_device(self, pixels: UInt8[Tensor, "b 3 s s"]) -> NormalizedImages:
         """Returns images on the device, normalized as networks take them."""
+        # Bytes are copied, and become floating-point numbers there: a quarter of the traffic.
         images = pixels.to(self.device, non_blocking=True).float()
         return ByDataset()(images)
 
@@ -268,6 +270,7 @@ class LiveFeatures:
         epoch: int = 0,
         epochs: int = 1,
     ) -> Iterator[FeatureBatch]:
+        # Batch norm has to use its running statistics, whatever the caller did before.
         self.backbone.eval()
         batches = indices.split(size)
         # A generator, so that seeds are computed as batches are read, not all of an epoch at first.
@@ -307,6 +310,7 @@ class LiveFeatures:
         device = self.encode_config.device
         images = views.pixels.to(device, non_blocking=True).float()
         if self.color:
+            # Colors are changed before the normalization, as published, on values from 0 to 1.
             color_seeds = []
             for index in views.indices.tolist():
                 color_seeds.append(seed_for(Use.AUGMENTED_COLOR, self.seed, epoch, index))
@@ -346,6 +350,7 @@ class Bank:
         epoch: int = 0,
         epochs: int = 1,
     ) -> Iterator[FeatureBatch]:
+        # Features were computed once, so that `epoch` and `epochs` have no effect.
         for batch in indices.split(size):
             features = {layer: self.features[layer][batch] for layer in layers}
             yield features, self.labels[batch]
@@ -405,6 +410,7 @@ def fill_bank(
 
 def bank_device(gib: float, device: torch.device) -> torch.device:
     """Returns `device` if a bank of `gib` takes less than half of its free memory, else the CPU."""
+    # The other half is for what the evaluation computes from the features.
     if device.type == "cuda" and gib < free_gib(device) / 2:
         return device
     return torch.device("cpu")

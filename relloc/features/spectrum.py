@@ -7,13 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+FeatureMatrix = Float[Tensor, "n d"]  # one row per image
+
 _RANKME_EPSILON = 1e-7  # RankMe's constant for float32
 # Ranks, counted from 1 at the largest eigenvalue, between which alpha-ReQ's line is fitted.
 _FIRST_RANK = 4
 _LAST_RANK = 100
 
 
-def rankme(features: Float[Tensor, "n d"]) -> float:
+def rankme(features: FeatureMatrix) -> float:
     """Returns RankMe, an effective rank between 1 and min(n, d).
 
     It is 1 if all features lie on one line through the origin, and min(n, d) if all directions
@@ -29,12 +31,14 @@ def rankme(features: Float[Tensor, "n d"]) -> float:
     singular_values = torch.linalg.svdvals(_to_float64(features))
     if not singular_values.any():
         raise ValueError(f"all features of {len(features)} images are zero, so they have no directions to count")
+    # The constant keeps the logarithm of a zero finite.
     p = singular_values / singular_values.sum() + _RANKME_EPSILON
-    entropy = -(p * p.log()).sum()
+    log_p = p.log()
+    entropy = -(p * log_p).sum()
     return float(torch.exp(entropy))
 
 
-def alpha_req(features: Float[Tensor, "n d"]) -> float:
+def alpha_req(features: FeatureMatrix) -> float:
     """Returns alpha-ReQ: the exponent a of the decay rank^-a of the covariance's eigenvalues.
 
     Agrawal, Mondal, Ghosh, Richards, "alpha-ReQ", NeurIPS 2022. The paper gives no range of ranks;
@@ -53,8 +57,10 @@ def alpha_req(features: Float[Tensor, "n d"]) -> float:
     # Singular values up to the rounding of float64 are zeros: those directions are not used. This
     # is the bound of numpy.linalg.matrix_rank, with the Frobenius norm.
     epsilon = torch.finfo(torch.float64).eps
-    rounding = epsilon * max(features.shape) * float(exact.norm())
-    n_directions = int((singular_values > rounding).sum())
+    largest_side = max(features.shape)
+    rounding = epsilon * largest_side * float(exact.norm())
+    is_used = singular_values > rounding
+    n_directions = int(is_used.sum())
     if n_directions <= _FIRST_RANK:
         raise ValueError(
             f"features of {len(features)} images span {n_directions} directions around their mean, but alpha-ReQ "
@@ -81,16 +87,18 @@ def _slope(logs: Float[Tensor, "m"]) -> float:
     weights = 1 / ranks
     weights = weights / weights.sum()
     x = ranks.log()
-    centered_x = x - (weights * x).sum()
+    mean_x = (weights * x).sum()
+    centered_x = x - mean_x
     # Slope of weighted least squares: weighted covariance of x and y over weighted variance of x.
     covariance = (weights * centered_x * logs).sum()
     variance = (weights * centered_x.square()).sum()
     return float(covariance / variance)
 
 
-def _to_float64(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+def _to_float64(features: FeatureMatrix) -> FeatureMatrix:
     """Returns the features in float64. Raises `ValueError` where some are not finite."""
-    n_bad = int((~features.isfinite()).sum())
+    is_bad = ~features.isfinite()
+    n_bad = int(is_bad.sum())
     if n_bad:
         raise ValueError(f"{n_bad} of {features.numel()} features are not finite")
     return features.double()

@@ -39,6 +39,7 @@ class AlexNetBackbone(Backbone):
 
     def __init__(self) -> None:
         super().__init__()
+        # conv1 and conv2 have no batch norm: their pooled outputs are normalized across channels.
         self.conv1 = nn.Sequential(
             nn.Conv2d(3, 96, kernel_size=11, stride=4, padding=5),
             nn.ReLU(),
@@ -59,11 +60,13 @@ class AlexNetBackbone(Backbone):
             nn.ReLU(),
         )
         for module in self.modules():
+            # Xavier weights and zero biases, as in the authors' code.
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(torch.as_tensor(module.bias))
 
     def layers_of_stages(self) -> list[list[nn.Module]]:
+        # Pooling belongs to the stage after it: stages are probed right after their ReLU.
         pool_and_normalize = [self.pool, self.respond]
         return [
             [self.conv1],

@@ -141,8 +141,8 @@ class GhostBatchNorm(_BatchNorm):
         unbiased = _scale_groups(variances, [count / (count - 1) for count in counts])
         momentum = self.momentum or 0.0
         n_updates = means.shape[0] * means.shape[1]
-        # n updates r = (1 - m) r + m x, one after the other, are one weighted sum: an update that is
-        # followed by j others has the weight m (1 - m)^j, and the old value (1 - m)^n.
+        # n updates r = (1 - m) r + m x, one after the other, are one weighted sum: an update with j
+        # others after it has the weight m (1 - m)^j, and the old value (1 - m)^n.
         later_updates = torch.arange(
             n_updates - 1,
             -1,

@@ -41,6 +41,7 @@ class PairHead(nn.Module):
         embed_dim: int | None = None,
     ) -> None:
         super().__init__()
+        # The first linear layer sees two patches, each after `embed` if there is one.
         patch_dim = embed_dim or embedding_dim
         self.embed = nn.Linear(embedding_dim, embed_dim) if embed_dim else nn.Identity()
         joint = nn.Linear(2 * patch_dim, hidden_dim)

@@ -58,6 +58,7 @@ class SmallBackbone(Backbone):
         blocks = map(_downsampling_block, widths[:-1], widths[1:])
         self.blocks = nn.ModuleList(blocks)
         for module in self.modules():
+            # As torchvision initializes a ResNet.
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(
                     module.weight,

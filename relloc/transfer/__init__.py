@@ -1,1 +1,1 @@
-"""Fine-tuning: trains a backbone further with labels, inside a classifier, detector or segmenter."""
+"""Fine-tuning: trains a backbone further with labels, in a classifier, detector or segmenter."""

@@ -1,4 +1,4 @@
-"""Fine-tuning of the whole network with few labels: 1 % or 10 % of ImageNet (docs/protocols.md 3.14).
+"""Fine-tuning of all weights with few labels: 1 % or 10 % of ImageNet (docs/protocols.md 3.14).
 
 The constants are those of OpenSelfSup's configs/benchmarks/semi_classification/
 imagenet_{1percent,10percent}/ (base.py, and r50_lr*_head*.py for rates and weight decay), and the
@@ -274,7 +274,11 @@ class SemiSupervised(Evaluation):
             n_choosing = outcomes[0]["tallies"][_CHOOSING][-1]
             lines = [
                 ("", "chosen on the images it is reported on, as published", _HELD_OUT),
-                (CHOSEN_WITHOUT_TEST, f"chosen on {n_choosing} other training images", _CHOOSING),
+                (
+                    CHOSEN_WITHOUT_TEST,
+                    f"chosen on {n_choosing} other training images",
+                    _CHOOSING,
+                ),
             ]
         for variant, choice, chosen_on in lines:
             best = _best_setting(outcomes, chosen_on)

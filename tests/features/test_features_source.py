@@ -153,31 +153,31 @@ def test_unlabeled_images_are_an_error(tmp_path: Path, backbone: SmallBackbone) 
 
 
 def test_progress_tells_the_epoch_of_how_many_where_there_are_several(tmp_path: Path, backbone: SmallBackbone) -> None:
-    told = []
+    reported = []
 
     def progress(batches: Iterable, what: str, total: int) -> Iterable:
-        told.append(what)
+        reported.append(what)
         return batches
 
     live = LiveFeatures(backbone, write_images(tmp_path, 4), reading(progress=progress), VIEW)
     for asked in ((), (0, 28), (2, 28)):
         next(live.batches(torch.arange(4), 4, LAYERS, *asked))
-    assert told == [f"features of noise train{ending}" for ending in ("", ", epoch 1 of 28", ", epoch 3 of 28")]
+    assert reported == [f"features of noise train{ending}" for ending in ("", ", epoch 1 of 28", ", epoch 3 of 28")]
 
 
 def test_progress_sees_every_batch(tmp_path: Path, backbone: SmallBackbone) -> None:
-    told: list[tuple[str, int]] = []
+    reported: list[tuple[str, int]] = []
     counted: list[object] = []
 
     def progress(batches: Iterable, what: str, total: int) -> Iterable:
-        told.append((what, total))
+        reported.append((what, total))
         for batch in batches:
             counted.append(batch)
             yield batch
 
     live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(progress=progress), VIEW)
     gathered(live, range(7), 3)
-    assert told == [("features of noise train", 3)]
+    assert reported == [("features of noise train", 3)]
     assert len(counted) == 3
 
 

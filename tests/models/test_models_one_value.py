@@ -59,8 +59,8 @@ def test_recalibration_with_one_image_is_refused_where_maps_have_one_pixel() -> 
 
 def test_after_the_block_networks_are_as_before() -> None:
     network = nn.Sequential(nn.BatchNorm1d(3))
-    with refuse_one_value(network, "told"), pytest.raises(UsageError, match="told"):
+    with refuse_one_value(network, "raise the batch"), pytest.raises(UsageError, match="raise the batch"):
         network(torch.rand(1, 3))
     assert not network[0]._forward_pre_hooks
-    with refuse_one_value(network.eval(), "told"):
+    with refuse_one_value(network.eval(), "raise the batch"):
         network(torch.rand(1, 3))

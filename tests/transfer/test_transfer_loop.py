@@ -206,10 +206,10 @@ def test_steps_of_too_few_samples_are_left_out() -> None:
 def test_divergence_is_told_at_the_end_of_the_span_with_what_to_do() -> None:
     with pytest.raises(
         Diverged, match="eval.detection diverged: .* after step 4 of 6, at a learning rate of 1e"
-    ) as told:
+    ) as raised:
         list(training(Feed(), lr=1e200).spans(4))
-    assert isinstance(told.value, UsageError)
-    assert "precision" not in str(told.value)
+    assert isinstance(raised.value, UsageError)
+    assert "precision" not in str(raised.value)
     with pytest.raises(Diverged, match="or precision=fp32"):
         list(training(Feed(), network().float().double(), lr=1e200, bf16=True).spans(4))
     broken = network()

@@ -278,17 +278,17 @@ class Broken(Colors):
 
 def test_images_that_can_not_be_read_are_told_of_all_that_were_asked_for() -> None:
     splits = Splits(train=Broken(split="train", n=90), held_out=Broken(split="val", n=31))
-    told: dict[str, str] = {}
-    reading = dataclasses.replace(READING, unreadable_share=0.9, note_unreadable=told.update)
+    noted: dict[str, str] = {}
+    reading = dataclasses.replace(READING, unreadable_share=0.9, note_unreadable=noted.update)
     run = evaluation(epochs=1, milestone_epochs=[], learning_rates=[0.05, 0.01])
     found = scores(run, splits=splits, encode_config=reading)
     assert {score.n for score in found} == {24}
     taken = stratified(splits.train, 0.2, seed=1)
     broken = {f"val/{index}.png" for index in range(0, 31, 5)}
     broken |= {taken.source(index) for index in range(len(taken)) if taken.indices[index] % 5 == 0}
-    assert broken <= set(told)
-    assert set(told.values()) == {"cut off"}
-    assert len(told) > len(broken)  # those that choose the setting, too
+    assert broken <= set(noted)
+    assert set(noted.values()) == {"cut off"}
+    assert len(noted) > len(broken)  # those that choose the setting, too
 
 
 def test_without_two_images_to_train_on_or_one_to_ask_about_nothing_is_reported() -> None:

@@ -23,9 +23,9 @@ from relloc.data.views import Center, RandomResized  # noqa: E402
 
 
 def evaluated():
-    told = {}
+    noted = {}
     splits = Splits(train=Broken(split="train", n=90, every=4), held_out=Broken(split="val", n=31, every=4))
-    reading = dataclasses.replace(READING, unreadable_share=0.9, note_unreadable=told.update)
+    reading = dataclasses.replace(READING, unreadable_share=0.9, note_unreadable=noted.update)
     views = {"augment": RandomResized(crop_px=96), "view": Center(short_px=100, crop_px=96)}
     run = evaluation(share=0.3, batch=8, learning_rates=[0.01, 0.005], head_multipliers=[1], **views)
     weights = []
@@ -37,14 +37,14 @@ def evaluated():
                 weights.append(self.content["training"]["network"])
 
     rows = list(map(str, scores(run, Recording(), splits, encode_config=reading)))
-    return {"rows": rows, "weights": weights}, told
+    return {"rows": rows, "weights": weights}, noted
 
 
 if __name__ == "__main__":
     ranks.join(torch.device("cpu"))
     rank = ranks.rank()
-    found, told = evaluated()
-    found["told"] = sorted(ranks.union(told))
+    found, noted = evaluated()
+    found["noted"] = sorted(ranks.union(noted))
     ranks.leave()
     torch.save(found, Path(sys.argv[1]) / f"{rank}.pt")
 """
@@ -57,11 +57,11 @@ def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.Mo
     done = start(str(script), str(tmp_path), here, folder=tmp_path, processes=2)
     assert done.wait() == 0, done.text
     monkeypatch.setattr("sys.argv", [str(script), str(tmp_path), here])
-    expected, told = runpy.run_path(str(script))["evaluated"]()
+    expected, noted = runpy.run_path(str(script))["evaluated"]()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first["rows"] == second["rows"] == expected["rows"]
     assert len(expected["rows"]) == 2
-    assert first["told"] == sorted(told)
+    assert first["noted"] == sorted(noted)
     assert len(first["weights"]) == len(expected["weights"]) == 6
     for of_first, of_second, of_one in zip(first["weights"], second["weights"], expected["weights"], strict=True):
         for name, value in of_one.items():
