@@ -116,8 +116,8 @@ def _list_of(
     may_be_empty: bool,
 ) -> Any:
     # The usual slip is a single number without brackets: the message shows the list to write.
-    is_single_number = isinstance(values, int | float) and not isinstance(values, bool)
-    if is_single_number:
+    is_bool = isinstance(values, bool)
+    if isinstance(values, int | float) and not is_bool:
         raise _wrong(setting, values, f"a list, [{values}]")
     if not isinstance(values, list | tuple):
         raise _wrong(setting, values, f"a list of {wanted}")

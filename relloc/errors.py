@@ -76,7 +76,8 @@ def data_errors(problem: str, *kinds: type[Exception], advice: str) -> Iterator[
     try:
         yield
     except kinds as error:
-        # The operating system names the file that failed, which may be another than the problem names.
+        # The operating system names the file that failed, which may be another than the problem
+        # names.
         file = ""
         if isinstance(error, OSError) and error.filename:
             file = str(error.filename)

@@ -1,4 +1,4 @@
-"""Writes, reads, appends to and locks files, so that a crash or a full disk leaves nothing half done.
+"""Writes, reads, appends to and locks files; a crash or a full disk leaves nothing half done.
 
 Everything in relloc that writes a file into a run folder or a data set does it by these functions.
 """
@@ -24,7 +24,9 @@ _CHUNK = 1 << 16  # bytes read at once when looking for the end of the last line
 
 def unfinished(path: Path) -> Path:
     """Returns the temporary file in which this process writes what will become `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    # With the process's id, so that two processes never write the same one.
+    process_id = os.getpid()
+    return path.with_name(f".{path.name}.{process_id}.unfinished")
 
 
 def path_as_text(path: Path | str) -> str:
@@ -64,7 +66,8 @@ def writing(path: Path) -> Iterator[BufferedRandom]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w+b") as file:
             yield file
-            # On the disk before it gets its name; otherwise a power failure could leave an empty file.
+            # On the disk before it gets its name; otherwise a power failure could leave an empty
+            # file.
             file.flush()
             os.fsync(file.fileno())
         # Replacing is atomic: a reader sees the old file or the new one.
@@ -130,7 +133,8 @@ def parse_json(content: bytes, kind: Any, problem: str, advice: str) -> Any:
     """Returns the value of JSON text, checked against the type `kind`.
 
     Raises:
-        DamagedFile: it is not JSON or not of that type; the message says `problem`, why, and `advice`.
+        DamagedFile: it is not JSON or not of that type; the message says `problem`, why and
+            `advice`.
     """
     from pydantic import ValidationError  # late, since importing pydantic takes a while
 
@@ -224,7 +228,8 @@ def _cut_half_line(file: IO[bytes]) -> int:
     length = os.fstat(file.fileno()).st_size
     whole_length = 0
     position = length
-    # Backward and piece by piece, since a journal may be long and nearly always ends with a whole line.
+    # Backward and piece by piece, since a journal may be long and nearly always ends with a whole
+    # line.
     while position > 0 and whole_length == 0:
         start = max(0, position - _CHUNK)
         file.seek(start)
@@ -258,7 +263,7 @@ def _exclusive_lock(file: IO[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
-        # Closing the file would not do: a process that was forked meanwhile (one that loads images) has
-        # it open too, and the lock would stay as long as that process lives.
+        # Closing the file would not do: a process that was forked meanwhile (one that loads images)
+        # has it open too, and the lock would stay as long as that process lives.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)

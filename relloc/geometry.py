@@ -20,8 +20,8 @@ NEIGHBORS = (0, 1, 2, 3, 5, 6, 7, 8)  # the cell of each label
 OFFSETS = tuple((cell // 3 - 1, cell % 3 - 1) for cell in NEIGHBORS)  # neighbor minus center, in cells
 CHANCE_PERCENT = 100 / len(NEIGHBORS)  # accuracy of a network that guesses
 
-# mmselfsup 1.x numbers its cells column by column: taking the rows of its 8-way output layer in this
-# order gives the row-by-row labels used here (protocols.md 1.4).
+# mmselfsup 1.x numbers its cells column by column: taking the rows of its 8-way output layer in
+# this order gives the row-by-row labels used here (protocols.md 1.4).
 ROW_MAJOR_FROM_MMSELFSUP_1X = (0, 3, 5, 1, 6, 2, 4, 7)
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 def cores() -> int:
     """Returns the number of CPU cores that this process may use."""
-    # A cluster gives a job a part of the cores. macOS knows no such limit, so there it is all of them.
+    # A cluster gives a job a part of the cores. macOS knows no such limit, so there it is all of
+    # them.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def forks() -> bool:
-    """Returns whether child processes are forked, and so share the memory that this process has filled.
+    """Returns whether child processes are forked, and so share the memory of this process.
 
-    On macOS system libraries start threads that do not survive a fork: child processes start afresh.
+    On macOS system libraries start threads that do not survive a fork: there, child processes
+    start afresh.
     """
     return sys.platform == "linux"
 

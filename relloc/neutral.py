@@ -8,8 +8,8 @@ measures.
 from collections.abc import Mapping
 from typing import Any
 
-# Settings of how a run is executed. Neither weights nor results depend on them, except for rounding: a
-# run with other values of these is the same run.
+# Settings of how a run is executed. Neither weights nor results depend on them, except for
+# rounding: a run with other values of these is the same run.
 _EXECUTION = {
     "device": "the same numbers on another machine, but for rounding",
     "compile": "the same computation, compiled",

@@ -98,7 +98,9 @@ def milestone_factor(
     milestone_epochs: Sequence[float],
     gamma: float,
 ) -> float:
-    """Returns the factor on learning rates at `epoch`, counted from 0: `gamma` for each milestone reached.
+    """Returns the factor on learning rates at `epoch`: `gamma` for each milestone reached.
+
+    Epochs are counted from 0.
 
     Example:
         >>> milestone_factor(35, [30, 50], 0.1)

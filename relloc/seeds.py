@@ -1,4 +1,4 @@
-"""Seeds of everything random, a separate one for each use, so that no two uses share random numbers.
+"""Seeds of everything random: one for each use, so that no two uses share random numbers.
 
 The initial weights of networks are the exception: they come from `torch.manual_seed(seed)` itself,
 as is common.
@@ -7,8 +7,8 @@ as is common.
 import enum
 import hashlib
 
-# Goes up when a use within pretraining gets other random numbers: a run that began with the numbers of
-# an earlier version can't be resumed.
+# Goes up when a use within pretraining gets other random numbers: a run that began with the numbers
+# of an earlier version can't be resumed.
 PRETRAINING_VERSION = 2
 
 

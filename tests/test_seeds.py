@@ -68,16 +68,23 @@ def test_images_that_recalibrate_batch_norm_are_not_those_held_back() -> None:
     assert 5 < len(both) < 40  # 20 by chance
 
 
+def is_derived(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "seed_for"
+
+
 def test_nothing_in_the_package_seeds_a_generator_past_the_list_of_uses() -> None:
     root = Path(relloc.__file__).parent
     seeding = {"manual_seed", "default_rng", "Random", "RandomState", "SeedSequence"}
     seeding_files = set()
     for path in root.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and is_derived(node.value)]
+        names = {ast.unparse(target) for node in assigned for target in node.targets}
+        for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            derived = any(isinstance(a, ast.Call) and getattr(a.func, "id", "") == "seed_for" for a in node.args)
+            derived = any(is_derived(argument) or ast.unparse(argument) in names for argument in node.args)
             if name in seeding and not derived:
                 seeding_files.add(path.relative_to(root).as_posix())
     assert seeding_files <= set(AS_GIVEN), seeding_files - set(AS_GIVEN)

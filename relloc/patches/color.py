@@ -81,8 +81,8 @@ class Gray:
         if self.weights == "mean":
             gray = patches.mean(dim=2, keepdim=True)
         else:
-            # The luma of ITU-R 601 in Pillow's fixed point with 16 bits, rounded to whole gray levels:
-            # equal to torchvision's result on images, bit for bit.
+            # The luma of ITU-R 601 in Pillow's fixed point with 16 bits, rounded to whole gray
+            # levels: equal to torchvision's result on images, bit for bit.
             fixed_point = _weighted_sum(patches, (19595.0, 38470.0, 7471.0))
             gray = torch.floor((fixed_point + 32768) / 65536)
         of_each_image = becomes_gray.view(-1, 1, 1, 1, 1)

@@ -19,8 +19,8 @@ def _cached_tensor(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    # Cached on the device: copying a constant to a GPU in every call would make the host wait for all
-    # work queued there.
+    # Cached on the device: copying a constant to a GPU in every call would make the host wait for
+    # all work queued there.
     tensor = torch.tensor(values, dtype=dtype, device=device)
     return tensor.view(-1, 1, 1)
 

@@ -42,8 +42,13 @@ def draw_patches(
     patches = pipeline.make(images, corners, *drawn)
 
     n_columns = len(images)
-    size_inches = (2.4 * n_columns, 5)
-    figure, axes = plt.subplots(2, n_columns, figsize=size_inches, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        nrows=2,
+        ncols=n_columns,
+        figsize=(2.4 * n_columns, 5),
+        squeeze=False,
+        layout="constrained",
+    )
     for column, image in enumerate(images):
         upper, lower = axes[:, column]
         upper.imshow(image.permute(1, 2, 0).numpy())
@@ -63,7 +68,14 @@ def draw_patches(
 def _draw_boxes(axis: Axes, corners: Int[Tensor, "9 2"], patch_px: int) -> None:
     for cell, (top, left) in enumerate(corners.tolist()):
         color = "red" if cell == CENTER else "white"
-        box = Rectangle((left, top), patch_px, patch_px, fill=False, edgecolor=color, linewidth=1.2)
+        box = Rectangle(
+            (left, top),
+            width=patch_px,
+            height=patch_px,
+            fill=False,
+            edgecolor=color,
+            linewidth=1.2,
+        )
         axis.add_patch(box)
 
 

@@ -16,8 +16,8 @@ def _corners_on(
     corners: Corners,
     device: torch.device,
 ) -> Int[Tensor, "9 2"]:
-    # Cached on the device: copying a constant to a GPU in every call would make the host wait for all
-    # work queued there.
+    # Cached on the device: copying a constant to a GPU in every call would make the host wait for
+    # all work queued there.
     return torch.tensor(corners, device=device)
 
 

@@ -92,7 +92,8 @@ def _draw_position_map(axis: Axes, accuracies: Float[Tensor, "8"]) -> None:
         row, column = divmod(cell, 3)
         is_center = cell == CENTER
         text = "center" if is_center else f"{value:.1f}"
-        _write_in_cell(axis, row, column, value, text, bold=not is_center, size=15)
+        bold = not is_center
+        _write_in_cell(axis, row, column, value, text, bold=bold, size=15)
 
 
 def _draw_cells(axis: Axes, percent: Float[Tensor, "rows columns"]) -> AxesImage:

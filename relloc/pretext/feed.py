@@ -13,7 +13,8 @@ from torch import Tensor
 from relloc.data.loader import ImageBatch, Unreadable
 
 Images = UInt8[Tensor, "b 3 s s"]
-# How many forwards the host may queue on a GPU: enough to keep it busy, few enough to stop in seconds.
+# How many forwards the host may queue on a GPU: enough to keep it busy, few enough to stop in
+# seconds.
 _MAX_QUEUED = 2
 # How many forwards' batches the loader must not overwrite: the one that is given, and the one whose
 # copy to the GPU may not have ended.
@@ -70,12 +71,14 @@ class Feed:
             with torch.cuda.stream(copying):
                 copies = [pixels.to(self.device, non_blocking=True) for pixels in batches]
                 images = _joined(copies)
-            # The forward begins after the copy, and the memory is not reused before the forward ended.
+            # The forward begins after the copy, and the memory is not reused before the forward
+            # ended.
             computing.wait_stream(copying)
             images.record_stream(computing)
             yield images
-            # The caller has queued the forward by now. Without waiting the host would run ahead by as
-            # many forwards as the loader has ready, and a stop would have to wait for all of them.
+            # The caller has queued the forward by now. Without waiting the host would run ahead by
+            # as many forwards as the loader has ready, and a stop would have to wait for all of
+            # them.
             end_of_forward = torch.cuda.current_stream(self.device).record_event()
             self._queued.append(end_of_forward)
             if len(self._queued) == _MAX_QUEUED:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from relloc.errors import UsageError
 
-# Calls before the recording. In them kernels are compiled, loaded and chosen, which can't be recorded.
+# Calls before the recording. In them kernels are compiled, loaded and chosen, which can't be
+# recorded.
 _PLAIN_CALLS = 3
 
 
@@ -64,8 +65,8 @@ class Graphed:
             self._inputs.append(memory)
         graph = torch.cuda.CUDAGraph()
         try:
-            # "thread_local", since threads of NCCL and of page-locking may call CUDA meanwhile, which
-            # would otherwise break the recording.
+            # "thread_local", since threads of NCCL and of page-locking may call CUDA meanwhile,
+            # which would otherwise break the recording.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = self._function(*self._inputs)
         except torch.OutOfMemoryError:

@@ -82,7 +82,8 @@ def count_hits(answered: Answers) -> Int[Tensor, "n"]:
 def confusion(answered: Answers) -> Int[Tensor, "8 8"]:
     """Returns the confusion matrix: counts by true position (row) and answered position (column)."""
     true_positions = torch.arange(PAIRS)
-    # Each (true, answered) pair gets a number of its own, 0 to 63, of which occurrences are counted.
+    # Each (true, answered) pair gets a number of its own, 0 to 63, of which occurrences are
+    # counted.
     cells = true_positions * PAIRS + answered
     counts = cells.flatten().bincount(minlength=PAIRS * PAIRS)
     return counts.reshape(PAIRS, PAIRS)
@@ -104,13 +105,15 @@ def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
     n_sources = len(names)
     # Totals of each cluster: right answers and pairs.
     hits_of_source = np.bincount(source_of_image, weights=hits.numpy(), minlength=n_sources)
-    pairs_of_source = np.bincount(source_of_image, minlength=n_sources) * PAIRS
+    images_of_source = np.bincount(source_of_image, minlength=n_sources)
+    pairs_of_source = images_of_source * PAIRS
     n_pairs = pairs_of_source.sum()
     share = float(hits_of_source.sum() / n_pairs)
 
     half_width = math.inf
     if n_sources > 1:
-        # How far each cluster is from its expected hits; their mean square is the variance of the ratio.
+        # How far each cluster is from its expected hits; their mean square is the variance of the
+        # ratio.
         residuals = hits_of_source - share * pairs_of_source
         sum_of_squares = float((residuals**2).sum())
         variance = n_sources / (n_sources - 1) * sum_of_squares

@@ -122,10 +122,17 @@ def train(
         )
         report(progress)
 
+    def take_step(step: int) -> Tensor:
+        return stepper.step(forwards, step)
+
+    def rate_factor(step: int) -> float:
+        epoch = step / task.steps_per_epoch
+        return task.schedule.factor(epoch)
+
     return run_steps(
-        lambda step: stepper.step(forwards, step),
+        take_step,
         optimizer=task.optimizer,
-        rate_factor=lambda step: task.schedule.factor(step / task.steps_per_epoch),
+        rate_factor=rate_factor,
         done=done,
         steps=task.steps,
         report_every=report_every,
@@ -171,7 +178,8 @@ def _forward_backward(
 ) -> Sums:
     """Adds the gradients of a forward to those of the step, and returns the forward's sums."""
     patches = task.make(images, *drawn)
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16):
+    autocast = torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16)
+    with autocast:
         logits = task.network(patches, dropout_mask)
     loss = objective.loss(logits)
     # Gradients of the forwards of a step add up; divided, they are the gradient of the step's mean.
@@ -179,7 +187,8 @@ def _forward_backward(
     # Everything stays on the device: reading a number would make the host wait for the GPU.
     pairs = len(images) * PAIRS
     mean_loss = loss.detach().double()
-    hits = objective.hits(logits.detach()).sum().double()
+    hits_of_images = objective.hits(logits.detach())
+    hits = hits_of_images.sum().double()
     pairs_tensor = torch.full_like(mean_loss, pairs)
     return torch.stack([mean_loss * pairs, hits, pairs_tensor])
 

@@ -59,8 +59,8 @@ class RelativeLocation(nn.Module):
         self.images_per_batch_norm = images_per_batch_norm
         self.one_pass = one_pass
         if one_pass:
-            # With several ghost batches in one forward, batch norms have to be told them apart. The
-            # head sees a row for each of the eight pairs.
+            # With several ghost batches in one forward, each batch norm has to know which rows
+            # share statistics. The head sees a row for each of the eight pairs.
             rows_in_backbone = (N_NEIGHBORS, 1) if batch_norm == "separate" else (CELLS,)
             groups_in_backbone = Groups(images=images_per_batch_norm, rows_per_image=rows_in_backbone)
             use_ghost_batches(backbone, groups_in_backbone)
@@ -77,7 +77,8 @@ class RelativeLocation(nn.Module):
         `dropout_mask` says which hidden units of the head are kept in training;
         `head.draw_dropout_mask` makes it.
         """
-        # In eval mode statistics are fixed, so that ghost batches make no difference.
+        # All images at once: with `one_pass` batch norms separate the ghost batches themselves, and
+        # in eval mode statistics are fixed.
         if self.one_pass or not self.training:
             neighbors, centers = self._embed(patches)
             return self.head(neighbors, centers, dropout_mask)
@@ -124,8 +125,8 @@ class RelativeLocation(nn.Module):
         return neighbors.reshape(b, N_NEIGHBORS, -1), centers.reshape(b, -1)
 
     def _encode(self, rows: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n d"]:
-        # In the memory format of the weights; otherwise the first convolution would copy its input in
-        # the forward and again in the backward.
+        # In the memory format of the weights; otherwise the first convolution would copy its input
+        # in the forward and again in the backward.
         memory_format = _memory_format(self.backbone)
         return self.backbone.embed(rows.contiguous(memory_format=memory_format))
 

@@ -1,4 +1,4 @@
-"""Turns signals such as Ctrl-C or SLURM's warnings into a request to stop between two training steps.
+"""Turns signals (Ctrl-C, SLURM's warnings) into a request to stop between two training steps.
 
 While a request can be honored, the run saves a checkpoint and ends in order; before and after that
 a signal ends it at once. Either way the exit code is that of the signal.
@@ -19,8 +19,8 @@ WATCHED = (
     signal.SIGUSR1,  # such as SLURM's warning before a time limit (`sbatch --signal`)
     signal.SIGUSR2,
 )
-# Seconds until a signal is sent again whose exception Python dropped: by then the code that dropped it
-# has returned.
+# Seconds until a signal is sent again whose exception Python dropped: by then the code that dropped
+# it has returned.
 _RESEND_AFTER_S = 0.05
 
 
@@ -94,7 +94,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def reraised(self) -> Iterator[None]:
-        """Makes the block end with the signal's exception even if other code turned it into another.
+        """Makes the block end with the signal's exception even if other code converted it.
 
         A signal can arrive anywhere, also in code that converts exceptions. For example, a C module
         that is being imported makes an ImportError of it, which says nothing of the signal.
@@ -134,7 +134,8 @@ class StopRequest:
             yield
         finally:
             sys.unraisablehook = hook_before
-            # Not sent any more: with the handlers that are restored next, it would kill the process.
+            # Not sent any more: with the handlers that are restored next, it would kill the
+            # process.
             for timer in timers:
                 timer.cancel()
                 timer.join()
