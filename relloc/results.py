@@ -155,7 +155,8 @@ class Result(_Number):
     def tracked_name(self) -> str:
         """The metric's name in a tracker such as MLflow, unique among the results of a run.
 
-        Examples: `linear/feature4/top1`, `linear_random_recalibrated/feature4/top1`, `pretext/top1`.
+        Examples: `linear/feature4/top1`, `linear_random_recalibrated/feature4/top1` and
+        `pretext/top1`.
         """
         parts = (self.tracked_eval, self.layer, self.metric)
         return "/".join(part for part in parts if part)
@@ -257,4 +258,9 @@ def _parse_line(line: bytes, location: str) -> _Line:
     # Back to JSON, so that pydantic checks the fields as strictly as it does when it parses a file.
     as_json = json.dumps(fields).encode()
     result: Result = parse_json(as_json, Result, problem, _ADVICE)
-    return _Line(result=result, number=number, count=count, format=version)
+    return _Line(
+        result=result,
+        number=number,
+        count=count,
+        format=version,
+    )

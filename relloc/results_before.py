@@ -57,7 +57,10 @@ def convert(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def add_series(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a line with `series`, `k` and `spread`, from the metric's name if missing."""
+    """Returns the fields of a line with `series`, `k` and `spread`.
+
+    Those that the line lacks are taken from the name of its metric.
+    """
     metric = str(fields.get("metric"))
     from_name: dict[str, Any] = {}
     start, _, last = metric.rpartition("_")
@@ -77,7 +80,8 @@ def _rules() -> list[dict[str, str]]:
 
     Curly brackets in the other columns stand for the layer and the named groups of the pattern.
     """
-    path = Path(__file__).with_suffix(".csv")
+    path = Path(__file__)
+    path = path.with_suffix(".csv")
     lines = path.read_text(encoding="utf-8").splitlines()
     return list(csv.DictReader(lines))
 

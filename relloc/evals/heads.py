@@ -60,7 +60,11 @@ class Sgd:
     momentum: float
     nesterov: bool
 
-    def coefficients(self, active: Bool[np.ndarray, "steps heads"], factor: float) -> "Coefficients":
+    def coefficients(
+        self,
+        active: Bool[np.ndarray, "steps heads"],
+        factor: float,
+    ) -> "Coefficients":
         """Returns how the weights and the momentum of some steps are made up of what came before.
 
         Args:
@@ -88,12 +92,14 @@ class Sgd:
             if self.nesterov:
                 update = gradient + self.momentum * next_momentum
             next_weight = weight - lr * update
-            momentum = np.where(takes_step[:, None], next_momentum, momentum)
-            weight = np.where(takes_step[:, None], next_weight, weight)
+            # Heads that do not take this step stay as they are.
+            takes_step = takes_step[:, None]
+            momentum = np.where(takes_step, next_momentum, momentum)
+            weight = np.where(takes_step, next_weight, weight)
             weights.append(weight)
 
-        # Far too large rates give coefficients that float32 cannot hold. They are clipped; what they
-        # multiply still overflows, so that such a head is seen to diverge.
+        # Far too large rates give coefficients that float32 cannot hold. They are clipped; what
+        # they multiply still overflows, so that such a head is seen to diverge.
         before = np.stack(weights[:-1])
         return Coefficients(
             before=np.clip(before, -_LARGEST, _LARGEST),
@@ -131,11 +137,12 @@ class _Products:
 
 
 class LayerHeads(nn.Module):
-    """One linear head per setting on the pooled features of one layer, behind one batch norm for all.
+    """One linear head per setting on the pooled features of one layer, behind a shared batch norm.
 
-    Batch norm has no scale and shift and normalizes each channel over images and positions (momentum
-    0.1), like a BatchNorm2d before the features are flattened; no head influences it. Weights are
-    drawn from N(0, 0.01), equal for all heads and on all devices; biases are zero (protocols.md 3.3).
+    Batch norm has no scale and shift and normalizes each channel over images and positions
+    (momentum 0.1), like a BatchNorm2d before the features are flattened; no head influences it.
+    Weights are drawn from N(0, 0.01), equal for all heads and on all devices; biases are zero
+    (protocols.md 3.3).
 
     Args:
         sgd: the update rule, with one setting per head.
@@ -183,16 +190,19 @@ class LayerHeads(nn.Module):
 
     @torch.no_grad()
     def normalized(self, rows: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """Returns features after batch norm; in training mode it also updates the running statistics."""
+        """Returns features after batch norm, which in training mode updates its statistics."""
         self.features_are_finite = self.features_are_finite & rows.isfinite().all()
         if self.norm is None:
             return rows
-        by_channel = rows.unflatten(1, (self.norm.num_features, -1))  # (b channels positions)
-        return self.norm(by_channel).flatten(1)
+        n_channels = self.norm.num_features
+        by_channel = rows.unflatten(1, (n_channels, -1))  # (b channels positions)
+        normalized = self.norm(by_channel)
+        return normalized.flatten(1)
 
     def forward(self, rows: Float[Tensor, "b d"]) -> Float[Tensor, "b heads classes"]:
         """Returns the logits of each head for features before batch norm."""
-        return self._multiply(self.normalized(rows), self.weight) + self.bias
+        normalized = self.normalized(rows)
+        return self._multiply(normalized, self.weight) + self.bias
 
     def is_finite(self) -> Bool[Tensor, "heads"]:
         """Returns which heads have finite weights and biases, so have not diverged."""
@@ -261,7 +271,7 @@ class LayerHeads(nn.Module):
         labels: Sequence[Int[Tensor, "_b"]],
         coefficients: Coefficients,
     ) -> tuple[Float[Tensor, "heads rows classes"], Float[Tensor, "heads columns classes"]]:
-        """Returns the gradients of the loss by the logits of all steps, and what biases are sums of.
+        """Returns the loss's gradients by the logits of all steps, and what biases are sums of.
 
         The latter are the bias before the first step, its momentum, and its gradient in each step.
         """
@@ -365,7 +375,8 @@ class LayerHeads(nn.Module):
         weight: Float[Tensor, "heads classes d"],
     ) -> Float[Tensor, "b heads classes"]:
         """Returns the products of features with the weights of all heads, in one matrix product."""
-        products = rows @ weight.flatten(0, 1).T
+        all_heads = weight.flatten(0, 1)  # (heads x classes, d)
+        products = rows @ all_heads.T
         return products.unflatten(1, weight.shape[:2])
 
 

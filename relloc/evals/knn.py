@@ -1,4 +1,4 @@
-"""Classifies held-out images by a weighted vote of their exact nearest neighbors (protocols.md 3.7).
+"""Classifies images by a weighted vote of their exact nearest neighbors (protocols.md 3.7).
 
 The neighbors are training images, whose features form the "bank". With several processes the bank
 is divided among them, and every process votes on all queries.
@@ -19,8 +19,8 @@ from relloc.features.source import Bank, FeatureBatch, FeatureSource, bank_devic
 from relloc.features.voting import vote
 from relloc.results import Score, closest_to_20
 
-# Memory of the queries that are compared with the bank at once. The whole bank is read once for each
-# such group, so larger groups save time.
+# Memory of the queries that are compared with the bank at once. The whole bank is read once for
+# each such group, so larger groups save time.
 _QUERY_BYTES = 2**29
 
 
@@ -133,7 +133,11 @@ class Knn(Evaluation):
                 details=tuple(details),
             )
 
-    def _fill_bank(self, train: FeatureSource, device: torch.device) -> Bank:
+    def _fill_bank(
+        self,
+        train: FeatureSource,
+        device: torch.device,
+    ) -> Bank:
         """Returns the features of this rank's share of the training images."""
         # Shares are contiguous, and as equal as possible.
         rank = ranks.rank()
@@ -155,7 +159,7 @@ class Knn(Evaluation):
                 features[layer] = rows[start:stop]
             labels = train.labels[start:stop]
             return dataclasses.replace(train, features=features, labels=labels)
-        # A bank that would fill the GPU is kept in other memory, from which parts are compared in turn.
+        # A bank that would fill the GPU is kept in other memory, and compared part by part.
         return fill_bank(
             train,
             self.layers,

@@ -1,4 +1,7 @@
-"""Measures how many directions features use, layer by layer, without labels: RankMe and alpha-ReQ."""
+"""Measures how many directions the features of each layer use, without labels.
+
+The measures are RankMe and alpha-ReQ.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -24,9 +27,9 @@ class LabelFree(Evaluation):
     Where there are fewer images, all are taken. `relloc.features.spectrum` defines both measures.
 
     The authors of RankMe take 25,600 images. RankMe grows with their number until that is several
-    times the dimensions, so only numbers for the same n can be compared. The default of 4,096 images
-    is twice the 2,048 dimensions of a ResNet-50's avgpool, is no more than most evaluation splits
-    have, and takes a fortieth of the time for the decomposition in float64 that 25,600 images of
+    times the dimensions, so only numbers for the same n can be compared. The default of 4,096
+    images is twice the 2,048 dimensions of a ResNet-50's avgpool, is no more than most evaluation
+    splits have, and takes a fortieth of the time for the decomposition in float64 that 25,600 images of
     9,216 dimensions take.
 
     `layers`: the layers to measure. `view`: how images are cropped and resized.

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features of all layers, trained in one pass (protocols.md 3.3 to 3.6).
+"""Linear classifiers on frozen features, trained in one pass (protocols.md 3.3 to 3.6).
 
 `Linear` trains on random views, which are encoded anew in each epoch; `LinearFast` trains on one
 fixed view, whose features are computed once.
@@ -73,11 +73,16 @@ class _LinearEvaluation(Evaluation):
         """Trains all heads on `source`, and chooses one per layer by the held-back tenth.
 
         Returns the heads, and for each layer the index of the head with the most right answers on
-        the tenth, which is seen in the still view; 0 if all heads trained on the tenth, so that there
-        is nothing to choose. `watched` are images to measure the best epoch on.
+        the tenth, which is seen in the still view; 0 if all heads trained on the tenth, so that
+        there is nothing to choose. `watched` are images to measure the best epoch on.
         """
         tenth = draw_held_back(context.train.n, context.seed)
-        trained = self._training().fit(source, context, tenth=tenth, watched=watched)
+        trained = self._training().fit(
+            source,
+            context,
+            tenth=tenth,
+            watched=watched,
+        )
         if all(setting.sees_all for setting in self._settings()):
             return trained, dict.fromkeys(self.layers, 0)
         # Chosen by images that none of the candidates trained on, in the view that is measured.
@@ -98,7 +103,7 @@ class _LinearEvaluation(Evaluation):
         trained: TrainedHeads,
         context: Context,
     ) -> tuple[dict[str, Int[Tensor, "heads"]], int]:
-        """Returns the right answers of each head on held-out images, and the number of these images.
+        """Returns the right answers of each head on held-out images, and the number of images.
 
         Raises:
             DataError: none of the images can be read.
@@ -201,7 +206,9 @@ class Linear(_LinearEvaluation):
             raise ValueError("eval.linear.color needs eval.linear.augment: still views are not colored")
 
     def run(self, context: Context) -> Iterator[Score]:
-        """Yields top1 of each layer on held-out images, and top1_best and top1_tuned where asked for.
+        """Yields top1 of each layer, and top1_best and top1_tuned where asked for.
+
+        All are measured on held-out images.
 
         Raises:
             UsageError: features are not finite.
@@ -261,7 +268,11 @@ class Linear(_LinearEvaluation):
             settings.append(HeadSettings(lr=lr, weight_decay=decay, sees_all=False))
         return settings
 
-    def _details(self, head: int, diverged: Bool[Tensor, "heads"]) -> tuple[str, ...]:
+    def _details(
+        self,
+        head: int,
+        diverged: Bool[Tensor, "heads"],
+    ) -> tuple[str, ...]:
         """Returns in words how a head was trained, and whether it diverged."""
         views = [str(part) for part in (self.augment, self.color) if part]
         training_views = ", ".join(views) or "the still view"
@@ -293,14 +304,14 @@ class Linear(_LinearEvaluation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearFast(_LinearEvaluation):
-    """Linear classifiers on features that are computed once, in one fixed view without augmentation.
+    """Linear classifiers on features that are computed once, in one view without augmentation.
 
     With one learning rate, all training images are trained on. With several, a random tenth of them
     is not trained on and chooses the rate of each layer. Val only reports.
 
     `layers`: the layers to measure. `view`: how images are cropped and resized.
-    `epochs`: the length of the training. `gamma`: what the learning rate is multiplied by after each
-    of `milestone_epochs`. `learning_rates`: the rates to choose from. `momentum`, `weight_decay`,
+    `epochs`: the length of the training. `gamma`: what the learning rate is multiplied by after
+    each of `milestone_epochs`. `learning_rates`: the rates to choose from. `momentum`, `weight_decay`,
     `batch`: further hyperparameters of SGD.
 
     Raises:

@@ -32,13 +32,13 @@ DrawnImages = Int[Tensor, "usable draws s"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Voc07LowShot(Voc07):
-    """Mean average precision of SVMs after k positive images per class, for each k that is possible.
+    """Mean average precision of SVMs after k positive images per class, for each possible k.
 
     For each k it yields, all on the test images:
 
     `map_k1`: the mean over the draws at the cost whose mean is best on test, as published.
-    `map_k1_std`, `map_k1_min`, `map_k1_max`: the spread over the draws at this cost; `std` is that of
-        the draws, not of their mean.
+    `map_k1_std`, `map_k1_min`, `map_k1_max`: the spread over the draws at this cost; `std` is that
+        of the draws, not of their mean.
     `map_k1_cv`: the mean over the draws at the cost that is best on the training images that were
         not drawn. It is left out, and a detail says so, where the draws use up all positive images.
 
@@ -165,7 +165,11 @@ class Voc07LowShot(Voc07):
                     choice=self._choice(chosen, "the training images not drawn"),
                 )
 
-    def _choice(self, number: int, images: str) -> str:
+    def _choice(
+        self,
+        number: int,
+        images: str,
+    ) -> str:
         """Returns in words which cost was chosen on which images."""
         cost = self.costs[number]
         n_costs = len(self.costs)
@@ -177,10 +181,11 @@ class Voc07LowShot(Voc07):
         drawn: DrawnImages,
         factor: Float[Tensor, "n r"],
     ) -> tuple[Float[Tensor, "draws costs"], Float[Tensor, "draws costs"]]:
-        """Returns mean average precision, in percent, on test and on the undrawn training images."""
+        """Returns mean average precision in percent, on test and on undrawn training images."""
         n_classes = len(drawn)
         n_costs = len(self.costs)
-        coefficients = self._fit(gram.train, drawn.flatten(0, 1), factor)  # (classes x draws, n, costs)
+        # (classes x draws, n, costs)
+        coefficients = self._fit(gram.train, drawn.flatten(0, 1), factor)
 
         # One column per SVM, so that the decision values of all of them are one product.
         by_class = coefficients.view(n_classes, self.draws, -1, n_costs)
@@ -223,7 +228,7 @@ class Voc07LowShot(Voc07):
         )
         weights = class_weights(positive).unsqueeze(1) * costs
 
-        # Each draw has a Gram matrix of its own, of which as many as memory allows are solved at once.
+        # Each draw has a Gram matrix of its own. As many as memory allows are solved at once.
         coefficients = gram.new_zeros(len(drawn), len(gram), n_costs)
         gram_bytes = 8 * size * size
         draws_at_once = max(1, _MOST_GRAM_BYTES // gram_bytes)

@@ -13,7 +13,11 @@ Scores = Float[Tensor, "n m"]
 Mask = Bool[Tensor, "n m"]
 
 
-def ap_area(scores: Scores, positive: Mask, counted: Mask) -> Float[Tensor, "m"]:
+def ap_area(
+    scores: Scores,
+    positive: Mask,
+    counted: Mask,
+) -> Float[Tensor, "m"]:
     """Returns the area under the precision-recall curve, after precision is made monotone.
 
     It is PASCAL VOC's definition since 2010 (protocols.md 3.1). Values are from 0 to 1, and nan for
@@ -31,11 +35,15 @@ def ap_area(scores: Scores, positive: Mask, counted: Mask) -> Float[Tensor, "m"]
     return area / n_positive
 
 
-def ap_steps(scores: Scores, positive: Mask, counted: Mask) -> Float[Tensor, "m"]:
+def ap_steps(
+    scores: Scores,
+    positive: Mask,
+    counted: Mask,
+) -> Float[Tensor, "m"]:
     """Returns the mean of the precision at each positive image.
 
-    It is the definition of scikit-learn's `average_precision_score`. Values are from 0 to 1, and nan
-    for a ranking without a positive image.
+    It is the definition of scikit-learn's `average_precision_score`. Values are from 0 to 1, and
+    nan for a ranking without a positive image.
     """
     precision, relevant, ends_threshold = _precision_by_rank(scores, positive, counted)
     # For each rank, the rank at which its threshold ends: the nearest end at or after it.
@@ -55,11 +63,15 @@ def _from_the_end(values: Tensor) -> Tensor:
     return values.flip(0)
 
 
-def _precision_by_rank(scores: Scores, positive: Mask, counted: Mask) -> tuple[Scores, Scores, Mask]:
+def _precision_by_rank(
+    scores: Scores,
+    positive: Mask,
+    counted: Mask,
+) -> tuple[Scores, Scores, Mask]:
     """Sorts images by falling score, and returns three values for each rank.
 
-    They are: the precision among all images up to this rank; 1 if the image is positive, else 0; and
-    whether a threshold ends here, as the next score is lower.
+    They are: the precision among all images up to this rank; 1 if the image is positive, else 0;
+    and whether a threshold ends here, as the next score is lower.
     """
     # Images that do not count come last, where they change the precision of no positive image.
     masked = scores.masked_fill(~counted, -torch.inf)
@@ -77,6 +89,7 @@ def _precision_by_rank(scores: Scores, positive: Mask, counted: Mask) -> tuple[S
 
     # A threshold ends where the next score is lower, and at the last rank.
     is_lower_next = ranked[1:] < ranked[:-1]
-    last_rank = ranked.new_ones(1, ranked.shape[1], dtype=torch.bool)
+    n_rankings = ranked.shape[1]
+    last_rank = ranked.new_ones(1, n_rankings, dtype=torch.bool)
     ends_threshold = torch.cat([is_lower_next, last_rank])
     return precision, relevant, ends_threshold

@@ -93,6 +93,7 @@ def fit(
         UsageError: an input is not finite, or a problem is not solved after 200 steps.
     """
     b = torch.zeros_like(signs) if start is None else start.clone()
+    # One nan would spread to every problem in the first product.
     for given in (gram, weights, b):
         if not given.isfinite().all():
             raise UsageError("SVMs of features, costs or coefficients that are not finite have no solution")
@@ -131,7 +132,7 @@ def fit(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _State:
-    """Where Newton's method is in some of the problems, in the symbols of the module's docstring."""
+    """Where Newton's method is in some of the problems, in the module's symbols."""
 
     signs: PerExample  # y
     weights: PerExample  # c
@@ -151,10 +152,11 @@ class _State:
     def solved(self) -> Bool[Tensor, "g 1 m"]:
         """Returns which problems are solved.
 
-        The gradient by w is sum_i residual_i x_i, with the squared length residual^T K residual. The
-        objective is 1-strongly convex in w, so half of that bounds what is still to be gained.
+        The gradient by w is sum_i residual_i x_i, with the squared length residual^T K residual.
+        The objective is 1-strongly convex in w, so half of that bounds what is still to be gained.
         """
-        squared_gradient = (self.residual * self.pulled).sum(dim=1, keepdim=True)
+        squared_gradient = self.residual * self.pulled
+        squared_gradient = squared_gradient.sum(dim=1, keepdim=True)
         regularizer = self.b * self.f / 2
         loss = self.weights * self.slack.square()
         objective = (regularizer + loss).sum(dim=1, keepdim=True)
@@ -211,15 +213,18 @@ def _solve(
     for _ in range(_MOST_ITERATIONS):
         gram_direction = gram @ (scale * direction)
         product = direction + scale * gram_direction  # [A p]
-        curvature = (direction * product).sum(dim=1, keepdim=True)
+        curvature = direction * product
+        curvature = curvature.sum(dim=1, keepdim=True)
         # Problems that have reached the goal stand still, which also avoids dividing 0 by 0.
         length = torch.where(size > goal, size / curvature, 0)  # [alpha]
+
         u = u + length * direction
         gram_scaled_u = gram_scaled_u + length * gram_direction
         residual = residual - length * product
 
         preconditioned = precondition(residual)
-        next_size = (residual * preconditioned).sum(dim=1, keepdim=True)
+        next_size = residual * preconditioned
+        next_size = next_size.sum(dim=1, keepdim=True)
         if not (next_size > goal).any():
             break
         ratio = torch.where(size > 0, next_size / size, 0)  # [beta]
@@ -249,17 +254,21 @@ def _preconditioner(scale: PerExample, factor: Factor) -> Callable[[PerExample],
     # memory of Z.
     costly_scale = scale[..., costly]
     inner = []
-    for one in costly_scale.unsqueeze(-1).unbind(dim=2):
-        scaled_factor = factor * one
+    scales = costly_scale.unsqueeze(-1).unbind(dim=2)
+    for scale_of_one in scales:
+        scaled_factor = factor * scale_of_one
         inner.append(scaled_factor.mT @ scaled_factor)
     inner = torch.stack(inner, dim=1)
-    inner.diagonal(dim1=-2, dim2=-1).add_(1)
+    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(1)
     triangle = torch.linalg.cholesky(inner)  # (g m r r)
 
     def apply(v: PerExample) -> PerExample:
-        projected = factor.mT @ (costly_scale * v[..., costly])  # (g r m)
-        solved = torch.cholesky_solve(projected.mT.unsqueeze(-1), triangle)
-        solved = solved.squeeze(-1).mT
+        scaled = costly_scale * v[..., costly]
+        projected = factor.mT @ scaled  # (g r m)
+        right = projected.mT.unsqueeze(-1)  # (g m r 1)
+        solved = torch.cholesky_solve(right, triangle)
+        solved = solved.squeeze(-1).mT  # (g r m)
         result = v.clone()
         result[..., costly] -= costly_scale * (factor @ solved)
         return result
@@ -267,7 +276,11 @@ def _preconditioner(scale: PerExample, factor: Factor) -> Callable[[PerExample],
     return apply
 
 
-def _best_length(state: _State, b_step: PerExample, f_step: PerExample) -> PerProblem:
+def _best_length(
+    state: _State,
+    b_step: PerExample,
+    f_step: PerExample,
+) -> PerProblem:
     """Returns the step length, from 0 to 2, at which the objective is least.
 
     Along a step the objective's derivative rises in straight pieces; bisection finds its zero.
@@ -281,7 +294,8 @@ def _best_length(state: _State, b_step: PerExample, f_step: PerExample) -> PerPr
         f_middle = state.f + middle * f_step
         slack = (1 - state.signs * f_middle).clamp(min=0)
         loss_gradient = 2 * state.weights * state.signs * slack
-        loss_slope = (loss_gradient * f_step).sum(dim=1, keepdim=True)
+        loss_slope = loss_gradient * f_step
+        loss_slope = loss_slope.sum(dim=1, keepdim=True)
         derivative = linear + middle * curvature - loss_slope
         is_rising = derivative > 0
         low = torch.where(is_rising, low, middle)

@@ -1,4 +1,4 @@
-"""Trains the linear heads of all layers together, in one pass over the training images per epoch."""
+"""Trains the linear heads of all layers together, in one pass over the images per epoch."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,10 @@ class _HeadBatch:
 
 
 def draw_held_back(n: int, seed: int) -> Int[Tensor, "m"]:
-    """Returns the indices of the tenth of n training images, at least one, that chooses among heads."""
+    """Returns the indices of the tenth of n training images that chooses among heads.
+
+    They are drawn at random by the seed, and at least one.
+    """
     generator = torch.Generator().manual_seed(seed_for(Use.HELD_BACK, seed))
     order = torch.randperm(n, generator=generator)
     return order[: max(1, n // _HELD_BACK)]
@@ -65,8 +68,8 @@ class TrainedHeads:
 class HeadTraining:
     """Trains all heads with SGD, with one forward pass of the backbone per batch for all of them.
 
-    Learning rates are multiplied by `gamma` at the milestones. Heads that must not see the held-back
-    tenth take no step on its images; if there are such heads, a batch is either entirely of the
+    Learning rates are multiplied by `gamma` at the milestones. Heads that must not see the
+    held-back tenth take no step on its images; if there are such heads, a batch is either entirely of the
     tenth or entirely of the rest, and the batches of an epoch come in random order. Batch norm,
     which has no parameters and sees no labels, is computed from all images that any head trains on.
     `steps_at_once` changes speed and rounding only; None chooses what suits the device.
@@ -157,7 +160,7 @@ class HeadTraining:
         device: torch.device,
         seed: int,
     ) -> int:
-        """Trains for an epoch, and returns the number of batches that all heads have learned from."""
+        """Trains for an epoch, and returns how many batches all heads have learned from."""
         factor = milestone_factor(epoch, self.milestone_epochs, self.gamma)
         steps_at_once = self.steps_at_once or _STEPS_AT_ONCE[device.type]
         epoch_seed = seed_for(Use.HEAD_BATCHES, seed, epoch)
@@ -188,8 +191,13 @@ class HeadTraining:
             self._learn(heads, waiting, factor)
         return n_learned
 
-    def _learn(self, heads: Heads, batches: Sequence[_HeadBatch], factor: float) -> None:
-        """Takes one step per batch with all heads, except with those that must not see the batch."""
+    def _learn(
+        self,
+        heads: Heads,
+        batches: Sequence[_HeadBatch],
+        factor: float,
+    ) -> None:
+        """Takes one step per batch with all heads, except with those that must not see it."""
         active = []
         for batch in batches:
             takes_step = [head.sees_all or not batch.is_of_tenth for head in self.sgd.settings]

@@ -30,7 +30,7 @@ Presence = Int[Tensor, "n classes"]  # for each image and class: THERE, DIFFICUL
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VocLabels:
-    """The labels of training and test images for the classes that can be both learned and tested."""
+    """The labels of training and test images for classes that can be learned and tested."""
 
     classes: list[int]  # the indices of these classes
     all_train: Int[Tensor, "n all"]  # the presence of all classes in the training images
@@ -41,7 +41,7 @@ class VocLabels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GramMatrices:
-    """Inner products of the normalized features of one layer, each feature vector with a 1 appended.
+    """Inner products of the normalized features of one layer, each vector with a 1 appended.
 
     The 1 is the intercept, which LIBLINEAR regularizes like any weight.
     """
@@ -148,10 +148,15 @@ class Voc07(Evaluation):
     ) -> Iterator[Score]:
         """Yields the scores of a layer; `deviations` from the protocol are to be part of each."""
 
-    def _labels_of(self, train: Presence, test: Int[Tensor, "t classes"]) -> VocLabels:
+    def _labels_of(
+        self,
+        train: Presence,
+        test: Int[Tensor, "t classes"],
+    ) -> VocLabels:
         """Returns the labels of the usable classes.
 
-        A class is usable if some training images show it and some do not, and a test image shows it.
+        A class is usable if some training images show it and some do not, and a test image shows
+        it.
 
         Raises:
             UsageError: no class is usable.
@@ -183,8 +188,8 @@ def _normalized(
 ) -> tuple[Float[Tensor, "n d"], Presence]:
     """Returns features in float64, each row divided by its length plus 1e-5, and the labels.
 
-    The constant is that of the protocol's code (protocols.md 3.1). `size` is the number of images per
-    batch.
+    The constant is that of the protocol's code (protocols.md 3.1). `size` is the number of images
+    per batch.
 
     Raises:
         UsageError: features are not finite.

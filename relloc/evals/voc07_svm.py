@@ -1,6 +1,6 @@
-"""The VOC07 SVM benchmark: one linear SVM per class on frozen features of each layer (protocols.md 3.1).
+"""The VOC07 SVM benchmark: linear SVMs on the frozen features of each layer (protocols.md 3.1).
 
-The cost of each SVM is chosen by cross-validation on the training images.
+There is one SVM per class. The cost of each SVM is chosen by cross-validation on the training images.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class Voc07Svm(Voc07):
     """Mean average precision of linear SVMs whose cost each class chooses by cross-validation.
 
     It yields `map`, measured on the test images, and `map_cv`, the cross-validated one on the
-    training images, if some class has enough positive images for it. Costs are chosen by the latter,
-    which uses scikit-learn's definition of average precision. Classes without a positive image in
+    training images, if some class has enough positive images for it. Costs are chosen by the
+    latter, which uses scikit-learn's definition of average precision. Classes without a positive image in
     train or test are left out, and listed in the deviations.
 
     `layers`: the layers to measure. `view`: how images are cropped and resized.
@@ -165,8 +165,8 @@ class Voc07Svm(Voc07):
             # The solution at one cost is near that of the next.
             start = fitted.coefficients
             precision = ap_steps(fitted.decisions[0], positive, ~in_training)
-            # Without a positive image to train on there is nothing to learn; without one to validate on
-            # average precision is nan by itself, and `nanmean` leaves both out.
+            # Without a positive image to train on there is nothing to learn; without one to validate
+            # on, average precision is nan by itself. `nanmean` leaves both out.
             precision[~has_positives] = torch.nan
             by_fold = precision.view(n_classes, self.folds)
             by_cost.append(by_fold.nanmean(dim=1))
@@ -189,7 +189,7 @@ class Voc07Svm(Voc07):
         return in_training
 
     def summary(self, rows: Sequence[Result]) -> Iterator[Result]:
-        """Yields the best layer twice: chosen on test as published, and by cross-validation on train."""
+        """Yields the best layer twice: chosen on test as published, and by cross-validation."""
         tested = [row for row in rows if row.metric == "map"]
         validated = [row for row in rows if row.metric == "map_cv"]
         if not tested:

@@ -1,1 +1,1 @@
-"""The interface that every evaluation implements, and the runner that shares features among them."""
+"""The interface of all evaluations, and the runner that shares features among them."""

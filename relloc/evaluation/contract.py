@@ -82,7 +82,11 @@ class Context:
         """The device of the backbone."""
         return self.encode_config.device
 
-    def augmented(self, view: View, color: ColorAugmentation | None) -> FeatureSource:
+    def augmented(
+        self,
+        view: View,
+        color: ColorAugmentation | None,
+    ) -> FeatureSource:
         """Returns features of the training split in random views that are new in each epoch.
 
         `color` changes the colors of the views, on the device; None leaves them as they are.
@@ -104,8 +108,8 @@ class Evaluation(abc.ABC):
     number is declared with `repr=False`. Class attributes declare what the evaluation is.
     """
 
-    # "frozen" and "study" see the backbone under each of the run's batch norms; "fine-tuned" trains a
-    # copy of it, batch norm included, and runs once.
+    # "frozen" and "study" see the backbone under each of the run's batch norms; "fine-tuned" trains
+    # a copy of it, batch norm included, and runs once.
     kind: ClassVar[Kind]
     # What an image must be labeled with: one class ("class"), the presence of each class
     # ("presence"), nothing ("none"), or what the evaluation itself looks for in `check`, such as

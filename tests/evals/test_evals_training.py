@@ -133,7 +133,7 @@ def test_where_a_whole_batch_is_missing_nothing_is_trained_on_by_mistake() -> No
     full = one.requests(100, draw_held_back(100, 0), 0)[0][0].indices
     gone = frozenset(full.tolist())
     source = Watched(bank(100), gone)
-    with pytest.raises(DataError, match="none of a whole batch of 5 images can be read"):
+    with pytest.raises(DataError, match="batch of 5 images"):
         fit(training(batch=5), Watched(bank(100), frozenset(range(60))))
     fit(training([PUBLISHED], epochs=1, milestone_epochs=()), source)  # nothing is to be told apart
 
@@ -196,7 +196,7 @@ def test_a_last_batch_of_one_image_is_passed_over_where_batch_norm_knows_no_vari
 
 def test_an_epoch_in_which_no_head_would_learn_is_an_error() -> None:
     gone = frozenset(range(1, 100))
-    with pytest.raises(DataError, match="of 100 training images too few can be read .* give more"):
+    with pytest.raises(DataError, match="100 training images too few"):
         fit(training([PUBLISHED]), Watched(bank(100), gone))
     with pytest.raises(DataError, match="too few"):
         fit(training([PUBLISHED], batch_norm=False), Watched(bank(100), gone | {0}))
@@ -205,10 +205,10 @@ def test_an_epoch_in_which_no_head_would_learn_is_an_error() -> None:
 def test_features_that_are_not_finite_are_named_by_layer() -> None:
     source = bank(40)
     source.features["feature1"][7, 2] = float("nan")
-    with pytest.raises(UsageError, match="features of feature1 are NaN or infinite"):
+    with pytest.raises(UsageError, match="feature1 .*NaN or infinite"):
         fit(training(), source)
     clean = fit(training(), bank(40))
-    with pytest.raises(UsageError, match="features of feature1 are NaN or infinite"):
+    with pytest.raises(UsageError, match="feature1 .*NaN or infinite"):
         count_hits(clean, source, torch.arange(40), 16, CPU)
 
 

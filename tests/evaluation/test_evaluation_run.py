@@ -254,7 +254,7 @@ def test_features_that_memory_has_no_room_for_are_computed_again_and_that_is_tol
     linear = {"linear": EVALUATIONS["linear"]}
     kept = rows_of(model, splits, settings(), linear)
     monkeypatch.setattr("relloc.evaluation.run.free_gib", lambda device: 1e-6)
-    with pytest.warns(UserWarning, match=r"take .* GiB, and 1e-06 GiB of memory are free: .* computed again"):
+    with pytest.warns(UserWarning, match=r"GiB.* 1e-06 GiB .*computed again"):
         live = rows_of(model, splits, settings(), linear)
     assert live == kept
 
@@ -270,7 +270,7 @@ def test_rows_do_not_depend_on_which_other_evaluations_run(model: EvaluatedModel
 def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(model: EvaluatedModel, splits: Splits) -> None:
     unlabeled = FolderImages(name="mine", split="train", paths=splits.train.source(0).split())
     for broken in (Splits(train=unlabeled, held_out=splits.held_out), Splits(train=splits.train, held_out=unlabeled)):
-        with pytest.raises(UsageError, match=r"has no labels to evaluate on .* python -m relloc\.evaluate checkpoint="):
+        with pytest.raises(UsageError, match=r"has no labels.* python -m relloc\.evaluate checkpoint="):
             rows_of(model, broken, settings())
 
 
