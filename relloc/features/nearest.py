@@ -223,7 +223,8 @@ def nearest(
     n_rows_of_ranks = [len(bank)]
     first_row = 0
     if across_ranks:
-        n_rows_of_ranks = ranks.gathered(torch.tensor([len(bank)])).flatten().tolist()
+        gathered = ranks.gathered(torch.tensor([len(bank)]))
+        n_rows_of_ranks = gathered.flatten().tolist()
         first_row = sum(n_rows_of_ranks[: ranks.rank()])
     n_rows = sum(n_rows_of_ranks)
 
@@ -445,10 +446,14 @@ def _keys_in_float64(queries: Queries, search: _Search, k: int) -> Keys:
     tile_size = max(1, search.tile // 6)
     for start, rows, norms in search.chunks():
         unit_rows = rows / norms.unsqueeze(1)
-        row_numbers = torch.arange(start, start + len(rows), device=queries.device)
+        end = start + len(rows)
+        row_numbers = torch.arange(start, end, device=queries.device)
         for tile in _slices(len(unit), tile_size):
             new_keys, _ = _largest(search.keys.pack(unit[tile] @ unit_rows.T, row_numbers), k)
-            keys[tile] = torch.cat([keys[tile], new_keys], dim=1).topk(k, dim=1, sorted=False).values
+            merged = torch.cat([keys[tile], new_keys], dim=1)
+            keys[tile] = merged.topk(k, dim=1, sorted=False).values
+            # Freed before the products of the next tile are computed.
+            del merged, new_keys
     return keys.topk(k, dim=1).values
 
 

@@ -289,7 +289,8 @@ class LiveFeatures:
         for views in read:
             # A batch may be empty, as no image of it could be read.
             if len(views.pixels):
-                yield self._encode(views, size, layers, epoch), self.labels[views.indices]
+                features = self._encode(views, size, layers, epoch)
+                yield features, self.labels[views.indices]
 
     def _keys(self, indices: Int[Tensor, "m"], epoch: int) -> list[SeededIndex]:
         """Returns each image with the seed of its view, which depends on image and epoch alone."""

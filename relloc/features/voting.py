@@ -75,7 +75,8 @@ def vote(
 
 def _gather_labels(labels: Int[Tensor, "mine"]) -> Int[Tensor, "n"]:
     """Returns the labels of all ranks, in the order of ranks."""
-    n_labels = ranks.gathered(torch.tensor([len(labels)])).flatten().tolist()
+    counts = ranks.gathered(torch.tensor([len(labels)]))
+    n_labels = counts.flatten().tolist()
     # A collective needs tensors of one size.
     padding = max(n_labels) - len(labels)
     gathered = ranks.gathered(pad(labels, (0, padding)))

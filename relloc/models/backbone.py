@@ -64,7 +64,10 @@ class Backbone(nn.Module, abc.ABC):
         stages = {}
         for name, layers in zip(STAGES, self.layers_of_stages(), strict=True):
             # A single module needs no container around it.
-            stages[name] = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+            if len(layers) == 1:
+                stages[name] = layers[0]
+            else:
+                stages[name] = nn.Sequential(*layers)
         return stages
 
     def dilated(self) -> "Backbone":
@@ -97,6 +100,7 @@ class Backbone(nn.Module, abc.ABC):
                 if convolution.kernel_size != (1, 1):
                     convolution.dilation = (conv_dilation, conv_dilation)
                     # "Same" padding of a dilated kernel, so that the map keeps its size.
-                    convolution.padding = tuple(side // 2 * conv_dilation for side in convolution.kernel_size)
+                    half_sides = [side // 2 for side in convolution.kernel_size]
+                    convolution.padding = tuple(half * conv_dilation for half in half_sides)
             dilation *= stage_stride
         return network

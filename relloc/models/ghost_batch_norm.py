@@ -138,7 +138,8 @@ class GhostBatchNorm(_BatchNorm):
                 "a batch norm has no variance of one value per channel: raise recipe.images_per_batch_norm"
             )
         # Running variances are unbiased, as PyTorch's are.
-        unbiased = _scale_groups(variances, [count / (count - 1) for count in counts])
+        corrections = [count / (count - 1) for count in counts]
+        unbiased = _scale_groups(variances, corrections)
         momentum = self.momentum or 0.0
         n_updates = means.shape[0] * means.shape[1]
         # n updates r = (1 - m) r + m x, one after the other, are one weighted sum: an update with j
@@ -207,14 +208,19 @@ class _Normalize(torch.autograd.Function):
         slope = -scale * inverse_std.square() * mean_grad_x
         offset = -scale * mean_grad - slope * means
         scale, slope, offset = _broadcast_to_blocks((scale, slope, offset), group_of_block, blocks)
-        grad_x = _cast(scale * grad + slope * blocks + offset, x.dtype).flatten(0, 1)
+        grad_blocks = scale * grad + slope * blocks + offset
+        grad_x = _cast(grad_blocks, x.dtype).flatten(0, 1)
         if weight is None:
             return grad_x, *(None,) * 6
         # Means times counts are the sums over the rows of each group.
         counts = groups.values_per_channel(blocks)
         grad_weight = _scale_groups(mean_grad_x * inverse_std, counts)
         grad_bias = _scale_groups(mean_grad, counts)
-        return grad_x, grad_weight.sum((0, 1)), grad_bias.sum((0, 1)), *(None,) * 4
+        # Weight and bias are shared by all groups. Nothing else that `forward` takes is learned.
+        ghosts_and_groups = (0, 1)
+        grad_weight = grad_weight.sum(ghosts_and_groups)
+        grad_bias = grad_bias.sum(ghosts_and_groups)
+        return grad_x, grad_weight, grad_bias, *(None,) * 4
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -239,7 +245,8 @@ def _group_statistics(blocks: Tensor, groups: Groups) -> tuple[GroupValues, Grou
     first_values = blocks[0, 0]
     if blocks.dim() > 3:
         first_values = first_values.flatten(1)[:, 0]
-    shifted = blocks - first_values.view(-1, *(1,) * (blocks.dim() - 3))
+    pixel_dims = (1,) * (blocks.dim() - 3)
+    shifted = blocks - first_values.view(-1, *pixel_dims)
     shifted_means = _group_means(shifted, groups)
     mean_squares = _group_means(shifted.square(), groups)
     # Rounding may give a variance just below zero.

@@ -70,8 +70,11 @@ def split_for_rank(samples: Sequence[T], accumulation: int = 1) -> list[Sequence
     for number in range(n_micro_batches + 1):
         edges.append(len(samples) * number // n_micro_batches)
     first = ranks.rank() * accumulation
-    own = range(first, first + accumulation)
-    return [samples[edges[number] : edges[number + 1]] for number in own]
+    own_micro_batches = []
+    for number in range(first, first + accumulation):
+        start, end = edges[number], edges[number + 1]
+        own_micro_batches.append(samples[start:end])
+    return own_micro_batches
 
 
 @dataclasses.dataclass(eq=False)

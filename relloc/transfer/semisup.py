@@ -204,7 +204,9 @@ class SemiSupervised(Evaluation):
         """
         # The backbone of the run is evaluated by others, too, so a copy of it is trained.
         backbone = copy.deepcopy(context.backbone)
-        network = Classifier(backbone, len(images.classes), seed=context.seed).to(context.device)
+        n_classes = len(images.classes)
+        network = Classifier(backbone, n_classes, seed=context.seed)
+        network = network.to(context.device)
         # Backbones come frozen from the runner; here all weights learn.
         network.requires_grad_(True)
         # The head starts from random weights, for which a higher rate may be better.
