@@ -31,7 +31,7 @@ Labels = Literal["class", "presence", "own", "none"]
 
 
 @runtime_checkable
-class ResumableState(Protocol):
+class EvaluationState(Protocol):
     """Storage from which a long evaluation resumes after it was stopped.
 
     A state is a dictionary of tensors and plain values, the same for all ranks. All ranks call
@@ -49,7 +49,7 @@ class ResumableState(Protocol):
 
 
 class NullState:
-    """A `ResumableState` that saves nothing, for tests and evaluations that are not resumed."""
+    """An `EvaluationState` that saves nothing, for tests and evaluations that are not resumed."""
 
     def load(self) -> None:
         return None
@@ -73,7 +73,7 @@ class Context:
     # for the run which images cannot be read.
     encode_config: EncodeConfig
     seed: int  # the run's seed, from which the evaluation derives its own
-    state: ResumableState  # where a long evaluation saves its progress
+    state: EvaluationState  # where a long evaluation saves its progress
     # For pictures and tables. It belongs to this evaluation of this model, and need not exist yet.
     folder: Path
 

@@ -26,9 +26,9 @@ from relloc.evaluation.contract import (
     EvalSettings,
     EvaluatedModel,
     Evaluation,
+    EvaluationState,
     Labels,
     NamedEvaluation,
-    ResumableState,
 )
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import (
@@ -195,7 +195,7 @@ def evaluate(
     settings: EvalSettings,
     *,
     run_dir: Path,
-    open_state: Callable[[str], ResumableState],
+    open_state: Callable[[str], EvaluationState],
 ) -> Iterator[tuple[EvalPart, list[Result]]]:
     """Yields each part of a group from `group_parts` with its results, as they are measured.
 

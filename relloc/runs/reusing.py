@@ -100,7 +100,7 @@ def state_file(run_dir: Path, fingerprint: str) -> Path:
 
 
 class ResumableState:
-    """A `ResumableState` in a file of the run folder; else the newest that a run below `reused_runs` left is loaded.
+    """An `EvaluationState` in a file of the run folder; else the newest that a run below `reused_runs` left is loaded.
 
     It is written `save_every_s` seconds apart at most, and wherever more than `PATIENCE_S` went by. So what
     was saved last is in the file, or the next call comes within seconds: then a stop waits for that,

@@ -20,9 +20,9 @@ from relloc.evaluation.contract import (
     EvalSettings,
     EvaluatedModel,
     Evaluation,
+    EvaluationState,
     NamedEvaluation,
     NullState,
-    ResumableState,
 )
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
 from relloc.features.batch_norm import recalibrate
@@ -96,7 +96,7 @@ def rows_of(
     given: EvalSettings,
     evaluations: Mapping[str, Evaluation] = EVALUATIONS,
     is_wanted: Callable[[EvalPart], bool] = lambda _part: True,
-    open_state: Callable[[str], ResumableState] = lambda _fingerprint: NullState(),
+    open_state: Callable[[str], EvaluationState] = lambda _fingerprint: NullState(),
     run_dir: Path = Path("nowhere"),
 ) -> list[Result]:
     named = [NamedEvaluation(name=name, evaluation=one, splits=splits) for name, one in evaluations.items()]
@@ -394,7 +394,7 @@ def test_augmented_views_are_new_each_epoch_and_the_same_each_time(model: Evalua
 def test_each_work_keeps_a_state_of_its_own(model: EvaluatedModel, splits: Splits) -> None:
     asked: list[str] = []
 
-    def open_state(fingerprint: str) -> ResumableState:
+    def open_state(fingerprint: str) -> EvaluationState:
         asked.append(fingerprint)
         return NullState()
 

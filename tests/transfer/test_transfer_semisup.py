@@ -68,7 +68,7 @@ SPLITS = Splits(train=Colors(split="train", n=90), held_out=Colors(split="val", 
 
 
 class Kept:
-    """A `ResumableState` that keeps what it is given, and stops the run at the `stop`-th time."""
+    """An `EvaluationState` that keeps what it is given, and stops the run at the `stop`-th time."""
 
     def __init__(self, content: dict[str, Any] | None = None, stop: int | None = None) -> None:
         self.content, self.stop, self.saved, self.loaded = content, stop, 0, 0
