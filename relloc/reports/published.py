@@ -22,7 +22,7 @@ class CardPart:
 
     `evaluation` is its name in conf/eval, "" where it is not built; `kind` is that of its results. `view` is the
     published one, and `images` the number of images that the published numbers are of. `hours` is an estimate for a
-    ResNet-50 on one GPU, from the rates in benchmarks/README.md. `layer_best_in` is the table whose best layer is the
+    ResNet-50 on one GPU, from the rates in docs/benchmarks.md. `layer_best_in` is the table whose best layer is the
     layer of these numbers; "" where they have columns for layers, or the layer is given.
     """
 
