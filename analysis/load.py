@@ -62,7 +62,7 @@ def _study(record: RunRecord, checkpoint: str) -> tuple[str, str]:
 
 def _without_seed(record: RunRecord) -> tuple[str, str]:
     """A pretraining's name without the word of its seed, and the hash of its settings but the seed."""
-    settings = neutral.of_weights(record.params)
+    settings = neutral.settings_of_weights(record.params)
     word = f"s{settings.pop('seed', 0)}"
     name = " ".join(part for part in record.name.split(" ") if part != word)
     return name, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
