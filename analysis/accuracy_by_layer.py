@@ -33,7 +33,9 @@ results = results[results["headline"] & (results["unit"] == "%") & (results["lay
 # %%
 told_apart = ["study", "settings", "weights", "batch_norm"]
 lines = ["dataset", "model", "eval", *told_apart]
-by_layer = results.pivot_table(index=lines, columns="layer", values="value", aggfunc="mean").round(1)
+by_layer = results.pivot_table(index=lines, columns="layer", values="value", aggfunc="mean").round(
+    1
+)
 by_layer["runs"] = results.groupby(lines)["folder"].nunique()
 by_layer
 
@@ -43,11 +45,15 @@ def draw_line(axis, rows, label, color, batch_norm):
     stages = rows[rows["layer"] != "avgpool"].groupby("layer")["value"].agg(["mean", "min", "max"])
     style = "--" if batch_norm == "recalibrated" else "-"
     axis.plot(stages.index, stages["mean"], style, marker="o", color=color, label=label)
-    axis.fill_between(stages.index, stages["min"], stages["max"], color=color, alpha=0.15, linewidth=0)
+    axis.fill_between(
+        stages.index, stages["min"], stages["max"], color=color, alpha=0.15, linewidth=0
+    )
 
 
 panels = list(results.groupby(["dataset", "model", "eval"]))
-figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False, layout="constrained")
+figure, axes = plt.subplots(
+    1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False, layout="constrained"
+)
 for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=True):
     pretrained = rows[rows["weights"] != "random"]
     studies = list(dict.fromkeys(zip(pretrained["study"], pretrained["settings"], strict=True)))
@@ -58,6 +64,8 @@ for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=Tr
     axis.set_title(f"{evaluation} on {dataset}, {model}", fontsize=10)
     axis.set_ylabel(f"{rows['metric'].iloc[0]} (%)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)  # names can be long
+    axis.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False
+    )  # names can be long
 figure.savefig(runs_folder() / "accuracy_by_layer.png", dpi=120)
 print("saved", runs_folder() / "accuracy_by_layer.png")

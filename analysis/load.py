@@ -38,8 +38,15 @@ def load_results(runs: Path) -> pd.DataFrame:
         record = RunRecord.read(file.parent)
         for result in read_results(file.parent):
             weights = result.checkpoint if result.checkpoint in NOT_OURS else "pretrained"
-            study, settings = _study(record, result.checkpoint) if weights == "pretrained" else (weights, "")
-            told = {"study": study, "settings": settings, "folder": str(file.parent), "weights": weights}
+            study, settings = (
+                _study(record, result.checkpoint) if weights == "pretrained" else (weights, "")
+            )
+            told = {
+                "study": study,
+                "settings": settings,
+                "folder": str(file.parent),
+                "weights": weights,
+            }
             rows.append(dataclasses.asdict(result) | {"run": record.name} | told)
     if not rows:
         raise FileNotFoundError(
@@ -82,5 +89,7 @@ def load_curves(runs: Path) -> pd.DataFrame:
         for metric, value in entry.metrics.items()
     ]
     if not rows:
-        raise FileNotFoundError(f"no curves below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS")
+        raise FileNotFoundError(
+            f"no curves below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS"
+        )
     return pd.DataFrame(rows)

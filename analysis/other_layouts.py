@@ -24,12 +24,23 @@ def main(layout: str, folder: Path, out: Path) -> None:
         if layout == PLACES:
             lists = out / "trainvalsplit_places205" / f"{split}_places205.csv"
             lists.parent.mkdir(exist_ok=True)
-            lists.write_text("".join(f"{name} {label}\n" for name, label in zip(names, images.labels, strict=True)))
+            lists.write_text(
+                "".join(
+                    f"{name} {label}\n" for name, label in zip(names, images.labels, strict=True)
+                )
+            )
             continue
         content = {
-            "images": [{"id": n, "file_name": f"{IMAGES[INAT]}/{name}"} for n, name in enumerate(names)],
-            "annotations": [{"id": n, "image_id": n, "category_id": label} for n, label in enumerate(images.labels)],
-            "categories": [{"id": label, "name": name} for label, name in enumerate(images.classes)],
+            "images": [
+                {"id": n, "file_name": f"{IMAGES[INAT]}/{name}"} for n, name in enumerate(names)
+            ],
+            "annotations": [
+                {"id": n, "image_id": n, "category_id": label}
+                for n, label in enumerate(images.labels)
+            ],
+            "categories": [
+                {"id": label, "name": name} for label, name in enumerate(images.classes)
+            ],
         }
         (out / f"{split}2018.json").write_text(json.dumps(content))
 

@@ -29,12 +29,19 @@ from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
 tables = {}
 for file in sorted(runs_folder().glob(f"sweeps/*/{SWEEP_FILE}")):
-    points = [point for point in Sweep(file.parent).points() if (point.folder / RESULTS_FILE).exists()]
+    points = [
+        point for point in Sweep(file.parent).points() if (point.folder / RESULTS_FILE).exists()
+    ]
     if points:
         numbers = read_sweep(file.parent.name, points, ["" for _ in points])
-        tables |= {(numbers.name, title): our_lines(numbers, table) for title, table in mean_tables(numbers)}
+        tables |= {
+            (numbers.name, title): our_lines(numbers, table)
+            for title, table in mean_tables(numbers)
+        }
 if not tables:
-    raise FileNotFoundError(f"no sweep with results below {runs_folder().resolve()}: run one, or set RELLOC_RUNS")
+    raise FileNotFoundError(
+        f"no sweep with results below {runs_folder().resolve()}: run one, or set RELLOC_RUNS"
+    )
 
 # %% [markdown]
 # `settings` is the standard deviation of the means, `seeds` that of seeds within a setting (pooled; none where there is
@@ -55,13 +62,21 @@ apart
 # Each metric at the layer at which settings lie apart the most; bars are standard deviations over seeds.
 
 # %%
-figure, axes = plt.subplots(1, len(tables), figsize=(4.6 * len(tables), 3.8), squeeze=False, layout="constrained")
+figure, axes = plt.subplots(
+    1, len(tables), figsize=(4.6 * len(tables), 3.8), squeeze=False, layout="constrained"
+)
 for axis, ((sweep, title), ours) in zip(axes[0], tables.items(), strict=True):
     layer = ours["mean"].std().idxmax()
     across, *others = ours.index.names
     for values, line in ours.groupby(others, observed=True) if others else [((), ours)]:
         places = line.index.get_level_values(across).astype(str)
-        axis.errorbar(places, line["mean", layer], line["std", layer].fillna(0), marker="o", label=", ".join(values))
+        axis.errorbar(
+            places,
+            line["mean", layer],
+            line["std", layer].fillna(0),
+            marker="o",
+            label=", ".join(values),
+        )
     axis.set(title=f"{sweep}: {title}\n{layer}", xlabel=across)
     axis.grid(alpha=0.3)
     if others:

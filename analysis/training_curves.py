@@ -35,9 +35,13 @@ PANELS = {
 curves.groupby(["run", "metric"], sort=False)["value"].last().unstack("run").round(2)
 
 # %%
-figure, axes = plt.subplots(1, len(PANELS), figsize=(4.6 * len(PANELS), 3.6), squeeze=False, layout="constrained")
+figure, axes = plt.subplots(
+    1, len(PANELS), figsize=(4.6 * len(PANELS), 3.6), squeeze=False, layout="constrained"
+)
 for axis, (title, metrics) in zip(axes[0], PANELS.items(), strict=True):
-    for (run, metric), curve in curves[curves["metric"].isin(metrics)].groupby(["run", "metric"], sort=False):
+    for (run, metric), curve in curves[curves["metric"].isin(metrics)].groupby(
+        ["run", "metric"], sort=False
+    ):
         axis.plot(curve["step"], curve["value"], linewidth=1.2, label=f"{run}, {metric}")
     axis.set(title=title, xlabel="step")
     axis.grid(alpha=0.3)

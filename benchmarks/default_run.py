@@ -43,26 +43,45 @@ def main() -> None:
     """Run both sides in turns and compare the medians of all their reports."""
     asked = _asked()
     with _checked_out(asked.before) as before:
-        sides = {f"before ({asked.before})": before, f"after ({report.commit()})": report.REPOSITORY}
+        sides = {
+            f"before ({asked.before})": before,
+            f"after ({report.commit()})": report.REPOSITORY,
+        }
         runs: dict[str, list[Trained]] = {side: [] for side in sides}
         for _, (side, checkout) in itertools.product(range(asked.rounds), sides.items()):
             runs[side].append(_train(checkout, asked.overrides))
-    rows = [_row(side, number, run) for side, done in runs.items() for number, run in enumerate(done, start=1)]
-    before_rate, after_rate = (statistics.median(rate for run in done for rate in run.rates) for done in runs.values())
+    rows = [
+        _row(side, number, run)
+        for side, done in runs.items()
+        for number, run in enumerate(done, start=1)
+    ]
+    before_rate, after_rate = (
+        statistics.median(rate for run in done for rate in run.rates) for done in runs.values()
+    )
     settings = vars(asked) | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
-    report.tell("default run", rows, {"after to before": after_rate / before_rate}, asked.json, settings=settings)
+    report.tell(
+        "default run",
+        rows,
+        {"after to before": after_rate / before_rate},
+        asked.json,
+        settings=settings,
+    )
 
 
 def _train(checkout: Path, overrides: list[str]) -> Trained:
     _require_own_package(checkout)
     load, cpu_s, clock_s = os.getloadavg()[0], _children_s(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="relloc_run_") as folder:
-        _python(checkout, "-m", "relloc.train", *OVERRIDES, *overrides, f"hydra.run.dir={folder}/run")
+        _python(
+            checkout, "-m", "relloc.train", *OVERRIDES, *overrides, f"hydra.run.dir={folder}/run"
+        )
         clock_s, cpu_s = time.monotonic() - clock_s, _children_s() - cpu_s
         metrics = [entry.metrics for entry in read_journal(Path(folder) / "run")]
     rates = [metric[RATE] for metric in metrics if RATE in metric]
     if len(rates) < 2:
-        raise SystemExit(f"{checkout}: only {len(rates)} reports of {RATE}; train longer: schedule.epochs=2")
+        raise SystemExit(
+            f"{checkout}: only {len(rates)} reports of {RATE}; train longer: schedule.epochs=2"
+        )
     return Trained(rates=rates[1:], clock_s=clock_s, cpu_s=cpu_s, load=load)
 
 
@@ -82,10 +101,17 @@ def _python(checkout: Path, *arguments: str) -> str:
     """What a Python started in a checkout prints; its own package comes before an installed one."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     ended = subprocess.run(
-        [sys.executable, *arguments], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if ended.returncode:
-        raise SystemExit(f"{checkout}: {' '.join(arguments)} failed:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+        raise SystemExit(
+            f"{checkout}: {' '.join(arguments)} failed:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}"
+        )
     return ended.stdout
 
 
@@ -123,7 +149,9 @@ def _asked() -> argparse.Namespace:
     parser = report.arguments(__doc__)
     parser.add_argument("--before", default=BEFORE_THE_ENGINE, help="the revision to compare with")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side")
-    parser.add_argument("overrides", nargs="*", help="more settings for both sides, such as color=drop")
+    parser.add_argument(
+        "overrides", nargs="*", help="more settings for both sides, such as color=drop"
+    )
     return parser.parse_args()
 
 

@@ -30,12 +30,17 @@ def main() -> None:
     parser.add_argument("--shards", required=True, help="a folder that relloc.prepare packed")
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the runs")
     parser.add_argument(
-        "--steps", type=int, default=2000, help="enough for monitors, 5 %% of the time at most, to come as they will"
+        "--steps",
+        type=int,
+        default=2000,
+        help="enough for monitors, 5 %% of the time at most, to come as they will",
     )
     parser.add_argument("--images", type=int, default=512, help="images a step and GPU")
     parser.add_argument("--gpus", default="1", help="numbers of GPUs, such as 1,2")
     parser.add_argument("--cores", type=int, help="processor cores a GPU (all there are)")
-    parser.add_argument("--step-rate", type=float, help="images/s of the step alone, if it was just measured here")
+    parser.add_argument(
+        "--step-rate", type=float, help="images/s of the step alone, if it was just measured here"
+    )
     parser.add_argument("overrides", nargs="*", help="settings of relloc.train, such as color=drop")
     options = parser.parse_args()
     rows, ratios = [], {}
@@ -50,31 +55,64 @@ def main() -> None:
         alone = options.step_rate or rows[0]["images/s"]
         ratios["training over the step alone, one GPU"] = of_training[0]["images/s"] / alone
     for row in of_training[1:]:
-        ratios[f"{row['GPUs']} GPUs over {of_training[0]['GPUs']}"] = row["images/s"] / of_training[0]["images/s"]
+        ratios[f"{row['GPUs']} GPUs over {of_training[0]['GPUs']}"] = (
+            row["images/s"] / of_training[0]["images/s"]
+        )
     for row in of_training:
-        ratios[f"hours of 70 epochs of ImageNet, {row['GPUs']} GPU"] = EPOCHS_70 / (row["images/s"] * 3600)
-    tell("pretraining from JPEG shards, ResNet-50", rows, ratios, options.json, settings=vars(options))
+        ratios[f"hours of 70 epochs of ImageNet, {row['GPUs']} GPU"] = EPOCHS_70 / (
+            row["images/s"] * 3600
+        )
+    tell(
+        "pretraining from JPEG shards, ResNet-50",
+        rows,
+        ratios,
+        options.json,
+        settings=vars(options),
+    )
 
 
 def _training(gpus: int, options: argparse.Namespace) -> dict[str, object]:
     run_dir = options.out / f"{gpus}_gpus"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        if gpus > 1
+        else []
+    )
     settings = [
-        *("model=resnet50", "data=folder", f"data.shards={options.shards}", "eval=[]", "schedule=constant"),
-        *(f"recipe.images_per_step={options.images * gpus}", f"hydra.run.dir={run_dir}", *options.overrides),
+        *(
+            "model=resnet50",
+            "data=folder",
+            f"data.shards={options.shards}",
+            "eval=[]",
+            "schedule=constant",
+        ),
+        *(
+            f"recipe.images_per_step={options.images * gpus}",
+            f"hydra.run.dir={run_dir}",
+            *options.overrides,
+        ),
         f"schedule.epochs={_epochs(options, gpus)}",
     ]
     environment = {**os.environ, "RELLOC_RUNS": str(options.out), "OMP_NUM_THREADS": "1"}
     own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(own)[: options.cores and options.cores * gpus])  # children inherit it
+    os.sched_setaffinity(
+        0, sorted(own)[: options.cores and options.cores * gpus]
+    )  # children inherit it
     try:
-        subprocess.run([sys.executable, *torchrun, "-m", "relloc.train", *settings], env=environment, check=True)
+        subprocess.run(
+            [sys.executable, *torchrun, "-m", "relloc.train", *settings],
+            env=environment,
+            check=True,
+        )
     finally:
         os.sched_setaffinity(0, own)
     told = [entry for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
     first, last = told[0], told[-1]
     images, seconds = options.images * gpus, (last.time_ms - first.time_ms) / 1000
-    between = [1000 * (b.step - a.step) * images / (b.time_ms - a.time_ms) for a, b in itertools.pairwise(told)]
+    between = [
+        1000 * (b.step - a.step) * images / (b.time_ms - a.time_ms)
+        for a, b in itertools.pairwise(told)
+    ]
     waiting = [entry.metrics["speed/waiting_percent"] for entry in told[1:]]
     return {
         "side": "training",
@@ -97,7 +135,13 @@ def _step_alone(options: argparse.Namespace) -> dict[str, object]:
     out = options.out / "step_alone.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        *(sys.executable, str(REPOSITORY / "benchmarks" / "pretext_step.py"), "--patch-px", "64", "--ours-only"),
+        *(
+            sys.executable,
+            str(REPOSITORY / "benchmarks" / "pretext_step.py"),
+            "--patch-px",
+            "64",
+            "--ours-only",
+        ),
         *("--images", str(options.images), "--json", str(out), *options.overrides),
     ]
     subprocess.run(command, check=True)

@@ -44,11 +44,17 @@ def main() -> None:
     size = options.images or (256 if on_gpu else 8)
     calls = options.calls or (20 if on_gpu else 1)
     reading = EncodeConfig(
-        batch=size, workers=how.workers, device=how.device, precision=how.precision, unreadable_share=1.0
+        batch=size,
+        workers=how.workers,
+        device=how.device,
+        precision=how.precision,
+        unreadable_share=1.0,
     )
     backbone = ResNetBackbone(depth=50).eval()
     how.place(backbone)
-    pixels = torch.randint(256, (size, CROP_PX, CROP_PX, 3), dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)
+    pixels = torch.randint(
+        256, (size, CROP_PX, CROP_PX, 3), dtype=torch.uint8, device=how.device
+    ).permute(0, 3, 1, 2)
     six, one = (_encode(how, reading, backbone, layers) for layers in (LAYERS, ("avgpool",)))
     sides = {
         "forward alone": _forward(how, reading.to_device(pixels)),
@@ -67,17 +73,27 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=int, help="at once; default: 256 on a GPU, 8 on a CPU")
-    parser.add_argument("--calls", type=int, help="of the network between two looks at the clock; default: 20, or 1")
+    parser.add_argument(
+        "--calls", type=int, help="of the network between two looks at the clock; default: 20, or 1"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="how often each side is timed")
-    parser.add_argument("--root", type=Path, help="images, or a folder that relloc.prepare packed: timed as well")
-    parser.add_argument("--batches", type=int, default=80, help="of them that are timed; few images are repeated")
-    parser.add_argument("overrides", nargs="*", help="settings of relloc.evaluate, such as compile=false workers=8")
+    parser.add_argument(
+        "--root", type=Path, help="images, or a folder that relloc.prepare packed: timed as well"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=80, help="of them that are timed; few images are repeated"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="settings of relloc.evaluate, such as compile=false workers=8"
+    )
     return parser.parse_args()
 
 
 def _config(overrides: Sequence[str]) -> Evaluating:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return build.evaluating(compose("evaluate", ["checkpoint=random", "model=resnet50", *overrides]))
+        return build.evaluating(
+            compose("evaluate", ["checkpoint=random", "model=resnet50", *overrides])
+        )
 
 
 def _repeated(work: Callable[[], object], calls: int) -> Callable[[], object]:
@@ -96,7 +112,9 @@ def _forward(how: engine.Engine, images: Tensor) -> Callable[[], object]:
     return forward
 
 
-def _encode(how: engine.Engine, reading: EncodeConfig, backbone: ResNetBackbone, layers: tuple[str, ...]) -> Encode:
+def _encode(
+    how: engine.Engine, reading: EncodeConfig, backbone: ResNetBackbone, layers: tuple[str, ...]
+) -> Encode:
     """What `LiveFeatures` does with a batch, as one function."""
 
     def encode(pixels: Tensor) -> dict[str, Tensor]:
@@ -115,7 +133,8 @@ def _from_files(reading: EncodeConfig, encode: Encode, options: argparse.Namespa
     keys = [(place, 0) for place in itertools.islice(itertools.cycle(range(len(images))), n_images)]
     started, counted = 0.0, 0
     for number, views in enumerate(
-        reading.views(images, Center(short_px=SHORT_PX, crop_px=CROP_PX), keys, reading.batch), start=1
+        reading.views(images, Center(short_px=SHORT_PX, crop_px=CROP_PX), keys, reading.batch),
+        start=1,
     ):
         if len(views.pixels) == reading.batch:  # another size would be compiled anew
             encode(views.pixels)
@@ -149,8 +168,15 @@ def _finish(device: torch.device) -> None:
 
 def _tell(rates: dict[str, float], title: str, options: argparse.Namespace) -> None:
     base = rates["forward alone"]
-    rows = [{"side": name, "images/s": rate, "% of the forward": 100 * rate / base} for name, rate in rates.items()]
-    ratios = {f"{name}, over the forward": rate / base for name, rate in rates.items() if name != "forward alone"}
+    rows = [
+        {"side": name, "images/s": rate, "% of the forward": 100 * rate / base}
+        for name, rate in rates.items()
+    ]
+    ratios = {
+        f"{name}, over the forward": rate / base
+        for name, rate in rates.items()
+        if name != "forward alone"
+    }
     tell(title, rows, ratios, options.json, settings=vars(options))
 
 

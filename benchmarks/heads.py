@@ -48,7 +48,9 @@ class Resident:
         self.dims = layer_dims(backbone)
         self.channels = layer_channels(backbone)
         shape = (options.batch, options.px, options.px, 3)
-        self.pixels = torch.randint(256, shape, dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)
+        self.pixels = torch.randint(256, shape, dtype=torch.uint8, device=how.device).permute(
+            0, 3, 1, 2
+        )
         self.labels = torch.randint(options.classes, (options.batch,), device=how.device)
         self.encode = how.compile(self._encode)
 
@@ -61,18 +63,29 @@ class Resident:
     ) -> Iterator[FeatureBatch]:
         for chosen in indices.split(size):
             with torch.no_grad():
-                yield self.encode(self.pixels[: len(chosen)], tuple(layers)), self.labels[: len(chosen)]
+                yield (
+                    self.encode(self.pixels[: len(chosen)], tuple(layers)),
+                    self.labels[: len(chosen)],
+                )
 
 
 class FromFiles:
     """A `FeatureSource` of the evaluation's random views of few images, which are read again and again."""
 
-    def __init__(self, backbone: Backbone, options: argparse.Namespace, config: Evaluating, how: engine.Engine) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        options: argparse.Namespace,
+        config: Evaluating,
+        how: engine.Engine,
+    ) -> None:
         images = images_below(options.root)
         labels = torch.randint(options.classes, (len(images),))
         of_eval = _linear(config)
         reading = config.encode_config(how, shown=False)
-        self.live = LiveFeatures(backbone, images, reading, of_eval.augment, labels=labels, color=of_eval.color)
+        self.live = LiveFeatures(
+            backbone, images, reading, of_eval.augment, labels=labels, color=of_eval.color
+        )
         self.n = options.steps * options.batch
         self.n_classes = options.classes
         self.dims, self.channels = self.live.dims, self.live.channels
@@ -89,14 +102,24 @@ def main() -> None:
     parser.add_argument("--px", type=int, default=224)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=160, help="steps that are timed together; a multiple of ten")
+    parser.add_argument(
+        "--steps", type=int, default=160, help="steps that are timed together; a multiple of ten"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--at-once", type=int, nargs="+", default=[16, 1], help="steps that 55 heads take together")
-    parser.add_argument("--root", type=Path, help="images, or a folder that relloc.prepare packed: timed as well")
-    parser.add_argument("overrides", nargs="*", help="settings such as compile=false or precision=tf32")
+    parser.add_argument(
+        "--at-once", type=int, nargs="+", default=[16, 1], help="steps that 55 heads take together"
+    )
+    parser.add_argument(
+        "--root", type=Path, help="images, or a folder that relloc.prepare packed: timed as well"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="settings such as compile=false or precision=tf32"
+    )
     options = parser.parse_args()
     if options.steps % 10:
-        parser.error("--steps is to be a multiple of ten: one batch in ten is held back from the grid")
+        parser.error(
+            "--steps is to be a multiple of ten: one batch in ten is held back from the grid"
+        )
     config = _config([f"model={options.model}", *options.overrides])
     how = engine.settle(config.engine)
     backbone = build.model_of_conf(options.model).backbone(0)
@@ -109,11 +132,20 @@ def main() -> None:
         ends = {f"{name}, from files": sides[name] for name in (names[0], names[2])}
         read = _timed(ends, FromFiles(backbone, options, config, how), how, options)
         rows, ratios = rows + read, ratios | _over_first(read)
-    tell(f"linear heads on frozen {options.model}; {how}", rows, ratios, options.json, settings=vars(options))
+    tell(
+        f"linear heads on frozen {options.model}; {how}",
+        rows,
+        ratios,
+        options.json,
+        settings=vars(options),
+    )
 
 
 def _timed(
-    sides: dict[str, HeadTraining], source: Resident | FromFiles, how: engine.Engine, options: argparse.Namespace
+    sides: dict[str, HeadTraining],
+    source: Resident | FromFiles,
+    how: engine.Engine,
+    options: argparse.Namespace,
 ) -> list[dict[str, object]]:
     passes = {name: _pass(training, source, how.device) for name, training in sides.items()}
     spent = median_s(passes, device=how.device, rounds=options.rounds)
@@ -121,12 +153,21 @@ def _timed(
 
 
 def _over_first(rows: list[dict[str, object]]) -> dict[str, float]:
-    return {f"{row['side']}, over {rows[0]['side']}": row["ms a step"] / rows[0]["ms a step"] for row in rows[1:]}
+    return {
+        f"{row['side']}, over {rows[0]['side']}": row["ms a step"] / rows[0]["ms a step"]
+        for row in rows[1:]
+    }
 
 
 def _config(overrides: list[str]) -> Evaluating:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        words = ["checkpoint=random", "data=in1k", "data.root=nowhere", "eval=linear_in1k", *overrides]
+        words = [
+            "checkpoint=random",
+            "data=in1k",
+            "data.root=nowhere",
+            "eval=linear_in1k",
+            *overrides,
+        ]
         return build.evaluating(compose("evaluate", words))
 
 
@@ -151,7 +192,10 @@ def _sides(options: argparse.Namespace) -> dict[str, HeadTraining]:
         "five": _training(STAGES, [published], options, most),
     }
     name = f"five and {len(grid) * len(STAGES)}"
-    many = {f"{name}, {k} at once": _training(STAGES, [published, *grid], options, k) for k in options.at_once}
+    many = {
+        f"{name}, {k} at once": _training(STAGES, [published, *grid], options, k)
+        for k in options.at_once
+    }
     return few | many
 
 
@@ -171,12 +215,17 @@ def _training(
 
 
 def _pass(training: HeadTraining, source: Resident | FromFiles, device: torch.device):
-    heads = {layer: training._new_heads(source, layer, seed=0).to(device).train() for layer in training.layers}
+    heads = {
+        layer: training._new_heads(source, layer, seed=0).to(device).train()
+        for layer in training.layers
+    }
     tenth = draw_held_back(source.n, seed=0)
     return lambda: training._train_epoch(heads, source, tenth, 0, device, seed=0)
 
 
-def _row(name: str, training: HeadTraining, seconds: float, options: argparse.Namespace) -> dict[str, object]:
+def _row(
+    name: str, training: HeadTraining, seconds: float, options: argparse.Namespace
+) -> dict[str, object]:
     return {
         "side": name,
         "heads": len(training.layers) * len(training.sgd.settings),

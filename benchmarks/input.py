@@ -36,8 +36,12 @@ from relloc.geometry import PatchGrid, ShortSide
 from relloc.pretext.feed import HELD_FORWARDS, Feed
 from relloc.seeds import Use
 
-GRID = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))  # conf/grid/mmselfsup.yaml
-PACKING = Packing(short_px=292, quality=90, subsampling="4:2:0", images_per_shard=5000)  # conf/prepare.yaml
+GRID = PatchGrid(
+    patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292)
+)  # conf/grid/mmselfsup.yaml
+PACKING = Packing(
+    short_px=292, quality=90, subsampling="4:2:0", images_per_shard=5000
+)  # conf/prepare.yaml
 BATCH = 64
 DECODED = 512  # JPEGs that decoding alone goes through
 Row = dict[str, Any]
@@ -50,14 +54,25 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = _some(folder(name="files", root=asked.root, held_out_share=0.05), asked.files)
     with _packed(files, asked.shards) as packed:
-        sides: dict[str, ImageSet] = {"original files": files.train, "shards": shards(root=str(packed)).train}
+        sides: dict[str, ImageSet] = {
+            "original files": files.train,
+            "shards": shards(root=str(packed)).train,
+        }
         rows = [row for workers in asked.workers for row in _loading(sides, workers, device, asked)]
         jpegs = {"original files": _file_jpegs(files.train), "shards": _shard_jpegs(packed)}
-        rows += [row for source, content in jpegs.items() for row in _decoding(source, content, device, asked)]
-    report.tell("JPEG bytes to uint8 batches", rows, _ratios(rows, asked), asked.json, settings=vars(asked))
+        rows += [
+            row
+            for source, content in jpegs.items()
+            for row in _decoding(source, content, device, asked)
+        ]
+    report.tell(
+        "JPEG bytes to uint8 batches", rows, _ratios(rows, asked), asked.json, settings=vars(asked)
+    )
 
 
-def training_rates(images: ImageSet, *, workers: int, n_images: int, device: torch.device) -> tuple[float, float]:
+def training_rates(
+    images: ImageSet, *, workers: int, n_images: int, device: torch.device
+) -> tuple[float, float]:
     """Images/s of one loader by the clock, and by the processor seconds of this process and its workers.
 
     By the clock it is in its stride: each worker's first batch, with its start, is not counted.
@@ -69,9 +84,13 @@ def training_rates(images: ImageSet, *, workers: int, n_images: int, device: tor
     crops = Crops(images, GRID, use=Use.CROP, seed=0, centered=False)
     cpu_before = _cpu_s()
     sizes = {"images": BATCH, "side_px": GRID.span_px, "held": HELD_FORWARDS}
-    loaded = load_in_slots(crops, batches, workers=workers, pin=device.type == "cuda", say=print, **sizes)
+    loaded = load_in_slots(
+        crops, batches, workers=workers, pin=device.type == "cuda", say=print, **sizes
+    )
     unreadable = Unreadable(n_images=len(images), most_share=1)
-    feed = iter(Feed(loaded, unreadable, images_per_batch=BATCH, batches_per_forward=1, device=device))
+    feed = iter(
+        Feed(loaded, unreadable, images_per_batch=BATCH, batches_per_forward=1, device=device)
+    )
     for _ in range(started_after):
         next(feed)
     started = time.perf_counter()
@@ -87,11 +106,15 @@ def _cpu_s() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def _loading(sides: dict[str, ImageSet], workers: int, device: torch.device, asked: argparse.Namespace) -> list[Row]:
+def _loading(
+    sides: dict[str, ImageSet], workers: int, device: torch.device, asked: argparse.Namespace
+) -> list[Row]:
     n_images = asked.images * max(1, workers)
     rates: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for _, (side, images) in itertools.product(range(asked.rounds), sides.items()):
-        rates[side].append(training_rates(images, workers=workers, n_images=n_images, device=device))
+        rates[side].append(
+            training_rates(images, workers=workers, n_images=n_images, device=device)
+        )
     rows = []
     for side, found in rates.items():
         by_clock, by_cpu = map(statistics.median, zip(*found, strict=True))
@@ -99,15 +122,23 @@ def _loading(sides: dict[str, ImageSet], workers: int, device: torch.device, ask
     return rows
 
 
-def _decoding(source: str, jpegs: list[bytes], device: torch.device, asked: argparse.Namespace) -> list[Row]:
+def _decoding(
+    source: str, jpegs: list[bytes], device: torch.device, asked: argparse.Namespace
+) -> list[Row]:
     tensors = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
     ways: dict[str, Callable[[], object]] = {
-        "decoded by Pillow": lambda: [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in jpegs],
-        "decoded by torchvision": lambda: [decode_jpeg(jpeg, mode=ImageReadMode.RGB) for jpeg in tensors],
+        "decoded by Pillow": lambda: [
+            Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in jpegs
+        ],
+        "decoded by torchvision": lambda: [
+            decode_jpeg(jpeg, mode=ImageReadMode.RGB) for jpeg in tensors
+        ],
     }
     rows = []
     for way, decode in ways.items():
-        by_clock, by_cpu = zip(*(_decoding_rates(decode, len(jpegs)) for _ in range(asked.rounds)), strict=True)
+        by_clock, by_cpu = zip(
+            *(_decoding_rates(decode, len(jpegs)) for _ in range(asked.rounds)), strict=True
+        )
         rows.append(_row(source, way, statistics.median(by_clock), statistics.median(by_cpu)))
     return rows + ([_gpu_decoding(source, tensors, device, asked)] if device.type == "cuda" else [])
 
@@ -118,7 +149,9 @@ def _decoding_rates(decode: Callable[[], object], n_images: int) -> tuple[float,
     return n_images / seconds, n_images / (_cpu_s() - cpu_before)
 
 
-def _gpu_decoding(source: str, jpegs: list[Tensor], device: torch.device, asked: argparse.Namespace) -> Row:
+def _gpu_decoding(
+    source: str, jpegs: list[Tensor], device: torch.device, asked: argparse.Namespace
+) -> Row:
     """nvJPEG in batches; and the device memory that it has not given back after many rounds."""
 
     def decode() -> None:
@@ -140,8 +173,16 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _row(source: str, what: str, rate: float, per_core: float | None = None, workers: int | None = None) -> Row:
-    return {"source": source, "what": what, "workers": workers, "images/s": rate, "a core": per_core}
+def _row(
+    source: str, what: str, rate: float, per_core: float | None = None, workers: int | None = None
+) -> Row:
+    return {
+        "source": source,
+        "what": what,
+        "workers": workers,
+        "images/s": rate,
+        "a core": per_core,
+    }
 
 
 def _ratios(rows: list[Row], asked: argparse.Namespace) -> dict[str, float]:
@@ -184,12 +225,20 @@ def _untold() -> Iterator[Callable[[int, str], None]]:
 
 def _file_jpegs(images: ImageSet) -> list[bytes]:
     contents = (Path(images.source(index)).read_bytes() for index in range(len(images)))
-    return _filled(list(itertools.islice((content for content in contents if content[:2] == b"\xff\xd8"), DECODED)))
+    return _filled(
+        list(
+            itertools.islice(
+                (content for content in contents if content[:2] == b"\xff\xd8"), DECODED
+            )
+        )
+    )
 
 
 def _shard_jpegs(packed: Path) -> list[bytes]:
     with tarfile.open(packed / "train-000000.tar") as tar:
-        members = itertools.islice((member for member in tar if member.name.endswith(".jpg")), DECODED)
+        members = itertools.islice(
+            (member for member in tar if member.name.endswith(".jpg")), DECODED
+        )
         return _filled([tar.extractfile(member).read() for member in members])  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -204,13 +253,28 @@ def _worker_counts() -> list[int]:
 
 def _asked() -> argparse.Namespace:
     parser = report.arguments(__doc__)
-    parser.add_argument("--root", required=True, help="folder of JPEGs, or of train/CLASS/* and val/CLASS/*")
-    parser.add_argument("--shards", type=Path, help="what relloc.prepare made of the same; else packed for this run")
-    parser.add_argument("--files", type=int, default=2000, help="files of the root to use at most, evenly spread")
-    parser.add_argument("--images", type=int, default=2048, help="images to time, a worker; files repeat to fill them")
-    parser.add_argument("--workers", type=int, nargs="+", default=_worker_counts(), help="numbers of workers")
+    parser.add_argument(
+        "--root", required=True, help="folder of JPEGs, or of train/CLASS/* and val/CLASS/*"
+    )
+    parser.add_argument(
+        "--shards", type=Path, help="what relloc.prepare made of the same; else packed for this run"
+    )
+    parser.add_argument(
+        "--files", type=int, default=2000, help="files of the root to use at most, evenly spread"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=2048,
+        help="images to time, a worker; files repeat to fill them",
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=_worker_counts(), help="numbers of workers"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
-    parser.add_argument("--leak-rounds", type=int, default=50, help=f"of decoding {DECODED} images on a GPU")
+    parser.add_argument(
+        "--leak-rounds", type=int, default=50, help=f"of decoding {DECODED} images on a GPU"
+    )
     asked = parser.parse_args()
     if asked.images < BATCH:
         parser.error(f"--images must be {BATCH} or more")

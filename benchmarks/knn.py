@@ -22,7 +22,10 @@ from relloc.features.voting import vote
 PUBLISHED_CHUNKS = 100
 TEMPERATURE = 0.07
 # ImageNet with ResNet-50 on a GPU, a small part of it on a CPU
-DEFAULTS = {"cuda": {"queries": 50_000, "bank": 1_281_167}, "cpu": {"queries": 1_000, "bank": 60_000}}
+DEFAULTS = {
+    "cuda": {"queries": 50_000, "bank": 1_281_167},
+    "cpu": {"queries": 1_000, "bank": 60_000},
+}
 
 
 def main() -> None:
@@ -31,7 +34,9 @@ def main() -> None:
     queries, bank, labels = _drawn(options, device)
     settings = {"k": options.k, "temperature": TEMPERATURE, "n_classes": options.classes}
     sizes = {"chunk": options.chunk, "tile": options.tile}
-    vote(queries[: len(queries) // 50 + 1], bank, labels, **settings, **sizes)  # what is made once, is made now
+    vote(
+        queries[: len(queries) // 50 + 1], bank, labels, **settings, **sizes
+    )  # what is made once, is made now
     rows, answers = [], {}
 
     def ours() -> None:
@@ -41,11 +46,26 @@ def main() -> None:
     size = -(-len(queries) // PUBLISHED_CHUNKS)
     part = queries[: size * options.published_chunks]
     if len(part):
-        rows.append(_timed("published", len(part), lambda: _published(part, bank, labels, size, options), device))
-    sample = torch.linspace(0, len(queries) - 1, min(options.sample, len(queries)), device=device).long()
+        rows.append(
+            _timed(
+                "published",
+                len(part),
+                lambda: _published(part, bank, labels, size, options),
+                device,
+            )
+        )
+    sample = torch.linspace(
+        0, len(queries) - 1, min(options.sample, len(queries)), device=device
+    ).long()
     found = nearest(queries[sample], bank, max(options.k), **sizes)
-    rows[0] |= _checked(found, queries[sample], bank, labels, {k: a[sample] for k, a in answers.items()}, options)
-    ratios = {"ours over published, queries/s": rows[0]["queries/s"] / rows[1]["queries/s"]} if len(part) else {}
+    rows[0] |= _checked(
+        found, queries[sample], bank, labels, {k: a[sample] for k, a in answers.items()}, options
+    )
+    ratios = (
+        {"ours over published, queries/s": rows[0]["queries/s"] / rows[1]["queries/s"]}
+        if len(part)
+        else {}
+    )
     kind = "random vectors after ReLU" if options.relu else "random vectors"
     title = f"kNN, {len(queries):,} queries, bank {len(bank):,} x {bank.shape[1]:,} on {bank.device.type}, {kind}"
     tell(title, rows, ratios, options.json, settings=vars(options))
@@ -55,15 +75,25 @@ def _options() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--queries", type=int, help="default: 50,000 on a GPU, 1,000 on a CPU")
-    parser.add_argument("--bank", type=int, help="rows; default: 1,281,167 on a GPU, 60,000 on a CPU")
+    parser.add_argument(
+        "--bank", type=int, help="rows; default: 1,281,167 on a GPU, 60,000 on a CPU"
+    )
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200])
-    parser.add_argument("--chunk", type=int, help="rows of the bank at once; default: what `nearest` takes")
+    parser.add_argument(
+        "--chunk", type=int, help="rows of the bank at once; default: what `nearest` takes"
+    )
     parser.add_argument("--tile", type=int, help="queries at once; default: what `nearest` takes")
-    parser.add_argument("--bank-on-cpu", action="store_true", help="the bank stays in the CPU's memory")
-    parser.add_argument("--relu", action="store_true", help="cosines close together, as features after a ReLU have")
-    parser.add_argument("--published-chunks", type=int, default=5, help="how many hundredths the published way does")
+    parser.add_argument(
+        "--bank-on-cpu", action="store_true", help="the bank stays in the CPU's memory"
+    )
+    parser.add_argument(
+        "--relu", action="store_true", help="cosines close together, as features after a ReLU have"
+    )
+    parser.add_argument(
+        "--published-chunks", type=int, default=5, help="how many hundredths the published way does"
+    )
     parser.add_argument("--sample", type=int, default=200, help="queries compared with float64")
     options = parser.parse_args()
     for name, value in DEFAULTS[torch.device(options.device).type].items():
@@ -85,7 +115,9 @@ def _drawn(options: argparse.Namespace, device: torch.device) -> tuple[Tensor, T
     return queries, bank, labels.cpu()
 
 
-def _published(queries: Tensor, bank: Tensor, labels: Tensor, size: int, options: argparse.Namespace) -> None:
+def _published(
+    queries: Tensor, bank: Tensor, labels: Tensor, size: int, options: argparse.Namespace
+) -> None:
     """One k, the largest: the published code does all of it again for each k."""
     rows = normalize(bank.to(queries.device), dim=1).T.contiguous()
     classes = labels.to(queries.device)
@@ -96,7 +128,9 @@ def _published(queries: Tensor, bank: Tensor, labels: Tensor, size: int, options
         votes.sort(dim=1, descending=True)
 
 
-def _timed(side: str, n_queries: int, work: Callable[[], object], device: torch.device) -> dict[str, object]:
+def _timed(
+    side: str, n_queries: int, work: Callable[[], object], device: torch.device
+) -> dict[str, object]:
     """Seconds, and the most memory held meanwhile, queries and bank included."""
     gc.collect()
     if device.type == "cuda":
@@ -107,7 +141,13 @@ def _timed(side: str, n_queries: int, work: Callable[[], object], device: torch.
         peak = torch.cuda.max_memory_allocated() / 1e9
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # of the process so far
-    return {"side": side, "queries": n_queries, "s": seconds, "queries/s": n_queries / seconds, "peak GB": peak}
+    return {
+        "side": side,
+        "queries": n_queries,
+        "s": seconds,
+        "queries/s": n_queries / seconds,
+        "peak GB": peak,
+    }
 
 
 def _checked(

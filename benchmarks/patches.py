@@ -49,7 +49,9 @@ def published(images: list[Image.Image]) -> Tensor:
     Nine patches an image; there the center is even repeated for each of its eight pairs.
     """
     to_gray, jitter = transforms.RandomGrayscale(GRAY_P), transforms.RandomCrop(GRID.patch_px)
-    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    to_tensor = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
 
     def patches(image: Image.Image) -> Tensor:
         image = to_gray(image)
@@ -77,7 +79,9 @@ def _rows(device: torch.device, asked: argparse.Namespace) -> list[dict]:
     on_host = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:GHOST].cpu()]
     rows = []
     for color, normalize in WAYS:
-        pipeline = PatchPipeline(grid=GRID, color=COLORS[color], normalize=NORMALIZATIONS[normalize])
+        pipeline = PatchPipeline(
+            grid=GRID, color=COLORS[color], normalize=NORMALIZATIONS[normalize]
+        )
         sides = _sides(pipeline, images, compiled=device.type == "cuda" or asked.compile)
         beside = {PUBLISHED: lambda: published(on_host).to(device)}
         seconds = report.median_s(beside | sides, device=device, rounds=asked.rounds)
@@ -85,11 +89,15 @@ def _rows(device: torch.device, asked: argparse.Namespace) -> list[dict]:
         if not rows:
             rows.append(_row(PUBLISHED, device, "gray", "dataset", plain, 1.0))
         rates = {side: n_images / taken for side, taken in seconds.items()}
-        rows += [_row(side, device, color, normalize, rate, rate / plain) for side, rate in rates.items()]
+        rows += [
+            _row(side, device, color, normalize, rate, rate / plain) for side, rate in rates.items()
+        ]
     return rows
 
 
-def _sides(pipeline: PatchPipeline, images: Tensor, *, compiled: bool) -> dict[str, Callable[[], object]]:
+def _sides(
+    pipeline: PatchPipeline, images: Tensor, *, compiled: bool
+) -> dict[str, Callable[[], object]]:
     sides: dict[str, Callable[[], object]] = {"ours": lambda: ours(pipeline, images, pipeline.make)}
     if compiled:
         torch.compiler.reset()  # else the fifth pipeline would count as a recompilation of the first
@@ -98,7 +106,9 @@ def _sides(pipeline: PatchPipeline, images: Tensor, *, compiled: bool) -> dict[s
     return sides
 
 
-def _row(side: str, device: torch.device, color: str, normalize: str, rate: float, ratio: float) -> dict:
+def _row(
+    side: str, device: torch.device, color: str, normalize: str, rate: float, ratio: float
+) -> dict:
     return {
         "side": side,
         "device": device.type,
@@ -123,10 +133,18 @@ def _devices(asked: argparse.Namespace) -> list[torch.device]:
 
 def _asked() -> argparse.Namespace:
     parser = report.arguments(__doc__)
-    parser.add_argument("--device", choices=["all", "cpu", "cuda"], default="all", help="where our side runs")
-    parser.add_argument("--images", type=int, default=64, help=f"at once on a CPU, a multiple of {GHOST}")
-    parser.add_argument("--gpu-images", type=int, default=512, help=f"at once on a GPU, a multiple of {GHOST}")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; the published way uses one")
+    parser.add_argument(
+        "--device", choices=["all", "cpu", "cuda"], default="all", help="where our side runs"
+    )
+    parser.add_argument(
+        "--images", type=int, default=64, help=f"at once on a CPU, a multiple of {GHOST}"
+    )
+    parser.add_argument(
+        "--gpu-images", type=int, default=512, help=f"at once on a GPU, a multiple of {GHOST}"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of the CPU; the published way uses one"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each side")
     parser.add_argument("--compile", action="store_true", help="compile on a CPU too")
     asked = parser.parse_args()

@@ -24,11 +24,20 @@ Curve = list[tuple[int, float]]  # step, mean loss since the last report
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for the runs and the picture")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder for the runs and the picture"
+    )
     parser.add_argument("--precisions", default="fp32,bf16")
-    parser.add_argument("overrides", nargs="*", help="settings of relloc.train, such as data=folder data.shards=SHARDS")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="settings of relloc.train, such as data=folder data.shards=SHARDS",
+    )
     options = parser.parse_args()
-    curves = {one: _train(options.out / one, one, options.overrides) for one in options.precisions.split(",")}
+    curves = {
+        one: _train(options.out / one, one, options.overrides)
+        for one in options.precisions.split(",")
+    }
     rows = [_row(precision, curve, options.out / precision) for precision, curve in curves.items()]
     losses = [row["loss, last tenth"] for row in rows]
     _draw(curves, options.out / "loss_by_precision.png")
@@ -38,7 +47,13 @@ def main() -> None:
 
 
 def _train(run_dir: Path, precision: str, overrides: list[str]) -> Curve:
-    settings = [f"precision={precision}", f"hydra.run.dir={run_dir}", "eval=[]", "tracking=none", *overrides]
+    settings = [
+        f"precision={precision}",
+        f"hydra.run.dir={run_dir}",
+        "eval=[]",
+        "tracking=none",
+        *overrides,
+    ]
     environment = {**os.environ, "RELLOC_RUNS": str(run_dir.parent)}
     subprocess.run([sys.executable, "-m", "relloc.train", *settings], env=environment, check=True)
     told = [entry for entry in read_journal(run_dir) if "train/loss" in entry.metrics]

@@ -30,32 +30,48 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="images of a step of ours")
     parser.add_argument("--seconds", type=float, default=10, help="how long each side is timed")
     parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("overrides", nargs="*", help="settings of relloc.train for our side, such as color=drop")
+    parser.add_argument(
+        "overrides", nargs="*", help="settings of relloc.train for our side, such as color=drop"
+    )
     options = parser.parse_args()
     rows, ratios, how = [], {}, None
     for patch_px in options.patch_px:
-        settings = [f"grid.patch_px={patch_px}", "grid.resize.px=400", f"recipe.images_per_step={options.images}"]
+        settings = [
+            f"grid.patch_px={patch_px}",
+            "grid.resize.px=400",
+            f"recipe.images_per_step={options.images}",
+        ]
         config = _config([*settings, *options.overrides])
         how = engine.settle(config.engine)
-        theirs = None if options.ours_only else _side("published", patch_px, *_published(config, how), options)
+        theirs = (
+            None
+            if options.ours_only
+            else _side("published", patch_px, *_published(config, how), options)
+        )
         with engine.training(how):
             ours = _side("ours", patch_px, *_ours(config, how), options)
         rows += [theirs, ours] if theirs else [ours]
         if theirs:
             ratios[f"ours over published at {patch_px} px"] = ours["images/s"] / theirs["images/s"]
-    tell(f"pretext step, ResNet-50; ours: {how}", rows, ratios, options.json, settings=vars(options))
+    tell(
+        f"pretext step, ResNet-50; ours: {how}", rows, ratios, options.json, settings=vars(options)
+    )
 
 
 def _config(overrides: list[str]) -> Pretraining:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return build.pretraining(compose("train", ["model=resnet50", "data=in1k", "data.root=nowhere", *overrides]))
+        return build.pretraining(
+            compose("train", ["model=resnet50", "data=in1k", "data.root=nowhere", *overrides])
+        )
 
 
 def _ours(config: Pretraining, how: engine.Engine) -> tuple[Callable[[], object], int]:
     n_images, side = config.images_per_step, config.patches.grid.span_px
     task = make_task(config, how, steps_per_epoch=1000, accumulation=1)
     task.model.train()
-    images = torch.randint(256, (n_images, side, side, 3), dtype=torch.uint8, device=how.device).permute(0, 3, 1, 2)
+    images = torch.randint(
+        256, (n_images, side, side, 3), dtype=torch.uint8, device=how.device
+    ).permute(0, 3, 1, 2)
     stepper = loop.Stepper(task)  # as `loop.train` steps; the learning rate is the warm-up's
     return lambda: stepper.step(iter([images]), 0), n_images
 
@@ -64,9 +80,17 @@ def _published(config: Pretraining, how: engine.Engine) -> tuple[Callable[[], ob
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     trunk = config.model.make_backbone().to(how.device)
-    neck = [nn.Linear(4096, 4096), nn.BatchNorm1d(4096, momentum=0.003), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4096, 8)]
+    neck = [
+        nn.Linear(4096, 4096),
+        nn.BatchNorm1d(4096, momentum=0.003),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(4096, 8),
+    ]
     head = nn.Sequential(*neck).to(how.device)
-    optimizer = torch.optim.SGD([*trunk.parameters(), *head.parameters()], lr=0.02, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        [*trunk.parameters(), *head.parameters()], lr=0.02, momentum=0.9, weight_decay=1e-4
+    )
     px = config.patches.grid.patch_px
     neighbors, centers = torch.randn(2, 8 * PUBLISHED_IMAGES, 3, px, px, device=how.device)
     right = torch.arange(8, device=how.device).repeat(PUBLISHED_IMAGES)
@@ -92,7 +116,9 @@ def _side(
     first_s = once_s(step, device)
     once_s(lambda: [step() for _ in range(5)], device)  # among them one that records a CUDA graph
     steps, spent_s = 0, 0.0
-    while spent_s < options.seconds:  # ten steps queued at a time, as between two reports of a training
+    while (
+        spent_s < options.seconds
+    ):  # ten steps queued at a time, as between two reports of a training
         spent_s += once_s(lambda: [step() for _ in range(10)], device)
         steps += 10
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None

@@ -36,14 +36,23 @@ def main() -> None:
     parser.add_argument("--shards", required=True, help="what relloc.prepare made of it")
     parser.add_argument("--run", required=True, help="the run folder of a finished pretraining")
     options = parser.parse_args()
-    sources = [folder(name="images", root=options.root, held_out_share=0.05).train, shards(root=options.shards).train]
+    sources = [
+        folder(name="images", root=options.root, held_out_share=0.05).train,
+        shards(root=options.shards).train,
+    ]
     if [len(source) for source in sources] != [len(sources[0])] * 2:
         raise UsageError(f"{options.shards} holds other images than {options.root}")
     model, patches = _network(options.run)
-    crops = [_pixels(Crops(source, patches.grid, use=Use.CROP, seed=0, centered=False)) for source in sources]
+    crops = [
+        _pixels(Crops(source, patches.grid, use=Use.CROP, seed=0, centered=False))
+        for source in sources
+    ]
     views = [_pixels(Views(source, Center(short_px=256, crop_px=224))) for source in sources]
     off = (crops[0].float() - crops[1].float()).abs()
-    rows = [_asked(model, patches, pixels, name) for name, pixels in zip(("files", "shards"), crops, strict=True)]
+    rows = [
+        _asked(model, patches, pixels, name)
+        for name, pixels in zip(("files", "shards"), crops, strict=True)
+    ]
     turned = _turned(model, *views)
     rows.append({"source": "difference", "gray levels": off.mean().item()})
     rows += [{"source": f"1 - cosine, {layer}", "value": value} for layer, value in turned.items()]
@@ -73,16 +82,27 @@ def _asked(
         logits.append(model(patches(images, generator)))
     answers = torch.cat(logits)
     top1 = 100 * objective.hits(answers).float().mean().item() / answers.shape[1]
-    return {"source": name, "images": len(pixels), "loss": objective.loss(answers).item(), "top-1 %": top1}
+    return {
+        "source": name,
+        "images": len(pixels),
+        "loss": objective.loss(answers).item(),
+        "top-1 %": top1,
+    }
 
 
 @torch.no_grad()
-def _turned(model: objective.RelativeLocation, one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
+def _turned(
+    model: objective.RelativeLocation, one: torch.Tensor, other: torch.Tensor
+) -> dict[str, float]:
     sums = dict.fromkeys(LAYERS, 0.0)
     for pair in zip(one.split(BATCH), other.split(BATCH), strict=True):
-        features = [pooled_layers(model.backbone, ByDataset()(images.float()), LAYERS) for images in pair]
+        features = [
+            pooled_layers(model.backbone, ByDataset()(images.float()), LAYERS) for images in pair
+        ]
         for layer in LAYERS:
-            sums[layer] += (1 - cosine_similarity(features[0][layer], features[1][layer])).sum().item()
+            sums[layer] += (
+                (1 - cosine_similarity(features[0][layer], features[1][layer])).sum().item()
+            )
     return {layer: total / len(one) for layer, total in sums.items()}
 
 

@@ -24,15 +24,21 @@ _LOAD_BEFORE = os.getloadavg()[0]
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, machine, rows and ratios there")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write settings, machine, rows and ratios there"
+    )
     return parser
 
 
 def environment() -> dict[str, Any]:
     """Hardware, versions, date and commit. `load_before` is the 1-minute load when the benchmark began."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "pillow")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "torchvision", "pillow")
+    }
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -49,7 +55,16 @@ def environment() -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this checkout; "-dirty" says that files have been changed since."""
-    asked = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    asked = [
+        "git",
+        "-C",
+        str(REPOSITORY),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=7",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -57,7 +72,11 @@ def commit() -> str:
 
 
 def median_s(
-    sides: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int, warm_up: int = 2
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    rounds: int,
+    warm_up: int = 2,
 ) -> dict[str, float]:
     """Median seconds of one call of each side, in turns, so that what else the machine does meets all alike.
 
@@ -99,9 +118,17 @@ def tell(
     for name, ratio in ratios.items():
         console.print(f"{name}: [bold]{ratio:.2f}[/bold]")
     machine = ", ".join([*about["gpus"], f"{about['cores']} cores of {about['cpu']}"])
-    console.print(f"{machine}; torch {about['torch']}, commit {about['commit']}, load before {about['load_before']}")
+    console.print(
+        f"{machine}; torch {about['torch']}, commit {about['commit']}, load before {about['load_before']}"
+    )
     if json_path:
-        content = {"benchmark": title, "settings": settings or {}, "environment": about, "rows": rows, "ratios": ratios}
+        content = {
+            "benchmark": title,
+            "settings": settings or {},
+            "environment": about,
+            "rows": rows,
+            "ratios": ratios,
+        }
         json_path.write_text(json.dumps(content, indent=1, default=str) + "\n")
         console.print(f"written {json_path}")
 
@@ -112,7 +139,9 @@ def _finish(device: torch.device) -> None:
 
 
 def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    )
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 

@@ -23,7 +23,13 @@ from report import REPOSITORY, arguments, tell
 from relloc.tracking import open_store, read_journal
 
 LONGEST_S = 300
-SWEEP = ("-m", "grid.gap_px=range(0,20)", "grid.jitter_px=range(0,20)", "launcher=slurm", "launcher.dry_run=true")
+SWEEP = (
+    "-m",
+    "grid.gap_px=range(0,20)",
+    "grid.jitter_px=range(0,20)",
+    "launcher=slurm",
+    "launcher.dry_run=true",
+)
 COMPOSE = """
 import time, hydra
 from relloc.runs.settings import conf_dir
@@ -33,8 +39,16 @@ with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
 print(time.perf_counter() - started)
 """
 HEAVY = ("torch", "torchvision", "mlflow", "hydra", "scipy", "sklearn", "matplotlib", "pandas")
-IMPORTED_FOR_TRAINING = "import relloc.runs.pretraining; from relloc.tracking.store import load_mlflow; load_mlflow()"
-TRAINING = ("eval=[]", "report_every_steps=1", "monitor.every_epochs=null", "workers=0", "device=cpu")
+IMPORTED_FOR_TRAINING = (
+    "import relloc.runs.pretraining; from relloc.tracking.store import load_mlflow; load_mlflow()"
+)
+TRAINING = (
+    "eval=[]",
+    "report_every_steps=1",
+    "monitor.every_epochs=null",
+    "workers=0",
+    "device=cpu",
+)
 
 
 def main() -> None:
@@ -58,10 +72,16 @@ def main() -> None:
             "-c",
             "import submitit.core.submission, hydra_plugins.relloc_launchers.job",
         ),
-        {"what": "job: command to its first training step", "s": _median(first, 0), "processor s": _median(first, 1)},
+        {
+            "what": "job: command to its first training step",
+            "s": _median(first, 0),
+            "processor s": _median(first, 1),
+        },
         *({"what": f"of that, importing {name}", "s": taken} for name, taken in _importing_s()),
     ]
-    loaded = sorted({"torch", "mlflow"} & {name for words in ("--help", "--cfg") for name in _loaded_by(words)})
+    loaded = sorted(
+        {"torch", "mlflow"} & {name for words in ("--help", "--cfg") for name in _loaded_by(words)}
+    )
     tell("start-up", rows, {}, options.json, settings=vars(options))
     print(f"loaded by --help and --cfg job: {', '.join(loaded) or 'neither torch nor mlflow'}")
 
@@ -74,7 +94,9 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory(prefix="relloc_start_") as folder:
         environment = os.environ | {"RELLOC_RUNS": folder}
         line = [sys.executable, *command]
-        done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
+        done = subprocess.run(
+            line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=LONGEST_S
+        )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
     return done
@@ -101,9 +123,17 @@ def _first_step_s() -> tuple[float, float]:
         run_dir = Path(folder) / "run"
         open_store(f"sqlite:///{folder}/mlflow.db")  # made once, not in every job
         line = [sys.executable, "-m", "relloc.train", *TRAINING, f"hydra.run.dir={run_dir}"]
-        environment, started, processor = os.environ | {"RELLOC_RUNS": folder}, time.time(), _children_s()
+        environment, started, processor = (
+            os.environ | {"RELLOC_RUNS": folder},
+            time.time(),
+            _children_s(),
+        )
         command = subprocess.Popen(line, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
-        while not (told := read_journal(run_dir)) and command.poll() is None and time.time() - started < LONGEST_S:
+        while (
+            not (told := read_journal(run_dir))
+            and command.poll() is None
+            and time.time() - started < LONGEST_S
+        ):
             time.sleep(0.05)
         command.send_signal(signal.SIGKILL)
         command.wait()
@@ -115,7 +145,8 @@ def _first_step_s() -> tuple[float, float]:
 def _imports(*command: str) -> dict[str, tuple[float, float]]:
     """Of each module that was imported, the seconds it took alone and with all that it was first to import."""
     lines = [
-        line.removeprefix("import time:").split("|") for line in _run("-X", "importtime", *command).stderr.splitlines()
+        line.removeprefix("import time:").split("|")
+        for line in _run("-X", "importtime", *command).stderr.splitlines()
     ]
     told = [line for line in lines if len(line) == 3 and line[0].strip().isdigit()]
     return {name.strip(): (float(alone) / 1e6, float(whole) / 1e6) for alone, whole, name in told}

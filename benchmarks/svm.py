@@ -61,7 +61,9 @@ def main() -> None:
     options = _options()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         who = [f"checkpoint={options.checkpoint}", f"model={options.model}"]
-        nowhere = [f"eval.{name}.data.root=nowhere" for name in (SVM, LOW_SHOT) if options.classes_root]
+        nowhere = [
+            f"eval.{name}.data.root=nowhere" for name in (SVM, LOW_SHOT) if options.classes_root
+        ]
         words = [*who, f"eval=[{SVM},{LOW_SHOT}]", *nowhere, *options.overrides]
         config = build.evaluating(compose("evaluate", words))
     how = engine.settle(config.engine)
@@ -79,7 +81,11 @@ def main() -> None:
                 continue
             part = liblinear(evaluation, context, layer)
             theirs_whole = part.spent * part.of
-            said = {"part": f"1 of {part.of}", **_told(part.spent), "whole, processor s": float(theirs_whole[1])}
+            said = {
+                "part": f"1 of {part.of}",
+                **_told(part.spent),
+                "whole, processor s": float(theirs_whole[1]),
+            }
             rows.append({**row, "side": "LIBLINEAR", **said, "unconverged": part.unconverged})
             ours, theirs = ours + spent, theirs + theirs_whole
     cores = torch.get_num_threads() if how.device.type == "cpu" else 1
@@ -97,17 +103,29 @@ def _options() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--checkpoint", default="random")
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--classes-root", help="a folder with train/CLASS and val/CLASS, in place of VOC")
-    parser.add_argument("--most", type=int, default=5011, help="images of each split, evenly spaced")
+    parser.add_argument(
+        "--classes-root", help="a folder with train/CLASS and val/CLASS, in place of VOC"
+    )
+    parser.add_argument(
+        "--most", type=int, default=5011, help="images of each split, evenly spaced"
+    )
     parser.add_argument(
         "--recalibrate",
         action="store_true",
         help="batch-norm statistics of calibration_images= training images, as a network that is not trained needs",
     )
     parser.add_argument("--features", type=Path, help="a safetensors file that keeps features")
-    parser.add_argument("--layers", type=_names, default=list(LAYERS), help="with commas between them")
-    parser.add_argument("--liblinear", type=_names, default=["feature4"], help="layers that LIBLINEAR is timed on")
-    parser.add_argument("overrides", nargs="*", help=f"settings of relloc.evaluate, such as eval.{SVM}.data.root=VOC")
+    parser.add_argument(
+        "--layers", type=_names, default=list(LAYERS), help="with commas between them"
+    )
+    parser.add_argument(
+        "--liblinear", type=_names, default=["feature4"], help="layers that LIBLINEAR is timed on"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help=f"settings of relloc.evaluate, such as eval.{SVM}.data.root=VOC",
+    )
     return parser.parse_args()
 
 
@@ -124,7 +142,10 @@ def _context(config: Evaluating, how: engine.Engine, options: argparse.Namespace
             save_file(kept, options.features)
     train, held_out = (_bank(kept, split, options.layers) for split in ("train", "held_out"))
     classes = tuple(map(str, range(train.n_classes)))
-    trained, tested = (FolderImages(name="kept", split=split, paths=[], classes=classes) for split in ("train", "val"))
+    trained, tested = (
+        FolderImages(name="kept", split=split, paths=[], classes=classes)
+        for split in ("train", "val")
+    )
     return Context(
         backbone=evaluated_models(config)[0].backbone,
         splits=Splits(train=trained, held_out=tested),
@@ -143,7 +164,9 @@ def _bank(kept: dict[str, Tensor], split: str, layers: list[str]) -> Bank:
     return Bank(features=features, labels=present, n_classes=present.shape[1], channels={})
 
 
-def _features(config: Evaluating, how: engine.Engine, options: argparse.Namespace) -> dict[str, Tensor]:
+def _features(
+    config: Evaluating, how: engine.Engine, options: argparse.Namespace
+) -> dict[str, Tensor]:
     backbone = evaluated_models(config)[0].backbone.eval()
     how.place(backbone)
     root = options.classes_root
@@ -156,7 +179,9 @@ def _features(config: Evaluating, how: engine.Engine, options: argparse.Namespac
         recalibrate(backbone, calibration_batches(splits.train, view, config.eval_settings(how)))
     kept = {}
     for split, images in (("train", splits.train), ("held_out", splits.held_out)):
-        live = LiveFeatures(backbone, images, config.encode_config(how), view, labels=_present(images))
+        live = LiveFeatures(
+            backbone, images, config.encode_config(how), view, labels=_present(images)
+        )
         places = torch.linspace(0, live.n - 1, min(live.n, options.most)).long()
         bank = fill_bank(live, LAYERS, 64, torch.device("cpu"), places)
         kept |= {f"{split} {layer}": rows for layer, rows in bank.features.items()}
@@ -184,7 +209,9 @@ def _timed(evaluation: Evaluation, context: Context) -> tuple[np.ndarray, str]:
     started = _clocks()
     found = {score.metric: score.value for score in evaluation.run(context)}
     means = [value for metric, value in found.items() if metric == "map" or metric[5:].isdigit()]
-    return _clocks() - started, " to ".join(f"{value:.1f}" for value in dict.fromkeys((means[0], means[-1])))
+    return _clocks() - started, " to ".join(
+        f"{value:.1f}" for value in dict.fromkeys((means[0], means[-1]))
+    )
 
 
 def _liblinear_svm(evaluation: Voc07Svm, context: Context, layer: str) -> Part:
@@ -197,7 +224,11 @@ def _liblinear_svm(evaluation: Voc07Svm, context: Context, layer: str) -> Part:
 def _liblinear_low_shot(evaluation: Voc07LowShot, context: Context, layer: str) -> Part:
     x, y = _published(context.train, layer)
     most = min(int((y == 1).sum()), int((y == -1).sum()) // 19)
-    drawn = [draw(context.train.labels, (0,), k, 1, 0)[0, 0].numpy() for k in evaluation.shots if k <= most]
+    drawn = [
+        draw(context.train.labels, (0,), k, 1, 0)[0, 0].numpy()
+        for k in evaluation.shots
+        if k <= most
+    ]
     parts = [(x[rows], y[rows]) for rows in drawn]
     return _fitted(parts, evaluation.costs, of=context.train.n_classes * evaluation.draws)
 
@@ -214,7 +245,9 @@ def _fitted(parts: list[tuple[np.ndarray, np.ndarray]], costs: Sequence[float], 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ConvergenceWarning)
         for cost, (x, y) in itertools.product(costs, parts):
-            LinearSVC(C=cost, class_weight={1: 2, -1: 1}, tol=1e-4, max_iter=2000, dual=True).fit(x, y)
+            LinearSVC(C=cost, class_weight={1: 2, -1: 1}, tol=1e-4, max_iter=2000, dual=True).fit(
+                x, y
+            )
     return Part(spent=_clocks() - started, of=of, unconverged=len(told))
 
 

@@ -46,7 +46,9 @@ def _complete(asked: str, word: str) -> int:
     elif word == "bash":
         print(completion.BASH_SCRIPT, end="")
     else:
-        terminal.complain(f"there is no completion for {word}: bash is the only shell that it is written for")
+        terminal.complain(
+            f"there is no completion for {word}: bash is the only shell that it is written for"
+        )
         return _EXIT_MISTAKE
     return 0
 
@@ -70,7 +72,9 @@ def _purpose(name: str) -> str:
 
 def _unknown(name: str) -> str:
     if "=" in name:
-        return f"{name} is a setting: name a command before it, such as python -m relloc.train {name}"
+        return (
+            f"{name} is a setting: name a command before it, such as python -m relloc.train {name}"
+        )
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"there is no command {name}.{hint} There are {', '.join(COMMANDS)}"

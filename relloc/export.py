@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         terminal.complain(f"{out} could not be written ({error.strerror})")
         return CheckpointError.exit_code
-    words = advice(layout, out.resolve(), model, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=classes)
+    words = advice(
+        layout, out.resolve(), model, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=classes
+    )
     print(f"{terminal.escaped(str(out))}: {model} in {layout}'s layout\n\n{words}\n")
     terminal.tell_next(f"python -m relloc.evaluate {shlex.quote(f'checkpoint={out}')} data=NAME")
     return 0
@@ -41,11 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The words that the command takes."""
     words = argparse.ArgumentParser(prog="python -m relloc.export", description=__doc__)
-    words.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run folder or any file of weights")
+    words.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="a run folder or any file of weights"
+    )
     words.add_argument("--layout", required=True, choices=SUFFIXES)
     words.add_argument("--out", required=True, metavar="FILE", type=Path, help=_suffixes())
-    words.add_argument("--fc", metavar="CLASSES", type=int, help="torchvision: add a classifier of zeros")
-    words.add_argument("--checkpoint-prefix", metavar="PREFIX", help="which backbone, where CHECKPOINT holds several")
+    words.add_argument(
+        "--fc", metavar="CLASSES", type=int, help="torchvision: add a classifier of zeros"
+    )
+    words.add_argument(
+        "--checkpoint-prefix",
+        metavar="PREFIX",
+        help="which backbone, where CHECKPOINT holds several",
+    )
     words.add_argument("--force", action="store_true", help="replace FILE if it is there")
     return words
 
@@ -56,11 +66,17 @@ def _suffixes() -> str:
 
 def _check(options: argparse.Namespace) -> None:
     if options.out.suffix not in SUFFIXES[options.layout]:
-        raise UsageError(f"--out {options.out} has none of the suffixes that tell the format: {_suffixes()}")
+        raise UsageError(
+            f"--out {options.out} has none of the suffixes that tell the format: {_suffixes()}"
+        )
     if options.out.exists() and not options.force:
-        raise UsageError(f"{options.out} is there already: give another --out, or --force to replace it")
+        raise UsageError(
+            f"{options.out} is there already: give another --out, or --force to replace it"
+        )
     if options.fc is not None and (options.layout != "torchvision" or options.fc < 1):
-        raise UsageError(f"--fc {options.fc}: it takes a number of classes, and only --layout torchvision has it")
+        raise UsageError(
+            f"--fc {options.fc}: it takes a number of classes, and only --layout torchvision has it"
+        )
 
 
 def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:

@@ -17,7 +17,9 @@ Pair = tuple[int, int]  # (row, column), (height, width) or (low, high), in pixe
 CELLS = 9
 CENTER = 4
 NEIGHBORS = (0, 1, 2, 3, 5, 6, 7, 8)  # the cell of each label
-OFFSETS = tuple((cell // 3 - 1, cell % 3 - 1) for cell in NEIGHBORS)  # neighbor minus center, in cells
+OFFSETS = tuple(
+    (cell // 3 - 1, cell % 3 - 1) for cell in NEIGHBORS
+)  # neighbor minus center, in cells
 CHANCE_PERCENT = 100 / len(NEIGHBORS)  # accuracy of a network that guesses
 
 # mmselfsup 1.x numbers its cells column by column: taking the rows of its 8-way output layer in

@@ -80,9 +80,15 @@ def parser() -> argparse.ArgumentParser:
         help=f"{', '.join(_FORMATS.values())}; of a sweep {', '.join(_SWEEP_FORMATS.values())}; "
         "by default that of FILE's ending, which must be known; printed, markdown",
     )
-    words.add_argument("--rows", default=ROWS[0], help="card: relative location and its controls; all: other tasks too")
     words.add_argument(
-        "--metrics", metavar="PATTERN", help="of a sweep: not the headline metrics, but these: 'linear*/top1_tuned'"
+        "--rows",
+        default=ROWS[0],
+        help="card: relative location and its controls; all: other tasks too",
+    )
+    words.add_argument(
+        "--metrics",
+        metavar="PATTERN",
+        help="of a sweep: not the headline metrics, but these: 'linear*/top1_tuned'",
     )
     words.add_argument("--out", metavar="FILE", type=Path, help="write there instead of printing")
     return words
@@ -115,7 +121,9 @@ def _report_sweep(word: str, options: argparse.Namespace) -> bool:
     if len(options.folders) > 1:
         raise UsageError(f"{word} is reported alone: leave out the other folders and sweeps")
     if options.rows != ROWS[0]:
-        raise UsageError(f"--rows is for published numbers, which {word} is not beside: leave it out")
+        raise UsageError(
+            f"--rows is for published numbers, which {word} is not beside: leave it out"
+        )
     sweep, shown = find_sweep(word), _format(options, _SWEEP_FORMATS)
     points = sweep.points()
     states = _states(points)
@@ -123,7 +131,9 @@ def _report_sweep(word: str, options: argparse.Namespace) -> bool:
     if shown == "csv":
         _give(as_sweep_csv(numbers), options.out)
     elif shown in _RENDER:
-        idle = [point for point, state in zip(points, states, strict=True) if state in _NOT_IN_FLIGHT]
+        idle = [
+            point for point, state in zip(points, states, strict=True) if state in _NOT_IN_FLIGHT
+        ]
         _give(_RENDER[shown](as_report(numbers, [point.again for point in idle])), options.out)
     has_card_model = bool((numbers.rows["model"] == PUBLISHED_MODEL).any())
     # A picture is drawn where one is asked for, and beside what is printed where nothing is
@@ -167,7 +177,9 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{out} could not be written ({error.strerror}): name another file with --out") from error
+        raise UsageError(
+            f"{out} could not be written ({error.strerror}): name another file with --out"
+        ) from error
 
 
 def _runs_of(folder: Path) -> list[Path]:
@@ -184,7 +196,9 @@ def _format(options: argparse.Namespace, of_ending: Mapping[str, str]) -> str:
     if not options.format and out:
         if out.suffix.lower() not in of_ending:
             known = ", ".join(of_ending)
-            raise UsageError(f"--out {out} ends in none of {known}: end it so, or say --format {'|'.join(formats)}")
+            raise UsageError(
+                f"--out {out} ends in none of {known}: end it so, or say --format {'|'.join(formats)}"
+            )
         name = of_ending[out.suffix.lower()]
     if name not in formats:
         raise UsageError(f"--format {name} is not one of {', '.join(formats)}")

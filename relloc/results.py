@@ -131,13 +131,17 @@ class Result(_Number):
     def __post_init__(self) -> None:
         if self.layer not in ("", *LAYERS):
             known = ", ".join(LAYERS)
-            raise ValueError(f"The layer of a result is {self.layer!r}: it must be empty or one of {known}")
+            raise ValueError(
+                f"The layer of a result is {self.layer!r}: it must be empty or one of {known}"
+            )
         if self.kind not in KINDS:
             known = ", ".join(KINDS)
             raise ValueError(f"The kind of a result is {self.kind!r}: it must be one of {known}")
         if not math.isfinite(self.value):
             name = " ".join((self.eval, self.layer, self.metric))
-            raise ValueError(f"The result {name} is {self.value}: only finite numbers can be reported")
+            raise ValueError(
+                f"The result {name} is {self.value}: only finite numbers can be reported"
+            )
         if self.n < 1:
             raise ValueError(f"The n of a result is {self.n}: it must count at least one sample")
 
@@ -247,7 +251,9 @@ def _parse_line(line: bytes, location: str) -> _Line:
     count = fields.pop(_ROW_COUNT_KEY, 1)
     try:
         if version not in (1, FORMAT):
-            raise ValueError(f"its format is {version}, and this version of relloc knows no format above {FORMAT}")
+            raise ValueError(
+                f"its format is {version}, and this version of relloc knows no format above {FORMAT}"
+            )
         are_whole = isinstance(number, int) and isinstance(count, int)
         if not are_whole or not 1 <= number <= count:
             raise ValueError(f"it says that it is row {number} of {count}")

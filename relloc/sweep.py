@@ -49,10 +49,15 @@ def parser() -> argparse.ArgumentParser:
     """The words that the command takes."""
     words = argparse.ArgumentParser(prog="python -m relloc.sweep", description=__doc__)
     words.add_argument(
-        "does", choices=tuple(_DOES), help="print a table; wait for the last job, then print it; end all jobs"
+        "does",
+        choices=tuple(_DOES),
+        help="print a table; wait for the last job, then print it; end all jobs",
     )
     words.add_argument(
-        "sweeps", metavar="SWEEP", nargs="+", help="NAME or sweep=NAME of one in runs/sweeps, or the folder of one"
+        "sweeps",
+        metavar="SWEEP",
+        nargs="+",
+        help="NAME or sweep=NAME of one in runs/sweeps, or the folder of one",
     )
     return words
 

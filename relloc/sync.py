@@ -7,7 +7,15 @@ from pathlib import Path
 
 from relloc import terminal
 from relloc.errors import UsageError
-from relloc.tracking import RunRecord, StoreError, absolute_uri, experiment_name, import_driver, sync, ui_command
+from relloc.tracking import (
+    RunRecord,
+    StoreError,
+    absolute_uri,
+    experiment_name,
+    import_driver,
+    sync,
+    ui_command,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(prog="python -m relloc.sync", description=__doc__)
     words.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
     words.add_argument("--uri", help="the MLflow store; by default the one noted in each run.json")
-    words.add_argument("--experiment", help="the experiment to send to; by default the one noted in each run.json")
+    words.add_argument(
+        "--experiment", help="the experiment to send to; by default the one noted in each run.json"
+    )
     return words
 
 

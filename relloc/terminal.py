@@ -9,7 +9,11 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a file that output goes to; there may be room again
+_FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # a file that output goes to; there may be room again
 # Controls, bidirectional marks, halves of characters (bytes of a name that are no UTF-8), line and paragraph ends
 _ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # of Persian, Hindi and emoji: they reorder and hide nothing

@@ -89,7 +89,9 @@ def start(
     told = (output, messages or output)
     together = _together(processes) if processes > 1 else [{}]
     started = [
-        _server().Process(target=_become, args=(module, arguments, folder, told, {**environment, **of_rank}))
+        _server().Process(
+            target=_become, args=(module, arguments, folder, told, {**environment, **of_rank})
+        )
         for of_rank in together
     ]
     for process in started:
@@ -104,7 +106,9 @@ def _together(processes: int) -> list[dict[str, str]]:
         port = free.getsockname()[1]
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    return [{**sizes, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [
+        {**sizes, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
+    ]
 
 
 def descendants(pid: int) -> list[int]:
@@ -132,7 +136,9 @@ def _kill(pid: int) -> None:
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     commands = (f"relloc.runs.{name}" for name in ("pretraining", "evaluating", "preparing"))
-    context.set_forkserver_preload([*commands, "relloc.data.folder", "mlflow.store.tracking.sqlalchemy_store"])
+    context.set_forkserver_preload(
+        [*commands, "relloc.data.folder", "mlflow.store.tracking.sqlalchemy_store"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**SETTINGS, **FIXED}.items():
             patch.setenv(name, value)
@@ -141,9 +147,15 @@ def _server() -> ForkServerContext:
 
 
 def _become(
-    module: str, arguments: tuple[str, ...], folder: Path, told: tuple[Path, Path], environment: Mapping[str, str]
+    module: str,
+    arguments: tuple[str, ...],
+    folder: Path,
+    told: tuple[Path, Path],
+    environment: Mapping[str, str],
 ) -> None:
-    multiprocessing.set_start_method(None, force=True)  # the command's own processes start as they always do
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # the command's own processes start as they always do
     for descriptor, path in enumerate(told, start=1):  # of stdout and stderr
         with open(path, "ab") as file:
             os.dup2(file.fileno(), descriptor)

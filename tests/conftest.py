@@ -13,12 +13,21 @@ from jaxtyping import install_import_hook
 install_import_hook("relloc", "checked.check")
 settings.register_profile("shared machines", deadline=None)  # a first example may import MLflow
 settings.load_profile("shared machines")
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would be by all that tests start
+signal.signal(
+    signal.SIGHUP, signal.SIG_DFL
+)  # under nohup it is ignored, and so it would be by all that tests start
 torch.set_num_threads(1)  # networks this small spend their time waiting for a second one
 
 
 # Files are handed out to processes in this order: what takes minutes first, so that none goes on alone at the end.
-LONG = ("slurm/test_sweeps_on_slurm", "flow", "launchers", "tracking/test_browser", "tracking/test_server", "analysis")
+LONG = (
+    "slurm/test_sweeps_on_slurm",
+    "flow",
+    "launchers",
+    "tracking/test_browser",
+    "tracking/test_server",
+    "analysis",
+)
 
 
 SLOW = ("browser", "postgres", "slurm")  # markers of tests that start a server

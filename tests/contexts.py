@@ -35,7 +35,8 @@ def context(
 ) -> MadeContext:
     names = tuple(classes or map(str, range(train.n_classes)))
     train_images, held_out_images = (
-        FolderImages(name="made", split=split, paths=[], labels=[], classes=names) for split in ("train", "val")
+        FolderImages(name="made", split=split, paths=[], labels=[], classes=names)
+        for split in ("train", "val")
     )
     settings = {
         "backbone": SmallBackbone(widths=(8, 8, 8, 10, 8)).eval(),

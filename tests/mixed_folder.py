@@ -15,7 +15,9 @@ ENCODED = ("train/b/cmyk.jpg", "train/b/small.png", "train/b/turned.jpg")
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """Something with edges and shades, as photographs have."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(seed).integers(
+        0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8
+    )
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -56,5 +58,7 @@ def write_many(root: Path, n_train: int, n_val: int, *, height: int = 96, width:
         for number in range(n):
             path = root / split / "ab"[number % 2] / f"{number:04d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg(picture(height, width, seed=number + 1000 * (split == "val")), quality=85))
+            path.write_bytes(
+                jpeg(picture(height, width, seed=number + 1000 * (split == "val")), quality=85)
+            )
     return root

@@ -12,5 +12,7 @@ def write_noise(root: Path) -> Path:
     for place in range(80):
         folder = root / ("val" if place % 5 == 0 else "train") / "ab"[place % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(chance.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / f"{place}.png")
+        Image.fromarray(chance.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(
+            folder / f"{place}.png"
+        )
     return root

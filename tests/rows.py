@@ -23,7 +23,13 @@ def result(
     n is the published number of images unless it is given.
     """
     split, n = _IMAGES.get(dataset, ("val", 300))
-    named = {"eval": name, "layer": layer, "metric": metric, "value": value, "checkpoint": checkpoint}
+    named = {
+        "eval": name,
+        "layer": layer,
+        "metric": metric,
+        "value": value,
+        "checkpoint": checkpoint,
+    }
     rest = {"dataset": dataset, "split": split, "n": n, "seed": 0, "model": "resnet50"}
     row = convert({**named, **rest, "protocol": "3.9 as published"})
     row |= {"headline": row.get("headline") or metric in ("top1_k20", "map_k16")}

@@ -47,7 +47,12 @@ def export(*arguments: Any) -> int:
 
 @pytest.mark.parametrize(
     ("layout", "suffix"),
-    [("torchvision", ".pth"), ("torchvision", ".safetensors"), ("detectron2", ".pkl"), ("mmdetection", ".pth")],
+    [
+        ("torchvision", ".pth"),
+        ("torchvision", ".safetensors"),
+        ("detectron2", ".pkl"),
+        ("mmdetection", ".pth"),
+    ],
 )
 def test_it_comes_back_to_the_bit(
     run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, layout: str, suffix: str
@@ -84,13 +89,19 @@ def test_detectron2_finds_what_its_own_converter_writes(
     run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(run_dir, "--layout", "detectron2", "--out", tmp_path / "x.pkl") == 0
-    content = pickle.loads((tmp_path / "x.pkl").read_bytes(), encoding="latin1")  # as detectron2 does
+    content = pickle.loads(
+        (tmp_path / "x.pkl").read_bytes(), encoding="latin1"
+    )  # as detectron2 does
     model = content.pop("model")
     assert content == {"__author__": "relloc", "matching_heuristics": True}
     assert all(type(array) is np.ndarray for array in model.values())
     kernel = backbone.layer2[0].downsample[0].weight.detach()
     assert np.array_equal(model["res3.0.shortcut.weight"], kernel.numpy())
-    assert {"stem.conv1.weight", "stem.conv1.norm.running_mean", "res5.1.conv2.norm.bias"} <= model.keys()
+    assert {
+        "stem.conv1.weight",
+        "stem.conv1.norm.running_mean",
+        "res5.1.conv2.norm.bias",
+    } <= model.keys()
     told = capsys.readouterr().out
     for line in (
         f'  WEIGHTS: "{tmp_path / "x.pkl"}"',
@@ -116,11 +127,19 @@ def test_mmdetection_is_told_the_file_the_style_and_the_colors(
     assert "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True" in told
 
 
-def test_a_file_of_another_project_goes_through(run_dir: Path, backbone: ResNetBackbone, tmp_path: Path) -> None:
+def test_a_file_of_another_project_goes_through(
+    run_dir: Path, backbone: ResNetBackbone, tmp_path: Path
+) -> None:
     moco = {f"module.{which}.{name}": tensor for which in ("encoder_q", "encoder_k")
             for name, tensor in backbone.state_dict().items()}  # fmt: skip
     torch.save({"state_dict": moco}, tmp_path / "moco.pth.tar")
-    line = (tmp_path / "moco.pth.tar", "--layout", "torchvision", "--out", tmp_path / "x.safetensors")
+    line = (
+        tmp_path / "moco.pth.tar",
+        "--layout",
+        "torchvision",
+        "--out",
+        tmp_path / "x.safetensors",
+    )
     assert export(*line) == 2
     assert export(*line, "--checkpoint-prefix", "encoder_q") == 0
     assert digest(load_file(tmp_path / "x.safetensors")) == digest(backbone.state_dict())
@@ -134,9 +153,27 @@ def test_mistakes_are_one_message_and_leave_what_was_there(
     save_backbone(tmp_path / "small.safetensors", small, {"model": {"name": "small"}})
     (tmp_path / "file").write_bytes(b"")
     for checkpoint, layout, out, more, message in [
-        (run_dir, "torchvision", "there.pth", (), "there.pth is there already: give another --out, or --force to"),
-        (run_dir, "detectron2", "x.pth", (), "suffixes that tell the format: torchvision: .pth or .safetensors; det"),
-        (run_dir, "detectron2", "x.pkl", ("--fc", 3), "--fc 3: it takes a number of classes, and only --layout torch"),
+        (
+            run_dir,
+            "torchvision",
+            "there.pth",
+            (),
+            "there.pth is there already: give another --out, or --force to",
+        ),
+        (
+            run_dir,
+            "detectron2",
+            "x.pth",
+            (),
+            "suffixes that tell the format: torchvision: .pth or .safetensors; det",
+        ),
+        (
+            run_dir,
+            "detectron2",
+            "x.pkl",
+            ("--fc", 3),
+            "--fc 3: it takes a number of classes, and only --layout torch",
+        ),
         (run_dir, "torchvision", "x.pth", ("--fc", 0), "--fc 0: it takes a number of classes"),
         (
             run_dir,
@@ -145,7 +182,13 @@ def test_mistakes_are_one_message_and_leave_what_was_there(
             ("--checkpoint-prefix", "a"),
             "has no prefixes: leave --checkpoint-prefix out",
         ),
-        (tmp_path / "none", "torchvision", "x.pth", (), "none does not exist: give a file of weights"),
+        (
+            tmp_path / "none",
+            "torchvision",
+            "x.pth",
+            (),
+            "none does not exist: give a file of weights",
+        ),
         (
             tmp_path / "small.safetensors",
             "mmdetection",
@@ -164,5 +207,7 @@ def test_mistakes_are_one_message_and_leave_what_was_there(
     assert (tmp_path / "there.pth").read_bytes() == b"precious"
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["file", "small.safetensors", "small.safetensors.sha256", "there.pth"]
-    assert export(run_dir, "--layout", "torchvision", "--out", tmp_path / "there.pth", "--force") == 0
+    assert (
+        export(run_dir, "--layout", "torchvision", "--out", tmp_path / "there.pth", "--force") == 0
+    )
     assert weight_files.read(tmp_path / "there.pth")

@@ -32,7 +32,9 @@ def test_four_writers_lose_no_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", ["", "one\n", "one\ntwo\n", "x" * 200_000 + "\n"])
 @pytest.mark.parametrize("half", ["", '{"unfinis', "y" * 200_000])
-def test_a_half_line_is_no_line_and_makes_room_for_the_next(tmp_path: Path, kept: str, half: str) -> None:
+def test_a_half_line_is_no_line_and_makes_room_for_the_next(
+    tmp_path: Path, kept: str, half: str
+) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text(kept + half)
     assert files.read_lines(path) == kept.encode().splitlines()
@@ -40,7 +42,9 @@ def test_a_half_line_is_no_line_and_makes_room_for_the_next(tmp_path: Path, kept
     assert path.read_text() == kept + "next\n"
 
 
-def test_where_the_disk_is_full_nothing_is_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_disk_is_full_nothing_is_appended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "rows.jsonl"
     files.append_lines(path, ["before"])
 
@@ -76,8 +80,14 @@ def test_what_a_killed_process_began_to_write_is_removed(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == [".other.123.unfinished"]
 
 
-def test_what_killed_processes_began_to_write_is_removed_but_for_a_file_of_others(tmp_path: Path) -> None:
-    for name in (".backbone.safetensors.123.unfinished", ".mlflow.json.123.unfinished", "mine.unfinished"):
+def test_what_killed_processes_began_to_write_is_removed_but_for_a_file_of_others(
+    tmp_path: Path,
+) -> None:
+    for name in (
+        ".backbone.safetensors.123.unfinished",
+        ".mlflow.json.123.unfinished",
+        "mine.unfinished",
+    ):
         (tmp_path / name).touch()
     files.remove_all_unfinished(tmp_path, but="mlflow.json")
     assert sorted(os.listdir(tmp_path)) == [".mlflow.json.123.unfinished", "mine.unfinished"]
@@ -164,7 +174,14 @@ def test_a_file_that_may_not_grow_keeps_whole_lines(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_really_full_keeps_whole_lines(tmp_path: Path) -> None:
     """Unlike a limit it takes a part of a line, and what is cut off makes room for what comes next."""
-    mounted = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$1" && shift && exec "$@"', "sh"]
+    mounted = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=64k tmpfs "$1" && shift && exec "$@"',
+        "sh",
+    ]
     try:
         subprocess.run([*mounted, str(tmp_path), "true"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):

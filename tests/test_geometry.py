@@ -31,7 +31,9 @@ SIDES = st.integers(1, 3000)
 UNIFORMS = st.floats(0, 1, exclude_max=True)
 JITTERS = st.one_of(
     st.integers(0, 30),
-    st.tuples(st.integers(-30, 30), st.integers(0, 60)).map(lambda pair: (pair[0], pair[0] + pair[1])),
+    st.tuples(st.integers(-30, 30), st.integers(0, 60)).map(
+        lambda pair: (pair[0], pair[0] + pair[1])
+    ),
 )
 
 
@@ -113,11 +115,15 @@ def test_patches_stay_in_the_span_and_reach_both_its_ends(numbers: dict[str, Any
     corners = [grid.lowest_corner(cell) for cell in range(CELLS)]
     for axis in (0, 1):
         assert min(corner[axis] for corner in corners) == 0
-        assert max(corner[axis] for corner in corners) + (high - low) + grid.patch_px == grid.span_px
+        assert (
+            max(corner[axis] for corner in corners) + (high - low) + grid.patch_px == grid.span_px
+        )
 
 
 @given(valid(), SIDES, SIDES, UNIFORMS)
-def test_the_span_fits_in_any_resized_image(numbers: dict[str, Any], height: int, width: int, u: float) -> None:
+def test_the_span_fits_in_any_resized_image(
+    numbers: dict[str, Any], height: int, width: int, u: float
+) -> None:
     grid = PatchGrid(**numbers)
     if grid.resize is None:
         height, width = height + grid.span_px, width + grid.span_px
@@ -130,10 +136,15 @@ def test_the_span_fits_in_any_resized_image(numbers: dict[str, Any], height: int
 
 
 @pytest.mark.parametrize("resize", [ShortSide, Square])
-def test_a_grid_larger_than_its_images_does_not_exist(resize: type[ShortSide] | type[Square]) -> None:
+def test_a_grid_larger_than_its_images_does_not_exist(
+    resize: type[ShortSide] | type[Square],
+) -> None:
     sizes = {"patch_px": 64, "gap_px": 21, "jitter_px": [0, 21]}
     assert PatchGrid(**sizes, resize=resize(px=255)).span_px == 255
-    with pytest.raises(ValueError, match=r"needs 255 px \(3 x 64 px .* 2 x 21 px .* 21 px of jitter.* 254 px.* to 255"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs 255 px \(3 x 64 px .* 2 x 21 px .* 21 px of jitter.* 254 px.* to 255",
+    ):
         PatchGrid(**sizes, resize=resize(px=254))
 
 
@@ -156,7 +167,8 @@ def test_impossible_numbers_are_named(wrong: dict[str, object], message: str) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("patch_px", 2.5), ("gap_px", 0.5), ("jitter_px", 1.5), ("jitter_px", [0, 1.5])]
+    ("name", "value"),
+    [("patch_px", 2.5), ("gap_px", 0.5), ("jitter_px", 1.5), ("jitter_px", [0, 1.5])],
 )
 def test_fractions_of_a_pixel_are_refused(name: str, value: object) -> None:
     right = {"patch_px": 8, "gap_px": 2, "jitter_px": 1, "resize": None}
@@ -181,11 +193,15 @@ def test_an_area_range_is_above_zero_and_not_reversed(low: int, high: int) -> No
 @given(SIDES, SIDES, st.integers(1, 600))
 def test_short_side_is_torchvisions_resize(height: int, width: int, px: int) -> None:
     image = torch.empty(1, height, width, device="meta")
-    assert ShortSide(px=px).size(height, width, 0) == tuple(F.resize(image, [px], antialias=True).shape[1:])
+    assert ShortSide(px=px).size(height, width, 0) == tuple(
+        F.resize(image, [px], antialias=True).shape[1:]
+    )
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), UNIFORMS)
-def test_area_is_drawn_from_the_range_and_keeps_the_aspect_ratio(height: int, width: int, u: float) -> None:
+def test_area_is_drawn_from_the_range_and_keeps_the_aspect_ratio(
+    height: int, width: int, u: float
+) -> None:
     new_height, new_width = Area(low_px2=150_000, high_px2=450_000).size(height, width, u)
     area = 150_000 + u * 300_000
     half_a_pixel = 0.5 * (new_height + new_width) + 0.25
@@ -200,7 +216,9 @@ def test_area_reaches_both_ends_of_its_range() -> None:
     assert resize.size(100, 150, 1 - 1e-9) == (548, 822)  # 450,456 px2
 
 
-def test_an_area_too_narrow_for_the_grid_is_enlarged_until_it_fits_and_keeps_its_aspect_ratio() -> None:
+def test_an_area_too_narrow_for_the_grid_is_enlarged_until_it_fits_and_keeps_its_aspect_ratio() -> (
+    None
+):
     grid = shipped("doersch2015")
     assert grid.resized(480, 640, 0) == (398, 532)  # 150,000 px2 would be 335 x 447
     assert grid.resized(480, 640, 0.9) == grid.resize.size(480, 640, 0.9)  # type: ignore[union-attr]
@@ -211,7 +229,9 @@ def test_an_area_too_narrow_for_the_grid_is_enlarged_until_it_fits_and_keeps_its
 
 def test_rounding_never_leaves_an_enlarged_image_a_pixel_short() -> None:
     for side in range(1, 398):
-        grid = PatchGrid(patch_px=96, gap_px=48, jitter_px=7, resize=Area(low_px2=side**2, high_px2=side**2))
+        grid = PatchGrid(
+            patch_px=96, gap_px=48, jitter_px=7, resize=Area(low_px2=side**2, high_px2=side**2)
+        )
         assert grid.resized(1000, 1000, 0) in ((398, 398), (399, 399))
 
 

@@ -24,16 +24,22 @@ def test_a_system_that_knows_no_limit_counts_all_cores(
 
 
 @pytest.mark.parametrize(("platform", "method"), [("linux", "fork"), ("darwin", "spawn")])
-def test_processes_are_forked_on_linux_alone(monkeypatch: pytest.MonkeyPatch, platform: str, method: str) -> None:
+def test_processes_are_forked_on_linux_alone(
+    monkeypatch: pytest.MonkeyPatch, platform: str, method: str
+) -> None:
     monkeypatch.setattr(sys, "platform", platform)
     assert machine.process_context().get_start_method() == method
 
 
 @pytest.mark.parametrize("windows", ["sys.platform = 'win32'", "os.name = 'nt'"])
-@pytest.mark.parametrize("command", ["import relloc", "import relloc.train", "from relloc.data import loader"])
+@pytest.mark.parametrize(
+    "command", ["import relloc", "import relloc.train", "from relloc.data import loader"]
+)
 def test_windows_is_told_in_one_sentence(windows: str, command: str) -> None:
     program = f"import os, sys; {windows}; {command}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("relloc: ")
     assert done.stderr.count("\n") == 1

@@ -11,9 +11,15 @@ COMMANDS = ["prepare", "train", "evaluate", "report", "export", "sync", "sweep"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
-def test_it_lists_each_command_with_what_it_does(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_lists_each_command_with_what_it_does(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 0
-    lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines() if "-m relloc." in line]
+    lines = [
+        line.split(maxsplit=3)
+        for line in capsys.readouterr().out.splitlines()
+        if "-m relloc." in line
+    ]
     assert [line[2] for line in lines[: len(COMMANDS)]] == [f"relloc.{name}" for name in COMMANDS]
     assert all(len(line) == 4 for line in lines[: len(COMMANDS)])
 
@@ -31,7 +37,11 @@ def test_a_command_is_run_with_its_words(
     assert "conf/grid/mmselfsup.yaml" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("word", "told"), [("trian", "Did you mean train?"), ("seed=0", "relloc.train seed=0")])
-def test_another_word_is_a_mistake(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("word", "told"), [("trian", "Did you mean train?"), ("seed=0", "relloc.train seed=0")]
+)
+def test_another_word_is_a_mistake(
+    word: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([word]) == 2
     assert told in capsys.readouterr().err

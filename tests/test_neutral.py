@@ -8,13 +8,16 @@ from relloc.runs import settings
 
 def test_every_name_is_a_setting() -> None:
     """A setting that was renamed would count again, and runs begun before could not be gone on with."""
-    known = {name for command in ("train", "evaluate") for name in settings.compose(command).names()}
+    known = {
+        name for command in ("train", "evaluate") for name in settings.compose(command).names()
+    }
     known |= {"hydra", *settings.compose("train", ["data=folder"]).names()}
     assert {*neutral._EXECUTION, *neutral._OBSERVATION} - known == set()
 
 
 @pytest.mark.parametrize(
-    "name", ["device", "recipe.lr", "monitor.images", "data.source.root", "eval.knn.k", "view.batch"]
+    "name",
+    ["device", "recipe.lr", "monitor.images", "data.source.root", "eval.knn.k", "view.batch"],
 )
 def test_neutral_settings_do_not_tell_weights_apart(name: str) -> None:
     assert neutral.settings_of_weights({name: 1}) == {}
@@ -28,7 +31,12 @@ def test_all_others_do(name: str) -> None:
 
 
 def test_a_run_is_the_same_however_it_is_run_and_another_with_other_evaluations() -> None:
-    config = {"device": "cpu", "seed": 1, "recipe": {"lr": 1, "images_per_step": 2}, "eval": {"knn": {"device": 3}}}
+    config = {
+        "device": "cpu",
+        "seed": 1,
+        "recipe": {"lr": 1, "images_per_step": 2},
+        "eval": {"knn": {"device": 3}},
+    }
     assert neutral.settings_of_run(config) == {
         "seed": 1,
         "recipe": {"images_per_step": 2},

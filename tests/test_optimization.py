@@ -26,20 +26,25 @@ def backward(model: nn.Module, images: Tensor) -> None:
     model(images).square().mean().backward()
 
 
-def test_backwards_add_to_gradients_that_keep_their_place_and_have_the_layout_of_the_weights() -> None:
+def test_backwards_add_to_gradients_that_keep_their_place_and_have_the_layout_of_the_weights() -> (
+    None
+):
     owned, plain = network(), network()
     gradients = Gradients(owned.parameters())
     addresses = [value.grad.data_ptr() for value in owned.parameters()]
     for images in torch.randn(2, 4, 3, 4, 4):
         backward(owned, images)
         backward(plain, images)
-    for value, other, address in zip(owned.parameters(), plain.parameters(), addresses, strict=True):
+    for value, other, address in zip(
+        owned.parameters(), plain.parameters(), addresses, strict=True
+    ):
         assert torch.equal(value.grad, other.grad)
         assert value.grad.data_ptr() == address
         assert value.grad.stride() == value.stride()
     gradients.average()  # one process: they are their own mean
     assert all(
-        torch.equal(value.grad, other.grad) for value, other in zip(owned.parameters(), plain.parameters(), strict=True)
+        torch.equal(value.grad, other.grad)
+        for value, other in zip(owned.parameters(), plain.parameters(), strict=True)
     )
     gradients.clear()
     assert all(value.grad.abs().max() == 0 for value in owned.parameters())
@@ -49,14 +54,25 @@ def test_what_is_not_trained_gets_no_gradient() -> None:
     model = network()
     model[0].requires_grad_(False)
     Gradients(model.parameters())
-    assert [value.grad is None for value in model.parameters()] == [True, True, False, False, False, False]
+    assert [value.grad is None for value in model.parameters()] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_rates_are_multiples_of_the_first_ones_also_in_a_process_that_goes_on() -> None:
     weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": [weights[0]], "lr": 0.5}, {"params": [weights[1]], "lr": 2.0}])
+    optimizer = torch.optim.SGD(
+        [{"params": [weights[0]], "lr": 0.5}, {"params": [weights[1]], "lr": 2.0}]
+    )
     assert set_rates(optimizer, 0.1) == 0.05
-    other = torch.optim.SGD([{"params": [weights[0]], "lr": 7.0}, {"params": [weights[1]], "lr": 7.0}])
+    other = torch.optim.SGD(
+        [{"params": [weights[0]], "lr": 7.0}, {"params": [weights[1]], "lr": 7.0}]
+    )
     other.load_state_dict(optimizer.state_dict())
     assert set_rates(other, 1.0) == 0.5
     assert [group["lr"] for group in other.param_groups] == [0.5, 2.0]

@@ -35,7 +35,11 @@ def row(**changes: object) -> Result:
 
 
 def test_rows_come_back_as_they_were_written_oldest_first(tmp_path: Path) -> None:
-    rows = [ROW, row(layer="avgpool", value=0.1 + 0.2, low=1 / 3, high=99.9), row(batch_norm="recalibrated")]
+    rows = [
+        ROW,
+        row(layer="avgpool", value=0.1 + 0.2, low=1 / 3, high=99.9),
+        row(batch_norm="recalibrated"),
+    ]
     append_results(tmp_path, rows[:2])
     append_results(tmp_path, rows[2:])
     assert list(read_results(tmp_path)) == rows
@@ -45,7 +49,9 @@ def test_rows_come_back_as_they_were_written_oldest_first(tmp_path: Path) -> Non
     assert json.loads(lines[0])["value"] == ROW.value
 
 
-@pytest.mark.parametrize("odd", ["a\u2028b", "a\x85b", "a\x0bb", "a\nb", "a\rb", 'a"b', "𝄞", "a\\b"])
+@pytest.mark.parametrize(
+    "odd", ["a\u2028b", "a\x85b", "a\x0bb", "a\nb", "a\rb", 'a"b', "𝄞", "a\\b"]
+)
 def test_any_path_stays_in_its_line(tmp_path: Path, odd: str) -> None:
     rows = [row(checkpoint=f"/runs/{odd}", measured_in=odd), ROW]
     append_results(tmp_path, rows)
@@ -57,10 +63,15 @@ def test_a_path_of_bytes_that_are_no_text_is_readable(tmp_path: Path) -> None:
     text = path_as_text(Path(odd))
     assert text == r"/runs/caf\xe9.pt"
     append_results(tmp_path, [row(checkpoint=text), row(checkpoint=odd)])
-    assert list(read_results(tmp_path)) == [row(checkpoint=text), row(checkpoint="/runs/caf\ufffd.pt")]
+    assert list(read_results(tmp_path)) == [
+        row(checkpoint=text),
+        row(checkpoint="/runs/caf\ufffd.pt"),
+    ]
 
 
-def test_a_last_line_that_a_kill_left_unfinished_is_no_row_and_makes_room_for_the_next(tmp_path: Path) -> None:
+def test_a_last_line_that_a_kill_left_unfinished_is_no_row_and_makes_room_for_the_next(
+    tmp_path: Path,
+) -> None:
     append_results(tmp_path, [ROW])
     with open(tmp_path / RESULTS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(FIELDS)[:-5])
@@ -91,7 +102,11 @@ else:
 
 def test_a_disk_that_fills_up_midway_is_an_error_and_whole_rows_stay(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     seeds = [row.seed for row in read_results(tmp_path)]
@@ -107,7 +122,9 @@ BATCH = [row(seed=seed) for seed in range(1, 6)]
 
 
 @pytest.mark.parametrize("left", range(6))
-def test_rows_of_a_batch_that_a_power_cut_left_unfinished_are_none(tmp_path: Path, left: int) -> None:
+def test_rows_of_a_batch_that_a_power_cut_left_unfinished_are_none(
+    tmp_path: Path, left: int
+) -> None:
     append_results(tmp_path, [ROW])
     append_results(tmp_path, BATCH)
     (tmp_path / RESULTS_FILE).write_bytes(b"".join(lines_of(tmp_path)[: 1 + left]))
@@ -128,14 +145,18 @@ def test_a_batch_whose_lines_are_not_all_there_counts_as_none(tmp_path: Path) ->
 
 
 def test_rows_without_a_word_of_their_batch_are_complete(tmp_path: Path) -> None:
-    old = "".join(f"{json.dumps({'format': FORMAT, **dataclasses.asdict(each)})}\n" for each in BATCH)
+    old = "".join(
+        f"{json.dumps({'format': FORMAT, **dataclasses.asdict(each)})}\n" for each in BATCH
+    )
     (tmp_path / RESULTS_FILE).write_text(old)
     append_results(tmp_path, [ROW, ROW])
     assert list(read_results(tmp_path)) == [*BATCH, ROW, ROW]
 
 
 @pytest.mark.parametrize(("number", "of"), [(0, 2), (3, 2), (1, 0), ("1", 2), (1, None), (1, [2])])
-def test_a_batch_of_impossible_numbers_is_an_error(tmp_path: Path, number: object, of: object) -> None:
+def test_a_batch_of_impossible_numbers_is_an_error(
+    tmp_path: Path, number: object, of: object
+) -> None:
     (tmp_path / RESULTS_FILE).write_text(json.dumps({**FIELDS, "row": number, "rows": of}) + "\n")
     with pytest.raises(DamagedFile, match="line 1 "):
         read_results(tmp_path)
@@ -155,7 +176,10 @@ for batch in range(30):
 
 
 def test_four_writers_lose_nothing_and_a_reader_sees_whole_batches(tmp_path: Path) -> None:
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(number)]) for number in range(4)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(number)])
+        for number in range(4)
+    ]
     while any(writer.poll() is None for writer in writers):
         assert len(read_results(tmp_path)) % 5 == 0
     assert [writer.returncode for writer in writers] == [0] * 4
@@ -243,7 +267,10 @@ def test_what_can_not_be_read_at_all_is_named(tmp_path: Path) -> None:
         ({"batch_norm": "recalibrated"}, "linear_recalibrated/feature4/top1"),
         ({"checkpoint": "random"}, "linear_random/feature4/top1"),
         ({"checkpoint": "torchvision"}, "linear_torchvision/feature4/top1"),
-        ({"checkpoint": "random", "batch_norm": "recalibrated"}, "linear_random_recalibrated/feature4/top1"),
+        (
+            {"checkpoint": "random", "batch_norm": "recalibrated"},
+            "linear_random_recalibrated/feature4/top1",
+        ),
         ({"eval": "knn", "layer": "avgpool", "metric": "top1_k20"}, "knn/avgpool/top1_k20"),
         ({"eval": "pretext", "layer": ""}, "pretext/top1"),
         ({"checkpoint": "/runs/random"}, "linear/feature4/top1"),

@@ -56,14 +56,18 @@ def test_the_colors_of_a_training_view_do_not_depend_on_its_box(color: str) -> N
         box = crop.box(300, 400, random.Random(seed_for(Use.AUGMENTED_VIEW, 0, 0, image)))
         areas.append((box[2] - box[0]) * (box[3] - box[1]))
         factors.append(jitter.draw(seed_for(Use.AUGMENTED_COLOR, 0, 0, image))[at])
-    assert abs(np.corrcoef(areas, factors)[0, 1]) < 4 / np.sqrt(4000)  # four standard deviations if independent
+    assert abs(np.corrcoef(areas, factors)[0, 1]) < 4 / np.sqrt(
+        4000
+    )  # four standard deviations if independent
     shared = [jitter.draw(seed_for(Use.AUGMENTED_VIEW, 0, 0, image))[0] for image in range(4000)]
     assert np.corrcoef(areas, shared)[0, 1] > 0.4  # as one seed for both gives
 
 
 def test_images_that_recalibrate_batch_norm_are_not_those_held_back() -> None:
     n = 2000
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_for(Use.CALIBRATION_IMAGES, 7)))
+    order = torch.randperm(
+        n, generator=torch.Generator().manual_seed(seed_for(Use.CALIBRATION_IMAGES, 7))
+    )
     both = set(order[:200].tolist()) & set(draw_held_back(n, 7).tolist())
     assert 5 < len(both) < 40  # 20 by chance
 
@@ -78,18 +82,30 @@ def test_nothing_in_the_package_seeds_a_generator_past_the_list_of_uses() -> Non
     seeding_files = set()
     for path in root.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and is_derived(node.value)]
+        assigned = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and is_derived(node.value)
+        ]
         names = {ast.unparse(target) for node in assigned for target in node.targets}
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            derived = any(is_derived(argument) or ast.unparse(argument) in names for argument in node.args)
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
+            derived = any(
+                is_derived(argument) or ast.unparse(argument) in names for argument in node.args
+            )
             if name in seeding and not derived:
                 seeding_files.add(path.relative_to(root).as_posix())
     assert seeding_files <= set(AS_GIVEN), seeding_files - set(AS_GIVEN)
 
 
 def test_every_use_is_used() -> None:
-    text = "\n".join(path.read_text(encoding="utf-8") for path in Path(relloc.__file__).parent.rglob("*.py"))
+    text = "\n".join(
+        path.read_text(encoding="utf-8") for path in Path(relloc.__file__).parent.rglob("*.py")
+    )
     assert [use.name for use in Use if f"Use.{use.name}" not in text] == []

@@ -21,7 +21,13 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     monkeypatch.setenv("COLUMNS", "160")
     names = ("done", "sent", "new")
     points = [
-        Point(kind="train", name=f"[red]{name}\x1b[0m", overrides=("seed=0",), identity=name, folder=tmp_path / name)
+        Point(
+            kind="train",
+            name=f"[red]{name}\x1b[0m",
+            overrides=("seed=0",),
+            identity=name,
+            folder=tmp_path / name,
+        )
         for name in names
     ]
     for name in names[:2]:
@@ -61,7 +67,10 @@ def test_a_failed_point_shows_why(
     note_job(failed, process_mark(GONE))
     log = sweep.log(failed)
     log.parent.mkdir()
-    log.write_text("start\nrelloc: data.root=x holds nothing\n" + "".join(f"then {line}\n" for line in range(20)))
+    log.write_text(
+        "start\nrelloc: data.root=x holds nothing\n"
+        + "".join(f"then {line}\n" for line in range(20))
+    )
     assert main(["status", "s"]) == 1
     told = capsys.readouterr().out
     assert told.count("relloc: data.root=x holds nothing") == 1
@@ -69,8 +78,13 @@ def test_a_failed_point_shows_why(
     assert f"again, alone: {failed.again}" in told
 
 
-def test_a_name_that_no_sweep_has_is_one_message(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_no_sweep_has_is_one_message(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
     for does in ("status", "wait", "cancel"):
         assert main([does, "other"]) == 2
         told = capsys.readouterr()
-        assert (told.out, told.err) == ("", "relloc: other is no sweep of runs/sweeps: name one of s\n")
+        assert (told.out, told.err) == (
+            "",
+            "relloc: other is no sweep of runs/sweeps: name one of s\n",
+        )

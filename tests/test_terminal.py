@@ -85,7 +85,9 @@ def test_streams_that_were_closed_before_the_start_lead_nowhere(tmp_path: Path) 
 def test_output_that_finds_no_room_is_told(tmp_path: Path) -> None:
     program = "from relloc import terminal\nterminal.run_command(lambda: print('x' * 10))"
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=-1, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=-1, text=True, check=False
+        )
     assert done.returncode == 1
     assert "No space left" in done.stderr
 
@@ -94,7 +96,9 @@ def test_output_that_finds_no_room_is_told(tmp_path: Path) -> None:
 def test_names_are_printed_in_any_encoding(encoding: str) -> None:
     program = "from relloc import terminal\nterminal.run_command(lambda: print('\\u65e5\\udc80'))"
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=environment, check=False
+    )
     assert done.returncode == 0
     assert done.stderr == b""
     assert (b"\\u65e5" in done.stdout) == (encoding != "utf-8")
@@ -103,6 +107,10 @@ def test_names_are_printed_in_any_encoding(encoding: str) -> None:
 def test_a_message_stands_behind_what_was_printed_before() -> None:
     does = "from relloc import terminal; print('first'); terminal.complain('second')"
     done = subprocess.run(
-        [sys.executable, "-c", does], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        [sys.executable, "-c", does],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
     )
     assert done.stdout == "first\nrelloc: second\n"

@@ -21,7 +21,9 @@ _OF_TRAINING = {"step", "model", "about"}
 
 def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:
     """Save a backbone's weights as safetensors, with `about` (JSON) telling what built and made it, and their hash."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
+    }
     with writing_hashed(path) as file:
         file.write(save(tensors, metadata={"relloc": json.dumps(about, sort_keys=True)}))
 
@@ -37,7 +39,9 @@ def backbone_file(path: Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         shown = ascii(str(path)[:_LONGEST_NAME])
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:_LONGEST_NAME]
-        raise CheckpointError(f"{shown} is no path ({reason}): give a file of weights or a run folder") from error
+        raise CheckpointError(
+            f"{shown} is no path ({reason}): give a file of weights or a run folder"
+        ) from error
 
 
 def is_ours(file: Path) -> bool:
@@ -74,13 +78,17 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except BROKEN as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
     if about is None:
-        raise CheckpointError(f"{file} holds weights, but relloc did not write it: its backbone is unknown")
+        raise CheckpointError(
+            f"{file} holds weights, but relloc did not write it: its backbone is unknown"
+        )
     try:
         described = json.loads(about)
     except (ValueError, RecursionError):
         described = None
     if not isinstance(described, dict):
-        raise DamagedCheckpoint(f"{file} is damaged: what it tells of its backbone is no JSON mapping")
+        raise DamagedCheckpoint(
+            f"{file} is damaged: what it tells of its backbone is no JSON mapping"
+        )
     return weights, described
 
 
@@ -90,7 +98,11 @@ def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     match weight_files.read(file, expected=expected) if is_training else None:
         case {"model": dict(model), "about": dict(about)}:
             prefix = "backbone."
-            weights = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
+            weights = {
+                name.removeprefix(prefix): value
+                for name, value in model.items()
+                if name.startswith(prefix)
+            }
             if all(isinstance(value, Tensor) for value in weights.values()):
                 return weights, about
     raise DamagedCheckpoint(f"{damaged(file)}: it holds no model of tensors")
@@ -101,7 +113,9 @@ def model_name(about: Mapping[str, Any], file: Path) -> str:
     model = about.get("model")
     name = model.get("name") if isinstance(model, Mapping) else None
     if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
-        raise DamagedCheckpoint(f"{file} does not tell which model its weights are of: give model=NAME")
+        raise DamagedCheckpoint(
+            f"{file} does not tell which model its weights are of: give model=NAME"
+        )
     return name
 
 

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from relloc.checkpoints import layouts
 
-SUFFIXES = {"torchvision": (".pth", ".safetensors"), "detectron2": (".pkl",), "mmdetection": (".pth",)}
+SUFFIXES = {
+    "torchvision": (".pth", ".safetensors"),
+    "detectron2": (".pkl",),
+    "mmdetection": (".pth",),
+}
 DEPTHS = {"resnet18": 18, "resnet50": 50}
 _TORCHVISION = """\
 model = torchvision.models.{model}({arguments})
@@ -37,7 +41,9 @@ mmdetection 2.x: img_norm_cfg = dict(mean={mean}, std={std}, to_rgb=True)
 C4 detectors, whose head is stage 4: roi_head=dict(shared_head=dict(init_cfg=<the same>))"""
 
 
-def file_content(layout: str, suffix: str, weights: Mapping[str, Tensor], classes: int | None) -> bytes:
+def file_content(
+    layout: str, suffix: str, weights: Mapping[str, Tensor], classes: int | None
+) -> bytes:
     """The file of a `layout` of `SUFFIXES`, with a classifier of zeros for `classes` if asked.
 
     Args:
@@ -46,12 +52,16 @@ def file_content(layout: str, suffix: str, weights: Mapping[str, Tensor], classe
     """
     if layout == "detectron2":
         arrays = {name: tensor.numpy() for name, tensor in layouts.to_detectron2(weights).items()}
-        return pickle.dumps({"model": arrays, "__author__": "relloc", "matching_heuristics": True}, protocol=4)
+        return pickle.dumps(
+            {"model": arrays, "__author__": "relloc", "matching_heuristics": True}, protocol=4
+        )
     content: dict[str, Any] = dict(weights)
     if layout == "mmdetection":
         content = {"state_dict": content, "author": "relloc"}
     elif classes is not None:
-        inputs = [tensor for name, tensor in weights.items() if name.endswith(".running_mean")][-1].numel()
+        inputs = [tensor for name, tensor in weights.items() if name.endswith(".running_mean")][
+            -1
+        ].numel()
         content |= {"fc.weight": torch.zeros(classes, inputs), "fc.bias": torch.zeros(classes)}
     if suffix == ".safetensors":
         return safetensors.torch.save(content, metadata={"format": "pt"})
@@ -61,7 +71,13 @@ def file_content(layout: str, suffix: str, weights: Mapping[str, Tensor], classe
 
 
 def advice(
-    layout: str, file: Path, model: str, *, mean: Sequence[float], std: Sequence[float], classes: int | None
+    layout: str,
+    file: Path,
+    model: str,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    classes: int | None,
 ) -> str:
     """What to tell the other project; `mean` and `std` are of images in 0..1."""
     scale = 1 if layout == "torchvision" else 255
@@ -73,10 +89,15 @@ def advice(
         "model": model,
     }
     if layout == "detectron2":
-        return _DETECTRON2.format(**numbers, width="" if model == "resnet50" else "    RES2_OUT_CHANNELS: 64\n")
+        return _DETECTRON2.format(
+            **numbers, width="" if model == "resnet50" else "    RES2_OUT_CHANNELS: 64\n"
+        )
     if layout == "mmdetection":
         return _MMDETECTION.format(**numbers)
-    by_torch, by_safetensors = f"torch.load('{file}', weights_only=True)", f"safetensors.torch.load_file('{file}')"
+    by_torch, by_safetensors = (
+        f"torch.load('{file}', weights_only=True)",
+        f"safetensors.torch.load_file('{file}')",
+    )
     return _TORCHVISION.format(
         **numbers,
         arguments=f"num_classes={classes}" if classes else "",

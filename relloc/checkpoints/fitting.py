@@ -56,7 +56,11 @@ def check_fits(
     """
     both = [name for name in weights if name in wanted]
     kinds = {
-        "missing": [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")],
+        "missing": [
+            name
+            for name in wanted
+            if name not in weights and not name.endswith("num_batches_tracked")
+        ],
         "unknown": [name for name in weights if name not in wanted],
         "of another shape": [
             f"{name} {list(weights[name].shape)} for {list(wanted[name].shape)}"
@@ -67,16 +71,23 @@ def check_fits(
     }
     misfits = [f"{len(names)} {kind} ({first_of(names)})" for kind, names in kinds.items() if names]
     if misfits:
-        raise CheckpointError(f"{origin} does not fit this backbone: {'; '.join(misfits)}. {advice}")
+        raise CheckpointError(
+            f"{origin} does not fit this backbone: {'; '.join(misfits)}. {advice}"
+        )
 
 
 def first_of(names: Sequence[str], count: int = 3) -> str:
     """The first of some names, none of them long or such that it acts on a terminal."""
-    shown = [name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…" for name in names[:count]]
+    shown = [
+        name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…"
+        for name in names[:count]
+    ]
     return escaped(", ".join(shown)) + (", …" if len(names) > count else "")
 
 
 def _kind(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "complex"
-    return "float" if tensor.is_floating_point() or tensor.dim() == 0 else "whole"  # a counter may be either
+    return (
+        "float" if tensor.is_floating_point() or tensor.dim() == 0 else "whole"
+    )  # a counter may be either

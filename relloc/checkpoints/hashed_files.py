@@ -20,7 +20,16 @@ from relloc.errors import CheckpointError, DamagedCheckpoint
 
 # What readers raise for damaged files. A content that needs more memory than there is, is none of ours, too.
 BROKEN = (
-    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError),
+    *(
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ),
     *(MemoryError, AssertionError, ImportError, BufferError, struct.error, zlib.error),
     *(pickle.UnpicklingError, zipfile.BadZipFile, lzma.LZMAError, SafetensorError),
 )
@@ -94,7 +103,9 @@ def check_hash(path: Path) -> bool:
         _refuse_pipe(file)
     try:
         # Others write the note in other words.
-        noted = re.findall(r"\b[0-9a-f]{64}\b", note.read_text(encoding="ascii", errors="replace").lower())
+        noted = re.findall(
+            r"\b[0-9a-f]{64}\b", note.read_text(encoding="ascii", errors="replace").lower()
+        )
     except FileNotFoundError:
         return False
     except OSError as error:

@@ -141,12 +141,20 @@ def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) 
     values = list(leaves(content))
     tensors = _unwrapped({name: value for name, value in values if isinstance(value, Tensor)})
     if not tensors:
-        raise CheckpointError(f"{origin} holds no tensors (at its top: {first_of(list(content)) or 'nothing'})")
+        raise CheckpointError(
+            f"{origin} holds no tensors (at its top: {first_of(list(content)) or 'nothing'})"
+        )
     objects = list(dict.fromkeys(value.name for _, value in values if isinstance(value, LeftOut)))
-    stages = {match["prefix"]: match["stage"] for match in map(_STAGE_1.fullmatch, tensors) if match}
+    stages = {
+        match["prefix"]: match["stage"] for match in map(_STAGE_1.fullmatch, tensors) if match
+    }
     place = _choose(list(stages), prefix, origin, list(tensors), objects)
     parts = _NAMES[stages[place]].items()
-    inside = {_renamed(name.removeprefix(place), parts): name for name in tensors if name.startswith(place)}
+    inside = {
+        _renamed(name.removeprefix(place), parts): name
+        for name in tensors
+        if name.startswith(place)
+    }
     kinds = {name: _kind(name.partition(".")[0]) for name in inside}
     outside = {name: _kind(name) or _OTHERS for name in tensors if not name.startswith(place)}
     return Found(
@@ -171,14 +179,18 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found if len(found) == len(tensors) else tensors
 
 
-def _choose(places: list[str], prefix: str | None, origin: str, names: Sequence[str], objects: Sequence[str]) -> str:
+def _choose(
+    places: list[str], prefix: str | None, origin: str, names: Sequence[str], objects: Sequence[str]
+) -> str:
     if not places:
         unread = f"Objects of {first_of(objects)} are not read, as that would run code: save a state_dict(). "
         raise CheckpointError(
             f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {first_of(names)}. "
             f"{unread if objects else ''}Known layouts are {KNOWN}"
         )
-    named = places if prefix is None else _matching(places, _WRAPPERS.sub("", f"{prefix}.").strip("."))
+    named = (
+        places if prefix is None else _matching(places, _WRAPPERS.sub("", f"{prefix}.").strip("."))
+    )
     if len(named) == 1:
         return named[0]
     there = ", ".join(place.rstrip(".") or "(no prefix)" for place in places)
@@ -221,7 +233,11 @@ def _layout(content: Mapping[str, Any], place: str, stage: str) -> str:
     if place.endswith("_feature_blocks."):
         return "VISSL"
     if place == "state_dict.backbone.":
-        return "mmselfsup 1.x" if "message_hub" in content else "mmselfsup 0.x or OpenSelfSup, as trained"
+        return (
+            "mmselfsup 1.x"
+            if "message_hub" in content
+            else "mmselfsup 0.x or OpenSelfSup, as trained"
+        )
     if place == "state_dict." and set(content) <= {"state_dict", "author", "meta"}:
         return "mmselfsup 0.x or OpenSelfSup, as published"
     return f"torchvision's {names}{below}" if place or stage == "4" else "torchvision or timm"

@@ -10,14 +10,23 @@ from typing import Any
 import torch
 
 from relloc import files
-from relloc.checkpoints.hashed_files import BROKEN, check_hash, damaged, hash_file, not_read, writing_hashed
+from relloc.checkpoints.hashed_files import (
+    BROKEN,
+    check_hash,
+    damaged,
+    hash_file,
+    not_read,
+    writing_hashed,
+)
 from relloc.checkpoints.places import saved_trainings, training_folder
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
 _KEPT = 2
 
 
-def save_training(run_dir: Path, state: Mapping[str, Any], step: int, milestone: str | None = None) -> Path:
+def save_training(
+    run_dir: Path, state: Mapping[str, Any], step: int, milestone: str | None = None
+) -> Path:
     """Save the state of a training after `step` steps; the newest two and all named milestones are kept.
 
     A milestone `epoch_30` is saved as that, besides. Beside each file stands its hash, as
@@ -104,14 +113,20 @@ def load_state(path: Path) -> dict[str, Any]:
 def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
     is_as_saved = check_hash(path)
     try:
-        with path.open("rb"):  # torch's errors do not tell whether a file can't be read or is no checkpoint
+        with path.open(
+            "rb"
+        ):  # torch's errors do not tell whether a file can't be read or is no checkpoint
             pass
     except OSError as error:
         raise not_read(path, error) from error
     try:
         state = _read(path, mapped=mapped and is_as_saved)
-    except pickle.UnpicklingError as error:  # torch's own message advises to run the code in the file
-        raise DamagedCheckpoint(f"{damaged(path)}: it holds more than tensors and plain values") from error
+    except (
+        pickle.UnpicklingError
+    ) as error:  # torch's own message advises to run the code in the file
+        raise DamagedCheckpoint(
+            f"{damaged(path)}: it holds more than tensors and plain values"
+        ) from error
     except BROKEN as error:
         # Reading at a place that a damaged file names is an invalid argument; other errors are the system's.
         if isinstance(error, OSError) and (is_as_saved or error.errno != errno.EINVAL):

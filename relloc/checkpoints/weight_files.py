@@ -54,14 +54,20 @@ def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
             "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
         )
     if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{file} holds a {type(content).__name__}, not weights by their names")
+        raise DamagedCheckpoint(
+            f"{file} holds a {type(content).__name__}, not weights by their names"
+        )
     return content
 
 
 def names_at_top(file: Path, *, expected: str = "file of weights") -> set[str]:
     """The names at the top of what is in a file; its tensors are not read. Raises as `read`."""
     content = _content(file, expected, numbers=False)
-    return {name for name in content if isinstance(name, str)} if isinstance(content, Mapping) else set()
+    return (
+        {name for name in content if isinstance(name, str)}
+        if isinstance(content, Mapping)
+        else set()
+    )
 
 
 def _content(file: Path, expected: str, *, numbers: bool = True) -> Any:
@@ -81,7 +87,9 @@ def _reason(error: BaseException) -> str:
         return "what it declares does not fit into memory"
     without_text = "it ends early" if isinstance(error, EOFError) else type(error).__name__
     first_line = str(error).partition("\n")[0][:300] or without_text
-    if isinstance(error, KeyError | IndexError | TypeError | AttributeError | struct.error):  # of no use to a reader
+    if isinstance(
+        error, KeyError | IndexError | TypeError | AttributeError | struct.error
+    ):  # of no use to a reader
         return f"its parts do not fit together ({first_line})"
     return first_line
 

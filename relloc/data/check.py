@@ -97,7 +97,9 @@ class Check:
         return told + [line for split in (self.train, self.held_out) for line in _findings(split)]
 
 
-def check(data: Splits, *, published: Mapping[str, int] | None, workers: int, progress: Progress) -> Check:
+def check(
+    data: Splits, *, published: Mapping[str, int] | None, workers: int, progress: Progress
+) -> Check:
     """Read every image of both splits once, in `workers` processes.
 
     `published` gives the official number of images by the name of the split.
@@ -110,7 +112,9 @@ def check(data: Splits, *, published: Mapping[str, int] | None, workers: int, pr
         return summary(data, Path(folder), jobs, published)
 
 
-def summary(data: Splits, folder: Path, parts: Sequence[Span], published: Mapping[str, int] | None) -> Check:
+def summary(
+    data: Splits, folder: Path, parts: Sequence[Span], published: Mapping[str, int] | None
+) -> Check:
     """The check of a data set, all parts of which are finished in `folder`."""
     of_role = {role: [span for span in parts if span.role == role] for role in ROLES}
     train, trained_on = _split_check(data.train, folder, of_role["train"], published or {})
@@ -158,9 +162,15 @@ def _split_check(
     short, long = np.sort([records["height"], records["width"]], axis=0)
     readable = np.flatnonzero(short)
     sides = short[readable]
-    counts = None if images.labels is None else np.bincount(np.asarray(images.labels), minlength=len(images.classes))
+    counts = (
+        None
+        if images.labels is None
+        else np.bincount(np.asarray(images.labels), minlength=len(images.classes))
+    )
     hashes = records["sha256"][readable]
-    files = [(called[index], content.tobytes()) for index, content in zip(readable, hashes, strict=True)]
+    files = [
+        (called[index], content.tobytes()) for index, content in zip(readable, hashes, strict=True)
+    ]
     sampled = files[:: max(1, -(-len(files) // _HASHED))]
     first_of: dict[bytes, str] = {}
     repeated = []
@@ -182,7 +192,9 @@ def _split_check(
         images=len(images),
         published=published.get(images.split),
         class_images=None if counts is None else (int(counts.min()), int(counts.max())),
-        short_px=(int(sides.min()), int(np.median(sides)), int(sides.max())) if len(sides) else None,
+        short_px=(int(sides.min()), int(np.median(sides)), int(sides.max()))
+        if len(sides)
+        else None,
         unreadable=unreadable,
         small=those(short < SMALL_PX),
         long=those(long > LONG_RATIO * short),
@@ -214,7 +226,9 @@ def _findings(split: SplitCheck) -> list[str]:
         (split.long, f"are over {LONG_RATIO} times as long as wide"),
         (split.single_color, "have a single color"),
     )
-    return told + [f"{where}: {found.n} images {what} ({found})" for found, what in kinds if found.n]
+    return told + [
+        f"{where}: {found.n} images {what} ({found})" for found, what in kinds if found.n
+    ]
 
 
 def _with_types(content: Mapping[str, Any]) -> dict[str, Any]:

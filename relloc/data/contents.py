@@ -35,22 +35,30 @@ def versioned(hasher: "hashlib._Hash") -> str:
     return hasher.hexdigest()[:_DIGITS] + _VERSION
 
 
-def hash_files(paths: Sequence[str], names: Iterable[str], told_besides: Iterable[str], progress: Progress) -> str:
+def hash_files(
+    paths: Sequence[str], names: Iterable[str], told_besides: Iterable[str], progress: Progress
+) -> str:
     """The digest of a set of files: their `names`, sizes and bytes as the head of this module says, and `told_besides`.
 
     A file that is missing, can't be read or is no regular file counts as such: mended, the set is another one.
     """
     sizes = _in_threads(_size, paths, progress, "file sizes")
     hasher = hashlib.sha256(b"images in files\0")
-    for text in itertools.chain(told_besides, (f"{size} {name}" for name, size in zip(names, sizes, strict=True))):
+    for text in itertools.chain(
+        told_besides, (f"{size} {name}" for name, size in zip(names, sizes, strict=True))
+    ):
         # The length before the text: names may hold any character, line ends too.
         hasher.update(f"{len(text)}:{text}".encode("utf-8", "surrogateescape"))
-    for content in _in_threads(_content, [paths[place] for place in _sampled(sizes)], progress, "files"):
+    for content in _in_threads(
+        _content, [paths[place] for place in _sampled(sizes)], progress, "files"
+    ):
         hasher.update(content)
     return versioned(hasher)
 
 
-def _in_threads(ask: Callable[[str], T], paths: Sequence[str], progress: Progress, what: str) -> list[T]:
+def _in_threads(
+    ask: Callable[[str], T], paths: Sequence[str], progress: Progress, what: str
+) -> list[T]:
     """What `ask` gives of each path, in their order."""
     parts = [paths[start : start + _PER_TASK] for start in range(0, len(paths), _PER_TASK)]
     found: list[T] = []

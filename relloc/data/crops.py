@@ -57,7 +57,9 @@ class Crops(Dataset[Sample]):
         images, side = self.images, self.grid.span_px
         # Through Pillow an image that is only cut takes 1.4 times as long.
         image = images.read_array(index) if isinstance(images, ShardImages) else images.read(index)
-        height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        height, width = (
+            image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        )
         try:
             size = self.grid.resized(height, width, rng.random())
         except ValueError as error:

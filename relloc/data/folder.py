@@ -35,7 +35,18 @@ from relloc.terminal import escaped
 _NAMED = 5  # of class folders that are empty
 TRAIN, VAL = "train", "val"
 # What a folder of all images of a split is called where labels lie beside it (YOLO) or nowhere
-_NO_CLASSES = {"images", "image", "imgs", "img", "jpegimages", "jpegs", "pictures", "photos", "frames", "data"}
+_NO_CLASSES = {
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "jpegimages",
+    "jpegs",
+    "pictures",
+    "photos",
+    "frames",
+    "data",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +59,9 @@ class FolderImages:
     labels: Sequence[int] | None = None
     classes: tuple[str, ...] = ()
     labels_are_listed: bool = False  # so that the files do not say them, and the digest has to
-    _made: list[str] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)  # the digest
+    _made: list[str] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # the digest
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,7 +85,10 @@ class FolderImages:
 
     def names(self) -> Iterator[str]:
         """Names below the folder that all files share: the same wherever the set lies."""
-        absolute = {folder: os.path.abspath(folder) for folder in {os.path.dirname(path) for path in self.paths}}
+        absolute = {
+            folder: os.path.abspath(folder)
+            for folder in {os.path.dirname(path) for path in self.paths}
+        }
         common = os.path.commonpath(absolute.values()).rstrip("/")
         for path in self.paths:
             folder, _, name = path.rpartition("/")
@@ -95,7 +111,9 @@ def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
     return Path(root)
 
 
-def _labeled(name: str, folder: Path, classes: tuple[str, ...], passed_over: PassedOver) -> FolderImages:
+def _labeled(
+    name: str, folder: Path, classes: tuple[str, ...], passed_over: PassedOver
+) -> FolderImages:
     """One split, with its class folders. `passed_over` is added to."""
     paths, labels, empty = [], [], []
     outside_of_classes(folder, passed_over)
@@ -142,7 +160,9 @@ def class_folders(
             f"{base}/{val}/CLASS/*; data.root is to hold {holding}"
         )
     if odd := set(classes) ^ set(other):
-        raise DataError(f"{base}: {train} and {val} differ in {len(odd)} classes, such as {escaped(min(odd))}")
+        raise DataError(
+            f"{base}: {train} and {val} differ in {len(odd)} classes, such as {escaped(min(odd))}"
+        )
     if len(classes) == 1 and classes[0].lower() in _NO_CLASSES:
         raise DataError(
             f"{base / train} and {base / val} hold one folder each, {escaped(classes[0])}, which is not called as a "
@@ -150,7 +170,9 @@ def class_folders(
         )
     passed_over = PassedOver()
     parts = [_labeled(name, base / split, classes, passed_over) for split in (train, val)]
-    remarks = ["; ".join(f"{part.split}: {len(part)} images of {len(classes)} classes" for part in parts)]
+    remarks = [
+        "; ".join(f"{part.split}: {len(part)} images of {len(classes)} classes" for part in parts)
+    ]
     if unused := [each for each in class_folders_of(base) if each not in (train, val)]:
         remarks.append(f"not used: the folders {first_names(unused)}")
     remarks.append(told_passed_over(passed_over))
@@ -159,10 +181,14 @@ def class_folders(
     return splits
 
 
-def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_splits: bool) -> Splits:
+def _unlabeled(
+    name: str, roots: Sequence[Path], held_out_share: float, *, pool_splits: bool
+) -> Splits:
     for one, other in itertools.permutations(roots, 2):
         if other.resolve().is_relative_to(one.resolve()):
-            raise DataError(f"data.root: {other} lies in {one}, so that its images would be taken twice; name one")
+            raise DataError(
+                f"data.root: {other} lies in {one}, so that its images would be taken twice; name one"
+            )
     parts: dict[Role, list[str]] = {"train": [], "held_out": []}
     remarks = []
     for root in roots:
@@ -173,7 +199,9 @@ def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_
             refuse_pooled_splits(branch, alone=len(roots) == 1)
         remarks += [_unlabeled_remark(branch), told_passed_over(passed_over)]
         for path in paths:
-            hashed = hashlib.sha256(os.path.relpath(path, root).encode("utf-8", "surrogateescape")).digest()
+            hashed = hashlib.sha256(
+                os.path.relpath(path, root).encode("utf-8", "surrogateescape")
+            ).digest()
             is_held_out = int.from_bytes(hashed[:8], "big") / 2**64 < held_out_share
             parts["held_out" if is_held_out else "train"].append(path)
     remarks = tuple(filter(None, remarks))
@@ -183,7 +211,9 @@ def _unlabeled(name: str, roots: Sequence[Path], held_out_share: float, *, pool_
             f"out ({', '.join(SUFFIXES)}); both need some: check data.root and data.source.held_out_share. Found was "
             + ". ".join(remarks)
         )
-    images = {role: FolderImages(name=name, split=role, paths=paths) for role, paths in parts.items()}
+    images = {
+        role: FolderImages(name=name, split=role, paths=paths) for role, paths in parts.items()
+    }
     return Splits(train=images["train"], held_out=images["held_out"], remarks=remarks)
 
 
@@ -218,7 +248,10 @@ def folder(
     """
     if not 0 < held_out_share < 1:
         raise DataError(f"data.source.held_out_share is {held_out_share}, not between 0 and 1")
-    roots = [require_root(one, "the images") for one in (root if isinstance(root, (list, tuple)) else [root])]
+    roots = [
+        require_root(one, "the images")
+        for one in (root if isinstance(root, (list, tuple)) else [root])
+    ]
     are_named = (train, val) != (TRAIN, VAL)
     if are_named and (pool_splits or len(roots) > 1):
         raise DataError(
@@ -226,8 +259,12 @@ def folder(
             "out where data.source.pool_splits=true or several roots make one set without labels"
         )
     if train == val:
-        raise DataError(f"data.source.train and data.source.val are both {train}: images trained on test nothing")
-    labeled = len(roots) == 1 and class_folders_of(roots[0] / train) and class_folders_of(roots[0] / val)
+        raise DataError(
+            f"data.source.train and data.source.val are both {train}: images trained on test nothing"
+        )
+    labeled = (
+        len(roots) == 1 and class_folders_of(roots[0] / train) and class_folders_of(roots[0] / val)
+    )
     if not pool_splits and (are_named or labeled):
         return class_folders(name=name, root=str(roots[0]), train=train, val=val)
     return _unlabeled(name, roots, held_out_share, pool_splits=pool_splits)

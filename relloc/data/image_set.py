@@ -78,5 +78,6 @@ def warn_of_other_counts(splits: Splits, published_images: Mapping[str, int] | N
         published = (published_images or {}).get(images.split, len(images))
         if len(images) != published:
             warnings.warn(
-                f"{images.name} {images.split} has {len(images)} images, the published set {published}", stacklevel=3
+                f"{images.name} {images.split} has {len(images)} images, the published set {published}",
+                stacklevel=3,
             )

@@ -13,14 +13,18 @@ from relloc.errors import DataError, data_errors
 _FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
 
 
-def imagenette(*, root: str | None, size: Literal["full", "320px", "160px"], download: bool) -> Splits:
+def imagenette(
+    *, root: str | None, size: Literal["full", "320px", "160px"], download: bool
+) -> Splits:
     """Both splits of Imagenette below `root`; fetched there first if missing and `download` is on.
 
     Raises:
         DataError: no root, or the images are neither there nor to be downloaded.
     """
     if not root:
-        raise DataError("data.root is not set: give data.root=FOLDER to keep Imagenette in, or set RELLOC_DATA")
+        raise DataError(
+            "data.root is not set: give data.root=FOLDER to keep Imagenette in, or set RELLOC_DATA"
+        )
     checks.one_of("data.source.size", size, _FOLDERS)
     folder = Path(root) / _FOLDERS[size]
     if not folder.is_dir():

@@ -49,7 +49,16 @@ _BROKEN = (  # what Pillow raises on files that are broken in one place or anoth
 )
 # The first bytes of the formats; what lies between in RIFF and ISO files is a length
 _SIGNATURES = (
-    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    *(
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF87a",
+        b"GIF89a",
+        b"II*\0",
+        b"MM\0*",
+        b"II+\0",
+        b"MM\0+",
+    ),
     b"\0\0\0\x0cjP  \r\n\x87\n",
 )
 _WIDEST_16_BIT = 65_535
@@ -123,7 +132,9 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     """
     try:
         # Python itself refuses folders.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise ValueError("is no file but a pipe, socket or device")
@@ -158,7 +169,9 @@ def check_size(width: int, height: int) -> None:
         ValueError: it claims to be larger than `MOST_PIXELS`.
     """
     if width * height > MOST_PIXELS:
-        raise ValueError(f"claims to have {width} x {height} px: images of up to {MOST_PIXELS:,} px are read")
+        raise ValueError(
+            f"claims to have {width} x {height} px: images of up to {MOST_PIXELS:,} px are read"
+        )
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -192,7 +205,9 @@ def _shades(image: Image.Image) -> Image.Image | None:
         widest = 4095 if about.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else _WIDEST_16_BIT
         shades = image.convert("I").point(lambda value: value * (255 / widest)).convert("L")
     elif image.mode == "I":
-        raise ValueError("has signed or 32-bit integers, whose black and white are not told: save it in 8 or 16 bits")
+        raise ValueError(
+            "has signed or 32-bit integers, whose black and white are not told: save it in 8 or 16 bits"
+        )
     else:
         return None
     if about.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # WhiteIsZero

@@ -12,7 +12,16 @@ from relloc.terminal import escaped
 # Folders that programs keep beside a user's: thumbnails of a network storage, trash, what macOS packs into archives,
 # what a repaired file system found. Names that begin with a dot are passed over besides. In lower case.
 _NO_FOLDERS_OF_IMAGES = {
-    *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "__pycache__"),
+    *(
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "__macosx",
+        "__pycache__",
+    ),
     *("lost+found", "system volume information"),
 }
 # Of these, the ones that unpacking or repairing an archive or a disk leaves: images of a class may lie in them.
@@ -20,7 +29,22 @@ LEFTOVERS = {"__macosx", "lost+found"}
 _NO_FILES_OF_A_USER = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 # Images that Pillow does not read, or not alone
 _OTHER_IMAGES = {
-    *(".heic", ".heif", ".jxl", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    *(
+        ".heic",
+        ".heif",
+        ".jxl",
+        ".raw",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".dng",
+        ".orf",
+        ".rw2",
+        ".raf",
+        ".pef",
+        ".srw",
+    ),
     *(".psd", ".svg", ".eps", ".exr", ".hdr", ".tga", ".jxr", ".j2k", ".ico", ".pfm", ".xcf"),
 }
 _LONGEST_SUFFIX = 12
@@ -49,7 +73,11 @@ def images_below(folder: Path, passed_over: PassedOver) -> Iterator[str]:
         images, folders = _found_in(here, passed_over)
         yield from images
         for entry in reversed(folders):  # the last is entered next
-            there = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+            there = (
+                os.path.realpath(entry.path)
+                if entry.is_symlink()
+                else os.path.join(real, entry.name)
+            )
             if f"{real}/".startswith(f"{there.rstrip('/')}/"):
                 passed_over["links to a folder above"] += 1
             else:
@@ -82,7 +110,11 @@ def class_folders_of(folder: Path) -> tuple[str, ...]:
     Raises:
         DataError: it can't be listed, or holds what unpacking left, in which images of a class may be.
     """
-    names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry)] if folder.is_dir() else []
+    names = (
+        [entry.name for entry in _entries(str(folder)) if _is_folder(entry)]
+        if folder.is_dir()
+        else []
+    )
     classes = tuple(name for name in names if name.lower() not in _NO_FOLDERS_OF_IMAGES)
     left = [name for name in names if name.lower() in LEFTOVERS]
     if left and classes:
@@ -101,7 +133,11 @@ def told_passed_over(passed_over: PassedOver) -> str:
         return ""
     others = passed_over.total() - sum(count for _, count in most)
     rest = f" and {others} others" if others else ""
-    advice = "; what relloc is to take of them, convert to JPEG or PNG" if _OTHER_IMAGES & set(passed_over) else ""
+    advice = (
+        "; what relloc is to take of them, convert to JPEG or PNG"
+        if _OTHER_IMAGES & set(passed_over)
+        else ""
+    )
     return f"passed over: {', '.join(kinds)}{rest}{advice}"
 
 
@@ -113,8 +149,14 @@ def first_names(names: Sequence[str], most: int = 8) -> str:
 def _entries(folder: str) -> list[os.DirEntry[str]]:
     """What lies in a folder, sorted; names that begin with a dot are passed over."""
     advice = "Its images would be missing: make it readable, or move it out of the data set"
-    with data_errors(f"{escaped(folder)} can't be listed", OSError, advice=advice), os.scandir(folder) as entries:
-        return sorted((each for each in entries if not each.name.startswith(".")), key=lambda entry: entry.name)
+    with (
+        data_errors(f"{escaped(folder)} can't be listed", OSError, advice=advice),
+        os.scandir(folder) as entries,
+    ):
+        return sorted(
+            (each for each in entries if not each.name.startswith(".")),
+            key=lambda entry: entry.name,
+        )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -126,7 +168,11 @@ def _is_image(entry: os.DirEntry[str], passed_over: PassedOver) -> bool:
     suffix = os.path.splitext(name)[1]
     if name.endswith(SUFFIXES):
         # A link to nothing is an image that can't be read: it is told as such, as it once was one.
-        if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
+        if (
+            entry.is_file(follow_symlinks=False)
+            or os.path.isfile(entry.path)
+            or not os.path.exists(entry.path)
+        ):
             return True
         passed_over["pipes, sockets or devices"] += 1
     elif not suffix and begins_as_image(entry.path):

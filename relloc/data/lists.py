@@ -61,9 +61,14 @@ class VocImages(FolderImages):
         Raises:
             DataError: a list is about other images than the split, or an annotation is missing or broken.
         """
-        lists = [self.devkit / "ImageSets" / "Main" / f"{name}_{self.split}.txt" for name in VOC_CLASSES]
+        lists = [
+            self.devkit / "ImageSets" / "Main" / f"{name}_{self.split}.txt" for name in VOC_CLASSES
+        ]
         if not any(path.exists() for path in lists):
-            return [_annotated_presence(self.devkit / "Annotations" / f"{image}.xml") for image in self.listed]
+            return [
+                _annotated_presence(self.devkit / "Annotations" / f"{image}.xml")
+                for image in self.listed
+            ]
         columns = [self._class_list(path) for path in lists]
         return [list(row) for row in zip(*columns, strict=True)]
 
@@ -117,13 +122,24 @@ def voc(
     candidates = (above / "VOCdevkit" / f"VOC{year}", above / f"VOC{year}", above)
     devkit = next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
     if devkit is None:
-        raise DataError(f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {holding}")
+        raise DataError(
+            f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {holding}"
+        )
     splits = []
     lists = [devkit / "ImageSets" / "Main" / f"{split}.txt" for split in (train, held_out)]
     for split, path in zip((train, held_out), lists, strict=True):
         listed = [line.split()[0] for _, line in _lines(path, holding)]
         paths = [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
-        splits.append(VocImages(name=name, split=split, paths=paths, classes=VOC_CLASSES, devkit=devkit, listed=listed))
+        splits.append(
+            VocImages(
+                name=name,
+                split=split,
+                paths=paths,
+                classes=VOC_CLASSES,
+                devkit=devkit,
+                listed=listed,
+            )
+        )
     return _checked(splits, lists, published_images if year == COUNTED_YEAR else None)
 
 
@@ -174,7 +190,9 @@ def _labeled_lines(path: Path) -> list[tuple[str, int]]:
     for number, line in _lines(path, _PLACES):
         image, _, label = line.rpartition(" ")
         if not image or not label.isdecimal() or len(label) > _LABEL_DIGITS:
-            raise DataError(f"{path} line {number}: {line!r} is not a path, a space and a class number")
+            raise DataError(
+                f"{path} line {number}: {line!r} is not a path, a space and a class number"
+            )
         found.append((image.strip(), int(label)))
     return found
 
@@ -207,8 +225,12 @@ def inaturalist2018(
                 "labels would not mean the same in both splits. Take both files from the same release of the data set"
             )
     label_of = {category: label for label, category in enumerate(classes)}
-    named = [_annotated(one, path, images, label_of) for one, path in zip(content, lists, strict=True)]
-    return _labeled_splits(name, base / images, tuple(classes.values()), lists, named, published_images)
+    named = [
+        _annotated(one, path, images, label_of) for one, path in zip(content, lists, strict=True)
+    ]
+    return _labeled_splits(
+        name, base / images, tuple(classes.values()), lists, named, published_images
+    )
 
 
 def _annotations(path: Path) -> dict[str, list[Any]]:
@@ -216,7 +238,9 @@ def _annotations(path: Path) -> dict[str, list[Any]]:
     with data_errors(f"{path} is not JSON", ValueError, RecursionError, advice=_UNPACK):
         content = json.loads(text)
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
-        raise DataError(f"{path} is no annotation file: it has no images, annotations and categories")
+        raise DataError(
+            f"{path} is no annotation file: it has no images, annotations and categories"
+        )
     return content
 
 
@@ -241,7 +265,9 @@ def _annotated(
         for entry in content["annotations"]:
             image, category = entry["image_id"], entry["category_id"]
             if category_of.setdefault(image, category) != category:
-                raise DataError(f"{path}: image {image} is annotated with two categories: which is right?")
+                raise DataError(
+                    f"{path}: image {image} is annotated with two categories: which is right?"
+                )
         found = [
             (entry["file_name"].removeprefix(f"{folder}/"), label_of[category_of[entry["id"]]])
             for entry in content["images"]
@@ -265,13 +291,22 @@ def _labeled_splits(
         paths = [f"{folder}/{path}" for path, _ in images]
         labels = [label for _, label in images]
         splits.append(
-            FolderImages(name=name, split=split, paths=paths, labels=labels, classes=classes, labels_are_listed=True)
+            FolderImages(
+                name=name,
+                split=split,
+                paths=paths,
+                labels=labels,
+                classes=classes,
+                labels_are_listed=True,
+            )
         )
     return _checked(splits, lists, published_images)
 
 
 def _checked(
-    images: Sequence[FolderImages], lists: Sequence[Path], published_images: Mapping[str, int] | None
+    images: Sequence[FolderImages],
+    lists: Sequence[Path],
+    published_images: Mapping[str, int] | None,
 ) -> Splits:
     """Training and held-out images that two lists name.
 
@@ -297,7 +332,9 @@ def _lines(path: Path, holding: str) -> list[tuple[int, str]]:
     text = read_text(path, f"data.root is to hold {holding}")
     for number, line in enumerate(text.split("\n"), start=1):
         if "\0" in line:  # of which no file name is made
-            raise DataError(f"{path} line {number} holds a NUL byte: the file is damaged, unpack it again")
+            raise DataError(
+                f"{path} line {number} holds a NUL byte: the file is damaged, unpack it again"
+            )
         if line.strip():
             found.append((number, line.strip()))
     if not found:

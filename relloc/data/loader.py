@@ -55,10 +55,16 @@ class BatchMessage:
         """The batch whose pixels are `rows`; with `pin` a copy of them in page-locked memory."""
         pixels = rows.permute(0, 3, 1, 2)
         indices = torch.tensor(self.indices, dtype=torch.int64)
-        return ImageBatch(pixels=pixels.pin_memory() if pin else pixels, indices=indices, unreadable=self.unreadable)
+        return ImageBatch(
+            pixels=pixels.pin_memory() if pin else pixels,
+            indices=indices,
+            unreadable=self.unreadable,
+        )
 
 
-def write_samples(samples: list[Sample], memory: Callable[[Shape], Rows]) -> tuple[BatchMessage, Rows]:
+def write_samples(
+    samples: list[Sample], memory: Callable[[Shape], Rows]
+) -> tuple[BatchMessage, Rows]:
     """Write the pixels of samples of one size into `memory(shape)`; those without pixels have no row there."""
     usable = [(sample.index, sample.pixels) for sample in samples if sample.pixels is not None]
     side = len(usable[0][1]) if usable else 0
@@ -67,7 +73,9 @@ def write_samples(samples: list[Sample], memory: Callable[[Shape], Rows]) -> tup
     for row, (_, pixels) in zip(rows.numpy(), usable, strict=True):
         row[:] = pixels
     unreadable = {name: reason for sample in samples for name, reason in sample.unreadable.items()}
-    return BatchMessage(indices=[index for index, _ in usable], unreadable=unreadable, shape=shape), rows
+    return BatchMessage(
+        indices=[index for index, _ in usable], unreadable=unreadable, shape=shape
+    ), rows
 
 
 def collate(samples: list[Sample], *, pin: bool = False) -> ImageBatch:
@@ -120,13 +128,19 @@ def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
 
     message, rows = write_samples([samples[key] for key in keys], memory)
     # As an array: torch would pass its tensors on through /dev/shm.
-    return Answer(content=(message, None if descriptors else rows.numpy()), descriptors=tuple(descriptors))
+    return Answer(
+        content=(message, None if descriptors else rows.numpy()), descriptors=tuple(descriptors)
+    )
 
 
 def _received(answer: Answer, *, pin: bool) -> ImageBatch:
     """In the training process: the batch of a message."""
     message, sent = answer.content
-    rows = handed_over(answer.descriptors[0], message.shape) if sent is None else torch.from_numpy(sent)
+    rows = (
+        handed_over(answer.descriptors[0], message.shape)
+        if sent is None
+        else torch.from_numpy(sent)
+    )
     return message.batch(rows, pin=pin)
 
 

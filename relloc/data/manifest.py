@@ -27,7 +27,9 @@ UNFINISHED = "unfinished"
 SETTINGS_FILE = "settings.json"  # of a packing that is unfinished
 _AGAIN = "Copy it again from where it was packed, or pack into a new folder"
 _LONGEST_NAME = 1 << 16  # bytes of a line of names; a path of the system has 4096 characters
-_MOST_STORED_BYTES = 3 * MOST_PIXELS  # of one JPEG: no more than its pixels take; a tar may be sparse and claim more
+_MOST_STORED_BYTES = (
+    3 * MOST_PIXELS
+)  # of one JPEG: no more than its pixels take; a tar may be sparse and claim more
 _SPLIT_FORM = {
     "split": str,
     "images": int,
@@ -73,7 +75,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DataError: it is missing, damaged, of another version, or not whole.
     """
     if not folder.is_dir():
-        raise DataError(f"data.shards={folder} is not a folder: python -m relloc.prepare data=… out={folder} makes it")
+        raise DataError(
+            f"data.shards={folder} is not a folder: python -m relloc.prepare data=… out={folder} makes it"
+        )
     path = folder / MANIFEST
     if (folder / UNFINISHED).is_dir() and not path.exists():
         raise DataError(f"{folder}: packing was not finished: start the same prepare command again")
@@ -83,9 +87,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "read: unpack them, and pack the images with relloc.prepare"
         )
     manifest = read_json(path, _AGAIN)
-    version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+    version = (
+        (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+    )
     if version != (FORMAT, VERSION):
-        raise DataError(f"{path} is not of {FORMAT} version {VERSION} but {version}: pack again with this relloc")
+        raise DataError(
+            f"{path} is not of {FORMAT} version {VERSION} but {version}: pack again with this relloc"
+        )
     wrong = _misfit(manifest, _FORM, "manifest") or _contradiction(manifest)
     if wrong:
         raise DataError(f"{path} is not as relloc.prepare writes it, see {wrong}. {_AGAIN}")
@@ -129,7 +137,9 @@ def _contradiction(manifest: dict[str, Any]) -> str:
             return f"{role}.images"
         # Also their names, so that no manifest leads out of its folder.
         tars, n_tars = manifest[role]["shards"], -(-images // per_shard)
-        if len(tars) != n_tars or any(tar["file"] != shard_name(split, n) for n, tar in enumerate(tars)):
+        if len(tars) != n_tars or any(
+            tar["file"] != shard_name(split, n) for n, tar in enumerate(tars)
+        ):
             return f"{role}.shards"
     return ""
 
@@ -144,7 +154,9 @@ def check_hashes(folder: Path, progress: Progress = without_progress) -> None:
     files: list[tuple[str, str]] = []
     for role in ROLES:
         files += [(tar["file"], tar["sha256"]) for tar in manifest[role]["shards"]]
-        recorded = manifest[role].get("index_sha256")  # of the index, only folders packed since it has a hash
+        recorded = manifest[role].get(
+            "index_sha256"
+        )  # of the index, only folders packed since it has a hash
         files += recorded.items() if isinstance(recorded, dict) else ()
     with progress(len(files), 0) as tell:
         for done, (name, recorded) in enumerate(files, start=1):
@@ -170,7 +182,9 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
     packed_bytes = {folder / tar["file"]: tar["bytes"] for tar in about["shards"]}
     for each in (*packed_bytes, path, names_path):
         if not each.is_file():  # nor a pipe, which to open would wait for ever
-            raise DataError(f"{each} is missing: copy it again from where it was packed, or pack into a new folder")
+            raise DataError(
+                f"{each} is missing: copy it again from where it was packed, or pack into a new folder"
+            )
     for tar, n_bytes in packed_bytes.items():
         if tar.stat().st_size != n_bytes:
             raise DataError(
@@ -182,29 +196,47 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
         index = load_file(path)
     wrong = _index_misfit(index, about, per_shard, names_path.stat().st_size)
     if wrong:
-        raise DataError(f"{path} does not fit {MANIFEST} ({wrong}): copy both again, or pack into a new folder")
+        raise DataError(
+            f"{path} does not fit {MANIFEST} ({wrong}): copy both again, or pack into a new folder"
+        )
     return index
 
 
-def _index_misfit(index: dict[str, np.ndarray], about: dict[str, Any], per_shard: int, names_bytes: int) -> str:
+def _index_misfit(
+    index: dict[str, np.ndarray], about: dict[str, Any], per_shard: int, names_bytes: int
+) -> str:
     """What in an index can't be of this split, in a few words; empty where all fits."""
     n, classes = about["images"], len(about["classes"])
-    shapes = {"offset": (n,), "size": (n,), "name_offset": (n + 1,), "label": (n,), "presence": (n, classes)}
-    needed = {"offset", "size", "name_offset"} | ({"presence"} if about.get("multi_labeled") else set())
+    shapes = {
+        "offset": (n,),
+        "size": (n,),
+        "name_offset": (n + 1,),
+        "label": (n,),
+        "presence": (n, classes),
+    }
+    needed = {"offset", "size", "name_offset"} | (
+        {"presence"} if about.get("multi_labeled") else set()
+    )
     for name in needed | (index.keys() & shapes.keys()):
         kind = np.int8 if name == "presence" else np.int64
         if name not in index or index[name].shape != shapes[name] or index[name].dtype != kind:
             return f"{name} is not of {n} images"
     offset, size, name_offset = index["offset"], index["size"], index["name_offset"]
-    tar_bytes = np.array([tar["bytes"] for tar in about["shards"]], np.int64)[np.arange(n) // per_shard]
+    tar_bytes = np.array([tar["bytes"] for tar in about["shards"]], np.int64)[
+        np.arange(n) // per_shard
+    ]
     # Sizes first: an offset and a size near 2^63 have a small sum.
-    if not _within(size, 0, np.minimum(tar_bytes, _MOST_STORED_BYTES)) or not _within(offset, 0, tar_bytes - size):
+    if not _within(size, 0, np.minimum(tar_bytes, _MOST_STORED_BYTES)) or not _within(
+        offset, 0, tar_bytes - size
+    ):
         return "an image lies outside of its tar, or is larger than any JPEG"
     stored = np.flatnonzero(size)
     same_tar = stored[1:] // per_shard == stored[:-1] // per_shard
     if (same_tar & (offset[stored[1:]] < (offset + size)[stored[:-1]])).any():
         return "images overlap"
-    if (name_offset[0], name_offset[-1]) != (0, names_bytes) or not _within(np.diff(name_offset), 0, _LONGEST_NAME):
+    if (name_offset[0], name_offset[-1]) != (0, names_bytes) or not _within(
+        np.diff(name_offset), 0, _LONGEST_NAME
+    ):
         return f"{names_name(about['split'])} has other names"
     if "label" in index and not _within(index["label"], 0, classes - 1):
         return "a label is of no class"

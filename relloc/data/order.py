@@ -30,7 +30,10 @@ class StepPlan:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.images_per_step, self.images_per_batch_norm, self.forward_images, self.world) < 1:
+        if (
+            min(self.images_per_step, self.images_per_batch_norm, self.forward_images, self.world)
+            < 1
+        ):
             raise DataError(
                 f"recipe.images_per_step is {self.images_per_step}, recipe.images_per_batch_norm "
                 f"{self.images_per_batch_norm}, on {self.world} processes: each must be 1 or more"
@@ -61,7 +64,10 @@ class StepPlan:
         if ghost < self.images_per_batch_norm:
             words += f" recipe.images_per_batch_norm={ghost}"
         # One that was given, or that was chosen for the larger step
-        if self.forward_images != self.images_per_batch_norm and share // ghost * ghost % self.forward_images:
+        if (
+            self.forward_images != self.images_per_batch_norm
+            and share // ghost * ghost % self.forward_images
+        ):
             words += " images_per_forward=auto"
         return f"add {words}"
 
@@ -96,7 +102,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     rank: int = 0
 
     def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.plan.accumulation * self.plan.ghosts_per_forward
+        return (
+            (self.steps - self.first_step) * self.plan.accumulation * self.plan.ghosts_per_forward
+        )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, order_epoch = np.empty(0, np.int64), -1

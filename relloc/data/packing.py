@@ -63,7 +63,15 @@ _SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 _ANEW = "Remove the folder that is packed into, and pack again"
 _LONGEST_JPEG_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 _HOW = ("unreadable", "kept", "encoded", "reduced")
-_PACKED = np.dtype([*FACTS.descr, ("how", "u1"), ("offset", "<i8"), ("size", "<i8"), ("stored_sha256", "u1", (32,))])
+_PACKED = np.dtype(
+    [
+        *FACTS.descr,
+        ("how", "u1"),
+        ("offset", "<i8"),
+        ("size", "<i8"),
+        ("stored_sha256", "u1", (32,)),
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +141,10 @@ def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
 def _original_images(images: ImageSet) -> dict[str, str | None]:
     """Hashes of what is packed."""
     labels, presence = images.labels, _presence(images)
-    hashes = {"digest": images.digest(), "labels": None if labels is None else hash_lines(map(str, labels))}
+    hashes = {
+        "digest": images.digest(),
+        "labels": None if labels is None else hash_lines(map(str, labels)),
+    }
     return hashes if presence is None else {**hashes, "presence": hash_lines(map(str, presence))}
 
 
@@ -144,7 +155,9 @@ def _presence(images: ImageSet) -> list[list[int]] | None:
     try:
         return images.presence()
     except DataError as error:  # to pretrain on them is possible all the same
-        warnings.warn(f"packed without what images show, which SVMs of VOC need: {error}", stacklevel=2)
+        warnings.warn(
+            f"packed without what images show, which SVMs of VOC need: {error}", stacklevel=2
+        )
         return None
 
 
@@ -165,7 +178,9 @@ def _begin(out: Path, wanted: dict[str, Any]) -> None:
             remove_all_unfinished(folder)
         return
     if out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
-        raise DataError(f"out={out} holds files that relloc.prepare did not write: give a new or an empty folder")
+        raise DataError(
+            f"out={out} holds files that relloc.prepare did not write: give a new or an empty folder"
+        )
     write_whole(settings, as_json(wanted))
 
 
@@ -175,7 +190,11 @@ def _damages(path: Path) -> AbstractContextManager[None]:
 
 def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
     changed = [name for name in sorted(before | wanted) if before.get(name) != wanted.get(name)]
-    differences = [f"{name} was {before.get(name)}, now {wanted.get(name)}" for name in changed if name != "originals"]
+    differences = [
+        f"{name} was {before.get(name)}, now {wanted.get(name)}"
+        for name in changed
+        if name != "originals"
+    ]
     if "originals" in changed:  # an older relloc gave the same images another digest
         differences.append("the images or their labels are others, or an older relloc packed them")
     if differences:
@@ -199,7 +218,10 @@ def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick
             def store(record: np.void, index: int, found: ImageFile) -> None:
                 content, how = _stored(found, packing)
                 record["how"], record["stored_sha256"] = _HOW.index(how), sha256(content)
-                record["offset"], record["size"] = _add(tar, file, f"{index:09d}.jpg", content), len(content)
+                record["offset"], record["size"] = (
+                    _add(tar, file, f"{index:09d}.jpg", content),
+                    len(content),
+                )
                 if images.labels is not None:
                     _add(tar, file, f"{index:09d}.cls", str(images.labels[index]).encode())
 
@@ -223,7 +245,9 @@ def _add(tar: tarfile.TarFile, file: io.BufferedRandom, name: str, content: byte
 def _stored(found: ImageFile, packing: Packing) -> tuple[bytes, str]:
     if min(found.rgb.size) > packing.short_px:
         height, width = ShortSide(px=packing.short_px).size(found.rgb.height, found.rgb.width, 0)
-        return _encoded(found.rgb.resize((width, height), Image.Resampling.BILINEAR), packing), "reduced"
+        return _encoded(
+            found.rgb.resize((width, height), Image.Resampling.BILINEAR), packing
+        ), "reduced"
     if found.is_plain_jpeg:
         with contextlib.suppress(UnreadableImage):
             if np.array_equal(decoded(bytearray(found.content)), np.asarray(found.rgb)):
@@ -233,7 +257,9 @@ def _stored(found: ImageFile, packing: Packing) -> tuple[bytes, str]:
 
 def _encoded(rgb: Image.Image, packing: Packing) -> bytes:
     if max(rgb.size) > _LONGEST_JPEG_PX:
-        raise UnreadableImage(f"would be {max(rgb.size)} px long, a JPEG is at most {_LONGEST_JPEG_PX}")
+        raise UnreadableImage(
+            f"would be {max(rgb.size)} px long, a JPEG is at most {_LONGEST_JPEG_PX}"
+        )
     stream = io.BytesIO()
     rgb.info.clear()  # no comment of the original
     rgb.save(stream, "JPEG", quality=packing.quality, subsampling=packing.subsampling)
@@ -241,13 +267,20 @@ def _encoded(rgb: Image.Image, packing: Packing) -> bytes:
 
 
 def _finish(
-    data: Splits, out: Path, wanted: dict[str, Any], parts: Sequence[Span], published: Mapping[str, int] | None
+    data: Splits,
+    out: Path,
+    wanted: dict[str, Any],
+    parts: Sequence[Span],
+    published: Mapping[str, int] | None,
 ) -> Check:
     found = summary(data, out / UNFINISHED, parts, published)
     manifest = {"format": FORMAT, "version": VERSION, "name": data.train.name, "packed": wanted}
     for role, checked in zip(ROLES, (found.train, found.held_out), strict=True):
         about = _write_index(data.of(role), out, [span for span in parts if span.role == role])
-        manifest[role] = about | {"unreadable": checked.unreadable, "originals_sha256": checked.sha256}
+        manifest[role] = about | {
+            "unreadable": checked.unreadable,
+            "originals_sha256": checked.sha256,
+        }
     write_whole(out / CHECK_FILE, as_json(found.as_json()))
     write_whole(out / MANIFEST, as_json(manifest))
     shutil.rmtree(out / UNFINISHED)
@@ -281,7 +314,9 @@ def _write_index(images: ImageSet, out: Path, parts: list[Span]) -> dict[str, An
         "classes": list(images.classes),
         "stored": dict(zip(_HOW, counts, strict=True)),
         "shards": [{name: tar[name] for name in ("file", "bytes", "sha256")} for tar in tars],
-        "index_sha256": {name: hashlib.sha256(content).hexdigest() for name, content in index_files.items()},
+        "index_sha256": {
+            name: hashlib.sha256(content).hexdigest() for name, content in index_files.items()
+        },
         "digest": hasher.hexdigest()[:16],
     }
     return entry if presence is None else {**entry, "multi_labeled": True}

@@ -19,7 +19,9 @@ from relloc.errors import DataError, data_errors
 from relloc.files import write_whole, writing
 
 # height is 0 where the image can't be read
-FACTS = np.dtype([("height", "<i4"), ("width", "<i4"), ("sha256", "u1", (32,)), ("single_color", "?")])
+FACTS = np.dtype(
+    [("height", "<i4"), ("width", "<i4"), ("sha256", "u1", (32,)), ("single_color", "?")]
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,17 @@ class Span:
 def spans(data: Splits, length: int) -> list[Span]:
     """Both splits in parts of `length` images, the last one shorter. Raises `DataError` where they share a name."""
     if data.train.split == data.held_out.split:
-        raise DataError(f"both splits of {data.train.name} are called {data.train.split}: give them two names")
+        raise DataError(
+            f"both splits of {data.train.name} are called {data.train.split}: give them two names"
+        )
     return [
-        Span(role=role, split=images.split, number=number, start=start, stop=min(start + length, len(images)))
+        Span(
+            role=role,
+            split=images.split,
+            number=number,
+            start=start,
+            stop=min(start + length, len(images)),
+        )
         for role in ROLES
         for images in (data.of(role),)
         for number, start in enumerate(range(0, len(images), length))
@@ -111,6 +121,8 @@ def records_of(folder: Path, parts: list[Span]) -> np.ndarray:
     for span in parts:
         path = folder / f"{span.stem}.npy"
         advice = f"Remove {path.with_suffix('.json')}, and start the command again"
-        with data_errors(f"{path} is missing or damaged", FileNotFoundError, EOFError, ValueError, advice=advice):
+        with data_errors(
+            f"{path} is missing or damaged", FileNotFoundError, EOFError, ValueError, advice=advice
+        ):
             records.append(np.load(path, allow_pickle=False))
     return np.concatenate(records)

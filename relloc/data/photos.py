@@ -37,9 +37,13 @@ _FILES = {
 def read_photo(name: str) -> Image.Image:
     """One of the photographs, in RGB, lying on its longer side."""
     package, file = _FILES[name]
-    spec = importlib.util.find_spec(package)  # importlib.resources would import it, which takes seconds
+    spec = importlib.util.find_spec(
+        package
+    )  # importlib.resources would import it, which takes seconds
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"data=photos needs {package}, which is not installed: install relloc again")
+        raise DataError(
+            f"data=photos needs {package}, which is not installed: install relloc again"
+        )
     return read_rgb(Path(spec.submodule_search_locations[0], file))
 
 
@@ -59,7 +63,9 @@ def _starts(low: int, high: int, stride: float) -> list[int]:
     return sorted({low + round(step * (high - low) / steps) for step in range(steps + 1)})
 
 
-def tiles_of(photo: str, width: int, height: int, *, split: Split, tiles: Sequence[float], stride: float) -> list[Tile]:
+def tiles_of(
+    photo: str, width: int, height: int, *, split: Split, tiles: Sequence[float], stride: float
+) -> list[Tile]:
     """The tiles of one photograph in one split, at every size in `tiles`.
 
     Sizes are shares of the photograph's short side, `stride` a share of the tile. The held-out
@@ -124,5 +130,7 @@ def photos(*, tiles: Sequence[float], stride: float) -> Splits:
     """Both splits of the embedded photographs, in tiles as `tiles_of` makes them."""
     checks.numbers("data.source.tiles", tiles, may_be_empty=True)
     checks.number("data.source.stride", stride)
-    train, held_out = (PhotoTiles(split=split, tiles=tiles, stride=stride) for split in ("train", "held_out"))
+    train, held_out = (
+        PhotoTiles(split=split, tiles=tiles, stride=stride) for split in ("train", "held_out")
+    )
     return Splits(train=train, held_out=held_out)

@@ -74,7 +74,9 @@ def work_through(
                         tell(done, "images")
 
 
-def _start(work: Callable[[Job, Tick], None], jobs: Sequence[Job]) -> tuple[Connection, BaseProcess]:
+def _start(
+    work: Callable[[Job, Tick], None], jobs: Sequence[Job]
+) -> tuple[Connection, BaseProcess]:
     """A process that works on the jobs, and the pipe through which it tells how far it is, or what stopped it."""
     context = machine.process_context()
     channel, telling = context.Pipe(duplex=False)
@@ -106,8 +108,12 @@ def _end(channel: Connection, process: BaseProcess) -> None:
     channel.close()
 
 
-def _work_on(work: Callable[[Any, Tick], None], jobs: Sequence[Any], telling: Connection, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent ends the others
+def _work_on(
+    work: Callable[[Any, Tick], None], jobs: Sequence[Any], telling: Connection, parent: int
+) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process: the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     new, told_at = 0, 0.0  # images since the last message, and when that was
 

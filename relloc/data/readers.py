@@ -139,7 +139,9 @@ class ReadingProcesses(Iterator[Answer]):
         self._tasks = itertools.chain(first, self._tasks)
         try:
             for _ in range(min(self._workers, len(first))):
-                self._processes.append(_start_process(self._make, [one.channel for one in self._processes]))
+                self._processes.append(
+                    _start_process(self._make, [one.channel for one in self._processes])
+                )
         except OSError as error:
             raise Interrupted(
                 f"only {len(self._processes)} of workers={self._workers} processes that read images could be started "
@@ -168,7 +170,9 @@ class ReadingProcesses(Iterator[Answer]):
             try:
                 with self._killed_told(one):
                     descriptors.append(reduction.recv_handle(one.channel))
-            except RuntimeError as error:  # what Python makes of a message whose descriptor the system left out
+            except (
+                RuntimeError
+            ) as error:  # what Python makes of a message whose descriptor the system left out
                 raise Interrupted(
                     "the system lets this process open no more files, which takes one for each batch of images: raise "
                     "`ulimit -n`, or give workers=0"
@@ -187,7 +191,9 @@ class ReadingProcesses(Iterator[Answer]):
             if waited >= stop_after:
                 raise NoImagesCame(told)
             if waited >= _GIVE_UP_AFTER_S:
-                raise Interrupted(f"{told}: look at the disk that holds them, and start the same command again")
+                raise Interrupted(
+                    f"{told}: look at the disk that holds them, and start the same command again"
+                )
             if waited >= tell_after:
                 self._say(f"loader  {told}: still waiting")
                 tell_after *= 2
@@ -211,7 +217,9 @@ def _start_process(make: Callable[[Any], Answer], earlier: Sequence[Connection])
     ours, theirs = context.Pipe()
     # A forked process has the parent's ends of all channels, which would hide from it that the parent is gone.
     inherited = (*earlier, ours) if machine.forks() else ()
-    process = context.Process(target=_answer_tasks, args=(make, theirs, inherited, os.getpid()), daemon=True)
+    process = context.Process(
+        target=_answer_tasks, args=(make, theirs, inherited, os.getpid()), daemon=True
+    )
     # Blocked until the process ignores them: a signal in between would end it by the parent's own handlers.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
     try:

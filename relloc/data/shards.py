@@ -35,8 +35,17 @@ from relloc.data.manifest import file_hash, names_name, read_index, read_manifes
 from relloc.errors import DataError, UnreadableImage, data_errors
 
 _MOST_OPEN = 512
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a JPEG's frame header, with its size
-_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD9), 0xFF}  # markers without a segment, or a filling byte before one
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {
+    0xC4,
+    0xC8,
+    0xCC,
+}  # markers of a JPEG's frame header, with its size
+_WITHOUT_LENGTH = {
+    0x00,
+    0x01,
+    *range(0xD0, 0xD9),
+    0xFF,
+}  # markers without a segment, or a filling byte before one
 
 
 def decoded(jpeg: bytearray) -> UInt8[np.ndarray, "h w 3"]:
@@ -117,7 +126,9 @@ class ShardImages:
         self._names = self.folder / names_name(self.split)
         self._index = read_index(self.folder, self._about, self._per_shard)
         labels = self._index.get("label")
-        self.labels: Sequence[int] | None = None if labels is None else array.array("q", labels.tobytes())
+        self.labels: Sequence[int] | None = (
+            None if labels is None else array.array("q", labels.tobytes())
+        )
         self._files = _Files()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -134,7 +145,9 @@ class ShardImages:
         size = int(self._index["size"][index])
         if size == 0:
             reasons = self._about["unreadable"]
-            raise UnreadableImage(str(reasons.get(self.source(index), "was not readable when packed")))
+            raise UnreadableImage(
+                str(reasons.get(self.source(index), "was not readable when packed"))
+            )
         tar = self.folder / shard_name(self.split, index // self._per_shard)
         try:
             content = self._files.read(tar, int(self._index["offset"][index]), size)
@@ -144,7 +157,9 @@ class ShardImages:
 
     def source(self, index: int) -> str:
         start, stop = self._index["name_offset"][index : index + 2].tolist()
-        with data_errors(f"{self._names} can't be read", OSError, EOFError, ValueError, advice="Pack again"):
+        with data_errors(
+            f"{self._names} can't be read", OSError, EOFError, ValueError, advice="Pack again"
+        ):
             return str(json.loads(self._files.read(self._names, start, stop - start)))
 
     def digest(self) -> str:
@@ -157,10 +172,14 @@ class ShardImages:
 
     @functools.cached_property
     def _digest(self) -> str:
-        hasher = hashlib.sha256(f"{self._about['digest']} {json.dumps(self.classes)}\n".encode(errors="surrogatepass"))
+        hasher = hashlib.sha256(
+            f"{self._about['digest']} {json.dumps(self.classes)}\n".encode(errors="surrogatepass")
+        )
         for name in ("size", "label", "presence"):
             values = self._index.get(name)
-            hasher.update(name.encode() + (b"" if values is None else np.ascontiguousarray(values).tobytes()))
+            hasher.update(
+                name.encode() + (b"" if values is None else np.ascontiguousarray(values).tobytes())
+            )
         hasher.update(file_hash(self._names))
         return versioned(hasher)
 
@@ -176,7 +195,9 @@ class MultiLabeledShards(ShardImages):
 def shards(*, root: str) -> Splits:
     """Both splits of the packed folder `root`. Raises `DataError` as `ShardImages`."""
     if not isinstance(root, str):  # the type of a setting is what the user gave
-        raise DataError(f"data.shards={root} is not a folder: it names one that relloc.prepare packed")
+        raise DataError(
+            f"data.shards={root} is not a folder: it names one that relloc.prepare packed"
+        )
     manifest = read_manifest(Path(root))
     splits: dict[Role, ImageSet] = {}
     for role in ROLES:

@@ -68,11 +68,15 @@ def load_in_slots(
 
 
 def _read_into_slot(
-    samples: Dataset[Sample], slots: UInt8[Tensor, "n images s s 3"], numbered: tuple[int, list[Any]]
+    samples: Dataset[Sample],
+    slots: UInt8[Tensor, "n images s s 3"],
+    numbered: tuple[int, list[Any]],
 ) -> Answer:
     """In a reading process: the samples of `keys` in the slot of this number, and what there is to say of them."""
     slot, keys = numbered
-    message, _ = write_samples([samples[key] for key in keys], lambda shape: slots[slot, : shape[0]])
+    message, _ = write_samples(
+        [samples[key] for key in keys], lambda shape: slots[slot, : shape[0]]
+    )
     return Answer(content=(slot, message))
 
 
@@ -82,7 +86,9 @@ def _page_locked(memory: Tensor, say: Callable[[str], None]) -> Iterator[None]:
     cuda: Any = torch.cuda.cudart()
     failed = int(cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if failed:
-        say(f"loader  {memory.numel() / 1e6:.0f} MB could not be page-locked (CUDA error {failed}): copies are slower")
+        say(
+            f"loader  {memory.numel() / 1e6:.0f} MB could not be page-locked (CUDA error {failed}): copies are slower"
+        )
     try:
         yield
     finally:

@@ -14,10 +14,23 @@ from relloc.terminal import escaped
 _UNLABELED = ("unlabeled", "unlabelled")  # as of STL-10: to train on, together with train
 _TRAIN_WORDS = ("training", "trainval", "train", "trn", "tr", *_UNLABELED)
 _VAL_WORDS = ("validation", "valid", "minival", "val", "dev")
-_OTHER_WORDS = ("testing", "test", "tst", "evaluation", "eval", "heldout", "held_out", "held-out", "holdout", "query")
+_OTHER_WORDS = (
+    "testing",
+    "test",
+    "tst",
+    "evaluation",
+    "eval",
+    "heldout",
+    "held_out",
+    "held-out",
+    "holdout",
+    "query",
+)
 _WORDS = (*_TRAIN_WORDS, *_VAL_WORDS, *_OTHER_WORDS)
 # A word of its own: not the train of "restrain", but those of train2017, seg_train, "Training images" and traindata.
-_WORD = re.compile(rf"(?<![a-z])({'|'.join(_WORDS)})(?=$|[^a-z]|(?:data|set|images?|imgs?)(?![a-z]))")
+_WORD = re.compile(
+    rf"(?<![a-z])({'|'.join(_WORDS)})(?=$|[^a-z]|(?:data|set|images?|imgs?)(?![a-z]))"
+)
 _FOLD = re.compile(r"(?:cv[\W_]*)?(?:fold|split)[\W_]*(\d+)")  # of a cross-validation
 _CAPITAL_WITHIN = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
@@ -92,14 +105,19 @@ def _part_and_rest(name: str) -> tuple[tuple[str, ...], str]:
 
 def _message(root: Branch, parent: Branch, splits: Sequence[str], *, alone: bool) -> str:
     parts = parent.folders
-    held = [f"{escaped(name)} ({parts[name].images} images in {len(parts[name].folders)} folders)" for name in splits]
+    held = [
+        f"{escaped(name)} ({parts[name].images} images in {len(parts[name].folders)} folders)"
+        for name in splits
+    ]
     train, val = _by_word(splits, _TRAIN_WORDS), _by_word(splits, (*_VAL_WORDS, *_OTHER_WORDS))
     first = train or splits[0]
     below = "" if parent is root else f"data.root={parent.path} "
     ways = []
     if alone and train and val and parts[train].folders:
         if parts[train].folders.keys() == parts[val].folders.keys():
-            ways.append(f"{below}data.source.train={train} data.source.val={val} takes them as the splits they are")
+            ways.append(
+                f"{below}data.source.train={train} data.source.val={val} takes them as the splits they are"
+            )
         elif not class_folders_of(parts[val].path):
             ways.append(
                 f"{val} has no class folders: sort its images into folders called as those of {train}, and both splits "

@@ -21,7 +21,9 @@ class Subset:
         self.indices = indices
         self.name, self.split, self.classes = images.name, images.split, images.classes
         labels = images.labels
-        self.labels: Sequence[int] | None = None if labels is None else [labels[index] for index in indices]
+        self.labels: Sequence[int] | None = (
+            None if labels is None else [labels[index] for index in indices]
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -63,9 +65,12 @@ def stratified(images: ImageSet, share: float, *, seed: int) -> Subset:
     """
     checks.number("the share of images", share, above=0, at_most=1)
     if images.labels is None:
-        raise DataError(f"{images.name} {images.split} has no labels: no share of each class can be taken")
+        raise DataError(
+            f"{images.name} {images.split} has no labels: no share of each class can be taken"
+        )
     hashes = [
-        hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest() for name in _file_names(images)
+        hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()
+        for name in _file_names(images)
     ]
     of_class: dict[int, list[int]] = collections.defaultdict(list)
     for index in sorted(range(len(images)), key=hashes.__getitem__):
@@ -77,7 +82,9 @@ def stratified(images: ImageSet, share: float, *, seed: int) -> Subset:
 
 def _quotas(sizes: dict[int, int], share: float) -> dict[int, int]:
     """How many images are taken of each class."""
-    exact = {label: round(share * size, 9) for label, size in sizes.items()}  # 0.29 x 100 is 29, not 28.999...
+    exact = {
+        label: round(share * size, 9) for label, size in sizes.items()
+    }  # 0.29 x 100 is 29, not 28.999...
     quotas = {label: max(1, math.floor(wanted)) for label, wanted in exact.items()}
     over = math.floor(round(share * sum(sizes.values()), 9)) - sum(quotas.values())
     neediest = sorted(exact, key=lambda label: (quotas[label] - exact[label], label))
@@ -102,7 +109,9 @@ def listed(images: ImageSet, path: Path) -> Subset:
             f"{path}: {len(odd)} of {len(wanted)} names are not those of exactly one image of {images.name} "
             f"{images.split}, such as {odd[0]} ({counts[odd[0]]} images): give a list of this data set's file names"
         )
-    return Subset(images=images, indices=[index for index, name in enumerate(names) if name in wanted])
+    return Subset(
+        images=images, indices=[index for index, name in enumerate(names) if name in wanted]
+    )
 
 
 def list_names(path: Path) -> dict[str, None]:

@@ -90,7 +90,9 @@ class RandomResized:
         checks.number("augment.flip", self.flip, at_least=0, at_most=1)
 
     def __str__(self) -> str:
-        area, aspect = ("..".join(f"{end:.3g}" for end in ends) for ends in (self.scale, self.ratio))
+        area, aspect = (
+            "..".join(f"{end:.3g}" for end in ends) for ends in (self.scale, self.ratio)
+        )
         return f"random resized crops of {self.crop_px} px (area {area}, aspect {aspect}), flip {self.flip}"
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
@@ -160,7 +162,9 @@ class Views(Dataset[Sample]):
         try:
             image = self.images.read(index)
         except UnreadableImage as error:
-            return Sample(index=index, pixels=None, unreadable={self.images.source(index): str(error)})
+            return Sample(
+                index=index, pixels=None, unreadable={self.images.source(index): str(error)}
+            )
         return Sample(index=index, pixels=self.view(image, random.Random(seed)))
 
 
@@ -180,7 +184,9 @@ def _central(size: tuple[int, int], side_px: int) -> tuple[int, int]:
 def check_view(setting: str, view: object) -> None:
     """Raises `UsageError` unless `view` can be taken of an image."""
     if not isinstance(view, View):
-        raise UsageError(f"{setting} is {view}: an evaluation sees images in a view, such as relloc.data.views.Center")
+        raise UsageError(
+            f"{setting} is {view}: an evaluation sees images in a view, such as relloc.data.views.Center"
+        )
 
 
 def _check_fits(crop_px: Any, short_px: Any) -> None:

@@ -17,7 +17,13 @@ from relloc import checks
 from relloc.data.views import View, check_view
 from relloc.errors import DataError
 from relloc.evals.heads import HeadSettings, LayerHeads, Sgd
-from relloc.evals.training import HeadTraining, TrainedHeads, count_hits, draw_held_back, have_diverged
+from relloc.evals.training import (
+    HeadTraining,
+    TrainedHeads,
+    count_hits,
+    draw_held_back,
+    have_diverged,
+)
 from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.source import ColorAugmentation, FeatureSource
@@ -118,7 +124,9 @@ class _LinearEvaluation(Evaluation):
             context.device,
         )
         if not n_images:
-            raise DataError("none of the images to report on can be read: repair them, or evaluate on another data set")
+            raise DataError(
+                "none of the images to report on can be read: repair them, or evaluate on another data set"
+            )
         return hits, n_images
 
     def _describe_head(self, head: int) -> tuple[str, ...]:
@@ -201,9 +209,13 @@ class Linear(_LinearEvaluation):
         )
         # One of the two alone would make an empty grid.
         if bool(self.grid_lrs) != bool(self.grid_weight_decays):
-            raise ValueError("eval.linear: give both grid_lrs and grid_weight_decays, or neither ([])")
+            raise ValueError(
+                "eval.linear: give both grid_lrs and grid_weight_decays, or neither ([])"
+            )
         if self.color and not self.augment:
-            raise ValueError("eval.linear.color needs eval.linear.augment: still views are not colored")
+            raise ValueError(
+                "eval.linear.color needs eval.linear.augment: still views are not colored"
+            )
 
     def run(self, context: Context) -> Iterator[Score]:
         """Yields top1 of each layer, and top1_best and top1_tuned where asked for.
@@ -292,7 +304,9 @@ class Linear(_LinearEvaluation):
         """
         if not self.grid_lrs:
             return ()
-        return ("a batch is all of the held-back tenth or all of the rest, published ones are uniform",)
+        return (
+            "a batch is all of the held-back tenth or all of the rest, published ones are uniform",
+        )
 
     def _choice(self) -> str:
         """Returns in words how the head of the grid was chosen."""

@@ -243,7 +243,9 @@ class Voc07LowShot(Voc07):
             )
             # From the places in a draw to those among all images.
             targets = images.unsqueeze(2).expand(shape)
-            coefficients[some_draws] = coefficients[some_draws].scatter(1, targets, fitted.coefficients)
+            coefficients[some_draws] = coefficients[some_draws].scatter(
+                1, targets, fitted.coefficients
+            )
         return coefficients
 
 
@@ -280,7 +282,9 @@ def draw(
         negative = (in_class == NOT_THERE).nonzero().squeeze(1)
         for number in range(draws):
             # A generator of its own, so that a draw is the same whatever else is measured.
-            generator = torch.Generator().manual_seed(seed_for(Use.LOW_SHOT_IMAGES, seed, c, k, number))
+            generator = torch.Generator().manual_seed(
+                seed_for(Use.LOW_SHOT_IMAGES, seed, c, k, number)
+            )
             positive_order = torch.randperm(len(positive), generator=generator)
             negative_order = torch.randperm(len(negative), generator=generator)
             positive_drawn = positive[positive_order][:k]

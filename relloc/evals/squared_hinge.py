@@ -96,7 +96,9 @@ def fit(
     # One nan would spread to every problem in the first product.
     for given in (gram, weights, b):
         if not given.isfinite().all():
-            raise UsageError("SVMs of features, costs or coefficients that are not finite have no solution")
+            raise UsageError(
+                "SVMs of features, costs or coefficients that are not finite have no solution"
+            )
     f = gram @ b
     n_problems = signs.shape[-1]
     unsolved = torch.ones(n_problems, dtype=torch.bool, device=gram.device)

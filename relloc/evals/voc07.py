@@ -124,7 +124,9 @@ class Voc07(Evaluation):
                 if number not in labels.classes:
                     missing.append(name)
             if missing:
-                deviations = (f"without {', '.join(missing)} (no positive image to train on or to test on)",)
+                deviations = (
+                    f"without {', '.join(missing)} (no positive image to train on or to test on)",
+                )
 
             # Adding 1 to an inner product is the same as appending a 1 to both vectors.
             gram = GramMatrices(

@@ -212,9 +212,8 @@ class NamedEvaluation:
                 )
                 # Shards that older versions packed have lost what VOC says of each class.
                 if any(isinstance(split, ShardImages) for split in both_splits):
-                    message += (
-                        f"; if it is VOC, pack it again, as shards keep this now, or give {self.data_setting}.root"
-                    )
+                    message += "; if it is VOC, pack it again, as shards keep this now, or give "
+                    message += f"{self.data_setting}.root"
                 raise UsageError(message)
 
         try:

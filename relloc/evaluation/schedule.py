@@ -52,4 +52,6 @@ def check_sgd_settings(
     checks.whole(f"{setting}.batch", evaluation.batch)
     # Batch norm divides by the variance of a batch, and one image has none.
     if batch_norm and evaluation.batch < 2:
-        raise ValueError(f"{setting}.batch is {evaluation.batch}: batch norm needs batches of 2 or more images")
+        raise ValueError(
+            f"{setting}.batch is {evaluation.batch}: batch norm needs batches of 2 or more images"
+        )

@@ -248,7 +248,9 @@ class LiveFeatures:
         seed: int = 0,
     ) -> None:
         if labels is None and images.labels is None:
-            raise ValueError(f"{images.name} {images.split} has no labels, but features need labels beside them")
+            raise ValueError(
+                f"{images.name} {images.split} has no labels, but features need labels beside them"
+            )
         self.backbone = backbone
         self.images = images
         self.encode_config = encode_config

@@ -30,7 +30,9 @@ def rankme(features: FeatureMatrix) -> float:
     """
     singular_values = torch.linalg.svdvals(_to_float64(features))
     if not singular_values.any():
-        raise ValueError(f"all features of {len(features)} images are zero, so they have no directions to count")
+        raise ValueError(
+            f"all features of {len(features)} images are zero, so they have no directions to count"
+        )
     # The constant keeps the logarithm of a zero finite.
     p = singular_values / singular_values.sum() + _RANKME_EPSILON
     log_p = p.log()

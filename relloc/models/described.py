@@ -50,11 +50,15 @@ def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str
     """
     node = model.get("backbone") if isinstance(model, Mapping) else None
     if not isinstance(node, Mapping):
-        raise CheckpointError(f"{origin} does not tell which backbone its weights are of: give model=NAME")
+        raise CheckpointError(
+            f"{origin} does not tell which backbone its weights are of: give model=NAME"
+        )
     target = node.get("_target_")
     known = backbones()
     if not isinstance(target, str) or target not in known:
-        wish = ascii(target[:120])[1:-1] if isinstance(target, str) else f"a {type(target).__name__}"
+        wish = (
+            ascii(target[:120])[1:-1] if isinstance(target, str) else f"a {type(target).__name__}"
+        )
         raise CheckpointError(
             f"{origin} wants {wish} to be called for its backbone; of what a file names only "
             f"relloc's own backbones are ({', '.join(sorted(known))}). {_ADVICE}"
@@ -69,9 +73,19 @@ def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str
 def _built(backbone: type[Backbone], settings: dict[str, Any], origin: str) -> Backbone:
     try:
         return backbone(**settings)
-    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, KeyError, IndexError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        MemoryError,
+        KeyError,
+        IndexError,
+    ) as error:
         reason = str(error).partition("\n")[0][:300]
-        raise CheckpointError(f"{origin} describes a {backbone.__name__} that can't be: {reason}. {_ADVICE}") from error
+        raise CheckpointError(
+            f"{origin} describes a {backbone.__name__} that can't be: {reason}. {_ADVICE}"
+        ) from error
 
 
 def _check_plain(settings: Mapping[Any, Any], origin: str) -> None:
@@ -86,11 +100,17 @@ def _check_plain(settings: Mapping[Any, Any], origin: str) -> None:
     left: list[tuple[Any, int]] = [(settings, 0)]
     for value, depth in left:  # the list grows while it is read
         if len(text) > _LONGEST or depth > _DEEPEST:
-            raise CheckpointError(f"{origin} describes its backbone with more values than one has. {_ADVICE}")
+            raise CheckpointError(
+                f"{origin} describes its backbone with more values than one has. {_ADVICE}"
+            )
         if isinstance(value, dict):
-            is_order |= any(str(name).startswith("_") for name in value)  # for Hydra, such as "_target_"
+            is_order |= any(
+                str(name).startswith("_") for name in value
+            )  # for Hydra, such as "_target_"
             left += [(inner, depth + 1) for inner in value.values()]
         elif isinstance(value, list | tuple):
             left += [(inner, depth + 1) for inner in value]
     if is_order:
-        raise CheckpointError(f"{origin} describes its backbone with more than plain values: {text[:120]}. {_ADVICE}")
+        raise CheckpointError(
+            f"{origin} describes its backbone with more than plain values: {text[:120]}. {_ADVICE}"
+        )

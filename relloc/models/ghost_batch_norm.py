@@ -40,7 +40,9 @@ class Groups:
 
     def __post_init__(self) -> None:
         if self.images < 1:
-            raise ValueError(f"a ghost batch of {self.images} images is not possible: it needs at least 1 image")
+            raise ValueError(
+                f"a ghost batch of {self.images} images is not possible: it needs at least 1 image"
+            )
 
     @property
     def blocks(self) -> int:

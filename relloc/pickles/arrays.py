@@ -43,7 +43,9 @@ class _Array(Pending):
     def set_state(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) not in (4, 5):
             raise UnpicklingError("it has a numpy.ndarray of an unknown form")
-        self._parts = state[-4:]  # shape, dtype, whether in Fortran's order, bytes; before them may be a version
+        self._parts = state[
+            -4:
+        ]  # shape, dtype, whether in Fortran's order, bytes; before them may be a version
 
     def made(self) -> torch.Tensor | LeftOut:
         if not self._parts:

@@ -95,7 +95,9 @@ def read_pickle(source: Source, makers: Makers, persistent: Persistent) -> Any:
     stream: Any = source  # genops asks for read and readline alone
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > MOST_OPERATIONS:
-            raise TooLarge(f"it holds more than {MOST_OPERATIONS:,} values, far more than a network's weights have")
+            raise TooLarge(
+                f"it holds more than {MOST_OPERATIONS:,} values, far more than a network's weights have"
+            )
         if opcode.name == "STOP":
             return machine.stack.pop()
         machine.run(opcode, argument)
@@ -107,13 +109,26 @@ _FIXED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _OF_ARGUMENT = frozenset(
     (
         *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        *(
+            "STRING",
+            "BINSTRING",
+            "SHORT_BINSTRING",
+            "UNICODE",
+            "BINUNICODE",
+            "SHORT_BINUNICODE",
+            "BINUNICODE8",
+        ),
         *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     )
 )
 # How objects of a class are made, which is the first argument
 _INSTANCE_OF_FIRST = (
-    *("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__"),
+    *(
+        "copyreg._reconstructor",
+        "copy_reg._reconstructor",
+        "copyreg.__newobj__",
+        "copyreg.__newobj_ex__",
+    ),
 )
 
 
@@ -207,7 +222,11 @@ class _Machine:
     def object(self, operation: str, argument: Any, operands: list[Any]) -> Any:
         """What an operation leaves on the stack, if it makes an object or gives it its state."""
         match operation, operands:
-            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX", [function, arguments, *_]:  # no maker takes keywords
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX", [
+                function,
+                arguments,
+                *_,
+            ]:  # no maker takes keywords
                 return self.call(function, arguments)
             case "OBJ", [function, *arguments]:
                 return self.call(function, tuple(arguments))
@@ -217,7 +236,10 @@ class _Machine:
                 self.hand(state)
                 target.set_state(state)
                 return target
-            case "BUILD", [LeftOut() | dict() as target, _]:  # such as _metadata, an attribute of a state dict
+            case "BUILD", [
+                LeftOut() | dict() as target,
+                _,
+            ]:  # such as _metadata, an attribute of a state dict
                 return target
         raise UnpicklingError(f"it uses {operation} as no file of weights does")
 
@@ -267,6 +289,8 @@ def _checked_key(key: Any) -> Any:
         return key
     if isinstance(key, int | float):
         return str(key)
-    if isinstance(key, tuple) and all(part is None or isinstance(part, str | int | float) for part in key):
+    if isinstance(key, tuple) and all(
+        part is None or isinstance(part, str | int | float) for part in key
+    ):
         return str(key)
     raise UnpicklingError(f"it has a {type(key).__name__} as a key")

@@ -27,7 +27,9 @@ def _no_bytes(*content: Any) -> Any:
 PLAIN: Makers = {
     "__builtin__.bytes": _no_bytes,
     # Sets are lists here: nothing in them has to be hashed.
-    **dict.fromkeys(("__builtin__.set", "__builtin__.frozenset", "builtins.set", "builtins.frozenset"), _listed),
+    **dict.fromkeys(
+        ("__builtin__.set", "__builtin__.frozenset", "builtins.set", "builtins.frozenset"), _listed
+    ),
     "collections.OrderedDict": _ordered_dict,
     "collections.defaultdict": lambda *_: {},  # its items follow
     "_codecs.encode": _encode,

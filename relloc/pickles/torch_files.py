@@ -42,7 +42,12 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "ComplexDouble": torch.complex128,
     "Untyped": torch.uint8,
 }
-_PLAIN_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+_PLAIN_TYPES = (
+    "torch.Tensor",
+    "torch._tensor.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+)
 _SAVE_AGAIN = "save the model's state_dict() with torch.save"
 
 
@@ -87,7 +92,9 @@ class _Tensor(Pending):
         end = start + stored.count * stored.dtype.itemsize
         own = memoryview(content)[start:end]
         try:
-            flat = torch.frombuffer(own, dtype=self.dtype) if own else torch.empty(0, dtype=self.dtype)
+            flat = (
+                torch.frombuffer(own, dtype=self.dtype) if own else torch.empty(0, dtype=self.dtype)
+            )
             made = flat.as_strided(self.size, self.stride, 0 if 0 in self.size else self.offset)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UnpicklingError("it has fewer numbers than its tensors") from error
@@ -100,7 +107,9 @@ def _whole(numbers: Iterable[Any]) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
-def _tensor(stored: Any, offset: Any, size: Any, stride: Any, *_more: Any, dtype: Any = None) -> Any:
+def _tensor(
+    stored: Any, offset: Any, size: Any, stride: Any, *_more: Any, dtype: Any = None
+) -> Any:
     match stored, size, stride:
         case LeftOut(), _, _:
             return stored
@@ -167,7 +176,9 @@ class _Storages:
         if dtype is None:
             return LeftOut(name)
         start = 0
-        if view and view[0] is not None:  # a part of a storage, in old files: its own key, start and length
+        if (
+            view and view[0] is not None
+        ):  # a part of a storage, in old files: its own key, start and length
             _key, start, count = view[0]
         if not isinstance(key, str) or not _whole([start, count]):
             raise UnpicklingError("it has a storage of an unknown form")
@@ -188,13 +199,19 @@ def read_zip(file: Path, numbers: bool = True) -> Any:
         records = {record.filename: record for record in archive.infolist()}
         root = _root(records)
         _check_records(archive.infolist(), file.stat().st_size)
-        if not any(record.CRC for record in records.values()):  # torch.serialization.set_crc32_options(False)
+        if not any(
+            record.CRC for record in records.values()
+        ):  # torch.serialization.set_crc32_options(False)
             for record in records.values():
                 record.CRC = None  # pyright: ignore[reportAttributeAccessIssue] - zipfile's way to compare none
         if f"{root}/byteorder" in records and _record(archive, f"{root}/byteorder") != b"little":
-            raise OtherKind(f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}")
+            raise OtherKind(
+                f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}"
+            )
         storages = _Storages()
-        pickled = _record(archive, f"{root}/data.pkl")  # whole, so that its CRC is compared before it is believed
+        pickled = _record(
+            archive, f"{root}/data.pkl"
+        )  # whole, so that its CRC is compared before it is believed
         content = read_pickle(Source(io.BytesIO(pickled), len(pickled)), _MAKERS, storages)
         if numbers:
             for key, storage in storages.by_key.items():
@@ -211,12 +228,16 @@ def _record(archive: zipfile.ZipFile, name: str) -> bytes:
 def _root(records: Mapping[str, zipfile.ZipInfo]) -> str:
     """The folder in the zip that holds all records."""
     inner = {name.partition("/")[2] for name in records}
-    if {"constants.pkl", "model.json", "bytecode.pkl"} & inner or any(name.startswith("code/") for name in inner):
+    if {"constants.pkl", "model.json", "bytecode.pkl"} & inner or any(
+        name.startswith("code/") for name in inner
+    ):
         raise OtherKind(
             "is a TorchScript file, which holds a program beside its weights: load it with torch.jit.load in the "
             f"project that wrote it, and {_SAVE_AGAIN}"
         )
-    roots = [name.removesuffix("/data.pkl") for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    roots = [
+        name.removesuffix("/data.pkl") for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)
+    ]
     if len(roots) == 1:
         return roots[0]
     first = next((name for name in records if not name.endswith("/")), "nothing")
@@ -227,12 +248,18 @@ def _root(records: Mapping[str, zipfile.ZipInfo]) -> str:
 
 
 def _check_records(records: Sequence[zipfile.ZipInfo], size: int) -> None:
-    twice = [name for name, count in Counter(record.filename for record in records).items() if count > 1]
+    twice = [
+        name for name, count in Counter(record.filename for record in records).items() if count > 1
+    ]
     if twice:  # programs differ in which of them they take
         raise UnpicklingError(f"its record {twice[0][:80]!a} is there twice")
     # Others are unpacked by Python's zipfile in pieces that know no limit.
-    if any(record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for record in records):
-        raise OtherKind(f"is a zip packed by another method than torch and zip use: unpack it, or {_SAVE_AGAIN}")
+    if any(
+        record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for record in records
+    ):
+        raise OtherKind(
+            f"is a zip packed by another method than torch and zip use: unpack it, or {_SAVE_AGAIN}"
+        )
     declared = sum(record.file_size for record in records)
     if declared > max(_LEAST_SIZE, _MOST_EXPANSION * size):
         raise TooLarge(f"its records would fill {declared:,} bytes, the file has {size:,}")
@@ -250,15 +277,23 @@ def _stream(source: Source, numbers: bool = True) -> Any:
     if about[:2] != [_MAGIC, _PROTOCOL] or not isinstance(about[2], dict):
         raise UnpicklingError("it begins as torch's files do and goes on otherwise")
     if about[2].get("little_endian") is False:
-        raise OtherKind(f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}")
+        raise OtherKind(
+            f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}"
+        )
     content = read_pickle(source, _MAKERS, storages)
     if numbers:
         keys = read_pickle(source, {}, refuse_reference)
-        if not isinstance(keys, list) or set(keys) != set(storages.by_key) or len(keys) > len(storages.by_key):
+        if (
+            not isinstance(keys, list)
+            or set(keys) != set(storages.by_key)
+            or len(keys) > len(storages.by_key)
+        ):
             raise UnpicklingError("it lists other storages than its tensors have")
         for key in keys:
             storage = storages.by_key[key]
-            storage.content = bytearray(source.read(int.from_bytes(source.read(8), "little") * storage.itemsize))
+            storage.content = bytearray(
+                source.read(int.from_bytes(source.read(8), "little") * storage.itemsize)
+            )
     return content
 
 

@@ -22,7 +22,9 @@ from relloc.pretext.graphed import Graphed
 from relloc.pretext.schedule import Schedule
 
 PAIRS = len(NEIGHBORS)
-Sums = Float[Tensor, "3"]  # sum of the losses of all pairs, number of right answers, number of pairs
+Sums = Float[
+    Tensor, "3"
+]  # sum of the losses of all pairs, number of right answers, number of pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

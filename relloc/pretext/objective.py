@@ -62,7 +62,9 @@ class RelativeLocation(nn.Module):
             # With several ghost batches in one forward, each batch norm has to know which rows
             # share statistics. The head sees a row for each of the eight pairs.
             rows_in_backbone = (N_NEIGHBORS, 1) if batch_norm == "separate" else (CELLS,)
-            groups_in_backbone = Groups(images=images_per_batch_norm, rows_per_image=rows_in_backbone)
+            groups_in_backbone = Groups(
+                images=images_per_batch_norm, rows_per_image=rows_in_backbone
+            )
             use_ghost_batches(backbone, groups_in_backbone)
             groups_in_head = Groups(images=images_per_batch_norm, rows_per_image=(N_NEIGHBORS,))
             use_ghost_batches(head, groups_in_head)

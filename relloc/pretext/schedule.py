@@ -81,7 +81,9 @@ class Step(_WarmedUp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.numbers("schedule.milestone_epochs", self.milestone_epochs, at_least=0, may_be_empty=True)
+        checks.numbers(
+            "schedule.milestone_epochs", self.milestone_epochs, at_least=0, may_be_empty=True
+        )
         checks.increasing("schedule.milestone_epochs", self.milestone_epochs)
         if not self.milestone_epochs:
             return

@@ -12,7 +12,9 @@ from relloc.reports.table import Report
 from relloc.results import Result
 from relloc.terminal import escaped
 
-_FORMULA = re.compile(r"[=@]|[+-](?!(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|inf$|nan$)", re.IGNORECASE)  # unlike numbers
+_FORMULA = re.compile(
+    r"[=@]|[+-](?!(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|inf$|nan$)", re.IGNORECASE
+)  # unlike numbers
 _RESULT = tuple(field.name for field in dataclasses.fields(Result))
 COLUMNS = (
     *("origin", "group", "row", "setting", "images"),
@@ -34,8 +36,15 @@ def as_csv(report: Report) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    ours = {(each.result.table, each.result.column) for each in report.entries if each.group == CARD_GROUP}
-    for line in (*(_published(number, ours) for number in report.published), *map(_ours, report.entries)):
+    ours = {
+        (each.result.table, each.result.column)
+        for each in report.entries
+        if each.group == CARD_GROUP
+    }
+    for line in (
+        *(_published(number, ours) for number in report.published),
+        *map(_ours, report.entries),
+    ):
         writer.writerow({name: as_text(value) for name, value in line.items()})
     return text.getvalue()
 
@@ -67,7 +76,12 @@ def _published(number: Published, ours: Collection[tuple[str, str]]) -> Mapping[
 
 
 def _ours(entry: Entry) -> Mapping[str, object]:
-    measured, run, beside, result = entry.measured, entry.measured.run, entry.beside, dataclasses.asdict(entry.result)
+    measured, run, beside, result = (
+        entry.measured,
+        entry.measured.run,
+        entry.beside,
+        dataclasses.asdict(entry.result),
+    )
     return {
         **result,
         **{name: "; ".join(result[name]) for name in ("deviations", "details")},
@@ -84,5 +98,7 @@ def _ours(entry: Entry) -> Mapping[str, object]:
         "mark": MARK_WORDS.get(entry.mark, ""),
         "best": "yes" if entry.is_best else "",
         "why": entry.why,
-        "replaces": " / ".join(f"{each.result.value!r} of {each.run.name}" for each in measured.older),
+        "replaces": " / ".join(
+            f"{each.result.value!r} of {each.run.name}" for each in measured.older
+        ),
     }

@@ -62,7 +62,12 @@ class Entry:
         """Whether it fills a cell that the published model has on the card."""
         row = self.result
         is_as_published = row.variant in ("", LAYERS[-1]) and not foreign_view(row)
-        return self.is_shown and self.group == CARD_GROUP and row.model == PUBLISHED_MODEL and is_as_published
+        return (
+            self.is_shown
+            and self.group == CARD_GROUP
+            and row.model == PUBLISHED_MODEL
+            and is_as_published
+        )
 
     @property
     def mark(self) -> str:
@@ -94,14 +99,28 @@ def make_entries(measured: Iterable[Measured]) -> list[Entry]:
 def _key_of_spread(each: Measured) -> tuple[object, ...]:
     """What a number and its std, min and max over draws have in common."""
     row = each.result
-    return each.line, row.eval, row.layer, row.column, row.view, row.dataset, row.split, row.n, each.images
+    return (
+        each.line,
+        row.eval,
+        row.layer,
+        row.column,
+        row.view,
+        row.dataset,
+        row.split,
+        row.n,
+        each.images,
+    )
 
 
-def _entry(each: Measured, label: str, best: Sequence[Measured], spread: Mapping[str, float]) -> Entry:
+def _entry(
+    each: Measured, label: str, best: Sequence[Measured], spread: Mapping[str, float]
+) -> Entry:
     """`best` are the best layers of all lines and tables."""
     row, group = each.result, group_of(each)
     is_shown, why = bool(row.table), ""
-    if source := next((part.layer_best_in for part in parts_of(row.table) if part.layer_best_in), ""):
+    if source := next(
+        (part.layer_best_in for part in parts_of(row.table) if part.layer_best_in), ""
+    ):
         alike = [
             one
             for one in best
@@ -111,7 +130,15 @@ def _entry(each: Measured, label: str, best: Sequence[Measured], spread: Mapping
         layer, why = _layer_of(each, alike)
         is_shown = row.layer == layer
     beside = published_beside(each.line, row) if is_shown and group == CARD_GROUP else ()
-    return Entry(measured=each, label=label, group=group, is_shown=is_shown, beside=beside, why=why, spread=spread)
+    return Entry(
+        measured=each,
+        label=label,
+        group=group,
+        is_shown=is_shown,
+        beside=beside,
+        why=why,
+        spread=spread,
+    )
 
 
 def _layer_of(each: Measured, best: Sequence[Measured]) -> tuple[str, str]:
@@ -125,7 +152,9 @@ def _layer_of(each: Measured, best: Sequence[Measured]) -> tuple[str, str]:
     if best:
         layer = best[-1].result.layer
         return layer, f"at {layer}, the best layer of run {best[-1].run.name}"
-    published = (one for one in published_numbers() if (one.row, one.table) == (CARD, each.result.table))
+    published = (
+        one for one in published_numbers() if (one.row, one.table) == (CARD, each.result.table)
+    )
     layer = next(published).layer
     return layer, f"at {layer} as on the published card, no best layer being known"
 
@@ -153,7 +182,10 @@ def _mark_best(entries: Sequence[Entry]) -> list[Entry]:
         contests.setdefault(_contest(each), []).append(_goodness(each.result))
     contests[()] = []
     best = {contest: max(values) for contest, values in contests.items() if len(values) > 1}
-    return [dataclasses.replace(each, is_best=best.get(_contest(each)) == _goodness(each.result)) for each in entries]
+    return [
+        dataclasses.replace(each, is_best=best.get(_contest(each)) == _goodness(each.result))
+        for each in entries
+    ]
 
 
 def _goodness(row: Result) -> float:

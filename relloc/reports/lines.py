@@ -30,7 +30,9 @@ def tell_images_apart(kept: Sequence[Measured]) -> list[Measured]:
     def named(each: Measured) -> tuple[object, ...]:
         return each.result.dataset, each.result.split, each.result.n
 
-    digests = Counter(name for name, _ in {(named(each), each.digest) for each in kept if each.digest})
+    digests = Counter(
+        name for name, _ in {(named(each), each.digest) for each in kept if each.digest}
+    )
     told = []
     for each in kept:
         if digests[named(each)] > 1:
@@ -50,7 +52,9 @@ def set_apart(kept: Sequence[Measured]) -> list[Measured]:
     tables: dict[tuple[object, ...], list[Measured]] = {}
     for each in kept:
         row = each.result
-        tables.setdefault((each.line, row.table or row.eval, group_of(each), row.view), []).append(each)
+        tables.setdefault((each.line, row.table or row.eval, group_of(each), row.view), []).append(
+            each
+        )
     told: list[Measured] = []
     for table in tables.values():
         if len({each.question for each in table}) == len(table):
@@ -72,7 +76,9 @@ def _run_names(measured: Iterable[Measured]) -> dict[Path, str]:
     name_of = {each.run.folder: each.run.name for each in measured}
     count = Counter(name_of.values())
     ends = short_names(map(str, name_of))
-    return {folder: name if count[name] == 1 else ends[str(folder)] for folder, name in name_of.items()}
+    return {
+        folder: name if count[name] == 1 else ends[str(folder)] for folder, name in name_of.items()
+    }
 
 
 def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
@@ -83,11 +89,23 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
     def rank(line: Line) -> tuple[object, ...]:
         name = natural(names[line.checkpoint])
         is_ours = line.checkpoint not in NOT_OURS
-        return is_ours, name, line.model, line.seed, line.batch_norm, line.checkpoint, natural(line.variant)
+        return (
+            is_ours,
+            name,
+            line.model,
+            line.seed,
+            line.batch_norm,
+            line.checkpoint,
+            natural(line.variant),
+        )
 
     labels = {}
     for line in sorted(lines, key=rank):
-        unusual = [word for word in (line.model, line.batch_norm) if word not in (PUBLISHED_MODEL, "as_trained")]
+        unusual = [
+            word
+            for word in (line.model, line.batch_norm)
+            if word not in (PUBLISHED_MODEL, "as_trained")
+        ]
         variant = [f"run {line.variant}"] if line.variant else []
         labels[line] = ", ".join([names[line.checkpoint], *unusual, f"seed {line.seed}", *variant])
     return labels
@@ -95,7 +113,10 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
 
 def short_names(checkpoints: Iterable[str]) -> dict[str, str]:
     """The shortest end of each path, in whole folders, that no other has; a run folder's backbone is the folder."""
-    tails = {path: [part for part in Path(path).parts if part != RUN_WEIGHTS] or [path] for path in checkpoints}
+    tails = {
+        path: [part for part in Path(path).parts if part != RUN_WEIGHTS] or [path]
+        for path in checkpoints
+    }
     names = {}
     for path, parts in tails.items():
         n = 1

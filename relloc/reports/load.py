@@ -93,7 +93,9 @@ def find_measured(paths: Sequence[Path]) -> list[Measured]:
     """
     for path in paths:
         if not path.exists():
-            raise DataError(f"{path} does not exist: name run folders, or folders that hold some (or set RELLOC_RUNS)")
+            raise DataError(
+                f"{path} does not exist: name run folders, or folders that hold some (or set RELLOC_RUNS)"
+            )
     folders = {file.parent.resolve() for path in paths for file in path.rglob(RESULTS_FILE)}
     found = [each for folder in sorted(folders) for each in _of_folder(folder)]
     if not found:
@@ -145,6 +147,8 @@ def newest(measured: Iterable[Measured]) -> list[Measured]:
     for each in reversed(list(measured)):
         # The same in the folder that measured it and in those that it was copied to
         measurement = (dataclasses.replace(each.result, measured_in=""), each.run.folder)
-        answers.setdefault((each.question, each.result.fingerprint), {}).setdefault(measurement, each)
+        answers.setdefault((each.question, each.result.fingerprint), {}).setdefault(
+            measurement, each
+        )
     kept = [list(answer.values()) for answer in reversed(answers.values())]
     return [dataclasses.replace(last, older=tuple(reversed(older))) for last, *older in kept]

@@ -16,7 +16,9 @@ _DATA_SETS = (
     "Hours are estimates for one GPU with 16 cores that reads shards."
 )
 FILL_CARD = "python -m relloc.evaluate checkpoint=RUN eval=card_classification"
-_NOTHING_YET = f"No {PUBLISHED_MODEL} line has a number on the card's images: {FILL_CARD} measures them."
+_NOTHING_YET = (
+    f"No {PUBLISHED_MODEL} line has a number on the card's images: {FILL_CARD} measures them."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,11 @@ def fills(entries: Sequence[Entry]) -> tuple[Fill, ...]:
 
     A command measures both ways of batch norm: it stands once, with the line as trained, if there is one.
     """
-    there = {(each.measured.line.whole, each.result.table, each.result.column) for each in entries if each.fills_card}
+    there = {
+        (each.measured.line.whole, each.result.table, each.result.column)
+        for each in entries
+        if each.fills_card
+    }
     lines = {line for line, _, _ in there}
     if lines:
         # Random initialization and supervised weights, where no line has them
@@ -71,7 +77,13 @@ def command(line: Line, part: CardPart) -> str:
     model = [f"model={line.model}"] if line.checkpoint in NOT_OURS else []
     batch_norm = [f"batch_norm={line.batch_norm}"] if line.batch_norm != "as_trained" else []
     seed = [f"seed={line.seed}"] if line.seed else []
-    words = [f"checkpoint={_quoted(line.checkpoint)}", *model, f"eval={part.evaluation}", *batch_norm, *seed]
+    words = [
+        f"checkpoint={_quoted(line.checkpoint)}",
+        *model,
+        f"eval={part.evaluation}",
+        *batch_norm,
+        *seed,
+    ]
     return f"{shlex.join(['python', '-m', 'relloc.evaluate', *words])}  # about {part.hours} h"
 
 

@@ -23,7 +23,11 @@ def draw_sweep(sweep: SweepNumbers, path: Path, form: str = "png") -> None:
     as layers differ more than what is swept. Of one setting each table is a panel with a curve a layer.
     """
     # Without those of random weights alone
-    tables = [(t, table) for t, table in mean_tables(sweep) if our_lines(sweep, table)["mean"].notna().any(axis=None)]
+    tables = [
+        (t, table)
+        for t, table in mean_tables(sweep)
+        if our_lines(sweep, table)["mean"].notna().any(axis=None)
+    ]
     with matplotlib.rc_context({"text.parse_math": False}):  # a name with two $ in it is no formula
         figure = _maps(sweep, tables) if len(sweep.axes) > 1 else _curves(sweep, tables)
         figure.suptitle(
@@ -59,17 +63,31 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
     for (y, x), value in np.ndenumerate(mean.to_numpy()):
         text = f"{value:.1f}" + ("" if np.isnan(spread := std.iloc[y, x]) else f"\n± {spread:.1f}")
         color = "white" if value > dark else "black"
-        axis.text(x, y, MISSING if np.isnan(value) else text, ha="center", va="center", color=color, fontsize=8)
+        axis.text(
+            x,
+            y,
+            MISSING if np.isnan(value) else text,
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=8,
+        )
     _ticks(axis, range(len(mean.columns)), list(mean.columns))
     axis.set_yticks(
-        range(len(mean)), [key if isinstance(key, str) else ", ".join(key) for key in mean.index], fontsize=8
+        range(len(mean)),
+        [key if isinstance(key, str) else ", ".join(key) for key in mean.index],
+        fontsize=8,
     )
     axis.set_xlabel(mean.columns.name, fontsize=8)
     axis.set_ylabel(", ".join(mean.index.names), fontsize=8)
 
 
 def _ticks(axis: Axes, places: Sequence[float], values: Sequence[str]) -> None:
-    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, values)) > 6 else {}
+    slanted = (
+        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        if max(map(len, values)) > 6
+        else {}
+    )
     axis.set_xticks(places, values, fontsize=8, **slanted)
 
 
@@ -82,13 +100,21 @@ def _others(table: Frame, layer: str) -> dict[str, float]:
 
 def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
     figure = Figure(figsize=(4.4 * len(tables), 4.2), layout="constrained")
-    for axis, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+    for axis, (title, table) in zip(
+        figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True
+    ):
         ours = our_lines(sweep, table)
-        places = [float(value) for value in ours.index] if are_numbers(ours.index) else list(range(len(ours)))
+        places = (
+            [float(value) for value in ours.index]
+            if are_numbers(ours.index)
+            else list(range(len(ours)))
+        )
         for number, layer in enumerate(ours["mean"].columns):
             mean, std = ours["mean", layer], ours["std", layer].fillna(0)
             axis.plot(places, mean, marker="o", color=f"C{number}", label=layer)
-            axis.fill_between(places, mean - std, mean + std, color=f"C{number}", alpha=0.12, linewidth=0)
+            axis.fill_between(
+                places, mean - std, mean + std, color=f"C{number}", alpha=0.12, linewidth=0
+            )
             for value in _others(table, layer).values():
                 axis.axhline(value, linestyle=":", color=f"C{number}")
         axis.set_title(title, fontsize=9)

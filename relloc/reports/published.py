@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from relloc.results import LAYERS, Result
 
@@ -70,9 +71,13 @@ class Published:
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}, not one of {', '.join(KINDS)}")
         if self.layer not in ("", *LAYERS):
-            raise ValueError(f"layer is {self.layer!r}, neither empty nor one of {', '.join(LAYERS)}")
+            raise ValueError(
+                f"layer is {self.layer!r}, neither empty nor one of {', '.join(LAYERS)}"
+            )
         if not (0 < self.value < 100 and 0 < self.tolerance < 10):
-            raise ValueError(f"{self.printed} ± {self.tolerance} is no number in percent with a tolerance in points")
+            raise ValueError(
+                f"{self.printed} ± {self.tolerance} is no number in percent with a tolerance in points"
+            )
 
     @property
     def value(self) -> float:
@@ -86,10 +91,13 @@ def _lines(name: str) -> Iterable[dict[str, str]]:
 @functools.cache
 def card_parts() -> tuple[CardPart, ...]:
     """The parts of the card, in the order of its tables."""
-    return tuple(
-        CardPart(**line | {"columns": tuple(line["columns"].split("|")), "images": int(line["images"])})  # type: ignore[arg-type]
-        for line in _lines("card.csv")
-    )
+    parts = []
+    for line in _lines("card.csv"):
+        typed: dict[str, Any] = dict(line)
+        typed["columns"] = tuple(line["columns"].split("|"))
+        typed["images"] = int(line["images"])
+        parts.append(CardPart(**typed))
+    return tuple(parts)
 
 
 @functools.cache
@@ -119,4 +127,6 @@ def foreign_view(row: Result) -> str:
 
 def accepted(numbers: Sequence[Published]) -> tuple[float, float]:
     """From where to where a number agrees with `numbers`, at least one: with any, or between them."""
-    return min(each.value - each.tolerance for each in numbers), max(each.value + each.tolerance for each in numbers)
+    return min(each.value - each.tolerance for each in numbers), max(
+        each.value + each.tolerance for each in numbers
+    )

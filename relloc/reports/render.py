@@ -39,7 +39,9 @@ _LATEX = {
 def as_markdown(report: Report) -> str:
     """Pipe tables, numbered notes below each, and at the end the commands that fill what is missing."""
     text = _render("report.md.jinja", report, escape_markdown)
-    return re.sub(r"(?:^\|.*\n)+", lambda table: _aligned(table[0].splitlines()), text, flags=re.MULTILINE)
+    return re.sub(
+        r"(?:^\|.*\n)+", lambda table: _aligned(table[0].splitlines()), text, flags=re.MULTILINE
+    )
 
 
 def as_html(report: Report) -> str:
@@ -70,7 +72,9 @@ def _render(template: str, report: Report, escape: Callable[[str], str], **synta
         loader=FileSystemLoader(Path(__file__).parent),
     )
     environment.filters["code"] = lambda text: Markup(escaped(text))
-    return environment.get_template(template).render(report=report, mark_words=MARK_WORDS, most_commands=_MOST_COMMANDS)
+    return environment.get_template(template).render(
+        report=report, mark_words=MARK_WORDS, most_commands=_MOST_COMMANDS
+    )
 
 
 def _aligned(lines: Sequence[str]) -> str:

@@ -61,7 +61,9 @@ class SweepNumbers:
         return states.map(", ".join).to_dict()
 
 
-def read_sweep(name: str, points: Sequence[Point], states: Sequence[str], metrics: str | None = None) -> SweepNumbers:
+def read_sweep(
+    name: str, points: Sequence[Point], states: Sequence[str], metrics: str | None = None
+) -> SweepNumbers:
     """The headline metrics of all points, or those that MLflow knows by a name that fits `metrics`.
 
     `states` says how each point stands; `metrics` is a pattern such as `linear/feature4/*`.
@@ -83,13 +85,16 @@ def read_sweep(name: str, points: Sequence[Point], states: Sequence[str], metric
         lines += [line | _described(row, point.kind) for row in rows if row in shown] or [line]
     columns = dict.fromkeys([*lines[0], WEIGHTS, TITLE, COLUMN, *_RESULT])
     rows = pd.DataFrame(lines, columns=pd.Index(columns), dtype=object).astype({"value": float})
-    return SweepNumbers(name=name, swept=tuple(swept.values()), rows=_in_order(rows, swept.values()))
+    return SweepNumbers(
+        name=name, swept=tuple(swept.values()), rows=_in_order(rows, swept.values())
+    )
 
 
 def _results_of(point: Point) -> Iterable[Result]:
     # Of one number measured anew the last stands
     return {
-        (row.tracked_name, row.dataset, row.split, row.checkpoint): row for row in read_results(point.folder)
+        (row.tracked_name, row.dataset, row.split, row.checkpoint): row
+        for row in read_results(point.folder)
     }.values()
 
 
@@ -131,16 +136,23 @@ def _word(value: Scalar) -> str:
 def _swept(settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """What differs between points, but for the seed where anything else does: short names, where these are unique."""
     keys = dict.fromkeys(key for each in settings for key in each)
-    keys = [key for key in keys if key != _SEED and len({each.get(key) for each in settings}) > 1] or [_SEED]
+    keys = [
+        key for key in keys if key != _SEED and len({each.get(key) for each in settings}) > 1
+    ] or [_SEED]
     short = [key.rpartition(".")[2] for key in keys]
-    return {key: name if [*short, *_RESULT].count(name) == 1 else key for key, name in zip(keys, short, strict=True)}
+    return {
+        key: name if [*short, *_RESULT].count(name) == 1 else key
+        for key, name in zip(keys, short, strict=True)
+    }
 
 
 def _described(row: Result, kind: str) -> dict[str, Any]:
     recalibrated = "_recalibrated" if row.batch_norm == "recalibrated" else ""
     unit = "" if row.unit == "%" else f", {row.unit}"
     return {
-        WEIGHTS: "pretrained" if kind == "train" and row.checkpoint not in NOT_OURS else row.checkpoint,
+        WEIGHTS: "pretrained"
+        if kind == "train" and row.checkpoint not in NOT_OURS
+        else row.checkpoint,
         TITLE: f"{row.eval}{recalibrated}/{row.metric} on {row.dataset} {row.split}{unit}",
         COLUMN: row.layer or row.column,
     } | dataclasses.asdict(row)
@@ -155,7 +167,10 @@ def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
     for key in swept:
         values = rows[key].unique()
         order[key] = [*(sorted(values, key=float) if are_numbers(values) else values), _ANY]
-    kinds = {key: pd.CategoricalDtype(list(dict.fromkeys(values)), ordered=True) for key, values in order.items()}
+    kinds = {
+        key: pd.CategoricalDtype(list(dict.fromkeys(values)), ordered=True)
+        for key, values in order.items()
+    }
     return rows.astype(kinds)
 
 
@@ -203,8 +218,12 @@ def as_report(sweep: SweepNumbers, commands: Sequence[str]) -> Report:
     tables = [one for title, table in mean_tables(sweep) for one in _tables(sweep, title, table)]
     points = sweep.rows.drop_duplicates("folder")
     groups = points[points["state"] != "done"].groupby("state")["point"]
-    not_done = "; ".join(f"{state} ({len(names)}): {', '.join(map(str, names))}" for state, names in groups)
-    fill = Fill(label="What neither runs nor waits, each by its own command", commands=tuple(commands))
+    not_done = "; ".join(
+        f"{state} ({len(names)}): {', '.join(map(str, names))}" for state, names in groups
+    )
+    fill = Fill(
+        label="What neither runs nor waits, each by its own command", commands=tuple(commands)
+    )
     return Report(
         title=f"Sweep {sweep.name}",
         groups=(Group(title="Means over seeds", tables=tuple(tables)),),
@@ -221,12 +240,20 @@ def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
     for key, line in cells.iterrows():
         *settings, weights = key
         # Weights that are not ours have one line for all points, without their settings.
-        label = ", ".join(f"{name}={value}" for name, value in zip(sweep.swept, settings, strict=True) if value != _ANY)
+        label = ", ".join(
+            f"{name}={value}"
+            for name, value in zip(sweep.swept, settings, strict=True)
+            if value != _ANY
+        )
         named = {"label": label, "setting": weights} if label else {"label": weights}
-        rows.append(Row(**named, is_published=False, cells=tuple(line), empty=lacking.get(key, MISSING)))
+        rows.append(
+            Row(**named, is_published=False, cells=tuple(line), empty=lacking.get(key, MISSING))
+        )
     yield Table(title=title, columns=tuple(cells), rows=tuple(rows))
     if len(sweep.axes) == 2 and our_lines(sweep, table)["mean"].notna().any(axis=None):
-        yield _grid(sweep, title, table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)], lacking)
+        yield _grid(
+            sweep, title, table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)], lacking
+        )
 
 
 def _grid(sweep: SweepNumbers, title: str, ours: Frame, lacking: Mapping[object, str]) -> Table:
@@ -241,7 +268,9 @@ def _grid(sweep: SweepNumbers, title: str, ours: Frame, lacking: Mapping[object,
     return Table(
         title=f"{title} at {layer}, where the highest is: {across} across and {down} down",
         columns=tuple(grid),
-        rows=tuple(Row(label=name, is_published=False, cells=tuple(line)) for name, line in grid.iterrows()),
+        rows=tuple(
+            Row(label=name, is_published=False, cells=tuple(line)) for name, line in grid.iterrows()
+        ),
     )
 
 
@@ -257,7 +286,9 @@ def _cells(table: Frame) -> Frame:
 def _cell(mean: float, std: float, count: float, *, is_best: bool) -> Cell | None:
     if not count > 0:
         return None
-    seeds, spread = (f"{count:.0f} seeds", f"± {std:.1f} ({count:.0f})") if count > 1 else ("one seed", "")
+    seeds, spread = (
+        (f"{count:.0f} seeds", f"± {std:.1f} ({count:.0f})") if count > 1 else ("one seed", "")
+    )
     return Cell(text=f"{mean:.1f}", details=f"{mean:.4f}, {seeds}", spread=spread, is_best=is_best)
 
 

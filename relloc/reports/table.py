@@ -68,8 +68,14 @@ class Table:
 
     @property
     def notes(self) -> dict[str, int]:
-        texts = (text for row in self.rows for text in (row.note, *(cell.note for cell in row.cells if cell)))
-        return {text: number for number, text in enumerate(dict.fromkeys(filter(None, texts)), start=1)}
+        texts = (
+            text
+            for row in self.rows
+            for text in (row.note, *(cell.note for cell in row.cells if cell))
+        )
+        return {
+            text: number for number, text in enumerate(dict.fromkeys(filter(None, texts)), start=1)
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +133,11 @@ def _table(title: str, ours: Sequence[Entry], published: Sequence[Published]) ->
     here = [each for each in ours if each.result.table == title]
     of_card = [column for part in parts_of(title) for column in part.columns]
     # Beside published numbers the card's columns stay though nothing fills them yet
-    columns = [each.column for each in numbers] + [each.result.column for each in here] + (of_card if published else [])
+    columns = (
+        [each.column for each in numbers]
+        + [each.result.column for each in here]
+        + (of_card if published else [])
+    )
     ordered = column_order(set(columns), of_card)
     return Table(
         title=title,
@@ -171,7 +181,9 @@ def _published_rows(numbers: Sequence[Published], columns: Sequence[str]) -> Ite
     for number in numbers:
         rows.setdefault(number.row, {}).setdefault(number.column, []).append(number)
     for name, cells in rows.items():
-        shown = tuple(_published_cell(cells[column]) if column in cells else None for column in columns)
+        shown = tuple(
+            _published_cell(cells[column]) if column in cells else None for column in columns
+        )
         yield Row(label=name, is_published=True, cells=shown)
 
 
@@ -183,7 +195,9 @@ def _published_cell(numbers: Sequence[Published]) -> Cell:
     if len(numbers) == 1:
         note = f"published: {numbers[0].source}"
     else:
-        note = "published: " + "; ".join(f"{each.printed} in {each.edition} ({each.source})" for each in numbers)
+        note = "published: " + "; ".join(
+            f"{each.printed} in {each.edition} ({each.source})" for each in numbers
+        )
     return Cell(text=text, note=note, details=note)
 
 
@@ -194,11 +208,15 @@ def _our_rows(here: Sequence[Entry], columns: Sequence[str]) -> Iterable[Row]:
     for (label, setting), cells in rows.items():
         of_label = [entry for entry in here if entry.label == label]
         # Whether there are commands for what else the row lacks
-        is_to_be_filled = any(each.fills_card and not each.measured.variant for each in cells.values())
+        is_to_be_filled = any(
+            each.fills_card and not each.measured.variant for each in cells.values()
+        )
         yield Row(
             label=label,
             is_published=False,
-            cells=tuple(_our_cell(cells[column]) if column in cells else None for column in columns),
+            cells=tuple(
+                _our_cell(cells[column]) if column in cells else None for column in columns
+            ),
             setting=setting,
             empty=MISSING if is_to_be_filled else "",
             note="" if of_label[0].group == CARD_GROUP else note(of_label),
@@ -222,7 +240,11 @@ def facts(row: Result) -> list[str]:
     """How a number was measured, a few words each."""
     protocol = [f"protocol {row.protocol}"] if row.protocol else []
     deviations = (f"deviation: {one}" for one in row.deviations)
-    return [one for one in (*protocol, row.choice, *row.details, *deviations, row.view, row.precision) if one]
+    return [
+        one
+        for one in (*protocol, row.choice, *row.details, *deviations, row.view, row.precision)
+        if one
+    ]
 
 
 def note(entries: Sequence[Entry]) -> str:
@@ -237,7 +259,9 @@ def note(entries: Sequence[Entry]) -> str:
         "commit": [short_commit(run.commit) for run in runs],
     }
     words = [f"{name} {' and '.join(dict.fromkeys(of_all))}" for name, of_all in told.items()]
-    return "; ".join([*words, *shared, *gap, *dict.fromkeys(entry.why for entry in entries if entry.why)])
+    return "; ".join(
+        [*words, *shared, *gap, *dict.fromkeys(entry.why for entry in entries if entry.why)]
+    )
 
 
 def short_commit(commit: str) -> str:
@@ -251,7 +275,9 @@ def _details(entry: Entry) -> Iterable[str]:
     yield f"seed {row.seed}, commit {run.commit}"
     yield from facts(row)
     metric = row.metric if row.unit == "%" else f"{row.metric} in {row.unit}"
-    yield ", ".join(filter(None, (f"{row.dataset} {row.split}", f"n = {row.n:,}", row.layer, metric)))
+    yield ", ".join(
+        filter(None, (f"{row.dataset} {row.split}", f"n = {row.n:,}", row.layer, metric))
+    )
     if entry.measured.digest:
         yield f"images {entry.measured.digest}"
     if row.low is not None and row.high is not None:
@@ -263,7 +289,9 @@ def _details(entry: Entry) -> Iterable[str]:
         numbers = " / ".join(each.printed for each in entry.beside)
         beside = entry.beside[0]
         yield f"{MARK_WORDS[entry.mark]}: {beside.row} {numbers}, tolerance {beside.tolerance:g}"
-    yield from (f"replaces {old.result.value:.2f} of run {old.run.name}" for old in entry.measured.older)
+    yield from (
+        f"replaces {old.result.value:.2f} of run {old.run.name}" for old in entry.measured.older
+    )
 
 
 def _legend(entries: Sequence[Entry]) -> Iterable[str]:

@@ -113,7 +113,9 @@ class RunSettings:
         checks.number("save_every_s", self.save_every_s, at_least=0, at_most=math.inf)
         lost = [told for one in self.evaluations if one.data and (told := one.data.what_is_missing)]
         if lost:
-            raise UsageError(f"{len(lost)} evaluations don't know where their data set lies; give {'; '.join(lost)}")
+            raise UsageError(
+                f"{len(lost)} evaluations don't know where their data set lies; give {'; '.join(lost)}"
+            )
 
     @property
     def needs_own_data(self) -> bool:
@@ -138,7 +140,11 @@ class RunSettings:
             unreadable_share=self.data.unreadable_share,
             encode=engine.compile(encode),
         )
-        return dataclasses.replace(config, progress=console.counted) if shown and ranks.rank() == 0 else config
+        return (
+            dataclasses.replace(config, progress=console.counted)
+            if shown and ranks.rank() == 0
+            else config
+        )
 
     def eval_settings(self, engine: Engine) -> EvalSettings:
         """How evaluations are run."""
@@ -241,10 +247,16 @@ class Evaluating(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.checkpoints or any(not isinstance(one, str) or not one for one in self.checkpoints):
-            raise UsageError(f"checkpoint={self.checkpoints} names no backbone: give a run folder, a file, or random")
+        if not self.checkpoints or any(
+            not isinstance(one, str) or not one for one in self.checkpoints
+        ):
+            raise UsageError(
+                f"checkpoint={self.checkpoints} names no backbone: give a run folder, a file, or random"
+            )
         if not self.evaluations:
-            raise UsageError("eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]")
+            raise UsageError(
+                "eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]"
+            )
 
     def check_places(self, made_by_jobs: Sequence[str]) -> None:
         for name in self.checkpoints:
@@ -268,20 +280,28 @@ class Preparing:
         if self.workers is not None:
             checks.whole("workers", self.workers)
         if self.out == "":
-            raise UsageError("out= names no folder: give out=FOLDER to pack into, or leave it out to check only")
+            raise UsageError(
+                "out= names no folder: give out=FOLDER to pack into, or leave it out to check only"
+            )
         if self.out is not None and self.data.shards:
-            raise UsageError("data.shards names images that are packed already: give data.root to pack the originals")
+            raise UsageError(
+                "data.shards names images that are packed already: give data.root to pack the originals"
+            )
 
 
 def pretraining(config: DictConfig) -> Pretraining:
     """What relloc.train is to do. Raises `UsageError`, or what Hydra raises of a call that can't be made."""
     given = plain(config)
     if "checkpoint" in given:
-        raise UsageError("this experiment evaluates checkpoints: run it with python -m relloc.evaluate")
+        raise UsageError(
+            "this experiment evaluates checkpoints: run it with python -m relloc.evaluate"
+        )
     settings = Pretraining(
         **_shared(given),
         model=_model(given["model"]),
-        patches=PatchPipeline(**{name: call(name, given[name]) for name in ("grid", "color", "normalize")}),
+        patches=PatchPipeline(
+            **{name: call(name, given[name]) for name in ("grid", "color", "normalize")}
+        ),
         schedule=call("schedule", given["schedule"]),
         recipe_epochs=given["recipe"]["epochs"],
         make_optimizer=functools.partial(call, "optimizer", given["optimizer"]),
@@ -310,7 +330,9 @@ def pretraining(config: DictConfig) -> Pretraining:
 def evaluating(config: DictConfig) -> Evaluating:
     """What relloc.evaluate is to do. Raises as `pretraining`."""
     given = plain(config)
-    asked: Any = given["checkpoint"] if config.checkpoint is not None else None  # unset, the config says so itself
+    asked: Any = (
+        given["checkpoint"] if config.checkpoint is not None else None
+    )  # unset, the config says so itself
     return Evaluating(
         **_shared(given),
         checkpoints=asked if isinstance(asked, list) else [asked],
@@ -333,7 +355,9 @@ def preparing(config: DictConfig) -> Preparing:
     )
 
 
-def refusals(command: str, configs: Sequence[DictConfig], made_by_jobs: Sequence[str] = ()) -> list[str | None]:
+def refusals(
+    command: str, configs: Sequence[DictConfig], made_by_jobs: Sequence[str] = ()
+) -> list[str | None]:
     """Why each point of a sweep can't be run, in one line; None for those that nothing is known against.
 
     Whether the machine has the GPU, and whether the images are any good, is seen where the point runs. Folders of data
@@ -381,7 +405,9 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
     batch_norm, view = given["batch_norm"], given["view"]
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
     return {
-        **{name: given[name] for name in ("seed", "calibration_images", "bank_gib", "save_every_s")},
+        **{
+            name: given[name] for name in ("seed", "calibration_images", "bank_gib", "save_every_s")
+        },
         "engine": EngineSettings(**engine),
         "data": _data_set("data", given["data"]),
         "evaluations": [_evaluation(name, node) for name, node in (given["eval"] or {}).items()],

@@ -20,14 +20,33 @@ from relloc.errors import UsageError
 from relloc.results import NOT_OURS
 from relloc.runs.renamed import usual_name
 
-_ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
+_ALONE = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "--run",
+    "-r",
+    "--multirun",
+    "-m",
+)
 _ALONE += ("--shell-completion", "-sc")
 _WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn")
 _WITH_VALUE += ("--config-dir", "-cd", "--experimental-rerun")
 _INFO = ("--info", "-i")
 _INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 # Settings that name something on disk. Hydra reads 2024_10_01 as a number and 1e3 as another one.
-_PATHS = ("checkpoint", "data.root", "data.shards", "out", "runs", "hydra.run.dir", "hydra.sweep.dir", "sweep")
+_PATHS = (
+    "checkpoint",
+    "data.root",
+    "data.shards",
+    "out",
+    "runs",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "sweep",
+)
 # Names that may look like numbers, as long as they are the same when written again
 _TEXTS = ("runs", "hydra.run.dir", "hydra.sweep.dir", "sweep")
 # A launcher may make a sweep of a command without -m, and says itself what its settings take
@@ -111,7 +130,9 @@ def check(words: Sequence[str], *, sweeps: bool) -> list[Override]:
         UsageError: Hydra can't read one of them, or would read another value than what stands there.
     """
     sweeps = sweeps or any(word.startswith(_SWEEP_THEMSELVES) for word in words)
-    return [_checked(word, words[place + 1 : place + 2], sweeps) for place, word in enumerate(words)]
+    return [
+        _checked(word, words[place + 1 : place + 2], sweeps) for place, word in enumerate(words)
+    ]
 
 
 def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
@@ -119,11 +140,17 @@ def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
     if not equals and not (word.startswith("~") and _KEY.fullmatch(word)):
         raise UsageError(_without_equals(word, after))
     if not _KEY.fullmatch(key):
-        raise UsageError(f"{shlex.quote(word)} does not begin with the name of a setting, such as seed=0. See --help")
+        raise UsageError(
+            f"{shlex.quote(word)} does not begin with the name of a setting, such as seed=0. See --help"
+        )
     read_word = parsed(word)
     if read_word is None:
         raise UsageError(_unread(key, value, sweeps))
-    if read_word.is_choice_sweep() and not sweeps and not key.lstrip("+").startswith(_SWEEP_THEMSELVES):
+    if (
+        read_word.is_choice_sweep()
+        and not sweeps
+        and not key.lstrip("+").startswith(_SWEEP_THEMSELVES)
+    ):
         raise UsageError(_several(key, value))
     if key.lstrip("+") in _PATHS:
         _check_path(key, value, read_word)
@@ -186,8 +213,14 @@ def _with_quotes(key: str, value: str, sweeps: bool, *, as_text: bool = False) -
     """
     is_list = value.startswith("[") and value.endswith("]")
     # What stands between commas that are in no quotes
-    elements = re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"']+|["'])+""", value[1:-1] if is_list else value)
-    parts = [part.strip() for part in elements] if is_list or (sweeps and len(elements) > 1) else [value]
+    elements = re.findall(
+        r"""(?:"[^"]*"|'[^']*'|[^,"']+|["'])+""", value[1:-1] if is_list else value
+    )
+    parts = (
+        [part.strip() for part in elements]
+        if is_list or (sweeps and len(elements) > 1)
+        else [value]
+    )
     for place, part in enumerate(parts):
         read_part = parsed(f"key={part}")
         if read_part is None or (as_text and not isinstance(read_part.value(), str)):
@@ -220,7 +253,10 @@ def _check_path(key: str, value: str, word: Override) -> None:
     found = word.value()
     if key in _TEXTS and str(found) == value:
         return
-    if any(isinstance(one, bool | int | float) for one in (found if isinstance(found, list) else [found])):
+    if any(
+        isinstance(one, bool | int | float)
+        for one in (found if isinstance(found, list) else [found])
+    ):
         meant = _with_quotes(key, value, sweeps=False, as_text=True)
         raise UsageError(f"{key}={value} is read as a number, not as a name: write {meant}")
 
@@ -238,7 +274,11 @@ def values(word: Override) -> list[Any]:
 def checkpoints(words: Sequence[Override]) -> list[list[str]]:
     """The checkpoints that are named, a list for each point of a sweep; none where the setting is not given."""
     named = [word for word in words if word.key_or_group == "checkpoint" and not word.is_delete()]
-    points = [value if isinstance(value, list) else [value] for word in named[-1:] for value in values(word)]
+    points = [
+        value if isinstance(value, list) else [value]
+        for word in named[-1:]
+        for value in values(word)
+    ]
     return [[name for name in point if isinstance(name, str)] for point in points]
 
 
@@ -246,7 +286,9 @@ def check_bare_checkpoint(words: Sequence[str]) -> None:
     """Raises `UsageError` for a checkpoint that stands there without its setting: `runs/one`, `random`."""
     for word in words:
         if "=" not in word and (word in NOT_OURS or os.path.exists(word)):
-            raise UsageError(f"{word} is given without its setting: write {as_word('checkpoint', word)}")
+            raise UsageError(
+                f"{word} is given without its setting: write {as_word('checkpoint', word)}"
+            )
 
 
 def check_checkpoints(words: Sequence[Override]) -> None:
@@ -262,7 +304,10 @@ def _hint(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), NOT_OURS, n=1, cutoff=0.75)
     if not near:
         beside = sorted(file.name for file in folder.glob("*"))
-        near = [str(folder / one) for one in difflib.get_close_matches(Path(name).name, beside, n=1, cutoff=0.75)]
+        near = [
+            str(folder / one)
+            for one in difflib.get_close_matches(Path(name).name, beside, n=1, cutoff=0.75)
+        ]
     if near:
         return f": did you mean {as_word('checkpoint', near[0])}?"
     if not folder.is_dir():
@@ -282,8 +327,12 @@ def as_value(value: Any) -> str:
         return "{" + ",".join(f"{name}:{as_value(one)}" for name, one in value.items()) + "}"
     if not isinstance(value, str):
         return repr(value)
-    read_word = parsed(f"key={value}") if value and "\\" not in value else None  # one would escape what follows
-    plain = read_word is not None and not read_word.is_sweep_override() and read_word.value() == value
+    read_word = (
+        parsed(f"key={value}") if value and "\\" not in value else None
+    )  # one would escape what follows
+    plain = (
+        read_word is not None and not read_word.is_sweep_override() and read_word.value() == value
+    )
     return value if plain else _in_quotes(value)
 
 

@@ -42,7 +42,9 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
         return _beginning_with(last, _SWEEP_WORDS)
     if command == "sweep" or (command == "report" and last.startswith("sweep=")):
         prefix = "sweep=" if last.startswith("sweep=") else ""
-        names = [folder.name for folder in (runs_folder() / "sweeps").glob("[!.]*") if folder.is_dir()]
+        names = [
+            folder.name for folder in (runs_folder() / "sweeps").glob("[!.]*") if folder.is_dir()
+        ]
         return _beginning_with(last, [f"{prefix}{name}" for name in names])
     return []
 

@@ -13,7 +13,14 @@ from typing import TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
@@ -28,7 +35,10 @@ _LINE_EVERY_S = 30
 _LONG_S = 3
 _last_line: dict[str, float] = {}  # when there was one, of whatever
 
-_HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {"avgpool": "pool", "": "value"}
+_HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {
+    "avgpool": "pool",
+    "": "value",
+}
 _LEGEND = "f1 to f5: feature1 to feature5, stages from the image on; pool: avgpool"
 _NAMES = ("evaluation", "weights", "batch norm")
 _WIDTH_OF_FILES = 120
@@ -71,11 +81,17 @@ def say_next(command: str, *words: str, **settings: object) -> None:
 def from_here(folder: Path) -> str:
     """A folder's name from where we are, if it is below; else all of it."""
     here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) and folder != here else str(folder)
+    return (
+        str(folder.relative_to(here))
+        if folder.is_relative_to(here) and folder != here
+        else str(folder)
+    )
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, done: int = 0, *, end_after_s: float = 0) -> Iterator[Update]:
+def progress_bar(
+    what: str, total: int, done: int = 0, *, end_after_s: float = 0
+) -> Iterator[Update]:
     """A bar on a terminal, a plain line every half minute elsewhere; call it with (done, text).
 
     The line of the end is left out where there was any within `end_after_s` before.
@@ -117,7 +133,11 @@ def _lines(what: str, total: int, first: int, end_after_s: float) -> Update:
     def update(done: int, text: str) -> None:
         nonlocal printed
         now = time.monotonic()
-        since, pause = (printed, _LINE_EVERY_S) if done < total else (_last_line.get("s", -math.inf), end_after_s)
+        since, pause = (
+            (printed, _LINE_EVERY_S)
+            if done < total
+            else (_last_line.get("s", -math.inf), end_after_s)
+        )
         if now - since >= pause:
             printed = _last_line["s"] = now
             left = (now - started) / max(1, done - first) * (total - done)
@@ -164,7 +184,10 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
         table.add_section()
         for (weights, batch_norm), values in lines.items():
             names = (evaluation, weights, batch_norm)
-            table.add_row(*(["\n".join(names)] if is_narrow else names), *(values.get(layer) for layer in layers))
+            table.add_row(
+                *(["\n".join(names)] if is_narrow else names),
+                *(values.get(layer) for layer in layers),
+            )
             if not is_narrow:
                 evaluation = ""  # named once
     return table

@@ -57,7 +57,9 @@ class RunData:
                 f"{self.run} was trained on data={self.member} in {', '.join(gone)}, which is not there any more: "
                 f"give {setting}=FOLDER, where it is now, or data=NAME for another data set (--help data)"
             )
-        named = " ".join([f"data={self.member}", *([command_line.as_word(setting, where)] if where else [])])
+        named = " ".join(
+            [f"data={self.member}", *([command_line.as_word(setting, where)] if where else [])]
+        )
         return f"data    that of {self.run}: {named}. data=NAME takes another"
 
 
@@ -74,7 +76,10 @@ def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | Non
 def find_of_point(words: Sequence[Override]) -> RunData | None:
     """As `find`, in the command of a point of a sweep, which RELLOC_BESIDE tells of the others."""
     values = json.loads(os.environ.get("RELLOC_BESIDE", "[]"))
-    return find(words, _all_names(command_line.check([f"checkpoint={value}" for value in values], sweeps=False)))
+    return find(
+        words,
+        _all_names(command_line.check([f"checkpoint={value}" for value in values], sweeps=False)),
+    )
 
 
 def find_shared(words: Sequence[Override]) -> RunData | None:
@@ -137,7 +142,9 @@ def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
             choices.append((len(words), member, words))
     if not choices:
         told = escaped(str(target)[:_LONGEST_NAME])
-        raise UsageError(f"{run} was trained on data of {told}, which no member of data has: give data=NAME")
+        raise UsageError(
+            f"{run} was trained on data of {told}, which no member of data has: give data=NAME"
+        )
     _, member, words = min(choices)
     return RunData(run=run, member=member, words=(f"data={member}", *words), places=places)
 
@@ -165,14 +172,22 @@ def _from_where_it_was_started(run: Path, folder: Any) -> Any:
         return [_from_where_it_was_started(run, one) for one in folder]
     if not isinstance(folder, str) or os.path.isabs(folder):
         return folder
-    started = settings.flat(_load(run / _HYDRA_FILE)).get(_STARTED_IN) if (run / _HYDRA_FILE).is_file() else None
+    started = (
+        settings.flat(_load(run / _HYDRA_FILE)).get(_STARTED_IN)
+        if (run / _HYDRA_FILE).is_file()
+        else None
+    )
     there = os.path.join(started, folder) if isinstance(started, str) else folder
     return os.path.abspath(there if os.path.exists(there) else folder)
 
 
 def _words(composed: Composed, given: Mapping[str, Any]) -> tuple[str, ...]:
     """What the run has otherwise than the member, settings that follow others last: mostly they need no word then."""
-    ours = {key: value for key, value in composed.unresolved.items() if key.startswith(("data.", "probe."))}
+    ours = {
+        key: value
+        for key, value in composed.unresolved.items()
+        if key.startswith(("data.", "probe."))
+    }
     found = {}
     for key in sorted(ours, key=lambda key: "${." in str(ours[key])):
         if key in given and _is_plain(given[key]) and given[key] != composed.value(key):
@@ -185,4 +200,8 @@ def _is_plain(value: Any) -> bool:
     """Whether it is a value, and none that Hydra would look up: `${oc.env:SECRET}` is one."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
+    return (
+        value is None
+        or isinstance(value, bool | int | float)
+        or (isinstance(value, str) and "${" not in value)
+    )

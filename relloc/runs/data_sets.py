@@ -20,7 +20,12 @@ from relloc.runs import console
 
 _LONGEST_NAME = 24  # characters, in the name of a run
 # The environment variables that conf/data takes folders from, by the beginning of a data set's name
-_VARIABLES = {"voc": "RELLOC_VOC", "in1k": "RELLOC_IN1K", "places205": "RELLOC_PLACES205", "inat18": "RELLOC_INAT18"}
+_VARIABLES = {
+    "voc": "RELLOC_VOC",
+    "in1k": "RELLOC_IN1K",
+    "places205": "RELLOC_PLACES205",
+    "inat18": "RELLOC_INAT18",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,9 @@ class DataSet:
     list_images: Callable[[], Splits] = dataclasses.field(compare=False)
 
     def __post_init__(self) -> None:
-        checks.number(f"{self.setting}.unreadable_share", self.unreadable_share, at_least=0, at_most=1)
+        checks.number(
+            f"{self.setting}.unreadable_share", self.unreadable_share, at_least=0, at_most=1
+        )
 
     @property
     def images(self) -> str:
@@ -54,7 +61,9 @@ class DataSet:
         if self.name != "folder" or not place:
             return self.name[:_LONGEST_NAME]
         folders = [place] if isinstance(place, str) else place
-        return "+".join(Path(str(folder)).resolve().name or "folder" for folder in folders)[:_LONGEST_NAME]
+        return "+".join(Path(str(folder)).resolve().name or "folder" for folder in folders)[
+            :_LONGEST_NAME
+        ]
 
     @property
     def what_is_missing(self) -> str:
@@ -69,7 +78,9 @@ class DataSet:
     @property
     def _variable(self) -> str:
         """The environment variable that conf/data takes the folder from, where it is set."""
-        return next((_VARIABLES[name] for name in _VARIABLES if self.name.startswith(name)), "RELLOC_DATA")
+        return next(
+            (_VARIABLES[name] for name in _VARIABLES if self.name.startswith(name)), "RELLOC_DATA"
+        )
 
     @property
     def _place(self) -> str:
@@ -120,7 +131,9 @@ class DataSet:
     def _in_own_words(self, message: str) -> str:
         """A message about data.root or data.shards, with the setting of this data set, or the variable behind it."""
         message = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", message)
-        variable = next((name for name in (self._variable, "RELLOC_DATA") if os.environ.get(name)), "")
+        variable = next(
+            (name for name in (self._variable, "RELLOC_DATA") if os.environ.get(name)), ""
+        )
         folder = self.shards or self.source.get("root")
         if variable and os.environ[variable] == folder:
             message = message.replace(self._place, f"{self._place} (by {variable})")
@@ -128,7 +141,10 @@ class DataSet:
 
     def _warn_of_other_images(self, found: Splits) -> None:
         """Warn where packed images are not the published ones: whoever reads originals warns of that himself."""
-        if "published_images" not in self.source or self.source.get("year", COUNTED_YEAR) != COUNTED_YEAR:
+        if (
+            "published_images" not in self.source
+            or self.source.get("year", COUNTED_YEAR) != COUNTED_YEAR
+        ):
             return
         if found.train.name != self.name:
             warnings.warn(

@@ -111,7 +111,9 @@ def settle(asked: EngineSettings) -> Engine:
             "unset on CPUs. Give precision=fp32"
         )
     if precision == "auto":
-        precision = "bf16" if is_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        precision = (
+            "bf16" if is_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        )
     if asked.cuda_graphs is True and not is_gpu:
         raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
     compiled = _compiled(asked.compile, on)
@@ -158,7 +160,9 @@ def device(asked: str) -> torch.device:
         return torch.device("cpu")
     index = ranks.local_rank()
     if index >= torch.cuda.device_count():
-        raise UsageError(f"process {index} has no GPU of its own: this machine has {torch.cuda.device_count()}")
+        raise UsageError(
+            f"process {index} has no GPU of its own: this machine has {torch.cuda.device_count()}"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -197,7 +201,11 @@ def why_not_compiled(on: torch.device) -> str:
         reason = _first_line(error)
         if isinstance(error, OSError):
             return f"a folder to write to, which TORCHINDUCTOR_CACHE_DIR names ({reason})"
-        compiler = "a C++ compiler, which CXX names," if on.type == "cpu" else "a C compiler, which CC names,"
+        compiler = (
+            "a C++ compiler, which CXX names,"
+            if on.type == "cpu"
+            else "a C compiler, which CC names,"
+        )
         return f"{compiler} or another part of it ({reason})"
     return ""
 

@@ -40,12 +40,18 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     asked = settings.checkpoints
     found = {name: _from_file(settings, name) for name in asked if name not in NOT_OURS}
     if settings.checkpoint_prefix is not None and not found:
-        raise UsageError(f"checkpoint={','.join(asked)} has no prefixes: leave checkpoint_prefix out")
-    beside = [name for name in json.loads(os.environ.get("RELLOC_BESIDE", "[]")) if name not in NOT_OURS]
+        raise UsageError(
+            f"checkpoint={','.join(asked)} has no prefixes: leave checkpoint_prefix out"
+        )
+    beside = [
+        name for name in json.loads(os.environ.get("RELLOC_BESIDE", "[]")) if name not in NOT_OURS
+    ]
     if found:
         of_file = next(iter(found.values())).model
     else:
-        of_file = _from_file(settings, beside[0]).model if beside and not settings.model else "resnet50"
+        of_file = (
+            _from_file(settings, beside[0]).model if beside and not settings.model else "resnet50"
+        )
     return [found.get(name) or _by_name(settings, name, of_file) for name in asked]
 
 
@@ -57,7 +63,9 @@ def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
     model = settings.model
     if backbone_files.is_ours(file):
         if settings.checkpoint_prefix is not None:
-            raise UsageError(f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out")
+            raise UsageError(
+                f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out"
+            )
         weights, about = backbone_files.load_backbone(file)
         # The model of the command line is the user's word and may be anything; that of a file is a stranger's.
         if model is not None:
@@ -68,7 +76,9 @@ def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
         fill(backbone, weights, f"{checkpoint} (a {_trained(about)})")
     else:
         check_hash(file)
-        found = layouts.find(weight_files.read(file), origin=str(file), prefix=settings.checkpoint_prefix)
+        found = layouts.find(
+            weight_files.read(file), origin=str(file), prefix=settings.checkpoint_prefix
+        )
         model = model or model_of_conf(found.model_or_advice())
         name, backbone = model.name, model.backbone(settings.seed)
         fill(backbone, found.fitted(backbone.state_dict()), str(file))
@@ -94,7 +104,9 @@ def _by_name(settings: Evaluating, name: str, model_of_others: str) -> Evaluated
 def evaluated(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
     """A backbone with the digest of its weights."""
     weights = backbone_files.digest(backbone.state_dict())
-    return EvaluatedModel(backbone=backbone, checkpoint=path_as_text(checkpoint), model=model, weights=weights)
+    return EvaluatedModel(
+        backbone=backbone, checkpoint=path_as_text(checkpoint), model=model, weights=weights
+    )
 
 
 def supervised_weights(model: str) -> dict[str, Tensor]:
@@ -112,7 +124,11 @@ def supervised_weights(model: str) -> dict[str, Tensor]:
         )
     weights: Any = getattr(torchvision.models, _SUPERVISED[model]).IMAGENET1K_V1
     try:
-        state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        state = weights.get_state_dict(
+            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        )
     except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"torchvision's weights could not be fetched from {weights.url}: {error}") from error
+        raise CheckpointError(
+            f"torchvision's weights could not be fetched from {weights.url}: {error}"
+        ) from error
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

@@ -55,7 +55,9 @@ def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
         folder = None
         if ranks.rank() == 0:
             data = [named.splits for named in evaluations]
-            names = [asked.data.short_name if splits is own else splits.train.name for splits in data]
+            names = [
+                asked.data.short_name if splits is own else splits.train.name for splits in data
+            ]
             record = invocation.record(evaluation_name(models, names), data, engine)
             folder = at_end.enter_context(open_folder(invocation, record, run_dir))
             at_end.enter_context(stop.reraised())
@@ -80,7 +82,9 @@ def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
     console.say_next("report", console.from_here(run_dir))
 
 
-def report_known_answers(run_dir: Path, answers: Sequence[known.KnownAnswer], fingerprints: Collection[str]) -> None:
+def report_known_answers(
+    run_dir: Path, answers: Sequence[known.KnownAnswer], fingerprints: Collection[str]
+) -> None:
     """Say of each of the answers whether it came out in the rows with these fingerprints.
 
     Raises:
@@ -99,7 +103,10 @@ def report_known_answers(run_dir: Path, answers: Sequence[known.KnownAnswer], fi
 
 
 def evaluate_model(
-    model: EvaluatedModel, evaluations: Sequence[NamedEvaluation], settings: EvalSettings, run: EvalRun
+    model: EvaluatedModel,
+    evaluations: Sequence[NamedEvaluation],
+    settings: EvalSettings,
+    run: EvalRun,
 ) -> set[str]:
     """Measure what is not measured yet, and write each part's rows as it is done. The fingerprints of all rows.
 
@@ -119,7 +126,9 @@ def evaluate_model(
     parts = list(itertools.chain(*of_evaluations))
     wanted = []
     if folder:
-        console.say(f"eval    {', '.join(named.name for named in evaluations)} of {model.checkpoint} ({model.model})")
+        console.say(
+            f"eval    {', '.join(named.name for named in evaluations)} of {model.checkpoint} ({model.model})"
+        )
         wanted = not_measured(parts, model, run)
     wanted = [parts[number] for number in ranks.from_first(wanted)]
     open_state = functools.partial(ResumableState, run)
@@ -128,7 +137,9 @@ def evaluate_model(
             if folder:
                 append_results(run_dir, rows)
                 console.say_measured(rows)
-                for file in sorted(path for path in (run_dir / part.folder).rglob("*") if path.is_file()):
+                for file in sorted(
+                    path for path in (run_dir / part.folder).rglob("*") if path.is_file()
+                ):
                     folder.keep(str(file.relative_to(run_dir)))
                 delete_state(state_file(run_dir, part.fingerprint))
             raise_if_stopped(run.stop)
@@ -138,7 +149,10 @@ def evaluate_model(
 
 
 def _summarize(
-    model: EvaluatedModel, of_evaluations: Sequence[Sequence[EvalPart]], settings: EvalSettings, run_dir: Path
+    model: EvaluatedModel,
+    of_evaluations: Sequence[Sequence[EvalPart]],
+    settings: EvalSettings,
+    run_dir: Path,
 ) -> set[str]:
     """Write the rows about all layers of an evaluation together, unless they are there; their fingerprints.
 
@@ -150,10 +164,16 @@ def _summarize(
     for parts in filter(None, of_evaluations):
         named, batch_norm = parts[0].named, parts[0].batch_norm
         of_parts = {(named.name, part.fingerprint) for part in parts}
-        summary = list(named.evaluation.summary([row for row in measured if (row.eval, row.fingerprint) in of_parts]))
+        summary = list(
+            named.evaluation.summary(
+                [row for row in measured if (row.eval, row.fingerprint) in of_parts]
+            )
+        )
         if summary:
             whole = fingerprint(named.evaluation, model, named.splits, settings, batch_norm)
             if (named.name, whole) not in known:
-                append_results(run_dir, [dataclasses.replace(row, fingerprint=whole) for row in summary])
+                append_results(
+                    run_dir, [dataclasses.replace(row, fingerprint=whole) for row in summary]
+                )
             fingerprints.add(whole)
     return fingerprints

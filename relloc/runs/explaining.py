@@ -30,7 +30,11 @@ def explain(error: Exception, command: str) -> str | None:
     """One message for a user's mistake; None for an error inside a call that is none."""
     if isinstance(error, InstantiationException):
         return _explain_call(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
+    if (
+        isinstance(error, MissingConfigException)
+        and error.missing_cfg_file
+        and "/" in error.missing_cfg_file
+    ):
         group, _, member = error.missing_cfg_file.rpartition("/")
         return no_member(group, member)
     if isinstance(error, MissingMandatoryValue):
@@ -127,7 +131,11 @@ def _having(wrong: str, command: str) -> list[str]:
     if group == "eval":
         named = inner.partition(".")[0]
         is_there = named in settings.members(group)
-        return [f"eval={named}"] if is_there and wrong in settings.compose(command, [f"eval={named}"]).names() else []
+        return (
+            [f"eval={named}"]
+            if is_there and wrong in settings.compose(command, [f"eval={named}"]).names()
+            else []
+        )
     having = []
     for member in settings.members(group):
         content = settings.content_of(f"{group}/{member}")
@@ -139,7 +147,9 @@ def _having(wrong: str, command: str) -> list[str]:
 def _meant(wrong: str, known: Sequence[str]) -> str:
     parent, _, name = wrong.rpartition(".")
     beside = [key for key in known if key.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(wrong, beside, n=1, cutoff=0.8) or difflib.get_close_matches(wrong, known, n=1)
+    near = difflib.get_close_matches(wrong, beside, n=1, cutoff=0.8) or difflib.get_close_matches(
+        wrong, known, n=1
+    )
     if parent and beside:
         near = [key for key in near if key in beside]
     elif not near or near[0] not in beside:
@@ -164,18 +174,26 @@ def check_kinds(overrides: Sequence[Override], command: str) -> None:
         key = one.key_or_group
         is_free = settings.is_group(key) or key.partition(".")[0] in _FREE or key == "checkpoint"
         if not is_free and not one.is_delete():
-            worded += [(key, value) for value in values(one) if isinstance(value, str) and "${" not in value]
+            worded += [
+                (key, value)
+                for value in values(one)
+                if isinstance(value, str) and "${" not in value
+            ]
     if not worded:
         return
     try:
-        composed = settings.compose(command, settings.chosen_groups([one.input_line or "" for one in overrides]))
+        composed = settings.compose(
+            command, settings.chosen_groups([one.input_line or "" for one in overrides])
+        )
     except (HydraException, OmegaConfBaseException):  # which Hydra tells itself in a moment
         return
     for key, value in worded:
         default = composed.default(key) if key in composed.unresolved else None
         if isinstance(default, bool | int | float):
             wrong = "neither true nor false" if isinstance(default, bool) else "not a number"
-            raise UsageError(f"{key}={value} is {wrong}; {as_value(default)} by default. See --help {key}")
+            raise UsageError(
+                f"{key}={value} is {wrong}; {as_value(default)} by default. See --help {key}"
+            )
 
 
 def check_added(overrides: Sequence[Override], command: str) -> None:
@@ -184,14 +202,20 @@ def check_added(overrides: Sequence[Override], command: str) -> None:
     What is added to a call is left to the call, which knows its arguments.
     """
     added = [one.key_or_group for one in overrides if one.is_add() or one.is_force_add()]
-    swept = {one.key_or_group for one in overrides if one.is_sweep_override()}  # whose members may have it
-    added = [key for key in added if not settings.is_group(key) and not key.startswith(_FREE_TO_ADD)]
+    swept = {
+        one.key_or_group for one in overrides if one.is_sweep_override()
+    }  # whose members may have it
+    added = [
+        key for key in added if not settings.is_group(key) and not key.startswith(_FREE_TO_ADD)
+    ]
     words = [one.input_line or "" for one in overrides]
     try:
         known = settings.compose(command, settings.chosen_groups(words)).unresolved if added else {}
     except (HydraException, OmegaConfBaseException):  # which Hydra tells itself in a moment
         return
-    called = {name for name, value in known.items() if isinstance(value, dict) and "_target_" in value}
+    called = {
+        name for name, value in known.items() if isinstance(value, dict) and "_target_" in value
+    }
     for key in added:
         parts = key.split(".")
         above = [".".join(parts[:depth]) for depth in range(1, len(parts))]

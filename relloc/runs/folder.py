@@ -40,7 +40,16 @@ from relloc.tracking.record import RUN_FILE, STATUS_FILE
 UNREADABLE_FILE = "unreadable.txt"
 _NAMED = 5
 # What tells that a run had a folder; a command's log may be written there before it begins
-_OF_A_RUN = {RUN_FILE, POINT_FILE, LOCK_FILE, STATES, TRAINING_FILE, JOURNAL_FILE, RESULTS_FILE, BACKBONE_FILE}
+_OF_A_RUN = {
+    RUN_FILE,
+    POINT_FILE,
+    LOCK_FILE,
+    STATES,
+    TRAINING_FILE,
+    JOURNAL_FILE,
+    RESULTS_FILE,
+    BACKBONE_FILE,
+}
 _OF_A_RUN |= {HYDRA_FOLDER, STATUS_FILE, TRAINING_FOLDER, ARTIFACTS_FILE, NOTE_FILE}
 _LOGS = {".log", ".out", ".err", ".txt"}
 
@@ -69,7 +78,11 @@ class RunFolder:
     def summarize(self, fingerprints: Collection[str] | None = None) -> None:
         """The run is finished: say what came out, and where it is. `fingerprints` are of the rows to show."""
         self.status = Status.DONE
-        rows = [row for row in read_results(self.path) if fingerprints is None or row.fingerprint in fingerprints]
+        rows = [
+            row
+            for row in read_results(self.path)
+            if fingerprints is None or row.fingerprint in fingerprints
+        ]
         evaluated = [row for row in rows if row.kind != "pretext"]
         console.say(*(console.pretext_line(row) for row in rows if row not in evaluated))
         if evaluated:
@@ -88,7 +101,9 @@ class RunFolder:
         content = "".join(f"{line}\n" for line in sorted(lines))
         write_whole(known, content.encode("utf-8", "surrogateescape"))
         self.keep(UNREADABLE_FILE)
-        console.say(f"{len(lines)} images could not be used, such as {min(lines)}; all are named in {known}")
+        console.say(
+            f"{len(lines)} images could not be used, such as {min(lines)}; all are named in {known}"
+        )
 
 
 @contextlib.contextmanager
@@ -117,7 +132,9 @@ def own_folder(folder: Path) -> Iterator[Path]:
 
 def _refuse_others_files(run_dir: Path) -> None:
     names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
-    others = sorted(name for name in names if not name.startswith(".") and Path(name).suffix not in _LOGS)
+    others = sorted(
+        name for name in names if not name.startswith(".") and Path(name).suffix not in _LOGS
+    )
     if others and names.isdisjoint(_OF_A_RUN):
         raise UsageError(
             f"hydra.run.dir={run_dir} holds {others[0]}{' and more' if others[1:] else ''}, but nothing of a run: give "
@@ -160,7 +177,11 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
         yield folder
     except (KeyboardInterrupt, Stopped):
         folder.status = Status.STOPPED
-        kept = "what was saved and evaluated before stays" if _has_work(path) else "nothing had been saved yet"
+        kept = (
+            "what was saved and evaluated before stays"
+            if _has_work(path)
+            else "nothing had been saved yet"
+        )
         console.say(f"interrupted; {kept}")
         raise
     except UsageError as error:
@@ -189,7 +210,9 @@ def _close(folder: RunFolder, mirror: Mirror | None, *, named: bool) -> None:
     path = folder.path
     if folder.status is not Status.DONE and not folder.is_mistake:
         does = "goes on from there" if _has_work(path) else "starts it anew"
-        console.say(f"        the same command {'' if named else f'with hydra.run.dir={path} '}{does}")
+        console.say(
+            f"        the same command {'' if named else f'with hydra.run.dir={path} '}{does}"
+        )
 
 
 def _has_work(path: Path) -> bool:
@@ -202,15 +225,21 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBef
     if mirror:
         mirror.close(before.status or Status.FAILED)
         if before.is_new:
-            with contextlib.suppress(StoreError):  # it can't be reached: then it has no run to forget, or keeps it
+            with contextlib.suppress(
+                StoreError
+            ):  # it can't be reached: then it has no run to forget, or keeps it
                 forget(folder.path)
     try:
         before.restore(folder.kept)
     except OSError as error:  # the mistake itself is told all the same
-        console.say(f"{error.filename or folder.path} can't be written ({error.strerror}): the folder is not as it was")
+        console.say(
+            f"{error.filename or folder.path} can't be written ({error.strerror}): the folder is not as it was"
+        )
     if folder.unreadable:  # the file with all of them would be in the folder
         first = ", ".join(sorted(folder.unreadable)[:_NAMED])
-        console.say(f"could not be used: {first} and others, if any; python -m relloc.prepare names all of a data set")
+        console.say(
+            f"could not be used: {first} and others, if any; python -m relloc.prepare names all of a data set"
+        )
 
 
 def _say_where(folder: RunFolder, trouble: str | None) -> None:

@@ -20,7 +20,12 @@ from relloc.sweeps.points import identity
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
 _NOT_RECORDED = ("launcher", "sweep", "objective")  # they say how a run was sent, not what it is
-_OF_DATA = ("name", "root", "shards", "source")  # what is recorded of the data that an evaluation brings
+_OF_DATA = (
+    "name",
+    "root",
+    "shards",
+    "source",
+)  # what is recorded of the data that an evaluation brings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +51,15 @@ class Invocation:
         files = {CONFIG_FILE: OmegaConf.to_yaml(config, resolve=True)}
         if of_hydra.output_subdir is None:
             parts: Any = (config, HydraConfig.instance().cfg, of_hydra.overrides.task)
-            files |= {name: OmegaConf.to_yaml(part) for name, part in zip(HYDRA_FILES, parts, strict=True)}
+            files |= {
+                name: OmegaConf.to_yaml(part) for name, part in zip(HYDRA_FILES, parts, strict=True)
+            }
         return cls(
             command=str(of_hydra.job.name),
             folder=Path(os.path.abspath(of_hydra.runtime.output_dir)),
-            names_folder=any(word.startswith("hydra.run.dir=") for word in of_hydra.overrides.hydra),
+            names_folder=any(
+                word.startswith("hydra.run.dir=") for word in of_hydra.overrides.hydra
+            ),
             words=tuple(of_hydra.overrides.task),
             choices=dict(of_hydra.runtime.choices),
             settings=plain(config),
@@ -60,7 +69,9 @@ class Invocation:
     def record(self, name: str, data: Sequence[Splits], engine: Engine) -> RunRecord:
         """What a tracker is told of the run, which it calls `name`."""
         is_cuda = engine.device.type == "cuda"
-        devices = [torch.cuda.get_device_name(engine.device)] * ranks.world_size() if is_cuda else ["cpu"]
+        devices = (
+            [torch.cuda.get_device_name(engine.device)] * ranks.world_size() if is_cuda else ["cpu"]
+        )
         tags = {
             "relloc.kind": self.command,
             "relloc.run_dir": str(self.folder),
@@ -72,9 +83,17 @@ class Invocation:
             tags["relloc.preset"] = str(self.choices["experiment"])
         if os.environ.get("RELLOC_SWEEP"):  # a sweep's launcher says which, and a job's what it is
             tags["relloc.sweep"] = os.environ["RELLOC_SWEEP"]
-        tags |= dict(told.split("=", 1) for told in os.environ.get("RELLOC_TAGS", "").split(";") if "=" in told)
+        tags |= dict(
+            told.split("=", 1)
+            for told in os.environ.get("RELLOC_TAGS", "").split(";")
+            if "=" in told
+        )
         tracking = self.settings["tracking"]
-        used = [_dataset(images, use) for one in data for images, use in ((one.train, "train"), (one.held_out, "eval"))]
+        used = [
+            _dataset(images, use)
+            for one in data
+            for images, use in ((one.train, "train"), (one.held_out, "eval"))
+        ]
         return RunRecord(
             name=name,
             experiment=str(tracking["experiment"]),
@@ -88,7 +107,9 @@ class Invocation:
         """All settings, flat; of the data that evaluations bring only which it is."""
         kept = {name: value for name, value in self.settings.items() if name not in _NOT_RECORDED}
         kept["eval"] = {
-            name: node | {"data": {key: node["data"][key] for key in _OF_DATA}} if "data" in node else node
+            name: node | {"data": {key: node["data"][key] for key in _OF_DATA}}
+            if "data" in node
+            else node
             for name, node in kept["eval"].items()
         }
         return flatten(kept)

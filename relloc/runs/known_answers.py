@@ -42,7 +42,14 @@ class KnownAnswer:
     def objection(self, row: Result) -> str:
         """Why `row` does not measure this by the published protocol on the published images; "" where it does."""
         number = self.published
-        asked = (number.known_answer_of, PUBLISHED_MODEL, "as_trained", number.table, number.column, self.metric)
+        asked = (
+            number.known_answer_of,
+            PUBLISHED_MODEL,
+            "as_trained",
+            number.table,
+            number.column,
+            self.metric,
+        )
         found = (row.checkpoint, row.model, row.batch_norm, row.table, row.column, row.metric)
         if found != asked or (row.layer != number.layer and row.column != BEST_LAYER):
             return _NOT_MEASURED
@@ -91,7 +98,9 @@ def known_answers() -> list[KnownAnswer]:
         if (number.row, number.column) == (SUPERVISED, "avgpool"):
             metric, high, tolerance = "top1", SUPERVISED_TOP1, AVGPOOL_TOLERANCE
         if number.known_answer_of:
-            answers.append(KnownAnswer(published=number, metric=metric, high=high, tolerance=tolerance))
+            answers.append(
+                KnownAnswer(published=number, metric=metric, high=high, tolerance=tolerance)
+            )
     return answers
 
 

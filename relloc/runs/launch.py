@@ -33,13 +33,37 @@ from relloc.runs.settings import conf_dir
 
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
-_ASKED_FOR_FULL = os.environ.get(FULL_ERROR)  # by the user; what we set for ourselves is not for commands we start
-_NOBODY_READS = "nobody reads this command's output any more: it goes on, and its folder has all numbers"
-_OWN_CONFIGS = ("--config-", "-cd", "-cn", "-cp")  # flags of Hydra that bring groups which we do not see
+_ASKED_FOR_FULL = os.environ.get(
+    FULL_ERROR
+)  # by the user; what we set for ourselves is not for commands we start
+_NOBODY_READS = (
+    "nobody reads this command's output any more: it goes on, and its folder has all numbers"
+)
+_OWN_CONFIGS = (
+    "--config-",
+    "-cd",
+    "-cn",
+    "-cp",
+)  # flags of Hydra that bring groups which we do not see
 _RERUN = "--experimental-rerun"  # of Hydra
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EIO,
+    errno.ESTALE,
+)
 # A folder where a file should be, or the reverse
-_PLACE_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+_PLACE_ERRORS = (
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 _OF_HYDRA = ("config.yaml", "hydra.yaml", "overrides.yaml")  # what Hydra writes before it calls us
 
 
@@ -72,7 +96,9 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
 
         @functools.wraps(task)
         def explained_task(config: DictConfig) -> None:
-            with _explained(config_name, show_all):  # inside too, where Hydra has not commented on it yet
+            with _explained(
+                config_name, show_all
+            ):  # inside too, where Hydra has not commented on it yet
                 refuse_chdir(HydraConfig.get())
                 _refuse_name_of_sweep(HydraConfig.get())
                 if data:
@@ -102,7 +128,9 @@ def _refuse_name_of_sweep(made: Any) -> None:
     """Raises `UsageError` where a run that is alone is given the name of a sweep."""
     named = [word for word in made.overrides.task if word.lstrip("+").startswith("sweep=")]
     if named and made.mode != RunMode.MULTIRUN:
-        raise UsageError(f"{named[0]} names a sweep, and this is one run: start it with -m, or leave sweep= out")
+        raise UsageError(
+            f"{named[0]} names a sweep, and this is one run: start it with -m, or leave sweep= out"
+        )
 
 
 @functools.cache
@@ -197,7 +225,9 @@ def _remove_untouched_folder(made: Any) -> None:
     run_dir = Path(made.runtime.output_dir)
     # By default Hydra writes nothing, since the folder may be another run's; this is where the user has it write.
     of_hydra = run_dir / (made.output_subdir or "")
-    with contextlib.suppress(OSError):  # it is not empty, or another process writes there, or may alone: then it stays
+    with contextlib.suppress(
+        OSError
+    ):  # it is not empty, or another process writes there, or may alone: then it stays
         expected = {of_hydra, *(of_hydra / name for name in _OF_HYDRA)}
         if made.output_subdir and {*run_dir.glob("*"), *of_hydra.glob("*")} == expected:
             for name in _OF_HYDRA:

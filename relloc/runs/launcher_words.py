@@ -28,7 +28,9 @@ def _with_one_value(word: str) -> str:
     found = _SETTING.fullmatch(word)
     if found is None or not _needs_quotes(word):
         return word
-    value = re.sub(r"(\\*)'", r"\1\1\\'", found[2])  # in quotes, a backslash counts only before a quote
+    value = re.sub(
+        r"(\\*)'", r"\1\1\\'", found[2]
+    )  # in quotes, a backslash counts only before a quote
     ending = re.search(r"\\*$", value)
     return f"{found[1]}='{value}{ending[0] if ending else ''}'"
 

@@ -88,14 +88,19 @@ class Monitors:
         top1 = 100 * float(counts.diagonal().sum() / counts.sum())
         draw_confusion(counts, self.folder / confusion_picture(step), step=step, top1=top1)
         by_position = (100 * counts.diagonal() / counts.sum(dim=1)).tolist()
-        named = {f"monitor/pretext/top1_{name}": value for name, value in zip(POSITIONS, by_position, strict=True)}
+        named = {
+            f"monitor/pretext/top1_{name}": value
+            for name, value in zip(POSITIONS, by_position, strict=True)
+        }
         return {"monitor/pretext/top1": top1} | named
 
     def _features(self) -> dict[str, float]:
         held_out = self._encode(self._views[0])
         values = {}
         for layer in SPECTRUM_LAYERS:
-            features = held_out[layer].cpu()  # a small decomposition: LAPACK's time is known, a GPU's is not
+            features = held_out[
+                layer
+            ].cpu()  # a small decomposition: LAPACK's time is known, a GPU's is not
             values[f"monitor/rankme/{layer}"] = _where_defined(rankme, features)
             values[f"monitor/alpha_req/{layer}"] = _where_defined(alpha_req, features)
         return values | self._knn(held_out) if self.data.labeled else values
@@ -108,7 +113,14 @@ class Monitors:
         k, n_classes = min(self.k, len(known)), len(self.data.train.classes)
 
         def top1(layer: str) -> float:
-            found = vote(queries[layer], bank[layer], known, k=[k], temperature=_TEMPERATURE, n_classes=n_classes)
+            found = vote(
+                queries[layer],
+                bank[layer],
+                known,
+                k=[k],
+                temperature=_TEMPERATURE,
+                n_classes=n_classes,
+            )
             return 100 * int((found[k].cpu() == truth).sum()) / len(truth)
 
         return {f"monitor/knn/{layer}/top1_k{k}": _where_defined(top1, layer) for layer in LAYERS}
@@ -126,15 +138,21 @@ class Monitors:
     def _crops(self) -> ImageBatch:
         images = self.data.held_out
         indices = evenly_spaced(len(images), self.n_images)
-        return _joined(held_out_crops(images, indices, self.patches.grid, self.seed, self.reading), images)
+        return _joined(
+            held_out_crops(images, indices, self.patches.grid, self.seed, self.reading), images
+        )
 
     @functools.cached_property
     def _views(self) -> list[ImageBatch]:
         """Whole views of held-out images, and of training images where both have labels."""
         views = []
         for images in (self.data.held_out, self.data.train)[: 1 + self.data.labeled]:
-            keys = [(index, 0) for index in evenly_spaced(len(images), self.n_images)]  # still views: nothing is drawn
-            views.append(_joined(self.reading.views(images, self.view, keys, self.reading.batch), images))
+            keys = [
+                (index, 0) for index in evenly_spaced(len(images), self.n_images)
+            ]  # still views: nothing is drawn
+            views.append(
+                _joined(self.reading.views(images, self.view, keys, self.reading.batch), images)
+            )
         return views
 
 
@@ -144,7 +162,8 @@ def held_out_crops(
     """The middle of each of the images, which held-out pretext accuracy is measured on."""
     crops = Crops(images, grid, use=Use.HELD_OUT_CROP, seed=seed, centered=True)
     batches = [
-        [(index,) for index in indices[start : start + config.batch]] for start in range(0, len(indices), config.batch)
+        [(index,) for index in indices[start : start + config.batch]]
+        for start in range(0, len(indices), config.batch)
     ]
     pin = config.device.type == "cuda"
     return load(crops, batches, workers=config.workers, pin=pin, stopping=config.stopping)
@@ -155,18 +174,25 @@ def _joined(loaded: Iterable[ImageBatch], images: ImageSet) -> ImageBatch:
     batches = list(loaded)
     good = [batch for batch in batches if len(batch.pixels)]
     if not good:
-        unreadable = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
+        unreadable = {
+            name: reason for batch in batches for name, reason in batch.unreadable.items()
+        }
         first, reason = next(iter(unreadable.items()), ("the whole set", "it is empty"))
         raise DataError(
             f"monitors can use none of the {len(unreadable)} images they chose of {images.name} {images.split}; "
             f"the first is {first}: {reason}. Mend or remove them"
         )
-    pixels, indices = torch.cat([batch.pixels for batch in good]), torch.cat([batch.indices for batch in good])
+    pixels, indices = (
+        torch.cat([batch.pixels for batch in good]),
+        torch.cat([batch.indices for batch in good]),
+    )
     return ImageBatch(pixels=pixels, indices=indices, unreadable={})
 
 
 def _where_defined(measure: Callable[[T], float], of: T) -> float:
     try:
         return measure(of)
-    except ValueError:  # collapsed or diverged features: told by the number, never a reason to stop training
+    except (
+        ValueError
+    ):  # collapsed or diverged features: told by the number, never a reason to stop training
         return math.nan

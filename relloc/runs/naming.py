@@ -33,7 +33,9 @@ def pretraining_name(settings: Pretraining, color: str) -> str:
     jitter = grid.jitter_px
     moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
     length = f"{settings.schedule.epochs:g}ep"
-    what = f"{settings.data.short_name} {_short_model(settings.model.name)} s{settings.seed} {color}"
+    what = (
+        f"{settings.data.short_name} {_short_model(settings.model.name)} s{settings.seed} {color}"
+    )
     return f"gap{grid.gap_px} jit{moved} {length} {what}"
 
 
@@ -54,14 +56,21 @@ def _weights_name(subject: EvaluatedModel) -> str:
     for folder in file.parents[:2]:  # a run's backbone, or one of its checkpoints
         if (folder / RUN_FILE).is_file():
             return _run_name(folder) + ("" if folder == file.parent else f" {file.stem}")
-    told = f"{file.parent.name}/{file.stem}" if file.stem in _OF_ANY and file.parent.name else file.stem
+    told = (
+        f"{file.parent.name}/{file.stem}"
+        if file.stem in _OF_ANY and file.parent.name
+        else file.stem
+    )
     return f"{told} {model}"
 
 
 def _run_name(folder: Path) -> str:
     try:
         return RunRecord.read(folder).name
-    except (OSError, ValueError):  # a damaged record of another run is no reason not to evaluate its weights
+    except (
+        OSError,
+        ValueError,
+    ):  # a damaged record of another run is no reason not to evaluate its weights
         return folder.name
 
 

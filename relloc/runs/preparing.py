@@ -19,12 +19,21 @@ from relloc.terminal import escaped
 
 def prepare(settings: Preparing, invocation: Invocation) -> None:
     """Check every image of a data set; with `out` set, pack it there in the same pass."""
-    data = settings.data.read(identified=settings.out is not None)  # packing goes by what the images are
+    data = settings.data.read(
+        identified=settings.out is not None
+    )  # packing goes by what the images are
     shards, workers = settings.data.shards, settings.workers or machine.cores()
     if settings.out is not None:
         shards, out = settings.out, Path(settings.out).absolute()
         progress = functools.partial(console.progress_bar, "pack")
-        found = pack(data, out, settings.packing, published=settings.published, workers=workers, progress=progress)
+        found = pack(
+            data,
+            out,
+            settings.packing,
+            published=settings.published,
+            workers=workers,
+            progress=progress,
+        )
         _say_found(found)
         _say_packed(out, settings.packing)
     else:
@@ -34,9 +43,15 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         _say_found(check(data, published=settings.published, workers=workers, progress=progress))
         console.say("checked" if shards else "checked; out=FOLDER packs these images into shards")
     if shards:
-        console.say_next("train", **{"data": _member(data.train.name, invocation), "data.shards": shards})
+        console.say_next(
+            "train", **{"data": _member(data.train.name, invocation), "data.shards": shards}
+        )
     else:
-        console.say_next("prepare", *(word for word in invocation.words if not word.startswith("out=")), "out=SHARDS")
+        console.say_next(
+            "prepare",
+            *(word for word in invocation.words if not word.startswith("out=")),
+            "out=SHARDS",
+        )
 
 
 def _member(name: str, invocation: Invocation) -> str:
@@ -44,7 +59,9 @@ def _member(name: str, invocation: Invocation) -> str:
     chosen = str(invocation.choices["data"])
     if name in members("data"):
         return name
-    return "folder" if chosen == "photos" else chosen  # photos is what stands where nothing was typed
+    return (
+        "folder" if chosen == "photos" else chosen
+    )  # photos is what stands where nothing was typed
 
 
 def _say_found(found: Check) -> None:

@@ -64,7 +64,9 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             _say_small_shards(settings)
             _say_scaled(settings)
         plan = make_plan(settings, data, engine)
-        task = make_task(settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation)
+        task = make_task(
+            settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation
+        )
         training = Training(
             settings=settings,
             engine=engine,
@@ -135,7 +137,9 @@ def _say_scaled(settings: Pretraining) -> None:
     schedule, made_for = settings.schedule, settings.recipe_epochs
     spans = [f"{name} {value}" for name, value in vars(schedule).items() if name in _SPANS]
     if schedule.epochs != made_for and spans:
-        console.say(f"spans   {schedule.epochs} epochs in place of the recipe's {made_for}: {', '.join(spans)}")
+        console.say(
+            f"spans   {schedule.epochs} epochs in place of the recipe's {made_for}: {', '.join(spans)}"
+        )
 
 
 def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
@@ -143,7 +147,8 @@ def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
         n_images=len(data.train),
         images_per_step=settings.images_per_step,
         images_per_batch_norm=settings.images_per_batch_norm,
-        images_per_forward=settings.images_per_forward or fastest_forward(settings, compiled=engine.compiled),
+        images_per_forward=settings.images_per_forward
+        or fastest_forward(settings, compiled=engine.compiled),
         world=ranks.world_size(),
     )
 
@@ -157,7 +162,9 @@ def fastest_forward(settings: Pretraining, *, compiled: bool) -> int:
     return max((images for images in fitting if share % images == 0), default=ghost)
 
 
-def make_task(settings: Pretraining, engine: Engine, *, steps_per_epoch: int, accumulation: int) -> Task:
+def make_task(
+    settings: Pretraining, engine: Engine, *, steps_per_epoch: int, accumulation: int
+) -> Task:
     """What is trained, on the engine's device, compiled where it compiles."""
     model = settings.network(one_pass=engine.compiled)
     engine.place(model)
@@ -179,7 +186,9 @@ def make_task(settings: Pretraining, engine: Engine, *, steps_per_epoch: int, ac
 
 def _draw_patches(settings: Pretraining, data: Splits, folder: RunFolder) -> None:
     """A picture of what some training images become."""
-    crops = Crops(data.train, settings.patches.grid, use=Use.PICTURE_CROP, seed=settings.seed, centered=False)
+    crops = Crops(
+        data.train, settings.patches.grid, use=Use.PICTURE_CROP, seed=settings.seed, centered=False
+    )
     chosen = range(0, len(data.train), max(1, len(data.train) // _PICTURED))[:_PICTURED]
     images = collate([crops[(index,)] for index in chosen]).pixels
     draw_patches(images, settings.patches, folder.path / PICTURE, seed=settings.seed)
@@ -193,8 +202,12 @@ def _save_backbone(training: Training, folder: RunFolder) -> None:
     trouble = _why_anew(path, backbone) if path.exists() else ""
     if trouble:
         console.say(f"weights {path} is written anew from the checkpoint: {trouble}")
-    if trouble or not path.exists() or not hash_file(path).exists():  # an older relloc wrote no hash
-        backbone_files.save_backbone(path, backbone, training.settings.about | {"step": training.task.steps})
+    if (
+        trouble or not path.exists() or not hash_file(path).exists()
+    ):  # an older relloc wrote no hash
+        backbone_files.save_backbone(
+            path, backbone, training.settings.about | {"step": training.task.steps}
+        )
     for file in (path, hash_file(path)):
         folder.keep(file.name)
 
@@ -214,13 +227,19 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
     if any(row.kind == "pretext" for row in read_results(folder.path)):
         return
     settings, images = training.settings, training.data.held_out
-    config = dataclasses.replace(settings.encode_config(training.engine), batch=settings.images_per_batch_norm)
-    loaded = held_out_crops(images, range(len(images)), settings.patches.grid, settings.seed, config)
+    config = dataclasses.replace(
+        settings.encode_config(training.engine), batch=settings.images_per_batch_norm
+    )
+    loaded = held_out_crops(
+        images, range(len(images)), settings.patches.grid, settings.seed, config
+    )
     unreadable = config.unreadable_of(len(images))
     indices: list[int] = []
 
     def pixels() -> Iterator[Tensor]:
-        for batch in config.progress(loaded, "held-out pretext", math.ceil(len(images) / config.batch)):
+        for batch in config.progress(
+            loaded, "held-out pretext", math.ceil(len(images) / config.batch)
+        ):
             unreadable.add_full(batch, images=1)
             indices.extend(batch.indices.tolist())
             yield batch.pixels
@@ -260,7 +279,9 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
     append_results(folder.path, [row])
 
 
-def _evaluate(training: Training, evaluations: Sequence[NamedEvaluation], folder: RunFolder) -> None:
+def _evaluate(
+    training: Training, evaluations: Sequence[NamedEvaluation], folder: RunFolder
+) -> None:
     """Evaluate the trained backbone, and beside it the same at random initialization."""
     settings, engine = training.settings, training.engine
     labeled = _with_labels(evaluations)

@@ -45,7 +45,11 @@ class FolderBefore:
         with contextlib.suppress(DamagedFile):  # it is written anew
             status = read_status(path)
         return cls(
-            path=path, work=_work(path), rewritten=rewritten, names=names, status=status.status if status else None
+            path=path,
+            work=_work(path),
+            rewritten=rewritten,
+            names=names,
+            status=status.status if status else None,
         )
 
     @property

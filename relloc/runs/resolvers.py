@@ -11,7 +11,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 Value = float | str | None  # of a setting, which nobody has checked yet
 
 
-def scaled(spans: ListConfig | list[Value] | Value, made_for: Value, epochs: Value) -> list[Value] | Value:
+def scaled(
+    spans: ListConfig | list[Value] | Value, made_for: Value, epochs: Value
+) -> list[Value] | Value:
     """Spans in epochs, one or several, made for a training of `made_for` epochs, in one of `epochs`.
 
     Where both are the same, spans stay what they are, to the bit. What is no number is left for the checks of the
@@ -26,7 +28,9 @@ def scaled(spans: ListConfig | list[Value] | Value, made_for: Value, epochs: Val
     return values if is_list else values[0]
 
 
-def scaled_whole(milestones: ListConfig | list[Value] | Value, made_for: Value, epochs: Value) -> list[Value] | Value:
+def scaled_whole(
+    milestones: ListConfig | list[Value] | Value, made_for: Value, epochs: Value
+) -> list[Value] | Value:
     """As `scaled`, in whole epochs: milestones that fall together, or outside of the training, are left out."""
     found = scaled(milestones, made_for, epochs)
     numbers = _numbers(found) if isinstance(found, list) else None
@@ -76,7 +80,9 @@ def _named(variable: str) -> str | None:
 
 
 def _is_packed(folder: str) -> bool:
-    from relloc.data.manifest import is_packed  # numpy loads here, which commands that only show settings do without
+    from relloc.data.manifest import (
+        is_packed,
+    )  # numpy loads here, which commands that only show settings do without
 
     return is_packed(Path(folder))
 

@@ -19,7 +19,9 @@ from relloc.runs import console
 from relloc.runs.folder import UNREADABLE_FILE, RunFolder
 from relloc.runs.refusing import STATES
 
-PATIENCE_S = 5  # between two states; a cluster gives half a minute or more from its signal to `kill -9`
+PATIENCE_S = (
+    5  # between two states; a cluster gives half a minute or more from its signal to `kill -9`
+)
 _RUN_FOLDERS = ("*", "*/*", "sweeps/*/*")
 
 _Key = tuple[str, str, str]  # name of an evaluation, batch norm, fingerprint
@@ -44,7 +46,9 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
     """Which of the parts have no rows in the run folder yet. Rows of the same weights elsewhere are copied there."""
     here = _rows_of(run.run_dir)
     known: dict[_Key, list[Result]] = {}
-    for path in _of_other_runs(run.reused_runs, RESULTS_FILE, run.run_dir) if run.reused_runs else ():
+    for path in (
+        _of_other_runs(run.reused_runs, RESULTS_FILE, run.run_dir) if run.reused_runs else ()
+    ):
         # A file of another version, or an unreadable one: then it is measured again.
         with contextlib.suppress(ValueError, OSError):
             known |= _rows_of(path.parent)  # the newest run's count
@@ -56,17 +60,23 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
         if key not in known:
             missing.append(number)
             continue
-        delete_state(state_file(run.run_dir, fingerprint))  # another run may have finished what this one began
+        delete_state(
+            state_file(run.run_dir, fingerprint)
+        )  # another run may have finished what this one began
         if any(row.checkpoint == model.checkpoint for row in here.get(key, [])):
             continue
         # Of one checkpoint: the same weights may have been measured by several paths.
         first = known[key][0]
         of_one = [row for row in known[key] if row.checkpoint == first.checkpoint]
-        append_results(run.run_dir, [dataclasses.replace(row, checkpoint=model.checkpoint) for row in of_one])
+        append_results(
+            run.run_dir, [dataclasses.replace(row, checkpoint=model.checkpoint) for row in of_one]
+        )
         if (name, batch_norm) not in named:
             named.add((name, batch_norm))
             place = first.measured_in
-            console.say(f"found   {name} ({batch_norm}) of the same weights in {place}; reuse=false measures it again")
+            console.say(
+                f"found   {name} ({batch_norm}) of the same weights in {place}; reuse=false measures it again"
+            )
     return missing
 
 
@@ -89,7 +99,9 @@ def _of_other_runs(runs: Path, name: str, but: Path) -> list[Path]:
         for path in runs.absolute().glob(f"{pattern}/{name}"):
             run = path.parents[name.count("/")]
             if run != but and not (run / UNREADABLE_FILE).exists():
-                with contextlib.suppress(FileNotFoundError):  # its run has just finished, and removed it
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # its run has just finished, and removed it
                     found.append((path.stat().st_mtime, path))
     return [path for _, path in sorted(found)]
 
@@ -118,7 +130,11 @@ class ResumableState:
     def _newest(self) -> dict[str, Any] | None:
         run, paths = self.run, [self.path] if self.path.exists() else []
         if run.reused_runs:
-            paths += reversed(_of_other_runs(run.reused_runs, str(self.path.relative_to(run.run_dir)), run.run_dir))
+            paths += reversed(
+                _of_other_runs(
+                    run.reused_runs, str(self.path.relative_to(run.run_dir)), run.run_dir
+                )
+            )
         for path in paths:
             try:
                 state = load_state(path)

@@ -22,9 +22,17 @@ from relloc.runs import console
 from relloc.runs.renamed import new_name
 from relloc.tracking.journal import JOURNAL_FILE
 
-TRAINING_FILE = "training.json"  # the identity of the folder's training, which its checkpoints hold as well
+TRAINING_FILE = (
+    "training.json"  # the identity of the folder's training, which its checkpoints hold as well
+)
 # What `Saver` saves, and a training goes on from
-_OF_A_TRAINING = {"model": dict, "optimizer": dict, "tallies": torch.Tensor, "identity": dict, "step": int}
+_OF_A_TRAINING = {
+    "model": dict,
+    "optimizer": dict,
+    "tallies": torch.Tensor,
+    "identity": dict,
+    "step": int,
+}
 RANDOM_NUMBERS = "version of random numbers"  # a part of a run's identity
 
 
@@ -41,7 +49,9 @@ def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
             _refuse_another(run_dir, before, identity)
         return task.start()
     state = states.load_training(path)
-    lacking = [name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)]
+    lacking = [
+        name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)
+    ]
     if lacking:
         raise DamagedCheckpoint(f"{damaged(path)}: {', '.join(lacking)} of a training are missing")
     _refuse_another(run_dir, state["identity"], identity)
@@ -49,7 +59,9 @@ def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{damaged(path)}, since it does not fit the run: {error}") from error
+        raise DamagedCheckpoint(
+            f"{damaged(path)}, since it does not fit the run: {error}"
+        ) from error
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
     return StepsDone(step=state["step"], sums=_own_tally(state["tallies"]).to(task.device))
@@ -100,7 +112,11 @@ def _as_of_now(identity: Mapping[str, Any]) -> dict[str, Any]:
     Rate and spans stood in it twice, as data.lr and as optimizer.lr: the latter are what was trained with.
     """
     renamed = {name: new_name(name) or name for name in identity}
-    kept = {new: identity[old] for old, new in renamed.items() if new == old or new.startswith("recipe.")}
+    kept = {
+        new: identity[old]
+        for old, new in renamed.items()
+        if new == old or new.startswith("recipe.")
+    }
     return neutral.settings_of_weights(kept)
 
 
@@ -126,7 +142,9 @@ def milestone_steps(epochs: Sequence[float], task: Task) -> dict[int, str]:
     """
     for epoch in epochs:
         if not 0 < epoch <= task.schedule.epochs:
-            raise UsageError(f"milestones={list(epochs)}: the run has no epoch {epoch}, it has {task.schedule.epochs}")
+            raise UsageError(
+                f"milestones={list(epochs)}: the run has no epoch {epoch}, it has {task.schedule.epochs}"
+            )
     steps = {round(epoch * task.steps_per_epoch): f"epoch_{epoch:g}" for epoch in epochs}
     if len(steps) < len(epochs) or 0 in steps:
         raise UsageError(

@@ -105,7 +105,11 @@ def _setting(key: str, chosen: Sequence[str], command: str) -> Iterator[str]:
     else:
         unit = _UNITS.get(re.split(r"[._]", key)[-1])
         is_needed = composed.unresolved[key] == "???"
-        value = "to be given, it has no default" if is_needed else f"{as_value(composed.default(key))} by default"
+        value = (
+            "to be given, it has no default"
+            if is_needed
+            else f"{as_value(composed.default(key))} by default"
+        )
         yield f"{key}: {value}{where}" + (f", in {unit}" if unit else "")
     source = _source_of(key, composed)
     if source is not None:
@@ -153,12 +157,18 @@ def _from_conf(key: str, source: Source) -> Iterator[str]:
     text = source.file.read_text(encoding="utf-8")
     values = {name: text[start:end] for name, start, end in _places(yaml.compose(text))}
     # What stands there, in one line
-    value = f": {' '.join(line.strip() for line in values[inner].splitlines())}" if inner in values else ""
+    value = (
+        f": {' '.join(line.strip() for line in values[inner].splitlines())}"
+        if inner in values
+        else ""
+    )
     yield f"{_INDENT}set in {_shown(source.file)}{value}"
     said = comments(source.file)
     while inner and inner not in said:
         inner = inner.rpartition(".")[0]
-    opening = " ".join(settings.about(source.name)) if "/" in source.name or key == source.package else ""
+    opening = (
+        " ".join(settings.about(source.name)) if "/" in source.name or key == source.package else ""
+    )
     for words in dict.fromkeys(filter(None, (said.get(inner), opening))):
         yield f"{_INDENT}{words}"
 
@@ -180,7 +190,11 @@ def _places(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int
         return
     for key, value in node.value:
         is_flat = isinstance(value, yaml.ScalarNode) or value.flow_style
-        yield f"{prefix}{key.value}", key.start_mark.index, (value if is_flat else key).end_mark.index
+        yield (
+            f"{prefix}{key.value}",
+            key.start_mark.index,
+            (value if is_flat else key).end_mark.index,
+        )
         yield from _places(value, f"{prefix}{key.value}.")
 
 

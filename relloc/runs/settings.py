@@ -45,13 +45,19 @@ def is_group(name: str) -> bool:
 
 def members(group: str) -> list[str]:
     """The members of a group, by name; files called `_…` are parts that members share."""
-    found = (path.stem for folder in conf_dirs() for path in (folder / group).glob("[!_]*.yaml")) if group else ()
+    found = (
+        (path.stem for folder in conf_dirs() for path in (folder / group).glob("[!_]*.yaml"))
+        if group
+        else ()
+    )
     return sorted(set(found))
 
 
 def file_of(member: str) -> Path | None:
     """The file of `grid/mmselfsup` or `settings`."""
-    return next((path for folder in conf_dirs() if (path := folder / f"{member}.yaml").is_file()), None)
+    return next(
+        (path for folder in conf_dirs() if (path := folder / f"{member}.yaml").is_file()), None
+    )
 
 
 def about(member: str) -> list[str]:
@@ -75,7 +81,9 @@ def content_of(member: str) -> dict[str, Any]:
 def plain(node: Any, *, resolve: bool = True) -> dict[str, Any]:
     """A node of a config as JSON has it, with everything in it resolved unless said otherwise."""
     content = OmegaConf.to_container(node, resolve=resolve)
-    return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
+    return (
+        {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
+    )
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -114,16 +122,23 @@ class Composed:
         """The files that it is composed of, later ones over earlier ones."""
         with _hydra():
             loader = GlobalHydra.instance().hydra.config_loader  # pyright: ignore[reportOptionalMemberAccess]
-            listed = loader.compute_defaults_list(self.command, list(self.words), RunMode.RUN).defaults
+            listed = loader.compute_defaults_list(
+                self.command, list(self.words), RunMode.RUN
+            ).defaults
         names = [(one.config_path, one.package or "") for one in listed if one.config_path]
         files = ((name, package, file_of(name)) for name, package in names)
-        return tuple(Source(name=name, package=package, file=file) for name, package, file in files if file)
+        return tuple(
+            Source(name=name, package=package, file=file) for name, package, file in files if file
+        )
 
     def default(self, key: str) -> Any:
         """The value of a setting, resolved where that is possible."""
         try:
             return self.value(key)
-        except (ValueError, KeyError):  # it names another one, or an environment variable, that is not set
+        except (
+            ValueError,
+            KeyError,
+        ):  # it names another one, or an environment variable, that is not set
             return None
 
     def value(self, key: str) -> Any:
@@ -152,5 +167,7 @@ def _hydra() -> Iterator[None]:
 
 def chosen_groups(words: Sequence[str]) -> list[str]:
     """The group=member words, which decide what settings there are; not those that name several members to sweep."""
-    chosen = [word for word in words if is_group(word.lstrip("+").partition("=")[0]) and "=" in word]
+    chosen = [
+        word for word in words if is_group(word.lstrip("+").partition("=")[0]) and "=" in word
+    ]
     return [word for word in chosen if "," not in word or word.endswith("]")]

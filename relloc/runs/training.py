@@ -58,7 +58,9 @@ def train_to_the_end(training: Training, begun: StepsDone, folder: RunFolder | N
     task, stop = training.task, training.stop
     if begun.step >= task.steps:
         return
-    unreadable = Unreadable(n_images=len(training.data.train), most_share=training.settings.data.unreadable_share)
+    unreadable = Unreadable(
+        n_images=len(training.data.train), most_share=training.settings.data.unreadable_share
+    )
     done, is_saved = _train(training, begun, folder, unreadable)
     stop.listen(awaited=False)
     reasons = ranks.union(unreadable.reasons)
@@ -66,13 +68,19 @@ def train_to_the_end(training: Training, begun: StepsDone, folder: RunFolder | N
         folder.unreadable |= reasons
     if stop:  # also in the last step, after which evaluations would come
         if folder:
-            kept = "everything is saved" if is_saved else "no images came to end the next; the last checkpoint is saved"
+            kept = (
+                "everything is saved"
+                if is_saved
+                else "no images came to end the next; the last checkpoint is saved"
+            )
             console.say(f"{stop.name}: stopped after step {done} of {task.steps}; {kept}")
             folder.status = Status.STOPPED
         sys.exit(stop.exit_code)
 
 
-def _train(training: Training, begun: StepsDone, folder: RunFolder | None, unreadable: Unreadable) -> tuple[int, bool]:
+def _train(
+    training: Training, begun: StepsDone, folder: RunFolder | None, unreadable: Unreadable
+) -> tuple[int, bool]:
     """Steps done, and whether they are saved."""
     settings, task, stop = training.settings, training.task, training.stop
     feed = _feed(training, begun.step, unreadable)
@@ -121,7 +129,9 @@ def _train(training: Training, begun: StepsDone, folder: RunFolder | None, unrea
                 saver.save(last)
             if not isinstance(error, NoImagesCame):
                 raise
-            if ranks.world_size() > 1:  # the others wait for this one's gradients: there is nothing to agree on
+            if (
+                ranks.world_size() > 1
+            ):  # the others wait for this one's gradients: there is nothing to agree on
                 raise Stopped(stop.exit_code) from error
             return last.step, saver.saved_step == last.step
     return steps, True
@@ -132,7 +142,9 @@ def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
     grid = training.settings.patches.grid
     loaded = load_in_slots(
         Crops(training.data.train, grid, use=Use.CROP, seed=seed, centered=False),
-        StepSampler(plan, seed=seed, first_step=first_step, steps=training.task.steps, rank=ranks.rank()),
+        StepSampler(
+            plan, seed=seed, first_step=first_step, steps=training.task.steps, rank=ranks.rank()
+        ),
         workers=training.engine.workers,
         pin=on.type == "cuda",
         images=plan.images_per_batch_norm,
@@ -166,7 +178,11 @@ def _monitoring(training: Training, folder: RunFolder) -> Monitoring:
     )
     every_steps = max(1, round((asked.every_epochs or 0) * training.plan.steps_per_epoch))
     return Monitoring(
-        monitors, every_steps=every_steps, most_share=asked.most_share, folder=folder, device=engine.device
+        monitors,
+        every_steps=every_steps,
+        most_share=asked.most_share,
+        folder=folder,
+        device=engine.device,
     )
 
 
@@ -177,7 +193,11 @@ def _explained(training: Training) -> Iterator[None]:
         yield
     except Diverged as error:
         saved = states.saved_trainings(training.run_dir)
-        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
+        last = (
+            f"the last good checkpoint is {saved[-1]}"
+            if saved
+            else "no checkpoint was saved before"
+        )
         raise UsageError(
             f"training diverged: {error}. Nothing was saved after that; {last}. Try a lower optimizer.lr, a longer "
             "schedule.warmup_epochs, or precision=fp32, with another hydra.run.dir"

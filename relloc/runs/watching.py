@@ -21,11 +21,19 @@ from relloc.tracking import Journal
 
 @contextlib.contextmanager
 def reporting(
-    task: Task, plan: StepPlan, feed: Feed, *, first_step: int, collapse_steps: int, folder: RunFolder | None
+    task: Task,
+    plan: StepPlan,
+    feed: Feed,
+    *,
+    first_step: int,
+    collapse_steps: int,
+    folder: RunFolder | None,
 ) -> Iterator[Callable[[Progress], None]]:
     """Gives what takes each report of `train`; only rank 0, which has a folder, tells of it."""
     alarm = Alarm(
-        collapse_steps=collapse_steps, first_step=first_step, warn=console.say if folder else lambda _text: None
+        collapse_steps=collapse_steps,
+        first_step=first_step,
+        warn=console.say if folder else lambda _text: None,
     )
     if folder is None:
         yield alarm.check
@@ -84,7 +92,9 @@ class Monitoring:
 
     def after_step(self, done: int) -> None:
         """Ask, if it is time."""
-        if done % self.every_steps or self.cost_s > self.most_share * (time.monotonic() - self.asked_at_s):
+        if done % self.every_steps or self.cost_s > self.most_share * (
+            time.monotonic() - self.asked_at_s
+        ):
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # steps still queued are no cost of this

@@ -17,7 +17,11 @@ from relloc.status import Status
 from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
-_PATHS = ("root", "shards", "checkpoint")  # settings that name files, in `data`, in what evaluations bring, and alone
+_PATHS = (
+    "root",
+    "shards",
+    "checkpoint",
+)  # settings that name files, in `data`, in what evaluations bring, and alone
 _NO_PATHS = ("random", "torchvision")  # what `checkpoint` takes besides
 _IDENTITY_DIGITS = 12
 _NOTE_LOST = "Remove it if no job or process has the point"
@@ -50,7 +54,13 @@ class Point:
         folder = str(self.folder)
         if not _PLAIN.fullmatch(folder):  # quoted as Hydra's grammar has it
             folder = "'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'"
-        return ["-m", f"relloc.{self.kind}", *self.options, *self.overrides, f"hydra.run.dir={folder}"]
+        return [
+            "-m",
+            f"relloc.{self.kind}",
+            *self.options,
+            *self.overrides,
+            f"hydra.run.dir={folder}",
+        ]
 
     @property
     def again(self) -> str:
@@ -83,7 +93,9 @@ def _with_whole_paths(value: Any, name: str = "") -> Any:
         return value
     if isinstance(value, list):
         return [_with_whole_paths(one, name) for one in value]
-    is_relative = isinstance(value, str) and value and value not in _NO_PATHS and not os.path.isabs(value)
+    is_relative = (
+        isinstance(value, str) and value and value not in _NO_PATHS and not os.path.isabs(value)
+    )
     return os.path.abspath(value) if is_relative else value
 
 

@@ -48,7 +48,10 @@ class Standing:
 
 def schedulers() -> dict[str, Any]:
     """Modules that know jobs, by the name under which `note_job` notes these; launchers bring them."""
-    return {point.name: point.load() for point in importlib.metadata.entry_points(group="relloc.schedulers")}
+    return {
+        point.name: point.load()
+        for point in importlib.metadata.entry_points(group="relloc.schedulers")
+    }
 
 
 def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
@@ -82,17 +85,23 @@ def known_standings(
             problems.append(str(error))
     answers = {(_DAMAGED, ""): Status.UNKNOWN}
     for scheduler, ask in asked.items():
-        numbers = [str(note["job"][scheduler]) for note in notes if scheduler in note.get("job", {})]
+        numbers = [
+            str(note["job"][scheduler]) for note in notes if scheduler in note.get("job", {})
+        ]
         try:
             answer = ask(numbers) if numbers else {}
         except UsageError as error:
             answer = dict.fromkeys(numbers, Status.UNKNOWN)
             problems.append(str(error))
         answers |= {(scheduler, number): status for number, status in answer.items()}
-    return [_standing(point, note, answers) for point, note in zip(points, notes, strict=True)], problems
+    return [
+        _standing(point, note, answers) for point, note in zip(points, notes, strict=True)
+    ], problems
 
 
-def standings_in_time(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
+def standings_in_time(
+    points: Sequence[Point], asked: Mapping[str, Ask] | None = None
+) -> list[Standing]:
     """The same for who watches: a scheduler that does not answer is told once, and asked again until it does."""
     silent = False
     while True:
@@ -143,23 +152,33 @@ def status_of(folder: Path) -> Status | None:
     return found.status if found else None
 
 
-def _standing(point: Point, note: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]) -> Standing:
+def _standing(
+    point: Point, note: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]
+) -> Standing:
     folder = point.folder
     own, job = status_of(folder), _job_status(folder, note.get("job", {}), answers)
     if job is Status.UNKNOWN and own is not Status.DONE and _was_heard_of(folder):
         job = Status.RUNNING  # what it wrote lately is all that is known of it
-    status = job if job is Status.RUNNING or job is Status.WAITING else _ended_status(own, note, job)
+    status = (
+        job if job is Status.RUNNING or job is Status.WAITING else _ended_status(own, note, job)
+    )
     progress, left_s = (1.0, None) if status is Status.DONE else _progress(folder)
     left_s = left_s if status is Status.RUNNING else None
     return Standing(point=point, status=status, progress=progress, left_s=left_s)
 
 
-def _job_status(folder: Path, job: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]) -> Status | None:
+def _job_status(
+    folder: Path, job: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]
+) -> Status | None:
     """How the job stands that has the point, or had it last; None where it is no more."""
     if is_held(folder):  # by whatever command, also one that is not of this sweep
         return Status.RUNNING
     if "pid" in job:
-        return Status.RUNNING if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder)) else None
+        return (
+            Status.RUNNING
+            if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder))
+            else None
+        )
     asked = ((name, str(number)) for name, number in job.items())
     return next((answers[one] for one in asked if one in answers), None)
 
@@ -184,7 +203,10 @@ def _was_heard_of(folder: Path) -> bool:
     if status_of(folder) is not Status.RUNNING:
         return False
     try:
-        written = max(path.stat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("checkpoints/*")))
+        written = max(
+            path.stat().st_mtime
+            for path in (folder, *folder.glob("*"), *folder.glob("checkpoints/*"))
+        )
     except FileNotFoundError:  # removed while it was looked at
         return True
     return time.time() - written < _HEARD_OF_S
@@ -194,11 +216,19 @@ def _progress(folder: Path) -> tuple[float | None, float | None]:
     """The part of the training that is done, and the seconds that the rest takes at the rate of the last reports."""
     try:
         epochs = float(RunRecord.read(folder).params["schedule.epochs"])
-        told = [(entry.time_ms, entry.metrics[TRAINED]) for entry in read_journal(folder) if TRAINED in entry.metrics]
+        told = [
+            (entry.time_ms, entry.metrics[TRAINED])
+            for entry in read_journal(folder)
+            if TRAINED in entry.metrics
+        ]
     except (OSError, ValueError, KeyError):  # damaged: the run itself says so when it goes on
         return None, None
     if not told or not epochs:
         return None, None
     (before_ms, before), (now_ms, now) = told[-20:][0], told[-1]
-    left_s = max(0.0, epochs - now) * (now_ms - before_ms) / 1000 / (now - before) if now > before else None
+    left_s = (
+        max(0.0, epochs - now) * (now_ms - before_ms) / 1000 / (now - before)
+        if now > before
+        else None
+    )
     return min(1.0, now / epochs), left_s

@@ -131,7 +131,10 @@ class Sweep:
         if not self.is_cancelled():
             return list(found)
         return [
-            dataclasses.replace(now, status=Status.CANCELLED) if now.status is Status.MISSING else now for now in found
+            dataclasses.replace(now, status=Status.CANCELLED)
+            if now.status is Status.MISSING
+            else now
+            for now in found
         ]
 
     def log(self, point: Point) -> Path:
@@ -178,7 +181,9 @@ def check_folder(folder: Path, runs: Path) -> None:
     if folder != there or folder.parent == runs / _SWEEPS or (folder / SWEEP_FILE).exists():
         return
     if Path.cwd().is_relative_to(folder):
-        raise UsageError(f"hydra.sweep.dir={folder} holds the folder that this command runs in: name a folder below it")
+        raise UsageError(
+            f"hydra.sweep.dir={folder} holds the folder that this command runs in: name a folder below it"
+        )
     if any(folder.iterdir()):
         raise UsageError(
             f"hydra.sweep.dir={folder} holds files that are no sweep's: name a folder that is new, or that of a sweep"
@@ -204,9 +209,13 @@ def find_sweep(word: str) -> Sweep:
         if (folder / SWEEP_FILE).exists():
             return Sweep(Path(os.path.abspath(folder)))
     if "/" in name:
-        raise UsageError(f"{Path(name).absolute()} is not the folder of a sweep: {SWEEP_FILE} is missing")
+        raise UsageError(
+            f"{Path(name).absolute()} is not the folder of a sweep: {SWEEP_FILE} is missing"
+        )
     there = ", ".join(sorted(file.parent.name for file in sweeps.glob(f"*/{SWEEP_FILE}")))
-    known = f"name one of {there}" if there else "it has none; RELLOC_RUNS names another folder of runs"
+    known = (
+        f"name one of {there}" if there else "it has none; RELLOC_RUNS names another folder of runs"
+    )
     raise UsageError(f"{name or word} is no sweep of {sweeps}: {known}")
 
 
@@ -222,7 +231,9 @@ def word_of(folder: Path) -> str:
     return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
-def code_and_configs(*, package: Path, conf: Path, plugins: Path, own: Mapping[str, Path]) -> dict[str, bytes]:
+def code_and_configs(
+    *, package: Path, conf: Path, plugins: Path, own: Mapping[str, Path]
+) -> dict[str, bytes]:
     """The code, its commit and configs of now, by their names in the copy.
 
     Of the user's folders of configs (`own`, by the name of the copy) only what Hydra can read is taken, as other
@@ -235,7 +246,11 @@ def code_and_configs(*, package: Path, conf: Path, plugins: Path, own: Mapping[s
         content["conf"] = content_of(conf)
     for copied, folder in own.items():
         content[copied] = content_of(folder, suffix=".yaml")
-    return {f"{copied}/{name}": data for copied, files in content.items() for name, data in files.items()}
+    return {
+        f"{copied}/{name}": data
+        for copied, files in content.items()
+        for name, data in files.items()
+    }
 
 
 def content_of(folder: Path, *, suffix: str = "") -> dict[str, bytes]:
@@ -243,10 +258,16 @@ def content_of(folder: Path, *, suffix: str = "") -> dict[str, bytes]:
     found = {}
     for path, folders, files in os.walk(folder, followlinks=True):
         above = Path(os.path.realpath(os.path.dirname(path)))
-        if path != str(folder) and above.is_relative_to(os.path.realpath(path)):  # a link to a folder above
+        if path != str(folder) and above.is_relative_to(
+            os.path.realpath(path)
+        ):  # a link to a folder above
             folders.clear()
             continue
-        folders[:] = [name for name in folders if name != "__pycache__" and not (suffix and name.startswith("."))]
+        folders[:] = [
+            name
+            for name in folders
+            if name != "__pycache__" and not (suffix and name.startswith("."))
+        ]
         for name in files:
             file = Path(path, name)
             if name.endswith(suffix) and not name.endswith(".pyc") and file.is_file():

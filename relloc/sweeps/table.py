@@ -47,12 +47,18 @@ def say(told: str | Table) -> None:
 def table(found: Sequence[Standing]) -> Table:
     """One row a point: how it stands, which job has or had it, how far it is, how long it takes, its folder."""
     counts = Counter(now.status for now in found)
-    made = Table(title=", ".join(f"{counts[status]} {status.word}" for status in _COLORS if counts[status]))
+    made = Table(
+        title=", ".join(f"{counts[status]} {status.word}" for status in _COLORS if counts[status])
+    )
     for name in ("point", "state", "job", "progress", "time left", "folder"):
-        made.add_column(name, justify="right" if name in ("progress", "time left") else "left", overflow="fold")
+        made.add_column(
+            name, justify="right" if name in ("progress", "time left") else "left", overflow="fold"
+        )
     for now in found:
         progress = "" if now.progress is None else f"{100 * now.progress:.0f} %"
-        left = "" if now.left_s is None or now.status is not Status.RUNNING else _duration(now.left_s)
+        left = (
+            "" if now.left_s is None or now.status is not Status.RUNNING else _duration(now.left_s)
+        )
         made.add_row(
             Text(escaped(now.point.name)),
             Text(now.status.word, style=_COLORS[now.status]),
@@ -83,7 +89,9 @@ def tell_silent(found: Sequence[Standing], silent: Sequence[str]) -> None:
     for words in dict.fromkeys(silent):
         say(f"unknown {escaped(words)}")
     if silent:
-        say(f"        how {count} points stand is unknown here; the others are as their folders say")
+        say(
+            f"        how {count} points stand is unknown here; the others are as their folders say"
+        )
 
 
 def reason_of(log: Path | None) -> str:
@@ -122,9 +130,17 @@ def _job_of(point: Point) -> str:
         return "?"
     if "pid" in job:
         return f"pid {job['pid']} on {job.get('host', '?')}"
-    return ", ".join(f"{name} {number}" for name, number in job.items() if isinstance(number, str | int))
+    return ", ".join(
+        f"{name} {number}" for name, number in job.items() if isinstance(number, str | int)
+    )
 
 
 def _duration(seconds: float) -> str:
     minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{minutes:.0f} min"
+        if minutes < 100
+        else f"{hours:.1f} h"
+    )

@@ -17,7 +17,9 @@ SQLITE = "sqlite:///"
 _SERVERS = ("http", "https")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(?!\d+(/|$))", re.IGNORECASE)  # a number behind the colon is a port
+_SCHEME = re.compile(
+    r"([a-z][a-z0-9+.-]*):(?!\d+(/|$))", re.IGNORECASE
+)  # a number behind the colon is a port
 _FILE = "sqlite:////ABSOLUTE/PATH/mlflow.db for a file"
 _GIVE = f"http://HOST:PORT for an MLflow server, or {_FILE}"
 
@@ -41,7 +43,9 @@ def absolute_uri(uri: str) -> str:
         return _sqlite(uri, rest)
     if kind in _DATABASES:
         return _database(uri, scheme, rest)
-    if scheme == "file" or (not scheme and (rest.startswith(("/", ".", "~")) or os.path.isdir(rest))):
+    if scheme == "file" or (
+        not scheme and (rest.startswith(("/", ".", "~")) or os.path.isdir(rest))
+    ):
         return _folder(uri, rest)
     plugins = importlib.metadata.entry_points(group="mlflow.tracking_store")
     if uri == "databricks" or scheme in ("databricks", *plugins.names):
@@ -49,7 +53,9 @@ def absolute_uri(uri: str) -> str:
     if scheme:
         raise UsageError(f"{uri!r} is no address that is known, for {scheme}: give {_GIVE}")
     host = re.sub("^https?//", "", uri)
-    raise UsageError(f"{uri!r} does not say what it is: give http://{host} or https://{host} for a server, or {_FILE}")
+    raise UsageError(
+        f"{uri!r} does not say what it is: give http://{host} or https://{host} for a server, or {_FILE}"
+    )
 
 
 def is_server(uri: str) -> bool:
@@ -80,16 +86,24 @@ def _server(uri: str, scheme: str, rest: str) -> str:
     except ValueError:  # it is no number, or too large
         has_sound_port = False
     if not has_sound_port:
-        raise UsageError(f"{uri!r} has a port that is no number from 1 to 65535: give {scheme}://HOST:PORT")
+        raise UsageError(
+            f"{uri!r} has a port that is no number from 1 to 65535: give {scheme}://HOST:PORT"
+        )
     if not parts.hostname or re.search(r"[\s\\<>\"^`{|}]", rest):
         raise UsageError(f"{uri!r} names no server: give {scheme}://HOST:PORT")
     name, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
     if parts.username is not None:
-        _refuse_password(name, "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        _refuse_password(
+            name, "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if parts.query or parts.fragment:
-        raise UsageError(f"{uri!r} is the address of a page: give that of its server, {scheme}://{name}{path}")
+        raise UsageError(
+            f"{uri!r} is the address of a page: give that of its server, {scheme}://{name}{path}"
+        )
     if not re.match("//[^/]", rest):
-        raise UsageError(f"{uri!r} does not begin with {scheme}:// and a host: give {scheme}://{name}{path}")
+        raise UsageError(
+            f"{uri!r} does not begin with {scheme}:// and a host: give {scheme}://{name}{path}"
+        )
     return f"{scheme}://{name}{path}"
 
 
@@ -102,7 +116,9 @@ def _sqlite(uri: str, rest: str) -> str:
         )
     if odd := re.search("[?]|%[0-9a-f]{2}", path, re.IGNORECASE):
         # SQLAlchemy takes what follows a question mark for options, and MLflow takes %20 for a blank.
-        raise UsageError(f"{uri!r} has {odd[0]!r} in it, which would name another file: give another path")
+        raise UsageError(
+            f"{uri!r} has {odd[0]!r} in it, which would name another file: give another path"
+        )
     whole = os.path.abspath(os.path.expanduser(path))
     if path.endswith("/") or os.path.isdir(whole):
         raise UsageError(f"{uri!r} is a folder: give {SQLITE}{whole}/mlflow.db")
@@ -118,7 +134,9 @@ def _database(uri: str, scheme: str, rest: str) -> str:
         raise UsageError(f"{uri!r} is no address of a database: give {scheme}://USER@HOST/DATABASE")
     if parts.password is not None:
         host = parts.netloc.rpartition("@")[2]
-        _refuse_password(host, "leave it out, and keep it where the database's client looks, such as ~/.pgpass")
+        _refuse_password(
+            host, "leave it out, and keep it where the database's client looks, such as ~/.pgpass"
+        )
     return f"{scheme}:{rest}"
 
 

@@ -7,7 +7,9 @@ from relloc.errors import DamagedFile
 from relloc.files import read_json, write_json
 
 ARTIFACTS_FILE = "artifacts.json"
-_LIST_LOST = "Remove it; the run's command, started again with the same hydra.run.dir, writes it anew"
+_LIST_LOST = (
+    "Remove it; the run's command, started again with the same hydra.run.dir, writes it anew"
+)
 
 
 def add_artifact(run_dir: Path, name: str) -> None:

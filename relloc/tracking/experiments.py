@@ -21,13 +21,20 @@ def experiment_name(asked: object, uri: str | None = None) -> str:
         UsageError: there is none, it is blank, too long or no text, or has characters that can't be shown.
     """
     name = str(asked) if isinstance(asked, int) and not isinstance(asked, bool) else asked
-    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or not name.isprintable()
+        or len(name) > LONGEST_NAME
+    ):
         raise UsageError(
             f"an experiment can't be called {name!r}: give a name that is not blank, can be shown and has "
             f"{LONGEST_NAME} characters at most, such as relloc"
         )
     if uri and uri.partition(":")[0] == "databricks" and not name.startswith("/"):
-        raise UsageError(f"Databricks wants a path as an experiment's name, such as /Users/YOU/{name}")
+        raise UsageError(
+            f"Databricks wants a path as an experiment's name, such as /Users/YOU/{name}"
+        )
     return name
 
 
@@ -42,7 +49,9 @@ def find_or_make_experiment(client: "MlflowClient", name: str, uri: str) -> "Exp
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.get_experiment(client.create_experiment(name, _artifact_location(uri, name)))
+            return client.get_experiment(
+                client.create_experiment(name, _artifact_location(uri, name))
+            )
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another process may have been faster
             if found is None:
@@ -68,4 +77,6 @@ def raise_deleted(experiment: "Experiment", uri: str) -> NoReturn:
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
     """Where an experiment's files go: beside a sqlite file; None leaves it to the server."""
-    return artifact_folder(sqlite_path(uri), experiment).as_uri() if uri.startswith(SQLITE) else None
+    return (
+        artifact_folder(sqlite_path(uri), experiment).as_uri() if uri.startswith(SQLITE) else None
+    )

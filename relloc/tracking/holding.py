@@ -29,7 +29,9 @@ SILENT_S = 300.0  # after so long without a touch, a process of another machine 
 _BUSY = (errno.EAGAIN, errno.EACCES)
 _ATTEMPTS = 20  # of taking it: who only asks whether it is held has it for a moment
 _PAUSE_S = 0.05
-_SETTLE_S = 1.0  # without locks: how long another command that starts just now may take to write its name
+_SETTLE_S = (
+    1.0  # without locks: how long another command that starts just now may take to write its name
+)
 _MOST_BYTES = 1 << 16
 # The locks of this process, with their descriptors. They don't stop the process itself, and the file must not be opened
 # here again: closing any descriptor of it would end the lock.
@@ -151,7 +153,11 @@ def _note(descriptor: int) -> dict[str, Any] | None:
     """Who has it, by the content of the file; None where that does not say."""
     try:
         note = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
-        known = isinstance(note["pid"], int) and isinstance(note["host"], str) and {"born", "since"} <= note.keys()
+        known = (
+            isinstance(note["pid"], int)
+            and isinstance(note["host"], str)
+            and {"born", "since"} <= note.keys()
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return note if known else None

@@ -74,7 +74,10 @@ def import_for(uri: str) -> ModuleType:
         import mlflow.store.db
 
         _import_there_are(_BY_DATABASES)
-        _import_there_are(f"mlflow.store.db.{module.name}" for module in pkgutil.iter_modules(mlflow.store.db.__path__))
+        _import_there_are(
+            f"mlflow.store.db.{module.name}"
+            for module in pkgutil.iter_modules(mlflow.store.db.__path__)
+        )
     elif uri.startswith("file:"):
         _import_there_are(_BY_FOLDERS)
     return mlflow

@@ -51,12 +51,24 @@ class Journal:
             ValueError: a name has characters that trackers refuse.
         """
         if illegal := [name for name in metrics if legal_name(name) != name]:
-            raise ValueError(f"metric names {illegal}: only letters, digits and _ - . : / space are allowed")
-        fresh = {name: float(value) for name, value in metrics.items() if step > self._last_step.get(name, -math.inf)}
+            raise ValueError(
+                f"metric names {illegal}: only letters, digits and _ - . : / space are allowed"
+            )
+        fresh = {
+            name: float(value)
+            for name, value in metrics.items()
+            if step > self._last_step.get(name, -math.inf)
+        }
         if not fresh:
             return
-        texts = {name: value if math.isfinite(value) else str(value) for name, value in fresh.items()}
-        line = json.dumps({"time_ms": now_ms(), "step": step, "metrics": texts}, ensure_ascii=False, allow_nan=False)
+        texts = {
+            name: value if math.isfinite(value) else str(value) for name, value in fresh.items()
+        }
+        line = json.dumps(
+            {"time_ms": now_ms(), "step": step, "metrics": texts},
+            ensure_ascii=False,
+            allow_nan=False,
+        )
         append_lines(self._path, [line], durable=False)  # training does not wait for the disk
         self._last_step.update(dict.fromkeys(fresh, step))
 
@@ -71,7 +83,9 @@ def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -
     try:
         lines = read_lines(path)
     except OSError as error:
-        raise DamagedFile(f"{path} can't be read ({error.strerror}): put back a copy, or move it away") from error
+        raise DamagedFile(
+            f"{path} can't be read ({error.strerror}): put back a copy, or move it away"
+        ) from error
     return [
         parse_json(line, Entry, f"{path} line {number} is not a journal entry", _LOST)
         for number, line in enumerate(lines[first_line:], start=first_line + 1)

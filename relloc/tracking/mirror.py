@@ -25,7 +25,9 @@ class Mirror:
     from then on attempts grow rarer until one succeeds. Meanwhile system.jsonl is written.
     """
 
-    def __init__(self, run_dir: Path, uri: str, *, warn: Callable[[str], None], every_s: float = 15.0) -> None:
+    def __init__(
+        self, run_dir: Path, uri: str, *, warn: Callable[[str], None], every_s: float = 15.0
+    ) -> None:
         self._run_dir = run_dir.resolve()
         self._uri = absolute_uri(uri)
         self._warn = warn
@@ -83,7 +85,9 @@ class Mirror:
         while not closing:
             closing = self._closing.wait(pause_s)
             self._send()
-            pause_s = min(self._every_s * 2 ** min(self._failures, 10), max(self._every_s, LONGEST_PAUSE_S))
+            pause_s = min(
+                self._every_s * 2 ** min(self._failures, 10), max(self._every_s, LONGEST_PAUSE_S)
+            )
 
     def _send(self) -> None:
         self._trouble = "sending was cut short"
@@ -103,4 +107,6 @@ class Mirror:
         self._trouble = str(error)
         if not self._warned:
             self._warned = True
-            self._warn(f"MLflow does not follow: {error}. Training goes on; the run folder keeps everything.")
+            self._warn(
+                f"MLflow does not follow: {error}. Training goes on; the run folder keeps everything."
+            )

@@ -19,10 +19,22 @@ from relloc.results import LAYERS, Result, read_results
 from relloc.status import Status
 from relloc.tracking.addresses import absolute_uri
 from relloc.tracking.artifacts import sort_artifacts
-from relloc.tracking.experiments import experiment_name, find_or_make_experiment, is_deleted, raise_deleted
+from relloc.tracking.experiments import (
+    experiment_name,
+    find_or_make_experiment,
+    is_deleted,
+    raise_deleted,
+)
 from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE, read_journal
 from relloc.tracking.note import NOTE_FILE, Note, read_note, write_note
-from relloc.tracking.record import RUN_FILE, DatasetRecord, RunRecord, legal_name, now_ms, read_status
+from relloc.tracking.record import (
+    RUN_FILE,
+    DatasetRecord,
+    RunRecord,
+    legal_name,
+    now_ms,
+    read_status,
+)
 from relloc.tracking.store import StoreError, open_store, store_errors
 
 if TYPE_CHECKING:
@@ -121,13 +133,17 @@ def _find_run(sending: _Sending, experiment: str, *, moves: bool) -> None:
     if (note.uri, note.uid) == (sending.uri, record.uid) and _is_there(sending, experiment, moves):
         return
     experiment_id = find_or_make_experiment(client, experiment, sending.uri).experiment_id
-    found = client.search_runs([experiment_id], f"tags.`relloc.uid` = '{record.uid}'", max_results=1)
+    found = client.search_runs(
+        [experiment_id], f"tags.`relloc.uid` = '{record.uid}'", max_results=1
+    )
     if found:
         run = found[0]
     else:
         tags, run_name = {"relloc.uid": record.uid}, record.name[:NAME_CHARACTERS]
         run = client.create_run(experiment_id, record.started_ms, tags=tags, run_name=run_name)
-    sending.note = Note(uri=sending.uri, uid=record.uid, experiment_id=experiment_id, run_id=run.info.run_id)
+    sending.note = Note(
+        uri=sending.uri, uid=record.uid, experiment_id=experiment_id, run_id=run.info.run_id
+    )
     sending.update_note(unsure=bool(found))
 
 
@@ -166,7 +182,10 @@ def _send_record(sending: _Sending) -> int:
     if digest == note.record:
         return 0
     before = client.get_run(note.run_id).data.params
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.params.items()}
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in record.params.items()
+    }
     params = {legal_name(name): text[:PARAM_CHARACTERS] for name, text in texts.items()}
     fresh = [Param(name, text) for name, text in params.items() if name not in before]
     tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(sending.run_dir)}
@@ -176,7 +195,11 @@ def _send_record(sending: _Sending) -> int:
     if commit := record.tags.get("relloc.commit"):
         tags["mlflow.source.git.commit"] = commit
     # MLflow never changes a param: a resumed run's other values can only be told in a tag.
-    changes = [f"{name}: {old} -> {params[name]}" for name, old in before.items() if params.get(name, old) != old]
+    changes = [
+        f"{name}: {old} -> {params[name]}"
+        for name, old in before.items()
+        if params.get(name, old) != old
+    ]
     if changes:
         tags["relloc.changed_params"] = "; ".join(changes)
     client.log_batch(
@@ -206,7 +229,11 @@ def _inputs(datasets: Iterable[DatasetRecord]) -> list[Any]:
                 source=json.dumps({"uri": uses[0].source}),
                 profile=json.dumps({"n_images": uses[0].n_images}),
             ),
-            [InputTag("mlflow.data.context", ", ".join(dict.fromkeys(use.context for use in uses)))],
+            [
+                InputTag(
+                    "mlflow.data.context", ", ".join(dict.fromkeys(use.context for use in uses))
+                )
+            ],
         )
         for uses in by_identity.values()
     ]
@@ -223,7 +250,9 @@ def _send_points(sending: _Sending) -> int:
     fresh = rows if changed else rows[first:]
     if fresh:
         # Of two values of one name and step MLflow shows the one with the later time.
-        points = [point for later, row in enumerate(fresh) for point in _row_points(row, now_ms() + later)]
+        points = [
+            point for later, row in enumerate(fresh) for point in _row_points(row, now_ms() + later)
+        ]
         batch = points, {"results": len(rows), "results_digest": _digest(rows)}
         sent += _send_batches(sending, [batch], doubt or changed)
     if sending.note.unsure:
@@ -238,7 +267,11 @@ def _send_batches(sending: _Sending, batches: Iterable[Batch], doubt: bool) -> i
     for points, changes in batches:
         if known is None:
             names = client.get_run(run_id).data.metrics if doubt else ()
-            known = {_identity(point) for name in names for point in client.get_metric_history(run_id, name)}
+            known = {
+                _identity(point)
+                for name in names
+                for point in client.get_metric_history(run_id, name)
+            }
         sending.update_note(unsure=True)
         fresh = [point for point in points if _identity(point) not in known]
         client.log_batch(run_id, metrics=fresh)
@@ -262,7 +295,10 @@ def _journal_batches(sending: _Sending) -> Iterator[Batch]:
         entries = read_journal(sending.run_dir, first, file)
         points: list[Metric] = []
         for line, entry in enumerate(entries, start=first + 1):
-            points += [Metric(legal_name(name), v, entry.time_ms, entry.step) for name, v in entry.metrics.items()]
+            points += [
+                Metric(legal_name(name), v, entry.time_ms, entry.step)
+                for name, v in entry.metrics.items()
+            ]
             if len(points) >= POINTS_A_BATCH or line == first + len(entries):
                 yield points, {field: line}
                 points = []
@@ -300,7 +336,9 @@ def _send_artifacts(sending: _Sending) -> tuple[int, list[str]]:
             continue
         folder = str(PurePosixPath(name).parent)
         try:
-            sending.client.log_artifact(sending.note.run_id, str(run_dir / name), None if folder == "." else folder)
+            sending.client.log_artifact(
+                sending.note.run_id, str(run_dir / name), None if folder == "." else folder
+            )
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise

@@ -28,7 +28,9 @@ _RECORD_LOST = (
     "Put back a copy, or remove it and start the run's command again with the same hydra.run.dir, which writes it anew "
     "(MLflow then shows another run)"
 )
-_STATUS_LOST = "Remove it, or start the run's command again with the same hydra.run.dir, which writes it anew"
+_STATUS_LOST = (
+    "Remove it, or start the run's command again with the same hydra.run.dir, which writes it anew"
+)
 
 Scalar = str | int | float | bool
 
@@ -85,7 +87,9 @@ class RunRecord:
             started_ms=first.started_ms,
             tracking_uri=absolute_uri(self.tracking_uri) if self.tracking_uri else "",
         )
-        write_json(run_dir / RUN_FILE, dataclasses.asdict(kept), errors="replace")  # it only describes
+        write_json(
+            run_dir / RUN_FILE, dataclasses.asdict(kept), errors="replace"
+        )  # it only describes
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
@@ -151,7 +155,9 @@ def environment_tags(device_names: Sequence[str] = ()) -> dict[str, str]:
     """
     package = Path(__file__).parents[1]
     copied = package / COMMIT_FILE
-    commit = commit_of(Path(__file__)) or (copied.read_text(encoding="utf-8").strip() if copied.is_file() else None)
+    commit = commit_of(Path(__file__)) or (
+        copied.read_text(encoding="utf-8").strip() if copied.is_file() else None
+    )
     tags = {
         "host": socket.gethostname(),
         "version.python": platform.python_version(),
@@ -175,7 +181,9 @@ def commit_of(file: Path) -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=GIT_TIMEOUT_S)
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=GIT_TIMEOUT_S
+    )
     return done.stdout.strip()
 
 

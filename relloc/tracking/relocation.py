@@ -13,7 +13,9 @@ from urllib.parse import unquote, urlsplit
 
 ARTIFACTS = "mlartifacts"
 _WAIT_S = 60.0  # for another process that writes
-_LONGEST_NAME = 100  # of a folder, in characters: four bytes each stay within what file systems take
+_LONGEST_NAME = (
+    100  # of a folder, in characters: four bytes each stay within what file systems take
+)
 
 
 def artifact_folder(store: Path, experiment: str) -> Path:
@@ -32,9 +34,13 @@ def follow_move(store: Path) -> None:
         sqlite3.Error: the database can't be read or written.
     """
     with contextlib.closing(sqlite3.connect(store, timeout=_WAIT_S)) as database:
-        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+        if not database.execute(
+            "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
+        ).fetchone():
             return  # a database that MLflow has not made its tables in yet
-        experiments = database.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall()
+        experiments = database.execute(
+            "SELECT experiment_id, artifact_location FROM experiments"
+        ).fetchall()
         for identity, location in experiments:
             if here := _beside(store, location):
                 with database:
@@ -46,7 +52,9 @@ def follow_move(store: Path) -> None:
 
 
 def _move_runs(database: sqlite3.Connection, experiment: int, old: str, here: Path) -> None:
-    runs = database.execute("SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment,))
+    runs = database.execute(
+        "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment,)
+    )
     for run, address in runs.fetchall():
         if address is None or not address.startswith(f"{old}/"):
             continue

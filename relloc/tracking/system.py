@@ -32,10 +32,14 @@ class SystemMetrics:
         self._started_ms = RunRecord.read(run_dir).started_ms
         self._every_s = every_s
         self._journal = Journal(run_dir, SYSTEM_FILE)
-        self._monitors = [made for module, name in MONITORS.items() if (made := _made(module, name))]
+        self._monitors = [
+            made for module, name in MONITORS.items() if (made := _made(module, name))
+        ]
         self._sample()  # use of processors is counted between two samples
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="relloc-system-metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, name="relloc-system-metrics", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
@@ -54,7 +58,9 @@ class SystemMetrics:
             monitor.clear_metrics()
             try:
                 monitor.collect_metrics()
-                sample |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+                sample |= {
+                    f"system/{name}": value for name, value in monitor.aggregate_metrics().items()
+                }
             except Exception:  # noqa: BLE001 - as below
                 self._monitors.remove(monitor)
         return sample

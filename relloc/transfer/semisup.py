@@ -101,7 +101,9 @@ class SemiSupervised(Evaluation):
     def __post_init__(self) -> None:
         checks.number("eval.semisup.share", self.share, above=0, at_most=1)
         if not isinstance(self.list_file, str | None):
-            raise ValueError(f"eval.semisup.list_file is {self.list_file}: give the path of a file, or null")
+            raise ValueError(
+                f"eval.semisup.list_file is {self.list_file}: give the path of a file, or null"
+            )
         check_view("eval.semisup.view", self.view)
         check_view("eval.semisup.augment", self.augment)
         schedule.check_sgd_settings("eval.semisup", self, batch_norm=True)

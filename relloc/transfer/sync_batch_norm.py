@@ -63,7 +63,9 @@ class CpuSyncBatchNorm(_BatchNorm):
         own_count = torch.tensor(input.numel() / channels, dtype=torch.float64)
         count = ranks.total(own_count).item()
         if count == 1:
-            raise ValueError("a batch norm has no variance of one value per channel: give more images for each step")
+            raise ValueError(
+                "a batch norm has no variance of one value per channel: give more images for each step"
+            )
         mean = _SumOverRanks.apply(values.sum(reduced_dims)) / count
         centered = values - mean.view(per_channel)
         # A second pass over centered values is exact where means of squares would cancel.
@@ -84,7 +86,11 @@ class CpuSyncBatchNorm(_BatchNorm):
         variance: Tensor,
         count: float,
     ) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if (
+            self.running_mean is None
+            or self.running_var is None
+            or self.num_batches_tracked is None
+        ):
             return
         self.num_batches_tracked.add_(1)
         momentum = self.momentum

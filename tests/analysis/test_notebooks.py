@@ -16,7 +16,11 @@ ANALYSIS = Path(__file__).parents[2] / "analysis"
 NOTEBOOKS = sorted(path for path in ANALYSIS.glob("*.py") if "jupytext" in path.read_text())
 TOLD = {
     "accuracy_by_layer": ("31.0", "65.0"),  # random, feature1; pretrained, feature5
-    "sweep": ("10.08", "0.71", "(16, 7)"),  # how far settings and seeds lie apart, where the highest is
+    "sweep": (
+        "10.08",
+        "0.71",
+        "(16, 7)",
+    ),  # how far settings and seeds lie apart, where the highest is
     "training_curves": ("2.17", "31.0"),  # the last loss, the last accuracy
 }
 
@@ -26,7 +30,14 @@ def runs(tmp_path, monkeypatch) -> Path:
     run_dir = tmp_path / "one"
     run_dir.mkdir()
     RunRecord(name="small gap21 s0", experiment="relloc").write(run_dir)
-    names = {"dataset": "photos", "split": "held_out", "n": 100, "seed": 0, "protocol": "3.3", "model": "small"}
+    names = {
+        "dataset": "photos",
+        "split": "held_out",
+        "n": 100,
+        "seed": 0,
+        "protocol": "3.3",
+        "model": "small",
+    }
     append_results(
         run_dir,
         [
@@ -52,10 +63,20 @@ def runs(tmp_path, monkeypatch) -> Path:
         folder = tmp_path / f"gap{gap} jit{jitter} s{seed}"
         folder.mkdir()
         value = 40.0 + gap + jitter + seed
-        row = {**names, "eval": "knn", "metric": "top1_k20", "checkpoint": "/x/backbone.safetensors", "seed": seed}
+        row = {
+            **names,
+            "eval": "knn",
+            "metric": "top1_k20",
+            "checkpoint": "/x/backbone.safetensors",
+            "seed": seed,
+        }
         append_results(folder, [Result(layer="feature4", value=value, headline=True, **row)])
         words = (f"grid.gap_px={gap}", f"grid.jitter_px={jitter}", f"seed={seed}")
-        points.append(Point(kind="train", name=folder.name, overrides=words, identity=folder.name, folder=folder))
+        points.append(
+            Point(
+                kind="train", name=folder.name, overrides=words, identity=folder.name, folder=folder
+            )
+        )
     sweep = Sweep(tmp_path / "sweeps" / "grid")
     with sweep.locked():
         sweep.add(points, ["train.py"])
@@ -75,11 +96,16 @@ def test_there_is_a_notebook_to_execute():
 def test_a_notebook_runs_and_draws(path, runs):
     notebook = jupytext.read(path)
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ANALYSIS)}}
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(ANALYSIS)}},
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    table = next(output["data"]["text/plain"] for output in outputs if "text/html" in output.get("data", {}))
+    table = next(
+        output["data"]["text/plain"] for output in outputs if "text/html" in output.get("data", {})
+    )
     for value in TOLD[path.stem]:
         assert value in table
     assert (runs / f"{path.stem}.png").stat().st_size > 10_000
@@ -96,14 +122,21 @@ def test_a_notebook_runs_and_draws(path, runs):
         ("evaluate", "random", "random"),
     ],
 )
-def test_rows_belong_to_the_pretraining_of_their_weights(tmp_path, monkeypatch, kind, checkpoint, study):
+def test_rows_belong_to_the_pretraining_of_their_weights(
+    tmp_path, monkeypatch, kind, checkpoint, study
+):
     monkeypatch.syspath_prepend(str(ANALYSIS))
     from load import load_results
 
-    told = {"pretrained": ("gap0 s1 gray", 1, {}), "it": ("gap32 s0 gray", 0, {"relloc.kind": kind})}
+    told = {
+        "pretrained": ("gap0 s1 gray", 1, {}),
+        "it": ("gap32 s0 gray", 0, {"relloc.kind": kind}),
+    }
     for folder, (name, seed, tags) in told.items():
         (tmp_path / folder).mkdir()
-        RunRecord(name=name, experiment="relloc", tags=tags, params={"seed": seed}).write(tmp_path / folder)
+        RunRecord(name=name, experiment="relloc", tags=tags, params={"seed": seed}).write(
+            tmp_path / folder
+        )
     row = Result(
         eval="knn",
         layer="feature1",
@@ -125,14 +158,23 @@ def test_runs_that_differ_in_their_seed_alone_are_one_study(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(ANALYSIS))
     from load import load_results
 
-    names = {"dataset": "photos", "split": "held_out", "n": 100, "model": "small", "checkpoint": "/x/backbone.pt"}
+    names = {
+        "dataset": "photos",
+        "split": "held_out",
+        "n": 100,
+        "model": "small",
+        "checkpoint": "/x/backbone.pt",
+    }
     for seed, rate in ((0, 0.1), (1, 0.1), (2, 0.2)):
         folder = tmp_path / f"run{seed}"
         folder.mkdir()
         params = {"seed": seed, "optimizer.lr": rate, "workers": seed}
         told = {"name": f"gap0 s{seed} gray", "tags": {"relloc.kind": "train"}, "params": params}
         RunRecord(experiment="relloc", **told).write(folder)
-        append_results(folder, [Result(eval="knn", layer="feature1", metric="top1", value=1.0, seed=seed, **names)])
+        append_results(
+            folder,
+            [Result(eval="knn", layer="feature1", metric="top1", value=1.0, seed=seed, **names)],
+        )
     found = load_results(tmp_path)
     assert set(found["study"]) == {"gap0 gray"}
     assert list(found["settings"] == found["settings"][0]) == [True, True, False]

@@ -25,7 +25,11 @@ from relloc.checkpoints.fitting import fill
 from relloc.checkpoints.states import save_training
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
-ABOUT = {"model": {"name": "tiny", "backbone": {"widths": [4, 8]}}, "step": 3, "computed": {"path": "/ä/𝄞"}}
+ABOUT = {
+    "model": {"name": "tiny", "backbone": {"widths": [4, 8]}},
+    "step": 3,
+    "computed": {"path": "/ä/𝄞"},
+}
 
 
 def network(seed: int = 0, width: int = 4) -> nn.Sequential:
@@ -39,12 +43,22 @@ def test_what_relloc_wrote_is_ours_and_nothing_else(tmp_path: Path) -> None:
     save_backbone(tmp_path / BACKBONE_FILE, network(), {"model": {}})
     assert is_ours(tmp_path / BACKBONE_FILE)
     assert is_ours(save_training(tmp_path, {"model": {}, "about": {}}, 1))
-    save_file({"conv1.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"conv1.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     torch.save({"state_dict": {}, "step": 3}, tmp_path / "epoch_3.pt")
     torch.save({"model": network()}, tmp_path / "whole.pt")  # a pickled class, which is not read
     torch.save({"model": {}}, tmp_path / "x.pth")
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 and nothing more")
-    for name in ("model.safetensors", "epoch_3.pt", "whole.pt", "x.pth", "broken.pt", "none.pt", "."):
+    for name in (
+        "model.safetensors",
+        "epoch_3.pt",
+        "whole.pt",
+        "x.pth",
+        "broken.pt",
+        "none.pt",
+        ".",
+    ):
         assert not is_ours(tmp_path / name), name
 
 
@@ -99,7 +113,9 @@ def test_weights_that_are_not_finite_are_refused_and_named(value: float) -> None
 
 
 @pytest.mark.parametrize("given", ["folder", "safetensors", "training"])
-def test_a_backbone_loads_from_a_run_folder_its_file_or_a_training(tmp_path: Path, given: str) -> None:
+def test_a_backbone_loads_from_a_run_folder_its_file_or_a_training(
+    tmp_path: Path, given: str
+) -> None:
     model = nn.ModuleDict({"backbone": network(seed=3), "head": nn.Linear(2, 2)})
     save_backbone(tmp_path / BACKBONE_FILE, model["backbone"], ABOUT)
     saved = save_training(tmp_path, {"model": model.state_dict(), "about": ABOUT}, 3)
@@ -108,7 +124,10 @@ def test_a_backbone_loads_from_a_run_folder_its_file_or_a_training(tmp_path: Pat
     assert about == ABOUT
     other = network(seed=1)
     fill(other, weights, "it")
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model["backbone"].state_dict().items())
+    assert all(
+        torch.equal(value, other.state_dict()[name])
+        for name, value in model["backbone"].state_dict().items()
+    )
 
 
 def test_a_backbone_in_channels_last_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -119,16 +138,23 @@ def test_a_backbone_in_channels_last_comes_back_as_it_was(tmp_path: Path) -> Non
     assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
 
 
-def test_a_turned_byte_is_told_by_the_hash_beside_a_backbone_which_sha256sum_checks(tmp_path: Path) -> None:
+def test_a_turned_byte_is_told_by_the_hash_beside_a_backbone_which_sha256sum_checks(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / BACKBONE_FILE
     save_backbone(file, network(), ABOUT)
-    checked = subprocess.run(["sha256sum", "--check", f"{BACKBONE_FILE}.sha256"], cwd=tmp_path, check=False)
+    checked = subprocess.run(
+        ["sha256sum", "--check", f"{BACKBONE_FILE}.sha256"], cwd=tmp_path, check=False
+    )
     assert checked.returncode == 0
     content = bytearray(file.read_bytes())
     content[-10] ^= 0x10
     file.write_bytes(content)
     for path in (tmp_path, file):
-        with pytest.raises(DamagedCheckpoint, match=r"SHA-256 is not the one noted in backbone\.safetensors\.sha256"):
+        with pytest.raises(
+            DamagedCheckpoint,
+            match=r"SHA-256 is not the one noted in backbone\.safetensors\.sha256",
+        ):
             load_backbone(path)
 
 
@@ -161,7 +187,9 @@ def test_numbers_of_another_kind_do_not_fit(dtype: torch.dtype) -> None:
         fill(network(), weights, "it")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
+)
 def test_other_precisions_fit(dtype: torch.dtype) -> None:
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
                for name, tensor in network(seed=1).state_dict().items()}  # fmt: skip
@@ -171,15 +199,22 @@ def test_other_precisions_fit(dtype: torch.dtype) -> None:
 
 
 def test_what_holds_no_backbone_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"backbone\.safetensors does not exist: give a backbone\.safetensors or"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"backbone\.safetensors does not exist: give a backbone\.safetensors or",
+    ):
         load_backbone(tmp_path)
     with pytest.raises(CheckpointError, match=r"none\.safetensors does not exist"):
         load_backbone(tmp_path / "none.safetensors")
     (tmp_path / BACKBONE_FILE).write_bytes(b"not safetensors")
-    with pytest.raises(CheckpointError, match=r"backbone\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"backbone\.safetensors is damaged or no safetensors file"
+    ):
         load_backbone(tmp_path)
     save_file({"conv1.weight": torch.ones(2)}, tmp_path / BACKBONE_FILE)
-    with pytest.raises(CheckpointError, match="holds weights, but relloc did not write it: its backbone is unknown"):
+    with pytest.raises(
+        CheckpointError, match="holds weights, but relloc did not write it: its backbone is unknown"
+    ):
         load_backbone(tmp_path)
 
 
@@ -243,7 +278,11 @@ def test_weights_that_the_backbone_can_not_hold_or_use_are_refused() -> None:
     layers = network()
     state = dict(layers.state_dict())
     with pytest.raises(CheckpointError, match=r"NaN or infinite .* such as 0\.weight"):
-        fill(layers, changed(state, "0.weight", torch.full((4, 3, 3, 3), 1e300, dtype=torch.float64)), "x")
+        fill(
+            layers,
+            changed(state, "0.weight", torch.full((4, 3, 3, 3), 1e300, dtype=torch.float64)),
+            "x",
+        )
     with pytest.raises(CheckpointError, match=r"negative variances in 1\.running_var"):
         fill(layers, changed(state, "1.running_var", -state["1.running_var"]), "x")
     fill(layers, changed(state, "0.weight", state["0.weight"].double()), "x")

@@ -65,34 +65,69 @@ def detectron2_name(name: str) -> str:
 
 
 def without_counters(weights: Weights) -> Weights:
-    return {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
+    return {
+        name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")
+    }
 
 
 ONE = torch.ones(2)
 NECK_AND_HEAD = {
-    **below("neck.", {"fc.weight": ONE, "fc.bias": ONE, "bn.weight": ONE, "bn.num_batches_tracked": torch.tensor(3)}),
+    **below(
+        "neck.",
+        {
+            "fc.weight": ONE,
+            "fc.bias": ONE,
+            "bn.weight": ONE,
+            "bn.num_batches_tracked": torch.tensor(3),
+        },
+    ),
     **below("head.", {"fc_cls.weight": ONE, "fc_cls.bias": ONE}),
 }
-OPTIMIZER = {"state": {0: {"momentum_buffer": ONE}, 1: {"momentum_buffer": ONE}}, "param_groups": [{"lr": 0.2}]}
+OPTIMIZER = {
+    "state": {0: {"momentum_buffer": ONE}, 1: {"momentum_buffer": ONE}},
+    "param_groups": [{"lr": 0.2}],
+}
 FC = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
 
 
 def vissl(weights: Weights) -> dict[str, Any]:
     model = {"trunk": below("_feature_blocks.", weights), "heads": {"0.clf.0.weight": ONE}}
     base_model = {"model": model, "meta": {"config": None}}
-    state = {"base_model": base_model, "optimizer": OPTIMIZER, "loss": {"memory": ONE}, "train": True}
+    state = {
+        "base_model": base_model,
+        "optimizer": OPTIMIZER,
+        "loss": {"memory": ONE},
+        "train": True,
+    }
     return {"phase_idx": 3, "loss": 0.1, "classy_state_dict": state}
 
 
 def mmselfsup_1(weights: Weights) -> dict[str, Any]:
     state = below("backbone.", weights) | NECK_AND_HEAD
     hub = {"log_scalars": {"train/lr": object()}}
-    return {"meta": {"epoch": 70}, "state_dict": state, "message_hub": hub, "param_schedulers": [{"last_step": 2}]}
+    return {
+        "meta": {"epoch": 70},
+        "state_dict": state,
+        "message_hub": hub,
+        "param_schedulers": [{"last_step": 2}],
+    }
 
 
 def timm_training(weights: Weights, **more: Any) -> dict[str, Any]:
-    about = {"epoch": 3, "arch": "resnet18", "version": 2, "args": argparse.Namespace(lr=0.1), "metric": 0.5}
-    return {**about, "state_dict": weights | FC, "optimizer": OPTIMIZER, "amp_scaler": {"scale": 65536.0}, **more}
+    about = {
+        "epoch": 3,
+        "arch": "resnet18",
+        "version": 2,
+        "args": argparse.Namespace(lr=0.1),
+        "metric": 0.5,
+    }
+    return {
+        **about,
+        "state_dict": weights | FC,
+        "optimizer": OPTIMIZER,
+        "amp_scaler": {"scale": 65536.0},
+        **more,
+    }
 
 
 LAYOUTS: dict[str, tuple[Callable[[Weights], dict[str, Any]], str, dict[str, int]]] = {
@@ -126,7 +161,11 @@ LAYOUTS: dict[str, tuple[Callable[[Weights], dict[str, Any]], str, dict[str, int
     ),
     "mmselfsup 1.x": (mmselfsup_1, "mmselfsup 1.x", {"neck": 4, "head": 2}),
     "torchvision": (lambda w: w | FC, "torchvision or timm", {"classifier": 2}),
-    "timm published": (lambda w: without_counters(w) | FC, "torchvision or timm", {"classifier": 2}),
+    "timm published": (
+        lambda w: without_counters(w) | FC,
+        "torchvision or timm",
+        {"classifier": 2},
+    ),
     "timm training": (
         timm_training,
         "torchvision's names below state_dict",
@@ -147,15 +186,30 @@ LAYOUTS: dict[str, tuple[Callable[[Weights], dict[str, Any]], str, dict[str, int
         "detectron2's names",
         {"classifier": 2},
     ),
-    "plain, with a prefix": (lambda w: below("encoder.", w), "torchvision's names below encoder", {}),
-    "DataParallel": (lambda w: below("module.", w | FC), "torchvision's names below module", {"classifier": 2}),
+    "plain, with a prefix": (
+        lambda w: below("encoder.", w),
+        "torchvision's names below encoder",
+        {},
+    ),
+    "DataParallel": (
+        lambda w: below("module.", w | FC),
+        "torchvision's names below module",
+        {"classifier": 2},
+    ),
     "MoCo": (
-        lambda w: {"state_dict": below("module.encoder_q.", w | {"fc.0.weight": ONE}) | {"module.queue": ONE}},
+        lambda w: {
+            "state_dict": below("module.encoder_q.", w | {"fc.0.weight": ONE})
+            | {"module.queue": ONE}
+        },
         "torchvision's names below state_dict.module.encoder_q",
         {"classifier": 1, "queue or memory bank": 1},
     ),
     "SwAV": (
-        lambda w: {"model": below("module.", w | {"projection_head.0.weight": ONE, "prototypes.weight": ONE})},
+        lambda w: {
+            "model": below(
+                "module.", w | {"projection_head.0.weight": ONE, "prototypes.weight": ONE}
+            )
+        },
         "torchvision's names below model.module",
         {"head": 1, "projection or prediction": 1},
     ),
@@ -163,7 +217,9 @@ LAYOUTS: dict[str, tuple[Callable[[Weights], dict[str, Any]], str, dict[str, int
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_forward_to_the_bit(ours: ResNetBackbone, weights: Weights, layout: str) -> None:
+def test_every_layout_gives_the_same_forward_to_the_bit(
+    ours: ResNetBackbone, weights: Weights, layout: str
+) -> None:
     imitate, name, left_out = LAYOUTS[layout]
     found = find(imitate(weights), origin="x.pth")
     assert found.model == "resnet18"
@@ -177,7 +233,9 @@ def test_every_layout_gives_the_same_forward_to_the_bit(ours: ResNetBackbone, we
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_in_every_layout_missing_and_foreign_tensors_are_named(weights: Weights, layout: str) -> None:
+def test_in_every_layout_missing_and_foreign_tensors_are_named(
+    weights: Weights, layout: str
+) -> None:
     imitate, name, _ = LAYOUTS[layout]
     changed = {name: tensor for name, tensor in weights.items() if name != "layer2.1.conv2.weight"}
     changed |= {"layer3.0.se.weight": ONE, "bn1.bias": ONE}
@@ -202,16 +260,26 @@ def test_the_318_tensors_of_a_resnet50_go_to_detectron2_and_back() -> None:
 
 
 TWO = {
-    "encoders": lambda w, other: {"state_dict": below("module.encoder_q.", w) | below("module.encoder_k.", other)},
+    "encoders": lambda w, other: {
+        "state_dict": below("module.encoder_q.", w) | below("module.encoder_k.", other)
+    },
     "average": lambda w, other: timm_training(w, state_dict_ema=other | FC),
-    "teacher": lambda w, other: {"student": below("module.backbone.", w), "teacher": below("backbone.", other)},
+    "teacher": lambda w, other: {
+        "student": below("module.backbone.", w),
+        "teacher": below("backbone.", other),
+    },
 }
 
 
 @pytest.mark.parametrize(
     ("file", "names", "first", "second"),
     [
-        ("encoders", "state_dict.module.encoder_q, state_dict.module.encoder_k", "encoder_q", "module.encoder_k."),
+        (
+            "encoders",
+            "state_dict.module.encoder_q, state_dict.module.encoder_k",
+            "encoder_q",
+            "module.encoder_k.",
+        ),
         ("average", "state_dict, state_dict_ema", "state_dict", "state_dict_ema"),
         ("teacher", "student.module.backbone, teacher.backbone", "student", "teacher.backbone"),
     ],
@@ -230,14 +298,17 @@ def test_of_several_backbones_one_is_to_be_named(
     for prefix, expected in ((first, weights), (second, other)):
         chosen = find(content, origin="x.pth", prefix=prefix).fitted(weights)
         assert all(torch.equal(chosen[name], expected[name]) for name in expected)
-    with pytest.raises(CheckpointError, match=rf"holds no backbone below encoder; there are: {names}\. Name one"):
+    with pytest.raises(
+        CheckpointError, match=rf"holds no backbone below encoder; there are: {names}\. Name one"
+    ):
         find(content, origin="x.pth", prefix="encoder")
 
 
 def test_a_backbone_without_prefix_is_named_by_an_empty_one(weights: Weights) -> None:
     content = weights | below("ema.", weights)
     with pytest.raises(
-        CheckpointError, match=r"backbones: \(no prefix\), ema\. Name one, such as checkpoint_prefix=''"
+        CheckpointError,
+        match=r"backbones: \(no prefix\), ema\. Name one, such as checkpoint_prefix=''",
     ):
         find(content, origin="x.pth")
     found = find(content, origin="x.pth", prefix="")
@@ -246,8 +317,16 @@ def test_a_backbone_without_prefix_is_named_by_an_empty_one(weights: Weights) ->
 
 
 def test_all_that_does_not_fit_is_one_message(weights: Weights) -> None:
-    state = below("backbone.", weights | {"layer1.0.se.fc1.weight": ONE, "conv1.weight": torch.ones(64, 1, 7, 7)})
-    for name in ("bn1.running_var", "layer4.1.conv2.weight", "layer4.1.bn2.weight", "layer4.1.bn2.bias"):
+    state = below(
+        "backbone.",
+        weights | {"layer1.0.se.fc1.weight": ONE, "conv1.weight": torch.ones(64, 1, 7, 7)},
+    )
+    for name in (
+        "bn1.running_var",
+        "layer4.1.conv2.weight",
+        "layer4.1.bn2.weight",
+        "layer4.1.bn2.bias",
+    ):
         del state[f"backbone.{name}"]
     found = find({"state_dict": state | {"decoder.weight": ONE}}, origin="x.pth")
     with pytest.raises(CheckpointError) as raised:
@@ -265,11 +344,20 @@ def test_tensors_outside_the_backbone_that_nobody_knows_are_left_out_and_named(
     weights: Weights, prefix: str | None
 ) -> None:
     state = below("backbone.", weights) | {"decoder.weight": ONE, "backbone2.weight": ONE}
-    content = {"state_dict": state, "best_acc1": torch.tensor(71.2), "rng_state": torch.get_rng_state()}
+    content = {
+        "state_dict": state,
+        "best_acc1": torch.tensor(71.2),
+        "rng_state": torch.get_rng_state(),
+    }
     found = find(content, origin="x.pth", prefix=prefix)
     assert len(found.fitted(weights)) == len(weights)
     assert dict(found.left_out) == {"others outside the backbone": 4}
-    assert set(found.others) == {"state_dict.decoder.weight", "state_dict.backbone2.weight", "best_acc1", "rng_state"}
+    assert set(found.others) == {
+        "state_dict.decoder.weight",
+        "state_dict.backbone2.weight",
+        "best_acc1",
+        "rng_state",
+    }
     assert "left out: 4 of others outside the backbone (state_dict.decoder.weight, " in str(found)
 
 
@@ -286,7 +374,15 @@ def test_what_was_not_read_is_named_with_what_was_found(weights: Weights) -> Non
         find({"model": LeftOut("models.Net"), "rng": ONE}, origin="x.pth")
 
 
-CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7", "fc": "9"}
+CHILDREN = {
+    "conv1": "0",
+    "bn1": "1",
+    "layer1": "4",
+    "layer2": "5",
+    "layer3": "6",
+    "layer4": "7",
+    "fc": "9",
+}
 
 
 def children(weights: Weights) -> Weights:
@@ -304,7 +400,9 @@ def test_the_numbered_children_of_a_resnet_are_its_weights(weights: Weights, pre
         find(below(prefix, children(weights) | {"3.weight": ONE}), origin="x.pth").fitted(weights)
 
 
-@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+)
 def test_torchs_wrappers_may_be_anywhere_in_names(weights: Weights, wrapper: str) -> None:
     wrapped = {name.replace("layer1.", f"layer1.{wrapper}.").replace(".0.", f".0.{wrapper}."): tensor
                for name, tensor in weights.items()}  # fmt: skip
@@ -315,7 +413,11 @@ def test_torchs_wrappers_may_be_anywhere_in_names(weights: Weights, wrapper: str
 
 def test_checkpoints_of_lightning_are_called_by_their_name(weights: Weights) -> None:
     for state in (weights, children(weights)):
-        content = {"pytorch-lightning_version": "2.2.0", "epoch": 9, "state_dict": below("backbone.", state)}
+        content = {
+            "pytorch-lightning_version": "2.2.0",
+            "epoch": 9,
+            "state_dict": below("backbone.", state),
+        }
         found = find(content, origin="x.pth")
         assert found.layout.startswith("PyTorch Lightning")
         assert len(found.fitted(weights)) == len(weights)
@@ -323,7 +425,10 @@ def test_checkpoints_of_lightning_are_called_by_their_name(weights: Weights) -> 
 
 def test_a_network_that_is_none_of_ours_is_told_by_its_blocks() -> None:
     larger = names_only(50) | {f"layer3.{block}.conv1.weight": ONE for block in range(6, 23)}
-    with pytest.raises(CheckpointError, match=r"ResNet of 3-4-23-3 bottleneck blocks, which is none of resnet18, resn"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"ResNet of 3-4-23-3 bottleneck blocks, which is none of resnet18, resn",
+    ):
         find(larger, origin="x.pth").model_or_advice()
 
 
@@ -332,7 +437,9 @@ def test_a_deep_stem_is_told() -> None:
     deep = {name: tensor for name, tensor in weights.items() if name != "conv1.weight"} | below(
         "conv1.0.", {"weight": ONE}
     )
-    with pytest.raises(CheckpointError, match=r"1 missing \(conv1\.weight\); 1 unknown \(conv1\.0\.weight\)"):
+    with pytest.raises(
+        CheckpointError, match=r"1 missing \(conv1\.weight\); 1 unknown \(conv1\.0\.weight\)"
+    ):
         find(deep, origin="resnet50d").fitted(weights)
 
 

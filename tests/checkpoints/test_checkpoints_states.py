@@ -24,7 +24,11 @@ from relloc.checkpoints.states import (
 )
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
-ABOUT = {"model": {"name": "tiny", "backbone": {"widths": [4, 8]}}, "step": 3, "computed": {"path": "/ä/𝄞"}}
+ABOUT = {
+    "model": {"name": "tiny", "backbone": {"widths": [4, 8]}},
+    "step": 3,
+    "computed": {"path": "/ä/𝄞"},
+}
 
 
 def network(seed: int = 0, width: int = 4) -> nn.Sequential:
@@ -39,13 +43,20 @@ def training_state(seed: int = 0) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sum(value.sum() for value in model.parameters()).backward()
     optimizer.step()
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "about": ABOUT, "computed": {"lr": 0.1}}
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "about": ABOUT,
+        "computed": {"lr": 0.1},
+    }
 
 
 def assert_same(one: Any, other: Any) -> None:
     if isinstance(one, Tensor):
         assert one.dtype == other.dtype
-        assert torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))  # to the bit, nan too
+        assert torch.equal(
+            one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8)
+        )  # to the bit, nan too
     elif isinstance(one, dict):
         assert list(one) == list(other)
         for name in one:
@@ -92,7 +103,10 @@ def test_the_newest_two_are_kept_in_the_order_of_steps(tmp_path: Path) -> None:
         save_training(tmp_path, {"step_was": step}, step)
     kept = saved_trainings(tmp_path)
     assert [load_training(path)["step_was"] for path in kept] == [99, 1000]
-    assert files_below(tmp_path) == ["checkpoints/step_000000099.pt", "checkpoints/step_000001000.pt"]
+    assert files_below(tmp_path) == [
+        "checkpoints/step_000000099.pt",
+        "checkpoints/step_000001000.pt",
+    ]
 
 
 def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
@@ -132,9 +146,15 @@ for save in (
 """
 
 
-def test_a_write_that_fails_midway_says_what_to_do_and_what_was_before_still_loads(tmp_path: Path) -> None:
+def test_a_write_that_fails_midway_says_what_to_do_and_what_was_before_still_loads(
+    tmp_path: Path,
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     of_training, of_backbone = done.stdout.splitlines()
@@ -158,15 +178,21 @@ def test_a_file_that_can_not_take_its_place_leaves_nothing_behind(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(CheckpointError, match=r"step_000000002\.pt\S* could not be written \(Permission denied\)"):
+    with pytest.raises(
+        CheckpointError, match=r"step_000000002\.pt\S* could not be written \(Permission denied\)"
+    ):
         save_training(tmp_path, {"value": 2}, 2)
     assert files_below(tmp_path) == ["checkpoints/step_000000001.pt"]
     assert load_training(saved_trainings(tmp_path)[0])["value"] == 1
 
 
-def test_a_run_folder_that_can_not_hold_checkpoints_is_an_error_with_the_advice(tmp_path: Path) -> None:
+def test_a_run_folder_that_can_not_hold_checkpoints_is_an_error_with_the_advice(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with pytest.raises(CheckpointError, match=r"step_000000001\.pt\S* could not be written \(.+\)\. What was saved"):
+    with pytest.raises(
+        CheckpointError, match=r"step_000000001\.pt\S* could not be written \(.+\)\. What was saved"
+    ):
         save_training(tmp_path, {}, 1)
 
 
@@ -174,15 +200,22 @@ def test_what_is_unfinished_is_no_checkpoint(tmp_path: Path) -> None:
     path = save_training(tmp_path, {"value": 1}, 1)
     left = path.with_name(".step_000000002.pt.unfinished")
     left.write_bytes(path.read_bytes()[:100])  # as a killed process leaves it
-    path.with_name("step_000000002.pt.sha256").write_text("0" * 64 + "  step_000000002.pt")  # and this before
+    path.with_name("step_000000002.pt.sha256").write_text(
+        "0" * 64 + "  step_000000002.pt"
+    )  # and this before
     assert saved_trainings(tmp_path) == [path]
     newest = save_training(tmp_path, {"value": 2}, 2)
     assert newest_sound(tmp_path, pytest.fail) == newest
     assert load_training(newest)["value"] == 2
-    assert files_below(tmp_path) == ["checkpoints/step_000000001.pt", "checkpoints/step_000000002.pt"]
+    assert files_below(tmp_path) == [
+        "checkpoints/step_000000001.pt",
+        "checkpoints/step_000000002.pt",
+    ]
 
 
-def test_a_milestone_stays_when_newer_ones_go_and_its_hash_is_one_that_sha256sum_checks(tmp_path: Path) -> None:
+def test_a_milestone_stays_when_newer_ones_go_and_its_hash_is_one_that_sha256sum_checks(
+    tmp_path: Path,
+) -> None:
     for step in range(1, 5):
         save_training(tmp_path, {"value": step}, step, milestone="epoch_2" if step == 2 else None)
     names = ["epoch_2", "step_000000003", "step_000000004"]
@@ -190,7 +223,12 @@ def test_a_milestone_stays_when_newer_ones_go_and_its_hash_is_one_that_sha256sum
     assert load_training(tmp_path / "checkpoints" / "epoch_2.pt")["value"] == 2
     assert [path.stem for path in saved_trainings(tmp_path)] == names[1:]
     check = ["sha256sum", "--check", *(f"{name}.pt.sha256" for name in names)]
-    assert subprocess.run(check, cwd=tmp_path / "checkpoints", capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            check, cwd=tmp_path / "checkpoints", capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def flip_a_bit(path: Path) -> None:
@@ -202,16 +240,23 @@ def flip_a_bit(path: Path) -> None:
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = save_training(tmp_path, {"weight": torch.zeros(1000)}, 1)
     flip_a_bit(path)
-    with pytest.raises(CheckpointError, match=r"step_000000001\.pt is damaged .*: its SHA-256 is not the one noted in"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step_000000001\.pt is damaged .*: its SHA-256 is not the one noted in",
+    ):
         load_training(path)
     path.with_name(path.name + ".sha256").unlink()
     assert load_training(path)["weight"].any()  # without the hash nobody would have known
 
 
-def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_warning(tmp_path: Path) -> None:
+def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_warning(
+    tmp_path: Path,
+) -> None:
     warnings: list[str] = []
     assert newest_sound(tmp_path, warnings.append) is None
-    older, newest = (save_training(tmp_path, {"weight": torch.zeros(1000)}, step) for step in (1, 2))
+    older, newest = (
+        save_training(tmp_path, {"weight": torch.zeros(1000)}, step) for step in (1, 2)
+    )
     assert newest_sound(tmp_path, warnings.append) == newest
     assert warnings == []
     flip_a_bit(newest)
@@ -227,12 +272,15 @@ def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_
     flip_a_bit(older)
     for _ in range(2):  # nor is training begun anew, unasked, when it is started again
         with pytest.raises(
-            CheckpointError, match="no checkpoint in .* can be read. Copy a milestone to step_000000000"
+            CheckpointError,
+            match="no checkpoint in .* can be read. Copy a milestone to step_000000000",
         ):
             newest_sound(tmp_path, warnings.append)
 
 
-@pytest.mark.parametrize(("place", "name"), [(Path, "open"), (hashlib, "file_digest"), (torch, "load")])
+@pytest.mark.parametrize(
+    ("place", "name"), [(Path, "open"), (hashlib, "file_digest"), (torch, "load")]
+)
 def test_a_checkpoint_that_can_not_be_read_at_present_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str
 ) -> None:
@@ -243,14 +291,21 @@ def test_a_checkpoint_that_can_not_be_read_at_present_is_left_alone(
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(place, name, stale)
-    with pytest.raises(CheckpointError, match=r"step_000000001\.pt\S* can't be read \(Stale file handle\); nothing"):
+    with pytest.raises(
+        CheckpointError, match=r"step_000000001\.pt\S* can't be read \(Stale file handle\); nothing"
+    ):
         newest_sound(tmp_path, pytest.fail)
     monkeypatch.undo()
     assert files_below(tmp_path) == before
 
 
-def test_a_state_comes_back_to_the_bit_and_its_hash_is_one_that_sha256sum_checks(tmp_path: Path) -> None:
-    state = training_state() | {"odd": torch.tensor([math.nan, -0.0]).bfloat16(), "plain": [1, None, (1, "ä")]}
+def test_a_state_comes_back_to_the_bit_and_its_hash_is_one_that_sha256sum_checks(
+    tmp_path: Path,
+) -> None:
+    state = training_state() | {
+        "odd": torch.tensor([math.nan, -0.0]).bfloat16(),
+        "plain": [1, None, (1, "ä")],
+    }
     path = tmp_path / "evaluations" / "a.pt"
     for number in (1, 2):  # also in the place of the one before
         save_state(path, state | {"number": number})
@@ -284,7 +339,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 assert loaded.shape == weight.shape and loaded[-1] == 1
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "a.pt")], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program, str(tmp_path / "a.pt")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 30_000  # KiB; the state is 117,000
@@ -302,8 +361,12 @@ def test_a_state_that_can_not_be_saved_leaves_the_one_before(
         full_disk(monkeypatch, after_bytes=0)
     else:
         monkeypatch.setattr(os, "replace", no_replace_of(path))
-    with pytest.raises(CheckpointError, match=r"a\.pt could not be written \(.+\)\. What was saved before is"):
-        save_state(path, {"a": torch.ones(500_000), "b": torch.ones(500_000), "c": torch.ones(500_000)})
+    with pytest.raises(
+        CheckpointError, match=r"a\.pt could not be written \(.+\)\. What was saved before is"
+    ):
+        save_state(
+            path, {"a": torch.ones(500_000), "b": torch.ones(500_000), "c": torch.ones(500_000)}
+        )
     monkeypatch.undo()
     assert load_state(path) == {"value": 1}
     assert not list(tmp_path.glob(".*"))
@@ -330,22 +393,30 @@ def no_replace_of(path: Path) -> Callable[[Path, Path], None]:
     return refuse
 
 
-def test_a_damaged_state_is_told_and_a_lost_hash_only_means_that_it_is_not_checked(tmp_path: Path) -> None:
+def test_a_damaged_state_is_told_and_a_lost_hash_only_means_that_it_is_not_checked(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.pt"
     save_state(path, {"weight": torch.zeros(1000)})
     flip_a_bit(path)
-    with pytest.raises(DamagedCheckpoint, match=r"a\.pt is damaged .*: its SHA-256 is not the one noted in"):
+    with pytest.raises(
+        DamagedCheckpoint, match=r"a\.pt is damaged .*: its SHA-256 is not the one noted in"
+    ):
         load_state(path)
     path.with_name("a.pt.sha256").unlink()
     assert load_state(path)["weight"].any()
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(DamagedCheckpoint, match=r"a\.pt is damaged or no checkpoint of relloc"):
         load_state(path)
-    with pytest.raises(CheckpointError, match=r"b\.pt can't be read \(No such file or directory\); nothing"):
+    with pytest.raises(
+        CheckpointError, match=r"b\.pt can't be read \(No such file or directory\); nothing"
+    ):
         load_state(tmp_path / "b.pt")
 
 
-def test_where_files_can_not_be_mapped_a_state_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_files_can_not_be_mapped_a_state_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.pt"
     save_state(path, {"weight": torch.ones(3)})
 
@@ -382,12 +453,16 @@ def test_a_damaged_checkpoint_is_an_error_with_its_name(tmp_path: Path, damage: 
     path = tmp_path / "step_000000001.pt"
     path.write_bytes(content)
     for load in (load_training, load_backbone):
-        with pytest.raises(CheckpointError, match=r"step_000000001\.pt is damaged or no checkpoint of relloc"):
+        with pytest.raises(
+            CheckpointError, match=r"step_000000001\.pt is damaged or no checkpoint of relloc"
+        ):
             load(path)
 
 
 def test_a_missing_training_is_an_error_with_its_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none\.pt can't be read \(No such file or directory\)"):
+    with pytest.raises(
+        CheckpointError, match=r"none\.pt can't be read \(No such file or directory\)"
+    ):
         load_training(tmp_path / "none.pt")
 
 
@@ -404,7 +479,9 @@ def test_a_missing_training_is_an_error_with_its_name(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_project_is_an_error(tmp_path: Path, content: object) -> None:
     path = tmp_path / "epoch_70.pt"
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"epoch_70\.pt is damaged or no checkpoint of relloc"):
+    with pytest.raises(
+        CheckpointError, match=r"epoch_70\.pt is damaged or no checkpoint of relloc"
+    ):
         load_backbone(path)
 
 
@@ -417,8 +494,15 @@ class RunsCode:
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    torch.save({"step": 1, "model": {}, "about": {}, "code": RunsCode(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match=r"evil\.pt is damaged or no checkpoint of relloc") as raised:
+    torch.save(
+        {"step": 1, "model": {}, "about": {}, "code": RunsCode(tmp_path / "ran")},
+        tmp_path / "evil.pt",
+    )
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pt is damaged or no checkpoint of relloc"
+    ) as raised:
         load_training(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
-    assert "weights_only" not in str(raised.value)  # torch advises to run the code; nobody should read that
+    assert "weights_only" not in str(
+        raised.value
+    )  # torch advises to run the code; nobody should read that

@@ -52,7 +52,9 @@ def test_safetensors_are_known_by_their_content_not_by_their_name(tmp_path: Path
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_pickle_of_arrays_as_detectron2s_converters_write_it(tmp_path: Path, protocol: int) -> None:
+def test_a_pickle_of_arrays_as_detectron2s_converters_write_it(
+    tmp_path: Path, protocol: int
+) -> None:
     content = {"model": arrays(), "__author__": "torchvision", "matching_heuristics": True}
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     found = read(tmp_path / "x.pkl")
@@ -60,10 +62,14 @@ def test_a_pickle_of_arrays_as_detectron2s_converters_write_it(tmp_path: Path, p
     assert found == {"__author__": "torchvision", "matching_heuristics": True}
 
 
-def test_arrays_in_what_torch_saved_and_those_of_another_byte_order_become_tensors(tmp_path: Path) -> None:
+def test_arrays_in_what_torch_saved_and_those_of_another_byte_order_become_tensors(
+    tmp_path: Path,
+) -> None:
     torch.save(arrays(), tmp_path / "x.pth")
     assert_weights(read(tmp_path / "x.pth"))
-    swapped = {name: array.astype(array.dtype.newbyteorder(">")) for name, array in arrays().items()}
+    swapped = {
+        name: array.astype(array.dtype.newbyteorder(">")) for name, array in arrays().items()
+    }
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(swapped, protocol=4))
     assert_weights(read(tmp_path / "x.pkl"))
 
@@ -82,7 +88,10 @@ def history_buffer(monkeypatch: pytest.MonkeyPatch) -> type:
             return self._log_history.min()
 
     HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
-    HistoryBuffer.min.__module__, HistoryBuffer.min.__qualname__ = module.__name__, "HistoryBuffer.min"
+    HistoryBuffer.min.__module__, HistoryBuffer.min.__qualname__ = (
+        module.__name__,
+        "HistoryBuffer.min",
+    )
     module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
     for name in ("mmengine", "mmengine.logging"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -90,9 +99,14 @@ def history_buffer(monkeypatch: pytest.MonkeyPatch) -> type:
     return HistoryBuffer
 
 
-def test_notes_of_mmengine_and_argparse_are_dropped_and_need_no_class(tmp_path: Path, history_buffer: type) -> None:
+def test_notes_of_mmengine_and_argparse_are_dropped_and_need_no_class(
+    tmp_path: Path, history_buffer: type
+) -> None:
     scalars = {"loss": history_buffer(), "best": np.float64(0.5), "lr": np.array([0.1, 0.2])}
-    torch.save({"state_dict": WEIGHTS, "args": argparse.Namespace(lr=0.1), "hub": scalars}, tmp_path / "x.pth")
+    torch.save(
+        {"state_dict": WEIGHTS, "args": argparse.Namespace(lr=0.1), "hub": scalars},
+        tmp_path / "x.pth",
+    )
     del sys.modules["mmengine.logging.history_buffer"]
     found = read(tmp_path / "x.pth")
     assert_weights(found["state_dict"])
@@ -124,7 +138,10 @@ def save(file: Path, way: str, content: Any) -> None:
 @pytest.mark.parametrize("way", ["zip", "legacy", "pickle"])
 def test_code_in_a_file_is_not_run_and_what_it_would_be_is_named(tmp_path: Path, way: str) -> None:
     weights = arrays() if way == "pickle" else WEIGHTS
-    for content, name in ((RunsCode(tmp_path / "ran"), "posix.mkdir"), (Model(), f"{Model.__module__}.Model")):
+    for content, name in (
+        (RunsCode(tmp_path / "ran"), "posix.mkdir"),
+        (Model(), f"{Model.__module__}.Model"),
+    ):
         save(tmp_path / "evil.pkl", way, {"model": weights, "more": content})
         found = read(tmp_path / "evil.pkl")
         assert_weights(found["model"])
@@ -134,9 +151,15 @@ def test_code_in_a_file_is_not_run_and_what_it_would_be_is_named(tmp_path: Path,
 
 @pytest.mark.parametrize("way", ["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_pickled_model_is_refused_and_its_class_is_named(tmp_path: Path, way: str, nested: bool) -> None:
+def test_a_pickled_model_is_refused_and_its_class_is_named(
+    tmp_path: Path, way: str, nested: bool
+) -> None:
     file = tmp_path / "whole.pt"
-    save(file, way, {"epoch": 3, "opt": argparse.Namespace(), "model": Model()} if nested else Model())
+    save(
+        file,
+        way,
+        {"epoch": 3, "opt": argparse.Namespace(), "model": Model()} if nested else Model(),
+    )
     with pytest.raises(CheckpointError) as raised:
         read(file)
     assert str(raised.value) == (
@@ -157,7 +180,9 @@ def contents(tmp_path: Path) -> dict[str, bytes]:
     torch.save(WEIGHTS, tmp_path / "legacy", _use_new_zipfile_serialization=False)
     save_file(WEIGHTS, tmp_path / "safetensors")
     (tmp_path / "pickle").write_bytes(pickle.dumps(arrays(), protocol=4))
-    whole = {name: (tmp_path / name).read_bytes() for name in ("zip", "legacy", "safetensors", "pickle")}
+    whole = {
+        name: (tmp_path / name).read_bytes() for name in ("zip", "legacy", "safetensors", "pickle")
+    }
     return {f"{name} cut at {part}": content[: int(len(content) * part)]
             for name, content in whole.items() for part in (0.5, 0.95)}  # fmt: skip
 
@@ -165,7 +190,9 @@ def contents(tmp_path: Path) -> dict[str, bytes]:
 def test_a_file_that_ends_early_is_damaged(tmp_path: Path) -> None:
     for content in contents(tmp_path).values():
         (tmp_path / "x").write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"/x is damaged or no file of weights: \S") as raised:
+        with pytest.raises(
+            CheckpointError, match=r"/x is damaged or no file of weights: \S"
+        ) as raised:
             read(tmp_path / "x")
         assert "weights_only" not in str(raised.value)
         assert "\n" not in str(raised.value)
@@ -175,7 +202,10 @@ def test_a_file_that_ends_early_is_damaged(tmp_path: Path) -> None:
     ("content", "told"),
     [
         (b"", "it is empty"),
-        (b"<html>404</html>", "it is neither safetensors, nor written by torch.save, nor a pickle of numpy arrays"),
+        (
+            b"<html>404</html>",
+            "it is neither safetensors, nor written by torch.save, nor a pickle of numpy arrays",
+        ),
         (bytes(1000), "it is neither safetensors"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid",
@@ -191,7 +221,8 @@ def test_what_is_no_file_of_weights_is_told(tmp_path: Path, content: bytes, told
 
 def test_a_missing_file_a_folder_and_a_lone_tensor_are_errors(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"none\.pth does not exist: give a file of weights, or the run folder of"
+        CheckpointError,
+        match=r"none\.pth does not exist: give a file of weights, or the run folder of",
     ):
         read(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match=r"can't be read \(Is a directory\)"):

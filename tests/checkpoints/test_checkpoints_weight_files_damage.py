@@ -37,7 +37,10 @@ NOTES = {
     "array": np.arange(3),
 }
 DESCRIBED = {
-    "model": {"name": "small", "backbone": {"_target_": "relloc.models.small.SmallBackbone", "widths": [8] * 5}}
+    "model": {
+        "name": "small",
+        "backbone": {"_target_": "relloc.models.small.SmallBackbone", "widths": [8] * 5},
+    }
 }
 
 
@@ -57,7 +60,10 @@ def formats() -> dict[str, bytes]:
         "ours.safetensors": save(WEIGHTS, metadata={"relloc": json.dumps(DESCRIBED)}),
         "training.pt": torch_saved(training),
         "tensors.pkl": pickle.dumps({"model": WEIGHTS, **NOTES}),
-        **{f"pickle{protocol}.pkl": pickle.dumps({"model": arrays, **NOTES}, protocol) for protocol in (2, 3, 4, 5)},
+        **{
+            f"pickle{protocol}.pkl": pickle.dumps({"model": arrays, **NOTES}, protocol)
+            for protocol in (2, 3, 4, 5)
+        },
     }
 
 
@@ -137,7 +143,9 @@ def test_every_damaged_file_is_weights_or_one_message(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("size", [128, 384, 1 << 12, 98_432])
-def test_safetensors_are_known_whatever_the_length_of_their_header(tmp_path: Path, size: int) -> None:
+def test_safetensors_are_known_whatever_the_length_of_their_header(
+    tmp_path: Path, size: int
+) -> None:
     """A length of 128 and others begin with 0x80, as pickles do."""
     content = save({"a": torch.arange(4.0)})
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -169,7 +177,9 @@ def hostile() -> dict[str, bytes]:
     start = b"\x80\x02"
     deep = b")" + b"\x85" * 500_000
     lists = [b"]q\x00(" + b"K\x01" * 10 + b"e0"]
-    lists += [b"]q" + bytes([i]) + b"(" + (b"h" + bytes([i - 1])) * 10 + b"e0" for i in range(1, 12)]
+    lists += [
+        b"]q" + bytes([i]) + b"(" + (b"h" + bytes([i - 1])) * 10 + b"e0" for i in range(1, 12)
+    ]
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a/data.pkl", start + b"}" * (1 << 26) + b".")
@@ -186,7 +196,13 @@ def hostile() -> dict[str, bytes]:
         "in itself": start + b"}q\x00K\x01h\x00s.",
         "many dicts": start + b"(" + b"}" * 20_000_000 + b"l.",
         "many arrays of one content": start + content + b"](" + array * 100 + b"e.",
-        "one array many times": start + content + b"}K\x01](" + array + b"q\x02" + b"h\x02" * 1000 + b"es.",
+        "one array many times": start
+        + content
+        + b"}K\x01]("
+        + array
+        + b"q\x02"
+        + b"h\x02" * 1000
+        + b"es.",
         "far memo": start + b"}r\xff\xff\xff\xffK\x01" + b"]" * 5 + b".",
         "long number": start + b"}\x8b\xff\xff\xff\x7f",
         "long bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**60),
@@ -196,7 +212,9 @@ def hostile() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit of memory is set by what /proc tells")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="the limit of memory is set by what /proc tells"
+)
 @pytest.mark.slow
 def test_hostile_files_neither_crash_nor_fill_the_memory(tmp_path: Path) -> None:
     for name, content in hostile().items():
@@ -209,5 +227,7 @@ def test_hostile_files_neither_crash_nor_fill_the_memory(tmp_path: Path) -> None
     told = done.stdout.splitlines()
     assert done.returncode == 0, (told, done.stderr[-2000:])
     assert len(told) == len(names)
-    taken = [Path(name).name for line, name in zip(told, names, strict=True) if not line.startswith(name)]
+    taken = [
+        Path(name).name for line, name in zip(told, names, strict=True) if not line.startswith(name)
+    ]
     assert taken == ["one array many times"]

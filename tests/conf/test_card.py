@@ -15,7 +15,9 @@ from relloc.runs.build import Pretraining
 
 
 @pytest.fixture(
-    scope="module", params=[["model=resnet50", "data=in1k"], ["experiment=card2022"]], ids=["words", "preset"]
+    scope="module",
+    params=[["model=resnet50", "data=in1k"], ["experiment=card2022"]],
+    ids=["words", "preset"],
 )
 def card(request, compose):
     return compose("train", request.param)
@@ -72,14 +74,31 @@ def test_setting(card, key, published):
 
 @pytest.fixture(scope="module")
 def evaluations(compose):
-    return compose("evaluate", ["checkpoint=random", "model=resnet50", "eval=[card_classification,linear_inat18]"]).eval
+    return compose(
+        "evaluate",
+        ["checkpoint=random", "model=resnet50", "eval=[card_classification,linear_inat18]"],
+    ).eval
 
 
 STAGES = ["feature1", "feature2", "feature3", "feature4", "feature5"]
-LINEAR = {"lr": 0.01, "weight_decay": 1e-4, "momentum": 0.9, "nesterov": True, "batch": 256, "gamma": 0.1}
+LINEAR = {
+    "lr": 0.01,
+    "weight_decay": 1e-4,
+    "momentum": 0.9,
+    "nesterov": True,
+    "batch": 256,
+    "gamma": 0.1,
+}
 LINEAR |= {"batch_norm": True, "layers": STAGES}
 COSTS = [0.5**power for power in range(19, 3, -1)] + [1, 10, 100]
-TUNED = {"epochs": 20, "milestone_epochs": [12, 16], "gamma": 0.2, "momentum": 0.9, "batch": 256, "list_file": None}
+TUNED = {
+    "epochs": 20,
+    "milestone_epochs": [12, 16],
+    "gamma": 0.2,
+    "momentum": 0.9,
+    "batch": 256,
+    "list_file": None,
+}
 TUNED |= {"learning_rates": [0.001, 0.01, 0.1], "head_multipliers": [1, 10, 100]}
 
 
@@ -93,7 +112,11 @@ TUNED |= {"learning_rates": [0.001, 0.01, 0.1], "head_multipliers": [1, 10, 100]
             "voc2007",
         ),
         ("linear_in1k", {**LINEAR, "epochs": 90, "milestone_epochs": [30, 60]}, "in1k"),
-        ("linear_places205", {**LINEAR, "epochs": 28, "milestone_epochs": [7, 14, 21]}, "places205"),
+        (
+            "linear_places205",
+            {**LINEAR, "epochs": 28, "milestone_epochs": [7, 14, 21]},
+            "places205",
+        ),
         ("linear_inat18", {**LINEAR, "epochs": 84, "milestone_epochs": [24, 48, 72]}, "inat18"),
         (
             "linear_avgpool",
@@ -140,7 +163,9 @@ def test_data_sets_are_known_by_their_published_counts(evaluations, name, publis
 
 
 def test_imagenet_says_where_to_get_it(evaluations, tmp_path):
-    with pytest.raises(InstantiationException, match="data.root is to hold ImageNet .*from the ImageNet site"):
+    with pytest.raises(
+        InstantiationException, match="data.root is to hold ImageNet .*from the ImageNet site"
+    ):
         instantiate({**evaluations.linear_in1k.data.source, "root": str(tmp_path)})
 
 
@@ -152,7 +177,12 @@ def test_voc_is_trained_on_trainval_and_tested_on_test(evaluations):
 
 def test_a_grid_stands_beside_the_published_rate_and_spans_it(evaluations):
     """Ours: a checkpoint is not held to a rate that was best for another one."""
-    for name, most in (("linear_in1k", 50), ("linear_places205", 50), ("linear_inat18", 50), ("linear_avgpool", 18)):
+    for name, most in (
+        ("linear_in1k", 50),
+        ("linear_places205", 50),
+        ("linear_inat18", 50),
+        ("linear_avgpool", 18),
+    ):
         node = evaluations[name]
         assert len(node.grid_lrs) * len(node.grid_weight_decays) * len(node.layers) == most
         assert min(node.grid_lrs) < node.lr < max(node.grid_lrs)
@@ -166,9 +196,15 @@ def test_a_grid_stands_beside_the_published_rate_and_spans_it(evaluations):
 
 def test_evaluations_see_images_as_published(evaluations):
     for name in ("voc07_svm", "voc07_low_shot"):
-        assert evaluations[name].view == {"_target_": "relloc.data.views.Squash", "short_px": 256, "side_px": 224}
+        assert evaluations[name].view == {
+            "_target_": "relloc.data.views.Squash",
+            "short_px": 256,
+            "side_px": 224,
+        }
     center = {"_target_": "relloc.data.views.Center", "short_px": 256, "crop_px": 224}
-    resized = RandomResized(crop_px=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)  # torchvision's
+    resized = RandomResized(
+        crop_px=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5
+    )  # torchvision's
     crops: dict[str, View] = dict.fromkeys(
         ("linear_in1k", "linear_inat18", "linear_avgpool", "semisup_1", "semisup_10"), resized
     )
@@ -209,22 +245,35 @@ def test_network_and_initialization(model):
     for convolution in convolutions:
         fan_out = convolution.out_channels * convolution.kernel_size[0] ** 2
         assert convolution.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.08)
-    last_norms = [block.bn3 for layer in (model.backbone.layer1, model.backbone.layer4) for block in layer]
-    assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in last_norms)  # zero_init_residual off
+    last_norms = [
+        block.bn3 for layer in (model.backbone.layer1, model.backbone.layer4) for block in layer
+    ]
+    assert all(
+        torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in last_norms
+    )  # zero_init_residual off
 
 
 def test_optimizer_rates_and_decays_are_the_published_ones(settings, model):
     optimizer = settings.make_optimizer(model=model)
     trunk, head = optimizer.param_groups
-    assert (trunk["lr"], trunk["momentum"], trunk["weight_decay"], trunk["nesterov"]) == (0.2, 0.9, 1e-4, False)
+    assert (trunk["lr"], trunk["momentum"], trunk["weight_decay"], trunk["nesterov"]) == (
+        0.2,
+        0.9,
+        1e-4,
+        False,
+    )
     assert (head["lr"], head["weight_decay"]) == (0.2, 5e-4)
-    assert len(head["params"]) == len(list(model.head.parameters()))  # biases and batch norm decay as well
+    assert len(head["params"]) == len(
+        list(model.head.parameters())
+    )  # biases and batch norm decay as well
 
 
 def test_rates_over_the_run(card):
     schedule = instantiate(card.schedule, _convert_="all")
     rates = {epoch: 0.2 * schedule.factor(epoch) for epoch in (0, 2.5, 5, 29.99, 30, 50, 69.9)}
-    assert rates == pytest.approx({0: 0.02, 2.5: 0.11, 5: 0.2, 29.99: 0.2, 30: 0.02, 50: 0.002, 69.9: 0.002})
+    assert rates == pytest.approx(
+        {0: 0.02, 2.5: 0.11, 5: 0.2, 29.99: 0.2, 30: 0.02, 50: 0.002, 69.9: 0.002}
+    )
 
 
 def neighbors_of(card):

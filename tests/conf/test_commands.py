@@ -15,7 +15,11 @@ STANDS_FOR = {"RUN_FOLDER": "random", "RUN": "random", "FILE.pth": "random", "NA
 
 def told(*groups: str) -> list[tuple[str, str]]:
     files = [file for group in groups for file in sorted((conf_dir() / group).glob("*.yaml"))]
-    found = [match.groups() for file in files for match in COMMAND.finditer(file.read_text(encoding="utf-8"))]
+    found = [
+        match.groups()
+        for file in files
+        for match in COMMAND.finditer(file.read_text(encoding="utf-8"))
+    ]
     return list(dict.fromkeys((command, words.strip()) for command, words in found))
 
 
@@ -34,7 +38,9 @@ def as_typed(words: str, folder: Path) -> list[str]:
     return typed
 
 
-@pytest.mark.parametrize(("command", "words"), told(".", "eval", "data", "hydra/help", "launcher", "tracking"))
+@pytest.mark.parametrize(
+    ("command", "words"), told(".", "eval", "data", "hydra/help", "launcher", "tracking")
+)
 def test_a_command_composes(command: str, words: str, tmp_path: Path) -> None:
     config = settings.compose(command, as_typed(words, tmp_path)).config
     assert OmegaConf.to_container(config, resolve=True)
@@ -51,7 +57,11 @@ def test_commands_are_found() -> None:
 def test_a_presets_own_command_can_be_run(
     command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RELLOC_IN1K", "RELLOC_VOC", "RELLOC_PLACES205"):  # as the presets and conf/eval say
+    for name in (
+        "RELLOC_IN1K",
+        "RELLOC_VOC",
+        "RELLOC_PLACES205",
+    ):  # as the presets and conf/eval say
         monkeypatch.delenv(name, raising=False)
         if command == "evaluate":
             monkeypatch.setenv(name, str(tmp_path))

@@ -12,13 +12,40 @@ from relloc.runs import build
 from relloc.runs.settings import conf_dir
 
 EVALS = [
-    *("card_classification", "knn", "knn_in1k", "label_free", "label_free_in1k", "linear", "linear_avgpool"),
+    *(
+        "card_classification",
+        "knn",
+        "knn_in1k",
+        "label_free",
+        "label_free_in1k",
+        "linear",
+        "linear_avgpool",
+    ),
     *("linear_fast", "linear_in1k", "linear_inat18", "linear_places205", "semisup_1", "semisup_10"),
     *("voc07_low_shot", "voc07_svm"),
 ]
-CARD = {"voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "knn_in1k", "semisup_1"}
+CARD = {
+    "voc07_svm",
+    "voc07_low_shot",
+    "linear_in1k",
+    "linear_avgpool",
+    "linear_places205",
+    "knn_in1k",
+    "semisup_1",
+}
 CARD |= {"semisup_10", "label_free_in1k"}
-GROUPS = ("model", "recipe", "probe", "grid", "color", "normalize", "optimizer", "schedule", "tracking", "experiment")
+GROUPS = (
+    "model",
+    "recipe",
+    "probe",
+    "grid",
+    "color",
+    "normalize",
+    "optimizer",
+    "schedule",
+    "tracking",
+    "experiment",
+)
 
 
 def members(group: str) -> list[str]:
@@ -27,7 +54,15 @@ def members(group: str) -> list[str]:
 
 def test_the_groups_and_members_are_those_of_the_study():
     assert members("model") == ["alexnet", "resnet18", "resnet50", "small"]
-    assert members("data") == ["folder", "imagenette", "in1k", "inat18", "photos", "places205", "voc2007"]
+    assert members("data") == [
+        "folder",
+        "imagenette",
+        "in1k",
+        "inat18",
+        "photos",
+        "places205",
+        "voc2007",
+    ]
     assert members("recipe") == members("data")
     assert members("probe") == ["folder", "in1k", "inat18", "photos", "places205"]
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
@@ -38,7 +73,13 @@ def test_the_groups_and_members_are_those_of_the_study():
 
 
 @pytest.mark.parametrize(
-    "choice", [f"{group}={member}" for group in GROUPS for member in members(group) if member != "known_answers"]
+    "choice",
+    [
+        f"{group}={member}"
+        for group in GROUPS
+        for member in members(group)
+        if member != "known_answers"
+    ],
 )
 def test_a_member_composes_and_makes_its_objects(compose, choice, monkeypatch):
     monkeypatch.setenv("RELLOC_DATA", "/nowhere")
@@ -48,14 +89,18 @@ def test_a_member_composes_and_makes_its_objects(compose, choice, monkeypatch):
     assert settings.patches.grid.span_px > 0
     assert settings.make_optimizer(model=settings.network()).param_groups
     assert settings.schedule.factor(0) >= 0
-    named = {"linear_in1k", "knn_in1k"} if choice == "experiment=card2022" else {"linear_fast", "knn"}
+    named = (
+        {"linear_in1k", "knn_in1k"} if choice == "experiment=card2022" else {"linear_fast", "knn"}
+    )
     assert {one.name for one in settings.evaluations} == named
 
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
 @pytest.mark.parametrize("data", members("data"))
 def test_a_data_set_composes_for_both_commands(compose, root, data):
-    config = compose(root, [f"data={data}", "checkpoint=random"] if root == "evaluate" else [f"data={data}"])
+    config = compose(
+        root, [f"data={data}", "checkpoint=random"] if root == "evaluate" else [f"data={data}"]
+    )
     found = OmegaConf.to_container(config, resolve=True)
     assert isinstance(found, dict)
     assert {"name", "shards", "source", "unreadable_share"} == set(found["data"]) - {"root"}
@@ -65,27 +110,44 @@ def test_a_data_set_composes_for_both_commands(compose, root, data):
         assert set(found["recipe"]) == RECIPE
 
 
-RECIPE = {"epochs", "warmup_epochs", "milestone_epochs", "lr", "images_per_step", "images_per_batch_norm"}
+RECIPE = {
+    "epochs",
+    "warmup_epochs",
+    "milestone_epochs",
+    "lr",
+    "images_per_step",
+    "images_per_batch_norm",
+}
 
 
 def test_a_data_set_chooses_its_recipe_and_any_other_can_be_named(compose):
     assert compose("train", ["data=in1k"]).schedule.epochs == 70
     assert compose("train", ["experiment=card2022", "data=imagenette"]).schedule.epochs == 200
     mixed = compose("train", ["data=folder", "recipe=in1k", "probe=photos"])
-    assert (mixed.data.name, mixed.schedule.epochs, mixed.recipe.images_per_step) == ("folder", 70, 512)
+    assert (mixed.data.name, mixed.schedule.epochs, mixed.recipe.images_per_step) == (
+        "folder",
+        70,
+        512,
+    )
     assert mixed.eval.linear_fast.epochs == 30
 
 
 def test_a_data_set_of_ones_own_needs_no_recipe(compose, tmp_path):
     own = tmp_path / "data" / "mine.yaml"
     own.parent.mkdir()
-    own.write_text((conf_dir() / "data" / "folder.yaml").read_text().replace("name: folder", "name: mine"))
+    own.write_text(
+        (conf_dir() / "data" / "folder.yaml").read_text().replace("name: folder", "name: mine")
+    )
     words = [f"hydra.searchpath=[{tmp_path.as_uri()}]", "data=mine"]
     assert compose("train", words).schedule.epochs == 100
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text("epochs: 7\n")
     config = compose("train", words)
-    assert (config.data.name, config.schedule.epochs, config.recipe.images_per_step) == ("mine", 7, 256)
+    assert (config.data.name, config.schedule.epochs, config.recipe.images_per_step) == (
+        "mine",
+        7,
+        256,
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +155,10 @@ def test_a_data_set_of_ones_own_needs_no_recipe(compose, tmp_path):
     [
         ("[linear,knn]", {"linear", "knn"}),
         ("[knn]", {"knn"}),
-        ("[knn,knn_in1k,label_free_in1k,label_free]", {"knn", "knn_in1k", "label_free", "label_free_in1k"}),
+        (
+            "[knn,knn_in1k,label_free_in1k,label_free]",
+            {"knn", "knn_in1k", "label_free", "label_free_in1k"},
+        ),
         ("linear", {"linear"}),
         ("[]", set()),
         ("card_classification", CARD),
@@ -102,7 +167,9 @@ def test_a_data_set_of_ones_own_needs_no_recipe(compose, tmp_path):
 )
 def test_eval_names_several_one_or_none(compose, asked, names, monkeypatch):
     monkeypatch.setenv("RELLOC_DATA", "/nowhere")
-    assert {one.name for one in build.pretraining(compose("train", [f"eval={asked}"])).evaluations} == names
+    assert {
+        one.name for one in build.pretraining(compose("train", [f"eval={asked}"])).evaluations
+    } == names
 
 
 def test_a_preset_wins_over_the_root_and_the_command_line_over_both(compose):
@@ -126,8 +193,12 @@ def test_a_preset_only_overrides(compose, preset):
 
     alone = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{preset}.yaml"))
     assert isinstance(alone, dict)
-    overridden = [line for line in alone.pop("defaults") if next(iter(line)).startswith("override ")]
-    choices = [f"{next(iter(line)).split('/')[1]}={next(iter(line.values()))}" for line in overridden]
+    overridden = [
+        line for line in alone.pop("defaults") if next(iter(line)).startswith("override ")
+    ]
+    choices = [
+        f"{next(iter(line)).split('/')[1]}={next(iter(line.values()))}" for line in overridden
+    ]
     root = ["evaluate", "checkpoint=random"] if preset == "known_answers" else ["train"]
     without = OmegaConf.to_container(compose(root[0], [*root[1:], *choices]))
     added = {key for key in keys(alone) if key not in keys(without)}
@@ -138,8 +209,20 @@ def test_settings_that_must_not_change_results_are_left_out_of_what_is_computed(
     def identity(words: list[str]) -> Mapping[str, Any]:
         return build.pretraining(compose("train", words)).identity
 
-    neutral = ["device=cpu", "workers=2", "tracking=none", "bank_gib=1", "report_every_steps=3", "eval=[]"]
-    neutral += ["compile=false", "cuda_graphs=false", "memory_format=contiguous", "deterministic=true"]
+    neutral = [
+        "device=cpu",
+        "workers=2",
+        "tracking=none",
+        "bank_gib=1",
+        "report_every_steps=3",
+        "eval=[]",
+    ]
+    neutral += [
+        "compile=false",
+        "cuda_graphs=false",
+        "memory_format=contiguous",
+        "deterministic=true",
+    ]
     neutral += ["images_per_forward=64", "milestones=[1]", "collapse_steps=9"]
     neutral += ["monitor.every_epochs=null", "save_every_s=1"]
     assert identity(neutral) == identity([])
@@ -170,7 +253,9 @@ def test_a_wrong_number_is_told_before_anything_is_done(compose, wrong, message)
 @pytest.mark.parametrize("root", ["train", "evaluate"])
 def test_the_numbers_of_all_data_sets_are_right(compose, root):
     for data in members("data"):
-        config = compose(root, [f"data={data}", *(["checkpoint=random"] if root == "evaluate" else [])])
+        config = compose(
+            root, [f"data={data}", *(["checkpoint=random"] if root == "evaluate" else [])]
+        )
         settings = build.pretraining(config) if root == "train" else build.evaluating(config)
         assert settings.data.setting == "data"
 
@@ -183,7 +268,11 @@ def test_the_numbers_of_all_data_sets_are_right(compose, root):
         ("voc07_svm", "folds=1", "eval.voc07_svm.folds is 1"),
     ],
 )
-def test_a_wrong_constant_is_told_by_the_name_of_the_member(compose, member, wrong, message, monkeypatch):
+def test_a_wrong_constant_is_told_by_the_name_of_the_member(
+    compose, member, wrong, message, monkeypatch
+):
     monkeypatch.setenv("RELLOC_DATA", "/nowhere")
     with pytest.raises(UsageError, match=message):
-        build.evaluating(compose("evaluate", ["checkpoint=random", f"eval=[{member}]", f"eval.{member}.{wrong}"]))
+        build.evaluating(
+            compose("evaluate", ["checkpoint=random", f"eval=[{member}]", f"eval.{member}.{wrong}"])
+        )

@@ -88,7 +88,10 @@ def test_sizes_colors_and_broken_files_are_told(clean: Path) -> None:
     assert found.held_out.unreadable["b/empty.jpg"] == "is an empty file"
     assert found.held_out.repeated.n == 0  # two empty files are not one image twice
     told = "\n".join(found.findings())
-    for words in ("train: 1 images have a short side under 64 px (a/s63.png)", "val: 3 images can't be read, such as"):
+    for words in (
+        "train: 1 images have a short side under 64 px (a/s63.png)",
+        "val: 3 images can't be read, such as",
+    ):
         assert words in told
 
 

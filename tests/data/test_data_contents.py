@@ -23,7 +23,9 @@ def files(root: Path, n: int, n_bytes: int = 40) -> Path:
 
 def of(root: Path) -> str:
     paths = sorted(map(str, root.iterdir()))
-    return hash_files(paths, [os.path.basename(path) for path in paths], ["label"], without_progress)
+    return hash_files(
+        paths, [os.path.basename(path) for path in paths], ["label"], without_progress
+    )
 
 
 def change(path: Path, *, n_bytes: int | None = None) -> None:
@@ -103,7 +105,9 @@ def test_line_ends_in_names_make_no_two_sets_alike(tmp_path: Path) -> None:
     (tmp_path / "one").touch()
     path = str(tmp_path / "one")
     told = [(["a\nb"], []), (["a"], ["b"]), (["a"], ["b\n"]), (["a"], ["1:b"]), (["a"], ["", "b"])]
-    assert len({hash_files([path], names, besides, without_progress) for names, besides in told}) == len(told)
+    assert len(
+        {hash_files([path], names, besides, without_progress) for names, besides in told}
+    ) == len(told)
 
 
 def test_progress_is_told_of_sizes_and_of_what_is_read(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ class Places:
         if size is None:
             raise UnreadableImage("is an empty file")
         rows, columns = np.mgrid[: size[0], : size[1]]
-        return Image.fromarray(np.stack([rows, columns, np.full(size, index)], axis=2).astype(np.uint8))
+        return Image.fromarray(
+            np.stack([rows, columns, np.full(size, index)], axis=2).astype(np.uint8)
+        )
 
     def source(self, index: int) -> str:
         return f"/photos/{index}.jpg"
@@ -86,9 +88,12 @@ def test_random_crops_reach_every_edge_evenly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "middle"), [((30, 30), (0, 0)), ((50, 70), (10, 20)), ((51, 70), (10, 20)), ((255, 31), (112, 0))]
+    ("size", "middle"),
+    [((30, 30), (0, 0)), ((50, 70), (10, 20)), ((51, 70), (10, 20)), ((255, 31), (112, 0))],
 )
-def test_centered_crops_are_the_middle_whatever_the_seed(size: tuple[int, int], middle: tuple[int, int]) -> None:
+def test_centered_crops_are_the_middle_whatever_the_seed(
+    size: tuple[int, int], middle: tuple[int, int]
+) -> None:
     crops = crops_of(Places([size]), AS_IT_IS, centered=True)
     assert {place_of(crops[0, seed].pixels) for seed in range(5)} == {middle}
 
@@ -115,7 +120,10 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_named() -> None:
     sample = crops[1, 0]
     assert sample.index == 3
     assert sample.pixels is not None
-    assert sample.unreadable == {"/photos/1.jpg": "is an empty file", "/photos/2.jpg": "is an empty file"}
+    assert sample.unreadable == {
+        "/photos/1.jpg": "is an empty file",
+        "/photos/2.jpg": "is an empty file",
+    }
     assert crops[0, 0].unreadable == {}
 
 
@@ -151,4 +159,7 @@ def test_an_image_gets_another_crop_in_every_epoch_from_a_seed_of_its_use() -> N
     for index, epoch in ((0, 0), (0, 1), (2, 1)):
         rng = random.Random(seed_for(Use.CROP, 5, epoch, index))
         rng.random()  # of the size, which this grid leaves
-        assert place_of(crops[index, epoch].pixels) == (rng.randint(0, 90 - SPAN), rng.randint(0, 80 - SPAN))
+        assert place_of(crops[index, epoch].pixels) == (
+            rng.randint(0, 90 - SPAN),
+            rng.randint(0, 80 - SPAN),
+        )

@@ -12,7 +12,14 @@ from relloc.data.folder import class_folders, folder
 from relloc.data.image_set import ImageSet, Splits
 from relloc.errors import DataError, UnreadableImage
 
-HOSTILE = ["two words.jpg", "zürich ✓ 写真.png", "line\nbreak.jpg", "-rf.jpg", "quote'\"$HOME.jpg", "50%#?&.jpg"]
+HOSTILE = [
+    "two words.jpg",
+    "zürich ✓ 写真.png",
+    "line\nbreak.jpg",
+    "-rf.jpg",
+    "quote'\"$HOME.jpg",
+    "50%#?&.jpg",
+]
 
 
 def touch(root: Path, names: Iterable[str]) -> Path:
@@ -46,12 +53,21 @@ def many(n: int, first: int = 0) -> list[str]:
 def test_class_folders_in_sorted_order_are_the_labels(tmp_path: Path) -> None:
     splits = folder(name="mine", root=str(labeled_root(tmp_path)), held_out_share=0.1)
     assert splits.labeled
-    assert names(splits.train, tmp_path) == ["train/a/1.jpg", "train/a/2.jpg", "train/b/3.jpg", "train/b/deeper/4.png"]
+    assert names(splits.train, tmp_path) == [
+        "train/a/1.jpg",
+        "train/a/2.jpg",
+        "train/b/3.jpg",
+        "train/b/deeper/4.png",
+    ]
     assert splits.train.labels == [0, 0, 1, 1]
     assert names(splits.held_out, tmp_path) == ["val/a/5.jpg", "val/b/6.JPEG"]
     assert splits.held_out.labels == [0, 1]
     assert splits.train.classes == splits.held_out.classes == ("a", "b")
-    assert (splits.train.name, splits.train.split, splits.held_out.split) == ("mine", "train", "val")
+    assert (splits.train.name, splits.train.split, splits.held_out.split) == (
+        "mine",
+        "train",
+        "val",
+    )
 
 
 def test_a_list_of_one_labeled_root_is_labeled_and_of_two_is_not(tmp_path: Path) -> None:
@@ -65,7 +81,9 @@ def test_a_list_of_one_labeled_root_is_labeled_and_of_two_is_not(tmp_path: Path)
 
 
 def test_one_class_is_a_labeled_data_set(tmp_path: Path) -> None:
-    splits = unlabeled(str(touch(tmp_path, ["train/only/1.jpg", "train/only/2.jpg", "val/only/3.jpg"])))
+    splits = unlabeled(
+        str(touch(tmp_path, ["train/only/1.jpg", "train/only/2.jpg", "val/only/3.jpg"]))
+    )
     assert (splits.labeled, splits.train.classes, splits.train.labels) == (True, ("only",), [0, 0])
 
 
@@ -93,9 +111,14 @@ def test_about_the_share_is_held_out(tmp_path: Path, share: float) -> None:
     assert abs(held_out - share * n) < 4 * (n * share * (1 - share)) ** 0.5
 
 
-def test_adding_images_or_moving_the_folder_moves_no_image_to_the_other_split(tmp_path: Path) -> None:
+def test_adding_images_or_moving_the_folder_moves_no_image_to_the_other_split(
+    tmp_path: Path,
+) -> None:
     before = unlabeled(str(touch(tmp_path / "here", many(200))))
-    old_train, old_held_out = names(before.train, tmp_path / "here"), names(before.held_out, tmp_path / "here")
+    old_train, old_held_out = (
+        names(before.train, tmp_path / "here"),
+        names(before.held_out, tmp_path / "here"),
+    )
     shutil.move(tmp_path / "here", tmp_path / "there")
     after = unlabeled(str(touch(tmp_path / "there", many(300, first=200))) + "/")
     assert set(old_train) < set(names(after.train, tmp_path / "there"))
@@ -110,13 +133,19 @@ def test_several_roots_are_pooled_in_their_order(tmp_path: Path) -> None:
     assert set(roots) == {"one", "two"}
     alone = unlabeled(str(two))  # an image's split does not depend on the other roots
     assert names(alone.held_out, two) == [
-        name.removeprefix("two/") for name in names(splits.held_out, tmp_path) if name.startswith("two/")
+        name.removeprefix("two/")
+        for name in names(splits.held_out, tmp_path)
+        if name.startswith("two/")
     ]
 
 
 def test_a_root_inside_another_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, many(50))
-    for roots in ([str(tmp_path), str(tmp_path / "3")], [str(tmp_path / "3"), str(tmp_path)], [str(tmp_path)] * 2):
+    for roots in (
+        [str(tmp_path), str(tmp_path / "3")],
+        [str(tmp_path / "3"), str(tmp_path)],
+        [str(tmp_path)] * 2,
+    ):
         with pytest.raises(DataError, match="its images would be taken twice"):
             unlabeled(roots)
 
@@ -133,10 +162,20 @@ def test_links_are_followed_and_lead_to_no_image_twice(tmp_path: Path) -> None:
 
 
 def test_hidden_files_and_folders_and_what_is_no_image_are_left_out(tmp_path: Path) -> None:
-    others = ["readme.txt", "a.jpg.part", "jpg", "1/.hidden.jpg", "1/._5.jpg", ".thumbnails/5.jpg", "1/.git/x.png"]
+    others = [
+        "readme.txt",
+        "a.jpg.part",
+        "jpg",
+        "1/.hidden.jpg",
+        "1/._5.jpg",
+        ".thumbnails/5.jpg",
+        "1/.git/x.png",
+    ]
     splits = unlabeled(str(touch(tmp_path, [*many(40), *others])))
     assert all_names(splits, tmp_path) == sorted(many(40))
-    root = touch(labeled_root(tmp_path / "labeled"), ["train/.ipynb_checkpoints/1.jpg", "val/a/notes.txt"])
+    root = touch(
+        labeled_root(tmp_path / "labeled"), ["train/.ipynb_checkpoints/1.jpg", "val/a/notes.txt"]
+    )
     assert folder(name="mine", root=str(root), held_out_share=0.1).train.classes == ("a", "b")
 
 
@@ -167,7 +206,9 @@ def test_hostile_names_are_found_read_and_hashed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("root", [None, ""])
 def test_an_unset_root_says_how_to_set_it(root: str | None) -> None:
-    with pytest.raises(DataError, match="data.root is not set: give data.root=FOLDER, or .* RELLOC_DATA"):
+    with pytest.raises(
+        DataError, match="data.root is not set: give data.root=FOLDER, or .* RELLOC_DATA"
+    ):
         unlabeled(root)
     with pytest.raises(DataError, match="data.root is not set"):
         class_folders(name="in1k", root=root, train="train", val="val")
@@ -182,10 +223,15 @@ def test_a_root_that_is_no_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_too_few_images_are_counted(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"0 images to train on and 0 held out \(\.jpg, .*data.source.held_out_share"):
+    with pytest.raises(
+        DataError,
+        match=r"0 images to train on and 0 held out \(\.jpg, .*data.source.held_out_share",
+    ):
         unlabeled(str(tmp_path))
     touch(tmp_path, ["one.jpg"])
-    with pytest.raises(DataError, match=r"(0 images to train on and 1 held|1 images to train on and 0 held)"):
+    with pytest.raises(
+        DataError, match=r"(0 images to train on and 1 held|1 images to train on and 0 held)"
+    ):
         unlabeled(str(tmp_path))
 
 
@@ -204,7 +250,9 @@ def test_splits_with_other_classes_are_refused_with_one_of_them(tmp_path: Path) 
 @pytest.mark.parametrize("missing", ["train", "val"])
 def test_class_folders_names_the_layout_it_needs(tmp_path: Path, missing: str) -> None:
     shutil.rmtree(labeled_root(tmp_path) / missing)
-    with pytest.raises(DataError, match=f"{missing} has no class folders: in1k needs .*/train/CLASS/.*/val/CLASS/"):
+    with pytest.raises(
+        DataError, match=f"{missing} has no class folders: in1k needs .*/train/CLASS/.*/val/CLASS/"
+    ):
         class_folders(name="in1k", root=str(tmp_path), train="train", val="val")
 
 
@@ -232,12 +280,24 @@ def test_an_empty_class_folder_is_named(tmp_path: Path, split: str) -> None:
 
 
 def test_what_a_folder_is_to_hold_and_where_to_get_it_is_told(tmp_path: Path) -> None:
-    settings = {"name": "in1k", "train": "train", "val": "val", "holding": "ImageNet, from its site"}
-    with pytest.raises(DataError, match="data.root is not set: .* to a folder with ImageNet, from its site"):
+    settings = {
+        "name": "in1k",
+        "train": "train",
+        "val": "val",
+        "holding": "ImageNet, from its site",
+    }
+    with pytest.raises(
+        DataError, match="data.root is not set: .* to a folder with ImageNet, from its site"
+    ):
         class_folders(root=None, **settings)
-    with pytest.raises(DataError, match="is not a folder: give the folder that holds ImageNet, from its site"):
+    with pytest.raises(
+        DataError, match="is not a folder: give the folder that holds ImageNet, from its site"
+    ):
         class_folders(root=str(tmp_path / "gone"), **settings)
-    with pytest.raises(DataError, match="train has no class folders: .* data.root is to hold ImageNet, from its site"):
+    with pytest.raises(
+        DataError,
+        match="train has no class folders: .* data.root is to hold ImageNet, from its site",
+    ):
         class_folders(root=str(tmp_path), **settings)
 
 
@@ -246,7 +306,9 @@ def test_another_count_than_the_published_is_a_warning(tmp_path: Path) -> None:
     settings = {"name": "in1k", "root": str(tmp_path), "train": "train", "val": "val"}
     with pytest.warns(UserWarning, match="the published set") as caught:
         class_folders(**settings, published_images={"train": 1281167, "val": 2})
-    assert [str(warning.message) for warning in caught] == ["in1k train has 4 images, the published set 1281167"]
+    assert [str(warning.message) for warning in caught] == [
+        "in1k train has 4 images, the published set 1281167"
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         class_folders(**settings, published_images={"train": 4, "val": 2})
@@ -278,10 +340,16 @@ def test_the_digest_is_the_same_from_a_relative_path_and_for_mixed_ones(
     assert digests(["one", str(tmp_path / "two")]) == absolute
 
 
-def test_the_digest_tells_names_and_labels_apart_even_of_one_image_or_one_class(tmp_path: Path) -> None:
+def test_the_digest_tells_names_and_labels_apart_even_of_one_image_or_one_class(
+    tmp_path: Path,
+) -> None:
     found = []
-    for number, (class_name, image) in enumerate([("cat", "1.jpg"), ("cat", "2.jpg"), ("dog", "1.jpg")]):
-        root = touch(tmp_path / str(number), [f"train/{class_name}/{image}", f"val/{class_name}/{image}"])
+    for number, (class_name, image) in enumerate(
+        [("cat", "1.jpg"), ("cat", "2.jpg"), ("dog", "1.jpg")]
+    ):
+        root = touch(
+            tmp_path / str(number), [f"train/{class_name}/{image}", f"val/{class_name}/{image}"]
+        )
         found.append(unlabeled(str(root)).train.digest())
     assert len(set(found)) == 3
 

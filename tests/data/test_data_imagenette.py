@@ -24,7 +24,8 @@ def in_torchvisions_layout(root: Path, folder: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("size", "folder"), [("160px", "imagenette2-160"), ("320px", "imagenette2-320"), ("full", "imagenette2")]
+    ("size", "folder"),
+    [("160px", "imagenette2-160"), ("320px", "imagenette2-320"), ("full", "imagenette2")],
 )
 @pytest.mark.parametrize("download", [False, True])
 def test_what_torchvision_left_on_disk_is_read_and_not_fetched_again(
@@ -37,7 +38,9 @@ def test_what_torchvision_left_on_disk_is_read_and_not_fetched_again(
         oracle = Imagenette(tmp_path, split=split, size=size)
         assert images.split == split
         assert images.labels == [label for _, label in oracle._samples]
-        assert [images.source(index) for index in range(len(images))] == [path for path, _ in oracle._samples]
+        assert [images.source(index) for index in range(len(images))] == [
+            path for path, _ in oracle._samples
+        ]
         assert np.array_equal(images.read(5), oracle[5][0])
     assert splits.labeled
     assert splits.train.classes == tuple(WNIDS)
@@ -46,11 +49,15 @@ def test_what_torchvision_left_on_disk_is_read_and_not_fetched_again(
 
 def test_missing_images_say_which_setting_fetches_them(tmp_path: Path) -> None:
     in_torchvisions_layout(tmp_path, "imagenette2-160")
-    with pytest.raises(DataError, match="imagenette2-320 is missing: set data.source.download=true"):
+    with pytest.raises(
+        DataError, match="imagenette2-320 is missing: set data.source.download=true"
+    ):
         imagenette(root=str(tmp_path), size="320px", download=False)
 
 
-def test_missing_images_are_fetched_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_images_are_fetched_by_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fetch(root: str, *, split: str, size: str, download: bool) -> None:
         assert download
         in_torchvisions_layout(Path(root), {"320px": "imagenette2-320"}[size])
@@ -61,7 +68,12 @@ def test_missing_images_are_fetched_by_torchvision(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("Network is unreachable"), RuntimeError("File not found or corrupted."), TimeoutError("too slow")]
+    "error",
+    [
+        OSError("Network is unreachable"),
+        RuntimeError("File not found or corrupted."),
+        TimeoutError("too slow"),
+    ],
 )
 def test_a_failed_download_is_a_data_error_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -70,7 +82,9 @@ def test_a_failed_download_is_a_data_error_with_its_reason(
         raise error
 
     monkeypatch.setattr(module, "Imagenette", fail)
-    with pytest.raises(DataError, match=f"Imagenette could not be downloaded to {tmp_path}: {error}"):
+    with pytest.raises(
+        DataError, match=f"Imagenette could not be downloaded to {tmp_path}: {error}"
+    ):
         imagenette(root=str(tmp_path), size="160px", download=True)
 
 

@@ -35,7 +35,9 @@ def pixels_of(path: Path) -> np.ndarray:
 def smooth() -> np.ndarray:
     """Colors that survive JPEG within a few levels."""
     rows, columns = np.mgrid[0:48, 0:64]
-    return np.stack([rows * 5, columns * 4 - 1 * (columns > 0), 120 + rows - columns], axis=2).astype(np.uint8)
+    return np.stack(
+        [rows * 5, columns * 4 - 1 * (columns > 0), 120 + rows - columns], axis=2
+    ).astype(np.uint8)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm", "a.PNG"])
@@ -60,7 +62,9 @@ def test_a_palette_is_looked_up_also_with_transparency(tmp_path: Path) -> None:
     image = Image.fromarray(COLORS).quantize(16)
     expected = np.asarray(image.convert("RGB"))
     assert np.array_equal(pixels_of(saved(tmp_path, image, "a.png", transparency=3)), expected)
-    assert np.array_equal(pixels_of(saved(tmp_path, image, "b.png", transparency=bytes(range(16)))), expected)
+    assert np.array_equal(
+        pixels_of(saved(tmp_path, image, "b.png", transparency=bytes(range(16)))), expected
+    )
     assert np.array_equal(pixels_of(saved(tmp_path, image, "c.gif", transparency=3)), expected)
 
 
@@ -108,23 +112,31 @@ TURNS = {  # what a camera did to the upright scene before it wrote this orienta
 
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
-def test_a_turned_photograph_is_upright_after(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_a_turned_photograph_is_upright_after(
+    tmp_path: Path, orientation: int, suffix: str
+) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored = Image.fromarray(np.ascontiguousarray(TURNS[orientation](COLORS)))
     options = {"lossless": True} if suffix == "webp" else {}
-    assert np.array_equal(pixels_of(saved(tmp_path, stored, f"a.{suffix}", exif=exif, **options)), COLORS)
+    assert np.array_equal(
+        pixels_of(saved(tmp_path, stored, f"a.{suffix}", exif=exif, **options)), COLORS
+    )
 
 
 def with_odd_exif(orientation: int) -> bytes:
     """Orientation, and a width that is text, as some editing programs leave it."""
     entries = [(0x0100, 2, 4, b"wide"), (ORIENTATION, 3, 1, struct.pack(">HH", orientation, 0))]
-    packed = b"".join(struct.pack(">HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    packed = b"".join(
+        struct.pack(">HHI", tag, kind, count) + value for tag, kind, count, value in entries
+    )
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + packed + struct.pack(">I", 0)
 
 
 def test_odd_metadata_neither_hide_the_orientation_nor_stop_the_run(tmp_path: Path) -> None:
-    path = saved(tmp_path, Image.fromarray(np.rot90(smooth())), "a.jpg", quality=95, exif=with_odd_exif(6))
+    path = saved(
+        tmp_path, Image.fromarray(np.rot90(smooth())), "a.jpg", quality=95, exif=with_odd_exif(6)
+    )
     assert np.abs(pixels_of(path).astype(int) - smooth()).max() < 12
     path = saved(tmp_path, Image.fromarray(COLORS), "a.png", exif=b"Exif\0\0no metadata at all")
     assert np.array_equal(pixels_of(path), COLORS)
@@ -178,8 +190,12 @@ def test_whatever_is_broken_in_a_file_it_is_read_or_unreadable(
 ) -> None:
     exif = Image.Exif()
     exif[ORIENTATION], exif[0x010E], exif[0x011A] = 6, "a description", 72.0
-    broken = bytearray(encoded(kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {})))
-    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(broken) - 1), st.integers(0, 255)))):
+    broken = bytearray(
+        encoded(kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
+    )
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(broken) - 1), st.integers(0, 255)))
+    ):
         broken[place] = value
     path = tmp_path_factory.getbasetemp() / "broken.jpg"
     path.write_bytes(broken)
@@ -190,17 +206,23 @@ def test_whatever_is_broken_in_a_file_it_is_read_or_unreadable(
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
-def differences(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int) -> np.ndarray:
+def differences(
+    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int
+) -> np.ndarray:
     """In gray levels from torchvision's resize and crop, which rounds twice, once after each axis."""
     found = np.asarray(crop_resized(image, size, corner, side)).astype(int)
     assert found.shape == (side, side, 3)
     return np.abs(found - torchvisions(image, size, corner, side))
 
 
-def torchvisions(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int) -> np.ndarray:
+def torchvisions(
+    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int
+) -> np.ndarray:
     resized = F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
     return np.asarray(F.crop(resized, *corner, side, side)).astype(int)
 
@@ -217,20 +239,32 @@ def test_crop_resized_is_torchvisions_resize_and_crop(data: st.DataObject) -> No
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_an_image_of_the_wanted_size_is_cut_and_the_pixels_are_those_of_the_resize(data: st.DataObject) -> None:
+def test_an_image_of_the_wanted_size_is_cut_and_the_pixels_are_those_of_the_resize(
+    data: st.DataObject,
+) -> None:
     size = data.draw(st.tuples(st.integers(1, 90), st.integers(1, 90)))
     side = data.draw(st.integers(1, min(size)))
     top, left = data.draw(st.tuples(st.integers(0, size[0] - side), st.integers(0, size[1] - side)))
     image = noise_image(*size)
-    resized = image.resize((side, side), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    assert np.array_equal(np.asarray(crop_resized(image, size, (top, left), side)), np.asarray(resized))
+    resized = image.resize(
+        (side, side), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
+    assert np.array_equal(
+        np.asarray(crop_resized(image, size, (top, left), side)), np.asarray(resized)
+    )
 
 
 def test_a_file_comes_with_its_bytes_and_is_a_plain_jpeg_or_not(tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[ORIENTATION] = 6
     scene = Image.fromarray(smooth())
-    plain = {"rgb": scene, "gray": scene.convert("L"), "cmyk": scene.convert("CMYK"), "turned": scene, "png": scene}
+    plain = {
+        "rgb": scene,
+        "gray": scene.convert("L"),
+        "cmyk": scene.convert("CMYK"),
+        "turned": scene,
+        "png": scene,
+    }
     for name, image in plain.items():
         options = {"exif": turned} if name == "turned" else {}
         path = saved(tmp_path, image, "a.png" if name == "png" else f"{name}.jpg", **options)
@@ -254,7 +288,9 @@ def test_a_file_that_cannot_be_read_has_the_reason_that_read_rgb_gives(tmp_path:
 
 @pytest.mark.parametrize(("height", "width"), [(40, 12_000), (12_000, 40)])
 @pytest.mark.parametrize("place", [0, 0.37, 1])
-def test_a_very_elongated_image_is_cropped_like_torchvision_does(height: int, width: int, place: float) -> None:
+def test_a_very_elongated_image_is_cropped_like_torchvision_does(
+    height: int, width: int, place: float
+) -> None:
     image = noise_image(height, width)
     size = (int(height * 1.4), int(width * 1.4))
     corner = (int(place * (size[0] - 50)), int(place * (size[1] - 50)))
@@ -262,7 +298,9 @@ def test_a_very_elongated_image_is_cropped_like_torchvision_does(height: int, wi
 
 
 def test_only_the_square_of_a_scroll_is_computed() -> None:
-    scroll = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8), 100)[None, :, None].repeat(3, axis=2))
+    scroll = Image.fromarray(
+        np.repeat(np.arange(200, dtype=np.uint8), 100)[None, :, None].repeat(3, axis=2)
+    )
     size = (255, 255 * 20_000)  # whole, this would be 3.9 GB
     found = np.asarray(crop_resized(scroll, size, (0, 255 * 10_050), 255))
     assert (found == 100).all()
@@ -280,7 +318,15 @@ def gray_tiff(
     """A gray TIFF, little endian, in one strip; `kind` 1 is unsigned, 2 signed, 3 float; photometric 0: 0 is white."""
     height, width = size or values.shape
     data = values.tobytes()
-    tags = {256: width, 257: height, 258: bits or values.itemsize * 8, 259: 1, 262: photometric, 273: 8, 277: 1}
+    tags = {
+        256: width,
+        257: height,
+        258: bits or values.itemsize * 8,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: 1,
+    }
     tags |= {278: height, 279: len(data), 339: kind}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
@@ -303,7 +349,9 @@ def test_floating_point_values_are_the_picture_in_either_range(tmp_path: Path, w
 
 
 @pytest.mark.parametrize("odd", [-3.0, 4000.0, np.nan, np.inf, -np.inf])
-def test_floating_point_values_outside_both_ranges_are_unreadable(tmp_path: Path, odd: float) -> None:
+def test_floating_point_values_outside_both_ranges_are_unreadable(
+    tmp_path: Path, odd: float
+) -> None:
     values = (LEVELS / 255).astype("<f4")
     values[3, 4] = odd
     with pytest.raises(UnreadableImage, match="floating-point values|not a number"):
@@ -317,7 +365,9 @@ def test_floating_point_values_are_clipped_within_rounding(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("<u4", 1), ("<i4", 2), ("<i2", 2)])
-def test_integers_whose_white_is_not_told_are_unreadable(tmp_path: Path, dtype: str, kind: int) -> None:
+def test_integers_whose_white_is_not_told_are_unreadable(
+    tmp_path: Path, dtype: str, kind: int
+) -> None:
     with pytest.raises(UnreadableImage, match="save it in 8 or 16 bits"):
         read_rgb(gray_tiff(tmp_path / "a.tif", LEVELS.astype(dtype) * 100, kind=kind))
 
@@ -327,7 +377,9 @@ def test_16_bits_of_every_byte_order_and_with_white_as_0(tmp_path: Path, dtype: 
     deep = LEVELS.astype(np.uint16) * 257
     if dtype == "<u2":
         assert np.array_equal(gray_of(gray_tiff(tmp_path / "a.tif", deep, kind=1)), LEVELS)
-        assert np.array_equal(gray_of(gray_tiff(tmp_path / "b.tif", deep, kind=1, photometric=0)), 255 - LEVELS)
+        assert np.array_equal(
+            gray_of(gray_tiff(tmp_path / "b.tif", deep, kind=1, photometric=0)), 255 - LEVELS
+        )
     else:
         image = Image.frombytes("I;16B", (36, 24), deep.astype(dtype).tobytes())
         assert np.array_equal(gray_of(saved(tmp_path, image, "c.tif")), LEVELS)
@@ -354,8 +406,16 @@ JPEG_OF_65500 = b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xdc\xff\xdc\x03\x01\x11\x00\x
     "content",
     [
         JPEG_OF_65500,
-        b"GIF89a" + struct.pack("<HH", 65500, 65500) + b"\x80\0\0" + bytes(6) + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;",
-        b"GIF89a\1\0\1\0\x80\0\0" + bytes(6) + b"," + struct.pack("<HHHH", 0, 0, 65500, 65500) + b"\0\2\2D\1\0;",
+        b"GIF89a"
+        + struct.pack("<HH", 65500, 65500)
+        + b"\x80\0\0"
+        + bytes(6)
+        + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;",
+        b"GIF89a\1\0\1\0\x80\0\0"
+        + bytes(6)
+        + b","
+        + struct.pack("<HHHH", 0, 0, 65500, 65500)
+        + b"\0\2\2D\1\0;",
         b"P6 65500 65500 255\n",
         b"BM"
         + struct.pack("<IHHI", 100, 0, 0, 54)
@@ -401,7 +461,9 @@ def test_pipes_and_folders_are_unreadable_and_not_waited_for(tmp_path: Path) -> 
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
         for read in (read_rgb, read_file):
-            with pytest.raises(UnreadableImage, match="is no file but a pipe, socket or device|Is a directory"):
+            with pytest.raises(
+                UnreadableImage, match="is no file but a pipe, socket or device|Is a directory"
+            ):
                 read(tmp_path / name)
 
 

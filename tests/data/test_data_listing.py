@@ -13,7 +13,9 @@ from relloc.errors import DataError
 
 def image(path: Path, kind: str = "JPEG") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path, kind)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+        path, kind
+    )
     return path
 
 
@@ -77,7 +79,8 @@ def test_what_is_no_image_is_counted_by_its_suffix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"]
+    "name",
+    ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"],
 )
 def test_folders_of_programs_hold_no_images(tmp_path: Path, name: str) -> None:
     image(tmp_path / "1" / "a.jpg")
@@ -90,7 +93,12 @@ def test_folders_of_programs_are_no_classes(tmp_path: Path) -> None:
     image(root / "train" / "@eaDir" / "x.jpg")
     image(root / "val" / ".ipynb_checkpoints" / "x.jpg")
     splits = found_in(root)
-    assert (splits.labeled, splits.train.classes, len(splits.train), len(splits.held_out)) == (True, ("a", "b"), 2, 2)
+    assert (splits.labeled, splits.train.classes, len(splits.train), len(splits.held_out)) == (
+        True,
+        ("a", "b"),
+        2,
+        2,
+    )
     assert any("1 folders @eaDir" in remark for remark in splits.remarks)
 
 
@@ -119,7 +127,9 @@ def test_a_link_to_a_folder_above_brings_no_image_of_another_split_or_class(tmp_
     for target in ("../../..", "..", "."):
         (root / "train" / "a" / f"up{target.count('/')}{len(target)}").symlink_to(target)
     splits = found_in(root)
-    assert [os.path.basename(path) for path in (splits.train.source(0), splits.train.source(1))] == [
+    assert [
+        os.path.basename(path) for path in (splits.train.source(0), splits.train.source(1))
+    ] == [
         "traina.jpg",
         "trainb.jpg",
     ]

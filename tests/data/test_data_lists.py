@@ -42,8 +42,15 @@ def voc_of(root: Path | None, year: int = 2007, train: str = "trainval", **more:
 @pytest.mark.parametrize("inner", ["", "VOCdevkit", "VOCdevkit/VOC{}"])
 def test_voc_is_found_from_each_of_its_folders(tmp_path: Path, year: int, inner: str) -> None:
     splits = voc_of(vocdevkit(tmp_path, year) / inner.format(year), year)
-    assert below(splits.train, tmp_path / f"VOCdevkit/VOC{year}/JPEGImages") == ["000001.jpg", "000002.jpg"]
-    assert (splits.train.split, splits.held_out.split, len(splits.held_out)) == ("trainval", "test", 1)
+    assert below(splits.train, tmp_path / f"VOCdevkit/VOC{year}/JPEGImages") == [
+        "000001.jpg",
+        "000002.jpg",
+    ]
+    assert (splits.train.split, splits.held_out.split, len(splits.held_out)) == (
+        "trainval",
+        "test",
+        1,
+    )
     assert splits.train.labels is None
     assert splits.held_out.read(0).size == (30, 20)
 
@@ -63,7 +70,10 @@ def test_a_missing_voc_says_what_is_wanted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shared", ["000003", "000002\n000003"])
 def test_voc_lists_that_share_images_are_refused(tmp_path: Path, shared: str) -> None:
     text(vocdevkit(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/mine.txt", f"000001\n{shared}\n")
-    with pytest.raises(DataError, match=r"voc: 1 of 1 images of test.txt are also in mine.txt, such as .*000003.jpg"):
+    with pytest.raises(
+        DataError,
+        match=r"voc: 1 of 1 images of test.txt are also in mine.txt, such as .*000003.jpg",
+    ):
         voc_of(tmp_path, train="mine")
     with pytest.raises(DataError, match="results on images that were trained on mean nothing"):
         voc_of(tmp_path, train="test")
@@ -71,17 +81,27 @@ def test_voc_lists_that_share_images_are_refused(tmp_path: Path, shared: str) ->
 
 def test_places_and_inaturalist_lists_that_share_images_are_refused(tmp_path: Path) -> None:
     text(places_root(tmp_path) / "val.csv", "z/zoo/9.jpg 2\nz/zoo/2.jpg 2\n")
-    with pytest.raises(DataError, match=r"1 of 2 images of val.csv are also in train.csv, such as .*z/zoo/2.jpg"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 images of val.csv are also in train.csv, such as .*z/zoo/2.jpg"
+    ):
         places_of(tmp_path)
     text(tmp_path / "train2018.json", annotations("train_val2018/", (4,), {11: 4, 12: 4}))
-    text(tmp_path / "val2018.json", annotations("", (4,), {12: 4}))  # the same file by its other name
-    with pytest.raises(DataError, match=r"1 of 1 images of val2018.json are also in train2018.json"):
+    text(
+        tmp_path / "val2018.json", annotations("", (4,), {12: 4})
+    )  # the same file by its other name
+    with pytest.raises(
+        DataError, match=r"1 of 1 images of val2018.json are also in train2018.json"
+    ):
         inat_of(tmp_path)
 
 
 def test_a_list_with_a_nul_byte_is_damaged(tmp_path: Path) -> None:
-    text(vocdevkit(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt", "000001\n00\x00002\n")
-    with pytest.raises(DataError, match=r"trainval.txt line 2 holds a NUL byte: the file is damaged"):
+    text(
+        vocdevkit(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt", "000001\n00\x00002\n"
+    )
+    with pytest.raises(
+        DataError, match=r"trainval.txt line 2 holds a NUL byte: the file is damaged"
+    ):
         voc_of(tmp_path)
 
 
@@ -91,7 +111,10 @@ def test_other_counts_than_the_published_are_a_warning(tmp_path: Path) -> None:
 
 
 def annotation(*objects: tuple[str, int]) -> str:
-    inner = "".join(f"<object><name>{name}</name><difficult>{hard}</difficult></object>" for name, hard in objects)
+    inner = "".join(
+        f"<object><name>{name}</name><difficult>{hard}</difficult></object>"
+        for name, hard in objects
+    )
     return f"<annotation>{inner}</annotation>"
 
 
@@ -99,7 +122,10 @@ def class_lists(root: Path, marks: dict[str, tuple[int, int]], split: str = "tra
     """`<class>_<split>.txt` of all classes; those not named are nowhere."""
     for name in VOC_CLASSES:
         first, second = marks.get(name, (-1, -1))
-        text(root / f"VOCdevkit/VOC2007/ImageSets/Main/{name}_{split}.txt", f"000001 {first:2d}\n000002 {second:2d}\n")
+        text(
+            root / f"VOCdevkit/VOC2007/ImageSets/Main/{name}_{split}.txt",
+            f"000001 {first:2d}\n000002 {second:2d}\n",
+        )
     return root
 
 
@@ -108,12 +134,18 @@ def presence_of(images: ImageSet) -> list[dict[str, int]]:
     assert isinstance(images, MultiLabeled)
     rows = images.presence()
     assert all(len(row) == len(VOC_CLASSES) == 20 for row in rows)
-    return [{name: mark for name, mark in zip(VOC_CLASSES, row, strict=True) if mark != -1} for row in rows]
+    return [
+        {name: mark for name, mark in zip(VOC_CLASSES, row, strict=True) if mark != -1}
+        for row in rows
+    ]
 
 
 def test_presence_is_what_the_class_lists_say(tmp_path: Path) -> None:
     root = class_lists(vocdevkit(tmp_path), {"cat": (1, 0), "dog": (-1, 1), "tvmonitor": (1, 1)})
-    assert presence_of(voc_of(root).train) == [{"cat": 1, "tvmonitor": 1}, {"cat": 0, "dog": 1, "tvmonitor": 1}]
+    assert presence_of(voc_of(root).train) == [
+        {"cat": 1, "tvmonitor": 1},
+        {"cat": 0, "dog": 1, "tvmonitor": 1},
+    ]
 
 
 def test_a_list_of_ones_own_takes_presence_from_annotations(tmp_path: Path) -> None:
@@ -121,7 +153,10 @@ def test_a_list_of_ones_own_takes_presence_from_annotations(tmp_path: Path) -> N
     text(base / "ImageSets/Main/mine.txt", "000002\n000001\n")
     text(base / "Annotations/000001.xml", annotation(("cat", 1), ("cat", 0), ("dog", 1)))
     text(base / "Annotations/000002.xml", annotation(("person", 0)))
-    assert presence_of(voc_of(tmp_path, train="mine").train) == [{"person": 1}, {"cat": 1, "dog": 0}]
+    assert presence_of(voc_of(tmp_path, train="mine").train) == [
+        {"person": 1},
+        {"cat": 1, "dog": 0},
+    ]
     text(base / "Annotations/000002.xml", "<annotation>")
     with pytest.raises(DataError, match=r"000002\.xml is not XML"):
         presence_of(voc_of(tmp_path, train="mine").train)
@@ -136,13 +171,18 @@ def test_class_lists_that_do_not_match_the_split_are_refused(tmp_path: Path) -> 
     for content, told in [
         ("000001 1\n", r"cow_trainval.txt and trainval.txt .* different images, such as 000002"),
         ("000001 1\n000002 1\n000009 1\n", "different images, such as 000009"),
-        ("000001 1\n000002 2\n", r"cow_trainval.txt line 2: '000002 2' is not an image and 1, 0 or -1"),
+        (
+            "000001 1\n000002 2\n",
+            r"cow_trainval.txt line 2: '000002 2' is not an image and 1, 0 or -1",
+        ),
     ]:
         text(lists / "cow_trainval.txt", content)
         with pytest.raises(DataError, match=told):
             presence_of(voc_of(root).train)
     (lists / "cow_trainval.txt").unlink()  # half unpacked: some lists are there
-    with pytest.raises(DataError, match=r"cow_trainval.txt is missing: .*PASCAL VOC2007 development kit"):
+    with pytest.raises(
+        DataError, match=r"cow_trainval.txt is missing: .*PASCAL VOC2007 development kit"
+    ):
         presence_of(voc_of(root).train)
 
 
@@ -155,12 +195,18 @@ def places_root(root: Path) -> Path:
 
 
 def places_of(root: Path) -> Splits:
-    return places205(name="places205", root=str(root), train_list="train.csv", val_list="val.csv", images="pics")
+    return places205(
+        name="places205", root=str(root), train_list="train.csv", val_list="val.csv", images="pics"
+    )
 
 
 def test_places_lines_are_split_at_the_last_space(tmp_path: Path) -> None:
     splits = places_of(places_root(tmp_path))
-    assert below(splits.train, tmp_path / "pics") == ["a/abbey/1 of 2.jpg", "z/zoo/2.jpg", "a/abbey/gone.jpg"]
+    assert below(splits.train, tmp_path / "pics") == [
+        "a/abbey/1 of 2.jpg",
+        "z/zoo/2.jpg",
+        "a/abbey/gone.jpg",
+    ]
     assert splits.train.labels == [0, 2, 0]
     assert splits.held_out.labels == [2]
     assert splits.train.classes == splits.held_out.classes == ("a/abbey", "1", "z/zoo")
@@ -185,7 +231,9 @@ def test_labels_are_part_of_the_digest_and_the_place_is_not(tmp_path: Path) -> N
 @pytest.mark.parametrize("line", ["a/abbey/1.jpg", "a/abbey/1.jpg zoo", "a/abbey/1.jpg -1", "3"])
 def test_a_line_of_another_form_is_told_with_its_number(tmp_path: Path, line: str) -> None:
     text(places_root(tmp_path) / "val.csv", f"z/zoo/2.jpg 2\n\n{line}\n")
-    with pytest.raises(DataError, match="val.csv line 3: .* is not a path, a space and a class number"):
+    with pytest.raises(
+        DataError, match="val.csv line 3: .* is not a path, a space and a class number"
+    ):
         places_of(tmp_path)
 
 
@@ -204,7 +252,9 @@ def annotations(prefix: str, categories: tuple[int, ...], images: dict[int, int]
     return json.dumps(
         {
             "images": [{"id": one, "file_name": f"{prefix}Aves/{one}.jpg"} for one in images],
-            "annotations": [{"id": 7, "image_id": one, "category_id": images[one]} for one in reversed(images)],
+            "annotations": [
+                {"id": 7, "image_id": one, "category_id": images[one]} for one in reversed(images)
+            ],
             "categories": [{"id": number, "name": f"species {number}"} for number in categories],
         }
     )
@@ -226,8 +276,14 @@ def test_inaturalist_joins_images_and_categories_by_number(tmp_path: Path, prefi
     text(tmp_path / "train2018.json", annotations(prefix, (20, 4, 9), {11: 20, 12: 4, 13: 20}))
     text(tmp_path / "val2018.json", annotations(prefix, (20, 4, 9), {14: 9}))
     splits = inat_of(tmp_path)
-    assert below(splits.train, tmp_path / "train_val2018") == ["Aves/11.jpg", "Aves/12.jpg", "Aves/13.jpg"]
-    assert splits.train.classes == splits.held_out.classes == ("species 4", "species 9", "species 20")
+    assert below(splits.train, tmp_path / "train_val2018") == [
+        "Aves/11.jpg",
+        "Aves/12.jpg",
+        "Aves/13.jpg",
+    ]
+    assert (
+        splits.train.classes == splits.held_out.classes == ("species 4", "species 9", "species 20")
+    )
     assert (splits.train.labels, splits.held_out.labels) == ([2, 0, 2], [1])
     assert (splits.train.split, splits.held_out.split) == ("train", "val")
     assert splits.train.read(0).size == (30, 20)
@@ -238,20 +294,29 @@ def test_inaturalist_joins_images_and_categories_by_number(tmp_path: Path, prefi
     [
         ("{", "val2018.json is not JSON"),
         ("[]", "val2018.json is no annotation file"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "val2018.json: an image without file name"),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": []}',
+            "val2018.json: an image without file name",
+        ),
         (annotations("", (5,), {14: 5}), "val2018.json: an image without .* known category: 5"),
     ],
 )
-def test_inaturalist_files_of_another_form_are_told(tmp_path: Path, content: str, told: str) -> None:
+def test_inaturalist_files_of_another_form_are_told(
+    tmp_path: Path, content: str, told: str
+) -> None:
     text(tmp_path / "train2018.json", annotations("", (4,), {11: 4}))
-    with pytest.raises(DataError, match=rf"^{tmp_path}/val2018.json is missing: .*iNaturalist 2018"):
+    with pytest.raises(
+        DataError, match=rf"^{tmp_path}/val2018.json is missing: .*iNaturalist 2018"
+    ):
         inat_of(tmp_path)
     text(tmp_path / "val2018.json", content)
     with pytest.raises(DataError, match=told):
         inat_of(tmp_path)
 
 
-def test_an_impossible_file_name_of_an_annotation_file_is_unreadable_when_read(tmp_path: Path) -> None:
+def test_an_impossible_file_name_of_an_annotation_file_is_unreadable_when_read(
+    tmp_path: Path,
+) -> None:
     content = annotations("", (4,), {11: 4, 12: 4}).replace("12.jpg", "1\\u00002.jpg")
     text(tmp_path / "train2018.json", content)
     text(tmp_path / "val2018.json", annotations("", (4,), {14: 4}))
@@ -268,7 +333,9 @@ def test_categories_that_mean_another_thing_in_the_other_file_are_told(tmp_path:
     assert inat_of(tmp_path).labeled
     held_out["categories"][0]["name"], held_out["categories"][1]["name"] = "species 9", "species 4"
     text(tmp_path / "val2018.json", json.dumps(held_out))
-    with pytest.raises(DataError, match=r"val2018.json: category 4 is species 9, in train2018.json it is species 4"):
+    with pytest.raises(
+        DataError, match=r"val2018.json: category 4 is species 9, in train2018.json it is species 4"
+    ):
         inat_of(tmp_path)
 
 
@@ -291,7 +358,9 @@ def test_labels_of_places_that_disagree_between_the_lists_are_told(tmp_path: Pat
     text(tmp_path / "val.csv", "z/zoo/9.jpg 0\n")
     with pytest.raises(DataError, match=r"val.csv: z/zoo/9.jpg has label 0, .* z/zoo .* have 2"):
         places_of(tmp_path)
-    text(tmp_path / "val.csv", "z/elsewhere/9.jpg 0\n")  # a folder that training images say nothing of
+    text(
+        tmp_path / "val.csv", "z/elsewhere/9.jpg 0\n"
+    )  # a folder that training images say nothing of
     assert places_of(tmp_path).held_out.labels == [0]
     text(tmp_path / "train.csv", "a/1.jpg 0\na/2.jpg 1\n")  # folders that are no classes
     text(tmp_path / "val.csv", "a/9.jpg 1\n")

@@ -36,7 +36,13 @@ def crops(tmp_path: Path) -> Crops:
         Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
     (tmp_path / "03.png").write_bytes(b"")
     paths = sorted(map(str, tmp_path.iterdir()))
-    return Crops(FolderImages(name="mine", split="train", paths=paths), GRID, use=Use.CROP, seed=0, centered=False)
+    return Crops(
+        FolderImages(name="mine", split="train", paths=paths),
+        GRID,
+        use=Use.CROP,
+        seed=0,
+        centered=False,
+    )
 
 
 def loaded(crops: Crops, workers: int) -> list[ImageBatch]:
@@ -45,7 +51,9 @@ def loaded(crops: Crops, workers: int) -> list[ImageBatch]:
     return list(load(crops, batches, workers=workers, pin=False))
 
 
-def test_worker_processes_change_neither_batches_nor_their_order(crops: Crops, tmp_path: Path) -> None:
+def test_worker_processes_change_neither_batches_nor_their_order(
+    crops: Crops, tmp_path: Path
+) -> None:
     alone, with_two = loaded(crops, 0), loaded(crops, 2)
     assert len(alone) == len(with_two) == 12
     for one, other in zip(alone, with_two, strict=True):
@@ -68,7 +76,9 @@ def test_batches_follow_the_sampler(crops: Crops) -> None:
 
 
 def test_collate_leaves_out_what_has_no_pixels_and_keeps_its_reason() -> None:
-    batch = collate([sample(4), sample(5, {"e.jpg": "is empty"}, usable=False), sample(6, {"f.jpg": "is text"})])
+    batch = collate(
+        [sample(4), sample(5, {"e.jpg": "is empty"}, usable=False), sample(6, {"f.jpg": "is text"})]
+    )
     assert batch.indices.tolist() == [4, 6]
     assert batch.pixels[:, 0, 0, 0].tolist() == [4, 6]
     assert batch.unreadable == {"e.jpg": "is empty", "f.jpg": "is text"}
@@ -98,18 +108,25 @@ class Killed(Dataset[Sample]):
 
 
 def test_a_killed_worker_is_a_clear_error() -> None:
-    with pytest.raises(Interrupted, match=r"a process that reads images was killed.*\(workers=1\): give fewer"):
+    with pytest.raises(
+        Interrupted, match=r"a process that reads images was killed.*\(workers=1\): give fewer"
+    ):
         list(load(Killed(), [[0]], workers=1, pin=False))
 
 
 def test_pixels_of_a_batch_lie_channels_last_whoever_loaded_them(crops: Crops) -> None:
     for workers in (0, 1):
-        assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in loaded(crops, workers))
+        assert all(
+            batch.pixels.is_contiguous(memory_format=torch.channels_last)
+            for batch in loaded(crops, workers)
+        )
 
 
 def test_signals_of_a_terminal_or_a_cluster_do_not_end_workers() -> None:
     batches: Iterable[list[int]] = [[0, 1], [2]]
-    assert [batch.indices.tolist() for batch in load(Signaled(), batches, workers=1, pin=False)] == [[0, 1], [2]]
+    assert [
+        batch.indices.tolist() for batch in load(Signaled(), batches, workers=1, pin=False)
+    ] == [[0, 1], [2]]
 
 
 def test_an_image_is_counted_once_however_often_it_is_met() -> None:
@@ -134,14 +151,18 @@ def test_a_share_of_zero_allows_none() -> None:
         unreadable.add({"a.jpg": "is empty"})
 
 
-def test_memory_that_can_not_be_handed_over_is_sent(crops: Crops, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_can_not_be_handed_over_is_sent(
+    crops: Crops, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(os, "memfd_create")
     for one, other in zip(loaded(crops, 0), loaded(crops, 2), strict=True):
         assert torch.equal(one.pixels, other.pixels)
         assert one.pixels.stride() == other.pixels.stride()
 
 
-def test_a_batch_that_has_no_room_in_memory_is_told(crops: Crops, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_has_no_room_in_memory_is_told(
+    crops: Crops, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_descriptor: int, _offset: int, _length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -30,7 +30,9 @@ def unseen(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
 
 
 def packed(data: Splits, out: Path, workers: int = 2, **settings: object) -> Check:
-    return pack(data, out, Packing(**(PACKING | settings)), published=None, workers=workers, progress=unseen)
+    return pack(
+        data, out, Packing(**(PACKING | settings)), published=None, workers=workers, progress=unseen
+    )
 
 
 def of(root: Path) -> Splits:
@@ -38,14 +40,18 @@ def of(root: Path) -> Splits:
 
 
 def files(out: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())
+    }
 
 
 def members(out: Path, split: str) -> dict[str, bytes]:
     found = {}
     for path in sorted(out.glob(f"{split}-*.tar")):
         with tarfile.open(path, "r:") as tar:
-            assert all(member.uid == member.gid == member.mtime == 0 and member.isfile() for member in tar)
+            assert all(
+                member.uid == member.gid == member.mtime == 0 and member.isfile() for member in tar
+            )
             found |= {member.name: tar.extractfile(member).read() for member in tar}
     return found
 
@@ -65,7 +71,9 @@ def test_each_kind_of_file_is_stored_in_its_way(mixed: tuple[Path, Path]) -> Non
     assert set(numbers) == {*KEPT, *REDUCED, *ENCODED, *BROKEN}
     for name in KEPT:
         assert stored[f"{numbers[name]:09d}.jpg"] == (root / name).read_bytes()
-        assert np.array_equal(np.asarray(images.read(numbers[name])), np.asarray(read_rgb(root / name)))
+        assert np.array_equal(
+            np.asarray(images.read(numbers[name])), np.asarray(read_rgb(root / name))
+        )
     for name in (*REDUCED, *ENCODED):
         upright = read_rgb(root / name)
         if name in REDUCED:
@@ -94,10 +102,14 @@ def test_others_can_read_the_tars_and_find_labels_beside_images(mixed: tuple[Pat
         assert int(stored[f"{key}.cls"]) == images.labels[int(key)]
         with Image.open(io.BytesIO(stored[f"{key}.jpg"])) as image:
             assert (image.format, min(image.size) <= 96) == ("JPEG", True)
-    assert sorted(path.name for path in out.glob("train-*.tar")) == [f"train-{number:06d}.tar" for number in range(3)]
+    assert sorted(path.name for path in out.glob("train-*.tar")) == [
+        f"train-{number:06d}.tar" for number in range(3)
+    ]
     with tarfile.open(out / "train-000001.tar", "r:") as tar:
         assert {int(name.partition(".")[0]) // 4 for name in tar.getnames()} == {1}
-    assert (out / "train-000001.tar").read_bytes()[257:265] == b"ustar\x0000"  # plain POSIX, no extension
+    assert (out / "train-000001.tar").read_bytes()[
+        257:265
+    ] == b"ustar\x0000"  # plain POSIX, no extension
 
 
 def test_the_manifest_says_how_all_came_to_be(mixed: tuple[Path, Path]) -> None:
@@ -125,11 +137,15 @@ def test_images_that_are_no_files_are_packed_too(tmp_path: Path) -> None:
     packed(data, tmp_path / "out", images_per_shard=50)
     found = shards(root=str(tmp_path / "out"))
     assert list(found.train.labels or ()) == list(data.train.labels or ())
-    assert [found.held_out.source(index) for index in range(3)] == [data.held_out.source(index) for index in range(3)]
+    assert [found.held_out.source(index) for index in range(3)] == [
+        data.held_out.source(index) for index in range(3)
+    ]
     for index in range(0, len(found.train), 20):
         before, after = data.train.read(index), found.train.read(index)
         assert min(after.size) == min(96, *before.size)
-        difference = np.asarray(before.resize(after.size, Image.Resampling.BILINEAR), int) - np.asarray(after, int)
+        difference = np.asarray(
+            before.resize(after.size, Image.Resampling.BILINEAR), int
+        ) - np.asarray(after, int)
         assert np.abs(difference).mean() < 6
 
 
@@ -170,14 +186,23 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
     for after in (12, 30):
         stop = Interrupt(after)
         with pytest.raises(KeyboardInterrupt):
-            pack(data, tmp_path / "out", Packing(**PACKING), published=None, workers=2, progress=stop)
+            pack(
+                data, tmp_path / "out", Packing(**PACKING), published=None, workers=2, progress=stop
+            )
         befores += stop.done_before
         unfinished = tmp_path / "out" / "unfinished"
         finished = {path.stem for path in unfinished.glob("*-*.json")}
         for name, born in kept.items():
-            assert (tmp_path / "out" / name).stat().st_mtime_ns == born  # finished ones are not written again
-        kept = {f"{name}.tar": (tmp_path / "out" / f"{name}.tar").stat().st_mtime_ns for name in finished}
-        with pytest.raises(DataError, match="packing was not finished: start the same prepare command again"):
+            assert (
+                tmp_path / "out" / name
+            ).stat().st_mtime_ns == born  # finished ones are not written again
+        kept = {
+            f"{name}.tar": (tmp_path / "out" / f"{name}.tar").stat().st_mtime_ns
+            for name in finished
+        }
+        with pytest.raises(
+            DataError, match="packing was not finished: start the same prepare command again"
+        ):
             shards(root=str(tmp_path / "out"))
     assert befores[0] == 0 < befores[1] < 40
     packed(data, tmp_path / "out", workers=1)
@@ -196,11 +221,16 @@ def test_a_finished_folder_is_left_as_it_is(mixed: tuple[Path, Path]) -> None:
     ("changed", "told"),
     [
         ({"short_px": 80}, "short_px was 96, now 80"),
-        ({"quality": 80, "images_per_shard": 5}, "images_per_shard was 4, now 5, quality was 90, now 80"),
+        (
+            {"quality": 80, "images_per_shard": 5},
+            "images_per_shard was 4, now 5, quality was 90, now 80",
+        ),
         ({"subsampling": "4:4:4"}, "subsampling was 4:2:0, now 4:4:4"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_refused(mixed: tuple[Path, Path], changed: dict, told: str) -> None:
+def test_other_settings_in_the_same_folder_are_refused(
+    mixed: tuple[Path, Path], changed: dict, told: str
+) -> None:
     root, out = mixed
     before = files(out)
     with pytest.raises(DataError, match=told):
@@ -211,7 +241,14 @@ def test_other_settings_in_the_same_folder_are_refused(mixed: tuple[Path, Path],
 def test_other_images_in_an_unfinished_folder_are_refused(tmp_path: Path) -> None:
     data = of(write_many(tmp_path / "originals", 20, 4))
     with pytest.raises(KeyboardInterrupt):
-        pack(data, tmp_path / "out", Packing(**PACKING), published=None, workers=1, progress=Interrupt(5))
+        pack(
+            data,
+            tmp_path / "out",
+            Packing(**PACKING),
+            published=None,
+            workers=1,
+            progress=Interrupt(5),
+        )
     (tmp_path / "originals/train/a/more.jpg").write_bytes(jpeg(picture(96, 96)))
     with pytest.raises(DataError, match="the images or their labels are others"):
         packed(of(tmp_path / "originals"), tmp_path / "out")
@@ -259,7 +296,14 @@ def test_an_image_too_long_for_a_jpeg_is_unreadable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"short_px": 0}, {"images_per_shard": 0}, {"quality": 0}, {"quality": 101}, {"subsampling": "4:1:1"}]
+    "wrong",
+    [
+        {"short_px": 0},
+        {"images_per_shard": 0},
+        {"quality": 0},
+        {"quality": 101},
+        {"subsampling": "4:1:1"},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
@@ -271,7 +315,9 @@ def test_what_an_older_relloc_packed_is_read_but_not_packed_on(tmp_path: Path) -
     packed(of(root), tmp_path / "out", workers=1)
     manifest = json.loads((tmp_path / "out/manifest.json").read_bytes())
     for role in ("train", "held_out"):
-        manifest["packed"]["originals"][role]["digest"] = "0123456789abcdef"  # as it identified images
+        manifest["packed"]["originals"][role]["digest"] = (
+            "0123456789abcdef"  # as it identified images
+        )
         del manifest[role]["index_sha256"]
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
     assert len(shards(root=str(tmp_path / "out")).train) == 10
@@ -279,7 +325,9 @@ def test_what_an_older_relloc_packed_is_read_but_not_packed_on(tmp_path: Path) -
         packed(of(root), tmp_path / "out", workers=1)
 
 
-def test_packing_is_not_continued_with_other_images_of_the_same_names_and_sizes(tmp_path: Path) -> None:
+def test_packing_is_not_continued_with_other_images_of_the_same_names_and_sizes(
+    tmp_path: Path,
+) -> None:
     root = write_many(tmp_path / "originals", 10, 3)
     packed(of(root), tmp_path / "out", workers=1)
     path = root / "train/a/0000.jpg"
@@ -295,16 +343,27 @@ def test_a_damaged_check_beside_packed_images_is_told(tmp_path: Path, content: s
     root = write_many(tmp_path / "originals", 10, 3)
     packed(of(root), tmp_path / "out", workers=1)
     (tmp_path / "out/check.json").write_text(content)
-    with pytest.raises(DataError, match=r"check\.json .*Remove the folder that is packed into, and pack again"):
+    with pytest.raises(
+        DataError, match=r"check\.json .*Remove the folder that is packed into, and pack again"
+    ):
         packed(of(root), tmp_path / "out", workers=1)
 
 
 def test_damaged_settings_of_unfinished_packing_are_told(tmp_path: Path) -> None:
     data = of(write_many(tmp_path / "originals", 20, 4))
     with pytest.raises(KeyboardInterrupt):
-        pack(data, tmp_path / "out", Packing(**PACKING), published=None, workers=1, progress=Interrupt(5))
+        pack(
+            data,
+            tmp_path / "out",
+            Packing(**PACKING),
+            published=None,
+            workers=1,
+            progress=Interrupt(5),
+        )
     (tmp_path / "out/unfinished/settings.json").write_text("{")
-    with pytest.raises(DataError, match=r"settings\.json .*Remove the folder that is packed into, and pack again"):
+    with pytest.raises(
+        DataError, match=r"settings\.json .*Remove the folder that is packed into, and pack again"
+    ):
         packed(data, tmp_path / "out")
 
 

@@ -17,7 +17,9 @@ def listed(split: str, paths: list[str]) -> FolderImages:
 
 def numbered(n_train: int, n_held_out: int) -> Splits:
     paths = [f"/x/{number}.jpg" for number in range(max(n_train, n_held_out))]
-    return Splits(train=listed("train", paths[:n_train]), held_out=listed("val", paths[:n_held_out]))
+    return Splits(
+        train=listed("train", paths[:n_train]), held_out=listed("val", paths[:n_held_out])
+    )
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50))
@@ -32,7 +34,9 @@ def test_spans_hold_each_image_once_in_order(n_train: int, n_held_out: int, leng
 
 def test_splits_of_one_name_are_refused() -> None:
     with pytest.raises(DataError, match="both splits of mine are called train"):
-        spans(Splits(train=listed("train", ["/x/1.jpg"]), held_out=listed("train", ["/x/2.jpg"])), 5)
+        spans(
+            Splits(train=listed("train", ["/x/1.jpg"]), held_out=listed("train", ["/x/2.jpg"])), 5
+        )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,9 @@ def test_splits_of_one_name_are_refused() -> None:
         (["/a/bc/1.jpg", "/a/bd/../b/1.jpg"], ["bc/1.jpg", "b/1.jpg"]),
     ],
 )
-def test_files_are_called_by_their_path_below_what_holds_them_all(paths: list[str], expected: list[str]) -> None:
+def test_files_are_called_by_their_path_below_what_holds_them_all(
+    paths: list[str], expected: list[str]
+) -> None:
     assert names(listed("train", paths)) == expected
 
 
@@ -52,7 +58,9 @@ def test_parts_come_back_in_order_and_are_finished_once_said_so(tmp_path: Path) 
     parts = spans(numbered(5, 1), 2)[:3]
     for span in reversed(parts):
         assert about_part(tmp_path, span) is None
-        save_part(tmp_path, span, np.arange(span.start, span.stop), {"stem": span.stem, "unreadable": {}})
+        save_part(
+            tmp_path, span, np.arange(span.start, span.stop), {"stem": span.stem, "unreadable": {}}
+        )
     assert records_of(tmp_path, parts).tolist() == [0, 1, 2, 3, 4]
     assert about_part(tmp_path, parts[1]) == {"stem": "train-000001", "unreadable": {}}
 

@@ -35,7 +35,11 @@ def covered(tiles: list[Tile], width: int, height: int) -> np.ndarray:
 
 
 def inside(tile: Tile, width: int, height: int) -> bool:
-    return min(tile.left, tile.top) >= 0 and tile.left + tile.side_px <= width and tile.top + tile.side_px <= height
+    return (
+        min(tile.left, tile.top) >= 0
+        and tile.left + tile.side_px <= width
+        and tile.top + tile.side_px <= height
+    )
 
 
 def test_the_two_splits_share_no_pixel_and_tiles_lie_in_their_photograph(splits: Splits) -> None:
@@ -44,10 +48,14 @@ def test_the_two_splits_share_no_pixel_and_tiles_lie_in_their_photograph(splits:
     assert isinstance(held_out, PhotoTiles)
     for photo in train.classes:
         size = read_photo(photo).size
-        seen, unseen = ([tile for tile in images.tiles if tile.photo == photo] for images in (train, held_out))
+        seen, unseen = (
+            [tile for tile in images.tiles if tile.photo == photo] for images in (train, held_out)
+        )
         assert all(inside(tile, *size) for tile in seen + unseen)
         assert not (covered(seen, *size) & covered(unseen, *size)).any()
-        assert (covered(seen, *size) | covered(unseen, *size)).mean() > 0.99  # and leave none unused
+        assert (
+            covered(seen, *size) | covered(unseen, *size)
+        ).mean() > 0.99  # and leave none unused
 
 
 @settings(deadline=None)
@@ -70,15 +78,20 @@ def test_splits_of_a_photograph_of_any_size_are_disjoint(
     assert all(inside(tile, *size) for tile in train + held_out)
     assert not (covered(train, *size) & covered(held_out, *size)).any()
     for found in (train, held_out):
-        assert len(set(found)) == len(found) or len({round(tile * min(size)) for tile in tiles}) < len(tiles)
+        assert len(set(found)) == len(found) or len(
+            {round(tile * min(size)) for tile in tiles}
+        ) < len(tiles)
     assert {tile.side_px for tile in train} == {tile.side_px for tile in held_out} == sides
 
 
 @pytest.mark.parametrize(
-    ("tiles", "stride"), [([0.6], 0.2), ([1.2], 0.2), ([0.2, 0], 0.2), ([0.0005], 0.2), ([], 0.2), ([0.2], 0)]
+    ("tiles", "stride"),
+    [([0.6], 0.2), ([1.2], 0.2), ([0.2, 0], 0.2), ([0.0005], 0.2), ([], 0.2), ([0.2], 0)],
 )
 def test_impossible_tiles_are_refused_with_the_numbers(tiles: list[float], stride: float) -> None:
-    with pytest.raises(ValueError, match=r"data.source.tiles \[.*\], stride 0.*half a photograph at most"):
+    with pytest.raises(
+        ValueError, match=r"data.source.tiles \[.*\], stride 0.*half a photograph at most"
+    ):
         photos(tiles=tiles, stride=stride)
     if tiles == [1.2]:  # long enough for two such strips, but too low for one tile
         with pytest.raises(ValueError, match="here 1000x300 px"):
@@ -86,13 +99,29 @@ def test_impossible_tiles_are_refused_with_the_numbers(tiles: list[float], strid
 
 
 def test_tiles_are_shares_of_a_photograph() -> None:
-    with pytest.raises(ValueError, match="tiles are shares of a photograph's short side between 0 and 0.5"):
+    with pytest.raises(
+        ValueError, match="tiles are shares of a photograph's short side between 0 and 0.5"
+    ):
         photos(tiles=[4], stride=STRIDE)
 
 
 def test_tiles_are_evenly_spread_about_a_stride_apart() -> None:
     tiles = tiles_of("a", 400, 100, split="train", tiles=[0.5], stride=0.5)
-    assert sorted({tile.left for tile in tiles}) == [0, 25, 50, 75, 100, 125, 150, 175, 200, 225, 250, 275, 300]
+    assert sorted({tile.left for tile in tiles}) == [
+        0,
+        25,
+        50,
+        75,
+        100,
+        125,
+        150,
+        175,
+        200,
+        225,
+        250,
+        275,
+        300,
+    ]
     assert sorted({tile.top for tile in tiles}) == [0, 25, 50]
     assert len(tiles) == len(set(tiles)) == 13 * 3
 
@@ -116,14 +145,19 @@ def test_labels_name_the_photograph_and_tiles_show_its_pixels(splits: Splits) ->
             pixels = np.asarray(images.read(index))
             assert pixels.shape == (tile.side_px, tile.side_px, 3)
             if whole is not None:
-                expected = whole[tile.top : tile.top + tile.side_px, tile.left : tile.left + tile.side_px]
+                expected = whole[
+                    tile.top : tile.top + tile.side_px, tile.left : tile.left + tile.side_px
+                ]
                 assert np.array_equal(pixels, expected)
 
 
 def test_the_shipped_tiles_are_as_many_for_every_photograph_of_a_shape(splits: Splits) -> None:
     assert (splits.train.split, splits.held_out.split) == ("train", "held_out")
     counts = Counter(splits.train.labels or [])
-    assert counts[splits.train.classes.index("astronaut")] == counts[splits.train.classes.index("tissue")]
+    assert (
+        counts[splits.train.classes.index("astronaut")]
+        == counts[splits.train.classes.index("tissue")]
+    )
     assert min(counts.values()) > 100
 
 

@@ -45,7 +45,14 @@ def die(job: int, tick: Callable[[], None]) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_every_job_is_done_once_and_the_images_counted(tmp_path: Path, workers: int) -> None:
     shown = Shown()
-    work_through(functools.partial(leave_file, tmp_path), range(4), workers=workers, total=45, done=5, progress=shown)
+    work_through(
+        functools.partial(leave_file, tmp_path),
+        range(4),
+        workers=workers,
+        total=45,
+        done=5,
+        progress=shown,
+    )
     pids = {name.name: name.read_text() for name in tmp_path.iterdir()}
     assert set(pids) == {"0", "1", "2", "3"}
     assert len(set(pids.values())) == min(workers, 4)
@@ -57,15 +64,21 @@ def test_every_job_is_done_once_and_the_images_counted(tmp_path: Path, workers: 
 
 def test_without_jobs_nothing_is_started() -> None:
     shown = Shown()
-    work_through(functools.partial(leave_file, Path()), [], workers=2, total=7, done=7, progress=shown)
+    work_through(
+        functools.partial(leave_file, Path()), [], workers=2, total=7, done=7, progress=shown
+    )
     assert shown.opened == (7, 7)
 
 
-@pytest.mark.parametrize("error", [DataError("as it is"), OSError(28, "No space left on device", "a.tar")])
+@pytest.mark.parametrize(
+    "error", [DataError("as it is"), OSError(28, "No space left on device", "a.tar")]
+)
 def test_an_error_ends_all_processes_and_comes_out_as_it_was(error: Exception) -> None:
     started = time.monotonic()
     with pytest.raises(type(error)) as caught:
-        work_through(functools.partial(fail, error), range(2), workers=2, total=2, done=0, progress=Shown())
+        work_through(
+            functools.partial(fail, error), range(2), workers=2, total=2, done=0, progress=Shown()
+        )
     assert str(caught.value) == str(error)
     assert time.monotonic() - started < 20
 

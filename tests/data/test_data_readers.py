@@ -68,7 +68,9 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answers(make: Callable[[int], Answer], tasks: int | list[int], *, workers: int) -> list[object]:
-    with ReadingProcesses(make, range(tasks) if isinstance(tasks, int) else tasks, workers=workers) as found:
+    with ReadingProcesses(
+        make, range(tasks) if isinstance(tasks, int) else tasks, workers=workers
+    ) as found:
         return [answer.content for answer in found]
 
 
@@ -165,7 +167,9 @@ def test_processes_that_can_not_be_started_are_told(monkeypatch: pytest.MonkeyPa
         started.append(process)
 
     monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", limited)
-    with pytest.raises(Interrupted, match=r"only 2 of workers=4 .*Resource temporarily unavailable"):
+    with pytest.raises(
+        Interrupted, match=r"only 2 of workers=4 .*Resource temporarily unavailable"
+    ):
         answers(doubled, 20, workers=4)
     assert not any(process.is_alive() for process in started)
 
@@ -175,7 +179,9 @@ def test_finishing_looks_ahead_and_keeps_the_order() -> None:
         assert list(look_ahead(found, lambda answer: answer.content[0])) == list(range(11))
 
 
-def test_where_processes_are_not_forked_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_processes_are_not_forked_answers_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert answers(doubled, 3, workers=1) == [0, 2, 4]
 
@@ -196,11 +202,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "sys.exit(3)", "sys.last_frames = found; sys.exit(3)"])
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), 9)", "sys.exit(3)", "sys.last_frames = found; sys.exit(3)"]
+)
 @pytest.mark.slow
 def test_reading_processes_end_with_the_one_that_started_them(tmp_path: Path, end: str) -> None:
     (tmp_path / "parent.py").write_text(PARENT.replace("{end}", end))
-    done = subprocess.run([sys.executable, tmp_path / "parent.py"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "parent.py"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == (-9 if "kill" in end else 3)
     pids = set(map(int, done.stdout.split()))
     assert len(pids) == 2

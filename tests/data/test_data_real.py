@@ -20,7 +20,9 @@ def decode_all(images: ImageSet) -> None:
         assert np.asarray(image).std() > 1, images.source(index)
 
 
-def test_small_imagenette_is_ten_classes_of_700_and_300_images_that_all_decode(real_images: Path) -> None:
+def test_small_imagenette_is_ten_classes_of_700_and_300_images_that_all_decode(
+    real_images: Path,
+) -> None:
     root = real_images / "imagenette_small"
     splits = folder(name="imagenette_small", root=str(root), held_out_share=0.05)
     assert splits.labeled

@@ -37,7 +37,9 @@ def unseen(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
 
 
 def packed(data: Splits, out: Path, images_per_shard: int = 4) -> Path:
-    packing = Packing(short_px=96, quality=90, subsampling="4:2:0", images_per_shard=images_per_shard)
+    packing = Packing(
+        short_px=96, quality=90, subsampling="4:2:0", images_per_shard=images_per_shard
+    )
     pack(data, out, packing, published=None, workers=1, progress=unseen)
     return out
 
@@ -67,7 +69,12 @@ def test_the_set_is_the_one_that_was_packed(originals: Path, out: Path) -> None:
     assert after.labeled
     for old, new in ((before.train, after.train), (before.held_out, after.held_out)):
         assert isinstance(new, ImageSet)
-        assert (new.name, new.split, new.classes, len(new)) == (old.name, old.split, old.classes, len(old))
+        assert (new.name, new.split, new.classes, len(new)) == (
+            old.name,
+            old.split,
+            old.classes,
+            len(old),
+        )
         assert (out / f"{old.split}-000000.tar").is_file()
         assert list(new.labels or ()) == list(old.labels or ())
         assert type((new.labels or [0.0])[0]) is int
@@ -77,7 +84,13 @@ def test_the_set_is_the_one_that_was_packed(originals: Path, out: Path) -> None:
 
 
 def test_unlabeled_images_stay_so_and_hostile_names_come_back(tmp_path: Path) -> None:
-    names = ["two words.jpg", "zürich ✓ 写真.jpg", "line\nbreak.jpg", "quote'\"$.jpg", os.fsdecode(b"latin-\xe9.jpg")]
+    names = [
+        "two words.jpg",
+        "zürich ✓ 写真.jpg",
+        "line\nbreak.jpg",
+        "quote'\"$.jpg",
+        os.fsdecode(b"latin-\xe9.jpg"),
+    ]
     for number, name in enumerate([*names, *map("{}.jpg".format, range(12))]):
         Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / name, "JPEG")
     data = of(tmp_path)
@@ -97,7 +110,9 @@ def voc_of(root: Path) -> Splits:
     lists.mkdir(parents=True)
     for split, numbers in (("trainval", range(5)), ("test", range(5, 7))):
         for number in numbers:
-            Image.new("RGB", (20, 30), (number, 0, 0)).save(root / f"VOC2007/JPEGImages/{number}.jpg")
+            Image.new("RGB", (20, 30), (number, 0, 0)).save(
+                root / f"VOC2007/JPEGImages/{number}.jpg"
+            )
         (lists / f"{split}.txt").write_text("".join(f"{number}\n" for number in numbers))
         for name in VOC_CLASSES:
             marks = (f"{number} {chance.integers(-1, 2)}\n" for number in numbers)
@@ -118,11 +133,15 @@ def test_what_images_of_voc_show_is_kept(tmp_path: Path) -> None:
         assert pickle.loads(pickle.dumps(new)).presence() == old.presence()
 
 
-def test_voc_without_lists_of_classes_is_packed_with_a_warning_and_others_without(tmp_path: Path, out: Path) -> None:
+def test_voc_without_lists_of_classes_is_packed_with_a_warning_and_others_without(
+    tmp_path: Path, out: Path
+) -> None:
     data = voc_of(tmp_path / "originals")
     for path in (tmp_path / "originals/VOC2007/ImageSets/Main").glob("*_test.txt"):
         path.unlink()
-    with pytest.warns(UserWarning, match=r"packed without what images show, .*Annotations/5.xml is missing"):
+    with pytest.warns(
+        UserWarning, match=r"packed without what images show, .*Annotations/5.xml is missing"
+    ):
         packed(data, tmp_path / "out")
     found = shards(root=str(tmp_path / "out"))
     assert isinstance(found.train, MultiLabeled)
@@ -136,7 +155,9 @@ def test_a_presence_that_is_not_of_these_images_and_classes_is_told(tmp_path: Pa
     for broken in ({"presence": index["presence"][:, :19].copy()}, {}):
         without = {name: values for name, values in index.items() if name != "presence"}
         save_file({**without, **broken}, folder / "trainval-index.safetensors")
-        with pytest.raises(DataError, match="trainval-index.safetensors does not fit manifest.json"):
+        with pytest.raises(
+            DataError, match="trainval-index.safetensors does not fit manifest.json"
+        ):
             shards(root=str(folder))
 
 
@@ -145,7 +166,13 @@ def test_other_marks_are_other_originals(tmp_path: Path) -> None:
     lists = tmp_path / "originals/VOC2007/ImageSets/Main"
     (lists / "cat_test.txt").write_text("5 1\n6 1\n")
     (lists / "dog_test.txt").write_text("5 -1\n6 -1\n")
-    changed = voc(name="voc2007", root=str(tmp_path / "originals"), year=2007, train="trainval", held_out="test")
+    changed = voc(
+        name="voc2007",
+        root=str(tmp_path / "originals"),
+        year=2007,
+        train="trainval",
+        held_out="test",
+    )
     with pytest.raises(DataError, match="the images or their labels are others"):
         packed(changed, tmp_path / "out")
 
@@ -171,7 +198,9 @@ def test_the_digest_is_of_the_content_wherever_it_lies_and_however_it_is_cut(
     assert renamed.held_out.digest() != here.held_out.digest()
 
 
-def test_pickled_it_is_a_name_and_reads_the_same(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_it_is_a_name_and_reads_the_same(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(out.parent)
     images = ShardImages(Path(out.name), "train")
     first = np.asarray(images.read(0))  # with a file open
@@ -194,14 +223,18 @@ def test_worker_processes_read_what_the_parent_reads(out: Path) -> None:
 
 
 @pytest.mark.parametrize("px", [96, 110])
-def test_training_cuts_the_same_pixels_from_packed_images_with_and_without_pillow(out: Path, px: int) -> None:
+def test_training_cuts_the_same_pixels_from_packed_images_with_and_without_pillow(
+    out: Path, px: int
+) -> None:
     """At 96 px as they are, at 110 px enlarged."""
     images = shards(root=str(out)).train
     through_pillow = Subset(images=images, indices=range(len(images)))
     grid = PatchGrid(patch_px=24, gap_px=4, jitter_px=(0, 4), resize=ShortSide(px=px))
     for index, seed in ((0, 1), (3, 2), (len(images) - 1, 3)):
         found = Crops(images, grid, use=Use.CROP, seed=0, centered=False)[index, seed].pixels
-        expected = Crops(through_pillow, grid, use=Use.CROP, seed=0, centered=False)[index, seed].pixels
+        expected = Crops(through_pillow, grid, use=Use.CROP, seed=0, centered=False)[
+            index, seed
+        ].pixels
         assert found is not None
         assert expected is not None
         assert np.array_equal(found, expected)
@@ -214,7 +247,9 @@ def test_with_more_tars_than_may_stay_open_all_are_read(
     images = shards(root=str(packed(of(originals), tmp_path / "out", images_per_shard=1))).train
     held = len(os.listdir("/proc/self/fd"))
     for index in range(10):
-        assert np.array_equal(np.asarray(images.read(index)), np.asarray(of(originals).train.read(index)))
+        assert np.array_equal(
+            np.asarray(images.read(index)), np.asarray(of(originals).train.read(index))
+        )
     assert len(os.listdir("/proc/self/fd")) <= held + 2
 
 
@@ -255,14 +290,20 @@ def test_imagenet_costs_tens_of_megabytes(copy: Path) -> None:
 def test_a_folder_that_is_none_or_not_ours_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.shards=.*missing is not a folder: .*relloc.prepare"):
         shards(root=str(tmp_path / "missing"))
-    with pytest.raises(DataError, match="has no manifest.json: give the folder that relloc.prepare wrote"):
+    with pytest.raises(
+        DataError, match="has no manifest.json: give the folder that relloc.prepare wrote"
+    ):
         shards(root=str(tmp_path))
 
 
-@pytest.mark.parametrize("content", ['{"format": "relloc shards", "version": 2}', '{"format": "mine"}', "[]", "{"])
+@pytest.mark.parametrize(
+    "content", ['{"format": "relloc shards", "version": 2}', '{"format": "mine"}', "[]", "{"]
+)
 def test_another_manifest_is_refused(copy: Path, content: str) -> None:
     (copy / "manifest.json").write_text(content)
-    with pytest.raises(DataError, match=r"manifest.json (is not of relloc shards version 1|can't be read)"):
+    with pytest.raises(
+        DataError, match=r"manifest.json (is not of relloc shards version 1|can't be read)"
+    ):
         shards(root=str(copy))
 
 
@@ -270,7 +311,10 @@ def test_a_missing_or_shortened_tar_is_told_at_once(copy: Path) -> None:
     tar = copy / "train-000001.tar"
     size = tar.stat().st_size
     os.truncate(tar, size - 512)
-    with pytest.raises(DataError, match=rf"train-000001.tar has {size - 512} bytes, not the {size} it was packed with"):
+    with pytest.raises(
+        DataError,
+        match=rf"train-000001.tar has {size - 512} bytes, not the {size} it was packed with",
+    ):
         shards(root=str(copy))
     tar.unlink()
     with pytest.raises(DataError, match=r"train-000001.tar is missing: copy it again"):
@@ -300,16 +344,22 @@ def test_what_is_lost_while_a_run_goes_on_is_an_unreadable_image(copy: Path) -> 
 
 @pytest.mark.data
 def test_real_photographs_decode_to_pillows_pixels(real_images: Path) -> None:
-    paths = sorted(path for path in real_images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    paths = sorted(
+        path for path in real_images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")
+    )
     assert len(paths) > 1000
     for path in paths[::4]:
         with Image.open(path) as image:
             upright = image.getexif().get(0x0112, 1) == 1 and image.mode in ("RGB", "L")
         if upright:
-            assert np.array_equal(decoded(bytearray(path.read_bytes())), np.asarray(read_rgb(path))), path
+            assert np.array_equal(
+                decoded(bytearray(path.read_bytes())), np.asarray(read_rgb(path))
+            ), path
 
 
-def test_a_tar_of_the_same_size_with_other_bytes_is_found_when_hashes_are_asked_for(out: Path, tmp_path: Path) -> None:
+def test_a_tar_of_the_same_size_with_other_bytes_is_found_when_hashes_are_asked_for(
+    out: Path, tmp_path: Path
+) -> None:
     check_hashes(out)
     damaged = Path(shutil.copytree(out, tmp_path / "damaged"))
     content = bytearray((damaged / "val-000000.tar").read_bytes())
@@ -356,13 +406,17 @@ def changed_manifest(copy: Path, where: str, value: object) -> None:
         ("train.digest", 5),
     ],
 )
-def test_a_manifest_that_relloc_did_not_write_is_one_message(copy: Path, where: str, value: object) -> None:
+def test_a_manifest_that_relloc_did_not_write_is_one_message(
+    copy: Path, where: str, value: object
+) -> None:
     changed_manifest(copy, where, value)
     with pytest.raises(DataError, match=r"manifest\.json"):
         shards(root=str(copy))
 
 
-def test_a_manifest_of_one_tar_with_a_number_beyond_64_bits_is_one_message(originals: Path, tmp_path: Path) -> None:
+def test_a_manifest_of_one_tar_with_a_number_beyond_64_bits_is_one_message(
+    originals: Path, tmp_path: Path
+) -> None:
     whole = packed(of(originals), tmp_path / "whole", images_per_shard=1000)
     changed_manifest(whole, "packed.images_per_shard", 2**63)
     with pytest.raises(DataError, match="images_per_shard"):
@@ -384,7 +438,9 @@ def test_json_of_other_kinds_is_one_message(copy: Path, content: bytes) -> None:
 @pytest.mark.parametrize("told", ["larger than any JPEG", "other names"])
 def test_files_that_are_mostly_holes_ask_for_no_memory(copy: Path, told: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
-    columns = {key: values.copy() for key, values in load_file(copy / "train-index.safetensors").items()}
+    columns = {
+        key: values.copy() for key, values in load_file(copy / "train-index.safetensors").items()
+    }
     if told == "other names":
         grown, columns["name_offset"][-1] = copy / "train-names.jsonl", 2**34
     else:
@@ -400,7 +456,9 @@ def test_files_that_are_mostly_holes_ask_for_no_memory(copy: Path, told: str) ->
 
 def test_tars_of_others_are_told_as_such(tmp_path: Path) -> None:
     (tmp_path / "000000.tar").write_bytes(bytes(1024))
-    with pytest.raises(DataError, match=r"has no manifest\.json.*Tars of others can't be read: unpack them"):
+    with pytest.raises(
+        DataError, match=r"has no manifest\.json.*Tars of others can't be read: unpack them"
+    ):
         shards(root=str(tmp_path))
 
 
@@ -421,12 +479,16 @@ def test_tars_of_others_are_told_as_such(tmp_path: Path) -> None:
         ("name_offset", -1, 5, "has other names"),
     ],
 )
-def test_an_index_that_leads_outside_is_one_message(copy: Path, name: str, index: int, value: int, told: str) -> None:
+def test_an_index_that_leads_outside_is_one_message(
+    copy: Path, name: str, index: int, value: int, told: str
+) -> None:
     path = copy / "train-index.safetensors"
     columns = {key: values.copy() for key, values in load_file(path).items()}
     columns[name][index] = value
     save_file(columns, path)
-    with pytest.raises(DataError, match=f"train-index.safetensors does not fit manifest.json .*{told}"):
+    with pytest.raises(
+        DataError, match=f"train-index.safetensors does not fit manifest.json .*{told}"
+    ):
         shards(root=str(copy))
 
 
@@ -436,7 +498,11 @@ def test_an_index_of_another_form_is_one_message(copy: Path, name: str, change: 
     path = copy / "train-index.safetensors"
     columns = load_file(path)
     values = columns.pop(name)
-    other = {"float": values.astype(np.float32), "short": values[:-1].copy(), "deep": values[None].copy()}
+    other = {
+        "float": values.astype(np.float32),
+        "short": values[:-1].copy(),
+        "deep": values[None].copy(),
+    }
     other["scalar"] = np.array(5)
     save_file(columns | ({} if change == "gone" else {name: other[change]}), path)
     with pytest.raises(DataError, match="does not fit manifest.json"):
@@ -458,15 +524,22 @@ def test_names_that_are_missing_or_damaged_are_told(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["train", "held_out"])
-def test_other_labels_in_the_index_are_another_set_and_told_by_their_hash(out: Path, copy: Path, role: str) -> None:
-    before, split = getattr(shards(root=str(out)), role), {"train": "train", "held_out": "val"}[role]
+def test_other_labels_in_the_index_are_another_set_and_told_by_their_hash(
+    out: Path, copy: Path, role: str
+) -> None:
+    before, split = (
+        getattr(shards(root=str(out)), role),
+        {"train": "train", "held_out": "val"}[role],
+    )
     path = copy / f"{split}-index.safetensors"
     columns = {key: values.copy() for key, values in load_file(path).items()}
     columns["label"][0] = 1 - columns["label"][0]
     save_file(columns, path)
     after = getattr(shards(root=str(copy)), role)
     assert after.digest() != before.digest()
-    with pytest.raises(DataError, match=rf"{split}-index\.safetensors has other bytes than it was packed with"):
+    with pytest.raises(
+        DataError, match=rf"{split}-index\.safetensors has other bytes than it was packed with"
+    ):
         check_hashes(copy)
 
 
@@ -486,7 +559,9 @@ def huge_jpeg(before_the_frame: bytes = b"") -> bytearray:
     return content
 
 
-@pytest.mark.parametrize("before", [b"", b"\x00\x01", b"\xff\xff", b"\xff\x01", b"\xff\xe1\x00\x06\xff\xc0\x00\x00"])
+@pytest.mark.parametrize(
+    "before", [b"", b"\x00\x01", b"\xff\xff", b"\xff\x01", b"\xff\xe1\x00\x06\xff\xc0\x00\x00"]
+)
 def test_a_jpeg_that_claims_to_be_huge_is_unreadable_before_memory_is_asked_for(
     before: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,7 +584,9 @@ def test_a_huge_image_among_packed_ones_is_one_unreadable_image(copy: Path) -> N
     assert images.read(1).size
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "train-index.safetensors", "train-names.jsonl", "train-000000.tar"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "train-index.safetensors", "train-names.jsonl", "train-000000.tar"]
+)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_pipes_and_folders_in_place_of_files_are_told_and_not_waited_for(
     copy: Path, name: str, make: Callable[[Path], None]

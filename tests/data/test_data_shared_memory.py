@@ -10,7 +10,9 @@ import torch
 from relloc.data import shared_memory
 from relloc.data.shared_memory import can_be_handed, handed_over, shared_with_forks, to_hand_over
 
-pytestmark = pytest.mark.skipif(not can_be_handed(), reason="this system has no memory without a name")
+pytestmark = pytest.mark.skipif(
+    not can_be_handed(), reason="this system has no memory without a name"
+)
 
 
 def descriptors() -> int:
@@ -57,7 +59,9 @@ def test_where_descriptors_have_no_names_memory_is_mapped_by_its_number(
     assert handed_over(descriptor, (6,)).tolist() == [3] * 6
 
 
-def test_want_of_memory_is_an_error_at_once_and_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_want_of_memory_is_an_error_at_once_and_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
@@ -76,6 +80,8 @@ def test_memory_is_given_back_when_its_last_tensor_is_gone() -> None:
     taken = handed_over(descriptor, (size,))
     del given
     assert taken.sum() == size
-    assert psutil.Process().memory_info().shared - before > size // 2  # so what is looked at can be seen
+    assert (
+        psutil.Process().memory_info().shared - before > size // 2
+    )  # so what is looked at can be seen
     del taken
     assert psutil.Process().memory_info().shared - before < size // 2

@@ -27,19 +27,32 @@ class Numbered(Dataset[Sample]):
 
 def keys(n: int = 40) -> list[list[int]]:
     """Batches of four, with one of two at the end."""
-    return [list(range(4 * number, 4 * number + (4 if number < n - 1 else 2))) for number in range(n)]
+    return [
+        list(range(4 * number, 4 * number + (4 if number < n - 1 else 2))) for number in range(n)
+    ]
 
 
-def in_slots(workers: int, held: int = HELD, say: Callable[[str], None] = print) -> Iterator[ImageBatch]:
+def in_slots(
+    workers: int, held: int = HELD, say: Callable[[str], None] = print
+) -> Iterator[ImageBatch]:
     return load_in_slots(
-        Numbered(), keys(), workers=workers, pin=False, images=IMAGES, side_px=SIDE, held=held, say=say
+        Numbered(),
+        keys(),
+        workers=workers,
+        pin=False,
+        images=IMAGES,
+        side_px=SIDE,
+        held=held,
+        say=say,
     )
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_are_those_of_the_plain_loader_in_its_order(workers: int) -> None:
     count = 0
-    for found, expected in zip(in_slots(workers), load(Numbered(), keys(), workers=0, pin=False), strict=True):
+    for found, expected in zip(
+        in_slots(workers), load(Numbered(), keys(), workers=0, pin=False), strict=True
+    ):
         assert torch.equal(found.pixels, expected.pixels)
         assert torch.equal(found.indices, expected.indices)
         assert found.unreadable == expected.unreadable
@@ -61,10 +74,14 @@ def test_memory_is_used_again() -> None:
 
 
 def test_pixels_lie_channels_last() -> None:
-    assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in in_slots(1))
+    assert all(
+        batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in in_slots(1)
+    )
 
 
-def test_where_no_memory_can_be_shared_the_plain_loader_serves_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_memory_can_be_shared_the_plain_loader_serves_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full(_shape: object) -> torch.Tensor:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
@@ -76,7 +93,9 @@ def test_where_no_memory_can_be_shared_the_plain_loader_serves_and_it_is_said(mo
 
 
 @pytest.mark.slow
-def test_where_processes_are_not_forked_the_plain_loader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_processes_are_not_forked_the_plain_loader_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert_plain(list(in_slots(2)))
 
@@ -84,6 +103,10 @@ def test_where_processes_are_not_forked_the_plain_loader_serves(monkeypatch: pyt
 def assert_plain(found: list[ImageBatch]) -> None:
     """Batches as `load` gives them, each in memory of its own."""
     expected = list(load(Numbered(), keys(), workers=0, pin=False))
-    assert [batch.indices.tolist() for batch in found] == [batch.indices.tolist() for batch in expected]
-    assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(found, expected, strict=True))
+    assert [batch.indices.tolist() for batch in found] == [
+        batch.indices.tolist() for batch in expected
+    ]
+    assert all(
+        torch.equal(one.pixels, other.pixels) for one, other in zip(found, expected, strict=True)
+    )
     assert len({batch.pixels.data_ptr() for batch in found}) == len(found)

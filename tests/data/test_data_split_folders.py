@@ -76,12 +76,17 @@ def test_several_splits_are_no_set_without_labels(tmp_path: Path, folders: Seque
         ("manifold1", "fold"),
     ],
 )
-def test_other_folders_are_one_set_and_told_with_their_images(tmp_path: Path, folders: Sequence[str]) -> None:
+def test_other_folders_are_one_set_and_told_with_their_images(
+    tmp_path: Path, folders: Sequence[str]
+) -> None:
     splits = found_in(touch(tmp_path, folders))
     assert len(splits.train) + len(splits.held_out) == 6 * len(folders)
     assert splits.remarks[0].startswith(f"{tmp_path}: {6 * len(folders)} images without labels")
     for name in {name.split("/")[0] for name in folders}:
-        assert f"{name} {6 * sum(other.split('/')[0] == name for other in folders)}" in splits.remarks[0]
+        assert (
+            f"{name} {6 * sum(other.split('/')[0] == name for other in folders)}"
+            in splits.remarks[0]
+        )
 
 
 def test_a_split_without_images_is_told_and_refuses_nothing(tmp_path: Path) -> None:
@@ -92,7 +97,9 @@ def test_a_split_without_images_is_told_and_refuses_nothing(tmp_path: Path) -> N
 
 def test_the_way_out_is_named_and_leads_out(tmp_path: Path) -> None:
     root = touch(tmp_path / "classes", ["train/a", "train/b", "test/a", "test/b"])
-    with pytest.raises(DataError, match=r"data\.source\.train=train data\.source\.val=test") as caught:
+    with pytest.raises(
+        DataError, match=r"data\.source\.train=train data\.source\.val=test"
+    ) as caught:
         found_in(root)
     assert f"data.root={root / 'train'} takes train alone" in str(caught.value)
     splits = found_in(root, val="test")
@@ -103,7 +110,9 @@ def test_the_way_out_is_named_and_leads_out(tmp_path: Path) -> None:
         found_in(flat)
     assert "data.source.val=" not in str(caught.value)
     deep = touch(tmp_path / "deep", ["x/train/a", "x/val/a"])
-    with pytest.raises(DataError, match=rf"data\.root={deep / 'x'} data\.source\.train=train data\.source\.val=val"):
+    with pytest.raises(
+        DataError, match=rf"data\.root={deep / 'x'} data\.source\.train=train data\.source\.val=val"
+    ):
         found_in(deep)
 
 
@@ -116,7 +125,12 @@ def test_named_splits_have_to_be_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"leave them out where data\.source\.pool_splits=true"):
         found_in(root, val="test", pool_splits=True)
     with pytest.raises(DataError, match="or several roots make one set"):
-        folder(name="mine", root=[str(root / "train"), str(root / "val")], held_out_share=0.5, val="test")
+        folder(
+            name="mine",
+            root=[str(root / "train"), str(root / "val")],
+            held_out_share=0.5,
+            val="test",
+        )
 
 
 def test_roots_that_are_splits_are_pooled_as_they_were_named(tmp_path: Path) -> None:
@@ -128,5 +142,8 @@ def test_roots_that_are_splits_are_pooled_as_they_were_named(tmp_path: Path) -> 
 
 def test_a_folder_of_all_images_is_no_class(tmp_path: Path) -> None:
     root = touch(tmp_path, ["train/images", "val/images"])
-    with pytest.raises(DataError, match=rf"one folder each, images, .* data\.root={root / 'train'} takes train alone"):
+    with pytest.raises(
+        DataError,
+        match=rf"one folder each, images, .* data\.root={root / 'train'} takes train alone",
+    ):
         found_in(root)

@@ -40,7 +40,10 @@ class Named:
 
 def named(sizes: Sequence[int], folder: str = "/data") -> Named:
     labels = [label for label, size in enumerate(sizes) for _ in range(size)]
-    return Named(names=[f"{folder}/{label}/{label}_{place}.jpg" for place, label in enumerate(labels)], labels=labels)
+    return Named(
+        names=[f"{folder}/{label}/{label}_{place}.jpg" for place, label in enumerate(labels)],
+        labels=labels,
+    )
 
 
 def files(subset: Subset) -> set[str]:
@@ -57,17 +60,25 @@ def test_a_subset_is_the_images_at_its_places() -> None:
     assert Subset(images=dataclasses.replace(whole, labels=None), indices=[5, 0]).labels is None
 
 
-def test_digests_tell_subsets_apart_and_the_hash_of_the_list_does_not_ask_where_images_lie() -> None:
+def test_digests_tell_subsets_apart_and_the_hash_of_the_list_does_not_ask_where_images_lie() -> (
+    None
+):
     whole = named([3, 4])
-    some, other, same = (Subset(images=whole, indices=places) for places in ([5, 0], [5, 1], [0, 5]))
+    some, other, same = (
+        Subset(images=whole, indices=places) for places in ([5, 0], [5, 1], [0, 5])
+    )
     assert len({one.digest() for one in (some, other, same)}) == 3
     assert some.list_hash() == same.list_hash() != other.list_hash()
-    assert Subset(images=named([3, 4], "/elsewhere"), indices=[5, 0]).list_hash() == some.list_hash()
+    assert (
+        Subset(images=named([3, 4], "/elsewhere"), indices=[5, 0]).list_hash() == some.list_hash()
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.floats(0.01, 1), st.integers(0, 3))
-def test_a_share_has_its_size_and_each_class_its_part(sizes: list[int], share: float, seed: int) -> None:
+def test_a_share_has_its_size_and_each_class_its_part(
+    sizes: list[int], share: float, seed: int
+) -> None:
     whole = named(sizes)
     subset = stratified(whole, share, seed=seed)
     found = Counter(subset.labels or ())
@@ -81,7 +92,9 @@ def test_a_share_has_its_size_and_each_class_its_part(sizes: list[int], share: f
 
 
 def test_one_and_ten_percent_have_the_size_of_the_published_lists() -> None:
-    sizes = [1300] * 895 + [732 + place % 569 for place in range(105)]  # of ImageNet's kind, and then its total
+    sizes = [1300] * 895 + [
+        732 + place % 569 for place in range(105)
+    ]  # of ImageNet's kind, and then its total
     sizes[-1] += 1_281_167 - sum(sizes)
     for share, published in ((0.01, 12_811), (0.1, 128_116)):
         quotas = _quotas(dict(enumerate(sizes)), share)
@@ -94,10 +107,16 @@ def test_what_is_taken_depends_on_names_and_seed_alone() -> None:
     there = named([30, 50], "/mnt/other")
     backward = Named(names=whole.names[::-1], labels=list(reversed(whole.labels or ())))
     chosen = stratified(whole, 0.2, seed=3)
-    assert files(stratified(there, 0.2, seed=3)) == files(stratified(backward, 0.2, seed=3)) == files(chosen)
+    assert (
+        files(stratified(there, 0.2, seed=3))
+        == files(stratified(backward, 0.2, seed=3))
+        == files(chosen)
+    )
     assert files(stratified(whole, 0.2, seed=4)) != files(chosen)
     assert files(chosen) < files(stratified(whole, 0.4, seed=3))
-    assert len(files(chosen) & {f"0_{place}.jpg" for place in range(6)}) < 6  # not the first of the folder
+    assert (
+        len(files(chosen) & {f"0_{place}.jpg" for place in range(6)}) < 6
+    )  # not the first of the folder
 
 
 def test_shares_that_are_none_and_images_without_labels_are_refused() -> None:
@@ -119,13 +138,18 @@ def test_a_list_names_images_by_their_files(tmp_path: Path) -> None:
 
 def test_lists_that_do_not_fit_are_told(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
-    with pytest.raises(DataError, match="list.txt can't be read: No such file or directory. It is to have one"):
+    with pytest.raises(
+        DataError, match="list.txt can't be read: No such file or directory. It is to have one"
+    ):
         listed(named([3, 4]), path)
     path.write_text(" \n")
     with pytest.raises(DataError, match="list.txt names no images"):
         listed(named([3, 4]), path)
     path.write_text("1_4.jpg\n1_9.jpg\nx.jpg\n")
-    with pytest.raises(DataError, match=r"2 of 3 names are not those of exactly one image of named train.*1_9.jpg \(0"):
+    with pytest.raises(
+        DataError,
+        match=r"2 of 3 names are not those of exactly one image of named train.*1_9.jpg \(0",
+    ):
         listed(named([3, 4]), path)
     path.write_text("1_4.jpg\n")
     twice = Named(names=["/a/1_4.jpg", "/b/1_4.jpg"], labels=[0, 1])

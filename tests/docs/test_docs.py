@@ -12,17 +12,26 @@ from relloc import __main__, export, report, sweep, sync
 from relloc.runs import settings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 CITING = ("relloc", "conf", "launchers", "analysis", "benchmarks", "tests", "docs")
 PROGRAMS = ("python", "torchrun", "relloc")
 # Bash calls these instead of the programs: they print the words that the program would have got.
-STAND_INS = "\n".join(f'{name}() {{ printf "%s\\n" "<{name}>" "$@" "<end>"; }}' for name in PROGRAMS)
+STAND_INS = "\n".join(
+    f'{name}() {{ printf "%s\\n" "<{name}>" "$@" "<end>"; }}' for name in PROGRAMS
+)
 PARSERS = {"report": report, "export": export, "sync": sync, "sweep": sweep}
 
 
 def blocks(page: Path) -> list[str]:
     """The indented blocks of a page, without their indentation."""
-    found = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.findall(
+        r"(?:^ {4}.*\n|^\n(?= {4}))+", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
 
 
@@ -32,7 +41,11 @@ def commands(page: Path) -> list[tuple[str, ...]]:
     for block in blocks(page):
         # Of other lines only variables and loops matter, which commands may use.
         lines = re.sub(r"\\\n", " ", block).splitlines()
-        script = [line for line in lines if re.match(r"(\w+=|export |for |done|\s)", line) or _is_command(line)]
+        script = [
+            line
+            for line in lines
+            if re.match(r"(\w+=|export |for |done|\s)", line) or _is_command(line)
+        ]
         if not any(map(_is_command, script)):
             continue
         script = [line.rpartition("&& ")[2] for line in script]
@@ -44,7 +57,10 @@ def commands(page: Path) -> list[tuple[str, ...]]:
             text=True,
             check=True,
         )
-        found += [tuple(words.splitlines()) for words in re.findall(r"(<\w+>\n.*?)<end>\n", done.stdout, re.DOTALL)]
+        found += [
+            tuple(words.splitlines())
+            for words in re.findall(r"(<\w+>\n.*?)<end>\n", done.stdout, re.DOTALL)
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -58,7 +74,14 @@ TOLD = [(page.name, words) for page in PAGES for words in commands(page)]
 
 def test_commands_are_found_on_the_pages() -> None:
     assert len(TOLD) > 60
-    assert {page for page, _ in TOLD} >= {"README.md", "index.md", "sweeps.md", "slurm.md", "card.md", "results.md"}
+    assert {page for page, _ in TOLD} >= {
+        "README.md",
+        "index.md",
+        "sweeps.md",
+        "slurm.md",
+        "card.md",
+        "results.md",
+    }
 
 
 def _relloc_command(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
@@ -72,7 +95,9 @@ def _relloc_command(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
     return None
 
 
-@pytest.mark.parametrize(("page", "words"), TOLD, ids=[f"{page}: {' '.join(words)[:90]}" for page, words in TOLD])
+@pytest.mark.parametrize(
+    ("page", "words"), TOLD, ids=[f"{page}: {' '.join(words)[:90]}" for page, words in TOLD]
+)
 def test_a_command_of_a_page_is_understood(page: str, words: tuple[str, ...]) -> None:
     asked = _relloc_command(words)
     if asked is None:
@@ -81,7 +106,9 @@ def test_a_command_of_a_page_is_understood(page: str, words: tuple[str, ...]) ->
         if words[1] != "-m":
             assert script.is_file()
             options = [word for word in words[2:] if word.startswith("--")]
-            source = script.read_text(encoding="utf-8") + (ROOT / "benchmarks/report.py").read_text(encoding="utf-8")
+            source = script.read_text(encoding="utf-8") + (ROOT / "benchmarks/report.py").read_text(
+                encoding="utf-8"
+            )
             assert [option for option in options if option not in source] == []
         return
     command, given = asked
@@ -131,7 +158,9 @@ def test_every_paragraph_of_the_protocols_that_is_cited_exists() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_links_lead_somewhere(page: Path) -> None:
     missing = []
-    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(
+        r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")
+    ):
         file = page if not target else page.parent / target
         if not file.exists():
             missing.append(target)

@@ -25,24 +25,34 @@ Data = list[tuple[Tensor, Tensor]]
 def data(seed: int = 1) -> Data:
     rng = torch.Generator().manual_seed(seed)
     return [
-        (3 * torch.randn(size, DIM, generator=rng) + 1, torch.randint(N_CLASSES, (size,), generator=rng))
+        (
+            3 * torch.randn(size, DIM, generator=rng) + 1,
+            torch.randint(N_CLASSES, (size,), generator=rng),
+        )
         for size in SIZES
     ]
 
 
 # The heads that must not see the tenth take no part in every third step.
-ACTIVE = np.array([[setting.sees_all or step % 3 != 0 for setting in SETTINGS] for step in range(len(SIZES))])
+ACTIVE = np.array(
+    [[setting.sees_all or step % 3 != 0 for setting in SETTINGS] for step in range(len(SIZES))]
+)
 FACTORS = [1.0] * 6 + [0.1] * 6
 
 
 def made(
-    settings: Sequence[HeadSettings] = SETTINGS, *, nesterov: bool = True, channels: int | None = CHANNELS
+    settings: Sequence[HeadSettings] = SETTINGS,
+    *,
+    nesterov: bool = True,
+    channels: int | None = CHANNELS,
 ) -> LayerHeads:
     sgd = Sgd(settings=tuple(settings), momentum=0.9, nesterov=nesterov)
     return LayerHeads(sgd, dim=DIM, channels=channels, n_classes=N_CLASSES, seed=0).train()
 
 
-def trained(heads: LayerHeads, batches: Data, *, at_once: int, active: np.ndarray = ACTIVE) -> LayerHeads:
+def trained(
+    heads: LayerHeads, batches: Data, *, at_once: int, active: np.ndarray = ACTIVE
+) -> LayerHeads:
     for start in range(0, len(batches), at_once):
         part = batches[start : start + at_once]
         rows = [heads.normalized(features) for features, _ in part]
@@ -51,7 +61,9 @@ def trained(heads: LayerHeads, batches: Data, *, at_once: int, active: np.ndarra
     return heads
 
 
-def alone(index: int, batches: Data, *, nesterov: bool, normalized: bool = True) -> tuple[nn.Linear, nn.Module]:
+def alone(
+    index: int, batches: Data, *, nesterov: bool, normalized: bool = True
+) -> tuple[nn.Linear, nn.Module]:
     """The head of one setting trained as anyone would."""
     setting = SETTINGS[index]
     norm = nn.BatchNorm2d(CHANNELS, affine=False, momentum=0.1) if normalized else nn.Identity()
@@ -59,7 +71,12 @@ def alone(index: int, batches: Data, *, nesterov: bool, normalized: bool = True)
     generator = torch.Generator().manual_seed(seed_for(Use.HEAD_WEIGHTS, 0))
     nn.init.normal_(head.weight, std=0.01, generator=generator)
     nn.init.zeros_(head.bias)
-    rule = {"lr": setting.lr, "momentum": 0.9, "nesterov": nesterov, "weight_decay": setting.weight_decay}
+    rule = {
+        "lr": setting.lr,
+        "momentum": 0.9,
+        "nesterov": nesterov,
+        "weight_decay": setting.weight_decay,
+    }
     optimizer = torch.optim.SGD(head.parameters(), **rule)  # type: ignore[arg-type]
     for (features, labels), active, factor in zip(batches, ACTIVE, FACTORS, strict=True):
         rows = norm(features.reshape(len(features), CHANNELS, 2, 2)).flatten(1)
@@ -83,7 +100,9 @@ def test_each_head_is_what_torch_makes_of_it_alone(at_once: int, nesterov: bool)
         torch.testing.assert_close(heads.norm.running_var, norm.running_var, rtol=1e-6, atol=1e-6)
         features = data(seed=2)[0][0]
         expected = head(norm.eval()(features.reshape(-1, CHANNELS, 2, 2)).flatten(1))
-        torch.testing.assert_close(heads.eval()(features)[:, index], expected.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            heads.eval()(features)[:, index], expected.detach(), rtol=1e-4, atol=1e-5
+        )
     assert (heads.weight - made().weight).abs().amax(dim=(1, 2)).min() > 0.005  # all have moved
     assert not heads.eval()(features).requires_grad
 
@@ -99,7 +118,9 @@ def test_without_batch_norm_heads_see_features_as_they_are() -> None:
 def test_a_head_does_not_know_which_others_train_beside_it(at_once: int) -> None:
     together = trained(made(), data(), at_once=at_once)
     for index, setting in enumerate(SETTINGS):
-        single = trained(made([setting]), data(), at_once=at_once, active=ACTIVE[:, index : index + 1])
+        single = trained(
+            made([setting]), data(), at_once=at_once, active=ACTIVE[:, index : index + 1]
+        )
         torch.testing.assert_close(single.weight[0], together.weight[index], rtol=1e-5, atol=1e-6)
 
 
@@ -115,7 +136,8 @@ def test_a_head_that_diverges_disturbs_no_other(at_once: int) -> None:
 
 def test_labels_of_steps_that_a_head_does_not_take_do_not_matter() -> None:
     poisoned = [
-        (features, labels if step % 3 else (labels + 1) % N_CLASSES) for step, (features, labels) in enumerate(data())
+        (features, labels if step % 3 else (labels + 1) % N_CLASSES)
+        for step, (features, labels) in enumerate(data())
     ]
     clean, other = trained(made(), data(), at_once=2), trained(made(), poisoned, at_once=2)
     assert torch.equal(clean.weight[1:], other.weight[1:])
@@ -131,7 +153,9 @@ def test_what_is_saved_goes_on_bit_for_bit() -> None:
     for start in range(4, len(SIZES), 2):
         part = data()[start : start + 2]
         ways = resumed.sgd.coefficients(ACTIVE[start : start + 2], FACTORS[start])
-        resumed.learn([resumed.normalized(rows) for rows, _ in part], [labels for _, labels in part], ways)
+        resumed.learn(
+            [resumed.normalized(rows) for rows, _ in part], [labels for _, labels in part], ways
+        )
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
@@ -144,7 +168,9 @@ def test_weights_start_normal_with_a_spread_of_a_hundredth_and_biases_at_zero() 
         assert weight.abs().max() > 0.03
     assert torch.equal(heads.weight[0], heads.weight[1])
     assert not heads.bias.any()
-    assert not torch.equal(heads.weight, LayerHeads(sgd, dim=512, channels=64, n_classes=100, seed=1).weight)
+    assert not torch.equal(
+        heads.weight, LayerHeads(sgd, dim=512, channels=64, n_classes=100, seed=1).weight
+    )
 
 
 def test_nothing_of_the_size_of_all_heads_is_made_elsewhere_than_on_their_device() -> None:
@@ -171,4 +197,6 @@ def test_a_gpu_computes_what_a_cpu_does() -> None:
     device = torch.device("cuda")
     there = [(rows.to(device), labels.to(device)) for rows, labels in data()]
     found = trained(made().to(device), there, at_once=6)
-    torch.testing.assert_close(found.weight.cpu(), trained(made(), data(), at_once=6).weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.weight.cpu(), trained(made(), data(), at_once=6).weight, rtol=1e-4, atol=1e-5
+    )

@@ -27,7 +27,9 @@ def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows of a few overlapping classes, of all lengths, so that the vote is not clear."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(N_CLASSES, (n,), generator=generator)
-    centers = torch.randn(N_CLASSES, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(
+        N_CLASSES, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(99)
+    )
     rows = centers[labels] + 2 * torch.randn(n, 16, dtype=torch.float64, generator=generator)
     return rows * torch.rand(n, 1, dtype=torch.float64, generator=generator).exp(), labels
 
@@ -47,7 +49,14 @@ def bank_of(rows: Tensor, labels: Tensor, layers: Sequence[str] = ("avgpool",)) 
 
 def evaluation(**changes: object) -> Knn:
     view = Center(short_px=8, crop_px=8)
-    settings = {"k": K, "temperature": 0.07, "layers": ("avgpool",), "view": view, "batch": 64, "bank_gib": 1.0}
+    settings = {
+        "k": K,
+        "temperature": 0.07,
+        "layers": ("avgpool",),
+        "view": view,
+        "batch": 64,
+        "bank_gib": 1.0,
+    }
     return Knn(**{**settings, **changes})  # type: ignore[arg-type]
 
 
@@ -58,7 +67,10 @@ def scores(knn: Knn, train: Bank | None = None, held_out: Bank | None = None) ->
 
 def test_scores_are_the_share_of_right_votes_for_each_k() -> None:
     voted = vote(QUERIES, BANK, LABELS, k=K, temperature=0.07, n_classes=N_CLASSES)
-    expected = {f"top1_k{k}": 100 * (classes == ANSWERS).double().mean().item() for k, classes in voted.items()}
+    expected = {
+        f"top1_k{k}": 100 * (classes == ANSWERS).double().mean().item()
+        for k, classes in voted.items()
+    }
     found = scores(evaluation())
     assert {score.metric: score.value for score in found} == pytest.approx(expected)
     assert [score.metric for score in found] == [f"{score.series}_k{score.k}" for score in found]
@@ -93,7 +105,9 @@ def test_numbers_of_neighbors_beyond_the_bank_are_left_out() -> None:
     small = bank_of(BANK[:20], LABELS[:20])
     found = scores(evaluation(), small)
     assert [score.metric for score in found] == ["top1_k1", "top1_k5", "top1_k20"]
-    assert {score.details for score in found} == {("T=0.07", "k=100 left out, the bank has 20 images")}
+    assert {score.details for score in found} == {
+        ("T=0.07", "k=100 left out, the bank has 20 images")
+    }
     with pytest.raises(UsageError, match=r"eval\.knn\.k .*50, 100.* 20 images"):
         scores(evaluation(k=(50, 100)), small)
 
@@ -101,7 +115,9 @@ def test_numbers_of_neighbors_beyond_the_bank_are_left_out() -> None:
 def test_a_bank_beyond_the_memory_allowed_is_an_error_that_says_what_to_change() -> None:
     kib = 400 * 16 * 4 / 2**30
     assert scores(evaluation(bank_gib=1.01 * kib))
-    with pytest.raises(UsageError, match=r"eval\.knn .*2\.38e-05 GiB .*400 images .*avgpool.*bank_gib="):
+    with pytest.raises(
+        UsageError, match=r"eval\.knn .*2\.38e-05 GiB .*400 images .*avgpool.*bank_gib="
+    ):
         scores(evaluation(bank_gib=0.99 * kib))
 
 
@@ -153,7 +169,9 @@ def test_features_that_are_not_finite_are_told_with_their_layer() -> None:
     spoilt = train.features["feature5"].clone()
     spoilt[3, 5] = float("nan")
     broken = dataclasses.replace(train, features={**train.features, "feature5": spoilt})
-    with pytest.raises(UsageError, match=r"eval.knn at feature5: 1 of 400 images .*NaN or infinity"):
+    with pytest.raises(
+        UsageError, match=r"eval.knn at feature5: 1 of 400 images .*NaN or infinity"
+    ):
         scores(evaluation(layers=layers), broken, held_out)
 
 
@@ -176,7 +194,9 @@ def test_memory_is_no_part_of_what_tells_evaluations_apart() -> None:
         ({"bank_gib": "abc"}, "eval.knn.bank_gib is abc: "),
     ],
 )
-def test_wrong_constants_are_told_with_setting_and_value(wrong: dict[str, object], message: str) -> None:
+def test_wrong_constants_are_told_with_setting_and_value(
+    wrong: dict[str, object], message: str
+) -> None:
     made = evaluation()
     for name, value in wrong.items():
         object.__setattr__(made, name, value)  # the type checker of tests would be first

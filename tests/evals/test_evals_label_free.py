@@ -19,12 +19,19 @@ ROWS = torch.randn(60, 12, generator=torch.Generator().manual_seed(0)) * torch.l
 def bank_of(**layers: Tensor) -> Bank:
     n = len(next(iter(layers.values())))
     return Bank(
-        features=layers, labels=torch.zeros(n, dtype=torch.int64), n_classes=0, channels=dict.fromkeys(layers, 1)
+        features=layers,
+        labels=torch.zeros(n, dtype=torch.int64),
+        n_classes=0,
+        channels=dict.fromkeys(layers, 1),
     )
 
 
-def evaluation(layers: Sequence[str] = ("feature4", "avgpool"), n_images: int = 100, batch: int = 7) -> LabelFree:
-    return LabelFree(layers=layers, n_images=n_images, view=Center(short_px=8, crop_px=8), batch=batch)
+def evaluation(
+    layers: Sequence[str] = ("feature4", "avgpool"), n_images: int = 100, batch: int = 7
+) -> LabelFree:
+    return LabelFree(
+        layers=layers, n_images=n_images, view=Center(short_px=8, crop_px=8), batch=batch
+    )
 
 
 def scores(run: LabelFree, held_out: Bank) -> list[Score]:
@@ -62,12 +69,18 @@ def test_a_layer_of_few_directions_has_no_alpha_and_says_so() -> None:
     assert "no alpha-ReQ: features of 60 images span 3 directions" in " ".join(found[0].details)
 
 
-@pytest.mark.parametrize(("spoilt", "reason"), [(float("nan"), "1 of 720 features are not finite"), (None, "are zero")])
-def test_features_without_directions_are_told_with_their_layer(spoilt: float | None, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("spoilt", "reason"), [(float("nan"), "1 of 720 features are not finite"), (None, "are zero")]
+)
+def test_features_without_directions_are_told_with_their_layer(
+    spoilt: float | None, reason: str
+) -> None:
     rows = torch.zeros_like(ROWS) if spoilt is None else ROWS.clone()
     if spoilt is not None:
         rows[5, 5] = spoilt
-    with pytest.raises(UsageError, match=f"eval.label_free at feature5: .*{reason}.*batch_norm=recalibrated"):
+    with pytest.raises(
+        UsageError, match=f"eval.label_free at feature5: .*{reason}.*batch_norm=recalibrated"
+    ):
         scores(evaluation(("feature5",)), bank_of(feature5=rows))
 
 

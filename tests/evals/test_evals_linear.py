@@ -27,19 +27,33 @@ VIEW = Center(short_px=64, crop_px=56)
 AUGMENT = RandomResized(crop_px=56)
 
 
-def bank(n: int, *, spread: float, seed: int, layers: Sequence[str] = tuple(DIMS), at_random: bool = False) -> Bank:
+def bank(
+    n: int,
+    *,
+    spread: float,
+    seed: int,
+    layers: Sequence[str] = tuple(DIMS),
+    at_random: bool = False,
+) -> Bank:
     """Classes around centers at distance ~1; `spread` blurs them, `at_random` unties the labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(N_CLASSES, (n,), generator=generator)
     features = {}
     for index, layer in enumerate(layers):
-        centers = torch.randn(N_CLASSES, DIMS[layer], generator=torch.Generator().manual_seed(90 + index))
-        noise = torch.randn(n, DIMS[layer], generator=torch.Generator().manual_seed(1000 * seed + index))
+        centers = torch.randn(
+            N_CLASSES, DIMS[layer], generator=torch.Generator().manual_seed(90 + index)
+        )
+        noise = torch.randn(
+            n, DIMS[layer], generator=torch.Generator().manual_seed(1000 * seed + index)
+        )
         features[layer] = 5 + 10 * (centers[labels] + spread * noise)  # far from standardized
     if at_random:
         labels = torch.randint(N_CLASSES, (n,), generator=generator)
     return Bank(
-        features=features, labels=labels, n_classes=N_CLASSES, channels={name: CHANNELS[name] for name in layers}
+        features=features,
+        labels=labels,
+        n_classes=N_CLASSES,
+        channels={name: CHANNELS[name] for name in layers},
     )
 
 
@@ -61,18 +75,33 @@ class Augmented:
         self.epochs.append(epoch)
         rng = torch.Generator().manual_seed(epoch)
         for features, labels in self.bank.batches(indices, size, layers):
-            yield {name: torch.randn(rows.shape, generator=rng) for name, rows in features.items()}, labels
+            yield (
+                {name: torch.randn(rows.shape, generator=rng) for name, rows in features.items()},
+                labels,
+            )
 
 
 def fast(**changes: Any) -> LinearFast:
-    settings = {"layers": tuple(DIMS), "view": VIEW, "epochs": 8, "milestone_epochs": (5, 7), "gamma": 0.1}
+    settings = {
+        "layers": tuple(DIMS),
+        "view": VIEW,
+        "epochs": 8,
+        "milestone_epochs": (5, 7),
+        "gamma": 0.1,
+    }
     settings |= {"learning_rates": (0.1,), "momentum": 0.9, "weight_decay": 1e-4, "batch": 32}
     return LinearFast(**{**settings, **changes})
 
 
 def published(**changes: Any) -> Linear:
     settings = {"layers": tuple(DIMS), "view": VIEW, "follows": "3.3 one head a stage", "epochs": 8}
-    settings |= {"milestone_epochs": (5, 7), "gamma": 0.1, "lr": 0.1, "weight_decay": 1e-4, "momentum": 0.9}
+    settings |= {
+        "milestone_epochs": (5, 7),
+        "gamma": 0.1,
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "momentum": 0.9,
+    }
     settings |= {"nesterov": True, "batch": 32, "batch_norm": True}
     return Linear(**{**settings, **changes})
 
@@ -108,30 +137,46 @@ def objective(rows: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, decay:
 def test_heads_trained_long_enough_reach_the_optimum_of_logistic_regression() -> None:
     decay = 0.01
     linear = published(epochs=300, milestone_epochs=(220,), lr=0.3, weight_decay=decay, batch=200)
-    heads = linear._training().fit(TRAIN, context(), tenth=draw_held_back(TRAIN.n, 0), watched=None).heads
+    heads = (
+        linear._training()
+        .fit(TRAIN, context(), tenth=draw_held_back(TRAIN.n, 0), watched=None)
+        .heads
+    )
     hits, seen = count_hits(heads, HELD_OUT, torch.arange(HELD_OUT.n), 64, CPU)
     for layer, dim in DIMS.items():
         rows = standardized(TRAIN.features[layer], CHANNELS[layer])
         ones = np.ones((len(rows), 1))  # the bias decays like a weight, as SGD has it
-        oracle = LogisticRegression(C=1 / (decay * len(rows)), fit_intercept=False, tol=1e-8, max_iter=10_000)
+        oracle = LogisticRegression(
+            C=1 / (decay * len(rows)), fit_intercept=False, tol=1e-8, max_iter=10_000
+        )
         oracle.fit(np.hstack([rows.double().numpy(), ones]), TRAIN.labels.numpy())
         best = torch.from_numpy(oracle.coef_).float()
         optimum = objective(rows, TRAIN.labels, best[:, :dim], best[:, dim], decay)
         weight, bias = heads[layer].weight[0], heads[layer].bias[0]
-        assert objective(rows, TRAIN.labels, weight, bias, decay) == pytest.approx(optimum, rel=1e-3)
+        assert objective(rows, TRAIN.labels, weight, bias, decay) == pytest.approx(
+            optimum, rel=1e-3
+        )
         assert objective(rows, TRAIN.labels, 0 * weight, 0 * bias, decay) > 1.05 * optimum
         torch.testing.assert_close(weight, best[:, :dim], rtol=0.02, atol=2e-3)
         norm = heads[layer].norm
         maps = HELD_OUT.features[layer].reshape(HELD_OUT.n, CHANNELS[layer], -1)
         shifted = (maps - norm.running_mean.view(1, -1, 1)) / norm.running_var.view(1, -1, 1).sqrt()
-        predicted = oracle.predict(np.hstack([shifted.flatten(1).numpy(), np.ones((HELD_OUT.n, 1))]))
-        assert hits[layer].item() / seen == pytest.approx((predicted == HELD_OUT.labels.numpy()).mean(), abs=0.01)
+        predicted = oracle.predict(
+            np.hstack([shifted.flatten(1).numpy(), np.ones((HELD_OUT.n, 1))])
+        )
+        assert hits[layer].item() / seen == pytest.approx(
+            (predicted == HELD_OUT.labels.numpy()).mean(), abs=0.01
+        )
 
 
 @pytest.mark.parametrize("one", [fast(), published(), published(**GRID)])
-def test_separable_classes_are_told_apart_and_random_labels_are_not(one: Linear | LinearFast) -> None:
+def test_separable_classes_are_told_apart_and_random_labels_are_not(
+    one: Linear | LinearFast,
+) -> None:
     assert {score.value for score in scores(one, CLEAR, CLEAR_HELD_OUT).values()} == {100.0}
-    train, held_out = (bank(n, spread=1, seed=seed, at_random=True) for n, seed in ((300, 3), (600, 4)))
+    train, held_out = (
+        bank(n, spread=1, seed=seed, at_random=True) for n, seed in ((300, 3), (600, 4))
+    )
     for score in scores(one, train, held_out).values():
         assert score.value == pytest.approx(100 / N_CLASSES, abs=8)  # four standard errors
         assert score.n == 600
@@ -140,7 +185,8 @@ def test_separable_classes_are_told_apart_and_random_labels_are_not(one: Linear 
 def test_the_published_row_is_the_same_with_and_without_a_grid_and_whatever_is_in_it() -> None:
     grids = [{"grid_lrs": (lr,), "grid_weight_decays": (1e-4,)} for lr in (0.1, 1e30)]
     first, *others = (
-        [scores(published(**grid), TRAIN, HELD_OUT)[layer, "top1"].value for layer in DIMS] for grid in grids
+        [scores(published(**grid), TRAIN, HELD_OUT)[layer, "top1"].value for layer in DIMS]
+        for grid in grids
     )
     assert others == [first]
     alone = scores(published(), TRAIN, HELD_OUT)
@@ -161,9 +207,15 @@ def test_what_is_reported_on_does_not_choose() -> None:
             assert score.details[:2] == ("one head a stage", "lr 0.1")
 
 
-def test_each_layer_gets_the_head_that_does_best_on_the_tenth_but_none_that_saw_it_or_diverged() -> None:
+def test_each_layer_gets_the_head_that_does_best_on_the_tenth_but_none_that_saw_it_or_diverged() -> (
+    None
+):
     linear = published(**GRID)
-    heads = linear._training().fit(TRAIN, context(), tenth=draw_held_back(TRAIN.n, 0), watched=None).heads["avgpool"]
+    heads = (
+        linear._training()
+        .fit(TRAIN, context(), tenth=draw_held_back(TRAIN.n, 0), watched=None)
+        .heads["avgpool"]
+    )
     assert _best_head(torch.tensor([19, 3, 5, 5, 4]), heads) == 2
     heads.weight[2, 0, 0] = float("nan")
     assert _best_head(torch.tensor([19, 3, 5, 5, 4]), heads) == 3
@@ -197,15 +249,24 @@ def test_it_trains_on_the_augmented_views_of_each_epoch_and_chooses_in_still_one
     linear = published(augment=AUGMENT, color=JitterAndLighting(), **GRID)
     found = scores(linear, CLEAR, CLEAR_HELD_OUT, random_views=augmented)
     assert sorted(set(augmented.epochs)) == list(range(8))
-    assert max(found["feature1", metric].value for metric in ("top1", "top1_tuned")) < 80  # 100 in still views
+    assert (
+        max(found["feature1", metric].value for metric in ("top1", "top1_tuned")) < 80
+    )  # 100 in still views
 
 
 def test_the_best_epoch_on_val_is_a_row_beside_the_last() -> None:
     wild = published(
-        best_epoch=True, layers=("avgpool",), lr=2.0, milestone_epochs=(), batch_norm=False, nesterov=False
+        best_epoch=True,
+        layers=("avgpool",),
+        lr=2.0,
+        milestone_epochs=(),
+        batch_norm=False,
+        nesterov=False,
     )
     of_seeds = [scores(wild, TRAIN, HELD_OUT, seed=seed) for seed in range(3)]
-    gains = [found["avgpool", "top1_best"].value - found["avgpool", "top1"].value for found in of_seeds]
+    gains = [
+        found["avgpool", "top1_best"].value - found["avgpool", "top1"].value for found in of_seeds
+    ]
     assert min(gains) >= 0
     assert max(gains) > 0
     found = of_seeds[0]
@@ -213,7 +274,12 @@ def test_the_best_epoch_on_val_is_a_row_beside_the_last() -> None:
     assert best.choice == "best epoch on val, as published"
     assert "last epoch" in last.details
     assert "last epoch" not in best.details
-    assert (best.column, best.variant, last.column, last.variant) == ("avgpool", "", "avgpool", "last epoch")
+    assert (best.column, best.variant, last.column, last.variant) == (
+        "avgpool",
+        "",
+        "avgpool",
+        "last epoch",
+    )
 
 
 @pytest.mark.parametrize("one", [fast(learning_rates=(1e-9, 0.1)), published(**GRID)])
@@ -221,7 +287,11 @@ def test_even_of_few_images_one_is_held_back_to_choose(one: Linear | LinearFast)
     few = bank(14, spread=0.05, seed=1)
     longer = dataclasses.replace(one, epochs=40, milestone_epochs=())
     # One image alone can choose wrongly, so that several seeds are asked; an untrained head has 33 %.
-    found = [score for seed in range(5) for score in scores(longer, few, CLEAR_HELD_OUT, seed=seed).values()]
+    found = [
+        score
+        for seed in range(5)
+        for score in scores(longer, few, CLEAR_HELD_OUT, seed=seed).values()
+    ]
     assert np.mean([score.value for score in found]) > 60
 
 
@@ -237,7 +307,9 @@ def test_a_layer_alone_gets_the_scores_that_it_gets_among_others(one: Linear | L
 def test_renaming_classes_changes_no_score() -> None:
     linear = published(epochs=80, milestone_epochs=(60,), weight_decay=0.03, batch=200)
     renamed = torch.tensor([2, 0, 1])
-    train, held_out = (dataclasses.replace(one, labels=renamed[one.labels]) for one in (TRAIN, HELD_OUT))
+    train, held_out = (
+        dataclasses.replace(one, labels=renamed[one.labels]) for one in (TRAIN, HELD_OUT)
+    )
     found, expected = scores(linear, train, held_out), scores(linear, TRAIN, HELD_OUT)
     for name, score in found.items():
         assert score.value == pytest.approx(expected[name].value, abs=0.7)  # one image of 150
@@ -255,12 +327,25 @@ def test_the_seed_alone_decides_whatever_was_drawn_before() -> None:
 def test_protocols_name_constants_views_and_how_the_setting_was_chosen() -> None:
     linear = published(augment=AUGMENT, color=JitterAndLighting(), layers=("avgpool",), **GRID)
     found = scores(linear, CLEAR, CLEAR_HELD_OUT, random_views=CLEAR)
-    sgd = ("lr 0.1", "weight decay 0.0001", "nesterov momentum 0.9", "8 epochs, x0.1 at 5, 7", "batch 32")
+    sgd = (
+        "lr 0.1",
+        "weight decay 0.0001",
+        "nesterov momentum 0.9",
+        "8 epochs, x0.1 at 5, 7",
+        "batch 32",
+    )
     how = ("one head a stage", *sgd, f"trained on {AUGMENT}, {JitterAndLighting()}", "last epoch")
     last, tuned = found["avgpool", "top1"], found["avgpool", "top1_tuned"]
     assert (last.protocol, last.details, last.choice) == ("3.3", how, "")
-    assert [one.startswith("a batch is all of the held-back tenth") for one in last.deviations] == [True]
-    assert (tuned.protocol, tuned.details, tuned.deviations, tuned.variant) == ("3.3", how, (), CHOSEN_WITHOUT_TEST)
+    assert [one.startswith("a batch is all of the held-back tenth") for one in last.deviations] == [
+        True
+    ]
+    assert (tuned.protocol, tuned.details, tuned.deviations, tuned.variant) == (
+        "3.3",
+        how,
+        (),
+        CHOSEN_WITHOUT_TEST,
+    )
     assert "among 4 on a held-back tenth of train in the still view" in tuned.choice
     assert "enter batch norm" in tuned.choice
     first = scores(fast(), CLEAR, CLEAR_HELD_OUT)["avgpool", "top1"]
@@ -270,7 +355,9 @@ def test_protocols_name_constants_views_and_how_the_setting_was_chosen() -> None
 
 def test_nothing_to_report_on_is_said() -> None:
     nothing = dataclasses.replace(
-        HELD_OUT, features={layer: rows[:0] for layer, rows in HELD_OUT.features.items()}, labels=HELD_OUT.labels[:0]
+        HELD_OUT,
+        features={layer: rows[:0] for layer, rows in HELD_OUT.features.items()},
+        labels=HELD_OUT.labels[:0],
     )
     with pytest.raises(DataError, match="none of the images"):
         scores(fast(), TRAIN, nothing)

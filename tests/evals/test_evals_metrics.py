@@ -23,12 +23,16 @@ def area_by_definition(scores: list[float], positive: list[bool]) -> float:
     return area
 
 
-rankings = st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.booleans()), min_size=1, max_size=25)
+rankings = st.lists(
+    st.tuples(st.integers(0, 6), st.booleans(), st.booleans()), min_size=1, max_size=25
+)
 
 
 @given(rankings)
 def test_both_equal_their_definitions_with_ties_and_with_images_left_out(ranking):
-    scores, positive, counted = (torch.tensor(column).unsqueeze(1) for column in zip(*ranking, strict=True))
+    scores, positive, counted = (
+        torch.tensor(column).unsqueeze(1) for column in zip(*ranking, strict=True)
+    )
     area, steps = (float(ap(scores.double(), positive, counted)) for ap in (ap_area, ap_steps))
     kept = [(float(s), p) for s, p, c in ranking if c]
     if not any(p for _, p in kept):
@@ -50,12 +54,17 @@ def test_columns_are_rankings_of_their_own():
     alone = [ap_area(*(t[:, [m]] for t in (scores, positive, counted))) for m in range(5)]
     assert torch.equal(together, torch.cat(alone))
     shuffled = torch.randperm(30, generator=rng)
-    torch.testing.assert_close(ap_area(scores[shuffled], positive[shuffled], counted[shuffled]), together)
+    torch.testing.assert_close(
+        ap_area(scores[shuffled], positive[shuffled], counted[shuffled]), together
+    )
 
 
 def test_a_perfect_ranking_is_one_and_the_worst_is_the_share_of_positives_to_come():
     scores = torch.arange(4, 0, -1).double().unsqueeze(1)
     everything = torch.ones(4, 1, dtype=torch.bool)
-    first, last = (torch.tensor(p).unsqueeze(1) for p in ([True, True, False, False], [False, False, False, True]))
+    first, last = (
+        torch.tensor(p).unsqueeze(1)
+        for p in ([True, True, False, False], [False, False, False, True])
+    )
     assert float(ap_area(scores, first, everything)) == 1
     assert float(ap_area(scores, last, everything)) == 0.25

@@ -64,7 +64,14 @@ def liblinear(x: Tensor, signs: Tensor, cost: float) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "positives"),
-    [("random", 30), ("alike", 12), ("alike", 1), ("duplicates", 20), ("constant", 10), ("alike", N - 1)],
+    [
+        ("random", 30),
+        ("alike", 12),
+        ("alike", 1),
+        ("duplicates", 20),
+        ("constant", 10),
+        ("alike", N - 1),
+    ],
 )
 def test_all_costs_equal_liblinear(kind: str, positives: int) -> None:
     x = features(kind)
@@ -77,7 +84,9 @@ def test_images_that_nearly_tie_keep_their_order() -> None:
     assert_as_liblinear(x, signs_of(x, positives=15))
 
 
-@pytest.fixture(scope="module", params=["photos", pytest.param("imagenette", marks=pytest.mark.data)])
+@pytest.fixture(
+    scope="module", params=["photos", pytest.param("imagenette", marks=pytest.mark.data)]
+)
 def of_real_images(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], Tensor]:
     """Features by layer, and signs: tiles of the photographs that come with the dependencies, or Imagenette."""
     if request.param == "photos":
@@ -125,9 +134,14 @@ def assert_as_liblinear(x: Tensor, signs: Tensor) -> None:
         assert least == pytest.approx(other, rel=1e-6)
         assert least <= other * (1 + 1e-9)
         positive, everything = (signs > 0).unsqueeze(1), torch.ones(len(x), 1, dtype=torch.bool)
-        precision = [float(ap_area((with_one @ w).unsqueeze(1), positive, everything)) for w in (ours, theirs)]
+        precision = [
+            float(ap_area((with_one @ w).unsqueeze(1), positive, everything))
+            for w in (ours, theirs)
+        ]
         assert precision[0] == pytest.approx(precision[1], abs=1e-4)
-        torch.testing.assert_close(fitted.decisions[0, :, index], with_one @ ours, rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            fitted.decisions[0, :, index], with_one @ ours, rtol=0, atol=1e-9
+        )
 
 
 def problems(n: int = 60, m: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,8 +157,15 @@ def test_examples_of_weight_zero_are_as_good_as_not_there() -> None:
     gram, signs, weights, factor = problems()
     inside = torch.arange(60) % 3 != 0
     masked = fit(gram, signs, weights * inside.view(1, -1, 1), factor=factor)
-    alone = fit(gram[:, inside][:, :, inside], signs[:, inside], weights[:, inside], factor=factor[:, inside])
-    torch.testing.assert_close(masked.coefficients[:, inside], alone.coefficients, rtol=1e-4, atol=1e-6)
+    alone = fit(
+        gram[:, inside][:, :, inside],
+        signs[:, inside],
+        weights[:, inside],
+        factor=factor[:, inside],
+    )
+    torch.testing.assert_close(
+        masked.coefficients[:, inside], alone.coefficients, rtol=1e-4, atol=1e-6
+    )
     assert not masked.coefficients[:, ~inside].any()
 
 
@@ -154,7 +175,9 @@ def test_problems_do_not_depend_on_which_are_solved_beside_them_nor_on_the_start
     for m in range(signs.shape[2]):
         one = slice(m, m + 1)
         alone = fit(gram, signs[..., one], weights[..., one], factor=factor)
-        torch.testing.assert_close(alone.decisions, together.decisions[..., one], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            alone.decisions, together.decisions[..., one], rtol=1e-4, atol=1e-4
+        )
     again = fit(gram, signs, weights, factor=factor, start=together.coefficients)
     assert torch.equal(again.coefficients, together.coefficients)
     elsewhere = fit(gram, signs, weights, factor=factor, start=torch.ones_like(signs))
@@ -172,7 +195,9 @@ def test_several_gram_matrices_at_once_are_each_solved_as_alone() -> None:
     )
     for index, half in enumerate(halves):
         alone = fit(gram[:, half, half], signs[:, half], weights[:, half], factor=factor[:, half])
-        torch.testing.assert_close(batched.decisions[index], alone.decisions[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            batched.decisions[index], alone.decisions[0], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_torchs_own_chance_is_left_alone() -> None:
@@ -185,7 +210,11 @@ def test_torchs_own_chance_is_left_alone() -> None:
 
 def test_features_that_are_not_finite_end_in_one_message() -> None:
     gram, signs, weights, factor = problems()
-    for broken in ({"gram": gram * math.nan}, {"weights": weights * math.inf}, {"start": signs * math.nan}):
+    for broken in (
+        {"gram": gram * math.nan},
+        {"weights": weights * math.inf},
+        {"start": signs * math.nan},
+    ):
         given = {"gram": gram, "signs": signs, "weights": weights, "factor": factor} | broken
         with pytest.raises(UsageError, match="not finite"):
             fit(**given)

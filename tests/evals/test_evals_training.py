@@ -24,19 +24,31 @@ GRID = tuple(HeadSettings(lr=lr, weight_decay=1e-3, sees_all=False) for lr in (0
 def bank(n: int, *, seed: int = 0) -> Bank:
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(N_CLASSES, (n,), generator=rng)
-    features = {layer: 4 * torch.randn(n, dim, generator=rng) + labels[:, None] for layer, dim in DIMS.items()}
+    features = {
+        layer: 4 * torch.randn(n, dim, generator=rng) + labels[:, None]
+        for layer, dim in DIMS.items()
+    }
     return Bank(features=features, labels=labels, n_classes=N_CLASSES, channels=CHANNELS)
 
 
 def training(settings: Sequence[HeadSettings] = (PUBLISHED, *GRID), **changes: Any) -> HeadTraining:
     sgd = Sgd(settings=tuple(settings), momentum=0.9, nesterov=True)
-    constants = {"layers": tuple(DIMS), "sgd": sgd, "epochs": 4, "milestone_epochs": (2, 3), "gamma": 0.1, "batch": 16}
+    constants = {
+        "layers": tuple(DIMS),
+        "sgd": sgd,
+        "epochs": 4,
+        "milestone_epochs": (2, 3),
+        "gamma": 0.1,
+        "batch": 16,
+    }
     return HeadTraining(**{**constants, "batch_norm": True, **changes})
 
 
 def fit(one: HeadTraining, source: Any, state: Any = None, seed: int = 0) -> dict[str, Any]:
     tenth = draw_held_back(source.n, seed)
-    return one.fit(source, context(state=state or NullState(), seed=seed), tenth=tenth, watched=None).heads
+    return one.fit(
+        source, context(state=state or NullState(), seed=seed), tenth=tenth, watched=None
+    ).heads
 
 
 @dataclasses.dataclass
@@ -57,7 +69,9 @@ class Watched:
     ) -> Iterator[FeatureBatch]:
         for chosen in indices.split(size):
             self.asked.append((epoch, chosen.tolist()))
-            readable = torch.tensor([index for index in chosen.tolist() if index not in self.unreadable])
+            readable = torch.tensor(
+                [index for index in chosen.tolist() if index not in self.unreadable]
+            )
             if len(readable):
                 yield from self.bank.batches(readable, size, layers)
 
@@ -92,7 +106,9 @@ def test_each_epoch_asks_for_every_image_once_in_another_order(n: int) -> None:
     tenth = set(draw_held_back(n, 0).tolist())
     assert len(tenth) == max(1, n // 10)
     for epoch in range(4):  # a batch is of the tenth or of the rest
-        assert {len(tenth & set(batch)) in (0, len(batch)) for batch in watched.of_epoch(epoch)} == {True}
+        assert {
+            len(tenth & set(batch)) in (0, len(batch)) for batch in watched.of_epoch(epoch)
+        } == {True}
 
 
 def test_batches_of_the_tenth_come_among_the_others() -> None:
@@ -106,11 +122,17 @@ def test_batches_of_the_tenth_come_among_the_others() -> None:
 
 
 @pytest.mark.parametrize("settings", [(PUBLISHED,), GRID])
-def test_without_two_kinds_of_heads_batches_are_full_but_for_the_last(settings: Sequence[HeadSettings]) -> None:
+def test_without_two_kinds_of_heads_batches_are_full_but_for_the_last(
+    settings: Sequence[HeadSettings],
+) -> None:
     watched = Watched(bank(100))
     fit(training(settings, epochs=1, milestone_epochs=()), watched)
     asked = [index for batch in watched.of_epoch(0) for index in batch]
-    seen = set(range(100)) if settings == (PUBLISHED,) else set(range(100)) - set(draw_held_back(100, 0).tolist())
+    seen = (
+        set(range(100))
+        if settings == (PUBLISHED,)
+        else set(range(100)) - set(draw_held_back(100, 0).tolist())
+    )
     assert sorted(asked) == sorted(seen)
     assert [len(batch) for batch in watched.of_epoch(0)][:-1] == [16] * (len(seen) // 16)
 
@@ -175,7 +197,9 @@ def test_layers_and_steps_at_once_change_nothing_but_rounding() -> None:
     assert torch.equal(alone["avgpool"].weight, found["avgpool"].weight)
     together = fit(training(steps_at_once=4), source)
     for layer in DIMS:
-        torch.testing.assert_close(together[layer].weight, found[layer].weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            together[layer].weight, found[layer].weight, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_rates_fall_at_the_milestones() -> None:
@@ -219,5 +243,8 @@ def test_hits_are_counted_over_all_batches_of_the_images_asked() -> None:
     hits, seen = count_hits(heads, source, indices, 7, CPU)
     assert seen == 60
     for layer, of_layer in heads.items():
-        right = of_layer(source.features[layer][indices]).argmax(dim=2) == source.labels[indices][:, None]
+        right = (
+            of_layer(source.features[layer][indices]).argmax(dim=2)
+            == source.labels[indices][:, None]
+        )
         assert hits[layer].tolist() == right.sum(dim=0).tolist()

@@ -37,7 +37,9 @@ def bank(n: int, seed: int, present: Tensor | None = None) -> Bank:
         present = torch.where(torch.rand(n, 3, generator=rng) < 0.3, 1, -1)
         present[torch.rand(n, 3, generator=rng) < 0.08] = 0
     directions = torch.randn(3, 30, generator=torch.Generator().manual_seed(9))
-    rows = ((present != -1).float() @ directions * 0.5 + torch.randn(n, 30, generator=rng) + 0.5).relu()
+    rows = (
+        (present != -1).float() @ directions * 0.5 + torch.randn(n, 30, generator=rng) + 0.5
+    ).relu()
     return Bank(features={LAYER: rows}, labels=present, n_classes=3, channels={LAYER: 30})
 
 
@@ -47,15 +49,26 @@ def sets() -> Context:
 
 
 def svm(**changes: object) -> Voc07Svm:
-    return Voc07Svm(**{"layers": (LAYER,), "view": VIEW, "costs": COSTS, "folds": 3, "batch": 50, **changes})  # type: ignore[arg-type]
+    return Voc07Svm(
+        **{"layers": (LAYER,), "view": VIEW, "costs": COSTS, "folds": 3, "batch": 50, **changes}
+    )  # type: ignore[arg-type]
 
 
 def low_shot(**changes: object) -> Voc07LowShot:
-    settings = {"layers": (LAYER,), "view": VIEW, "shots": (1, 2), "draws": 3, "costs": COSTS, "batch": 50}
+    settings = {
+        "layers": (LAYER,),
+        "view": VIEW,
+        "shots": (1, 2),
+        "draws": 3,
+        "costs": COSTS,
+        "batch": 50,
+    }
     return Voc07LowShot(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def scores_of(evaluation: Voc07Svm | Voc07LowShot, sets: Context, seed: int = 0) -> dict[str, Score]:
+def scores_of(
+    evaluation: Voc07Svm | Voc07LowShot, sets: Context, seed: int = 0
+) -> dict[str, Score]:
     return {score.metric: score for score in evaluation.run(dataclasses.replace(sets, seed=seed))}
 
 
@@ -81,9 +94,13 @@ def test_svm_equals_the_published_pipeline(sets: Context) -> None:
     x, z = normalized(sets.train), normalized(sets.held_out)
     aps, validated = [], []
     for c in range(3):
-        y = np.where(sets.train.labels[:, c].numpy() == 1, 1, -1)  # difficult images are negative in training
+        y = np.where(
+            sets.train.labels[:, c].numpy() == 1, 1, -1
+        )  # difficult images are negative in training
         svms = [published_svm(cost) for cost in COSTS]
-        by_cost = [cross_val_score(one, x, y, cv=3, scoring="average_precision").mean() for one in svms]
+        by_cost = [
+            cross_val_score(one, x, y, cv=3, scoring="average_precision").mean() for one in svms
+        ]
         fitted = published_svm(COSTS[int(np.argmax(by_cost))]).fit(x, y)
         validated.append(100 * max(by_cost))
         aps.append(published_ap(fitted.decision_function(z), sets.held_out.labels[:, c].numpy()))
@@ -105,18 +122,29 @@ def test_low_shot_equals_the_published_pipeline(sets: Context) -> None:
     choices = []
     for k in (1, 2, 3):
         drawn = draw(sets.train.labels, range(3), k, 2, 7).numpy()
-        on_test, on_rest, on_all = np.zeros((3, 2, len(COSTS), 3))  # draws, costs and classes of each
+        on_test, on_rest, on_all = np.zeros(
+            (3, 2, len(COSTS), 3)
+        )  # draws, costs and classes of each
         for c, number, index in itertools.product(range(3), range(2), range(len(COSTS))):
             rows = drawn[c, number]
             fitted = published_svm(COSTS[index]).fit(x[rows], np.where(labels[rows, c] == 1, 1, -1))
             rest = np.setdiff1d(np.arange(len(x)), rows)
             on_test[number, index, c] = published_ap(fitted.decision_function(z), tested[:, c])
-            on_rest[number, index, c] = published_ap(fitted.decision_function(x[rest]), labels[rest, c])
+            on_rest[number, index, c] = published_ap(
+                fitted.decision_function(x[rest]), labels[rest, c]
+            )
             on_all[number, index, c] = published_ap(fitted.decision_function(x), labels[:, c])
-        best, chosen, circular = (int(one.mean(axis=(0, 2)).argmax()) for one in (on_test, on_rest, on_all))
+        best, chosen, circular = (
+            int(one.mean(axis=(0, 2)).argmax()) for one in (on_test, on_rest, on_all)
+        )
         values = on_test.mean(axis=2)
         by_draw = values[:, best]
-        expected = {"": by_draw.mean(), "_std": by_draw.std(), "_min": by_draw.min(), "_max": by_draw.max()}
+        expected = {
+            "": by_draw.mean(),
+            "_std": by_draw.std(),
+            "_min": by_draw.min(),
+            "_max": by_draw.max(),
+        }
         for suffix, value in (expected | {"_cv": values[:, chosen].mean()}).items():
             score = found[f"map_k{k}{suffix}"]
             assert score.value == pytest.approx(value, abs=1e-2)
@@ -124,14 +152,21 @@ def test_low_shot_equals_the_published_pipeline(sets: Context) -> None:
             expected_text = ("map", k, suffix[1:]) if is_spread else (f"map{suffix}", k, "")
             assert (score.series, score.k, score.spread) == expected_text
         assert found[f"map_k{k}"].choice == f"cost {COSTS[best]:g} of 4 chosen on test as published"
-        assert found[f"map_k{k}_cv"].choice == f"cost {COSTS[chosen]:g} of 4 chosen on the training images not drawn"
+        assert (
+            found[f"map_k{k}_cv"].choice
+            == f"cost {COSTS[chosen]:g} of 4 chosen on the training images not drawn"
+        )
         choices.append((best, chosen, circular))
     assert all(chosen != 0 for _, chosen, _ in choices)
     assert any(chosen != best for best, chosen, _ in choices)
-    assert any(chosen != circular for _, chosen, circular in choices)  # images drawn would have misled it
+    assert any(
+        chosen != circular for _, chosen, circular in choices
+    )  # images drawn would have misled it
 
 
-def test_without_positive_images_beyond_the_drawn_no_cost_is_chosen_by_them_and_that_is_said(sets: Context) -> None:
+def test_without_positive_images_beyond_the_drawn_no_cost_is_chosen_by_them_and_that_is_said(
+    sets: Context,
+) -> None:
     labels = -torch.ones(120, 3, dtype=torch.int64)
     for c in range(3):
         labels[2 * c : 2 * c + 2, c] = 1
@@ -140,10 +175,16 @@ def test_without_positive_images_beyond_the_drawn_no_cost_is_chosen_by_them_and_
     assert "map_k1_cv" in found
     assert "positive image" not in " ".join(found["map_k1"].details)
     assert "map_k2_cv" not in found
-    assert "no cost chosen without the test set, as draws leave no positive image" in found["map_k2"].details
+    assert (
+        "no cost chosen without the test set, as draws leave no positive image"
+        in found["map_k2"].details
+    )
     labels[10, 1] = 1
     found = scores_of(low_shot(), used_up)
-    assert "2 of 3 classes have no positive image left to choose a cost by" in found["map_k2_cv"].details
+    assert (
+        "2 of 3 classes have no positive image left to choose a cost by"
+        in found["map_k2_cv"].details
+    )
     assert "left to choose" not in " ".join(found["map_k1_cv"].details)
 
 
@@ -170,22 +211,30 @@ def test_a_class_without_positives_is_left_out_and_said(sets: Context) -> None:
     two = [0, 2]
     without = context(
         train=dataclasses.replace(train, labels=labels[:, two], n_classes=2),
-        held_out=dataclasses.replace(sets.held_out, labels=sets.held_out.labels[:, two], n_classes=2),
+        held_out=dataclasses.replace(
+            sets.held_out, labels=sets.held_out.labels[:, two], n_classes=2
+        ),
         classes=("bird", "dog"),
     )
     for evaluation, metric in ((svm(), "map"), (low_shot(), "map_k2_cv")):
         found = scores_of(evaluation, lacking)[metric]
         assert found.deviations == ("without cat (no positive image to train on or to test on)",)
         if metric == "map":
-            assert found.value == pytest.approx(scores_of(evaluation, without)[metric].value, abs=1e-6)
-    nothing = dataclasses.replace(sets, train=dataclasses.replace(train, labels=torch.full_like(labels, -1)))
+            assert found.value == pytest.approx(
+                scores_of(evaluation, without)[metric].value, abs=1e-6
+            )
+    nothing = dataclasses.replace(
+        sets, train=dataclasses.replace(train, labels=torch.full_like(labels, -1))
+    )
     for evaluation in (svm(), low_shot()):
         with pytest.raises(UsageError, match="no class"):
             scores_of(evaluation, nothing)
 
 
 @pytest.mark.parametrize("positives", [1, 2])
-def test_fewer_positives_than_folds_are_validated_where_they_can_be(sets: Context, positives: int) -> None:
+def test_fewer_positives_than_folds_are_validated_where_they_can_be(
+    sets: Context, positives: int
+) -> None:
     labels = -torch.ones(120, 3, dtype=torch.int64)
     labels[:positives] = 1
     with warnings.catch_warnings():
@@ -200,14 +249,19 @@ def test_more_shots_than_there_are_images_are_left_out_and_said(sets: Context) -
     found = scores_of(low_shot(shots=(1, 2, 64)), sets)
     assert {metric for metric in found if metric.endswith("_std")} == {"map_k1_std", "map_k2_std"}
     assert found["map_k1"].deviations == ("no k=64, for which a class has too few images",)
-    with pytest.raises(UsageError, match=r"eval\.voc07_low_shot\.shots.*\[64\].* \d+ positive images .* \d+ negative"):
+    with pytest.raises(
+        UsageError,
+        match=r"eval\.voc07_low_shot\.shots.*\[64\].* \d+ positive images .* \d+ negative",
+    ):
         scores_of(low_shot(shots=(64,)), sets)
 
 
 def test_features_that_are_not_finite_are_named(sets: Context) -> None:
     rows = sets.train.features[LAYER].clone()
     rows[7, 3] = float("nan")
-    broken = dataclasses.replace(sets, train=dataclasses.replace(sets.train, features={LAYER: rows}))
+    broken = dataclasses.replace(
+        sets, train=dataclasses.replace(sets.train, features={LAYER: rows})
+    )
     for evaluation in (svm(), low_shot()):
         with pytest.raises(UsageError, match="feature4 .*not finite"):
             scores_of(evaluation, broken)
@@ -255,7 +309,9 @@ def test_a_number_of_folds_that_makes_no_sense_is_refused(folds: object) -> None
         ({"shots": []}, r"shots is \[\]: "),
     ],
 )
-def test_shots_and_draws_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:
+def test_shots_and_draws_that_make_no_sense_are_refused(
+    wrong: dict[str, object], message: str
+) -> None:
     refuse(low_shot(), wrong, rf"^eval\.voc07_low_shot\.{message}")
 
 
@@ -272,7 +328,12 @@ class Shown(FolderImages):
 def splits_of(train: Tensor, held_out: Tensor) -> Splits:
     both = (("trainval", train), ("test", held_out))
     made = [
-        Shown(name="voc", split=split, paths=["x"] * len(presence_rows), presence_rows=presence_rows.tolist())
+        Shown(
+            name="voc",
+            split=split,
+            paths=["x"] * len(presence_rows),
+            presence_rows=presence_rows.tolist(),
+        )
         for split, presence_rows in both
     ]
     return Splits(train=made[0], held_out=made[1])
@@ -306,7 +367,10 @@ def test_what_images_show_has_to_be_known_of_both_splits(sets: Context) -> None:
     known = splits_of(sets.train.labels, sets.held_out.labels)
     unknown = FolderImages(name="voc", split="test", paths=["x"])
     NamedEvaluation(name="voc07_svm", evaluation=svm(), splits=known).check_images()
-    for splits in (Splits(train=known.train, held_out=unknown), Splits(train=unknown, held_out=known.held_out)):
+    for splits in (
+        Splits(train=known.train, held_out=unknown),
+        Splits(train=unknown, held_out=known.held_out),
+    ):
         with pytest.raises(UsageError, match=r"eval\.voc07_svm .*PASCAL VOC.*voc do not$"):
             NamedEvaluation(name="voc07_svm", evaluation=svm(), splits=splits).check_images()
     packed_before = ShardImages.__new__(ShardImages)  # by a relloc that did not keep it
@@ -330,11 +394,15 @@ class Lost(Shown):
 
 
 @pytest.mark.parametrize(("share", "setting"), [(0.1, "eval.mine.data.root"), (None, "data.root")])
-def test_a_missing_list_names_the_evaluations_own_root(sets: Context, share: float | None, setting: str) -> None:
+def test_a_missing_list_names_the_evaluations_own_root(
+    sets: Context, share: float | None, setting: str
+) -> None:
     lost = Lost(name="voc", split="test", paths=["x"], presence_rows=[])
     splits = dataclasses.replace(splits_of(sets.train.labels, sets.held_out.labels), held_out=lost)
     for evaluation in (svm(), low_shot()):
-        job = NamedEvaluation(name="mine", evaluation=evaluation, splits=splits, unreadable_share=share)
+        job = NamedEvaluation(
+            name="mine", evaluation=evaluation, splits=splits, unreadable_share=share
+        )
         with pytest.raises(DataError, match=f"^cat_test.txt is missing: {setting} is to hold VOC"):
             job.check_images()
 
@@ -367,6 +435,12 @@ def test_the_best_layer_is_chosen_on_test_as_published_and_by_cross_validation()
         ("best layer", "", False),
         ("best layer", CHOSEN_WITHOUT_TEST, False),
     ]
-    assert (by_validation.metric, by_validation.layer, by_validation.value) == ("map_best_cv", "feature2", 50)
+    assert (by_validation.metric, by_validation.layer, by_validation.value) == (
+        "map_best_cv",
+        "feature2",
+        50,
+    )
     assert list(evaluation.summary([])) == []
-    assert [row.metric for row in evaluation.summary(rows[::2])] == ["map_best"]  # nothing could be validated
+    assert [row.metric for row in evaluation.summary(rows[::2])] == [
+        "map_best"
+    ]  # nothing could be validated

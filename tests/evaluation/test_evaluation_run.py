@@ -62,7 +62,9 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Splits:
 def model() -> EvaluatedModel:
     torch.manual_seed(0)
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
-    return EvaluatedModel(backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small", weights="one")
+    return EvaluatedModel(
+        backbone=backbone, checkpoint="/runs/one/backbone.safetensors", model="small", weights="one"
+    )
 
 
 EVALUATIONS: dict[str, Evaluation] = {
@@ -84,7 +86,9 @@ EVALUATIONS: dict[str, Evaluation] = {
 def settings(**changes: object) -> EvalSettings:
     encode_config = {"batch": 8, "workers": 0, "device": CPU, "precision": "fp32"}
     encode_config |= {"unreadable_share": 0.5} | {
-        name: changes.pop(name) for name in ("batch", "progress", "precision", "note_unreadable") if name in changes
+        name: changes.pop(name)
+        for name in ("batch", "progress", "precision", "note_unreadable")
+        if name in changes
     }
     settings = {"batch_norms": ["as_trained"], "calibration_images": 20, "bank_gib": 1.0, "seed": 3}
     return EvalSettings(encode_config=EncodeConfig(**encode_config), **{**settings, **changes})  # type: ignore[arg-type]
@@ -99,10 +103,18 @@ def rows_of(
     open_state: Callable[[str], EvaluationState] = lambda _fingerprint: NullState(),
     run_dir: Path = Path("nowhere"),
 ) -> list[Result]:
-    named = [NamedEvaluation(name=name, evaluation=one, splits=splits) for name, one in evaluations.items()]
+    named = [
+        NamedEvaluation(name=name, evaluation=one, splits=splits)
+        for name, one in evaluations.items()
+    ]
     for one in named:
         one.check_images()
-    parts = [part for way in given.batch_norms for one in named for part in split_evaluation(one, way, model, given)]
+    parts = [
+        part
+        for way in given.batch_norms
+        for one in named
+        for part in split_evaluation(one, way, model, given)
+    ]
     wanted = [part for part in parts if is_wanted(part)]
     return [
         row
@@ -151,10 +163,17 @@ def test_rows_carry_all_names(model: EvaluatedModel, splits: Splits) -> None:
     assert 100 / 3 < max(row.value for row in rows) <= 100
 
 
-def test_the_numbers_are_those_of_the_evaluation_on_the_features(model: EvaluatedModel, splits: Splits) -> None:
+def test_the_numbers_are_those_of_the_evaluation_on_the_features(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     ours = settings()
     train, held_out = (
-        fill_bank(LiveFeatures(model.backbone, images, ours.encode_config, VIEW), (*LAYERS, "avgpool"), 8, CPU)
+        fill_bank(
+            LiveFeatures(model.backbone, images, ours.encode_config, VIEW),
+            (*LAYERS, "avgpool"),
+            8,
+            CPU,
+        )
         for images in (splits.train, splits.held_out)
     )
     expected = [
@@ -165,26 +184,38 @@ def test_the_numbers_are_those_of_the_evaluation_on_the_features(model: Evaluate
     assert [row.value for row in rows_of(model, splits, ours)] == expected
 
 
-def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(model: EvaluatedModel, splits: Splits) -> None:
+def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     before = copy.deepcopy(model.backbone.state_dict())
     rows = rows_of(model, splits, settings(batch_norms=["as_trained", "recalibrated"]))
     assert [row.batch_norm for row in rows] == ["as_trained"] * 4 + ["recalibrated"] * 4
     reported = "batch-norm statistics re-estimated on 16 training images without labels"  # 20 hold two batches of 8
     assert all(row.details[-1] == reported for row in rows[4:])
     assert not any("batch-norm statistics" in " ".join(row.details) for row in rows[:4])
-    assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items()
+    )
     assert not model.backbone.training
 
 
-def test_recalibrated_numbers_come_from_recalibrated_features(model: EvaluatedModel, splits: Splits) -> None:
+def test_recalibrated_numbers_come_from_recalibrated_features(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     for norm in model.backbone.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.running_mean += 50  # statistics as trained that put every activation to sleep
-    rows = rows_of(model, splits, settings(batch_norms=["as_trained", "recalibrated"], calibration_images=1000))
+    rows = rows_of(
+        model, splits, settings(batch_norms=["as_trained", "recalibrated"], calibration_images=1000)
+    )
     asleep, awake = rows[:4], rows[4:]
-    assert [row.value for row in asleep] == pytest.approx([100 / 3] * 4)  # every image looks the same
+    assert [row.value for row in asleep] == pytest.approx(
+        [100 / 3] * 4
+    )  # every image looks the same
     assert max(row.value for row in awake) > 50
-    assert awake[0].details[-1].endswith("re-estimated on 24 training images without labels")  # of 30, three batches
+    assert (
+        awake[0].details[-1].endswith("re-estimated on 24 training images without labels")
+    )  # of 30, three batches
     assert [row.metric for row in awake] == [row.metric for row in asleep]
 
 
@@ -193,7 +224,9 @@ def test_few_images_recalibrate_in_one_batch(model: EvaluatedModel, splits: Spli
     assert rows[0].details[-1].endswith("re-estimated on 30 training images without labels")
 
 
-def test_what_is_done_is_left_out_and_nothing_is_read_for_it(model: EvaluatedModel, splits: Splits) -> None:
+def test_what_is_done_is_left_out_and_nothing_is_read_for_it(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     read: list[str] = []
 
     def progress(batches: Iterable, what: str, _total: int) -> Iterable:
@@ -202,7 +235,9 @@ def test_what_is_done_is_left_out_and_nothing_is_read_for_it(model: EvaluatedMod
 
     both = settings(batch_norms=["as_trained", "recalibrated"], progress=progress)
     done = {("linear", "as_trained"), ("knn", "as_trained"), ("knn", "recalibrated")}
-    rows = rows_of(model, splits, both, is_wanted=lambda part: (part.named.name, part.batch_norm) not in done)
+    rows = rows_of(
+        model, splits, both, is_wanted=lambda part: (part.named.name, part.batch_norm) not in done
+    )
     assert names(rows) == [(("linear"), layer, "top1", "recalibrated") for layer in LAYERS]
     assert len(read) == 2  # training and held-out images, once each
     read.clear()
@@ -217,11 +252,22 @@ def test_rows_there_already_are_recognized_and_those_of_other_terms_are_not(
     fingerprints = {row.fingerprint for row in there}
     assert len(fingerprints) == 2
 
-    def again(splits: Splits, given: EvalSettings, evaluations: Mapping[str, Evaluation] = EVALUATIONS) -> set[str]:
-        found = rows_of(model, splits, given, evaluations, is_wanted=lambda part: part.fingerprint not in fingerprints)
+    def again(
+        splits: Splits, given: EvalSettings, evaluations: Mapping[str, Evaluation] = EVALUATIONS
+    ) -> set[str]:
+        found = rows_of(
+            model,
+            splits,
+            given,
+            evaluations,
+            is_wanted=lambda part: part.fingerprint not in fingerprints,
+        )
         return {row.eval for row in found}
 
-    fewer = Splits(train=dataclasses.replace(splits.train, paths=splits.train.paths[:-1]), held_out=splits.held_out)
+    fewer = Splits(
+        train=dataclasses.replace(splits.train, paths=splits.train.paths[:-1]),
+        held_out=splits.held_out,
+    )
     longer = {**EVALUATIONS, "linear": dataclasses.replace(EVALUATIONS["linear"], epochs=6)}
     assert again(splits, settings()) == set()
     assert again(splits, settings(bank_gib=2.0)) == set()  # a matter of memory alone
@@ -230,7 +276,9 @@ def test_rows_there_already_are_recognized_and_those_of_other_terms_are_not(
     assert again(splits, settings(), longer) == {"linear"}
 
 
-def test_features_of_all_evaluations_are_computed_once(model: EvaluatedModel, splits: Splits) -> None:
+def test_features_of_all_evaluations_are_computed_once(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     read: list[str] = []
 
     def progress(batches: Iterable, what: str, _total: int) -> Iterable:
@@ -241,7 +289,9 @@ def test_features_of_all_evaluations_are_computed_once(model: EvaluatedModel, sp
     assert read == ["features of colors train", "features of colors val"]
 
 
-def test_without_room_for_features_linear_gives_the_same_rows(model: EvaluatedModel, splits: Splits) -> None:
+def test_without_room_for_features_linear_gives_the_same_rows(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     linear = {"linear": EVALUATIONS["linear"]}
     kept, live = (rows_of(model, splits, settings(bank_gib=gib), linear) for gib in (1.0, 0.0))
     assert live == kept
@@ -259,7 +309,9 @@ def test_features_that_memory_has_no_room_for_are_computed_again_and_that_is_tol
     assert live == kept
 
 
-def test_rows_do_not_depend_on_which_other_evaluations_run(model: EvaluatedModel, splits: Splits) -> None:
+def test_rows_do_not_depend_on_which_other_evaluations_run(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     together = rows_of(model, splits, settings())
     alone = [rows_of(model, splits, settings(), {name: run}) for name, run in EVALUATIONS.items()]
     assert alone[0] + alone[1] == together
@@ -267,10 +319,17 @@ def test_rows_do_not_depend_on_which_other_evaluations_run(model: EvaluatedModel
     assert backwards == alone[1] + alone[0]
 
 
-def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(model: EvaluatedModel, splits: Splits) -> None:
+def test_unlabeled_data_is_an_error_that_says_how_to_evaluate(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     unlabeled = FolderImages(name="mine", split="train", paths=splits.train.source(0).split())
-    for broken in (Splits(train=unlabeled, held_out=splits.held_out), Splits(train=splits.train, held_out=unlabeled)):
-        with pytest.raises(UsageError, match=r"has no labels.* python -m relloc\.evaluate checkpoint="):
+    for broken in (
+        Splits(train=unlabeled, held_out=splits.held_out),
+        Splits(train=splits.train, held_out=unlabeled),
+    ):
+        with pytest.raises(
+            UsageError, match=r"has no labels.* python -m relloc\.evaluate checkpoint="
+        ):
             rows_of(model, broken, settings())
 
 
@@ -290,12 +349,20 @@ def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
     )
     reported: dict[str, str] = {}
     both = settings(
-        batch_norms=["as_trained", "recalibrated"], batch=batch, bank_gib=bank_gib, note_unreadable=reported.update
+        batch_norms=["as_trained", "recalibrated"],
+        batch=batch,
+        bank_gib=bank_gib,
+        note_unreadable=reported.update,
     )
     rows = rows_of(model, splits, both, {"linear": EVALUATIONS["linear"]})
     assert len(rows) == 4
     assert {row.n for row in rows} == {8}
-    assert {Path(name).name for name in reported} == {"train3.png", "train4.png", "train5.png", "val7.png"}
+    assert {Path(name).name for name in reported} == {
+        "train3.png",
+        "train4.png",
+        "train5.png",
+        "val7.png",
+    }
 
 
 @pytest.mark.parametrize(("share", "setting"), [(0.2, "eval.linear.data"), (None, "data")])
@@ -303,13 +370,22 @@ def test_images_that_can_not_be_read_are_told_and_the_rest_is_evaluated(
 def test_too_many_unreadable_images_are_told_with_the_setting_that_counts(
     model: EvaluatedModel, tmp_path: Path, batch_norm: str, share: float | None, setting: str
 ) -> None:
-    train, val = write_split(tmp_path, "train", 16, broken=tuple(range(9))), write_split(tmp_path, "val", 9)
+    train, val = (
+        write_split(tmp_path, "train", 16, broken=tuple(range(9))),
+        write_split(tmp_path, "val", 9),
+    )
     splits = Splits(train=train, held_out=val)
-    named = NamedEvaluation(name="linear", evaluation=EVALUATIONS["linear"], splits=splits, unreadable_share=share)
+    named = NamedEvaluation(
+        name="linear", evaluation=EVALUATIONS["linear"], splits=splits, unreadable_share=share
+    )
     given = settings(batch_norms=[batch_norm], calibration_images=16)
     parts = split_evaluation(named, batch_norm, model, given)
-    rows = evaluate(model, parts, given, run_dir=Path("nowhere"), open_state=lambda _fingerprint: NullState())
-    with pytest.raises(DataError, match=rf"more than {setting}\.unreadable_share={share or 0.5} allows"):
+    rows = evaluate(
+        model, parts, given, run_dir=Path("nowhere"), open_state=lambda _fingerprint: NullState()
+    )
+    with pytest.raises(
+        DataError, match=rf"more than {setting}\.unreadable_share={share or 0.5} allows"
+    ):
         list(rows)
 
 
@@ -323,13 +399,17 @@ def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(
         for features, _ in given.train.batches(torch.arange(given.train.n), given.train.n, LAYERS):
             seen.update(features)
 
-    rows_of(model, splits, settings(batch_norms=["recalibrated"], batch=30), {"peek": Peek(look=peek)})
+    rows_of(
+        model, splits, settings(batch_norms=["recalibrated"], batch=30), {"peek": Peek(look=peek)}
+    )
     twin = copy.deepcopy(model.backbone)
     encode_config = settings(batch=30).encode_config
     loaded = encode_config.views(splits.train, VIEW, [(index, 0) for index in range(30)], 30)
     views = [encode_config.to_device(batch.pixels) for batch in loaded]
     recalibrate(twin, views)
-    features, _ = next(LiveFeatures(twin, splits.train, encode_config, VIEW).batches(torch.arange(30), 30, LAYERS))
+    features, _ = next(
+        LiveFeatures(twin, splits.train, encode_config, VIEW).batches(torch.arange(30), 30, LAYERS)
+    )
     for layer in LAYERS:
         torch.testing.assert_close(seen[layer], features[layer], rtol=1e-3, atol=1e-4)
 
@@ -341,13 +421,29 @@ def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothin
     usual = fingerprint(evaluation, model, splits, settings(), "as_trained")
     assert usual == fingerprint(evaluation, model, splits, settings(bank_gib=0), "as_trained")
     swapped = Splits(train=splits.held_out, held_out=splits.train)
-    renamed = Splits(train=splits.train, held_out=dataclasses.replace(splits.held_out, name="others"))
-    newer_kind = type(type(evaluation).__name__, (type(evaluation),), {"version": evaluation.version + 1})
+    renamed = Splits(
+        train=splits.train, held_out=dataclasses.replace(splits.held_out, name="others")
+    )
+    newer_kind = type(
+        type(evaluation).__name__, (type(evaluation),), {"version": evaluation.version + 1}
+    )
     newer = newer_kind(**vars(evaluation))
     different = [
         fingerprint(other, model, splits, settings(), "as_trained"),
-        fingerprint(evaluation, dataclasses.replace(model, model="resnet18"), splits, settings(), "as_trained"),
-        fingerprint(evaluation, dataclasses.replace(model, weights="others"), splits, settings(), "as_trained"),
+        fingerprint(
+            evaluation,
+            dataclasses.replace(model, model="resnet18"),
+            splits,
+            settings(),
+            "as_trained",
+        ),
+        fingerprint(
+            evaluation,
+            dataclasses.replace(model, weights="others"),
+            splits,
+            settings(),
+            "as_trained",
+        ),
         fingerprint(evaluation, model, swapped, settings(), "as_trained"),
         fingerprint(evaluation, model, splits, settings(seed=77), "as_trained"),
         fingerprint(evaluation, model, splits, settings(precision="tf32"), "as_trained"),
@@ -358,7 +454,9 @@ def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothin
         fingerprint(newer, model, splits, settings(), "as_trained"),
     ]
     assert len({usual, *different}) == 1 + len(different)
-    same = fingerprint(evaluation, model, splits, settings(calibration_images=2, batch=4), "as_trained")
+    same = fingerprint(
+        evaluation, model, splits, settings(calibration_images=2, batch=4), "as_trained"
+    )
     assert usual == same  # they decide recalibrated statistics alone
     moved = dataclasses.replace(model, checkpoint="/elsewhere/backbone.safetensors")
     assert usual == fingerprint(evaluation, moved, splits, settings(), "as_trained")
@@ -376,7 +474,9 @@ def test_layers_that_know_nothing_of_each_other_are_finished_and_found_one_by_on
     assert [row.layer for row in left] == ["feature5"]
 
 
-def test_augmented_views_are_new_each_epoch_and_the_same_each_time(model: EvaluatedModel, splits: Splits) -> None:
+def test_augmented_views_are_new_each_epoch_and_the_same_each_time(
+    model: EvaluatedModel, splits: Splits
+) -> None:
     found: dict[int, torch.Tensor] = {}
 
     def look(given: Context) -> None:
@@ -385,7 +485,9 @@ def test_augmented_views_are_new_each_epoch_and_the_same_each_time(model: Evalua
             (batch,) = augmented.batches(torch.arange(30), 30, LAYERS, epoch)
             (again,) = augmented.batches(torch.arange(29, -1, -1), 30, LAYERS, epoch)
             found[epoch] = batch[0]["feature1"]
-            torch.testing.assert_close(again[0]["feature1"].flip(0), found[epoch], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                again[0]["feature1"].flip(0), found[epoch], rtol=1e-4, atol=1e-5
+            )
 
     rows_of(model, splits, settings(), {"peek": Peek(look=look, layers=("feature1",))})
     assert not torch.allclose(found[0], found[1], atol=1e-2)
@@ -398,7 +500,9 @@ def test_each_work_keeps_a_state_of_its_own(model: EvaluatedModel, splits: Split
         asked.append(fingerprint)
         return NullState()
 
-    rows = rows_of(model, splits, settings(batch_norms=["as_trained", "recalibrated"]), open_state=open_state)
+    rows = rows_of(
+        model, splits, settings(batch_norms=["as_trained", "recalibrated"]), open_state=open_state
+    )
     assert set(asked) == {row.fingerprint for row in rows}
     assert len(asked) == 4
 

@@ -11,7 +11,9 @@ from relloc.features.augment import JitterAndLighting
 SEEDS = list(range(100, 112))
 IMAGES = torch.rand(len(SEEDS), 3, 11, 11, generator=torch.Generator().manual_seed(0))
 CHANGES = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
-EIGENVECTORS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+EIGENVECTORS = torch.tensor(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
 EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
 
 
@@ -27,9 +29,15 @@ def one_by_one(color: JitterAndLighting, images: Tensor, seeds: list[int]) -> Te
     return torch.stack(changed)
 
 
-@pytest.mark.parametrize("color", [JitterAndLighting(), JitterAndLighting(brightness=1, contrast=1, saturation=1)])
-def test_a_batch_is_changed_as_torchvision_changes_each_image_alone(color: JitterAndLighting) -> None:
-    torch.testing.assert_close(color(IMAGES, SEEDS), one_by_one(color, IMAGES, SEEDS), rtol=0, atol=2e-6)
+@pytest.mark.parametrize(
+    "color", [JitterAndLighting(), JitterAndLighting(brightness=1, contrast=1, saturation=1)]
+)
+def test_a_batch_is_changed_as_torchvision_changes_each_image_alone(
+    color: JitterAndLighting,
+) -> None:
+    torch.testing.assert_close(
+        color(IMAGES, SEEDS), one_by_one(color, IMAGES, SEEDS), rtol=0, atol=2e-6
+    )
     assert (color(IMAGES, SEEDS) - IMAGES).abs().mean() > 0.05
 
 
@@ -69,14 +77,17 @@ def test_factors_are_uniform_orders_alike_and_lighting_normal() -> None:
     assert (correlations - torch.eye(6)).abs().max() < 0.06
 
 
-@pytest.mark.parametrize(("name", "value"), [("brightness", 1.5), ("saturation", -0.1), ("lighting", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("brightness", 1.5), ("saturation", -0.1), ("lighting", -1.0)]
+)
 def test_a_strength_out_of_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"color\.{name} is {value}"):
         JitterAndLighting(**{name: value})
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("brightness", "from 0 to 1"), ("contrast", "from 0 to 1"), ("lighting", "of 0 or more")]
+    ("name", "limit"),
+    [("brightness", "from 0 to 1"), ("contrast", "from 0 to 1"), ("lighting", "of 0 or more")],
 )
 @pytest.mark.parametrize("value", ["abc", None, True, math.nan])
 def test_a_strength_that_is_no_number_is_refused(name: str, limit: str, value: object) -> None:

@@ -27,7 +27,10 @@ def norms_of(backbone: nn.Module) -> list[nn.BatchNorm2d]:
 
 def batches(n: int = 3, size: int = 4) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(size, 3, 48, 48, generator=generator) * (1 + index) + index for index in range(n)]
+    return [
+        torch.randn(size, 3, 48, 48, generator=generator) * (1 + index) + index
+        for index in range(n)
+    ]
 
 
 def test_statistics_become_the_averages_over_the_batches(backbone: SmallBackbone) -> None:
@@ -42,18 +45,26 @@ def test_statistics_become_the_averages_over_the_batches(backbone: SmallBackbone
     for norm, inputs in zip(norms_of(backbone), seen.values(), strict=True):
         means = [x.transpose(0, 1).flatten(1).mean(dim=1) for x in inputs]
         variances = [x.transpose(0, 1).flatten(1).var(dim=1) for x in inputs]
-        torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(dim=0), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(dim=0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            norm.running_mean, torch.stack(means).mean(dim=0), rtol=1e-4, atol=1e-6
+        )
+        torch.testing.assert_close(
+            norm.running_var, torch.stack(variances).mean(dim=0), rtol=1e-4, atol=1e-6
+        )
 
 
-def test_weights_momenta_and_gradients_stay_and_the_network_is_left_in_eval_mode(backbone: SmallBackbone) -> None:
+def test_weights_momenta_and_gradients_stay_and_the_network_is_left_in_eval_mode(
+    backbone: SmallBackbone,
+) -> None:
     before = copy.deepcopy(backbone)
     recalibrate(backbone.train(), batches())
     for (name, value), old in zip(backbone.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(value, old), name
         assert value.grad is None
         assert value.requires_grad
-    assert [norm.momentum for norm in norms_of(backbone)] == [norm.momentum for norm in norms_of(before)]
+    assert [norm.momentum for norm in norms_of(backbone)] == [
+        norm.momentum for norm in norms_of(before)
+    ]
     assert not any(module.training for module in backbone.modules())
 
 

@@ -42,7 +42,9 @@ def precisions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         "tf32": (module._TF32, module._FLOAT32),
         "tf32 alone": (module._TF32,),
     }
-    monkeypatch.setattr(module, "_product_precisions", lambda device, n_rows, k: chosen[request.param])
+    monkeypatch.setattr(
+        module, "_product_precisions", lambda device, n_rows, k: chosen[request.param]
+    )
 
 
 @pytest.mark.usefixtures("precisions")
@@ -54,13 +56,19 @@ def test_neighbors_are_those_of_float64(k: int) -> None:
     assert found.similarities.dtype == torch.float64
 
 
-def test_crowds_within_the_rounding_of_products_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crowds_within_the_rounding_of_products_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # 3000 rows whose cosines with the query differ by some 1e-9: float32 can't order them.
     direction, noise = drawn(1, 32, seed=2).double(), drawn(3000, 32, seed=3).double()
     bank = torch.cat([drawn(500, 32, seed=4).double(), direction + 1e-5 * noise])
     queries = torch.cat([direction, drawn(3, 32, seed=5).double()])
     for precisions in ((module._FLOAT32,), (module._TF32,), (module._TF32, module._FLOAT32)):
-        monkeypatch.setattr(module, "_product_precisions", lambda device, n_rows, k, precisions=precisions: precisions)
+        monkeypatch.setattr(
+            module,
+            "_product_precisions",
+            lambda device, n_rows, k, precisions=precisions: precisions,
+        )
         found = nearest(queries, bank, 20, chunk=617)
         assert_is_oracles(found, queries, bank, 20)
         assert 1 <= found.retried < 4
@@ -69,7 +77,9 @@ def test_crowds_within_the_rounding_of_products_are_told_apart(monkeypatch: pyte
 @pytest.mark.usefixtures("precisions")
 @settings(max_examples=6, deadline=None)
 @given(st.integers(20, 700), st.integers(3, 50), st.integers(1, 90), st.integers(0, 3))
-def test_chunks_tiles_and_repeated_rows_change_nothing(chunk: int, tile: int, k: int, seed: int) -> None:
+def test_chunks_tiles_and_repeated_rows_change_nothing(
+    chunk: int, tile: int, k: int, seed: int
+) -> None:
     once = drawn(60, 5, seed=10 + seed)
     bank = once.repeat(10, 1)[torch.randperm(600, generator=torch.Generator().manual_seed(seed))]
     bank[7] = 0
@@ -81,7 +91,9 @@ def test_chunks_tiles_and_repeated_rows_change_nothing(chunk: int, tile: int, k:
 def test_products_are_off_by_less_than_the_bound(precision: module._ProductPrecision) -> None:
     sides = [drawn(300, 257, seed=seed) for seed in (6, 7)]
     units = [module._normalize(side) for side in sides]
-    (low, off), (low_too, off_too) = (module._round_to(precision, side, module._norms(side), 64) for side in sides)
+    (low, off), (low_too, off_too) = (
+        module._round_to(precision, side, module._norms(side), 64) for side in sides
+    )
     error = (low.double() @ low_too.double().T - units[0] @ units[1].T).abs().amax(dim=1)
     bound = module._BOUND_MARGIN * (off + off_too.max())
     assert (error <= bound).all()
@@ -93,10 +105,15 @@ def test_products_are_off_by_less_than_the_bound(precision: module._ProductPreci
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 500, 1003])
 def test_the_largest_are_found_through_groups(columns: int) -> None:
-    values = torch.randint(-(2**40), 2**40, (9, columns), generator=torch.Generator().manual_seed(8))
+    values = torch.randint(
+        -(2**40), 2**40, (9, columns), generator=torch.Generator().manual_seed(8)
+    )
     for count in (1, 3, 15):
         found, where = module._largest(values, count)
-        assert torch.equal(found.sort(dim=1, descending=True).values, values.sort(descending=True).values[:, :count])
+        assert torch.equal(
+            found.sort(dim=1, descending=True).values,
+            values.sort(descending=True).values[:, :count],
+        )
         assert torch.equal(values.gather(1, where), found)
 
 
@@ -152,13 +169,17 @@ def test_the_matmul_precision_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_features_that_are_not_finite_are_refused_by_name(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_are_not_finite_are_refused_by_name(
+    bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries, bank = drawn(5, 6, seed=0), drawn(30, 6, seed=1)
     spoilt = bank.clone()
     spoilt[[4, 29], 2] = bad
     for k in (3, 1):  # compared in float64, or through candidates
         monkeypatch.setattr(module, "_PAIR_COST", 10)
-        with pytest.raises(UsageError, match=r"feature5: 2 of 30 images .*NaN or infinity.*precision=fp32"):
+        with pytest.raises(
+            UsageError, match=r"feature5: 2 of 30 images .*NaN or infinity.*precision=fp32"
+        ):
             nearest(queries, spoilt, k, chunk=7, name="feature5")
     with pytest.raises(UsageError, match=r"features: 1 of 5 images .*NaN or infinity"):
         nearest(torch.cat([queries[:4], spoilt[4:5]]), bank, 3)
@@ -187,5 +208,7 @@ def test_a_gpu_tells_crowds_apart() -> None:
     queries = bank[:50] + 1e-6 * drawn(50, 64, seed=2).double().cuda()
     found = nearest(queries, bank, 20, chunk=1000)
     assert found.retried == 50
-    here = NearestNeighbors(similarities=found.similarities.cpu(), rows=found.rows.cpu(), retried=found.retried)
+    here = NearestNeighbors(
+        similarities=found.similarities.cpu(), rows=found.rows.cpu(), retried=found.retried
+    )
     assert_is_oracles(here, queries.cpu(), bank.cpu(), 20)

@@ -12,7 +12,13 @@ from relloc.models.small import SmallBackbone
 from relloc.results import LAYERS
 
 # protocols.md 3.1: side of the map at 224 px, kernel, stride, padding, side after pooling
-PUBLISHED = [(112, 10, 10, 4, 12), (56, 16, 8, 0, 6), (28, 13, 5, 0, 4), (14, 8, 3, 0, 3), (7, 6, 1, 0, 2)]
+PUBLISHED = [
+    (112, 10, 10, 4, 12),
+    (56, 16, 8, 0, 6),
+    (28, 13, 5, 0, 4),
+    (14, 8, 3, 0, 3),
+    (7, 6, 1, 0, 2),
+]
 
 
 def windowed(maps: Tensor, kernel: int, stride: int, padding: int, side: int) -> Tensor:
@@ -32,10 +38,14 @@ def windowed(maps: Tensor, kernel: int, stride: int, padding: int, side: int) ->
 def adaptive(maps: Tensor, side: int) -> Tensor:
     """Means over windows from floor(i n / side) to ceil((i + 1) n / side)."""
     bounds = [
-        [(i * n // side, math.ceil((i + 1) * n / side)) for i in range(side)] for n in (maps.shape[-2], maps.shape[-1])
+        [(i * n // side, math.ceil((i + 1) * n / side)) for i in range(side)]
+        for n in (maps.shape[-2], maps.shape[-1])
     ]
     rows = [
-        torch.stack([maps[..., top:bottom, left:right].mean(dim=(2, 3)) for left, right in bounds[1]], dim=-1)
+        torch.stack(
+            [maps[..., top:bottom, left:right].mean(dim=(2, 3)) for left, right in bounds[1]],
+            dim=-1,
+        )
         for top, bottom in bounds[0]
     ]
     return torch.stack(rows, dim=-2).flatten(1)
@@ -48,7 +58,13 @@ def random_maps(height: int, width: int | None = None) -> Tensor:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("map_side", "kernel", "stride", "padding", "side"), PUBLISHED)
 def test_windows_are_the_published_ones(
-    monkeypatch: pytest.MonkeyPatch, map_side: int, kernel: int, stride: int, padding: int, side: int, compiled: bool
+    monkeypatch: pytest.MonkeyPatch,
+    map_side: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    side: int,
+    compiled: bool,
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     maps = random_maps(map_side)
@@ -59,7 +75,8 @@ def test_windows_are_the_published_ones(
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "side"), [(56, 56, 12), (28, 28, 6), (4, 4, 2), (112, 56, 12), (14, 28, 3), (1, 1, 2)]
+    ("height", "width", "side"),
+    [(56, 56, 12), (28, 28, 6), (4, 4, 2), (112, 56, 12), (14, 28, 3), (1, 1, 2)],
 )
 def test_other_maps_get_adaptive_windows(height: int, width: int, side: int) -> None:
     maps = random_maps(height, width)
@@ -71,7 +88,13 @@ def test_other_maps_get_adaptive_windows(height: int, width: int, side: int) -> 
 def test_resnet50_gives_the_published_dimensions() -> None:
     torch.manual_seed(0)
     backbone = ResNetBackbone(depth=50).eval()
-    published = {"feature1": 9216, "feature2": 9216, "feature3": 8192, "feature4": 9216, "feature5": 8192}
+    published = {
+        "feature1": 9216,
+        "feature2": 9216,
+        "feature3": 8192,
+        "feature4": 9216,
+        "feature5": 8192,
+    }
     assert layer_dims(backbone) == published | {"avgpool": 2048}
     with torch.no_grad():
         pooled = pooled_layers(backbone, torch.randn(1, 3, 224, 224), LAYERS)
@@ -81,7 +104,11 @@ def test_resnet50_gives_the_published_dimensions() -> None:
 @pytest.mark.parametrize("px", [224, 64])
 @torch.no_grad()
 def test_every_backbone_gives_the_dimensions_that_it_tells(px: int) -> None:
-    for backbone in (SmallBackbone(widths=(8, 10, 12, 14, 16)), ResNetBackbone(depth=18), AlexNetBackbone()):
+    for backbone in (
+        SmallBackbone(widths=(8, 10, 12, 14, 16)),
+        ResNetBackbone(depth=18),
+        AlexNetBackbone(),
+    ):
         pooled = pooled_layers(backbone.eval(), torch.randn(1, 3, px, px), LAYERS)
         assert {layer: rows.shape[1] for layer, rows in pooled.items()} == layer_dims(backbone)
         channels = layer_channels(backbone)
@@ -112,7 +139,9 @@ IMAGES = torch.zeros(2, 3, 8, 8)
 
 
 def test_layers_are_the_pooled_stages_and_avgpool_is_the_mean_of_feature5() -> None:
-    maps = {stage: random_maps(side) for stage, side in zip(STAGES, (112, 56, 28, 14, 7), strict=True)}
+    maps = {
+        stage: random_maps(side) for stage, side in zip(STAGES, (112, 56, 28, 14, 7), strict=True)
+    }
     asked = ("avgpool", "feature4", "feature1")
     pooled = pooled_layers(GivenMaps(maps), IMAGES, asked)
     assert tuple(pooled) == asked

@@ -52,7 +52,11 @@ def write_images(folder: Path, n: int, broken: tuple[int, ...] = ()) -> FolderIm
             path.write_bytes(b"no image")
     labels = [index % 3 for index in range(n)]
     return FolderImages(
-        name="noise", split="train", paths=[str(path) for path in paths], labels=labels, classes=("a", "b", "c")
+        name="noise",
+        split="train",
+        paths=[str(path) for path in paths],
+        labels=labels,
+        classes=("a", "b", "c"),
     )
 
 
@@ -61,7 +65,9 @@ def reading(**changes: object) -> EncodeConfig:
     return EncodeConfig(**{**settings, "unreadable_share": 0.5, **changes})  # type: ignore[arg-type]
 
 
-def gathered(source: FeatureSource, indices: Iterable[int], size: int) -> tuple[dict[str, Tensor], Tensor]:
+def gathered(
+    source: FeatureSource, indices: Iterable[int], size: int
+) -> tuple[dict[str, Tensor], Tensor]:
     found = list(source.batches(torch.tensor(list(indices)), size, LAYERS))
     features = {layer: torch.cat([batch[layer] for batch, _ in found]) for layer in LAYERS}
     return features, torch.cat([labels for _, labels in found])
@@ -73,10 +79,19 @@ def assert_same_features(one: dict[str, Tensor], other: dict[str, Tensor]) -> No
         torch.testing.assert_close(rows, other[layer], rtol=1e-4, atol=1e-5, msg=layer)
 
 
-def test_features_are_the_pooled_stages_of_the_normalized_image(tmp_path: Path, backbone: SmallBackbone) -> None:
+def test_features_are_the_pooled_stages_of_the_normalized_image(
+    tmp_path: Path, backbone: SmallBackbone
+) -> None:
     images = write_images(tmp_path, 4)
-    features, labels = gathered(LiveFeatures(backbone.train(), images, reading(), VIEW), range(4), 4)
-    pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255 for path in images.paths])
+    features, labels = gathered(
+        LiveFeatures(backbone.train(), images, reading(), VIEW), range(4), 4
+    )
+    pixels = torch.stack(
+        [
+            torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255
+            for path in images.paths
+        ]
+    )
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalized = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     with torch.no_grad():
@@ -114,7 +129,9 @@ def test_the_batch_size_changes_nothing(tmp_path: Path, backbone: SmallBackbone,
     assert min(sizes) > 0
 
 
-def test_images_that_can_not_be_read_drop_out_and_are_named(tmp_path: Path, backbone: SmallBackbone) -> None:
+def test_images_that_can_not_be_read_drop_out_and_are_named(
+    tmp_path: Path, backbone: SmallBackbone
+) -> None:
     images = write_images(tmp_path, 9, broken=BROKEN)
     live = LiveFeatures(backbone, images, reading(), VIEW)
     bank = fill_bank(live, LAYERS, 2, CPU)
@@ -128,8 +145,12 @@ def test_images_that_can_not_be_read_drop_out_and_are_named(tmp_path: Path, back
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path: Path, backbone: SmallBackbone) -> None:
-    live = LiveFeatures(backbone, write_images(tmp_path, 9, broken=BROKEN), reading(unreadable_share=0.2), VIEW)
-    with pytest.raises(DataError, match=r"2 of 9 images can't be used, more than data\.unreadable_share=0\.2"):
+    live = LiveFeatures(
+        backbone, write_images(tmp_path, 9, broken=BROKEN), reading(unreadable_share=0.2), VIEW
+    )
+    with pytest.raises(
+        DataError, match=r"2 of 9 images can't be used, more than data\.unreadable_share=0\.2"
+    ):
         fill_bank(live, LAYERS, 2, CPU)
 
 
@@ -138,7 +159,9 @@ def test_bfloat16_moves_features_by_rounding_alone_and_they_stay_float32(
 ) -> None:
     images = write_images(tmp_path, 4)
     exact, _ = gathered(LiveFeatures(backbone, images, reading(), VIEW), range(4), 4)
-    rounded, _ = gathered(LiveFeatures(backbone, images, reading(precision="bf16"), VIEW), range(4), 4)
+    rounded, _ = gathered(
+        LiveFeatures(backbone, images, reading(precision="bf16"), VIEW), range(4), 4
+    )
     for layer, rows in rounded.items():
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows, exact[layer], rtol=0.1, atol=0.03)
@@ -152,7 +175,9 @@ def test_unlabeled_images_are_an_error(tmp_path: Path, backbone: SmallBackbone) 
         LiveFeatures(backbone, unlabeled, reading(), VIEW)
 
 
-def test_progress_tells_the_epoch_of_how_many_where_there_are_several(tmp_path: Path, backbone: SmallBackbone) -> None:
+def test_progress_tells_the_epoch_of_how_many_where_there_are_several(
+    tmp_path: Path, backbone: SmallBackbone
+) -> None:
     reported = []
 
     def progress(batches: Iterable, what: str, total: int) -> Iterable:
@@ -162,7 +187,9 @@ def test_progress_tells_the_epoch_of_how_many_where_there_are_several(tmp_path: 
     live = LiveFeatures(backbone, write_images(tmp_path, 4), reading(progress=progress), VIEW)
     for asked in ((), (0, 28), (2, 28)):
         next(live.batches(torch.arange(4), 4, LAYERS, *asked))
-    assert reported == [f"features of noise train{ending}" for ending in ("", ", epoch 1 of 28", ", epoch 3 of 28")]
+    assert reported == [
+        f"features of noise train{ending}" for ending in ("", ", epoch 1 of 28", ", epoch 3 of 28")
+    ]
 
 
 def test_progress_sees_every_batch(tmp_path: Path, backbone: SmallBackbone) -> None:
@@ -181,7 +208,9 @@ def test_progress_sees_every_batch(tmp_path: Path, backbone: SmallBackbone) -> N
     assert len(counted) == 3
 
 
-def test_bank_gib_is_the_memory_that_the_bank_takes(tmp_path: Path, backbone: SmallBackbone) -> None:
+def test_bank_gib_is_the_memory_that_the_bank_takes(
+    tmp_path: Path, backbone: SmallBackbone
+) -> None:
     live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(), VIEW)
     bank = fill_bank(live, LAYERS, 3, CPU)
     taken = sum(rows.untyped_storage().nbytes() for rows in bank.features.values())
@@ -202,17 +231,26 @@ def test_a_bank_stays_on_the_cpu_where_the_cpu_computes() -> None:
 class Endless:
     """A source whose features nobody has the memory for; to ask for one is an error."""
 
-    n, n_classes, channels, dims = 3, 2, {"avgpool": 8}, {"avgpool": 10**15}  # 11 PiB: beyond any address
+    n, n_classes, channels, dims = (
+        3,
+        2,
+        {"avgpool": 8},
+        {"avgpool": 10**15},
+    )  # 11 PiB: beyond any address
 
     def batches(self, *_: object) -> Iterator[FeatureBatch]:
         raise AssertionError("images are encoded before there is room for them")
 
 
-def test_a_bank_larger_than_memory_is_refused_before_anything_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bank_larger_than_memory_is_refused_before_anything_is_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     message = r"features of 3 images at avgpool take \d+ GiB.* cpu .* GiB free.*fewer layers"
     with pytest.raises(UsageError, match=message):
         fill_bank(Endless(), ["avgpool"], 2, CPU)
-    monkeypatch.setattr(source_module, "free_gib", lambda device: 1e12)  # another process was faster
+    monkeypatch.setattr(
+        source_module, "free_gib", lambda device: 1e12
+    )  # another process was faster
     with pytest.raises(UsageError, match=message):
         fill_bank(Endless(), ["avgpool"], 2, CPU)
 
@@ -231,15 +269,22 @@ def test_a_bank_fits_up_to_what_is_free(
     assert fill_bank(live, LAYERS, 3, CPU, part).n == 6
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="what Linux calls available is compared")
+@pytest.mark.skipif(
+    not Path("/proc/meminfo").exists(), reason="what Linux calls available is compared"
+)
 def test_free_memory_is_what_linux_calls_available() -> None:
-    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    (line,) = (
+        line
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
     assert free_gib(CPU) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.2)
     assert 0 < free_gib(CPU) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 @pytest.mark.parametrize(
-    ("gib", "words"), [(0.00123456, "0.00123 GiB"), (9.7744, "9.77 GiB"), (210.49, "210 GiB"), (1234, "1234 GiB")]
+    ("gib", "words"),
+    [(0.00123456, "0.00123 GiB"), (9.7744, "9.77 GiB"), (210.49, "210 GiB"), (1234, "1234 GiB")],
 )
 def test_little_memory_keeps_its_digits(gib: float, words: str) -> None:
     assert format_gib(gib) == words

@@ -30,11 +30,16 @@ def power_law(n: int, d: int, alpha: float) -> Tensor:
 
 
 def noise(n: int = 60, d: int = 20) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, d) + 1
+    return (
+        torch.randn(n, d, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 3, d)
+        + 1
+    )
 
 
 @pytest.mark.parametrize("values", [(1, 1, 1, 1, 1), (8, 4, 2, 1), (3,), (5, 1e-3, 0, 0)])
-def test_rankme_is_the_exponential_of_the_entropy_of_given_singular_values(values: tuple[float, ...]) -> None:
+def test_rankme_is_the_exponential_of_the_entropy_of_given_singular_values(
+    values: tuple[float, ...],
+) -> None:
     features = orthonormal(12, len(values)) @ torch.diag(torch.tensor(values, dtype=torch.float64))
     p = [value / sum(values) + 1e-7 for value in values]
     expected = math.exp(-sum(x * math.log(x) for x in p))
@@ -72,7 +77,9 @@ def test_alpha_req_fits_ranks_4_to_100_with_weights_that_fall_as_the_rank() -> N
     # polyfit's weights multiply residuals, so they are roots of those of the squares
     slope, _ = np.polyfit(np.log(ranks), np.log(eigenvalues[3:100]), 1, w=np.sqrt(1 / ranks))
     assert alpha_req(features) == pytest.approx(-slope, rel=1e-9)
-    changed = torch.from_numpy(np.r_[eigenvalues[:3] * 1e4, eigenvalues[3:100], eigenvalues[100:] * 1e-4]).sqrt()
+    changed = torch.from_numpy(
+        np.r_[eigenvalues[:3] * 1e4, eigenvalues[3:100], eigenvalues[100:] * 1e-4]
+    ).sqrt()
     assert alpha_req(centered_orthonormal(200, 150) * changed) == pytest.approx(-slope, rel=1e-9)
 
 
@@ -87,7 +94,9 @@ def test_alpha_req_ends_where_the_directions_do() -> None:
 
 @MEASURES
 @pytest.mark.parametrize("shape", [(60, 20), (20, 60)])
-def test_rotations_scale_and_the_order_of_rows_change_nothing(measure: Measure, shape: tuple[int, int]) -> None:
+def test_rotations_scale_and_the_order_of_rows_change_nothing(
+    measure: Measure, shape: tuple[int, int]
+) -> None:
     features = noise(*shape).double()
     expected = pytest.approx(measure(features), rel=1e-6)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
@@ -104,7 +113,9 @@ def test_float32_features_are_measured_in_float64(measure: Measure) -> None:
 
 @MEASURES
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_an_error_with_their_count(measure: Measure, value: float) -> None:
+def test_numbers_that_are_not_finite_are_an_error_with_their_count(
+    measure: Measure, value: float
+) -> None:
     features = noise(6, 5)
     features[2, 1:4] = value
     with pytest.raises(ValueError, match="3 of 30 features are not finite"):
@@ -114,7 +125,9 @@ def test_numbers_that_are_not_finite_are_an_error_with_their_count(measure: Meas
 def test_features_that_collapsed_have_no_rank_and_no_slope() -> None:
     with pytest.raises(ValueError, match="features of 9 images are zero"):
         rankme(torch.zeros(9, 6))
-    same = torch.linspace(0.1, 0.7, 40).repeat(30, 1)  # sums round, so the mean is not exactly the row
+    same = torch.linspace(0.1, 0.7, 40).repeat(
+        30, 1
+    )  # sums round, so the mean is not exactly the row
     assert rankme(same) == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match="features of 30 images span 0 directions .* needs 5"):
         alpha_req(same)

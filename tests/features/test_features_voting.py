@@ -16,7 +16,9 @@ def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows of a few overlapping classes, of all lengths, so that the vote is not clear."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(N_CLASSES, (n,), generator=generator)
-    centers = torch.randn(N_CLASSES, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(
+        N_CLASSES, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(99)
+    )
     rows = centers[labels] + 2 * torch.randn(n, 16, dtype=torch.float64, generator=generator)
     return rows * torch.rand(n, 1, dtype=torch.float64, generator=generator).exp(), labels
 
@@ -25,7 +27,9 @@ BANK, LABELS = drawn(400, seed=0)
 QUERIES, ANSWERS = drawn(150, seed=1)
 
 
-def voted(bank: Tensor = BANK, labels: Tensor = LABELS, queries: Tensor = QUERIES, **changes: object) -> dict:
+def voted(
+    bank: Tensor = BANK, labels: Tensor = LABELS, queries: Tensor = QUERIES, **changes: object
+) -> dict:
     settings = {"k": K, "temperature": 0.07, "n_classes": N_CLASSES}
     return vote(queries, bank, labels, **{**settings, **changes})  # type: ignore[arg-type]
 
@@ -39,7 +43,10 @@ def test_the_vote_is_scikit_learns_with_the_published_weights() -> None:
     found = voted()
     for k in K:
         oracle = KNeighborsClassifier(
-            n_neighbors=k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+            n_neighbors=k,
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda distance: np.exp((1 - distance) / 0.07),
         )
         expected = oracle.fit(BANK.numpy(), LABELS.numpy()).predict(QUERIES.numpy())
         assert np.array_equal(found[k].numpy(), expected), k
@@ -53,13 +60,20 @@ def test_weights_decide_and_not_counts_alone() -> None:
 
     def share_of_most_frequent(temperature: float) -> float:
         winners = voted(k=(100,), temperature=temperature)[100]
-        return (counts.gather(1, winners.unsqueeze(1)).squeeze(1) == counts.amax(dim=1)).double().mean().item()
+        return (
+            (counts.gather(1, winners.unsqueeze(1)).squeeze(1) == counts.amax(dim=1))
+            .double()
+            .mean()
+            .item()
+        )
 
     assert share_of_most_frequent(1e6) == 1
     assert share_of_most_frequent(0.07) < 0.95
 
 
-@pytest.mark.parametrize(("chunk", "tile"), [(7, 150), (100, 1), (399, 16), (400, 149), (1000, 1000)])
+@pytest.mark.parametrize(
+    ("chunk", "tile"), [(7, 150), (100, 1), (399, 16), (400, 149), (1000, 1000)]
+)
 def test_the_size_of_chunks_and_tiles_changes_nothing(chunk: int, tile: int) -> None:
     assert_same(voted(chunk=chunk, tile=tile), voted())
 
@@ -70,10 +84,15 @@ def test_the_order_of_the_bank_changes_nothing() -> None:
 
 
 def test_the_length_of_rows_and_the_names_of_classes_change_nothing() -> None:
-    lengths = torch.rand(len(BANK), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(6)) + 0.1
+    lengths = (
+        torch.rand(len(BANK), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+        + 0.1
+    )
     assert_same(voted(BANK * lengths, queries=3 * QUERIES), voted())
     renamed = torch.tensor([3, 0, 4, 1, 2])
-    assert_same(voted(labels=renamed[LABELS]), {k: renamed[classes] for k, classes in voted().items()})
+    assert_same(
+        voted(labels=renamed[LABELS]), {k: renamed[classes] for k, classes in voted().items()}
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
@@ -98,7 +117,9 @@ def test_a_low_temperature_leaves_the_nearest_neighbor_the_last_word() -> None:
     assert torch.equal(found[100], found[1])
 
 
-def test_the_vote_of_a_large_number_of_classes_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vote_of_a_large_number_of_classes_is_counted_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole = voted()
     monkeypatch.setattr(voting, "_VOTE_BYTES", 8 * N_CLASSES * 7)
     assert_same(voted(), whole)

@@ -32,12 +32,18 @@ Relloc = Callable[..., Done]
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RELLOC_", "MLFLOW_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RELLOC_", "MLFLOW_"))
+    }
     return {**kept, **FIXED, "RELLOC_RUNS": str(tmp_path / "runs")}
 
 
 @pytest.fixture
-def relloc(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Relloc:
+def relloc(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
+) -> Relloc:
     """Run `python -m relloc.COMMAND ARGUMENTS` in an empty folder: by `fresh` in an interpreter of its own.
 
     Otherwise it is forked from one that has relloc imported, which costs a tenth.
@@ -55,7 +61,9 @@ def relloc(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, environment
         line = [*through, *(("-m",) if through else ()), f"relloc.{command}", *arguments]
         if not fresh:
             output = tmp_path_factory.mktemp("output") / "output.txt"
-            command = start(*line, folder=tmp_path, output=output, environment=environment, processes=processes)
+            command = start(
+                *line, folder=tmp_path, output=output, environment=environment, processes=processes
+            )
             return Done(code=command.wait(300), text=command.text)
         result = subprocess.run(
             [sys.executable, "-m", *line],

@@ -19,6 +19,8 @@ for part in published.card_parts():
     images = told["images"].get(f"{part.dataset} {part.split}", part.images)
     parts.append(dataclasses.replace(part, images=images))
 published.card_parts = lambda: tuple(parts)
-known_answers.published_numbers = lambda: tuple(published.Published(**fields) for fields in told["numbers"])
+known_answers.published_numbers = lambda: tuple(
+    published.Published(**fields) for fields in told["numbers"]
+)
 sys.argv = [module, *arguments]
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -42,7 +42,11 @@ def imagenet(root: Path) -> Path:
     for split, n in (("train", 12), ("val", 3)):
         for label in range(2):
             for number in range(n):
-                picture(root / split / f"n0{label}" / f"{number}.JPEG", label, 100 * n + 10 * label + number)
+                picture(
+                    root / split / f"n0{label}" / f"{number}.JPEG",
+                    label,
+                    100 * n + 10 * label + number,
+                )
     return root
 
 
@@ -62,26 +66,40 @@ def voc(root: Path, n_test: int = 40, shown_as: int = 1) -> Path:
     for split, n in (("trainval", 40), ("test", n_test)):
         names = [f"{split}{number:02d}" for number in range(n)]
         for number, name in enumerate(names):
-            picture(base / "JPEGImages" / f"{name}.jpg", shown_as * (number % 2), 100 * len(split) + number)
+            picture(
+                base / "JPEGImages" / f"{name}.jpg",
+                shown_as * (number % 2),
+                100 * len(split) + number,
+            )
         lists = base / "ImageSets" / "Main"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{split}.txt").write_text("\n".join(names))
         for place, shown in enumerate(VOC_CLASSES):
             marks = [1 if place < 2 and number % 2 == place else -1 for number in range(n)]
-            (lists / f"{shown}_{split}.txt").write_text("\n".join(map("{} {}".format, names, marks)))
+            (lists / f"{shown}_{split}.txt").write_text(
+                "\n".join(map("{} {}".format, names, marks))
+            )
     return root
 
 
 @pytest.fixture
 def line(tmp_path: Path) -> list[str]:
     """The published evaluations at the size of a test."""
-    roots = {"in1k": imagenet(tmp_path / "in1k"), "places": places(tmp_path / "places"), "voc": voc(tmp_path / "voc")}
+    roots = {
+        "in1k": imagenet(tmp_path / "in1k"),
+        "places": places(tmp_path / "places"),
+        "voc": voc(tmp_path / "voc"),
+    }
     of = dict.fromkeys((*FROZEN, *TUNED), "in1k") | {"voc07_svm": "voc", "voc07_low_shot": "voc"}
     of["linear_places205"] = "places"
     words = [f"eval.{name}.data.root={roots[which]}" for name, which in of.items()]
     words += [f"eval.{name}.view.short_px=40" for name in of]
-    words += [f"eval.{name}.view.{'side' if name.startswith('voc') else 'crop'}_px=32" for name in of]
-    words += [f"eval.{name}.augment.crop_px=32" for name in of if name.startswith(("linear", "semisup"))]
+    words += [
+        f"eval.{name}.view.{'side' if name.startswith('voc') else 'crop'}_px=32" for name in of
+    ]
+    words += [
+        f"eval.{name}.augment.crop_px=32" for name in of if name.startswith(("linear", "semisup"))
+    ]
     words += [f"eval.{name}.data.source.published_images=null" for name in of]
     words += [f"eval.{name}.epochs=1" for name in of if name.startswith(("linear", "semisup"))]
     words += [
@@ -89,11 +107,22 @@ def line(tmp_path: Path) -> list[str]:
         "eval.voc07_svm.costs=[0.1,1]",
         "eval.voc07_low_shot.draws=2",
     ]
-    words += [f"eval.{name}.{rates}" for name in TUNED for rates in ("learning_rates=[0.01]", "head_multipliers=[1]")]
+    words += [
+        f"eval.{name}.{rates}"
+        for name in TUNED
+        for rates in ("learning_rates=[0.01]", "head_multipliers=[1]")
+    ]
     words += ["eval.semisup_1.share=0.3", "eval.semisup_10.share=0.5"]
     source = "eval.linear_places205.data.source"
-    words += [f"{source}.{split}_list={split}.csv" for split in ("train", "val")] + [f"{source}.images=images"]
-    return ["eval=card_classification", *words, "batch_norm=[as_trained,recalibrated]", "calibration_images=24"]
+    words += [f"{source}.{split}_list={split}.csv" for split in ("train", "val")] + [
+        f"{source}.images=images"
+    ]
+    return [
+        "eval=card_classification",
+        *words,
+        "batch_norm=[as_trained,recalibrated]",
+        "calibration_images=24",
+    ]
 
 
 def test_the_whole_card_from_one_command_and_from_what_is_there_already(
@@ -106,22 +135,35 @@ def test_the_whole_card_from_one_command_and_from_what_is_there_already(
     rows = read_results(first)
     for batch_norm in ("as_trained", "recalibrated"):
         assert {row.eval for row in rows if row.batch_norm == batch_norm} >= set(FROZEN)
-    assert {row.batch_norm for row in rows if row.eval in TUNED} == {"as_trained"}  # they train it themselves
+    assert {row.batch_norm for row in rows if row.eval in TUNED} == {
+        "as_trained"
+    }  # they train it themselves
     assert {(row.eval, row.metric) for row in rows} >= {
         *(("voc07_svm", metric) for metric in ("map", "map_cv", "map_best", "map_best_cv")),
         *(("voc07_low_shot", f"map_k1{suffix}") for suffix in ("", "_std", "_min", "_max", "_cv")),
         *(("linear_in1k", metric) for metric in ("top1", "top1_tuned")),
         *(("linear_avgpool", metric) for metric in ("top1", "top1_best")),
-        *(("label_free_in1k", "rankme"), ("knn_in1k", "top1_k10"), ("semisup_1", "top1"), ("semisup_10", "top1")),
+        *(
+            ("label_free_in1k", "rankme"),
+            ("knn_in1k", "top1_k10"),
+            ("semisup_1", "top1"),
+            ("semisup_10", "top1"),
+        ),
     }
-    assert not list(first.glob("evaluations/*.pt"))  # nothing that would be gone on from is left behind
+    assert not list(
+        first.glob("evaluations/*.pt")
+    )  # nothing that would be gone on from is left behind
     again = relloc("evaluate", "-m", *who, *line)
     assert again.code == 0, again.text
     assert "of the same weights in" in again.text
     assert "features of" not in again.text  # no image was encoded
-    (second,) = {path.parent for path in (tmp_path / "runs").rglob("results.jsonl")} - {first}  # where a sweep puts it
+    (second,) = {path.parent for path in (tmp_path / "runs").rglob("results.jsonl")} - {
+        first
+    }  # where a sweep puts it
     copied = read_results(second)
-    assert {row.measured_in for row in copied if row.metric not in ("map_best", "map_best_cv")} == {str(first)}
+    assert {row.measured_in for row in copied if row.metric not in ("map_best", "map_best_cv")} == {
+        str(first)
+    }
     as_measured = [dataclasses.replace(row, measured_in="") for row in copied]
     assert sorted(map(repr, as_measured)) == sorted(map(repr, rows))
 
@@ -139,8 +181,12 @@ def few_known_answers(environment: dict[str, str], tmp_path: Path) -> tuple[str,
     environment |= {f"RELLOC_{name.upper()}": str(root) for name, root in roots.items()}
     for label in range(2):
         for number in range(8):
-            picture(roots["in1k"] / "train" / f"n0{label}" / f"{number}.JPEG", 0, 10 * label + number)
-        for number in range(2):  # the same in both classes, so that half of all answers are right, whatever they are
+            picture(
+                roots["in1k"] / "train" / f"n0{label}" / f"{number}.JPEG", 0, 10 * label + number
+            )
+        for number in range(
+            2
+        ):  # the same in both classes, so that half of all answers are right, whatever they are
             picture(roots["in1k"] / "val" / f"n0{label}" / f"{number}.JPEG", 0, 50 + number)
     voc(roots["voc"], n_test=10, shown_as=0)
     sets = ("linear_avgpool", "voc07_svm", "voc07_low_shot")
@@ -149,36 +195,57 @@ def few_known_answers(environment: dict[str, str], tmp_path: Path) -> tuple[str,
         *(f"eval.{name}.data.source.published_images=null" for name in sets),
         *("eval.linear_avgpool.epochs=1", "eval.linear_avgpool.milestone_epochs=[]"),
         *("eval.linear_avgpool.augment.crop_px=32", "eval.linear_avgpool.batch=8"),
-        *("eval.voc07_svm.costs=[0.1,1]", "eval.voc07_low_shot.costs=[0.1,1]", "eval.voc07_low_shot.shots=[1]"),
+        *(
+            "eval.voc07_svm.costs=[0.1,1]",
+            "eval.voc07_low_shot.costs=[0.1,1]",
+            "eval.voc07_low_shot.shots=[1]",
+        ),
         f"hydra.run.dir={tmp_path / 'run'}",
     )
 
 
-def published_as(rows: Sequence[Result], file: Path, *, in1k_images: int, moved: float = 0) -> tuple[str, ...]:
+def published_as(
+    rows: Sequence[Result], file: Path, *, in1k_images: int, moved: float = 0
+) -> tuple[str, ...]:
     """What to go through for `rows` to be what is published, torchvision's SVM higher by `moved`."""
     names = {"random": RANDOM, "torchvision": SUPERVISED}
     numbers = []
     for number in published_numbers():
         for row in rows:
             place = (number.table, number.column, number.metric)
-            same = number.row == names[row.checkpoint] and place == (row.table, row.column, row.metric)
+            same = number.row == names[row.checkpoint] and place == (
+                row.table,
+                row.column,
+                row.metric,
+            )
             if same and (row.layer == number.layer or row.metric == "map_best"):
-                value = row.value + moved * ((row.checkpoint, row.eval) == ("torchvision", "voc07_svm"))
-                fields = {name: text for name, text in vars(number).items() if name not in ("printed", "tolerance")}
+                value = row.value + moved * (
+                    (row.checkpoint, row.eval) == ("torchvision", "voc07_svm")
+                )
+                fields = {
+                    name: text
+                    for name, text in vars(number).items()
+                    if name not in ("printed", "tolerance")
+                }
                 numbers.append(fields | {"printed": f"{value:.2f}", "tolerance": 1.0})
     images = {"in1k val": in1k_images, "voc2007 test": 10}
     file.write_text(json.dumps({"images": images, "numbers": numbers}))
     return ("other_answers", str(file))
 
 
-def test_known_answers_to_a_verdict(relloc, tmp_path: Path, few_known_answers: tuple[str, ...]) -> None:
+def test_known_answers_to_a_verdict(
+    relloc, tmp_path: Path, few_known_answers: tuple[str, ...]
+) -> None:
     unlike = relloc("evaluate", *few_known_answers)
     assert unlike.code == 1, unlike.text
     svm = "torchvision voc07_svm feature5 map_best on voc2007 test"
     assert f"not checked: {svm}: measured on 10 images, where 4,952 are published" in unlike.text
     top1 = "torchvision linear_avgpool avgpool top1 on in1k val"
     assert f"not checked: {top1}: measured on 4 images, where 50,000 are published" in unlike.text
-    assert "random voc07_low_shot feature2 map_k2 on voc2007 test: no such number was measured" in unlike.text
+    assert (
+        "random voc07_low_shot feature2 map_k2 on voc2007 test: no such number was measured"
+        in unlike.text
+    )
     assert "linear_in1k" not in unlike.text  # which was not asked for
     assert "relloc: of 20 known answers 20 could not be checked" in unlike.text
     rows = read_results(tmp_path / "run")
@@ -198,13 +265,33 @@ def test_known_answers_to_a_verdict(relloc, tmp_path: Path, few_known_answers: t
     assert failed.code == 1, failed.text
     assert f"FAIL  {svm}: " in failed.text
     assert f"not checked: {top1}: measured on 4 images, where 5 are published" in failed.text
-    assert (failed.text.count("pass  "), failed.text.count("FAIL  "), failed.text.count("not checked: ")) == (3, 1, 2)
-    assert "of 6 known answers 1 are outside their tolerance and 2 could not be checked: " in failed.text
+    assert (
+        failed.text.count("pass  "),
+        failed.text.count("FAIL  "),
+        failed.text.count("not checked: "),
+    ) == (3, 1, 2)
+    assert (
+        "of 6 known answers 1 are outside their tolerance and 2 could not be checked: "
+        in failed.text
+    )
 
 
-def test_what_has_no_known_answer_is_told_before_anything_is_measured(relloc, tmp_path: Path) -> None:
-    line = ("experiment=known_answers", "eval=[voc07_svm]", "checkpoint=[random]", "model=small", "tracking=none")
-    never = relloc("evaluate", *line, f"eval.voc07_svm.data.root={tmp_path}", f"hydra.run.dir={tmp_path / 'never'}")
+def test_what_has_no_known_answer_is_told_before_anything_is_measured(
+    relloc, tmp_path: Path
+) -> None:
+    line = (
+        "experiment=known_answers",
+        "eval=[voc07_svm]",
+        "checkpoint=[random]",
+        "model=small",
+        "tracking=none",
+    )
+    never = relloc(
+        "evaluate",
+        *line,
+        f"eval.voc07_svm.data.root={tmp_path}",
+        f"hydra.run.dir={tmp_path / 'never'}",
+    )
     assert never.code == 2
     assert "verdict=true, but nothing measured here has a published answer" in never.text
     assert not (tmp_path / "never").exists()
@@ -213,7 +300,9 @@ def test_what_has_no_known_answer_is_told_before_anything_is_measured(relloc, tm
     assert "run it with python -m relloc.evaluate" in wrong.text
 
 
-def test_the_verdict_is_on_the_rows_of_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_is_on_the_rows_of_this_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answers = asked([("random", "resnet50")], ["voc07_svm", "linear_avgpool"], ["as_trained"])
     svm = result("voc07_svm", "feature2", "map_best", 30.9, dataset="voc2007", fingerprint="now")
     linear = result("linear_avgpool", "avgpool", "top1_best", 4.0, fingerprint="now")
@@ -221,7 +310,9 @@ def test_the_verdict_is_on_the_rows_of_this_command(tmp_path: Path, capsys: pyte
     report_known_answers(tmp_path, answers, {"now"})
     assert capsys.readouterr().out.count("pass") == 2
     append_results(tmp_path, [dataclasses.replace(linear, value=40.0)])
-    with pytest.raises(KnownAnswerMissed, match="of 2 known answers 1 are outside their tolerance: "):
+    with pytest.raises(
+        KnownAnswerMissed, match="of 2 known answers 1 are outside their tolerance: "
+    ):
         report_known_answers(tmp_path, answers, {"now"})
     assert "FAIL" in capsys.readouterr().out
     append_results(tmp_path, [dataclasses.replace(svm, n=4951, fingerprint="then")])
@@ -242,7 +333,11 @@ def test_data_sets_that_nobody_named_are_told_at_once_and_all_together(relloc) -
         assert told in done.text
     assert "Downloading" not in done.text
     wrong = relloc(
-        "evaluate", "checkpoint=random", "model=small", "eval=voc07_svm", "eval.voc07_svm.data.root=/nowhere"
+        "evaluate",
+        "checkpoint=random",
+        "model=small",
+        "eval=voc07_svm",
+        "eval.voc07_svm.data.root=/nowhere",
     )
     assert wrong.code == 2
     assert "eval.voc07_svm.data.root=/nowhere is not a folder" in wrong.text

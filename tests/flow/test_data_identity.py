@@ -18,7 +18,14 @@ def replace_one(root: Path) -> None:
 def test_a_training_goes_on_with_a_copy_and_not_with_replaced_images(relloc, tmp_path):
     root = write_many(tmp_path / "originals", 40, 8)
     tiny = [word for word in TINY if not word.startswith("data.source.")]
-    line = ("data=folder", "data.name=mine", *tiny, "eval=[]", "tracking=none", "monitor.every_epochs=null")
+    line = (
+        "data=folder",
+        "data.name=mine",
+        *tiny,
+        "eval=[]",
+        "tracking=none",
+        "monitor.every_epochs=null",
+    )
     line += (f"hydra.run.dir={tmp_path / 'run'}", "schedule.milestone_epochs=[]")
     first = relloc("train", *line, "data.root=originals")
     assert first.code == 0, first.text
@@ -38,7 +45,9 @@ def test_a_split_that_would_be_trained_on_is_refused_before_anything_is_written(
     root = write_many(tmp_path / "set", 40, 8)
     (root / "val").rename(root / "test")
     tiny = [word for word in TINY if not word.startswith("data.source.")]
-    refused = relloc("train", "data=folder", "data.root=set", *tiny, "tracking=none", "hydra.run.dir=run")
+    refused = relloc(
+        "train", "data=folder", "data.root=set", *tiny, "tracking=none", "hydra.run.dir=run"
+    )
     assert refused.code == 2
     assert "data.source.train=train data.source.val=test" in refused.text
     assert not (tmp_path / "run/results.jsonl").exists()

@@ -35,7 +35,12 @@ def test_our_checkpoint_as_folder_file_and_training_state(relloc, tmp_path, pret
     for name, checkpoint in enumerate((pretrained, pretrained / "backbone.safetensors", state)):
         out = tmp_path / f"e{name}"
         done = relloc(
-            "evaluate", f"checkpoint={checkpoint}", "eval=[knn]", *LOOK, "tracking=none", f"hydra.run.dir={out}"
+            "evaluate",
+            f"checkpoint={checkpoint}",
+            "eval=[knn]",
+            *LOOK,
+            "tracking=none",
+            f"hydra.run.dir={out}",
         )
         assert done.code == 0, done.text
         found.append({(row.layer, row.metric): row.value for row in read_results(out)})
@@ -91,8 +96,14 @@ def test_mistakes_end_in_one_message(relloc, tmp_path):
     for arguments, message in [
         (["checkpoint=[]"], "checkpoint=[] names no backbone"),
         (["checkpoint=null"], "names no backbone"),
-        (["checkpoint=random", "model=small", "batch_norm=[]"], "batch_norm is []: give a list of some of"),
-        (["checkpoint=torchvision", "model=alexnet"], "torchvision has no supervised weights for model=alexnet"),
+        (
+            ["checkpoint=random", "model=small", "batch_norm=[]"],
+            "batch_norm is []: give a list of some of",
+        ),
+        (
+            ["checkpoint=torchvision", "model=alexnet"],
+            "torchvision has no supervised weights for model=alexnet",
+        ),
         (["checkpoint=/nowhere"], "does not exist"),
         ([f"checkpoint={not_ours}"], "damaged"),
         (["checkpoint=random", "model=small", "eval=[]"], "leaves nothing to do"),
@@ -107,7 +118,9 @@ def test_mistakes_end_in_one_message(relloc, tmp_path):
 def images(folder: Path, count: int, size: tuple[int, int] = (80, 70)) -> None:
     folder.mkdir(parents=True)
     for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        pixels = np.random.default_rng(number).integers(
+            0, 255, (size[1], size[0], 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(folder / f"{number}.jpg")
 
 
@@ -148,7 +161,13 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on(root: Path) -> tuple[str, ...]:
-    return ("data=folder", f"data.root={root}", "data.unreadable_share=0.1", "view.short_px=64", "view.crop_px=56")
+    return (
+        "data=folder",
+        f"data.root={root}",
+        "data.unreadable_share=0.1",
+        "view.short_px=64",
+        "view.crop_px=56",
+    )
 
 
 def with_a_broken_image(labeled: Path, folder: Path) -> Path:
@@ -166,7 +185,9 @@ def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_p
     both = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'two'}", processes=2)
     assert (alone.code, both.code) == (0, 0), both.text
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
-    assert both.text.count("on images held out of the evaluation's training") == 1  # one process tells
+    assert (
+        both.text.count("on images held out of the evaluation's training") == 1
+    )  # one process tells
     # The broken image is in the second process's share
     unreadable = [(tmp_path / run / "unreadable.txt").read_text() for run in ("one", "two")]
     assert unreadable[0] == unreadable[1]
@@ -183,25 +204,47 @@ EPOCHS = 60
 def long_linear(labeled: Path) -> tuple[str, ...]:
     """A linear evaluation of some seconds, written each second."""
     return (
-        *("checkpoint=random", "model=small", *on(labeled), "eval=[linear]", "batch_norm=as_trained", "tracking=none"),
-        *(f"probe.linear.epochs={EPOCHS}", "probe.linear.milestone_epochs=[40]", "workers=0", "device=cpu"),
+        *(
+            "checkpoint=random",
+            "model=small",
+            *on(labeled),
+            "eval=[linear]",
+            "batch_norm=as_trained",
+            "tracking=none",
+        ),
+        *(
+            f"probe.linear.epochs={EPOCHS}",
+            "probe.linear.milestone_epochs=[40]",
+            "workers=0",
+            "device=cpu",
+        ),
         "save_every_s=1",
     )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(long_linear: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+def undisturbed(
+    long_linear: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> list[Result]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    command = start("relloc.evaluate", *long_linear, f"hydra.run.dir={folder / 'run'}", folder=folder)
+    command = start(
+        "relloc.evaluate", *long_linear, f"hydra.run.dir={folder / 'run'}", folder=folder
+    )
     assert command.wait() == 0, command.text
     return list(read_results(folder / "run"))
 
 
 @pytest.mark.parametrize(
-    ("name", "goes_on_in"), [("SIGTERM", "first"), ("SIGINT", "first"), ("SIGUSR1", "second")], ids=str
+    ("name", "goes_on_in"),
+    [("SIGTERM", "first"), ("SIGINT", "first"), ("SIGUSR1", "second")],
+    ids=str,
 )
 def test_a_signal_keeps_the_last_epoch_and_the_evaluation_goes_on_from_it(
-    tmp_path: Path, long_linear: tuple[str, ...], undisturbed: list[Result], name: str, goes_on_in: str
+    tmp_path: Path,
+    long_linear: tuple[str, ...],
+    undisturbed: list[Result],
+    name: str,
+    goes_on_in: str,
 ) -> None:
     first, then = tmp_path / "runs" / "first", tmp_path / "runs" / goes_on_in
     command = start("relloc.evaluate", *long_linear, f"hydra.run.dir={first}", folder=tmp_path)
@@ -231,7 +274,10 @@ def test_a_stopped_evaluation_names_the_images_that_it_could_not_use(
 ) -> None:
     run_dir = tmp_path / "run"
     line = (*long_linear, *on(with_a_broken_image(labeled, tmp_path)), f"hydra.run.dir={run_dir}")
-    line = (*line, "probe.linear.epochs=10000")  # so many that the signal comes before the end on any machine
+    line = (
+        *line,
+        "probe.linear.epochs=10000",
+    )  # so many that the signal comes before the end on any machine
     command = start("relloc.evaluate", *line, folder=tmp_path)
     assert command.wait_for(lambda: list(run_dir.glob("evaluations/*.pt"))), command.text
     os.kill(command.pid, signal.SIGTERM)

@@ -43,15 +43,34 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
             "optimizer.lr=2",
             "color=drop",
         ),
-        *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
-        *(f"schedule.epochs={EPOCHS}", "schedule.milestone_epochs=[10]", "schedule.warmup_epochs=2"),
-        *(f"report_every_steps={REPORT_EVERY}", "monitor.every_epochs=null", "tracking=none", "eval=[]"),
+        *(
+            "model.backbone.widths=[8,8,8,8,8]",
+            "model.head.hidden_dim=16",
+            "model.head.dropout=0.5",
+        ),
+        *(
+            f"schedule.epochs={EPOCHS}",
+            "schedule.milestone_epochs=[10]",
+            "schedule.warmup_epochs=2",
+        ),
+        *(
+            f"report_every_steps={REPORT_EVERY}",
+            "monitor.every_epochs=null",
+            "tracking=none",
+            "eval=[]",
+        ),
     )
 
 
 def start_training(folder: Path, *settings: str, processes: int = 1) -> Command:
     """The run folder is `folder / "run"`."""
-    return start("relloc.train", *settings, f"hydra.run.dir={folder / 'run'}", folder=folder, processes=processes)
+    return start(
+        "relloc.train",
+        *settings,
+        f"hydra.run.dir={folder / 'run'}",
+        folder=folder,
+        processes=processes,
+    )
 
 
 def train(folder: Path, *settings: str, processes: int = 1) -> Path:
@@ -62,7 +81,9 @@ def train(folder: Path, *settings: str, processes: int = 1) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def undisturbed(
+    settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """The run folder of a training by so many processes that nothing stopped."""
 
     @functools.cache
@@ -97,7 +118,10 @@ def told_of_training(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
     """What the journal tells of each step, without speeds."""
     entries = [entry for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
     return [
-        (entry.step, {name: value for name, value in entry.metrics.items() if name.startswith("train/")})
+        (
+            entry.step,
+            {name: value for name, value in entry.metrics.items() if name.startswith("train/")},
+        )
         for entry in entries
     ]
 
@@ -114,7 +138,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         torch.testing.assert_close(last[0][part], last[1][part], rtol=0, atol=0)
     assert told_of_training(one) == told_of_training(other)
     held_out = [(row.eval, row.value, row.low, row.high, row.n) for row in read_results(one)]
-    assert held_out == [(row.eval, row.value, row.low, row.high, row.n) for row in read_results(other)]
+    assert held_out == [
+        (row.eval, row.value, row.low, row.high, row.n) for row in read_results(other)
+    ]
 
 
 def learned(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -154,7 +180,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_stopped(
     assert killed >= kills - 1, "a busy machine let the run end before it was killed"
     assert_same_run(train(tmp_path, *line, processes=processes), straight)
     assert "resume" in (tmp_path / f"output_{kills}.txt").read_text()
-    assert [step for step, _ in told_of_training(straight)] == list(range(REPORT_EVERY, STEPS + 1, REPORT_EVERY))
+    assert [step for step, _ in told_of_training(straight)] == list(
+        range(REPORT_EVERY, STEPS + 1, REPORT_EVERY)
+    )
 
 
 @pytest.mark.gpu
@@ -162,7 +190,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_stopped(
 def test_a_killed_run_ends_with_the_same_bits_on_a_gpu_with_deterministic_settings(
     tmp_path: Path, settings: tuple[str, ...], compiled: bool
 ) -> None:
-    line = (*settings, "device=cuda", "deterministic=true", f"compile={compiled}", "workers=2", "save_every_s=0")
+    line = (
+        *settings,
+        "device=cuda",
+        "deterministic=true",
+        f"compile={compiled}",
+        "workers=2",
+        "save_every_s=0",
+    )
     folders = tmp_path / "straight", tmp_path / "killed"
     for folder in folders:
         folder.mkdir()
@@ -191,9 +226,15 @@ def test_a_killed_run_stays_one_run_in_mlflow(tmp_path: Path, settings: tuple[st
     assert [step for step, _ in found] == list(range(REPORT_EVERY, 3 * STEPS + 1, REPORT_EVERY))
 
 
-@pytest.mark.parametrize(("name", "workers"), [("SIGUSR1", 2), ("SIGUSR2", 0), ("SIGTERM", 2), ("SIGHUP", 2)])
+@pytest.mark.parametrize(
+    ("name", "workers"), [("SIGUSR1", 2), ("SIGUSR2", 0), ("SIGTERM", 2), ("SIGHUP", 2)]
+)
 def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(
-    tmp_path: Path, settings: tuple[str, ...], undisturbed: Callable[..., Path], name: str, workers: int
+    tmp_path: Path,
+    settings: tuple[str, ...],
+    undisturbed: Callable[..., Path],
+    name: str,
+    workers: int,
 ) -> None:
     straight, run_dir, line = undisturbed(), tmp_path / "run", (*settings, f"workers={workers}")
     command = start_training(tmp_path, *line)
@@ -240,7 +281,10 @@ def flip_a_byte(path: Path) -> None:
 
 
 def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(
-    tmp_path: Path, settings: tuple[str, ...], undisturbed: Callable[..., Path], killed_half_way: Path
+    tmp_path: Path,
+    settings: tuple[str, ...],
+    undisturbed: Callable[..., Path],
+    killed_half_way: Path,
 ) -> None:
     straight, run_dir = undisturbed(), copied(killed_half_way, tmp_path)
     before, newest = saved_trainings(run_dir)
@@ -267,13 +311,21 @@ def test_only_damaged_checkpoints_end_in_one_message(
 
 
 def test_milestones_stay_and_can_be_evaluated(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    line = (*settings, "schedule.epochs=3", "schedule.milestone_epochs=[]", "save_every_s=0", "milestones=[1,1.5]")
+    line = (
+        *settings,
+        "schedule.epochs=3",
+        "schedule.milestone_epochs=[]",
+        "save_every_s=0",
+        "milestones=[1,1.5]",
+    )
     run_dir = train(tmp_path, *line)
     kept = run_dir / "checkpoints"
     names = {"epoch_1.pt", "epoch_1.5.pt", "step_000000011.pt", "step_000000012.pt"}
     assert {path.name for path in kept.iterdir()} == {*names, *(f"{name}.sha256" for name in names)}
     sums = [path.name for path in kept.glob("*.sha256")]
-    checked = subprocess.run(["sha256sum", "--check", *sums], cwd=kept, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["sha256sum", "--check", *sums], cwd=kept, capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout
     assert checked.stdout.count(": OK") == 4
     assert load_training(kept / "epoch_1.pt")["step"] == STEPS_PER_EPOCH
@@ -281,9 +333,13 @@ def test_milestones_stay_and_can_be_evaluated(tmp_path: Path, settings: tuple[st
 
     data = [word for word in settings if word.startswith(("data=", "data.root=", "view."))]
     line = (*data, f"checkpoint={kept / 'epoch_1.pt'}", "eval=[knn]", "tracking=none")
-    command = start("relloc.evaluate", *line, f"hydra.run.dir={tmp_path / 'evaluated'}", folder=tmp_path)
+    command = start(
+        "relloc.evaluate", *line, f"hydra.run.dir={tmp_path / 'evaluated'}", folder=tmp_path
+    )
     assert command.wait() == 0, command.text
-    assert {row.checkpoint for row in read_results(tmp_path / "evaluated")} == {str(kept / "epoch_1.pt")}
+    assert {row.checkpoint for row in read_results(tmp_path / "evaluated")} == {
+        str(kept / "epoch_1.pt")
+    }
 
 
 def test_a_milestone_outside_the_run_is_refused(tmp_path: Path, settings: tuple[str, ...]) -> None:
@@ -303,14 +359,19 @@ def test_a_milestone_outside_the_run_is_refused(tmp_path: Path, settings: tuple[
     ids=" ".join,
 )
 def test_settings_that_change_nothing_give_the_same_bits(
-    tmp_path: Path, settings: tuple[str, ...], undisturbed: Callable[..., Path], neutral: tuple[str, ...]
+    tmp_path: Path,
+    settings: tuple[str, ...],
+    undisturbed: Callable[..., Path],
+    neutral: tuple[str, ...],
 ) -> None:
     straight = undisturbed()
     run_dir = train(tmp_path, *settings, *neutral)
     assert (run_dir / BACKBONE_FILE).read_bytes() == (straight / BACKBONE_FILE).read_bytes()
 
 
-def test_two_processes_compute_what_one_does_that_accumulates(undisturbed: Callable[..., Path]) -> None:
+def test_two_processes_compute_what_one_does_that_accumulates(
+    undisturbed: Callable[..., Path],
+) -> None:
     """To the bit: a step's gradient is the mean of two, whose sum has but one order.
 
     Running statistics are those of rank 0's ghost batches, half as many, and so differ.
@@ -325,12 +386,19 @@ def test_two_processes_compute_what_one_does_that_accumulates(undisturbed: Calla
             assert every[name] == 2 * half[name]
 
 
-def test_a_step_in_one_forward_is_that_of_two_but_for_rounding(tmp_path: Path, settings: tuple[str, ...]) -> None:
+def test_a_step_in_one_forward_is_that_of_two_but_for_rounding(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     """The gradients of four groups (neighbors and centers of two ghost batches) are added in another order.
 
     An epoch moves weights by 1e-3 and more; float32 rounds them to 6e-8 of their size, and so much each step.
     """
-    short = (*settings, "schedule.epochs=1", "schedule.milestone_epochs=[]", "schedule.warmup_epochs=0")
+    short = (
+        *settings,
+        "schedule.epochs=1",
+        "schedule.milestone_epochs=[]",
+        "schedule.warmup_epochs=0",
+    )
     runs = []
     for images in (8, 16):
         folder = tmp_path / str(images)
@@ -344,7 +412,9 @@ def test_a_step_in_one_forward_is_that_of_two_but_for_rounding(tmp_path: Path, s
 def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
     tmp_path: Path, settings: tuple[str, ...], lr: str
 ) -> None:
-    command = start_training(tmp_path, *settings, "schedule.warmup_epochs=0", f"optimizer.lr={lr}", "save_every_s=0")
+    command = start_training(
+        tmp_path, *settings, "schedule.warmup_epochs=0", f"optimizer.lr={lr}", "save_every_s=0"
+    )
     assert command.wait() == 2, command.text
     assert "relloc: training diverged: " in command.text
     assert "Traceback" not in command.text
@@ -359,7 +429,9 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
     assert status(tmp_path / "run") == "FAILED"
 
 
-def test_divergence_before_anything_was_saved_says_so(tmp_path: Path, settings: tuple[str, ...]) -> None:
+def test_divergence_before_anything_was_saved_says_so(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     command = start_training(tmp_path, *settings, "optimizer.lr=1e20")
     assert command.wait() == 2, command.text
     assert "relloc: training diverged: the loss is nan at step 3" in command.text
@@ -385,7 +457,10 @@ def test_a_killed_loader_worker_ends_in_one_message_and_the_same_command_goes_on
 def test_a_signal_is_heard_while_images_do_not_come(
     tmp_path: Path, settings: tuple[str, ...], images_per_forward: int
 ) -> None:
-    line, run_dir = (*settings, "workers=2", f"images_per_forward={images_per_forward}"), tmp_path / "run"
+    line, run_dir = (
+        (*settings, "workers=2", f"images_per_forward={images_per_forward}"),
+        tmp_path / "run",
+    )
     command = start_training(tmp_path, *line)
     assert command.wait_for(lambda: reported(run_dir)), command.text
     for pid in descendants(command.pid):  # as a disk that is gone would
@@ -396,14 +471,18 @@ def test_a_signal_is_heard_while_images_do_not_come(
     assert "SIGTERM: stopped after step" in command.text
     assert "Traceback" not in command.text
     assert status(run_dir) == "KILLED"
-    if images_per_forward == 16:  # a step in one forward: what waits for images stands between two steps
+    if (
+        images_per_forward == 16
+    ):  # a step in one forward: what waits for images stands between two steps
         assert "everything is saved" in command.text
         assert len(saved_trainings(run_dir)) == 1
         (tmp_path / "straight").mkdir()
         assert_same_run(train(tmp_path, *line), train(tmp_path / "straight", *line))
 
 
-def test_a_signal_is_heard_while_an_evaluations_images_do_not_come(tmp_path: Path, settings: tuple[str, ...]) -> None:
+def test_a_signal_is_heard_while_an_evaluations_images_do_not_come(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     data = [word for word in settings if word.startswith(("data=", "data.root=", "view."))]
     line = (
         *data,
@@ -417,7 +496,9 @@ def test_a_signal_is_heard_while_an_evaluations_images_do_not_come(tmp_path: Pat
     command = start("relloc.evaluate", *line, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path)
     assert command.wait_for(lambda: len(descendants(command.pid)) >= 2), command.text
     for pid in descendants(command.pid):
-        with contextlib.suppress(ProcessLookupError):  # git, which tells of the commit, ends by itself
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # git, which tells of the commit, ends by itself
             os.kill(pid, signal.SIGSTOP)
     os.kill(command.pid, signal.SIGTERM)
     assert command.wait(30) == 143, command.text

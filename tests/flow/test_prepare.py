@@ -24,7 +24,9 @@ FOLDER = ("data=folder", "data.name=mine")
 
 
 def hashes(out: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())
+    }
 
 
 def below(folder: Path) -> list[str]:
@@ -44,7 +46,11 @@ def test_a_check_alone_tells_and_writes_nothing(relloc, tmp_path):
     done = relloc("prepare", *FOLDER, "data.root=originals", "workers=2", fresh=True)
     assert done.code == 0, done.text
     assert below(tmp_path) == before
-    for words in ("LEAK: 1 images of val are also in train", "b/seen.jpg = a/small.jpg", "out=FOLDER packs"):
+    for words in (
+        "LEAK: 1 images of val are also in train",
+        "b/seen.jpg = a/small.jpg",
+        "out=FOLDER packs",
+    ):
         assert words in done.text
     assert f"train: {len(BROKEN)} images can't be read" in done.text
 
@@ -65,11 +71,27 @@ def alive(pids: Sequence[int]) -> list[int]:
     return found
 
 
-def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(relloc, tmp_path, tmp_path_factory):
+def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(
+    relloc, tmp_path, tmp_path_factory
+):
     root = write_many(tmp_path / "originals", 120, 12, height=400, width=500)
-    line = (*FOLDER, "data.root=originals", "out=out", "images_per_shard=6", "workers=2", "short_px=200")
-    command = start("relloc.prepare", *line, folder=tmp_path, output=tmp_path_factory.mktemp("output") / "output.txt")
-    assert command.wait_for(lambda: len(list(tmp_path.glob(f"out/{UNFINISHED}/*-*.json"))) >= 3), command.text
+    line = (
+        *FOLDER,
+        "data.root=originals",
+        "out=out",
+        "images_per_shard=6",
+        "workers=2",
+        "short_px=200",
+    )
+    command = start(
+        "relloc.prepare",
+        *line,
+        folder=tmp_path,
+        output=tmp_path_factory.mktemp("output") / "output.txt",
+    )
+    assert command.wait_for(lambda: len(list(tmp_path.glob(f"out/{UNFINISHED}/*-*.json"))) >= 3), (
+        command.text
+    )
     writing = descendants(command.pid)
     assert writing
     os.kill(command.pid, signal.SIGKILL)
@@ -99,7 +121,9 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(relloc, 
     assert sorted(os.listdir(tmp_path)) == ["originals", "out", "straight"]  # no run folder
 
 
-def test_training_from_shards_of_kept_jpegs_gives_the_weights_of_training_from_the_folder(relloc, tmp_path):
+def test_training_from_shards_of_kept_jpegs_gives_the_weights_of_training_from_the_folder(
+    relloc, tmp_path
+):
     write_many(tmp_path / "originals", 40, 8)
     (tmp_path / "originals/train/a/0010.jpg").write_bytes(b"broken")
     packed = relloc("prepare", *FOLDER, "data.root=originals", "out=out", "images_per_shard=7")
@@ -109,7 +133,14 @@ def test_training_from_shards_of_kept_jpegs_gives_the_weights_of_training_from_t
     assert shards(root=str(tmp_path / "out")).labeled
 
     tiny = [word for word in TINY if not word.startswith("data.source.")]
-    line = (*FOLDER, *tiny, "data.root=originals", "schedule.epochs=1", "schedule.milestone_epochs=[]", "eval=[]")
+    line = (
+        *FOLDER,
+        *tiny,
+        "data.root=originals",
+        "schedule.epochs=1",
+        "schedule.milestone_epochs=[]",
+        "eval=[]",
+    )
     weights = []
     for name, more in (("folder", ()), ("shards", ("data.shards=out",))):
         run_dir = tmp_path / name

@@ -31,8 +31,20 @@ def on_noise(images: Path) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def training(on_noise: tuple[str, ...]) -> tuple[str, ...]:
     tiny = tuple(word for word in TINY if not word.startswith("data.source"))
-    small = ("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "monitor.every_epochs=null")
-    return (*tiny, *on_noise, *small, "tracking=none", "eval=[]", "recipe.images_per_batch_norm=8", "save_every_s=0")
+    small = (
+        "model.backbone.widths=[8,8,8,8,8]",
+        "model.head.hidden_dim=16",
+        "monitor.every_epochs=null",
+    )
+    return (
+        *tiny,
+        *on_noise,
+        *small,
+        "tracking=none",
+        "eval=[]",
+        "recipe.images_per_batch_norm=8",
+        "save_every_s=0",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +84,10 @@ def test_a_second_command_is_refused_and_changes_nothing(
     command = long_training(tmp_path, training)
     before = content(run_dir)
     words = (f"hydra.run.dir={run_dir}", "tracking=none")
-    for module, line in (("relloc.train", (*training, "schedule.epochs=3")), ("relloc.evaluate", evaluation)):
+    for module, line in (
+        ("relloc.train", (*training, "schedule.epochs=3")),
+        ("relloc.evaluate", evaluation),
+    ):
         code, text = ended(module, *line, *words, folder=tmp_path)
         assert code == 2, text
         assert f"process {command.pid} on " in text
@@ -80,7 +95,9 @@ def test_a_second_command_is_refused_and_changes_nothing(
         assert "Traceback" not in text
     assert content(run_dir) == before
     assert is_held(run_dir)
-    synced = ended("relloc.sync", str(run_dir), "--uri", f"sqlite:///{tmp_path}/later.db", folder=tmp_path)
+    synced = ended(
+        "relloc.sync", str(run_dir), "--uri", f"sqlite:///{tmp_path}/later.db", folder=tmp_path
+    )
     assert synced[0] == 0, synced[1]
     os.kill(command.pid, signal.SIGTERM)
     assert command.wait() == 143, command.text
@@ -89,9 +106,13 @@ def test_a_second_command_is_refused_and_changes_nothing(
     assert not (run_dir / LOCK_FILE).exists()
 
 
-def test_of_several_processes_one_says_that_the_folder_is_taken(tmp_path: Path, training: tuple[str, ...]) -> None:
+def test_of_several_processes_one_says_that_the_folder_is_taken(
+    tmp_path: Path, training: tuple[str, ...]
+) -> None:
     command = long_training(tmp_path, training)
-    code, text = ended("relloc.train", *training, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path, processes=2)
+    code, text = ended(
+        "relloc.train", *training, f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path, processes=2
+    )
     command.kill()
     assert code == 2, text
     assert text.count(f"process {command.pid} on ") == 1
@@ -109,7 +130,11 @@ def test_after_kill_9_the_next_goes_on_at_once_although_reading_processes_live(
     try:
         assert (tmp_path / "run" / LOCK_FILE).exists()
         again = start(
-            "relloc.train", *training, "schedule.epochs=100000", f"hydra.run.dir={tmp_path / 'run'}", folder=tmp_path
+            "relloc.train",
+            *training,
+            "schedule.epochs=100000",
+            f"hydra.run.dir={tmp_path / 'run'}",
+            folder=tmp_path,
         )
         assert again.wait_for(lambda: "resume" in again.text), again.text
         again.kill()
@@ -119,9 +144,17 @@ def test_after_kill_9_the_next_goes_on_at_once_although_reading_processes_live(
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_commands_of_one_second_have_folders_of_their_own(tmp_path: Path, training: tuple[str, ...]) -> None:
+def test_commands_of_one_second_have_folders_of_their_own(
+    tmp_path: Path, training: tuple[str, ...]
+) -> None:
     commands = [
-        start("relloc.train", *training, "schedule.epochs=1", "schedule.milestone_epochs=[]", folder=tmp_path)
+        start(
+            "relloc.train",
+            *training,
+            "schedule.epochs=1",
+            "schedule.milestone_epochs=[]",
+            folder=tmp_path,
+        )
         for _ in range(3)
     ]
     assert [command.wait() for command in commands] == [0, 0, 0], commands[0].text
@@ -135,9 +168,19 @@ def test_commands_of_one_second_have_folders_of_their_own(tmp_path: Path, traini
     [
         (("eval.knn.k=[1000]",), "eval.knn.k"),
         (("eval=[knn,voc07_svm]", "eval.voc07_svm.data=null"), "eval.voc07_svm"),
-        (("eval=[knn,semisup_1]", "eval.semisup_1.data=null", "eval.semisup_1.list_file=nowhere"), "nowhere"),
+        (
+            (
+                "eval=[knn,semisup_1]",
+                "eval.semisup_1.data=null",
+                "eval.semisup_1.list_file=nowhere",
+            ),
+            "nowhere",
+        ),
         (("eval.knn.layers=[feature9]",), "eval.knn.layers"),
-        (("eval.knn.bank_gib=0",), "bank_gib"),  # only known when the features are about to be computed
+        (
+            ("eval.knn.bank_gib=0",),
+            "bank_gib",
+        ),  # only known when the features are about to be computed
         (("data.root=UNLABELED",), "no labels"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -166,7 +209,9 @@ def test_images_that_can_not_be_read_are_named_where_no_folder_is_left(
     files = sorted((broken / "train").rglob("*.png"))[:20]
     for file in files:
         file.write_bytes(file.read_bytes()[:40])
-    code, text = ended("relloc.evaluate", *evaluation, f"data.root={broken}", "tracking=none", folder=tmp_path)
+    code, text = ended(
+        "relloc.evaluate", *evaluation, f"data.root={broken}", "tracking=none", folder=tmp_path
+    )
     assert code == 2, text
     assert "unreadable_share" in text
     assert files[0].name in text
@@ -196,7 +241,9 @@ def test_a_damaged_file_is_named_before_anything_is_changed(
     run_dir.mkdir()
     (run_dir / name).write_bytes(b"[3]\n[\xff\n")
     before = content(run_dir)
-    code, text = ended("relloc.evaluate", *evaluation, "tracking=none", f"hydra.run.dir={run_dir}", folder=tmp_path)
+    code, text = ended(
+        "relloc.evaluate", *evaluation, "tracking=none", f"hydra.run.dir={run_dir}", folder=tmp_path
+    )
     assert code == 2, text
     assert f"relloc: {run_dir / name} " in text
     assert content(run_dir) == before
@@ -225,14 +272,20 @@ def test_a_damaged_status_is_written_anew(tmp_path: Path, evaluation: tuple[str,
     run_dir.mkdir()
     (run_dir / "status.json").write_bytes(b"\xff")
     for name in ("status.json", BACKBONE_FILE, "patches.png"):
-        (run_dir / f".{name}.1.unfinished").write_bytes(b"{")  # of one that was killed while it wrote
-    code, text = ended("relloc.evaluate", *evaluation, "tracking=none", f"hydra.run.dir={run_dir}", folder=tmp_path)
+        (run_dir / f".{name}.1.unfinished").write_bytes(
+            b"{"
+        )  # of one that was killed while it wrote
+    code, text = ended(
+        "relloc.evaluate", *evaluation, "tracking=none", f"hydra.run.dir={run_dir}", folder=tmp_path
+    )
     assert code == 0, text
     assert json.loads((run_dir / "status.json").read_text())["status"] == "FINISHED"
     assert not list(run_dir.glob(".*unfinished"))
 
 
-def test_half_of_an_evaluations_rows_is_measured_again(tmp_path: Path, evaluation: tuple[str, ...]) -> None:
+def test_half_of_an_evaluations_rows_is_measured_again(
+    tmp_path: Path, evaluation: tuple[str, ...]
+) -> None:
     run_dir = tmp_path / "run"
     words = (*evaluation, "eval.knn.k=[5,10]", "tracking=none", f"hydra.run.dir={run_dir}")
     assert ended("relloc.evaluate", *words, folder=tmp_path)[0] == 0

@@ -34,16 +34,26 @@ def test_the_whole_run(relloc, tmp_path):
     assert pretext[0].low <= pretext[0].value <= pretext[0].high
     five = {f"feature{number}" for number in range(1, 6)}
     for who in ("random", str(run_dir / "backbone.safetensors")):
-        assert {row.layer for row in rows if row.eval == "linear_fast" and row.checkpoint == who} == five
+        assert {
+            row.layer for row in rows if row.eval == "linear_fast" and row.checkpoint == who
+        } == five
         nearest = [row for row in rows if row.eval == "knn" and row.checkpoint == who]
         assert {row.layer for row in nearest} == five | {"avgpool"}
         assert "top1_k10" in {row.metric for row in nearest}
         assert "top1_k200" not in {row.metric for row in nearest}  # the bank has fewer images
     assert all(0 <= row.value <= 100 and row.n > 0 for row in rows)
-    assert {(row.kind, row.protocol) for row in rows} == {("pretext", "1.1"), ("frozen", "3.3"), ("frozen", "3.7")}
+    assert {(row.kind, row.protocol) for row in rows} == {
+        ("pretext", "1.1"),
+        ("frozen", "3.3"),
+        ("frozen", "3.7"),
+    }
 
     journal = read_journal(run_dir)
-    losses = {entry.step: entry.metrics["train/loss"] for entry in journal if "train/loss" in entry.metrics}
+    losses = {
+        entry.step: entry.metrics["train/loss"]
+        for entry in journal
+        if "train/loss" in entry.metrics
+    }
     assert list(losses) == list(range(2, 17, 2))
     assert all(math.isfinite(loss) for loss in losses.values())
     monitored = [entry for entry in journal if "monitor/pretext/top1" in entry.metrics]
@@ -73,7 +83,14 @@ def test_the_whole_run(relloc, tmp_path):
 def test_seed_and_neutral_settings(relloc, tmp_path):
     base = (*TINY, "eval=[]", "tracking=none")
     relloc("train", *base, f"hydra.run.dir={tmp_path / 'a'}")
-    relloc("train", *base, f"hydra.run.dir={tmp_path / 'b'}", "workers=2", "report_every_steps=5", "save_every_s=0")
+    relloc(
+        "train",
+        *base,
+        f"hydra.run.dir={tmp_path / 'b'}",
+        "workers=2",
+        "report_every_steps=5",
+        "save_every_s=0",
+    )
     relloc("train", *base, f"hydra.run.dir={tmp_path / 'c'}", "seed=1")
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -82,13 +99,19 @@ def test_seed_and_neutral_settings(relloc, tmp_path):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, tmp_path):
-    small = ("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "monitor.every_epochs=null")
+    small = (
+        "model.backbone.widths=[8,8,8,8,8]",
+        "model.head.hidden_dim=16",
+        "monitor.every_epochs=null",
+    )
     line = (*TINY, *small, "eval=[]", "tracking=none", "schedule.epochs=12", "report_every_steps=1")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert relloc("train", *line, f"hydra.run.dir={straight}").code == 0
 
     command = start("relloc.train", *line, f"hydra.run.dir={stopped}", folder=tmp_path)
-    assert command.wait_for((stopped / "journal.jsonl").exists), command.text  # until training is on its way
+    assert command.wait_for((stopped / "journal.jsonl").exists), (
+        command.text
+    )  # until training is on its way
     os.kill(command.pid, signal.SIGINT)
     assert command.wait(60) == 130, command.text
     assert "everything is saved" in command.text
@@ -104,7 +127,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, t
     other = relloc("train", *line, f"hydra.run.dir={stopped}", "grid.gap_px=5")
     assert other.code == 2
     assert "grid.gap_px was 4, now 5" in other.text
-    assert json.loads((stopped / "status.json").read_text())["status"] == "FINISHED"  # the refusal changed nothing
+    assert (
+        json.loads((stopped / "status.json").read_text())["status"] == "FINISHED"
+    )  # the refusal changed nothing
     assert json.loads((stopped / "run.json").read_text())["params"]["grid.gap_px"] == 4
 
 
@@ -139,7 +164,12 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(relloc, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     full = relloc(
-        "train", *line, "schedule.epochs=1", "schedule.milestone_epochs=[]", fresh=True, preexec_fn=small_files_only
+        "train",
+        *line,
+        "schedule.epochs=1",
+        "schedule.milestone_epochs=[]",
+        fresh=True,
+        preexec_fn=small_files_only,
     )
     assert full.code == 2, full.text
     assert "could not be written" in full.text
@@ -164,7 +194,12 @@ def test_a_finished_run_writes_a_damaged_backbone_anew(relloc, tmp_path):
     others = {name: tensor + 1 for name, tensor in weights(run_dir).items()}
     with safe_open(file, framework="pt") as opened:
         of_others = save(others, metadata=opened.metadata())
-    for content, noted in ((b"", hashed), (whole[: len(whole) // 2], None), (of_others, None), (whole, None)):
+    for content, noted in (
+        (b"", hashed),
+        (whole[: len(whole) // 2], None),
+        (of_others, None),
+        (whole, None),
+    ):
         file.write_bytes(content)
         note.unlink()
         if noted:
@@ -197,7 +232,11 @@ def test_help_lists_groups_and_members_without_loading_torch_or_mlflow(relloc, e
         done = relloc(command, "--help", fresh=True)
         assert done.code == 0
         assert "data: folder, imagenette, in1k, inat18, photos, places205, voc2007" in done.text
-        loaded = {line.rpartition("|")[2].strip() for line in done.text.splitlines() if "import time:" in line}
+        loaded = {
+            line.rpartition("|")[2].strip()
+            for line in done.text.splitlines()
+            if "import time:" in line
+        }
         assert "hydra" in loaded
         assert not loaded & {"torch", "torchvision", "mlflow", "matplotlib"}
 
@@ -221,7 +260,10 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["data=in1k"], "set the environment variable RELLOC_DATA"),
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
         (["data=folder", f"data.root={tmp_path / 'empty'}"], "0 images to train on"),
-        (["recipe.images_per_step=100000", "recipe.images_per_batch_norm=1000"], "fewer than one step takes"),
+        (
+            ["recipe.images_per_step=100000", "recipe.images_per_batch_norm=1000"],
+            "fewer than one step takes",
+        ),
         (["schedule.milestone_epochs=[99]"], "never reached"),
         (["eval.knn.k=[]"], "eval.knn.k is []"),
         (["data.source.tiles=0.4"], "data.source.tiles is 0.4: give a list, [0.4]"),

@@ -6,17 +6,26 @@ from relloc.results import read_results
 from relloc.tracking import read_journal, search
 
 # Seconds less: no evaluation of the pretraining's own, and a network of a few channels.
-SMALL = ("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "monitor.every_epochs=null", "eval=[]")
+SMALL = (
+    "model.backbone.widths=[8,8,8,8,8]",
+    "model.head.hidden_dim=16",
+    "monitor.every_epochs=null",
+    "eval=[]",
+)
 
 
-def test_a_pretraining_is_evaluated_beside_a_random_network_tracked_and_reported(relloc, tmp_path) -> None:
+def test_a_pretraining_is_evaluated_beside_a_random_network_tracked_and_reported(
+    relloc, tmp_path
+) -> None:
     trained = relloc("train", *TINY, *SMALL, "hydra.run.dir=runs/trained", "tracking=none")
     assert trained.code == 0, trained.text
     run_dir = tmp_path / "runs/trained"
     (pretext,) = read_results(run_dir)
     assert (pretext.eval, pretext.split) == ("pretext", "held_out")
     assert pretext.low <= pretext.value <= pretext.high
-    assert [entry.step for entry in read_journal(run_dir) if "train/loss" in entry.metrics] == list(range(2, 17, 2))
+    assert [entry.step for entry in read_journal(run_dir) if "train/loss" in entry.metrics] == list(
+        range(2, 17, 2)
+    )
 
     # The network and its images are those of the run
     line = ("eval=[knn]", "checkpoint=[runs/trained,random]", "view.short_px=64", "view.crop_px=56")

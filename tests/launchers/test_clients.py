@@ -44,7 +44,9 @@ def asked() -> list[str]:
     return Path("asked").read_text().splitlines()
 
 
-@pytest.mark.parametrize("text", ["42", "42_3", "42_3@mpp2", "42@mpp2", TOKEN, f"{TOKEN}_3", f"{TOKEN}_3@a,b"])
+@pytest.mark.parametrize(
+    "text", ["42", "42_3", "42_3@mpp2", "42@mpp2", TOKEN, f"{TOKEN}_3", f"{TOKEN}_3@a,b"]
+)
 def test_a_job_is_read_as_it_is_written(text: str) -> None:
     job = Job.parse(text)
     assert str(job) == text
@@ -81,10 +83,18 @@ def test_a_cluster_that_was_asked_for_is_the_jobs_unless_slurm_chose_among_sever
 
 
 @pytest.mark.parametrize(("queue", "job"), [(f"77|PENDING|n|{TOKEN}", "77"), ("", "42")])
-def test_an_answer_in_another_language_is_looked_up_in_the_queue_first(commands: Path, queue: str, job: str) -> None:
+def test_an_answer_in_another_language_is_looked_up_in_the_queue_first(
+    commands: Path, queue: str, job: str
+) -> None:
     write(commands, "sbatch", "echo 'Aviso: 3 de 4 nodos'; echo 'Trabajo 42 enviado'")
     write(commands, "squeue", f"echo '{queue}'")
-    taken, _ = submit(Path("script"), token=TOKEN, environment={"PATH": str(commands)}, cluster=None, lock=Path("lock"))
+    taken, _ = submit(
+        Path("script"),
+        token=TOKEN,
+        environment={"PATH": str(commands)},
+        cluster=None,
+        lock=Path("lock"),
+    )
     assert str(taken) == job
 
 
@@ -92,7 +102,11 @@ def test_an_answer_without_a_number_leaves_the_token(commands: Path) -> None:
     write(commands, "sbatch", "echo ok; echo 'watch your quota' >&2")
     write(commands, "squeue", "exit 1")
     taken, told = submit(
-        Path("script"), token=TOKEN, environment={"PATH": str(commands)}, cluster="a", lock=Path("lock")
+        Path("script"),
+        token=TOKEN,
+        environment={"PATH": str(commands)},
+        cluster="a",
+        lock=Path("lock"),
     )
     assert (str(taken), told) == (f"{TOKEN}@a", "watch your quota")
 
@@ -102,19 +116,39 @@ def test_a_refusal_and_not_knowing_are_two_things(commands: Path) -> None:
     write(commands, "sbatch", "echo 'sbatch: error: Invalid partition' >&2; exit 1")
     # By its module: Hydra executes the modules of plugins once more when it looks for plugins.
     with pytest.raises(clients.NotTaken, match="Invalid partition"):
-        submit(Path("script"), token=TOKEN, environment={"PATH": str(commands)}, cluster=None, lock=Path("lock"))
+        submit(
+            Path("script"),
+            token=TOKEN,
+            environment={"PATH": str(commands)},
+            cluster=None,
+            lock=Path("lock"),
+        )
     late = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
     write(commands, "sbatch", f"echo '{late}' >&2; exit 1")
     with pytest.raises(Interrupted):
-        submit(Path("script"), token=TOKEN, environment={"PATH": str(commands)}, cluster=None, lock=Path("lock"))
+        submit(
+            Path("script"),
+            token=TOKEN,
+            environment={"PATH": str(commands)},
+            cluster=None,
+            lock=Path("lock"),
+        )
     write(commands, "squeue", f"echo '42_1|RUNNING|n|{TOKEN}'")
-    taken, _ = submit(Path("script"), token=TOKEN, environment={"PATH": str(commands)}, cluster=None, lock=Path("lock"))
+    taken, _ = submit(
+        Path("script"),
+        token=TOKEN,
+        environment={"PATH": str(commands)},
+        cluster=None,
+        lock=Path("lock"),
+    )
     assert str(taken) == "42"
 
 
 @pytest.mark.slow
 def test_an_sbatch_that_outlives_its_command_is_waited_for(commands: Path) -> None:
-    write(commands, "sbatch", "kill -9 $PPID; sleep 2; touch registered; echo Submitted batch job 42")
+    write(
+        commands, "sbatch", "kill -9 $PPID; sleep 2; touch registered; echo Submitted batch job 42"
+    )
     asks = "import os, sys; from pathlib import Path; from hydra_plugins.relloc_launchers.clients import submit; "
     asks += f"submit(Path('script'), token='{TOKEN}', environment=os.environ, cluster=None, lock=Path('lock'))"
     done = subprocess.run([sys.executable, "-c", asks], timeout=60, check=False)
@@ -125,7 +159,13 @@ def test_an_sbatch_that_outlives_its_command_is_waited_for(commands: Path) -> No
 
 def test_jobs_are_found_among_lines_of_others(commands: Path) -> None:
     lines = (
-        *("Maintenance on Friday | all day", "", "42_0|RUNNING", "42_1|PENDING|name|a|b", "42_[2-3,5%2]|PENDING|n|"),
+        *(
+            "Maintenance on Friday | all day",
+            "",
+            "42_0|RUNNING",
+            "42_1|PENDING|name|a|b",
+            "42_[2-3,5%2]|PENDING|n|",
+        ),
         *("42_4|COMPLETED|n|c", "7|COMPLETING|relloc_gaps_x|c", "squeue: 12|what", "8|SUSPENDED"),
     )
     write(commands, "squeue", "\n".join(f"echo '{line}'" for line in lines))
@@ -141,7 +181,11 @@ def test_a_queue_in_a_format_of_the_sites_own_loses_no_job(commands: Path) -> No
         " 42_0 main relloc_g me  R 0:10 1 n1",
         "42_[1-2] main relloc_g me PD 0:00 1",
     )
-    write(commands, "squeue", "\n".join(f"echo '{line}'" for line in (*table, "42_3 main relloc_g me CD 0:10 1")))
+    write(
+        commands,
+        "squeue",
+        "\n".join(f"echo '{line}'" for line in (*table, "42_3 main relloc_g me CD 0:10 1")),
+    )
     assert states([f"42_{task}" for task in range(4)]) == {
         "42_0": Status.RUNNING,
         "42_1": Status.WAITING,
@@ -150,7 +194,11 @@ def test_a_queue_in_a_format_of_the_sites_own_loses_no_job(commands: Path) -> No
 
 
 def test_a_token_finds_its_jobs_by_comment_and_by_name(commands: Path) -> None:
-    write(commands, "squeue", f"echo '42_1|RUNNING|n|{TOKEN}'; echo '43|PENDING|mine_relloc-aaaaaaaaaaaa|mine'")
+    write(
+        commands,
+        "squeue",
+        f"echo '42_1|RUNNING|n|{TOKEN}'; echo '43|PENDING|mine_relloc-aaaaaaaaaaaa|mine'",
+    )
     asking = [f"{TOKEN}_0", f"{TOKEN}_1", "relloc-aaaaaaaaaaaa", "relloc-bbbbbbbbbbbb"]
     assert states(asking) == {f"{TOKEN}_1": Status.RUNNING, "relloc-aaaaaaaaaaaa": Status.WAITING}
     write(commands, "scancel", "")
@@ -161,13 +209,18 @@ def test_a_token_finds_its_jobs_by_comment_and_by_name(commands: Path) -> None:
 def test_each_cluster_is_asked_for_its_jobs(commands: Path) -> None:
     does = 'case "$*" in *--clusters=mpp2*) echo "CLUSTER: mpp2"; echo "43_0|RUNNING";; *) echo "43_1|RUNNING";; esac'
     write(commands, "squeue", does)
-    assert states(["43_0@mpp2", "43_1@mpp2", "43_1", "43_0"]) == {"43_0@mpp2": Status.RUNNING, "43_1": Status.RUNNING}
+    assert states(["43_0@mpp2", "43_1@mpp2", "43_1", "43_0"]) == {
+        "43_0@mpp2": Status.RUNNING,
+        "43_1": Status.RUNNING,
+    }
     write(commands, "scancel", "")
     cancel(["43_0@mpp2", "43_1"])
     assert set(asked()[-2:]) == {"scancel --clusters=mpp2 43_0", "scancel 43_1"}
 
 
-def test_the_users_defaults_for_squeue_hide_no_job(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_defaults_for_squeue_hide_no_job(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SQUEUE_PARTITION", "other")
     write(commands, "squeue", '[ -z "$SQUEUE_PARTITION" ] && echo "42|RUNNING"')
     assert states(["42"]) == {"42": Status.RUNNING}
@@ -196,7 +249,8 @@ _TROUBLE = "slurm_load_jobs error: Unable to contact slurm controller"
 
 
 @pytest.mark.parametrize(
-    "does", ["echo slurm_load_jobs error >&2; exit 1", f"echo {_TROUBLE} >&2", f"echo {_TROUBLE}", None]
+    "does",
+    ["echo slurm_load_jobs error >&2; exit 1", f"echo {_TROUBLE} >&2", f"echo {_TROUBLE}", None],
 )
 def test_a_queue_that_does_not_answer_is_no_empty_queue(commands: Path, does: str | None) -> None:
     if does is not None:
@@ -215,7 +269,9 @@ def states_without_others(commands: Path) -> None:
         states(["42"])
 
 
-def test_the_largest_array_is_asked_where_it_can_be(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_array_is_asked_where_it_can_be(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(commands, "scontrol", "echo 'MaxArraySize            = 1001'; echo 'MaxJobCount = 10000'")
     assert largest_array(None) == 1001
     write(commands, "scontrol", "exit 1")
@@ -233,7 +289,12 @@ def test_the_users_variables_reach_sbatch_but_for_what_the_script_decides() -> N
         "SLURM_CONF": "/c",
         "HOME": "/h",
     }
-    overruled = {"SBATCH_PARTITION": "b", "SBATCH_TIMELIMIT": "5", "SBATCH_MEM_PER_NODE": "4G", "SBATCH_GPUS": "1"}
+    overruled = {
+        "SBATCH_PARTITION": "b",
+        "SBATCH_TIMELIMIT": "5",
+        "SBATCH_MEM_PER_NODE": "4G",
+        "SBATCH_GPUS": "1",
+    }
     overruled |= {"SBATCH_ARRAY_INX": "0-3", "SBATCH_WAIT": "1", "SBATCH_GRES": "gpu:1"}
     others = {"SUBMITIT_X": "1", "RANK": "0"}
     kept, gave_way = environment_for(SCRIPT, {**for_sbatch, **overruled, **others})

@@ -51,7 +51,11 @@ def test_points_that_choose_alike_are_read_once(
     loader: ConfigLoader, master: DictConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composing, whole = Composing(loader, master), []
-    monkeypatch.setattr(composing, "_compose", lambda *words: whole.append(words) or loader.load_sweep_config(*words))
+    monkeypatch.setattr(
+        composing,
+        "_compose",
+        lambda *words: whole.append(words) or loader.load_sweep_config(*words),
+    )
     for gap in range(4):
         for color in ("gray", "drop"):
             assert composing(master, [f"grid.gap_px={gap}", f"color={color}"]).grid.gap_px == gap
@@ -59,7 +63,9 @@ def test_points_that_choose_alike_are_read_once(
 
 
 @pytest.mark.parametrize("words", [["grid.gap_pxx=3"], ["mdoel=small"], ["data.root=/x"]])
-def test_mistakes_are_told_alike(loader: ConfigLoader, master: DictConfig, words: list[str]) -> None:
+def test_mistakes_are_told_alike(
+    loader: ConfigLoader, master: DictConfig, words: list[str]
+) -> None:
     with pytest.raises(ConfigCompositionException) as ours:
         Composing(loader, master)(master, words)
     with pytest.raises(ConfigCompositionException) as hydras:

@@ -81,7 +81,9 @@ def signalled(job: DelayedSubmission) -> list[str]:
     did: list[str] = []
 
     def requeue(starts_left: int) -> None:
-        did.append(f"{'saved' if Path('saved').exists() else 'unsaved'}, queued again, {starts_left} starts left")
+        did.append(
+            f"{'saved' if Path('saved').exists() else 'unsaved'}, queued again, {starts_left} starts left"
+        )
 
     environment = SimpleNamespace(global_rank=0, _requeue=requeue)
     paths = SimpleNamespace(submitted_pickle=Path("submitted.pkl"))
@@ -136,7 +138,9 @@ def test_a_command_that_fails_fails_its_job() -> None:
 
 
 @pytest.mark.slow
-def test_a_command_that_is_killed_starts_four_times_at_most(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_is_killed_starts_four_times_at_most(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(job_module().PointFailed, match="exit code -9"):
         job_of("import os; print('started', flush=True); os.kill(os.getpid(), 9)").result()
     assert capfd.readouterr().out.count("started") == 4
@@ -150,7 +154,9 @@ def test_a_command_that_lost_a_reading_process_starts_again() -> None:
     assert Path("began").exists()
 
 
-def test_only_starts_after_a_kill_count_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_starts_after_a_kill_count_as_such(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     module = job_module()
     asked: list[list[str]] = []
     monkeypatch.setattr(module.shutil, "which", lambda _: "scontrol")
@@ -159,7 +165,12 @@ def test_only_starts_after_a_kill_count_as_such(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     folder = module._folder_of(["python", rf"hydra.run.dir='{tmp_path}/it\'s a run'"])
     assert folder == tmp_path / "it's a run"
-    for start in ("5", "5", "8", "9"):  # the others were preemptions; two tasks were killed in the first of these
+    for start in (
+        "5",
+        "5",
+        "8",
+        "9",
+    ):  # the others were preemptions; two tasks were killed in the first of these
         monkeypatch.setenv("SLURM_RESTART_COUNT", start)
         module._requeue(folder)
     assert asked == [["scontrol", "requeue", "7"]] * 4

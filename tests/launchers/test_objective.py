@@ -5,7 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hydra_plugins.relloc_launchers.objective import check_names, check_sweeper, names_of, objective_of
+from hydra_plugins.relloc_launchers.objective import (
+    check_names,
+    check_sweeper,
+    names_of,
+    objective_of,
+)
 from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
@@ -43,9 +48,14 @@ def test_it_is_the_value_of_the_result_that_is_named(tmp_path: Path) -> None:
         ("pretext", "avgpool", 20.0, "/run"),
     )
     assert objective_of(tmp_path, ("linear_fast/feature4/top1",)) == 41.0
-    assert objective_of(tmp_path, ("linear_fast_random/feature4/top1", "pretext/top1")) == (9.0, 20.0)
+    assert objective_of(tmp_path, ("linear_fast_random/feature4/top1", "pretext/top1")) == (
+        9.0,
+        20.0,
+    )
     assert objective_of(tmp_path, ()) is None
-    with pytest.raises(UsageError, match=r"objective=knn/feature4/top1.* linear_fast/feature4/top1, .*pretext/top1"):
+    with pytest.raises(
+        UsageError, match=r"objective=knn/feature4/top1.* linear_fast/feature4/top1, .*pretext/top1"
+    ):
         objective_of(tmp_path, ("knn/feature4/top1",))
 
 
@@ -59,7 +69,9 @@ def test_of_several_checkpoints_none_is_guessed(tmp_path: Path) -> None:
 
 def test_only_hydras_own_sweeper_goes_without() -> None:
     def config(sweeper: str, objective: object) -> None:
-        check_sweeper(OmegaConf.create({"hydra": {"sweeper": {"_target_": sweeper}}, "objective": objective}))
+        check_sweeper(
+            OmegaConf.create({"hydra": {"sweeper": {"_target_": sweeper}}, "objective": objective})
+        )
 
     config(GRID, None)
     config("hydra_plugins.optuna.Optuna", "knn/feature4/top1")
@@ -72,10 +84,20 @@ def test_only_hydras_own_sweeper_goes_without() -> None:
 
 def test_a_name_of_no_evaluation_is_told_before_anything_runs() -> None:
     def check(name: str, kind: str = "train") -> None:
-        check_names(OmegaConf.create({"objective": name, "eval": {"knn": {}, "linear_fast": {}}}), kind)
+        check_names(
+            OmegaConf.create({"objective": name, "eval": {"knn": {}, "linear_fast": {}}}), kind
+        )
 
-    for name in ("knn/feature4/top1_k20", "linear_fast_random_recalibrated/feature4/top1", "pretext/top1"):
+    for name in (
+        "knn/feature4/top1_k20",
+        "linear_fast_random_recalibrated/feature4/top1",
+        "pretext/top1",
+    ):
         check(name)
-    for name, kind in (("linear/feature4/top1", "train"), ("pretext/top1", "evaluate"), ("kn", "train")):
+    for name, kind in (
+        ("linear/feature4/top1", "train"),
+        ("pretext/top1", "evaluate"),
+        ("kn", "train"),
+    ):
         with pytest.raises(UsageError, match=r"objective=.*knn, linear_fast"):
             check(name, kind)

@@ -11,13 +11,21 @@ from relloc.runs import command_line
 
 
 def config(
-    *of_hydra: str, name: str = "train", job: str = "train", sources: tuple[tuple[str, str], ...] = ()
+    *of_hydra: str,
+    name: str = "train",
+    job: str = "train",
+    sources: tuple[tuple[str, str], ...] = (),
 ) -> DictConfig:
     listed = [{"provider": provider, "schema": "file", "path": path} for provider, path in sources]
     hydra = {
         "overrides": {"hydra": list(of_hydra)},
         "job": {"config_name": name, "name": job},
-        "runtime": {"config_sources": [{"provider": "hydra", "schema": "pkg", "path": "hydra.conf"}, *listed]},
+        "runtime": {
+            "config_sources": [
+                {"provider": "hydra", "schema": "pkg", "path": "hydra.conf"},
+                *listed,
+            ]
+        },
     }
     return OmegaConf.create({"hydra": hydra})
 
@@ -37,17 +45,31 @@ def test_what_a_sweeper_chose_is_not_on_the_command_line() -> None:
 
 def test_hydras_settings_of_a_job_are_passed_on_those_of_a_sweep_are_not() -> None:
     given = config(
-        *("hydra.searchpath=[file://own]", "+hydra.job.env_set.A=b", "hydra.sweep.dir=x", "hydra/sweeper=optuna"),
-        *("hydra.sweeper.n_trials=3", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"),
+        *(
+            "hydra.searchpath=[file://own]",
+            "+hydra.job.env_set.A=b",
+            "hydra.sweep.dir=x",
+            "hydra/sweeper=optuna",
+        ),
+        *(
+            "hydra.sweeper.n_trials=3",
+            "hydra/launcher=submitit_slurm",
+            "hydra.launcher.partition=gpu",
+        ),
         *("hydra.mode=MULTIRUN", "hydra.run.dir=y"),
     )
-    assert passing.of_hydra_for_points(given) == ["hydra.searchpath=[file://own]", "+hydra.job.env_set.A=b"]
+    assert passing.of_hydra_for_points(given) == [
+        "hydra.searchpath=[file://own]",
+        "+hydra.job.env_set.A=b",
+    ]
     assert passing.of_hydra_for_launcher(given) == [
         *("hydra.sweep.dir=x", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu")
     ]
 
 
-def test_folders_of_configs_are_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_configs_are_named_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     usual = Path("/relloc/conf")
     given = config(sources=(("main", "/relloc/conf"), ("command-line", str(tmp_path / "own"))))
@@ -55,7 +77,10 @@ def test_folders_of_configs_are_named_whole(tmp_path: Path, monkeypatch: pytest.
     assert passing.options(given, "train", folders) == [f"--config-dir={tmp_path}/own"]
     given = config(name="mine", sources=(("main", str(tmp_path / "main")),))
     folders = passing.folders_of_configs(given, usual)
-    assert passing.options(given, "train", folders) == [f"--config-path={tmp_path}/main", "--config-name=mine"]
+    assert passing.options(given, "train", folders) == [
+        f"--config-path={tmp_path}/main",
+        "--config-name=mine",
+    ]
 
 
 def test_the_command_is_the_one_that_was_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,9 @@ def run(tmp_path: Path, code: str, *, processes: int) -> tuple[ProcessLauncher, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_what_a_signal_ends_before_it_began_was_stopped(tmp_path: Path, number: signal.Signals) -> None:
+def test_what_a_signal_ends_before_it_began_was_stopped(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     code = f"import os, signal; signal.signal({number:d}, signal.SIG_DFL); os.kill(os.getpid(), {number:d})"
     _, made = run(tmp_path, code, processes=1)
     assert [now.status for now in standings([made], {})] == [Status.STOPPED]
@@ -44,7 +46,9 @@ def test_what_a_signal_ends_before_it_began_was_stopped(tmp_path: Path, number: 
 WAITS = "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(129)); open('begun', 'w'); signal.pause()"
 
 
-def test_a_closed_terminal_reaches_the_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_terminal_reaches_the_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They have no terminal of their own, and would go on while no other point is started."""
     monkeypatch.chdir(tmp_path)
 
@@ -61,17 +65,26 @@ def test_a_closed_terminal_reaches_the_points(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_why_a_point_failed_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str], processes: int) -> None:
-    code = "import sys; print('on its way'); print('relloc: no', 'data', file=sys.stderr); sys.exit(2)"
+def test_why_a_point_failed_is_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], processes: int
+) -> None:
+    code = (
+        "import sys; print('on its way'); print('relloc: no', 'data', file=sys.stderr); sys.exit(2)"
+    )
     launcher, made = run(tmp_path, code, processes=processes)
     assert [now.status for now in standings([made], {})] == [Status.FAILED]
     assert reason_of(launcher.log_of(made)) == "no data"
     told = capfd.readouterr()
     # On the console where it runs alone there
-    assert ("on its way" in told.out, "relloc: no data" in told.err) == ((processes == 1), (processes == 1))
+    assert ("on its way" in told.out, "relloc: no data" in told.err) == (
+        (processes == 1),
+        (processes == 1),
+    )
 
 
-def test_a_point_that_may_have_a_job_elsewhere_is_not_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_that_may_have_a_job_elsewhere_is_not_run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")  # no squeue
     launcher = ProcessLauncher(OmegaConf.create({"processes": 1}))
     sent = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "a")

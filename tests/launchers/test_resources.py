@@ -24,7 +24,8 @@ def parameters(**changed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [(4, 4), ("4", 4), ("a100:4", 4), ("a100", 1), ("a100:2,v100:1", 3), (0, 0), (None, 0)]
+    ("text", "number"),
+    [(4, 4), ("4", 4), ("a100:4", 4), ("a100", 1), ("a100:2,v100:1", 3), (0, 0), (None, 0)],
 )
 def test_gpus_with_and_without_a_type(text: str | int | None, number: int) -> None:
     assert gpus_asked(text) == number
@@ -33,8 +34,20 @@ def test_gpus_with_and_without_a_type(text: str | int | None, number: int) -> No
 @pytest.mark.parametrize(
     ("gres", "number"),
     [
-        *(("gpu:4", 4), ("gpu", 1), ("gpu:a100", 1), ("gpu:a100:4", 4), ("gpu:a100:4(S:0-1)", 4), ("gres/gpu:2", 2)),
-        *(("gpu:a100:2,gpu:v100:1", 3), ("tmpdisk:100,gpu:2", 2), ("tmpdisk:100", None), ("gpu:0", 0)),
+        *(
+            ("gpu:4", 4),
+            ("gpu", 1),
+            ("gpu:a100", 1),
+            ("gpu:a100:4", 4),
+            ("gpu:a100:4(S:0-1)", 4),
+            ("gres/gpu:2", 2),
+        ),
+        *(
+            ("gpu:a100:2,gpu:v100:1", 3),
+            ("tmpdisk:100,gpu:2", 2),
+            ("tmpdisk:100", None),
+            ("gpu:0", 0),
+        ),
     ],
 )
 def test_gpus_of_a_gres(gres: str, number: int | None) -> None:
@@ -59,7 +72,9 @@ def test_gpus_of_a_gres(gres: str, number: int | None) -> None:
         ({"submitit": {"gpus_per_task": 1}, "tasks_per_node": 4}, 4, None),
     ],
 )
-def test_a_process_for_each_gpu_and_gpus_asked_for_once(changed: dict[str, Any], tasks: int, asked: object) -> None:
+def test_a_process_for_each_gpu_and_gpus_asked_for_once(
+    changed: dict[str, Any], tasks: int, asked: object
+) -> None:
     made = parameters(**changed)
     assert made["tasks_per_node"] == tasks
     assert made.get("slurm_gpus_per_node") == asked
@@ -99,7 +114,10 @@ def test_settings_that_mean_nothing_or_contradict_are_named(changed: dict[str, A
 def test_the_token_is_the_comment_or_part_of_the_name() -> None:
     made = parameters()
     assert (made["slurm_comment"], made["slurm_job_name"]) == ("relloc-0123456789ab", "relloc_gaps")
-    for changed in ({"additional_parameters": {"comment": "bill"}}, {"submitit": {"comment": "bill"}}):
+    for changed in (
+        {"additional_parameters": {"comment": "bill"}},
+        {"submitit": {"comment": "bill"}},
+    ):
         made = parameters(**changed)
         assert made["slurm_job_name"] == "relloc_gaps_relloc-0123456789ab"
         assert "relloc" not in str(made.get("slurm_comment"))
@@ -108,7 +126,10 @@ def test_the_token_is_the_comment_or_part_of_the_name() -> None:
 def test_no_limit_of_time_is_the_partitions_and_a_clean_environment_is_told_to_srun() -> None:
     assert "timeout_min" not in parameters(timeout_min=None)
     assert parameters()["timeout_min"] == 1440
-    assert "unset SLURM_EXPORT_ENV" in parameters(additional_parameters={"export": "NONE"})["slurm_setup"]
+    assert (
+        "unset SLURM_EXPORT_ENV"
+        in parameters(additional_parameters={"export": "NONE"})["slurm_setup"]
+    )
 
 
 def test_a_list_of_partitions_or_nodes_is_what_slurm_writes_with_commas() -> None:
@@ -124,6 +145,11 @@ def test_less_than_nothing_is_asked_of_no_cluster(name: str, value: int) -> None
 
 
 def test_an_option_of_sbatch_that_is_null_is_left_out_and_a_mapping_is_none() -> None:
-    assert "reservation" not in parameters(additional_parameters={"reservation": None})["slurm_additional_parameters"]
+    assert (
+        "reservation"
+        not in parameters(additional_parameters={"reservation": None})[
+            "slurm_additional_parameters"
+        ]
+    )
     with pytest.raises(UsageError, match="additional_parameters.reservation"):
         parameters(additional_parameters={"reservation": {"a": 1}})

@@ -3,7 +3,10 @@
 from typing import Any
 
 import pytest
-from hydra_plugins.relloc_launchers.submitit_settings import SubmititSlurmLauncher, SubmititSlurmSettings
+from hydra_plugins.relloc_launchers.submitit_settings import (
+    SubmititSlurmLauncher,
+    SubmititSlurmSettings,
+)
 from omegaconf import OmegaConf
 
 
@@ -15,7 +18,9 @@ def launcher(**given: object) -> SubmititSlurmLauncher:
     return SubmititSlurmLauncher(**named)
 
 
-@pytest.mark.parametrize(("name", "value"), [("use_srun", False), ("exclusive", True), ("mem_per_gpu", "8G")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_srun", False), ("exclusive", True), ("mem_per_gpu", "8G")]
+)
 def test_submitits_own_settings_reach_it(name: str, value: object) -> None:
     assert launcher(**{name: value}).settings["submitit"][name] == value
 

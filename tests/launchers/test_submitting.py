@@ -54,7 +54,13 @@ def launcher(tmp_path: Path) -> Makes:
 
 def points(folder: Path, number: int) -> list[Point]:
     return [
-        Point(kind="train", name=f"seed={seed}", overrides=(), identity=f"i{seed}", folder=folder / f"runs/p{seed}")
+        Point(
+            kind="train",
+            name=f"seed={seed}",
+            overrides=(),
+            identity=f"i{seed}",
+            folder=folder / f"runs/p{seed}",
+        )
         for seed in range(number)
     ]
 
@@ -74,7 +80,11 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_the_token_is_noted_before_sbatch_and_slurms_number_after(
     tmp_path: Path, commands: Path, launcher: Makes
 ) -> None:
-    write(commands, "sbatch", 'cat runs/p*/point.json > before; cp "$1" script; echo Submitted batch job 42')
+    write(
+        commands,
+        "sbatch",
+        'cat runs/p*/point.json > before; cp "$1" script; echo Submitted batch job 42',
+    )
     todo = points(tmp_path, 2)
     made = launcher()
     send(made, todo)
@@ -119,13 +129,18 @@ def test_a_job_finds_what_it_runs_by_itself_and_keeps_what_it_saved(
         ("Invalid job array specification", "MaxArraySize"),
         ("QOSMaxSubmitJobPerUserLimit", "in parts"),
         ("Invalid partition name specified", "settings"),
-        ("Could not establish a configuration source", "^no SLURM answers here: [^\n]*launcher=local"),
+        (
+            "Could not establish a configuration source",
+            "^no SLURM answers here: [^\n]*launcher=local",
+        ),
     ],
 )
 def test_a_refusal_says_what_to_do_and_leaves_what_was_there(
     tmp_path: Path, commands: Path, launcher: Makes, said: str, told: str
 ) -> None:
-    write(commands, "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1")
+    write(
+        commands, "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1"
+    )
     made, todo = launcher(), points(tmp_path, 3)
     with pytest.raises(UsageError, match=told):
         send(made, todo)
@@ -141,13 +156,25 @@ def test_a_refusal_says_what_to_do_and_leaves_what_was_there(
     assert files(tmp_path / "runs") == before
 
 
-def test_what_was_sent_before_a_refusal_stays_noted(tmp_path: Path, commands: Path, launcher: Makes) -> None:
+def test_what_was_sent_before_a_refusal_stays_noted(
+    tmp_path: Path, commands: Path, launcher: Makes
+) -> None:
     write(commands, "scontrol", "echo 'MaxArraySize = 2'")
-    write(commands, "sbatch", "[ -e sent ] && { echo 'QOSMaxSubmitJobPerUserLimit' >&2; exit 1; }; touch sent; echo 42")
+    write(
+        commands,
+        "sbatch",
+        "[ -e sent ] && { echo 'QOSMaxSubmitJobPerUserLimit' >&2; exit 1; }; touch sent; echo 42",
+    )
     made, todo = launcher(array_parallelism=8), points(tmp_path, 5)
     with pytest.raises(UsageError, match="2 jobs were sent"):
         send(made, todo)
-    assert [read_job(point.folder) for point in todo] == [{"slurm": "42_0"}, {"slurm": "42_1"}, {}, {}, {}]
+    assert [read_job(point.folder) for point in todo] == [
+        {"slurm": "42_0"},
+        {"slurm": "42_1"},
+        {},
+        {},
+        {},
+    ]
     (script,) = made.sweep.folder.glob("slurm/*/submission.sh")
     assert "--array=0-1%2" in script.read_text()
     assert len(made.sweep.points()) == 5
@@ -159,7 +186,9 @@ def test_the_cluster_is_noted_with_the_job(tmp_path: Path, commands: Path, launc
     assert read_job(todo[0].folder) == {"slurm": "43@mpp2"}
 
 
-def test_without_a_limit_the_script_has_none(tmp_path: Path, commands: Path, launcher: Makes) -> None:
+def test_without_a_limit_the_script_has_none(
+    tmp_path: Path, commands: Path, launcher: Makes
+) -> None:
     write(commands, "sbatch", "echo 43")
     made = launcher(timeout_min=None)
     send(made, points(tmp_path, 1))
@@ -202,14 +231,34 @@ def submitit(*words: str) -> Any:
         return config, hydra.utils.instantiate(config.hydra.launcher)
 
 
-def test_hydras_own_launcher_has_its_own_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hydras_own_launcher_has_its_own_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, made = submitit(
-        *("hydra/launcher=submitit_slurm", "hydra.launcher.partition='a,b'", "hydra.launcher.gpus_per_node=4"),
+        *(
+            "hydra/launcher=submitit_slurm",
+            "hydra.launcher.partition='a,b'",
+            "hydra.launcher.gpus_per_node=4",
+        ),
         *("hydra.launcher.tasks_per_node=4", "hydra.launcher.mem_gb=8", "hydra.launcher.name=mine"),
-        *("hydra.launcher.comment=bill", "hydra.launcher.stderr_to_stdout=true", "hydra.launcher.mem_per_gpu=4G"),
-        *("+hydra.launcher.additional_parameters={mail-user: me}", "+hydra.launcher.srun_args=['--mpi=none']"),
-        *("hydra.launcher.setup=[module load cuda]", f"hydra.launcher.submitit_folder={tmp_path}/kept/%j"),
-        *("hydra.launcher.array_parallelism=3", "+hydra.launcher.dry_run=true", "+hydra.launcher.nodelist=n1"),
+        *(
+            "hydra.launcher.comment=bill",
+            "hydra.launcher.stderr_to_stdout=true",
+            "hydra.launcher.mem_per_gpu=4G",
+        ),
+        *(
+            "+hydra.launcher.additional_parameters={mail-user: me}",
+            "+hydra.launcher.srun_args=['--mpi=none']",
+        ),
+        *(
+            "hydra.launcher.setup=[module load cuda]",
+            f"hydra.launcher.submitit_folder={tmp_path}/kept/%j",
+        ),
+        *(
+            "hydra.launcher.array_parallelism=3",
+            "+hydra.launcher.dry_run=true",
+            "+hydra.launcher.nodelist=n1",
+        ),
     )
     made.config, made.sweep, made.code = config, Sweep(tmp_path / "s"), tmp_path
     with pytest.raises(SystemExit) as ended:
@@ -217,8 +266,22 @@ def test_hydras_own_launcher_has_its_own_settings(tmp_path: Path, capsys: pytest
     assert ended.value.code == 0
     told = capsys.readouterr().out
     for line in (
-        *("--partition=a,b", "--gpus-per-node=4", "--ntasks-per-node=4", "--mem=8GB", "--comment=bill", "--time=60"),
-        *("--mem-per-gpu=4G", "--mail-user=me", "--array=0-4%3", "--nodelist=n1", "--nodes=1", "--signal=USR2@120"),
+        *(
+            "--partition=a,b",
+            "--gpus-per-node=4",
+            "--ntasks-per-node=4",
+            "--mem=8GB",
+            "--comment=bill",
+            "--time=60",
+        ),
+        *(
+            "--mem-per-gpu=4G",
+            "--mail-user=me",
+            "--array=0-4%3",
+            "--nodelist=n1",
+            "--nodes=1",
+            "--signal=USR2@120",
+        ),
     ):
         assert f"#SBATCH {line}\n" in told
     assert "#SBATCH --job-name=mine_relloc-" in told  # as the comment is the user's
@@ -231,15 +294,32 @@ def test_hydras_own_launcher_has_its_own_settings(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("hydra/launcher=submitit_slurm", "+hydra.launcher.partitions=a"), "hydra.launcher.partition"),
-        (("hydra/launcher=submitit_slurm", "+hydra.launcher.processes=2"), "hydra.launcher.processes"),
+        (
+            ("hydra/launcher=submitit_slurm", "+hydra.launcher.partitions=a"),
+            "hydra.launcher.partition",
+        ),
+        (
+            ("hydra/launcher=submitit_slurm", "+hydra.launcher.processes=2"),
+            "hydra.launcher.processes",
+        ),
         (("hydra/launcher=submitit_local", "hydra.launcher.mem_gb=4"), "hydra.launcher.mem_gb"),
-        (("hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"), "hydra.launcher.tasks_per_node"),
-        (("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=0"), "hydra.launcher.timeout_min"),
-        (("hydra/launcher=submitit_local", "+hydra.launcher.partition=a"), "hydra.launcher.partition"),
+        (
+            ("hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"),
+            "hydra.launcher.tasks_per_node",
+        ),
+        (
+            ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=0"),
+            "hydra.launcher.timeout_min",
+        ),
+        (
+            ("hydra/launcher=submitit_local", "+hydra.launcher.partition=a"),
+            "hydra.launcher.partition",
+        ),
     ],
 )
-def test_settings_that_it_does_not_have_are_named(words: tuple[str, ...], named: str, tmp_path: Path) -> None:
+def test_settings_that_it_does_not_have_are_named(
+    words: tuple[str, ...], named: str, tmp_path: Path
+) -> None:
     def plan() -> None:
         config, made = submitit(*words)
         made.config, made.sweep, made.code = config, Sweep(tmp_path / "s"), tmp_path
@@ -251,16 +331,23 @@ def test_settings_that_it_does_not_have_are_named(words: tuple[str, ...], named:
 
 
 @pytest.mark.slow
-def test_processes_of_this_machine_take_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("hydra.launcher.cpus_per_task=3", "hydra.launcher.gpus_per_node=0", "hydra.launcher.timeout_min=1")
+def test_processes_of_this_machine_take_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "hydra.launcher.cpus_per_task=3",
+        "hydra.launcher.gpus_per_node=0",
+        "hydra.launcher.timeout_min=1",
+    )
     config, made = submitit("hydra/launcher=submitit_local", *words)
     made.config, made.sweep, made.code = config, Sweep(tmp_path / "s"), tmp_path
     made._plain_name, made._plain_folder = "train", made._given["submitit_folder"]
     saves = "import json, os, signal, sys, time\n"
     saves += "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(3))\n"
     saves += (
-        "print(os.environ['OMP_NUM_THREADS'], repr(os.environ['CUDA_VISIBLE_DEVICES']), flush=True); time.sleep(60)"
+        "threads, devices = os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']\n"
     )
+    saves += "print(threads, repr(devices), flush=True); time.sleep(60)"
     monkeypatch.setattr(made, "command", lambda _: [sys.executable, "-c", saves])
     (point,) = todo = points(tmp_path, 1)
     made.plan(todo)

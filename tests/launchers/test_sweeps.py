@@ -31,13 +31,29 @@ TINY = (
         "recipe.images_per_step=16",
         "recipe.images_per_batch_norm=16",
     ),
-    *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "schedule.epochs=1"),
-    *("schedule.warmup_epochs=0", "schedule.milestone_epochs=[]", "eval=[]", "monitor.every_epochs=null", "device=cpu"),
+    *(
+        "grid.patch_px=16",
+        "grid.gap_px=4",
+        "grid.jitter_px=2",
+        "grid.resize.px=64",
+        "schedule.epochs=1",
+    ),
+    *(
+        "schedule.warmup_epochs=0",
+        "schedule.milestone_epochs=[]",
+        "eval=[]",
+        "monitor.every_epochs=null",
+        "device=cpu",
+    ),
 )
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RELLOC_", "MLFLOW_", "HYDRA_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RELLOC_", "MLFLOW_", "HYDRA_"))
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
@@ -46,7 +62,13 @@ def relloc(folder: Path, module: str, *words: str, **more: str) -> subprocess.Co
     if "PYTHONPATH" in more:  # for an interpreter that has not begun
         line = [sys.executable, "-m", f"relloc.{module}", *words]
         return subprocess.run(
-            line, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240, check=False
+            line,
+            cwd=folder,
+            env=environment(**more),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
         )
     with tempfile.TemporaryDirectory() as told:
         output, messages = Path(told, "output"), Path(told, "messages")
@@ -68,8 +90,17 @@ def point(folder: Path, words: str) -> Path:
 
 
 @pytest.mark.slow
-def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_one_stops_none(tmp_path: Path) -> None:
-    line = ("-m", *TINY, "tracking=none", "recipe.images_per_step=16,4096", "launcher=local", "sweep=s")
+def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_one_stops_none(
+    tmp_path: Path,
+) -> None:
+    line = (
+        "-m",
+        *TINY,
+        "tracking=none",
+        "recipe.images_per_step=16,4096",
+        "launcher=local",
+        "sweep=s",
+    )
     done = relloc(tmp_path, "train", *line, CUDA_VISIBLE_DEVICES="3,5")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 points, 2 to run" in done.stdout
@@ -87,11 +118,25 @@ def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_o
 
     trained = point(tmp_path, "images_per_step_16") / "backbone.safetensors"
     commit = RunRecord.read(trained.parent).tags.get("relloc.commit")
-    assert (commit or "")[:40] == (commit_of(Path(relloc_package.__file__)) or "")[:40]  # not lost in the sweep's copy
+    assert (commit or "")[:40] == (commit_of(Path(relloc_package.__file__)) or "")[
+        :40
+    ]  # not lost in the sweep's copy
     written = trained.stat().st_mtime_ns
-    wider = (*(word for word in line if not word.startswith(("sweep=", "recipe.images_per_step="))), "sweep=t")
-    again = relloc(tmp_path, "train", *wider, "recipe.images_per_step=16", "seed=1,0", "tracking.experiment=other")
-    assert (again.returncode, "2 points, 1 done before, 1 to run" in again.stdout) == (0, True), again.stdout
+    wider = (
+        *(word for word in line if not word.startswith(("sweep=", "recipe.images_per_step="))),
+        "sweep=t",
+    )
+    again = relloc(
+        tmp_path,
+        "train",
+        *wider,
+        "recipe.images_per_step=16",
+        "seed=1,0",
+        "tracking.experiment=other",
+    )
+    assert (again.returncode, "2 points, 1 done before, 1 to run" in again.stdout) == (0, True), (
+        again.stdout
+    )
     assert trained.stat().st_mtime_ns == written
 
 
@@ -106,12 +151,16 @@ def test_gpus_are_handed_out_one_a_point(tmp_path: Path, monkeypatch: pytest.Mon
     launcher = Telling(OmegaConf.create({"name": "local", "processes": "auto"}))
     launcher.sweep, launcher.code = Sweep(tmp_path / "sweep"), tmp_path
     points = [
-        Point(kind="train", name=name, overrides=(), identity=name, folder=tmp_path / "runs" / name) for name in "abcd"
+        Point(kind="train", name=name, overrides=(), identity=name, folder=tmp_path / "runs" / name)
+        for name in "abcd"
     ]
     launcher.plan(points)
     launcher.follow(points)
     assert sorted(path.read_text() for path in tmp_path.glob("runs/*/gpu")) == ["3", "3", "5", "5"]
-    assert {path.read_text() for path in (tmp_path / "runs/a/gpu", tmp_path / "runs/b/gpu")} == {"3", "5"}
+    assert {path.read_text() for path in (tmp_path / "runs/a/gpu", tmp_path / "runs/b/gpu")} == {
+        "3",
+        "5",
+    }
 
 
 def test_what_waits_is_looked_at_again_before_it_starts(tmp_path: Path) -> None:
@@ -124,7 +173,8 @@ def test_what_waits_is_looked_at_again_before_it_starts(tmp_path: Path) -> None:
             return [sys.executable, "-c", runs, str(point.folder)]
 
     points = [
-        Point(kind="train", name=name, overrides=(), identity=name, folder=tmp_path / "runs" / name) for name in "ab"
+        Point(kind="train", name=name, overrides=(), identity=name, folder=tmp_path / "runs" / name)
+        for name in "ab"
     ]
     launchers = [Short(OmegaConf.create({"name": "local", "processes": 2})) for _ in range(3)]
     for launcher in launchers:
@@ -140,7 +190,9 @@ def test_what_waits_is_looked_at_again_before_it_starts(tmp_path: Path) -> None:
     assert [(tmp_path / "runs" / name / "started").read_text() for name in "ab"] == ["x", "x"]
 
 
-def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_copy_of_the_code_wins_over_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over the checkout, which may change before a job begins, and over the folder that one stands in."""
     monkeypatch.delenv("RELLOC_CONF", raising=False)
     launcher = ProcessLauncher(OmegaConf.create({"name": "here", "processes": 1}))
@@ -167,7 +219,15 @@ def test_the_copy_of_the_code_wins_over_any_other(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: Path) -> None:
-    line = ("-m", *TINY, "tracking=none", "seed=0,1", "schedule.epochs=8", "report_every_steps=1", "sweep=s")
+    line = (
+        "-m",
+        *TINY,
+        "tracking=none",
+        "seed=0,1",
+        "schedule.epochs=8",
+        "report_every_steps=1",
+        "sweep=s",
+    )
     reached = 0
     for number in (signal.SIGINT, signal.SIGTERM):
         with open(tmp_path / "output", "w") as output:
@@ -185,10 +245,14 @@ def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: P
         assert "2 points, 2 to run" in told
         assert "everything is saved" in told
         assert "1 stopped, 1 missing" in told
-        assert newest_step(tmp_path) > reached  # the second command went on where the first was stopped
+        assert (
+            newest_step(tmp_path) > reached
+        )  # the second command went on where the first was stopped
         reached = newest_step(tmp_path)
     again = relloc(tmp_path, "train", *line)
-    assert (again.returncode, "2 points, 2 to run" in again.stdout) == (0, True), again.stdout + again.stderr
+    assert (again.returncode, "2 points, 2 to run" in again.stdout) == (0, True), (
+        again.stdout + again.stderr
+    )
     assert "2 done" in again.stdout
 
 
@@ -208,9 +272,21 @@ def config_of(*words: str) -> dict:
 def test_a_point_is_what_it_computes_not_where_nor_how_it_is_followed() -> None:
     one = identity(config_of("grid.gap_px=32"))
     assert len(one) == 12
-    elsewhere = ("launcher=slurm", "launcher.nodes=2", "tracking=none", "sweep=other", "workers=3", "runs=there")
+    elsewhere = (
+        "launcher=slurm",
+        "launcher.nodes=2",
+        "tracking=none",
+        "sweep=other",
+        "workers=3",
+        "runs=there",
+    )
     assert identity(config_of("grid.gap_px=32", *elsewhere)) == one
-    assert identity(config_of("grid.gap_px=32", "device=cpu", "compile=false", "images_per_forward=128")) == one
+    assert (
+        identity(
+            config_of("grid.gap_px=32", "device=cpu", "compile=false", "images_per_forward=128")
+        )
+        == one
+    )
     assert identity(config_of("grid.gap_px=32", "recipe.lr=0.4", "optimizer.lr=0.8")) == one
     for other in (
         "grid.gap_px=31",
@@ -231,7 +307,12 @@ GOLDEN = Path(__file__).with_name("slurm_batch_script.txt")
 @pytest.mark.parametrize("single", [False, True])
 def test_the_batch_script(tmp_path: Path, single: bool) -> None:
     """A dry run submits nothing, and needs no SLURM."""
-    words = ("launcher.nodes=2", "launcher.gpus_per_node=8", "launcher.partition=gpu", "launcher.account=vision")
+    words = (
+        "launcher.nodes=2",
+        "launcher.gpus_per_node=8",
+        "launcher.partition=gpu",
+        "launcher.account=vision",
+    )
     more = ("launcher.setup=[module load cuda]", "+launcher.submitit.mem_per_gpu=64G", "sweep=gaps")
     swept = ("grid.gap_px=0,16,32",) if not single else ("grid.gap_px=16",)
     done = relloc(
@@ -245,7 +326,9 @@ def test_the_batch_script(tmp_path: Path, single: bool) -> None:
         *swept,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    script = done.stdout[done.stdout.index("#!/bin/bash") : done.stdout.index("nothing was submitted")]
+    script = done.stdout[
+        done.stdout.index("#!/bin/bash") : done.stdout.index("nothing was submitted")
+    ]
     told = script.replace(str(tmp_path), "FOLDER").replace(sys.executable, "PYTHON")
     assert not list(tmp_path.iterdir())
     if single:
@@ -266,7 +349,9 @@ def test_without_slurm_it_is_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(
+    tmp_path: Path,
+) -> None:
     """hydra-submitit-launcher's own class, which hydra/launcher=submitit_local does not name here."""
     site = tmp_path / "own/hydra/launcher/site.yaml"
     site.parent.mkdir(parents=True)
@@ -274,9 +359,18 @@ def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(tmp
         "_target_: hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher\n"
         "submitit_folder: ${hydra.sweep.dir}/.submitit/%j\ntimeout_min: 1\n"
     )
-    done = relloc(tmp_path, "train", "-m", "hydra/launcher=site", "seed=0,1", RELLOC_CONF=str(tmp_path / "own"))
+    done = relloc(
+        tmp_path,
+        "train",
+        "-m",
+        "hydra/launcher=site",
+        "seed=0,1",
+        RELLOC_CONF=str(tmp_path / "own"),
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith("relloc: this hydra/launcher sends Hydra itself to other processes, where")
+    assert done.stderr.startswith(
+        "relloc: this hydra/launcher sends Hydra itself to other processes, where"
+    )
     assert not list(tmp_path.rglob("*_log.*"))
 
 
@@ -359,13 +453,24 @@ def test_a_sweeper_that_searches_gets_a_number_or_is_refused(tmp_path: Path) -> 
     (tmp_path / "own/color/mine.yaml").write_text("defaults: [gray, _self_]\n")
     path = os.pathsep.join(filter(None, (str(tmp_path / "plugins"), os.environ.get("PYTHONPATH"))))
     tiny = [word for word in TINY if not word.startswith("recipe.images_per_step")]
-    line = ("--config-dir=own", "-m", "hydra/sweeper=searches", *tiny, "tracking=none", "color=mine", "sweep=s")
+    line = (
+        "--config-dir=own",
+        "-m",
+        "hydra/sweeper=searches",
+        *tiny,
+        "tracking=none",
+        "color=mine",
+        "sweep=s",
+    )
     refused = relloc(tmp_path, "train", *line, PYTHONPATH=path)
     assert (refused.returncode, "objective=" in refused.stderr) == (2, True), refused.stderr
     assert not (tmp_path / "runs").exists()
     done = relloc(tmp_path, "train", *line, "objective=pretext/top1", PYTHONPATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = map(json.loads, (point(tmp_path, "images_per_step_16") / "results.jsonl").read_text().splitlines())
+    (row,) = map(
+        json.loads,
+        (point(tmp_path, "images_per_step_16") / "results.jsonl").read_text().splitlines(),
+    )
     assert f"VALUE {row['value']!r}\n" in done.stdout
     failed = done.stdout.partition("FAILED ")[2].splitlines()[0]
     assert "training images are fewer than one step takes" in failed

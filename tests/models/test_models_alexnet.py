@@ -19,19 +19,26 @@ def caffe_response(maps: Tensor, n: int = 5, alpha: float = 1e-4, beta: float = 
     responses = torch.empty_like(maps)
     for channel in range(maps.shape[1]):
         near = maps[:, max(0, channel - n // 2) : channel + n // 2 + 1]
-        responses[:, channel] = maps[:, channel] / (1 + alpha / n * near.square().sum(dim=1)) ** beta
+        responses[:, channel] = (
+            maps[:, channel] / (1 + alpha / n * near.square().sum(dim=1)) ** beta
+        )
     return responses
 
 
 def caffe_pool(maps: Tensor) -> Tensor:
     """3x3 windows two apart, the last ones hanging over the border."""
     indices = range(math.ceil((maps.shape[-1] - 3) / 2) + 1)
-    rows = [[maps[..., 2 * r : 2 * r + 3, 2 * c : 2 * c + 3].amax(dim=(2, 3)) for c in indices] for r in indices]
+    rows = [
+        [maps[..., 2 * r : 2 * r + 3, 2 * c : 2 * c + 3].amax(dim=(2, 3)) for c in indices]
+        for r in indices
+    ]
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
 @pytest.mark.parametrize(
-    ("px", "sides", "pool5"), [(96, (24, 12, 6, 6, 6), 3), (227, (57, 28, 14, 14, 14), 7)], ids=["patch", "box"]
+    ("px", "sides", "pool5"),
+    [(96, (24, 12, 6, 6, 6), 3), (227, (57, 28, 14, 14, 14), 7)],
+    ids=["patch", "box"],
 )
 @torch.no_grad()
 def test_maps_are_those_of_the_authors_code_and_pool5_is_as_the_paper_says(
@@ -47,11 +54,15 @@ def test_maps_are_those_of_the_authors_code_and_pool5_is_as_the_paper_says(
 
 
 @torch.no_grad()
-def test_conv2_sees_conv1_pooled_and_then_normalized_as_caffe_does(backbone: AlexNetBackbone) -> None:
+def test_conv2_sees_conv1_pooled_and_then_normalized_as_caffe_does(
+    backbone: AlexNetBackbone,
+) -> None:
     stages = backbone(40 * torch.randn(2, 3, 96, 96))
     seen = caffe_response(caffe_pool(stages["feature1"]))
     torch.testing.assert_close(stages["feature2"], relu(backbone.conv2[0](seen)))
-    assert not torch.allclose(stages["feature2"], relu(backbone.conv2[0](caffe_pool(stages["feature1"]))))
+    assert not torch.allclose(
+        stages["feature2"], relu(backbone.conv2[0](caffe_pool(stages["feature1"])))
+    )
 
 
 @torch.no_grad()
@@ -72,10 +83,18 @@ def test_a_smaller_pool5_is_spread_to_what_fc6_takes(backbone: AlexNetBackbone) 
 def test_batch_norm_without_scale_and_shift_stands_on_conv3_conv4_conv5_and_fc6_alone(
     backbone: AlexNetBackbone,
 ) -> None:
-    norms = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
+    norms = {
+        name: m
+        for name, m in backbone.named_modules()
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)
+    }
     assert [name.split(".")[0] for name in norms] == ["conv3", "conv4", "conv5", "fc6"]
     assert all(norm.weight is None and norm.bias is None for norm in norms.values())
-    sizes = {name: tuple(value.shape) for name, value in backbone.named_parameters() if name.endswith("weight")}
+    sizes = {
+        name: tuple(value.shape)
+        for name, value in backbone.named_parameters()
+        if name.endswith("weight")
+    }
     assert list(sizes.values()) == [
         (96, 3, 11, 11),
         (256, 96, 5, 5),

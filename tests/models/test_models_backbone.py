@@ -16,7 +16,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_embedding_reaches_every_parameter_as_processes_that_train_together_need(kind: str) -> None:
+def test_the_embedding_reaches_every_parameter_as_processes_that_train_together_need(
+    kind: str,
+) -> None:
     torch.manual_seed(0)
     backbone: Backbone = KINDS[kind]()
     embedded = backbone.embed(torch.randn(4, 3, 64, 64))
@@ -52,7 +54,9 @@ def test_the_stages_chained_are_the_forward_and_share_the_weights(kind: str) -> 
         x = stages[name](x)
         assert torch.equal(x, maps)
     of_stages = {id(value) for stage in stages.values() for value in stage.parameters()}
-    assert of_stages == {id(value) for name, value in backbone.named_parameters() if not name.startswith("fc6")}
+    assert of_stages == {
+        id(value) for name, value in backbone.named_parameters() if not name.startswith("fc6")
+    }
     assert list(backbone.state_dict()) == names  # asking for them adds no module
 
 
@@ -74,7 +78,9 @@ def test_a_dilated_resnet50_is_torchvisions_with_the_same_weights() -> None:
     theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
     theirs.load_state_dict(backbone.state_dict(), strict=False)
     images = torch.randn(1, 3, 72, 64)
-    stage2 = theirs.layer2(theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))))
+    stage2 = theirs.layer2(
+        theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images)))))
+    )
     dilated = backbone.dilated()
     maps = dilated(images)
     assert maps["feature5"].shape == (1, 2048, 9, 8)

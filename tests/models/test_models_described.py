@@ -30,7 +30,9 @@ def test_the_targets_of_all_models_in_conf_are_allowed() -> None:
     lines = [line.strip() for file in conf.glob("*.yaml") for line in file.read_text().splitlines()]
     targets = {line.removeprefix("_target_: ") for line in lines if line.startswith("_target_: ")}
     allowed = backbones()
-    assert {target for target in targets if not target.startswith("relloc.models.pair_head.")} <= allowed.keys()
+    assert {
+        target for target in targets if not target.startswith("relloc.models.pair_head.")
+    } <= allowed.keys()
     assert TARGET in allowed
     assert all(name.startswith("relloc.models.") for name in allowed)
 
@@ -90,14 +92,26 @@ def test_what_describes_no_backbone_is_an_error(node: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "widths", [[8], [8, 8, 8, 8, -1], [10**6] * 5, [2**62] * 5, [8, 8, 8, 8, 16], "abcde", [float("nan")] * 5, [[]] * 5]
+    "widths",
+    [
+        [8],
+        [8, 8, 8, 8, -1],
+        [10**6] * 5,
+        [2**62] * 5,
+        [8, 8, 8, 8, 16],
+        "abcde",
+        [float("nan")] * 5,
+        [[]] * 5,
+    ],
 )
 def test_one_that_can_not_be_or_takes_more_than_its_weights_is_an_error(
     widths: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
     monkeypatch.setattr(
-        described, "_built", lambda *given: built.append(torch.empty(0).device.type) or original(*given)
+        described,
+        "_built",
+        lambda *given: built.append(torch.empty(0).device.type) or original(*given),
     )
     with pytest.raises(CheckpointError):
         described_backbone(model(_target_=TARGET, widths=widths), weights(), "x")

@@ -21,7 +21,10 @@ def norms(*, affine: bool = True, groups: Groups = GROUPS) -> tuple[nn.BatchNorm
 
 
 def rows(n: int, *shape: int) -> Tensor:
-    return torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3 + 7
+    return (
+        torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
+        + 7
+    )
 
 
 def group_by_group(norm: nn.Module, x: Tensor, sizes: list[int]) -> Tensor:
@@ -30,19 +33,26 @@ def group_by_group(norm: nn.Module, x: Tensor, sizes: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_it_is_a_batch_norm_of_each_group_alone(affine: bool, memory_format: torch.memory_format) -> None:
+def test_it_is_a_batch_norm_of_each_group_alone(
+    affine: bool, memory_format: torch.memory_format
+) -> None:
     plain, ghost = norms(affine=affine)
     x = rows(30, 5, 2, 4).contiguous(memory_format=memory_format)  # two ghost batches of (12, 3)
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected, found = group_by_group(plain, one, [12, 3, 12, 3]), ghost(other)
     torch.testing.assert_close(found, expected)
-    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(
+        expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     for output in (expected, found):
         (output.square() * weights).sum().backward()
     torch.testing.assert_close(other.grad, one.grad)
     for value, twin in zip(ghost.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(value.grad, twin.grad)
-    for name, value in plain.state_dict().items():  # running statistics moved group by group, in order
+    for (
+        name,
+        value,
+    ) in plain.state_dict().items():  # running statistics moved group by group, in order
         torch.testing.assert_close(ghost.state_dict()[name], value, msg=name)
 
 
@@ -70,7 +80,9 @@ def test_bfloat16_maps_are_normalized_in_float32() -> None:
     x = rows(15, 5, 2, 2).bfloat16()
     found = ghost(x)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), group_by_group(plain, x.float(), [12, 3]), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        found.float(), group_by_group(plain, x.float(), [12, 3]), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_rows_that_fill_no_ghost_batch_are_refused() -> None:
@@ -83,10 +95,15 @@ def test_rows_that_fill_no_ghost_batch_are_refused() -> None:
 
 def test_every_batch_norm_inside_is_replaced_and_all_names_and_values_stay() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), nn.BatchNorm2d(5))
+    network = nn.Sequential(
+        nn.Conv2d(3, 5, 1), nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), nn.BatchNorm2d(5)
+    )
     before = {name: value.clone() for name, value in network.state_dict().items()}
     use_ghost_batches(network, GROUPS)
-    assert [isinstance(module, GhostBatchNorm) for module in (network[1][0], network[2])] == [True, True]
+    assert [isinstance(module, GhostBatchNorm) for module in (network[1][0], network[2])] == [
+        True,
+        True,
+    ]
     assert list(network.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
@@ -104,7 +121,9 @@ def test_gradients_reach_convolutions_in_their_memory_format() -> None:
     for name, child in trunk.named_modules():
         if isinstance(child, nn.Conv2d):
             child.register_forward_hook(
-                lambda _, __, out, name=name: out.register_hook(functools.partial(look, name)) and None
+                lambda _, __, out, name=name: (
+                    out.register_hook(functools.partial(look, name)) and None
+                )
             )
     x = torch.randn(6, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     trunk.embed(x).square().sum().backward()

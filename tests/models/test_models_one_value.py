@@ -23,12 +23,21 @@ def small(*, with_batch_norm: bool = True) -> SmallBackbone:
 
 
 def model(backbone: SmallBackbone, batch_norm: str, images: int) -> RelativeLocation:
-    head = PairHead(embedding_dim=8, hidden_dim=4, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.01, head_std=0.01)
+    head = PairHead(
+        embedding_dim=8,
+        hidden_dim=4,
+        batch_norm_momentum=0.1,
+        dropout=0.5,
+        neck_std=0.01,
+        head_std=0.01,
+    )
     return RelativeLocation(backbone, head, batch_norm=batch_norm, images_per_batch_norm=images)  # type: ignore[arg-type]
 
 
 def test_one_image_and_a_map_of_one_pixel_are_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"recipe.images_per_batch_norm=1:.*pretext_batch_norm=joint"):
+    with pytest.raises(
+        UsageError, match=r"recipe.images_per_batch_norm=1:.*pretext_batch_norm=joint"
+    ):
         check_batch_norms(model(small(), "separate", 1), patch_px=32)
 
 
@@ -41,7 +50,9 @@ def test_one_image_and_a_map_of_one_pixel_are_refused_by_name() -> None:
         ("separate", 1, 32, False),
     ],
 )
-def test_what_has_a_variance_may_train(batch_norm: str, images: int, patch_px: int, with_batch_norm: bool) -> None:
+def test_what_has_a_variance_may_train(
+    batch_norm: str, images: int, patch_px: int, with_batch_norm: bool
+) -> None:
     check_batch_norms(model(small(with_batch_norm=with_batch_norm), batch_norm, images), patch_px)
     trained = model(small(with_batch_norm=with_batch_norm), batch_norm, images).train()
     trained(torch.rand(images, 9, 3, patch_px, patch_px)).sum().backward()
@@ -59,7 +70,10 @@ def test_recalibration_with_one_image_is_refused_where_maps_have_one_pixel() -> 
 
 def test_after_the_block_networks_are_as_before() -> None:
     network = nn.Sequential(nn.BatchNorm1d(3))
-    with refuse_one_value(network, "raise the batch"), pytest.raises(UsageError, match="raise the batch"):
+    with (
+        refuse_one_value(network, "raise the batch"),
+        pytest.raises(UsageError, match="raise the batch"),
+    ):
         network(torch.rand(1, 3))
     assert not network[0]._forward_pre_hooks
     with refuse_one_value(network.eval(), "raise the batch"):

@@ -22,7 +22,11 @@ def embeddings(b: int = 3, dim: int = DIM) -> tuple[Tensor, Tensor]:
 
 def pairs_by_hand(neighbors: Tensor, centers: Tensor) -> Tensor:
     """One row a pair, image by image: the neighbor's embedding, then the center's."""
-    rows = [torch.cat([neighbors[i, pair], centers[i]]) for i in range(len(centers)) for pair in range(8)]
+    rows = [
+        torch.cat([neighbors[i, pair], centers[i]])
+        for i in range(len(centers))
+        for pair in range(8)
+    ]
     return torch.stack(rows)
 
 
@@ -57,7 +61,9 @@ def test_weights_are_normal_with_the_given_spread_and_biases_zero() -> None:
     assert head.neck[0].weight.shape == (2048, 512)
     assert head.neck[0].weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert head.answer.weight.std().item() == pytest.approx(0.005, rel=0.03)
-    assert head.answer.weight.abs().max() > 2.5 * 0.005  # a normal has tails, a uniform with this spread none
+    assert (
+        head.answer.weight.abs().max() > 2.5 * 0.005
+    )  # a normal has tails, a uniform with this spread none
     assert torch.all(head.neck[0].bias == 0)
     assert torch.all(head.answer.bias == 0)
 
@@ -102,7 +108,9 @@ def test_embed_dim_puts_a_linear_layer_before_applied_to_each_patch_alone() -> N
     assert head.neck[0].in_features == 8
     weight, bias = head.embed.weight, head.embed.bias
     without = pair_head(embedding_dim=4).eval()
-    without.load_state_dict({name: v for name, v in head.state_dict().items() if not name.startswith("embed")})
+    without.load_state_dict(
+        {name: v for name, v in head.state_dict().items() if not name.startswith("embed")}
+    )
     expected = without(neighbors @ weight.T + bias, centers @ weight.T + bias)
     torch.testing.assert_close(head(neighbors, centers), expected)
 
@@ -110,7 +118,12 @@ def test_embed_dim_puts_a_linear_layer_before_applied_to_each_patch_alone() -> N
 def test_the_heads_of_the_card_have_the_published_tensors() -> None:
     with torch.device("meta"):
         head = PairHead(
-            embedding_dim=2048, hidden_dim=4096, batch_norm_momentum=0.003, dropout=0.5, neck_std=0.01, head_std=0.005
+            embedding_dim=2048,
+            hidden_dim=4096,
+            batch_norm_momentum=0.003,
+            dropout=0.5,
+            neck_std=0.01,
+            head_std=0.005,
         )
     shapes = {name: tuple(value.shape) for name, value in head.named_parameters()}
     assert shapes == {
@@ -129,7 +142,9 @@ def test_the_alexnet_head_normalizes_fc7_without_scale_and_shift_and_fc8_not_at_
     for layer in (head.fc7, head.fc8, head.fc9):
         nn.init.uniform_(layer.bias, -0.5, 0.5)
     neighbors, centers = embeddings()
-    fc7 = normalized(pairs_by_hand(neighbors, centers) @ head.fc7.weight.T + head.fc7.bias).clamp(min=0)
+    fc7 = normalized(pairs_by_hand(neighbors, centers) @ head.fc7.weight.T + head.fc7.bias).clamp(
+        min=0
+    )
     fc8 = (fc7 @ head.fc8.weight.T + head.fc8.bias).clamp(min=0)
     expected = (fc8 @ head.fc9.weight.T + head.fc9.bias).reshape(3, 8, 8)
     torch.testing.assert_close(head(neighbors, centers), expected)
@@ -149,7 +164,9 @@ def test_the_alexnet_head_starts_with_xavier_weights_and_zero_biases() -> None:
 
 @pytest.mark.parametrize("kind", ["mmselfsup", "alexnet"])
 def test_in_evaluation_each_pair_is_answered_alone(kind: str) -> None:
-    head = (pair_head() if kind == "mmselfsup" else AlexNetPairHead(embedding_dim=DIM, hidden_dim=16)).eval()
+    head = (
+        pair_head() if kind == "mmselfsup" else AlexNetPairHead(embedding_dim=DIM, hidden_dim=16)
+    ).eval()
     neighbors, centers = embeddings()
     together = head(neighbors, centers)
     torch.testing.assert_close(head(neighbors[1:2], centers[1:2]), together[1:2])

@@ -16,7 +16,12 @@ def unlike_initialization(network: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+            for tensor in (
+                module.weight.data,
+                module.bias.data,
+                module.running_mean,
+                module.running_var,
+            ):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     return network
 
@@ -47,9 +52,13 @@ def test_the_stages_have_the_published_channels_and_sides_at_224_px(depth: int) 
 @torch.no_grad()
 def test_the_stages_are_those_of_torchvisions_network_with_the_same_weights(depth: int) -> None:
     torch.manual_seed(0)
-    theirs = unlike_initialization(getattr(torchvision.models, f"resnet{depth}")(weights=None)).eval()
+    theirs = unlike_initialization(
+        getattr(torchvision.models, f"resnet{depth}")(weights=None)
+    ).eval()
     ours = ResNetBackbone(depth=depth).eval()
-    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")})
+    ours.load_state_dict(
+        {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
+    )
     images = torch.randn(2, 3, 64, 64)
     stages = ours(images)
     for maps, expected in zip(stages.values(), torchvision_stages(theirs, images), strict=True):
@@ -64,7 +73,9 @@ def test_resnet50_has_the_318_tensors_of_torchvisions_without_its_classifier() -
     found = ours.state_dict()
     assert len(found) == 318
     assert sum(name.endswith("num_batches_tracked") for name in found) == 53
-    assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in wanted.items()}
+    assert {name: value.shape for name, value in found.items()} == {
+        name: v.shape for name, v in wanted.items()
+    }
     ours.load_state_dict(wanted, strict=True)
     assert torch.equal(ours.layer4[2].conv3.weight, wanted["layer4.2.conv3.weight"])
 

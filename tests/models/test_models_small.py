@@ -5,8 +5,12 @@ from relloc.models.backbone import STAGES
 from relloc.models.small import SmallBackbone
 
 
-@pytest.mark.parametrize(("px", "sides"), [(224, (56, 28, 14, 7, 4)), (64, (16, 8, 4, 2, 1)), (32, (8, 4, 2, 1, 1))])
-def test_the_stem_quarters_an_image_and_each_block_halves_the_map(px: int, sides: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("px", "sides"), [(224, (56, 28, 14, 7, 4)), (64, (16, 8, 4, 2, 1)), (32, (8, 4, 2, 1, 1))]
+)
+def test_the_stem_quarters_an_image_and_each_block_halves_the_map(
+    px: int, sides: tuple[int, ...]
+) -> None:
     backbone = SmallBackbone(widths=(8, 10, 12, 14, 16)).eval()
     stages = backbone(torch.randn(2, 3, px, px))
     assert tuple(stages) == STAGES
@@ -21,7 +25,9 @@ def test_the_embedding_is_the_last_stage_averaged_over_places() -> None:
     backbone = SmallBackbone(widths=[8, 10, 12, 14, 16]).eval()
     patches = torch.randn(3, 3, 128, 128)
     maps = backbone(patches)["feature5"]
-    by_hand = torch.stack([torch.stack([channel.sum() / channel.numel() for channel in image]) for image in maps])
+    by_hand = torch.stack(
+        [torch.stack([channel.sum() / channel.numel() for channel in image]) for image in maps]
+    )
     embedded = backbone.embed(patches)
     assert embedded.shape == (3, backbone.embedding_dim)
     torch.testing.assert_close(embedded, by_hand)
@@ -35,7 +41,9 @@ def test_every_stage_is_taken_after_its_activation() -> None:
 
 @pytest.mark.parametrize("widths", [(), (4, 6, 8, 10), (4, 6, 8, 10, 12, 14)])
 def test_another_number_of_widths_is_an_error_that_counts_them(widths: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"model\.backbone\.widths has {len(widths)} numbers.* 5 "):
+    with pytest.raises(
+        ValueError, match=rf"model\.backbone\.widths has {len(widths)} numbers.* 5 "
+    ):
         SmallBackbone(widths=widths)
 
 

@@ -73,7 +73,9 @@ def test_mean_weights_are_thirds() -> None:
 
 @pytest.mark.parametrize("weights", ["luma", "mean"])
 @pytest.mark.parametrize("p", [0, 0.66, 1])
-def test_all_nine_patches_of_an_image_become_gray_with_probability_p(p: float, weights: str) -> None:
+def test_all_nine_patches_of_an_image_become_gray_with_probability_p(
+    p: float, weights: str
+) -> None:
     n = 4000
     patches = noise(n, 9, 3, 2, 2)
     treated = treated_by(Gray(p=p, weights=weights), patches, seeded(3))  # type: ignore[arg-type]
@@ -95,10 +97,17 @@ def test_gray_refuses_what_is_no_probability(p: float) -> None:
 
 @pytest.mark.parametrize(
     ("treatment", "fields", "message"),
-    [(Gray, {"p": 0.5, "weights": "lume"}, "color.weights is lume"), (Drop, {"noise": "gausian"}, "color.noise is")],
+    [
+        (Gray, {"p": 0.5, "weights": "lume"}, "color.weights is lume"),
+        (Drop, {"noise": "gausian"}, "color.noise is"),
+    ],
 )
-def test_a_misspelt_way_is_refused(treatment: type[Gray] | type[Drop], fields: dict[str, object], message: str) -> None:
-    unchecked = object.__new__(treatment)  # in tests beartype would refuse it before the class itself
+def test_a_misspelt_way_is_refused(
+    treatment: type[Gray] | type[Drop], fields: dict[str, object], message: str
+) -> None:
+    unchecked = object.__new__(
+        treatment
+    )  # in tests beartype would refuse it before the class itself
     vars(unchecked).update(fields)
     with pytest.raises(ValueError, match=message):
         unchecked.__post_init__()
@@ -107,11 +116,15 @@ def test_a_misspelt_way_is_refused(treatment: type[Gray] | type[Drop], fields: d
 def of_different_contrast(n_images: int, p: int) -> Tensor:
     """Patches whose standard deviations are 5, 20 and 40 in red, green and blue, times 0.5 to 1.5 by cell."""
     unit = torch.randn(n_images, 9, 3, p, p, generator=seeded(5))
-    return 100 + unit * torch.tensor([5.0, 20, 40]).view(3, 1, 1) * torch.linspace(0.5, 1.5, 9).view(9, 1, 1, 1)
+    return 100 + unit * torch.tensor([5.0, 20, 40]).view(3, 1, 1) * torch.linspace(
+        0.5, 1.5, 9
+    ).view(9, 1, 1, 1)
 
 
 @pytest.mark.parametrize("noise_kind", ["gaussian", "uniform"])
-def test_each_patch_keeps_exactly_one_channel_and_each_channel_a_third_of_the_time(noise_kind: str) -> None:
+def test_each_patch_keeps_exactly_one_channel_and_each_channel_a_third_of_the_time(
+    noise_kind: str,
+) -> None:
     n = 1000
     patches = of_different_contrast(n, 4)
     treated = treated_by(Drop(noise=noise_kind), patches, seeded(6))  # type: ignore[arg-type]
@@ -132,12 +145,16 @@ def dropped_channels(patches: Tensor, treated: Tensor) -> tuple[Tensor, Tensor]:
     centered = (treated - torch.tensor(IMAGENET_MEAN_PX).view(3, 1, 1)).flatten(0, 1)
     kept = (treated == patches).flatten(3).all(dim=3).flatten(0, 1)
     n = len(kept)
-    return centered[~kept].view(n, 2, *centered.shape[2:]), patches.flatten(0, 1)[kept].std(dim=(1, 2))
+    return centered[~kept].view(n, 2, *centered.shape[2:]), patches.flatten(0, 1)[kept].std(
+        dim=(1, 2)
+    )
 
 
 def test_gaussian_filling_has_a_hundredth_of_the_kept_channels_deviation_around_the_mean() -> None:
     patches = of_different_contrast(30, 32)
-    filling, kept_sd = dropped_channels(patches, treated_by(Drop(noise="gaussian"), patches, seeded(7)))
+    filling, kept_sd = dropped_channels(
+        patches, treated_by(Drop(noise="gaussian"), patches, seeded(7))
+    )
     ratio = filling.std(dim=(2, 3)) / kept_sd.unsqueeze(1)
     assert ((ratio - 0.01).abs() < 0.0012).all()  # 5 standard errors of 1,024 values
     assert ratio.mean().item() == pytest.approx(0.01, rel=0.01)
@@ -165,7 +182,9 @@ def test_uniform_filling_lies_within_half_a_gray_level_of_the_mean_whatever_the_
 def test_the_noise_ratio_scales_the_filling(noise_kind: str) -> None:
     patches = of_different_contrast(4, 16)
     one, three = (
-        dropped_channels(patches, treated_by(Drop(noise=noise_kind, noise_ratio=ratio), patches, seeded(9)))[0]  # type: ignore[arg-type]
+        dropped_channels(
+            patches, treated_by(Drop(noise=noise_kind, noise_ratio=ratio), patches, seeded(9))
+        )[0]  # type: ignore[arg-type]
         for ratio in (0.01, 0.03)
     )
     torch.testing.assert_close(three, 3 * one, rtol=0, atol=1e-3)
@@ -190,7 +209,9 @@ def test_projection_is_the_papers_matrix_around_the_mean_color() -> None:
 def test_nothing_is_left_along_green_magenta_and_projecting_again_changes_nothing() -> None:
     patches = noise(3, 9, 3, 8, 8).double()
     once = treated_by(Project(), patches, seeded(0))
-    red, green, blue = (once.movedim(2, -1) - torch.tensor(IMAGENET_MEAN_PX, dtype=torch.float64)).unbind(-1)
+    red, green, blue = (
+        once.movedim(2, -1) - torch.tensor(IMAGENET_MEAN_PX, dtype=torch.float64)
+    ).unbind(-1)
     assert (2 * green - red - blue).abs().max() < 1e-9
     torch.testing.assert_close(treated_by(Project(), once, seeded(0)), once)
     assert (once - patches).abs().max() > 50  # it did something

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 
 from relloc.patches.cut import cut
 
-IMAGES = torch.randint(256, (3, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    256, (3, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 @given(st.data(), st.integers(1, 20), st.integers(1, 4))
@@ -22,7 +24,13 @@ def test_cut_is_slicing(data: st.DataObject, patch_px: int, n: int) -> None:
 @pytest.mark.parametrize("corner", [(13, 0), (0, 23), (-1, 0), (0, -1), (-14, 3)])
 def test_a_patch_beyond_the_image_is_refused(corner: tuple[int, int]) -> None:
     corners = torch.zeros(3, 2, 2, dtype=torch.int64)
-    assert cut(IMAGES, corners + torch.tensor([12, 22]), 8).shape == (3, 2, 3, 8, 8)  # the last that fits
+    assert cut(IMAGES, corners + torch.tensor([12, 22]), 8).shape == (
+        3,
+        2,
+        3,
+        8,
+        8,
+    )  # the last that fits
     corners[1, 1] = torch.tensor(corner)
     with pytest.raises(IndexError):
         cut(IMAGES, corners, 8)

@@ -11,20 +11,28 @@ PIXELS = torch.randint(256, (4, 9, 3, 16, 16), generator=torch.Generator().manua
 
 def test_by_dataset_is_torchvisions_totensor_and_normalize() -> None:
     oracle = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]
+        [
+            transforms.ToTensor(),
+            transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+        ]
     )
     expected = [
-        oracle(Image.fromarray(patch.permute(1, 2, 0).numpy().astype(np.uint8))) for patch in PIXELS.flatten(0, 1)
+        oracle(Image.fromarray(patch.permute(1, 2, 0).numpy().astype(np.uint8)))
+        for patch in PIXELS.flatten(0, 1)
     ]
     actual = ByDataset()(PIXELS)
     torch.testing.assert_close(actual, torch.stack(expected).view_as(PIXELS))
-    torch.testing.assert_close(ByDataset()(PIXELS[:, 0]), actual[:, 0])  # whole images, as evaluations give them
+    torch.testing.assert_close(
+        ByDataset()(PIXELS[:, 0]), actual[:, 0]
+    )  # whole images, as evaluations give them
 
 
 def test_per_patch_gives_each_patch_zero_mean_and_unit_variance() -> None:
     brighter = PIXELS * torch.linspace(0.2, 1, 9).view(9, 1, 1, 1)
     actual = PerPatch()(brighter)
-    for patch, normalized in zip(brighter.flatten(0, 1).numpy(), actual.flatten(0, 1).numpy(), strict=True):
+    for patch, normalized in zip(
+        brighter.flatten(0, 1).numpy(), actual.flatten(0, 1).numpy(), strict=True
+    ):
         np.testing.assert_allclose(normalized, (patch - patch.mean()) / patch.std(), atol=1e-5)
 
 

@@ -15,12 +15,19 @@ from relloc.patches.picture import draw_patches
 from relloc.patches.pipeline import PatchPipeline
 
 GRID = PatchGrid(patch_px=8, gap_px=3, jitter_px=(0, 3), resize=None)  # spans 33
-IMAGES = torch.randint(256, (2, 3, 33, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    256, (2, 3, 33, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 def test_the_picture_is_a_file_and_the_figure_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "patches.png"
-    draw_patches(IMAGES, PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=PerPatch()), path, seed=0)
+    draw_patches(
+        IMAGES,
+        PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=PerPatch()),
+        path,
+        seed=0,
+    )
     with Image.open(path) as image:
         assert len(np.unique(np.asarray(image.convert("L")))) > 50  # not an empty sheet
     assert plt.get_fignums() == []
@@ -38,7 +45,9 @@ def test_the_boxes_shown_are_those_that_the_patches_were_cut_from(
         boxes, mosaic = axes[0, column].patches, np.asarray(axes[1, column].images[0].get_array())
         assert np.array_equal(axes[0, column].images[0].get_array(), image.permute(1, 2, 0))
         assert len(boxes) == 9
-        assert [cell for cell, box in enumerate(boxes) if box.get_edgecolor()[:3] == to_rgb("red")] == [CENTER]
+        assert [
+            cell for cell, box in enumerate(boxes) if box.get_edgecolor()[:3] == to_rgb("red")
+        ] == [CENTER]
         expected = np.ones((33, 33, 3))
         for box in boxes:
             left, top = box.get_xy()

@@ -9,7 +9,9 @@ from relloc.patches.pipeline import PatchPipeline
 from relloc.patches.sample import sample_corners
 
 GRID = PatchGrid(patch_px=8, gap_px=3, jitter_px=(0, 3), resize=None)  # spans 33
-IMAGES = torch.randint(256, (6, 3, 33, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    256, (6, 3, 33, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -22,7 +24,9 @@ def test_patches_are_cut_treated_and_normalized_in_this_order() -> None:
     patches = cut(IMAGES, sample_corners(GRID, 6, seeded(1)), 8).float()
     assert actual.shape == (6, 9, 3, 8, 8)
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, normalize(treatment(patches, *treatment.draw(6, 9, 8, seeded(0)))))
+    torch.testing.assert_close(
+        actual, normalize(treatment(patches, *treatment.draw(6, 9, 8, seeded(0))))
+    )
 
 
 def test_the_generator_decides_everything() -> None:

@@ -13,11 +13,15 @@ N = 10_000
 def moves_of(grid: PatchGrid, n_images: int, seed: int) -> torch.Tensor:
     """Displacement of each patch from where it lies without jitter, on (image, cell, axis)."""
     low, _ = grid.jitter_range
-    unmoved = torch.tensor([[cell // 3 * grid.pitch_px - low, cell % 3 * grid.pitch_px - low] for cell in range(CELLS)])
+    unmoved = torch.tensor(
+        [[cell // 3 * grid.pitch_px - low, cell % 3 * grid.pitch_px - low] for cell in range(CELLS)]
+    )
     return sample_corners(grid, n_images, torch.Generator().manual_seed(seed)) - unmoved
 
 
-@pytest.mark.parametrize(("jitter", "low", "high"), [((0, 21), 0, 21), (7, -7, 7), ((-3, 5), -3, 5), (0, 0, 0)])
+@pytest.mark.parametrize(
+    ("jitter", "low", "high"), [((0, 21), 0, 21), (7, -7, 7), ((-3, 5), -3, 5), (0, 0, 0)]
+)
 def test_every_patch_reaches_both_ends_of_the_jitter_and_goes_no_further(
     jitter: int | tuple[int, int], low: int, high: int
 ) -> None:
@@ -48,12 +52,16 @@ def test_patches_of_an_image_move_independently_of_each_other_and_on_both_axes()
 
 
 def test_a_seed_decides_the_corners() -> None:
-    first, again, other = (sample_corners(MMSELFSUP, 5, torch.Generator().manual_seed(seed)) for seed in (4, 4, 5))
+    first, again, other = (
+        sample_corners(MMSELFSUP, 5, torch.Generator().manual_seed(seed)) for seed in (4, 4, 5)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_generator_that_goes_on_gives_new_corners_and_leaves_the_global_one_alone() -> None:
     generator, before = torch.Generator().manual_seed(4), torch.get_rng_state()
-    assert not torch.equal(sample_corners(MMSELFSUP, 5, generator), sample_corners(MMSELFSUP, 5, generator))
+    assert not torch.equal(
+        sample_corners(MMSELFSUP, 5, generator), sample_corners(MMSELFSUP, 5, generator)
+    )
     assert torch.equal(torch.get_rng_state(), before)

@@ -19,8 +19,12 @@ from relloc.patches.pipeline import PatchPipeline
 
 N_TRAIN, N_TEST = 3000, 1500
 PATCH_PX = 12
-CELLS_OF_16 = PatchGrid(patch_px=PATCH_PX, gap_px=4, jitter_px=(0, 4), resize=None)  # mmselfsup's, spans 48
-HALF_A_PATCH_APART = PatchGrid(patch_px=PATCH_PX, gap_px=6, jitter_px=1, resize=None)  # the paper's, spans 50
+CELLS_OF_16 = PatchGrid(
+    patch_px=PATCH_PX, gap_px=4, jitter_px=(0, 4), resize=None
+)  # mmselfsup's, spans 48
+HALF_A_PATCH_APART = PatchGrid(
+    patch_px=PATCH_PX, gap_px=6, jitter_px=1, resize=None
+)  # the paper's, spans 50
 
 
 def noise(n: int, side: int, generator: torch.Generator) -> Tensor:
@@ -37,8 +41,15 @@ def correlations(first: Tensor, second: Tensor) -> Tensor:
 def clues(neighbor: Tensor, center: Tensor) -> Tensor:
     between = correlations(neighbor, center).sum(dim=1).flatten(1)
     near = slice(PATCH_PX - 3, PATCH_PX + 4)
-    within = [correlations(patch, patch.roll(1, dims=1))[..., near, near].flatten(1) for patch in (neighbor, center)]
-    levels = [moment for patch in (neighbor, center) for moment in (patch.mean(dim=(2, 3)), patch.std(dim=(2, 3)))]
+    within = [
+        correlations(patch, patch.roll(1, dims=1))[..., near, near].flatten(1)
+        for patch in (neighbor, center)
+    ]
+    levels = [
+        moment
+        for patch in (neighbor, center)
+        for moment in (patch.mean(dim=(2, 3)), patch.std(dim=(2, 3)))
+    ]
     products = torch.einsum("bi, bj -> bij", levels[0], levels[2]).flatten(1)
     return torch.cat([between, *within, *levels, products], dim=1)
 
@@ -68,7 +79,9 @@ def at_chance(right: int) -> bool:
         pytest.param(CELLS_OF_16, Keep(), ByDataset(), id="mmselfsup-none"),
         pytest.param(CELLS_OF_16, Gray(p=0.66, weights="luma"), PerPatch(), id="mmselfsup-gray"),
         pytest.param(HALF_A_PATCH_APART, Keep(), PerPatch(), id="doersch2015-none"),
-        pytest.param(HALF_A_PATCH_APART, Drop(noise="gaussian"), ByDataset(), id="doersch2015-drop"),
+        pytest.param(
+            HALF_A_PATCH_APART, Drop(noise="gaussian"), ByDataset(), id="doersch2015-drop"
+        ),
         pytest.param(HALF_A_PATCH_APART, Project(), ByDataset(), id="doersch2015-projection"),
     ],
 )

@@ -30,12 +30,22 @@ def read(content: bytes) -> Any:
 def test_an_array_of_any_kind_and_order_has_its_values(protocol: int) -> None:
     for kind, byte_order in itertools.product(KINDS, "<>"):
         array = (np.arange(24) % 3).reshape(2, 3, 4).astype(np.dtype(byte_order + kind))
-        for given in (array, np.asfortranarray(array), array[:, ::2], array[:0], array[0, 0, :1].reshape(())):
+        for given in (
+            array,
+            np.asfortranarray(array),
+            array[:, ::2],
+            array[:0],
+            array[0, 0, :1].reshape(()),
+        ):
             found = read(pickle.dumps(given, protocol))
-            torch.testing.assert_close(found, torch.from_numpy(np.array(given, kind, order="C")), rtol=0, atol=0)
+            torch.testing.assert_close(
+                found, torch.from_numpy(np.array(given, kind, order="C")), rtol=0, atol=0
+            )
 
 
-@pytest.mark.parametrize("value", [np.float32(0.1), np.float64(-1e300), np.int64(-7), np.uint8(255), np.bool_(True)])
+@pytest.mark.parametrize(
+    "value", [np.float32(0.1), np.float64(-1e300), np.int64(-7), np.uint8(255), np.bool_(True)]
+)
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_scalar_is_pythons_own_number(value: np.generic, protocol: int) -> None:
     found = read(pickle.dumps(value, protocol))
@@ -44,7 +54,13 @@ def test_a_scalar_is_pythons_own_number(value: np.generic, protocol: int) -> Non
 
 @pytest.mark.parametrize(
     "value",
-    [np.array(["a", "b"]), np.array([object, None]), np.array(["2020-01-01"], "M8[D]"), np.zeros(2, "i4,f8"), 1j],
+    [
+        np.array(["a", "b"]),
+        np.array([object, None]),
+        np.array(["2020-01-01"], "M8[D]"),
+        np.zeros(2, "i4,f8"),
+        1j,
+    ],
     ids=lambda value: str(np.asarray(value).dtype),
 )
 def test_what_torch_has_no_numbers_for_is_left_out(value: Any) -> None:
@@ -96,5 +112,9 @@ def test_an_array_without_state_is_refused() -> None:
 
 def test_contents_may_be_text_as_python_2_wrote_them() -> None:
     content = np.array([1.5, 2.5], "<f4").tobytes().decode("latin-1")
-    found = read(pickle.dumps(Called(_reconstruct, np.ndarray, (0,), b"b", state=(1, (2,), DTYPE, False, content)), 2))
+    found = read(
+        pickle.dumps(
+            Called(_reconstruct, np.ndarray, (0,), b"b", state=(1, (2,), DTYPE, False, content)), 2
+        )
+    )
     assert found.tolist() == [1.5, 2.5]

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from relloc.pickles.inert import LeftOut, Named, Source, TooLarge, read_pickle
 from relloc.pickles.plain import PLAIN
 
-KEYS = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False) | st.binary()
+KEYS = (
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False) | st.binary()
+)
 LEAVES = KEYS | st.floats(allow_nan=False)
 PLAIN_VALUES = st.recursive(
     LEAVES,
@@ -76,7 +78,13 @@ def _kinds(value: Any) -> Any:
 
 def test_shared_and_long_values_come_back() -> None:
     shared = [1] * 3000
-    value = {"a": shared, "b": shared, "long": "x" * 300_000, "bytes": bytes(70_000), "large": 1 << 5000}
+    value = {
+        "a": shared,
+        "b": shared,
+        "long": "x" * 300_000,
+        "bytes": bytes(70_000),
+        "large": 1 << 5000,
+    }
     for protocol in (2, 4):
         found = read(pickle.dumps(value, protocol))
         assert found == value
@@ -116,13 +124,17 @@ class Entries(list):
         (collections.Counter("aab"), "collections.Counter"),
     ],
 )
-def test_objects_of_classes_are_stand_ins_with_their_names(value: Any, name: str, protocol: int) -> None:
+def test_objects_of_classes_are_stand_ins_with_their_names(
+    value: Any, name: str, protocol: int
+) -> None:
     found = read(pickle.dumps({"note": value, "after": 1}, protocol))
     assert found == {"note": LeftOut(name), "after": 1}
 
 
 def test_nothing_is_imported_or_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = b"\x80\x02}(U\x01aca_module_that_is_not_there\nf\nU\x01bcbuiltins\neval\nU\x031/0\x85Ru."
+    content = (
+        b"\x80\x02}(U\x01aca_module_that_is_not_there\nf\nU\x01bcbuiltins\neval\nU\x031/0\x85Ru."
+    )
 
     def refused(name: str, *_arguments: Any, **_named: Any) -> Any:
         raise AssertionError(name)
@@ -134,7 +146,11 @@ def test_nothing_is_imported_or_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sets_are_lists_and_default_dicts_are_dicts() -> None:
-    value = {"set": {1, 2}, "frozen": frozenset("a"), "default": collections.defaultdict(list, a=[1])}
+    value = {
+        "set": {1, 2},
+        "frozen": frozenset("a"),
+        "default": collections.defaultdict(list, a=[1]),
+    }
     assert read(pickle.dumps(value, 4)) == {"set": [1, 2], "frozen": ["a"], "default": {"a": [1]}}
 
 
@@ -181,7 +197,12 @@ def test_what_is_no_sound_pickle_is_one_exception(content: bytes) -> None:
 
 
 def test_one_content_that_is_handed_to_makers_again_and_again_is_refused() -> None:
-    once = b"\x80\x02]U\x01ac_codecs\nencode\nq\x01X" + struct.pack("<I", 1 << 16) + b"a" * (1 << 16) + b"q\x02"
+    once = (
+        b"\x80\x02]U\x01ac_codecs\nencode\nq\x01X"
+        + struct.pack("<I", 1 << 16)
+        + b"a" * (1 << 16)
+        + b"q\x02"
+    )
     text = once.replace(b"]U\x01a", b"](", 1) + b"U\x06latin1\x86R"
     again = b"h\x01h\x02U\x06latin1\x86R"
     assert len(read(text + again + b"e.")) == 2

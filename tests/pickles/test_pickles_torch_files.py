@@ -65,10 +65,14 @@ def test_all_kinds_of_tensors_are_those_that_torch_loads(tmp_path: Path, zipped:
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_tensors_that_pickle_wrote_without_torch_save_come_back(tmp_path: Path, protocol: int) -> None:
+def test_tensors_that_pickle_wrote_without_torch_save_come_back(
+    tmp_path: Path, protocol: int
+) -> None:
     content = all_kinds()
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
-    assert_same(read(tmp_path / "x.pkl"), {name: tensor.detach() for name, tensor in content.items()})
+    assert_same(
+        read(tmp_path / "x.pkl"), {name: tensor.detach() for name, tensor in content.items()}
+    )
 
 
 def test_types_without_a_storage_class_come_back(tmp_path: Path) -> None:
@@ -85,7 +89,10 @@ def test_types_without_a_storage_class_come_back(tmp_path: Path) -> None:
 
 def test_what_only_looks_like_a_tensor_is_left_out(tmp_path: Path) -> None:
     quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    torch.save({"sparse": torch.eye(2).to_sparse(), "quantized": quantized, "plain": torch.ones(1)}, tmp_path / "x.pth")
+    torch.save(
+        {"sparse": torch.eye(2).to_sparse(), "quantized": quantized, "plain": torch.ones(1)},
+        tmp_path / "x.pth",
+    )
     found = read(tmp_path / "x.pth")
     assert isinstance(found["sparse"], LeftOut)
     assert isinstance(found["quantized"], LeftOut)
@@ -129,9 +136,13 @@ def repacked(file: Path, how: int, change: dict[str, bytes] | None = None) -> No
 
 def test_a_record_that_unpacks_to_more_than_it_declares_takes_no_memory(saved: Path) -> None:
     with zipfile.ZipFile(saved) as old:
-        declared = old.getinfo(next(name for name in old.namelist() if name.endswith("data/0"))).file_size
+        declared = old.getinfo(
+            next(name for name in old.namelist() if name.endswith("data/0"))
+        ).file_size
     repacked(saved, zipfile.ZIP_DEFLATED, {"data/0": bytes(1 << 27)})
-    saved.write_bytes(saved.read_bytes().replace((1 << 27).to_bytes(4, "little"), declared.to_bytes(4, "little")))
+    saved.write_bytes(
+        saved.read_bytes().replace((1 << 27).to_bytes(4, "little"), declared.to_bytes(4, "little"))
+    )
     tracemalloc.start()
     try:
         with pytest.raises(DamagedCheckpoint):
@@ -151,7 +162,9 @@ def test_methods_that_unpack_without_a_limit_are_refused(saved: Path, how: int) 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_record_that_is_there_twice_is_refused(saved: Path) -> None:
     with zipfile.ZipFile(saved, "a") as archive:
-        archive.writestr(next(name for name in archive.namelist() if name.endswith("data/0")), bytes(4000))
+        archive.writestr(
+            next(name for name in archive.namelist() if name.endswith("data/0")), bytes(4000)
+        )
     with pytest.raises(DamagedCheckpoint, match="is there twice"):
         read(saved)
 
@@ -189,13 +202,17 @@ def test_a_storage_longer_than_an_old_file_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_programs_and_other_zips_are_called_what_they_are(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_programs_and_other_zips_are_called_what_they_are(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
         other.writestr("weights/model.pth", b"x")
     recwarn.clear()
     with pytest.raises(CheckpointError, match=r"script\.pt is a TorchScript file"):
         read(tmp_path / "script.pt")
-    with pytest.raises(CheckpointError, match=r"other\.zip is a zip that torch\.save did not write"):
+    with pytest.raises(
+        CheckpointError, match=r"other\.zip is a zip that torch\.save did not write"
+    ):
         read(tmp_path / "other.zip")
     assert not list(recwarn)

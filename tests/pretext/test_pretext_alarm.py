@@ -20,7 +20,9 @@ def new_alarm(*, first_step: int = 0) -> tuple[Alarm, list[str]]:
 
 def test_chance_is_the_loss_of_a_network_that_answers_all_alike() -> None:
     logits, labels = torch.zeros(8, 8), torch.arange(8)
-    assert pytest.approx(float(nn.functional.cross_entropy(logits, labels)), abs=1e-6) == CHANCE_LOSS
+    assert (
+        pytest.approx(float(nn.functional.cross_entropy(logits, labels)), abs=1e-6) == CHANCE_LOSS
+    )
     assert round(CHANCE_LOSS, 3) == 2.079
 
 
@@ -32,7 +34,14 @@ def test_a_loss_that_stays_at_chance_is_said_once_with_what_to_try() -> None:
     for step in range(100, 500, 10):
         alarm.check(at(step, CHANCE_LOSS))
     assert len(warnings) == 1
-    for words in ("log 8 = 2.079", "100 steps", "at chance", "optimizer.lr", "schedule.warmup_epochs", "grid.gap_px"):
+    for words in (
+        "log 8 = 2.079",
+        "100 steps",
+        "at chance",
+        "optimizer.lr",
+        "schedule.warmup_epochs",
+        "grid.gap_px",
+    ):
         assert words in warnings[0]
 
 
@@ -58,7 +67,9 @@ def test_a_resumed_run_counts_from_where_it_went_on() -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_ends_training(loss: float) -> None:
     alarm, warnings = new_alarm()
-    with pytest.raises(Diverged, match=rf"the loss is {loss} at step 7 \(learning rate 0\.1\)") as raised:
+    with pytest.raises(
+        Diverged, match=rf"the loss is {loss} at step 7 \(learning rate 0\.1\)"
+    ) as raised:
         alarm.check(at(7, loss))
     assert isinstance(raised.value, UsageError)  # shown without a traceback
     assert warnings == []

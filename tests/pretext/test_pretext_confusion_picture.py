@@ -16,7 +16,9 @@ COUNTS = torch.diag(torch.arange(8)) + torch.diag(10 - torch.arange(8)).roll(1, 
 def figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
     saved: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *to, **how: (saved.append(self), save(self, *to, **how)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *to, **how: (saved.append(self), save(self, *to, **how))
+    )
     draw_confusion(COUNTS, tmp_path / "confusion.png", step=1200, top1=35.0)
     return saved[0]
 
@@ -35,7 +37,9 @@ def test_the_matrix_shows_percent_of_each_row_with_its_number(figure: Figure) ->
     matrix = figure.axes[0]
     percent = 10 * COUNTS
     assert np.allclose(matrix.images[0].get_array(), percent)
-    assert [text.get_text() for text in matrix.texts] == [f"{value}" for value in percent.flatten().tolist()]
+    assert [text.get_text() for text in matrix.texts] == [
+        f"{value}" for value in percent.flatten().tolist()
+    ]
 
 
 def test_rows_and_columns_name_the_positions_in_the_order_of_the_labels(figure: Figure) -> None:
@@ -55,4 +59,7 @@ def test_the_map_shows_each_position_where_it_lies(figure: Figure) -> None:
 
 
 def test_the_title_says_step_accuracy_and_chance(figure: Figure) -> None:
-    assert figure.get_suptitle() == "after step 1,200: 35.0 % of 80 held-out pairs right (chance 12.5 %)"
+    assert (
+        figure.get_suptitle()
+        == "after step 1,200: 35.0 % of 80 held-out pairs right (chance 12.5 %)"
+    )

@@ -22,10 +22,20 @@ def numbered(n: int, size: int = 2) -> list[ImageBatch]:
 
 
 def feed_of(
-    batches: Iterable[ImageBatch], *, batches_per_forward: int, device: torch.device = CPU, most_share: float = 0
+    batches: Iterable[ImageBatch],
+    *,
+    batches_per_forward: int,
+    device: torch.device = CPU,
+    most_share: float = 0,
 ) -> Feed:
     unreadable = Unreadable(n_images=100, most_share=most_share)
-    return Feed(batches, unreadable, images_per_batch=2, batches_per_forward=batches_per_forward, device=device)
+    return Feed(
+        batches,
+        unreadable,
+        images_per_batch=2,
+        batches_per_forward=batches_per_forward,
+        device=device,
+    )
 
 
 def numbers(forward: Tensor) -> list[int]:
@@ -49,7 +59,10 @@ def test_a_batch_that_is_a_forward_is_not_copied() -> None:
 
 
 def test_channels_last_stays_as_decoders_leave_it() -> None:
-    batches = [batch_of(batch.pixels.contiguous(memory_format=torch.channels_last)) for batch in numbered(2)]
+    batches = [
+        batch_of(batch.pixels.contiguous(memory_format=torch.channels_last))
+        for batch in numbered(2)
+    ]
     (forward,) = feed_of(batches, batches_per_forward=2)
     assert forward.is_contiguous(memory_format=torch.channels_last)
 
@@ -109,7 +122,10 @@ def test_an_error_of_the_loader_reaches_the_one_who_asks() -> None:
 
 
 def test_a_batch_that_is_not_full_ends_the_run_with_what_can_not_be_read() -> None:
-    batches = [*numbered(1), batch_of(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {"a.jpg": "is empty"})]
+    batches = [
+        *numbered(1),
+        batch_of(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {"a.jpg": "is empty"}),
+    ]
     forwards = iter(feed_of(batches, batches_per_forward=1, most_share=0.5))
     next(forwards)
     with pytest.raises(DataError, match=r"1 images in a row can't be used.* a.jpg: is empty"):
@@ -126,7 +142,9 @@ def test_too_many_unreadable_images_end_the_run() -> None:
 @pytest.mark.parametrize("joined", [1, 3])
 def test_a_gpu_gets_the_same_in_the_same_order_whatever_it_is_busy_with(joined: int) -> None:
     device = torch.device("cuda")
-    batches = [torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8).pin_memory() for _ in range(12)]
+    batches = [
+        torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8).pin_memory() for _ in range(12)
+    ]
     busy = torch.randn(2000, 2000, device=device)
     got = []
     for forward in feed_of(map(batch_of, batches), batches_per_forward=joined, device=device):

@@ -70,13 +70,22 @@ def test_the_order_of_images_changes_nothing() -> None:
     hits, sources = random_hits(40), [f"photo{i % 7}" for i in range(40)]
     result = dataclasses.astuple(accuracy(hits, sources))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    assert dataclasses.astuple(accuracy(hits[order], [sources[i] for i in order.tolist()])) == pytest.approx(result)
+    assert dataclasses.astuple(
+        accuracy(hits[order], [sources[i] for i in order.tolist()])
+    ) == pytest.approx(result)
 
 
 @pytest.fixture
 def model() -> RelativeLocation:
     torch.manual_seed(0)
-    head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.5, head_std=0.5)
+    head = PairHead(
+        embedding_dim=8,
+        hidden_dim=16,
+        batch_norm_momentum=0.1,
+        dropout=0.5,
+        neck_std=0.5,
+        head_std=0.5,
+    )
     return RelativeLocation(
         SmallBackbone(widths=(8, 8, 8, 10, 8)), head, batch_norm="separate", images_per_batch_norm=4
     )
@@ -85,7 +94,10 @@ def model() -> RelativeLocation:
 def batches(*sizes: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     side = GRID.span_px
-    return [torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator) for size in sizes]
+    return [
+        torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
+        for size in sizes
+    ]
 
 
 Asker = Callable[..., Tensor]
@@ -123,7 +135,9 @@ def test_each_module_gets_its_own_mode_back_even_after_an_error(model: RelativeL
 
 
 @torch.no_grad()
-def test_answers_are_those_of_the_model_in_eval_mode_image_by_image(model: RelativeLocation, asked: Asker) -> None:
+def test_answers_are_those_of_the_model_in_eval_mode_image_by_image(
+    model: RelativeLocation, asked: Asker
+) -> None:
     images = batches(5, 3)
     generator = torch.Generator().manual_seed(seed_for(Use.HELD_OUT_PATCHES, 9))
     logits = [copy.deepcopy(model).eval()(PATCHES(some, generator)) for some in images]
@@ -183,4 +197,13 @@ def test_the_diagonal_of_the_confusion_is_the_accuracy() -> None:
 
 
 def test_positions_are_named_in_the_order_of_the_labels() -> None:
-    assert POSITIONS == ("up_left", "up", "up_right", "left", "right", "down_left", "down", "down_right")
+    assert POSITIONS == (
+        "up_left",
+        "up",
+        "up_right",
+        "left",
+        "right",
+        "down_left",
+        "down",
+        "down_right",
+    )

@@ -30,19 +30,32 @@ PIPELINE = PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=ByDa
 WARM = Step(epochs=3, warmup_epochs=1, warmup_from=0.1, milestone_epochs=[2], gamma=0.1)
 
 
-def forwards(number: int, *, first: int = 0, size: int = 4, side: int = GRID.span_px) -> Iterator[Tensor]:
+def forwards(
+    number: int, *, first: int = 0, size: int = 4, side: int = GRID.span_px
+) -> Iterator[Tensor]:
     """Images of the forwards `first` to `number`, each a function of its index alone."""
     for index in range(first, number):
         generator = torch.Generator().manual_seed(index)
         yield torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
-def random_task(*, initial_seed: int = 0, run_seed: int = 7, images_per_batch_norm: int = 4, **changes: object) -> Task:
+def random_task(
+    *, initial_seed: int = 0, run_seed: int = 7, images_per_batch_norm: int = 4, **changes: object
+) -> Task:
     """Everything random at once: jitter, dropped colors, dropout; batch norm and momentum keep state."""
     torch.manual_seed(initial_seed)
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
-    head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.3, head_std=0.3)
-    model = RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=images_per_batch_norm)
+    head = PairHead(
+        embedding_dim=8,
+        hidden_dim=16,
+        batch_norm_momentum=0.1,
+        dropout=0.5,
+        neck_std=0.3,
+        head_std=0.3,
+    )
+    model = RelativeLocation(
+        backbone, head, batch_norm="separate", images_per_batch_norm=images_per_batch_norm
+    )
     optimizer = sgd(
         model,
         lr=0.1,
@@ -106,12 +119,20 @@ class PlainHead(nn.Module):
 
 
 def plain_task(
-    *, lr: float, schedule: Schedule, steps_per_epoch: int, accumulation: int = 1, images_per_batch_norm: int = 1
+    *,
+    lr: float,
+    schedule: Schedule,
+    steps_per_epoch: int,
+    accumulation: int = 1,
+    images_per_batch_norm: int = 1,
 ) -> Task:
     """No randomness and no batch statistics, so that what a step computes can be written out."""
     torch.manual_seed(0)
     model = RelativeLocation(
-        PlainBackbone(), PlainHead(), batch_norm="separate", images_per_batch_norm=images_per_batch_norm
+        PlainBackbone(),
+        PlainHead(),
+        batch_norm="separate",
+        images_per_batch_norm=images_per_batch_norm,
     )
     pipeline = PatchPipeline(grid=FIXED_GRID, color=Keep(), normalize=ByDataset())
     return random_task(
@@ -179,7 +200,9 @@ def test_resumed_equals_never_stopped_to_the_bit(stopped_after: int, tmp_path: P
     second.model.eval()  # as after questions on held-out images
     torch.rand(5)  # another process has drawn other random numbers before
     begun = StepsDone(step=saved["step"], sums=saved["sums"])
-    end, second_reports = trained(second, forwards(6, first=stopped_after), begun=begun, report_every=2)
+    end, second_reports = trained(
+        second, forwards(6, first=stopped_after), begun=begun, report_every=2
+    )
     assert end.step == 6
     assert first_reports + second_reports == reports  # a report straddles the stop
     assert_same_state(second, whole)
@@ -206,8 +229,12 @@ def test_two_accumulated_forwards_equal_one_of_the_whole_batch_without_batch_nor
     whole, halves = plain_task(**spans), plain_task(**spans, accumulation=2)
     images = list(forwards(3, size=6, side=FIXED_GRID.span_px))
     _, of_whole = trained(whole, iter(images))
-    _, of_halves = trained(halves, itertools.chain.from_iterable(batch.split(3) for batch in images))
-    for (name, value), other in zip(whole.model.named_parameters(), halves.model.parameters(), strict=True):
+    _, of_halves = trained(
+        halves, itertools.chain.from_iterable(batch.split(3) for batch in images)
+    )
+    for (name, value), other in zip(
+        whole.model.named_parameters(), halves.model.parameters(), strict=True
+    ):
         torch.testing.assert_close(value.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7, msg=name)
     assert [report.step for report in of_halves] == [1, 2, 3]
@@ -232,15 +259,31 @@ def patches_of(task: Task, images: Tensor) -> Tensor:
 
 def means_by_hand(task: Task, batches: Sequence[Tensor]) -> tuple[float, float]:
     logits = torch.cat([task.model(patches_of(task, images)) for images in batches])
-    wrong_by = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.arange(8).repeat(len(logits)))
+    wrong_by = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.arange(8).repeat(len(logits))
+    )
     right = (logits.argmax(dim=2) == torch.arange(8)).double().mean()
     return wrong_by.item(), 100 * right.item()
 
 
 def test_a_report_is_the_mean_over_the_pairs_since_the_last_one() -> None:
     task = plain_task(lr=0.0, schedule=Constant(epochs=2.5), steps_per_epoch=2, accumulation=2)
-    sizes = (4, 4, 4, 1, 2, 2, 1, 3, 4, 4)  # also forwards of unequal size: pairs count, not forwards
-    images = [batch[:size] for batch, size in zip(forwards(10, side=FIXED_GRID.span_px), sizes, strict=True)]
+    sizes = (
+        4,
+        4,
+        4,
+        1,
+        2,
+        2,
+        1,
+        3,
+        4,
+        4,
+    )  # also forwards of unequal size: pairs count, not forwards
+    images = [
+        batch[:size]
+        for batch, size in zip(forwards(10, side=FIXED_GRID.span_px), sizes, strict=True)
+    ]
     end, reports = trained(task, iter(images), report_every=2)
     assert end.step == task.steps == 5
     assert [report.step for report in reports] == [2, 4, 5]
@@ -262,9 +305,18 @@ def test_the_rate_follows_the_schedule_step_by_step_in_every_group() -> None:
         done=task.start(),
         report_every=1,
         report=reports.append,
-        after_step=lambda _at: bool(rates.append(tuple(group["lr"] for group in task.optimizer.param_groups))),
+        after_step=lambda _at: bool(
+            rates.append(tuple(group["lr"] for group in task.optimizer.param_groups))
+        ),
     )
-    expected = [0.01, 0.055, 0.1, 0.1, 0.01, 0.01]  # two steps an epoch: warm-up in the first, a tenth from the third
+    expected = [
+        0.01,
+        0.055,
+        0.1,
+        0.1,
+        0.01,
+        0.01,
+    ]  # two steps an epoch: warm-up in the first, a tenth from the third
     assert [report.lr for report in reports] == pytest.approx(expected)
     assert rates == [pytest.approx((rate, rate)) for rate in expected]
 
@@ -289,7 +341,14 @@ def test_a_finished_training_does_nothing_more() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "steps_per_epoch", "steps"),
-    [(70, 2502, 175140), (0.29, 100, 29), (2.3, 10, 23), (1.66, 10, 17), (1.64, 10, 16), (0.01, 3, 1)],
+    [
+        (70, 2502, 175140),
+        (0.29, 100, 29),
+        (2.3, 10, 23),
+        (1.66, 10, 17),
+        (1.64, 10, 16),
+        (0.01, 3, 1),
+    ],
 )
 def test_the_length_in_steps_is_the_nearest_whole_number_and_at_least_one(
     epochs: float, steps_per_epoch: int, steps: int
@@ -319,8 +378,12 @@ def test_how_many_images_pass_at_once_changes_rounding_alone(size: int) -> None:
     images = list(forwards(24))
     _, of_once = trained(once, (torch.cat(part) for part in batched(images, size // 4)))
     _, of_other = trained(other, iter(images))
-    for (name, value), expected in zip(once.model.state_dict().items(), other.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9, msg=name)  # sums in another order
+    for (name, value), expected in zip(
+        once.model.state_dict().items(), other.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(
+            value, expected, rtol=1e-6, atol=1e-9, msg=name
+        )  # sums in another order
     for one, two in zip(of_once, of_other, strict=True):
         assert one.loss == pytest.approx(two.loss, rel=1e-9)
 

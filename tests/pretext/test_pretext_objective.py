@@ -22,15 +22,28 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "resnet18": lambda: ResNetBackbone(depth=18),
 }
 NEIGHBOR_CELLS = (0, 1, 2, 3, 5, 6, 7, 8)
-every_backbone = pytest.mark.parametrize("kind", ["small", pytest.param("resnet18", marks=pytest.mark.slow)])
+every_backbone = pytest.mark.parametrize(
+    "kind", ["small", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
 
 
 def model_of(
-    kind: str, batch_norm: str = "separate", *, images: int = 3, one_pass: bool = False, **head_changes: object
+    kind: str,
+    batch_norm: str = "separate",
+    *,
+    images: int = 3,
+    one_pass: bool = False,
+    **head_changes: object,
 ) -> RelativeLocation:
     torch.manual_seed(0)
     backbone = BACKBONES[kind]()
-    settings = {"hidden_dim": 16, "batch_norm_momentum": 0.1, "dropout": 0.0, "neck_std": 0.3, "head_std": 0.3}
+    settings = {
+        "hidden_dim": 16,
+        "batch_norm_momentum": 0.1,
+        "dropout": 0.0,
+        "neck_std": 0.3,
+        "head_std": 0.3,
+    }
     head = PairHead(embedding_dim=backbone.embedding_dim, **{**settings, **head_changes})  # type: ignore[arg-type]
     return RelativeLocation(
         backbone,
@@ -42,12 +55,18 @@ def model_of(
 
 
 def patches_of(b: int = 3) -> Tensor:
-    return torch.randn(b, 9, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        b, 9, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def loss_with_every_center_encoded_eight_times(model: RelativeLocation, patches: Tensor) -> Tensor:
     """The published way (mmselfsup): eight image pairs, both halves through the trunk, in two calls."""
-    pairs = [(image[cell], image[4], label) for image in patches for label, cell in enumerate(NEIGHBOR_CELLS)]
+    pairs = [
+        (image[cell], image[4], label)
+        for image in patches
+        for label, cell in enumerate(NEIGHBOR_CELLS)
+    ]
     neighbors = model.backbone.embed(torch.stack([neighbor for neighbor, _, _ in pairs]))
     centers = model.backbone.embed(torch.stack([center for _, center, _ in pairs]))
     hidden = model.head.neck(torch.cat([neighbors, centers], dim=1))
@@ -60,7 +79,9 @@ def norms_of(model: RelativeLocation) -> dict[str, nn.BatchNorm2d]:
 
 
 @every_backbone
-def test_encoding_the_center_once_gives_loss_and_gradients_of_encoding_it_eight_times(kind: str) -> None:
+def test_encoding_the_center_once_gives_loss_and_gradients_of_encoding_it_eight_times(
+    kind: str,
+) -> None:
     ours, twin = model_of(kind).train(), model_of(kind).train()
     patches = patches_of()
     loss = objective.loss(ours(patches))
@@ -75,18 +96,24 @@ def test_encoding_the_center_once_gives_loss_and_gradients_of_encoding_it_eight_
 
 
 @every_backbone
-def test_running_means_equal_the_published_and_variances_differ_by_bessels_factor_alone(kind: str) -> None:
+def test_running_means_equal_the_published_and_variances_differ_by_bessels_factor_alone(
+    kind: str,
+) -> None:
     ours, twin = model_of(kind).train(), model_of(kind).train()
     values: dict[str, int] = {}
     for name, norm in norms_of(ours).items():
         norm.register_forward_hook(
-            lambda _module, inputs, _output, name=name: values.update({name: inputs[0].numel() // inputs[0].shape[1]})
+            lambda _module, inputs, _output, name=name: values.update(
+                {name: inputs[0].numel() // inputs[0].shape[1]}
+            )
         )
     momentum = 0.1
     ours(patches_of())
     loss_with_every_center_encoded_eight_times(twin, patches_of())
     last_only = copy.deepcopy(ours).apply(lambda module: setattr(module, "momentum", 1.0))
-    last_only(patches_of())  # with momentum 1 the statistics are those of the last group, the centers
+    last_only(
+        patches_of()
+    )  # with momentum 1 the statistics are those of the last group, the centers
     for name, norm in norms_of(ours).items():
         other, m = norms_of(twin)[name], values[name]
         torch.testing.assert_close(norm.running_mean, other.running_mean, rtol=1e-10, atol=1e-12)
@@ -99,7 +126,11 @@ def test_running_means_equal_the_published_and_variances_differ_by_bessels_facto
 
 @every_backbone
 def test_joint_is_one_pass_over_all_nine_patches_and_another_thing_than_separate(kind: str) -> None:
-    joint, plain, separate = model_of(kind, "joint").train(), model_of(kind).train(), model_of(kind).train()
+    joint, plain, separate = (
+        model_of(kind, "joint").train(),
+        model_of(kind).train(),
+        model_of(kind).train(),
+    )
     patches = patches_of()
     embedded = plain.backbone.embed(patches.reshape(-1, 3, 32, 32)).reshape(len(patches), 9, -1)
     pairs = [torch.cat([image[cell], image[4]]) for image in embedded for cell in NEIGHBOR_CELLS]
@@ -107,7 +138,9 @@ def test_joint_is_one_pass_over_all_nine_patches_and_another_thing_than_separate
     logits = joint(patches)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
     for name, norm in norms_of(joint).items():
-        torch.testing.assert_close(norm.running_var, norms_of(plain)[name].running_var, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            norm.running_var, norms_of(plain)[name].running_var, rtol=1e-10, atol=1e-12
+        )
         assert norm.num_batches_tracked == 1
     assert not torch.allclose(logits, separate(patches), rtol=1e-3)
 
@@ -124,8 +157,13 @@ def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(kind: str, batch_
     for (name, value), other in zip(together.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(value.grad, other.grad, rtol=1e-7, atol=1e-9, msg=name)
     assert list(together.state_dict()) == list(apart.state_dict())
-    for name, value in together.state_dict().items():  # running statistics too: group by group, in order
-        torch.testing.assert_close(value, apart.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name)
+    for (
+        name,
+        value,
+    ) in together.state_dict().items():  # running statistics too: group by group, in order
+        torch.testing.assert_close(
+            value, apart.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name
+        )
     whole = model_of(kind, batch_norm, images=6, one_pass=True).train()
     assert not torch.allclose(whole(patches), together(patches), rtol=1e-3)
 
@@ -166,7 +204,9 @@ def test_traced_for_compilation_gradients_are_those_of_the_plain_network(tmp_pat
     script.write_text(TRACED)
     done = start(str(script), folder=tmp_path)
     assert done.wait() == 0, done.text
-    printed = [line.split() for line in done.text.splitlines() if line.startswith(("True ", "False "))]
+    printed = [
+        line.split() for line in done.text.splitlines() if line.startswith(("True ", "False "))
+    ]
     assert len(printed) > 60
     for bf16, name, off in printed:
         assert float(off) < (0.15 if bf16 == "True" else 1e-4), (bf16, name, off)
@@ -174,7 +214,9 @@ def test_traced_for_compilation_gradients_are_those_of_the_plain_network(tmp_pat
 
 @every_backbone
 @torch.no_grad()
-def test_in_evaluation_separate_and_joint_agree_and_permuted_images_give_permuted_logits(kind: str) -> None:
+def test_in_evaluation_separate_and_joint_agree_and_permuted_images_give_permuted_logits(
+    kind: str,
+) -> None:
     separate, joint = model_of(kind).eval(), model_of(kind, "joint").eval()
     patches = patches_of(b=5)
     logits = separate(patches)
@@ -218,7 +260,9 @@ def test_pair_i_is_the_ith_cell_of_the_grid_that_is_not_the_center_with_the_cent
         images_per_batch_norm=1,
         one_pass=one_pass,
     )
-    cells = torch.stack([torch.arange(9.0), torch.arange(9.0) * 10])  # cell numbers, and ten times as much
+    cells = torch.stack(
+        [torch.arange(9.0), torch.arange(9.0) * 10]
+    )  # cell numbers, and ten times as much
     patches = cells.reshape(2, 9, 1, 1, 1).expand(2, 9, 3, 32, 32)
     expected = torch.tensor([cell - 4.0 for cell in NEIGHBOR_CELLS])
     answers = model(patches)
@@ -234,7 +278,9 @@ def test_labels_loss_and_hits_are_as_defined() -> None:
     for image in logits.tolist():
         answers = [row.index(max(row)) for row in image]
         right.append(sum(answer == pair for pair, answer in enumerate(answers)))
-        total += sum(math.log(sum(map(math.exp, row))) - row[pair] for pair, row in enumerate(image))
+        total += sum(
+            math.log(sum(map(math.exp, row))) - row[pair] for pair, row in enumerate(image)
+        )
     assert objective.loss(logits).item() == pytest.approx(total / 40, rel=1e-6)
     assert objective.hits(logits).tolist() == right
     assert objective.hits(20 * torch.eye(8).expand(2, 8, 8)).tolist() == [8, 8]
@@ -253,7 +299,9 @@ def test_the_loss_of_bfloat16_logits_is_taken_in_float32() -> None:
     assert torch.equal(loss, objective.loss(logits.float()))
 
 
-def test_another_batch_norm_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_batch_norm_is_an_error_that_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
     with pytest.raises(ValueError, match="pretext_batch_norm is sync: give one of separate, joint"):
         RelativeLocation(CellNumber(), Difference(), batch_norm="sync", images_per_batch_norm=1)  # type: ignore[arg-type]

@@ -8,7 +8,13 @@ from relloc.models.small import SmallBackbone
 from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.optimizer import sgd
 
-CARD = {"lr": 0.2, "lr_images_per_step": 512, "momentum": 0.9, "weight_decay": 1e-4, "head_weight_decay": 5e-4}
+CARD = {
+    "lr": 0.2,
+    "lr_images_per_step": 512,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "head_weight_decay": 5e-4,
+}
 
 
 @pytest.fixture
@@ -16,7 +22,13 @@ def model() -> RelativeLocation:
     torch.manual_seed(0)
     backbone = SmallBackbone(widths=(8, 8, 8, 8, 8))
     head = PairHead(
-        embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.1, head_std=0.1, embed_dim=4
+        embedding_dim=8,
+        hidden_dim=16,
+        batch_norm_momentum=0.1,
+        dropout=0.5,
+        neck_std=0.1,
+        head_std=0.1,
+        embed_dim=4,
     )
     model = RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=2)
     for value in model.parameters():
@@ -39,7 +51,9 @@ def test_the_rate_grows_linearly_with_the_images_of_a_step(
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr])
 
 
-def test_trunk_and_head_decay_by_their_own_amount_biases_and_batch_norm_included(model: RelativeLocation) -> None:
+def test_trunk_and_head_decay_by_their_own_amount_biases_and_batch_norm_included(
+    model: RelativeLocation,
+) -> None:
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = sgd(model, **CARD, images_per_step=512)
     for value in model.parameters():
@@ -47,11 +61,15 @@ def test_trunk_and_head_decay_by_their_own_amount_biases_and_batch_norm_included
     optimizer.step()
     for name, value in model.named_parameters():
         decay = 5e-4 if name.startswith("head.") else 1e-4
-        torch.testing.assert_close(before[name] - value, before[name] * 0.2 * decay, rtol=0.02, atol=0, msg=name)
+        torch.testing.assert_close(
+            before[name] - value, before[name] * 0.2 * decay, rtol=0.02, atol=0, msg=name
+        )
 
 
 def test_momentum_carries_a_gradient_on_without_nesterov(model: RelativeLocation) -> None:
-    optimizer = sgd(model, **{**CARD, "weight_decay": 0.0, "head_weight_decay": 0.0}, images_per_step=512)
+    optimizer = sgd(
+        model, **{**CARD, "weight_decay": 0.0, "head_weight_decay": 0.0}, images_per_step=512
+    )
     value = model.head.answer.bias
     values = [value.detach().clone()]
     for gradient in (1.0, 0.0, 0.0):

@@ -38,7 +38,15 @@ def test_warmup_rises_by_the_same_amount_each_step() -> None:
 
 def test_cosine_is_half_a_cosine_from_the_end_of_warmup_to_zero_at_the_end() -> None:
     schedule = Cosine(epochs=20, warmup_epochs=4, warmup_from=0.25)
-    expected = {0: 0.25, 2: 0.625, 4: 1.0, 8: 0.5 + math.sqrt(2) / 4, 12: 0.5, 16: 0.5 - math.sqrt(2) / 4, 20: 0.0}
+    expected = {
+        0: 0.25,
+        2: 0.625,
+        4: 1.0,
+        8: 0.5 + math.sqrt(2) / 4,
+        12: 0.5,
+        16: 0.5 - math.sqrt(2) / 4,
+        20: 0.0,
+    }
     for epoch, factor in expected.items():
         assert schedule.factor(epoch) == pytest.approx(factor, abs=1e-12)
 
@@ -54,7 +62,11 @@ def test_no_factor_leaves_0_to_1_and_warmup_never_falls(
 ) -> None:
     spans = {"epochs": epochs, "warmup_epochs": warmup_share * epochs, "warmup_from": warmup_from}
     epoch = share_done * epochs
-    for schedule in (Cosine(**spans), Step(**spans, milestone_epochs=[epochs / 2], gamma=0.1), Constant(epochs=epochs)):
+    for schedule in (
+        Cosine(**spans),
+        Step(**spans, milestone_epochs=[epochs / 2], gamma=0.1),
+        Constant(epochs=epochs),
+    ):
         assert isinstance(schedule, Schedule)
         assert 0 <= schedule.factor(epoch) <= 1
     earlier = min(epoch, spans["warmup_epochs"]) / 2
@@ -79,7 +91,9 @@ SPANS = {"epochs": 10, "warmup_epochs": 1, "warmup_from": 0.1}
         ({"warmup_from": 1.5}, r"schedule.warmup_from is 1.5.* from 0 to 1"),
     ],
 )
-def test_spans_that_do_not_fit_are_errors_with_their_numbers(changes: dict[str, float], message: str) -> None:
+def test_spans_that_do_not_fit_are_errors_with_their_numbers(
+    changes: dict[str, float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Cosine(**{**SPANS, **changes})
     with pytest.raises(ValueError, match=message):

@@ -61,7 +61,9 @@ def test_an_awaited_signal_becomes_a_request_with_the_shells_exit_code(
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
 )
-def test_a_signal_that_nobody_awaits_ends_the_run_at_once(handlers: dict[int, object], number: int, code: int) -> None:
+def test_a_signal_that_nobody_awaits_ends_the_run_at_once(
+    handlers: dict[int, object], number: int, code: int
+) -> None:
     with pytest.raises(Stopped) as stopped, stop_request():
         send(number)
     assert stopped.value.code == code
@@ -75,7 +77,8 @@ def test_ctrl_c_that_nobody_awaits_interrupts(handlers: dict[int, object]) -> No
 
 
 @pytest.mark.parametrize(
-    ("number", "ending"), [(signal.SIGTERM, Stopped), (signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)]
+    ("number", "ending"),
+    [(signal.SIGTERM, Stopped), (signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)],
 )
 def test_a_stop_that_a_library_made_an_error_of_its_own_of_is_a_stop(
     handlers: dict[int, object], number: int, ending: type[BaseException]
@@ -90,9 +93,14 @@ def test_a_stop_that_a_library_made_an_error_of_its_own_of_is_a_stop(
     assert installed() == handlers
 
 
-@pytest.mark.parametrize(("number", "ending"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    ("number", "ending"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)]
+)
 def test_a_stop_is_heard_although_python_drops_what_it_raised(
-    handlers: dict[int, object], capfd: pytest.CaptureFixture[str], number: int, ending: type[BaseException]
+    handlers: dict[int, object],
+    capfd: pytest.CaptureFixture[str],
+    number: int,
+    ending: type[BaseException],
 ) -> None:
     class Dying:
         def __del__(self) -> None:
@@ -145,7 +153,9 @@ def test_a_second_ctrl_c_interrupts_at_once(handlers: dict[int, object]) -> None
     assert installed() == handlers
 
 
-def test_sigterm_never_interrupts_however_often_a_cluster_sends_it(handlers: dict[int, object]) -> None:
+def test_sigterm_never_interrupts_however_often_a_cluster_sends_it(
+    handlers: dict[int, object],
+) -> None:
     with stop_request() as request:
         request.listen(awaited=True)
         send(signal.SIGTERM)
@@ -201,7 +211,11 @@ with stop_request() as request:
 def test_a_closed_terminal_asks_to_stop_and_takes_no_more_words() -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", ON_A_TERMINAL], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        [sys.executable, "-c", ON_A_TERMINAL],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
     )
     os.close(theirs)
     output = b""

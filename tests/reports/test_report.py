@@ -32,11 +32,15 @@ def test_of_a_sweep_its_points_are_reported(
     new_run, result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, _other = (
-        new_run(name, result("linear_in1k", "feature4", "top1", 9.0, seed=seed)) for seed, name in enumerate("ab")
+        new_run(name, result("linear_in1k", "feature4", "top1", 9.0, seed=seed))
+        for seed, name in enumerate("ab")
     )
     sweep = Sweep(tmp_path / "sweeps" / "s")
     with sweep.locked():
-        sweep.add([Point(kind="evaluate", name="a", overrides=(), identity="a", folder=ours)], ["evaluate"])
+        sweep.add(
+            [Point(kind="evaluate", name="a", overrides=(), identity="a", folder=ours)],
+            ["evaluate"],
+        )
     assert main([str(sweep.folder)]) == 0
     told = capsys.readouterr().out
     assert "random, seed 0" in told
@@ -45,7 +49,12 @@ def test_of_a_sweep_its_points_are_reported(
 
 @pytest.mark.parametrize(
     ("name", "begins"),
-    [("r.md", "# Our"), ("r.csv", "origin,group"), ("r.html", "<!DOCTYPE html>"), ("r.tex", "% Needs")],
+    [
+        ("r.md", "# Our"),
+        ("r.csv", "origin,group"),
+        ("r.html", "<!DOCTYPE html>"),
+        ("r.tex", "% Needs"),
+    ],
 )
 def test_the_ending_of_the_file_decides_unless_a_format_is_given(
     runs: Path, tmp_path: Path, name: str, begins: str, capsys: pytest.CaptureFixture[str]
@@ -80,7 +89,10 @@ def test_the_card_is_offered_where_its_model_was_measured(
             "relloc: --out card.xml ends in none of .md, .csv, .html, .tex: end it so, or say --format",
         ),
         (["--out", "card"], "relloc: --out card ends in none of .md"),
-        (["--out", "none/r.md"], "relloc: none/r.md could not be written (No such file or directory): name another"),
+        (
+            ["--out", "none/r.md"],
+            "relloc: none/r.md could not be written (No such file or directory): name another",
+        ),
         (["none"], "relloc: none does not exist: name run folders"),
     ],
 )
@@ -102,5 +114,7 @@ def test_a_mistake_is_one_message(
 
 def test_as_a_command_it_needs_no_torch(runs: Path) -> None:
     code = "import sys, relloc.report; relloc.report.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True
+    )
     assert "| random, seed 0 |" in " ".join(done.stdout.split())

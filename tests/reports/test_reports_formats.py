@@ -31,12 +31,19 @@ def rows(result: Callable[..., Result]) -> list[Result]:
 
 @pytest.fixture
 def report(rows: list[Result]) -> Report:
-    run = Run(folder=Path("/data/runs/a"), name='a "b" <c> x_y', commit="6a6cf28a1b2c3d4e5f60-dirty", started_ms=1)
+    run = Run(
+        folder=Path("/data/runs/a"),
+        name='a "b" <c> x_y',
+        commit="6a6cf28a1b2c3d4e5f60-dirty",
+        started_ms=1,
+    )
     return make_report(Measured(result=row, run=run) for row in rows)
 
 
 def test_csv_gives_all_results_back(report: Report, rows: list[Result]) -> None:
-    lines = [line for line in csv.DictReader(io.StringIO(as_csv(report))) if line["origin"] == "ours"]
+    lines = [
+        line for line in csv.DictReader(io.StringIO(as_csv(report))) if line["origin"] == "ours"
+    ]
 
     def texts(row: Result) -> dict[str, str]:
         listed = {name: "; ".join(getattr(row, name)) for name in ("deviations", "details")}
@@ -50,7 +57,10 @@ def test_csv_gives_all_results_back(report: Report, rows: list[Result]) -> None:
         ('a "b" <c> x_y', "/data/runs/a", "6a6cf28a1b2c3d4e5f60-dirty")
     }
     ours = next(line for line in lines if line["checkpoint"] == OURS)
-    beside = [ours[name] for name in ("beside", "published", "tolerance", "mark", "best", "group", "table", "column")]
+    beside = [
+        ours[name]
+        for name in ("beside", "published", "tolerance", "mark", "best", "group", "table", "column")
+    ]
     card = ["The published card", "Linear, ImageNet protocol, top-1", "feature4"]
     assert beside == ["mmselfsup Relative-Loc", "51.20", "1.5", "inside", "yes", *card]
     hidden = next(line for line in lines if line["metric"] == "map_k1_std")
@@ -58,9 +68,17 @@ def test_csv_gives_all_results_back(report: Report, rows: list[Result]) -> None:
 
 
 def test_csv_gives_all_published_numbers(report: Report) -> None:
-    lines = [line for line in csv.DictReader(io.StringIO(as_csv(report))) if line["origin"] == "published"]
-    assert [(line["row"], line["value"]) for line in lines] == [(each.row, each.printed) for each in report.published]
-    assert {line["edition"] for line in lines if line["value"] == "40.4"} == {"1.x README and metafile"}
+    lines = [
+        line
+        for line in csv.DictReader(io.StringIO(as_csv(report)))
+        if line["origin"] == "published"
+    ]
+    assert [(line["row"], line["value"]) for line in lines] == [
+        (each.row, each.printed) for each in report.published
+    ]
+    assert {line["edition"] for line in lines if line["value"] == "40.4"} == {
+        "1.x README and metafile"
+    }
 
 
 GOLDEN = """
@@ -92,7 +110,9 @@ another training (protocols.md 4.1))
 def unaligned(text: str) -> str:
     """Markdown without the spaces and dashes that align the columns of its tables."""
     lines = [" ".join(line.split()) if line.startswith("|") else line for line in text.splitlines()]
-    return "\n".join(re.sub(r"-+", "---", line) if line.startswith("| --") else line for line in lines)
+    return "\n".join(
+        re.sub(r"-+", "---", line) if line.startswith("| --") else line for line in lines
+    )
 
 
 def test_columns_of_markdown_are_aligned(report: Report) -> None:
@@ -110,11 +130,15 @@ def test_markdown_has_other_data_sets_apart_and_commands_below(report: Report) -
     card, rest = unaligned(text).split("\n## imagenette val, 300 images\n")
     assert "66.25" not in card
     assert "| random, small, seed 0 [1] | 66.25 |" in rest
-    assert f"\n    python -m relloc.evaluate checkpoint={OURS} eval=voc07_svm  # about 0.1 h\n" in rest
+    assert (
+        f"\n    python -m relloc.evaluate checkpoint={OURS} eval=voc07_svm  # about 0.1 h\n" in rest
+    )
 
 
 def test_markdown_shows_texts_as_they_are() -> None:
-    assert escape_markdown("a|b *c* <d>\n_e_ f_g `h` [i]") == r"a\|b \*c\* \<d\> \_e\_ f_g \`h\` \[i\]"
+    assert (
+        escape_markdown("a|b *c* <d>\n_e_ f_g `h` [i]") == r"a\|b \*c\* \<d\> \_e\_ f_g \`h\` \[i\]"
+    )
 
 
 class Page(HTMLParser):
@@ -153,11 +177,19 @@ def test_html_is_one_whole_page_whose_cells_say_where_they_come_from(report: Rep
     page.close()
     assert page.open == []
     assert not page.tags & {"script", "link", "img", "iframe"}
-    shown = [cell for group in report.groups for table in group.tables for row in table.rows for cell in row.cells]
+    shown = [
+        cell
+        for group in report.groups
+        for table in group.tables
+        for row in table.rows
+        for cell in row.cells
+    ]
     titles = [title for title, text in page.cells if text and not title.startswith("missing")]
     assert titles == [cell.details for cell in shown if cell]
     ours = next((title, text) for title, text in page.cells if text.startswith("51.00"))
-    assert 'run a "b" <c> x_y (/data/runs/a)\nseed 0, commit 6a6cf28a1b2c3d4e5f60-dirty\n' in ours[0]
+    assert (
+        'run a "b" <c> x_y (/data/runs/a)\nseed 0, commit 6a6cf28a1b2c3d4e5f60-dirty\n' in ours[0]
+    )
     assert "inside: mmselfsup Relative-Loc 51.20, tolerance 1.5" in ours[0]
     assert ours[1] == "51.00≈[4]"
     assert len(page.ids) == len(set(page.ids))
@@ -174,11 +206,20 @@ def test_html_is_for_the_dark_and_for_phones(report: Report) -> None:
 
 def test_latex_has_nothing_that_latex_would_read_otherwise(report: Report) -> None:
     text = as_latex(report)
-    assert r"card\_2022, seed 0 & --- & --- & --- & \textbf{51.00}$\approx$\textsuperscript{4} & --- & --- \\" in text
+    assert (
+        r"card\_2022, seed 0 & --- & --- & --- & \textbf{51.00}$\approx$\textsuperscript{4} & --- & --- \\"
+        in text
+    )
     assert r"3.2; \textless{}five\textgreater{} draws \& 100 \% of test" in text
     assert r"9.00 $\pm$ 0.50$\approx$\textsuperscript" in text
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == sum(len(g.tables) for g in report.groups)
-    for table in re.findall(r"\\begin{tabular}{(l r*|lr*)}(.*?)\\end{tabular}", text, flags=re.DOTALL):
+    assert (
+        text.count(r"\begin{table}")
+        == text.count(r"\end{table}")
+        == sum(len(g.tables) for g in report.groups)
+    )
+    for table in re.findall(
+        r"\\begin{tabular}{(l r*|lr*)}(.*?)\\end{tabular}", text, flags=re.DOTALL
+    ):
         lines = [line for line in table[1].splitlines() if line.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {len(table[0]) - 1}
     assert text.isascii()
@@ -212,7 +253,15 @@ def test_a_name_is_text_in_every_format(
 ) -> None:
     def written(name: str) -> str:
         run = Run(folder=Path("/data/runs/a"), name=name, commit=name, started_ms=1)
-        row = result("linear", "feature1", "top1", 66.25, dataset=name, model="small", checkpoint=f"/data/{name}/b.pt")
+        row = result(
+            "linear",
+            "feature1",
+            "top1",
+            66.25,
+            dataset=name,
+            model="small",
+            checkpoint=f"/data/{name}/b.pt",
+        )
         return render(make_report([Measured(result=row, run=run)]))
 
     text, plain = written(name), written("plain")
@@ -224,7 +273,9 @@ def test_a_name_is_text_in_every_format(
         assert "$x$" not in text
     if render is as_csv:
         cells = [cell for line in csv.reader(io.StringIO(text)) for cell in line]
-        assert not [cell for cell in cells if cell.startswith(("=", "@", "+", "-")) and not is_number(cell)]
+        assert not [
+            cell for cell in cells if cell.startswith(("=", "@", "+", "-")) and not is_number(cell)
+        ]
 
 
 def is_number(cell: str) -> bool:

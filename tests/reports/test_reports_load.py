@@ -11,7 +11,9 @@ from relloc.tracking import RunRecord
 from relloc.tracking.record import DatasetRecord
 
 
-def test_runs_are_found_at_and_below_paths_once_and_oldest_first(new_run, result, tmp_path: Path) -> None:
+def test_runs_are_found_at_and_below_paths_once_and_oldest_first(
+    new_run, result, tmp_path: Path
+) -> None:
     older = new_run("z", result("knn", "avgpool", "top1_k20", 1.0))
     new_run("a/b", result("knn", "avgpool", "top1_k20", 2.0), commit=None)
     found = find_measured([older, tmp_path / "runs", older])
@@ -32,7 +34,9 @@ def test_nothing_to_report_on_is_told(new_run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none does not exist: name run folders"):
         find_measured([tmp_path / "none"])
     new_run("without_results")
-    with pytest.raises(DataError, match=r"no run folder .* at or below .*/runs: run python -m relloc.evaluate"):
+    with pytest.raises(
+        DataError, match=r"no run folder .* at or below .*/runs: run python -m relloc.evaluate"
+    ):
         find_measured([tmp_path / "runs"])
 
 
@@ -40,7 +44,9 @@ def test_broken_files_are_told_with_their_place(new_run, result, tmp_path: Path)
     run = new_run("a", result("knn", "avgpool", "top1_k20", 1.0))
     with open(run / RESULTS_FILE, "a", encoding="utf-8") as file:
         file.write('{"eval": \n')
-    with pytest.raises(DataError, match=r"results.jsonl line 2 is not a result row.*mend or remove it"):
+    with pytest.raises(
+        DataError, match=r"results.jsonl line 2 is not a result row.*mend or remove it"
+    ):
         find_measured([tmp_path])
     (run / "run.json").write_text("[]", encoding="utf-8")
     with pytest.raises(DataError, match=r"run.json is not a run record"):
@@ -48,10 +54,20 @@ def test_broken_files_are_told_with_their_place(new_run, result, tmp_path: Path)
 
 
 def test_the_newest_answer_stands_and_remembers_the_others(new_run, result, tmp_path: Path) -> None:
-    new_run("first", result("knn", "avgpool", "top1_k20", 1.0), result("knn", "avgpool", "top1_k10", 5.0))
-    new_run("second", result("knn", "avgpool", "top1_k20", 2.0), result("knn", "avgpool", "top1_k20", 3.0, seed=1))
+    new_run(
+        "first",
+        result("knn", "avgpool", "top1_k20", 1.0),
+        result("knn", "avgpool", "top1_k10", 5.0),
+    )
+    new_run(
+        "second",
+        result("knn", "avgpool", "top1_k20", 2.0),
+        result("knn", "avgpool", "top1_k20", 3.0, seed=1),
+    )
     new_run("third", result("knn", "avgpool", "top1_k20", 4.0))
-    kept = {(each.result.metric, each.result.seed): each for each in newest(find_measured([tmp_path]))}
+    kept = {
+        (each.result.metric, each.result.seed): each for each in newest(find_measured([tmp_path]))
+    }
     assert {key: each.result.value for key, each in kept.items()} == {
         ("top1_k20", 0): 4.0,
         ("top1_k10", 0): 5.0,
@@ -71,20 +87,32 @@ def test_a_copied_row_is_of_the_run_that_measured_it(new_run, result, tmp_path: 
     first = new_run("first", row)
     second = new_run("second", dataclasses.replace(row, measured_in=str(first)), row, commit=None)
     copied, own = find_measured([second])
-    assert (copied.run.name, copied.run.folder, copied.run.commit[:8]) == ("first", first, "6a6cf28a")
+    assert (copied.run.name, copied.run.folder, copied.run.commit[:8]) == (
+        "first",
+        first,
+        "6a6cf28a",
+    )
     assert (own.run.name, own.run.commit) == ("second", UNKNOWN_COMMIT)
 
 
-def test_a_copied_row_replaces_no_copy_of_itself_but_other_measurements(new_run, result, tmp_path: Path) -> None:
+def test_a_copied_row_replaces_no_copy_of_itself_but_other_measurements(
+    new_run, result, tmp_path: Path
+) -> None:
     other = new_run("other", result("knn", "avgpool", "top1_k20", 2.0))
     row = result("knn", "avgpool", "top1_k20", 1.0)
     first = new_run("first", row)
     new_run("second", dataclasses.replace(row, measured_in=str(first)))
     (kept,) = newest(find_measured([tmp_path]))
-    assert (kept.run.name, kept.result.value, [each.run.folder for each in kept.older]) == ("first", 1.0, [other])
+    assert (kept.run.name, kept.result.value, [each.run.folder for each in kept.older]) == (
+        "first",
+        1.0,
+        [other],
+    )
 
 
-def test_of_a_measuring_run_that_is_gone_the_folder_is_told(new_run, result, tmp_path: Path) -> None:
+def test_of_a_measuring_run_that_is_gone_the_folder_is_told(
+    new_run, result, tmp_path: Path
+) -> None:
     row = result("knn", "avgpool", "top1_k20", 1.0)
     new_run("second", dataclasses.replace(row, measured_in=str(tmp_path / "gone" / "first")))
     (found,) = find_measured([tmp_path])
@@ -92,12 +120,22 @@ def test_of_a_measuring_run_that_is_gone_the_folder_is_told(new_run, result, tmp
     assert found.run.commit == UNKNOWN_COMMIT
 
 
-def test_the_digest_of_the_images_is_that_of_the_record_where_it_has_one(new_run, result, tmp_path: Path) -> None:
-    rows = [result("knn", "avgpool", "top1_k20", 1.0, dataset=dataset) for dataset in ("in1k", "twice", "gone")]
+def test_the_digest_of_the_images_is_that_of_the_record_where_it_has_one(
+    new_run, result, tmp_path: Path
+) -> None:
+    rows = [
+        result("knn", "avgpool", "top1_k20", 1.0, dataset=dataset)
+        for dataset in ("in1k", "twice", "gone")
+    ]
     run = new_run("a", *rows)
     datasets = tuple(
         DatasetRecord(name=name, context="eval", digest=digest, source="/data", n_images=9)
-        for name, digest in (("in1k-train", "0"), ("in1k-val", "1"), ("twice-val", "2"), ("twice-val", "3"))
+        for name, digest in (
+            ("in1k-train", "0"),
+            ("in1k-val", "1"),
+            ("twice-val", "2"),
+            ("twice-val", "3"),
+        )
     )
     dataclasses.replace(RunRecord.read(run), datasets=datasets).write(run)
     assert [each.digest for each in find_measured([tmp_path])] == ["1", "", ""]

@@ -4,19 +4,37 @@ from pathlib import Path
 
 import pytest
 
-from relloc.reports.published import CARD_GROUP, Published, accepted, card_parts, parts_of, published_numbers
+from relloc.reports.published import (
+    CARD_GROUP,
+    Published,
+    accepted,
+    card_parts,
+    parts_of,
+    published_numbers,
+)
 from relloc.reports.table import make_report
 
 
 def numbers(row: str, evaluation: str, metric: str = "") -> list[float]:
-    found = [each for each in published_numbers() if (each.row, each.evaluation) == (row, evaluation)]
+    found = [
+        each for each in published_numbers() if (each.row, each.evaluation) == (row, evaluation)
+    ]
     return [each.value for each in found if not metric or each.metric == metric]
 
 
 def test_the_card_is_as_published() -> None:
     card = "mmselfsup Relative-Loc"
     assert numbers(card, "voc07_svm") == [65.52]
-    assert numbers(card, "voc07_low_shot") == [20.36, 23.12, 30.66, 37.02, 42.55, 50.00, 55.58, 59.28]
+    assert numbers(card, "voc07_low_shot") == [
+        20.36,
+        23.12,
+        30.66,
+        37.02,
+        42.55,
+        50.00,
+        55.58,
+        59.28,
+    ]
     assert numbers(card, "linear_in1k") == [15.11, 30.47, 42.83, 51.20, 40.96]
     assert numbers(card, "linear_avgpool") == [39.65, 38.78, 40.4]
     assert numbers(card, "linear_places205") == [20.69, 34.72, 43.01, 45.97, 41.96]
@@ -69,7 +87,14 @@ def test_the_parts_of_the_card_fill_each_column_once_and_name_evaluations_that_e
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kind": "ours"}, {"layer": "feature6"}, {"printed": "165.5"}, {"tolerance": 0.0}, {"printed": "n/a"}]
+    "wrong",
+    [
+        {"kind": "ours"},
+        {"layer": "feature6"},
+        {"printed": "165.5"},
+        {"tolerance": 0.0},
+        {"printed": "n/a"},
+    ],
 )
 def test_a_wrong_line_of_the_file_is_told(wrong: dict[str, str | float]) -> None:
     line = dataclasses.asdict(published_numbers()[0])
@@ -87,5 +112,9 @@ def test_other_tasks_come_only_when_asked_for() -> None:
         "OpenSelfSup Random",
         "OpenSelfSup Supervised",
     }
-    assert "mmselfsup SwAV" in {row.label for table in everything.groups[0].tables for row in table.rows}
-    assert [table.title for table in everything.groups[0].tables] == [table.title for table in card.groups[0].tables]
+    assert "mmselfsup SwAV" in {
+        row.label for table in everything.groups[0].tables for row in table.rows
+    }
+    assert [table.title for table in everything.groups[0].tables] == [
+        table.title for table in card.groups[0].tables
+    ]

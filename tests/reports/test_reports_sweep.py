@@ -34,7 +34,9 @@ def new_point(new_run, tmp_path: Path) -> NewPoint:
             new_run(name, *rows)
             write_status(folder, "FINISHED")
         words = tuple(f"grid.{word}" if "_px" in word else word for word in words)
-        return Point(kind=kind, name=name, overrides=("model=small", *words), identity=name, folder=folder)
+        return Point(
+            kind=kind, name=name, overrides=("model=small", *words), identity=name, folder=folder
+        )
 
     return new
 
@@ -51,8 +53,19 @@ def points(new_point: NewPoint, result) -> list[Point]:
             result("linear", "feature4", "top1", value, **ours),
             result("linear", "feature5", "top1", 20 - value, **ours),
             result("linear", "feature4", "top1_tuned", 99.0, **ours),
-            result("linear", "feature4", "top1", 9.0 + seed, dataset="photos", seed=seed, fingerprint=f"same {seed}"),
-            *(result("voc07_low_shot", "feature4", f"map_k{k}", float(k), **ours) for k in (1, 16, 96)),
+            result(
+                "linear",
+                "feature4",
+                "top1",
+                9.0 + seed,
+                dataset="photos",
+                seed=seed,
+                fingerprint=f"same {seed}",
+            ),
+            *(
+                result("voc07_low_shot", "feature4", f"map_k{k}", float(k), **ours)
+                for k in (1, 16, 96)
+            ),
         )
 
     return [
@@ -67,7 +80,9 @@ def points(new_point: NewPoint, result) -> list[Point]:
 
 
 @pytest.fixture
-def note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Sequence[Point]], Sweep]:
+def note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Sequence[Point]], Sweep]:
     """Notes a sweep in the folder of runs."""
     monkeypatch.setenv("RELLOC_RUNS", str(tmp_path / "runs"))
 
@@ -87,14 +102,20 @@ def done(points: Sequence[Point]) -> list[str]:
 def tables(text: str, title: str) -> list[list[str]]:
     """Below a title, the lines of its tables without the spaces that align them."""
     below = text.partition(f"## {title}\n")[2].partition("\n#")[0]
-    return [" ".join(line.split()) for line in below.splitlines() if line.startswith("|") and "---" not in line]
+    return [
+        " ".join(line.split())
+        for line in below.splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
 
 
 def test_a_sweep_is_printed_and_drawn(
     points: list[Point], note, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = note("s", points)
-    note_job(points[-1], {"pid": 1, "host": "another", "born": ""})  # which has ended without a word
+    note_job(
+        points[-1], {"pid": 1, "host": "another", "born": ""}
+    )  # which has ended without a word
     assert main(["sweep=s"]) == 0
     told = capsys.readouterr().out
     assert tables(told, "linear/top1 on photos val") == [
@@ -115,7 +136,10 @@ def test_a_sweep_is_printed_and_drawn(
     ]
     assert "## voc07_low_shot/map_k16 on photos val" in told
     assert "map_k1 " not in told
-    assert "failed (1): gap_px=100 jitter_px=0 seed=1; missing (1): gap_px=100 jitter_px=0 seed=0." in told
+    assert (
+        "failed (1): gap_px=100 jitter_px=0 seed=1; missing (1): gap_px=100 jitter_px=0 seed=0."
+        in told
+    )
     for point in points:
         words = "python -m relloc.train model=small {} {} {} ".format(*point.overrides[1:])
         assert (f"\n    {words}" in told) == ("gap_px=100" in words and "jitter_px=0" in words)
@@ -173,11 +197,18 @@ def test_maps_have_the_first_setting_across_and_the_other_up(
     means = [text.get_text().partition("\n")[0] for text in axis.texts]
     assert means == ["10.5", "10.7", "—", "17.5", "17.7", "18.5"]
     assert axis.texts[0].get_text() == "10.5\n± 0.7"
-    assert (axis.get_title(), axis.get_title("left")) == ("feature4 (random 9.5)", "linear/top1 on photos val\n")
+    assert (axis.get_title(), axis.get_title("left")) == (
+        "feature4 (random 9.5)",
+        "linear/top1 on photos val\n",
+    )
 
 
-def test_of_one_setting_a_curve_is_drawn_with_its_spread(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
-    (axis,) = drawn([point for point in points if "grid.jitter_px=7" in point.overrides], monkeypatch).axes
+def test_of_one_setting_a_curve_is_drawn_with_its_spread(
+    points: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (axis,) = drawn(
+        [point for point in points if "grid.jitter_px=7" in point.overrides], monkeypatch
+    ).axes
     curve, random = axis.lines
     assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([0, 16, 100], [17.5, 17.66, 18.5])
     assert axis.get_xlabel() == "gap_px"
@@ -186,14 +217,21 @@ def test_of_one_setting_a_curve_is_drawn_with_its_spread(points: list[Point], mo
     assert random.get_ydata() == [9.5, 9.5]
 
 
-def test_of_three_settings_two_are_told_together(new_point: NewPoint, result, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_three_settings_two_are_told_together(
+    new_point: NewPoint, result, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = result("linear", "feature4", "top1", 50.0, checkpoint="x")
     made = [
         new_point(row, gap_px=gap, jitter_px=jitter, color=color)
         for gap, jitter, color in itertools.product((0, 8), (0, 7), ("project", "drop"))
     ]
     axis = drawn(made, monkeypatch).axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["0, project", "0, drop", "7, project", "7, drop"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "0, project",
+        "0, drop",
+        "7, project",
+        "7, drop",
+    ]
     text = as_markdown(as_report(read_sweep("s", made, done(made)), []))
     assert len(tables(text, "linear/top1 on in1k val")) == 1 + 8
     assert "not done" not in text
@@ -201,10 +239,16 @@ def test_of_three_settings_two_are_told_together(new_point: NewPoint, result, mo
 
 def test_pairs_of_settings_that_no_point_has_are_left_blank(new_point: NewPoint, result) -> None:
     row = result("linear", "feature4", "top1", 50.0, checkpoint="x")
-    made = [new_point(row, gap_px=gap, jitter_px=jitter) for gap, jitter in ((0, 0), (0, 7), (8, 0))]
+    made = [
+        new_point(row, gap_px=gap, jitter_px=jitter) for gap, jitter in ((0, 0), (0, 7), (8, 0))
+    ]
     text = as_markdown(as_report(read_sweep("s", made, done(made)), []))
     highest = "linear/top1 on in1k val at feature4, where the highest is: gap_px across and jitter_px down"
-    assert tables(text, highest) == ["| | 0 | 8 |", "| 0 | **50.0** | **50.0** |", "| 7 | **50.0** | |"]
+    assert tables(text, highest) == [
+        "| | 0 | 8 |",
+        "| 0 | **50.0** | **50.0** |",
+        "| 7 | **50.0** | |",
+    ]
 
 
 def test_seeds_are_what_is_swept_where_nothing_else_is(points: list[Point]) -> None:
@@ -221,14 +265,19 @@ def test_evaluated_files_are_told_by_their_names_and_random_weights_by_setting_w
 ) -> None:
     made = [
         new_point(
-            *(result("knn", "feature4", "top1_k20", 10.0 + size, checkpoint=f"/x/{name}.pth") for name in "ab"),
+            *(
+                result("knn", "feature4", "top1_k20", 10.0 + size, checkpoint=f"/x/{name}.pth")
+                for name in "ab"
+            ),
             result("knn", "feature4", "top1_k20", size / 10, fingerprint=f"{size}"),
             kind="evaluate",
             **{"view.short_px": size, "checkpoint": "[/x/a.pth,/x/b.pth,random]"},
         )
         for size in (64, 256)
     ]
-    text = as_markdown(as_report(read_sweep("s", made, done(made)), [f"command {number}" for number in range(11)]))
+    text = as_markdown(
+        as_report(read_sweep("s", made, done(made)), [f"command {number}" for number in range(11)])
+    )
     assert text.endswith("    command 8\n\nand 2 more\n")
     assert tables(text, "knn_in1k/top1_k20 on in1k val")[:7] == [
         "| | feature4 |",
@@ -245,7 +294,8 @@ def test_of_random_weights_alone_there_is_a_table_and_no_picture(
     new_point: NewPoint, result, note, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = [
-        new_point(result("knn", "feature4", "top1_k20", 9.0, seed=seed), kind="evaluate", seed=seed) for seed in (0, 1)
+        new_point(result("knn", "feature4", "top1_k20", 9.0, seed=seed), kind="evaluate", seed=seed)
+        for seed in (0, 1)
     ]
     note("s", made)
     assert main(["sweep=s"]) == 0
@@ -284,9 +334,9 @@ def test_csv_has_each_result_in_full_and_each_point(
     }
     (found,) = (row for row in rows if one.items() <= row.items())
     assert (float(found["value"]), found["state"], found["n"]) == (18.16, "done", "300")
-    assert [(row["gap_px"], row["state"], row["value"]) for row in rows if row["state"] != "done"] == [
-        ("100", "missing", "")
-    ] * 2
+    assert [
+        (row["gap_px"], row["state"], row["value"]) for row in rows if row["state"] != "done"
+    ] == [("100", "missing", "")] * 2
 
 
 def test_a_picture_alone_is_written_where_it_is_named(
@@ -312,10 +362,22 @@ def test_a_picture_alone_is_written_where_it_is_named(
         ),
         (["sweep=empty"], "no point of sweep empty has results yet: python -m relloc.sweep status"),
         (["sweep=broken"], "results.jsonl line 1 is not a result row"),
-        (["sweep=s", "--format", "doc"], "--format doc is not one of markdown, csv, html, latex, png, svg, pdf"),
-        (["sweep=s", "--out", "r.doc"], "--out r.doc ends in none of .md, .csv, .html, .tex, .png, .svg, .pdf"),
-        (["sweep=s", "--out", "none/r.png"], "none/r.png could not be written (No such file or directory)"),
-        (["sweep=s", "--out", "none/r.csv"], "none/r.csv could not be written (No such file or directory)"),
+        (
+            ["sweep=s", "--format", "doc"],
+            "--format doc is not one of markdown, csv, html, latex, png, svg, pdf",
+        ),
+        (
+            ["sweep=s", "--out", "r.doc"],
+            "--out r.doc ends in none of .md, .csv, .html, .tex, .png, .svg, .pdf",
+        ),
+        (
+            ["sweep=s", "--out", "none/r.png"],
+            "none/r.png could not be written (No such file or directory)",
+        ),
+        (
+            ["sweep=s", "--out", "none/r.csv"],
+            "none/r.csv could not be written (No such file or directory)",
+        ),
         (["--metrics", "kn*"], "--metrics is for a sweep: name one with sweep=NAME"),
     ],
 )
@@ -330,7 +392,10 @@ def test_a_mistake_is_one_message(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [result("linear", "feature4", metric, 9.0, checkpoint="x") for metric in ("top1", "top1_tuned")]
+    rows = [
+        result("linear", "feature4", metric, 9.0, checkpoint="x")
+        for metric in ("top1", "top1_tuned")
+    ]
     rows.append(result("pretext", "", "top1", 9.0, checkpoint="x"))
     broken, none = new_point(*rows, gap_px=0), new_point(gap_px=8)
     note("s", [broken, none])

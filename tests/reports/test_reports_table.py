@@ -19,7 +19,12 @@ OURS = "/data/runs/card2022/backbone.safetensors"
 
 
 def measured(*rows: Result, run: str = "a", started_ms: int = 1) -> list[Measured]:
-    of = Run(folder=Path("/data/runs") / run, name=run, commit="6a6cf28a1b2c3d4e5f60", started_ms=started_ms)
+    of = Run(
+        folder=Path("/data/runs") / run,
+        name=run,
+        commit="6a6cf28a1b2c3d4e5f60",
+        started_ms=started_ms,
+    )
     return [Measured(result=row, run=of) for row in rows]
 
 
@@ -28,19 +33,31 @@ def entry(row: Result) -> Entry:
 
 
 def rows_of(report: Report, table: str, group: str = CARD_GROUP) -> dict[str, Row]:
-    tables = {each.title: each for found in report.groups if found.title == group for each in found.tables}
+    tables = {
+        each.title: each for found in report.groups if found.title == group for each in found.tables
+    }
     return {", ".join(filter(None, (row.label, row.setting))): row for row in tables[table].rows}
 
 
-@pytest.mark.parametrize(("value", "mark"), [(64.51, BELOW), (64.52, INSIDE), (66.52, INSIDE), (66.53, ABOVE)])
-def test_marks_at_the_edges_of_the_tolerance(result: Callable[..., Result], value: float, mark: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "mark"), [(64.51, BELOW), (64.52, INSIDE), (66.52, INSIDE), (66.53, ABOVE)]
+)
+def test_marks_at_the_edges_of_the_tolerance(
+    result: Callable[..., Result], value: float, mark: str
+) -> None:
     row = result("voc07_svm", "feature4", "map_best", value, dataset="voc2007", checkpoint=OURS)
     assert entry(row).mark == mark
 
 
-@pytest.mark.parametrize(("value", "mark"), [(37.2, BELOW), (37.3, INSIDE), (41.8, INSIDE), (42.0, ABOVE)])
-def test_of_several_published_values_the_range_counts(result: Callable[..., Result], value: float, mark: str) -> None:
-    assert entry(result("linear_avgpool", "avgpool", "top1_best", value, checkpoint=OURS)).mark == mark
+@pytest.mark.parametrize(
+    ("value", "mark"), [(37.2, BELOW), (37.3, INSIDE), (41.8, INSIDE), (42.0, ABOVE)]
+)
+def test_of_several_published_values_the_range_counts(
+    result: Callable[..., Result], value: float, mark: str
+) -> None:
+    assert (
+        entry(result("linear_avgpool", "avgpool", "top1_best", value, checkpoint=OURS)).mark == mark
+    )
 
 
 def test_each_line_is_compared_with_its_own_row(result: Callable[..., Result]) -> None:
@@ -56,7 +73,9 @@ def test_each_line_is_compared_with_its_own_row(result: Callable[..., Result]) -
     knn = entry(result("knn", "avgpool", "top1_k20", 15.0, checkpoint=OURS))
     assert [each.row for each in knn.beside] == ["mmselfsup Relative-Loc"]
     assert entry(result("knn", "feature4", "top1_k20", 15.0, checkpoint=OURS)).beside == ()
-    assert entry(result("knn", "avgpool", "top1_k20", 15.0)).beside == ()  # no random row was published
+    assert (
+        entry(result("knn", "avgpool", "top1_k20", 15.0)).beside == ()
+    )  # no random row was published
 
 
 @pytest.mark.parametrize(
@@ -74,12 +93,16 @@ def test_other_images_never_stand_beside_published_numbers(
     assert "51.00" in _texts(card)
     assert "77.00" not in _texts(card)
     assert _texts(elsewhere) == ["77.00"]
-    assert not any(row.is_published or row.empty for table in elsewhere.tables for row in table.rows)
+    assert not any(
+        row.is_published or row.empty for table in elsewhere.tables for row in table.rows
+    )
     assert elsewhere.title == f"{ours.dataset} {ours.split}, {ours.n:,} images"
     assert elsewhere.tables[0].title == "Linear, ImageNet protocol, top-1"
 
 
-def test_an_evaluation_on_another_data_set_of_the_card_is_not_the_card(result: Callable[..., Result]) -> None:
+def test_an_evaluation_on_another_data_set_of_the_card_is_not_the_card(
+    result: Callable[..., Result],
+) -> None:
     row = entry(result("knn", "avgpool", "top1_k20", 20.0, dataset="places205"))
     assert row.group == "places205 val, 20,500 images"
     assert row.beside == ()
@@ -89,7 +112,9 @@ def _texts(group) -> list[str]:
     return [cell.text for table in group.tables for row in table.rows for cell in row.cells if cell]
 
 
-def test_low_shot_numbers_are_those_of_the_best_svm_layer_of_the_run(result: Callable[..., Result]) -> None:
+def test_low_shot_numbers_are_those_of_the_best_svm_layer_of_the_run(
+    result: Callable[..., Result],
+) -> None:
     def low_shot(layer: str, value: float) -> Result:
         return result("voc07_low_shot", layer, "map_k1", value, dataset="voc2007", checkpoint=OURS)
 
@@ -99,7 +124,11 @@ def test_low_shot_numbers_are_those_of_the_best_svm_layer_of_the_run(result: Cal
     shots = (low_shot("feature3", 3.0), low_shot("feature4", 4.0), low_shot("feature5", 5.0))
 
     def shown(*found: Measured) -> tuple[float, str]:
-        placed = [each for each in make_entries(found) if each.result.eval == "voc07_low_shot" and each.is_shown]
+        placed = [
+            each
+            for each in make_entries(found)
+            if each.result.eval == "voc07_low_shot" and each.is_shown
+        ]
         assert len(placed) == 1
         return placed[0].result.value, placed[0].why
 
@@ -113,7 +142,9 @@ def test_low_shot_numbers_are_those_of_the_best_svm_layer_of_the_run(result: Cal
     assert shown(*measured(*shots), *measured(best("feature3"), run="b")) == (3.0, other)
 
 
-def test_what_was_chosen_without_the_test_set_has_lines_of_its_own(result: Callable[..., Result]) -> None:
+def test_what_was_chosen_without_the_test_set_has_lines_of_its_own(
+    result: Callable[..., Result],
+) -> None:
     rows = [
         result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS),
         result("linear_in1k", "feature4", "top1_tuned", 53.5, checkpoint=OURS),
@@ -131,13 +162,21 @@ def test_what_was_chosen_without_the_test_set_has_lines_of_its_own(result: Calla
     assert ours["card2022, seed 0, last epoch"].empty == ""
 
 
-def test_the_best_of_ours_is_marked_apart_from_supervised_weights(result: Callable[..., Result]) -> None:
+def test_the_best_of_ours_is_marked_apart_from_supervised_weights(
+    result: Callable[..., Result],
+) -> None:
     values = {"random": 11.0, "torchvision": 90.0, OURS: 15.0, "/other/backbone.safetensors": 15.0}
-    rows = [result("linear_in1k", "feature1", "top1", value, checkpoint=name) for name, value in values.items()]
+    rows = [
+        result("linear_in1k", "feature1", "top1", value, checkpoint=name)
+        for name, value in values.items()
+    ]
     best = [each.result.checkpoint for each in make_entries(measured(*rows)) if each.is_best]
     assert sorted(best) == sorted([OURS, "/other/backbone.safetensors"])
     assert not any(each.is_best for each in make_entries(measured(rows[2])))
-    ranks = [result("label_free", "avgpool", "rankme", value, checkpoint=name) for name, value in values.items()]
+    ranks = [
+        result("label_free", "avgpool", "rankme", value, checkpoint=name)
+        for name, value in values.items()
+    ]
     assert not any(each.is_best for each in make_entries(measured(*ranks)))
 
 
@@ -151,7 +190,9 @@ def test_details_name_run_seed_commit_protocol_interval_draws_and_what_was_repla
         result(*shot, "map_k1_min", 8.4, dataset="voc2007"),
     ]
     old = measured(result(*shot, "map_k1", 7.0, dataset="voc2007"), run="old")
-    lines = rows_of(make_report([*old, *measured(*rows, started_ms=2)]), "Low-shot SVM, VOC07 protocol, mAP")
+    lines = rows_of(
+        make_report([*old, *measured(*rows, started_ms=2)]), "Low-shot SVM, VOC07 protocol, mAP"
+    )
     cell = lines["random, seed 0"].cells[0]
     assert cell is not None
     assert (cell.text, cell.spread, cell.mark) == ("9.00", "± 0.50", INSIDE)
@@ -171,11 +212,19 @@ def test_details_name_run_seed_commit_protocol_interval_draws_and_what_was_repla
 
 def test_of_the_layers_of_nearest_neighbors_one_is_bold(result: Callable[..., Result]) -> None:
     of_layer = {"feature3": 20.0, "feature4": 30.0, "avgpool": 25.0}
-    rows = [result("knn", layer, "top1_k20", value, checkpoint=OURS) for layer, value in of_layer.items()]
+    rows = [
+        result("knn", layer, "top1_k20", value, checkpoint=OURS)
+        for layer, value in of_layer.items()
+    ]
     lines = rows_of(
-        make_report(measured(*rows, result("knn", "avgpool", "top1_k20", 10.0))), "Nearest neighbors, top-1"
+        make_report(measured(*rows, result("knn", "avgpool", "top1_k20", 10.0))),
+        "Nearest neighbors, top-1",
     )
-    bold = {label: [cell.is_best for cell in row.cells if cell] for label, row in lines.items() if not row.is_published}
+    bold = {
+        label: [cell.is_best for cell in row.cells if cell]
+        for label, row in lines.items()
+        if not row.is_published
+    }
     assert bold == {
         "random, seed 0, avgpool": [False],
         "card2022, seed 0, feature3": [False],
@@ -185,8 +234,17 @@ def test_of_the_layers_of_nearest_neighbors_one_is_bold(result: Callable[..., Re
 
 
 def test_lines_have_short_names_no_two_alike() -> None:
-    paths = ["random", "/a/x/backbone.safetensors", "/b/x/backbone.safetensors", "w/x.pth", "/c/run10", "/c/run9"]
-    lines = [Line(checkpoint=path, model="resnet50", batch_norm="as_trained", seed=0) for path in paths]
+    paths = [
+        "random",
+        "/a/x/backbone.safetensors",
+        "/b/x/backbone.safetensors",
+        "w/x.pth",
+        "/c/run10",
+        "/c/run9",
+    ]
+    lines = [
+        Line(checkpoint=path, model="resnet50", batch_norm="as_trained", seed=0) for path in paths
+    ]
     small = Line(checkpoint="random", model="small", batch_norm="recalibrated", seed=1)
     assert list(label_lines([*lines, small]).values()) == [
         "random, seed 0",
@@ -201,12 +259,21 @@ def test_lines_have_short_names_no_two_alike() -> None:
 
 
 def test_missing_cells_name_their_commands(result: Callable[..., Result]) -> None:
-    knn = [result("knn", "avgpool", f"top1_k{k}", 15.0, checkpoint=OURS) for k in (10, 20, 100, 200)]
+    knn = [
+        result("knn", "avgpool", f"top1_k{k}", 15.0, checkpoint=OURS) for k in (10, 20, 100, 200)
+    ]
     some = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS)
     missing = {fill.label: fill.commands for fill in make_report(measured(*knn, some)).missing}
     assert list(missing) == ["random, seed 0", "torchvision, seed 0", "card2022, seed 0"]
     ours = f"python -m relloc.evaluate checkpoint={OURS} eval="
-    evaluations = ["voc07_svm", "voc07_low_shot", "linear_in1k", "linear_avgpool", "linear_places205", "linear_inat18"]
+    evaluations = [
+        "voc07_svm",
+        "voc07_low_shot",
+        "linear_in1k",
+        "linear_avgpool",
+        "linear_places205",
+        "linear_inat18",
+    ]
     commands = [each.partition("  # about ")[0] for each in missing["card2022, seed 0"]]
     assert commands == [ours + name for name in [*evaluations, "semisup_1", "semisup_10"]]
     hours = {part.evaluation: part.hours for part in card_parts()}
@@ -237,19 +304,34 @@ def test_lines_that_are_not_on_the_card_get_one_sentence(result: Callable[..., R
     small = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS, model="small")
     report = make_report(measured(elsewhere, small))
     assert report.missing == ()
-    assert report.advice.startswith("No resnet50 line has a number on the card's images: python -m relloc.evaluate")
+    assert report.advice.startswith(
+        "No resnet50 line has a number on the card's images: python -m relloc.evaluate"
+    )
     lines = rows_of(report, "Linear, ImageNet protocol, top-1")
     assert lines["card2022, small, seed 0"].empty == ""  # nothing below says how to fill it
-    on_card = result("linear_in1k", "feature4", "top1", 51.0, checkpoint="/c/run9/backbone.safetensors")
+    on_card = result(
+        "linear_in1k", "feature4", "top1", 51.0, checkpoint="/c/run9/backbone.safetensors"
+    )
     report = make_report(measured(elsewhere, small, on_card))
-    assert [fill.label for fill in report.missing] == ["random, seed 0", "torchvision, seed 0", "run9, seed 0"]
-    assert "RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, or eval.NAME.data.root=" in report.advice
+    assert [fill.label for fill in report.missing] == [
+        "random, seed 0",
+        "torchvision, seed 0",
+        "run9, seed 0",
+    ]
+    assert (
+        "RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, or eval.NAME.data.root="
+        in report.advice
+    )
 
 
-def test_a_recalibrated_line_asks_only_for_what_its_line_as_trained_has(result: Callable[..., Result]) -> None:
+def test_a_recalibrated_line_asks_only_for_what_its_line_as_trained_has(
+    result: Callable[..., Result],
+) -> None:
     row = result("linear_avgpool", "avgpool", "top1_best", 40.0, checkpoint=OURS)
     both = [row, dataclasses.replace(row, batch_norm="recalibrated")]
-    knn = [result("knn", "avgpool", f"top1_k{k}", 15.0, checkpoint=OURS) for k in (10, 20, 100, 200)]
+    knn = [
+        result("knn", "avgpool", f"top1_k{k}", 15.0, checkpoint=OURS) for k in (10, 20, 100, 200)
+    ]
     missing = {fill.label: fill.commands for fill in make_report(measured(*both, *knn)).missing}
     assert "recalibrated" not in " ".join(missing["card2022, seed 0"])
     assert missing["card2022, recalibrated, seed 0"] == (
@@ -264,17 +346,28 @@ def test_fine_tuning_is_not_asked_for_twice(result: Callable[..., Result]) -> No
     assert all("batch_norm=recalibrated  #" in each for each in fill.commands)
 
 
-def test_an_evaluation_that_the_card_does_not_have_gets_a_table_by_its_fields(result: Callable[..., Result]) -> None:
-    placed = {"table": "Mine", "column": "a column", "variant": "twice", "unit": "px", "higher_is_better": False}
+def test_an_evaluation_that_the_card_does_not_have_gets_a_table_by_its_fields(
+    result: Callable[..., Result],
+) -> None:
+    placed = {
+        "table": "Mine",
+        "column": "a column",
+        "variant": "twice",
+        "unit": "px",
+        "higher_is_better": False,
+    }
     rows = [
-        result("mine", "", "loss", value, checkpoint=name, **placed) for value, name in ((2.0, "random"), (1.0, OURS))
+        result("mine", "", "loss", value, checkpoint=name, **placed)
+        for value, name in ((2.0, "random"), (1.0, OURS))
     ]
     hidden = result("mine", "", "detail", 3.0, table="")
     report = make_report(measured(*rows, hidden))
     (table,) = report.groups[1].tables
     assert (table.title, table.columns) == ("Mine", ("a column",))
     assert [
-        (row.label, row.setting, row.cells[0].text, row.cells[0].is_best) for row in table.rows if row.cells[0]
+        (row.label, row.setting, row.cells[0].text, row.cells[0].is_best)
+        for row in table.rows
+        if row.cells[0]
     ] == [
         ("random, seed 0", "twice", "2.00", False),
         ("card2022, seed 0", "twice", "1.00", True),  # lower is better
@@ -285,22 +378,35 @@ def test_an_evaluation_that_the_card_does_not_have_gets_a_table_by_its_fields(re
 def test_columns_are_in_the_order_of_the_card_and_of_their_numbers() -> None:
     assert column_order({"k=200", "k=5", "k=10"}, ("k=10", "k=200")) == ["k=5", "k=10", "k=200"]
     assert column_order({"zz", "avgpool", "feature2"}, ()) == ["feature2", "avgpool", "zz"]
-    assert column_order({"feature1", "best layer"}, ("best layer", "feature1")) == ["best layer", "feature1"]
-    assert column_order({"10 % top-1", "1 % top-5", "1 % top-1"}, ()) == ["1 % top-1", "1 % top-5", "10 % top-1"]
+    assert column_order({"feature1", "best layer"}, ("best layer", "feature1")) == [
+        "best layer",
+        "feature1",
+    ]
+    assert column_order({"10 % top-1", "1 % top-5", "1 % top-1"}, ()) == [
+        "1 % top-1",
+        "1 % top-5",
+        "10 % top-1",
+    ]
 
 
-def test_every_table_of_the_card_says_its_tolerance_and_how_it_stands(result: Callable[..., Result]) -> None:
+def test_every_table_of_the_card_says_its_tolerance_and_how_it_stands(
+    result: Callable[..., Result],
+) -> None:
     row = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS)
     (card,) = make_report(measured(row)).groups
     captions = {table.title: table.caption for table in card.tables}
-    assert captions.keys() == {part.table for part in card_parts()} - {"Linear, iNaturalist 2018 protocol, top-1"}
+    assert captions.keys() == {part.table for part in card_parts()} - {
+        "Linear, iNaturalist 2018 protocol, top-1"
+    }
     for part in card_parts():
         caption = captions.get(part.table, "")
         assert ("Not built" in caption) == (bool(caption) and not part.evaluation)
         if caption:
             assert caption.startswith("Tolerance: ± ")
             asked = f"checkpoint=RUN eval={part.evaluation}, about {part.hours} h"
-            assert (asked in caption) == (bool(part.evaluation) and part.evaluation != "linear_in1k")
+            assert (asked in caption) == (
+                bool(part.evaluation) and part.evaluation != "linear_in1k"
+            )
 
 
 def test_commits_are_shortened_but_say_that_files_had_been_changed() -> None:
@@ -308,9 +414,21 @@ def test_commits_are_shortened_but_say_that_files_had_been_changed() -> None:
     assert short_commit("unknown commit") == "unknown commit"
 
 
-def test_what_is_not_said_of_all_numbers_of_a_line_becomes_a_gap(result: Callable[..., Result]) -> None:
-    one = result("knn", "feature1", "top1_k20", 1.0, protocol="3.7", details=("T=0.07",), deviations=("pooled",))
-    other = result("knn", "avgpool", "top1_k20", 1.0, protocol="3.7", details=("T=0.07",), view="center")
+def test_what_is_not_said_of_all_numbers_of_a_line_becomes_a_gap(
+    result: Callable[..., Result],
+) -> None:
+    one = result(
+        "knn",
+        "feature1",
+        "top1_k20",
+        1.0,
+        protocol="3.7",
+        details=("T=0.07",),
+        deviations=("pooled",),
+    )
+    other = result(
+        "knn", "avgpool", "top1_k20", 1.0, protocol="3.7", details=("T=0.07",), view="center"
+    )
     entries = make_entries(measured(one, other))
     assert note(entries) == "run a; seed 0; commit 6a6cf28a1b; protocol 3.7; T=0.07; …"
     assert note(entries[:1]).endswith("protocol 3.7; T=0.07; deviation: pooled")

@@ -38,7 +38,10 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
         (["grid.patch_px=0"], "grid.patch_px"),
         (["grid.jitter_px=[3,1]"], "grid.jitter_px"),
         (["schedule.warmup_epochs=9"], "warmup"),
-        (["recipe.images_per_step=20", "recipe.images_per_batch_norm=16"], "recipe.images_per_step"),
+        (
+            ["recipe.images_per_step=20", "recipe.images_per_batch_norm=16"],
+            "recipe.images_per_step",
+        ),
         (["recipe.images_per_step=0"], "recipe.images_per_step"),
         (["images_per_forward=many"], "images_per_forward"),
         (["collapse_steps=x"], "collapse_steps"),
@@ -65,10 +68,19 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
         (["data.shards=nowhere"], "data.shards=nowhere"),
         (["tracking.uri=host:5000"], "tracking.uri"),
         (["tracking.experiment=''"], "tracking.experiment"),
-        (["batch_norm=[recalibrated]", "view.batch=1", "view.crop_px=16", "model=resnet18"], "view.batch"),
-        (["recipe.images_per_batch_norm=1", "grid.patch_px=16", "model=resnet18"], "recipe.images_per_batch_norm=1"),
+        (
+            ["batch_norm=[recalibrated]", "view.batch=1", "view.crop_px=16", "model=resnet18"],
+            "view.batch",
+        ),
+        (
+            ["recipe.images_per_batch_norm=1", "grid.patch_px=16", "model=resnet18"],
+            "recipe.images_per_batch_norm=1",
+        ),
         (["data=imagenette"], "data.root is not set"),
-        (["eval=voc07_svm", "eval.voc07_svm.data.root=nowhere"], "eval.voc07_svm.data.root=nowhere"),
+        (
+            ["eval=voc07_svm", "eval.voc07_svm.data.root=nowhere"],
+            "eval.voc07_svm.data.root=nowhere",
+        ),
     ],
 )
 def test_a_training_that_cannot_be_is_told_by_its_setting(
@@ -90,7 +102,9 @@ def test_a_training_that_cannot_be_is_told_by_its_setting(
         (["checkpoint=random", "data=folder", "data.root=nowhere"], "data.root=nowhere"),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_told_by_its_setting(words: list[str], setting: str) -> None:
+def test_an_evaluation_that_cannot_be_is_told_by_its_setting(
+    words: list[str], setting: str
+) -> None:
     assert setting in (said_of("evaluate", *words) or "")
 
 
@@ -98,10 +112,17 @@ def test_nothing_is_said_against_what_can_run(tmp_path: Path) -> None:
     assert said_of("train") is None
     assert said_of("train", "grid.gap_px=39", "model=resnet18", "device=cuda", "color=drop") is None
     assert said_of("train", "data=folder", f"data.root={tmp_path}") is None
-    assert said_of("train", "data=imagenette", f"data.root={tmp_path / 'new'}") is None  # it is downloaded there
+    assert (
+        said_of("train", "data=imagenette", f"data.root={tmp_path / 'new'}") is None
+    )  # it is downloaded there
     assert said_of("evaluate", f"checkpoint=[{tmp_path},random,torchvision]") is None
     # Not read where every evaluation brings its own
-    own = ("eval=voc07_svm", f"eval.voc07_svm.data.root={tmp_path}", "data=folder", "data.root=nowhere")
+    own = (
+        "eval=voc07_svm",
+        f"eval.voc07_svm.data.root={tmp_path}",
+        "data=folder",
+        "data.root=nowhere",
+    )
     assert said_of("evaluate", "checkpoint=random", *own) is None
     # A job that copies its data to its node's own disk makes the folder there.
     staged = ("data=folder", "data.root=/local/set")
@@ -118,7 +139,11 @@ def test_what_points_share_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(build, "check_batch_norms", check)
     build._check_network.cache_clear()
-    points = [composed("train", f"seed={seed}", f"grid.gap_px={gap}") for seed in (0, 1) for gap in (0, 48)]
+    points = [
+        composed("train", f"seed={seed}", f"grid.gap_px={gap}")
+        for seed in (0, 1)
+        for gap in (0, 48)
+    ]
     points.append(composed("train", "report_every_steps=3"))
     points.append(composed("train", "model=resnet18"))
     found = refusals("train", points)
@@ -128,7 +153,9 @@ def test_what_points_share_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_built_of_a_training_is_made_once_and_shared() -> None:
-    settings = build.pretraining(composed("train", "seed=3", "images_per_forward=64", "batch_norm=recalibrated"))
+    settings = build.pretraining(
+        composed("train", "seed=3", "images_per_forward=64", "batch_norm=recalibrated")
+    )
     assert (settings.seed, settings.images_per_forward, settings.collapse_steps) == (3, 64, None)
     assert settings.batch_norms == ["recalibrated"]
     assert settings.patches.grid is settings.patches.grid
@@ -155,7 +182,9 @@ def test_building_a_training_draws_no_random_number() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_evaluations_of_the_same_images_list_them_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_evaluations_of_the_same_images_list_them_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     words = [f"eval.{name}.data.root={tmp_path}" for name in ("voc07_svm", "voc07_low_shot")]
     settings = build.evaluating(
         composed("evaluate", "checkpoint=random", "eval=[voc07_svm,voc07_low_shot,knn]", *words)
@@ -172,7 +201,10 @@ def test_evaluations_of_the_same_images_list_them_once(monkeypatch: pytest.Monke
     assert read == ["eval.voc07_svm.data"]
     assert found[0].splits is found[1].splits
     assert found[2].splits is own
-    assert (found[0].unreadable_share, found[2].unreadable_share) == (settings.data.unreadable_share, None)
+    assert (found[0].unreadable_share, found[2].unreadable_share) == (
+        settings.data.unreadable_share,
+        None,
+    )
 
 
 def test_evaluations_that_bring_their_own_data_leave_that_of_the_run_alone() -> None:
@@ -181,7 +213,9 @@ def test_evaluations_that_bring_their_own_data_leave_that_of_the_run_alone() -> 
     assert build.evaluating(composed("evaluate", *asked, "eval=[voc07_svm,knn]")).needs_own_data
 
 
-def test_all_data_sets_whose_place_nobody_said_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_data_sets_whose_place_nobody_said_are_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("RELLOC_DATA", "RELLOC_VOC", "RELLOC_IN1K"):
         monkeypatch.delenv(name, raising=False)
     said = said_of("evaluate", "checkpoint=random", "eval=[voc07_svm,linear_in1k]") or ""
@@ -199,7 +233,10 @@ def test_a_preset_of_another_command_is_told() -> None:
     ("words", "setting"),
     [
         (["out=''"], "out= names no folder"),
-        (["out=there", "data=folder", "data.shards=/packed"], "data.shards names images that are packed already"),
+        (
+            ["out=there", "data=folder", "data.shards=/packed"],
+            "data.shards names images that are packed already",
+        ),
         (["workers=0"], "workers is 0"),
         (["short_px=0"], "short_px is 0"),
         (["quality=101"], "quality is 101"),
@@ -219,15 +256,25 @@ def test_a_packing_that_cannot_be_is_told_by_its_setting(words: list[str], setti
         ("save_every_s", "abc", "save_every_s is abc: give a number of 0 or more"),
         ("bank_gib", "abc", "bank_gib is abc: give a number of 0 or more"),
         ("seed", 1.5, "seed is 1.5: give a whole number of 0 or more"),
-        ("batch_norms", ["fresh"], "batch_norm is ['fresh']: give a list of some of as_trained, recalibrated"),
+        (
+            "batch_norms",
+            ["fresh"],
+            "batch_norm is ['fresh']: give a list of some of as_trained, recalibrated",
+        ),
         ("batch_norms", [], "batch_norm is []: give a list of some of as_trained, recalibrated"),
         ("collapse_steps", "x", "collapse_steps is x: give a whole number of 1 or more"),
-        ("images_per_step", "many", "recipe.images_per_step is many: give a whole number of 1 or more"),
+        (
+            "images_per_step",
+            "many",
+            "recipe.images_per_step is many: give a whole number of 1 or more",
+        ),
     ],
 )
 def test_settings_check_themselves(name: str, value: object, message: str) -> None:
     settings = build.pretraining(composed("train"))
-    object.__setattr__(settings, name, value)  # of whatever type: the type checker of tests would be first
+    object.__setattr__(
+        settings, name, value
+    )  # of whatever type: the type checker of tests would be first
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         settings.__post_init__()
 
@@ -235,10 +282,16 @@ def test_settings_check_themselves(name: str, value: object, message: str) -> No
 RECORDED = Path(__file__).parent / "recorded" / "training_version_0.json"
 
 
-@pytest.mark.parametrize(("words", "changed"), [((), ""), (("optimizer.lr=0.4",), "optimizer.lr was 0.8, now 0.4")])
-def test_a_training_that_was_begun_before_recipes_is_known_by_its_settings(words: Sequence[str], changed: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "changed"), [((), ""), (("optimizer.lr=0.4",), "optimizer.lr was 0.8, now 0.4")]
+)
+def test_a_training_that_was_begun_before_recipes_is_known_by_its_settings(
+    words: Sequence[str], changed: str
+) -> None:
     """`recorded/` has the identity of the default run as it was written when data sets held rates and spans."""
     noted = json.loads(RECORDED.read_text())
     now = build.pretraining(composed("train", *words)).identity
-    of_the_images = {name: noted[name] for name in ("precision", saving.RANDOM_NUMBERS, "training images")}
+    of_the_images = {
+        name: noted[name] for name in ("precision", saving.RANDOM_NUMBERS, "training images")
+    }
     assert saving.difference(noted, {**now, **of_the_images}) == changed

@@ -56,8 +56,28 @@ def test_a_setting_with_dashes_is_shown_without(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        *("epoch=9-step=100.ckpt", "a#b.ckpt", "日本.ckpt", "a[1].ckpt", "model(1).ckpt", "it's.ckpt", 'a"b', "a;b&c!"),
-        *("{a}.ckpt", "a{b", "x<y>", "a'b\"c", "ends\\'", "^caret", "50€", "a b=c d", "[a=b]c", "(x)"),
+        *(
+            "epoch=9-step=100.ckpt",
+            "a#b.ckpt",
+            "日本.ckpt",
+            "a[1].ckpt",
+            "model(1).ckpt",
+            "it's.ckpt",
+            'a"b',
+            "a;b&c!",
+        ),
+        *(
+            "{a}.ckpt",
+            "a{b",
+            "x<y>",
+            "a'b\"c",
+            "ends\\'",
+            "^caret",
+            "50€",
+            "a b=c d",
+            "[a=b]c",
+            "(x)",
+        ),
     ],
 )
 def test_a_value_that_is_taken_only_quoted_is_shown_quoted(value: str) -> None:
@@ -65,7 +85,13 @@ def test_a_value_that_is_taken_only_quoted_is_shown_quoted(value: str) -> None:
     assert word.value() == value
 
 
-@given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), min_size=1, max_size=12))
+@given(
+    st.text(
+        st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)),
+        min_size=1,
+        max_size=12,
+    )
+)
 @settings(max_examples=200)
 def test_any_value_can_be_written_as_a_word(value: str) -> None:
     for plain in (value, [value, "random"]):
@@ -93,20 +119,30 @@ def test_elements_of_a_list_and_of_a_sweep_are_quoted_one_by_one() -> None:
 
 @pytest.mark.parametrize(
     ("value", "closed"),
-    [("[knn", "[knn]"), ("knn]", "[knn]"), ("[[knn", "[[knn]]"), ("[a,[b,c", "[a,[b,c]]"), ("[{a:1", "[{a:1}]")],
+    [
+        ("[knn", "[knn]"),
+        ("knn]", "[knn]"),
+        ("[[knn", "[[knn]]"),
+        ("[a,[b,c", "[a,[b,c]]"),
+        ("[{a:1", "[{a:1}]"),
+    ],
 )
 def test_every_open_bracket_is_closed(value: str, closed: str) -> None:
     assert proposed(refused(f"eval={value}")) == f"eval={closed}"
 
 
-def test_several_values_without_a_sweep_are_a_list_or_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_values_without_a_sweep_are_a_list_or_one_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert proposed(refused("checkpoint=a,b")) == "checkpoint=[a,b]"
     monkeypatch.chdir(tmp_path)
     Path("a,b").touch()
     assert proposed(refused("checkpoint=a,b")) == 'checkpoint="a,b"'
 
 
-@pytest.mark.parametrize("word", ["launcher.partition=a,b", "hydra.launcher.partition=a,b", "seed=0,1"])
+@pytest.mark.parametrize(
+    "word", ["launcher.partition=a,b", "hydra.launcher.partition=a,b", "seed=0,1"]
+)
 def test_a_launcher_may_take_several_values(word: str) -> None:
     command_line.check(["launcher=slurm", word], sweeps=False)
 
@@ -163,7 +199,9 @@ def test_a_misspelt_checkpoint_is_told_with_what_there_is(
     Path("runs/one").mkdir(parents=True)
     with pytest.raises(UsageError, match=f"did you mean checkpoint={hint}"):
         command_line.check_checkpoints(command_line.check([f"checkpoint={name}"], sweeps=False))
-    command_line.check_checkpoints(command_line.check([f"checkpoint=[{hint},random]"], sweeps=False))
+    command_line.check_checkpoints(
+        command_line.check([f"checkpoint=[{hint},random]"], sweeps=False)
+    )
 
 
 def test_checkpoints_are_listed_for_each_point() -> None:

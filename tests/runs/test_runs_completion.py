@@ -16,7 +16,10 @@ from relloc.runs.completion import BASH_SCRIPT, candidates
     [
         ("relloc tr", ["train"]),
         ("relloc ", sorted(COMMANDS)),
-        ("relloc train model=", ["model=alexnet", "model=resnet18", "model=resnet50", "model=small"]),
+        (
+            "relloc train model=",
+            ["model=alexnet", "model=resnet18", "model=resnet50", "model=small"],
+        ),
         ("relloc train model=resnet50 model.head.dr", ["model.head.dropout="]),
         ("relloc train grid.res", ["grid.resize."]),
         ("relloc evaluate reuse=", ["reuse=false", "reuse=true"]),
@@ -45,14 +48,20 @@ def test_sweeps_are_offered_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("relloc train color=dr", ["drop"]), ("relloc evaluate --help grid", []), ("relloc rep", ["report"])],
+    [
+        ("relloc train color=dr", ["drop"]),
+        ("relloc evaluate --help grid", []),
+        ("relloc rep", ["report"]),
+    ],
 )
 def test_bash_asks_and_understands_the_answer(line: str, words: list[str], tmp_path: Path) -> None:
     script = tmp_path / "relloc"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m relloc "$@"\n')
     script.chmod(0o755)
     breaks = r"""COMP_WORDBREAKS=$' \t\n"\'><=;|&(:'"""
-    asked = f'{breaks}; COMP_LINE=$1 COMP_POINT=${{#1}}; _relloc; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    asked = (
+        f'{breaks}; COMP_LINE=$1 COMP_POINT=${{#1}}; _relloc; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
     done = subprocess.run(
         ["bash", "-c", f"{BASH_SCRIPT}\n{asked}", "bash", line],
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},

@@ -9,7 +9,9 @@ from relloc.results import LAYERS, Result
 from relloc.runs import console
 
 
-def row(evaluation: str, layer: str, weights: str, batch_norm: str = "as_trained", value: float = 61.7) -> Result:
+def row(
+    evaluation: str, layer: str, weights: str, batch_norm: str = "as_trained", value: float = 61.7
+) -> Result:
     metric = "top1_k20" if evaluation == "knn" else "top1"
     return Result(
         eval=evaluation,
@@ -42,7 +44,9 @@ def rows(*weights: str) -> list[Result]:
 def shown(monkeypatch: pytest.MonkeyPatch):
     def at(width: int, results: list[Result], encoding: str = "utf-8") -> str:
         file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
-        made = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=width, file=file)
+        made = Console(
+            soft_wrap=True, highlight=False, markup=False, emoji=False, width=width, file=file
+        )
         monkeypatch.setattr(console, "console", made)
         console.show_results(results)
         file.flush()
@@ -52,9 +56,14 @@ def shown(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
-@pytest.mark.parametrize("run", ["run", "a_run_of_a_name_that_is_longer_than_any_column_can_be_on_a_small_terminal"])
+@pytest.mark.parametrize(
+    "run", ["run", "a_run_of_a_name_that_is_longer_than_any_column_can_be_on_a_small_terminal"]
+)
 def test_no_number_or_name_is_cut(shown, width: int, run: str) -> None:
-    text = shown(width, rows(f"/runs/{run}/backbone.safetensors", "/runs/other/backbone.safetensors", "random"))
+    text = shown(
+        width,
+        rows(f"/runs/{run}/backbone.safetensors", "/runs/other/backbone.safetensors", "random"),
+    )
     assert "…" not in text
     for number in range(len(LAYERS)):
         assert text.count(f"{10.5 + 10 * number:.1f}") == 12
@@ -83,7 +92,10 @@ def test_a_terminal_without_unicode_gets_the_table(shown) -> None:
     "name", ["[red]x", "[/]", "x\x1b[31m", "x\r", ":smile:", "a\u202eb", "[link=file:///]x[/link]"]
 )
 def test_names_are_shown_and_mean_nothing(shown, name: str) -> None:
-    text = shown(120, rows(f"/runs/{name.replace('/', '')}/backbone.safetensors", "/runs/b/backbone.safetensors"))
+    text = shown(
+        120,
+        rows(f"/runs/{name.replace('/', '')}/backbone.safetensors", "/runs/b/backbone.safetensors"),
+    )
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert "\r" not in text
@@ -94,7 +106,13 @@ def test_names_are_shown_and_mean_nothing(shown, name: str) -> None:
 def test_a_line_and_a_bar_take_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     made = Console(
-        soft_wrap=True, markup=False, emoji=False, highlight=False, width=100, file=file, force_terminal=True
+        soft_wrap=True,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        width=100,
+        file=file,
+        force_terminal=True,
     )
     monkeypatch.setattr(console, "console", made)
     console.say(f"data    {name}")
@@ -120,10 +138,15 @@ def test_a_command_below_a_message_is_a_line_and_a_line_end_in_a_name_is_none(
     assert capsys.readouterr().out == "send it later with\n  python -m relloc.sync a\\nb\n"
 
 
-def test_the_next_command_is_typed_as_it_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_the_next_command_is_typed_as_it_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.delenv("RELLOC_SWEEP", raising=False)
     console.say_next("evaluate", checkpoint=["a b=c", "random"])
-    assert capsys.readouterr().out == "next: python -m relloc.evaluate 'checkpoint=[\"a b=c\",random]'\n"
+    assert (
+        capsys.readouterr().out
+        == "next: python -m relloc.evaluate 'checkpoint=[\"a b=c\",random]'\n"
+    )
     monkeypatch.setenv("RELLOC_SWEEP", "s")
     console.say_next("evaluate", checkpoint="a")
     assert capsys.readouterr().out == ""

@@ -55,10 +55,25 @@ def composed(*words: str) -> DictConfig:
     "words",
     [
         ("data=photos", "data.source.stride=0.4"),
-        ("data=folder", "data.root=[/a b,'/c=d']", "data.source.held_out_share=0.1", 'data.name="it\'s"'),
-        ("data=in1k", "data.root=/in1k", "data.source.published_images=null", "data.unreadable_share=0.5"),
+        (
+            "data=folder",
+            "data.root=[/a b,'/c=d']",
+            "data.source.held_out_share=0.1",
+            'data.name="it\'s"',
+        ),
+        (
+            "data=in1k",
+            "data.root=/in1k",
+            "data.source.published_images=null",
+            "data.unreadable_share=0.5",
+        ),
         ("data=voc2007", "data.root=/voc", "data.source.year=2012"),
-        ("data=imagenette", "data.root=/x", "probe.linear.epochs=3", "probe.linear.milestone_epochs=[1]"),
+        (
+            "data=imagenette",
+            "data.root=/x",
+            "probe.linear.epochs=3",
+            "probe.linear.milestone_epochs=[1]",
+        ),
         ("data=folder", "data.shards=/shards", "probe.knn.layers=[feature4]"),
     ],
     ids=" ".join,
@@ -77,7 +92,11 @@ def test_all_data_settings_are_those_of_the_run(words: tuple[str, ...]) -> None:
 
 
 def test_a_probe_that_is_named_is_taken() -> None:
-    run("run", data_settings("data=folder", "data.root=/a"), probe=data_settings("probe=in1k", section="probe"))
+    run(
+        "run",
+        data_settings("data=folder", "data.root=/a"),
+        probe=data_settings("probe=in1k", section="probe"),
+    )
     assert composed("checkpoint=run").probe.linear.epochs == 90
     assert composed("checkpoint=run", "probe=photos").probe.linear.epochs == 30
 
@@ -101,7 +120,9 @@ def test_what_is_no_run_has_no_data(checkpoint: str) -> None:
     assert found(f"checkpoint={checkpoint}") is None
 
 
-def test_a_relative_folder_counts_from_where_the_training_was_started(here: Path, monkeypatch) -> None:
+def test_a_relative_folder_counts_from_where_the_training_was_started(
+    here: Path, monkeypatch
+) -> None:
     (here / "set").mkdir()
     run("run", data_settings("data=folder", "data.root=set"), cwd=here)
     (here / "elsewhere").mkdir()
@@ -118,7 +139,9 @@ def test_images_that_are_gone_are_told_where_they_are_needed(here: Path) -> None
     with pytest.raises(UsageError, match=r"data.root=FOLDER"):
         data.tell(plain(config))
     (here / "moved").mkdir()
-    moved = settings.compose("evaluate", [*data.words, "checkpoint=run", f"data.root={here / 'moved'}"]).config
+    moved = settings.compose(
+        "evaluate", [*data.words, "checkpoint=run", f"data.root={here / 'moved'}"]
+    ).config
     assert "moved" in data.tell(plain(moved))
     own = settings.compose("evaluate", [*data.words, "checkpoint=run", "eval=voc07_svm"]).config
     assert data.tell(plain(own)) == ""
@@ -150,10 +173,14 @@ def test_only_plain_values_are_taken(change: dict[str, Any]) -> None:
 
 CYCLE = "data: {root: &a [*a], source: {_target_: relloc.data.folder.folder}}"
 DOUBLED = "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 12))
-BOMB = f"a0: &a0 [x]\n{DOUBLED}data: {{root: *a11, source: {{_target_: relloc.data.folder.folder}}}}"
+BOMB = (
+    f"a0: &a0 [x]\n{DOUBLED}data: {{root: *a11, source: {{_target_: relloc.data.folder.folder}}}}"
+)
 
 
-@pytest.mark.parametrize("content", ["{", "a: !!python/object/apply:os.system [ls]", "\x00", "[" * 3000, CYCLE, BOMB])
+@pytest.mark.parametrize(
+    "content", ["{", "a: !!python/object/apply:os.system [ls]", "\x00", "[" * 3000, CYCLE, BOMB]
+)
 def test_a_config_that_can_not_be_read_is_one_message(content: str) -> None:
     run("run", {})
     Path("run", "config.yaml").write_text(content)

@@ -26,7 +26,9 @@ def data_set(**changes: Any) -> DataSet:
 
 
 def test_a_wrong_share_is_told_by_its_setting() -> None:
-    with pytest.raises(UsageError, match=r"eval\.knn\.data\.unreadable_share is 2: give a number from 0 to 1"):
+    with pytest.raises(
+        UsageError, match=r"eval\.knn\.data\.unreadable_share is 2: give a number from 0 to 1"
+    ):
         data_set(setting="eval.knn.data", unreadable_share=2)
 
 
@@ -40,7 +42,9 @@ def test_a_wrong_share_is_told_by_its_setting() -> None:
         ({"source": {}}, "folder"),
     ],
 )
-def test_it_is_called_by_its_folder_where_all_are_called_alike(changes: dict[str, Any], short: str) -> None:
+def test_it_is_called_by_its_folder_where_all_are_called_alike(
+    changes: dict[str, Any], short: str
+) -> None:
     assert data_set(**changes).short_name == short
 
 
@@ -82,8 +86,12 @@ def test_the_variable_that_named_a_folder_is_told(monkeypatch: pytest.MonkeyPatc
         raise DataError("data.root=/nowhere is not a folder")
 
     monkeypatch.setenv("RELLOC_IN1K", "/nowhere")
-    data = data_set(setting="eval.knn.data", name="in1k", source={"root": "/nowhere"}, list_images=failing)
-    with pytest.raises(DataError, match=r"^eval\.knn\.data\.root=/nowhere \(by RELLOC_IN1K\) is not a folder$"):
+    data = data_set(
+        setting="eval.knn.data", name="in1k", source={"root": "/nowhere"}, list_images=failing
+    )
+    with pytest.raises(
+        DataError, match=r"^eval\.knn\.data\.root=/nowhere \(by RELLOC_IN1K\) is not a folder$"
+    ):
         data.read()
 
 
@@ -92,9 +100,18 @@ def test_packed_images_that_are_not_the_published_ones_are_told(
 ) -> None:
     packing = Packing(short_px=32, quality=90, subsampling="4:2:0", images_per_shard=500)
     photographs = photos(tiles=[0.4], stride=0.5)
-    pack(photographs, tmp_path / "packed", packing, published=None, workers=1, progress=without_progress)
+    pack(
+        photographs,
+        tmp_path / "packed",
+        packing,
+        published=None,
+        workers=1,
+        progress=without_progress,
+    )
     source = {"root": None, "published_images": {"train": 1281167, "val": 50000}}
-    data = data_set(setting="eval.knn.data", name="in1k", shards=str(tmp_path / "packed"), source=source)
+    data = data_set(
+        setting="eval.knn.data", name="in1k", shards=str(tmp_path / "packed"), source=source
+    )
     with pytest.warns(UserWarning, match="photos") as warned:
         data.read()
     told = [str(one.message) for one in warned]

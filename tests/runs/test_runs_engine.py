@@ -23,7 +23,10 @@ DEFAULTS = {
 
 def asked(**changes: object) -> EngineSettings:
     settings = EngineSettings(**DEFAULTS)  # type: ignore[arg-type]
-    for name, value in changes.items():  # of whatever type: the type checker of tests would be first
+    for (
+        name,
+        value,
+    ) in changes.items():  # of whatever type: the type checker of tests would be first
         object.__setattr__(settings, name, value)
     settings.__post_init__()
     return settings
@@ -45,7 +48,12 @@ def _switches_put_back() -> Iterator[None]:
 
 def test_auto_on_a_cpu_is_float32_and_not_compiled() -> None:
     settled = settle(asked())
-    assert (settled.device.type, settled.precision, settled.bf16, settled.compiled) == ("cpu", "fp32", False, False)
+    assert (settled.device.type, settled.precision, settled.bf16, settled.compiled) == (
+        "cpu",
+        "fp32",
+        False,
+        False,
+    )
     assert str(settled).startswith("cpu, fp32, not compiled, channels_last, ")
 
 
@@ -80,7 +88,9 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
         ("workers", True, "workers is True: give a whole number of 0 or more"),
     ],
 )
-def test_a_wrong_setting_is_one_message_with_what_there_is(setting: str, value: object, message: str) -> None:
+def test_a_wrong_setting_is_one_message_with_what_there_is(
+    setting: str, value: object, message: str
+) -> None:
     with pytest.raises(UsageError) as raised:
         settle(asked(**{setting: value}))
     assert str(raised.value) == message
@@ -94,7 +104,15 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("compiler")
 def test_what_is_asked_for_is_what_is_told() -> None:
-    settled = settle(asked(precision="tf32", compile=True, memory_format="contiguous", deterministic=True, workers=3))
+    settled = settle(
+        asked(
+            precision="tf32",
+            compile=True,
+            memory_format="contiguous",
+            deterministic=True,
+            workers=3,
+        )
+    )
     assert str(settled) == "cpu, tf32, compiled, contiguous, deterministic, 3 workers"
 
 
@@ -106,7 +124,8 @@ def test_only_fp32_rounds_no_input_of_a_product(precision: str, matmul: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes", "workers"), [(1, 1, 0), (2, 1, 0), (4, 1, 1), (16, 1, 4), (16, 2, 2), (16, 4, 1), (2, 4, 0)]
+    ("cores", "processes", "workers"),
+    [(1, 1, 0), (2, 1, 0), (4, 1, 1), (16, 1, 4), (16, 2, 2), (16, 4, 1), (2, 4, 0)],
 )
 def test_a_cpu_that_trains_leaves_a_quarter_of_its_share_to_readers(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
@@ -122,7 +141,9 @@ def test_where_a_system_tells_of_no_limit_all_cores_count(monkeypatch: pytest.Mo
     assert settle(asked()).workers == 2
 
 
-@pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 15), (64, 4, 15), (16, 4, 3), (2, 4, 1)])
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(16, 1, 15), (64, 4, 15), (16, 4, 3), (2, 4, 1)]
+)
 def test_beside_a_gpu_all_cores_of_its_share_but_one_read(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
 ) -> None:
@@ -146,7 +167,9 @@ def test_a_machine_that_cannot_compile_says_what_it_lacks(
     assert not engine._compiled("auto", torch.device("cuda"))
     assert "torch.compile lacks a C compiler" in capsys.readouterr().out
     assert engine._compiled(False, torch.device("cuda")) is False
-    with pytest.raises(UsageError, match="compile=true, but torch.compile lacks a C compiler: install it, or leave"):
+    with pytest.raises(
+        UsageError, match="compile=true, but torch.compile lacks a C compiler: install it, or leave"
+    ):
         engine._compiled(True, torch.device("cuda"))
 
 
@@ -154,7 +177,10 @@ def test_a_machine_that_cannot_compile_says_what_it_lacks(
 @pytest.mark.parametrize(
     ("error", "named"),
     [
-        (RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: none found\n\nSet TORCH"), r"CXX.*none found\)"),
+        (
+            RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: none found\n\nSet TORCH"),
+            r"CXX.*none found\)",
+        ),
         (PermissionError(13, "Permission denied", "/cache"), r"TORCHINDUCTOR_CACHE_DIR.*/cache"),
         (ImportError("no module named triton"), "no module named triton"),
     ],
@@ -177,19 +203,25 @@ def test_an_attempt_that_fails_names_compile_and_the_reason(
 @pytest.mark.usefixtures("_asked_anew")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
 @pytest.mark.slow
-def test_without_a_compiler_for_cpus_compiling_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_for_cpus_compiling_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no_compiler")))
     with pytest.raises(UsageError, match="compile=true.*CXX"):
         settle(asked(compile=True))
 
 
-def test_what_can_not_be_compiled_later_names_compile(monkeypatch: pytest.MonkeyPatch, compiler: None) -> None:
+def test_what_can_not_be_compiled_later_names_compile(
+    monkeypatch: pytest.MonkeyPatch, compiler: None
+) -> None:
     def failing(_graph: object, _inputs: object) -> object:
         raise RuntimeError("no room for a kernel")
 
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=failing))
+    monkeypatch.setattr(
+        torch, "compile", lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=failing)
+    )
     with pytest.raises(UsageError, match="no room for a kernel.*compile=false"):
         settle(asked(compile=True)).compile(lambda x: x + 1)(torch.ones(2))
 
@@ -220,7 +252,11 @@ def test_one_compiled_function_serves_more_kinds_of_input_than_the_compiler_allo
         return {layer: images * len(layer) for layer in layers}
 
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=counting))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=counting),
+    )
     with torch._dynamo.config.patch(recompile_limit=8):  # the compiler's own
         fast = settle(asked(compile=True)).compile(scaled)
         sets = [("a", "bc")[:n] + ("d",) * m for n in range(3) for m in range(1, 5)]

@@ -20,7 +20,10 @@ from relloc.runs.build import Evaluating
 from relloc.runs.evaluated_models import evaluated_models
 from relloc.runs.settings import conf_dir
 
-RESNET_18 = {"name": "resnet18", "backbone": {"_target_": "relloc.models.resnet.ResNetBackbone", "depth": 18}}
+RESNET_18 = {
+    "name": "resnet18",
+    "backbone": {"_target_": "relloc.models.resnet.ResNetBackbone", "depth": 18},
+}
 
 
 def composed(*overrides: str) -> Evaluating:
@@ -43,7 +46,10 @@ def backbone() -> ResNetBackbone:
 def moco(tmp_path: Path, backbone: ResNetBackbone) -> Path:
     """A file with two encoders: ours, and one of zeros."""
     state = {f"module.encoder_q.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    zeros = {f"module.encoder_k.{name}": torch.zeros_like(tensor) for name, tensor in backbone.state_dict().items()}
+    zeros = {
+        f"module.encoder_k.{name}": torch.zeros_like(tensor)
+        for name, tensor in backbone.state_dict().items()
+    }
     torch.save({"state_dict": state | zeros}, tmp_path / "moco.pth.tar")
     return tmp_path / "moco.pth.tar"
 
@@ -94,32 +100,47 @@ def test_code_that_a_file_names_is_called_neither_from_a_folder_nor_from_a_file(
     tmp_path: Path, backbone: ResNetBackbone, where: str
 ) -> None:
     ran = tmp_path / "ran"
-    node = {"_target_": "pathlib.Path.write_text", "_args_": [{"_target_": "pathlib.Path", "_args_": [str(ran)]}, "x"]}
+    node = {
+        "_target_": "pathlib.Path.write_text",
+        "_args_": [{"_target_": "pathlib.Path", "_args_": [str(ran)]}, "x"],
+    }
     about = {"model": {"name": "resnet18", "backbone": node}}
     save_backbone(tmp_path / BACKBONE_FILE, backbone, about)
     state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     trained = save_training(tmp_path, {"model": state, "about": about}, 3)
     checkpoint = {"folder": tmp_path, "file": tmp_path / BACKBONE_FILE, "training": trained}[where]
-    with pytest.raises(CheckpointError, match=r"wants pathlib\.Path\.write_text to be called.*give model=NAME"):
+    with pytest.raises(
+        CheckpointError, match=r"wants pathlib\.Path\.write_text to be called.*give model=NAME"
+    ):
         named(composed(f"checkpoint={checkpoint}"))
     assert not ran.exists()
     found = named(composed(f"checkpoint={checkpoint}", "model=resnet18"))  # the user's own word
     assert digest(found.backbone.state_dict()) == digest(backbone.state_dict())
 
 
-def test_a_file_that_differs_from_the_hash_beside_it_is_refused_whoever_wrote_it(moco: Path) -> None:
+def test_a_file_that_differs_from_the_hash_beside_it_is_refused_whoever_wrote_it(
+    moco: Path,
+) -> None:
     note = moco.with_name(f"{moco.name}.sha256")
     whole = hashlib.sha256(moco.read_bytes()).hexdigest()
     for text in ("written by another program\n", f"SHA256 ({moco.name}) = {whole.upper()}\n"):
         note.write_text(text)
-        assert named(composed(f"checkpoint={moco}", "checkpoint_prefix=encoder_q")).model == "resnet18"
+        assert (
+            named(composed(f"checkpoint={moco}", "checkpoint_prefix=encoder_q")).model == "resnet18"
+        )
     note.write_text(f"{'0' * 64}  {moco.name}\n")
     with pytest.raises(CheckpointError, match=r"moco\.pth\.tar\.sha256"):
         named(composed(f"checkpoint={moco}", "checkpoint_prefix=encoder_q"))
 
 
-def test_what_can_not_be_evaluated_is_one_message(tmp_path: Path, moco: Path, backbone: ResNetBackbone) -> None:
-    deep = {f"layer1.{block}.conv{conv}.weight": torch.ones(1) for block in range(4) for conv in (1, 2, 3)}
+def test_what_can_not_be_evaluated_is_one_message(
+    tmp_path: Path, moco: Path, backbone: ResNetBackbone
+) -> None:
+    deep = {
+        f"layer1.{block}.conv{conv}.weight": torch.ones(1)
+        for block in range(4)
+        for conv in (1, 2, 3)
+    }
     torch.save(deep, tmp_path / "deep.pth")
     broken = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     broken["layer3.0.conv1.weight"][0] = torch.nan
@@ -135,14 +156,20 @@ def test_what_can_not_be_evaluated_is_one_message(tmp_path: Path, moco: Path, ba
             (f"checkpoint={moco}", prefix, "model=resnet50"),
             "missing (layer1.0.conv3.weight, layer1.0.bn3.weight, layer1.",
         ),
-        ((f"checkpoint={tmp_path / 'deep.pth'}",), "4-0-0-0 bottleneck blocks, which is none of resnet18, resnet50"),
+        (
+            (f"checkpoint={tmp_path / 'deep.pth'}",),
+            "4-0-0-0 bottleneck blocks, which is none of resnet18, resnet50",
+        ),
         (
             (f"checkpoint={tmp_path / 'nan.pth'}",),
             "NaN or infinite weights, in 1 of 120 tensors, such as layer3.0.conv1",
         ),
         ((f"checkpoint={tmp_path}", prefix), "has no prefixes: leave checkpoint_prefix out"),
         (("checkpoint=random", "model=small", prefix), "checkpoint=random has no prefixes"),
-        ((f"checkpoint={tmp_path / 'none'}",), "none does not exist: give a file of weights, or the run folder of"),
+        (
+            (f"checkpoint={tmp_path / 'none'}",),
+            "none does not exist: give a file of weights, or the run folder of",
+        ),
     ]:
         with pytest.raises((CheckpointError, UsageError)) as raised:
             named(composed(*words))

@@ -19,7 +19,13 @@ from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
 from relloc.data.views import Center, View
 from relloc.errors import UsageError
-from relloc.evaluation.contract import Context, EvalSettings, EvaluatedModel, Evaluation, NamedEvaluation
+from relloc.evaluation.contract import (
+    Context,
+    EvalSettings,
+    EvaluatedModel,
+    Evaluation,
+    NamedEvaluation,
+)
 from relloc.features.source import EncodeConfig
 from relloc.files import write_whole
 from relloc.models.small import SmallBackbone
@@ -48,13 +54,17 @@ class BoxedImages:
         return self.n
 
     def read(self, index: int) -> Image.Image:
-        pixels = np.random.default_rng(index).integers(256, size=(64 + 8 * (index % 3), 96, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(index).integers(
+            256, size=(64 + 8 * (index % 3), 96, 3), dtype=np.uint8
+        )
         return Image.fromarray(pixels)
 
     def boxes(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
         corner = torch.rand(1 + index % 3, 2, generator=generator)
-        return torch.cat([corner, corner + torch.rand(1 + index % 3, 2, generator=generator)], dim=1)
+        return torch.cat(
+            [corner, corner + torch.rand(1 + index % 3, 2, generator=generator)], dim=1
+        )
 
     def source(self, index: int) -> str:
         return f"{self.split}/{index}.png"
@@ -93,7 +103,9 @@ class Boxes(Evaluation):
 
     def run(self, context: Context) -> Iterator[Score]:
         torch.manual_seed(context.seed)
-        network = nn.ModuleDict({"trunk": copy.deepcopy(context.backbone), "head": nn.Linear(8, 4)}).train()
+        network = nn.ModuleDict(
+            {"trunk": copy.deepcopy(context.backbone), "head": nn.Linear(8, 4)}
+        ).train()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
         saved = context.state.load() or {"epochs": 0}
         if saved["epochs"]:
@@ -111,7 +123,10 @@ class Boxes(Evaluation):
             context.state.save({"epochs": epoch + 1, **state})
         network.eval()
         n = len(context.splits.held_out)
-        error = sum(self._error(network, context.splits.held_out, index).item() for index in range(n)) / n
+        error = (
+            sum(self._error(network, context.splits.held_out, index).item() for index in range(n))
+            / n
+        )
         yield Score(
             table="Detection",
             column="error",
@@ -142,7 +157,9 @@ class Spread(Evaluation):
 
     def run(self, context: Context) -> Iterator[Score]:
         ran.append("spread")
-        ((features, _),) = context.held_out.batches(torch.arange(context.held_out.n), 100, self.layers)
+        ((features, _),) = context.held_out.batches(
+            torch.arange(context.held_out.n), 100, self.layers
+        )
         spread = features["feature5"].std(dim=0)
         table = io.StringIO()
         csv.writer(table).writerows([["number", "spread"], *enumerate(spread.tolist())])
@@ -151,20 +168,29 @@ class Spread(Evaluation):
         Image.fromarray((255 * spread / spread.max()).byte().numpy()[None]).save(picture, "png")
         write_whole(context.folder / "pictures" / "spread.png", picture.getvalue())
         yield Score(
-            metric="spread", unit="", higher_is_better=None, value=float(spread.mean()), n=len(features["feature5"])
+            metric="spread",
+            unit="",
+            higher_is_better=None,
+            value=float(spread.mean()),
+            n=len(features["feature5"]),
         )
 
 
 def model() -> EvaluatedModel:
     torch.manual_seed(0)
     return EvaluatedModel(
-        backbone=SmallBackbone(widths=(8, 8, 8, 8, 8)), checkpoint="/one/backbone", model="small", weights="w"
+        backbone=SmallBackbone(widths=(8, 8, 8, 8, 8)),
+        checkpoint="/one/backbone",
+        model="small",
+        weights="w",
     )
 
 
 def measured(run_dir: Path, evaluations: dict[str, Evaluation], *batch_norms: str) -> list[Result]:
     """The rows in the run folder once a run that evaluates the model there has ended."""
-    encode_config = EncodeConfig(batch=4, workers=0, device=CPU, precision="fp32", unreadable_share=0.0)
+    encode_config = EncodeConfig(
+        batch=4, workers=0, device=CPU, precision="fp32", unreadable_share=0.0
+    )
     settings = EvalSettings(
         encode_config=encode_config,
         batch_norms=batch_norms or ("as_trained",),
@@ -172,13 +198,18 @@ def measured(run_dir: Path, evaluations: dict[str, Evaluation], *batch_norms: st
         bank_gib=1.0,
         seed=3,
     )
-    named = [NamedEvaluation(name=name, evaluation=one, splits=SPLITS) for name, one in evaluations.items()]
+    named = [
+        NamedEvaluation(name=name, evaluation=one, splits=SPLITS)
+        for name, one in evaluations.items()
+    ]
     for one in named:
         one.check_images()
     run_dir.mkdir(exist_ok=True)
     folder = RunFolder(run_dir, None)
     with stop_request() as stop:
-        run = EvalRun(run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, reused_runs=None)
+        run = EvalRun(
+            run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, reused_runs=None
+        )
         folder.summarize(evaluate_model(model(), named, settings, run))
     return list(read_results(run_dir))
 
@@ -188,9 +219,16 @@ def nothing_ran() -> None:
     ran.clear()
 
 
-def test_boxes_and_a_study_become_rows_and_files_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = measured(tmp_path, {"boxes": Boxes(epochs=2), "spread": Spread()}, "as_trained", "recalibrated")
-    about = [(row.eval, row.kind, row.metric, row.unit, row.layer, row.view, row.batch_norm, row.n) for row in rows]
+def test_boxes_and_a_study_become_rows_and_files_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = measured(
+        tmp_path, {"boxes": Boxes(epochs=2), "spread": Spread()}, "as_trained", "recalibrated"
+    )
+    about = [
+        (row.eval, row.kind, row.metric, row.unit, row.layer, row.view, row.batch_norm, row.n)
+        for row in rows
+    ]
     assert about == [
         ("boxes", "fine-tuned", "box_error", "sides", "", "whole images", "as_trained", 4),
         ("spread", "study", "spread", "", "", "center view 64/64 px", "as_trained", 4),
@@ -203,7 +241,11 @@ def test_boxes_and_a_study_become_rows_and_files_of_the_run(tmp_path: Path, caps
         folder = Path("evaluations") / f"spread_{row.fingerprint}"
         assert len((tmp_path / folder / "spread.csv").read_text().splitlines()) == 1 + 8 * 2 * 2
         assert {str(folder / "spread.csv"), str(folder / "pictures" / "spread.png")} <= set(sent)
-    shown = capsys.readouterr().out.partition("on images held out of the evaluation's training")[2].splitlines()
+    shown = (
+        capsys.readouterr()
+        .out.partition("on images held out of the evaluation's training")[2]
+        .splitlines()
+    )
     (line,) = [line for line in shown if "box_error" in line]
     assert line.split()[-1] == f"{rows[0].value:.1f}"
     assert any(line.split()[-1:] == ["value"] for line in shown)

@@ -94,7 +94,9 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stopping_rank", [0, 1])
-def test_a_stop_of_any_process_is_gone_on_from_by_all_with_the_same_bits(tmp_path: Path, stopping_rank: int) -> None:
+def test_a_stop_of_any_process_is_gone_on_from_by_all_with_the_same_bits(
+    tmp_path: Path, stopping_rank: int
+) -> None:
     script = tmp_path / "walk_two.py"
     script.write_text(SCRIPT)
     for name in ("whole", "stopped"):

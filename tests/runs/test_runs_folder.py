@@ -43,34 +43,49 @@ def test_a_folder_is_one_commands_alone(tmp_path: Path) -> None:
         pass
 
 
-def test_a_finished_run_has_its_record_config_and_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_has_its_record_config_and_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with open_folder(invocation(tmp_path), RECORD, tmp_path) as folder:
         assert status(tmp_path) is Status.RUNNING
         folder.summarize()
     assert status(tmp_path) is Status.DONE
     assert RunRecord.read(tmp_path).name == "a run"
-    assert (tmp_path / "config.yaml").read_text() == (tmp_path / ".hydra/config.yaml").read_text() == "seed: 0\n"
+    assert (
+        (tmp_path / "config.yaml").read_text()
+        == (tmp_path / ".hydra/config.yaml").read_text()
+        == "seed: 0\n"
+    )
     assert "goes on from there" not in capsys.readouterr().out
     check_files(tmp_path)
 
 
-@pytest.mark.parametrize(("names_folder", "words"), [(True, "command goes on"), (False, "command with hydra.run.dir=")])
+@pytest.mark.parametrize(
+    ("names_folder", "words"), [(True, "command goes on"), (False, "command with hydra.run.dir=")]
+)
 def test_a_stopped_run_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], names_folder: bool, words: str
 ) -> None:
-    with pytest.raises(Stopped), open_folder(invocation(tmp_path, names_folder=names_folder), RECORD, tmp_path):
+    with (
+        pytest.raises(Stopped),
+        open_folder(invocation(tmp_path, names_folder=names_folder), RECORD, tmp_path),
+    ):
         (tmp_path / "results.jsonl").touch()
         raise Stopped(143)
     assert status(tmp_path) is Status.STOPPED
     assert f"the same {words}" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_a_stopped_run_without_anything_saved_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_run_without_anything_saved_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(KeyboardInterrupt), open_folder(invocation(tmp_path), RECORD, tmp_path):
         raise KeyboardInterrupt
     told = capsys.readouterr().out
     assert "interrupted; nothing had been saved yet" in told
-    assert f"the same command with hydra.run.dir={tmp_path} starts it anew" in told.replace("\n", " ")
+    assert f"the same command with hydra.run.dir={tmp_path} starts it anew" in told.replace(
+        "\n", " "
+    )
 
 
 def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
@@ -78,7 +93,10 @@ def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path) -> None
     with own_folder(tmp_path):  # of the command's own output
         pass
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(UsageError, match=r"holds a\.jpg, but nothing of a run"), own_folder(tmp_path):
+    with (
+        pytest.raises(UsageError, match=r"holds a\.jpg, but nothing of a run"),
+        own_folder(tmp_path),
+    ):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "out.log"]
     RECORD.write(tmp_path)
@@ -92,7 +110,9 @@ def test_a_mistake_before_any_work_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_after_some_work_is_a_failed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_after_some_work_is_a_failed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError), open_folder(invocation(tmp_path), RECORD, tmp_path):
         (tmp_path / JOURNAL_FILE).write_text("")
         raise UsageError("the same command would end so again")
@@ -107,10 +127,14 @@ def test_what_ended_outside_may_be_tried_again(tmp_path: Path) -> None:
     assert (tmp_path / RUN_FILE).is_file()
 
 
-def test_unreadable_images_of_all_parts_of_a_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_of_all_parts_of_a_run_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("b.jpg", "a.jpg", "b.jpg"):
         with open_folder(invocation(tmp_path), RECORD, tmp_path) as folder:
             folder.unreadable[name] = "is an empty file"
             folder.summarize()
-    assert (tmp_path / UNREADABLE_FILE).read_text() == "a.jpg: is an empty file\nb.jpg: is an empty file\n"
+    assert (
+        tmp_path / UNREADABLE_FILE
+    ).read_text() == "a.jpg: is an empty file\nb.jpg: is an empty file\n"
     assert "2 images could not be used, such as a.jpg" in capsys.readouterr().out.replace("\n", " ")

@@ -14,7 +14,8 @@ def check(rows: Sequence[Result]) -> list[Verdict]:
 
 
 @pytest.mark.parametrize(
-    ("value", "passed"), [(73.11, False), (73.12, True), (75.0, True), (76.2, True), (77.2, True), (77.21, False)]
+    ("value", "passed"),
+    [(73.11, False), (73.12, True), (75.0, True), (76.2, True), (77.2, True), (77.21, False)],
 )
 def test_supervised_weights_give_about_76(value: float, passed: bool) -> None:
     row = result("linear_avgpool", "avgpool", "top1", value, checkpoint="torchvision")
@@ -22,11 +23,15 @@ def test_supervised_weights_give_about_76(value: float, passed: bool) -> None:
     assert (verdict.answer.tolerance, verdict.passed) == (1.0, passed)
     word = "pass" if passed else "FAIL"
     what = "torchvision linear_avgpool avgpool top1 on in1k val"
-    assert str(verdict).startswith(f"{word}  {what}: {value:.2f}, expected 74.12 to 76.2 ± 1 (OpenSelfSup")
+    assert str(verdict).startswith(
+        f"{word}  {what}: {value:.2f}, expected 74.12 to 76.2 ± 1 (OpenSelfSup"
+    )
 
 
 def test_random_layers_are_held_against_the_published_row() -> None:
-    published = dict(zip((f"feature{n}" for n in range(1, 6)), (11.37, 16.21, 13.47, 9.07, 6.54), strict=True))
+    published = dict(
+        zip((f"feature{n}" for n in range(1, 6)), (11.37, 16.21, 13.47, 9.07, 6.54), strict=True)
+    )
     exact = [result("linear_in1k", layer, "top1", value) for layer, value in published.items()]
     verdicts = check([*exact, result("linear_avgpool", "avgpool", "top1_best", 4.35)])
     assert [verdict.value for verdict in verdicts] == [*published.values(), 4.35]
@@ -37,20 +42,31 @@ def test_random_layers_are_held_against_the_published_row() -> None:
 
 def test_svm_and_low_shot_are_checked_where_they_are() -> None:
     rows = [
-        result("voc07_svm", "feature1", "map_best", 31.0, dataset="voc2007"),  # whatever layer is best
+        result(
+            "voc07_svm", "feature1", "map_best", 31.0, dataset="voc2007"
+        ),  # whatever layer is best
         result("voc07_low_shot", "feature2", "map_k1", 20.0, dataset="voc2007"),
-        result("voc07_low_shot", "feature5", "map_k1", 9.0, dataset="voc2007"),  # not the published layer
-        result("voc07_svm", "feature5", "map_best", 87.0, dataset="voc2007", checkpoint="torchvision"),
+        result(
+            "voc07_low_shot", "feature5", "map_k1", 9.0, dataset="voc2007"
+        ),  # not the published layer
+        result(
+            "voc07_svm", "feature5", "map_best", 87.0, dataset="voc2007", checkpoint="torchvision"
+        ),
     ]
     verdicts = check(rows)
-    assert [(verdict.value, verdict.answer.published.value, verdict.passed) for verdict in verdicts] == [
+    assert [
+        (verdict.value, verdict.answer.published.value, verdict.passed) for verdict in verdicts
+    ] == [
         (31.0, 30.54, True),
         (20.0, 9.15, False),
         (87.0, 87.17, True),
     ]
     left = unchecked(rows, known_answers())
     assert len(verdicts) + len(left) == len(known_answers())
-    assert "random voc07_low_shot feature2 map_k96 on voc2007 test: no such number was measured" in left
+    assert (
+        "random voc07_low_shot feature2 map_k96 on voc2007 test: no such number was measured"
+        in left
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +81,9 @@ def test_svm_and_low_shot_are_checked_where_they_are() -> None:
     ],
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
 )
-def test_an_answer_that_no_row_gives_is_named_with_the_reason(unlike: dict[str, object], why: str) -> None:
+def test_an_answer_that_no_row_gives_is_named_with_the_reason(
+    unlike: dict[str, object], why: str
+) -> None:
     (answer,) = asked([("torchvision", "resnet50")], ["linear_avgpool"], ["as_trained"])
     fields = {"metric": "top1", "checkpoint": "torchvision", **unlike}
     row = result("linear_avgpool", "avgpool", fields.pop("metric"), 75.0, **fields)
@@ -88,7 +106,9 @@ def test_each_answer_has_the_tolerance_of_its_published_number(
 ) -> None:
     dataset = "voc2007" if name.startswith("voc07") else "in1k"
     off = (-tolerance - 0.01, -tolerance, tolerance, tolerance + 0.01)
-    verdicts = [check([result(name, layer, metric, published + by, dataset=dataset)])[0] for by in off]
+    verdicts = [
+        check([result(name, layer, metric, published + by, dataset=dataset)])[0] for by in off
+    ]
     assert [verdict.passed for verdict in verdicts] == [False, True, True, False]
     assert {verdict.answer.tolerance for verdict in verdicts} == {tolerance}
 
@@ -99,11 +119,24 @@ def test_each_answer_has_the_tolerance_of_its_published_number(
         ({"random": "resnet50"}, ["linear_in1k"], ["as_trained"], {("random", "linear_in1k"): 5}),
         (
             {"/a": "small", "random": "resnet50", "torchvision": "resnet50"},
-            ["knn", "voc07_svm", "linear_in1k"],  # of torchvision's weights linear_in1k is not known
+            [
+                "knn",
+                "voc07_svm",
+                "linear_in1k",
+            ],  # of torchvision's weights linear_in1k is not known
             ["recalibrated", "as_trained"],
-            {("random", "voc07_svm"): 1, ("torchvision", "voc07_svm"): 1, ("random", "linear_in1k"): 5},
+            {
+                ("random", "voc07_svm"): 1,
+                ("torchvision", "voc07_svm"): 1,
+                ("random", "linear_in1k"): 5,
+            },
         ),
-        ({"torchvision": "resnet50"}, ["linear_avgpool"], ["as_trained"], {("torchvision", "linear_avgpool"): 1}),
+        (
+            {"torchvision": "resnet50"},
+            ["linear_avgpool"],
+            ["as_trained"],
+            {("torchvision", "linear_avgpool"): 1},
+        ),
         ({"random": "resnet18"}, ["linear_in1k"], ["as_trained"], {}),
         ({"/a": "resnet50"}, ["linear_in1k"], ["as_trained"], {}),
         ({"torchvision": "resnet50"}, ["linear_in1k"], ["as_trained"], {}),
@@ -113,10 +146,18 @@ def test_each_answer_has_the_tolerance_of_its_published_number(
     ],
 )
 def test_what_will_be_known_is_known_before_any_work(
-    subjects: dict[str, str], evaluations: list[str], batch_norms: list[str], expected: dict[tuple[str, str], int]
+    subjects: dict[str, str],
+    evaluations: list[str],
+    batch_norms: list[str],
+    expected: dict[tuple[str, str], int],
 ) -> None:
     answers = asked(subjects.items(), evaluations, batch_norms)
-    assert Counter((answer.published.known_answer_of, answer.published.evaluation) for answer in answers) == expected
+    assert (
+        Counter(
+            (answer.published.known_answer_of, answer.published.evaluation) for answer in answers
+        )
+        == expected
+    )
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,17 @@ def below(folder: Path) -> list[str]:
 @pytest.mark.parametrize("task", [refuse, miss])
 @pytest.mark.parametrize("words", [(), ("hydra.run.dir=runs/named",)], ids=" ".join)
 def test_a_refused_command_leaves_no_folder(
-    launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: Task, words: tuple[str, ...]
+    launched: Launched,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    task: Task,
+    words: tuple[str, ...],
 ) -> None:
     assert launched(task, "evaluate", *words) == 2
     assert below(tmp_path) == ["runs"]
-    assert ("nothing like seed 0" if task is refuse else "checkpoint is not set") in capsys.readouterr().err
+    assert (
+        "nothing like seed 0" if task is refuse else "checkpoint is not set"
+    ) in capsys.readouterr().err
 
 
 def test_a_setting_that_only_a_swept_member_has_is_told_as_that(
@@ -100,7 +106,9 @@ def test_two_commands_of_one_second_have_names_of_their_own(launched: Launched) 
 
     for _ in range(3):
         for name in ("train", "evaluate"):
-            assert launched(note, name, *(("checkpoint=random",) if name == "evaluate" else ())) == 0
+            assert (
+                launched(note, name, *(("checkpoint=random",) if name == "evaluate" else ())) == 0
+            )
     assert len(folders) == len(sweeps) == 6
 
 
@@ -119,12 +127,16 @@ def test_the_folder_we_stand_in_is_not_removed(launched: Launched, tmp_path: Pat
     assert below(tmp_path) == []
 
 
-def test_a_run_that_failed_after_it_had_begun_keeps_its_folder(launched: Launched, tmp_path: Path) -> None:
+def test_a_run_that_failed_after_it_had_begun_keeps_its_folder(
+    launched: Launched, tmp_path: Path
+) -> None:
     assert launched(write_then_fail, "evaluate", "hydra.run.dir=run") == 2
     assert below(tmp_path) == ["run", "run/run.json"]
 
 
-def test_other_errors_keep_what_shows_where_they_come_from(launched: Launched, tmp_path: Path) -> None:
+def test_other_errors_keep_what_shows_where_they_come_from(
+    launched: Launched, tmp_path: Path
+) -> None:
     def break_down(_config: DictConfig) -> None:
         raise RuntimeError("a mistake of ours")
 
@@ -134,7 +146,9 @@ def test_other_errors_keep_what_shows_where_they_come_from(launched: Launched, t
 
 
 @pytest.mark.parametrize("words", [(), ("-m", "quality=80,90")], ids=" ".join)
-def test_prepare_leaves_nothing_of_hydra(launched: Launched, tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_prepare_leaves_nothing_of_hydra(
+    launched: Launched, tmp_path: Path, words: tuple[str, ...]
+) -> None:
     scratch: set[str] = set()
     asked = []
 
@@ -164,7 +178,9 @@ def test_other_ranks_write_in_a_folder_that_goes(
     assert not folders[0].exists()
 
 
-def test_a_flag_may_stand_behind_settings(launched: Launched, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_may_stand_behind_settings(
+    launched: Launched, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert launched(refuse, "train", "grid.gap_px=33", "--cfg", "job") == 0
     assert "gap_px: 33" in capsys.readouterr().out
 
@@ -232,7 +248,9 @@ def test_what_something_reads_may_be_added(launched: Launched, words: tuple[str,
     assert launched(lambda _config: None, "train", *words) == 0
 
 
-def test_help_on_a_setting_is_printed(launched: Launched, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_on_a_setting_is_printed(
+    launched: Launched, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert launched(refuse, "train", "--help", "grid.gap_px") == 0
     assert capsys.readouterr().out.startswith("grid.gap_px: 21 by default")
 
@@ -254,7 +272,9 @@ def test_an_evaluation_says_whose_data_it_takes(
     assert "data=folder" in capsys.readouterr().out
 
 
-def test_messages_do_not_act_on_the_terminal(launched: Launched, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_do_not_act_on_the_terminal(
+    launched: Launched, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(_config: DictConfig) -> None:
         raise UsageError("no \x1b[31mimages\r")
 

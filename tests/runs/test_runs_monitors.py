@@ -59,14 +59,26 @@ def write_images(folder: Path, split: str, n: int) -> FolderImages:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Splits:
-    return Splits(train=write_images(tmp_path, "train", N_TRAIN), held_out=write_images(tmp_path, "val", N_HELD_OUT))
+    return Splits(
+        train=write_images(tmp_path, "train", N_TRAIN),
+        held_out=write_images(tmp_path, "val", N_HELD_OUT),
+    )
 
 
 def new_model(*, one_pass: bool = False) -> RelativeLocation:
     torch.manual_seed(0)
-    head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.5, head_std=0.5)
+    head = PairHead(
+        embedding_dim=8,
+        hidden_dim=16,
+        batch_norm_momentum=0.1,
+        dropout=0.5,
+        neck_std=0.5,
+        head_std=0.5,
+    )
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
-    return RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=4, one_pass=one_pass)
+    return RelativeLocation(
+        backbone, head, batch_norm="separate", images_per_batch_norm=4, one_pass=one_pass
+    )
 
 
 @pytest.fixture
@@ -78,7 +90,14 @@ def model() -> RelativeLocation:
 
 
 def monitors(model: RelativeLocation, data: Splits, folder: Path, **changes: object) -> Monitors:
-    settings = {"patches": PATCHES, "reading": READING, "view": VIEW, "n_images": 15, "k": 5, "seed": 3}
+    settings = {
+        "patches": PATCHES,
+        "reading": READING,
+        "view": VIEW,
+        "n_images": 15,
+        "k": 5,
+        "seed": 3,
+    }
     settings["folder"] = folder
     return Monitors(model=model, data=data, **{**settings, **changes})  # type: ignore[arg-type]
 
@@ -87,10 +106,14 @@ HELD_OUT_PLACES = [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 18]  # 15 of 
 TRAIN_PLACES = list(range(0, 30, 2))  # 15 of 30
 
 
-def features_of(model: RelativeLocation, images: FolderImages, places: list[int]) -> dict[str, Tensor]:
+def features_of(
+    model: RelativeLocation, images: FolderImages, places: list[int]
+) -> dict[str, Tensor]:
     (views,) = READING.views(images, VIEW, [(place, 0) for place in places], len(places))
     with torch.no_grad():
-        return pooled_layers(copy.deepcopy(model).eval().backbone, READING.to_device(views.pixels), LAYERS)
+        return pooled_layers(
+            copy.deepcopy(model).eval().backbone, READING.to_device(views.pixels), LAYERS
+        )
 
 
 def test_pretext_values_are_the_accuracy_on_evenly_spaced_center_crops(
@@ -110,12 +133,16 @@ def test_pretext_values_are_the_accuracy_on_evenly_spaced_center_crops(
     assert np.mean(by_position) == pytest.approx(expected.percent, rel=1e-5)
 
 
-def test_spectra_are_those_of_held_out_views(model: RelativeLocation, data: Splits, tmp_path: Path) -> None:
+def test_spectra_are_those_of_held_out_views(
+    model: RelativeLocation, data: Splits, tmp_path: Path
+) -> None:
     values = monitors(model, data, tmp_path)(7)
     features = features_of(model, data.held_out, HELD_OUT_PLACES)
     for layer in ("feature4", "feature5", "avgpool"):
         assert values[f"monitor/rankme/{layer}"] == pytest.approx(rankme(features[layer]), rel=1e-4)
-        assert values[f"monitor/alpha_req/{layer}"] == pytest.approx(alpha_req(features[layer]), rel=1e-3)
+        assert values[f"monitor/alpha_req/{layer}"] == pytest.approx(
+            alpha_req(features[layer]), rel=1e-3
+        )
 
 
 @pytest.mark.parametrize(("n_images", "k"), [(15, 5), (100, 40)])
@@ -128,28 +155,41 @@ def test_knn_is_the_vote_of_training_views(
         places, bank_places = list(range(N_HELD_OUT)), list(range(N_TRAIN))
     k = min(k, len(bank_places))
     queries, bank = (
-        features_of(model, images, chosen) for images, chosen in ((data.held_out, places), (data.train, bank_places))
+        features_of(model, images, chosen)
+        for images, chosen in ((data.held_out, places), (data.train, bank_places))
     )
-    truth, known = (torch.tensor([place % 3 for place in chosen]) for chosen in (places, bank_places))
+    truth, known = (
+        torch.tensor([place % 3 for place in chosen]) for chosen in (places, bank_places)
+    )
     for layer in LAYERS:
         found = vote(queries[layer], bank[layer], known, k=[k], temperature=0.07, n_classes=3)[k]
-        assert values[f"monitor/knn/{layer}/top1_k{k}"] == pytest.approx(100 * float((found == truth).float().mean()))
+        assert values[f"monitor/knn/{layer}/top1_k{k}"] == pytest.approx(
+            100 * float((found == truth).float().mean())
+        )
     assert sum(name.startswith("monitor/knn/") for name in values) == len(LAYERS)
 
 
-def test_names_are_those_of_what_can_be_asked(model: RelativeLocation, data: Splits, tmp_path: Path) -> None:
+def test_names_are_those_of_what_can_be_asked(
+    model: RelativeLocation, data: Splits, tmp_path: Path
+) -> None:
     unlabeled = FolderImages(name="colors", split="train", paths=data.train.paths)
     labeled, not_labeled = (
-        set(monitors(model, splits, tmp_path)(0)) for splits in (data, Splits(train=unlabeled, held_out=data.held_out))
+        set(monitors(model, splits, tmp_path)(0))
+        for splits in (data, Splits(train=unlabeled, held_out=data.held_out))
     )
-    always = {"monitor/pretext/top1", *(f"monitor/pretext/top1_{position}" for position in POSITIONS)}
+    always = {
+        "monitor/pretext/top1",
+        *(f"monitor/pretext/top1_{position}" for position in POSITIONS),
+    }
     for layer in ("feature4", "feature5", "avgpool"):
         always |= {f"monitor/rankme/{layer}", f"monitor/alpha_req/{layer}"}
     assert not_labeled == always
     assert labeled == always | {f"monitor/knn/{layer}/top1_k5" for layer in LAYERS}
 
 
-def test_a_second_call_reads_no_image_and_gives_the_same(model: RelativeLocation, data: Splits, tmp_path: Path) -> None:
+def test_a_second_call_reads_no_image_and_gives_the_same(
+    model: RelativeLocation, data: Splits, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     watch = monitors(model, data, run)
@@ -163,7 +203,9 @@ def test_a_second_call_reads_no_image_and_gives_the_same(model: RelativeLocation
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_call_leaves_no_trace(model: RelativeLocation, data: Splits, tmp_path: Path, workers: int) -> None:
+def test_a_call_leaves_no_trace(
+    model: RelativeLocation, data: Splits, tmp_path: Path, workers: int
+) -> None:
     reading = EncodeConfig(**{**vars(READING), "workers": workers})
     model.train()
     model.backbone.blocks[1].eval()
@@ -189,7 +231,9 @@ def test_training_with_monitors_gives_the_weights_of_training_without(
         watch = monitors(model, data, tmp_path, n_images=6)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for step in range(2):
-            generator = torch.Generator().manual_seed(int(torch.randint(1000, ())))  # the global one is carried along
+            generator = torch.Generator().manual_seed(
+                int(torch.randint(1000, ()))
+            )  # the global one is carried along
             kept = model.head.draw_dropout_mask(len(pixels), generator)
             optimizer.zero_grad()
             objective.loss(model(PATCHES(pixels, generator), kept)).backward()
@@ -201,20 +245,28 @@ def test_training_with_monitors_gives_the_weights_of_training_without(
     plain, watched = trained(False), trained(True)
     assert plain.keys() == watched.keys()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
-    assert not torch.equal(plain["head.answer.weight"], new_model().state_dict()["head.answer.weight"])
+    assert not torch.equal(
+        plain["head.answer.weight"], new_model().state_dict()["head.answer.weight"]
+    )
 
 
-def test_images_that_can_not_be_read_are_left_out(model: RelativeLocation, data: Splits, tmp_path: Path) -> None:
+def test_images_that_can_not_be_read_are_left_out(
+    model: RelativeLocation, data: Splits, tmp_path: Path
+) -> None:
     Path(data.held_out.paths[4]).write_bytes(b"no image")
     Path(data.train.paths[0]).write_bytes(b"no image")
     values = monitors(model, data, tmp_path)(1)
     places, bank_places = [place for place in HELD_OUT_PLACES if place != 4], TRAIN_PLACES[1:]
     queries = features_of(model, data.held_out, places)["avgpool"]
     bank = features_of(model, data.train, bank_places)["avgpool"]
-    truth, known = (torch.tensor([place % 3 for place in chosen]) for chosen in (places, bank_places))
+    truth, known = (
+        torch.tensor([place % 3 for place in chosen]) for chosen in (places, bank_places)
+    )
     found = vote(queries, bank, known, k=[5], temperature=0.07, n_classes=3)[5]
     assert values["monitor/rankme/avgpool"] == pytest.approx(rankme(queries), rel=1e-4)
-    assert values["monitor/knn/avgpool/top1_k5"] == pytest.approx(100 * float((found == truth).float().mean()))
+    assert values["monitor/knn/avgpool/top1_k5"] == pytest.approx(
+        100 * float((found == truth).float().mean())
+    )
 
 
 def test_no_usable_image_at_all_is_an_error_that_names_one(
@@ -222,7 +274,10 @@ def test_no_usable_image_at_all_is_an_error_that_names_one(
 ) -> None:
     for path in data.held_out.paths:
         Path(path).write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"none of the 15 images they chose of colors val; the first is .*val0\.png: "):
+    with pytest.raises(
+        DataError,
+        match=r"none of the 15 images they chose of colors val; the first is .*val0\.png: ",
+    ):
         monitors(model, data, tmp_path)(1)
 
 
@@ -234,4 +289,7 @@ def test_a_network_that_collapsed_or_diverged_has_spectra_that_are_not_defined(
         weight.data.fill_(value)
     values = monitors(model, data, tmp_path)(1)
     undefined = ("rankme", "alpha_req", "knn") if math.isnan(value) else ("rankme", "alpha_req")
-    assert all(math.isnan(number) == any(word in name for word in undefined) for name, number in values.items())
+    assert all(
+        math.isnan(number) == any(word in name for word in undefined)
+        for name, number in values.items()
+    )

@@ -20,13 +20,20 @@ def name(*words: str) -> str:
 
 def test_a_pretraining_tells_its_grid_first_and_then_its_length_data_model_seed_and_color() -> None:
     assert name("data=in1k", "model=resnet50") == "gap21 jit0..21 70ep in1k r50 s0 gray"
-    assert name("grid.gap_px=0", "grid.jitter_px=7", "seed=3") == "gap0 jit7 6ep photos small s3 gray"
+    assert (
+        name("grid.gap_px=0", "grid.jitter_px=7", "seed=3") == "gap0 jit7 6ep photos small s3 gray"
+    )
 
 
 def test_trainings_of_other_length_or_data_have_other_names() -> None:
     runs = (
         ["data=in1k"],
-        ["data=in1k", "schedule.epochs=2", "schedule.warmup_epochs=0", "schedule.milestone_epochs=[]"],
+        [
+            "data=in1k",
+            "schedule.epochs=2",
+            "schedule.warmup_epochs=0",
+            "schedule.milestone_epochs=[]",
+        ],
         ["data=photos", "schedule.epochs=2", "schedule.milestone_epochs=[]"],
         ["data=photos", "schedule.epochs=0.5", "schedule.milestone_epochs=[]"],
         ["data=folder", "data.root=/data/birds"],
@@ -42,7 +49,9 @@ def test_trainings_of_other_length_or_data_have_other_names() -> None:
 
 
 def subject(checkpoint: str, model: str = "resnet50") -> EvaluatedModel:
-    return EvaluatedModel(backbone=SmallBackbone(widths=[8] * 5), checkpoint=checkpoint, model=model, weights="")
+    return EvaluatedModel(
+        backbone=SmallBackbone(widths=[8] * 5), checkpoint=checkpoint, model=model, weights=""
+    )
 
 
 def test_an_evaluation_tells_whose_weights_on_which_data(tmp_path: Path) -> None:
@@ -52,13 +61,22 @@ def test_an_evaluation_tells_whose_weights_on_which_data(tmp_path: Path) -> None
     ours = subject(str(run / "backbone.safetensors"))
     assert evaluation_name([ours], ["voc2007"]) == "gap21 jit7 70ep in1k r50 s0 gray on voc2007"
     kept = subject(str(run / "checkpoints" / "epoch_30.pt"))
-    assert evaluation_name([kept], ["voc2007"]) == "gap21 jit7 70ep in1k r50 s0 gray epoch_30 on voc2007"
-    assert evaluation_name([subject("random")], ["in1k", "in1k", "voc2007"]) == "random r50 on in1k, voc2007"
+    assert (
+        evaluation_name([kept], ["voc2007"])
+        == "gap21 jit7 70ep in1k r50 s0 gray epoch_30 on voc2007"
+    )
+    assert (
+        evaluation_name([subject("random")], ["in1k", "in1k", "voc2007"])
+        == "random r50 on in1k, voc2007"
+    )
 
 
 @pytest.mark.parametrize(
     ("file", "told"),
-    [("/x/moco_v2.pth", "moco_v2 r50 on a"), ("/x/swav/checkpoint.pth", "swav/checkpoint r50 on a")],
+    [
+        ("/x/moco_v2.pth", "moco_v2 r50 on a"),
+        ("/x/swav/checkpoint.pth", "swav/checkpoint r50 on a"),
+    ],
 )
 def test_a_file_of_another_project_is_told_by_its_name(file: str, told: str) -> None:
     assert evaluation_name([subject(file)], ["a"]) == told
@@ -66,4 +84,7 @@ def test_a_file_of_another_project_is_told_by_its_name(file: str, told: str) -> 
 
 def test_a_damaged_record_costs_only_the_name(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
-    assert evaluation_name([subject(str(tmp_path / "backbone.safetensors"))], ["a"]) == f"{tmp_path.name} on a"
+    assert (
+        evaluation_name([subject(str(tmp_path / "backbone.safetensors"))], ["a"])
+        == f"{tmp_path.name} on a"
+    )

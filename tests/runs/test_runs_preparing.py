@@ -15,7 +15,9 @@ from relloc.runs.settings import conf_dir
 
 def run(*words: str, chosen: str = "folder") -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        settings = build.preparing(compose("prepare", ["data=folder", "data.name=mine", "workers=1", *words]))
+        settings = build.preparing(
+            compose("prepare", ["data=folder", "data.name=mine", "workers=1", *words])
+        )
     invocation = Invocation(
         command="prepare",
         folder=Path(),
@@ -40,7 +42,10 @@ def test_a_check_names_findings_and_the_command_that_packs(
     told = capsys.readouterr().out
     assert "mine, as checked" in told
     assert f"train: {len(BROKEN)} images can't be read" in told
-    assert f"next: python -m relloc.prepare data=folder data.root={originals} out=SHARDS" in told.replace("\n", " ")
+    assert (
+        f"next: python -m relloc.prepare data=folder data.root={originals} out=SHARDS"
+        in told.replace("\n", " ")
+    )
     assert not list(tmp_path.rglob(MANIFEST))
 
 

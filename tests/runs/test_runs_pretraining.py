@@ -32,7 +32,12 @@ def settings() -> Pretraining:
     ],
 )
 def test_a_forward_is_a_ghost_batch_or_compiled_the_most_that_divide_a_share(
-    settings: Pretraining, monkeypatch: pytest.MonkeyPatch, compiled: bool, world: int, step: int, expected: int
+    settings: Pretraining,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool,
+    world: int,
+    step: int,
+    expected: int,
 ) -> None:
     monkeypatch.setattr("relloc.ranks.world_size", lambda: world)
     asked = dataclasses.replace(settings, images_per_step=step, images_per_batch_norm=64)

@@ -14,7 +14,11 @@ CONFIG = ".hydra/config.yaml"
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def write(folder: Path, *names: str, text: str) -> None:
@@ -50,7 +54,8 @@ def test_what_nobody_names_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [JOURNAL_FILE, RESULTS_FILE, BACKBONE_FILE, f"{STATES}/linear.pt", "checkpoints/step_1.pt"]
+    "name",
+    [JOURNAL_FILE, RESULTS_FILE, BACKBONE_FILE, f"{STATES}/linear.pt", "checkpoints/step_1.pt"],
 )
 def test_work_is_what_was_trained_or_measured(tmp_path: Path, name: str) -> None:
     before = FolderBefore.of(tmp_path)

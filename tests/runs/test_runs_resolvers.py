@@ -25,7 +25,9 @@ def composed(*words: str, command: str = "train") -> DictConfig:
 
 
 @given(shares=SPANS, made_for=st.integers(1, 500), epochs=st.integers(1, 500))
-def test_spans_keep_their_share_of_the_training(shares: list[float], made_for: int, epochs: int) -> None:
+def test_spans_keep_their_share_of_the_training(
+    shares: list[float], made_for: int, epochs: int
+) -> None:
     spans = [share * made_for for share in shares]
     found = resolvers.scaled(spans, made_for, epochs)
     assert found == pytest.approx([share * epochs for share in shares], rel=1e-5)
@@ -33,7 +35,9 @@ def test_spans_keep_their_share_of_the_training(shares: list[float], made_for: i
 
 
 @given(shares=SPANS, made_for=st.integers(1, 200), epochs=st.integers(1, 200))
-def test_whole_milestones_rise_and_are_reached(shares: list[float], made_for: int, epochs: int) -> None:
+def test_whole_milestones_rise_and_are_reached(
+    shares: list[float], made_for: int, epochs: int
+) -> None:
     if made_for == epochs:
         return
     found = resolvers.scaled_whole([share * made_for for share in shares], made_for, epochs)
@@ -46,7 +50,12 @@ def test_only_epochs_need_be_set() -> None:
     assert (shorter.warmup_epochs, shorter.milestone_epochs) == (0.5, [3, 5])
     assert build.call("schedule", settings.plain(shorter)).factor(6) == pytest.approx(0.01)
     assert composed("schedule.epochs=3", "schedule=cosine").schedule.warmup_epochs == 0.1
-    given = composed("data=in1k", "schedule.epochs=7", "schedule.warmup_epochs=1", "schedule.milestone_epochs=[6]")
+    given = composed(
+        "data=in1k",
+        "schedule.epochs=7",
+        "schedule.warmup_epochs=1",
+        "schedule.milestone_epochs=[6]",
+    )
     assert (given.schedule.warmup_epochs, given.schedule.milestone_epochs) == (1, [6])
     recipe = composed("experiment=google2019", "schedule.epochs=7").schedule
     assert (recipe.warmup_epochs, recipe.milestone_epochs) == (1, [3, 5])
@@ -63,10 +72,14 @@ def test_only_epochs_need_be_set() -> None:
         ("semisup_10", 2, [1]),
     ],
 )
-def test_milestones_of_evaluations_scale_in_whole_epochs(name: str, epochs: int, milestones: list[int]) -> None:
+def test_milestones_of_evaluations_scale_in_whole_epochs(
+    name: str, epochs: int, milestones: list[int]
+) -> None:
     node = composed(f"eval=[{name}]", f"eval.{name}.epochs={epochs}").eval[name]
     assert node.milestone_epochs == milestones
-    own = composed(f"eval=[{name}]", f"eval.{name}.epochs={epochs}", f"eval.{name}.milestone_epochs=[1]").eval[name]
+    own = composed(
+        f"eval=[{name}]", f"eval.{name}.epochs={epochs}", f"eval.{name}.milestone_epochs=[1]"
+    ).eval[name]
     assert own.milestone_epochs == [1]
 
 
@@ -90,7 +103,10 @@ def test_an_evaluation_of_the_same_data_set_reads_it_where_it_lies(command: str)
     assert places(images, "linear_in1k") == ("/in1k", None)
     assert images.eval.linear_in1k.data.source.root == "/in1k"
     assert places(images, "voc07_svm") == (None, None)
-    assert places(composed(*words, "data.shards=/packed", command=command), "linear_in1k") == (None, "/packed")
+    assert places(composed(*words, "data.shards=/packed", command=command), "linear_in1k") == (
+        None,
+        "/packed",
+    )
 
 
 def test_a_place_of_its_own_stands_over_the_one_trained_on() -> None:
@@ -109,15 +125,25 @@ def test_the_commands_of_a_preset_need_no_second_root(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["RELLOC_IN1K", "RELLOC_DATA"])
-def test_a_variable_may_name_packed_shards(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_may_name_packed_shards(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(variable, str(tmp_path))
     images = composed("data=in1k", "eval=[knn_in1k]")
-    assert (images.data.root, images.data.shards) == places(images, "knn_in1k") == (str(tmp_path), None)
+    assert (
+        (images.data.root, images.data.shards)
+        == places(images, "knn_in1k")
+        == (str(tmp_path), None)
+    )
     (tmp_path / MANIFEST).write_text('{"images": 3}')  # of others
     assert composed("data=in1k").data.shards is None
     (tmp_path / MANIFEST).write_text(f'{{"format": "{FORMAT}"}}')
     packed = composed("data=in1k", "eval=[knn_in1k]")
-    assert (packed.data.root, packed.data.shards) == places(packed, "knn_in1k") == (None, str(tmp_path))
+    assert (
+        (packed.data.root, packed.data.shards)
+        == places(packed, "knn_in1k")
+        == (None, str(tmp_path))
+    )
     brought = composed("data=photos", "eval=[knn_in1k]")
     assert places(brought, "knn_in1k") == (None, str(tmp_path))
     given = composed("data=in1k", "data.root=/in1k", "eval=[knn_in1k]")

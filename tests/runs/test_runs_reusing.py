@@ -23,19 +23,35 @@ from relloc.runs.folder import UNREADABLE_FILE
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, state_file
 
 MODEL = EvaluatedModel(
-    backbone=SmallBackbone(widths=(8, 8, 8, 10, 8)), checkpoint="/here/backbone.safetensors", model="small", weights="w"
+    backbone=SmallBackbone(widths=(8, 8, 8, 10, 8)),
+    checkpoint="/here/backbone.safetensors",
+    model="small",
+    weights="w",
 )
-KNN = Knn(k=(10,), temperature=0.07, layers=("avgpool",), view=Center(short_px=8, crop_px=8), batch=8, bank_gib=1)
+KNN = Knn(
+    k=(10,),
+    temperature=0.07,
+    layers=("avgpool",),
+    view=Center(short_px=8, crop_px=8),
+    batch=8,
+    bank_gib=1,
+)
 IMAGES = FolderImages(name="colors", split="train", paths=[])
 
 
-def eval_run(run_dir: Path, *, every_s: float = 0, stop: StopRequest | None = None, runs: Path | None) -> EvalRun:
+def eval_run(
+    run_dir: Path, *, every_s: float = 0, stop: StopRequest | None = None, runs: Path | None
+) -> EvalRun:
     stop = stop or StopRequest()
     return EvalRun(run_dir=run_dir, folder=None, stop=stop, save_every_s=every_s, reused_runs=runs)
 
 
 def is_known(
-    run_dir: Path, runs: Path | None, name: str = "knn", batch_norm: str = "as_trained", fingerprint: str = "mark"
+    run_dir: Path,
+    runs: Path | None,
+    name: str = "knn",
+    batch_norm: str = "as_trained",
+    fingerprint: str = "mark",
 ) -> bool:
     """Whether a part of an evaluation has rows in the run folder, or gets them from another run's."""
     named = NamedEvaluation(name=name, evaluation=KNN, splits=Splits(train=IMAGES, held_out=IMAGES))
@@ -52,7 +68,13 @@ def row(**changes: object) -> Result:
         "metric": "top1_k10",
         "value": 40.0,
     }
-    who = {"n": 18, "seed": 0, "protocol": "3.7", "checkpoint": "/old/backbone.safetensors", "model": "small"}
+    who = {
+        "n": 18,
+        "seed": 0,
+        "protocol": "3.7",
+        "checkpoint": "/old/backbone.safetensors",
+        "model": "small",
+    }
     return Result(**{**about, **who, "fingerprint": "mark", **changes})  # type: ignore[arg-type]
 
 
@@ -65,17 +87,26 @@ def folder(runs: Path, name: str, *rows: Result) -> Path:
 def test_rows_of_the_same_weights_are_copied_once_and_say_where_they_were_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = folder(tmp_path, "sweep/0", row(), row(metric="top1_k20", value=41.0), row(fingerprint="another"))
+    old = folder(
+        tmp_path, "sweep/0", row(), row(metric="top1_k20", value=41.0), row(fingerprint="another")
+    )
     new = folder(tmp_path, "new")
     assert is_known(new, tmp_path)
     assert is_known(new, tmp_path)
     copied = read_results(new)
-    assert [(found.metric, found.value) for found in copied] == [("top1_k10", 40.0), ("top1_k20", 41.0)]
-    assert {(found.checkpoint, found.measured_in) for found in copied} == {(MODEL.checkpoint, str(old))}
+    assert [(found.metric, found.value) for found in copied] == [
+        ("top1_k10", 40.0),
+        ("top1_k20", 41.0),
+    ]
+    assert {(found.checkpoint, found.measured_in) for found in copied} == {
+        (MODEL.checkpoint, str(old))
+    }
     assert capsys.readouterr().out.count("of the same weights in") == 1
     newest = folder(tmp_path, "newest")
     assert is_known(newest, tmp_path)
-    assert {found.measured_in for found in read_results(newest)} == {str(old)}  # not the folder that copied them
+    assert {found.measured_in for found in read_results(newest)} == {
+        str(old)
+    }  # not the folder that copied them
 
 
 def test_what_is_not_the_same_is_measured(tmp_path: Path) -> None:
@@ -162,7 +193,9 @@ def test_what_takes_longer_than_a_stop_may_wait_is_written_each_time_and_no_stop
     assert (kept(tmp_path).load() or {})["epoch"] == 4
 
 
-def test_a_stop_while_the_state_is_written_leaves_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_while_the_state_is_written_leaves_it_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def save(path: Path, content: dict[str, int]) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         save_state(path, content)
@@ -174,7 +207,9 @@ def test_a_stop_while_the_state_is_written_leaves_it_whole(tmp_path: Path, monke
     assert (kept(tmp_path).load() or {})["epoch"] == 1
 
 
-def test_a_damaged_state_is_told_and_not_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_state_is_told_and_not_gone_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kept(tmp_path).save({"epoch": 2})
     flip_a_byte(state_file(tmp_path, "mark"))
     assert kept(tmp_path).load() is None

@@ -10,7 +10,13 @@ import torch
 
 from relloc import ranks
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
-from relloc.checkpoints.states import load_training, newest_sound, save_training, saved_trainings, training_folder
+from relloc.checkpoints.states import (
+    load_training,
+    newest_sound,
+    save_training,
+    saved_trainings,
+    training_folder,
+)
 from relloc.errors import CheckpointError, DamagedCheckpoint, DamagedFile, UsageError
 from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
@@ -25,7 +31,14 @@ from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.schedule import Constant
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import saving
-from relloc.runs.saving import RANDOM_NUMBERS, TRAINING_FILE, Saver, milestone_steps, note_identity, resume
+from relloc.runs.saving import (
+    RANDOM_NUMBERS,
+    TRAINING_FILE,
+    Saver,
+    milestone_steps,
+    note_identity,
+    resume,
+)
 from relloc.tracking.journal import JOURNAL_FILE
 
 IDENTITY = {"grid.gap_px": 4, "seed": 0}
@@ -33,7 +46,14 @@ IDENTITY = {"grid.gap_px": 4, "seed": 0}
 
 def new_task(*, seed: int = 0, epochs: float = 3, steps_per_epoch: int = 4) -> Task:
     torch.manual_seed(seed)
-    head = PairHead(embedding_dim=4, hidden_dim=4, batch_norm_momentum=0.1, dropout=0, neck_std=0.1, head_std=0.1)
+    head = PairHead(
+        embedding_dim=4,
+        hidden_dim=4,
+        batch_norm_momentum=0.1,
+        dropout=0,
+        neck_std=0.1,
+        head_std=0.1,
+    )
     backbone = SmallBackbone(widths=(8, 8, 8, 8, 4))
     model = RelativeLocation(backbone, head, batch_norm="separate", images_per_batch_norm=4)
     grid = PatchGrid(patch_px=16, gap_px=2, jitter_px=1, resize=None)
@@ -73,7 +93,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def new_saver(run_dir: Path, task: Task, **changes: object) -> Saver:
-    fixed = {"identity": IDENTITY, "about": {"model": {"name": "tiny"}}, "stop": StopRequest(), "every_s": 10}
+    fixed = {
+        "identity": IDENTITY,
+        "about": {"model": {"name": "tiny"}},
+        "stop": StopRequest(),
+        "every_s": 10,
+    }
     return Saver(task=task, run_dir=run_dir, **{**fixed, "milestones": {}, **changes})  # type: ignore[arg-type]
 
 
@@ -85,7 +110,9 @@ def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in training_folder(run_dir).glob("*.pt"))
 
 
-def test_a_checkpoint_is_saved_once_so_many_seconds_have_passed(tmp_path: Path, clock: Callable[[float], None]) -> None:
+def test_a_checkpoint_is_saved_once_so_many_seconds_have_passed(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
     saver = new_saver(tmp_path, new_task())
     saved_after = []
     for done, now in enumerate([0.0, 9.9, 10.1, 20.0, 20.2, 25.0], start=1):
@@ -104,12 +131,19 @@ def test_the_last_step_is_saved_at_any_time(tmp_path: Path, clock: Callable[[flo
     assert names(tmp_path) == ["step_000000012.pt"]
 
 
-def test_milestones_are_saved_by_name_and_stay(tmp_path: Path, clock: Callable[[float], None]) -> None:
+def test_milestones_are_saved_by_name_and_stay(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
     clock(0)
     saver = new_saver(tmp_path, new_task(), milestones={4: "epoch_1", 6: "epoch_1.5"})
     for done in range(1, 13):
         saver.after_step(standing(done))
-    assert names(tmp_path) == ["epoch_1.5.pt", "epoch_1.pt", "step_000000006.pt", "step_000000012.pt"]
+    assert names(tmp_path) == [
+        "epoch_1.5.pt",
+        "epoch_1.pt",
+        "step_000000006.pt",
+        "step_000000012.pt",
+    ]
     kept = load_training(training_folder(tmp_path) / "epoch_1.pt")
     assert (kept["step"], kept["about"]) == (4, {"model": {"name": "tiny"}, "step": 4})
 
@@ -137,14 +171,18 @@ def test_ranks_answer_alike_when_another_one_was_asked_to_stop(
     saver = new_saver(tmp_path, new_task(), stop=stop)
     other = torch.tensor([signal.SIGUSR1, 0])
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(ranks, "gathered", lambda mine: torch.stack([mine, other if len(mine) == 2 else mine]))
+    monkeypatch.setattr(
+        ranks, "gathered", lambda mine: torch.stack([mine, other if len(mine) == 2 else mine])
+    )
     assert saver.after_step(standing(1)) is True
     assert (stop.name, stop.exit_code) == ("SIGUSR1", 138)
     assert load_training(saved_trainings(tmp_path)[0])["tallies"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_sums_that_are_not_finite_are_not_saved(tmp_path: Path, clock: Callable[[float], None], loss: float) -> None:
+def test_sums_that_are_not_finite_are_not_saved(
+    tmp_path: Path, clock: Callable[[float], None], loss: float
+) -> None:
     clock(0)
     saver = new_saver(tmp_path, new_task(), milestones={1: "epoch_0.25", 2: "epoch_0.5"})
     saver.after_step(standing(1))
@@ -153,7 +191,9 @@ def test_sums_that_are_not_finite_are_not_saved(tmp_path: Path, clock: Callable[
     assert names(tmp_path) == ["epoch_0.25.pt", "step_000000001.pt"]
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, clock: Callable[[float], None]) -> None:
+def test_weights_that_are_not_finite_are_not_saved(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
     clock(0)
     task = new_task()
     saver = new_saver(tmp_path, task, milestones={1: "epoch_0.25", 2: "epoch_0.5"})
@@ -164,7 +204,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, clock: Callab
     assert names(tmp_path) == ["epoch_0.25.pt", "step_000000001.pt"]
 
 
-def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_saved_comes_back_to_the_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = new_task()
     for _ in range(3):
         step(task)
@@ -173,8 +215,12 @@ def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path, capsys: pytest.Cap
     found = resume(IDENTITY, other, tmp_path)
     assert found.step == 7
     assert torch.equal(found.sums, standing(7).sums)
-    torch.testing.assert_close(dict(other.model.state_dict()), dict(task.model.state_dict()), rtol=0, atol=0)
-    torch.testing.assert_close(other.optimizer.state_dict(), task.optimizer.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(other.model.state_dict()), dict(task.model.state_dict()), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        other.optimizer.state_dict(), task.optimizer.state_dict(), rtol=0, atol=0
+    )
     assert f"resume  {saved_trainings(tmp_path)[0]} after step 7 of 12" in capsys.readouterr().out
 
 
@@ -184,21 +230,34 @@ def test_an_empty_folder_is_a_training_that_has_done_nothing(tmp_path: Path) -> 
     assert torch.equal(found.sums, torch.zeros(3, dtype=torch.float64))
 
 
-def test_a_folder_of_other_settings_is_refused_with_what_differs_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_folder_of_other_settings_is_refused_with_what_differs_and_changes_nothing(
+    tmp_path: Path,
+) -> None:
     Saver.save(new_saver(tmp_path, new_task()), standing(7))
     other = new_task(seed=1)
     before = [parameter.clone() for parameter in other.model.parameters()]
     with pytest.raises(UsageError) as raised:
         resume({"grid.gap_px": 5, "model.name": "small"}, other, tmp_path)
-    for words in (str(tmp_path), "grid.gap_px was 4, now 5", "model.name was None, now small", "seed was 0, now None"):
+    for words in (
+        str(tmp_path),
+        "grid.gap_px was 4, now 5",
+        "model.name was None, now small",
+        "seed was 0, now None",
+    ):
         assert words in str(raised.value)
-    assert all(torch.equal(old, new) for old, new in zip(before, other.model.parameters(), strict=True))
+    assert all(
+        torch.equal(old, new) for old, new in zip(before, other.model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("left", [JOURNAL_FILE, BACKBONE_FILE])
-def test_without_a_checkpoint_curves_and_weights_of_other_settings_are_refused(tmp_path: Path, left: str) -> None:
+def test_without_a_checkpoint_curves_and_weights_of_other_settings_are_refused(
+    tmp_path: Path, left: str
+) -> None:
     note_identity(tmp_path, IDENTITY)
-    assert resume(IDENTITY | {"grid.gap_px": 5}, new_task(), tmp_path).step == 0  # nothing is there to be mixed
+    assert (
+        resume(IDENTITY | {"grid.gap_px": 5}, new_task(), tmp_path).step == 0
+    )  # nothing is there to be mixed
     (tmp_path / left).touch()
     assert resume(IDENTITY, new_task(), tmp_path).step == 0
     with pytest.raises(UsageError, match="gap_px was 4, now 5"):
@@ -261,7 +320,9 @@ def test_a_folder_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut])
-def test_a_damaged_newest_is_set_aside_with_one_warning(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_newest_is_set_aside_with_one_warning(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     before = save_training(tmp_path, {"value": torch.ones(1000)}, 1)
     newest = save_training(tmp_path, {"value": torch.ones(1000)}, 2)
     damage(newest)
@@ -272,7 +333,12 @@ def test_a_damaged_newest_is_set_aside_with_one_warning(tmp_path: Path, damage: 
         assert words in warnings[0]
     assert saved_trainings(tmp_path) == [before]
     assert {path.name for path in training_folder(tmp_path).iterdir()} == {
-        *(before.name, f"{before.name}.sha256", f"{newest.name}.damaged", f"{newest.name}.sha256.damaged")
+        *(
+            before.name,
+            f"{before.name}.sha256",
+            f"{newest.name}.damaged",
+            f"{newest.name}.sha256.damaged",
+        )
     }
     assert newest_sound(tmp_path, pytest.fail) == before  # said once
 
@@ -282,7 +348,9 @@ def test_one_flipped_byte_that_torch_reads_without_complaint_is_noticed(tmp_path
     flip_a_byte(path)
     state = torch.load(path, weights_only=True)  # torch checks no sum of what it reads
     assert state["value"].count_nonzero() == 1
-    with pytest.raises(CheckpointError, match="its SHA-256 is not the one noted in step_000000001.pt.sha256"):
+    with pytest.raises(
+        CheckpointError, match="its SHA-256 is not the one noted in step_000000001.pt.sha256"
+    ):
         newest_sound(tmp_path, lambda text: (_ for _ in ()).throw(CheckpointError(text)))
 
 
@@ -293,7 +361,11 @@ def test_only_damaged_ones_are_one_error_that_says_what_to_do(tmp_path: Path) ->
     with pytest.raises(CheckpointError) as raised:
         newest_sound(tmp_path, warnings.append)
     assert len(warnings) == 2
-    for words in (f"no checkpoint in {training_folder(tmp_path)} can be read", "milestone", "hydra.run.dir"):
+    for words in (
+        f"no checkpoint in {training_folder(tmp_path)} can be read",
+        "milestone",
+        "hydra.run.dir",
+    ):
         assert words in str(raised.value)
 
 
@@ -314,7 +386,9 @@ def test_a_run_goes_on_from_a_milestone_where_all_else_is_damaged(tmp_path: Path
         Saver.save(saver, standing(done))
     for path in saved_trainings(tmp_path):
         flip_a_byte(path)
-    with pytest.raises(CheckpointError, match=r"Copy a milestone to (step_\d+\.pt) to go on from there") as raised:
+    with pytest.raises(
+        CheckpointError, match=r"Copy a milestone to (step_\d+\.pt) to go on from there"
+    ) as raised:
         newest_sound(tmp_path, lambda _text: None)
     name = str(raised.value).partition("Copy a milestone to ")[2].split()[0]
     folder = training_folder(tmp_path)
@@ -322,7 +396,9 @@ def test_a_run_goes_on_from_a_milestone_where_all_else_is_damaged(tmp_path: Path
     assert resume(IDENTITY, task, tmp_path).step == 4
     Saver.save(saver, standing(5))
     Saver.save(saver, standing(6))
-    assert resume(IDENTITY, task, tmp_path).step == 6  # what came after the milestone is not lost again
+    assert (
+        resume(IDENTITY, task, tmp_path).step == 6
+    )  # what came after the milestone is not lost again
 
 
 def test_a_run_that_an_older_relloc_began_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -344,7 +420,9 @@ def test_a_run_that_an_older_relloc_began_is_refused_with_the_reason(tmp_path: P
     ],
     ids=str,
 )
-def test_a_whole_file_that_is_no_state_of_this_training_is_named(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_a_whole_file_that_is_no_state_of_this_training_is_named(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
     task = new_task()
     new_saver(tmp_path, task, milestones={1: "first"}).after_step(standing(1))
     (path,) = saved_trainings(tmp_path)

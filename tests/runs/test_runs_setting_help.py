@@ -19,7 +19,14 @@ def answered(*words: str, command: str = "train") -> str:
     [
         (
             "grid.gap_px",
-            ["21", "pixels", "conf/grid/mmselfsup.yaml", "a gap of 21 px", ": distance between two neighbor", "48"],
+            [
+                "21",
+                "pixels",
+                "conf/grid/mmselfsup.yaml",
+                "a gap of 21 px",
+                ": distance between two neighbor",
+                "48",
+            ],
         ),
         ("grid.jitter_px", [": range of the displacement", "of mmselfsup.\n"]),
         ("bank_gib", ["12", "GiB", "conf/_settings.yaml", "features kept in memory"]),
@@ -28,7 +35,10 @@ def answered(*words: str, command: str = "train") -> str:
         ("eval.linear.lr", ["0.01", "conf/eval/linear.yaml", "Linear"]),
         ("grid.gap_px=32", ["21"]),
         ("launcher.timeout_min", ["1440", "launcher=slurm", "of each start"]),
-        ("experiment=card2022", ["Reproduces:", "Command:", "Cost:", "Expect:", "override /model: resnet50"]),
+        (
+            "experiment=card2022",
+            ["Reproduces:", "Command:", "Cost:", "Expect:", "override /model: resnet50"],
+        ),
         ("eval=[knn,linear]", ["Weighted nearest neighbors", "One linear classifier a stage"]),
         ("color", ["drop", "gray", "projection", "No treatment: the control"]),
         ("monitor", ["monitor.images", "monitor.k"]),
@@ -58,7 +68,9 @@ def test_a_file_that_two_evaluations_share_is_named_for_both() -> None:
         assert "set in conf/eval/_voc07.yaml" in answered(f"eval.{name}.costs", both)
 
 
-@pytest.mark.parametrize("word", ["grid.gab_px", "gap_px", "nothing.at.all", "data=imagenet", "eval=knnn"])
+@pytest.mark.parametrize(
+    "word", ["grid.gab_px", "gap_px", "nothing.at.all", "data=imagenet", "eval=knnn"]
+)
 def test_what_there_is_not_is_a_mistake(word: str) -> None:
     with pytest.raises(UsageError, match="there is no"):
         answered(word)
@@ -128,7 +140,9 @@ def test_an_old_name_is_told_with_the_new_one(old: str) -> None:
         answered(old)
     with pytest.raises(UsageError, match=told):
         renamed.refuse_old_names([old])
-    composed = settings.compose("train", [f"+{old}=1"]).config  # as a preset of the user's own may have it
+    composed = settings.compose(
+        "train", [f"+{old}=1"]
+    ).config  # as a preset of the user's own may have it
     with pytest.raises(UsageError, match=f"is now {OLD_NAMES[old].partition('.')[0]}"):
         build.pretraining(composed)
 
@@ -137,14 +151,18 @@ def test_an_old_name_is_told_with_the_new_one(old: str) -> None:
 def test_a_misspelt_recipe_is_told_although_hydra_would_go_on_without(word: str) -> None:
     with pytest.raises(UsageError, match="there is no (recipe|probe)="):
         explaining.check_members(check([word], sweeps=True))
-    explaining.check_members(check(["recipe=in1k", "probe=photos", "~probe", "data=nothing"], sweeps=False))
+    explaining.check_members(
+        check(["recipe=in1k", "probe=photos", "~probe", "data=nothing"], sweeps=False)
+    )
 
 
 def test_a_setting_of_another_command_is_told_as_that() -> None:
     assert "relloc.train" in explaining.no_setting("grid.gap_px", "evaluate", [])
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("imagenet", "imagenette or in1k"), ("place205", "places205")])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("imagenet", "imagenette or in1k"), ("place205", "places205")]
+)
 def test_a_misspelt_member_is_told_with_those_meant(wrong: str, near: str) -> None:
     assert f"Did you mean {near}?" in explaining.no_member("data", wrong)
 

@@ -23,7 +23,12 @@ from relloc.runs.training import Training, train_to_the_end
 WORDS = (
     *("data.source.tiles=[0.4]", "data.source.stride=0.5", "recipe.images_per_step=16"),
     *("recipe.images_per_batch_norm=16", "grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2"),
-    *("grid.resize.px=64", "schedule.epochs=2", "schedule.warmup_epochs=0", "schedule.milestone_epochs=[1]"),
+    *(
+        "grid.resize.px=64",
+        "schedule.epochs=2",
+        "schedule.warmup_epochs=0",
+        "schedule.milestone_epochs=[1]",
+    ),
     *("device=cpu", "workers=0", "monitor.every_epochs=null", "eval=[]", "tracking=none"),
 )
 
@@ -48,7 +53,9 @@ def stop() -> Iterator[StopRequest]:
 def prepared(settings: Pretraining, data: Splits, run_dir: Path, stop: StopRequest) -> Training:
     engine = settle(settings.engine)
     plan = make_plan(settings, data, engine)
-    task = make_task(settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation)
+    task = make_task(
+        settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation
+    )
     return Training(
         settings=settings,
         engine=engine,
@@ -88,20 +95,30 @@ def test_stopped_after_each_step_it_ends_as_if_never_stopped(
 
 
 def test_a_training_that_diverges_says_what_was_saved_and_what_to_try(
-    settings: Pretraining, data: Splits, tmp_path: Path, stop: StopRequest, monkeypatch: pytest.MonkeyPatch
+    settings: Pretraining,
+    data: Splits,
+    tmp_path: Path,
+    stop: StopRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def diverging(*_given: object, **_named: object) -> int:
         raise Diverged("the loss is nan at step 3")
 
     monkeypatch.setattr(training, "train", diverging)
     run = prepared(settings, data, tmp_path, stop)
-    with pytest.raises(UsageError, match=r"the loss is nan.*no checkpoint was saved before.*optimizer\.lr"):
+    with pytest.raises(
+        UsageError, match=r"the loss is nan.*no checkpoint was saved before.*optimizer\.lr"
+    ):
         train_to_the_end(run, run.task.start(), None)
     assert not states.saved_trainings(tmp_path)
 
 
 def test_too_little_memory_names_fewer_images_that_fit(
-    settings: Pretraining, data: Splits, tmp_path: Path, stop: StopRequest, monkeypatch: pytest.MonkeyPatch
+    settings: Pretraining,
+    data: Splits,
+    tmp_path: Path,
+    stop: StopRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def without_room(*_given: object, **_named: object) -> int:
         raise torch.OutOfMemoryError("no room")
@@ -109,12 +126,18 @@ def test_too_little_memory_names_fewer_images_that_fit(
     monkeypatch.setattr(training, "train", without_room)
     asked = dataclasses.replace(settings, images_per_step=64, images_per_forward=64)
     run = prepared(asked, data, tmp_path, stop)
-    with pytest.raises(UsageError, match=r"too small for 64 images at once: give images_per_forward=32 or less"):
+    with pytest.raises(
+        UsageError, match=r"too small for 64 images at once: give images_per_forward=32 or less"
+    ):
         train_to_the_end(run, run.task.start(), None)
 
 
 def test_too_many_unreadable_images_end_it(
-    settings: Pretraining, data: Splits, tmp_path: Path, stop: StopRequest, monkeypatch: pytest.MonkeyPatch
+    settings: Pretraining,
+    data: Splits,
+    tmp_path: Path,
+    stop: StopRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(self: object, *_given: object) -> None:
         raise training_error

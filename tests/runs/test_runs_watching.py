@@ -77,10 +77,14 @@ def walk(monitoring: Monitoring, clock: Clock, *, steps: int, step_s: float) -> 
         monitoring.after_step(done)
 
 
-def test_monitors_are_asked_at_their_period_and_journaled_by_step(clock: Clock, folder: RunFolder) -> None:
+def test_monitors_are_asked_at_their_period_and_journaled_by_step(
+    clock: Clock, folder: RunFolder
+) -> None:
     asked = Asked(clock)
     walk(
-        Monitoring(asked, every_steps=3, most_share=0.05, folder=folder, device=torch.device("cpu")),
+        Monitoring(
+            asked, every_steps=3, most_share=0.05, folder=folder, device=torch.device("cpu")
+        ),
         clock,
         steps=10,
         step_s=1,
@@ -100,15 +104,21 @@ def test_monitors_that_fail_end_themselves_and_not_the_training(
         asked.append(done)
         raise DataError("none of the images can be used")
 
-    monitoring = Monitoring(broken, every_steps=1, most_share=1, folder=folder, device=torch.device("cpu"))
+    monitoring = Monitoring(
+        broken, every_steps=1, most_share=1, folder=folder, device=torch.device("cpu")
+    )
     walk(monitoring, clock, steps=5, step_s=1)
     assert asked == [1]
-    assert "monitors stop: none of the images can be used. Training goes on" in capsys.readouterr().out
+    assert (
+        "monitors stop: none of the images can be used. Training goes on" in capsys.readouterr().out
+    )
 
 
 def test_the_picture_is_kept_for_the_tracker(clock: Clock, folder: RunFolder) -> None:
     walk(
-        Monitoring(Asked(clock), every_steps=2, most_share=1, folder=folder, device=torch.device("cpu")),
+        Monitoring(
+            Asked(clock), every_steps=2, most_share=1, folder=folder, device=torch.device("cpu")
+        ),
         clock,
         steps=2,
         step_s=1,
@@ -123,13 +133,17 @@ def test_slow_monitors_are_left_out_until_they_cost_no_more_than_their_share(
 ) -> None:
     asked = Asked(clock, cost_s)
     walk(
-        Monitoring(asked, every_steps=2, most_share=most_share, folder=folder, device=torch.device("cpu")),
+        Monitoring(
+            asked, every_steps=2, most_share=most_share, folder=folder, device=torch.device("cpu")
+        ),
         clock,
         steps=600,
         step_s=1,
     )
     trained_s = 600.0
-    assert len(asked.at) * cost_s <= most_share * trained_s + cost_s  # what the first costs is not known before
+    assert (
+        len(asked.at) * cost_s <= most_share * trained_s + cost_s
+    )  # what the first costs is not known before
     possible = min(300, most_share * trained_s / cost_s)
     assert len(asked.at) >= 0.6 * possible  # and not more is left out than has to be
     assert all(step % 2 == 0 for step in asked.at)
@@ -138,7 +152,9 @@ def test_slow_monitors_are_left_out_until_they_cost_no_more_than_their_share(
 def test_a_turn_left_out_leaves_no_line(clock: Clock, folder: RunFolder) -> None:
     asked = Asked(clock, cost_s=100)
     walk(
-        Monitoring(asked, every_steps=1, most_share=0.05, folder=folder, device=torch.device("cpu")),
+        Monitoring(
+            asked, every_steps=1, most_share=0.05, folder=folder, device=torch.device("cpu")
+        ),
         clock,
         steps=50,
         step_s=1,
@@ -160,7 +176,9 @@ def test_monitors_may_use_any_kernel_and_training_gets_its_own_back(
             raise KeyError
         return {"monitor/a": 1.0}
 
-    monitoring = Monitoring(monitors, every_steps=1, most_share=1, folder=folder, device=torch.device("cpu"))
+    monitoring = Monitoring(
+        monitors, every_steps=1, most_share=1, folder=folder, device=torch.device("cpu")
+    )
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -181,14 +199,18 @@ def progress(step: int, loss: float) -> Progress:
 
 def waiting_feed() -> Feed:
     unreadable = Unreadable(n_images=1, most_share=0)
-    return Feed([], unreadable, images_per_batch=1, batches_per_forward=1, device=torch.device("cpu"))
+    return Feed(
+        [], unreadable, images_per_batch=1, batches_per_forward=1, device=torch.device("cpu")
+    )
 
 
 def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
     clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
     feed = waiting_feed()
-    with reporting(stub_task, PLAN, feed, first_step=2, collapse_steps=100, folder=folder) as report:
+    with reporting(
+        stub_task, PLAN, feed, first_step=2, collapse_steps=100, folder=folder
+    ) as report:
         clock.now, feed.waited_s = 4.0, 1.0
         report(progress(4, 1.5))
         clock.now, feed.waited_s = 5.0, 1.1
@@ -205,13 +227,18 @@ def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
     }
     assert second.metrics["speed/images_per_s"] == 4 * 16 / 1
     assert second.metrics["speed/waiting_percent"] == pytest.approx(10)
-    assert "pretrain 8/8 loss 1.250  top-1 20.0 %  64 images/s  waiting for data 10 %" in capsys.readouterr().out
+    assert (
+        "pretrain 8/8 loss 1.250  top-1 20.0 %  64 images/s  waiting for data 10 %"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_loss_that_is_no_number_is_journaled_and_ends_training(
     clock: Clock, folder: RunFolder, stub_task: Task
 ) -> None:
-    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=100, folder=folder) as report:
+    with reporting(
+        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=100, folder=folder
+    ) as report:
         clock.now = 1.0
         with pytest.raises(Diverged):
             report(progress(4, math.nan))
@@ -222,7 +249,9 @@ def test_a_loss_that_is_no_number_is_journaled_and_ends_training(
 def test_only_the_process_with_a_folder_tells_but_each_one_stops(
     clock: Clock, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=2, folder=None) as report:
+    with reporting(
+        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=2, folder=None
+    ) as report:
         report(progress(4, CHANCE_LOSS))
         with pytest.raises(Diverged):
             report(progress(5, math.inf))
@@ -232,8 +261,13 @@ def test_only_the_process_with_a_folder_tells_but_each_one_stops(
 def test_a_collapse_is_told_once(
     clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with reporting(stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=4, folder=folder) as report:
+    with reporting(
+        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=4, folder=folder
+    ) as report:
         for step in range(1, 8):
             clock.now += 1
             report(progress(step, CHANCE_LOSS))
-    assert capsys.readouterr().out.count("alarm   the loss has stayed at log 8 = 2.079 for 4 steps") == 1
+    assert (
+        capsys.readouterr().out.count("alarm   the loss has stayed at log 8 = 2.079 for 4 steps")
+        == 1
+    )

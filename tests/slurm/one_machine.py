@@ -16,9 +16,15 @@ def environment_of(folder: Path, *, accounting: bool) -> dict[str, str]:
     """For up.sh, down.sh and SLURM's clients: a cluster in `folder`, with ports of its own."""
     needed = ("slurmctld", *(("slurmdbd", "mariadbd") if accounting else ()))
     if missing := [program for program in needed if shutil.which(program) is None]:
-        pytest.skip(f"{' and '.join(missing)} not installed: launchers/one_machine/install.sh does that on Debian")
+        pytest.skip(
+            f"{' and '.join(missing)} not installed: launchers/one_machine/install.sh does that on Debian"
+        )
     return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("RELLOC_", "MLFLOW_", "SLURM"))},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RELLOC_", "MLFLOW_", "SLURM"))
+        },
         "RELLOC_SLURM_DIR": str(folder),
         "RELLOC_SLURM_ACCT": str(int(accounting)),
         "RELLOC_SLURM_PORT": str(_free_ports()),

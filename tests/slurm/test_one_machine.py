@@ -13,18 +13,30 @@ from one_machine import SCRIPTS, environment_of, left_of
 
 
 def run(environment: Mapping[str, str], *words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_with_accounting_sacct_knows_a_job_and_nothing_stays_after_down(tmp_path: Path) -> None:
     environment = environment_of(tmp_path / "slurm", accounting=True)
     up = run(environment, SCRIPTS / "up.sh")
     try:
-        assert (up.returncode, up.stdout) == (0, f"export SLURM_CONF={tmp_path / 'slurm/slurm.conf'}\n"), up.stderr
-        assert sum("slurm" in words for words in left_of(tmp_path / "slurm")) > 5  # so what is looked for can be seen
-        assert run(environment, "srun", "--immediate=60", "--job-name=a_job", "true").returncode == 0
+        assert (up.returncode, up.stdout) == (
+            0,
+            f"export SLURM_CONF={tmp_path / 'slurm/slurm.conf'}\n",
+        ), up.stderr
+        assert (
+            sum("slurm" in words for words in left_of(tmp_path / "slurm")) > 5
+        )  # so what is looked for can be seen
+        assert (
+            run(environment, "srun", "--immediate=60", "--job-name=a_job", "true").returncode == 0
+        )
         end = time.monotonic() + 60
-        while "a_job|COMPLETED" not in (told := run(environment, "sacct", "-nXP", "-o", "JobName,State")).stdout:
+        while (
+            "a_job|COMPLETED"
+            not in (told := run(environment, "sacct", "-nXP", "-o", "JobName,State")).stdout
+        ):
             assert time.monotonic() < end, told
             time.sleep(0.2)
     finally:
@@ -37,7 +49,12 @@ def test_a_job_that_nobody_can_cancel_ends_with_the_cluster(tmp_path: Path) -> N
     environment = environment_of(tmp_path / "slurm", accounting=False)
     assert run(environment, SCRIPTS / "up.sh").returncode == 0
     try:
-        assert run(environment, "sbatch", f"--output={tmp_path}/told", "--wrap=echo begun; sleep 600").returncode == 0
+        assert (
+            run(
+                environment, "sbatch", f"--output={tmp_path}/told", "--wrap=echo begun; sleep 600"
+            ).returncode
+            == 0
+        )
         end = time.monotonic() + 60
         while not (tmp_path / "told").exists() or "begun" not in (tmp_path / "told").read_text():
             assert time.monotonic() < end
@@ -49,7 +66,8 @@ def test_a_job_that_nobody_can_cancel_ends_with_the_cluster(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("culprit", "says"), [("slurmctld", "library is missing"), ("slurmd-n2", "Address already in use")]
+    ("culprit", "says"),
+    [("slurmctld", "library is missing"), ("slurmd-n2", "Address already in use")],
 )
 def test_what_fails_on_the_way_leaves_nothing_and_names_the_log_that_says_why(
     tmp_path: Path, culprit: str, says: str
@@ -59,13 +77,20 @@ def test_what_fails_on_the_way_leaves_nothing_and_names_the_log_that_says_why(
         program = tmp_path / culprit
         program.write_text(f"#!/bin/sh\necho {says} >&2; exit 3\n")
         program.chmod(0o755)
-        up = run(environment | {"PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}, SCRIPTS / "up.sh")
+        up = run(
+            environment | {"PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"},
+            SCRIPTS / "up.sh",
+        )
     else:
         with socket.create_server(("", int(environment["RELLOC_SLURM_PORT"]) + 11)):
             up = run(environment, SCRIPTS / "up.sh")
     assert (up.returncode, up.stdout) == (1, "")
-    assert up.stderr.startswith(f"up.sh: {culprit} did not start, and what was running is stopped again. ")
-    (log,) = (word for word in up.stderr.split() if word.startswith(f"{tmp_path}/slurm-failed/{culprit}."))
+    assert up.stderr.startswith(
+        f"up.sh: {culprit} did not start, and what was running is stopped again. "
+    )
+    (log,) = (
+        word for word in up.stderr.split() if word.startswith(f"{tmp_path}/slurm-failed/{culprit}.")
+    )
     assert says in Path(log).read_text()
     assert says in up.stderr
     assert left_of(tmp_path / "slurm") == []
@@ -77,7 +102,9 @@ def test_down_ends_no_process_of_others_that_has_a_noted_number(tmp_path: Path) 
     environment = {**os.environ, "RELLOC_SLURM_DIR": str(folder)}
     with (
         subprocess.Popen(["sleep", "60"]) as other,
-        subprocess.Popen(["sleep", "60"], env={**os.environ, "SLURM_CONF": f"{folder}/slurm.conf"}) as ours,
+        subprocess.Popen(
+            ["sleep", "60"], env={**os.environ, "SLURM_CONF": f"{folder}/slurm.conf"}
+        ) as ours,
     ):
         try:
             (folder / "pids").write_text(f"{other.pid}\n{ours.pid}\n")

@@ -41,8 +41,14 @@ class Sweeps:
 
     def start(self, *words: str, module: str = "train") -> Command:
         flags = [word for word in words if word == "-m"]
-        line = [*flags, *(self.settings if module == "train" else ()), *(word for word in words if word != "-m")]
-        self.started.append(start(f"relloc.{module}", *line, folder=self.folder, environment=self.environment))
+        line = [
+            *flags,
+            *(self.settings if module == "train" else ()),
+            *(word for word in words if word != "-m"),
+        ]
+        self.started.append(
+            start(f"relloc.{module}", *line, folder=self.folder, environment=self.environment)
+        )
         return self.started[-1]
 
     def run(self, *words: str, module: str = "train") -> tuple[int, str]:
@@ -57,10 +63,14 @@ class Sweeps:
         return "".join(path.read_text() for path in sorted(self.folder.glob("output_*"))[-1:])
 
     def logs(self) -> str:
-        return "\n".join(path.read_text() for path in self.folder.glob("runs/sweeps/*/slurm/*/*_log.*"))
+        return "\n".join(
+            path.read_text() for path in self.folder.glob("runs/sweeps/*/slurm/*/*_log.*")
+        )
 
     def slurm(self, *words: str) -> str:
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=60, check=True
+        )
         return done.stdout
 
     def point(self, words: str) -> Path:
@@ -71,13 +81,16 @@ class Sweeps:
     def wait_for(self, true: Callable[[], object]) -> None:
         end = time.monotonic() + DEADLINE_S
         while not true():
-            assert time.monotonic() < end, f"nothing happened in time:\n{self.told()}\n{self.logs()}"
+            assert time.monotonic() < end, (
+                f"nothing happened in time:\n{self.told()}\n{self.logs()}"
+            )
             time.sleep(0.1)
 
     def nodes_are_up(self) -> bool:
         """Whether both nodes take jobs; one that was set down or drained is asked to."""
         states = dict(
-            line.split() for line in self.slurm("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()
+            line.split()
+            for line in self.slurm("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()
         )
         for node in (node for node, state in states.items() if state.startswith(("down", "drain"))):
             with contextlib.suppress(subprocess.CalledProcessError):
@@ -120,15 +133,31 @@ def settings(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
             "recipe.images_per_step=16",
             "recipe.images_per_batch_norm=8",
         ),
-        *("grid.patch_px=16", "grid.gap_px=4", "grid.jitter_px=2", "grid.resize.px=64", "color=drop"),
-        *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "model.head.dropout=0.5"),
+        *(
+            "grid.patch_px=16",
+            "grid.gap_px=4",
+            "grid.jitter_px=2",
+            "grid.resize.px=64",
+            "color=drop",
+        ),
+        *(
+            "model.backbone.widths=[8,8,8,8,8]",
+            "model.head.hidden_dim=16",
+            "model.head.dropout=0.5",
+        ),
         *(
             f"schedule.epochs={STEPS // 4}",
             "schedule.milestone_epochs=[10]",
             "schedule.warmup_epochs=2",
             "report_every_steps=4",
         ),
-        *("monitor.every_epochs=null", "eval=[]", "save_every_s=0", "workers=1", f"tracking.uri={store}"),
+        *(
+            "monitor.every_epochs=null",
+            "eval=[]",
+            "save_every_s=0",
+            "workers=1",
+            f"tracking.uri={store}",
+        ),
     )
 
 
@@ -136,22 +165,41 @@ def settings(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
 def of_photographs(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
     """A finished sweep over gap and jitter, evaluated and tracked; most of a job is Python's start."""
     settings = (
-        *("device=cpu", "workers=0", "data.source.tiles=[0.4]", "data.source.stride=1", "recipe.images_per_step=16"),
+        *(
+            "device=cpu",
+            "workers=0",
+            "data.source.tiles=[0.4]",
+            "data.source.stride=1",
+            "recipe.images_per_step=16",
+        ),
         *(
             "recipe.images_per_batch_norm=16",
             "schedule.epochs=12",
             "schedule.warmup_epochs=0",
             "schedule.milestone_epochs=[1]",
         ),
-        *("grid.patch_px=16", "grid.resize.px=80", "view.short_px=64", "view.crop_px=56", "report_every_steps=1"),
+        *(
+            "grid.patch_px=16",
+            "grid.resize.px=80",
+            "view.short_px=64",
+            "view.crop_px=56",
+            "report_every_steps=1",
+        ),
         *("model.backbone.widths=[8,8,8,8,8]", "model.head.hidden_dim=16", "eval.knn.k=[1,5]"),
         *("probe.linear.epochs=2", "probe.linear.milestone_epochs=[1]"),
-        *(f"grid.{name}={','.join(map(str, swept))}" for name, swept in (("gap_px", GAPS), ("jitter_px", JITTERS))),
+        *(
+            f"grid.{name}={','.join(map(str, swept))}"
+            for name, swept in (("gap_px", GAPS), ("jitter_px", JITTERS))
+        ),
     )
-    made = Sweeps(folder=tmp_path_factory.mktemp("photographs"), environment=cluster, settings=settings)
+    made = Sweeps(
+        folder=tmp_path_factory.mktemp("photographs"), environment=cluster, settings=settings
+    )
     made.wait_for(made.nodes_are_up)
     code, told = made.run("-m", *on_slurm("sweep=photographs"))
-    assert (code, "8 points, 8 to run" in told, "8 done" in told) == (0, True, True), told + made.logs()
+    assert (code, "8 points, 8 to run" in told, "8 done" in told) == (0, True, True), (
+        told + made.logs()
+    )
     return made
 
 
@@ -168,9 +216,13 @@ def sweeps(cluster: dict[str, str], settings: tuple[str, ...], tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: dict[str, str], settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(
+    cluster: dict[str, str], settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The weights of seed 0, trained by one command that nothing stopped."""
-    alone = Sweeps(folder=tmp_path_factory.mktemp("undisturbed"), environment=cluster, settings=settings)
+    alone = Sweeps(
+        folder=tmp_path_factory.mktemp("undisturbed"), environment=cluster, settings=settings
+    )
     code, told = alone.run("seed=0", "hydra.run.dir=run")
     assert code == 0, told
     return alone.folder / "run" / "backbone.safetensors"
@@ -182,7 +234,10 @@ def assert_one_run(run_dir: Path, store: str) -> None:
     experiment = client.get_experiment_by_name("relloc")
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`relloc.run_dir` = '{run_dir}'")
     assert run.info.status == "FINISHED"
-    stored = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    stored = [
+        (point.step, point.value)
+        for point in client.get_metric_history(run.info.run_id, "train/loss")
+    ]
     told = [entry for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
     assert sorted(stored) == [(entry.step, entry.metrics["train/loss"]) for entry in told]
     assert told[-1].step == STEPS
@@ -195,7 +250,9 @@ def assert_same_bits(one: Path, other: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish(sweeps: Sweeps) -> None:
+def test_a_failing_point_is_named_with_its_log_and_command_and_the_others_finish(
+    sweeps: Sweeps,
+) -> None:
     code, told = sweeps.run("-m", "recipe.images_per_step=16,4096", *on_slurm("sweep=one"))
     assert code == 1, told
     assert "1 done, 1 failed" in told
@@ -222,22 +279,34 @@ def test_of_a_sweep_over_gap_and_jitter_mlflow_has_each_point_once_and_whole(
     runs = client.search_runs([experiment.experiment_id])  # all that there are
     assert [run.info.status for run in runs] == ["FINISHED"] * 8
     assert {run.data.tags["relloc.sweep"] for run in runs} == {"photographs"}
-    swept = [(int(run.data.params["grid.gap_px"]), int(run.data.params["grid.jitter_px"])) for run in runs]
+    swept = [
+        (int(run.data.params["grid.gap_px"]), int(run.data.params["grid.jitter_px"]))
+        for run in runs
+    ]
     assert sorted(swept) == list(itertools.product(GAPS, JITTERS))
     losses = set()
     for run, (gap_px, jitter_px) in zip(runs, swept, strict=True):
         run_dir = Path(run.data.tags["relloc.run_dir"])
         assert run_dir == of_photographs.point(f"gap_px_{gap_px}_jitter_px_{jitter_px}_")
         assert run.info.run_name == f"gap{gap_px} jit{jitter_px} 12ep photos small s0 gray"
-        assert run.data.tags["slurm.job"] == json.loads((run_dir / "point.json").read_text())["job"]["slurm"]
+        assert (
+            run.data.tags["slurm.job"]
+            == json.loads((run_dir / "point.json").read_text())["job"]["slurm"]
+        )
         assert run.data.tags["slurm.nodes"] in ("n1", "n2")
         histories = [client.get_metric_history(run.info.run_id, name) for name in run.data.metrics]
-        stored = Counter((point.key, point.step, str(point.value)) for history in histories for point in history)
+        stored = Counter(
+            (point.key, point.step, str(point.value)) for history in histories for point in history
+        )
         assert stored == written(run_dir)
         sent = Path(client.download_artifacts(run.info.run_id, ""))
         for name in ("backbone.safetensors", "patches.png", "config.yaml", "results.jsonl"):
             assert (sent / name).read_bytes() == (run_dir / name).read_bytes(), name
-        losses.add(tuple(e.metrics["train/loss"] for e in read_journal(run_dir) if "train/loss" in e.metrics))
+        losses.add(
+            tuple(
+                e.metrics["train/loss"] for e in read_journal(run_dir) if "train/loss" in e.metrics
+            )
+        )
     assert len(losses) == 8  # each trained on a question of its own
 
     monkeypatch.chdir(of_photographs.folder)
@@ -248,13 +317,22 @@ def test_of_a_sweep_over_gap_and_jitter_mlflow_has_each_point_once_and_whole(
     assert told.count("100 %") == 8
 
 
-def test_the_same_sweep_again_runs_only_what_is_missing_and_a_wider_one_reuses_points(of_photographs: Sweeps) -> None:
+def test_the_same_sweep_again_runs_only_what_is_missing_and_a_wider_one_reuses_points(
+    of_photographs: Sweeps,
+) -> None:
     weights = {
-        path: path.stat().st_mtime_ns for path in of_photographs.folder.glob("runs/train_*/backbone.safetensors")
+        path: path.stat().st_mtime_ns
+        for path in of_photographs.folder.glob("runs/train_*/backbone.safetensors")
     }
     code, told = of_photographs.run("-m", *on_slurm("sweep=photographs"))
     assert (code, "8 points, 8 done before, 0 to run" in told) == (0, True), told
-    wider = ("grid.gap_px=0", "grid.jitter_px=3,2,0", "launcher=local", "sweep=b", "tracking.experiment=other")
+    wider = (
+        "grid.gap_px=0",
+        "grid.jitter_px=3,2,0",
+        "launcher=local",
+        "sweep=b",
+        "tracking.experiment=other",
+    )
     code, told = of_photographs.run("-m", *wider)
     assert (code, "3 points, 2 done before, 1 to run" in told) == (0, True), told
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
@@ -290,7 +368,10 @@ def test_a_point_whose_node_dies_goes_on_on_another_to_the_same_bits(
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
     number, node = sweeps.slurm("squeue", "-h", "-j", sweeps.job(), "-o", "%A %N").split()
     slurm = Path(sweeps.environment["RELLOC_SLURM_DIR"])
-    of_node = [int((slurm / f"slurmd-{node}.pid").read_text()), *processes_of_job(number, sweeps.environment)]
+    of_node = [
+        int((slurm / f"slurmd-{node}.pid").read_text()),
+        *processes_of_job(number, sweeps.environment),
+    ]
     assert training(sweeps) in of_node
     for pid in of_node:
         with contextlib.suppress(ProcessLookupError):
@@ -313,7 +394,9 @@ def test_a_point_whose_node_dies_goes_on_on_another_to_the_same_bits(
     assert "1 done" in told
 
 
-def test_a_killed_process_is_started_again_in_its_job(sweeps: Sweeps, undisturbed: Path, store: str) -> None:
+def test_a_killed_process_is_started_again_in_its_job(
+    sweeps: Sweeps, undisturbed: Path, store: str
+) -> None:
     started = sweeps.start("seed=0", *on_slurm())
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
     os.kill(training(sweeps), signal.SIGKILL)
@@ -329,7 +412,9 @@ def test_a_job_at_its_time_limit_saves_and_is_queued_again(sweeps: Sweeps) -> No
     line = ("launcher.timeout_min=2", "launcher.signal_delay_s=60", "schedule.epochs=100000")
     started = sweeps.start("seed=0", *on_slurm(), *line)
     sweeps.wait_for(lambda: "everything is saved" in sweeps.logs())
-    sweeps.wait_for(lambda: sweeps.slurm("squeue", "-h", "-j", sweeps.job(), "-o", "%T").strip() == "PENDING")
+    sweeps.wait_for(
+        lambda: sweeps.slurm("squeue", "-h", "-j", sweeps.job(), "-o", "%T").strip() == "PENDING"
+    )
     before = read_journal(sweeps.point("seed_0"))[-1].step
     sweeps.wait_for(lambda: sweeps.has_trained(before + 8))
     sweeps.slurm("scancel", sweeps.job())
@@ -358,7 +443,10 @@ def test_a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_comm
 
 def test_what_relloc_sweep_cancels_is_cancelled_whether_it_had_begun_or_not(sweeps: Sweeps) -> None:
     started = sweeps.start(
-        "-m", "seed=0,1", "schedule.epochs=100000", *on_slurm("sweep=d", "launcher.array_parallelism=1")
+        "-m",
+        "seed=0,1",
+        "schedule.epochs=100000",
+        *on_slurm("sweep=d", "launcher.array_parallelism=1"),
     )
     sweeps.wait_for(lambda: sweeps.has_trained(8, "seed_0"))
     assert sweeps.run("cancel", "d", module="sweep")[0] == 0
@@ -376,7 +464,9 @@ def test_a_job_that_is_cancelled_by_hand_before_it_began_has_not_failed(sweeps: 
     assert (code, "2 cancelled" in told) == (1, True), told
 
 
-def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(sweeps: Sweeps, store: str) -> None:
+def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(
+    sweeps: Sweeps, store: str
+) -> None:
     started = sweeps.start("seed=0", *on_slurm("launcher.nodes=2"))
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
     os.kill(training(sweeps), signal.SIGKILL)
@@ -391,26 +481,47 @@ def test_two_nodes_train_together_and_a_killed_rank_starts_the_job_again(sweeps:
 def test_jobs_run_the_code_and_configs_of_their_submission(of_photographs: Sweeps) -> None:
     (copy,) = (of_photographs.folder / "runs/sweeps/photographs/code").iterdir()
     for gap_px, jitter_px in itertools.product(GAPS, JITTERS):
-        record = json.loads((of_photographs.point(f"gap_px_{gap_px}_jitter_px_{jitter_px}_") / "run.json").read_text())
+        record = json.loads(
+            (
+                of_photographs.point(f"gap_px_{gap_px}_jitter_px_{jitter_px}_") / "run.json"
+            ).read_text()
+        )
         assert record["tags"]["relloc.code"] == str(copy / "relloc")
         assert record["tags"]["relloc.sweep"] == "photographs"
 
 
-def test_hydras_own_name_of_the_launcher_submits_sweeps_and_single_runs(sweeps: Sweeps, store: str) -> None:
-    line = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=main,high", "hydra.launcher.name=mine")
-    line += ("hydra.launcher.timeout_min=60", "hydra.launcher.cpus_per_task=1", "schedule.epochs=12")
+def test_hydras_own_name_of_the_launcher_submits_sweeps_and_single_runs(
+    sweeps: Sweeps, store: str
+) -> None:
+    line = (
+        "hydra/launcher=submitit_slurm",
+        "hydra.launcher.partition=main,high",
+        "hydra.launcher.name=mine",
+    )
+    line += (
+        "hydra.launcher.timeout_min=60",
+        "hydra.launcher.cpus_per_task=1",
+        "schedule.epochs=12",
+    )
     code, told = sweeps.run("-m", "seed=0,1", *line, "sweep=s")
     assert (code, "2 done" in told) == (0, True), told + sweeps.logs()
     for words in ("seed_0", "seed_1"):
         tags = json.loads((sweeps.point(words) / "run.json").read_text())["tags"]
         assert tags["slurm.job"] == sweeps.job(words)
         shown = sweeps.slurm("scontrol", "show", "job", sweeps.job(words))
-        assert "Partition=main,high" in shown or "Partition=high" in shown or "Partition=main" in shown
+        assert (
+            "Partition=main,high" in shown or "Partition=high" in shown or "Partition=main" in shown
+        )
         assert "JobName=mine" in shown
         assert "TimeLimit=01:00:00" in shown
     kept = list(sweeps.folder.glob("runs/sweeps/s/.submitit/*/*_log.out"))
-    assert {path.name.partition("_0_log")[0] for path in kept} == {sweeps.job("seed_0"), sweeps.job("seed_1")}
-    code, told = sweeps.run("-m", "seed=0,1", "hydra/launcher=submitit_slurm", "schedule.epochs=12", "sweep=s")
+    assert {path.name.partition("_0_log")[0] for path in kept} == {
+        sweeps.job("seed_0"),
+        sweeps.job("seed_1"),
+    }
+    code, told = sweeps.run(
+        "-m", "seed=0,1", "hydra/launcher=submitit_slurm", "schedule.epochs=12", "sweep=s"
+    )
     assert (code, "2 done before, 0 to run" in told) == (0, True), told
 
     code, told = sweeps.run("seed=2", *line, "sweep=alone")
@@ -420,7 +531,9 @@ def test_hydras_own_name_of_the_launcher_submits_sweeps_and_single_runs(sweeps: 
     assert record["tags"]["relloc.sweep"] == "alone"
 
 
-def test_a_command_killed_before_it_notes_its_jobs_finds_them_again(sweeps: Sweeps, store: str) -> None:
+def test_a_command_killed_before_it_notes_its_jobs_finds_them_again(
+    sweeps: Sweeps, store: str
+) -> None:
     """Of two commands with the same points, the first dies the moment that sbatch has its answer."""
     real = shutil.which("sbatch")
     killing = sweeps.folder / "bin" / "sbatch"
@@ -455,7 +568,9 @@ def test_jobs_that_are_known_by_their_token_are_cancelled(sweeps: Sweeps) -> Non
     assert clients_states(tokens, sweeps) == dict.fromkeys(tokens, "RUNNING")
     for words, token in zip(("seed_0", "seed_1"), tokens, strict=True):
         noted = json.loads((sweeps.point(words) / "point.json").read_text())
-        (sweeps.point(words) / "point.json").write_text(json.dumps(noted | {"job": {"slurm": token}}))
+        (sweeps.point(words) / "point.json").write_text(
+            json.dumps(noted | {"job": {"slurm": token}})
+        )
     code, told = sweeps.run("cancel", "runs/sweeps/c", module="sweep")
     assert (code, "2 points were asked to end" in told) == (0, True), told
     sweeps.wait_for(lambda: set(clients_states(tokens, sweeps).values()) <= {"CANCELLED"})
@@ -473,9 +588,13 @@ def test_more_points_than_an_array_may_have_are_several_arrays(sweeps: Sweeps) -
     saying = sweeps.folder / "bin" / "scontrol"
     saying.parent.mkdir()
     real = shutil.which("scontrol")
-    saying.write_text(f'#!/bin/sh\n[ "$1 $2" = "show config" ] && echo "MaxArraySize = 2" || exec {real} "$@"\n')
+    saying.write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "show config" ] && echo "MaxArraySize = 2" || exec {real} "$@"\n'
+    )
     saying.chmod(0o755)
-    sweeps.environment = sweeps.environment | {"PATH": f"{saying.parent}:{sweeps.environment['PATH']}"}
+    sweeps.environment = sweeps.environment | {
+        "PATH": f"{saying.parent}:{sweeps.environment['PATH']}"
+    }
     code, told = sweeps.run("-m", "seed=0,1,2", *on_slurm("sweep=p", "schedule.epochs=12"))
     assert (code, "3 done" in told) == (0, True), told + sweeps.logs()
     jobs = [sweeps.job(f"seed_{seed}") for seed in range(3)]
@@ -491,16 +610,35 @@ def written(run_dir: Path) -> Counter[tuple[str, int, str]]:
     )  # its first line comes after 15 s
     for path in (run_dir / "journal.jsonl", *system):
         for entry in map(json.loads, path.read_text().splitlines()):
-            points += [(metric, entry["step"], str(float(value))) for metric, value in entry["metrics"].items()]
+            points += [
+                (metric, entry["step"], str(float(value)))
+                for metric, value in entry["metrics"].items()
+            ]
     rows = read_results(run_dir)
     for row in rows:
         points.append((row.tracked_name, 0, str(row.value)))
         of_eval = row.tracked_name.partition("/")[0]
         if row.layer.startswith("feature"):
-            points.append((f"{of_eval}/{row.metric}_by_layer", int(row.layer.removeprefix("feature")), str(row.value)))
+            points.append(
+                (
+                    f"{of_eval}/{row.metric}_by_layer",
+                    int(row.layer.removeprefix("feature")),
+                    str(row.value),
+                )
+            )
         if row.eval == "knn":
-            points.append((f"{of_eval}/{row.layer}/top1_by_k", int(row.metric.removeprefix("top1_k")), str(row.value)))
-    assert Counter(row.eval for row in rows) == {"pretext": 1, "linear_fast": 2 * 5, "knn": 2 * 6 * 2}
+            points.append(
+                (
+                    f"{of_eval}/{row.layer}/top1_by_k",
+                    int(row.metric.removeprefix("top1_k")),
+                    str(row.value),
+                )
+            )
+    assert Counter(row.eval for row in rows) == {
+        "pretext": 1,
+        "linear_fast": 2 * 5,
+        "knn": 2 * 6 * 2,
+    }
     return Counter(points)
 
 

@@ -13,7 +13,9 @@ from relloc.sweeps.points import POINT_FILE, Point, identity, note_ending, note_
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
 
-def test_a_relative_path_is_another_one_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_another_one_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     settings = {
@@ -34,7 +36,9 @@ def test_a_relative_path_is_another_one_in_another_folder(tmp_path: Path, monkey
     assert identity(same[0]) == identity(same[1])
 
 
-def test_what_is_no_relative_path_makes_the_identity_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_relative_path_makes_the_identity_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configs = [
         {"data": {"root": "/data/set/", "shards": None}, "seed": 0},
         {"checkpoint": "random"},
@@ -42,7 +46,12 @@ def test_what_is_no_relative_path_makes_the_identity_of_before(tmp_path: Path, m
         {"model": {"name": "small"}, "grid": {"gap_px": 4}},
     ]
     before = [identity(config) for config in configs]
-    assert before == ["2ad8e5612091", "70dd7a9d7a27", "ccce9a1d3678", "74ebd3fa3a19"]  # as sweeps have noted them
+    assert before == [
+        "2ad8e5612091",
+        "70dd7a9d7a27",
+        "ccce9a1d3678",
+        "74ebd3fa3a19",
+    ]  # as sweeps have noted them
     monkeypatch.chdir(tmp_path)
     assert [identity(config) for config in configs] == before
     assert identity(configs[3] | {"objective": "knn/feature4/top1", "sweep": "s"}) == before[3]
@@ -69,12 +78,20 @@ def test_the_command_of_a_point_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path / "other")
     assert made.again == f"cd {tmp_path} && {told}"  # where its relative paths are what they were
     assert read_back(made.to_json()) == made
-    sent = read_back(made.to_json() | {"resend": ["-m", "relloc.train", "launcher=slurm"], "cwd": ""})
+    sent = read_back(
+        made.to_json() | {"resend": ["-m", "relloc.train", "launcher=slurm"], "cwd": ""}
+    )
     assert sent.again == "python -m relloc.train launcher=slurm"
 
 
 def test_a_note_of_an_earlier_version_is_read() -> None:
-    fields = {"kind": "train", "name": "a", "overrides": ["seed=0"], "identity": "a", "folder": "/x"}
+    fields = {
+        "kind": "train",
+        "name": "a",
+        "overrides": ["seed=0"],
+        "identity": "a",
+        "folder": "/x",
+    }
     assert read_back(fields).arguments == ["-m", "relloc.train", "seed=0", "hydra.run.dir=/x"]
 
 
@@ -91,7 +108,9 @@ def test_how_a_job_was_asked_to_end_stays_until_the_next_one(tmp_path: Path) -> 
     assert "ended" not in read_note(made.folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"job": 7}', '{"job": {"pid": 1}}', "\x00", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"job": 7}', '{"job": {"pid": 1}}', "\x00", "[" * 100_000]
+)
 def test_a_damaged_note_is_one_message(tmp_path: Path, text: str) -> None:
     (tmp_path / "point.json").write_text(text)
     with pytest.raises(DamagedFile, match=r"point\.json"):

@@ -13,14 +13,29 @@ import pytest
 from relloc.errors import UsageError
 from relloc.status import Status
 from relloc.sweeps.points import Point, folder_of, name_of, note_ending, note_job
-from relloc.sweeps.standing import Standing, known_standings, repair_status, standings, standings_in_time, status_of
+from relloc.sweeps.standing import (
+    Standing,
+    known_standings,
+    repair_status,
+    standings,
+    standings_in_time,
+    status_of,
+)
 from relloc.sweeps.sweep import Sweep, code_and_configs
 from relloc.tracking import Journal, RunRecord, search, sync, write_status
 from relloc.tracking.living import is_alive, process_mark
 
 
-def point(tmp_path: Path, status: str | None = None, job: Mapping[str, object] | None = None) -> Point:
-    made = Point(kind="train", name="gap_px=4", overrides=("grid.gap_px=4",), identity="abc", folder=tmp_path / "run")
+def point(
+    tmp_path: Path, status: str | None = None, job: Mapping[str, object] | None = None
+) -> Point:
+    made = Point(
+        kind="train",
+        name="gap_px=4",
+        overrides=("grid.gap_px=4",),
+        identity="abc",
+        folder=tmp_path / "run",
+    )
     made.folder.mkdir(exist_ok=True)
     if status:
         write_status(made.folder, status)
@@ -31,7 +46,11 @@ def point(tmp_path: Path, status: str | None = None, job: Mapping[str, object] |
 
 def asked(**states: Status) -> dict:
     def ask(numbers: Sequence[str]) -> dict[str, Status]:
-        return {number: state for name, state in states.items() if (number := name.removeprefix("job")) in numbers}
+        return {
+            number: state
+            for name, state in states.items()
+            if (number := name.removeprefix("job")) in numbers
+        }
 
     return {"slurm": ask}
 
@@ -79,14 +98,23 @@ def test_a_point_that_was_asked_to_end_has_not_failed(
     made = point(tmp_path, status, {"slurm": "7"})
     note_ending(made.folder, asked_to_end)
     assert [now.status for now in standings([made], asked())] == [state]
-    assert [now.status for now in standings([made], asked(job7=Status.RUNNING))] == [Status.RUNNING]  # it takes a while
+    assert [now.status for now in standings([made], asked(job7=Status.RUNNING))] == [
+        Status.RUNNING
+    ]  # it takes a while
 
 
 @pytest.mark.parametrize(
     ("status", "state"),
-    [("FINISHED", Status.DONE), (None, Status.UNKNOWN), ("KILLED", Status.UNKNOWN), ("RUNNING", Status.RUNNING)],
+    [
+        ("FINISHED", Status.DONE),
+        (None, Status.UNKNOWN),
+        ("KILLED", Status.UNKNOWN),
+        ("RUNNING", Status.RUNNING),
+    ],
 )
-def test_what_only_a_silent_cluster_knows_is_unknown(tmp_path: Path, status: str | None, state: str) -> None:
+def test_what_only_a_silent_cluster_knows_is_unknown(
+    tmp_path: Path, status: str | None, state: str
+) -> None:
     def silent(_numbers: Sequence[str]) -> dict[str, Status]:
         raise UsageError("no answer")
 
@@ -99,7 +127,9 @@ def test_what_only_a_silent_cluster_knows_is_unknown(tmp_path: Path, status: str
     for path in (made.folder, *made.folder.iterdir()):
         os.utime(path, (0, 0))
     (found,), _ = known_standings([made], {"slurm": silent})
-    assert found.status == (Status.DONE if status == "FINISHED" else Status.UNKNOWN)  # nothing was heard of it lately
+    assert found.status == (
+        Status.DONE if status == "FINISHED" else Status.UNKNOWN
+    )  # nothing was heard of it lately
 
 
 def test_a_damaged_note_hides_no_other_point(tmp_path: Path) -> None:
@@ -155,7 +185,9 @@ def test_a_scheduler_that_is_silent_for_a_while_is_asked_again(
 
 
 def test_a_point_that_nobody_began_is_missing(tmp_path: Path) -> None:
-    assert standings([point(tmp_path)], {}) == [Standing(point=point(tmp_path), status=Status.MISSING)]
+    assert standings([point(tmp_path)], {}) == [
+        Standing(point=point(tmp_path), status=Status.MISSING)
+    ]
 
 
 def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) -> None:
@@ -167,7 +199,9 @@ def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) ->
     lines = (running.folder / "journal.jsonl").read_text().splitlines()
     first = int(lines[0].partition('"time_ms": ')[2].partition(",")[0])
     told = lines[1].partition('"time_ms": ')[2].partition(",")[0]
-    (running.folder / "journal.jsonl").write_text(lines[0] + "\n" + lines[1].replace(told, str(first + 3000)) + "\n")
+    (running.folder / "journal.jsonl").write_text(
+        lines[0] + "\n" + lines[1].replace(told, str(first + 3000)) + "\n"
+    )
     (found,) = standings([running], {})
     assert (found.status, found.progress, found.left_s) == (Status.RUNNING, 0.25, 18.0)
     waiting = dataclasses.replace(running, folder=tmp_path / "waiting")
@@ -220,7 +254,11 @@ def test_a_copy_of_the_code_is_shared_until_something_changes(tmp_path: Path) ->
     sweep = Sweep(tmp_path / "sweep")
 
     def copied() -> Path:
-        folders = {"package": tmp_path / "relloc", "conf": tmp_path / "conf", "plugins": tmp_path / "plugins"}
+        folders = {
+            "package": tmp_path / "relloc",
+            "conf": tmp_path / "conf",
+            "plugins": tmp_path / "plugins",
+        }
         return sweep.copy(code_and_configs(**folders, own={}))
 
     first = copied()
@@ -229,7 +267,10 @@ def test_a_copy_of_the_code_is_shared_until_something_changes(tmp_path: Path) ->
     (tmp_path / "conf" / "file").write_text("changed")
     second = copied()
     assert second != first
-    assert ((first / "conf/file").read_text(), (second / "conf/file").read_text()) == ("conf", "changed")
+    assert ((first / "conf/file").read_text(), (second / "conf/file").read_text()) == (
+        "conf",
+        "changed",
+    )
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["code"]
 
 

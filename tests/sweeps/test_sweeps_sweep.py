@@ -72,7 +72,9 @@ def test_a_folder_with_files_of_others_is_no_sweep(tmp_path: Path) -> None:
     check_folder(new_sweep(tmp_path / "elsewhere").folder, runs)
 
 
-def test_a_sweep_is_not_made_of_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_is_not_made_of_the_folder_that_one_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = tmp_path / "empty" / "too"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
@@ -102,7 +104,9 @@ def test_a_refused_command_removes_what_it_made_and_nothing_else(tmp_path: Path)
     assert (kept.folder / "code/0/a").exists()
 
 
-def test_a_sweep_is_found_by_name_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_is_found_by_name_and_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RELLOC_RUNS", raising=False)
     gaps = new_sweep(tmp_path / "runs/sweeps/gaps").folder

@@ -14,7 +14,13 @@ from relloc.sweeps.sweep import Sweep
 
 def point(folder: Path, name: str = "gap_px=4", **more: object) -> Point:
     (folder / name).mkdir(parents=True, exist_ok=True)
-    fields = {"kind": "train", "overrides": ("seed=0",), "identity": "abc", "folder": folder / name, "name": name}
+    fields = {
+        "kind": "train",
+        "overrides": ("seed=0",),
+        "identity": "abc",
+        "folder": folder / name,
+        "name": name,
+    }
     return Point(**{**fields, **more})  # type: ignore[arg-type]
 
 
@@ -30,14 +36,25 @@ def cells(*found: Standing) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h"), (360_000, "100.0 h")],
+    [
+        (0, "0 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (5999, "100 min"),
+        (6000, "1.7 h"),
+        (360_000, "100.0 h"),
+    ],
 )
-def test_the_time_left_of_a_running_point_has_the_unit_that_is_short(tmp_path: Path, seconds: float, text: str) -> None:
+def test_the_time_left_of_a_running_point_has_the_unit_that_is_short(
+    tmp_path: Path, seconds: float, text: str
+) -> None:
     told = cells(standing(Status.RUNNING, point(tmp_path), progress=0.256, left_s=seconds))
     assert (told["progress"], told["time left"]) == (["26 %"], [text])
 
 
-def test_a_point_that_does_not_run_has_no_time_left_and_may_have_no_progress(tmp_path: Path) -> None:
+def test_a_point_that_does_not_run_has_no_time_left_and_may_have_no_progress(
+    tmp_path: Path,
+) -> None:
     stopped = standing(Status.STOPPED, point(tmp_path, "a"), progress=0.5, left_s=60.0)
     told = cells(stopped, standing(Status.MISSING, point(tmp_path, "b")))
     assert (told["progress"], told["time left"]) == (["50 %", ""], ["", ""])
@@ -45,7 +62,9 @@ def test_a_point_that_does_not_run_has_no_time_left_and_may_have_no_progress(tmp
 
 def test_the_title_counts_each_state_that_a_point_is_in(tmp_path: Path) -> None:
     states = (Status.FAILED, Status.DONE, Status.DONE, Status.UNKNOWN)
-    made = table.table([standing(state, point(tmp_path, f"p{number}")) for number, state in enumerate(states)])
+    made = table.table(
+        [standing(state, point(tmp_path, f"p{number}")) for number, state in enumerate(states)]
+    )
     assert made.title == "2 done, 1 failed, 1 unknown"
 
 
@@ -75,7 +94,10 @@ def test_names_of_points_mean_nothing_to_the_console(
 
 @pytest.mark.parametrize("columns", [None, "60"])
 def test_a_file_has_room_for_the_table_unless_a_width_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    columns: str | None,
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
@@ -86,7 +108,9 @@ def test_a_file_has_room_for_the_table_unless_a_width_is_asked_for(
     assert told.count("a") >= 120  # folded, not cut
 
 
-def told_of_failed(folder: Path, log: str | None, capsys: pytest.CaptureFixture[str], **more: object) -> str:
+def told_of_failed(
+    folder: Path, log: str | None, capsys: pytest.CaptureFixture[str], **more: object
+) -> str:
     path = folder / "log"
     if log is not None:
         path.write_text(log)
@@ -103,14 +127,21 @@ def test_of_a_failed_point_the_end_of_its_log_its_message_and_its_command_are_sh
     told = told_of_failed(tmp_path, log + "bar 1 %\rbar 100 %\n", capsys)
     lines = [line.strip() for line in told.splitlines()]
     assert "relloc: no data" in lines
-    assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(13, 20)]
+    assert [line for line in lines if line.startswith("line")] == [
+        f"line {number}" for number in range(13, 20)
+    ]
     assert "bar 100 %" in lines  # a bar writes over its own line
     assert f"again, alone: {point(tmp_path, 'a').again}" in lines
     assert sum(line.startswith("failed") for line in lines) == 1  # the other is done
 
 
-def test_a_message_among_the_last_lines_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told_of_failed(tmp_path, "one\nrelloc: no data\ntwo\n", capsys).count("relloc: no data") == 1
+def test_a_message_among_the_last_lines_is_shown_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        told_of_failed(tmp_path, "one\nrelloc: no data\ntwo\n", capsys).count("relloc: no data")
+        == 1
+    )
 
 
 @pytest.mark.parametrize("log", [None, "", "\n\n"])
@@ -122,8 +153,12 @@ def test_a_point_without_output_is_said_to_have_none(
     assert "again, alone:" in told
 
 
-def test_a_point_that_was_sent_to_a_cluster_is_sent_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = told_of_failed(tmp_path, "x", capsys, resend=("-m", "relloc.train", "launcher=slurm"), cwd="/elsewhere")
+def test_a_point_that_was_sent_to_a_cluster_is_sent_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = told_of_failed(
+        tmp_path, "x", capsys, resend=("-m", "relloc.train", "launcher=slurm"), cwd="/elsewhere"
+    )
     assert "again, alone: cd /elsewhere && python -m relloc.train launcher=slurm" in told
 
 
@@ -135,7 +170,9 @@ def test_a_point_that_was_sent_to_a_cluster_is_sent_again(tmp_path: Path, capsys
         ("relloc: " + "x" * 100_000 + "\nend\n", "end"),  # only the end of a long log is read
     ],
 )
-def test_the_reason_is_the_last_message_or_else_the_last_line(tmp_path: Path, log: str, reason: str) -> None:
+def test_the_reason_is_the_last_message_or_else_the_last_line(
+    tmp_path: Path, log: str, reason: str
+) -> None:
     (tmp_path / "log").write_text(log)
     assert table.reason_of(tmp_path / "log") == reason
 
@@ -148,7 +185,10 @@ def test_the_reason_of_a_point_without_a_log_is_that_it_has_none(tmp_path: Path)
 def test_who_does_not_answer_is_told_once_with_the_number_of_points_that_nobody_knows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unknown = [standing(status, point(tmp_path)) for status in (Status.UNKNOWN, Status.DONE, Status.UNKNOWN)]
+    unknown = [
+        standing(status, point(tmp_path))
+        for status in (Status.UNKNOWN, Status.DONE, Status.UNKNOWN)
+    ]
     table.tell_silent(unknown, ["squeue \x1b[2J is silent", "squeue \x1b[2J is silent"])
     told = capsys.readouterr().out
     assert told.count("is silent") == 1

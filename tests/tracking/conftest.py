@@ -9,8 +9,12 @@ import pytest
 from relloc.tracking import DatasetRecord, Journal, RunRecord, flatten, open_store
 
 DATASETS = (
-    DatasetRecord(name="voc07", context="train", digest="a" * 64, source="/data/voc07", n_images=5011),
-    DatasetRecord(name="voc07", context="eval", digest="b" * 64, source="/data/voc07", n_images=4952),
+    DatasetRecord(
+        name="voc07", context="train", digest="a" * 64, source="/data/voc07", n_images=5011
+    ),
+    DatasetRecord(
+        name="voc07", context="eval", digest="b" * 64, source="/data/voc07", n_images=4952
+    ),
 )
 
 
@@ -37,8 +41,16 @@ def new_run(tmp_path: Path) -> Callable[..., Path]:
     def make(name: str = "run", **fields: object) -> Path:
         run_dir = tmp_path / name
         run_dir.mkdir()
-        config = {"model": {"name": "resnet50"}, "optimizer": {"lr": 1e-05, "epochs": 70, "nesterov": True}}
-        record = {"name": name, "experiment": "relloc", "params": flatten(config), "datasets": DATASETS}
+        config = {
+            "model": {"name": "resnet50"},
+            "optimizer": {"lr": 1e-05, "epochs": 70, "nesterov": True},
+        }
+        record = {
+            "name": name,
+            "experiment": "relloc",
+            "params": flatten(config),
+            "datasets": DATASETS,
+        }
         RunRecord(**{**record, **fields}).write(run_dir)  # type: ignore[arg-type]
         journal = Journal(run_dir)
         for step in (0, 10, 20):

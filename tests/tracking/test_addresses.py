@@ -7,7 +7,9 @@ from relloc.errors import UsageError
 from relloc.tracking import absolute_uri, import_driver
 
 
-def test_addresses_do_not_depend_on_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_do_not_depend_on_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert absolute_uri("sqlite:///a/../b.db") == f"sqlite:///{tmp_path}/b.db"
@@ -80,10 +82,16 @@ def test_what_is_no_address_is_refused_with_one_that_is(
     [
         ("http://h:99999", "has a port that is no number from 1 to 65535: give http://HOST:PORT"),
         ("http://h:0", "has a port that is no number from 1 to 65535: give http://HOST:PORT"),
-        ("http://[::1", "has a host that can't be read: give http://HOST:PORT, or http://[ADDRESS]:PORT for an"),
+        (
+            "http://[::1",
+            "has a host that can't be read: give http://HOST:PORT, or http://[ADDRESS]:PORT for an",
+        ),
         ("http://h/#/experiments/3", "is the address of a page: give that of its server, http://h"),
         ("http:/h", "does not begin with http:// and a host: give http://h"),
-        ("host:5000", "does not say what it is: give http://host:5000 or https://host:5000 for a server, or sqlite:"),
+        (
+            "host:5000",
+            "does not say what it is: give http://host:5000 or https://host:5000 for a server, or sqlite:",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_address_of_a_server_is_told(given: str, told: str) -> None:
@@ -110,7 +118,9 @@ def test_a_database_whose_driver_is_missing_is_refused() -> None:
     import_driver("sqlite:////data/mlflow.db")
 
 
-def test_folders_of_files_are_taken_where_mlflow_was_told_to_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_files_are_taken_where_mlflow_was_told_to_take_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     assert absolute_uri("file:///data/ml%20runs") == "file:///data/ml%20runs"
     assert absolute_uri("./mlruns") == f"file://{os.getcwd()}/mlruns"

@@ -40,7 +40,13 @@ def test_only_files_of_the_folder_are_sent_whatever_the_list_says(tmp_path: Path
     (run_dir / "inner").symlink_to(run_dir / "a.txt")
     (run_dir / "loop").symlink_to(run_dir / "loop")
     os.mkfifo(run_dir / "pipe")
-    hostile = ["../outside/key", "pictures/../../outside/key", str(outside / "key"), "link", "folder/key"]
+    hostile = [
+        "../outside/key",
+        "pictures/../../outside/key",
+        str(outside / "key"),
+        "link",
+        "folder/key",
+    ]
     nothing = ["loop", "pipe", "pictures", "", "none.txt", "n" * 5000, "a.txt/b"]
     good = ["pictures/../a.txt", str(run_dir / "pictures" / "b.png"), "inner", "a.txt"]
     (run_dir / "artifacts.json").write_text(json.dumps([*hostile, *nothing, *good]))

@@ -73,23 +73,40 @@ def finished_run(run_dir: Path, uri: str, gap_px: int, jitter_px: int) -> None:
     config = {"seed": 0, "color": "gray", "data": {"name": "voc07", "epochs": 10}, "grid": grid}
     tags = {"relloc.kind": "train", "relloc.sweep": "gaps"}
     RunRecord(
-        name=name_of(gap_px, jitter_px), experiment="relloc", tracking_uri=uri, tags=tags, params=flatten(config)
+        name=name_of(gap_px, jitter_px),
+        experiment="relloc",
+        tracking_uri=uri,
+        tags=tags,
+        params=flatten(config),
     ).write(run_dir)
     journal = Journal(run_dir)
     for step in range(0, 100, 10):
-        journal.log({"train/loss": 2.08 - step / 200 - gap_px / 1000, "train/epoch": step / 10}, step)
+        journal.log(
+            {"train/loss": 2.08 - step / 200 - gap_px / 1000, "train/epoch": step / 10}, step
+        )
     values = {}
     for stage, layer in enumerate(LAYERS, start=1):
         values["linear", layer, "top1"] = linear(gap_px, jitter_px, stage)
         for shots in SHOTS if stage >= 4 else ():
             values["voc07_low_shot", layer, f"map_k{shots}"] = low_shot(gap_px, stage, shots)
             values["voc07_low_shot", layer, f"map_k{shots}_std"] = 4 / shots
-    told = {"dataset": "voc07", "split": "test", "n": 4952, "seed": 0, "protocol": "3.2", "model": "resnet50"}
+    told = {
+        "dataset": "voc07",
+        "split": "test",
+        "n": 4952,
+        "seed": 0,
+        "protocol": "3.2",
+        "model": "resnet50",
+    }
     told["checkpoint"] = "backbone.safetensors"
     append_results(
         run_dir,
         [
-            Result(**add_series({**told, "eval": name, "layer": layer, "metric": metric, "value": value}))
+            Result(
+                **add_series(
+                    {**told, "eval": name, "layer": layer, "metric": metric, "value": value}
+                )
+            )
             for (name, layer, metric), value in values.items()
         ],
     )
@@ -139,15 +156,23 @@ class Page:
 
     def until(self, true: Callable[[], T]) -> T:
         """Its first value that is true; elements may vanish while they are looked at, as pages are drawn anew."""
-        waiting = WebDriverWait(self.driver, PATIENCE_S, 0.1, ignored_exceptions=[WebDriverException])
+        waiting = WebDriverWait(
+            self.driver, PATIENCE_S, 0.1, ignored_exceptions=[WebDriverException]
+        )
         try:
             return waiting.until(lambda _: true())
         except TimeoutException:
             self.keep("failed")
-            pytest.fail(f"not to be seen on {self.driver.current_url}:\n{self.shown('body')[0].text[:2000]}")
+            pytest.fail(
+                f"not to be seen on {self.driver.current_url}:\n{self.shown('body')[0].text[:2000]}"
+            )
 
     def shown(self, css: str, text: str | None = None) -> list[WebElement]:
-        found = [element for element in self.driver.find_elements(By.CSS_SELECTOR, css) if element.is_displayed()]
+        found = [
+            element
+            for element in self.driver.find_elements(By.CSS_SELECTOR, css)
+            if element.is_displayed()
+        ]
         return [element for element in found if text is None or element.text.strip() == text]
 
     def click(self, css: str, text: str | None = None, part: str | None = None) -> None:
@@ -184,7 +209,9 @@ class Page:
 
     def plot(self, right: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
         """The traces of the only plot, once they are as expected."""
-        return self.until(lambda: [plots[0] for plots in [self.plots()] if len(plots) == 1 and right(plots[0])])[0]
+        return self.until(
+            lambda: [plots[0] for plots in [self.plots()] if len(plots) == 1 and right(plots[0])]
+        )[0]
 
     def keep(self, name: str) -> None:
         if folder := os.environ.get("RELLOC_SCREENSHOTS"):
@@ -193,15 +220,30 @@ class Page:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     driver = shutil.which("chromedriver")
     if browser is None or driver is None:
-        pytest.skip("Chromium or its driver is not installed (Debian: apt-get install chromium chromium-driver)")
+        pytest.skip(
+            "Chromium or its driver is not installed (Debian: apt-get install chromium chromium-driver)"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for word in ("headless=new", "window-size=1800,1000", "disable-gpu", "disable-dev-shm-usage", "no-proxy-server"):
+    for word in (
+        "headless=new",
+        "window-size=1800,1000",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "no-proxy-server",
+    ):
         options.add_argument(f"--{word}")
-    for word in ("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"):
+    for word in (
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "no-first-run",
+    ):
         options.add_argument(f"--{word}")
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")
@@ -227,7 +269,8 @@ def test_runs_are_grouped_sorted_and_compared(page: Page, link: str) -> None:
     assert set(page.runs()) == {name_of(*point) for point in BEST_FIRST}
     page.type("input[placeholder='Search metric charts']", "linear/top1_by_layer")
     by_layer = {
-        name_of(*point): ([1, 2, 3, 4, 5], [linear(*point, stage) for stage in range(1, 6)]) for point in BEST_FIRST
+        name_of(*point): ([1, 2, 3, 4, 5], [linear(*point, stage) for stage in range(1, 6)])
+        for point in BEST_FIRST
     }
 
     def are_drawn(traces: list[dict[str, Any]]) -> bool:
@@ -238,7 +281,9 @@ def test_runs_are_grouped_sorted_and_compared(page: Page, link: str) -> None:
     page.keep("charts")
 
     page.click("label:has(input[value=TABLE])")
-    page.click("button[data-testid=sort-select-dropdown], [data-testid=sort-select-dropdown] button")
+    page.click(
+        "button[data-testid=sort-select-dropdown], [data-testid=sort-select-dropdown] button"
+    )
     page.type("[role=menu] input", SORTED_BY)
     page.click("[role=menuitemcheckbox]", SORTED_BY)
     metric = f"metrics.`{SORTED_BY}`"
@@ -249,27 +294,38 @@ def test_runs_are_grouped_sorted_and_compared(page: Page, link: str) -> None:
     for name in ("grid.gap_px", "grid.jitter_px"):
         page.click("[class*=tree-treenode]", name, part="[class*=tree-checkbox]")
     page.type("input[placeholder='Search columns']", Keys.ESCAPE)
-    for column, swept in zip(("grid.gap_px", "grid.jitter_px"), zip(*BEST_FIRST, strict=True), strict=True):
+    for column, swept in zip(
+        ("grid.gap_px", "grid.jitter_px"), zip(*BEST_FIRST, strict=True), strict=True
+    ):
         page.until(
-            lambda column=column, swept=swept: page.runs(f"params.`{column}`") == [str(value) for value in swept]
+            lambda column=column, swept=swept: (
+                page.runs(f"params.`{column}`") == [str(value) for value in swept]
+            )
         )
     assert page.runs() == [name_of(*point) for point in BEST_FIRST]
 
     page.click("button", "Group by")
     page.type("[role=menu] input", "gap")
     page.click("[role=menuitemcheckbox]", "grid.gap_px")
-    by_group = [name_of(*point) for point in sorted(BEST_FIRST, key=lambda point: abs(point[0] - 20))]
+    by_group = [
+        name_of(*point) for point in sorted(BEST_FIRST, key=lambda point: abs(point[0] - 20))
+    ]
     page.until(lambda: page.runs() == by_group)
     page.keep("runs")
 
-    page.click("div:has(> input[aria-label='Select all runs']), label:has(input[aria-label='Select all runs'])")
+    page.click(
+        "div:has(> input[aria-label='Select all runs']), label:has(input[aria-label='Select all runs'])"
+    )
     page.click("button", "Compare")
     drawn = page.plot(lambda traces: traces[0]["type"] == "parcoords")
-    assert [label for label, _ in drawn[0]["dimensions"][:2]] == ["grid.gap_px", "grid.jitter_px"]  # what differs
+    assert [label for label, _ in drawn[0]["dimensions"][:2]] == [
+        "grid.gap_px",
+        "grid.jitter_px",
+    ]  # what differs
     assert "Comparing 9 Runs from 1 Experiment" in page.shown("body")[0].text
-    page.until(lambda: page.driver.find_elements(By.CSS_SELECTOR, "[class*=select-selector] input"))[1].send_keys(
-        SORTED_BY
-    )
+    page.until(
+        lambda: page.driver.find_elements(By.CSS_SELECTOR, "[class*=select-selector] input")
+    )[1].send_keys(SORTED_BY)
     page.click("[class*=select-item-option-content]", SORTED_BY)
     drawn = page.plot(lambda traces: traces[0]["dimensions"][-1][0] == SORTED_BY)
     found = dict(drawn[0]["dimensions"])
@@ -283,7 +339,11 @@ def test_runs_are_grouped_sorted_and_compared(page: Page, link: str) -> None:
         page.click(f"#{axis}axis-selector")
         page.click("[role=option]", name)
         page.until(lambda axis=axis, name=name: page.shown(f"#{axis}axis-selector", name))
-    drawn = page.plot(lambda traces: traces[0]["type"] == "contour" and len(set(traces[0]["z"])) == len(BEST_FIRST))
+    drawn = page.plot(
+        lambda traces: (
+            traces[0]["type"] == "contour" and len(set(traces[0]["z"])) == len(BEST_FIRST)
+        )
+    )
     points = zip(drawn[0]["x"], drawn[0]["y"], strict=True)
     assert drawn[0]["z"] == [linear(gap, jitter, stage=4) for gap, jitter in points]
     page.keep("contour")
@@ -296,8 +356,13 @@ def test_a_run_shows_its_low_shot_curve_and_its_patches(page: Page, link: str) -
     page.click("[role=tab]", "Model metrics")
     page.type("input[placeholder='Search metric charts']", CURVE)
     drawn = page.plot(lambda traces: len(traces[0]["x"]) == len(SHOTS))
-    assert (drawn[0]["x"], drawn[0]["y"]) == (list(SHOTS), [low_shot(gap_px, 4, shots) for shots in SHOTS])
-    assert page.shown("[data-testid=experiment-view-compare-runs-section-header]", "voc07_low_shot/feature4\n(1)")
+    assert (drawn[0]["x"], drawn[0]["y"]) == (
+        list(SHOTS),
+        [low_shot(gap_px, 4, shots) for shots in SHOTS],
+    )
+    assert page.shown(
+        "[data-testid=experiment-view-compare-runs-section-header]", "voc07_low_shot/feature4\n(1)"
+    )
     page.keep("low_shot")
 
     page.click("[role=tab]", "Artifacts")

@@ -30,12 +30,29 @@ READ: dict[str, Callable[[Path], object]] = {
 # Of each file: values of another kind
 VALUES: dict[str, tuple[object, ...]] = {
     "run.json": ([], 3, None, "run", {}, {"name": 3, "experiment": "e"}),
-    "status.json": ([], 3, None, "RUNNING", {}, {"status": "RUNNING"}, {"status": "WALKING", "time_ms": 1}),
+    "status.json": (
+        [],
+        3,
+        None,
+        "RUNNING",
+        {},
+        {"status": "RUNNING"},
+        {"status": "WALKING", "time_ms": 1},
+    ),
     "artifacts.json": ({}, 3, None, "config.yaml", [3], [None], ["a\0b"]),
     "journal.jsonl": ([], 3, None, "x", {}, {"time_ms": 1, "step": 1, "metrics": []}),
 }
 FIELDS = {
-    "run.json": ("name", "experiment", "tracking_uri", "tags", "params", "datasets", "uid", "started_ms"),
+    "run.json": (
+        "name",
+        "experiment",
+        "tracking_uri",
+        "tags",
+        "params",
+        "datasets",
+        "uid",
+        "started_ms",
+    ),
     "status.json": ("status", "time_ms"),
     "journal.jsonl": ("time_ms", "step", "metrics"),
 }
@@ -72,10 +89,14 @@ def test_json_of_another_kind_is_named(run_dir: Path, name: str, value: object) 
         READ[name](run_dir)
 
 
-@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in FIELDS.items() for field in fields])
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, fields in FIELDS.items() for field in fields]
+)
 def test_a_field_of_another_kind_is_named(run_dir: Path, name: str, field: str) -> None:
     whole = json.loads(
-        (run_dir / name).read_text().splitlines()[0] if "jsonl" in name else (run_dir / name).read_text()
+        (run_dir / name).read_text().splitlines()[0]
+        if "jsonl" in name
+        else (run_dir / name).read_text()
     )
     for value in (None, [1], {"a": {"b": 1}}, [[1]]):
         (run_dir / name).write_text(json.dumps({**whole, field: value}) + "\n")

@@ -45,7 +45,11 @@ def test_a_deleted_experiment_is_named_with_what_can_be_done(uri: str, new_run: 
     for run_dir in (first, second):  # one that was sent before, and one that was not
         with pytest.raises(StoreError) as caught:
             sync(run_dir, uri)
-        for told in ("'relloc'", f"restore --experiment-id {experiment_id}", "tracking.experiment="):
+        for told in (
+            "'relloc'",
+            f"restore --experiment-id {experiment_id}",
+            "tracking.experiment=",
+        ):
             assert told in str(caught.value)
     assert sync(second, uri, "another").points == 6
     assert sync(first, uri, "another").points == 6

@@ -54,7 +54,11 @@ def holder() -> Iterator[Holder]:
     def start(folder: Path, *words: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", HOLD, str(folder), *words]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         started.append(process)
         assert process.stdout is not None
@@ -69,7 +73,9 @@ def holder() -> Iterator[Holder]:
 
 
 def attempt(folder: Path) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-c", TRY, str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", TRY, str(folder)], capture_output=True, text=True, check=False
+    )
     return done.returncode, done.stdout
 
 
@@ -87,7 +93,9 @@ def test_a_second_process_is_refused_and_told_who_has_it(tmp_path: Path, holder:
     assert attempt(tmp_path / "run") == (0, "ours\n")
 
 
-def test_a_killed_one_has_it_no_longer_although_its_forked_processes_live(tmp_path: Path, holder: Holder) -> None:
+def test_a_killed_one_has_it_no_longer_although_its_forked_processes_live(
+    tmp_path: Path, holder: Holder
+) -> None:
     process = holder(tmp_path, "fork")
     process.kill()
     process.wait()
@@ -180,7 +188,9 @@ def test_without_locks_another_machine_has_it_as_long_as_it_touches_the_file(
 
 @pytest.mark.usefixtures("without_locks")
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"pid": "x"}'])
-def test_without_locks_a_note_that_says_nothing_keeps_nobody_out(tmp_path: Path, content: bytes) -> None:
+def test_without_locks_a_note_that_says_nothing_keeps_nobody_out(
+    tmp_path: Path, content: bytes
+) -> None:
     (tmp_path / LOCK_FILE).write_bytes(content)
     assert not is_held(tmp_path)
     with held(tmp_path):

@@ -60,7 +60,12 @@ class MLflow(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         run = {
-            "info": {"run_id": "1" * 32, "experiment_id": "1", "lifecycle_stage": "active", "status": "RUNNING"},
+            "info": {
+                "run_id": "1" * 32,
+                "experiment_id": "1",
+                "lifecycle_stage": "active",
+                "status": "RUNNING",
+            },
             "data": {},
         }
         run["info"]["artifact_uri"] = "mlflow-artifacts:/1/1/artifacts"
@@ -96,7 +101,10 @@ def server() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_sending_to_a_server_imports_nothing_in_the_thread(server: str, new_run: NewRun) -> None:
-    assert sent_by_a_fresh_process(new_run(), server) | {"points": 6} == {"points": 6, "imported": []}
+    assert sent_by_a_fresh_process(new_run(), server) | {"points": 6} == {
+        "points": 6,
+        "imported": [],
+    }
 
 
 @pytest.mark.slow
@@ -107,7 +115,9 @@ def test_a_server_that_is_down_imports_nothing_in_the_thread(new_run: NewRun) ->
 
 
 @pytest.mark.slow
-def test_sending_to_a_file_imports_nothing_in_the_thread(uri: str, new_run: NewRun, tmp_path: Path) -> None:
+def test_sending_to_a_file_imports_nothing_in_the_thread(
+    uri: str, new_run: NewRun, tmp_path: Path
+) -> None:
     for number, address in enumerate((f"sqlite:///{tmp_path}/fresh/mlflow.db", uri)):
         done = sent_by_a_fresh_process(new_run(f"run{number}"), address)
         assert done["points"] >= 6

@@ -43,7 +43,10 @@ def test_a_half_written_line_is_not_read_and_is_cut_off_on_resuming(tmp_path: Pa
     (tmp_path / "journal.jsonl").write_bytes(whole + whole[:20])
     assert [entry.step for entry in read_journal(tmp_path)] == [0]
     Journal(tmp_path).log({"loss": 1.0}, step=1)
-    assert [(entry.step, entry.metrics["loss"]) for entry in read_journal(tmp_path)] == [(0, 2.0), (1, 1.0)]
+    assert [(entry.step, entry.metrics["loss"]) for entry in read_journal(tmp_path)] == [
+        (0, 2.0),
+        (1, 1.0),
+    ]
 
 
 def test_a_journal_of_only_half_a_line_starts_anew(tmp_path: Path) -> None:

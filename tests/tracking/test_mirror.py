@@ -22,7 +22,9 @@ def stored_steps(run_dir: Path, uri: str) -> list[int]:
     return sorted(point.step for point in history)
 
 
-def test_mlflow_follows_while_training_goes_on_and_gets_the_rest_at_the_end(uri: str, new_run: NewRun) -> None:
+def test_mlflow_follows_while_training_goes_on_and_gets_the_rest_at_the_end(
+    uri: str, new_run: NewRun
+) -> None:
     run_dir, warnings = new_run(), []
     follower = Mirror(run_dir, uri, warn=warnings.append, every_s=0.05)
     follower.start()
@@ -50,7 +52,9 @@ def test_a_resumed_run_goes_back_to_running(uri: str, new_run: NewRun) -> None:
     assert len(search(uri, "relloc")) == 1
 
 
-def test_a_dead_server_costs_one_warning_and_one_message_and_nothing_is_lost(uri: str, new_run: NewRun) -> None:
+def test_a_dead_server_costs_one_warning_and_one_message_and_nothing_is_lost(
+    uri: str, new_run: NewRun
+) -> None:
     run_dir, warnings = new_run(), []
     follower = Mirror(run_dir, DEAD, warn=warnings.append, every_s=0.01)
     follower.start()
@@ -85,7 +89,9 @@ def test_attempts_grow_rarer(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -
     assert all(pause >= 0.05 * 2**failures for failures, pause in enumerate(pauses[:4], start=1))
 
 
-def test_a_store_that_comes_back_gets_everything(uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_comes_back_gets_everything(
+    uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir, warnings, down = new_run(), [], threading.Event()
     down.set()
 
@@ -105,7 +111,9 @@ def test_a_store_that_comes_back_gets_everything(uri: str, new_run: NewRun, monk
     assert "disk is full" in warnings[0]
 
 
-def test_a_store_that_hangs_does_not_hold_up_the_end(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_hangs_does_not_hold_up_the_end(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     release = threading.Event()
 
     def hang(*_: object) -> None:
@@ -211,7 +219,9 @@ def test_a_broken_database_is_only_a_message(new_run: NewRun, tmp_path: Path) ->
     assert len(warnings) == 1
 
 
-def test_a_mirror_that_never_began_says_so(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_that_never_began_says_so(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(_uri: str) -> None:
         raise ImportError("No module named 'mlflow'")
 
@@ -275,7 +285,9 @@ def odd_server(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("odd_server", ANSWERS, indirect=True)
-def test_whatever_a_server_answers_is_one_line_and_training_goes_on(odd_server: str, new_run: NewRun) -> None:
+def test_whatever_a_server_answers_is_one_line_and_training_goes_on(
+    odd_server: str, new_run: NewRun
+) -> None:
     run_dir, warnings = new_run(), []
     follower = Mirror(run_dir, odd_server, warn=warnings.append)
     follower.start()
@@ -301,7 +313,9 @@ def test_a_server_without_https_is_told(new_run: NewRun) -> None:
             sync(new_run(), f"https://127.0.0.1:{listener.getsockname()[1]}")
 
 
-def test_a_file_outside_of_the_folder_is_told_once(uri: str, new_run: NewRun, tmp_path: Path) -> None:
+def test_a_file_outside_of_the_folder_is_told_once(
+    uri: str, new_run: NewRun, tmp_path: Path
+) -> None:
     run_dir, warnings = new_run(), []
     (tmp_path / "key").write_text("secret")
     (run_dir / "artifacts.json").write_text('["../key"]')

@@ -53,8 +53,12 @@ def mlflow_run(run_dir: Path, uri: str) -> Any:
 def points(run_dir: Path, uri: str) -> Counter[tuple[str, int, float]]:
     """Every stored point of the run and how often it is there."""
     run = mlflow_run(run_dir, uri)
-    histories = [open_store(uri).get_metric_history(run.info.run_id, name) for name in run.data.metrics]
-    return Counter((point.key, point.step, point.value) for history in histories for point in history)
+    histories = [
+        open_store(uri).get_metric_history(run.info.run_id, name) for name in run.data.metrics
+    ]
+    return Counter(
+        (point.key, point.step, point.value) for history in histories for point in history
+    )
 
 
 JOURNAL_POINTS = Counter(
@@ -65,7 +69,9 @@ JOURNAL_POINTS = Counter(
 
 
 def test_a_run_arrives_whole(uri: str, new_run: NewRun) -> None:
-    run_dir = new_run("r50 seed0", tags={"devices": "cpu", "relloc.kind": "train", "relloc.commit": "6a6cf28"})
+    run_dir = new_run(
+        "r50 seed0", tags={"devices": "cpu", "relloc.kind": "train", "relloc.commit": "6a6cf28"}
+    )
     sent = sync(run_dir, uri)
     assert (sent.params, sent.points, sent.artifacts) == (4, 6, 0)
     run = mlflow_run(run_dir, uri)
@@ -81,7 +87,9 @@ def test_a_run_arrives_whole(uri: str, new_run: NewRun) -> None:
 
 
 def test_numbers_arrive_as_plain_numbers(uri: str, new_run: NewRun) -> None:
-    run_dir = new_run(params={"lr": 1e-05, "epochs": 70, "on": True, "model": "r50", "long": "x" * 7000})
+    run_dir = new_run(
+        params={"lr": 1e-05, "epochs": 70, "on": True, "model": "r50", "long": "x" * 7000}
+    )
     sync(run_dir, uri)
     params = mlflow_run(run_dir, uri).data.params
     long = params.pop("long")
@@ -95,7 +103,9 @@ def test_hundreds_of_params_and_thousands_of_points_arrive(uri: str, new_run: Ne
     for step in range(100, 700):
         journal.log({f"m{index}": float(index) for index in range(4)}, step)
     assert sync(run_dir, uri).points == 6 + 2400
-    assert mlflow_run(run_dir, uri).data.params == {f"group/{index}_x": str(index) for index in range(250)}
+    assert mlflow_run(run_dir, uri).data.params == {
+        f"group/{index}_x": str(index) for index in range(250)
+    }
     assert len(points(run_dir, uri)) == 6 + 2400
 
 
@@ -130,7 +140,9 @@ def test_a_lost_note_costs_no_double_points_and_no_second_run(uri: str, new_run:
     assert sum(points(run_dir, uri).values()) == first.points == 6 + 11 + 2
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"uri": "sqli', b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b"1" * 5000])
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"uri": "sqli', b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b"1" * 5000]
+)
 def test_a_damaged_note_is_a_lost_note(uri: str, new_run: NewRun, damage: bytes) -> None:
     run_dir = new_run()
     first = sync(run_dir, uri)
@@ -163,7 +175,9 @@ def test_a_folder_copied_to_be_another_run_is_another_run(uri: str, new_run: New
     assert second.points == 6
 
 
-def test_files_outside_of_the_folder_are_not_sent_and_told(uri: str, new_run: NewRun, tmp_path: Path) -> None:
+def test_files_outside_of_the_folder_are_not_sent_and_told(
+    uri: str, new_run: NewRun, tmp_path: Path
+) -> None:
     run_dir = new_run()
     (tmp_path / "key").write_text("secret")
     (run_dir / "own.txt").write_text("own")
@@ -172,11 +186,15 @@ def test_files_outside_of_the_folder_are_not_sent_and_told(uri: str, new_run: Ne
     (run_dir / "a%2fb").write_text("an odd name")
     (run_dir / "artifacts.json").write_text(json.dumps(names))
     sent = sync(run_dir, uri)
-    stored = [file.name for file in (tmp_path / "store" / "mlartifacts").rglob("*") if file.is_file()]
+    stored = [
+        file.name for file in (tmp_path / "store" / "mlartifacts").rglob("*") if file.is_file()
+    ]
     assert "own.txt" in stored
     assert "key" not in stored
     assert "link.txt" not in stored
-    assert [line for line in sent.refused if str(tmp_path / "key") in line] == list(sent.refused)[:3]
+    assert [line for line in sent.refused if str(tmp_path / "key") in line] == list(sent.refused)[
+        :3
+    ]
     assert sync(run_dir, uri).artifacts == 0
 
 
@@ -217,7 +235,9 @@ def test_dying_between_sending_and_noting_costs_no_double_points(
     assert len(after) == 6 + 11 + 1
 
 
-def test_the_store_is_asked_only_in_doubt(uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_is_asked_only_in_doubt(
+    uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = new_run()
     monkeypatch.delattr("mlflow.MlflowClient.get_metric_history")
     sync(run_dir, uri)
@@ -225,7 +245,9 @@ def test_the_store_is_asked_only_in_doubt(uri: str, new_run: NewRun, monkeypatch
     assert sync(run_dir, uri).points == 1
 
 
-def test_results_give_a_value_a_layer_and_a_curve_over_the_layers(uri: str, new_run: NewRun) -> None:
+def test_results_give_a_value_a_layer_and_a_curve_over_the_layers(
+    uri: str, new_run: NewRun
+) -> None:
     run_dir = new_run()
     append_results(run_dir, rows())
     append_results(run_dir, rows(checkpoint="random", scale=1.0))
@@ -275,7 +297,9 @@ def test_rows_measured_anew_replace_the_old_values(uri: str, new_run: NewRun) ->
     assert not sync(run_dir, uri)
 
 
-def test_a_broken_result_row_is_told_and_holds_back_nothing_before_it(uri: str, new_run: NewRun) -> None:
+def test_a_broken_result_row_is_told_and_holds_back_nothing_before_it(
+    uri: str, new_run: NewRun
+) -> None:
     run_dir = new_run()
     (run_dir / "results.jsonl").write_text('{"eval": "lin\n')
     with pytest.raises(ValueError, match=r"results\.jsonl line 1"):
@@ -292,16 +316,25 @@ def test_datasets_arrive_as_inputs_without_the_data(uri: str, new_run: NewRun) -
     for run_dir in (plain, shared):
         sync(run_dir, uri)
     seen = {
-        (inputs.tags[0].value, inputs.dataset.digest, json.loads(inputs.dataset.profile)["n_images"])
+        (
+            inputs.tags[0].value,
+            inputs.dataset.digest,
+            json.loads(inputs.dataset.profile)["n_images"],
+        )
         for inputs in mlflow_run(plain, uri).inputs.dataset_inputs
     }
     assert seen == {("train", "a" * 36, 5011), ("eval", "b" * 36, 4952)}
     (inputs,) = mlflow_run(shared, uri).inputs.dataset_inputs
     assert (inputs.tags[0].key, inputs.tags[0].value) == ("mlflow.data.context", "train, eval")
-    assert (inputs.dataset.name, json.loads(inputs.dataset.source)) == ("imagenet", {"uri": "/data/in"})
+    assert (inputs.dataset.name, json.loads(inputs.dataset.source)) == (
+        "imagenet",
+        {"uri": "/data/in"},
+    )
 
 
-def test_artifacts_lie_beside_the_store_and_are_sent_again_only_when_changed(uri: str, new_run: NewRun) -> None:
+def test_artifacts_lie_beside_the_store_and_are_sent_again_only_when_changed(
+    uri: str, new_run: NewRun
+) -> None:
     run_dir = new_run()
     (run_dir / "pictures").mkdir()
     for name in ("config.yaml", "pictures/map.png"):
@@ -309,7 +342,13 @@ def test_artifacts_lie_beside_the_store_and_are_sent_again_only_when_changed(uri
         add_artifact(run_dir, name)
     first = sync(run_dir, uri)
     assert first.artifacts == 2
-    folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / "relloc" / first.run_id / "artifacts"
+    folder = (
+        Path(uri.removeprefix("sqlite:///")).parent
+        / "mlartifacts"
+        / "relloc"
+        / first.run_id
+        / "artifacts"
+    )
     copy = folder / "pictures" / "map.png"
     assert copy.read_text() == "old"
     assert (folder / "config.yaml").exists()
@@ -336,7 +375,9 @@ def test_status_follows_and_a_resumed_run_runs_again(
     with monkeypatch.context() as patch:
         patch.delattr("mlflow.MlflowClient.set_terminated")
         sync(run_dir, uri)
-    assert mlflow_run(run_dir, uri).info.status == "FAILED", "a later sync does not bring it back to life"
+    assert mlflow_run(run_dir, uri).info.status == "FAILED", (
+        "a later sync does not bring it back to life"
+    )
     write_status(run_dir, "RUNNING")
     sync(run_dir, uri)
     assert mlflow_run(run_dir, uri).info.status == "RUNNING"
@@ -345,10 +386,14 @@ def test_status_follows_and_a_resumed_run_runs_again(
     assert mlflow_run(run_dir, uri).info.status == "FINISHED"
 
 
-def test_a_changed_description_is_sent_and_changed_params_are_told(uri: str, new_run: NewRun) -> None:
+def test_a_changed_description_is_sent_and_changed_params_are_told(
+    uri: str, new_run: NewRun
+) -> None:
     run_dir = new_run(params={"epochs": 70, "lr": 0.1})
     first = sync(run_dir, uri)
-    RunRecord(name="longer", experiment="relloc", params={"epochs": 90, "lr": 0.1, "seed": 3}).write(run_dir)
+    RunRecord(
+        name="longer", experiment="relloc", params={"epochs": 90, "lr": 0.1, "seed": 3}
+    ).write(run_dir)
     again = sync(run_dir, uri)
     assert (again.run_id, again.params) == (first.run_id, 1)
     run = mlflow_run(run_dir, uri)
@@ -357,7 +402,9 @@ def test_a_changed_description_is_sent_and_changed_params_are_told(uri: str, new
     assert run.data.tags["relloc.changed_params"] == "epochs: 70 -> 90"
 
 
-def test_another_store_gets_the_whole_run(uri: str, new_run: NewRun, empty_database: Path, tmp_path: Path) -> None:
+def test_another_store_gets_the_whole_run(
+    uri: str, new_run: NewRun, empty_database: Path, tmp_path: Path
+) -> None:
     run_dir = new_run()
     write_status(run_dir, "FINISHED")
     first = sync(run_dir, uri)
@@ -369,7 +416,9 @@ def test_another_store_gets_the_whole_run(uri: str, new_run: NewRun, empty_datab
     assert mlflow_run(run_dir, other).info.status == "FINISHED"
 
 
-def test_a_store_restored_from_a_copy_gets_what_it_missed(uri: str, new_run: NewRun, tmp_path: Path) -> None:
+def test_a_store_restored_from_a_copy_gets_what_it_missed(
+    uri: str, new_run: NewRun, tmp_path: Path
+) -> None:
     run_dir = new_run()
     first = sync(run_dir, uri)
     copy = f"sqlite:///{shutil.copy(uri.removeprefix('sqlite:///'), tmp_path / 'copy.db')}"
@@ -410,7 +459,9 @@ def test_a_store_that_lost_the_run_gets_it_again(uri: str, new_run: NewRun) -> N
 def test_a_run_deleted_in_mlflow_is_not_brought_back(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
     open_store(uri).delete_run(sync(run_dir, uri).run_id)
-    with pytest.raises(StoreError, match=r"was deleted in .*mlflow runs restore --run-id .*/mlflow\.json"):
+    with pytest.raises(
+        StoreError, match=r"was deleted in .*mlflow runs restore --run-id .*/mlflow\.json"
+    ):
         sync(run_dir, uri)
     (run_dir / "mlflow.json").unlink()
     assert sync(run_dir, uri).points == 6

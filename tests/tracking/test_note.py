@@ -31,7 +31,14 @@ def test_a_note_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"lines": 4}, {"seal": "0"}, {"more": 1}, {"status": {}}, {"artifacts": {"patches.png": [10, 21]}}]
+    "change",
+    [
+        {"lines": 4},
+        {"seal": "0"},
+        {"more": 1},
+        {"status": {}},
+        {"artifacts": {"patches.png": [10, 21]}},
+    ],
 )
 def test_a_note_that_was_changed_is_none(tmp_path: Path, change: dict[str, object]) -> None:
     """A wrong count would cost points; without a note the store is asked what it has."""

@@ -10,14 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relloc.status import Status
-from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten, read_status, write_status
+from relloc.tracking import (
+    DatasetRecord,
+    RunRecord,
+    environment_tags,
+    flatten,
+    read_status,
+    write_status,
+)
 from relloc.tracking.record import commit_of, legal_name
 
 
 def test_a_record_comes_back_as_it_was_and_numbers_stay_numbers(tmp_path: Path) -> None:
     voc = DatasetRecord(name="voc07", context="train", digest="ab", source="/data", n_images=5011)
     params = {"lr": 1e-05, "epochs": 70, "nesterov": True, "model": "resnet50"}
-    record = RunRecord(name="r50", experiment="card", tags={"host": "n1"}, params=params, datasets=(voc,))
+    record = RunRecord(
+        name="r50", experiment="card", tags={"host": "n1"}, params=params, datasets=(voc,)
+    )
     record.write(tmp_path)
     assert RunRecord.read(tmp_path) == record
     written = json.loads((tmp_path / "run.json").read_text())["params"]
@@ -26,7 +35,9 @@ def test_a_record_comes_back_as_it_was_and_numbers_stay_numbers(tmp_path: Path) 
 
 
 def test_a_path_of_bytes_that_are_no_text_ends_no_run(tmp_path: Path) -> None:
-    RunRecord(name="a", experiment="b", params={"checkpoint": os.fsdecode(b"caf\xe9.pt")}).write(tmp_path)
+    RunRecord(name="a", experiment="b", params={"checkpoint": os.fsdecode(b"caf\xe9.pt")}).write(
+        tmp_path
+    )
     assert RunRecord.read(tmp_path).params == {"checkpoint": "caf?.pt"}
 
 
@@ -38,13 +49,17 @@ def test_a_resumed_run_keeps_its_identity_but_takes_the_new_description(tmp_path
     assert (read.uid, read.started_ms, read.name) == (first.uid, 1, "again")
 
 
-def test_a_relative_store_is_written_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_store_is_written_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     RunRecord(name="r", experiment="e", tracking_uri="sqlite:///x/mlflow.db").write(tmp_path)
     assert RunRecord.read(tmp_path).tracking_uri == f"sqlite:///{tmp_path}/x/mlflow.db"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"name": "a"}', '{"name": "a", "experiment": "b", "color": 1}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"name": "a"}', '{"name": "a", "experiment": "b", "color": 1}']
+)
 def test_a_file_that_is_no_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json is not a run record"):
@@ -71,7 +86,12 @@ def test_status_round_trip(tmp_path: Path) -> None:
 
 
 def test_flatten_names_every_leaf() -> None:
-    config = {"a": {"b": {"c": 1, "none": None}, "d": [1, {"e": 2}]}, "f": False, "g": {}, "p": Path("/x")}
+    config = {
+        "a": {"b": {"c": 1, "none": None}, "d": [1, {"e": 2}]},
+        "f": False,
+        "g": {},
+        "p": Path("/x"),
+    }
     assert flatten(config) == {"a.b.c": 1, "a.d": '[1, {"e": 2}]', "f": False, "p": "/x"}
     assert flatten({"x": math.inf, "y": math.nan}) == {"x": "inf", "y": "nan"}
 
@@ -79,7 +99,11 @@ def test_flatten_names_every_leaf() -> None:
 words = st.text("abc_", min_size=1, max_size=4)
 
 
-@given(st.dictionaries(words, st.one_of(st.integers(), st.floats(), st.dictionaries(words, st.booleans()))))
+@given(
+    st.dictionaries(
+        words, st.one_of(st.integers(), st.floats(), st.dictionaries(words, st.booleans()))
+    )
+)
 def test_flatten_always_gives_valid_json(config: dict[str, object]) -> None:
     json.dumps(flatten(config), allow_nan=False)
 
@@ -101,7 +125,9 @@ def test_legal_name_changes_only_what_must_change() -> None:
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-    done = subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True
+    )
     return done.stdout.strip()
 
 

@@ -58,14 +58,23 @@ def test_files_go_beside_a_store_that_was_moved_and_earlier_ones_are_found(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_a_store_that_was_moved(store: Path, make_run: NewRun, tmp_path: Path) -> None:
+def test_a_run_goes_on_in_a_store_that_was_moved(
+    store: Path, make_run: NewRun, tmp_path: Path
+) -> None:
     run_dir = make_run("run")
     sync(run_dir, f"sqlite:///{store}")
     moved = tmp_path / "moved"
     shutil.move(store.parent, moved)
     (run_dir / "notes.txt").write_text("changed")
     # In another process: MLflow's client remembers for good where the files of a run go.
-    command = [sys.executable, "-m", "relloc.sync", str(run_dir), "--uri", f"sqlite:///{moved}/mlflow.db"]
+    command = [
+        sys.executable,
+        "-m",
+        "relloc.sync",
+        str(run_dir),
+        "--uri",
+        f"sqlite:///{moved}/mlflow.db",
+    ]
     subprocess.run(command, check=True, timeout=120)
     assert files(moved) == ["changed"]
     assert not store.parent.exists()
@@ -94,7 +103,9 @@ def test_a_store_behind_a_link_was_not_moved(store: Path, make_run: NewRun, tmp_
     assert files(store.parent) == ["first", "second"]
 
 
-def test_files_that_somebody_keeps_elsewhere_stay_there(store: Path, make_run: NewRun, tmp_path: Path) -> None:
+def test_files_that_somebody_keeps_elsewhere_stay_there(
+    store: Path, make_run: NewRun, tmp_path: Path
+) -> None:
     elsewhere = tmp_path / "large disk"
     open_store(f"sqlite:///{store}").create_experiment("relloc", elsewhere.as_uri())
     moved = tmp_path / "moved"

@@ -39,8 +39,16 @@ class Server:
     def start(self, password: str | None = None) -> None:
         self.password = password
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = os.environ | {"PATH": path, **({"MLFLOW_AUTH_ADMIN_PASSWORD": password} if password else {})}
-        named = ("--allowed-hosts", "login1:*,127.0.0.1:*", "--cors-allowed-origins", f"http://login1:{self.port}")
+        environment = os.environ | {
+            "PATH": path,
+            **({"MLFLOW_AUTH_ADMIN_PASSWORD": password} if password else {}),
+        }
+        named = (
+            "--allowed-hosts",
+            "login1:*,127.0.0.1:*",
+            "--cors-allowed-origins",
+            f"http://login1:{self.port}",
+        )
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [SERVE, self.folder / "store", "--port", str(self.port), *named],
@@ -88,10 +96,14 @@ def is_alive(process: psutil.Process) -> bool:
 
 def asked(server: Server, host: str, origin: str | None = None, password: str | None = None) -> int:
     """The status of an answer to what a client at that address, or a page of `origin` in a browser, would ask."""
-    headers = {"Host": f"{host}:{server.port}"} | ({"Origin": f"http://{origin}:{server.port}"} if origin else {})
+    headers = {"Host": f"{host}:{server.port}"} | (
+        {"Origin": f"http://{origin}:{server.port}"} if origin else {}
+    )
     address = f"{server.uri}/api/2.0/mlflow/experiments/search"
     known = ("admin", password) if password else None
-    return requests.post(address, json={"max_results": 1}, headers=headers, auth=known, timeout=30).status_code
+    return requests.post(
+        address, json={"max_results": 1}, headers=headers, auth=known, timeout=30
+    ).status_code
 
 
 def test_only_named_hosts_and_this_machine_get_answers(server: Server) -> None:
@@ -99,17 +111,28 @@ def test_only_named_hosts_and_this_machine_get_answers(server: Server) -> None:
     assert asked(server, "login1", origin="login1") == 200  # a browser that opened the UI there
     assert asked(server, "login2") == 403
     assert asked(server, "login1", origin="elsewhere") == 403
-    with pytest.raises(OSError, match="refused"):  # a server that listens to all addresses answers here
+    with pytest.raises(
+        OSError, match="refused"
+    ):  # a server that listens to all addresses answers here
         socket.create_connection(("127.0.0.2", server.port), timeout=5)
 
 
-def test_a_second_server_of_the_folder_is_refused_and_leaves_the_first_alone(server: Server) -> None:
-    second = subprocess.run([SERVE, server.folder / "store"], capture_output=True, text=True, timeout=60)
-    assert (second.returncode, second.stderr) == (1, f"{server.folder / 'store'} is served already\n")
+def test_a_second_server_of_the_folder_is_refused_and_leaves_the_first_alone(
+    server: Server,
+) -> None:
+    second = subprocess.run(
+        [SERVE, server.folder / "store"], capture_output=True, text=True, timeout=60
+    )
+    assert (second.returncode, second.stderr) == (
+        1,
+        f"{server.folder / 'store'} is served already\n",
+    )
     assert open_store(server.uri).search_experiments()
 
 
-def test_runs_arrive_with_their_files(server: Server, new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_arrive_with_their_files(
+    server: Server, new_run: NewRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [new_run(f"arrives {number}", experiment="arrives") for number in range(2)]
     for run_dir in runs:
         (run_dir / "notes.txt").write_text(run_dir.name)
@@ -117,13 +140,18 @@ def test_runs_arrive_with_their_files(server: Server, new_run: NewRun, capsys: p
     assert main([*map(str, runs), "--uri", server.uri]) == 0
     assert capsys.readouterr().out.count("4 params, 6 points, 1 artifacts") == 2
     stored = search(server.uri, "arrives")
-    assert {run["name"]: run["metrics"]["train/loss"] for run in stored} == {run_dir.name: 2.0 for run_dir in runs}
+    assert {run["name"]: run["metrics"]["train/loss"] for run in stored} == {
+        run_dir.name: 2.0 for run_dir in runs
+    }
     files = list((server.folder / "store" / "artifacts").rglob("notes.txt"))
     assert sorted(file.read_text() for file in files) == sorted(run_dir.name for run_dir in runs)
 
 
 def test_a_server_that_is_killed_and_comes_back_gets_each_point_once(
-    server: Server, new_run: NewRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Server,
+    new_run: NewRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_dir, warnings = new_run("killed", experiment="killed", tracking_uri=server.uri), []
     journal = Journal(run_dir)
@@ -153,7 +181,9 @@ def test_a_server_that_is_killed_and_comes_back_gets_each_point_once(
     assert again.run_id == note.run_id
     for name in NAMES:
         history = client.get_metric_history(note.run_id, name)
-        assert sorted((point.step, point.value) for point in history) == [(n, n / 3) for n in range(STEPS + 50)]
+        assert sorted((point.step, point.value) for point in history) == [
+            (n, n / 3) for n in range(STEPS + 50)
+        ]
     (stored,) = search(server.uri, "killed")
     assert stored["status"] == "FINISHED"
     capsys.readouterr()
@@ -181,7 +211,9 @@ def test_the_password_is_nowhere_but_as_a_hash(server: Server) -> None:
     assert asked(server, "127.0.0.1", password=PASSWORD) == 200
 
 
-@pytest.mark.parametrize("killed", ["the script", "the script and MLflow", "the script and PostgreSQL", "all"])
+@pytest.mark.parametrize(
+    "killed", ["the script", "the script and MLflow", "the script and PostgreSQL", "all"]
+)
 def test_what_a_killed_script_left_is_ended_or_taken_over(server: Server, killed: str) -> None:
     restart_with_password(server)
     script, *others = processes_of(server)
@@ -189,7 +221,11 @@ def test_what_a_killed_script_left_is_ended_or_taken_over(server: Server, killed
     of_mlflow = [process for process in others if process not in database]
     hit = [script]
     if killed != "the script":
-        hit += {"the script and MLflow": of_mlflow, "the script and PostgreSQL": database[:1], "all": others}[killed]
+        hit += {
+            "the script and MLflow": of_mlflow,
+            "the script and PostgreSQL": database[:1],
+            "all": others,
+        }[killed]
     for process in hit:
         process.kill()
     server.process.wait(60)
@@ -200,7 +236,9 @@ def test_what_a_killed_script_left_is_ended_or_taken_over(server: Server, killed
     server.password = PASSWORD  # the folder has one, given or not
 
 
-def test_a_number_in_a_pid_file_that_is_another_process_by_now_holds_up_nothing(server: Server) -> None:
+def test_a_number_in_a_pid_file_that_is_another_process_by_now_holds_up_nothing(
+    server: Server,
+) -> None:
     restart_with_password(server)
     script, *others = processes_of(server)
     for process in (script, *others):
@@ -215,10 +253,15 @@ def test_a_number_in_a_pid_file_that_is_another_process_by_now_holds_up_nothing(
 
 
 def test_without_a_password_nothing_is_sent_and_the_reason_is_told(
-    server: Server, new_run: NewRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Server,
+    new_run: NewRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     restart_with_password(server)
-    assert [asked(server, "127.0.0.1", password=password) for password in (None, "wrong", PASSWORD)] == [401, 401, 200]
+    assert [
+        asked(server, "127.0.0.1", password=password) for password in (None, "wrong", PASSWORD)
+    ] == [401, 401, 200]
     run_dir = new_run(experiment="guarded", tracking_uri=server.uri)
     assert main([str(run_dir)]) == 1
     assert "You are not authenticated" in capsys.readouterr().err

@@ -18,7 +18,9 @@ def silent_server() -> Iterator[str]:
 
 def test_a_dead_server_is_known_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises(StoreError, match=r"no answer from http://127\.0\.0\.1:9 \(ConnectionError\)"):
+    with pytest.raises(
+        StoreError, match=r"no answer from http://127\.0\.0\.1:9 \(ConnectionError\)"
+    ):
         open_store("http://127.0.0.1:9")
     assert time.monotonic() - start < 10
 
@@ -49,7 +51,10 @@ def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:
 def test_making_a_store_leaves_only_the_store_and_sweeps_away_what_a_killed_process_left(
     empty_database: Path,
 ) -> None:
-    assert sorted(path.name for path in empty_database.parent.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+    assert sorted(path.name for path in empty_database.parent.iterdir()) == [
+        "mlflow.db",
+        "mlflow.db.lock",
+    ]
 
 
 def test_the_ui_is_opened_on_the_charts_of_the_experiment() -> None:
@@ -84,13 +89,17 @@ def test_search_gives_plain_values(uri: str, new_run: Callable[..., Path]) -> No
     assert [type(params[name]) for name in sorted(params)] == [str, int, float, bool]
 
 
-def test_search_reads_every_page(uri: str, new_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_reads_every_page(
+    uri: str, new_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
     for name in ("a", "b", "c"):
         sync(new_run(name), uri)
     whole = MlflowClient.search_runs
-    monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: whole(*a, **{**k, "max_results": 1}))
+    monkeypatch.setattr(
+        MlflowClient, "search_runs", lambda *a, **k: whole(*a, **{**k, "max_results": 1})
+    )
     assert [run["name"] for run in search(uri, "relloc")] == ["c", "b", "a"]
 
 

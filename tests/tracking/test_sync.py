@@ -15,12 +15,17 @@ from relloc.tracking import search
 NewRun = Callable[..., Path]
 
 
-def test_each_run_gets_one_line_with_counts(uri: str, new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_run_gets_one_line_with_counts(
+    uri: str, new_run: NewRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = new_run("first", tracking_uri=uri), new_run("second", tracking_uri=uri)
     assert main([str(first), str(second)]) == 0
     counts = "4 params, 6 points, 0 artifacts"
     told = capsys.readouterr()
-    assert told.out.splitlines()[:-1] == [f"{first}: {counts} -> {uri}", f"{second}: {counts} -> {uri}"]
+    assert told.out.splitlines()[:-1] == [
+        f"{first}: {counts} -> {uri}",
+        f"{second}: {counts} -> {uri}",
+    ]
     assert told.out.splitlines()[-1].startswith("next: ")
     assert uri in told.out.splitlines()[-1]
     assert told.err == ""
@@ -46,10 +51,15 @@ def test_a_wrong_folder_is_told_and_the_others_are_sent(
 def test_a_dead_server_is_one_message(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = new_run(tracking_uri="http://127.0.0.1:9")
     assert main([str(run_dir)]) == 1
-    assert capsys.readouterr().err == f"{run_dir}: no answer from http://127.0.0.1:9 (ConnectionError)\n"
+    assert (
+        capsys.readouterr().err
+        == f"{run_dir}: no answer from http://127.0.0.1:9 (ConnectionError)\n"
+    )
 
 
-def test_a_run_that_names_no_store_asks_for_one(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_names_no_store_asks_for_one(
+    new_run: NewRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = new_run()
     assert main([str(run_dir)]) == 1
     assert capsys.readouterr().err == f"{run_dir}: run.json names no store: give one with --uri\n"
@@ -83,10 +93,19 @@ def test_a_name_of_a_file_outside_is_told_and_the_rest_is_sent(
 
 
 @pytest.mark.slow
-def test_a_fresh_process_on_a_fresh_file_prints_its_lines_and_nothing_else(new_run: NewRun, tmp_path: Path) -> None:
+def test_a_fresh_process_on_a_fresh_file_prints_its_lines_and_nothing_else(
+    new_run: NewRun, tmp_path: Path
+) -> None:
     run_dir, uri = new_run(), f"sqlite:///{tmp_path}/deep/er/mlflow.db"
     command = [sys.executable, "-m", "relloc.sync", str(run_dir), "--uri", uri]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     sent, following = done.stdout.splitlines()
     assert sent == f"{run_dir}: 4 params, 6 points, 0 artifacts -> {uri}"
     assert following.startswith("next: ")
@@ -97,17 +116,28 @@ def test_a_fresh_process_on_a_fresh_file_prints_its_lines_and_nothing_else(new_r
 def quick_folder() -> Iterator[Path]:
     """In memory, if possible: thousands of commits each wait for a disk."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="relloc_", dir=memory if memory.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="relloc_", dir=memory if memory.is_dir() else None
+    ) as folder:
         yield Path(folder)
 
 
 @pytest.mark.slow
-def test_sixteen_processes_on_a_fresh_file_lose_none_of_256_runs(new_run: NewRun, quick_folder: Path) -> None:
+def test_sixteen_processes_on_a_fresh_file_lose_none_of_256_runs(
+    new_run: NewRun, quick_folder: Path
+) -> None:
     uri, sweep = f"sqlite:///{quick_folder}/mlflow.db", {"relloc.sweep": "gaps"}
-    runs = [str(new_run(f"gap{number}", tags=sweep, params={"gap": number})) for number in range(256)]
+    runs = [
+        str(new_run(f"gap{number}", tags=sweep, params={"gap": number})) for number in range(256)
+    ]
     started = multiprocessing.get_context("forkserver")
-    started.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "alembic.command"])  # imported once
-    processes = [started.Process(target=main, args=([*runs[first::16], "--uri", uri],)) for first in range(16)]
+    started.set_forkserver_preload(
+        ["mlflow.store.tracking.sqlalchemy_store", "alembic.command"]
+    )  # imported once
+    processes = [
+        started.Process(target=main, args=([*runs[first::16], "--uri", uri],))
+        for first in range(16)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -119,7 +149,9 @@ def test_sixteen_processes_on_a_fresh_file_lose_none_of_256_runs(new_run: NewRun
     assert all(run["tags"]["relloc.sweep"] == "gaps" for run in found)
 
 
-def test_a_run_folder_may_move(uri: str, new_run: NewRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_may_move(
+    uri: str, new_run: NewRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = new_run(tracking_uri=uri)
     main([str(run_dir)])
     shutil.move(run_dir, tmp_path / "moved")

@@ -35,7 +35,11 @@ def test_the_machine_is_followed_and_mlflow_gets_it_in_its_own_names(
     assert note is not None
     stored = open_store(uri).get_metric_history(note.run_id, "system/cpu_utilization_percentage")
     assert [point.step for point in stored] == [entry.step for entry in noted]
-    assert [entry.step for entry in read_journal(run_dir)] == [0, 10, 20]  # training's journal is its own
+    assert [entry.step for entry in read_journal(run_dir)] == [
+        0,
+        10,
+        20,
+    ]  # training's journal is its own
 
 
 def test_a_run_that_goes_on_adds_to_what_was_noted(new_run: NewRun) -> None:
@@ -46,16 +50,27 @@ def test_a_run_that_goes_on_adds_to_what_was_noted(new_run: NewRun) -> None:
         following.stop()
     steps = [entry.step for entry in read_journal(run_dir, file=SYSTEM_FILE)]
     assert steps == sorted(set(steps))
-    age_s = read_journal(run_dir, file=SYSTEM_FILE)[0].time_ms // 1000 - RunRecord.read(run_dir).started_ms // 1000
+    age_s = (
+        read_journal(run_dir, file=SYSTEM_FILE)[0].time_ms // 1000
+        - RunRecord.read(run_dir).started_ms // 1000
+    )
     assert abs(steps[0] - age_s) <= 1
 
 
-def test_what_the_machine_does_not_tell_is_left_out(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_machine_does_not_tell_is_left_out(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(_: object) -> None:
-        raise AttributeError("'NoneType' object has no attribute 'bytes_recv'")  # psutil without a network
+        raise AttributeError(
+            "'NoneType' object has no attribute 'bytes_recv'"
+        )  # psutil without a network
 
-    monkeypatch.setattr("mlflow.system_metrics.metrics.network_monitor.NetworkMonitor.__init__", broken)
-    monkeypatch.setattr("mlflow.system_metrics.metrics.disk_monitor.DiskMonitor.collect_metrics", broken)
+    monkeypatch.setattr(
+        "mlflow.system_metrics.metrics.network_monitor.NetworkMonitor.__init__", broken
+    )
+    monkeypatch.setattr(
+        "mlflow.system_metrics.metrics.disk_monitor.DiskMonitor.collect_metrics", broken
+    )
     monkeypatch.setattr(system, "MONITORS", {**system.MONITORS, "no_monitor": "NoMonitor"})
     run_dir = new_run()
     following = SystemMetrics(run_dir, every_s=0.02)
@@ -76,7 +91,9 @@ def test_a_damaged_file_is_named_and_ends_no_training(uri: str, new_run: NewRun)
     assert "Nothing is lost" in (follower.close("FINISHED") or "")
 
 
-def test_a_driver_that_does_not_answer_is_not_waited_for(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_does_not_answer_is_not_waited_for(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked, answer = threading.Event(), threading.Event()
 
     def silent(_: object) -> None:
@@ -84,7 +101,9 @@ def test_a_driver_that_does_not_answer_is_not_waited_for(new_run: NewRun, monkey
             asked.set()
             answer.wait(60)
 
-    monkeypatch.setattr("mlflow.system_metrics.metrics.disk_monitor.DiskMonitor.collect_metrics", silent)
+    monkeypatch.setattr(
+        "mlflow.system_metrics.metrics.disk_monitor.DiskMonitor.collect_metrics", silent
+    )
     monkeypatch.setattr(system, "STOP_S", 0.1)
     following = SystemMetrics(new_run(), every_s=0.01)
     assert asked.wait(60)

@@ -17,13 +17,17 @@ Pair = tuple[Tensor, Tensor]
 
 def sample(step: int, number: int) -> Pair:
     generator = torch.Generator().manual_seed(1000 * step + number)
-    return torch.randn(6, dtype=torch.float64, generator=generator), torch.tensor((step + number) % 3)
+    return torch.randn(6, dtype=torch.float64, generator=generator), torch.tensor(
+        (step + number) % 3
+    )
 
 
 class Feed:
     """Steps of `batch` samples in `accumulation` parts; `missing` says how many a step lacks."""
 
-    def __init__(self, batch: int = 6, accumulation: int = 1, missing: Callable[[int], int] = lambda step: 0) -> None:
+    def __init__(
+        self, batch: int = 6, accumulation: int = 1, missing: Callable[[int], int] = lambda step: 0
+    ) -> None:
         self.batch, self.accumulation, self.missing = batch, accumulation, missing
         self.asked: list[tuple[int, int]] = []
 
@@ -49,7 +53,9 @@ def loss_of(net: nn.Module) -> Callable[[list[Pair]], Tensor]:
     return loss
 
 
-def training(feed: Feed, net: nn.Module | None = None, lr: float = 0.1, **changes: Any) -> FineTuning[list[Pair]]:
+def training(
+    feed: Feed, net: nn.Module | None = None, lr: float = 0.1, **changes: Any
+) -> FineTuning[list[Pair]]:
     net = network() if net is None else net
     settings: dict[str, Any] = {
         "loss": loss_of(net),
@@ -94,7 +100,9 @@ def test_a_training_is_that_of_a_plain_loop() -> None:
         losses.append(loss.item())
     assert_equal(found.network.state_dict(), plain.state_dict())
     assert [(span.step, span.samples) for span in spans] == [(3, 18), (6, 18)]
-    assert [span.loss for span in spans] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+    assert [span.loss for span in spans] == pytest.approx(
+        [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    )
     assert [span.lr for span in spans] == pytest.approx([0.05, 0.025])
 
 
@@ -109,7 +117,9 @@ def test_accumulated_parts_are_a_whole_batch_however_uneven(accumulation: int) -
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-14, msg=name)
 
 
-@pytest.mark.parametrize("schedule", [Milestones(milestones=[1], gamma=0.1, warmup=1), Poly(length=3, power=0.9)])
+@pytest.mark.parametrize(
+    "schedule", [Milestones(milestones=[1], gamma=0.1, warmup=1), Poly(length=3, power=0.9)]
+)
 def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(schedule: Schedule) -> None:
     def begun() -> FineTuning[list[Pair]]:
         feed = Feed(accumulation=2)
@@ -139,12 +149,30 @@ def test_spans_end_at_the_same_steps_wherever_a_training_goes_on_from() -> None:
 
 def test_each_parameter_group_keeps_its_own_base_rate() -> None:
     net = network()
-    groups = [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[3].parameters(), "lr": 1.0}]
+    groups = [
+        {"params": net[0].parameters(), "lr": 0.1},
+        {"params": net[3].parameters(), "lr": 1.0},
+    ]
     optimizer = torch.optim.SGD(groups)
     seen = []
-    settings = {"loss": loss_of(net), "steps_per_unit": 1, "synchronized": False, "seed": 0, "device": CPU}
+    settings = {
+        "loss": loss_of(net),
+        "steps_per_unit": 1,
+        "synchronized": False,
+        "seed": 0,
+        "device": CPU,
+    }
     poly = Poly(length=4, power=1)
-    one = FineTuning(net, optimizer, micro_batches=Feed(), length=4, schedule=poly, bf16=False, name="x", **settings)
+    one = FineTuning(
+        net,
+        optimizer,
+        micro_batches=Feed(),
+        length=4,
+        schedule=poly,
+        bf16=False,
+        name="x",
+        **settings,
+    )
     for _ in one.spans(1):
         seen.append([group["lr"] for group in optimizer.param_groups])
     assert seen == [pytest.approx([0.1 * factor, factor]) for factor in (1, 0.75, 0.5, 0.25)]
@@ -171,14 +199,21 @@ def test_dropout_draws_by_step_and_part_and_leaves_the_global_generator_alone() 
 
 def test_images_may_be_lists_of_different_sizes_and_targets_anything() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).double()
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    ).double()
 
     def images(step: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
         generator = torch.Generator().manual_seed(step)
         sizes = [(5 + step, 9), (8, 4 + step)]
-        return [(torch.randn(3, *size, generator=generator).double(), {"point": torch.ones(2)}) for size in sizes]
+        return [
+            (torch.randn(3, *size, generator=generator).double(), {"point": torch.ones(2)})
+            for size in sizes
+        ]
 
-    def parts(first: int, end: int) -> Iterator[Sequence[MicroBatch[list[tuple[Tensor, dict[str, Tensor]]]]]]:
+    def parts(
+        first: int, end: int
+    ) -> Iterator[Sequence[MicroBatch[list[tuple[Tensor, dict[str, Tensor]]]]]]:
         for step in range(first, end):
             yield [MicroBatch(content=[one], samples=1) for one in images(step)]
 
@@ -196,7 +231,9 @@ def test_steps_of_too_few_samples_are_left_out() -> None:
     feed = Feed(missing=lambda step: 5 if step == 1 else 0)
     spans = list(training(feed, least_samples=2, length=2).spans(2))
     assert spans[0].samples == 6
-    with pytest.raises(DataError, match="eval.detection: up to step 2 no step has 2 or more images"):
+    with pytest.raises(
+        DataError, match="eval.detection: up to step 2 no step has 2 or more images"
+    ):
         list(training(Feed(missing=lambda step: 5), least_samples=2, length=2).spans(2))
     empty = training(Feed(missing=lambda step: 6, accumulation=2), length=1)
     with pytest.raises(DataError, match="up to step 1 no step has 1 or more"):
@@ -214,7 +251,9 @@ def test_divergence_is_told_at_the_end_of_the_span_with_what_to_do() -> None:
         list(training(Feed(), network().float().double(), lr=1e200, bf16=True).spans(4))
     broken = network()
     one = training(Feed(), broken, length=1)
-    broken.register_buffer("statistics", torch.tensor([torch.inf]))  # weights count, not the loss alone
+    broken.register_buffer(
+        "statistics", torch.tensor([torch.inf])
+    )  # weights count, not the loss alone
     with pytest.raises(Diverged):
         list(one.spans(1))
 

@@ -27,7 +27,9 @@ def test_milestones_are_those_of_torch(milestones: list[int]) -> None:
 
 
 def test_a_milestone_within_the_warm_up_acts_on_it() -> None:
-    assert Milestones(milestones=[5], gamma=0.5, warmup=10, warmup_from=0).factor(6) == pytest.approx(0.5 * 0.6)
+    assert Milestones(milestones=[5], gamma=0.5, warmup=10, warmup_from=0).factor(
+        6
+    ) == pytest.approx(0.5 * 0.6)
 
 
 def test_the_poly_schedule_is_that_of_the_segmenters() -> None:
@@ -57,6 +59,8 @@ def test_a_constant_rate_stays() -> None:
         (Poly, {"length": 1, "power": 1, "floor": -0.1}, "floor is -0.1"),
     ],
 )
-def test_numbers_that_make_no_schedule_are_refused(schedule: type, settings: dict[str, Any], message: str) -> None:
+def test_numbers_that_make_no_schedule_are_refused(
+    schedule: type, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         schedule(**settings)

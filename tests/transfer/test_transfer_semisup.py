@@ -28,8 +28,17 @@ from relloc.transfer import semisup
 from relloc.transfer.classifier import Classifier, TrainingViews, count_top_hits
 from relloc.transfer.semisup import SemiSupervised
 
-PALETTE = [(220, 40, 40), (40, 220, 40), (40, 40, 220), (220, 220, 40), (40, 220, 220), (220, 40, 220)]
-READING = EncodeConfig(batch=16, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0.0)
+PALETTE = [
+    (220, 40, 40),
+    (40, 220, 40),
+    (40, 40, 220),
+    (220, 220, 40),
+    (40, 220, 220),
+    (220, 40, 220),
+]
+READING = EncodeConfig(
+    batch=16, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0.0
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +64,9 @@ class Colors:
 
     def read(self, index: int) -> Image.Image:
         noise = np.random.default_rng(index).integers(-60, 60, (40, 48, 3))
-        return Image.fromarray((noise + PALETTE[index % self.n_classes]).clip(0, 255).astype(np.uint8))
+        return Image.fromarray(
+            (noise + PALETTE[index % self.n_classes]).clip(0, 255).astype(np.uint8)
+        )
 
     def source(self, index: int) -> str:
         return f"{self.split}/{index}.png"
@@ -94,12 +105,27 @@ def evaluation(**changes: Any) -> SemiSupervised:
     small = {"epochs": 3, "milestone_epochs": [1, 2], "batch": 5, "choosing_images": 12}
     setting = {"learning_rates": [0.05], "head_multipliers": [10]}
     views = {"augment": RandomResized(crop_px=32), "view": Center(short_px=36, crop_px=32)}
-    settings: dict[str, Any] = {"share": 0.2, "list_file": None, **published, **small, **setting, **views}
+    settings: dict[str, Any] = {
+        "share": 0.2,
+        "list_file": None,
+        **published,
+        **small,
+        **setting,
+        **views,
+    }
     return SemiSupervised(**{**settings, **changes})
 
 
-def scores(run: SemiSupervised, state: Kept | None = None, splits: Splits = SPLITS, **changes: Any) -> list[Score]:
-    given = {"backbone": trunk(), "splits": splits, "encode_config": READING, "seed": 1, "state": state or Kept()}
+def scores(
+    run: SemiSupervised, state: Kept | None = None, splits: Splits = SPLITS, **changes: Any
+) -> list[Score]:
+    given = {
+        "backbone": trunk(),
+        "splits": splits,
+        "encode_config": READING,
+        "seed": 1,
+        "state": state or Kept(),
+    }
     return list(run.run(context(**{**given, **changes})))
 
 
@@ -127,10 +153,16 @@ def plainly_tuned(run: SemiSupervised, epochs: int) -> Classifier:
     decay = torch.optim.lr_scheduler.MultiStepLR(optimizer, run.milestone_epochs, gamma=0.2)
     views = Views(images, run.augment)
     for epoch in range(epochs):
-        order = np.random.default_rng(seed_for(Use.FINE_TUNING_ORDER, 1, epoch)).permutation(len(images)).tolist()
+        order = (
+            np.random.default_rng(seed_for(Use.FINE_TUNING_ORDER, 1, epoch))
+            .permutation(len(images))
+            .tolist()
+        )
         for start in range(0, len(order), run.batch):
             chosen = order[start : start + run.batch]
-            batch = collate([views[index, seed_for(Use.FINE_TUNING_VIEW, 1, epoch, index)] for index in chosen])
+            batch = collate(
+                [views[index, seed_for(Use.FINE_TUNING_VIEW, 1, epoch, index)] for index in chosen]
+            )
             if len(batch.pixels) > 1:
                 optimizer.zero_grad()
                 target = torch.tensor(images.labels)[batch.indices]
@@ -151,7 +183,9 @@ def test_the_network_is_trained_as_the_protocol_says() -> None:
     for name, value in state.content["training"]["network"].items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=name)
     moved = [
-        name for name, value in trunk().state_dict().items() if not torch.equal(value, expected[f"backbone.{name}"])
+        name
+        for name, value in trunk().state_dict().items()
+        if not torch.equal(value, expected[f"backbone.{name}"])
     ]
     assert len(moved) == len(trunk().state_dict())  # all weights, and the statistics of batch norm
 
@@ -222,11 +256,20 @@ def test_a_state_is_loaded_once_however_many_settings_follow() -> None:
     assert again.loaded == 1
 
 
-def test_of_several_settings_one_is_chosen_without_val_and_one_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = iter([[10, 20, 31], [9, 11, 12], [25, 30, 31], [5, 11, 12], [12, 13, 31], [9, 10, 12]])  # val, others, ...
+def test_of_several_settings_one_is_chosen_without_val_and_one_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = iter(
+        [[10, 20, 31], [9, 11, 12], [25, 30, 31], [5, 11, 12], [12, 13, 31], [9, 10, 12]]
+    )  # val, others, ...
     monkeypatch.setattr(semisup, "count_top_hits", lambda *_given: next(asked))
-    colors = Splits(train=Colors(split="train", n=90, n_classes=6), held_out=Colors(split="val", n=31, n_classes=6))
-    run = evaluation(epochs=1, milestone_epochs=[], learning_rates=[0.001, 0.01, 0.1], head_multipliers=[1])
+    colors = Splits(
+        train=Colors(split="train", n=90, n_classes=6),
+        held_out=Colors(split="val", n=31, n_classes=6),
+    )
+    run = evaluation(
+        epochs=1, milestone_epochs=[], learning_rates=[0.001, 0.01, 0.1], head_multipliers=[1]
+    )
     found = {score.metric: score for score in scores(run, splits=colors)}
     hits = {metric: round(score.value * 31 / 100) for metric, score in found.items()}
     assert hits == {"top1": 25, "top5": 30, "top1_tuned": 10, "top5_tuned": 20}
@@ -234,7 +277,10 @@ def test_of_several_settings_one_is_chosen_without_val_and_one_on_it(monkeypatch
     assert found["top5_tuned"].choice == "chosen on 12 other training images"
     assert "lr 0.01, of the head x1, one of 3 settings" in found["top1"].details
     assert "on the images it is reported on" in found["top1"].choice
-    assert {score.metric for score in found.values() if score.variant} == {"top1_tuned", "top5_tuned"}
+    assert {score.metric for score in found.values() if score.variant} == {
+        "top1_tuned",
+        "top5_tuned",
+    }
     assert {score.column for score in found.values()} == {"20 % top-1", "20 % top-5"}
     assert [score.metric for score in found.values() if score.headline] == ["top1"]
 
@@ -246,8 +292,13 @@ def test_a_setting_that_diverged_comes_last_and_is_named(monkeypatch: pytest.Mon
     state = Kept()
     run = evaluation(milestone_epochs=[], learning_rates=[1e30, 0.05, 0.01], head_multipliers=[1])
     found = {score.metric: score for score in scores(run, state)}
-    assert state.saved == 0 + 3 + 3 + 3  # not trained further once it had diverged; then one for each setting
-    assert {metric: round(score.value * 31 / 100) for metric, score in found.items()} == {"top1": 10, "top1_tuned": 9}
+    assert (
+        state.saved == 0 + 3 + 3 + 3
+    )  # not trained further once it had diverged; then one for each setting
+    assert {metric: round(score.value * 31 / 100) for metric, score in found.items()} == {
+        "top1": 10,
+        "top1_tuned": 9,
+    }
     for score in found.values():
         assert "diverged and ranked last: lr 1e+30, of the head x1" in score.details
 
@@ -295,7 +346,9 @@ def test_without_two_images_to_train_on_or_one_to_ask_about_nothing_is_reported(
     gone, there = Broken(split="train", n=90, every=1), SPLITS.train
     reading = dataclasses.replace(READING, unreadable_share=1.0)
     run = evaluation(epochs=1, milestone_epochs=[])
-    with pytest.raises(DataError, match="fine-tuning on colors, lr 0.05.*no step has 2 or more images"):
+    with pytest.raises(
+        DataError, match="fine-tuning on colors, lr 0.05.*no step has 2 or more images"
+    ):
         scores(run, splits=Splits(train=gone, held_out=there), encode_config=reading)
     with pytest.raises(DataError, match=r"none of the images of colors train .*can be read"):
         scores(run, splits=Splits(train=there, held_out=gone), encode_config=reading)
@@ -305,17 +358,27 @@ def test_the_protocol_names_images_and_constants() -> None:
     score = scores(evaluation(epochs=1, milestone_epochs=[]))[0]
     chosen = stratified(SPLITS.train, 0.2, seed=1)
     images, *constants, views = score.details
-    assert images == f"fine-tuned on 18 labeled images (0.2 of each class by seed 1, hash {chosen.list_hash()})"
+    assert (
+        images
+        == f"fine-tuned on 18 labeled images (0.2 of each class by seed 1, hash {chosen.list_hash()})"
+    )
     assert constants == [
         *("lr 0.05, of the head x10", "momentum 0.9", "weight decay 0.0005", "1 epochs", "batch 5"),
         "batch norm trained",
     ]
     assert "random resized crops of 32 px" in views
     assert score.choice == ""
-    assert score.deviations == ("the list is ours, not SimCLR's", "1 setting tried, published is the best of 9")
-    run = evaluation(epochs=1, milestone_epochs=[], learning_rates=[0.1, 0.2, 0.3], head_multipliers=[1, 2, 3])
+    assert score.deviations == (
+        "the list is ours, not SimCLR's",
+        "1 setting tried, published is the best of 9",
+    )
+    run = evaluation(
+        epochs=1, milestone_epochs=[], learning_rates=[0.1, 0.2, 0.3], head_multipliers=[1, 2, 3]
+    )
     assert "tried, published" not in " ".join(run._deviations())
-    assert "3 epochs, x0.2 at 1, 2" in evaluation()._details(chosen, 1, [{"finite": True, "tallies": []}], 0)
+    assert "3 epochs, x0.2 at 1, 2" in evaluation()._details(
+        chosen, 1, [{"finite": True, "tallies": []}], 0
+    )
 
 
 def test_a_given_list_decides_and_is_part_of_what_the_evaluation_is(tmp_path: Path) -> None:
@@ -348,7 +411,11 @@ def test_a_batch_of_which_nothing_could_be_read_changes_nothing() -> None:
     view = RandomResized(crop_px=32)
     views = TrainingViews(images=SPLITS.train, view=view, batch=4, encode_config=READING, seed=0)
     views.loss(network, collate([])).backward()
-    assert all(float(value.grad.abs().max()) == 0 for value in network.parameters() if value.grad is not None)
+    assert all(
+        float(value.grad.abs().max()) == 0
+        for value in network.parameters()
+        if value.grad is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -358,17 +425,28 @@ def test_a_batch_of_which_nothing_could_be_read_changes_nothing() -> None:
         ({"share": 1.5}, "eval.semisup.share is 1.5: give a number above 0"),
         ({"share": "x"}, "eval.semisup.share is x: give a number above 0"),
         ({"list_file": 5}, "eval.semisup.list_file is 5: give the path of a file, or null"),
-        ({"learning_rates": []}, "eval.semisup.learning_rates is []: give a list of numbers above 0"),
+        (
+            {"learning_rates": []},
+            "eval.semisup.learning_rates is []: give a list of numbers above 0",
+        ),
         ({"learning_rates": 0.1}, "eval.semisup.learning_rates is 0.1: give a list, [0.1]"),
-        ({"head_multipliers": ["x"]}, "eval.semisup.head_multipliers is ['x']: give numbers above 0"),
+        (
+            {"head_multipliers": ["x"]},
+            "eval.semisup.head_multipliers is ['x']: give numbers above 0",
+        ),
         ({"epochs": 0}, "eval.semisup.epochs is 0: give a whole number of 1 or more"),
         ({"batch": 1}, "eval.semisup.batch is 1: batch norm needs"),
         ({"batch": 2.5}, "eval.semisup.batch is 2.5: give a whole number of 1 or more"),
         ({"milestone_epochs": [3, 3]}, "eval.semisup.milestone_epochs is [3, 3]: give epochs"),
-        ({"choosing_images": 0}, "eval.semisup.choosing_images is 0: give a whole number of 1 or more"),
+        (
+            {"choosing_images": 0},
+            "eval.semisup.choosing_images is 0: give a whole number of 1 or more",
+        ),
     ],
 )
-def test_constants_that_train_nothing_or_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_constants_that_train_nothing_or_make_no_sense_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
     one = evaluation()
     for name, value in changes.items():  # in a test, wrong types are not let into a constructor
         object.__setattr__(one, name, value)
@@ -377,8 +455,12 @@ def test_constants_that_train_nothing_or_make_no_sense_are_refused(changes: dict
 
 
 def test_mistakes_are_told() -> None:
-    with pytest.raises(DataError, match="no images beyond those that are trained on.*or a smaller share"):
+    with pytest.raises(
+        DataError, match="no images beyond those that are trained on.*or a smaller share"
+    ):
         scores(evaluation(share=1.0, learning_rates=[0.1, 0.2]))
-    unlabeled = Splits(train=Colors(split="train", n=90, labeled=False), held_out=Colors(split="val", n=9))
+    unlabeled = Splits(
+        train=Colors(split="train", n=90, labeled=False), held_out=Colors(split="val", n=9)
+    )
     with pytest.raises(DataError, match="colors train has no labels"):
         scores(evaluation(), splits=unlabeled)

@@ -63,7 +63,9 @@ def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(expected["rows"]) == 2
     assert first["noted"] == sorted(noted)
     assert len(first["weights"]) == len(expected["weights"]) == 6
-    for of_first, of_second, of_one in zip(first["weights"], second["weights"], expected["weights"], strict=True):
+    for of_first, of_second, of_one in zip(
+        first["weights"], second["weights"], expected["weights"], strict=True
+    ):
         for name, value in of_one.items():
             assert torch.equal(of_first[name], of_second[name]), name
             torch.testing.assert_close(of_first[name], value, rtol=1e-4, atol=1e-5, msg=name)

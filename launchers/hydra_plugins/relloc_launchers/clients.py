@@ -33,12 +33,31 @@ _JOB = r"\s*(?P<job>\d+)(?:_(?P<tasks>\d+|\[[^\]]*\]))?"
 _LINE = re.compile(_JOB + r"\|(?P<state>[A-Z_]+)\s*(?:\|(?P<told>.*))?")
 # A job in a format of the site's own, which is not for us to choose then: a state somewhere, perhaps as its letters
 _OTHER_LINE = re.compile(_JOB + r"[\s|,;]+(?P<told>.*)")
-_LETTERS = {"R": "RUNNING", "CG": "COMPLETING", "S": "SUSPENDED", "CD": "COMPLETED", "CA": "CANCELLED", "F": "FAILED"}
-_LETTERS |= {"TO": "TIMEOUT", "NF": "NODE_FAIL", "OOM": "OUT_OF_MEMORY", "PR": "PREEMPTED", "BF": "BOOT_FAIL"}
+_LETTERS = {
+    "R": "RUNNING",
+    "CG": "COMPLETING",
+    "S": "SUSPENDED",
+    "CD": "COMPLETED",
+    "CA": "CANCELLED",
+    "F": "FAILED",
+}
+_LETTERS |= {
+    "TO": "TIMEOUT",
+    "NF": "NODE_FAIL",
+    "OOM": "OUT_OF_MEMORY",
+    "PR": "PREEMPTED",
+    "BF": "BOOT_FAIL",
+}
 # What sbatch says when it can't tell whether the controller took the job
-_UNSURE = re.compile(r"timed out|unable to contact|zero bytes|connection (refused|reset)|communication", re.IGNORECASE)
+_UNSURE = re.compile(
+    r"timed out|unable to contact|zero bytes|connection (refused|reset)|communication",
+    re.IGNORECASE,
+)
 # What squeue says beside no job at all where it could not ask the controller
-_TROUBLE = re.compile(r"^.*(\berror\b|unable to contact|timed out|connection refused).*$", re.IGNORECASE | re.MULTILINE)
+_TROUBLE = re.compile(
+    r"^.*(\berror\b|unable to contact|timed out|connection refused).*$",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +76,9 @@ class Job:
         """Read what `str` gives."""
         name, _, cluster = text.partition("@")
         number, _, task = name.partition("_")
-        return cls(number=number, task=int(task) if task.isdigit() else None, cluster=cluster or None)
+        return cls(
+            number=number, task=int(task) if task.isdigit() else None, cluster=cluster or None
+        )
 
     def __str__(self) -> str:
         return self.name + (f"@{self.cluster}" if self.cluster else "")
@@ -89,7 +110,10 @@ class _Queued:
     def names(self) -> list[str]:
         """SLURM's, and the one with the token, by which it was known before SLURM's number was."""
         found = _TOKEN.search(self.about)
-        return [self.job.name, *([dataclasses.replace(self.job, number=found[0]).name] if found else [])]
+        return [
+            self.job.name,
+            *([dataclasses.replace(self.job, number=found[0]).name] if found else []),
+        ]
 
 
 class NotTaken(UsageError):
@@ -136,18 +160,26 @@ def submit(
     told = done.stderr.strip()
     if done.returncode == 0:
         # From what is sure to what is likely; at last the token stands for a number that nobody told.
-        job = read_sbatch(done.stdout, cluster) or _by_token(token, cluster) or _last_number(done.stdout, cluster)
+        job = (
+            read_sbatch(done.stdout, cluster)
+            or _by_token(token, cluster)
+            or _last_number(done.stdout, cluster)
+        )
         return job or Job(number=token, cluster=cluster), told
     if _UNSURE.search(told):
         if job := _by_token(token, cluster):
             return job, told
-        raise Interrupted(f"SLURM did not say whether it took the jobs ({told}): the same command again finds out")
+        raise Interrupted(
+            f"SLURM did not say whether it took the jobs ({told}): the same command again finds out"
+        )
     raise NotTaken(told or done.stdout.strip() or f"sbatch ended with exit code {done.returncode}")
 
 
 def wait_for_sbatch(lock: Path) -> None:
     """Return once no sbatch runs whose command was killed meanwhile: before, the queue may not show its job."""
-    end = time.monotonic() + ASKED_S  # a site's sbatch may leave a process behind that keeps the lock
+    end = (
+        time.monotonic() + ASKED_S
+    )  # a site's sbatch may leave a process behind that keeps the lock
     with open(lock, "ab") as file:
         while not _lock(file.fileno()) and time.monotonic() < end:
             time.sleep(0.1)
@@ -193,10 +225,14 @@ def _if_one(cluster: str | None) -> str | None:
 def _by_token(token: str, cluster: str | None) -> Job | None:
     """The job in the queue whose comment or name has the token."""
     try:
-        found = [queued.job for queued in _queue(cluster) if token in queued.about and not queued.is_over]
+        found = [
+            queued.job for queued in _queue(cluster) if token in queued.about and not queued.is_over
+        ]
     except UsageError:
         return None
-    return Job(number=found[0].number, cluster=found[0].cluster or _if_one(cluster)) if found else None
+    return (
+        Job(number=found[0].number, cluster=found[0].cluster or _if_one(cluster)) if found else None
+    )
 
 
 def states(jobs: Sequence[str]) -> dict[str, Status]:
@@ -209,7 +245,9 @@ def states(jobs: Sequence[str]) -> dict[str, Status]:
     found: dict[str, Status] = {}
     for cluster in sorted({job.cluster for job in asked.values()}, key=str):
         queue: dict[str, str] = {}
-        for queued in sorted(_queue(cluster), key=lambda queued: not queued.is_over):  # what is alive wins
+        for queued in sorted(
+            _queue(cluster), key=lambda queued: not queued.is_over
+        ):  # what is alive wins
             queue |= dict.fromkeys(queued.names, queued.state)
         for text, job in asked.items():
             if job.cluster != cluster:
@@ -231,15 +269,25 @@ def cancel(jobs: Sequence[str]) -> None:
         names = [job.name for job in there if not job.is_token]
         tokens = {job.name for job in there if job.is_token}
         if tokens:
-            names += [queued.job.name for queued in _queue(cluster) if not queued.is_over and tokens & {*queued.names}]
+            names += [
+                queued.job.name
+                for queued in _queue(cluster)
+                if not queued.is_over and tokens & {*queued.names}
+            ]
         if names:
-            _ask(["scancel", *_option_for(cluster), *names], "SLURM does not say that it ended all jobs")
+            _ask(
+                ["scancel", *_option_for(cluster), *names],
+                "SLURM does not say that it ended all jobs",
+            )
 
 
 def largest_array(cluster: str | None) -> int | None:
     """How many tasks an array may have (MaxArraySize); None where that can't be asked."""
     try:
-        told, _ = _ask(["scontrol", *_option_for(_if_one(cluster)), "show", "config"], "SLURM does not say its limits")
+        told, _ = _ask(
+            ["scontrol", *_option_for(_if_one(cluster)), "show", "config"],
+            "SLURM does not say its limits",
+        )
     except UsageError:
         return None
     found = re.search(r"^\s*MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
@@ -248,11 +296,20 @@ def largest_array(cluster: str | None) -> int | None:
 
 def _queue(cluster: str | None) -> Iterator[_Queued]:
     """Each job of this user that SLURM knows, also for some minutes after its end."""
-    asked = ["squeue", *_option_for(cluster), "--noheader", "--array", "--states=all", f"--user={os.getuid()}"]
+    asked = [
+        "squeue",
+        *_option_for(cluster),
+        "--noheader",
+        "--array",
+        "--states=all",
+        f"--user={os.getuid()}",
+    ]
     problem = "SLURM does not say how its jobs stand"
     told, complaint = _ask([*asked, "--format=%i|%T|%j|%k"], problem)
     found = list(_jobs_in(told, cluster))
-    if not found and (why := _TROUBLE.search(f"{complaint}\n{told}")):  # which a site's squeue may end well with
+    if not found and (
+        why := _TROUBLE.search(f"{complaint}\n{told}")
+    ):  # which a site's squeue may end well with
         raise UsageError(f"{problem}: {why[0].strip()}")
     yield from found
 
@@ -269,7 +326,9 @@ def _jobs_in(told: str, cluster: str | None) -> Iterator[_Queued]:
         else:
             continue
         for task in _tasks(found["tasks"]):
-            yield _Queued(job=Job(number=found["job"], task=task, cluster=of), state=state, about=about)
+            yield _Queued(
+                job=Job(number=found["job"], task=task, cluster=of), state=state, about=about
+            )
 
 
 def _state_among(text: str) -> str:
@@ -298,7 +357,11 @@ def _ask(command: Sequence[str], problem: str) -> tuple[str, str]:
 
     Raises `UsageError`, which begins with the `problem`, where it fails.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SQUEUE_", "SCANCEL_"))
+    }
     try:
         done = subprocess.run(
             command,
@@ -311,5 +374,7 @@ def _ask(command: Sequence[str], problem: str) -> tuple[str, str]:
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise UsageError(f"{problem}: {str(getattr(error, 'stderr', '') or error).strip()}") from error
+        raise UsageError(
+            f"{problem}: {str(getattr(error, 'stderr', '') or error).strip()}"
+        ) from error
     return done.stdout, done.stderr

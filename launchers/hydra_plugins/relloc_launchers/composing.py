@@ -20,7 +20,9 @@ class Composing:
 
     def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
         name, words = config.hydra.job.config_name, list(config.hydra.overrides.hydra)
-        self._groups = set(loader.get_group_options("", ObjectType.GROUP, config_name=name, overrides=words))
+        self._groups = set(
+            loader.get_group_options("", ObjectType.GROUP, config_name=name, overrides=words)
+        )
         self._compose = loader.load_sweep_config
         self._parser = OverridesParser.create()
         self._chosen: dict[tuple[str, ...], DictConfig] = {}
@@ -33,7 +35,9 @@ class Composing:
         if choice not in self._chosen:
             self._chosen[choice] = self._compose(master_config, list(choice))
         config = copy.deepcopy(self._chosen[choice])
-        ConfigLoaderImpl._apply_overrides_to_config([word for word in words if not self._is_choice(word)], config)
+        ConfigLoaderImpl._apply_overrides_to_config(
+            [word for word in words if not self._is_choice(word)], config
+        )
         return config
 
     def _is_choice(self, word: Override) -> bool:

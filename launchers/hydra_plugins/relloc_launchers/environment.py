@@ -5,9 +5,21 @@ from collections.abc import Mapping
 
 # Variables of SLURM that a job has of its own, and that name no job: where the cluster is, and who asks
 _NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
-_OF_TRAINING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OF_TRAINING = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+)
 # Options of sbatch that its variables call otherwise
-_VARIABLES = {"TIMELIMIT": "time", "ARRAY_INX": "array", "NO_REQUEUE": "requeue", "MEM_PER_NODE": "mem"}
+_VARIABLES = {
+    "TIMELIMIT": "time",
+    "ARRAY_INX": "array",
+    "NO_REQUEUE": "requeue",
+    "MEM_PER_NODE": "mem",
+}
 _MEMORY = {"mem", "mem-per-cpu", "mem-per-gpu"}
 _GPUS = {"gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
 _NEVER = {"array", "wait"}  # the sweep decides what the array is, and who waits
@@ -23,7 +35,10 @@ def environment_for(script: str, given: Mapping[str, str]) -> tuple[dict[str, st
     kept, gave_way = {}, []
     said = set(re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)) | _NEVER
     said |= _MEMORY if said & _MEMORY else set()
-    has_gpus = bool(said & _GPUS) or re.search(r"^#SBATCH --gres=.*\bgpu\b", script, re.MULTILINE) is not None
+    has_gpus = (
+        bool(said & _GPUS)
+        or re.search(r"^#SBATCH --gres=.*\bgpu\b", script, re.MULTILINE) is not None
+    )
     for name, value in given.items():
         if name in _OF_TRAINING or name.startswith("SUBMITIT_"):
             continue

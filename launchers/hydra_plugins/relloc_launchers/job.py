@@ -18,7 +18,9 @@ _MOST_RESTARTS = 3  # of a point whose processes were killed: for memory, or by 
 # Exit codes of a point that saved and ended because the cluster asked for it, and of one that lost a reading process
 _ASKED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 _LOST_A_READER = 75
-_REQUEUES = "requeues"  # in the run folder: a line for each time that a job was queued again from here
+_REQUEUES = (
+    "requeues"  # in the run folder: a line for each time that a job was queued again from here
+)
 _LEFT_TO_SLURM_S = 900.0  # how long the cluster may take, after it asked a job to stop, to end it
 
 
@@ -51,7 +53,8 @@ class PointJob:
                 time.sleep(_LEFT_TO_SLURM_S)
             elif (code == _LOST_A_READER or code < 0) and restart < _MOST_RESTARTS:
                 print(
-                    f"a process of the point was killed (exit code {code}); it goes on from what it saved", flush=True
+                    f"a process of the point was killed (exit code {code}); it goes on from what it saved",
+                    flush=True,
                 )
                 if _tasks() > 1:
                     _requeue(_folder_of(command))
@@ -99,7 +102,10 @@ def _rank() -> dict[str, str]:
     here = TorchDistributedEnvironment()
     numbers = {"RANK": here.rank, "WORLD_SIZE": here.world_size, "LOCAL_RANK": here.local_rank}
     numbers |= {"LOCAL_WORLD_SIZE": here.local_world_size, "MASTER_PORT": here.master_port}
-    return {"MASTER_ADDR": here.master_addr, **{name: str(number) for name, number in numbers.items()}}
+    return {
+        "MASTER_ADDR": here.master_addr,
+        **{name: str(number) for name, number in numbers.items()},
+    }
 
 
 def _tags() -> dict[str, str]:
@@ -114,7 +120,11 @@ def _tags() -> dict[str, str]:
 
 def _job_id() -> str:
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "")
+    return (
+        f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        if array
+        else os.environ.get("SLURM_JOB_ID", "")
+    )
 
 
 def _folder_of(command: Sequence[str]) -> Path:
@@ -135,8 +145,13 @@ def _requeue(folder: Path) -> None:
     told = {line.decode() for line in read_lines(noted)}
     now = f"{job} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
     scontrol = shutil.which("scontrol")
-    if scontrol is None or len([line for line in told - {now} if line.startswith(f"{job} ")]) >= _MOST_RESTARTS:
-        raise PointFailed("a process of the point was killed, and it was started again often enough")
+    if (
+        scontrol is None
+        or len([line for line in told - {now} if line.startswith(f"{job} ")]) >= _MOST_RESTARTS
+    ):
+        raise PointFailed(
+            "a process of the point was killed, and it was started again often enough"
+        )
     append_lines(noted, [now])
     sys.stdout.flush()
     subprocess.run([scontrol, "requeue", job], check=True)

@@ -8,7 +8,9 @@ from omegaconf import DictConfig, ListConfig
 from relloc.errors import UsageError
 from relloc.results import RESULTS_FILE, Result, read_results
 
-_GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # Hydra's own, which wants no numbers
+_GRID = (
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # Hydra's own, which wants no numbers
+)
 _NO_EVALUATION = "pretext"  # measured by each pretraining itself
 
 
@@ -17,7 +19,9 @@ def names_of(config: DictConfig) -> tuple[str, ...]:
     asked = config.get("objective")
     names = list(asked) if isinstance(asked, ListConfig) else [] if asked is None else [asked]
     if any(not isinstance(name, str) or not name.strip() for name in names):
-        raise UsageError(f"objective={asked} names no result: give one such as linear_fast/feature4/top1")
+        raise UsageError(
+            f"objective={asked} names no result: give one such as linear_fast/feature4/top1"
+        )
     return tuple(names)
 
 
@@ -66,7 +70,9 @@ def _value(rows: Sequence[Result], name: str, folder: Path) -> float:
     named = [row for row in rows if row.tracked_name == name]
     if not named:
         known = ", ".join(dict.fromkeys(row.tracked_name for row in rows)) or "none"
-        raise UsageError(f"objective={name} is no result in {folder / RESULTS_FILE}, which has {known}")
+        raise UsageError(
+            f"objective={name} is no result in {folder / RESULTS_FILE}, which has {known}"
+        )
     of = {(row.dataset, row.split, row.checkpoint) for row in named}
     if len(of) > 1:
         raise UsageError(

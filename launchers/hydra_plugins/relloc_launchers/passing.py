@@ -14,7 +14,14 @@ RUN_ALONE = "hydra.mode=RUN"  # for the command of a point whose launcher, chose
 _COMMANDS = ("train", "evaluate")
 _OF_LAUNCHER = ("launcher=", "launcher.", "sweep=")
 # Hydra's own settings that say how a sweep is made and where, not how a point runs
-_OF_SWEEP = ("hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher", "hydra.mode", "hydra.run.")
+_OF_SWEEP = (
+    "hydra.sweep",
+    "hydra/sweeper",
+    "hydra.launcher",
+    "hydra/launcher",
+    "hydra.mode",
+    "hydra.run.",
+)
 # Hydra's options that name folders of configs, and the provider by which Hydra lists what they named
 _FOLDERS = {"--config-path": "main", "--config-dir": "command-line"}
 
@@ -36,7 +43,9 @@ def refuse_swept(config: DictConfig) -> None:
     All points share one launcher, made before they are known: values from choice(...), launcher=a,b or
     hydra.sweeper.params would not reach it.
     """
-    given = OverridesParser.create().parse_overrides([word for word in config.hydra.overrides.task if "=" in word])
+    given = OverridesParser.create().parse_overrides(
+        [word for word in config.hydra.overrides.task if "=" in word]
+    )
     swept = [word.key_or_group for word in given if word.is_sweep_override()]
     swept += list(config.hydra.sweeper.get("params") or {})
     for key in swept:

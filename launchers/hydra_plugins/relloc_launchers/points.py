@@ -15,7 +15,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.relloc_launchers import passing
 from hydra_plugins.relloc_launchers.composing import Composing
-from hydra_plugins.relloc_launchers.objective import check_names, check_sweeper, is_search, names_of, objective_of
+from hydra_plugins.relloc_launchers.objective import (
+    check_names,
+    check_sweeper,
+    is_search,
+    names_of,
+    objective_of,
+)
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from relloc.errors import Interrupted, UsageError
@@ -60,12 +66,16 @@ class PointsLauncher(Launcher):
         self._beside = "[]"
         self._folders: dict[str, Path] = {}
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         passing.refuse_swept(config)
         check_name(config.sweep)
         refuse_chdir(config.hydra)
         check_sweeper(config)
-        runs, folder = (Path(os.path.abspath(name)) for name in (config.runs, config.hydra.sweep.dir))
+        runs, folder = (
+            Path(os.path.abspath(name)) for name in (config.runs, config.hydra.sweep.dir)
+        )
         check_folder(folder, runs)
         self.sweep = Sweep(folder, lock_of(runs))
         self.sweep.check_version()  # and that its note can be read
@@ -87,12 +97,16 @@ class PointsLauncher(Launcher):
         self._composed[tuple(sweep_overrides)] = composed
         return composed
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         given = self._points(job_overrides)
         composed = list({one.point.identity: one for one in given}.values())
         points = [one.point for one in composed]
         if len(points) < len(given):
-            say(f"sweep   {len(given) - len(points)} points are others over again: each is run once")
+            say(
+                f"sweep   {len(given) - len(points)} points are others over again: each is run once"
+            )
         content = self._content()
         self.code = self.sweep.place_of(content)
         before = self._standings(points)
@@ -122,7 +136,10 @@ class PointsLauncher(Launcher):
             return [self._returned(one, of_identity[one.point.identity]) for one in given]
         if not all(now.in_flight or now.status is Status.DONE for now in after):
             sys.exit(1)
-        return [JobReturn(overrides=list(one.point.overrides), status=JobStatus.COMPLETED) for one in given]
+        return [
+            JobReturn(overrides=list(one.point.overrides), status=JobStatus.COMPLETED)
+            for one in given
+        ]
 
     @abstractmethod
     def plan(self, todo: Sequence[Point]) -> None:
@@ -149,17 +166,34 @@ class PointsLauncher(Launcher):
     def command(self, point: Point) -> list[str]:
         """The command that runs a point, and goes on with it: with the copies of the folders of configs."""
         copies = {option: self._copy_of(option) for option in self._folders}
-        copies = {option: copy if copy.is_dir() else self._folders[option] for option, copy in copies.items()}
-        named = [word for word in point.options if not word.startswith(tuple(f"{option}=" for option in copies))]
+        copies = {
+            option: copy if copy.is_dir() else self._folders[option]
+            for option, copy in copies.items()
+        }
+        named = [
+            word
+            for word in point.options
+            if not word.startswith(tuple(f"{option}=" for option in copies))
+        ]
         own = tuple(f"{option}={folder}" for option, folder in copies.items())
         *words, folder = dataclasses.replace(point, options=(*own, *named)).arguments
         # A launcher that a file chose, which the point composes as well, must not launch it again.
-        return [sys.executable, "-P", *words, *([passing.RUN_ALONE] if self.may_be_chosen_in_files else []), folder]
+        return [
+            sys.executable,
+            "-P",
+            *words,
+            *([passing.RUN_ALONE] if self.may_be_chosen_in_files else []),
+            folder,
+        ]
 
     def environment(self) -> dict[str, str]:
         """The environment of a point's command: the code of the copy, and what is told of the sweep."""
         paths = [str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])]
-        told = {"PYTHONPATH": os.pathsep.join(paths), "RELLOC_SWEEP": self.sweep.name, "RELLOC_BESIDE": self._beside}
+        told = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "RELLOC_SWEEP": self.sweep.name,
+            "RELLOC_BESIDE": self._beside,
+        }
         own = self._copy_of(_RELLOC_CONF)
         return {**users_environment(), **told, **({_RELLOC_CONF: str(own)} if own.is_dir() else {})}
 
@@ -172,7 +206,9 @@ class PointsLauncher(Launcher):
         self._beside = json.dumps(passing.values(job_overrides).get("checkpoint", []))
         kept = [passing.of_points(overrides) for overrides in job_overrides]
         swept = [key for key, found in passing.values(kept).items() if len(found) > 1]
-        if is_search(self.config):  # it gives a point at a time, of which the command line says what stays
+        if is_search(
+            self.config
+        ):  # it gives a point at a time, of which the command line says what stays
             swept += passing.values([passing.chosen(overrides, self.config) for overrides in kept])
         of_hydra = passing.of_hydra_for_points(self.config)
         options = passing.options(self.config, self._kind, self._folders)
@@ -182,7 +218,11 @@ class PointsLauncher(Launcher):
             resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
             mark, name = identity(resolved), name_of(overrides, swept, resolved["seed"])
             # A launcher that a preset chose would have the point sent away once more.
-            here = ["launcher=here"] if launcher != "here" and not passing.names_launcher(given) else []
+            here = (
+                ["launcher=here"]
+                if launcher != "here" and not passing.names_launcher(given)
+                else []
+            )
             point = Point(
                 kind=self._kind,
                 name=name,
@@ -199,14 +239,19 @@ class PointsLauncher(Launcher):
     def _resend(self, given: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
         """The words after `python` that make a point alone one of this sweep again."""
         named = [word for word in given if not word.startswith("sweep=")]
-        of_hydra = [*passing.of_hydra_for_points(self.config), *passing.of_hydra_for_launcher(self.config)]
+        of_hydra = [
+            *passing.of_hydra_for_points(self.config),
+            *passing.of_hydra_for_launcher(self.config),
+        ]
         command = ("-m", f"relloc.{self._kind}", *options, "--multirun")
         return (*command, *named, *of_hydra, f"sweep={as_value(str(self.config.sweep))}")
 
     def _composed_from(self, overrides: Sequence[str]) -> tuple[DictConfig, str]:
         """A point's config without Hydra's part, and the launcher that it chooses."""
         composed = self._composed.pop(tuple(overrides), None)
-        config = composed if composed is not None else self._remembering(self.config, list(overrides))
+        config = (
+            composed if composed is not None else self._remembering(self.config, list(overrides))
+        )
         HydraConfig.instance().set_config(config)
         launcher = str(config.hydra.runtime.choices.get("launcher"))
         with open_dict(config):
@@ -231,13 +276,20 @@ class PointsLauncher(Launcher):
         named = [f"  {name}: {told}" for name, told in refused[:_NAMED]]
         named += [f"  and {len(refused) - _NAMED} more"] if len(refused) > _NAMED else []
         raise UsageError(
-            "\n".join([f"{len(refused)} of {len(todo)} points can't be run, so that none was started:", *named])
+            "\n".join(
+                [
+                    f"{len(refused)} of {len(todo)} points can't be run, so that none was started:",
+                    *named,
+                ]
+            )
         )
 
     def _standings(self, points: Sequence[Point]) -> list[Standing]:
         found, silent = known_standings(points, self.schedulers())
         if any(now.status is Status.UNKNOWN for now in found):
-            raise Interrupted(f"{silent[0]}. Points may have jobs there, and none is to run twice: try again later")
+            raise Interrupted(
+                f"{silent[0]}. Points may have jobs there, and none is to run twice: try again later"
+            )
         return found
 
     def _tell_end(self, points: Sequence[Point]) -> list[Standing]:
@@ -265,7 +317,9 @@ class PointsLauncher(Launcher):
         own = Path(os.environ.get(_RELLOC_CONF, "").removeprefix("file://"))
         if own.name and own.is_dir():
             named[_name_of_copy(_RELLOC_CONF)] = own
-        return code_and_configs(package=package, conf=conf_dir(), plugins=Path(__file__).parent, own=named)
+        return code_and_configs(
+            package=package, conf=conf_dir(), plugins=Path(__file__).parent, own=named
+        )
 
     def _write_config(self) -> None:
         """Put Hydra's record of the command, which sweepers write elsewhere, into the sweep's folder."""
@@ -287,7 +341,9 @@ class PointsLauncher(Launcher):
             returned.return_value = UsageError(f"point {one.point.name} failed: {reason}")
         else:
             status = now.status.word
-            say(f"sweep   point {one.point.name} is {status}: the search ends, and the same command goes on with it")
+            say(
+                f"sweep   point {one.point.name} is {status}: the search ends, and the same command goes on with it"
+            )
             sys.exit(1)
         return returned
 
@@ -302,5 +358,7 @@ def to_run(found: Sequence[Standing]) -> list[Point]:
     Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
     """
     return [
-        now.point for now in found if not now.in_flight and (now.status is not Status.DONE or now.point.kind != "train")
+        now.point
+        for now in found
+        if not now.in_flight and (now.status is not Status.DONE or now.point.kind != "train")
     ]

@@ -43,10 +43,14 @@ class ProcessLauncher(PointsLauncher):
         devices = _devices()
         asked = self.settings["processes"]
         if asked != "auto" and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
-            raise UsageError(f"launcher.processes={asked} is neither auto nor a whole number of 1 or more")
+            raise UsageError(
+                f"launcher.processes={asked} is neither auto nor a whole number of 1 or more"
+            )
         self._slots = max(1, len(devices)) if asked == "auto" else asked
         places = range(self._slots)
-        self._free: list[str | None] = [devices[place % len(devices)] if devices else None for place in places]
+        self._free: list[str | None] = [
+            devices[place % len(devices)] if devices else None for place in places
+        ]
         self._since = time.time()
 
     def follow(self, todo: Sequence[Point]) -> None:
@@ -67,7 +71,9 @@ class ProcessLauncher(PointsLauncher):
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._stop is not None:
-            say(f"sweep   stopped by {signal.Signals(self._stop).name}; the same command goes on with it")
+            say(
+                f"sweep   stopped by {signal.Signals(self._stop).name}; the same command goes on with it"
+            )
 
     def log_of(self, point: Point) -> Path | None:
         return self.sweep.log(point)
@@ -95,7 +101,9 @@ class ProcessLauncher(PointsLauncher):
             say(f"\npoint   {name}" if self._on_console else f"start   {name}: {log}")
             output = None if self._on_console else file
             # Messages through the log, not through a pipe, which would break with this command.
-            process = start_noted(point, self.command(point), environment=environment, output=output, messages=file)
+            process = start_noted(
+                point, self.command(point), environment=environment, output=output, messages=file
+            )
         self._running[process] = (point, device)
 
     def _collect(self) -> None:
@@ -107,7 +115,11 @@ class ProcessLauncher(PointsLauncher):
             if process.returncode in _ASKED:
                 note_ending(point.folder, Status.STOPPED)
             if not self._on_console:
-                how = "done" if process.returncode == 0 else f"ended with exit code {process.returncode}"
+                how = (
+                    "done"
+                    if process.returncode == 0
+                    else f"ended with exit code {process.returncode}"
+                )
                 say(f"end     {point.name}: {how}")
 
     def _show_messages(self) -> None:

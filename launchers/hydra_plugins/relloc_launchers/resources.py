@@ -11,18 +11,43 @@ from relloc.checks import whole
 from relloc.errors import UsageError
 
 # Settings that say how relloc submits, not what a job asks for
-_NOT_ASKED = ("dry_run", "tasks_per_node", "gpus_per_node", "setup", "srun_args", "additional_parameters", "submitit")
+_NOT_ASKED = (
+    "dry_run",
+    "tasks_per_node",
+    "gpus_per_node",
+    "setup",
+    "srun_args",
+    "additional_parameters",
+    "submitit",
+)
 _NOT_ASKED += ("max_num_timeout", "timeout_min")
 # submitit's own names for what all its clusters have; others are SLURM's
 _COMMON = ("nodes", "cpus_per_task", "mem_gb")
 # sbatch's names for settings that are called otherwise here
 _CALLED = {"time": "timeout_min", "mem": "mem_gb", "ntasks_per_node": "tasks_per_node"}
 # Options of sbatch on which submitting, or what is done at a signal, depends
-_OURS = ("array", "output", "error", "open_mode", "signal", "wait", "wrap", "parsable", "test_only", "quiet")
+_OURS = (
+    "array",
+    "output",
+    "error",
+    "open_mode",
+    "signal",
+    "wait",
+    "wrap",
+    "parsable",
+    "test_only",
+    "quiet",
+)
 
 
 def parameters_of(
-    settings: Mapping[str, Any], *, prefix: str, name: str, token: str, code: Path, setup: Sequence[str]
+    settings: Mapping[str, Any],
+    *,
+    prefix: str,
+    name: str,
+    token: str,
+    code: Path,
+    setup: Sequence[str],
 ) -> dict[str, Any]:
     """The parameters of submitit's AutoExecutor; settings that are null are left to the cluster.
 
@@ -46,12 +71,20 @@ def parameters_of(
         whole(f"{prefix}{key}", settings[key], at_least)
     for key in ("cpus_per_task", "mem_gb"):
         if isinstance(settings[key], int | float) and settings[key] <= 0:
-            raise UsageError(f"{prefix}{key}={settings[key]} is not above 0: null leaves it to the cluster")
+            raise UsageError(
+                f"{prefix}{key}={settings[key]} is not above 0: null leaves it to the cluster"
+            )
     lines = [f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
-    if additional.get("export") is not None:  # that is for the batch script; srun would not give our path to the tasks
+    if (
+        additional.get("export") is not None
+    ):  # that is for the batch script; srun would not give our path to the tasks
         lines.append("unset SLURM_EXPORT_ENV")
     slurm: dict[str, Any] = {
-        **{key: value for key, value in settings.items() if key not in (*_NOT_ASKED, *_COMMON) and value is not None},
+        **{
+            key: value
+            for key, value in settings.items()
+            if key not in (*_NOT_ASKED, *_COMMON) and value is not None
+        },
         "job_name": name,
         "setup": [*lines, *setup, *settings["setup"]],
         # A task that ends badly ends the others, which would wait for it.
@@ -66,10 +99,14 @@ def parameters_of(
         slurm["comment"] = token
     if gpus_per_node:
         slurm["gpus_per_node"] = gpus_per_node
-    common = {key: settings[key] for key in _COMMON if settings[key] is not None} | {"tasks_per_node": tasks}
+    common = {key: settings[key] for key in _COMMON if settings[key] is not None} | {
+        "tasks_per_node": tasks
+    }
     if (limit := settings["timeout_min"]) is not None:
         if isinstance(limit, int | float) and limit < 1:
-            raise UsageError(f"{prefix}timeout_min={limit} is less than a minute: null leaves it to the partition")
+            raise UsageError(
+                f"{prefix}timeout_min={limit} is less than a minute: null leaves it to the partition"
+            )
         common["timeout_min"] = limit
     return common | {f"slurm_{key}": value for key, value in slurm.items()}
 
@@ -84,7 +121,12 @@ def gpus_of_gres(gres: str) -> int | None:
     """How many GPUs a node's gres such as gpu:a100:4,tmpdisk:100 has; None where it names none. Raises `ValueError`."""
     counts = []
     for part in gres.split(","):
-        fields = re.sub(r"\(.*", "", part.strip()).removeprefix("gres/").removeprefix("gres:").replace("=", ":")
+        fields = (
+            re.sub(r"\(.*", "", part.strip())
+            .removeprefix("gres/")
+            .removeprefix("gres:")
+            .replace("=", ":")
+        )
         kind, *rest = fields.split(":")
         if kind == "gpu":
             counts.append(_count(rest))
@@ -119,7 +161,9 @@ def _sorted_out(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any
         for key in list(found):
             called = _CALLED.get(key, key)
             if key in _OURS:
-                raise UsageError(f"{prefix}{where}.{key} can't be given: relloc sets it, or its jobs depend on it")
+                raise UsageError(
+                    f"{prefix}{where}.{key} can't be given: relloc sets it, or its jobs depend on it"
+                )
             if called not in settings:
                 continue
             if called != key or made[called] not in (None, [], "auto"):
@@ -130,16 +174,26 @@ def _sorted_out(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any
 
 def _named(options: Mapping[str, Any]) -> dict[str, Any]:
     """By names as Python writes them: mail-user and --mail-user are mail_user. Those that are null are left out."""
-    return {str(key).lstrip("-").replace("-", "_"): value for key, value in options.items() if value is not None}
+    return {
+        str(key).lstrip("-").replace("-", "_"): value
+        for key, value in options.items()
+        if value is not None
+    }
 
 
 def _check_types(settings: Mapping[str, Any], prefix: str) -> None:
     for name in ("setup", "srun_args"):
-        if not isinstance(settings[name], list) or not all(isinstance(line, str) for line in settings[name]):
-            raise UsageError(f"{prefix}{name}={settings[name]} is not a list, such as [{settings[name]}]")
+        if not isinstance(settings[name], list) or not all(
+            isinstance(line, str) for line in settings[name]
+        ):
+            raise UsageError(
+                f"{prefix}{name}={settings[name]} is not a list, such as [{settings[name]}]"
+            )
     for name in ("additional_parameters", "submitit"):
         if not isinstance(settings[name], dict):
-            raise UsageError(f"{prefix}{name}={settings[name]} is not a mapping: +{prefix}{name}.NAME=VALUE adds to it")
+            raise UsageError(
+                f"{prefix}{name}={settings[name]} is not a mapping: +{prefix}{name}.NAME=VALUE adds to it"
+            )
 
 
 def _check_submitit(given: Mapping[str, Any], prefix: str) -> None:
@@ -155,7 +209,9 @@ def _check_submitit(given: Mapping[str, Any], prefix: str) -> None:
             )
 
 
-def _gpus(settings: Mapping[str, Any], additional: Mapping[str, Any], prefix: str) -> tuple[int, str | int | None]:
+def _gpus(
+    settings: Mapping[str, Any], additional: Mapping[str, Any], prefix: str
+) -> tuple[int, str | int | None]:
     """GPUs of a node, and what is asked as gpus_per_node; None where another setting asks for them.
 
     Raises `UsageError` where two settings ask, and not for the same.
@@ -172,7 +228,9 @@ def _gpus(settings: Mapping[str, Any], additional: Mapping[str, Any], prefix: st
         of_task = settings["submitit"].get("gpus_per_task", additional.get("gpus_per_task"))
         a_task = None if of_task is None else gpus_asked(of_task)
     except ValueError as error:
-        raise UsageError(f"{prefix}gpus_per_node={asked}, {prefix}gres={gres}: {error}, such as 4 or a100:4") from None
+        raise UsageError(
+            f"{prefix}gpus_per_node={asked}, {prefix}gres={gres}: {error}, such as 4 or a100:4"
+        ) from None
     if of_gres is not None:
         if number not in (None, of_gres):
             raise UsageError(

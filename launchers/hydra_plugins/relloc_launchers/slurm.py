@@ -44,7 +44,13 @@ _SCRIPT = "submission.sh"
 # What sbatch says where it finds no configuration, neither in a file nor by DNS
 _NO_SLURM = re.compile(r"configuration source|DNS SRV|failed to fetch config", re.IGNORECASE)
 
-__all__ = ["NAME", "SlurmLauncher", "cancel", "log_of", "states"]  # the middle three are what `relloc.sweeps` asks
+__all__ = [
+    "NAME",
+    "SlurmLauncher",
+    "cancel",
+    "log_of",
+    "states",
+]  # the middle three are what `relloc.sweeps` asks
 
 
 class SlurmLauncher(PointsLauncher):
@@ -57,7 +63,9 @@ class SlurmLauncher(PointsLauncher):
     before it could note SLURM's numbers, the jobs are found by the token and not submitted again.
     """
 
-    asked_by = "launcher=slurm"  # how the user asks for this launcher, and what its settings begin with
+    asked_by = (
+        "launcher=slurm"  # how the user asks for this launcher, and what its settings begin with
+    )
     prefix = "launcher."
 
     def __init__(self, settings: DictConfig) -> None:
@@ -69,7 +77,9 @@ class SlurmLauncher(PointsLauncher):
         if not todo:
             return
         if not isinstance(self.settings["dry_run"], bool):
-            raise UsageError(f"{self.prefix}dry_run={self.settings['dry_run']} is neither true nor false")
+            raise UsageError(
+                f"{self.prefix}dry_run={self.settings['dry_run']} is neither true nor false"
+            )
         missing = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
         if missing and not self.settings["dry_run"]:
             raise UsageError(
@@ -79,7 +89,9 @@ class SlurmLauncher(PointsLauncher):
         if self.settings["dry_run"]:
             say(whole)
             command = shlex.join(self.command(todo[0]))
-            say(f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n  {command}")
+            say(
+                f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n  {command}"
+            )
             sys.exit(0)
         notes = (self.sweep.folder / name for name in (SWEEP_FILE, CONFIG_FILE))
         self._notes_before = {note: _bytes_of(note) for note in notes}
@@ -146,7 +158,10 @@ class SlurmLauncher(PointsLauncher):
 
     @property
     def _cluster(self) -> str | None:
-        more = {str(key).lstrip("-"): value for key, value in self.settings["additional_parameters"].items()}
+        more = {
+            str(key).lstrip("-"): value
+            for key, value in self.settings["additional_parameters"].items()
+        }
         return cluster_of(more, os.environ)
 
     def _submit(self, points: Sequence[Point], n_parts: int) -> list[Job]:
@@ -155,17 +170,25 @@ class SlurmLauncher(PointsLauncher):
         script = self._batch_script(token, len(points), n_parts)
         environment, gave_way = environment_for(script, os.environ)
         for variable in gave_way:
-            say(f"        {variable} of the environment is left out: the launcher's settings decide that")
+            say(
+                f"        {variable} of the environment is left out: the launcher's settings decide that"
+            )
         folder = self._made_folder(token)
         for number, point in enumerate(points):
             self._delayed(point).dump(folder / f"{number}.pkl")
         write_whole(folder / _SCRIPT, script.encode())
         before = [_bytes_of(point.folder / POINT_FILE) for point in points]
-        for point, job in zip(points, _tasks(Job(number=token, cluster=self._cluster), len(points)), strict=True):
+        for point, job in zip(
+            points, _tasks(Job(number=token, cluster=self._cluster), len(points)), strict=True
+        ):
             note_job(point, {NAME: str(job)})
         try:
             taken, told = submit(
-                folder / _SCRIPT, token=token, environment=environment, cluster=self._cluster, lock=self._lock
+                folder / _SCRIPT,
+                token=token,
+                environment=environment,
+                cluster=self._cluster,
+                lock=self._lock,
             )
         except NotTaken:
             for point, note in zip(points, before, strict=True):
@@ -184,7 +207,9 @@ class SlurmLauncher(PointsLauncher):
         from submitit.core.utils import DelayedSubmission
 
         names = ("PYTHONPATH", "RELLOC_SWEEP", "RELLOC_BESIDE", "RELLOC_CONF", FULL_ERROR)
-        told = {FULL_ERROR: "0"} | {name: value for name, value in self.environment().items() if name in names}
+        told = {FULL_ERROR: "0"} | {
+            name: value for name, value in self.environment().items() if name in names
+        }
         delayed = DelayedSubmission(PointJob(), self.command(point), told)
         # Where the partition sets the limit it isn't known here, and each signal counts as the limit.
         delayed.set_timeout(self.settings["timeout_min"] or 0, self.settings["max_num_timeout"])
@@ -215,7 +240,9 @@ class SlurmLauncher(PointsLauncher):
             inner.parameters["time"] = None  # else submitit's own default: five minutes
         if n_points > 1:
             inner.parameters["map_count"] = n_points
-            inner.parameters["array_parallelism"] = max(1, self.settings["array_parallelism"] // n_parts)
+            inner.parameters["array_parallelism"] = max(
+                1, self.settings["array_parallelism"] // n_parts
+            )
         return inner._make_submission_file_text(inner._submitit_command_str, token)
 
     def _made_folder(self, token: str) -> Path:
@@ -243,7 +270,9 @@ class SlurmLauncher(PointsLauncher):
 
     def _say_sent(self, jobs: Sequence[Job]) -> None:
         say(f"sent    {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}; logs in {self._logs}")
-        say(f"        they need this command no more: python -m relloc.sweep status {self.sweep.folder}")
+        say(
+            f"        they need this command no more: python -m relloc.sweep status {self.sweep.folder}"
+        )
 
 
 def log_of(sweep: Path, job: str) -> Path | None:
@@ -296,14 +325,22 @@ def _why_not(told: str, n_points: int, n_sent: int) -> str:
             f"the cluster allows no array of {n_points} jobs (MaxArraySize in `scontrol show config`): "
             "start the sweep in parts, with fewer points at a time and the same sweep=NAME"
         )
-    elif re.search(r"QOS|Assoc|MaxSubmit|job count|accounting|temporarily unable to accept", told, re.IGNORECASE):
+    elif re.search(
+        r"QOS|Assoc|MaxSubmit|job count|accounting|temporarily unable to accept",
+        told,
+        re.IGNORECASE,
+    ):
         does = (
             f"an account, QOS or user may have only so many jobs, minutes or nodes at a time, and {n_points} jobs were "
             "to be added: start the sweep in parts, with fewer points at a time and the same sweep=NAME, or when "
             "others have ended"
         )
     else:
-        does = "mend the launcher's settings" if not n_sent else "the same command again sends the rest"
+        does = (
+            "mend the launcher's settings"
+            if not n_sent
+            else "the same command again sends the rest"
+        )
     return f"{before}SLURM does not take {'the others' if n_sent else 'the jobs'} ({told.strip()}): {does}"
 
 

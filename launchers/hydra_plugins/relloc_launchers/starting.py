@@ -14,7 +14,12 @@ _WAIT = 'read -r go && exec "$@" </dev/null'
 
 
 def start_noted(
-    point: Point, command: Sequence[str], *, environment: Mapping[str, str], output: BinaryIO | None, messages: BinaryIO
+    point: Point,
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    output: BinaryIO | None,
+    messages: BinaryIO,
 ) -> subprocess.Popen[bytes]:
     """Start a point's command, in a session of its own, once its run folder notes which process it is.
 

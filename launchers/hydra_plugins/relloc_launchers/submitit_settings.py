@@ -30,8 +30,25 @@ from relloc.sweeps.table import say
 _PREFIX = "hydra.launcher."
 # Settings of that plugin that launcher=slurm has by the same name and with the same meaning
 _SAME = (
-    *("partition", "account", "qos", "constraint", "exclude", "gres", "nodes", "gpus_per_node", "tasks_per_node"),
-    *("cpus_per_task", "mem_gb", "timeout_min", "signal_delay_s", "max_num_timeout", "array_parallelism"),
+    *(
+        "partition",
+        "account",
+        "qos",
+        "constraint",
+        "exclude",
+        "gres",
+        "nodes",
+        "gpus_per_node",
+        "tasks_per_node",
+    ),
+    *(
+        "cpus_per_task",
+        "mem_gb",
+        "timeout_min",
+        "signal_delay_s",
+        "max_num_timeout",
+        "array_parallelism",
+    ),
     "additional_parameters",
 )
 _LISTS = ("setup", "srun_args")
@@ -79,7 +96,9 @@ class SubmititSlurmLauncher(SlurmLauncher):
         super().__init__(OmegaConf.create(_of_slurm(given)))
         self._given_folder, self._job_name = Path(given["submitit_folder"]), given["name"]
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         _refuse_two_launchers(config, self.asked_by)
 
@@ -106,7 +125,9 @@ class SubmititLocalLauncher(ProcessLauncher):
         super().__init__(OmegaConf.create({"processes": "auto"}))
         self._given = _plain(settings)
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         _refuse_two_launchers(config, "hydra/launcher=submitit_local")
         self._plain_name = config.hydra.job.name
@@ -171,7 +192,11 @@ def _of_slurm(given: Mapping[str, Any]) -> dict[str, Any]:
         **{name: given[name] for name in _SAME},
         **{name: given.get(name) or [] for name in _LISTS},
         "dry_run": given.get("dry_run", False),
-        "submitit": {name: given[name] for name in others if given[name] is not None and not _is_no_flag(given, name)},
+        "submitit": {
+            name: given[name]
+            for name in others
+            if given[name] is not None and not _is_no_flag(given, name)
+        },
     }
 
 
@@ -184,13 +209,19 @@ def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], launcher: st
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {_PREFIX}{near[0]}?" if near else f"It has {', '.join(sorted(known))}"
+            hint = (
+                f"Did you mean {_PREFIX}{near[0]}?"
+                if near
+                else f"It has {', '.join(sorted(known))}"
+            )
             raise UsageError(f"hydra/launcher={launcher} has no setting {_PREFIX}{name}. {hint}")
 
 
 def _refuse_two_launchers(config: DictConfig, asked_by: str) -> None:
     if "sweep" not in config:
-        raise UsageError(f"{asked_by} is for trainings and evaluations: relloc.{config.hydra.job.name} runs here")
+        raise UsageError(
+            f"{asked_by} is for trainings and evaluations: relloc.{config.hydra.job.name} runs here"
+        )
     chosen = config.hydra.runtime.choices.get("launcher")
     if chosen not in (None, "here"):
         raise UsageError(f"launcher={chosen} and {asked_by} are two launchers: give one")
