@@ -1,4 +1,9 @@
-"""Evaluating backbones, one after the other: what relloc.evaluate does, and the end of relloc.train."""
+"""Evaluates backbones, one after the other.
+
+`python -m relloc.evaluate` runs `evaluate_checkpoint`; `python -m relloc.train` ends with
+`evaluate_model`. Both append rows to `results.jsonl` in the run folder as each part is done, and
+measure nothing that stands there already.
+"""
 
 import contextlib
 import dataclasses
@@ -13,28 +18,37 @@ from relloc.errors import KnownAnswerMissed, UsageError
 from relloc.evaluation.contract import EvalSettings, EvaluatedModel, NamedEvaluation
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
 from relloc.pretext.stopping import stop_request
-from relloc.results import RESULTS_FILE, append_results, read_results
-from relloc.runs import console
-from relloc.runs import known_answers as known
+from relloc.results import RESULTS_FILE, Result, append_results, read_results
+from relloc.runs import console, known_answers
 from relloc.runs.build import Evaluating
 from relloc.runs.engine import settle
 from relloc.runs.evaluated_models import evaluated_models
-from relloc.runs.folder import check_files, open_folder, own_folder
+from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
 
 
-def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
-    """Run the evaluations that are asked for on the backbones that are."""
-    engine = settle(asked.engine)
-    models = evaluated_models(asked)
+def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
+    """Runs each evaluation of the settings on each backbone that `checkpoint=` names.
+
+    Raises:
+        UsageError: a setting can't be met, or the folder is not that of such a run.
+        KnownAnswerMissed: with `verdict=true`, a result is not as published.
+        DataError: images or labels can't be used.
+        CheckpointError: weights are missing, damaged, or do not fit.
+    """
+    engine = settle(settings.engine)
+    models = evaluated_models(settings)
     subjects = [(model.checkpoint, model.model) for model in models]
-    answers = known.asked(subjects, [one.name for one in asked.evaluations], asked.batch_norms)
-    if asked.verdict and not answers:
+    names = [named.name for named in settings.evaluations]
+    answers = known_answers.asked(subjects, names, settings.batch_norms)
+    # Known beforehand: an hour of evaluations without any verdict is spared.
+    if settings.verdict and not answers:
         raise UsageError(
-            "verdict=true, but nothing measured here has a published answer: it takes a ResNet-50, random or "
-            "torchvision's, with batch norm as trained, and an evaluation of ImageNet, Places205 or VOC2007"
+            "verdict=true, but nothing measured here has a published answer: it takes a "
+            "ResNet-50, random or torchvision's, with batch norm as trained, and an evaluation of "
+            "ImageNet, Places205 or VOC2007"
         )
     with contextlib.ExitStack() as at_end:
         ranks.join(engine.device)
@@ -42,62 +56,85 @@ def evaluate_checkpoint(asked: Evaluating, invocation: Invocation) -> None:
         stop = at_end.enter_context(stop_request())
         run_dir = at_end.enter_context(own_folder(invocation.folder))
         check_files(run_dir)
-        own = asked.data.read() if asked.needs_own_data else None
-        evaluations = asked.named_evaluations(own)
-        alone = [named.name for named in evaluations if not named.evaluation.across_ranks]
-        if ranks.world_size() > 1 and alone:
-            raise UsageError(
-                f"eval={','.join(alone)} runs in one process, which takes one GPU: leave torchrun out, or name "
-                "only evaluations that divide their work, as nearest neighbors and fine-tuning do"
-            )
+        # Most evaluations bring their data set; the others use the one that data= names.
+        shared_data = settings.data.read() if settings.needs_own_data else None
+        evaluations = settings.named_evaluations(shared_data)
+        _refuse_several_processes(evaluations)
+        # Missing data of the last evaluation is an error before the first is run.
         for named in evaluations:
             named.check_images()
         folder = None
         if ranks.rank() == 0:
+            # Only the first process records the run, follows it in MLflow and prints.
             data = [named.splits for named in evaluations]
-            names = [
-                asked.data.short_name if splits is own else splits.train.name for splits in data
+            data_names = [
+                settings.data.short_name if splits is shared_data else splits.train.name
+                for splits in data
             ]
-            record = invocation.record(evaluation_name(models, names), data, engine)
+            record = invocation.record(evaluation_name(models, data_names), data, engine)
             folder = at_end.enter_context(open_folder(invocation, record, run_dir))
             at_end.enter_context(stop.reraised())
         run = EvalRun(
             run_dir=run_dir,
             folder=folder,
             stop=stop,
-            save_every_s=asked.save_every_s,
-            reused_runs=asked.reused_runs,
+            save_every_s=settings.save_every_s,
+            reused_runs=settings.reused_runs,
         )
-        settings = asked.eval_settings(engine)
+        eval_settings = settings.eval_settings(engine)
         fingerprints: set[str] = set()
         for model in models:
+            # One backbone at a time is on the device, which leaves its memory to features.
             engine.place(model.backbone)
-            fingerprints |= evaluate_model(model, evaluations, settings, run)
+            fingerprints |= evaluate_model(model, evaluations, eval_settings, run)
             model.backbone.cpu()
         if folder is None:
             return
-        folder.summarize(fingerprints)  # the folder may hold rows of another command
-    if asked.verdict:
+        # The folder may also hold rows of other commands, which are not shown.
+        folder.summarize(fingerprints)
+    if settings.verdict:
         report_known_answers(run_dir, answers, fingerprints)
     console.say_next("report", console.from_here(run_dir))
 
 
+def _refuse_several_processes(evaluations: Sequence[NamedEvaluation]) -> None:
+    """Raises `UsageError` where several processes would run an evaluation meant for one."""
+    single = [named.name for named in evaluations if not named.evaluation.across_ranks]
+    if ranks.world_size() > 1 and single:
+        raise UsageError(
+            f"eval={','.join(single)} runs in one process, which takes one GPU: leave torchrun "
+            "out, or name only evaluations that divide their work, as nearest neighbors and "
+            "fine-tuning do"
+        )
+
+
 def report_known_answers(
-    run_dir: Path, answers: Sequence[known.KnownAnswer], fingerprints: Collection[str]
+    run_dir: Path,
+    answers: Sequence[known_answers.KnownAnswer],
+    fingerprints: Collection[str],
 ) -> None:
-    """Say of each of the answers whether it came out in the rows with these fingerprints.
+    """Prints for each known answer whether the rows with these fingerprints agree with it.
 
     Raises:
-        KnownAnswerMissed: one did not, or could not be checked.
+        KnownAnswerMissed: a row disagrees, or an answer could not be checked.
     """
     rows = [row for row in read_results(run_dir) if row.fingerprint in fingerprints]
-    verdicts, unchecked = known.check(rows, answers), known.unchecked(rows, answers)
-    console.say(*map(str, verdicts), *(f"not checked: {missing}" for missing in unchecked))
-    failed = sum(not verdict.passed for verdict in verdicts)
-    counts = {"are outside their tolerance": failed, "could not be checked": len(unchecked)}
-    if wrong := [f"{count} {what}" for what, count in counts.items() if count]:
+    verdicts = known_answers.check(rows, answers)
+    unchecked = known_answers.unchecked(rows, answers)
+    for verdict in verdicts:
+        console.say(str(verdict))
+    for missing in unchecked:
+        console.say(f"not checked: {missing}")
+
+    problems = []
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    if failed:
+        problems.append(f"{len(failed)} are outside their tolerance")
+    if unchecked:
+        problems.append(f"{len(unchecked)} could not be checked")
+    if problems:
         raise KnownAnswerMissed(
-            f"of {len(answers)} known answers {' and '.join(wrong)}: check the data sets with "
+            f"of {len(answers)} known answers {' and '.join(problems)}: check the data sets with "
             f"python -m relloc.prepare, and what {run_dir / RESULTS_FILE} says of the protocol"
         )
 
@@ -108,72 +145,96 @@ def evaluate_model(
     settings: EvalSettings,
     run: EvalRun,
 ) -> set[str]:
-    """Measure what is not measured yet, and write each part's rows as it is done. The fingerprints of all rows.
+    """Runs the evaluations that are not measured yet, and saves the rows of each part when it is done.
 
-    All ranks call it together. Where the run was asked to stop, the process leaves with the signal's exit
-    code, once what is finished is saved.
+    A part is what can be measured by itself, such as one layer of an evaluation under one batch
+    norm. All ranks call this together. After a signal the process exits with the signal's exit
+    code, once finished parts are saved.
+
+    Returns:
+        The fingerprints of all rows about the model, newly measured or not.
     """
-    folder, run_dir = run.folder, run.run_dir
+    folder = run.folder
+    run_dir = run.run_dir
+    # Images that can't be read are collected in the folder, which names them at the end.
     unreadable = folder.unreadable if folder else {}
     encode_config = dataclasses.replace(settings.encode_config, note_unreadable=unreadable.update)
     settings = dataclasses.replace(settings, encode_config=encode_config)
     model.backbone.eval()
-    of_evaluations = [
+
+    # Split each evaluation into parts, one batch norm after the other.
+    parts_by_evaluation = [
         split_evaluation(named, batch_norm, model, settings)
         for batch_norm in settings.batch_norms
         for named in evaluations
     ]
-    parts = list(itertools.chain(*of_evaluations))
-    wanted = []
+    parts = list(itertools.chain(*parts_by_evaluation))
+
+    # Rank 0 looks into the run folders and tells the others which parts are missing.
+    missing: list[int] = []
     if folder:
-        console.say(
-            f"eval    {', '.join(named.name for named in evaluations)} of {model.checkpoint} ({model.model})"
-        )
-        wanted = not_measured(parts, model, run)
-    wanted = [parts[number] for number in ranks.from_first(wanted)]
+        names = ", ".join(named.name for named in evaluations)
+        console.say(f"eval    {names} of {model.checkpoint} ({model.model})")
+        missing = not_measured(parts, model, run)
+    missing_parts = [parts[index] for index in ranks.from_first(missing)]
+
+    # Parts of a group share one pass of the images through the backbone.
     open_state = functools.partial(ResumableState, run)
-    for group in group_parts(wanted):
+    for group in group_parts(missing_parts):
         for part, rows in evaluate(model, group, settings, run_dir=run_dir, open_state=open_state):
             if folder:
-                append_results(run_dir, rows)
-                console.say_measured(rows)
-                for file in sorted(
-                    path for path in (run_dir / part.folder).rglob("*") if path.is_file()
-                ):
-                    folder.keep(str(file.relative_to(run_dir)))
-                delete_state(state_file(run_dir, part.fingerprint))
+                _save_part(part, rows, folder)
             raise_if_stopped(run.stop)
     unreadable.update(ranks.union(unreadable))
-    summarized = _summarize(model, of_evaluations, settings, run_dir) if folder else set()
-    return summarized | {part.fingerprint for part in parts}
+
+    fingerprints = {part.fingerprint for part in parts}
+    if folder:
+        fingerprints |= _summarize(model, parts_by_evaluation, settings, run_dir)
+    return fingerprints
+
+
+def _save_part(part: EvalPart, rows: Sequence[Result], folder: RunFolder) -> None:
+    """Saves and prints the rows of a finished part, and tracks the files that it wrote."""
+    append_results(folder.path, rows)
+    console.say_measured(rows)
+    written = [path for path in (folder.path / part.folder).rglob("*") if path.is_file()]
+    for file in sorted(written):
+        folder.keep(str(file.relative_to(folder.path)))
+    # The rows are on disk, so nothing has to be resumed any more.
+    delete_state(state_file(folder.path, part.fingerprint))
 
 
 def _summarize(
     model: EvaluatedModel,
-    of_evaluations: Sequence[Sequence[EvalPart]],
+    parts_by_evaluation: Sequence[Sequence[EvalPart]],
     settings: EvalSettings,
     run_dir: Path,
 ) -> set[str]:
-    """Write the rows about all layers of an evaluation together, unless they are there; their fingerprints.
+    """Saves rows about an evaluation as a whole, such as its best layer, unless they are there.
 
-    `of_evaluations` has the parts of each evaluation under each batch norm.
+    Args:
+        parts_by_evaluation: the parts of each evaluation under each batch norm.
+
+    Returns:
+        The fingerprints of these rows.
     """
     measured = [row for row in read_results(run_dir) if row.checkpoint == model.checkpoint]
-    known = {(row.eval, row.fingerprint) for row in measured}
+    measured_keys = {(row.eval, row.fingerprint) for row in measured}
     fingerprints = set()
-    for parts in filter(None, of_evaluations):
-        named, batch_norm = parts[0].named, parts[0].batch_norm
-        of_parts = {(named.name, part.fingerprint) for part in parts}
-        summary = list(
-            named.evaluation.summary(
-                [row for row in measured if (row.eval, row.fingerprint) in of_parts]
-            )
-        )
-        if summary:
-            whole = fingerprint(named.evaluation, model, named.splits, settings, batch_norm)
-            if (named.name, whole) not in known:
-                append_results(
-                    run_dir, [dataclasses.replace(row, fingerprint=whole) for row in summary]
-                )
-            fingerprints.add(whole)
+    for parts in parts_by_evaluation:
+        if not parts:
+            continue
+        named = parts[0].named
+        batch_norm = parts[0].batch_norm
+        part_keys = {(named.name, part.fingerprint) for part in parts}
+        part_rows = [row for row in measured if (row.eval, row.fingerprint) in part_keys]
+        summary = list(named.evaluation.summary(part_rows))
+        if not summary:
+            continue
+        # The fingerprint of the whole evaluation, in place of that of one part.
+        whole = fingerprint(named.evaluation, model, named.splits, settings, batch_norm)
+        if (named.name, whole) not in measured_keys:
+            rows = [dataclasses.replace(row, fingerprint=whole) for row in summary]
+            append_results(run_dir, rows)
+        fingerprints.add(whole)
     return fingerprints

@@ -1,4 +1,7 @@
-"""What a network has learned so far, asked between two steps of training and without a trace in it."""
+"""Measures what a network has learned so far, between two steps of training.
+
+Monitors leave no trace in the training: with and without them it ends with the same weights.
+"""
 
 import dataclasses
 import functools
@@ -28,32 +31,36 @@ from relloc.results import LAYERS
 from relloc.seeds import Use
 
 SPECTRUM_LAYERS = ("feature4", "feature5", "avgpool")
-_TEMPERATURE = 0.07  # protocols.md 3.7
+_TEMPERATURE = 0.07  # of weighted nearest neighbors, docs/protocols.md 3.7
 T = TypeVar("T")
 
 
 def confusion_picture(step: int) -> str:
-    """Name, below the run folder, of the picture of what was answered after `step` steps."""
+    """Returns the path, below the run folder, of the confusion matrix drawn after `step` steps."""
     return f"confusion/step_{step:09d}.png"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Monitors:
-    """Numbers by name for the journal whenever it is called with the steps done, and a picture in `folder`.
+    """Measures a model in training: `monitors(step)` returns numbers by name, and draws a picture.
 
-    On `n_images` held-out images (all, where there are fewer), evenly spaced over the set:
-    `monitor/pretext/top1`, the accuracy over the eight pairs of each center crop, and one
-    `top1_up_left`, ... a position; of the features of whole center views `monitor/rankme/LAYER` and
-    `monitor/alpha_req/LAYER`, nan where the features define none (see `relloc.features.spectrum`);
-    and, on labeled data, `monitor/knn/LAYER/top1_kK`, the weighted vote (T = 0.07) of the K nearest
-    of as many training views: `k`, or all where there are fewer. Accuracies are percent.
+    They are measured on `n_images` held-out images (all, where there are fewer), evenly spaced over
+    the set:
 
-    Batch norm uses its statistics as trained: gathered on patches, they fit whole views badly, so
-    numbers of views compare with each other, not with recalibrated evaluations.
+    - `monitor/pretext/top1`: accuracy over the eight pairs of each center crop, and
+      `monitor/pretext/top1_up_left` and so on for each position
+    - `monitor/rankme/LAYER` and `monitor/alpha_req/LAYER`: spectra of the features of whole center
+      views, nan where the features define none (see `relloc.features.spectrum`)
+    - `monitor/knn/LAYER/top1_kK`, on labeled data: weighted vote (T = 0.07) of the K nearest of as
+      many training views; K is `k`, or all where there are fewer
 
-    Pixels are decoded at the first call and kept as bytes; images that can't be read are left out.
-    Weights, statistics, modes of modules, gradients and torch's global generators are left as they
-    were: training goes on as if nothing had been asked.
+    Accuracies are percent. Batch norm uses its statistics as trained. Gathered on patches, they fit
+    whole views badly, so numbers of views compare with each other, not with evaluations whose batch
+    norm is recalibrated.
+
+    Images are decoded at the first call and stay in memory as bytes; those that can't be read are
+    left out. Weights, statistics, modes of modules, gradients and torch's global generators are
+    left as they were.
 
     Raises (when called):
         DataError: none of the images chosen of a split can be used.
@@ -62,7 +69,7 @@ class Monitors:
     model: RelativeLocation
     patches: PatchPipeline
     data: Splits
-    reading: EncodeConfig
+    config: EncodeConfig
     view: View
     n_images: int
     k: int
@@ -71,128 +78,146 @@ class Monitors:
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
-        # Starting to load draws from torch's global generator, which training may be reading.
+        # Starting loader processes draws a number from torch's global generator, on which training
+        # depends as well.
         with torch.random.fork_rng(devices=[]), evaluating(self.model):
             return self._pretext(step) | self._features()
 
     def _pretext(self, step: int) -> dict[str, float]:
-        given = answers(
+        """Measures the pretext accuracy, over all and of each position, and draws the confusions."""
+        answered = answers(
             self.model,
-            self._crops.pixels.split(self.reading.batch),
+            self._crops.pixels.split(self.config.batch),
             self.patches,
             seed=self.seed,
-            device=self.reading.device,
-            bf16=self.reading.bf16,
+            device=self.config.device,
+            bf16=self.config.bf16,
         )
-        counts = confusion(given)
+        # Rows are true positions, columns answered ones: right answers are on the diagonal.
+        counts = confusion(answered)
         top1 = 100 * float(counts.diagonal().sum() / counts.sum())
         draw_confusion(counts, self.folder / confusion_picture(step), step=step, top1=top1)
         by_position = (100 * counts.diagonal() / counts.sum(dim=1)).tolist()
-        named = {
-            f"monitor/pretext/top1_{name}": value
-            for name, value in zip(POSITIONS, by_position, strict=True)
-        }
-        return {"monitor/pretext/top1": top1} | named
+        values = {"monitor/pretext/top1": top1}
+        for position, accuracy in zip(POSITIONS, by_position, strict=True):
+            values[f"monitor/pretext/top1_{position}"] = accuracy
+        return values
 
     def _features(self) -> dict[str, float]:
+        """Measures the features of whole views: their spectra, and nearest neighbors by label."""
         held_out = self._encode(self._views[0])
         values = {}
         for layer in SPECTRUM_LAYERS:
-            features = held_out[
-                layer
-            ].cpu()  # a small decomposition: LAPACK's time is known, a GPU's is not
-            values[f"monitor/rankme/{layer}"] = _where_defined(rankme, features)
-            values[f"monitor/alpha_req/{layer}"] = _where_defined(alpha_req, features)
-        return values | self._knn(held_out) if self.data.labeled else values
+            # The matrix is small. On a CPU its decomposition takes a time that is known beforehand.
+            features = held_out[layer].cpu()
+            values[f"monitor/rankme/{layer}"] = _nan_if_undefined(rankme, features)
+            values[f"monitor/alpha_req/{layer}"] = _nan_if_undefined(alpha_req, features)
+        if self.data.labeled:
+            values |= self._knn(held_out)
+        return values
 
     def _knn(self, queries: dict[str, Tensor]) -> dict[str, float]:
+        """Classifies held-out views, given their features, by their nearest training views."""
         held_out_views, training_views = self._views
         bank = self._encode(training_views)
-        known = torch.as_tensor(self.data.train.labels)[training_views.indices]
-        truth = torch.as_tensor(self.data.held_out.labels)[held_out_views.indices]
-        k, n_classes = min(self.k, len(known)), len(self.data.train.classes)
+        # Unreadable images were left out, so labels are looked up by index.
+        bank_labels = torch.as_tensor(self.data.train.labels)[training_views.indices]
+        true_labels = torch.as_tensor(self.data.held_out.labels)[held_out_views.indices]
+        k = min(self.k, len(bank_labels))
+        n_classes = len(self.data.train.classes)
 
         def top1(layer: str) -> float:
-            found = vote(
+            predictions = vote(
                 queries[layer],
                 bank[layer],
-                known,
+                bank_labels,
                 k=[k],
                 temperature=_TEMPERATURE,
                 n_classes=n_classes,
             )
-            return 100 * int((found[k].cpu() == truth).sum()) / len(truth)
+            n_right = int((predictions[k].cpu() == true_labels).sum())
+            return 100 * n_right / len(true_labels)
 
-        return {f"monitor/knn/{layer}/top1_k{k}": _where_defined(top1, layer) for layer in LAYERS}
+        values = {}
+        for layer in LAYERS:
+            values[f"monitor/knn/{layer}/top1_k{k}"] = _nan_if_undefined(top1, layer)
+        return values
 
     def _encode(self, views: ImageBatch) -> dict[str, Tensor]:
-        """Features (n d) of each layer, on the device."""
-        reading = self.reading
-        found = []
-        for pixels in views.pixels.split(reading.batch):
-            images = pixels.to(reading.device, non_blocking=True).float()
-            found.append(encode(self.model.backbone, images, LAYERS, reading.bf16))
-        return {layer: torch.cat([features[layer] for features in found]) for layer in LAYERS}
+        """Returns the features (n d) of each layer, on the device."""
+        config = self.config
+        features_of_batches = []
+        for pixels in views.pixels.split(config.batch):
+            images = pixels.to(config.device, non_blocking=True).float()
+            features = encode(self.model.backbone, images, LAYERS, config.bf16)
+            features_of_batches.append(features)
+        return {
+            layer: torch.cat([features[layer] for features in features_of_batches])
+            for layer in LAYERS
+        }
 
     @functools.cached_property
     def _crops(self) -> ImageBatch:
+        """Center crops of held-out images, as the pretext task is measured on."""
         images = self.data.held_out
         indices = evenly_spaced(len(images), self.n_images)
-        return _joined(
-            held_out_crops(images, indices, self.patches.grid, self.seed, self.reading), images
-        )
+        batches = held_out_crops(images, indices, self.patches.grid, self.seed, self.config)
+        return _joined(batches, images)
 
     @functools.cached_property
     def _views(self) -> list[ImageBatch]:
-        """Whole views of held-out images, and of training images where both have labels."""
+        """Whole views of held-out images, and then of training images where both have labels."""
+        sets = [self.data.held_out]
+        if self.data.labeled:
+            sets.append(self.data.train)
         views = []
-        for images in (self.data.held_out, self.data.train)[: 1 + self.data.labeled]:
-            keys = [
-                (index, 0) for index in evenly_spaced(len(images), self.n_images)
-            ]  # still views: nothing is drawn
-            views.append(
-                _joined(self.reading.views(images, self.view, keys, self.reading.batch), images)
-            )
+        for images in sets:
+            indices = evenly_spaced(len(images), self.n_images)
+            # The second number of a key seeds random views; center views use none.
+            keys = [(index, 0) for index in indices]
+            batches = self.config.views(images, self.view, keys, self.config.batch)
+            views.append(_joined(batches, images))
         return views
 
 
 def held_out_crops(
     images: ImageSet, indices: Sequence[int], grid: PatchGrid, seed: int, config: EncodeConfig
 ) -> Iterator[ImageBatch]:
-    """The middle of each of the images, which held-out pretext accuracy is measured on."""
+    """Yields batches of center crops, on which held-out pretext accuracy is measured."""
     crops = Crops(images, grid, use=Use.HELD_OUT_CROP, seed=seed, centered=True)
-    batches = [
-        [(index,) for index in indices[start : start + config.batch]]
-        for start in range(0, len(indices), config.batch)
-    ]
+    batches = []
+    for start in range(0, len(indices), config.batch):
+        batch_indices = indices[start : start + config.batch]
+        batches.append([(index,) for index in batch_indices])
     pin = config.device.type == "cuda"
     return load(crops, batches, workers=config.workers, pin=pin, stopping=config.stopping)
 
 
 def _joined(loaded: Iterable[ImageBatch], images: ImageSet) -> ImageBatch:
-    """All batches in one, without the images that can't be used."""
+    """Returns all batches as one, without the images that can't be used.
+
+    Raises:
+        DataError: none of the images can be used.
+    """
     batches = list(loaded)
-    good = [batch for batch in batches if len(batch.pixels)]
-    if not good:
-        unreadable = {
-            name: reason for batch in batches for name, reason in batch.unreadable.items()
-        }
+    readable = [batch for batch in batches if len(batch.pixels)]
+    if not readable:
+        unreadable: dict[str, str] = {}
+        for batch in batches:
+            unreadable |= batch.unreadable
         first, reason = next(iter(unreadable.items()), ("the whole set", "it is empty"))
         raise DataError(
-            f"monitors can use none of the {len(unreadable)} images they chose of {images.name} {images.split}; "
-            f"the first is {first}: {reason}. Mend or remove them"
+            f"monitors can use none of the {len(unreadable)} images they chose of {images.name} "
+            f"{images.split}; the first is {first}: {reason}. Repair or remove them"
         )
-    pixels, indices = (
-        torch.cat([batch.pixels for batch in good]),
-        torch.cat([batch.indices for batch in good]),
-    )
+    pixels = torch.cat([batch.pixels for batch in readable])
+    indices = torch.cat([batch.indices for batch in readable])
     return ImageBatch(pixels=pixels, indices=indices, unreadable={})
 
 
-def _where_defined(measure: Callable[[T], float], of: T) -> float:
+def _nan_if_undefined(measure: Callable[[T], float], of: T) -> float:
     try:
         return measure(of)
-    except (
-        ValueError
-    ):  # collapsed or diverged features: told by the number, never a reason to stop training
+    except ValueError:
+        # Features have collapsed or diverged. The curve shows nan, and training goes on.
         return math.nan

@@ -1,4 +1,8 @@
-"""Checking a data set and packing it, with what a person sees of that."""
+"""Checks a data set and packs it into shards: what `python -m relloc.prepare` runs.
+
+The work itself is in `relloc.data.check` and `relloc.data.packing`; this module chooses between
+them, shows progress and prints the findings.
+"""
 
 import functools
 from pathlib import Path
@@ -18,15 +22,22 @@ from relloc.terminal import escaped
 
 
 def prepare(settings: Preparing, invocation: Invocation) -> None:
-    """Check every image of a data set; with `out` set, pack it there in the same pass."""
-    data = settings.data.read(
-        identified=settings.out is not None
-    )  # packing goes by what the images are
-    shards, workers = settings.data.shards, settings.workers or machine.cores()
+    """Checks every image of a data set; with `out` set, packs it there in the same pass.
+
+    Raises:
+        UsageError: the settings contradict each other, or `out` can't be used.
+        DataError: the data set is missing, or its shards are damaged.
+    """
+    # Only packing needs the identity (digest) of the images: it resumes shards of the same ones.
+    data = settings.data.read(identified=settings.out is not None)
+    shards = settings.data.shards
+    workers = settings.workers or machine.cores()
     if settings.out is not None:
-        shards, out = settings.out, Path(settings.out).absolute()
+        # Check and pack in one pass over the images, which are read only once.
+        shards = settings.out
+        out = Path(settings.out).absolute()
         progress = functools.partial(console.progress_bar, "pack")
-        found = pack(
+        findings = pack(
             data,
             out,
             settings.packing,
@@ -34,59 +45,66 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
             workers=workers,
             progress=progress,
         )
-        _say_found(found)
-        _say_packed(out, settings.packing)
+        _print_findings(findings)
+        _print_packed(out, settings.packing)
     else:
         if shards:
+            # Shards may have been damaged in a copy: compare them with the hashes of their manifest.
             check_hashes(Path(shards), functools.partial(console.progress_bar, "hashes"))
         progress = functools.partial(console.progress_bar, "check")
-        _say_found(check(data, published=settings.published, workers=workers, progress=progress))
+        findings = check(data, published=settings.published, workers=workers, progress=progress)
+        _print_findings(findings)
         console.say("checked" if shards else "checked; out=FOLDER packs these images into shards")
     if shards:
-        console.say_next(
-            "train", **{"data": _member(data.train.name, invocation), "data.shards": shards}
-        )
+        member = _data_member(data.train.name, invocation)
+        console.say_next("train", **{"data": member, "data.shards": shards})
     else:
-        console.say_next(
-            "prepare",
-            *(word for word in invocation.words if not word.startswith("out=")),
-            "out=SHARDS",
-        )
+        words = [word for word in invocation.words if not word.startswith("out=")]
+        console.say_next("prepare", *words, "out=SHARDS")
 
 
-def _member(name: str, invocation: Invocation) -> str:
-    """The member of conf/data that packed images of that name are trained on by: their own, whatever was typed."""
-    chosen = str(invocation.choices["data"])
+def _data_member(name: str, invocation: Invocation) -> str:
+    """Returns the member of conf/data to train on packed images of the data set `name` with."""
+    # A known data set has a member of its own, with the recipe that fits it.
     if name in members("data"):
         return name
-    return (
-        "folder" if chosen == "photos" else chosen
-    )  # photos is what stands where nothing was typed
+    # "photos", the default, holds sample images: packed images of the user's are a "folder".
+    chosen = str(invocation.choices["data"])
+    return "folder" if chosen == "photos" else chosen
 
 
-def _say_found(found: Check) -> None:
-    console.console.print(_table(found))  # markup is off there
-    console.say(*(found.findings() or ["nothing wrong was found"]))
+def _print_findings(findings: Check) -> None:
+    # The console prints text as it is: it reads no markup in names of files.
+    console.console.print(_table(findings))
+    console.say(*(findings.findings() or ["nothing wrong was found"]))
 
 
-def _table(found: Check) -> Table:
-    table = Table(title=f"{escaped(found.name)}, as checked")
+def _table(findings: Check) -> Table:
+    """Returns a table with a column for each split and a row for each count."""
+    table = Table(title=f"{escaped(findings.name)}, as checked")
     table.add_column("images", overflow="fold")
-    for split in (found.train, found.held_out):
+    for split in (findings.train, findings.held_out):
         table.add_column(escaped(split.split), justify="right", overflow="fold")
-    held_out = _column(found.held_out)
-    for name, value in _column(found.train).items():
+    held_out = _column(findings.held_out)
+    for name, value in _column(findings.train).items():
         table.add_row(name, value, held_out[name])
-    table.add_row(f"also in {escaped(found.train.split)}", "", str(found.leaked.n))
+    # Held-out images that are training images too would flatter every evaluation.
+    table.add_row(f"also in {escaped(findings.train.split)}", "", str(findings.leaked.n))
     return table
 
 
 def _column(split: SplitCheck) -> dict[str, str]:
+    """Returns the cells of one split by the name of their row; no cell is ever left out."""
+    published = "" if split.published is None else str(split.published)
+    class_sizes = "no labels"
+    if split.class_images:
+        smallest, largest = split.class_images
+        class_sizes = f"{smallest} to {largest}"
     least, median, greatest = split.short_px or ("", "", "")
     return {
         "all": str(split.images),
-        "published": "" if split.published is None else str(split.published),
-        "of a class": "{} to {}".format(*split.class_images) if split.class_images else "no labels",
+        "published": published,
+        "of a class": class_sizes,
         "short side": f"{least} to {greatest} px",
         "short side, median": f"{median} px",
         "unreadable": str(len(split.unreadable)),
@@ -97,13 +115,17 @@ def _column(split: SplitCheck) -> dict[str, str]:
     }
 
 
-def _say_packed(out: Path, packing: Packing) -> None:
+def _print_packed(out: Path, packing: Packing) -> None:
+    """Prints the size of each packed split, and how its images were stored."""
     manifest = read_manifest(out)
     for role in ROLES:
-        split, stored = manifest[role], manifest[role]["stored"]
-        n_bytes = sum(tar["bytes"] for tar in split["shards"])
+        split = manifest[role]
+        stored = split["stored"]
+        tars = split["shards"]
+        megabytes = sum(tar["bytes"] for tar in tars) / 1e6
         console.say(
-            f"packed  {split['split']}: {n_bytes / 1e6:.1f} MB in {len(split['shards'])} tars; {stored['kept']} JPEGs "
-            f"kept as they were, {stored['reduced']} reduced to {packing.short_px} px, {stored['encoded']} encoded"
+            f"packed  {split['split']}: {megabytes:.1f} MB in {len(tars)} tars; "
+            f"{stored['kept']} JPEGs kept as they were, {stored['reduced']} reduced to "
+            f"{packing.short_px} px, {stored['encoded']} encoded"
         )
     console.say(f"written {out}; what was checked is in {CHECK_FILE} there")

@@ -1,4 +1,8 @@
-"""Pretraining from start to end, in the order of this file: prepare, train, ask held-out images, evaluate."""
+"""Pretrains a network from start to end: what `python -m relloc.train` runs.
+
+The file follows the order of a run: set up, train, save the backbone, measure the pretext task on
+held-out images, evaluate.
+"""
 
 import contextlib
 import dataclasses
@@ -41,13 +45,21 @@ from relloc.runs.training import Training, train_to_the_end
 from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
 
 PICTURE = "patches.png"
-_PICTURED = 6
+_PICTURE_IMAGES = 6
+# Settings of a schedule that are counted in epochs and scale with its length.
 _SPANS = ("warmup_epochs", "milestone_epochs")
-_MOST_FORWARD_IMAGES = 512  # what 80 GB hold of a compiled ResNet-50 at 96 px twice over
+# A compiled ResNet-50 on patches of 96 px needs half of a GPU's 80 GB for so many images.
+_MAX_FORWARD_IMAGES = 512
 
 
 def pretrain(settings: Pretraining, invocation: Invocation) -> None:
-    """Pretrain, or go on with what the run folder holds, then run the evaluations that are asked for."""
+    """Pretrains a network, or resumes the run in the folder, and then evaluates its backbone.
+
+    Raises:
+        UsageError: a setting can't be met, the run folder holds another run, or training diverged.
+        DataError: images or labels can't be used.
+        CheckpointError: the newest checkpoint is damaged.
+    """
     engine = settle(settings.engine)
     ranks.join(engine.device)
     with contextlib.ExitStack() as at_end:
@@ -56,13 +68,13 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         run_dir = at_end.enter_context(own_folder(invocation.folder))
         check_files(run_dir)
         data = settings.data.read()
-        # What only evaluations need is found, or missed, before training.
+        # Missing data of an evaluation is an error now, not after days of training.
         evaluations = settings.named_evaluations(data)
-        for one in _with_labels(evaluations):
-            one.check_images()
+        for named in _measurable(evaluations):
+            named.check_images()
         if ranks.rank() == 0:
-            _say_small_shards(settings)
-            _say_scaled(settings)
+            _warn_of_small_shards(settings)
+            _report_scaled_spans(settings)
         plan = make_plan(settings, data, engine)
         task = make_task(
             settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation
@@ -75,7 +87,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             plan=plan,
             identity={
                 **settings.identity,
-                "precision": engine.precision,  # what auto became
+                "precision": engine.precision,  # resolved, where the setting is "auto"
                 saving.RANDOM_NUMBERS: PRETRAINING_VERSION,
                 "training images": data.train.digest(),
             },
@@ -83,89 +95,119 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             run_dir=run_dir,
             stop=stop,
         )
-        done = saving.resume(training.identity, task, run_dir)  # before anything is written there
+        # Resuming may refuse the folder, so it comes before anything is written there.
+        done = saving.resume(training.identity, task, run_dir)
+        # The other processes only train. Rank 0 alone writes files, logs and evaluates.
         if ranks.rank() > 0:
             train_to_the_end(training, done, None)
             return
         name = pretraining_name(settings, str(invocation.choices["color"]))
-        record = invocation.record(name, [data, *(one.splits for one in evaluations)], engine)
+        data_sets = [data, *(named.splits for named in evaluations)]
+        record = invocation.record(name, data_sets, engine)
         with open_folder(invocation, record, run_dir) as folder, stop.reraised():
             saving.note_identity(run_dir, training.identity)
             console.say(f"engine  {engine}; {plan.forward_images} images a forward")
             _draw_patches(settings, data, folder)
             train_to_the_end(training, done, folder)
+            # From here on nothing is computed by several processes.
             ranks.leave()
             _save_backbone(training, folder)
             _measure_pretext(training, folder)
             _evaluate(training, evaluations, folder)
             folder.summarize()
         run = console.from_here(run_dir)
-        if data.labeled:  # with recalibrated batch norm as well
+        if data.labeled:
+            # This command also measures with recalibrated batch norm.
             console.say_next("evaluate", checkpoint=[run, "random"])
         else:
-            console.say_next("evaluate", checkpoint=run, eval=_members_without_labels())
+            console.say_next("evaluate", checkpoint=run, eval=_label_free_members())
 
 
-def _with_labels(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
-    """The evaluations whose images have the labels that they need; the others are skipped."""
-    return [one for one in evaluations if one.evaluation.labels != "class" or one.splits.labeled]
+def _measurable(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
+    """Returns the evaluations whose images have the labels they need; the others are skipped."""
+    return [
+        named for named in evaluations if named.evaluation.labels != "class" or named.splits.labeled
+    ]
 
 
-def _members_without_labels() -> list[str]:
-    """The members of our conf/eval that measure whatever images they are given, without labels."""
-    targets = {name: content_of(f"eval/{name}").get("_target_", "") for name in members("eval")}
-    ours = {name: target for name, target in targets.items() if target.startswith("relloc.")}
-    return [name for name, target in ours.items() if hydra.utils.get_class(target).labels == "none"]
+def _label_free_members() -> list[str]:
+    """Returns the members of conf/eval, of relloc itself, that need no labels."""
+    label_free = []
+    for name in members("eval"):
+        target = content_of(f"eval/{name}").get("_target_", "")
+        # A user's own members may need packages that are not installed: they are not imported.
+        if target.startswith("relloc.") and hydra.utils.get_class(target).labels == "none":
+            label_free.append(name)
+    return label_free
 
 
-def _say_small_shards(settings: Pretraining) -> None:
-    """Say it where images were packed smaller than the grid takes them."""
-    resize, shards = settings.patches.grid.resize, settings.data.shards
+def _warn_of_small_shards(settings: Pretraining) -> None:
+    """Warns where images were packed smaller than the patch grid wants them."""
+    resize = settings.patches.grid.resize
+    shards = settings.data.shards
     if not shards or resize is None:
         return
-    manifest, wanted = read_manifest(Path(shards)), resize.longest_short_side()
-    packed = manifest["packed"]["short_px"]
-    if packed < wanted and manifest["train"]["stored"]["reduced"]:
+    manifest = read_manifest(Path(shards))
+    packed_px = manifest["packed"]["short_px"]
+    wanted_px = resize.longest_short_side()
+    if packed_px < wanted_px and manifest["train"]["stored"]["reduced"]:
         console.say(
-            f"shards  were reduced to a short side of {packed} px, and this grid enlarges them to up to {wanted} px: "
-            f"pack them with short_px={wanted}"
+            f"shards  were reduced to a short side of {packed_px} px, and this grid enlarges them "
+            f"to up to {wanted_px} px: pack them with short_px={wanted_px}"
         )
 
 
-def _say_scaled(settings: Pretraining) -> None:
-    """Say what became of warm-up and milestones where schedule.epochs is not what the recipe was made for."""
-    schedule, made_for = settings.schedule, settings.recipe_epochs
+def _report_scaled_spans(settings: Pretraining) -> None:
+    """Prints warm-up and milestones where schedule.epochs differs from the recipe's length."""
+    schedule = settings.schedule
+    recipe_epochs = settings.recipe_epochs
     spans = [f"{name} {value}" for name, value in vars(schedule).items() if name in _SPANS]
-    if schedule.epochs != made_for and spans:
+    if schedule.epochs != recipe_epochs and spans:
         console.say(
-            f"spans   {schedule.epochs} epochs in place of the recipe's {made_for}: {', '.join(spans)}"
+            f"spans   {schedule.epochs} epochs in place of the recipe's {recipe_epochs}: "
+            f"{', '.join(spans)}"
         )
 
 
 def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
+    """Returns how the images of each step are divided into forwards and among processes."""
+    images_per_forward = settings.images_per_forward
+    if images_per_forward is None:
+        images_per_forward = fastest_forward(settings, compiled=engine.compiled)
     return StepPlan(
         n_images=len(data.train),
         images_per_step=settings.images_per_step,
         images_per_batch_norm=settings.images_per_batch_norm,
-        images_per_forward=settings.images_per_forward
-        or fastest_forward(settings, compiled=engine.compiled),
+        images_per_forward=images_per_forward,
         world=ranks.world_size(),
     )
 
 
 def fastest_forward(settings: Pretraining, *, compiled: bool) -> int:
-    """Images a forward: one ghost batch, or compiled as many as divide a process's share of the step, up to 512."""
-    ghost, share = settings.images_per_batch_norm, settings.images_per_step // ranks.world_size()
+    """Returns how many images to pass through the network at once.
+
+    Without compilation that is one ghost batch (`recipe.images_per_batch_norm`). A compiled network
+    takes several ghost batches at once: the most, up to 512 images, that divide a process's share of
+    the step. Batch norm still normalizes each ghost batch by itself, so results stay the same.
+    """
+    ghost = settings.images_per_batch_norm
     if not compiled:
         return ghost
-    fitting = range(ghost, min(share, _MOST_FORWARD_IMAGES) + 1, ghost)
-    return max((images for images in fitting if share % images == 0), default=ghost)
+    share = settings.images_per_step // ranks.world_size()
+    candidates = range(ghost, min(share, _MAX_FORWARD_IMAGES) + 1, ghost)
+    divisors = [images for images in candidates if share % images == 0]
+    return max(divisors, default=ghost)
 
 
 def make_task(
     settings: Pretraining, engine: Engine, *, steps_per_epoch: int, accumulation: int
 ) -> Task:
-    """What is trained, on the engine's device, compiled where it compiles."""
+    """Builds network, optimizer, schedule and patch pipeline on the engine's device.
+
+    The network and the patch pipeline are compiled where the engine compiles. `accumulation` is the
+    number of forwards whose gradients one step of the optimizer sums.
+    """
+    # The network is placed first, so that the optimizer's state lies on the same device.
     model = settings.network(one_pass=engine.compiled)
     engine.place(model)
     return Task(
@@ -185,48 +227,57 @@ def make_task(
 
 
 def _draw_patches(settings: Pretraining, data: Splits, folder: RunFolder) -> None:
-    """A picture of what some training images become."""
+    """Saves a picture of the patches that some training images become."""
     crops = Crops(
         data.train, settings.patches.grid, use=Use.PICTURE_CROP, seed=settings.seed, centered=False
     )
-    chosen = range(0, len(data.train), max(1, len(data.train) // _PICTURED))[:_PICTURED]
-    images = collate([crops[(index,)] for index in chosen]).pixels
+    # Many data sets list their images class by class, so evenly spaced ones differ most.
+    spacing = max(1, len(data.train) // _PICTURE_IMAGES)
+    indices = range(0, len(data.train), spacing)[:_PICTURE_IMAGES]
+    images = collate([crops[(index,)] for index in indices]).pixels
     draw_patches(images, settings.patches, folder.path / PICTURE, seed=settings.seed)
     folder.keep(PICTURE)
     console.say(f"picture {folder.path / PICTURE}")
 
 
 def _save_backbone(training: Training, folder: RunFolder) -> None:
-    """Save the trained weights, unless the file of an earlier start holds just these."""
-    path, backbone = folder.path / backbone_files.BACKBONE_FILE, training.task.model.backbone
-    trouble = _why_anew(path, backbone) if path.exists() else ""
-    if trouble:
-        console.say(f"weights {path} is written anew from the checkpoint: {trouble}")
-    if (
-        trouble or not path.exists() or not hash_file(path).exists()
-    ):  # an older relloc wrote no hash
-        backbone_files.save_backbone(
-            path, backbone, training.settings.about | {"step": training.task.steps}
-        )
+    """Saves the trained weights, unless the folder's file already holds them."""
+    path = folder.path / backbone_files.BACKBONE_FILE
+    backbone = training.task.model.backbone
+    problem = _problem_of_file(path, backbone) if path.exists() else ""
+    if problem:
+        console.say(f"weights {path} is written anew from the checkpoint: {problem}")
+    # Older versions of relloc wrote no file with the hash beside the weights.
+    is_complete = path.exists() and hash_file(path).exists()
+    if problem or not is_complete:
+        about = training.settings.about | {"step": training.task.steps}
+        backbone_files.save_backbone(path, backbone, about)
     for file in (path, hash_file(path)):
         folder.keep(file.name)
 
 
-def _why_anew(path: Path, backbone: Backbone) -> str:
-    """What is wrong with a backbone's file; "" where it is that of this backbone."""
+def _problem_of_file(path: Path, backbone: Backbone) -> str:
+    """Returns what is wrong with a backbone file, or "" where it holds this backbone's weights."""
     try:
         saved, _ = backbone_files.load_backbone(path)
     except CheckpointError as error:
         return str(error)
-    same = backbone_files.digest(saved) == backbone_files.digest(backbone.state_dict())
-    return "" if same else "it held other weights"
+    if backbone_files.digest(saved) != backbone_files.digest(backbone.state_dict()):
+        return "it held other weights"
+    return ""
 
 
 def _measure_pretext(training: Training, folder: RunFolder) -> None:
-    """Accuracy on held-out images, unless an earlier start measured it."""
+    """Measures the pretext accuracy on held-out images, unless an earlier start did.
+
+    Each image gives eight questions, one per neighbor of its central patch. The interval (95 %) is
+    a t interval over source images, since the answers about one image depend on each other.
+    """
     if any(row.kind == "pretext" for row in read_results(folder.path)):
         return
-    settings, images = training.settings, training.data.held_out
+    settings = training.settings
+    images = training.data.held_out
+    # Batches as large as the ghost batches of training, which are known to fit the device.
     config = dataclasses.replace(
         settings.encode_config(training.engine), batch=settings.images_per_batch_norm
     )
@@ -234,17 +285,17 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
         images, range(len(images)), settings.patches.grid, settings.seed, config
     )
     unreadable = config.unreadable_of(len(images))
+    n_batches = math.ceil(len(images) / config.batch)
+    # Images that can't be read give no answers: these are the indices of those that do.
     indices: list[int] = []
 
     def pixels() -> Iterator[Tensor]:
-        for batch in config.progress(
-            loaded, "held-out pretext", math.ceil(len(images) / config.batch)
-        ):
+        for batch in config.progress(loaded, "held-out pretext", n_batches):
             unreadable.add_full(batch, images=1)
             indices.extend(batch.indices.tolist())
             yield batch.pixels
 
-    given = answers(
+    answered = answers(
         training.task.model,
         pixels(),
         settings.patches,
@@ -253,7 +304,8 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
         bf16=config.bf16,
     )
     folder.unreadable |= unreadable.reasons
-    found = accuracy(count_hits(given), [images.source(index) for index in indices])
+    sources = [images.source(index) for index in indices]
+    top1 = accuracy(count_hits(answered), sources)
     row = Result(
         eval="pretext",
         dataset=images.name,
@@ -263,10 +315,10 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
         column="held out",
         metric="top1",
         headline=True,
-        value=found.percent,
-        low=found.low,
-        high=found.high,
-        n=found.n_pairs,
+        value=top1.percent,
+        low=top1.low,
+        high=top1.high,
+        n=top1.n_pairs,
         seed=settings.seed,
         protocol="1.1",
         details=(
@@ -282,18 +334,21 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
 def _evaluate(
     training: Training, evaluations: Sequence[NamedEvaluation], folder: RunFolder
 ) -> None:
-    """Evaluate the trained backbone, and beside it the same at random initialization."""
-    settings, engine = training.settings, training.engine
-    labeled = _with_labels(evaluations)
-    if unlabeled := [one.name for one in evaluations if one not in labeled]:
+    """Evaluates the trained backbone, and for comparison the same one as randomly initialized."""
+    settings = training.settings
+    engine = training.engine
+    measurable = _measurable(evaluations)
+    skipped = [named.name for named in evaluations if named not in measurable]
+    if skipped:
         console.say(
-            f"eval    {', '.join(unlabeled)} skipped: {training.data.train.name} has no labels; on labeled data: "
-            f"python -m relloc.evaluate checkpoint={folder.path} data=…"
+            f"eval    {', '.join(skipped)} skipped: {training.data.train.name} has no labels; "
+            f"on labeled data: python -m relloc.evaluate checkpoint={folder.path} data=…"
         )
-    if not labeled:
+    if not measurable:
         return
-    # Both without the ghost batches of pretraining
-    trained, untrained = (settings.model.backbone(settings.seed) for _ in range(2))
+    # New backbones with ordinary batch norm: the trained one has ghost batches.
+    trained = settings.model.backbone(settings.seed)
+    untrained = settings.model.backbone(settings.seed)
     trained.load_state_dict(training.task.model.backbone.state_dict())
     weights = str(folder.path / backbone_files.BACKBONE_FILE)
     run = EvalRun(
@@ -306,4 +361,4 @@ def _evaluate(
     for checkpoint, backbone in ((weights, trained), ("random", untrained)):
         engine.place(backbone)
         model = evaluated(backbone, checkpoint, settings.model.name)
-        evaluate_model(model, labeled, settings.eval_settings(engine), run)
+        evaluate_model(model, measurable, settings.eval_settings(engine), run)

@@ -1,4 +1,7 @@
-"""Connects data, logging, monitors, checkpoints and error messages to the training loop."""
+"""Connects data, logging, monitors, checkpoints and error messages to the training loop.
+
+The loop itself, which knows nothing of these, is `relloc.pretext.loop.train`.
+"""
 
 import contextlib
 import dataclasses
@@ -37,7 +40,13 @@ from relloc.status import Status
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """All that a training needs. `identity` is what it may be resumed with, `milestones` the steps that are kept."""
+    """Everything that pretraining works with, built from the settings.
+
+    Args:
+        identity: the settings that decide the weights; a checkpoint is resumed only with the same.
+        milestones: steps whose checkpoints are kept for good, with the name of each.
+        stop: tells whether a signal asked the run to stop.
+    """
 
     settings: Pretraining
     engine: Engine
@@ -51,9 +60,14 @@ class Training:
 
 
 def train_to_the_end(training: Training, begun: StepsDone, folder: RunFolder | None) -> None:
-    """Train from `begun` on; only rank 0 has a folder.
+    """Trains from step `begun` to the last one.
 
-    Where it was asked to stop, the process leaves with the signal's exit code, everything saved.
+    Only rank 0 has a folder; the other ranks give None. After a signal everything is saved and the
+    process exits with the signal's exit code.
+
+    Raises:
+        UsageError: the loss diverged, or the GPU's memory is too small.
+        DataError: too many images can't be read.
     """
     task, stop = training.task, training.stop
     if begun.step >= task.steps:
@@ -62,18 +76,19 @@ def train_to_the_end(training: Training, begun: StepsDone, folder: RunFolder | N
         n_images=len(training.data.train), most_share=training.settings.data.unreadable_share
     )
     done, is_saved = _train(training, begun, folder, unreadable)
+    # Nothing waits to be saved any more: from here on a signal ends the process at once.
     stop.listen(awaited=False)
+    # Each process knows only of the images that it has read.
     reasons = ranks.union(unreadable.reasons)
     if folder:
         folder.unreadable |= reasons
-    if stop:  # also in the last step, after which evaluations would come
+    # This holds for the last step too: a run that was asked to stop begins no evaluation.
+    if stop:
         if folder:
-            kept = (
-                "everything is saved"
-                if is_saved
-                else "no images came to end the next; the last checkpoint is saved"
-            )
-            console.say(f"{stop.name}: stopped after step {done} of {task.steps}; {kept}")
+            saved = "everything is saved"
+            if not is_saved:
+                saved = "no images came to end the next; the last checkpoint is saved"
+            console.say(f"{stop.name}: stopped after step {done} of {task.steps}; {saved}")
             folder.status = Status.STOPPED
         sys.exit(stop.exit_code)
 
@@ -81,10 +96,14 @@ def train_to_the_end(training: Training, begun: StepsDone, folder: RunFolder | N
 def _train(
     training: Training, begun: StepsDone, folder: RunFolder | None, unreadable: Unreadable
 ) -> tuple[int, bool]:
-    """Steps done, and whether they are saved."""
-    settings, task, stop = training.settings, training.task, training.stop
+    """Runs the training loop. Returns the number of steps done, and whether they are saved."""
+    settings = training.settings
+    task = training.task
+    stop = training.stop
     feed = _feed(training, begun.step, unreadable)
-    monitoring = _monitoring(training, folder) if folder and settings.monitor.every_epochs else None
+    monitoring = None
+    if folder and settings.monitor.every_epochs:
+        monitoring = _monitoring(training, folder)
     saver = Saver(
         task=task,
         identity=training.identity,
@@ -94,24 +113,29 @@ def _train(
         every_s=settings.save_every_s,
         milestones=training.milestones,
     )
+    # A network that answers the same for every pair is an error after so many steps. Short runs
+    # are given a quarter of their length, so that the alarm can come before their end.
+    collapse_steps = settings.collapse_steps or max(100, min(2000, task.steps // 4))
     reports = reporting(
         task,
         training.plan,
         feed,
         first_step=begun.step,
-        collapse_steps=settings.collapse_steps or max(100, min(2000, task.steps // 4)),
+        collapse_steps=collapse_steps,
         folder=folder,
     )
+    # The last whole step, which is what can be saved if the next one fails.
     last = begun
 
     def after_step(done: StepsDone) -> bool:
         nonlocal last
         last = done
+        # A signal leaves little time: saving comes before monitors.
         if monitoring and not stop:
             monitoring.after_step(done.step)
         return saver.after_step(done)
 
-    with _explained(training), reports as report, engines.training(training.engine):
+    with _explained_failures(training), reports as report, engines.training(training.engine):
         try:
             steps = train(
                 task,
@@ -122,31 +146,41 @@ def _train(
                 after_step=after_step,
             )
         except Interrupted as error:
-            # Images fail to come. Within a step running statistics of batch norms have moved, and other processes
-            # wait for this one: what stands is saved where it is a whole number of steps of one process.
-            is_whole = feed.taken == (last.step - begun.step) * task.accumulation
-            if is_whole and last.step > begun.step and ranks.world_size() == 1:
+            # The loader gave no more images. In the middle of a step the running statistics of
+            # batch norm have already moved, and saving takes all processes, which wait for this
+            # one. So the state is saved only between two steps of a single process.
+            steps_done = last.step - begun.step
+            is_between_steps = feed.taken == steps_done * task.accumulation
+            if is_between_steps and steps_done > 0 and ranks.world_size() == 1:
                 saver.save(last)
             if not isinstance(error, NoImagesCame):
                 raise
-            if (
-                ranks.world_size() > 1
-            ):  # the others wait for this one's gradients: there is nothing to agree on
+            # `NoImagesCame` follows a signal. Of several processes the others wait for this one's
+            # gradients, so that no common last step can be agreed on: it exits by itself.
+            if ranks.world_size() > 1:
                 raise Stopped(stop.exit_code) from error
             return last.step, saver.saved_step == last.step
     return steps, True
 
 
 def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
-    plan, seed, on = training.plan, training.settings.seed, training.engine.device
+    """Returns the images of each forward, from step `first_step` on, on the device."""
+    plan = training.plan
+    seed = training.settings.seed
+    device = training.engine.device
     grid = training.settings.patches.grid
+    crops = Crops(training.data.train, grid, use=Use.CROP, seed=seed, centered=False)
+    # The order of images follows from the seed and the step alone: a resumed run sees the same.
+    sampler = StepSampler(
+        plan, seed=seed, first_step=first_step, steps=training.task.steps, rank=ranks.rank()
+    )
+    # Loader processes write into slots, parts of shared memory that are used again and again. As
+    # many are held back as there are batches in forwards that the device has not finished yet.
     loaded = load_in_slots(
-        Crops(training.data.train, grid, use=Use.CROP, seed=seed, centered=False),
-        StepSampler(
-            plan, seed=seed, first_step=first_step, steps=training.task.steps, rank=ranks.rank()
-        ),
+        crops,
+        sampler,
         workers=training.engine.workers,
-        pin=on.type == "cuda",
+        pin=device.type == "cuda",
         images=plan.images_per_batch_norm,
         side_px=grid.span_px,
         held=HELD_FORWARDS * plan.ghosts_per_forward,
@@ -158,54 +192,67 @@ def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
         unreadable,
         images_per_batch=plan.images_per_batch_norm,
         batches_per_forward=plan.ghosts_per_forward,
-        device=on,
+        device=device,
     )
 
 
 def _monitoring(training: Training, folder: RunFolder) -> Monitoring:
-    settings, engine, asked = training.settings, training.engine, training.settings.monitor
-    reading = settings.encode_config(engine, shown=False)
+    """Returns what measures the monitors, every so many steps."""
+    settings = training.settings
+    engine = training.engine
+    monitor = settings.monitor
+    # Shows no progress bar, and gives up loading when a signal asks the run to stop.
+    config = dataclasses.replace(
+        settings.encode_config(engine, shown=False), stopping=lambda: bool(training.stop)
+    )
     monitors = Monitors(
         model=training.task.model,
         patches=settings.patches,
         data=training.data,
-        reading=dataclasses.replace(reading, stopping=lambda: bool(training.stop)),
+        config=config,
         view=settings.view,
-        n_images=asked.images,
-        k=asked.k,
+        n_images=monitor.images,
+        k=monitor.k,
         seed=settings.seed,
         folder=folder.path,
     )
-    every_steps = max(1, round((asked.every_epochs or 0) * training.plan.steps_per_epoch))
+    every_epochs = monitor.every_epochs or 0
+    every_steps = max(1, round(every_epochs * training.plan.steps_per_epoch))
     return Monitoring(
         monitors,
         every_steps=every_steps,
-        most_share=asked.most_share,
+        most_share=monitor.most_share,
         folder=folder,
         device=engine.device,
     )
 
 
 @contextlib.contextmanager
-def _explained(training: Training) -> Iterator[None]:
-    """Failures of training itself, with what was saved and what to try."""
+def _explained_failures(training: Training) -> Iterator[None]:
+    """Turns failures of training into messages that say what was saved and what to try.
+
+    Raises:
+        UsageError: the loss diverged, or the GPU's memory is too small.
+    """
     try:
         yield
     except Diverged as error:
-        saved = states.saved_trainings(training.run_dir)
-        last = (
-            f"the last good checkpoint is {saved[-1]}"
-            if saved
-            else "no checkpoint was saved before"
-        )
+        checkpoints = states.saved_trainings(training.run_dir)
+        last_good = "no checkpoint was saved before"
+        if checkpoints:
+            last_good = f"the last good checkpoint is {checkpoints[-1]}"
         raise UsageError(
-            f"training diverged: {error}. Nothing was saved after that; {last}. Try a lower optimizer.lr, a longer "
-            "schedule.warmup_epochs, or precision=fp32, with another hydra.run.dir"
+            f"training diverged: {error}. Nothing was saved after that; {last_good}. Try a lower "
+            "optimizer.lr, a longer schedule.warmup_epochs, or precision=fp32, with another "
+            "hydra.run.dir"
         ) from error
     except torch.OutOfMemoryError as error:
-        images, ghost = training.plan.forward_images, training.plan.images_per_batch_norm
+        images = training.plan.forward_images
+        ghost = training.plan.images_per_batch_norm
+        # Half as many, in whole ghost batches.
+        fewer = max(images // 2 // ghost, 1) * ghost
         raise UsageError(
             f"the GPU's memory is too small for {images} images at once: give "
-            f"images_per_forward={max(images // 2 // ghost, 1) * ghost} or less, a multiple of "
+            f"images_per_forward={fewer} or less, a multiple of "
             f"recipe.images_per_batch_norm={ghost} (the results stay the same)"
         ) from error

@@ -39,7 +39,7 @@ PATCHES = PatchPipeline(
     normalize=ByDataset(),
 )
 VIEW = Center(short_px=PX, crop_px=PX)
-READING = EncodeConfig(batch=8, workers=0, device=CPU, precision="fp32", unreadable_share=0)
+CONFIG = EncodeConfig(batch=8, workers=0, device=CPU, precision="fp32", unreadable_share=0)
 N_TRAIN, N_HELD_OUT = 30, 20
 CLASSES = ("blue", "green", "red")
 
@@ -92,7 +92,7 @@ def model() -> RelativeLocation:
 def monitors(model: RelativeLocation, data: Splits, folder: Path, **changes: object) -> Monitors:
     settings = {
         "patches": PATCHES,
-        "reading": READING,
+        "config": CONFIG,
         "view": VIEW,
         "n_images": 15,
         "k": 5,
@@ -109,10 +109,10 @@ TRAIN_PLACES = list(range(0, 30, 2))  # 15 of 30
 def features_of(
     model: RelativeLocation, images: FolderImages, places: list[int]
 ) -> dict[str, Tensor]:
-    (views,) = READING.views(images, VIEW, [(place, 0) for place in places], len(places))
+    (views,) = CONFIG.views(images, VIEW, [(place, 0) for place in places], len(places))
     with torch.no_grad():
         return pooled_layers(
-            copy.deepcopy(model).eval().backbone, READING.to_device(views.pixels), LAYERS
+            copy.deepcopy(model).eval().backbone, CONFIG.to_device(views.pixels), LAYERS
         )
 
 
@@ -122,7 +122,7 @@ def test_pretext_values_are_the_accuracy_on_evenly_spaced_center_crops(
     values = monitors(model, data, tmp_path)(7)
     crops = Crops(data.held_out, PATCHES.grid, use=Use.HELD_OUT_CROP, seed=3, centered=True)
     pixels = collate([crops[(place,)] for place in HELD_OUT_PLACES]).pixels
-    given = answers(model, pixels.split(READING.batch), PATCHES, seed=3, device=CPU, bf16=False)
+    given = answers(model, pixels.split(CONFIG.batch), PATCHES, seed=3, device=CPU, bf16=False)
     expected = accuracy(count_hits(given), [str(place) for place in HELD_OUT_PLACES])
     assert values["monitor/pretext/top1"] == pytest.approx(expected.percent)
     assert 0 < expected.percent < 100
@@ -206,12 +206,12 @@ def test_a_second_call_reads_no_image_and_gives_the_same(
 def test_a_call_leaves_no_trace(
     model: RelativeLocation, data: Splits, tmp_path: Path, workers: int
 ) -> None:
-    reading = EncodeConfig(**{**vars(READING), "workers": workers})
+    config = EncodeConfig(**{**vars(CONFIG), "workers": workers})
     model.train()
     model.backbone.blocks[1].eval()
     modes = [module.training for module in model.modules()]
     weights, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    monitors(model, data, tmp_path, reading=reading)(1)
+    monitors(model, data, tmp_path, config=config)(1)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(value.grad is None for value in model.parameters())

@@ -45,4 +45,4 @@ def test_a_forward_is_a_ghost_batch_or_compiled_the_most_that_divide_a_share(
 
 
 def test_what_needs_no_labels_is_proposed_for_images_without() -> None:
-    assert pretraining._members_without_labels() == ["label_free"]
+    assert pretraining._label_free_members() == ["label_free"]
