@@ -1,4 +1,9 @@
-"""How a pretraining is kept from losing work: when it saves, and how it goes on."""
+"""Saves checkpoints of pretraining, and resumes from them.
+
+A run is resumed only with the settings that decide its weights unchanged; together they are its
+`identity`, a mapping from names of settings to values. It stands in each checkpoint and in
+`training.json` in the run folder.
+"""
 
 import dataclasses
 import time
@@ -22,39 +27,48 @@ from relloc.runs import console
 from relloc.runs.renamed import new_name
 from relloc.tracking.journal import JOURNAL_FILE
 
-TRAINING_FILE = (
-    "training.json"  # the identity of the folder's training, which its checkpoints hold as well
-)
-# What `Saver` saves, and a training goes on from
-_OF_A_TRAINING = {
+TRAINING_FILE = "training.json"
+# What resuming needs of a checkpoint, by type.
+_STATE_FIELDS = {
     "model": dict,
     "optimizer": dict,
     "tallies": torch.Tensor,
     "identity": dict,
     "step": int,
 }
-RANDOM_NUMBERS = "version of random numbers"  # a part of a run's identity
+# The part of an identity that says how random numbers are made. Runs of the first versions of
+# relloc lack it.
+RANDOM_NUMBERS = "version of random numbers"
 
 
 def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
-    """Put the newest sound checkpoint of the run folder into `task`; where that training stands.
+    """Loads the newest sound checkpoint of the run folder into `task`, if there is any.
+
+    Returns:
+        The number of steps done, and the sums of losses that the next report goes on from.
 
     Raises:
-        UsageError: the folder holds a run of another `identity`, with what differs.
-        CheckpointError: its checkpoint is damaged or of something else.
+        UsageError: the folder holds a run of another `identity`; the message names what differs.
+        CheckpointError: the checkpoint is damaged, or not one of pretraining.
     """
-    path, before = ranks.from_first(_begun(run_dir) if ranks.rank() == 0 else (None, None))
+    # Rank 0 looks for the checkpoint, so that all ranks load the same one.
+    begun: tuple[Path | None, dict[str, Any] | None] = (None, None)
+    if ranks.rank() == 0:
+        begun = _find_begun(run_dir)
+    path, previous_identity = ranks.from_first(begun)
     if path is None:
-        if before is not None:
-            _refuse_another(run_dir, before, identity)
+        if previous_identity is not None:
+            _refuse_other_identity(run_dir, previous_identity, identity)
         return task.start()
+
+    # Check what the file holds before any of it is put into the model.
     state = states.load_training(path)
-    lacking = [
-        name for name, kind in _OF_A_TRAINING.items() if not isinstance(state.get(name), kind)
+    missing = [
+        name for name, kind in _STATE_FIELDS.items() if not isinstance(state.get(name), kind)
     ]
-    if lacking:
-        raise DamagedCheckpoint(f"{damaged(path)}: {', '.join(lacking)} of a training are missing")
-    _refuse_another(run_dir, state["identity"], identity)
+    if missing:
+        raise DamagedCheckpoint(f"{damaged(path)}: {', '.join(missing)} of a training are missing")
+    _refuse_other_identity(run_dir, state["identity"], identity)
     try:
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
@@ -64,16 +78,25 @@ def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
         ) from error
     if ranks.rank() == 0:
         console.say(f"resume  {path} after step {state['step']} of {task.steps}")
-    return StepsDone(step=state["step"], sums=_own_tally(state["tallies"]).to(task.device))
+    sums = _sums_of_rank(state["tallies"])
+    return StepsDone(step=state["step"], sums=sums.to(task.device))
 
 
 def note_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Note what the training is before it leaves anything that is to be told from another's. Raises `OSError`."""
+    """Writes the identity of the training into the run folder.
+
+    It is written before anything else of the training, so that curves without a checkpoint can be
+    recognized as those of another run.
+
+    Raises:
+        OSError: the file can't be written.
+    """
     if _noted_identity(run_dir) != identity:
         write_json(run_dir / TRAINING_FILE, identity)
 
 
 def _noted_identity(run_dir: Path) -> dict[str, Any] | None:
+    """Returns the identity in the run folder's file, or None if there is no such file."""
     path = run_dir / TRAINING_FILE
     advice = "Put back a copy, or remove it if the command is the one that began the run"
     try:
@@ -82,83 +105,112 @@ def _noted_identity(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _begun(run_dir: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """The newest sound checkpoint of a folder. Where none is, but curves or weights are: of which training they are.
+def _find_begun(run_dir: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """Returns the newest sound checkpoint of a folder, or else the identity of the run that began there.
 
-    A run may be killed before its first checkpoint, and people delete checkpoints of finished ones.
+    Without a checkpoint the folder may still hold curves or weights of a run, which another one
+    must not continue: a run may be killed before its first checkpoint, and people delete
+    checkpoints of finished runs. If its identity is not known, it is empty, which equals no other.
     """
     path = states.newest_sound(run_dir, console.say)
-    if path or not any((run_dir / name).exists() for name in (JOURNAL_FILE, BACKBONE_FILE)):
+    if path:
         return path, None
-    return None, _noted_identity(run_dir) or {}
+    has_curves = (run_dir / JOURNAL_FILE).exists()
+    has_weights = (run_dir / BACKBONE_FILE).exists()
+    if has_curves or has_weights:
+        return None, _noted_identity(run_dir) or {}
+    return None, None
 
 
-def _refuse_another(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises `UsageError` with what tells the training of the folder from this one, if anything does."""
+def _refuse_other_identity(
+    run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raises `UsageError` if the training in the folder has another identity, with what differs."""
     if RANDOM_NUMBERS in now and RANDOM_NUMBERS not in before:
         raise UsageError(
-            f"{run_dir} holds a run that an older relloc began: random numbers and the identity of images are now "
-            "made in other ways. Finish it with that version, or give another hydra.run.dir"
+            f"{run_dir} holds a run that an older relloc began: random numbers and the identity "
+            "of images are now made in other ways. Finish it with that version, or give another "
+            "hydra.run.dir"
         )
-    if changed := difference(before, now):
+    changed = difference(before, now)
+    if changed:
         raise UsageError(
-            f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, or the run's own"
+            f"{run_dir} holds a run with other settings: {changed}. Give another hydra.run.dir, "
+            "or the run's own settings"
         )
 
 
-def _as_of_now(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity that an earlier version may have noted, with the names and without the neutral settings of now.
+def _with_present_names(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an identity, maybe of an earlier version of relloc, as this version would note it."""
+    present = {}
+    for old_name, value in identity.items():
+        name = new_name(old_name) or old_name
+        # Rate and spans stood there twice, as data.lr and as optimizer.lr. The latter, whose names
+        # are as they were, are what the run was trained with.
+        if name == old_name or name.startswith("recipe."):
+            present[name] = value
+    # Settings that are neutral now may have counted then.
+    return neutral.settings_of_weights(present)
 
-    Rate and spans stood in it twice, as data.lr and as optimizer.lr: the latter are what was trained with.
+
+def _sums_of_rank(tallies: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's sums (3) from those of all ranks (world 3) at the time of saving.
+
+    If the number of ranks has changed, rank 0 takes the total: only the total is ever reported.
     """
-    renamed = {name: new_name(name) or name for name in identity}
-    kept = {
-        new: identity[old]
-        for old, new in renamed.items()
-        if new == old or new.startswith("recipe.")
-    }
-    return neutral.settings_of_weights(kept)
-
-
-def _own_tally(tallies: torch.Tensor) -> torch.Tensor:
-    """This rank's sums (3) of those of all (world 3); with another number of ranks the first takes them all."""
     if len(tallies) == ranks.world_size():
         return tallies[ranks.rank()]
-    return tallies.sum(0) if ranks.rank() == 0 else torch.zeros(3, dtype=tallies.dtype)
+    if ranks.rank() == 0:
+        return tallies.sum(0)
+    return torch.zeros(3, dtype=tallies.dtype)
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which settings of two identities differ, for a message; the first may be of an earlier version of relloc."""
-    before = _as_of_now(before)
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
+    """Returns, for a message, which settings differ between two identities, or "" if none does.
+
+    `before` may have been noted by an earlier version of relloc.
+    """
+    before = _with_present_names(before)
+    differences = []
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            differences.append(f"{name} was {before.get(name)}, now {now.get(name)}")
+    return ", ".join(differences)
 
 
 def milestone_steps(epochs: Sequence[float], task: Task) -> dict[int, str]:
-    """After which step each milestone epoch is complete, with the milestone's name.
+    """Returns the step after which each milestone epoch is complete, with the milestone's name.
+
+    With 100 steps an epoch, milestones 1 and 2.5 give `{100: "epoch_1", 250: "epoch_2.5"}`.
 
     Raises:
-        UsageError: an epoch outside the run, or two in one step.
+        UsageError: an epoch is outside the run, or two fall on one step.
     """
     for epoch in epochs:
         if not 0 < epoch <= task.schedule.epochs:
             raise UsageError(
-                f"milestones={list(epochs)}: the run has no epoch {epoch}, it has {task.schedule.epochs}"
+                f"milestones={list(epochs)}: the run has no epoch {epoch}, it has "
+                f"{task.schedule.epochs}"
             )
-    steps = {round(epoch * task.steps_per_epoch): f"epoch_{epoch:g}" for epoch in epochs}
-    if len(steps) < len(epochs) or 0 in steps:
+    names = {round(epoch * task.steps_per_epoch): f"epoch_{epoch:g}" for epoch in epochs}
+    if len(names) < len(epochs) or 0 in names:
         raise UsageError(
-            f"milestones={list(epochs)}: an epoch has {task.steps_per_epoch} steps, and each needs its own"
+            f"milestones={list(epochs)}: an epoch has {task.steps_per_epoch} steps, and each "
+            "milestone needs a step of its own"
         )
-    return steps
+    return names
 
 
 @dataclasses.dataclass(kw_only=True)
 class Saver:
-    """Saves every `every_s` seconds, at milestones, at the end, and when asked to stop.
+    """Saves checkpoints every `every_s` seconds, at milestones, at the end, and after a signal.
 
-    Nothing is saved that is not finite. `about` is what a saved step tells of itself. `saved_at_s` is the clock at the
-    last save, `saved_step` the steps that were done then.
+    Nothing is saved that is not finite.
+
+    Args:
+        about: what the checkpoint says of its model and data, beside the step.
+        saved_at_s: time of the last save, by the monotonic clock.
+        saved_step: number of steps done at the last save.
     """
 
     task: Task
@@ -172,29 +224,36 @@ class Saver:
     saved_step: int | None = None
 
     def after_step(self, done: StepsDone) -> bool:
-        """Save if it is time; whether to stop. All ranks answer alike."""
-        self.stop.listen(awaited=True)  # from here on there is work that a stop has to save
-        # Rank 0's clock decides for all; a stop, whoever is asked.
-        due = ranks.rank() == 0 and time.monotonic() - self.saved_at_s > self.every_s
+        """Saves if it is time. Returns whether to stop, which is the same on all ranks."""
+        # From here on there is work that would be lost: a signal waits for the next step's end.
+        self.stop.listen(awaited=True)
+        # Saving takes all ranks, so they have to decide alike. Clocks differ a little: rank 0's
+        # counts. A signal may reach one rank only: then all of them stop.
+        elapsed_s = time.monotonic() - self.saved_at_s
+        due = ranks.rank() == 0 and elapsed_s > self.every_s
         signal, due = ranks.largest(self.stop.signal or 0, due)
         self.stop.signal = self.stop.signal or signal or None
-        if signal or due or done.step in self.milestones or done.step == self.task.steps:
+        is_milestone = done.step in self.milestones
+        is_last = done.step == self.task.steps
+        if signal or due or is_milestone or is_last:
             self.save(done)
         return bool(signal)
 
     def save(self, done: StepsDone) -> None:
-        """Save a training that has done its `done.step` steps and nothing of the next. All ranks together.
+        """Saves a checkpoint after `done.step` whole steps. All ranks call it together.
 
         Raises:
-            Diverged: it holds what is not finite.
+            Diverged: a loss, a weight or a statistic is not finite.
         """
         if done.step == self.saved_step:
             return
+        # A checkpoint that is not finite would spoil the run for good: check before writing.
         tallies = ranks.gathered(done.sums).cpu()
         if not tallies.isfinite().all():
             raise Diverged(f"the loss is no longer finite after step {done.step}")
         check_finite(self.task.model, done.step)
         if ranks.rank() == 0:
+            # Weights are the same on all ranks.
             state = {
                 "model": self.task.model.state_dict(),
                 "optimizer": self.task.optimizer.state_dict(),

@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs: journal, progress, alarms, and monitors at their period."""
+"""Reports a training while it runs: curves, progress bar, alarms and periodic monitors."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,15 @@ def reporting(
     collapse_steps: int,
     folder: RunFolder | None,
 ) -> Iterator[Callable[[Progress], None]]:
-    """Gives what takes each report of `train`; only rank 0, which has a folder, tells of it."""
+    """Gives the function to which the training loop passes each report.
+
+    It writes the curves into the journal (`journal.jsonl` in the run folder), shows progress, and
+    raises if the loss has diverged or the network has collapsed. Only rank 0 has a folder; other
+    ranks give None and only check the loss.
+
+    Args:
+        collapse_steps: steps after which a pretext accuracy at chance is an error.
+    """
     alarm = Alarm(
         collapse_steps=collapse_steps,
         first_step=first_step,
@@ -39,31 +47,36 @@ def reporting(
         yield alarm.check
         return
     journal = Journal(folder.path)
+    # Speed and waiting are averages since the last report.
     last = (time.monotonic(), feed.waited_s, first_step)
     with console.progress_bar("pretrain", task.steps, first_step) as bar:
 
         def report(progress: Progress) -> None:
             nonlocal last
             now = (time.monotonic(), feed.waited_s, progress.step)
-            elapsed, waited, steps = (new - old for new, old in zip(now, last, strict=True))
+            elapsed_s = now[0] - last[0]
+            waited_s = now[1] - last[1]
+            steps = now[2] - last[2]
             last = now
-            rate, waiting = steps * plan.images_per_step / elapsed, 100 * waited / elapsed
+            images_per_s = steps * plan.images_per_step / elapsed_s
+            waiting_percent = 100 * waited_s / elapsed_s
             journal.log(
                 {
                     "train/loss": progress.loss,
                     "train/top1": progress.top1,
                     "train/lr": progress.lr,
                     "train/epoch": progress.epoch,
-                    "speed/images_per_s": rate,
-                    "speed/waiting_percent": waiting,
+                    "speed/images_per_s": images_per_s,
+                    "speed/waiting_percent": waiting_percent,
                 },
                 progress.step,
             )
+            # The curves are written first: they show what the alarm was raised for.
             alarm.check(progress)
             bar(
                 progress.step,
-                f"loss {progress.loss:.3f}  top-1 {progress.top1:.1f} %  {rate:.0f} images/s  "
-                f"waiting for data {waiting:.0f} %",
+                f"loss {progress.loss:.3f}  top-1 {progress.top1:.1f} %  "
+                f"{images_per_s:.0f} images/s  waiting for data {waiting_percent:.0f} %",
             )
 
         yield report
@@ -71,10 +84,16 @@ def reporting(
 
 @dataclasses.dataclass
 class Monitoring:
-    """Asks `monitors` every `every_steps` steps, as long as that takes `most_share` of the time or less.
+    """Runs `monitors` every `every_steps` steps, within a share `most_share` of the run's time.
 
-    A turn that would cost more, going by the last one, is left out; the first always comes. Nothing of
-    it is seen by training, which goes on without monitors where these fail.
+    A turn is left out if it would exceed that share, taking as long as the last one; the first is
+    never left out. Training is not affected: if monitors fail, it goes on without them.
+
+    Args:
+        monitors: returns numbers by name, given the number of steps done.
+        most_share: share of the run's time, from 0 to 1.
+        cost_s: seconds that the last turn took.
+        asked_at_s: end of the last turn, by the monotonic clock.
     """
 
     monitors: Callable[[int], Mapping[str, float]]
@@ -91,21 +110,25 @@ class Monitoring:
         return Journal(self.folder.path)
 
     def after_step(self, done: int) -> None:
-        """Ask, if it is time."""
-        if done % self.every_steps or self.cost_s > self.most_share * (
-            time.monotonic() - self.asked_at_s
-        ):
+        """Runs the monitors if it is time, and writes their numbers into the journal."""
+        if done % self.every_steps:
+            return
+        since_last_s = time.monotonic() - self.asked_at_s
+        if self.cost_s > self.most_share * since_last_s:
             return
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # steps still queued are no cost of this
+            # Steps of training may still be queued, which are no cost of monitors.
+            torch.cuda.synchronize(self.device)
         started = time.monotonic()
-        # What monitors compute may have no deterministic kernel, and changes no weight.
+        # With deterministic=true torch refuses operations that have no deterministic kernel. What
+        # monitors compute changes no weight, so they may use these.
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
         try:
             self._journal.log(self.monitors(done), done)
         except (DataError, OSError) as error:
             console.say(f"monitors stop: {error}. Training goes on")
+            # No cost is below a negative share, so that monitors never run again.
             self.most_share = -1.0
             return
         finally:

@@ -277,13 +277,13 @@ def test_a_damaged_identity_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_with_another_number_of_processes_no_sum_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     tallies = torch.arange(6, dtype=torch.float64).reshape(2, 3)
-    assert saving._own_tally(tallies).tolist() == [3, 5, 7]  # one process takes both
+    assert saving._sums_of_rank(tallies).tolist() == [3, 5, 7]  # one process takes both
     for rank in range(2):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(ranks, "world_size", lambda: 2)
-        assert torch.equal(saving._own_tally(tallies), tallies[rank])
+        assert torch.equal(saving._sums_of_rank(tallies), tallies[rank])
         monkeypatch.setattr(ranks, "world_size", lambda: 4)
-        assert saving._own_tally(tallies).tolist() == ([3, 5, 7] if rank == 0 else [0, 0, 0])
+        assert saving._sums_of_rank(tallies).tolist() == ([3, 5, 7] if rank == 0 else [0, 0, 0])
 
 
 def test_a_milestone_is_the_step_that_completes_its_epoch() -> None:
