@@ -1,4 +1,8 @@
-"""A run's folder while the run lives: its record, its mirror in MLflow, and the words at the end."""
+"""The folder of a run while it runs: its lock, its record, its MLflow mirror, its closing lines.
+
+A command first takes the folder for itself (`own_folder`), then checks what a previous start left
+there (`check_files`), and then writes into it (`open_folder`).
+"""
 
 import contextlib
 import dataclasses
@@ -38,9 +42,9 @@ from relloc.tracking.note import NOTE_FILE
 from relloc.tracking.record import RUN_FILE, STATUS_FILE
 
 UNREADABLE_FILE = "unreadable.txt"
-_NAMED = 5
-# What tells that a run had a folder; a command's log may be written there before it begins
-_OF_A_RUN = {
+_MAX_NAMED = 5  # unreadable images in a message that is not about them
+# A folder with any of these is that of a run.
+_RUN_FILES = {
     RUN_FILE,
     POINT_FILE,
     LOCK_FILE,
@@ -49,101 +53,127 @@ _OF_A_RUN = {
     JOURNAL_FILE,
     RESULTS_FILE,
     BACKBONE_FILE,
+    HYDRA_FOLDER,
+    STATUS_FILE,
+    TRAINING_FOLDER,
+    ARTIFACTS_FILE,
+    NOTE_FILE,
 }
-_OF_A_RUN |= {HYDRA_FOLDER, STATUS_FILE, TRAINING_FOLDER, ARTIFACTS_FILE, NOTE_FILE}
-_LOGS = {".log", ".out", ".err", ".txt"}
+# A command's own output may be written into its folder before it starts.
+_LOG_SUFFIXES = {".log", ".out", ".err", ".txt"}
 
 
 @dataclasses.dataclass
 class RunFolder:
-    """The folder of a run while it lives.
+    """The folder of a run while it runs.
 
-    `uri` is the MLflow store that follows it. `is_mistake` says that a mistake ended it, so that the same command
-    would end alike. `kept` names the files that the tracker copies, `unreadable` has the images that could not be
-    used, and why.
+    Args:
+        uri: the MLflow store that mirrors the run, or None.
+        status: how the run ended, known at its end.
+        is_mistake: True if a wrong command ended it, so that the same command would end alike.
+        tracked: names of the files of which the tracker holds copies.
+        unreadable: images that could not be used, with the reasons.
     """
 
     path: Path
     uri: str | None
     status: Status = Status.FAILED
     is_mistake: bool = False
-    kept: set[str] = dataclasses.field(default_factory=set)
+    tracked: set[str] = dataclasses.field(default_factory=set)
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def keep(self, name: str) -> None:
-        """Have the tracker hold a copy of a file of this folder."""
+        """Has the tracker keep a copy of a file of this folder, `name` being its path below it."""
         add_artifact(self.path, name)
-        self.kept.add(name)
+        self.tracked.add(name)
 
     def summarize(self, fingerprints: Collection[str] | None = None) -> None:
-        """The run is finished: say what came out, and where it is. `fingerprints` are of the rows to show."""
+        """Marks the run as done and prints its results: the rows with `fingerprints`, or all."""
         self.status = Status.DONE
-        rows = [
-            row
-            for row in read_results(self.path)
-            if fingerprints is None or row.fingerprint in fingerprints
-        ]
+        rows = read_results(self.path)
+        if fingerprints is not None:
+            rows = [row for row in rows if row.fingerprint in fingerprints]
         evaluated = [row for row in rows if row.kind != "pretext"]
-        console.say(*(console.pretext_line(row) for row in rows if row not in evaluated))
+        for row in rows:
+            if row.kind == "pretext":
+                console.say(console.pretext_line(row))
         if evaluated:
             console.show_results(evaluated)
         if rows:
             self.keep(RESULTS_FILE)
 
-    def tell_unreadable(self) -> None:
-        """Name the images that could not be used, together with those of earlier parts of the run."""
+    def report_unreadable(self) -> None:
+        """Writes and prints which images could not be used, in this and earlier starts of the run."""
         if not self.unreadable:
             return
         lines = {f"{name}: {reason}" for name, reason in self.unreadable.items()}
-        known = self.path / UNREADABLE_FILE
-        if known.exists():
-            lines.update(known.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        file = self.path / UNREADABLE_FILE
+        if file.exists():
+            # Names of files need not be UTF-8; surrogates carry their bytes as they are.
+            earlier = file.read_text(encoding="utf-8", errors="surrogateescape")
+            lines.update(earlier.splitlines())
         content = "".join(f"{line}\n" for line in sorted(lines))
-        write_whole(known, content.encode("utf-8", "surrogateescape"))
+        write_whole(file, content.encode("utf-8", "surrogateescape"))
         self.keep(UNREADABLE_FILE)
         console.say(
-            f"{len(lines)} images could not be used, such as {min(lines)}; all are named in {known}"
+            f"{len(lines)} images could not be used, such as {min(lines)}; all are named in {file}"
         )
 
 
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[Path]:
-    """The folder that rank 0 gives, for all ranks: no other command has it until the block ends.
+    """Locks the folder of a run for the length of the block. Gives all ranks rank 0's folder.
 
-    Nothing may be read or written there outside of the block.
+    No other command may have the folder at the same time, so nothing is to be read or written there
+    outside of the block.
 
     Raises:
-        FolderIsTaken: another run has it.
-        UsageError: it holds files of something else.
+        FolderIsTaken: another run has the folder.
+        UsageError: the folder holds files of something other than a run.
     """
+    # The default folder has the time in its name: processes may differ by a second.
     run_dir = Path(ranks.from_first(str(folder)))
     with contextlib.ExitStack() as at_end:
         refusal = None
         try:
             if ranks.rank() == 0:
-                _refuse_others_files(run_dir)
+                _refuse_foreign_files(run_dir)
                 at_end.enter_context(held(run_dir))
         except UsageError as error:
             refusal = error
+        # All ranks leave together; one that stayed would wait for the others forever. The message
+        # is rank 0's, and is printed once.
         if ranks.from_first(refusal is not None):
-            raise refusal or SystemExit(UsageError.exit_code)  # rank 0 says it for all
+            raise refusal or SystemExit(UsageError.exit_code)
         yield run_dir
 
 
-def _refuse_others_files(run_dir: Path) -> None:
-    names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
-    others = sorted(
-        name for name in names if not name.startswith(".") and Path(name).suffix not in _LOGS
-    )
-    if others and names.isdisjoint(_OF_A_RUN):
+def _refuse_foreign_files(run_dir: Path) -> None:
+    """Raises `UsageError` if the folder has files, and none of them is of a run."""
+    names = set()
+    if run_dir.is_dir():
+        names = {path.name for path in run_dir.iterdir()}
+    foreign = [
+        name
+        for name in sorted(names)
+        if not name.startswith(".") and Path(name).suffix not in _LOG_SUFFIXES
+    ]
+    if foreign and names.isdisjoint(_RUN_FILES):
+        example = foreign[0]
+        if len(foreign) > 1:
+            example += " and more"
         raise UsageError(
-            f"hydra.run.dir={run_dir} holds {others[0]}{' and more' if others[1:] else ''}, but nothing of a run: give "
-            "a folder that is new, or that of a run"
+            f"hydra.run.dir={run_dir} holds {example}, but nothing of a run: give a folder that "
+            "is new, or that of a run"
         )
 
 
 def check_files(path: Path) -> None:
-    """Whether what a run goes on from can be read, before anything is changed. Raises `DamagedFile` where it can't."""
+    """Reads the files that a run resumes from, to find damage before anything is changed.
+
+    Raises:
+        DamagedFile: one of them can't be read.
+    """
     if ranks.rank() > 0:
         return
     with contextlib.suppress(FileNotFoundError):
@@ -155,16 +185,19 @@ def check_files(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterator[RunFolder]:
-    """Write the record and config, follow the run in MLflow, and say at the end where everything is.
+    """Starts the run in its folder and in MLflow, and closes both when the block ends.
 
-    A mistake that is told before anything was trained or measured leaves the folder as it was, and no run in MLflow.
+    At the end the console says how the run ended and where everything is. A mistake in the command,
+    found before anything was trained or measured, leaves the folder as it was, and no run in MLflow.
     """
     folder = RunFolder(path, invocation.settings["tracking"]["uri"])
     console.say(f"run     {path}")
     before = FolderBefore.of(path)
-    # Of a run that was killed while it wrote. The note on MLflow is relloc.sync's as well, which may be writing it now.
-    for place in (path, path / HYDRA_FOLDER):
-        remove_all_unfinished(place, but=NOTE_FILE)
+    # A run that was killed may have left files half written. The note on MLflow is not removed:
+    # relloc.sync, which needs no lock on the folder, may be writing it at this moment.
+    for written_folder in (path, path / HYDRA_FOLDER):
+        remove_all_unfinished(written_folder, but=NOTE_FILE)
+    # Write the files first and tell MLflow then: the folder is the truth, MLflow its mirror.
     record.write(path)
     for name, text in invocation.files.items():
         write_whole(path / name, text.encode("utf-8", "surrogateescape"))
@@ -177,74 +210,82 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
         yield folder
     except (KeyboardInterrupt, Stopped):
         folder.status = Status.STOPPED
-        kept = (
-            "what was saved and evaluated before stays"
-            if _has_work(path)
-            else "nothing had been saved yet"
-        )
-        console.say(f"interrupted; {kept}")
+        remains = "nothing had been saved yet"
+        if _has_work(path):
+            remains = "what was saved and evaluated before stays"
+        console.say(f"interrupted; {remains}")
         raise
     except UsageError as error:
+        # Some errors of this type, such as images that do not come, may be gone another time: they
+        # have exit codes of their own.
         folder.is_mistake = error.exit_code == UsageError.exit_code
         raise
     finally:
         if folder.is_mistake and before.has_no_new_work():
             _leave_as_before(folder, mirror, before)
         else:
-            _close(folder, mirror, named=invocation.names_folder)
+            _close(folder, mirror, is_named=invocation.names_folder)
 
 
-def _close(folder: RunFolder, mirror: Mirror | None, *, named: bool) -> None:
-    """Note how the run ended, send MLflow the rest, and say where everything is.
+def _close(folder: RunFolder, mirror: Mirror | None, *, is_named: bool) -> None:
+    """Writes how the run ended, sends MLflow the rest, and prints where everything is.
 
-    `named` says whether the command names its folder.
+    `is_named` says whether the command names the folder, so that repeating it resumes the run.
     """
-    try:
-        folder.tell_unreadable()
-        write_status(folder.path, folder.status)
-    except OSError as error:  # such as a full disk, which then has ended the run too
-        console.say(f"{error.filename or folder.path} can't be written ({error.strerror})")
-    if mirror:
-        _say_where(folder, mirror.close(folder.status))
-    console.say(f"run     {folder.path}: {folder.status.word}")
     path = folder.path
+    try:
+        folder.report_unreadable()
+        write_status(path, folder.status)
+    except OSError as error:
+        # Such as a full disk, which has then ended the run too: the lines below matter all the more.
+        console.say(f"{error.filename or path} can't be written ({error.strerror})")
+    if mirror:
+        problem = mirror.close(folder.status)
+        _print_mlflow_links(folder, problem)
+    console.say(f"run     {path}: {folder.status.word}")
     if folder.status is not Status.DONE and not folder.is_mistake:
-        does = "goes on from there" if _has_work(path) else "starts it anew"
-        console.say(
-            f"        the same command {'' if named else f'with hydra.run.dir={path} '}{does}"
-        )
+        effect = "goes on from there" if _has_work(path) else "starts it anew"
+        addition = "" if is_named else f"with hydra.run.dir={path} "
+        console.say(f"        the same command {addition}{effect}")
 
 
 def _has_work(path: Path) -> bool:
-    """Whether the folder has anything that a run goes on from."""
-    return bool(saved_trainings(path)) or (path / STATES).exists() or (path / RESULTS_FILE).exists()
+    """Returns True if the folder has anything from which a run can be resumed."""
+    has_states = (path / STATES).exists()
+    has_results = (path / RESULTS_FILE).exists()
+    return bool(saved_trainings(path)) or has_states or has_results
 
 
 def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBefore) -> None:
-    """End a run because of a mistake as if it had never begun."""
+    """Ends a run after a mistake in its command, as if it had never begun."""
+    # First MLflow: the folder's note on it is what tells which run to delete there.
     if mirror:
         mirror.close(before.status or Status.FAILED)
         if before.is_new:
-            with contextlib.suppress(
-                StoreError
-            ):  # it can't be reached: then it has no run to forget, or keeps it
+            # A store that can't be reached either has no such run, or has to keep it.
+            with contextlib.suppress(StoreError):
                 forget(folder.path)
     try:
-        before.restore(folder.kept)
-    except OSError as error:  # the mistake itself is told all the same
+        before.restore(folder.tracked)
+    except OSError as error:
+        # The user still has to read of the mistake itself, which is raised after this.
         console.say(
-            f"{error.filename or folder.path} can't be written ({error.strerror}): the folder is not as it was"
+            f"{error.filename or folder.path} can't be written ({error.strerror}): the folder is "
+            "not as it was"
         )
-    if folder.unreadable:  # the file with all of them would be in the folder
-        first = ", ".join(sorted(folder.unreadable)[:_NAMED])
+    # The file that names all unreadable images would have been in the folder.
+    if folder.unreadable:
+        first = ", ".join(sorted(folder.unreadable)[:_MAX_NAMED])
         console.say(
-            f"could not be used: {first} and others, if any; python -m relloc.prepare names all of a data set"
+            f"could not be used: {first} and others, if any; python -m relloc.prepare names all "
+            "of a data set"
         )
 
 
-def _say_where(folder: RunFolder, trouble: str | None) -> None:
-    if trouble:
-        console.say(trouble)
+def _print_mlflow_links(folder: RunFolder, problem: str | None) -> None:
+    """Prints how to open the run in MLflow, and `problem` if MLflow could not be told everything."""
+    if problem:
+        console.say(problem)
     note = read_note(folder.path)
     if note and folder.uri:
         link = ui_link(folder.uri, note.experiment_id)

@@ -1,4 +1,7 @@
-"""Leaving a run folder as it was, where a mistake is told before anything was trained or measured."""
+"""Restores a run folder after a command that was refused before it trained or measured anything.
+
+A typing mistake should not leave a half-made run behind, nor change the record of a finished one.
+"""
 
 import contextlib
 import dataclasses
@@ -18,17 +21,24 @@ from relloc.tracking.journal import JOURNAL_FILE, SYSTEM_FILE
 from relloc.tracking.mlflow import NOTE_FILE
 from relloc.tracking.record import RUN_FILE, STATUS_FILE, read_status
 
-STATES = "evaluations"  # of those that were stopped: what they go on from
+STATES = "evaluations"  # the folder of states from which stopped evaluations resume
 HYDRA_FOLDER = ".hydra"
 HYDRA_FILES = tuple(f"{HYDRA_FOLDER}/{name}.yaml" for name in ("config", "hydra", "overrides"))
-# What every start of a run writes anew, and what it only adds to
+# What every start of a run writes anew, and what it only adds to.
 _REWRITTEN = (RUN_FILE, STATUS_FILE, CONFIG_FILE, ARTIFACTS_FILE, TRAINING_FILE, *HYDRA_FILES)
 _ADDED_TO = (SYSTEM_FILE, NOTE_FILE, f"{NOTE_FILE}.lock")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderBefore:
-    """What a run folder held when a run began: marks of its work, and the content of files that are written anew."""
+    """What a run folder held before a run began.
+
+    Args:
+        work: size (bytes) and time (ns) of the files that hold trained or measured results.
+        rewritten: content of the files that every start of a run writes anew.
+        names: all files there, by their paths below the folder.
+        status: how the previous run in the folder ended, or None if there was none.
+    """
 
     path: Path
     work: dict[Path, tuple[int, int]]
@@ -38,15 +48,17 @@ class FolderBefore:
 
     @classmethod
     def of(cls, path: Path) -> "FolderBefore":
+        """Reads what a folder holds now; a folder that does not exist holds nothing."""
         files = [*path.glob("*"), *(path / HYDRA_FOLDER).glob("*")]
         names = {str(file.relative_to(path)) for file in files}
         rewritten = {name: (path / name).read_bytes() for name in names.intersection(_REWRITTEN)}
         status = None
-        with contextlib.suppress(DamagedFile):  # it is written anew
+        # A damaged status says nothing, and every start of a run writes it anew.
+        with contextlib.suppress(DamagedFile):
             status = read_status(path)
         return cls(
             path=path,
-            work=_work(path),
+            work=_signatures_of_work(path),
             rewritten=rewritten,
             names=names,
             status=status.status if status else None,
@@ -54,30 +66,36 @@ class FolderBefore:
 
     @property
     def is_new(self) -> bool:
-        """Whether no run had the folder before."""
+        """True if no run had the folder before."""
         return RUN_FILE not in self.names
 
     def has_no_new_work(self) -> bool:
-        """Whether nothing was trained or measured since."""
-        return self.work == _work(self.path)
+        """Returns True if nothing was trained or measured since."""
+        return self.work == _signatures_of_work(self.path)
 
     def restore(self, made: Iterable[str]) -> None:
-        """Remove what is new of the usual files and of those that the run `made`, and put back what was replaced."""
+        """Removes the files that the run added and puts back those that it replaced.
+
+        `made` names files that the run wrote beside those that every run writes.
+        """
+        # Only files that this run may have written are removed: others may be the user's.
         for name in {*_REWRITTEN, *_ADDED_TO, *made} - self.names:
             (self.path / name).unlink(missing_ok=True)
         for name, content in self.rewritten.items():
             write_whole(self.path / name, content)
-        with contextlib.suppress(OSError):  # it is not there, or not empty
+        # This fails, rightly, where the folder is not there or not empty.
+        with contextlib.suppress(OSError):
             (self.path / HYDRA_FOLDER).rmdir()
 
 
-def _work(path: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of all files that hold what was trained or measured."""
+def _signatures_of_work(path: Path) -> dict[Path, tuple[int, int]]:
+    """Returns size (bytes) and time (ns) of the files that hold trained or measured results."""
     files = [path / name for name in (JOURNAL_FILE, RESULTS_FILE, BACKBONE_FILE)]
     files += [*training_folder(path).glob("*"), *(path / STATES).glob("*")]
-    found = {}
+    signatures = {}
     for file in files:
-        with contextlib.suppress(FileNotFoundError):  # it was never there, or was removed just now
-            about = file.stat()
-            found[file] = (about.st_size, about.st_mtime_ns)
-    return found
+        # A file may not be there, or be removed between listing and this.
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            signatures[file] = (status.st_size, status.st_mtime_ns)
+    return signatures

@@ -113,8 +113,8 @@ def _train(
         every_s=settings.save_every_s,
         milestones=training.milestones,
     )
-    # A network that answers the same for every pair is an error after so many steps. Short runs
-    # are given a quarter of their length, so that the alarm can come before their end.
+    # After so many steps at chance the alarm warns that the network has collapsed. In a short run
+    # that is a quarter of its length, so that the warning can come before its end.
     collapse_steps = settings.collapse_steps or max(100, min(2000, task.steps // 4))
     reports = reporting(
         task,

@@ -32,11 +32,11 @@ def reporting(
     """Gives the function to which the training loop passes each report.
 
     It writes the curves into the journal (`journal.jsonl` in the run folder), shows progress, and
-    raises if the loss has diverged or the network has collapsed. Only rank 0 has a folder; other
-    ranks give None and only check the loss.
+    checks the loss: it raises `Diverged` if that is not finite, and warns if it stays at chance.
+    Only rank 0 has a folder; other ranks give None and only check.
 
     Args:
-        collapse_steps: steps after which a pretext accuracy at chance is an error.
+        collapse_steps: steps at chance after which to warn that the network has collapsed.
     """
     alarm = Alarm(
         collapse_steps=collapse_steps,
