@@ -1,4 +1,8 @@
-"""The backbones that `checkpoint` names: ours, of other projects, random ones, torchvision's supervised ones."""
+"""Loads the backbones that `checkpoint=` names.
+
+These are run folders and files of relloc, files of other projects, "random" for random weights, and
+"torchvision" for its supervised ImageNet weights.
+"""
 
 import json
 import os
@@ -24,77 +28,89 @@ from relloc.runs import console
 from relloc.runs.build import Evaluating, model_of_conf
 from relloc.tracking.unfinished import unfinished_training
 
+# The enumeration of weights in torchvision.models, by model.
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 
 
 def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
-    """The backbones that `checkpoint` names, one or several, on the CPU.
+    """Loads the backbones that `checkpoint=` names, one or several, onto the CPU.
 
-    Random and supervised weights are, unless `model` says which, of the model of the first other one
-    (RELLOC_BESIDE names those of a sweep's other points), or of a ResNet-50.
+    Random and supervised weights are for comparison, so unless `model=` is given they take the model
+    of the first other checkpoint, or a ResNet-50 if there is none. In a sweep over checkpoints each
+    point names one of them; the environment variable RELLOC_BESIDE lists all (in JSON).
 
     Raises:
-        UsageError: `checkpoint` names none, or needs another model=.
+        UsageError: `checkpoint` names no backbone, or needs another model=.
         CheckpointError: a file is missing, damaged, or does not fit.
     """
-    asked = settings.checkpoints
-    found = {name: _from_file(settings, name) for name in asked if name not in NOT_OURS}
-    if settings.checkpoint_prefix is not None and not found:
+    names = settings.checkpoints
+    files = [name for name in names if name not in NOT_OURS]
+    loaded = {name: _from_file(settings, name) for name in files}
+    if settings.checkpoint_prefix is not None and not loaded:
         raise UsageError(
-            f"checkpoint={','.join(asked)} has no prefixes: leave checkpoint_prefix out"
+            f"checkpoint={','.join(names)} has no prefixes: leave checkpoint_prefix out"
         )
-    beside = [
-        name for name in json.loads(os.environ.get("RELLOC_BESIDE", "[]")) if name not in NOT_OURS
-    ]
-    if found:
-        of_file = next(iter(found.values())).model
+
+    # Find the model of random and supervised weights.
+    sweep_names = json.loads(os.environ.get("RELLOC_BESIDE", "[]"))
+    sweep_files = [name for name in sweep_names if name not in NOT_OURS]
+    if loaded:
+        model = next(iter(loaded.values())).model
+    elif sweep_files and not settings.model:
+        model = _from_file(settings, sweep_files[0]).model
     else:
-        of_file = (
-            _from_file(settings, beside[0]).model if beside and not settings.model else "resnet50"
-        )
-    return [found.get(name) or _by_name(settings, name, of_file) for name in asked]
+        model = "resnet50"
+
+    return [loaded.get(name) or _control(settings, name, model) for name in names]
 
 
 def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
-    """The backbone of a run folder or file, of the model in `settings` or else of the one that the file tells."""
-    if unfinished := unfinished_training(Path(checkpoint)):
+    """Loads the backbone of a run folder or file: of `model=`, or else of what the file says."""
+    unfinished = unfinished_training(Path(checkpoint))
+    if unfinished:
         raise UsageError(f"checkpoint={unfinished}")
     file = backbone_files.backbone_file(Path(checkpoint))
-    model = settings.model
-    if backbone_files.is_ours(file):
-        if settings.checkpoint_prefix is not None:
-            raise UsageError(
-                f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out"
-            )
-        weights, about = backbone_files.load_backbone(file)
-        # The model of the command line is the user's word and may be anything; that of a file is a stranger's.
-        if model is not None:
-            name, backbone = model.name, model.backbone(settings.seed)
-        else:
-            name = backbone_files.model_name(about, file)
-            backbone = described_backbone(about["model"], weights, str(file))
-        fill(backbone, weights, f"{checkpoint} (a {_trained(about)})")
+    if not backbone_files.is_ours(file):
+        return _from_other_project(settings, file)
+    if settings.checkpoint_prefix is not None:
+        raise UsageError(f"checkpoint={checkpoint} has no prefixes: leave checkpoint_prefix out")
+    weights, about = backbone_files.load_backbone(file)
+    # model= of the command line may be any code of the user's. A file may come from a stranger: its
+    # description may only choose among the models of relloc.
+    if settings.model is not None:
+        name = settings.model.name
+        backbone = settings.model.backbone(settings.seed)
     else:
-        check_hash(file)
-        found = layouts.find(
-            weight_files.read(file), origin=str(file), prefix=settings.checkpoint_prefix
-        )
-        model = model or model_of_conf(found.model_or_advice())
-        name, backbone = model.name, model.backbone(settings.seed)
-        fill(backbone, found.fitted(backbone.state_dict()), str(file))
-        console.say(f"weights {file}: {found}")
+        name = backbone_files.model_name(about, file)
+        backbone = described_backbone(about["model"], weights, str(file))
+    fill(backbone, weights, f"{checkpoint} (a {_printable_name(about)})")
     return evaluated(backbone, str(file), name)
 
 
-def _trained(about: Mapping[str, Any]) -> str:
+def _from_other_project(settings: Evaluating, file: Path) -> EvaluatedModel:
+    """Loads the weights of another project's file, whose layout is told by the names in it."""
+    check_hash(file)
+    weights = weight_files.read(file)
+    layout = layouts.find(weights, origin=str(file), prefix=settings.checkpoint_prefix)
+    model = settings.model or model_of_conf(layout.model_or_advice())
+    backbone = model.backbone(settings.seed)
+    fill(backbone, layout.fitted(backbone.state_dict()), str(file))
+    console.say(f"weights {file}: {layout}")
+    return evaluated(backbone, str(file), model.name)
+
+
+def _printable_name(about: Mapping[str, Any]) -> str:
+    """Returns the name of the model in a file's description, which may hold anything."""
     model = about.get("model")
     name = model.get("name") if isinstance(model, Mapping) else None
-    return name if isinstance(name, str) and name.isprintable() else "model without a name"
+    if isinstance(name, str) and name.isprintable():
+        return name
+    return "model without a name"
 
 
-def _by_name(settings: Evaluating, name: str, model_of_others: str) -> EvaluatedModel:
-    """`random` or `torchvision`."""
-    model = settings.model or model_of_conf(model_of_others)
+def _control(settings: Evaluating, name: str, default_model: str) -> EvaluatedModel:
+    """Makes a backbone for comparison: "random", or "torchvision" with supervised weights."""
+    model = settings.model or model_of_conf(default_model)
     backbone = model.backbone(settings.seed)
     if name == "torchvision":
         fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
@@ -102,7 +118,7 @@ def _by_name(settings: Evaluating, name: str, model_of_others: str) -> Evaluated
 
 
 def evaluated(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
-    """A backbone with the digest of its weights."""
+    """Returns a backbone as evaluations take it, with the digest of its weights."""
     weights = backbone_files.digest(backbone.state_dict())
     return EvaluatedModel(
         backbone=backbone, checkpoint=path_as_text(checkpoint), model=model, weights=weights
@@ -110,9 +126,10 @@ def evaluated(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel
 
 
 def supervised_weights(model: str) -> dict[str, Tensor]:
-    """torchvision's supervised ImageNet weights without the classifier, from its cache or downloaded.
+    """Returns torchvision's supervised ImageNet weights without the classifier.
 
-    These are the first published ones (V1), which the benchmark's supervised rows use.
+    They come from torchvision's cache, or are downloaded. These are the first published ones (V1),
+    as in the supervised rows of the benchmark that the evaluations follow.
 
     Raises:
         UsageError: torchvision has none for this model.
@@ -120,9 +137,11 @@ def supervised_weights(model: str) -> dict[str, Tensor]:
     """
     if model not in _SUPERVISED:
         raise UsageError(
-            f"torchvision has no supervised weights for model={model}: use one of {', '.join(_SUPERVISED)}"
+            f"torchvision has no supervised weights for model={model}: use one of "
+            f"{', '.join(_SUPERVISED)}"
         )
     weights: Any = getattr(torchvision.models, _SUPERVISED[model]).IMAGENET1K_V1
+    # Errors of a download are of many types; one of unpickling means that the cached file is damaged.
     try:
         state = weights.get_state_dict(
             progress=True, check_hash=True, map_location="cpu", weights_only=True

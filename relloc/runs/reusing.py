@@ -1,4 +1,8 @@
-"""Spares evaluations work: rows that other runs measured are used again, and a stopped evaluation goes on."""
+"""Reuses results of other runs, and resumes evaluations that were stopped.
+
+Both go by the fingerprint of an evaluation, a hash of all that decides its numbers: weights, images,
+settings and protocol.
+"""
 
 import contextlib
 import dataclasses
@@ -19,9 +23,10 @@ from relloc.runs import console
 from relloc.runs.folder import UNREADABLE_FILE, RunFolder
 from relloc.runs.refusing import STATES
 
-PATIENCE_S = (
-    5  # between two states; a cluster gives half a minute or more from its signal to `kill -9`
-)
+# Seconds between two calls of `ResumableState.save` within which a stop may wait for the next one.
+# Clusters leave at least half a minute between their signal and `kill -9`.
+PATIENCE_S = 5
+# Where runs lie below the folder of runs: by themselves, by date and time, and as points of sweeps.
 _RUN_FOLDERS = ("*", "*/*", "sweeps/*/*")
 
 _Key = tuple[str, str, str]  # name of an evaluation, batch norm, fingerprint
@@ -29,10 +34,13 @@ _Key = tuple[str, str, str]  # name of an evaluation, batch norm, fingerprint
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRun:
-    """The run that evaluations are part of, and what they may use again.
+    """The run that evaluations are part of, and what they may reuse.
 
-    `folder` is None on all ranks but the first, which alone writes and prints. States are written `save_every_s` apart.
-    `reused_runs` is the folder of runs whose rows and states of the same weights are used again; None for no other's.
+    Args:
+        folder: the run folder; None on all ranks but the first, which alone writes and prints.
+        save_every_s: least time in seconds between two saved states of an evaluation.
+        reused_runs: the folder of runs whose results and states for the same weights are reused, or
+            None to reuse only those of this run.
     """
 
     run_dir: Path
@@ -43,80 +51,99 @@ class EvalRun:
 
 
 def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun) -> list[int]:
-    """Which of the parts have no rows in the run folder yet. Rows of the same weights elsewhere are copied there."""
-    here = _rows_of(run.run_dir)
-    known: dict[_Key, list[Result]] = {}
-    for path in (
-        _of_other_runs(run.reused_runs, RESULTS_FILE, run.run_dir) if run.reused_runs else ()
-    ):
-        # A file of another version, or an unreadable one: then it is measured again.
-        with contextlib.suppress(ValueError, OSError):
-            known |= _rows_of(path.parent)  # the newest run's count
-    known |= here
+    """Returns the indices of the parts that have yet to be measured.
+
+    Rows that another run measured for the same weights are copied into the run folder. Only rank 0
+    calls this.
+    """
+    # Collect all rows that may be reused: of other runs from old to new, and at last of this one.
+    # A later one replaces earlier ones of the same key.
+    rows_here = _rows_by_key(run.run_dir)
+    reusable: dict[_Key, list[Result]] = {}
+    if run.reused_runs:
+        for path in _files_of_other_runs(run.reused_runs, RESULTS_FILE, exclude=run.run_dir):
+            # A file may be unreadable or of another version: then its rows are measured again.
+            with contextlib.suppress(ValueError, OSError):
+                reusable |= _rows_by_key(path.parent)
+    reusable |= rows_here
+
     missing: list[int] = []
-    named: set[tuple[str, str]] = set()
-    for number, part in enumerate(parts):
-        name, batch_norm, fingerprint = key = (part.named.name, part.batch_norm, part.fingerprint)
-        if key not in known:
-            missing.append(number)
+    reported: set[tuple[str, str]] = set()
+    for index, part in enumerate(parts):
+        name = part.named.name
+        key = (name, part.batch_norm, part.fingerprint)
+        if key not in reusable:
+            missing.append(index)
             continue
-        delete_state(
-            state_file(run.run_dir, fingerprint)
-        )  # another run may have finished what this one began
-        if any(row.checkpoint == model.checkpoint for row in here.get(key, [])):
+        # This run may have begun the part, and another one finished it: the state is obsolete.
+        delete_state(state_file(run.run_dir, part.fingerprint))
+        if any(row.checkpoint == model.checkpoint for row in rows_here.get(key, [])):
             continue
-        # Of one checkpoint: the same weights may have been measured by several paths.
-        first = known[key][0]
-        of_one = [row for row in known[key] if row.checkpoint == first.checkpoint]
-        append_results(
-            run.run_dir, [dataclasses.replace(row, checkpoint=model.checkpoint) for row in of_one]
-        )
-        if (name, batch_norm) not in named:
-            named.add((name, batch_norm))
-            place = first.measured_in
+        # The same weights may have been measured under several paths. One set of rows is enough;
+        # it is copied under the path that this command gave.
+        first = reusable[key][0]
+        copies = [
+            dataclasses.replace(row, checkpoint=model.checkpoint)
+            for row in reusable[key]
+            if row.checkpoint == first.checkpoint
+        ]
+        append_results(run.run_dir, copies)
+        # One line an evaluation and batch norm, not one for each layer.
+        if (name, part.batch_norm) not in reported:
+            reported.add((name, part.batch_norm))
             console.say(
-                f"found   {name} ({batch_norm}) of the same weights in {place}; reuse=false measures it again"
+                f"found   {name} ({part.batch_norm}) of the same weights in {first.measured_in}; "
+                "reuse=false measures it again"
             )
     return missing
 
 
-def _rows_of(run_dir: Path) -> dict[_Key, list[Result]]:
-    """The rows of a run folder; each says where it was measured."""
-    found: dict[_Key, list[Result]] = {}
+def _rows_by_key(run_dir: Path) -> dict[_Key, list[Result]]:
+    """Returns the rows of a run folder by key; each row says in which run it was measured."""
+    rows_by_key: dict[_Key, list[Result]] = {}
     for row in read_results(run_dir):
-        told = dataclasses.replace(row, measured_in=row.measured_in or path_as_text(run_dir))
-        found.setdefault((row.eval, row.batch_norm, row.fingerprint), []).append(told)
-    return found
+        # A row that was itself copied keeps the run that measured it.
+        measured_in = row.measured_in or path_as_text(run_dir)
+        row_with_origin = dataclasses.replace(row, measured_in=measured_in)
+        key = (row.eval, row.batch_norm, row.fingerprint)
+        rows_by_key.setdefault(key, []).append(row_with_origin)
+    return rows_by_key
 
 
-def _of_other_runs(runs: Path, name: str, but: Path) -> list[Path]:
-    """Files of that name in run folders below `runs`, oldest first; of none that met broken images.
+def _files_of_other_runs(runs: Path, name: str, *, exclude: Path) -> list[Path]:
+    """Returns the files called `name` in run folders below `runs`, oldest first.
 
-    An image may have been mended since.
+    `name` is the path below a run folder, and `exclude` the run folder that is left out.
     """
-    found = []
+    files = []
     for pattern in _RUN_FOLDERS:
         for path in runs.absolute().glob(f"{pattern}/{name}"):
-            run = path.parents[name.count("/")]
-            if run != but and not (run / UNREADABLE_FILE).exists():
-                with contextlib.suppress(
-                    FileNotFoundError
-                ):  # its run has just finished, and removed it
-                    found.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(found)]
+            run_dir = path.parents[name.count("/")]
+            # A run that met unreadable images has numbers of fewer images, and the images may have
+            # been repaired since.
+            if run_dir == exclude or (run_dir / UNREADABLE_FILE).exists():
+                continue
+            # The run may just have finished, and removed its state.
+            with contextlib.suppress(FileNotFoundError):
+                files.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(files)]
 
 
 def state_file(run_dir: Path, fingerprint: str) -> Path:
-    """Where a stopped evaluation is kept until it is finished."""
+    """Returns the file that holds the state of an evaluation until it is finished."""
     return run_dir / STATES / f"{fingerprint}.pt"
 
 
 class ResumableState:
-    """An `EvaluationState` in a file of the run folder; else the newest that a run below `reused_runs` left is loaded.
+    """An `EvaluationState` in a file of the run folder, from which a stopped evaluation resumes.
 
-    It is written `save_every_s` seconds apart at most, and wherever more than `PATIENCE_S` went by. So what
-    was saved last is in the file, or the next call comes within seconds: then a stop waits for that,
-    which writes and leaves. Rank 0 reads and writes for all ranks. A full disk is told, and ends nothing.
+    If the run folder has no such file, the newest one of the runs below `reused_runs` is loaded.
+    Rank 0 reads and writes for all ranks. A full disk is reported and stops nothing.
+
+    An evaluation calls `save` often, with all that it needs to go on. The state is written if
+    `save_every_s` seconds have passed since it was written last, or `PATIENCE_S` since the last
+    call. So at any time either the file is up to date or the next call comes within seconds, and a
+    stop can wait for that call, which writes the file and exits.
     """
 
     def __init__(self, run: EvalRun, fingerprint: str) -> None:
@@ -125,22 +152,27 @@ class ResumableState:
         self._written = self._called = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
+        """Returns the saved state, or None if the evaluation has to start anew."""
         return ranks.from_first(self._newest() if ranks.rank() == 0 else None)
 
     def _newest(self) -> dict[str, Any] | None:
-        run, paths = self.run, [self.path] if self.path.exists() else []
+        run = self.run
+        paths = []
+        if self.path.exists():
+            paths.append(self.path)
         if run.reused_runs:
-            paths += reversed(
-                _of_other_runs(
-                    run.reused_runs, str(self.path.relative_to(run.run_dir)), run.run_dir
-                )
-            )
+            name = str(self.path.relative_to(run.run_dir))
+            oldest_first = _files_of_other_runs(run.reused_runs, name, exclude=run.run_dir)
+            paths += reversed(oldest_first)
+        # A damaged file is reported, and the next one tried.
         for path in paths:
             try:
                 state = load_state(path)
             except CheckpointError as error:
+                # The run's own file may be readable another time, such as after a problem of the
+                # network. To go on would write over it.
                 if path == self.path and not isinstance(error, DamagedCheckpoint):
-                    raise  # it may be read another time, and is not to be written over
+                    raise
                 console.say(f"{error}. No evaluation goes on from it")
             else:
                 console.say(f"eval    goes on from {path}")
@@ -148,15 +180,21 @@ class ResumableState:
         return None
 
     def save(self, state: dict[str, Any]) -> None:
-        now, stop = time.monotonic(), self.run.stop
-        due = now - self._written >= self.run.save_every_s or now - self._called >= PATIENCE_S
-        stop.listen(awaited=True)  # also while the file is written, which is then whole
-        # Rank 0's clock decides for all; a stop, whoever is asked.
-        stopping, due = ranks.largest(stop.signal or 0, due and ranks.rank() == 0)
+        """Writes the state if it is time. After a signal it writes, and raises `Stopped`."""
+        now = time.monotonic()
+        stop = self.run.stop
+        is_old = now - self._written >= self.run.save_every_s
+        is_slow = now - self._called >= PATIENCE_S
+        # From here on a signal waits for the next call, and cuts off no file that is being written.
+        stop.listen(awaited=True)
+        # All ranks have to decide alike: rank 0's clock counts, and a signal to any of them.
+        due = (is_old or is_slow) and ranks.rank() == 0
+        stopping, due = ranks.largest(stop.signal or 0, due)
         if due or stopping:
             if ranks.rank() == 0:
                 self._write(state)
-            raise_if_stopped(stop)  # on all ranks, once the file is there
+            # All ranks leave, once the file is there.
+            raise_if_stopped(stop)
         self._called = time.monotonic()
 
     def _write(self, state: dict[str, Any]) -> None:
@@ -168,9 +206,10 @@ class ResumableState:
 
 
 def raise_if_stopped(stop: StopRequest) -> None:
-    """Leave the run with the signal's exit code if any rank was asked to stop; else a signal ends it at once again.
+    """Raises `Stopped`, with the signal's exit code, if any rank was asked to stop.
 
-    All ranks call it together.
+    Otherwise a signal ends the process at once from here on, since nothing is unsaved. All ranks
+    call this together.
     """
     (signal,) = ranks.largest(stop.signal or 0)
     stop.signal = signal or None
