@@ -1,4 +1,4 @@
-"""What a person sees: progress, tables, and where everything went."""
+"""Prints to the terminal: lines, progress bars, tables of results and the next command to type."""
 
 import contextlib
 import math
@@ -30,40 +30,46 @@ from relloc.runs.command_line import as_word
 from relloc.terminal import escaped, tell_next
 
 T = TypeVar("T")
+# What a progress bar is called with: the number of items done, and a text beside the bar.
 Update = Callable[[int, str], None]
-_LINE_EVERY_S = 30
-_LONG_S = 3
-_last_line: dict[str, float] = {}  # when there was one, of whatever
+_LINE_EVERY_S = 30  # between progress lines where the output is not a terminal
+_LONG_S = 3  # shorter work is finished before anyone looks for its progress
+# Under "s", when any progress line was last printed, by the monotonic clock.
+_last_line: dict[str, float] = {}
 
 _HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {
     "avgpool": "pool",
     "": "value",
 }
 _LEGEND = "f1 to f5: feature1 to feature5, stages from the image on; pool: avgpool"
-_NAMES = ("evaluation", "weights", "batch norm")
+_NAME_COLUMNS = ("evaluation", "weights", "batch norm")
+# Widths in characters. Output to a file or pipe has no width of its own: this suffices for a table.
 _WIDTH_OF_FILES = 120
-# Columns of a terminal: below which three names beside the numbers of six layers are folded too often, and which the
-# numbers need beside a name of 14
+# In a narrower terminal three columns of names beside the numbers of six layers fold too often.
 _NARROW = 80
+# The numbers of six layers beside a name of 14 characters need so much.
 _NARROWEST = 56
 
 
 def _width() -> int | None:
-    """COLUMNS, if it is a number; a terminal's own; of a file or pipe, which has none, enough for a table."""
-    asked = os.environ.get("COLUMNS", "")
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
-    return None if sys.stdout is not None and sys.stdout.isatty() else _WIDTH_OF_FILES
+    """Returns the width in characters: COLUMNS if it is a number, or None for the terminal's own."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns) > 0:
+        return int(columns)
+    # There is no stdout where a program without a console started us.
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return None if is_terminal else _WIDTH_OF_FILES
 
 
-# Names of files, classes and runs are printed as they are: markup and :emoji: in them mean nothing.
+# Names of files, classes and runs are printed as they are: rich would read [markup] and :emoji:.
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=_width())
 
 
 def say(*lines: str) -> None:
-    """Lines for the user. What acts on a terminal in them is printed as its code.
+    """Prints lines. Characters that control a terminal are printed as their codes.
 
-    So is a line end, unless two blanks follow it: a name with one in it can't pass for another line of ours.
+    A line end within a line is such a character too, unless two spaces follow it: the name of a
+    file, which may contain a line end, must not be able to imitate another line.
     """
     for line in lines:
         for part in re.split(r"\n(?=  )", line):
@@ -71,30 +77,39 @@ def say(*lines: str) -> None:
 
 
 def say_next(command: str, *words: str, **settings: object) -> None:
-    """The command that one goes on with, as it is typed; a sweep's points leave that to the sweep."""
+    """Prints the command to go on with, quoted for a shell.
+
+    `say_next("evaluate", checkpoint="a")` prints `next: python -m relloc.evaluate checkpoint=a`.
+    """
+    # After a point of a sweep it is the sweep that goes on.
     if "RELLOC_SWEEP" in os.environ:
         return
-    typed = [*map(shlex.quote, words), *(as_word(name, value) for name, value in settings.items())]
-    tell_next(" ".join(["python", "-m", f"relloc.{command}", *typed]))
+    typed = ["python", "-m", f"relloc.{command}"]
+    typed += [shlex.quote(word) for word in words]
+    typed += [as_word(name, value) for name, value in settings.items()]
+    tell_next(" ".join(typed))
 
 
 def from_here(folder: Path) -> str:
-    """A folder's name from where we are, if it is below; else all of it."""
+    """Returns the path to a folder from the current one if it lies below, or else its full path."""
     here = Path.cwd()
-    return (
-        str(folder.relative_to(here))
-        if folder.is_relative_to(here) and folder != here
-        else str(folder)
-    )
+    if folder != here and folder.is_relative_to(here):
+        return str(folder.relative_to(here))
+    return str(folder)
 
 
 @contextlib.contextmanager
 def progress_bar(
     what: str, total: int, done: int = 0, *, end_after_s: float = 0
 ) -> Iterator[Update]:
-    """A bar on a terminal, a plain line every half minute elsewhere; call it with (done, text).
+    """Shows progress: a bar on a terminal, or else a plain line every half minute.
 
-    The line of the end is left out where there was any within `end_after_s` before.
+    The block gets a function to call with the number of items done and a text:
+
+        with progress_bar("check", total=len(images)) as update:
+            update(100, "images")
+
+    The plain line at the end is left out if any was printed within `end_after_s` seconds before.
     """
     if console.is_terminal:
         columns = (
@@ -112,7 +127,7 @@ def progress_bar(
 
 @contextlib.contextmanager
 def progress_if_long(what: str, total: int, _done: int = 0) -> Iterator[Update]:
-    """As `progress_bar`, but nothing is shown of what is finished within a few seconds."""
+    """Shows progress as `progress_bar` does, but nothing of work that takes a few seconds only."""
     started = time.monotonic()
     shown: Update | None = None
     with contextlib.ExitStack() as at_end:
@@ -128,26 +143,33 @@ def progress_if_long(what: str, total: int, _done: int = 0) -> Iterator[Update]:
 
 
 def _lines(what: str, total: int, first: int, end_after_s: float) -> Update:
+    """Returns what prints progress as plain lines; `first` items were done before."""
     started = printed = time.monotonic()
 
     def update(done: int, text: str) -> None:
         nonlocal printed
         now = time.monotonic()
-        since, pause = (
-            (printed, _LINE_EVERY_S)
-            if done < total
-            else (_last_line.get("s", -math.inf), end_after_s)
-        )
-        if now - since >= pause:
-            printed = _last_line["s"] = now
-            left = (now - started) / max(1, done - first) * (total - done)
-            say(f"{what} {done}/{total} {text} {now - started:.0f} s, {left:.0f} s left")
+        # On the way a line comes every half minute. The last one comes at once, unless some other
+        # progress was shown just before.
+        previous = printed
+        pause_s: float = _LINE_EVERY_S
+        if done >= total:
+            previous = _last_line.get("s", -math.inf)
+            pause_s = end_after_s
+        if now - previous < pause_s:
+            return
+        printed = now
+        _last_line["s"] = now
+        elapsed_s = now - started
+        s_per_item = elapsed_s / max(1, done - first)
+        left_s = s_per_item * (total - done)
+        say(f"{what} {done}/{total} {text} {elapsed_s:.0f} s, {left_s:.0f} s left")
 
     return update
 
 
 def counted(batches: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """`batches` with progress shown; passes that follow one another within seconds have no lines of their own."""
+    """Yields the batches and shows progress; short passes after one another print few lines."""
     with progress_bar(what, total, end_after_s=_LINE_EVERY_S) as update:
         for done, batch in enumerate(batches, start=1):
             yield batch
@@ -155,19 +177,22 @@ def counted(batches: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 def show_results(rows: Sequence[Result]) -> None:
-    """The table of results, and what its short heads mean."""
+    """Prints the table of results, and what its short column heads mean."""
     console.print(results_table(rows, console.width))
     say(_LEGEND)
 
 
 def results_table(rows: Sequence[Result], width: int) -> Table:
-    """One line an evaluation, weights and batch norm; layers across, then the value of what has none.
+    """Returns the table of results for a terminal of `width` characters.
 
-    One number an evaluation, its headline; results.jsonl has all. Long names go on in further lines, and in a narrow
-    terminal the three names stand below one another; numbers are never cut.
+    It has a line for each evaluation, weights and batch norm, a column for each layer, and one for
+    values without a layer. Only the headline metric of an evaluation is shown; `results.jsonl` has
+    all. Long names are folded, in a narrow terminal the three names stand in one column, and numbers
+    are never cut.
     """
     headlines = [row for row in rows if row.headline]
-    layers = [layer for layer in _HEADS if any(row.layer == layer for row in headlines)]
+    measured_layers = {row.layer for row in headlines}
+    layers = [layer for layer in _HEADS if layer in measured_layers]
     is_narrow = width < _NARROW
     table = Table(
         title="on images held out of the evaluation's training; % unless a unit is named",
@@ -176,53 +201,67 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
         pad_edge=False,
         width=max(width, _NARROWEST) if is_narrow else None,
     )
-    for name in ["\n".join(_NAMES)] if is_narrow else _NAMES:
+    name_columns = ["\n".join(_NAME_COLUMNS)] if is_narrow else _NAME_COLUMNS
+    for name in name_columns:
         table.add_column(name, overflow="fold", vertical="top")
     for layer in layers:
         table.add_column(_HEADS[layer], justify="right", no_wrap=True)
     for evaluation, lines in _by_evaluation(headlines).items():
         table.add_section()
         for (weights, batch_norm), values in lines.items():
-            names = (evaluation, weights, batch_norm)
-            table.add_row(
-                *(["\n".join(names)] if is_narrow else names),
-                *(values.get(layer) for layer in layers),
-            )
+            names: tuple[str, ...] = (evaluation, weights, batch_norm)
+            if is_narrow:
+                names = ("\n".join(names),)
+            cells = [values.get(layer) for layer in layers]
+            table.add_row(*names, *cells)
+            # In columns of their own, names of evaluations stand only in their first line.
             if not is_narrow:
-                evaluation = ""  # named once
+                evaluation = ""
     return table
 
 
 def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], dict[str, str]]]:
-    """Values by layer of each evaluation, and there of weights and batch norm."""
+    """Groups values: evaluation -> (weights, batch norm) -> layer -> value as it is printed."""
     files = {Path(row.checkpoint) for row in rows if row.checkpoint not in NOT_OURS}
-    several = len({file.parent.name for file in files}) > 1  # told apart by their runs
-    found: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    run_names = {file.parent.name for file in files}
+    table: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
-        weights = Path(row.checkpoint).name  # of another project, or no file
+        evaluation = f"{row.eval} {row.metric}"
+        if row.unit != "%":
+            evaluation += f" ({row.unit})"
+        checkpoint = Path(row.checkpoint)
+        weights = checkpoint.name
+        # All our backbones have the same file name: of several, their runs are named.
         if weights == BACKBONE_FILE:
-            weights = Path(row.checkpoint).parent.name if several else "pretrained"
-        evaluation = f"{row.eval} {row.metric}" + ("" if row.unit == "%" else f" ({row.unit})")
-        lines = found.setdefault(escaped(evaluation), {})
-        line = lines.setdefault((escaped(weights), row.batch_norm.replace("_", " ")), {})
-        line[row.layer] = f"{row.value:.1f}"
-    return found
+            weights = checkpoint.parent.name if len(run_names) > 1 else "pretrained"
+        batch_norm = row.batch_norm.replace("_", " ")
+        lines = table.setdefault(escaped(evaluation), {})
+        values = lines.setdefault((escaped(weights), batch_norm), {})
+        values[row.layer] = f"{row.value:.1f}"
+    return table
 
 
 def say_measured(rows: Sequence[Result]) -> None:
-    """A line for each layer of what was just measured: its headline, and what stands in its table beside it."""
+    """Prints a line for each layer that was just measured.
+
+    It has the headline metric and the other numbers of the evaluation's table.
+    """
     by_layer: dict[str, list[str]] = {}
     for row in rows:
-        if row.headline or (row.table and row.variant in ("", row.layer)):
+        # Rows of another variant belong to other tables.
+        is_in_table = row.table and row.variant in ("", row.layer)
+        if row.headline or is_in_table:
             by_layer.setdefault(row.layer, []).append(f"{row.metric} {row.value:.1f}")
     for layer, numbers in by_layer.items():
-        what = f"{rows[0].eval} {layer}".strip()
-        say(f"        {what}, {rows[0].batch_norm.replace('_', ' ')}: {', '.join(numbers)}")
+        evaluation = f"{rows[0].eval} {layer}".strip()
+        batch_norm = rows[0].batch_norm.replace("_", " ")
+        say(f"        {evaluation}, {batch_norm}: {', '.join(numbers)}")
 
 
 def pretext_line(row: Result) -> str:
-    """Held-out pretext accuracy beside chance."""
+    """Returns the line that tells the held-out pretext accuracy beside that of chance."""
+    interval = f"95 % interval {row.low:.1f} to {row.high:.1f}, {row.n} pairs"
     return (
-        f"pretext accuracy on {row.dataset} {row.split}: {row.value:.1f} % (95 % interval {row.low:.1f} to "
-        f"{row.high:.1f}, {row.n} pairs); chance is {CHANCE_PERCENT} %"
+        f"pretext accuracy on {row.dataset} {row.split}: {row.value:.1f} % ({interval}); "
+        f"chance is {CHANCE_PERCENT} %"
     )

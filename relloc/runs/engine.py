@@ -1,4 +1,7 @@
-"""How a run computes: device, precision, and all that makes it fast without changing results."""
+"""Chooses how a run computes: device, precision, compilation, memory format, loader processes.
+
+Only the precision changes results, by rounding. Everything else changes how fast a run is.
+"""
 
 import contextlib
 import dataclasses
@@ -18,19 +21,29 @@ from relloc.errors import UsageError
 from relloc.runs import console
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-# A gradient that flows into a batch norm is read by several kernels and made from many values. By default the
-# compiler then keeps it, in float32; made anew each time it costs a third less memory traffic.
+# A gradient that flows into a batch norm is computed from many values and read by several kernels.
+# By default the compiler then stores it, in float32. Computing it again for each of the kernels takes
+# a third less memory traffic.
 _FUSION: dict[str, Any] = {"realize_acc_reads_threshold": 14}
-# Features of all evaluations come from one compiled function, in a variant for each architecture, set of layers and
-# size of images: more than the compiler's own limit of 8, beyond which it warns once and compiles no more.
-_VARIANTS = 128
+# Features of all evaluations come from one function, which is compiled for each architecture, set of
+# layers and size of images. After 8 compilations of a function, its default limit, torch.compile warns
+# once and compiles no more.
+_MAX_VARIANTS = 128
 _DEVICES = ("auto", "cpu", "cuda")
 _PRECISIONS = ("bf16", "tf32", "fp32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """The settings of an engine as they are asked for. "auto" leaves one to the machine, which `settle` looks at."""
+    """Settings of an engine as a user writes them; "auto" is resolved by `settle` for the machine.
+
+    Args:
+        device: "cpu", "cuda" or "auto".
+        precision: "bf16", "tf32", "fp32" or "auto"; see `Engine`.
+        memory_format: "channels_last" or "contiguous", the layout of feature maps.
+        deterministic: True to get the same bits each time on the same machine.
+        workers: number of loader processes of each training process.
+    """
 
     device: str
     precision: str
@@ -46,18 +59,19 @@ class EngineSettings:
         checks.one_of("memory_format", self.memory_format, tuple(_MEMORY_FORMATS))
         checks.true_or_false("deterministic", self.deterministic)
         for name in ("compile", "cuda_graphs"):
-            if getattr(self, name) != "auto":
-                checks.true_or_false(name, getattr(self, name))
+            value = getattr(self, name)
+            if value != "auto":
+                checks.true_or_false(name, value)
         if self.workers != "auto":
             checks.whole("workers", self.workers, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Settled settings of a run. None changes results beyond the rounding of `precision`.
+    """How a run computes. Nothing here changes results beyond the rounding of `precision`.
 
-    "bf16" runs forwards in bfloat16 and the rest as "tf32", which rounds the inputs of products to
-    19 bits on GPUs that can; "fp32" rounds nothing.
+    "bf16" runs forwards in bfloat16 and everything else as "tf32". "tf32" rounds the inputs of matrix
+    products and convolutions to 19 bits on GPUs that can do so. "fp32" rounds nothing.
     """
 
     device: torch.device
@@ -70,72 +84,98 @@ class Engine:
 
     @property
     def bf16(self) -> bool:
+        """True if forwards run in bfloat16."""
         return self.precision == "bf16"
 
     def place(self, model: torch.nn.Module) -> None:
-        """Move a model to the device, its maps in this engine's memory format."""
+        """Moves a model to the device, with its weights in this engine's memory format."""
         model.to(self.device, memory_format=_MEMORY_FORMATS[self.memory_format])  # pyright: ignore[reportCallIssue] - an overload torch lacks
 
     def compile(self, function: Any) -> Any:
-        """`function` or module, compiled anew for each kind of input it will see; as it is where compiling is off."""
+        """Returns a function or module compiled, or as it is where compiling is off.
+
+        It is compiled at its first call, and again for each new shape of its inputs.
+        """
         if not self.compiled:
             return function
-        torch._dynamo.config.recompile_limit = _VARIANTS  # pyright: ignore[reportAttributeAccessIssue]
-        return _told_by_name(torch.compile(function, dynamic=False, options=_FUSION))
+        torch._dynamo.config.recompile_limit = _MAX_VARIANTS  # pyright: ignore[reportAttributeAccessIssue]
+        compiled = torch.compile(function, dynamic=False, options=_FUSION)
+        return _with_explained_failures(compiled)
 
     def __str__(self) -> str:
-        words = (
-            self.device.type,
-            self.precision,
-            "compiled" if self.compiled else "not compiled",
-            "CUDA graphs" if self.cuda_graphs else "",
-            self.memory_format,
-            "deterministic" if self.deterministic else "",
-            f"{self.workers} workers",
-        )
-        return ", ".join(filter(None, words))
+        words = [self.device.type, self.precision]
+        words.append("compiled" if self.compiled else "not compiled")
+        if self.cuda_graphs:
+            words.append("CUDA graphs")
+        words.append(self.memory_format)
+        if self.deterministic:
+            words.append("deterministic")
+        words.append(f"{self.workers} workers")
+        return ", ".join(words)
 
 
 def settle(asked: EngineSettings) -> Engine:
-    """The engine that is asked for, with torch's global switches set accordingly.
+    """Resolves settings for this machine, and sets torch's global switches for precision.
 
     Raises:
-        UsageError: a setting that this machine cannot meet.
+        UsageError: this machine can't meet a setting.
     """
     on = device(asked.device)
     is_gpu = on.type == "cuda"
-    precision = asked.precision
-    if precision == "bf16" and not is_gpu:
-        raise UsageError(
-            "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 convolutions "
-            "unset on CPUs. Give precision=fp32"
-        )
-    if precision == "auto":
-        precision = (
-            "bf16" if is_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        )
+    precision = _precision(asked.precision, is_gpu=is_gpu)
     if asked.cuda_graphs is True and not is_gpu:
         raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
     compiled = _compiled(asked.compile, on)
+    # A graph replays the kernels of a step without the cost of launching each. Networks that are not
+    # compiled can have graphs too, if they are asked for.
+    cuda_graphs = is_gpu and compiled
+    if asked.cuda_graphs != "auto":
+        cuda_graphs = bool(asked.cuda_graphs)
+    # These switches are global in torch: for products of matrices, and for convolutions.
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return Engine(
         device=on,
         precision=precision,
         compiled=compiled,
-        cuda_graphs=is_gpu and compiled if asked.cuda_graphs == "auto" else bool(asked.cuda_graphs),
+        cuda_graphs=cuda_graphs,
         memory_format=asked.memory_format,
         deterministic=asked.deterministic,
         workers=_workers(asked.workers, on),
     )
 
 
+def _precision(asked: str, *, is_gpu: bool) -> str:
+    """Returns the precision to compute with: as asked, or the fastest that the device computes well.
+
+    Raises:
+        UsageError: bf16 on a CPU.
+    """
+    if asked == "bf16" and not is_gpu:
+        raise UsageError(
+            "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 "
+            "convolutions unset on CPUs. Give precision=fp32"
+        )
+    if asked != "auto":
+        return asked
+    # GPUs before Ampere emulate bfloat16, which is slower than float32.
+    if is_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp32"
+
+
 @contextlib.contextmanager
 def training(engine: Engine) -> Iterator[None]:
-    """torch's switches for training: the fastest kernels, or those that give the same bits each time."""
+    """Sets torch's switches for training within the block.
+
+    They choose the fastest kernels, or with `deterministic` those that give the same bits each time.
+    """
+    # cuDNN times its kernels for each new shape, and may choose another one in another run.
     torch.backends.cudnn.benchmark = not engine.deterministic
     if engine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        # cuBLAS is deterministic only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # torch would fill each new tensor, to show reads before writes; no kernel of ours does that.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
     torch.use_deterministic_algorithms(engine.deterministic)
@@ -146,15 +186,15 @@ def training(engine: Engine) -> Iterator[None]:
 
 
 def device(asked: str) -> torch.device:
-    """The device asked for; this process's own GPU where there are several.
+    """Returns the device to run on; of several processes each has a GPU of its own.
 
     Raises:
-        UsageError: a GPU was asked for and there is none.
+        UsageError: "cuda" was asked for and there is no GPU, or fewer GPUs than processes.
     """
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for its driver, "
-            "or give device=cpu"
+            "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for "
+            "its driver, or give device=cpu"
         )
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -168,10 +208,10 @@ def device(asked: str) -> torch.device:
 
 
 def _compiled(asked: Any, on: torch.device) -> bool:
-    """Whether to compile: as asked, where that works; of itself on a GPU.
+    """Returns whether to compile: as asked, and for "auto" on a GPU where torch.compile works.
 
     Raises:
-        UsageError: compile=true, and it does not work here.
+        UsageError: compile=true, and torch.compile does not work here.
     """
     wanted = on.type == "cuda" if asked == "auto" else asked
     missing = why_not_compiled(on) if wanted else ""
@@ -179,7 +219,8 @@ def _compiled(asked: Any, on: torch.device) -> bool:
         return wanted
     if asked != "auto":
         raise UsageError(
-            f"compile=true, but torch.compile lacks {missing}: install it, or leave auto (the results stay the same)"
+            f"compile=true, but torch.compile lacks {missing}: install it, or leave auto (the "
+            "results stay the same)"
         )
     if ranks.local_rank() == 0:
         console.say(f"engine  not compiled, which is slower: torch.compile lacks {missing}")
@@ -188,10 +229,14 @@ def _compiled(asked: Any, on: torch.device) -> bool:
 
 @functools.cache
 def why_not_compiled(on: torch.device) -> str:
-    """What torch.compile lacks on this machine; "" where it works, which a small function tries."""
+    """Returns what torch.compile lacks on this machine, or "" if it works.
+
+    It compiles a small function to find out, since the reasons for failure are many.
+    """
     if on.type == "cuda":
-        # Triton builds a small C library at first use.
-        if not any(map(shutil.which, ("cc", "gcc", "clang", os.environ.get("CC", "cc")))):
+        # Triton builds a small C library at first use, and without its needs fails obscurely.
+        compilers = ("cc", "gcc", "clang", os.environ.get("CC", "cc"))
+        if not any(shutil.which(compiler) for compiler in compilers):
             return "a C compiler"
         if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
             return "Python.h (the python3-dev package)"
@@ -201,40 +246,47 @@ def why_not_compiled(on: torch.device) -> str:
         reason = _first_line(error)
         if isinstance(error, OSError):
             return f"a folder to write to, which TORCHINDUCTOR_CACHE_DIR names ({reason})"
-        compiler = (
-            "a C++ compiler, which CXX names,"
-            if on.type == "cpu"
-            else "a C compiler, which CC names,"
-        )
+        # On CPUs torch.compile generates C++, on GPUs Triton's kernels with a little C around.
+        compiler = "a C compiler, which CC names,"
+        if on.type == "cpu":
+            compiler = "a C++ compiler, which CXX names,"
         return f"{compiler} or another part of it ({reason})"
     return ""
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, without the advice to developers that torch puts around it."""
-    lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
-    return lines[0] if lines else type(error).__name__
+    """Returns what an error says, without the advice to developers that torch puts around it."""
+    for line in str(error).splitlines():
+        if line and not line.startswith("backend="):
+            return line
+    return type(error).__name__
 
 
-def _told_by_name(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, whose failures to compile what it is given are told by the setting that asked for it."""
-    from torch._dynamo.exc import BackendCompilerFailed  # seconds to import, and needed only here
+def _with_explained_failures(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `compiled`, which raises `UsageError` naming compile= if it can't be compiled."""
+    # This import takes seconds, and only compiled runs need it.
+    from torch._dynamo.exc import BackendCompilerFailed
 
-    def call(*given: Any, **named: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*given, **named)
+            return compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise UsageError(
-                f"torch.compile failed ({_first_line(error)}): give compile=false (the results stay the same)"
+                f"torch.compile failed ({_first_line(error)}): give compile=false (the results "
+                "stay the same)"
             ) from error
 
     return call
 
 
 def _workers(asked: Any, on: torch.device) -> int:
-    """Loader processes: as asked; else a training process's share of the cores but one, a quarter beside a CPU."""
+    """Returns the number of loader processes of each training process: as asked, or by the cores."""
     if asked != "auto":
         return asked
+    # Training processes on one machine share its cores.
     cores = machine.cores() // ranks.local_world_size()
-    # One core is left to the process that feeds a GPU, which has little to do where steps are CUDA graphs.
-    return cores // 4 if on.type == "cpu" else max(1, cores - 1)
+    # A CPU that trains is busy itself.
+    if on.type == "cpu":
+        return cores // 4
+    # One core is left to the process that feeds the GPU.
+    return max(1, cores - 1)

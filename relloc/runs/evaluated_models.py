@@ -84,7 +84,7 @@ def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
         name = backbone_files.model_name(about, file)
         backbone = described_backbone(about["model"], weights, str(file))
     fill(backbone, weights, f"{checkpoint} (a {_printable_name(about)})")
-    return evaluated(backbone, str(file), name)
+    return make_evaluated_model(backbone, str(file), name)
 
 
 def _from_other_project(settings: Evaluating, file: Path) -> EvaluatedModel:
@@ -96,7 +96,7 @@ def _from_other_project(settings: Evaluating, file: Path) -> EvaluatedModel:
     backbone = model.backbone(settings.seed)
     fill(backbone, layout.fitted(backbone.state_dict()), str(file))
     console.say(f"weights {file}: {layout}")
-    return evaluated(backbone, str(file), model.name)
+    return make_evaluated_model(backbone, str(file), model.name)
 
 
 def _printable_name(about: Mapping[str, Any]) -> str:
@@ -114,10 +114,10 @@ def _control(settings: Evaluating, name: str, default_model: str) -> EvaluatedMo
     backbone = model.backbone(settings.seed)
     if name == "torchvision":
         fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
-    return evaluated(backbone, name, model.name)
+    return make_evaluated_model(backbone, name, model.name)
 
 
-def evaluated(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
+def make_evaluated_model(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
     """Returns a backbone as evaluations take it, with the digest of its weights."""
     weights = backbone_files.digest(backbone.state_dict())
     return EvaluatedModel(

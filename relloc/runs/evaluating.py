@@ -42,7 +42,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
     models = evaluated_models(settings)
     subjects = [(model.checkpoint, model.model) for model in models]
     names = [named.name for named in settings.evaluations]
-    answers = known_answers.asked(subjects, names, settings.batch_norms)
+    answers = known_answers.applicable(subjects, names, settings.batch_norms)
     # Known beforehand: an hour of evaluations without any verdict is spared.
     if settings.verdict and not answers:
         raise UsageError(

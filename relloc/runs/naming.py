@@ -1,4 +1,8 @@
-"""The names of runs in MLflow, whose tables show about twenty characters: what is studied comes first."""
+"""Names runs for MLflow.
+
+MLflow's tables show about the first twenty characters, so the settings that a study varies most
+(grid, length) come first.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +13,8 @@ from relloc.runs.build import Pretraining
 from relloc.tracking import RunRecord
 from relloc.tracking.record import RUN_FILE
 
-# Names of files that say nothing of the weights in them, so that the folder's is told as well.
-_OF_ANY = (
+# Names of files that say nothing about the weights in them: their folder is named as well.
+_GENERIC_FILE_NAMES = (
     "checkpoint",
     "checkpoint_best",
     "last",
@@ -25,52 +29,60 @@ _OF_ANY = (
 
 
 def pretraining_name(settings: Pretraining, color: str) -> str:
-    """A pretraining by its grid, length, data and the rest, `gap21 jit0..21 70ep in1k r50 s0 gray`.
+    """Returns the name of a pretraining run, such as `gap21 jit0..21 70ep in1k r50 s0 gray`.
 
-    `color` is the member of that group that was chosen.
+    That is a gap of 21 px, a jitter from 0 to 21 px, 70 epochs on ImageNet-1k, a ResNet-50, seed 0
+    and gray patches. `color` is the member of conf/color.
     """
     grid = settings.patches.grid
-    jitter = grid.jitter_px
-    moved = jitter if isinstance(jitter, int) else "..".join(map(str, jitter))
-    length = f"{settings.schedule.epochs:g}ep"
-    what = (
-        f"{settings.data.short_name} {_short_model(settings.model.name)} s{settings.seed} {color}"
+    jitter = str(grid.jitter_px)
+    if not isinstance(grid.jitter_px, int):
+        jitter = "..".join(map(str, grid.jitter_px))
+    words = (
+        f"gap{grid.gap_px}",
+        f"jit{jitter}",
+        f"{settings.schedule.epochs:g}ep",
+        settings.data.short_name,
+        _short_model(settings.model.name),
+        f"s{settings.seed}",
+        color,
     )
-    return f"gap{grid.gap_px} jit{moved} {length} {what}"
+    return " ".join(words)
 
 
 def evaluation_name(models: Sequence[EvaluatedModel], data: Sequence[str]) -> str:
-    """An evaluation by whose weights it asks, on which data sets: `gap21 jit0..21 70ep in1k r50 s0 gray on voc2007`.
+    """Returns the name of an evaluation, such as `gap21 jit0..21 70ep in1k r50 s0 gray on voc2007`.
 
-    A backbone of ours is called as its pretraining; others by the file's name, or as `checkpoint=` does, and the model.
+    A backbone of relloc is called as its pretraining run, "random" and "torchvision" by these names
+    and the model, and other weights by their file and the model.
     """
-    who = dict.fromkeys(_weights_name(one) for one in models)
-    return f"{', '.join(who)} on {', '.join(dict.fromkeys(data))}"
+    # Dictionaries keep the order and drop repetitions.
+    weights = dict.fromkeys(_weights_name(model) for model in models)
+    data_sets = dict.fromkeys(data)
+    return f"{', '.join(weights)} on {', '.join(data_sets)}"
 
 
-def _weights_name(subject: EvaluatedModel) -> str:
-    model = _short_model(subject.model)
-    if subject.checkpoint in NOT_OURS:
-        return f"{subject.checkpoint} {model}"
-    file = Path(subject.checkpoint)
-    for folder in file.parents[:2]:  # a run's backbone, or one of its checkpoints
+def _weights_name(evaluated: EvaluatedModel) -> str:
+    model = _short_model(evaluated.model)
+    if evaluated.checkpoint in NOT_OURS:
+        return f"{evaluated.checkpoint} {model}"
+    file = Path(evaluated.checkpoint)
+    # A run's backbone lies in the run folder, its checkpoints one folder below.
+    for folder in file.parents[:2]:
         if (folder / RUN_FILE).is_file():
-            return _run_name(folder) + ("" if folder == file.parent else f" {file.stem}")
-    told = (
-        f"{file.parent.name}/{file.stem}"
-        if file.stem in _OF_ANY and file.parent.name
-        else file.stem
-    )
-    return f"{told} {model}"
+            name = _run_name(folder)
+            return name if folder == file.parent else f"{name} {file.stem}"
+    name = file.stem
+    if file.stem in _GENERIC_FILE_NAMES and file.parent.name:
+        name = f"{file.parent.name}/{file.stem}"
+    return f"{name} {model}"
 
 
 def _run_name(folder: Path) -> str:
     try:
         return RunRecord.read(folder).name
-    except (
-        OSError,
-        ValueError,
-    ):  # a damaged record of another run is no reason not to evaluate its weights
+    except (OSError, ValueError):
+        # The damaged record of another run is no reason not to evaluate its weights.
         return folder.name
 
 

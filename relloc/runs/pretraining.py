@@ -33,7 +33,7 @@ from relloc.results import Result, append_results, read_results
 from relloc.runs import console, saving
 from relloc.runs.build import Pretraining
 from relloc.runs.engine import Engine, settle
-from relloc.runs.evaluated_models import evaluated
+from relloc.runs.evaluated_models import make_evaluated_model
 from relloc.runs.evaluating import evaluate_model
 from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
 from relloc.runs.invocation import Invocation
@@ -360,5 +360,5 @@ def _evaluate(
     )
     for checkpoint, backbone in ((weights, trained), ("random", untrained)):
         engine.place(backbone)
-        model = evaluated(backbone, checkpoint, settings.model.name)
+        model = make_evaluated_model(backbone, checkpoint, settings.model.name)
         evaluate_model(model, measurable, settings.eval_settings(engine), run)

@@ -17,7 +17,7 @@ from relloc.errors import KnownAnswerMissed
 from relloc.reports.published import RANDOM, SUPERVISED, published_numbers
 from relloc.results import Result, append_results, read_results
 from relloc.runs.evaluating import report_known_answers
-from relloc.runs.known_answers import asked
+from relloc.runs.known_answers import applicable
 
 FROZEN = (
     "voc07_svm",
@@ -303,7 +303,7 @@ def test_what_has_no_known_answer_is_told_before_anything_is_measured(
 def test_the_verdict_is_on_the_rows_of_this_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = asked([("random", "resnet50")], ["voc07_svm", "linear_avgpool"], ["as_trained"])
+    answers = applicable([("random", "resnet50")], ["voc07_svm", "linear_avgpool"], ["as_trained"])
     svm = result("voc07_svm", "feature2", "map_best", 30.9, dataset="voc2007", fingerprint="now")
     linear = result("linear_avgpool", "avgpool", "top1_best", 4.0, fingerprint="now")
     append_results(tmp_path, [svm, linear])

@@ -5,7 +5,7 @@ import pytest
 from rows import result
 
 from relloc.results import Result
-from relloc.runs.known_answers import Verdict, asked, known_answers, unchecked
+from relloc.runs.known_answers import Verdict, applicable, known_answers, unchecked
 from relloc.runs.known_answers import check as check_some
 
 
@@ -84,7 +84,7 @@ def test_svm_and_low_shot_are_checked_where_they_are() -> None:
 def test_an_answer_that_no_row_gives_is_named_with_the_reason(
     unlike: dict[str, object], why: str
 ) -> None:
-    (answer,) = asked([("torchvision", "resnet50")], ["linear_avgpool"], ["as_trained"])
+    (answer,) = applicable([("torchvision", "resnet50")], ["linear_avgpool"], ["as_trained"])
     fields = {"metric": "top1", "checkpoint": "torchvision", **unlike}
     row = result("linear_avgpool", "avgpool", fields.pop("metric"), 75.0, **fields)
     (told,) = unchecked([row], [answer])
@@ -151,7 +151,7 @@ def test_what_will_be_known_is_known_before_any_work(
     batch_norms: list[str],
     expected: dict[tuple[str, str], int],
 ) -> None:
-    answers = asked(subjects.items(), evaluations, batch_norms)
+    answers = applicable(subjects.items(), evaluations, batch_norms)
     assert (
         Counter(
             (answer.published.known_answer_of, answer.published.evaluation) for answer in answers
