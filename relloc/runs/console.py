@@ -52,7 +52,7 @@ _NARROWEST = 56
 
 
 def _width() -> int | None:
-    """Returns the width in characters: COLUMNS if it is a number, or None for the terminal's own."""
+    """Returns the width in characters: COLUMNS if it is a number; None for the terminal's own."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdigit() and int(columns) > 0:
         return int(columns)
@@ -187,8 +187,8 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
 
     It has a line for each evaluation, weights and batch norm, a column for each layer, and one for
     values without a layer. Only the headline metric of an evaluation is shown; `results.jsonl` has
-    all. Long names are folded, in a narrow terminal the three names stand in one column, and numbers
-    are never cut.
+    all. Long names are folded, in a narrow terminal the three names stand in one column, and
+    numbers are never cut.
     """
     headlines = [row for row in rows if row.headline]
     measured_layers = {row.layer for row in headlines}

@@ -22,12 +22,12 @@ from relloc.runs import console
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # A gradient that flows into a batch norm is computed from many values and read by several kernels.
-# By default the compiler then stores it, in float32. Computing it again for each of the kernels takes
-# a third less memory traffic.
+# By default the compiler then stores it, in float32. Computing it again for each of the kernels
+# takes a third less memory traffic.
 _FUSION: dict[str, Any] = {"realize_acc_reads_threshold": 14}
-# Features of all evaluations come from one function, which is compiled for each architecture, set of
-# layers and size of images. After 8 compilations of a function, its default limit, torch.compile warns
-# once and compiles no more.
+# Features of all evaluations come from one function, which is compiled for each architecture, set
+# of layers and size of images. After 8 compilations of a function, its default limit, torch.compile
+# warns once and compiles no more.
 _MAX_VARIANTS = 128
 _DEVICES = ("auto", "cpu", "cuda")
 _PRECISIONS = ("bf16", "tf32", "fp32")
@@ -70,8 +70,8 @@ class EngineSettings:
 class Engine:
     """How a run computes. Nothing here changes results beyond the rounding of `precision`.
 
-    "bf16" runs forwards in bfloat16 and everything else as "tf32". "tf32" rounds the inputs of matrix
-    products and convolutions to 19 bits on GPUs that can do so. "fp32" rounds nothing.
+    "bf16" runs forwards in bfloat16 and everything else as "tf32". "tf32" rounds the inputs of
+    matrix products and convolutions to 19 bits on GPUs that can do so. "fp32" rounds nothing.
     """
 
     device: torch.device
@@ -126,8 +126,8 @@ def settle(asked: EngineSettings) -> Engine:
     if asked.cuda_graphs is True and not is_gpu:
         raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
     compiled = _compiled(asked.compile, on)
-    # A graph replays the kernels of a step without the cost of launching each. Networks that are not
-    # compiled can have graphs too, if they are asked for.
+    # A graph replays the kernels of a step without the cost of launching each. Networks that are
+    # not compiled can have graphs too, if they are asked for.
     cuda_graphs = is_gpu and compiled
     if asked.cuda_graphs != "auto":
         cuda_graphs = bool(asked.cuda_graphs)
@@ -146,7 +146,7 @@ def settle(asked: EngineSettings) -> Engine:
 
 
 def _precision(asked: str, *, is_gpu: bool) -> str:
-    """Returns the precision to compute with: as asked, or the fastest that the device computes well.
+    """Returns the precision to compute with: as asked, or for "auto" the device's fastest.
 
     Raises:
         UsageError: bf16 on a CPU.
@@ -168,14 +168,15 @@ def _precision(asked: str, *, is_gpu: bool) -> str:
 def training(engine: Engine) -> Iterator[None]:
     """Sets torch's switches for training within the block.
 
-    They choose the fastest kernels, or with `deterministic` those that give the same bits each time.
+    They choose the fastest kernels, or with `deterministic` those that give the same bits each
+    time.
     """
     # cuDNN times its kernels for each new shape, and may choose another one in another run.
     torch.backends.cudnn.benchmark = not engine.deterministic
     if engine.deterministic:
         # cuBLAS is deterministic only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # torch would fill each new tensor, to show reads before writes; no kernel of ours does that.
+        # torch would fill each new tensor to expose reads before writes, which costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
     torch.use_deterministic_algorithms(engine.deterministic)
@@ -280,7 +281,7 @@ def _with_explained_failures(compiled: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _workers(asked: Any, on: torch.device) -> int:
-    """Returns the number of loader processes of each training process: as asked, or by the cores."""
+    """Returns how many loader processes each training process has: as asked, or by the cores."""
     if asked != "auto":
         return asked
     # Training processes on one machine share its cores.

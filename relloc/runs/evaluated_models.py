@@ -35,14 +35,16 @@ _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     """Loads the backbones that `checkpoint=` names, one or several, onto the CPU.
 
-    Random and supervised weights are for comparison, so unless `model=` is given they take the model
-    of the first other checkpoint, or a ResNet-50 if there is none. In a sweep over checkpoints each
-    point names one of them; the environment variable RELLOC_BESIDE lists all (in JSON).
+    Random and supervised weights are for comparison, so unless `model=` is given they take the
+    model of the first other checkpoint, or a ResNet-50 if there is none. In a sweep over
+    checkpoints each point names one of them; the environment variable RELLOC_BESIDE lists all (in
+    JSON).
 
     Raises:
         UsageError: `checkpoint` names no backbone, or needs another model=.
         CheckpointError: a file is missing, damaged, or does not fit.
     """
+    # Files first: they say which model the others are to have.
     names = settings.checkpoints
     files = [name for name in names if name not in NOT_OURS]
     loaded = {name: _from_file(settings, name) for name in files}
@@ -66,6 +68,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
 
 def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
     """Loads the backbone of a run folder or file: of `model=`, or else of what the file says."""
+    # A training that is not finished has no backbone yet: say how far it is and how to go on.
     unfinished = unfinished_training(Path(checkpoint))
     if unfinished:
         raise UsageError(f"checkpoint={unfinished}")
@@ -89,6 +92,7 @@ def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
 
 def _from_other_project(settings: Evaluating, file: Path) -> EvaluatedModel:
     """Loads the weights of another project's file, whose layout is told by the names in it."""
+    # `load_backbone` checks the hash of our own files; others may have one beside them too.
     check_hash(file)
     weights = weight_files.read(file)
     layout = layouts.find(weights, origin=str(file), prefix=settings.checkpoint_prefix)
@@ -141,7 +145,7 @@ def supervised_weights(model: str) -> dict[str, Tensor]:
             f"{', '.join(_SUPERVISED)}"
         )
     weights: Any = getattr(torchvision.models, _SUPERVISED[model]).IMAGENET1K_V1
-    # Errors of a download are of many types; one of unpickling means that the cached file is damaged.
+    # A download fails in many ways; an error of unpickling means that the cached file is damaged.
     try:
         state = weights.get_state_dict(
             progress=True, check_hash=True, map_location="cpu", weights_only=True
@@ -150,4 +154,5 @@ def supervised_weights(model: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"torchvision's weights could not be fetched from {weights.url}: {error}"
         ) from error
+    # The classifier is no part of a backbone.
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

@@ -50,6 +50,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
             "ResNet-50, random or torchvision's, with batch norm as trained, and an evaluation of "
             "ImageNet, Places205 or VOC2007"
         )
+    # Files and processes are left in the reverse order, however the block ends.
     with contextlib.ExitStack() as at_end:
         ranks.join(engine.device)
         at_end.callback(ranks.leave)
@@ -118,6 +119,7 @@ def report_known_answers(
     Raises:
         KnownAnswerMissed: a row disagrees, or an answer could not be checked.
     """
+    # The run folder may hold rows of earlier commands with other settings.
     rows = [row for row in read_results(run_dir) if row.fingerprint in fingerprints]
     verdicts = known_answers.check(rows, answers)
     unchecked = known_answers.unchecked(rows, answers)
@@ -145,7 +147,7 @@ def evaluate_model(
     settings: EvalSettings,
     run: EvalRun,
 ) -> set[str]:
-    """Runs the evaluations that are not measured yet, and saves the rows of each part when it is done.
+    """Runs the evaluations that are not measured yet, and saves each part's rows when it is done.
 
     A part is what can be measured by itself, such as one layer of an evaluation under one batch
     norm. All ranks call this together. After a signal the process exits with the signal's exit
@@ -184,7 +186,9 @@ def evaluate_model(
         for part, rows in evaluate(model, group, settings, run_dir=run_dir, open_state=open_state):
             if folder:
                 _save_part(part, rows, folder)
+            # Between two parts nothing is lost by stopping.
             raise_if_stopped(run.stop)
+    # Each process has met other images.
     unreadable.update(ranks.union(unreadable))
 
     fingerprints = {part.fingerprint for part in parts}

@@ -103,7 +103,7 @@ class RunFolder:
             self.keep(RESULTS_FILE)
 
     def report_unreadable(self) -> None:
-        """Writes and prints which images could not be used, in this and earlier starts of the run."""
+        """Writes and prints which images could not be used, now or in earlier starts of the run."""
         if not self.unreadable:
             return
         lines = {f"{name}: {reason}" for name, reason in self.unreadable.items()}
@@ -188,7 +188,8 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
     """Starts the run in its folder and in MLflow, and closes both when the block ends.
 
     At the end the console says how the run ended and where everything is. A mistake in the command,
-    found before anything was trained or measured, leaves the folder as it was, and no run in MLflow.
+    found before anything was trained or measured, leaves the folder as it was, and no run in
+    MLflow.
     """
     folder = RunFolder(path, invocation.settings["tracking"]["uri"])
     console.say(f"run     {path}")
@@ -233,11 +234,12 @@ def _close(folder: RunFolder, mirror: Mirror | None, *, is_named: bool) -> None:
     `is_named` says whether the command names the folder, so that repeating it resumes the run.
     """
     path = folder.path
+    # Everything is written into the folder before MLflow, which copies it.
     try:
         folder.report_unreadable()
         write_status(path, folder.status)
     except OSError as error:
-        # Such as a full disk, which has then ended the run too: the lines below matter all the more.
+        # Such as a full disk, which has then ended the run too.
         console.say(f"{error.filename or path} can't be written ({error.strerror})")
     if mirror:
         problem = mirror.close(folder.status)
@@ -283,7 +285,7 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBef
 
 
 def _print_mlflow_links(folder: RunFolder, problem: str | None) -> None:
-    """Prints how to open the run in MLflow, and `problem` if MLflow could not be told everything."""
+    """Prints how to open the run in MLflow, and `problem`, what MLflow could not be told."""
     if problem:
         console.say(problem)
     note = read_note(folder.path)

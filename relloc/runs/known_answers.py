@@ -20,8 +20,8 @@ from relloc.reports.published import (
 from relloc.results import Result
 
 AVGPOOL_TOLERANCE = 1.0  # percentage points
-# Top-1 accuracy (%) that torchvision reports of its supervised weights, rounded. The feature5 row of
-# docs/protocols.md 4.2 agrees with 76.17.
+# Top-1 accuracy (%) that torchvision reports of its supervised weights, rounded. The feature5 row
+# of docs/protocols.md 4.2 agrees with 76.17.
 SUPERVISED_TOP1 = 76.2
 _NOT_MEASURED = "no such number was measured"
 
@@ -91,6 +91,7 @@ class Verdict:
     def passed(self) -> bool:
         """True if the number is within its tolerance, borders included."""
         answer = self.answer
+        # A number on the border passes, whatever floating point makes of the sum.
         rounding = 1e-9
         margin = answer.tolerance + rounding
         return answer.published.value - margin <= self.value <= answer.high + margin
@@ -110,20 +111,22 @@ class Verdict:
 def known_answers() -> list[KnownAnswer]:
     """Returns all known answers.
 
-    They are the published rows of random and supervised weights (docs/protocols.md 4.2), each number
-    with its tolerance in published.csv. A supervised ResNet-50 under average pooling is accepted
-    from 74.12 to 76.2, and 1.0 points on both sides: 74.12 is the published row of this very
-    protocol, 76.2 the accuracy with the classifier that the network was trained with.
+    They are the published rows of random and supervised weights (docs/protocols.md 4.2), each
+    number with its tolerance in published.csv. A supervised ResNet-50 under average pooling is
+    accepted from 74.12 to 76.2, and 1.0 points on both sides: 74.12 is the published row of this
+    very protocol, 76.2 the accuracy with the classifier that the network was trained with.
     """
     answers = []
     for number in published_numbers():
         metric = number.metric
         high = number.value
         tolerance = number.tolerance
+        # This row alone is expected within a range, and of another metric.
         if (number.row, number.column) == (SUPERVISED, "avgpool"):
             metric = "top1"
             high = SUPERVISED_TOP1
             tolerance = AVGPOOL_TOLERANCE
+        # Other published rows are of weights that were trained, which differ from ours.
         if number.known_answer_of:
             answers.append(
                 KnownAnswer(published=number, metric=metric, high=high, tolerance=tolerance)

@@ -84,7 +84,7 @@ class Monitors:
             return self._pretext(step) | self._features()
 
     def _pretext(self, step: int) -> dict[str, float]:
-        """Measures the pretext accuracy, over all and of each position, and draws the confusions."""
+        """Measures the pretext accuracy, in all and of each position, and draws the confusions."""
         answered = answers(
             self.model,
             self._crops.pixels.split(self.config.batch),
@@ -93,6 +93,7 @@ class Monitors:
             device=self.config.device,
             bf16=self.config.bf16,
         )
+        # `answers` puts the model into eval mode and uses a generator of its own.
         # Rows are true positions, columns answered ones: right answers are on the diagonal.
         counts = confusion(answered)
         top1 = 100 * float(counts.diagonal().sum() / counts.sum())
@@ -139,6 +140,7 @@ class Monitors:
             return 100 * n_right / len(true_labels)
 
         values = {}
+        # `vote` raises UsageError, which is a ValueError, if features are not finite.
         for layer in LAYERS:
             values[f"monitor/knn/{layer}/top1_k{k}"] = _nan_if_undefined(top1, layer)
         return values
@@ -148,6 +150,7 @@ class Monitors:
         config = self.config
         features_of_batches = []
         for pixels in views.pixels.split(config.batch):
+            # Bytes are moved, a quarter of the size of floats.
             images = pixels.to(config.device, non_blocking=True).float()
             features = encode(self.model.backbone, images, LAYERS, config.bf16)
             features_of_batches.append(features)
@@ -156,6 +159,7 @@ class Monitors:
             for layer in LAYERS
         }
 
+    # Decoded once: at each turn the same images are asked about, so that curves are comparable.
     @functools.cached_property
     def _crops(self) -> ImageBatch:
         """Center crops of held-out images, as the pretext task is measured on."""
@@ -205,6 +209,7 @@ def _joined(loaded: Iterable[ImageBatch], images: ImageSet) -> ImageBatch:
         unreadable: dict[str, str] = {}
         for batch in batches:
             unreadable |= batch.unreadable
+        # One example tells whether the images are damaged, unreachable, or not images at all.
         first, reason = next(iter(unreadable.items()), ("the whole set", "it is empty"))
         raise DataError(
             f"monitors can use none of the {len(unreadable)} images they chose of {images.name} "
@@ -212,6 +217,7 @@ def _joined(loaded: Iterable[ImageBatch], images: ImageSet) -> ImageBatch:
         )
     pixels = torch.cat([batch.pixels for batch in readable])
     indices = torch.cat([batch.indices for batch in readable])
+    # Unreadable images are reported where they are trained or evaluated on, not here.
     return ImageBatch(pixels=pixels, indices=indices, unreadable={})
 
 

@@ -49,7 +49,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         _print_packed(out, settings.packing)
     else:
         if shards:
-            # Shards may have been damaged in a copy: compare them with the hashes of their manifest.
+            # Copying may have damaged shards: compare them with the hashes of their manifest.
             check_hashes(Path(shards), functools.partial(console.progress_bar, "hashes"))
         progress = functools.partial(console.progress_bar, "check")
         findings = check(data, published=settings.published, workers=workers, progress=progress)
@@ -59,6 +59,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         member = _data_member(data.train.name, invocation)
         console.say_next("train", **{"data": member, "data.shards": shards})
     else:
+        # The same command, with a folder to pack into.
         words = [word for word in invocation.words if not word.startswith("out=")]
         console.say_next("prepare", *words, "out=SHARDS")
 
@@ -100,6 +101,7 @@ def _column(split: SplitCheck) -> dict[str, str]:
     if split.class_images:
         smallest, largest = split.class_images
         class_sizes = f"{smallest} to {largest}"
+    # A split without any readable image has no sizes.
     least, median, greatest = split.short_px or ("", "", "")
     return {
         "all": str(split.images),

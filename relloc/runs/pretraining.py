@@ -64,6 +64,8 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
     ranks.join(engine.device)
     with contextlib.ExitStack() as at_end:
         at_end.callback(ranks.leave)
+        # First of all take the folder, and look whether what lies there can be read: until
+        # `open_folder` nothing is written.
         stop = at_end.enter_context(stop_request())
         run_dir = at_end.enter_context(own_folder(invocation.folder))
         check_files(run_dir)
@@ -75,6 +77,8 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         if ranks.rank() == 0:
             _warn_of_small_shards(settings)
             _report_scaled_spans(settings)
+
+        # Build what is trained.
         plan = make_plan(settings, data, engine)
         task = make_task(
             settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation
@@ -95,12 +99,15 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             run_dir=run_dir,
             stop=stop,
         )
+
         # Resuming may refuse the folder, so it comes before anything is written there.
         done = saving.resume(training.identity, task, run_dir)
         # The other processes only train. Rank 0 alone writes files, logs and evaluates.
         if ranks.rank() > 0:
             train_to_the_end(training, done, None)
             return
+
+        # Train, then measure what was learned.
         name = pretraining_name(settings, str(invocation.choices["color"]))
         data_sets = [data, *(named.splits for named in evaluations)]
         record = invocation.record(name, data_sets, engine)
@@ -115,6 +122,8 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             _measure_pretext(training, folder)
             _evaluate(training, evaluations, folder)
             folder.summarize()
+
+        # Print the command to go on with, which works from the current folder.
         run = console.from_here(run_dir)
         if data.labeled:
             # This command also measures with recalibrated batch norm.
@@ -150,6 +159,7 @@ def _warn_of_small_shards(settings: Pretraining) -> None:
     manifest = read_manifest(Path(shards))
     packed_px = manifest["packed"]["short_px"]
     wanted_px = resize.longest_short_side()
+    # Small originals can't be packed larger: only images that packing reduced are worth a warning.
     if packed_px < wanted_px and manifest["train"]["stored"]["reduced"]:
         console.say(
             f"shards  were reduced to a short side of {packed_px} px, and this grid enlarges them "
@@ -162,6 +172,7 @@ def _report_scaled_spans(settings: Pretraining) -> None:
     schedule = settings.schedule
     recipe_epochs = settings.recipe_epochs
     spans = [f"{name} {value}" for name, value in vars(schedule).items() if name in _SPANS]
+    # A warm-up of 5 of 70 epochs becomes one of 0.5 of 7, which is easily overlooked.
     if schedule.epochs != recipe_epochs and spans:
         console.say(
             f"spans   {schedule.epochs} epochs in place of the recipe's {recipe_epochs}: "
@@ -187,8 +198,8 @@ def fastest_forward(settings: Pretraining, *, compiled: bool) -> int:
     """Returns how many images to pass through the network at once.
 
     Without compilation that is one ghost batch (`recipe.images_per_batch_norm`). A compiled network
-    takes several ghost batches at once: the most, up to 512 images, that divide a process's share of
-    the step. Batch norm still normalizes each ghost batch by itself, so results stay the same.
+    takes several ghost batches at once: the most, up to 512 images, that divide a process's share
+    of the step. Batch norm still normalizes each ghost batch by itself, so results stay the same.
     """
     ghost = settings.images_per_batch_norm
     if not compiled:
@@ -306,6 +317,7 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
     folder.unreadable |= unreadable.reasons
     sources = [images.source(index) for index in indices]
     top1 = accuracy(count_hits(answered), sources)
+    # Every fact about the number has a field of its own, so that reports need not parse words.
     row = Result(
         eval="pretext",
         dataset=images.name,
@@ -349,6 +361,7 @@ def _evaluate(
     # New backbones with ordinary batch norm: the trained one has ghost batches.
     trained = settings.model.backbone(settings.seed)
     untrained = settings.model.backbone(settings.seed)
+    # The weights are those of the checkpoint, without reading a file again.
     trained.load_state_dict(training.task.model.backbone.state_dict())
     weights = str(folder.path / backbone_files.BACKBONE_FILE)
     run = EvalRun(

@@ -1,7 +1,7 @@
 """Reuses results of other runs, and resumes evaluations that were stopped.
 
-Both go by the fingerprint of an evaluation, a hash of all that decides its numbers: weights, images,
-settings and protocol.
+Both go by the fingerprint of an evaluation, a hash of all that decides its numbers: weights,
+images, settings and protocol.
 """
 
 import contextlib

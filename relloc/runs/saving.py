@@ -69,6 +69,7 @@ def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
     if missing:
         raise DamagedCheckpoint(f"{damaged(path)}: {', '.join(missing)} of a training are missing")
     _refuse_other_identity(run_dir, state["identity"], identity)
+    # Types and shapes were not compared above: torch raises many types of errors over them.
     try:
         task.model.load_state_dict(state["model"])
         task.optimizer.load_state_dict(state["optimizer"])
@@ -106,7 +107,7 @@ def _noted_identity(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _find_begun(run_dir: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """Returns the newest sound checkpoint of a folder, or else the identity of the run that began there.
+    """Returns the newest sound checkpoint of a folder, or else the identity of the run begun there.
 
     Without a checkpoint the folder may still hold curves or weights of a run, which another one
     must not continue: a run may be killed before its first checkpoint, and people delete
@@ -192,6 +193,7 @@ def milestone_steps(epochs: Sequence[float], task: Task) -> dict[int, str]:
                 f"milestones={list(epochs)}: the run has no epoch {epoch}, it has "
                 f"{task.schedule.epochs}"
             )
+    # Two epochs that round to one step would leave one key, and so fewer names than epochs.
     names = {round(epoch * task.steps_per_epoch): f"epoch_{epoch:g}" for epoch in epochs}
     if len(names) < len(epochs) or 0 in names:
         raise UsageError(
@@ -245,6 +247,7 @@ class Saver:
         Raises:
             Diverged: a loss, a weight or a statistic is not finite.
         """
+        # A milestone may also be the last step, or a signal arrive right after a save.
         if done.step == self.saved_step:
             return
         # A checkpoint that is not finite would spoil the run for good: check before writing.
