@@ -173,7 +173,7 @@ class ResumableState:
                 # network. To go on would write over it.
                 if path == self.path and not isinstance(error, DamagedCheckpoint):
                     raise
-                console.say(f"{error}. No evaluation goes on from it")
+                console.say(f"{error}. No evaluation is resumed from it")
             else:
                 console.say(f"eval    goes on from {path}")
                 return state

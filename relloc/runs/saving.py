@@ -67,7 +67,9 @@ def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
         name for name, kind in _STATE_FIELDS.items() if not isinstance(state.get(name), kind)
     ]
     if missing:
-        raise DamagedCheckpoint(f"{damaged(path)}: {', '.join(missing)} of a training are missing")
+        raise DamagedCheckpoint(
+            f"{damaged(path)}: it lacks {', '.join(missing)}, which training resumes from"
+        )
     _refuse_other_identity(run_dir, state["identity"], identity)
     # Types and shapes were not compared above: torch raises many types of errors over them.
     try:

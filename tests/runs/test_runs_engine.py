@@ -60,7 +60,7 @@ def test_auto_on_a_cpu_is_float32_and_not_compiled() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
     assert settle(asked(device="auto")).device.type == "cpu"
-    with pytest.raises(UsageError, match="device=cuda, but torch finds no GPU: check nvidia-smi"):
+    with pytest.raises(UsageError, match="device=cuda.*nvidia-smi"):
         settle(asked(device="cuda"))
 
 
@@ -167,9 +167,7 @@ def test_a_machine_that_cannot_compile_says_what_it_lacks(
     assert not engine._compiled("auto", torch.device("cuda"))
     assert "torch.compile lacks a C compiler" in capsys.readouterr().out
     assert engine._compiled(False, torch.device("cuda")) is False
-    with pytest.raises(
-        UsageError, match="compile=true, but torch.compile lacks a C compiler: install it, or leave"
-    ):
+    with pytest.raises(UsageError, match="compile=true.*a C compiler"):
         engine._compiled(True, torch.device("cuda"))
 
 

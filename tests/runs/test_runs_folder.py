@@ -82,7 +82,8 @@ def test_a_stopped_run_without_anything_saved_says_so(
     with pytest.raises(KeyboardInterrupt), open_folder(invocation(tmp_path), RECORD, tmp_path):
         raise KeyboardInterrupt
     told = capsys.readouterr().out
-    assert "interrupted; nothing had been saved yet" in told
+    assert "interrupted" in told
+    assert "nothing had been saved" in told
     assert f"the same command with hydra.run.dir={tmp_path} starts it anew" in told.replace(
         "\n", " "
     )
@@ -94,7 +95,7 @@ def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path) -> None
         pass
     (tmp_path / "a.jpg").touch()
     with (
-        pytest.raises(UsageError, match=r"holds a\.jpg, but nothing of a run"),
+        pytest.raises(UsageError, match=r"hydra\.run\.dir=.* a\.jpg"),
         own_folder(tmp_path),
     ):
         pass
@@ -137,4 +138,5 @@ def test_unreadable_images_of_all_parts_of_a_run_are_named(
     assert (
         tmp_path / UNREADABLE_FILE
     ).read_text() == "a.jpg: is an empty file\nb.jpg: is an empty file\n"
-    assert "2 images could not be used, such as a.jpg" in capsys.readouterr().out.replace("\n", " ")
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("2 images")]
+    assert "a.jpg" in line

@@ -1,5 +1,6 @@
 """What a person sees of checking and packing."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_packing_tells_what_became_of_images_and_how_to_train_on_them(
     run(f"data.root={originals}", f"out={out}", "short_px=96")
     told = capsys.readouterr().out.replace("\n", " ")
     assert "packed  train: " in told
-    assert "2 JPEGs kept as they were, 3 reduced to 96 px, 3 encoded" in told
+    assert re.search(r"2 JPEGs kept.*3 reduced to 96 px.*3 encoded", told)
     next_command = f"next: python -m relloc.train data=folder data.shards={out}"
     assert next_command in told
     assert (out / MANIFEST).is_file()

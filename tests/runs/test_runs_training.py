@@ -106,9 +106,7 @@ def test_a_training_that_diverges_says_what_was_saved_and_what_to_try(
 
     monkeypatch.setattr(training, "train", diverging)
     run = prepared(settings, data, tmp_path, stop)
-    with pytest.raises(
-        UsageError, match=r"the loss is nan.*no checkpoint was saved before.*optimizer\.lr"
-    ):
+    with pytest.raises(UsageError, match=r"loss is nan.*no checkpoint.*optimizer\.lr"):
         train_to_the_end(run, run.task.start(), None)
     assert not states.saved_trainings(tmp_path)
 
@@ -126,9 +124,7 @@ def test_too_little_memory_names_fewer_images_that_fit(
     monkeypatch.setattr(training, "train", without_room)
     asked = dataclasses.replace(settings, images_per_step=64, images_per_forward=64)
     run = prepared(asked, data, tmp_path, stop)
-    with pytest.raises(
-        UsageError, match=r"too small for 64 images at once: give images_per_forward=32 or less"
-    ):
+    with pytest.raises(UsageError, match=r"64 images.*images_per_forward=32\b"):
         train_to_the_end(run, run.task.start(), None)
 
 
