@@ -40,9 +40,9 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
     """
     engine = settle(settings.engine)
     models = evaluated_models(settings)
-    subjects = [(model.checkpoint, model.model) for model in models]
+    backbones = [(model.checkpoint, model.model) for model in models]
     names = [named.name for named in settings.evaluations]
-    answers = known_answers.applicable(subjects, names, settings.batch_norms)
+    answers = known_answers.applicable(backbones, names, settings.batch_norms)
     # Known beforehand: an hour of evaluations without any verdict is spared.
     if settings.verdict and not answers:
         raise UsageError(

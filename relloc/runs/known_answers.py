@@ -135,18 +135,18 @@ def known_answers() -> list[KnownAnswer]:
 
 
 def applicable(
-    subjects: Iterable[tuple[str, str]], evaluations: Collection[str], batch_norms: Collection[str]
+    backbones: Iterable[tuple[str, str]], evaluations: Collection[str], batch_norms: Collection[str]
 ) -> list[KnownAnswer]:
     """Returns the known answers that some evaluations can be compared with, before any is run.
 
     Args:
-        subjects: checkpoint and model of each backbone, such as `("random", "resnet50")`.
+        backbones: checkpoint and model of each backbone, such as `("random", "resnet50")`.
         evaluations: names of the evaluations.
         batch_norms: batch norms that they are run with; published numbers are "as_trained".
     """
     if "as_trained" not in batch_norms:
         return []
-    weights = {checkpoint for checkpoint, model in subjects if model == PUBLISHED_MODEL}
+    weights = {checkpoint for checkpoint, model in backbones if model == PUBLISHED_MODEL}
     return [
         answer
         for answer in known_answers()

@@ -230,7 +230,7 @@ def make_task(
         make=engine.compile(settings.patches.make),
         steps_per_epoch=steps_per_epoch,
         accumulation=accumulation,
-        seed_of=lambda step, place: seed_for(Use.PATCHES, settings.seed, step, place),
+        seed_of=lambda step, ghost: seed_for(Use.PATCHES, settings.seed, step, ghost),
         device=engine.device,
         bf16=engine.bf16,
         cuda_graphs=engine.cuda_graphs,
