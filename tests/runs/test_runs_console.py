@@ -1,4 +1,4 @@
-"""The table of results at any width, and names that mean nothing to the console."""
+"""Tests the table of results at any width, and names with markup or control characters."""
 
 import io
 

@@ -1,3 +1,5 @@
+"""Tests how device, precision and compilation are chosen."""
+
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path

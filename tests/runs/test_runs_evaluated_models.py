@@ -1,4 +1,4 @@
-"""Whom a command line's checkpoint= names."""
+"""Tests which backbones checkpoint= loads."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Evaluations of kinds that relloc does not have yet pass through the runner, results and resume as they are."""
+"""Tests that new kinds of evaluations run, resume and report like the built-in ones."""
 
 import copy
 import csv

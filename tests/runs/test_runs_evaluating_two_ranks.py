@@ -1,4 +1,4 @@
-"""An evaluation that two processes share, stopped and gone on with."""
+"""Tests an evaluation shared by two processes that is stopped and resumed."""
 
 import json
 import signal

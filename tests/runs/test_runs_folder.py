@@ -1,4 +1,4 @@
-"""A run's folder from its opening to its end, whatever the end is."""
+"""Tests a run folder from its opening to its end, however the run ends."""
 
 from pathlib import Path
 

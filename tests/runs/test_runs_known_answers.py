@@ -1,3 +1,5 @@
+"""Tests which rows are compared with known answers, and the verdicts."""
+
 from collections import Counter
 from collections.abc import Sequence
 

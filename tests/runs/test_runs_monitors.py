@@ -1,3 +1,5 @@
+"""Tests the numbers that monitors measure, and that training does not notice them."""
+
 import copy
 import math
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Tests the names of runs in MLflow."""
+
 from pathlib import Path
 
 import pytest

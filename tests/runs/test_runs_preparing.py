@@ -1,4 +1,4 @@
-"""What a person sees of checking and packing."""
+"""Tests what `relloc.prepare` prints about checking and packing."""
 
 import re
 from pathlib import Path

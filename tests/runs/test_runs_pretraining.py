@@ -1,4 +1,4 @@
-"""The order of a pretraining, and what it works out by itself."""
+"""Tests what a pretraining works out from its settings."""
 
 import dataclasses
 

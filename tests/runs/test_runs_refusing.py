@@ -1,4 +1,4 @@
-"""A run folder is left as it was by a run that was refused, unless something was trained or measured."""
+"""Tests that a refused run leaves its folder as it was, unless it trained or measured something."""
 
 from pathlib import Path
 

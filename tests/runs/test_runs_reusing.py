@@ -1,4 +1,4 @@
-"""Rows that are there already, and states that evaluations go on from."""
+"""Tests the reuse of results of other runs, and the resuming of stopped evaluations."""
 
 import dataclasses
 import os

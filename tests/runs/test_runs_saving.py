@@ -1,3 +1,5 @@
+"""Tests when checkpoints are saved, and what a run resumes from."""
+
 import math
 import os
 import signal

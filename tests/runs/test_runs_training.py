@@ -1,4 +1,4 @@
-"""A training in this process: stopped and gone on with, it ends with the bits of one that was never stopped."""
+"""Tests that a stopped and resumed training ends with the same bits as one never stopped."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,3 +1,5 @@
+"""Tests the curves, progress and monitors of a training."""
+
 import math
 import time
 from pathlib import Path
