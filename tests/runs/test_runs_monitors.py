@@ -233,9 +233,9 @@ def test_training_with_monitors_gives_the_weights_of_training_without(
         watch = monitors(model, data, tmp_path, n_images=6)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for step in range(2):
-            generator = torch.Generator().manual_seed(
-                int(torch.randint(1000, ()))
-            )  # the global one is carried along
+            # The seed comes from the global generator, so that one moved by monitors is noticed.
+            drawn_seed = int(torch.randint(1000, ()))
+            generator = torch.Generator().manual_seed(drawn_seed)
             kept = model.head.draw_dropout_mask(len(pixels), generator)
             optimizer.zero_grad()
             objective.loss(model(PATCHES(pixels, generator), kept)).backward()

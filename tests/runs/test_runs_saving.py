@@ -257,9 +257,9 @@ def test_without_a_checkpoint_curves_and_weights_of_other_settings_are_refused(
     tmp_path: Path, left: str
 ) -> None:
     note_identity(tmp_path, IDENTITY)
-    assert (
-        resume(IDENTITY | {"grid.gap_px": 5}, new_task(), tmp_path).step == 0
-    )  # nothing is there to be mixed
+    # Without curves or weights there is nothing that two runs could mix.
+    other_identity = IDENTITY | {"grid.gap_px": 5}
+    assert resume(other_identity, new_task(), tmp_path).step == 0
     (tmp_path / left).touch()
     assert resume(IDENTITY, new_task(), tmp_path).step == 0
     with pytest.raises(UsageError, match="gap_px was 4, now 5"):
@@ -398,9 +398,8 @@ def test_a_run_goes_on_from_a_milestone_where_all_else_is_damaged(tmp_path: Path
     assert resume(IDENTITY, task, tmp_path).step == 4
     Saver.save(saver, standing(5))
     Saver.save(saver, standing(6))
-    assert (
-        resume(IDENTITY, task, tmp_path).step == 6
-    )  # what came after the milestone is not lost again
+    # Steps that were done after going back to the milestone are not lost again.
+    assert resume(IDENTITY, task, tmp_path).step == 6
 
 
 def test_a_run_that_an_older_relloc_began_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -143,9 +143,8 @@ def test_slow_monitors_are_left_out_until_they_cost_no_more_than_their_share(
         step_s=1,
     )
     trained_s = 600.0
-    assert (
-        len(asked.at) * cost_s <= most_share * trained_s + cost_s
-    )  # what the first costs is not known before
+    # What the first turn costs is not known before, so it may exceed the share.
+    assert len(asked.at) * cost_s <= most_share * trained_s + cost_s
     possible = min(300, most_share * trained_s / cost_s)
     assert len(asked.at) >= 0.6 * possible  # and not more is left out than has to be
     assert all(step % 2 == 0 for step in asked.at)
