@@ -221,9 +221,10 @@ def _joined(loaded: Iterable[ImageBatch], images: ImageSet) -> ImageBatch:
     return ImageBatch(pixels=pixels, indices=indices, unreadable={})
 
 
-def _nan_if_undefined(measure: Callable[[T], float], of: T) -> float:
+def _nan_if_undefined(measure: Callable[[T], float], argument: T) -> float:
+    """Returns `measure(argument)`, or nan where that is not defined."""
     try:
-        return measure(of)
+        return measure(argument)
     except ValueError:
         # Features have collapsed or diverged. The curve shows nan, and training goes on.
         return math.nan

@@ -63,6 +63,7 @@ def evaluation_name(models: Sequence[EvaluatedModel], data: Sequence[str]) -> st
 
 
 def _weights_name(evaluated: EvaluatedModel) -> str:
+    """Returns the name of a backbone's weights, with the model where that is not part of it."""
     model = _short_model(evaluated.model)
     if evaluated.checkpoint in NOT_OURS:
         return f"{evaluated.checkpoint} {model}"
@@ -79,6 +80,7 @@ def _weights_name(evaluated: EvaluatedModel) -> str:
 
 
 def _run_name(folder: Path) -> str:
+    """Returns the name that the run in a folder has in MLflow."""
     try:
         return RunRecord.read(folder).name
     except (OSError, ValueError):
@@ -87,4 +89,5 @@ def _run_name(folder: Path) -> str:
 
 
 def _short_model(name: str) -> str:
+    """Returns a short name of a model: `r50` of `resnet50`."""
     return name.replace("resnet", "r")

@@ -75,6 +75,7 @@ def _data_member(name: str, invocation: Invocation) -> str:
 
 
 def _print_findings(findings: Check) -> None:
+    """Prints the table of counts, and a line for each thing that may be wrong."""
     # The console prints text as it is: it reads no markup in names of files.
     console.console.print(_table(findings))
     console.say(*(findings.findings() or ["nothing wrong was found"]))

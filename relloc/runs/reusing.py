@@ -156,6 +156,7 @@ class ResumableState:
         return ranks.from_first(self._newest() if ranks.rank() == 0 else None)
 
     def _newest(self) -> dict[str, Any] | None:
+        """Returns the run's own state, or else the newest one that another run left."""
         run = self.run
         paths = []
         if self.path.exists():
@@ -198,6 +199,7 @@ class ResumableState:
         self._called = time.monotonic()
 
     def _write(self, state: dict[str, Any]) -> None:
+        """Writes the state; without it the evaluation goes on, and could only not be resumed."""
         try:
             save_state(self.path, state)
         except CheckpointError as error:

@@ -52,6 +52,7 @@ def reporting(
     with console.progress_bar("pretrain", task.steps, first_step) as bar:
 
         def report(progress: Progress) -> None:
+            # Time, time spent waiting for images, and steps, from which the next report subtracts.
             nonlocal last
             now = (time.monotonic(), feed.waited_s, progress.step)
             elapsed_s = now[0] - last[0]
