@@ -47,18 +47,22 @@ def reporting(
         yield alarm.check
         return
     journal = Journal(folder.path)
-    # Speed and waiting are averages since the last report.
-    last = (time.monotonic(), feed.waited_s, first_step)
+    # Speed and waiting are averages since the last report, of which these are kept.
+    last_s = time.monotonic()
+    last_waited_s = feed.waited_s
+    last_step = first_step
     with console.progress_bar("pretrain", task.steps, first_step) as bar:
 
         def report(progress: Progress) -> None:
-            # Time, time spent waiting for images, and steps, from which the next report subtracts.
-            nonlocal last
-            now = (time.monotonic(), feed.waited_s, progress.step)
-            elapsed_s = now[0] - last[0]
-            waited_s = now[1] - last[1]
-            steps = now[2] - last[2]
-            last = now
+            nonlocal last_s, last_waited_s, last_step
+            now_s = time.monotonic()
+            elapsed_s = now_s - last_s
+            total_waited_s = feed.waited_s
+            waited_s = total_waited_s - last_waited_s
+            steps = progress.step - last_step
+            last_s = now_s
+            last_waited_s = total_waited_s
+            last_step = progress.step
             images_per_s = steps * plan.images_per_step / elapsed_s
             waiting_percent = 100 * waited_s / elapsed_s
             journal.log(
