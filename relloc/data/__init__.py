@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are read, in which order."""
+"""Data sets of images: finding, reading, cropping, ordering and batching them."""

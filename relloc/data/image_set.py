@@ -1,4 +1,8 @@
-"""What a set of images is to everything else: numbered, readable, perhaps labeled."""
+"""The interface of a data set: `ImageSet` (the images of one split) and `Splits` (two of them).
+
+Everything that reads images (pretraining, evaluations, studies, packing) knows them only through
+this interface. Files in folders, photographs cut into tiles and packed shards implement it.
+"""
 
 import dataclasses
 import hashlib
@@ -14,70 +18,100 @@ ROLES: tuple[Role, ...] = ("train", "held_out")
 
 @runtime_checkable
 class ImageSet(Protocol):
-    """Images 0..len-1 of one split.
+    """The images of one split of a data set, numbered from 0 to len - 1.
 
-    `labels` is None for unlabeled images, else one class number an image. `source(index)` names
-    what the image was taken from (a path, a photograph): images of one source are not independent.
+    Example:
+        >>> images = photos(tiles=[0.25], stride=0.5).train
+        >>> images.read(0).size, images.labels[0], images.source(0)
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the data set, such as "imagenette"."""
+        ...
 
     @property
-    def split(self) -> str: ...
+    def split(self) -> str:
+        """Name of the split, such as "train" or "val"."""
+        ...
 
     @property
-    def labels(self) -> Sequence[int] | None: ...
+    def labels(self) -> Sequence[int] | None:
+        """Class number of each image, an index into `classes`; None where images have no labels."""
+        ...
 
     @property
-    def classes(self) -> tuple[str, ...]: ...
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers."""
+        ...
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Image.Image:
-        """The image in RGB. Raises `UnreadableImage`."""
+        """Returns the image in RGB. Raises `UnreadableImage` where its file can't be read."""
         ...
 
-    def source(self, index: int) -> str: ...
+    def source(self, index: int) -> str:
+        """Returns the name of what the image was taken from: its path, or its photograph.
+
+        Images of one source are not independent samples; confidence intervals are clustered by it.
+        """
+        ...
 
     def digest(self) -> str:
-        """Hash of what the set consists of: names, labels and what the images hold; the same wherever it lies."""
+        """Returns a hash of names, labels and image contents.
+
+        It identifies the data set in results: copies in other places have the same hash.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Images to train on, and others held out; `remarks` say what was made of the folders they lie in."""
+    """The training images and the held-out images of a data set.
+
+    `remarks` are sentences for the user about how the folders on disk were understood.
+    """
 
     train: ImageSet
     held_out: ImageSet
     remarks: tuple[str, ...] = ()
 
     def of(self, role: Role) -> ImageSet:
-        """The split that plays this role."""
-        return self.train if role == "train" else self.held_out
+        """Returns the training split or the held-out split."""
+        if role == "train":
+            return self.train
+        return self.held_out
 
     @property
     def labeled(self) -> bool:
-        """Whether both splits have labels, of the same classes."""
-        both = self.train.labels is not None and self.held_out.labels is not None
-        return both and self.train.classes == self.held_out.classes
+        """True if both splits have labels and the same classes."""
+        if self.train.labels is None or self.held_out.labels is None:
+            return False
+        return self.train.classes == self.held_out.classes
 
 
 def hash_lines(lines: Iterable[str]) -> str:
-    """Short hash of lines of text, order included."""
+    """Returns 16 hexadecimal digits of the SHA-256 of lines of text; their order counts."""
     hasher = hashlib.sha256()
     for line in lines:
+        # File names on Linux need not be valid Unicode; surrogateescape keeps their bytes.
         hasher.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return hasher.hexdigest()[:16]
 
 
 def warn_of_other_counts(splits: Splits, published_images: Mapping[str, int] | None) -> None:
-    """Warn where a split has not as many images as the published one of its name: its results are others."""
+    """Warns if a split has another number of images than the published split of the same name.
+
+    Results on such a split can't be compared with published ones. `published_images` gives the
+    number of images by the name of the split.
+    """
+    published_counts = published_images or {}
     for images in (splits.train, splits.held_out):
-        published = (published_images or {}).get(images.split, len(images))
+        published = published_counts.get(images.split, len(images))
         if len(images) != published:
             warnings.warn(
-                f"{images.name} {images.split} has {len(images)} images, the published set {published}",
+                f"{images.name} {images.split} has {len(images)} images, "
+                f"the published set {published}",
                 stacklevel=3,
             )

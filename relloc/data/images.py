@@ -1,4 +1,8 @@
-"""Reading one image as RGB, whatever a photographer's disk holds; scaling and cropping it at once."""
+"""Reads image files of many formats as upright 8-bit RGB, and resizes and crops images.
+
+Files come from photographers' disks and from strangers: they may be truncated, 16-bit, rotated by
+EXIF, or crafted to exhaust memory. All that Pillow raises on them becomes `UnreadableImage`.
+"""
 
 import contextlib
 import dataclasses
@@ -13,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-# The plugins of the formats below, each imported by name: Image.open would else import all forty.
+# The plugins of the formats below are imported by name, as Image.open would import all forty.
 from PIL import (
     AvifImagePlugin,  # noqa: F401
     BmpImagePlugin,  # noqa: F401
@@ -32,37 +36,45 @@ from PIL import (
 from relloc.errors import UnreadableImage
 from relloc.geometry import Pair
 
-# Only these are opened, whatever a file is called. Pillow knows more: of EPS it makes a picture by starting
-# Ghostscript, a program that a crafted file may turn against its user.
+# Only these formats are opened, whatever a file is called. Pillow knows more, but it renders EPS by
+# starting Ghostscript, which a crafted file can exploit.
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF"]
+# A file in a folder counts as an image if its name ends like this (in lower case).
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".jp2", ".avif"),
 )
 MOST_PIXELS = 178_956_970
-"""The largest image that is decoded: Pillow's own limit, 0.5 GB of RGB. A file of 100 bytes may claim to be larger."""
-MOST_BYTES = 2 << 30  # of a file: above what MOST_PIXELS take in four channels of 16 bits
-_BROKEN = (  # what Pillow raises on files that are broken in one place or another
+"""Pixels of the largest image that is decoded: Pillow's own limit, 0.5 GB of RGB.
+
+A file of 100 bytes may claim to be larger.
+"""
+# Size limit of a file: above what MOST_PIXELS take in four channels of 16 bits.
+MOST_BYTES = 2 << 30
+# Exceptions that Pillow raises on broken files, depending on where they are broken.
+_BROKEN = (
     *(OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error),
     *(Image.DecompressionBombError, EOFError, ArithmeticError, RuntimeError, zlib.error),
-    MemoryError,  # what a crafted JPEG 2000 asks for; a machine that is out of memory kills instead
+    # A crafted JPEG 2000 asks for huge memory. A machine that runs out of memory raises nothing:
+    # it kills the process.
+    MemoryError,
 )
-# The first bytes of the formats; what lies between in RIFF and ISO files is a length
+# The first bytes of JPEG, PNG, GIF, TIFF (two byte orders, and BigTIFF), and JPEG 2000.
 _SIGNATURES = (
-    *(
-        b"\xff\xd8\xff",
-        b"\x89PNG\r\n\x1a\n",
-        b"GIF87a",
-        b"GIF89a",
-        b"II*\0",
-        b"MM\0*",
-        b"II+\0",
-        b"MM\0+",
-    ),
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF87a",
+    b"GIF89a",
+    b"II*\0",
+    b"MM\0*",
+    b"II+\0",
+    b"MM\0+",
     b"\0\0\0\x0cjP  \r\n\x87\n",
 )
-_WIDEST_16_BIT = 65_535
-_UPRIGHT = {  # by the orientation that EXIF gives
+_LARGEST_16_BIT = 65_535
+_LARGEST_12_BIT = 4_095
+# What turns an image upright, by the orientation tag of its EXIF data (1 is upright already).
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -74,14 +86,15 @@ _UPRIGHT = {  # by the orientation that EXIF gives
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """The image upright in 8-bit RGB: gray, palette, CMYK, alpha, 16-bit and floating-point ones are converted.
+    """Returns the image of a file in 8-bit RGB, turned upright by its EXIF orientation.
 
-    Floating-point values are taken to reach from 0 to 1 or, where one is above 1, from 0 to 255.
+    Gray, palette, CMYK, alpha, 16-bit and floating-point images are converted. Floating-point
+    values are taken to range from 0 to 1 or, if one is above 1, from 0 to 255.
 
     Raises:
-        UnreadableImage: missing, empty, truncated, zero-sized, no image at all, larger than
-            `MOST_PIXELS`, or of numbers whose black and white the file does not tell (32-bit and
-            signed integers; floating-point numbers outside both ranges).
+        UnreadableImage: the file is missing, empty, truncated, zero-sized, no image, or larger
+            than `MOST_PIXELS`; or the range of its values is unknown (32-bit and signed integers,
+            floating-point numbers outside both ranges).
     """
     with _opened(path) as file:
         return _decoded(file)[0]
@@ -89,10 +102,10 @@ def read_rgb(path: Path) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFile:
-    """A file and its image as `read_rgb` gives it.
+    """The bytes of a file and its image as `read_rgb` returns it.
 
-    `is_plain_jpeg` says that it is an upright RGB or gray JPEG: its pixels are what a JPEG decoder
-    gives, with nothing to turn or convert.
+    `is_plain_jpeg` is true for an upright RGB or gray JPEG: a JPEG decoder alone returns the same
+    pixels, with nothing to turn or convert.
     """
 
     content: bytes
@@ -101,7 +114,7 @@ class ImageFile:
 
 
 def read_file(path: Path) -> ImageFile:
-    """A file's bytes together with its image, read once.
+    """Returns the bytes of a file and its image, reading the file once.
 
     Raises:
         UnreadableImage: as `read_rgb`.
@@ -113,34 +126,40 @@ def read_file(path: Path) -> ImageFile:
 
 
 def begins_as_image(path: str) -> bool:
-    """Whether a file begins as an image of one of the formats does: to tell images that have no suffix."""
+    """True if the first bytes of a file are those of an image format.
+
+    Recognizes image files whose names have no suffix.
+    """
     try:
         with _opened(Path(path)) as file:
             start = file.read(16)
     except UnreadableImage:
         return False
+    # WebP is a RIFF file, AVIF an ISO file: a length stands before or between their markers.
     kind = start[8:12] if start.startswith(b"RIFF") else start[4:12]
     return start.startswith(_SIGNATURES) or kind in (b"WEBP", b"ftypavif", b"ftypavis")
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
-    """A regular file, open. A pipe of that name is not waited for, nor a device read.
+    """Opens a regular file for reading while the block runs.
 
     Raises:
-        UnreadableImage: it can't be opened, or the block fails as Pillow does on broken files.
+        UnreadableImage: the file can't be opened, or the block fails as Pillow does on broken files.
     """
     try:
-        # Python itself refuses folders.
+        # O_NONBLOCK: to open a pipe would otherwise wait until another program writes to it.
         with open(
             path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
         ) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
+            status = os.fstat(file.fileno())
+            # Python itself refuses to open folders.
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError("is no file but a pipe, socket or device")
-            if about.st_size > MOST_BYTES:
+            if status.st_size > MOST_BYTES:
                 raise ValueError(
-                    f"has {about.st_size / 1e9:.1f} GB, images of up to {MOST_BYTES / 1e9:.1f} GB are read"
+                    f"has {status.st_size / 1e9:.1f} GB; "
+                    f"images of up to {MOST_BYTES / 1e9:.1f} GB are read"
                 )
             yield file
     except _BROKEN as error:
@@ -148,25 +167,31 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _decoded(source: io.BufferedReader | io.BytesIO) -> tuple[Image.Image, bool]:
+    """Returns the upright RGB image, and whether the file is a plain JPEG (see `ImageFile`)."""
     with warnings.catch_warnings():
-        # Pillow warns of odd metadata and unused transparency; the pixels are what counts.
+        # Pillow warns of odd metadata and unused transparency; only the pixels matter here.
         warnings.simplefilter("ignore")
         with Image.open(source, formats=FORMATS) as image:
-            check_size(*image.size)  # Pillow has this limit too, but a program may have lifted it
+            # Pillow has this limit too, but a program may have lifted it.
+            check_size(*image.size)
             if min(image.size) == 0:
                 raise ValueError("zero-sized")
             image.load()
-            turn, shades = _turn(image), _shades(image)
-            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and turn is None
-            rgb = (shades or image).convert("RGB")
-            return rgb if turn is None else rgb.transpose(turn), plain
+            transposition = _transposition(image)
+            gray = _gray_in_8_bits(image)
+            is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
+            is_plain_jpeg = is_jpeg and transposition is None
+            rgb = (gray or image).convert("RGB")
+            if transposition is not None:
+                rgb = rgb.transpose(transposition)
+            return rgb, is_plain_jpeg
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse an image before memory is asked for its pixels.
+    """Refuses an image that is too large, before memory for its pixels is allocated.
 
     Raises:
-        ValueError: it claims to be larger than `MOST_PIXELS`.
+        ValueError: the image claims to have more than `MOST_PIXELS`.
     """
     if width * height > MOST_PIXELS:
         raise ValueError(
@@ -175,70 +200,94 @@ def check_size(width: int, height: int) -> None:
 
 
 def _reason(path: Path, error: Exception) -> str:
+    """Returns why a file can't be read, without its name, which whoever reports it adds."""
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "is an empty file"
-    if isinstance(error, UnidentifiedImageError):  # Pillow's message holds the address of an object
-        return f"UnidentifiedImageError: cannot identify image file (read are {', '.join(FORMATS)})"
+    # Pillow's own message holds the address of an object, which differs in every run.
+    if isinstance(error, UnidentifiedImageError):
+        return (
+            "UnidentifiedImageError: cannot identify image file "
+            f"(formats that are read: {', '.join(FORMATS)})"
+        )
     return f"{type(error).__name__}: {error}".replace(str(path), "it")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    # ImageOps.exif_transpose also writes the rest of the metadata anew, and fails where that is odd.
+def _transposition(image: Image.Image) -> Image.Transpose | None:
+    """Returns what turns the image upright, by its EXIF data; None if it is upright."""
+    # ImageOps.exif_transpose also rewrites the other metadata, and fails where these are odd.
     try:
-        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return _UPRIGHT.get(orientation)
     except _BROKEN:
         return None
 
 
-def _shades(image: Image.Image) -> Image.Image | None:
-    """A gray image of more than 8 bits in 8 bits; None for all others.
+def _gray_in_8_bits(image: Image.Image) -> Image.Image | None:
+    """Returns a gray image of more than 8 bits scaled to 8 bits; None for all other images.
 
-    Pillow clips these at 255 instead of scaling them, and does not turn those whose 0 is white.
+    Pillow itself clips such images at 255, and does not invert those whose 0 is white.
 
     Raises:
-        ValueError: nothing says which of its numbers are black and white.
+        ValueError: nothing says which values are black and white.
     """
-    about = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    # Pillow opens 16-bit gray as I;16, but as I (32-bit) from some PNG and PPM files.
+    is_16_bit = image.mode.startswith("I;16")
+    is_16_bit_in_32 = image.mode == "I" and image.format in ("PNG", "PPM")
     if image.mode == "F":
-        shades = _float_shades(np.asarray(image))
-    elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        widest = 4095 if about.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else _WIDEST_16_BIT
-        shades = image.convert("I").point(lambda value: value * (255 / widest)).convert("L")
+        gray = _float_in_8_bits(np.asarray(image))
+    elif is_16_bit or is_16_bit_in_32:
+        # TIFF files of scanners and microscopes may keep 12 bits in 16.
+        is_12_bit = tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,)
+        largest = _LARGEST_12_BIT if is_12_bit else _LARGEST_16_BIT
+        integers = image.convert("I")
+        scaled = integers.point(lambda value: value * (255 / largest))
+        gray = scaled.convert("L")
     elif image.mode == "I":
         raise ValueError(
-            "has signed or 32-bit integers, whose black and white are not told: save it in 8 or 16 bits"
+            "has signed or 32-bit integers, and the file does not say which values are black and "
+            "white: save it in 8 or 16 bits"
         )
     else:
         return None
-    if about.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # WhiteIsZero
-        shades = shades.point([255 - level for level in range(256)])
-    return shades
+    # 0 is white in these TIFF files (WhiteIsZero), so that they have to be inverted.
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        gray = gray.point([255 - level for level in range(256)])
+    return gray
 
 
-def _float_shades(values: np.ndarray) -> Image.Image:
-    low, high = float(values.min()), float(values.max())
-    rounding = 1e-3  # a resampled image may reach a little beyond its range
+def _float_in_8_bits(values: np.ndarray) -> Image.Image:
+    """Returns floating-point values from 0 to 1, or from 0 to 255, as an 8-bit gray image."""
+    low = float(values.min())
+    high = float(values.max())
     if not np.isfinite([low, high]).all():
         raise ValueError("has values that are infinite or not a number")
-    widest = 1 if high <= 1 + rounding else 255
-    if low < -rounding * widest or high > widest * (1 + rounding):
+    # Resampling an image may exceed its range a little.
+    tolerance = 1e-3
+    white = 1 if high <= 1 + tolerance else 255
+    if low < -tolerance * white or high > white * (1 + tolerance):
         raise ValueError(
-            f"has floating-point values from {low:g} to {high:g}: read are those from 0 to 1 and from 0 to 255"
+            f"has floating-point values from {low:g} to {high:g}: values must range from 0 to 1 "
+            "or from 0 to 255"
         )
-    return Image.fromarray(np.clip(np.rint(values * (255 / widest)), 0, 255).astype(np.uint8))
+    levels = np.rint(values * (255 / white))
+    return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
 
 
 def crop_resized(image: Image.Image, size: Pair, corner: Pair, side_px: int) -> Image.Image:
-    """The `side_px` square at `corner` (row, column) of the image resized to `size` (height, width).
+    """Returns a square of the image resized to `size` (height, width), in pixels.
 
-    Bilinear with antialiasing, as torchvision does on Pillow images. Only the square is computed,
-    so an image as long as a scroll costs no more than another. Where the image has that size
-    already, the square is cut out of it, which gives the same pixels.
+    The square has its top left corner at `corner` (row, column) of the resized image, and
+    `side_px` pixels a side. Resizing is bilinear with antialiasing, as torchvision does on Pillow
+    images. Only the square is computed, so a very long image costs no more than another.
     """
     top, left = corner
+    # An image of that size already is only cut, which gives the same pixels.
     if size == (image.height, image.width):
         return image.crop((left, top, left + side_px, top + side_px))
-    scale_row, scale_column = image.height / size[0], image.width / size[1]
+    # The square in pixels of the original image; rounding may not lead beyond its border.
+    scale_row = image.height / size[0]
+    scale_column = image.width / size[1]
     box = (
         left * scale_column,
         top * scale_row,
