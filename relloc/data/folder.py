@@ -1,9 +1,11 @@
-"""`data=folder` and every data set that lies on disk as folders of images.
+"""Data sets that are folders of image files: `data=folder`, ImageNet, Imagenette and others.
 
-Two layouts are understood. ROOT/train/CLASS/* and ROOT/val/CLASS/* with the same classes on both
-sides is a labeled data set (ImageNet, Imagenette, Places as everyone has them). Any other folder,
-or several, is unlabeled: every image below it, a share of them held out by the hash of its name;
-but not where that would train on a split that was made for testing (`relloc.data.split_folders`).
+Two layouts are understood:
+
+- Labeled: ROOT/train/CLASS/* and ROOT/val/CLASS/*, with the same classes in both splits.
+- Unlabeled: every image in and below one or more folders. A share of them is held out, chosen by
+  the hash of each name. Folders that look like the splits of a data set are refused, because
+  pooling them would train on test images (see `relloc.data.split_folders`).
 """
 
 import dataclasses
@@ -32,10 +34,13 @@ from relloc.data.split_folders import Branch, images_by_folder, refuse_pooled_sp
 from relloc.errors import DataError
 from relloc.terminal import escaped
 
-_NAMED = 5  # of class folders that are empty
-TRAIN, VAL = "train", "val"
-# What a folder of all images of a split is called where labels lie beside it (YOLO) or nowhere
-_NO_CLASSES = {
+# How many of the empty class folders an error message names.
+_MOST_EMPTY_NAMED = 5
+TRAIN = "train"
+VAL = "val"
+# Usual names of a folder with all images of a split, whose labels lie elsewhere (as for YOLO) or
+# do not exist. Such a folder is no class.
+_NOT_CLASS_NAMES = {
     "images",
     "image",
     "imgs",
@@ -51,17 +56,19 @@ _NO_CLASSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderImages:
-    """An `ImageSet` of files, each named by its path."""
+    """The images of one split as files on disk: an `ImageSet` whose sources are paths."""
 
     name: str
     split: str
     paths: Sequence[str]
     labels: Sequence[int] | None = None
     classes: tuple[str, ...] = ()
-    labels_are_listed: bool = False  # so that the files do not say them, and the digest has to
+    # True if labels come from a list instead of folder names: then the digest has to include them.
+    labels_are_listed: bool = False
+    # The digest once it is computed. A list, since fields of a frozen dataclass can't be assigned.
     _made: list[str] = dataclasses.field(
         default_factory=list, init=False, repr=False, compare=False
-    )  # the digest
+    )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -73,40 +80,50 @@ class FolderImages:
         return self.paths[index]
 
     def digest(self, progress: Progress = without_progress) -> str:
-        """Hash of names, labels and what the files hold, as far as `relloc.data.contents` says. Made once, then kept.
+        """Returns a hash of file names, labels and file contents, computed on the first call.
 
-        `progress` is told of the files that are read.
+        `relloc.data.contents` describes how much of each file counts. `progress` shows the files
+        that are read.
         """
         if not self._made:
             labels = map(str, self.labels or ()) if self.labels_are_listed else ()
-            told = [str(len(self.classes)), *self.classes, *labels]
-            self._made.append(hash_files(self.paths, self.names(), told, progress))
+            other_content = [str(len(self.classes)), *self.classes, *labels]
+            digest = hash_files(self.paths, self.names(), other_content, progress)
+            self._made.append(digest)
         return self._made[0]
 
     def names(self) -> Iterator[str]:
-        """Names below the folder that all files share: the same wherever the set lies."""
-        absolute = {
-            folder: os.path.abspath(folder)
-            for folder in {os.path.dirname(path) for path in self.paths}
-        }
+        """Yields each file's path below the folder that all files share.
+
+        These names are the same wherever the data set lies on disk.
+        """
+        # Millions of files lie in a few thousand folders: only these are made absolute.
+        folders = {os.path.dirname(path) for path in self.paths}
+        absolute = {folder: os.path.abspath(folder) for folder in folders}
         common = os.path.commonpath(absolute.values()).rstrip("/")
         for path in self.paths:
             folder, _, name = path.rpartition("/")
-            yield f"{absolute[folder]}/{name}"[len(common) + 1 :]
+            absolute_path = f"{absolute[folder]}/{name}"
+            yield absolute_path[len(common) + 1 :]
 
 
 def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
-    """The folder that data.root names. Raises `DataError`, which says what is to be in it, where it is none."""
+    """Returns the folder that the setting data.root names; `holding` says what it should hold.
+
+    Raises:
+        DataError: data.root is not set, is no folder, or is a folder that relloc.prepare packed.
+    """
     if not root:
         raise DataError(
-            "data.root is not set: give data.root=FOLDER, or set the environment variable RELLOC_DATA, to a folder "
-            f"with {holding}"
+            "data.root is not set: give data.root=FOLDER, or set the environment variable "
+            f"RELLOC_DATA, to a folder with {holding}"
         )
     if not isinstance(root, str) or not os.path.isdir(root):
         raise DataError(f"data.root={root} is not a folder: give the folder that holds {holding}")
     if is_packed(Path(root)):
         raise DataError(
-            f"data.root={root} holds images that relloc.prepare packed: give data.shards={root} in its place"
+            f"data.root={root} holds images that relloc.prepare packed: give data.shards={root} "
+            "instead"
         )
     return Path(root)
 
@@ -114,23 +131,27 @@ def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
 def _labeled(
     name: str, folder: Path, classes: tuple[str, ...], passed_over: PassedOver
 ) -> FolderImages:
-    """One split, with its class folders. `passed_over` is added to."""
-    paths, labels, empty = [], [], []
+    """Returns one split from its class folders; what is skipped is counted in `passed_over`."""
+    paths = []
+    labels = []
+    empty = []
     outside_of_classes(folder, passed_over)
     for label, class_name in enumerate(classes):
-        found = list(images_below(folder / class_name, passed_over))
-        paths += found
-        labels += [label] * len(found)
-        if not found:
+        in_class = list(images_below(folder / class_name, passed_over))
+        paths += in_class
+        labels += [label] * len(in_class)
+        if not in_class:
             empty.append(class_name)
     if empty:
         problem = (
-            f"{folder}: {len(empty)} of {len(classes)} class folders hold no images ({first_names(empty, _NAMED)}): "
-            "unpack or copy them again; a class that is to be left out has no folder in either split"
+            f"{folder}: {len(empty)} of {len(classes)} class folders hold no images "
+            f"({first_names(empty, _MOST_EMPTY_NAMED)}): unpack or copy them again, or remove a "
+            "class that you want to leave out from both splits"
         )
         if not paths:
             problem = f"{folder} holds no images ({', '.join(SUFFIXES)})"
-        raise DataError(". ".join(filter(None, (problem, told_passed_over(passed_over)))))
+        sentences = (problem, told_passed_over(passed_over))
+        raise DataError(". ".join(filter(None, sentences)))
     return FolderImages(name=name, split=folder.name, paths=paths, labels=labels, classes=classes)
 
 
@@ -143,40 +164,61 @@ def class_folders(
     holding: str = "images in class folders",
     published_images: Mapping[str, int] | None = None,
 ) -> Splits:
-    """ROOT/`train`/CLASS/* and ROOT/`val`/CLASS/*; the label is the place of CLASS in sorted order.
+    """Returns a labeled data set from the files ROOT/`train`/CLASS/* and ROOT/`val`/CLASS/*.
 
-    `holding` says what belongs there, and where to get it, for who has not got it.
-    `published_images` gives the official counts: another count is a warning, since its results
-    are not those of the published data set.
+    The label of an image is the index of its CLASS in sorted order. `holding` describes for error
+    messages what `root` should hold and where to get it. `published_images` gives the official
+    number of images by split; a differing number is a warning.
 
     Raises:
-        DataError: the root or a split is missing, a split or a class is empty, or the two splits have other classes.
+        DataError: the root or a split is missing, a split or a class is empty, or the classes of
+            the two splits differ.
+
+    Example:
+        >>> splits = class_folders(name="in1k", root="/data/imagenet", train="train", val="val")
     """
     base = require_root(root, holding)
-    classes, other = (class_folders_of(base / split) for split in (train, val))
-    if not classes or not other:
+    train_folder = base / train
+    val_folder = base / val
+    classes = class_folders_of(train_folder)
+    val_classes = class_folders_of(val_folder)
+
+    # Each split needs class folders, and both the same, or labels would not mean the same.
+    if not classes or not val_classes:
+        without_classes = val_folder if classes else train_folder
         raise DataError(
-            f"{base / (val if classes else train)} has no class folders: {name} needs {base}/{train}/CLASS/* and "
+            f"{without_classes} has no class folders: {name} needs {base}/{train}/CLASS/* and "
             f"{base}/{val}/CLASS/*; data.root is to hold {holding}"
         )
-    if odd := set(classes) ^ set(other):
+    in_one_split = set(classes) ^ set(val_classes)
+    if in_one_split:
         raise DataError(
-            f"{base}: {train} and {val} differ in {len(odd)} classes, such as {escaped(min(odd))}"
+            f"{base}: {train} and {val} differ in {len(in_one_split)} classes, such as "
+            f"{escaped(min(in_one_split))}: both splits need the same class folders"
         )
-    if len(classes) == 1 and classes[0].lower() in _NO_CLASSES:
+    # A single folder called "images" holds unlabeled images, and would become a class otherwise.
+    if len(classes) == 1 and classes[0].lower() in _NOT_CLASS_NAMES:
         raise DataError(
-            f"{base / train} and {base / val} hold one folder each, {escaped(classes[0])}, which is not called as a "
-            f"class is: its images have no labels. data.root={base / train} takes {train} alone, without labels"
+            f"{train_folder} and {val_folder} hold one folder each, {escaped(classes[0])}, whose "
+            f"name is not that of a class: its images have no labels. data.root={train_folder} "
+            f"takes {train} alone, without labels"
         )
+
     passed_over = PassedOver()
-    parts = [_labeled(name, base / split, classes, passed_over) for split in (train, val)]
-    remarks = [
-        "; ".join(f"{part.split}: {len(part)} images of {len(classes)} classes" for part in parts)
+    train_images = _labeled(name, train_folder, classes, passed_over)
+    val_images = _labeled(name, val_folder, classes, passed_over)
+
+    # Remarks for the user: what was found, and what was not used.
+    counts = [
+        f"{images.split}: {len(images)} images of {len(classes)} classes"
+        for images in (train_images, val_images)
     ]
-    if unused := [each for each in class_folders_of(base) if each not in (train, val)]:
+    remarks = ["; ".join(counts)]
+    unused = [folder for folder in class_folders_of(base) if folder not in (train, val)]
+    if unused:
         remarks.append(f"not used: the folders {first_names(unused)}")
     remarks.append(told_passed_over(passed_over))
-    splits = Splits(train=parts[0], held_out=parts[1], remarks=tuple(filter(None, remarks)))
+    splits = Splits(train=train_images, held_out=val_images, remarks=tuple(filter(None, remarks)))
     warn_of_other_counts(splits, published_images)
     return splits
 
@@ -184,45 +226,61 @@ def class_folders(
 def _unlabeled(
     name: str, roots: Sequence[Path], held_out_share: float, *, pool_splits: bool
 ) -> Splits:
-    for one, other in itertools.permutations(roots, 2):
-        if other.resolve().is_relative_to(one.resolve()):
+    """Returns all images in and below `roots` without labels, a share of them held out."""
+    for outer, inner in itertools.permutations(roots, 2):
+        if inner.resolve().is_relative_to(outer.resolve()):
             raise DataError(
-                f"data.root: {other} lies in {one}, so that its images would be taken twice; name one"
+                f"data.root: {inner} lies in {outer}, so that its images would be taken twice: "
+                "name one of them"
             )
-    parts: dict[Role, list[str]] = {"train": [], "held_out": []}
-    remarks = []
+
+    paths_of: dict[Role, list[str]] = {"train": [], "held_out": []}
+    sentences = []
     for root in roots:
         passed_over = PassedOver()
         paths = list(images_below(root, passed_over))
         branch = images_by_folder(root, paths)
         if not pool_splits:
             refuse_pooled_splits(branch, alone=len(roots) == 1)
-        remarks += [_unlabeled_remark(branch), told_passed_over(passed_over)]
+        sentences += [_unlabeled_remark(branch), told_passed_over(passed_over)]
         for path in paths:
-            hashed = hashlib.sha256(
-                os.path.relpath(path, root).encode("utf-8", "surrogateescape")
-            ).digest()
-            is_held_out = int.from_bytes(hashed[:8], "big") / 2**64 < held_out_share
-            parts["held_out" if is_held_out else "train"].append(path)
-    remarks = tuple(filter(None, remarks))
-    if not all(parts.values()):
+            is_held_out = _hash_fraction(os.path.relpath(path, root)) < held_out_share
+            role: Role = "held_out" if is_held_out else "train"
+            paths_of[role].append(path)
+
+    remarks = tuple(filter(None, sentences))
+    train_paths = paths_of["train"]
+    held_out_paths = paths_of["held_out"]
+    if not train_paths or not held_out_paths:
         raise DataError(
-            f"{', '.join(map(str, roots))}: {len(parts['train'])} images to train on and {len(parts['held_out'])} held "
-            f"out ({', '.join(SUFFIXES)}); both need some: check data.root and data.source.held_out_share. Found was "
-            + ". ".join(remarks)
+            f"{', '.join(map(str, roots))}: {len(train_paths)} images to train on and "
+            f"{len(held_out_paths)} held out ({', '.join(SUFFIXES)}); both need some: check "
+            f"data.root and data.source.held_out_share. Found was {'. '.join(remarks)}"
         )
-    images = {
-        role: FolderImages(name=name, split=role, paths=paths) for role, paths in parts.items()
-    }
-    return Splits(train=images["train"], held_out=images["held_out"], remarks=remarks)
+    return Splits(
+        train=FolderImages(name=name, split="train", paths=train_paths),
+        held_out=FolderImages(name=name, split="held_out", paths=held_out_paths),
+        remarks=remarks,
+    )
+
+
+def _hash_fraction(name: str) -> float:
+    """Returns a number in [0, 1) from the hash of a name, as good as uniformly distributed.
+
+    It depends on this name alone, so that adding images moves none to the other split.
+    """
+    hashed = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(hashed[:8], "big") / 2**64
 
 
 def _unlabeled_remark(branch: Branch) -> str:
-    """How many images a root has, in which of its folders."""
+    """Returns a sentence on how many images a root has, and in which of its folders."""
     remark = f"{branch.path}: {branch.images} images without labels"
-    if held := [f"{name} {part.images}" for name, part in sorted(branch.folders.items())]:
-        remark += f", in {len(held)} folders ({first_names(held)})"
-    if empty := [name for name in class_folders_of(branch.path) if name not in branch.folders]:
+    counts = [f"{name} {inner.images}" for name, inner in sorted(branch.folders.items())]
+    if counts:
+        remark += f", in {len(counts)} folders ({first_names(counts)})"
+    empty = [name for name in class_folders_of(branch.path) if name not in branch.folders]
+    if empty:
         remark += f"; none in {first_names(empty)}"
     return remark
 
@@ -236,35 +294,45 @@ def folder(
     val: str = VAL,
     pool_splits: bool = False,
 ) -> Splits:
-    """A labeled data set if `root` has `train` and `val` with class folders, else unlabeled images.
+    """Returns the data set in one or more folders, labeled if it lies in class folders.
 
-    Several roots are pooled, unlabeled. Whether an image is held out depends on its path below
-    its root alone, so that adding images moves none. `pool_splits` takes all images of a root as
-    one unlabeled set, also where its folders are called train and test.
+    A single `root` with class folders in its folders `train` and `val` is a labeled data set. Any
+    other root, or several, is a set of unlabeled images, of which `held_out_share` (between 0 and
+    1) is held out. Whether an image is held out depends only on its path below its root, so that
+    adding images moves none. With `pool_splits` all images of a root become one unlabeled set,
+    even if its folders are called train and test.
 
     Raises:
-        DataError: a root that does not exist, holds too few images, or holds folders of several splits
-            that would be pooled although `pool_splits` is off.
+        DataError: a root does not exist, holds too few images, or has folders that look like
+            several splits while `pool_splits` is off.
+
+    Example:
+        >>> splits = folder(name="mine", root="/data/photographs", held_out_share=0.1)
     """
     if not 0 < held_out_share < 1:
-        raise DataError(f"data.source.held_out_share is {held_out_share}, not between 0 and 1")
-    roots = [
-        require_root(one, "the images")
-        for one in (root if isinstance(root, (list, tuple)) else [root])
-    ]
-    are_named = (train, val) != (TRAIN, VAL)
-    if are_named and (pool_splits or len(roots) > 1):
         raise DataError(
-            f"data.source.train={train} and data.source.val={val} name the splits of one labeled data set: leave them "
-            "out where data.source.pool_splits=true or several roots make one set without labels"
+            f"data.source.held_out_share is {held_out_share}: give a number between 0 and 1"
+        )
+    given_roots = root if isinstance(root, (list, tuple)) else [root]
+    roots = [require_root(each, "the images") for each in given_roots]
+
+    # Named splits ask for a labeled set, pooling and several roots for an unlabeled one.
+    splits_are_named = (train, val) != (TRAIN, VAL)
+    if splits_are_named and (pool_splits or len(roots) > 1):
+        raise DataError(
+            f"data.source.train={train} and data.source.val={val} name the splits of one labeled "
+            "data set: leave them out where data.source.pool_splits=true or several roots make "
+            "one set without labels"
         )
     if train == val:
         raise DataError(
-            f"data.source.train and data.source.val are both {train}: images trained on test nothing"
+            f"data.source.train and data.source.val are both {train}: testing on training images "
+            "means nothing, name two splits"
         )
-    labeled = (
+
+    has_class_folders = (
         len(roots) == 1 and class_folders_of(roots[0] / train) and class_folders_of(roots[0] / val)
     )
-    if not pool_splits and (are_named or labeled):
+    if not pool_splits and (splits_are_named or has_class_folders):
         return class_folders(name=name, root=str(roots[0]), train=train, val=val)
     return _unlabeled(name, roots, held_out_share, pool_splits=pool_splits)

@@ -1,4 +1,7 @@
-"""In which order images are seen: a function of seed and step, so that any step can be resumed."""
+"""The order in which training sees images, and how a step's images are divided into batches.
+
+The order is a function of the seed and the step, so that training can resume at any step.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,15 +15,21 @@ from relloc.seeds import Use, seed_for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """How the images of an optimizer step are spread over processes and forwards.
+    """The division of an optimizer step's images into processes, forward passes and ghost batches.
 
-    A step takes `images_per_step` images, in ghost batches of `images_per_batch_norm` whose
-    batch-norm statistics and random numbers belong together. Each of `world` processes takes an equal run
-    of them, `images_per_forward` images at a time, or all at once where that is None. Neither of
-    these two numbers changes what a step computes. An epoch drops its incomplete last step.
+    A ghost batch is the `images_per_batch_norm` images that share batch-norm statistics (and a
+    stream of random numbers). A step is `images_per_step` images, a whole number of ghost batches.
+    Each of `world` processes takes an equal, contiguous part of them, `images_per_forward` images
+    in each forward pass, or all at once if that is None. Neither `world` nor `images_per_forward`
+    changes what a step computes. An epoch drops its incomplete last step.
 
     Raises:
-        DataError: numbers that do not divide, or a data set smaller than a step.
+        DataError: the numbers do not divide each other, or the data set is smaller than a step.
+
+    Example:
+        >>> plan = StepPlan(n_images=1000, images_per_step=64, images_per_batch_norm=16, world=2)
+        >>> plan.steps_per_epoch, plan.forward_images, plan.ghosts_per_forward
+        (15, 32, 2)
     """
 
     n_images: int
@@ -30,69 +39,84 @@ class StepPlan:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if (
-            min(self.images_per_step, self.images_per_batch_norm, self.forward_images, self.world)
-            < 1
-        ):
+        counts = (
+            self.images_per_step,
+            self.images_per_batch_norm,
+            self.forward_images,
+            self.world,
+        )
+        if min(counts) < 1:
             raise DataError(
                 f"recipe.images_per_step is {self.images_per_step}, recipe.images_per_batch_norm "
                 f"{self.images_per_batch_norm}, on {self.world} processes: each must be 1 or more"
             )
-        for name, images, part in (
+        # Whole ghost batches fill a forward pass, whole forward passes a process's part of a step.
+        divisions = (
             ("images_per_forward", self.forward_images, self.images_per_batch_norm),
             ("recipe.images_per_step", self.images_per_step, self.forward_images * self.world),
-        ):
-            if images % part:
+        )
+        for name, images, divisor in divisions:
+            if images % divisor:
                 raise DataError(
-                    f"{name} is {images}, not a multiple of {part}: with {self.world} processes, ghost batches of "
-                    f"recipe.images_per_batch_norm={self.images_per_batch_norm} images must fill each forward, and "
-                    "forwards each process's share of recipe.images_per_step"
+                    f"{name} is {images}, not a multiple of {divisor}: with {self.world} "
+                    f"processes, ghost batches of recipe.images_per_batch_norm="
+                    f"{self.images_per_batch_norm} images must fill each forward, and forwards "
+                    "each process's share of recipe.images_per_step"
                 )
         if self.n_images < self.images_per_step:
             raise DataError(
-                f"{self.n_images} training images are fewer than one step takes, which are {self.images_per_step}: "
-                f"{self._fitting()}"
+                f"{self.n_images} training images are fewer than the {self.images_per_step} that "
+                f"one step takes: {self._advice_for_few_images()}"
             )
 
-    def _fitting(self) -> str:
-        """What to write for a data set that is smaller than a step."""
-        share = self.n_images // self.world  # of a process
-        if share == 0:
+    def _advice_for_few_images(self) -> str:
+        """Returns the settings to give for a data set that is smaller than a step."""
+        share_of_process = self.n_images // self.world
+        if share_of_process == 0:
             return f"start {self.n_images} processes or fewer"
-        ghost = min(self.images_per_batch_norm, share)
-        words = f"recipe.images_per_step={share // ghost * ghost * self.world}"
-        if ghost < self.images_per_batch_norm:
-            words += f" recipe.images_per_batch_norm={ghost}"
-        # One that was given, or that was chosen for the larger step
-        if (
-            self.forward_images != self.images_per_batch_norm
-            and share // ghost * ghost % self.forward_images
-        ):
-            words += " images_per_forward=auto"
-        return f"add {words}"
+        # The largest step of whole ghost batches; these shrink only if not even one fits.
+        ghost_images = min(self.images_per_batch_norm, share_of_process)
+        process_images = share_of_process // ghost_images * ghost_images
+        settings = f"recipe.images_per_step={process_images * self.world}"
+        if ghost_images < self.images_per_batch_norm:
+            settings += f" recipe.images_per_batch_norm={ghost_images}"
+        # Images per forward that were given, or chosen for the larger step, need not divide this.
+        is_not_one_ghost = self.forward_images != self.images_per_batch_norm
+        if is_not_one_ghost and process_images % self.forward_images:
+            settings += " images_per_forward=auto"
+        return f"add {settings}"
 
     @property
     def forward_images(self) -> int:
-        """Images of one forward of one process."""
-        return self.images_per_forward or max(self.images_per_step // self.world, 1)
+        """Number of images in one forward pass of one process."""
+        if self.images_per_forward:
+            return self.images_per_forward
+        return max(self.images_per_step // self.world, 1)
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of whole steps in one pass over the images."""
         return self.n_images // self.images_per_step
 
     @property
     def accumulation(self) -> int:
-        """Forwards of each process in a step."""
+        """Number of forward passes of each process whose gradients add up in a step."""
         return self.images_per_step // (self.forward_images * self.world)
 
     @property
     def ghosts_per_forward(self) -> int:
+        """Number of ghost batches in one forward pass."""
         return self.forward_images // self.images_per_batch_norm
 
 
 @dataclasses.dataclass
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, epoch) for one process, one ghost batch each, from `first_step` to `steps`."""
+    """An iterator over ghost batches of keys (index, epoch) for one process.
+
+    It covers the optimizer steps from `first_step` to `steps` (not included). The images of an
+    epoch are a random permutation by `seed` and epoch; each of the processes, numbered by `rank`,
+    gets its part of every step.
+    """
 
     plan: StepPlan
     _: dataclasses.KW_ONLY
@@ -102,20 +126,24 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     rank: int = 0
 
     def __len__(self) -> int:
-        return (
-            (self.steps - self.first_step) * self.plan.accumulation * self.plan.ghosts_per_forward
-        )
+        n_steps = self.steps - self.first_step
+        return n_steps * self.plan.accumulation * self.plan.ghosts_per_forward
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, order_epoch = np.empty(0, np.int64), -1
+        plan = self.plan
+        order = np.empty(0, np.int64)
+        order_epoch = -1
         for step in range(self.first_step, self.steps):
-            epoch, place = divmod(step, self.plan.steps_per_epoch)
+            epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
+            # A permutation that depends on seed and epoch alone: a resumed run draws the same.
             if epoch != order_epoch:
                 rng = np.random.default_rng(seed_for(Use.IMAGE_ORDER, self.seed, epoch))
-                order, order_epoch = rng.permutation(self.plan.n_images), epoch
-            start = place * self.plan.images_per_step
-            images = order[start : start + self.plan.images_per_step].reshape(
-                self.plan.world, -1, self.plan.images_per_batch_norm
-            )
-            for ghost in images[self.rank]:
+                order = rng.permutation(plan.n_images)
+                order_epoch = epoch
+            # The step's images as (process, ghost batch, image): which images share a ghost batch
+            # does not depend on the number of processes.
+            start = step_in_epoch * plan.images_per_step
+            step_images = order[start : start + plan.images_per_step]
+            ghosts = step_images.reshape(plan.world, -1, plan.images_per_batch_norm)
+            for ghost in ghosts[self.rank]:
                 yield [(index, epoch) for index in ghost.tolist()]
