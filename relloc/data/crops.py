@@ -36,7 +36,7 @@ class Crops(Dataset[Sample]):
     the center of the image, and no image is replaced.
 
     Example:
-        >>> crops = Crops(images, grid, use=Use.TRAIN_CROPS, seed=0, centered=False)
+        >>> crops = Crops(images, grid, use=Use.CROP, seed=0, centered=False)
         >>> crops[3, 0].pixels.shape  # image 3 in epoch 0
     """
 
@@ -78,7 +78,7 @@ class Crops(Dataset[Sample]):
             image = self.images.read(index)
             height, width = image.height, image.width
 
-        # The size that the image is resized to. An image that is too elongated is refused.
+        # The size that the image is resized to; one that is smaller than the grid may be refused.
         try:
             size = self.grid.resized(height, width, rng.random())
         except ValueError as error:

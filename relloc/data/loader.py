@@ -1,4 +1,8 @@
-"""Loading in worker processes: samples become batches there, so that one piece of memory travels for each batch."""
+"""Reads batches of images in worker processes, as torch's DataLoader does.
+
+Samples are put together to batches in the workers, so that one piece of shared memory is handed
+over for each batch. `relloc.data.slots` is the faster variant that pretraining uses.
+"""
 
 import dataclasses
 import functools
@@ -16,7 +20,8 @@ from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
 from relloc.data.shared_memory import can_be_handed, handed_over, to_hand_over
 from relloc.errors import DataError, Interrupted
 
-Reasons = dict[str, str]  # why images can't be used, by their names
+# Why images can't be used, by their names.
+Reasons = dict[str, str]
 Shape = tuple[int, ...]
 Rows = UInt8[Tensor, "b s s 3"]
 _own_memory = functools.partial(torch.empty, dtype=torch.uint8)
@@ -24,7 +29,10 @@ _own_memory = functools.partial(torch.empty, dtype=torch.uint8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Pixels of image `index`, or None if it can't be used; `unreadable` says why, by image name."""
+    """The pixels of image `index`, or None if the image can't be used.
+
+    `unreadable` gives the reasons by the names of the images that could not be read.
+    """
 
     index: int
     pixels: UInt8[np.ndarray, "s s 3"] | None
@@ -33,9 +41,9 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """The samples of a batch that have pixels, and the reasons of those that have none.
+    """A batch of images: the samples that have pixels, and why others have none.
 
-    Pixels lie channels last in memory, as decoders leave them.
+    Pixels lie in memory with channels last, as decoders write them.
     """
 
     pixels: UInt8[Tensor, "b 3 s s"]
@@ -45,41 +53,48 @@ class ImageBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchMessage:
-    """What a reading process tells of a batch, beside its pixels."""
+    """What a worker process reports of a batch, beside its pixels."""
 
     indices: list[int]
     unreadable: Reasons
     shape: Shape
 
     def batch(self, rows: Rows, *, pin: bool = False) -> ImageBatch:
-        """The batch whose pixels are `rows`; with `pin` a copy of them in page-locked memory."""
+        """Returns the batch with the pixels `rows`, with `pin` copied to page-locked memory."""
+        # A view: nothing is copied, and the memory keeps channels last.
         pixels = rows.permute(0, 3, 1, 2)
         indices = torch.tensor(self.indices, dtype=torch.int64)
-        return ImageBatch(
-            pixels=pixels.pin_memory() if pin else pixels,
-            indices=indices,
-            unreadable=self.unreadable,
-        )
+        if pin:
+            pixels = pixels.pin_memory()
+        return ImageBatch(pixels=pixels, indices=indices, unreadable=self.unreadable)
 
 
 def write_samples(
     samples: list[Sample], memory: Callable[[Shape], Rows]
 ) -> tuple[BatchMessage, Rows]:
-    """Write the pixels of samples of one size into `memory(shape)`; those without pixels have no row there."""
-    usable = [(sample.index, sample.pixels) for sample in samples if sample.pixels is not None]
-    side = len(usable[0][1]) if usable else 0
-    shape = (len(usable), side, side, 3)
+    """Writes the pixels of samples, all of one size, into `memory(shape)`.
+
+    Returns the message about the batch and the memory, which has one row for each sample that has
+    pixels.
+    """
+    indices: list[int] = []
+    pictures: list[UInt8[np.ndarray, "s s 3"]] = []
+    unreadable: Reasons = {}
+    for sample in samples:
+        unreadable.update(sample.unreadable)
+        if sample.pixels is not None:
+            indices.append(sample.index)
+            pictures.append(sample.pixels)
+    side = len(pictures[0]) if pictures else 0
+    shape = (len(pictures), side, side, 3)
     rows = memory(shape)
-    for row, (_, pixels) in zip(rows.numpy(), usable, strict=True):
+    for row, pixels in zip(rows.numpy(), pictures, strict=True):
         row[:] = pixels
-    unreadable = {name: reason for sample in samples for name, reason in sample.unreadable.items()}
-    return BatchMessage(
-        indices=[index for index, _ in usable], unreadable=unreadable, shape=shape
-    ), rows
+    return BatchMessage(indices=indices, unreadable=unreadable, shape=shape), rows
 
 
 def collate(samples: list[Sample], *, pin: bool = False) -> ImageBatch:
-    """One batch of samples of one size, in memory of its own."""
+    """Returns a batch of samples, all of one size, in newly allocated memory."""
     message, rows = write_samples(samples, _own_memory)
     return message.batch(rows, pin=pin)
 
@@ -92,13 +107,18 @@ def load(
     pin: bool,
     stopping: Callable[[], bool] = never,
 ) -> Iterator[ImageBatch]:
-    """One batch for each list of sample keys, in that order whatever `workers` is.
+    """Yields one batch for each list of sample keys, in their order whatever `workers` is.
 
-    With `pin` batches are in page-locked memory, from which a GPU copies faster. `stopping` is as in
-    `ReadingProcesses`.
+    With 0 `workers` this process reads the images itself. With `pin` batches are in page-locked
+    memory, from which a GPU copies faster. `stopping` returns true once the run is asked to stop
+    (see `ReadingProcesses`).
 
     Raises:
-        Interrupted: a worker was killed, most often for memory.
+        Interrupted: a worker was killed, most often because memory ran out.
+
+    Example:
+        >>> for batch in load(crops, [[(0, 0), (1, 0)], [(2, 0)]], workers=2, pin=False):
+        ...     batch.pixels.shape
     """
     if not workers:
         for keys in batches:
@@ -110,45 +130,50 @@ def load(
 
 
 def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
-    """In a reading process: a batch in memory that is handed over, or in the message where the system can't do that."""
+    """Reads a batch in a worker process, into memory that is handed to the training process.
+
+    Where the system has no such memory, the pixels travel in the message itself.
+    """
     descriptors: list[int] = []
 
     def memory(shape: Shape) -> Rows:
+        # An empty batch needs no memory, and none of size 0 can be mapped.
         if not can_be_handed() or not all(shape):
             return _own_memory(shape)
         try:
             descriptor, rows = to_hand_over(shape)
         except OSError as error:
+            megabytes = math.prod(shape) / 1e6
             raise Interrupted(
-                f"there is no room for a batch of {math.prod(shape) / 1e6:.0f} MB in a process that reads images "
-                f"({error.strerror}): give fewer, such as workers=2, or more memory, and start the same command again"
+                f"there is no room for a batch of {megabytes:.0f} MB in a process that reads "
+                f"images ({error.strerror}): give fewer, such as workers=2, or more memory, and "
+                "start the same command again"
             ) from error
         descriptors.append(descriptor)
         return rows
 
     message, rows = write_samples([samples[key] for key in keys], memory)
-    # As an array: torch would pass its tensors on through /dev/shm.
-    return Answer(
-        content=(message, None if descriptors else rows.numpy()), descriptors=tuple(descriptors)
-    )
+    # As a numpy array, since torch would send a tensor through /dev/shm.
+    pixels_in_message = None if descriptors else rows.numpy()
+    return Answer(content=(message, pixels_in_message), descriptors=tuple(descriptors))
 
 
 def _received(answer: Answer, *, pin: bool) -> ImageBatch:
-    """In the training process: the batch of a message."""
-    message, sent = answer.content
-    rows = (
-        handed_over(answer.descriptors[0], message.shape)
-        if sent is None
-        else torch.from_numpy(sent)
-    )
+    """Returns, in the training process, the batch that `_read_and_hand_over` answered with."""
+    message, pixels_in_message = answer.content
+    if pixels_in_message is None:
+        rows = handed_over(answer.descriptors[0], message.shape)
+    else:
+        rows = torch.from_numpy(pixels_in_message)
     return message.batch(rows, pin=pin)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Unreadable:
-    """Counts images that could not be used, by name, and stops the run when they are too many.
+    """A count of the images that could not be used, which stops the run when they are too many.
 
-    `setting` is where the user says how many that is. `note` is told of all of them.
+    At most the share `most_share` of the data set's `n_images` may be unreadable; `setting` is the
+    name of that setting for error messages. `note` is called with all reasons that are added.
     """
 
     n_images: int
@@ -158,23 +183,33 @@ class Unreadable:
     reasons: Reasons = dataclasses.field(default_factory=dict)
 
     def add(self, reasons: Reasons) -> None:
-        """Raises `DataError` once more than `most_share` of the data set is unreadable."""
+        """Adds images that could not be read, with the reasons by their names.
+
+        Raises:
+            DataError: more than `most_share` of the data set is unreadable.
+        """
+        # By name: an image that is met again in a later epoch counts once.
         self.reasons.update(reasons)
         if self.note:
             self.note(reasons)
         if len(self.reasons) > self.most_share * self.n_images:
             first, reason = next(iter(self.reasons.items()))
             raise DataError(
-                f"{len(self.reasons)} of {self.n_images} images can't be used, more than {self.setting}="
-                f"{self.most_share} allows; the first is {first}: {reason}. Mend or remove them, or raise the share"
+                f"{len(self.reasons)} of {self.n_images} images can't be used, more than "
+                f"{self.setting}={self.most_share} allows; the first is {first}: {reason}. "
+                "Repair or remove them, or raise the share"
             )
 
     def add_full(self, batch: ImageBatch, *, images: int) -> None:
-        """Add those of a batch. Raises `DataError` as `add`, and for a batch of less than `images` usable images."""
+        """Adds the unreadable images of a batch that must have `images` usable ones.
+
+        Raises:
+            DataError: as `add`, or the batch has fewer usable images.
+        """
         self.add(batch.unreadable)
         if len(batch.pixels) < images:
             first, reason = next(iter(batch.unreadable.items()))
             raise DataError(
-                f"{len(batch.unreadable)} images in a row can't be used, and none takes their place; the first is "
-                f"{first}: {reason}"
+                f"{len(batch.unreadable)} images in a row can't be used, so that none could "
+                f"replace another; the first is {first}: {reason}. Repair or remove them"
             )

@@ -1,8 +1,9 @@
-"""Batches in memory that workers and the training process share, for rates at which passing them on is too slow.
+"""A faster `load` for pretraining: workers write batches into fixed slots of shared memory.
 
-`load` gives each batch memory of its own, which the kernel has to clear and map every time, and which a
-GPU can't copy from before another copy. At thousands of images a second that is most of what the
-training process does.
+`relloc.data.loader.load` allocates memory for each batch, which the kernel has to clear and map
+every time, and which has to be copied to page-locked memory before a GPU can read it. At thousands
+of images a second that takes most of the training process's time. Here the memory of a few batches
+is allocated and page-locked once, and each worker writes its batch into the slot that it is given.
 """
 
 import contextlib
@@ -35,31 +36,41 @@ def load_in_slots(
     say: Callable[[str], None],
     stopping: Callable[[], bool] = never,
 ) -> Iterator[ImageBatch]:
-    """What `load` gives, of at most `images` images each of `side_px` a side; only the last `held` batches stay valid.
+    """Yields the same batches as `load`, of which only the last `held` stay valid.
 
-    Where the memory can't be had at once `load` serves, and `say` is told.
+    A batch has at most `images` images of `side_px` pixels a side. Memory of older batches is
+    overwritten. Where slots can't be shared or allocated, batches come from `load`, and `say` is
+    called with a sentence about it.
 
     Raises:
         Interrupted: a worker was killed.
-        NoImagesCame: as `ReadingProcesses`.
+        NoImagesCame: the run was asked to stop, and no images came (see `ReadingProcesses`).
     """
     slots = None
+    # Only forked workers see memory that was mapped before they started.
     if workers and machine.forks():
-        shape = (workers * PREFETCHED + held + 1, images, side_px, side_px, 3)
+        # Each worker fills up to PREFETCHED slots while the caller holds `held` batches; the
+        # last one is being handed to the caller.
+        n_slots = workers * PREFETCHED + held + 1
+        shape = (n_slots, images, side_px, side_px, 3)
         try:
             slots = shared_with_forks(shape)
         except OSError as error:
+            megabytes = math.prod(shape) / 1e6
             say(
-                f"loader  {math.prod(shape) / 1e6:.0f} MB of memory that {shape[0]} batches share can't be had "
-                f"({error.strerror}): images come slower. Give fewer workers=, or more memory"
+                f"loader  {megabytes:.0f} MB of shared memory for {n_slots} batches could not be "
+                f"allocated ({error.strerror}): images come slower. Give fewer workers=, or more "
+                "memory"
             )
     if slots is None:
         yield from load(samples, batches, workers=workers, pin=pin, stopping=stopping)
         return
+    # Batches take the slots in turn, so that a slot is free again when its turn comes.
     numbered = ((number % len(slots), keys) for number, keys in enumerate(batches))
     read = functools.partial(_read_into_slot, samples, slots)
     with ReadingProcesses(read, numbered, workers=workers, stopping=stopping, say=say) as answers:
-        # With the first answer workers are forked: pages locked before would be missing in them.
+        # The first answer forks the workers. Pages are locked after that, since locked pages
+        # would be missing in them.
         first = list(itertools.islice(answers, 1))
         with _page_locked(slots, say) if pin else contextlib.nullcontext():
             for answer in itertools.chain(first, answers):
@@ -72,22 +83,23 @@ def _read_into_slot(
     slots: UInt8[Tensor, "n images s s 3"],
     numbered: tuple[int, list[Any]],
 ) -> Answer:
-    """In a reading process: the samples of `keys` in the slot of this number, and what there is to say of them."""
+    """Reads a batch in a worker process, into the slot of the number that comes with its keys."""
     slot, keys = numbered
-    message, _ = write_samples(
-        [samples[key] for key in keys], lambda shape: slots[slot, : shape[0]]
-    )
+    batch = [samples[key] for key in keys]
+    message, _ = write_samples(batch, lambda shape: slots[slot, : shape[0]])
     return Answer(content=(slot, message))
 
 
 @contextlib.contextmanager
 def _page_locked(memory: Tensor, say: Callable[[str], None]) -> Iterator[None]:
-    """A GPU copies from `memory` beside its other work while the block runs."""
+    """Page-locks `memory` while the block runs, so that a GPU copies from it during other work."""
+    # PyTorch's pin_memory() would make a copy; CUDA locks memory that exists already.
     cuda: Any = torch.cuda.cudart()
     failed = int(cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if failed:
         say(
-            f"loader  {memory.numel() / 1e6:.0f} MB could not be page-locked (CUDA error {failed}): copies are slower"
+            f"loader  {memory.numel() / 1e6:.0f} MB of memory could not be page-locked "
+            f"(CUDA error {failed}): copies to the GPU are slower"
         )
     try:
         yield

@@ -1,4 +1,8 @@
-"""What evaluations take of an image: the still views that are measured on, the random ones that are trained on."""
+"""Image transforms of evaluations: the squares of an image that a backbone is trained or tested on.
+
+`Center` and `Squash` are deterministic and used for testing; `RandomResized` and `RandomCrop` are
+random and used for training. `Views` is the PyTorch data set of such squares.
+"""
 
 import dataclasses
 import math
@@ -18,21 +22,28 @@ from relloc.data.loader import Sample
 from relloc.errors import UnreadableImage, UsageError
 from relloc.geometry import ShortSide
 
-_MOST_TRIES = 10  # torchvision's, before it takes the middle of the image
+# RandomResizedCrop of torchvision tries as often before it takes the center of the image.
+_MOST_TRIES = 10
 
 Pixels = UInt8[np.ndarray, "s s 3"]
 
 
 @runtime_checkable
 class View(Protocol):
-    """A square of an image. All that is random about it comes from `rng`; its `str` says in a protocol what it is."""
+    """A transform that returns a square of an image; `rng` is its only source of randomness.
+
+    Its `str` describes it in the protocols of results.
+    """
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Pixels: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Center:
-    """Short side `short_px`, then the central `crop_px` square (256 and 224: protocols.md 3.3, 3.7)."""
+    """A resize of the image's short side to `short_px`, then the central square of `crop_px`.
+
+    256 and 224 px are published settings (docs/protocols.md 3.3, 3.7).
+    """
 
     short_px: int
     crop_px: int
@@ -45,14 +56,16 @@ class Center:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
-        return np.asarray(crop_resized(image, size, _central(size, self.crop_px), self.crop_px))
+        corner = _central(size, self.crop_px)
+        return np.asarray(crop_resized(image, size, corner, self.crop_px))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Squash:
-    """Short side `short_px`, then all of it to `side_px` square, the aspect lost (256 and 224: protocols.md 3.1).
+    """A resize of the image's short side to `short_px`, then of the whole image to a square.
 
-    Two bilinear resizes, each rounded to 8 bits, as published.
+    The square has `side_px` pixels a side; the aspect ratio is lost. 256 and 224 px are published
+    settings, as are two bilinear resizes, each rounded to 8 bits (docs/protocols.md 3.1).
     """
 
     short_px: int
@@ -63,19 +76,26 @@ class Squash:
         checks.whole("view.side_px", self.side_px)
 
     def __str__(self) -> str:
-        return f"whole image at short side {self.short_px} px squashed to {self.side_px} x {self.side_px} px"
+        return (
+            f"whole image at short side {self.short_px} px "
+            f"squashed to {self.side_px} x {self.side_px} px"
+        )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         height, width = ShortSide(px=self.short_px).size(image.height, image.width, 0)
-        return np.asarray(_resized(_resized(image, width, height), self.side_px, self.side_px))
+        resized = _resized(image, width, height)
+        squashed = _resized(resized, self.side_px, self.side_px)
+        return np.asarray(squashed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomResized:
-    """A box of random area and aspect, resized to `crop_px` square, flipped with probability `flip`.
+    """A box of random area and aspect ratio, resized to a square of `crop_px`, randomly flipped.
 
-    Defaults are those of torchvision's RandomResizedCrop and of the published flip (protocols.md 3.3, 3.4,
-    3.6): `scale` bounds the box's share of the area, `ratio` its width over height, log-uniform.
+    `scale` is the range of the box's share of the image area (uniform), `ratio` that of its width
+    divided by its height (log-uniform), `flip` the probability of a horizontal flip. The defaults
+    are those of torchvision's RandomResizedCrop and the published flip (docs/protocols.md 3.3,
+    3.4, 3.6).
     """
 
     crop_px: int
@@ -90,39 +110,50 @@ class RandomResized:
         checks.number("augment.flip", self.flip, at_least=0, at_most=1)
 
     def __str__(self) -> str:
-        area, aspect = (
-            "..".join(f"{end:.3g}" for end in ends) for ends in (self.scale, self.ratio)
+        area = "..".join(f"{end:.3g}" for end in self.scale)
+        aspect = "..".join(f"{end:.3g}" for end in self.ratio)
+        return (
+            f"random resized crops of {self.crop_px} px (area {area}, aspect {aspect}), "
+            f"flip {self.flip}"
         )
-        return f"random resized crops of {self.crop_px} px (area {area}, aspect {aspect}), flip {self.flip}"
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         top, left, bottom, right = self.box(image.height, image.width, rng)
-        # Cut before resizing, as torchvision does: at its rim, `resize(box=)` also reads what lies beyond the box.
+        # The box is cut before it is resized, as torchvision does. `resize(box=)` would also read
+        # pixels beyond the border of the box.
         cut = image.crop((left, top, right, bottom))
-        return np.asarray(_flipped(_resized(cut, self.crop_px, self.crop_px), self.flip, rng))
+        resized = _resized(cut, self.crop_px, self.crop_px)
+        return np.asarray(_flipped(resized, self.flip, rng))
 
     def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """(top, left, bottom, right) of a random box in a `height` x `width` image."""
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        """Returns a random box (top, left, bottom, right) in an image of `height` x `width` px."""
+        lowest = math.log(self.ratio[0])
+        highest = math.log(self.ratio[1])
+        # A box of random area and aspect ratio may be larger than the image: try again.
         for _ in range(_MOST_TRIES):
             area = height * width * rng.uniform(*self.scale)
-            aspect = math.exp(rng.uniform(low, high))
-            box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            aspect = math.exp(rng.uniform(lowest, highest))
+            box_width = round(math.sqrt(area * aspect))
+            box_height = round(math.sqrt(area / aspect))
             if 0 < box_width <= width and 0 < box_height <= height:
-                top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
+                top = rng.randint(0, height - box_height)
+                left = rng.randint(0, width - box_width)
                 break
-        else:  # the middle of the image, as torchvision takes it
+        # After all tries, torchvision takes the largest central box of an allowed aspect ratio.
+        else:
             box_height = min(height, max(1, round(width / self.ratio[0])))
             box_width = min(width, max(1, round(height * self.ratio[1])))
-            top, left = (height - box_height) // 2, (width - box_width) // 2
+            top = (height - box_height) // 2
+            left = (width - box_width) // 2
         return top, left, top + box_height, left + box_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomCrop:
-    """Short side `short_px`, its central square, of that a random `crop_px` square, flipped with probability `flip`.
+    """A random square of `crop_px` within the central square of the image, randomly flipped.
 
-    256, 224 and 0.5 are Places205's (protocols.md 3.5).
+    First the image's short side is resized to `short_px`. `flip` is the probability of a
+    horizontal flip. 256 px, 224 px and 0.5 are the settings of Places205 (docs/protocols.md 3.5).
     """
 
     short_px: int
@@ -134,21 +165,32 @@ class RandomCrop:
         checks.number("augment.flip", self.flip, at_least=0, at_most=1)
 
     def __str__(self) -> str:
-        return f"random crops of {self.crop_px} px from the central {self.short_px} px, flip {self.flip}"
+        return (
+            f"random crops of {self.crop_px} px from the central {self.short_px} px, "
+            f"flip {self.flip}"
+        )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         top, left = _central(size, self.short_px)
-        room = self.short_px - self.crop_px
-        corner = (top + rng.randint(0, room), left + rng.randint(0, room))
-        return np.asarray(_flipped(crop_resized(image, size, corner, self.crop_px), self.flip, rng))
+        largest_shift = self.short_px - self.crop_px
+        top += rng.randint(0, largest_shift)
+        left += rng.randint(0, largest_shift)
+        crop = crop_resized(image, size, (top, left), self.crop_px)
+        return np.asarray(_flipped(crop, self.flip, rng))
 
 
 @dataclasses.dataclass
 class Views(Dataset[Sample]):
-    """Views by (index, seed): the same pair gives the same view in any worker, process or epoch.
+    """A PyTorch data set of views of images.
 
-    An image that can't be read has no pixels; `Sample.unreadable` says why.
+    A key is (index, seed): the same key returns the same view in any worker, process or epoch. The
+    sample of an image that can't be read has no pixels; `Sample.unreadable` gives the reason.
+
+    Example:
+        >>> views = Views(images, Center(short_px=256, crop_px=224))
+        >>> views[3, 0].pixels.shape
+        (224, 224, 3)
     """
 
     images: ImageSet
@@ -162,9 +204,8 @@ class Views(Dataset[Sample]):
         try:
             image = self.images.read(index)
         except UnreadableImage as error:
-            return Sample(
-                index=index, pixels=None, unreadable={self.images.source(index): str(error)}
-            )
+            reasons = {self.images.source(index): str(error)}
+            return Sample(index=index, pixels=None, unreadable=reasons)
         return Sample(index=index, pixels=self.view(image, random.Random(seed)))
 
 
@@ -173,19 +214,25 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _flipped(image: Image.Image, flip: float, rng: random.Random) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < flip else image
+    """Returns the image mirrored left to right with probability `flip`, else unchanged."""
+    if rng.random() < flip:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
 
 
 def _central(size: tuple[int, int], side_px: int) -> tuple[int, int]:
-    """Top left corner (row, column) of the central square, rounded as torchvision does."""
-    return round((size[0] - side_px) / 2), round((size[1] - side_px) / 2)
+    """Returns the top left corner (row, column) of the central square, rounded as torchvision."""
+    top = round((size[0] - side_px) / 2)
+    left = round((size[1] - side_px) / 2)
+    return top, left
 
 
 def check_view(setting: str, view: object) -> None:
-    """Raises `UsageError` unless `view` can be taken of an image."""
+    """Raises `UsageError` unless `view` is a `View`; `setting` is its name in the configuration."""
     if not isinstance(view, View):
         raise UsageError(
-            f"{setting} is {view}: an evaluation sees images in a view, such as relloc.data.views.Center"
+            f"{setting} is {view}: an evaluation sees images in a view, "
+            "such as relloc.data.views.Center"
         )
 
 
