@@ -1,7 +1,8 @@
-"""Data sets whose images are named in lists: PASCAL VOC, Places205 and iNaturalist 2018 (protocols.md 6).
+"""Data sets whose images are named in list files: PASCAL VOC, Places205 and iNaturalist 2018.
 
-Only the lists are read. An image that they name and that is not there is told when it is read, as
-unreadable: looking for 2.4 million files takes longer than reading their names.
+Settings and traps are described in docs/protocols.md 6. Building a data set reads only the lists:
+looking for 2.4 million files would take longer than reading their names. An image that is listed
+but missing counts as unreadable when it is read.
 """
 
 import dataclasses
@@ -23,79 +24,99 @@ _VOC_NAMES = (
     "sofa train tvmonitor"
 )
 VOC_CLASSES = tuple(_VOC_NAMES.split())
-COUNTED_YEAR = 2007  # whose counts published_images has: the benchmark is of this year
-_LABEL_DIGITS = 6  # there is a class for each number up to the largest label
-THERE, DIFFICULT, NOT_THERE = 1, 0, -1  # as the class lists of PASCAL VOC have it
+# The year of VOC that benchmarks use, and that the setting published_images gives counts of.
+COUNTED_YEAR = 2007
+# Labels may have so many digits: there is a class for each number up to the largest label, so that
+# a damaged list could ask for much memory.
+_LABEL_DIGITS = 6
+# Presence of a class in an image, by the numbers in the class lists of PASCAL VOC.
+THERE = 1
+DIFFICULT = 0
+NOT_THERE = -1
 
-_VOC = "the PASCAL VOC{year} development kit (images and lists, of trainval and of test), from the PASCAL VOC site"
+# For error messages: what data.root is to hold, and where to get it.
+_VOC = (
+    "the PASCAL VOC{year} development kit (images and lists, of trainval and of test), "
+    "from the PASCAL VOC site"
+)
 _PLACES = "Places205 (images at 256 px, and the split lists), from the Places site of MIT"
-_UNPACK = "Unpack it again"
 _INATURALIST = "the iNaturalist 2018 competition's images and annotations, from its FGVC repository"
+_UNPACK = "Unpack it again"
 
 
 @runtime_checkable
 class MultiLabeled(Protocol):
-    """Images that may show several classes."""
+    """A set of images each of which may show several classes."""
 
     def presence(self) -> list[list[int]]:
-        """For each image and class: 1 there, 0 there but difficult to recognize, -1 not there."""
+        """Returns a number for each image and class: whether the image shows the class.
+
+        1: it does. 0: it does, but is difficult to recognize. -1: it does not.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VocImages(FolderImages):
-    """The images of a list of PASCAL VOC: no labels, as each may show several classes."""
+    """The images of a PASCAL VOC list, which have no labels as each may show several classes."""
 
     devkit: Path
     listed: Sequence[str]
 
     def presence(self) -> list[list[int]]:
+        """Returns 1, 0 (difficult) or -1 (not there) for each image and class, read once.
+
+        Raises:
+            DataError: a class list names other images than the split, or an annotation is missing
+                or damaged.
+        """
         return self._presence
 
     @functools.cached_property
     def _presence(self) -> list[list[int]]:
-        """From the lists `<class>_<split>.txt`; without those of a split of one's own, from its annotations.
-
-        Where neither says more, 1 is an object not marked difficult, 0 are difficult ones only.
-
-        Raises:
-            DataError: a list is about other images than the split, or an annotation is missing or broken.
-        """
-        lists = [
-            self.devkit / "ImageSets" / "Main" / f"{name}_{self.split}.txt" for name in VOC_CLASSES
-        ]
-        if not any(path.exists() for path in lists):
-            return [
-                _annotated_presence(self.devkit / "Annotations" / f"{image}.xml")
-                for image in self.listed
-            ]
-        columns = [self._class_list(path) for path in lists]
+        folder = self.devkit / "ImageSets" / "Main"
+        class_lists = [folder / f"{name}_{self.split}.txt" for name in VOC_CLASSES]
+        # The official splits have a list for each class. A split that users made themselves may
+        # have none: then the annotations of the images say the same.
+        if not any(path.exists() for path in class_lists):
+            annotations = self.devkit / "Annotations"
+            return [_annotated_presence(annotations / f"{image}.xml") for image in self.listed]
+        columns = [self._class_list(path) for path in class_lists]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _class_list(self, path: Path) -> list[int]:
-        """Of each image: whether it shows one class."""
+        """Returns for each image whether it shows one class, from the list of that class."""
         presence = {}
-        for number, line in _lines(path, _VOC.format(year=self.devkit.name.removeprefix("VOC"))):
+        year = self.devkit.name.removeprefix("VOC")
+        for number, line in _lines(path, _VOC.format(year=year)):
             image, *rest = line.split()
             if rest not in (["1"], ["0"], ["-1"]):
-                raise DataError(f"{path} line {number}: {line!r} is not an image and 1, 0 or -1")
+                raise DataError(
+                    f"{path} line {number}: {line!r} is not an image and 1, 0 or -1. {_UNPACK}"
+                )
             presence[image] = int(rest[0])
-        if odd := set(self.listed) ^ set(presence):
+        in_one_list = set(self.listed) ^ set(presence)
+        if in_one_list:
             raise DataError(
-                f"{path} and {self.split}.txt beside it name different images, such as {min(odd)}: unpack both from "
-                "the same archive again"
+                f"{path} and {self.split}.txt beside it name different images, such as "
+                f"{min(in_one_list)}: unpack both from the same archive again"
             )
         return [presence[image] for image in self.listed]
 
 
 def _annotated_presence(path: Path) -> list[int]:
+    """Returns the presence of each class in one image, from its annotation file."""
     if not path.exists():
-        raise DataError(f"{path} is missing: without lists of classes it says what the image shows")
+        raise DataError(
+            f"{path} is missing: without lists of classes it says what the image shows. {_UNPACK}"
+        )
     with data_errors(f"{path} is not XML", OSError, ET.ParseError, advice=_UNPACK):
         root = ET.parse(path).getroot()
     presence = dict.fromkeys(VOC_CLASSES, NOT_THERE)
-    for one in root.findall("object"):
-        name, is_difficult = one.findtext("name", ""), one.findtext("difficult", "0").strip() == "1"
+    for annotated in root.findall("object"):
+        name = annotated.findtext("name", "")
+        is_difficult = annotated.findtext("difficult", "0").strip() == "1"
+        # A class is difficult only if all its objects are: one that is not outweighs others.
         if name in presence:
             presence[name] = max(presence[name], DIFFICULT if is_difficult else THERE)
     return list(presence.values())
@@ -110,12 +131,16 @@ def voc(
     held_out: str,
     published_images: Mapping[str, int] | None = None,
 ) -> Splits:
-    """The images that VOC<year>/ImageSets/Main/`train`.txt and `held_out`.txt name, any two lists there.
+    """Returns PASCAL VOC of a year, with any two of its lists as splits.
 
-    `root` holds VOCdevkit, or is VOCdevkit or VOC<year> itself.
+    `train` and `held_out` are the names of lists in VOC<year>/ImageSets/Main, such as "trainval"
+    and "test". `root` holds VOCdevkit, or is VOCdevkit or VOC<year> itself.
 
     Raises:
-        DataError: a folder or list is missing or empty, or both lists name an image.
+        DataError: a folder or list is missing or empty, or both lists name the same image.
+
+    Example:
+        >>> voc(name="voc", root="/data", year=2007, train="trainval", held_out="test")
     """
     holding = _VOC.format(year=year)
     above = require_root(root, holding)
@@ -128,6 +153,7 @@ def voc(
     splits = []
     lists = [devkit / "ImageSets" / "Main" / f"{split}.txt" for split in (train, held_out)]
     for split, path in zip((train, held_out), lists, strict=True):
+        # Lists of a class have a second column, which is not part of the name.
         listed = [line.split()[0] for _, line in _lines(path, holding)]
         paths = [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
         splits.append(
@@ -152,49 +178,64 @@ def places205(
     images: str,
     published_images: Mapping[str, int] | None = None,
 ) -> Splits:
-    """Places205: `train_list` and `val_list` have a line "path label" an image, its path below `images`.
+    """Returns Places205 from its two lists, which have a line "path label" for each image.
 
-    All three are below `root`. A class is called after the folder of its first training image.
+    Paths in the lists are relative to the folder `images`. The lists and this folder are below
+    `root`. A class has the name of the folder of its first training image.
 
     Raises:
-        DataError: a list is missing, empty, or has a line of another form, or both name an image.
+        DataError: a list is missing or empty or has a line of another form, both lists name the
+            same image, or their labels disagree.
     """
     base = require_root(root, _PLACES)
     lists = [base / train_list, base / val_list]
-    train, val = map(_labeled_lines, lists)
+    train = _labeled_lines(lists[0])
+    val = _labeled_lines(lists[1])
+
+    # Names of classes, for all numbers up to the largest training label.
     folder_of: dict[int, str] = {}
     for path, label in train:
         folder_of.setdefault(label, str(Path(path).parent))
     classes = tuple(folder_of.get(label, str(label)) for label in range(max(folder_of) + 1))
     largest = max(label for _, label in val)
     if largest >= len(classes):
-        raise DataError(f"{lists[1]}: label {largest} is in no line of {lists[0]}")
-    # Images of one folder are to have one label in both lists; but only where each folder has one label in the
-    # training list, and each label one folder: in other layouts folders say nothing.
+        raise DataError(
+            f"{lists[1]}: label {largest} is in no line of {lists[0]}: take both lists from the "
+            "same release of the data set"
+        )
+
+    # Images of one folder should have one label in both lists. This is checked only if each folder
+    # has one label in the training list, and each label one folder: in other layouts folders do
+    # not stand for classes.
     pairs = {(os.path.dirname(path), label) for path, label in train}
     label_of = dict(pairs)
-    if len(pairs) == len(label_of) == len(set(label_of.values())):
+    n_labels = len(set(label_of.values()))
+    if len(pairs) == len(label_of) == n_labels:
         for path, label in val:
-            expected = label_of.get(os.path.dirname(path), label)
+            folder = os.path.dirname(path)
+            expected = label_of.get(folder, label)
             if label != expected:
                 raise DataError(
-                    f"{lists[1]}: {path} has label {label}, images of its folder {os.path.dirname(path)} in {lists[0]} "
-                    f"have {expected}: take both lists from the same release of the data set"
+                    f"{lists[1]}: {path} has label {label}, images of its folder {folder} in "
+                    f"{lists[0]} have {expected}: take both lists from the same release of the "
+                    "data set"
                 )
     return _labeled_splits(name, base / images, classes, lists, [train, val], published_images)
 
 
 def _labeled_lines(path: Path) -> list[tuple[str, int]]:
-    """Path and label of each image that a list names, one at least."""
-    found = []
+    """Returns the path and label of each image in a list; a list names at least one."""
+    labeled = []
     for number, line in _lines(path, _PLACES):
+        # Only the last space separates: paths may have spaces, too.
         image, _, label = line.rpartition(" ")
         if not image or not label.isdecimal() or len(label) > _LABEL_DIGITS:
             raise DataError(
-                f"{path} line {number}: {line!r} is not a path, a space and a class number"
+                f"{path} line {number}: {line!r} is not a path, a space and a class number. "
+                f"{_UNPACK}"
             )
-        found.append((image.strip(), int(label)))
-    return found
+        labeled.append((image.strip(), int(label)))
+    return labeled
 
 
 def inaturalist2018(
@@ -206,75 +247,93 @@ def inaturalist2018(
     images: str,
     published_images: Mapping[str, int] | None = None,
 ) -> Splits:
-    """iNaturalist 2018: two annotation files in COCO's form, and the folder `images`, all below `root`.
+    """Returns iNaturalist 2018 from two annotation files in the format of COCO.
 
-    File names count from `images`, also where they begin with its name, as the official ones do.
+    The two files and the folder `images` are below `root`. File names in them are relative to
+    `images`, whether or not they begin with its name, as the official ones do.
 
     Raises:
-        DataError: a file is missing or not of that form, or both name an image.
+        DataError: a file is missing or of another format, both name the same image, or their
+            categories disagree.
     """
     base = require_root(root, _INATURALIST)
     lists = [base / train_annotations, base / val_annotations]
-    content = [_annotations(path) for path in lists]
-    classes, other_classes = map(_categories, content, lists)
-    for category, called in classes.items():
-        other = other_classes.get(category, called)
-        if called != other:
+    train_content = _annotations(lists[0])
+    val_content = _annotations(lists[1])
+
+    # A category number must have the same name in both files.
+    classes = _categories(train_content, lists[0])
+    val_classes = _categories(val_content, lists[1])
+    for category, train_name in classes.items():
+        val_name = val_classes.get(category, train_name)
+        if train_name != val_name:
             raise DataError(
-                f"{lists[1]}: category {category} is {other}, in {train_annotations} it is {called}: "
-                "labels would not mean the same in both splits. Take both files from the same release of the data set"
+                f"{lists[1]}: category {category} is {val_name}, in {train_annotations} it is "
+                f"{train_name}: labels would not mean the same in both splits. Take both files "
+                "from the same release of the data set"
             )
+
+    # Category numbers may have gaps; labels are their ranks.
     label_of = {category: label for label, category in enumerate(classes)}
-    named = [
-        _annotated(one, path, images, label_of) for one, path in zip(content, lists, strict=True)
-    ]
-    return _labeled_splits(
-        name, base / images, tuple(classes.values()), lists, named, published_images
-    )
+    train = _annotated(train_content, lists[0], images, label_of)
+    val = _annotated(val_content, lists[1], images, label_of)
+    class_names = tuple(classes.values())
+    return _labeled_splits(name, base / images, class_names, lists, [train, val], published_images)
 
 
 def _annotations(path: Path) -> dict[str, list[Any]]:
+    """Returns the content of an annotation file, which has the three lists that are needed."""
     text = read_text(path, f"data.root is to hold {_INATURALIST}")
     with data_errors(f"{path} is not JSON", ValueError, RecursionError, advice=_UNPACK):
         content = json.loads(text)
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+    needed = {"images", "annotations", "categories"}
+    if not isinstance(content, dict) or not needed <= set(content):
         raise DataError(
-            f"{path} is no annotation file: it has no images, annotations and categories"
+            f"{path} is no annotation file: it has no images, annotations and categories. {_UNPACK}"
         )
     return content
 
 
 def _categories(content: Mapping[str, list[Any]], path: Path) -> dict[int, str]:
-    """The names of categories by their numbers, in the order of the numbers, which is that of the labels."""
-    called: dict[int, str] = {}
+    """Returns the names of categories by their numbers, in the order of the numbers.
+
+    This order is that of the labels.
+    """
+    name_of: dict[int, str] = {}
     with data_errors(f"{path}: a category without id or name", KeyError, TypeError, advice=_UNPACK):
         for category in content["categories"]:
-            number, name = category["id"], category["name"]
-            if called.setdefault(number, name) != name:
-                raise DataError(f"{path}: category {number} is both {called[number]} and {name}")
-        return dict(sorted(called.items()))
+            number = category["id"]
+            name = category["name"]
+            if name_of.setdefault(number, name) != name:
+                raise DataError(
+                    f"{path}: category {number} is both {name_of[number]} and {name}. {_UNPACK}"
+                )
+        return dict(sorted(name_of.items()))
 
 
 def _annotated(
     content: Mapping[str, list[Any]], path: Path, folder: str, label_of: Mapping[int, int]
 ) -> list[tuple[str, int]]:
-    """File and label of each image."""
+    """Returns the file name and label of each image in an annotation file."""
     category_of: dict[int, int] = {}
+    labeled = []
     problem = f"{path}: an image without file name, annotation or known category"
     with data_errors(problem, KeyError, TypeError, AttributeError, advice=_UNPACK):
-        for entry in content["annotations"]:
-            image, category = entry["image_id"], entry["category_id"]
+        for annotation in content["annotations"]:
+            image = annotation["image_id"]
+            category = annotation["category_id"]
             if category_of.setdefault(image, category) != category:
                 raise DataError(
-                    f"{path}: image {image} is annotated with two categories: which is right?"
+                    f"{path}: image {image} is annotated with two categories, {category_of[image]} "
+                    f"and {category}: keep the right one"
                 )
-        found = [
-            (entry["file_name"].removeprefix(f"{folder}/"), label_of[category_of[entry["id"]]])
-            for entry in content["images"]
-        ]
-    if not found:
-        raise DataError(f"{path} names no images")
-    return found
+        for entry in content["images"]:
+            file_name = entry["file_name"].removeprefix(f"{folder}/")
+            category = category_of[entry["id"]]
+            labeled.append((file_name, label_of[category]))
+    if not labeled:
+        raise DataError(f"{path} names no images. {_UNPACK}")
+    return labeled
 
 
 def _labeled_splits(
@@ -285,11 +344,12 @@ def _labeled_splits(
     named: Sequence[Sequence[tuple[str, int]]],
     published_images: Mapping[str, int] | None,
 ) -> Splits:
-    """Both splits: paths below `folder` and labels that the two lists have `named`."""
+    """Returns both splits; `named` has the path below `folder` and the label of each image."""
     splits = []
     for split, images in zip(("train", "val"), named, strict=True):
         paths = [f"{folder}/{path}" for path, _ in images]
         labels = [label for _, label in images]
+        # Labels are not part of the paths, so that the digest has to include them.
         splits.append(
             FolderImages(
                 name=name,
@@ -308,35 +368,37 @@ def _checked(
     lists: Sequence[Path],
     published_images: Mapping[str, int] | None,
 ) -> Splits:
-    """Training and held-out images that two lists name.
+    """Returns the training and the held-out images of two lists.
 
     Raises:
-        DataError: both name an image: what it shows would be known before it is asked.
+        DataError: both lists name the same image, which would be tested after training on it.
     """
-    splits = Splits(train=images[0], held_out=images[1])
-    tested = set(images[1].paths)
-    shared = tested.intersection(images[0].paths)
+    train, held_out = images
+    tested = set(held_out.paths)
+    shared = tested.intersection(train.paths)
     if shared:
         raise DataError(
-            f"{splits.train.name}: {len(shared)} of {len(tested)} images of {lists[1].name} are also in "
-            f"{lists[0].name}, such as {min(shared)}: results on images that were trained on mean nothing; name lists "
-            "that share none"
+            f"{train.name}: {len(shared)} of {len(tested)} images of {lists[1].name} are also in "
+            f"{lists[0].name}, such as {min(shared)}: results on images that were trained on mean "
+            "nothing; name lists that share none"
         )
+    splits = Splits(train=train, held_out=held_out)
     warn_of_other_counts(splits, published_images)
     return splits
 
 
 def _lines(path: Path, holding: str) -> list[tuple[int, str]]:
-    """The lines that hold something, one at least, with their numbers."""
-    found = []
+    """Returns the lines of a list that are not empty, at least one, with their line numbers."""
+    numbered = []
     text = read_text(path, f"data.root is to hold {holding}")
     for number, line in enumerate(text.split("\n"), start=1):
-        if "\0" in line:  # of which no file name is made
+        # No file name can hold a NUL byte.
+        if "\0" in line:
             raise DataError(
                 f"{path} line {number} holds a NUL byte: the file is damaged, unpack it again"
             )
         if line.strip():
-            found.append((number, line.strip()))
-    if not found:
-        raise DataError(f"{path} names no images")
-    return found
+            numbered.append((number, line.strip()))
+    if not numbered:
+        raise DataError(f"{path} names no images. {_UNPACK}")
+    return numbered

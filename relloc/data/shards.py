@@ -1,12 +1,15 @@
-"""`data.shards=FOLDER`: images packed into WebDataset tars by `python -m relloc.prepare`, read by their number.
+"""Reads images that `relloc.prepare` packed into WebDataset tars: the data set `data.shards=FOLDER`.
 
-The folder holds, for each of the two splits, which keep their names (train and val, say):
-SPLIT-000000.tar and so on, with members 000000012.jpg and, where labeled, 000000012.cls (the class
-number in decimal digits); SPLIT-index.safetensors with `offset` and `size` in bytes of each JPEG in
-its tar, `label` or, where images may show several classes, `presence` (images x classes: 1 there, 0
-difficult, -1 not there), and `name_offset`; SPLIT-names.jsonl with the original name of each image. A tar
-holds `images_per_shard` consecutive numbers. An image that could not be read keeps its number, has
-size 0 and is in no tar. manifest.json says how all that came to be.
+A packed folder holds manifest.json, which says how it was made, and for each split (such as train):
+
+- SPLIT-000000.tar and so on: members 000000012.jpg and, if labeled, 000000012.cls (the class number
+  in decimal digits). A tar holds `images_per_shard` consecutive image numbers.
+- SPLIT-index.safetensors: `offset` and `size` in bytes of each JPEG in its tar, so that images can
+  be read in any order; `label` or, if images may show several classes, `presence` (images x
+  classes: 1 there, 0 difficult, -1 not there); and `name_offset`, bytes in the next file.
+- SPLIT-names.jsonl: the original name of each image.
+
+An image that could not be read when packed keeps its number, has size 0 and is in no tar.
 """
 
 import array
@@ -34,84 +37,101 @@ from relloc.data.images import check_size
 from relloc.data.manifest import file_hash, names_name, read_index, read_manifest, shard_name
 from relloc.errors import DataError, UnreadableImage, data_errors
 
+# Tars that are kept open. The limit of open files is often 1024.
 _MOST_OPEN = 512
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {
-    0xC4,
-    0xC8,
-    0xCC,
-}  # markers of a JPEG's frame header, with its size
-_WITHOUT_LENGTH = {
-    0x00,
-    0x01,
-    *range(0xD0, 0xD9),
-    0xFF,
-}  # markers without a segment, or a filling byte before one
+# Markers of a JPEG's frame header, which holds the image size (ITU-T T.81, table B.1: SOF0 to
+# SOF15 without DHT, JPG and DAC).
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Markers that no segment with a length follows, and the byte that may fill the space before one.
+_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD9), 0xFF}
 
 
 def decoded(jpeg: bytearray) -> UInt8[np.ndarray, "h w 3"]:
-    """The RGB pixels of a JPEG: the same as Pillow's to the bit, a sixth faster.
+    """Returns the RGB pixels of a JPEG, bit for bit those of Pillow but a sixth faster.
 
     Raises:
-        UnreadableImage: it is damaged, or claims to be larger than any image that is read.
+        UnreadableImage: the JPEG is damaged, or claims to be larger than any image that is read.
     """
     try:
-        check_size(*_claimed_size(jpeg))  # the decoder would ask for the memory first
-        pixels: Any = decode_jpeg(torch.frombuffer(jpeg, dtype=torch.uint8), mode=ImageReadMode.RGB)
+        # Before decoding, as the decoder would allocate memory for a size that is only claimed.
+        check_size(*_claimed_size(jpeg))
+        encoded = torch.frombuffer(jpeg, dtype=torch.uint8)
+        pixels: Any = decode_jpeg(encoded, mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
         raise UnreadableImage(f"can't be decoded: {error}") from error
     return pixels.permute(1, 2, 0).numpy()
 
 
 def _claimed_size(jpeg: bytearray) -> tuple[int, int]:
-    """Width and height that a JPEG's frame header gives; (0, 0) where there is none, which the decoder then tells."""
-    position = 2  # behind the marker of the start
+    """Returns the width and height in a JPEG's frame header.
+
+    Returns (0, 0) if there is no such header, an error that the decoder then reports.
+    """
+    # The first two bytes are the marker of the start.
+    position = 2
     while position + 9 <= len(jpeg):
-        if jpeg[position] != 0xFF:  # libjpeg looks for the next marker, and so does this
+        # Between segments, libjpeg skips bytes until the next marker, and so does this.
+        if jpeg[position] != 0xFF:
             position += 1
             continue
         marker = jpeg[position + 1]
         if marker in _FRAMES:
+            # Marker (2 bytes), length (2), bits a sample (1), then height and width (2 each).
             height, width = struct.unpack_from(">HH", jpeg, position + 5)
             return width, height
         position += 1
         if marker not in _WITHOUT_LENGTH:
-            position += 1 + int.from_bytes(jpeg[position + 1 : position + 3], "big")
+            length = int.from_bytes(jpeg[position + 1 : position + 3], "big")
+            position += 1 + length
     return 0, 0
 
 
 class _Files:
-    """Files opened when first read, by the process that reads, and kept open up to a number."""
+    """A cache of open files: each process opens a file at the first read, and keeps some open."""
 
     def __init__(self) -> None:
         self._open: dict[Path, io.FileIO] = {}
         self._until_gone = contextlib.ExitStack()
+        # Closes the files when this object is garbage-collected.
         weakref.finalize(self, self._until_gone.close)
 
     def read(self, path: Path, offset: int, size: int) -> bytearray:
-        """`size` bytes at `offset`. Raises `OSError`, and `EOFError` where the file ends before."""
+        """Returns `size` bytes at `offset`.
+
+        Raises:
+            OSError: the file can't be read.
+            EOFError: the file ends before.
+        """
         content = bytearray(size)
         with contextlib.ExitStack() as until_read:
             file = self._open.get(path)
             if file is None:
-                keeper = self._until_gone if len(self._open) < _MOST_OPEN else until_read
-                file = keeper.enter_context(open(path, "rb", buffering=0))
-                if keeper is not until_read:
+                # Files beyond the limit are closed after this read.
+                is_kept = len(self._open) < _MOST_OPEN
+                closing = self._until_gone if is_kept else until_read
+                file = closing.enter_context(open(path, "rb", buffering=0))
+                if is_kept:
                     self._open[path] = file
-            got = os.preadv(file.fileno(), [content], offset)
-        if got != size:
+            # preadv takes the offset itself: processes that share the file do not move it.
+            n_read = os.preadv(file.fileno(), [content], offset)
+        if n_read != size:
             raise EOFError(f"{path} ends before byte {offset + size}")
         return content
 
 
 class ShardImages:
-    """An `ImageSet` of one split of a packed folder.
+    """The images of one split of a packed folder: an `ImageSet` that reads single JPEGs from tars.
 
-    It holds 24 bytes an image, 32 with labels, shared by forked processes; pickled it is the
-    folder's name, opened again where it arrives. `source(index)` is the name that the image had
-    before, below the folder of the originals.
+    It needs 24 bytes of memory an image (32 with labels), which forked processes share. Pickled it
+    is only the folder's name, and is opened again where it is unpickled. `source(index)` is the
+    original name of the image, below the folder of the originals.
 
     Raises:
-        DataError: the folder is missing, unfinished, of another version, or not whole.
+        DataError: the folder is missing, unfinished, of another version, or incomplete.
+
+    Example:
+        >>> images = ShardImages(Path("/data/packed"), "train")
+        >>> images.read_array(0).shape
     """
 
     def __init__(self, folder: Path, role: Role) -> None:
@@ -141,21 +161,27 @@ class ShardImages:
         return Image.fromarray(self.read_array(index))
 
     def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The pixels of what `read` gives, for who only cuts them and needs no Pillow. Raises `UnreadableImage`."""
+        """Returns the pixels of an image; faster than `read` for callers that only cut them.
+
+        Raises:
+            UnreadableImage: the image could not be read when packed, or its tar is damaged.
+        """
         size = int(self._index["size"][index])
+        # Size 0 marks an image that could not be read when the folder was packed.
         if size == 0:
             reasons = self._about["unreadable"]
-            raise UnreadableImage(
-                str(reasons.get(self.source(index), "was not readable when packed"))
-            )
+            reason = reasons.get(self.source(index), "was not readable when packed")
+            raise UnreadableImage(str(reason))
         tar = self.folder / shard_name(self.split, index // self._per_shard)
+        offset = int(self._index["offset"][index])
         try:
-            content = self._files.read(tar, int(self._index["offset"][index]), size)
+            content = self._files.read(tar, offset, size)
         except (OSError, EOFError) as error:
             raise UnreadableImage(f"{type(error).__name__}: {error}") from error
         return decoded(content)
 
     def source(self, index: int) -> str:
+        """Returns the original name of an image. Raises `DataError` if it can't be read."""
         start, stop = self._index["name_offset"][index : index + 2].tolist()
         with data_errors(
             f"{self._names} can't be read", OSError, EOFError, ValueError, advice="Pack again"
@@ -163,44 +189,51 @@ class ShardImages:
             return str(json.loads(self._files.read(self._names, start, stop - start)))
 
     def digest(self) -> str:
-        """Hash of names, labels and the stored bytes of each image: however they are parted into tars.
+        """Returns a hash of names, labels and the stored bytes of all images.
 
-        The bytes are those that the tars were packed with, which manifest.json has a hash of: `check_hashes`
-        reads whether they still are. Labels, names and sizes are read from the files as they are.
+        It does not depend on how the images are divided into tars. Image bytes count by the hash
+        that manifest.json recorded when they were packed (`relloc.data.manifest.check_hashes`
+        verifies it); labels, names and sizes are read from the files.
         """
         return self._digest
 
     @functools.cached_property
     def _digest(self) -> str:
-        hasher = hashlib.sha256(
-            f"{self._about['digest']} {json.dumps(self.classes)}\n".encode(errors="surrogatepass")
-        )
+        heading = f"{self._about['digest']} {json.dumps(self.classes)}\n"
+        hasher = hashlib.sha256(heading.encode(errors="surrogatepass"))
         for name in ("size", "label", "presence"):
+            hasher.update(name.encode())
             values = self._index.get(name)
-            hasher.update(
-                name.encode() + (b"" if values is None else np.ascontiguousarray(values).tobytes())
-            )
+            if values is not None:
+                hasher.update(np.ascontiguousarray(values).tobytes())
         hasher.update(file_hash(self._names))
         return versioned(hasher)
 
 
 class MultiLabeledShards(ShardImages):
-    """Packed images that may show several classes: `relloc.data.lists.MultiLabeled`."""
+    """Packed images each of which may show several classes (`relloc.data.lists.MultiLabeled`)."""
 
     def presence(self) -> list[list[int]]:
-        """For each image and class: 1 there, 0 there but difficult to recognize, -1 not there."""
+        """Returns 1 (there), 0 (difficult to recognize) or -1 (not there) by image and class."""
         return self._index["presence"].tolist()
 
 
 def shards(*, root: str) -> Splits:
-    """Both splits of the packed folder `root`. Raises `DataError` as `ShardImages`."""
-    if not isinstance(root, str):  # the type of a setting is what the user gave
+    """Returns both splits of the packed folder `root`.
+
+    Raises:
+        DataError: as `ShardImages`.
+    """
+    # The setting may have any type: it is what the user gave.
+    if not isinstance(root, str):
         raise DataError(
-            f"data.shards={root} is not a folder: it names one that relloc.prepare packed"
+            f"data.shards={root} is not a folder: give a folder that relloc.prepare packed"
         )
-    manifest = read_manifest(Path(root))
+    folder = Path(root)
+    manifest = read_manifest(folder)
     splits: dict[Role, ImageSet] = {}
     for role in ROLES:
-        kind = MultiLabeledShards if manifest[role].get("multi_labeled") else ShardImages
-        splits[role] = kind(Path(root), role)
+        is_multi_labeled = manifest[role].get("multi_labeled")
+        kind = MultiLabeledShards if is_multi_labeled else ShardImages
+        splits[role] = kind(folder, role)
     return Splits(**splits)
