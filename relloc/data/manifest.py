@@ -1,6 +1,7 @@
-"""What a packed folder holds by its manifest.json and index: read, and held against its files.
+"""Reads and verifies manifest.json and the index of a folder that `relloc.prepare` packed.
 
-The folder may be a stranger's, cut short by a copy, or of another program: all that is believed of it is checked here.
+The folder may come from a stranger, be incompletely copied, or have been written by another
+program, so that everything that reading images relies on is checked here.
 """
 
 import hashlib
@@ -24,12 +25,14 @@ FORMAT = "relloc shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
-SETTINGS_FILE = "settings.json"  # of a packing that is unfinished
+# Settings of a packing that is not finished.
+SETTINGS_FILE = "settings.json"
 _AGAIN = "Copy it again from where it was packed, or pack into a new folder"
-_LONGEST_NAME = 1 << 16  # bytes of a line of names; a path of the system has 4096 characters
-_MOST_STORED_BYTES = (
-    3 * MOST_PIXELS
-)  # of one JPEG: no more than its pixels take; a tar may be sparse and claim more
+# Bytes of a line of names: paths on Linux have up to 4096 characters.
+_LONGEST_NAME = 1 << 16
+# Bytes of one JPEG: no more than its pixels take. A sparse tar may claim more.
+_MOST_STORED_BYTES = 3 * MOST_PIXELS
+# The types of the manifest's values, as `_misfit` checks them.
 _SPLIT_FORM = {
     "split": str,
     "images": int,
@@ -48,51 +51,58 @@ _FORM = {
 
 
 def shard_name(split: str, number: int) -> str:
+    """Returns the file name of the tar of this number."""
     return f"{split}-{number:06d}.tar"
 
 
 def index_name(split: str) -> str:
+    """Returns the file name of a split's index: where each image lies in the tars."""
     return f"{split}-index.safetensors"
 
 
 def names_name(split: str) -> str:
+    """Returns the file name of a split's list of original image names."""
     return f"{split}-names.jsonl"
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether relloc.prepare packed this folder, or began to; other data sets have a manifest.json as well."""
+    """Returns whether relloc.prepare packed this folder, or began to."""
     path = folder / MANIFEST
     if not path.is_file():
         return (folder / UNFINISHED / SETTINGS_FILE).is_file()
+    # Other data sets have a manifest.json as well; ours names its format at the start.
     with open(path, "rb") as file:
         return FORMAT.encode() in file.read(200)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What manifest.json of a packed folder says, all of it in the form that `relloc.prepare` writes.
+    """Returns the content of manifest.json in a packed folder, with all types checked.
 
     Raises:
-        DataError: it is missing, damaged, of another version, or not whole.
+        DataError: the manifest is missing, damaged, of another version, or incomplete.
     """
     if not folder.is_dir():
         raise DataError(
-            f"data.shards={folder} is not a folder: python -m relloc.prepare data=… out={folder} makes it"
+            f"data.shards={folder} is not a folder: "
+            f"python -m relloc.prepare data=… out={folder} makes it"
         )
     path = folder / MANIFEST
     if (folder / UNFINISHED).is_dir() and not path.exists():
         raise DataError(f"{folder}: packing was not finished: start the same prepare command again")
     if not path.exists():
         raise DataError(
-            f"{folder} has no {MANIFEST}: give the folder that relloc.prepare wrote as out=…. Tars of others can't be "
-            "read: unpack them, and pack the images with relloc.prepare"
+            f"{folder} has no {MANIFEST}: give the folder that relloc.prepare wrote as out=…. "
+            "Tars of others can't be read: unpack them, and pack the images with relloc.prepare"
         )
     manifest = read_json(path, _AGAIN)
-    version = (
-        (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
-    )
+    # The version first: the checks of another version would not apply.
+    version = None
+    if isinstance(manifest, dict):
+        version = (manifest.get("format"), manifest.get("version"))
     if version != (FORMAT, VERSION):
         raise DataError(
-            f"{path} is not of {FORMAT} version {VERSION} but {version}: pack again with this relloc"
+            f"{path} is not of {FORMAT} version {VERSION} but {version}: "
+            "pack again with this relloc"
         )
     wrong = _misfit(manifest, _FORM, "manifest") or _contradiction(manifest)
     if wrong:
@@ -101,98 +111,115 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, advice: str) -> Any:
-    """The value of a JSON file of a packed folder. Raises `DataError`, with the advice, where there is none."""
+    """Returns the value of a JSON file. Raises `DataError` with the advice if it can't be read."""
     text = read_text(path, advice)
     with data_errors(f"{path} can't be read", ValueError, RecursionError, advice=advice):
         return json.loads(text)
 
 
 def _misfit(value: Any, form: Any, where: str) -> str:
-    """Where a JSON value has not the form: a type, a list of one form, or a mapping with a form for each key.
+    """Returns where a JSON value has another type than `form`, or "" if it fits everywhere.
 
-    pydantic, which reads other files, refuses names that are no Unicode, and files may have such names.
+    A form is a type, a list of one form for all elements, or a mapping with a form for each key.
     """
-    kind = form if isinstance(form, type) else type(form)
-    if type(value) is not kind:
+    # pydantic, which checks other files, refuses names that are not valid Unicode, as files may
+    # have.
+    expected = form if isinstance(form, type) else type(form)
+    if type(value) is not expected:
         return where
+    misfits: list[str] = []
     if isinstance(form, dict):
-        parts = [_misfit(value.get(key), inner, f"{where}.{key}") for key, inner in form.items()]
+        for key, inner in form.items():
+            misfits.append(_misfit(value.get(key), inner, f"{where}.{key}"))
     elif isinstance(form, list):
-        parts = [_misfit(each, form[0], f"{where}[{number}]") for number, each in enumerate(value)]
-    else:
-        parts = []
-    return next(filter(None, parts), "")
+        for number, element in enumerate(value):
+            misfits.append(_misfit(element, form[0], f"{where}[{number}]"))
+    return next(filter(None, misfits), "")
 
 
 def _contradiction(manifest: dict[str, Any]) -> str:
-    """What in a manifest can't be of a packed folder, though its form is right."""
+    """Returns which value of a manifest is impossible though its type is right, or ""."""
     per_shard = manifest["packed"]["images_per_shard"]
     if not 1 <= per_shard < 1 << 63:
         return "packed.images_per_shard"
     for role in ROLES:
-        split, images = manifest[role]["split"], manifest[role]["images"]
+        split = manifest[role]["split"]
+        n_images = manifest[role]["images"]
+        tars = manifest[role]["shards"]
+        # The name of a split is part of file names, which may not lead out of the folder.
         if not re.fullmatch(r"[^./\0][^/\0]*", split):
             return f"{role}.split"
-        if images < 1:
+        if n_images < 1:
             return f"{role}.images"
-        # Also their names, so that no manifest leads out of its folder.
-        tars, n_tars = manifest[role]["shards"], -(-images // per_shard)
-        if len(tars) != n_tars or any(
-            tar["file"] != shard_name(split, n) for n, tar in enumerate(tars)
-        ):
+        n_tars = -(-n_images // per_shard)
+        if len(tars) != n_tars:
             return f"{role}.shards"
+        # Names of tars, too, may not lead out of the folder.
+        for number, tar in enumerate(tars):
+            if tar["file"] != shard_name(split, number):
+                return f"{role}.shards"
     return ""
 
 
 def check_hashes(folder: Path, progress: Progress = without_progress) -> None:
-    """Read every tar and index and hold it against the hash that it was packed with.
+    """Reads every tar and index, and compares its hash with that recorded at packing.
 
     Raises:
-        DataError: one holds other bytes.
+        DataError: the bytes of a file have changed.
     """
     manifest = read_manifest(folder)
-    files: list[tuple[str, str]] = []
+    recorded_hashes: list[tuple[str, str]] = []
     for role in ROLES:
-        files += [(tar["file"], tar["sha256"]) for tar in manifest[role]["shards"]]
-        recorded = manifest[role].get(
-            "index_sha256"
-        )  # of the index, only folders packed since it has a hash
-        files += recorded.items() if isinstance(recorded, dict) else ()
-    with progress(len(files), 0) as tell:
-        for done, (name, recorded) in enumerate(files, start=1):
+        for tar in manifest[role]["shards"]:
+            recorded_hashes.append((tar["file"], tar["sha256"]))
+        # Older relloc recorded no hashes of the index.
+        of_index = manifest[role].get("index_sha256")
+        if isinstance(of_index, dict):
+            recorded_hashes += of_index.items()
+    with progress(len(recorded_hashes), 0) as report:
+        for done, (name, recorded) in enumerate(recorded_hashes, start=1):
+            # Only the base name, so that a manifest can't lead out of its folder.
             path = folder / os.path.basename(name)
             if file_hash(path).hex() != recorded:
                 raise DataError(f"{path} has other bytes than it was packed with. {_AGAIN}")
-            tell(done, "files")
+            report(done, "files")
 
 
 def file_hash(path: Path) -> bytes:
-    """The SHA-256 of a file of packed images. Raises `DataError` where it can't be read."""
+    """Returns the SHA-256 of a packed file. Raises `DataError` if it can't be read."""
     with data_errors(f"{path} can't be read", OSError, advice=_AGAIN), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str, np.ndarray]:
-    """The index of a split, which fits its tars and its list of names.
+    """Returns the index of a split, which is known to fit its tars and its list of names.
+
+    `about` is the split's entry in the manifest, `per_shard` the number of images in a tar.
 
     Raises:
-        DataError: it can't be read, or does not fit; a file is missing, or a tar has another size than when packed.
+        DataError: the index can't be read or does not fit, a file is missing, or a tar has another
+            size than when it was packed.
     """
-    path, names_path = folder / index_name(about["split"]), folder / names_name(about["split"])
+    path = folder / index_name(about["split"])
+    names_path = folder / names_name(about["split"])
     packed_bytes = {folder / tar["file"]: tar["bytes"] for tar in about["shards"]}
-    for each in (*packed_bytes, path, names_path):
-        if not each.is_file():  # nor a pipe, which to open would wait for ever
+    for needed in (*packed_bytes, path, names_path):
+        # A pipe is no file either: to open it would wait forever.
+        if not needed.is_file():
             raise DataError(
-                f"{each} is missing: copy it again from where it was packed, or pack into a new folder"
+                f"{needed} is missing: copy it again from where it was packed, "
+                "or pack into a new folder"
             )
+    # Sizes are quick to compare, and find most copies that were cut short.
     for tar, n_bytes in packed_bytes.items():
-        if tar.stat().st_size != n_bytes:
+        found_bytes = tar.stat().st_size
+        if found_bytes != n_bytes:
             raise DataError(
-                f"{tar} has {tar.stat().st_size} bytes, not the {n_bytes} it was packed with: copy it again from where "
-                "it was packed, or pack into a new folder"
+                f"{tar} has {found_bytes} bytes, not the {n_bytes} it was packed with: copy it "
+                "again from where it was packed, or pack into a new folder"
             )
-    damages = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError)
-    with data_errors(f"{path} can't be read", *damages, advice=_AGAIN):
+    errors = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError)
+    with data_errors(f"{path} can't be read", *errors, advice=_AGAIN):
         index = load_file(path)
     wrong = _index_misfit(index, about, per_shard, names_path.stat().st_size)
     if wrong:
@@ -205,45 +232,76 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
 def _index_misfit(
     index: dict[str, np.ndarray], about: dict[str, Any], per_shard: int, names_bytes: int
 ) -> str:
-    """What in an index can't be of this split, in a few words; empty where all fits."""
-    n, classes = about["images"], len(about["classes"])
-    shapes = {
-        "offset": (n,),
-        "size": (n,),
-        "name_offset": (n + 1,),
-        "label": (n,),
-        "presence": (n, classes),
-    }
-    needed = {"offset", "size", "name_offset"} | (
-        {"presence"} if about.get("multi_labeled") else set()
+    """Returns in a few words what in an index can't belong to this split, or ""."""
+    return (
+        _shapes_misfit(index, about)
+        or _positions_misfit(index, about, per_shard)
+        or _values_misfit(index, about, names_bytes)
     )
+
+
+def _shapes_misfit(index: dict[str, np.ndarray], about: dict[str, Any]) -> str:
+    """Returns which array of an index is missing, or has another shape or type, or ""."""
+    n_images = about["images"]
+    n_classes = len(about["classes"])
+    shapes = {
+        "offset": (n_images,),
+        "size": (n_images,),
+        "name_offset": (n_images + 1,),
+        "label": (n_images,),
+        "presence": (n_images, n_classes),
+    }
+    needed = {"offset", "size", "name_offset"}
+    if about.get("multi_labeled"):
+        needed.add("presence")
     for name in needed | (index.keys() & shapes.keys()):
-        kind = np.int8 if name == "presence" else np.int64
-        if name not in index or index[name].shape != shapes[name] or index[name].dtype != kind:
-            return f"{name} is not of {n} images"
-    offset, size, name_offset = index["offset"], index["size"], index["name_offset"]
-    tar_bytes = np.array([tar["bytes"] for tar in about["shards"]], np.int64)[
-        np.arange(n) // per_shard
-    ]
-    # Sizes first: an offset and a size near 2^63 have a small sum.
-    if not _within(size, 0, np.minimum(tar_bytes, _MOST_STORED_BYTES)) or not _within(
-        offset, 0, tar_bytes - size
-    ):
+        dtype = np.int8 if name == "presence" else np.int64
+        values = index.get(name)
+        if values is None or values.shape != shapes[name] or values.dtype != dtype:
+            return f"{name} is not of {n_images} images"
+    return ""
+
+
+def _positions_misfit(index: dict[str, np.ndarray], about: dict[str, Any], per_shard: int) -> str:
+    """Returns what is wrong with the positions of images in the tars, or ""."""
+    offset = index["offset"]
+    size = index["size"]
+    bytes_by_tar = np.array([tar["bytes"] for tar in about["shards"]], np.int64)
+    tar_of_image = np.arange(about["images"]) // per_shard
+    tar_bytes = bytes_by_tar[tar_of_image]
+
+    # Sizes are checked first: the sum of an offset and a size near 2^63 overflows.
+    sizes_fit = _within(size, 0, np.minimum(tar_bytes, _MOST_STORED_BYTES))
+    if not sizes_fit or not _within(offset, 0, tar_bytes - size):
         return "an image lies outside of its tar, or is larger than any JPEG"
+
+    # In one tar, each image starts behind the end of the one before. Size 0 is no image.
     stored = np.flatnonzero(size)
-    same_tar = stored[1:] // per_shard == stored[:-1] // per_shard
-    if (same_tar & (offset[stored[1:]] < (offset + size)[stored[:-1]])).any():
+    earlier = stored[:-1]
+    later = stored[1:]
+    same_tar = later // per_shard == earlier // per_shard
+    overlaps = offset[later] < offset[earlier] + size[earlier]
+    if (same_tar & overlaps).any():
         return "images overlap"
-    if (name_offset[0], name_offset[-1]) != (0, names_bytes) or not _within(
-        np.diff(name_offset), 0, _LONGEST_NAME
-    ):
+    return ""
+
+
+def _values_misfit(index: dict[str, np.ndarray], about: dict[str, Any], names_bytes: int) -> str:
+    """Returns what is wrong with the names, labels or presence in an index, or ""."""
+    name_offset = index["name_offset"]
+    # The lines of names fill their file, and each has a plausible length.
+    fills_file = (name_offset[0], name_offset[-1]) == (0, names_bytes)
+    if not fills_file or not _within(np.diff(name_offset), 0, _LONGEST_NAME):
         return f"{names_name(about['split'])} has other names"
-    if "label" in index and not _within(index["label"], 0, classes - 1):
+    n_classes = len(about["classes"])
+    if "label" in index and not _within(index["label"], 0, n_classes - 1):
         return "a label is of no class"
     if "presence" in index and not _within(index["presence"], -1, 1):
         return "presence is not -1, 0 or 1"
     return ""
 
 
-def _within(values: np.ndarray, least: int, most: int | np.ndarray) -> bool:
-    return bool(((values >= least) & (values <= most)).all())
+def _within(values: np.ndarray, lowest: int, highest: int | np.ndarray) -> bool:
+    """Returns whether all values lie in the range, both ends included."""
+    in_range = (values >= lowest) & (values <= highest)
+    return bool(in_range.all())

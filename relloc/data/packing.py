@@ -1,8 +1,9 @@
-"""Packing a data set into WebDataset tars once, so that reading it keeps up with training.
+"""Packs a data set into WebDataset tars, reduced in size, so that reading keeps up with training.
 
-Everything is the same bytes whatever the number of processes, and however often packing was killed
-and started again. What is finished lies in the folder's `unfinished/` until all is; manifest.json
-is written last.
+The files have the same bytes whatever the number of processes, and however often packing was
+killed and started again. Records of finished parts lie in the folder `unfinished/` until all parts
+are finished; manifest.json is written last. `relloc.data.shards` describes the files and reads
+them.
 """
 
 import contextlib
@@ -61,8 +62,12 @@ from relloc.geometry import ShortSide
 CHECK_FILE = "check.json"
 _SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 _ANEW = "Remove the folder that is packed into, and pack again"
-_LONGEST_JPEG_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+# JPEG_MAX_DIMENSION of libjpeg.
+_LONGEST_JPEG_PX = 65_500
+# What was done with an image, as a number in its record: it could not be read; its bytes were kept;
+# it was encoded as JPEG in its own size; it was reduced and encoded.
 _HOW = ("unreadable", "kept", "encoded", "reduced")
+# The record of a packed image: what checking needs (FACTS), and where it lies in its tar.
 _PACKED = np.dtype(
     [
         *FACTS.descr,
@@ -76,12 +81,13 @@ _PACKED = np.dtype(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How images are stored: none larger than `short_px` on the short side, as JPEG.
+    """The settings of packing: images are stored as JPEG, with a short side of at most `short_px`.
 
-    292 px is what a 255 px crop of the published recipe is taken from (protocols.md 1.1).
+    `quality` (1 to 100) and `subsampling` (such as "4:2:0") are those of the JPEG encoder. The
+    published recipe takes its 255 px crop from images of 292 px (docs/protocols.md 1.1).
 
     Raises:
-        UsageError: a setting out of its range.
+        UsageError: a setting is out of its range.
     """
 
     short_px: int
@@ -92,7 +98,7 @@ class Packing:
     def __post_init__(self) -> None:
         for name in ("short_px", "quality", "images_per_shard"):
             checks.whole(name, getattr(self, name))
-        checks.number("quality", self.quality, at_most=100)  # 90 where small loss matters
+        checks.number("quality", self.quality, at_most=100)
         checks.one_of("subsampling", self.subsampling, _SUBSAMPLINGS)
 
 
@@ -105,29 +111,34 @@ def pack(
     workers: int,
     progress: Progress,
 ) -> Check:
-    """Check every image and pack all into `out`, or go on with what is finished there.
+    """Checks every image and packs all into the folder `out`; returns the result of the check.
+
+    A call that was interrupted is continued: tars that are finished are not packed again.
+    `published` gives the official number of images by split.
 
     Raises:
-        DataError: `out` holds something else, or could not be written, as on a full disk: what is
-            finished stays, and the same call goes on.
+        DataError: `out` holds other files, or can't be written to, as on a full disk. What is
+            finished stays, and the same call continues.
     """
     wanted = _wanted(data, packing)
-    advice = "The tars that are finished stay: mend this and start the same command again"
+    advice = "The tars that are finished stay: repair this and start the same command again"
     with data_errors(f"packing into {out} stopped", OSError, advice=advice):
+        # The manifest is written last: where it exists all is finished.
         if (out / MANIFEST).exists():
             return _finished_before(out, wanted)
         _begin(out, wanted)
-        jobs = spans(data, packing.images_per_shard)
-        left = [span for span in jobs if not _is_packed(out, span)]
-        total = sum(map(len, jobs))
+        # One part is one tar. Parts that an earlier call finished are left out.
+        parts = spans(data, packing.images_per_shard)
+        left = [part for part in parts if not _is_packed(out, part)]
+        total = sum(map(len, parts))
         done = total - sum(map(len, left))
         work = functools.partial(_pack_span, data, out, packing)
         work_through(work, left, workers=workers, total=total, done=done, progress=progress)
-        return _finish(data, out, wanted, jobs, published)
+        return _finish(data, out, wanted, parts, published)
 
 
 def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
-    """What decides every byte of the packed folder."""
+    """Returns everything that decides the bytes of the packed folder, for its manifest."""
     turbo = features.version("libjpeg_turbo")
     libjpeg = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
     return {
@@ -139,22 +150,28 @@ def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
 
 
 def _original_images(images: ImageSet) -> dict[str, str | None]:
-    """Hashes of what is packed."""
-    labels, presence = images.labels, _presence(images)
+    """Returns hashes of the images, labels and presence of classes in one split."""
+    labels = images.labels
+    presence = _presence(images)
     hashes = {
         "digest": images.digest(),
         "labels": None if labels is None else hash_lines(map(str, labels)),
     }
-    return hashes if presence is None else {**hashes, "presence": hash_lines(map(str, presence))}
+    if presence is not None:
+        hashes["presence"] = hash_lines(map(str, presence))
+    return hashes
 
 
 def _presence(images: ImageSet) -> list[list[int]] | None:
-    """Which classes each image shows, if that is known; a warning where it should be and can't be read."""
+    """Returns which classes each image shows, or None if that is unknown.
+
+    It is a warning if it should be known but can't be read: pretraining does not need it.
+    """
     if not isinstance(images, MultiLabeled):
         return None
     try:
         return images.presence()
-    except DataError as error:  # to pretrain on them is possible all the same
+    except DataError as error:
         warnings.warn(
             f"packed without what images show, which SVMs of VOC need: {error}", stacklevel=2
         )
@@ -162,70 +179,83 @@ def _presence(images: ImageSet) -> list[list[int]] | None:
 
 
 def _finished_before(out: Path, wanted: dict[str, Any]) -> Check:
+    """Returns the check of a folder that an earlier call finished, if it is whole and the same."""
+    # Opening it verifies its files.
     shards(root=str(out))
     _refuse_others(out, read_manifest(out)["packed"], wanted)
+    # An earlier call may have been killed after it wrote the manifest, before it cleaned up.
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     with _damages(out / CHECK_FILE):
         return Check.from_json(read_json(out / CHECK_FILE, _ANEW))
 
 
 def _begin(out: Path, wanted: dict[str, Any]) -> None:
+    """Prepares `out` for packing, or for continuing with the same settings."""
     settings = out / UNFINISHED / SETTINGS_FILE
     if settings.exists():
         with _damages(settings):
             _refuse_others(out, read_json(settings, _ANEW), wanted)
+        # Files that a killed call was writing.
         for folder in (out, out / UNFINISHED):
             remove_all_unfinished(folder)
         return
     if out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
         raise DataError(
-            f"out={out} holds files that relloc.prepare did not write: give a new or an empty folder"
+            f"out={out} holds files that relloc.prepare did not write: "
+            "give a new or an empty folder"
         )
     write_whole(settings, as_json(wanted))
 
 
 def _damages(path: Path) -> AbstractContextManager[None]:
+    """Turns the errors of a JSON file with unexpected content into a `DataError`."""
     return data_errors(f"{path} is damaged", KeyError, TypeError, AttributeError, advice=_ANEW)
 
 
 def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises `DataError` if the folder was packed with other settings or from other images."""
     changed = [name for name in sorted(before | wanted) if before.get(name) != wanted.get(name)]
     differences = [
         f"{name} was {before.get(name)}, now {wanted.get(name)}"
         for name in changed
         if name != "originals"
     ]
-    if "originals" in changed:  # an older relloc gave the same images another digest
+    # Hashes say nothing to a reader. An older relloc gave the same images another digest.
+    if "originals" in changed:
         differences.append("the images or their labels are others, or an older relloc packed them")
     if differences:
         raise DataError(
-            f"out={out} was packed with other settings: {', '.join(differences)}. Give another folder, or these"
+            f"out={out} was packed with other settings: {', '.join(differences)}. "
+            "Give another folder, or the earlier settings"
         )
 
 
 def _is_packed(out: Path, span: Span) -> bool:
+    """Returns whether the tar of a part is finished."""
     about = about_part(out / UNFINISHED, span) or {}
     tar = out / shard_name(span.split, span.number)
     return tar.is_file() and tar.stat().st_size == about.get("bytes")
 
 
 def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:
+    """Packs one part into its tar, and saves the records of its images."""
     path = out / shard_name(span.split, span.number)
     images = data.of(span.role)
     with writing(path) as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
 
-            def store(record: np.void, index: int, found: ImageFile) -> None:
-                content, how = _stored(found, packing)
-                record["how"], record["stored_sha256"] = _HOW.index(how), sha256(content)
-                record["offset"], record["size"] = (
-                    _add(tar, file, f"{index:09d}.jpg", content),
-                    len(content),
-                )
+            def store(record: np.void, index: int, original: ImageFile) -> None:
+                content, how = _stored(original, packing)
+                record["how"] = _HOW.index(how)
+                record["stored_sha256"] = sha256(content)
+                record["offset"] = _add(tar, file, f"{index:09d}.jpg", content)
+                record["size"] = len(content)
                 if images.labels is not None:
-                    _add(tar, file, f"{index:09d}.cls", str(images.labels[index]).encode())
+                    label = str(images.labels[index])
+                    _add(tar, file, f"{index:09d}.cls", label.encode())
 
             records, unreadable = examine(images, span, _PACKED, tick, store)
+        # The hash is computed from the file itself: closing the tar has added its end.
         size = file.tell()
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -234,34 +264,43 @@ def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick
 
 
 def _add(tar: tarfile.TarFile, file: io.BufferedRandom, name: str, content: bytes) -> int:
-    """Add a member that is the same bytes whoever writes it and when; where its content begins."""
+    """Adds a member to a tar, and returns where its content begins.
+
+    The bytes do not depend on user or time: a new `TarInfo` has owner 0 and time 0.
+    """
     member = tarfile.TarInfo(name)
     member.size = len(content)
+    # The content follows a header of one block.
     start = file.tell() + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(content))
     return start
 
 
-def _stored(found: ImageFile, packing: Packing) -> tuple[bytes, str]:
-    if min(found.rgb.size) > packing.short_px:
-        height, width = ShortSide(px=packing.short_px).size(found.rgb.height, found.rgb.width, 0)
-        return _encoded(
-            found.rgb.resize((width, height), Image.Resampling.BILINEAR), packing
-        ), "reduced"
-    if found.is_plain_jpeg:
+def _stored(original: ImageFile, packing: Packing) -> tuple[bytes, str]:
+    """Returns the JPEG that is stored of an image, and how it was made (one of `_HOW`)."""
+    rgb = original.rgb
+    if min(rgb.size) > packing.short_px:
+        height, width = ShortSide(px=packing.short_px).size(rgb.height, rgb.width, 0)
+        reduced = rgb.resize((width, height), Image.Resampling.BILINEAR)
+        return _encoded(reduced, packing), "reduced"
+    # A small JPEG is kept as it is, without loss, if the fast decoder reads the same pixels.
+    if original.is_plain_jpeg:
         with contextlib.suppress(UnreadableImage):
-            if np.array_equal(decoded(bytearray(found.content)), np.asarray(found.rgb)):
-                return found.content, "kept"
-    return _encoded(found.rgb, packing), "encoded"
+            pixels = decoded(bytearray(original.content))
+            if np.array_equal(pixels, np.asarray(rgb)):
+                return original.content, "kept"
+    return _encoded(rgb, packing), "encoded"
 
 
 def _encoded(rgb: Image.Image, packing: Packing) -> bytes:
+    """Returns an image as JPEG. Raises `UnreadableImage` if it is too long for that format."""
     if max(rgb.size) > _LONGEST_JPEG_PX:
         raise UnreadableImage(
             f"would be {max(rgb.size)} px long, a JPEG is at most {_LONGEST_JPEG_PX}"
         )
     stream = io.BytesIO()
-    rgb.info.clear()  # no comment of the original
+    # Pillow would write comments and resolution of the original, which are not pixels.
+    rgb.info.clear()
     rgb.save(stream, "JPEG", quality=packing.quality, subsampling=packing.subsampling)
     return stream.getvalue()
 
@@ -273,29 +312,36 @@ def _finish(
     parts: Sequence[Span],
     published: Mapping[str, int] | None,
 ) -> Check:
-    found = summary(data, out / UNFINISHED, parts, published)
+    """Writes the indices, the check and the manifest of a folder whose tars are all finished."""
+    result = summary(data, out / UNFINISHED, parts, published)
     manifest = {"format": FORMAT, "version": VERSION, "name": data.train.name, "packed": wanted}
-    for role, checked in zip(ROLES, (found.train, found.held_out), strict=True):
-        about = _write_index(data.of(role), out, [span for span in parts if span.role == role])
-        manifest[role] = about | {
-            "unreadable": checked.unreadable,
-            "originals_sha256": checked.sha256,
+    for role, split_check in zip(ROLES, (result.train, result.held_out), strict=True):
+        role_parts = [part for part in parts if part.role == role]
+        entry = _write_index(data.of(role), out, role_parts)
+        manifest[role] = entry | {
+            "unreadable": split_check.unreadable,
+            "originals_sha256": split_check.sha256,
         }
-    write_whole(out / CHECK_FILE, as_json(found.as_json()))
+    # The manifest comes last: where it exists everything else does.
+    write_whole(out / CHECK_FILE, as_json(result.as_json()))
     write_whole(out / MANIFEST, as_json(manifest))
     shutil.rmtree(out / UNFINISHED)
-    return found
+    return result
 
 
 def _write_index(images: ImageSet, out: Path, parts: list[Span]) -> dict[str, Any]:
-    """Write index and names of a split; its entry in the manifest, but for what checking found."""
-    records, presence = records_of(out / UNFINISHED, parts), _presence(images)
+    """Writes the index and the names of a split, and returns its entry in the manifest."""
+    records = records_of(out / UNFINISHED, parts)
+    presence = _presence(images)
     lines = [json.dumps(name).encode("ascii") + b"\n" for name in names(images)]
-    named = b"".join(lines)
-    # The digest of a split: classes, names, labels, and the hash of each stored image
+    names_content = b"".join(lines)
+
+    # The digest of a split covers classes, names, labels, and the hash of each stored image, in
+    # this order.
     hasher = hashlib.sha256(f"{FORMAT} {json.dumps(list(images.classes))}\n".encode())
-    hasher.update(named)
+    hasher.update(names_content)
     index = {name: np.ascontiguousarray(records[name]) for name in ("offset", "size")}
+    # Where the name of each image begins in the file of names, and where the last one ends.
     index["name_offset"] = np.cumsum([0, *map(len, lines)], dtype=np.int64)
     if images.labels is not None:
         index["label"] = np.asarray(images.labels, dtype=np.int64)
@@ -303,20 +349,30 @@ def _write_index(images: ImageSet, out: Path, parts: list[Span]) -> dict[str, An
     hasher.update(records["stored_sha256"].tobytes())
     if presence is not None:
         index["presence"] = np.asarray(presence, dtype=np.int8)
-    index_files = {names_name(images.split): named, index_name(images.split): save(index)}
+
+    index_files = {
+        names_name(images.split): names_content,
+        index_name(images.split): save(index),
+    }
+    index_hashes = {}
     for name, content in index_files.items():
         write_whole(out / name, content)
+        index_hashes[name] = hashlib.sha256(content).hexdigest()
+
+    tars = []
+    for part in parts:
+        about = about_part(out / UNFINISHED, part) or {}
+        tars.append({name: about[name] for name in ("file", "bytes", "sha256")})
     counts = np.bincount(records["how"], minlength=len(_HOW)).tolist()
-    tars = [about_part(out / UNFINISHED, span) or {} for span in parts]
     entry = {
         "split": images.split,
         "images": len(images),
         "classes": list(images.classes),
         "stored": dict(zip(_HOW, counts, strict=True)),
-        "shards": [{name: tar[name] for name in ("file", "bytes", "sha256")} for tar in tars],
-        "index_sha256": {
-            name: hashlib.sha256(content).hexdigest() for name, content in index_files.items()
-        },
+        "shards": tars,
+        "index_sha256": index_hashes,
         "digest": hasher.hexdigest()[:16],
     }
-    return entry if presence is None else {**entry, "multi_labeled": True}
+    if presence is not None:
+        entry["multi_labeled"] = True
+    return entry
