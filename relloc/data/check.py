@@ -1,4 +1,4 @@
-"""Checking a data set: what can't be read, what looks wrong, what is there twice."""
+"""Checks a data set: images that can't be read, look wrong, are repeated, or are in both splits."""
 
 import dataclasses
 import functools
@@ -27,32 +27,39 @@ from relloc.data.processes import Progress, Tick, work_through
 from relloc.errors import UnreadableImage
 from relloc.terminal import escaped
 
+# An image is reported as small if its short side is under SMALL_PX, and as long if its long side is
+# over LONG_RATIO times the short one.
 SMALL_PX = 64
 LONG_RATIO = 5
+# How many images of each kind are named, and how many files' hashes are kept.
 _EXAMPLES = 5
 _HASHED = 16
 _IMAGES_PER_PART = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    """How many images something holds for, and the first of them."""
+class CountedImages:
+    """The number of images that have some property, and the names of the first of them."""
 
     n: int
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        return first_names(self.examples) + (", …" if self.n > len(self.examples) else "")
+        text = first_names(self.examples)
+        if self.n > len(self.examples):
+            text += ", …"
+        return text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitCheck:
-    """What was found in one split.
+    """The result of checking one split.
 
-    `small` images have a short side under 64 px, `long` ones a long side over 5 times the short
-    one. `repeated` are those whose file has the same bytes as an earlier one. `class_images` are
-    the fewest and the most images of a class, `short_px` the least, the median and the greatest
-    short side. `sha256` are the hashes of a few files, evenly spread.
+    `published` is the official number of images. `class_images` are the smallest and the largest
+    number of images of a class; `short_px` the smallest, the median and the largest short side.
+    `unreadable` gives reasons by image. `small` images have a short side under 64 px, `long` ones
+    a long side over 5 times the short one. `repeated` images have the same bytes as an earlier
+    one. `sha256` has the hashes of a few files, evenly spread over the split.
     """
 
     split: str
@@ -61,67 +68,79 @@ class SplitCheck:
     class_images: tuple[int, int] | None
     short_px: tuple[int, int, int] | None
     unreadable: dict[str, str]
-    small: Found
-    long: Found
-    single_color: Found
-    repeated: Found
+    small: CountedImages
+    long: CountedImages
+    single_color: CountedImages
+    repeated: CountedImages
     sha256: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
-    """What was found in a data set; `leaked` are held-out images whose file is also in the training split."""
+    """The result of checking a data set.
+
+    `leaked` are held-out images whose file is also in the training split.
+    """
 
     name: str
     train: SplitCheck
     held_out: SplitCheck
-    leaked: Found
+    leaked: CountedImages
 
     def as_json(self) -> dict[str, Any]:
+        """Returns the check as a value that can be written as JSON."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Check":
-        """The check that `as_json` wrote."""
+        """Returns the check that `as_json` returned, from the JSON that it was written as."""
         splits = {role: SplitCheck(**_with_types(content[role])) for role in ROLES}
         return Check(**{**_with_types(content), **splits})
 
     def findings(self) -> list[str]:
-        """A sentence for each thing to look at, the gravest first."""
-        told = []
+        """Returns a sentence for each problem, the most serious first."""
+        sentences = []
         if self.leaked.n:
-            told.append(
-                f"LEAK: {self.leaked.n} images of {self.held_out.split} are also in {self.train.split}, with the same "
-                f"bytes ({self.leaked}): results on {self.held_out.split} would be too good"
+            sentences.append(
+                f"LEAK: {self.leaked.n} images of {self.held_out.split} are also in "
+                f"{self.train.split}, with the same bytes ({self.leaked}): results on "
+                f"{self.held_out.split} would be too good"
             )
-        return told + [line for split in (self.train, self.held_out) for line in _findings(split)]
+        return sentences + _findings(self.train) + _findings(self.held_out)
 
 
 def check(
     data: Splits, *, published: Mapping[str, int] | None, workers: int, progress: Progress
 ) -> Check:
-    """Read every image of both splits once, in `workers` processes.
+    """Reads every image of both splits once, in `workers` processes, and returns the result.
 
     `published` gives the official number of images by the name of the split.
     """
-    jobs = spans(data, _IMAGES_PER_PART)
+    parts = spans(data, _IMAGES_PER_PART)
     total = len(data.train) + len(data.held_out)
     with tempfile.TemporaryDirectory(prefix="relloc_check_") as folder:
         work = functools.partial(_examine, data, Path(folder))
-        work_through(work, jobs, workers=workers, total=total, done=0, progress=progress)
-        return summary(data, Path(folder), jobs, published)
+        work_through(work, parts, workers=workers, total=total, done=0, progress=progress)
+        return summary(data, Path(folder), parts, published)
 
 
 def summary(
     data: Splits, folder: Path, parts: Sequence[Span], published: Mapping[str, int] | None
 ) -> Check:
-    """The check of a data set, all parts of which are finished in `folder`."""
-    of_role = {role: [span for span in parts if span.role == role] for role in ROLES}
-    train, trained_on = _split_check(data.train, folder, of_role["train"], published or {})
-    held_out, files = _split_check(data.held_out, folder, of_role["held_out"], published or {})
-    first_of = {content: name for name, content in reversed(trained_on)}
-    leaks = [f"{name} = {first_of[content]}" for name, content in files if content in first_of]
-    return Check(name=data.train.name, train=train, held_out=held_out, leaked=_found(leaks))
+    """Returns the check of a data set all of whose parts are finished in `folder`."""
+    published_counts = published or {}
+    train_parts = [part for part in parts if part.role == "train"]
+    held_out_parts = [part for part in parts if part.role == "held_out"]
+    train, train_files = _split_check(data.train, folder, train_parts, published_counts)
+    held_out, held_out_files = _split_check(data.held_out, folder, held_out_parts, published_counts)
+    # Reversed, so that the first of several equal training files is named.
+    train_name_of = {content: name for name, content in reversed(train_files)}
+    leaks = [
+        f"{name} = {train_name_of[content]}"
+        for name, content in held_out_files
+        if content in train_name_of
+    ]
+    return Check(name=data.train.name, train=train, held_out=held_out, leaked=_counted(leaks))
 
 
 def examine(
@@ -131,9 +150,11 @@ def examine(
     tick: Tick,
     store: Callable[[np.void, int, ImageFile], None] | None = None,
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Records of the images of a part, of the type `kind`, and why the images can't be read whose records are zeros.
+    """Reads the images of a part; returns a record of each, and why images can't be read.
 
-    `store(record, index, file)` is called of each image before its facts are recorded, and may call it unreadable.
+    `kind` is the type of the records, which are zeros for unreadable images; the reasons are given
+    by image number. `store(record, index, file)` is called for each image before its facts are
+    recorded, and may raise `UnreadableImage`. `tick` is called after each image.
     """
     records = np.zeros(len(span), kind)
     unreadable: dict[int, str] = {}
@@ -150,6 +171,7 @@ def examine(
 
 
 def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
+    """Checks the images of one part, and saves their records in `folder`."""
     records, unreadable = examine(data.of(span.role), span, FACTS, tick)
     save_part(folder, span, records, {"unreadable": unreadable})
 
@@ -157,87 +179,102 @@ def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
 def _split_check(
     images: ImageSet, folder: Path, parts: list[Span], published: Mapping[str, int]
 ) -> tuple[SplitCheck, list[tuple[str, bytes]]]:
-    """What was found in a split, and the names and hashes of its files that can be read."""
-    called, records = names(images), records_of(folder, parts)
+    """Returns the check of a split, and the names and hashes of its readable files."""
+    image_names = names(images)
+    records = records_of(folder, parts)
     short, long = np.sort([records["height"], records["width"]], axis=0)
+    # Sides are 0 where the image can't be read.
     readable = np.flatnonzero(short)
-    sides = short[readable]
-    counts = (
-        None
-        if images.labels is None
-        else np.bincount(np.asarray(images.labels), minlength=len(images.classes))
-    )
-    hashes = records["sha256"][readable]
-    files = [
-        (called[index], content.tobytes()) for index, content in zip(readable, hashes, strict=True)
-    ]
-    sampled = files[:: max(1, -(-len(files) // _HASHED))]
-    first_of: dict[bytes, str] = {}
+    readable_short = short[readable]
+
+    # Hashes of files: evenly spaced ones are kept, equal ones are repetitions.
+    files: list[tuple[str, bytes]] = []
+    for index, content in zip(readable, records["sha256"][readable], strict=True):
+        files.append((image_names[index], content.tobytes()))
+    sampling_step = max(1, -(-len(files) // _HASHED))
+    sampled = files[::sampling_step]
+    first_name_of: dict[bytes, str] = {}
     repeated = []
     for name, content in files:
-        if content in first_of:
-            repeated.append(f"{name} = {first_of[content]}")
-        first_of.setdefault(content, name)
+        if content in first_name_of:
+            repeated.append(f"{name} = {first_name_of[content]}")
+        first_name_of.setdefault(content, name)
 
     unreadable: dict[str, str] = {}
-    for span in parts:
-        reasons = (about_part(folder, span) or {})["unreadable"]
-        unreadable |= {called[int(index)]: reason for index, reason in reasons.items()}
+    for part in parts:
+        reasons = (about_part(folder, part) or {})["unreadable"]
+        for index, reason in reasons.items():
+            unreadable[image_names[int(index)]] = reason
 
-    def those(chosen: np.ndarray) -> Found:
-        return _found([called[index] for index in np.flatnonzero(chosen & (short > 0))])
+    class_images = None
+    if images.labels is not None:
+        counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes))
+        class_images = (int(counts.min()), int(counts.max()))
+    short_px = None
+    if len(readable):
+        median = int(np.median(readable_short))
+        short_px = (int(readable_short.min()), median, int(readable_short.max()))
 
-    found = SplitCheck(
+    def counted(chosen: np.ndarray) -> CountedImages:
+        indices = np.flatnonzero(chosen & (short > 0))
+        return _counted([image_names[index] for index in indices])
+
+    split_check = SplitCheck(
         split=images.split,
         images=len(images),
         published=published.get(images.split),
-        class_images=None if counts is None else (int(counts.min()), int(counts.max())),
-        short_px=(int(sides.min()), int(np.median(sides)), int(sides.max()))
-        if len(sides)
-        else None,
+        class_images=class_images,
+        short_px=short_px,
         unreadable=unreadable,
-        small=those(short < SMALL_PX),
-        long=those(long > LONG_RATIO * short),
-        single_color=those(records["single_color"]),
-        repeated=_found(repeated),
+        small=counted(short < SMALL_PX),
+        long=counted(long > LONG_RATIO * short),
+        single_color=counted(records["single_color"]),
+        repeated=_counted(repeated),
         sha256={name: content.hex() for name, content in sampled},
     )
-    return found, files
+    return split_check, files
 
 
-def _found(lines: Sequence[str]) -> Found:
-    return Found(n=len(lines), examples=tuple(lines[:_EXAMPLES]))
+def _counted(lines: Sequence[str]) -> CountedImages:
+    """Returns the number of lines and the first of them."""
+    return CountedImages(n=len(lines), examples=tuple(lines[:_EXAMPLES]))
 
 
-def _findings(split: SplitCheck) -> list[str]:
-    where, told = split.split, []
-    if split.published not in (None, split.images):
-        told.append(f"{where} has {split.images} images, the published set {split.published}")
-    if split.unreadable:
-        name, reason = next(iter(split.unreadable.items()))
-        told.append(
-            f"{where}: {len(split.unreadable)} images can't be read, such as {escaped(name)}: {escaped(reason)}"
+def _findings(split_check: SplitCheck) -> list[str]:
+    """Returns a sentence for each problem of a split."""
+    split = split_check.split
+    sentences = []
+    if split_check.published not in (None, split_check.images):
+        sentences.append(
+            f"{split} has {split_check.images} images, the published set {split_check.published}"
         )
-    if split.class_images and split.class_images[0] == 0:
-        told.append(f"{where}: a class has no images")
+    if split_check.unreadable:
+        name, reason = next(iter(split_check.unreadable.items()))
+        sentences.append(
+            f"{split}: {len(split_check.unreadable)} images can't be read, such as {escaped(name)}: "
+            f"{escaped(reason)}"
+        )
+    if split_check.class_images and split_check.class_images[0] == 0:
+        sentences.append(f"{split}: a class has no images")
     kinds = (
-        (split.repeated, "repeat the bytes of an earlier one"),
-        (split.small, f"have a short side under {SMALL_PX} px"),
-        (split.long, f"are over {LONG_RATIO} times as long as wide"),
-        (split.single_color, "have a single color"),
+        (split_check.repeated, "repeat the bytes of an earlier one"),
+        (split_check.small, f"have a short side under {SMALL_PX} px"),
+        (split_check.long, f"are over {LONG_RATIO} times as long as wide"),
+        (split_check.single_color, "have a single color"),
     )
-    return told + [
-        f"{where}: {found.n} images {what} ({found})" for found, what in kinds if found.n
-    ]
+    for counted, problem in kinds:
+        if counted.n:
+            sentences.append(f"{split}: {counted.n} images {problem} ({counted})")
+    return sentences
 
 
 def _with_types(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a check as they were before they became JSON, which has no tuples."""
+    """Returns the fields of a check from its JSON, which has neither tuples nor `CountedImages`."""
     fields: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, dict) and value.keys() == {"n", "examples"}:
-            value = Found(n=value["n"], examples=tuple(value["examples"]))
+            value = CountedImages(n=value["n"], examples=tuple(value["examples"]))
         fields[name] = value
     return fields

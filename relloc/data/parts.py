@@ -1,7 +1,8 @@
-"""What is found out about the images of a data set, part by part, in files until all parts are there.
+"""Records about the images of a data set, saved in files part by part while it is checked or packed.
 
-A part is a range of images that one process goes through. It is a file of records, one an image,
-and a JSON file, written after it: a part is finished where that is there.
+A part is a range of images that one process works on. It has a file of records (one for each
+image) and a JSON file that is written after it: where the JSON file exists the part is finished,
+so that work which was interrupted continues with the other parts.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from relloc.data.images import ImageFile, read_file
 from relloc.errors import DataError, data_errors
 from relloc.files import write_whole, writing
 
-# height is 0 where the image can't be read
+# The record of an image: size in pixels, hash of its file, and whether it has a single color. The
+# height is 0 if the image can't be read.
 FACTS = np.dtype(
     [("height", "<i4"), ("width", "<i4"), ("sha256", "u1", (32,)), ("single_color", "?")]
 )
@@ -26,7 +28,7 @@ FACTS = np.dtype(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Span:
-    """Images `start` to `stop` (not included) of one of the two splits: the `number`-th part of it."""
+    """A part of a split: its images from `start` to `stop` (not included); `number` counts parts."""
 
     role: Role
     split: str
@@ -43,27 +45,27 @@ class Span:
 
 
 def spans(data: Splits, length: int) -> list[Span]:
-    """Both splits in parts of `length` images, the last one shorter. Raises `DataError` where they share a name."""
+    """Returns both splits divided into parts of `length` images; the last part is shorter.
+
+    Raises:
+        DataError: both splits have the same name, which names their files.
+    """
     if data.train.split == data.held_out.split:
         raise DataError(
             f"both splits of {data.train.name} are called {data.train.split}: give them two names"
         )
-    return [
-        Span(
-            role=role,
-            split=images.split,
-            number=number,
-            start=start,
-            stop=min(start + length, len(images)),
-        )
-        for role in ROLES
-        for images in (data.of(role),)
-        for number, start in enumerate(range(0, len(images), length))
-    ]
+    parts = []
+    for role in ROLES:
+        images = data.of(role)
+        for number, start in enumerate(range(0, len(images), length)):
+            stop = min(start + length, len(images))
+            part = Span(role=role, split=images.split, number=number, start=start, stop=stop)
+            parts.append(part)
+    return parts
 
 
 def original(images: ImageSet, index: int) -> ImageFile:
-    """The file of an image; of one in memory, its size and pixels in place of the file's bytes.
+    """Returns the file of an image; size and pixels stand for the bytes if it is in memory only.
 
     Raises:
         UnreadableImage: as `read_rgb`.
@@ -75,7 +77,7 @@ def original(images: ImageSet, index: int) -> ImageFile:
 
 
 def names(images: ImageSet) -> list[str]:
-    """What each image is called: files by their path below the folder that holds them all."""
+    """Returns the names of all images: of files, the path below the folder that holds them all."""
     if isinstance(images, FolderImages):
         return list(images.names())
     return [images.source(index) for index in range(len(images))]
@@ -90,12 +92,12 @@ def fill_facts(record: np.void, file: ImageFile) -> None:
 
 
 def sha256(content: bytes) -> np.ndarray:
-    """The hash as 32 numbers."""
+    """Returns the SHA-256 of bytes as 32 numbers."""
     return np.frombuffer(hashlib.sha256(content).digest(), dtype=np.uint8)
 
 
 def as_json(content: Any) -> bytes:
-    """JSON that is the same bytes for the same content, and holds any file name."""
+    """Returns JSON that has the same bytes for the same content, and can hold any file name."""
     return (json.dumps(content, indent=1) + "\n").encode("ascii")
 
 
@@ -107,7 +109,7 @@ def save_part(folder: Path, span: Span, records: np.ndarray, about: dict[str, An
 
 
 def about_part(folder: Path, span: Span) -> dict[str, Any] | None:
-    """What is said of a part; None where it is not finished, or damaged."""
+    """Returns the JSON value of a part; None if the part is not finished or damaged."""
     try:
         about = json.loads((folder / f"{span.stem}.json").read_bytes())
     except (FileNotFoundError, ValueError):
