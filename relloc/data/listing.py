@@ -1,4 +1,4 @@
-"""Finding the images below a folder: what counts as one, and an account of what was passed over."""
+"""Finds the image files in and below a folder, and counts what is passed over."""
 
 import collections
 import os
@@ -9,25 +9,26 @@ from relloc.data.images import SUFFIXES, begins_as_image
 from relloc.errors import DataError, data_errors
 from relloc.terminal import escaped
 
-# Folders that programs keep beside a user's: thumbnails of a network storage, trash, what macOS packs into archives,
-# what a repaired file system found. Names that begin with a dot are passed over besides. In lower case.
-_NO_FOLDERS_OF_IMAGES = {
-    *(
-        "@eadir",
-        "@recycle",
-        "@recently-snapshot",
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "__macosx",
-        "__pycache__",
-    ),
-    *("lost+found", "system volume information"),
+# Folders that programs make beside a user's, in lower case: thumbnails of a network storage, trash,
+# what macOS packs into archives, what a repaired file system found. Names that begin with a dot are
+# passed over as well.
+_SYSTEM_FOLDERS = {
+    "@eadir",
+    "@recycle",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "__macosx",
+    "__pycache__",
+    "lost+found",
+    "system volume information",
 }
-# Of these, the ones that unpacking or repairing an archive or a disk leaves: images of a class may lie in them.
+# Of these, the ones that unpacking an archive or repairing a disk leaves. Images of a class may lie
+# in them.
 LEFTOVERS = {"__macosx", "lost+found"}
-_NO_FILES_OF_A_USER = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
-# Images that Pillow does not read, or not alone
+_SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
+# Formats that Pillow does not read, or not without further packages.
 _OTHER_IMAGES = {
     *(
         ".heic",
@@ -47,57 +48,63 @@ _OTHER_IMAGES = {
     ),
     *(".psd", ".svg", ".eps", ".exr", ".hdr", ".tga", ".jxr", ".j2k", ".ico", ".pfm", ".xcf"),
 }
+# Longer suffixes are counted together, as they are hardly those of a file format.
 _LONGEST_SUFFIX = 12
-_KINDS_TOLD = 8
+# How many kinds of files a message names.
+_MOST_KINDS_NAMED = 8
 
 PassedOver = collections.Counter[str]
-"""How many files or folders were not taken, by what a person calls them: `.heic`, `folders @eaDir`."""
+"""Number of files or folders that were passed over, by kind: `.heic`, `folders @eaDir`."""
 
 
 def images_below(folder: Path, passed_over: PassedOver) -> Iterator[str]:
-    """The images in and below a folder: first its own in sorted order, then those of its folders, in sorted order.
+    """Yields the paths of the images in and below a folder, and counts in `passed_over`.
 
-    Links are followed, but not to a folder above, and to none twice: no image is taken twice.
-    `passed_over` is added to.
+    First come the images of the folder itself in sorted order, then those of its folders, in
+    sorted order. Links are followed, but not to a folder above, and to no folder twice: no image
+    comes twice.
 
     Raises:
         DataError: a folder can't be listed.
     """
+    # Folders to enter, as (path, path without links), the next one last.
     entered: set[str] = set()
     waiting = [(str(folder), os.path.realpath(folder))]
     while waiting:
-        here, real = waiting.pop()
-        if real in entered:
+        path, real_path = waiting.pop()
+        if real_path in entered:
             continue
-        entered.add(real)
-        images, folders = _found_in(here, passed_over)
+        entered.add(real_path)
+        images, folders = _listed(path, passed_over)
         yield from images
-        for entry in reversed(folders):  # the last is entered next
-            there = (
-                os.path.realpath(entry.path)
-                if entry.is_symlink()
-                else os.path.join(real, entry.name)
-            )
-            if f"{real}/".startswith(f"{there.rstrip('/')}/"):
+        for entry in reversed(folders):
+            # realpath asks the file system for every part of a path: only links need it.
+            if entry.is_symlink():
+                inner_path = os.path.realpath(entry.path)
+            else:
+                inner_path = os.path.join(real_path, entry.name)
+            is_above = f"{real_path}/".startswith(f"{inner_path.rstrip('/')}/")
+            if is_above:
                 passed_over["links to a folder above"] += 1
             else:
-                waiting.append((entry.path, there))
+                waiting.append((entry.path, inner_path))
 
 
 def outside_of_classes(folder: Path, passed_over: PassedOver) -> None:
-    """Count what lies in a folder of class folders beside these."""
-    images, _ = _found_in(str(folder), passed_over)
+    """Counts in `passed_over` what lies beside class folders and therefore has no label."""
+    images, _ = _listed(str(folder), passed_over)
     passed_over["images in no class folder"] += len(images)
 
 
-def _found_in(folder: str, passed_over: PassedOver) -> tuple[list[str], list[os.DirEntry[str]]]:
-    """The images in a folder, and its folders that may hold some, sorted."""
-    images, folders = [], []
+def _listed(folder: str, passed_over: PassedOver) -> tuple[list[str], list[os.DirEntry[str]]]:
+    """Returns the images in a folder, and its folders that may hold images, both sorted."""
+    images = []
+    folders = []
     for entry in _entries(folder):
         if not _is_folder(entry):
             if _is_image(entry, passed_over):
                 images.append(entry.path)
-        elif entry.name.lower() in _NO_FOLDERS_OF_IMAGES:
+        elif entry.name.lower() in _SYSTEM_FOLDERS:
             passed_over[f"folders {escaped(entry.name)}"] += 1
         else:
             folders.append(entry)
@@ -105,79 +112,80 @@ def _found_in(folder: str, passed_over: PassedOver) -> tuple[list[str], list[os.
 
 
 def class_folders_of(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in a folder that may be classes, sorted; none where it is no folder.
+    """Returns the sorted names of the folders that may be classes; none if `folder` is missing.
 
     Raises:
-        DataError: it can't be listed, or holds what unpacking left, in which images of a class may be.
+        DataError: the folder can't be listed, or an archive or a repaired disk left a folder in it
+            that may hold images of a class.
     """
-    names = (
-        [entry.name for entry in _entries(str(folder)) if _is_folder(entry)]
-        if folder.is_dir()
-        else []
-    )
-    classes = tuple(name for name in names if name.lower() not in _NO_FOLDERS_OF_IMAGES)
-    left = [name for name in names if name.lower() in LEFTOVERS]
-    if left and classes:
+    if not folder.is_dir():
+        return ()
+    names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry)]
+    classes = tuple(name for name in names if name.lower() not in _SYSTEM_FOLDERS)
+    leftovers = [name for name in names if name.lower() in LEFTOVERS]
+    if leftovers and classes:
         raise DataError(
-            f"{folder / left[0]} is no class, but what unpacking an archive or repairing a disk left: look whether it "
-            "holds images of a class, then remove it"
+            f"{folder / leftovers[0]} is no class, but what unpacking an archive or repairing a "
+            "disk left: look whether it holds images of a class, then remove it"
         )
     return classes
 
 
 def told_passed_over(passed_over: PassedOver) -> str:
-    """One sentence on what was passed over; empty where nothing was."""
-    most = passed_over.most_common(_KINDS_TOLD)
-    kinds = [f"{count} {kind}" for kind, count in most if count]
+    """Returns a sentence on what was passed over, or "" if nothing was."""
+    most_common = passed_over.most_common(_MOST_KINDS_NAMED)
+    kinds = [f"{count} {kind}" for kind, count in most_common if count]
     if not kinds:
         return ""
-    others = passed_over.total() - sum(count for _, count in most)
-    rest = f" and {others} others" if others else ""
-    advice = (
-        "; what relloc is to take of them, convert to JPEG or PNG"
-        if _OTHER_IMAGES & set(passed_over)
-        else ""
-    )
-    return f"passed over: {', '.join(kinds)}{rest}{advice}"
+    sentence = f"passed over: {', '.join(kinds)}"
+    n_others = passed_over.total() - sum(count for _, count in most_common)
+    if n_others:
+        sentence += f" and {n_others} others"
+    if _OTHER_IMAGES & set(passed_over):
+        sentence += "; to use them, convert them to JPEG or PNG"
+    return sentence
 
 
 def first_names(names: Sequence[str], most: int = 8) -> str:
-    """The first of many names, as they may stand in a message."""
-    return ", ".join(map(escaped, names[:most])) + (", …" if len(names) > most else "")
+    """Returns the first of many names for a message, separated by commas."""
+    text = ", ".join(map(escaped, names[:most]))
+    if len(names) > most:
+        text += ", …"
+    return text
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted; names that begin with a dot are passed over."""
+    """Returns the files and folders in a folder, sorted, without those that begin with a dot."""
     advice = "Its images would be missing: make it readable, or move it out of the data set"
-    with (
-        data_errors(f"{escaped(folder)} can't be listed", OSError, advice=advice),
-        os.scandir(folder) as entries,
-    ):
-        return sorted(
-            (each for each in entries if not each.name.startswith(".")),
-            key=lambda entry: entry.name,
-        )
+    problem = f"{escaped(folder)} can't be listed"
+    with data_errors(problem, OSError, advice=advice), os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        return sorted(visible, key=lambda entry: entry.name)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+    """Returns whether an entry is a folder, or a link to one."""
+    # A directory listing says the type of an entry; only links have to be looked up.
+    if entry.is_dir(follow_symlinks=False):
+        return True
+    return entry.is_symlink() and os.path.isdir(entry.path)
 
 
 def _is_image(entry: os.DirEntry[str], passed_over: PassedOver) -> bool:
+    """Returns whether a file is an image by its name or, without a suffix, by its content."""
     name = entry.name.lower()
     suffix = os.path.splitext(name)[1]
     if name.endswith(SUFFIXES):
-        # A link to nothing is an image that can't be read: it is told as such, as it once was one.
-        if (
-            entry.is_file(follow_symlinks=False)
-            or os.path.isfile(entry.path)
-            or not os.path.exists(entry.path)
-        ):
+        is_file = entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)
+        # A link to nothing counts as an image, and is reported as unreadable when it is read.
+        if is_file or not os.path.exists(entry.path):
             return True
         passed_over["pipes, sockets or devices"] += 1
     elif not suffix and begins_as_image(entry.path):
         return True
-    elif name not in _NO_FILES_OF_A_USER:
+    elif name not in _SYSTEM_FILES:
         kind = escaped(suffix) or "without a suffix"
-        passed_over[kind if len(suffix) <= _LONGEST_SUFFIX else "with longer suffixes"] += 1
+        if len(suffix) > _LONGEST_SUFFIX:
+            kind = "with longer suffixes"
+        passed_over[kind] += 1
     return False

@@ -38,6 +38,7 @@ class Span:
 
     @property
     def stem(self) -> str:
+        """Name of the part's files, without suffix."""
         return f"{self.split}-{self.number:06d}"
 
     def __len__(self) -> int:
@@ -84,10 +85,11 @@ def names(images: ImageSet) -> list[str]:
 
 
 def fill_facts(record: np.void, file: ImageFile) -> None:
-    """Put into a record what there is to know of a file."""
-    record["height"], record["width"] = file.rgb.height, file.rgb.width
+    """Fills the fields of `FACTS` in the record of an image."""
+    record["height"] = file.rgb.height
+    record["width"] = file.rgb.width
     record["sha256"] = sha256(file.content)
-    # One extremum for RGB is a pair for each channel.
+    # For RGB, getextrema returns the lowest and the highest value of each channel.
     record["single_color"] = all(low == high for low, high in file.rgb.getextrema())  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -102,7 +104,7 @@ def as_json(content: Any) -> bytes:
 
 
 def save_part(folder: Path, span: Span, records: np.ndarray, about: dict[str, Any]) -> None:
-    """Keep a part: its records, and what else is to be said of it."""
+    """Saves the records of a part, and then the JSON value `about`, which marks it as finished."""
     with writing(folder / f"{span.stem}.npy") as file:
         np.save(file, records, allow_pickle=False)
     write_whole(folder / f"{span.stem}.json", as_json(about))
@@ -118,13 +120,13 @@ def about_part(folder: Path, span: Span) -> dict[str, Any] | None:
 
 
 def records_of(folder: Path, parts: list[Span]) -> np.ndarray:
-    """The records of finished parts, in one array. Raises `DataError` where one is damaged."""
+    """Returns the records of finished parts in one array. Raises `DataError` if one is damaged."""
     records = []
+    errors = (FileNotFoundError, EOFError, ValueError)
     for span in parts:
         path = folder / f"{span.stem}.npy"
+        # Without its JSON file a part counts as not finished, and is worked on again.
         advice = f"Remove {path.with_suffix('.json')}, and start the command again"
-        with data_errors(
-            f"{path} is missing or damaged", FileNotFoundError, EOFError, ValueError, advice=advice
-        ):
+        with data_errors(f"{path} is missing or damaged", *errors, advice=advice):
             records.append(np.load(path, allow_pickle=False))
     return np.concatenate(records)
