@@ -1,4 +1,4 @@
-"""`data=imagenette`: ten easily told ImageNet classes, downloaded by torchvision."""
+"""Imagenette, ten classes of ImageNet that are easily distinguished: `data=imagenette`."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,16 +10,21 @@ from relloc.data.folder import class_folders
 from relloc.data.image_set import Splits
 from relloc.errors import DataError, data_errors
 
+# The folder in the archive of each size.
 _FOLDERS = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
 
 
 def imagenette(
     *, root: str | None, size: Literal["full", "320px", "160px"], download: bool
 ) -> Splits:
-    """Both splits of Imagenette below `root`; fetched there first if missing and `download` is on.
+    """Returns both splits of Imagenette, which lies in a folder below `root`.
+
+    `size` is that of the images. With `download`, torchvision downloads them first if they are
+    missing.
 
     Raises:
-        DataError: no root, or the images are neither there nor to be downloaded.
+        DataError: `root` is not set, or the images are missing and not or not successfully
+            downloaded.
     """
     if not root:
         raise DataError(

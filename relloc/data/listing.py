@@ -79,10 +79,9 @@ def images_below(folder: Path, passed_over: PassedOver) -> Iterator[str]:
         yield from images
         for entry in reversed(folders):
             # realpath asks the file system for every part of a path: only links need it.
+            inner_path = os.path.join(real_path, entry.name)
             if entry.is_symlink():
                 inner_path = os.path.realpath(entry.path)
-            else:
-                inner_path = os.path.join(real_path, entry.name)
             is_above = f"{real_path}/".startswith(f"{inner_path.rstrip('/')}/")
             if is_above:
                 passed_over["links to a folder above"] += 1

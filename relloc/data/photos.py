@@ -1,8 +1,8 @@
-"""`data=photos`: color photographs inside scikit-image and scikit-learn, cut into overlapping tiles.
+"""A small data set for tests and first steps: `data=photos`, ten photographs cut into tiles.
 
-Nothing is downloaded. Each photograph gives a strip at its far end to the held-out split; training
-tiles lie wholly in the rest, so that the two splits share no pixel. The label of a tile is the
-photograph it comes from.
+The color photographs come with scikit-image and scikit-learn, so that nothing is downloaded. Tiles
+overlap. A strip at the far end of each photograph is held out, and training tiles lie wholly in the
+rest, so that the two splits share no pixel. The label of a tile is its photograph.
 """
 
 import dataclasses
@@ -35,11 +35,10 @@ _FILES = {
 
 
 def read_photo(name: str) -> Image.Image:
-    """One of the photographs, in RGB, lying on its longer side."""
+    """Returns one of the photographs in RGB. Raises `DataError` if its package is missing."""
     package, file = _FILES[name]
-    spec = importlib.util.find_spec(
-        package
-    )  # importlib.resources would import it, which takes seconds
+    # importlib.resources would import the package, which takes seconds.
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
             f"data=photos needs {package}, which is not installed: install relloc again"
@@ -49,7 +48,7 @@ def read_photo(name: str) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A square of a photograph: left, top and side in pixels."""
+    """A square of a photograph by its left and top border and its side, in pixels."""
 
     photo: str
     left: int
@@ -58,50 +57,62 @@ class Tile:
 
 
 def _starts(low: int, high: int, stride: float) -> list[int]:
-    """Evenly spaced whole numbers from low to high, both included, about `stride` (1 or more) apart."""
-    steps = max(1, round((high - low) / max(stride, 1)))
-    return sorted({low + round(step * (high - low) / steps) for step in range(steps + 1)})
+    """Returns evenly spaced whole numbers from low to high, both included.
+
+    They are about `stride` apart, but at least 1.
+    """
+    extent = high - low
+    n_steps = max(1, round(extent / max(stride, 1)))
+    # A set, as rounding may give the same number twice.
+    starts = {low + round(step * extent / n_steps) for step in range(n_steps + 1)}
+    return sorted(starts)
 
 
 def tiles_of(
     photo: str, width: int, height: int, *, split: Split, tiles: Sequence[float], stride: float
 ) -> list[Tile]:
-    """The tiles of one photograph in one split, at every size in `tiles`.
+    """Returns the tiles of one photograph in one split, of every size in `tiles`.
 
-    Sizes are shares of the photograph's short side, `stride` a share of the tile. The held-out
-    strip is as wide as the largest tile and lies at the right of a photograph, or at the bottom of
-    an upright one.
+    Sizes are shares of the photograph's short side, `stride` is a share of the tile. The held-out
+    strip is as wide as the largest tile. It lies at the right of a photograph, or at the bottom of
+    an upright one. `width` and `height` are in pixels.
 
     Raises:
-        ValueError: the held-out strip leaves no room for training.
+        ValueError: a size is less than 1 px or leaves no room for training.
     """
     short, long = sorted((width, height))
     sides = [round(tile * short) for tile in tiles]
+    smallest = min(sides, default=0)
     strip = max(sides, default=0)
-    if min(sides, default=0) < 1 or stride <= 0 or 2 * strip > long or strip > short:
+    # The rest of the photograph has to hold a tile of every size, too.
+    too_large = 2 * strip > long or strip > short
+    if smallest < 1 or stride <= 0 or too_large:
         raise ValueError(
-            f"data.source.tiles {list(tiles)}, stride {stride}: tiles are shares of a photograph's short side between "
-            f"0 and 0.5, so that each has 1 px at least and half a photograph at most (here {width}x{height} px); the "
-            "stride is a share of the tile, above 0"
+            f"data.source.tiles {list(tiles)}, stride {stride}: tiles are shares of a photograph's "
+            "short side between 0 and 0.5, so that each has 1 px at least and half a photograph at "
+            f"most (here {width}x{height} px); the stride is a share of the tile, above 0"
         )
-    first, last = (long - strip, long) if split == "held_out" else (0, long - strip)
-    found = []
+    # The range of the split along the long side.
+    boundary = long - strip
+    begin, end = (boundary, long) if split == "held_out" else (0, boundary)
+    result = []
     for side in sides:
-        for along in _starts(first, last - side, stride * side):
+        for along in _starts(begin, end - side, stride * side):
             for across in _starts(0, short - side, stride * side):
                 left, top = (along, across) if width >= height else (across, along)
-                found.append(Tile(photo=photo, left=left, top=top, side_px=side))
-    return found
+                result.append(Tile(photo=photo, left=left, top=top, side_px=side))
+    return result
 
 
 class PhotoTiles:
-    """An `ImageSet` of tiles; the photographs are decoded once and kept in memory."""
+    """The tiles of all photographs in one split: an `ImageSet` that is kept in memory."""
 
     name = "photos"
     classes = tuple(_FILES)
 
     def __init__(self, *, split: Split, tiles: Sequence[float], stride: float) -> None:
         self.split = split
+        # Photographs are decoded once; tiles are cut out of them when they are read.
         self._photos = {photo: read_photo(photo) for photo in _FILES}
         self.tiles: list[Tile] = []
         for photo, image in self._photos.items():
@@ -127,10 +138,13 @@ class PhotoTiles:
 
 
 def photos(*, tiles: Sequence[float], stride: float) -> Splits:
-    """Both splits of the embedded photographs, in tiles as `tiles_of` makes them."""
+    """Returns both splits of the photographs, cut into tiles as `tiles_of` describes.
+
+    Example:
+        >>> splits = photos(tiles=[0.25, 0.5], stride=0.5)
+    """
     checks.numbers("data.source.tiles", tiles, may_be_empty=True)
     checks.number("data.source.stride", stride)
-    train, held_out = (
-        PhotoTiles(split=split, tiles=tiles, stride=stride) for split in ("train", "held_out")
-    )
+    train = PhotoTiles(split="train", tiles=tiles, stride=stride)
+    held_out = PhotoTiles(split="held_out", tiles=tiles, stride=stride)
     return Splits(train=train, held_out=held_out)

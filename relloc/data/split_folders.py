@@ -1,4 +1,8 @@
-"""Folders called train, val, test and the like: refusing to make one set of images of several splits."""
+"""Recognizes folders that are the splits of a data set, and refuses to pool them for training.
+
+Unlabeled images are taken from every folder below a root. If these folders are called train and
+test, or fold1 and fold2, pooling them would train on images that are meant for testing.
+"""
 
 import collections
 import dataclasses
@@ -11,7 +15,8 @@ from relloc.data.listing import class_folders_of
 from relloc.errors import DataError
 from relloc.terminal import escaped
 
-_UNLABELED = ("unlabeled", "unlabelled")  # as of STL-10: to train on, together with train
+# STL-10 has such images, which are meant to be trained on together with those of train.
+_UNLABELED = ("unlabeled", "unlabelled")
 _TRAIN_WORDS = ("training", "trainval", "train", "trn", "tr", *_UNLABELED)
 _VAL_WORDS = ("validation", "valid", "minival", "val", "dev")
 _OTHER_WORDS = (
@@ -27,17 +32,19 @@ _OTHER_WORDS = (
     "query",
 )
 _WORDS = (*_TRAIN_WORDS, *_VAL_WORDS, *_OTHER_WORDS)
-# A word of its own: not the train of "restrain", but those of train2017, seg_train, "Training images" and traindata.
+# These words stand alone: train2017, seg_train, "Training images" and traindata have one, but
+# "restrain" has not.
 _WORD = re.compile(
     rf"(?<![a-z])({'|'.join(_WORDS)})(?=$|[^a-z]|(?:data|set|images?|imgs?)(?![a-z]))"
 )
-_FOLD = re.compile(r"(?:cv[\W_]*)?(?:fold|split)[\W_]*(\d+)")  # of a cross-validation
+# A fold of a cross-validation, such as "fold1" or "cv_split-2".
+_FOLD = re.compile(r"(?:cv[\W_]*)?(?:fold|split)[\W_]*(\d+)")
 _CAPITAL_WITHIN = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Branch:
-    """A folder with how many images lie in and below it, and its folders that hold images."""
+    """A folder, the number of images in and below it, and its folders that hold images."""
 
     path: Path
     images: int = 0
@@ -45,93 +52,116 @@ class Branch:
 
 
 def images_by_folder(root: Path, paths: Sequence[str]) -> Branch:
-    """How many of the images lie in each folder below `root`."""
+    """Returns the tree of folders below `root` with the number of images in and below each."""
     counts = collections.Counter(path.rpartition("/")[0] for path in paths)
     trunk = Branch(path=root, images=len(paths))
     for folder, count in counts.items():
-        here = trunk
+        # Every folder on the way to this one has its images, too.
+        branch = trunk
         for name in Path(os.path.relpath(folder, root)).parts:
-            here = here.folders.setdefault(name, Branch(path=here.path / name))
-            here.images += count
+            branch = branch.folders.setdefault(name, Branch(path=branch.path / name))
+            branch.images += count
     return trunk
 
 
 def refuse_pooled_splits(branch: Branch, *, alone: bool) -> None:
-    """Refuse to take several splits of a data set for one set of images.
+    """Raises an error if a tree of folders holds several splits of a data set.
 
-    Folders are splits of one set where they lie beside each other, hold images, and their names differ in a word
-    such as train, val or test, and else at most in numbers, or are folds with numbers. `alone` says that the set has no
-    other root, so that it may have labels.
+    Folders are splits of one data set if they lie beside each other, hold images, and their names
+    differ in a word such as train, val or test, and otherwise at most in numbers; or if they are
+    numbered folds. `alone` is true if the tree is the only root, so that it may be a labeled set.
 
     Raises:
         DataError: there are such folders in or below `branch`.
     """
     waiting = [branch]
     while waiting:
-        here = waiting.pop()
-        splits = _splits_in(here)
+        parent = waiting.pop()
+        splits = _splits_in(parent)
         if splits:
-            raise DataError(_message(branch, here, splits, alone=alone))
-        waiting += here.folders.values()
+            raise DataError(_message(branch, parent, splits, alone=alone))
+        waiting += parent.folders.values()
 
 
 def _splits_in(branch: Branch) -> list[str]:
-    """The folders of a folder that are splits of one set, two or more; else none."""
-    alike: dict[str, dict[str, tuple[str, ...]]] = {}
+    """Returns the folders of a folder that are splits of one data set: two or more, or none."""
+    # Folders whose names are the same but for the split belong together.
+    split_words_by_rest: dict[str, dict[str, tuple[str, ...]]] = {}
     for name in branch.folders:
-        part, rest = _part_and_rest(name)
-        if part:
-            alike.setdefault(rest, {})[name] = part
-    return next((sorted(parts) for parts in alike.values() if len(set(parts.values())) > 1), [])
+        split_words, rest = _split_words_and_rest(name)
+        if split_words:
+            split_words_by_rest.setdefault(rest, {})[name] = split_words
+    for split_words_of in split_words_by_rest.values():
+        if len(set(split_words_of.values())) > 1:
+            return sorted(split_words_of)
+    return []
 
 
 def _in_words(name: str) -> str:
-    """A folder's name in lower case; that of TrainImages as train_images."""
+    """Returns a folder's name in lower case with its words separated: TrainImages, train_images."""
     return _CAPITAL_WITHIN.sub("_", name).lower()
 
 
-def _part_and_rest(name: str) -> tuple[tuple[str, ...], str]:
-    """Which part of a set a folder says to be, such as ("train",), or none; and the letters of what it says besides.
+def _split_words_and_rest(name: str) -> tuple[tuple[str, ...], str]:
+    """Returns the words of a folder's name that name a split, and the letters of the others.
 
-    So train_1 and train_2 are the same part.
+    Numbers do not count, so that train_1 and train_2 are the same split. The fold of a
+    cross-validation is named by its number.
     """
     words = _in_words(name)
-    if fold := _FOLD.fullmatch(words):
+    fold = _FOLD.fullmatch(words)
+    if fold:
         return (fold[1],), "fold"
-    part = tuple("train" if word in _UNLABELED else word for word in _WORD.findall(words))
-    letters = re.sub(r"(?:(?!\*)[\W\d_])+", " ", _WORD.sub("*", words))
-    return part, re.sub(r"\*(?: ?\*)+", "*", letters).strip()
+    split_words = tuple("train" if word in _UNLABELED else word for word in _WORD.findall(words))
+    # A star stands for each split word, a space for anything but letters; then one star for all
+    # stars in a row.
+    starred = _WORD.sub("*", words)
+    letters = re.sub(r"(?:(?!\*)[\W\d_])+", " ", starred)
+    rest = re.sub(r"\*(?: ?\*)+", "*", letters)
+    return split_words, rest.strip()
 
 
 def _message(root: Branch, parent: Branch, splits: Sequence[str], *, alone: bool) -> str:
-    parts = parent.folders
-    held = [
-        f"{escaped(name)} ({parts[name].images} images in {len(parts[name].folders)} folders)"
-        for name in splits
-    ]
-    train, val = _by_word(splits, _TRAIN_WORDS), _by_word(splits, (*_VAL_WORDS, *_OTHER_WORDS))
+    """Returns the error message: which splits were found, and the settings that are possible."""
+    folders = parent.folders
+    counts = []
+    for name in splits:
+        split = folders[name]
+        counts.append(f"{escaped(name)} ({split.images} images in {len(split.folders)} folders)")
+    train = _by_word(splits, _TRAIN_WORDS)
+    val = _by_word(splits, (*_VAL_WORDS, *_OTHER_WORDS))
     first = train or splits[0]
-    below = "" if parent is root else f"data.root={parent.path} "
+    root_setting = "" if parent is root else f"data.root={parent.path} "
     ways = []
-    if alone and train and val and parts[train].folders:
-        if parts[train].folders.keys() == parts[val].folders.keys():
+    # With class folders they may be a labeled data set, if both splits have the same classes.
+    if alone and train and val and folders[train].folders:
+        if folders[train].folders.keys() == folders[val].folders.keys():
             ways.append(
-                f"{below}data.source.train={train} data.source.val={val} takes them as the splits they are"
+                f"{root_setting}data.source.train={train} data.source.val={val} takes them as the "
+                "splits they are"
             )
-        elif not class_folders_of(parts[val].path):
+        elif not class_folders_of(folders[val].path):
             ways.append(
-                f"{val} has no class folders: sort its images into folders called as those of {train}, and both splits "
-                "are taken with their labels"
+                f"{val} has no class folders: sort its images into folders called as those of "
+                f"{train}, and both splits are taken with their labels"
             )
     ways.append(f"data.root={parent.path / first} takes {first} alone, without labels")
     ways.append("data.source.pool_splits=true takes all as one set without labels")
     return (
-        f"{parent.path} holds several splits of a data set: {', '.join(held)}. Taken as one set without labels, what "
-        f"is to be tested on would be trained on. {'; '.join(ways)}"
+        f"{parent.path} holds several splits of a data set: {', '.join(counts)}. Taken as one set "
+        f"without labels, what is to be tested on would be trained on. {'; '.join(ways)}"
     )
 
 
 def _by_word(splits: Sequence[str], words: Sequence[str]) -> str | None:
-    """The first of the folders, in the order of the words, whose name has one of them."""
-    found = [(word[1], name) for name in splits if (word := _WORD.search(_in_words(name)))]
-    return next((name for wanted in words for word, name in found if word == wanted), None)
+    """Returns the first folder, in the order of `words`, whose name has one of the words."""
+    first_words = []
+    for name in splits:
+        match = _WORD.search(_in_words(name))
+        if match:
+            first_words.append((match[1], name))
+    for wanted in words:
+        for word, name in first_words:
+            if word == wanted:
+                return name
+    return None

@@ -1,4 +1,8 @@
-"""A part of an image set: a share of each class, the same wherever the images lie, or what a list names."""
+"""Subsets of a data set: a share of each class, or the images that a list names.
+
+They are the training sets of semi-supervised evaluations with 1 % or 10 % of the labels. A subset
+has the same images wherever they lie on disk, and whether or not they are packed.
+"""
 
 import collections
 import hashlib
@@ -14,16 +18,17 @@ from relloc.errors import DataError, data_errors
 
 
 class Subset:
-    """An `ImageSet` of the images that `indices` of another one name, in that order."""
+    """The images of another `ImageSet` at `indices`, in that order; an `ImageSet` itself."""
 
     def __init__(self, *, images: ImageSet, indices: Sequence[int]) -> None:
         self.images = images
         self.indices = indices
-        self.name, self.split, self.classes = images.name, images.split, images.classes
-        labels = images.labels
-        self.labels: Sequence[int] | None = (
-            None if labels is None else [labels[index] for index in indices]
-        )
+        self.name = images.name
+        self.split = images.split
+        self.classes = images.classes
+        self.labels: Sequence[int] | None = None
+        if images.labels is not None:
+            self.labels = [images.labels[index] for index in indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -38,87 +43,112 @@ class Subset:
         return hash_lines([self.images.digest(), *map(str, self.indices)])
 
     def list_hash(self) -> str:
-        """Hash of the file names, sorted: the same for the same images in any folder, order or packing."""
+        """Returns a hash of the sorted file names.
+
+        It is the same for the same images in any folder, order or packing.
+        """
         return hash_lines(sorted(_file_names(self)))
 
 
 def _file_names(images: ImageSet) -> list[str]:
+    """Returns the name of each image without its folders."""
     return [images.source(index).rpartition("/")[2] for index in range(len(images))]
 
 
 def evenly_spaced(n: int, most: int) -> list[int]:
-    """`most` of the numbers 0..n-1 in even steps; all of them where there are no more."""
+    """Returns `most` of the numbers 0 to n - 1 in even steps, or all if there are no more.
+
+    Example:
+        >>> evenly_spaced(10, 4)
+        [0, 2, 5, 7]
+    """
     count = min(n, most)
     return [step * n // count for step in range(count)]
 
 
 def stratified(images: ImageSet, share: float, *, seed: int) -> Subset:
-    """`share` of the images, of each class alike, at least one a class; in the order of `images`.
+    """Returns the same share of each class, at least one image a class, in the order of `images`.
 
-    In all floor(share x n), as the published lists of ImageNet have (12,811 and 128,116 of 1,281,167);
-    what rounding leaves over goes to the classes that it took most from. Within a class, images are
-    taken in the order of a hash of seed and file name: where they lie does not matter, and a smaller
-    share is part of a larger one, but for a class or so that rounding decides.
+    Together they are floor(share x n) images, as in the published lists of ImageNet (12,811 and
+    128,116 of 1,281,167). A smaller share with the same seed is part of a larger one, but for a few
+    images that rounding decides.
 
     Raises:
         DataError: the images have no labels.
+
+    Example:
+        >>> stratified(images, 0.01, seed=0)
     """
     checks.number("the share of images", share, above=0, at_most=1)
     if images.labels is None:
         raise DataError(
             f"{images.name} {images.split} has no labels: no share of each class can be taken"
         )
-    hashes = [
-        hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()
-        for name in _file_names(images)
-    ]
-    of_class: dict[int, list[int]] = collections.defaultdict(list)
+    # Within a class images are taken in the order of a hash of seed and file name, so that their
+    # folders and their order do not matter.
+    hashes = []
+    for name in _file_names(images):
+        text = f"{seed} {name}"
+        hashes.append(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest())
+    indices_of: dict[int, list[int]] = collections.defaultdict(list)
     for index in sorted(range(len(images)), key=hashes.__getitem__):
-        of_class[images.labels[index]].append(index)
-    quotas = _quotas({label: len(indices) for label, indices in of_class.items()}, share)
-    chosen = [index for label, indices in of_class.items() for index in indices[: quotas[label]]]
+        label = images.labels[index]
+        indices_of[label].append(index)
+    class_sizes = {label: len(indices) for label, indices in indices_of.items()}
+    quotas = _quotas(class_sizes, share)
+    chosen = []
+    for label, indices in indices_of.items():
+        chosen += indices[: quotas[label]]
     return Subset(images=images, indices=sorted(chosen))
 
 
 def _quotas(sizes: dict[int, int], share: float) -> dict[int, int]:
-    """How many images are taken of each class."""
-    exact = {
-        label: round(share * size, 9) for label, size in sizes.items()
-    }  # 0.29 x 100 is 29, not 28.999...
-    quotas = {label: max(1, math.floor(wanted)) for label, wanted in exact.items()}
-    over = math.floor(round(share * sum(sizes.values()), 9)) - sum(quotas.values())
+    """Returns how many images are taken of each class, by the number of images that it has."""
+    # Rounded, since 0.29 x 100 is 28.999... in floating point.
+    exact = {label: round(share * size, 9) for label, size in sizes.items()}
+    quotas = {label: max(1, math.floor(quota)) for label, quota in exact.items()}
+    # What rounding down leaves over goes to the classes that lost most by it.
+    total = math.floor(round(share * sum(sizes.values()), 9))
+    left_over = max(total - sum(quotas.values()), 0)
     neediest = sorted(exact, key=lambda label: (quotas[label] - exact[label], label))
-    for label in neediest[: max(over, 0)]:
+    for label in neediest[:left_over]:
         quotas[label] += 1
     return quotas
 
 
 def listed(images: ImageSet, path: Path) -> Subset:
-    """The images that a list names, one file name a line, as SimCLR's lists of ImageNet do.
+    """Returns the images that a list file names, in the order of `images`.
 
-    Folders before a name are passed over; in the order of `images`.
+    A list has one file name a line, as SimCLR's lists of ImageNet; folders before it are ignored.
 
     Raises:
         DataError: the list can't be read or is empty, or a name is not that of exactly one image.
     """
-    wanted, names = list_names(path), _file_names(images)
-    counts = collections.Counter(names)
-    odd = [name for name in wanted if counts[name] != 1]
-    if odd:
+    wanted = list_names(path)
+    image_names = _file_names(images)
+    counts = collections.Counter(image_names)
+    ambiguous = [name for name in wanted if counts[name] != 1]
+    if ambiguous:
+        first = ambiguous[0]
         raise DataError(
-            f"{path}: {len(odd)} of {len(wanted)} names are not those of exactly one image of {images.name} "
-            f"{images.split}, such as {odd[0]} ({counts[odd[0]]} images): give a list of this data set's file names"
+            f"{path}: {len(ambiguous)} of {len(wanted)} names are not those of exactly one image of "
+            f"{images.name} {images.split}, such as {first} ({counts[first]} images): give a list "
+            "of this data set's file names"
         )
-    return Subset(
-        images=images, indices=[index for index, name in enumerate(names) if name in wanted]
-    )
+    indices = [index for index, name in enumerate(image_names) if name in wanted]
+    return Subset(images=images, indices=indices)
 
 
 def list_names(path: Path) -> dict[str, None]:
-    """The file names in a list, without repetitions."""
+    """Returns the file names in a list as keys, in its order and without repetitions.
+
+    Raises:
+        DataError: the list can't be read or is empty.
+    """
     with data_errors(f"{path} can't be read", OSError, advice="It is to have one file name a line"):
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    names = dict.fromkeys(line.strip().rpartition("/")[2] for line in lines if line.strip())
+    stripped = [line.strip() for line in lines]
+    names = dict.fromkeys(line.rpartition("/")[2] for line in stripped if line)
     if not names:
         raise DataError(f"{path} names no images: it is to have one file name a line")
     return names
