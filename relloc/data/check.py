@@ -206,6 +206,7 @@ def _split_check(
         for index, reason in reasons.items():
             unreadable[image_names[int(index)]] = reason
 
+    # Statistics over classes and sizes, where there are labels and readable images.
     class_images = None
     if images.labels is not None:
         counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes))
@@ -256,6 +257,7 @@ def _findings(split_check: SplitCheck) -> list[str]:
         )
     if split_check.class_images and split_check.class_images[0] == 0:
         sentences.append(f"{split}: a class has no images")
+    # What may be intended comes last.
     kinds = (
         (split_check.repeated, "repeat the bytes of an earlier one"),
         (split_check.small, f"have a short side under {SMALL_PX} px"),

@@ -227,6 +227,7 @@ def _unlabeled(
     name: str, roots: Sequence[Path], held_out_share: float, *, pool_splits: bool
 ) -> Splits:
     """Returns all images in and below `roots` without labels, a share of them held out."""
+    # No image may be counted twice, least of all in both splits.
     for outer, inner in itertools.permutations(roots, 2):
         if inner.resolve().is_relative_to(outer.resolve()):
             raise DataError(
@@ -234,6 +235,7 @@ def _unlabeled(
                 "name one of them"
             )
 
+    # Each image goes to one split by the hash of its name, which is stable when others are added.
     paths_of: dict[Role, list[str]] = {"train": [], "held_out": []}
     sentences = []
     for root in roots:

@@ -26,6 +26,7 @@ def imagenette(
         DataError: `root` is not set, or the images are missing and not or not successfully
             downloaded.
     """
+    # Without a root nothing says where a download should go.
     if not root:
         raise DataError(
             "data.root is not set: give data.root=FOLDER to keep Imagenette in, or set RELLOC_DATA"

@@ -85,6 +85,7 @@ def write_samples(
         if sample.pixels is not None:
             indices.append(sample.index)
             pictures.append(sample.pixels)
+    # All pictures have one size, as one tensor holds them.
     side = len(pictures[0]) if pictures else 0
     shape = (len(pictures), side, side, 3)
     rows = memory(shape)
@@ -120,6 +121,7 @@ def load(
         >>> for batch in load(crops, [[(0, 0), (1, 0)], [(2, 0)]], workers=2, pin=False):
         ...     batch.pixels.shape
     """
+    # Without workers images are read here, one batch after another.
     if not workers:
         for keys in batches:
             yield collate([samples[key] for key in keys], pin=pin)

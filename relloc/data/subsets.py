@@ -127,6 +127,7 @@ def listed(images: ImageSet, path: Path) -> Subset:
     wanted = list_names(path)
     image_names = _file_names(images)
     counts = collections.Counter(image_names)
+    # A name that several images have does not say which one is meant.
     ambiguous = [name for name in wanted if counts[name] != 1]
     if ambiguous:
         first = ambiguous[0]

@@ -173,6 +173,7 @@ class RandomCrop:
     def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         top, left = _central(size, self.short_px)
+        # The crop stays within the central square, however long the image is.
         largest_shift = self.short_px - self.crop_px
         top += rng.randint(0, largest_shift)
         left += rng.randint(0, largest_shift)
@@ -204,6 +205,7 @@ class Views(Dataset[Sample]):
         try:
             image = self.images.read(index)
         except UnreadableImage as error:
+            # An evaluation goes on without the image, and reports it.
             reasons = {self.images.source(index): str(error)}
             return Sample(index=index, pixels=None, unreadable=reasons)
         return Sample(index=index, pixels=self.view(image, random.Random(seed)))
