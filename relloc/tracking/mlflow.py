@@ -1,8 +1,10 @@
-"""Sending a run folder to MLflow: what is missing there, once, at any time, again after any crash.
+"""Sends a run folder to MLflow: whatever the store lacks, exactly once, at any time, even after a crash.
 
-mlflow.json in the run folder notes what was sent where. Before points are sent, the note says that it is `unsure`, and
-after them no longer; a note that is unsure or missing says that a sender died half-way, and the store is asked which
-points it has.
+The file mlflow.json in the run folder (`relloc.tracking.note`) records what was sent to which store.
+MLflow does not deduplicate: a metric point that is sent twice is stored twice. So the note is
+written as `unsure` before points are sent and as sure again afterwards. A note that is unsure or
+missing means that a sender may have died half-way; then the store itself is asked which points it
+has, and only the others are sent.
 """
 
 import dataclasses
@@ -48,14 +50,23 @@ TAG_CHARACTERS = 8000
 NAME_CHARACTERS = 250
 DIGEST_CHARACTERS = 36
 
-Batch = tuple[list["Metric"], dict[str, Any]]  # points, and what the note says when they are sent
+# Metric points that are sent together, and the fields of the note to change once they have arrived.
+PointBatch = tuple[list["Metric"], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sent:
-    """How much a sync sent: params, points (journal and results), artifact files; and to where.
+    """Counts of what one `sync` sent, and the MLflow run that it was sent to.
 
-    `refused` has a line for each name in artifacts.json whose file was not sent, and why.
+    Attributes:
+        params: parameters that the store did not have.
+        points: metric points, from the journals and from the results.
+        artifacts: files.
+        experiment_id: MLflow's id of the experiment.
+        run_id: MLflow's id of the run.
+        refused: a sentence for each name in artifacts.json whose file was not sent, with the reason.
+
+    It is true if anything was sent.
     """
 
     params: int
@@ -71,7 +82,7 @@ class Sent:
 
 @dataclasses.dataclass
 class _Sending:
-    """One run folder on its way to one store."""
+    """The state that the steps of one `sync` share: a run folder, its record, a store, and the note."""
 
     client: "MlflowClient"
     uri: str
@@ -80,24 +91,32 @@ class _Sending:
     note: Note
 
     def update_note(self, **changes: Any) -> None:
+        """Change fields of the note, here and at once in the file, so that a crash loses none."""
         self.note = dataclasses.replace(self.note, **changes)
         write_note(self.run_dir, self.note)
 
 
 def sync(run_dir: Path, uri: str, experiment: str | None = None) -> Sent:
-    """Send what the store lacks of the run folder; twice in a row sends nothing the second time.
+    """Send what the store lacks of a run folder. A second call in a row sends nothing.
 
-    `experiment` is where the run belongs, by default the one that its record names.
+    Example: `sync(Path("runs/one"), "sqlite:////data/mlflow.db")`
+
+    Args:
+        run_dir: the run folder.
+        uri: the address of the store, as `absolute_uri` takes it.
+        experiment: the experiment that the run belongs to; by default the one named in run.json.
 
     Raises:
-        StoreError: the store cannot be reached or written, or refuses; what was sent is noted.
+        StoreError: the store can't be reached or written, or refuses; what arrived is noted.
         FileNotFoundError: the folder has no run.json.
         ValueError: a file of the run folder is malformed, or an address or a name can't be used.
     """
-    run_dir, uri = run_dir.resolve(), absolute_uri(uri)
+    run_dir = run_dir.resolve()
+    uri = absolute_uri(uri)
     record = RunRecord.read(run_dir)
     name = experiment_name(experiment or record.experiment, uri)
     client = open_store(uri)
+    # The lock keeps a run's own mirror and a `relloc.sync` from sending the same points at once.
     with store_errors(uri), locked(run_dir / f"{NOTE_FILE}.lock"):
         note = read_note(run_dir) or Note(uri="", uid="", experiment_id="", run_id="")
         sending = _Sending(client, uri, run_dir, record, note)
@@ -117,40 +136,60 @@ def sync(run_dir: Path, uri: str, experiment: str | None = None) -> Sent:
 
 
 def forget(run_dir: Path) -> None:
-    """Delete the run of a folder in the store that it was last sent to, if there is one. Raises `StoreError`."""
-    if note := read_note(run_dir):
-        client = open_store(note.uri)
-        with store_errors(note.uri):
-            client.delete_run(note.run_id)
+    """Delete a folder's run from the store that it was last sent to, if it was sent anywhere.
+
+    Raises:
+        StoreError: the store can't be reached or written.
+    """
+    note = read_note(run_dir)
+    if note is None:
+        return
+    client = open_store(note.uri)
+    with store_errors(note.uri):
+        client.delete_run(note.run_id)
 
 
 def _find_run(sending: _Sending, experiment: str, *, moves: bool) -> None:
-    """Note which run of the store this folder is; where the note does not say it is looked up, or made.
+    """Note which MLflow run this folder corresponds to: the one noted, or found by uid, or a new one.
 
-    `moves`: a run that is in another experiment than the one named is not it.
+    `moves` says that the caller named the experiment, so that a run in another one does not count.
     """
     client, record, note = sending.client, sending.record, sending.note
-    if (note.uri, note.uid) == (sending.uri, record.uid) and _is_there(sending, experiment, moves):
+    # A copied folder has the note of the run that it was copied from, hence the comparison of uids.
+    is_noted = note.uri == sending.uri and note.uid == record.uid
+    if is_noted and _is_usable(sending, experiment, moves):
         return
     experiment_id = find_or_make_experiment(client, experiment, sending.uri).experiment_id
-    found = client.search_runs(
-        [experiment_id], f"tags.`relloc.uid` = '{record.uid}'", max_results=1
-    )
-    if found:
-        run = found[0]
+    # The uid is sent with the creation itself: a sender that dies right after it leaves a run that
+    # is found again, and no second one is made.
+    has_this_uid = f"tags.`relloc.uid` = '{record.uid}'"
+    matches = client.search_runs([experiment_id], has_this_uid, max_results=1)
+    if matches:
+        run = matches[0]
     else:
-        tags, run_name = {"relloc.uid": record.uid}, record.name[:NAME_CHARACTERS]
-        run = client.create_run(experiment_id, record.started_ms, tags=tags, run_name=run_name)
+        run = client.create_run(
+            experiment_id,
+            record.started_ms,
+            tags={"relloc.uid": record.uid},
+            run_name=record.name[:NAME_CHARACTERS],
+        )
     sending.note = Note(
         uri=sending.uri, uid=record.uid, experiment_id=experiment_id, run_id=run.info.run_id
     )
-    sending.update_note(unsure=bool(found))
+    # A run that was there already may have points that the lost note knew of.
+    sending.update_note(unsure=bool(matches))
 
 
-def _is_there(sending: _Sending, experiment: str, moves: bool) -> bool:
+def _is_usable(sending: _Sending, experiment: str, moves: bool) -> bool:
+    """Return whether the noted run can be continued; False means to look for it or to make it anew.
+
+    Raises:
+        StoreError: the run, or its experiment, was deleted in MLflow; the message says what to do.
+    """
     from mlflow.exceptions import MlflowException
 
     client, uri, note = sending.client, sending.uri, sending.note
+    # A run that was deleted for good (`mlflow gc`), or a store that was made anew, knows no such id.
     try:
         run = client.get_run(note.run_id)
     except MlflowException as error:
@@ -160,53 +199,56 @@ def _is_there(sending: _Sending, experiment: str, moves: bool) -> bool:
     deleted = run.info.lifecycle_stage == "deleted"
     if not deleted and not moves:
         return True
-    belongs_to = client.get_experiment(run.info.experiment_id)
-    if belongs_to.name != experiment and (moves or is_deleted(belongs_to)):
+    # A run of another experiment is left alone if the user moved on from that experiment.
+    current = client.get_experiment(run.info.experiment_id)
+    if current.name != experiment and (moves or is_deleted(current)):
         return False
     if not deleted:
         return True
-    if is_deleted(belongs_to):
-        raise_deleted(belongs_to, uri)
+    # Whoever deleted a run may have meant it: neither is it restored nor silently sent again.
+    if is_deleted(current):
+        raise_deleted(current, uri)
     raise StoreError(
-        f"run {note.run_id} was deleted in {uri}. Restore it with `MLFLOW_TRACKING_URI={uri} mlflow runs restore "
-        f"--run-id {note.run_id}`, or remove {sending.run_dir / NOTE_FILE} to send it anew"
+        f"run {note.run_id} was deleted in {uri}. Restore it with "
+        f"`MLFLOW_TRACKING_URI={uri} mlflow runs restore --run-id {note.run_id}`, "
+        f"or remove {sending.run_dir / NOTE_FILE} to send it as a new run"
     )
 
 
 def _send_record(sending: _Sending) -> int:
-    """Send what the run is, where that changed; how many params are new."""
+    """Send the name, params, tags and data sets of the run if run.json changed; return the new params' count."""
     from mlflow.entities import Param, RunTag
 
     client, record, note = sending.client, sending.record, sending.note
     digest = hashlib.sha256((sending.run_dir / RUN_FILE).read_bytes()).hexdigest()
     if digest == note.record:
         return 0
-    before = client.get_run(note.run_id).data.params
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in record.params.items()
-    }
-    params = {legal_name(name): text[:PARAM_CHARACTERS] for name, text in texts.items()}
-    fresh = [Param(name, text) for name, text in params.items() if name not in before]
+    stored = client.get_run(note.run_id).data.params
+    params: dict[str, str] = {}
+    for name, value in record.params.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        params[legal_name(name)] = text[:PARAM_CHARACTERS]
+    fresh = [Param(name, text) for name, text in params.items() if name not in stored]
+
     tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(sending.run_dir)}
-    # What the UI shows as a run's source: its command, and the commit
-    if kind := record.tags.get("relloc.kind"):
+    # MLflow's UI shows these tags as the source of a run: its command and its commit.
+    kind = record.tags.get("relloc.kind")
+    if kind:
         tags |= {"mlflow.source.name": f"relloc.{kind}", "mlflow.source.type": "LOCAL"}
-    if commit := record.tags.get("relloc.commit"):
+    commit = record.tags.get("relloc.commit")
+    if commit:
         tags["mlflow.source.git.commit"] = commit
-    # MLflow never changes a param: a resumed run's other values can only be told in a tag.
+    # MLflow never changes a param, so the changed values of a resumed run go into a tag.
     changes = [
         f"{name}: {old} -> {params[name]}"
-        for name, old in before.items()
+        for name, old in stored.items()
         if params.get(name, old) != old
     ]
     if changes:
         tags["relloc.changed_params"] = "; ".join(changes)
-    client.log_batch(
-        note.run_id,
-        params=fresh,
-        tags=[RunTag(legal_name(name), text[:TAG_CHARACTERS]) for name, text in tags.items()],
-    )
+
+    run_tags = [RunTag(legal_name(name), text[:TAG_CHARACTERS]) for name, text in tags.items()]
+    client.log_batch(note.run_id, params=fresh, tags=run_tags)
     client.log_inputs(note.run_id, _inputs(record.datasets))
     client.update_run(note.run_id, name=record.name[:NAME_CHARACTERS])
     sending.update_note(record=digest)
@@ -214,100 +256,115 @@ def _send_record(sending: _Sending) -> int:
 
 
 def _inputs(datasets: Iterable[DatasetRecord]) -> list[Any]:
-    """One MLflow input per data set; MLflow would drop the second context of the same data."""
+    """Return one MLflow input per data set, with all contexts that the run used the data set in.
+
+    MLflow would drop the second of two inputs of the same data set, such as its use for evaluation.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     by_identity: dict[tuple[str, str], list[DatasetRecord]] = {}
     for dataset in datasets:
         by_identity.setdefault((dataset.name, dataset.digest), []).append(dataset)
-    return [
-        DatasetInput(
-            Dataset(
-                name=uses[0].name,
-                digest=uses[0].digest[:DIGEST_CHARACTERS],
-                source_type="local",
-                source=json.dumps({"uri": uses[0].source}),
-                profile=json.dumps({"n_images": uses[0].n_images}),
-            ),
-            [
-                InputTag(
-                    "mlflow.data.context", ", ".join(dict.fromkeys(use.context for use in uses))
-                )
-            ],
+    inputs = []
+    for uses in by_identity.values():
+        first = uses[0]
+        dataset_of_mlflow = Dataset(
+            name=first.name,
+            digest=first.digest[:DIGEST_CHARACTERS],
+            source_type="local",
+            source=json.dumps({"uri": first.source}),
+            profile=json.dumps({"n_images": first.n_images}),
         )
-        for uses in by_identity.values()
-    ]
+        contexts = dict.fromkeys(use.context for use in uses)  # each once, in order
+        context_tag = InputTag("mlflow.data.context", ", ".join(contexts))
+        inputs.append(DatasetInput(dataset_of_mlflow, [context_tag]))
+    return inputs
 
 
 def _send_points(sending: _Sending) -> int:
-    """Send the points of the journals and of the results that the store lacks; how many these are."""
-    doubt = sending.note.unsure
-    sent = _send_batches(sending, _journal_batches(sending), doubt)
+    """Send the metric points of journals and results that the store lacks; return how many."""
+    in_doubt = sending.note.unsure
+    sent = _send_batches(sending, _journal_batches(sending), in_doubt)
     rows = read_results(sending.run_dir)
-    # An evaluation that was done anew may have changed rows that were sent: then all are looked at again.
-    first = sending.note.results
-    changed = first > 0 and _digest(rows[:first]) != sending.note.results_digest
-    fresh = rows if changed else rows[first:]
+    # Journals only grow, but an evaluation that was repeated may have replaced result rows that
+    # were sent before: then all rows are compared with the store again.
+    n_sent_rows = sending.note.results
+    were_replaced = n_sent_rows > 0 and _digest(rows[:n_sent_rows]) != sending.note.results_digest
+    fresh = rows if were_replaced else rows[n_sent_rows:]
     if fresh:
-        # Of two values of one name and step MLflow shows the one with the later time.
-        points = [
-            point for later, row in enumerate(fresh) for point in _row_points(row, now_ms() + later)
-        ]
+        # Of two values of one name and step, MLflow shows the one with the later time. Each row is
+        # one millisecond later than the row before it, so that the last row wins.
+        points: list[Metric] = []
+        for later_ms, row in enumerate(fresh):
+            points += _row_points(row, now_ms() + later_ms)
         batch = points, {"results": len(rows), "results_digest": _digest(rows)}
-        sent += _send_batches(sending, [batch], doubt or changed)
+        sent += _send_batches(sending, [batch], in_doubt or were_replaced)
     if sending.note.unsure:
         sending.update_note(unsure=False)
     return sent
 
 
-def _send_batches(sending: _Sending, batches: Iterable[Batch], doubt: bool) -> int:
-    """Send points, where in `doubt` only those that the store has not; how many were sent."""
+def _send_batches(sending: _Sending, batches: Iterable[PointBatch], in_doubt: bool) -> int:
+    """Send batches of points and note each; return the number of points sent.
+
+    If `in_doubt`, the points that the store has already are left out.
+    """
     client, run_id = sending.client, sending.note.run_id
-    sent, known = 0, None
-    for points, changes in batches:
+    sent = 0
+    known = None
+    for points, note_changes in batches:
+        # The store's points are read once, and only if there is something to send.
         if known is None:
-            names = client.get_run(run_id).data.metrics if doubt else ()
-            known = {
-                _identity(point)
-                for name in names
-                for point in client.get_metric_history(run_id, name)
-            }
+            names = client.get_run(run_id).data.metrics if in_doubt else ()
+            known = set()
+            for name in names:
+                history = client.get_metric_history(run_id, name)
+                known.update(_identity(point) for point in history)
+        # A crash between these two notes leaves the note unsure, which the next `sync` sees.
         sending.update_note(unsure=True)
         fresh = [point for point in points if _identity(point) not in known]
         client.log_batch(run_id, metrics=fresh)
-        sending.update_note(unsure=doubt, **changes)
+        # While in doubt the note stays unsure until all batches were compared with the store.
+        sending.update_note(unsure=in_doubt, **note_changes)
         sent += len(fresh)
     return sent
 
 
 def _identity(point: "Metric") -> tuple[str, int, str]:
-    # Stores keep infinities as the largest number, and nan is not equal to itself.
+    """Return what two equal points share: name, step, and the value as stores keep it."""
+    # Stores keep infinities as the largest float, and nan does not equal itself.
     largest = sys.float_info.max
-    value = "nan" if math.isnan(point.value) else repr(max(-largest, min(largest, point.value)))
-    return point.key, point.step, value
+    if math.isnan(point.value):
+        return point.key, point.step, "nan"
+    stored_value = max(-largest, min(largest, point.value))
+    return point.key, point.step, repr(stored_value)
 
 
-def _journal_batches(sending: _Sending) -> Iterator[Batch]:
+def _journal_batches(sending: _Sending) -> Iterator[PointBatch]:
+    """Yield the points of journal lines that were not sent yet, about `POINTS_A_BATCH` at a time."""
     from mlflow.entities import Metric
 
-    for field, file in (("lines", JOURNAL_FILE), ("system", SYSTEM_FILE)):
-        first = getattr(sending.note, field)
-        entries = read_journal(sending.run_dir, first, file)
+    for note_field, file in (("lines", JOURNAL_FILE), ("system", SYSTEM_FILE)):
+        first_line = getattr(sending.note, note_field)
+        entries = read_journal(sending.run_dir, first_line, file)
+        last_line = first_line + len(entries)
         points: list[Metric] = []
-        for line, entry in enumerate(entries, start=first + 1):
+        for line, entry in enumerate(entries, start=first_line + 1):
             points += [
-                Metric(legal_name(name), v, entry.time_ms, entry.step)
-                for name, v in entry.metrics.items()
+                Metric(legal_name(name), value, entry.time_ms, entry.step)
+                for name, value in entry.metrics.items()
             ]
-            if len(points) >= POINTS_A_BATCH or line == first + len(entries):
-                yield points, {field: line}
+            # Batches end between lines, so that the note can count whole lines.
+            if len(points) >= POINTS_A_BATCH or line == last_line:
+                yield points, {note_field: line}
                 points = []
 
 
 def _row_points(row: Result, time_ms: int) -> list["Metric"]:
-    """A row under its name and as a point of curves: over feature1 to feature5, and over k where it has one.
+    """Return the points of one result row: its own at step 0, and those of the curves it belongs to.
 
-    Curves of how a number spreads would only hide those of the numbers.
+    Rows of a layer are also points of a curve over the layers (steps 1 to 5), and rows with a k of a
+    curve over k. Rows of spread (intervals, deviations) are left out of curves, which they would hide.
     """
     from mlflow.entities import Metric
 
@@ -321,28 +378,32 @@ def _row_points(row: Result, time_ms: int) -> list["Metric"]:
 
 
 def _digest(rows: Sequence[Result]) -> str:
-    return hashlib.sha256(repr([dataclasses.astuple(row) for row in rows]).encode()).hexdigest()
+    """Return a hash of result rows, by which replaced rows are noticed."""
+    text = repr([dataclasses.astuple(row) for row in rows])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _send_artifacts(sending: _Sending) -> tuple[int, list[str]]:
-    """Send files that are new or changed; a line for each that is not sent, since it can't or must not be."""
+    """Send files that are new or changed; return their count, and a sentence for each refused file."""
     from mlflow.exceptions import MlflowException
 
-    run_dir, sent, (names, refused) = sending.run_dir, 0, sort_artifacts(sending.run_dir)
+    run_dir = sending.run_dir
+    names, refused = sort_artifacts(run_dir)
+    sent = 0
     for name in names:
-        about = (run_dir / name).stat()
-        version = [about.st_size, about.st_mtime_ns]
+        # Size and modification time tell a changed file; large ones are not read to compare them.
+        file_stat = (run_dir / name).stat()
+        version = [file_stat.st_size, file_stat.st_mtime_ns]
         if sending.note.artifacts.get(name) == version:
             continue
         folder = str(PurePosixPath(name).parent)
+        artifact_path = None if folder == "." else folder
         try:
-            sending.client.log_artifact(
-                sending.note.run_id, str(run_dir / name), None if folder == "." else folder
-            )
+            sending.client.log_artifact(sending.note.run_id, str(run_dir / name), artifact_path)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            refused.append(f"{name!r} was not sent: MLflow does not take its name")
+            refused.append(f"{name!r} was not sent: MLflow does not accept this file name")
             continue
         sending.update_note(artifacts={**sending.note.artifacts, name: version})
         sent += 1
@@ -350,11 +411,12 @@ def _send_artifacts(sending: _Sending) -> tuple[int, list[str]]:
 
 
 def _send_status(sending: _Sending) -> None:
-    now = read_status(sending.run_dir)
-    if now is None or dataclasses.asdict(now) == sending.note.status:
+    """Send the run's status if it changed; MLflow wants an end time for statuses that are final."""
+    current = read_status(sending.run_dir)
+    if current is None or dataclasses.asdict(current) == sending.note.status:
         return
-    if now.status in (Status.RUNNING, Status.WAITING):
-        sending.client.update_run(sending.note.run_id, now.status)
+    if current.status in (Status.RUNNING, Status.WAITING):
+        sending.client.update_run(sending.note.run_id, current.status)
     else:
-        sending.client.set_terminated(sending.note.run_id, now.status, now.time_ms)
-    sending.update_note(status=dataclasses.asdict(now))
+        sending.client.set_terminated(sending.note.run_id, current.status, current.time_ms)
+    sending.update_note(status=dataclasses.asdict(current))
