@@ -1,7 +1,8 @@
-"""journal.jsonl: every metric of a run, one JSON line per step, written before any tracker sees it.
+"""Reads and writes the metrics of a run in its folder: journal.jsonl, one JSON line per step.
 
-A line is {"time_ms": Unix milliseconds, "step": int, "metrics": {name: value}}. system.jsonl is another journal, of the
-machine.
+Metrics are written here first; MLflow gets a copy later. A line looks like
+{"time_ms": 1700000000000, "step": 20, "metrics": {"train/loss": 1.9}}, where time_ms is Unix time in
+milliseconds. system.jsonl has the same form and holds the load of the machine.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ _LOST = "Remove that line, or put back a copy of the file; no weights and no res
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the journal: the metrics of a step and when they were logged (Unix ms).
+    """One line of a journal: the metrics of a step, and when they were logged (Unix ms).
 
     JSON has no nan and no infinities: they are written as the text "nan", "inf" and "-inf".
     """
@@ -32,28 +33,40 @@ class Entry:
 
 
 class Journal:
-    """The journal of a run folder, open for more. Only one process of a run may write it.
+    """Appends metrics to a journal of a run folder. Only one process of a run may write it.
 
-    On a journal that is already there (a resumed run) a half-written last line is cut off, and
-    values of steps that a metric already has are left out. The steps of one metric only grow.
+    A resumed run appends to the journal that is there: a half-written last line is cut off, and
+    steps that a metric already has are not written again. The steps of one metric only grow.
+
+    Example: `Journal(run_dir).log({"train/loss": 1.9}, step=20)`
+
+    Args:
+        run_dir: the run folder.
+        file: the name of the journal in it.
+
+    Raises:
+        DamagedFile: the journal that is there can't be read.
     """
 
     def __init__(self, run_dir: Path, file: str = JOURNAL_FILE) -> None:
         self._path = run_dir / file
-        self._last_step: dict[str, int] = {}
+        self._last_step: dict[str, int] = {}  # of each metric
         for entry in read_journal(run_dir, file=file):
             self._last_step.update(dict.fromkeys(entry.metrics, entry.step))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append the metrics of a step and hand them to the operating system before returning.
+        """Append the metrics of a step; on return the operating system has them.
 
         Raises:
             ValueError: a name has characters that trackers refuse.
         """
-        if illegal := [name for name in metrics if legal_name(name) != name]:
+        illegal = [name for name in metrics if legal_name(name) != name]
+        if illegal:
             raise ValueError(
-                f"metric names {illegal}: only letters, digits and _ - . : / space are allowed"
+                f"The metric names {illegal} can't be used: "
+                "only letters, digits and _ - . : / space are allowed."
             )
+        # A resumed run repeats the steps since its last checkpoint; those are in the journal already.
         fresh = {
             name: float(value)
             for name, value in metrics.items()
@@ -61,23 +74,31 @@ class Journal:
         }
         if not fresh:
             return
-        texts = {
+        # JSON has no nan and no infinities, so they are written as text.
+        json_values = {
             name: value if math.isfinite(value) else str(value) for name, value in fresh.items()
         }
         line = json.dumps(
-            {"time_ms": now_ms(), "step": step, "metrics": texts},
+            {"time_ms": now_ms(), "step": step, "metrics": json_values},
             ensure_ascii=False,
             allow_nan=False,
         )
-        append_lines(self._path, [line], durable=False)  # training does not wait for the disk
+        # Not durable: training does not wait for the disk, and a lost line can be trained again.
+        append_lines(self._path, [line], durable=False)
         self._last_step.update(dict.fromkeys(fresh, step))
 
 
 def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -> list[Entry]:
-    """Read the journal from a line (counted from 0) on; a last line still being written is left out.
+    """Read the entries of a journal. A last line that is still being written is left out.
+
+    Args:
+        run_dir: the run folder; without a journal the list is empty.
+        first_line: the first line to read, counted from 0.
+        file: the name of the journal.
 
     Raises:
-        DamagedFile: a complete line is not a journal entry, with its line number (counted from 1).
+        DamagedFile: the file can't be read, or a complete line is not an entry. The message has the
+            number of the line, counted from 1.
     """
     path = run_dir / file
     try:

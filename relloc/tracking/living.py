@@ -1,4 +1,4 @@
-"""Marks of processes: which one it was, so that it can be asked later whether it still lives."""
+"""Identifies processes across time: by number, machine and start, since numbers are used again."""
 
 import socket
 from collections.abc import Mapping
@@ -8,27 +8,35 @@ import psutil
 
 
 def process_mark(pid: int) -> dict[str, Any]:
-    """What tells a process of this machine from later ones of its number."""
+    """Return what identifies a process of this machine, as values that JSON can hold."""
     return {"pid": pid, "host": socket.gethostname(), "born": _born(pid)}
 
 
 def is_elsewhere(mark: Mapping[str, Any]) -> bool:
-    """Whether the process that `process_mark` told of is one of another machine."""
-    return mark.get("host", socket.gethostname()) != socket.gethostname()
+    """Return whether a process identified by `process_mark` belongs to another machine."""
+    this_host = socket.gethostname()
+    return mark.get("host", this_host) != this_host
 
 
 def is_alive(mark: Mapping[str, Any]) -> bool:
-    """Whether the process that `process_mark` told of lives; False on any other machine."""
+    """Return whether a process identified by `process_mark` is alive; False on other machines."""
+    # A process that has the number but another start is a later one.
     born = _born(mark["pid"])
-    return not is_elsewhere(mark) and born is not None and born == mark["born"]
+    if is_elsewhere(mark) or born is None:
+        return False
+    return born == mark["born"]
 
 
 def _born(pid: int) -> str | None:
-    """When a living process began, in seconds since the machine did, which no change of its clock moves."""
+    """Return when a process started, or None if it has ended.
+
+    The time is in seconds since the machine started, since the clock may be changed in between.
+    """
     try:
         process = psutil.Process(pid)
+        # A zombie has ended; only its exit code still waits to be collected.
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
         return f"{process.create_time() - psutil.boot_time():.2f}"
-    except psutil.Error:  # it has ended, perhaps while it was looked at
+    except psutil.Error:  # it ended, perhaps in the middle of this function
         return None

@@ -1,4 +1,8 @@
-"""What a run is (run.json, written before anything is measured) and how it stands (status.json)."""
+"""Describes a run in its folder: run.json says what it is, status.json whether it is still running.
+
+run.json is written before anything is measured. It holds all that a tracker needs, so that MLflow
+can be fed from the folder alone, at any later time.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -20,13 +24,15 @@ from relloc.tracking.addresses import absolute_uri
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
-COMMIT_FILE = "COMMIT"  # in a copy of the package, which is no checkout: what was copied
+# A sweep's copy of the package is no git checkout; this file in it holds the commit of the original.
+COMMIT_FILE = "COMMIT"
 CONTEXTS = ("train", "eval")
 DISTRIBUTIONS = ("torch", "torchvision", "hydra-core", "mlflow")
 GIT_TIMEOUT_S = 10
+# What to do about a damaged file; appended to the error message.
 _RECORD_LOST = (
-    "Put back a copy, or remove it and start the run's command again with the same hydra.run.dir, which writes it anew "
-    "(MLflow then shows another run)"
+    "Put back a copy, or remove it and start the run's command again with the same hydra.run.dir, "
+    "which writes it anew (MLflow then shows another run)"
 )
 _STATUS_LOST = (
     "Remove it, or start the run's command again with the same hydra.run.dir, which writes it anew"
@@ -37,7 +43,15 @@ Scalar = str | int | float | bool
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetRecord:
-    """A data set that a run used: `context` is "train" or "eval", `source` a path or address."""
+    """A data set that a run used.
+
+    Attributes:
+        name: what the data set is called, such as "in1k".
+        context: "train" or "eval".
+        digest: a hash of its contents.
+        source: a path or an address.
+        n_images: how many images the run used of it.
+    """
 
     name: str
     context: str
@@ -54,14 +68,20 @@ class DatasetRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run, fully described, so that a tracker can be fed later from the folder alone.
+    """The full description of a run, as run.json holds it.
 
-    `name` is short and begins with what matters most (MLflow's table cuts at about 20 characters).
-    `params` is the flattened composed config; numbers stay numbers. `tracking_uri` is the store
-    that `python -m relloc.sync` uses by default, "" for none. `uid` names the run for ever, and
-    `started_ms` is the Unix time of its first start in milliseconds.
+    Attributes:
+        name: short, with what matters most first (MLflow's table shows about 20 characters).
+        experiment: the MLflow experiment that the run belongs to.
+        tracking_uri: the store that `python -m relloc.sync` uses by default; "" for none.
+        tags: what MLflow shows as tags, such as the commit and the host.
+        params: the composed config, flattened to dotted keys; numbers stay numbers.
+        datasets: the data sets that the run uses.
+        uid: identifies the run forever, also after its folder was moved or it was resumed.
+        started_ms: Unix time of the first start in milliseconds.
     """
 
+    # run.json is checked by pydantic when it is read; a field that is unknown makes it an error.
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: str
@@ -76,20 +96,20 @@ class RunRecord:
     def __post_init__(self) -> None:
         for field in ("name", "experiment", "uid"):
             if not getattr(self, field).strip():
-                raise ValueError(f"{field} is empty: a run needs one")
+                raise ValueError(f"{field} is empty: every run needs one")
 
     def write(self, run_dir: Path) -> None:
-        """Write run.json atomically; a run.json already there keeps its uid and its first start."""
+        """Write run.json atomically. If there is one already, its uid and first start are kept."""
+        # A resumed run stays the same run in MLflow, which is why its identity is not made anew.
         first = RunRecord.read(run_dir) if (run_dir / RUN_FILE).exists() else self
-        kept = dataclasses.replace(
+        record = dataclasses.replace(
             self,
             uid=first.uid,
             started_ms=first.started_ms,
             tracking_uri=absolute_uri(self.tracking_uri) if self.tracking_uri else "",
         )
-        write_json(
-            run_dir / RUN_FILE, dataclasses.asdict(kept), errors="replace"
-        )  # it only describes
+        # Text that is not valid Unicode is replaced: the record is a description and must not fail.
+        write_json(run_dir / RUN_FILE, dataclasses.asdict(record), errors="replace")
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
@@ -105,19 +125,27 @@ class RunRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """How a run stands, and since when (Unix ms)."""
+    """The status of a run, such as RUNNING, and when it was written (Unix ms)."""
 
     status: Status
     time_ms: int
 
 
 def write_status(run_dir: Path, status: str) -> None:
-    """Write how the run stands, and when, to status.json, atomically. Raises `ValueError`: that is no status."""
+    """Write a status and the current time to status.json, atomically.
+
+    Raises:
+        ValueError: `status` is not one of `Status`.
+    """
     write_json(run_dir / STATUS_FILE, {"status": Status(status), "time_ms": now_ms()})
 
 
 def read_status(run_dir: Path) -> RunStatus | None:
-    """How the run stands; None if it never said so. Raises `DamagedFile`."""
+    """Return the status of a run, or None if none was written.
+
+    Raises:
+        DamagedFile: status.json is there and can't be read.
+    """
     try:
         return read_json(run_dir / STATUS_FILE, RunStatus, "the status of a run", _STATUS_LOST)
     except FileNotFoundError:
@@ -125,15 +153,18 @@ def read_status(run_dir: Path) -> RunStatus | None:
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Flatten a plain nested config to dotted keys, in its order.
+    """Flatten a nested config of plain values to dotted keys, in the same order.
 
-    None and empty mappings are left out, lists become their JSON text, numbers and booleans stay,
-    nan and the infinities (which JSON does not have) and everything else become text.
+    None and empty mappings are left out. Numbers and booleans stay; lists become JSON text; nan, the
+    infinities (which JSON does not have) and everything else become text.
+
+    Example: `flatten({"optimizer": {"lr": 0.1}})` is `{"optimizer.lr": 0.1}`.
     """
     flat: dict[str, Scalar] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat.update({f"{key}.{inner}": scalar for inner, scalar in flatten(value).items()})
+            for inner_key, scalar in flatten(value).items():
+                flat[f"{key}.{inner_key}"] = scalar
         elif value is not None:
             flat[str(key)] = _scalar(value)
     return flat
@@ -142,22 +173,25 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Scalar]:
 def _scalar(value: object) -> Scalar:
     if isinstance(value, (list, tuple)):
         return json.dumps(value, ensure_ascii=False, default=str)
-    if isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+    if isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
         return value
     return str(value)
 
 
 def environment_tags(device_names: Sequence[str] = ()) -> dict[str, str]:
-    """Tags that say what code ran where: commit, versions, host and the given devices.
+    """Return tags that say which code ran on which machine: commit, versions, host and devices.
 
-    What cannot be found out is absent: a package that is not installed, a commit outside of a
-    checkout and of a sweep's copy of one. A commit ends in "-dirty" if tracked files were changed.
+    A tag is absent if its value can't be found, such as the version of a package that is not
+    installed. A commit ends in "-dirty" if tracked files were changed.
     """
     package = Path(__file__).parents[1]
-    copied = package / COMMIT_FILE
-    commit = commit_of(Path(__file__)) or (
-        copied.read_text(encoding="utf-8").strip() if copied.is_file() else None
-    )
+    commit = commit_of(Path(__file__))
+    # The package of a sweep is a copy, whose commit was written into a file.
+    copied_commit = package / COMMIT_FILE
+    if not commit and copied_commit.is_file():
+        commit = copied_commit.read_text(encoding="utf-8").strip()
     tags = {
         "host": socket.gethostname(),
         "version.python": platform.python_version(),
@@ -171,8 +205,9 @@ def environment_tags(device_names: Sequence[str] = ()) -> dict[str, str]:
 
 
 def commit_of(file: Path) -> str | None:
-    """The checked-out commit of the git repository that tracks `file`, or None if none does."""
+    """Return the checked-out commit of the git repository that tracks `file`, or None."""
     try:
+        # Installed packages may lie inside some other repository, which does not track them.
         _git(file.parent, "ls-files", "--error-unmatch", file.name)
         return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
@@ -195,11 +230,17 @@ def _version(distribution: str) -> str | None:
 
 
 def legal_name(name: str) -> str:
-    """The nearest name that MLflow takes: letters, digits, `_ - . : /` and space, 250 at most."""
-    parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
-    return "/".join(part for part in parts if part not in ("", ".", ".."))[:250].rstrip("/") or "_"
+    """Return the closest name that MLflow accepts for a param, metric or tag.
+
+    MLflow takes letters, digits, `_ - . : /` and space, at most 250 characters, and only normalized
+    paths (mlflow.utils.validation).
+    """
+    legal = re.sub(r"[^\w\-. :/]", "_", name)
+    parts = [part for part in legal.split("/") if part not in ("", ".", "..")]
+    shortened = "/".join(parts)[:250].rstrip("/")
+    return shortened or "_"
 
 
 def now_ms() -> int:
-    """Unix time in milliseconds."""
+    """Return the Unix time in milliseconds."""
     return time.time_ns() // 1_000_000

@@ -1,4 +1,4 @@
-"""What to say of the folder of a training that has not ended, where its weights or results are asked for."""
+"""Explains why a run folder has no weights yet: its training is still running, or was stopped."""
 
 from pathlib import Path
 
@@ -9,10 +9,12 @@ from relloc.tracking.record import RUN_FILE, RunRecord
 
 
 def unfinished_training(run_dir: Path) -> str:
-    """How far a training is that left no weights yet, and how it goes on; "" where the folder is not of such a one.
+    """Return a message about a training that has not ended, or "" if the folder holds none.
+
+    The message says how far the training is and how to go on.
 
     Raises:
-        DamagedFile: what the folder says of its run can't be read.
+        DamagedFile: run.json or the journal can't be read.
     """
     if not (run_dir / RUN_FILE).is_file() or (run_dir / BACKBONE_FILE).exists():
         return ""
@@ -21,19 +23,27 @@ def unfinished_training(run_dir: Path) -> str:
         return ""
     if is_held(run_dir):
         return f"{run_dir} is being trained, and has no weights before the end: wait for it"
-    saved = saved_trainings(run_dir)
-    step = (saved[-1].stem.removeprefix("step_").lstrip("0") if saved else "") or "0"
+    # Checkpoints are called step_000001234.pt, so the newest one tells where the training stands.
+    checkpoints = saved_trainings(run_dir)
+    step = int(checkpoints[-1].stem.removeprefix("step_")) if checkpoints else 0
+    n_steps = _planned_steps(run_dir, record)
+    progress = f"step {step}" if n_steps is None else f"step {step} of {n_steps}"
     return (
-        f"{run_dir} was stopped at step {step}{_of_all(run_dir, record)}, and has no weights before the end: its own "
-        f"command with hydra.run.dir={run_dir} goes on from there"
+        f"{run_dir} was stopped at {progress}, and has no weights before the end: "
+        f"its own command with hydra.run.dir={run_dir} goes on from there"
     )
 
 
-def _of_all(run_dir: Path, record: RunRecord) -> str:
-    """How many steps the training has, by the epochs that its journal counts; "" where it has none yet."""
+def _planned_steps(run_dir: Path, record: RunRecord) -> int | None:
+    """Return how many steps the whole training has, or None if nothing was logged yet.
+
+    run.json has the epochs; the journal tells how many steps an epoch has.
+    """
     epochs = record.params.get("schedule.epochs")
+    if not isinstance(epochs, int | float):
+        return None
     for entry in reversed(read_journal(run_dir)):
         epoch = entry.metrics.get("train/epoch")
-        if epoch and isinstance(epochs, int | float):
-            return f" of {round(entry.step / epoch * epochs)}"
-    return ""
+        if epoch:
+            return round(entry.step / epoch * epochs)
+    return None
