@@ -1,7 +1,7 @@
-"""Addresses of MLflow stores: which ones are understood, and what to give instead of those that are not.
+"""Checks the addresses of MLflow stores, and suggests what to write instead of a wrong one.
 
-Only the text of an address is looked at here: nothing is opened, and mlflow is not imported, so that a mistake is told
-before anything is run.
+Only the text of an address is checked here. Nothing is opened and mlflow is not imported, so that a
+mistake is reported before a run starts.
 """
 
 import importlib.metadata
@@ -17,88 +17,99 @@ SQLITE = "sqlite:///"
 _SERVERS = ("http", "https")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
-_SCHEME = re.compile(
-    r"([a-z][a-z0-9+.-]*):(?!\d+(/|$))", re.IGNORECASE
-)  # a number behind the colon is a port
+# The scheme before a colon. "localhost:5000" has none: a number after the colon is a port.
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(?!\d+(/|$))", re.IGNORECASE)
 _FILE = "sqlite:////ABSOLUTE/PATH/mlflow.db for a file"
 _GIVE = f"http://HOST:PORT for an MLflow server, or {_FILE}"
 
 
 def absolute_uri(uri: str) -> str:
-    """The same address wherever it is used: a relative sqlite path is taken from the current folder.
+    """Check the address of an MLflow store, and return it in its one standard form.
+
+    A relative SQLite path is made absolute from the current folder, since the address is also used by
+    processes in other folders.
+
+    Example: `absolute_uri("sqlite:///mlflow.db")` in /data is "sqlite:////data/mlflow.db".
 
     Raises:
-        UsageError: it is no address of an MLflow store; the message says which one may be meant.
+        UsageError: it is no address of an MLflow store; the message suggests one that may be meant.
     """
     if not isinstance(uri, str) or not uri.strip():
-        raise UsageError(f"{uri!r} is no address: give {_GIVE}")
+        raise UsageError(f"{uri!r} is not an address: give {_GIVE}")
     uri = uri.strip()
-    found = _SCHEME.match(uri)
-    scheme = found[1].lower() if found else ""
+    match = _SCHEME.match(uri)
+    scheme = match[1].lower() if match else ""
     rest = uri[len(scheme) + 1 :] if scheme else uri
-    kind = scheme.partition("+")[0]  # behind a plus stands the driver of a database
+    # SQLAlchemy's addresses name the driver after a plus, as in postgresql+psycopg.
+    kind = scheme.partition("+")[0]
     if scheme in _SERVERS:
         return _server(uri, scheme, rest)
     if kind == "sqlite":
         return _sqlite(uri, rest)
     if kind in _DATABASES:
         return _database(uri, scheme, rest)
-    if scheme == "file" or (
-        not scheme and (rest.startswith(("/", ".", "~")) or os.path.isdir(rest))
-    ):
+    looks_like_path = rest.startswith(("/", ".", "~"))
+    if scheme == "file" or (not scheme and (looks_like_path or os.path.isdir(rest))):
         return _folder(uri, rest)
+    # MLflow finds stores of other packages by this entry point, and knows their schemes.
     plugins = importlib.metadata.entry_points(group="mlflow.tracking_store")
     if uri == "databricks" or scheme in ("databricks", *plugins.names):
         return uri
     if scheme:
-        raise UsageError(f"{uri!r} is no address that is known, for {scheme}: give {_GIVE}")
-    host = re.sub("^https?//", "", uri)
+        raise UsageError(f"{uri!r} has the unknown scheme {scheme}: give {_GIVE}")
+    host = re.sub("^https?//", "", uri)  # a colon may have been forgotten
     raise UsageError(
-        f"{uri!r} does not say what it is: give http://{host} or https://{host} for a server, or {_FILE}"
+        f"{uri!r} does not say what kind of store it is: "
+        f"give http://{host} or https://{host} for a server, or {_FILE}"
     )
 
 
 def is_server(uri: str) -> bool:
-    """Whether the address is that of an MLflow server."""
+    """Return whether an address is that of an MLflow server."""
     return uri.startswith(("http://", "https://"))
 
 
 def is_database(uri: str) -> bool:
-    """Whether the address is that of a database, which MLflow opens through SQLAlchemy."""
-    return uri.partition(":")[0].partition("+")[0] in ("sqlite", *_DATABASES)
+    """Return whether an address is that of a database, which MLflow opens through SQLAlchemy."""
+    scheme = uri.partition(":")[0]
+    return scheme.partition("+")[0] in ("sqlite", *_DATABASES)
 
 
 def sqlite_path(uri: str) -> Path:
-    """The file of an absolute sqlite address."""
+    """Return the file of a SQLite address that `absolute_uri` returned."""
     return Path(uri.removeprefix(SQLITE))
 
 
 def _server(uri: str, scheme: str, rest: str) -> str:
+    """Return the standard form of a server's address. `rest` is what follows the scheme's colon."""
+    # Two slashes are put where none or one was written, so that a suggestion can be made below.
     try:
         parts = urlsplit(f"{scheme}://{rest.lstrip('/')}")
     except ValueError as error:
         raise UsageError(
-            f"{uri!r} has a host that can't be read: give {scheme}://HOST:PORT, or {scheme}://[ADDRESS]:PORT for an "
-            "address of IPv6"
+            f"{uri!r} has a malformed host: give {scheme}://HOST:PORT, "
+            f"or {scheme}://[ADDRESS]:PORT for an IPv6 address"
         ) from error
     try:
         has_sound_port = parts.port != 0
-    except ValueError:  # it is no number, or too large
+    except ValueError:  # not a number, or too large
         has_sound_port = False
     if not has_sound_port:
         raise UsageError(
-            f"{uri!r} has a port that is no number from 1 to 65535: give {scheme}://HOST:PORT"
+            f"{uri!r} has a port that is not a number from 1 to 65535: give {scheme}://HOST:PORT"
         )
+    # These characters are in no address; they come from quotes or brackets that were pasted along.
     if not parts.hostname or re.search(r"[\s\\<>\"^`{|}]", rest):
         raise UsageError(f"{uri!r} names no server: give {scheme}://HOST:PORT")
-    name, path = parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
+    name = parts.netloc.rpartition("@")[2]
+    path = parts.path.rstrip("/")
     if parts.username is not None:
         _refuse_password(
             name, "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     if parts.query or parts.fragment:
         raise UsageError(
-            f"{uri!r} is the address of a page: give that of its server, {scheme}://{name}{path}"
+            f"{uri!r} is the address of a page: give that of the server, {scheme}://{name}{path}"
         )
     if not re.match("//[^/]", rest):
         raise UsageError(
@@ -108,30 +119,36 @@ def _server(uri: str, scheme: str, rest: str) -> str:
 
 
 def _sqlite(uri: str, rest: str) -> str:
+    """Return the standard form of a SQLite file's address. `rest` follows the scheme's colon."""
     path = rest.removeprefix("///")
     if not uri.lower().startswith(SQLITE) or path in ("", ":memory:"):
         meant = re.sub("^//+|^:memory:$", "", path) or "/PATH/mlflow.db"
         raise UsageError(
-            f"{uri!r} names no file: give {SQLITE}{meant} (three slashes and a path, which may begin with a fourth)"
+            f"{uri!r} names no file: give {SQLITE}{meant} "
+            "(three slashes and a path; an absolute path begins with a fourth slash)"
         )
-    if odd := re.search("[?]|%[0-9a-f]{2}", path, re.IGNORECASE):
-        # SQLAlchemy takes what follows a question mark for options, and MLflow takes %20 for a blank.
+    # SQLAlchemy reads what follows a question mark as options, and MLflow reads %20 as a blank.
+    misread = re.search("[?]|%[0-9a-f]{2}", path, re.IGNORECASE)
+    if misread:
         raise UsageError(
-            f"{uri!r} has {odd[0]!r} in it, which would name another file: give another path"
+            f"{uri!r} contains {misread[0]!r}, which would name another file: give another path"
         )
-    whole = os.path.abspath(os.path.expanduser(path))
-    if path.endswith("/") or os.path.isdir(whole):
-        raise UsageError(f"{uri!r} is a folder: give {SQLITE}{whole}/mlflow.db")
-    return SQLITE + whole
+    absolute = os.path.abspath(os.path.expanduser(path))
+    if path.endswith("/") or os.path.isdir(absolute):
+        raise UsageError(f"{uri!r} is a folder: give {SQLITE}{absolute}/mlflow.db")
+    return SQLITE + absolute
 
 
 def _database(uri: str, scheme: str, rest: str) -> str:
+    """Return the standard form of a database server's address. `rest` follows the scheme's colon."""
     try:
         parts = urlsplit(f"{scheme}:{rest}")
-    except ValueError:  # brackets that do not close
+    except ValueError:  # a bracket that is not closed
         parts = urlsplit("")
     if not rest.startswith("//") or not parts.scheme:
-        raise UsageError(f"{uri!r} is no address of a database: give {scheme}://USER@HOST/DATABASE")
+        raise UsageError(
+            f"{uri!r} is not the address of a database: give {scheme}://USER@HOST/DATABASE"
+        )
     if parts.password is not None:
         host = parts.netloc.rpartition("@")[2]
         _refuse_password(
@@ -141,17 +158,21 @@ def _database(uri: str, scheme: str, rest: str) -> str:
 
 
 def _refuse_password(host: str, instead: str) -> NoReturn:
+    """Raise the error for an address with a password, without repeating the password."""
     raise UsageError(
-        f"the address of {host} has a name or a password before it, which would be written into the run folder "
-        f"and shown in MLflow: {instead}"
+        f"the address of {host} contains a user name or a password, which would be written into the "
+        f"run folder and shown in MLflow: {instead}"
     )
 
 
 def _folder(uri: str, rest: str) -> str:
+    """Refuse a folder, with MLflow; return its address only if MLflow's own variable allows it."""
     if os.environ.get(_FILE_STORE, "").lower() in ("true", "1"):
         path = unquote(urlsplit(uri).path) if uri.lower().startswith("file:") else rest
         return Path(os.path.abspath(os.path.expanduser(path))).as_uri()
-    folder = os.path.abspath(os.path.expanduser(re.sub("^//(localhost)?(?=/)", "", rest)))
+    path = re.sub("^//(localhost)?(?=/)", "", rest)  # of file://localhost/data
+    folder = os.path.abspath(os.path.expanduser(path))
     raise UsageError(
-        f"{uri!r} is a folder, and MLflow no longer keeps runs in folders of files: give {SQLITE}{folder}/mlflow.db"
+        f"{uri!r} is a folder, and MLflow no longer keeps runs in folders of files: "
+        f"give {SQLITE}{folder}/mlflow.db"
     )

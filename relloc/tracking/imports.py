@@ -1,7 +1,8 @@
-"""Importing mlflow, and all that sending to a store imports later: before a thread sends, never in it.
+"""Imports mlflow, and everything that sending to a store needs, before a thread starts to send.
 
-While one thread imports a module, others see it half made. matplotlib, for one, looks whether IPython was imported and
-uses what it finds, and a worker that is forked meanwhile may wait for ever for the rest of it.
+While one thread imports a module, other threads see it half-made. matplotlib, for example, uses
+IPython if it finds it imported. A data worker that is forked during an import may wait forever for
+the import's lock. mlflow imports many modules only when it first needs them; hence the lists here.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from types import ModuleType
 from relloc.errors import UsageError
 from relloc.tracking.addresses import is_database, is_server
 
-# Retries are left to the next sending: the default of 7 blocks each call to a dead server for 246 s.
+# Environment variables of MLflow. There are no retries, since the next sending is one: with MLflow's
+# default of 7 retries each call to a dead server would block for 246 s.
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -25,7 +27,8 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-# What MLflow 3.17 imports when it is first asked for something; modules that a later one lacks are passed over.
+# Modules that MLflow 3.17 imports when it first needs them. Those that a later version lacks are
+# skipped.
 _BY_SERVERS = ("netrc", "http.cookiejar", "requests", "mlflow.store.artifact.mlflow_artifacts_repo")
 _BY_DATABASES = (
     "alembic.command",
@@ -40,9 +43,9 @@ _BY_FOLDERS = ("mlflow.store.tracking.file_store", "mlflow.store.artifact.local_
 
 @functools.cache
 def load_mlflow() -> ModuleType:
-    """Import mlflow and what its sqlite store needs (about 3 s), quiet and without telemetry.
+    """Import mlflow and what its SQLite store needs (about 3 s), without messages or telemetry.
 
-    Settings of the caller's environment win over ours.
+    Variables that are already set in the environment are kept.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -52,42 +55,43 @@ def load_mlflow() -> ModuleType:
         import alembic.command  # noqa: F401
         import mlflow
         import mlflow.store.tracking.sqlalchemy_store
-    # It writes a traceback of pages for what we tell in a line, such as a full disk.
+    # Its logger writes pages of traceback for errors that relloc reports in one line (a full disk).
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow
 
 
 def import_for(uri: str) -> ModuleType:
-    """Import mlflow and whatever opening the store at `uri`, and sending a run there, will import.
+    """Import mlflow and all modules that opening the store at `uri` and sending a run will need.
 
     Raises:
         UsageError: the store needs a package that is not installed.
     """
     mlflow = load_mlflow()
     if is_server(uri):
-        _import_there_are(_BY_SERVERS)
+        _import_existing(_BY_SERVERS)
         from mlflow.tracking.request_header.registry import resolve_request_headers
 
-        resolve_request_headers()  # it asks IPython, which it imports, whether this is a notebook of Databricks
+        # This imports IPython to find out whether it runs in a notebook of Databricks.
+        resolve_request_headers()
     elif is_database(uri):
         import_driver(uri)
         import mlflow.store.db
 
-        _import_there_are(_BY_DATABASES)
-        _import_there_are(
+        _import_existing(_BY_DATABASES)
+        _import_existing(
             f"mlflow.store.db.{module.name}"
             for module in pkgutil.iter_modules(mlflow.store.db.__path__)
         )
     elif uri.startswith("file:"):
-        _import_there_are(_BY_FOLDERS)
+        _import_existing(_BY_FOLDERS)
     return mlflow
 
 
 def import_driver(uri: str) -> None:
-    """Import what SQLAlchemy needs for the database at `uri`; other addresses need nothing.
+    """Import the database driver that SQLAlchemy needs for `uri`; other addresses need none.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: the driver is unknown or not installed.
     """
     if not is_database(uri):
         return
@@ -96,16 +100,17 @@ def import_driver(uri: str) -> None:
 
     try:
         make_url(uri).get_dialect().import_dbapi()
-    except sqlalchemy.exc.ArgumentError as error:  # also: no such dialect, no such driver
+    except sqlalchemy.exc.ArgumentError as error:  # also raised for an unknown dialect or driver
         raise UsageError(f"{uri!r} can't be used by SQLAlchemy: {error}") from error
     except ImportError as error:
         raise UsageError(
-            f"{uri!r} needs the Python package {error.name}, which is not installed: install it, name another driver "
-            "(such as postgresql+psycopg://), or take a server that stands before the database (tracking=server)"
+            f"{uri!r} needs the Python package {error.name}, which is not installed: install it, "
+            "name another driver (such as postgresql+psycopg://), or use an MLflow server in front of "
+            "the database (tracking=server)"
         ) from error
 
 
-def _import_there_are(names: Iterable[str]) -> None:
+def _import_existing(names: Iterable[str]) -> None:
     for name in names:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)

@@ -1,11 +1,11 @@
-"""Which file system a path lies on, by the system's table of mounts."""
+"""Finds out on which kind of file system a path lies, from the system's table of mounts."""
 
 import os
 from pathlib import Path
 
 import psutil
 
-# Types of file systems that several machines write at once.
+# Types of file systems that several machines may write to at the same time.
 _SHARED = {
     "nfs",
     "nfs4",
@@ -21,7 +21,7 @@ _SHARED = {
     "wekafs",
     "pvfs2",
 }
-# Many of FUSE are one machine's own (encrypted or merged folders): only these are not.
+# Most FUSE file systems belong to one machine (encrypted or merged folders); these do not.
 _SHARED_FUSE = {
     "sshfs",
     "glusterfs",
@@ -38,16 +38,24 @@ _SHARED_FUSE = {
 
 
 def shared_file_system(path: Path) -> str | None:
-    """The type of the network file system that holds a path, such as "nfs4"; None if none does or nobody can say."""
-    found = _mount_of(path)[0]
-    fuse = found.removeprefix("fuse.")
-    return found if found in _SHARED or (fuse != found and fuse in _SHARED_FUSE) else None
+    """Return the type of the network file system that a path lies on, such as "nfs4".
+
+    None means that it lies on a local one, or that the system does not say.
+    """
+    kind, _ = _mount_of(path)
+    if kind in _SHARED:
+        return kind
+    # The table calls them fuse.sshfs and so on.
+    if kind.startswith("fuse.") and kind.removeprefix("fuse.") in _SHARED_FUSE:
+        return kind
+    return None
 
 
 def locks_stay_here(path: Path) -> bool:
-    """Whether a path lies in a network folder that is mounted so that other machines see no lock taken here.
+    """Return whether other machines don't see locks that are taken on this path.
 
-    NFS by `nolock` or `local_lock=` (nfs(5)), Lustre by `localflock` (mount.lustre(8)).
+    That depends on the options of the mount: `nolock` or `local_lock=` of NFS (see nfs(5)), and
+    `localflock` of Lustre (see mount.lustre(8)).
     """
     kind, options = _mount_of(path)
     if kind in ("nfs", "nfs4"):
@@ -56,12 +64,14 @@ def locks_stay_here(path: Path) -> bool:
 
 
 def _mount_of(path: Path) -> tuple[str, list[str]]:
-    """The type and the options of the mount that a path is below; of mounts at one place the last one counts."""
+    """Return type and options of the file system that is mounted at or above a path."""
     try:
         mounts = psutil.disk_partitions(all=True)
     except OSError:  # no table of mounts
         return "", []
-    real, nearest, kind, options = Path(os.path.realpath(path)), 0, "", ""
+    real = Path(os.path.realpath(path))
+    nearest, kind, options = 0, "", ""
+    # The deepest mount point counts, and of several at the same folder the last one (hence >=).
     for mount in mounts:
         if real.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= nearest:
             nearest, kind, options = len(mount.mountpoint), mount.fstype, mount.opts

@@ -1,4 +1,4 @@
-"""mlflow.json: which parts of a run folder were sent to which store, so that each is sent once."""
+"""Remembers which parts of a run folder were sent to which MLflow store. The file is mlflow.json."""
 
 import dataclasses
 import hashlib
@@ -9,18 +9,26 @@ from typing import Any
 from relloc.files import write_json
 
 NOTE_FILE = "mlflow.json"
-_SEAL = "seal"
+_SEAL = "seal"  # the key of the hash of all other fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Note:
-    """What was sent where.
+    """What was sent, and to which run of which store.
 
-    `uid` is that of the run: a folder that was copied to become another run has the note of the first. `unsure`:
-    points that it does not tell of may have arrived (see relloc.tracking.mlflow). `lines`, `system` and `results` count
-    the lines sent of the journals and of the result rows. `record` and `results_digest` are hashes of the run.json and
-    of the rows that were sent. `artifacts` holds size in bytes and modification time in ns of each file when it was
-    sent.
+    Attributes:
+        uri: the address of the store.
+        uid: the run's own uid. A folder that was copied for another run has the note of the first.
+        experiment_id: MLflow's id of the experiment.
+        run_id: MLflow's id of the run.
+        unsure: points may have arrived that the note does not count (see relloc.tracking.mlflow).
+        record: a hash of the run.json that was sent.
+        lines: how many lines of journal.jsonl were sent.
+        system: how many lines of system.jsonl were sent.
+        results: how many result rows were sent.
+        results_digest: a hash of those rows.
+        artifacts: size in bytes and modification time in ns of each file when it was sent.
+        status: the fields of the `RunStatus` that was sent.
     """
 
     uri: str
@@ -38,23 +46,32 @@ class Note:
 
 
 def read_note(run_dir: Path) -> Note | None:
-    """The run folder's note; None if there is none, or not as it was written.
+    """Return the note of a run folder, or None if there is none or it was changed by others.
 
-    That costs only time, since the store is then asked what it has. A note with a wrong count would cost points.
+    Without a note nothing is lost but time, since the store is then asked what it has. A note with
+    a wrong count, however, would make points go missing; hence the hash.
     """
     try:
         fields = json.loads((run_dir / NOTE_FILE).read_bytes())
-        return Note(**fields) if fields.pop(_SEAL) == _seal(fields) else None
+        seal = fields.pop(_SEAL)
+        if seal != _seal(fields):
+            return None
+        return Note(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def write_note(run_dir: Path, note: Note) -> None:
-    """Replace the run folder's note. Raises `OSError`."""
+    """Replace the note of a run folder, atomically.
+
+    Raises:
+        OSError: the file can't be written.
+    """
     fields = dataclasses.asdict(note)
     write_json(run_dir / NOTE_FILE, fields | {_SEAL: _seal(fields)})
 
 
 def _seal(fields: dict[str, Any]) -> str:
-    """A hash of all other fields, by which a damaged note is known."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    """Return a hash of all other fields, by which a damaged note is noticed."""
+    text = json.dumps(fields, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

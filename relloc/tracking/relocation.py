@@ -1,8 +1,8 @@
-"""Where a SQLite store's files lie after it was moved or copied: beside it, as they did before.
+"""Lets a SQLite store of MLflow be moved or copied: its artifact files are looked for beside it.
 
-MLflow notes the place of an experiment's files, and of each run's, as absolute addresses when these are made, and has
-no call to change them. A store whose folder was moved would go on writing where the folder was, and its pages would
-show no file of earlier runs.
+MLflow records the folder of each experiment's and each run's files as an absolute address, and has no
+call to change it. A store whose folder was moved would go on writing to the old folder, and its pages
+would show no files of earlier runs. So the addresses are changed in the database.
 """
 
 import contextlib
@@ -11,24 +11,25 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-ARTIFACTS = "mlartifacts"
-_WAIT_S = 60.0  # for another process that writes
-_LONGEST_NAME = (
-    100  # of a folder, in characters: four bytes each stay within what file systems take
-)
+ARTIFACTS = "mlartifacts"  # the folder of files beside a store
+_WAIT_S = 60.0  # for another process that writes to the database
+# Characters of a folder's name. At four bytes each it stays below the 255 bytes of file systems.
+_LONGEST_NAME = 100
 
 
 def artifact_folder(store: Path, experiment: str) -> Path:
-    """The folder for the files of an experiment that is new in the SQLite file `store`."""
+    """Return the folder for the files of a new experiment of the SQLite file `store`."""
     name = experiment.replace("/", "_").replace("\\", "_")[:_LONGEST_NAME]
-    return store.parent / ARTIFACTS / ("_" if name in (".", "..") else name)
+    if name in (".", ".."):
+        name = "_"
+    return store.parent / ARTIFACTS / name
 
 
 def follow_move(store: Path) -> None:
-    """Have the experiments and runs of a store that was moved keep their files beside it, in its `mlartifacts`.
+    """Change the addresses in a store that was moved, so that its files are found beside it.
 
-    What lies elsewhere on purpose stays there: only folders that relloc made for a store in another folder are looked
-    at. A run whose files were left behind, because only the database was copied, keeps them where they are.
+    Only folders that relloc made (`mlartifacts`) are changed; files that lie elsewhere on purpose stay
+    there. If only the database was copied, runs keep pointing to the files that were left behind.
 
     Raises:
         sqlite3.Error: the database can't be read or written.
@@ -42,7 +43,9 @@ def follow_move(store: Path) -> None:
             "SELECT experiment_id, artifact_location FROM experiments"
         ).fetchall()
         for identity, location in experiments:
-            if here := _beside(store, location):
+            here = _beside(store, location)
+            if here:
+                # One transaction for an experiment and its runs: all addresses change or none.
                 with database:
                     database.execute(
                         "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
@@ -52,6 +55,7 @@ def follow_move(store: Path) -> None:
 
 
 def _move_runs(database: sqlite3.Connection, experiment: int, old: str, here: Path) -> None:
+    """Change the addresses of an experiment's runs from the folder `old` (an address) to `here`."""
     runs = database.execute(
         "SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment,)
     )
@@ -59,23 +63,30 @@ def _move_runs(database: sqlite3.Connection, experiment: int, old: str, here: Pa
         if address is None or not address.startswith(f"{old}/"):
             continue
         below = unquote(address.removeprefix(f"{old}/"))
-        left_behind = _local(address)
-        if (here / below).is_dir() or left_behind is None or not left_behind.is_dir():
+        # Files that exist in the old folder only were not moved along.
+        old_folder = _local(address)
+        if (here / below).is_dir() or old_folder is None or not old_folder.is_dir():
             moved = (here / below).as_uri()
             database.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (moved, run))
 
 
 def _beside(store: Path, location: str | None) -> Path | None:
-    """Where a folder of files that relloc made belongs, if it is noted for a store of another folder."""
-    noted = _local(location)
-    if noted is None or noted.parent.name != ARTIFACTS:
+    """Return where an experiment's folder belongs, if its address is that of another store's folder.
+
+    None means that the address is right, or that relloc did not make the folder.
+    """
+    recorded = _local(location)
+    if recorded is None or recorded.parent.name != ARTIFACTS:
         return None
-    here = store.parent / ARTIFACTS / noted.name
-    # The same folder may have several names, through links.
-    return None if os.path.realpath(noted.parent.parent) == os.path.realpath(store.parent) else here
+    # One folder may have several names through links, so the real paths are compared.
+    recorded_store_folder = recorded.parent.parent
+    if os.path.realpath(recorded_store_folder) == os.path.realpath(store.parent):
+        return None
+    return store.parent / ARTIFACTS / recorded.name
 
 
 def _local(location: str | None) -> Path | None:
+    """Return the path of a file: address, or None for addresses of other kinds."""
     parts = urlsplit(location or "")
     if parts.scheme not in ("", "file") or not parts.path.startswith("/"):
         return None

@@ -1,6 +1,7 @@
-"""system.jsonl: how busy the machine was while a run lived, in MLflow's names, so that its System metrics tab shows it.
+"""Measures the load of the machine during a run, and writes it to system.jsonl in the run folder.
 
-Journal first, as all metrics: a step is a second since the run's first start, so that a run that goes on adds to it.
+The metrics have MLflow's names, so that its "System metrics" tab shows them. A step is a second since
+the first start of the run, so that a resumed run continues the curves.
 """
 
 import contextlib
@@ -12,8 +13,9 @@ from typing import Any
 from relloc.tracking.journal import SYSTEM_FILE, Journal
 from relloc.tracking.record import RunRecord, now_ms
 
-STOP_S = 5.0
-# Of mlflow.system_metrics.metrics. They need psutil, that of GPUs nvidia-ml-py and NVIDIA's driver.
+STOP_S = 5.0  # how long the end of a run waits for the thread
+# Modules and classes of mlflow.system_metrics.metrics. All need psutil; the one of GPUs also needs
+# nvidia-ml-py and NVIDIA's driver.
 MONITORS = {
     "cpu_monitor": "CPUMonitor",
     "disk_monitor": "DiskMonitor",
@@ -23,19 +25,23 @@ MONITORS = {
 
 
 class SystemMetrics:
-    """Notes processors, memory, disk, network and GPUs of this machine every `every_s` seconds.
+    """Measures processors, memory, disk, network and GPUs of this machine in a thread, until stopped.
 
-    From a thread of its own, until stopped. What this machine does not tell is left out.
+    What this machine does not report is left out.
+
+    Args:
+        run_dir: the run folder, with its run.json.
+        every_s: seconds between two measurements.
     """
 
     def __init__(self, run_dir: Path, *, every_s: float = 15.0) -> None:
         self._started_ms = RunRecord.read(run_dir).started_ms
         self._every_s = every_s
         self._journal = Journal(run_dir, SYSTEM_FILE)
-        self._monitors = [
-            made for module, name in MONITORS.items() if (made := _made(module, name))
-        ]
-        self._sample()  # use of processors is counted between two samples
+        monitors = [_make_monitor(module, name) for module, name in MONITORS.items()]
+        self._monitors = [monitor for monitor in monitors if monitor]
+        # The use of processors is counted between two samples, so the first one only starts it.
+        self._sample()
         self._stopping = threading.Event()
         self._thread = threading.Thread(
             target=self._work, name="relloc-system-metrics", daemon=True
@@ -43,31 +49,35 @@ class SystemMetrics:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more samples; a driver that does not answer is not waited for."""
+        """Stop measuring; a driver that hangs is waited for at most `STOP_S` seconds."""
         self._stopping.set()
         self._thread.join(timeout=STOP_S)
 
     def _work(self) -> None:
         while not self._stopping.wait(self._every_s):
+            # A full disk must not end the thread, since there may be room again.
             with contextlib.suppress(OSError):
                 self._journal.log(self._sample(), (now_ms() - self._started_ms) // 1000)
 
     def _sample(self) -> dict[str, float]:
+        """Return the current values of all monitors, and drop monitors that fail."""
         sample: dict[str, float] = {}
         for monitor in list(self._monitors):
             monitor.clear_metrics()
             try:
                 monitor.collect_metrics()
-                sample |= {
-                    f"system/{name}": value for name, value in monitor.aggregate_metrics().items()
-                }
-            except Exception:  # noqa: BLE001 - as below
+                values = monitor.aggregate_metrics()
+                sample |= {f"system/{name}": value for name, value in values.items()}
+            except Exception:  # noqa: BLE001 - see _make_monitor
                 self._monitors.remove(monitor)
         return sample
 
 
-def _made(module: str, name: str) -> Any:
+def _make_monitor(module: str, name: str) -> Any:
+    """Return a monitor of MLflow, or None if it can't work on this machine."""
+    # Drivers and containers fail in many ways, and training must not die of any of them.
     try:
-        return getattr(importlib.import_module(f"mlflow.system_metrics.metrics.{module}"), name)()
-    except Exception:  # noqa: BLE001 - drivers and containers fail in ways of their own, and training is not to die of it
+        metrics_module = importlib.import_module(f"mlflow.system_metrics.metrics.{module}")
+        return getattr(metrics_module, name)()
+    except Exception:  # noqa: BLE001 - see above
         return None

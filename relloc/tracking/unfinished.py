@@ -25,7 +25,8 @@ def unfinished_training(run_dir: Path) -> str:
         return f"{run_dir} is being trained, and has no weights before the end: wait for it"
     # Checkpoints are called step_000001234.pt, so the newest one tells where the training stands.
     checkpoints = saved_trainings(run_dir)
-    step = int(checkpoints[-1].stem.removeprefix("step_")) if checkpoints else 0
+    newest = checkpoints[-1].stem if checkpoints else ""
+    step = newest.removeprefix("step_").lstrip("0") or "0"
     n_steps = _planned_steps(run_dir, record)
     progress = f"step {step}" if n_steps is None else f"step {step} of {n_steps}"
     return (

@@ -78,26 +78,25 @@ def test_what_is_no_address_is_refused_with_one_that_is(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "parts"),
     [
-        ("http://h:99999", "has a port that is no number from 1 to 65535: give http://HOST:PORT"),
-        ("http://h:0", "has a port that is no number from 1 to 65535: give http://HOST:PORT"),
-        (
-            "http://[::1",
-            "has a host that can't be read: give http://HOST:PORT, or http://[ADDRESS]:PORT for an",
-        ),
-        ("http://h/#/experiments/3", "is the address of a page: give that of its server, http://h"),
-        ("http:/h", "does not begin with http:// and a host: give http://h"),
-        (
-            "host:5000",
-            "does not say what it is: give http://host:5000 or https://host:5000 for a server, or sqlite:",
-        ),
+        ("http://h:99999", ("port", "from 1 to 65535", "http://HOST:PORT")),
+        ("http://h:0", ("port", "from 1 to 65535", "http://HOST:PORT")),
+        ("http://[::1", ("host", "http://HOST:PORT", "http://[ADDRESS]:PORT")),
+        ("http://h/#/experiments/3", ("page", "give that of the server, http://h")),
+        ("http:/h", ("does not begin with http:// and a host", "give http://h")),
+        ("host:5000", ("http://host:5000 or https://host:5000 for a server", "sqlite:")),
     ],
 )
-def test_what_is_wrong_with_an_address_of_a_server_is_told(given: str, told: str) -> None:
+def test_what_is_wrong_with_an_address_of_a_server_is_told(
+    given: str, parts: tuple[str, ...]
+) -> None:
     with pytest.raises(UsageError) as caught:
         absolute_uri(given)
-    assert str(caught.value).startswith(f"{given!r} {told}")
+    message = str(caught.value)
+    assert message.startswith(repr(given))
+    for part in parts:
+        assert part in message
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,15 @@ def begin(run_dir: Path, kind: str = "train") -> None:
 
 def test_a_stopped_training_tells_how_far_it_is_and_how_it_goes_on(tmp_path: Path) -> None:
     begin(tmp_path)
-    told = f"and has no weights before the end: its own command with hydra.run.dir={tmp_path} goes on from there"
-    assert unfinished_training(tmp_path) == f"{tmp_path} was stopped at step 0, {told}"
+    command = f"command with hydra.run.dir={tmp_path}"
+    message = unfinished_training(tmp_path)
+    assert "was stopped at step 0," in message
+    assert command in message
     Journal(tmp_path).log({"train/epoch": 0.5}, 47)
     save_training(tmp_path, {}, 52)
-    assert unfinished_training(tmp_path) == f"{tmp_path} was stopped at step 52 of 4700, {told}"
+    message = unfinished_training(tmp_path)
+    assert "was stopped at step 52 of 4700," in message
+    assert command in message
     with held(tmp_path):
         assert "is being trained" in unfinished_training(tmp_path)
 
