@@ -1,1 +1,1 @@
-"""Files of weights and training states: our own, those of other projects, and the names that each gives its weights."""
+"""Reads and writes files of weights and training states, including those of other projects."""

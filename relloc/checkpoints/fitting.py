@@ -1,4 +1,4 @@
-"""Weights and the backbone that is to have them: whether they fit, and loading them."""
+"""Loads weights into a backbone after checking that names, shapes, types and values fit."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,35 +8,45 @@ from torch import Tensor, nn
 from relloc.errors import CheckpointError
 from relloc.terminal import escaped
 
-_LONGEST_SHOWN = 100
+_LONGEST_SHOWN = 100  # characters of a tensor's name in a message
 
 
 def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Load weights into a backbone, all or nothing; counters of batches may be missing, as in old files.
+    """Load weights into a backbone: either all of them or, after an error, none.
+
+    Batch norm's counters (num_batches_tracked) may be missing, as in files of torch before 0.4.1.
+
+    Args:
+        backbone: the module to change.
+        weights: tensors by the names of the module's state dict.
+        origin: where the weights are from, for messages.
 
     Raises:
-        CheckpointError: names or shapes do not fit, with what does not; or values that are not finite.
+        CheckpointError: names, shapes or types do not fit, or values are not finite.
     """
     wanted = backbone.state_dict()
     check_fits(wanted, weights, origin)
-    broken, negative = [], []
+    not_finite: list[str] = []
+    negative: list[str] = []
     for name, tensor in weights.items():
-        # As float64, since isfinite does not know every type that a file may have; and as loaded, where large ones
-        # may become infinite.
+        # As float64, since torch.isfinite does not know every type that a file may have.
         values = tensor.double()
-        if not (torch.isfinite(values) & torch.isfinite(values.to(wanted[name].dtype))).all():
-            broken.append(name)
+        # Values that are finite in the file may overflow in the type of the backbone.
+        as_loaded = values.to(wanted[name].dtype)
+        if not (torch.isfinite(values) & torch.isfinite(as_loaded)).all():
+            not_finite.append(name)
         if name.endswith("running_var") and (values < 0).any():
             negative.append(name)
-    if broken:
+    if not_finite:
         raise CheckpointError(
-            f"{origin} holds NaN or infinite weights, in {len(broken)} of {len(weights)} tensors, such as "
-            f"{broken[0]}: its training diverged or the file is damaged; take an earlier or another one"
+            f"{origin} holds NaN or infinite weights, in {len(not_finite)} of {len(weights)} tensors, "
+            f"such as {not_finite[0]}: its training diverged or the file is damaged; "
+            "take an earlier or another one"
         )
     if negative:
         raise CheckpointError(
-            f"{origin} has negative variances in {negative[0]}, of which batch norm makes NaN: the file is damaged; "
-            "take another one"
+            f"{origin} has negative variances in {negative[0]}, from which batch norm computes NaN: "
+            "the file is damaged; take another one"
         )
     backbone.load_state_dict(wanted | dict(weights))
 
@@ -47,27 +57,39 @@ def check_fits(
     origin: str,
     advice: str = "Give the model it was trained with",
 ) -> None:
-    """Compare names, shapes and kinds of numbers with those of a backbone, which may be on the meta device.
+    """Check that weights have the names, shapes and kinds of numbers of a state dict.
 
-    Counters of batches may be missing.
+    Batch norm's counters (num_batches_tracked) may be missing.
+
+    Args:
+        wanted: the state dict of a backbone, which may be on the meta device.
+        weights: tensors by name.
+        origin: where the weights are from, for the message.
+        advice: what the user can do, the message's last sentence.
 
     Raises:
-        CheckpointError: what does not fit.
+        CheckpointError: something does not fit; the message names it.
     """
-    both = [name for name in weights if name in wanted]
+    missing = [
+        name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")
+    ]
+    unknown = [name for name in weights if name not in wanted]
+    other_shape: list[str] = []
+    other_type: list[str] = []
+    for name, tensor in weights.items():
+        if name not in wanted:
+            continue
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{list(tensor.shape)} for {list(wanted[name].shape)}"
+            other_shape.append(f"{name} {shapes}")
+        if _kind(wanted[name]) != _kind(tensor):
+            other_type.append(name)
+    # One message names all problems, since the user will want to see the pattern in them.
     kinds = {
-        "missing": [
-            name
-            for name in wanted
-            if name not in weights and not name.endswith("num_batches_tracked")
-        ],
-        "unknown": [name for name in weights if name not in wanted],
-        "of another shape": [
-            f"{name} {list(weights[name].shape)} for {list(wanted[name].shape)}"
-            for name in both
-            if weights[name].shape != wanted[name].shape
-        ],
-        "of another type": [name for name in both if _kind(wanted[name]) != _kind(weights[name])],
+        "missing": missing,
+        "unknown": unknown,
+        "of another shape": other_shape,
+        "of another type": other_type,
     }
     misfits = [f"{len(names)} {kind} ({first_of(names)})" for kind, names in kinds.items() if names]
     if misfits:
@@ -77,7 +99,7 @@ def check_fits(
 
 
 def first_of(names: Sequence[str], count: int = 3) -> str:
-    """The first of some names, none of them long or such that it acts on a terminal."""
+    """Return the first `count` names as text that is short and can't control a terminal."""
     shown = [
         name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…"
         for name in names[:count]
@@ -86,8 +108,10 @@ def first_of(names: Sequence[str], count: int = 3) -> str:
 
 
 def _kind(tensor: Tensor) -> str:
+    """Return the kind of a tensor's numbers, within which types are converted on loading."""
     if tensor.is_complex():
         return "complex"
-    return (
-        "float" if tensor.is_floating_point() or tensor.dim() == 0 else "whole"
-    )  # a counter may be either
+    # A scalar is a counter of batch norm, which some projects save as a float.
+    if tensor.is_floating_point() or tensor.dim() == 0:
+        return "float"
+    return "integer"

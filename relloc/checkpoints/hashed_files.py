@@ -1,4 +1,7 @@
-"""Files with their SHA-256 noted beside them, as `sha256sum --check` reads it, and what is said of damaged ones."""
+"""Writes files with their SHA-256 in a second file beside them, and checks it before reading.
+
+The second file is called like the first one with .sha256 appended, and `sha256sum --check` reads it.
+"""
 
 import contextlib
 import hashlib
@@ -18,7 +21,8 @@ from safetensors import SafetensorError
 from relloc import files
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
-# What readers raise for damaged files. A content that needs more memory than there is, is none of ours, too.
+# What the readers of torch, pickle, zip and safetensors raise for damaged files. MemoryError is among
+# them, because a damaged file may declare more content than fits into memory.
 BROKEN = (
     *(
         OSError,
@@ -36,10 +40,10 @@ BROKEN = (
 
 
 class HashedFile:
-    """A file that is being written, for torch.save as well, hashed as it is written.
+    """A file open for writing, as torch.save takes it, that hashes what is written.
 
-    The first error is kept, and nothing is written after it: torch would make a RuntimeError without
-    a reason of it, after trying to write the end of the file all the same.
+    The first error is kept in `error`, and nothing is written after it. Otherwise torch would go on
+    to write the end of the file, and would replace the error by a RuntimeError without its reason.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -48,6 +52,7 @@ class HashedFile:
         self._file = file
 
     def write(self, content: bytes | memoryview) -> int:
+        """Write and hash bytes, unless an error occurred before; return how many were given."""
         if not self.error:
             try:
                 self._file.write(content)
@@ -57,16 +62,17 @@ class HashedFile:
         return len(content)
 
     def flush(self) -> None:
+        """Hand what was written to the operating system."""
         if not self.error:
             self._file.flush()
 
 
 @contextlib.contextmanager
 def writing_hashed(path: Path) -> Iterator[HashedFile]:
-    """A file that takes its place, and its hash the one beside it, when the block ends; else nothing changes.
+    """Write a file and its hash atomically: both are replaced when the block ends without an error.
 
     Raises:
-        CheckpointError: no space or no permission.
+        CheckpointError: there is no space or no permission; what was at `path` stays.
     """
     hash_is_new = False
     try:
@@ -75,61 +81,67 @@ def writing_hashed(path: Path) -> Iterator[HashedFile]:
             yield hashed
             if hashed.error:
                 raise hashed.error
-            # The file is whole on the disk before its hash is there, and takes its place directly after.
+            # The order matters for a crash in between: the new content is on the disk before its
+            # hash is written, and the file gets its name directly after that, when the block ends.
             file.flush()
             os.fsync(file.fileno())
             _write_hash(path, hashed.sha256.hexdigest())
             hash_is_new = True
     except OSError as error:
-        if hash_is_new:  # it is not that of the file which stays
+        # If the renaming failed, the old file stays, and the new hash would call it damaged.
+        if hash_is_new:
             hash_file(path).unlink(missing_ok=True)
         raise not_written(path, error) from error
 
 
 def hash_file(path: Path) -> Path:
-    """Where the SHA-256 of a file is noted."""
+    """Return the file that holds the SHA-256 of `path`."""
     return path.with_name(path.name + ".sha256")
 
 
 def check_hash(path: Path) -> bool:
-    """Whether there is a noted hash; files of older versions of relloc, of others, and copies, may have none.
+    """Compare a file with the SHA-256 beside it, if there is one.
+
+    Files of older versions of relloc, of other projects, and copies may have none.
+
+    Returns:
+        Whether there was a hash to compare with.
 
     Raises:
-        DamagedCheckpoint: the file is another than the one of which the hash was noted.
-        CheckpointError: it, or the note, can't be read at present.
+        DamagedCheckpoint: the file has another hash.
+        CheckpointError: the file or its hash can't be read at present.
     """
     note = hash_file(path)
     for file in (path, note):
         _refuse_pipe(file)
     try:
-        # Others write the note in other words.
-        noted = re.findall(
-            r"\b[0-9a-f]{64}\b", note.read_text(encoding="ascii", errors="replace").lower()
-        )
+        text = note.read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return False
     except OSError as error:
         raise not_read(note, error) from error
+    # Other programs write the hash in other forms, so any 64 hex digits are taken for one.
+    noted = re.findall(r"\b[0-9a-f]{64}\b", text.lower())
     if noted and _digest(path) not in noted:
         raise DamagedCheckpoint(
-            f"{damaged(path)}: its SHA-256 is not the one noted in {note.name} (if you replaced it yourself, delete "
-            "that note)"
+            f"{damaged(path)}: its SHA-256 is not the one noted in {note.name} "
+            "(if you replaced the file yourself, delete that note)"
         )
     return bool(noted)
 
 
 def damaged(path: Path) -> str:
-    """How a message about a file that is not as it was saved begins."""
+    """Return the beginning of a message about a file that is not as it was saved."""
     return f"{path} is damaged or no checkpoint of relloc"
 
 
 def not_read(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that the system does not give at present."""
+    """Return the error for a file that can't be read at present, such as on a network that is down."""
     return CheckpointError(f"{path} can't be read ({error.strerror}); nothing was changed")
 
 
 def not_written(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that finds no room."""
+    """Return the error for a file that can't be written, such as on a full disk."""
     return CheckpointError(
         f"{path} could not be written ({error.strerror}). What was saved before is untouched; "
         "free some space and start the same command with the same hydra.run.dir to go on"
@@ -141,9 +153,9 @@ def _write_hash(path: Path, digest: str) -> None:
 
 
 def _refuse_pipe(path: Path) -> None:
-    """Raises `CheckpointError` where a path is there and no file: to open a pipe would wait for ever."""
+    """Raise `CheckpointError` if a path is there and is not a file: opening a pipe would block."""
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is no file: move it away")
+        raise CheckpointError(f"{path} is no file: move it away, or give another path")
 
 
 def _digest(path: Path) -> str:

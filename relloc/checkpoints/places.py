@@ -1,4 +1,4 @@
-"""Where a run folder has its weights, for those who only look whether they are there: nothing here imports torch."""
+"""Paths of checkpoints and weights within a run folder. This module does not import torch."""
 
 from pathlib import Path
 
@@ -7,9 +7,11 @@ TRAINING_FOLDER = "checkpoints"
 
 
 def training_folder(run_dir: Path) -> Path:
+    """Return the folder of the checkpoints of a training."""
     return run_dir / TRAINING_FOLDER
 
 
 def saved_trainings(run_dir: Path) -> list[Path]:
-    """The checkpoints in a run folder, oldest first; milestones are not among them."""
+    """Return the checkpoints in a run folder, oldest first, without the named milestones."""
+    # The step in the name has nine digits, so that names sort like numbers.
     return sorted(training_folder(run_dir).glob("step_*.pt"))
