@@ -1,4 +1,4 @@
-"""A ResNet's weights in the files that other projects load, and what these need to be told."""
+"""Writes a ResNet's weights as other projects load them, with the settings that these need."""
 
 import io
 import pickle
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from relloc.checkpoints import layouts
 
+# The layouts that can be written, and the suffixes of their files.
 SUFFIXES = {
     "torchvision": (".pth", ".safetensors"),
     "detectron2": (".pkl",),
@@ -22,7 +23,8 @@ _TORCHVISION = """\
 model = torchvision.models.{model}({arguments})
 {fc}model.load_state_dict({load})
 Images: RGB in 0..1, mean {mean}, standard deviation {std}"""
-# As detectron2's tools/convert-torchvision-to-d2.py advises; STRIDE_IN_1X1 as protocols.md 5.1.
+# Normalization and order of colors as detectron2's tools/convert-torchvision-to-d2.py advises;
+# STRIDE_IN_1X1 as in protocols.md 5.1.
 _DETECTRON2 = """\
 MODEL:
   WEIGHTS: "{file}"
@@ -44,25 +46,28 @@ C4 detectors, whose head is stage 4: roi_head=dict(shared_head=dict(init_cfg=<th
 def file_content(
     layout: str, suffix: str, weights: Mapping[str, Tensor], classes: int | None
 ) -> bytes:
-    """The file of a `layout` of `SUFFIXES`, with a classifier of zeros for `classes` if asked.
+    """Return the bytes of a file of weights for another project.
 
     Args:
-        suffix: one of those of the layout.
-        weights: by torchvision's names, all of them.
+        layout: one of `SUFFIXES`.
+        suffix: one of the suffixes of the layout, which decides the format.
+        weights: all tensors of a ResNet by torchvision's names.
+        classes: torchvision only: add a classifier of zeros for so many classes, if not None.
     """
     if layout == "detectron2":
-        arrays = {name: tensor.numpy() for name, tensor in layouts.to_detectron2(weights).items()}
-        return pickle.dumps(
-            {"model": arrays, "__author__": "relloc", "matching_heuristics": True}, protocol=4
-        )
+        renamed = layouts.to_detectron2(weights)
+        arrays = {name: tensor.numpy() for name, tensor in renamed.items()}
+        # detectron2's loader matches names by their ends if it is told to use heuristics.
+        model_zoo_file = {"model": arrays, "__author__": "relloc", "matching_heuristics": True}
+        return pickle.dumps(model_zoo_file, protocol=4)
     content: dict[str, Any] = dict(weights)
     if layout == "mmdetection":
         content = {"state_dict": content, "author": "relloc"}
     elif classes is not None:
-        inputs = [tensor for name, tensor in weights.items() if name.endswith(".running_mean")][
-            -1
-        ].numel()
-        content |= {"fc.weight": torch.zeros(classes, inputs), "fc.bias": torch.zeros(classes)}
+        # The classifier's inputs are the channels of the last batch norm.
+        means = [tensor for name, tensor in weights.items() if name.endswith(".running_mean")]
+        n_inputs = means[-1].numel()
+        content |= {"fc.weight": torch.zeros(classes, n_inputs), "fc.bias": torch.zeros(classes)}
     if suffix == ".safetensors":
         return safetensors.torch.save(content, metadata={"format": "pt"})
     buffer = io.BytesIO()
@@ -79,7 +84,17 @@ def advice(
     std: Sequence[float],
     classes: int | None,
 ) -> str:
-    """What to tell the other project; `mean` and `std` are of images in 0..1."""
+    """Return the settings that make the other project load a file and normalize images as relloc did.
+
+    Args:
+        layout: one of `SUFFIXES`.
+        file: the file that was written.
+        model: one of `DEPTHS`.
+        mean: of each color channel, for images with values in 0..1.
+        std: as `mean`.
+        classes: of the classifier that was added, if one was.
+    """
+    # The two detection projects feed images with values in 0..255.
     scale = 1 if layout == "torchvision" else 255
     numbers = {
         "file": file,
@@ -89,18 +104,15 @@ def advice(
         "model": model,
     }
     if layout == "detectron2":
-        return _DETECTRON2.format(
-            **numbers, width="" if model == "resnet50" else "    RES2_OUT_CHANNELS: 64\n"
-        )
+        # Its default width of stage 1 is that of bottleneck blocks.
+        width = "" if model == "resnet50" else "    RES2_OUT_CHANNELS: 64\n"
+        return _DETECTRON2.format(**numbers, width=width)
     if layout == "mmdetection":
         return _MMDETECTION.format(**numbers)
-    by_torch, by_safetensors = (
-        f"torch.load('{file}', weights_only=True)",
-        f"safetensors.torch.load_file('{file}')",
-    )
-    return _TORCHVISION.format(
-        **numbers,
-        arguments=f"num_classes={classes}" if classes else "",
-        fc="" if classes else "model.fc = torch.nn.Identity()\n",
-        load=by_safetensors if file.suffix == ".safetensors" else by_torch,
-    )
+    # Without a classifier in the file, torchvision's own is removed before loading.
+    arguments = f"num_classes={classes}" if classes else ""
+    fc = "" if classes else "model.fc = torch.nn.Identity()\n"
+    load = f"torch.load('{file}', weights_only=True)"
+    if file.suffix == ".safetensors":
+        load = f"safetensors.torch.load_file('{file}')"
+    return _TORCHVISION.format(**numbers, arguments=arguments, fc=fc, load=load)

@@ -1,6 +1,6 @@
-"""Other projects' names for a ResNet's weights: finding them in a file, to our names and back.
+"""Finds a ResNet in the files of other projects, and translates the names of its weights to ours.
 
-Ours are torchvision's, which mmselfsup, OpenSelfSup, timm and VISSL share below some prefix
+Our names are torchvision's. mmselfsup, OpenSelfSup, timm and VISSL have the same below some prefix
 (protocols.md 5.1). detectron2 has names of its own.
 """
 
@@ -21,10 +21,11 @@ KNOWN = (
     "mmselfsup 0.x and 1.x, OpenSelfSup, torchvision, timm, VISSL, PyTorch Lightning and detectron2 ResNets, "
     "the numbered children of torchvision's in an nn.Sequential, and state dicts of such names with any prefix"
 )
+# Blocks of the four stages and their kind, and the name of our model with them.
 _MODELS = {"2-2-2-2 basic": "resnet18", "3-4-6-3 bottleneck": "resnet50"}
-# How a file names stage 1, and with it everything else
+# How a file names the first convolution of stage 1. From it follow the prefix and the layout.
 _STAGE_1 = re.compile(r"(?P<prefix>(?:.*\.)?)(?P<stage>layer1|res2|4)\.0\.conv1\.weight")
-# A part of a dotted name that tells that no backbone is below it, and what is.
+# Regular expressions for a part of a dotted name below which no backbone is, by what is there.
 _LEFT_OUT = {
     "classifier": r"fc|fc_cls|classifier|last_linear",
     "neck": r"neck|necks",
@@ -35,11 +36,12 @@ _LEFT_OUT = {
     "state of the training": r"optimizer\w*|\w*scheduler\w*|\w*scaler|amp|loss|criterion|meta|message_hub|callbacks",
     "input normalization": r"data_preprocessor|pixel_mean|pixel_std",
 }
-# Parts of detectron2's names and of ours, applied in this order; ^ stands before the first part.
+# Parts of detectron2's names and what they are in ours, replaced in this order. A ^ marks the
+# beginning of a name. As in detectron2's tools/convert-torchvision-to-d2.py.
 _DETECTRON2 = {
     "^stem.conv1.norm.": "^bn1.",
     "^stem.conv1.": "^conv1.",
-    "^stem.fc.": "^fc.",  # their converter writes it, too
+    "^stem.fc.": "^fc.",  # also written by their converter
     "^res2.": "^layer1.",
     "^res3.": "^layer2.",
     "^res4.": "^layer3.",
@@ -50,7 +52,8 @@ _DETECTRON2 = {
     ".shortcut.norm.": ".downsample.1.",
     ".shortcut.": ".downsample.0.",
 }
-# nn.Sequential(*resnet.children()): conv1, bn1, relu, maxpool, four stages, avgpool, fc
+# nn.Sequential(*resnet.children()) numbers the children: conv1, bn1, relu, maxpool, the four stages,
+# avgpool, fc.
 _CHILDREN = {
     "^0.": "^conv1.",
     "^1.": "^bn1.",
@@ -61,20 +64,26 @@ _CHILDREN = {
     "^9.": "^fc.",
     "^10.": "^fc.",  # with an nn.Flatten before it
 }
+# By the stage's name that _STAGE_1 found: what to replace in the names.
 _NAMES: Mapping[str, Mapping[str, str]] = {"layer1": {}, "res2": _DETECTRON2, "4": _CHILDREN}
-# What torch.compile, FSDP and activation checkpointing put into names, also between a stage and its blocks
+# What torch.compile, FSDP and activation checkpointing insert into names, also between a stage and
+# its blocks.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# How tensors are counted that are outside of the backbone and of no known kind.
 _OTHERS = "others outside the backbone"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """A ResNet in a file of another project.
+    """A ResNet that was found in a file of another project.
 
-    `weights` have torchvision's names; `left_out` counts tensors by what they are. Of those outside
-    the backbone of which nobody knows what they are `others` has the names. `objects` are the
-    classes of what was not read, since that would have run code. `model` is the name of ours with
-    these blocks, None where there is none.
+    Attributes:
+        origin: the file, for messages.
+        layout: the project or the naming that the file has, in words.
+        weights: the backbone's tensors by torchvision's names.
+        left_out: how many tensors are not of the backbone, by what they are.
+        others: names of tensors outside of the backbone that are of no known kind.
+        objects: classes of objects that were not read, since that would run code.
     """
 
     origin: str
@@ -86,129 +95,186 @@ class Found:
 
     @property
     def blocks(self) -> str:
-        """How many blocks each stage has, and of what kind: 3-4-6-3 bottleneck."""
+        """The number of blocks of each stage, and their kind, such as "3-4-6-3 bottleneck"."""
         kind = "bottleneck" if "layer1.0.conv3.weight" in self.weights else "basic"
-        places = set(re.findall(r"^layer(\d)\.(\d+)\.", "\n".join(self.weights), re.MULTILINE))
-        counts = Counter(stage for stage, _ in places)
+        # Each block has several tensors, hence the set.
+        all_names = "\n".join(self.weights)
+        stages_and_blocks = set(re.findall(r"^layer(\d)\.(\d+)\.", all_names, re.MULTILINE))
+        counts = Counter(stage for stage, _ in stages_and_blocks)
         return f"{counts['1']}-{counts['2']}-{counts['3']}-{counts['4']} {kind}"
 
     @property
     def model(self) -> str | None:
+        """The name of our model with these blocks, or None if we have none."""
         return _MODELS.get(self.blocks)
 
     def model_or_advice(self) -> str:
-        """The model's name. Raises `CheckpointError` where the blocks are those of none of ours."""
+        """Return the name of our model with these blocks.
+
+        Raises:
+            CheckpointError: we have no such model; the message says what to do.
+        """
         if self.model is None:
             raise CheckpointError(
                 f"{self.origin} holds a ResNet of {self.blocks} blocks, which is none of "
-                f"{', '.join(_MODELS.values())}: give another file, or model=NAME to see what does not fit"
+                f"{', '.join(_MODELS.values())}: "
+                "give another file, or model=NAME to see what does not fit"
             )
         return self.model
 
     def fitted(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights, if they are those of a state dict `wanted`; counters of batches may be missing.
+        """Return the weights after checking that they are those of a backbone.
+
+        Args:
+            wanted: the backbone's state dict, which may be on the meta device. Batch norm's counters
+                may be missing in the weights.
 
         Raises:
-            CheckpointError: tensors that are missing, unknown or of another shape, with their names.
-                Unknown are only those below the backbone's own prefix.
+            CheckpointError: tensors are missing, unknown or of another shape; the message names them.
+                Only tensors below the backbone's own prefix count as unknown.
         """
         advice = (
-            f"Known layouts are {KNOWN}. Give the model it was trained with; what lies outside a checkpoint_prefix is "
-            "left out"
+            f"Known layouts are {KNOWN}. Give the model it was trained with; "
+            "what lies outside a checkpoint_prefix is left out"
         )
         check_fits(wanted, self.weights, f"{self.origin} ({self.layout})", advice)
         return dict(self.weights)
 
     def __str__(self) -> str:
-        told = [f"{count} of {what}" for what, count in self.left_out.items() if what != _OTHERS]
+        parts = [f"{count} of {kind}" for kind, count in self.left_out.items() if kind != _OTHERS]
         if self.others:
-            told.append(f"{len(self.others)} of {_OTHERS} ({first_of(self.others)})")
+            parts.append(f"{len(self.others)} of {_OTHERS} ({first_of(self.others)})")
         if self.objects:
-            told.append(f"objects, which are never made ({first_of(self.objects)})")
-        return f"{self.layout}, {len(self.weights)} tensors; left out: {', '.join(told) or 'none'}"
+            parts.append(f"objects, which are never made ({first_of(self.objects)})")
+        left_out = ", ".join(parts) or "none"
+        return f"{self.layout}, {len(self.weights)} tensors; left out: {left_out}"
 
 
 def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) -> Found:
-    """The one ResNet in `content`, the nested content of a file named `origin` in messages.
+    """Find the one ResNet in the content of a file.
 
-    All that lies outside its prefix is left out and told; below it every tensor has to be one of the
-    network's, or of a kind that is known to be left out. `prefix` chooses among several backbones:
-    all of the dotted name before the weights', or whole parts of it.
+    Tensors outside of its prefix are left out and counted. Below the prefix every tensor has to be one
+    of the network's, or of a kind that is known to be left out, such as a classifier.
+
+    Example: `find(weight_files.read(file), origin=str(file)).weights["conv1.weight"]`
+
+    Args:
+        content: the nested content of the file, as `weight_files.read` returns it.
+        origin: the name of the file, for messages.
+        prefix: chooses among several backbones. It is everything that stands before a weight's name,
+            or one or more whole parts of that.
 
     Raises:
-        CheckpointError: no ResNet, several, or none with this prefix.
+        CheckpointError: there is no ResNet, or several, or none with this prefix.
     """
     values = list(leaves(content))
-    tensors = _unwrapped({name: value for name, value in values if isinstance(value, Tensor)})
+    tensors = {name: value for name, value in values if isinstance(value, Tensor)}
+    tensors = _without_wrappers(tensors)
     if not tensors:
         raise CheckpointError(
             f"{origin} holds no tensors (at its top: {first_of(list(content)) or 'nothing'})"
         )
-    objects = list(dict.fromkeys(value.name for _, value in values if isinstance(value, LeftOut)))
-    stages = {
-        match["prefix"]: match["stage"] for match in map(_STAGE_1.fullmatch, tensors) if match
-    }
-    place = _choose(list(stages), prefix, origin, list(tensors), objects)
-    parts = _NAMES[stages[place]].items()
-    inside = {
-        _renamed(name.removeprefix(place), parts): name
-        for name in tensors
-        if name.startswith(place)
-    }
-    kinds = {name: _kind(name.partition(".")[0]) for name in inside}
-    outside = {name: _kind(name) or _OTHERS for name in tensors if not name.startswith(place)}
+    object_names = [value.name for _, value in values if isinstance(value, LeftOut)]
+    objects = list(dict.fromkeys(object_names))  # each once, in order
+
+    # Every backbone in the file has a first stage; what stands before its name is its prefix.
+    stages: dict[str, str] = {}
+    for name in tensors:
+        match = _STAGE_1.fullmatch(name)
+        if match:
+            stages[match["prefix"]] = match["stage"]
+    own_prefix = _choose(list(stages), prefix, origin, list(tensors), objects)
+    stage = stages[own_prefix]
+
+    # Below the prefix: our names of the tensors, and their names in the file.
+    replacements = _NAMES[stage].items()
+    names_in_file: dict[str, str] = {}
+    for name in tensors:
+        if name.startswith(own_prefix):
+            our_name = _renamed(name.removeprefix(own_prefix), replacements)
+            names_in_file[our_name] = name
+
+    # A kind is what the tensor is if it is left out, such as a classifier; None is the backbone.
+    inside = {name: _kind(name.partition(".")[0]) for name in names_in_file}
+    outside = {name: _kind(name) or _OTHERS for name in tensors if not name.startswith(own_prefix)}
+    left_out = [kind for kind in (*inside.values(), *outside.values()) if kind]
     return Found(
         origin=origin,
-        layout=_layout(content, place, stages[place]),
-        weights={ours: tensors[name] for ours, name in inside.items() if not kinds[ours]},
-        left_out=Counter(kind for kind in (*kinds.values(), *outside.values()) if kind),
+        layout=_layout(content, own_prefix, stage),
+        weights={
+            our_name: tensors[name]
+            for our_name, name in names_in_file.items()
+            if not inside[our_name]
+        },
+        left_out=Counter(left_out),
         others=[name for name, kind in outside.items() if kind == _OTHERS],
         objects=objects,
     )
 
 
 def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ResNet's weights by detectron2's names, as its converter from torchvision gives them."""
-    parts = [(ours, theirs) for theirs, ours in _DETECTRON2.items()]
-    return {_renamed(name, parts): tensor for name, tensor in weights.items()}
+    """Return a ResNet's weights by detectron2's names, as its converter from torchvision does."""
+    replacements = [(ours, theirs) for theirs, ours in _DETECTRON2.items()]
+    return {_renamed(name, replacements): tensor for name, tensor in weights.items()}
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names that they have without torch's wrappers, unless two would have the same."""
-    found = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    return found if len(found) == len(tensors) else tensors
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove what torch's wrappers insert into names, unless two names would become the same."""
+    renamed = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    return renamed if len(renamed) == len(tensors) else tensors
 
 
 def _choose(
-    places: list[str], prefix: str | None, origin: str, names: Sequence[str], objects: Sequence[str]
+    prefixes: list[str],
+    wanted: str | None,
+    origin: str,
+    names: Sequence[str],
+    objects: Sequence[str],
 ) -> str:
-    if not places:
-        unread = f"Objects of {first_of(objects)} are not read, as that would run code: save a state_dict(). "
+    """Return the one of the backbones' `prefixes` that the user wants.
+
+    Raises:
+        CheckpointError: there is none, or more than one is possible.
+    """
+    if not prefixes:
+        about_objects = ""
+        if objects:
+            about_objects = (
+                f"Objects of {first_of(objects)} are not read, as that would run code: "
+                "save a state_dict(). "
+            )
         raise CheckpointError(
-            f"{origin} holds no ResNet by a known layout: its {len(names)} tensors are {first_of(names)}. "
-            f"{unread if objects else ''}Known layouts are {KNOWN}"
+            f"{origin} holds no ResNet by a known layout: "
+            f"its {len(names)} tensors are {first_of(names)}. "
+            f"{about_objects}Known layouts are {KNOWN}"
         )
-    named = (
-        places if prefix is None else _matching(places, _WRAPPERS.sub("", f"{prefix}.").strip("."))
-    )
-    if len(named) == 1:
-        return named[0]
-    there = ", ".join(place.rstrip(".") or "(no prefix)" for place in places)
-    example = (named or places)[0].rstrip(".") or "''"
-    what = f"{len(places)} backbones" if named else f"no backbone below {prefix}; there are"
+    matching = prefixes
+    if wanted is not None:
+        # The user may write the prefix as the file does, with wrappers, or with a dot at its end.
+        matching = _matching(prefixes, _WRAPPERS.sub("", f"{wanted}.").strip("."))
+    if len(matching) == 1:
+        return matching[0]
+    shown = ", ".join(prefix.rstrip(".") or "(no prefix)" for prefix in prefixes)
+    example = (matching or prefixes)[0].rstrip(".") or "''"
+    problem = f"{len(prefixes)} backbones"
+    if not matching:
+        problem = f"no backbone below {wanted}; there are"
     raise CheckpointError(
-        f"{origin} holds {what}: {there}. Name one, such as checkpoint_prefix={example} "
+        f"{origin} holds {problem}: {shown}. Name one, such as checkpoint_prefix={example} "
         "(relloc.export: --checkpoint-prefix)"
     )
 
 
-def _matching(places: list[str], prefix: str) -> list[str]:
-    exact = [place for place in places if place.rstrip(".") == prefix]
-    return exact or [place for place in places if prefix and f".{prefix}." in f".{place}"]
+def _matching(prefixes: list[str], wanted: str) -> list[str]:
+    """Return the prefixes that are `wanted`, or if none is, those that have it among their parts."""
+    exact = [prefix for prefix in prefixes if prefix.rstrip(".") == wanted]
+    if exact or not wanted:
+        return exact
+    return [prefix for prefix in prefixes if f".{wanted}." in f".{prefix}"]
 
 
 def _kind(name: str) -> str | None:
-    """What the first telling part of a dotted name says that the tensor is, if that is left out."""
+    """Return what a tensor is by its dotted name if it is to be left out, or else None."""
     for part in name.split("."):
         for kind, parts in _LEFT_OUT.items():
             if re.fullmatch(parts, part):
@@ -216,28 +282,31 @@ def _kind(name: str) -> str | None:
     return None
 
 
-def _renamed(name: str, parts: Iterable[tuple[str, str]]) -> str:
+def _renamed(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+    """Return a name after replacing parts of it, where ^ stands for its beginning."""
     name = f"^{name}"
-    for old, new in parts:
+    for old, new in replacements:
         name = name.replace(old, new)
     return name.removeprefix("^")
 
 
-def _layout(content: Mapping[str, Any], place: str, stage: str) -> str:
-    below = f" below {place.rstrip('.')}" if place else ""
+def _layout(content: Mapping[str, Any], prefix: str, stage: str) -> str:
+    """Return in words which project wrote a file, as far as names and other entries tell."""
+    below = f" below {prefix.rstrip('.')}" if prefix else ""
     names = "children by their numbers" if stage == "4" else "names"
     if stage == "res2":
         return "detectron2's names"
     if "pytorch-lightning_version" in content or "hyper_parameters" in content:
         return f"PyTorch Lightning, {names}{below}"
-    if place.endswith("_feature_blocks."):
+    if prefix.endswith("_feature_blocks."):
         return "VISSL"
-    if place == "state_dict.backbone.":
-        return (
-            "mmselfsup 1.x"
-            if "message_hub" in content
-            else "mmselfsup 0.x or OpenSelfSup, as trained"
-        )
-    if place == "state_dict." and set(content) <= {"state_dict", "author", "meta"}:
+    if prefix == "state_dict.backbone.":
+        # mmselfsup 1.x saves with mmengine, whose checkpoints have a message_hub.
+        if "message_hub" in content:
+            return "mmselfsup 1.x"
+        return "mmselfsup 0.x or OpenSelfSup, as trained"
+    if prefix == "state_dict." and set(content) <= {"state_dict", "author", "meta"}:
         return "mmselfsup 0.x or OpenSelfSup, as published"
-    return f"torchvision's {names}{below}" if place or stage == "4" else "torchvision or timm"
+    if prefix or stage == "4":
+        return f"torchvision's {names}{below}"
+    return "torchvision or timm"
