@@ -1,1 +1,1 @@
-"""Reading pickles of other projects, and torch.save's files, without running anything that is in them."""
+"""Reads pickles, and files of torch.save, from other projects without running anything in them."""

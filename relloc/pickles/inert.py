@@ -1,10 +1,12 @@
-"""Reading a pickle without running anything that it names.
+"""Reads a pickle without running anything that it names.
 
-Python's own unpickler imports and calls what a pickle asks for. This one never imports: every name is a `Named`, and
-calling one gives a `LeftOut`, which accepts state and items and drops them, unless the caller passed a maker for the
-name. Lengths are checked against the file before anything is allocated, keys are plain values (Python hashes deeply
-nested tuples without a check of its stack), and the number of operations has a limit, so that a crafted pickle ends in
-an exception.
+A pickle is a program for a small stack machine, and Python's own unpickler imports and calls whatever
+the program asks for. This reader never imports. Each name of a class or function becomes a `Named`, and
+calling one gives a `LeftOut`, unless the caller passed a maker (a safe function) for that name.
+
+A crafted pickle must end in an exception and exhaust neither memory nor time. So lengths are checked
+against the size of the file before anything is allocated; keys of dicts are plain values, since Python
+hashes deeply nested tuples without checking its stack; and the number of operations is limited.
 """
 
 import abc
@@ -15,10 +17,12 @@ from collections.abc import Callable, Mapping
 from pickle import UnpicklingError
 from typing import Any
 
-# An operation is a byte or more and makes an object of up to 64; a state dict takes about 30 for each tensor.
+# An operation takes a byte or more and makes an object of up to 64 bytes. A state dict needs about 30
+# operations for each tensor.
 MOST_OPERATIONS = 2_000_000
-_LONGEST_NAME = 120
-# A pickle may name one content many times, and each time a maker may copy it: in all so often the file's size.
+_LONGEST_NAME = 120  # characters of a class's name that are kept
+# A pickle may hand one content to makers many times, and each may copy it. All contents together may
+# be so many times the size of the file, or this number of bytes for small files.
 _MOST_TIMES, _LEAST_HANDED = 4, 1 << 16
 
 Makers = Mapping[str, Callable[..., Any]]
@@ -26,12 +30,12 @@ Persistent = Callable[[Any], Any]
 
 
 class TooLarge(ValueError):
-    """More than any file of weights holds."""
+    """A file declares more than any file of weights holds, which may exhaust memory or time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """A class or function that a pickle names; it is neither imported nor called."""
+    """The name of a class or function in a pickle; it is neither imported nor called."""
 
     name: str
 
@@ -41,7 +45,7 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Stands where an object of the class or function `name` would be; it keeps nothing of it."""
+    """Replaces an object that the class or function `name` would have made; it holds nothing else."""
 
     name: str
 
@@ -50,19 +54,31 @@ class LeftOut:
 
 
 class Pending(abc.ABC):
-    """What a maker returns for a tensor or array: its parts, checked and put together when the pickle was read."""
+    """A tensor or array whose parts were read, to be checked and put together by `made`.
+
+    That happens after the whole pickle was read, when the contents of tensors are known as well.
+    """
 
     @abc.abstractmethod
     def made(self) -> Any:
-        """The value. Raises `ValueError`, `TypeError` or `RuntimeError` where the parts do not fit together."""
+        """Return the finished value.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: the parts do not fit together.
+        """
 
     def set_state(self, state: Any) -> None:
-        """Take the state that the pickle gives after the object was made."""
-        raise UnpicklingError("it sets the state of what has none")
+        """Take the state that the pickle sets after the object was made."""
+        raise UnpicklingError("it sets the state of an object that has none")
 
 
 class Source:
-    """An open file for `read_pickle`, which asks for no more bytes than are left in it."""
+    """An open file of known size for `read_pickle`, which never allocates more than is left in it.
+
+    Args:
+        file: the file, open for reading.
+        size: how many bytes it has in all.
+    """
 
     def __init__(self, file: io.BufferedIOBase, size: int) -> None:
         self.readline = file.readline
@@ -70,33 +86,41 @@ class Source:
         self.size = size
 
     def read(self, count: int) -> bytes:
-        """The next `count` bytes. Raises `EOFError` where the file has fewer."""
-        # Only large counts are compared: the file's own position costs more than reading one byte.
-        is_large = count > 1024 and count > self.size - self._file.tell()
-        content = b"" if is_large else self._file.read(count)
+        """Return the next `count` bytes.
+
+        Raises:
+            EOFError: the file has fewer.
+        """
+        # Small counts are not compared, since asking for the position costs more than reading a byte.
+        is_too_large = count > 1024 and count > self.size - self._file.tell()
+        content = b"" if is_too_large else self._file.read(count)
         if len(content) < count:
             raise EOFError("it ends early")
         return content
 
 
 def read_pickle(source: Source, makers: Makers, persistent: Persistent) -> Any:
-    """The value of the pickle at the position of `source`, which is left behind the pickle's end.
+    """Read one pickle from the current position of `source`, and stop right after its end.
 
     Args:
         source: the file, or a part of one.
-        makers: what is called for a name; every other name gives a `LeftOut`.
-        persistent: gives the object for a persistent id.
+        makers: the functions that may be called, by the name that the pickle has for them; calling any
+            other name gives a `LeftOut`.
+        persistent: returns the object for a persistent id, by which a pickle refers to things outside
+            of it, such as torch's storages.
 
     Raises:
-        UnpicklingError, ValueError, IndexError, TypeError, EOFError: not a sound pickle.
-        TooLarge: more than `MOST_OPERATIONS`, or makers are handed the same contents again and again.
+        UnpicklingError, ValueError, IndexError, TypeError, EOFError: it is damaged or no pickle.
+        TooLarge: it has more than `MOST_OPERATIONS`, or hands the same contents to makers repeatedly.
     """
     machine = _Machine(makers, persistent, most_handed=_MOST_TIMES * source.size + _LEAST_HANDED)
-    stream: Any = source  # genops asks for read and readline alone
+    # genops only decodes the operations and their arguments; it needs read and readline of a file.
+    stream: Any = source
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > MOST_OPERATIONS:
             raise TooLarge(
-                f"it holds more than {MOST_OPERATIONS:,} values, far more than a network's weights have"
+                f"it holds more than {MOST_OPERATIONS:,} values, "
+                "far more than the weights of a network have"
             )
         if opcode.name == "STOP":
             return machine.stack.pop()
@@ -104,9 +128,11 @@ def read_pickle(source: Source, makers: Makers, persistent: Persistent) -> Any:
     raise EOFError("it ends early")
 
 
+# Groups of operations, by pickletools' names for them.
 _WITHOUT_EFFECT = frozenset(("PROTO", "FRAME", "READONLY_BUFFER"))
 _FIXED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_OF_ARGUMENT = frozenset(
+# Operations that put their own argument onto the stack.
+_PUSH_ARGUMENT = frozenset(
     (
         *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"),
         *(
@@ -121,7 +147,7 @@ _OF_ARGUMENT = frozenset(
         *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     )
 )
-# How objects of a class are made, which is the first argument
+# Functions that make an object of the class that is their first argument.
 _INSTANCE_OF_FIRST = (
     *(
         "copyreg._reconstructor",
@@ -133,20 +159,25 @@ _INSTANCE_OF_FIRST = (
 
 
 class _Machine:
-    """The stack, the marks in it and the memo of a pickle that is being read."""
+    """The stack machine that runs a pickle's operations: its stack, its marks and its memo.
+
+    A mark is a position in the stack; some operations take everything above the latest mark. The memo
+    holds values that the pickle refers to again. See the Python module pickletools.
+    """
 
     def __init__(self, makers: Makers, persistent: Persistent, *, most_handed: int) -> None:
         self.left_to_hand = most_handed
         self.makers = makers
         self.persistent = persistent
         self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each mark, innermost last
+        # The part of the stack below each mark, the latest mark last; `stack` is what is above it.
+        self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
     def run(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Do one operation."""
+        """Run one operation."""
         name = opcode.name
-        if name in _OF_ARGUMENT:
+        if name in _PUSH_ARGUMENT:
             self.stack.append(argument)
         elif name in _FIXED:
             self.stack.append(_FIXED[name])
@@ -164,14 +195,17 @@ class _Machine:
             self.stack.append(self.contained(name, argument, operands))
 
     def pop(self, name: str) -> None:
-        """Drop a value, or a mark with all above it; `POP` means the mark where nothing is above it."""
+        """Drop a value, or the latest mark with all above it. `POP` drops a mark if nothing is above it."""
         if name == "POP" and self.stack:
             self.stack.pop()
         else:
             self.stack = self.marked.pop()
 
     def take(self, before: list[pickletools.StackObject]) -> list[Any]:
-        """Remove what an operation works on, `before` it: so many values, and everything above a mark if it has one."""
+        """Remove the operands of an operation from the stack and return them.
+
+        `before` describes them: a number of values, and perhaps a mark with everything above it.
+        """
         count, above = len(before), []
         if pickletools.markobject in before:
             count = before.index(pickletools.markobject)
@@ -184,7 +218,10 @@ class _Machine:
         return taken
 
     def contained(self, operation: str, argument: Any, operands: list[Any]) -> Any:
-        """What an operation leaves on the stack, if it is a container. Sets are lists: nothing has to be hashed."""
+        """Return the result of an operation that makes or fills a container, or else of others.
+
+        Sets become lists, so that nothing in them has to be hashed.
+        """
         match operation, operands:
             case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE", _:
                 return tuple(operands)
@@ -202,7 +239,7 @@ class _Machine:
         return self.named(operation, argument, operands)
 
     def named(self, operation: str, argument: Any, operands: list[Any]) -> Any:
-        """What an operation leaves on the stack, if it names that."""
+        """Return the result of an operation that names or repeats a value, or else of others."""
         match operation, operands:
             case "GET" | "BINGET" | "LONG_BINGET", _:
                 return self.memo[argument]
@@ -220,13 +257,10 @@ class _Machine:
         return self.object(operation, argument, operands)
 
     def object(self, operation: str, argument: Any, operands: list[Any]) -> Any:
-        """What an operation leaves on the stack, if it makes an object or gives it its state."""
+        """Return the result of an operation that makes an object or sets its state."""
         match operation, operands:
-            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX", [
-                function,
-                arguments,
-                *_,
-            ]:  # no maker takes keywords
+            # What follows are keyword arguments, which no maker takes.
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX", [function, arguments, *_]:
                 return self.call(function, arguments)
             case "OBJ", [function, *arguments]:
                 return self.call(function, tuple(arguments))
@@ -236,19 +270,18 @@ class _Machine:
                 self.hand(state)
                 target.set_state(state)
                 return target
-            case "BUILD", [
-                LeftOut() | dict() as target,
-                _,
-            ]:  # such as _metadata, an attribute of a state dict
+            # The state is dropped, such as _metadata, an attribute of state dicts.
+            case "BUILD", [LeftOut() | dict() as target, _]:
                 return target
-        raise UnpicklingError(f"it uses {operation} as no file of weights does")
+        raise UnpicklingError(f"it uses the operation {operation} as no file of weights does")
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """What a maker gives; a `LeftOut` where there is none for this function."""
-        if isinstance(function, LeftOut):  # such as a bound method that getattr would have given
+        """Return what the maker for `function` returns, or a `LeftOut` if there is none."""
+        # For example the bound method that a call of getattr would have returned.
+        if isinstance(function, LeftOut):
             return function
         if not isinstance(function, Named) or not isinstance(arguments, tuple):
-            raise UnpicklingError("it calls what is no function")
+            raise UnpicklingError("it calls something that is no function")
         if function.name in _INSTANCE_OF_FIRST and arguments and isinstance(arguments[0], Named):
             return LeftOut(arguments[0].name)
         maker = self.makers.get(function.name)
@@ -258,7 +291,11 @@ class _Machine:
         return maker(*arguments)
 
     def hand(self, contents: Any) -> None:
-        """Count what a maker may copy."""
+        """Count the contents that a maker may copy, and refuse too many.
+
+        Raises:
+            TooLarge: more than `most_handed` in all.
+        """
         for part in contents if isinstance(contents, tuple) else ():
             if isinstance(part, str | bytes | bytearray | list | tuple):
                 self.left_to_hand -= len(part)
@@ -267,30 +304,40 @@ class _Machine:
 
 
 def _named(module: str, name: str) -> Named:
+    """Return the name of a class or function, short and without characters that act on a terminal."""
     text = f"{module}.{name}"[:_LONGEST_NAME]
-    return Named("".join(character if character.isprintable() else "?" for character in text))
+    printable = [character if character.isprintable() else "?" for character in text]
+    return Named("".join(printable))
 
 
 def set_items(target: Any, items: list[Any]) -> Any:
-    """A dict with more keys and values, which take turns in `items`. Raises `UnpicklingError`: no dict, or no keys."""
+    """Add keys and values, which alternate in `items`, to a dict, and return the dict.
+
+    Raises:
+        UnpicklingError: `target` is no dict, or a key has no value, or can't be a key.
+    """
     if isinstance(target, LeftOut):
         return target
     if not isinstance(target, dict) or len(items) % 2:
-        raise UnpicklingError("it sets items of what has none")
+        raise UnpicklingError("it sets items of an object that has none")
     for key, value in zip(items[::2], items[1::2], strict=True):
         target[_checked_key(key)] = value
     return target
 
 
 def _checked_key(key: Any) -> Any:
-    # Only keys whose hash needs no deep recursion, and numbers as text: anyone can choose thousands of equal hash,
-    # which a dict compares with each other.
+    """Return a key that is safe to hash. Numbers, and tuples of plain values, become text.
+
+    Anyone can choose thousands of numbers with equal hashes, which a dict would compare with each
+    other; hashes of text can't be predicted.
+    """
     if key is None or isinstance(key, str | bool | bytes | Named | LeftOut):
         return key
     if isinstance(key, int | float):
         return str(key)
-    if isinstance(key, tuple) and all(
-        part is None or isinstance(part, str | int | float) for part in key
-    ):
-        return str(key)
+    # Tuples of tuples are refused: hashing them recurses, and Python does not check its stack there.
+    if isinstance(key, tuple):
+        is_plain = [part is None or isinstance(part, str | int | float) for part in key]
+        if all(is_plain):
+            return str(key)
     raise UnpicklingError(f"it has a {type(key).__name__} as a key")

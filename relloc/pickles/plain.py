@@ -1,4 +1,7 @@
-"""Makers of containers and plain values for `inert.read_pickle`, which older protocols have only as calls."""
+"""Makers of containers and plain values for `inert.read_pickle`.
+
+Older pickle protocols have no operations for some of these, and call a function instead.
+"""
 
 from typing import Any
 
@@ -6,11 +9,14 @@ from relloc.pickles.inert import LeftOut, Makers, set_items
 
 
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return set_items({}, [part for key, value in pairs for part in (key, value)])
+    keys_and_values: list[Any] = []
+    for key, value in pairs:
+        keys_and_values += (key, value)
+    return set_items({}, keys_and_values)
 
 
 def _encode(text: Any, encoding: Any = "") -> Any:
-    # How Python 3 writes bytes for Python 2; other codecs could decompress.
+    # This is how Python 3 writes bytes for Python 2. Other codecs are refused; some decompress.
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         return LeftOut("_codecs.encode")
     return text.encode("latin-1")
@@ -21,7 +27,8 @@ def _listed(items: Any = ()) -> Any:
 
 
 def _no_bytes(*content: Any) -> Any:
-    return LeftOut("bytes") if content else b""  # protocol 2 has no other word for none
+    # Protocol 2 writes empty bytes as a call without arguments.
+    return LeftOut("bytes") if content else b""
 
 
 PLAIN: Makers = {

@@ -1,8 +1,9 @@
-"""Reading what torch.save wrote, as a zip (since torch 1.6) or one stream (before), without torch's own unpickler.
+"""Reads what torch.save wrote, without torch's own unpickler.
 
-torch.load with weights_only refuses a file for one note that needs a class, and its reader of zips looks at no
-checksum. Here such notes are left out by name, each record's CRC is compared, and no size that a file declares is
-believed before the file was seen to have it.
+torch.save writes a zip since torch 1.6 and wrote one stream before. torch.load with weights_only
+refuses a whole file because of one note that needs a class, and its reader of zips ignores checksums.
+Here such notes are left out by name, each record's CRC is compared, and no size that a file declares
+is believed before the file was seen to have it.
 """
 
 import dataclasses
@@ -24,8 +25,10 @@ from relloc.pickles.plain import PLAIN
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-# torch stores without compression; weights that someone compressed shrink by less than half.
+# Limits against zips that unpack to far more than their size. torch stores without compression, and
+# weights that someone compressed shrink by less than half. Small files may unpack to a mebibyte.
 _MOST_EXPANSION, _LEAST_SIZE = 8, 1 << 20
+# torch's names of classes of storages, such as torch.cuda.FloatStorage.
 _STORAGE = re.compile(r"torch\.(?:cuda\.|storage\.)?_?(\w+)Storage")
 _DTYPES: Mapping[str, torch.dtype] = {
     "Double": torch.float64,
@@ -42,6 +45,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "ComplexDouble": torch.complex128,
     "Untyped": torch.uint8,
 }
+# Classes of tensors that are read as plain tensors.
 _PLAIN_TYPES = (
     "torch.Tensor",
     "torch._tensor.Tensor",
@@ -52,7 +56,10 @@ _SAVE_AGAIN = "save the model's state_dict() with torch.save"
 
 
 class OtherKind(ValueError):
-    """A file that torch wrote for another use; the message, which goes on after the file's name, says what to do."""
+    """A file of a kind that is not read, such as a TorchScript file.
+
+    The message continues a sentence that begins with the file's name, and says what to do.
+    """
 
 
 @dataclasses.dataclass
@@ -65,7 +72,7 @@ class _Storage:
 
 @dataclasses.dataclass
 class _Stored:
-    """Numbers in a storage: `count` of one type, from the number `start` on."""
+    """A part of a storage: `count` numbers of one type, beginning with number `start`."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -75,7 +82,10 @@ class _Stored:
 
 @dataclasses.dataclass(eq=False)
 class _Tensor(Pending):
-    """A tensor: which numbers of a storage it has, in which order."""
+    """A tensor whose storage is still to be read: which of its numbers it has, in which order.
+
+    Offset, size and stride are what the file says, and may be anything.
+    """
 
     stored: _Stored
     offset: Any
@@ -84,32 +94,42 @@ class _Tensor(Pending):
     dtype: torch.dtype
 
     def made(self) -> torch.Tensor:
+        """Return the tensor as a view of its storage.
+
+        Raises:
+            UnpicklingError: its shape is impossible, or needs more numbers than the storage has.
+        """
         stored, content = self.stored, self.stored.storage.content
-        if not _whole((*self.size, *self.stride, self.offset)) or content is None:
+        if not _are_counts((*self.size, *self.stride, self.offset)) or content is None:
             raise UnpicklingError("it has a tensor of an impossible shape, or without numbers")
-        # The bytes of the storage that are this tensor's to use; torch compares what its shape needs with them.
+        # The bytes that this tensor may use. torch checks that its shape and strides stay within them.
         start = stored.start * stored.dtype.itemsize
         end = start + stored.count * stored.dtype.itemsize
         own = memoryview(content)[start:end]
         try:
-            flat = (
-                torch.frombuffer(own, dtype=self.dtype) if own else torch.empty(0, dtype=self.dtype)
-            )
-            made = flat.as_strided(self.size, self.stride, 0 if 0 in self.size else self.offset)
+            if own:
+                flat = torch.frombuffer(own, dtype=self.dtype)
+            else:
+                flat = torch.empty(0, dtype=self.dtype)
+            # An empty tensor may have any offset in the file, which torch would refuse.
+            offset = 0 if 0 in self.size else self.offset
+            tensor = flat.as_strided(self.size, self.stride, offset)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UnpicklingError("it has fewer numbers than its tensors") from error
         if end > len(content):
             raise UnpicklingError("it has fewer numbers than its tensors")
-        return made
+        return tensor
 
 
-def _whole(numbers: Iterable[Any]) -> bool:
+def _are_counts(numbers: Iterable[Any]) -> bool:
+    """Return whether all are whole numbers and none is negative."""
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _tensor(
     stored: Any, offset: Any, size: Any, stride: Any, *_more: Any, dtype: Any = None
 ) -> Any:
+    """Return the `Pending` tensor of a call of torch._utils._rebuild_tensor or its second version."""
     match stored, size, stride:
         case LeftOut(), _, _:
             return stored
@@ -119,6 +139,7 @@ def _tensor(
 
 
 def _tensor_of_type(*arguments: Any) -> Any:
+    """Return a tensor of the third version, which names a type that its storage may not have."""
     match arguments:
         case _stored, _offset, _size, _stride, _requires_grad, _hooks, Named(kind), *_:
             dtype = vars(torch).get(kind.removeprefix("torch."))
@@ -131,13 +152,16 @@ def _parameter(tensor: Any, *_more: Any) -> Any:
     return tensor
 
 
-def _of_class(maker: Any, kind: Any, arguments: Any, *_state: Any) -> Any:
-    """A tensor that has attributes, or of a class that only looks like one and may mean something else."""
+def _tensor_of_class(maker: Any, kind: Any, arguments: Any, *_state: Any) -> Any:
+    """Return a tensor that has attributes of its own, which are dropped.
+
+    One of a derived class is left out, since its numbers may mean something else.
+    """
     match maker, kind:
-        case Named(name), Named(of) if name in _TENSORS and of in _PLAIN_TYPES:
+        case Named(name), Named(class_name) if name in _TENSORS and class_name in _PLAIN_TYPES:
             return _TENSORS[name](*arguments)
-        case _, Named(of):
-            return LeftOut(of)
+        case _, Named(class_name):
+            return LeftOut(class_name)
     return LeftOut("torch.Tensor")
 
 
@@ -152,19 +176,22 @@ _MAKERS: Makers = {
     **PLAIN,
     **ARRAYS,
     **_TENSORS,
-    "torch._tensor._rebuild_from_type_v2": _of_class,
+    "torch._tensor._rebuild_from_type_v2": _tensor_of_class,
     "torch.Size": lambda sides=(): sides,
 }
 
 
 class _Storages:
-    """The storages that a pickle refers to, by their keys."""
+    """Collects the storages that a pickle refers to, by their keys.
+
+    The pickle has only the references; the bytes are elsewhere in the file, and are read afterwards.
+    """
 
     def __init__(self) -> None:
         self.by_key: dict[str, _Storage] = {}
 
     def __call__(self, reference: Any) -> Any:
-        """What a persistent id stands for: a part of a storage, or in old files the class of a module."""
+        """Return what a persistent id refers to: a part of a storage, or the class of a module (old files)."""
         match reference:
             case ["module" | b"module", Named() as kind, *_]:
                 return kind
@@ -176,43 +203,46 @@ class _Storages:
         if dtype is None:
             return LeftOut(name)
         start = 0
-        if (
-            view and view[0] is not None
-        ):  # a part of a storage, in old files: its own key, start and length
+        # Old files may refer to a part of a storage, by a key of its own, its start and its length.
+        if view and view[0] is not None:
             _key, start, count = view[0]
-        if not isinstance(key, str) or not _whole([start, count]):
+        if not isinstance(key, str) or not _are_counts([start, count]):
             raise UnpicklingError("it has a storage of an unknown form")
-        return _Stored(self.by_key.setdefault(key, _Storage(dtype.itemsize)), dtype, start, count)
+        storage = self.by_key.setdefault(key, _Storage(dtype.itemsize))
+        return _Stored(storage, dtype, start, count)
 
 
 def read_zip(file: Path, numbers: bool = True) -> Any:
-    """What torch.save wrote as a zip: plain values, and `Pending` ones for tensors and arrays.
+    """Read what torch.save wrote as a zip: plain values, and `Pending` ones for tensors and arrays.
 
-    Without `numbers` the tensors' bytes are not read, and the tensors can't be made.
+    Args:
+        file: the file.
+        numbers: whether to read the tensors' bytes; otherwise the tensors can't be made.
 
     Raises:
-        OtherKind: a zip of another kind.
+        OtherKind: it is a zip of another kind.
         TooLarge: its records would take far more space than the file.
-        zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, and those of `read_pickle`: damaged.
+        zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError: it is damaged, as also the
+            errors of `read_pickle` say.
     """
     with zipfile.ZipFile(file) as archive:
         records = {record.filename: record for record in archive.infolist()}
         root = _root(records)
         _check_records(archive.infolist(), file.stat().st_size)
-        if not any(
-            record.CRC for record in records.values()
-        ):  # torch.serialization.set_crc32_options(False)
+        # After torch.serialization.set_crc32_options(False) torch writes zeros for all checksums; for
+        # zipfile None means to compare none.
+        if not any(record.CRC for record in records.values()):
             for record in records.values():
-                record.CRC = None  # pyright: ignore[reportAttributeAccessIssue] - zipfile's way to compare none
+                record.CRC = None  # pyright: ignore[reportAttributeAccessIssue]
         if f"{root}/byteorder" in records and _record(archive, f"{root}/byteorder") != b"little":
             raise OtherKind(
                 f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}"
             )
+        # The pickle is read as a whole, so that its CRC is compared before anything in it is believed.
+        pickled = _record(archive, f"{root}/data.pkl")
         storages = _Storages()
-        pickled = _record(
-            archive, f"{root}/data.pkl"
-        )  # whole, so that its CRC is compared before it is believed
-        content = read_pickle(Source(io.BytesIO(pickled), len(pickled)), _MAKERS, storages)
+        source = Source(io.BytesIO(pickled), len(pickled))
+        content = read_pickle(source, _MAKERS, storages)
         if numbers:
             for key, storage in storages.by_key.items():
                 storage.content = bytearray(_record(archive, f"{root}/data/{key}"))
@@ -220,43 +250,51 @@ def read_zip(file: Path, numbers: bool = True) -> Any:
 
 
 def _record(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A record as long as it declares to be, its CRC compared; reading it whole would unpack more, if there is more."""
+    """Return a record's bytes after comparing its CRC.
+
+    No more is read than the record declares: a hostile one may unpack to more.
+    """
     with archive.open(name) as opened:
         return opened.read(archive.getinfo(name).file_size)
 
 
 def _root(records: Mapping[str, zipfile.ZipInfo]) -> str:
-    """The folder in the zip that holds all records."""
-    inner = {name.partition("/")[2] for name in records}
-    if {"constants.pkl", "model.json", "bytecode.pkl"} & inner or any(
-        name.startswith("code/") for name in inner
-    ):
+    """Return the folder within the zip that holds all records.
+
+    Raises:
+        OtherKind: it is a TorchScript file, or torch.save did not write it.
+    """
+    inner_names = {name.partition("/")[2] for name in records}
+    has_program = any(name.startswith("code/") for name in inner_names)
+    if has_program or {"constants.pkl", "model.json", "bytecode.pkl"} & inner_names:
         raise OtherKind(
-            "is a TorchScript file, which holds a program beside its weights: load it with torch.jit.load in the "
-            f"project that wrote it, and {_SAVE_AGAIN}"
+            "is a TorchScript file, which holds a program beside its weights: "
+            f"load it with torch.jit.load in the project that wrote it, and {_SAVE_AGAIN}"
         )
     roots = [
         name.removesuffix("/data.pkl") for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)
     ]
     if len(roots) == 1:
         return roots[0]
-    first = next((name for name in records if not name.endswith("/")), "nothing")
+    file_names = [name for name in records if not name.endswith("/")]
+    first = file_names[0] if file_names else "nothing"
     raise OtherKind(
-        f"is a zip that torch.save did not write (it holds {len(records)} files, such as {first[:80]!r}): give the "
-        f"file of weights itself, or {_SAVE_AGAIN}"
+        "is a zip that torch.save did not write "
+        f"(it holds {len(records)} files, such as {first[:80]!r}): "
+        f"give the file of weights itself, or {_SAVE_AGAIN}"
     )
 
 
 def _check_records(records: Sequence[zipfile.ZipInfo], size: int) -> None:
-    twice = [
-        name for name, count in Counter(record.filename for record in records).items() if count > 1
-    ]
-    if twice:  # programs differ in which of them they take
-        raise UnpicklingError(f"its record {twice[0][:80]!a} is there twice")
-    # Others are unpacked by Python's zipfile in pieces that know no limit.
-    if any(
-        record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for record in records
-    ):
+    """Refuse records that could be read in two ways, or unpacked to far more than the file's `size`."""
+    # Programs differ in which of two records of one name they take.
+    counts = Counter(record.filename for record in records)
+    duplicates = [name for name, count in counts.items() if count > 1]
+    if duplicates:
+        raise UnpicklingError(f"its record {duplicates[0][:80]!a} is there twice")
+    # Python's zipfile unpacks other methods in pieces without a limit on their size.
+    methods = {record.compress_type for record in records}
+    if not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
         raise OtherKind(
             f"is a zip packed by another method than torch and zip use: unpack it, or {_SAVE_AGAIN}"
         )
@@ -266,45 +304,53 @@ def _check_records(records: Sequence[zipfile.ZipInfo], size: int) -> None:
 
 
 def read_legacy(file: Path, numbers: bool = True) -> Any:
-    """What torch.save wrote as one stream, as `read_zip` gives it. Raises as that does, and `EOFError`."""
+    """Read what torch.save wrote as one stream, before torch 1.6.
+
+    Returns and raises what `read_zip` does; `EOFError` where the file ends early.
+    """
     with open(file, "rb") as opened:
         return _stream(Source(opened, file.stat().st_size), numbers)
 
 
 def _stream(source: Source, numbers: bool = True) -> Any:
-    storages = _Storages()
-    about = [read_pickle(source, {}, refuse_reference) for _ in range(3)]
-    if about[:2] != [_MAGIC, _PROTOCOL] or not isinstance(about[2], dict):
+    """Read the pickles that follow each other in a stream of torch.save, and then the storages."""
+    # Three pickles describe the file: a magic number, the version, and the machine that wrote it.
+    magic, protocol, machine = [read_pickle(source, {}, refuse_reference) for _ in range(3)]
+    if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(machine, dict):
         raise UnpicklingError("it begins as torch's files do and goes on otherwise")
-    if about[2].get("little_endian") is False:
+    if machine.get("little_endian") is False:
         raise OtherKind(
             f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}"
         )
+    # The content has references to storages. The order in which their bytes follow comes next.
+    storages = _Storages()
     content = read_pickle(source, _MAKERS, storages)
     if numbers:
         keys = read_pickle(source, {}, refuse_reference)
-        if (
-            not isinstance(keys, list)
-            or set(keys) != set(storages.by_key)
-            or len(keys) > len(storages.by_key)
-        ):
+        known = storages.by_key
+        if not isinstance(keys, list) or set(keys) != set(known) or len(keys) > len(known):
             raise UnpicklingError("it lists other storages than its tensors have")
         for key in keys:
-            storage = storages.by_key[key]
-            storage.content = bytearray(
-                source.read(int.from_bytes(source.read(8), "little") * storage.itemsize)
-            )
+            storage = known[key]
+            n_numbers = int.from_bytes(source.read(8), "little")
+            storage.content = bytearray(source.read(n_numbers * storage.itemsize))
     return content
 
 
 def read_bare(file: Path) -> Any:
-    """A pickle that torch had no part in, of arrays or tensors. Raises as `read_legacy`."""
+    """Read a pickle of arrays or tensors that was written without torch.save.
+
+    Returns and raises what `read_legacy` does.
+    """
     with open(file, "rb") as opened:
         return read_pickle(Source(opened, file.stat().st_size), _BARE_MAKERS, refuse_reference)
 
 
 def _storage_of_bytes(content: Any) -> Any:
-    """How pickle keeps a storage: a stream of torch's as bytes. None can be within it, so there is no recursion."""
+    """Return the storage that a plain pickle holds as the bytes of a stream of torch.save.
+
+    The inner stream is read without this maker, so that there is no recursion.
+    """
     if not isinstance(content, bytes):
         raise UnpicklingError("it has a storage of an unknown form")
     stored = _stream(Source(io.BytesIO(content), len(content)))
@@ -315,5 +361,5 @@ _BARE_MAKERS: Makers = {**_MAKERS, "torch.storage._load_from_bytes": _storage_of
 
 
 def refuse_reference(_reference: Any) -> Any:
-    """For pickles that have no persistent ids."""
+    """Raise `UnpicklingError`; for pickles that must not have persistent ids."""
     raise UnpicklingError("it refers to something outside the file")

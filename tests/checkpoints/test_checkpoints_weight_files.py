@@ -162,10 +162,10 @@ def test_a_pickled_model_is_refused_and_its_class_is_named(
     )
     with pytest.raises(CheckpointError) as raised:
         read(file)
-    assert str(raised.value) == (
-        f"{file} holds more than tensors and plain values: {Model.__module__}.Model, which would be code to run. "
-        "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
-    )
+    message = str(raised.value)
+    assert message.startswith(f"{file} ")
+    assert f"{Model.__module__}.Model" in message
+    assert "state_dict()" in message
 
 
 def test_no_file_can_change_what_reads_the_next_one(tmp_path: Path) -> None:
