@@ -1,4 +1,7 @@
-"""python -m relloc.export CHECKPOINT --layout LAYOUT --out FILE: a ResNet's weights as another project loads them."""
+"""Writes a ResNet's weights to a file that torchvision, detectron2 or mmdetection loads.
+
+python -m relloc.export CHECKPOINT --layout LAYOUT --out FILE
+"""
 
 import argparse
 import shlex
@@ -19,55 +22,71 @@ from relloc.tracking.unfinished import unfinished_training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file and print what the other project needs to be told; 0, or 2 after a message."""
+    """Write the file, and print the settings that the other project needs.
+
+    Returns:
+        The exit code: 0, or 2 after a message about a mistake.
+    """
     options = parser().parse_args(arguments)
     layout, out, classes = options.layout, options.out, options.fc
+    # Everything is computed before the file is opened, and the file is replaced as a whole: after any
+    # mistake a file that was there before is unchanged.
     try:
         _check(options)
-        model, weights = _weights(options.checkpoint, options.checkpoint_prefix)
-        files.write_whole(out, file_content(layout, out.suffix, weights, classes))
+        model, weights = _model_and_weights(options.checkpoint, options.checkpoint_prefix)
+        content = file_content(layout, out.suffix, weights, classes)
+        files.write_whole(out, content)
     except UsageError as error:
         terminal.complain(error)
         return error.exit_code
     except OSError as error:
         terminal.complain(f"{out} could not be written ({error.strerror})")
         return CheckpointError.exit_code
-    words = advice(
+    settings = advice(
         layout, out.resolve(), model, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=classes
     )
-    print(f"{terminal.escaped(str(out))}: {model} in {layout}'s layout\n\n{words}\n")
-    terminal.tell_next(f"python -m relloc.evaluate {shlex.quote(f'checkpoint={out}')} data=NAME")
+    print(f"{terminal.escaped(str(out))}: {model} in {layout}'s layout\n\n{settings}\n")
+    # The file can be evaluated like any other, which is the quickest check that it is right.
+    checkpoint = shlex.quote(f"checkpoint={out}")
+    terminal.tell_next(f"python -m relloc.evaluate {checkpoint} data=NAME")
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """The words that the command takes."""
-    words = argparse.ArgumentParser(prog="python -m relloc.export", description=__doc__)
-    words.add_argument(
+    """Return the parser of the command line."""
+    command_line = argparse.ArgumentParser(
+        prog="python -m relloc.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command_line.add_argument(
         "checkpoint", metavar="CHECKPOINT", type=Path, help="a run folder or any file of weights"
     )
-    words.add_argument("--layout", required=True, choices=SUFFIXES)
-    words.add_argument("--out", required=True, metavar="FILE", type=Path, help=_suffixes())
-    words.add_argument(
+    command_line.add_argument("--layout", required=True, choices=SUFFIXES)
+    command_line.add_argument("--out", required=True, metavar="FILE", type=Path, help=_suffixes())
+    command_line.add_argument(
         "--fc", metavar="CLASSES", type=int, help="torchvision: add a classifier of zeros"
     )
-    words.add_argument(
+    command_line.add_argument(
         "--checkpoint-prefix",
         metavar="PREFIX",
-        help="which backbone, where CHECKPOINT holds several",
+        help="the backbone to export, if CHECKPOINT holds several",
     )
-    words.add_argument("--force", action="store_true", help="replace FILE if it is there")
-    return words
+    command_line.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    return command_line
 
 
 def _suffixes() -> str:
+    """Return the suffixes of each layout as text, for the help and for messages."""
     return "; ".join(f"{layout}: {' or '.join(suffixes)}" for layout, suffixes in SUFFIXES.items())
 
 
 def _check(options: argparse.Namespace) -> None:
+    """Raise `UsageError` for options that can't be used together, before anything is read."""
     if options.out.suffix not in SUFFIXES[options.layout]:
         raise UsageError(
-            f"--out {options.out} has none of the suffixes that tell the format: {_suffixes()}"
+            f"--out {options.out} has none of the suffixes that tell the format: {_suffixes()}. "
+            f"Give a name with one of those of {options.layout}"
         )
     if options.out.exists() and not options.force:
         raise UsageError(
@@ -75,33 +94,47 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.fc is not None and (options.layout != "torchvision" or options.fc < 1):
         raise UsageError(
-            f"--fc {options.fc}: it takes a number of classes, and only --layout torchvision has it"
+            f"--fc {options.fc}: it takes a number of classes, and only with --layout torchvision"
         )
 
 
-def _weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Which model it is, and its weights by torchvision's names, all of them."""
-    if unfinished := unfinished_training(checkpoint):
+def _model_and_weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Return the name of the model, and all its weights by torchvision's names.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read or is no ResNet that can be exported.
+        UsageError: a prefix was given for a file that has none.
+    """
+    unfinished = unfinished_training(checkpoint)
+    if unfinished:
         raise CheckpointError(unfinished)
     file = backbone_files.backbone_file(checkpoint)
-    found = None
     if backbone_files.is_ours(file):
-        weights, about = backbone_files.load_backbone(file)
-        if prefix is not None:
-            raise UsageError(f"{file} has no prefixes: leave --checkpoint-prefix out")
-        model = backbone_files.model_name(about, file)
-        if model not in DEPTHS:
-            raise CheckpointError(
-                f"{file} is a {model}, which torchvision, detectron2 and mmdetection do not have: "
-                f"only {' and '.join(DEPTHS)} can be exported"
-            )
+        model, weights = _from_our_file(file, prefix)
+        backbone = ResNetBackbone(depth=DEPTHS[model])
     else:
         check_hash(file)
         found = layouts.find(weight_files.read(file), origin=str(file), prefix=prefix)
-        weights, model = found.weights, found.model_or_advice()
-    backbone = ResNetBackbone(depth=DEPTHS[model])
-    fill(backbone, found.fitted(backbone.state_dict()) if found else weights, str(file))
+        model = found.model_or_advice()
+        backbone = ResNetBackbone(depth=DEPTHS[model])
+        weights = found.fitted(backbone.state_dict())
+    # Loading the weights into a backbone checks them, and adds counters that old files lack.
+    fill(backbone, weights, str(file))
     return model, backbone.state_dict()
+
+
+def _from_our_file(file: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Return the name of the model and the weights in a file that relloc wrote."""
+    weights, about = backbone_files.load_backbone(file)
+    if prefix is not None:
+        raise UsageError(f"{file} has no prefixes: leave --checkpoint-prefix out")
+    model = backbone_files.model_name(about, file)
+    if model not in DEPTHS:
+        raise CheckpointError(
+            f"{file} is a {model}, which torchvision, detectron2 and mmdetection do not have: "
+            f"only {' and '.join(DEPTHS)} can be exported"
+        )
+    return model, weights
 
 
 if __name__ == "__main__":

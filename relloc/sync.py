@@ -1,4 +1,7 @@
-"""python -m relloc.sync RUN_DIR [RUN_DIR ...] [--uri URI]: send to MLflow what it lacks of run folders."""
+"""Sends run folders to MLflow: whatever the store lacks of them.
+
+python -m relloc.sync RUN_DIR [RUN_DIR ...] [--uri URI] [--experiment NAME]
+"""
 
 import argparse
 import sys
@@ -19,8 +22,13 @@ from relloc.tracking import (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Send each folder, print one line for each; 0 if all were sent, 1 if not, 2 for options that can't be used."""
+    """Send each run folder to its store, and print one line for each.
+
+    Returns:
+        The exit code: 0 if all were sent, 1 if some were not, 2 for options that can't be used.
+    """
     options = parser().parse_args(arguments)
+    # Mistakes in options are reported before the first folder is sent.
     try:
         uri = options.uri if options.uri is None else absolute_uri(options.uri)
         if uri is not None:
@@ -30,44 +38,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         terminal.complain(error)
         return error.exit_code
-    sent = [_send(run_dir, uri, options.experiment) for run_dir in options.run_dirs]
-    for uri in dict.fromkeys(uri for uri in sent if uri):
-        terminal.tell_next(ui_command(uri))
-    return 0 if all(sent) else 1
+    # A folder that fails does not keep the others from being sent.
+    stores = [_send(run_dir, uri, options.experiment) for run_dir in options.run_dirs]
+    reached_stores = dict.fromkeys(store for store in stores if store)  # each once, in order
+    for store in reached_stores:
+        terminal.tell_next(ui_command(store))
+    return 0 if all(stores) else 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The words that the command takes."""
-    words = argparse.ArgumentParser(prog="python -m relloc.sync", description=__doc__)
-    words.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
-    words.add_argument("--uri", help="the MLflow store; by default the one noted in each run.json")
-    words.add_argument(
+    """Return the parser of the command line."""
+    command_line = argparse.ArgumentParser(
+        prog="python -m relloc.sync",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command_line.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path)
+    command_line.add_argument(
+        "--uri", help="the MLflow store; by default the one noted in each run.json"
+    )
+    command_line.add_argument(
         "--experiment", help="the experiment to send to; by default the one noted in each run.json"
     )
-    return words
+    return command_line
 
 
 def _send(run_dir: Path, uri: str | None, experiment: str | None) -> str | None:
-    """The store that has all of the run now; None after a message."""
+    """Send one run folder, and return the address of its store, or None after a message."""
+    # Without --uri the store is the one that the run itself was started with.
     try:
         uri = uri or RunRecord.read(run_dir).tracking_uri
         if not uri:
-            return _complain(run_dir, "run.json names no store: give one with --uri")
+            return _complain(run_dir, "run.json names no MLflow store: give one with --uri")
         uri = absolute_uri(uri)
         sent = sync(run_dir, uri, experiment)
     except FileNotFoundError as error:
-        return _complain(run_dir, f"not a run folder: {error.filename or error} is missing")
+        missing = error.filename or error
+        return _complain(run_dir, f"this is not a run folder: {missing} is missing")
     except (StoreError, OSError, ValueError) as error:
         return _complain(run_dir, str(error))
-    counts = f"{sent.params} params, {sent.points} points, {sent.artifacts} artifacts"
-    for line in sent.refused:
-        _complain(run_dir, line)
-    print(terminal.escaped(f"{run_dir}: {counts if sent else 'nothing new'} -> {uri}"))
+    for reason in sent.refused:
+        _complain(run_dir, reason)
+    summary = "nothing new"
+    if sent:
+        summary = f"{sent.params} params, {sent.points} points, {sent.artifacts} artifacts"
+    print(terminal.escaped(f"{run_dir}: {summary} -> {uri}"))
     return uri
 
 
 def _complain(run_dir: Path, reason: str) -> None:
-    print(terminal.escaped(f"{run_dir}: {reason}", keep="\n"), file=sys.stderr)
+    """Print on stderr why a run folder, or a file in it, was not sent."""
+    message = f"{run_dir}: {reason}"
+    print(terminal.escaped(message, keep="\n"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The console's streams: they outlive who reads them, and names that are printed can't act on a terminal."""
+"""Prints safely: output survives a reader that goes away, and file names can't control the terminal."""
 
 import contextlib
 import errno
@@ -9,49 +9,58 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-_FULL = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-)  # a file that output goes to; there may be room again
-# Controls, bidirectional marks, halves of characters (bytes of a name that are no UTF-8), line and paragraph ends
-_ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")
-_JOINERS = "\u200c\u200d"  # of Persian, Hindi and emoji: they reorder and hide nothing
-_EXIT_INTERRUPTED = 130
+# The output goes to a file for which there is no room. Later there may be room again.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Unicode categories of characters that control a terminal: controls, bidirectional marks, surrogates
+# (bytes of a name that are not UTF-8), and ends of lines and paragraphs.
+_CONTROLLING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Joiners that Persian, Hindi and emoji need. They reorder and hide nothing.
+_JOINERS = "\u200c\u200d"
+_EXIT_INTERRUPTED = 130  # as shells have it: 128 plus the number of SIGINT
 _EXIT_UNWRITTEN = 1
 
 
 def escaped(text: str, *, keep: str = "") -> str:
-    r"""Text with the characters that act on a terminal written as `\x1b`, `\n`, `\u202e`; those in `keep` stay."""
+    r"""Return text with characters that control a terminal written out, such as `\x1b` or `\u202e`.
+
+    Characters in `keep` stay as they are.
+    """
     if text.isprintable():
         return text
     return "".join(_shown(char) if char not in keep else char for char in text)
 
 
 def _shown(char: str) -> str:
-    if unicodedata.category(char) not in _ACTING or char in _JOINERS:
+    if unicodedata.category(char) not in _CONTROLLING or char in _JOINERS:
         return char
     return char.encode("unicode_escape").decode("ascii")
 
 
 def complain(message: object) -> None:
-    """One message on stderr, after all that was printed; lines stay lines, and nothing in it acts on the terminal."""
+    """Print a message on stderr, after everything that was printed on stdout.
+
+    Its lines stay lines; other characters that control a terminal are escaped.
+    """
     sys.stdout.flush()
     _print_on_stderr(message)
 
 
 def _print_on_stderr(message: object) -> None:
-    print(f"relloc: {escaped(str(message), keep=chr(10))}", file=sys.stderr, flush=True)
+    text = escaped(str(message), keep="\n")
+    print(f"relloc: {text}", file=sys.stderr, flush=True)
 
 
 def tell_next(command: str, *, on_stderr: bool = False) -> None:
-    """The command that one goes on with; on stderr where stdout is a file's content."""
+    """Print the command to continue with; on stderr if stdout carries the content of a file."""
     sys.stdout.flush()
     print(f"next: {escaped(command)}", file=sys.stderr if on_stderr else sys.stdout, flush=True)
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """Run a command and exit with its code: 130 after Ctrl-C, 1 where its output found no room."""
+    """Run a command and exit with the code that it returns.
+
+    The code is 130 after Ctrl-C, and 1 if the command succeeded but its output could not be written.
+    """
     outlive_readers()
     try:
         code = main()
@@ -62,12 +71,13 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 
 
 def outlive_readers() -> None:
-    """Have stdout and stderr swallow what is written once their reader is gone, and print any name in any encoding.
+    """Replace stdout and stderr by streams that drop what is written once their reader has gone.
 
-    A command whose output goes to `head`, to a tee that died or to a terminal that was closed goes on: what it
-    computes is not for the console. Streams that were closed before the start lead nowhere, since a file that is
-    opened later would get their number, and what is printed with it.
+    A command goes on if its output goes to `head`, to a `tee` that died or to a terminal that was
+    closed, since its results are in files. The streams also print any name in any encoding.
     """
+    # A stream that was closed before the start is opened to /dev/null. Otherwise the next file that is
+    # opened would get the stream's number, and everything that is printed would be written into it.
     with contextlib.suppress(OSError):
         while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(opened, True)
@@ -77,32 +87,39 @@ def outlive_readers() -> None:
 
 
 def tell_when_left(message: str) -> None:
-    """What is said on stderr when whoever read stdout leaves."""
-    if stream := _own_stdout():
-        stream.told_when_left = message
+    """Set the message that is printed on stderr if the reader of stdout goes away."""
+    stream = _own_stdout()
+    if stream is not None:
+        stream.message_when_left = message
 
 
 def end_of_output() -> bool:
-    """Whether printed words were lost for lack of room; that is said on stderr."""
+    """Flush stdout, and return whether output was lost for lack of room, with a message on stderr."""
     sys.stdout.flush()
     stream = _own_stdout()
     if stream is None or stream.lost is None:
         return False
-    complain(f"not all that was printed could be written: {stream.lost.strerror}")
+    complain(f"some of the output could not be written: {stream.lost.strerror}")
     return True
 
 
 def _own_stdout() -> "_Outliving | None":
+    """Return the stream below sys.stdout if `outlive_readers` made it, or else None."""
     stream = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return stream if isinstance(stream, _Outliving) else None
 
 
 class _Outliving(io.RawIOBase):
-    """Writes to a file descriptor; when its reader is gone, to nowhere."""
+    """Writes to a file descriptor; once its reader has gone, to /dev/null.
+
+    Attributes:
+        message_when_left: is printed on stderr when the reader goes away.
+        lost: the error by which output was lost for lack of room, or None.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self.told_when_left = ""
+        self.message_when_left = ""
         self.lost: OSError | None = None
 
     def writable(self) -> bool:
@@ -117,27 +134,31 @@ class _Outliving(io.RawIOBase):
     def write(self, data: Any, /) -> int:
         try:
             return os.write(self._descriptor, data)
-        except BlockingIOError:  # another program made the terminal or pipe non-blocking
+        except BlockingIOError:
+            # Another program that shares the terminal or pipe made it non-blocking.
             os.set_blocking(self._descriptor, True)
             return self.write(data)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in _NO_ROOM:
                 self.lost = error
             else:
-                self._lead_nowhere()
+                self._redirect_to_null()
+            # Everything counts as written, so that the stream above neither fails nor tries again.
             return memoryview(data).nbytes
 
-    def _lead_nowhere(self) -> None:
+    def _redirect_to_null(self) -> None:
+        # The descriptor itself is replaced, so that child processes do not fail either.
         with contextlib.suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._descriptor)
             os.close(nowhere)
-        if self.told_when_left:
-            _print_on_stderr(self.told_when_left)  # not now to be flushed: stdout is being written
+        # Not by `complain`, which flushes stdout, since stdout is being written at this moment.
+        if self.message_when_left:
+            _print_on_stderr(self.message_when_left)
 
 
 def _outliving(stream: Any, original: object, descriptor: int) -> Any:
-    """The stream itself where it is a test's or a notebook's."""
+    """Return a stream that outlives its reader, or `stream` itself if a test or notebook set it."""
     if stream is not original:
         return stream
     if stream is not None:

@@ -158,7 +158,7 @@ def test_mistakes_are_one_message_and_leave_what_was_there(
             "torchvision",
             "there.pth",
             (),
-            "there.pth is there already: give another --out, or --force to",
+            "there.pth is there already",
         ),
         (
             run_dir,
@@ -172,7 +172,7 @@ def test_mistakes_are_one_message_and_leave_what_was_there(
             "detectron2",
             "x.pkl",
             ("--fc", 3),
-            "--fc 3: it takes a number of classes, and only --layout torch",
+            "--fc 3: it takes a number of classes",
         ),
         (run_dir, "torchvision", "x.pth", ("--fc", 0), "--fc 0: it takes a number of classes"),
         (

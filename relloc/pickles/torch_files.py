@@ -107,10 +107,10 @@ class _Tensor(Pending):
         end = start + stored.count * stored.dtype.itemsize
         own = memoryview(content)[start:end]
         try:
+            # torch.frombuffer refuses to make a tensor without numbers.
+            flat = torch.empty(0, dtype=self.dtype)
             if own:
                 flat = torch.frombuffer(own, dtype=self.dtype)
-            else:
-                flat = torch.empty(0, dtype=self.dtype)
             # An empty tensor may have any offset in the file, which torch would refuse.
             offset = 0 if 0 in self.size else self.offset
             tensor = flat.as_strided(self.size, self.stride, offset)

@@ -42,10 +42,12 @@ def test_a_wrong_folder_is_told_and_the_others_are_sent(
     assert main([str(empty), str(nameless), str(good), "--uri", uri]) == 1
     out, err = capsys.readouterr()
     assert out.startswith(f"{good}: 4 params")
-    assert err.splitlines() == [
-        f"{empty}: not a run folder: {empty}/run.json is missing",
-        f"{nameless}: not a run folder: {nameless}/run.json is missing",
-    ]
+    lines = err.splitlines()
+    assert len(lines) == 2
+    for line, folder in zip(lines, (empty, nameless), strict=True):
+        assert line.startswith(f"{folder}: ")
+        assert "not a run folder" in line
+        assert f"{folder}/run.json is missing" in line
 
 
 def test_a_dead_server_is_one_message(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +64,9 @@ def test_a_run_that_names_no_store_asks_for_one(
 ) -> None:
     run_dir = new_run()
     assert main([str(run_dir)]) == 1
-    assert capsys.readouterr().err == f"{run_dir}: run.json names no store: give one with --uri\n"
+    message = capsys.readouterr().err
+    assert message.startswith(f"{run_dir}: run.json names no ")
+    assert message.endswith("--uri\n")
     for wrong in (["--uri", "sqlite:///"], ["--uri", "127.0.0.1:5000"], ["--experiment", " "]):
         assert main([str(run_dir), *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
