@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     layout, out, classes = options.layout, options.out, options.fc
-    # Everything is computed before the file is opened, and the file is replaced as a whole: after any
-    # mistake a file that was there before is unchanged.
+    # Everything is computed before the file is opened, and the file is replaced as a whole: after
+    # any mistake a file that was there before is unchanged.
     try:
         _check(options)
         model, weights = _model_and_weights(options.checkpoint, options.checkpoint_prefix)

@@ -1,4 +1,4 @@
-"""Prints safely: output survives a reader that goes away, and file names can't control the terminal."""
+"""Prints safely: output survives a reader that leaves, and names can't control the terminal."""
 
 import contextlib
 import errno
@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 # The output goes to a file for which there is no room. Later there may be room again.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Unicode categories of characters that control a terminal: controls, bidirectional marks, surrogates
-# (bytes of a name that are not UTF-8), and ends of lines and paragraphs.
+# Unicode categories of characters that control a terminal: controls, bidirectional marks,
+# surrogates (bytes of a name that are not UTF-8), and ends of lines and paragraphs.
 _CONTROLLING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Joiners that Persian, Hindi and emoji need. They reorder and hide nothing.
 _JOINERS = "\u200c\u200d"
@@ -59,7 +59,8 @@ def tell_next(command: str, *, on_stderr: bool = False) -> None:
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run a command and exit with the code that it returns.
 
-    The code is 130 after Ctrl-C, and 1 if the command succeeded but its output could not be written.
+    The code is 130 after Ctrl-C, and 1 if the command succeeded but its output could not be
+    written.
     """
     outlive_readers()
     try:
@@ -76,8 +77,9 @@ def outlive_readers() -> None:
     A command goes on if its output goes to `head`, to a `tee` that died or to a terminal that was
     closed, since its results are in files. The streams also print any name in any encoding.
     """
-    # A stream that was closed before the start is opened to /dev/null. Otherwise the next file that is
-    # opened would get the stream's number, and everything that is printed would be written into it.
+    # A stream that was closed before the start is opened to /dev/null. Otherwise the next file that
+    # is opened would get the stream's number, and everything that is printed would be written into
+    # it.
     with contextlib.suppress(OSError):
         while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(opened, True)
@@ -94,7 +96,10 @@ def tell_when_left(message: str) -> None:
 
 
 def end_of_output() -> bool:
-    """Flush stdout, and return whether output was lost for lack of room, with a message on stderr."""
+    """Flush stdout, and return whether output was lost for lack of room.
+
+    If so, a message is printed on stderr.
+    """
     sys.stdout.flush()
     stream = _own_stdout()
     if stream is None or stream.lost is None:

@@ -88,8 +88,8 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path: a file of relloc (backbone.safetensors or a training checkpoint), or a run folder.
 
     Returns:
-        The tensors by name, and `about`. Whoever made the file wrote `about`: it is a JSON mapping, and
-        nothing in it can be trusted.
+        The tensors by name, and `about`. Whoever made the file wrote `about`: it is a JSON mapping,
+        and nothing in it can be trusted.
 
     Raises:
         CheckpointError: nothing is there, relloc did not write it, or it is not as it was saved.
@@ -97,9 +97,11 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = backbone_file(path)
     if not file.exists():
         raise CheckpointError(
-            f"{file} does not exist: give a {BACKBONE_FILE} or the run folder of a finished pretraining"
+            f"{file} does not exist: "
+            f"give a {BACKBONE_FILE} or the run folder of a finished pretraining"
         )
     check_hash(file)
+    # Training checkpoints are files of torch.save, all other files of relloc are safetensors.
     if file.suffix == ".pt":
         return _backbone_of_training(file)
     try:
@@ -109,6 +111,7 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             weights = {name: opened.get_tensor(name) for name in names}
     except BROKEN as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+    # Only relloc writes its description into the metadata.
     if about is None:
         raise CheckpointError(
             f"{file} holds weights, but relloc did not write it: its backbone is unknown"

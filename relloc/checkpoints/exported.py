@@ -84,7 +84,7 @@ def advice(
     std: Sequence[float],
     classes: int | None,
 ) -> str:
-    """Return the settings that make the other project load a file and normalize images as relloc did.
+    """Return the settings with which the other project loads a file and normalizes images.
 
     Args:
         layout: one of `SUFFIXES`.

@@ -39,15 +39,16 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
             negative.append(name)
     if not_finite:
         raise CheckpointError(
-            f"{origin} holds NaN or infinite weights, in {len(not_finite)} of {len(weights)} tensors, "
-            f"such as {not_finite[0]}: its training diverged or the file is damaged; "
+            f"{origin} holds NaN or infinite weights, in {len(not_finite)} of {len(weights)} "
+            f"tensors, such as {not_finite[0]}: its training diverged or the file is damaged; "
             "take an earlier or another one"
         )
     if negative:
         raise CheckpointError(
-            f"{origin} has negative variances in {negative[0]}, from which batch norm computes NaN: "
-            "the file is damaged; take another one"
+            f"{origin} has negative variances in {negative[0]}, from which batch norm computes "
+            "NaN: the file is damaged; take another one"
         )
+    # The backbone's own counters stand in for those that are missing in the file.
     backbone.load_state_dict(wanted | dict(weights))
 
 

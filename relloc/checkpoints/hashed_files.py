@@ -1,6 +1,7 @@
 """Writes files with their SHA-256 in a second file beside them, and checks it before reading.
 
-The second file is called like the first one with .sha256 appended, and `sha256sum --check` reads it.
+The second file is called like the first one with .sha256 appended, and `sha256sum --check` reads
+it.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from safetensors import SafetensorError
 from relloc import files
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
-# What the readers of torch, pickle, zip and safetensors raise for damaged files. MemoryError is among
-# them, because a damaged file may declare more content than fits into memory.
+# What the readers of torch, pickle, zip and safetensors raise for damaged files. MemoryError is
+# among them, because a damaged file may declare more content than fits into memory.
 BROKEN = (
     *(
         OSError,
@@ -114,6 +115,7 @@ def check_hash(path: Path) -> bool:
     note = hash_file(path)
     for file in (path, note):
         _refuse_pipe(file)
+    # Copies often come without the file of the hash, so a missing one is no error.
     try:
         text = note.read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
@@ -136,7 +138,7 @@ def damaged(path: Path) -> str:
 
 
 def not_read(path: Path, error: OSError) -> CheckpointError:
-    """Return the error for a file that can't be read at present, such as on a network that is down."""
+    """Return the error for a file that can't be read now, such as while a network is down."""
     return CheckpointError(f"{path} can't be read ({error.strerror}); nothing was changed")
 
 

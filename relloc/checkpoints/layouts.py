@@ -18,8 +18,9 @@ from relloc.errors import CheckpointError
 from relloc.pickles.inert import LeftOut
 
 KNOWN = (
-    "mmselfsup 0.x and 1.x, OpenSelfSup, torchvision, timm, VISSL, PyTorch Lightning and detectron2 ResNets, "
-    "the numbered children of torchvision's in an nn.Sequential, and state dicts of such names with any prefix"
+    "mmselfsup 0.x and 1.x, OpenSelfSup, torchvision, timm, VISSL, PyTorch Lightning and "
+    "detectron2 ResNets, the numbered children of torchvision's in an nn.Sequential, "
+    "and state dicts of such names with any prefix"
 )
 # Blocks of the four stages and their kind, and the name of our model with them.
 _MODELS = {"2-2-2-2 basic": "resnet18", "3-4-6-3 bottleneck": "resnet50"}
@@ -30,10 +31,12 @@ _LEFT_OUT = {
     "classifier": r"fc|fc_cls|classifier|last_linear",
     "neck": r"neck|necks",
     "head": r"head|heads|\w+_head",
-    "projection or prediction": r"proj|projector|projection|mlp|predictor|prediction|prototypes|\w+_projector|\w+_mlp",
+    "projection or prediction": r"proj|projector|projection|mlp|predictor|prediction|prototypes"
+    r"|\w+_projector|\w+_mlp",
     "momentum encoder": r"encoder_k|teacher|target|target_\w+|momentum_\w+|ema|\w+_ema",
     "queue or memory bank": r"queue\w*|memory|memory_bank|feature_bank|center",
-    "state of the training": r"optimizer\w*|\w*scheduler\w*|\w*scaler|amp|loss|criterion|meta|message_hub|callbacks",
+    "state of the training": r"optimizer\w*|\w*scheduler\w*|\w*scaler|amp|loss|criterion|meta"
+    r"|message_hub|callbacks",
     "input normalization": r"data_preprocessor|pixel_mean|pixel_std",
 }
 # Parts of detectron2's names and what they are in ours, replaced in this order. A ^ marks the
@@ -52,8 +55,8 @@ _DETECTRON2 = {
     ".shortcut.norm.": ".downsample.1.",
     ".shortcut.": ".downsample.0.",
 }
-# nn.Sequential(*resnet.children()) numbers the children: conv1, bn1, relu, maxpool, the four stages,
-# avgpool, fc.
+# nn.Sequential(*resnet.children()) numbers the children: conv1, bn1, relu, maxpool, the four
+# stages, avgpool, fc.
 _CHILDREN = {
     "^0.": "^conv1.",
     "^1.": "^bn1.",
@@ -126,12 +129,12 @@ class Found:
         """Return the weights after checking that they are those of a backbone.
 
         Args:
-            wanted: the backbone's state dict, which may be on the meta device. Batch norm's counters
-                may be missing in the weights.
+            wanted: the backbone's state dict, which may be on the meta device. Batch norm's
+                counters may be missing in the weights.
 
         Raises:
-            CheckpointError: tensors are missing, unknown or of another shape; the message names them.
-                Only tensors below the backbone's own prefix count as unknown.
+            CheckpointError: tensors are missing, unknown or of another shape; the message names
+                them. Only tensors below the backbone's own prefix count as unknown.
         """
         advice = (
             f"Known layouts are {KNOWN}. Give the model it was trained with; "
@@ -153,16 +156,16 @@ class Found:
 def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) -> Found:
     """Find the one ResNet in the content of a file.
 
-    Tensors outside of its prefix are left out and counted. Below the prefix every tensor has to be one
-    of the network's, or of a kind that is known to be left out, such as a classifier.
+    Tensors outside of its prefix are left out and counted. Below the prefix every tensor has to be
+    one of the network's, or of a kind that is known to be left out, such as a classifier.
 
     Example: `find(weight_files.read(file), origin=str(file)).weights["conv1.weight"]`
 
     Args:
         content: the nested content of the file, as `weight_files.read` returns it.
         origin: the name of the file, for messages.
-        prefix: chooses among several backbones. It is everything that stands before a weight's name,
-            or one or more whole parts of that.
+        prefix: chooses among several backbones. It is everything that stands before a weight's
+            name, or one or more whole parts of that.
 
     Raises:
         CheckpointError: there is no ResNet, or several, or none with this prefix.
@@ -266,7 +269,7 @@ def _choose(
 
 
 def _matching(prefixes: list[str], wanted: str) -> list[str]:
-    """Return the prefixes that are `wanted`, or if none is, those that have it among their parts."""
+    """Return the prefixes equal to `wanted`, or if none is, those with it among their parts."""
     exact = [prefix for prefix in prefixes if prefix.rstrip(".") == wanted]
     if exact or not wanted:
         return exact

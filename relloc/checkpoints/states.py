@@ -52,6 +52,7 @@ def save_training(
         save_state(training_folder(run_dir) / f"{milestone}.pt", state)
     path = training_folder(run_dir) / f"step_{step:09d}.pt"
     save_state(path, state)
+    # Old ones are deleted last, so that after a crash at any point two checkpoints are there.
     for old in saved_trainings(run_dir)[:-_NUMBER_KEPT]:
         delete_state(old)
     return path
@@ -96,8 +97,8 @@ def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
             warn(f"{error}. It is set aside as {path.name}.damaged")
         else:
             return path
-    # To start anew would silently lose the work, so that is for the user to decide. Checkpoints that an
-    # earlier start renamed count as well.
+    # To start anew would silently lose the work, so that is for the user to decide. Checkpoints
+    # that an earlier start renamed count as well.
     if list(training_folder(run_dir).glob("step_*.damaged")):
         raise CheckpointError(
             f"no checkpoint in {training_folder(run_dir)} can be read. Copy a milestone to "
@@ -122,8 +123,8 @@ def load_training(path: Path) -> dict[str, Any]:
 def load_state(path: Path) -> dict[str, Any]:
     """Load what `save_state` saved; its tensors are on the CPU and mapped from the file.
 
-    Mapped tensors are read from the disk when they are used. A file without a hash is not mapped but
-    read whole, since it may be cut off.
+    Mapped tensors are read from the disk when they are used. A file without a hash is not mapped
+    but read whole, since it may be cut off.
 
     Raises:
         DamagedCheckpoint: the file is no checkpoint, or not as it was saved.
@@ -133,10 +134,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
-    """Load a checkpoint with torch's safe unpickler, and tell damaged files from unreadable ones."""
+    """Load a checkpoint with torch's safe unpickler; tell damaged files from unreadable ones."""
     is_as_saved = check_hash(path)
-    # The file is opened once before, because torch's errors do not tell whether a file can't be read
-    # or is no checkpoint.
+    # The file is opened once before, because torch's errors do not tell whether a file can't be
+    # read or is no checkpoint.
     try:
         with path.open("rb"):
             pass
@@ -150,8 +151,8 @@ def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
             f"{damaged(path)}: it holds more than tensors and plain values"
         ) from error
     except BROKEN as error:
-        # A damaged file may name an offset that can't be read, which is reported as EINVAL. Any other
-        # OSError, and each one of a file with the right hash, is the system's.
+        # A damaged file may name an offset that can't be read, which is reported as EINVAL. Any
+        # other OSError, and each one of a file with the right hash, is the system's.
         if isinstance(error, OSError) and (is_as_saved or error.errno != errno.EINVAL):
             raise not_read(path, error) from error
         raise DamagedCheckpoint(f"{damaged(path)}: {error}") from error

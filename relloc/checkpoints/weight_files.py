@@ -19,14 +19,15 @@ from relloc.pickles.torch_files import OtherKind
 
 _PICKLE = b"\x80"  # the first byte of pickles since protocol 2
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257  # what a tar has at this offset
-# Bytes of a safetensors header. The library allows 100 MB, from which it makes gigabytes of objects; a
-# thousand tensors need 0.1 MB.
+# Bytes of a safetensors header. The library allows 100 MB, from which it makes gigabytes of
+# objects; a thousand tensors need 0.1 MB.
 _SAFETENSORS_MOST_HEADER = 1 << 24
 _KINDS = "neither safetensors, nor written by torch.save, nor a pickle of numpy arrays"
 # First bytes of files that can't be read, and what to do with such a file.
 _OTHER_KINDS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file with git lfs pull",
-    b"\x89HDF": "HDF5, as Keras and TensorFlow write it: convert it to a state_dict and save that with torch.save",
+    b"\x89HDF": "HDF5, as Keras and TensorFlow write it: convert it to a state_dict, "
+    "and save that with torch.save",
     b"\x93NUMPY": "one numpy array, without names: save a state_dict with torch.save",
     b"\x1f\x8b": "compressed by gzip: unpack it",
     b"\xfd7zXZ": "compressed by xz: unpack it",
@@ -38,10 +39,11 @@ _DEEPEST = 100  # nested containers
 def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
     """Return the content of a file of weights, nested as it was saved, with tensors on the CPU.
 
-    The format is recognized by the first bytes: safetensors; what torch.save wrote, as a zip or as one
-    stream; and pickles of tensors or numpy arrays, such as detectron2's converters write. Nothing in a
-    file is run. An object of a class, such as notes of a training, is replaced by a `LeftOut` with the
-    name of its class. numpy arrays become tensors. The checksums in zips are compared.
+    The format is recognized by the first bytes: safetensors; what torch.save wrote, as a zip or as
+    one stream; and pickles of tensors or numpy arrays, such as detectron2's converters write.
+    Nothing in a file is run. An object of a class, such as notes of a training, is replaced by a
+    `LeftOut` with the name of its class. numpy arrays become tensors. The checksums in zips are
+    compared.
 
     Example: `read(Path("moco_v2_800ep.pth.tar"))["state_dict"]`
 
@@ -54,12 +56,14 @@ def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
         CheckpointError: nothing is there, or it can't be read.
     """
     content = _content(file, expected)
+    # Notes of a training beside the tensors are harmless, but a whole pickled model has no tensors
+    # that could be read.
     kinds = {type(value) for _, value in leaves(content)}
     if LeftOut in kinds and Tensor not in kinds:
         raise DamagedCheckpoint(
             f"{file} holds more than tensors and plain values: {_main_object(content)}, "
-            "which can't be loaded without running code. "
-            "Save the model's state_dict() alone, best as safetensors, with the project that wrote it"
+            "which can't be loaded without running code. Save the model's state_dict() alone, "
+            "best as safetensors, with the project that wrote it"
         )
     if not isinstance(content, dict):
         raise DamagedCheckpoint(
@@ -84,7 +88,8 @@ def _content(file: Path, expected: str, *, numbers: bool = True) -> Any:
     """Return what a file holds; without `numbers` its tensors are not read and stay unfinished."""
     start, size = _first_bytes(file)
     try:
-        # Warnings of the libraries are ignored: a file that is refused gives one message, the error.
+        # Warnings of the libraries are ignored: a file that is refused gives one message, the
+        # error.
         with warnings.catch_warnings(action="ignore"):
             read_file = _reader(start, size)
             content = read_file(file, numbers)
@@ -130,7 +135,8 @@ def _reader(start: bytes, size: int) -> Callable[[Path, bool], Any]:
     """Return the function that reads a file of `size` bytes that begins with `start`.
 
     Raises:
-        OtherKind, ValueError: the file is of a kind that can't be read; the message goes on after "it".
+        OtherKind, ValueError: the file is of a kind that can't be read; the message goes on after
+            "it".
     """
     # A safetensors file begins with the length of its header (8 bytes) and then the header's brace.
     # It is tried first, since the length may look like the beginning of a pickle.
@@ -149,9 +155,9 @@ def _reader(start: bytes, size: int) -> Callable[[Path, bool], Any]:
         return lambda file, _numbers: torch_files.read_bare(file)
     if start[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         raise OtherKind(
-            "is a tar. If it is an archive of files, unpack it. torch.save before version 0.1.10 also "
-            "wrote tars: load such a file with torch in the project that wrote it, and save the "
-            "model's state_dict() again with torch.save"
+            "is a tar. If it is an archive of files, unpack it. torch.save before version 0.1.10 "
+            "also wrote tars: load such a file with torch in the project that wrote it, "
+            "and save the model's state_dict() again with torch.save"
         )
     for first_bytes, description in _OTHER_KINDS.items():
         if start.startswith(first_bytes):
@@ -229,6 +235,7 @@ def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
     Example: `{"model": {"fc": [1, 2]}}` yields ("model.fc.0", 1) and ("model.fc.1", 2).
     """
+    # The items of lists are named by their positions.
     if isinstance(content, list | tuple):
         content = dict(enumerate(content))
     if not isinstance(content, Mapping):

@@ -1,8 +1,8 @@
 """Builds the backbone that a file of weights describes, safely, even if a stranger wrote the file.
 
-A configuration that a user composes may name any function, and Hydra calls it. The description in a file
-of weights has the same form but can't be trusted: from it only relloc's own backbones are built, and
-only with plain values.
+A configuration that a user composes may name any function, and Hydra calls it. The description in a
+file of weights has the same form but can't be trusted: from it only relloc's own backbones are
+built, and only with plain values.
 """
 
 import importlib
@@ -84,7 +84,7 @@ def described_backbone(model: object, weights: Mapping[str, Tensor], origin: str
 
 
 def _build(backbone: type[Backbone], settings: dict[str, Any], origin: str) -> Backbone:
-    """Build a backbone, and turn all errors that wrong settings can cause into `CheckpointError`."""
+    """Build a backbone, and turn the errors of wrong settings into `CheckpointError`."""
     try:
         return backbone(**settings)
     except (

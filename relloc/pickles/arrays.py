@@ -18,7 +18,7 @@ _ORDERS = "<>=|"  # numpy's signs for the order of bytes: little, big, native, n
 
 
 class _Kind(Pending):
-    """A numpy.dtype that was named in a pickle: its code, such as f4, and the order of its bytes."""
+    """A numpy.dtype in a pickle: its code, such as f4, and the order of its bytes."""
 
     def __init__(self, code: Any, *_flags: Any) -> None:
         self.code = ""

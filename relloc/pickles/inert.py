@@ -1,12 +1,14 @@
 """Reads a pickle without running anything that it names.
 
-A pickle is a program for a small stack machine, and Python's own unpickler imports and calls whatever
-the program asks for. This reader never imports. Each name of a class or function becomes a `Named`, and
-calling one gives a `LeftOut`, unless the caller passed a maker (a safe function) for that name.
+A pickle is a program for a small stack machine, and Python's own unpickler imports and calls
+whatever the program asks for. This reader never imports. Each name of a class or function becomes a
+`Named`, and calling one gives a `LeftOut`, unless the caller passed a maker (a safe function) for
+that name.
 
-A crafted pickle must end in an exception and exhaust neither memory nor time. So lengths are checked
-against the size of the file before anything is allocated; keys of dicts are plain values, since Python
-hashes deeply nested tuples without checking its stack; and the number of operations is limited.
+A crafted pickle must end in an exception and exhaust neither memory nor time. So lengths are
+checked against the size of the file before anything is allocated; keys of dicts are plain values,
+since Python hashes deeply nested tuples without checking its stack; and the number of operations is
+limited.
 """
 
 import abc
@@ -17,12 +19,12 @@ from collections.abc import Callable, Mapping
 from pickle import UnpicklingError
 from typing import Any
 
-# An operation takes a byte or more and makes an object of up to 64 bytes. A state dict needs about 30
-# operations for each tensor.
+# An operation takes a byte or more and makes an object of up to 64 bytes. A state dict needs about
+# 30 operations for each tensor.
 MOST_OPERATIONS = 2_000_000
 _LONGEST_NAME = 120  # characters of a class's name that are kept
-# A pickle may hand one content to makers many times, and each may copy it. All contents together may
-# be so many times the size of the file, or this number of bytes for small files.
+# A pickle may hand one content to makers many times, and each may copy it. All contents together
+# may be so many times the size of the file, or this number of bytes for small files.
 _MOST_TIMES, _LEAST_HANDED = 4, 1 << 16
 
 Makers = Mapping[str, Callable[..., Any]]
@@ -45,7 +47,7 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Replaces an object that the class or function `name` would have made; it holds nothing else."""
+    """Replaces an object that the class or function `name` would have made, and keeps only that."""
 
     name: str
 
@@ -91,7 +93,8 @@ class Source:
         Raises:
             EOFError: the file has fewer.
         """
-        # Small counts are not compared, since asking for the position costs more than reading a byte.
+        # Small counts are not compared, since asking for the position costs more than reading a
+        # byte.
         is_too_large = count > 1024 and count > self.size - self._file.tell()
         content = b"" if is_too_large else self._file.read(count)
         if len(content) < count:
@@ -104,14 +107,15 @@ def read_pickle(source: Source, makers: Makers, persistent: Persistent) -> Any:
 
     Args:
         source: the file, or a part of one.
-        makers: the functions that may be called, by the name that the pickle has for them; calling any
-            other name gives a `LeftOut`.
-        persistent: returns the object for a persistent id, by which a pickle refers to things outside
-            of it, such as torch's storages.
+        makers: the functions that may be called, by the name that the pickle has for them; calling
+            any other name gives a `LeftOut`.
+        persistent: returns the object for a persistent id, by which a pickle refers to things
+            outside of it, such as torch's storages.
 
     Raises:
         UnpicklingError, ValueError, IndexError, TypeError, EOFError: it is damaged or no pickle.
-        TooLarge: it has more than `MOST_OPERATIONS`, or hands the same contents to makers repeatedly.
+        TooLarge: it has more than `MOST_OPERATIONS`, or hands the same contents to makers
+            repeatedly.
     """
     machine = _Machine(makers, persistent, most_handed=_MOST_TIMES * source.size + _LEAST_HANDED)
     # genops only decodes the operations and their arguments; it needs read and readline of a file.
@@ -161,8 +165,8 @@ _INSTANCE_OF_FIRST = (
 class _Machine:
     """The stack machine that runs a pickle's operations: its stack, its marks and its memo.
 
-    A mark is a position in the stack; some operations take everything above the latest mark. The memo
-    holds values that the pickle refers to again. See the Python module pickletools.
+    A mark is a position in the stack; some operations take everything above the latest mark. The
+    memo holds values that the pickle refers to again. See the Python module pickletools.
     """
 
     def __init__(self, makers: Makers, persistent: Persistent, *, most_handed: int) -> None:
@@ -185,6 +189,7 @@ class _Machine:
             self.memo[argument] = self.stack[-1]
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = self.stack[-1]
+        # A mark sets the stack so far aside, and starts an empty one above it.
         elif name == "MARK":
             self.marked.append(self.stack)
             self.stack = []
@@ -195,7 +200,10 @@ class _Machine:
             self.stack.append(self.contained(name, argument, operands))
 
     def pop(self, name: str) -> None:
-        """Drop a value, or the latest mark with all above it. `POP` drops a mark if nothing is above it."""
+        """Drop a value, or the latest mark with all above it.
+
+        `POP` drops a mark if nothing is above it, as in Python's own unpickler.
+        """
         if name == "POP" and self.stack:
             self.stack.pop()
         else:
@@ -234,6 +242,7 @@ class _Machine:
             case "APPEND" | "APPENDS" | "ADDITEMS", [list(target), *items]:
                 target.extend(items)
                 return target
+            # Objects that are left out drop their items.
             case "APPEND" | "APPENDS" | "ADDITEMS", [LeftOut() as target, *_]:
                 return target
         return self.named(operation, argument, operands)
@@ -241,12 +250,14 @@ class _Machine:
     def named(self, operation: str, argument: Any, operands: list[Any]) -> Any:
         """Return the result of an operation that names or repeats a value, or else of others."""
         match operation, operands:
+            # Values that were stored in the memo before.
             case "GET" | "BINGET" | "LONG_BINGET", _:
                 return self.memo[argument]
             case "GLOBAL", _:
                 return _named(*argument.split(" ", 1))
             case "STACK_GLOBAL", [str(module), str(name)]:
                 return _named(module, name)
+            # References to things outside of the pickle.
             case "PERSID", _:
                 return self.persistent(argument)
             case "BINPERSID", [reference]:
@@ -282,6 +293,7 @@ class _Machine:
             return function
         if not isinstance(function, Named) or not isinstance(arguments, tuple):
             raise UnpicklingError("it calls something that is no function")
+        # The class says more in a message than the function that makes objects of any class.
         if function.name in _INSTANCE_OF_FIRST and arguments and isinstance(arguments[0], Named):
             return LeftOut(arguments[0].name)
         maker = self.makers.get(function.name)
@@ -304,7 +316,7 @@ class _Machine:
 
 
 def _named(module: str, name: str) -> Named:
-    """Return the name of a class or function, short and without characters that act on a terminal."""
+    """Return the name of a class or function, short and printable."""
     text = f"{module}.{name}"[:_LONGEST_NAME]
     printable = [character if character.isprintable() else "?" for character in text]
     return Named("".join(printable))
@@ -335,7 +347,8 @@ def _checked_key(key: Any) -> Any:
         return key
     if isinstance(key, int | float):
         return str(key)
-    # Tuples of tuples are refused: hashing them recurses, and Python does not check its stack there.
+    # Tuples of tuples are refused: hashing them recurses, and Python does not check its stack
+    # there.
     if isinstance(key, tuple):
         is_plain = [part is None or isinstance(part, str | int | float) for part in key]
         if all(is_plain):

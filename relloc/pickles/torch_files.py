@@ -1,9 +1,9 @@
 """Reads what torch.save wrote, without torch's own unpickler.
 
 torch.save writes a zip since torch 1.6 and wrote one stream before. torch.load with weights_only
-refuses a whole file because of one note that needs a class, and its reader of zips ignores checksums.
-Here such notes are left out by name, each record's CRC is compared, and no size that a file declares
-is believed before the file was seen to have it.
+refuses a whole file because of one note that needs a class, and its reader of zips ignores
+checksums. Here such notes are left out by name, each record's CRC is compared, and no size that a
+file declares is believed before the file was seen to have it.
 """
 
 import dataclasses
@@ -102,7 +102,8 @@ class _Tensor(Pending):
         stored, content = self.stored, self.stored.storage.content
         if not _are_counts((*self.size, *self.stride, self.offset)) or content is None:
             raise UnpicklingError("it has a tensor of an impossible shape, or without numbers")
-        # The bytes that this tensor may use. torch checks that its shape and strides stay within them.
+        # The bytes that this tensor may use. torch checks that its shape and strides stay within
+        # them.
         start = stored.start * stored.dtype.itemsize
         end = start + stored.count * stored.dtype.itemsize
         own = memoryview(content)[start:end]
@@ -129,7 +130,7 @@ def _are_counts(numbers: Iterable[Any]) -> bool:
 def _tensor(
     stored: Any, offset: Any, size: Any, stride: Any, *_more: Any, dtype: Any = None
 ) -> Any:
-    """Return the `Pending` tensor of a call of torch._utils._rebuild_tensor or its second version."""
+    """Return the `Pending` tensor of a call of torch._utils._rebuild_tensor (or _v2)."""
     match stored, size, stride:
         case LeftOut(), _, _:
             return stored
@@ -184,14 +185,18 @@ _MAKERS: Makers = {
 class _Storages:
     """Collects the storages that a pickle refers to, by their keys.
 
-    The pickle has only the references; the bytes are elsewhere in the file, and are read afterwards.
+    The pickle has only the references; the bytes are elsewhere in the file, and are read
+    afterwards.
     """
 
     def __init__(self) -> None:
         self.by_key: dict[str, _Storage] = {}
 
     def __call__(self, reference: Any) -> Any:
-        """Return what a persistent id refers to: a part of a storage, or the class of a module (old files)."""
+        """Return what a persistent id refers to.
+
+        That is a part of a storage, or in old files the class of a module.
+        """
         match reference:
             case ["module" | b"module", Named() as kind, *_]:
                 return kind
@@ -222,23 +227,25 @@ def read_zip(file: Path, numbers: bool = True) -> Any:
     Raises:
         OtherKind: it is a zip of another kind.
         TooLarge: its records would take far more space than the file.
-        zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError: it is damaged, as also the
-            errors of `read_pickle` say.
+        zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError: it is damaged. The errors
+            of `read_pickle` mean the same.
     """
     with zipfile.ZipFile(file) as archive:
         records = {record.filename: record for record in archive.infolist()}
         root = _root(records)
         _check_records(archive.infolist(), file.stat().st_size)
-        # After torch.serialization.set_crc32_options(False) torch writes zeros for all checksums; for
-        # zipfile None means to compare none.
+        # After torch.serialization.set_crc32_options(False) torch writes zeros for all checksums;
+        # for zipfile None means to compare none.
         if not any(record.CRC for record in records.values()):
             for record in records.values():
                 record.CRC = None  # pyright: ignore[reportAttributeAccessIssue]
         if f"{root}/byteorder" in records and _record(archive, f"{root}/byteorder") != b"little":
             raise OtherKind(
-                f"was saved on a machine with another order of bytes: load it there and {_SAVE_AGAIN}"
+                "was saved on a machine with another order of bytes: "
+                f"load it there and {_SAVE_AGAIN}"
             )
-        # The pickle is read as a whole, so that its CRC is compared before anything in it is believed.
+        # The pickle is read as a whole, so that its CRC is compared before anything in it is
+        # believed.
         pickled = _record(archive, f"{root}/data.pkl")
         storages = _Storages()
         source = Source(io.BytesIO(pickled), len(pickled))
@@ -286,7 +293,7 @@ def _root(records: Mapping[str, zipfile.ZipInfo]) -> str:
 
 
 def _check_records(records: Sequence[zipfile.ZipInfo], size: int) -> None:
-    """Refuse records that could be read in two ways, or unpacked to far more than the file's `size`."""
+    """Refuse records that can be read in two ways, or that unpack to far more than `size` bytes."""
     # Programs differ in which of two records of one name they take.
     counts = Counter(record.filename for record in records)
     duplicates = [name for name, count in counts.items() if count > 1]

@@ -26,8 +26,8 @@ _GIVE = f"http://HOST:PORT for an MLflow server, or {_FILE}"
 def absolute_uri(uri: str) -> str:
     """Check the address of an MLflow store, and return it in its one standard form.
 
-    A relative SQLite path is made absolute from the current folder, since the address is also used by
-    processes in other folders.
+    A relative SQLite path is made absolute from the current folder, since the address is also used
+    by processes in other folders.
 
     Example: `absolute_uri("sqlite:///mlflow.db")` in /data is "sqlite:////data/mlflow.db".
 
@@ -140,7 +140,7 @@ def _sqlite(uri: str, rest: str) -> str:
 
 
 def _database(uri: str, scheme: str, rest: str) -> str:
-    """Return the standard form of a database server's address. `rest` follows the scheme's colon."""
+    """Return the standard form of a database's address. `rest` follows the scheme's colon."""
     try:
         parts = urlsplit(f"{scheme}:{rest}")
     except ValueError:  # a bracket that is not closed
@@ -160,8 +160,8 @@ def _database(uri: str, scheme: str, rest: str) -> str:
 def _refuse_password(host: str, instead: str) -> NoReturn:
     """Raise the error for an address with a password, without repeating the password."""
     raise UsageError(
-        f"the address of {host} contains a user name or a password, which would be written into the "
-        f"run folder and shown in MLflow: {instead}"
+        f"the address of {host} contains a user name or a password, which would be written into "
+        f"the run folder and shown in MLflow: {instead}"
     )
 
 

@@ -23,6 +23,7 @@ def add_artifact(run_dir: Path, name: str) -> None:
         ValueError: the name leads out of the run folder.
         FileNotFoundError: there is no such file.
     """
+    # Resolved, since a name such as ../key or a link may lead elsewhere.
     path = (run_dir / name).resolve()
     if not path.is_relative_to(run_dir.resolve()):
         raise ValueError(
@@ -47,8 +48,8 @@ def sort_artifacts(run_dir: Path) -> tuple[list[str], list[str]]:
     lead to a file outside, such as a private key. So each name is resolved each time, with links.
 
     Returns:
-        The names of the files to send, relative to the run folder, and a sentence for each file that
-        exists and is refused. Names without a file are in neither.
+        The names of the files to send, relative to the run folder, and a sentence for each file
+        that exists and is refused. Names without a file are in neither.
     """
     sendable: list[str] = []
     refused: list[str] = []

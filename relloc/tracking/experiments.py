@@ -36,6 +36,7 @@ def experiment_name(asked: object, uri: str | None = None) -> str:
             f"an experiment can't be called {name!r}: give a name that is not blank, has printable "
             f"characters only, and has {LONGEST_NAME} characters at most, such as relloc"
         )
+    # Databricks keeps experiments in folders of its workspace.
     if uri and uri.partition(":")[0] == "databricks" and not name.startswith("/"):
         raise UsageError(
             f"Databricks needs a path as the name of an experiment, such as /Users/YOU/{name}"
@@ -77,7 +78,8 @@ def raise_deleted(experiment: "Experiment", uri: str) -> NoReturn:
         f"experiment {experiment.name!r} was deleted in {uri}. Restore it with "
         f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore "
         f"--experiment-id {experiment.experiment_id}`, or use another one: "
-        "tracking.experiment=NAME for a run, relloc.sync --experiment NAME for a finished run folder"
+        "tracking.experiment=NAME for a run, "
+        "relloc.sync --experiment NAME for a finished run folder"
     )
 
 

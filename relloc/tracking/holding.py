@@ -30,7 +30,8 @@ LOCK_FILE = "run.lock"
 BEAT_S = 30.0  # seconds between two touches of the file
 SILENT_S = 300.0  # a process of another machine that did not touch the file for so long has ended
 _BUSY = (errno.EAGAIN, errno.EACCES)  # another process has the kernel's lock
-# `is_held` takes a shared lock for a moment, so one refusal does not mean that a run has the folder.
+# `is_held` takes a shared lock for a moment, so one refusal does not mean that a run has the
+# folder.
 _ATTEMPTS = 20
 _PAUSE_S = 0.05
 # Without locks: how long another command that starts at the same time may take to write its name.
@@ -147,7 +148,8 @@ def _try_lock(path: Path, run_dir: Path, descriptor: int) -> tuple[bool, bool]:
         return True, True
     if not _is_file_of(path, descriptor):
         return False, False  # the previous run has just ended and removed the file
-    # The kernel's lock keeps out this machine only, so runs of other machines are looked up by name.
+    # The kernel's lock keeps out this machine only, so runs of other machines are looked up by
+    # name.
     if locks_stay_here(path):
         _claim_by_name(run_dir, descriptor, _only_elsewhere(_read_owner(descriptor)))
         return True, True
@@ -220,7 +222,7 @@ def _is_file_of(path: Path, descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def _touching(descriptor: int) -> Iterator[None]:
-    """Touch the file every `BEAT_S` seconds while the block runs, so that other machines see us alive."""
+    """Touch the file every `BEAT_S` seconds within the block, as a sign of life to others."""
     ended = threading.Event()
 
     def touch() -> None:

@@ -18,8 +18,8 @@ from types import ModuleType
 from relloc.errors import UsageError
 from relloc.tracking.addresses import is_database, is_server
 
-# Environment variables of MLflow. There are no retries, since the next sending is one: with MLflow's
-# default of 7 retries each call to a dead server would block for 246 s.
+# Environment variables of MLflow. There are no retries, since the next sending is one: with
+# MLflow's default of 7 retries each call to a dead server would block for 246 s.
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -105,8 +105,8 @@ def import_driver(uri: str) -> None:
     except ImportError as error:
         raise UsageError(
             f"{uri!r} needs the Python package {error.name}, which is not installed: install it, "
-            "name another driver (such as postgresql+psycopg://), or use an MLflow server in front of "
-            "the database (tracking=server)"
+            "name another driver (such as postgresql+psycopg://), or use an MLflow server in front "
+            "of the database (tracking=server)"
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Reads and writes the metrics of a run in its folder: journal.jsonl, one JSON line per step.
 
 Metrics are written here first; MLflow gets a copy later. A line looks like
-{"time_ms": 1700000000000, "step": 20, "metrics": {"train/loss": 1.9}}, where time_ms is Unix time in
-milliseconds. system.jsonl has the same form and holds the load of the machine.
+{"time_ms": 1700000000000, "step": 20, "metrics": {"train/loss": 1.9}}, where time_ms is Unix time
+in milliseconds. system.jsonl has the same form and holds the load of the machine.
 """
 
 import dataclasses
@@ -66,7 +66,8 @@ class Journal:
                 f"The metric names {illegal} can't be used: "
                 "only letters, digits and _ - . : / space are allowed."
             )
-        # A resumed run repeats the steps since its last checkpoint; those are in the journal already.
+        # A resumed run repeats the steps since its last checkpoint; those are in the journal
+        # already.
         fresh = {
             name: float(value)
             for name, value in metrics.items()

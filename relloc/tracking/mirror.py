@@ -52,7 +52,8 @@ class Mirror:
         self._failures = 0
         self._warned = False
         self._refused: set[str] = set()
-        # Why the store lacks something, or None; until the first sending succeeds it lacks everything.
+        # Why the store lacks something, or None; until the first sending succeeds it lacks
+        # everything.
         self._trouble: str | None = "nothing was sent"
         self._system: SystemMetrics | None = None
         self._closing = threading.Event()

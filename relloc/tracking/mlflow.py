@@ -1,6 +1,7 @@
-"""Sends a run folder to MLflow: whatever the store lacks, exactly once, at any time, even after a crash.
+"""Sends a run folder to MLflow: whatever the store lacks, exactly once, even after a crash.
 
-The file mlflow.json in the run folder (`relloc.tracking.note`) records what was sent to which store.
+The file mlflow.json in the run folder (`relloc.tracking.note`) records what was sent to which
+store.
 MLflow does not deduplicate: a metric point that is sent twice is stored twice. So the note is
 written as `unsure` before points are sent and as sure again afterwards. A note that is unsure or
 missing means that a sender may have died half-way; then the store itself is asked which points it
@@ -64,7 +65,8 @@ class Sent:
         artifacts: files.
         experiment_id: MLflow's id of the experiment.
         run_id: MLflow's id of the run.
-        refused: a sentence for each name in artifacts.json whose file was not sent, with the reason.
+        refused: a sentence for each name in artifacts.json whose file was not sent, with the
+            reason.
 
     It is true if anything was sent.
     """
@@ -82,7 +84,7 @@ class Sent:
 
 @dataclasses.dataclass
 class _Sending:
-    """The state that the steps of one `sync` share: a run folder, its record, a store, and the note."""
+    """The state that the steps of one `sync` share: run folder, record, store and note."""
 
     client: "MlflowClient"
     uri: str
@@ -150,7 +152,7 @@ def forget(run_dir: Path) -> None:
 
 
 def _find_run(sending: _Sending, experiment: str, *, moves: bool) -> None:
-    """Note which MLflow run this folder corresponds to: the one noted, or found by uid, or a new one.
+    """Note which MLflow run belongs to this folder: the one noted, or found by uid, or a new one.
 
     `moves` says that the caller named the experiment, so that a run in another one does not count.
     """
@@ -189,7 +191,8 @@ def _is_usable(sending: _Sending, experiment: str, moves: bool) -> bool:
     from mlflow.exceptions import MlflowException
 
     client, uri, note = sending.client, sending.uri, sending.note
-    # A run that was deleted for good (`mlflow gc`), or a store that was made anew, knows no such id.
+    # A run that was deleted for good (`mlflow gc`), or a store that was made anew, knows no such
+    # id.
     try:
         run = client.get_run(note.run_id)
     except MlflowException as error:
@@ -216,13 +219,19 @@ def _is_usable(sending: _Sending, experiment: str, moves: bool) -> bool:
 
 
 def _send_record(sending: _Sending) -> int:
-    """Send the name, params, tags and data sets of the run if run.json changed; return the new params' count."""
+    """Send name, params, tags and data sets of the run if run.json changed.
+
+    Returns:
+        How many params are new to the store.
+    """
     from mlflow.entities import Param, RunTag
 
     client, record, note = sending.client, sending.record, sending.note
+    # A resumed run may have written run.json with other settings.
     digest = hashlib.sha256((sending.run_dir / RUN_FILE).read_bytes()).hexdigest()
     if digest == note.record:
         return 0
+    # Values are cut to MLflow's limit, since one that is longer makes it refuse a whole batch.
     stored = client.get_run(note.run_id).data.params
     params: dict[str, str] = {}
     for name, value in record.params.items():
@@ -262,6 +271,7 @@ def _inputs(datasets: Iterable[DatasetRecord]) -> list[Any]:
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
+    # The same data set may be recorded twice, with the contexts "train" and "eval".
     by_identity: dict[tuple[str, str], list[DatasetRecord]] = {}
     for dataset in datasets:
         by_identity.setdefault((dataset.name, dataset.digest), []).append(dataset)
@@ -341,7 +351,7 @@ def _identity(point: "Metric") -> tuple[str, int, str]:
 
 
 def _journal_batches(sending: _Sending) -> Iterator[PointBatch]:
-    """Yield the points of journal lines that were not sent yet, about `POINTS_A_BATCH` at a time."""
+    """Yield the points of journal lines that were not sent, about `POINTS_A_BATCH` at a time."""
     from mlflow.entities import Metric
 
     for note_field, file in (("lines", JOURNAL_FILE), ("system", SYSTEM_FILE)):
@@ -361,10 +371,11 @@ def _journal_batches(sending: _Sending) -> Iterator[PointBatch]:
 
 
 def _row_points(row: Result, time_ms: int) -> list["Metric"]:
-    """Return the points of one result row: its own at step 0, and those of the curves it belongs to.
+    """Return the points of one result row: its own at step 0, and its points of curves.
 
-    Rows of a layer are also points of a curve over the layers (steps 1 to 5), and rows with a k of a
-    curve over k. Rows of spread (intervals, deviations) are left out of curves, which they would hide.
+    Rows of a layer are also points of a curve over the layers (steps 1 to 5), and rows with a k of
+    a curve over k. Rows of spread (intervals, deviations) are left out of curves, which they would
+    hide.
     """
     from mlflow.entities import Metric
 
@@ -384,7 +395,7 @@ def _digest(rows: Sequence[Result]) -> str:
 
 
 def _send_artifacts(sending: _Sending) -> tuple[int, list[str]]:
-    """Send files that are new or changed; return their count, and a sentence for each refused file."""
+    """Send new and changed files; return their count, and a sentence for each refused file."""
     from mlflow.exceptions import MlflowException
 
     run_dir = sending.run_dir
@@ -401,6 +412,7 @@ def _send_artifacts(sending: _Sending) -> tuple[int, list[str]]:
         try:
             sending.client.log_artifact(sending.note.run_id, str(run_dir / name), artifact_path)
         except MlflowException as error:
+            # Any other error is the store's and not this file's, so the whole sending fails.
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             refused.append(f"{name!r} was not sent: MLflow does not accept this file name")

@@ -1,4 +1,4 @@
-"""Remembers which parts of a run folder were sent to which MLflow store. The file is mlflow.json."""
+"""Remembers what of a run folder was sent to which MLflow store. The file is mlflow.json."""
 
 import dataclasses
 import hashlib
@@ -54,6 +54,7 @@ def read_note(run_dir: Path) -> Note | None:
     try:
         fields = json.loads((run_dir / NOTE_FILE).read_bytes())
         seal = fields.pop(_SEAL)
+        # Someone may have edited the file, or a disk may have lost a part of it.
         if seal != _seal(fields):
             return None
         return Note(**fields)

@@ -24,7 +24,8 @@ from relloc.tracking.addresses import absolute_uri
 
 RUN_FILE = "run.json"
 STATUS_FILE = "status.json"
-# A sweep's copy of the package is no git checkout; this file in it holds the commit of the original.
+# A sweep's copy of the package is no git checkout; this file in it holds the commit of the
+# original.
 COMMIT_FILE = "COMMIT"
 CONTEXTS = ("train", "eval")
 DISTRIBUTIONS = ("torch", "torchvision", "hydra-core", "mlflow")
@@ -155,11 +156,12 @@ def read_status(run_dir: Path) -> RunStatus | None:
 def flatten(config: Mapping[str, Any]) -> dict[str, Scalar]:
     """Flatten a nested config of plain values to dotted keys, in the same order.
 
-    None and empty mappings are left out. Numbers and booleans stay; lists become JSON text; nan, the
-    infinities (which JSON does not have) and everything else become text.
+    None and empty mappings are left out. Numbers and booleans stay; lists become JSON text; nan,
+    the infinities (which JSON does not have) and everything else become text.
 
     Example: `flatten({"optimizer": {"lr": 0.1}})` is `{"optimizer.lr": 0.1}`.
     """
+    # MLflow's params are flat, and its table filters by their names.
     flat: dict[str, Scalar] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

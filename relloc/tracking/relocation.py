@@ -1,8 +1,8 @@
 """Lets a SQLite store of MLflow be moved or copied: its artifact files are looked for beside it.
 
-MLflow records the folder of each experiment's and each run's files as an absolute address, and has no
-call to change it. A store whose folder was moved would go on writing to the old folder, and its pages
-would show no files of earlier runs. So the addresses are changed in the database.
+MLflow records the folder of each experiment's and each run's files as an absolute address, and has
+no call to change it. A store whose folder was moved would go on writing to the old folder, and its
+pages would show no files of earlier runs. So the addresses are changed in the database.
 """
 
 import contextlib
@@ -28,8 +28,9 @@ def artifact_folder(store: Path, experiment: str) -> Path:
 def follow_move(store: Path) -> None:
     """Change the addresses in a store that was moved, so that its files are found beside it.
 
-    Only folders that relloc made (`mlartifacts`) are changed; files that lie elsewhere on purpose stay
-    there. If only the database was copied, runs keep pointing to the files that were left behind.
+    Only folders that relloc made (`mlartifacts`) are changed; files that lie elsewhere on purpose
+    stay there. If only the database was copied, runs keep pointing to the files that were left
+    behind.
 
     Raises:
         sqlite3.Error: the database can't be read or written.
@@ -71,7 +72,7 @@ def _move_runs(database: sqlite3.Connection, experiment: int, old: str, here: Pa
 
 
 def _beside(store: Path, location: str | None) -> Path | None:
-    """Return where an experiment's folder belongs, if its address is that of another store's folder.
+    """Return where an experiment's folder belongs, if its address is beside another store.
 
     None means that the address is right, or that relloc did not make the folder.
     """

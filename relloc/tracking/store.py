@@ -27,15 +27,15 @@ ANYWHERE = "RELLOC_SQLITE_ANYWHERE"
 
 
 class StoreError(RuntimeError):
-    """An MLflow store can't be reached, read or written, or refuses what is sent; the text says why."""
+    """An MLflow store can't be reached, read or written, or refuses what is sent."""
 
 
 def open_store(uri: str) -> "MlflowClient":
     """Return a client of the store; a missing SQLite file is made with its schema (about 5 s).
 
     Raises:
-        StoreError: a server does not answer within seconds, a file is no database of this version of
-            MLflow, or a folder can't be written.
+        StoreError: a server does not answer within seconds, a file is no database of this version
+            of MLflow, or a folder can't be written.
     """
     uri = absolute_uri(uri)
     with store_errors(uri):
@@ -54,13 +54,13 @@ def open_store(uri: str) -> "MlflowClient":
 
 
 def _refuse_shared(path: Path) -> None:
-    """Raise `StoreError` if a SQLite file lies in a network folder, where its locks are unreliable."""
+    """Raise `StoreError` for a SQLite file in a network folder, where locks are unreliable."""
     kind = shared_file_system(path.parent)
     if kind and os.environ.get(ANYWHERE) != "1":
         raise StoreError(
             f"{path.parent} is a network folder ({kind}), where SQLite loses data when several "
-            "machines write. Use tracking=server, or tracking.uri=sqlite:////LOCAL/mlflow.db; or set "
-            f"{ANYWHERE}=1 if only one machine ever writes there"
+            "machines write. Use tracking=server, or tracking.uri=sqlite:////LOCAL/mlflow.db; "
+            f"or set {ANYWHERE}=1 if only one machine ever writes there"
         )
 
 
@@ -100,8 +100,8 @@ def _probe(uri: str) -> None:
 def _make_schema(path: Path) -> None:
     """Make the database if it is missing, or check it and follow it if its folder was moved.
 
-    A new database is built under another name and then moved into place, because MLflow's migrations
-    break if two processes run them at once or if one is killed half-way.
+    A new database is built under another name and then moved into place, because MLflow's
+    migrations break if two processes run them at once or if one is killed half-way.
     """
     if path.exists() and path.stat().st_size:
         _check_is_database(path)
@@ -130,7 +130,7 @@ def _check_is_database(path: Path) -> None:
 
 @contextlib.contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn what MLflow and its layers raise within the block into a `StoreError` of one short line."""
+    """Turn errors of MLflow and its libraries in the block into a `StoreError` of one line."""
     mlflow = load_mlflow()
     import alembic.util
     import sqlalchemy.exc
@@ -160,6 +160,7 @@ def ui_command(uri: str, port: int = UI_PORT) -> str:
     uri = absolute_uri(uri)
     if is_server(uri):
         return uri
+    # One worker, and none for MLflow's own jobs, is enough for one user.
     quiet = "MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
     return f"{quiet} mlflow server --workers 1 --port {port} --backend-store-uri {shlex.quote(uri)}"
 
@@ -168,7 +169,9 @@ def ui_link(uri: str, experiment_id: str, port: int = UI_PORT) -> str:
     """Return the address of an experiment's charts, on the server or where `ui_command` serves."""
     uri = absolute_uri(uri)
     server = uri if is_server(uri) else f"http://127.0.0.1:{port}"
-    return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    # The page of an experiment as MLflow 3 has it, showing charts instead of a table.
+    view = "workflowType=machine_learning&compareRunsMode=CHART"
+    return f"{server}/#/experiments/{experiment_id}/runs?{view}"
 
 
 def search(uri: str, experiment: str) -> list[dict[str, Any]]:
@@ -178,13 +181,15 @@ def search(uri: str, experiment: str) -> list[dict[str, Any]]:
 
     Returns:
         For each run a dict with the keys name, status, run_id, run_dir, params, metrics and tags.
-        Params that are written like numbers or booleans are converted; metrics are the latest values.
+        Params that are written like numbers or booleans are converted; metrics are the latest
+        values.
 
     Raises:
         StoreError: the store can't be read.
         ValueError: the store has no such experiment, or the SQLite file does not exist.
     """
     uri = absolute_uri(uri)
+    # Opening it would make an empty store under a misspelt name.
     if uri.startswith(SQLITE) and not sqlite_path(uri).exists():
         raise ValueError(f"{uri} can't be read: there is no such file")
     client = open_store(uri)

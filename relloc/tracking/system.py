@@ -1,7 +1,7 @@
 """Measures the load of the machine during a run, and writes it to system.jsonl in the run folder.
 
-The metrics have MLflow's names, so that its "System metrics" tab shows them. A step is a second since
-the first start of the run, so that a resumed run continues the curves.
+The metrics have MLflow's names, so that its "System metrics" tab shows them. A step is a second
+since the first start of the run, so that a resumed run continues the curves.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ MONITORS = {
 
 
 class SystemMetrics:
-    """Measures processors, memory, disk, network and GPUs of this machine in a thread, until stopped.
+    """Measures processors, memory, disk, network and GPUs in a thread, until stopped.
 
     What this machine does not report is left out.
 

@@ -18,6 +18,7 @@ def unfinished_training(run_dir: Path) -> str:
     """
     if not (run_dir / RUN_FILE).is_file() or (run_dir / BACKBONE_FILE).exists():
         return ""
+    # Evaluations have a run.json as well, and never have weights of their own.
     record = RunRecord.read(run_dir)
     if record.tags.get("relloc.kind") != "train":
         return ""
