@@ -110,7 +110,7 @@ def test_one_that_can_not_be_or_takes_more_than_its_weights_is_an_error(
     built = []
     monkeypatch.setattr(
         described,
-        "_built",
+        "_build",
         lambda *given: built.append(torch.empty(0).device.type) or original(*given),
     )
     with pytest.raises(CheckpointError):
@@ -118,7 +118,7 @@ def test_one_that_can_not_be_or_takes_more_than_its_weights_is_an_error(
     assert built == ["meta"]
 
 
-original = described._built
+original = described._build
 
 
 def test_endless_descriptions_are_an_error() -> None:
