@@ -1,4 +1,7 @@
-"""relloc, or python -m relloc: lists the commands; relloc COMMAND ... is python -m relloc.COMMAND ..."""
+"""The `relloc` console script: `relloc COMMAND ...` runs `python -m relloc.COMMAND ...`.
+
+Without a command it lists the commands.
+"""
 
 import ast
 import difflib
@@ -22,7 +25,10 @@ def command() -> NoReturn:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """List the commands, or run one; 0, 2 where there is none of that name, or the command's own exit code."""
+    """Lists the commands, or runs the one that `arguments` begin with.
+
+    Returns 0, or 2 where there is no such command. A command that fails exits with its own code.
+    """
     if not arguments or arguments[0] in _HELP:
         print(_list())
         return 0
@@ -32,13 +38,14 @@ def main(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         terminal.complain(_unknown(name))
         return _EXIT_MISTAKE
+    # The module runs as if it had been started by `python -m`, so that Hydra sees its name.
     sys.argv = [f"relloc.{name}", *words]
     runpy.run_module(f"relloc.{name}", run_name="__main__", alter_sys=True)
     return 0
 
 
 def _complete(asked: str, word: str) -> int:
-    """Print the script for a shell, or what may stand at the end of a line that is typed in it."""
+    """Prints the completion script of a shell, or the completions of the line `word`."""
     from relloc.runs import completion  # Hydra takes half a second to import
 
     if asked == "--complete":
@@ -55,22 +62,30 @@ def _complete(asked: str, word: str) -> int:
 
 def _list() -> str:
     width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  python -m relloc.{name:{width}}   {_purpose(name)}" for name in COMMANDS)
+    lines = [f"  python -m relloc.{name:{width}}   {_purpose(name)}" for name in COMMANDS]
+    table = "\n".join(lines)
     return (
-        f"relloc pretrains networks by relative location and measures what their features are worth.\n\n{lines}\n\n"
-        "Each tells more with --help, and of a setting with --help SETTING. The first to try, which needs no data:\n"
+        "relloc pretrains networks by relative location and measures what their features are "
+        f"worth.\n\n{table}\n\n"
+        "Each tells more with --help, and of a setting with --help SETTING. "
+        "The first to try, which needs no data:\n"
         "  python -m relloc.train"
     )
 
 
 def _purpose(name: str) -> str:
-    """What the command's module says of itself behind the command, read and not imported: that takes seconds."""
+    """Returns what the docstring of a command's module says after the command's name.
+
+    The file is parsed and not imported, since importing takes seconds.
+    """
     source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-    first = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
-    return first.partition(": ")[2].rstrip(".")
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    first_line = docstring.splitlines()[0]
+    return first_line.partition(": ")[2].rstrip(".")
 
 
 def _unknown(name: str) -> str:
+    # A setting without a command is the likeliest mistake.
     if "=" in name:
         return (
             f"{name} is a setting: name a command before it, such as python -m relloc.train {name}"

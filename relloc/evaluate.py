@@ -6,8 +6,9 @@ from relloc.runs.launch import launch
 
 
 def run(config: DictConfig) -> None:
-    """Evaluate the checkpoints that `config` names."""
-    from relloc.runs import build, evaluating, invocation  # torch loads here: --help does without
+    """Evaluates the checkpoints that `config` names."""
+    # Imported here, since it loads torch, which --help does not need.
+    from relloc.runs import build, evaluating, invocation
 
     evaluating.evaluate_checkpoint(build.evaluating(config), invocation.Invocation.of(config))
 

@@ -6,8 +6,9 @@ from relloc.runs.launch import launch
 
 
 def run(config: DictConfig) -> None:
-    """Check, and pack if `out` is set, what `config` says."""
-    from relloc.runs import build, invocation, preparing  # torch loads here: --help does without
+    """Checks the data set that `config` names, and packs it if `out` is set."""
+    # Imported here, since it loads torch, which --help does not need.
+    from relloc.runs import build, invocation, preparing
 
     preparing.prepare(build.preparing(config), invocation.Invocation.of(config))
 

@@ -6,8 +6,9 @@ from relloc.runs.launch import launch
 
 
 def run(config: DictConfig) -> None:
-    """Pretrain and evaluate what `config` says."""
-    from relloc.runs import build, invocation, pretraining  # torch loads here: --help does without
+    """Pretrains a backbone as `config` says, then evaluates it."""
+    # Imported here, since it loads torch, which --help does not need.
+    from relloc.runs import build, invocation, pretraining
 
     pretraining.pretrain(build.pretraining(config), invocation.Invocation.of(config))
 

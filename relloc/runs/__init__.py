@@ -1,1 +1,4 @@
-"""What the commands do, from a composed config to a finished run folder: the only users of Hydra."""
+"""The commands' work, from a composed config to a finished run folder.
+
+Only this package imports Hydra.
+"""

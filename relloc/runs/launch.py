@@ -1,4 +1,4 @@
-"""Starting a command: finding conf/, composing with Hydra, turning mistakes into one clear message.
+"""Starts a command: composes its config with Hydra and turns mistakes into one clear message.
 
 Nothing here imports torch, so that --help and a misspelt key are answered at once.
 """
@@ -33,19 +33,15 @@ from relloc.runs.settings import conf_dir
 
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
-_ASKED_FOR_FULL = os.environ.get(
-    FULL_ERROR
-)  # by the user; what we set for ourselves is not for commands we start
+# The user's own value. `launch` sets the variable for this process, not for commands it starts.
+_USERS_FULL_ERROR = os.environ.get(FULL_ERROR)
 _NOBODY_READS = (
     "nobody reads this command's output any more: it goes on, and its folder has all numbers"
 )
-_OWN_CONFIGS = (
-    "--config-",
-    "-cd",
-    "-cn",
-    "-cp",
-)  # flags of Hydra that bring groups which we do not see
-_RERUN = "--experimental-rerun"  # of Hydra
+# Flags of Hydra by which users bring groups of their own, which relloc does not see
+_OWN_CONFIGS = ("--config-", "-cd", "-cn", "-cp")
+_RERUN = "--experimental-rerun"  # a flag of Hydra
+# The disk is full or read-only, or the file server failed
 _DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -56,7 +52,7 @@ _DISK_ERRORS = (
     errno.ESTALE,
 )
 # A folder where a file should be, or the reverse
-_PLACE_ERRORS = (
+_PATH_ERRORS = (
     errno.EISDIR,
     errno.ENOTDIR,
     errno.EEXIST,
@@ -64,17 +60,18 @@ _PLACE_ERRORS = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
-_OF_HYDRA = ("config.yaml", "hydra.yaml", "overrides.yaml")  # what Hydra writes before it calls us
+# The files that Hydra writes before it calls the task
+_HYDRAS_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
 
 def users_environment() -> dict[str, str]:
-    """The environment as the user gave it, for commands that this one starts."""
-    given = {**os.environ, FULL_ERROR: _ASKED_FOR_FULL}
+    """Returns the environment as the user gave it, for commands that this one starts."""
+    given = {**os.environ, FULL_ERROR: _USERS_FULL_ERROR}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def launch(task: Callable[..., None], config_name: str) -> NoReturn:
-    """Compose the config from the command line, run `task` with it, and exit.
+    """Composes the config from the command line, runs `task` with it, and exits.
 
     Mistakes that a user can make end in one message on stderr and exit code 2, Ctrl-C in 130.
     HYDRA_FULL_ERROR=1 shows where an error was raised instead. conf/ may name `${scratch:}` where
@@ -82,30 +79,29 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
     """
     terminal.outlive_readers()
     show_all = os.environ.get(FULL_ERROR) == "1"
-    os.environ[FULL_ERROR] = "1"  # errors reach the lines below instead of Hydra's printer
-    warnings.showwarning = _say_warning
+    # Errors reach `_explained` below instead of Hydra's own printer, which hides the cause.
+    os.environ[FULL_ERROR] = "1"
+    warnings.showwarning = _show_warning
+    # One process may launch several commands, as tests do: each gets digits of its own.
     _digits_of.cache_clear()
     with contextlib.ExitStack() as at_end, _explained(config_name, show_all):
         OmegaConf.register_new_resolver("scratch", _Scratch(at_end), replace=True)
-        asked = command_line.read(sys.argv[1:])
-        if asked.asks_for_help and asked.words:
-            print(setting_help.answer(asked.words, config_name))
+        # `--help SETTING` is answered here; a bare --help is left to Hydra.
+        given = command_line.read(sys.argv[1:])
+        if given.asks_for_help and given.words:
+            print(setting_help.answer(given.words, config_name))
             sys.exit(0)
-        data = _prepare_words(asked, config_name)
+        data = _prepare_words(given, config_name)
         start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
 
         @functools.wraps(task)
         def explained_task(config: DictConfig) -> None:
-            with _explained(
-                config_name, show_all
-            ):  # inside too, where Hydra has not commented on it yet
+            # Explained in here too, before Hydra adds its comments to an error.
+            with _explained(config_name, show_all):
                 refuse_chdir(HydraConfig.get())
                 _refuse_name_of_sweep(HydraConfig.get())
                 if data:
-                    given: Any = OmegaConf.to_container(config, resolve=True)
-                    line = data.tell(given)
-                    if line and int(os.environ.get("RANK", "0")) == 0:
-                        print(terminal.escaped(line))
+                    _report_data(data, config)
                 terminal.tell_when_left(_NOBODY_READS)
                 task(config)
 
@@ -114,18 +110,30 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
     sys.exit(0)
 
 
+def _report_data(data: RunData, config: DictConfig) -> None:
+    """Prints, on the first process, which data set was taken over from a run."""
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    line = data.tell(settings)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if line and is_first:
+        print(terminal.escaped(line))
+
+
 def refuse_chdir(made: Any) -> None:
-    """Raises `UsageError` where Hydra goes into the run's folder, or has: relative paths would count from there."""
+    """Raises `UsageError` where hydra.job.chdir is true.
+
+    Relative paths would then be relative to the run's folder and not to the folder of the command.
+    """
     if made.job.chdir:
         os.chdir(made.runtime.cwd)
         raise UsageError(
-            "hydra.job.chdir=true is not for relloc, whose runs have relative paths count from the folder of the "
-            "command: leave it out"
+            "hydra.job.chdir=true is not supported: in relloc, relative paths count from the folder "
+            "in which the command was started. Leave the setting out"
         )
 
 
 def _refuse_name_of_sweep(made: Any) -> None:
-    """Raises `UsageError` where a run that is alone is given the name of a sweep."""
+    """Raises `UsageError` where a single run is given the name of a sweep."""
     named = [word for word in made.overrides.task if word.lstrip("+").startswith("sweep=")]
     if named and made.mode != RunMode.MULTIRUN:
         raise UsageError(
@@ -139,42 +147,58 @@ def _digits_of(_pid: int) -> str:
 
 
 def _unique() -> str:
-    """What `${unique:}` in a config is: digits that tell this command from another of the same second."""
+    """Returns what `${unique:}` in a config stands for: six random hexadecimal digits.
+
+    They distinguish this command from another that was started in the same second.
+    """
     return _digits_of(os.getpid())
 
 
-# For all who compose conf/, also without `launch`, since the default names of runs and sweeps have it.
+# Registered at import, since the default names of runs and sweeps need it wherever conf/ is composed.
 OmegaConf.register_new_resolver("unique", _unique, replace=True)
 
 
-def _prepare_words(asked: CommandLine, config_name: str) -> RunData | None:
-    """Have sys.argv say what Hydra is to read: flags first, and of an evaluation the data set of the run it names."""
-    if any(flag.startswith(_RERUN) for flag in asked.flags):
+def _prepare_words(given: CommandLine, config_name: str) -> RunData | None:
+    """Checks the words of the command line and rewrites sys.argv as Hydra is to read it.
+
+    Flags come first. An evaluation of a run takes over the data set of that run, which is returned.
+    """
+    if any(flag.startswith(_RERUN) for flag in given.flags):
         raise UsageError(
-            f"{_RERUN} runs what a pickle holds, and relloc writes none: start the run's command again, which goes on"
+            f"{_RERUN} runs what a pickle holds, and relloc writes no pickles. "
+            "Start the run's command again instead: it goes on where the run ended"
         )
-    given = with_one_value_each(asked.words)
+    # Checks that need no composed config, from those of syntax to those of meaning
+    typed = with_one_value_each(given.words)
     if config_name == "evaluate":
-        command_line.check_bare_checkpoint(given)
-    words = command_line.check(given, sweeps=asked.sweeps)
+        command_line.check_bare_checkpoint(typed)
+    words = command_line.check(typed, sweeps=given.sweeps)
     refuse_old_names(word.key_or_group for word in words)
     explaining.check_members(words)
     explaining.check_kinds(words, config_name)
-    if not any(flag.startswith(_OWN_CONFIGS) for flag in asked.flags):
+    if not any(flag.startswith(_OWN_CONFIGS) for flag in given.flags):
         explaining.check_added(words, config_name)
+
     data = None
     if config_name == "evaluate":
         command_line.check_checkpoints(words)
-        data = data_of_run.find_shared(words) if asked.sweeps else data_of_run.find_of_point(words)
-    of_run = data.words if data else ()
-    sys.argv[1:] = [*asked.flags, *of_run, *given]
-    if int(os.environ.get("RANK", "0")) > 0:  # only the first writes in the run folder, Hydra too
+        find = data_of_run.find_shared if given.sweeps else data_of_run.find_of_point
+        data = find(words)
+
+    # What was typed comes last, so that it wins over what was taken over from the run.
+    words_of_run = data.words if data else ()
+    sys.argv[1:] = [*given.flags, *words_of_run, *typed]
+    # Of several processes only the first writes into the run folder; that holds for Hydra too.
+    if int(os.environ.get("RANK", "0")) > 0:
         sys.argv += ["hydra.run.dir=${scratch:}", "hydra.output_subdir=null"]
     return data
 
 
 class _Scratch:
-    """What `${scratch:}` in a config is: one temporary folder, made where it is asked for and removed at the end."""
+    """The resolver of `${scratch:}` in a config: one temporary folder.
+
+    The folder is made when it is first asked for and removed when the command ends.
+    """
 
     def __init__(self, at_end: contextlib.ExitStack) -> None:
         self._at_end = at_end
@@ -187,16 +211,17 @@ class _Scratch:
         return self._folder
 
     def __reduce__(self) -> NoReturn:
-        """Launchers of others pickle Hydra's state, which this is part of, to have it composed again elsewhere."""
+        """Refuses launchers of other projects, which pickle Hydra's state and so this resolver."""
         raise UsageError(
-            "this hydra/launcher sends Hydra itself to other processes, where a point's mistakes and end are lost: "
-            "hydra/launcher=submitit_slurm and launcher=slurm submit a command for each point instead, launcher=local "
-            "starts processes of this machine"
+            "this hydra/launcher sends Hydra itself to other processes, where a point's errors and "
+            "exit code are lost. Use hydra/launcher=submitit_slurm or launcher=slurm, which submit "
+            "a command for each point, or launcher=local, which starts processes of this machine"
         )
 
 
 @contextlib.contextmanager
 def _explained(config_name: str, show_all: bool) -> Iterator[None]:
+    """Ends the command with one message where a user's mistake is raised within the block."""
     try:
         yield
     except KeyboardInterrupt:
@@ -205,34 +230,38 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         explained = None if show_all else explaining.explain(error, config_name)
         if explained is None:
             raise
+        # A refused run leaves no folder behind.
         if HydraConfig.initialized():
             _remove_untouched_folder(HydraConfig.get())
         _exit(explained, getattr(error, "exit_code", EXIT_MISTAKE))
     except OSError as error:
-        if show_all or error.errno not in _DISK_ERRORS + _PLACE_ERRORS:
+        if show_all or error.errno not in _DISK_ERRORS + _PATH_ERRORS:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _exit(
-            f"{error.strerror}{where}. What was saved before stays; mend this and go on with the run's hydra.run.dir",
+            f"{error.strerror}{where}. What was saved before stays; fix the cause and go on with "
+            "the run's hydra.run.dir",
             EXIT_MISTAKE,
         )
 
 
 def _remove_untouched_folder(made: Any) -> None:
-    """Remove the folder of a refused run where it holds nothing but what Hydra wrote."""
+    """Removes the folder of a refused run if it holds nothing but what Hydra wrote."""
     if made.mode == RunMode.MULTIRUN or OmegaConf.is_missing(made.runtime, "output_dir"):
         return
     run_dir = Path(made.runtime.output_dir)
-    # By default Hydra writes nothing, since the folder may be another run's; this is where the user has it write.
-    of_hydra = run_dir / (made.output_subdir or "")
-    with contextlib.suppress(
-        OSError
-    ):  # it is not empty, or another process writes there, or may alone: then it stays
-        expected = {of_hydra, *(of_hydra / name for name in _OF_HYDRA)}
-        if made.output_subdir and {*run_dir.glob("*"), *of_hydra.glob("*")} == expected:
-            for name in _OF_HYDRA:
-                (of_hydra / name).unlink()
-            of_hydra.rmdir()
+    # conf/ has Hydra write nothing, since the folder may be another run's. A user who sets
+    # hydra.output_subdir has it write into that folder.
+    hydras_folder = run_dir / (made.output_subdir or "")
+    # OSError: the folder is not empty, another process writes there, or it may not be removed.
+    # Then it stays.
+    with contextlib.suppress(OSError):
+        hydras_files = {hydras_folder / name for name in _HYDRAS_FILES}
+        present = {*run_dir.glob("*"), *hydras_folder.glob("*")}
+        if made.output_subdir and present == {hydras_folder, *hydras_files}:
+            for name in _HYDRAS_FILES:
+                (hydras_folder / name).unlink()
+            hydras_folder.rmdir()
         if not run_dir.samefile(Path.cwd()):
             run_dir.rmdir()
 
@@ -242,5 +271,5 @@ def _exit(explained: str, exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
-def _say_warning(message: Warning | str, *_where: object) -> None:
+def _show_warning(message: Warning | str, *_where: object) -> None:
     terminal.complain(message)
