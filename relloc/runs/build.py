@@ -1,9 +1,11 @@
-"""From a composed config to the objects of a run, once: below this module nobody sees a config.
+"""Builds the objects of a run from a composed config.
 
-Here `pretraining`, `evaluating` and `preparing` see one, and make it plain first.
+`pretraining`, `evaluating` and `preparing` turn a config into frozen dataclasses; the code that gets
+these sees no config.
 
-The objects check themselves, so that a wrong setting is found by building, before data is listed or anything is
-computed, and also on a login node without a GPU: `refusals` builds all points of a sweep before any is sent.
+The dataclasses check themselves, so that building finds a wrong setting before images are listed or
+anything is computed, also on a login node without a GPU: `refusals` builds all points of a sweep
+before any is submitted.
 """
 
 import dataclasses
@@ -45,7 +47,10 @@ from relloc.tracking import absolute_uri, experiment_name, flatten, import_drive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A network that is made when it is needed. `settings` are those of conf/model, which a backbone's file tells."""
+    """A network that is made when it is needed.
+
+    `settings` are those of conf/model, which are also written into the file of a backbone.
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -53,14 +58,17 @@ class Model:
     make_head: Callable[..., torch.nn.Module]
 
     def backbone(self, seed: int) -> Backbone:
-        """A backbone at the initialization that the seed gives."""
+        """Returns a backbone initialized with the seed `seed`."""
         torch.manual_seed(seed)
         return self.make_backbone()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonitorSettings:
-    """What is asked of held-out images every so many epochs of training, None for never."""
+    """Settings of the monitors, which measure the network on held-out images during training.
+
+    They run every `every_epochs` epochs, or never if that is None.
+    """
 
     every_epochs: float | None
     images: int
@@ -76,8 +84,8 @@ class MonitorSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationAsked:
-    """An evaluation by the name of its rows, and the data set that it brings; None for that of the run."""
+class ChosenEvaluation:
+    """An evaluation, the name of its results, and its data set, or None for that of the run."""
 
     name: str
     evaluation: Evaluation
@@ -86,16 +94,16 @@ class EvaluationAsked:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What pretraining and evaluating share.
+    """The settings that pretraining and evaluating share.
 
-    `view` is how whole images are seen, `view_batch` of them at once. Results of other runs below `reused_runs` are
-    used again.
+    `view` crops and resizes whole images, of which `view_batch` are encoded at once. Results of
+    other runs in the folder `reused_runs` are used again.
     """
 
     seed: int
     engine: EngineSettings
     data: DataSet
-    evaluations: Sequence[EvaluationAsked]
+    evaluations: Sequence[ChosenEvaluation]
     view: Center
     view_batch: int
     batch_norms: Sequence[str]
@@ -111,27 +119,32 @@ class RunSettings:
         checks.whole("calibration_images", self.calibration_images)
         checks.number("bank_gib", self.bank_gib, at_least=0, at_most=math.inf)
         checks.number("save_every_s", self.save_every_s, at_least=0, at_most=math.inf)
-        lost = [told for one in self.evaluations if one.data and (told := one.data.what_is_missing)]
-        if lost:
+        of_evaluations = [chosen.data for chosen in self.evaluations if chosen.data]
+        missing = [data.missing_setting for data in of_evaluations if data.missing_setting]
+        if missing:
             raise UsageError(
-                f"{len(lost)} evaluations don't know where their data set lies; give {'; '.join(lost)}"
+                f"{len(missing)} evaluations don't know where their data set lies; "
+                f"give {'; '.join(missing)}"
             )
 
     @property
     def needs_own_data(self) -> bool:
-        """Whether the run's data set is read at all: evaluations may all bring their own."""
+        """Whether the run's own data set is read, which is not so if each evaluation brings one."""
         return any(one.data is None for one in self.evaluations)
 
-    def check_places(self, made_by_jobs: Sequence[str]) -> None:
-        """Raises `UsageError` for what is to be read and is not there; of data as `DataSet.check_folders`."""
+    def check_paths(self, made_by_jobs: Sequence[str]) -> None:
+        """Raises `UsageError` if a file or folder that is to be read does not exist.
+
+        `made_by_jobs` is passed to `DataSet.check_folders`.
+        """
         if self.needs_own_data:
             self.data.check_folders(made_by_jobs)
-        for one in self.evaluations:
-            if one.data:
-                one.data.check_folders(made_by_jobs)
+        for chosen in self.evaluations:
+            if chosen.data:
+                chosen.data.check_folders(made_by_jobs)
 
     def encode_config(self, engine: Engine, *, shown: bool = True) -> EncodeConfig:
-        """How whole images are read and encoded; with progress if `shown`."""
+        """Returns how whole images are read and encoded, with a progress bar if `shown`."""
         config = EncodeConfig(
             batch=self.view_batch,
             workers=engine.workers,
@@ -140,14 +153,13 @@ class RunSettings:
             unreadable_share=self.data.unreadable_share,
             encode=engine.compile(encode),
         )
-        return (
-            dataclasses.replace(config, progress=console.counted)
-            if shown and ranks.rank() == 0
-            else config
-        )
+        # Several processes would draw their bars over each other.
+        if shown and ranks.rank() == 0:
+            return dataclasses.replace(config, progress=console.counted)
+        return config
 
     def eval_settings(self, engine: Engine) -> EvalSettings:
-        """How evaluations are run."""
+        """Returns the settings that all evaluations of the run share."""
         return EvalSettings(
             encode_config=self.encode_config(engine),
             batch_norms=self.batch_norms,
@@ -157,30 +169,34 @@ class RunSettings:
         )
 
     def named_evaluations(self, own: Splits | None) -> list[NamedEvaluation]:
-        """The evaluations on their images: the run's `own`, or what they bring; each data set is listed once."""
+        """Returns the evaluations with their images: the run's `own`, or those they bring.
+
+        A data set that several evaluations bring is listed once.
+        """
         listed = {self.data.images: own} if own else {}
-        found = []
-        for one in self.evaluations:
-            data = one.data or self.data
+        evaluations = []
+        for chosen in self.evaluations:
+            data = chosen.data or self.data
             if data.images not in listed:
                 listed[data.images] = data.read()
             named = NamedEvaluation(
-                name=one.name,
-                evaluation=one.evaluation,
+                name=chosen.name,
+                evaluation=chosen.evaluation,
                 splits=listed[data.images],
-                unreadable_share=one.data.unreadable_share if one.data else None,
-                how_to_give=one.data.how_to_give if one.data else "",
+                unreadable_share=chosen.data.unreadable_share if chosen.data else None,
+                how_to_give=chosen.data.how_to_give if chosen.data else "",
             )
-            found.append(named)
-        return found
+            evaluations.append(named)
+        return evaluations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretraining(RunSettings):
-    """A pretraining; the evaluations come at its end.
+    """A pretraining, and the evaluations at its end.
 
-    `identity` has the settings that decide what is computed, by name: a run is resumed with the same ones.
-    `images_per_forward` and `collapse_steps` are None where they follow from others.
+    `identity` maps the names of the settings that decide what is computed to their values: a run is
+    resumed only with the same ones. `images_per_forward` and `collapse_steps` are None where they
+    follow from other settings.
     """
 
     model: Model
@@ -208,7 +224,9 @@ class Pretraining(RunSettings):
             checks.whole("collapse_steps", self.collapse_steps)
         checks.whole("report_every_steps", self.report_every_steps)
         checks.numbers("milestones", self.milestones, at_least=0, may_be_empty=True)
-        StepPlan(  # what divides at best, in one process
+        # Checks that the batches divide. One process divides them in the most ways; how many
+        # processes there are is known only where the run starts.
+        StepPlan(
             n_images=self.images_per_step,
             images_per_step=self.images_per_step,
             images_per_batch_norm=self.images_per_batch_norm,
@@ -221,15 +239,19 @@ class Pretraining(RunSettings):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What files of weights tell of themselves: enough to build the backbone, and how it came to be."""
+        """What a file of weights says of itself: the model's settings and those of its training."""
         return {"model": dict(self.model.settings), "computed": dict(self.identity)}
 
     def network(self, *, one_pass: bool = False) -> RelativeLocation:
-        """Backbone and head at the initialization that the seed gives."""
+        """Returns the backbone and its head, initialized with the seed.
+
+        `one_pass` is passed to `RelativeLocation`.
+        """
         backbone = self.model.backbone(self.seed)
+        head = self.model.make_head(embedding_dim=backbone.embedding_dim)
         return RelativeLocation(
             backbone,
-            self.model.make_head(embedding_dim=backbone.embedding_dim),
+            head,
             batch_norm=self.batch_norm,  # pyright: ignore[reportArgumentType] - which it checks
             images_per_batch_norm=self.images_per_batch_norm,
             one_pass=one_pass,
@@ -238,7 +260,10 @@ class Pretraining(RunSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluating(RunSettings):
-    """Evaluations of the backbones that `checkpoints` name; without a `model`, that of each file."""
+    """Evaluations of the backbones that `checkpoints` name.
+
+    A `model` of None stands for the one that each checkpoint's file names.
+    """
 
     checkpoints: Sequence[str]
     checkpoint_prefix: str | None
@@ -247,28 +272,33 @@ class Evaluating(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.checkpoints or any(
-            not isinstance(one, str) or not one for one in self.checkpoints
-        ):
+        are_names = all(isinstance(name, str) and name for name in self.checkpoints)
+        if not self.checkpoints or not are_names:
             raise UsageError(
-                f"checkpoint={self.checkpoints} names no backbone: give a run folder, a file, or random"
+                f"checkpoint={self.checkpoints} names no backbone: "
+                "give a run folder, a file, or random"
             )
         if not self.evaluations:
             raise UsageError(
                 "eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]"
             )
 
-    def check_places(self, made_by_jobs: Sequence[str]) -> None:
+    def check_paths(self, made_by_jobs: Sequence[str]) -> None:
         for name in self.checkpoints:
             if name not in NOT_OURS and not Path(name).exists():
-                places = f"a run folder, a file, or {' or '.join(NOT_OURS)}"
-                raise UsageError(f"checkpoint={name} is not there: give {places}")
-        super().check_places(made_by_jobs)
+                raise UsageError(
+                    f"checkpoint={name} is not there: "
+                    f"give a run folder, a file, or {' or '.join(NOT_OURS)}"
+                )
+        super().check_paths(made_by_jobs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparing:
-    """Checking a data set, and packing it into `out`, None for checking alone. `workers` is None for all cores."""
+    """A check of a data set and, unless `out` is None, the packing of its images into `out`.
+
+    `workers` is the number of processes, None for one per core.
+    """
 
     data: DataSet
     published: Mapping[str, int] | None
@@ -285,12 +315,18 @@ class Preparing:
             )
         if self.out is not None and self.data.shards:
             raise UsageError(
-                "data.shards names images that are packed already: give data.root to pack the originals"
+                "data.shards names images that are packed already: "
+                "give data.root to pack the originals"
             )
 
 
 def pretraining(config: DictConfig) -> Pretraining:
-    """What relloc.train is to do. Raises `UsageError`, or what Hydra raises of a call that can't be made."""
+    """Builds what relloc.train runs.
+
+    Raises:
+        UsageError: a setting is wrong.
+        InstantiationException: a `_target_` can't be called with its settings.
+    """
     given = plain(config)
     if "checkpoint" in given:
         raise UsageError(
@@ -315,27 +351,28 @@ def pretraining(config: DictConfig) -> Pretraining:
         monitor=MonitorSettings(**given["monitor"]),
         identity=neutral.settings_of_weights(flatten(given)),
     )
-    # The slow checks come last. Many points of a sweep have the same network.
+    # The slow checks come last. They are cached by the text of the nodes, since many points of a
+    # sweep have the same network.
     names = ("model", "optimizer", "pretext_batch_norm")
     _check_network(
         json.dumps({name: given[name] for name in names}),
         settings.images_per_batch_norm,
         settings.patches.grid.patch_px,
     )
+    # Recalibration would estimate batch statistics from one image, which not every view allows.
     if settings.evaluations and "recalibrated" in settings.batch_norms and settings.view_batch == 1:
         check_one_image(settings.model.backbone(settings.seed), settings.view.crop_px)
     return settings
 
 
 def evaluating(config: DictConfig) -> Evaluating:
-    """What relloc.evaluate is to do. Raises as `pretraining`."""
+    """Builds what relloc.evaluate runs. Raises what `pretraining` raises."""
     given = plain(config)
-    asked: Any = (
-        given["checkpoint"] if config.checkpoint is not None else None
-    )  # unset, the config says so itself
+    # Reading a checkpoint that is not set raises Hydra's own error, which names the setting.
+    named: Any = given["checkpoint"] if config.checkpoint is not None else None
     return Evaluating(
         **_shared(given),
-        checkpoints=asked if isinstance(asked, list) else [asked],
+        checkpoints=named if isinstance(named, list) else [named],
         checkpoint_prefix=given["checkpoint_prefix"],
         model=_model(given["model"]) if given.get("model") else None,
         verdict=given["verdict"],
@@ -343,7 +380,7 @@ def evaluating(config: DictConfig) -> Evaluating:
 
 
 def preparing(config: DictConfig) -> Preparing:
-    """What relloc.prepare is to do. Raises as `pretraining`."""
+    """Builds what relloc.prepare runs. Raises what `pretraining` raises."""
     given = plain(config)
     names = ("short_px", "quality", "subsampling", "images_per_shard")
     return Preparing(
@@ -358,59 +395,66 @@ def preparing(config: DictConfig) -> Preparing:
 def refusals(
     command: str, configs: Sequence[DictConfig], made_by_jobs: Sequence[str] = ()
 ) -> list[str | None]:
-    """Why each point of a sweep can't be run, in one line; None for those that nothing is known against.
+    """Returns for each point of a sweep why it can't be run, in one line, or None.
 
-    Whether the machine has the GPU, and whether the images are any good, is seen where the point runs. Folders of data
-    that stand in `made_by_jobs`, lines of a batch script, are not looked for.
+    Whether there is a GPU, and whether the images can be read, is checked where the point runs.
+    Folders of data that are named in `made_by_jobs`, the lines of a batch script, need not exist.
     """
-    make = pretraining if command == "train" else evaluating
-    found: list[str | None] = []
+    build = pretraining if command == "train" else evaluating
+    reasons: list[str | None] = []
     for config in configs:
         try:
-            make(config).check_places(made_by_jobs)
-            found.append(None)
-        # A TypeError is of a value of another kind.
+            build(config).check_paths(made_by_jobs)
+            reasons.append(None)
+        # A setting of the wrong type raises TypeError.
         except (UsageError, InstantiationException, TypeError, OmegaConfBaseException) as error:
-            found.append(" ".join(str(error).split()))
-    return found
+            one_line = " ".join(str(error).split())
+            reasons.append(one_line)
+    return reasons
 
 
 def call(setting: str, node: Mapping[str, Any], **more: Any) -> Any:
-    """What the `_target_` of a plain node makes of its keys and `more`.
+    """Calls the `_target_` of a plain node with its keys and `more`, and returns the result.
 
-    A mistake in a setting is raised as the target tells it, without Hydra's words around it; Hydra's own errors name
-    `setting`, where users have the node.
+    A mistake in a setting is raised as the target raised it, without Hydra's words around it.
+    Hydra's own errors name `setting`, the full name of the node.
     """
+    # Hydra names a node by its place in a config, so that it is put where users have it.
     config = OmegaConf.create()
     OmegaConf.update(config, setting, node)
     try:
         return hydra.utils.instantiate(OmegaConf.select(config, setting), _convert_="all", **more)
     except InstantiationException as error:
-        if isinstance(error.__cause__, UsageError):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, ValueError):
-            raise UsageError(str(error.__cause__)) from error
+        cause = error.__cause__
+        if isinstance(cause, UsageError):
+            raise cause from None
+        if isinstance(cause, ValueError):
+            raise UsageError(str(cause)) from error
         raise
 
 
 def model_of_conf(member: str) -> Model:
-    """A member of conf/model."""
+    """Builds the model of a member of conf/model, such as `resnet50`."""
     return _model(plain(OmegaConf.load(conf_dir() / "model" / f"{member}.yaml")))
 
 
 def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `RunSettings`."""
-    refuse_old_names(flatten(given))  # a user's preset or data set may still have them
+    """Returns the fields of `RunSettings`."""
+    # Presets and data sets of users may still have names of earlier versions.
+    refuse_old_names(flatten(given))
     _check_tracking(**given["tracking"])
-    batch_norm, view = given["batch_norm"], given["view"]
+    batch_norm = given["batch_norm"]
+    view = given["view"]
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
+    evaluations = given["eval"] or {}
     return {
-        **{
-            name: given[name] for name in ("seed", "calibration_images", "bank_gib", "save_every_s")
-        },
+        "seed": given["seed"],
+        "calibration_images": given["calibration_images"],
+        "bank_gib": given["bank_gib"],
+        "save_every_s": given["save_every_s"],
         "engine": EngineSettings(**engine),
         "data": _data_set("data", given["data"]),
-        "evaluations": [_evaluation(name, node) for name, node in (given["eval"] or {}).items()],
+        "evaluations": [_evaluation(name, node) for name, node in evaluations.items()],
         "view": Center(short_px=view["short_px"], crop_px=view["crop_px"]),
         "view_batch": view["batch"],
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
@@ -419,7 +463,10 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_tracking(uri: str | None, experiment: str) -> None:
-    """Raises `UsageError` for an address that is none, and a name that MLflow refuses; asks no server."""
+    """Raises `UsageError` for an invalid tracking address or an experiment name MLflow refuses.
+
+    No server is contacted.
+    """
     if uri is not None:
         try:
             import_driver(absolute_uri(uri))
@@ -451,14 +498,16 @@ def _model(node: Mapping[str, Any]) -> Model:
     )
 
 
-def _evaluation(name: str, node: Mapping[str, Any]) -> EvaluationAsked:
+def _evaluation(name: str, node: Mapping[str, Any]) -> ChosenEvaluation:
     constants = {key: value for key, value in node.items() if key != "data"}
     try:
         evaluation = call(f"eval.{name}", constants)
-    except UsageError as error:  # it knows its kind, eval.linear, and not what it is called here
-        raise UsageError(re.sub(r"\beval\.[a-z0-9_]+", f"eval.{name}", str(error))) from error
+    except UsageError as error:
+        # The evaluation names its kind, such as eval.linear, and doesn't know the name it has here.
+        message = re.sub(r"\beval\.[a-z0-9_]+", f"eval.{name}", str(error))
+        raise UsageError(message) from error
     data = _data_set(f"eval.{name}.data", node["data"]) if node.get("data") else None
-    return EvaluationAsked(name=name, evaluation=evaluation, data=data)
+    return ChosenEvaluation(name=name, evaluation=evaluation, data=data)
 
 
 def _unless_auto(value: Any) -> Any:
@@ -467,12 +516,14 @@ def _unless_auto(value: Any) -> Any:
 
 @functools.cache
 def _check_network(nodes: str, images_per_batch_norm: int, patch_px: int) -> None:
-    """Make the network and its optimizer, without memory for the weights.
+    """Makes the network and its optimizer, without memory for the weights.
 
-    Raises `UsageError` where one can't be made, or a batch norm would be trained on one value a channel.
+    Raises `UsageError` where one can't be made, or a batch norm would be trained on one value per
+    channel, of which there is no variance.
     """
     given = json.loads(nodes)
     model = _model(given["model"])
+    # Tensors on PyTorch's meta device have shapes but no storage.
     with torch.device("meta"):
         backbone = model.make_backbone()
         network = RelativeLocation(

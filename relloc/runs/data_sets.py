@@ -1,4 +1,4 @@
-"""A data set as settings name it: where its images come from, before anything is looked for."""
+"""A data set as the settings name it, before any of its files are read."""
 
 import dataclasses
 import functools
@@ -32,9 +32,10 @@ _VARIABLES = {
 class DataSet:
     """The images that a member of conf/data names.
 
-    `setting` is where users set them: data, or eval.NAME.data of what an evaluation brings. `source` is the call that
-    lists the images, as settings have it, and `list_images` makes it; with `shards`, a folder that relloc.prepare
-    packed, that is read instead. `unreadable_share` of the images may be broken.
+    `setting` is the name of the settings that choose them: `data`, or `eval.NAME.data` for a data
+    set that an evaluation brings. `source` has the settings of the function that lists the images,
+    and `list_images` calls it; if `shards` names a folder that relloc.prepare packed, that one is
+    read instead. The share `unreadable_share` of the images may be broken.
     """
 
     setting: str
@@ -51,53 +52,61 @@ class DataSet:
 
     @property
     def images(self) -> str:
-        """The same text for the same images, whichever setting names them."""
+        """A text that is equal for equal images, whichever setting names them."""
         return repr((self.shards, self.source))
 
     @property
     def short_name(self) -> str:
-        """What the data set is called; of `data=folder`, which is called alike everywhere, the folder's name."""
-        place = self.shards or self.source.get("root")
-        if self.name != "folder" or not place:
+        """The name of the data set, of at most 24 characters.
+
+        Since every `data=folder` has the same name, the name of the folder stands for it.
+        """
+        root = self.shards or self.source.get("root")
+        if self.name != "folder" or not root:
             return self.name[:_LONGEST_NAME]
-        folders = [place] if isinstance(place, str) else place
-        return "+".join(Path(str(folder)).resolve().name or "folder" for folder in folders)[
-            :_LONGEST_NAME
-        ]
+        folders = [root] if isinstance(root, str) else root
+        names = [Path(str(folder)).resolve().name or "folder" for folder in folders]
+        return "+".join(names)[:_LONGEST_NAME]
 
     @property
-    def what_is_missing(self) -> str:
-        """What to give where nobody has said yet where the images are; "" where somebody has."""
-        return "" if self.shards or self.source.get("root", "photos") else self.how_to_give
+    def missing_setting(self) -> str:
+        """The setting that is missing if nothing says where the images are, else an empty text."""
+        # A source without a root, such as the embedded photos, needs no folder.
+        is_located = self.shards or self.source.get("root", "photos")
+        return "" if is_located else self.how_to_give
 
     @property
     def how_to_give(self) -> str:
-        """What says where the images are."""
+        """The setting and the environment variable that say where the images are."""
         return f"{self.setting}.root=FOLDER or {self._variable}"
 
     @property
     def _variable(self) -> str:
         """The environment variable that conf/data takes the folder from, where it is set."""
-        return next(
-            (_VARIABLES[name] for name in _VARIABLES if self.name.startswith(name)), "RELLOC_DATA"
-        )
+        for beginning, variable in _VARIABLES.items():
+            if self.name.startswith(beginning):
+                return variable
+        return "RELLOC_DATA"
 
     @property
-    def _place(self) -> str:
-        """The folder as a setting, `data.shards=SHARDS`; "" for images that lie in none."""
+    def _location(self) -> str:
+        """The folder as a setting, `data.root=FOLDER`; empty for images without a folder."""
         folder = self.shards or self.source.get("root")
-        return f"{self.setting}.{'shards' if self.shards else 'root'}={folder}" if folder else ""
+        name = "shards" if self.shards else "root"
+        return f"{self.setting}.{name}={folder}" if folder else ""
 
     def check_folders(self, made_by_jobs: Sequence[str]) -> None:
-        """Raises `UsageError` where a folder is not there, and stands in none of the lines of a batch script either.
+        """Raises `UsageError` where a folder does not exist and no batch script would make it.
 
-        A job may copy its data to its node's own disk.
+        `made_by_jobs` are lines of the batch script: a job may copy its data to its node's own
+        disk, so that a folder named there is taken to be made by the job.
         """
         if not self.shards and "root" not in self.source:
             return
         name = "shards" if self.shards else "root"
         folders = self.shards or self.source["root"]
-        downloads = bool(not self.shards and self.source.get("download"))  # which makes the folder
+        # A download makes the folder.
+        downloads = bool(not self.shards and self.source.get("download"))
         for folder in folders if isinstance(folders, list) else [folders]:
             if not folder:
                 raise UsageError(f"{self.setting}.root is not set: give {self.setting}.root=FOLDER")
@@ -106,55 +115,67 @@ class DataSet:
                 raise UsageError(f"{self.setting}.{name}={folder} is not a folder here")
 
     def read(self, *, identified: bool = True) -> Splits:
-        """List the images, and say what was found. Rank 0 is first, so that one process downloads.
+        """Lists the images and prints what was found.
 
-        They are `identified`, with progress shown, unless nobody will ask for their digest.
+        Rank 0 does so before the others, so that one process downloads. Unless `identified` is
+        false, the digest of the images is computed as well, with a progress bar.
+
+        Raises:
+            DataError: the images can't be listed.
         """
+        # The others wait here, and rank 0 lets them go below.
         is_first = ranks.rank() == 0
         if not is_first:
             ranks.from_first("")
         try:
             found = shards(root=self.shards) if self.shards else self.list_images()
-        except DataError as error:  # it knows of one data set a run only
-            raise DataError(self._in_own_words(str(error))) from error
+        except DataError as error:
+            # The readers know one data set only, and call its settings data.root and data.shards.
+            raise DataError(self._with_own_setting(str(error))) from error
         if self.shards:
             self._warn_of_other_images(found)
         if is_first:
             ranks.from_first("")
-            _say_found(found)
-            if self.shards or self.setting != "data":  # what the command line need not say
-                console.say(f"        {self._place}")
+            _report(found)
+            # An environment variable or an evaluation's settings may have named the folder.
+            if self.shards or self.setting != "data":
+                console.say(f"        {self._location}")
         if identified:
             _identify(found, shown=is_first)
         return found
 
-    def _in_own_words(self, message: str) -> str:
-        """A message about data.root or data.shards, with the setting of this data set, or the variable behind it."""
+    def _with_own_setting(self, message: str) -> str:
+        """Returns a message about data.root or data.shards with this data set's own settings.
+
+        If the folder came from an environment variable, the message names that too.
+        """
         message = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", message)
-        variable = next(
-            (name for name in (self._variable, "RELLOC_DATA") if os.environ.get(name)), ""
-        )
+        variables = [name for name in (self._variable, "RELLOC_DATA") if os.environ.get(name)]
+        variable = variables[0] if variables else ""
         folder = self.shards or self.source.get("root")
         if variable and os.environ[variable] == folder:
-            message = message.replace(self._place, f"{self._place} (by {variable})")
+            message = message.replace(self._location, f"{self._location} (by {variable})")
         return message
 
     def _warn_of_other_images(self, found: Splits) -> None:
-        """Warn where packed images are not the published ones: whoever reads originals warns of that himself."""
-        if (
-            "published_images" not in self.source
-            or self.source.get("year", COUNTED_YEAR) != COUNTED_YEAR
-        ):
+        """Warns where packed images are not the published ones.
+
+        The readers of original files warn of that themselves.
+        """
+        is_counted_year = self.source.get("year", COUNTED_YEAR) == COUNTED_YEAR
+        if "published_images" not in self.source or not is_counted_year:
             return
         if found.train.name != self.name:
             warnings.warn(
-                f"{self._place} holds images called {found.train.name}, not {self.name}: results name them so",
+                f"{self._location} holds images called {found.train.name}, not {self.name}: "
+                "results name them so",
                 stacklevel=3,
             )
         warn_of_other_counts(found, self.source["published_images"])
 
 
-def _say_found(found: Splits) -> None:
+def _report(found: Splits) -> None:
+    """Prints the numbers of images and classes."""
     labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
     if isinstance(found.train, MultiLabeled):
         labels = f"{len(found.train.classes)} classes, several an image"
@@ -165,7 +186,10 @@ def _say_found(found: Splits) -> None:
 
 
 def _identify(found: Splits, *, shown: bool) -> None:
-    """Make the digests now: a minute of reading files on a slow file server is not to look as if nothing happened."""
+    """Computes the digests of both splits now, with a progress bar if `shown`.
+
+    On a slow file server that takes minutes, which must not look as if nothing happened.
+    """
     for images in (found.train, found.held_out):
         if isinstance(images, FolderImages):
             bar = functools.partial(console.progress_if_long, f"identify {images.split}")

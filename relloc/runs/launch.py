@@ -127,8 +127,8 @@ def refuse_chdir(made: Any) -> None:
     if made.job.chdir:
         os.chdir(made.runtime.cwd)
         raise UsageError(
-            "hydra.job.chdir=true is not supported: in relloc, relative paths count from the folder "
-            "in which the command was started. Leave the setting out"
+            "hydra.job.chdir=true is not supported: in relloc, relative paths count from the "
+            "folder in which the command was started. Leave the setting out"
         )
 
 
@@ -154,7 +154,8 @@ def _unique() -> str:
     return _digits_of(os.getpid())
 
 
-# Registered at import, since the default names of runs and sweeps need it wherever conf/ is composed.
+# Registered at import, since the default names of runs and sweeps need it wherever conf/ is
+# composed.
 OmegaConf.register_new_resolver("unique", _unique, replace=True)
 
 

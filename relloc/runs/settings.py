@@ -1,4 +1,4 @@
-"""What settings there are: the folders of configs, their groups and members, and what a command composes of them.
+"""The settings of relloc: folders of configs, their groups and members, and how Hydra composes them.
 
 Nothing here imports torch.
 """
@@ -19,85 +19,106 @@ from omegaconf import DictConfig, OmegaConf
 from relloc.errors import UsageError
 from relloc.runs import resolvers as _resolvers  # noqa: F401  (registers what conf/ names)
 
-COMMANDS = ("train", "evaluate", "prepare")  # that have settings
-# Groups of which a data set chooses the member that is called like itself, if there is one
+COMMANDS = ("train", "evaluate", "prepare")  # the commands that Hydra composes a config for
+# A data set chooses the member of these groups that has its own name, if there is one.
 CHOSEN_BY_DATA = ("recipe", "probe")
 
 
 def conf_dir() -> Path:
-    """The folder of configs: inside the installed package, or beside it in a checkout."""
+    """Returns the folder of configs: in the installed package, or beside it in a checkout."""
     here = Path(__file__).resolve().parents[1]
-    for found in (here / "conf", here.parent / "conf"):
-        if (found / "train.yaml").is_file():
-            return found
+    for folder in (here / "conf", here.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
     raise UsageError(f"conf/ is neither in {here} nor beside it: install relloc again")
 
 
 def conf_dirs() -> list[Path]:
-    """All folders that groups are looked for in: ours, and the user's own."""
+    """Returns relloc's folder of configs and, if RELLOC_CONF names one, the user's own."""
     own = os.environ.get("RELLOC_CONF", "").removeprefix("file://")
-    return [conf_dir(), *([Path(own)] if own and Path(own).is_dir() else [])]
+    folders = [conf_dir()]
+    if own and Path(own).is_dir():
+        folders.append(Path(own))
+    return folders
 
 
 def is_group(name: str) -> bool:
+    """Whether `name` is a group of configs, such as `grid`."""
     return bool(name) and any((folder / name).is_dir() for folder in conf_dirs())
 
 
 def members(group: str) -> list[str]:
-    """The members of a group, by name; files called `_…` are parts that members share."""
-    found = (
-        (path.stem for folder in conf_dirs() for path in (folder / group).glob("[!_]*.yaml"))
-        if group
-        else ()
-    )
-    return sorted(set(found))
+    """Returns the names of the members of a group, sorted.
+
+    Files whose names begin with an underscore are parts that members share, and no members.
+    """
+    if not group:
+        return []
+    names = set()
+    for folder in conf_dirs():
+        names |= {path.stem for path in (folder / group).glob("[!_]*.yaml")}
+    return sorted(names)
 
 
 def file_of(member: str) -> Path | None:
-    """The file of `grid/mmselfsup` or `settings`."""
-    return next(
-        (path for folder in conf_dirs() if (path := folder / f"{member}.yaml").is_file()), None
-    )
+    """Returns the file of a member such as `grid/mmselfsup`, or None if there is none."""
+    for folder in conf_dirs():
+        path = folder / f"{member}.yaml"
+        if path.is_file():
+            return path
+    return None
 
 
 def about(member: str) -> list[str]:
-    """The comment that the file of `grid/mmselfsup` opens with, without its marks; [] where there is no file."""
+    """Returns the lines of the comment that a member's file opens with, without the `#`.
+
+    Without a file, there are no lines.
+    """
     file = file_of(member)
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines() if file else ():
         if not line.startswith("#"):
             break
+        # A directive of Hydra, which explains nothing
         if not line.startswith("# @package"):
             lines.append(line[1:].removeprefix(" ").rstrip())
     return lines
 
 
 def content_of(member: str) -> dict[str, Any]:
-    """What the file of `grid/mmselfsup` sets, unresolved; {} where there is none."""
+    """Returns the settings in a member's file, with interpolations unresolved; {} without a file."""
     file = file_of(member)
     return plain(OmegaConf.load(file), resolve=False) if file else {}
 
 
 def plain(node: Any, *, resolve: bool = True) -> dict[str, Any]:
-    """A node of a config as JSON has it, with everything in it resolved unless said otherwise."""
+    """Returns a node of a config as plain dicts and lists, with interpolations resolved by default."""
     content = OmegaConf.to_container(node, resolve=resolve)
-    return (
-        {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
-    )
+    if not isinstance(content, dict):
+        return {}
+    return {str(name): value for name, value in content.items()}
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """All settings of a plain config by their full names, those that hold others before what they hold."""
-    found = {}
-    for name, value in node.items() if isinstance(node, Mapping) else ():
-        if name != "_target_":
-            found |= {f"{prefix}{name}": value, **flat(value, f"{prefix}{name}.")}
-    return found
+    """Returns all settings of a plain config by their full names, such as `grid.gap_px`.
+
+    A setting that holds others comes before those it holds.
+    """
+    settings = {}
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if name != "_target_":
+                settings[f"{prefix}{name}"] = value
+                settings |= flat(value, f"{prefix}{name}.")
+    return settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A file of configs as a command takes it: what it sets stands below `package`, "" for the top."""
+    """A file that a config is composed of.
+
+    Its settings come below `package`, such as `grid`; an empty package is the top of the config.
+    """
 
     name: str
     package: str
@@ -106,7 +127,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Composed:
-    """What a command composes of these words."""
+    """The config that a command composes from the words of its command line."""
 
     config: DictConfig
     command: str
@@ -114,45 +135,51 @@ class Composed:
 
     @functools.cached_property
     def unresolved(self) -> dict[str, Any]:
-        """All settings by their full names, groups of them before what they hold."""
+        """All settings by their full names, with interpolations unresolved."""
         return flat(OmegaConf.to_container(self.config, resolve=False))
 
     @functools.cached_property
     def sources(self) -> tuple[Source, ...]:
-        """The files that it is composed of, later ones over earlier ones."""
+        """The files that the config is composed of; a later one overrides earlier ones."""
         with _hydra():
             loader = GlobalHydra.instance().hydra.config_loader  # pyright: ignore[reportOptionalMemberAccess]
-            listed = loader.compute_defaults_list(
+            entries = loader.compute_defaults_list(
                 self.command, list(self.words), RunMode.RUN
             ).defaults
-        names = [(one.config_path, one.package or "") for one in listed if one.config_path]
-        files = ((name, package, file_of(name)) for name, package in names)
-        return tuple(
-            Source(name=name, package=package, file=file) for name, package, file in files if file
-        )
+        sources = []
+        for entry in entries:
+            file = file_of(entry.config_path) if entry.config_path else None
+            # Hydra's own configs have no file in the folders of relloc and the user.
+            if file is not None:
+                source = Source(name=entry.config_path, package=entry.package or "", file=file)
+                sources.append(source)
+        return tuple(sources)
 
     def default(self, key: str) -> Any:
-        """The value of a setting, resolved where that is possible."""
+        """Returns the resolved value of a setting, or None where it can't be resolved."""
         try:
             return self.value(key)
-        except (
-            ValueError,
-            KeyError,
-        ):  # it names another one, or an environment variable, that is not set
+        except (ValueError, KeyError):
+            # It names another setting, or an environment variable, that is not set.
             return None
 
     def value(self, key: str) -> Any:
-        """The value of a setting, resolved."""
+        """Returns the resolved value of a setting."""
         value = OmegaConf.select(self.config, key)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
     def names(self) -> list[str]:
-        """All settings by their full names."""
+        """Returns the full names of all settings."""
         return list(self.unresolved)
 
 
 def compose(command: str, words: Sequence[str] = (), *, with_hydra: bool = False) -> Composed:
-    """What `command` composes with these words, with Hydra's own settings if asked for. Raises what Hydra raises."""
+    """Composes the config of `command`, such as `train`, with the words of a command line.
+
+    `with_hydra` includes Hydra's own settings, such as `hydra.run.dir`. Raises what Hydra raises.
+
+    Example: `compose("train", ["model=resnet50", "seed=1"]).value("seed")` is 1.
+    """
     with _hydra():
         config = hydra.compose(command, list(words), return_hydra_config=with_hydra)
     return Composed(config=config, command=command, words=tuple(words))
@@ -160,14 +187,21 @@ def compose(command: str, words: Sequence[str] = (), *, with_hydra: bool = False
 
 @contextlib.contextmanager
 def _hydra() -> Iterator[None]:
-    GlobalHydra.instance().clear()  # a command that failed while it was composed leaves its own
+    # A command that failed while it was composed leaves Hydra initialized.
+    GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield
 
 
 def chosen_groups(words: Sequence[str]) -> list[str]:
-    """The group=member words, which decide what settings there are; not those that name several members to sweep."""
-    chosen = [
-        word for word in words if is_group(word.lstrip("+").partition("=")[0]) and "=" in word
-    ]
-    return [word for word in chosen if "," not in word or word.endswith("]")]
+    """Returns the words that choose a member of a group, which decides what settings there are.
+
+    Words that list several members to sweep over are left out.
+    """
+    chosen = []
+    for word in words:
+        group, equals, member = word.lstrip("+").partition("=")
+        is_sweep = "," in word and not member.endswith("]")
+        if equals and is_group(group) and not is_sweep:
+            chosen.append(word)
+    return chosen
