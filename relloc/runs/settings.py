@@ -1,4 +1,4 @@
-"""The settings of relloc: folders of configs, their groups and members, and how Hydra composes them.
+"""The settings of relloc: folders of configs, their groups and members, composed by Hydra.
 
 Nothing here imports torch.
 """
@@ -86,13 +86,13 @@ def about(member: str) -> list[str]:
 
 
 def content_of(member: str) -> dict[str, Any]:
-    """Returns the settings in a member's file, with interpolations unresolved; {} without a file."""
+    """Returns the settings in a member's file, interpolations unresolved; {} without a file."""
     file = file_of(member)
     return plain(OmegaConf.load(file), resolve=False) if file else {}
 
 
 def plain(node: Any, *, resolve: bool = True) -> dict[str, Any]:
-    """Returns a node of a config as plain dicts and lists, with interpolations resolved by default."""
+    """Returns a config node as plain dicts and lists, with interpolations resolved by default."""
     content = OmegaConf.to_container(node, resolve=resolve)
     if not isinstance(content, dict):
         return {}
@@ -148,8 +148,10 @@ class Composed:
             ).defaults
         sources = []
         for entry in entries:
-            file = file_of(entry.config_path) if entry.config_path else None
+            if not entry.config_path:
+                continue
             # Hydra's own configs have no file in the folders of relloc and the user.
+            file = file_of(entry.config_path)
             if file is not None:
                 source = Source(name=entry.config_path, package=entry.package or "", file=file)
                 sources.append(source)
