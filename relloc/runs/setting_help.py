@@ -1,6 +1,7 @@
-"""`--help grid.gap_px`: what a setting is, from the comments of conf/ and the docstrings of what it is given to.
+"""Answers `--help SETTING`, such as `--help grid.gap_px`.
 
-Nothing is said here that does not stand there: who changes a setting finds its explanation beside it.
+The answer is made from the comments in conf/ and from the docstring of the class or function that
+gets the setting, so that whoever changes a setting finds its explanation beside it.
 """
 
 import ast
@@ -20,7 +21,7 @@ from relloc.runs.explaining import no_member, no_setting
 from relloc.runs.renamed import refuse_old_names
 from relloc.runs.settings import Composed, Source
 
-# The unit that a name ends in
+# Units, by the last word of a setting's name
 _UNITS = {
     "px": "pixels",
     "px2": "square pixels",
@@ -37,25 +38,31 @@ _INDENT = "  "
 
 
 def _groups(*names: str) -> str:
-    """What `${members:…}` in the text of --help is: a line for each group, with its members."""
-    return "\n".join(f"{name}: {', '.join(settings.members(name))}" for name in names)
+    """Returns what `${members:…}` in the text of --help stands for: a line per group."""
+    lines = []
+    for name in names:
+        members = ", ".join(settings.members(name))
+        lines.append(f"{name}: {members}")
+    return "\n".join(lines)
 
 
 OmegaConf.register_new_resolver("members", _groups, replace=True)
 
 
 def answer(words: Sequence[str], command: str) -> str:
-    """What is known of each word: a setting, a group, or one of its members, group=member.
+    """Returns what is known of each word: a setting, a group, or a member, written group=member.
 
     Raises:
-        UsageError: there is nothing of that name.
+        UsageError: there is no setting, group or member of that name.
     """
     refuse_old_names(word.lstrip("+~").partition("=")[0] for word in words)
     chosen = settings.chosen_groups(words)
-    return "\n\n".join("\n".join(_answer(word, chosen, command)) for word in words)
+    answers = ["\n".join(_answer(word, chosen, command)) for word in words]
+    return "\n\n".join(answers)
 
 
 def _answer(word: str, chosen: Sequence[str], command: str) -> Iterator[str]:
+    """Yields the lines about one word."""
     name, _, value = word.lstrip("+~").partition("=")
     if not settings.is_group(name):
         yield from _setting(name.replace("/", "."), chosen, command)
@@ -67,50 +74,57 @@ def _answer(word: str, chosen: Sequence[str], command: str) -> Iterator[str]:
 
 
 def _member(group: str, member: str) -> Iterator[str]:
+    """Yields the description of a member, and what its file sets."""
     file = settings.file_of(f"{group}/{member}")
     if file is None:
         raise UsageError(no_member(group, member))
     yield f"{group}={member}   ({_shown(file)})"
-    yield from (f"{_INDENT}{line}".rstrip() for line in settings.about(f"{group}/{member}"))
+    for line in settings.about(f"{group}/{member}"):
+        yield f"{_INDENT}{line}".rstrip()
     lines = file.read_text(encoding="utf-8").splitlines()
     body = list(itertools.dropwhile(lambda line: not line or line.startswith("#"), lines))
     if body:
         yield f"{_INDENT}It sets:"
-    yield from (f"{_INDENT * 2}{line}".rstrip() for line in body)
+    for line in body:
+        yield f"{_INDENT * 2}{line}".rstrip()
 
 
 def _group(group: str, command: str) -> Iterator[str]:
+    """Yields the members of a group with the first lines of their descriptions."""
     yield f"{group}: chosen with {group}=MEMBER, and one of"
     known = settings.members(group)
     width = max(map(len, known), default=0)
     for member in known:
         first = next(iter(settings.about(f"{group}/{member}")), "")
         yield f"{_INDENT}{member:{width}}   {first}".rstrip()
-    held = _held(group, settings.compose(command))
-    if held:
-        yield f"Its settings: {', '.join(held)}"
-    yield f"--help {group}=MEMBER tells of one of them, --help {held[0] if held else 'SETTING'} of one setting"
+    inside = _directly_inside(group, settings.compose(command))
+    if inside:
+        yield f"Its settings: {', '.join(inside)}"
+    example = inside[0] if inside else "SETTING"
+    yield f"--help {group}=MEMBER tells of one of them, --help {example} of one setting"
 
 
-def _held(key: str, composed: Composed) -> list[str]:
-    """The settings right below one."""
-    return [one for one in composed.names() if one.rpartition(".")[0] == key]
+def _directly_inside(key: str, composed: Composed) -> list[str]:
+    """Returns the settings one level below another."""
+    return [name for name in composed.names() if name.rpartition(".")[0] == key]
 
 
 def _setting(key: str, chosen: Sequence[str], command: str) -> Iterator[str]:
-    composed, choice = _having(key, chosen, command)
+    """Yields the value of a setting, where it is set, its explanation, and what members set."""
+    composed, choice = _composed_with(key, chosen, command)
     where = f" with {choice}" if choice else ""
-    if held := _held(key, composed):
-        yield f"{key}{where} holds {', '.join(held)}"
+    inside = _directly_inside(key, composed)
+    if inside:
+        yield f"{key}{where} holds {', '.join(inside)}"
     else:
-        unit = _UNITS.get(re.split(r"[._]", key)[-1])
-        is_needed = composed.unresolved[key] == "???"
-        value = (
-            "to be given, it has no default"
-            if is_needed
-            else f"{as_value(composed.default(key))} by default"
-        )
-        yield f"{key}: {value}{where}" + (f", in {unit}" if unit else "")
+        # "???" is how Hydra marks a setting that must be given.
+        if composed.unresolved[key] == "???":
+            value = "to be given, it has no default"
+        else:
+            value = f"{as_value(composed.default(key))} by default"
+        last_word = re.split(r"[._]", key)[-1]
+        unit = f", in {_UNITS[last_word]}" if last_word in _UNITS else ""
+        yield f"{key}: {value}{where}{unit}"
     source = _source_of(key, composed)
     if source is not None:
         yield from _from_conf(key, source)
@@ -118,13 +132,17 @@ def _setting(key: str, chosen: Sequence[str], command: str) -> Iterator[str]:
     yield from _from_members(key)
 
 
-def _having(key: str, chosen: Sequence[str], command: str) -> tuple[Composed, str]:
-    """What has the setting: what the words choose, or else the first member of a group with which there is one."""
+def _composed_with(key: str, chosen: Sequence[str], command: str) -> tuple[Composed, str]:
+    """Returns a config that has the setting, and the member that had to be chosen for it.
+
+    The config is what the words choose or, if that lacks the setting, what comes with the first
+    member of its group that has it.
+    """
     composed = settings.compose(command, chosen, with_hydra=key.startswith("hydra."))
     if key in composed.unresolved:
         return composed, ""
     group, _, inner = key.partition(".")
-    # The settings of an evaluation stand below its name.
+    # The settings of an evaluation come below its name.
     named = [inner.partition(".")[0]] if group == "eval" else []
     for member in (*named, *settings.members(group)):
         choice = f"{group}={member}"
@@ -136,7 +154,7 @@ def _having(key: str, chosen: Sequence[str], command: str) -> tuple[Composed, st
 
 
 def _source_of(key: str, composed: Composed) -> Source | None:
-    """The last file that sets it, or is all of it."""
+    """Returns the last file that sets a setting, which is the one that wins."""
     for source in reversed(composed.sources):
         inner = _inside(key, source)
         if inner == "" or inner in settings.flat(settings.content_of(source.name)):
@@ -145,7 +163,10 @@ def _source_of(key: str, composed: Composed) -> Source | None:
 
 
 def _inside(key: str, source: Source) -> str | None:
-    """The setting's name within a file, "" for all that the file holds; None where it stands elsewhere."""
+    """Returns a setting's name within a file, or None if it does not belong to the file.
+
+    The name is empty if the setting is the file's whole package, such as `grid` of grid/mmselfsup.
+    """
     if not source.package:
         return key
     inside = f"{key}.".removeprefix(f"{source.package}.")
@@ -153,55 +174,65 @@ def _inside(key: str, source: Source) -> str | None:
 
 
 def _from_conf(key: str, source: Source) -> Iterator[str]:
+    """Yields what a file sets a setting to, and the comment on it."""
     inner = _inside(key, source) or ""
     text = source.file.read_text(encoding="utf-8")
-    values = {name: text[start:end] for name, start, end in _places(yaml.compose(text))}
-    # What stands there, in one line
-    value = (
-        f": {' '.join(line.strip() for line in values[inner].splitlines())}"
-        if inner in values
-        else ""
-    )
+    values = {name: text[start:end] for name, start, end in _spans(yaml.compose(text))}
+    # The value as it is written in the file, in one line
+    value = ""
+    if inner in values:
+        one_line = " ".join(line.strip() for line in values[inner].splitlines())
+        value = f": {one_line}"
     yield f"{_INDENT}set in {_shown(source.file)}{value}"
-    said = comments(source.file)
-    while inner and inner not in said:
+    # Without a comment of its own, a setting has that of the one that holds it.
+    explained = comments(source.file)
+    while inner and inner not in explained:
         inner = inner.rpartition(".")[0]
-    opening = (
-        " ".join(settings.about(source.name)) if "/" in source.name or key == source.package else ""
-    )
-    for words in dict.fromkeys(filter(None, (said.get(inner), opening))):
-        yield f"{_INDENT}{words}"
+    # The comment that a file opens with is about the whole member.
+    is_member = "/" in source.name or key == source.package
+    opening = " ".join(settings.about(source.name)) if is_member else ""
+    for comment in dict.fromkeys([explained.get(inner), opening]):
+        if comment:
+            yield f"{_INDENT}{comment}"
 
 
 def comments(file: Path) -> dict[str, str]:
-    """What is said of each setting in a file: behind it, or above it and those that follow without an empty line."""
+    """Returns the comment on each setting in a file of configs, by the setting's name.
+
+    It stands behind the value, or above the setting and those that follow without an empty line.
+    """
     text = file.read_text(encoding="utf-8")
     above = _above(text.splitlines())
     found = {}
-    for key, start, end in _places(yaml.compose(text)):
+    for key, start, end in _spans(yaml.compose(text)):
         behind = re.compile(r":?[ \t]*#[ \t]*(.*)").match(text, end)
-        found[key] = behind[1].strip() if behind else above[text.count("\n", 0, start)]
-    return {key: said for key, said in found.items() if said}
+        line_number = text.count("\n", 0, start)
+        comment = behind[1].strip() if behind else above[line_number]
+        if comment:
+            found[key] = comment
+    return found
 
 
-def _places(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int, int]]:
-    """Each setting of a file, where it begins, and where its value ends, or its name if it holds others."""
+def _spans(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int, int]]:
+    """Yields each setting of a file with two offsets in the text: where it begins and ends.
+
+    The end is that of its value or, if it holds other settings, that of its name.
+    """
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
+        name = f"{prefix}{key.value}"
         is_flat = isinstance(value, yaml.ScalarNode) or value.flow_style
-        yield (
-            f"{prefix}{key.value}",
-            key.start_mark.index,
-            (value if is_flat else key).end_mark.index,
-        )
-        yield from _places(value, f"{prefix}{key.value}.")
+        last = value if is_flat else key
+        yield name, key.start_mark.index, last.end_mark.index
+        yield from _spans(value, f"{name}.")
 
 
 def _above(lines: Sequence[str]) -> list[str]:
-    """For each line the nearest comment above, at the same depth, with no empty line between.
+    """Returns for each line the nearest comment above it, "" for none.
 
-    The comment that the file opens with is none of it.
+    The comment has the same indentation, and no empty line is between. The comment that the file
+    opens with does not count.
     """
     opening = len(list(itertools.takewhile(lambda line: line.startswith("#"), lines)))
     found = [""] * opening
@@ -212,9 +243,10 @@ def _above(lines: Sequence[str]) -> list[str]:
         text = line.strip()
         depth = len(line) - len(line.lstrip())
         is_comment = text.startswith("#")
-        # It ends at an empty line, at another comment, and with what it stands in.
+        # A comment counts until an empty line, another comment, or the end of its block.
         if not text or (is_comment and not was_comment) or depth < depth_of_comment:
-            comment, depth_of_comment = [], depth
+            comment = []
+            depth_of_comment = depth
         if is_comment:
             comment.append(text[1:].strip())
         found.append(" ".join(comment) if depth == depth_of_comment else "")
@@ -223,30 +255,35 @@ def _above(lines: Sequence[str]) -> list[str]:
 
 
 def _from_docstring(key: str, composed: Composed) -> Iterator[str]:
-    """What the class or function that is given the setting says of it: what names it, or else its first sentence."""
+    """Yields what the class or function that gets a setting says of it.
+
+    That is its entry below `Args:`, or else the sentences that name it in backticks, or else the
+    first sentence.
+    """
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(composed.config, parent) if parent else None
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(target, str) or not target.startswith("relloc."):
         return
     text = _docstring(target)
-    said = re.split(r"(?<=[.;])\s+", " ".join(text.split()))
-    naming = [sentence for sentence in said if f"`{name}`" in sentence]
-    # Its entry below Args, which may go on in lines that stand further in
-    if entry := re.search(rf"^    {re.escape(name)}: (.+(?:\n {{5,}}.+)*)", text, re.MULTILINE):
+    sentences = re.split(r"(?<=[.;])\s+", " ".join(text.split()))
+    naming = [sentence for sentence in sentences if f"`{name}`" in sentence]
+    # An entry may go on in lines that are indented further.
+    entry = re.search(rf"^    {re.escape(name)}: (.+(?:\n {{5,}}.+)*)", text, re.MULTILINE)
+    if entry:
         naming = [" ".join(entry[1].split())]
-    told = " ".join(naming or said[:1]).rstrip(" ;")
-    if told:
-        yield f"{_INDENT}{target}: {told}"
+    explanation = " ".join(naming or sentences[:1]).rstrip(" ;")
+    if explanation:
+        yield f"{_INDENT}{target}: {explanation}"
 
 
 def _docstring(target: str) -> str:
-    """The docstring of a class or function of relloc, read and not imported."""
+    """Returns the docstring of a class or function of relloc, without importing its module."""
     module, _, name = target.rpartition(".")
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
         return ""
-    tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return ast.get_docstring(node) or ""
@@ -254,19 +291,26 @@ def _docstring(target: str) -> str:
 
 
 def _from_members(key: str) -> Iterator[str]:
-    """What the members of the setting's group set it to."""
+    """Yields one line with the values that the members of the setting's group set it to."""
     group, _, inner = key.partition(".")
+    # Members of `eval` are evaluations, each with settings of its own.
+    if group == "eval":
+        return
     values = []
-    for member in settings.members(group) if group != "eval" else ():
+    for member in settings.members(group):
         content = settings.content_of(f"{group}/{member}")
-        found = settings.flat(content.get(group, content))
-        if inner in found and not isinstance(found[inner], dict) and "${" not in str(found[inner]):
-            values.append(f"{group}={member} {as_value(found[inner])}")
+        of_member = settings.flat(content.get(group, content))
+        if inner not in of_member:
+            continue
+        value = of_member[inner]
+        is_interpolation = "${" in str(value)
+        if not isinstance(value, dict) and not is_interpolation:
+            values.append(f"{group}={member} {as_value(value)}")
     if len(values) > 1:
         yield f"{_INDENT}elsewhere: {', '.join(values)}"
 
 
 def _shown(file: Path) -> str:
-    """A file's name from the folder that holds conf/, or in full where it is a user's."""
+    """Returns a file's path relative to the folder of conf/, or in full if it is a user's."""
     root = settings.conf_dir()
     return str(file.relative_to(root.parent)) if file.is_relative_to(root) else str(file)
