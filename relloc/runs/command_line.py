@@ -1,6 +1,6 @@
-"""The words of a command line before Hydra reads them: flags come first, and a word it can't read is explained.
+"""Reads a command line before Hydra does: sorts flags from settings and explains mistakes.
 
-Nothing here imports torch: a typing mistake is answered at once.
+Nothing here imports torch, so that a typing mistake is answered at once.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from relloc.errors import UsageError
 from relloc.results import NOT_OURS
 from relloc.runs.renamed import usual_name
 
+# The flags of Hydra: those without a value, those with one, and those that may have one
 _ALONE = (
     "--help",
     "-h",
@@ -36,7 +37,7 @@ _WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--conf
 _WITH_VALUE += ("--config-dir", "-cd", "--experimental-rerun")
 _INFO = ("--info", "-i")
 _INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-# Settings that name something on disk. Hydra reads 2024_10_01 as a number and 1e3 as another one.
+# Settings that name a file or folder. Hydra would read the names 2024_10_01 and 1e3 as numbers.
 _PATHS = (
     "checkpoint",
     "data.root",
@@ -47,9 +48,9 @@ _PATHS = (
     "hydra.sweep.dir",
     "sweep",
 )
-# Names that may look like numbers, as long as they are the same when written again
+# Of these, names that look like numbers are taken if the number is written the same way again.
 _TEXTS = ("runs", "hydra.run.dir", "hydra.sweep.dir", "sweep")
-# A launcher may make a sweep of a command without -m, and says itself what its settings take
+# Settings of launchers may have several values without -m: a launcher checks them itself.
 _SWEEP_THEMSELVES = ("launcher", "hydra")
 _KEY = re.compile(r"(?:\+\+?|~)?[A-Za-z_$][\w.$/@:-]*")
 _OPENING = {"[": "]", "{": "}", "(": ")"}
@@ -57,7 +58,7 @@ _OPENING = {"[": "]", "{": "}", "(": ")"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommandLine:
-    """What was asked: `flags` of Hydra, such as -m, and `words`, the settings."""
+    """A command line: `flags` of Hydra, such as `-m`, and `words`, the settings `KEY=VALUE`."""
 
     flags: tuple[str, ...]
     words: tuple[str, ...]
@@ -72,16 +73,19 @@ class CommandLine:
 
 
 def read(arguments: Sequence[str]) -> CommandLine:
-    """Flags and settings told apart, wherever the flags stand: Hydra takes them only before the settings.
+    """Separates flags from settings, in whatever order they stand.
+
+    Hydra takes flags only before the settings.
 
     Raises:
-        UsageError: a flag that there is not.
+        UsageError: a flag does not exist, or lacks its value.
     """
     flags: list[str] = []
     words: list[str] = []
     left = list(arguments)
     while left:
         word = left.pop(0)
+        # As usual, all words behind `--` are settings, even if they begin with a dash.
         if word == "--":
             words += left
             break
@@ -93,18 +97,19 @@ def read(arguments: Sequence[str]) -> CommandLine:
 
 
 def _flag(word: str, left: list[str]) -> list[str]:
-    """A flag, together with its value, which is taken from what is `left`."""
+    """Returns a flag and its value, which is removed from the words that are `left`."""
     name, has_value, value = word.partition("=")
     known = (*_ALONE, *_WITH_VALUE, *_INFO)
-    # As usual, the beginning of a flag's name stands for it if no other begins so.
+    # As usual, a flag may be abbreviated if no other begins the same way.
     meant = [flag for flag in known if flag.startswith(name)] if name.startswith("--") else []
     if name not in known and len(meant) == 1:
         name = meant[0]
     if name in _ALONE and not has_value:
         return [name]
     if name in _INFO:
-        asked = value or (left.pop(0) if left and left[0] in _INFOS else "all")
-        return [f"--info={asked}"]
+        if not value:
+            value = left.pop(0) if left and left[0] in _INFOS else "all"
+        return [f"--info={value}"]
     if name not in _WITH_VALUE:
         raise UsageError(f"there is no flag {word}{_as_setting(word, left)}. See --help")
     if has_value:
@@ -114,51 +119,58 @@ def _flag(word: str, left: list[str]) -> list[str]:
     return [name, left.pop(0)]
 
 
-def _as_setting(word: str, left: Sequence[str]) -> str:
-    """Of a setting with dashes, `--seed 0`: how it is written."""
-    name, _, value = word.lstrip("-").partition("=")
+def _as_setting(flag: str, left: Sequence[str]) -> str:
+    """Returns how a setting with dashes, such as `--seed 0`, is to be written; "" for others."""
+    name, _, value = flag.lstrip("-").partition("=")
     if not _KEY.fullmatch(name):
         return ""
-    behind = left[0] if left and not left[0].startswith("-") and "=" not in left[0] else "VALUE"
-    return f": settings are written without dashes, {_typed(usual_name(name) or name, value or behind)}"
+    if not value:
+        has_value = left and not left[0].startswith("-") and "=" not in left[0]
+        value = left[0] if has_value else "VALUE"
+    word = _typed(usual_name(name) or name, value)
+    return f": settings are written without dashes, {word}"
 
 
 def check(words: Sequence[str], *, sweeps: bool) -> list[Override]:
-    """Each word as Hydra reads it; `sweeps`: one may name several values, as it may where a launcher is chosen.
+    """Parses each word as Hydra does.
+
+    With `sweeps` a word may list several values to sweep over, as it also may where a launcher is
+    chosen.
 
     Raises:
-        UsageError: Hydra can't read one of them, or would read another value than what stands there.
+        UsageError: Hydra can't read a word, or would read another value than the one written.
     """
     sweeps = sweeps or any(word.startswith(_SWEEP_THEMSELVES) for word in words)
     return [
-        _checked(word, words[place + 1 : place + 2], sweeps) for place, word in enumerate(words)
+        _checked(word, words[index + 1 : index + 2], sweeps) for index, word in enumerate(words)
     ]
 
 
 def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
+    """Parses a word; `after` has the word behind it, if there is one."""
     key, equals, value = word.partition("=")
-    if not equals and not (word.startswith("~") and _KEY.fullmatch(word)):
+    # ~KEY removes a setting and needs no value.
+    is_removal = word.startswith("~") and _KEY.fullmatch(word)
+    if not equals and not is_removal:
         raise UsageError(_without_equals(word, after))
     if not _KEY.fullmatch(key):
         raise UsageError(
-            f"{shlex.quote(word)} does not begin with the name of a setting, such as seed=0. See --help"
+            f"{shlex.quote(word)} does not begin with the name of a setting, such as seed=0. "
+            "See --help"
         )
-    read_word = parsed(word)
-    if read_word is None:
+    override = parsed(word)
+    if override is None:
         raise UsageError(_unread(key, value, sweeps))
-    if (
-        read_word.is_choice_sweep()
-        and not sweeps
-        and not key.lstrip("+").startswith(_SWEEP_THEMSELVES)
-    ):
+    name = key.lstrip("+")
+    if override.is_choice_sweep() and not sweeps and not name.startswith(_SWEEP_THEMSELVES):
         raise UsageError(_several(key, value))
-    if key.lstrip("+") in _PATHS:
-        _check_path(key, value, read_word)
-    return read_word
+    if name in _PATHS:
+        _check_path(key, value, override)
+    return override
 
 
 def parsed(word: str) -> Override | None:
-    """A word as Hydra reads it; None where it can't."""
+    """Parses a word as Hydra does; None if Hydra can't."""
     try:
         return OverridesParser.create().parse_overrides([word])[0]
     except OverrideParseException:
@@ -166,37 +178,45 @@ def parsed(word: str) -> Override | None:
 
 
 def _without_equals(word: str, after: Sequence[str]) -> str:
-    """Of a word that sets nothing: `seed 0`, `grid.gap_px`, `seed:0`."""
+    """Returns the message for a word without a value, such as `grid.gap_px`, `seed:0`, `seed 0`."""
     if not word:
         return "one of the words is empty: a setting is KEY=VALUE, such as seed=0"
     key, colon, value = word.partition(":")
     if colon and value and _KEY.fullmatch(key):
         return f"{shlex.quote(word)} sets nothing: it is written with =, {_typed(key, value)}"
     if not _KEY.fullmatch(word):
-        return f"{shlex.quote(word)} is no setting: these are written KEY=VALUE, such as seed=0. See --help"
+        return (
+            f"{shlex.quote(word)} is no setting: "
+            "these are written KEY=VALUE, such as seed=0. See --help"
+        )
     if after and "=" not in after[0] and not _KEY.fullmatch(after[0]):
         return f"{word} {after[0]} are two words: a setting is one, {_typed(word, after[0])}"
     return f"{word} is given no value: write {word}=VALUE; --help {word} tells what it is"
 
 
 def _unread(key: str, value: str, sweeps: bool) -> str:
-    """Of a word that Hydra's grammar can't read: how it is written."""
+    """Returns the message for a word that Hydra's grammar can't read: how it is to be written."""
+    # ~ of a home folder, which a shell does not expand behind `=`
     if value.startswith("~"):
         home = f"$HOME{value[1:]}" if value[1:2] in ("", "/") else os.path.expanduser(value)
-        meant = "" if home.startswith("~") else f'"{key}={home}", or '
-        return f"{key}={value}: the shell expands ~ only where a word begins with it. Write {meant}the whole path"
-    told = shlex.quote(f"{key}={value}")
+        proposed = "" if home.startswith("~") else f'"{key}={home}", or '
+        return (
+            f"{key}={value}: the shell expands ~ only where a word begins with it. "
+            f"Write {proposed}the whole path"
+        )
+    typed = shlex.quote(f"{key}={value}")
     closed = f"{key}={_closed(value)}"
     if value.startswith("[") != value.endswith("]") and parsed(closed):
-        return f"{told} has a bracket without its other half: write {shlex.quote(closed)}"
+        return f"{typed} has a bracket without its other half: write {shlex.quote(closed)}"
     return (
-        f"{told} can't be read: a value with such characters stands in quotes, and these inside of the shell's. "
-        f"Write {_with_quotes(key, value, sweeps)}"
+        f"{typed} can't be read: a value with such characters stands in quotes, and these inside "
+        f"of the shell's. Write {_with_quotes(key, value, sweeps)}"
     )
 
 
 def _closed(value: str) -> str:
-    """The value with the brackets that it lacks at its end, or the one at its beginning."""
+    """Returns the value with the brackets that it lacks, at its end or at its beginning."""
+    # The closing brackets that are still to come, the innermost last
     missing: list[str] = []
     for char in value:
         if char in _OPENING:
@@ -207,62 +227,64 @@ def _closed(value: str) -> str:
 
 
 def _with_quotes(key: str, value: str, sweeps: bool, *, as_text: bool = False) -> str:
-    """The word with quotes around what needs them: elements of a list, values of a sweep, or all of it.
+    """Returns the word, for a shell, with quotes around the parts that need them.
 
-    They are needed by what can't be read, and if it is to be read `as_text` by what would be something else.
+    These are elements of a list, values of a sweep, or the whole value. A part needs quotes if
+    Hydra can't read it or, with `as_text`, if Hydra would read it as anything but text.
     """
     is_list = value.startswith("[") and value.endswith("]")
-    # What stands between commas that are in no quotes
-    elements = re.findall(
-        r"""(?:"[^"]*"|'[^']*'|[^,"']+|["'])+""", value[1:-1] if is_list else value
-    )
-    parts = (
-        [part.strip() for part in elements]
-        if is_list or (sweeps and len(elements) > 1)
-        else [value]
-    )
-    for place, part in enumerate(parts):
-        read_part = parsed(f"key={part}")
-        if read_part is None or (as_text and not isinstance(read_part.value(), str)):
-            parts[place] = _in_quotes(part)
+    inner = value[1:-1] if is_list else value
+    # The parts between commas that are not within quotes
+    elements = re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"']+|["'])+""", inner)
+    is_sweep = sweeps and len(elements) > 1
+    parts = [part.strip() for part in elements] if is_list or is_sweep else [value]
+    for index, part in enumerate(parts):
+        override = parsed(f"key={part}")
+        if override is None or (as_text and not isinstance(override.value(), str)):
+            parts[index] = _in_quotes(part)
     quoted = ",".join(parts)
     word = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
+    # If even that can't be read, the whole value is quoted.
     return shlex.quote(word if parsed(word) else f"{key}={_in_quotes(value)}")
 
 
 def _in_quotes(value: str) -> str:
+    """Returns a text in quotes of Hydra's grammar, if possible without escapes."""
     quote = Quote.single if '"' in value and "'" not in value else Quote.double
     return QuotedString(text=value, quote=quote).with_quotes()
 
 
 def _several(key: str, value: str) -> str:
+    """Returns the message for several values where one is expected, such as `seed=0,1`."""
     whole = shlex.quote(f"{key}={_in_quotes(value)}")
     if Path(value).exists():
+        # A file or folder whose name has a comma
         return f"{key}={value} is read as several values: write {whole} for what is called that"
     listed = shlex.quote(f"{key}=[{value}]")
     return (
-        f"{key}={value} names several values: write {listed} for a list of them, -m before it for a run of each, or "
-        f"{whole} if that is one value"
+        f"{key}={value} names several values: write {listed} for a list of them, -m before it for "
+        f"a run of each, or {whole} if that is one value"
     )
 
 
 def _check_path(key: str, value: str, word: Override) -> None:
-    """A name that Hydra reads as a number or a yes is asked for in quotes; null is none."""
+    """Raises `UsageError` for a path that Hydra would read as a number or as true or false."""
     if word.is_sweep_override() or word.is_delete():
         return
-    found = word.value()
-    if key in _TEXTS and str(found) == value:
+    read = word.value()
+    if key in _TEXTS and str(read) == value:
         return
-    if any(
-        isinstance(one, bool | int | float)
-        for one in (found if isinstance(found, list) else [found])
-    ):
-        meant = _with_quotes(key, value, sweeps=False, as_text=True)
-        raise UsageError(f"{key}={value} is read as a number, not as a name: write {meant}")
+    elements = read if isinstance(read, list) else [read]
+    if any(isinstance(element, bool | int | float) for element in elements):
+        quoted = _with_quotes(key, value, sweeps=False, as_text=True)
+        raise UsageError(f"{key}={value} is read as a number, not as a name: write {quoted}")
 
 
 def values(word: Override) -> list[Any]:
-    """What a word sets: one value, or each that a sweep lists."""
+    """Returns the value that a word sets, or all values that a sweep lists.
+
+    For a sweep over a range there are none.
+    """
     if not word.is_sweep_override():
         return [word.value()]
     if not word.is_choice_sweep():
@@ -272,18 +294,23 @@ def values(word: Override) -> list[Any]:
 
 
 def checkpoints(words: Sequence[Override]) -> list[list[str]]:
-    """The checkpoints that are named, a list for each point of a sweep; none where the setting is not given."""
+    """Returns the checkpoints that are named, a list for each point of a sweep.
+
+    Where the setting is not given, there are none.
+    """
     named = [word for word in words if word.key_or_group == "checkpoint" and not word.is_delete()]
-    points = [
-        value if isinstance(value, list) else [value]
-        for word in named[-1:]
-        for value in values(word)
-    ]
-    return [[name for name in point if isinstance(name, str)] for point in points]
+    if not named:
+        return []
+    # Of a setting that is given twice, the last one counts.
+    points = []
+    for value in values(named[-1]):
+        names = value if isinstance(value, list) else [value]
+        points.append([name for name in names if isinstance(name, str)])
+    return points
 
 
 def check_bare_checkpoint(words: Sequence[str]) -> None:
-    """Raises `UsageError` for a checkpoint that stands there without its setting: `runs/one`, `random`."""
+    """Raises `UsageError` for a checkpoint without its setting, such as `runs/one` or `random`."""
     for word in words:
         if "=" not in word and (word in NOT_OURS or os.path.exists(word)):
             raise UsageError(
@@ -292,31 +319,33 @@ def check_bare_checkpoint(words: Sequence[str]) -> None:
 
 
 def check_checkpoints(words: Sequence[Override]) -> None:
-    """Raises `UsageError` for a checkpoint that is misspelt: Random, or a folder that there is not beside its like."""
-    for name in (name for names in checkpoints(words) for name in names):
-        if name in NOT_OURS or not name or os.path.lexists(name) or "$" in name:
-            continue
-        raise UsageError(f"checkpoint={name} does not exist{_hint(name)}")
+    """Raises `UsageError` for a checkpoint that does not exist, and proposes a similar name."""
+    for names in checkpoints(words):
+        for name in names:
+            # A name with $ is an interpolation, which is not resolved yet.
+            if name in NOT_OURS or not name or os.path.lexists(name) or "$" in name:
+                continue
+            raise UsageError(f"checkpoint={name} does not exist{_hint(name)}")
 
 
 def _hint(name: str) -> str:
+    """Returns the end of the message for a checkpoint that does not exist."""
     folder = Path(name).parent
     near = difflib.get_close_matches(name.lower(), NOT_OURS, n=1, cutoff=0.75)
     if not near:
-        beside = sorted(file.name for file in folder.glob("*"))
-        near = [
-            str(folder / one)
-            for one in difflib.get_close_matches(Path(name).name, beside, n=1, cutoff=0.75)
-        ]
+        siblings = sorted(file.name for file in folder.glob("*"))
+        similar = difflib.get_close_matches(Path(name).name, siblings, n=1, cutoff=0.75)
+        near = [str(folder / sibling) for sibling in similar]
     if near:
         return f": did you mean {as_word('checkpoint', near[0])}?"
     if not folder.is_dir():
         return f", nor is there a folder {folder}; we are in {Path.cwd()}"
-    return f" in {folder.absolute()}: give a run folder, a file of weights, {' or '.join(NOT_OURS)}"
+    others = " or ".join(NOT_OURS)
+    return f" in {folder.absolute()}: give a run folder, a file of weights, {others}"
 
 
 def as_value(value: Any) -> str:
-    """A plain value as Hydra's grammar has it, in quotes where it needs them."""
+    """Returns a plain value as it is written in Hydra's grammar, in quotes where it needs them."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -324,23 +353,23 @@ def as_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(as_value, value))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{as_value(one)}" for name, one in value.items()) + "}"
+        entries = [f"{name}:{as_value(entry)}" for name, entry in value.items()]
+        return "{" + ",".join(entries) + "}"
     if not isinstance(value, str):
         return repr(value)
-    read_word = (
-        parsed(f"key={value}") if value and "\\" not in value else None
-    )  # one would escape what follows
-    plain = (
-        read_word is not None and not read_word.is_sweep_override() and read_word.value() == value
-    )
-    return value if plain else _in_quotes(value)
+    # A text needs quotes unless Hydra reads it as itself. A backslash would escape what follows.
+    override = parsed(f"key={value}") if value and "\\" not in value else None
+    if override is None or override.is_sweep_override() or override.value() != value:
+        return _in_quotes(value)
+    return value
 
 
 def as_word(key: str, value: Any) -> str:
-    """`key=value` as it is typed in a shell."""
+    """Returns `key=value` as it is typed in a shell."""
     return shlex.quote(f"{key}={as_value(value)}")
 
 
 def _typed(key: str, value: str) -> str:
-    """`key=value` as a person meant it, with quotes only where Hydra can't read it without."""
-    return shlex.quote(f"{key}={value if parsed(f'{key}={value}') else _in_quotes(value)}")
+    """Returns `key=value` for a shell, with Hydra's quotes only if Hydra can't read it without."""
+    word = f"{key}={value}"
+    return shlex.quote(word if parsed(word) else f"{key}={_in_quotes(value)}")

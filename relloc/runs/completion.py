@@ -1,4 +1,4 @@
-"""Tab completion of the `relloc` command: what may stand at the end of a line that is being typed.
+"""Tab completion of the `relloc` command.
 
 `eval "$(relloc --completion bash)"` in ~/.bashrc has bash ask `relloc --complete LINE` at each Tab.
 Nothing here imports torch, so that a Tab takes about a second.
@@ -11,8 +11,8 @@ from relloc.sweeps.sweep import runs_folder
 
 _SWEEP_WORDS = ("status", "wait", "cancel")
 
-# Bash splits words at = as well, so what stands before it in the word is cut off the answers. A group, a setting or
-# part of a name is not the whole word yet: no space is added behind it.
+# Bash splits words at `=` as well, so that the part before it is cut off the answers. A group, a
+# setting or the beginning of a name is not a whole word yet: no space is added behind it.
 BASH_SCRIPT = """\
 _relloc() {
     local line=${COMP_LINE:0:COMP_POINT} word
@@ -30,8 +30,13 @@ complete -o default -F _relloc relloc
 
 
 def candidates(line: str, commands: Sequence[str]) -> list[str]:
-    """The words that may stand in place of the last one of `line`, such as `relloc train grid.`; [] for files."""
+    """Returns the words that may stand in place of the last one of `line`.
+
+    For example, `relloc train grid.` is completed to `relloc train grid.gap_px=` and others. An
+    empty list leaves it to bash to complete the names of files. `commands` are those of relloc.
+    """
     words = line.split()
+    # Behind a space, a new word begins.
     last = words.pop() if words and not line[-1:].isspace() else ""
     if len(words) < 2:
         return _beginning_with(last, commands)
@@ -40,24 +45,26 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
         return _of_settings(command, words[2:], last)
     if command == "sweep" and len(words) == 2:
         return _beginning_with(last, _SWEEP_WORDS)
+    # Names of sweeps
     if command == "sweep" or (command == "report" and last.startswith("sweep=")):
         prefix = "sweep=" if last.startswith("sweep=") else ""
-        names = [
-            folder.name for folder in (runs_folder() / "sweeps").glob("[!.]*") if folder.is_dir()
-        ]
+        folders = (runs_folder() / "sweeps").glob("[!.]*")
+        names = [folder.name for folder in folders if folder.is_dir()]
         return _beginning_with(last, [f"{prefix}{name}" for name in names])
     return []
 
 
 def _of_settings(command: str, words: Sequence[str], last: str) -> list[str]:
+    """Returns completions of a setting's name or value; `words` may choose members of groups."""
     key, is_value, _ = last.partition("=")
     composed = settings.compose(command, settings.chosen_groups(words))
     if is_value:
         values = settings.members(key) if settings.is_group(key) else []
-        if isinstance(composed.default(key) if key in composed.unresolved else None, bool):
+        default = composed.default(key) if key in composed.unresolved else None
+        if isinstance(default, bool):
             values = ["true", "false"]
         return _beginning_with(last, [f"{key}={value}" for value in values])
-    # Of settings with a long name only the part up to the next dot, as of folders in a path
+    # Of longer names only the part up to the next dot, as shells complete paths by folders
     depth = last.count(".") + 1
     names = set()
     for name, value in composed.unresolved.items():

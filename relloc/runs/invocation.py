@@ -1,4 +1,4 @@
-"""A command as it was started, and what is written down of it in the run's folder and in the tracker."""
+"""A command as it was started, and its record in the run folder and in the tracker."""
 
 import dataclasses
 import os
@@ -19,20 +19,18 @@ from relloc.runs.settings import plain
 from relloc.sweeps.points import identity
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
-_NOT_RECORDED = ("launcher", "sweep", "objective")  # they say how a run was sent, not what it is
-_OF_DATA = (
-    "name",
-    "root",
-    "shards",
-    "source",
-)  # what is recorded of the data that an evaluation brings
+# Settings that say how a run was started, not what it computes
+_NOT_RECORDED = ("launcher", "sweep", "objective")
+# The settings that are recorded of a data set that an evaluation brings
+_RECORDED_OF_DATA = ("name", "root", "shards", "source")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Invocation:
-    """What Hydra made of the command line: all settings, resolved, and what was typed.
+    """A command with all its settings, resolved, and the `words` that were typed.
 
-    `choices` has the member that was chosen of each group, `files` the texts to write into the run's folder.
+    `choices` maps each group to the member that was chosen, `files` the names of files in the run
+    folder to their texts. `names_folder` is true if the user named the run folder.
     """
 
     command: str
@@ -45,33 +43,36 @@ class Invocation:
 
     @classmethod
     def of(cls, config: DictConfig) -> "Invocation":
-        """That of this process, whose composed config is given."""
-        of_hydra = HydraConfig.get()
-        # config.yaml, resolved, and .hydra/, as Hydra would have written it before the folder was this run's alone
+        """Returns the invocation of this process, whose composed config is given."""
+        hydra_config = HydraConfig.get()
         files = {CONFIG_FILE: OmegaConf.to_yaml(config, resolve=True)}
-        if of_hydra.output_subdir is None:
-            parts: Any = (config, HydraConfig.instance().cfg, of_hydra.overrides.task)
-            files |= {
-                name: OmegaConf.to_yaml(part) for name, part in zip(HYDRA_FILES, parts, strict=True)
-            }
+        # conf/ keeps Hydra from writing its files, since the folder may turn out to be another
+        # run's. They are written later, as Hydra would have done.
+        if hydra_config.output_subdir is None:
+            parts: Any = (config, HydraConfig.instance().cfg, hydra_config.overrides.task)
+            for name, part in zip(HYDRA_FILES, parts, strict=True):
+                files[name] = OmegaConf.to_yaml(part)
+        names_folder = any(
+            word.startswith("hydra.run.dir=") for word in hydra_config.overrides.hydra
+        )
         return cls(
-            command=str(of_hydra.job.name),
-            folder=Path(os.path.abspath(of_hydra.runtime.output_dir)),
-            names_folder=any(
-                word.startswith("hydra.run.dir=") for word in of_hydra.overrides.hydra
-            ),
-            words=tuple(of_hydra.overrides.task),
-            choices=dict(of_hydra.runtime.choices),
+            command=str(hydra_config.job.name),
+            folder=Path(os.path.abspath(hydra_config.runtime.output_dir)),
+            names_folder=names_folder,
+            words=tuple(hydra_config.overrides.task),
+            choices=dict(hydra_config.runtime.choices),
             settings=plain(config),
             files=files,
         )
 
     def record(self, name: str, data: Sequence[Splits], engine: Engine) -> RunRecord:
-        """What a tracker is told of the run, which it calls `name`."""
-        is_cuda = engine.device.type == "cuda"
-        devices = (
-            [torch.cuda.get_device_name(engine.device)] * ranks.world_size() if is_cuda else ["cpu"]
-        )
+        """Returns the record of the run for a tracker, under the name `name`.
+
+        `data` are the data sets that the run reads.
+        """
+        devices = ["cpu"]
+        if engine.device.type == "cuda":
+            devices = [torch.cuda.get_device_name(engine.device)] * ranks.world_size()
         tags = {
             "relloc.kind": self.command,
             "relloc.run_dir": str(self.folder),
@@ -81,38 +82,44 @@ class Invocation:
         }
         if self.choices.get("experiment"):
             tags["relloc.preset"] = str(self.choices["experiment"])
-        if os.environ.get("RELLOC_SWEEP"):  # a sweep's launcher says which, and a job's what it is
+        # The launcher of a sweep sets the first variable, a SLURM job the second: NAME=VALUE;...
+        if os.environ.get("RELLOC_SWEEP"):
             tags["relloc.sweep"] = os.environ["RELLOC_SWEEP"]
-        tags |= dict(
-            told.split("=", 1)
-            for told in os.environ.get("RELLOC_TAGS", "").split(";")
-            if "=" in told
-        )
+        for tag in os.environ.get("RELLOC_TAGS", "").split(";"):
+            if "=" in tag:
+                tag_name, value = tag.split("=", 1)
+                tags[tag_name] = value
         tracking = self.settings["tracking"]
-        used = [
-            _dataset(images, use)
-            for one in data
-            for images, use in ((one.train, "train"), (one.held_out, "eval"))
-        ]
+        datasets = []
+        for splits in data:
+            datasets.append(_dataset(splits.train, "train"))
+            datasets.append(_dataset(splits.held_out, "eval"))
         return RunRecord(
             name=name,
             experiment=str(tracking["experiment"]),
             tracking_uri=tracking["uri"] or "",
             tags=tags | environment_tags(devices),
             params=self._params(),
-            datasets=tuple(dict.fromkeys(used)),
+            datasets=tuple(dict.fromkeys(datasets)),
         )
 
     def _params(self) -> dict[str, Any]:
-        """All settings, flat; of the data that evaluations bring only which it is."""
-        kept = {name: value for name, value in self.settings.items() if name not in _NOT_RECORDED}
-        kept["eval"] = {
-            name: node | {"data": {key: node["data"][key] for key in _OF_DATA}}
-            if "data" in node
-            else node
-            for name, node in kept["eval"].items()
+        """Returns all settings by their full names, without those that say how a run is started.
+
+        Of data sets that evaluations bring, only what identifies them is recorded.
+        """
+        recorded = {
+            name: value for name, value in self.settings.items() if name not in _NOT_RECORDED
         }
-        return flatten(kept)
+        evaluations = {}
+        for name, node in recorded["eval"].items():
+            if "data" in node:
+                data = {key: node["data"][key] for key in _RECORDED_OF_DATA}
+                evaluations[name] = node | {"data": data}
+            else:
+                evaluations[name] = node
+        recorded["eval"] = evaluations
+        return flatten(recorded)
 
 
 def _dataset(images: ImageSet, use: str) -> DatasetRecord:

@@ -1,4 +1,7 @@
-"""Settings of the launcher on the command line: a comma in one of them is part of its value, not a sweep."""
+"""Quotes the launcher's settings on a command line.
+
+A comma in one of them is part of its value and does not start a sweep.
+"""
 
 import re
 from collections.abc import Sequence
@@ -7,39 +10,45 @@ from hydra.core.override_parser.types import ChoiceSweep
 
 from relloc.runs.command_line import parsed
 
-# partition=a,b and exclude=n[1-3],n7 are how SLURM itself has them
+# SLURM itself writes partition=a,b and exclude=n[1-3],n7.
 _SETTING = re.compile(r"(\+{0,2}(?:hydra\.)?launcher\.[\w.@-]+)=(.+)", re.DOTALL)
-# Of hydra-submitit-launcher these are text: a list, as launcher.partition takes one, is written as SLURM has it
+# For hydra-submitit-launcher these are texts: a list is turned into what SLURM writes, a,b.
 _LIST = re.compile(r"(hydra\.launcher\.(?:partition|exclude))=\[([\w.-]+(?: *, *[\w.-]+)*)\]")
 
 
 def with_one_value_each(words: Sequence[str]) -> list[str]:
-    """The words with values of launcher.* and hydra.launcher.* quoted where Hydra would sweep or not read them.
+    """Returns the words with values of launcher.* and hydra.launcher.* quoted where necessary.
 
-    Lists (but where hydra.launcher takes text), mappings and what is quoted already stay, and so does choice(...):
-    that is a sweep on purpose, which the launcher refuses.
+    That is where Hydra would sweep over them or could not read them. Lists (except where
+    hydra.launcher takes text), mappings and quoted values are left as they are, and so is
+    choice(...): that is a sweep on purpose, which the launcher refuses.
     """
     return [_with_one_value(word) for word in words]
 
 
 def _with_one_value(word: str) -> str:
-    if (listed := _LIST.fullmatch(word)) is not None:
+    """Quotes the value of one word if it is a setting of the launcher and needs quotes."""
+    listed = _LIST.fullmatch(word)
+    if listed is not None:
         word = f"{listed[1]}={listed[2].replace(' ', '')}"
-    found = _SETTING.fullmatch(word)
-    if found is None or not _needs_quotes(word):
+    setting = _SETTING.fullmatch(word)
+    if setting is None or not _needs_quotes(word):
         return word
-    value = re.sub(
-        r"(\\*)'", r"\1\1\\'", found[2]
-    )  # in quotes, a backslash counts only before a quote
+    # Within quotes, a backslash escapes only before a quote: double those before one, and those
+    # at the end, before the closing quote.
+    value = re.sub(r"(\\*)'", r"\1\1\\'", setting[2])
     ending = re.search(r"\\*$", value)
-    return f"{found[1]}='{value}{ending[0] if ending else ''}'"
+    backslashes = ending[0] if ending else ""
+    return f"{setting[1]}='{value}{backslashes}'"
 
 
 def _needs_quotes(word: str) -> bool:
+    """Whether Hydra can't read the word, or would take its value for a sweep or a list."""
     override = parsed(word)
     if override is None:
         return True
     value = override.value()
-    if isinstance(value, list):  # [rack1|rack2] is one word of SLURM's
+    # [rack1|rack2] looks like a list and is one constraint of SLURM's.
+    if isinstance(value, list):
         return word.partition("=")[0].endswith("launcher.constraint")
     return isinstance(value, ChoiceSweep) and value.simple_form

@@ -1,11 +1,15 @@
-"""Settings that had another name in earlier versions, so that an old command or preset ends in the new name."""
+"""Former names of settings, and names that other projects use.
+
+An old command or preset ends in a message with the new name.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 from relloc.errors import UsageError
 
-# A name may stand for all settings below it: data.linear.epochs is probe.linear.epochs now.
+# New names by former ones. A name stands for all settings below it as well: data.linear.epochs is
+# probe.linear.epochs now.
 _NEW_NAMES = {
     "data.lr": "optimizer.lr",
     "data.epochs": "schedule.epochs",
@@ -16,9 +20,7 @@ _NEW_NAMES = {
     "data.linear": "probe.linear",
     "data.knn": "probe.knn",
 }
-
-
-# What others call it, alone or below data
+# Settings by the names that other projects have for them, alone or below `data`
 _USUAL_NAMES = {
     "batch": "recipe.images_per_step",
     "batch_size": "recipe.images_per_step",
@@ -27,12 +29,12 @@ _USUAL_NAMES = {
 
 
 def usual_name(setting: str) -> str | None:
-    """The setting that many projects call like this, such as recipe.images_per_step for batch_size."""
+    """Returns the setting that other projects call by this name, such as batch_size, or None."""
     return _USUAL_NAMES.get(setting.removeprefix("data.").replace("-", "_"))
 
 
 def new_name(setting: str) -> str | None:
-    """How a setting is called now; None where its name was never another."""
+    """Returns the new name of a setting, or None if `setting` is no former name."""
     for old, new in _NEW_NAMES.items():
         if setting == old or setting.startswith(f"{old}."):
             return new + setting.removeprefix(old)
@@ -40,13 +42,17 @@ def new_name(setting: str) -> str | None:
 
 
 def nearest_old_name(setting: str) -> str | None:
-    """The former name that this looks like, such as data.epochs for data.epoch; None where none is near."""
+    """Returns the former name that is most similar, such as data.epochs for data.epoch, or None."""
     near = difflib.get_close_matches(setting, _NEW_NAMES, n=1, cutoff=0.85)
     return near[0] if near else None
 
 
 def refuse_old_names(settings: Iterable[str]) -> None:
-    """Raises `UsageError` that says the new names, where some of these are old ones."""
-    told = [f"{setting} is now {new}" for setting in settings if (new := new_name(setting))]
-    if told:
-        raise UsageError("; ".join(told))
+    """Raises `UsageError` with the new names if some of the settings have former names."""
+    messages = []
+    for setting in settings:
+        renamed = new_name(setting)
+        if renamed:
+            messages.append(f"{setting} is now {renamed}")
+    if messages:
+        raise UsageError("; ".join(messages))

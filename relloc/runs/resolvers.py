@@ -1,4 +1,4 @@
-"""What `${scaled:…}`, `${scaled_whole:…}`, `${images_of:…}` and `${shards_of:…}` in conf/ stand for.
+"""The resolvers of conf/: `${scaled:…}`, `${scaled_whole:…}`, `${images_of:…}`, `${shards_of:…}`.
 
 Nothing here imports torch.
 """
@@ -8,47 +8,58 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-Value = float | str | None  # of a setting, which nobody has checked yet
+Value = float | str | None  # the value of a setting, not checked yet
 
 
 def scaled(
     spans: ListConfig | list[Value] | Value, made_for: Value, epochs: Value
 ) -> list[Value] | Value:
-    """Spans in epochs, one or several, made for a training of `made_for` epochs, in one of `epochs`.
+    """Scales spans of a training to another length, in proportion.
 
-    Where both are the same, spans stay what they are, to the bit. What is no number is left for the checks of the
-    setting to refuse.
+    Args:
+        spans: one or several, in epochs.
+        made_for: length of the training for which the spans are given, in epochs.
+        epochs: length of the training that they are scaled to.
+
+    If both lengths are equal, the spans are returned unchanged, to the bit. Values that are no
+    numbers are returned unchanged too, since the checks of the setting refuse them.
     """
     is_list = isinstance(spans, ListConfig | list)
     values: list[Value] = list(spans) if is_list else [spans]
     numbers = _numbers(values)
     lengths = _numbers([made_for, epochs])
     if numbers and lengths and lengths[0] and made_for != epochs:
-        values = [float(f"{one * lengths[1] / lengths[0]:.6g}") for one in numbers]
+        # Six digits, so that a scaled value has no tail such as 1.9999999999999998.
+        values = [float(f"{span * lengths[1] / lengths[0]:.6g}") for span in numbers]
     return values if is_list else values[0]
 
 
 def scaled_whole(
     milestones: ListConfig | list[Value] | Value, made_for: Value, epochs: Value
 ) -> list[Value] | Value:
-    """As `scaled`, in whole epochs: milestones that fall together, or outside of the training, are left out."""
-    found = scaled(milestones, made_for, epochs)
-    numbers = _numbers(found) if isinstance(found, list) else None
+    """Scales milestones as `scaled` does, and rounds them to whole epochs.
+
+    Milestones that coincide then are merged, and those outside of the training are left out.
+    """
+    spans = scaled(milestones, made_for, epochs)
+    numbers = _numbers(spans) if isinstance(spans, list) else None
     if made_for == epochs or numbers is None or not isinstance(epochs, int | float):
-        return found
-    return [*sorted({round(one) for one in numbers if 1 <= round(one) < epochs})]
+        return spans
+    rounded = {round(number) for number in numbers}
+    return [*sorted(milestone for milestone in rounded if 1 <= milestone < epochs)]
 
 
 def _numbers(values: list[Value]) -> list[int | float] | None:
-    """The values where all are numbers, else None."""
-    numbers = [one for one in values if isinstance(one, int | float)]
+    """Returns the values if all are numbers, else None."""
+    numbers = [value for value in values if isinstance(value, int | float)]
     return numbers if len(numbers) == len(values) else None
 
 
 def images_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> list[str] | str | None:
-    """Where the images of a data set lie: where those of the same set that is trained on do, or as `variable` says.
+    """Returns the folder of a data set's images.
 
-    `variable` is an environment variable, in whose place RELLOC_DATA may stand. None where it names packed shards.
+    If the run trains on the same data set, that is its folder. Otherwise the environment variable
+    `variable` names it or, if that is not set, RELLOC_DATA. None if the folder has packed shards.
     """
     trained_on = _same_set(_parent_, _root_)
     if trained_on is not None:
@@ -58,9 +69,13 @@ def images_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> lis
 
 
 def shards_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> list[str] | str | None:
-    """As `images_of`, the folder that relloc.prepare packed; None where a folder of images is given instead."""
+    """Returns the folder of a data set's packed shards, found as `images_of` finds images.
+
+    None if a folder of images is given instead.
+    """
     trained_on = _same_set(_parent_, _root_)
     if trained_on is not None:
+        # Another root was given for this data set: its shards are not those of the training.
         same = _plain(_parent_.get("root")) == _plain(trained_on.get("root"))
         return _plain(trained_on.get("shards")) if same else None
     folder = _named(variable)
@@ -68,7 +83,7 @@ def shards_of(variable: str, *, _parent_: DictConfig, _root_: DictConfig) -> lis
 
 
 def _same_set(data: DictConfig, config: DictConfig) -> DictConfig | None:
-    """The data set of the whole config, where `data`, which an evaluation brings with it, is the same one."""
+    """Returns the data set that the run trains on if `data`, of an evaluation, is the same one."""
     trained_on = config.get("data")
     if not isinstance(trained_on, DictConfig) or trained_on is data:
         return None
@@ -80,9 +95,8 @@ def _named(variable: str) -> str | None:
 
 
 def _is_packed(folder: str) -> bool:
-    from relloc.data.manifest import (
-        is_packed,
-    )  # numpy loads here, which commands that only show settings do without
+    # Imported here, since it loads numpy, which commands that only show settings do not need.
+    from relloc.data.manifest import is_packed
 
     return is_packed(Path(folder))
 
