@@ -1,8 +1,11 @@
-"""`relloc.evaluate checkpoint=RUN` takes the data set that RUN was trained on, unless data= names another.
+"""Has an evaluation use the data set that its checkpoint was trained on.
 
-The settings are read from the run's config.yaml and become words of the command line, before those that were typed.
-A run folder may be a stranger's: only plain values are taken from it, for settings that a member of conf/data has,
-and that member says which function lists the images.
+`relloc.evaluate checkpoint=RUN` takes the data set from RUN unless `data=` names another. The
+settings are read from the run's config.yaml and become words of the command line, before those that
+were typed.
+
+A run folder may come from somebody else. Hence only plain values are taken from it, only for
+settings that a member of conf/data has, and that member says which function lists the images.
 """
 
 import dataclasses
@@ -24,96 +27,123 @@ from relloc.terminal import escaped
 
 CONFIG_FILE = "config.yaml"
 _HYDRA_FILE = Path(".hydra", "hydra.yaml")
-_LARGEST_FILE = 2**20
-_LONGEST_NAME = 200
-_SAYS_DATA = ("data", "experiment")  # a preset may choose the data
+_LARGEST_FILE = 2**20  # bytes of a config
+_LONGEST_NAME = 200  # characters of a name from a run folder, in a message
+_CHOOSES_DATA = ("data", "experiment")  # groups that choose the data; a preset may do so
 _STARTED_IN = "hydra.runtime.cwd"
-_PLACES = ("data.root", "data.shards", "data.source.root")  # where images lay
+_FOLDERS = ("data.root", "data.shards", "data.source.root")  # settings with folders of images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunData:
-    """The data set of a run, as `words` of a command line; `places` are where its images lay, by setting."""
+    """The data set of a run, as `words` of a command line.
+
+    `member` is its member of conf/data. `folders` maps the settings that name folders of images to
+    the folders that the run used.
+    """
 
     run: Path
     member: str
     words: tuple[str, ...]
-    places: Mapping[str, Any]
+    folders: Mapping[str, Any]
 
-    def tell(self, given: Mapping[str, Any]) -> str:
-        """One line that says what was taken, "" where no evaluation of the settings that are given needs it.
+    def describe(self, given: Mapping[str, Any]) -> str:
+        """Returns a line for the console that says which data set was taken over.
+
+        It is empty if, by the settings `given`, all evaluations bring data sets of their own.
 
         Raises:
-            UsageError: the images are not where they were, nor was another place given.
+            UsageError: the images are not where they were, and no other folder was given.
         """
-        if all(node.get("data") for node in (given["eval"] or {}).values()):
+        evaluations = given["eval"] or {}
+        if all(node.get("data") for node in evaluations.values()):
             return ""
         name = "shards" if given["data"].get("shards") else "root"
-        setting, where = f"data.{name}", given["data"].get(name)
-        folders = where if isinstance(where, list) else [where] if where else []
-        gone = [str(one) for one in folders if not os.path.exists(str(one))]
-        if gone and where == self.places.get(setting):
+        setting = f"data.{name}"
+        root = given["data"].get(name)
+        roots = root if isinstance(root, list) else [root] if root else []
+        missing = [str(folder) for folder in roots if not os.path.exists(str(folder))]
+        # Another folder, which the user gave, is checked later with all other settings.
+        if missing and root == self.folders.get(setting):
             raise UsageError(
-                f"{self.run} was trained on data={self.member} in {', '.join(gone)}, which is not there any more: "
-                f"give {setting}=FOLDER, where it is now, or data=NAME for another data set (--help data)"
+                f"{self.run} was trained on data={self.member} in {', '.join(missing)}, which is "
+                f"not there any more: give {setting}=FOLDER, where it is now, or data=NAME for "
+                "another data set (--help data)"
             )
-        named = " ".join(
-            [f"data={self.member}", *([command_line.as_word(setting, where)] if where else [])]
-        )
-        return f"data    that of {self.run}: {named}. data=NAME takes another"
+        chosen = f"data={self.member}"
+        if root:
+            chosen += f" {command_line.as_word(setting, root)}"
+        return f"data    that of {self.run}: {chosen}. data=NAME takes another"
 
 
 def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | None:
-    """The data of the first run that one evaluation's words name; None where they say data=, or name no run.
+    """Returns the data set of the first run among the checkpoints of one evaluation.
 
-    Where they name only random weights or files, it is that of the first run `beside` them in the same sweep: what is
-    compared is measured on the same images.
+    If these are only random weights or files, the first run of `beside`, the checkpoints of other
+    points in the same sweep, counts: what is compared is measured on the same images. None if no
+    run is named, or if the words choose the data.
     """
-    named = command_line.checkpoints(words)
-    return _of_first([*named[0], *beside], words) if len(named) == 1 else None
+    points = command_line.checkpoints(words)
+    if len(points) != 1:
+        return None
+    return _of_first([*points[0], *beside], words)
 
 
 def find_of_point(words: Sequence[Override]) -> RunData | None:
-    """As `find`, in the command of a point of a sweep, which RELLOC_BESIDE tells of the others."""
+    """Returns what `find` returns in the command of a sweep's point.
+
+    The variable RELLOC_BESIDE has the checkpoints of the other points.
+    """
     values = json.loads(os.environ.get("RELLOC_BESIDE", "[]"))
-    return find(
-        words,
-        _all_names(command_line.check([f"checkpoint={value}" for value in values], sweeps=False)),
-    )
+    others = command_line.check([f"checkpoint={value}" for value in values], sweeps=False)
+    return find(words, _all_names(others))
 
 
 def find_shared(words: Sequence[Override]) -> RunData | None:
-    """As `find`, of all points of a sweep; None where they do not have the same."""
-    named = command_line.checkpoints(words)
-    beside = [name for names in named for name in names]
-    found = [_of_first([*names, *beside], words) for names in named]
-    same = len({one.words if one else () for one in found}) == 1
-    return found[0] if same else None
+    """Returns the data set that all points of a sweep share, or None if they differ."""
+    points = command_line.checkpoints(words)
+    beside = [name for names in points for name in names]
+    data_of_points = [_of_first([*names, *beside], words) for names in points]
+    distinct = {data.words if data else () for data in data_of_points}
+    return data_of_points[0] if len(distinct) == 1 else None
 
 
 def with_data(words: Sequence[str], command: Sequence[str]) -> list[str]:
-    """The words of one point of the sweep that `command` started, and before them the data set it evaluates on."""
-    swept = command_line.read(command)
-    beside = _all_names(command_line.check(swept.words, sweeps=True))
-    found = find(command_line.check(words, sweeps=False), beside)
-    return [*(found.words if found else ()), *words]
+    """Returns the words of a sweep's point, preceded by those of the data set it evaluates on.
+
+    `command` are the arguments of the command that started the sweep.
+    """
+    sweep = command_line.read(command)
+    beside = _all_names(command_line.check(sweep.words, sweeps=True))
+    data = find(command_line.check(words, sweeps=False), beside)
+    words_of_data = data.words if data else ()
+    return [*words_of_data, *words]
 
 
 def _all_names(words: Sequence[Override]) -> list[str]:
-    return [name for word in words for names in command_line.checkpoints([word]) for name in names]
+    """Returns the checkpoints that any of the words names."""
+    found = []
+    for word in words:
+        for names in command_line.checkpoints([word]):
+            found += names
+    return found
 
 
 def _of_first(checkpoints: Sequence[str], words: Sequence[Override]) -> RunData | None:
-    """The data of the first run folder among them, without the probe if `words` choose one."""
-    given = {word.key_or_group for word in words}
-    run = next(filter(None, map(_run_of, checkpoints)), None)
-    if run is None or not given.isdisjoint(_SAYS_DATA):
+    """Returns the data set of the first run folder among the checkpoints.
+
+    The settings of its probe are left out if the words choose a probe.
+    """
+    chosen = {word.key_or_group for word in words}
+    runs = map(_run_of, checkpoints)
+    run = next((run for run in runs if run is not None), None)
+    if run is None or not chosen.isdisjoint(_CHOOSES_DATA):
         return None
-    return _read(run, chooses_probe="probe" in given)
+    return _read(run, chooses_probe="probe" in chosen)
 
 
 def _run_of(checkpoint: str) -> Path | None:
-    """The run folder that a checkpoint names by itself, by its backbone's file or by one of its training."""
+    """Returns the run folder of a checkpoint: a run folder itself, or a file within one."""
     path = Path(checkpoint)
     if path.name == BACKBONE_FILE:
         path = path.parent
@@ -123,6 +153,11 @@ def _run_of(checkpoint: str) -> Path | None:
 
 
 def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
+    """Reads the data set of a run from its config; None if the config names none.
+
+    Raises:
+        UsageError: no member of conf/data lists images by the function that the run used.
+    """
     content = _load(run / CONFIG_FILE)
     data = content.get("data")
     if not isinstance(data, Mapping) or not isinstance(data.get("source"), Mapping):
@@ -130,9 +165,12 @@ def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
     # Runs of earlier versions have the sizes of their evaluations in `data`.
     probe = {} if chooses_probe else content.get("probe", data)
     given = settings.flat({"data": data, "probe": probe})
-    places = {key: _from_where_it_was_started(run, given.get(key)) for key in _PLACES}
-    given |= {key: place for key, place in places.items() if key in given}
-    # Members that list images by the same function, with the words that make them the run's
+    folders = {key: _from_where_it_was_started(run, given.get(key)) for key in _FOLDERS}
+    for key, folder in folders.items():
+        if key in given:
+            given[key] = folder
+    # The members that list images by the same function, each with the words that turn it into the
+    # run's data set
     target = data["source"].get("_target_")
     choices = []
     for member in settings.members("data"):
@@ -141,18 +179,20 @@ def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
             words = _words(settings.compose("evaluate", [f"data={member}"]), given)
             choices.append((len(words), member, words))
     if not choices:
-        told = escaped(str(target)[:_LONGEST_NAME])
+        shown = escaped(str(target)[:_LONGEST_NAME])
         raise UsageError(
-            f"{run} was trained on data of {told}, which no member of data has: give data=NAME"
+            f"{run} was trained on data of {shown}, which no member of data has: give data=NAME"
         )
+    # The member that needs the fewest words is the most similar one.
     _, member, words = min(choices)
-    return RunData(run=run, member=member, words=(f"data={member}", *words), places=places)
+    return RunData(run=run, member=member, words=(f"data={member}", *words), folders=folders)
 
 
 def _load(file: Path) -> Any:
-    """The content of a file of plain YAML, at most a config's size; relloc writes no aliases, which might be endless.
+    """Returns the content of a file of plain YAML.
 
-    Raises `UsageError` where it is none.
+    Raises `UsageError` for a file that is too large for a config or has aliases. relloc writes
+    none, and a few nested ones can expand to more than fits into memory.
     """
     try:
         if file.stat().st_size > _LARGEST_FILE:
@@ -167,29 +207,30 @@ def _load(file: Path) -> Any:
 
 
 def _from_where_it_was_started(run: Path, folder: Any) -> Any:
-    """A folder that was named relative to where the training was started."""
+    """Returns the absolute path of a folder that may be relative to where the run was started."""
     if isinstance(folder, list):
-        return [_from_where_it_was_started(run, one) for one in folder]
+        return [_from_where_it_was_started(run, element) for element in folder]
     if not isinstance(folder, str) or os.path.isabs(folder):
         return folder
-    started = (
-        settings.flat(_load(run / _HYDRA_FILE)).get(_STARTED_IN)
-        if (run / _HYDRA_FILE).is_file()
-        else None
-    )
-    there = os.path.join(started, folder) if isinstance(started, str) else folder
+    started_in = None
+    if (run / _HYDRA_FILE).is_file():
+        started_in = settings.flat(_load(run / _HYDRA_FILE)).get(_STARTED_IN)
+    there = os.path.join(started_in, folder) if isinstance(started_in, str) else folder
+    # A run that was moved to this machine may have been started in a folder that is not here.
     return os.path.abspath(there if os.path.exists(there) else folder)
 
 
 def _words(composed: Composed, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the run has otherwise than the member, settings that follow others last: mostly they need no word then."""
-    ours = {
-        key: value
-        for key, value in composed.unresolved.items()
-        if key.startswith(("data.", "probe."))
-    }
+    """Returns the words for settings that the run has otherwise than the member of conf/data."""
+    of_member = {}
+    for key, value in composed.unresolved.items():
+        if key.startswith(("data.", "probe.")):
+            of_member[key] = value
+    # Settings that follow others of the data set come last: once those are set, most of them have
+    # the right value and need no word.
+    ordered = sorted(of_member, key=lambda key: "${." in str(of_member[key]))
     found = {}
-    for key in sorted(ours, key=lambda key: "${." in str(ours[key])):
+    for key in ordered:
         if key in given and _is_plain(given[key]) and given[key] != composed.value(key):
             OmegaConf.update(composed.config, key, given[key], merge=False)
             found[key] = given[key]
@@ -197,11 +238,9 @@ def _words(composed: Composed, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a value, and none that Hydra would look up: `${oc.env:SECRET}` is one."""
+    """Whether a value has no interpolation, such as `${oc.env:SECRET}`, which Hydra would look up."""
     if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return (
-        value is None
-        or isinstance(value, bool | int | float)
-        or (isinstance(value, str) and "${" not in value)
-    )
+        return all(_is_plain(element) for element in value)
+    if isinstance(value, str):
+        return "${" not in value
+    return value is None or isinstance(value, bool | int | float)

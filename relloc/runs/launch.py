@@ -113,7 +113,7 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
 def _report_data(data: RunData, config: DictConfig) -> None:
     """Prints, on the first process, which data set was taken over from a run."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    line = data.tell(settings)
+    line = data.describe(settings)
     is_first = int(os.environ.get("RANK", "0")) == 0
     if line and is_first:
         print(terminal.escaped(line))

@@ -137,14 +137,14 @@ def test_images_that_are_gone_are_told_where_they_are_needed(here: Path) -> None
     assert data is not None
     config = settings.compose("evaluate", [*data.words, "checkpoint=run"]).config
     with pytest.raises(UsageError, match=r"data.root=FOLDER"):
-        data.tell(plain(config))
+        data.describe(plain(config))
     (here / "moved").mkdir()
     moved = settings.compose(
         "evaluate", [*data.words, "checkpoint=run", f"data.root={here / 'moved'}"]
     ).config
-    assert "moved" in data.tell(plain(moved))
+    assert "moved" in data.describe(plain(moved))
     own = settings.compose("evaluate", [*data.words, "checkpoint=run", "eval=voc07_svm"]).config
-    assert data.tell(plain(own)) == ""
+    assert data.describe(plain(own)) == ""
 
 
 def test_a_function_that_no_member_has_is_never_called() -> None:
