@@ -238,7 +238,7 @@ def _words(composed: Composed, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value has no interpolation, such as `${oc.env:SECRET}`, which Hydra would look up."""
+    """Whether a value has no interpolation such as `${oc.env:SECRET}`, which Hydra resolves."""
     if isinstance(value, list):
         return all(_is_plain(element) for element in value)
     if isinstance(value, str):

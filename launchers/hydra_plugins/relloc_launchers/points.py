@@ -1,4 +1,7 @@
-"""What all launchers share: which points a sweep has, which are to be run, and what became of them."""
+"""The base class of all launchers.
+
+It decides which points a sweep has and which of them are to be run, and reports how they ended.
+"""
 
 import dataclasses
 import json
@@ -36,14 +39,14 @@ from relloc.sweeps.sweep import Sweep, check_folder, check_name, code_and_config
 from relloc.sweeps.table import reason_of, say, table, tell_failed, tell_next, tell_silent
 
 _RELLOC_CONF = "RELLOC_CONF"
-_SCRATCH = "${scratch:}"  # a folder that is removed at the end
+_SCRATCH = "${scratch:}"  # a temporary folder, see relloc.runs.launch
 CONFIG_FILE = "multirun.yaml"  # Hydra's record of the command
-_NAMED = 10  # points that can't be run, in a message
+_LISTED = 10  # points that can't be run, in a message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Composed:
-    """A point with its config, and the same resolved."""
+    """A point with its config, unresolved and resolved."""
 
     point: Point
     config: DictConfig
@@ -53,13 +56,16 @@ class Composed:
 class PointsLauncher(Launcher):
     """Runs each point as a command of its own, in a folder of its own, from a copy of code and configs.
 
-    Everything that can be refused is refused before anything is written. A point that has finished is not run again,
-    nor one that another command runs. One that failed changes nothing for the others; at the end a table says how all
-    stand, and the exit code is 0 only if all are done or in the hands of another command.
+    Everything that can be refused is refused before anything is written. A point that has finished
+    is not run again, and neither is one that another command is running. A point that fails changes
+    nothing for the others. At the end a table shows the status of all points, and the exit code is
+    0 only if all are done or run by another command.
     """
 
-    sends_away = True  # whether points run under a scheduler, to which they can be sent again
-    may_be_chosen_in_files = True  # which points compose as well
+    # Whether points run under a scheduler, to which they can be submitted again
+    sends_away = True
+    # Whether a config file may choose the launcher. Points compose the same files.
+    may_be_chosen_in_files = True
 
     def __init__(self, settings: DictConfig) -> None:
         self.settings: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,28 +75,33 @@ class PointsLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        # What can be refused before the points are known
         passing.refuse_swept(config)
         check_name(config.sweep)
         refuse_chdir(config.hydra)
         check_sweeper(config)
-        runs, folder = (
-            Path(os.path.abspath(name)) for name in (config.runs, config.hydra.sweep.dir)
-        )
+        runs = Path(os.path.abspath(config.runs))
+        folder = Path(os.path.abspath(config.hydra.sweep.dir))
         check_folder(folder, runs)
         self.sweep = Sweep(folder, lock_of(runs))
-        self.sweep.check_version()  # and that its note can be read
+        # Also checks that the note of the sweep can be read
+        self.sweep.check_version()
         self.config = config
         self._kind = passing.command_of(config)
         self._folders = passing.folders_of_configs(config, conf_dir())
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._compose = Composing(hydra_context.config_loader, config)
-        # The sweeper composes every point to see whether it can be: it need not be done twice.
-        hydra_context.config_loader.load_sweep_config = self._remembering  # pyright: ignore[reportAttributeAccessIssue]
-        # Sweepers write into this folder before a point was looked at: a sweep that is refused leaves nothing.
+        # The sweeper composes every point to see whether that is possible. The results are kept, so
+        # that no point is composed twice.
+        hydra_context.config_loader.load_sweep_config = self._composed_once  # pyright: ignore[reportAttributeAccessIssue]
+        # Sweepers write into this folder before any point is checked. With a temporary one, a sweep
+        # that is refused leaves nothing behind.
         config.hydra.sweep.dir = _SCRATCH
 
-    def _remembering(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+    def _composed_once(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """Composes a point, and keeps the config until `_composed_from` asks for it."""
         words = sweep_overrides
+        # An evaluation takes over the data set of the run that it evaluates.
         if self.config.hydra.job.name == "evaluate":
             words = data_of_run.with_data(sweep_overrides, sys.argv[1:])
         composed = self._compose(master_config, words)
@@ -101,28 +112,32 @@ class PointsLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         given = self._points(job_overrides)
+        # Points with equal settings are one point: of several, the last one's words are used.
         composed = list({one.point.identity: one for one in given}.values())
         points = [one.point for one in composed]
-        if len(points) < len(given):
-            say(
-                f"sweep   {len(given) - len(points)} points are others over again: each is run once"
-            )
+        n_repeated = len(given) - len(points)
+        if n_repeated:
+            say(f"sweep   {n_repeated} points are others over again: each is run once")
+
+        # Refuse what can be refused, before anything is written.
         content = self._content()
         self.code = self.sweep.place_of(content)
         before = self._standings(points)
         todo = to_run(before)
-        self._say_what(before, todo)
+        self._say_counts(before, todo)
         self._check([one for one in composed if one.point in todo])
-        self.plan(todo)  # where a dry run ends: nothing was written yet
-        if self.settings.get("dry_run"):  # and where it had nothing to show
+        # A dry run ends in `plan`, or here if it had nothing to show.
+        self.plan(todo)
+        if self.settings.get("dry_run"):
             sys.exit(0)
+
         try:
             with self.sweep.locked():
-                # Another command may have taken points meanwhile.
+                # Another command may have taken points before this one had the lock.
                 todo = to_run(self._standings(points))
                 self.code = self.sweep.copy(content) if todo else None
                 self.plan(todo)
-                # Before anything is started: what is started has to be found again.
+                # Note the points before any is started, so that every running one can be found.
                 self.sweep.add(points, sys.argv)
                 self._write_config()
                 self.start(todo)
@@ -130,10 +145,12 @@ class PointsLauncher(Launcher):
             self.sweep.leave_nothing()
             raise
         self.follow(todo)
-        after = self._tell_end(points)
-        of_identity = {now.point.identity: now for now in after}
+
+        after = self._report_end(points)
+        # A sweeper that searches gets a number for each point.
         if names_of(self.config):
-            return [self._returned(one, of_identity[one.point.identity]) for one in given]
+            by_identity = {now.point.identity: now for now in after}
+            return [self._returned(one, by_identity[one.point.identity]) for one in given]
         if not all(now.in_flight or now.status is Status.DONE for now in after):
             sys.exit(1)
         return [
@@ -143,101 +160,110 @@ class PointsLauncher(Launcher):
 
     @abstractmethod
     def plan(self, todo: Sequence[Point]) -> None:
-        """Look whether the settings are such that these can be started; called twice, and writes nothing.
+        """Checks that these points can be started with the launcher's settings.
 
-        Raises `UsageError` where they are not, and `SystemExit` where nothing is to be started.
+        It is called twice, before and after the sweep is locked, and writes nothing.
+
+        Raises:
+            UsageError: a setting is wrong.
+            SystemExit: this is a dry run, and nothing is to be started.
         """
 
     def start(self, todo: Sequence[Point]) -> None:
-        """Submit all points, and note which job has each, while no other command looks what is to be run."""
+        """Submits all points and notes the job of each, while the sweep is locked."""
 
     @abstractmethod
     def follow(self, todo: Sequence[Point]) -> None:
-        """Return when no job of these points is left."""
+        """Returns when no job of these points is left."""
 
     @abstractmethod
     def log_of(self, point: Point) -> Path | None:
-        """The file that has the point's output."""
+        """Returns the file with the output of a point, or None if there is none yet."""
 
     def schedulers(self) -> Mapping[str, Ask]:
-        """Who knows how jobs stand: also of points that another launcher began."""
+        """Returns the functions that ask schedulers for the states of jobs, by launcher.
+
+        All launchers are included, since another one may have started some of the points.
+        """
         return {name: scheduler.states for name, scheduler in schedulers().items()}
 
     def command(self, point: Point) -> list[str]:
-        """The command that runs a point, and goes on with it: with the copies of the folders of configs."""
-        copies = {option: self._copy_of(option) for option in self._folders}
-        copies = {
-            option: copy if copy.is_dir() else self._folders[option]
-            for option, copy in copies.items()
-        }
-        named = [
-            word
-            for word in point.options
-            if not word.startswith(tuple(f"{option}=" for option in copies))
-        ]
-        own = tuple(f"{option}={folder}" for option, folder in copies.items())
-        *words, folder = dataclasses.replace(point, options=(*own, *named)).arguments
-        # A launcher that a file chose, which the point composes as well, must not launch it again.
-        return [
-            sys.executable,
-            "-P",
-            *words,
-            *([passing.RUN_ALONE] if self.may_be_chosen_in_files else []),
-            folder,
-        ]
+        """Returns the command that runs a point or, if it was stopped, goes on with it.
+
+        It uses the sweep's copies of the folders of configs.
+        """
+        folders = {}
+        for option, original in self._folders.items():
+            copy = self._copy_of(option)
+            folders[option] = copy if copy.is_dir() else original
+        own = [f"{option}={folder}" for option, folder in folders.items()]
+        replaced = tuple(f"{option}=" for option in folders)
+        others = [word for word in point.options if not word.startswith(replaced)]
+        *words, folder = dataclasses.replace(point, options=(*own, *others)).arguments
+        # A point composes the files that chose the launcher: it must not launch itself again.
+        alone = [passing.RUN_ALONE] if self.may_be_chosen_in_files else []
+        return [sys.executable, "-P", *words, *alone, folder]
 
     def environment(self) -> dict[str, str]:
-        """The environment of a point's command: the code of the copy, and what is told of the sweep."""
-        paths = [str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])]
-        told = {
+        """Returns the environment of a point's command: the sweep's copy of the code, and its name.
+
+        RELLOC_BESIDE has the checkpoints of all points.
+        """
+        paths = [str(self.code)]
+        if os.environ.get("PYTHONPATH"):
+            paths.append(os.environ["PYTHONPATH"])
+        variables = {
             "PYTHONPATH": os.pathsep.join(paths),
             "RELLOC_SWEEP": self.sweep.name,
             "RELLOC_BESIDE": self._beside,
         }
         own = self._copy_of(_RELLOC_CONF)
-        return {**users_environment(), **told, **({_RELLOC_CONF: str(own)} if own.is_dir() else {})}
+        if own.is_dir():
+            variables[_RELLOC_CONF] = str(own)
+        return {**users_environment(), **variables}
 
     def _copy_of(self, named_by: str) -> Path:
-        """Where the copy has the folder of configs which that option, or environment variable, names."""
+        """Returns the copy of the folder of configs that an option or variable names."""
         return Path(str(self.code), _name_of_copy(named_by))
 
     def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Composed]:
+        """Composes the points, and decides on their names and run folders."""
         runs = Path(os.path.abspath(self.config.runs))
         self._beside = json.dumps(passing.values(job_overrides).get("checkpoint", []))
-        kept = [passing.of_points(overrides) for overrides in job_overrides]
-        swept = [key for key, found in passing.values(kept).items() if len(found) > 1]
-        if is_search(
-            self.config
-        ):  # it gives a point at a time, of which the command line says what stays
-            swept += passing.values([passing.chosen(overrides, self.config) for overrides in kept])
+        words_of_points = [passing.of_points(overrides) for overrides in job_overrides]
+        # A point is named by the settings that differ between points.
+        all_values = passing.values(words_of_points)
+        swept = [key for key, values in all_values.items() if len(values) > 1]
+        # A search gives one point at a time: what it chose does not stand on the command line.
+        if is_search(self.config):
+            chosen = [passing.chosen(words, self.config) for words in words_of_points]
+            swept += passing.values(chosen)
         of_hydra = passing.of_hydra_for_points(self.config)
         options = passing.options(self.config, self._kind, self._folders)
-        found = []
-        for given, overrides in zip(job_overrides, kept, strict=True):
+        composed = []
+        for given, overrides in zip(job_overrides, words_of_points, strict=True):
             config, launcher = self._composed_from(given)
             resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
-            mark, name = identity(resolved), name_of(overrides, swept, resolved["seed"])
-            # A launcher that a preset chose would have the point sent away once more.
-            here = (
-                ["launcher=here"]
-                if launcher != "here" and not passing.names_launcher(given)
-                else []
-            )
+            fingerprint = identity(resolved)
+            name = name_of(overrides, swept, resolved["seed"])
+            # A launcher that a preset chose would submit the point once more.
+            is_by_preset = launcher != "here" and not passing.names_launcher(given)
+            here = ["launcher=here"] if is_by_preset else []
             point = Point(
                 kind=self._kind,
                 name=name,
                 overrides=(*overrides, *of_hydra),
-                identity=mark,
-                folder=folder_of(runs, self._kind, name, mark),
+                identity=fingerprint,
+                folder=folder_of(runs, self._kind, name, fingerprint),
                 options=(*options, *here),
                 cwd=os.getcwd(),
                 resend=self._resend(given, options) if self.sends_away else (),
             )
-            found.append(Composed(point=point, config=config, resolved=resolved))
-        return found
+            composed.append(Composed(point=point, config=config, resolved=resolved))
+        return composed
 
     def _resend(self, given: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
-        """The words after `python` that make a point alone one of this sweep again."""
+        """Returns the words after `python` that submit one point of this sweep again."""
         named = [word for word in given if not word.startswith("sweep=")]
         of_hydra = [
             *passing.of_hydra_for_points(self.config),
@@ -247,11 +273,11 @@ class PointsLauncher(Launcher):
         return (*command, *named, *of_hydra, f"sweep={as_value(str(self.config.sweep))}")
 
     def _composed_from(self, overrides: Sequence[str]) -> tuple[DictConfig, str]:
-        """A point's config without Hydra's part, and the launcher that it chooses."""
-        composed = self._composed.pop(tuple(overrides), None)
-        config = (
-            composed if composed is not None else self._remembering(self.config, list(overrides))
-        )
+        """Returns a point's config without Hydra's part, and the launcher that it chooses."""
+        config = self._composed.pop(tuple(overrides), None)
+        if config is None:
+            config = self._composed_once(self.config, list(overrides))
+        # Interpolations may name settings of Hydra, of which each point has its own.
         HydraConfig.instance().set_config(config)
         launcher = str(config.hydra.runtime.choices.get("launcher"))
         with open_dict(config):
@@ -259,7 +285,7 @@ class PointsLauncher(Launcher):
         return config, launcher
 
     def _check(self, todo: Sequence[Composed]) -> None:
-        """Raises `UsageError` with the points that can't be run, of whatever number, and why."""
+        """Raises `UsageError` with the points that can't be run, and why."""
         if not todo:
             return
         from relloc.runs.build import refusals  # torch loads here
@@ -267,51 +293,61 @@ class PointsLauncher(Launcher):
         setup = [str(line) for line in self.settings.get("setup") or []]
         for one in todo:
             check_names(one.config, self._kind)
-        why = refusals(self._kind, [one.config for one in todo], setup)
-        refused = [(one.point.name, told) for one, told in zip(todo, why, strict=True) if told]
+        reasons = refusals(self._kind, [one.config for one in todo], setup)
+        refused = []
+        for one, reason in zip(todo, reasons, strict=True):
+            if reason:
+                refused.append((one.point.name, reason))
         if not refused:
             return
         if len(todo) == 1:
             raise UsageError(refused[0][1])
-        named = [f"  {name}: {told}" for name, told in refused[:_NAMED]]
-        named += [f"  and {len(refused) - _NAMED} more"] if len(refused) > _NAMED else []
-        raise UsageError(
-            "\n".join(
-                [
-                    f"{len(refused)} of {len(todo)} points can't be run, so that none was started:",
-                    *named,
-                ]
-            )
-        )
+        lines = [f"{len(refused)} of {len(todo)} points can't be run, so that none was started:"]
+        lines += [f"  {name}: {reason}" for name, reason in refused[:_LISTED]]
+        if len(refused) > _LISTED:
+            lines.append(f"  and {len(refused) - _LISTED} more")
+        raise UsageError("\n".join(lines))
 
     def _standings(self, points: Sequence[Point]) -> list[Standing]:
-        found, silent = known_standings(points, self.schedulers())
-        if any(now.status is Status.UNKNOWN for now in found):
-            raise Interrupted(
-                f"{silent[0]}. Points may have jobs there, and none is to run twice: try again later"
-            )
-        return found
+        """Returns the status of each point.
 
-    def _tell_end(self, points: Sequence[Point]) -> list[Standing]:
-        found, silent = known_standings(points, self.schedulers())
-        after = self.sweep.with_cancelled(found)
-        for told in repair_status(after):
-            say(f"mended  {told}")
+        Raises:
+            Interrupted: a scheduler did not answer, so that starting a point might run it twice.
+        """
+        standings, silent = known_standings(points, self.schedulers())
+        if any(now.status is Status.UNKNOWN for now in standings):
+            raise Interrupted(
+                f"{silent[0]}. Points may have jobs there, and none is to run twice: "
+                "try again later"
+            )
+        return standings
+
+    def _report_end(self, points: Sequence[Point]) -> list[Standing]:
+        """Prints how the points ended, and returns their status."""
+        standings, silent = known_standings(points, self.schedulers())
+        after = self.sweep.with_cancelled(standings)
+        for repaired in repair_status(after):
+            say(f"mended  {repaired}")
         say(table(after))
         tell_failed(after, self.log_of)
         tell_silent(after, silent)
         tell_next(self.sweep)
         return after
 
-    def _say_what(self, before: Sequence[Standing], todo: Sequence[Point]) -> None:
-        done = sum(now.point not in todo and now.status is Status.DONE for now in before)
-        told = [f"{len(before)} points"]
-        told += [f"{done} done before"] if done else []
-        told += [f"{count} in flight already"] if (count := len(before) - done - len(todo)) else []
-        say(f"sweep   {self.sweep.folder}: {', '.join(told)}, {len(todo)} to run")
+    def _say_counts(self, before: Sequence[Standing], todo: Sequence[Point]) -> None:
+        """Prints how many points there are, and how many are left to run."""
+        n_done = sum(now.point not in todo and now.status is Status.DONE for now in before)
+        n_in_flight = len(before) - n_done - len(todo)
+        counts = [f"{len(before)} points"]
+        if n_done:
+            counts.append(f"{n_done} done before")
+        if n_in_flight:
+            counts.append(f"{n_in_flight} in flight already")
+        counts.append(f"{len(todo)} to run")
+        say(f"sweep   {self.sweep.folder}: {', '.join(counts)}")
 
     def _content(self) -> dict[str, bytes]:
-        """The code and configs of now."""
+        """Returns the files of the code and configs as they are now, which the sweep keeps a copy of."""
         package = Path(sys.modules["relloc"].__file__ or "").parent
         named = {_name_of_copy(option): folder for option, folder in self._folders.items()}
         own = Path(os.environ.get(_RELLOC_CONF, "").removeprefix("file://"))
@@ -322,14 +358,18 @@ class PointsLauncher(Launcher):
         )
 
     def _write_config(self) -> None:
-        """Put Hydra's record of the command, which sweepers write elsewhere, into the sweep's folder."""
+        """Writes Hydra's record of the command into the sweep's folder.
+
+        Sweepers write it into the temporary folder that `setup` gave them.
+        """
         self.config.hydra.sweep.dir = str(self.sweep.folder)
         OmegaConf.save(self.config, self.sweep.folder / CONFIG_FILE)
 
     def _returned(self, one: Composed, now: Standing) -> JobReturn:
-        """What a sweeper that searches is told: the number, or that the point failed.
+        """Returns to a sweeper that searches the number of a point, or that the point failed.
 
-        Raises `SystemExit` for a point that was stopped or is another command's: no search goes on without it.
+        Raises `SystemExit` for a point that was stopped or that another command runs, since the
+        search can't go on without its number.
         """
         returned = JobReturn(overrides=list(one.point.overrides), working_dir=str(one.point.folder))
         if now.status is Status.DONE:
@@ -342,23 +382,27 @@ class PointsLauncher(Launcher):
         else:
             status = now.status.word
             say(
-                f"sweep   point {one.point.name} is {status}: the search ends, and the same command goes on with it"
+                f"sweep   point {one.point.name} is {status}: the search ends, "
+                "and the same command goes on with it"
             )
             sys.exit(1)
         return returned
 
 
 def _name_of_copy(named_by: str) -> str:
+    """Returns the name of a folder's copy: own_conf_config_dir for what --config-dir names."""
     return "own_conf_" + named_by.lstrip("-").lower().replace("-", "_")
 
 
-def to_run(found: Sequence[Standing]) -> list[Point]:
-    """Those that nobody runs and that are not done.
+def to_run(standings: Sequence[Standing]) -> list[Point]:
+    """Returns the points that nobody runs and that are not done.
 
-    Evaluations look for themselves which results there are: the checkpoint they name may be another one by now.
+    An evaluation is never taken to be done, since its checkpoint may have changed: it looks for
+    itself which results there are already.
     """
-    return [
-        now.point
-        for now in found
-        if not now.in_flight and (now.status is not Status.DONE or now.point.kind != "train")
-    ]
+    points = []
+    for now in standings:
+        is_done = now.status is Status.DONE and now.point.kind == "train"
+        if not now.in_flight and not is_done:
+            points.append(now.point)
+    return points
