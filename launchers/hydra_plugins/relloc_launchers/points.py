@@ -54,7 +54,7 @@ class Composed:
 
 
 class PointsLauncher(Launcher):
-    """Runs each point as a command of its own, in a folder of its own, from a copy of code and configs.
+    """Runs each point as a command with a folder of its own, from a copy of code and configs.
 
     Everything that can be refused is refused before anything is written. A point that has finished
     is not run again, and neither is one that another command is running. A point that fails changes
@@ -347,7 +347,7 @@ class PointsLauncher(Launcher):
         say(f"sweep   {self.sweep.folder}: {', '.join(counts)}")
 
     def _content(self) -> dict[str, bytes]:
-        """Returns the files of the code and configs as they are now, which the sweep keeps a copy of."""
+        """Returns the files of the code and configs as they are now, for the sweep's copy."""
         package = Path(sys.modules["relloc"].__file__ or "").parent
         named = {_name_of_copy(option): folder for option, folder in self._folders.items()}
         own = Path(os.environ.get(_RELLOC_CONF, "").removeprefix("file://"))

@@ -1,4 +1,4 @@
-"""A sweep as processes of this machine, some at a time, each with a GPU of its own."""
+"""Runs a sweep as processes of this machine, several at a time, each with a GPU of its own."""
 
 import os
 import signal
@@ -21,16 +21,18 @@ from relloc.sweeps.table import say
 from relloc.terminal import escaped
 
 _POLL_S = 0.2
-# Exit codes of a point that was asked to end: it saved first, or it had not begun
-_ASKED = {code for number in WATCHED for code in (-number, 128 + number)}
+# Exit codes of a point that a signal ended: it saved first (128 + number), or had not begun
+_STOPPED_CODES = {code for number in WATCHED for code in (-number, 128 + number)}
 
 
 class ProcessLauncher(PointsLauncher):
-    """Points as processes: one after the other with their output on this console, or several at once with logs.
+    """Runs points as processes of this machine.
 
-    Messages of a point on this console go through its log as well, which says later why it failed.
+    A single process at a time prints on this console; several at once write logs. Messages on
+    stderr go through the log in either case, which later says why a point failed.
 
-    A signal is passed on: points save and end as they do alone, and no other is started.
+    A signal is passed on to the points, which save and end as they do alone, and no other point is
+    started.
     """
 
     sends_away = False
@@ -47,14 +49,15 @@ class ProcessLauncher(PointsLauncher):
                 f"launcher.processes={asked} is neither auto nor a whole number of 1 or more"
             )
         self._slots = max(1, len(devices)) if asked == "auto" else asked
-        places = range(self._slots)
-        self._free: list[str | None] = [
-            devices[place % len(devices)] if devices else None for place in places
-        ]
+        # The GPU of each slot; with more processes than GPUs, some share one.
+        self._free: list[str | None] = [None] * self._slots
+        if devices:
+            self._free = [devices[slot % len(devices)] for slot in range(self._slots)]
         self._since = time.time()
 
     def follow(self, todo: Sequence[Point]) -> None:
         before = {number: signal.signal(number, self._pass_on) for number in signals_to_watch()}
+        # Until all points have ended: fill the free slots, then look which processes have ended.
         try:
             while self._running or (self._waiting and self._stop is None):
                 while self._waiting and len(self._running) < self._slots and self._stop is None:
@@ -72,7 +75,8 @@ class ProcessLauncher(PointsLauncher):
                 signal.signal(number, handler)
         if self._stop is not None:
             say(
-                f"sweep   stopped by {signal.Signals(self._stop).name}; the same command goes on with it"
+                f"sweep   stopped by {signal.Signals(self._stop).name}; "
+                "the same command goes on with it"
             )
 
     def log_of(self, point: Point) -> Path | None:
@@ -80,17 +84,20 @@ class ProcessLauncher(PointsLauncher):
 
     @property
     def _on_console(self) -> bool:
+        """Whether points print on this console, one after the other."""
         return self.settings["processes"] == 1
 
     def _start_next(self) -> None:
+        """Starts the next point that waits, unless another command has taken it."""
         point = self._waiting.pop(0)
-        # Another command may have run it, or run it now, while it waited here.
+        # Another command may have run the point, or may be running it, since it waits here.
         if not to_run(standings([point], {})):
             return
         device = self._free.pop(0)
         environment = self.environment()
         if device is not None and not self._on_console:
             environment["CUDA_VISIBLE_DEVICES"] = device
+        # Processes beside each other share the cores.
         if not self._on_console:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // self._slots)))
         log = self.sweep.log(point)
@@ -100,52 +107,54 @@ class ProcessLauncher(PointsLauncher):
             name = escaped(point.name)
             say(f"\npoint   {name}" if self._on_console else f"start   {name}: {log}")
             output = None if self._on_console else file
-            # Messages through the log, not through a pipe, which would break with this command.
+            # Messages go through the log. A pipe would break if this command were killed.
             process = start_noted(
                 point, self.command(point), environment=environment, output=output, messages=file
             )
         self._running[process] = (point, device)
 
     def _collect(self) -> None:
-        for process in [process for process in self._running if process.poll() is not None]:
+        """Notes which processes have ended, and frees their slots."""
+        ended = [process for process in self._running if process.poll() is not None]
+        for process in ended:
             if self._on_console:
                 self._show_messages()
             point, device = self._running.pop(process)
             self._free.append(device)
-            if process.returncode in _ASKED:
+            if process.returncode in _STOPPED_CODES:
                 note_ending(point.folder, Status.STOPPED)
             if not self._on_console:
-                how = (
-                    "done"
-                    if process.returncode == 0
-                    else f"ended with exit code {process.returncode}"
-                )
+                how = "done"
+                if process.returncode != 0:
+                    how = f"ended with exit code {process.returncode}"
                 say(f"end     {point.name}: {how}")
 
     def _show_messages(self) -> None:
-        """Show on this console what the only running point has written into its log since."""
+        """Shows what the only running point has written into its log since the last call."""
         for point, _ in self._running.values():
             with open(self.sweep.log(point), "rb") as file:
                 file.seek(self._shown_bytes)
-                told = file.read()
-            self._shown_bytes += len(told)
-            sys.stderr.write(told.decode(errors="replace"))
+                messages = file.read()
+            self._shown_bytes += len(messages)
+            sys.stderr.write(messages.decode(errors="replace"))
             sys.stderr.flush()
 
     def _pass_on(self, number: int, _frame: object) -> None:
+        """Handles a signal: sends it to all running points."""
         self._stop = number
         for process in self._running:
             process.send_signal(number)
 
 
 def _devices() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name]
     try:
-        asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
+        # There is no driver, so no GPU.
         return []
-    return found.stdout.split()
+    return done.stdout.split()

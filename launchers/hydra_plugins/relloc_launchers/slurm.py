@@ -1,4 +1,4 @@
-"""A sweep as an array of SLURM jobs, one a point."""
+"""Runs a sweep as an array of SLURM jobs, one per point."""
 
 import contextlib
 import os
@@ -39,33 +39,28 @@ from relloc.sweeps.table import say
 
 NAME = "slurm"
 _FIRST_POLL_S, _LONGEST_POLL_S = 1.0, 30.0
-_DRY_RUN = "relloc-dry_run"
+_DRY_RUN = "relloc-dry_run"  # stands for the token
 _SCRIPT = "submission.sh"
-# What sbatch says where it finds no configuration, neither in a file nor by DNS
+# sbatch's message where it finds no configuration, neither in a file nor by DNS
 _NO_SLURM = re.compile(r"configuration source|DNS SRV|failed to fetch config", re.IGNORECASE)
 
-__all__ = [
-    "NAME",
-    "SlurmLauncher",
-    "cancel",
-    "log_of",
-    "states",
-]  # the middle three are what `relloc.sweeps` asks
+# relloc.sweeps calls `cancel`, `log_of` and `states`.
+__all__ = ["NAME", "SlurmLauncher", "cancel", "log_of", "states"]
 
 
 class SlurmLauncher(PointsLauncher):
-    """Submits points to SLURM, run by submitit there, and watches them in SLURM's queue and in their folders.
+    """Submits points to SLURM, where submitit runs them, and watches the queue and run folders.
 
-    What SLURM says of a job's end is not asked for: a point is done when its run folder says so.
-    So accounting may be off, and a job that fails, is cancelled or vanishes hides no other's result.
+    A point is done when its run folder says so, and SLURM is not asked how a job ended. Hence
+    accounting may be off, and a job that fails, is cancelled or vanishes hides no other's result.
 
-    Before sbatch is called, each point's folder notes a token that the jobs carry: where this command is killed
-    before it could note SLURM's numbers, the jobs are found by the token and not submitted again.
+    Before sbatch is called, each point's folder notes a token that the jobs carry in their comment
+    or name. If this command is killed before it could note SLURM's numbers, the next one finds the
+    jobs by the token and does not submit them again.
     """
 
-    asked_by = (
-        "launcher=slurm"  # how the user asks for this launcher, and what its settings begin with
-    )
+    # How users choose this launcher, and what the names of its settings begin with
+    asked_by = "launcher=slurm"
     prefix = "launcher."
 
     def __init__(self, settings: DictConfig) -> None:
@@ -83,16 +78,20 @@ class SlurmLauncher(PointsLauncher):
         missing = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
         if missing and not self.settings["dry_run"]:
             raise UsageError(
-                f"{self.asked_by}, but there is no {missing[0]} here: start it on a login node of the cluster"
+                f"{self.asked_by}, but there is no {missing[0]} here: "
+                "start it on a login node of the cluster"
             )
-        whole = self._batch_script(_DRY_RUN, len(todo), 1)  # and so all settings are looked at
+        # Writing the batch script checks all settings.
+        script = self._batch_script(_DRY_RUN, len(todo), 1)
         if self.settings["dry_run"]:
-            say(whole)
+            say(script)
             command = shlex.join(self.command(todo[0]))
             say(
-                f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n  {command}"
+                f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n"
+                f"  {command}"
             )
             sys.exit(0)
+        # If SLURM refuses the jobs, `start` restores these files.
         notes = (self.sweep.folder / name for name in (SWEEP_FILE, CONFIG_FILE))
         self._notes_before = {note: _bytes_of(note) for note in notes}
 
@@ -100,11 +99,13 @@ class SlurmLauncher(PointsLauncher):
         if not todo:
             return
         sent: list[Job] = []
+        # SLURM limits the size of an array: a large sweep is submitted as several.
         parts = _parts(todo, largest_array(self._cluster))
         for part in parts:
             try:
                 sent += self._submit(part, len(parts))
             except NotTaken as error:
+                # Jobs of earlier parts go on. Without any, the sweep is left as it was before.
                 if sent:
                     self._say_sent(sent)
                 else:
@@ -113,24 +114,27 @@ class SlurmLauncher(PointsLauncher):
         self._say_sent(sent)
 
     def follow(self, todo: Sequence[Point]) -> None:
+        # SIGTERM, as Ctrl-C, ends this command and not its jobs.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         shown: dict[str, Status] = {}
+        # The pause between polls grows, to spare SLURM's controller, until a status changes.
         pause_s = _FIRST_POLL_S
         try:
             while todo:
-                found = standings_in_time(todo, self.schedulers())
-                for now in found:
+                standings = standings_in_time(todo, self.schedulers())
+                for now in standings:
                     if shown.get(now.point.identity) != now.status:
                         say(f"{now.status.word:7} {now.point.name}")
-                        shown[now.point.identity], pause_s = now.status, _FIRST_POLL_S
-                if not any(now.in_flight for now in found):
+                        shown[now.point.identity] = now.status
+                        pause_s = _FIRST_POLL_S
+                if not any(now.in_flight for now in standings):
                     return
                 time.sleep(pause_s)
                 pause_s = min(_LONGEST_POLL_S, 1.1 * pause_s)
         except KeyboardInterrupt:
             say("\nthis command is stopped, its jobs go on:")
-            for does in ("status", "wait", "cancel"):
-                say(f"  python -m relloc.sweep {does} {self.sweep.folder}")
+            for action in ("status", "wait", "cancel"):
+                say(f"  python -m relloc.sweep {action} {self.sweep.folder}")
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -143,47 +147,57 @@ class SlurmLauncher(PointsLauncher):
         return {NAME: self._states}
 
     def _states(self, jobs: Sequence[str]) -> dict[str, Status]:
+        """Returns the states of jobs in SLURM's queue."""
+        # A job that is known by its token only may still be on its way to the queue.
         if any(Job.parse(job).is_token for job in jobs):
             wait_for_sbatch(self._lock)
         return states(jobs)
 
     @property
     def _lock(self) -> Path:
+        """The file that sbatch keeps locked while it runs."""
         return self.sweep.folder.parent / ".sbatch.lock"
 
     @property
     def _logs(self) -> Path:
-        """Where submissions have folders of their own, with batch scripts, logs and what submitit keeps."""
+        """The folder with a subfolder per submission: its batch script, logs and submitit's files."""
         return self._log_folder or self.sweep.folder / NAME
 
     @property
     def _cluster(self) -> str | None:
-        more = {
-            str(key).lstrip("-"): value
-            for key, value in self.settings["additional_parameters"].items()
-        }
-        return cluster_of(more, os.environ)
+        """The cluster that jobs are sent to, None for the one of this machine."""
+        options = {}
+        for key, value in self.settings["additional_parameters"].items():
+            options[str(key).lstrip("-")] = value
+        return cluster_of(options, os.environ)
 
     def _submit(self, points: Sequence[Point], n_parts: int) -> list[Job]:
-        """Submit an array of these points, or a single job. Raises `NotTaken` and leaves nothing if SLURM refuses."""
+        """Submits an array of jobs for these points, or a single job.
+
+        Raises `NotTaken` if SLURM refuses it, and then leaves no files.
+        """
         token = new_token()
         script = self._batch_script(token, len(points), n_parts)
-        environment, gave_way = environment_for(script, os.environ)
-        for variable in gave_way:
+        environment, removed = environment_for(script, os.environ)
+        for variable in removed:
             say(
-                f"        {variable} of the environment is left out: the launcher's settings decide that"
+                f"        {variable} of the environment is left out: "
+                "the launcher's settings decide that"
             )
+
+        # Write what the jobs will read: a pickled command for each, and the batch script.
         folder = self._made_folder(token)
         for number, point in enumerate(points):
             self._delayed(point).dump(folder / f"{number}.pkl")
         write_whole(folder / _SCRIPT, script.encode())
+
+        # Note the token with each point, submit, and replace it by SLURM's number.
         before = [_bytes_of(point.folder / POINT_FILE) for point in points]
-        for point, job in zip(
-            points, _tasks(Job(number=token, cluster=self._cluster), len(points)), strict=True
-        ):
+        by_token = _tasks(Job(number=token, cluster=self._cluster), len(points))
+        for point, job in zip(points, by_token, strict=True):
             note_job(point, {NAME: str(job)})
         try:
-            taken, told = submit(
+            taken, messages = submit(
                 folder / _SCRIPT,
                 token=token,
                 environment=environment,
@@ -195,7 +209,7 @@ class SlurmLauncher(PointsLauncher):
                 _restore(point.folder / POINT_FILE, note)
             self._remove_folder(token)
             raise
-        for line in told.splitlines():
+        for line in messages.splitlines():
             say(f"        {line}")
         jobs = _tasks(taken, len(points))
         for point, job in zip(points, jobs, strict=True):
@@ -203,23 +217,29 @@ class SlurmLauncher(PointsLauncher):
         return jobs
 
     def _delayed(self, point: Point) -> Any:
-        """What submitit runs in a job of this point."""
+        """Returns what submitit runs in the job of a point."""
         from submitit.core.utils import DelayedSubmission
 
         names = ("PYTHONPATH", "RELLOC_SWEEP", "RELLOC_BESIDE", "RELLOC_CONF", FULL_ERROR)
-        told = {FULL_ERROR: "0"} | {
-            name: value for name, value in self.environment().items() if name in names
-        }
-        delayed = DelayedSubmission(PointJob(), self.command(point), told)
-        # Where the partition sets the limit it isn't known here, and each signal counts as the limit.
+        variables = {FULL_ERROR: "0"}
+        for name, value in self.environment().items():
+            if name in names:
+                variables[name] = value
+        delayed = DelayedSubmission(PointJob(), self.command(point), variables)
+        # A limit that the partition sets is not known here. With 0, submitit takes each signal for
+        # the time limit.
         delayed.set_timeout(self.settings["timeout_min"] or 0, self.settings["max_num_timeout"])
         return delayed
 
     def _batch_script(self, token: str, n_points: int, n_parts: int) -> str:
-        """The text for sbatch. Raises `UsageError` for a setting that submitit does not take."""
+        """Returns the text of the batch script.
+
+        Raises `UsageError` for a setting that submitit does not take.
+        """
         import submitit
 
-        # A script can be printed where there is no SLURM; that srun is here has been looked at otherwise.
+        # submitit makes no script on a machine without srun, but a dry run is to print one. `plan`
+        # has checked that srun exists where it is needed.
         submitit.SlurmExecutor.affinity = classmethod(lambda _: 1)  # pyright: ignore[reportAttributeAccessIssue]
         folder = self._logs / token
         parameters = parameters_of(
@@ -235,48 +255,55 @@ class SlurmLauncher(PointsLauncher):
             executor.update_parameters(**parameters)
         except (ValueError, TypeError, NameError, AssertionError) as error:
             raise UsageError(f"launcher settings that submitit does not take: {error}") from error
+        # submitit has no public way to get the text without submitting it.
         inner: Any = executor._executor
         if self.settings["timeout_min"] is None:
-            inner.parameters["time"] = None  # else submitit's own default: five minutes
+            inner.parameters["time"] = None  # instead of submitit's default of five minutes
         if n_points > 1:
             inner.parameters["map_count"] = n_points
-            inner.parameters["array_parallelism"] = max(
-                1, self.settings["array_parallelism"] // n_parts
-            )
+            # All parts together keep the limit.
+            at_once = max(1, self.settings["array_parallelism"] // n_parts)
+            inner.parameters["array_parallelism"] = at_once
         return inner._make_submission_file_text(inner._submitit_command_str, token)
 
     def _made_folder(self, token: str) -> Path:
+        """Makes the folder of a submission."""
         folder = self._logs / token
         folder.mkdir(parents=True)
-        if self._log_folder is not None:  # `log_of` looks for it in the sweep's folder
+        # A user's own folder of logs is linked from the sweep's folder, where `log_of` looks.
+        if self._log_folder is not None:
             (self.sweep.folder / NAME).mkdir(parents=True, exist_ok=True)
             (self.sweep.folder / NAME / token).symlink_to(folder.absolute())
         return folder
 
     def _remove_folder(self, token: str) -> None:
+        """Removes the folder of a submission, and those around it that are empty then."""
         shutil.rmtree(self._logs / token, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it is no link, or others' logs are there
+        # OSError: there is no link, or a folder has logs of others.
+        with contextlib.suppress(OSError):
             (self.sweep.folder / NAME / token).unlink()
         for folder in (self._logs, self.sweep.folder / NAME):
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
     def _leave_nothing(self) -> None:
-        """Make the sweep what it was before this command."""
+        """Restores the sweep to what it was before this command."""
         for note, content in self._notes_before.items():
             _restore(note, content)
         self._lock.unlink(missing_ok=True)
         self.sweep.leave_nothing()
 
     def _say_sent(self, jobs: Sequence[Job]) -> None:
+        """Prints which jobs were submitted."""
         say(f"sent    {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}; logs in {self._logs}")
         say(
-            f"        they need this command no more: python -m relloc.sweep status {self.sweep.folder}"
+            "        they need this command no more: "
+            f"python -m relloc.sweep status {self.sweep.folder}"
         )
 
 
 def log_of(sweep: Path, job: str) -> Path | None:
-    """The newest output file of a job."""
+    """Returns the newest output file of a job that is not empty, or None."""
     named = Job.parse(job)
     if named.is_token:
         task = "" if named.task is None else f"_{named.task}"
@@ -284,15 +311,16 @@ def log_of(sweep: Path, job: str) -> Path | None:
     else:
         found = sweep.glob(f"{NAME}/*/{named.name}_*_log.*")
     written = sorted(found, key=lambda path: path.stat().st_mtime)
-    told = [path for path in written if path.stat().st_size]
-    return told[-1] if told else None
+    not_empty = [path for path in written if path.stat().st_size]
+    return not_empty[-1] if not_empty else None
 
 
 def _placing(folder: Path) -> list[str]:
-    """Lines of the batch script that put what a job runs where submitit looks for it.
+    """Returns lines of the batch script that put a job's pickle where submitit looks for it.
 
-    The submitting command could do it once SLURM has told a number, but may be killed before. What is there
-    already is of a start before this one, and counts the starts that are left.
+    submitit itself does so once SLURM has given a number, but the submitting command may be killed
+    before. A file that is there already comes from an earlier start of the job; it counts the
+    starts that are left, and is not replaced.
     """
     kept = f"{shlex.quote(str(folder))}/${{job}}_submitted.pkl"
     of_point = f"{shlex.quote(str(folder))}/${{SLURM_ARRAY_TASK_ID:-0}}.pkl"
@@ -303,48 +331,50 @@ def _placing(folder: Path) -> list[str]:
 
 
 def _parts(points: Sequence[Point], largest: int | None) -> list[Sequence[Point]]:
-    """Points for each array: as few arrays as their size allows."""
+    """Splits points into as few arrays as the size limit allows."""
     if largest is None or len(points) <= largest:
         return [points]
     return [points[first : first + largest] for first in range(0, len(points), largest)]
 
 
 def _tasks(job: Job, n_points: int) -> list[Job]:
+    """Returns the job of each point: a single job itself, or the tasks of an array."""
     if n_points == 1:
         return [job]
     return [Job(number=job.number, task=task, cluster=job.cluster) for task in range(n_points)]
 
 
-def _why_not(told: str, n_points: int, n_sent: int) -> str:
-    """What SLURM said, and what to do about it."""
-    if _NO_SLURM.search(told):
-        return "no SLURM answers here: sbatch knows no cluster. launcher=local or launcher=here run on this machine"
-    before = f"{n_sent} jobs were sent, " if n_sent else ""
-    if "Invalid job array specification" in told:
-        does = (
-            f"the cluster allows no array of {n_points} jobs (MaxArraySize in `scontrol show config`): "
-            "start the sweep in parts, with fewer points at a time and the same sweep=NAME"
+def _why_not(answer: str, n_points: int, n_sent: int) -> str:
+    """Returns a message with SLURM's answer to sbatch, and what to do about it."""
+    if _NO_SLURM.search(answer):
+        return (
+            "no SLURM answers here: sbatch knows no cluster. "
+            "launcher=local or launcher=here run on this machine"
         )
-    elif re.search(
-        r"QOS|Assoc|MaxSubmit|job count|accounting|temporarily unable to accept",
-        told,
-        re.IGNORECASE,
-    ):
-        does = (
-            f"an account, QOS or user may have only so many jobs, minutes or nodes at a time, and {n_points} jobs were "
-            "to be added: start the sweep in parts, with fewer points at a time and the same sweep=NAME, or when "
-            "others have ended"
+    limits = r"QOS|Assoc|MaxSubmit|job count|accounting|temporarily unable to accept"
+    if "Invalid job array specification" in answer:
+        advice = (
+            f"the cluster allows no array of {n_points} jobs (MaxArraySize in `scontrol show "
+            "config`): start the sweep in parts, with fewer points at a time and the same "
+            "sweep=NAME"
         )
+    elif re.search(limits, answer, re.IGNORECASE):
+        advice = (
+            "an account, QOS or user may have only so many jobs, minutes or nodes at a time, and "
+            f"{n_points} jobs were to be added: start the sweep in parts, with fewer points at a "
+            "time and the same sweep=NAME, or when others have ended"
+        )
+    elif n_sent:
+        advice = "the same command again sends the rest"
     else:
-        does = (
-            "mend the launcher's settings"
-            if not n_sent
-            else "the same command again sends the rest"
-        )
-    return f"{before}SLURM does not take {'the others' if n_sent else 'the jobs'} ({told.strip()}): {does}"
+        advice = "mend the launcher's settings"
+    before = f"{n_sent} jobs were sent, " if n_sent else ""
+    refused = "the others" if n_sent else "the jobs"
+    return f"{before}SLURM does not take {refused} ({answer.strip()}): {advice}"
 
 
 def _bytes_of(path: Path) -> bytes | None:
+    """Returns the content of a file, or None if there is none."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -352,7 +382,10 @@ def _bytes_of(path: Path) -> bytes | None:
 
 
 def _restore(path: Path, content: bytes | None) -> None:
-    """Give a file the content it had; where there was none, remove it, and its folder if it is empty then."""
+    """Gives a file the content that it had.
+
+    If there was no file, it is removed, and its folder too if that is empty then.
+    """
     if content is not None:
         write_whole(path, content)
         return
