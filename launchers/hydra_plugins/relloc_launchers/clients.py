@@ -1,7 +1,7 @@
-"""SLURM's commands (sbatch, squeue, scancel, scontrol): how they are asked, and what counts of what they answer.
+"""Calls SLURM's commands (sbatch, squeue, scancel, scontrol) and reads their answers.
 
-Sites wrap these commands, and print banners, warnings and notices beside the answer: only lines that look like an
-answer are read.
+Sites wrap these commands, and print banners, warnings and notices beside the answer. Hence only
+lines that look like an answer are read.
 """
 
 import dataclasses
@@ -18,21 +18,23 @@ from relloc.errors import Interrupted, UsageError
 from relloc.files import NO_LOCKS_HERE
 from relloc.status import Status
 
-ASKED_S = 60  # a client of a cluster in trouble may wait for ever
-_SUBMITTED_S = 300  # a busy controller takes its time for a large array
+ASKED_S = 60  # limit for a command: with a cluster in trouble it may never end
+_SUBMITTED_S = 300  # limit for sbatch: a busy controller is slow with large arrays
 
-# States of jobs that are over, which squeue shows for some minutes (MinJobAge) where it is asked for all
+# States of jobs that have ended. `squeue --states=all` shows them for some minutes (MinJobAge).
 _OVER = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "REVOKED", "TIMEOUT"),
 )
 _CANCELLED = "CANCELLED"
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT")
+# Jobs in an answer, such as 42, 42_3 or 42_[0-3,7], and lines of `squeue --format=%i|%T|%j|%k`
 _TOKEN = re.compile(r"relloc-[0-9a-f]{12}")
 _JOB = r"\s*(?P<job>\d+)(?:_(?P<tasks>\d+|\[[^\]]*\]))?"
-_LINE = re.compile(_JOB + r"\|(?P<state>[A-Z_]+)\s*(?:\|(?P<told>.*))?")
-# A job in a format of the site's own, which is not for us to choose then: a state somewhere, perhaps as its letters
-_OTHER_LINE = re.compile(_JOB + r"[\s|,;]+(?P<told>.*)")
+_LINE = re.compile(_JOB + r"\|(?P<state>[A-Z_]+)\s*(?:\|(?P<rest>.*))?")
+# A line in a format of the site's own, whose squeue ignores ours: a state is somewhere among the
+# words, perhaps abbreviated
+_OTHER_LINE = re.compile(_JOB + r"[\s|,;]+(?P<rest>.*)")
 _LETTERS = {
     "R": "RUNNING",
     "CG": "COMPLETING",
@@ -48,12 +50,12 @@ _LETTERS |= {
     "PR": "PREEMPTED",
     "BF": "BOOT_FAIL",
 }
-# What sbatch says when it can't tell whether the controller took the job
+# Messages of sbatch when it can't tell whether the controller took the job
 _UNSURE = re.compile(
     r"timed out|unable to contact|zero bytes|connection (refused|reset)|communication",
     re.IGNORECASE,
 )
-# What squeue says beside no job at all where it could not ask the controller
+# Messages of squeue, beside no jobs, when it could not ask the controller
 _TROUBLE = re.compile(
     r"^.*(\berror\b|unable to contact|timed out|connection refused).*$",
     re.IGNORECASE | re.MULTILINE,
@@ -62,9 +64,10 @@ _TROUBLE = re.compile(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job, or one task of an array: `number` is SLURM's or, before that is known, the token of the submission.
+    """A job, or one task of an array of jobs.
 
-    Written as 42, 42_3, 42_3@cluster or relloc-0123456789ab_3.
+    `number` is SLURM's number or, before that is known, the token of the submission. As a text, a
+    job is written 42, 42_3, 42_3@cluster or relloc-0123456789ab_3.
     """
 
     number: str
@@ -73,30 +76,29 @@ class Job:
 
     @classmethod
     def parse(cls, text: str) -> "Job":
-        """Read what `str` gives."""
+        """Returns the job that a text names."""
         name, _, cluster = text.partition("@")
         number, _, task = name.partition("_")
-        return cls(
-            number=number, task=int(task) if task.isdigit() else None, cluster=cluster or None
-        )
+        task_number = int(task) if task.isdigit() else None
+        return cls(number=number, task=task_number, cluster=cluster or None)
 
     def __str__(self) -> str:
         return self.name + (f"@{self.cluster}" if self.cluster else "")
 
     @property
     def name(self) -> str:
-        """As SLURM's commands take it, which are told the cluster apart."""
+        """The job as SLURM's commands take it: its cluster is given by an option."""
         return self.number if self.task is None else f"{self.number}_{self.task}"
 
     @property
     def is_token(self) -> bool:
-        """Whether SLURM's number is not known."""
+        """Whether the job is known by its token only, not by SLURM's number."""
         return _TOKEN.fullmatch(self.number) is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Queued:
-    """A job that SLURM knows, its state there, and `about` it: its name and comment."""
+    """A job that SLURM knows, with its state there; `about` is its name and comment."""
 
     job: Job
     state: str
@@ -108,30 +110,35 @@ class _Queued:
 
     @property
     def names(self) -> list[str]:
-        """SLURM's, and the one with the token, by which it was known before SLURM's number was."""
-        found = _TOKEN.search(self.about)
-        return [
-            self.job.name,
-            *([dataclasses.replace(self.job, number=found[0]).name] if found else []),
-        ]
+        """The names of the job: with SLURM's number and, if it carries a token, with that."""
+        names = [self.job.name]
+        token = _TOKEN.search(self.about)
+        if token:
+            names.append(dataclasses.replace(self.job, number=token[0]).name)
+        return names
 
 
 class NotTaken(UsageError):
-    """SLURM did not take a job, and no job is left of it."""
+    """SLURM refused a job, and none of its tasks was queued."""
 
 
 def new_token() -> str:
-    """What a submission is found by in SLURM's queue before its number is known: a part of its comment or name."""
+    """Returns a random text by which a submission is found in SLURM's queue.
+
+    It becomes part of the comment or name of the jobs, and identifies them until their number is
+    known.
+    """
     return f"relloc-{uuid.uuid4().hex[:12]}"
 
 
 def submit(
     script: Path, *, token: str, environment: Mapping[str, str], cluster: str | None, lock: Path
 ) -> tuple[Job, str]:
-    """Have sbatch take a batch script; the job, and what sbatch said beside that.
+    """Submits a batch script, and returns the job and the messages of sbatch.
 
-    The job is named by its token where sbatch's answer has no number that can be told from others. sbatch itself
-    holds the `lock`, until its end also where this process is killed: see `wait_for_sbatch`.
+    The job is named by its token if sbatch's answer has no number that is clearly the job's. sbatch
+    itself holds the file `lock`, until it ends, even if this process is killed before: see
+    `wait_for_sbatch`.
 
     Raises:
         NotTaken: sbatch refused the script.
@@ -140,6 +147,7 @@ def submit(
     try:
         with open(lock, "ab") as held:
             _lock(held.fileno())
+            # sbatch inherits the open file, and with it the lock.
             done = subprocess.run(
                 ["sbatch", str(script)],
                 env=dict(environment),
@@ -153,40 +161,47 @@ def submit(
             )
     except subprocess.TimeoutExpired:
         raise Interrupted(
-            f"sbatch has not answered for {_SUBMITTED_S} s: the same command again finds out whether it took the jobs"
+            f"sbatch has not answered for {_SUBMITTED_S} s: "
+            "the same command again finds out whether it took the jobs"
         ) from None
     except OSError as error:
         raise NotTaken(f"sbatch can't be started: {error}") from error
-    told = done.stderr.strip()
+    messages = done.stderr.strip()
     if done.returncode == 0:
-        # From what is sure to what is likely; at last the token stands for a number that nobody told.
-        job = (
-            read_sbatch(done.stdout, cluster)
-            or _by_token(token, cluster)
-            or _last_number(done.stdout, cluster)
-        )
-        return job or Job(number=token, cluster=cluster), told
-    if _UNSURE.search(told):
+        # From what is certain to what is likely; without any number, the token names the job.
+        job = read_sbatch(done.stdout, cluster)
+        job = job or _by_token(token, cluster)
+        job = job or _last_number(done.stdout, cluster)
+        return job or Job(number=token, cluster=cluster), messages
+    # The controller may have taken the job although sbatch failed: then the queue has the token.
+    if _UNSURE.search(messages):
         if job := _by_token(token, cluster):
-            return job, told
+            return job, messages
         raise Interrupted(
-            f"SLURM did not say whether it took the jobs ({told}): the same command again finds out"
+            f"SLURM did not say whether it took the jobs ({messages}): "
+            "the same command again finds out"
         )
-    raise NotTaken(told or done.stdout.strip() or f"sbatch ended with exit code {done.returncode}")
+    answer = messages or done.stdout.strip()
+    raise NotTaken(answer or f"sbatch ended with exit code {done.returncode}")
 
 
 def wait_for_sbatch(lock: Path) -> None:
-    """Return once no sbatch runs whose command was killed meanwhile: before, the queue may not show its job."""
-    end = (
-        time.monotonic() + ASKED_S
-    )  # a site's sbatch may leave a process behind that keeps the lock
+    """Returns once no sbatch runs that another command started.
+
+    If that command was killed, the queue may not show its job before sbatch ends.
+    """
+    # Not for ever: a site's sbatch may leave a process behind that keeps the lock.
+    end = time.monotonic() + ASKED_S
     with open(lock, "ab") as file:
         while not _lock(file.fileno()) and time.monotonic() < end:
             time.sleep(0.1)
 
 
 def _lock(file: int) -> bool:
-    """Lock an open file until the last process that has it open ends; whether it is, or can't be on this system."""
+    """Tries to lock an open file, until the last process that has it open ends.
+
+    Returns false if another process holds the lock. A file system without locks counts as locked.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -197,62 +212,71 @@ def _lock(file: int) -> bool:
     return True
 
 
-def read_sbatch(told: str, cluster: str | None = None) -> Job | None:
-    """The job of sbatch's answer, also as --parsable gives it; `cluster` is where it was sent if that isn't said."""
+def read_sbatch(answer: str, cluster: str | None = None) -> Job | None:
+    """Returns the job that sbatch's answer names, or None; answers of --parsable are read too.
+
+    `cluster` is where the job was sent, if the answer doesn't name a cluster.
+    """
     for pattern in (
         r"Submitted batch job (\d+)(?: on cluster (\S+))?",
         r"^\s*(\d+)(?:;(\S+))?\s*$",
         r"\bjob (\d+)(?: on cluster (\S+))?",
     ):
-        if found := re.findall(pattern, told, re.MULTILINE | re.IGNORECASE):
-            number, named = found[-1]
+        matches = re.findall(pattern, answer, re.MULTILINE | re.IGNORECASE)
+        if matches:
+            number, named = matches[-1]
             return Job(number=number, cluster=named.rstrip(".") or _if_one(cluster))
     return None
 
 
-def _last_number(told: str, cluster: str | None) -> Job | None:
-    """Of an answer in another language: the number of the last line that has one, and only one."""
-    lines = [re.findall(r"\b\d+\b", line) for line in told.splitlines()]
-    alone = [numbers[0] for numbers in lines if len(numbers) == 1]
-    return Job(number=alone[-1], cluster=_if_one(cluster)) if alone else None
+def _last_number(answer: str, cluster: str | None) -> Job | None:
+    """Reads an answer in another language: the last line with exactly one number names the job."""
+    numbers_of_lines = [re.findall(r"\b\d+\b", line) for line in answer.splitlines()]
+    candidates = [numbers[0] for numbers in numbers_of_lines if len(numbers) == 1]
+    if not candidates:
+        return None
+    return Job(number=candidates[-1], cluster=_if_one(cluster))
 
 
 def _if_one(cluster: str | None) -> str | None:
-    """The cluster, unless several were named and SLURM chose."""
+    """Returns the cluster, or None if several were named, of which SLURM chose one."""
     return None if cluster is None or "," in cluster else cluster
 
 
 def _by_token(token: str, cluster: str | None) -> Job | None:
-    """The job in the queue whose comment or name has the token."""
+    """Returns the job in the queue whose comment or name has the token, or None."""
     try:
-        found = [
+        jobs = [
             queued.job for queued in _queue(cluster) if token in queued.about and not queued.is_over
         ]
     except UsageError:
         return None
-    return (
-        Job(number=found[0].number, cluster=found[0].cluster or _if_one(cluster)) if found else None
-    )
+    if not jobs:
+        return None
+    return Job(number=jobs[0].number, cluster=jobs[0].cluster or _if_one(cluster))
 
 
 def states(jobs: Sequence[str]) -> dict[str, Status]:
-    """Of these jobs, those in SLURM's queue, each asked of the cluster that has it.
+    """Returns the states of those of the jobs that are in SLURM's queue.
 
-    A job that was ended by hand is CANCELLED for some minutes, as long as SLURM remembers it; others that are over
-    are left out. Raises `UsageError` where SLURM does not answer.
+    Each is looked up on its own cluster. A job that a person cancelled is CANCELLED for some
+    minutes, as long as SLURM remembers it; others that have ended are left out.
+
+    Raises:
+        UsageError: SLURM does not answer.
     """
     asked = {text: Job.parse(text) for text in jobs}
     found: dict[str, Status] = {}
     for cluster in sorted({job.cluster for job in asked.values()}, key=str):
+        # If a name is listed twice, the job that has not ended counts: it comes last here.
         queue: dict[str, str] = {}
-        for queued in sorted(
-            _queue(cluster), key=lambda queued: not queued.is_over
-        ):  # what is alive wins
+        for queued in sorted(_queue(cluster), key=lambda queued: not queued.is_over):
             queue |= dict.fromkeys(queued.names, queued.state)
         for text, job in asked.items():
             if job.cluster != cluster:
                 continue
-            # An array that was cancelled before a task began is shown without tasks, and by some sites any array.
+            # An array that was cancelled before a task began is shown without tasks; some sites
+            # show every array so.
             state = queue.get(job.name) or queue.get(job.number)
             if state == _CANCELLED:
                 found[text] = Status.CANCELLED
@@ -262,18 +286,17 @@ def states(jobs: Sequence[str]) -> dict[str, Status]:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Have SLURM end these jobs. Raises `UsageError` where it does not."""
+    """Has SLURM end these jobs. Raises `UsageError` if it does not."""
     asked = [Job.parse(text) for text in jobs]
     for cluster in sorted({job.cluster for job in asked}, key=str):
-        there = [job for job in asked if job.cluster == cluster]
-        names = [job.name for job in there if not job.is_token]
-        tokens = {job.name for job in there if job.is_token}
+        on_cluster = [job for job in asked if job.cluster == cluster]
+        names = [job.name for job in on_cluster if not job.is_token]
+        # scancel takes numbers only: look up those of jobs that are known by their token.
+        tokens = {job.name for job in on_cluster if job.is_token}
         if tokens:
-            names += [
-                queued.job.name
-                for queued in _queue(cluster)
-                if not queued.is_over and tokens & {*queued.names}
-            ]
+            for queued in _queue(cluster):
+                if not queued.is_over and not tokens.isdisjoint(queued.names):
+                    names.append(queued.job.name)
         if names:
             _ask(
                 ["scancel", *_option_for(cluster), *names],
@@ -282,63 +305,61 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def largest_array(cluster: str | None) -> int | None:
-    """How many tasks an array may have (MaxArraySize); None where that can't be asked."""
+    """Returns how many tasks an array may have (MaxArraySize), or None if that is not known."""
     try:
-        told, _ = _ask(
+        answer, _ = _ask(
             ["scontrol", *_option_for(_if_one(cluster)), "show", "config"],
             "SLURM does not say its limits",
         )
     except UsageError:
         return None
-    found = re.search(r"^\s*MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
-    return int(found[1]) if found and int(found[1]) > 0 else None
+    limit = re.search(r"^\s*MaxArraySize\s*=\s*(\d+)", answer, re.MULTILINE)
+    # 0 is for clusters without arrays.
+    return int(limit[1]) if limit and int(limit[1]) > 0 else None
 
 
 def _queue(cluster: str | None) -> Iterator[_Queued]:
-    """Each job of this user that SLURM knows, also for some minutes after its end."""
-    asked = [
-        "squeue",
-        *_option_for(cluster),
-        "--noheader",
-        "--array",
-        "--states=all",
-        f"--user={os.getuid()}",
-    ]
+    """Yields each job of this user that SLURM knows, for some minutes also those that ended."""
+    command = ["squeue", *_option_for(cluster), "--noheader", "--array", "--states=all"]
+    command += [f"--user={os.getuid()}", "--format=%i|%T|%j|%k"]
     problem = "SLURM does not say how its jobs stand"
-    told, complaint = _ask([*asked, "--format=%i|%T|%j|%k"], problem)
-    found = list(_jobs_in(told, cluster))
-    if not found and (
-        why := _TROUBLE.search(f"{complaint}\n{told}")
-    ):  # which a site's squeue may end well with
-        raise UsageError(f"{problem}: {why[0].strip()}")
-    yield from found
+    answer, complaint = _ask(command, problem)
+    jobs = list(_jobs_in(answer, cluster))
+    # A site's squeue may end with exit code 0 although it could not ask the controller.
+    trouble = _TROUBLE.search(f"{complaint}\n{answer}")
+    if not jobs and trouble:
+        raise UsageError(f"{problem}: {trouble[0].strip()}")
+    yield from jobs
 
 
-def _jobs_in(told: str, cluster: str | None) -> Iterator[_Queued]:
-    of = cluster
-    for line in told.splitlines():
+def _jobs_in(answer: str, cluster: str | None) -> Iterator[_Queued]:
+    """Yields the jobs in squeue's answer about a cluster, or several."""
+    cluster_of_line = cluster
+    for line in answer.splitlines():
+        # Of several clusters, each is announced by a line.
         if named := re.fullmatch(r"CLUSTER: (\S+)\s*", line):
-            of = named[1]
+            cluster_of_line = named[1]
         if (found := _LINE.fullmatch(line)) is not None:
-            state, about = found["state"], found["told"] or ""
+            state = found["state"]
+            about = found["rest"] or ""
         elif (found := _OTHER_LINE.fullmatch(line)) is not None:
-            state, about = _state_among(found["told"]), found["told"]
+            state = _state_among(found["rest"])
+            about = found["rest"]
         else:
             continue
         for task in _tasks(found["tasks"]):
-            yield _Queued(
-                job=Job(number=found["job"], task=task, cluster=of), state=state, about=about
-            )
+            job = Job(number=found["job"], task=task, cluster=cluster_of_line)
+            yield _Queued(job=job, state=state, about=about)
 
 
 def _state_among(text: str) -> str:
-    """The state that one of the words is; a job that is shown without one is taken for one that waits."""
+    """Returns the first word that is a state; a job without any is taken to be waiting."""
     words = [_LETTERS.get(word, word) for word in re.split(r"[\s|,;]+", text)]
     return next((word for word in words if word in (*_RUNNING, *_OVER)), "PENDING")
 
 
 def _tasks(text: str | None) -> Iterator[int | None]:
-    """The tasks of an array that a line tells of: one, or ranges such as [0-3,7%2] that a site's squeue keeps."""
+    """Yields the tasks of an array that a line is about: one, or ranges such as [0-3,7%2]."""
     if text is None:
         yield None
         return
@@ -349,18 +370,19 @@ def _tasks(text: str | None) -> Iterator[int | None]:
 
 
 def _option_for(cluster: str | None) -> list[str]:
+    """Returns the option by which SLURM's commands are told the cluster."""
     return [f"--clusters={cluster}"] if cluster else []
 
 
 def _ask(command: Sequence[str], problem: str) -> tuple[str, str]:
-    """What a command writes on stdout and stderr; without the user's defaults for it, which hide jobs or ask back.
+    """Runs a command of SLURM and returns what it writes on stdout and stderr.
 
-    Raises `UsageError`, which begins with the `problem`, where it fails.
+    Raises `UsageError`, which begins with the text `problem`, if it fails.
     """
+    # The user's defaults for these commands may hide jobs, or have scancel ask back.
+    defaults = ("SQUEUE_", "SCANCEL_")
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("SQUEUE_", "SCANCEL_"))
+        name: value for name, value in os.environ.items() if not name.startswith(defaults)
     }
     try:
         done = subprocess.run(
@@ -374,7 +396,6 @@ def _ask(command: Sequence[str], problem: str) -> tuple[str, str]:
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise UsageError(
-            f"{problem}: {str(getattr(error, 'stderr', '') or error).strip()}"
-        ) from error
+        reason = getattr(error, "stderr", "") or error
+        raise UsageError(f"{problem}: {str(reason).strip()}") from error
     return done.stdout, done.stderr

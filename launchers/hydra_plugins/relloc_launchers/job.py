@@ -1,4 +1,7 @@
-"""What a SLURM job does: runs one point as a command, and is queued again until the point is done."""
+"""The work of a SLURM job: it runs one point as a command.
+
+The job is queued again until the point is done.
+"""
 
 import os
 import re
@@ -15,13 +18,13 @@ from relloc.files import append_lines, read_lines
 
 _POLL_S = 0.5
 _MOST_RESTARTS = 3  # of a point whose processes were killed: for memory, or by a person
-# Exit codes of a point that saved and ended because the cluster asked for it, and of one that lost a reading process
-_ASKED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+# Exit codes of a point that saved and ended at a signal of the cluster, and of one of whose
+# processes that read images was killed
+_STOPPED_CODES = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 _LOST_A_READER = 75
-_REQUEUES = (
-    "requeues"  # in the run folder: a line for each time that a job was queued again from here
-)
-_LEFT_TO_SLURM_S = 900.0  # how long the cluster may take, after it asked a job to stop, to end it
+# File in the run folder with a line for each time that a job had itself queued again
+_REQUEUES = "requeues"
+_LEFT_TO_SLURM_S = 900.0  # how long the cluster may take to end a job after it sent a signal
 
 
 class PointFailed(Exception):
@@ -29,11 +32,11 @@ class PointFailed(Exception):
 
 
 class PointJob:
-    """A point's command, as submitit calls it on each task of the job.
+    """Runs a point's command; submitit calls it on each task of the job.
 
-    The command is a process of its own: signals of the cluster reach it directly, and it saves and
-    ends; submitit's handlers, which live here, have no workers or threads beside them that would
-    inherit them. `checkpoint` is what submitit calls before it queues the job again.
+    The command is a process of its own. Signals of the cluster reach it directly, and it saves and
+    ends. submitit's signal handlers are in this process, where no workers or threads could inherit
+    them. submitit calls `checkpoint` before it queues the job again.
     """
 
     def __init__(self) -> None:
@@ -47,15 +50,18 @@ class PointJob:
             code = self._run(command, environment)
             if code == 0:
                 return
-            if code in _ASKED:
-                # To end now would count as failed, or as done: SLURM ends this job, and may queue it again.
+            if code in _STOPPED_CODES:
+                # If this process ended now, the job would count as failed or done. Wait for SLURM
+                # to end it, which may queue it again.
                 print(f"the point saved and ended with exit code {code}; left to SLURM", flush=True)
                 time.sleep(_LEFT_TO_SLURM_S)
             elif (code == _LOST_A_READER or code < 0) and restart < _MOST_RESTARTS:
                 print(
-                    f"a process of the point was killed (exit code {code}); it goes on from what it saved",
+                    f"a process of the point was killed (exit code {code}); "
+                    "it goes on from what it saved",
                     flush=True,
                 )
+                # Other tasks wait for the killed one: only the whole job can start again.
                 if _tasks() > 1:
                     _requeue(_folder_of(command))
                 continue
@@ -63,7 +69,7 @@ class PointJob:
         raise PointFailed(f"exit code {code}: {' '.join(command)}")
 
     def checkpoint(self, command: Sequence[str], environment: Mapping[str, str]) -> Any:
-        """Have the point save and end, and name what is to be run in the next start."""
+        """Has the point save and end, and returns what the next start of the job runs."""
         from submitit.helpers import DelayedSubmission
 
         if self._pid is not None:
@@ -73,9 +79,11 @@ class PointJob:
         return DelayedSubmission(PointJob(), command, environment)
 
     def _run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Runs the command once and returns its exit code."""
         process = subprocess.Popen(command, env={**os.environ, **environment, **_rank(), **_tags()})
         self._pid = process.pid
-        # Asked now and then: a handler that runs inside of Popen.wait could not ask for itself.
+        # Polled, since submitit calls `checkpoint` in a signal handler, which waits as well: it
+        # could not do so if it interrupted Popen.wait.
         while not _has_ended(process.pid):
             time.sleep(_POLL_S)
         self._pid = None
@@ -83,6 +91,7 @@ class PointJob:
 
 
 def _has_ended(pid: int) -> bool:
+    """Whether a child process has ended; its exit code can still be read."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
@@ -90,65 +99,72 @@ def _has_ended(pid: int) -> bool:
 
 
 def _tasks() -> int:
+    """Returns the number of tasks of this job."""
     return int(os.environ.get("SLURM_NTASKS", "1"))
 
 
 def _rank() -> dict[str, str]:
-    """Which process of a training this task is, as torch.distributed reads it; nothing where it is alone."""
+    """Returns the variables that tell torch.distributed which process of a training this task is.
+
+    For a job of one task there are none.
+    """
     if _tasks() == 1:
         return {}
     from submitit.helpers import TorchDistributedEnvironment
 
     here = TorchDistributedEnvironment()
-    numbers = {"RANK": here.rank, "WORLD_SIZE": here.world_size, "LOCAL_RANK": here.local_rank}
-    numbers |= {"LOCAL_WORLD_SIZE": here.local_world_size, "MASTER_PORT": here.master_port}
     return {
         "MASTER_ADDR": here.master_addr,
-        **{name: str(number) for name, number in numbers.items()},
+        "MASTER_PORT": str(here.master_port),
+        "RANK": str(here.rank),
+        "WORLD_SIZE": str(here.world_size),
+        "LOCAL_RANK": str(here.local_rank),
+        "LOCAL_WORLD_SIZE": str(here.local_world_size),
     }
 
 
 def _tags() -> dict[str, str]:
-    """What the run tells of its job."""
-    told = {
+    """Returns the variable with the tags by which the tracker records the job."""
+    tags = {
         "slurm.job": _job_id(),
         "slurm.nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
         "slurm.restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
-    return {"RELLOC_TAGS": ";".join(f"{name}={value}" for name, value in told.items())}
+    words = [f"{name}={value}" for name, value in tags.items()]
+    return {"RELLOC_TAGS": ";".join(words)}
 
 
 def _job_id() -> str:
+    """Returns the number of this job, such as 42, or of this task of an array, such as 42_3."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return (
-        f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        if array
-        else os.environ.get("SLURM_JOB_ID", "")
-    )
+    if not array:
+        return os.environ.get("SLURM_JOB_ID", "")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 def _folder_of(command: Sequence[str]) -> Path:
-    """The run folder, which the command's last word names, quoted for Hydra where it has to be."""
+    """Returns the run folder, which the command's last word names, without Hydra's quotes."""
     folder = command[-1].removeprefix("hydra.run.dir=")
-    return Path(re.sub(r"\\(.)", r"\1", folder[1:-1]) if folder.startswith("'") else folder)
+    if folder.startswith("'"):
+        folder = re.sub(r"\\(.)", r"\1", folder[1:-1])
+    return Path(folder)
 
 
 def _requeue(folder: Path) -> None:
-    """Start the whole job again, as tasks that wait for a dead one can't go on; not endlessly.
+    """Has SLURM queue the whole job again, at most three times, and waits for the job's end.
 
-    SLURM's own count has preemptions and time limits too, so the folder notes at which of its starts a job was queued
-    again from here; of several tasks that are killed in one start, all note the same.
+    SLURM's own count of restarts includes preemptions and time limits. Hence a file in the run
+    folder notes the starts of the job that ended here. If several tasks are killed in one start,
+    all note the same line.
     """
     job = _job_id()
     folder.mkdir(parents=True, exist_ok=True)
     noted = folder / _REQUEUES
-    told = {line.decode() for line in read_lines(noted)}
+    lines = {line.decode() for line in read_lines(noted)}
     now = f"{job} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    earlier = [line for line in lines - {now} if line.startswith(f"{job} ")]
     scontrol = shutil.which("scontrol")
-    if (
-        scontrol is None
-        or len([line for line in told - {now} if line.startswith(f"{job} ")]) >= _MOST_RESTARTS
-    ):
+    if scontrol is None or len(earlier) >= _MOST_RESTARTS:
         raise PointFailed(
             "a process of the point was killed, and it was started again often enough"
         )

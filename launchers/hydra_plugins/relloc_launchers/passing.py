@@ -1,4 +1,4 @@
-"""What of a sweep's command line its points get, and what is the launcher's."""
+"""Divides the words of a sweep's command line into those of its points and those of the launcher."""
 
 import os
 import sys
@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 
 from relloc.errors import UsageError
 
-RUN_ALONE = "hydra.mode=RUN"  # for the command of a point whose launcher, chosen in a file, would launch it again
+# Keeps a point from being launched again by a launcher that a config file chooses
+RUN_ALONE = "hydra.mode=RUN"
 _COMMANDS = ("train", "evaluate")
 _OF_LAUNCHER = ("launcher=", "launcher.", "sweep=")
-# Hydra's own settings that say how a sweep is made and where, not how a point runs
+# Hydra's own settings that say how and where a sweep is made, not how a point runs
 _OF_SWEEP = (
     "hydra.sweep",
     "hydra/sweeper",
@@ -22,75 +23,78 @@ _OF_SWEEP = (
     "hydra.mode",
     "hydra.run.",
 )
-# Hydra's options that name folders of configs, and the provider by which Hydra lists what they named
+# Hydra's options that name folders of configs, with the provider under which Hydra lists each
 _FOLDERS = {"--config-path": "main", "--config-dir": "command-line"}
 
 
 def command_of(config: DictConfig) -> str:
-    """The command that was started, train or evaluate, whatever hydra.job.name calls it."""
+    """Returns the command that was started, train or evaluate, even if hydra.job.name is another."""
     started = Path(sys.argv[0]).stem
     return started if started in _COMMANDS else config.hydra.job.name
 
 
 def of_points(overrides: Sequence[str]) -> list[str]:
-    """A point's own words: those that are not the launcher's."""
+    """Returns the words of a point without those of the launcher."""
     return [word for word in overrides if not _is_of_launcher(word)]
 
 
 def refuse_swept(config: DictConfig) -> None:
-    """Raise `UsageError` where the launcher, a setting of it or the sweep's name would be swept.
+    """Raises `UsageError` if the launcher, one of its settings or the sweep's name is swept over.
 
-    All points share one launcher, made before they are known: values from choice(...), launcher=a,b or
-    hydra.sweeper.params would not reach it.
+    All points share one launcher, which is made before they are known. Values from choice(...),
+    launcher=a,b or hydra.sweeper.params would not reach it.
     """
-    given = OverridesParser.create().parse_overrides(
-        [word for word in config.hydra.overrides.task if "=" in word]
-    )
+    words = [word for word in config.hydra.overrides.task if "=" in word]
+    given = OverridesParser.create().parse_overrides(words)
     swept = [word.key_or_group for word in given if word.is_sweep_override()]
     swept += list(config.hydra.sweeper.get("params") or {})
     for key in swept:
         if _is_of_launcher(f"{key}="):
             raise UsageError(
-                f"{key} can't be swept, as all points share one launcher: give it one value on the command line; "
-                f"one with a comma is quoted, {key}=\"'a,b'\" in a shell"
+                f"{key} can't be swept, as all points share one launcher: give it one value on the "
+                f"command line; one with a comma is quoted, {key}=\"'a,b'\" in a shell"
             )
 
 
 def chosen(overrides: Sequence[str], config: DictConfig) -> list[str]:
-    """The words that do not stand on the command line as they are: a sweeper chose them."""
+    """Returns the words that a sweeper chose: they are not on the command line."""
     given = set(config.hydra.overrides.task)
     return [word for word in overrides if word not in given]
 
 
 def names_launcher(overrides: Sequence[str]) -> bool:
-    """Whether a word chooses the launcher, which a point does without."""
+    """Whether one of the words chooses a launcher."""
     return any(_plain(word).startswith("launcher=") for word in overrides)
 
 
 def of_hydra_for_points(config: DictConfig) -> list[str]:
-    """Hydra's own settings that a point needs as the command has them, such as hydra.searchpath."""
+    """Returns the settings of Hydra that points need as well, such as hydra.searchpath."""
     return [word for word in config.hydra.overrides.hydra if not _plain(word).startswith(_OF_SWEEP)]
 
 
 def of_hydra_for_launcher(config: DictConfig) -> list[str]:
-    """Hydra's own settings that say where points run and are noted; not how they are searched for."""
-    kept = ("hydra.sweep.dir=", "hydra.launcher", "hydra/launcher")
-    return [word for word in config.hydra.overrides.hydra if _plain(word).startswith(kept)]
+    """Returns the settings of Hydra that choose the launcher and the sweep's folder.
+
+    Those of a sweeper are left out.
+    """
+    beginnings = ("hydra.sweep.dir=", "hydra.launcher", "hydra/launcher")
+    return [word for word in config.hydra.overrides.hydra if _plain(word).startswith(beginnings)]
 
 
 def values(job_overrides: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """What each setting is in any of the points."""
-    found: dict[str, list[str]] = {}
+    """Returns, for each setting, the distinct values that the points give it."""
+    values_of: dict[str, list[str]] = {}
     for overrides in job_overrides:
         for word in overrides:
             key, _, value = word.partition("=")
-            there = found.setdefault(_plain(key), [])
-            there += [value] if value not in there else []
-    return found
+            known = values_of.setdefault(_plain(key), [])
+            if value not in known:
+                known.append(value)
+    return values_of
 
 
 def folders_of_configs(config: DictConfig, usual: Path) -> dict[str, Path]:
-    """The folders that the command named by Hydra's options, by these; not the `usual` one."""
+    """Returns the folders of configs that the command's options name, without the `usual` one."""
     found = {}
     for option, provider in _FOLDERS.items():
         for source in config.hydra.runtime.config_sources:
@@ -102,16 +106,19 @@ def folders_of_configs(config: DictConfig, usual: Path) -> dict[str, Path]:
 
 
 def options(config: DictConfig, kind: str, folders: dict[str, Path]) -> list[str]:
-    """Hydra's options for a point, with these folders of configs."""
+    """Returns Hydra's options for a point's command, which name these folders of configs."""
     name = str(config.hydra.job.config_name)
-    named = [f"--config-name={name}"] if name != kind else []
-    return [*(f"{option}={folder}" for option, folder in folders.items()), *named]
+    words = [f"{option}={folder}" for option, folder in folders.items()]
+    if name != kind:
+        words.append(f"--config-name={name}")
+    return words
 
 
 def _plain(word: str) -> str:
+    """Returns a word without the signs by which Hydra adds or removes a setting."""
     return word.lstrip("+~")
 
 
 def _is_of_launcher(word: str) -> bool:
-    """Whether a word says how points are run, or what the sweep is called."""
+    """Whether a word is a setting of the launcher, or names the sweep."""
     return _plain(word).startswith(_OF_LAUNCHER)

@@ -1,4 +1,4 @@
-"""What a job asks the cluster for: the launcher's settings, as submitit takes them."""
+"""Turns the launcher's settings into the resources of a job, as submitit takes them."""
 
 import difflib
 import re
@@ -10,8 +10,8 @@ from typing import Any
 from relloc.checks import whole
 from relloc.errors import UsageError
 
-# Settings that say how relloc submits, not what a job asks for
-_NOT_ASKED = (
+# Settings that are not passed to submitit under their own names
+_NOT_PASSED = (
     "dry_run",
     "tasks_per_node",
     "gpus_per_node",
@@ -20,13 +20,13 @@ _NOT_ASKED = (
     "additional_parameters",
     "submitit",
 )
-_NOT_ASKED += ("max_num_timeout", "timeout_min")
-# submitit's own names for what all its clusters have; others are SLURM's
+_NOT_PASSED += ("max_num_timeout", "timeout_min")
+# Parameters that submitit has for all clusters; those of SLURM get the prefix slurm_.
 _COMMON = ("nodes", "cpus_per_task", "mem_gb")
-# sbatch's names for settings that are called otherwise here
-_CALLED = {"time": "timeout_min", "mem": "mem_gb", "ntasks_per_node": "tasks_per_node"}
-# Options of sbatch on which submitting, or what is done at a signal, depends
-_OURS = (
+# Options of sbatch that are settings of another name here
+_SETTING_OF_OPTION = {"time": "timeout_min", "mem": "mem_gb", "ntasks_per_node": "tasks_per_node"}
+# Options of sbatch that submitting, or the handling of signals, depends on
+_RESERVED = (
     "array",
     "output",
     "error",
@@ -49,7 +49,9 @@ def parameters_of(
     code: Path,
     setup: Sequence[str],
 ) -> dict[str, Any]:
-    """The parameters of submitit's AutoExecutor; settings that are null are left to the cluster.
+    """Returns the parameters of submitit's AutoExecutor.
+
+    Settings that are null are left to the cluster.
 
     Args:
         settings: by the names of launchers/conf/slurm.yaml.
@@ -60,13 +62,14 @@ def parameters_of(
         setup: lines of the batch script before the user's.
 
     Raises:
-        UsageError: a setting that means nothing, or that contradicts another.
+        UsageError: a setting is invalid, or contradicts another.
     """
-    settings, additional = _sorted_out(settings, prefix)
+    settings, additional = _merged(settings, prefix)
     gpus, gpus_per_node = _gpus(settings, additional, prefix)
+    # One task per GPU, unless the user says otherwise
     tasks = settings["tasks_per_node"]
     tasks = max(1, gpus) if tasks == "auto" else whole(f"{prefix}tasks_per_node", tasks)
-    together = tasks * whole(f"{prefix}nodes", settings["nodes"]) > 1
+    has_several_tasks = tasks * whole(f"{prefix}nodes", settings["nodes"]) > 1
     for key, at_least in (("array_parallelism", 1), ("max_num_timeout", 0), ("signal_delay_s", 1)):
         whole(f"{prefix}{key}", settings[key], at_least)
     for key in ("cpus_per_task", "mem_gb"):
@@ -74,35 +77,37 @@ def parameters_of(
             raise UsageError(
                 f"{prefix}{key}={settings[key]} is not above 0: null leaves it to the cluster"
             )
+    # The job imports the sweep's copy of the code. With --export, which is meant for the batch
+    # script, srun would not pass that path on to the tasks.
     lines = [f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
-    if (
-        additional.get("export") is not None
-    ):  # that is for the batch script; srun would not give our path to the tasks
+    if additional.get("export") is not None:
         lines.append("unset SLURM_EXPORT_ENV")
+    passed = {}
+    for key, value in settings.items():
+        if key not in (*_NOT_PASSED, *_COMMON) and value is not None:
+            passed[key] = value
+    # A task that fails ends the others, which would wait for it.
+    srun_args = ["--kill-on-bad-exit=1"] if has_several_tasks else []
     slurm: dict[str, Any] = {
-        **{
-            key: value
-            for key, value in settings.items()
-            if key not in (*_NOT_ASKED, *_COMMON) and value is not None
-        },
+        **passed,
         "job_name": name,
         "setup": [*lines, *setup, *settings["setup"]],
-        # A task that ends badly ends the others, which would wait for it.
-        "srun_args": [*(["--kill-on-bad-exit=1"] if together else []), *settings["srun_args"]],
+        "srun_args": [*srun_args, *settings["srun_args"]],
         "additional_parameters": {"requeue": True, **additional},
         **settings["submitit"],
     }
-    # A comment may be what a site bills by: then the token goes into the name.
+    # The token marks the job in its comment. A user's own comment, by which a site may bill, is
+    # left alone: then the token is part of the name.
     if slurm.get("comment") or additional.get("comment"):
         slurm["job_name"] = f"{slurm['job_name']}_{token}"
     else:
         slurm["comment"] = token
     if gpus_per_node:
         slurm["gpus_per_node"] = gpus_per_node
-    common = {key: settings[key] for key in _COMMON if settings[key] is not None} | {
-        "tasks_per_node": tasks
-    }
-    if (limit := settings["timeout_min"]) is not None:
+    common = {key: settings[key] for key in _COMMON if settings[key] is not None}
+    common["tasks_per_node"] = tasks
+    limit = settings["timeout_min"]
+    if limit is not None:
         if isinstance(limit, int | float) and limit < 1:
             raise UsageError(
                 f"{prefix}timeout_min={limit} is less than a minute: null leaves it to the partition"
@@ -112,29 +117,29 @@ def parameters_of(
 
 
 def gpus_asked(text: str | int | None) -> int:
-    """How many GPUs `4`, `a100:4`, `a100` or `a100:2,v100:1` are. Raises `ValueError`."""
+    """Returns the number of GPUs in `4`, `a100:4`, `a100` or `a100:2,v100:1`. Raises `ValueError`."""
     parts = str(text or 0).split(",")
     return sum(_count(part.split(":")) for part in parts)
 
 
 def gpus_of_gres(gres: str) -> int | None:
-    """How many GPUs a node's gres such as gpu:a100:4,tmpdisk:100 has; None where it names none. Raises `ValueError`."""
+    """Returns the number of GPUs in a node's gres, such as gpu:a100:4,tmpdisk:100.
+
+    None if it names no GPUs. Raises `ValueError` for a number of GPUs that is none.
+    """
     counts = []
     for part in gres.split(","):
-        fields = (
-            re.sub(r"\(.*", "", part.strip())
-            .removeprefix("gres/")
-            .removeprefix("gres:")
-            .replace("=", ":")
-        )
-        kind, *rest = fields.split(":")
+        # Without the sockets in parentheses, gpu:4(S:0-1), and the prefix of some versions
+        text = re.sub(r"\(.*", "", part.strip())
+        text = text.removeprefix("gres/").removeprefix("gres:")
+        kind, *rest = text.replace("=", ":").split(":")
         if kind == "gpu":
             counts.append(_count(rest))
     return sum(counts) if counts else None
 
 
 def _count(fields: Sequence[str]) -> int:
-    """The number at the end of type and number, of which either may be missing."""
+    """Returns the number in `TYPE:NUMBER`, of which either may be missing: then it is 1."""
     last = fields[-1].strip() if fields else ""
     if last.isdigit():
         return int(last)
@@ -143,8 +148,14 @@ def _count(fields: Sequence[str]) -> int:
     raise ValueError(f"{':'.join(fields)} is no number of GPUs")
 
 
-def _sorted_out(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings, and sbatch's other options, each once. Raises `UsageError`."""
+def _merged(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings, and the additional options of sbatch, with nothing given twice.
+
+    Options of sbatch that relloc has a setting for become that setting.
+
+    Raises:
+        UsageError: an option is given twice, or is one that relloc itself sets.
+    """
     made = dict(settings)
     _check_types(made, prefix)
     for name in ("partition", "exclude"):
@@ -153,27 +164,34 @@ def _sorted_out(settings: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any
     for key, value in made["additional_parameters"].items():
         if isinstance(value, dict | list):
             raise UsageError(
-                f"{prefix}additional_parameters.{key}={value} is no value of an option of sbatch: quote it"
+                f"{prefix}additional_parameters.{key}={value} is no value of an option of sbatch: "
+                "quote it"
             )
-    made["submitit"], given = (_named(made[name]) for name in ("submitit", "additional_parameters"))
+    made["submitit"] = _named(made["submitit"])
+    given = _named(made["additional_parameters"])
     _check_submitit(made["submitit"], prefix)
-    for where, found in (("additional_parameters", given), ("submitit", made["submitit"])):
-        for key in list(found):
-            called = _CALLED.get(key, key)
-            if key in _OURS:
+    for where, options in (("additional_parameters", given), ("submitit", made["submitit"])):
+        for key in list(options):
+            setting = _SETTING_OF_OPTION.get(key, key)
+            if key in _RESERVED:
                 raise UsageError(
-                    f"{prefix}{where}.{key} can't be given: relloc sets it, or its jobs depend on it"
+                    f"{prefix}{where}.{key} can't be given: "
+                    "relloc sets it, or its jobs depend on it"
                 )
-            if called not in settings:
+            if setting not in settings:
                 continue
-            if called != key or made[called] not in (None, [], "auto"):
-                raise UsageError(f"{prefix}{where}.{key} is {prefix}{called}: give it there")
-            made[called] = found.pop(key)
+            # Only an option that means the same, and whose setting has no value, is taken over.
+            if setting != key or made[setting] not in (None, [], "auto"):
+                raise UsageError(f"{prefix}{where}.{key} is {prefix}{setting}: give it there")
+            made[setting] = options.pop(key)
     return made, given
 
 
 def _named(options: Mapping[str, Any]) -> dict[str, Any]:
-    """By names as Python writes them: mail-user and --mail-user are mail_user. Those that are null are left out."""
+    """Returns options by names as Python writes them: mail_user for mail-user and --mail-user.
+
+    Options that are null are left out.
+    """
     return {
         str(key).lstrip("-").replace("-", "_"): value
         for key, value in options.items()
@@ -182,21 +200,24 @@ def _named(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_types(settings: Mapping[str, Any], prefix: str) -> None:
+    """Raises `UsageError` for a list or mapping that is none."""
     for name in ("setup", "srun_args"):
-        if not isinstance(settings[name], list) or not all(
-            isinstance(line, str) for line in settings[name]
-        ):
+        lines = settings[name]
+        is_list = isinstance(lines, list) and all(isinstance(line, str) for line in lines)
+        if not is_list:
             raise UsageError(
                 f"{prefix}{name}={settings[name]} is not a list, such as [{settings[name]}]"
             )
     for name in ("additional_parameters", "submitit"):
         if not isinstance(settings[name], dict):
             raise UsageError(
-                f"{prefix}{name}={settings[name]} is not a mapping: +{prefix}{name}.NAME=VALUE adds to it"
+                f"{prefix}{name}={settings[name]} is not a mapping: "
+                f"+{prefix}{name}.NAME=VALUE adds to it"
             )
 
 
 def _check_submitit(given: Mapping[str, Any], prefix: str) -> None:
+    """Raises `UsageError` for a parameter that submitit doesn't have."""
     from submitit import SlurmExecutor
 
     known = SlurmExecutor._valid_parameters() | {"name", "stderr_to_stdout"}
@@ -205,22 +226,28 @@ def _check_submitit(given: Mapping[str, Any], prefix: str) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(
-                f"there is no setting {key} of submitit: {hint}{prefix}additional_parameters takes options of sbatch"
+                f"there is no setting {key} of submitit: "
+                f"{hint}{prefix}additional_parameters takes options of sbatch"
             )
 
 
 def _gpus(
     settings: Mapping[str, Any], additional: Mapping[str, Any], prefix: str
 ) -> tuple[int, str | int | None]:
-    """GPUs of a node, and what is asked as gpus_per_node; None where another setting asks for them.
+    """Returns the number of GPUs per node, and the value of the option gpus_per_node.
 
-    Raises `UsageError` where two settings ask, and not for the same.
+    The value is None if another option asks for the GPUs.
+
+    Raises:
+        UsageError: two settings ask for different numbers.
     """
-    asked, gres = settings["gpus_per_node"], settings["gres"]
+    asked = settings["gpus_per_node"]
+    gres = settings["gres"]
     if gres is not None and not isinstance(gres, str):
         raise UsageError(f"{prefix}gres={gres} is not text, such as gpu:4: quote it")
     if isinstance(asked, bool) or not isinstance(asked, str | int | None):
         raise UsageError(f"{prefix}gpus_per_node={asked} is no number of GPUs, such as 4 or a100:4")
+    # GPUs can be asked for per node, as gres, in all, or per task.
     try:
         of_gres = gpus_of_gres(gres) if gres else None
         number = None if asked in ("auto", None) else gpus_asked(asked)
@@ -234,7 +261,8 @@ def _gpus(
     if of_gres is not None:
         if number not in (None, of_gres):
             raise UsageError(
-                f"{prefix}gres={gres} and {prefix}gpus_per_node={asked} ask for different numbers of GPUs: give one"
+                f"{prefix}gres={gres} and {prefix}gpus_per_node={asked} ask for different numbers "
+                "of GPUs: give one"
             )
         return of_gres, None
     if number is None and a_task is not None:
@@ -242,6 +270,9 @@ def _gpus(
         return (a_task * tasks if isinstance(tasks, int) else 1), None
     if number is None and in_all is not None:
         return max(1, in_all // whole(f"{prefix}nodes", settings["nodes"])), None
+    # Nothing else asks for GPUs: `auto` is one per node.
     if number is None:
         number = 1 if asked == "auto" else 0
-    return number, (None if not number else number if asked == "auto" else asked)
+    if number == 0:
+        return 0, None
+    return number, number if asked == "auto" else asked

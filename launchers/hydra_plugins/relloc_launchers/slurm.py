@@ -160,7 +160,7 @@ class SlurmLauncher(PointsLauncher):
 
     @property
     def _logs(self) -> Path:
-        """The folder with a subfolder per submission: its batch script, logs and submitit's files."""
+        """The folder that has a subfolder with batch script and logs for each submission."""
         return self._log_folder or self.sweep.folder / NAME
 
     @property
