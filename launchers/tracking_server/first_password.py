@@ -1,7 +1,8 @@
-"""Make the admin of an MLflow server with the password on standard input, unless there is one already.
+"""Creates the admin of an MLflow server with the password on standard input, unless one exists.
 
-`mlflow server` does that itself with a password from its environment, where it stays readable for as long as the
-server lives, also in all processes that it starts. What this process puts into its own environment can't be seen.
+`mlflow server` does that itself with a password from its environment, where it stays readable for
+as long as the server lives, also in all processes that it starts. What this process puts into its
+own environment can't be read by others.
 """
 
 import os

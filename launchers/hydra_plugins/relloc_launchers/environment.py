@@ -1,9 +1,9 @@
-"""The environment that sbatch is called with: the user's defaults for it, as far as the batch script leaves them."""
+"""The environment that sbatch is called with: the user's, without what the batch script sets."""
 
 import re
 from collections.abc import Mapping
 
-# Variables of SLURM that a job has of its own, and that name no job: where the cluster is, and who asks
+# Variables of SLURM that don't describe a job: where the cluster is, and who asks
 _NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _OF_TRAINING = (
     "MASTER_ADDR",
@@ -13,7 +13,7 @@ _OF_TRAINING = (
     "LOCAL_RANK",
     "LOCAL_WORLD_SIZE",
 )
-# Options of sbatch that its variables call otherwise
+# Options of sbatch, by the names that its variables have for them where these differ
 _VARIABLES = {
     "TIMELIMIT": "time",
     "ARRAY_INX": "array",
@@ -26,19 +26,21 @@ _NEVER = {"array", "wait"}  # the sweep decides what the array is, and who waits
 
 
 def environment_for(script: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The environment for sbatch, and the user's variables that give way to what the script says.
+    """Returns the environment for sbatch, and the variables `NAME=VALUE` that were left out.
 
-    SBATCH_* variables are defaults of the user's, but SLURM lets them win over lines of the script: those that the
-    script decides are left out. Inside of a job, what SLURM told that job is not for the next one.
+    SBATCH_* variables are the user's defaults, but SLURM lets them override lines of the script.
+    Hence those for options that the script sets are left out. Within a job, the variables that
+    describe it are left out too, since they are wrong for the next job.
     """
     inside = "SLURM_JOB_ID" in given or "SLURM_JOBID" in given
-    kept, gave_way = {}, []
-    said = set(re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)) | _NEVER
-    said |= _MEMORY if said & _MEMORY else set()
-    has_gpus = (
-        bool(said & _GPUS)
-        or re.search(r"^#SBATCH --gres=.*\bgpu\b", script, re.MULTILINE) is not None
-    )
+    kept = {}
+    left_out = []
+    # The options that the script sets. One for memory, or for GPUs, excludes all others for it.
+    script_options = set(re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)) | _NEVER
+    if script_options & _MEMORY:
+        script_options |= _MEMORY
+    gres_with_gpus = re.search(r"^#SBATCH --gres=.*\bgpu\b", script, re.MULTILINE)
+    has_gpus = bool(script_options & _GPUS) or gres_with_gpus is not None
     for name, value in given.items():
         if name in _OF_TRAINING or name.startswith("SUBMITIT_"):
             continue
@@ -47,15 +49,15 @@ def environment_for(script: str, given: Mapping[str, str]) -> tuple[dict[str, st
         if name.startswith("SBATCH_"):
             option = _option(name)
             asks_for_gpus = option in _GPUS or (option == "gres" and "gpu" in value)
-            if option in said or (has_gpus and asks_for_gpus):
-                gave_way.append(f"{name}={value}")
+            if option in script_options or (has_gpus and asks_for_gpus):
+                left_out.append(f"{name}={value}")
                 continue
         kept[name] = value
-    return kept, sorted(gave_way)
+    return kept, sorted(left_out)
 
 
 def cluster_of(parameters: Mapping[str, object], environment: Mapping[str, str]) -> str | None:
-    """The cluster, or several with commas, that sbatch is asked for; None is the one of this machine."""
+    """Returns the cluster for sbatch, or several with commas; None for that of this machine."""
     for name in ("clusters", "cluster", "M"):
         if parameters.get(name):
             return str(parameters[name])
@@ -63,10 +65,12 @@ def cluster_of(parameters: Mapping[str, object], environment: Mapping[str, str])
 
 
 def _is_of_a_job(name: str) -> bool:
+    """Whether a variable describes the job in which this process runs."""
     prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
     return name.startswith(prefixes) and name not in _NOT_OF_A_JOB
 
 
 def _option(variable: str) -> str:
+    """Returns the option of sbatch for which a variable SBATCH_... is the default."""
     name = variable.removeprefix("SBATCH_")
     return _VARIABLES.get(name, name.lower().replace("_", "-"))

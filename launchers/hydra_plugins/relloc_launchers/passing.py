@@ -1,4 +1,4 @@
-"""Divides the words of a sweep's command line into those of its points and those of the launcher."""
+"""Divides the words of a sweep's command line between its points and the launcher."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ _FOLDERS = {"--config-path": "main", "--config-dir": "command-line"}
 
 
 def command_of(config: DictConfig) -> str:
-    """Returns the command that was started, train or evaluate, even if hydra.job.name is another."""
+    """Returns the command that was started, train or evaluate, whatever hydra.job.name says."""
     started = Path(sys.argv[0]).stem
     return started if started in _COMMANDS else config.hydra.job.name
 

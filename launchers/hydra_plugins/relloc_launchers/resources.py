@@ -82,10 +82,9 @@ def parameters_of(
     lines = [f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
     if additional.get("export") is not None:
         lines.append("unset SLURM_EXPORT_ENV")
-    passed = {}
-    for key, value in settings.items():
-        if key not in (*_NOT_PASSED, *_COMMON) and value is not None:
-            passed[key] = value
+    handled = (*_NOT_PASSED, *_COMMON)
+    passed = {key: value for key, value in settings.items() if key not in handled}
+    passed = {key: value for key, value in passed.items() if value is not None}
     # A task that fails ends the others, which would wait for it.
     srun_args = ["--kill-on-bad-exit=1"] if has_several_tasks else []
     slurm: dict[str, Any] = {
@@ -110,14 +109,15 @@ def parameters_of(
     if limit is not None:
         if isinstance(limit, int | float) and limit < 1:
             raise UsageError(
-                f"{prefix}timeout_min={limit} is less than a minute: null leaves it to the partition"
+                f"{prefix}timeout_min={limit} is less than a minute: "
+                "null leaves it to the partition"
             )
         common["timeout_min"] = limit
     return common | {f"slurm_{key}": value for key, value in slurm.items()}
 
 
 def gpus_asked(text: str | int | None) -> int:
-    """Returns the number of GPUs in `4`, `a100:4`, `a100` or `a100:2,v100:1`. Raises `ValueError`."""
+    """Returns how many GPUs `4`, `a100:4`, `a100` or `a100:2,v100:1` are. Raises `ValueError`."""
     parts = str(text or 0).split(",")
     return sum(_count(part.split(":")) for part in parts)
 

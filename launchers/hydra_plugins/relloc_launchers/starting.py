@@ -1,4 +1,4 @@
-"""Starting a process that is on record before it does anything."""
+"""Starts a process whose number is noted before it does anything."""
 
 import contextlib
 import subprocess
@@ -8,8 +8,8 @@ from typing import BinaryIO
 from relloc.sweeps.points import Point, note_job
 from relloc.tracking.living import process_mark
 
-# The process waits for a line from who started it, and ends where that died first. It keeps its number as it becomes
-# the command.
+# The process waits for a line from its parent, and ends if that died before. `exec` turns it into
+# the command under the same process number.
 _WAIT = 'read -r go && exec "$@" </dev/null'
 
 
@@ -21,11 +21,11 @@ def start_noted(
     output: BinaryIO | None,
     messages: BinaryIO,
 ) -> subprocess.Popen[bytes]:
-    """Start a point's command, in a session of its own, once its run folder notes which process it is.
+    """Starts a point's command, in a session of its own, once its run folder notes the process.
 
-    Were it noted after the command began, a kill in between would leave a process that nobody knows of, and the
-    point would be started a second time. What it prints goes to `output`, or without one where this
-    process prints; what it writes on stderr goes to `messages`.
+    If it were noted after the command began, a kill in between would leave an unknown process, and
+    the point would be started a second time. stdout goes to `output`, or to this process's stdout
+    if that is None; stderr goes to `messages`.
     """
     process = subprocess.Popen(
         ["/bin/sh", "-c", _WAIT, "relloc", *command],
@@ -33,20 +33,23 @@ def start_noted(
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=messages,
-        start_new_session=True,  # Ctrl-C comes once, from us
+        start_new_session=True,  # so that Ctrl-C reaches it once, from this process
     )
     try:
         note_job(point, process_mark(process.pid))
     except BaseException:
-        _tell(process, b"")  # the end of its input: it ends
+        # At the end of its input the process ends.
+        _send(process, b"")
         process.wait()
         raise
-    _tell(process, b"go\n")
+    _send(process, b"go\n")
     return process
 
 
-def _tell(process: subprocess.Popen[bytes], line: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it was killed meanwhile, which its exit code says
+def _send(process: subprocess.Popen[bytes], line: bytes) -> None:
+    """Writes to a process's input, and closes that."""
+    # A process that was killed meanwhile says so by its exit code.
+    with contextlib.suppress(BrokenPipeError):
         if process.stdin is not None:
             with process.stdin as waiting:
                 waiting.write(line)

@@ -1,7 +1,8 @@
-"""`hydra/launcher=submitit_slurm` and `submitit_local` with that plugin's settings, run by relloc's own launchers.
+"""Takes the settings of hydra-submitit-launcher and runs them with relloc's own launchers.
 
-hydra-submitit-launcher sends Hydra itself to the jobs, where it composes a point only when its job begins. Its
-settings are taken as it documents them; points are commands, as with launcher=slurm and launcher=local.
+That plugin, chosen with `hydra/launcher=submitit_slurm` or `submitit_local`, sends Hydra itself to
+the jobs, where a point is composed only when its job begins. Here its settings mean what it
+documents, but points are commands, as with launcher=slurm and launcher=local.
 """
 
 import dataclasses
@@ -30,25 +31,21 @@ from relloc.sweeps.table import say
 _PREFIX = "hydra.launcher."
 # Settings of that plugin that launcher=slurm has by the same name and with the same meaning
 _SAME = (
-    *(
-        "partition",
-        "account",
-        "qos",
-        "constraint",
-        "exclude",
-        "gres",
-        "nodes",
-        "gpus_per_node",
-        "tasks_per_node",
-    ),
-    *(
-        "cpus_per_task",
-        "mem_gb",
-        "timeout_min",
-        "signal_delay_s",
-        "max_num_timeout",
-        "array_parallelism",
-    ),
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "exclude",
+    "gres",
+    "nodes",
+    "gpus_per_node",
+    "tasks_per_node",
+    "cpus_per_task",
+    "mem_gb",
+    "timeout_min",
+    "signal_delay_s",
+    "max_num_timeout",
+    "array_parallelism",
     "additional_parameters",
 )
 _LISTS = ("setup", "srun_args")
@@ -57,16 +54,17 @@ _SPECIAL = ("name", "submitit_folder", "dry_run", "mode")
 
 @dataclasses.dataclass
 class SubmititSlurmSettings(SlurmQueueConf):
-    """The plugin's own settings, for relloc's launcher."""
+    """The plugin's settings of SLURM jobs, for relloc's launcher."""
 
     _target_: str = "hydra_plugins.relloc_launchers.submitit_settings.SubmititSlurmLauncher"
-    mode: str = "MULTIRUN"  # of Hydra: a single run is submitted as well, as with launcher=slurm
+    # Hydra's mode: a single run is submitted as well, as with launcher=slurm.
+    mode: str = "MULTIRUN"
     timeout_min: int | None = 60  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclasses.dataclass
 class SubmititLocalSettings(LocalQueueConf):
-    """The same for processes of this machine, which have no limit of time unless one is given."""
+    """The plugin's settings of local processes, by default without a time limit."""
 
     _target_: str = "hydra_plugins.relloc_launchers.submitit_settings.SubmititLocalLauncher"
     mode: str = "MULTIRUN"
@@ -74,9 +72,9 @@ class SubmititLocalSettings(LocalQueueConf):
 
 
 class SubmititMembers(SearchPathPlugin):
-    """Puts relloc's launchers in the place of that plugin's, as hydra/launcher=submitit_slurm and submitit_local.
+    """Registers relloc's launchers as hydra/launcher=submitit_slurm and submitit_local.
 
-    Hydra calls this once it has imported all plugins, in whatever order it found them.
+    Hydra calls this after it has imported all plugins, so that these replace that plugin's own.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -86,7 +84,7 @@ class SubmititMembers(SearchPathPlugin):
 
 
 class SubmititSlurmLauncher(SlurmLauncher):
-    """Points as SLURM jobs, with the settings of hydra/launcher=submitit_slurm."""
+    """Runs points as SLURM jobs, with the settings of hydra/launcher=submitit_slurm."""
 
     asked_by = "hydra/launcher=submitit_slurm"
     prefix = _PREFIX
@@ -94,7 +92,8 @@ class SubmititSlurmLauncher(SlurmLauncher):
     def __init__(self, **settings: Any) -> None:
         given = _plain(settings)
         super().__init__(OmegaConf.create(_of_slurm(given)))
-        self._given_folder, self._job_name = Path(given["submitit_folder"]), given["name"]
+        self._given_folder = Path(given["submitit_folder"])
+        self._job_name = given["name"]
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -105,19 +104,21 @@ class SubmititSlurmLauncher(SlurmLauncher):
     def plan(self, todo: Sequence[Point]) -> None:
         from submitit.core.utils import JobPaths
 
-        # Submissions have folders of their own, below the part of it that doesn't depend on a job's number.
+        # Each submission has a folder of its own below that part of the given folder which does not
+        # depend on the job's number.
         self._log_folder = JobPaths.get_first_id_independent_folder(self._given_folder)
         super().plan(todo)
-        gpus, tasks = self.settings["gpus_per_node"], self.settings["tasks_per_node"]
+        gpus = self.settings["gpus_per_node"]
+        tasks = self.settings["tasks_per_node"]
         if todo and isinstance(gpus, int) and gpus > 1 and tasks == 1:
             say(
-                f"        a process trains on one GPU: {gpus - 1} of {_PREFIX}gpus_per_node={gpus} stay unused unless "
-                f"{_PREFIX}tasks_per_node={gpus} as well"
+                f"        a process trains on one GPU: {gpus - 1} of {_PREFIX}gpus_per_node={gpus} "
+                f"stay unused unless {_PREFIX}tasks_per_node={gpus} as well"
             )
 
 
 class SubmititLocalLauncher(ProcessLauncher):
-    """Points as processes of this machine, with the settings of hydra/launcher=submitit_local."""
+    """Runs points as local processes, with the settings of hydra/launcher=submitit_local."""
 
     may_be_chosen_in_files = True
 
@@ -138,13 +139,15 @@ class SubmititLocalLauncher(ProcessLauncher):
         known = [field.name for field in dataclasses.fields(SubmititLocalSettings)]
         _refuse_unknown(given, known, "submitit_local")
         self._limit_s = None
-        if (limit := given["timeout_min"]) is not None:
-            self._limit_s = 60 * whole(f"{_PREFIX}timeout_min", limit)
+        limit_min = given["timeout_min"]
+        if limit_min is not None:
+            self._limit_s = 60 * whole(f"{_PREFIX}timeout_min", limit_min)
         self._threads = given["cpus_per_task"]
         if self._threads is not None:
             whole(f"{_PREFIX}cpus_per_task", self._threads)
         self._has_gpus = given["gpus_per_node"] != 0
         self._started: dict[subprocess.Popen[bytes], float] = {}
+        # Settings that ask for what a local process does not have
         meaningless = {
             "nodes": given["nodes"] != 1,
             "tasks_per_node": given["tasks_per_node"] != 1,
@@ -156,8 +159,9 @@ class SubmititLocalLauncher(ProcessLauncher):
         for name, is_given in meaningless.items():
             if is_given:
                 raise UsageError(
-                    f"{_PREFIX}{name}={given[name]} means nothing with hydra/launcher=submitit_local: each point is a "
-                    "process of this machine, with one GPU where there are some and its output in the sweep's logs/"
+                    f"{_PREFIX}{name}={given[name]} means nothing with "
+                    "hydra/launcher=submitit_local: each point is a process of this machine, with "
+                    "one GPU where there are some and its output in the sweep's logs/"
                 )
         super().plan(todo)
 
@@ -165,10 +169,13 @@ class SubmititLocalLauncher(ProcessLauncher):
         made = super().environment()
         if self._threads is not None:
             made["OMP_NUM_THREADS"] = str(self._threads)
-        return made if self._has_gpus else made | {"CUDA_VISIBLE_DEVICES": ""}
+        if not self._has_gpus:
+            made["CUDA_VISIBLE_DEVICES"] = ""
+        return made
 
     def _collect(self) -> None:
         super()._collect()
+        # Have points save and end when they reach the time limit.
         if self._limit_s is None:
             return
         now = time.monotonic()
@@ -176,48 +183,50 @@ class SubmititLocalLauncher(ProcessLauncher):
             began = self._started.setdefault(process, now)
             if now - began > self._limit_s and began < float("inf"):
                 say(f"time    {point.name} has reached {_PREFIX}timeout_min: it saves and ends")
+                # Marks that the process has been sent the signal
                 self._started[process] = float("inf")
                 process.send_signal(signal.SIGUSR2)
 
 
 def _of_slurm(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of that plugin, by the names of launchers/conf/slurm.yaml. Raises `UsageError`."""
+    """Returns the plugin's settings by the names of launchers/conf/slurm.yaml.
+
+    Raises `UsageError` for settings that neither the plugin nor submitit has.
+    """
     from submitit import SlurmExecutor
 
     known = {field.name for field in dataclasses.fields(SubmititSlurmSettings)}
     of_submitit = SlurmExecutor._valid_parameters() | {"srun_args"}
     _refuse_unknown(given, sorted(known | of_submitit | {"dry_run"}), "submitit_slurm")
-    others = [name for name in given if name not in (*_SAME, *_LISTS, *_SPECIAL)]
+    # All other settings go to submitit, except an unset flag, which submitit would write as
+    # --exclusive=False.
+    of_submitit_only = {}
+    for name, value in given.items():
+        is_unset_flag = name == "exclusive" and value is False
+        is_other = name not in (*_SAME, *_LISTS, *_SPECIAL)
+        if is_other and value is not None and not is_unset_flag:
+            of_submitit_only[name] = value
     return {
         **{name: given[name] for name in _SAME},
         **{name: given.get(name) or [] for name in _LISTS},
         "dry_run": given.get("dry_run", False),
-        "submitit": {
-            name: given[name]
-            for name in others
-            if given[name] is not None and not _is_no_flag(given, name)
-        },
+        "submitit": of_submitit_only,
     }
 
 
-def _is_no_flag(given: Mapping[str, Any], name: str) -> bool:
-    """Whether it is an option of sbatch that is not wanted, which submitit would write as --exclusive=False."""
-    return name == "exclusive" and given[name] is False
-
-
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], launcher: str) -> None:
+    """Raises `UsageError` for a setting that the launcher doesn't have."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"Did you mean {_PREFIX}{near[0]}?"
-                if near
-                else f"It has {', '.join(sorted(known))}"
-            )
+            hint = f"It has {', '.join(sorted(known))}"
+            if near:
+                hint = f"Did you mean {_PREFIX}{near[0]}?"
             raise UsageError(f"hydra/launcher={launcher} has no setting {_PREFIX}{name}. {hint}")
 
 
 def _refuse_two_launchers(config: DictConfig, asked_by: str) -> None:
+    """Raises `UsageError` if launcher= is given as well, or the command takes no launcher."""
     if "sweep" not in config:
         raise UsageError(
             f"{asked_by} is for trainings and evaluations: relloc.{config.hydra.job.name} runs here"
@@ -228,7 +237,9 @@ def _refuse_two_launchers(config: DictConfig, asked_by: str) -> None:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        for name, value in settings.items()
-    }
+    """Returns the settings with nested configs as plain dicts and lists."""
+    plain = {}
+    for name, value in settings.items():
+        is_config = OmegaConf.is_config(value)
+        plain[name] = OmegaConf.to_container(value, resolve=True) if is_config else value
+    return plain
