@@ -59,6 +59,7 @@ class Model:
 
     def backbone(self, seed: int) -> Backbone:
         """Returns a backbone initialized with the seed `seed`."""
+        # Layers draw their initial weights from the global generator of PyTorch.
         torch.manual_seed(seed)
         return self.make_backbone()
 
@@ -173,6 +174,7 @@ class RunSettings:
 
         A data set that several evaluations bring is listed once.
         """
+        # Data sets that were listed already, by a text that is equal for equal images
         listed = {self.data.images: own} if own else {}
         evaluations = []
         for chosen in self.evaluations:
@@ -183,6 +185,7 @@ class RunSettings:
                 name=chosen.name,
                 evaluation=chosen.evaluation,
                 splits=listed[data.images],
+                # None for the run's own data, whose share `encode_config` passes on
                 unreadable_share=chosen.data.unreadable_share if chosen.data else None,
                 how_to_give=chosen.data.how_to_give if chosen.data else "",
             )
@@ -216,6 +219,7 @@ class Pretraining(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Numbers of images and steps, each by the name of its setting
         checks.whole("recipe.images_per_step", self.images_per_step)
         checks.whole("recipe.images_per_batch_norm", self.images_per_batch_norm)
         if self.images_per_forward is not None:
@@ -328,6 +332,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         InstantiationException: a `_target_` can't be called with its settings.
     """
     given = plain(config)
+    # A preset of relloc.evaluate composes here too, but means something else.
     if "checkpoint" in given:
         raise UsageError(
             "this experiment evaluates checkpoints: run it with python -m relloc.evaluate"
@@ -340,6 +345,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         ),
         schedule=call("schedule", given["schedule"]),
         recipe_epochs=given["recipe"]["epochs"],
+        # Made later, when the network exists whose weights it updates
         make_optimizer=functools.partial(call, "optimizer", given["optimizer"]),
         batch_norm=given["pretext_batch_norm"],
         images_per_step=given["recipe"]["images_per_step"],
@@ -349,6 +355,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         milestones=given["milestones"],
         report_every_steps=given["report_every_steps"],
         monitor=MonitorSettings(**given["monitor"]),
+        # The settings that decide the weights: without launcher, tracking, paths and the like
         identity=neutral.settings_of_weights(flatten(given)),
     )
     # The slow checks come last. They are cached by the text of the nodes, since many points of a
@@ -385,6 +392,7 @@ def preparing(config: DictConfig) -> Preparing:
     names = ("short_px", "quality", "subsampling", "images_per_shard")
     return Preparing(
         data=_data_set("data", given["data"]),
+        # The number of images in each split that the data set was published with, if that is known
         published=given["data"]["source"].get("published_images"),
         out=given["out"],
         packing=Packing(**{name: given[name] for name in names}),
@@ -445,6 +453,7 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
     _check_tracking(**given["tracking"])
     batch_norm = given["batch_norm"]
     view = given["view"]
+    # Settings of the engine are at the top of the config, under the names of its fields.
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
     evaluations = given["eval"] or {}
     return {
@@ -467,6 +476,7 @@ def _check_tracking(uri: str | None, experiment: str) -> None:
 
     No server is contacted.
     """
+    # Importing the driver of the address finds a misspelt scheme, or a missing package.
     if uri is not None:
         try:
             import_driver(absolute_uri(uri))
@@ -499,6 +509,7 @@ def _model(node: Mapping[str, Any]) -> Model:
 
 
 def _evaluation(name: str, node: Mapping[str, Any]) -> ChosenEvaluation:
+    # The data set is built here; everything else in the node is for the evaluation itself.
     constants = {key: value for key, value in node.items() if key != "data"}
     try:
         evaluation = call(f"eval.{name}", constants)

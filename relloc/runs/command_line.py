@@ -104,6 +104,7 @@ def _flag(word: str, left: list[str]) -> list[str]:
     meant = [flag for flag in known if flag.startswith(name)] if name.startswith("--") else []
     if name not in known and len(meant) == 1:
         name = meant[0]
+    # From here on, the name is complete.
     if name in _ALONE and not has_value:
         return [name]
     if name in _INFO:
@@ -181,6 +182,7 @@ def _without_equals(word: str, after: Sequence[str]) -> str:
     """Returns the message for a word without a value, such as `grid.gap_px`, `seed:0`, `seed 0`."""
     if not word:
         return "one of the words is empty: a setting is KEY=VALUE, such as seed=0"
+    # As in YAML: seed:0
     key, colon, value = word.partition(":")
     if colon and value and _KEY.fullmatch(key):
         return f"{shlex.quote(word)} sets nothing: it is written with =, {_typed(key, value)}"
@@ -189,6 +191,7 @@ def _without_equals(word: str, after: Sequence[str]) -> str:
             f"{shlex.quote(word)} is no setting: "
             "these are written KEY=VALUE, such as seed=0. See --help"
         )
+    # As for many other commands: seed 0
     if after and "=" not in after[0] and not _KEY.fullmatch(after[0]):
         return f"{word} {after[0]} are two words: a setting is one, {_typed(word, after[0])}"
     return f"{word} is given no value: write {word}=VALUE; --help {word} tells what it is"
@@ -206,6 +209,7 @@ def _unread(key: str, value: str, sweeps: bool) -> str:
         )
     typed = shlex.quote(f"{key}={value}")
     closed = f"{key}={_closed(value)}"
+    # A bracket that a shell or a space has separated from its other half
     if value.startswith("[") != value.endswith("]") and parsed(closed):
         return f"{typed} has a bracket without its other half: write {shlex.quote(closed)}"
     return (
@@ -289,6 +293,7 @@ def values(word: Override) -> list[Any]:
         return [word.value()]
     if not word.is_choice_sweep():
         return []
+    # Hydra gives the values of a sweep as texts, which are parsed once more.
     points = [parsed(f"key={text}") for text in word.sweep_string_iterator()]
     return [point.value() for point in points if point is not None]
 
@@ -331,6 +336,7 @@ def check_checkpoints(words: Sequence[Override]) -> None:
 def _hint(name: str) -> str:
     """Returns the end of the message for a checkpoint that does not exist."""
     folder = Path(name).parent
+    # A misspelt name such as Random, then a misspelt file or folder
     near = difflib.get_close_matches(name.lower(), NOT_OURS, n=1, cutoff=0.75)
     if not near:
         siblings = sorted(file.name for file in folder.glob("*"))

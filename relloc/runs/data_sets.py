@@ -149,7 +149,9 @@ class DataSet:
 
         If the folder came from an environment variable, the message names that too.
         """
+        # Readers write data.root or data.shards; put this data set's own setting there.
         message = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", message)
+        # The folder may have been set by a variable that the user has forgotten.
         variables = [name for name in (self._variable, "RELLOC_DATA") if os.environ.get(name)]
         variable = variables[0] if variables else ""
         folder = self.shards or self.source.get("root")
@@ -165,6 +167,7 @@ class DataSet:
         is_counted_year = self.source.get("year", COUNTED_YEAR) == COUNTED_YEAR
         if "published_images" not in self.source or not is_counted_year:
             return
+        # Folders of shards know the name of the data set that was packed.
         if found.train.name != self.name:
             warnings.warn(
                 f"{self._location} holds images called {found.train.name}, not {self.name}: "
@@ -178,6 +181,7 @@ def _report(found: Splits) -> None:
     """Prints the numbers of images and classes."""
     labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
     if isinstance(found.train, MultiLabeled):
+        # Such as PASCAL VOC, where an image shows objects of several classes
         labels = f"{len(found.train.classes)} classes, several an image"
     counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
     console.say(f"data    {found.train.name}: {counts}, {labels}")
@@ -191,6 +195,7 @@ def _identify(found: Splits, *, shown: bool) -> None:
     On a slow file server that takes minutes, which must not look as if nothing happened.
     """
     for images in (found.train, found.held_out):
+        # Only folders of files have a digest that takes long: each file is read for it.
         if isinstance(images, FolderImages):
             bar = functools.partial(console.progress_if_long, f"identify {images.split}")
             images.digest(bar if shown else without_progress)

@@ -70,6 +70,7 @@ class Invocation:
 
         `data` are the data sets that the run reads.
         """
+        # The GPUs of a run are taken to be of one kind.
         devices = ["cpu"]
         if engine.device.type == "cuda":
             devices = [torch.cuda.get_device_name(engine.device)] * ranks.world_size()
@@ -90,6 +91,7 @@ class Invocation:
                 tag_name, value = tag.split("=", 1)
                 tags[tag_name] = value
         tracking = self.settings["tracking"]
+        # MLflow records each split as an input of the run.
         datasets = []
         for splits in data:
             datasets.append(_dataset(splits.train, "train"))

@@ -64,6 +64,7 @@ def answer(words: Sequence[str], command: str) -> str:
 def _answer(word: str, chosen: Sequence[str], command: str) -> Iterator[str]:
     """Yields the lines about one word."""
     name, _, value = word.lstrip("+~").partition("=")
+    # A name without a group is a setting; a/b is also taken for a.b.
     if not settings.is_group(name):
         yield from _setting(name.replace("/", "."), chosen, command)
     elif value:
@@ -75,6 +76,7 @@ def _answer(word: str, chosen: Sequence[str], command: str) -> Iterator[str]:
 
 def _member(group: str, member: str) -> Iterator[str]:
     """Yields the description of a member, and what its file sets."""
+    # The whole file is shown: its opening comment, then its settings.
     file = settings.file_of(f"{group}/{member}")
     if file is None:
         raise UsageError(no_member(group, member))
@@ -95,6 +97,7 @@ def _group(group: str, command: str) -> Iterator[str]:
     known = settings.members(group)
     width = max(map(len, known), default=0)
     for member in known:
+        # The first line of the comment that its file opens with
         first = next(iter(settings.about(f"{group}/{member}")), "")
         yield f"{_INDENT}{member:{width}}   {first}".rstrip()
     inside = _directly_inside(group, settings.compose(command))
@@ -155,6 +158,7 @@ def _composed_with(key: str, chosen: Sequence[str], command: str) -> tuple[Compo
 
 def _source_of(key: str, composed: Composed) -> Source | None:
     """Returns the last file that sets a setting, which is the one that wins."""
+    # Later files override earlier ones.
     for source in reversed(composed.sources):
         inner = _inside(key, source)
         if inner == "" or inner in settings.flat(settings.content_of(source.name)):
@@ -169,6 +173,7 @@ def _inside(key: str, source: Source) -> str | None:
     """
     if not source.package:
         return key
+    # The final dot keeps `grid` from matching `gridlike.px`.
     inside = f"{key}.".removeprefix(f"{source.package}.")
     return inside.removesuffix(".") if inside != f"{key}." else None
 
@@ -205,6 +210,7 @@ def comments(file: Path) -> dict[str, str]:
     above = _above(text.splitlines())
     found = {}
     for key, start, end in _spans(yaml.compose(text)):
+        # YAML drops comments while it parses: find them in the text, by the offsets of the values.
         behind = re.compile(r":?[ \t]*#[ \t]*(.*)").match(text, end)
         line_number = text.count("\n", 0, start)
         comment = behind[1].strip() if behind else above[line_number]
@@ -267,6 +273,7 @@ def _from_docstring(key: str, composed: Composed) -> Iterator[str]:
         return
     text = _docstring(target)
     sentences = re.split(r"(?<=[.;])\s+", " ".join(text.split()))
+    # A docstring may explain a setting in any sentence.
     naming = [sentence for sentence in sentences if f"`{name}`" in sentence]
     # An entry may go on in lines that are indented further.
     entry = re.search(rf"^    {re.escape(name)}: (.+(?:\n {{5,}}.+)*)", text, re.MULTILINE)
@@ -284,6 +291,7 @@ def _docstring(target: str) -> str:
     if spec is None or spec.origin is None:
         return ""
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    # Only classes and functions at the top of a module can be a `_target_`.
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return ast.get_docstring(node) or ""

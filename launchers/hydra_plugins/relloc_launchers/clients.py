@@ -288,6 +288,7 @@ def states(jobs: Sequence[str]) -> dict[str, Status]:
 def cancel(jobs: Sequence[str]) -> None:
     """Has SLURM end these jobs. Raises `UsageError` if it does not."""
     asked = [Job.parse(text) for text in jobs]
+    # One call of scancel for each cluster
     for cluster in sorted({job.cluster for job in asked}, key=str):
         on_cluster = [job for job in asked if job.cluster == cluster]
         names = [job.name for job in on_cluster if not job.is_token]
@@ -363,6 +364,7 @@ def _tasks(text: str | None) -> Iterator[int | None]:
     if text is None:
         yield None
         return
+    # What follows % limits how many tasks run at once.
     for part in text.strip("[]").partition("%")[0].split(","):
         first, _, last = part.partition("-")
         if first.isdigit():

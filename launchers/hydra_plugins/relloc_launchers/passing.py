@@ -29,6 +29,7 @@ _FOLDERS = {"--config-path": "main", "--config-dir": "command-line"}
 
 def command_of(config: DictConfig) -> str:
     """Returns the command that was started, train or evaluate, whatever hydra.job.name says."""
+    # Users may rename the job in Hydra's settings.
     started = Path(sys.argv[0]).stem
     return started if started in _COMMANDS else config.hydra.job.name
 
@@ -100,6 +101,7 @@ def folders_of_configs(config: DictConfig, usual: Path) -> dict[str, Path]:
         for source in config.hydra.runtime.config_sources:
             if source.provider == provider and source.schema == "file":
                 folder = Path(os.path.abspath(source.path))
+                # relloc's own folder is part of the copy of the code in any case.
                 if folder != usual:
                     found[option] = folder
     return found

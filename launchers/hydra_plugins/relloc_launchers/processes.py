@@ -61,6 +61,7 @@ class ProcessLauncher(PointsLauncher):
         try:
             while self._running or (self._waiting and self._stop is None):
                 while self._waiting and len(self._running) < self._slots and self._stop is None:
+                    # `relloc.sweep cancel` leaves a note in the sweep's folder.
                     if self.sweep.is_cancelled(self._since):
                         self._waiting.clear()
                         break
@@ -95,6 +96,7 @@ class ProcessLauncher(PointsLauncher):
             return
         device = self._free.pop(0)
         environment = self.environment()
+        # A single process at a time sees all GPUs, as a run that is alone.
         if device is not None and not self._on_console:
             environment["CUDA_VISIBLE_DEVICES"] = device
         # Processes beside each other share the cores.
@@ -148,6 +150,7 @@ class ProcessLauncher(PointsLauncher):
 
 def _devices() -> list[str]:
     """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    # A user or scheduler that has chosen GPUs is obeyed.
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name]
