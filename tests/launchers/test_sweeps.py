@@ -368,9 +368,8 @@ def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(
         RELLOC_CONF=str(tmp_path / "own"),
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith(
-        "relloc: this hydra/launcher sends Hydra itself to other processes, where"
-    )
+    assert "hydra/launcher=submitit_slurm" in done.stderr
+    assert "launcher=local" in done.stderr
     assert not list(tmp_path.rglob("*_log.*"))
 
 

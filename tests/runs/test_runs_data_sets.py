@@ -26,9 +26,7 @@ def data_set(**changes: Any) -> DataSet:
 
 
 def test_a_wrong_share_is_told_by_its_setting() -> None:
-    with pytest.raises(
-        UsageError, match=r"eval\.knn\.data\.unreadable_share is 2: give a number from 0 to 1"
-    ):
+    with pytest.raises(UsageError, match=r"eval\.knn\.data\.unreadable_share is 2"):
         data_set(setting="eval.knn.data", unreadable_share=2)
 
 
@@ -115,6 +113,6 @@ def test_packed_images_that_are_not_the_published_ones_are_told(
     with pytest.warns(UserWarning, match="photos") as warned:
         data.read()
     told = [str(one.message) for one in warned]
-    assert any("holds images called photos, not in1k" in one for one in told)
-    assert any("the published set 1281167" in one for one in told)
+    assert any("photos" in one and "in1k" in one for one in told)
+    assert any("1281167" in one for one in told)
     assert f"eval.knn.data.shards={tmp_path / 'packed'}" in capsys.readouterr().out
