@@ -1,6 +1,7 @@
-"""python -m relloc.report [FOLDER ...] [--format FORMAT] [--out FILE]: our numbers beside the published ones.
+"""Prints our results beside the published ones: python -m relloc.report [FOLDER ...].
 
-python -m relloc.report sweep=NAME: those of runs/sweeps/NAME, a line a setting and a column a layer, and as a picture.
+With --format and --out the report is written as Markdown, CSV, HTML or LaTeX. With sweep=NAME it
+covers one sweep of runs/sweeps: a line for each setting, a column for each layer, and a picture.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep, is_named, runs_fo
 
 _SWEEP = "sweep="
 _PICTURES = ("png", "svg", "pdf")
-# Of a file by its ending; what is printed has the first
+# The format by a file's ending. The first is also that of what is printed
 _FORMATS = {".md": "markdown", ".csv": "csv", ".html": "html", ".tex": "latex"}
 _SWEEP_FORMATS = _FORMATS | {f".{name}": name for name in _PICTURES}
 _RENDER: dict[str, Callable[[Report], str]] = {
@@ -34,87 +35,108 @@ _RENDER: dict[str, Callable[[Report], str]] = {
     "html": as_html,
     "latex": as_latex,
 }
+# States of points that no job will finish: the report lists the commands that run them again
 _NOT_IN_FLIGHT = ("stopped", "cancelled", "failed", "missing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print or write the report; 0 if it is there, 2 after a mistake, which is one message on stderr."""
+    """Prints or writes the report that the command line asks for.
+
+    Returns the exit code: 0 for success, 2 after a mistake, which is one message on stderr.
+    """
     options = parser().parse_args(arguments)
     try:
-        if sweeps := [word for word in options.folders if _names_sweep(word)]:
+        sweeps = [word for word in options.folders if _names_sweep(word)]
+        if sweeps:
+            # It refuses a second sweep or folder beside the first
             has_card_model = _report_sweep(sweeps[0], options)
         else:
-            has_card_model = _report(options)
-        _tell_next(options, has_card_model=has_card_model)
+            has_card_model = _report_runs(options)
+        _suggest_next(options, has_card_model=has_card_model)
     except UsageError as error:
         terminal.complain(error)
         return error.exit_code
     return 0
 
 
-def _tell_next(options: argparse.Namespace, *, has_card_model: bool) -> None:
-    """Of a report that was printed, how it becomes a page; of a written one, how its empty cells are filled.
+def _suggest_next(options: argparse.Namespace, *, has_card_model: bool) -> None:
+    """Prints the command that may come next.
 
-    The card is of one model: other models fill none of its cells.
+    After a printed report it writes the same report to a file. After a written one it fills empty
+    cells of the published card, which has the card's model only.
     """
     if options.out is not None:
+        # No other model has numbers on the card, so its cells are none that are missing
         if has_card_model:
             terminal.tell_next(FILL_CARD, on_stderr=True)
-    elif options.format is None:
-        form = "md" if any(folder.startswith(_SWEEP) for folder in options.folders) else "html"
-        words = ["python", "-m", "relloc.report", *options.folders, "--out", f"report.{form}"]
+        return
+    # Whoever asked for a format of stdout, such as csv, has the output that was wanted
+    if options.format is None:
+        # HTML suits the card's wide tables and Markdown a sweep's few
+        is_of_sweep = any(folder.startswith(_SWEEP) for folder in options.folders)
+        ending = "md" if is_of_sweep else "html"
+        words = ["python", "-m", "relloc.report", *options.folders, "--out", f"report.{ending}"]
         terminal.tell_next(shlex.join(words), on_stderr=True)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The words that the command takes."""
+    """Returns the parser of the command line."""
     words = argparse.ArgumentParser(prog="python -m relloc.report", description=__doc__)
     words.add_argument(
         "folders",
         metavar="FOLDER",
         nargs="*",
-        help=f"runs, sweeps, or folders of them, by default runs/; or one sweep: {_SWEEP}NAME, {_SWEEP}FOLDER or NAME",
+        help="run folders, sweep folders, or folders that hold some, by default runs/; "
+        f"or one sweep: {_SWEEP}NAME, {_SWEEP}FOLDER or NAME",
     )
     words.add_argument(
         "--format",
-        help=f"{', '.join(_FORMATS.values())}; of a sweep {', '.join(_SWEEP_FORMATS.values())}; "
-        "by default that of FILE's ending, which must be known; printed, markdown",
+        help=f"{', '.join(_FORMATS.values())}; for a sweep {', '.join(_SWEEP_FORMATS.values())}; "
+        "by default the format of FILE's ending, or markdown where the report is printed",
     )
     words.add_argument(
         "--rows",
         default=ROWS[0],
-        help="card: relative location and its controls; all: other tasks too",
+        help="published rows to show: card (relative location and its controls) or all "
+        "(other pretext tasks too)",
     )
     words.add_argument(
         "--metrics",
         metavar="PATTERN",
-        help="of a sweep: not the headline metrics, but these: 'linear*/top1_tuned'",
+        help="metrics of a sweep to show in place of the headline metrics, "
+        "for example 'linear*/top1_tuned'",
     )
-    words.add_argument("--out", metavar="FILE", type=Path, help="write there instead of printing")
+    words.add_argument("--out", metavar="FILE", type=Path, help="write to FILE, don't print")
     return words
 
 
 def _names_sweep(word: str) -> bool:
-    """Whether a sweep is meant as such: what is a folder here is reported as one, beside the published numbers."""
+    """Returns whether an argument names a sweep.
+
+    A folder of that name goes first, and is reported beside the published numbers.
+    """
     return word.startswith(_SWEEP) or (not os.path.exists(word) and is_named(word))
 
 
-def _report(options: argparse.Namespace) -> bool:
-    """Give the report of runs; whether any of its numbers is of the card's model."""
+def _report_runs(options: argparse.Namespace) -> bool:
+    """Reports the results of runs; returns whether any of them is of the published card's model."""
     render = _RENDER[_format(options, _FORMATS)]
     if options.rows not in ROWS:
         raise UsageError(f"--rows {options.rows} is not one of {', '.join(ROWS)}")
     if options.metrics is not None:
         raise UsageError(f"--metrics is for a sweep: name one with {_SWEEP}NAME")
-    runs = [run for folder in options.folders or [runs_folder()] for run in _runs_of(Path(folder))]
+    # A sweep's folder stands for the run folders of its points
+    runs = []
+    for folder in options.folders or [runs_folder()]:
+        runs += _run_folders(Path(folder))
     measured = find_measured(runs)
-    _give(render(make_report(measured, options.rows)), options.out)
+    _output(render(make_report(measured, options.rows)), options.out)
     return any(each.result.model == PUBLISHED_MODEL for each in measured)
 
 
 def _report_sweep(word: str, options: argparse.Namespace) -> bool:
-    """As `_report`, of a sweep."""
-    # pandas and matplotlib take a while, which other reports need not wait
+    """Reports one sweep; returns whether any result is of the published card's model."""
+    # Imported here, as pandas and matplotlib take a while, which other reports need not wait for
     from relloc.reports.pictures import draw_sweep
     from relloc.reports.sweep import as_report, as_sweep_csv, read_sweep
 
@@ -122,58 +144,71 @@ def _report_sweep(word: str, options: argparse.Namespace) -> bool:
         raise UsageError(f"{word} is reported alone: leave out the other folders and sweeps")
     if options.rows != ROWS[0]:
         raise UsageError(
-            f"--rows is for published numbers, which {word} is not beside: leave it out"
+            f"--rows selects published numbers, which a sweep's report ({word}) does not have: "
+            "leave it out"
         )
-    sweep, shown = find_sweep(word), _format(options, _SWEEP_FORMATS)
+    sweep = find_sweep(word)
+    form = _format(options, _SWEEP_FORMATS)
     points = sweep.points()
     states = _states(points)
     numbers = read_sweep(sweep.name, points, states, options.metrics)
-    if shown == "csv":
-        _give(as_sweep_csv(numbers), options.out)
-    elif shown in _RENDER:
-        idle = [
-            point for point, state in zip(points, states, strict=True) if state in _NOT_IN_FLIGHT
-        ]
-        _give(_RENDER[shown](as_report(numbers, [point.again for point in idle])), options.out)
+    if form == "csv":
+        _output(as_sweep_csv(numbers), options.out)
+    elif form in _RENDER:
+        # The report ends with the commands of the points that no job has
+        commands = []
+        for point, state in zip(points, states, strict=True):
+            if state in _NOT_IN_FLIGHT:
+                commands.append(point.again)
+        _output(_RENDER[form](as_report(numbers, commands)), options.out)
     has_card_model = bool((numbers.rows["model"] == PUBLISHED_MODEL).any())
-    # A picture is drawn where one is asked for, and beside what is printed where nothing is
-    if shown not in _PICTURES and not (options.format is options.out is None):
+    # A picture is drawn where one is asked for, and beside a report that is printed by default
+    is_default = options.format is None and options.out is None
+    if form not in _PICTURES and not is_default:
         return has_card_model
     if numbers.has_ours:
-        form = shown if shown in _PICTURES else _PICTURES[0]
-        path = options.out or sweep.folder / f"report.{form}"
-        with _writing(path):
-            draw_sweep(numbers, path, form)
+        picture_form = form if form in _PICTURES else _PICTURES[0]
+        path = options.out or sweep.folder / f"report.{picture_form}"
+        with _naming_errors(path):
+            draw_sweep(numbers, path, picture_form)
         print(f"picture {terminal.escaped(str(path))}")
         return has_card_model
-    nothing = f"there is nothing to draw of sweep {sweep.name}: all its weights are random or torchvision's"
-    if shown in _PICTURES:
-        raise UsageError(nothing)
-    print(nothing)
+    # Asked for a picture, that is a mistake; where one was only offered, a line of the output
+    reason = (
+        f"there is nothing to draw of sweep {sweep.name}: "
+        "all its weights are random or torchvision's"
+    )
+    if form in _PICTURES:
+        raise UsageError(reason)
+    print(reason)
     return has_card_model
 
 
 def _states(points: Sequence[Point]) -> list[str]:
-    """How each point stands; schedulers are asked only where not all are done, and may be silent."""
-    found, silent = known_standings(points, {})
+    """Returns the state of each point as a word, such as "done" or "running"."""
+    # First by the run folders alone: a cluster need not be asked about a sweep that is done
+    found, problems = known_standings(points, {})
     if any(now.status is not Status.DONE for now in found):
-        found, silent = known_standings(points)
-    for words in dict.fromkeys(silent):
-        terminal.complain(f"{words}; how points stand that have jobs there is not known")
+        found, problems = known_standings(points)
+    # A cluster that does not answer hides no numbers: the report goes on without its jobs' states
+    for problem in dict.fromkeys(problems):
+        terminal.complain(f"{problem}; the state of points with jobs there is not known")
     return [now.status.word for now in found]
 
 
-def _give(text: str, out: Path | None) -> None:
+def _output(text: str, out: Path | None) -> None:
+    """Writes the report to a file, or prints it where no file is named."""
     if out is None:
         print(text, end="")
         return
-    with _writing(out):
+    with _naming_errors(out):
         out.write_text(text, encoding="utf-8")
     print(f"report  {terminal.escaped(str(out))}")
 
 
 @contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def _naming_errors(out: Path) -> Iterator[None]:
+    """Turns errors of the file system into a `UsageError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -182,24 +217,35 @@ def _writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _runs_of(folder: Path) -> list[Path]:
-    """The run folders of a sweep; else the folder itself."""
+def _run_folders(folder: Path) -> list[Path]:
+    """Returns the run folders of a sweep's folder, or else the folder itself."""
     if not (folder / SWEEP_FILE).exists():
         return [folder]
+    # Points that have not begun have no folder yet
     return [point.folder for point in Sweep(folder).points() if point.folder.is_dir()]
 
 
-def _format(options: argparse.Namespace, of_ending: Mapping[str, str]) -> str:
-    """The format that is asked for, by its name or by the ending of the file; printed, the first."""
-    formats = list(of_ending.values())
-    name, out = options.format or formats[0], options.out
-    if not options.format and out:
-        if out.suffix.lower() not in of_ending:
-            known = ", ".join(of_ending)
+def _format(options: argparse.Namespace, format_of_ending: Mapping[str, str]) -> str:
+    """Returns the format asked for: --format, else that of the file's ending, else the first.
+
+    Raises:
+        UsageError: the format or the ending is not known.
+    """
+    # An explicit --format goes first, so that a file may have any ending
+    formats = list(format_of_ending.values())
+    if options.format:
+        name = options.format
+    elif options.out:
+        ending = options.out.suffix.lower()
+        if ending not in format_of_ending:
+            known = ", ".join(format_of_ending)
             raise UsageError(
-                f"--out {out} ends in none of {known}: end it so, or say --format {'|'.join(formats)}"
+                f"--out {options.out} ends in none of {known}: end it so, "
+                f"or say --format {'|'.join(formats)}"
             )
-        name = of_ending[out.suffix.lower()]
+        name = format_of_ending[ending]
+    else:
+        name = formats[0]
     if name not in formats:
         raise UsageError(f"--format {name} is not one of {', '.join(formats)}")
     return name
