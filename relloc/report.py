@@ -47,11 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         sweeps = [word for word in options.folders if _names_sweep(word)]
-        if sweeps:
-            # It refuses a second sweep or folder beside the first
-            has_card_model = _report_sweep(sweeps[0], options)
-        else:
-            has_card_model = _report_runs(options)
+        # A second sweep or folder beside the first is refused in `_report_sweep`
+        has_card_model = _report_sweep(sweeps[0], options) if sweeps else _report_runs(options)
         _suggest_next(options, has_card_model=has_card_model)
     except UsageError as error:
         terminal.complain(error)

@@ -1,4 +1,4 @@
-"""A report as CSV in long form: a line a number, with all that is known of it."""
+"""Writes a report as CSV in long form: one line for each number, with all that is known of it."""
 
 import csv
 import dataclasses
@@ -6,52 +6,59 @@ import io
 import re
 from collections.abc import Collection, Mapping
 
-from relloc.reports.compare import MARK_WORDS, Entry
+from relloc.reports.compare import MARK_WORDS, ReportEntry
 from relloc.reports.published import CARD_GROUP, Published, parts_of
 from relloc.reports.table import Report
 from relloc.results import Result
 from relloc.terminal import escaped
 
-_FORMULA = re.compile(
-    r"[=@]|[+-](?!(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|inf$|nan$)", re.IGNORECASE
-)  # unlike numbers
-_RESULT = tuple(field.name for field in dataclasses.fields(Result))
+# The beginnings by which a spreadsheet takes a text for a formula; signed numbers are none
+_FORMULA = re.compile(r"[=@]|[+-](?!(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|inf$|nan$)", re.IGNORECASE)
+_RESULT_FIELDS = tuple(field.name for field in dataclasses.fields(Result))
 COLUMNS = (
+    # What the line is
     *("origin", "group", "row", "setting", "images"),
-    *_RESULT,
+    *_RESULT_FIELDS,
+    # Where it comes from
     *("run", "folder", "commit", "source", "edition"),
+    # How it compares
     *("beside", "published", "tolerance", "mark", "best", "why", "replaces"),
+    # Of a published number: whether we have it, too
     *("state", "evaluation", "hours"),
 )
 
 
 def as_csv(report: Report) -> str:
-    """All published and all our numbers, those that no table shows included.
+    """Returns all published numbers and all of ours as CSV, with those that no table shows.
 
-    `origin` is "published" or "ours". `mark` is inside, above or below `tolerance` around
-    `published`, the numbers of the row `beside`; several values are separated by " / ". `state` of a published number
-    says whether ours is measured, missing or not built, `evaluation` and `hours` what measures it and how long that
-    takes.
+    Columns that need a word:
+        origin: "published" or "ours".
+        mark: Whether our number is inside, above or below `tolerance` around `published`, which are
+            the numbers of the row `beside`, separated by " / ".
+        state: Whether our number for a published one is "measured", "missing" or "not built".
+        evaluation, hours: What measures it, and how long that takes on one GPU.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    ours = {
-        (each.result.table, each.result.column)
-        for each in report.entries
-        if each.group == CARD_GROUP
+    # The cells of the card that we have measured
+    measured = {
+        (entry.result.table, entry.result.column)
+        for entry in report.entries
+        if entry.group == CARD_GROUP
     }
-    for line in (
-        *(_published(number, ours) for number in report.published),
-        *map(_ours, report.entries),
-    ):
+    lines = [_published_line(number, measured) for number in report.published]
+    lines += [_our_line(entry) for entry in report.entries]
+    for line in lines:
         writer.writerow({name: as_text(value) for name, value in line.items()})
     return text.getvalue()
 
 
 def as_text(value: object) -> object:
-    """Text such that a spreadsheet takes it for no formula, as it does what begins with = + - or @, and a terminal for
-    text; any other value as it is.
+    """Returns a text that neither a spreadsheet nor a terminal takes for anything but text.
+
+    A spreadsheet would take what begins with = + - or @ for a formula; such a text gets an
+    apostrophe. Values that are no texts are returned as they are.
     """
     if not isinstance(value, str):
         return value
@@ -59,34 +66,39 @@ def as_text(value: object) -> object:
     return f"'{text}" if _FORMULA.match(text) else text
 
 
-def _published(number: Published, ours: Collection[tuple[str, str]]) -> Mapping[str, object]:
+def _published_line(
+    number: Published, measured: Collection[tuple[str, str]]
+) -> Mapping[str, object]:
+    """Returns the line of a published number; `measured` are the cells of the card that we have."""
     part = next(part for part in parts_of(number.table) if number.column in part.columns)
-    missing = "missing" if part.evaluation else "not built"
+    if (number.table, number.column) in measured:
+        state = "measured"
+    else:
+        state = "missing" if part.evaluation else "not built"
     return {
         **dataclasses.asdict(number),
-        "kind": "",  # which is that of an evaluation
+        # The column has the kind of an evaluation, not that of a published row
+        "kind": "",
         "origin": "published",
         "group": CARD_GROUP,
         "eval": number.evaluation,
         "value": number.printed,
-        "state": "measured" if (number.table, number.column) in ours else missing,
+        "state": state,
         "hours": part.hours,
         "evaluation": part.evaluation,
     }
 
 
-def _ours(entry: Entry) -> Mapping[str, object]:
-    measured, run, beside, result = (
-        entry.measured,
-        entry.measured.run,
-        entry.beside,
-        dataclasses.asdict(entry.result),
-    )
-    return {
+def _our_line(entry: ReportEntry) -> Mapping[str, object]:
+    """Returns the line of one of our numbers."""
+    measured = entry.measured
+    run = measured.run
+    result = dataclasses.asdict(entry.result)
+    line: dict[str, object] = {
         **result,
-        **{name: "; ".join(result[name]) for name in ("deviations", "details")},
-        **({"beside": beside[0].row, "tolerance": beside[0].tolerance} if beside else {}),
-        "published": " / ".join(each.printed for each in beside),
+        "deviations": "; ".join(result["deviations"]),
+        "details": "; ".join(result["details"]),
+        "published": " / ".join(number.printed for number in entry.beside),
         "origin": "ours",
         "group": entry.group,
         "row": entry.label,
@@ -98,7 +110,11 @@ def _ours(entry: Entry) -> Mapping[str, object]:
         "mark": MARK_WORDS.get(entry.mark, ""),
         "best": "yes" if entry.is_best else "",
         "why": entry.why,
-        "replaces": " / ".join(
-            f"{each.result.value!r} of {each.run.name}" for each in measured.older
-        ),
     }
+    # Several published numbers beside it are editions of one row, which have one tolerance
+    if entry.beside:
+        line["beside"] = entry.beside[0].row
+        line["tolerance"] = entry.beside[0].tolerance
+    replaced = (f"{old.result.value!r} of {old.run.name}" for old in measured.older)
+    line["replaces"] = " / ".join(replaced)
+    return line

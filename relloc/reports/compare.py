@@ -1,9 +1,13 @@
-"""Our numbers made comparable: each with its line, its group, and the published numbers it stands beside."""
+"""Compares our numbers with the published ones.
+
+Each of our numbers gets the line and the group of tables in which it is shown, the published
+numbers it stands beside, and whether it is the best of ours.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from relloc.reports.lines import group_of, label_lines, set_apart, tell_images_apart
+from relloc.reports.lines import disambiguate, group_of, label_lines, name_images
 from relloc.reports.load import Line, Measured, newest
 from relloc.reports.published import (
     BEST_LAYER,
@@ -23,18 +27,25 @@ from relloc.results import LAYERS, Result
 
 INSIDE, ABOVE, BELOW = "≈", "+", "\N{MINUS SIGN}"
 MARK_WORDS = {INSIDE: "inside", ABOVE: "above", BELOW: "below"}
-# With which published row a line of ours is compared: the first that has the number
+# The published rows that random and supervised weights are compared with. All other checkpoints are
+# compared with the first of CARD and CARD_OSS that has the number
 _COMPARED_WITH = {"random": (RANDOM,), "torchvision": (SUPERVISED,)}
+_ROUNDING = 1e-9  # slack at the ends of a tolerance, as 51.2 - 1.5 is no binary fraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One number of ours.
+class ReportEntry:
+    """One of our numbers, with its place in the report and the published numbers beside it.
 
-    `group` is `CARD_GROUP` or names the other images it was measured on. `is_shown` says whether a table shows it.
-    `beside` are the published numbers it is compared with, `is_best` whether none of ours in its column is better.
-    `why` says how the layer was chosen, where one was. `spread` has the std, min or max over draws, where an evaluation
-    gave these beside the number.
+    Attributes:
+        measured: The result and its run.
+        label: The name of its line.
+        group: `CARD_GROUP`, or the name of the other images that it was measured on.
+        is_shown: Whether a table shows it; CSV has all numbers.
+        beside: The published numbers that it is compared with.
+        is_best: Whether none of our numbers in its column is better.
+        why: How the layer was chosen, where one was.
+        spread: The "std", "min" and "max" over draws, where the evaluation measured them.
     """
 
     measured: Measured
@@ -48,18 +59,23 @@ class Entry:
 
     @property
     def result(self) -> Result:
+        """The row of results.jsonl that holds the number."""
         return self.measured.result
 
     @property
     def setting(self) -> str:
-        """What sets the line apart from others of its label: its variant, and on the card other views and images."""
+        """What distinguishes the number's row from others with the same label.
+
+        It is the variant, and on the card also the view and the images where these are not as
+        published. In other groups the title names view and images.
+        """
         row = self.result
         on_card = (foreign_view(row), self.measured.images) if self.group == CARD_GROUP else ()
         return ", ".join(filter(None, (row.variant, *on_card)))
 
     @property
     def fills_card(self) -> bool:
-        """Whether it fills a cell that the published model has on the card."""
+        """Whether the number fills a cell that the published model has on the card."""
         row = self.result
         is_as_published = row.variant in ("", LAYERS[-1]) and not foreign_view(row)
         return (
@@ -71,33 +87,46 @@ class Entry:
 
     @property
     def mark(self) -> str:
-        """`INSIDE`, `ABOVE` or `BELOW` the tolerance of the published numbers; "" without one."""
+        """`INSIDE`, `ABOVE` or `BELOW` the tolerance of the published numbers, or "" without one."""
         if not self.beside:
             return ""
         low, high = accepted(self.beside)
-        value, rounding = self.result.value, 1e-9
-        return BELOW if value < low - rounding else ABOVE if value > high + rounding else INSIDE
+        if self.result.value < low - _ROUNDING:
+            return BELOW
+        if self.result.value > high + _ROUNDING:
+            return ABOVE
+        return INSIDE
 
 
-def make_entries(measured: Iterable[Measured]) -> list[Entry]:
-    """All numbers, the newest of those measured alike, lines in the order in which tables show them."""
-    kept = set_apart(tell_images_apart(newest(measured)))
-    labels = label_lines({each.line for each in kept})
-    order = list(labels)
-    best = [each for each in kept if each.result.column == BEST_LAYER and not each.result.variant]
+def make_entries(measured: Iterable[Measured]) -> list[ReportEntry]:
+    """Returns an entry for each number, in the order of the lines in which tables show them.
+
+    Of numbers that were measured alike only the newest stays.
+
+    Args:
+        measured: Our numbers, the oldest first, as `find_measured` returns them.
+    """
+    # One number for each question, with a variant or an image digest where names alone mislead
+    results = disambiguate(name_images(newest(measured)))
+    labels = label_lines({each.line for each in results})
+    order = {line: position for position, line in enumerate(labels)}
+    best_layers = [
+        each for each in results if each.result.column == BEST_LAYER and not each.result.variant
+    ]
+    # std, min and max over draws are rows of results.jsonl of their own: join them to their number
     spreads: dict[tuple[object, ...], dict[str, float]] = {}
-    for each in kept:
+    for each in results:
         if each.result.spread:
-            spreads.setdefault(_key_of_spread(each), {})[each.result.spread] = each.result.value
+            spreads.setdefault(_spread_key(each), {})[each.result.spread] = each.result.value
     entries = []
-    for each in sorted(kept, key=lambda each: order.index(each.line)):
-        spread = {} if each.result.variant else spreads.get(_key_of_spread(each), {})
-        entries.append(_entry(each, labels[each.line], best, spread))
+    for each in sorted(results, key=lambda each: order[each.line]):
+        spread = {} if each.result.variant else spreads.get(_spread_key(each), {})
+        entries.append(_entry(each, labels[each.line], best_layers, spread))
     return _mark_best(entries)
 
 
-def _key_of_spread(each: Measured) -> tuple[object, ...]:
-    """What a number and its std, min and max over draws have in common."""
+def _spread_key(each: Measured) -> tuple[object, ...]:
+    """Returns what a number and its std, min and max over draws have in common."""
     row = each.result
     return (
         each.line,
@@ -113,24 +142,28 @@ def _key_of_spread(each: Measured) -> tuple[object, ...]:
 
 
 def _entry(
-    each: Measured, label: str, best: Sequence[Measured], spread: Mapping[str, float]
-) -> Entry:
-    """`best` are the best layers of all lines and tables."""
-    row, group = each.result, group_of(each)
-    is_shown, why = bool(row.table), ""
-    if source := next(
-        (part.layer_best_in for part in parts_of(row.table) if part.layer_best_in), ""
-    ):
-        alike = [
+    each: Measured, label: str, best_layers: Sequence[Measured], spread: Mapping[str, float]
+) -> ReportEntry:
+    """Returns the entry of one number; `best_layers` are the best-layer results of all tables."""
+    row = each.result
+    group = group_of(each)
+    is_shown = bool(row.table)
+    why = ""
+    # Some tables show one layer only, the best of another table (low-shot: that of the full SVM)
+    sources = (part.layer_best_in for part in parts_of(row.table) if part.layer_best_in)
+    source = next(sources, "")
+    if source:
+        candidates = [
             one
-            for one in best
+            for one in best_layers
             if (one.result.table, one.result.view) == (source, row.view)
-            and (one.line.whole, group_of(one)) == (each.line.whole, group)
+            and one.line.without_variant == each.line.without_variant
+            and group_of(one) == group
         ]
-        layer, why = _layer_of(each, alike)
+        layer, why = _layer_to_show(each, candidates)
         is_shown = row.layer == layer
     beside = published_beside(each.line, row) if is_shown and group == CARD_GROUP else ()
-    return Entry(
+    return ReportEntry(
         measured=each,
         label=label,
         group=group,
@@ -141,17 +174,20 @@ def _entry(
     )
 
 
-def _layer_of(each: Measured, best: Sequence[Measured]) -> tuple[str, str]:
-    """The layer at which a table is shown that has none of its own, and why.
+def _layer_to_show(each: Measured, best_layers: Sequence[Measured]) -> tuple[str, str]:
+    """Returns the layer at which a table without columns for layers shows a line, and why.
 
-    It is the best layer of the run that measured the number, else the newest of the line, else the published one.
+    It is the best layer of the run that measured the number, else the newest of the line
+    (`best_layers` has the oldest first), else the layer of the published number.
     """
-    if same_run := [one for one in best if one.run == each.run]:
+    same_run = [one for one in best_layers if one.run == each.run]
+    if same_run:
         layer = same_run[0].result.layer
         return layer, f"at {layer}, the best layer of the same run"
-    if best:
-        layer = best[-1].result.layer
-        return layer, f"at {layer}, the best layer of run {best[-1].run.name}"
+    if best_layers:
+        last = best_layers[-1]
+        layer = last.result.layer
+        return layer, f"at {layer}, the best layer of run {last.run.name}"
     published = (
         one for one in published_numbers() if (one.row, one.table) == (CARD, each.result.table)
     )
@@ -160,28 +196,34 @@ def _layer_of(each: Measured, best: Sequence[Measured]) -> tuple[str, str]:
 
 
 def published_beside(line: Line, row: Result) -> tuple[Published, ...]:
-    """The published numbers that a number on the card is compared with: of the published model, view and layer."""
+    """Returns the published numbers that one of our numbers on the card is compared with.
+
+    They are of the published row for the checkpoint, in the same table and column. There are none
+    for other models, other views of the images, and other layers than the published one.
+    """
     if line.model != PUBLISHED_MODEL or foreign_view(row):
         return ()
     for name in _COMPARED_WITH.get(line.checkpoint, (CARD, CARD_OSS)):
-        found = tuple(
+        numbers = tuple(
             each
             for each in published_numbers()
             if (each.row, each.table, each.column) == (name, row.table, row.column)
+            # A variant that is a layer compares with that layer only
             and (row.variant not in LAYERS or row.variant == each.layer)
         )
-        if found:
-            return found
+        if numbers:
+            return numbers
     return ()
 
 
-def _mark_best(entries: Sequence[Entry]) -> list[Entry]:
-    """Marks the best of several lines of ours in a column and setting, supervised weights aside."""
-    contests: dict[tuple[object, ...], list[float]] = {}
+def _mark_best(entries: Sequence[ReportEntry]) -> list[ReportEntry]:
+    """Returns the entries with `is_best` set where several of our lines compete in a column."""
+    values_of: dict[tuple[object, ...], list[float]] = {}
     for each in entries:
-        contests.setdefault(_contest(each), []).append(_goodness(each.result))
-    contests[()] = []
-    best = {contest: max(values) for contest, values in contests.items() if len(values) > 1}
+        values_of.setdefault(_contest(each), []).append(_goodness(each.result))
+    # Numbers that compete with none have the empty key
+    values_of.pop((), None)
+    best = {contest: max(values) for contest, values in values_of.items() if len(values) > 1}
     return [
         dataclasses.replace(each, is_best=best.get(_contest(each)) == _goodness(each.result))
         for each in entries
@@ -189,17 +231,20 @@ def _mark_best(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _goodness(row: Result) -> float:
+    """Returns the value, with its sign changed where lower is better."""
     return row.value if row.higher_is_better else -row.value
 
 
-def _contest(entry: Entry) -> tuple[object, ...]:
-    """Who competes: the same column and setting; layers that are lines of one column compete with each other.
+def _contest(entry: ReportEntry) -> tuple[object, ...]:
+    """Returns a key that numbers share which compete for bold type: same column, same setting.
 
-    Empty of numbers that compete with none.
+    The key is empty for numbers that compete with none: those of supervised weights, those that no
+    table shows, and those of which neither higher nor lower is better.
     """
     row = entry.result
     if not entry.is_shown or row.checkpoint == "torchvision" or row.higher_is_better is None:
         return ()
+    # Layers that are lines of one column compete with each other
     variant = "" if row.variant == row.layer else row.variant
-    on_card = entry.measured.images if entry.group == CARD_GROUP else ""
-    return entry.group, row.table, row.column, variant, foreign_view(row), on_card
+    images = entry.measured.images if entry.group == CARD_GROUP else ""
+    return entry.group, row.table, row.column, variant, foreign_view(row), images

@@ -1,4 +1,8 @@
-"""Lines of tables: their short names, and setting apart what looks alike but was not measured alike."""
+"""Names the lines of a report's tables, and separates numbers that only look comparable.
+
+Two numbers may have the same line, table and column though they were measured on other images or
+with other settings. Such numbers get a variant, so that no table mixes them.
+"""
 
 import re
 from collections import Counter
@@ -10,88 +14,106 @@ from relloc.reports.load import Line, Measured
 from relloc.reports.published import CARD_GROUP, PUBLISHED_MODEL, is_on_card
 from relloc.results import NOT_OURS
 
-RUN_WEIGHTS = "backbone.safetensors"  # as relloc.checkpoints.backbone_files names it, whose import takes seconds
+# The same name as in relloc.checkpoints.backbone_files, whose import takes seconds
+RUN_WEIGHTS = "backbone.safetensors"
 _DIGITS = 8  # of a digest, as git shows ten of a commit: enough to find it in run.json
 
 
 def group_of(each: Measured) -> str:
-    """Which numbers share tables: `CARD_GROUP`, or the data set, split, number of images, and view."""
+    """Returns the title of the group of tables that a number belongs to.
+
+    It is `CARD_GROUP`, or the data set, split, number of images, and view.
+    """
     row = each.result
     if is_on_card(row):
         return CARD_GROUP
-    counted = "pairs" if row.kind == "pretext" else "images"
-    words = (f"{row.dataset} {row.split}", f"{row.n:,} {counted}", each.images, row.view)
+    # The pretext task is evaluated on pairs of patches, of which an image has several
+    unit = "pairs" if row.kind == "pretext" else "images"
+    words = (f"{row.dataset} {row.split}", f"{row.n:,} {unit}", each.images, row.view)
     return ", ".join(filter(None, words))
 
 
-def tell_images_apart(kept: Sequence[Measured]) -> list[Measured]:
-    """`kept`, with `images` naming the digest where a data set's name, split and number have several digests."""
+def name_images(results: Sequence[Measured]) -> list[Measured]:
+    """Returns `results` with `images` set where a name of images is not enough.
 
-    def named(each: Measured) -> tuple[object, ...]:
+    That is so where a data set's name, split and number of images were recorded with several
+    digests: `images` then names the number's own digest.
+    """
+
+    def image_set(each: Measured) -> tuple[object, ...]:
         return each.result.dataset, each.result.split, each.result.n
 
-    digests = Counter(
-        name for name, _ in {(named(each), each.digest) for each in kept if each.digest}
-    )
-    told = []
-    for each in kept:
-        if digests[named(each)] > 1:
+    recorded = {(image_set(each), each.digest) for each in results if each.digest}
+    digest_count = Counter(name for name, _ in recorded)
+    named = []
+    for each in results:
+        if digest_count[image_set(each)] > 1:
             images = f"images {each.digest[:_DIGITS]}" if each.digest else "images not recorded"
             each = replace(each, images=images)
-        told.append(each)
-    return told
+        named.append(each)
+    return named
 
 
-def set_apart(kept: Sequence[Measured]) -> list[Measured]:
-    """`kept`, of which those get a `variant` whose line has several answers to a question of their table.
+def disambiguate(results: Sequence[Measured]) -> list[Measured]:
+    """Returns `results` with a `variant` where a line has several answers to one question.
 
-    Answers differ by fingerprint: by weights, constants, images or seed. The variant is the run's name,
-    or its folder where several runs are named alike; a second set of answers of one run is counted.
+    Answers to a question differ by fingerprint: by weights, constants, images or seed. The variant
+    is the run's name, or its folder where several runs have the same name. A run that has several
+    answers itself gets one counted variant for each: `name`, `name (2)`.
     """
-    names = _run_names(kept)
+    names = _run_names(results)
+    # Lines are compared within a table: all numbers of a line in a table are to be of one kind
     tables: dict[tuple[object, ...], list[Measured]] = {}
-    for each in kept:
+    for each in results:
         row = each.result
-        tables.setdefault((each.line, row.table or row.eval, group_of(each), row.view), []).append(
-            each
-        )
-    told: list[Measured] = []
+        key = (each.line, row.table or row.eval, group_of(each), row.view)
+        tables.setdefault(key, []).append(each)
+    separated: list[Measured] = []
     for table in tables.values():
         if len({each.question for each in table}) == len(table):
-            told += table
+            # One answer to each question: nothing to separate, though runs may differ
+            separated += table
             continue
+        # The questions that each run has answered, in sets of which none has a question twice
         answered: dict[Path, list[set[object]]] = {}
         for each in table:
-            turns = answered.setdefault(each.run.folder, [set()])
-            if each.question in turns[-1]:
-                turns.append(set())
-            turns[-1].add(each.question)
-            counted = f" ({len(turns)})" if len(turns) > 1 else ""
-            told.append(replace(each, variant=names[each.run.folder] + counted))
-    return told
+            answer_sets = answered.setdefault(each.run.folder, [set()])
+            if each.question in answer_sets[-1]:
+                answer_sets.append(set())
+            answer_sets[-1].add(each.question)
+            count = f" ({len(answer_sets)})" if len(answer_sets) > 1 else ""
+            separated.append(replace(each, variant=names[each.run.folder] + count))
+    return separated
 
 
-def _run_names(measured: Iterable[Measured]) -> dict[Path, str]:
-    """The name of each run, or the end of its folder where another has that name."""
-    name_of = {each.run.folder: each.run.name for each in measured}
+def _run_names(results: Iterable[Measured]) -> dict[Path, str]:
+    """Returns the name of each run, or the end of its folder where another run has that name."""
+    name_of = {each.run.folder: each.run.name for each in results}
     count = Counter(name_of.values())
-    ends = short_names(map(str, name_of))
-    return {
-        folder: name if count[name] == 1 else ends[str(folder)] for folder, name in name_of.items()
-    }
+    folder_names = short_names(map(str, name_of))
+    unique = {}
+    for folder, name in name_of.items():
+        unique[folder] = name if count[name] == 1 else folder_names[str(folder)]
+    return unique
 
 
 def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
-    """A short name for each line, no two alike; random and supervised ones first, then by name."""
+    """Returns a short name for each line, no two alike, in the order in which tables show them.
+
+    Random and supervised weights stand first, then checkpoints by name. Model and batch norm are
+    named only where they are not those of the card.
+
+    Example:
+        A label in full is "run9, small, recalibrated, seed 1, run gaps", and the usual one is
+        "run9, seed 0".
+    """
     lines = set(lines)
     names = short_names({line.checkpoint for line in lines})
 
     def rank(line: Line) -> tuple[object, ...]:
-        name = natural(names[line.checkpoint])
-        is_ours = line.checkpoint not in NOT_OURS
         return (
-            is_ours,
-            name,
+            line.checkpoint not in NOT_OURS,
+            natural(names[line.checkpoint]),
             line.model,
             line.seed,
             line.batch_norm,
@@ -101,31 +123,43 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
 
     labels = {}
     for line in sorted(lines, key=rank):
-        unusual = [
-            word
-            for word in (line.model, line.batch_norm)
-            if word not in (PUBLISHED_MODEL, "as_trained")
-        ]
-        variant = [f"run {line.variant}"] if line.variant else []
-        labels[line] = ", ".join([names[line.checkpoint], *unusual, f"seed {line.seed}", *variant])
+        words = [names[line.checkpoint]]
+        if line.model != PUBLISHED_MODEL:
+            words.append(line.model)
+        if line.batch_norm != "as_trained":
+            words.append(line.batch_norm)
+        words.append(f"seed {line.seed}")
+        if line.variant:
+            words.append(f"run {line.variant}")
+        labels[line] = ", ".join(words)
     return labels
 
 
 def short_names(checkpoints: Iterable[str]) -> dict[str, str]:
-    """The shortest end of each path, in whole folders, that no other has; a run folder's backbone is the folder."""
-    tails = {
-        path: [part for part in Path(path).parts if part != RUN_WEIGHTS] or [path]
-        for path in checkpoints
-    }
+    """Returns for each path its shortest end, in whole folders, that no other path has.
+
+    The backbone of a run folder is named as the folder.
+
+    Example:
+        >>> short_names(["/a/x/backbone.safetensors", "/b/x/backbone.safetensors", "w/y.pth"])
+        {'/a/x/backbone.safetensors': 'a/x', '/b/x/backbone.safetensors': 'b/x', 'w/y.pth': 'y.pth'}
+    """
+    parts_of = {}
+    for path in checkpoints:
+        parts = [part for part in Path(path).parts if part != RUN_WEIGHTS]
+        parts_of[path] = parts or [path]
     names = {}
-    for path, parts in tails.items():
+    for path, parts in parts_of.items():
+        # Take one folder more until no other path ends like this; "sum" counts the path itself
         n = 1
-        while n < len(parts) and sum(other[-n:] == parts[-n:] for other in tails.values()) > 1:
+        while n < len(parts) and sum(other[-n:] == parts[-n:] for other in parts_of.values()) > 1:
             n += 1
         names[path] = "/".join(parts[-n:])
     return names
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers in texts by their size."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+    """Returns a sort key by which numbers in texts are sorted by size: run9 before run10."""
+    pieces = re.split(r"(\d+)", text)
+    # Pairs, so that numbers and words are never compared with each other
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]

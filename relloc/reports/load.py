@@ -1,4 +1,4 @@
-"""Our numbers as they lie on disk: the results of all run folders below some paths, each with its run."""
+"""Loads our results from run folders, each with the run that measured it."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +15,15 @@ UNKNOWN_COMMIT = "unknown commit"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where a number was measured; `started_ms` is Unix time in milliseconds.
+    """The run that measured a number.
 
-    `digests` has the hash of each set of images, `in1k-val`, of which the run recorded one only.
+    Attributes:
+        folder: The run folder.
+        name: Its name, as MLflow shows it.
+        commit: The commit of the code, with "-dirty" where files had been changed.
+        started_ms: When it started, as Unix time in milliseconds.
+        digests: The hash of each set of images, such as `in1k-val`, of which the run recorded
+            exactly one.
     """
 
     folder: Path
@@ -29,7 +35,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """Who was evaluated, and how: a line of a table. `variant` names the run where others were measured otherwise."""
+    """What a line of a table is about: a checkpoint, and how it was evaluated.
+
+    `variant` names the run where other numbers of the same line were measured differently.
+    """
 
     checkpoint: str
     model: str
@@ -38,16 +47,21 @@ class Line:
     variant: str = ""
 
     @property
-    def whole(self) -> "Line":
-        """The line without its variant."""
+    def without_variant(self) -> "Line":
+        """The same line with an empty variant."""
         return dataclasses.replace(self, variant="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A result and its run; `older` are earlier measurements of it that it replaces, `variant` is that of its line.
+    """A result with the run that measured it.
 
-    `images` tells the images from others of the same name, split and number, where there are such.
+    Attributes:
+        result: The row of results.jsonl.
+        run: The run that measured it.
+        older: Earlier measurements of the same number, which it replaces.
+        variant: The variant of its line.
+        images: Names the digest of the images where others have the same name, split and number.
     """
 
     result: Result
@@ -58,11 +72,12 @@ class Measured:
 
     @property
     def digest(self) -> str:
-        """The hash of the images it was measured on, as the run's record has it; "" if it has none."""
+        """The hash of the evaluated images, as the run recorded it, or "" if it did not."""
         return self.run.digests.get(f"{self.result.dataset}-{self.result.split}", "")
 
     @property
     def line(self) -> Line:
+        """The line of a table that the number belongs to."""
         row = self.result
         return Line(
             checkpoint=row.checkpoint,
@@ -74,81 +89,106 @@ class Measured:
 
     @property
     def question(self) -> tuple[object, ...]:
-        """What the number answers as its names say; the fingerprint says whether two were measured alike."""
+        """A key of what the number measures, by names alone.
+
+        Whether two answers to a question were measured alike is said by their fingerprints.
+        """
         row = self.result
         # Where the best layer is asked for, the layer is a part of the answer
         layer = "" if row.column == BEST_LAYER else row.layer
-        place = (row.table or row.eval, row.column, row.variant, row.metric)
-        return self.line, *place, row.dataset, row.split, row.n, layer
+        cell = (row.table or row.eval, row.column, row.variant, row.metric)
+        return self.line, *cell, row.dataset, row.split, row.n, layer
 
 
 def find_measured(paths: Sequence[Path]) -> list[Measured]:
-    """The results of all run folders at or below `paths`, each folder once, oldest run first.
+    """Returns the results of all run folders at or below `paths`, those of the oldest run first.
 
-    The run of a row that was copied from another folder is the one that measured it; of that only
-    the folder is known where it is gone.
+    A row that was copied from another run folder is attributed to the run that measured it. If that
+    folder is gone, only its name is known.
 
     Raises:
-        DataError: a path is missing, no run below them has results, or a file is broken.
+        DataError: A path is missing, no run below the paths has results, or a file is broken.
     """
     for path in paths:
         if not path.exists():
             raise DataError(
-                f"{path} does not exist: name run folders, or folders that hold some (or set RELLOC_RUNS)"
+                f"{path} does not exist: name run folders, or folders that hold some "
+                "(or set RELLOC_RUNS)"
             )
+    # Paths may overlap, and links lead to one folder twice
     folders = {file.parent.resolve() for path in paths for file in path.rglob(RESULTS_FILE)}
-    found = [each for folder in sorted(folders) for each in _of_folder(folder)]
-    if not found:
-        if unfinished := list(filter(None, map(unfinished_training, paths))):
+    measured: list[Measured] = []
+    for folder in sorted(folders):
+        measured += _results_in(folder)
+    if not measured:
+        # A training that was ended before its evaluation is the likely reason: say how to go on
+        unfinished = list(filter(None, map(unfinished_training, paths)))
+        if unfinished:
             raise DataError("; ".join(unfinished))
         raise DataError(
             f"no run folder ({RUN_FILE} and {RESULTS_FILE}) with results at or below "
-            f"{', '.join(map(str, paths))}: run python -m relloc.evaluate first, or name other folders"
+            f"{', '.join(map(str, paths))}: run python -m relloc.evaluate first, "
+            "or name other folders"
         )
-    return sorted(found, key=lambda each: (each.run.started_ms, str(each.run.folder)))
+    return sorted(measured, key=lambda each: (each.run.started_ms, str(each.run.folder)))
 
 
-def _of_folder(folder: Path) -> Iterator[Measured]:
+def _results_in(folder: Path) -> Iterator[Measured]:
+    """Yields the results of one folder; none if it is not a run folder."""
     if not (folder / RUN_FILE).exists():
-        return  # a tracker's copy of the results
+        return  # MLflow's copy of the results lies in a folder without a run record
     try:
-        own, rows = _run(folder), read_results(folder)
+        own = _read_run(folder)
+        rows = read_results(folder)
         origins = {row.measured_in: _origin(row.measured_in, own) for row in rows}
     except (ValueError, OSError) as error:
-        raise DataError(f"{error}: mend or remove it, or name other folders") from error
-    yield from (Measured(result=row, run=origins[row.measured_in]) for row in rows)
+        raise DataError(f"{error}: repair or remove it, or name other folders") from error
+    for row in rows:
+        yield Measured(result=row, run=origins[row.measured_in])
 
 
 def _origin(measured_in: str, own: Run) -> Run:
+    """Returns the run that measured a row; `own` is the run in whose folder the row lies."""
     if not measured_in:
         return own
     folder = Path(measured_in)
     if (folder / RUN_FILE).exists():
-        return _run(folder.resolve())
+        return _read_run(folder.resolve())
+    # The folder was removed since the row was copied from it
     return dataclasses.replace(own, folder=folder, name=folder.name, commit=UNKNOWN_COMMIT)
 
 
-def _run(folder: Path) -> Run:
+def _read_run(folder: Path) -> Run:
     record = RunRecord.read(folder)
-    images = {(one.name, one.digest) for one in record.datasets}
-    names = [name for name, _ in images]
+    # A name with several digests does not say which of them a number was measured on
+    digests = {(dataset.name, dataset.digest) for dataset in record.datasets}
+    names = [name for name, _ in digests]
     return Run(
         folder=folder,
         name=record.name,
         commit=record.tags.get("relloc.commit", UNKNOWN_COMMIT),
         started_ms=record.started_ms,
-        digests={name: digest for name, digest in images if names.count(name) == 1},
+        digests={name: digest for name, digest in digests if names.count(name) == 1},
     )
 
 
 def newest(measured: Iterable[Measured]) -> list[Measured]:
-    """One result for each question and fingerprint (or none): the last, which keeps the others, copies aside."""
+    """Returns the last of the results that share a question and a fingerprint.
+
+    It holds the earlier ones in `older`. Copies of a result in other run folders count once.
+
+    Args:
+        measured: Results, the oldest first.
+    """
+    # For each question and fingerprint its measurements, the newest first
     answers: dict[tuple[object, ...], dict[tuple[object, ...], Measured]] = {}
     for each in reversed(list(measured)):
         # The same in the folder that measured it and in those that it was copied to
         measurement = (dataclasses.replace(each.result, measured_in=""), each.run.folder)
-        answers.setdefault((each.question, each.result.fingerprint), {}).setdefault(
-            measurement, each
-        )
-    kept = [list(answer.values()) for answer in reversed(answers.values())]
-    return [dataclasses.replace(last, older=tuple(reversed(older))) for last, *older in kept]
+        answer = answers.setdefault((each.question, each.result.fingerprint), {})
+        answer.setdefault(measurement, each)
+    results = []
+    for answer in reversed(answers.values()):
+        last, *older = answer.values()
+        results.append(dataclasses.replace(last, older=tuple(reversed(older))))
+    return results

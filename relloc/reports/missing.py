@@ -1,19 +1,19 @@
-"""What the card still lacks for each line of ours, as commands that fill it."""
+"""Lists what is still missing on the published card for our checkpoints, as commands to run."""
 
 import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
 
-from relloc.reports.compare import Entry
+from relloc.reports.compare import ReportEntry
 from relloc.reports.lines import label_lines
 from relloc.reports.load import Line
 from relloc.reports.published import PUBLISHED_MODEL, CardPart, card_parts
 from relloc.results import NOT_OURS
 
 _DATA_SETS = (
-    "The data sets are found by RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, or eval.NAME.data.root=. "
-    "Hours are estimates for one GPU with 16 cores that reads shards."
+    "The data sets are found by RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, "
+    "or eval.NAME.data.root=. Hours are estimates for one GPU with 16 cores that reads shards."
 )
 FILL_CARD = "python -m relloc.evaluate checkpoint=RUN eval=card_classification"
 _NOTHING_YET = (
@@ -22,73 +22,79 @@ _NOTHING_YET = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fill:
-    """A line's missing evaluations, each with the command that measures it."""
+class MissingEvaluations:
+    """The evaluations that a line of the report lacks, each as the command that measures it."""
 
     label: str
     commands: tuple[str, ...]
 
 
-def advice(entries: Sequence[Entry], missing: Sequence[Fill]) -> str:
-    """What to do about missing cells; "" where none is."""
+def advice(entries: Sequence[ReportEntry], missing: Sequence[MissingEvaluations]) -> str:
+    """Returns a sentence on what to do about missing cells, or "" where none is missing."""
     if not any(each.fills_card for each in entries):
         return _NOTHING_YET
     return _DATA_SETS if missing else ""
 
 
-def fills(entries: Sequence[Entry]) -> tuple[Fill, ...]:
-    """For each line that is on the card, and its controls, a command an evaluation that lacks a cell.
+def missing_evaluations(entries: Sequence[ReportEntry]) -> tuple[MissingEvaluations, ...]:
+    """Returns the missing evaluations of each line that is on the card, and of its controls.
 
-    A command measures both ways of batch norm: it stands once, with the line as trained, if there is one.
+    The controls are random and supervised weights. One command measures a line both with batch norm
+    as trained and recalibrated; it is listed once, at the line as trained if there is one.
     """
-    there = {
-        (each.measured.line.whole, each.result.table, each.result.column)
+    filled = {
+        (each.measured.line.without_variant, each.result.table, each.result.column)
         for each in entries
         if each.fills_card
     }
-    lines = {line for line, _, _ in there}
+    lines = {line for line, _, _ in filled}
     if lines:
-        # Random initialization and supervised weights, where no line has them
+        # The controls that no line has yet are missing as a whole
         for name in set(NOT_OURS) - {line.checkpoint for line in lines}:
             lines.add(Line(checkpoint=name, model=PUBLISHED_MODEL, batch_norm="as_trained", seed=0))
 
-    def lacking(line: Line) -> list[CardPart]:
-        return [
-            part
-            for part in card_parts()
-            if part.evaluation
-            # Fine-tuning gathers statistics of its own: it is run once, not for each way of batch norm
-            and not (part.kind == "fine-tuned" and line.batch_norm != "as_trained")
-            and not all((line, part.table, column) in there for column in part.columns)
-        ]
+    def missing_parts(line: Line) -> list[CardPart]:
+        parts = []
+        for part in card_parts():
+            # Fine-tuning gathers batch-norm statistics of its own, so it is run once, as trained
+            is_repeated = part.kind == "fine-tuned" and line.batch_norm != "as_trained"
+            is_filled = all((line, part.table, column) in filled for column in part.columns)
+            if part.evaluation and not is_repeated and not is_filled:
+                parts.append(part)
+        return parts
 
-    found = []
-    for line, label in label_lines({each.measured.line.whole for each in entries} | lines).items():
+    # Labels are made of all lines, so that these are named here as in the tables
+    labels = label_lines({each.measured.line.without_variant for each in entries} | lines)
+    missing = []
+    for line, label in labels.items():
+        if line not in lines:
+            continue
         as_trained = dataclasses.replace(line, batch_norm="as_trained")
-        asked = lacking(as_trained) if line != as_trained and as_trained in lines else []
-        commands = tuple(command(line, part) for part in lacking(line) if part not in asked)
-        if line in lines and commands:
-            found.append(Fill(label=label, commands=commands))
-    return tuple(found)
+        is_listed_there = line != as_trained and as_trained in lines
+        listed = missing_parts(as_trained) if is_listed_there else []
+        commands = tuple(command(line, part) for part in missing_parts(line) if part not in listed)
+        if commands:
+            missing.append(MissingEvaluations(label=label, commands=commands))
+    return tuple(missing)
 
 
 def command(line: Line, part: CardPart) -> str:
-    """The shell command that measures a part of the card, with its hours as a comment."""
-    model = [f"model={line.model}"] if line.checkpoint in NOT_OURS else []
-    batch_norm = [f"batch_norm={line.batch_norm}"] if line.batch_norm != "as_trained" else []
-    seed = [f"seed={line.seed}"] if line.seed else []
-    words = [
-        f"checkpoint={_quoted(line.checkpoint)}",
-        *model,
-        f"eval={part.evaluation}",
-        *batch_norm,
-        *seed,
-    ]
+    """Returns the shell command that measures a part of the card, its hours as a comment."""
+    words = [f"checkpoint={_quoted(line.checkpoint)}"]
+    # A checkpoint of ours names its model, and settings at their defaults are left out
+    if line.checkpoint in NOT_OURS:
+        words.append(f"model={line.model}")
+    words.append(f"eval={part.evaluation}")
+    if line.batch_norm != "as_trained":
+        words.append(f"batch_norm={line.batch_norm}")
+    if line.seed:
+        words.append(f"seed={line.seed}")
     return f"{shlex.join(['python', '-m', 'relloc.evaluate', *words])}  # about {part.hours} h"
 
 
 def _quoted(path: str) -> str:
-    """As Hydra reads it: anything but plain words and slashes stands in quotes."""
+    """Returns a path as Hydra's grammar reads it: in quotes, unless it has plain signs only."""
     if re.fullmatch(r"[\w./+@%-]+", path):
         return path
-    return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    escaped = path.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

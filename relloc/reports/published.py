@@ -1,4 +1,9 @@
-"""The published card: its tables (card.csv), and the published numbers (published.csv; protocols.md 4.1 to 4.3)."""
+"""Reads the published results that ours are compared with.
+
+card.csv has the tables of the published card, and published.csv the published numbers. Their
+sources are listed in docs/protocols.md, 4.1 to 4.3. A further published row is a line of
+published.csv.
+"""
 
 import csv
 import dataclasses
@@ -12,19 +17,26 @@ from relloc.results import LAYERS, Result
 CARD_GROUP = "The published card"
 BEST_LAYER = "best layer"  # the column of numbers at the layer at which they are highest
 KINDS = ("card", "other")
+# The rows of published.csv that ours are compared with
 CARD, CARD_OSS = "mmselfsup Relative-Loc", "OpenSelfSup Relative-Loc"
 RANDOM, SUPERVISED = "OpenSelfSup Random", "OpenSelfSup Supervised"
-PUBLISHED_MODEL = "resnet50"
+PUBLISHED_MODEL = "resnet50"  # all published rows are of this backbone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CardPart:
-    """What one evaluation fills of a table of the card.
+    """The columns of a table of the card that one evaluation fills; a line of card.csv.
 
-    `evaluation` is its name in conf/eval, "" where it is not built; `kind` is that of its results. `view` is the
-    published one, and `images` the number of images that the published numbers are of. `hours` is an estimate for a
-    ResNet-50 on one GPU, from the rates in docs/benchmarks.md. `layer_best_in` is the table whose best layer is the
-    layer of these numbers; "" where they have columns for layers, or the layer is given.
+    Attributes:
+        table: The title of the table.
+        evaluation: The name of the evaluation in conf/eval, or "" where it is not built.
+        kind: The kind of the evaluation's results, such as "frozen" or "fine-tuned".
+        columns: The columns that it fills.
+        dataset, split, images: The images of the published numbers, and how many they are.
+        view: How the published numbers saw whole images.
+        hours: An estimate for a ResNet-50 on one GPU, from the rates in docs/benchmarks.md.
+        layer_best_in: The table whose best layer is the layer of these numbers, or "" where there
+            is a column for each layer or the layer is given.
     """
 
     table: str
@@ -41,15 +53,28 @@ class CardPart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-    """One published number, in percent; `printed` has its digits as published.
+    """One published number, in percent; a line of published.csv.
 
-    `kind` is "card" (relative location and its controls) or "other" (other pretext tasks). `layer`
-    is "" where the source names none, or the whole network was trained. `edition` tells several
-    values of one row apart. `tolerance` is the difference, in points, up to which a number of ours
-    agrees with it: 1.0 for the SVM, 1.5 for linear classifiers, 0.7 for AP, 1.0 for mIoU; 2.2 for
-    low-shot, the widest spread between the two published runs of this recipe; and 1.5 for nearest
-    neighbors and semi-supervised rows, of which no spread is known. `known_answer_of` names the weights whose
-    evaluation must give this number, "random" or "torchvision"; "" for none.
+    Attributes:
+        kind: "card" (relative location and its controls) or "other" (other pretext tasks).
+        row: The name of the row, by project and method.
+        table, column: Where the card has the number.
+        evaluation: The evaluation that measures it, as conf/eval names it.
+        dataset, split: The images that it was measured on.
+        layer: The layer, or "" where the source names none or the whole network was trained.
+        metric: The metric of our results that it compares with.
+        printed: The number with its digits as published.
+        tolerance: The difference, in points, up to which our number agrees with it. It is 1.0 for
+            the SVM, 1.5 for linear classifiers, 0.7 for AP and 1.0 for mIoU; 2.2 for low-shot, the
+            widest spread between the two published runs of this recipe; and 1.5 for nearest
+            neighbors and semi-supervised rows, of which no spread is known.
+        edition: Distinguishes several values of one row, such as two versions of a page.
+        known_answer_of: The weights whose evaluation must give this number, "random" or
+            "torchvision", or "" for none.
+        source: The project and file that publish it.
+
+    Raises:
+        ValueError: A field has a value that it can't have.
     """
 
     kind: str
@@ -76,23 +101,29 @@ class Published:
             )
         if not (0 < self.value < 100 and 0 < self.tolerance < 10):
             raise ValueError(
-                f"{self.printed} ± {self.tolerance} is no number in percent with a tolerance in points"
+                f"{self.printed} ± {self.tolerance} is no number in percent "
+                "with a tolerance in points"
             )
 
     @property
     def value(self) -> float:
+        """The number in percent."""
         return float(self.printed)
 
 
 def _lines(name: str) -> Iterable[dict[str, str]]:
-    return csv.DictReader(Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines())
+    """Returns the lines of a CSV file beside this module."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return csv.DictReader(text.splitlines())
 
 
 @functools.cache
 def card_parts() -> tuple[CardPart, ...]:
-    """The parts of the card, in the order of its tables."""
+    """Returns the parts of the card, in the order of its tables."""
+    # Both files are read once: reports ask for them for each of their numbers
     parts = []
     for line in _lines("card.csv"):
+        # All other fields are texts
         typed: dict[str, Any] = dict(line)
         typed["columns"] = tuple(line["columns"].split("|"))
         typed["images"] = int(line["images"])
@@ -102,31 +133,45 @@ def card_parts() -> tuple[CardPart, ...]:
 
 @functools.cache
 def published_numbers() -> tuple[Published, ...]:
-    """All published numbers, in the order of the file."""
-    return tuple(
-        Published(**line | {"tolerance": float(line["tolerance"])})  # type: ignore[arg-type]
-        for line in _lines("published.csv")
-    )
+    """Returns all published numbers, in the order of published.csv."""
+    numbers = []
+    for line in _lines("published.csv"):
+        typed: dict[str, Any] = dict(line)
+        typed["tolerance"] = float(line["tolerance"])
+        numbers.append(Published(**typed))
+    return tuple(numbers)
 
 
 def parts_of(table: str) -> list[CardPart]:
-    """The parts of a table; none if the card does not have it."""
+    """Returns the parts of a table, none if the card does not have it."""
     return [part for part in card_parts() if part.table == table]
 
 
 def is_on_card(row: Result) -> bool:
-    """Whether a number stands in a table of the card, of as many images as the published ones, named so."""
+    """Returns whether a number of ours was measured on the images of its table of the card.
+
+    Images are recognized by data set, split and number, so that a subset is not compared with the
+    published numbers.
+    """
     measured = (row.dataset, row.split, row.n)
-    return any(measured == (part.dataset, part.split, part.images) for part in parts_of(row.table))
+    published = [(part.dataset, part.split, part.images) for part in parts_of(row.table)]
+    return measured in published
 
 
 def foreign_view(row: Result) -> str:
-    """The view of a number on the card if it is known and not the published one, else ""."""
-    return row.view if is_on_card(row) and row.view != parts_of(row.table)[0].view else ""
+    """Returns how a number on the card saw its images if that is not as published, else ""."""
+    if not is_on_card(row):
+        return ""
+    # All parts of a table have one view
+    published = parts_of(row.table)[0].view
+    return row.view if row.view != published else ""
 
 
 def accepted(numbers: Sequence[Published]) -> tuple[float, float]:
-    """From where to where a number agrees with `numbers`, at least one: with any, or between them."""
-    return min(each.value - each.tolerance for each in numbers), max(
-        each.value + each.tolerance for each in numbers
-    )
+    """Returns the lowest and the highest number that agree with at least one of `numbers`.
+
+    Numbers between several editions of one row agree as well.
+    """
+    low = min(number.value - number.tolerance for number in numbers)
+    high = max(number.value + number.tolerance for number in numbers)
+    return low, high

@@ -10,7 +10,7 @@ import pandas as pd
 from relloc.errors import DataError
 from relloc.reports.as_csv import as_text
 from relloc.reports.lines import short_names
-from relloc.reports.missing import Fill
+from relloc.reports.missing import MissingEvaluations
 from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
 from relloc.results import LAYERS, NOT_OURS, Result, read_results
 from relloc.sweeps.points import Point
@@ -221,7 +221,7 @@ def as_report(sweep: SweepNumbers, commands: Sequence[str]) -> Report:
     not_done = "; ".join(
         f"{state} ({len(names)}): {', '.join(map(str, names))}" for state, names in groups
     )
-    fill = Fill(
+    fill = MissingEvaluations(
         label="What neither runs nor waits, each by its own command", commands=tuple(commands)
     )
     return Report(

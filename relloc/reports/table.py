@@ -1,13 +1,17 @@
-"""Tables as every format shows them: published rows, then ours, for the card and for each other set of images."""
+"""Builds the tables of a report, which all output formats share.
+
+A report has a group of tables for the published card and one for each other set of images. In each
+table the published rows stand first, then ours.
+"""
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from relloc.reports.compare import ABOVE, BELOW, INSIDE, MARK_WORDS, Entry, make_entries
+from relloc.reports.compare import ABOVE, BELOW, INSIDE, MARK_WORDS, ReportEntry, make_entries
 from relloc.reports.lines import natural
 from relloc.reports.load import Measured
-from relloc.reports.missing import Fill, advice, fills
+from relloc.reports.missing import MissingEvaluations, advice, missing_evaluations
 from relloc.reports.published import (
     BEST_LAYER,
     CARD,
@@ -23,15 +27,19 @@ from relloc.reports.published import (
 )
 from relloc.results import LAYERS, Result
 
+# The choices of --rows: published relative location and its controls, or other pretext tasks too
 ROWS = ("card", "all")
-MISSING = "—"  # what stands in a cell of ours that is not measured
+MISSING = "—"  # the text of a cell of ours that is not measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """`note` is what cells of one origin share ("": the row has it), `details` all there is to say of this one.
+    """A number as a table shows it.
 
-    `spread` is like "± 0.8".
+    `text` is the number. `spread` follows it, such as "± 0.8", and so does `mark`, which compares
+    it with the published number. `note` becomes a numbered note, which cells of the same origin
+    share; it is "" where the row has the note. `details` is all that is known of this number, which
+    HTML shows on hovering.
     """
 
     text: str
@@ -44,9 +52,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line, of which `setting` says what is not as published; in place of a cell that is None stands `empty`.
+    """A line of a table.
 
-    `note` is that of all its cells.
+    `setting` says what differs from the published protocol. `cells` has one item for each column;
+    None is shown as `empty`. `note` is a note on all cells of the row.
     """
 
     label: str
@@ -59,7 +68,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """The notes of its rows and cells are numbered from 1, equal ones once."""
+    """A table with its title, and a caption that stands below it."""
 
     title: str
     caption: str = ""
@@ -68,19 +77,18 @@ class Table:
 
     @property
     def notes(self) -> dict[str, int]:
-        texts = (
-            text
-            for row in self.rows
-            for text in (row.note, *(cell.note for cell in row.cells if cell))
-        )
-        return {
-            text: number for number, text in enumerate(dict.fromkeys(filter(None, texts)), start=1)
-        }
+        """The notes of rows and cells with their numbers: from 1, in reading order, equal ones once."""
+        numbers: dict[str, int] = {}
+        for row in self.rows:
+            for text in (row.note, *(cell.note for cell in row.cells if cell)):
+                if text and text not in numbers:
+                    numbers[text] = len(numbers) + 1
+        return numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """The tables of the same images."""
+    """The tables of numbers that were measured on the same images."""
 
     title: str
     tables: tuple[Table, ...]
@@ -88,35 +96,46 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that is printed; `entries` and `published` are the long form of the tables.
+    """Everything that a report shows.
 
-    `advice` says what to do about missing cells, `missing` has the commands; "" where none is missing.
+    `legend` explains the tables. `advice` says what to do about missing cells ("" where none is
+    missing), and `missing` has the commands. `entries` and `published` are the same numbers in long
+    form, for CSV.
     """
 
     title: str
     groups: tuple[Group, ...]
     legend: tuple[str, ...]
     advice: str
-    missing: tuple[Fill, ...]
-    entries: tuple[Entry, ...] = ()
+    missing: tuple[MissingEvaluations, ...]
+    entries: tuple[ReportEntry, ...] = ()
     published: tuple[Published, ...] = ()
 
 
 def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
-    """Our numbers beside the published ones: the "card" rows, or "all" of published.csv."""
+    """Returns the report of our numbers beside the published ones.
+
+    Args:
+        measured: Our numbers, the oldest first, as `find_measured` returns them.
+        rows: Which published rows to show, one of `ROWS`.
+    """
     entries = make_entries(measured)
     published = tuple(each for each in published_numbers() if rows == "all" or each.kind == "card")
+    # The card stands first and is always there; other sets of images follow by name
+    other_titles = {each.group for each in entries} - {CARD_GROUP}
     groups = []
-    for title in (CARD_GROUP, *sorted({each.group for each in entries} - {CARD_GROUP})):
+    for title in (CARD_GROUP, *sorted(other_titles)):
         ours = [each for each in entries if each.group == title and each.is_shown]
         numbers = published if title == CARD_GROUP else ()
-        # In the order of the card, then those that it does not have
+        # Tables in the order of the card, then those that it does not have
         names = dict.fromkeys(part.table for part in card_parts())
         names |= dict.fromkeys(sorted({each.result.table for each in ours}))
         tables = [_table(name, ours, numbers) for name in names]
-        if shown := tuple(table for table in tables if table.rows):
+        # A table without any row says nothing
+        shown = tuple(table for table in tables if table.rows)
+        if shown:
             groups.append(Group(title=title, tables=shown))
-    missing = fills(entries)
+    missing = missing_evaluations(entries)
     return Report(
         title="Our numbers beside the published ones",
         groups=tuple(groups),
@@ -128,106 +147,127 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     )
 
 
-def _table(title: str, ours: Sequence[Entry], published: Sequence[Published]) -> Table:
+def _table(title: str, ours: Sequence[ReportEntry], published: Sequence[Published]) -> Table:
+    """Returns one table of a group; `ours` and `published` are all numbers of the group."""
     numbers = [each for each in published if each.table == title]
-    here = [each for each in ours if each.result.table == title]
-    of_card = [column for part in parts_of(title) for column in part.columns]
+    entries = [each for each in ours if each.result.table == title]
+    card_columns = [column for part in parts_of(title) for column in part.columns]
+    columns = {each.column for each in numbers}
+    columns |= {each.result.column for each in entries}
     # Beside published numbers the card's columns stay though nothing fills them yet
-    columns = (
-        [each.column for each in numbers]
-        + [each.result.column for each in here]
-        + (of_card if published else [])
-    )
-    ordered = column_order(set(columns), of_card)
+    if published:
+        columns |= set(card_columns)
+    ordered = column_order(columns, card_columns)
     return Table(
         title=title,
-        caption=" ".join(_caption(title, here, numbers)) if published else "",
+        caption=" ".join(_caption(title, entries, numbers)) if published else "",
         columns=tuple(ordered),
-        rows=(*_published_rows(numbers, ordered), *_our_rows(here, ordered)),
+        rows=(*_published_rows(numbers, ordered), *_our_rows(entries, ordered)),
     )
 
 
-def column_order(columns: Iterable[str], of_card: Iterable[str]) -> list[str]:
-    """Columns as the card has them, then others; those that differ by a number, as `k=5` and `k=20`, by its size."""
+def column_order(columns: Iterable[str], card_columns: Iterable[str]) -> list[str]:
+    """Returns columns in reading order: as on the card, then by layer, then others.
 
-    def head(column: str) -> str:
+    Columns that differ by a number are sorted by its size: `k=5` stands before `k=20`.
+    """
+
+    def stem(column: str) -> str:
         return column.rstrip("0123456789")
 
-    heads = [head(column) for column in (*of_card, *LAYERS)]
-    return sorted(
-        columns,
-        key=lambda column: ([*heads, head(column)].index(head(column)), natural(column)),
-    )
+    # Columns of one stem stay together, though the card has only some of them
+    stems = [stem(column) for column in (*card_columns, *LAYERS)]
+
+    def rank(column: str) -> tuple[int, list[tuple[int, str]]]:
+        own = stem(column)
+        position = stems.index(own) if own in stems else len(stems)
+        return position, natural(column)
+
+    return sorted(columns, key=rank)
 
 
-def _caption(title: str, here: Sequence[Entry], numbers: Sequence[Published]) -> Iterable[str]:
-    """Tolerance of the published numbers, what is not built, and what is not measured with the command for it."""
+def _caption(
+    title: str, entries: Sequence[ReportEntry], numbers: Sequence[Published]
+) -> Iterable[str]:
+    """Yields the sentences below a table of the card.
+
+    They give the tolerance of its published numbers, and the evaluations that are not built or not
+    measured yet, with the command that measures them.
+    """
     tolerances = dict.fromkeys(f"{number.tolerance:.1f}" for number in numbers)
     if tolerances:
         yield f"Tolerance: ± {' or '.join(tolerances)} points."
-    there = {each.result.column for each in here}
+    measured_columns = {entry.result.column for entry in entries}
     for part in parts_of(title):
         if not part.evaluation:
             yield "Not built: relloc has no such evaluation yet."
-        elif not there & set(part.columns):
+        elif measured_columns.isdisjoint(part.columns):
             yield (
-                f"Not measured: python -m relloc.evaluate checkpoint=RUN eval={part.evaluation}, about {part.hours} h "
-                "on one GPU (an estimate)."
+                f"Not measured: python -m relloc.evaluate checkpoint=RUN eval={part.evaluation}, "
+                f"about {part.hours} h on one GPU (an estimate)."
             )
 
 
 def _published_rows(numbers: Sequence[Published], columns: Sequence[str]) -> Iterable[Row]:
+    # A cell has several numbers where editions of one source disagree
     rows: dict[str, dict[str, list[Published]]] = {}
     for number in numbers:
         rows.setdefault(number.row, {}).setdefault(number.column, []).append(number)
-    for name, cells in rows.items():
-        shown = tuple(
-            _published_cell(cells[column]) if column in cells else None for column in columns
-        )
-        yield Row(label=name, is_published=True, cells=shown)
+    for name, in_column in rows.items():
+        cells = []
+        for column in columns:
+            cells.append(_published_cell(in_column[column]) if column in in_column else None)
+        yield Row(label=name, is_published=True, cells=tuple(cells))
 
 
 def _published_cell(numbers: Sequence[Published]) -> Cell:
-    """A cell of one row's number, or of its several editions."""
+    """Returns the cell of one row's number, or of its several editions."""
+    first = numbers[0]
     text = " / ".join(number.printed for number in numbers)
-    if numbers[0].column == BEST_LAYER and numbers[0].layer:
-        text += f" ({numbers[0].layer})"
+    if first.column == BEST_LAYER and first.layer:
+        text += f" ({first.layer})"
     if len(numbers) == 1:
-        note = f"published: {numbers[0].source}"
+        note = f"published: {first.source}"
     else:
-        note = "published: " + "; ".join(
-            f"{each.printed} in {each.edition} ({each.source})" for each in numbers
-        )
+        editions = (f"{each.printed} in {each.edition} ({each.source})" for each in numbers)
+        note = "published: " + "; ".join(editions)
     return Cell(text=text, note=note, details=note)
 
 
-def _our_rows(here: Sequence[Entry], columns: Sequence[str]) -> Iterable[Row]:
-    rows: dict[tuple[str, str], dict[str, Entry]] = {}
-    for entry in here:
+def _our_rows(entries: Sequence[ReportEntry], columns: Sequence[str]) -> Iterable[Row]:
+    rows: dict[tuple[str, str], dict[str, ReportEntry]] = {}
+    for entry in entries:
         rows.setdefault((entry.label, entry.setting), {})[entry.result.column] = entry
-    for (label, setting), cells in rows.items():
-        of_label = [entry for entry in here if entry.label == label]
-        # Whether there are commands for what else the row lacks
+    for (label, setting), in_column in rows.items():
+        same_label = [entry for entry in entries if entry.label == label]
+        # A dash promises a command below the tables that fills the cell. There is none for rows that
+        # fill no cell of the card, or that hold repeated measurements
         is_to_be_filled = any(
-            each.fills_card and not each.measured.variant for each in cells.values()
+            entry.fills_card and not entry.measured.variant for entry in in_column.values()
         )
+        cells = []
+        for column in columns:
+            cells.append(_our_cell(in_column[column]) if column in in_column else None)
         yield Row(
             label=label,
             is_published=False,
-            cells=tuple(
-                _our_cell(cells[column]) if column in cells else None for column in columns
-            ),
+            cells=tuple(cells),
             setting=setting,
             empty=MISSING if is_to_be_filled else "",
-            note="" if of_label[0].group == CARD_GROUP else note(of_label),
+            note="" if same_label[0].group == CARD_GROUP else note(same_label),
         )
 
 
-def _our_cell(entry: Entry) -> Cell:
-    """A cell of ours; only on the card it has a note of its own."""
-    result, std = entry.result, entry.spread.get("std")
+def _our_cell(entry: ReportEntry) -> Cell:
+    """Returns the cell of one of our numbers; only on the card it has a note of its own."""
+    result = entry.result
+    std = entry.spread.get("std")
+    text = f"{result.value:.2f}"
+    # In such a column the layer is a part of the answer
+    if result.column == BEST_LAYER:
+        text += f" ({result.layer})"
     return Cell(
-        text=f"{result.value:.2f}" + (f" ({result.layer})" if result.column == BEST_LAYER else ""),
+        text=text,
         note=note([entry]) if entry.group == CARD_GROUP else "",
         details="\n".join(_details(entry)),
         spread="" if std is None else f"± {std:.2f}",
@@ -237,91 +277,108 @@ def _our_cell(entry: Entry) -> Cell:
 
 
 def facts(row: Result) -> list[str]:
-    """How a number was measured, a few words each."""
-    protocol = [f"protocol {row.protocol}"] if row.protocol else []
-    deviations = (f"deviation: {one}" for one in row.deviations)
-    return [
-        one
-        for one in (*protocol, row.choice, *row.details, *deviations, row.view, row.precision)
-        if one
-    ]
+    """Returns how a number was measured, as phrases: protocol, choices, deviations, view, precision."""
+    phrases = [f"protocol {row.protocol}"] if row.protocol else []
+    phrases += [row.choice, *row.details]
+    phrases += [f"deviation: {deviation}" for deviation in row.deviations]
+    phrases += [row.view, row.precision]
+    return [phrase for phrase in phrases if phrase]
 
 
-def note(entries: Sequence[Entry]) -> str:
-    """Runs, seeds and commits of numbers, and what is said of all of them; … for what is said of some only."""
+def note(entries: Sequence[ReportEntry]) -> str:
+    """Returns the note on several numbers: their runs, seeds, commits and shared facts.
+
+    An ellipsis stands for facts that hold for some of the numbers only.
+    """
     runs = [entry.measured.run for entry in entries]
-    of_each = [facts(entry.result) for entry in entries]
-    shared = [one for one in of_each[0] if all(one in said for said in of_each)]
-    gap = ["…"] if max(map(len, of_each)) > len(shared) else []
-    told = {
+    # Facts that all numbers share are listed once
+    facts_of_each = [facts(entry.result) for entry in entries]
+    shared = [fact for fact in facts_of_each[0] if all(fact in facts for facts in facts_of_each)]
+    most_facts = max(map(len, facts_of_each))
+    gap = ["…"] if most_facts > len(shared) else []
+    origins: Mapping[str, list[str]] = {
         "run": [run.name for run in runs],
         "seed": [str(entry.result.seed) for entry in entries],
         "commit": [short_commit(run.commit) for run in runs],
     }
-    words = [f"{name} {' and '.join(dict.fromkeys(of_all))}" for name, of_all in told.items()]
-    return "; ".join(
-        [*words, *shared, *gap, *dict.fromkeys(entry.why for entry in entries if entry.why)]
-    )
+    phrases = []
+    for name, values in origins.items():
+        distinct = dict.fromkeys(values)
+        phrases.append(f"{name} {' and '.join(distinct)}")
+    reasons = dict.fromkeys(entry.why for entry in entries if entry.why)
+    return "; ".join([*phrases, *shared, *gap, *reasons])
 
 
 def short_commit(commit: str) -> str:
-    """Ten digits of a commit, and whether files had been changed."""
+    """Returns ten digits of a commit, with the "-dirty" of changed files where it has one."""
     return re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit)
 
 
-def _details(entry: Entry) -> Iterable[str]:
+def _details(entry: ReportEntry) -> Iterable[str]:
+    """Yields the lines that say all that is known of one of our numbers."""
     row, run = entry.result, entry.measured.run
+    # Where it comes from, and how it was measured
     yield f"run {run.name} ({run.folder})"
     yield f"seed {row.seed}, commit {run.commit}"
     yield from facts(row)
     metric = row.metric if row.unit == "%" else f"{row.metric} in {row.unit}"
-    yield ", ".join(
-        filter(None, (f"{row.dataset} {row.split}", f"n = {row.n:,}", row.layer, metric))
-    )
+    phrases = (f"{row.dataset} {row.split}", f"n = {row.n:,}", row.layer, metric)
+    yield ", ".join(filter(None, phrases))
     if entry.measured.digest:
         yield f"images {entry.measured.digest}"
+    # How certain it is
     if row.low is not None and row.high is not None:
         yield f"95 % interval {row.low:.2f} to {row.high:.2f}"
-    yield from (f"{name} over draws: {value:.2f}" for name, value in entry.spread.items())
+    for name, value in entry.spread.items():
+        yield f"{name} over draws: {value:.2f}"
     if entry.why:
         yield entry.why
+    # How it compares with the published number, and with earlier measurements of ours
     if entry.mark:
-        numbers = " / ".join(each.printed for each in entry.beside)
-        beside = entry.beside[0]
-        yield f"{MARK_WORDS[entry.mark]}: {beside.row} {numbers}, tolerance {beside.tolerance:g}"
-    yield from (
-        f"replaces {old.result.value:.2f} of run {old.run.name}" for old in entry.measured.older
-    )
+        printed = " / ".join(each.printed for each in entry.beside)
+        first = entry.beside[0]
+        yield f"{MARK_WORDS[entry.mark]}: {first.row} {printed}, tolerance {first.tolerance:g}"
+    for old in entry.measured.older:
+        yield f"replaces {old.result.value:.2f} of run {old.run.name}"
 
 
-def _legend(entries: Sequence[Entry]) -> Iterable[str]:
+def _legend(entries: Sequence[ReportEntry]) -> Iterable[str]:
+    """Yields the sentences above the tables; those on special cases only where there are such."""
     yield (
-        "Numbers are percent unless a line says otherwise. A line is a checkpoint, a way of batch norm and a seed; "
-        "batch-norm statistics are as trained, as in all published rows, where nothing is said."
+        "Numbers are percent unless a line says otherwise. A line is one checkpoint, batch-norm "
+        "mode and seed; batch-norm statistics are as trained, as in all published rows, where "
+        "nothing is said."
     )
     yield (
-        f"{INSIDE} inside the tolerance of the published number, {ABOVE} above it, {BELOW} below it (where a row gives "
-        f"several values: of their range). Compared are {PUBLISHED_MODEL} lines: random with {RANDOM}, torchvision "
-        f"with {SUPERVISED}, all others with {CARD}, or {CARD_OSS} where that has no number. Recalibrated lines and "
-        "those with a setting of their own are marked as well, though they follow another protocol; not so other views "
-        "of the images and other layers of nearest neighbors."
+        f"{INSIDE} inside the tolerance of the published number, {ABOVE} above it, {BELOW} below "
+        f"it (where a row gives several values: of their range). Compared are {PUBLISHED_MODEL} "
+        f"lines: random with {RANDOM}, torchvision with {SUPERVISED}, all others with {CARD}, or "
+        f"{CARD_OSS} where that has no number. Recalibrated lines and those with a setting of "
+        "their own are marked as well, though they follow another protocol; not so other views of "
+        "the images and other layers of nearest neighbors."
     )
     yield (
-        "Bold: the highest of several rows of ours in a column with the same setting, supervised weights aside; the "
-        "layers of nearest neighbors are rows that compete."
+        "Bold: the highest of several rows of ours in a column with the same setting, supervised "
+        "weights aside; the layers of nearest neighbors are rows that compete."
     )
-    if any(each.result.spread for each in entries):
+    if any(entry.result.spread for entry in entries):
         yield "± is the standard deviation over the draws of low-shot examples."
-    if replaced := sum(len(each.measured.older) for each in entries):
-        yield f"Of numbers measured alike (by fingerprint) the newest stands: {replaced} older left out."
-    if any(each.measured.images for each in entries):
+    replaced = sum(len(entry.measured.older) for entry in entries)
+    if replaced:
         yield (
-            "Where images are named by a digest, several sets of them have the same name, split and number: numbers of "
-            "different digests do not compare. The data sets in run.json have the digests in full; packed images have "
-            "another than the originals, from which they differ by their size and compression."
+            "Of numbers measured alike (by fingerprint) the newest stands: "
+            f"{replaced} older left out."
         )
-    if any(each.measured.variant for each in entries):
+    if any(entry.measured.images for entry in entries):
         yield (
-            "Lines that end in a run were measured otherwise than the others of their name: on other images, by other "
-            "settings or of other weights. Do not take them for repeats of each other."
+            "Where images are named by a digest, several sets of them have the same name, split "
+            "and number: numbers of different digests do not compare. The data sets in run.json "
+            "have the digests in full; packed images have another than the originals, from which "
+            "they differ by their size and compression."
+        )
+    if any(entry.measured.variant for entry in entries):
+        yield (
+            "Lines that end in a run were measured otherwise than the others of their name: on "
+            "other images, by other settings or of other weights. Do not take them for repeats of "
+            "each other."
         )

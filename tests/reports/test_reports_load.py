@@ -44,9 +44,7 @@ def test_broken_files_are_told_with_their_place(new_run, result, tmp_path: Path)
     run = new_run("a", result("knn", "avgpool", "top1_k20", 1.0))
     with open(run / RESULTS_FILE, "a", encoding="utf-8") as file:
         file.write('{"eval": \n')
-    with pytest.raises(
-        DataError, match=r"results.jsonl line 2 is not a result row.*mend or remove it"
-    ):
+    with pytest.raises(DataError, match=r"results.jsonl line 2 is not a result row"):
         find_measured([tmp_path])
     (run / "run.json").write_text("[]", encoding="utf-8")
     with pytest.raises(DataError, match=r"run.json is not a run record"):

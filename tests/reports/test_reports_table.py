@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
-from relloc.reports.compare import ABOVE, BELOW, INSIDE, Entry, make_entries
+from relloc.reports.compare import ABOVE, BELOW, INSIDE, ReportEntry, make_entries
 from relloc.reports.lines import RUN_WEIGHTS, label_lines
 from relloc.reports.load import Line, Measured, Run
 from relloc.reports.missing import command
@@ -28,7 +28,7 @@ def measured(*rows: Result, run: str = "a", started_ms: int = 1) -> list[Measure
     return [Measured(result=row, run=of) for row in rows]
 
 
-def entry(row: Result) -> Entry:
+def entry(row: Result) -> ReportEntry:
     return make_entries(measured(row))[0]
 
 
