@@ -1,1 +1,1 @@
-"""Reports: our results beside the published ones, as tables that name where each number comes from."""
+"""Reports: tables of our results beside the published ones, which name where each number comes from."""

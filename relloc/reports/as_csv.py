@@ -71,10 +71,9 @@ def _published_line(
 ) -> Mapping[str, object]:
     """Returns the line of a published number; `measured` are the cells of the card that we have."""
     part = next(part for part in parts_of(number.table) if number.column in part.columns)
+    state = "missing" if part.evaluation else "not built"
     if (number.table, number.column) in measured:
         state = "measured"
-    else:
-        state = "missing" if part.evaluation else "not built"
     return {
         **dataclasses.asdict(number),
         # The column has the kind of an evaluation, not that of a published row

@@ -1,7 +1,8 @@
-"""The numbers of a sweep as a picture: heat maps over two settings and more, curves over one."""
+"""Draws the results of a sweep: heat maps over two or more settings, curves over one setting."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,117 +14,141 @@ from relloc.reports.table import MISSING
 from relloc.results import NOT_OURS
 from relloc.terminal import escaped
 
+# Titles and data frames as `mean_tables` yields them
 Tables = Sequence[tuple[str, Frame]]
 
 
 def draw_sweep(sweep: SweepNumbers, path: Path, form: str = "png") -> None:
-    """Save the picture, as png, svg or pdf: a row or a panel for each table.
+    """Saves a picture of a sweep's means over seeds.
 
-    A map has the first setting across and the others up, and colors of its own, from its lowest mean to its highest,
-    as layers differ more than what is swept. Of one setting each table is a panel with a curve a layer.
+    With two settings or more each metric is a row of heat maps, one for each layer: the first
+    setting across, the others up. Each map has its own color scale, as layers differ more than
+    settings do. With one setting each metric is a panel with a curve for each layer.
+
+    Args:
+        sweep: The results.
+        path: The file to write.
+        form: "png", "svg" or "pdf".
     """
-    # Without those of random weights alone
-    tables = [
-        (t, table)
-        for t, table in mean_tables(sweep)
-        if our_lines(sweep, table)["mean"].notna().any(axis=None)
-    ]
-    with matplotlib.rc_context({"text.parse_math": False}):  # a name with two $ in it is no formula
+    # Tables that have random or torchvision's weights only have nothing to draw
+    tables = []
+    for title, table in mean_tables(sweep):
+        if our_lines(sweep, table)["mean"].notna().any(axis=None):
+            tables.append((title, table))
+    # A name with two $ in it is no formula
+    with matplotlib.rc_context({"text.parse_math": False}):
         figure = _maps(sweep, tables) if len(sweep.axes) > 1 else _curves(sweep, tables)
         figure.suptitle(
-            f"sweep {escaped(sweep.name)}: accuracy and mAP in percent, of seeds mean and standard deviation",
+            f"sweep {escaped(sweep.name)}: accuracy and mAP in percent, "
+            "of seeds mean and standard deviation",
             fontsize=10,
         )
         figure.savefig(path, format=form, dpi=110)
 
 
 def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
+    """Returns a figure with a row of heat maps for each table, a map for each layer."""
     columns = max(len(table["mean"].columns) for _, table in tables)
-    down, across = our_lines(sweep, tables[0][1])["mean"].iloc[:, 0].unstack(0).shape
-    width, height = max(2.9, 1.2 + 0.62 * across), max(2.3, 1.2 + 0.4 * down)
+    # Inches: a frame, and room for a number in each cell
+    _, first = tables[0]
+    down, across = our_lines(sweep, first)["mean"].iloc[:, 0].unstack(0).shape
+    width = max(2.9, 1.2 + 0.62 * across)
+    height = max(2.3, 1.2 + 0.4 * down)
     figure = Figure(figsize=(width * columns, height * len(tables) + 0.4), layout="constrained")
     panels = figure.subplots(len(tables), columns, squeeze=False)
     for (title, table), axes in zip(tables, panels, strict=True):
-        for axis in axes[len(table["mean"].columns) :]:
+        layers = table["mean"].columns
+        # Tables with fewer layers leave their last panels empty
+        for axis in axes[len(layers) :]:
             axis.set_visible(False)
-        for axis, layer in zip(axes, table["mean"].columns, strict=False):
+        for axis, layer in zip(axes, layers, strict=False):
             _map(axis, our_lines(sweep, table), layer)
-            others = [f"{name} {value:.1f}" for name, value in _others(table, layer).items()]
-            axis.set_title(f"{layer} ({', '.join(others)})" if others else layer, fontsize=8)
+            # The controls have one number for all settings, which the title has room for
+            controls = [f"{name} {value:.1f}" for name, value in _controls(table, layer).items()]
+            axis.set_title(f"{layer} ({', '.join(controls)})" if controls else layer, fontsize=8)
         axes[0].set_title(f"{title}\n", fontsize=10, loc="left")
     return figure
 
 
 def _map(axis: Axes, ours: Frame, layer: str) -> None:
-    mean, std = (ours[what, layer].unstack(0) for what in ("mean", "std"))
-    axis.set_facecolor("lightgray")  # of what is missing
+    """Draws the heat map of one layer; `ours` has the lines of our own weights."""
+    # Rows are all settings but the first, columns the first
+    mean = ours["mean", layer].unstack(0)
+    std = ours["std", layer].unstack(0)
+    axis.set_facecolor("lightgray")  # shows where a mean is missing
     image = axis.imshow(mean, cmap="Blues", origin="lower", aspect="auto")
     axis.figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
-    dark = mean.min(axis=None) + 0.6 * (mean.max(axis=None) - mean.min(axis=None))
+    # Above this the map is dark, and black numbers would be hard to read
+    lowest = mean.min(axis=None)
+    dark = lowest + 0.6 * (mean.max(axis=None) - lowest)
     for (y, x), value in np.ndenumerate(mean.to_numpy()):
-        text = f"{value:.1f}" + ("" if np.isnan(spread := std.iloc[y, x]) else f"\n± {spread:.1f}")
+        text = f"{value:.1f}"
+        spread = std.iloc[y, x]
+        # One seed has no standard deviation
+        if not np.isnan(spread):
+            text += f"\n± {spread:.1f}"
+        if np.isnan(value):
+            text = MISSING
         color = "white" if value > dark else "black"
-        axis.text(
-            x,
-            y,
-            MISSING if np.isnan(value) else text,
-            ha="center",
-            va="center",
-            color=color,
-            fontsize=8,
-        )
+        axis.text(x, y, text, ha="center", va="center", color=color, fontsize=8)
     _ticks(axis, range(len(mean.columns)), list(mean.columns))
-    axis.set_yticks(
-        range(len(mean)),
-        [key if isinstance(key, str) else ", ".join(key) for key in mean.index],
-        fontsize=8,
-    )
+    # With three settings or more a row is a combination of all but the first
+    names = [key if isinstance(key, str) else ", ".join(key) for key in mean.index]
+    axis.set_yticks(range(len(mean)), names, fontsize=8)
     axis.set_xlabel(mean.columns.name, fontsize=8)
     axis.set_ylabel(", ".join(mean.index.names), fontsize=8)
 
 
-def _ticks(axis: Axes, places: Sequence[float], values: Sequence[str]) -> None:
-    slanted = (
-        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-        if max(map(len, values)) > 6
-        else {}
-    )
-    axis.set_xticks(places, values, fontsize=8, **slanted)
+def _ticks(axis: Axes, positions: Sequence[float], values: Sequence[str]) -> None:
+    """Writes the values of a setting below the axis, slanted where they are long."""
+    slanted: dict[str, Any] = {}
+    if max(map(len, values)) > 6:
+        slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(positions, values, fontsize=8, **slanted)
 
 
-def _others(table: Frame, layer: str) -> dict[str, float]:
-    """Means of weights that are not ours, where one number of them is for all points."""
-    found = table["mean"][layer].dropna()
-    names = found.index.get_level_values(WEIGHTS)
-    return {name: found[names == name].iloc[0] for name in NOT_OURS if list(names).count(name) == 1}
+def _controls(table: Frame, layer: str) -> dict[str, float]:
+    """Returns the means of random and torchvision's weights that hold for all points."""
+    means = table["mean"][layer].dropna()
+    weights = means.index.get_level_values(WEIGHTS)
+    controls = {}
+    for name in NOT_OURS:
+        # Several numbers would belong to different settings
+        if list(weights).count(name) == 1:
+            controls[name] = means[weights == name].iloc[0]
+    return controls
 
 
 def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
+    """Returns a figure with a panel for each table, a curve for each layer."""
     figure = Figure(figsize=(4.4 * len(tables), 4.2), layout="constrained")
-    for axis, (title, table) in zip(
-        figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True
-    ):
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axis, (title, table) in zip(panels, tables, strict=True):
         ours = our_lines(sweep, table)
-        places = (
-            [float(value) for value in ours.index]
-            if are_numbers(ours.index)
-            else list(range(len(ours)))
-        )
+        # Numbers stand at their values, other settings side by side
+        if are_numbers(ours.index):
+            positions = [float(value) for value in ours.index]
+        else:
+            positions = [float(number) for number in range(len(ours))]
         for number, layer in enumerate(ours["mean"].columns):
-            mean, std = ours["mean", layer], ours["std", layer].fillna(0)
-            axis.plot(places, mean, marker="o", color=f"C{number}", label=layer)
+            color = f"C{number}"
+            mean = ours["mean", layer]
+            # One seed has no standard deviation
+            std = ours["std", layer].fillna(0)
+            axis.plot(positions, mean, marker="o", color=color, label=layer)
             axis.fill_between(
-                places, mean - std, mean + std, color=f"C{number}", alpha=0.12, linewidth=0
+                positions, mean - std, mean + std, color=color, alpha=0.12, linewidth=0
             )
-            for value in _others(table, layer).values():
-                axis.axhline(value, linestyle=":", color=f"C{number}")
+            for value in _controls(table, layer).values():
+                axis.axhline(value, linestyle=":", color=color)
         axis.set_title(title, fontsize=9)
-        _ticks(axis, places, list(ours.index))
+        _ticks(axis, positions, list(ours.index))
         axis.set_xlabel(str(ours.index.name), fontsize=8)
         axis.grid(alpha=0.3)
-        others = ", ".join(f"dotted: {name}" for name in _others(table, layer))
+        # All layers have the same controls
+        dotted = ", ".join(f"dotted: {name}" for name in _controls(table, layer))
         axis.legend(
-            title=others,
+            title=dotted,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.15),
             ncols=3,

@@ -1,4 +1,8 @@
-"""The numbers of a sweep: each with the settings that were swept, and their means over seeds."""
+"""Collects the results of a sweep, and averages them over seeds.
+
+Each result is joined with the settings that the sweep varies. The tables have a line for each
+combination of settings and weights, and a column for each layer.
+"""
 
 import dataclasses
 import fnmatch
@@ -16,22 +20,29 @@ from relloc.results import LAYERS, NOT_OURS, Result, read_results
 from relloc.sweeps.points import Point
 from relloc.tracking.record import RUN_FILE, RunRecord, Scalar
 
+# Columns of `SweepNumbers.rows` beside the settings and the fields of `Result`
 WEIGHTS, TITLE, COLUMN = "weights", "title", "across"
 Frame = Any  # a pandas DataFrame, whose types pyright can't follow
 _SEED = "seed"
-_RESULT = [field.name for field in dataclasses.fields(Result)]
-_ANY = ""  # in place of a setting, of what does not depend on it
-_SAID_ANYWAY = ("eval", "checkpoint", "batch_norm")  # by a table's title and weights
+_RESULT_FIELDS = [field.name for field in dataclasses.fields(Result)]
+_ANY = ""  # in place of a setting, for results that do not depend on it
+# Settings that the title or the weights of a table name already
+_NAMED_BY_TABLE = ("eval", "checkpoint", "batch_norm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepNumbers:
-    """What a sweep measured.
+    """The results of a sweep, with the settings that it varies.
 
-    A line of `rows` is a result: its point, with folder and how it stands, the settings that were `swept`, the weights
-    ("pretrained", "random", or the short name of an evaluated file), its table's title and column, and the fields of
-    `Result`, which the line of a point without results lacks. Settings, weights and columns are categories in the order
-    in which they are shown: numbers by size, others as they came.
+    Attributes:
+        name: The name of the sweep.
+        swept: The short names of the settings that differ between points, such as "gap_px".
+        rows: A data frame with a line for each result, and one for each point that has none. Its
+            columns are the name, folder and state of the point; the `swept` settings; the weights
+            ("pretrained", "random", or the short name of an evaluated file); title and column of
+            the table that shows it; and the fields of `Result`, empty for a point without results.
+            Settings, weights and columns are categories in the order in which they are shown:
+            numbers by size, others in order of appearance.
     """
 
     name: str
@@ -40,23 +51,29 @@ class SweepNumbers:
 
     @property
     def keys(self) -> list[str]:
-        """What tells apart the lines of a table."""
+        """The columns that identify a line of a table: the settings, and the weights."""
         return [*self.swept, WEIGHTS]
 
     @property
     def has_ours(self) -> bool:
-        """Whether any weights are neither random nor torchvision's."""
-        return bool((self.rows["eval"].notna() & ~self.rows[WEIGHTS].isin(NOT_OURS)).any())
+        """Whether any result is of weights that are neither random nor torchvision's."""
+        is_ours = ~self.rows[WEIGHTS].isin(NOT_OURS)
+        has_result = self.rows["eval"].notna()
+        return bool((has_result & is_ours).any())
 
     @property
     def axes(self) -> list[str]:
-        """Those of them in which lines of our own weights differ, or the first."""
+        """The `keys` in which lines of our own weights differ; the first key if there are none."""
         ours = self.rows[~self.rows[WEIGHTS].isin(NOT_OURS)]
-        return [key for key in self.keys if ours[key].nunique() > 1] or self.keys[:1]
+        varied = [key for key in self.keys if ours[key].nunique() > 1]
+        return varied or self.keys[:1]
 
     def lacking(self) -> dict[object, str]:
-        """How the points without results stand that have these `keys`."""
-        blank = self.rows[self.rows["eval"].isna() & (self.rows["state"] != "done")]
+        """Returns the states of points without results, by their `keys`, such as "failed"."""
+        has_result = self.rows["eval"].notna()
+        is_done = self.rows["state"] == "done"
+        blank = self.rows[~has_result & ~is_done]
+        # Several seeds of one setting may be in different states
         states = blank.groupby(self.keys, observed=True)["state"].unique()
         return states.map(", ".join).to_dict()
 
@@ -64,118 +81,167 @@ class SweepNumbers:
 def read_sweep(
     name: str, points: Sequence[Point], states: Sequence[str], metrics: str | None = None
 ) -> SweepNumbers:
-    """The headline metrics of all points, or those that MLflow knows by a name that fits `metrics`.
+    """Returns the results of all points of a sweep.
 
-    `states` says how each point stands; `metrics` is a pattern such as `linear/feature4/*`.
+    Args:
+        name: The name of the sweep.
+        points: Its points.
+        states: The state of each point as a word, such as "done".
+        metrics: A pattern such as `linear/feature4/*`: the results whose names in MLflow match it
+            are returned. By default the headline metrics are.
 
     Raises:
-        DataError: no point has results, none fits `metrics`, or a file is broken.
+        DataError: No point has results, none matches `metrics`, or a file is broken.
     """
     try:
         results = [_results_of(point) for point in points]
         settings = _with_defaults(points)
     except (ValueError, OSError) as error:
-        raise DataError(f"{error}: mend or remove it") from error
-    shown = _shown([row for rows in results for row in rows], name, metrics)
+        raise DataError(f"{error}: repair or remove it") from error
+    all_rows = [row for rows in results for row in rows]
+    selected = _selected(all_rows, name, metrics)
     swept = _swept(settings)
     lines: list[dict[str, Any]] = []
     for point, state, rows, setting in zip(points, states, results, settings, strict=True):
         line = {"point": point.name, "folder": str(point.folder), "state": state}
-        line |= {short: setting.get(key, MISSING) for key, short in swept.items()}
-        lines += [line | _described(row, point.kind) for row in rows if row in shown] or [line]
-    columns = dict.fromkeys([*lines[0], WEIGHTS, TITLE, COLUMN, *_RESULT])
-    rows = pd.DataFrame(lines, columns=pd.Index(columns), dtype=object).astype({"value": float})
+        for key, short_name in swept.items():
+            line[short_name] = setting.get(key, MISSING)
+        described = [line | _described(row, point.kind) for row in rows if row in selected]
+        # A point without results keeps its line, so that tables show how it stands
+        lines += described or [line]
+    columns = dict.fromkeys([*lines[0], WEIGHTS, TITLE, COLUMN, *_RESULT_FIELDS])
+    frame = pd.DataFrame(lines, columns=pd.Index(columns), dtype=object)
+    frame = frame.astype({"value": float})
+    short_names_of_swept = tuple(swept.values())
     return SweepNumbers(
-        name=name, swept=tuple(swept.values()), rows=_in_order(rows, swept.values())
+        name=name,
+        swept=short_names_of_swept,
+        rows=_in_order(frame, short_names_of_swept),
     )
 
 
 def _results_of(point: Point) -> Iterable[Result]:
-    # Of one number measured anew the last stands
-    return {
-        (row.tracked_name, row.dataset, row.split, row.checkpoint): row
-        for row in read_results(point.folder)
-    }.values()
+    """Returns the results of a point; of a number that was measured again only the last."""
+    last: dict[tuple[str, str, str, str], Result] = {}
+    for row in read_results(point.folder):
+        last[row.tracked_name, row.dataset, row.split, row.checkpoint] = row
+    return last.values()
 
 
-def _shown(rows: Sequence[Result], sweep: str, metrics: str | None) -> set[Result]:
+def _selected(rows: Sequence[Result], sweep: str, metrics: str | None) -> set[Result]:
+    """Returns the results that the report is to show."""
     if not rows:
         raise DataError(
-            f"no point of sweep {sweep} has results yet: python -m relloc.sweep status tells how they stand"
+            f"no point of sweep {sweep} has results yet: "
+            "python -m relloc.sweep status tells how they stand"
         )
     if metrics is None:
         return {row for row in rows if row.headline}
+    # Names as of a run's own weights: points that evaluate other files match the same pattern
     names = {row: dataclasses.replace(row, checkpoint="").tracked_name for row in rows}
-    shown = {row for row, name in names.items() if fnmatch.fnmatchcase(name, metrics)}
-    if not shown:
+    selected = {row for row, name in names.items() if fnmatch.fnmatchcase(name, metrics)}
+    if not selected:
+        # Say which names there are, once for all layers
         known = sorted({name.replace(f"/{row.layer}/", "/*/") for row, name in names.items()})
         raise DataError(f"--metrics {metrics} fits nothing that was measured: {', '.join(known)}")
-    return shown
+    return selected
 
 
 def _with_defaults(points: Sequence[Point]) -> list[dict[str, str]]:
-    """Of each point what any command of the sweep sets: where its own did not, the value that its run noted."""
+    """Returns for each point the settings that any command of the sweep sets.
+
+    Commands of one sweep may set different settings. Where a point's command did not set one, its
+    value is the one in the record of the run.
+    """
     settings = []
     for point in points:
-        words = (word.lstrip("+~").partition("=") for word in point.overrides)
-        settings.append({key: value for key, _, value in words if key not in _SAID_ANYWAY})
-    keys = dict.fromkeys(key for each in settings for key in each)
-    for point, each in zip(points, settings, strict=True):
-        lacking = [key for key in keys if key not in each]
-        if lacking and (point.folder / RUN_FILE).exists():
-            noted = RunRecord.read(point.folder).params
-            each |= {key: _word(noted[key]) for key in lacking if key in noted}
+        own = {}
+        for word in point.overrides:
+            key, _, value = word.lstrip("+~").partition("=")
+            if key not in _NAMED_BY_TABLE:
+                own[key] = value
+        settings.append(own)
+    keys = dict.fromkeys(key for own in settings for key in own)
+    for point, own in zip(points, settings, strict=True):
+        lacking = [key for key in keys if key not in own]
+        # A run that has not begun has no record
+        if not lacking or not (point.folder / RUN_FILE).exists():
+            continue
+        recorded = RunRecord.read(point.folder).params
+        for key in lacking:
+            if key in recorded:
+                own[key] = _word(recorded[key])
     return settings
 
 
 def _word(value: Scalar) -> str:
-    """As it stands on a command line."""
+    """Returns a value as it stands on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _swept(settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What differs between points, but for the seed where anything else does: short names, where these are unique."""
-    keys = dict.fromkeys(key for each in settings for key in each)
-    keys = [
-        key for key in keys if key != _SEED and len({each.get(key) for each in settings}) > 1
-    ] or [_SEED]
-    short = [key.rpartition(".")[2] for key in keys]
-    return {
-        key: name if [*short, *_RESULT].count(name) == 1 else key
-        for key, name in zip(keys, short, strict=True)
-    }
+    """Returns the settings that differ between points, each with the name that tables show.
+
+    The seed is left out if anything else differs, as tables average over it. The shown name is the
+    last part of the setting's, unless that is ambiguous.
+    """
+    keys = dict.fromkeys(key for own in settings for key in own)
+    differing = []
+    for key in keys:
+        values = {own.get(key) for own in settings}
+        if key != _SEED and len(values) > 1:
+            differing.append(key)
+    differing = differing or [_SEED]
+    short = [key.rpartition(".")[2] for key in differing]
+    # Fields of results are columns of the same data frame
+    taken = [*short, *_RESULT_FIELDS]
+    shown = {}
+    for key, name in zip(differing, short, strict=True):
+        shown[key] = name if taken.count(name) == 1 else key
+    return shown
 
 
 def _described(row: Result, kind: str) -> dict[str, Any]:
+    """Returns the columns of a result; `kind` is the command of its point, train or evaluate."""
     recalibrated = "_recalibrated" if row.batch_norm == "recalibrated" else ""
     unit = "" if row.unit == "%" else f", {row.unit}"
-    return {
-        WEIGHTS: "pretrained"
-        if kind == "train" and row.checkpoint not in NOT_OURS
-        else row.checkpoint,
+    # Each point of a training sweep has weights of its own: they share a name, so that they compare
+    is_own = kind == "train" and row.checkpoint not in NOT_OURS
+    described = {
+        WEIGHTS: "pretrained" if is_own else row.checkpoint,
         TITLE: f"{row.eval}{recalibrated}/{row.metric} on {row.dataset} {row.split}{unit}",
         COLUMN: row.layer or row.column,
-    } | dataclasses.asdict(row)
+    }
+    return described | dataclasses.asdict(row)
 
 
 def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
+    """Returns the rows with settings, weights and columns as ordered categories."""
     names = short_names(rows[WEIGHTS].dropna())
     ours = [name for path, name in names.items() if path not in NOT_OURS]
-    weights = rows[WEIGHTS].map(names.get).fillna(ours[0] if len(ours) == 1 else MISSING)
-    rows = rows.assign(**{WEIGHTS: weights}).astype(dict.fromkeys(swept, str))
-    order = {WEIGHTS: [*ours, MISSING, *NOT_OURS], COLUMN: [*LAYERS, *rows[COLUMN].dropna()]}
+    # Points without results belong to our weights if there is only one file of them
+    blank = ours[0] if len(ours) == 1 else MISSING
+    weights = rows[WEIGHTS].map(names.get).fillna(blank)
+    rows = rows.assign(**{WEIGHTS: weights})
+    rows = rows.astype(dict.fromkeys(swept, str))
+    order = {
+        WEIGHTS: [*ours, MISSING, *NOT_OURS],
+        COLUMN: [*LAYERS, *rows[COLUMN].dropna()],
+    }
     for key in swept:
         values = rows[key].unique()
-        order[key] = [*(sorted(values, key=float) if are_numbers(values) else values), _ANY]
-    kinds = {
-        key: pd.CategoricalDtype(list(dict.fromkeys(values)), ordered=True)
-        for key, values in order.items()
-    }
-    return rows.astype(kinds)
+        if are_numbers(values):
+            values = sorted(values, key=float)
+        order[key] = [*values, _ANY]
+    categories = {}
+    for key, values in order.items():
+        distinct = list(dict.fromkeys(values))
+        categories[key] = pd.CategoricalDtype(distinct, ordered=True)
+    return rows.astype(categories)
 
 
 def are_numbers(values: Iterable[str]) -> bool:
-    """Whether a setting has numbers only, as gap_px has."""
+    """Returns whether all values of a setting are numbers, and there are some."""
     try:
         return bool([float(value) for value in values])
     except ValueError:
@@ -183,117 +249,155 @@ def are_numbers(values: Iterable[str]) -> bool:
 
 
 def mean_tables(numbers: SweepNumbers) -> Iterator[tuple[str, Frame]]:
-    """Each table with its title: the settings and weights down, ("mean" | "std" | "count", layer) across.
+    """Yields each table of the sweep with its title.
 
-    These are over seeds. A point without results has a line of NaN; weights that are not ours have one without settings
-    where all points measured them alike.
+    A table is a data frame. Its index are the `numbers.keys`, and its columns are pairs of "mean",
+    "std" or "count" (over seeds) and a layer. A point without results has a line of NaN. Random and
+    torchvision's weights have a single line, without settings, where all points measured them
+    alike.
     """
-    keys, is_blank = numbers.keys, numbers.rows["eval"].isna()
-    rows, blank = numbers.rows[~is_blank].copy(), numbers.rows[is_blank]
+    keys = numbers.keys
+    is_blank = numbers.rows["eval"].isna()
+    rows = numbers.rows[~is_blank].copy()
+    blank = numbers.rows[is_blank]
+    # Results of random weights do not depend on pretraining settings. Equal fingerprints show that
+    # every point measured the same thing, so one line serves all of them
     others = rows[WEIGHTS].isin(NOT_OURS)
-    measured = rows[others].groupby([TITLE, WEIGHTS, COLUMN, _SEED], observed=True)["fingerprint"]
-    if (measured.nunique() == 1).all():
+    same_cell = [TITLE, WEIGHTS, COLUMN, _SEED]
+    fingerprints = rows[others].groupby(same_cell, observed=True)["fingerprint"]
+    if (fingerprints.nunique() == 1).all():
         rows.loc[others, list(numbers.swept)] = _ANY
         rows = rows.drop_duplicates([TITLE, *keys, COLUMN, _SEED, "fingerprint"])
     for title, part in rows.groupby(TITLE, sort=False):
-        part = pd.concat([part, blank.fillna({COLUMN: part[COLUMN].iloc[0]})])
+        # Points without results are lines of every table; they need some column to stand in
+        first_column = part[COLUMN].iloc[0]
+        part = pd.concat([part, blank.fillna({COLUMN: first_column})])
         values = part.groupby([*keys, COLUMN], observed=True)["value"]
-        yield str(title), values.agg(["mean", "std", "count"]).unstack(COLUMN)
+        statistics = values.agg(["mean", "std", "count"])
+        yield str(title), statistics.unstack(COLUMN)
 
 
 def our_lines(numbers: SweepNumbers, table: Frame) -> Frame:
-    """The lines of a table by `axes`: those of weights that are not ours left out."""
+    """Returns the lines of a table that are of our own weights, indexed by `numbers.axes`."""
     ours = table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)]
-    return ours.droplevel([key for key in numbers.keys if key not in numbers.axes])
+    constant = [key for key in numbers.keys if key not in numbers.axes]
+    return ours.droplevel(constant)
 
 
 LEGEND = (
-    "Accuracies and mAP are percent. Of several seeds: their mean, ± their standard deviation, in brackets how many. "
-    "Bold: the highest of a column."
+    "Accuracies and mAP are percent. Of several seeds: their mean, ± their standard deviation, "
+    "in brackets how many. Bold: the highest of a column."
 )
 
 
 def as_report(sweep: SweepNumbers, commands: Sequence[str]) -> Report:
-    """A table a metric, a row for each combination of swept settings and weights; `commands` run what is not done."""
-    tables = [one for title, table in mean_tables(sweep) for one in _tables(sweep, title, table)]
+    """Returns the report of a sweep: for each metric a table, with a row for each setting.
+
+    Args:
+        sweep: The results.
+        commands: The commands that run the points that are not done, listed at the end.
+    """
+    tables: list[Table] = []
+    for title, table in mean_tables(sweep):
+        tables += _tables(sweep, title, table)
+    # Points that are not done, by their state
     points = sweep.rows.drop_duplicates("folder")
-    groups = points[points["state"] != "done"].groupby("state")["point"]
-    not_done = "; ".join(
-        f"{state} ({len(names)}): {', '.join(map(str, names))}" for state, names in groups
-    )
-    fill = MissingEvaluations(
+    not_done = points[points["state"] != "done"]
+    lists = []
+    for state, names in not_done.groupby("state")["point"]:
+        lists.append(f"{state} ({len(names)}): {', '.join(map(str, names))}")
+    missing = MissingEvaluations(
         label="What neither runs nor waits, each by its own command", commands=tuple(commands)
     )
     return Report(
         title=f"Sweep {sweep.name}",
         groups=(Group(title="Means over seeds", tables=tuple(tables)),),
         legend=(LEGEND,),
-        advice=f"Points that are not done: {not_done}." if not_done else "",
-        missing=(fill,) if commands else (),
+        advice=f"Points that are not done: {'; '.join(lists)}." if lists else "",
+        missing=(missing,) if commands else (),
     )
 
 
 def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
-    """The table of a metric; of two settings a grid, too, at the layer with the highest mean."""
-    cells, lacking = _cells(table), sweep.lacking()
+    """Yields the table of a metric; with two varied settings also a grid of one over the other."""
+    cells = _cells(table)
+    lacking = sweep.lacking()
     rows = []
     for key, line in cells.iterrows():
         *settings, weights = key
-        # Weights that are not ours have one line for all points, without their settings.
-        label = ", ".join(
-            f"{name}={value}"
-            for name, value in zip(sweep.swept, settings, strict=True)
-            if value != _ANY
-        )
-        named = {"label": label, "setting": weights} if label else {"label": weights}
+        # Weights that are not ours have one line for all points, without their settings
+        words = []
+        for name, value in zip(sweep.swept, settings, strict=True):
+            if value != _ANY:
+                words.append(f"{name}={value}")
         rows.append(
-            Row(**named, is_published=False, cells=tuple(line), empty=lacking.get(key, MISSING))
+            Row(
+                label=", ".join(words) or weights,
+                setting=weights if words else "",
+                is_published=False,
+                cells=tuple(line),
+                empty=lacking.get(key, MISSING),
+            )
         )
     yield Table(title=title, columns=tuple(cells), rows=tuple(rows))
-    if len(sweep.axes) == 2 and our_lines(sweep, table)["mean"].notna().any(axis=None):
-        yield _grid(
-            sweep, title, table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)], lacking
-        )
+    has_ours = our_lines(sweep, table)["mean"].notna().any(axis=None)
+    if len(sweep.axes) == 2 and has_ours:
+        ours = table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)]
+        yield _grid(sweep, title, ours, lacking)
 
 
 def _grid(sweep: SweepNumbers, title: str, ours: Frame, lacking: Mapping[object, str]) -> Table:
+    """Returns the means at the best layer with the first axis across and the second down."""
     layer = ours["mean"].max().idxmax()
     cells = _cells(ours)[layer]
     # Points that are not done say in their cells how they stand
     for key in cells.index[cells.isna()]:
         cells[key] = Cell(text=lacking.get(key, MISSING))
     grid = our_lines(sweep, cells).unstack(0)
-    grid = grid.where(grid.notna(), None)  # pairs of settings that no point has
+    # Pairs of settings that no point has become empty cells
+    grid = grid.where(grid.notna(), None)
     across, down = sweep.axes
+    rows = []
+    for label, line in grid.iterrows():
+        rows.append(Row(label=label, is_published=False, cells=tuple(line)))
     return Table(
         title=f"{title} at {layer}, where the highest is: {across} across and {down} down",
         columns=tuple(grid),
-        rows=tuple(
-            Row(label=name, is_published=False, cells=tuple(line)) for name, line in grid.iterrows()
-        ),
+        rows=tuple(rows),
     )
 
 
 def _cells(table: Frame) -> Frame:
-    """A cell for each mean, the highest of each column bold; None where nothing was measured."""
+    """Returns a cell for each mean, the highest of each column bold; None where there is none."""
     cells = {}
     for layer, highest in table["mean"].max().items():
-        numbers = zip(*(table[what, layer] for what in ("mean", "std", "count")), strict=True)
-        cells[layer] = [_cell(*line, is_best=line[0] == highest) for line in numbers]
+        means = table["mean", layer]
+        stds = table["std", layer]
+        counts = table["count", layer]
+        column = []
+        for mean, std, count in zip(means, stds, counts, strict=True):
+            column.append(_cell(mean, std, count, is_best=mean == highest))
+        cells[layer] = column
     return pd.DataFrame(cells, index=table.index, dtype=object)
 
 
 def _cell(mean: float, std: float, count: float, *, is_best: bool) -> Cell | None:
+    """Returns the cell of a mean over `count` seeds, or None where nothing was measured."""
+    # The count is NaN for layers that no point of this line has
     if not count > 0:
         return None
-    seeds, spread = (
-        (f"{count:.0f} seeds", f"± {std:.1f} ({count:.0f})") if count > 1 else ("one seed", "")
-    )
+    if count > 1:
+        seeds = f"{count:.0f} seeds"
+        spread = f"± {std:.1f} ({count:.0f})"
+    else:
+        seeds = "one seed"
+        spread = ""
     return Cell(text=f"{mean:.1f}", details=f"{mean:.4f}, {seeds}", spread=spread, is_best=is_best)
 
 
 def as_sweep_csv(sweep: SweepNumbers) -> str:
-    """A line a result, in full, and one for each point that has none."""
+    """Returns CSV with a line for each result in full, and one for each point that has none."""
     rows = sweep.rows.drop(columns=[TITLE, COLUMN])
+    # Categories become objects, as they refuse texts that are none of theirs
     texts = rows.apply(lambda column: pd.Series(list(map(as_text, column)), dtype=object))
     return texts.to_csv(index=False, lineterminator="\n")
