@@ -1,4 +1,8 @@
-"""The points of a sweep: what each is, so that it is recognized again, and where it runs."""
+"""Defines the points of a sweep: each is one run, recognized by a hash of its settings.
+
+A point has the same run folder in every sweep and for every launcher. The folder also holds a note,
+point.json, on the job that runs the point.
+"""
 
 import dataclasses
 import hashlib
@@ -17,26 +21,29 @@ from relloc.status import Status
 from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
-_PATHS = (
-    "root",
-    "shards",
-    "checkpoint",
-)  # settings that name files, in `data`, in what evaluations bring, and alone
-_NO_PATHS = ("random", "torchvision")  # what `checkpoint` takes besides
+# Settings that name files: of `data`, also within evaluations, and `checkpoint` at the top
+_PATHS = ("root", "shards", "checkpoint")
+_NO_PATHS = ("random", "torchvision")  # values of `checkpoint` that are no files
 _IDENTITY_DIGITS = 12
-_NOTE_LOST = "Remove it if no job or process has the point"
-_PLAIN = re.compile(r"[\w./+:@%-]*")  # what Hydra takes as a value without quotes
+_HOW_TO_REPAIR = "Remove it if no job or process has the point"
+# What Hydra takes as a value without quotes
+_PLAIN = re.compile(r"[\w./+:@%-]*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
     """One run of a sweep.
 
-    `kind` is the command that runs it, train or evaluate; `name` says what is swept; `overrides` are
-    all words that compose it; `identity` hashes the config; and `folder` is the run's, the same for
-    every sweep that has this point. `options` are Hydra's options that stand before these words, such as
-    --config-dir; `cwd` is the folder from which relative paths count; `resend` has the words after `python` that
-    send the point to the cluster again where its sweep's command sent it, and none where that ran it itself.
+    Attributes:
+        kind: The command that runs it, train or evaluate.
+        name: The values of the swept settings, such as `gap_px=48 jitter_px=7`.
+        overrides: All words that compose its config.
+        identity: A hash of its settings.
+        folder: Its run folder, the same for every sweep that has this point.
+        options: Hydra's options that stand before the overrides, such as --config-dir.
+        cwd: The folder from which relative paths count.
+        resend: The words after `python` that send the point to the cluster again; empty where the
+            sweep's command ran the point itself.
     """
 
     kind: str
@@ -50,10 +57,12 @@ class Point:
 
     @property
     def arguments(self) -> list[str]:
-        """What Python is to run: the module, and the words that compose the run and name its folder."""
+        """The words after `python` that run the point: module, options, overrides and folder."""
         folder = str(self.folder)
-        if not _PLAIN.fullmatch(folder):  # quoted as Hydra's grammar has it
-            folder = "'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        if not _PLAIN.fullmatch(folder):
+            # In quotes, as Hydra's grammar has it
+            escaped = folder.replace("\\", "\\\\").replace("'", "\\'")
+            folder = f"'{escaped}'"
         return [
             "-m",
             f"relloc.{self.kind}",
@@ -64,84 +73,135 @@ class Point:
 
     @property
     def again(self) -> str:
-        """A line for a shell that runs this point alone once more, with the code of then, where the sweep ran it."""
+        """A shell command that runs this point alone once more, as its sweep ran it."""
         line = shlex.join(["python", *(self.resend or self.arguments)])
-        return line if self.cwd in ("", os.getcwd()) else f"cd {shlex.quote(self.cwd)} && {line}"
+        # Relative paths count from where the sweep was started
+        if self.cwd in ("", os.getcwd()):
+            return line
+        return f"cd {shlex.quote(self.cwd)} && {line}"
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON can hold them."""
         return dataclasses.asdict(self) | {"folder": str(self.folder)}
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """Short hash of a resolved config, without settings that don't belong to a point.
+    """Returns the hash by which a point is recognized, 12 hexadecimal digits of its settings.
 
-    Relative paths count from the current folder: elsewhere they name other files.
+    Settings that must not change results (launcher, tracking, workers, ...) are left out, as
+    `relloc.neutral` lists them. Relative paths count from the current folder: elsewhere they name
+    other files.
+
+    Args:
+        config: The resolved config.
     """
-    kept = _with_whole_paths(neutral.settings_of_run(config))
-    text = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:_IDENTITY_DIGITS]
+    settings = _with_absolute_paths(neutral.settings_of_run(config))
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
+    # Names of files may have bytes that are no UTF-8
+    data = text.encode("utf-8", "surrogateescape")
+    return hashlib.sha256(data).hexdigest()[:_IDENTITY_DIGITS]
 
 
-def _with_whole_paths(value: Any, name: str = "") -> Any:
-    """A setting of that name; those of `_PATHS`, at any depth and also in lists, become absolute paths.
+def _with_absolute_paths(value: Any, name: str = "") -> Any:
+    """Returns the value of a setting with the relative paths in it made absolute.
 
-    An absolute path stays as it is written, so that points of earlier sweeps are found again.
+    Paths are the settings of `_PATHS`, at any depth and also in lists. An absolute path stays as it
+    is written, so that points of earlier sweeps are found again.
     """
     if isinstance(value, Mapping):
-        return {key: _with_whole_paths(inner, key) for key, inner in value.items()}
+        return {key: _with_absolute_paths(inner, key) for key, inner in value.items()}
     if name not in _PATHS:
         return value
     if isinstance(value, list):
-        return [_with_whole_paths(one, name) for one in value]
-    is_relative = (
-        isinstance(value, str) and value and value not in _NO_PATHS and not os.path.isabs(value)
-    )
-    return os.path.abspath(value) if is_relative else value
+        return [_with_absolute_paths(item, name) for item in value]
+    is_path = isinstance(value, str) and value and value not in _NO_PATHS
+    if is_path and not os.path.isabs(value):
+        return os.path.abspath(value)
+    return value
 
 
 def folder_of(runs: Path, kind: str, name: str, mark: str) -> Path:
-    """The run folder of a point: the one that an earlier sweep gave it, else `runs`/KIND_NAME_IDENTITY."""
+    """Returns the run folder of a point.
+
+    It is the one that an earlier sweep gave the point, else `runs`/KIND_NAME_IDENTITY.
+
+    Args:
+        runs: The folder of runs.
+        kind: The command that runs the point, train or evaluate.
+        name: The name of the point, of which the folder's name has the readable part.
+        mark: The identity of the point.
+    """
     readable = re.sub(r"[^\w.+-]+", "_", name).strip("_")[:80]
     new = runs / "_".join(filter(None, (kind, readable, mark)))
-    return next(filter(Path.is_dir, sorted(runs.glob(f"{kind}_*{mark}"))), new)
+    # Another sweep may have named the same point by other settings
+    existing = sorted(runs.glob(f"{kind}_*{mark}"))
+    return next(filter(Path.is_dir, existing), new)
 
 
 def name_of(overrides: Sequence[str], swept: Sequence[str], seed: int) -> str:
-    """What is swept, shortly: `gap_px=48 jitter_px=7`; the seed where nothing is."""
-    words = (word.lstrip("+~").partition("=") for word in overrides)
-    told = [f"{key.rpartition('.')[2]}={value}" for key, _, value in words if key in swept]
-    return " ".join(told) or f"seed={seed}"
+    """Returns the name of a point: its values of the swept settings, or its seed if there are none.
+
+    Example:
+        >>> name_of(["model=small", "grid.gap_px=48"], ["grid.gap_px"], seed=0)
+        'gap_px=48'
+    """
+    words = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in swept:
+            last_part = key.rpartition(".")[2]
+            words.append(f"{last_part}={value}")
+    return " ".join(words) or f"seed={seed}"
 
 
 def note_job(point: Point, job: Mapping[str, Any]) -> None:
-    """Write into the run folder which job runs the point, such as {"slurm": "7_2"}, atomically."""
+    """Writes to point.json which job runs the point; readers see the old or the new note, whole.
+
+    Args:
+        point: The point, whose folder is made if it does not exist.
+        job: The scheduler's name and number, such as {"slurm": "7_2"}, or the process that runs the
+            point, as `process_mark` identifies it.
+    """
     point.folder.mkdir(parents=True, exist_ok=True)
     write_json(point.folder / POINT_FILE, point.to_json() | {"job": dict(job), "time_ms": now_ms()})
 
 
 def note_ending(folder: Path, how: Status) -> None:
-    """Note that the job which has the point was asked to end, so that it is CANCELLED or STOPPED.
+    """Notes that the job of a point was asked to end, so that its status is CANCELLED or STOPPED.
 
-    A run that had not begun can't say so itself. The note of the next job takes its place; where no job was noted,
-    nothing is.
+    A run that had not begun can't say so itself. The next job's note replaces this one. Where no
+    job was noted, nothing is written.
     """
-    if (note := read_note(folder)) and note.get("ended") != Status.CANCELLED.word:
+    note = read_note(folder)
+    # Cancelling goes first: the process that then ends says that it was stopped
+    if note and note.get("ended") != Status.CANCELLED.word:
         write_json(folder / POINT_FILE, note | {"ended": how.word})
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """What `note_job` and `note_ending` wrote last; empty where nothing was. Raises `DamagedFile`."""
+    """Returns what `note_job` and `note_ending` wrote last, or an empty dict if they wrote nothing.
+
+    Raises:
+        DamagedFile: The file is no such note.
+    """
     path = folder / POINT_FILE
     try:
-        note: dict[str, Any] = read_json(path, dict[str, Any], "the note of a point", _NOTE_LOST)
+        note: dict[str, Any] = read_json(
+            path, dict[str, Any], "the note of a point", _HOW_TO_REPAIR
+        )
     except FileNotFoundError:
         return {}
+    # A process is known by its host and start too, as its number may have passed to another
     job = note.get("job")
     if not isinstance(job, dict) or ("pid" in job and not {"host", "born"} <= job.keys()):
-        raise DamagedFile(f"{path} does not say which job has the point. {_NOTE_LOST}")
+        raise DamagedFile(f"{path} does not say which job has the point. {_HOW_TO_REPAIR}")
     return note
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """The job that was last noted; empty where none was. Raises `DamagedFile`."""
+    """Returns the job that was noted last, or an empty dict if none was.
+
+    Raises:
+        DamagedFile: The note can't be read.
+    """
     return read_note(folder).get("job", {})

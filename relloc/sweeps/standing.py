@@ -1,4 +1,9 @@
-"""How the points of a sweep stand, from their run folders and from whoever runs their jobs."""
+"""Finds out the status of a sweep's points, from their run folders and from the schedulers.
+
+A run folder says what the run itself noted, such as RUNNING or DONE. A scheduler or the process
+table says whether the job that has the point is alive. Neither suffices: a run that was killed
+leaves RUNNING behind, and a job that ended may have failed.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -18,21 +23,28 @@ from relloc.tracking.mlflow import sync
 from relloc.tracking.record import RunRecord, read_status, write_status
 from relloc.tracking.store import StoreError
 
-# Of jobs by scheduler and number: which of them are WAITING or RUNNING, and which were CANCELLED by hand as far as that
-# is remembered. Schedulers register one as an entry point.
+# A function from job numbers of one scheduler to the status of those jobs that it knows: WAITING or
+# RUNNING, or CANCELLED by hand for as long as the scheduler remembers that. It raises `UsageError`
+# where the scheduler does not answer. Schedulers register as entry points
 Ask = Callable[[Sequence[str]], Mapping[str, Status]]
 TRAINED = "train/epoch"
-_DAMAGED = "damaged"
+_DAMAGED = "damaged"  # in place of a scheduler's name, for points whose note can't be read
 _AGAIN_S = 30.0
-_HEARD_OF_S = 1800.0  # saves, reports and measurements of the machine are far more frequent
+# A run that wrote nothing for longer is not alive: saves, reports and measurements of the machine
+# are far more frequent
+_HEARD_OF_S = 1800.0
+_RATE_REPORTS = 20  # reports over which the rate of training is averaged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How a point stands.
+    """The status of a point, with its progress.
 
-    `progress` is the part of the training done, 0 to 1; `left_s` an estimate, of a point that runs; both None where
-    nothing is known.
+    Attributes:
+        point: The point.
+        status: Its status.
+        progress: The part of the training that is done, 0 to 1, or None where it is not known.
+        left_s: An estimate of the seconds left, for a point that runs, or None.
     """
 
     point: Point
@@ -42,23 +54,30 @@ class Standing:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a job has the point, now or in a while."""
+        """Whether a job runs the point, or waits to run it."""
         return self.status in (Status.RUNNING, Status.WAITING)
 
 
 def schedulers() -> dict[str, Any]:
-    """Modules that know jobs, by the name under which `note_job` notes these; launchers bring them."""
+    """Returns the modules that know jobs, by the name under which `note_job` notes the jobs.
+
+    Launchers bring them as entry points of the group relloc.schedulers.
+    """
     return {
-        point.name: point.load()
-        for point in importlib.metadata.entry_points(group="relloc.schedulers")
+        entry_point.name: entry_point.load()
+        for entry_point in importlib.metadata.entry_points(group="relloc.schedulers")
     }
 
 
 def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
-    """How each point stands; the schedulers `asked`, by default all, are asked once each.
+    """Returns the status of each point.
+
+    Args:
+        points: The points of a sweep.
+        asked: The schedulers to ask, each of them once; by default all.
 
     Raises:
-        UsageError: one of them does not answer, or a note is damaged.
+        UsageError: A scheduler does not answer, or a note is damaged.
     """
     found, problems = known_standings(points, asked)
     if problems:
@@ -69,166 +88,218 @@ def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -
 def known_standings(
     points: Sequence[Point], asked: Mapping[str, Ask] | None = None
 ) -> tuple[list[Standing], list[str]]:
-    """How each point stands, as far as that is known here, and what is said by those who do not answer.
+    """Returns the status of each point as far as it is known, and messages on what is not known.
 
-    Points that only these know are UNKNOWN, unless their folders say more.
+    A point is UNKNOWN if only a scheduler that does not answer could say how it stands.
+
+    Args:
+        points: The points of a sweep.
+        asked: The schedulers to ask, each of them once; by default all.
     """
     if asked is None:
         asked = {name: scheduler.states for name, scheduler in schedulers().items()}
-    notes: list[Mapping[str, Any]] = []
     problems = []
+    # Which job has each point
+    notes: list[Mapping[str, Any]] = []
     for point in points:
         try:
             notes.append(read_note(point.folder))
         except UsageError as error:
+            # One damaged note hides no other point
             notes.append({"job": {_DAMAGED: ""}})
             problems.append(str(error))
+    # How these jobs stand, by scheduler and number
     answers = {(_DAMAGED, ""): Status.UNKNOWN}
     for scheduler, ask in asked.items():
-        numbers = [
-            str(note["job"][scheduler]) for note in notes if scheduler in note.get("job", {})
-        ]
+        jobs = [note.get("job", {}) for note in notes]
+        numbers = [str(job[scheduler]) for job in jobs if scheduler in job]
+        # A cluster is not bothered where no point has a job there
+        if not numbers:
+            continue
         try:
-            answer = ask(numbers) if numbers else {}
+            answer = ask(numbers)
         except UsageError as error:
             answer = dict.fromkeys(numbers, Status.UNKNOWN)
             problems.append(str(error))
-        answers |= {(scheduler, number): status for number, status in answer.items()}
-    return [
-        _standing(point, note, answers) for point, note in zip(points, notes, strict=True)
-    ], problems
+        for number, status in answer.items():
+            answers[scheduler, number] = status
+    found = []
+    for point, note in zip(points, notes, strict=True):
+        found.append(_standing(point, note, answers))
+    return found, problems
 
 
 def standings_in_time(
     points: Sequence[Point], asked: Mapping[str, Ask] | None = None
 ) -> list[Standing]:
-    """The same for who watches: a scheduler that does not answer is told once, and asked again until it does."""
-    silent = False
+    """Returns the status of each point, waiting for schedulers that do not answer.
+
+    It is for commands that watch a sweep for hours: the first silence is reported on stderr, and
+    the scheduler is asked again every 30 s until it answers.
+    """
+    is_reported = False
     while True:
         try:
             return standings(points, asked)
         except UsageError as error:
-            if not silent:
+            if not is_reported:
                 complain(f"{error}; asked again every {_AGAIN_S:.0f} s")
-            silent = True
+            is_reported = True
             time.sleep(_AGAIN_S)
 
 
 def repair_status(found: Sequence[Standing]) -> list[str]:
-    """Note as stopped what is noted as running and has no job any more, and tell MLflow; what was repaired, in words.
+    """Notes as stopped the runs that are noted as running though no job has them any more.
 
-    A store that does not answer is told, and hears of it when the point runs again or by relloc.sync.
+    MLflow is corrected too. A tracking store that does not answer is mentioned in the message; it
+    is corrected when the point runs again, or by relloc.sync.
+
+    Returns:
+        A message for each run that was repaired.
     """
     note_cancelled(found)
-    repaired = []
+    messages = []
     for now in found:
         folder = now.point.folder
-        if now.in_flight or now.status is Status.UNKNOWN or status_of(folder) is not Status.RUNNING:
+        # What may still run is left alone
+        if now.in_flight or now.status is Status.UNKNOWN:
             continue
+        if status_of(folder) is not Status.RUNNING:
+            continue
+        # First the folder, which is the truth, then its mirror
         write_status(folder, Status.STOPPED)
-        words = f"{now.point.name} was ended before it could say so: noted as stopped"
+        message = f"{now.point.name} was ended before it could say so: noted as stopped"
         try:
-            if uri := RunRecord.read(folder).tracking_uri:
+            uri = RunRecord.read(folder).tracking_uri
+            if uri:
                 sync(folder, uri)
         except (StoreError, OSError, ValueError) as error:
-            words += f", but not in MLflow ({error})"
-        repaired.append(words)
-    return repaired
+            message += f", but not in MLflow ({error})"
+        messages.append(message)
+    return messages
 
 
 def note_cancelled(found: Sequence[Standing]) -> None:
-    """Note which jobs were cancelled, as the cluster remembers it for some minutes only."""
+    """Notes which jobs were cancelled, as a cluster remembers that for some minutes only."""
     for now in found:
         if now.status is Status.CANCELLED:
             note_ending(now.point.folder, Status.CANCELLED)
 
 
 def status_of(folder: Path) -> Status | None:
-    """What the run says of itself; None where it says nothing."""
+    """Returns the status that a run noted in its folder, or None where it noted none."""
     try:
-        found = read_status(folder)
-    except ValueError:  # damaged: it runs again
+        noted = read_status(folder)
+    except ValueError:
+        # Damaged: as failed, so that the point runs again
         return Status.FAILED
-    return found.status if found else None
+    return noted.status if noted else None
 
 
 def _standing(
     point: Point, note: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]
 ) -> Standing:
+    """Returns how a point stands, given the note of its job and the schedulers' answers."""
     folder = point.folder
-    own, job = status_of(folder), _job_status(folder, note.get("job", {}), answers)
+    own = status_of(folder)
+    job = _job_status(folder, note.get("job", {}), answers)
+    # Of a silent cluster's job, what it wrote lately is all that is known
     if job is Status.UNKNOWN and own is not Status.DONE and _was_heard_of(folder):
-        job = Status.RUNNING  # what it wrote lately is all that is known of it
-    status = (
-        job if job is Status.RUNNING or job is Status.WAITING else _ended_status(own, note, job)
-    )
-    progress, left_s = (1.0, None) if status is Status.DONE else _progress(folder)
-    left_s = left_s if status is Status.RUNNING else None
+        job = Status.RUNNING
+    # A living job says more than the folder: what failed may be about to run again
+    is_in_flight = job is Status.RUNNING or job is Status.WAITING
+    status = job if is_in_flight else _ended_status(own, note, job)
+    if status is Status.DONE:
+        return Standing(point=point, status=status, progress=1.0)
+    progress, left_s = _progress(folder)
+    if status is not Status.RUNNING:
+        left_s = None
     return Standing(point=point, status=status, progress=progress, left_s=left_s)
 
 
 def _job_status(
     folder: Path, job: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]
 ) -> Status | None:
-    """How the job stands that has the point, or had it last; None where it is no more."""
-    if is_held(folder):  # by whatever command, also one that is not of this sweep
+    """Returns the status of the job that has the point or had it last; None if it is gone."""
+    # A lock on the run folder shows any command that runs it, also one that is not of this sweep
+    if is_held(folder):
         return Status.RUNNING
     if "pid" in job:
-        return (
-            Status.RUNNING
-            if is_alive(job) or (is_elsewhere(job) and _was_heard_of(folder))
-            else None
-        )
-    asked = ((name, str(number)) for name, number in job.items())
-    return next((answers[one] for one in asked if one in answers), None)
+        if is_alive(job):
+            return Status.RUNNING
+        # The process table of another machine can't be read: go by what the run writes
+        if is_elsewhere(job) and _was_heard_of(folder):
+            return Status.RUNNING
+        return None
+    for scheduler, number in job.items():
+        answer = answers.get((scheduler, str(number)))
+        if answer is not None:
+            return answer
+    return None
 
 
 def _ended_status(own: Status | None, note: Mapping[str, Any], job: Status | None) -> Status:
-    """How a point ended whose job is no more, or may be for all that is known; `own` is what its run said last."""
+    """Returns the status of a point that no job is known to run.
+
+    Args:
+        own: What its run noted last.
+        note: The note of its job, empty where there is none.
+        job: CANCELLED or UNKNOWN as the scheduler says, or None where the job is gone.
+    """
+    # A run that was done before it was cancelled has all its results
     if own is Status.DONE:
         return Status.DONE
-    asked = note.get("ended")
-    if asked == Status.CANCELLED.word or (job is Status.CANCELLED and own is not Status.FAILED):
+    asked_to_end = note.get("ended")
+    was_cancelled = job is Status.CANCELLED and own is not Status.FAILED
+    if asked_to_end == Status.CANCELLED.word or was_cancelled:
         return Status.CANCELLED
     if job is Status.UNKNOWN:
         return Status.UNKNOWN
     if own is None and not note:
         return Status.MISSING
-    # A run that says nothing had not begun, or was refused
-    return Status.FAILED if own is Status.FAILED or (own is None and not asked) else Status.STOPPED
+    # A job that ended without a word, and was not asked to, was refused or could not start
+    if own is Status.FAILED or (own is None and not asked_to_end):
+        return Status.FAILED
+    return Status.STOPPED
 
 
 def _was_heard_of(folder: Path) -> bool:
-    """Whether a run that another machine has wrote anything lately, which is all that can be known of it here."""
+    """Returns whether a run noted as running wrote any file in the last 30 minutes.
+
+    Of a run on another machine that is all that can be known.
+    """
     if status_of(folder) is not Status.RUNNING:
         return False
+    paths = (folder, *folder.glob("*"), *folder.glob("checkpoints/*"))
     try:
-        written = max(
-            path.stat().st_mtime
-            for path in (folder, *folder.glob("*"), *folder.glob("checkpoints/*"))
-        )
-    except FileNotFoundError:  # removed while it was looked at
+        written = max(path.stat().st_mtime for path in paths)
+    except FileNotFoundError:
+        # A file was removed between listing and looking, so somebody is at work here
         return True
     return time.time() - written < _HEARD_OF_S
 
 
 def _progress(folder: Path) -> tuple[float | None, float | None]:
-    """The part of the training that is done, and the seconds that the rest takes at the rate of the last reports."""
+    """Returns the part of the training that is done, and an estimate of the seconds left.
+
+    The estimate goes by the rate of the last 20 reports. Both are None where nothing is known.
+    """
     try:
         epochs = float(RunRecord.read(folder).params["schedule.epochs"])
-        told = [
-            (entry.time_ms, entry.metrics[TRAINED])
-            for entry in read_journal(folder)
-            if TRAINED in entry.metrics
-        ]
-    except (OSError, ValueError, KeyError):  # damaged: the run itself says so when it goes on
+        reports = []
+        for entry in read_journal(folder):
+            if TRAINED in entry.metrics:
+                reports.append((entry.time_ms, entry.metrics[TRAINED]))
+    except (OSError, ValueError, KeyError):
+        # Damaged: the run itself says so when it goes on
         return None, None
-    if not told or not epochs:
+    if not reports or not epochs:
         return None, None
-    (before_ms, before), (now_ms, now) = told[-20:][0], told[-1]
-    left_s = (
-        max(0.0, epochs - now) * (now_ms - before_ms) / 1000 / (now - before)
-        if now > before
-        else None
-    )
-    return min(1.0, now / epochs), left_s
+    first_ms, first_epoch = reports[-_RATE_REPORTS:][0]
+    last_ms, last_epoch = reports[-1]
+    left_s = None
+    # A single report has no rate, and neither has a run that resumed at an earlier epoch
+    if last_epoch > first_epoch:
+        epochs_left = max(0.0, epochs - last_epoch)
+        left_s = epochs_left * (last_ms - first_ms) / 1000 / (last_epoch - first_epoch)
+    return min(1.0, last_epoch / epochs), left_s
