@@ -1,6 +1,7 @@
-"""python -m relloc.sweep status|wait|cancel SWEEP...: how the points of a sweep stand, whoever runs them.
+"""Shows, awaits or cancels a sweep: python -m relloc.sweep status|wait|cancel SWEEP...
 
-SWEEP is its name, as NAME or sweep=NAME, or its folder.
+It works for any launcher: SLURM, submitit or processes of this machine. SWEEP is the name of the
+sweep, as NAME or sweep=NAME, or its folder.
 """
 
 import argparse
@@ -32,13 +33,17 @@ _NOT_ENDED_WELL = (Status.FAILED, Status.STOPPED, Status.CANCELLED, Status.MISSI
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if all points are done (status: or may still become so), 1 if some failed, were ended or are missing.
+    """Runs the command, and returns its exit code.
 
-    2 for a mistake; 75 if it can't be known, as a cluster does not answer.
+    Returns:
+        0 if all points are done (after `status` also if they may still become so), 1 if some
+        failed, were ended or are missing, 2 after a mistake, and 75 if the status can't be known as
+        a cluster does not answer.
     """
     options = parser().parse_args(arguments)
+    action = _ACTIONS[options.does]
     try:
-        codes = [_DOES[options.does](find_sweep(word)) for word in options.sweeps]
+        codes = [action(find_sweep(word)) for word in options.sweeps]
     except UsageError as error:
         terminal.complain(error)
         return error.exit_code
@@ -46,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The words that the command takes."""
+    """Returns the parser of the command line."""
     words = argparse.ArgumentParser(prog="python -m relloc.sweep", description=__doc__)
     words.add_argument(
         "does",
-        choices=tuple(_DOES),
+        choices=tuple(_ACTIONS),
         help="print a table; wait for the last job, then print it; end all jobs",
     )
     words.add_argument(
@@ -63,50 +68,65 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _status(sweep: Sweep) -> int:
-    found, silent = known_standings(sweep.points())
+    """Prints the table of a sweep, why points failed, and the next command; returns the exit code."""
+    found, problems = known_standings(sweep.points())
+    # Clusters forget soon which jobs were cancelled, so that is noted whenever somebody looks
     note_cancelled(found)
     found = sweep.with_cancelled(found)
     say(table(found))
     tell_failed(found, lambda point: _log(sweep, point))
-    tell_silent(found, silent)
+    tell_silent(found, problems)
     tell_next(sweep)
-    if any(now.status in _NOT_ENDED_WELL for now in found):
+    statuses = {now.status for now in found}
+    if not statuses.isdisjoint(_NOT_ENDED_WELL):
         return 1
-    return Interrupted.exit_code if any(now.status is Status.UNKNOWN for now in found) else 0
+    # Something went wrong for certain, or else it is not known whether anything did
+    return Interrupted.exit_code if Status.UNKNOWN in statuses else 0
 
 
 def _wait(sweep: Sweep) -> int:
+    """Waits until no job has a point of the sweep, then prints its status."""
+    # The first look fails if a cluster does not answer; later ones wait for it
     found = standings(sweep.points())
     while any(now.in_flight for now in found):
         time.sleep(_POLL_S)
         found = standings_in_time(sweep.points())
-    for words in repair_status(found):
-        say(f"mended  {words}")
+    # Jobs that were killed could not note that they ended
+    for message in repair_status(found):
+        say(f"repaired  {message}")
     return _status(sweep)
 
 
 def _cancel(sweep: Sweep) -> int:
+    """Ends all jobs of a sweep, and lets its commands start no others."""
     in_flight = [now.point for now in standings(sweep.points()) if now.in_flight]
+    # First the commands on this machine, which would start the next point where one ends
     sweep.cancel()
-    here = [point for point in in_flight if not is_elsewhere(read_job(point.folder))]
-    for point in here:  # before it is asked: what has not begun can't say that it was
+    # Noted before the jobs are asked: a point that has not begun can't say that it was cancelled
+    reachable = [point for point in in_flight if not is_elsewhere(read_job(point.folder))]
+    for point in reachable:
         note_ending(point.folder, Status.CANCELLED)
     jobs = [(point, read_job(point.folder)) for point in in_flight]
+    # Jobs of clusters, by one request to each
     for name, scheduler in schedulers().items():
-        scheduler.cancel([str(job[name]) for _, job in jobs if name in job])
+        numbers = [str(job[name]) for _, job in jobs if name in job]
+        scheduler.cancel(numbers)
+    # Processes of this machine, which save their state on SIGTERM
     for point, job in jobs:
         if is_elsewhere(job):
             say(f"{point.name} is run by process {job['pid']} of {job['host']}: end it there")
         elif "pid" in job:
-            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            # It may have ended meanwhile
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(job["pid"], signal.SIGTERM)
-    say(f"{len(here)} points were asked to end, and no other is started")
+    say(f"{len(reachable)} points were asked to end, and no other is started")
     say("the same command as before goes on with all of them")
     tell_next(sweep)
     return 0
 
 
 def _log(sweep: Sweep, point: Point) -> Path | None:
+    """Returns the file that has the output of a point, or None if its scheduler knows none."""
     job = read_job(point.folder)
     for name, scheduler in schedulers().items():
         if name in job:
@@ -114,7 +134,7 @@ def _log(sweep: Sweep, point: Point) -> Path | None:
     return sweep.log(point)
 
 
-_DOES = {"status": _status, "wait": _wait, "cancel": _cancel}
+_ACTIONS = {"status": _status, "wait": _wait, "cancel": _cancel}
 
 if __name__ == "__main__":
     terminal.run_command(main)

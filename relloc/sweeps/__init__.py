@@ -1,1 +1,1 @@
-"""Sweeps: their points, each a run of its own, and how these stand. Nothing here imports torch."""
+"""Sweeps: their points, of which each is a run, and the status of these. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""How a sweep stands, in words and as a table on the console."""
+"""Prints the status of a sweep on the console: a table of its points, and why points failed."""
 
 import os
 import shlex
@@ -18,10 +18,11 @@ from relloc.sweeps.standing import Standing
 from relloc.sweeps.sweep import Sweep, word_of
 from relloc.terminal import escaped
 
-_LAST_LINES = 8
+_LAST_LINES = 8  # of the log of a point that failed
 _READ_BYTES = 1 << 16  # of a log's end
-_WIDTH_OF_FILES = 160
-_MESSAGE = "relloc: "  # what begins a message on stderr
+_WIDTH_OF_FILES = 160  # columns where the output is no terminal, which has a width of its own
+_MESSAGE = "relloc: "  # the beginning of our error messages on stderr
+# The color of each status, in the order in which the title counts them
 _COLORS = {
     Status.DONE: "green",
     Status.RUNNING: "cyan",
@@ -34,83 +35,110 @@ _COLORS = {
 }
 
 
-def say(told: str | Table) -> None:
-    """Print on the console. Names in it are printed as they are: no markup, nothing that acts on the terminal."""
-    told = escaped(told, keep="\n") if isinstance(told, str) else told
-    console = Console(soft_wrap=isinstance(told, str), markup=False, emoji=False)
+def say(message: str | Table) -> None:
+    """Prints a message or a table on the console.
+
+    Names in it are printed as they are: they can't act as markup or on the terminal.
+    """
+    if isinstance(message, str):
+        message = escaped(message, keep="\n")
+    # The terminal wraps a text, as line ends of ours would be copied with it
+    console = Console(soft_wrap=isinstance(message, str), markup=False, emoji=False)
+    # Written to a file, a table is not to be folded at the usual 80 columns
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH_OF_FILES
-    console.print(told, highlight=False)
+    console.print(message, highlight=False)
+    # Whoever reads the output through a pipe sees each message at once
     sys.stdout.flush()
 
 
 def table(found: Sequence[Standing]) -> Table:
-    """One row a point: how it stands, which job has or had it, how far it is, how long it takes, its folder."""
+    """Returns a table with a row for each point: its status, job, progress, time left and folder."""
     counts = Counter(now.status for now in found)
-    made = Table(
-        title=", ".join(f"{counts[status]} {status.word}" for status in _COLORS if counts[status])
-    )
+    title = [f"{counts[status]} {status.word}" for status in _COLORS if counts[status]]
+    made = Table(title=", ".join(title))
     for name in ("point", "state", "job", "progress", "time left", "folder"):
-        made.add_column(
-            name, justify="right" if name in ("progress", "time left") else "left", overflow="fold"
-        )
+        is_number = name in ("progress", "time left")
+        # Long names go on in the next line of their cell, as a shortened folder is of no use
+        made.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for now in found:
         progress = "" if now.progress is None else f"{100 * now.progress:.0f} %"
-        left = (
-            "" if now.left_s is None or now.status is not Status.RUNNING else _duration(now.left_s)
-        )
+        time_left = ""
+        if now.left_s is not None and now.status is Status.RUNNING:
+            time_left = _duration(now.left_s)
+        # Texts, as a string would be read as markup
         made.add_row(
             Text(escaped(now.point.name)),
             Text(now.status.word, style=_COLORS[now.status]),
             Text(_job_of(now.point)),
             progress,
-            left,
+            time_left,
             Text(escaped(os.path.relpath(now.point.folder))),
         )
     return made
 
 
 def tell_failed(found: Sequence[Standing], log_of: Callable[[Point], Path | None]) -> None:
-    """Of each point that failed: why, the last lines of its log, and the command that runs it alone."""
-    for point in [now.point for now in found if now.status is Status.FAILED]:
+    """Prints for each point that failed why it did, and the command that runs it alone.
+
+    Args:
+        found: The status of all points.
+        log_of: Returns the file that has the output of a point, or None if there is none.
+    """
+    for now in found:
+        if now.status is not Status.FAILED:
+            continue
+        point = now.point
         log = log_of(point)
-        say(f"\nfailed  {escaped(point.name)}" + (f": {log}" if log else ""))
+        where = f": {log}" if log else ""
+        say(f"\nfailed  {escaped(point.name)}{where}")
         lines = _end_of(log) or ["it left no output: it ended before it began"]
         last = lines[-_LAST_LINES:]
-        message = [line for line in lines if line.startswith(_MESSAGE)][-1:]
-        for line in [*(one for one in message if one not in last), *last]:
+        # Our own message says the cause. What came after it may have pushed it out of the last lines
+        messages = [line for line in lines if line.startswith(_MESSAGE)]
+        if messages and messages[-1] not in last:
+            say(f"        {messages[-1]}")
+        for line in last:
             say(f"        {line}")
         say(f"        again, alone: {point.again}")
 
 
 def tell_silent(found: Sequence[Standing], silent: Sequence[str]) -> None:
-    """Who did not answer, and what is not known for that reason."""
-    count = sum(now.status is Status.UNKNOWN for now in found)
-    for words in dict.fromkeys(silent):
-        say(f"unknown {escaped(words)}")
+    """Prints the messages about schedulers that did not answer, and how many points that concerns.
+
+    Args:
+        found: The status of all points.
+        silent: The messages, as `known_standings` returns them.
+    """
+    for message in dict.fromkeys(silent):
+        say(f"unknown {escaped(message)}")
     if silent:
+        count = sum(now.status is Status.UNKNOWN for now in found)
         say(
-            f"        how {count} points stand is unknown here; the others are as their folders say"
+            f"        the state of {count} points is unknown here; "
+            "that of the others is as their folders say"
         )
 
 
 def reason_of(log: Path | None) -> str:
-    """Why a point failed, in one line: its last message, or else the last line of its log."""
+    """Returns why a point failed, in one line: our last message, or else its log's last line."""
     lines = _end_of(log) or ["it left no output"]
     messages = [line for line in lines if line.startswith(_MESSAGE)]
     return (messages or lines)[-1].removeprefix(_MESSAGE)
 
 
 def tell_next(sweep: Sweep) -> None:
-    """What may come after a sweep."""
+    """Prints the commands that may come after a sweep: its report, and its status."""
     word = shlex.quote(word_of(sweep.folder))
     say(f"next: python -m relloc.report sweep={word}")
     say(f"      python -m relloc.sweep status {word}")
 
 
 def _end_of(log: Path | None) -> list[str]:
+    """Returns the lines at the end of a log that are not blank, or none if it can't be read."""
     if log is None:
         return []
+    # A log may be large: only its last 64 KiB are read
     try:
         with open(log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -118,29 +146,34 @@ def _end_of(log: Path | None) -> list[str]:
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    # A progress bar writes over its own line.
-    return [escaped(line.rpartition("\r")[2]) for line in text.split("\n") if line.strip()]
+    lines = []
+    for line in text.split("\n"):
+        if line.strip():
+            # A progress bar writes over its own line: what stands last is what was seen
+            seen = line.rpartition("\r")[2]
+            lines.append(escaped(seen))
+    return lines
 
 
 def _job_of(point: Point) -> str:
-    """Which job or process has the point, or had it last."""
+    """Returns which job or process has the point, or had it last."""
     try:
         job = read_job(point.folder)
-    except UsageError:  # damaged, which is told beside the table
+    except UsageError:
+        # The note is damaged, which is printed beside the table
         return "?"
     if "pid" in job:
         return f"pid {job['pid']} on {job.get('host', '?')}"
-    return ", ".join(
-        f"{name} {number}" for name, number in job.items() if isinstance(number, str | int)
-    )
+    # Notes may hold more than names and numbers
+    numbers = {name: number for name, number in job.items() if isinstance(number, str | int)}
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 def _duration(seconds: float) -> str:
+    """Returns a time in the unit in which it has two digits or so."""
     minutes, hours = seconds / 60, seconds / 3600
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{minutes:.0f} min"
-        if minutes < 100
-        else f"{hours:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes:.0f} min"
+    return f"{hours:.1f} h"
