@@ -1,4 +1,7 @@
-"""Results and curves of all runs as one table each, read from the run folders: the truth, not its mirror."""
+"""Loads the results and training curves of all runs as data frames, for the notebooks beside it.
+
+They are read from the run folders, which hold the truth, and not from MLflow, which mirrors it.
+"""
 
 import dataclasses
 import hashlib
@@ -14,80 +17,107 @@ from relloc.results import NOT_OURS, RESULTS_FILE, read_results
 from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.record import RUN_FILE
 
+_HASH_DIGITS = 8
+
 
 def runs_folder() -> Path:
-    """Where the commands put their run folders: RELLOC_RUNS, or runs/ here or in the folder above."""
+    """Returns the folder of runs: RELLOC_RUNS, or runs/ here or in the folder above."""
     if "RELLOC_RUNS" in os.environ:
         return Path(os.environ["RELLOC_RUNS"])
-    return next((path for path in (Path("runs"), Path("../runs")) if path.is_dir()), Path("runs"))
+    # Jupyter starts in analysis/, a script where the command was given
+    candidates = (Path("runs"), Path("../runs"))
+    return next((path for path in candidates if path.is_dir()), Path("runs"))
 
 
 def load_results(runs: Path) -> pd.DataFrame:
-    """A row a result, with the run's name and folder; `weights` is "random", "torchvision" or "pretrained".
+    """Returns a data frame with a row for each result of all runs below a folder.
 
-    `study` is the pretraining that the weights are of, by its name without the seed; or `weights`. `settings` is a
-    hash of its settings but the seed: two studies may be called alike.
+    Its columns are the fields of `Result` and:
+        run, folder: Name and folder of the run that has the result.
+        weights: "random", "torchvision" or "pretrained".
+        study: The name of the pretraining without its seed, so that repeats share it; for other
+            weights the same as `weights`.
+        settings: A hash of the pretraining's settings without the seed, as two studies may have
+            the same name.
 
     Raises:
-        FileNotFoundError: no run below `runs` has results.
+        FileNotFoundError: No run below `runs` has results.
     """
     rows = []
     for file in sorted(runs.rglob(RESULTS_FILE)):
-        if not (file.parent / RUN_FILE).exists():
-            continue  # a tracker's copy
-        record = RunRecord.read(file.parent)
-        for result in read_results(file.parent):
-            weights = result.checkpoint if result.checkpoint in NOT_OURS else "pretrained"
-            study, settings = (
-                _study(record, result.checkpoint) if weights == "pretrained" else (weights, "")
-            )
-            told = {
-                "study": study,
-                "settings": settings,
-                "folder": str(file.parent),
-                "weights": weights,
-            }
-            rows.append(dataclasses.asdict(result) | {"run": record.name} | told)
+        folder = file.parent
+        # MLflow's copies of results lie in folders without a run record
+        if not (folder / RUN_FILE).exists():
+            continue
+        record = RunRecord.read(folder)
+        for result in read_results(folder):
+            if result.checkpoint in NOT_OURS:
+                weights = result.checkpoint
+                study, settings = weights, ""
+            else:
+                weights = "pretrained"
+                study, settings = _study(record, result.checkpoint)
+            row = dataclasses.asdict(result)
+            row["run"] = record.name
+            row["study"] = study
+            row["settings"] = settings
+            row["folder"] = str(folder)
+            row["weights"] = weights
+            rows.append(row)
     if not rows:
         raise FileNotFoundError(
-            f"no {RESULTS_FILE} below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS"
+            f"no {RESULTS_FILE} below {runs.resolve()}: "
+            "run python -m relloc.train, or set RELLOC_RUNS"
         )
     return pd.DataFrame(rows)
 
 
 def _study(record: RunRecord, checkpoint: str) -> tuple[str, str]:
-    """The study that a checkpoint is of, and the hash of its settings, "" where they are not known."""
+    """Returns the name of a checkpoint's study and the hash of its settings, "" if not known.
+
+    Args:
+        record: The record of the run that has the result.
+        checkpoint: The evaluated file.
+    """
+    # A pretraining evaluates its own weights
     if record.tags.get("relloc.kind") == "train":
         return _without_seed(record)
+    # A run's backbone lies in its folder, and its checkpoints one folder below
     file = Path(checkpoint)
-    for folder in file.parents[:2]:  # a run's backbone, or one of its checkpoints
+    for folder in file.parents[:2]:
         if (folder / RUN_FILE).exists():
             name, settings = _without_seed(RunRecord.read(folder))
-            return name if folder == file.parent else f"{name} {file.stem}", settings
+            is_backbone = folder == file.parent
+            return name if is_backbone else f"{name} {file.stem}", settings
+    # The file of another project, or of a run that is gone
     return file.parent.name if file.name == RUN_WEIGHTS else file.stem, ""
 
 
 def _without_seed(record: RunRecord) -> tuple[str, str]:
-    """A pretraining's name without the word of its seed, and the hash of its settings but the seed."""
-    settings = neutral.settings_of_weights(record.params)
-    word = f"s{settings.pop('seed', 0)}"
-    name = " ".join(part for part in record.name.split(" ") if part != word)
-    return name, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    """Returns a pretraining's name and the hash of its settings, both without the seed."""
+    settings = neutral.of_weights(record.params)
+    # Names of runs have the seed as a word, such as s0
+    seed_word = f"s{settings.pop('seed', 0)}"
+    words = [word for word in record.name.split(" ") if word != seed_word]
+    text = json.dumps(settings, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return " ".join(words), digest[:_HASH_DIGITS]
 
 
 def load_curves(runs: Path) -> pd.DataFrame:
-    """A row a metric and step of each run's journal, with the run's folder below `runs`.
+    """Returns a data frame with a row for each metric and step in the journals of all runs.
+
+    Its columns are `run` (the run's folder relative to `runs`), `step`, `metric` and `value`.
 
     Raises:
-        FileNotFoundError: no run below `runs` has a journal with metrics.
+        FileNotFoundError: No run below `runs` has a journal with metrics.
     """
-    folders = sorted(file.parent for file in runs.rglob(RUN_FILE))
-    rows = [
-        {"run": str(folder.relative_to(runs)), "step": entry.step, "metric": metric, "value": value}
-        for folder in folders
-        for entry in read_journal(folder)
-        for metric, value in entry.metrics.items()
-    ]
+    rows = []
+    for folder in sorted(file.parent for file in runs.rglob(RUN_FILE)):
+        run = str(folder.relative_to(runs))
+        for entry in read_journal(folder):
+            for metric, value in entry.metrics.items():
+                rows.append({"run": run, "step": entry.step, "metric": metric, "value": value})
     if not rows:
         raise FileNotFoundError(
             f"no curves below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS"

@@ -1,20 +1,24 @@
-"""python analysis/other_layouts.py LAYOUT FOLDER OUT: class folders as Places205 or iNaturalist 2018 lie on disk.
+"""Arranges class folders as Places205 or iNaturalist 2018 lie on disk, to try those evaluations.
 
-FOLDER has train/CLASS and val/CLASS; OUT gets the lists or the annotation files, and a link to FOLDER in place of the
-images. For trying those evaluations on other images.
+python analysis/other_layouts.py LAYOUT FOLDER OUT: LAYOUT is places205 or inat18. FOLDER has
+train/CLASS and val/CLASS. OUT gets the lists or annotation files of the layout, and in place of its
+images a link to FOLDER.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from relloc.data.folder import class_folders
 
 PLACES, INAT = "places205", "inat18"
+# Where each layout has its images
 IMAGES = {PLACES: "data/vision/torralba/deeplearning/images256", INAT: "train_val2018"}
 
 
 def main(layout: str, folder: Path, out: Path) -> None:
+    """Writes the layout to `out`, which must not have one yet."""
     splits = class_folders(name=layout, root=str(folder), train="train", val="val")
     link = out / IMAGES[layout]
     link.parent.mkdir(parents=True)
@@ -22,27 +26,32 @@ def main(layout: str, folder: Path, out: Path) -> None:
     for split, images in (("train", splits.train), ("val", splits.held_out)):
         names = [Path(path).relative_to(folder).as_posix() for path in images.paths]
         if layout == PLACES:
-            lists = out / "trainvalsplit_places205" / f"{split}_places205.csv"
-            lists.parent.mkdir(exist_ok=True)
-            lists.write_text(
-                "".join(
-                    f"{name} {label}\n" for name, label in zip(names, images.labels, strict=True)
-                )
-            )
-            continue
-        content = {
-            "images": [
-                {"id": n, "file_name": f"{IMAGES[INAT]}/{name}"} for n, name in enumerate(names)
-            ],
-            "annotations": [
-                {"id": n, "image_id": n, "category_id": label}
-                for n, label in enumerate(images.labels)
-            ],
-            "categories": [
-                {"id": label, "name": name} for label, name in enumerate(images.classes)
-            ],
-        }
-        (out / f"{split}2018.json").write_text(json.dumps(content))
+            _write_places(out, split, names, images.labels)
+        else:
+            _write_inat(out, split, names, images.labels, images.classes)
+
+
+def _write_places(out: Path, split: str, names: Sequence[str], labels: Sequence[int]) -> None:
+    """Writes the list of a split of Places205: a line for each image, with its class number."""
+    file = out / "trainvalsplit_places205" / f"{split}_places205.csv"
+    file.parent.mkdir(exist_ok=True)
+    lines = [f"{name} {label}\n" for name, label in zip(names, labels, strict=True)]
+    file.write_text("".join(lines))
+
+
+def _write_inat(
+    out: Path, split: str, names: Sequence[str], labels: Sequence[int], classes: Sequence[str]
+) -> None:
+    """Writes the annotations of a split of iNaturalist 2018, which have the format of COCO."""
+    images = []
+    for number, name in enumerate(names):
+        images.append({"id": number, "file_name": f"{IMAGES[INAT]}/{name}"})
+    annotations = []
+    for number, label in enumerate(labels):
+        annotations.append({"id": number, "image_id": number, "category_id": label})
+    categories = [{"id": label, "name": name} for label, name in enumerate(classes)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (out / f"{split}2018.json").write_text(json.dumps(content))
 
 
 if __name__ == "__main__":

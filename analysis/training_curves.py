@@ -12,16 +12,19 @@
 # %% [markdown]
 # # How did pretraining go?
 #
-# Each pretraining's pretext loss, its accuracy on training and held-out images, and RankMe of its features, by step.
+# Each pretraining's pretext loss, its accuracy on training and held-out images, and the RankMe
+# (effective rank) of its features, by step.
 #
-# It reads the journals of every run below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter through jupytext, or run
-# `python analysis/training_curves.py`, which saves `training_curves.png` in the runs folder.
+# The notebook reads the journals of every run below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter
+# through jupytext, or run `python analysis/training_curves.py`, which saves `training_curves.png` in
+# the runs folder.
 
 # %%
 import matplotlib.pyplot as plt
 from load import load_curves, runs_folder
 
 curves = load_curves(runs_folder())
+# The metrics of each panel, by its title
 PANELS = {
     "pretext loss": ["train/loss"],
     "pretext top-1, %": ["train/top1", "monitor/pretext/top1"],
@@ -39,13 +42,13 @@ figure, axes = plt.subplots(
     1, len(PANELS), figsize=(4.6 * len(PANELS), 3.6), squeeze=False, layout="constrained"
 )
 for axis, (title, metrics) in zip(axes[0], PANELS.items(), strict=True):
-    for (run, metric), curve in curves[curves["metric"].isin(metrics)].groupby(
-        ["run", "metric"], sort=False
-    ):
+    shown = curves[curves["metric"].isin(metrics)]
+    for (run, metric), curve in shown.groupby(["run", "metric"], sort=False):
         axis.plot(curve["step"], curve["value"], linewidth=1.2, label=f"{run}, {metric}")
     axis.set(title=title, xlabel="step")
     axis.grid(alpha=0.3)
-    if axis.lines:  # monitors may be off
+    # A pretraining without monitors has empty panels
+    if axis.lines:
         axis.legend(fontsize=7)
 figure.savefig(runs_folder() / "training_curves.png", dpi=120)
 print("saved", runs_folder() / "training_curves.png")

@@ -1,7 +1,7 @@
 """python -m relloc.sweep: what is told of a sweep, whoever answers."""
 
-from pathlib import re
-import Path
+import re
+from pathlib import Path
 
 import pytest
 
