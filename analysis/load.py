@@ -117,7 +117,14 @@ def load_curves(runs: Path) -> pd.DataFrame:
         run = str(folder.relative_to(runs))
         for entry in read_journal(folder):
             for metric, value in entry.metrics.items():
-                rows.append({"run": run, "step": entry.step, "metric": metric, "value": value})
+                rows.append(
+                    {
+                        "run": run,
+                        "step": entry.step,
+                        "metric": metric,
+                        "value": value,
+                    }
+                )
     if not rows:
         raise FileNotFoundError(
             f"no curves below {runs.resolve()}: run python -m relloc.train, or set RELLOC_RUNS"

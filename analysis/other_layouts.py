@@ -31,7 +31,12 @@ def main(layout: str, folder: Path, out: Path) -> None:
             _write_inat(out, split, names, images.labels, images.classes)
 
 
-def _write_places(out: Path, split: str, names: Sequence[str], labels: Sequence[int]) -> None:
+def _write_places(
+    out: Path,
+    split: str,
+    names: Sequence[str],
+    labels: Sequence[int],
+) -> None:
     """Writes the list of a split of Places205: a line for each image, with its class number."""
     file = out / "trainvalsplit_places205" / f"{split}_places205.csv"
     file.parent.mkdir(exist_ok=True)
@@ -40,7 +45,11 @@ def _write_places(out: Path, split: str, names: Sequence[str], labels: Sequence[
 
 
 def _write_inat(
-    out: Path, split: str, names: Sequence[str], labels: Sequence[int], classes: Sequence[str]
+    out: Path,
+    split: str,
+    names: Sequence[str],
+    labels: Sequence[int],
+    classes: Sequence[str],
 ) -> None:
     """Writes the annotations of a split of iNaturalist 2018, which have the format of COCO."""
     images = []

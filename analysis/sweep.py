@@ -89,7 +89,13 @@ for axis, ((sweep, title), ours) in zip(axes[0], tables.items(), strict=True):
         means = curve["mean", layer]
         # One seed has no standard deviation
         bars = curve["std", layer].fillna(0)
-        axis.errorbar(settings, means, bars, marker="o", label=", ".join(values))
+        axis.errorbar(
+            settings,
+            means,
+            bars,
+            marker="o",
+            label=", ".join(values),
+        )
     axis.set(title=f"{sweep}: {title}\n{layer}", xlabel=across)
     axis.grid(alpha=0.3)
     if others:

@@ -72,7 +72,14 @@ def _suggest_next(options: argparse.Namespace, *, has_card_model: bool) -> None:
         # HTML suits the card's wide tables and Markdown a sweep's few
         is_of_sweep = any(folder.startswith(_SWEEP) for folder in options.folders)
         ending = "md" if is_of_sweep else "html"
-        words = ["python", "-m", "relloc.report", *options.folders, "--out", f"report.{ending}"]
+        words = [
+            "python",
+            "-m",
+            "relloc.report",
+            *options.folders,
+            "--out",
+            f"report.{ending}",
+        ]
         terminal.tell_next(shlex.join(words), on_stderr=True)
 
 

@@ -39,7 +39,13 @@ def as_csv(report: Report) -> str:
         evaluation, hours: What measures it, and how long that takes on one GPU.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(
+        text,
+        COLUMNS,
+        restval="",
+        extrasaction="ignore",
+        lineterminator="\n",
+    )
     writer.writeheader()
     # The cells of the card that we have measured
     measured = {

@@ -70,8 +70,11 @@ class ReportEntry:
         published. In other groups the title names view and images.
         """
         row = self.result
-        on_card = (foreign_view(row), self.measured.images) if self.group == CARD_GROUP else ()
-        return ", ".join(filter(None, (row.variant, *on_card)))
+        words = [row.variant]
+        if self.group == CARD_GROUP:
+            words.append(foreign_view(row))
+            words.append(self.measured.images)
+        return ", ".join(filter(None, words))
 
     @property
     def fills_card(self) -> bool:
@@ -117,11 +120,16 @@ def make_entries(measured: Iterable[Measured]) -> list[ReportEntry]:
     spreads: dict[tuple[object, ...], dict[str, float]] = {}
     for each in results:
         if each.result.spread:
-            spreads.setdefault(_spread_key(each), {})[each.result.spread] = each.result.value
+            of_number = spreads.setdefault(_spread_key(each), {})
+            of_number[each.result.spread] = each.result.value
     entries = []
     for each in sorted(results, key=lambda each: order[each.line]):
-        spread = {} if each.result.variant else spreads.get(_spread_key(each), {})
-        entries.append(_entry(each, labels[each.line], best_layers, spread))
+        # Spreads are those of the number without a variant
+        spread = spreads.get(_spread_key(each), {})
+        if each.result.variant:
+            spread = {}
+        label = labels[each.line]
+        entries.append(_entry(each, label, best_layers, spread))
     return _mark_best(entries)
 
 
@@ -142,7 +150,10 @@ def _spread_key(each: Measured) -> tuple[object, ...]:
 
 
 def _entry(
-    each: Measured, label: str, best_layers: Sequence[Measured], spread: Mapping[str, float]
+    each: Measured,
+    label: str,
+    best_layers: Sequence[Measured],
+    spread: Mapping[str, float],
 ) -> ReportEntry:
     """Returns the entry of one number; `best_layers` are the best-layer results of all tables."""
     row = each.result
@@ -162,7 +173,9 @@ def _entry(
         ]
         layer, why = _layer_to_show(each, candidates)
         is_shown = row.layer == layer
-    beside = published_beside(each.line, row) if is_shown and group == CARD_GROUP else ()
+    beside: tuple[Published, ...] = ()
+    if is_shown and group == CARD_GROUP:
+        beside = published_beside(each.line, row)
     return ReportEntry(
         measured=each,
         label=label,
@@ -220,14 +233,19 @@ def _mark_best(entries: Sequence[ReportEntry]) -> list[ReportEntry]:
     """Returns the entries with `is_best` set where several of our lines compete in a column."""
     values_of: dict[tuple[object, ...], list[float]] = {}
     for each in entries:
-        values_of.setdefault(_contest(each), []).append(_goodness(each.result))
+        values = values_of.setdefault(_contest(each), [])
+        values.append(_goodness(each.result))
     # Numbers that compete with none have the empty key
     values_of.pop((), None)
-    best = {contest: max(values) for contest, values in values_of.items() if len(values) > 1}
-    return [
-        dataclasses.replace(each, is_best=best.get(_contest(each)) == _goodness(each.result))
-        for each in entries
-    ]
+    best = {}
+    for contest, values in values_of.items():
+        if len(values) > 1:
+            best[contest] = max(values)
+    marked = []
+    for each in entries:
+        is_best = best.get(_contest(each)) == _goodness(each.result)
+        marked.append(dataclasses.replace(each, is_best=is_best))
+    return marked
 
 
 def _goodness(row: Result) -> float:

@@ -29,7 +29,12 @@ def group_of(each: Measured) -> str:
         return CARD_GROUP
     # The pretext task is evaluated on pairs of patches, of which an image has several
     unit = "pairs" if row.kind == "pretext" else "images"
-    words = (f"{row.dataset} {row.split}", f"{row.n:,} {unit}", each.images, row.view)
+    words = (
+        f"{row.dataset} {row.split}",
+        f"{row.n:,} {unit}",
+        each.images,
+        row.view,
+    )
     return ", ".join(filter(None, words))
 
 
@@ -48,8 +53,8 @@ def name_images(results: Sequence[Measured]) -> list[Measured]:
     named = []
     for each in results:
         if digest_count[image_set(each)] > 1:
-            images = f"images {each.digest[:_DIGITS]}" if each.digest else "images not recorded"
-            each = replace(each, images=images)
+            digest = each.digest[:_DIGITS] or "not recorded"
+            each = replace(each, images=f"images {digest}")
         named.append(each)
     return named
 
@@ -66,7 +71,12 @@ def disambiguate(results: Sequence[Measured]) -> list[Measured]:
     tables: dict[tuple[object, ...], list[Measured]] = {}
     for each in results:
         row = each.result
-        key = (each.line, row.table or row.eval, group_of(each), row.view)
+        key = (
+            each.line,
+            row.table or row.eval,
+            group_of(each),
+            row.view,
+        )
         tables.setdefault(key, []).append(each)
     separated: list[Measured] = []
     for table in tables.values():
@@ -82,7 +92,8 @@ def disambiguate(results: Sequence[Measured]) -> list[Measured]:
                 answer_sets.append(set())
             answer_sets[-1].add(each.question)
             count = f" ({len(answer_sets)})" if len(answer_sets) > 1 else ""
-            separated.append(replace(each, variant=names[each.run.folder] + count))
+            variant = names[each.run.folder] + count
+            separated.append(replace(each, variant=variant))
     return separated
 
 
@@ -93,7 +104,9 @@ def _run_names(results: Iterable[Measured]) -> dict[Path, str]:
     folder_names = short_names(map(str, name_of))
     unique = {}
     for folder, name in name_of.items():
-        unique[folder] = name if count[name] == 1 else folder_names[str(folder)]
+        unique[folder] = name
+        if count[name] > 1:
+            unique[folder] = folder_names[str(folder)]
     return unique
 
 
@@ -150,9 +163,12 @@ def short_names(checkpoints: Iterable[str]) -> dict[str, str]:
         parts_of[path] = parts or [path]
     names = {}
     for path, parts in parts_of.items():
-        # Take one folder more until no other path ends like this; "sum" counts the path itself
+        # Take one folder more until only this path ends like this
         n = 1
-        while n < len(parts) and sum(other[-n:] == parts[-n:] for other in parts_of.values()) > 1:
+        while n < len(parts):
+            same_end = sum(other[-n:] == parts[-n:] for other in parts_of.values())
+            if same_end == 1:
+                break
             n += 1
         names[path] = "/".join(parts[-n:])
     return names
@@ -160,6 +176,11 @@ def short_names(checkpoints: Iterable[str]) -> dict[str, str]:
 
 def natural(text: str) -> list[tuple[int, str]]:
     """Returns a sort key by which numbers in texts are sorted by size: run9 before run10."""
-    pieces = re.split(r"(\d+)", text)
     # Pairs, so that numbers and words are never compared with each other
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
+    key = []
+    for piece in re.split(r"(\d+)", text):
+        if piece.isdigit():
+            key.append((int(piece), ""))
+        else:
+            key.append((-1, piece))
+    return key

@@ -96,7 +96,12 @@ class Measured:
         row = self.result
         # Where the best layer is asked for, the layer is a part of the answer
         layer = "" if row.column == BEST_LAYER else row.layer
-        cell = (row.table or row.eval, row.column, row.variant, row.metric)
+        cell = (
+            row.table or row.eval,
+            row.column,
+            row.variant,
+            row.metric,
+        )
         return self.line, *cell, row.dataset, row.split, row.n, layer
 
 

@@ -51,10 +51,12 @@ def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
     columns = max(len(table["mean"].columns) for _, table in tables)
     # Inches: a frame, and room for a number in each cell
     _, first = tables[0]
-    down, across = our_lines(sweep, first)["mean"].iloc[:, 0].unstack(0).shape
+    first_layer = our_lines(sweep, first)["mean"].iloc[:, 0]
+    down, across = first_layer.unstack(0).shape
     width = max(2.9, 1.2 + 0.62 * across)
     height = max(2.3, 1.2 + 0.4 * down)
-    figure = Figure(figsize=(width * columns, height * len(tables) + 0.4), layout="constrained")
+    size = (width * columns, height * len(tables) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(tables), columns, squeeze=False)
     for (title, table), axes in zip(tables, panels, strict=True):
         layers = table["mean"].columns
@@ -64,8 +66,13 @@ def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
         for axis, layer in zip(axes, layers, strict=False):
             _map(axis, our_lines(sweep, table), layer)
             # The controls have one number for all settings, which the title has room for
-            controls = [f"{name} {value:.1f}" for name, value in _controls(table, layer).items()]
-            axis.set_title(f"{layer} ({', '.join(controls)})" if controls else layer, fontsize=8)
+            controls = []
+            for name, value in _controls(table, layer).items():
+                controls.append(f"{name} {value:.1f}")
+            heading = layer
+            if controls:
+                heading += f" ({', '.join(controls)})"
+            axis.set_title(heading, fontsize=8)
         axes[0].set_title(f"{title}\n", fontsize=10, loc="left")
     return figure
 
@@ -77,7 +84,8 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
     std = ours["std", layer].unstack(0)
     axis.set_facecolor("lightgray")  # shows where a mean is missing
     image = axis.imshow(mean, cmap="Blues", origin="lower", aspect="auto")
-    axis.figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
+    colorbar = axis.figure.colorbar(image, ax=axis)
+    colorbar.ax.tick_params(labelsize=7)
     # Above this the map is dark, and black numbers would be hard to read
     lowest = mean.min(axis=None)
     dark = lowest + 0.6 * (mean.max(axis=None) - lowest)
@@ -90,10 +98,20 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
         if np.isnan(value):
             text = MISSING
         color = "white" if value > dark else "black"
-        axis.text(x, y, text, ha="center", va="center", color=color, fontsize=8)
+        axis.text(
+            x,
+            y,
+            text,
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=8,
+        )
     _ticks(axis, range(len(mean.columns)), list(mean.columns))
     # With three settings or more a row is a combination of all but the first
-    names = [key if isinstance(key, str) else ", ".join(key) for key in mean.index]
+    names = []
+    for key in mean.index:
+        names.append(key if isinstance(key, str) else ", ".join(key))
     axis.set_yticks(range(len(mean)), names, fontsize=8)
     axis.set_xlabel(mean.columns.name, fontsize=8)
     axis.set_ylabel(", ".join(mean.index.names), fontsize=8)
@@ -135,7 +153,13 @@ def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
             mean = ours["mean", layer]
             # One seed has no standard deviation
             std = ours["std", layer].fillna(0)
-            axis.plot(positions, mean, marker="o", color=color, label=layer)
+            axis.plot(
+                positions,
+                mean,
+                marker="o",
+                color=color,
+                label=layer,
+            )
             axis.fill_between(
                 positions, mean - std, mean + std, color=color, alpha=0.12, linewidth=0
             )
@@ -146,9 +170,9 @@ def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
         axis.set_xlabel(str(ours.index.name), fontsize=8)
         axis.grid(alpha=0.3)
         # All layers have the same controls
-        dotted = ", ".join(f"dotted: {name}" for name in _controls(table, layer))
+        controls = [f"dotted: {name}" for name in _controls(table, layer)]
         axis.legend(
-            title=dotted,
+            title=", ".join(controls),
             loc="upper center",
             bbox_to_anchor=(0.5, -0.15),
             ncols=3,

@@ -79,7 +79,10 @@ class SweepNumbers:
 
 
 def read_sweep(
-    name: str, points: Sequence[Point], states: Sequence[str], metrics: str | None = None
+    name: str,
+    points: Sequence[Point],
+    states: Sequence[str],
+    metrics: str | None = None,
 ) -> SweepNumbers:
     """Returns the results of all points of a sweep.
 
@@ -102,14 +105,18 @@ def read_sweep(
     selected = _selected(all_rows, name, metrics)
     swept = _swept(settings)
     lines: list[dict[str, Any]] = []
-    for point, state, rows, setting in zip(points, states, results, settings, strict=True):
+    of_points = zip(points, states, results, settings, strict=True)
+    for point, state, rows, setting in of_points:
         line = {"point": point.name, "folder": str(point.folder), "state": state}
         for key, short_name in swept.items():
             line[short_name] = setting.get(key, MISSING)
         described = [line | _described(row, point.kind) for row in rows if row in selected]
         # A point without results keeps its line, so that tables show how it stands
         lines += described or [line]
-    columns = dict.fromkeys([*lines[0], WEIGHTS, TITLE, COLUMN, *_RESULT_FIELDS])
+    columns = dict.fromkeys(lines[0])
+    # Also where no line has them
+    columns |= dict.fromkeys([WEIGHTS, TITLE, COLUMN])
+    columns |= dict.fromkeys(_RESULT_FIELDS)
     frame = pd.DataFrame(lines, columns=pd.Index(columns), dtype=object)
     frame = frame.astype({"value": float})
     short_names_of_swept = tuple(swept.values())
@@ -128,7 +135,11 @@ def _results_of(point: Point) -> Iterable[Result]:
     return last.values()
 
 
-def _selected(rows: Sequence[Result], sweep: str, metrics: str | None) -> set[Result]:
+def _selected(
+    rows: Sequence[Result],
+    sweep: str,
+    metrics: str | None,
+) -> set[Result]:
     """Returns the results that the report is to show."""
     if not rows:
         raise DataError(
@@ -139,11 +150,17 @@ def _selected(rows: Sequence[Result], sweep: str, metrics: str | None) -> set[Re
         return {row for row in rows if row.headline}
     # Names as of a run's own weights: points that evaluate other files match the same pattern
     names = {row: dataclasses.replace(row, checkpoint="").tracked_name for row in rows}
-    selected = {row for row, name in names.items() if fnmatch.fnmatchcase(name, metrics)}
+    selected = set()
+    for row, name in names.items():
+        if fnmatch.fnmatchcase(name, metrics):
+            selected.add(row)
     if not selected:
         # Say which names there are, once for all layers
-        known = sorted({name.replace(f"/{row.layer}/", "/*/") for row, name in names.items()})
-        raise DataError(f"--metrics {metrics} fits nothing that was measured: {', '.join(known)}")
+        patterns = set()
+        for row, name in names.items():
+            patterns.add(name.replace(f"/{row.layer}/", "/*/"))
+        known = ", ".join(sorted(patterns))
+        raise DataError(f"--metrics {metrics} fits nothing that was measured: {known}")
     return selected
 
 
@@ -205,11 +222,12 @@ def _described(row: Result, kind: str) -> dict[str, Any]:
     """Returns the columns of a result; `kind` is the command of its point, train or evaluate."""
     recalibrated = "_recalibrated" if row.batch_norm == "recalibrated" else ""
     unit = "" if row.unit == "%" else f", {row.unit}"
+    metric = f"{row.eval}{recalibrated}/{row.metric}"
     # Each point of a training sweep has weights of its own: they share a name, so that they compare
     is_own = kind == "train" and row.checkpoint not in NOT_OURS
     described = {
         WEIGHTS: "pretrained" if is_own else row.checkpoint,
-        TITLE: f"{row.eval}{recalibrated}/{row.metric} on {row.dataset} {row.split}{unit}",
+        TITLE: f"{metric} on {row.dataset} {row.split}{unit}",
         COLUMN: row.layer or row.column,
     }
     return described | dataclasses.asdict(row)
@@ -267,7 +285,8 @@ def mean_tables(numbers: SweepNumbers) -> Iterator[tuple[str, Frame]]:
     fingerprints = rows[others].groupby(same_cell, observed=True)["fingerprint"]
     if (fingerprints.nunique() == 1).all():
         rows.loc[others, list(numbers.swept)] = _ANY
-        rows = rows.drop_duplicates([TITLE, *keys, COLUMN, _SEED, "fingerprint"])
+        identifying = [TITLE, *keys, COLUMN, _SEED, "fingerprint"]
+        rows = rows.drop_duplicates(identifying)
     for title, part in rows.groupby(TITLE, sort=False):
         # Points without results are lines of every table; they need some column to stand in
         first_column = part[COLUMN].iloc[0]
@@ -305,7 +324,8 @@ def as_report(sweep: SweepNumbers, commands: Sequence[str]) -> Report:
     not_done = points[points["state"] != "done"]
     lists = []
     for state, names in not_done.groupby("state")["point"]:
-        lists.append(f"{state} ({len(names)}): {', '.join(map(str, names))}")
+        listed = ", ".join(map(str, names))
+        lists.append(f"{state} ({len(names)}): {listed}")
     missing = MissingEvaluations(
         label="What neither runs nor waits, each by its own command", commands=tuple(commands)
     )
@@ -346,7 +366,12 @@ def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
         yield _grid(sweep, title, ours, lacking)
 
 
-def _grid(sweep: SweepNumbers, title: str, ours: Frame, lacking: Mapping[object, str]) -> Table:
+def _grid(
+    sweep: SweepNumbers,
+    title: str,
+    ours: Frame,
+    lacking: Mapping[object, str],
+) -> Table:
     """Returns the means at the best layer with the first axis across and the second down."""
     layer = ours["mean"].max().idxmax()
     cells = _cells(ours)[layer]
@@ -392,12 +417,25 @@ def _cell(mean: float, std: float, count: float, *, is_best: bool) -> Cell | Non
     else:
         seeds = "one seed"
         spread = ""
-    return Cell(text=f"{mean:.1f}", details=f"{mean:.4f}, {seeds}", spread=spread, is_best=is_best)
+    return Cell(
+        text=f"{mean:.1f}",
+        details=f"{mean:.4f}, {seeds}",
+        spread=spread,
+        is_best=is_best,
+    )
 
 
 def as_sweep_csv(sweep: SweepNumbers) -> str:
     """Returns CSV with a line for each result in full, and one for each point that has none."""
     rows = sweep.rows.drop(columns=[TITLE, COLUMN])
-    # Categories become objects, as they refuse texts that are none of theirs
-    texts = rows.apply(lambda column: pd.Series(list(map(as_text, column)), dtype=object))
+    texts = rows.apply(_texts)
     return texts.to_csv(index=False, lineterminator="\n")
+
+
+def _texts(column: Any) -> Any:
+    """Returns a column as texts that spreadsheets take for nothing else.
+
+    It is no category any more, which would refuse texts that are none of its own.
+    """
+    texts = [as_text(value) for value in column]
+    return pd.Series(texts, dtype=object)

@@ -120,7 +120,9 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
         rows: Which published rows to show, one of `ROWS`.
     """
     entries = make_entries(measured)
-    published = tuple(each for each in published_numbers() if rows == "all" or each.kind == "card")
+    published = published_numbers()
+    if rows != "all":
+        published = tuple(number for number in published if number.kind == "card")
     # The card stands first and is always there; other sets of images follow by name
     other_titles = {each.group for each in entries} - {CARD_GROUP}
     groups = []
@@ -147,7 +149,11 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     )
 
 
-def _table(title: str, ours: Sequence[ReportEntry], published: Sequence[Published]) -> Table:
+def _table(
+    title: str,
+    ours: Sequence[ReportEntry],
+    published: Sequence[Published],
+) -> Table:
     """Returns one table of a group; `ours` and `published` are all numbers of the group."""
     numbers = [each for each in published if each.table == title]
     entries = [each for each in ours if each.result.table == title]
@@ -187,7 +193,9 @@ def column_order(columns: Iterable[str], card_columns: Iterable[str]) -> list[st
 
 
 def _caption(
-    title: str, entries: Sequence[ReportEntry], numbers: Sequence[Published]
+    title: str,
+    entries: Sequence[ReportEntry],
+    numbers: Sequence[Published],
 ) -> Iterable[str]:
     """Yields the sentences below a table of the card.
 
@@ -212,7 +220,8 @@ def _published_rows(numbers: Sequence[Published], columns: Sequence[str]) -> Ite
     # A cell has several numbers where editions of one source disagree
     rows: dict[str, dict[str, list[Published]]] = {}
     for number in numbers:
-        rows.setdefault(number.row, {}).setdefault(number.column, []).append(number)
+        in_column = rows.setdefault(number.row, {})
+        in_column.setdefault(number.column, []).append(number)
     for name, in_column in rows.items():
         cells = []
         for column in columns:
@@ -229,7 +238,9 @@ def _published_cell(numbers: Sequence[Published]) -> Cell:
     if len(numbers) == 1:
         note = f"published: {first.source}"
     else:
-        editions = (f"{each.printed} in {each.edition} ({each.source})" for each in numbers)
+        editions = []
+        for number in numbers:
+            editions.append(f"{number.printed} in {number.edition} ({number.source})")
         note = "published: " + "; ".join(editions)
     return Cell(text=text, note=note, details=note)
 
@@ -237,7 +248,8 @@ def _published_cell(numbers: Sequence[Published]) -> Cell:
 def _our_rows(entries: Sequence[ReportEntry], columns: Sequence[str]) -> Iterable[Row]:
     rows: dict[tuple[str, str], dict[str, ReportEntry]] = {}
     for entry in entries:
-        rows.setdefault((entry.label, entry.setting), {})[entry.result.column] = entry
+        in_column = rows.setdefault((entry.label, entry.setting), {})
+        in_column[entry.result.column] = entry
     for (label, setting), in_column in rows.items():
         same_label = [entry for entry in entries if entry.label == label]
         # A dash promises a command below the tables that fills the cell. There is none for rows that
@@ -293,7 +305,10 @@ def note(entries: Sequence[ReportEntry]) -> str:
     runs = [entry.measured.run for entry in entries]
     # Facts that all numbers share are listed once
     facts_of_each = [facts(entry.result) for entry in entries]
-    shared = [fact for fact in facts_of_each[0] if all(fact in facts for facts in facts_of_each)]
+    shared = []
+    for fact in facts_of_each[0]:
+        if all(fact in own_facts for own_facts in facts_of_each):
+            shared.append(fact)
     most_facts = max(map(len, facts_of_each))
     gap = ["…"] if most_facts > len(shared) else []
     origins: Mapping[str, list[str]] = {
@@ -306,7 +321,10 @@ def note(entries: Sequence[ReportEntry]) -> str:
         distinct = dict.fromkeys(values)
         phrases.append(f"{name} {' and '.join(distinct)}")
     reasons = dict.fromkeys(entry.why for entry in entries if entry.why)
-    return "; ".join([*phrases, *shared, *gap, *reasons])
+    phrases += shared
+    phrases += gap
+    phrases += reasons
+    return "; ".join(phrases)
 
 
 def short_commit(commit: str) -> str:
@@ -322,7 +340,12 @@ def _details(entry: ReportEntry) -> Iterable[str]:
     yield f"seed {row.seed}, commit {run.commit}"
     yield from facts(row)
     metric = row.metric if row.unit == "%" else f"{row.metric} in {row.unit}"
-    phrases = (f"{row.dataset} {row.split}", f"n = {row.n:,}", row.layer, metric)
+    phrases = (
+        f"{row.dataset} {row.split}",
+        f"n = {row.n:,}",
+        row.layer,
+        metric,
+    )
     yield ", ".join(filter(None, phrases))
     if entry.measured.digest:
         yield f"images {entry.measured.digest}"
@@ -337,7 +360,8 @@ def _details(entry: ReportEntry) -> Iterable[str]:
     if entry.mark:
         printed = " / ".join(each.printed for each in entry.beside)
         first = entry.beside[0]
-        yield f"{MARK_WORDS[entry.mark]}: {first.row} {printed}, tolerance {first.tolerance:g}"
+        word = MARK_WORDS[entry.mark]
+        yield f"{word}: {first.row} {printed}, tolerance {first.tolerance:g}"
     for old in entry.measured.older:
         yield f"replaces {old.result.value:.2f} of run {old.run.name}"
 

@@ -131,8 +131,10 @@ def folder_of(runs: Path, kind: str, name: str, mark: str) -> Path:
         name: The name of the point, of which the folder's name has the readable part.
         mark: The identity of the point.
     """
-    readable = re.sub(r"[^\w.+-]+", "_", name).strip("_")[:80]
-    new = runs / "_".join(filter(None, (kind, readable, mark)))
+    readable = re.sub(r"[^\w.+-]+", "_", name)
+    readable = readable.strip("_")[:80]
+    words = filter(None, (kind, readable, mark))
+    new = runs / "_".join(words)
     # Another sweep may have named the same point by other settings
     existing = sorted(runs.glob(f"{kind}_*{mark}"))
     return next(filter(Path.is_dir, existing), new)
@@ -163,7 +165,10 @@ def note_job(point: Point, job: Mapping[str, Any]) -> None:
             point, as `process_mark` identifies it.
     """
     point.folder.mkdir(parents=True, exist_ok=True)
-    write_json(point.folder / POINT_FILE, point.to_json() | {"job": dict(job), "time_ms": now_ms()})
+    note = point.to_json()
+    note["job"] = dict(job)
+    note["time_ms"] = now_ms()
+    write_json(point.folder / POINT_FILE, note)
 
 
 def note_ending(folder: Path, how: Status) -> None:
@@ -193,7 +198,10 @@ def read_note(folder: Path) -> dict[str, Any]:
         return {}
     # A process is known by its host and start too, as its number may have passed to another
     job = note.get("job")
-    if not isinstance(job, dict) or ("pid" in job and not {"host", "born"} <= job.keys()):
+    is_job = isinstance(job, dict)
+    if is_job and "pid" in job:
+        is_job = {"host", "born"} <= job.keys()
+    if not is_job:
         raise DamagedFile(f"{path} does not say which job has the point. {_HOW_TO_REPAIR}")
     return note
 

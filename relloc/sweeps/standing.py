@@ -197,7 +197,9 @@ def status_of(folder: Path) -> Status | None:
 
 
 def _standing(
-    point: Point, note: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]
+    point: Point,
+    note: Mapping[str, Any],
+    answers: Mapping[tuple[str, str], Status],
 ) -> Standing:
     """Returns how a point stands, given the note of its job and the schedulers' answers."""
     folder = point.folder
@@ -218,7 +220,9 @@ def _standing(
 
 
 def _job_status(
-    folder: Path, job: Mapping[str, Any], answers: Mapping[tuple[str, str], Status]
+    folder: Path,
+    job: Mapping[str, Any],
+    answers: Mapping[tuple[str, str], Status],
 ) -> Status | None:
     """Returns the status of the job that has the point or had it last; None if it is gone."""
     # A lock on the run folder shows any command that runs it, also one that is not of this sweep
@@ -238,7 +242,11 @@ def _job_status(
     return None
 
 
-def _ended_status(own: Status | None, note: Mapping[str, Any], job: Status | None) -> Status:
+def _ended_status(
+    own: Status | None,
+    note: Mapping[str, Any],
+    job: Status | None,
+) -> Status:
     """Returns the status of a point that no job is known to run.
 
     Args:

@@ -290,7 +290,8 @@ def find_sweep(word: str) -> Sweep:
         raise UsageError(
             f"{Path(name).absolute()} is not the folder of a sweep: {SWEEP_FILE} is missing"
         )
-    existing = sorted(file.parent.name for file in sweeps.glob(f"*/{SWEEP_FILE}"))
+    files = sweeps.glob(f"*/{SWEEP_FILE}")
+    existing = sorted(file.parent.name for file in files)
     if existing:
         what_to_do = f"name one of {', '.join(existing)}"
     else:
@@ -307,13 +308,21 @@ def is_named(word: str) -> bool:
 
 def word_of(folder: Path) -> str:
     """Returns the word by which commands find a sweep from here: its name, or else its folder."""
-    if folder == Path(os.path.abspath(runs_folder() / _SWEEPS / folder.name)):
+    by_name = os.path.abspath(runs_folder() / _SWEEPS / folder.name)
+    if folder == Path(by_name):
         return folder.name
-    return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    # Shorter where it lies below the current folder
+    if folder.is_relative_to(Path.cwd()):
+        return os.path.relpath(folder)
+    return str(folder)
 
 
 def code_and_configs(
-    *, package: Path, conf: Path, plugins: Path, own: Mapping[str, Path]
+    *,
+    package: Path,
+    conf: Path,
+    plugins: Path,
+    own: Mapping[str, Path],
 ) -> dict[str, bytes]:
     """Returns the current files of code and configs by their names in a sweep's copy of them.
 
@@ -324,7 +333,10 @@ def code_and_configs(
         own: The user's folders of configs by their names in the copy. Only YAML files of them are
             taken, as other things may lie beside them.
     """
-    content = {"relloc": content_of(package), f"hydra_plugins/{plugins.name}": content_of(plugins)}
+    content = {
+        "relloc": content_of(package),
+        f"hydra_plugins/{plugins.name}": content_of(plugins),
+    }
     # The copy is no git repository, so it is told its commit
     commit = commit_of(package / "__init__.py")
     if commit:
@@ -350,9 +362,10 @@ def content_of(folder: Path, *, suffix: str = "") -> dict[str, bytes]:
     content = {}
     for path, folders, files in os.walk(folder, followlinks=True):
         # A link to a folder above it would be walked for ever
+        target = os.path.realpath(path)
         above = Path(os.path.realpath(os.path.dirname(path)))
-        is_loop = path != str(folder) and above.is_relative_to(os.path.realpath(path))
-        if is_loop:
+        is_loop = above.is_relative_to(target)
+        if path != str(folder) and is_loop:
             folders.clear()
             continue
         # os.walk descends into what is left in this list
