@@ -49,9 +49,15 @@ def draw_line(axis, rows, label, color, batch_norm):
     rows = rows[rows["layer"] != "avgpool"]
     stages = rows.groupby("layer")["value"].agg(["mean", "min", "max"])
     style = "--" if batch_norm == "recalibrated" else "-"
-    axis.plot(stages.index, stages["mean"], style, marker="o", color=color, label=label)
+    names = stages.index
+    axis.plot(names, stages["mean"], style, marker="o", color=color, label=label)
     axis.fill_between(
-        stages.index, stages["min"], stages["max"], color=color, alpha=0.15, linewidth=0
+        names,
+        stages["min"],
+        stages["max"],
+        color=color,
+        alpha=0.15,
+        linewidth=0,
     )
 
 
@@ -62,10 +68,17 @@ figure, axes = plt.subplots(
 for axis, ((dataset, model, evaluation), rows) in zip(axes[0], panels, strict=True):
     pretrained = rows[rows["weights"] != "random"]
     # A study has one color, with batch norm as trained and recalibrated
-    studies = list(dict.fromkeys(zip(pretrained["study"], pretrained["settings"], strict=True)))
+    named = zip(pretrained["study"], pretrained["settings"], strict=True)
+    studies = list(dict.fromkeys(named))
     for (study, settings, weights, batch_norm), line in rows.groupby(line_keys, sort=False):
-        color = "gray" if weights == "random" else f"C{studies.index((study, settings))}"
-        name = study + (", recalibrated" if batch_norm == "recalibrated" else "")
+        if weights == "random":
+            color = "gray"
+        else:
+            number = studies.index((study, settings))
+            color = f"C{number}"
+        name = study
+        if batch_norm == "recalibrated":
+            name += ", recalibrated"
         draw_line(axis, line, name, color, batch_norm)
     axis.set_title(f"{evaluation} on {dataset}, {model}", fontsize=10)
     axis.set_ylabel(f"{rows['metric'].iloc[0]} (%)")

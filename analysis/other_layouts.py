@@ -19,6 +19,7 @@ IMAGES = {PLACES: "data/vision/torralba/deeplearning/images256", INAT: "train_va
 
 def main(layout: str, folder: Path, out: Path) -> None:
     """Writes the layout to `out`, which must not have one yet."""
+    # The images stay where they are
     splits = class_folders(name=layout, root=str(folder), train="train", val="val")
     link = out / IMAGES[layout]
     link.parent.mkdir(parents=True)

@@ -80,6 +80,7 @@ class ReportEntry:
     def fills_card(self) -> bool:
         """Whether the number fills a cell that the published model has on the card."""
         row = self.result
+        # The published nearest-neighbor numbers are those of the last layer
         is_as_published = row.variant in ("", LAYERS[-1]) and not foreign_view(row)
         return (
             self.is_shown
@@ -93,6 +94,7 @@ class ReportEntry:
         """`INSIDE`, `ABOVE` or `BELOW` the tolerance of the published numbers, or "" without one."""
         if not self.beside:
             return ""
+        # With several editions of the published number, from the lowest to the highest
         low, high = accepted(self.beside)
         if self.result.value < low - _ROUNDING:
             return BELOW
@@ -122,6 +124,7 @@ def make_entries(measured: Iterable[Measured]) -> list[ReportEntry]:
         if each.result.spread:
             of_number = spreads.setdefault(_spread_key(each), {})
             of_number[each.result.spread] = each.result.value
+    # Sorting keeps the order of the numbers within a line
     entries = []
     for each in sorted(results, key=lambda each: order[each.line]):
         # Spreads are those of the number without a variant
@@ -158,6 +161,7 @@ def _entry(
     """Returns the entry of one number; `best_layers` are the best-layer results of all tables."""
     row = each.result
     group = group_of(each)
+    # Details of an evaluation have no table, and are in CSV alone
     is_shown = bool(row.table)
     why = ""
     # Some tables show one layer only, the best of another table (low-shot: that of the full SVM)
@@ -201,6 +205,7 @@ def _layer_to_show(each: Measured, best_layers: Sequence[Measured]) -> tuple[str
         last = best_layers[-1]
         layer = last.result.layer
         return layer, f"at {layer}, the best layer of run {last.run.name}"
+    # Some number of the published row, as all of its table are of one layer
     published = (
         one for one in published_numbers() if (one.row, one.table) == (CARD, each.result.table)
     )

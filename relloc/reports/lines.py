@@ -48,6 +48,7 @@ def name_images(results: Sequence[Measured]) -> list[Measured]:
     def image_set(each: Measured) -> tuple[object, ...]:
         return each.result.dataset, each.result.split, each.result.n
 
+    # A digest counts once, however many numbers were measured on it
     recorded = {(image_set(each), each.digest) for each in results if each.digest}
     digest_count = Counter(name for name, _ in recorded)
     named = []
@@ -134,6 +135,7 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
             natural(line.variant),
         )
 
+    # What is usual is left out of a name
     labels = {}
     for line in sorted(lines, key=rank):
         words = [names[line.checkpoint]]

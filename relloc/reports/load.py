@@ -73,7 +73,8 @@ class Measured:
     @property
     def digest(self) -> str:
         """The hash of the evaluated images, as the run recorded it, or "" if it did not."""
-        return self.run.digests.get(f"{self.result.dataset}-{self.result.split}", "")
+        row = self.result
+        return self.run.digests.get(f"{row.dataset}-{row.split}", "")
 
     @property
     def line(self) -> Line:
@@ -121,7 +122,10 @@ def find_measured(paths: Sequence[Path]) -> list[Measured]:
                 "(or set RELLOC_RUNS)"
             )
     # Paths may overlap, and links lead to one folder twice
-    folders = {file.parent.resolve() for path in paths for file in path.rglob(RESULTS_FILE)}
+    folders = set()
+    for path in paths:
+        for file in path.rglob(RESULTS_FILE):
+            folders.add(file.parent.resolve())
     measured: list[Measured] = []
     for folder in sorted(folders):
         measured += _results_in(folder)
@@ -135,7 +139,13 @@ def find_measured(paths: Sequence[Path]) -> list[Measured]:
             f"{', '.join(map(str, paths))}: run python -m relloc.evaluate first, "
             "or name other folders"
         )
-    return sorted(measured, key=lambda each: (each.run.started_ms, str(each.run.folder)))
+    # Later steps let the last of several measurements stand
+    return sorted(measured, key=_age)
+
+
+def _age(each: Measured) -> tuple[int, str]:
+    """Returns a sort key: the start of the run, and its folder among runs of one millisecond."""
+    return each.run.started_ms, str(each.run.folder)
 
 
 def _results_in(folder: Path) -> Iterator[Measured]:
@@ -143,11 +153,13 @@ def _results_in(folder: Path) -> Iterator[Measured]:
     if not (folder / RUN_FILE).exists():
         return  # MLflow's copy of the results lies in a folder without a run record
     try:
+        # Each run that measured some of the rows is read once
         own = _read_run(folder)
         rows = read_results(folder)
         origins = {row.measured_in: _origin(row.measured_in, own) for row in rows}
     except (ValueError, OSError) as error:
         raise DataError(f"{error}: repair or remove it, or name other folders") from error
+    # Outside of the `try`: errors of whoever takes the results are none of these files
     for row in rows:
         yield Measured(result=row, run=origins[row.measured_in])
 
@@ -168,12 +180,13 @@ def _read_run(folder: Path) -> Run:
     # A name with several digests does not say which of them a number was measured on
     digests = {(dataset.name, dataset.digest) for dataset in record.datasets}
     names = [name for name, _ in digests]
+    unique = {name: digest for name, digest in digests if names.count(name) == 1}
     return Run(
         folder=folder,
         name=record.name,
         commit=record.tags.get("relloc.commit", UNKNOWN_COMMIT),
         started_ms=record.started_ms,
-        digests={name: digest for name, digest in digests if names.count(name) == 1},
+        digests=unique,
     )
 
 
@@ -186,14 +199,17 @@ def newest(measured: Iterable[Measured]) -> list[Measured]:
         measured: Results, the oldest first.
     """
     # For each question and fingerprint its measurements, the newest first
-    answers: dict[tuple[object, ...], dict[tuple[object, ...], Measured]] = {}
+    answers: dict[object, dict[object, Measured]] = {}
     for each in reversed(list(measured)):
         # The same in the folder that measured it and in those that it was copied to
-        measurement = (dataclasses.replace(each.result, measured_in=""), each.run.folder)
+        row = dataclasses.replace(each.result, measured_in="")
+        measurement = (row, each.run.folder)
         answer = answers.setdefault((each.question, each.result.fingerprint), {})
         answer.setdefault(measurement, each)
     results = []
     for answer in reversed(answers.values()):
         last, *older = answer.values()
-        results.append(dataclasses.replace(last, older=tuple(reversed(older))))
+        # `older` has the oldest first
+        older.reverse()
+        results.append(dataclasses.replace(last, older=tuple(older)))
     return results

@@ -31,6 +31,7 @@ class MissingEvaluations:
 
 def advice(entries: Sequence[ReportEntry], missing: Sequence[MissingEvaluations]) -> str:
     """Returns a sentence on what to do about missing cells, or "" where none is missing."""
+    # Other models, or other images
     if not any(each.fills_card for each in entries):
         return _NOTHING_YET
     return _DATA_SETS if missing else ""
@@ -51,29 +52,39 @@ def missing_evaluations(entries: Sequence[ReportEntry]) -> tuple[MissingEvaluati
     if lines:
         # The controls that no line has yet are missing as a whole
         for name in set(NOT_OURS) - {line.checkpoint for line in lines}:
-            lines.add(Line(checkpoint=name, model=PUBLISHED_MODEL, batch_norm="as_trained", seed=0))
+            control = Line(
+                checkpoint=name,
+                model=PUBLISHED_MODEL,
+                batch_norm="as_trained",
+                seed=0,
+            )
+            lines.add(control)
 
     def missing_parts(line: Line) -> list[CardPart]:
         parts = []
         for part in card_parts():
             # Fine-tuning gathers batch-norm statistics of its own, so it is run once, as trained
             is_repeated = part.kind == "fine-tuned" and line.batch_norm != "as_trained"
-            is_filled = all((line, part.table, column) in filled for column in part.columns)
+            cells = [(line, part.table, column) for column in part.columns]
+            is_filled = all(cell in filled for cell in cells)
             if part.evaluation and not is_repeated and not is_filled:
                 parts.append(part)
         return parts
 
     # Labels are made of all lines, so that these are named here as in the tables
-    labels = label_lines({each.measured.line.without_variant for each in entries} | lines)
+    shown = {each.measured.line.without_variant for each in entries}
+    labels = label_lines(shown | lines)
     missing = []
     for line, label in labels.items():
         if line not in lines:
             continue
+        # What the line as trained lists is measured for this one by the same commands
         as_trained = dataclasses.replace(line, batch_norm="as_trained")
         is_listed_there = line != as_trained and as_trained in lines
         listed = missing_parts(as_trained) if is_listed_there else []
-        commands = tuple(command(line, part) for part in missing_parts(line) if part not in listed)
-        if commands:
+        parts = [part for part in missing_parts(line) if part not in listed]
+        if parts:
+            commands = tuple(command(line, part) for part in parts)
             missing.append(MissingEvaluations(label=label, commands=commands))
     return tuple(missing)
 
@@ -89,7 +100,8 @@ def command(line: Line, part: CardPart) -> str:
         words.append(f"batch_norm={line.batch_norm}")
     if line.seed:
         words.append(f"seed={line.seed}")
-    return f"{shlex.join(['python', '-m', 'relloc.evaluate', *words])}  # about {part.hours} h"
+    line_of_shell = shlex.join(["python", "-m", "relloc.evaluate", *words])
+    return f"{line_of_shell}  # about {part.hours} h"
 
 
 def _quoted(path: str) -> str:

@@ -33,11 +33,13 @@ def draw_sweep(sweep: SweepNumbers, path: Path, form: str = "png") -> None:
     # Tables that have random or torchvision's weights only have nothing to draw
     tables = []
     for title, table in mean_tables(sweep):
-        if our_lines(sweep, table)["mean"].notna().any(axis=None):
+        means = our_lines(sweep, table)["mean"]
+        if means.notna().any(axis=None):
             tables.append((title, table))
     # A name with two $ in it is no formula
     with matplotlib.rc_context({"text.parse_math": False}):
-        figure = _maps(sweep, tables) if len(sweep.axes) > 1 else _curves(sweep, tables)
+        draw = _maps if len(sweep.axes) > 1 else _curves
+        figure = draw(sweep, tables)
         figure.suptitle(
             f"sweep {escaped(sweep.name)}: accuracy and mAP in percent, "
             "of seeds mean and standard deviation",
@@ -88,7 +90,8 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
     colorbar.ax.tick_params(labelsize=7)
     # Above this the map is dark, and black numbers would be hard to read
     lowest = mean.min(axis=None)
-    dark = lowest + 0.6 * (mean.max(axis=None) - lowest)
+    highest = mean.max(axis=None)
+    dark = lowest + 0.6 * (highest - lowest)
     for (y, x), value in np.ndenumerate(mean.to_numpy()):
         text = f"{value:.1f}"
         spread = std.iloc[y, x]
@@ -107,7 +110,8 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
             color=color,
             fontsize=8,
         )
-    _ticks(axis, range(len(mean.columns)), list(mean.columns))
+    values = list(mean.columns)
+    _ticks(axis, range(len(values)), values)
     # With three settings or more a row is a combination of all but the first
     names = []
     for key in mean.index:
@@ -161,7 +165,12 @@ def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
                 label=layer,
             )
             axis.fill_between(
-                positions, mean - std, mean + std, color=color, alpha=0.12, linewidth=0
+                positions,
+                mean - std,
+                mean + std,
+                color=color,
+                alpha=0.12,
+                linewidth=0,
             )
             for value in _controls(table, layer).values():
                 axis.axhline(value, linestyle=":", color=color)

@@ -93,6 +93,7 @@ class Published:
     source: str
 
     def __post_init__(self) -> None:
+        # A misspelt cell of the CSV file is found here, and not as a wrong table
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}, not one of {', '.join(KINDS)}")
         if self.layer not in ("", *LAYERS):

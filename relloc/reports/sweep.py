@@ -104,13 +104,17 @@ def read_sweep(
     all_rows = [row for rows in results for row in rows]
     selected = _selected(all_rows, name, metrics)
     swept = _swept(settings)
+    # One line for each result, in the order of the points
     lines: list[dict[str, Any]] = []
     of_points = zip(points, states, results, settings, strict=True)
     for point, state, rows, setting in of_points:
         line = {"point": point.name, "folder": str(point.folder), "state": state}
         for key, short_name in swept.items():
             line[short_name] = setting.get(key, MISSING)
-        described = [line | _described(row, point.kind) for row in rows if row in selected]
+        described = []
+        for row in rows:
+            if row in selected:
+                described.append(line | _described(row, point.kind))
         # A point without results keeps its line, so that tables show how it stands
         lines += described or [line]
     columns = dict.fromkeys(lines[0])
@@ -129,7 +133,7 @@ def read_sweep(
 
 def _results_of(point: Point) -> Iterable[Result]:
     """Returns the results of a point; of a number that was measured again only the last."""
-    last: dict[tuple[str, str, str, str], Result] = {}
+    last: dict[object, Result] = {}
     for row in read_results(point.folder):
         last[row.tracked_name, row.dataset, row.split, row.checkpoint] = row
     return last.values()
@@ -193,7 +197,10 @@ def _with_defaults(points: Sequence[Point]) -> list[dict[str, str]]:
 
 def _word(value: Scalar) -> str:
     """Returns a value as it stands on a command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    # Hydra writes true and false
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def _swept(settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -341,6 +348,7 @@ def as_report(sweep: SweepNumbers, commands: Sequence[str]) -> Report:
 def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
     """Yields the table of a metric; with two varied settings also a grid of one over the other."""
     cells = _cells(table)
+    # In place of numbers, how points stand that have none
     lacking = sweep.lacking()
     rows = []
     for key, line in cells.iterrows():
@@ -360,7 +368,9 @@ def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
             )
         )
     yield Table(title=title, columns=tuple(cells), rows=tuple(rows))
-    has_ours = our_lines(sweep, table)["mean"].notna().any(axis=None)
+    # A grid has room for two settings, and needs some number
+    means = our_lines(sweep, table)["mean"]
+    has_ours = means.notna().any(axis=None)
     if len(sweep.axes) == 2 and has_ours:
         ours = table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)]
         yield _grid(sweep, title, ours, lacking)
@@ -385,8 +395,9 @@ def _grid(
     rows = []
     for label, line in grid.iterrows():
         rows.append(Row(label=label, is_published=False, cells=tuple(line)))
+    axes = f"{across} across and {down} down"
     return Table(
-        title=f"{title} at {layer}, where the highest is: {across} across and {down} down",
+        title=f"{title} at {layer}, where the highest is: {axes}",
         columns=tuple(grid),
         rows=tuple(rows),
     )
@@ -394,6 +405,7 @@ def _grid(
 
 def _cells(table: Frame) -> Frame:
     """Returns a cell for each mean, the highest of each column bold; None where there is none."""
+    # By layer, as the highest of each is bold
     cells = {}
     for layer, highest in table["mean"].max().items():
         means = table["mean", layer]

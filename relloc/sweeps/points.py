@@ -95,7 +95,9 @@ def identity(config: Mapping[str, Any]) -> str:
     Args:
         config: The resolved config.
     """
-    settings = _with_absolute_paths(neutral.settings_of_run(config))
+    settings = neutral.settings_of_run(config)
+    settings = _with_absolute_paths(settings)
+    # Sorted, as the order in which settings were composed means nothing
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
     # Names of files may have bytes that are no UTF-8
     data = text.encode("utf-8", "surrogateescape")
@@ -112,6 +114,7 @@ def _with_absolute_paths(value: Any, name: str = "") -> Any:
         return {key: _with_absolute_paths(inner, key) for key, inner in value.items()}
     if name not in _PATHS:
         return value
+    # Several files, or the folders of several data sets
     if isinstance(value, list):
         return [_with_absolute_paths(item, name) for item in value]
     is_path = isinstance(value, str) and value and value not in _NO_PATHS
@@ -131,6 +134,7 @@ def folder_of(runs: Path, kind: str, name: str, mark: str) -> Path:
         name: The name of the point, of which the folder's name has the readable part.
         mark: The identity of the point.
     """
+    # Long names are cut: the identity tells their points from others
     readable = re.sub(r"[^\w.+-]+", "_", name)
     readable = readable.strip("_")[:80]
     words = filter(None, (kind, readable, mark))
@@ -149,6 +153,7 @@ def name_of(overrides: Sequence[str], swept: Sequence[str], seed: int) -> str:
     """
     words = []
     for override in overrides:
+        # Hydra's + adds a setting, and ~ removes one
         key, _, value = override.lstrip("+~").partition("=")
         if key in swept:
             last_part = key.rpartition(".")[2]
