@@ -80,26 +80,20 @@ def test_the_card_is_offered_where_its_model_was_measured(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["--format", "pdf"], "relloc: --format pdf is not one of markdown, csv, html, latex\n"),
-        (["--rows", "best"], "relloc: --rows best is not one of card, all\n"),
-        (
-            ["--out", "card.xml"],
-            "relloc: --out card.xml ends in none of .md, .csv, .html, .tex: end it so, or say --format",
-        ),
-        (["--out", "card"], "relloc: --out card ends in none of .md"),
-        (
-            ["--out", "none/r.md"],
-            "relloc: none/r.md could not be written (No such file or directory): name another",
-        ),
-        (["none"], "relloc: none does not exist: name run folders"),
+        (["--format", "pdf"], ["--format", "pdf", "markdown", "csv", "html", "latex"]),
+        (["--rows", "best"], ["--rows", "best", "card", "all"]),
+        (["--out", "card.xml"], ["--out", "card.xml", ".md", ".csv", ".html", ".tex", "--format"]),
+        (["--out", "card"], ["--out", "card", ".md"]),
+        (["--out", "none/r.md"], ["none/r.md", "No such file or directory", "--out"]),
+        (["none"], ["none", "does not exist"]),
     ],
 )
 def test_a_mistake_is_one_message(
     runs: Path,
     arguments: list[str],
-    message: str,
+    named: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -108,7 +102,8 @@ def test_a_mistake_is_one_message(
     out, err = capsys.readouterr()
     assert out == ""
     assert not (runs.parent / "card.xml").exists()
-    assert err.startswith(message)
+    assert err.startswith("relloc: ")
+    assert [word for word in named if word not in err] == []
     assert err.count("\n") == 1
 
 

@@ -350,35 +350,29 @@ def test_a_picture_alone_is_written_where_it_is_named(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["sweep=t"], "runs/sweeps: name one of broken, empty, s\n"),
-        (["sweep=s", "--rows", "all"], "--rows is for published numbers"),
-        (["sweep=s", "sweep=empty"], "sweep=s is reported alone"),
-        (["runs", "sweep=s"], "sweep=s is reported alone"),
+        (["sweep=t"], ["runs/sweeps", "broken, empty, s\n"]),
+        (["sweep=s", "--rows", "all"], ["--rows", "sweep=s"]),
+        (["sweep=s", "sweep=empty"], ["sweep=s", "alone"]),
+        (["runs", "sweep=s"], ["sweep=s", "alone"]),
         (
             ["sweep=s", "--metrics", "kn*"],
-            "--metrics kn* fits nothing that was measured: linear/*/top1, linear/*/top1_tuned, pretext/top1\n",
+            ["--metrics kn*", "linear/*/top1, linear/*/top1_tuned, pretext/top1\n"],
         ),
-        (["sweep=empty"], "no point of sweep empty has results yet: python -m relloc.sweep status"),
-        (["sweep=broken"], "results.jsonl line 1 is not a result row"),
+        (["sweep=empty"], ["sweep empty", "no", "python -m relloc.sweep status"]),
+        (["sweep=broken"], ["results.jsonl line 1"]),
         (
             ["sweep=s", "--format", "doc"],
-            "--format doc is not one of markdown, csv, html, latex, png, svg, pdf",
+            ["--format doc", "markdown, csv, html, latex, png, svg, pdf"],
         ),
         (
             ["sweep=s", "--out", "r.doc"],
-            "--out r.doc ends in none of .md, .csv, .html, .tex, .png, .svg, .pdf",
+            ["--out r.doc", ".md, .csv, .html, .tex, .png, .svg, .pdf"],
         ),
-        (
-            ["sweep=s", "--out", "none/r.png"],
-            "none/r.png could not be written (No such file or directory)",
-        ),
-        (
-            ["sweep=s", "--out", "none/r.csv"],
-            "none/r.csv could not be written (No such file or directory)",
-        ),
-        (["--metrics", "kn*"], "--metrics is for a sweep: name one with sweep=NAME"),
+        (["sweep=s", "--out", "none/r.png"], ["none/r.png", "No such file or directory"]),
+        (["sweep=s", "--out", "none/r.csv"], ["none/r.csv", "No such file or directory"]),
+        (["--metrics", "kn*"], ["--metrics", "sweep=NAME"]),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -389,7 +383,7 @@ def test_a_mistake_is_one_message(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    message: str,
+    named: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [
@@ -407,4 +401,4 @@ def test_a_mistake_is_one_message(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("relloc: ")
-    assert message in err
+    assert [words for words in named if words not in err] == []
