@@ -1,4 +1,4 @@
-"""Prints our results beside the published ones: python -m relloc.report [FOLDER ...].
+"""python -m relloc.report [FOLDER ...]: prints our results beside the published ones.
 
 With --format and --out the report is written as Markdown, CSV, HTML or LaTeX. With sweep=NAME it
 covers one sweep of runs/sweeps: a line for each setting, a column for each layer, and a picture.

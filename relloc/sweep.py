@@ -1,4 +1,4 @@
-"""Shows, awaits or cancels a sweep: python -m relloc.sweep status|wait|cancel SWEEP...
+"""python -m relloc.sweep status|wait|cancel SWEEP...: shows, awaits or cancels a sweep.
 
 It works for any launcher: SLURM, submitit or processes of this machine. SWEEP is the name of the
 sweep, as NAME or sweep=NAME, or its folder.

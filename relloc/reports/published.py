@@ -1,7 +1,7 @@
 """Reads the published results that ours are compared with.
 
 card.csv has the tables of the published card, and published.csv the published numbers. Their
-sources are listed in docs/protocols.md, 4.1 to 4.3. A further published row is a line of
+sources are listed in docs/protocols.md 4.1 to 4.3. A further published row is a line of
 published.csv.
 """
 
