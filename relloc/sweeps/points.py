@@ -204,7 +204,7 @@ def read_note(folder: Path) -> dict[str, Any]:
     # A process is known by its host and start too, as its number may have passed to another
     job = note.get("job")
     is_job = isinstance(job, dict)
-    if is_job and "pid" in job:
+    if isinstance(job, dict) and "pid" in job:
         is_job = {"host", "born"} <= job.keys()
     if not is_job:
         raise DamagedFile(f"{path} does not say which job has the point. {_HOW_TO_REPAIR}")

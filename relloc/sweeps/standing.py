@@ -208,9 +208,10 @@ def _standing(
     # Of a silent cluster's job, what it wrote lately is all that is known
     if job is Status.UNKNOWN and own is not Status.DONE and _was_heard_of(folder):
         job = Status.RUNNING
+    status = _ended_status(own, note, job)
     # A living job says more than the folder: what failed may be about to run again
-    is_in_flight = job is Status.RUNNING or job is Status.WAITING
-    status = job if is_in_flight else _ended_status(own, note, job)
+    if job is Status.RUNNING or job is Status.WAITING:
+        status = job
     if status is Status.DONE:
         return Standing(point=point, status=status, progress=1.0)
     progress, left_s = _progress(folder)
