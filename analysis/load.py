@@ -95,7 +95,7 @@ def _study(record: RunRecord, checkpoint: str) -> tuple[str, str]:
 
 def _without_seed(record: RunRecord) -> tuple[str, str]:
     """Returns a pretraining's name and the hash of its settings, both without the seed."""
-    settings = neutral.of_weights(record.params)
+    settings = neutral.settings_of_weights(record.params)
     # Names of runs have the seed as a word, such as s0
     seed_word = f"s{settings.pop('seed', 0)}"
     words = [word for word in record.name.split(" ") if word != seed_word]
