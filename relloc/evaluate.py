@@ -1,4 +1,4 @@
-"""python -m relloc.evaluate: any backbone through any evaluations."""
+"""python -m relloc.evaluate ...: evaluates the features of any backbone."""
 
 from omegaconf import DictConfig
 

@@ -1,6 +1,7 @@
-"""Writes a ResNet's weights to a file that torchvision, detectron2 or mmdetection loads.
+"""python -m relloc.export CHECKPOINT ...: writes a ResNet's weights for other libraries.
 
-python -m relloc.export CHECKPOINT --layout LAYOUT --out FILE
+python -m relloc.export CHECKPOINT --layout LAYOUT --out FILE, where LAYOUT says which library loads
+the file: torchvision, detectron2 or mmdetection.
 """
 
 import argparse

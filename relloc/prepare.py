@@ -1,4 +1,4 @@
-"""python -m relloc.prepare: check a data set on disk, pack it into shards."""
+"""python -m relloc.prepare ...: checks a data set on disk and packs it into shards."""
 
 from omegaconf import DictConfig
 

@@ -1,4 +1,4 @@
-"""Sends run folders to MLflow: whatever the store lacks of them.
+"""python -m relloc.sync RUN_DIR ...: sends run folders to MLflow, as far as it lacks them.
 
 python -m relloc.sync RUN_DIR [RUN_DIR ...] [--uri URI] [--experiment NAME]
 """

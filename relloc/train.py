@@ -1,4 +1,4 @@
-"""python -m relloc.train: pretrain, then evaluate frozen features beside random initialization."""
+"""python -m relloc.train ...: pretrains, and evaluates the features beside random weights."""
 
 from omegaconf import DictConfig
 
