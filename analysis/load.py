@@ -13,7 +13,7 @@ import pandas as pd
 
 from relloc import neutral
 from relloc.reports.lines import RUN_WEIGHTS
-from relloc.results import NOT_OURS, RESULTS_FILE, read_results
+from relloc.results import REFERENCE_MODELS, RESULTS_FILE, read_results
 from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.record import RUN_FILE
 
@@ -51,7 +51,7 @@ def load_results(runs: Path) -> pd.DataFrame:
             continue
         record = RunRecord.read(folder)
         for result in read_results(folder):
-            if result.checkpoint in NOT_OURS:
+            if result.checkpoint in REFERENCE_MODELS:
                 weights = result.checkpoint
                 study, settings = weights, ""
             else:

@@ -39,7 +39,7 @@ Encode = Callable[[Tensor], dict[str, Tensor]]
 
 def main() -> None:
     options = _options()
-    how = engine.settle(_config(options.overrides).engine)
+    how = engine.resolve_engine(_config(options.overrides).engine)
     on_gpu = how.device.type == "cuda"
     size = options.images or (256 if on_gpu else 8)
     calls = options.calls or (20 if on_gpu else 1)

@@ -121,7 +121,7 @@ def main() -> None:
             "--steps is to be a multiple of ten: one batch in ten is held back from the grid"
         )
     config = _config([f"model={options.model}", *options.overrides])
-    how = engine.settle(config.engine)
+    how = engine.resolve_engine(config.engine)
     backbone = build.model_of_conf(options.model).backbone(0)
     how.place(backbone)
     sides = _sides(options)

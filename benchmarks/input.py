@@ -85,7 +85,7 @@ def training_rates(
     cpu_before = _cpu_s()
     sizes = {"images": BATCH, "side_px": GRID.span_px, "held": HELD_FORWARDS}
     loaded = load_in_slots(
-        crops, batches, workers=workers, pin=device.type == "cuda", say=print, **sizes
+        crops, batches, workers=workers, pin=device.type == "cuda", print_message=print, **sizes
     )
     unreadable = Unreadable(n_images=len(images), most_share=1)
     feed = iter(

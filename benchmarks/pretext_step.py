@@ -42,7 +42,7 @@ def main() -> None:
             f"recipe.images_per_step={options.images}",
         ]
         config = _config([*settings, *options.overrides])
-        how = engine.settle(config.engine)
+        how = engine.resolve_engine(config.engine)
         theirs = (
             None
             if options.ours_only

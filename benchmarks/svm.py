@@ -66,7 +66,7 @@ def main() -> None:
         ]
         words = [*who, f"eval=[{SVM},{LOW_SHOT}]", *nowhere, *options.overrides]
         config = build.evaluating(compose("evaluate", words))
-    how = engine.settle(config.engine)
+    how = engine.resolve_engine(config.engine)
     context = _context(config, how, options)
     of_name = {one.name: one.evaluation for one in config.evaluations}
     rows = []

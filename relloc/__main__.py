@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     if name in _COMPLETION and len(words) == 1:
         return _complete(name, words[0])
     if name not in COMMANDS:
-        terminal.complain(_unknown(name))
+        terminal.print_error(_unknown(name))
         return _EXIT_MISTAKE
     # The module runs as if it had been started by `python -m`, so that Hydra sees its name.
     sys.argv = [f"relloc.{name}", *words]
@@ -53,7 +53,7 @@ def _complete(asked: str, word: str) -> int:
     elif word == "bash":
         print(completion.BASH_SCRIPT, end="")
     else:
-        terminal.complain(
+        terminal.print_error(
             f"there is no completion for {word}: bash is the only shell that it is written for"
         )
         return _EXIT_MISTAKE

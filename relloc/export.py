@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = file_content(layout, out.suffix, weights, classes)
         files.write_whole(out, content)
     except UsageError as error:
-        terminal.complain(error)
+        terminal.print_error(error)
         return error.exit_code
     except OSError as error:
-        terminal.complain(f"{out} could not be written ({error.strerror})")
+        terminal.print_error(f"{out} could not be written ({error.strerror})")
         return CheckpointError.exit_code
     settings = advice(
         layout, out.resolve(), model, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=classes
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{terminal.escaped(str(out))}: {model} in {layout}'s layout\n\n{settings}\n")
     # The file can be evaluated like any other, which is the quickest check that it is right.
     checkpoint = shlex.quote(f"checkpoint={out}")
-    terminal.tell_next(f"python -m relloc.evaluate {checkpoint} data=NAME")
+    terminal.print_next(f"python -m relloc.evaluate {checkpoint} data=NAME")
     return 0
 
 

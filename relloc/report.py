@@ -20,8 +20,8 @@ from relloc.reports.published import PUBLISHED_MODEL
 from relloc.reports.render import as_html, as_latex, as_markdown
 from relloc.reports.table import ROWS, Report, make_report
 from relloc.status import Status
+from relloc.sweeps.point_status import known_point_statuses
 from relloc.sweeps.points import Point
-from relloc.sweeps.standing import known_standings
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep, is_named, runs_folder
 
 _SWEEP = "sweep="
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         has_card_model = _report_sweep(sweeps[0], options) if sweeps else _report_runs(options)
         _suggest_next(options, has_card_model=has_card_model)
     except UsageError as error:
-        terminal.complain(error)
+        terminal.print_error(error)
         return error.exit_code
     return 0
 
@@ -65,7 +65,7 @@ def _suggest_next(options: argparse.Namespace, *, has_card_model: bool) -> None:
     if options.out is not None:
         # No other model has numbers on the card, so its cells are none that are missing
         if has_card_model:
-            terminal.tell_next(FILL_CARD, on_stderr=True)
+            terminal.print_next(FILL_CARD, on_stderr=True)
         return
     # Whoever asked for a format of stdout, such as csv, has the output that was wanted
     if options.format is None:
@@ -80,7 +80,7 @@ def _suggest_next(options: argparse.Namespace, *, has_card_model: bool) -> None:
             "--out",
             f"report.{ending}",
         ]
-        terminal.tell_next(shlex.join(words), on_stderr=True)
+        terminal.print_next(shlex.join(words), on_stderr=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -191,12 +191,12 @@ def _report_sweep(word: str, options: argparse.Namespace) -> bool:
 def _states(points: Sequence[Point]) -> list[str]:
     """Returns the state of each point as a word, such as "done" or "running"."""
     # First by the run folders alone: a cluster need not be asked about a sweep that is done
-    found, problems = known_standings(points, {})
+    found, problems = known_point_statuses(points, {})
     if any(now.status is not Status.DONE for now in found):
-        found, problems = known_standings(points)
+        found, problems = known_point_statuses(points)
     # A cluster that does not answer hides no numbers: the report goes on without its jobs' states
     for problem in dict.fromkeys(problems):
-        terminal.complain(f"{problem}; the state of points with jobs there is not known")
+        terminal.print_error(f"{problem}; the state of points with jobs there is not known")
     return [now.status.word for now in found]
 
 

@@ -18,7 +18,7 @@ from relloc.results_before import add_series, convert, mark_headlines
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
 RESULTS_FILE = "results.jsonl"
 # Values of `Result.checkpoint` that name weights which relloc did not pretrain.
-NOT_OURS = ("random", "torchvision")
+REFERENCE_MODELS = ("random", "torchvision")
 KINDS = ("pretext", "frozen", "fine-tuned", "study")
 # The `variant` of numbers whose hyperparameters were chosen without the test set, where the
 # published protocol chooses them on it.
@@ -149,7 +149,7 @@ class Result(_Number):
     def tracked_eval(self) -> str:
         """The evaluation's name in a tracker, such as `linear` or `linear_random_recalibrated`."""
         name = self.eval
-        if self.checkpoint in NOT_OURS:
+        if self.checkpoint in REFERENCE_MODELS:
             name += f"_{self.checkpoint}"
         if self.batch_norm == "recalibrated":
             name += "_recalibrated"

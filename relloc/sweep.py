@@ -15,18 +15,24 @@ from pathlib import Path
 from relloc import terminal
 from relloc.errors import Interrupted, UsageError
 from relloc.status import Status
-from relloc.sweeps.points import Point, note_ending, read_job
-from relloc.sweeps.standing import (
-    known_standings,
+from relloc.sweeps.point_status import (
+    known_point_statuses,
     note_cancelled,
+    point_statuses,
+    point_statuses_in_time,
     repair_status,
     schedulers,
-    standings,
-    standings_in_time,
 )
+from relloc.sweeps.points import Point, note_ending, read_job
 from relloc.sweeps.sweep import Sweep, find_sweep
-from relloc.sweeps.table import say, table, tell_failed, tell_next, tell_silent
-from relloc.tracking.living import is_elsewhere
+from relloc.sweeps.table import (
+    print_failed_points,
+    print_message,
+    print_next,
+    print_silent_schedulers,
+    table,
+)
+from relloc.tracking.process_identity import is_elsewhere
 
 _POLL_S = 10.0
 _NOT_ENDED_WELL = (Status.FAILED, Status.STOPPED, Status.CANCELLED, Status.MISSING)
@@ -45,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         codes = [action(find_sweep(word)) for word in options.sweeps]
     except UsageError as error:
-        terminal.complain(error)
+        terminal.print_error(error)
         return error.exit_code
     return max(codes)
 
@@ -69,14 +75,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _status(sweep: Sweep) -> int:
     """Prints the table of a sweep, why points failed, and the next command; returns the exit code."""
-    found, problems = known_standings(sweep.points())
+    found, problems = known_point_statuses(sweep.points())
     # Clusters forget soon which jobs were cancelled, so that is noted whenever somebody looks
     note_cancelled(found)
     found = sweep.with_cancelled(found)
-    say(table(found))
-    tell_failed(found, lambda point: _log(sweep, point))
-    tell_silent(found, problems)
-    tell_next(sweep)
+    print_message(table(found))
+    print_failed_points(found, lambda point: _log(sweep, point))
+    print_silent_schedulers(found, problems)
+    print_next(sweep)
     statuses = {now.status for now in found}
     if not statuses.isdisjoint(_NOT_ENDED_WELL):
         return 1
@@ -87,19 +93,19 @@ def _status(sweep: Sweep) -> int:
 def _wait(sweep: Sweep) -> int:
     """Waits until no job has a point of the sweep, then prints its status."""
     # The first look fails if a cluster does not answer; later ones wait for it
-    found = standings(sweep.points())
+    found = point_statuses(sweep.points())
     while any(now.in_flight for now in found):
         time.sleep(_POLL_S)
-        found = standings_in_time(sweep.points())
+        found = point_statuses_in_time(sweep.points())
     # Jobs that were killed could not note that they ended
     for message in repair_status(found):
-        say(f"repaired  {message}")
+        print_message(f"repaired  {message}")
     return _status(sweep)
 
 
 def _cancel(sweep: Sweep) -> int:
     """Ends all jobs of a sweep, and lets its commands start no others."""
-    in_flight = [now.point for now in standings(sweep.points()) if now.in_flight]
+    in_flight = [now.point for now in point_statuses(sweep.points()) if now.in_flight]
     # First the commands on this machine, which would start the next point where one ends
     sweep.cancel()
     # Noted before the jobs are asked: a point that has not begun can't say that it was cancelled
@@ -114,14 +120,16 @@ def _cancel(sweep: Sweep) -> int:
     # Processes of this machine, which save their state on SIGTERM
     for point, job in jobs:
         if is_elsewhere(job):
-            say(f"{point.name} is run by process {job['pid']} of {job['host']}: end it there")
+            print_message(
+                f"{point.name} is run by process {job['pid']} of {job['host']}: end it there"
+            )
         elif "pid" in job:
             # It may have ended meanwhile
             with contextlib.suppress(ProcessLookupError):
                 os.kill(job["pid"], signal.SIGTERM)
-    say(f"{len(reachable)} points were asked to end, and no other is started")
-    say("the same command as before goes on with all of them")
-    tell_next(sweep)
+    print_message(f"{len(reachable)} points were asked to end, and no other is started")
+    print_message("the same command as before goes on with all of them")
+    print_next(sweep)
     return 0
 
 

@@ -36,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.experiment is not None:
             experiment_name(options.experiment, uri)
     except UsageError as error:
-        terminal.complain(error)
+        terminal.print_error(error)
         return error.exit_code
     # A folder that fails does not keep the others from being sent.
     stores = [_send(run_dir, uri, options.experiment) for run_dir in options.run_dirs]
     reached_stores = dict.fromkeys(store for store in stores if store)  # each once, in order
     for store in reached_stores:
-        terminal.tell_next(ui_command(store))
+        terminal.print_next(ui_command(store))
     return 0 if all(stores) else 1
 
 

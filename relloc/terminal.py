@@ -36,7 +36,7 @@ def _shown(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 
 
-def complain(message: object) -> None:
+def print_error(message: object) -> None:
     """Print a message on stderr, after everything that was printed on stdout.
 
     Its lines stay lines; other characters that control a terminal are escaped.
@@ -50,7 +50,7 @@ def _print_on_stderr(message: object) -> None:
     print(f"relloc: {text}", file=sys.stderr, flush=True)
 
 
-def tell_next(command: str, *, on_stderr: bool = False) -> None:
+def print_next(command: str, *, on_stderr: bool = False) -> None:
     """Print the command to continue with; on stderr if stdout carries the content of a file."""
     sys.stdout.flush()
     print(f"next: {escaped(command)}", file=sys.stderr if on_stderr else sys.stdout, flush=True)
@@ -62,7 +62,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     The code is 130 after Ctrl-C, and 1 if the command succeeded but its output could not be
     written.
     """
-    outlive_readers()
+    survive_closed_output()
     try:
         code = main()
     except KeyboardInterrupt:
@@ -71,7 +71,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     sys.exit(code or (_EXIT_UNWRITTEN if unwritten else 0))
 
 
-def outlive_readers() -> None:
+def survive_closed_output() -> None:
     """Replace stdout and stderr by streams that drop what is written once their reader has gone.
 
     A command goes on if its output goes to `head`, to a `tee` that died or to a terminal that was
@@ -88,7 +88,7 @@ def outlive_readers() -> None:
     sys.stderr = _outliving(sys.stderr, sys.__stderr__, 2)
 
 
-def tell_when_left(message: str) -> None:
+def print_when_reader_leaves(message: str) -> None:
     """Set the message that is printed on stderr if the reader of stdout goes away."""
     stream = _own_stdout()
     if stream is not None:
@@ -104,12 +104,12 @@ def end_of_output() -> bool:
     stream = _own_stdout()
     if stream is None or stream.lost is None:
         return False
-    complain(f"some of the output could not be written: {stream.lost.strerror}")
+    print_error(f"some of the output could not be written: {stream.lost.strerror}")
     return True
 
 
 def _own_stdout() -> "_Outliving | None":
-    """Return the stream below sys.stdout if `outlive_readers` made it, or else None."""
+    """Return the stream below sys.stdout if `survive_closed_output` made it, or else None."""
     stream = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return stream if isinstance(stream, _Outliving) else None
 
@@ -157,7 +157,7 @@ class _Outliving(io.RawIOBase):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._descriptor)
             os.close(nowhere)
-        # Not by `complain`, which flushes stdout, since stdout is being written at this moment.
+        # Not by `print_error`, which flushes stdout, since stdout is being written at this moment.
         if self.message_when_left:
             _print_on_stderr(self.message_when_left)
 

@@ -9,7 +9,7 @@ from relloc.sweep import main
 from relloc.sweeps.points import Point, note_job
 from relloc.sweeps.sweep import Sweep
 from relloc.tracking import write_status
-from relloc.tracking.living import process_mark
+from relloc.tracking.process_identity import process_identity
 
 GONE = 999_999_999  # of no process
 
@@ -34,7 +34,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     for name in names[:2]:
         (tmp_path / name).mkdir()
     write_status(points[0].folder, "FINISHED")
-    note_job(points[0], process_mark(GONE))
+    note_job(points[0], process_identity(GONE))
     note_job(points[1], {"slurm": "7_2"})
     made = Sweep(tmp_path / "runs/sweeps/s")
     with made.locked():
@@ -65,7 +65,7 @@ def test_a_failed_point_shows_why(
 ) -> None:
     failed = sweep.points()[1]
     write_status(failed.folder, "FAILED")
-    note_job(failed, process_mark(GONE))
+    note_job(failed, process_identity(GONE))
     log = sweep.log(failed)
     log.parent.mkdir()
     log.write_text(

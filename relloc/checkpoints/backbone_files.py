@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from relloc.checkpoints import weight_files
 from relloc.checkpoints.hashed_files import BROKEN, check_hash, damaged, writing_hashed
-from relloc.checkpoints.places import BACKBONE_FILE
+from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
 _LONGEST_NAME = (

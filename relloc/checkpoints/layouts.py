@@ -77,7 +77,7 @@ _OTHERS = "others outside the backbone"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class FoundResNet:
     """A ResNet that was found in a file of another project.
 
     Attributes:
@@ -153,7 +153,7 @@ class Found:
         return f"{self.layout}, {len(self.weights)} tensors; left out: {left_out}"
 
 
-def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) -> Found:
+def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) -> FoundResNet:
     """Find the one ResNet in the content of a file.
 
     Tensors outside of its prefix are left out and counted. Below the prefix every tensor has to be
@@ -201,7 +201,7 @@ def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) 
     inside = {name: _kind(name.partition(".")[0]) for name in names_in_file}
     outside = {name: _kind(name) or _OTHERS for name in tensors if not name.startswith(own_prefix)}
     left_out = [kind for kind in (*inside.values(), *outside.values()) if kind]
-    return Found(
+    return FoundResNet(
         origin=origin,
         layout=_layout(content, own_prefix, stage),
         weights={

@@ -22,7 +22,7 @@ from relloc.checkpoints.hashed_files import (
     not_read,
     writing_hashed,
 )
-from relloc.checkpoints.places import saved_trainings, training_folder
+from relloc.checkpoints.paths import saved_trainings, training_folder
 from relloc.errors import CheckpointError, DamagedCheckpoint
 
 _NUMBER_KEPT = 2  # checkpoints of a training; if the newest is damaged, the one before serves

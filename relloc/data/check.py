@@ -14,14 +14,14 @@ from relloc.data.images import ImageFile
 from relloc.data.listing import first_names
 from relloc.data.parts import (
     FACTS,
-    Span,
-    about_part,
+    Part,
+    divide_into_parts,
     fill_facts,
     names,
     original,
+    read_part,
     records_of,
     save_part,
-    spans,
 )
 from relloc.data.processes import Progress, Tick, work_through
 from relloc.errors import UnreadableImage
@@ -116,7 +116,7 @@ def check(
 
     `published` gives the official number of images by the name of the split.
     """
-    parts = spans(data, _IMAGES_PER_PART)
+    parts = divide_into_parts(data, _IMAGES_PER_PART)
     total = len(data.train) + len(data.held_out)
     with tempfile.TemporaryDirectory(prefix="relloc_check_") as folder:
         work = functools.partial(_examine, data, Path(folder))
@@ -125,7 +125,7 @@ def check(
 
 
 def summary(
-    data: Splits, folder: Path, parts: Sequence[Span], published: Mapping[str, int] | None
+    data: Splits, folder: Path, parts: Sequence[Part], published: Mapping[str, int] | None
 ) -> Check:
     """Returns the check of a data set all of whose parts are finished in `folder`."""
     published_counts = published or {}
@@ -145,7 +145,7 @@ def summary(
 
 def examine(
     images: ImageSet,
-    span: Span,
+    part: Part,
     kind: np.dtype,
     tick: Tick,
     store: Callable[[np.void, int, ImageFile], None] | None = None,
@@ -156,9 +156,9 @@ def examine(
     by image number. `store(record, index, file)` is called for each image before its facts are
     recorded, and may raise `UnreadableImage`. `tick` is called after each image.
     """
-    records = np.zeros(len(span), kind)
+    records = np.zeros(len(part), kind)
     unreadable: dict[int, str] = {}
-    for record, index in zip(records, range(span.start, span.stop), strict=True):
+    for record, index in zip(records, range(part.start, part.stop), strict=True):
         try:
             file = original(images, index)
             if store:
@@ -170,14 +170,14 @@ def examine(
     return records, unreadable
 
 
-def _examine(data: Splits, folder: Path, span: Span, tick: Tick) -> None:
+def _examine(data: Splits, folder: Path, part: Part, tick: Tick) -> None:
     """Checks the images of one part, and saves their records in `folder`."""
-    records, unreadable = examine(data.of(span.role), span, FACTS, tick)
-    save_part(folder, span, records, {"unreadable": unreadable})
+    records, unreadable = examine(data.of(part.role), part, FACTS, tick)
+    save_part(folder, part, records, {"unreadable": unreadable})
 
 
 def _split_check(
-    images: ImageSet, folder: Path, parts: list[Span], published: Mapping[str, int]
+    images: ImageSet, folder: Path, parts: list[Part], published: Mapping[str, int]
 ) -> tuple[SplitCheck, list[tuple[str, bytes]]]:
     """Returns the check of a split, and the names and hashes of its readable files."""
     image_names = names(images)
@@ -202,7 +202,7 @@ def _split_check(
 
     unreadable: dict[str, str] = {}
     for part in parts:
-        reasons = (about_part(folder, part) or {})["unreadable"]
+        reasons = (read_part(folder, part) or {})["unreadable"]
         for index, reason in reasons.items():
             unreadable[image_names[int(index)]] = reason
 

@@ -23,10 +23,10 @@ from relloc.data.images import SUFFIXES, read_rgb
 from relloc.data.listing import (
     PassedOver,
     class_folders_of,
+    describe_passed_over,
     first_names,
     images_below,
     outside_of_classes,
-    told_passed_over,
 )
 from relloc.data.manifest import is_packed
 from relloc.data.processes import Progress, without_progress
@@ -150,7 +150,7 @@ def _labeled(
         )
         if not paths:
             problem = f"{folder} holds no images ({', '.join(SUFFIXES)})"
-        sentences = (problem, told_passed_over(passed_over))
+        sentences = (problem, describe_passed_over(passed_over))
         raise DataError(". ".join(filter(None, sentences)))
     return FolderImages(name=name, split=folder.name, paths=paths, labels=labels, classes=classes)
 
@@ -217,7 +217,7 @@ def class_folders(
     unused = [folder for folder in class_folders_of(base) if folder not in (train, val)]
     if unused:
         remarks.append(f"not used: the folders {first_names(unused)}")
-    remarks.append(told_passed_over(passed_over))
+    remarks.append(describe_passed_over(passed_over))
     splits = Splits(train=train_images, held_out=val_images, remarks=tuple(filter(None, remarks)))
     warn_of_other_counts(splits, published_images)
     return splits
@@ -244,7 +244,7 @@ def _unlabeled(
         branch = images_by_folder(root, paths)
         if not pool_splits:
             refuse_pooled_splits(branch, alone=len(roots) == 1)
-        sentences += [_unlabeled_remark(branch), told_passed_over(passed_over)]
+        sentences += [_unlabeled_remark(branch), describe_passed_over(passed_over)]
         for path in paths:
             is_held_out = _hash_fraction(os.path.relpath(path, root)) < held_out_share
             role: Role = "held_out" if is_held_out else "train"

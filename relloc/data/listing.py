@@ -130,7 +130,7 @@ def class_folders_of(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def told_passed_over(passed_over: PassedOver) -> str:
+def describe_passed_over(passed_over: PassedOver) -> str:
     """Returns a sentence on what was passed over, or "" if nothing was."""
     most_common = passed_over.most_common(_MOST_KINDS_NAMED)
     kinds = [f"{count} {kind}" for kind, count in most_common if count]

@@ -44,14 +44,14 @@ from relloc.data.manifest import (
 )
 from relloc.data.parts import (
     FACTS,
-    Span,
-    about_part,
+    Part,
     as_json,
+    divide_into_parts,
     names,
+    read_part,
     records_of,
     save_part,
     sha256,
-    spans,
 )
 from relloc.data.processes import Progress, Tick, work_through
 from relloc.data.shards import decoded, shards
@@ -128,11 +128,11 @@ def pack(
             return _finished_before(out, wanted)
         _begin(out, wanted)
         # One part is one tar. Parts that an earlier call finished are left out.
-        parts = spans(data, packing.images_per_shard)
+        parts = divide_into_parts(data, packing.images_per_shard)
         left = [part for part in parts if not _is_packed(out, part)]
         total = sum(map(len, parts))
         done = total - sum(map(len, left))
-        work = functools.partial(_pack_span, data, out, packing)
+        work = functools.partial(_pack_part, data, out, packing)
         work_through(work, left, workers=workers, total=total, done=done, progress=progress)
         return _finish(data, out, wanted, parts, published)
 
@@ -230,17 +230,17 @@ def _refuse_others(out: Path, before: dict[str, Any], wanted: dict[str, Any]) ->
         )
 
 
-def _is_packed(out: Path, span: Span) -> bool:
+def _is_packed(out: Path, part: Part) -> bool:
     """Returns whether the tar of a part is finished."""
-    about = about_part(out / UNFINISHED, span) or {}
-    tar = out / shard_name(span.split, span.number)
+    about = read_part(out / UNFINISHED, part) or {}
+    tar = out / shard_name(part.split, part.number)
     return tar.is_file() and tar.stat().st_size == about.get("bytes")
 
 
-def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick) -> None:
+def _pack_part(data: Splits, out: Path, packing: Packing, part: Part, tick: Tick) -> None:
     """Packs one part into its tar, and saves the records of its images."""
-    path = out / shard_name(span.split, span.number)
-    images = data.of(span.role)
+    path = out / shard_name(part.split, part.number)
+    images = data.of(part.role)
     with writing(path) as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
 
@@ -254,13 +254,13 @@ def _pack_span(data: Splits, out: Path, packing: Packing, span: Span, tick: Tick
                     label = str(images.labels[index])
                     _add(tar, file, f"{index:09d}.cls", label.encode())
 
-            records, unreadable = examine(images, span, _PACKED, tick, store)
+            records, unreadable = examine(images, part, _PACKED, tick, store)
         # The hash is computed from the file itself: closing the tar has added its end.
         size = file.tell()
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     about = {"file": path.name, "bytes": size, "sha256": digest, "unreadable": unreadable}
-    save_part(out / UNFINISHED, span, records, about)
+    save_part(out / UNFINISHED, part, records, about)
 
 
 def _add(tar: tarfile.TarFile, file: io.BufferedRandom, name: str, content: bytes) -> int:
@@ -309,7 +309,7 @@ def _finish(
     data: Splits,
     out: Path,
     wanted: dict[str, Any],
-    parts: Sequence[Span],
+    parts: Sequence[Part],
     published: Mapping[str, int] | None,
 ) -> Check:
     """Writes the indices, the check and the manifest of a folder whose tars are all finished."""
@@ -329,7 +329,7 @@ def _finish(
     return result
 
 
-def _write_index(images: ImageSet, out: Path, parts: list[Span]) -> dict[str, Any]:
+def _write_index(images: ImageSet, out: Path, parts: list[Part]) -> dict[str, Any]:
     """Writes the index and the names of a split, and returns its entry in the manifest."""
     records = records_of(out / UNFINISHED, parts)
     presence = _presence(images)
@@ -361,7 +361,7 @@ def _write_index(images: ImageSet, out: Path, parts: list[Span]) -> dict[str, An
 
     tars = []
     for part in parts:
-        about = about_part(out / UNFINISHED, part) or {}
+        about = read_part(out / UNFINISHED, part) or {}
         tars.append({name: about[name] for name in ("file", "bytes", "sha256")})
     counts = np.bincount(records["how"], minlength=len(_HOW)).tolist()
     entry = {

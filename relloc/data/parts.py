@@ -27,7 +27,7 @@ FACTS = np.dtype(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Span:
+class Part:
     """A part of a split: its images from `start` to `stop` (not included); `number` counts parts."""
 
     role: Role
@@ -45,7 +45,7 @@ class Span:
         return self.stop - self.start
 
 
-def spans(data: Splits, length: int) -> list[Span]:
+def divide_into_parts(data: Splits, length: int) -> list[Part]:
     """Returns both splits divided into parts of `length` images; the last part is shorter.
 
     Raises:
@@ -60,7 +60,7 @@ def spans(data: Splits, length: int) -> list[Span]:
         images = data.of(role)
         for number, start in enumerate(range(0, len(images), length)):
             stop = min(start + length, len(images))
-            part = Span(role=role, split=images.split, number=number, start=start, stop=stop)
+            part = Part(role=role, split=images.split, number=number, start=start, stop=stop)
             parts.append(part)
     return parts
 
@@ -103,28 +103,28 @@ def as_json(content: Any) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode("ascii")
 
 
-def save_part(folder: Path, span: Span, records: np.ndarray, about: dict[str, Any]) -> None:
+def save_part(folder: Path, part: Part, records: np.ndarray, about: dict[str, Any]) -> None:
     """Saves the records of a part, and then the JSON value `about`, which marks it as finished."""
-    with writing(folder / f"{span.stem}.npy") as file:
+    with writing(folder / f"{part.stem}.npy") as file:
         np.save(file, records, allow_pickle=False)
-    write_whole(folder / f"{span.stem}.json", as_json(about))
+    write_whole(folder / f"{part.stem}.json", as_json(about))
 
 
-def about_part(folder: Path, span: Span) -> dict[str, Any] | None:
+def read_part(folder: Path, part: Part) -> dict[str, Any] | None:
     """Returns the JSON value of a part; None if the part is not finished or damaged."""
     try:
-        about = json.loads((folder / f"{span.stem}.json").read_bytes())
+        about = json.loads((folder / f"{part.stem}.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     return about if isinstance(about, dict) else None
 
 
-def records_of(folder: Path, parts: list[Span]) -> np.ndarray:
+def records_of(folder: Path, parts: list[Part]) -> np.ndarray:
     """Returns the records of finished parts in one array. Raises `DataError` if one is damaged."""
     records = []
     errors = (FileNotFoundError, EOFError, ValueError)
-    for span in parts:
-        path = folder / f"{span.stem}.npy"
+    for part in parts:
+        path = folder / f"{part.stem}.npy"
         # Without its JSON file a part counts as not finished, and is worked on again.
         advice = f"Remove {path.with_suffix('.json')}, and start the command again"
         with data_errors(f"{path} is missing or damaged", *errors, advice=advice):

@@ -79,7 +79,7 @@ class ReadingProcesses(Iterator[Answer]):
 
     Answers come in the order of the tasks: worker k of n gets tasks k, k + n, k + 2 n, and so on,
     up to `PREFETCHED` ahead. The workers start at the first `next`, and are killed at the end of
-    the `with` block. `stopping` returns true once the run is asked to stop; `say` is called with a
+    the `with` block. `stopping` returns true once the run is asked to stop; `print_message` is called with a
     sentence about waits of a minute and longer.
 
     Raises (from `next`):
@@ -100,13 +100,13 @@ class ReadingProcesses(Iterator[Answer]):
         *,
         workers: int,
         stopping: Callable[[], bool] = never,
-        say: Callable[[str], None] = _silent,
+        print_message: Callable[[str], None] = _silent,
     ) -> None:
         self._make = make
         self._tasks = iter(tasks)
         self._workers = workers
         self._stopping = stopping
-        self._say = say
+        self._say = print_message
         self._processes: list[_Process] = []
         # How many tasks were given to workers, and how many of them were answered.
         self._asked = 0

@@ -32,14 +32,14 @@ def load_in_slots(
     pin: bool,
     images: int,
     side_px: int,
-    held: int,
-    say: Callable[[str], None],
+    batches_held: int,
+    print_message: Callable[[str], None],
     stopping: Callable[[], bool] = never,
 ) -> Iterator[ImageBatch]:
-    """Yields the same batches as `load`, of which only the last `held` stay valid.
+    """Yields the same batches as `load`, of which only the last `batches_held` stay valid.
 
     A batch has at most `images` images of `side_px` pixels a side. Memory of older batches is
-    overwritten. Where slots can't be shared or allocated, batches come from `load`, and `say` is
+    overwritten. Where slots can't be shared or allocated, batches come from `load`, and `print_message` is
     called with a sentence about it.
 
     Raises:
@@ -49,15 +49,15 @@ def load_in_slots(
     slots = None
     # Only forked workers see memory that was mapped before they started.
     if workers and machine.forks():
-        # Each worker fills up to PREFETCHED slots while the caller holds `held` batches; the
+        # Each worker fills up to PREFETCHED slots while the caller holds `batches_held` batches; the
         # last one is being handed to the caller.
-        n_slots = workers * PREFETCHED + held + 1
+        n_slots = workers * PREFETCHED + batches_held + 1
         shape = (n_slots, images, side_px, side_px, 3)
         try:
             slots = shared_with_forks(shape)
         except OSError as error:
             megabytes = math.prod(shape) / 1e6
-            say(
+            print_message(
                 f"loader  {megabytes:.0f} MB of shared memory for {n_slots} batches could not be "
                 f"allocated ({error.strerror}): images come slower. Give fewer workers=, or more "
                 "memory"
@@ -68,11 +68,13 @@ def load_in_slots(
     # Batches take the slots in turn, so that a slot is free again when its turn comes.
     numbered = ((number % len(slots), keys) for number, keys in enumerate(batches))
     read = functools.partial(_read_into_slot, samples, slots)
-    with ReadingProcesses(read, numbered, workers=workers, stopping=stopping, say=say) as answers:
+    with ReadingProcesses(
+        read, numbered, workers=workers, stopping=stopping, print_message=print_message
+    ) as answers:
         # The first answer forks the workers. Pages are locked after that, since locked pages
         # would be missing in them.
         first = list(itertools.islice(answers, 1))
-        with _page_locked(slots, say) if pin else contextlib.nullcontext():
+        with _page_locked(slots, print_message) if pin else contextlib.nullcontext():
             for answer in itertools.chain(first, answers):
                 slot, message = answer.content
                 yield message.batch(slots[slot, : len(message.indices)])
@@ -91,13 +93,13 @@ def _read_into_slot(
 
 
 @contextlib.contextmanager
-def _page_locked(memory: Tensor, say: Callable[[str], None]) -> Iterator[None]:
+def _page_locked(memory: Tensor, print_message: Callable[[str], None]) -> Iterator[None]:
     """Page-locks `memory` while the block runs, so that a GPU copies from it during other work."""
     # PyTorch's pin_memory() would make a copy; CUDA locks memory that exists already.
     cuda: Any = torch.cuda.cudart()
     failed = int(cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if failed:
-        say(
+        print_message(
             f"loader  {memory.numel() / 1e6:.0f} MB of memory could not be page-locked "
             f"(CUDA error {failed}): copies to the GPU are slower"
         )

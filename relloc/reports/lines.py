@@ -12,7 +12,7 @@ from pathlib import Path
 
 from relloc.reports.load import Line, Measured
 from relloc.reports.published import CARD_GROUP, PUBLISHED_MODEL, is_on_card
-from relloc.results import NOT_OURS
+from relloc.results import REFERENCE_MODELS
 
 # The same name as in relloc.checkpoints.backbone_files, whose import takes seconds
 RUN_WEIGHTS = "backbone.safetensors"
@@ -126,7 +126,7 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
 
     def rank(line: Line) -> tuple[object, ...]:
         return (
-            line.checkpoint not in NOT_OURS,
+            line.checkpoint not in REFERENCE_MODELS,
             natural(names[line.checkpoint]),
             line.model,
             line.seed,

@@ -9,7 +9,7 @@ from relloc.reports.compare import ReportEntry
 from relloc.reports.lines import label_lines
 from relloc.reports.load import Line
 from relloc.reports.published import PUBLISHED_MODEL, CardPart, card_parts
-from relloc.results import NOT_OURS
+from relloc.results import REFERENCE_MODELS
 
 _DATA_SETS = (
     "The data sets are found by RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, "
@@ -51,7 +51,7 @@ def missing_evaluations(entries: Sequence[ReportEntry]) -> tuple[MissingEvaluati
     lines = {line for line, _, _ in filled}
     if lines:
         # The controls that no line has yet are missing as a whole
-        for name in set(NOT_OURS) - {line.checkpoint for line in lines}:
+        for name in set(REFERENCE_MODELS) - {line.checkpoint for line in lines}:
             control = Line(
                 checkpoint=name,
                 model=PUBLISHED_MODEL,
@@ -93,7 +93,7 @@ def command(line: Line, part: CardPart) -> str:
     """Returns the shell command that measures a part of the card, its hours as a comment."""
     words = [f"checkpoint={_quoted(line.checkpoint)}"]
     # A checkpoint of ours names its model, and settings at their defaults are left out
-    if line.checkpoint in NOT_OURS:
+    if line.checkpoint in REFERENCE_MODELS:
         words.append(f"model={line.model}")
     words.append(f"eval={part.evaluation}")
     if line.batch_norm != "as_trained":

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from relloc.reports.sweep import WEIGHTS, Frame, SweepNumbers, are_numbers, mean_tables, our_lines
 from relloc.reports.table import MISSING
-from relloc.results import NOT_OURS
+from relloc.results import REFERENCE_MODELS
 from relloc.terminal import escaped
 
 # Titles and data frames as `mean_tables` yields them
@@ -134,7 +134,7 @@ def _controls(table: Frame, layer: str) -> dict[str, float]:
     means = table["mean"][layer].dropna()
     weights = means.index.get_level_values(WEIGHTS)
     controls = {}
-    for name in NOT_OURS:
+    for name in REFERENCE_MODELS:
         # Several numbers would belong to different settings
         if list(weights).count(name) == 1:
             controls[name] = means[weights == name].iloc[0]

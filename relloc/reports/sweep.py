@@ -16,7 +16,7 @@ from relloc.reports.as_csv import as_text
 from relloc.reports.lines import short_names
 from relloc.reports.missing import MissingEvaluations
 from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
-from relloc.results import LAYERS, NOT_OURS, Result, read_results
+from relloc.results import LAYERS, REFERENCE_MODELS, Result, read_results
 from relloc.sweeps.points import Point
 from relloc.tracking.record import RUN_FILE, RunRecord, Scalar
 
@@ -57,14 +57,14 @@ class SweepNumbers:
     @property
     def has_ours(self) -> bool:
         """Whether any result is of weights that are neither random nor torchvision's."""
-        is_ours = ~self.rows[WEIGHTS].isin(NOT_OURS)
+        is_ours = ~self.rows[WEIGHTS].isin(REFERENCE_MODELS)
         has_result = self.rows["eval"].notna()
         return bool((has_result & is_ours).any())
 
     @property
     def axes(self) -> list[str]:
         """The `keys` in which lines of our own weights differ; the first key if there are none."""
-        ours = self.rows[~self.rows[WEIGHTS].isin(NOT_OURS)]
+        ours = self.rows[~self.rows[WEIGHTS].isin(REFERENCE_MODELS)]
         varied = [key for key in self.keys if ours[key].nunique() > 1]
         return varied or self.keys[:1]
 
@@ -231,7 +231,7 @@ def _described(row: Result, kind: str) -> dict[str, Any]:
     unit = "" if row.unit == "%" else f", {row.unit}"
     metric = f"{row.eval}{recalibrated}/{row.metric}"
     # Each point of a training sweep has weights of its own: they share a name, so that they compare
-    is_own = kind == "train" and row.checkpoint not in NOT_OURS
+    is_own = kind == "train" and row.checkpoint not in REFERENCE_MODELS
     described = {
         WEIGHTS: "pretrained" if is_own else row.checkpoint,
         TITLE: f"{metric} on {row.dataset} {row.split}{unit}",
@@ -243,14 +243,14 @@ def _described(row: Result, kind: str) -> dict[str, Any]:
 def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
     """Returns the rows with settings, weights and columns as ordered categories."""
     names = short_names(rows[WEIGHTS].dropna())
-    ours = [name for path, name in names.items() if path not in NOT_OURS]
+    ours = [name for path, name in names.items() if path not in REFERENCE_MODELS]
     # Points without results belong to our weights if there is only one file of them
     blank = ours[0] if len(ours) == 1 else MISSING
     weights = rows[WEIGHTS].map(names.get).fillna(blank)
     rows = rows.assign(**{WEIGHTS: weights})
     rows = rows.astype(dict.fromkeys(swept, str))
     order = {
-        WEIGHTS: [*ours, MISSING, *NOT_OURS],
+        WEIGHTS: [*ours, MISSING, *REFERENCE_MODELS],
         COLUMN: [*LAYERS, *rows[COLUMN].dropna()],
     }
     for key in swept:
@@ -287,7 +287,7 @@ def mean_tables(numbers: SweepNumbers) -> Iterator[tuple[str, Frame]]:
     blank = numbers.rows[is_blank]
     # Results of random weights do not depend on pretraining settings. Equal fingerprints show that
     # every point measured the same thing, so one line serves all of them
-    others = rows[WEIGHTS].isin(NOT_OURS)
+    others = rows[WEIGHTS].isin(REFERENCE_MODELS)
     same_cell = [TITLE, WEIGHTS, COLUMN, _SEED]
     fingerprints = rows[others].groupby(same_cell, observed=True)["fingerprint"]
     if (fingerprints.nunique() == 1).all():
@@ -305,7 +305,7 @@ def mean_tables(numbers: SweepNumbers) -> Iterator[tuple[str, Frame]]:
 
 def our_lines(numbers: SweepNumbers, table: Frame) -> Frame:
     """Returns the lines of a table that are of our own weights, indexed by `numbers.axes`."""
-    ours = table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)]
+    ours = table[~table.index.get_level_values(WEIGHTS).isin(REFERENCE_MODELS)]
     constant = [key for key in numbers.keys if key not in numbers.axes]
     return ours.droplevel(constant)
 
@@ -372,7 +372,7 @@ def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
     means = our_lines(sweep, table)["mean"]
     has_ours = means.notna().any(axis=None)
     if len(sweep.axes) == 2 and has_ours:
-        ours = table[~table.index.get_level_values(WEIGHTS).isin(NOT_OURS)]
+        ours = table[~table.index.get_level_values(WEIGHTS).isin(REFERENCE_MODELS)]
         yield _grid(sweep, title, ours, lacking)
 
 

@@ -36,7 +36,7 @@ from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.objective import RelativeLocation, check_batch_norms
 from relloc.pretext.schedule import Schedule
-from relloc.results import NOT_OURS
+from relloc.results import REFERENCE_MODELS
 from relloc.runs import console
 from relloc.runs.data_sets import DataSet
 from relloc.runs.engine import Engine, EngineSettings
@@ -289,10 +289,10 @@ class Evaluating(RunSettings):
 
     def check_paths(self, made_by_jobs: Sequence[str]) -> None:
         for name in self.checkpoints:
-            if name not in NOT_OURS and not Path(name).exists():
+            if name not in REFERENCE_MODELS and not Path(name).exists():
                 raise UsageError(
                     f"checkpoint={name} is not there: "
-                    f"give a run folder, a file, or {' or '.join(NOT_OURS)}"
+                    f"give a run folder, a file, or {' or '.join(REFERENCE_MODELS)}"
                 )
         super().check_paths(made_by_jobs)
 

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import OverrideParseException
 
 from relloc.errors import UsageError
-from relloc.results import NOT_OURS
+from relloc.results import REFERENCE_MODELS
 from relloc.runs.renamed import usual_name
 
 # The flags of Hydra: those without a value, those with one, and those that may have one
@@ -317,7 +317,7 @@ def checkpoints(words: Sequence[Override]) -> list[list[str]]:
 def check_bare_checkpoint(words: Sequence[str]) -> None:
     """Raises `UsageError` for a checkpoint without its setting, such as `runs/one` or `random`."""
     for word in words:
-        if "=" not in word and (word in NOT_OURS or os.path.exists(word)):
+        if "=" not in word and (word in REFERENCE_MODELS or os.path.exists(word)):
             raise UsageError(
                 f"{word} is given without its setting: write {as_word('checkpoint', word)}"
             )
@@ -328,7 +328,7 @@ def check_checkpoints(words: Sequence[Override]) -> None:
     for names in checkpoints(words):
         for name in names:
             # A name with $ is an interpolation, which is not resolved yet.
-            if name in NOT_OURS or not name or os.path.lexists(name) or "$" in name:
+            if name in REFERENCE_MODELS or not name or os.path.lexists(name) or "$" in name:
                 continue
             raise UsageError(f"checkpoint={name} does not exist{_hint(name)}")
 
@@ -337,7 +337,7 @@ def _hint(name: str) -> str:
     """Returns the end of the message for a checkpoint that does not exist."""
     folder = Path(name).parent
     # A misspelt name such as Random, then a misspelt file or folder
-    near = difflib.get_close_matches(name.lower(), NOT_OURS, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(name.lower(), REFERENCE_MODELS, n=1, cutoff=0.75)
     if not near:
         siblings = sorted(file.name for file in folder.glob("*"))
         similar = difflib.get_close_matches(Path(name).name, siblings, n=1, cutoff=0.75)
@@ -346,7 +346,7 @@ def _hint(name: str) -> str:
         return f": did you mean {as_word('checkpoint', near[0])}?"
     if not folder.is_dir():
         return f", nor is there a folder {folder}; we are in {Path.cwd()}"
-    others = " or ".join(NOT_OURS)
+    others = " or ".join(REFERENCE_MODELS)
     return f" in {folder.absolute()}: give a run folder, a file of weights, {others}"
 
 

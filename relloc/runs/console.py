@@ -23,11 +23,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from relloc import terminal
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
-from relloc.results import LAYERS, NOT_OURS, Result
+from relloc.results import LAYERS, REFERENCE_MODELS, Result
 from relloc.runs.command_line import as_word
-from relloc.terminal import escaped, tell_next
+from relloc.terminal import escaped
 
 T = TypeVar("T")
 # What a progress bar is called with: the number of items done, and a text beside the bar.
@@ -65,7 +66,7 @@ def _width() -> int | None:
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=_width())
 
 
-def say(*lines: str) -> None:
+def print_message(*lines: str) -> None:
     """Prints lines. Characters that control a terminal are printed as their codes.
 
     A line end within a line is such a character too, unless two spaces follow it: the name of a
@@ -76,10 +77,10 @@ def say(*lines: str) -> None:
             console.print(escaped(part))
 
 
-def say_next(command: str, *words: str, **settings: object) -> None:
+def print_next(command: str, *words: str, **settings: object) -> None:
     """Prints the command to go on with, quoted for a shell.
 
-    `say_next("evaluate", checkpoint="a")` prints `next: python -m relloc.evaluate checkpoint=a`.
+    `print_next("evaluate", checkpoint="a")` prints `next: python -m relloc.evaluate checkpoint=a`.
     """
     # After a point of a sweep it is the sweep that goes on.
     if "RELLOC_SWEEP" in os.environ:
@@ -87,7 +88,7 @@ def say_next(command: str, *words: str, **settings: object) -> None:
     typed = ["python", "-m", f"relloc.{command}"]
     typed += [shlex.quote(word) for word in words]
     typed += [as_word(name, value) for name, value in settings.items()]
-    tell_next(" ".join(typed))
+    terminal.print_next(" ".join(typed))
 
 
 def from_here(folder: Path) -> str:
@@ -163,7 +164,7 @@ def _lines(what: str, total: int, first: int, end_after_s: float) -> Update:
         elapsed_s = now - started
         s_per_item = elapsed_s / max(1, done - first)
         left_s = s_per_item * (total - done)
-        say(f"{what} {done}/{total} {text} {elapsed_s:.0f} s, {left_s:.0f} s left")
+        print_message(f"{what} {done}/{total} {text} {elapsed_s:.0f} s, {left_s:.0f} s left")
 
     return update
 
@@ -179,7 +180,7 @@ def counted(batches: Iterable[T], what: str, total: int) -> Iterator[T]:
 def show_results(rows: Sequence[Result]) -> None:
     """Prints the table of results, and what its short column heads mean."""
     console.print(results_table(rows, console.width))
-    say(_LEGEND)
+    print_message(_LEGEND)
 
 
 def results_table(rows: Sequence[Result], width: int) -> Table:
@@ -222,7 +223,7 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
 
 def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], dict[str, str]]]:
     """Groups values: evaluation -> (weights, batch norm) -> layer -> value as it is printed."""
-    files = {Path(row.checkpoint) for row in rows if row.checkpoint not in NOT_OURS}
+    files = {Path(row.checkpoint) for row in rows if row.checkpoint not in REFERENCE_MODELS}
     run_names = {file.parent.name for file in files}
     table: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
@@ -241,7 +242,7 @@ def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], di
     return table
 
 
-def say_measured(rows: Sequence[Result]) -> None:
+def print_measured(rows: Sequence[Result]) -> None:
     """Prints a line for each layer that was just measured.
 
     It has the headline metric and the other numbers of the evaluation's table.
@@ -255,7 +256,7 @@ def say_measured(rows: Sequence[Result]) -> None:
     for layer, numbers in by_layer.items():
         evaluation = f"{rows[0].eval} {layer}".strip()
         batch_norm = rows[0].batch_norm.replace("_", " ")
-        say(f"        {evaluation}, {batch_norm}: {', '.join(numbers)}")
+        print_message(f"        {evaluation}, {batch_norm}: {', '.join(numbers)}")
 
 
 def pretext_line(row: Result) -> str:

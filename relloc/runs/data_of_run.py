@@ -19,7 +19,7 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from relloc.checkpoints.places import BACKBONE_FILE, TRAINING_FOLDER
+from relloc.checkpoints.paths import BACKBONE_FILE, TRAINING_FOLDER
 from relloc.errors import UsageError, reason
 from relloc.runs import command_line, settings
 from relloc.runs.settings import Composed

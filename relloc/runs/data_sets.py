@@ -139,7 +139,7 @@ class DataSet:
             _report(found)
             # An environment variable or an evaluation's settings may have named the folder.
             if self.shards or self.setting != "data":
-                console.say(f"        {self._location}")
+                console.print_message(f"        {self._location}")
         if identified:
             _identify(found, shown=is_first)
         return found
@@ -184,9 +184,9 @@ def _report(found: Splits) -> None:
         # Such as PASCAL VOC, where an image shows objects of several classes
         labels = f"{len(found.train.classes)} classes, several an image"
     counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
-    console.say(f"data    {found.train.name}: {counts}, {labels}")
+    console.print_message(f"data    {found.train.name}: {counts}, {labels}")
     for remark in found.remarks:
-        console.say(f"        {remark}")
+        console.print_message(f"        {remark}")
 
 
 def _identify(found: Splits, *, shown: bool) -> None:

@@ -35,7 +35,7 @@ _PRECISIONS = ("bf16", "tf32", "fp32")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Settings of an engine as a user writes them; "auto" is resolved by `settle` for the machine.
+    """Settings of an engine as a user writes them; "auto" is resolved by `resolve_engine` for the machine.
 
     Args:
         device: "cpu", "cuda" or "auto".
@@ -114,7 +114,7 @@ class Engine:
         return ", ".join(words)
 
 
-def settle(asked: EngineSettings) -> Engine:
+def resolve_engine(asked: EngineSettings) -> Engine:
     """Resolves settings for this machine, and sets torch's global switches for precision.
 
     Raises:
@@ -224,7 +224,9 @@ def _compiled(asked: Any, on: torch.device) -> bool:
             "results stay the same)"
         )
     if ranks.local_rank() == 0:
-        console.say(f"engine  not compiled, which is slower: torch.compile lacks {missing}")
+        console.print_message(
+            f"engine  not compiled, which is slower: torch.compile lacks {missing}"
+        )
     return False
 
 

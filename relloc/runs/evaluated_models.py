@@ -23,7 +23,7 @@ from relloc.evaluation.contract import EvaluatedModel
 from relloc.files import path_as_text
 from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
-from relloc.results import NOT_OURS
+from relloc.results import REFERENCE_MODELS
 from relloc.runs import console
 from relloc.runs.build import Evaluating, model_of_conf
 from relloc.tracking.unfinished import unfinished_training
@@ -46,7 +46,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     """
     # Files first: they say which model the others are to have.
     names = settings.checkpoints
-    files = [name for name in names if name not in NOT_OURS]
+    files = [name for name in names if name not in REFERENCE_MODELS]
     loaded = {name: _from_file(settings, name) for name in files}
     if settings.checkpoint_prefix is not None and not loaded:
         raise UsageError(
@@ -55,7 +55,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
 
     # Find the model of random and supervised weights.
     sweep_names = json.loads(os.environ.get("RELLOC_BESIDE", "[]"))
-    sweep_files = [name for name in sweep_names if name not in NOT_OURS]
+    sweep_files = [name for name in sweep_names if name not in REFERENCE_MODELS]
     if loaded:
         model = next(iter(loaded.values())).model
     elif sweep_files and not settings.model:
@@ -99,7 +99,7 @@ def _from_other_project(settings: Evaluating, file: Path) -> EvaluatedModel:
     model = settings.model or model_of_conf(layout.model_or_advice())
     backbone = model.backbone(settings.seed)
     fill(backbone, layout.fitted(backbone.state_dict()), str(file))
-    console.say(f"weights {file}: {layout}")
+    console.print_message(f"weights {file}: {layout}")
     return make_evaluated_model(backbone, str(file), model.name)
 
 

@@ -21,9 +21,9 @@ from relloc.pretext.stopping import stop_request
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console, known_answers
 from relloc.runs.build import Evaluating
-from relloc.runs.engine import settle
+from relloc.runs.engine import resolve_engine
 from relloc.runs.evaluated_models import evaluated_models
-from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
+from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
@@ -38,7 +38,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         DataError: images or labels can't be used.
         CheckpointError: weights are missing, damaged, or do not fit.
     """
-    engine = settle(settings.engine)
+    engine = resolve_engine(settings.engine)
     models = evaluated_models(settings)
     backbones = [(model.checkpoint, model.model) for model in models]
     names = [named.name for named in settings.evaluations]
@@ -55,7 +55,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         ranks.join(engine.device)
         at_end.callback(ranks.leave)
         stop = at_end.enter_context(stop_request())
-        run_dir = at_end.enter_context(own_folder(invocation.folder))
+        run_dir = at_end.enter_context(lock_folder(invocation.folder))
         check_files(run_dir)
         # Most evaluations bring their data set; the others use the one that data= names.
         shared_data = settings.data.read() if settings.needs_own_data else None
@@ -95,7 +95,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         folder.summarize(fingerprints)
     if settings.verdict:
         report_known_answers(run_dir, answers, fingerprints)
-    console.say_next("report", console.from_here(run_dir))
+    console.print_next("report", console.from_here(run_dir))
 
 
 def _refuse_several_processes(evaluations: Sequence[NamedEvaluation]) -> None:
@@ -124,9 +124,9 @@ def report_known_answers(
     verdicts = known_answers.check(rows, answers)
     unchecked = known_answers.unchecked(rows, answers)
     for verdict in verdicts:
-        console.say(str(verdict))
+        console.print_message(str(verdict))
     for missing in unchecked:
-        console.say(f"not checked: {missing}")
+        console.print_message(f"not checked: {missing}")
 
     problems = []
     failed = [verdict for verdict in verdicts if not verdict.passed]
@@ -176,7 +176,7 @@ def evaluate_model(
     missing: list[int] = []
     if folder:
         names = ", ".join(named.name for named in evaluations)
-        console.say(f"eval    {names} of {model.checkpoint} ({model.model})")
+        console.print_message(f"eval    {names} of {model.checkpoint} ({model.model})")
         missing = not_measured(parts, model, run)
     missing_parts = [parts[index] for index in ranks.from_first(missing)]
 
@@ -200,7 +200,7 @@ def evaluate_model(
 def _save_part(part: EvalPart, rows: Sequence[Result], folder: RunFolder) -> None:
     """Saves and prints the rows of a finished part, and tracks the files that it wrote."""
     append_results(folder.path, rows)
-    console.say_measured(rows)
+    console.print_measured(rows)
     written = [path for path in (folder.path / part.folder).rglob("*") if path.is_file()]
     for file in sorted(written):
         folder.keep(str(file.relative_to(folder.path)))

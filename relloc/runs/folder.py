@@ -1,6 +1,6 @@
 """The folder of a run while it runs: its lock, its record, its MLflow mirror, its closing lines.
 
-A command first takes the folder for itself (`own_folder`), then checks what a previous start left
+A command first takes the folder for itself (`lock_folder`), then checks what a previous start left
 there (`check_files`), and then writes into it (`open_folder`).
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from relloc import ranks
-from relloc.checkpoints.places import BACKBONE_FILE, TRAINING_FOLDER, saved_trainings
+from relloc.checkpoints.paths import BACKBONE_FILE, TRAINING_FOLDER, saved_trainings
 from relloc.errors import UsageError
 from relloc.files import remove_all_unfinished, write_whole
 from relloc.pretext.stopping import Stopped
@@ -18,7 +18,7 @@ from relloc.results import RESULTS_FILE, read_results
 from relloc.runs import console
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.invocation import Invocation
-from relloc.runs.refusing import HYDRA_FOLDER, STATES, FolderBefore
+from relloc.runs.refusing import HYDRA_FOLDER, STATES, FolderSnapshot
 from relloc.runs.saving import TRAINING_FILE
 from relloc.status import Status
 from relloc.sweeps.points import POINT_FILE
@@ -36,10 +36,10 @@ from relloc.tracking import (
     write_status,
 )
 from relloc.tracking.artifacts import ARTIFACTS_FILE
-from relloc.tracking.holding import LOCK_FILE, held
 from relloc.tracking.journal import JOURNAL_FILE
 from relloc.tracking.note import NOTE_FILE
 from relloc.tracking.record import RUN_FILE, STATUS_FILE
+from relloc.tracking.run_lock import LOCK_FILE, locked_run_folder
 
 UNREADABLE_FILE = "unreadable.txt"
 _MAX_NAMED = 5  # unreadable images in a message that is not about them
@@ -96,7 +96,7 @@ class RunFolder:
         evaluated = [row for row in rows if row.kind != "pretext"]
         for row in rows:
             if row.kind == "pretext":
-                console.say(console.pretext_line(row))
+                console.print_message(console.pretext_line(row))
         if evaluated:
             console.show_results(evaluated)
         if rows:
@@ -115,13 +115,13 @@ class RunFolder:
         content = "".join(f"{line}\n" for line in sorted(lines))
         write_whole(file, content.encode("utf-8", "surrogateescape"))
         self.keep(UNREADABLE_FILE)
-        console.say(
+        console.print_message(
             f"{len(lines)} images could not be used, such as {min(lines)}; all are named in {file}"
         )
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path) -> Iterator[Path]:
+def lock_folder(folder: Path) -> Iterator[Path]:
     """Locks the folder of a run for the length of the block. Gives all ranks rank 0's folder.
 
     No other command may have the folder at the same time, so nothing is to be read or written there
@@ -138,7 +138,7 @@ def own_folder(folder: Path) -> Iterator[Path]:
         try:
             if ranks.rank() == 0:
                 _refuse_foreign_files(run_dir)
-                at_end.enter_context(held(run_dir))
+                at_end.enter_context(locked_run_folder(run_dir))
         except UsageError as error:
             refusal = error
         # All ranks leave together; one that stayed would wait for the others forever. The message
@@ -192,8 +192,8 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
     MLflow.
     """
     folder = RunFolder(path, invocation.settings["tracking"]["uri"])
-    console.say(f"run     {path}")
-    before = FolderBefore.of(path)
+    console.print_message(f"run     {path}")
+    before = FolderSnapshot.of(path)
     # A run that was killed may have left files half written. The note on MLflow is not removed:
     # relloc.sync, which needs no lock on the folder, may be writing it at this moment.
     for written_folder in (path, path / HYDRA_FOLDER):
@@ -203,7 +203,7 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
     for name, text in invocation.files.items():
         write_whole(path / name, text.encode("utf-8", "surrogateescape"))
     folder.keep(CONFIG_FILE)
-    mirror = Mirror(path, folder.uri, warn=console.say) if folder.uri else None
+    mirror = Mirror(path, folder.uri, warn=console.print_message) if folder.uri else None
     try:
         write_status(path, Status.RUNNING)
         if mirror:
@@ -214,7 +214,7 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
         remains = "nothing had been saved yet"
         if _has_work(path):
             remains = "what was saved and evaluated before stays"
-        console.say(f"interrupted; {remains}")
+        console.print_message(f"interrupted; {remains}")
         raise
     except UsageError as error:
         # Some errors of this type, such as images that do not come, may be gone another time: they
@@ -240,15 +240,15 @@ def _close(folder: RunFolder, mirror: Mirror | None, *, is_named: bool) -> None:
         write_status(path, folder.status)
     except OSError as error:
         # Such as a full disk, which has then ended the run too.
-        console.say(f"{error.filename or path} can't be written ({error.strerror})")
+        console.print_message(f"{error.filename or path} can't be written ({error.strerror})")
     if mirror:
         problem = mirror.close(folder.status)
         _print_mlflow_links(folder, problem)
-    console.say(f"run     {path}: {folder.status.word}")
+    console.print_message(f"run     {path}: {folder.status.word}")
     if folder.status is not Status.DONE and not folder.is_mistake:
         effect = "goes on from there" if _has_work(path) else "starts it anew"
         addition = "" if is_named else f"with hydra.run.dir={path} "
-        console.say(f"        the same command {addition}{effect}")
+        console.print_message(f"        the same command {addition}{effect}")
 
 
 def _has_work(path: Path) -> bool:
@@ -258,7 +258,7 @@ def _has_work(path: Path) -> bool:
     return bool(saved_trainings(path)) or has_states or has_results
 
 
-def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBefore) -> None:
+def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderSnapshot) -> None:
     """Ends a run after a mistake in its command, as if it had never begun."""
     # First MLflow: the folder's note on it is what tells which run to delete there.
     if mirror:
@@ -271,14 +271,14 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBef
         before.restore(folder.tracked)
     except OSError as error:
         # The user still has to read of the mistake itself, which is raised after this.
-        console.say(
+        console.print_message(
             f"{error.filename or folder.path} can't be written ({error.strerror}): the folder is "
             "not as it was"
         )
     # The file that names all unreadable images would have been in the folder.
     if folder.unreadable:
         first = ", ".join(sorted(folder.unreadable)[:_MAX_NAMED])
-        console.say(
+        console.print_message(
             f"could not be used: {first} and others, if any; python -m relloc.prepare names all "
             "of a data set"
         )
@@ -287,8 +287,8 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderBef
 def _print_mlflow_links(folder: RunFolder, problem: str | None) -> None:
     """Prints how to open the run in MLflow, and `problem`, what MLflow could not be told."""
     if problem:
-        console.say(problem)
+        console.print_message(problem)
     note = read_note(folder.path)
     if note and folder.uri:
         link = ui_link(folder.uri, note.experiment_id)
-        console.say("compare runs in MLflow:", f"  {ui_command(folder.uri)}", f"  {link}")
+        console.print_message("compare runs in MLflow:", f"  {ui_command(folder.uri)}", f"  {link}")

@@ -77,7 +77,7 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
     HYDRA_FULL_ERROR=1 shows where an error was raised instead. conf/ may name `${scratch:}` where
     Hydra wants a folder that nobody needs: it is a temporary one.
     """
-    terminal.outlive_readers()
+    terminal.survive_closed_output()
     show_all = os.environ.get(FULL_ERROR) == "1"
     # Errors reach `_explained` below instead of Hydra's own printer, which hides the cause.
     os.environ[FULL_ERROR] = "1"
@@ -102,7 +102,7 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
                 _refuse_name_of_sweep(HydraConfig.get())
                 if data:
                     _report_data(data, config)
-                terminal.tell_when_left(_NOBODY_READS)
+                terminal.print_when_reader_leaves(_NOBODY_READS)
                 task(config)
 
         start(explained_task)()
@@ -268,9 +268,9 @@ def _remove_untouched_folder(made: Any) -> None:
 
 
 def _exit(explained: str, exit_code: int) -> NoReturn:
-    terminal.complain(explained)
+    terminal.print_error(explained)
     sys.exit(exit_code)
 
 
 def _show_warning(message: Warning | str, *_where: object) -> None:
-    terminal.complain(message)
+    terminal.print_error(message)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relloc.evaluation.contract import EvaluatedModel
-from relloc.results import NOT_OURS
+from relloc.results import REFERENCE_MODELS
 from relloc.runs.build import Pretraining
 from relloc.tracking import RunRecord
 from relloc.tracking.record import RUN_FILE
@@ -65,7 +65,7 @@ def evaluation_name(models: Sequence[EvaluatedModel], data: Sequence[str]) -> st
 def _weights_name(evaluated: EvaluatedModel) -> str:
     """Returns the name of a backbone's weights, with the model where that is not part of it."""
     model = _short_model(evaluated.model)
-    if evaluated.checkpoint in NOT_OURS:
+    if evaluated.checkpoint in REFERENCE_MODELS:
         return f"{evaluated.checkpoint} {model}"
     file = Path(evaluated.checkpoint)
     # A run's backbone lies in the run folder, its checkpoints one folder below.

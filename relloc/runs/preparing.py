@@ -54,14 +54,16 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         progress = functools.partial(console.progress_bar, "check")
         findings = check(data, published=settings.published, workers=workers, progress=progress)
         _print_findings(findings)
-        console.say("checked" if shards else "checked; out=FOLDER packs these images into shards")
+        console.print_message(
+            "checked" if shards else "checked; out=FOLDER packs these images into shards"
+        )
     if shards:
         member = _data_member(data.train.name, invocation)
-        console.say_next("train", **{"data": member, "data.shards": shards})
+        console.print_next("train", **{"data": member, "data.shards": shards})
     else:
         # The same command, with a folder to pack into.
         words = [word for word in invocation.words if not word.startswith("out=")]
-        console.say_next("prepare", *words, "out=SHARDS")
+        console.print_next("prepare", *words, "out=SHARDS")
 
 
 def _data_member(name: str, invocation: Invocation) -> str:
@@ -78,7 +80,7 @@ def _print_findings(findings: Check) -> None:
     """Prints the table of counts, and a line for each thing that may be wrong."""
     # The console prints text as it is: it reads no markup in names of files.
     console.console.print(_table(findings))
-    console.say(*(findings.findings() or ["nothing wrong was found"]))
+    console.print_message(*(findings.findings() or ["nothing wrong was found"]))
 
 
 def _table(findings: Check) -> Table:
@@ -126,9 +128,9 @@ def _print_packed(out: Path, packing: Packing) -> None:
         stored = split["stored"]
         tars = split["shards"]
         megabytes = sum(tar["bytes"] for tar in tars) / 1e6
-        console.say(
+        console.print_message(
             f"packed  {split['split']}: {megabytes:.1f} MB in {len(tars)} tars; "
             f"{stored['kept']} JPEGs kept as they were, {stored['reduced']} reduced to "
             f"{packing.short_px} px, {stored['encoded']} encoded"
         )
-    console.say(f"written {out}; what was checked is in {CHECK_FILE} there")
+    console.print_message(f"written {out}; what was checked is in {CHECK_FILE} there")

@@ -32,10 +32,10 @@ from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs import console, saving
 from relloc.runs.build import Pretraining
-from relloc.runs.engine import Engine, settle
+from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import make_evaluated_model
 from relloc.runs.evaluating import evaluate_model
-from relloc.runs.folder import RunFolder, check_files, open_folder, own_folder
+from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.monitors import held_out_crops
 from relloc.runs.naming import pretraining_name
@@ -60,14 +60,14 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         DataError: images or labels can't be used.
         CheckpointError: the newest checkpoint is damaged.
     """
-    engine = settle(settings.engine)
+    engine = resolve_engine(settings.engine)
     ranks.join(engine.device)
     with contextlib.ExitStack() as at_end:
         at_end.callback(ranks.leave)
         # First of all take the folder, and look whether what lies there can be read: until
         # `open_folder` nothing is written.
         stop = at_end.enter_context(stop_request())
-        run_dir = at_end.enter_context(own_folder(invocation.folder))
+        run_dir = at_end.enter_context(lock_folder(invocation.folder))
         check_files(run_dir)
         data = settings.data.read()
         # Missing data of an evaluation is an error now, not after days of training.
@@ -113,7 +113,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         record = invocation.record(name, data_sets, engine)
         with open_folder(invocation, record, run_dir) as folder, stop.reraised():
             saving.note_identity(run_dir, training.identity)
-            console.say(f"engine  {engine}; {plan.forward_images} images a forward")
+            console.print_message(f"engine  {engine}; {plan.forward_images} images a forward")
             _draw_patches(settings, data, folder)
             train_to_the_end(training, done, folder)
             # From here on nothing is computed by several processes.
@@ -127,9 +127,9 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         run = console.from_here(run_dir)
         if data.labeled:
             # This command also measures with recalibrated batch norm.
-            console.say_next("evaluate", checkpoint=[run, "random"])
+            console.print_next("evaluate", checkpoint=[run, "random"])
         else:
-            console.say_next("evaluate", checkpoint=run, eval=_label_free_members())
+            console.print_next("evaluate", checkpoint=run, eval=_label_free_members())
 
 
 def _measurable(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
@@ -161,7 +161,7 @@ def _warn_of_small_shards(settings: Pretraining) -> None:
     wanted_px = resize.longest_short_side()
     # Small originals can't be packed larger: only images that packing reduced are worth a warning.
     if packed_px < wanted_px and manifest["train"]["stored"]["reduced"]:
-        console.say(
+        console.print_message(
             f"shards  were reduced to a short side of {packed_px} px, and this grid enlarges them "
             f"to up to {wanted_px} px: pack them with short_px={wanted_px}"
         )
@@ -174,7 +174,7 @@ def _report_scaled_spans(settings: Pretraining) -> None:
     spans = [f"{name} {value}" for name, value in vars(schedule).items() if name in _SPANS]
     # A warm-up of 5 of 70 epochs becomes one of 0.5 of 7, which is easily overlooked.
     if schedule.epochs != recipe_epochs and spans:
-        console.say(
+        console.print_message(
             f"spans   {schedule.epochs} epochs in place of the recipe's {recipe_epochs}: "
             f"{', '.join(spans)}"
         )
@@ -248,7 +248,7 @@ def _draw_patches(settings: Pretraining, data: Splits, folder: RunFolder) -> Non
     images = collate([crops[(index,)] for index in indices]).pixels
     draw_patches(images, settings.patches, folder.path / PICTURE, seed=settings.seed)
     folder.keep(PICTURE)
-    console.say(f"picture {folder.path / PICTURE}")
+    console.print_message(f"picture {folder.path / PICTURE}")
 
 
 def _save_backbone(training: Training, folder: RunFolder) -> None:
@@ -257,7 +257,7 @@ def _save_backbone(training: Training, folder: RunFolder) -> None:
     backbone = training.task.model.backbone
     problem = _problem_of_file(path, backbone) if path.exists() else ""
     if problem:
-        console.say(f"weights {path} is written anew from the checkpoint: {problem}")
+        console.print_message(f"weights {path} is written anew from the checkpoint: {problem}")
     # Older versions of relloc wrote no file with the hash beside the weights.
     is_complete = path.exists() and hash_file(path).exists()
     if problem or not is_complete:
@@ -352,7 +352,7 @@ def _evaluate(
     measurable = _measurable(evaluations)
     skipped = [named.name for named in evaluations if named not in measurable]
     if skipped:
-        console.say(
+        console.print_message(
             f"eval    {', '.join(skipped)} skipped: {training.data.train.name} has no labels; "
             f"on labeled data: python -m relloc.evaluate checkpoint={folder.path} data=…"
         )

@@ -30,7 +30,7 @@ _ADDED_TO = (SYSTEM_FILE, NOTE_FILE, f"{NOTE_FILE}.lock")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FolderBefore:
+class FolderSnapshot:
     """What a run folder held before a run began.
 
     Args:
@@ -47,7 +47,7 @@ class FolderBefore:
     status: Status | None
 
     @classmethod
-    def of(cls, path: Path) -> "FolderBefore":
+    def of(cls, path: Path) -> "FolderSnapshot":
         """Reads what a folder holds now; a folder that does not exist holds nothing."""
         files = [*path.glob("*"), *(path / HYDRA_FOLDER).glob("*")]
         names = {str(file.relative_to(path)) for file in files}

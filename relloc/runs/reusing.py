@@ -91,7 +91,7 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
         # One line an evaluation and batch norm, not one for each layer.
         if (name, part.batch_norm) not in reported:
             reported.add((name, part.batch_norm))
-            console.say(
+            console.print_message(
                 f"found   {name} ({part.batch_norm}) of the same weights in {first.measured_in}; "
                 "reuse=false measures it again"
             )
@@ -174,9 +174,9 @@ class ResumableState:
                 # network. To go on would write over it.
                 if path == self.path and not isinstance(error, DamagedCheckpoint):
                     raise
-                console.say(f"{error}. No evaluation is resumed from it")
+                console.print_message(f"{error}. No evaluation is resumed from it")
             else:
-                console.say(f"eval    goes on from {path}")
+                console.print_message(f"eval    goes on from {path}")
                 return state
         return None
 
@@ -203,7 +203,7 @@ class ResumableState:
         try:
             save_state(self.path, state)
         except CheckpointError as error:
-            console.say(f"{error}. The evaluation itself goes on")
+            console.print_message(f"{error}. The evaluation itself goes on")
         self._written = time.monotonic()
 
 

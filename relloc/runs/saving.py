@@ -80,7 +80,7 @@ def resume(identity: Mapping[str, Any], task: Task, run_dir: Path) -> StepsDone:
             f"{damaged(path)}, since it does not fit the run: {error}"
         ) from error
     if ranks.rank() == 0:
-        console.say(f"resume  {path} after step {state['step']} of {task.steps}")
+        console.print_message(f"resume  {path} after step {state['step']} of {task.steps}")
     sums = _sums_of_rank(state["tallies"])
     return StepsDone(step=state["step"], sums=sums.to(task.device))
 
@@ -115,7 +115,7 @@ def _find_begun(run_dir: Path) -> tuple[Path | None, dict[str, Any] | None]:
     must not continue: a run may be killed before its first checkpoint, and people delete
     checkpoints of finished runs. If its identity is not known, it is empty, which equals no other.
     """
-    path = states.newest_sound(run_dir, console.say)
+    path = states.newest_sound(run_dir, console.print_message)
     if path:
         return path, None
     has_curves = (run_dir / JOURNAL_FILE).exists()

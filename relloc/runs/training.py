@@ -88,7 +88,9 @@ def train_to_the_end(training: Training, begun: StepsDone, folder: RunFolder | N
             saved = "everything is saved"
             if not is_saved:
                 saved = "no images came to end the next; the last checkpoint is saved"
-            console.say(f"{stop.name}: stopped after step {done} of {task.steps}; {saved}")
+            console.print_message(
+                f"{stop.name}: stopped after step {done} of {task.steps}; {saved}"
+            )
             folder.status = Status.STOPPED
         sys.exit(stop.exit_code)
 
@@ -183,8 +185,8 @@ def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
         pin=device.type == "cuda",
         images=plan.images_per_batch_norm,
         side_px=grid.span_px,
-        held=HELD_FORWARDS * plan.ghosts_per_forward,
-        say=console.say,
+        batches_held=HELD_FORWARDS * plan.ghosts_per_forward,
+        print_message=console.print_message,
         stopping=lambda: bool(training.stop),
     )
     return Feed(

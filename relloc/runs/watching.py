@@ -41,7 +41,7 @@ def reporting(
     alarm = Alarm(
         collapse_steps=collapse_steps,
         first_step=first_step,
-        warn=console.say if folder else lambda _text: None,
+        warn=console.print_message if folder else lambda _text: None,
     )
     if folder is None:
         yield alarm.check
@@ -132,7 +132,7 @@ class Monitoring:
         try:
             self._journal.log(self.monitors(done), done)
         except (DataError, OSError) as error:
-            console.say(f"monitors stop: {error}. Training goes on")
+            console.print_message(f"monitors stop: {error}. Training goes on")
             # No cost is below a negative share, so that monitors never run again.
             self.most_share = -1.0
             return

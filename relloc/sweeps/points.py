@@ -167,7 +167,7 @@ def note_job(point: Point, job: Mapping[str, Any]) -> None:
     Args:
         point: The point, whose folder is made if it does not exist.
         job: The scheduler's name and number, such as {"slurm": "7_2"}, or the process that runs the
-            point, as `process_mark` identifies it.
+            point, as `process_identity` identifies it.
     """
     point.folder.mkdir(parents=True, exist_ok=True)
     note = point.to_json()

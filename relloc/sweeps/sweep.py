@@ -15,8 +15,8 @@ from pathlib import Path
 from relloc.errors import UsageError
 from relloc.files import locked, read_json, write_json
 from relloc.status import Status
+from relloc.sweeps.point_status import PointStatus
 from relloc.sweeps.points import Point
-from relloc.sweeps.standing import Standing
 from relloc.tracking.record import COMMIT_FILE, commit_of
 
 SWEEP_FILE = "sweep.json"
@@ -126,7 +126,7 @@ class Sweep:
         Args:
             content: The files by their names in the copy, as `code_and_configs` returns them.
         """
-        target = self.place_of(content)
+        target = self.copy_folder(content)
         if target.exists():
             return target
         self._make_folder(target.parent)
@@ -144,7 +144,7 @@ class Sweep:
         self._made.callback(shutil.rmtree, target, ignore_errors=True)
         return target
 
-    def place_of(self, content: Mapping[str, bytes]) -> Path:
+    def copy_folder(self, content: Mapping[str, bytes]) -> Path:
         """Returns the folder where `copy` puts that content, and writes nothing.
 
         It is the first of code/0, code/1, ... that has the same content or does not exist.
@@ -177,7 +177,7 @@ class Sweep:
         except FileNotFoundError:
             return False
 
-    def with_cancelled(self, found: Sequence[Standing]) -> list[Standing]:
+    def with_cancelled(self, found: Sequence[PointStatus]) -> list[PointStatus]:
         """Returns the status of points; if the sweep was cancelled, missing ones are CANCELLED."""
         if not self.is_cancelled():
             return list(found)

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from relloc.errors import UsageError
 from relloc.status import Status
+from relloc.sweeps.point_status import PointStatus
 from relloc.sweeps.points import Point, read_job
-from relloc.sweeps.standing import Standing
 from relloc.sweeps.sweep import Sweep, word_of
 from relloc.terminal import escaped
 
@@ -35,7 +35,7 @@ _COLORS = {
 }
 
 
-def say(message: str | Table) -> None:
+def print_message(message: str | Table) -> None:
     """Prints a message or a table on the console.
 
     Names in it are printed as they are: they can't act as markup or on the terminal.
@@ -52,7 +52,7 @@ def say(message: str | Table) -> None:
     sys.stdout.flush()
 
 
-def table(found: Sequence[Standing]) -> Table:
+def table(found: Sequence[PointStatus]) -> Table:
     """Returns a table with a row for each point: its status, job, progress, time left and folder."""
     counts = Counter(now.status for now in found)
     title = [f"{counts[status]} {status.word}" for status in _COLORS if counts[status]]
@@ -78,7 +78,9 @@ def table(found: Sequence[Standing]) -> Table:
     return made
 
 
-def tell_failed(found: Sequence[Standing], log_of: Callable[[Point], Path | None]) -> None:
+def print_failed_points(
+    found: Sequence[PointStatus], log_of: Callable[[Point], Path | None]
+) -> None:
     """Prints for each point that failed why it did, and the command that runs it alone.
 
     Args:
@@ -91,30 +93,30 @@ def tell_failed(found: Sequence[Standing], log_of: Callable[[Point], Path | None
         point = now.point
         log = log_of(point)
         where = f": {log}" if log else ""
-        say(f"\nfailed  {escaped(point.name)}{where}")
+        print_message(f"\nfailed  {escaped(point.name)}{where}")
         lines = _end_of(log) or ["it left no output: it ended before it began"]
         last = lines[-_LAST_LINES:]
         # Our own message says the cause. What came after it may have pushed it out of the last lines
         messages = [line for line in lines if line.startswith(_MESSAGE)]
         if messages and messages[-1] not in last:
-            say(f"        {messages[-1]}")
+            print_message(f"        {messages[-1]}")
         for line in last:
-            say(f"        {line}")
-        say(f"        again, alone: {point.again}")
+            print_message(f"        {line}")
+        print_message(f"        again, alone: {point.again}")
 
 
-def tell_silent(found: Sequence[Standing], silent: Sequence[str]) -> None:
+def print_silent_schedulers(found: Sequence[PointStatus], silent: Sequence[str]) -> None:
     """Prints the messages about schedulers that did not answer, and how many points that concerns.
 
     Args:
         found: The status of all points.
-        silent: The messages, as `known_standings` returns them.
+        silent: The messages, as `known_point_statuses` returns them.
     """
     for message in dict.fromkeys(silent):
-        say(f"unknown {escaped(message)}")
+        print_message(f"unknown {escaped(message)}")
     if silent:
         count = sum(now.status is Status.UNKNOWN for now in found)
-        say(
+        print_message(
             f"        the state of {count} points is unknown here; "
             "that of the others is as their folders say"
         )
@@ -127,11 +129,11 @@ def reason_of(log: Path | None) -> str:
     return (messages or lines)[-1].removeprefix(_MESSAGE)
 
 
-def tell_next(sweep: Sweep) -> None:
+def print_next(sweep: Sweep) -> None:
     """Prints the commands that may come after a sweep: its report, and its status."""
     word = shlex.quote(word_of(sweep.folder))
-    say(f"next: python -m relloc.report sweep={word}")
-    say(f"      python -m relloc.sweep status {word}")
+    print_message(f"next: python -m relloc.report sweep={word}")
+    print_message(f"      python -m relloc.sweep status {word}")
 
 
 def _end_of(log: Path | None) -> list[str]:

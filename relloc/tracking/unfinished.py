@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from relloc.checkpoints.places import BACKBONE_FILE, saved_trainings
-from relloc.tracking.holding import is_held
+from relloc.checkpoints.paths import BACKBONE_FILE, saved_trainings
 from relloc.tracking.journal import read_journal
 from relloc.tracking.record import RUN_FILE, RunRecord
+from relloc.tracking.run_lock import is_held
 
 
 def unfinished_training(run_dir: Path) -> str:

@@ -44,7 +44,7 @@ MicroBatchSource = Callable[[int, int], Iterator[Sequence[MicroBatch[T]]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Span:
+class LossReport:
     """What a range of steps gave: the mean loss of its samples, and the last learning rate.
 
     `step` counts all steps of the training so far.
@@ -143,7 +143,7 @@ class FineTuning(Generic[T]):
         self.network.load_state_dict(saved["network"])
         self.optimizer.load_state_dict(saved["optimizer"])
 
-    def spans(self, every: int) -> Iterator[Span]:
+    def reports(self, every: int) -> Iterator[LossReport]:
         """Trains to the end, and yields after each `every` units of the schedule.
 
         The caller may then evaluate, and save `state_dict()`. It may leave the network in any mode,
@@ -160,7 +160,7 @@ class FineTuning(Generic[T]):
             next_pause = (self.step // steps_per_span + 1) * steps_per_span
             yield self._train_until(min(last_step, next_pause))
 
-    def _train_until(self, end: int) -> Span:
+    def _train_until(self, end: int) -> LossReport:
         self.network.train()
         steps = self.micro_batches(self.step, end)
         reports: list[StepReport] = []
@@ -186,7 +186,7 @@ class FineTuning(Generic[T]):
         (report,) = reports
         return self._check_span(report)
 
-    def _check_span(self, report: StepReport) -> Span:
+    def _check_span(self, report: StepReport) -> LossReport:
         """Returns the span that ends with `report`, unless it trained nothing or diverged."""
         sum_of_losses, samples = report.sums
         if not samples:
@@ -201,7 +201,7 @@ class FineTuning(Generic[T]):
                 f"{self.name} diverged: loss or weights are no longer finite after step {self.step} of "
                 f"{self.length * self.steps_per_unit}, at a learning rate of {report.lr:g}. {remedy}"
             )
-        return Span(
+        return LossReport(
             step=self.step,
             loss=sum_of_losses / samples,
             samples=int(samples),

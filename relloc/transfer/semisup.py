@@ -258,7 +258,7 @@ class SemiSupervised(Evaluation):
             training.load_state_dict(training_state)
         try:
             # A span is one epoch, as the schedule counts epochs.
-            for _ in training.spans(every=1):
+            for _ in training.reports(every=1):
                 state = {"outcomes": outcomes, "training": training.state_dict()}
                 context.state.save(state)
         except Diverged:

@@ -54,7 +54,7 @@ def crops_of(images: Places, grid: PatchGrid, *, centered: bool) -> Crops:
     return Crops(images, grid, use=Use.CROP, seed=0, centered=centered)
 
 
-def place_of(pixels: np.ndarray) -> tuple[int, int]:
+def copy_folder(pixels: np.ndarray) -> tuple[int, int]:
     """Corner of a crop; the rest of it must follow from there."""
     assert pixels.shape == (SPAN, SPAN, 3)
     assert pixels.dtype == np.uint8
@@ -72,14 +72,14 @@ def test_an_index_and_a_seed_decide_the_crop() -> None:
     assert first.unreadable == {}
     again = crops_of(Places([(80, 60), (90, 50)]), AS_IT_IS, centered=False)[0, 7]
     assert np.array_equal(again.pixels, first.pixels)
-    assert place_of(other_seed.pixels) != place_of(first.pixels)
+    assert copy_folder(other_seed.pixels) != copy_folder(first.pixels)
     assert other_image.index == 1
     assert (other_image.pixels[..., 2] == 1).all()
 
 
 def test_random_crops_reach_every_edge_evenly() -> None:
     crops = crops_of(Places([(SPAN + 3, SPAN + 9)]), AS_IT_IS, centered=False)
-    places = np.array([place_of(crops[0, seed].pixels) for seed in range(2000)])
+    places = np.array([copy_folder(crops[0, seed].pixels) for seed in range(2000)])
     for values, n in zip(places.T, (4, 10), strict=True):
         counts = np.bincount(values, minlength=n)
         assert len(counts) == n
@@ -95,7 +95,7 @@ def test_centered_crops_are_the_middle_whatever_the_seed(
     size: tuple[int, int], middle: tuple[int, int]
 ) -> None:
     crops = crops_of(Places([size]), AS_IT_IS, centered=True)
-    assert {place_of(crops[0, seed].pixels) for seed in range(5)} == {middle}
+    assert {copy_folder(crops[0, seed].pixels) for seed in range(5)} == {middle}
 
 
 def test_a_crop_is_part_of_the_resized_image() -> None:
@@ -159,7 +159,7 @@ def test_an_image_gets_another_crop_in_every_epoch_from_a_seed_of_its_use() -> N
     for index, epoch in ((0, 0), (0, 1), (2, 1)):
         rng = random.Random(seed_for(Use.CROP, 5, epoch, index))
         rng.random()  # of the size, which this grid leaves
-        assert place_of(crops[index, epoch].pixels) == (
+        assert copy_folder(crops[index, epoch].pixels) == (
             rng.randint(0, 90 - SPAN),
             rng.randint(0, 80 - SPAN),
         )

@@ -7,7 +7,7 @@ from PIL import Image, features
 
 from relloc.data.folder import folder
 from relloc.data.image_set import Splits
-from relloc.data.listing import PassedOver, class_folders_of, images_below, told_passed_over
+from relloc.data.listing import PassedOver, class_folders_of, describe_passed_over, images_below
 from relloc.errors import DataError
 
 
@@ -72,10 +72,10 @@ def test_what_is_no_image_is_counted_by_its_suffix(tmp_path: Path) -> None:
     assert names == ["a.jpg"]
     assert passed_over == {".heic": 2, ".cr2": 1, "without a suffix": 1, "with longer suffixes": 1}
     for words in ("2 .heic", "1 .cr2", "1 without a suffix", "1 with longer suffixes", "convert"):
-        assert words in told_passed_over(passed_over)
-    assert told_passed_over(PassedOver()) == ""
+        assert words in describe_passed_over(passed_over)
+    assert describe_passed_over(PassedOver()) == ""
     many = PassedOver({f".{number}": 20 - number for number in range(10)})
-    assert told_passed_over(many).endswith(", 13 .7 and 23 others")
+    assert describe_passed_over(many).endswith(", 13 .7 and 23 others")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import ROLES, Splits
-from relloc.data.parts import about_part, as_json, names, records_of, save_part, spans
+from relloc.data.parts import as_json, divide_into_parts, names, read_part, records_of, save_part
 from relloc.errors import DataError
 
 
@@ -24,17 +24,17 @@ def numbered(n_train: int, n_held_out: int) -> Splits:
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50))
 def test_spans_hold_each_image_once_in_order(n_train: int, n_held_out: int, length: int) -> None:
-    found = spans(numbered(n_train, n_held_out), length)
+    found = divide_into_parts(numbered(n_train, n_held_out), length)
     for role, n in zip(ROLES, (n_train, n_held_out), strict=True):
-        mine = [span for span in found if span.role == role]
-        assert [index for span in mine for index in range(span.start, span.stop)] == list(range(n))
-        assert all(span.start == span.number * length and len(span) <= length for span in mine)
-        assert len({span.stem for span in found}) == len(found)
+        mine = [part for part in found if part.role == role]
+        assert [index for part in mine for index in range(part.start, part.stop)] == list(range(n))
+        assert all(part.start == part.number * length and len(part) <= length for part in mine)
+        assert len({part.stem for part in found}) == len(found)
 
 
 def test_splits_of_one_name_are_refused() -> None:
     with pytest.raises(DataError, match="both splits of mine are called train"):
-        spans(
+        divide_into_parts(
             Splits(train=listed("train", ["/x/1.jpg"]), held_out=listed("train", ["/x/2.jpg"])), 5
         )
 
@@ -55,14 +55,14 @@ def test_files_are_called_by_their_path_below_what_holds_them_all(
 
 
 def test_parts_come_back_in_order_and_are_finished_once_said_so(tmp_path: Path) -> None:
-    parts = spans(numbered(5, 1), 2)[:3]
-    for span in reversed(parts):
-        assert about_part(tmp_path, span) is None
+    parts = divide_into_parts(numbered(5, 1), 2)[:3]
+    for part in reversed(parts):
+        assert read_part(tmp_path, part) is None
         save_part(
-            tmp_path, span, np.arange(span.start, span.stop), {"stem": span.stem, "unreadable": {}}
+            tmp_path, part, np.arange(part.start, part.stop), {"stem": part.stem, "unreadable": {}}
         )
     assert records_of(tmp_path, parts).tolist() == [0, 1, 2, 3, 4]
-    assert about_part(tmp_path, parts[1]) == {"stem": "train-000001", "unreadable": {}}
+    assert read_part(tmp_path, parts[1]) == {"stem": "train-000001", "unreadable": {}}
 
 
 def test_json_holds_any_file_name() -> None:

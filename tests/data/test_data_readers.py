@@ -148,7 +148,7 @@ def test_a_wait_that_lasts_is_told_and_ends(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(readers, "_GIVE_UP_AFTER_S", 0.3)
     said: list[str] = []
     with (
-        ReadingProcesses(suspended, range(9), workers=1, say=said.append) as found,
+        ReadingProcesses(suspended, range(9), workers=1, print_message=said.append) as found,
         pytest.raises(Interrupted, match="has read none for"),
     ):
         list(found)

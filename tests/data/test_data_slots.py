@@ -33,7 +33,7 @@ def keys(n: int = 40) -> list[list[int]]:
 
 
 def in_slots(
-    workers: int, held: int = HELD, say: Callable[[str], None] = print
+    workers: int, batches_held: int = HELD, print_message: Callable[[str], None] = print
 ) -> Iterator[ImageBatch]:
     return load_in_slots(
         Numbered(),
@@ -42,8 +42,8 @@ def in_slots(
         pin=False,
         images=IMAGES,
         side_px=SIDE,
-        held=held,
-        say=say,
+        batches_held=batches_held,
+        print_message=print_message,
     )
 
 
@@ -65,11 +65,11 @@ def test_the_last_batches_stay_as_they_were_while_workers_run_ahead(workers: int
     last: collections.deque[tuple[ImageBatch, torch.Tensor]] = collections.deque(maxlen=HELD)
     for batch in in_slots(workers):
         last.append((batch, batch.pixels.clone()))
-        assert all(torch.equal(held.pixels, copied) for held, copied in last)
+        assert all(torch.equal(batches_held.pixels, copied) for batches_held, copied in last)
 
 
 def test_memory_is_used_again() -> None:
-    places = [batch.pixels.data_ptr() for batch in in_slots(1, held=1)]
+    places = [batch.pixels.data_ptr() for batch in in_slots(1, batches_held=1)]
     assert len(set(places)) == 1 * 2 + 1 + 1  # two batches ahead, one held, one just taken
 
 
@@ -87,7 +87,7 @@ def test_where_no_memory_can_be_shared_the_plain_loader_serves_and_it_is_said(
 
     monkeypatch.setattr(slots, "shared_with_forks", full)
     said: list[str] = []
-    assert_plain(list(in_slots(1, say=said.append)))
+    assert_plain(list(in_slots(1, print_message=said.append)))
     assert "Cannot allocate memory" in said[0]
     assert "workers=" in said[0]
 

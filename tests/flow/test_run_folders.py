@@ -15,7 +15,7 @@ from tiny import TINY
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.results import read_results
 from relloc.tracking import read_journal, search
-from relloc.tracking.holding import LOCK_FILE, is_held
+from relloc.tracking.run_lock import LOCK_FILE, is_held
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from relloc.errors import Interrupted
 from relloc.status import Status
+from relloc.sweeps.point_status import point_statuses
 from relloc.sweeps.points import Point, note_job
-from relloc.sweeps.standing import standings
 from relloc.sweeps.sweep import Sweep
 from relloc.sweeps.table import reason_of
 
@@ -40,7 +40,7 @@ def test_what_a_signal_ends_before_it_began_was_stopped(
 ) -> None:
     code = f"import os, signal; signal.signal({number:d}, signal.SIG_DFL); os.kill(os.getpid(), {number:d})"
     _, made = run(tmp_path, code, processes=1)
-    assert [now.status for now in standings([made], {})] == [Status.STOPPED]
+    assert [now.status for now in point_statuses([made], {})] == [Status.STOPPED]
 
 
 WAITS = "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(129)); open('begun', 'w'); signal.pause()"
@@ -61,7 +61,7 @@ def test_a_closed_terminal_reaches_the_points(
     asked.start()
     _, made = run(tmp_path, WAITS, processes=2)
     asked.join()
-    assert [now.status for now in standings([made], {})] == [Status.STOPPED]
+    assert [now.status for now in point_statuses([made], {})] == [Status.STOPPED]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -72,7 +72,7 @@ def test_why_a_point_failed_is_kept(
         "import sys; print('on its way'); print('relloc: no', 'data', file=sys.stderr); sys.exit(2)"
     )
     launcher, made = run(tmp_path, code, processes=processes)
-    assert [now.status for now in standings([made], {})] == [Status.FAILED]
+    assert [now.status for now in point_statuses([made], {})] == [Status.FAILED]
     assert reason_of(launcher.log_of(made)) == "no data"
     told = capfd.readouterr()
     # On the console where it runs alone there
@@ -90,4 +90,4 @@ def test_a_point_that_may_have_a_job_elsewhere_is_not_run_here(
     sent = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "a")
     note_job(sent, {"slurm": "7"})
     with pytest.raises(Interrupted, match="none is to run twice"):
-        launcher._standings([sent])
+        launcher._point_statuses([sent])

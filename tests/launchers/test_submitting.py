@@ -203,7 +203,7 @@ import os, sys
 from pathlib import Path
 from hydra_plugins.relloc_launchers import starting
 from relloc.sweeps.points import Point, read_job
-from relloc.tracking.living import is_alive
+from relloc.tracking.process_identity import is_alive
 folder = Path(sys.argv[1])
 point = Point(kind="train", name="a", overrides=(), identity="a", folder=folder)
 if sys.argv[2] == "dies":

@@ -21,7 +21,7 @@ from relloc.runs.settings import conf_dir
 from relloc.sweeps.points import Point, identity, note_job
 from relloc.sweeps.sweep import Sweep
 from relloc.tracking import RunRecord, read_journal, write_status
-from relloc.tracking.living import process_mark
+from relloc.tracking.process_identity import process_identity
 from relloc.tracking.record import commit_of
 
 TINY = (
@@ -517,7 +517,7 @@ def test_a_running_point_is_ended_by_its_number(tmp_path: Path) -> None:
     """Of a sweep whose command is gone."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     running = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
-    note_job(running, process_mark(child.pid))
+    note_job(running, process_identity(child.pid))
     sweep = Sweep(tmp_path / "sweeps" / "s")
     with sweep.locked():
         sweep.add([running], ["train"])

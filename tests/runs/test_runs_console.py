@@ -115,7 +115,7 @@ def test_a_line_and_a_bar_take_any_name(name: str, monkeypatch: pytest.MonkeyPat
         force_terminal=True,
     )
     monkeypatch.setattr(console, "console", made)
-    console.say(f"data    {name}")
+    console.print_message(f"data    {name}")
     with console.progress_bar(f"features of {name}", 2) as update:
         update(1, name)
         update(2, name)
@@ -134,7 +134,7 @@ def test_a_pipe_has_the_width_of_columns_or_enough_for_a_table(
 def test_a_command_below_a_message_is_a_line_and_a_line_end_in_a_name_is_none(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    console.say("send it later with\n  python -m relloc.sync a\nb")
+    console.print_message("send it later with\n  python -m relloc.sync a\nb")
     assert capsys.readouterr().out == "send it later with\n  python -m relloc.sync a\\nb\n"
 
 
@@ -142,11 +142,11 @@ def test_the_next_command_is_typed_as_it_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     monkeypatch.delenv("RELLOC_SWEEP", raising=False)
-    console.say_next("evaluate", checkpoint=["a b=c", "random"])
+    console.print_next("evaluate", checkpoint=["a b=c", "random"])
     assert (
         capsys.readouterr().out
         == "next: python -m relloc.evaluate 'checkpoint=[\"a b=c\",random]'\n"
     )
     monkeypatch.setenv("RELLOC_SWEEP", "s")
-    console.say_next("evaluate", checkpoint="a")
+    console.print_next("evaluate", checkpoint="a")
     assert capsys.readouterr().out == ""

@@ -10,7 +10,7 @@ from torch import nn
 
 from relloc.errors import UsageError
 from relloc.runs import engine
-from relloc.runs.engine import EngineSettings, settle
+from relloc.runs.engine import EngineSettings, resolve_engine
 
 DEFAULTS = {
     "device": "cpu",
@@ -49,7 +49,7 @@ def _switches_put_back() -> Iterator[None]:
 
 
 def test_auto_on_a_cpu_is_float32_and_not_compiled() -> None:
-    settled = settle(asked())
+    settled = resolve_engine(asked())
     assert (settled.device.type, settled.precision, settled.bf16, settled.compiled) == (
         "cpu",
         "fp32",
@@ -61,9 +61,9 @@ def test_auto_on_a_cpu_is_float32_and_not_compiled() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
-    assert settle(asked(device="auto")).device.type == "cpu"
+    assert resolve_engine(asked(device="auto")).device.type == "cpu"
     with pytest.raises(UsageError, match="device=cuda.*nvidia-smi"):
-        settle(asked(device="cuda"))
+        resolve_engine(asked(device="cuda"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_wrong_setting_is_one_message_with_what_there_is(
     setting: str, value: object, message: str
 ) -> None:
     with pytest.raises(UsageError) as raised:
-        settle(asked(**{setting: value}))
+        resolve_engine(asked(**{setting: value}))
     assert str(raised.value) == message
 
 
@@ -106,7 +106,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("compiler")
 def test_what_is_asked_for_is_what_is_told() -> None:
-    settled = settle(
+    settled = resolve_engine(
         asked(
             precision="tf32",
             compile=True,
@@ -120,7 +120,7 @@ def test_what_is_asked_for_is_what_is_told() -> None:
 
 @pytest.mark.parametrize(("precision", "matmul"), [("fp32", "highest"), ("tf32", "high")])
 def test_only_fp32_rounds_no_input_of_a_product(precision: str, matmul: str) -> None:
-    settle(asked(precision=precision))
+    resolve_engine(asked(precision=precision))
     assert torch.get_float32_matmul_precision() == matmul
     assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
 
@@ -134,13 +134,13 @@ def test_a_cpu_that_trains_leaves_a_quarter_of_its_share_to_readers(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert settle(asked()).workers == workers
+    assert resolve_engine(asked()).workers == workers
 
 
 def test_where_a_system_tells_of_no_limit_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert settle(asked()).workers == 2
+    assert resolve_engine(asked()).workers == 2
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_an_attempt_that_fails_names_compile_and_the_reason(
 
     monkeypatch.setattr(torch, "compile", failing)
     with pytest.raises(UsageError, match=f"compile=true.*{named}"):
-        settle(asked(compile=True))
-    assert not settle(asked(compile=False)).compiled
+        resolve_engine(asked(compile=True))
+    assert not resolve_engine(asked(compile=False)).compiled
 
 
 @pytest.mark.usefixtures("_asked_anew")
@@ -209,7 +209,7 @@ def test_without_a_compiler_for_cpus_compiling_is_refused(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no_compiler")))
     with pytest.raises(UsageError, match="compile=true.*CXX"):
-        settle(asked(compile=True))
+        resolve_engine(asked(compile=True))
 
 
 def test_what_can_not_be_compiled_later_names_compile(
@@ -223,19 +223,19 @@ def test_what_can_not_be_compiled_later_names_compile(
         torch, "compile", lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=failing)
     )
     with pytest.raises(UsageError, match="no room for a kernel.*compile=false"):
-        settle(asked(compile=True)).compile(lambda x: x + 1)(torch.ones(2))
+        resolve_engine(asked(compile=True)).compile(lambda x: x + 1)(torch.ones(2))
 
 
 @pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
 def test_a_model_is_placed_in_its_memory_format(memory_format: str) -> None:
     model = nn.Conv2d(3, 4, 3)
-    settle(asked(memory_format=memory_format)).place(model)
+    resolve_engine(asked(memory_format=memory_format)).place(model)
     assert model.weight.is_contiguous(memory_format=engine._MEMORY_FORMATS[memory_format])
 
 
 def test_uncompiled_is_the_very_same_function() -> None:
     function = nn.Linear(2, 2)
-    assert settle(asked()).compile(function) is function
+    assert resolve_engine(asked()).compile(function) is function
 
 
 @pytest.mark.usefixtures("compiler")
@@ -258,7 +258,7 @@ def test_one_compiled_function_serves_more_kinds_of_input_than_the_compiler_allo
         lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=counting),
     )
     with torch._dynamo.config.patch(recompile_limit=8):  # the compiler's own
-        fast = settle(asked(compile=True)).compile(scaled)
+        fast = resolve_engine(asked(compile=True)).compile(scaled)
         sets = [("a", "bc")[:n] + ("d",) * m for n in range(3) for m in range(1, 5)]
         for layers in sets:
             assert fast(torch.ones(2), layers)["d"].tolist() == [1, 1]
@@ -272,7 +272,7 @@ def test_training_sets_the_kernels_and_puts_them_back_even_when_it_fails(
     monkeypatch: pytest.MonkeyPatch, deterministic: bool
 ) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    settled = settle(asked(deterministic=deterministic))
+    settled = resolve_engine(asked(deterministic=deterministic))
     with pytest.raises(KeyError), engine.training(settled):
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert torch.backends.cudnn.benchmark != deterministic

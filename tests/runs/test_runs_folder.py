@@ -6,13 +6,13 @@ import pytest
 
 from relloc.errors import Interrupted, UsageError
 from relloc.pretext.stopping import Stopped
-from relloc.runs.folder import UNREADABLE_FILE, check_files, open_folder, own_folder
+from relloc.runs.folder import UNREADABLE_FILE, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.status import Status
 from relloc.tracking import RunRecord, read_status
-from relloc.tracking.holding import FolderIsTaken
 from relloc.tracking.journal import JOURNAL_FILE
 from relloc.tracking.record import RUN_FILE
+from relloc.tracking.run_lock import FolderIsTaken
 
 RECORD = RunRecord(name="a run", experiment="relloc")
 
@@ -35,11 +35,11 @@ def status(path: Path) -> Status | None:
 
 
 def test_a_folder_is_one_commands_alone(tmp_path: Path) -> None:
-    with own_folder(tmp_path) as run_dir:
+    with lock_folder(tmp_path) as run_dir:
         assert run_dir == tmp_path
-        with pytest.raises(FolderIsTaken), own_folder(tmp_path):
+        with pytest.raises(FolderIsTaken), lock_folder(tmp_path):
             pass
-    with own_folder(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
@@ -91,17 +91,17 @@ def test_a_stopped_run_without_anything_saved_says_so(
 
 def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
     (tmp_path / "out.log").touch()
-    with own_folder(tmp_path):  # of the command's own output
+    with lock_folder(tmp_path):  # of the command's own output
         pass
     (tmp_path / "a.jpg").touch()
     with (
         pytest.raises(UsageError, match=r"hydra\.run\.dir=.* a\.jpg"),
-        own_folder(tmp_path),
+        lock_folder(tmp_path),
     ):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "out.log"]
     RECORD.write(tmp_path)
-    with own_folder(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 

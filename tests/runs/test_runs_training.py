@@ -15,7 +15,7 @@ from relloc.pretext.alarm import Diverged
 from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.runs import build, saving, training
 from relloc.runs.build import Pretraining
-from relloc.runs.engine import settle
+from relloc.runs.engine import resolve_engine
 from relloc.runs.pretraining import make_plan, make_task
 from relloc.runs.settings import conf_dir
 from relloc.runs.training import Training, train_to_the_end
@@ -51,7 +51,7 @@ def stop() -> Iterator[StopRequest]:
 
 
 def prepared(settings: Pretraining, data: Splits, run_dir: Path, stop: StopRequest) -> Training:
-    engine = settle(settings.engine)
+    engine = resolve_engine(settings.engine)
     plan = make_plan(settings, data, engine)
     task = make_task(
         settings, engine, steps_per_epoch=plan.steps_per_epoch, accumulation=plan.accumulation

@@ -7,8 +7,8 @@ import pytest
 
 from relloc.errors import UsageError
 from relloc.status import Status
+from relloc.sweeps.point_status import PointStatus
 from relloc.sweeps.points import Point
-from relloc.sweeps.standing import Standing
 from relloc.sweeps.sweep import Sweep, check_folder, check_name, content_of, find_sweep, word_of
 
 
@@ -142,7 +142,7 @@ def test_of_folders_of_configs_only_what_hydra_reads_is_copied(tmp_path: Path) -
 def test_what_a_cancelled_sweep_began_no_more_is_cancelled(tmp_path: Path) -> None:
     sweep = new_sweep(tmp_path / "s")
     point = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
-    found = [Standing(point=point, status=status) for status in (Status.MISSING, Status.DONE)]
+    found = [PointStatus(point=point, status=status) for status in (Status.MISSING, Status.DONE)]
     assert sweep.with_cancelled(found) == found
     sweep.cancel()
     os.utime(sweep.folder / "sweep.json", (1, 1))

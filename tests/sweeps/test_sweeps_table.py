@@ -7,8 +7,8 @@ from rich.console import Console
 
 from relloc.status import Status
 from relloc.sweeps import table
+from relloc.sweeps.point_status import PointStatus
 from relloc.sweeps.points import POINT_FILE, Point, note_job
-from relloc.sweeps.standing import Standing
 from relloc.sweeps.sweep import Sweep
 
 
@@ -24,11 +24,11 @@ def point(folder: Path, name: str = "gap_px=4", **more: object) -> Point:
     return Point(**{**fields, **more})  # type: ignore[arg-type]
 
 
-def standing(status: Status, of: Point, **more: float) -> Standing:
-    return Standing(point=of, status=status, **more)
+def point_status(status: Status, of: Point, **more: float) -> PointStatus:
+    return PointStatus(point=of, status=status, **more)
 
 
-def cells(*found: Standing) -> dict[str, list[str]]:
+def cells(*found: PointStatus) -> dict[str, list[str]]:
     """The columns of the table, by their heads."""
     made = table.table(found)
     return {str(column.header): [str(cell) for cell in column.cells] for column in made.columns}
@@ -48,22 +48,22 @@ def cells(*found: Standing) -> dict[str, list[str]]:
 def test_the_time_left_of_a_running_point_has_the_unit_that_is_short(
     tmp_path: Path, seconds: float, text: str
 ) -> None:
-    told = cells(standing(Status.RUNNING, point(tmp_path), progress=0.256, left_s=seconds))
+    told = cells(point_status(Status.RUNNING, point(tmp_path), progress=0.256, left_s=seconds))
     assert (told["progress"], told["time left"]) == (["26 %"], [text])
 
 
 def test_a_point_that_does_not_run_has_no_time_left_and_may_have_no_progress(
     tmp_path: Path,
 ) -> None:
-    stopped = standing(Status.STOPPED, point(tmp_path, "a"), progress=0.5, left_s=60.0)
-    told = cells(stopped, standing(Status.MISSING, point(tmp_path, "b")))
+    stopped = point_status(Status.STOPPED, point(tmp_path, "a"), progress=0.5, left_s=60.0)
+    told = cells(stopped, point_status(Status.MISSING, point(tmp_path, "b")))
     assert (told["progress"], told["time left"]) == (["50 %", ""], ["", ""])
 
 
 def test_the_title_counts_each_state_that_a_point_is_in(tmp_path: Path) -> None:
     states = (Status.FAILED, Status.DONE, Status.DONE, Status.UNKNOWN)
     made = table.table(
-        [standing(state, point(tmp_path, f"p{number}")) for number, state in enumerate(states)]
+        [point_status(state, point(tmp_path, f"p{number}")) for number, state in enumerate(states)]
     )
     assert made.title == "2 done, 1 failed, 1 unknown"
 
@@ -76,7 +76,7 @@ def test_the_job_is_a_process_of_a_machine_or_a_number_of_a_cluster_and_folders_
     note_job(points[0], {"pid": 12, "host": "node1", "born": 0})
     note_job(points[1], {"slurm": "7_2"})
     (points[3].folder / POINT_FILE).write_text("{")
-    told = cells(*(standing(Status.MISSING, made) for made in points))
+    told = cells(*(point_status(Status.MISSING, made) for made in points))
     assert told["job"] == ["pid 12 on node1", "slurm 7_2", "", "?"]
     assert told["folder"] == ["process", "cluster", "none", "damaged"]
 
@@ -85,8 +85,8 @@ def test_names_of_points_mean_nothing_to_the_console(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    made = table.table([standing(Status.DONE, point(tmp_path, "[red]a\x1b[0m:smile:"))])
-    table.say(made)
+    made = table.table([point_status(Status.DONE, point(tmp_path, "[red]a\x1b[0m:smile:"))])
+    table.print_message(made)
     told = capsys.readouterr().out
     assert r"[red]a\x1b[0m:smile:" in told
     assert "\x1b" not in told
@@ -102,7 +102,7 @@ def test_a_file_has_room_for_the_table_unless_a_width_is_asked_for(
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
-    table.say(table.table([standing(Status.DONE, point(tmp_path, "a" * 120))]))
+    table.print_message(table.table([point_status(Status.DONE, point(tmp_path, "a" * 120))]))
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= (int(columns) if columns else 160)
     assert told.count("a") >= 120  # folded, not cut
@@ -114,9 +114,9 @@ def told_of_failed(
     path = folder / "log"
     if log is not None:
         path.write_text(log)
-    failed = standing(Status.FAILED, point(folder, "a", **more))
-    done = standing(Status.DONE, point(folder, "b", **more))
-    table.tell_failed([failed, done], lambda _: path if log is not None else None)
+    failed = point_status(Status.FAILED, point(folder, "a", **more))
+    done = point_status(Status.DONE, point(folder, "b", **more))
+    table.print_failed_points([failed, done], lambda _: path if log is not None else None)
     return capsys.readouterr().out
 
 
@@ -186,22 +186,22 @@ def test_who_does_not_answer_is_told_once_with_the_number_of_points_that_nobody_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unknown = [
-        standing(status, point(tmp_path))
+        point_status(status, point(tmp_path))
         for status in (Status.UNKNOWN, Status.DONE, Status.UNKNOWN)
     ]
-    table.tell_silent(unknown, ["squeue \x1b[2J is silent", "squeue \x1b[2J is silent"])
+    table.print_silent_schedulers(unknown, ["squeue \x1b[2J is silent", "squeue \x1b[2J is silent"])
     told = capsys.readouterr().out
     assert told.count("is silent") == 1
     assert "2 points" in told
     assert "\x1b" not in told
-    table.tell_silent(unknown, [])
+    table.print_silent_schedulers(unknown, [])
     assert capsys.readouterr().out == ""
 
 
 def test_the_next_commands_name_the_sweep_as_a_shell_takes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table.tell_next(Sweep(tmp_path / "a sweep's"))
+    table.print_next(Sweep(tmp_path / "a sweep's"))
     told = capsys.readouterr().out
     for command in ("relloc.report sweep=", "relloc.sweep status "):
         (line,) = (line for line in told.splitlines() if command in line)
@@ -209,7 +209,7 @@ def test_the_next_commands_name_the_sweep_as_a_shell_takes_it(
 
 
 def test_colors_are_for_terminals_alone(tmp_path: Path) -> None:
-    made = table.table([standing(Status.FAILED, point(tmp_path))])
+    made = table.table([point_status(Status.FAILED, point(tmp_path))])
     terminal = Console(force_terminal=True, width=160, color_system="standard", no_color=False)
     with terminal.capture() as seen:
         terminal.print(made)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from relloc.errors import DamagedFile
-from relloc.sweeps.standing import status_of
+from relloc.sweeps.point_status import status_of
 from relloc.tracking import (
     Journal,
     RunRecord,

@@ -30,7 +30,7 @@ def files(folder: Path) -> list[str]:
     return sorted(file.read_text() for file in folder.rglob("notes.txt"))
 
 
-def place_of(uri: str, run_id: str) -> Path:
+def copy_folder(uri: str, run_id: str) -> Path:
     return Path(unquote(urlsplit(open_store(uri).get_run(run_id).info.artifact_uri).path))
 
 
@@ -53,8 +53,8 @@ def test_files_go_beside_a_store_that_was_moved_and_earlier_ones_are_found(
     assert files(moved) == ["first", "second"]
     assert not store.parent.exists()
     for run in (first, second):
-        assert place_of(uri, run.run_id).is_relative_to(moved)
-        assert (place_of(uri, run.run_id) / "notes.txt").exists()
+        assert copy_folder(uri, run.run_id).is_relative_to(moved)
+        assert (copy_folder(uri, run.run_id) / "notes.txt").exists()
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_of_a_copied_database_new_files_go_beside_it_and_old_ones_stay(
     uri = f"sqlite:///{shutil.copy(store, copied)}"
     sync(make_run("second"), uri)
     assert files(copied) == ["second"]
-    assert (place_of(uri, first.run_id) / "notes.txt").read_text() == "first"
+    assert (copy_folder(uri, first.run_id) / "notes.txt").read_text() == "first"
     sync(make_run("third"), f"sqlite:///{store}")
     assert files(store.parent) == ["first", "third"]
 
@@ -99,7 +99,7 @@ def test_a_store_behind_a_link_was_not_moved(store: Path, make_run: NewRun, tmp_
     os.symlink(store.parent, tmp_path / "link")
     uri = f"sqlite:///{tmp_path}/link/mlflow.db"
     sync(make_run("second"), uri)
-    assert place_of(uri, first.run_id).is_relative_to(store.parent)
+    assert copy_folder(uri, first.run_id).is_relative_to(store.parent)
     assert files(store.parent) == ["first", "second"]
 
 

@@ -3,8 +3,8 @@ from pathlib import Path
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.checkpoints.states import save_training
 from relloc.tracking import RunRecord
-from relloc.tracking.holding import held
 from relloc.tracking.journal import Journal
+from relloc.tracking.run_lock import locked_run_folder
 from relloc.tracking.unfinished import unfinished_training
 
 
@@ -24,7 +24,7 @@ def test_a_stopped_training_tells_how_far_it_is_and_how_it_goes_on(tmp_path: Pat
     message = unfinished_training(tmp_path)
     assert "was stopped at step 52 of 4700," in message
     assert command in message
-    with held(tmp_path):
+    with locked_run_folder(tmp_path):
         assert "is being trained" in unfinished_training(tmp_path)
 
 

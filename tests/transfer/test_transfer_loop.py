@@ -73,7 +73,7 @@ def training(
 
 
 def trained(one: FineTuning[list[Pair]], every: int = 2) -> dict[str, Any]:
-    for _ in one.spans(every):
+    for _ in one.reports(every):
         pass
     return one.network.state_dict()
 
@@ -86,7 +86,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def test_a_training_is_that_of_a_plain_loop() -> None:
     found = training(Feed(), schedule=Milestones(milestones=[2, 4], gamma=0.5))
-    spans = list(found.spans(3))
+    reports = list(found.reports(3))
     plain = network()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], gamma=0.5)
@@ -99,11 +99,11 @@ def test_a_training_is_that_of_a_plain_loop() -> None:
         scheduler.step()
         losses.append(loss.item())
     assert_equal(found.network.state_dict(), plain.state_dict())
-    assert [(span.step, span.samples) for span in spans] == [(3, 18), (6, 18)]
-    assert [span.loss for span in spans] == pytest.approx(
+    assert [(span.step, span.samples) for span in reports] == [(3, 18), (6, 18)]
+    assert [span.loss for span in reports] == pytest.approx(
         [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
     )
-    assert [span.lr for span in spans] == pytest.approx([0.05, 0.025])
+    assert [span.lr for span in reports] == pytest.approx([0.05, 0.025])
 
 
 @pytest.mark.parametrize("accumulation", [2, 3, 4, 6])
@@ -128,7 +128,7 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(schedule: Schedule)
     whole = trained(begun(), every=1)
     for stop_after in (1, 2, 3):
         stopped = begun()
-        pauses = stopped.spans(1)
+        pauses = stopped.reports(1)
         for _ in range(stop_after):
             next(pauses)
         saved = copy.deepcopy(stopped.state_dict())
@@ -143,7 +143,7 @@ def test_spans_end_at_the_same_steps_wherever_a_training_goes_on_from() -> None:
     feed = Feed()
     one = training(feed, length=7, steps_per_unit=2)
     one.step = 3
-    assert [span.step for span in one.spans(2)] == [4, 8, 12, 14]
+    assert [span.step for span in one.reports(2)] == [4, 8, 12, 14]
     assert feed.asked == [(3, 4), (4, 8), (8, 12), (12, 14)]
 
 
@@ -173,7 +173,7 @@ def test_each_parameter_group_keeps_its_own_base_rate() -> None:
         name="x",
         **settings,
     )
-    for _ in one.spans(1):
+    for _ in one.reports(1):
         seen.append([group["lr"] for group in optimizer.param_groups])
     assert seen == [pytest.approx([0.1 * factor, factor]) for factor in (1, 0.75, 0.5, 0.25)]
 
@@ -223,39 +223,39 @@ def test_images_may_be_lists_of_different_sizes_and_targets_anything() -> None:
 
     one = training(Feed(), net, loss=loss, length=30)
     one.micro_batches = parts  # type: ignore[assignment]
-    losses = [span.loss for span in one.spans(10)]
+    losses = [span.loss for span in one.reports(10)]
     assert losses[-1] < 0.1 * losses[0]
 
 
 def test_steps_of_too_few_samples_are_left_out() -> None:
     feed = Feed(missing=lambda step: 5 if step == 1 else 0)
-    spans = list(training(feed, least_samples=2, length=2).spans(2))
-    assert spans[0].samples == 6
+    reports = list(training(feed, least_samples=2, length=2).reports(2))
+    assert reports[0].samples == 6
     with pytest.raises(
         DataError, match="eval.detection: up to step 2 no step has 2 or more images"
     ):
-        list(training(Feed(missing=lambda step: 5), least_samples=2, length=2).spans(2))
+        list(training(Feed(missing=lambda step: 5), least_samples=2, length=2).reports(2))
     empty = training(Feed(missing=lambda step: 6, accumulation=2), length=1)
     with pytest.raises(DataError, match="up to step 1 no step has 1 or more"):
-        list(empty.spans(1))
+        list(empty.reports(1))
 
 
 def test_divergence_is_told_at_the_end_of_the_span_with_what_to_do() -> None:
     with pytest.raises(
         Diverged, match="eval.detection diverged: .* after step 4 of 6, at a learning rate of 1e"
     ) as raised:
-        list(training(Feed(), lr=1e200).spans(4))
+        list(training(Feed(), lr=1e200).reports(4))
     assert isinstance(raised.value, UsageError)
     assert "precision" not in str(raised.value)
     with pytest.raises(Diverged, match="or precision=fp32"):
-        list(training(Feed(), network().float().double(), lr=1e200, bf16=True).spans(4))
+        list(training(Feed(), network().float().double(), lr=1e200, bf16=True).reports(4))
     broken = network()
     one = training(Feed(), broken, length=1)
     broken.register_buffer(
         "statistics", torch.tensor([torch.inf])
     )  # weights count, not the loss alone
     with pytest.raises(Diverged):
-        list(one.spans(1))
+        list(one.reports(1))
 
 
 def test_in_bfloat16_the_weights_stay_in_float32() -> None:

@@ -122,9 +122,11 @@ def of_ranks(folder: Path, way: str) -> tuple[list[list[dict[str, Tensor]]], lis
 # With plain batch norm two processes compute what one computes in two parts; synchronized, what one does at once.
 @pytest.mark.parametrize(("way", "accumulation"), [("plain", 2), ("synchronized", 1)])
 def test_two_processes_are_one(folder: Path, way: str, accumulation: int) -> None:
-    expected, spans = runpy.run_path(str(folder / "fine_tune_two.py"))["trained"](way, accumulation)
+    expected, reports = runpy.run_path(str(folder / "fine_tune_two.py"))["trained"](
+        way, accumulation
+    )
     states, reported = of_ranks(folder, way)
-    assert reported[0] == reported[1] == [pytest.approx(span, rel=1e-9) for span in spans]
+    assert reported[0] == reported[1] == [pytest.approx(span, rel=1e-9) for span in reports]
     assert len(expected) > 60
     for name, value in expected.items():
         assert torch.equal(states[0][0][name], states[1][0][name]), name

@@ -33,10 +33,23 @@ from relloc.runs.command_line import as_value
 from relloc.runs.launch import refuse_chdir, users_environment
 from relloc.runs.settings import conf_dir
 from relloc.status import Status
+from relloc.sweeps.point_status import (
+    Ask,
+    PointStatus,
+    known_point_statuses,
+    repair_status,
+    schedulers,
+)
 from relloc.sweeps.points import Point, folder_of, identity, name_of
-from relloc.sweeps.standing import Ask, Standing, known_standings, repair_status, schedulers
 from relloc.sweeps.sweep import Sweep, check_folder, check_name, code_and_configs, lock_of
-from relloc.sweeps.table import reason_of, say, table, tell_failed, tell_next, tell_silent
+from relloc.sweeps.table import (
+    print_failed_points,
+    print_message,
+    print_next,
+    print_silent_schedulers,
+    reason_of,
+    table,
+)
 
 _RELLOC_CONF = "RELLOC_CONF"
 _SCRATCH = "${scratch:}"  # a temporary folder, see relloc.runs.launch
@@ -117,14 +130,14 @@ class PointsLauncher(Launcher):
         points = [one.point for one in composed]
         n_repeated = len(given) - len(points)
         if n_repeated:
-            say(f"sweep   {n_repeated} points are others over again: each is run once")
+            print_message(f"sweep   {n_repeated} points are others over again: each is run once")
 
         # Refuse what can be refused, before anything is written.
         content = self._content()
-        self.code = self.sweep.place_of(content)
-        before = self._standings(points)
+        self.code = self.sweep.copy_folder(content)
+        before = self._point_statuses(points)
         todo = to_run(before)
-        self._say_counts(before, todo)
+        self._print_counts(before, todo)
         self._check([one for one in composed if one.point in todo])
         # A dry run ends in `plan`, or here if it had nothing to show.
         self.plan(todo)
@@ -134,7 +147,7 @@ class PointsLauncher(Launcher):
         try:
             with self.sweep.locked():
                 # Another command may have taken points before this one had the lock.
-                todo = to_run(self._standings(points))
+                todo = to_run(self._point_statuses(points))
                 self.code = self.sweep.copy(content) if todo else None
                 self.plan(todo)
                 # Note the points before any is started, so that every running one can be found.
@@ -308,33 +321,33 @@ class PointsLauncher(Launcher):
             lines.append(f"  and {len(refused) - _LISTED} more")
         raise UsageError("\n".join(lines))
 
-    def _standings(self, points: Sequence[Point]) -> list[Standing]:
+    def _point_statuses(self, points: Sequence[Point]) -> list[PointStatus]:
         """Returns the status of each point.
 
         Raises:
             Interrupted: a scheduler did not answer, so that starting a point might run it twice.
         """
-        standings, silent = known_standings(points, self.schedulers())
-        if any(now.status is Status.UNKNOWN for now in standings):
+        statuses, silent = known_point_statuses(points, self.schedulers())
+        if any(now.status is Status.UNKNOWN for now in statuses):
             raise Interrupted(
                 f"{silent[0]}. Points may have jobs there, and none is to run twice: "
                 "try again later"
             )
-        return standings
+        return statuses
 
-    def _report_end(self, points: Sequence[Point]) -> list[Standing]:
+    def _report_end(self, points: Sequence[Point]) -> list[PointStatus]:
         """Prints how the points ended, and returns their status."""
-        standings, silent = known_standings(points, self.schedulers())
-        after = self.sweep.with_cancelled(standings)
+        statuses, silent = known_point_statuses(points, self.schedulers())
+        after = self.sweep.with_cancelled(statuses)
         for repaired in repair_status(after):
-            say(f"mended  {repaired}")
-        say(table(after))
-        tell_failed(after, self.log_of)
-        tell_silent(after, silent)
-        tell_next(self.sweep)
+            print_message(f"mended  {repaired}")
+        print_message(table(after))
+        print_failed_points(after, self.log_of)
+        print_silent_schedulers(after, silent)
+        print_next(self.sweep)
         return after
 
-    def _say_counts(self, before: Sequence[Standing], todo: Sequence[Point]) -> None:
+    def _print_counts(self, before: Sequence[PointStatus], todo: Sequence[Point]) -> None:
         """Prints how many points there are, and how many are left to run."""
         n_done = sum(now.point not in todo and now.status is Status.DONE for now in before)
         n_in_flight = len(before) - n_done - len(todo)
@@ -344,7 +357,7 @@ class PointsLauncher(Launcher):
         if n_in_flight:
             counts.append(f"{n_in_flight} in flight already")
         counts.append(f"{len(todo)} to run")
-        say(f"sweep   {self.sweep.folder}: {', '.join(counts)}")
+        print_message(f"sweep   {self.sweep.folder}: {', '.join(counts)}")
 
     def _content(self) -> dict[str, bytes]:
         """Returns the files of the code and configs as they are now, for the sweep's copy."""
@@ -365,7 +378,7 @@ class PointsLauncher(Launcher):
         self.config.hydra.sweep.dir = str(self.sweep.folder)
         OmegaConf.save(self.config, self.sweep.folder / CONFIG_FILE)
 
-    def _returned(self, one: Composed, now: Standing) -> JobReturn:
+    def _returned(self, one: Composed, now: PointStatus) -> JobReturn:
         """Returns to a sweeper that searches the number of a point, or that the point failed.
 
         Raises `SystemExit` for a point that was stopped or that another command runs, since the
@@ -381,7 +394,7 @@ class PointsLauncher(Launcher):
             returned.return_value = UsageError(f"point {one.point.name} failed: {reason}")
         else:
             status = now.status.word
-            say(
+            print_message(
                 f"sweep   point {one.point.name} is {status}: the search ends, "
                 "and the same command goes on with it"
             )
@@ -394,14 +407,14 @@ def _name_of_copy(named_by: str) -> str:
     return "own_conf_" + named_by.lstrip("-").lower().replace("-", "_")
 
 
-def to_run(standings: Sequence[Standing]) -> list[Point]:
+def to_run(statuses: Sequence[PointStatus]) -> list[Point]:
     """Returns the points that nobody runs and that are not done.
 
     An evaluation is never taken to be done, since its checkpoint may have changed: it looks for
     itself which results there are already.
     """
     points = []
-    for now in standings:
+    for now in statuses:
         is_done = now.status is Status.DONE and now.point.kind == "train"
         if not now.in_flight and not is_done:
             points.append(now.point)

@@ -15,9 +15,9 @@ from relloc import machine
 from relloc.errors import UsageError
 from relloc.pretext.stopping import WATCHED, signals_to_watch
 from relloc.status import Status
+from relloc.sweeps.point_status import point_statuses
 from relloc.sweeps.points import Point, note_ending
-from relloc.sweeps.standing import standings
-from relloc.sweeps.table import say
+from relloc.sweeps.table import print_message
 from relloc.terminal import escaped
 
 _POLL_S = 0.2
@@ -75,7 +75,7 @@ class ProcessLauncher(PointsLauncher):
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._stop is not None:
-            say(
+            print_message(
                 f"sweep   stopped by {signal.Signals(self._stop).name}; "
                 "the same command goes on with it"
             )
@@ -92,7 +92,7 @@ class ProcessLauncher(PointsLauncher):
         """Starts the next point that waits, unless another command has taken it."""
         point = self._waiting.pop(0)
         # Another command may have run the point, or may be running it, since it waits here.
-        if not to_run(standings([point], {})):
+        if not to_run(point_statuses([point], {})):
             return
         device = self._free.pop(0)
         environment = self.environment()
@@ -107,7 +107,7 @@ class ProcessLauncher(PointsLauncher):
         with open(log, "ab") as file:
             self._shown_bytes = file.tell()
             name = escaped(point.name)
-            say(f"\npoint   {name}" if self._on_console else f"start   {name}: {log}")
+            print_message(f"\npoint   {name}" if self._on_console else f"start   {name}: {log}")
             output = None if self._on_console else file
             # Messages go through the log. A pipe would break if this command were killed.
             process = start_noted(
@@ -129,7 +129,7 @@ class ProcessLauncher(PointsLauncher):
                 how = "done"
                 if process.returncode != 0:
                     how = f"ended with exit code {process.returncode}"
-                say(f"end     {point.name}: {how}")
+                print_message(f"end     {point.name}: {how}")
 
     def _show_messages(self) -> None:
         """Shows what the only running point has written into its log since the last call."""

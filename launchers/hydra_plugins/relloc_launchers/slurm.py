@@ -32,10 +32,10 @@ from relloc.errors import UsageError
 from relloc.files import write_whole
 from relloc.runs.launch import FULL_ERROR
 from relloc.status import Status
+from relloc.sweeps.point_status import Ask, point_statuses_in_time
 from relloc.sweeps.points import POINT_FILE, Point, note_job, read_job
-from relloc.sweeps.standing import Ask, standings_in_time
 from relloc.sweeps.sweep import SWEEP_FILE
-from relloc.sweeps.table import say
+from relloc.sweeps.table import print_message
 
 NAME = "slurm"
 _FIRST_POLL_S, _LONGEST_POLL_S = 1.0, 30.0
@@ -84,9 +84,9 @@ class SlurmLauncher(PointsLauncher):
         # Writing the batch script checks all settings.
         script = self._batch_script(_DRY_RUN, len(todo), 1)
         if self.settings["dry_run"]:
-            say(script)
+            print_message(script)
             command = shlex.join(self.command(todo[0]))
-            say(
+            print_message(
                 f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n"
                 f"  {command}"
             )
@@ -107,11 +107,11 @@ class SlurmLauncher(PointsLauncher):
             except NotTaken as error:
                 # Jobs of earlier parts go on. Without any, the sweep is left as it was before.
                 if sent:
-                    self._say_sent(sent)
+                    self._print_sent(sent)
                 else:
                     self._leave_nothing()
                 raise UsageError(_why_not(str(error), len(part), len(sent))) from error
-        self._say_sent(sent)
+        self._print_sent(sent)
 
     def follow(self, todo: Sequence[Point]) -> None:
         # SIGTERM, as Ctrl-C, ends this command and not its jobs.
@@ -121,20 +121,20 @@ class SlurmLauncher(PointsLauncher):
         pause_s = _FIRST_POLL_S
         try:
             while todo:
-                standings = standings_in_time(todo, self.schedulers())
-                for now in standings:
+                statuses = point_statuses_in_time(todo, self.schedulers())
+                for now in statuses:
                     if shown.get(now.point.identity) != now.status:
-                        say(f"{now.status.word:7} {now.point.name}")
+                        print_message(f"{now.status.word:7} {now.point.name}")
                         shown[now.point.identity] = now.status
                         pause_s = _FIRST_POLL_S
-                if not any(now.in_flight for now in standings):
+                if not any(now.in_flight for now in statuses):
                     return
                 time.sleep(pause_s)
                 pause_s = min(_LONGEST_POLL_S, 1.1 * pause_s)
         except KeyboardInterrupt:
-            say("\nthis command is stopped, its jobs go on:")
+            print_message("\nthis command is stopped, its jobs go on:")
             for action in ("status", "wait", "cancel"):
-                say(f"  python -m relloc.sweep {action} {self.sweep.folder}")
+                print_message(f"  python -m relloc.sweep {action} {self.sweep.folder}")
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -180,7 +180,7 @@ class SlurmLauncher(PointsLauncher):
         script = self._batch_script(token, len(points), n_parts)
         environment, removed = environment_for(script, os.environ)
         for variable in removed:
-            say(
+            print_message(
                 f"        {variable} of the environment is left out: "
                 "the launcher's settings decide that"
             )
@@ -210,7 +210,7 @@ class SlurmLauncher(PointsLauncher):
             self._remove_folder(token)
             raise
         for line in messages.splitlines():
-            say(f"        {line}")
+            print_message(f"        {line}")
         jobs = _tasks(taken, len(points))
         for point, job in zip(points, jobs, strict=True):
             note_job(point, {NAME: str(job)})
@@ -293,10 +293,10 @@ class SlurmLauncher(PointsLauncher):
         self._lock.unlink(missing_ok=True)
         self.sweep.leave_nothing()
 
-    def _say_sent(self, jobs: Sequence[Job]) -> None:
+    def _print_sent(self, jobs: Sequence[Job]) -> None:
         """Prints which jobs were submitted."""
-        say(f"sent    {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}; logs in {self._logs}")
-        say(
+        print_message(f"sent    {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}; logs in {self._logs}")
+        print_message(
             "        they need this command no more: "
             f"python -m relloc.sweep status {self.sweep.folder}"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from relloc.sweeps.points import Point, note_job
-from relloc.tracking.living import process_mark
+from relloc.tracking.process_identity import process_identity
 
 # The process waits for a line from its parent, and ends if that died before. `exec` turns it into
 # the command under the same process number.
@@ -36,7 +36,7 @@ def start_noted(
         start_new_session=True,  # so that Ctrl-C reaches it once, from this process
     )
     try:
-        note_job(point, process_mark(process.pid))
+        note_job(point, process_identity(process.pid))
     except BaseException:
         # At the end of its input the process ends.
         _send(process, b"")

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from relloc.checks import whole
 from relloc.errors import UsageError
 from relloc.sweeps.points import Point
-from relloc.sweeps.table import say
+from relloc.sweeps.table import print_message
 
 _PREFIX = "hydra.launcher."
 # Settings of that plugin that launcher=slurm has by the same name and with the same meaning
@@ -111,7 +111,7 @@ class SubmititSlurmLauncher(SlurmLauncher):
         gpus = self.settings["gpus_per_node"]
         tasks = self.settings["tasks_per_node"]
         if todo and isinstance(gpus, int) and gpus > 1 and tasks == 1:
-            say(
+            print_message(
                 f"        a process trains on one GPU: {gpus - 1} of {_PREFIX}gpus_per_node={gpus} "
                 f"stay unused unless {_PREFIX}tasks_per_node={gpus} as well"
             )
@@ -182,7 +182,9 @@ class SubmititLocalLauncher(ProcessLauncher):
         for process, (point, _) in self._running.items():
             began = self._started.setdefault(process, now)
             if now - began > self._limit_s and began < float("inf"):
-                say(f"time    {point.name} has reached {_PREFIX}timeout_min: it saves and ends")
+                print_message(
+                    f"time    {point.name} has reached {_PREFIX}timeout_min: it saves and ends"
+                )
                 # Marks that the process has been sent the signal
                 self._started[process] = float("inf")
                 process.send_signal(signal.SIGUSR2)

@@ -12,18 +12,18 @@ import pytest
 
 from relloc.errors import UsageError
 from relloc.status import Status
-from relloc.sweeps.points import Point, folder_of, name_of, note_ending, note_job
-from relloc.sweeps.standing import (
-    Standing,
-    known_standings,
+from relloc.sweeps.point_status import (
+    PointStatus,
+    known_point_statuses,
+    point_statuses,
+    point_statuses_in_time,
     repair_status,
-    standings,
-    standings_in_time,
     status_of,
 )
+from relloc.sweeps.points import Point, folder_of, name_of, note_ending, note_job
 from relloc.sweeps.sweep import Sweep, code_and_configs
 from relloc.tracking import Journal, RunRecord, search, sync, write_status
-from relloc.tracking.living import is_alive, process_mark
+from relloc.tracking.process_identity import is_alive, process_identity
 
 
 def point(
@@ -76,7 +76,7 @@ def asked(**states: Status) -> dict:
 def test_a_point_stands_as_its_job_and_its_folder_say(
     tmp_path: Path, status: str | None, queue: dict[str, Status], state: str
 ) -> None:
-    (found,) = standings([point(tmp_path, status, {"slurm": "7"})], asked(**queue))
+    (found,) = point_statuses([point(tmp_path, status, {"slurm": "7"})], asked(**queue))
     assert found.status == state
     assert found.in_flight == (state in (Status.RUNNING, Status.WAITING))
 
@@ -97,8 +97,8 @@ def test_a_point_that_was_asked_to_end_has_not_failed(
 ) -> None:
     made = point(tmp_path, status, {"slurm": "7"})
     note_ending(made.folder, asked_to_end)
-    assert [now.status for now in standings([made], asked())] == [state]
-    assert [now.status for now in standings([made], asked(job7=Status.RUNNING))] == [
+    assert [now.status for now in point_statuses([made], asked())] == [state]
+    assert [now.status for now in point_statuses([made], asked(job7=Status.RUNNING))] == [
         Status.RUNNING
     ]  # it takes a while
 
@@ -119,14 +119,14 @@ def test_what_only_a_silent_cluster_knows_is_unknown(
         raise UsageError("no answer")
 
     made = point(tmp_path, status, {"slurm": "7"})
-    found, told = known_standings([made], {"slurm": silent})
+    found, told = known_point_statuses([made], {"slurm": silent})
     assert ([now.status for now in found], told) == ([state], ["no answer"])
     assert repair_status(found) == []  # it may run
     with pytest.raises(UsageError, match="no answer"):
-        standings([made], {"slurm": silent})
+        point_statuses([made], {"slurm": silent})
     for path in (made.folder, *made.folder.iterdir()):
         os.utime(path, (0, 0))
-    (found,), _ = known_standings([made], {"slurm": silent})
+    (found,), _ = known_point_statuses([made], {"slurm": silent})
     assert found.status == (
         Status.DONE if status == "FINISHED" else Status.UNKNOWN
     )  # nothing was heard of it lately
@@ -138,25 +138,25 @@ def test_a_damaged_note_hides_no_other_point(tmp_path: Path) -> None:
     os.utime(made.folder / "status.json", (0, 0))
     os.utime(made.folder / "point.json", (0, 0))
     os.utime(made.folder, (0, 0))
-    (found,), told = known_standings([made], {})
+    (found,), told = known_point_statuses([made], {})
     assert (found.status, len(told), "point.json" in told[0]) == (Status.UNKNOWN, 1, True)
 
 
 def test_a_run_of_another_machine_runs_while_it_writes(tmp_path: Path) -> None:
-    there = point(tmp_path, "RUNNING", process_mark(os.getpid()) | {"host": "elsewhere"})
-    found = standings([there], {})
+    there = point(tmp_path, "RUNNING", process_identity(os.getpid()) | {"host": "elsewhere"})
+    found = point_statuses([there], {})
     assert found[0].status == Status.RUNNING
     assert repair_status(found) == []
     for path in (there.folder, *there.folder.iterdir()):
         os.utime(path, (0, 0))
-    assert standings([there], {})[0].status == Status.STOPPED
+    assert point_statuses([there], {})[0].status == Status.STOPPED
 
 
 @pytest.mark.parametrize("damaged", ["status.json", "journal.jsonl"])
 def test_a_damaged_file_hides_no_other_point(tmp_path: Path, damaged: str) -> None:
     made = point(tmp_path, "KILLED")
     (made.folder / damaged).write_text('{"st\n{"\n')
-    found = standings([made], {})
+    found = point_statuses([made], {})
     assert found[0].status == (Status.FAILED if damaged == "status.json" else Status.STOPPED)
     assert repair_status(found) == []
 
@@ -165,7 +165,7 @@ def test_a_damaged_note_of_a_job_is_told(tmp_path: Path) -> None:
     made = point(tmp_path, "RUNNING", {"slurm": "7"})
     (made.folder / "point.json").write_text("{")
     with pytest.raises(UsageError, match=r"point\.json"):
-        standings([made], {})
+        point_statuses([made], {})
 
 
 def test_a_scheduler_that_is_silent_for_a_while_is_asked_again(
@@ -178,20 +178,20 @@ def test_a_scheduler_that_is_silent_for_a_while_is_asked_again(
             raise answer
         return answer  # pyright: ignore[reportReturnType]
 
-    monkeypatch.setattr("relloc.sweeps.standing._AGAIN_S", 0.0)
-    (found,) = standings_in_time([point(tmp_path, "RUNNING", {"slurm": "7"})], {"slurm": ask})
+    monkeypatch.setattr("relloc.sweeps.point_status._AGAIN_S", 0.0)
+    (found,) = point_statuses_in_time([point(tmp_path, "RUNNING", {"slurm": "7"})], {"slurm": ask})
     assert found.status == Status.RUNNING
     assert capsys.readouterr().err.count("no answer") == 1
 
 
 def test_a_point_that_nobody_began_is_missing(tmp_path: Path) -> None:
-    assert standings([point(tmp_path)], {}) == [
-        Standing(point=point(tmp_path), status=Status.MISSING)
+    assert point_statuses([point(tmp_path)], {}) == [
+        PointStatus(point=point(tmp_path), status=Status.MISSING)
     ]
 
 
 def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) -> None:
-    running = point(tmp_path, "RUNNING", process_mark(os.getpid()))
+    running = point(tmp_path, "RUNNING", process_identity(os.getpid()))
     RunRecord(name="a", experiment="e", params={"schedule.epochs": 8}).write(running.folder)
     journal = Journal(running.folder)
     for step, epoch in ((10, 1.0), (20, 2.0)):
@@ -202,19 +202,19 @@ def test_progress_and_time_left_are_those_of_the_last_reports(tmp_path: Path) ->
     (running.folder / "journal.jsonl").write_text(
         lines[0] + "\n" + lines[1].replace(told, str(first + 3000)) + "\n"
     )
-    (found,) = standings([running], {})
+    (found,) = point_statuses([running], {})
     assert (found.status, found.progress, found.left_s) == (Status.RUNNING, 0.25, 18.0)
     waiting = dataclasses.replace(running, folder=tmp_path / "waiting")
     shutil.copytree(running.folder, waiting.folder)
     write_status(waiting.folder, "KILLED")
     note_job(waiting, {"slurm": "7"})
-    (found,) = standings([waiting], asked(job7=Status.WAITING))
+    (found,) = point_statuses([waiting], asked(job7=Status.WAITING))
     assert (found.status, found.progress, found.left_s) == (Status.WAITING, 0.25, None)
 
 
 def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    mark = process_mark(child.pid)
+    mark = process_identity(child.pid)
     assert is_alive(mark)
     assert not is_alive(mark | {"born": "0"})
     assert not is_alive(mark | {"host": "elsewhere"})
@@ -228,13 +228,13 @@ def test_what_a_cluster_killed_does_not_run_for_ever_in_mlflow(tmp_path: Path) -
     killed = point(tmp_path, "RUNNING", {"slurm": "7"})
     RunRecord(name="a", experiment="e", tracking_uri=uri).write(killed.folder)
     sync(killed.folder, uri)
-    assert repair_status(standings([killed], asked(job7=Status.RUNNING))) == []
-    (words,) = repair_status(standings([killed], asked()))
+    assert repair_status(point_statuses([killed], asked(job7=Status.RUNNING))) == []
+    (words,) = repair_status(point_statuses([killed], asked()))
     assert words == "gap_px=4 was ended before it could say so: noted as stopped"
     assert status_of(killed.folder) == Status.STOPPED
     (run,) = search(uri, "e")
     assert run["status"] == "KILLED"
-    assert repair_status(standings([killed], asked())) == []
+    assert repair_status(point_statuses([killed], asked())) == []
 
 
 def test_names_say_what_is_swept_and_folders_stay(tmp_path: Path) -> None:
@@ -285,5 +285,5 @@ def test_a_sweep_has_each_point_once_however_often_it_is_started(tmp_path: Path)
 
 def test_a_cancelled_job_is_noted_before_the_cluster_forgets_it(tmp_path: Path) -> None:
     made = point(tmp_path, None, {"slurm": "7"})
-    assert repair_status(standings([made], asked(job7=Status.CANCELLED))) == []
-    assert [now.status for now in standings([made], asked())] == [Status.CANCELLED]
+    assert repair_status(point_statuses([made], asked(job7=Status.CANCELLED))) == []
+    assert [now.status for now in point_statuses([made], asked())] == [Status.CANCELLED]

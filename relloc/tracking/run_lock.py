@@ -23,8 +23,8 @@ from typing import Any
 
 from relloc.errors import UsageError
 from relloc.files import NO_LOCKS_HERE
-from relloc.tracking.living import is_alive, is_elsewhere, process_mark
 from relloc.tracking.mounts import locks_stay_here
+from relloc.tracking.process_identity import is_alive, is_elsewhere, process_identity
 
 LOCK_FILE = "run.lock"
 BEAT_S = 30.0  # seconds between two touches of the file
@@ -48,7 +48,7 @@ class FolderIsTaken(UsageError):
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def locked_run_folder(run_dir: Path) -> Iterator[None]:
     """Lock a run folder while the block runs. The folder is made if it is missing.
 
     Raises:
@@ -175,13 +175,13 @@ def _claim_by_name(
     owner = _read_owner(descriptor)
     if owner is None:
         raise _taken(run_dir, owner)
-    this_process = process_mark(os.getpid())
+    this_process = process_identity(os.getpid())
     if any(owner[name] != value for name, value in this_process.items()):
         raise _taken(run_dir, owner)
 
 
 def _write_owner(descriptor: int) -> None:
-    note = process_mark(os.getpid()) | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    note = process_identity(os.getpid()) | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(note).encode(), 0)
     os.fsync(descriptor)

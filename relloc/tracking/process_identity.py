@@ -7,19 +7,19 @@ from typing import Any
 import psutil
 
 
-def process_mark(pid: int) -> dict[str, Any]:
+def process_identity(pid: int) -> dict[str, Any]:
     """Return what identifies a process of this machine, as values that JSON can hold."""
     return {"pid": pid, "host": socket.gethostname(), "born": _born(pid)}
 
 
 def is_elsewhere(mark: Mapping[str, Any]) -> bool:
-    """Return whether a process identified by `process_mark` belongs to another machine."""
+    """Return whether a process identified by `process_identity` belongs to another machine."""
     this_host = socket.gethostname()
     return mark.get("host", this_host) != this_host
 
 
 def is_alive(mark: Mapping[str, Any]) -> bool:
-    """Return whether a process identified by `process_mark` is alive; False on other machines."""
+    """Return whether a process identified by `process_identity` is alive; False on other machines."""
     # A process that has the number but another start is a later one.
     born = _born(mark["pid"])
     if is_elsewhere(mark) or born is None:

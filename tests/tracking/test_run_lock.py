@@ -17,15 +17,15 @@ import pytest
 
 from relloc.errors import UsageError
 from relloc.status import Status
-from relloc.tracking import holding, write_status
-from relloc.tracking.holding import LOCK_FILE, FolderIsTaken, held, is_held
-from relloc.tracking.living import process_mark
+from relloc.tracking import run_lock, write_status
+from relloc.tracking.process_identity import process_identity
+from relloc.tracking.run_lock import LOCK_FILE, FolderIsTaken, is_held, locked_run_folder
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from relloc.tracking.holding import held
-with held(Path(sys.argv[1])):
+from relloc.tracking.run_lock import locked_run_folder
+with locked_run_folder(Path(sys.argv[1])):
     if "fork" in sys.argv and os.fork() == 0:
         time.sleep(600)
     print(os.getpid(), flush=True)
@@ -35,9 +35,9 @@ TRY = """
 import sys
 from pathlib import Path
 from relloc.errors import UsageError
-from relloc.tracking.holding import held
+from relloc.tracking.run_lock import locked_run_folder
 try:
-    with held(Path(sys.argv[1])):
+    with locked_run_folder(Path(sys.argv[1])):
         print("ours")
 except UsageError as error:
     print(error)
@@ -84,7 +84,7 @@ def test_a_second_process_is_refused_and_told_who_has_it(tmp_path: Path, holder:
     assert is_held(tmp_path / "run")
     code, text = attempt(tmp_path / "run")
     assert code == 2
-    assert f"process {process.pid} on {process_mark(1)['host']}" in text
+    assert f"process {process.pid} on {process_identity(1)['host']}" in text
     assert "hydra.run.dir" in text
     assert attempt(tmp_path / "another") == (0, "ours\n")
     process.communicate("\n")
@@ -106,13 +106,13 @@ def test_a_killed_one_has_it_no_longer_although_its_forked_processes_live(
 
 def test_one_process_does_not_take_a_folder_twice_and_keeps_it_when_it_asks(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    with held(tmp_path):
+    with locked_run_folder(tmp_path):
         assert is_held(tmp_path)
         for same in (tmp_path, tmp_path / "link"):
-            with pytest.raises(FolderIsTaken, match=str(os.getpid())), held(same):
+            with pytest.raises(FolderIsTaken, match=str(os.getpid())), locked_run_folder(same):
                 pass
         assert attempt(tmp_path)[0] == 2
-    with held(tmp_path):
+    with locked_run_folder(tmp_path):
         pass
 
 
@@ -127,7 +127,7 @@ def _count(folder: Path) -> int:
     had = 0
     for _ in range(20):
         try:
-            with held(folder / "run"):
+            with locked_run_folder(folder / "run"):
                 count = folder / "count"
                 before = int(count.read_text()) if count.exists() else 0
                 time.sleep(0.001)
@@ -144,11 +144,11 @@ def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(holding, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(run_lock, "_SETTLE_S", 0.0)
 
 
 def write_note(folder: Path, *, age_s: float = 0, **changes: object) -> None:
-    note = process_mark(os.getppid()) | {"since": "2026-11-28 10:00:00"} | changes
+    note = process_identity(os.getppid()) | {"since": "2026-11-28 10:00:00"} | changes
     (folder / LOCK_FILE).write_text(json.dumps(note))
     then = time.time() - age_s
     os.utime(folder / LOCK_FILE, (then, then))
@@ -158,11 +158,11 @@ def write_note(folder: Path, *, age_s: float = 0, **changes: object) -> None:
 def test_without_locks_a_living_process_of_this_machine_has_it(tmp_path: Path) -> None:
     write_note(tmp_path, age_s=1e6)
     assert is_held(tmp_path)
-    with pytest.raises(FolderIsTaken, match=str(os.getppid())), held(tmp_path):
+    with pytest.raises(FolderIsTaken, match=str(os.getppid())), locked_run_folder(tmp_path):
         pass
     write_note(tmp_path, born="another process of that number")
     assert not is_held(tmp_path)
-    with held(tmp_path):
+    with locked_run_folder(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK_FILE).exists()
 
@@ -171,14 +171,14 @@ def test_without_locks_a_living_process_of_this_machine_has_it(tmp_path: Path) -
 def test_without_locks_another_machine_has_it_as_long_as_it_touches_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_note(tmp_path, host="elsewhere", age_s=holding.SILENT_S / 2)
+    write_note(tmp_path, host="elsewhere", age_s=run_lock.SILENT_S / 2)
     assert is_held(tmp_path)
-    with pytest.raises(FolderIsTaken, match="elsewhere"), held(tmp_path):
+    with pytest.raises(FolderIsTaken, match="elsewhere"), locked_run_folder(tmp_path):
         pass
-    write_note(tmp_path, host="elsewhere", age_s=holding.SILENT_S + 60)
+    write_note(tmp_path, host="elsewhere", age_s=run_lock.SILENT_S + 60)
     assert not is_held(tmp_path)
-    monkeypatch.setattr(holding, "BEAT_S", 0.01)
-    with held(tmp_path):
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.01)
+    with locked_run_folder(tmp_path):
         os.utime(tmp_path / LOCK_FILE, (0, 0))
         end = time.monotonic() + 60
         while (tmp_path / LOCK_FILE).stat().st_mtime == 0:
@@ -193,7 +193,7 @@ def test_without_locks_a_note_that_says_nothing_keeps_nobody_out(
 ) -> None:
     (tmp_path / LOCK_FILE).write_bytes(content)
     assert not is_held(tmp_path)
-    with held(tmp_path):
+    with locked_run_folder(tmp_path):
         pass
 
 
@@ -201,26 +201,28 @@ def test_where_locks_stay_on_one_machine_the_note_of_another_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_note(tmp_path, host="elsewhere")
-    with held(tmp_path):  # a network folder whose locks all machines see: the one before was killed
+    with locked_run_folder(
+        tmp_path
+    ):  # a network folder whose locks all machines see: the one before was killed
         pass
-    monkeypatch.setattr(holding, "locks_stay_here", lambda _path: True)
-    monkeypatch.setattr(holding, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(run_lock, "locks_stay_here", lambda _path: True)
+    monkeypatch.setattr(run_lock, "_SETTLE_S", 0.0)
     write_note(tmp_path, host="elsewhere")
     assert is_held(tmp_path)
-    with pytest.raises(FolderIsTaken, match="elsewhere"), held(tmp_path):
+    with pytest.raises(FolderIsTaken, match="elsewhere"), locked_run_folder(tmp_path):
         pass
     write_note(tmp_path)  # of this machine, where the lock has answered
-    with held(tmp_path):
+    with locked_run_folder(tmp_path):
         pass
 
 
 def test_a_sweep_sees_a_point_that_a_command_of_its_own_has(tmp_path: Path, holder: Holder) -> None:
+    from relloc.sweeps.point_status import point_statuses
     from relloc.sweeps.points import Point
-    from relloc.sweeps.standing import standings
 
     point = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
     process = holder(point.folder)
     write_status(point.folder, "RUNNING")
-    assert standings([point], {})[0].status is Status.RUNNING
+    assert point_statuses([point], {})[0].status is Status.RUNNING
     process.communicate("\n")
-    assert standings([point], {})[0].status is Status.STOPPED
+    assert point_statuses([point], {})[0].status is Status.STOPPED

@@ -15,12 +15,12 @@ from typing import Any
 from relloc.errors import UsageError
 from relloc.status import Status
 from relloc.sweeps.points import Point, note_ending, read_note
-from relloc.terminal import complain
-from relloc.tracking.holding import is_held
+from relloc.terminal import print_error
 from relloc.tracking.journal import read_journal
-from relloc.tracking.living import is_alive, is_elsewhere
 from relloc.tracking.mlflow import sync
+from relloc.tracking.process_identity import is_alive, is_elsewhere
 from relloc.tracking.record import RunRecord, read_status, write_status
+from relloc.tracking.run_lock import is_held
 from relloc.tracking.store import StoreError
 
 # A function from job numbers of one scheduler to the status of those jobs that it knows: WAITING or
@@ -37,7 +37,7 @@ _RATE_REPORTS = 20  # reports over which the rate of training is averaged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Standing:
+class PointStatus:
     """The status of a point, with its progress.
 
     Attributes:
@@ -69,7 +69,9 @@ def schedulers() -> dict[str, Any]:
     }
 
 
-def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -> list[Standing]:
+def point_statuses(
+    points: Sequence[Point], asked: Mapping[str, Ask] | None = None
+) -> list[PointStatus]:
     """Returns the status of each point.
 
     Args:
@@ -79,15 +81,15 @@ def standings(points: Sequence[Point], asked: Mapping[str, Ask] | None = None) -
     Raises:
         UsageError: A scheduler does not answer, or a note is damaged.
     """
-    found, problems = known_standings(points, asked)
+    found, problems = known_point_statuses(points, asked)
     if problems:
         raise UsageError(problems[0])
     return found
 
 
-def known_standings(
+def known_point_statuses(
     points: Sequence[Point], asked: Mapping[str, Ask] | None = None
-) -> tuple[list[Standing], list[str]]:
+) -> tuple[list[PointStatus], list[str]]:
     """Returns the status of each point as far as it is known, and messages on what is not known.
 
     A point is UNKNOWN if only a scheduler that does not answer could say how it stands.
@@ -125,13 +127,13 @@ def known_standings(
             answers[scheduler, number] = status
     found = []
     for point, note in zip(points, notes, strict=True):
-        found.append(_standing(point, note, answers))
+        found.append(_point_status(point, note, answers))
     return found, problems
 
 
-def standings_in_time(
+def point_statuses_in_time(
     points: Sequence[Point], asked: Mapping[str, Ask] | None = None
-) -> list[Standing]:
+) -> list[PointStatus]:
     """Returns the status of each point, waiting for schedulers that do not answer.
 
     It is for commands that watch a sweep for hours: the first silence is reported on stderr, and
@@ -140,15 +142,15 @@ def standings_in_time(
     is_reported = False
     while True:
         try:
-            return standings(points, asked)
+            return point_statuses(points, asked)
         except UsageError as error:
             if not is_reported:
-                complain(f"{error}; asked again every {_AGAIN_S:.0f} s")
+                print_error(f"{error}; asked again every {_AGAIN_S:.0f} s")
             is_reported = True
             time.sleep(_AGAIN_S)
 
 
-def repair_status(found: Sequence[Standing]) -> list[str]:
+def repair_status(found: Sequence[PointStatus]) -> list[str]:
     """Notes as stopped the runs that are noted as running though no job has them any more.
 
     MLflow is corrected too. A tracking store that does not answer is mentioned in the message; it
@@ -179,7 +181,7 @@ def repair_status(found: Sequence[Standing]) -> list[str]:
     return messages
 
 
-def note_cancelled(found: Sequence[Standing]) -> None:
+def note_cancelled(found: Sequence[PointStatus]) -> None:
     """Notes which jobs were cancelled, as a cluster remembers that for some minutes only."""
     for now in found:
         if now.status is Status.CANCELLED:
@@ -196,11 +198,11 @@ def status_of(folder: Path) -> Status | None:
     return noted.status if noted else None
 
 
-def _standing(
+def _point_status(
     point: Point,
     note: Mapping[str, Any],
     answers: Mapping[tuple[str, str], Status],
-) -> Standing:
+) -> PointStatus:
     """Returns how a point stands, given the note of its job and the schedulers' answers."""
     folder = point.folder
     own = status_of(folder)
@@ -213,11 +215,11 @@ def _standing(
     if job is Status.RUNNING or job is Status.WAITING:
         status = job
     if status is Status.DONE:
-        return Standing(point=point, status=status, progress=1.0)
+        return PointStatus(point=point, status=status, progress=1.0)
     progress, left_s = _progress(folder)
     if status is not Status.RUNNING:
         left_s = None
-    return Standing(point=point, status=status, progress=progress, left_s=left_s)
+    return PointStatus(point=point, status=status, progress=progress, left_s=left_s)
 
 
 def _job_status(
