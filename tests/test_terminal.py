@@ -73,7 +73,7 @@ def test_a_command_whose_readers_both_leave_goes_on(tmp_path: Path) -> None:
 def test_streams_that_were_closed_before_the_start_lead_nowhere(tmp_path: Path) -> None:
     opened = tmp_path / "opened"
     program = (
-        f"import os, sys\nfrom relloc import terminal\nterminal.outlive_readers()\nfile = open({str(opened)!r}, 'w')\n"
+        f"import os, sys\nfrom relloc import terminal\nterminal.survive_closed_output()\nfile = open({str(opened)!r}, 'w')\n"
         "print('lost')\nprint('lost', file=sys.stderr)\nos.write(1, b'lost')\nfile.write(str(file.fileno()))\n"
     )
     closing = f'exec {sys.executable} -c "$0" >&- 2>&-'
@@ -105,7 +105,7 @@ def test_names_are_printed_in_any_encoding(encoding: str) -> None:
 
 
 def test_a_message_stands_behind_what_was_printed_before() -> None:
-    does = "from relloc import terminal; print('first'); terminal.complain('second')"
+    does = "from relloc import terminal; print('first'); terminal.print_error('second')"
     done = subprocess.run(
         [sys.executable, "-c", does],
         stdout=subprocess.PIPE,

@@ -195,7 +195,7 @@ ON_A_TERMINAL = """
 import fcntl, sys, termios, time
 from relloc import terminal
 from relloc.pretext.stopping import stop_request
-terminal.outlive_readers()  # as every command does first
+terminal.survive_closed_output()  # as every command does first
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 with stop_request() as request:
     request.listen(awaited=True)
