@@ -32,6 +32,7 @@ from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs import console, saving
 from relloc.runs.build import Pretraining
+from relloc.runs.command_line import as_value
 from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import make_evaluated_model
 from relloc.runs.evaluating import evaluate_model
@@ -40,7 +41,7 @@ from relloc.runs.invocation import Invocation
 from relloc.runs.monitors import held_out_crops
 from relloc.runs.naming import pretraining_name
 from relloc.runs.reusing import EvalRun
-from relloc.runs.settings import content_of, members
+from relloc.runs.settings import content_of, flat, members
 from relloc.runs.training import Training, train_to_the_end
 from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
 
@@ -127,9 +128,14 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         run = console.from_here(run_dir)
         if data.labeled:
             # This command also measures with recalibrated batch norm.
-            console.print_next("evaluate", checkpoint=[run, "random"])
+            words = [f"checkpoint={as_value([run, 'random'])}"]
+            names = _chosen_evaluations(invocation)
         else:
-            console.print_next("evaluate", checkpoint=run, eval=_label_free_members())
+            words = [f"checkpoint={as_value(run)}"]
+            names = _label_free_members()
+        if names != _default_evaluations():
+            words.append(f"eval={as_value(names)}")
+        console.print_next("evaluate", *words, *_words_of_evaluations(invocation, names))
 
 
 def _measurable(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
@@ -148,6 +154,42 @@ def _label_free_members() -> list[str]:
         if target.startswith("relloc.") and hydra.utils.get_class(target).labels == "none":
             label_free.append(name)
     return label_free
+
+
+def _default_evaluations() -> list[str]:
+    """Returns the members of conf/eval that relloc.evaluate runs where none are chosen."""
+    chosen = [entry["eval"] for entry in content_of("evaluate")["defaults"] if "eval" in entry]
+    return list(chosen[0])
+
+
+def _chosen_evaluations(invocation: Invocation) -> list[str]:
+    """Returns the members of conf/eval that a training chose, or the default where it chose none.
+
+    A training with `eval=[]` only puts its evaluations off.
+    """
+    # Hydra notes one member as a string, and several as a list.
+    chosen = invocation.choices.get("eval") or []
+    names = [chosen] if isinstance(chosen, str) else [str(name) for name in chosen]
+    return names or _default_evaluations()
+
+
+def _words_of_evaluations(invocation: Invocation, names: Sequence[str]) -> list[str]:
+    """Returns the words by which relloc.evaluate measures `names` as this training does.
+
+    relloc.evaluate takes the data set and its probe from the run folder, but not these settings.
+    """
+    # Those of single evaluations, as they were typed.
+    prefixes = tuple(f"eval.{name}." for name in names)
+    words = [word for word in invocation.words if word.lstrip("+~").startswith(prefixes)]
+    # Those of all evaluations, where this training has another value than by default. The seed
+    # decides which random weights are measured beside the trained ones.
+    of_run = flat(invocation.settings)
+    by_default = flat(content_of("_settings"))
+    shared = [name for name in by_default if name.startswith("view.")]
+    for name in (*shared, "calibration_images", "seed"):
+        if of_run[name] != by_default[name]:
+            words.append(f"{name}={as_value(of_run[name])}")
+    return words
 
 
 def _warn_of_small_shards(settings: Pretraining) -> None:

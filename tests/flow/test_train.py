@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -78,6 +79,25 @@ def test_the_whole_run(relloc, tmp_path):
     again = relloc("train", *TINY, "eval=[linear_fast,knn]", f"hydra.run.dir={run_dir}")
     assert again.code == 0, again.text
     assert read_results(run_dir) == rows  # nothing is trained, evaluated or written twice
+
+
+def test_the_next_command_measures_what_the_training_measured(relloc, tmp_path):
+    run_dir, after = tmp_path / "out", tmp_path / "after"
+    own = ("seed=1", "eval=knn", "eval.knn.layers=[feature5]", "eval.knn.k=[5]")
+    done = relloc("train", *TINY, *own, "tracking=none", f"hydra.run.dir={run_dir}")
+    assert done.code == 0, done.text
+    proposed = [line for line in done.text.splitlines() if line.startswith("next: ")][-1]
+    module, *words = shlex.split(proposed)[3:]
+    assert module == "relloc.evaluate"
+    assert {"view.short_px=64", "view.crop_px=56", "seed=1"} <= set(words)
+
+    # The fingerprint of a row covers the images, their view, the weights and the settings.
+    alike = ("batch_norm=as_trained", "tracking=none", f"hydra.run.dir={after}")
+    done = relloc("evaluate", *words, *alike)
+    assert done.code == 0, done.text
+    measured = {row.fingerprint for row in read_results(run_dir) if row.eval == "knn"}
+    assert {row.fingerprint for row in read_results(after)} == measured
+    assert len(measured) == 2  # trained and random weights
 
 
 def test_seed_and_neutral_settings(relloc, tmp_path):
