@@ -103,12 +103,8 @@ def test_weights_that_are_not_finite_are_refused_and_named(value: float) -> None
     weights = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     before = digest(backbone.state_dict())
     weights["1.running_var"][2] = value
-    with pytest.raises(CheckpointError) as raised:
+    with pytest.raises(CheckpointError, match=r"^x\.pth .*NaN.* 1 of 7 tensors.* 1\.running_var\b"):
         fill(backbone, weights, "x.pth")
-    assert str(raised.value) == (
-        "x.pth holds NaN or infinite weights, in 1 of 7 tensors, such as 1.running_var: its training diverged or the "
-        "file is damaged; take an earlier or another one"
-    )
     assert digest(backbone.state_dict()) == before
 
 
@@ -153,7 +149,7 @@ def test_a_turned_byte_is_told_by_the_hash_beside_a_backbone_which_sha256sum_che
     for path in (tmp_path, file):
         with pytest.raises(
             DamagedCheckpoint,
-            match=r"SHA-256 is not the one noted in backbone\.safetensors\.sha256",
+            match=r"SHA-256 .*backbone\.safetensors\.sha256",
         ):
             load_backbone(path)
 
@@ -201,20 +197,16 @@ def test_other_precisions_fit(dtype: torch.dtype) -> None:
 def test_what_holds_no_backbone_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"backbone\.safetensors does not exist: give a backbone\.safetensors or",
+        match=r"backbone\.safetensors does not exist",
     ):
         load_backbone(tmp_path)
-    with pytest.raises(CheckpointError, match=r"none\.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"none\.safetensors .*not exist"):
         load_backbone(tmp_path / "none.safetensors")
     (tmp_path / BACKBONE_FILE).write_bytes(b"not safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"backbone\.safetensors is damaged or no safetensors file"
-    ):
+    with pytest.raises(CheckpointError, match=r"backbone\.safetensors .*damaged"):
         load_backbone(tmp_path)
     save_file({"conv1.weight": torch.ones(2)}, tmp_path / BACKBONE_FILE)
-    with pytest.raises(
-        CheckpointError, match="holds weights, but relloc did not write it: its backbone is unknown"
-    ):
+    with pytest.raises(CheckpointError, match="backbone is unknown"):
         load_backbone(tmp_path)
 
 
@@ -226,23 +218,30 @@ def test_another_backbone_is_an_error_that_counts_what_does_not_fit_and_changes_
     weights["fc.weight"] = torch.ones(1)
     with pytest.raises(CheckpointError) as raised:
         fill(backbone, weights, "runs/one (a resnet50)")
-    assert str(raised.value) == (
-        "runs/one (a resnet50) does not fit this backbone: 2 missing (1.weight, 1.bias); 1 unknown (fc.weight); "
-        "4 of another shape (0.weight [6, 3, 3, 3] for [4, 3, 3, 3], 0.bias [6] for [4], 1.running_mean [6] for [4], "
-        "…). Give the model it was trained with"
-    )
+    message = str(raised.value)
+    assert message.startswith("runs/one (a resnet50) ")
+    missing, unknown, of_another_shape = message.split(";")
+    assert "2 missing (1.weight, 1.bias)" in missing
+    assert "1 unknown (fc.weight)" in unknown
+    assert "4 of another shape" in of_another_shape
+    for name, given, expected in (
+        ("0.weight", [6, 3, 3, 3], [4, 3, 3, 3]),
+        ("0.bias", [6], [4]),
+        ("1.running_mean", [6], [4]),
+    ):
+        assert f"{name} {given} for {expected}" in of_another_shape
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "difference"),
     [
         ("missing", r"1 missing \(1\.running_var\)"),
         ("unknown", r"1 unknown \(extra\)"),
         ("shape", "1 of another"),
     ],
 )
-def test_one_tensor_that_does_not_fit_is_enough(change: str, told: str) -> None:
+def test_one_tensor_that_does_not_fit_is_enough(change: str, difference: str) -> None:
     weights = dict(network(seed=1).state_dict())
     if change == "missing":
         del weights["1.running_var"]
@@ -250,7 +249,7 @@ def test_one_tensor_that_does_not_fit_is_enough(change: str, told: str) -> None:
         weights["extra"] = torch.ones(1)
     else:
         weights["0.bias"] = torch.ones(1)  # torch would broadcast it
-    with pytest.raises(CheckpointError, match=f"it does not fit this backbone: {told}"):
+    with pytest.raises(CheckpointError, match=f"^it .*{difference}"):
         fill(network(), weights, "it")
 
 
@@ -277,7 +276,7 @@ def test_what_no_file_can_be_called_is_one_message(tmp_path: Path, name: str) ->
 def test_weights_that_the_backbone_can_not_hold_or_use_are_refused() -> None:
     layers = network()
     state = dict(layers.state_dict())
-    with pytest.raises(CheckpointError, match=r"NaN or infinite .* such as 0\.weight"):
+    with pytest.raises(CheckpointError, match=r"NaN .* 0\.weight"):
         fill(
             layers,
             changed(state, "0.weight", torch.full((4, 3, 3, 3), 1e300, dtype=torch.float64)),

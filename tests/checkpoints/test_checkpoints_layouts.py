@@ -241,10 +241,15 @@ def test_in_every_layout_missing_and_foreign_tensors_are_named(
     changed |= {"layer3.0.se.weight": ONE, "bn1.bias": ONE}
     with pytest.raises(CheckpointError) as raised:
         find(imitate(changed), origin="x.pth").fitted(weights)
-    assert str(raised.value).startswith(
-        f"x.pth ({name}) does not fit this backbone: 1 missing (layer2.1.conv2.weight); 1 unknown "
-        "(layer3.0.se.weight); 1 of another shape (bn1.bias [2] for [64]). Known layouts are mmselfsup 0.x"
-    )
+    message = str(raised.value)
+    assert message.startswith(f"x.pth ({name}) ")
+    for part in (
+        "1 missing (layer2.1.conv2.weight)",
+        "1 unknown (layer3.0.se.weight)",
+        "1 of another shape (bn1.bias [2] for [64])",
+        "mmselfsup 0.x",
+    ):
+        assert part in message
 
 
 def test_the_318_tensors_of_a_resnet50_go_to_detectron2_and_back() -> None:
@@ -291,16 +296,15 @@ def test_of_several_backbones_one_is_to_be_named(
     content = TWO[file](weights, other)
     with pytest.raises(CheckpointError) as raised:
         find(content, origin="x.pth")
-    assert str(raised.value) == (
-        f"x.pth holds 2 backbones: {names}. Name one, such as checkpoint_prefix={names.partition(',')[0]} "
-        "(relloc.export: --checkpoint-prefix)"
-    )
+    message = str(raised.value)
+    assert message.startswith("x.pth ")
+    assert f"2 backbones: {names}." in message
+    assert f"checkpoint_prefix={names.partition(',')[0]} " in message
+    assert "--checkpoint-prefix" in message
     for prefix, expected in ((first, weights), (second, other)):
         chosen = find(content, origin="x.pth", prefix=prefix).fitted(weights)
         assert all(torch.equal(chosen[name], expected[name]) for name in expected)
-    with pytest.raises(
-        CheckpointError, match=rf"holds no backbone below encoder; there are: {names}\. Name one"
-    ):
+    with pytest.raises(CheckpointError, match=rf"no backbone below encoder\b.*: {names}\."):
         find(content, origin="x.pth", prefix="encoder")
 
 
@@ -308,7 +312,7 @@ def test_a_backbone_without_prefix_is_named_by_an_empty_one(weights: Weights) ->
     content = weights | below("ema.", weights)
     with pytest.raises(
         CheckpointError,
-        match=r"backbones: \(no prefix\), ema\. Name one, such as checkpoint_prefix=''",
+        match=r"\(no prefix\), ema\..* checkpoint_prefix=''",
     ):
         find(content, origin="x.pth")
     found = find(content, origin="x.pth", prefix="")
@@ -331,12 +335,14 @@ def test_all_that_does_not_fit_is_one_message(weights: Weights) -> None:
     found = find({"state_dict": state | {"decoder.weight": ONE}}, origin="x.pth")
     with pytest.raises(CheckpointError) as raised:
         found.fitted(weights)
-    assert str(raised.value).startswith(
-        "x.pth (mmselfsup 0.x or OpenSelfSup, as trained) does not fit this backbone: "
-        "4 missing (bn1.running_var, layer4.1.conv2.weight, layer4.1.bn2.weight, …); "
-        "1 unknown (layer1.0.se.fc1.weight); "
-        "1 of another shape (conv1.weight [64, 1, 7, 7] for [64, 3, 7, 7]). Known layouts are mmselfsup 0.x"
-    )
+    message = str(raised.value)
+    assert message.startswith("x.pth (mmselfsup 0.x or OpenSelfSup, as trained) ")
+    for part in (
+        "4 missing (bn1.running_var, layer4.1.conv2.weight, layer4.1.bn2.weight, …)",
+        "1 unknown (layer1.0.se.fc1.weight)",
+        "1 of another shape (conv1.weight [64, 1, 7, 7] for [64, 3, 7, 7])",
+    ):
+        assert part in message
 
 
 @pytest.mark.parametrize("prefix", [None, "backbone"])
@@ -358,7 +364,9 @@ def test_tensors_outside_the_backbone_that_nobody_knows_are_left_out_and_named(
         "best_acc1",
         "rng_state",
     }
-    assert "left out: 4 of others outside the backbone (state_dict.decoder.weight, " in str(found)
+    left_out = str(found).partition("left out: ")[2]
+    assert left_out.startswith("4 of ")
+    assert "(state_dict.decoder.weight, " in left_out
 
 
 def test_what_was_not_read_is_named_with_what_was_found(weights: Weights) -> None:
@@ -370,7 +378,7 @@ def test_what_was_not_read_is_named_with_what_was_found(weights: Weights) -> Non
     found = find(content, origin="x.pth")
     assert found.objects == ["pathlib.PosixPath", "datetime.datetime"]
     assert "pathlib.PosixPath, datetime.datetime" in str(found)
-    with pytest.raises(CheckpointError, match=r"Objects of models\.Net are not read"):
+    with pytest.raises(CheckpointError, match=r"models\.Net .*not read"):
         find({"model": LeftOut("models.Net"), "rng": ONE}, origin="x.pth")
 
 
@@ -427,7 +435,7 @@ def test_a_network_that_is_none_of_ours_is_told_by_its_blocks() -> None:
     larger = names_only(50) | {f"layer3.{block}.conv1.weight": ONE for block in range(6, 23)}
     with pytest.raises(
         CheckpointError,
-        match=r"ResNet of 3-4-23-3 bottleneck blocks, which is none of resnet18, resn",
+        match=r"3-4-23-3 bottleneck blocks.* resnet18, resn",
     ):
         find(larger, origin="x.pth").model_or_advice()
 
@@ -444,16 +452,16 @@ def test_a_deep_stem_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
         (
             {"cls_token": ONE, "blocks.0.attn.qkv.weight": ONE},
-            r"no ResNet by a known layout: its 2 tensors are cls_token",
+            r"no ResNet .*2 tensors .*\bcls_token\b",
         ),
-        ({"model": {}, "epoch": 3}, r"holds no tensors \(at its top: model, epoch\)"),
-        ({}, r"holds no tensors \(at its top: nothing\)"),
+        ({"model": {}, "epoch": 3}, r"no tensors .*: model, epoch\)"),
+        ({}, r"no tensors .*: nothing\)"),
     ],
 )
-def test_what_holds_no_resnet_is_an_error(content: dict[str, Any], told: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"x\.pth {told}|x\.pth holds {told}"):
+def test_what_holds_no_resnet_is_an_error(content: dict[str, Any], reason: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"^x\.pth .*{reason}"):
         find(content, origin="x.pth")

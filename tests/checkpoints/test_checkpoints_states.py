@@ -179,7 +179,7 @@ def test_a_file_that_can_not_take_its_place_leaves_nothing_behind(
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(
-        CheckpointError, match=r"step_000000002\.pt\S* could not be written \(Permission denied\)"
+        CheckpointError, match=r"step_000000002\.pt.* written \(Permission denied\)"
     ):
         save_training(tmp_path, {"value": 2}, 2)
     assert files_below(tmp_path) == ["checkpoints/step_000000001.pt"]
@@ -190,9 +190,7 @@ def test_a_run_folder_that_can_not_hold_checkpoints_is_an_error_with_the_advice(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with pytest.raises(
-        CheckpointError, match=r"step_000000001\.pt\S* could not be written \(.+\)\. What was saved"
-    ):
+    with pytest.raises(CheckpointError, match=r"step_000000001\.pt.* written \(.+\)\. \w"):
         save_training(tmp_path, {}, 1)
 
 
@@ -242,7 +240,7 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     flip_a_bit(path)
     with pytest.raises(
         CheckpointError,
-        match=r"step_000000001\.pt is damaged .*: its SHA-256 is not the one noted in",
+        match=r"step_000000001\.pt .*damaged.* SHA-256 ",
     ):
         load_training(path)
     path.with_name(path.name + ".sha256").unlink()
@@ -273,7 +271,7 @@ def test_the_newest_sound_checkpoint_is_used_and_a_damaged_one_set_aside_with_a_
     for _ in range(2):  # nor is training begun anew, unasked, when it is started again
         with pytest.raises(
             CheckpointError,
-            match="no checkpoint in .* can be read. Copy a milestone to step_000000000",
+            match=r"no checkpoint .*/checkpoints .* step_000000000",
         ):
             newest_sound(tmp_path, warnings.append)
 
@@ -291,9 +289,7 @@ def test_a_checkpoint_that_can_not_be_read_at_present_is_left_alone(
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(place, name, stale)
-    with pytest.raises(
-        CheckpointError, match=r"step_000000001\.pt\S* can't be read \(Stale file handle\); nothing"
-    ):
+    with pytest.raises(CheckpointError, match=r"step_000000001\.pt.* read \(Stale file handle\)"):
         newest_sound(tmp_path, pytest.fail)
     monkeypatch.undo()
     assert files_below(tmp_path) == before
@@ -361,9 +357,7 @@ def test_a_state_that_can_not_be_saved_leaves_the_one_before(
         full_disk(monkeypatch, after_bytes=0)
     else:
         monkeypatch.setattr(os, "replace", no_replace_of(path))
-    with pytest.raises(
-        CheckpointError, match=r"a\.pt could not be written \(.+\)\. What was saved before is"
-    ):
+    with pytest.raises(CheckpointError, match=r"a\.pt .*written \(.+\)"):
         save_state(
             path, {"a": torch.ones(500_000), "b": torch.ones(500_000), "c": torch.ones(500_000)}
         )
@@ -399,18 +393,14 @@ def test_a_damaged_state_is_told_and_a_lost_hash_only_means_that_it_is_not_check
     path = tmp_path / "a.pt"
     save_state(path, {"weight": torch.zeros(1000)})
     flip_a_bit(path)
-    with pytest.raises(
-        DamagedCheckpoint, match=r"a\.pt is damaged .*: its SHA-256 is not the one noted in"
-    ):
+    with pytest.raises(DamagedCheckpoint, match=r"a\.pt .*damaged.* SHA-256 .*a\.pt\.sha256"):
         load_state(path)
     path.with_name("a.pt.sha256").unlink()
     assert load_state(path)["weight"].any()
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(DamagedCheckpoint, match=r"a\.pt is damaged or no checkpoint of relloc"):
+    with pytest.raises(DamagedCheckpoint, match=r"a\.pt is damaged"):
         load_state(path)
-    with pytest.raises(
-        CheckpointError, match=r"b\.pt can't be read \(No such file or directory\); nothing"
-    ):
+    with pytest.raises(CheckpointError, match=r"b\.pt .*\(No such file or directory\)"):
         load_state(tmp_path / "b.pt")
 
 
@@ -453,16 +443,12 @@ def test_a_damaged_checkpoint_is_an_error_with_its_name(tmp_path: Path, damage: 
     path = tmp_path / "step_000000001.pt"
     path.write_bytes(content)
     for load in (load_training, load_backbone):
-        with pytest.raises(
-            CheckpointError, match=r"step_000000001\.pt is damaged or no checkpoint of relloc"
-        ):
+        with pytest.raises(CheckpointError, match=r"step_000000001\.pt is damaged"):
             load(path)
 
 
 def test_a_missing_training_is_an_error_with_its_name(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"none\.pt can't be read \(No such file or directory\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"none\.pt .*\(No such file or directory\)"):
         load_training(tmp_path / "none.pt")
 
 
@@ -479,9 +465,7 @@ def test_a_missing_training_is_an_error_with_its_name(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_project_is_an_error(tmp_path: Path, content: object) -> None:
     path = tmp_path / "epoch_70.pt"
     torch.save(content, path)
-    with pytest.raises(
-        CheckpointError, match=r"epoch_70\.pt is damaged or no checkpoint of relloc"
-    ):
+    with pytest.raises(CheckpointError, match=r"epoch_70\.pt is damaged or no checkpoint"):
         load_backbone(path)
 
 
@@ -498,9 +482,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
         {"step": 1, "model": {}, "about": {}, "code": RunsCode(tmp_path / "ran")},
         tmp_path / "evil.pt",
     )
-    with pytest.raises(
-        CheckpointError, match=r"evil\.pt is damaged or no checkpoint of relloc"
-    ) as raised:
+    with pytest.raises(CheckpointError, match=r"evil\.pt is damaged") as raised:
         load_training(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
     assert "weights_only" not in str(

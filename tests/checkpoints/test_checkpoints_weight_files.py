@@ -171,7 +171,7 @@ def test_a_pickled_model_is_refused_and_its_class_is_named(
 def test_no_file_can_change_what_reads_the_next_one(tmp_path: Path) -> None:
     evil = b"\x80\x04cnumpy._core.multiarray\n_reconstruct\nN}\x8c\x01xK\x01s\x86b."  # set an attribute of it
     (tmp_path / "evil.pkl").write_bytes(evil)
-    with pytest.raises(CheckpointError, match=r"evil\.pkl is damaged or no file of weights"):
+    with pytest.raises(CheckpointError, match=r"evil\.pkl is damaged"):
         read(tmp_path / "evil.pkl")
 
 
@@ -190,43 +190,35 @@ def contents(tmp_path: Path) -> dict[str, bytes]:
 def test_a_file_that_ends_early_is_damaged(tmp_path: Path) -> None:
     for content in contents(tmp_path).values():
         (tmp_path / "x").write_bytes(content)
-        with pytest.raises(
-            CheckpointError, match=r"/x is damaged or no file of weights: \S"
-        ) as raised:
+        with pytest.raises(CheckpointError, match=r"/x is damaged.*: \S") as raised:
             read(tmp_path / "x")
         assert "weights_only" not in str(raised.value)
         assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
-        (b"", "it is empty"),
-        (
-            b"<html>404</html>",
-            "it is neither safetensors, nor written by torch.save, nor a pickle of numpy arrays",
-        ),
-        (bytes(1000), "it is neither safetensors"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid",
-            "it is a Git LFS pointer: fetch the file with git lfs pull",
-        ),
+        (b"", "empty"),
+        (b"<html>404</html>", r"safetensors.* torch\.save.* numpy"),
+        (bytes(1000), "neither safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "LFS pointer.* git lfs pull"),
     ],
 )
-def test_what_is_no_file_of_weights_is_told(tmp_path: Path, content: bytes, told: str) -> None:
+def test_what_is_no_file_of_weights_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"x\.pth is damaged or no file of weights: {told}"):
+    with pytest.raises(CheckpointError, match=rf"x\.pth is damaged.*: .*{reason}"):
         read(tmp_path / "x.pth")
 
 
 def test_a_missing_file_a_folder_and_a_lone_tensor_are_errors(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"none\.pth does not exist: give a file of weights, or the run folder of",
+        match=r"none\.pth does not exist",
     ):
         read(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match=r"can't be read \(Is a directory\)"):
+    with pytest.raises(CheckpointError, match=r"\(Is a directory\)"):
         read(tmp_path)
     torch.save(torch.ones(3), tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"x\.pth holds a Tensor, not weights by their names"):
+    with pytest.raises(CheckpointError, match=r"x\.pth .*\bTensor\b"):
         read(tmp_path / "x.pth")

@@ -136,10 +136,10 @@ def test_every_damaged_file_is_weights_or_one_message(tmp_path: Path, name: str)
         zipped = whole.startswith(b"PK") and count % 3
         content = with_right_checksums(whole, rng) if zipped else damaged(whole, rng)
         (tmp_path / name).write_bytes(content)
-        told = outcome(tmp_path / name)
-        assert told.isprintable(), (count, told)
-        assert "weights_only" not in told
-        assert len(told) < 2000
+        message = outcome(tmp_path / name)
+        assert message.isprintable(), (count, message)
+        assert "weights_only" not in message
+        assert len(message) < 2000
 
 
 @pytest.mark.parametrize("size", [128, 384, 1 << 12, 98_432])
@@ -224,10 +224,12 @@ def test_hostile_files_neither_crash_nor_fill_the_memory(tmp_path: Path) -> None
         [sys.executable, "-c", HOSTILE, *names], capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    told = done.stdout.splitlines()
-    assert done.returncode == 0, (told, done.stderr[-2000:])
-    assert len(told) == len(names)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, (lines, done.stderr[-2000:])
+    assert len(lines) == len(names)
     taken = [
-        Path(name).name for line, name in zip(told, names, strict=True) if not line.startswith(name)
+        Path(name).name
+        for line, name in zip(lines, names, strict=True)
+        if not line.startswith(name)
     ]
     assert taken == ["one array many times"]

@@ -1,4 +1,4 @@
-"""Every command that conf/ itself tells of composes, and those of presets can be run where their images are."""
+"""Every command written in conf/ composes; those of presets run where their images are."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,8 @@ COMMAND = re.compile(r"-m relloc\.(train|evaluate|prepare) +((?:\S+=\S+ ?|-m )+)
 STANDS_FOR = {"RUN_FOLDER": "random", "RUN": "random", "FILE.pth": "random", "NAME": "knn"}
 
 
-def told(*groups: str) -> list[tuple[str, str]]:
+def written_commands(*groups: str) -> list[tuple[str, str]]:
+    """Returns each command that the YAML files of groups of conf/ write out, with its words."""
     files = [file for group in groups for file in sorted((conf_dir() / group).glob("*.yaml"))]
     found = [
         match.groups()
@@ -39,7 +40,8 @@ def as_typed(words: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("command", "words"), told(".", "eval", "data", "hydra/help", "launcher", "tracking")
+    ("command", "words"),
+    written_commands(".", "eval", "data", "hydra/help", "launcher", "tracking"),
 )
 def test_a_command_composes(command: str, words: str, tmp_path: Path) -> None:
     config = settings.compose(command, as_typed(words, tmp_path)).config
@@ -47,13 +49,13 @@ def test_a_command_composes(command: str, words: str, tmp_path: Path) -> None:
 
 
 def test_commands_are_found() -> None:
-    assert len(told("hydra/help")) > 10
-    assert {words.partition(" ")[0] for _, words in told("experiment")} >= {
+    assert len(written_commands("hydra/help")) > 10
+    assert {words.partition(" ")[0] for _, words in written_commands("experiment")} >= {
         f"experiment={file.stem}" for file in (conf_dir() / "experiment").glob("*.yaml")
     }
 
 
-@pytest.mark.parametrize(("command", "words"), told("experiment"))
+@pytest.mark.parametrize(("command", "words"), written_commands("experiment"))
 def test_a_presets_own_command_can_be_run(
     command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

