@@ -12,13 +12,13 @@
 # %% [markdown]
 # # At which layer does pretraining pay?
 #
-# The headline metric of each evaluation, layer by layer: pretrained on relative location, beside the
-# same network at random initialization. Each panel is one evaluation on one data set. Dashed lines
-# have batch-norm statistics re-estimated on the evaluation's training images.
+# The headline metric of each evaluation, layer by layer: pretrained on relative location, beside
+# the same network at random initialization. Each panel is one evaluation on one data set. Dashed
+# lines have batch-norm statistics re-estimated on the evaluation's training images.
 #
-# The notebook reads every run below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter through jupytext,
-# or run `python analysis/accuracy_by_layer.py`, which saves `accuracy_by_layer.png` in the runs
-# folder.
+# The notebook reads every run below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter through
+# jupytext, or run `python analysis/accuracy_by_layer.py`, which saves `accuracy_by_layer.png` in
+# the runs folder.
 
 # %%
 import matplotlib.pyplot as plt
@@ -30,8 +30,8 @@ has_layer = results["layer"] != ""
 results = results[results["headline"] & is_percent & has_layer]
 
 # %% [markdown]
-# Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 6ep photos small gray`).
-# The table has its mean, and how many runs are behind it:
+# Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 6ep photos small
+# gray`). The table has its mean, and how many runs are behind it:
 
 # %%
 line_keys = ["study", "settings", "weights", "batch_norm"]

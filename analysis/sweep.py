@@ -13,11 +13,11 @@
 # # Does it matter what was swept, more than the seed does?
 #
 # `python -m relloc.report sweep=NAME` has all means of a sweep. Here each metric and layer of each
-# sweep, of gap and jitter for example, has two numbers: how much results differ between settings, and
-# how much between seeds.
+# sweep, of gap and jitter for example, has two numbers: how much results differ between settings,
+# and how much between seeds.
 #
-# The notebook reads every sweep below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter through jupytext,
-# or run `python analysis/sweep.py`, which saves `sweep.png` in the runs folder.
+# The notebook reads every sweep below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter through
+# jupytext, or run `python analysis/sweep.py`, which saves `sweep.png` in the runs folder.
 
 # %%
 import matplotlib.pyplot as plt
@@ -48,9 +48,9 @@ if not tables:
     )
 
 # %% [markdown]
-# `settings` is the standard deviation of the means. `seeds` is that of seeds within a setting, pooled
-# over settings (none where there is one seed). If settings did not matter, the means of n seeds would
-# have a standard deviation of `seeds` / √n.
+# `settings` is the standard deviation of the means. `seeds` is that of seeds within a setting,
+# pooled over settings (none where there is one seed). If settings did not matter, the means of n
+# seeds would have a standard deviation of `seeds` / √n.
 
 # %%
 lines = []

@@ -16,8 +16,8 @@
 # (effective rank) of its features, by step.
 #
 # The notebook reads the journals of every run below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter
-# through jupytext, or run `python analysis/training_curves.py`, which saves `training_curves.png` in
-# the runs folder.
+# through jupytext, or run `python analysis/training_curves.py`, which saves `training_curves.png`
+# in the runs folder.
 
 # %%
 import matplotlib.pyplot as plt

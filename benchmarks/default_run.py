@@ -1,7 +1,7 @@
-"""The default run's images/s in training, before and after: an older commit beside this checkout, run in turns.
+"""Images/s of the default run's training by an older commit and by this checkout, in turns.
 
-Other work on the same cores can slow one run many times over: `load` at the start of each run, and `busy`, the
-cores that it really had, tell whether the ratio may be believed.
+Other work on the same cores can slow one run many times over: `load` at the start of each run, and
+`busy`, the cores that it really had, tell whether the ratio may be believed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ RATE = "speed/images_per_s"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A training: the rates it reported, but for the first; seconds by the clock and of all its cores; load before."""
+    """A training: its reported rates but for the first, its seconds, and the load before it."""
 
     rates: list[float]
     clock_s: float
@@ -110,7 +110,8 @@ def _python(checkout: Path, *arguments: str) -> str:
     )
     if ended.returncode:
         raise SystemExit(
-            f"{checkout}: {' '.join(arguments)} failed:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}"
+            f"{checkout}: {' '.join(arguments)} failed:\n"
+            f"{ended.stdout[-2000:]}{ended.stderr[-2000:]}"
         )
     return ended.stdout
 

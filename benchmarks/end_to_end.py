@@ -1,11 +1,12 @@
-"""Real training from real JPEG shards with all parts on, beside the optimizer step alone, in one run.
+"""Images/s of a whole training from JPEG shards, beside the optimizer step alone, in one run.
 
-Trains ResNet-50 by `python -m relloc.train` on packed images (logging, checkpoints, monitors, MLflow at their
-defaults) until `--steps`, and reads the rate from the run's journal: images of all steps after the first report, in
-which compiling happens, over the wall time of those steps, monitors and reports included. The step alone is timed by
-pretext_step.py with the same settings. With `--gpus 1,2` it trains on each number of them, as many images a GPU,
-and prints how much faster more are; `--cores 16` gives each training so many processor cores a GPU. Each training has a
-folder of its own below `--out`.
+Trains ResNet-50 by `python -m relloc.train` on packed images until `--steps`, with logging,
+checkpoints, monitors and MLflow at their defaults. The rate is read from the run's journal: images
+of all steps after the first report, in which compiling happens, over the wall time of those steps,
+monitors and reports included. The step alone is timed by pretext_step.py with the same settings.
+With `--gpus 1,2` it trains on each number of GPUs, with as many images a GPU, and prints how much
+faster more are; `--cores 16` gives each training so many processor cores a GPU. Each training has
+a folder of its own below `--out`.
 """
 
 import argparse

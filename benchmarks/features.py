@@ -1,9 +1,10 @@
-"""Frozen ResNet-50 features beside the bare forward of torchvision's resnet50, in one run, in turns.
+"""Frozen ResNet-50 features beside the bare forward of torchvision's resnet50, in turns.
 
-The forward: torchvision's own module with its classifier, from normalized images on the device, nothing kept. Ours:
-from uint8 images on the device: normalized, encoded, and all six layers pooled to float32, by the functions that
-`relloc.features` has for it; the same with avgpool alone; and with --root from files or shards through the loader.
-All sides have the precision, memory format and compilation that `python -m relloc.evaluate` settles on here.
+The forward: torchvision's own module with its classifier, from normalized images on the device,
+nothing kept. Ours: from uint8 images on the device, normalized, encoded, and all six layers pooled
+to float32, by the functions that `relloc.features` has for it; the same with avgpool alone; and
+with --root from files or shards through the loader. All sides have the precision, memory format
+and compilation that `python -m relloc.evaluate` settles on here.
 """
 
 import argparse
@@ -127,7 +128,7 @@ def _encode(
 
 
 def _from_files(reading: EncodeConfig, encode: Encode, options: argparse.Namespace) -> float:
-    """Images a second from the first counted batch's end to the last one's, features left on the device."""
+    """Images a second between the ends of the first and last counted batch; features not copied."""
     images = images_below(options.root)
     n_images = (WARM_UP + options.batches) * reading.batch
     keys = [(place, 0) for place in itertools.islice(itertools.cycle(range(len(images))), n_images)]

@@ -1,15 +1,16 @@
 """What more heads cost: one linear head, one a stage, and a grid of 50 more, on a frozen network.
 
-Whole training steps from uint8 images on the device: normalizing, the forward of the frozen backbone (bfloat16 on a
-GPU), pooling of the layers that have heads, batch norm, and the steps of all heads, by the same functions as
-`python -m relloc.evaluate eval=linear_in1k`. "K at once" is how many steps heads take together
-(relloc/evals/heads.py); 1 is SGD step by step. Reading images and coloring them, which cost all sides alike, are left
-out, unless --root names images: then one head and all of them are also trained on the evaluation's random views of
-these, read by its workers.
+Whole training steps from uint8 images on the device: normalizing, the forward of the frozen
+backbone (bfloat16 on a GPU), pooling of the layers that have heads, batch norm, and the steps of
+all heads, by the same functions as `python -m relloc.evaluate eval=linear_in1k`. "K at once" is how
+many steps heads take together (relloc/evals/heads.py); 1 is SGD step by step. Reading images and
+coloring them, which cost all sides alike, are left out, unless --root names images: then one head
+and all of them are also trained on the evaluation's random views of these, read by its workers.
 
-What can be reached: 55 heads of ImageNet multiply 1.0 TFLOP a step with TF32, which is 2.5 ms at the 400 TFLOP/s that
-one H100 may give, and pass 1.9 GB of weights 14 times in 16 steps, 0.6 ms at 3 TB/s. By that arithmetic they fit into
-15 % of the time of one head where a step of 256 images takes 21 ms or more; the other four poolings come on top.
+What can be reached: 55 heads of ImageNet multiply 1.0 TFLOP a step with TF32, which is 2.5 ms at
+the 400 TFLOP/s that one H100 may give, and pass 1.9 GB of weights 14 times in 16 steps, 0.6 ms at
+3 TB/s. By that arithmetic they fit into 15 % of the time of one head where a step of 256 images
+takes 21 ms or more; the other four poolings come on top.
 """
 
 import argparse
@@ -38,7 +39,7 @@ ONE = ("feature5",)
 
 
 class Resident:
-    """A `FeatureSource` of random images on the device, encoded each time; one batch of them again and again."""
+    """A `FeatureSource` of one batch of random images on the device, encoded again each time."""
 
     def __init__(self, backbone: Backbone, options: argparse.Namespace, how: engine.Engine) -> None:
         self.backbone = backbone.eval()
@@ -70,7 +71,7 @@ class Resident:
 
 
 class FromFiles:
-    """A `FeatureSource` of the evaluation's random views of few images, which are read again and again."""
+    """A `FeatureSource` of the evaluation's random views of few images, read again each time."""
 
     def __init__(
         self,

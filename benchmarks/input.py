@@ -1,8 +1,8 @@
-"""From JPEG bytes on disk to uint8 batches on the device, through the path that training takes, images/s.
+"""Images/s from JPEG bytes on disk to uint8 batches on the device, by the path of training.
 
-Original files beside packed shards of the same images, by the number of workers; and decoding alone.
-"a core" is by the processor seconds used, which other work on the same cores changes little. Files are read
-several times, so that they come from the page cache: the disk is not measured.
+Original files beside packed shards of the same images, by the number of workers; and decoding
+alone. "a core" is by the processor seconds used, which other work on the same cores changes little.
+Files are read several times, so that they come from the page cache: the disk is not measured.
 """
 
 import argparse
@@ -73,9 +73,10 @@ def main() -> None:
 def training_rates(
     images: ImageSet, *, workers: int, n_images: int, device: torch.device
 ) -> tuple[float, float]:
-    """Images/s of one loader by the clock, and by the processor seconds of this process and its workers.
+    """Images/s of one loader by the clock, and by the processor seconds it takes.
 
-    By the clock it is in its stride: each worker's first batch, with its start, is not counted.
+    The processor seconds are those of this process and its workers. By the clock, each worker's
+    first batch, with its start, is not counted.
     """
     n_batches, started_after = n_images // BATCH, max(1, workers)
     places = range((n_batches + started_after) * BATCH)

@@ -1,9 +1,9 @@
-"""kNN over a bank of random vectors: seconds and memory of ours, and of the published full-matrix way on a part.
+"""Seconds and memory of kNN over a bank of random vectors: ours, and the published full matrix.
 
-Ours is `relloc.features.voting.vote`, exact to float64. The published way (protocols.md 3.7, M0) multiplies a hundredth
-of the queries by the whole bank in float32 and takes the top k of all products; it is timed on a few of
-those hundredths. A sample of queries is compared with plain float64, where rows that differ by less than 1e-12 in
-cosine count as equal.
+Ours is `relloc.features.voting.vote`, exact to float64. The published way (protocols.md 3.7, M0)
+multiplies a hundredth of the queries by the whole bank in float32 and takes the top k of all
+products; it is timed on a few of those hundredths. A sample of queries is compared with plain
+float64, where rows that differ by less than 1e-12 in cosine count as equal.
 """
 
 import argparse
@@ -67,7 +67,10 @@ def main() -> None:
         else {}
     )
     kind = "random vectors after ReLU" if options.relu else "random vectors"
-    title = f"kNN, {len(queries):,} queries, bank {len(bank):,} x {bank.shape[1]:,} on {bank.device.type}, {kind}"
+    title = (
+        f"kNN, {len(queries):,} queries, bank {len(bank):,} x {bank.shape[1]:,} "
+        f"on {bank.device.type}, {kind}"
+    )
     tell(title, rows, ratios, options.json, settings=vars(options))
 
 
@@ -158,7 +161,7 @@ def _checked(
     answers: dict[int, Tensor],
     options: argparse.Namespace,
 ) -> dict[str, object]:
-    """Of how many queries of the sample the neighbors, and the answers at each k, are those of float64."""
+    """For how many queries of the sample neighbors, and answers at each k, are as in float64."""
     k = max(options.k)
     unit = normalize(queries.double(), dim=1)
     best = unit.new_full((len(unit), 0), 0.0)

@@ -1,4 +1,4 @@
-"""From uint8 images in memory to normalized patches on the device, images/s, beside the published per-image way."""
+"""Images/s from uint8 images in memory to normalized patches, beside the published way."""
 
 import argparse
 import itertools
@@ -44,9 +44,10 @@ def main() -> None:
 
 
 def published(images: list[Image.Image]) -> Tensor:
-    """mmselfsup 0.x (protocols.md 1.1, M0): gray by chance, a random crop of each cell, each patch alone to a tensor.
+    """The published way, image by image: mmselfsup 0.x (protocols.md 1.1, M0).
 
-    Nine patches an image; there the center is even repeated for each of its eight pairs.
+    Gray by chance, a random crop of each cell, and each patch alone to a tensor. Nine patches an
+    image; there the center is even repeated for each of its eight pairs.
     """
     to_gray, jitter = transforms.RandomGrayscale(GRAY_P), transforms.RandomCrop(GRID.patch_px)
     to_tensor = transforms.Compose(
@@ -100,7 +101,8 @@ def _sides(
 ) -> dict[str, Callable[[], object]]:
     sides: dict[str, Callable[[], object]] = {"ours": lambda: ours(pipeline, images, pipeline.make)}
     if compiled:
-        torch.compiler.reset()  # else the fifth pipeline would count as a recompilation of the first
+        # Without it the fifth pipeline would count as a recompilation of the first
+        torch.compiler.reset()
         make = torch.compile(pipeline.make, dynamic=False)
         sides["ours, compiled"] = lambda: ours(pipeline, images, make)
     return sides
@@ -120,7 +122,7 @@ def _row(
 
 
 def _images(n_images: int) -> Tensor:
-    """Noise, channels last in memory as the loader gives images: no step depends on what they show."""
+    """Noise, channels last in memory as the loader gives images; no step depends on the content."""
     side = GRID.span_px
     pixels = torch.randint(256, (n_images, side, side, 3), dtype=torch.uint8)
     return pixels.permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
-"""Does bfloat16 train as well as float32? Two trainings of one seed on the same images, their loss curves in a picture.
+"""Does bfloat16 train as well as float32? Draws the loss curves of two trainings of one seed.
 
-Everything but `precision` is the same, the order of images and all chance included. Prints the loss over the last
-tenth of the steps and the held-out pretext accuracy of each.
+Everything but `precision` is the same, the order of images and all chance included. Prints the
+loss over the last tenth of the steps and the held-out pretext accuracy of each.
 """
 
 import os

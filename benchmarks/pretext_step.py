@@ -1,8 +1,9 @@
-"""The whole optimizer step of pretraining, images on the device: the published form and ours, in one run.
+"""The whole optimizer step of pretraining with images on the device: the published form and ours.
 
-The published form (mmselfsup 0.x) encodes each center eight times, in float32 with TF32, 64 images at a
-time, and cuts no patches here: they are given to it. Ours begins with uint8 images: it draws, cuts, treats and
-normalizes patches, encodes each once, and steps, by the same functions as `python -m relloc.train`.
+The published form (mmselfsup 0.x) encodes each center eight times, in float32 with TF32, 64 images
+at a time, and cuts no patches here: they are given to it. Ours begins with uint8 images: it draws,
+cuts, treats and normalizes patches, encodes each once, and steps, by the same functions as
+`python -m relloc.train`.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What packing changes: the same crops of the same images from original files and from shards, asked of one network.
+"""What packing changes: one network on the same crops from original files and from shards.
 
-The shards must have been packed from the same folder, with settings that re-encode it (images larger than short_px).
-Prints the difference of pixels, the pretext loss and accuracy on both sources, and how far features of whole views
-turn (one minus cosine), layer by layer.
+The shards must have been packed from the same folder, with settings that re-encode it (images
+larger than short_px). Prints the difference of pixels, the pretext loss and accuracy on both
+sources, and how far features of whole views turn (one minus cosine), layer by layer.
 """
 
 from pathlib import Path

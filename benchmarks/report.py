@@ -34,7 +34,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, date and commit. `load_before` is the 1-minute load when the benchmark began."""
+    """Hardware, versions, date, commit, and the 1-minute load when the benchmark began."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "torchvision", "pillow")
@@ -78,9 +78,10 @@ def median_s(
     rounds: int,
     warm_up: int = 2,
 ) -> dict[str, float]:
-    """Median seconds of one call of each side, in turns, so that what else the machine does meets all alike.
+    """Median seconds of one call of each side.
 
-    The first `warm_up` rounds are not counted. On a GPU a call lasts until its kernels are done.
+    Sides are called in turns, so that other work on the machine slows all alike. The first
+    `warm_up` rounds are not counted. On a GPU a call lasts until its kernels are done.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
@@ -108,9 +109,10 @@ def tell(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print the rows as a table and the ratios below it; write both with the environment to `json_path`.
+    """Print the rows as a table with the ratios below it.
 
-    Columns are the keys of the rows in order of appearance; a row without one leaves it empty.
+    Both and the environment are written to `json_path`. Columns are the keys of the rows in order
+    of appearance; a row without one leaves it empty.
     """
     about = environment()
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -119,7 +121,8 @@ def tell(
         console.print(f"{name}: [bold]{ratio:.2f}[/bold]")
     machine = ", ".join([*about["gpus"], f"{about['cores']} cores of {about['cpu']}"])
     console.print(
-        f"{machine}; torch {about['torch']}, commit {about['commit']}, load before {about['load_before']}"
+        f"{machine}; torch {about['torch']}, commit {about['commit']}, "
+        f"load before {about['load_before']}"
     )
     if json_path:
         content = {

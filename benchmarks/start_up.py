@@ -1,9 +1,10 @@
-"""What passes before the first training step: composing a run, a sweep, answers without torch, and the start of a job.
+"""Seconds before the first training step: composing a run or a sweep, and the start of a job.
 
-Each is a fresh process; the median of --rounds. "s" is by the clock, "processor s" the time of its cores, which other
-jobs change less. A job of a cluster begins with submitit's process, which starts the command; from the start of the
-command to the end of its first step, of 64 photographs, is read from the journal. What importing takes is Python's
-own account (-X importtime), which makes it slower.
+Commands that answer without torch are timed too. Each is a fresh process; the median of --rounds.
+"s" is by the clock, "processor s" the time of its cores, which other jobs change less. A job of a
+cluster begins with submitit's process, which starts the command; from the start of the command to
+the end of its first step, of 64 photographs, is read from the journal. What importing takes is
+Python's own account (-X importtime), which makes it slower.
 """
 
 import os
@@ -118,7 +119,7 @@ def _children_s() -> float:
 
 
 def _first_step_s() -> tuple[float, float]:
-    """From the start of the command to what its journal says of step 1; the processor's time until it was ended."""
+    """Seconds from the command's start to step 1 in its journal, and its processor seconds."""
     with tempfile.TemporaryDirectory(prefix="relloc_start_") as folder:
         run_dir = Path(folder) / "run"
         open_store(f"sqlite:///{folder}/mlflow.db")  # made once, not in every job
@@ -143,7 +144,7 @@ def _first_step_s() -> tuple[float, float]:
 
 
 def _imports(*command: str) -> dict[str, tuple[float, float]]:
-    """Of each module that was imported, the seconds it took alone and with all that it was first to import."""
+    """Seconds that each imported module took alone, and with all that it was first to import."""
     lines = [
         line.removeprefix("import time:").split("|")
         for line in _run("-X", "importtime", *command).stderr.splitlines()

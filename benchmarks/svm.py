@@ -1,14 +1,16 @@
-"""The VOC07 SVM and low-shot protocols by relloc's solver and by LIBLINEAR, on the same features in one run.
+"""The VOC07 SVM and low-shot protocols by relloc's solver and by LIBLINEAR on the same features.
 
-Ours is run whole: every class, cost, fold, draw and number of shots of each layer that is named. LIBLINEAR
-(scikit-learn's LinearSVC as published: tolerance 1e-4, at most 2,000 iterations) is run on a part, for the first
-class: all costs on each fold and on all images; and all costs at each number of shots of one draw. Its whole is that
-part times the classes, and times the draws. It runs on one core; the ratio by the clock divides its time by the cores
-that ours had, as if it were spread over them for nothing. Where other jobs share the cores, the ratio of processor
-seconds tells more.
+Ours is run whole: every class, cost, fold, draw and number of shots of each layer that is named.
+LIBLINEAR (scikit-learn's LinearSVC as published: tolerance 1e-4, at most 2,000 iterations) is run
+on a part, for the first class: all costs on each fold and on all images; and all costs at each
+number of shots of one draw. Its whole is that part times the classes, and times the draws. It runs
+on one core; the ratio by the clock divides its time by the cores that ours had, as if it were
+spread over them for nothing. Where other jobs share the cores, the ratio of processor seconds
+tells more.
 
-Features are of squashed 224 px views of PASCAL VOC, or with --classes-root of a folder train/CLASS, val/CLASS, whose
-images each show one class (links to folders will do). --features keeps them in a file, or reads them from there.
+Features are of squashed 224 px views of PASCAL VOC, or with --classes-root of a folder train/CLASS,
+val/CLASS, whose images each show one class (links to folders will do). --features keeps them in a
+file, or reads them from there.
 """
 
 import argparse
@@ -50,7 +52,7 @@ SVM, LOW_SHOT = "voc07_svm", "voc07_low_shot"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """What LIBLINEAR did of a protocol: `_clocks`, how many such parts the whole has, fits that did not converge."""
+    """A part of a protocol by LIBLINEAR: `_clocks`, parts in the whole, fits not converged."""
 
     spent: np.ndarray
     of: int
@@ -95,7 +97,10 @@ def main() -> None:
         ratios[f"LIBLINEAR's whole on {cores} cores, over ours, same layers"] = by_clock / cores
         ratios["the same by processor seconds"] = by_processors
     ratios["1-minute load at the end"] = os.getloadavg()[0]
-    title = f"SVMs: {context.train.n} and {context.held_out.n} images, {context.train.n_classes} classes; {how}"
+    title = (
+        f"SVMs: {context.train.n} and {context.held_out.n} images, "
+        f"{context.train.n_classes} classes; {how}"
+    )
     tell(title, rows, ratios, options.json, settings=vars(options))
 
 
@@ -112,7 +117,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--recalibrate",
         action="store_true",
-        help="batch-norm statistics of calibration_images= training images, as a network that is not trained needs",
+        help="recalibrate batch norm on calibration_images= training images (for random weights)",
     )
     parser.add_argument("--features", type=Path, help="a safetensors file that keeps features")
     parser.add_argument(

@@ -1,11 +1,12 @@
-"""What tracking costs: the share of training time, the time to send a run, and the time in which many runs appear.
+"""What tracking costs: a share of training time, and the time to send one run and many runs.
 
-The share, by the clock: the default run's training with tracking=none and with MLflow in a SQLite file, in turns, by
-steps over seconds from first to last report. The share, by the processor, which other jobs change little: what a
-process uses of one core that does nothing but journal a report of six values each 0.3 s, for --follow-s seconds, while
-MLflow, imported before, follows. A run to be sent has --reports reports of six values in its journal and 200 final
-results; it is sent by what `python -m relloc.sync` calls. The many runs are sent to one store, one after the other by
-each of --processes processes, and are there when the store's own search gives all of them.
+The share, by the clock: the default run's training with tracking=none and with MLflow in a SQLite
+file, in turns, by steps over seconds from first to last report. The share, by the processor, which
+other jobs change little: what a process uses of one core that does nothing but journal a report of
+six values each 0.3 s, for --follow-s seconds, while MLflow, imported before, follows. A run to be
+sent has --reports reports of six values in its journal and 200 final results; it is sent by what
+`python -m relloc.sync` calls. The many runs are sent to one store, one after the other by each of
+--processes processes, and are there when the store's own search gives all of them.
 """
 
 import argparse
@@ -102,14 +103,14 @@ def _training_rates(options: argparse.Namespace) -> dict[str, list[float]]:
                 command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL
             )
             told = [entry for entry in read_journal(Path(folder) / "run") if RATE in entry.metrics]
-        # Over all of the time: sending comes every 15 s, and a median of reports would never see it.
+        # Over all of the time: a median of reports would never see what is sent every 15 s.
         passed_s = (told[-1].time_ms - told[0].time_ms) / 1000
         rates[side].append((told[-1].step - told[0].step) / passed_s)
     return rates
 
 
 def _sending(options: argparse.Namespace, store: str, uri: str) -> list[dict[str, Any]]:
-    """Sending the first run, which finds a store with its schema made; and all, to where the store gives them."""
+    """Seconds to send one run to a prepared store, and all runs until the store lists them."""
     experiment = f"benchmark {uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="relloc_tracking_") as folder:
         runs = [
@@ -140,7 +141,8 @@ def _sending(options: argparse.Namespace, store: str, uri: str) -> list[dict[str
             **one,
         },
         {
-            "what": f"{options.runs} such runs until {store} gives all, {options.processes} processes",
+            "what": f"{options.runs} such runs until {store} gives all, "
+            f"{options.processes} processes",
             **many,
         },
     ]

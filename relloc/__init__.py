@@ -1,4 +1,4 @@
-"""relloc: learn to see by telling where one patch lies relative to another, and measure what was learned."""
+"""Pretrains networks by the relative location of image patches, and evaluates what they learned."""
 
 import os
 import sys

@@ -37,7 +37,7 @@ def number(
     at_least: float = _LOWEST,
     at_most: float = _HIGHEST,
 ) -> float:
-    """Checks that a value is a number within the limits. Infinity is one if `at_most` is infinite."""
+    """Checks that a value is a number within the limits; infinity is one if `at_most` is."""
     if not _is_number(value, above, at_least, at_most):
         raise _wrong(setting, value, f"a number{_limits_text(above, at_least, at_most)}")
     return value

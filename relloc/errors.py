@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend: each message says what to do and is shown without a traceback."""
+"""Errors that a user can repair: the message says what to do and is shown without a traceback."""
 
 import contextlib
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ def unfinished(path: Path) -> Path:
 
 
 def path_as_text(path: Path | str) -> str:
-    r"""Returns a path as text that can be written anywhere: bytes that are not UTF-8 become `\xe9`."""
+    r"""Returns a path as text that can be written anywhere: `\xe9` for a byte that isn't UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -42,7 +42,7 @@ def remove_unfinished(path: Path) -> None:
 
 
 def remove_all_unfinished(folder: Path, *, but: str = "") -> None:
-    """Removes all temporary files in a folder that killed processes left, except those of the file `but`."""
+    """Removes temporary files that killed processes left in a folder, except those of `but`."""
     for temporary in folder.glob(".*.unfinished"):
         if not temporary.name.startswith(f".{but}."):
             temporary.unlink(missing_ok=True)
@@ -163,8 +163,8 @@ def read_text(path: Path, advice: str) -> str:
     """Returns the text of a file of a data set; bytes that are not UTF-8 become surrogates.
 
     Raises:
-        DataError: the file is missing, can't be read, or is not a regular file; the message ends with
-            `advice`.
+        DataError: the file is missing, can't be read, or is not a regular file; the message ends
+            with `advice`.
     """
     exists = path.exists()
     # A pipe is refused, since opening one would wait for ever.

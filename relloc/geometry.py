@@ -55,11 +55,11 @@ class Resize(Protocol):
         ...
 
     def shortest(self) -> int:
-        """Returns the shortest side that any resized image can have, in pixels; 0 if there is no bound."""
+        """Returns the shortest side that any resized image can have, in pixels; 0 if unbounded."""
         ...
 
     def longest_short_side(self) -> int:
-        """Returns the largest value that the shorter side of a resized image can have, in pixels."""
+        """Returns the largest length of the shorter side of a resized image, in pixels."""
         ...
 
 
@@ -147,9 +147,9 @@ class PatchGrid:
     Args:
         patch_px: side of a patch.
         gap_px: distance between two neighboring patches before the jitter.
-        jitter_px: range of the displacement on each axis, uniform over whole pixels. A number J means
-            -J to J, a pair [low, high] means low to high, ends included. For example [0, 21] with a
-            gap of 21 is the random 64 px crop of an 85 px cell of mmselfsup.
+        jitter_px: range of the displacement on each axis, uniform over whole pixels. A number J
+            means -J to J, a pair [low, high] means low to high, ends included. For example [0, 21]
+            with a gap of 21 is the random 64 px crop of an 85 px cell of mmselfsup.
         resize: how an image is resized before the patches are cut; None keeps its size.
 
     Example:
@@ -178,7 +178,8 @@ class PatchGrid:
             checks.wholes("grid.jitter_px", self.jitter_px, at_least=-math.inf)
             if len(self.jitter_px) != 2:
                 raise UsageError(
-                    f"grid.jitter_px is {self.jitter_px}: give one number J, or two as [low, high], in whole pixels"
+                    f"grid.jitter_px is {self.jitter_px}: "
+                    "give one number J, or two as [low, high], in whole pixels"
                 )
         else:
             checks.whole("grid.jitter_px", self.jitter_px, at_least=0)
@@ -192,7 +193,10 @@ class PatchGrid:
         shortest = self.resize.shortest()
         # 0 means no bound: `resized` then enlarges each image that is too small.
         if 0 < shortest < self.span_px:
-            parts = f"3 x {self.patch_px} px patches + 2 x {self.gap_px} px gaps + {self.jitter_width} px of jitter"
+            parts = (
+                f"3 x {self.patch_px} px patches + 2 x {self.gap_px} px gaps + "
+                f"{self.jitter_width} px of jitter"
+            )
             raise ValueError(
                 f"the grid needs {self.span_px} px ({parts}), "
                 f"but images are resized to a side of {shortest} px: "
@@ -215,17 +219,17 @@ class PatchGrid:
 
     @property
     def pitch_px(self) -> int:
-        """The distance between the top left corners of two neighboring patches before the jitter."""
+        """The distance between the left sides of neighboring patches before the jitter."""
         return self.patch_px + self.gap_px
 
     @property
     def span_px(self) -> int:
-        """The side of the square that holds the grid wherever its patches move: the side of a crop."""
+        """The side of a crop: it holds the grid wherever the jitter moves its patches."""
         patches_and_gaps = 3 * self.patch_px + 2 * self.gap_px
         return patches_and_gaps + self.jitter_width
 
     def lowest_corner(self, cell: int) -> Pair:
-        """Returns a patch's top left corner (row, column) in the crop at the smallest displacement."""
+        """Returns a patch's top left corner (row, column) at the smallest displacement."""
         row, column = divmod(cell, 3)
         return row * self.pitch_px, column * self.pitch_px
 
@@ -236,8 +240,8 @@ class PatchGrid:
         `Area` makes too small is enlarged until the grid fits; its aspect ratio stays.
 
         Raises:
-            ValueError: the image is smaller than the grid, and there is no resize to enlarge it. The
-                caller puts the image's name before the message.
+            ValueError: the image is smaller than the grid, and there is no resize to enlarge it.
+                The caller puts the image's name before the message.
         """
         if self.resize is None:
             if min(height, width) < self.span_px:

@@ -1,4 +1,4 @@
-"""Parts that all trainings share: the loop over steps, learning rates, and gradients over processes."""
+"""Parts that all trainings share: the loop over steps, learning rates, averages of gradients."""
 
 import bisect
 import dataclasses
@@ -52,16 +52,16 @@ def run_steps(
 
     Args:
         take_step: is called with the step's number, counted from 0. It does forward, backward and
-            the optimizer's step, and returns numbers (k) that are added up, such as the sum of losses,
-            right answers and images.
+            the optimizer's step, and returns numbers (k) that are added up, such as the sum of
+            losses, right answers and images.
         optimizer: its learning rates are set before each step.
         rate_factor: gives the factor on the initial learning rates from the step's number.
         done: where to begin.
         steps: the number of steps at which training ends.
         report_every: steps between reports; there is one more at the end.
         report: is called with each report.
-        after_step: is called after each step, and may save or evaluate; what it is given is all that
-            has to be saved beside model and optimizer. Training ends early if it returns True.
+        after_step: is called after each step, and may save or evaluate; what it is given is all
+            that has to be saved beside model and optimizer. Training ends early if it returns True.
             Processes that train together stop together only if it returns the same on all of them.
     """
     for number in range(done.step, steps):
@@ -113,7 +113,7 @@ def milestone_factor(
 
 @torch.no_grad()
 def all_finite(model: nn.Module) -> bool:
-    """Returns whether all parameters, running statistics and other floating-point buffers are finite."""
+    """Returns whether all parameters and all floating-point buffers are finite."""
     tensors = model.state_dict().values()
     values = [value for value in tensors if value.is_floating_point()]
     # The largest magnitude of all, by few kernels: it is nan or infinite if any value is.
@@ -124,12 +124,12 @@ def all_finite(model: nn.Module) -> bool:
 class Gradients:
     """The gradients of parameters in one block of memory, so that one kernel or call handles all.
 
-    Each parameter's `grad` is a view of its part of that memory, and backwards add to it. The memory
-    stays where it is, so that a recorded CUDA graph can write to it.
+    Each parameter's `grad` is a view of its part of that memory, and backwards add to it. The
+    memory stays where it is, so that a recorded CUDA graph can write to it.
 
     Processes average their gradients in one call after the last backward of a step.
-    DistributedDataParallel would do it beside the backward, but its hooks and kernels take time that
-    the process that feeds a GPU does not have.
+    DistributedDataParallel would do it beside the backward, but its hooks and kernels take time
+    that the process that feeds a GPU does not have.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -27,7 +27,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Returns the number of this process, and so of its GPU, among those of the run on this machine."""
+    """Returns the number of this process among the run's on this machine, and so of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -100,7 +100,7 @@ def gathered(values: Shaped[Tensor, "*n"]) -> Shaped[Tensor, "world *n"]:
 
 
 def union(texts: dict[str, str]) -> dict[str, str]:
-    """Returns the dictionaries of all ranks merged; the highest rank's value counts for a key of several."""
+    """Returns the dictionaries of all ranks merged; where ranks share a key, the highest counts."""
     if not dist.is_initialized():
         return texts
     # The call fills a list that has a place for each rank.

@@ -203,8 +203,8 @@ def read_results(run_dir: Path) -> Sequence[Result]:
         lines = read_lines(path)
     except OSError as error:
         raise DamagedFile(
-            f"{path} can't be read ({error.strerror}): put back a copy of it, or move it away, and everything is "
-            "measured again"
+            f"{path} can't be read ({error.strerror}): put back a copy of it, or move it away, and "
+            "everything is measured again"
         ) from error
     rows: list[Result] = []
     batch: list[Result] = []  # rows of the batch that is being read
@@ -252,7 +252,8 @@ def _parse_line(line: bytes, location: str) -> _Line:
     try:
         if version not in (1, FORMAT):
             raise ValueError(
-                f"its format is {version}, and this version of relloc knows no format above {FORMAT}"
+                f"its format is {version}, "
+                f"and this version of relloc knows no format above {FORMAT}"
             )
         are_whole = isinstance(number, int) and isinstance(count, int)
         if not are_whole or not 1 <= number <= count:

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _status(sweep: Sweep) -> int:
-    """Prints the table of a sweep, why points failed, and the next command; returns the exit code."""
+    """Prints a sweep's table, why points failed and the next command; returns the exit code."""
     found, problems = known_point_statuses(sweep.points())
     # Clusters forget soon which jobs were cancelled, so that is noted whenever somebody looks
     note_cancelled(found)

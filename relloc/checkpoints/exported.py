@@ -38,7 +38,10 @@ MODEL:
 _MMDETECTION = """\
 model = dict(
     data_preprocessor=dict(mean={mean}, std={std}, bgr_to_rgb=True),
-    backbone=dict(depth={depth}, style='pytorch', init_cfg=dict(type='Pretrained', checkpoint='{file}')))
+    backbone=dict(
+        depth={depth},
+        style='pytorch',
+        init_cfg=dict(type='Pretrained', checkpoint='{file}')))
 mmdetection 2.x: img_norm_cfg = dict(mean={mean}, std={std}, to_rgb=True)
 C4 detectors, whose head is stage 4: roi_head=dict(shared_head=dict(init_cfg=<the same>))"""
 

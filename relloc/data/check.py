@@ -252,8 +252,8 @@ def _findings(split_check: SplitCheck) -> list[str]:
     if split_check.unreadable:
         name, reason = next(iter(split_check.unreadable.items()))
         sentences.append(
-            f"{split}: {len(split_check.unreadable)} images can't be read, such as {escaped(name)}: "
-            f"{escaped(reason)}"
+            f"{split}: {len(split_check.unreadable)} images can't be read, such as "
+            f"{escaped(name)}: {escaped(reason)}"
         )
     if split_check.class_images and split_check.class_images[0] == 0:
         sentences.append(f"{split}: a class has no images")

@@ -145,7 +145,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     """Opens a regular file for reading while the block runs.
 
     Raises:
-        UnreadableImage: the file can't be opened, or the block fails as Pillow does on broken files.
+        UnreadableImage: the file can't be opened, or the block fails as Pillow does on bad files.
     """
     try:
         # O_NONBLOCK: to open a pipe would otherwise wait until another program writes to it.

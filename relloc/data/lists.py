@@ -20,8 +20,8 @@ from relloc.errors import DataError, data_errors
 from relloc.files import read_text
 
 _VOC_NAMES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-    "sofa train tvmonitor"
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor"
 )
 VOC_CLASSES = tuple(_VOC_NAMES.split())
 # The year of VOC that benchmarks use, and that the setting published_images gives counts of.

@@ -1,4 +1,4 @@
-"""Records about the images of a data set, saved in files part by part while it is checked or packed.
+"""Records about the images of a data set, saved part by part while it is checked or packed.
 
 A part is a range of images that one process works on. It has a file of records (one for each
 image) and a JSON file that is written after it: where the JSON file exists the part is finished,
@@ -28,7 +28,7 @@ FACTS = np.dtype(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a split: its images from `start` to `stop` (not included); `number` counts parts."""
+    """A part of a split: images `start` up to but not including `stop`; `number` counts parts."""
 
     role: Role
     split: str

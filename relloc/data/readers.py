@@ -79,8 +79,8 @@ class ReadingProcesses(Iterator[Answer]):
 
     Answers come in the order of the tasks: worker k of n gets tasks k, k + n, k + 2 n, and so on,
     up to `PREFETCHED` ahead. The workers start at the first `next`, and are killed at the end of
-    the `with` block. `stopping` returns true once the run is asked to stop; `print_message` is called with a
-    sentence about waits of a minute and longer.
+    the `with` block. `stopping` returns true once the run is asked to stop; `print_message` is
+    called with a sentence about waits of a minute and longer.
 
     Raises (from `next`):
         Interrupted: a worker was killed or can't be started, or sent nothing for half an hour.

@@ -1,4 +1,4 @@
-"""Reads images that `relloc.prepare` packed into WebDataset tars: the data set `data.shards=FOLDER`.
+"""Reads images that `relloc.prepare` packed into WebDataset tars (`data.shards=FOLDER`).
 
 A packed folder holds manifest.json, which says how it was made, and for each split (such as train):
 

@@ -52,7 +52,7 @@ def to_hand_over(shape: Sequence[int]) -> tuple[int, Tensor]:
 
 
 def handed_over(descriptor: int, shape: Sequence[int]) -> Tensor:
-    """Returns the memory behind a descriptor of `to_hand_over` as a tensor; closes the descriptor."""
+    """Returns the memory behind a descriptor of `to_hand_over` as a tensor, and closes it."""
     try:
         return _mapped(descriptor, shape)
     finally:

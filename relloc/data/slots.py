@@ -39,8 +39,8 @@ def load_in_slots(
     """Yields the same batches as `load`, of which only the last `batches_held` stay valid.
 
     A batch has at most `images` images of `side_px` pixels a side. Memory of older batches is
-    overwritten. Where slots can't be shared or allocated, batches come from `load`, and `print_message` is
-    called with a sentence about it.
+    overwritten. Where slots can't be shared or allocated, batches come from `load`, and
+    `print_message` is called with a sentence about it.
 
     Raises:
         Interrupted: a worker was killed.
@@ -49,8 +49,8 @@ def load_in_slots(
     slots = None
     # Only forked workers see memory that was mapped before they started.
     if workers and machine.forks():
-        # Each worker fills up to PREFETCHED slots while the caller holds `batches_held` batches; the
-        # last one is being handed to the caller.
+        # Each worker fills up to PREFETCHED slots while the caller holds `batches_held` batches;
+        # the last one is being handed to the caller.
         n_slots = workers * PREFETCHED + batches_held + 1
         shape = (n_slots, images, side_px, side_px, 3)
         try:

@@ -132,9 +132,9 @@ def listed(images: ImageSet, path: Path) -> Subset:
     if ambiguous:
         first = ambiguous[0]
         raise DataError(
-            f"{path}: {len(ambiguous)} of {len(wanted)} names are not those of exactly one image of "
-            f"{images.name} {images.split}, such as {first} ({counts[first]} images): give a list "
-            "of this data set's file names"
+            f"{path}: {len(ambiguous)} of {len(wanted)} names are not those of exactly one image "
+            f"of {images.name} {images.split}, such as {first} ({counts[first]} images): give a "
+            "list of this data set's file names"
         )
     indices = [index for index, name in enumerate(image_names) if name in wanted]
     return Subset(images=images, indices=indices)

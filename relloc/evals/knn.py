@@ -76,8 +76,8 @@ class Knn(Evaluation):
 
     def _too_few(self, n_images: int) -> UsageError:
         return UsageError(
-            f"eval.knn.k {list(self.k)}: the bank has only {n_images} images. Give a k of {n_images} or less, or more "
-            "training images"
+            f"eval.knn.k {list(self.k)}: the bank has only {n_images} images. Give a k of "
+            f"{n_images} or less, or more training images"
         )
 
     def run(self, context: Context) -> Iterator[Score]:

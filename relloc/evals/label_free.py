@@ -29,8 +29,8 @@ class LabelFree(Evaluation):
     The authors of RankMe take 25,600 images. RankMe grows with their number until that is several
     times the dimensions, so only numbers for the same n can be compared. The default of 4,096
     images is twice the 2,048 dimensions of a ResNet-50's avgpool, is no more than most evaluation
-    splits have, and takes a fortieth of the time for the decomposition in float64 that 25,600 images of
-    9,216 dimensions take.
+    splits have, and takes a fortieth of the time for the decomposition in float64 that 25,600
+    images of 9,216 dimensions take.
 
     `layers`: the layers to measure. `view`: how images are cropped and resized.
     `batch`: the number of images that are read at once.
@@ -74,9 +74,9 @@ class LabelFree(Evaluation):
                 rank = rankme(rows)
             except ValueError as error:
                 raise UsageError(
-                    f"eval.label_free at {layer}: {error}. The network may have diverged or be dead there, or half "
-                    "precision overflowed: give precision=fp32, batch_norm=recalibrated, other weights, or leave the "
-                    "layer out"
+                    f"eval.label_free at {layer}: {error}. The network may have diverged or be "
+                    "dead there, or half precision overflowed: give precision=fp32, "
+                    "batch_norm=recalibrated, other weights, or leave the layer out"
                 ) from error
             # Features may use too few directions for a power law, which is a finding and no error.
             alpha = None

@@ -125,7 +125,8 @@ class _LinearEvaluation(Evaluation):
         )
         if not n_images:
             raise DataError(
-                "none of the images to report on can be read: repair them, or evaluate on another data set"
+                "none of the images to report on can be read: "
+                "repair them, or evaluate on another data set"
             )
         return hits, n_images
 
@@ -313,7 +314,10 @@ class Linear(_LinearEvaluation):
         n_settings = len(self.grid_lrs) * len(self.grid_weight_decays)
         # The published head trains on the tenth, and all heads of a layer share one batch norm.
         norm = ", whose images enter batch norm" if self.batch_norm else ""
-        return f"chosen among {n_settings} on a held-back tenth of train in the still view, not trained on{norm}"
+        return (
+            f"chosen among {n_settings} on a held-back tenth of train in the still view, "
+            f"not trained on{norm}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,8 +329,8 @@ class LinearFast(_LinearEvaluation):
 
     `layers`: the layers to measure. `view`: how images are cropped and resized.
     `epochs`: the length of the training. `gamma`: what the learning rate is multiplied by after
-    each of `milestone_epochs`. `learning_rates`: the rates to choose from. `momentum`, `weight_decay`,
-    `batch`: further hyperparameters of SGD.
+    each of `milestone_epochs`. `learning_rates`: the rates to choose from. `momentum`,
+    `weight_decay`, `batch`: further hyperparameters of SGD.
 
     Raises:
         ValueError: hyperparameters with which nothing could be trained.

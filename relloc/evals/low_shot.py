@@ -84,8 +84,9 @@ class Voc07LowShot(Voc07):
         possible = [k for k in self.shots if k <= most]
         if not possible:
             raise UsageError(
-                f"eval.voc07_low_shot.shots={list(self.shots)}: a class has only {n_positive} positive images and one "
-                f"{n_negative} negative ones, of which k needs {_NEGATIVES} times as many: name smaller k"
+                f"eval.voc07_low_shot.shots={list(self.shots)}: a class has only {n_positive} "
+                f"positive images and one {n_negative} negative ones, of which k needs "
+                f"{_NEGATIVES} times as many: name smaller k"
             )
         return possible
 

@@ -127,8 +127,8 @@ def fit(
         f[..., unsolved] = gram @ b[..., unsolved]
     n_left = int(unsolved.sum())
     raise UsageError(
-        f"{n_left} SVMs are not solved after {_MOST_STEPS} steps of Newton's method: the features are badly scaled. "
-        "Check that the network has not diverged, and leave out the highest costs"
+        f"{n_left} SVMs are not solved after {_MOST_STEPS} steps of Newton's method: the features "
+        "are badly scaled. Check that the network has not diverged, and leave out the highest costs"
     )
 
 

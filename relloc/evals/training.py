@@ -69,10 +69,10 @@ class HeadTraining:
     """Trains all heads with SGD, with one forward pass of the backbone per batch for all of them.
 
     Learning rates are multiplied by `gamma` at the milestones. Heads that must not see the
-    held-back tenth take no step on its images; if there are such heads, a batch is either entirely of the
-    tenth or entirely of the rest, and the batches of an epoch come in random order. Batch norm,
-    which has no parameters and sees no labels, is computed from all images that any head trains on.
-    `steps_at_once` changes speed and rounding only; None chooses what suits the device.
+    held-back tenth take no step on its images; if there are such heads, a batch is either entirely
+    of the tenth or entirely of the rest, and the batches of an epoch come in random order. Batch
+    norm, which has no parameters and sees no labels, is computed from all images that any head
+    trains on. `steps_at_once` changes speed and rounding only; None chooses what suits the device.
     """
 
     layers: Sequence[str]  # each has heads of its own
@@ -118,8 +118,8 @@ class HeadTraining:
             n_batches = self._train_epoch(heads, source, tenth, epoch, device, context.seed)
             if not n_batches:
                 raise DataError(
-                    f"of {source.n} training images too few can be read and are not held back to choose among linear "
-                    "heads: no head can be trained on them, give more images"
+                    f"of {source.n} training images too few can be read and are not held back to "
+                    "choose among linear heads: no head can be trained on them, give more images"
                 )
             check_finite(heads)
             trained.epoch = epoch + 1
@@ -272,8 +272,9 @@ class HeadTraining:
         is_mixed = len(set(groups)) > 1
         if n_read < len(requests) and is_mixed:
             raise DataError(
-                f"none of a whole batch of {self.batch} images can be read, so images that choose among linear "
-                "heads can't be told from the others: repair or remove the images that can't be read"
+                f"none of a whole batch of {self.batch} images can be read, so images that choose "
+                "among linear heads can't be told from the others: repair or remove the images "
+                "that can't be read"
             )
 
 
@@ -310,8 +311,9 @@ def check_finite(heads: Heads) -> None:
     broken = [layer for layer, of_layer in heads.items() if not of_layer.features_are_finite]
     if broken:
         raise UsageError(
-            f"features of {', '.join(broken)} are NaN or infinite, so no linear classifier can be trained on them: the "
-            "checkpoint is damaged or its numbers overflow. Name other layers, or try precision=fp32"
+            f"features of {', '.join(broken)} are NaN or infinite, so no linear classifier can be "
+            "trained on them: the checkpoint is damaged or its numbers overflow. Name other "
+            "layers, or try precision=fp32"
         )
 
 

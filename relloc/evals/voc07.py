@@ -172,7 +172,8 @@ class Voc07(Evaluation):
         classes = is_usable.nonzero().squeeze(1).tolist()
         if not classes:
             raise UsageError(
-                f"{self.setting}: no class has a positive image both to train on and to be tested on: give more images"
+                f"{self.setting}: no class has a positive image both to train on "
+                "and to be tested on: give more images"
             )
         return VocLabels(
             classes=classes,
@@ -203,8 +204,8 @@ def _normalized(
         x = features[layer].to(device, torch.float64)
         if not x.isfinite().all():
             raise UsageError(
-                f"features of {layer} are not finite: the weights have diverged, or the precision is too low. Give "
-                "other weights, or precision=fp32"
+                f"features of {layer} are not finite: the weights have diverged, or the precision "
+                "is too low. Give other weights, or precision=fp32"
             )
         lengths = x.norm(dim=1, keepdim=True)
         rows.append(x / (lengths + _NORM_EPSILON))

@@ -1,6 +1,6 @@
 """The VOC07 SVM benchmark: linear SVMs on the frozen features of each layer (protocols.md 3.1).
 
-There is one SVM per class. The cost of each SVM is chosen by cross-validation on the training images.
+There is one SVM per class. The cost of each is chosen by cross-validation on the training images.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ class Voc07Svm(Voc07):
 
     It yields `map`, measured on the test images, and `map_cv`, the cross-validated one on the
     training images, if some class has enough positive images for it. Costs are chosen by the
-    latter, which uses scikit-learn's definition of average precision. Classes without a positive image in
-    train or test are left out, and listed in the deviations.
+    latter, which uses scikit-learn's definition of average precision. Classes without a positive
+    image in train or test are left out, and listed in the deviations.
 
     `layers`: the layers to measure. `view`: how images are cropped and resized.
     `costs`: the SVM costs to choose from. `folds`: the number of folds of the cross-validation.
@@ -66,8 +66,9 @@ class Voc07Svm(Voc07):
         most_folds = int(n_more_frequent.min())
         if self.folds > most_folds:
             raise UsageError(
-                f"eval.voc07_svm.folds is {self.folds}: of {n_images} training images, some class is in no more "
-                f"than {most_folds}, and missing in no more: give {most_folds} folds or fewer, or more images"
+                f"eval.voc07_svm.folds is {self.folds}: of {n_images} training images, some class "
+                f"is in no more than {most_folds}, and missing in no more: give {most_folds} folds "
+                "or fewer, or more images"
             )
 
     def measure(
@@ -165,8 +166,8 @@ class Voc07Svm(Voc07):
             # The solution at one cost is near that of the next.
             start = fitted.coefficients
             precision = ap_steps(fitted.decisions[0], positive, ~in_training)
-            # Without a positive image to train on there is nothing to learn; without one to validate
-            # on, average precision is nan by itself. `nanmean` leaves both out.
+            # Without a positive image to train on there is nothing to learn; without one to
+            # validate on, average precision is nan by itself. `nanmean` leaves both out.
             precision[~has_positives] = torch.nan
             by_fold = precision.view(n_classes, self.folds)
             by_cost.append(by_fold.nanmean(dim=1))

@@ -199,16 +199,16 @@ class NamedEvaluation:
             if self.how_to_give:
                 advice = f"give labeled images by {self.how_to_give}"
             raise UsageError(
-                f"{setting}: {dataset} has no labels to evaluate on (train/CLASS and val/CLASS folders with the "
-                f"same classes): {advice}"
+                f"{setting}: {dataset} has no labels to evaluate on (train/CLASS and val/CLASS "
+                f"folders with the same classes): {advice}"
             )
 
         if self.evaluation.labels == "presence":
             have_presence = all(isinstance(split, MultiLabeled) for split in both_splits)
             if not have_presence:
                 message = (
-                    f"{setting} needs images that say of each class whether it is in the image (PASCAL VOC): "
-                    f"{dataset} do not"
+                    f"{setting} needs images that say of each class whether it is in the image "
+                    f"(PASCAL VOC): {dataset} do not"
                 )
                 # Shards that older versions packed have lost what VOC says of each class.
                 if any(isinstance(split, ShardImages) for split in both_splits):

@@ -319,8 +319,8 @@ def _cache_features(
     if needed > free:
         names = ", ".join(layers)
         warnings.warn(
-            f"features of {names} take {format_gib(needed)}, and {format_gib(free)} of memory are free: they are "
-            "not kept in memory but computed again each time, which is slow",
+            f"features of {names} take {format_gib(needed)}, and {format_gib(free)} of memory are "
+            "free: they are not kept in memory but computed again each time, which is slow",
             stacklevel=2,
         )
         return train, held_out

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from relloc.models.one_value import refuse_one_value
 
 ONE_IMAGE = (
-    "batch_norm=recalibrated can't use a batch of one image: a batch norm of this network sees only one value "
-    "per channel of it, and so no variance. Give a larger view.batch, images that can be read, or "
-    "batch_norm=as_trained"
+    "batch_norm=recalibrated can't use a batch of one image: a batch norm of this network sees "
+    "only one value per channel of it, and so no variance. Give a larger view.batch, images that "
+    "can be read, or batch_norm=as_trained"
 )
 
 

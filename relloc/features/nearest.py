@@ -504,9 +504,9 @@ def _slices(n: int, size: int) -> Iterator[slice]:
 def _check_all_finite(n_bad: int, n: int, name: str) -> None:
     if n_bad:
         raise UsageError(
-            f"{name}: {n_bad} of {n} images have features with NaN or infinity, so their neighbors can't be found. "
-            "The network may have diverged, or half precision may have overflowed. Try precision=fp32, "
-            "batch_norm=recalibrated, or other weights."
+            f"{name}: {n_bad} of {n} images have features with NaN or infinity, so their neighbors "
+            "can't be found. The network may have diverged, or half precision may have overflowed. "
+            "Try precision=fp32, batch_norm=recalibrated, or other weights."
         )
 
 

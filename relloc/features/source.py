@@ -379,8 +379,9 @@ def fill_bank(
     needed_gib = bank_gib(source, layers, len(indices))
     available_gib = free_gib(device)
     too_large = UsageError(
-        f"features of {len(indices)} images at {', '.join(layers)} take {format_gib(needed_gib)}, but the memory of "
-        f"{device} has only {format_gib(available_gib)} free: name fewer layers, use a smaller data set, or free memory"
+        f"features of {len(indices)} images at {', '.join(layers)} take {format_gib(needed_gib)}, "
+        f"but the memory of {device} has only {format_gib(available_gib)} free: name fewer layers, "
+        "use a smaller data set, or free memory"
     )
     if needed_gib > available_gib:
         raise too_large

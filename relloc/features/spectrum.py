@@ -65,8 +65,9 @@ def alpha_req(features: FeatureMatrix) -> float:
     n_directions = int(is_used.sum())
     if n_directions <= _FIRST_RANK:
         raise ValueError(
-            f"features of {len(features)} images span {n_directions} directions around their mean, but alpha-ReQ "
-            f"needs {_FIRST_RANK + 1}: its power law is fitted from rank {_FIRST_RANK} on"
+            f"features of {len(features)} images span {n_directions} directions around their mean, "
+            f"but alpha-ReQ needs {_FIRST_RANK + 1}: "
+            f"its power law is fitted from rank {_FIRST_RANK} on"
         )
     last_rank = min(n_directions, _LAST_RANK)
     # Eigenvalues of the covariance are squares of singular values, up to a factor 1 / (n - 1) that

@@ -54,7 +54,8 @@ class Groups:
         rows_per_ghost = self.images * self.blocks
         if rows % rows_per_ghost:
             raise ValueError(
-                f"{rows} rows are not a whole number of ghost batches of {self.images} x {self.blocks} rows"
+                f"{rows} rows are not a whole number of ghost batches "
+                f"of {self.images} x {self.blocks} rows"
             )
 
     def values_per_channel(self, blocks: Tensor) -> list[int]:
@@ -79,7 +80,8 @@ class GhostBatchNorm(_BatchNorm):
     def __init__(self, norm: _BatchNorm, groups: Groups) -> None:
         if norm.momentum is None or norm.running_mean is None:
             raise ValueError(
-                "a batch norm without momentum or running statistics can't be replaced by a ghost batch norm"
+                "a batch norm without momentum or running statistics "
+                "can't be replaced by a ghost batch norm"
             )
         super().__init__(
             norm.num_features,
@@ -137,7 +139,8 @@ class GhostBatchNorm(_BatchNorm):
         """
         if min(counts) < 2:
             raise ValueError(
-                "a batch norm has no variance of one value per channel: raise recipe.images_per_batch_norm"
+                "a batch norm has no variance of one value per channel: "
+                "raise recipe.images_per_batch_norm"
             )
         # Running variances are unbiased, as PyTorch's are.
         corrections = [count / (count - 1) for count in counts]

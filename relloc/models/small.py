@@ -38,15 +38,16 @@ class SmallBackbone(Backbone):
         super().__init__()
         if len(widths) != len(STAGES):
             raise ValueError(
-                f"model.backbone.widths has {len(widths)} numbers, but the network has {len(STAGES)} stages. "
-                "Give one number of channels for each stage."
+                f"model.backbone.widths has {len(widths)} numbers, but the network has "
+                f"{len(STAGES)} stages. Give one number of channels for each stage."
             )
         # The last stage is no block's input, so no strided convolution reads its channels.
         min_width = min(widths[:-1])
         if min_width < _MIN_WIDTH:
             raise ValueError(
-                f"model.backbone.widths contains {min_width}. Fewer than {_MIN_WIDTH} channels can't be trained "
-                f"safely with this version of torch. Give {_MIN_WIDTH} or more for all stages but the last."
+                f"model.backbone.widths contains {min_width}. Fewer than {_MIN_WIDTH} channels "
+                f"can't be trained safely with this version of torch. Give {_MIN_WIDTH} or more "
+                "for all stages but the last."
             )
         self.stage_channels = tuple(widths)
         self.embedding_dim = widths[-1]

@@ -60,9 +60,10 @@ class Alarm:
         if steps_at_chance >= self.collapse_steps and not self._has_warned:
             self._has_warned = True
             self.warn(
-                f"alarm   the loss has stayed at log 8 = {CHANCE_LOSS:.3f} for {steps_at_chance} steps: "
-                "the network answers at chance. If that goes on, try a lower optimizer.lr, a longer "
-                "schedule.warmup_epochs, or an easier question (a smaller grid.gap_px, color=gray)"
+                f"alarm   the loss has stayed at log 8 = {CHANCE_LOSS:.3f} for {steps_at_chance} "
+                "steps: the network answers at chance. If that goes on, try a lower optimizer.lr, "
+                "a longer schedule.warmup_epochs, or an easier question (a smaller grid.gap_px, "
+                "color=gray)"
             )
 
 

@@ -34,8 +34,8 @@ class Feed:
         images_per_batch: number of images of a full batch.
         batches_per_forward: how many batches are joined.
         device: where the images go.
-        waited_s: seconds that the device had to wait for the loader so far. With a GPU only the time
-            counts at whose end the GPU had no work left.
+        waited_s: seconds that the device had to wait for the loader so far. With a GPU only the
+            time counts at whose end the GPU had no work left.
         taken: how many forwards were given so far.
 
     Raises (while iterated over):

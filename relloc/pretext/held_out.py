@@ -33,7 +33,7 @@ class Accuracy:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode while the block runs, and each module back into its own mode after."""
+    """Puts the model into eval mode for the block, and then each module back into its own mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -80,7 +80,7 @@ def count_hits(answered: Answers) -> Int[Tensor, "n"]:
 
 
 def confusion(answered: Answers) -> Int[Tensor, "8 8"]:
-    """Returns the confusion matrix: counts by true position (row) and answered position (column)."""
+    """Returns the confusion matrix: counts by true position (row) and answered one (column)."""
     true_positions = torch.arange(PAIRS)
     # Each (true, answered) pair gets a number of its own, 0 to 63, of which occurrences are
     # counted.
@@ -92,10 +92,10 @@ def confusion(answered: Answers) -> Int[Tensor, "8 8"]:
 def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
     """Returns the accuracy with an interval that treats images of one source as one observation.
 
-    The eight pairs of an image share its center, and tiles of a photograph share pixels. An interval
-    that took them as independent would be too narrow. The interval is Student's t on the linearized
-    variance of a ratio of cluster totals (Cochran, Sampling Techniques, 3rd ed., 6.3). With a single
-    source nothing is known of others, and the interval is 0 to 100.
+    The eight pairs of an image share its center, and tiles of a photograph share pixels. An
+    interval that took them as independent would be too narrow. The interval is Student's t on the
+    linearized variance of a ratio of cluster totals (Cochran, Sampling Techniques, 3rd ed., 6.3).
+    With a single source nothing is known of others, and the interval is 0 to 100.
 
     Args:
         hits: right answers (0 to 8) of each image, as `count_hits` gives them.

@@ -104,8 +104,8 @@ def train(
         done: where to begin: `task.start()`, or what a run that is resumed had saved.
         report_every: optimizer steps between reports; there is one more at the end.
         report: is called with each report.
-        after_step: is called after each step; training ends early if it returns True. Processes that
-            train together stop together only if it returns the same on all of them.
+        after_step: is called after each step; training ends early if it returns True. Processes
+            that train together stop together only if it returns the same on all of them.
     """
     # Weights may differ between processes, such as after resuming: those of rank 0 count.
     ranks.copy_from_first(task.model.state_dict().values())
@@ -153,7 +153,7 @@ class Stepper:
         self._compute = Graphed(compute) if task.cuda_graphs else compute
 
     def step(self, forwards: Iterator[Images], step: int) -> Sums:
-        """Takes one step over the next `accumulation` forwards, and returns its sums over the pairs."""
+        """Takes one step over the next `accumulation` forwards, and returns sums over the pairs."""
         sums = _no_sums(self.task.device)
         self._gradients.clear()
         forwards_of_step = itertools.islice(forwards, self.task.accumulation)

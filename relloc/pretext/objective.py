@@ -26,18 +26,18 @@ N_NEIGHBORS = len(NEIGHBORS)
 class RelativeLocation(nn.Module):
     """A backbone and a head that give the logits of the eight (neighbor, center) pairs of an image.
 
-    The published recipe encodes the center of an image eight times, once with each neighbor. Here it
-    is encoded once, with the same result: to repeat a sample changes neither the mean nor the biased
-    variance of a batch (protocols.md 2.2). Only the running variance differs, by the factor
+    The published recipe encodes the center of an image eight times, once with each neighbor. Here
+    it is encoded once, with the same result: to repeat a sample changes neither the mean nor the
+    biased variance of a batch (protocols.md 2.2). Only the running variance differs, by the factor
     (M - 1/8) / (M - 1) with M values a channel: 0.4 % or less from 64 images with maps of 2x2 on.
 
     Args:
         backbone: encodes patches.
         head: takes embeddings of neighbors and centers, and gives logits.
-        batch_norm: "separate" normalizes neighbors and centers as two groups in the backbone, as the
-            published recipe does; "joint" all nine patches as one.
-        images_per_batch_norm: how many consecutive images share batch-norm statistics in training (a
-            ghost batch).
+        batch_norm: "separate" normalizes neighbors and centers as two groups in the backbone, as
+            the published recipe does; "joint" all nine patches as one.
+        images_per_batch_norm: how many consecutive images share batch-norm statistics in training
+            (a ghost batch).
         one_pass: whether all ghost batches go through the network at once and not one after the
             other, for torch.compile. Results differ by rounding alone.
     """
@@ -137,8 +137,8 @@ class RelativeLocation(nn.Module):
 def check_batch_norms(model: RelativeLocation, patch_px: int) -> None:
     """Checks that no batch norm of the model would train on a single value a channel.
 
-    That happens with a group of one patch, so with one image a batch norm, whose feature map has one
-    pixel. The check does a forward, which changes the running statistics of the model.
+    That happens with a group of one patch, so with one image a batch norm, whose feature map has
+    one pixel. The check does a forward, which changes the running statistics of the model.
 
     Raises:
         UsageError: a batch norm would get a single value a channel.
@@ -147,8 +147,9 @@ def check_batch_norms(model: RelativeLocation, patch_px: int) -> None:
     if n > 1:
         return
     message = (
-        f"recipe.images_per_batch_norm={n}: a batch norm would see one value a channel, of which there is no variance. "
-        "Give recipe.images_per_batch_norm=2 or more, or pretext_batch_norm=joint, where nine patches count together"
+        f"recipe.images_per_batch_norm={n}: a batch norm would see one value a channel, of which "
+        "there is no variance. Give recipe.images_per_batch_norm=2 or more, or "
+        "pretext_batch_norm=joint, where nine patches count together"
     )
     with refuse_one_value(model.train(), message):
         model(torch.zeros(n, CELLS, 3, patch_px, patch_px))

@@ -17,7 +17,7 @@ class Schedule(Protocol):
     epochs: float
 
     def factor(self, epoch: float) -> float:
-        """Returns the learning rate at `epoch`, a real number in [0, epochs), over the initial rate."""
+        """Returns the learning rate at `epoch` in [0, epochs), as a multiple of the initial one."""
         ...
 
 
@@ -55,8 +55,8 @@ class _WarmedUp(_Lasting):
         checks.number("schedule.warmup_epochs", self.warmup_epochs, at_least=0)
         if self.warmup_epochs > self.epochs:
             raise UsageError(
-                f"schedule.warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the run: "
-                "give a shorter warm-up or a larger schedule.epochs"
+                f"schedule.warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} "
+                "epochs of the run: give a shorter warm-up or a larger schedule.epochs"
             )
         checks.number("schedule.warmup_from", self.warmup_from, at_least=0, at_most=1)
 

@@ -58,7 +58,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """The exit code by the shell's convention: 128 plus the signal's number, so 130 for Ctrl-C."""
+        """The exit code as shells have it: 128 plus the signal's number, so 130 for Ctrl-C."""
         return 128 + (self.signal or 0)
 
     @property
@@ -77,7 +77,7 @@ class StopRequest:
             signal.signal(number, self.notice)
 
     def notice(self, number: int, _frame: FrameType | None) -> None:
-        """Notes a signal that arrived (this is the signal handler); raises if it is to end the run."""
+        """Notes a signal that arrived (the signal handler); raises if it is to end the run."""
         is_second = self.signal == number
         self.signal = number
         # A cluster may send SIGTERM again and again; a person who presses Ctrl-C twice means it.

@@ -1,1 +1,1 @@
-"""Reports: tables of our results beside the published ones, which name where each number comes from."""
+"""Reports: tables of our results beside the published ones, with the source of each number."""

@@ -91,7 +91,7 @@ class ReportEntry:
 
     @property
     def mark(self) -> str:
-        """`INSIDE`, `ABOVE` or `BELOW` the tolerance of the published numbers, or "" without one."""
+        """`INSIDE`, `ABOVE` or `BELOW` the tolerance of the published numbers; "" without one."""
         if not self.beside:
             return ""
         # With several editions of the published number, from the lowest to the highest

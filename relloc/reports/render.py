@@ -42,7 +42,7 @@ _LATEX = {
 
 
 def as_markdown(report: Report) -> str:
-    """Returns the report as Markdown: tables, notes below each, and commands for what is missing."""
+    """Returns the report as Markdown: tables with notes, and commands for what is missing."""
     text = _render("report.md.jinja", report, escape_markdown)
     # Align the columns of each table, which is a block of lines that begin with a pipe
     tables = re.compile(r"(?:^\|.*\n)+", flags=re.MULTILINE)

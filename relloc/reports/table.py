@@ -77,7 +77,7 @@ class Table:
 
     @property
     def notes(self) -> dict[str, int]:
-        """The notes of rows and cells with their numbers: from 1, in reading order, equal ones once."""
+        """The notes of rows and cells, each once, with numbers from 1 in reading order."""
         numbers: dict[str, int] = {}
         for row in self.rows:
             for text in (row.note, *(cell.note for cell in row.cells if cell)):
@@ -252,8 +252,8 @@ def _our_rows(entries: Sequence[ReportEntry], columns: Sequence[str]) -> Iterabl
         in_column[entry.result.column] = entry
     for (label, setting), in_column in rows.items():
         same_label = [entry for entry in entries if entry.label == label]
-        # A dash promises a command below the tables that fills the cell. There is none for rows that
-        # fill no cell of the card, or that hold repeated measurements
+        # A dash promises a command below the tables that fills the cell. There is none for rows
+        # that fill no cell of the card, or that hold repeated measurements
         is_to_be_filled = any(
             entry.fills_card and not entry.measured.variant for entry in in_column.values()
         )
@@ -289,7 +289,7 @@ def _our_cell(entry: ReportEntry) -> Cell:
 
 
 def facts(row: Result) -> list[str]:
-    """Returns how a number was measured, as phrases: protocol, choices, deviations, view, precision."""
+    """Returns phrases on how a number was measured, such as its protocol, view and precision."""
     phrases = [f"protocol {row.protocol}"] if row.protocol else []
     phrases += [row.choice, *row.details]
     phrases += [f"deviation: {deviation}" for deviation in row.deviations]

@@ -1,7 +1,7 @@
 """Builds the objects of a run from a composed config.
 
-`pretraining`, `evaluating` and `preparing` turn a config into frozen dataclasses; the code that gets
-these sees no config.
+`pretraining`, `evaluating` and `preparing` turn a config into frozen dataclasses; the code that
+gets these sees no config.
 
 The dataclasses check themselves, so that building finds a wrong setting before images are listed or
 anything is computed, also on a login node without a GPU: `refusals` builds all points of a sweep

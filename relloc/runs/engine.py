@@ -35,7 +35,7 @@ _PRECISIONS = ("bf16", "tf32", "fp32")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Settings of an engine as a user writes them; "auto" is resolved by `resolve_engine` for the machine.
+    """Settings of an engine as a user writes them; `resolve_engine` resolves "auto".
 
     Args:
         device: "cpu", "cuda" or "auto".

@@ -1,1 +1,1 @@
-"""Sweeps: their points, of which each is a run, and the status of these. Nothing here imports torch."""
+"""Sweeps: their points, each of which is a run, and their status. Nothing here imports torch."""

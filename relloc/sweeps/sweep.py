@@ -24,16 +24,16 @@ CODE = "code"
 LOGS = "logs"
 CANCELLED = "cancelled"
 _LOCK = ".lock"
-# Version of how points are identified by their settings. 1 counted the device, and had the recipe as
-# a part of the data
+# Version of how points are identified by their settings. 1 counted the device, and had the recipe
+# as a part of the data
 _VERSION = 2
 _SWEEPS = "sweeps"  # in the folder of runs
 _PREFIX = "sweep="
 _HOW_TO_REPAIR = "Remove it, and start the sweep's command again, which finds its points"
 # The longest name. File systems take 255 bytes, and names of logs and jobs add something
 _MOST_BYTES = 200
-# Signs that separate folders (here or on Windows), entries of PYTHONPATH, or points; and the one that
-# sbatch replaces in names of logs
+# Signs that separate folders (here or on Windows), entries of PYTHONPATH, or points; and the one
+# that sbatch replaces in names of logs
 _NOT_IN_A_NAME = frozenset("/\\:,%")
 
 

@@ -53,7 +53,7 @@ def print_message(message: str | Table) -> None:
 
 
 def table(found: Sequence[PointStatus]) -> Table:
-    """Returns a table with a row for each point: its status, job, progress, time left and folder."""
+    """Returns a table with a row per point: its status, job, progress, time left and folder."""
     counts = Counter(now.status for now in found)
     title = [f"{counts[status]} {status.word}" for status in _COLORS if counts[status]]
     made = Table(title=", ".join(title))
@@ -96,7 +96,7 @@ def print_failed_points(
         print_message(f"\nfailed  {escaped(point.name)}{where}")
         lines = _end_of(log) or ["it left no output: it ended before it began"]
         last = lines[-_LAST_LINES:]
-        # Our own message says the cause. What came after it may have pushed it out of the last lines
+        # Our own message says the cause. Later output may have pushed it out of the last lines
         messages = [line for line in lines if line.startswith(_MESSAGE)]
         if messages and messages[-1] not in last:
             print_message(f"        {messages[-1]}")

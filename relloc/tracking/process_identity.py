@@ -19,7 +19,7 @@ def is_elsewhere(mark: Mapping[str, Any]) -> bool:
 
 
 def is_alive(mark: Mapping[str, Any]) -> bool:
-    """Return whether a process identified by `process_identity` is alive; False on other machines."""
+    """Returns whether the process that `mark` identifies is alive; False if on another machine."""
     # A process that has the number but another start is a later one.
     born = _born(mark["pid"])
     if is_elsewhere(mark) or born is None:

@@ -137,7 +137,8 @@ def labels_of(images: ImageSet) -> Int[Tensor, "n"]:
     """Returns the labels of all images. Raises `DataError` where images have none."""
     if images.labels is None:
         raise DataError(
-            f"{images.name} {images.split} has no labels, which fine-tuning needs: give labeled images"
+            f"{images.name} {images.split} has no labels, which fine-tuning needs: "
+            "give labeled images"
         )
     return torch.as_tensor(images.labels)
 
@@ -191,6 +192,7 @@ def count_top_hits(
     n_classified = counts[-1]
     if not n_classified:
         raise DataError(
-            f"none of the images of {images.name} {images.split} can be read, so accuracy has no value"
+            f"none of the images of {images.name} {images.split} can be read, "
+            "so accuracy has no value"
         )
     return counts.tolist()

@@ -191,15 +191,17 @@ class FineTuning(Generic[T]):
         sum_of_losses, samples = report.sums
         if not samples:
             raise DataError(
-                f"{self.name}: up to step {self.step} no step has {self.least_samples} or more images that can be "
-                "read, so nothing can be trained on. Repair or remove the images that can't be read."
+                f"{self.name}: up to step {self.step} no step has {self.least_samples} or more "
+                "images that can be read, so nothing can be trained on. Repair or remove the "
+                "images that can't be read."
             )
         # The loss of this span comes from weights before its last step, so both are looked at.
         if not math.isfinite(sum_of_losses) or not all_finite(self.network):
             remedy = "Give a lower one, or precision=fp32." if self.bf16 else "Give a lower one."
             raise Diverged(
-                f"{self.name} diverged: loss or weights are no longer finite after step {self.step} of "
-                f"{self.length * self.steps_per_unit}, at a learning rate of {report.lr:g}. {remedy}"
+                f"{self.name} diverged: loss or weights are no longer finite after step "
+                f"{self.step} of {self.length * self.steps_per_unit}, at a learning rate of "
+                f"{report.lr:g}. {remedy}"
             )
         return LossReport(
             step=self.step,

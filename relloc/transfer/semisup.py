@@ -182,8 +182,9 @@ class SemiSupervised(Evaluation):
         unused = [index for index in range(len(train)) if index not in used]
         if not unused:
             raise DataError(
-                f"{train.name} {train.split} has no images beyond those that are trained on, so that no setting can "
-                "be chosen: give one number in eval.semisup.learning_rates and head_multipliers, or a smaller share"
+                f"{train.name} {train.split} has no images beyond those that are trained on, so "
+                "that no setting can be chosen: give one number in eval.semisup.learning_rates and "
+                "head_multipliers, or a smaller share"
             )
         # Images mostly lie class by class, so evenly spaced ones are of all classes.
         chosen = evenly_spaced(len(unused), self.choosing_images)
@@ -323,7 +324,8 @@ class SemiSupervised(Evaluation):
         if n_tried > 1:
             setting += f", one of {n_tried} settings"
         return (
-            f"fine-tuned on {len(training_images)} labeled images ({source}, hash {training_images.list_hash()})",
+            f"fine-tuned on {len(training_images)} labeled images "
+            f"({source}, hash {training_images.list_hash()})",
             setting,
             f"momentum {self.momentum:g}",
             f"weight decay {self.weight_decay:g}",

@@ -64,7 +64,8 @@ class CpuSyncBatchNorm(_BatchNorm):
         count = ranks.total(own_count).item()
         if count == 1:
             raise ValueError(
-                "a batch norm has no variance of one value per channel: give more images for each step"
+                "a batch norm has no variance of one value per channel: "
+                "give more images for each step"
             )
         mean = _SumOverRanks.apply(values.sum(reduced_dims)) / count
         centered = values - mean.view(per_channel)
