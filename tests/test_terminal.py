@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 PRINTS = """
 import sys
@@ -115,3 +115,17 @@ def test_a_message_stands_behind_what_was_printed_before() -> None:
         check=True,
     )
     assert done.stdout == "first\nrelloc: second\n"
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "text"),
+    [
+        (0, ("image",), "0 images"),
+        (1, ("image",), "1 image"),
+        (2, ("class", "classes"), "2 classes"),
+        (1, ("class", "classes"), "1 class"),
+        (0.5, ("epoch",), "0.5 epochs"),
+    ],
+)
+def test_a_quantity_has_its_noun_in_the_right_number(count, words, text) -> None:
+    assert quantity(count, *words) == text

@@ -1,6 +1,7 @@
 """What is noted of a point's process, and what of its output is kept."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -91,3 +92,38 @@ def test_a_point_that_may_have_a_job_elsewhere_is_not_run_here(
     note_job(sent, {"slurm": "7"})
     with pytest.raises(Interrupted, match="none is to run twice"):
         launcher._point_statuses([sent])
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus", "at_a_time"),
+    [("auto", "", 1), ("auto", "0,1", 2), (1, "0,1", 1), (3, "", 3)],
+)
+def test_a_sweep_says_how_many_points_run_at_a_time_and_which_setting_changes_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    processes: int | str,
+    gpus: str,
+    at_a_time: int,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+
+    class Succeeds(ProcessLauncher):
+        def command(self, point: Point) -> list[str]:
+            return [sys.executable, "-c", ""]
+
+    launcher = Succeeds(OmegaConf.create({"processes": processes}))
+    launcher.sweep, launcher.code = Sweep(tmp_path / "sweep"), tmp_path
+    points = []
+    for name in "abcd":
+        folder = tmp_path / "runs" / name
+        points.append(Point(kind="train", name=name, overrides=(), identity=name, folder=folder))
+    # A sweeper that searches launches one batch after the other.
+    for batch in (points[:2], points[2:]):
+        launcher.plan(batch)
+        launcher.follow(batch)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sweep ")]
+    assert len(told) == 1
+    assert re.findall(r"(\d+) points? at a time", told[0]) == [str(at_a_time)]
+    assert "launcher.processes" in told[0]
+    assert ("no GPU" in told[0]) == (processes == "auto" and not gpus)

@@ -18,7 +18,7 @@ from relloc.status import Status
 from relloc.sweeps.point_status import point_statuses
 from relloc.sweeps.points import Point, note_ending
 from relloc.sweeps.table import print_message
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 _POLL_S = 0.2
 # Exit codes of a point that a signal ended: it saved first (128 + number), or had not begun
@@ -37,6 +37,7 @@ class ProcessLauncher(PointsLauncher):
 
     sends_away = False
     may_be_chosen_in_files = False
+    _has_told_slots = False
 
     def plan(self, todo: Sequence[Point]) -> None:
         self._running: dict[subprocess.Popen[bytes], tuple[Point, str | None]] = {}
@@ -49,6 +50,7 @@ class ProcessLauncher(PointsLauncher):
                 f"launcher.processes={asked} is neither auto nor a whole number of 1 or more"
             )
         self._slots = max(1, len(devices)) if asked == "auto" else asked
+        self._n_devices = len(devices)
         # The GPU of each slot; with more processes than GPUs, some share one.
         self._free: list[str | None] = [None] * self._slots
         if devices:
@@ -56,6 +58,10 @@ class ProcessLauncher(PointsLauncher):
         self._since = time.time()
 
     def follow(self, todo: Sequence[Point]) -> None:
+        # A sweeper that searches calls this for each batch of points; the line is printed once.
+        if len(todo) > 1 and not self._has_told_slots:
+            print_message(f"sweep   {self._slots_and_why()}")
+            self._has_told_slots = True
         before = {number: signal.signal(number, self._pass_on) for number in signals_to_watch()}
         # Until all points have ended: fill the free slots, then look which processes have ended.
         try:
@@ -82,6 +88,23 @@ class ProcessLauncher(PointsLauncher):
 
     def log_of(self, point: Point) -> Path | None:
         return self.sweep.log(point)
+
+    def _slots_and_why(self) -> str:
+        """Returns how many points run at a time, why, and which setting changes that."""
+        at_a_time = f"{quantity(self._slots, 'point')} at a time"
+        if self._on_console:
+            return (
+                f"{at_a_time} (launcher.processes=1): launcher.processes=N runs N beside each "
+                "other, and launcher=local one on each GPU"
+            )
+        if self.settings["processes"] != "auto":
+            return f"{at_a_time} (launcher.processes={self._slots})"
+        if self._n_devices:
+            return f"{at_a_time}, one on each GPU: launcher.processes=N runs N"
+        return (
+            f"{at_a_time}, since no GPU was found (launcher.processes=auto): "
+            "launcher.processes=N runs N beside each other"
+        )
 
     @property
     def _on_console(self) -> bool:
