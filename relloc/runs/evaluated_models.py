@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import torch
 import torchvision
 from torch import Tensor
 
 from relloc.checkpoints import backbone_files, layouts, weight_files
 from relloc.checkpoints.fitting import fill
 from relloc.checkpoints.hashed_files import check_hash
-from relloc.errors import CheckpointError, UsageError
+from relloc.errors import CheckpointError, UsageError, reason
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.files import path_as_text
 from relloc.models.backbone import Backbone
@@ -137,7 +138,7 @@ def supervised_weights(model: str) -> dict[str, Tensor]:
 
     Raises:
         UsageError: torchvision has none for this model.
-        CheckpointError: the download failed.
+        CheckpointError: the download failed, or the file in the cache is damaged.
     """
     if model not in _SUPERVISED:
         raise UsageError(
@@ -145,14 +146,23 @@ def supervised_weights(model: str) -> dict[str, Tensor]:
             f"{', '.join(_SUPERVISED)}"
         )
     weights: Any = getattr(torchvision.models, _SUPERVISED[model]).IMAGENET1K_V1
+    # Where torchvision looks first: TORCH_HOME/hub/checkpoints, by default below ~/.cache/torch.
+    cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     # A download fails in many ways; an error of unpickling means that the cached file is damaged.
     try:
         state = weights.get_state_dict(
             progress=True, check_hash=True, map_location="cpu", weights_only=True
         )
-    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if cached.is_file():
+            raise CheckpointError(
+                f"{cached} is not the file of torchvision's weights ({reason(error)}): delete it, "
+                f"or replace it by {weights.url}"
+            ) from error
         raise CheckpointError(
-            f"torchvision's weights could not be fetched from {weights.url}: {error}"
+            f"torchvision's weights could not be fetched from {weights.url} ({reason(error)}). "
+            f"Without internet, fetch that file elsewhere and put it at {cached} (the environment "
+            f"variable TORCH_HOME moves this folder), or give checkpoint=FILE model={model}"
         ) from error
     # The classifier is no part of a backbone.
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

@@ -5,10 +5,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
+from urllib.error import URLError
 
 import hydra
 import pytest
 import torch
+import torchvision
 
 from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, save_backbone
 from relloc.checkpoints.states import save_training
@@ -17,7 +20,7 @@ from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.resnet import ResNetBackbone
 from relloc.runs import build
 from relloc.runs.build import Evaluating
-from relloc.runs.evaluated_models import evaluated_models
+from relloc.runs.evaluated_models import evaluated_models, supervised_weights
 from relloc.runs.settings import conf_dir
 
 RESNET_18 = {
@@ -175,3 +178,33 @@ def test_what_can_not_be_evaluated_is_one_message(
             named(composed(*words))
         assert message in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_without_internet_the_supervised_weights_are_read_from_the_file_that_the_message_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_internet(*_given: object, **_settings: object) -> NoReturn:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_internet)
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    file = tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]
+    with pytest.raises(CheckpointError) as refused:
+        supervised_weights("resnet18")
+    for named_there in (url, str(file), "TORCH_HOME", "checkpoint=", "model=resnet18"):
+        assert named_there in str(refused.value)
+
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, file)
+    found = supervised_weights("resnet18")
+    assert torch.equal(found["conv1.weight"], state["conv1.weight"])
+    # The same file may be given as a checkpoint.
+    given = named(composed(f"checkpoint={file}", "model=resnet18"))
+    assert digest(given.backbone.state_dict()) == digest(found)
+
+    for damaged in (b"", b"<html>sign in</html>", file.read_bytes()[:10_000]):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="delete it") as refused:
+            supervised_weights("resnet18")
+        assert str(file) in str(refused.value)
