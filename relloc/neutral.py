@@ -1,7 +1,13 @@
 """Lists of the settings that change neither what is trained nor what is measured, with the reasons.
 
-Resuming a training, identifying a point of a sweep and comparing the settings of runs all use these
-lists. Results do not: a result that exists already is recognized by the fingerprint of what it
+The lists serve two purposes:
+
+* `settings_of_run` identifies a point of a sweep (`relloc.sweeps.points`). It leaves out how a run is
+  executed. Where images lie counts, since the images themselves are not read for it.
+* `settings_of_weights` decides whether a training may be resumed, and how runs differ in notebooks.
+  It also leaves out what is only observed, and where images lie: their digest is compared instead.
+
+Results use neither: a result that exists already is recognized by the fingerprint of what it
 measures.
 """
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from relloc.reports.compare import MARK_WORDS, ReportEntry
-from relloc.reports.published import CARD_GROUP, Published, parts_of
+from relloc.reports.published import CARD_GROUP, Published, part_with
 from relloc.reports.table import Report
 from relloc.results import Result
 from relloc.terminal import escaped
@@ -76,7 +76,7 @@ def _published_line(
     number: Published, measured: Collection[tuple[str, str]]
 ) -> Mapping[str, object]:
     """Returns the line of a published number; `measured` are the cells of the card that we have."""
-    part = next(part for part in parts_of(number.table) if number.column in part.columns)
+    part = part_with(number.table, number.column)
     state = "missing" if part.evaluation else "not built"
     if (number.table, number.column) in measured:
         state = "measured"

@@ -74,7 +74,7 @@ class Published:
         source: The project and file that publish it.
 
     Raises:
-        ValueError: A field has a value that it can't have.
+        ValueError: A field has a value that it can't have, or card.csv lacks the column.
     """
 
     kind: str
@@ -104,6 +104,13 @@ class Published:
             raise ValueError(
                 f"{self.printed} ± {self.tolerance} is no number in percent "
                 "with a tolerance in points"
+            )
+        part = part_with(self.table, self.column)
+        if (self.dataset, self.split) != (part.dataset, part.split):
+            raise ValueError(
+                f"dataset and split are {self.dataset} and {self.split}, but card.csv has "
+                f"{part.dataset} and {part.split} for the column {self.column!r} of the table "
+                f"{self.table!r}"
             )
 
     @property
@@ -146,6 +153,21 @@ def published_numbers() -> tuple[Published, ...]:
 def parts_of(table: str) -> list[CardPart]:
     """Returns the parts of a table, none if the card does not have it."""
     return [part for part in card_parts() if part.table == table]
+
+
+def part_with(table: str, column: str) -> CardPart:
+    """Returns the part of the card that a column of a table belongs to.
+
+    Raises:
+        ValueError: card.csv has no such table or column.
+    """
+    for part in parts_of(table):
+        if column in part.columns:
+            return part
+    raise ValueError(
+        f"card.csv has no column {column!r} of a table {table!r}: correct the spelling in "
+        "published.csv, or add the column to card.csv first"
+    )
 
 
 def is_on_card(row: Result) -> bool:

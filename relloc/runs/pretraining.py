@@ -139,7 +139,12 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
 
 
 def _measurable(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
-    """Returns the evaluations whose images have the labels they need; the others are skipped."""
+    """Returns the evaluations but those that need a class of each image where images have none.
+
+    Those are skipped, as the default evaluations need classes and images without any may be trained
+    on. Other labels that an evaluation needs are not looked at here: where they are missing,
+    `NamedEvaluation.check_images` refuses the run.
+    """
     return [
         named for named in evaluations if named.evaluation.labels != "class" or named.splits.labeled
     ]
@@ -392,10 +397,13 @@ def _evaluate(
     settings = training.settings
     engine = training.engine
     measurable = _measurable(evaluations)
-    skipped = [named.name for named in evaluations if named not in measurable]
+    skipped = [named for named in evaluations if named not in measurable]
     if skipped:
+        names = ", ".join(named.name for named in skipped)
+        # Some evaluations have images of their own.
+        unlabeled = " and ".join(sorted({named.splits.train.name for named in skipped}))
         console.print_message(
-            f"eval    {', '.join(skipped)} skipped: {training.data.train.name} has no labels; "
+            f"eval    {names} skipped: {unlabeled} has no labels; "
             f"on labeled data: python -m relloc.evaluate checkpoint={folder.path} data=…"
         )
     if not measurable:

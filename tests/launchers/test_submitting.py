@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from hydra_plugins.relloc_launchers.points import CONFIG_FILE
+from hydra_plugins.relloc_launchers.points import CONFIG_FILE, to_run
 from hydra_plugins.relloc_launchers.slurm import SlurmLauncher, log_of
 from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
 from relloc.runs.settings import conf_dir
+from relloc.status import Status
 from relloc.sweeps.points import Point, note_job, read_job
 from relloc.sweeps.sweep import Sweep
 
@@ -194,6 +196,21 @@ def test_without_a_limit_the_script_has_none(
     send(made, points(tmp_path, 1))
     (script,) = made.sweep.folder.glob("slurm/*/submission.sh")
     assert "--time" not in script.read_text()
+
+
+def test_a_job_of_another_scheduler_is_not_submitted_once_more(
+    tmp_path: Path, commands: Path, launcher: Makes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states(jobs: Sequence[str]) -> dict[str, Status]:
+        return dict.fromkeys(jobs, Status.WAITING)
+
+    others = {"pbs": types.SimpleNamespace(states=states)}
+    monkeypatch.setattr("hydra_plugins.relloc_launchers.points.schedulers", lambda: others)
+    queued, new = points(tmp_path, 2)
+    note_job(queued, {"pbs": "77"})
+    statuses = launcher()._point_statuses([queued, new])
+    assert [now.status for now in statuses] == [Status.WAITING, Status.MISSING]
+    assert to_run(statuses) == [new]
 
 
 def test_a_command_is_on_record_before_it_does_anything(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
+import csv
 import dataclasses
+import io
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from relloc.reports import published
+from relloc.reports.as_csv import as_csv
 from relloc.reports.published import (
     CARD_GROUP,
     Published,
@@ -12,6 +16,7 @@ from relloc.reports.published import (
     parts_of,
     published_numbers,
 )
+from relloc.reports.render import as_markdown
 from relloc.reports.table import make_report
 
 
@@ -94,12 +99,59 @@ def test_the_parts_of_the_card_fill_each_column_once_and_name_evaluations_that_e
         {"printed": "165.5"},
         {"tolerance": 0.0},
         {"printed": "n/a"},
+        {"split": "train"},
     ],
 )
 def test_a_wrong_line_of_the_file_is_told(wrong: dict[str, str | float]) -> None:
     line = dataclasses.asdict(published_numbers()[0])
     with pytest.raises(ValueError):
         Published(**{**line, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("field", "unknown"),
+    [("table", "Linear, CIFAR-10 protocol, top-1"), ("column", "feature6")],
+)
+def test_a_table_or_column_that_the_card_lacks_is_named(field: str, unknown: str) -> None:
+    line = dataclasses.asdict(published_numbers()[0])
+    with pytest.raises(ValueError, match=unknown):
+        Published(**{**line, field: unknown})
+
+
+def test_a_new_table_of_the_card_is_shown_in_all_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = "Linear, CIFAR-10 protocol, top-1"
+    new = {
+        "card.csv": {"table": table, "kind": "frozen", "columns": "feature4", "images": "10000"},
+        "published.csv": {
+            "kind": "card",
+            "row": "a new method",
+            "table": table,
+            "column": "feature4",
+            "printed": "12.34",
+            "tolerance": "1.5",
+        },
+    }
+    read = published._lines
+
+    def with_new_line(name: str) -> list[dict[str, str]]:
+        lines = list(read(name))
+        empty = dict.fromkeys(lines[0], "")
+        return [*lines, empty | new[name]]
+
+    monkeypatch.setattr(published, "_lines", with_new_line)
+    caches = (published.card_parts, published.published_numbers)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        report = make_report([])
+        markdown, lines = as_markdown(report), as_csv(report)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert f"### {table}" in markdown
+    assert "| a new method" in markdown
+    (line,) = (line for line in csv.DictReader(io.StringIO(lines)) if line["table"] == table)
+    assert (line["value"], line["state"]) == ("12.34", "not built")
 
 
 def test_other_tasks_come_only_when_asked_for() -> None:

@@ -144,7 +144,8 @@ class SlurmLauncher(PointsLauncher):
         return log_of(self.sweep.folder, str(job)) if job else None
 
     def schedulers(self) -> Mapping[str, Ask]:
-        return {NAME: self._states}
+        # Other launchers may have started some of the points.
+        return {**super().schedulers(), NAME: self._states}
 
     def _states(self, jobs: Sequence[str]) -> dict[str, Status]:
         """Returns the states of jobs in SLURM's queue."""
