@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def test_of_many_originals_a_few_are_hashed(tmp_path: Path) -> None:
 
 
 def test_other_counts_than_published_are_told(clean: Path) -> None:
-    (told,) = checked(clean, {"train": 8, "val": 3}).findings()
-    assert told == "train has 7 images, the published set 8"
+    (finding,) = checked(clean, {"train": 8, "val": 3}).findings()
+    assert re.search(r"\btrain\b.*\b7 images\b.*\b8\b", finding)
 
 
 def test_the_same_file_twice_is_told_within_a_split_and_across_as_a_leak(clean: Path) -> None:
@@ -67,7 +68,7 @@ def test_the_same_file_twice_is_told_within_a_split_and_across_as_a_leak(clean: 
     assert found.leaked.n == 2
     assert found.leaked.examples == ("a/seen.jpg = a/0000.jpg", "b/too.jpg = b/0003.jpg")
     first, *_ = found.findings()
-    assert first.startswith("LEAK: 2 images of val are also in train")
+    assert re.search(r"^LEAK: 2 images .*\bval\b.*\btrain\b", first)
 
 
 def test_sizes_colors_and_broken_files_are_told(clean: Path) -> None:
@@ -87,12 +88,9 @@ def test_sizes_colors_and_broken_files_are_told(clean: Path) -> None:
     assert set(found.held_out.unreadable) == {"b/cut.jpg", "b/empty.jpg", "b/void.jpg"}
     assert found.held_out.unreadable["b/empty.jpg"] == "is an empty file"
     assert found.held_out.repeated.n == 0  # two empty files are not one image twice
-    told = "\n".join(found.findings())
-    for words in (
-        "train: 1 images have a short side under 64 px (a/s63.png)",
-        "val: 3 images can't be read, such as",
-    ):
-        assert words in told
+    findings = "\n".join(found.findings())
+    assert re.search(r"^train: 1 images .* 64 px \(a/s63\.png\)", findings, re.MULTILINE)
+    assert re.search(r"^val: 3 images .*read", findings, re.MULTILINE)
 
 
 def test_many_are_counted_and_the_first_named(clean: Path) -> None:

@@ -104,24 +104,30 @@ def test_what_cannot_be_read_counts_as_that_and_a_pipe_is_not_waited_for(tmp_pat
 def test_line_ends_in_names_make_no_two_sets_alike(tmp_path: Path) -> None:
     (tmp_path / "one").touch()
     path = str(tmp_path / "one")
-    told = [(["a\nb"], []), (["a"], ["b"]), (["a"], ["b\n"]), (["a"], ["1:b"]), (["a"], ["", "b"])]
+    name_lists = [
+        (["a\nb"], []),
+        (["a"], ["b"]),
+        (["a"], ["b\n"]),
+        (["a"], ["1:b"]),
+        (["a"], ["", "b"]),
+    ]
     assert len(
-        {hash_files([path], names, besides, without_progress) for names, besides in told}
-    ) == len(told)
+        {hash_files([path], names, besides, without_progress) for names, besides in name_lists}
+    ) == len(name_lists)
 
 
 def test_progress_is_told_of_sizes_and_of_what_is_read(tmp_path: Path) -> None:
-    told: list[tuple[int, int, str]] = []
+    reports: list[tuple[int, int, str]] = []
 
     @contextlib.contextmanager
     def display(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
         assert done == 0
-        yield lambda now, text: told.append((now, total, text))
+        yield lambda now, text: reports.append((now, total, text))
 
     root = files(tmp_path / "set", 30)
     paths = sorted(map(str, root.iterdir()))
     hash_files(paths, paths, [], display)
-    assert told == [(30, 30, "file sizes"), (30, 30, "files")]
+    assert reports == [(30, 30, "file sizes"), (30, 30, "files")]
 
 
 def test_a_digest_says_by_which_rules_it_was_made(tmp_path: Path) -> None:

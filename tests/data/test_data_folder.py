@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -146,7 +147,7 @@ def test_a_root_inside_another_is_refused(tmp_path: Path) -> None:
         [str(tmp_path / "3"), str(tmp_path)],
         [str(tmp_path)] * 2,
     ):
-        with pytest.raises(DataError, match="its images would be taken twice"):
+        with pytest.raises(DataError, match="taken twice"):
             unlabeled(roots)
 
 
@@ -206,11 +207,9 @@ def test_hostile_names_are_found_read_and_hashed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("root", [None, ""])
 def test_an_unset_root_says_how_to_set_it(root: str | None) -> None:
-    with pytest.raises(
-        DataError, match="data.root is not set: give data.root=FOLDER, or .* RELLOC_DATA"
-    ):
+    with pytest.raises(DataError, match=r"data\.root .*data\.root=FOLDER.* RELLOC_DATA"):
         unlabeled(root)
-    with pytest.raises(DataError, match="data.root is not set"):
+    with pytest.raises(DataError, match=r"data\.root is not set"):
         class_folders(name="in1k", root=root, train="train", val="val")
 
 
@@ -225,13 +224,11 @@ def test_a_root_that_is_no_folder_is_named(tmp_path: Path) -> None:
 def test_too_few_images_are_counted(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"0 images to train on and 0 held out \(\.jpg, .*data.source.held_out_share",
+        match=r"\b0 images .*\b0 held out \(\.jpg, .*data\.source\.held_out_share",
     ):
         unlabeled(str(tmp_path))
     touch(tmp_path, ["one.jpg"])
-    with pytest.raises(
-        DataError, match=r"(0 images to train on and 1 held|1 images to train on and 0 held)"
-    ):
+    with pytest.raises(DataError, match=r"\b0 images .*\b1 held|\b1 images .*\b0 held"):
         unlabeled(str(tmp_path))
 
 
@@ -243,22 +240,20 @@ def test_a_share_is_between_0_and_1(tmp_path: Path, share: float) -> None:
 
 def test_splits_with_other_classes_are_refused_with_one_of_them(tmp_path: Path) -> None:
     touch(labeled_root(tmp_path), ["val/dog/1.jpg"])
-    with pytest.raises(DataError, match="train and val differ in 1 classes, such as dog"):
+    with pytest.raises(DataError, match=r"\btrain\b.*\bval\b.*\b1 classes.*\bdog\b"):
         unlabeled(str(tmp_path))
 
 
 @pytest.mark.parametrize("missing", ["train", "val"])
 def test_class_folders_names_the_layout_it_needs(tmp_path: Path, missing: str) -> None:
     shutil.rmtree(labeled_root(tmp_path) / missing)
-    with pytest.raises(
-        DataError, match=f"{missing} has no class folders: in1k needs .*/train/CLASS/.*/val/CLASS/"
-    ):
+    with pytest.raises(DataError, match=f"{missing} .*in1k .*/train/CLASS/.*/val/CLASS/"):
         class_folders(name="in1k", root=str(tmp_path), train="train", val="val")
 
 
 def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, ["train/a/1.jpg", "val/a/notes.txt"])
-    with pytest.raises(DataError, match=r"val holds no images \(\.jpg"):
+    with pytest.raises(DataError, match=r"val .*no images \(\.jpg"):
         class_folders(name="in1k", root=str(tmp_path), train="train", val="val")
 
 
@@ -266,10 +261,10 @@ def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
 def test_an_empty_class_folder_is_named(tmp_path: Path, split: str) -> None:
     for removed in (labeled_root(tmp_path) / split / "a").iterdir():
         removed.unlink()
-    told = rf"{split}: 1 of 2 class folders hold no images \(a\): unpack or copy them again"
-    with pytest.raises(DataError, match=told):
+    message = rf"{split}: 1 of 2 class folders .*\(a\)"
+    with pytest.raises(DataError, match=message):
         unlabeled(str(tmp_path))
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         class_folders(name="in1k", root=str(tmp_path), train="train", val="val")
     for number in range(7):
         for each in ("train", "val"):
@@ -286,17 +281,13 @@ def test_what_a_folder_is_to_hold_and_where_to_get_it_is_told(tmp_path: Path) ->
         "val": "val",
         "holding": "ImageNet, from its site",
     }
-    with pytest.raises(
-        DataError, match="data.root is not set: .* to a folder with ImageNet, from its site"
-    ):
+    with pytest.raises(DataError, match=r"data\.root is not set.*ImageNet, from its site"):
         class_folders(root=None, **settings)
-    with pytest.raises(
-        DataError, match="is not a folder: give the folder that holds ImageNet, from its site"
-    ):
+    with pytest.raises(DataError, match=f"{tmp_path / 'gone'} .*ImageNet, from its site"):
         class_folders(root=str(tmp_path / "gone"), **settings)
     with pytest.raises(
         DataError,
-        match="train has no class folders: .* data.root is to hold ImageNet, from its site",
+        match=r"train .* data\.root .*ImageNet, from its site",
     ):
         class_folders(root=str(tmp_path), **settings)
 
@@ -306,9 +297,8 @@ def test_another_count_than_the_published_is_a_warning(tmp_path: Path) -> None:
     settings = {"name": "in1k", "root": str(tmp_path), "train": "train", "val": "val"}
     with pytest.warns(UserWarning, match="the published set") as caught:
         class_folders(**settings, published_images={"train": 1281167, "val": 2})
-    assert [str(warning.message) for warning in caught] == [
-        "in1k train has 4 images, the published set 1281167"
-    ]
+    (warning,) = caught
+    assert re.search(r"\bin1k train\b.*\b4 images.*\b1281167\b", str(warning.message))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         class_folders(**settings, published_images={"train": 4, "val": 2})

@@ -82,15 +82,13 @@ def test_a_failed_download_is_a_data_error_with_its_reason(
         raise error
 
     monkeypatch.setattr(module, "Imagenette", fail)
-    with pytest.raises(
-        DataError, match=f"Imagenette could not be downloaded to {tmp_path}: {error}"
-    ):
+    with pytest.raises(DataError, match=f"Imagenette .*{tmp_path}: {error}"):
         imagenette(root=str(tmp_path), size="160px", download=True)
 
 
 def test_a_download_that_left_half_of_the_folders_is_told(tmp_path: Path) -> None:
     (tmp_path / "imagenette2-160" / "train" / WNIDS[0]).mkdir(parents=True)
-    with pytest.raises(DataError, match="val has no class folders"):
+    with pytest.raises(DataError, match=r"\bval .*class folders"):
         imagenette(root=str(tmp_path), size="160px", download=True)
 
 

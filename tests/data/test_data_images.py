@@ -368,7 +368,7 @@ def test_floating_point_values_are_clipped_within_rounding(tmp_path: Path) -> No
 def test_integers_whose_white_is_not_told_are_unreadable(
     tmp_path: Path, dtype: str, kind: int
 ) -> None:
-    with pytest.raises(UnreadableImage, match="save it in 8 or 16 bits"):
+    with pytest.raises(UnreadableImage, match="8 or 16 bits"):
         read_rgb(gray_tiff(tmp_path / "a.tif", LEVELS.astype(dtype) * 100, kind=kind))
 
 
@@ -461,9 +461,7 @@ def test_pipes_and_folders_are_unreadable_and_not_waited_for(tmp_path: Path) -> 
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
         for read in (read_rgb, read_file):
-            with pytest.raises(
-                UnreadableImage, match="is no file but a pipe, socket or device|Is a directory"
-            ):
+            with pytest.raises(UnreadableImage, match="pipe|Is a directory"):
                 read(tmp_path / name)
 
 

@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_what_unpacking_left_among_classes_is_refused(tmp_path: Path, name: str)
     root = labeled(tmp_path)
     for split in ("train", "val"):
         (root / split / name).mkdir()
-    with pytest.raises(DataError, match=r"is no class, but what unpacking"):
+    with pytest.raises(DataError, match=rf"{re.escape(name)} is no class\b"):
         found_in(root)
     assert class_folders_of(root / "train" / name) == ()
 
@@ -116,10 +117,10 @@ def test_images_beside_the_classes_are_counted(tmp_path: Path) -> None:
     root = labeled(tmp_path)
     image(root / "train" / "stray.jpg")
     (root / "test").mkdir()
-    told = " ".join(found_in(root).remarks)
-    assert "train: 2 images of 2 classes; val: 2 images of 2 classes" in told
-    assert "not used: the folders test" in told
-    assert "1 images in no class folder" in told
+    remarks = " ".join(found_in(root).remarks)
+    assert re.search(r"train: 2 images .*\b2 classes.* val: 2 images .*\b2 classes", remarks)
+    assert re.search(r"not used.* test\b", remarks)
+    assert re.search(r"\b1 images .*class folder", remarks)
 
 
 def test_a_link_to_a_folder_above_brings_no_image_of_another_split_or_class(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_link_to_a_folder_above_brings_no_image_of_another_split_or_class(tmp_
         "trainb.jpg",
     ]
     assert len(splits.train) == 2
-    assert any("3 links to a folder above" in remark for remark in splits.remarks)
+    assert any("3 links" in remark for remark in splits.remarks)
 
 
 def test_links_to_themselves_end_nothing(tmp_path: Path) -> None:

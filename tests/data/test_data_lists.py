@@ -56,9 +56,9 @@ def test_voc_is_found_from_each_of_its_folders(tmp_path: Path, year: int, inner:
 
 
 def test_a_missing_voc_says_what_is_wanted(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.root is not set: .*PASCAL VOC2007 development kit"):
+    with pytest.raises(DataError, match=r"data\.root is not set.*VOC2007"):
         voc_of(None)
-    with pytest.raises(DataError, match=r"JPEGImages is missing: .*PASCAL VOC2012 development kit"):
+    with pytest.raises(DataError, match=r"JPEGImages is missing.*VOC2012"):
         voc_of(vocdevkit(tmp_path), year=2012)
     with pytest.raises(DataError, match=r"Main/train.txt is missing"):
         voc_of(tmp_path, train="train")
@@ -72,26 +72,22 @@ def test_voc_lists_that_share_images_are_refused(tmp_path: Path, shared: str) ->
     text(vocdevkit(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/mine.txt", f"000001\n{shared}\n")
     with pytest.raises(
         DataError,
-        match=r"voc: 1 of 1 images of test.txt are also in mine.txt, such as .*000003.jpg",
+        match=r"voc\b.* 1 of 1 .*test\.txt .*mine\.txt.*000003\.jpg",
     ):
         voc_of(tmp_path, train="mine")
-    with pytest.raises(DataError, match="results on images that were trained on mean nothing"):
+    with pytest.raises(DataError, match=r"test\.txt .*test\.txt.*000003\.jpg"):
         voc_of(tmp_path, train="test")
 
 
 def test_places_and_inaturalist_lists_that_share_images_are_refused(tmp_path: Path) -> None:
     text(places_root(tmp_path) / "val.csv", "z/zoo/9.jpg 2\nz/zoo/2.jpg 2\n")
-    with pytest.raises(
-        DataError, match=r"1 of 2 images of val.csv are also in train.csv, such as .*z/zoo/2.jpg"
-    ):
+    with pytest.raises(DataError, match=r"1 of 2 .*val\.csv .*train\.csv.*z/zoo/2\.jpg"):
         places_of(tmp_path)
     text(tmp_path / "train2018.json", annotations("train_val2018/", (4,), {11: 4, 12: 4}))
     text(
         tmp_path / "val2018.json", annotations("", (4,), {12: 4})
     )  # the same file by its other name
-    with pytest.raises(
-        DataError, match=r"1 of 1 images of val2018.json are also in train2018.json"
-    ):
+    with pytest.raises(DataError, match=r"1 of 1 .*val2018\.json .*train2018\.json"):
         inat_of(tmp_path)
 
 
@@ -99,14 +95,12 @@ def test_a_list_with_a_nul_byte_is_damaged(tmp_path: Path) -> None:
     text(
         vocdevkit(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt", "000001\n00\x00002\n"
     )
-    with pytest.raises(
-        DataError, match=r"trainval.txt line 2 holds a NUL byte: the file is damaged"
-    ):
+    with pytest.raises(DataError, match=r"trainval\.txt line 2 .*NUL byte"):
         voc_of(tmp_path)
 
 
 def test_other_counts_than_the_published_are_a_warning(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="voc trainval has 2 images, the published set 5011"):
+    with pytest.warns(UserWarning, match=r"voc trainval .*\b2 images.*\b5011\b"):
         voc_of(vocdevkit(tmp_path), published_images={"trainval": 5011, "test": 1})
 
 
@@ -118,10 +112,10 @@ def annotation(*objects: tuple[str, int]) -> str:
     return f"<annotation>{inner}</annotation>"
 
 
-def class_lists(root: Path, marks: dict[str, tuple[int, int]], split: str = "trainval") -> Path:
+def class_lists(root: Path, labels: dict[str, tuple[int, int]], split: str = "trainval") -> Path:
     """`<class>_<split>.txt` of all classes; those not named are nowhere."""
     for name in VOC_CLASSES:
-        first, second = marks.get(name, (-1, -1))
+        first, second = labels.get(name, (-1, -1))
         text(
             root / f"VOCdevkit/VOC2007/ImageSets/Main/{name}_{split}.txt",
             f"000001 {first:2d}\n000002 {second:2d}\n",
@@ -161,23 +155,23 @@ def test_a_list_of_ones_own_takes_presence_from_annotations(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"000002\.xml is not XML"):
         presence_of(voc_of(tmp_path, train="mine").train)
     (base / "Annotations/000002.xml").unlink()
-    with pytest.raises(DataError, match=r"000002\.xml is missing: without lists of classes"):
+    with pytest.raises(DataError, match=r"000002\.xml is missing"):
         presence_of(voc_of(tmp_path, train="mine").train)
 
 
 def test_class_lists_that_do_not_match_the_split_are_refused(tmp_path: Path) -> None:
     root = class_lists(vocdevkit(tmp_path), {})
     lists = root / "VOCdevkit/VOC2007/ImageSets/Main"
-    for content, told in [
-        ("000001 1\n", r"cow_trainval.txt and trainval.txt .* different images, such as 000002"),
-        ("000001 1\n000002 1\n000009 1\n", "different images, such as 000009"),
+    for content, reason in [
+        ("000001 1\n", r"cow_trainval\.txt .*\btrainval\.txt .*\b000002\b"),
+        ("000001 1\n000002 1\n000009 1\n", r"cow_trainval\.txt .*\b000009\b"),
         (
             "000001 1\n000002 2\n",
-            r"cow_trainval.txt line 2: '000002 2' is not an image and 1, 0 or -1",
+            r"cow_trainval\.txt line 2: '000002 2' .*1, 0 or -1",
         ),
     ]:
         text(lists / "cow_trainval.txt", content)
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=reason):
             presence_of(voc_of(root).train)
     (lists / "cow_trainval.txt").unlink()  # half unpacked: some lists are there
     with pytest.raises(
@@ -231,9 +225,7 @@ def test_labels_are_part_of_the_digest_and_the_place_is_not(tmp_path: Path) -> N
 @pytest.mark.parametrize("line", ["a/abbey/1.jpg", "a/abbey/1.jpg zoo", "a/abbey/1.jpg -1", "3"])
 def test_a_line_of_another_form_is_told_with_its_number(tmp_path: Path, line: str) -> None:
     text(places_root(tmp_path) / "val.csv", f"z/zoo/2.jpg 2\n\n{line}\n")
-    with pytest.raises(
-        DataError, match="val.csv line 3: .* is not a path, a space and a class number"
-    ):
+    with pytest.raises(DataError, match=rf"val\.csv line 3: .*{line}"):
         places_of(tmp_path)
 
 
@@ -241,7 +233,7 @@ def test_places_lists_that_are_missing_empty_or_of_other_classes_are_told(tmp_pa
     with pytest.raises(DataError, match=r"train.csv is missing: .*Places205"):
         places_of(tmp_path)
     text(places_root(tmp_path) / "val.csv", "q/quay/1.jpg 3\n")
-    with pytest.raises(DataError, match="val.csv: label 3 is in no line of"):
+    with pytest.raises(DataError, match=r"val\.csv: label 3 .*train\.csv"):
         places_of(tmp_path)
     text(tmp_path / "val.csv", "")
     with pytest.raises(DataError, match="val.csv names no images"):
@@ -290,19 +282,19 @@ def test_inaturalist_joins_images_and_categories_by_number(tmp_path: Path, prefi
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
         ("{", "val2018.json is not JSON"),
         ("[]", "val2018.json is no annotation file"),
         (
             '{"images": [{"id": 1}], "annotations": [], "categories": []}',
-            "val2018.json: an image without file name",
+            r"val2018\.json: .*file name",
         ),
-        (annotations("", (5,), {14: 5}), "val2018.json: an image without .* known category: 5"),
+        (annotations("", (5,), {14: 5}), r"val2018\.json: .*category: 5"),
     ],
 )
 def test_inaturalist_files_of_another_form_are_told(
-    tmp_path: Path, content: str, told: str
+    tmp_path: Path, content: str, reason: str
 ) -> None:
     text(tmp_path / "train2018.json", annotations("", (4,), {11: 4}))
     with pytest.raises(
@@ -310,7 +302,7 @@ def test_inaturalist_files_of_another_form_are_told(
     ):
         inat_of(tmp_path)
     text(tmp_path / "val2018.json", content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reason):
         inat_of(tmp_path)
 
 
@@ -334,7 +326,7 @@ def test_categories_that_mean_another_thing_in_the_other_file_are_told(tmp_path:
     held_out["categories"][0]["name"], held_out["categories"][1]["name"] = "species 9", "species 4"
     text(tmp_path / "val2018.json", json.dumps(held_out))
     with pytest.raises(
-        DataError, match=r"val2018.json: category 4 is species 9, in train2018.json it is species 4"
+        DataError, match=r"val2018\.json: category 4 .*species 9,.* train2018\.json .*species 4"
     ):
         inat_of(tmp_path)
 
@@ -349,7 +341,7 @@ def test_a_category_or_an_image_with_two_meanings_is_told(tmp_path: Path) -> Non
     first = train["annotations"][0]
     twice = train | {"annotations": [*train["annotations"], first | {"category_id": 4}]}
     text(tmp_path / "train2018.json", json.dumps(twice))
-    with pytest.raises(DataError, match="is annotated with two categories"):
+    with pytest.raises(DataError, match="two categories"):
         inat_of(tmp_path)
 
 

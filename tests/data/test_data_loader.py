@@ -108,9 +108,7 @@ class Killed(Dataset[Sample]):
 
 
 def test_a_killed_worker_is_a_clear_error() -> None:
-    with pytest.raises(
-        Interrupted, match=r"a process that reads images was killed.*\(workers=1\): give fewer"
-    ):
+    with pytest.raises(Interrupted, match=r"killed.*\(workers=1\)"):
         list(load(Killed(), [[0]], workers=1, pin=False))
 
 
@@ -167,14 +165,14 @@ def test_a_batch_that_has_no_room_in_memory_is_told(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(Interrupted, match=r"no room for a batch of .*No space left.*workers=2"):
+    with pytest.raises(Interrupted, match=r"No space left.*workers=2"):
         loaded(crops, 1)
 
 
 def test_batches_that_are_kept_take_no_file_descriptors(crops: Crops) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    kept = loaded(crops, 1)
-    assert len(kept) == 12
+    batches = loaded(crops, 1)
+    assert len(batches) == 12
     assert len(os.listdir("/proc/self/fd")) <= before
 
 

@@ -122,24 +122,24 @@ def test_an_image_gets_another_key_in_every_epoch() -> None:
     [
         (
             (100, 30, 20, 20, 1),
-            "recipe.images_per_step is 30, not a multiple of 20: with 1 processes",
+            "recipe.images_per_step is 30.* 20: .* 1 processes",
         ),
         (
             (100, 64, 32, 32, 4),
-            "recipe.images_per_step is 64, not a multiple of 128: with 4 processes",
+            "recipe.images_per_step is 64.* 128: .* 4 processes",
         ),
         (
             (100, 64, 8, 12, 1),
-            "images_per_forward is 12, not a multiple of 8: .*images_per_batch_norm=8 images",
+            "images_per_forward is 12.* 8: .*images_per_batch_norm=8 ",
         ),
         (
             (10, 64, 32, 32, 1),
             "^10 training images .* 64 .*: add recipe.images_per",
         ),
-        ((100, 0, 8, 8, 1), "recipe.images_per_step is 0, .*each must be 1 or more"),
-        ((100, 8, 0, 8, 1), "recipe.images_per_batch_norm 0, .*each must be 1 or more"),
-        ((100, -8, 8, 8, 1), "recipe.images_per_step is -8, .*each must be 1 or more"),
-        ((100, 8, 8, 8, 0), "on 0 processes: each must be 1 or more"),
+        ((100, 0, 8, 8, 1), "recipe.images_per_step is 0, .* 1 or more"),
+        ((100, 8, 0, 8, 1), "recipe.images_per_batch_norm 0, .* 1 or more"),
+        ((100, -8, 8, 8, 1), "recipe.images_per_step is -8, .* 1 or more"),
+        ((100, 8, 8, 8, 0), " 0 processes: .* 1 or more"),
     ],
 )
 def test_impossible_plans_are_refused_with_the_numbers(
@@ -158,18 +158,16 @@ def test_what_is_told_for_few_images_makes_a_plan(
         "images_per_step": 512 * ghost * ghosts * world,
         "images_per_batch_norm": ghost,
     }
-    with pytest.raises(
-        DataError, match=": add recipe.images_per_step|: start . processes or fewer"
-    ) as error:
+    with pytest.raises(DataError, match=r": add recipe\.images_per_step|: .*\d processes") as error:
         StepPlan(n_images=n_images, images_per_forward=ghost * ghosts, world=world, **given_numbers)
-    told = dict(word.split("=") for word in str(error.value).partition(": add ")[2].split())
+    advice = dict(word.split("=") for word in str(error.value).partition(": add ")[2].split())
     numbers = given_numbers | {
-        key.removeprefix("recipe."): int(value) for key, value in told.items() if value != "auto"
+        key.removeprefix("recipe."): int(value) for key, value in advice.items() if value != "auto"
     }
-    if told:
+    if advice:
         forward = (
             None
-            if "images_per_forward" in told
+            if "images_per_forward" in advice
             else min(ghost * ghosts, numbers["images_per_batch_norm"])
         )
         StepPlan(n_images=n_images, images_per_forward=forward, world=world, **numbers)

@@ -181,7 +181,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
     monkeypatch.setattr("relloc.data.processes._LOOK_EVERY_S", 0.001)
     data = of(write_many(tmp_path / "originals", 40, 12, height=400, width=500))
     packed(data, tmp_path / "straight")
-    kept: dict[str, int] = {}
+    written_at: dict[str, int] = {}
     befores = []
     for after in (12, 30):
         stop = Interrupt(after)
@@ -192,17 +192,15 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
         befores += stop.done_before
         unfinished = tmp_path / "out" / "unfinished"
         finished = {path.stem for path in unfinished.glob("*-*.json")}
-        for name, born in kept.items():
+        for name, time_ns in written_at.items():
             assert (
                 tmp_path / "out" / name
-            ).stat().st_mtime_ns == born  # finished ones are not written again
-        kept = {
+            ).stat().st_mtime_ns == time_ns  # finished ones are not written again
+        written_at = {
             f"{name}.tar": (tmp_path / "out" / f"{name}.tar").stat().st_mtime_ns
             for name in finished
         }
-        with pytest.raises(
-            DataError, match="packing was not finished: start the same prepare command again"
-        ):
+        with pytest.raises(DataError, match="not finished.* same prepare command"):
             shards(root=str(tmp_path / "out"))
     assert befores[0] == 0 < befores[1] < 40
     packed(data, tmp_path / "out", workers=1)
@@ -218,22 +216,22 @@ def test_a_finished_folder_is_left_as_it_is(mixed: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "difference"),
     [
-        ({"short_px": 80}, "short_px was 96, now 80"),
+        ({"short_px": 80}, "short_px .*96, .*80"),
         (
             {"quality": 80, "images_per_shard": 5},
-            "images_per_shard was 4, now 5, quality was 90, now 80",
+            "images_per_shard .*4, .*5, quality .*90, .*80",
         ),
-        ({"subsampling": "4:4:4"}, "subsampling was 4:2:0, now 4:4:4"),
+        ({"subsampling": "4:4:4"}, "subsampling .*4:2:0, .*4:4:4"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(
-    mixed: tuple[Path, Path], changed: dict, told: str
+    mixed: tuple[Path, Path], changed: dict, difference: str
 ) -> None:
     root, out = mixed
     before = files(out)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=difference):
         packed(of(root), out, **changed)
     assert files(out) == before
 
@@ -250,7 +248,7 @@ def test_other_images_in_an_unfinished_folder_are_refused(tmp_path: Path) -> Non
             progress=Interrupt(5),
         )
     (tmp_path / "originals/train/a/more.jpg").write_bytes(jpeg(picture(96, 96)))
-    with pytest.raises(DataError, match="the images or their labels are others"):
+    with pytest.raises(DataError, match="images or their labels"):
         packed(of(tmp_path / "originals"), tmp_path / "out")
 
 
@@ -258,7 +256,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     data = of(write_many(tmp_path / "originals", 2, 2))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds files that relloc.prepare did not write"):
+    with pytest.raises(DataError, match=rf"{tmp_path / 'out'} .*relloc\.prepare"):
         packed(data, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
@@ -273,7 +271,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(tmp_path: Path) -> None:
     try:
         with pytest.raises(
             DataError,
-            match=r"packing into .*out stopped: File too large \(.*train-0.*\.tar\)\..*start the same command again",
+            match=r"/out .*File too large \(.*train-0.*\.tar\).* same command",
         ):
             packed(data, tmp_path / "out", workers=1)
     finally:
@@ -291,7 +289,7 @@ def test_an_image_too_long_for_a_jpeg_is_unreadable(tmp_path: Path) -> None:
     Image.new("RGB", (70_000, 2)).save(root / "train/a/scroll.png")
     packed(of(root), tmp_path / "out")
     found = shards(root=str(tmp_path / "out")).train
-    with pytest.raises(UnreadableImage, match="70000 px long, a JPEG is at most 65500"):
+    with pytest.raises(UnreadableImage, match=r"\b70000 px .*\b65500\b"):
         found.read(1)
 
 
@@ -321,7 +319,7 @@ def test_what_an_older_relloc_packed_is_read_but_not_packed_on(tmp_path: Path) -
         del manifest[role]["index_sha256"]
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
     assert len(shards(root=str(tmp_path / "out")).train) == 10
-    with pytest.raises(DataError, match="an older relloc packed them"):
+    with pytest.raises(DataError, match="older relloc"):
         packed(of(root), tmp_path / "out", workers=1)
 
 
@@ -334,7 +332,7 @@ def test_packing_is_not_continued_with_other_images_of_the_same_names_and_sizes(
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match="the images or their labels are others"):
+    with pytest.raises(DataError, match="images or their labels"):
         packed(of(root), tmp_path / "out", workers=1)
 
 
@@ -343,9 +341,7 @@ def test_a_damaged_check_beside_packed_images_is_told(tmp_path: Path, content: s
     root = write_many(tmp_path / "originals", 10, 3)
     packed(of(root), tmp_path / "out", workers=1)
     (tmp_path / "out/check.json").write_text(content)
-    with pytest.raises(
-        DataError, match=r"check\.json .*Remove the folder that is packed into, and pack again"
-    ):
+    with pytest.raises(DataError, match=r"check\.json .*pack again"):
         packed(of(root), tmp_path / "out", workers=1)
 
 
@@ -361,9 +357,7 @@ def test_damaged_settings_of_unfinished_packing_are_told(tmp_path: Path) -> None
             progress=Interrupt(5),
         )
     (tmp_path / "out/unfinished/settings.json").write_text("{")
-    with pytest.raises(
-        DataError, match=r"settings\.json .*Remove the folder that is packed into, and pack again"
-    ):
+    with pytest.raises(DataError, match=r"settings\.json .*pack again"):
         packed(data, tmp_path / "out")
 
 
@@ -384,7 +378,7 @@ def test_a_damaged_note_of_a_finished_part_is_packed_again_and_damaged_records_a
     records = out / "unfinished/train-000000.npy"
     content = records.read_bytes()
     records.write_bytes(content[:50])
-    with pytest.raises(DataError, match=r"train-000000\.npy is missing or damaged"):
+    with pytest.raises(DataError, match=r"train-000000\.npy .*damaged"):
         packed(of(root), out, workers=1)
     records.write_bytes(content)
     packed(of(root), out, workers=1)

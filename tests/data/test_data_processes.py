@@ -13,16 +13,16 @@ from relloc.errors import DataError, UsageError
 
 
 class Shown:
-    """What a display was told."""
+    """Records what a progress display is given."""
 
     def __init__(self) -> None:
         self.opened: tuple[int, int] | None = None
-        self.told: list[int] = []
+        self.counts: list[int] = []
 
     @contextlib.contextmanager
     def __call__(self, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
         self.opened = (total, done)
-        yield lambda now, text: self.told.append(now)
+        yield lambda now, text: self.counts.append(now)
 
 
 def leave_file(folder: Path, job: int, tick: Callable[[], None]) -> None:
@@ -58,8 +58,8 @@ def test_every_job_is_done_once_and_the_images_counted(tmp_path: Path, workers: 
     assert len(set(pids.values())) == min(workers, 4)
     assert str(os.getpid()) not in pids.values()
     assert shown.opened == (45, 5)
-    assert shown.told == sorted(set(shown.told))
-    assert shown.told[-1] == 45
+    assert shown.counts == sorted(set(shown.counts))
+    assert shown.counts[-1] == 45
 
 
 def test_without_jobs_nothing_is_started() -> None:
@@ -84,5 +84,5 @@ def test_an_error_ends_all_processes_and_comes_out_as_it_was(error: Exception) -
 
 
 def test_a_killed_process_is_told() -> None:
-    with pytest.raises(UsageError, match=r"code -9.*start the same command again"):
+    with pytest.raises(UsageError, match=r"code -9.* same command"):
         work_through(die, range(2), workers=1, total=2, done=0, progress=Shown())

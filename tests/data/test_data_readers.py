@@ -167,9 +167,7 @@ def test_processes_that_can_not_be_started_are_told(monkeypatch: pytest.MonkeyPa
         started.append(process)
 
     monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", limited)
-    with pytest.raises(
-        Interrupted, match=r"only 2 of workers=4 .*Resource temporarily unavailable"
-    ):
+    with pytest.raises(Interrupted, match=r"\b2 of workers=4 .*Resource temporarily unavailable"):
         answers(doubled, 20, workers=4)
     assert not any(process.is_alive() for process in started)
 

@@ -105,7 +105,7 @@ def test_unlabeled_images_stay_so_and_hostile_names_come_back(tmp_path: Path) ->
 
 def voc_of(root: Path) -> Splits:
     """Five training images and two others of random classes, in VOC's layout."""
-    lists, chance = root / "VOC2007/ImageSets/Main", np.random.default_rng(0)
+    lists, rng = root / "VOC2007/ImageSets/Main", np.random.default_rng(0)
     (root / "VOC2007/JPEGImages").mkdir(parents=True)
     lists.mkdir(parents=True)
     for split, numbers in (("trainval", range(5)), ("test", range(5, 7))):
@@ -115,8 +115,8 @@ def voc_of(root: Path) -> Splits:
             )
         (lists / f"{split}.txt").write_text("".join(f"{number}\n" for number in numbers))
         for name in VOC_CLASSES:
-            marks = (f"{number} {chance.integers(-1, 2)}\n" for number in numbers)
-            (lists / f"{name}_{split}.txt").write_text("".join(marks))
+            lines = (f"{number} {rng.integers(-1, 2)}\n" for number in numbers)
+            (lists / f"{name}_{split}.txt").write_text("".join(lines))
     return voc(name="voc2007", root=str(root), year=2007, train="trainval", held_out="test")
 
 
@@ -139,9 +139,7 @@ def test_voc_without_lists_of_classes_is_packed_with_a_warning_and_others_withou
     data = voc_of(tmp_path / "originals")
     for path in (tmp_path / "originals/VOC2007/ImageSets/Main").glob("*_test.txt"):
         path.unlink()
-    with pytest.warns(
-        UserWarning, match=r"packed without what images show, .*Annotations/5.xml is missing"
-    ):
+    with pytest.warns(UserWarning, match=r"Annotations/5\.xml is missing"):
         packed(data, tmp_path / "out")
     found = shards(root=str(tmp_path / "out"))
     assert isinstance(found.train, MultiLabeled)
@@ -161,7 +159,7 @@ def test_a_presence_that_is_not_of_these_images_and_classes_is_told(tmp_path: Pa
             shards(root=str(folder))
 
 
-def test_other_marks_are_other_originals(tmp_path: Path) -> None:
+def test_other_labels_are_other_originals(tmp_path: Path) -> None:
     packed(voc_of(tmp_path / "originals"), tmp_path / "out")
     lists = tmp_path / "originals/VOC2007/ImageSets/Main"
     (lists / "cat_test.txt").write_text("5 1\n6 1\n")
@@ -173,7 +171,7 @@ def test_other_marks_are_other_originals(tmp_path: Path) -> None:
         train="trainval",
         held_out="test",
     )
-    with pytest.raises(DataError, match="the images or their labels are others"):
+    with pytest.raises(DataError, match="images or their labels"):
         packed(changed, tmp_path / "out")
 
 
@@ -288,11 +286,9 @@ def test_imagenet_costs_tens_of_megabytes(copy: Path) -> None:
 
 
 def test_a_folder_that_is_none_or_not_ours_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.shards=.*missing is not a folder: .*relloc.prepare"):
+    with pytest.raises(DataError, match=rf"data\.shards={tmp_path}/missing .*relloc\.prepare"):
         shards(root=str(tmp_path / "missing"))
-    with pytest.raises(
-        DataError, match="has no manifest.json: give the folder that relloc.prepare wrote"
-    ):
+    with pytest.raises(DataError, match=rf"{tmp_path} .*manifest\.json.*relloc\.prepare"):
         shards(root=str(tmp_path))
 
 
@@ -301,9 +297,7 @@ def test_a_folder_that_is_none_or_not_ours_is_told(tmp_path: Path) -> None:
 )
 def test_another_manifest_is_refused(copy: Path, content: str) -> None:
     (copy / "manifest.json").write_text(content)
-    with pytest.raises(
-        DataError, match=r"manifest.json (is not of relloc shards version 1|can't be read)"
-    ):
+    with pytest.raises(DataError, match=r"manifest\.json .*(version 1|can't be read)"):
         shards(root=str(copy))
 
 
@@ -313,11 +307,11 @@ def test_a_missing_or_shortened_tar_is_told_at_once(copy: Path) -> None:
     os.truncate(tar, size - 512)
     with pytest.raises(
         DataError,
-        match=rf"train-000001.tar has {size - 512} bytes, not the {size} it was packed with",
+        match=rf"train-000001\.tar .*\b{size - 512} bytes.*\b{size}\b",
     ):
         shards(root=str(copy))
     tar.unlink()
-    with pytest.raises(DataError, match=r"train-000001.tar is missing: copy it again"):
+    with pytest.raises(DataError, match=r"train-000001\.tar is missing"):
         shards(root=str(copy))
 
 
@@ -366,7 +360,7 @@ def test_a_tar_of_the_same_size_with_other_bytes_is_found_when_hashes_are_asked_
     content[700] ^= 1
     (damaged / "val-000000.tar").write_bytes(content)
     shards(root=str(damaged))  # as quick as before: sizes alone are looked at
-    with pytest.raises(DataError, match=r"val-000000.tar has other bytes than it was packed with"):
+    with pytest.raises(DataError, match=r"val-000000\.tar .*other bytes"):
         check_hashes(damaged)
 
 
@@ -435,13 +429,13 @@ def test_json_of_other_kinds_is_one_message(copy: Path, content: bytes) -> None:
         shards(root=str(copy))
 
 
-@pytest.mark.parametrize("told", ["larger than any JPEG", "other names"])
-def test_files_that_are_mostly_holes_ask_for_no_memory(copy: Path, told: str) -> None:
+@pytest.mark.parametrize("reason", ["larger than any JPEG", "other names"])
+def test_files_that_are_mostly_holes_ask_for_no_memory(copy: Path, reason: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
     columns = {
         key: values.copy() for key, values in load_file(copy / "train-index.safetensors").items()
     }
-    if told == "other names":
+    if reason == "other names":
         grown, columns["name_offset"][-1] = copy / "train-names.jsonl", 2**34
     else:
         last = manifest["train"]["shards"][-1]
@@ -450,20 +444,18 @@ def test_files_that_are_mostly_holes_ask_for_no_memory(copy: Path, told: str) ->
     with open(grown, "r+b") as file:
         file.truncate(2**34)
     save_file(columns, copy / "train-index.safetensors")
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reason):
         shards(root=str(copy))
 
 
 def test_tars_of_others_are_told_as_such(tmp_path: Path) -> None:
     (tmp_path / "000000.tar").write_bytes(bytes(1024))
-    with pytest.raises(
-        DataError, match=r"has no manifest\.json.*Tars of others can't be read: unpack them"
-    ):
+    with pytest.raises(DataError, match=r"manifest\.json.*\bTars\b.*\bunpack\b"):
         shards(root=str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("name", "index", "value", "told"),
+    ("name", "index", "value", "reason"),
     [
         ("size", 0, 2**34, "outside of its tar"),
         ("size", 0, -1, "outside of its tar"),
@@ -472,22 +464,22 @@ def test_tars_of_others_are_told_as_such(tmp_path: Path) -> None:
         ("offset", 0, -512, "outside of its tar"),
         ("offset", 0, 2**63 - 1, "outside of its tar"),
         ("offset", 1, 512, "overlap"),
-        ("label", 0, 2, "a label is of no class"),
-        ("label", 0, -1, "a label is of no class"),
+        ("label", 0, 2, r"label .*\bclass"),
+        ("label", 0, -1, r"label .*\bclass"),
         ("name_offset", 1, 2**34, "has other names"),
         ("name_offset", 0, 1, "has other names"),
         ("name_offset", -1, 5, "has other names"),
     ],
 )
 def test_an_index_that_leads_outside_is_one_message(
-    copy: Path, name: str, index: int, value: int, told: str
+    copy: Path, name: str, index: int, value: int, reason: str
 ) -> None:
     path = copy / "train-index.safetensors"
     columns = {key: values.copy() for key, values in load_file(path).items()}
     columns[name][index] = value
     save_file(columns, path)
     with pytest.raises(
-        DataError, match=f"train-index.safetensors does not fit manifest.json .*{told}"
+        DataError, match=f"train-index.safetensors does not fit manifest.json .*{reason}"
     ):
         shards(root=str(copy))
 
@@ -537,9 +529,7 @@ def test_other_labels_in_the_index_are_another_set_and_told_by_their_hash(
     save_file(columns, path)
     after = getattr(shards(root=str(copy)), role)
     assert after.digest() != before.digest()
-    with pytest.raises(
-        DataError, match=rf"{split}-index\.safetensors has other bytes than it was packed with"
-    ):
+    with pytest.raises(DataError, match=rf"{split}-index\.safetensors .*other bytes"):
         check_hashes(copy)
 
 
@@ -569,7 +559,7 @@ def test_a_jpeg_that_claims_to_be_huge_is_unreadable_before_memory_is_asked_for(
         raise AssertionError("the decoder was asked")
 
     monkeypatch.setattr("relloc.data.shards.decode_jpeg", called)
-    with pytest.raises(UnreadableImage, match="claims to have 65500 x 65500 px"):
+    with pytest.raises(UnreadableImage, match="65500 x 65500 px"):
         decoded(huge_jpeg(before))
 
 

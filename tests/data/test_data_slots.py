@@ -69,8 +69,8 @@ def test_the_last_batches_stay_as_they_were_while_workers_run_ahead(workers: int
 
 
 def test_memory_is_used_again() -> None:
-    places = [batch.pixels.data_ptr() for batch in in_slots(1, batches_held=1)]
-    assert len(set(places)) == 1 * 2 + 1 + 1  # two batches ahead, one held, one just taken
+    addresses = [batch.pixels.data_ptr() for batch in in_slots(1, batches_held=1)]
+    assert len(set(addresses)) == 1 * 2 + 1 + 1  # two batches ahead, one held, one just taken
 
 
 def test_pixels_lie_channels_last() -> None:

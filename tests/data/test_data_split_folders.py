@@ -53,11 +53,11 @@ def found_in(root: Path, **settings: object) -> Splits:
 )
 def test_several_splits_are_no_set_without_labels(tmp_path: Path, folders: Sequence[str]) -> None:
     root = touch(tmp_path, folders)
-    with pytest.raises(DataError, match="holds several splits of a data set") as caught:
+    with pytest.raises(DataError, match="several splits") as caught:
         found_in(root)
-    told = str(caught.value)
-    assert all(part in told for name in folders for part in name.split("/")[-2:-1])
-    assert "data.source.pool_splits=true" in told
+    message = str(caught.value)
+    assert all(part in message for name in folders for part in name.split("/")[-2:-1])
+    assert "data.source.pool_splits=true" in message
     pooled = found_in(root, pool_splits=True)
     assert len(pooled.train) + len(pooled.held_out) == 6 * len(folders)
 
@@ -106,7 +106,7 @@ def test_the_way_out_is_named_and_leads_out(tmp_path: Path) -> None:
     assert (splits.labeled, splits.held_out.split, len(splits.held_out)) == (True, "test", 12)
     assert len(found_in(root / "train").train) > 0
     flat = touch(tmp_path / "flat", ["train/a", "train/b", "val"])
-    with pytest.raises(DataError, match="val has no class folders: sort its images") as caught:
+    with pytest.raises(DataError, match=r"\bval has no class folders") as caught:
         found_in(flat)
     assert "data.source.val=" not in str(caught.value)
     deep = touch(tmp_path / "deep", ["x/train/a", "x/val/a"])
@@ -118,13 +118,13 @@ def test_the_way_out_is_named_and_leads_out(tmp_path: Path) -> None:
 
 def test_named_splits_have_to_be_there(tmp_path: Path) -> None:
     root = touch(tmp_path, ["train/a", "val/a"])
-    with pytest.raises(DataError, match="test has no class folders"):
+    with pytest.raises(DataError, match=r"\btest has no class folders"):
         found_in(root, val="test")
-    with pytest.raises(DataError, match=r"data\.source\.train and data\.source\.val are both val"):
+    with pytest.raises(DataError, match=r"data\.source\.train .*data\.source\.val .*\bval\b"):
         found_in(root, train="val")
-    with pytest.raises(DataError, match=r"leave them out where data\.source\.pool_splits=true"):
+    with pytest.raises(DataError, match=r"data\.source\.pool_splits=true"):
         found_in(root, val="test", pool_splits=True)
-    with pytest.raises(DataError, match="or several roots make one set"):
+    with pytest.raises(DataError, match="several roots"):
         folder(
             name="mine",
             root=[str(root / "train"), str(root / "val")],
@@ -144,6 +144,6 @@ def test_a_folder_of_all_images_is_no_class(tmp_path: Path) -> None:
     root = touch(tmp_path, ["train/images", "val/images"])
     with pytest.raises(
         DataError,
-        match=rf"one folder each, images, .* data\.root={root / 'train'} takes train alone",
+        match=rf"\bimages\b.* data\.root={root / 'train'} ",
     ):
         found_in(root)

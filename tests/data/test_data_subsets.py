@@ -50,7 +50,7 @@ def files(subset: Subset) -> set[str]:
     return {Path(subset.source(index)).name for index in range(len(subset))}
 
 
-def test_a_subset_is_the_images_at_its_places() -> None:
+def test_a_subset_is_the_images_at_its_indices() -> None:
     whole = named([3, 4])
     subset = Subset(images=whole, indices=[5, 0])
     assert isinstance(subset, ImageSet)
@@ -65,7 +65,7 @@ def test_digests_tell_subsets_apart_and_the_hash_of_the_list_does_not_ask_where_
 ):
     whole = named([3, 4])
     some, other, same = (
-        Subset(images=whole, indices=places) for places in ([5, 0], [5, 1], [0, 5])
+        Subset(images=whole, indices=indices) for indices in ([5, 0], [5, 1], [0, 5])
     )
     assert len({one.digest() for one in (some, other, same)}) == 3
     assert some.list_hash() == same.list_hash() != other.list_hash()
@@ -121,9 +121,9 @@ def test_what_is_taken_depends_on_names_and_seed_alone() -> None:
 
 def test_shares_that_are_none_and_images_without_labels_are_refused() -> None:
     for share in (0, -0.1, 1.1):
-        with pytest.raises(ValueError, match="give a number above 0 and of 1 or less"):
+        with pytest.raises(ValueError, match=rf" {share}\b.* above 0 .* 1 or less"):
             stratified(named([3]), share, seed=0)
-    with pytest.raises(DataError, match="named train has no labels"):
+    with pytest.raises(DataError, match="named train .*no labels"):
         stratified(dataclasses.replace(named([3]), labels=None), 0.5, seed=0)
 
 
@@ -138,9 +138,7 @@ def test_a_list_names_images_by_their_files(tmp_path: Path) -> None:
 
 def test_lists_that_do_not_fit_are_told(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
-    with pytest.raises(
-        DataError, match="list.txt can't be read: No such file or directory. It is to have one"
-    ):
+    with pytest.raises(DataError, match=r"list\.txt .*No such file or directory"):
         listed(named([3, 4]), path)
     path.write_text(" \n")
     with pytest.raises(DataError, match="list.txt names no images"):
@@ -148,7 +146,7 @@ def test_lists_that_do_not_fit_are_told(tmp_path: Path) -> None:
     path.write_text("1_4.jpg\n1_9.jpg\nx.jpg\n")
     with pytest.raises(
         DataError,
-        match=r"2 of 3 names are not those of exactly one image of named train.*1_9.jpg \(0",
+        match=r"2 of 3 names .*\bnamed train\b.*1_9\.jpg \(0",
     ):
         listed(named([3, 4]), path)
     path.write_text("1_4.jpg\n")
@@ -159,9 +157,9 @@ def test_lists_that_do_not_fit_are_told(tmp_path: Path) -> None:
 
 @given(st.integers(0, 60), st.integers(1, 70))
 def test_even_steps(n: int, most: int) -> None:
-    places = evenly_spaced(n, most)
-    assert len(places) == min(n, most)
-    steps = {after - before for before, after in itertools.pairwise(places)}
-    assert not places or places[0] == 0
-    assert places[-1:] < [n]
+    indices = evenly_spaced(n, most)
+    assert len(indices) == min(n, most)
+    steps = {after - before for before, after in itertools.pairwise(indices)}
+    assert not indices or indices[0] == 0
+    assert indices[-1:] < [n]
     assert not steps or (min(steps) >= 1 and max(steps) - min(steps) <= 1)

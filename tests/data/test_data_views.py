@@ -163,7 +163,7 @@ def test_a_random_crop_lies_in_the_central_square_and_reaches_all_of_it(
     square = transforms.Compose(
         [transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()]
     )(image)
-    places = set()
+    corners = set()
     for seed in range(300):
         rng = random.Random(seed)
         row, column = rng.randint(0, 8), rng.randint(0, 8)
@@ -171,9 +171,9 @@ def test_a_random_crop_lies_in_the_central_square_and_reaches_all_of_it(
             planes(view(image, random.Random(seed))),
             square[:, row : row + 56, column : column + 56],
         )
-        places.add((row, column))
-    assert {row for row, _ in places} == {column for _, column in places} == set(range(9))
-    assert len(places) > 70  # of 81
+        corners.add((row, column))
+    assert {row for row, _ in corners} == {column for _, column in corners} == set(range(9))
+    assert len(corners) > 70  # of 81
     mirrored = RandomCrop(short_px=64, crop_px=56, flip=1)(image, random.Random(3))
     assert np.array_equal(mirrored, view(image, random.Random(3))[:, ::-1])
 
@@ -222,14 +222,14 @@ def test_an_unreadable_image_has_no_view_but_a_reason(tmp_path: Path) -> None:
         (
             Center,
             {"short_px": 256, "crop_px": 0},
-            r"view.crop_px is 0: give a whole number of 1 or more",
+            r"view.crop_px is 0: .* 1 or more",
         ),
         (
             Squash,
             {"short_px": 256, "side_px": 0},
-            r"view.side_px is 0: give a whole number of 1 or more",
+            r"view.side_px is 0: .* 1 or more",
         ),
-        (RandomResized, {"crop_px": 0}, r"augment.crop_px is 0: give a whole number of 1 or more"),
+        (RandomResized, {"crop_px": 0}, r"augment.crop_px is 0: .* 1 or more"),
         (RandomResized, {"crop_px": 8, "scale": (0.5, 1.5)}, r"augment.scale is \(0.5, 1.5\)"),
         (
             RandomResized,
@@ -239,7 +239,7 @@ def test_an_unreadable_image_has_no_view_but_a_reason(tmp_path: Path) -> None:
         (
             RandomResized,
             {"crop_px": 8, "flip": 2.0},
-            r"augment.flip is 2.0: give a number from 0 to 1",
+            r"augment.flip is 2.0: .* 0 to 1",
         ),
     ],
 )
@@ -255,41 +255,41 @@ def test_a_view_that_can_not_be_is_refused(make: type, settings: dict, message: 
             Center(short_px=256, crop_px=224),
             "crop_px",
             "abc",
-            "view.crop_px is abc: give a whole number",
+            "view.crop_px is abc: .*whole number",
         ),
         (
             Center(short_px=256, crop_px=224),
             "short_px",
             None,
-            "view.short_px is None: give a whole number",
+            "view.short_px is None: .*whole number",
         ),
         (
             Center(short_px=256, crop_px=224),
             "crop_px",
             1.5,
-            "view.crop_px is 1.5: give a whole number",
+            "view.crop_px is 1.5: .*whole number",
         ),
         (
             Squash(short_px=256, side_px=224),
             "side_px",
             "abc",
-            "view.side_px is abc: give a whole number",
+            "view.side_px is abc: .*whole number",
         ),
         (
             RandomCrop(short_px=8, crop_px=8),
             "crop_px",
             True,
-            "view.crop_px is True: give a whole number",
+            "view.crop_px is True: .*whole number",
         ),
-        (RandomResized(crop_px=8), "crop_px", "abc", "augment.crop_px is abc: give a whole number"),
+        (RandomResized(crop_px=8), "crop_px", "abc", "augment.crop_px is abc: .*whole number"),
         (RandomResized(crop_px=8), "scale", 0.5, "augment.scale is 0.5: give a list"),
         (
             RandomResized(crop_px=8),
             "ratio",
             ["a", 1],
-            r"augment.ratio is \['a', 1\]: give numbers above 0",
+            r"augment.ratio is \['a', 1\]: .*numbers above 0",
         ),
-        (RandomResized(crop_px=8), "flip", "abc", "augment.flip is abc: give a number"),
+        (RandomResized(crop_px=8), "flip", "abc", "augment.flip is abc: .*number"),
     ],
 )
 def test_what_is_no_number_is_refused_by_name(
