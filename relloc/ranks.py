@@ -99,6 +99,22 @@ def gathered(values: Shaped[Tensor, "*n"]) -> Shaped[Tensor, "world *n"]:
     return torch.stack(parts)
 
 
+def gathered_on_first(value: T) -> list[T]:
+    """Returns the values of all ranks in the order of ranks on rank 0, and nothing on the others.
+
+    A value can be anything that pickles; tensors on the CPU.
+    """
+    if not dist.is_initialized():
+        return [value]
+    if rank() != 0:
+        dist.gather_object(value, dst=0)
+        return []
+    # The call fills a list that has a place for each rank.
+    of_all_ranks = [value] * world_size()
+    dist.gather_object(value, of_all_ranks, dst=0)
+    return of_all_ranks
+
+
 def union(texts: dict[str, str]) -> dict[str, str]:
     """Returns the dictionaries of all ranks merged; where ranks share a key, the highest counts."""
     if not dist.is_initialized():

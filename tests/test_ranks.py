@@ -30,6 +30,7 @@ answers = {
     "from_first": ranks.from_first(f"folder of rank {rank}, \\u00e4"),
     "union": ranks.union({"both": f"said by {rank}", f"only {rank}": str(rank)}),
     "empty union": ranks.union({}),
+    "gathered_on_first": ranks.gathered_on_first([rank] * (1 + 2 * rank)),
 }
 ranks.leave()
 sum_alone = ranks.total(torch.tensor(5 + rank)).item()
@@ -49,6 +50,7 @@ def test_one_process_is_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values.tolist() == [1.5, 2.0]
     assert ranks.from_first("runs/one") == "runs/one"
     assert ranks.union({"a.jpg": "empty"}) == {"a.jpg": "empty"}
+    assert ranks.gathered_on_first({3: "a"}) == [{3: "a"}]
     ranks.leave()
 
 
@@ -80,4 +82,5 @@ def test_two_processes_add_tell_and_join(tmp_path: Path) -> None:
         assert answers["union"].keys() == {"both", "only 0", "only 1"}
         assert (answers["union"]["only 0"], answers["union"]["only 1"]) == ("0", "1")
         assert answers["empty union"] == {}
+        assert answers["gathered_on_first"] == ([[0], [1, 1, 1]] if rank == 0 else [])
         assert answers["after"] == [1, 0, 5 + rank, "own"]

@@ -1,0 +1,1 @@
+"""Metrics of detection and segmentation, and pictures of what a network found."""

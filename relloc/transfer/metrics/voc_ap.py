@@ -1,0 +1,332 @@
+"""Average precision of detections, by the definitions of PASCAL VOC that published rows use.
+
+They agree in the rule of matching. Detections of a class are sorted by falling score over all
+images. Each one takes the true box of its image and class that it overlaps most, and no other: if
+that overlap (IoU, intersection over union) is too low, or an earlier detection has taken the box,
+the detection is wrong. If the box is difficult, it counts neither way, nor is the box looked for.
+
+Detections with equal scores keep the order of images, and within an image their own, so that no
+result depends on the number of processes. The references leave this to an unstable sort.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from relloc.transfer.metrics.objects import Boxes, Detected, TrueBoxes
+
+# Recalls at which the definition of 2007 reads the precision. As in the references they are
+# floats of 64 bits, of which three are a little above their decimal: a recall of exactly 3/10
+# does not reach the fourth of them.
+_RECALL_POINTS = np.arange(0, 1.001, 0.1)
+_DTYPES = {"mmdet": np.dtype(np.float32), "detectron2": np.dtype(np.float64)}
+_LEAST_UNION = 1e-6  # mmdet's, against a division by zero
+# The rounding of the files through which detectron2 evaluates.
+_SCORE_DECIMALS = 3
+_BOX_DECIMALS = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Definition:
+    """One definition of average precision.
+
+    Args:
+        points: "11" is the mean of the highest precisions at recalls from 0, .1, … to 1 or more,
+            the definition of 2007. "area" is the area under the curve after precision is made
+            monotone, the one since 2010.
+        plus_one: whether x2 and y2 are the last pixels of a box, so that widths are x2 − x1 + 1.
+        reference: the code whose details decide. "mmdet" (2.28.2: mean_ap.py, bbox_overlaps.py)
+            computes in 32 bits, asks for an IoU of at least the threshold, and of two true boxes
+            with the same IoU prefers the one that is not difficult. "detectron2"
+            (pascal_voc_evaluation.py) computes in 64 bits, asks for an IoU above the threshold,
+            takes the first of such boxes, and rounds scores to 3 decimals and boxes to 1.
+    """
+
+    points: Literal["11", "area"]
+    plus_one: bool
+    reference: Literal["mmdet", "detectron2"]
+
+
+# The AP50 of mmselfsup's row. True boxes are the annotation minus 1 on all four.
+MMDET = Definition(points="11", plus_one=True, reference="mmdet")
+# The same by area, as mmdet computes it for data sets other than VOC.
+MMDET_AREA = Definition(points="area", plus_one=False, reference="mmdet")
+# AP, AP50 and AP75 of MoCo's row. detectron2 subtracts 1 from xmin and ymin only, and adds it again
+# before it computes widths with + 1; so widths of its own boxes need no + 1.
+DETECTRON2 = Definition(points="11", plus_one=False, reference="detectron2")
+# The thresholds of which AP is the mean; the loop is detectron2's, so that the floats are equal.
+AP_IOUS = tuple(percent / 100 for percent in range(50, 100, 5))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class VocImage:
+    """What average precision needs of one image: `found` objects and `true` objects."""
+
+    found_boxes: Float[np.ndarray, "found 4"]
+    found_scores: Float[np.ndarray, "found"]
+    found_classes: Int[np.ndarray, "found"]
+    true_boxes: Float[np.ndarray, "true 4"]
+    true_classes: Int[np.ndarray, "true"]
+    difficult: Bool[np.ndarray, "true"]
+
+
+def voc_image(detected: Detected, truth: TrueBoxes) -> VocImage:
+    """Returns what average precision needs of an image, on the CPU."""
+    return VocImage(
+        found_boxes=detected.boxes.float().cpu().numpy(),
+        found_scores=detected.scores.float().cpu().numpy(),
+        found_classes=detected.classes.cpu().numpy(),
+        true_boxes=truth.boxes,
+        true_classes=truth.classes,
+        difficult=truth.difficult,
+    )
+
+
+def average_precision(
+    images: Sequence[VocImage],
+    *,
+    n_classes: int,
+    definition: Definition,
+    ious: Sequence[float] = (0.5,),
+) -> Float[np.ndarray, "ious classes"]:
+    """Returns the average precision of each class at each IoU threshold, from 0 to 1.
+
+    It is nan for a class without true boxes that are not difficult.
+
+    Args:
+        images: all images of the split, in its order, also those without objects.
+        n_classes: number of classes.
+        definition: MMDET, MMDET_AREA, DETECTRON2 or another one.
+        ious: thresholds from which on a detection is right.
+
+    Raises:
+        ValueError: a score is nan, as those of a network that diverged.
+    """
+    found = _found_by_image(images, definition)
+    true = _true_by_image(images, definition)
+    result = np.full((len(ious), n_classes), np.nan, dtype=_DTYPES[definition.reference])
+    for class_number in range(n_classes):
+        true_of_class = _select(true, np.flatnonzero(true.classes == class_number))
+        is_difficult = true_of_class.difficult
+        n_to_find = int((~is_difficult).sum())
+        if n_to_find == 0:
+            continue
+        # By falling score; stable, so that equal scores keep the order of images.
+        of_class = np.flatnonzero(found.classes == class_number)
+        by_score = np.argsort(-found.scores[of_class], kind="stable")
+        found_of_class = _select(found, of_class[by_score])
+        overlaps, nearest = _nearest_true_boxes(found_of_class, true_of_class, definition)
+        for row, iou in enumerate(ious):
+            is_near = overlaps > iou if definition.reference == "detectron2" else overlaps >= iou
+            right, wrong = _judge(is_near, nearest, is_difficult)
+            recall, precision = _curve(right, wrong, n_to_find, result.dtype)
+            of_points = _at_points if definition.points == "11" else _area
+            result[row, class_number] = of_points(recall, precision)
+    return result
+
+
+def mean_ap(by_class: Float[np.ndarray, "classes"]) -> float:
+    """Returns the mean over the classes that have true boxes, or 0 if none has.
+
+    What mmdet prints is this number rounded to 3 decimals (`printed_ap`).
+    """
+    measured = by_class[~np.isnan(by_class)]
+    return measured.mean().item() if len(measured) else 0.0
+
+
+def printed_ap(mean: float) -> float:
+    """Returns a mean average precision as mmdet prints it: a share rounded to 3 decimals."""
+    return round(mean, 3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """Found objects of several images."""
+
+    images: Int[np.ndarray, "n"]
+    classes: Int[np.ndarray, "n"]
+    boxes: Boxes
+    scores: Float[np.ndarray, "n"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _True:
+    """True objects of several images, in the order of images."""
+
+    images: Int[np.ndarray, "n"]
+    classes: Int[np.ndarray, "n"]
+    boxes: Boxes
+    difficult: Bool[np.ndarray, "n"]
+
+
+_Objects = TypeVar("_Objects", _Found, _True)
+
+
+def _select(objects: _Objects, places: Int[np.ndarray, "m"]) -> _Objects:
+    """Returns the objects at the given places, in their order."""
+    selected = {}
+    for field in dataclasses.fields(objects):
+        selected[field.name] = getattr(objects, field.name).take(places, axis=0)
+    return dataclasses.replace(objects, **selected)
+
+
+def _found_by_image(images: Sequence[VocImage], definition: Definition) -> _Found:
+    dtype = _DTYPES[definition.reference]
+    boxes = _joined([image.found_boxes for image in images], dtype).reshape(-1, 4)
+    scores = _joined([image.found_scores for image in images], dtype)
+    if np.isnan(scores).any():
+        n_nan = int(np.isnan(scores).sum())
+        raise ValueError(f"{n_nan} of {len(scores)} detections have nan as their score")
+    if definition.reference == "detectron2":
+        scores = scores.round(_SCORE_DECIMALS)
+        boxes = boxes.round(_BOX_DECIMALS)
+    return _Found(
+        images=_image_numbers([len(image.found_boxes) for image in images]),
+        classes=_joined([image.found_classes for image in images], np.dtype(np.int64)),
+        boxes=boxes,
+        scores=scores,
+    )
+
+
+def _true_by_image(images: Sequence[VocImage], definition: Definition) -> _True:
+    true = _True(
+        images=_image_numbers([len(image.true_boxes) for image in images]),
+        classes=_joined([image.true_classes for image in images], np.dtype(np.int64)),
+        boxes=_joined(
+            [image.true_boxes for image in images],
+            _DTYPES[definition.reference],
+        ).reshape(-1, 4),
+        difficult=_joined([image.difficult for image in images], np.dtype(bool)),
+    )
+    if definition.reference == "detectron2":
+        return true
+    # The difficult boxes of each image last, so that the others win where overlaps are equal.
+    difficult_last = np.lexsort((true.difficult, true.images))
+    return _select(true, difficult_last)
+
+
+def _joined(parts: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Returns arrays of images as one of the given type, flat, also where there is no image."""
+    flat = [np.zeros(0, dtype=dtype)]
+    for part in parts:
+        flat.append(part.reshape(-1).astype(dtype))
+    return np.concatenate(flat)
+
+
+def _image_numbers(counts: list[int]) -> Int[np.ndarray, "n"]:
+    """Returns for each object the number of its image; `counts` says how many each image has."""
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def _nearest_true_boxes(
+    found: _Found,
+    true: _True,
+    definition: Definition,
+) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Returns for each found box its largest IoU with a true box of its image, and which that is.
+
+    Both are of one class. The first one counts where several true boxes have the largest IoU. In an
+    image without true boxes the IoU is -1, and the number of the box means nothing.
+    """
+    overlaps = np.full(len(found.boxes), -1, dtype=found.boxes.dtype)
+    nearest = np.zeros(len(found.boxes), dtype=np.int64)
+    # The true boxes of an image follow one another: from `first` on there are `count`.
+    n_images = 1 + max(found.images.max(initial=0), true.images.max(initial=0))
+    count_in_image = np.bincount(true.images, minlength=n_images)
+    first_in_image = np.cumsum(count_in_image) - count_in_image
+    with_true_boxes = np.flatnonzero(count_in_image[found.images])
+    if len(with_true_boxes) == 0:
+        return overlaps, nearest
+    images = found.images[with_true_boxes]
+    first, count = first_in_image[images], count_in_image[images]
+
+    # All pairs of a found and a true box of the same image, one after another by found box.
+    pair_starts = np.cumsum(count) - count
+    place_in_image = np.arange(count.sum()) - np.repeat(pair_starts, count)
+    true_of_pair = np.repeat(first, count) + place_in_image
+    found_of_pair = np.repeat(with_true_boxes, count)
+    of_pairs = _iou(found.boxes[found_of_pair], true.boxes[true_of_pair], definition)
+
+    largest = np.maximum.reduceat(of_pairs, pair_starts)
+    # Of the pairs with the largest IoU the one with the smallest number: the first true box.
+    is_largest = of_pairs == np.repeat(largest, count)
+    candidates = np.where(is_largest, true_of_pair, len(true.boxes))
+    overlaps[with_true_boxes] = largest
+    nearest[with_true_boxes] = np.minimum.reduceat(candidates, pair_starts)
+    return overlaps, nearest
+
+
+def _iou(first: Boxes, second: Boxes, definition: Definition) -> Float[np.ndarray, "n"]:
+    """Returns the IoU of each box of `first` with the box of `second` at the same place."""
+    more = first.dtype.type(1 if definition.plus_one else 0)
+    width = np.minimum(first[:, 2], second[:, 2]) - np.maximum(first[:, 0], second[:, 0]) + more
+    height = np.minimum(first[:, 3], second[:, 3]) - np.maximum(first[:, 1], second[:, 1]) + more
+    shared = np.maximum(width, 0) * np.maximum(height, 0)
+    union = _areas(first, more) + _areas(second, more) - shared
+    return shared / np.maximum(union, first.dtype.type(_LEAST_UNION))
+
+
+def _areas(boxes: Boxes, more: np.floating) -> Float[np.ndarray, "n"]:
+    return (boxes[:, 2] - boxes[:, 0] + more) * (boxes[:, 3] - boxes[:, 1] + more)
+
+
+def _judge(
+    is_near: Bool[np.ndarray, "n"],
+    nearest: Int[np.ndarray, "n"],
+    is_difficult: Bool[np.ndarray, "m"],
+) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+    """Returns which found boxes are right, and which are wrong; some are neither.
+
+    Args:
+        is_near: whether each found box overlaps its nearest true box enough, by falling score.
+        nearest: the number of that true box.
+        is_difficult: of each true box.
+    """
+    right = np.zeros_like(is_near)
+    takes_difficult = np.zeros_like(is_near)
+    takes_difficult[is_near] = is_difficult[nearest[is_near]]
+    # Of the found boxes that are nearest to the same true box, the first one takes it.
+    candidates = np.flatnonzero(is_near & ~takes_difficult)
+    _, first_candidates = np.unique(nearest[candidates], return_index=True)
+    right[candidates[first_candidates]] = True
+    return right, ~right & ~takes_difficult
+
+
+def _curve(
+    right: Bool[np.ndarray, "n"],
+    wrong: Bool[np.ndarray, "n"],
+    n_to_find: int,
+    dtype: np.dtype,
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Returns recall, in 64 bits, and precision, in the given type, after each found box.
+
+    Precision is already the highest one at this or any higher recall.
+    """
+    n_right = np.cumsum(right)
+    n_judged = n_right + np.cumsum(wrong)
+    recall = n_right / n_to_find
+    # Before the first box that is judged precision is 0, not 0 / 0.
+    precision = n_right.astype(dtype) / np.maximum(n_judged, 1).astype(dtype)
+    return recall, np.maximum.accumulate(precision[::-1])[::-1]
+
+
+def _at_points(recall: Float[np.ndarray, "n"], precision: Float[np.ndarray, "n"]) -> np.floating:
+    """Returns the mean precision at the eleven recalls; it is 0 at one that is not reached."""
+    total = precision.dtype.type(0)
+    for place in np.searchsorted(recall, _RECALL_POINTS, side="left"):
+        if place < len(precision):
+            total += precision[place]
+    return total / precision.dtype.type(len(_RECALL_POINTS))
+
+
+def _area(recall: Float[np.ndarray, "n"], precision: Float[np.ndarray, "n"]) -> np.floating:
+    """Returns the area under the curve, of which the part beyond the last recall is 0."""
+    # Only where recall rises is there an area. The last step, to a recall of 1, is of height 0.
+    recall = np.concatenate([[0.0], recall, [1.0]])
+    precision = np.concatenate([precision, [0.0]])
+    steps = np.diff(recall)
+    rises = np.flatnonzero(steps)
+    return np.sum(steps[rises] * precision[rises])
