@@ -1,6 +1,8 @@
 """python -m relloc.sync RUN_DIR ...: sends run folders to MLflow, as far as it lacks them.
 
 python -m relloc.sync RUN_DIR [RUN_DIR ...] [--uri URI] [--experiment NAME]
+
+A folder of run folders, such as runs, stands for all run folders in it.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from relloc.tracking import (
     sync,
     ui_command,
 )
+from relloc.tracking.record import RUN_FILE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.print_error(error)
         return error.exit_code
     # A folder that fails does not keep the others from being sent.
-    stores = [_send(run_dir, uri, options.experiment) for run_dir in options.run_dirs]
+    stores = [_send(run_dir, uri, options.experiment) for run_dir in _run_dirs(options.run_dirs)]
     reached_stores = dict.fromkeys(store for store in stores if store)  # each once, in order
     for store in reached_stores:
         terminal.print_next(ui_command(store))
@@ -63,6 +66,18 @@ def parser() -> argparse.ArgumentParser:
     return command_line
 
 
+def _run_dirs(given: Sequence[Path]) -> list[Path]:
+    """Return each run folder once, with those that lie in folders of run folders."""
+    run_dirs: list[Path] = []
+    for folder in given:
+        inside = []
+        if not (folder / RUN_FILE).exists():
+            inside = sorted(file.parent for file in folder.glob(f"*/{RUN_FILE}"))
+        # A folder without any run is kept, and is told that it is not one.
+        run_dirs += inside or [folder]
+    return list(dict.fromkeys(run_dirs))
+
+
 def _send(run_dir: Path, uri: str | None, experiment: str | None) -> str | None:
     """Send one run folder, and return the address of its store, or None after a message."""
     # Without --uri the store is the one that the run itself was started with.
@@ -74,7 +89,9 @@ def _send(run_dir: Path, uri: str | None, experiment: str | None) -> str | None:
         sent = sync(run_dir, uri, experiment)
     except FileNotFoundError as error:
         missing = error.filename or error
-        return _complain(run_dir, f"this is not a run folder: {missing} is missing")
+        return _complain(
+            run_dir, f"neither a run folder nor one that has some in it: {missing} is missing"
+        )
     except (StoreError, OSError, ValueError) as error:
         return _complain(run_dir, str(error))
     for reason in sent.refused:

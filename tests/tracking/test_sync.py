@@ -46,8 +46,22 @@ def test_a_wrong_folder_is_told_and_the_others_are_sent(
     assert len(lines) == 2
     for line, folder in zip(lines, (empty, nameless), strict=True):
         assert line.startswith(f"{folder}: ")
-        assert "not a run folder" in line
+        assert "run folder" in line
         assert f"{folder}/run.json is missing" in line
+
+
+def test_a_folder_of_run_folders_stands_for_them(
+    uri: str, new_run: NewRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    (runs / "sweeps").mkdir(parents=True)
+    for name in ("b", "a"):
+        new_run(name, tracking_uri=uri).rename(runs / name)
+    assert main([str(runs), str(runs / "a")]) == 0
+    out, err = capsys.readouterr()
+    sent = [line.partition(":")[0] for line in out.splitlines()[:-1]]
+    assert sent == [str(runs / "a"), str(runs / "b")]
+    assert err == ""
 
 
 def test_a_dead_server_is_one_message(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
