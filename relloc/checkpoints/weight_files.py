@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relloc.checkpoints.hashed_files import BROKEN
 from relloc.errors import CheckpointError, DamagedCheckpoint
+from relloc.files import path_as_text
 from relloc.pickles import torch_files
 from relloc.pickles.inert import MOST_OPERATIONS, LeftOut, Named, Pending, TooLarge
 from relloc.pickles.torch_files import OtherKind
@@ -180,9 +181,12 @@ def opened_safetensors(file: Path) -> Any:
         raise FileNotFoundError(errno.ENOENT, "it is no regular file", str(file))
     with open(file, "rb") as begun:
         header = int.from_bytes(begun.read(8), "little")
-    if header > _SAFETENSORS_MOST_HEADER:
-        raise TooLarge(f"its header has {header:,} bytes, far more than that of a network")
-    return safe_open(file, framework="pt")
+        if header > _SAFETENSORS_MOST_HEADER:
+            raise TooLarge(f"its header has {header:,} bytes, far more than that of a network")
+        # The library takes only paths that are UTF-8; this one names the open file itself. The
+        # library maps the file into memory at once, so that it may be closed afterwards.
+        is_utf8 = path_as_text(file) == str(file)
+        return safe_open(file if is_utf8 else f"/dev/fd/{begun.fileno()}", framework="pt")
 
 
 def _from_safetensors(file: Path, numbers: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from relloc.data.image_set import ROLES
 from relloc.data.images import MOST_PIXELS
@@ -220,7 +220,8 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
             )
     errors = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError)
     with data_errors(f"{path} can't be read", *errors, advice=_AGAIN):
-        index = load_file(path)
+        # As bytes, since the library takes only paths that are UTF-8.
+        index = load(path.read_bytes())
     wrong = _index_misfit(index, about, per_shard, names_path.stat().st_size)
     if wrong:
         raise DataError(

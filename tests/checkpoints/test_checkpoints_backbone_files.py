@@ -126,6 +126,18 @@ def test_a_backbone_loads_from_a_run_folder_its_file_or_a_training(
     )
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9", "𝄞".encode(), b"\\xe9"])
+def test_a_backbone_lies_in_a_folder_of_any_name(tmp_path: Path, name: bytes) -> None:
+    run_dir = tmp_path / os.fsdecode(name)
+    run_dir.mkdir()
+    backbone = network()
+    save_backbone(run_dir / BACKBONE_FILE, backbone, ABOUT)
+    assert is_ours(run_dir / BACKBONE_FILE)
+    weights, about = load_backbone(run_dir)
+    assert about == ABOUT
+    assert digest(weights) == digest(backbone.state_dict())
+
+
 def test_a_backbone_in_channels_last_comes_back_as_it_was(tmp_path: Path) -> None:
     backbone = network().to(memory_format=torch.channels_last)
     save_backbone(tmp_path / BACKBONE_FILE, backbone, {})

@@ -103,6 +103,16 @@ def test_unlabeled_images_stay_so_and_hostile_names_come_back(tmp_path: Path) ->
         ]
 
 
+def test_a_packed_folder_may_have_any_name(out: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(out, tmp_path / os.fsdecode(b"caf\xe9"))
+    found, usual = shards(root=str(odd)), shards(root=str(out))
+    check_hashes(odd)
+    for role in ("train", "held_out"):
+        assert getattr(found, role).digest() == getattr(usual, role).digest()
+        images = (getattr(found, role).read(0), getattr(usual, role).read(0))
+        assert np.array_equal(*map(np.asarray, images))
+
+
 def voc_of(root: Path) -> Splits:
     """Five training images and two others of random classes, in VOC's layout."""
     lists, rng = root / "VOC2007/ImageSets/Main", np.random.default_rng(0)
