@@ -1,0 +1,1 @@
+"""Semantic segmentation by a fully convolutional network: network, training crops, and testing."""

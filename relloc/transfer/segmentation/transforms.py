@@ -1,0 +1,222 @@
+"""Random crops on which segmentation networks train, as mmsegmentation 0.30 makes them.
+
+An image is resized by a random ratio, cropped, flipped, changed in its colors, normalized and
+padded (docs/protocols.md 3.10). The process that reads a sample draws all random numbers from its
+seed and cuts the class map; pixels are computed on the device, and only those of the crop.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from relloc import checks
+from relloc.patches.normalize import ByDataset
+from relloc.transfer.segmentation.photometric import (
+    ColorChange,
+    PhotometricDistortion,
+    distorted,
+)
+from relloc.transfer.segmentation.resize import (
+    Interpolation,
+    Size,
+    check_box,
+    fitted_size,
+    interpolated,
+    interpolation_table,
+    nearest_indices,
+)
+
+# The class of pixels that are neither trained on nor counted, as data sets write it.
+VOID = 255
+_CLASS_NUMBERS = 256
+# `RandomCrop` of mmsegmentation 0.30 draws as often again before it keeps what it has.
+_MOST_REDRAWS = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CropPlan:
+    """Which part of an image a crop shows, and how its colors are changed.
+
+    size: of the whole resized image.
+    top, left: the corner of the crop in the resized image.
+    flip: whether the crop is mirrored.
+    color: how its colors are changed.
+    """
+
+    size: Size
+    top: int
+    left: int
+    flip: bool
+    color: ColorChange
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class CropSample:
+    """An image as it was decoded, the classes of its crop's pixels, and the plan of the crop.
+
+    The classes are those of the finished crop: flipped, and padded by `VOID`.
+    """
+
+    image: UInt8[np.ndarray, "h w 3"]
+    class_map: UInt8[np.ndarray, "s s"]
+    plan: CropPlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SegmentationBatch:
+    """Normalized crops, and the class of each pixel, `VOID` where it has none."""
+
+    images: Float[Tensor, "b 3 s s"]
+    class_maps: Int[Tensor, "b s s"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingCrops:
+    """Random crops of resized images.
+
+    box: (long, short), the box in pixels into which an image is fitted at ratio 1.
+    ratio: the range of the factor on the sides of that box (uniform).
+    crop_px: rows and columns of a crop; what a smaller image lacks is padded right and below.
+    most_of_one_class: a crop is drawn again, ten times at most, unless it shows two or more classes
+        and its most frequent class has less than this share of its pixels, void ones left out; at
+        1, the first crop is taken.
+    flip: the probability of a horizontal flip.
+    photometric: changes of the colors.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
+
+    box: Sequence[int]
+    ratio: Sequence[float] = (0.5, 2.0)
+    crop_px: int
+    most_of_one_class: float = 0.75
+    flip: float = 0.5
+    photometric: PhotometricDistortion = dataclasses.field(default_factory=PhotometricDistortion)
+
+    def __post_init__(self) -> None:
+        check_box("augment.box", self.box)
+        checks.numbers("augment.ratio", self.ratio, above=0)
+        checks.one_of("the number of limits in augment.ratio", len(self.ratio), [2])
+        checks.number("augment.ratio's upper limit", self.ratio[1], at_least=self.ratio[0])
+        # At a smaller ratio the box would have no pixels.
+        checks.number("augment.ratio's lower limit", self.ratio[0], at_least=1 / self.box[1])
+        checks.whole("augment.crop_px", self.crop_px)
+        checks.number("augment.most_of_one_class", self.most_of_one_class, above=0, at_most=1)
+        checks.number("augment.flip", self.flip, at_least=0, at_most=1)
+
+    def __str__(self) -> str:
+        low, high = self.ratio
+        return (
+            f"crops of {self.crop_px} px from images fitted into {self.box[0]} x {self.box[1]} px "
+            f"times {low:g}..{high:g}, photometric distortion, flip {self.flip:g}"
+        )
+
+    def sample(
+        self,
+        image: UInt8[np.ndarray, "h w 3"],
+        class_map: UInt8[np.ndarray, "h w"],
+        seed: int,
+    ) -> CropSample:
+        """Returns a random crop of an image, whose only source of randomness is `seed`."""
+        rng = random.Random(seed)
+        height, width = class_map.shape
+        ratio = rng.uniform(*self.ratio)
+        scaled_box = [int(side * ratio) for side in self.box]
+        size = fitted_size(height, width, scaled_box)
+        rows = nearest_indices(height, size[0])
+        columns = nearest_indices(width, size[1])
+
+        # A class map is cut before the crop is known, as the choice depends on its classes.
+        for redraw in range(_MOST_REDRAWS + 1):
+            top = rng.randint(0, max(size[0] - self.crop_px, 0))
+            left = rng.randint(0, max(size[1] - self.crop_px, 0))
+            crop_rows = rows[top : top + self.crop_px]
+            crop_columns = columns[left : left + self.crop_px]
+            classes = class_map[crop_rows][:, crop_columns]
+            if self.most_of_one_class == 1 or redraw == _MOST_REDRAWS:
+                break
+            if is_mixed(classes, self.most_of_one_class):
+                break
+
+        flip = rng.random() < self.flip
+        if flip:
+            classes = classes[:, ::-1]
+        padded = np.full((self.crop_px, self.crop_px), VOID, dtype=np.uint8)
+        padded[: classes.shape[0], : classes.shape[1]] = classes
+        color = self.photometric.draw(rng)
+        plan = CropPlan(size=size, top=top, left=left, flip=flip, color=color)
+        return CropSample(image=image, class_map=padded, plan=plan)
+
+    def batch(self, samples: Sequence[CropSample], device: torch.device) -> SegmentationBatch:
+        """Returns the crops of the samples on the device; of no samples, an empty batch."""
+        side = self.crop_px
+        if not samples:
+            return SegmentationBatch(
+                images=torch.zeros(0, 3, side, side, device=device),
+                class_maps=torch.zeros(0, side, side, dtype=torch.int64, device=device),
+            )
+        # A single copy brings all tables to the device.
+        tables = _to_device(torch.stack([self._tables(sample) for sample in samples]), device)
+        crops = []
+        for sample, (row_table, column_table) in zip(samples, tables, strict=True):
+            pixels = torch.from_numpy(sample.image).to(device, non_blocking=True)
+            rows = Interpolation.from_table(row_table)
+            columns = Interpolation.from_table(column_table)
+            crops.append(interpolated(pixels, rows, columns))
+        images = torch.stack(crops).permute(0, 3, 1, 2).contiguous()
+        images = distorted(images, [sample.plan.color for sample in samples])
+        # Padding is black after the normalization, as the source normalizes before it pads.
+        is_image = _to_device(self._filled(samples), device)
+        images = torch.where(is_image, ByDataset()(images), 0)
+        class_maps = torch.from_numpy(np.stack([sample.class_map for sample in samples]))
+        return SegmentationBatch(
+            images=images,
+            class_maps=_to_device(class_maps, device).long(),
+        )
+
+    def _tables(self, sample: CropSample) -> Float[Tensor, "2 3 s"]:
+        """Returns the interpolation tables of a crop's rows and columns; 0 where it is padded."""
+        plan = sample.plan
+        source_sides = sample.image.shape[:2]
+        tables = torch.zeros(2, 3, self.crop_px)
+        for axis, first in enumerate((plan.top, plan.left)):
+            table = interpolation_table(source_sides[axis], plan.size[axis])
+            table = table[:, first : first + self.crop_px]
+            is_column = axis == 1
+            if plan.flip and is_column:
+                table = table.flip(1)
+            tables[axis, :, : table.shape[1]] = table
+        return tables
+
+    def _filled(self, samples: Sequence[CropSample]) -> Bool[Tensor, "b 1 s s"]:
+        """Returns which pixels of each crop show its image."""
+        filled = torch.zeros(len(samples), 1, self.crop_px, self.crop_px, dtype=torch.bool)
+        for index, sample in enumerate(samples):
+            height, width = sample.plan.size
+            # What lies beyond the crop's side is cut off by the slice itself.
+            filled[index, :, :height, :width] = True
+        return filled
+
+
+def is_mixed(class_map: UInt8[np.ndarray, "h w"], most_of_one_class: float) -> bool:
+    """Returns whether a crop shows several classes, none of them too often.
+
+    Void pixels are not counted. `most_of_one_class` is the share that no class may reach.
+    """
+    counts = np.bincount(class_map.ravel(), minlength=_CLASS_NUMBERS)
+    counts[VOID] = 0
+    shows_several = np.count_nonzero(counts) > 1
+    return bool(shows_several and counts.max() / counts.sum() < most_of_one_class)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        # Without page-locked memory the host waits for everything that is queued on the GPU.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
