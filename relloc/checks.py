@@ -29,6 +29,13 @@ def whole(setting: str, value: Any, at_least: float = 1) -> int:
     return value
 
 
+def multiple(setting: str, value: int, of: int) -> int:
+    """Checks that a whole number is a multiple of another one."""
+    if value % of:
+        raise _wrong(setting, value, f"a multiple of {of}")
+    return value
+
+
 def number(
     setting: str,
     value: Any,

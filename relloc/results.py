@@ -148,12 +148,7 @@ class Result(_Number):
     @property
     def tracked_eval(self) -> str:
         """The evaluation's name in a tracker, such as `linear` or `linear_random_recalibrated`."""
-        name = self.eval
-        if self.checkpoint in REFERENCE_MODELS:
-            name += f"_{self.checkpoint}"
-        if self.batch_norm == "recalibrated":
-            name += "_recalibrated"
-        return name
+        return tracked_eval(self.eval, self.checkpoint, self.batch_norm)
 
     @property
     def tracked_name(self) -> str:
@@ -164,6 +159,16 @@ class Result(_Number):
         """
         parts = (self.tracked_eval, self.layer, self.metric)
         return "/".join(part for part in parts if part)
+
+
+def tracked_eval(evaluation: str, checkpoint: str, batch_norm: str) -> str:
+    """Returns the name in a tracker of an evaluation of `checkpoint` under `batch_norm`."""
+    name = evaluation
+    if checkpoint in REFERENCE_MODELS:
+        name += f"_{checkpoint}"
+    if batch_norm == "recalibrated":
+        name += "_recalibrated"
+    return name
 
 
 def append_results(run_dir: Path, rows: Iterable[Result]) -> None:

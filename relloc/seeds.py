@@ -37,6 +37,9 @@ class Use(enum.Enum):
     FINE_TUNING_WEIGHTS = "initial weights of the layer that fine-tuning adds: seed"
     FINE_TUNING_ORDER = "order of the images of an epoch of fine-tuning: seed, epoch"
     FINE_TUNING_VIEW = "box and flip of a view in fine-tuning: seed, epoch, image"
+    FINE_TUNING_SAMPLE = (
+        "all that is random of a sample of a detector or segmenter: seed, its number"
+    )
     FINE_TUNING_FORWARD = (
         "dropout and other chance inside a forward of fine-tuning: "
         "seed, step, its place in the step"

@@ -7,7 +7,7 @@ evaluation yields a `Score` for each number it measures.
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -23,6 +23,8 @@ from relloc.features.source import ColorAugmentation, EncodeConfig, FeatureSourc
 from relloc.models.backbone import Backbone
 from relloc.results import LAYERS, Result, Score
 
+# Writes numbers of a training, by their names, at a step of it into the curves of the run.
+LogCurves = Callable[[Mapping[str, float], int], None]
 # Which statistics frozen batch norm uses: those of the pretraining, which are of patches, or ones
 # estimated anew on the whole images that evaluations show.
 BATCH_NORMS = ("as_trained", "recalibrated")
@@ -58,6 +60,10 @@ class NullState:
         pass
 
 
+def log_nothing(_numbers: Mapping[str, float], _step: int) -> None:
+    """Writes no curves."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
     """Everything that the runner gives an evaluation: the model, its features and the settings."""
@@ -76,6 +82,7 @@ class Context:
     state: EvaluationState  # where a long evaluation saves its progress
     # For pictures and tables. It belongs to this evaluation of this model, and need not exist yet.
     folder: Path
+    log: LogCurves = log_nothing  # for trainings, such as their loss
 
     @property
     def device(self) -> torch.device:

@@ -28,6 +28,7 @@ from relloc.evaluation.contract import (
     Evaluation,
     EvaluationState,
     Labels,
+    LogCurves,
     NamedEvaluation,
 )
 from relloc.features.batch_norm import recalibrate
@@ -196,10 +197,12 @@ def evaluate(
     *,
     run_dir: Path,
     open_state: Callable[[str], EvaluationState],
+    log_of: Callable[[EvalPart], LogCurves],
 ) -> Iterator[tuple[EvalPart, list[Result]]]:
     """Yields each part of a group from `group_parts` with its results, as they are measured.
 
-    `open_state` returns the state that the part with a given fingerprint resumes from.
+    `open_state` returns the state that the part with a given fingerprint resumes from, and `log_of`
+    the function that writes the curves of a part.
     """
     # All parts of a group agree in everything that is read from the first one here.
     first = parts[0]
@@ -226,6 +229,7 @@ def evaluate(
             seed=settings.seed,
             state=open_state(part.fingerprint),
             folder=run_dir / part.folder,
+            log=log_of(part),
         )
         results = []
         for score in part.evaluation.run(context):

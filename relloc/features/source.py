@@ -6,7 +6,7 @@ Both give the same numbers for the same image. Which one is used is a matter of 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import psutil
 import torch
@@ -24,19 +24,25 @@ from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.seeds import Use, seed_for
 
+T = TypeVar("T")
 ByteRangeImages = Float[Tensor, "b 3 s s"]  # RGB values from 0 to 255, as floating-point numbers
 NormalizedImages = Float[Tensor, "b 3 s s"]  # what networks take: ImageNet's mean 0, deviation 1
 Features = dict[str, Float[Tensor, "b _d"]]  # by layer
 FeatureBatch = tuple[Features, Int[Tensor, "b *classes"]]  # features, and labels
 # Changes the colors of a batch at random, by one seed for each image.
 ColorAugmentation = Callable[[UnitRangeImages, Sequence[int]], UnitRangeImages]
-# Passes batches on and shows progress, given what they are for and how many they are.
-ProgressBar = Callable[[Iterable[ImageBatch], str, int], Iterable[ImageBatch]]
 EncodeFunction = Callable[[Backbone, ByteRangeImages, tuple[str, ...], bool], Features]
 SeededIndex = tuple[int, int]  # index of an image, and seed of its random view
 
 _BYTES_PER_FEATURE = 4  # float32
 _GIB = 2**30
+
+
+@runtime_checkable
+class ProgressBar(Protocol):
+    """Passes batches on and shows progress, given what they are for and how many they are."""
+
+    def __call__(self, batches: Iterable[T], what: str, total: int, /) -> Iterable[T]: ...
 
 
 def encode(
@@ -53,11 +59,8 @@ def encode(
         return pooled_layers(backbone, ByDataset()(images), layers)
 
 
-def _no_progress(
-    batches: Iterable[ImageBatch],
-    _what: str,
-    _total: int,
-) -> Iterable[ImageBatch]:
+def no_progress(batches: Iterable[T], _what: str, _total: int) -> Iterable[T]:
+    """A progress bar that shows nothing."""
     return batches
 
 
@@ -134,7 +137,7 @@ class EncodeConfig:
     precision: str
     unreadable_share: float
     share_setting: str = "data.unreadable_share"
-    progress: ProgressBar = _no_progress
+    progress: ProgressBar = no_progress
     encode: EncodeFunction = encode
     stopping: Callable[[], bool] = never
     note_unreadable: Callable[[dict[str, str]], None] = _note_nothing

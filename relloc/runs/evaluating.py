@@ -9,16 +9,16 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from relloc import ranks
 from relloc.checkpoints.states import delete_state
 from relloc.errors import KnownAnswerMissed, UsageError
-from relloc.evaluation.contract import EvalSettings, EvaluatedModel, NamedEvaluation
+from relloc.evaluation.contract import EvalSettings, EvaluatedModel, LogCurves, NamedEvaluation
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
 from relloc.pretext.stopping import stop_request
-from relloc.results import RESULTS_FILE, Result, append_results, read_results
+from relloc.results import RESULTS_FILE, Result, append_results, read_results, tracked_eval
 from relloc.runs import console, known_answers
 from relloc.runs.build import Evaluating
 from relloc.runs.engine import resolve_engine
@@ -27,6 +27,7 @@ from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
+from relloc.tracking.journal import Journal
 
 
 def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
@@ -182,8 +183,12 @@ def evaluate_model(
 
     # Parts of a group share one pass of the images through the backbone.
     open_state = functools.partial(ResumableState, run)
+    log_of = functools.partial(_log_of, model, folder)
     for group in group_parts(missing_parts):
-        for part, rows in evaluate(model, group, settings, run_dir=run_dir, open_state=open_state):
+        measured = evaluate(
+            model, group, settings, run_dir=run_dir, open_state=open_state, log_of=log_of
+        )
+        for part, rows in measured:
             if folder:
                 _save_part(part, rows, folder)
             # Between two parts nothing is lost by stopping.
@@ -195,6 +200,23 @@ def evaluate_model(
     if folder:
         fingerprints |= _summarize(model, parts_by_evaluation, settings, run_dir)
     return fingerprints
+
+
+def _log_of(model: EvaluatedModel, folder: RunFolder | None, part: EvalPart) -> LogCurves:
+    """Returns the function that writes curves of a part into the journal of the run folder.
+
+    Their names begin as those of the part's results do in a tracker. Processes without the run
+    folder write nothing.
+    """
+    prefix = tracked_eval(part.named.name, model.checkpoint, part.batch_norm)
+    journal = Journal(folder.path) if folder else None
+
+    def log(numbers: Mapping[str, float], step: int) -> None:
+        if journal is not None:
+            named = {f"{prefix}/{name}": value for name, value in numbers.items()}
+            journal.log(named, step)
+
+    return log
 
 
 def _save_part(part: EvalPart, rows: Sequence[Result], folder: RunFolder) -> None:

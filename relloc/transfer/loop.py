@@ -37,8 +37,8 @@ class MicroBatch(Generic[T]):
     samples: int
 
 
-# Called with (first, end), it yields this process's micro-batches of each step from `first` to
-# before `end`. A step is the same whatever range it is asked for in, and has the same number of
+# Called once with (first, end), it yields this process's micro-batches of each step from `first` to
+# before `end`. A step is the same wherever a training begins, and has the same number of
 # micro-batches in each process.
 MicroBatchSource = Callable[[int, int], Iterator[Sequence[MicroBatch[T]]]]
 
@@ -155,14 +155,17 @@ class FineTuning(Generic[T]):
         """
         last_step = self.length * self.steps_per_unit
         steps_per_span = every * self.steps_per_unit
+        # Reading goes on beside what the caller does between two spans.
+        steps = self.micro_batches(self.step, last_step)
         while self.step < last_step:
             # Spans end at multiples of their length, wherever a resumed training began.
             next_pause = (self.step // steps_per_span + 1) * steps_per_span
-            yield self._train_until(min(last_step, next_pause))
+            yield self._train_until(min(last_step, next_pause), steps)
+        # The source finishes after its last step: it counts unreadable images, and may raise.
+        next(steps, None)
 
-    def _train_until(self, end: int) -> LossReport:
+    def _train_until(self, end: int, steps: Iterator[Sequence[MicroBatch[T]]]) -> LossReport:
         self.network.train()
-        steps = self.micro_batches(self.step, end)
         reports: list[StepReport] = []
         run_steps(
             lambda step: self._take_step(step, next(steps)),
@@ -177,8 +180,6 @@ class FineTuning(Generic[T]):
             report=reports.append,
             after_step=lambda _done: False,
         )
-        # The source finishes after its last step: it counts unreadable images, and may raise.
-        next(steps, None)
         self.step = end
         # Batch norm that is not synchronized has seen other images in each process: the statistics
         # of the first one count.

@@ -237,8 +237,13 @@ class SemiSupervised(Evaluation):
         )
 
         def micro_batches(first: int, end: int) -> Iterator[Sequence[MicroBatch[ImageBatch]]]:
-            epoch = end // views.steps_per_epoch
-            return views.micro_batches(first, end, f"{rates}, epoch {epoch} of {self.epochs}")
+            # One epoch after the other, as each has a line of progress of its own.
+            while first < end:
+                epoch = first // views.steps_per_epoch + 1
+                epoch_end = epoch * views.steps_per_epoch
+                what = f"{rates}, epoch {epoch} of {self.epochs}"
+                yield from views.micro_batches(first, epoch_end, what)
+                first = epoch_end
 
         training = FineTuning(
             network,

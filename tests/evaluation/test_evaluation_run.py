@@ -23,6 +23,7 @@ from relloc.evaluation.contract import (
     EvaluationState,
     NamedEvaluation,
     NullState,
+    log_nothing,
 )
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
 from relloc.features.batch_norm import recalibrate
@@ -119,7 +120,14 @@ def rows_of(
     return [
         row
         for group in group_parts(wanted)
-        for _, rows in evaluate(model, group, given, run_dir=run_dir, open_state=open_state)
+        for _, rows in evaluate(
+            model,
+            group,
+            given,
+            run_dir=run_dir,
+            open_state=open_state,
+            log_of=lambda _part: log_nothing,
+        )
         for row in rows
     ]
 
@@ -381,7 +389,12 @@ def test_too_many_unreadable_images_are_told_with_the_setting_that_counts(
     given = settings(batch_norms=[batch_norm], calibration_images=16)
     parts = split_evaluation(named, batch_norm, model, given)
     rows = evaluate(
-        model, parts, given, run_dir=Path("nowhere"), open_state=lambda _fingerprint: NullState()
+        model,
+        parts,
+        given,
+        run_dir=Path("nowhere"),
+        open_state=lambda _fingerprint: NullState(),
+        log_of=lambda _part: log_nothing,
     )
     with pytest.raises(
         DataError, match=rf"more than {setting}\.unreadable_share={share or 0.5} allows"

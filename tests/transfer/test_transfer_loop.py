@@ -144,7 +144,7 @@ def test_spans_end_at_the_same_steps_wherever_a_training_goes_on_from() -> None:
     one = training(feed, length=7, steps_per_unit=2)
     one.step = 3
     assert [span.step for span in one.reports(2)] == [4, 8, 12, 14]
-    assert feed.asked == [(3, 4), (4, 8), (8, 12), (12, 14)]
+    assert feed.asked == [(3, 14)]  # one source, which may read ahead beside the pauses
 
 
 def test_each_parameter_group_keeps_its_own_base_rate() -> None:

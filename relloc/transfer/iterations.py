@@ -1,0 +1,288 @@
+"""Base class of the evaluations that fine-tune for a number of iterations, such as detectors.
+
+It deals images to steps, trains, saves, resumes, evaluates every so often, and says in results how
+a training differs from the published one. What is trained and how it is tested is up to the classes
+that derive from it.
+"""
+
+import abc
+import dataclasses
+import itertools
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from relloc import checks, ranks
+from relloc.data.image_set import ImageSet, Splits
+from relloc.data.samples import MakeSample, read_samples
+from relloc.errors import DataError
+from relloc.evaluation.contract import Context, Evaluation
+from relloc.features.source import SeededIndex, no_progress
+from relloc.results import Score
+from relloc.seeds import Use, seed_for
+from relloc.transfer import order
+from relloc.transfer.loop import FineTuning, MicroBatch, split_for_rank
+from relloc.transfer.schedule import Schedule
+
+# Steps between reports of the loss. States are saved at reports, if the last one is old enough.
+_REPORT_EVERY = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IterativeFineTuning(Evaluation):
+    """A training of all weights by SGD with momentum, followed by a test on the held-out images.
+
+    Weight decay is on all parameters, unless `parameter_groups` says otherwise.
+
+    Attributes:
+        iterations: optimizer steps.
+        batch: images of a step, over all processes.
+        images_per_gpu: images that one GPU of the published training had in a step.
+        images_per_forward: images in one forward, whose gradients are added up to those of a step;
+            None for a process's whole share of the step. Batch norm sees the images of one forward
+            of all processes, so fewer images change its statistics.
+        learning_rate, momentum, weight_decay: of SGD.
+        evaluate_every: iterations between tests; the last one is always after the training.
+    """
+
+    kind = "fine-tuned"
+    labels = "own"
+    across_ranks = True
+    layers = ()
+    # The published values of fields; other values are named in results.
+    published: ClassVar[Mapping[str, float]]
+
+    iterations: int
+    batch: int
+    images_per_gpu: int
+    images_per_forward: int | None
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    evaluate_every: int = dataclasses.field(repr=False)  # decides no number
+
+    @abc.abstractmethod
+    def make_network(self, context: Context) -> nn.Module:
+        """Returns the network to train, made of a copy of the backbone."""
+
+    @abc.abstractmethod
+    def schedule(self) -> Schedule:
+        """Returns the schedule of the learning rate, in iterations."""
+
+    @abc.abstractmethod
+    def training_indices(self, images: ImageSet) -> Sequence[int]:
+        """Returns the images to train on, as the protocol may leave out some."""
+
+    @abc.abstractmethod
+    def make_sample(self, images: ImageSet) -> MakeSample[Any]:
+        """Returns the function that makes a training sample, in a worker process."""
+
+    @abc.abstractmethod
+    def loss(self, network: nn.Module, samples: Sequence[Any], device: torch.device) -> Tensor:
+        """Returns the mean loss of the samples of a forward, of which there may be none."""
+
+    @abc.abstractmethod
+    def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
+        """Returns the scores of the network on the held-out images; all processes call it together.
+
+        After the last iteration (`final`) it also draws pictures into `context.folder`.
+        """
+
+    def kind_of(self, images: ImageSet, index: int) -> Hashable:
+        """Returns the kind of an image; images of one kind are put together on a GPU."""
+        return None
+
+    def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        """Returns the parameters as torch's optimizers take them."""
+        return [{"params": list(network.parameters())}]
+
+    def check_settings(self, setting: str) -> None:
+        """Checks the fields of the training configured at `setting`, in `__post_init__`.
+
+        Raises:
+            UsageError: a field is out of range, or the batch is not a whole number of groups.
+        """
+        checks.whole(f"{setting}.iterations", self.iterations)
+        checks.whole(f"{setting}.batch", self.batch)
+        checks.whole(f"{setting}.images_per_gpu", self.images_per_gpu)
+        checks.whole(f"{setting}.evaluate_every", self.evaluate_every)
+        checks.multiple(f"{setting}.batch", self.batch, self.images_per_gpu)
+        if self.images_per_forward is not None:
+            checks.whole(f"{setting}.images_per_forward", self.images_per_forward)
+            checks.multiple(
+                f"{setting}.images_per_forward", self.images_per_forward, self.images_per_gpu
+            )
+        checks.number(f"{setting}.learning_rate", self.learning_rate, above=0)
+        checks.number(f"{setting}.momentum", self.momentum, at_least=0, at_most=1)
+        checks.number(f"{setting}.weight_decay", self.weight_decay, at_least=0)
+
+    def check(self, splits: Splits) -> None:
+        """Checks that there are images to train on, and that the batch fits the processes.
+
+        Raises:
+            DataError: the protocol leaves no image to train on.
+        """
+        if not self.training_indices(splits.train):
+            raise DataError(
+                f"{splits.train.name} {splits.train.split} has no image to train on: none of its "
+                f"{len(splits.train)} images shows an object of a class of this evaluation"
+            )
+
+    def run(self, context: Context) -> Iterator[Score]:
+        """Yields the scores on the held-out images after the last iteration.
+
+        The state is saved every so often. On a CPU a resumed training ends with the same bits as
+        one that was never stopped.
+
+        Raises:
+            DataError: too many images can't be read.
+            Diverged: loss or weights are not finite.
+        """
+        network = self.make_network(context).to(context.device)
+        network.requires_grad_(True)
+        _match_memory_format(network, context.backbone)
+        optimizer = torch.optim.SGD(
+            self.parameter_groups(network),
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        training = FineTuning(
+            network,
+            optimizer,
+            micro_batches=lambda first, end: self._micro_batches(context, first, end),
+            loss=lambda samples: self.loss(network, samples, context.device),
+            length=self.iterations,
+            steps_per_unit=1,
+            schedule=self.schedule(),
+            synchronized=True,
+            seed=context.seed,
+            device=context.device,
+            bf16=context.encode_config.bf16,
+            name=f"fine-tuning on {context.splits.train.name}",
+        )
+        saved = context.state.load()
+        if saved:
+            training.load_state_dict(saved)
+        # Only one progress bar can be shown at a time, and that of the training is open.
+        encode_config = dataclasses.replace(context.encode_config, progress=no_progress)
+        quiet_context = dataclasses.replace(context, encode_config=encode_config)
+        # Reports lie at multiples of this, so tests do too.
+        report_every = math.gcd(_REPORT_EVERY, self.evaluate_every)
+        for report in training.reports(every=report_every):
+            context.log({"loss": report.loss, "lr": report.lr}, report.step)
+            context.state.save(training.state_dict())
+            if report.step % self.evaluate_every == 0 and report.step < self.iterations:
+                scores = self.test(network, quiet_context, final=False)
+                context.log({score.metric: score.value for score in scores}, report.step)
+        scores = self.test(network, context, final=True)
+        context.log({score.metric: score.value for score in scores}, self.iterations)
+        for score in scores:
+            yield dataclasses.replace(
+                score,
+                deviations=(*score.deviations, *self._deviations()),
+                details=(*score.details, *self._details()),
+            )
+
+    def _micro_batches(
+        self, context: Context, first: int, end: int
+    ) -> Iterator[list[MicroBatch[list[Any]]]]:
+        """Yields this process's micro-batches of the steps from `first` to before `end`."""
+        images = context.splits.train
+        config = context.encode_config
+        unreadable = config.unreadable_of(len(images))
+        keys = self._keys(images, context.seed, first, end)
+        accumulation = self._accumulation()
+        # Workers read micro-batches, which are smaller than steps, one after the other.
+        batches = read_samples(
+            images,
+            self.make_sample(images),
+            itertools.chain.from_iterable(keys),
+            workers=config.workers,
+            stopping=config.stopping,
+        )
+        what = f"fine-tuning on {images.name} {images.split}"
+        shown = config.progress(_in_steps(batches, accumulation), what, end - first)
+        for step_batches in shown:
+            micro_batches = []
+            for batch in step_batches:
+                unreadable.add(batch.unreadable)
+                # Unreadable images are missing, so samples are counted after reading.
+                micro_batches.append(MicroBatch(content=batch.samples, samples=len(batch.samples)))
+            yield micro_batches
+
+    def _keys(
+        self, images: ImageSet, seed: int, first: int, end: int
+    ) -> Iterator[list[list[SeededIndex]]]:
+        """Yields the images of each step as this process's micro-batches, with a seed for each.
+
+        A seed depends on the number of the sample in the whole training alone, so that processes
+        and accumulation change no sample.
+        """
+        steps = order.steps(
+            self.training_indices(images),
+            lambda index: self.kind_of(images, index),
+            gpus=self.batch // self.images_per_gpu,
+            images_per_gpu=self.images_per_gpu,
+            seed=seed,
+        )
+        accumulation = self._accumulation()
+        for step, groups in enumerate(itertools.islice(steps, end)):
+            # A resumed training passes over the steps that are done.
+            if step < first:
+                continue
+            keyed_groups = []
+            position = step * self.batch
+            for group in groups:
+                keyed = []
+                for index in group:
+                    keyed.append((index, seed_for(Use.FINE_TUNING_SAMPLE, seed, position)))
+                    position += 1
+                keyed_groups.append(keyed)
+            # Groups stay whole, as losses may be normalized over the images of a group.
+            micro_batches = []
+            for own_groups in split_for_rank(keyed_groups, accumulation):
+                micro_batches.append(list(itertools.chain.from_iterable(own_groups)))
+            yield micro_batches
+
+    def _accumulation(self) -> int:
+        """Returns the number of forwards of each process in a step."""
+        if self.images_per_forward is None:
+            return 1
+        return math.ceil(self.batch / (ranks.world_size() * self.images_per_forward))
+
+    def _deviations(self) -> Iterator[str]:
+        """Yields how the training differs from the published one."""
+        for name, value in self.published.items():
+            own = getattr(self, name)
+            if own != value:
+                words = name.replace("_", " ")
+                yield f"{words} {own:g} instead of {value:g}"
+
+    def _details(self) -> Iterator[str]:
+        """Yields the settings of the training, as results have them."""
+        yield f"{self.iterations} iterations of {self.batch} images"
+        yield f"learning rate {self.learning_rate:g}, momentum {self.momentum:g}"
+        yield f"weight decay {self.weight_decay:g}"
+        n_processes = ranks.world_size()
+        n_images = self.batch // (n_processes * self._accumulation())
+        if n_processes > 1:
+            yield f"batch norm synchronized over {n_processes} processes of {n_images} images"
+        else:
+            yield f"batch norm of one process, over the {n_images} images of a forward"
+
+
+def _in_steps(batches: Iterator[Any], accumulation: int) -> Iterator[list[Any]]:
+    """Yields the micro-batches of one step after the other."""
+    while step_batches := list(itertools.islice(batches, accumulation)):
+        yield step_batches
+
+
+def _match_memory_format(network: nn.Module, backbone: nn.Module) -> None:
+    """Brings the weights of the network into the memory format that those of the backbone have."""
+    weights = [parameter for parameter in backbone.parameters() if parameter.dim() == 4]
+    if all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights):
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
