@@ -44,6 +44,11 @@ class Use(enum.Enum):
         "dropout and other chance inside a forward of fine-tuning: "
         "seed, step, its place in the step"
     )
+    ANCHOR_SAMPLE = "anchors that a detector is trained on: seed of the image in its step"
+    REGION_SAMPLE = (
+        "regions that a detector's box head is trained on: seed of the image in its step"
+    )
+    DETECTOR_WEIGHTS = "initial weights of the layers that a detector adds: seed"
     LOW_SHOT_IMAGES = "images of a low-shot draw: seed, class, k, number of the draw"
 
 

@@ -1,0 +1,1 @@
+"""Object detection: Faster R-CNN and its parts, each written from the published constants."""

@@ -1,0 +1,140 @@
+"""Anchors: the boxes of fixed sizes and shapes at every cell of a feature map."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from relloc.transfer.detection.batch import Size, on_device, round_up_side
+
+# Height divided by width, as published.
+RATIOS = (0.5, 1.0, 2.0)
+# Bits of an anchor's id that number its row, and as many its column.
+_BITS_OF_SIDE = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Anchors:
+    """The anchors of all levels of a padded batch: those of one level after those of another.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels; they may leave the image.
+        centers: x and y of each anchor's cell, in pixels.
+        ids: a number for each anchor that depends on level, cell and shape alone, and not on how
+            far the batch is padded.
+        of_levels: number of anchors of each level.
+    """
+
+    boxes: Float[Tensor, "a 4"]
+    centers: Float[Tensor, "a 2"]
+    ids: Int[Tensor, "a"]
+    of_levels: Sequence[int]
+
+    def of_images(self, sizes: Sequence[Size]) -> Bool[Tensor, "b a"]:
+        """Returns which anchors belong to the map of each image, padded to a multiple of 32 alone.
+
+        The others exist only because another image of the batch is larger. mmdetection does not
+        train on them either (its valid flags). It does propose them, but then the proposals of an
+        image depend on which images stand beside it.
+        """
+        limits = []
+        for height, width in sizes:
+            limits.append([round_up_side(width), round_up_side(height)])
+        limit = on_device(limits, self.centers).view(len(sizes), 1, 2)
+        return (self.centers < limit).all(dim=-1)
+
+    def inside(self, sizes: Sequence[Size]) -> Bool[Tensor, "b a"]:
+        """Returns which anchors lie inside of each image without its padding.
+
+        An anchor whose right or lower edge is that of the image does not, as in mmdetection.
+        """
+        limits = [[width, height] for height, width in sizes]
+        limit = on_device(limits, self.boxes).view(len(sizes), 1, 2)
+        starts_inside = (self.boxes[:, :2] >= 0).all(dim=-1)
+        ends_inside = (self.boxes[:, 2:] < limit).all(dim=-1)
+        return starts_inside & ends_inside
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorGrid:
+    """Makes anchors of exact, not rounded, sides at the cells of one or several feature maps.
+
+    Cell (row, column) of a level has its center at (column x stride, row x stride): the first one
+    lies on the corner of the image.
+
+    Attributes:
+        strides: pixels from one cell to the next, for each level.
+        sizes: square roots of the anchors' areas in pixels, for each level.
+        ratios: heights divided by widths; each ratio is combined with each size.
+
+    Raises:
+        ValueError: levels with different numbers of sizes, or not as many as strides.
+    """
+
+    strides: Sequence[int]
+    sizes: Sequence[Sequence[float]]
+    ratios: Sequence[float] = RATIOS
+
+    def __post_init__(self) -> None:
+        numbers = {len(sizes) for sizes in self.sizes}
+        if len(self.sizes) != len(self.strides) or len(numbers) != 1:
+            raise ValueError(
+                f"anchors of sizes {self.sizes} for maps of strides {self.strides}: "
+                "give as many sizes for each stride"
+            )
+
+    @property
+    def per_cell(self) -> int:
+        """Number of anchors at each cell."""
+        return len(self.ratios) * len(self.sizes[0])
+
+    def at(self, map_sizes: Sequence[Size], device: torch.device) -> Anchors:
+        """Returns the anchors of maps of these rows and columns, row by row.
+
+        At each cell those of the first ratio come first, from the first size to the last.
+
+        Raises:
+            ValueError: a map has more than 4096 rows or columns.
+        """
+        boxes, centers, ids = [], [], []
+        for level, (rows, columns) in enumerate(map_sizes):
+            if max(rows, columns) > 1 << _BITS_OF_SIDE:
+                raise ValueError(
+                    f"a feature map has {rows} x {columns} cells, more than "
+                    f"{1 << _BITS_OF_SIDE} in a row or column: give smaller images"
+                )
+            row = torch.arange(rows, device=device).repeat_interleave(columns)
+            column = torch.arange(columns, device=device).repeat(rows)
+            level_centers = torch.stack([column, row], dim=1) * self.strides[level]
+            level_centers = level_centers.float()
+
+            # Each cell's anchors lie around its center.
+            at_origin = on_device(self._at_origin(level), level_centers)
+            shifts = level_centers.repeat(1, 2)
+            level_boxes = shifts.unsqueeze(1) + at_origin
+            boxes.append(level_boxes.reshape(-1, 4))
+            centers.append(level_centers.repeat_interleave(self.per_cell, dim=0))
+
+            cell_ids = (level << 2 * _BITS_OF_SIDE) + (row << _BITS_OF_SIDE) + column
+            shape_ids = torch.arange(self.per_cell, device=device)
+            level_ids = cell_ids.unsqueeze(1) * self.per_cell + shape_ids
+            ids.append(level_ids.reshape(-1))
+        return Anchors(
+            boxes=torch.cat(boxes),
+            centers=torch.cat(centers),
+            ids=torch.cat(ids),
+            of_levels=[len(level_boxes) for level_boxes in boxes],
+        )
+
+    def _at_origin(self, level: int) -> list[list[float]]:
+        """Returns the anchors of a level around the point (0, 0)."""
+        boxes = []
+        for ratio in self.ratios:
+            for size in self.sizes[level]:
+                half_width = size / math.sqrt(ratio) / 2
+                half_height = size * math.sqrt(ratio) / 2
+                boxes.append([-half_width, -half_height, half_width, half_height])
+        return boxes

@@ -1,0 +1,156 @@
+"""What a detector is given, and what it returns."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+# Padded sides are multiples of this, in pixels, as in the published configurations.
+SIDE_MULTIPLE = 32
+# Sides of the padded images of a batch without images: convolutions ask for some size.
+_SIDE_OF_NO_IMAGES = 64
+
+Size = tuple[int, int]  # height and width, in pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Targets:
+    """The objects of one image as training needs them.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels of the resized image.
+        classes: 0 to number of classes - 1.
+        masks: one for each object, of the size of the resized image, where masks are trained.
+    """
+
+    boxes: Float[Tensor, "n 4"]
+    classes: Int[Tensor, "n"]
+    masks: Bool[Tensor, "n h w"] | UInt8[Tensor, "n h w"] | None = None
+
+    def to(self, device: torch.device) -> "Targets":
+        """Returns the same targets on `device`."""
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
+        return Targets(
+            boxes=self.boxes.to(device, non_blocking=True),
+            classes=self.classes.to(device, non_blocking=True),
+            masks=masks,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class DetectionBatch:
+    """Images of a training step, with their objects.
+
+    Attributes:
+        images: normalized, and padded with zeros at the right and bottom (`pad_images`).
+        sizes: height and width of each image before padding.
+        targets: the objects of each image.
+        seeds: one for each image. All randomness of the anchors and regions that an image is
+            trained on comes from its seed, so that it does not depend on the rest of the batch.
+
+    Raises:
+        ValueError: the parts are of different numbers of images.
+    """
+
+    images: Float[Tensor, "b 3 h w"]
+    sizes: Sequence[Size]
+    targets: Sequence[Targets]
+    seeds: Sequence[int]
+
+    def __post_init__(self) -> None:
+        n_images = len(self.images)
+        for name in ("sizes", "targets", "seeds"):
+            n_given = len(getattr(self, name))
+            if n_given != n_images:
+                raise ValueError(
+                    f"a batch of {n_images} images has {n_given} {name}: give one for each image"
+                )
+
+    def to(self, device: torch.device) -> "DetectionBatch":
+        """Returns the same batch on `device`."""
+        return dataclasses.replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            targets=[targets.to(device) for targets in self.targets],
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Detections:
+    """The objects that a network finds in one image, those of the highest score first.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels.
+        scores: 0 to 1.
+        classes: 0 to number of classes - 1.
+        masks: one for each detection, where the network finds masks.
+    """
+
+    boxes: Float[Tensor, "n 4"]
+    scores: Float[Tensor, "n"]
+    classes: Int[Tensor, "n"]
+    masks: Bool[Tensor, "n h w"] | None = None
+
+    def rescaled(self, size: Size, original_size: Size) -> "Detections":
+        """Returns them with boxes in pixels of the original image, which was resized to `size`.
+
+        Masks are left as they are: they are pasted into the image after its boxes are rescaled.
+        """
+        # Each side has its own scale, since resized sides are rounded to whole pixels.
+        scale_y = original_size[0] / size[0]
+        scale_x = original_size[1] / size[1]
+        scales = on_device([[scale_x, scale_y, scale_x, scale_y]], self.boxes)
+        return dataclasses.replace(self, boxes=self.boxes * scales)
+
+
+def pad_images(images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "b 3 h w"]:
+    """Returns images of several sizes as one tensor, each in the upper left corner.
+
+    The rest is zero. Height and width are the largest ones, rounded up to multiples of 32. Of no
+    images it returns an empty tensor on the CPU.
+    """
+    if not images:
+        return torch.zeros(0, 3, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES)
+    sides = []
+    for axis in (1, 2):
+        longest = max(image.shape[axis] for image in images)
+        sides.append(round_up_side(longest))
+    padded = images[0].new_zeros(len(images), 3, *sides)
+    for place, image in zip(padded, images, strict=True):
+        _, height, width = image.shape
+        place[:, :height, :width] = image
+    return padded
+
+
+def round_up_side(side: int) -> int:
+    """Returns the side of an image after padding to a multiple of 32 pixels."""
+    return -(-side // SIDE_MULTIPLE) * SIDE_MULTIPLE
+
+
+def on_device(
+    numbers: Sequence,
+    like: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Returns numbers as a tensor on the device of `like`, without waiting for the device."""
+    return torch.tensor(numbers, dtype=dtype).to(like.device, non_blocking=True)
+
+
+def stack_boxes(
+    boxes: Sequence[Float[Tensor, "_ 4"]],
+    device: torch.device,
+) -> tuple[Float[Tensor, "b n 4"], Bool[Tensor, "b n"]]:
+    """Returns the boxes of all images as one tensor, and which of them are real.
+
+    Images with fewer boxes than others are filled up with boxes of zeros.
+    """
+    if not boxes:
+        no_boxes = torch.zeros(0, 0, 4, device=device)
+        return no_boxes, torch.zeros(0, 0, dtype=torch.bool, device=device)
+    stacked = pad_sequence(list(boxes), batch_first=True)
+    counts = on_device([len(each) for each in boxes], stacked, torch.int64)
+    places = torch.arange(stacked.shape[1], device=stacked.device)
+    return stacked, places < counts.unsqueeze(1)
