@@ -1,0 +1,168 @@
+"""Features, classes and boxes of regions: RoIAlign, the last layers, their losses, and detections."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.ops import batched_nms, roi_align
+
+from relloc.transfer.detection.batch import Detections, Size, on_device
+from relloc.transfer.detection.boxes import ROI_STDS, clip, decode, encode
+from relloc.transfer.detection.groups import mean_over_groups
+from relloc.transfer.detection.regions import Regions
+
+_SCORE_STD = 0.01
+_MOVE_STD = 0.001
+# As many sample points in each bin as it has pixels of the map.
+_ADAPTIVE_SAMPLING = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectionRule:
+    """Which boxes become detections. The defaults are those of mmdetection 2.28.2.
+
+    Attributes:
+        above_score: least score, which has to be exceeded.
+        nms_overlap: of two boxes of a class that overlap by more than this the better is kept.
+        most_per_image: number of detections of an image that are kept.
+    """
+
+    above_score: float = 0.05
+    nms_overlap: float = 0.5
+    most_per_image: int = 100
+
+
+def align(
+    features: Float[Tensor, "b c h w"],
+    boxes: Float[Tensor, "n 4"],
+    images: Int[Tensor, "n"],
+    *,
+    side: int,
+    stride: int,
+) -> Float[Tensor, "n c side side"]:
+    """Returns the features of each region by RoIAlign, aligned, and sampled at every pixel.
+
+    `stride` is that of the map. The computation is in float32, and the result in the type of the
+    features: in bfloat16 coordinates would be wrong by pixels.
+    """
+    rows = torch.cat([images.unsqueeze(1).float(), boxes.float()], dim=1)
+    # torchvision's decorator hides the type of roi_align from pyright.
+    aligned = roi_align(  # pyright: ignore[reportCallIssue]
+        features.float(),
+        rows,
+        output_size=side,
+        spatial_scale=1 / stride,
+        sampling_ratio=_ADAPTIVE_SAMPLING,
+        aligned=True,
+    )
+    return aligned.to(features.dtype)
+
+
+class BoxPredictor(nn.Module):
+    """Two linear layers that score each class, and move a region's box for each class.
+
+    Background is the last of the scores; boxes have none. Weights are drawn from N(0, 0.01) and
+    N(0, 0.001), and biases are zero.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        n_classes: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.score = nn.Linear(channels, n_classes + 1)
+        self.move = nn.Linear(channels, 4 * n_classes)
+        nn.init.normal_(self.score.weight, std=_SCORE_STD, generator=generator)
+        nn.init.normal_(self.move.weight, std=_MOVE_STD, generator=generator)
+        for layer in (self.score, self.move):
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        features: Float[Tensor, "n _"],
+    ) -> tuple[Float[Tensor, "n _"], Float[Tensor, "n _ 4"]]:
+        """Returns logits of classes and background, and offsets for each class, in float32."""
+        n_classes = self.score.out_features - 1
+        offsets = self.move(features).float()
+        return self.score(features).float(), offsets.view(-1, n_classes, 4)
+
+
+def box_losses(
+    logits: Float[Tensor, "n _"],
+    offsets: Float[Tensor, "n classes 4"],
+    regions: Regions,
+    n_images: int,
+    images_per_group: int,
+) -> dict[str, Float[Tensor, ""]]:
+    """Returns the losses `class` and `box`: cross-entropy, and L1 of the true class's offsets.
+
+    Both are divided by the number of all regions of a group of images, though only positive ones
+    have an L1 loss.
+    """
+    # Whether a region is of an image. Sums over it are the same in every run, which those by
+    # scattered additions on a GPU are not.
+    image = torch.arange(n_images, device=logits.device).unsqueeze(1)
+    is_of_image = image == regions.images
+    counts = is_of_image.sum(dim=1)
+
+    class_losses = cross_entropy(logits, regions.classes, reduction="none")
+    class_sums = torch.where(is_of_image, class_losses, 0).sum(dim=1)
+
+    # Background has no offsets, so any class stands in its place.
+    last_class = offsets.shape[1] - 1
+    own_class = regions.classes.clamp(max=last_class).view(-1, 1, 1)
+    own_offsets = offsets.take_along_dim(own_class, dim=1).squeeze(1)
+    wanted_offsets = encode(regions.boxes, regions.object_boxes, ROI_STDS)
+    region_losses = (own_offsets - wanted_offsets).abs().sum(dim=1)
+    box_sums = torch.where(is_of_image & regions.positive, region_losses, 0).sum(dim=1)
+    return {
+        "class": mean_over_groups(class_sums, counts, images_per_group),
+        "box": mean_over_groups(box_sums, counts, images_per_group),
+    }
+
+
+@torch.no_grad()
+def detections(
+    logits: Float[Tensor, "n _"],
+    offsets: Float[Tensor, "n classes 4"],
+    boxes: Float[Tensor, "n 4"],
+    counts: Sequence[int],
+    sizes: Sequence[Size],
+    rule: DetectionRule,
+) -> list[Detections]:
+    """Returns the detections of each image, those of the highest score first.
+
+    Args:
+        logits: of classes and background, the last one.
+        offsets: for each class.
+        boxes: the regions that are scored and moved, image after image.
+        counts: number of regions of each image.
+        sizes: height and width of each image, to which boxes are clipped.
+        rule: which boxes become detections.
+    """
+    n_classes = offsets.shape[1]
+    scores = logits.softmax(dim=1)[:, :n_classes]
+    moved = decode(boxes.unsqueeze(1).expand_as(offsets), offsets, ROI_STDS)
+    found = []
+    of_images = zip(scores.split(list(counts)), moved.split(list(counts)), sizes, strict=True)
+    for image_scores, image_boxes, size in of_images:
+        clipped = clip(image_boxes, on_device(size, image_boxes))
+        found.append(_of_image(image_scores, clipped, rule))
+    return found
+
+
+def _of_image(
+    scores: Float[Tensor, "n classes"],
+    boxes: Float[Tensor, "n classes 4"],
+    rule: DetectionRule,
+) -> Detections:
+    region, class_ = (scores > rule.above_score).nonzero(as_tuple=True)
+    score = scores[region, class_]
+    box = boxes[region, class_]
+    kept = batched_nms(box, score, class_, rule.nms_overlap)[: rule.most_per_image]
+    return Detections(boxes=box[kept], scores=score[kept], classes=class_[kept])

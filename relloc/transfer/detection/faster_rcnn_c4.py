@@ -1,0 +1,189 @@
+"""Faster R-CNN on the fourth stage of a backbone, whose fifth stage is the head of its regions."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from relloc import checks
+from relloc.models.backbone import Backbone
+from relloc.seeds import Use, seed_for
+from relloc.transfer.detection.anchors import AnchorGrid
+from relloc.transfer.detection.batch import DetectionBatch, Detections, Size
+from relloc.transfer.detection.box_head import (
+    BoxPredictor,
+    DetectionRule,
+    align,
+    box_losses,
+    detections,
+)
+from relloc.transfer.detection.proposals import C4_TEST, C4_TRAINING, ProposalCounts, propose
+from relloc.transfer.detection.regions import RegionTraining, choose_regions
+from relloc.transfer.detection.rpn import RpnHead, RpnTraining, anchor_targets, rpn_losses
+
+# Square roots of the anchors' areas, in pixels.
+ANCHOR_SIZES = (32, 64, 128, 256, 512)
+_ALIGNED_SIDE = 14
+# Sides of the images on which strides are measured. They are multiples of any stride of a stage.
+_MEASURED_SIDES = (512, 1024)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class C4Settings:
+    """Settings of Faster R-CNN C4. The defaults are those of mmdetection 2.28.2.
+
+    Attributes:
+        rpn: what the proposals are trained on. The published training by detectron2 sets
+            `use_crossing_anchors`.
+        training_proposals: number of proposals in training.
+        test_proposals: number of proposals otherwise.
+        regions: what the heads of regions are trained on.
+        detection: which boxes become detections.
+        images_per_gpu: images of a GPU of the published training, by whose samples its losses are
+            divided.
+
+    Raises:
+        UsageError: `images_per_gpu` is not a whole number of 1 or more.
+    """
+
+    rpn: RpnTraining = dataclasses.field(default_factory=RpnTraining)
+    training_proposals: ProposalCounts = C4_TRAINING
+    test_proposals: ProposalCounts = C4_TEST
+    regions: RegionTraining = dataclasses.field(default_factory=RegionTraining)
+    detection: DetectionRule = dataclasses.field(default_factory=DetectionRule)
+    images_per_gpu: int = 2
+
+    def __post_init__(self) -> None:
+        checks.whole("images_per_gpu", self.images_per_gpu)
+
+
+class FasterRCNNC4(nn.Module):
+    """Faster R-CNN whose trunk are the first four stages of a backbone, and its head the fifth.
+
+    Regions of the fourth stage's map are brought to 14 x 14 cells, pass the fifth stage and one
+    more batch norm without ReLU, are averaged, and classified and moved by two linear layers. All
+    weights of the backbone are copied, those of the fifth stage too, and all of them are trained.
+
+    The parts with weights are `trunk`, `rpn`, `stage5`, `norm` and `predictor`.
+
+    Args:
+        backbone: copied, with its weights.
+        n_classes: number of classes without background.
+        settings: everything that is not a weight.
+        seed: decides the initial weights of the layers that the backbone does not have.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        n_classes: int,
+        settings: C4Settings,
+        *,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.n_classes = n_classes
+        generator = torch.Generator().manual_seed(seed_for(Use.DETECTOR_WEIGHTS, seed))
+        stages = list(copy.deepcopy(backbone).stages().values())
+        self.trunk = nn.Sequential(*stages[:4])
+        self.stage5 = stages[4]
+        self.stride = stride_of(self.trunk)
+        self._grid = AnchorGrid(strides=[self.stride], sizes=[ANCHOR_SIZES])
+
+        map_channels, region_channels = backbone.stage_channels[3:]
+        self.rpn = RpnHead(map_channels, self._grid.per_cell, generator)
+        self.norm = nn.BatchNorm2d(region_channels)
+        self.predictor = BoxPredictor(region_channels, n_classes, generator)
+
+    def losses(self, batch: DetectionBatch) -> dict[str, Float[Tensor, ""]]:
+        """Returns the four losses, by name, whose sum is trained."""
+        settings = self.settings
+        features = self.trunk(batch.images)
+        scores, offsets = self.rpn([features])
+        anchors = self._grid.at([features.shape[-2:]], features.device)
+        targets = anchor_targets(anchors, batch, settings.rpn)
+        losses = rpn_losses(scores, offsets, anchors, targets, settings.images_per_gpu)
+
+        # Proposals are a given for the heads: no gradient passes through their boxes.
+        proposals = propose(
+            scores,
+            offsets,
+            anchors,
+            batch.sizes,
+            settings.training_proposals,
+        )
+        regions = choose_regions(proposals, batch, self.n_classes, settings.regions)
+        logits, box_offsets = self._look_at(features, regions.boxes, regions.images)
+        losses |= box_losses(
+            logits,
+            box_offsets,
+            regions,
+            len(batch.images),
+            settings.images_per_gpu,
+        )
+        return losses
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        sizes: Sequence[Size],
+    ) -> list[Detections]:
+        """Returns the detections in each image, in pixels of the images as they are given.
+
+        `sizes` are height and width of each image before padding.
+        """
+        features = self.trunk(images)
+        scores, offsets = self.rpn([features])
+        anchors = self._grid.at([features.shape[-2:]], features.device)
+        proposals = propose(
+            scores,
+            offsets,
+            anchors,
+            sizes,
+            self.settings.test_proposals,
+        )
+        counts = [len(boxes) for boxes in proposals]
+        numbers = []
+        for image, count in enumerate(counts):
+            numbers.append(torch.full((count,), image, device=features.device))
+        boxes = torch.cat(proposals)
+        logits, box_offsets = self._look_at(features, boxes, torch.cat(numbers))
+        return detections(
+            logits,
+            box_offsets,
+            boxes,
+            counts,
+            sizes,
+            self.settings.detection,
+        )
+
+    def _look_at(
+        self,
+        features: Float[Tensor, "b c h w"],
+        boxes: Float[Tensor, "n 4"],
+        images: Int[Tensor, "n"],
+    ) -> tuple[Float[Tensor, "n _"], Float[Tensor, "n _ 4"]]:
+        """Returns logits and offsets of the regions `boxes` of `images`."""
+        regions = align(features, boxes, images, side=_ALIGNED_SIDE, stride=self.stride)
+        hidden = self.norm(self.stage5(regions))
+        return self.predictor(hidden.mean(dim=(2, 3)))
+
+
+def stride_of(stages: nn.Module) -> int:
+    """Returns by how many pixels the cells of the map that `stages` make are apart.
+
+    It is measured, as rounding and padding of layers differ: twice the image has more cells.
+    """
+    # The meta device computes shapes without numbers, and thus without changing statistics.
+    shapes_only = copy.deepcopy(stages).to("meta").eval()
+    rows = []
+    for side in _MEASURED_SIDES:
+        image = torch.zeros(1, 3, side, side, device="meta")
+        rows.append(shapes_only(image).shape[-2])
+    fewer, more = rows
+    return (_MEASURED_SIDES[1] - _MEASURED_SIDES[0]) // (more - fewer)
