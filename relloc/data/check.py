@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from relloc.data.annotated_folders import ObjectFolder
+from relloc.data.annotations import CheckedAnnotations
 from relloc.data.image_set import ROLES, ImageSet, Splits
 from relloc.data.images import ImageFile
 from relloc.data.listing import first_names
@@ -59,7 +61,8 @@ class SplitCheck:
     number of images of a class; `short_px` the smallest, the median and the largest short side.
     `unreadable` gives reasons by image. `small` images have a short side under 64 px, `long` ones
     a long side over 5 times the short one. `repeated` images have the same bytes as an earlier
-    one. `sha256` has the hashes of a few files, evenly spread over the split.
+    one. `sha256` has the hashes of a few files, evenly spread over the split. Of annotated images,
+    `objects` is the number of objects, and `odd_annotations` has images by what is odd.
     """
 
     split: str
@@ -73,6 +76,8 @@ class SplitCheck:
     single_color: CountedImages
     repeated: CountedImages
     sha256: dict[str, str]
+    objects: int | None = None
+    odd_annotations: dict[str, CountedImages] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,9 +176,19 @@ def examine(
 
 
 def _examine(data: Splits, folder: Path, part: Part, tick: Tick) -> None:
-    """Checks the images of one part, and saves their records in `folder`."""
-    records, unreadable = examine(data.of(part.role), part, FACTS, tick)
-    save_part(folder, part, records, {"unreadable": unreadable})
+    """Checks the images of one part, with their annotations, and saves records in `folder`."""
+    images = data.of(part.role)
+    odd: dict[int, Mapping[str, str]] = {}
+
+    def check_annotation(record: np.void, index: int, file: ImageFile) -> None:
+        del record
+        if isinstance(images, CheckedAnnotations):
+            found = images.check_annotation(index, file.rgb.height, file.rgb.width)
+            if found:
+                odd[index] = found
+
+    records, unreadable = examine(images, part, FACTS, tick, check_annotation)
+    save_part(folder, part, records, {"unreadable": unreadable, "odd": odd})
 
 
 def _split_check(
@@ -200,11 +215,7 @@ def _split_check(
             repeated.append(f"{name} = {first_name_of[content]}")
         first_name_of.setdefault(content, name)
 
-    unreadable: dict[str, str] = {}
-    for part in parts:
-        reasons = (read_part(folder, part) or {})["unreadable"]
-        for index, reason in reasons.items():
-            unreadable[image_names[int(index)]] = reason
+    unreadable, odd = _noted(folder, parts, image_names)
 
     # Statistics over classes and sizes, where there are labels and readable images.
     class_images = None
@@ -232,8 +243,27 @@ def _split_check(
         single_color=counted(records["single_color"]),
         repeated=_counted(repeated),
         sha256={name: content.hex() for name, content in sampled},
+        objects=images.n_objects if isinstance(images, ObjectFolder) else None,
+        odd_annotations=odd,
     )
     return split_check, files
+
+
+def _noted(
+    folder: Path, parts: list[Part], image_names: Sequence[str]
+) -> tuple[dict[str, str], dict[str, CountedImages]]:
+    """Returns why images can't be read, by image, and images by what is odd in annotations."""
+    unreadable: dict[str, str] = {}
+    odd: dict[str, list[str]] = {}
+    for part in parts:
+        about = read_part(folder, part) or {}
+        for index, reason in about["unreadable"].items():
+            unreadable[image_names[int(index)]] = reason
+        # Packing does not look at annotations.
+        for index, found in about.get("odd", {}).items():
+            for kind, where in found.items():
+                odd.setdefault(kind, []).append(f"{image_names[int(index)]}: {where}")
+    return unreadable, {kind: _counted(lines) for kind, lines in odd.items()}
 
 
 def _counted(lines: Sequence[str]) -> CountedImages:
@@ -257,6 +287,8 @@ def _findings(split_check: SplitCheck) -> list[str]:
         )
     if split_check.class_images and split_check.class_images[0] == 0:
         sentences.append(f"{split}: a class has no images")
+    for kind, counted in split_check.odd_annotations.items():
+        sentences.append(f"{split}: {counted.n} images {kind} ({counted})")
     # What may be intended comes last.
     kinds = (
         (split_check.repeated, "repeat the bytes of an earlier one"),
@@ -278,5 +310,7 @@ def _with_types(content: Mapping[str, Any]) -> dict[str, Any]:
             value = tuple(value)
         elif isinstance(value, dict) and value.keys() == {"n", "examples"}:
             value = CountedImages(n=value["n"], examples=tuple(value["examples"]))
+        elif name == "odd_annotations":
+            value = _with_types(value)
         fields[name] = value
     return fields

@@ -86,25 +86,37 @@ class FolderImages:
         that are read.
         """
         if not self._made:
-            labels = map(str, self.labels or ()) if self.labels_are_listed else ()
-            other_content = [str(len(self.classes)), *self.classes, *labels]
+            other_content = self.other_content(progress)
             digest = hash_files(self.paths, self.names(), other_content, progress)
             self._made.append(digest)
         return self._made[0]
+
+    def other_content(self, progress: Progress) -> Iterator[str]:
+        """Yields what the digest covers beside the files: classes, labels, and annotations."""
+        del progress
+        yield str(len(self.classes))
+        yield from self.classes
+        if self.labels_are_listed:
+            yield from map(str, self.labels or ())
 
     def names(self) -> Iterator[str]:
         """Yields each file's path below the folder that all files share.
 
         These names are the same wherever the data set lies on disk.
         """
-        # Millions of files lie in a few thousand folders: only these are made absolute.
-        folders = {os.path.dirname(path) for path in self.paths}
-        absolute = {folder: os.path.abspath(folder) for folder in folders}
-        common = os.path.commonpath(absolute.values()).rstrip("/")
-        for path in self.paths:
-            folder, _, name = path.rpartition("/")
-            absolute_path = f"{absolute[folder]}/{name}"
-            yield absolute_path[len(common) + 1 :]
+        return names_below_common_folder(self.paths)
+
+
+def names_below_common_folder(paths: Sequence[str]) -> Iterator[str]:
+    """Yields each path below the folder that all paths share."""
+    # Millions of files lie in a few thousand folders: only these are made absolute.
+    folders = {os.path.dirname(path) for path in paths}
+    absolute = {folder: os.path.abspath(folder) for folder in folders}
+    common = os.path.commonpath(absolute.values()).rstrip("/")
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        absolute_path = f"{absolute[folder]}/{name}"
+        yield absolute_path[len(common) + 1 :]
 
 
 def require_root(root: str | Sequence[str] | None, holding: str) -> Path:

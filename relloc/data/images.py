@@ -100,6 +100,23 @@ def read_rgb(path: Path) -> Image.Image:
         return _decoded(file)[0]
 
 
+def read_unconverted(path: Path) -> Image.Image:
+    """Returns the image of a PNG file as it is stored: masks have numbers of classes for colors.
+
+    Raises:
+        UnreadableImage: the file is missing, empty, truncated, no PNG, or larger than
+            `MOST_PIXELS`.
+    """
+    with _opened(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=FORMATS) as image:
+            if image.format != "PNG":
+                raise ValueError(f"is {image.format}, not PNG: others may change the numbers")
+            check_size(*image.size)
+            image.load()
+            return image.copy()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFile:
     """The bytes of a file and its image as `read_rgb` returns it.

@@ -88,7 +88,7 @@ class VocImages(FolderImages):
         """Returns for each image whether it shows one class, from the list of that class."""
         presence = {}
         year = self.devkit.name.removeprefix("VOC")
-        for number, line in _lines(path, _VOC.format(year=year)):
+        for number, line in numbered_lines(path, _VOC.format(year=year)):
             image, *rest = line.split()
             if rest not in (["1"], ["0"], ["-1"]):
                 raise DataError(
@@ -142,19 +142,11 @@ def voc(
     Example:
         >>> voc(name="voc", root="/data", year=2007, train="trainval", held_out="test")
     """
-    holding = _VOC.format(year=year)
-    above = require_root(root, holding)
-    candidates = (above / "VOCdevkit" / f"VOC{year}", above / f"VOC{year}", above)
-    devkit = next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
-    if devkit is None:
-        raise DataError(
-            f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {holding}"
-        )
+    devkit = voc_devkit(root, year)
     splits = []
     lists = [devkit / "ImageSets" / "Main" / f"{split}.txt" for split in (train, held_out)]
-    for split, path in zip((train, held_out), lists, strict=True):
-        # Lists of a class have a second column, which is not part of the name.
-        listed = [line.split()[0] for _, line in _lines(path, holding)]
+    for split in (train, held_out):
+        listed = voc_list(devkit, "Main", split)
         paths = [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
         splits.append(
             VocImages(
@@ -166,7 +158,36 @@ def voc(
                 listed=listed,
             )
         )
-    return _checked(splits, lists, published_images if year == COUNTED_YEAR else None)
+    return checked_splits(splits, lists, published_images if year == COUNTED_YEAR else None)
+
+
+def voc_devkit(root: str | None, year: int) -> Path:
+    """Returns the folder VOC<year>: `root` holds VOCdevkit, or is VOCdevkit or VOC<year> itself.
+
+    Raises:
+        DataError: `root` is not set or no folder, or it holds no JPEGImages of that year.
+    """
+    holding = _VOC.format(year=year)
+    above = require_root(root, holding)
+    candidates = (above / "VOCdevkit" / f"VOC{year}", above / f"VOC{year}", above)
+    devkit = next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
+    if devkit is None:
+        raise DataError(
+            f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {holding}"
+        )
+    return devkit
+
+
+def voc_list(devkit: Path, kind: str, split: str) -> list[str]:
+    """Returns the names of images in a list of VOC<year>/ImageSets/`kind`, without suffix.
+
+    Raises:
+        DataError: the list is missing, empty or damaged.
+    """
+    holding = _VOC.format(year=devkit.name.removeprefix("VOC"))
+    path = devkit / "ImageSets" / kind / f"{split}.txt"
+    # Lists of a class have a second column, which is not part of the name.
+    return [line.split()[0] for _, line in numbered_lines(path, holding)]
 
 
 def places205(
@@ -226,7 +247,7 @@ def places205(
 def _labeled_lines(path: Path) -> list[tuple[str, int]]:
     """Returns the path and label of each image in a list; a list names at least one."""
     labeled = []
-    for number, line in _lines(path, _PLACES):
+    for number, line in numbered_lines(path, _PLACES):
         # Only the last space separates: paths may have spaces, too.
         image, _, label = line.rpartition(" ")
         if not image or not label.isdecimal() or len(label) > _LABEL_DIGITS:
@@ -360,15 +381,17 @@ def _labeled_splits(
                 labels_are_listed=True,
             )
         )
-    return _checked(splits, lists, published_images)
+    return checked_splits(splits, lists, published_images)
 
 
-def _checked(
+def checked_splits(
     images: Sequence[FolderImages],
     lists: Sequence[Path],
     published_images: Mapping[str, int] | None,
+    *,
+    remarks: tuple[str, ...] = (),
 ) -> Splits:
-    """Returns the training and the held-out images of two lists.
+    """Returns the training and the held-out images of two lists, with remarks for the user.
 
     Raises:
         DataError: both lists name the same image, which would be tested after training on it.
@@ -382,12 +405,12 @@ def _checked(
             f"{lists[0].name}, such as {min(shared)}: results on images that were trained on mean "
             "nothing; name lists that share none"
         )
-    splits = Splits(train=train, held_out=held_out)
+    splits = Splits(train=train, held_out=held_out, remarks=remarks)
     warn_of_other_counts(splits, published_images)
     return splits
 
 
-def _lines(path: Path, holding: str) -> list[tuple[int, str]]:
+def numbered_lines(path: Path, holding: str) -> list[tuple[int, str]]:
     """Returns the lines of a list that are not empty, at least one, with their line numbers."""
     numbered = []
     text = read_text(path, f"data.root is to hold {holding}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relloc import checks, ranks
+from relloc.data.annotations import ObjectImages, SegmentedImages
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits, warn_of_other_counts
 from relloc.data.lists import COUNTED_YEAR, MultiLabeled
@@ -25,6 +26,8 @@ _VARIABLES = {
     "in1k": "RELLOC_IN1K",
     "places205": "RELLOC_PLACES205",
     "inat18": "RELLOC_INAT18",
+    "coco": "RELLOC_COCO",
+    "cityscapes": "RELLOC_CITYSCAPES",
 }
 
 
@@ -183,6 +186,10 @@ def _report(found: Splits) -> None:
     if isinstance(found.train, MultiLabeled):
         # Such as PASCAL VOC, where an image shows objects of several classes
         labels = f"{len(found.train.classes)} classes, several an image"
+    elif isinstance(found.train, ObjectImages):
+        labels = f"boxes of {len(found.train.classes)} classes"
+    elif isinstance(found.train, SegmentedImages):
+        labels = f"the class of each pixel, of {len(found.train.classes)}"
     counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
     console.print_message(f"data    {found.train.name}: {counts}, {labels}")
     for remark in found.remarks:

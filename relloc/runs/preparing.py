@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from relloc import machine
+from relloc.data.annotations import CheckedAnnotations
 from relloc.data.check import Check, SplitCheck, check
 from relloc.data.image_set import ROLES
 from relloc.data.manifest import check_hashes, read_manifest
@@ -47,6 +48,11 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         )
         _print_findings(findings)
         _print_packed(out, settings.packing)
+        if isinstance(data.train, CheckedAnnotations):
+            console.print_message(
+                "        without boxes and masks: packed images serve pretraining, and detection "
+                "and segmentation read the originals"
+            )
     else:
         if shards:
             # Copying may have damaged shards: compare them with the hashes of their manifest.
@@ -106,7 +112,7 @@ def _column(split: SplitCheck) -> dict[str, str]:
         class_sizes = f"{smallest} to {largest}"
     # A split without any readable image has no sizes.
     least, median, greatest = split.short_px or ("", "", "")
-    return {
+    cells = {
         "all": str(split.images),
         "published": published,
         "of a class": class_sizes,
@@ -118,6 +124,9 @@ def _column(split: SplitCheck) -> dict[str, str]:
         "elongated": str(split.long.n),
         "of one color": str(split.single_color.n),
     }
+    if split.objects is not None:
+        cells["objects"] = str(split.objects)
+    return cells
 
 
 def _print_packed(out: Path, packing: Packing) -> None:

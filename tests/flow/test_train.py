@@ -251,7 +251,7 @@ def test_help_lists_groups_and_members_without_loading_torch_or_mlflow(relloc, e
     for command in ("train", "evaluate"):
         done = relloc(command, "--help", fresh=True)
         assert done.code == 0
-        assert "data: folder, imagenette, in1k, inat18, photos, places205, voc2007" in done.text
+        assert "data: cityscapes, coco2017, folder, imagenette, in1k, inat18, " in done.text
         loaded = {
             line.rpartition("|")[2].strip()
             for line in done.text.splitlines()

@@ -1,0 +1,237 @@
+"""PASCAL VOC for detection: boxes of 20 classes, trained on the images of several years.
+
+The XML files count pixels from 1. Two references for the card's detection row read them in two
+ways (docs/protocols.md 3.8):
+
+- mmdet: coordinates are cut to integers, and 1 is subtracted from all four.
+- detectron2: 1 is subtracted from xmin and ymin alone, so that a box ends after its last pixel.
+"""
+
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from relloc import checks
+from relloc.data.annotated_folders import ObjectFolder
+from relloc.data.image_set import Splits
+from relloc.data.lists import VOC_CLASSES, checked_splits, voc_devkit, voc_list
+from relloc.data.object_table import ObjectTable, boxes_outside
+from relloc.errors import DataError, UnreadableImage, reason
+
+REFERENCES = ("mmdet", "detectron2")
+# The years of the published split, which the setting published_images gives counts of.
+PUBLISHED_YEARS = (2007, 2012)
+PUBLISHED_TEST_YEAR = 2007
+# More than cores: threads wait for a file server.
+_THREADS = 16
+_CLASS_OF = {name: number for number, name in enumerate(VOC_CLASSES)}
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def voc_detection(
+    *,
+    root: str | None,
+    years: Sequence[int],
+    train: str,
+    held_out: str,
+    held_out_year: int,
+    reference: str,
+    published_images: Mapping[str, int] | None = None,
+) -> Splits:
+    """Returns the images of PASCAL VOC with the boxes of their objects.
+
+    The training split is the list `train` of all `years`, one after the other; the held-out split
+    is the list `held_out` of `held_out_year`. `reference` says how coordinates are read: "mmdet" or
+    "detectron2". Every annotation is read now; one that is wrong counts as an unreadable image.
+
+    Raises:
+        DataError: a folder or list is missing or empty, or both splits have the same image.
+        UsageError: a setting is wrong.
+
+    Example:
+        >>> voc_detection(
+        ...     root="/data",
+        ...     years=[2007, 2012],
+        ...     train="trainval",
+        ...     held_out="test",
+        ...     held_out_year=2007,
+        ...     reference="mmdet",
+        ... )
+    """
+    checks.wholes("data.source.years", years)
+    checks.whole("data.source.held_out_year", held_out_year)
+    checks.one_of("data.source.reference", reference, REFERENCES)
+    if len(set(years)) < len(years):
+        raise DataError(f"data.source.years is {list(years)}: name each year once")
+    _check_folders(root, {*years, held_out_year})
+    train_images = _split(root, years, train, reference)
+    held_out_images = _split(root, [held_out_year], held_out, reference)
+    lists = [Path(f"{split.name} {split.split}") for split in (train_images, held_out_images)]
+    is_published = (*years, held_out_year) == (*PUBLISHED_YEARS, PUBLISHED_TEST_YEAR)
+    return checked_splits(
+        [train_images, held_out_images], lists, published_images if is_published else None
+    )
+
+
+def _check_folders(root: str | None, years: set[int]) -> None:
+    """Checks that each year has a folder of its own.
+
+    Raises:
+        DataError: a folder is missing, or `root` is the folder of one year only.
+    """
+    folders = {voc_devkit(root, year) for year in years}
+    if len(folders) < len(years):
+        raise DataError(
+            f"data.root={root} is the folder of one year: give the folder above, which holds "
+            f"{', '.join(f'VOC{year}' for year in sorted(years))}"
+        )
+
+
+def _split(root: str | None, years: Sequence[int], split: str, reference: str) -> ObjectFolder:
+    """Returns the images of the lists of some years, with their objects."""
+    images = []
+    annotations = []
+    for year in years:
+        devkit = voc_devkit(root, year)
+        folder = devkit / "Annotations"
+        listed = voc_list(devkit, "Main", split)
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder} is missing: it holds the boxes of objects. Unpack the archives of "
+                f"PASCAL VOC{year} again, those of trainval and of test in one folder"
+            )
+        images += [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
+        annotations += [folder / f"{image}.xml" for image in listed]
+    return ObjectFolder(
+        name=_name(years),
+        split=split,
+        paths=images,
+        classes=VOC_CLASSES,
+        table=_table(annotations, reference),
+    )
+
+
+def _name(years: Sequence[int]) -> str:
+    """Returns the usual name of some years of VOC: voc2007, voc0712."""
+    if len(years) == 1:
+        return f"voc{years[0]}"
+    return "voc" + "".join(f"{year % 100:02d}" for year in years)
+
+
+def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
+    """Returns the objects in annotation files, one for each image."""
+
+    def read(path: Path) -> tuple[tuple[int, int], list[list[float]]] | str:
+        try:
+            return _annotation(path, reference)
+        except UnreadableImage as error:
+            return str(error)
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        contents = list(threads.map(read, annotations, chunksize=1))
+
+    unusable: dict[int, str] = {}
+    sizes = []
+    counts = []
+    rows: list[list[float]] = []
+    for index, content in enumerate(contents):
+        size, objects = (0, 0), []
+        if isinstance(content, str):
+            unusable[index] = content
+        else:
+            size, objects = content
+        sizes.append(size)
+        counts.append(len(objects))
+        rows += objects
+    table = np.array(rows, np.float64).reshape(-1, 7)
+    ids, classes, difficult = table[:, :3].astype(np.int64).T
+    xywh = np.ascontiguousarray(table[:, 3:])
+    image_sizes = np.array(sizes, np.int64)
+    image_of_row = np.repeat(np.arange(len(sizes)), counts)
+
+    # A box without any pixel of its image can't be cut to it.
+    for row in boxes_outside(image_sizes[image_of_row], xywh).tolist():
+        index = int(image_of_row[row])
+        height, width = sizes[index]
+        unusable.setdefault(
+            index,
+            f"{annotations[index]}: the box of object {ids[row]} lies outside of the image, which "
+            f"has {width} x {height} px",
+        )
+    return ObjectTable(
+        sizes=image_sizes,
+        starts=np.cumsum([0, *counts], dtype=np.int64),
+        order=np.arange(len(xywh)),
+        ids=ids,
+        xywh=xywh,
+        classes=classes.astype(np.int16),
+        difficult=difficult.astype(bool),
+        crowd=np.zeros(len(xywh), bool),
+        areas=xywh[:, 2] * xywh[:, 3],
+        unusable=unusable,
+    )
+
+
+def _annotation(path: Path, reference: str) -> tuple[tuple[int, int], list[list[float]]]:
+    """Returns height and width of an image, and a row of numbers for each of its objects.
+
+    A row is: place in the file (from 1), class, difficult (0 or 1), x, y, width and height.
+
+    Raises:
+        UnreadableImage: the file is missing or not XML, or an object is not as it should be.
+    """
+    try:
+        # Opening a pipe would wait for ever.
+        if path.exists() and not path.is_file():
+            raise UnreadableImage(f"its annotation {path} is no file")
+        root = ET.fromstring(path.read_bytes())
+    except (OSError, ET.ParseError, ValueError, LookupError) as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else "is not XML"
+        raise UnreadableImage(f"its annotation {path} {problem}: {reason(error)}") from error
+    height = _number(path, "the image", root.find("size"), "height")
+    width = _number(path, "the image", root.find("size"), "width")
+    if min(height, width) < 1:
+        raise UnreadableImage(f"{path}: the image has {width:g} x {height:g} px")
+    rows = []
+    for place, annotated in enumerate(root.findall("object"), start=1):
+        name = annotated.findtext("name", "").strip()
+        what = f"object {place} ({name})"
+        if name not in _CLASS_OF:
+            raise UnreadableImage(f"{path}: {what} is of no class of PASCAL VOC")
+        is_difficult = annotated.findtext("difficult", "0").strip() == "1"
+        xywh = _box(path, what, annotated, reference)
+        rows.append([place, _CLASS_OF[name], is_difficult, *xywh])
+    return (int(height), int(width)), rows
+
+
+def _box(path: Path, what: str, annotated: ET.Element, reference: str) -> list[float]:
+    """Returns the box of an object as x, y, width and height, counted from 0."""
+    corners = [_number(path, what, annotated.find("bndbox"), corner) for corner in _CORNERS]
+    if reference == "mmdet":
+        # Some coordinates of VOC2012 have decimals.
+        left, top, right, bottom = [int(corner) - 1 for corner in corners]
+    else:
+        left, top, right, bottom = corners
+        left, top = left - 1, top - 1
+    if right <= left or bottom <= top:
+        named = ", ".join(f"{corner:g}" for corner in corners)
+        raise UnreadableImage(
+            f"{path}: the box of {what} is empty ({', '.join(_CORNERS)} are {named})"
+        )
+    return [left, top, right - left, bottom - top]
+
+
+def _number(path: Path, what: str, parent: ET.Element | None, name: str) -> float:
+    """Returns the number in an element of XML. Raises `UnreadableImage` if there is none."""
+    text = "" if parent is None else parent.findtext(name, "").strip()
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UnreadableImage(f"{path}: {name} of {what} is {text!r}, and should be a number")
+    return number
