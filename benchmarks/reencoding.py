@@ -22,7 +22,7 @@ from relloc.errors import UsageError
 from relloc.features.pool import pooled_layers
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext import objective
+from relloc.pretext import relative_location
 from relloc.results import LAYERS
 from relloc.runs import build
 from relloc.seeds import Use, seed_for
@@ -59,7 +59,7 @@ def main() -> None:
     tell("re-encoding", rows, {}, options.json, settings=vars(options))
 
 
-def _network(run: str) -> tuple[objective.RelativeLocation, PatchPipeline]:
+def _network(run: str) -> tuple[relative_location.RelativeLocation, PatchPipeline]:
     settings = build.pretraining(OmegaConf.load(f"{run}/config.yaml"))
     model = settings.network()
     saved = states.load_training(states.saved_trainings(Path(run))[-1])
@@ -75,24 +75,27 @@ def _pixels(samples: Crops | Views) -> torch.Tensor:
 
 @torch.no_grad()
 def _asked(
-    model: objective.RelativeLocation, patches: PatchPipeline, pixels: torch.Tensor, name: str
+    model: relative_location.RelativeLocation,
+    patches: PatchPipeline,
+    pixels: torch.Tensor,
+    name: str,
 ) -> dict[str, object]:
     generator, logits = torch.Generator().manual_seed(0), []
     for images in pixels.split(BATCH):
         logits.append(model(patches(images, generator)))
     answers = torch.cat(logits)
-    top1 = 100 * objective.hits(answers).float().mean().item() / answers.shape[1]
+    top1 = 100 * relative_location.hits(answers).float().mean().item() / answers.shape[1]
     return {
         "source": name,
         "images": len(pixels),
-        "loss": objective.loss(answers).item(),
+        "loss": relative_location.loss(answers).item(),
         "top-1 %": top1,
     }
 
 
 @torch.no_grad()
 def _turned(
-    model: objective.RelativeLocation, one: torch.Tensor, other: torch.Tensor
+    model: relative_location.RelativeLocation, one: torch.Tensor, other: torch.Tensor
 ) -> dict[str, float]:
     sums = dict.fromkeys(LAYERS, 0.0)
     for pair in zip(one.split(BATCH), other.split(BATCH), strict=True):

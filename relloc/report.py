@@ -20,7 +20,7 @@ from relloc.reports.published import PUBLISHED_MODEL
 from relloc.reports.render import as_html, as_latex, as_markdown
 from relloc.reports.table import ROWS, Report, make_report
 from relloc.status import Status
-from relloc.sweeps.point_status import known_point_statuses
+from relloc.sweeps.point_status import point_statuses_and_problems
 from relloc.sweeps.points import Point
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep, is_named, runs_folder
 
@@ -191,13 +191,13 @@ def _report_sweep(word: str, options: argparse.Namespace) -> bool:
 def _states(points: Sequence[Point]) -> list[str]:
     """Returns the state of each point as a word, such as "done" or "running"."""
     # First by the run folders alone: a cluster need not be asked about a sweep that is done
-    found, problems = known_point_statuses(points, {})
-    if any(now.status is not Status.DONE for now in found):
-        found, problems = known_point_statuses(points)
+    found, problems = point_statuses_and_problems(points, {})
+    if any(one.status is not Status.DONE for one in found):
+        found, problems = point_statuses_and_problems(points)
     # A cluster that does not answer hides no numbers: the report goes on without its jobs' states
     for problem in dict.fromkeys(problems):
         terminal.print_error(f"{problem}; the state of points with jobs there is not known")
-    return [now.status.word for now in found]
+    return [one.status.word for one in found]
 
 
 def _output(text: str, out: Path | None) -> None:

@@ -16,10 +16,10 @@ from relloc import terminal
 from relloc.errors import Interrupted, UsageError
 from relloc.status import Status
 from relloc.sweeps.point_status import (
-    known_point_statuses,
     note_cancelled,
     point_statuses,
-    point_statuses_in_time,
+    point_statuses_and_problems,
+    point_statuses_when_answered,
     repair_status,
     schedulers,
 )
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _status(sweep: Sweep) -> int:
     """Prints a sweep's table, why points failed and the next command; returns the exit code."""
-    found, problems = known_point_statuses(sweep.points())
+    found, problems = point_statuses_and_problems(sweep.points())
     # Clusters forget soon which jobs were cancelled, so that is noted whenever somebody looks
     note_cancelled(found)
     found = sweep.with_cancelled(found)
@@ -83,7 +83,7 @@ def _status(sweep: Sweep) -> int:
     print_failed_points(found, lambda point: _log(sweep, point))
     print_silent_schedulers(found, problems)
     print_next(sweep)
-    statuses = {now.status for now in found}
+    statuses = {one.status for one in found}
     if not statuses.isdisjoint(_NOT_ENDED_WELL):
         return 1
     # Something went wrong for certain, or else it is not known whether anything did
@@ -94,9 +94,9 @@ def _wait(sweep: Sweep) -> int:
     """Waits until no job has a point of the sweep, then prints its status."""
     # The first look fails if a cluster does not answer; later ones wait for it
     found = point_statuses(sweep.points())
-    while any(now.in_flight for now in found):
+    while any(one.in_flight for one in found):
         time.sleep(_POLL_S)
-        found = point_statuses_in_time(sweep.points())
+        found = point_statuses_when_answered(sweep.points())
     # Jobs that were killed could not note that they ended
     for message in repair_status(found):
         print_message(f"repaired  {message}")
@@ -105,7 +105,7 @@ def _wait(sweep: Sweep) -> int:
 
 def _cancel(sweep: Sweep) -> int:
     """Ends all jobs of a sweep, and lets its commands start no others."""
-    in_flight = [now.point for now in point_statuses(sweep.points()) if now.in_flight]
+    in_flight = [one.point for one in point_statuses(sweep.points()) if one.in_flight]
     # First the commands on this machine, which would start the next point where one ends
     sweep.cancel()
     # Noted before the jobs are asked: a point that has not begun can't say that it was cancelled

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from torch import nn
 
 from relloc.errors import UsageError
-from relloc.geometry import NEIGHBORS
 from relloc.optimization import all_finite
 from relloc.pretext.loop import Progress
+from relloc.pretext.relative_location import CHANCE_LOSS
 
-CHANCE_LOSS = math.log(len(NEIGHBORS))  # of a network that finds all eight positions equally likely
 _AT_CHANCE = 0.01  # a loss within this distance of CHANCE_LOSS counts as chance
 
 

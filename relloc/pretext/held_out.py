@@ -11,14 +11,11 @@ from jaxtyping import Int
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from relloc.geometry import NEIGHBORS
-from relloc.pretext import objective
+from relloc.pretext.relative_location import N_PAIRS, RelativeLocation
 from relloc.seeds import Use, seed_for
 
-Answers = Int[Tensor, "n 8"]  # the label that the network gives each of the eight pairs of an image
-PAIRS = len(NEIGHBORS)
-# Where the neighbor of each label lies, seen from the center
-POSITIONS = ("up_left", "up", "up_right", "left", "right", "down_left", "down", "down_right")
+# The label of the position that the network predicts for each of the eight pairs of an image
+PredictedPositions = Int[Tensor, "n 8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,16 +42,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def answers(
-    model: objective.RelativeLocation,
+def predict_positions(
+    model: RelativeLocation,
     batches: Iterable[Tensor],
     patches: Callable[[Tensor, torch.Generator], Tensor],
     *,
     seed: int,
     device: torch.device,
     bf16: bool,
-) -> Answers:
-    """Returns the label that the model, in eval mode, gives each of the eight pairs of each image.
+) -> PredictedPositions:
+    """Returns the labels that the model, in eval mode, predicts for the eight pairs of each image.
 
     The right label of pair i is i. `batches` are uint8 (b 3 s s), and `patches` makes patches of
     them. All random numbers of the patches come from one generator seeded by `seed` alone, so that
@@ -73,20 +70,20 @@ def answers(
     return torch.cat(labels_of_batches)
 
 
-def count_hits(answered: Answers) -> Int[Tensor, "n"]:
+def count_hits(predicted: PredictedPositions) -> Int[Tensor, "n"]:
     """Returns the number of right answers (0 to 8) for each image."""
-    right = torch.arange(PAIRS)
-    return (answered == right).sum(dim=1)
+    right = torch.arange(N_PAIRS)
+    return (predicted == right).sum(dim=1)
 
 
-def confusion(answered: Answers) -> Int[Tensor, "8 8"]:
-    """Returns the confusion matrix: counts by true position (row) and answered one (column)."""
-    true_positions = torch.arange(PAIRS)
-    # Each (true, answered) pair gets a number of its own, 0 to 63, of which occurrences are
+def confusion(predicted: PredictedPositions) -> Int[Tensor, "8 8"]:
+    """Returns the confusion matrix: counts by true position (row) and predicted one (column)."""
+    true_positions = torch.arange(N_PAIRS)
+    # Each (true, predicted) pair gets a number of its own, 0 to 63, of which occurrences are
     # counted.
-    cells = true_positions * PAIRS + answered
-    counts = cells.flatten().bincount(minlength=PAIRS * PAIRS)
-    return counts.reshape(PAIRS, PAIRS)
+    cells = true_positions * N_PAIRS + predicted
+    counts = cells.flatten().bincount(minlength=N_PAIRS * N_PAIRS)
+    return counts.reshape(N_PAIRS, N_PAIRS)
 
 
 def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
@@ -106,7 +103,7 @@ def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
     # Totals of each cluster: right answers and pairs.
     hits_of_source = np.bincount(source_of_image, weights=hits.numpy(), minlength=n_sources)
     images_of_source = np.bincount(source_of_image, minlength=n_sources)
-    pairs_of_source = images_of_source * PAIRS
+    pairs_of_source = images_of_source * N_PAIRS
     n_pairs = pairs_of_source.sum()
     share = float(hits_of_source.sum() / n_pairs)
 

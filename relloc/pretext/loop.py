@@ -14,14 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relloc import ranks
-from relloc.geometry import NEIGHBORS
 from relloc.optimization import Gradients, StepReport, StepsDone, run_steps
-from relloc.pretext import objective
+from relloc.pretext import relative_location
 from relloc.pretext.feed import Images
 from relloc.pretext.graphed import Graphed
 from relloc.pretext.schedule import Schedule
 
-PAIRS = len(NEIGHBORS)
 Sums = Float[
     Tensor, "3"
 ]  # sum of the losses of all pairs, number of right answers, number of pairs
@@ -63,7 +61,7 @@ class Task:
     A forward consists of ghost batches of `model.images_per_batch_norm` images each.
     """
 
-    model: objective.RelativeLocation
+    model: relative_location.RelativeLocation
     network: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -183,13 +181,13 @@ def _forward_backward(
     autocast = torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16)
     with autocast:
         logits = task.network(patches, dropout_mask)
-    loss = objective.loss(logits)
+    loss = relative_location.loss(logits)
     # Gradients of the forwards of a step add up; divided, they are the gradient of the step's mean.
     (loss / task.accumulation).backward()
     # Everything stays on the device: reading a number would make the host wait for the GPU.
-    pairs = len(images) * PAIRS
+    pairs = len(images) * relative_location.N_PAIRS
     mean_loss = loss.detach().double()
-    hits_of_images = objective.hits(logits.detach())
+    hits_of_images = relative_location.hits(logits.detach())
     hits = hits_of_images.sum().double()
     pairs_tensor = torch.full_like(mean_loss, pairs)
     return torch.stack([mean_loss * pairs, hits, pairs_tensor])

@@ -3,7 +3,7 @@
 import torch
 
 from relloc import checks
-from relloc.pretext.objective import RelativeLocation
+from relloc.pretext.relative_location import RelativeLocation
 
 
 def sgd(

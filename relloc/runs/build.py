@@ -34,7 +34,7 @@ from relloc.features.batch_norm import check_one_image
 from relloc.features.source import EncodeConfig, encode
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext.objective import RelativeLocation, check_batch_norms
+from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
 from relloc.pretext.schedule import Schedule
 from relloc.results import REFERENCE_MODELS
 from relloc.runs import console

@@ -92,9 +92,9 @@ def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | Non
 def find_of_point(words: Sequence[Override]) -> RunData | None:
     """Returns what `find` returns in the command of a sweep's point.
 
-    The variable RELLOC_BESIDE has the checkpoints of the other points.
+    The variable RELLOC_SWEEP_CHECKPOINTS has the checkpoints of the other points.
     """
-    values = json.loads(os.environ.get("RELLOC_BESIDE", "[]"))
+    values = json.loads(os.environ.get("RELLOC_SWEEP_CHECKPOINTS", "[]"))
     others = command_line.check([f"checkpoint={value}" for value in values], sweeps=False)
     return find(words, _all_names(others))
 

@@ -38,7 +38,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
 
     Random and supervised weights are for comparison, so unless `model=` is given they take the
     model of the first other checkpoint, or a ResNet-50 if there is none. In a sweep over
-    checkpoints each point names one of them; the environment variable RELLOC_BESIDE lists all (in
+    checkpoints each point names one of them; the environment variable RELLOC_SWEEP_CHECKPOINTS lists all (in
     JSON).
 
     Raises:
@@ -55,7 +55,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
         )
 
     # Find the model of random and supervised weights.
-    sweep_names = json.loads(os.environ.get("RELLOC_BESIDE", "[]"))
+    sweep_names = json.loads(os.environ.get("RELLOC_SWEEP_CHECKPOINTS", "[]"))
     sweep_files = [name for name in sweep_names if name not in REFERENCE_MODELS]
     if loaded:
         model = next(iter(loaded.values())).model

@@ -16,7 +16,7 @@ from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.engine import Engine
 from relloc.runs.refusing import HYDRA_FILES
 from relloc.runs.settings import plain
-from relloc.sweeps.points import identity
+from relloc.sweeps.points import identity_of
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
 # Settings that say how a run was started, not what it computes
@@ -79,7 +79,7 @@ class Invocation:
             "relloc.run_dir": str(self.folder),
             "relloc.data": self.settings["data"]["name"],
             "relloc.engine": str(engine),
-            "relloc.config": identity(self.settings),
+            "relloc.config": identity_of(self.settings),
         }
         if self.choices.get("experiment"):
             tags["relloc.preset"] = str(self.choices["experiment"])

@@ -25,8 +25,8 @@ from relloc.features.voting import vote
 from relloc.geometry import PatchGrid
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.confusion_picture import draw_confusion
-from relloc.pretext.held_out import POSITIONS, answers, confusion, evaluating
-from relloc.pretext.objective import RelativeLocation
+from relloc.pretext.held_out import confusion, evaluating, predict_positions
+from relloc.pretext.relative_location import POSITIONS, RelativeLocation
 from relloc.results import LAYERS
 from relloc.seeds import Use
 
@@ -85,7 +85,7 @@ class Monitors:
 
     def _pretext(self, step: int) -> dict[str, float]:
         """Measures the pretext accuracy, in all and of each position, and draws the confusions."""
-        answered = answers(
+        predicted = predict_positions(
             self.model,
             self._crops.pixels.split(self.config.batch),
             self.patches,
@@ -93,9 +93,9 @@ class Monitors:
             device=self.config.device,
             bf16=self.config.bf16,
         )
-        # `answers` puts the model into eval mode and uses a generator of its own.
-        # Rows are true positions, columns answered ones: right answers are on the diagonal.
-        counts = confusion(answered)
+        # `predict_positions` puts the model into eval mode and uses a generator of its own.
+        # Rows are true positions, columns predicted ones: right answers are on the diagonal.
+        counts = confusion(predicted)
         top1 = 100 * float(counts.diagonal().sum() / counts.sum())
         draw_confusion(counts, self.folder / confusion_picture(step), step=step, top1=top1)
         by_position = (100 * counts.diagonal() / counts.sum(dim=1)).tolist()

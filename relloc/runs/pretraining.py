@@ -26,7 +26,7 @@ from relloc.evaluation.contract import NamedEvaluation
 from relloc.files import path_as_text
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
-from relloc.pretext.held_out import accuracy, answers, count_hits
+from relloc.pretext.held_out import accuracy, count_hits, predict_positions
 from relloc.pretext.loop import Task
 from relloc.pretext.stopping import stop_request
 from relloc.results import Result, append_results, read_results
@@ -353,7 +353,7 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
             indices.extend(batch.indices.tolist())
             yield batch.pixels
 
-    answered = answers(
+    predicted = predict_positions(
         training.task.model,
         pixels(),
         settings.patches,
@@ -363,7 +363,7 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
     )
     folder.unreadable |= unreadable.reasons
     sources = [images.source(index) for index in indices]
-    top1 = accuracy(count_hits(answered), sources)
+    top1 = accuracy(count_hits(predicted), sources)
     # Every fact about the number has a field of its own, so that reports need not parse words.
     row = Result(
         eval="pretext",

@@ -10,7 +10,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from relloc.errors import UsageError
 from relloc.status import Status
@@ -23,16 +23,14 @@ from relloc.tracking.record import RunRecord, read_status, write_status
 from relloc.tracking.run_lock import is_held
 from relloc.tracking.store import StoreError
 
-# A function from job numbers of one scheduler to the status of those jobs that it knows: WAITING or
-# RUNNING, or CANCELLED by hand for as long as the scheduler remembers that. It raises `UsageError`
-# where the scheduler does not answer. Schedulers register as entry points
-Ask = Callable[[Sequence[str]], Mapping[str, Status]]
+# The `states` of a `Scheduler`, or a function that does the same
+StatesFunction = Callable[[Sequence[str]], Mapping[str, Status]]
 TRAINED = "train/epoch"
 _DAMAGED = "damaged"  # in place of a scheduler's name, for points whose note can't be read
 _AGAIN_S = 30.0
 # A run that wrote nothing for longer is not alive: saves, reports and measurements of the machine
 # are far more frequent
-_HEARD_OF_S = 1800.0
+_ALIVE_IF_WRITTEN_WITHIN_S = 1800.0
 _RATE_REPORTS = 20  # reports over which the rate of training is averaged
 
 
@@ -58,37 +56,84 @@ class PointStatus:
         return self.status in (Status.RUNNING, Status.WAITING)
 
 
-def schedulers() -> dict[str, Any]:
-    """Returns the modules that know jobs, by the name under which `note_job` notes the jobs.
+@runtime_checkable
+class Scheduler(Protocol):
+    """What sweeps ask of a scheduler that runs jobs, such as SLURM.
 
-    Launchers bring them as entry points of the group relloc.schedulers.
+    A launcher brings one as an entry point of the group relloc.schedulers, in its pyproject.toml. A
+    module that has these three functions is one, such as `hydra_plugins.relloc_launchers.slurm`.
+
+    The name of the entry point is that under which the launcher notes a job in the folder of its
+    point, by `relloc.sweeps.points.note_job(point, {name: job})`. A job is any text by which the
+    scheduler finds it again, also from another process and on another day.
     """
+
+    def states(self, jobs: Sequence[str], /) -> Mapping[str, Status]:
+        """Returns the states of those of the jobs that the scheduler knows.
+
+        A state is WAITING or RUNNING, or CANCELLED for a job that a person ended, for as long as
+        the scheduler remembers that. Jobs that have ended otherwise are left out: the run folder
+        says how they ended.
+
+        Raises:
+            UsageError: The scheduler does not answer. Nothing may be returned then, as a job that
+                is left out counts as ended, and its point would be run a second time.
+        """
+        ...
+
+    def cancel(self, jobs: Sequence[str], /) -> None:
+        """Ends jobs, also those that wait; does nothing where there are none.
+
+        A job that runs should get SIGTERM first and time to save.
+
+        Raises:
+            UsageError: The scheduler does not say that it ended them.
+        """
+        ...
+
+    def log_of(self, sweep: Path, job: str, /) -> Path | None:
+        """Returns the file with the output of a job, or None if there is none yet.
+
+        Args:
+            sweep: The folder of the sweep whose command submitted the job.
+            job: The job as the launcher noted it.
+        """
+        ...
+
+
+def schedulers() -> dict[str, Scheduler]:
+    """Returns all schedulers that installed launchers bring, by name."""
     return {
         entry_point.name: entry_point.load()
         for entry_point in importlib.metadata.entry_points(group="relloc.schedulers")
     }
 
 
+def states_functions() -> dict[str, StatesFunction]:
+    """Returns the functions that ask for the states of jobs, by the name of their scheduler."""
+    return {name: scheduler.states for name, scheduler in schedulers().items()}
+
+
 def point_statuses(
-    points: Sequence[Point], asked: Mapping[str, Ask] | None = None
+    points: Sequence[Point], to_ask: Mapping[str, StatesFunction] | None = None
 ) -> list[PointStatus]:
     """Returns the status of each point.
 
     Args:
         points: The points of a sweep.
-        asked: The schedulers to ask, each of them once; by default all.
+        to_ask: The schedulers to ask, each of them once, by name; by default all.
 
     Raises:
         UsageError: A scheduler does not answer, or a note is damaged.
     """
-    found, problems = known_point_statuses(points, asked)
+    statuses, problems = point_statuses_and_problems(points, to_ask)
     if problems:
         raise UsageError(problems[0])
-    return found
+    return statuses
 
 
-def known_point_statuses(
-    points: Sequence[Point], asked: Mapping[str, Ask] | None = None
+def point_statuses_and_problems(
+    points: Sequence[Point], to_ask: Mapping[str, StatesFunction] | None = None
 ) -> tuple[list[PointStatus], list[str]]:
     """Returns the status of each point as far as it is known, and messages on what is not known.
 
@@ -96,10 +141,10 @@ def known_point_statuses(
 
     Args:
         points: The points of a sweep.
-        asked: The schedulers to ask, each of them once; by default all.
+        to_ask: The schedulers to ask, each of them once, by name; by default all.
     """
-    if asked is None:
-        asked = {name: scheduler.states for name, scheduler in schedulers().items()}
+    if to_ask is None:
+        to_ask = states_functions()
     problems = []
     # Which job has each point
     notes: list[Mapping[str, Any]] = []
@@ -112,29 +157,29 @@ def known_point_statuses(
             problems.append(str(error))
     # How these jobs stand, by scheduler and number
     answers = {(_DAMAGED, ""): Status.UNKNOWN}
-    for scheduler, ask in asked.items():
+    for scheduler, states_of in to_ask.items():
         jobs = [note.get("job", {}) for note in notes]
         numbers = [str(job[scheduler]) for job in jobs if scheduler in job]
         # A cluster is not bothered where no point has a job there
         if not numbers:
             continue
         try:
-            answer = ask(numbers)
+            answer = states_of(numbers)
         except UsageError as error:
             answer = dict.fromkeys(numbers, Status.UNKNOWN)
             problems.append(str(error))
         for number, status in answer.items():
             answers[scheduler, number] = status
-    found = []
+    statuses = []
     for point, note in zip(points, notes, strict=True):
-        found.append(_point_status(point, note, answers))
-    return found, problems
+        statuses.append(_point_status(point, note, answers))
+    return statuses, problems
 
 
-def point_statuses_in_time(
-    points: Sequence[Point], asked: Mapping[str, Ask] | None = None
+def point_statuses_when_answered(
+    points: Sequence[Point], to_ask: Mapping[str, StatesFunction] | None = None
 ) -> list[PointStatus]:
-    """Returns the status of each point, waiting for schedulers that do not answer.
+    """Returns the status of each point once all schedulers have answered.
 
     It is for commands that watch a sweep for hours: the first silence is reported on stderr, and
     the scheduler is asked again every 30 s until it answers.
@@ -142,7 +187,7 @@ def point_statuses_in_time(
     is_reported = False
     while True:
         try:
-            return point_statuses(points, asked)
+            return point_statuses(points, to_ask)
         except UsageError as error:
             if not is_reported:
                 print_error(f"{error}; asked again every {_AGAIN_S:.0f} s")
@@ -150,8 +195,8 @@ def point_statuses_in_time(
             time.sleep(_AGAIN_S)
 
 
-def repair_status(found: Sequence[PointStatus]) -> list[str]:
-    """Notes as stopped the runs that are noted as running though no job has them any more.
+def repair_status(statuses: Sequence[PointStatus]) -> list[str]:
+    """Marks as stopped the runs that are marked as running though no job has them any more.
 
     MLflow is corrected too. A tracking store that does not answer is mentioned in the message; it
     is corrected when the point runs again, or by relloc.sync.
@@ -159,18 +204,18 @@ def repair_status(found: Sequence[PointStatus]) -> list[str]:
     Returns:
         A message for each run that was repaired.
     """
-    note_cancelled(found)
+    note_cancelled(statuses)
     messages = []
-    for now in found:
-        folder = now.point.folder
+    for point_status in statuses:
+        folder = point_status.point.folder
         # What may still run is left alone
-        if now.in_flight or now.status is Status.UNKNOWN:
+        if point_status.in_flight or point_status.status is Status.UNKNOWN:
             continue
         if status_of(folder) is not Status.RUNNING:
             continue
         # First the folder, which is the truth, then its mirror
         write_status(folder, Status.STOPPED)
-        message = f"{now.point.name} was ended before it could say so: noted as stopped"
+        message = f"{point_status.point.name} ended without writing its status: marked as stopped"
         try:
             uri = RunRecord.read(folder).tracking_uri
             if uri:
@@ -181,21 +226,21 @@ def repair_status(found: Sequence[PointStatus]) -> list[str]:
     return messages
 
 
-def note_cancelled(found: Sequence[PointStatus]) -> None:
+def note_cancelled(statuses: Sequence[PointStatus]) -> None:
     """Notes which jobs were cancelled, as a cluster remembers that for some minutes only."""
-    for now in found:
-        if now.status is Status.CANCELLED:
-            note_ending(now.point.folder, Status.CANCELLED)
+    for point_status in statuses:
+        if point_status.status is Status.CANCELLED:
+            note_ending(point_status.point.folder, Status.CANCELLED)
 
 
 def status_of(folder: Path) -> Status | None:
     """Returns the status that a run noted in its folder, or None where it noted none."""
     try:
-        noted = read_status(folder)
+        written = read_status(folder)
     except ValueError:
         # Damaged: as failed, so that the point runs again
         return Status.FAILED
-    return noted.status if noted else None
+    return written.status if written else None
 
 
 def _point_status(
@@ -205,12 +250,12 @@ def _point_status(
 ) -> PointStatus:
     """Returns how a point stands, given the note of its job and the schedulers' answers."""
     folder = point.folder
-    own = status_of(folder)
+    noted = status_of(folder)
     job = _job_status(folder, note.get("job", {}), answers)
-    # Of a silent cluster's job, what it wrote lately is all that is known
-    if job is Status.UNKNOWN and own is not Status.DONE and _was_heard_of(folder):
+    # If the cluster does not answer, the files that the run wrote are all that is known
+    if job is Status.UNKNOWN and noted is not Status.DONE and _wrote_recently(folder):
         job = Status.RUNNING
-    status = _ended_status(own, note, job)
+    status = _ended_status(noted, note, job)
     # A living job says more than the folder: what failed may be about to run again
     if job is Status.RUNNING or job is Status.WAITING:
         status = job
@@ -235,7 +280,7 @@ def _job_status(
         if is_alive(job):
             return Status.RUNNING
         # The process table of another machine can't be read: go by what the run writes
-        if is_elsewhere(job) and _was_heard_of(folder):
+        if is_elsewhere(job) and _wrote_recently(folder):
             return Status.RUNNING
         return None
     for scheduler, number in job.items():
@@ -246,35 +291,35 @@ def _job_status(
 
 
 def _ended_status(
-    own: Status | None,
+    noted: Status | None,
     note: Mapping[str, Any],
     job: Status | None,
 ) -> Status:
     """Returns the status of a point that no job is known to run.
 
     Args:
-        own: What its run noted last.
+        noted: What its run noted last.
         note: The note of its job, empty where there is none.
         job: CANCELLED or UNKNOWN as the scheduler says, or None where the job is gone.
     """
     # A run that was done before it was cancelled has all its results
-    if own is Status.DONE:
+    if noted is Status.DONE:
         return Status.DONE
     asked_to_end = note.get("ended")
-    was_cancelled = job is Status.CANCELLED and own is not Status.FAILED
+    was_cancelled = job is Status.CANCELLED and noted is not Status.FAILED
     if asked_to_end == Status.CANCELLED.word or was_cancelled:
         return Status.CANCELLED
     if job is Status.UNKNOWN:
         return Status.UNKNOWN
-    if own is None and not note:
+    if noted is None and not note:
         return Status.MISSING
     # A job that ended without a word, and was not asked to, was refused or could not start
-    if own is Status.FAILED or (own is None and not asked_to_end):
+    if noted is Status.FAILED or (noted is None and not asked_to_end):
         return Status.FAILED
     return Status.STOPPED
 
 
-def _was_heard_of(folder: Path) -> bool:
+def _wrote_recently(folder: Path) -> bool:
     """Returns whether a run noted as running wrote any file in the last 30 minutes.
 
     Of a run on another machine that is all that can be known.
@@ -287,7 +332,7 @@ def _was_heard_of(folder: Path) -> bool:
     except FileNotFoundError:
         # A file was removed between listing and looking, so somebody is at work here
         return True
-    return time.time() - written < _HEARD_OF_S
+    return time.time() - written < _ALIVE_IF_WRITTEN_WITHIN_S
 
 
 def _progress(folder: Path) -> tuple[float | None, float | None]:

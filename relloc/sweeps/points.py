@@ -85,12 +85,12 @@ class Point:
         return dataclasses.asdict(self) | {"folder": str(self.folder)}
 
 
-def identity(config: Mapping[str, Any]) -> str:
-    """Returns the hash by which a point is recognized, 12 hexadecimal digits of its settings.
+def identity_of(config: Mapping[str, Any]) -> str:
+    """Returns the identity of a point: a hash of its settings, in 12 hexadecimal digits.
 
     Settings that must not change results (launcher, tracking, workers, ...) are left out, as
-    `relloc.neutral` lists them. Relative paths count from the current folder: elsewhere they name
-    other files.
+    `relloc.neutral` lists them. Where images and checkpoints lie counts, since other files may hold
+    something else. Relative paths count from the current folder.
 
     Args:
         config: The resolved config.
@@ -123,7 +123,7 @@ def _with_absolute_paths(value: Any, name: str = "") -> Any:
     return value
 
 
-def folder_of(runs: Path, kind: str, name: str, mark: str) -> Path:
+def folder_of(runs: Path, kind: str, name: str, identity: str) -> Path:
     """Returns the run folder of a point.
 
     It is the one that an earlier sweep gave the point, else `runs`/KIND_NAME_IDENTITY.
@@ -132,15 +132,15 @@ def folder_of(runs: Path, kind: str, name: str, mark: str) -> Path:
         runs: The folder of runs.
         kind: The command that runs the point, train or evaluate.
         name: The name of the point, of which the folder's name has the readable part.
-        mark: The identity of the point.
+        identity: The identity of the point, as `identity_of` returns it.
     """
     # Long names are cut: the identity tells their points from others
     readable = re.sub(r"[^\w.+-]+", "_", name)
     readable = readable.strip("_")[:80]
-    words = filter(None, (kind, readable, mark))
+    words = filter(None, (kind, readable, identity))
     new = runs / "_".join(words)
     # Another sweep may have named the same point by other settings
-    existing = sorted(runs.glob(f"{kind}_*{mark}"))
+    existing = sorted(runs.glob(f"{kind}_*{identity}"))
     return next(filter(Path.is_dir, existing), new)
 
 

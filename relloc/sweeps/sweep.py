@@ -183,10 +183,10 @@ class Sweep:
             return list(found)
         # Points that had not begun have no folder that could say so
         corrected = []
-        for now in found:
-            if now.status is Status.MISSING:
-                now = dataclasses.replace(now, status=Status.CANCELLED)
-            corrected.append(now)
+        for one in found:
+            if one.status is Status.MISSING:
+                one = dataclasses.replace(one, status=Status.CANCELLED)
+            corrected.append(one)
         return corrected
 
     def log(self, point: Point) -> Path:

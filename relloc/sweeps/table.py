@@ -54,26 +54,26 @@ def print_message(message: str | Table) -> None:
 
 def table(found: Sequence[PointStatus]) -> Table:
     """Returns a table with a row per point: its status, job, progress, time left and folder."""
-    counts = Counter(now.status for now in found)
+    counts = Counter(one.status for one in found)
     title = [f"{counts[status]} {status.word}" for status in _COLORS if counts[status]]
     made = Table(title=", ".join(title))
     for name in ("point", "state", "job", "progress", "time left", "folder"):
         is_number = name in ("progress", "time left")
         # Long names go on in the next line of their cell, as a shortened folder is of no use
         made.add_column(name, justify="right" if is_number else "left", overflow="fold")
-    for now in found:
-        progress = "" if now.progress is None else f"{100 * now.progress:.0f} %"
+    for one in found:
+        progress = "" if one.progress is None else f"{100 * one.progress:.0f} %"
         time_left = ""
-        if now.left_s is not None and now.status is Status.RUNNING:
-            time_left = _duration(now.left_s)
+        if one.left_s is not None and one.status is Status.RUNNING:
+            time_left = _duration(one.left_s)
         # Texts, as a string would be read as markup
         made.add_row(
-            Text(escaped(now.point.name)),
-            Text(now.status.word, style=_COLORS[now.status]),
-            Text(_job_of(now.point)),
+            Text(escaped(one.point.name)),
+            Text(one.status.word, style=_COLORS[one.status]),
+            Text(_job_of(one.point)),
             progress,
             time_left,
-            Text(escaped(os.path.relpath(now.point.folder))),
+            Text(escaped(os.path.relpath(one.point.folder))),
         )
     return made
 
@@ -87,10 +87,10 @@ def print_failed_points(
         found: The status of all points.
         log_of: Returns the file that has the output of a point, or None if there is none.
     """
-    for now in found:
-        if now.status is not Status.FAILED:
+    for one in found:
+        if one.status is not Status.FAILED:
             continue
-        point = now.point
+        point = one.point
         log = log_of(point)
         where = f": {log}" if log else ""
         print_message(f"\nfailed  {escaped(point.name)}{where}")
@@ -110,12 +110,12 @@ def print_silent_schedulers(found: Sequence[PointStatus], silent: Sequence[str])
 
     Args:
         found: The status of all points.
-        silent: The messages, as `known_point_statuses` returns them.
+        silent: The messages, as `point_statuses_and_problems` returns them.
     """
     for message in dict.fromkeys(silent):
         print_message(f"unknown {escaped(message)}")
     if silent:
-        count = sum(now.status is Status.UNKNOWN for now in found)
+        count = sum(one.status is Status.UNKNOWN for one in found)
         print_message(
             f"        the state of {count} points is unknown here; "
             "that of the others is as their folders say"

@@ -9,7 +9,7 @@ from torch import nn
 from relloc.data.order import StepPlan
 from relloc.data.views import RandomCrop, RandomResized, View
 from relloc.features.augment import JitterAndLighting
-from relloc.pretext.objective import RelativeLocation
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.runs import build
 from relloc.runs.build import Pretraining
 

@@ -13,6 +13,7 @@ import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
+from hydra_plugins.relloc_launchers import slurm
 from hydra_plugins.relloc_launchers.points import CONFIG_FILE, to_run
 from hydra_plugins.relloc_launchers.slurm import SlurmLauncher, log_of
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ from omegaconf import OmegaConf
 from relloc.errors import UsageError
 from relloc.runs.settings import conf_dir
 from relloc.status import Status
+from relloc.sweeps.point_status import Scheduler, schedulers
 from relloc.sweeps.points import Point, note_job, read_job
 from relloc.sweeps.sweep import Sweep
 
@@ -198,6 +200,11 @@ def test_without_a_limit_the_script_has_none(
     assert "--time" not in script.read_text()
 
 
+def test_the_module_of_slurm_is_the_scheduler_of_its_name() -> None:
+    scheduler: Scheduler = slurm
+    assert schedulers()[slurm.NAME] is scheduler
+
+
 def test_a_job_of_another_scheduler_is_not_submitted_once_more(
     tmp_path: Path, commands: Path, launcher: Makes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +212,7 @@ def test_a_job_of_another_scheduler_is_not_submitted_once_more(
         return dict.fromkeys(jobs, Status.WAITING)
 
     others = {"pbs": types.SimpleNamespace(states=states)}
-    monkeypatch.setattr("hydra_plugins.relloc_launchers.points.schedulers", lambda: others)
+    monkeypatch.setattr("relloc.sweeps.point_status.schedulers", lambda: others)
     queued, new = points(tmp_path, 2)
     note_job(queued, {"pbs": "77"})
     statuses = launcher()._point_statuses([queued, new])

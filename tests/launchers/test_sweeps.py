@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import relloc as relloc_package
 from relloc.runs.settings import conf_dir
-from relloc.sweeps.points import Point, identity, note_job
+from relloc.sweeps.points import Point, identity_of, note_job
 from relloc.sweeps.sweep import Sweep
 from relloc.tracking import RunRecord, read_journal, write_status
 from relloc.tracking.process_identity import process_identity
@@ -106,7 +106,7 @@ def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_o
     assert "2 points, 2 to run" in done.stdout
     assert "1 done, 1 failed" in done.stdout
     of_failed = done.stdout.partition("failed  images_per_step=4096")[2]
-    assert "training images are fewer than one step takes" in of_failed
+    assert "140 training images are fewer than the 4096" in of_failed
     assert f"hydra.run.dir={point(tmp_path, 'images_per_step_4096')}" in of_failed
     assert "Traceback" not in of_failed
     noted = json.loads((tmp_path / "runs/sweeps/s/sweep.json").read_text())["points"]
@@ -270,7 +270,7 @@ def config_of(*words: str) -> dict:
 
 
 def test_a_point_is_what_it_computes_not_where_nor_how_it_is_followed() -> None:
-    one = identity(config_of("grid.gap_px=32"))
+    one = identity_of(config_of("grid.gap_px=32"))
     assert len(one) == 12
     elsewhere = (
         "launcher=slurm",
@@ -280,14 +280,14 @@ def test_a_point_is_what_it_computes_not_where_nor_how_it_is_followed() -> None:
         "workers=3",
         "runs=there",
     )
-    assert identity(config_of("grid.gap_px=32", *elsewhere)) == one
+    assert identity_of(config_of("grid.gap_px=32", *elsewhere)) == one
     assert (
-        identity(
+        identity_of(
             config_of("grid.gap_px=32", "device=cpu", "compile=false", "images_per_forward=128")
         )
         == one
     )
-    assert identity(config_of("grid.gap_px=32", "recipe.lr=0.4", "optimizer.lr=0.8")) == one
+    assert identity_of(config_of("grid.gap_px=32", "recipe.lr=0.4", "optimizer.lr=0.8")) == one
     for other in (
         "grid.gap_px=31",
         "seed=1",
@@ -297,7 +297,7 @@ def test_a_point_is_what_it_computes_not_where_nor_how_it_is_followed() -> None:
         "schedule.epochs=3",
         "precision=fp32",
     ):
-        assert identity(config_of("grid.gap_px=32", other)) != one, other
+        assert identity_of(config_of("grid.gap_px=32", other)) != one, other
 
 
 GOLDEN = Path(__file__).with_name("slurm_batch_script.txt")
@@ -472,7 +472,7 @@ def test_a_sweeper_that_searches_gets_a_number_or_is_refused(tmp_path: Path) -> 
     )
     assert f"VALUE {row['value']!r}\n" in done.stdout
     failed = done.stdout.partition("FAILED ")[2].splitlines()[0]
-    assert "training images are fewer than one step takes" in failed
+    assert "140 training images are fewer than the 4096" in failed
 
 
 @pytest.mark.slow

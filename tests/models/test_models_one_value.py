@@ -9,7 +9,7 @@ from relloc.features.batch_norm import check_one_image, recalibrate
 from relloc.models.one_value import refuse_one_value
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
-from relloc.pretext.objective import RelativeLocation, check_batch_norms
+from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
 
 
 def small(*, with_batch_norm: bool = True) -> SmallBackbone:

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from relloc.errors import UsageError
-from relloc.pretext.alarm import CHANCE_LOSS, Alarm, Diverged, check_finite
+from relloc.pretext.alarm import Alarm, Diverged, check_finite
 from relloc.pretext.loop import Progress
+from relloc.pretext.relative_location import CHANCE_LOSS
 
 
 def at(step: int, loss: float) -> Progress:

@@ -13,8 +13,8 @@ from relloc.models.small import SmallBackbone
 from relloc.patches.color import Drop
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext.held_out import POSITIONS, accuracy, answers, confusion, count_hits, evaluating
-from relloc.pretext.objective import RelativeLocation
+from relloc.pretext.held_out import accuracy, confusion, count_hits, evaluating, predict_positions
+from relloc.pretext.relative_location import POSITIONS, RelativeLocation
 from relloc.seeds import Use, seed_for
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ Asker = Callable[..., Tensor]
 @pytest.fixture
 def asked(model: RelativeLocation) -> Asker:
     def ask(images: list[Tensor], seed: int = 0) -> Tensor:
-        return answers(model, iter(images), PATCHES, seed=seed, device=CPU, bf16=False)
+        return predict_positions(model, iter(images), PATCHES, seed=seed, device=CPU, bf16=False)
 
     return ask
 
@@ -169,7 +169,7 @@ def test_a_head_that_knows_gets_all_eight_of_every_image(bf16: bool, dtype: torc
     model = RelativeLocation(
         SmallBackbone(widths=(8, 8, 8, 10, 8)), head, batch_norm="separate", images_per_batch_norm=4
     )
-    answered = answers(model, batches(3, 2), PATCHES, seed=0, device=CPU, bf16=bf16)
+    answered = predict_positions(model, batches(3, 2), PATCHES, seed=0, device=CPU, bf16=bf16)
     assert answered.tolist() == [list(range(8))] * 5
     assert count_hits(answered).tolist() == [8] * 5
     assert head.seen.dtype == dtype

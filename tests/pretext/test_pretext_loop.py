@@ -17,10 +17,10 @@ from relloc.optimization import StepsDone
 from relloc.patches.color import Drop, Keep
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext import objective
+from relloc.pretext import relative_location
 from relloc.pretext.loop import Progress, Task, train
-from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.optimizer import sgd
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.pretext.schedule import Constant, Schedule, Step
 from relloc.seeds import Use, seed_for
 
@@ -247,7 +247,7 @@ def test_a_step_moves_every_weight_by_rate_times_gradient() -> None:
     task = plain_task(lr=0.5, schedule=Constant(epochs=1), steps_per_epoch=1)
     twin = copy.deepcopy(task.model)
     images = next(forwards(1, side=FIXED_GRID.span_px))
-    objective.loss(twin(patches_of(task, images))).backward()
+    relative_location.loss(twin(patches_of(task, images))).backward()
     trained(task, iter([images]))
     for (name, value), before in zip(task.model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(value, before - 0.5 * before.grad, msg=name)

@@ -5,8 +5,8 @@ import torch
 
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
-from relloc.pretext.objective import RelativeLocation
 from relloc.pretext.optimizer import sgd
+from relloc.pretext.relative_location import RelativeLocation
 
 CARD = {
     "lr": 0.2,

@@ -28,7 +28,7 @@ from relloc.patches.color import Drop
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.loop import Task, train
-from relloc.pretext.objective import RelativeLocation
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.pretext.optimizer import sgd
 from relloc.pretext.schedule import Step
 from relloc.seeds import Use, seed_for

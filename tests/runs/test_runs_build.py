@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from relloc.data.image_set import Splits
 from relloc.data.photos import photos
 from relloc.errors import UsageError
-from relloc.pretext.objective import RelativeLocation
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.runs import build, saving
 from relloc.runs.build import refusals
 from relloc.runs.data_sets import DataSet

@@ -17,7 +17,7 @@ from relloc.runs.settings import plain
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("RELLOC_DATA", "RELLOC_IN1K", "RELLOC_CONF", "RELLOC_BESIDE"):
+    for name in ("RELLOC_DATA", "RELLOC_IN1K", "RELLOC_CONF", "RELLOC_SWEEP_CHECKPOINTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -200,7 +200,7 @@ def test_points_of_a_sweep_have_the_data_of_their_own_runs(monkeypatch: pytest.M
     assert data_of_run.find_shared(command_line.check(swept[1:], sweeps=True)) is None
     for name, root in (("a", "/a"), ("b", "/b"), ("random", "/b")):
         assert f"data.root={root}" in data_of_run.with_data([f"checkpoint={name}", "seed=0"], swept)
-        monkeypatch.setenv("RELLOC_BESIDE", json.dumps(["random", "b", "a"]))
+        monkeypatch.setenv("RELLOC_SWEEP_CHECKPOINTS", json.dumps(["random", "b", "a"]))
         alone = data_of_run.find_of_point(command_line.check([f"checkpoint={name}"], sweeps=False))
         assert alone is not None
         assert f"data.root={root}" in alone.words

@@ -80,7 +80,7 @@ def test_random_weights_of_a_sweep_are_of_the_model_of_its_other_points(
 ) -> None:
     save_backbone(tmp_path / BACKBONE_FILE, backbone, {"model": RESNET_18})
     assert named(composed("checkpoint=random")).model == "resnet50"
-    monkeypatch.setenv("RELLOC_BESIDE", json.dumps(["random", str(tmp_path)]))
+    monkeypatch.setenv("RELLOC_SWEEP_CHECKPOINTS", json.dumps(["random", str(tmp_path)]))
     assert named(composed("checkpoint=random")).model == "resnet18"
     assert named(composed("checkpoint=random", "model=small")).model == "small"
 

@@ -26,9 +26,9 @@ from relloc.models.small import SmallBackbone
 from relloc.patches.color import Drop
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext import objective
-from relloc.pretext.held_out import POSITIONS, accuracy, answers, count_hits
-from relloc.pretext.objective import RelativeLocation
+from relloc.pretext import relative_location
+from relloc.pretext.held_out import accuracy, count_hits, predict_positions
+from relloc.pretext.relative_location import POSITIONS, RelativeLocation
 from relloc.results import LAYERS
 from relloc.runs.monitors import Monitors, confusion_picture
 from relloc.seeds import Use
@@ -124,7 +124,9 @@ def test_pretext_values_are_the_accuracy_on_evenly_spaced_center_crops(
     values = monitors(model, data, tmp_path)(7)
     crops = Crops(data.held_out, PATCHES.grid, use=Use.HELD_OUT_CROP, seed=3, centered=True)
     pixels = collate([crops[(place,)] for place in HELD_OUT_PLACES]).pixels
-    given = answers(model, pixels.split(CONFIG.batch), PATCHES, seed=3, device=CPU, bf16=False)
+    given = predict_positions(
+        model, pixels.split(CONFIG.batch), PATCHES, seed=3, device=CPU, bf16=False
+    )
     expected = accuracy(count_hits(given), [str(place) for place in HELD_OUT_PLACES])
     assert values["monitor/pretext/top1"] == pytest.approx(expected.percent)
     assert 0 < expected.percent < 100
@@ -238,7 +240,7 @@ def test_training_with_monitors_gives_the_weights_of_training_without(
             generator = torch.Generator().manual_seed(drawn_seed)
             kept = model.head.draw_dropout_mask(len(pixels), generator)
             optimizer.zero_grad()
-            objective.loss(model(PATCHES(pixels, generator), kept)).backward()
+            relative_location.loss(model(PATCHES(pixels, generator), kept)).backward()
             optimizer.step()
             if watched:
                 watch(step + 1)

@@ -29,7 +29,7 @@ from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.alarm import Diverged
 from relloc.pretext.loop import Task
-from relloc.pretext.objective import RelativeLocation
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.pretext.schedule import Constant
 from relloc.pretext.stopping import StopRequest
 from relloc.runs import saving

@@ -10,9 +10,10 @@ import torch
 from relloc.data.loader import Unreadable
 from relloc.data.order import StepPlan
 from relloc.errors import DataError
-from relloc.pretext.alarm import CHANCE_LOSS, Diverged
+from relloc.pretext.alarm import Diverged
 from relloc.pretext.feed import Feed
 from relloc.pretext.loop import Progress, Task
+from relloc.pretext.relative_location import CHANCE_LOSS
 from relloc.pretext.schedule import Constant
 from relloc.runs.folder import RunFolder
 from relloc.runs.monitors import confusion_picture

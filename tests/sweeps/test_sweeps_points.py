@@ -9,7 +9,7 @@ import pytest
 from relloc.errors import DamagedFile
 from relloc.files import parse_json
 from relloc.status import Status
-from relloc.sweeps.points import POINT_FILE, Point, identity, note_ending, note_job, read_note
+from relloc.sweeps.points import POINT_FILE, Point, identity_of, note_ending, note_job, read_note
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
 
@@ -29,11 +29,11 @@ def test_a_relative_path_is_another_one_in_another_folder(
     }
     for name, config in settings.items():
         monkeypatch.chdir(tmp_path / "a")
-        here = identity(config)
+        here = identity_of(config)
         monkeypatch.chdir(tmp_path / "b")
-        assert identity(config) != here, name
+        assert identity_of(config) != here, name
     same = ({"data": {"root": "../a/set"}}, {"data": {"root": f"{tmp_path}/a/set"}})
-    assert identity(same[0]) == identity(same[1])
+    assert identity_of(same[0]) == identity_of(same[1])
 
 
 def test_what_is_no_relative_path_makes_the_identity_of_before(
@@ -45,7 +45,7 @@ def test_what_is_no_relative_path_makes_the_identity_of_before(
         {"checkpoint": ["torchvision", "/x/run"]},
         {"model": {"name": "small"}, "grid": {"gap_px": 4}},
     ]
-    before = [identity(config) for config in configs]
+    before = [identity_of(config) for config in configs]
     assert before == [
         "2ad8e5612091",
         "70dd7a9d7a27",
@@ -53,8 +53,8 @@ def test_what_is_no_relative_path_makes_the_identity_of_before(
         "74ebd3fa3a19",
     ]  # as sweeps have noted them
     monkeypatch.chdir(tmp_path)
-    assert [identity(config) for config in configs] == before
-    assert identity(configs[3] | {"objective": "knn/feature4/top1", "sweep": "s"}) == before[3]
+    assert [identity_of(config) for config in configs] == before
+    assert identity_of(configs[3] | {"objective": "knn/feature4/top1", "sweep": "s"}) == before[3]
 
 
 def read_back(fields: dict[str, Any]) -> Point:

@@ -34,13 +34,13 @@ from relloc.runs.launch import refuse_chdir, users_environment
 from relloc.runs.settings import conf_dir
 from relloc.status import Status
 from relloc.sweeps.point_status import (
-    Ask,
     PointStatus,
-    known_point_statuses,
+    StatesFunction,
+    point_statuses_and_problems,
     repair_status,
-    schedulers,
+    states_functions,
 )
-from relloc.sweeps.points import Point, folder_of, identity, name_of
+from relloc.sweeps.points import Point, folder_of, identity_of, name_of
 from relloc.sweeps.sweep import Sweep, check_folder, check_name, code_and_configs, lock_of
 from relloc.sweeps.table import (
     print_failed_points,
@@ -75,14 +75,14 @@ class PointsLauncher(Launcher):
     0 only if all are done or run by another command.
     """
 
-    # Whether points run under a scheduler, to which they can be submitted again
-    sends_away = True
+    # Whether points run as jobs of a scheduler, to which each can be submitted again by itself
+    submits_to_scheduler = True
     # Whether a config file may choose the launcher. Points compose the same files.
     may_be_chosen_in_files = True
 
     def __init__(self, settings: DictConfig) -> None:
         self.settings: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # pyright: ignore[reportAttributeAccessIssue]
-        self._beside = "[]"
+        self._checkpoints_of_sweep = "[]"
         self._folders: dict[str, Path] = {}
 
     def setup(
@@ -162,9 +162,9 @@ class PointsLauncher(Launcher):
         after = self._report_end(points)
         # A sweeper that searches gets a number for each point.
         if names_of(self.config):
-            by_identity = {now.point.identity: now for now in after}
+            by_identity = {one.point.identity: one for one in after}
             return [self._returned(one, by_identity[one.point.identity]) for one in given]
-        if not all(now.in_flight or now.status is Status.DONE for now in after):
+        if not all(one.in_flight or one.status is Status.DONE for one in after):
             sys.exit(1)
         return [
             JobReturn(overrides=list(one.point.overrides), status=JobStatus.COMPLETED)
@@ -193,12 +193,12 @@ class PointsLauncher(Launcher):
     def log_of(self, point: Point) -> Path | None:
         """Returns the file with the output of a point, or None if there is none yet."""
 
-    def schedulers(self) -> Mapping[str, Ask]:
-        """Returns the functions that ask schedulers for the states of jobs, by launcher.
+    def states_functions(self) -> Mapping[str, StatesFunction]:
+        """Returns the functions that ask for the states of jobs, by the name of their scheduler.
 
-        All launchers are included, since another one may have started some of the points.
+        All schedulers are included, since another launcher may have started some of the points.
         """
-        return {name: scheduler.states for name, scheduler in schedulers().items()}
+        return states_functions()
 
     def command(self, point: Point) -> list[str]:
         """Returns the command that runs a point or, if it was stopped, goes on with it.
@@ -220,7 +220,7 @@ class PointsLauncher(Launcher):
     def environment(self) -> dict[str, str]:
         """Returns the environment of a point's command: the sweep's copy of the code, and its name.
 
-        RELLOC_BESIDE has the checkpoints of all points.
+        RELLOC_SWEEP_CHECKPOINTS lists the checkpoints of all points, in JSON.
         """
         paths = [str(self.code)]
         if os.environ.get("PYTHONPATH"):
@@ -228,7 +228,7 @@ class PointsLauncher(Launcher):
         variables = {
             "PYTHONPATH": os.pathsep.join(paths),
             "RELLOC_SWEEP": self.sweep.name,
-            "RELLOC_BESIDE": self._beside,
+            "RELLOC_SWEEP_CHECKPOINTS": self._checkpoints_of_sweep,
         }
         own = self._copy_of(_RELLOC_CONF)
         if own.is_dir():
@@ -242,7 +242,7 @@ class PointsLauncher(Launcher):
     def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Composed]:
         """Composes the points, and decides on their names and run folders."""
         runs = Path(os.path.abspath(self.config.runs))
-        self._beside = json.dumps(passing.values(job_overrides).get("checkpoint", []))
+        self._checkpoints_of_sweep = json.dumps(passing.values(job_overrides).get("checkpoint", []))
         words_of_points = [passing.of_points(overrides) for overrides in job_overrides]
         # A point is named by the settings that differ between points.
         all_values = passing.values(words_of_points)
@@ -257,7 +257,7 @@ class PointsLauncher(Launcher):
         for given, overrides in zip(job_overrides, words_of_points, strict=True):
             config, launcher = self._composed_from(given)
             resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
-            fingerprint = identity(resolved)
+            identity = identity_of(resolved)
             name = name_of(overrides, swept, resolved["seed"])
             # A launcher that a preset chose would submit the point once more.
             is_by_preset = launcher != "here" and not passing.names_launcher(given)
@@ -266,11 +266,11 @@ class PointsLauncher(Launcher):
                 kind=self._kind,
                 name=name,
                 overrides=(*overrides, *of_hydra),
-                identity=fingerprint,
-                folder=folder_of(runs, self._kind, name, fingerprint),
+                identity=identity,
+                folder=folder_of(runs, self._kind, name, identity),
                 options=(*options, *here),
                 cwd=os.getcwd(),
-                resend=self._resend(given, options) if self.sends_away else (),
+                resend=self._resend(given, options) if self.submits_to_scheduler else (),
             )
             composed.append(Composed(point=point, config=config, resolved=resolved))
         return composed
@@ -327,8 +327,8 @@ class PointsLauncher(Launcher):
         Raises:
             Interrupted: a scheduler did not answer, so that starting a point might run it twice.
         """
-        statuses, silent = known_point_statuses(points, self.schedulers())
-        if any(now.status is Status.UNKNOWN for now in statuses):
+        statuses, silent = point_statuses_and_problems(points, self.states_functions())
+        if any(one.status is Status.UNKNOWN for one in statuses):
             raise Interrupted(
                 f"{silent[0]}. Points may have jobs there, and none is to run twice: "
                 "try again later"
@@ -337,10 +337,10 @@ class PointsLauncher(Launcher):
 
     def _report_end(self, points: Sequence[Point]) -> list[PointStatus]:
         """Prints how the points ended, and returns their status."""
-        statuses, silent = known_point_statuses(points, self.schedulers())
+        statuses, silent = point_statuses_and_problems(points, self.states_functions())
         after = self.sweep.with_cancelled(statuses)
-        for repaired in repair_status(after):
-            print_message(f"mended  {repaired}")
+        for message in repair_status(after):
+            print_message(f"repaired  {message}")
         print_message(table(after))
         print_failed_points(after, self.log_of)
         print_silent_schedulers(after, silent)
@@ -349,7 +349,7 @@ class PointsLauncher(Launcher):
 
     def _print_counts(self, before: Sequence[PointStatus], todo: Sequence[Point]) -> None:
         """Prints how many points there are, and how many are left to run."""
-        n_done = sum(now.point not in todo and now.status is Status.DONE for now in before)
+        n_done = sum(one.point not in todo and one.status is Status.DONE for one in before)
         n_in_flight = len(before) - n_done - len(todo)
         counts = [f"{len(before)} points"]
         if n_done:
@@ -378,22 +378,22 @@ class PointsLauncher(Launcher):
         self.config.hydra.sweep.dir = str(self.sweep.folder)
         OmegaConf.save(self.config, self.sweep.folder / CONFIG_FILE)
 
-    def _returned(self, one: Composed, now: PointStatus) -> JobReturn:
+    def _returned(self, one: Composed, end: PointStatus) -> JobReturn:
         """Returns to a sweeper that searches the number of a point, or that the point failed.
 
         Raises `SystemExit` for a point that was stopped or that another command runs, since the
         search can't go on without its number.
         """
         returned = JobReturn(overrides=list(one.point.overrides), working_dir=str(one.point.folder))
-        if now.status is Status.DONE:
+        if end.status is Status.DONE:
             returned.status = JobStatus.COMPLETED
             returned.return_value = objective_of(one.point.folder, names_of(self.config))
-        elif now.status is Status.FAILED:
+        elif end.status is Status.FAILED:
             returned.status = JobStatus.FAILED
             reason = reason_of(self.log_of(one.point))
             returned.return_value = UsageError(f"point {one.point.name} failed: {reason}")
         else:
-            status = now.status.word
+            status = end.status.word
             print_message(
                 f"sweep   point {one.point.name} is {status}: the search ends, "
                 "and the same command goes on with it"
@@ -414,8 +414,8 @@ def to_run(statuses: Sequence[PointStatus]) -> list[Point]:
     itself which results there are already.
     """
     points = []
-    for now in statuses:
-        is_done = now.status is Status.DONE and now.point.kind == "train"
-        if not now.in_flight and not is_done:
-            points.append(now.point)
+    for one in statuses:
+        is_done = one.status is Status.DONE and one.point.kind == "train"
+        if not one.in_flight and not is_done:
+            points.append(one.point)
     return points

@@ -35,7 +35,7 @@ class ProcessLauncher(PointsLauncher):
     started.
     """
 
-    sends_away = False
+    submits_to_scheduler = False
     may_be_chosen_in_files = False
     _has_told_slots = False
 

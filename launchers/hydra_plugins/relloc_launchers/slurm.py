@@ -32,7 +32,7 @@ from relloc.errors import UsageError
 from relloc.files import write_whole
 from relloc.runs.launch import FULL_ERROR
 from relloc.status import Status
-from relloc.sweeps.point_status import Ask, point_statuses_in_time
+from relloc.sweeps.point_status import StatesFunction, point_statuses_when_answered
 from relloc.sweeps.points import POINT_FILE, Point, note_job, read_job
 from relloc.sweeps.sweep import SWEEP_FILE
 from relloc.sweeps.table import print_message
@@ -44,7 +44,7 @@ _SCRIPT = "submission.sh"
 # sbatch's message where it finds no configuration, neither in a file nor by DNS
 _NO_SLURM = re.compile(r"configuration source|DNS SRV|failed to fetch config", re.IGNORECASE)
 
-# relloc.sweeps calls `cancel`, `log_of` and `states`.
+# With `cancel`, `log_of` and `states` this module is a `relloc.sweeps.point_status.Scheduler`.
 __all__ = ["NAME", "SlurmLauncher", "cancel", "log_of", "states"]
 
 
@@ -121,13 +121,13 @@ class SlurmLauncher(PointsLauncher):
         pause_s = _FIRST_POLL_S
         try:
             while todo:
-                statuses = point_statuses_in_time(todo, self.schedulers())
-                for now in statuses:
-                    if shown.get(now.point.identity) != now.status:
-                        print_message(f"{now.status.word:7} {now.point.name}")
-                        shown[now.point.identity] = now.status
+                statuses = point_statuses_when_answered(todo, self.states_functions())
+                for one in statuses:
+                    if shown.get(one.point.identity) != one.status:
+                        print_message(f"{one.status.word:7} {one.point.name}")
+                        shown[one.point.identity] = one.status
                         pause_s = _FIRST_POLL_S
-                if not any(now.in_flight for now in statuses):
+                if not any(one.in_flight for one in statuses):
                     return
                 time.sleep(pause_s)
                 pause_s = min(_LONGEST_POLL_S, 1.1 * pause_s)
@@ -143,9 +143,9 @@ class SlurmLauncher(PointsLauncher):
         job = read_job(point.folder).get(NAME)
         return log_of(self.sweep.folder, str(job)) if job else None
 
-    def schedulers(self) -> Mapping[str, Ask]:
-        # Other launchers may have started some of the points.
-        return {**super().schedulers(), NAME: self._states}
+    def states_functions(self) -> Mapping[str, StatesFunction]:
+        # SLURM is asked by this launcher, which knows the lock of its sbatch.
+        return {**super().states_functions(), NAME: self._states}
 
     def _states(self, jobs: Sequence[str]) -> dict[str, Status]:
         """Returns the states of jobs in SLURM's queue."""
@@ -221,7 +221,13 @@ class SlurmLauncher(PointsLauncher):
         """Returns what submitit runs in the job of a point."""
         from submitit.core.utils import DelayedSubmission
 
-        names = ("PYTHONPATH", "RELLOC_SWEEP", "RELLOC_BESIDE", "RELLOC_CONF", FULL_ERROR)
+        names = (
+            "PYTHONPATH",
+            "RELLOC_SWEEP",
+            "RELLOC_SWEEP_CHECKPOINTS",
+            "RELLOC_CONF",
+            FULL_ERROR,
+        )
         variables = {FULL_ERROR: "0"}
         for name, value in self.environment().items():
             if name in names:
@@ -368,7 +374,7 @@ def _why_not(answer: str, n_points: int, n_sent: int) -> str:
     elif n_sent:
         advice = "the same command again sends the rest"
     else:
-        advice = "mend the launcher's settings"
+        advice = "correct the launcher's settings"
     before = f"{n_sent} jobs were sent, " if n_sent else ""
     refused = "the others" if n_sent else "the jobs"
     return f"{before}SLURM does not take {refused} ({answer.strip()}): {advice}"

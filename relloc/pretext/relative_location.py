@@ -1,9 +1,12 @@
-"""The relative location objective: eight questions about each image, each patch encoded once.
+"""The pretext task relative location: its network, right answers, loss and count of right answers.
 
-Each question shows the network the center patch and one of its eight neighbors, and asks which of
-the eight positions the neighbor has.
+An image gives eight questions. Each shows the network the center patch and one of its eight
+neighbors, and asks which of the eight positions the neighbor has. Each patch is encoded once.
+
+docs/extending.md lists what else depends on the task, and so would change with another one.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -20,7 +23,11 @@ from relloc.models.pair_head import CenterEmbeddings, DropoutMask, Logits, Neigh
 
 Patches = Float[Tensor, "b 9 3 p p"]  # in the grid's row-by-row order
 Embeddings = tuple[NeighborEmbeddings, CenterEmbeddings]
-N_NEIGHBORS = len(NEIGHBORS)
+# Questions about an image: one for each pair of a neighbor and the center
+N_PAIRS = len(NEIGHBORS)
+# Where the neighbor of each label lies, seen from the center
+POSITIONS = ("up_left", "up", "up_right", "left", "right", "down_left", "down", "down_right")
+CHANCE_LOSS = math.log(N_PAIRS)  # of a network that finds all eight positions equally likely
 
 
 class RelativeLocation(nn.Module):
@@ -61,12 +68,12 @@ class RelativeLocation(nn.Module):
         if one_pass:
             # With several ghost batches in one forward, each batch norm has to know which rows
             # share statistics. The head sees a row for each of the eight pairs.
-            rows_in_backbone = (N_NEIGHBORS, 1) if batch_norm == "separate" else (CELLS,)
+            rows_in_backbone = (N_PAIRS, 1) if batch_norm == "separate" else (CELLS,)
             groups_in_backbone = Groups(
                 images=images_per_batch_norm, rows_per_image=rows_in_backbone
             )
             use_ghost_batches(backbone, groups_in_backbone)
-            groups_in_head = Groups(images=images_per_batch_norm, rows_per_image=(N_NEIGHBORS,))
+            groups_in_head = Groups(images=images_per_batch_norm, rows_per_image=(N_PAIRS,))
             use_ghost_batches(head, groups_in_head)
 
     def forward(
@@ -123,8 +130,8 @@ class RelativeLocation(nn.Module):
         encoded = self._encode(rows.flatten(0, 1))
         # Back to one entry for each image.
         embedded = encoded.unflatten(0, (-1, CELLS * n))
-        neighbors, centers = embedded.split([N_NEIGHBORS * n, n], dim=1)
-        return neighbors.reshape(b, N_NEIGHBORS, -1), centers.reshape(b, -1)
+        neighbors, centers = embedded.split([N_PAIRS * n, n], dim=1)
+        return neighbors.reshape(b, N_PAIRS, -1), centers.reshape(b, -1)
 
     def _encode(self, rows: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n d"]:
         # In the memory format of the weights; otherwise the first convolution would copy its input
