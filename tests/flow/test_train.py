@@ -282,7 +282,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["data=folder", f"data.root={tmp_path / 'empty'}"], "0 images to train on"),
         (
             ["recipe.images_per_step=100000", "recipe.images_per_batch_norm=1000"],
-            "fewer than one step takes",
+            "recipe.images_per_step=6000",
         ),
         (["schedule.milestone_epochs=[99]"], "never reached"),
         (["eval.knn.k=[]"], "eval.knn.k is []"),

@@ -76,7 +76,7 @@ def task(way, accumulation):
 def trained(way, accumulation):
     training = task(way, accumulation)
     spans = []
-    for number, span in enumerate(training.spans(1)):
+    for number, span in enumerate(training.reports(1)):
         spans.append(dataclasses.asdict(span))
         if number == 0 and ranks.world_size() > 1:
             torch.save(training.state_dict(), Path(sys.argv[1]) / f"stopped_{way}_{ranks.rank()}.pt")
@@ -86,7 +86,7 @@ def trained(way, accumulation):
 def resumed(way, accumulation):
     training = task(way, accumulation)
     training.load_state_dict(torch.load(Path(sys.argv[1]) / f"stopped_{way}_0.pt"))
-    for span in training.spans(1):
+    for span in training.reports(1):
         pass
     return training.network.state_dict()
 
