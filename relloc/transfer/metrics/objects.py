@@ -39,7 +39,7 @@ class Detected(Protocol):
 
 @runtime_checkable
 class TrueBoxes(Protocol):
-    """The annotated objects of an image."""
+    """The annotated objects of an image as PASCAL VOC evaluates them."""
 
     @property
     def boxes(self) -> Boxes:
@@ -53,15 +53,30 @@ class TrueBoxes(Protocol):
 
     @property
     def difficult(self) -> Bool[np.ndarray, "n"]:
-        """Which objects PASCAL VOC marks as difficult: finding them counts neither way."""
+        """Which objects are marked as difficult: finding them counts neither way."""
+        ...
+
+
+@runtime_checkable
+class AnnotatedObjects(Protocol):
+    """The annotated objects of an image as COCO evaluates them."""
+
+    @property
+    def xywh(self) -> Float[np.ndarray, "n 4"]:
+        """Boxes x y width height as the annotation has them, in 64 bits."""
+        ...
+
+    @property
+    def classes(self) -> Int[np.ndarray, "n"]:
+        """The class of each object, from 0."""
         ...
 
     @property
     def crowd(self) -> Bool[np.ndarray, "n"]:
-        """Which objects of COCO are a crowd: finding parts of it counts neither way."""
+        """Which objects are a crowd: finding parts of it counts neither way."""
         ...
 
     @property
     def areas(self) -> Float[np.ndarray, "n"]:
-        """The area of each object in pixels, of its mask where COCO gives one."""
+        """The area of each object in square pixels, as the annotation has it."""
         ...
