@@ -54,8 +54,8 @@ class Definition:
 MMDET = Definition(points="11", plus_one=True, reference="mmdet")
 # The same by area, as mmdet computes it for data sets other than VOC.
 MMDET_AREA = Definition(points="area", plus_one=False, reference="mmdet")
-# AP, AP50 and AP75 of MoCo's row. detectron2 subtracts 1 from xmin and ymin only, and adds it again
-# before it computes widths with + 1; so widths of its own boxes need no + 1.
+# AP, AP50 and AP75 of MoCo's row. True boxes are the annotation minus 1 on xmin and ymin only.
+# detectron2 adds these again before it computes widths with + 1, so none is added here.
 DETECTRON2 = Definition(points="11", plus_one=False, reference="detectron2")
 # The thresholds of which AP is the mean; the loop is detectron2's, so that the floats are equal.
 AP_IOUS = tuple(percent / 100 for percent in range(50, 100, 5))

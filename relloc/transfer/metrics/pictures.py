@@ -1,0 +1,318 @@
+"""Draws what detectors and segmenters found: objects, class maps, and which classes are confused.
+
+Pictures are PNG files. One that is there already is replaced as a whole, since a tracker may be
+reading it.
+"""
+
+import colorsys
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from relloc.files import writing
+from relloc.transfer.metrics.objects import Boxes, Detected, TrueBoxes
+
+Rgb = tuple[int, int, int]
+Pixels = UInt8[np.ndarray, "h w 3"]
+ClassMap = UInt8[np.ndarray, "h w"]
+
+VOID = 255  # of class maps
+# The share of a mask's color in the pixels that it covers.
+_MASK_OPACITY = 0.5
+# Images are enlarged by a whole number so that their longer side has at least so many pixels:
+# names of objects would cover smaller ones.
+_LEAST_SIDE = 480
+_TEXT_SIZE = 14
+_GAP = 8  # between panels, and around texts
+_STRIP = _TEXT_SIZE + 2 * _GAP  # height of a line of titles or of the legend
+_WHITE: Rgb = (255, 255, 255)
+_BLACK: Rgb = (0, 0, 0)
+# On colors that are brighter than this, of 255, black text is easier to read than white.
+_BRIGHT = 140
+# Steps of the hue that keep the colors of any number of classes apart: the golden ratio.
+_HUE_STEP = (math.sqrt(5) - 1) / 2
+
+# Numbers are written into the cells of a confusion picture up to so many classes.
+_MOST_CLASSES_WITH_NUMBERS = 30
+_LEAST_PERCENT_WRITTEN = 1
+_WHITE_TEXT_FROM_PERCENT = 40  # on cells as dark as this, white is easier to read than black
+
+
+def draw_detections(
+    image: Pixels,
+    detected: Detected,
+    class_names: Sequence[str],
+    path: Path,
+    *,
+    truth: TrueBoxes | None = None,
+    true_masks: Sequence[UInt8[np.ndarray, "h w"]] = (),
+    least_score: float = 0.3,
+) -> None:
+    """Saves a picture of the objects that were found, with their classes, scores and masks.
+
+    Args:
+        image: RGB pixels of the original image.
+        detected: the objects, in pixels of the image.
+        class_names: names by class.
+        path: where the picture is saved.
+        truth: the annotated objects, drawn beside if they are given.
+        true_masks: a mask for each annotated object, or none at all.
+        least_score: objects with a lower score are left out.
+    """
+    scores = detected.scores.float().cpu().numpy()
+    # The surest objects are drawn last, over the others.
+    by_score = np.argsort(scores, kind="stable")
+    shown = by_score[scores[by_score] >= least_score]
+    classes = detected.classes.cpu().numpy()[shown]
+    labels = []
+    for number, score in zip(classes, scores[shown], strict=True):
+        labels.append(f"{class_names[number]} {score:.2f}")
+    masks = None
+    if detected.masks is not None:
+        masks = detected.masks.bool().cpu().numpy()[shown]
+    boxes = detected.boxes.float().cpu().numpy()[shown]
+    found = _with_objects(image, boxes, classes, labels, masks)
+    panels = [(f"found, score {least_score:g} or more", found)]
+    if truth is not None:
+        true_labels = []
+        for number, is_difficult in zip(truth.classes, truth.difficult, strict=True):
+            name = class_names[number]
+            true_labels.append(f"{name} (difficult)" if is_difficult else name)
+        masks = np.array(true_masks, dtype=bool) if len(true_masks) else None
+        true = _with_objects(image, truth.boxes, truth.classes, true_labels, masks)
+        panels.append(("annotated", true))
+    _save(_side_by_side(panels), path)
+
+
+def draw_class_maps(
+    image: Pixels,
+    predicted: ClassMap,
+    truth: ClassMap,
+    class_names: Sequence[str],
+    path: Path,
+) -> None:
+    """Saves a picture of an image, its true class map and the predicted one, side by side.
+
+    Classes have the colors of PASCAL VOC's masks, void its cream color.
+
+    Args:
+        image: RGB pixels of the original image.
+        predicted: the predicted class of each pixel.
+        truth: the true class of each pixel, or 255 for void.
+        class_names: names by class.
+        path: where the picture is saved.
+    """
+    palette = voc_palette()
+    panels = []
+    maps = (("image", image), ("true", palette[truth]), ("predicted", palette[predicted]))
+    for title, pixels in maps:
+        panels.append((title, _enlarged(pixels)))
+    entries = []
+    for number in np.union1d(predicted, truth).tolist():
+        name = "void" if number == VOID else class_names[number]
+        entries.append((name, _rgb(palette[number])))
+    picture = _side_by_side(panels)
+    _save(_above(picture, _legend(entries, picture.width)), path)
+
+
+def draw_class_confusion(
+    confusion: Int[Tensor, "classes classes"],
+    class_names: Sequence[str],
+    path: Path,
+    *,
+    title: str,
+) -> None:
+    """Saves a picture of which classes are taken for which.
+
+    Args:
+        confusion: counts by true class (row) and predicted class (column). They are shown in
+            percent of their row; the row of a class without counts is empty.
+        class_names: names by class.
+        path: where the picture is saved.
+        title: what the picture is headed.
+    """
+    n_classes = len(class_names)
+    counts = confusion.double().cpu().numpy()
+    of_row = counts.sum(axis=1, keepdims=True)
+    percent = 100 * counts / np.where(of_row == 0, np.nan, of_row)
+
+    # A cell is as large as its number needs; without numbers, a name sets the size of a row.
+    has_numbers = n_classes <= _MOST_CLASSES_WITH_NUMBERS
+    side = max(5.0, n_classes * (0.36 if has_numbers else 0.16)) + 2
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    axis = figure.add_subplot()
+    # The square root keeps small confusions visible; fixed limits make pictures comparable.
+    color_scale = PowerNorm(0.5, vmin=0, vmax=100)
+    drawn = axis.imshow(percent, cmap="Blues", norm=color_scale)
+    axis.set_title(title)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    name_size = 9 if has_numbers else 7
+    axis.set_xticks(range(n_classes), class_names, rotation=90, fontsize=name_size)
+    axis.set_yticks(range(n_classes), class_names, fontsize=name_size)
+    if has_numbers:
+        for row, column in np.argwhere(percent >= _LEAST_PERCENT_WRITTEN).tolist():
+            value = percent[row, column]
+            color = "white" if value >= _WHITE_TEXT_FROM_PERCENT else "black"
+            axis.text(
+                column,
+                row,
+                f"{value:.0f}",
+                ha="center",
+                va="center",
+                color=color,
+                fontsize=8,
+                fontweight="bold" if row == column else "normal",
+            )
+    bar = figure.colorbar(drawn, ax=axis, shrink=0.6, ticks=[0, 1, 5, 25, 50, 75, 100])
+    bar.set_label("% of the true class")
+    with writing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+
+
+def voc_palette() -> UInt8[np.ndarray, "256 3"]:
+    """Returns the colors of PASCAL VOC's class maps (VOClabelcolormap.m of its development kit).
+
+    The three lowest bits of a number are the highest bits of red, green and blue, the next three
+    the second highest, and so on.
+    """
+    numbers = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for digit in range(3):
+        for channel in range(3):
+            bit = (numbers >> (3 * digit + channel)) & 1
+            palette[:, channel] |= (bit << (7 - digit)).astype(np.uint8)
+    return palette
+
+
+def _with_objects(
+    image: Pixels,
+    boxes: Boxes,
+    classes: Int[np.ndarray, "n"],
+    labels: Sequence[str],
+    masks: Bool[np.ndarray, "n h w"] | None,
+) -> Image.Image:
+    """Returns an image with its objects drawn on it, the last one on top."""
+    # Masks of objects of one class overlap, so each object has its own color; boxes do without.
+    color_numbers = classes if masks is None else np.arange(len(boxes))
+    colors = [_object_color(number) for number in color_numbers.tolist()]
+    pixels = image
+    if masks is not None:
+        # Where masks overlap, only the last one is seen: several colors would hide the image.
+        painted = image.copy()
+        for color, mask in zip(colors, masks, strict=True):
+            painted[mask] = color
+        blend = (1 - _MASK_OPACITY) * image + _MASK_OPACITY * painted
+        pixels = blend.round().astype(np.uint8)
+    picture = _enlarged(pixels)
+    scale = picture.width / image.shape[1]
+    corners = [_in_order(box) for box in boxes * scale]
+    pen = ImageDraw.Draw(picture)
+    for color, box in zip(colors, corners, strict=True):
+        pen.rectangle(box, outline=color, width=2)
+    # Labels after all boxes, so that no line crosses a text.
+    for color, box, label in zip(colors, corners, labels, strict=True):
+        _write_label(pen, picture, box, label, color)
+    return picture
+
+
+def _in_order(box: np.ndarray) -> tuple[float, float, float, float]:
+    """Returns a box whose upper left corner comes first, which a network does not ensure."""
+    x1, y1, x2, y2 = box.tolist()
+    return x1, y1, max(x1, x2), max(y1, y2)
+
+
+def _write_label(
+    pen: ImageDraw.ImageDraw,
+    picture: Image.Image,
+    box: tuple[float, float, float, float],
+    label: str,
+    color: Rgb,
+) -> None:
+    """Writes a label above a box, or into it where there is no room above."""
+    font = ImageFont.load_default(_TEXT_SIZE)
+    width, height = math.ceil(font.getlength(label)) + 6, _TEXT_SIZE + 4
+    x = min(max(box[0], 0), picture.width - width)
+    y = box[1] - height if box[1] >= height else max(box[1], 0)
+    pen.rectangle((x, y, x + width, y + height), fill=color)
+    pen.text((x + 3, y + height / 2), label, fill=_text_color(color), font=font, anchor="lm")
+
+
+def _enlarged(pixels: Pixels) -> Image.Image:
+    """Returns the pixels as an image that is large enough to write on."""
+    height, width = pixels.shape[:2]
+    factor = max(1, math.ceil(_LEAST_SIDE / max(height, width)))
+    enlarged = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    return Image.fromarray(enlarged)
+
+
+def _side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Returns images of one size beside each other, each below its title."""
+    _, first = panels[0]
+    width = len(panels) * (first.width + _GAP) + _GAP
+    canvas = Image.new("RGB", (width, first.height + _STRIP + _GAP), _WHITE)
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(_TEXT_SIZE)
+    for place, (title, image) in enumerate(panels):
+        left = _GAP + place * (first.width + _GAP)
+        pen.text((left, _STRIP / 2), title, fill=_BLACK, font=font, anchor="lm")
+        canvas.paste(image, (left, _STRIP))
+    return canvas
+
+
+def _legend(entries: Sequence[tuple[str, Rgb]], width: int) -> Image.Image:
+    """Returns names with their colors, in as many lines as the width asks for."""
+    font = ImageFont.load_default(_TEXT_SIZE)
+    places = []
+    left, top = _GAP, 0
+    for name, color in entries:
+        needed = _TEXT_SIZE + math.ceil(font.getlength(name)) + 3 * _GAP
+        if left + needed > width and left > _GAP:
+            left, top = _GAP, top + _STRIP
+        places.append((left, top, name, color))
+        left += needed
+    canvas = Image.new("RGB", (width, top + _STRIP), _WHITE)
+    pen = ImageDraw.Draw(canvas)
+    for left, top, name, color in places:
+        swatch = (left, top + _GAP, left + _TEXT_SIZE, top + _GAP + _TEXT_SIZE)
+        pen.rectangle(swatch, fill=color, outline=_BLACK)
+        text_at = (left + _TEXT_SIZE + _GAP, top + _STRIP / 2)
+        pen.text(text_at, name, fill=_BLACK, font=font, anchor="lm")
+    return canvas
+
+
+def _above(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    canvas = Image.new("RGB", (upper.width, upper.height + lower.height), _WHITE)
+    canvas.paste(upper, (0, 0))
+    canvas.paste(lower, (0, upper.height))
+    return canvas
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with writing(path) as file:
+        picture.save(file, format="png")
+
+
+def _object_color(number: int) -> Rgb:
+    """Returns the color with that number: bright, so that it is seen on dark images too."""
+    red, green, blue = colorsys.hsv_to_rgb(number * _HUE_STEP % 1, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _text_color(background: Rgb) -> Rgb:
+    # Luma of ITU-R BT.601, in which green looks brightest.
+    red, green, blue = background
+    brightness = 0.299 * red + 0.587 * green + 0.114 * blue
+    return _BLACK if brightness > _BRIGHT else _WHITE
+
+
+def _rgb(color: UInt8[np.ndarray, "3"]) -> Rgb:
+    red, green, blue = color.tolist()
+    return red, green, blue
