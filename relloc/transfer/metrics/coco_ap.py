@@ -14,8 +14,10 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as mask_codec
 from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
 
-from relloc.transfer.metrics.objects import AnnotatedObjects, Detected, Masks
+from relloc.data.annotations import Objects, decode_mask
+from relloc.transfer.detection.batch import Detections
 
 # The order in which pycocotools summarizes. AP is the mean over IoU thresholds .50, .55, … .95,
 # AP50 and AP75 are at one of them; AR is recall with so many detections of a class in an image,
@@ -74,10 +76,9 @@ class CocoScores:
 
 
 def coco_image(
-    detected: Detected,
-    truth: AnnotatedObjects,
+    detected: Detections,
+    truth: Objects,
     size: tuple[int, int],
-    true_masks: Sequence[UInt8[np.ndarray, "h w"]] = (),
 ) -> CocoImage:
     """Returns what the statistics need of an image, on the CPU, with its masks compressed.
 
@@ -85,13 +86,18 @@ def coco_image(
         detected: the objects that were found.
         truth: the annotated ones.
         size: height and width of the original image, in pixels.
-        true_masks: a mask for each annotated object where masks are evaluated.
+
+    Raises:
+        UnreadableImage: an annotated mask does not fill the image.
     """
     corners = detected.boxes.double().cpu().numpy()
     upper_left, lower_right = corners[:, :2], corners[:, 2:]
     found_masks: Sequence[EncodedMask] = ()
     if detected.masks is not None:
         found_masks = _encode(detected.masks)
+    true_masks = []
+    for mask in truth.masks:
+        true_masks.append(_encode_one(decode_mask(mask, *size)))
     return CocoImage(
         size=size,
         found_boxes=np.concatenate([upper_left, lower_right - upper_left], axis=1),
@@ -102,7 +108,7 @@ def coco_image(
         true_classes=truth.classes,
         crowd=truth.crowd,
         areas=truth.areas,
-        true_masks=[_encode_one(mask) for mask in true_masks],
+        true_masks=true_masks,
     )
 
 
@@ -208,7 +214,7 @@ def _run_lengths(image: CocoImage, mask: EncodedMask) -> dict[str, Any]:
     return {"size": list(image.size), "counts": mask}
 
 
-def _encode(masks: Masks) -> list[EncodedMask]:
+def _encode(masks: Bool[Tensor, "n h w"]) -> list[EncodedMask]:
     """Returns the masks of an image compressed."""
     if len(masks) == 0:
         return []

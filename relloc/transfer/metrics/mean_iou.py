@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float64, Int, Int64, UInt8
 from torch import Tensor
 
+from relloc.data.annotations import VOID
 from relloc.errors import DataError
 from relloc.transfer.metrics.per_image import PerImage
 
@@ -67,7 +68,7 @@ class SegmentationMetric:
         void: the value of true pixels that count nowhere.
     """
 
-    def __init__(self, n_classes: int, *, void: int = 255) -> None:
+    def __init__(self, n_classes: int, *, void: int = VOID) -> None:
         self._n_classes = n_classes
         self._void = void
         self._counts: dict[int, Tensor] = {}

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from relloc.data.annotations import VOID, Objects, decode_mask
 from relloc.files import writing
-from relloc.transfer.metrics.objects import Boxes, Detected, TrueBoxes
+from relloc.transfer.detection.batch import Detections
 
 Rgb = tuple[int, int, int]
 Pixels = UInt8[np.ndarray, "h w 3"]
 ClassMap = UInt8[np.ndarray, "h w"]
 
-VOID = 255  # of class maps
 # The share of a mask's color in the pixels that it covers.
 _MASK_OPACITY = 0.5
 # Images are enlarged by a whole number so that their longer side has at least so many pixels:
@@ -47,12 +47,11 @@ _WHITE_TEXT_FROM_PERCENT = 40  # on cells as dark as this, white is easier to re
 
 def draw_detections(
     image: Pixels,
-    detected: Detected,
+    detected: Detections,
     class_names: Sequence[str],
     path: Path,
     *,
-    truth: TrueBoxes | None = None,
-    true_masks: Sequence[UInt8[np.ndarray, "h w"]] = (),
+    truth: Objects | None = None,
     least_score: float = 0.3,
 ) -> None:
     """Saves a picture of the objects that were found, with their classes, scores and masks.
@@ -63,7 +62,6 @@ def draw_detections(
         class_names: names by class.
         path: where the picture is saved.
         truth: the annotated objects, drawn beside if they are given.
-        true_masks: a mask for each annotated object, or none at all.
         least_score: objects with a lower score are left out.
     """
     scores = detected.scores.float().cpu().numpy()
@@ -85,7 +83,7 @@ def draw_detections(
         for number, is_difficult in zip(truth.classes, truth.difficult, strict=True):
             name = class_names[number]
             true_labels.append(f"{name} (difficult)" if is_difficult else name)
-        masks = np.array(true_masks, dtype=bool) if len(true_masks) else None
+        masks = _true_masks(truth, image)
         true = _with_objects(image, truth.boxes, truth.classes, true_labels, masks)
         panels.append(("annotated", true))
     _save(_side_by_side(panels), path)
@@ -192,9 +190,18 @@ def voc_palette() -> UInt8[np.ndarray, "256 3"]:
     return palette
 
 
+def _true_masks(truth: Objects, image: Pixels) -> Bool[np.ndarray, "n h w"] | None:
+    """Returns the masks of annotated objects, or None for a set without masks."""
+    if not truth.masks:
+        return None
+    height, width = image.shape[:2]
+    masks = [decode_mask(mask, height, width) for mask in truth.masks]
+    return np.array(masks, dtype=bool)
+
+
 def _with_objects(
     image: Pixels,
-    boxes: Boxes,
+    boxes: Float[np.ndarray, "n 4"],
     classes: Int[np.ndarray, "n"],
     labels: Sequence[str],
     masks: Bool[np.ndarray, "n h w"] | None,

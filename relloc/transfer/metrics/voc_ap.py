@@ -16,12 +16,15 @@ from typing import Literal, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from relloc.transfer.metrics.objects import Boxes, Detected, TrueBoxes
+from relloc.data.annotations import Objects
+from relloc.transfer.detection.batch import Detections
 
 # Recalls at which the definition of 2007 reads the precision. As in the references they are
 # floats of 64 bits, of which three are a little above their decimal: a recall of exactly 3/10
 # does not reach the fourth of them.
 _RECALL_POINTS = np.arange(0, 1.001, 0.1)
+# Corners x1 y1 x2 y2, in pixels.
+_Boxes = Float[np.ndarray, "n 4"]
 _DTYPES = {"mmdet": np.dtype(np.float32), "detectron2": np.dtype(np.float64)}
 _LEAST_UNION = 1e-6  # mmdet's, against a division by zero
 # The rounding of the files through which detectron2 evaluates.
@@ -73,7 +76,7 @@ class VocImage:
     difficult: Bool[np.ndarray, "true"]
 
 
-def voc_image(detected: Detected, truth: TrueBoxes) -> VocImage:
+def voc_image(detected: Detections, truth: Objects) -> VocImage:
     """Returns what average precision needs of an image, on the CPU."""
     return VocImage(
         found_boxes=detected.boxes.float().cpu().numpy(),
@@ -148,7 +151,7 @@ class _Found:
 
     images: Int[np.ndarray, "n"]
     classes: Int[np.ndarray, "n"]
-    boxes: Boxes
+    boxes: _Boxes
     scores: Float[np.ndarray, "n"]
 
 
@@ -158,7 +161,7 @@ class _True:
 
     images: Int[np.ndarray, "n"]
     classes: Int[np.ndarray, "n"]
-    boxes: Boxes
+    boxes: _Boxes
     difficult: Bool[np.ndarray, "n"]
 
 
@@ -259,7 +262,7 @@ def _nearest_true_boxes(
     return overlaps, nearest
 
 
-def _iou(first: Boxes, second: Boxes, definition: Definition) -> Float[np.ndarray, "n"]:
+def _iou(first: _Boxes, second: _Boxes, definition: Definition) -> Float[np.ndarray, "n"]:
     """Returns the IoU of each box of `first` with the box of `second` at the same place."""
     more = first.dtype.type(1 if definition.plus_one else 0)
     width = np.minimum(first[:, 2], second[:, 2]) - np.maximum(first[:, 0], second[:, 0]) + more
@@ -269,7 +272,7 @@ def _iou(first: Boxes, second: Boxes, definition: Definition) -> Float[np.ndarra
     return shared / np.maximum(union, first.dtype.type(_LEAST_UNION))
 
 
-def _areas(boxes: Boxes, more: np.floating) -> Float[np.ndarray, "n"]:
+def _areas(boxes: _Boxes, more: np.floating) -> Float[np.ndarray, "n"]:
     return (boxes[:, 2] - boxes[:, 0] + more) * (boxes[:, 3] - boxes[:, 1] + more)
 
 

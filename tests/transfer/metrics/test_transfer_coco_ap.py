@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from faster_coco_eval import mask as rasterizer
-from jaxtyping import Bool, Float, Int
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
 
+from relloc.data.annotations import Mask, Objects, Polygons, RunLengths
+from relloc.transfer.detection.batch import Detections
 from relloc.transfer.metrics.coco_ap import (
     STATISTICS,
     CocoImage,
@@ -34,28 +34,12 @@ N_CLASSES = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    boxes: Float[Tensor, "n 4"]
-    scores: Float[Tensor, "n"]
-    classes: Int[Tensor, "n"]
-    masks: Bool[Tensor, "n h w"] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Annotated:
-    xywh: Float[np.ndarray, "n 4"]
-    classes: Int[np.ndarray, "n"]
-    crowd: Bool[np.ndarray, "n"]
-    areas: Float[np.ndarray, "n"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
     """An image with its objects, as pixels."""
 
     size: tuple[int, int]
-    found: Found
-    truth: Annotated
+    found: Detections
+    truth: Objects
     true_masks: list[np.ndarray]
 
 
@@ -92,20 +76,30 @@ def scene(generator: np.random.Generator, n_true: int, n_found: int) -> Scene:
     true_masks = [mask_in(box, size, generator) for box in true]
     return Scene(
         size=size,
-        found=Found(
+        found=Detections(
             boxes=torch.from_numpy(found).float(),
             scores=torch.from_numpy(generator.integers(0, 8, n_found) / 8).float(),
             classes=torch.from_numpy(found_classes),
             masks=torch.from_numpy(np.array(masks).reshape(-1, *size)).bool(),
         ),
-        truth=Annotated(
+        truth=Objects(
+            boxes=true.astype(np.float32),
             xywh=np.concatenate([true[:, :2], true[:, 2:] - true[:, :2]], axis=1).astype(float),
             classes=true_classes,
+            difficult=np.zeros(n_true, dtype=bool),
             crowd=generator.random(n_true) < 0.15,
             areas=np.array([float(mask.sum()) for mask in true_masks]),
+            masks=tuple(runs_of(mask) for mask in true_masks),
         ),
         true_masks=true_masks,
     )
+
+
+def runs_of(mask: np.ndarray) -> RunLengths:
+    columns = mask.T.flatten()
+    edges = np.flatnonzero(np.diff(columns, prepend=0))
+    counts = np.diff(edges, prepend=0, append=len(columns))
+    return RunLengths(counts=counts.astype(np.int64))
 
 
 def scenes(seed: int, n_images: int = 14) -> list[Scene]:
@@ -119,7 +113,7 @@ def scenes(seed: int, n_images: int = 14) -> list[Scene]:
 
 
 def of_scene(one: Scene) -> CocoImage:
-    return coco_image(one.found, one.truth, one.size, one.true_masks)
+    return coco_image(one.found, one.truth, one.size)
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
@@ -201,9 +195,10 @@ def test_a_hundred_detections_of_a_class_count_in_an_image() -> None:
     for number in range(N_CLASSES):
         kept += [place for place in by_score if made[2].found.classes[place] == number][:100]
     cut = {
-        field.name: getattr(made[2].found, field.name)[kept] for field in dataclasses.fields(Found)
+        field.name: getattr(made[2].found, field.name)[kept]
+        for field in dataclasses.fields(Detections)
     }
-    fewer = [*made[:2], dataclasses.replace(made[2], found=Found(**cut)), *made[3:]]
+    fewer = [*made[:2], dataclasses.replace(made[2], found=Detections(**cut)), *made[3:]]
     assert len(fewer[2].found.boxes) < len(made[2].found.boxes)
     all_of_them = coco_scores([of_scene(one) for one in made], "boxes", n_classes=N_CLASSES)
     first_ones = coco_scores([of_scene(one) for one in fewer], "boxes", n_classes=N_CLASSES)
@@ -241,11 +236,11 @@ def test_masks_are_compressed_as_coco_does() -> None:
 def test_masks_are_asked_for_where_they_are_evaluated() -> None:
     made = scene(np.random.default_rng(3), 4, 5)
     without = dataclasses.replace(made.found, masks=None)
-    image = coco_image(without, made.truth, made.size, made.true_masks)
+    image = coco_image(without, made.truth, made.size)
     assert coco_scores([image], "boxes", n_classes=N_CLASSES).statistics["AP"] >= 0
     with pytest.raises(ValueError, match="image 0 has 0 masks for 5 detections"):
         coco_scores([image], "masks", n_classes=N_CLASSES)
-    image = coco_image(made.found, made.truth, made.size)
+    image = coco_image(made.found, dataclasses.replace(made.truth, masks=()), made.size)
     with pytest.raises(ValueError, match="image 0 has 0 masks for 4"):
         coco_scores([image], "masks", n_classes=N_CLASSES)
 
@@ -302,20 +297,29 @@ def real_scene(
         of_found.append(classes[place])
     return Scene(
         size=size,
-        found=Found(
+        found=Detections(
             boxes=torch.tensor(np.array(boxes).reshape(-1, 4)).float(),
             scores=torch.from_numpy(generator.integers(0, 8, len(boxes)) / 8).float(),
             classes=torch.tensor(of_found, dtype=torch.int64),
             masks=torch.from_numpy(np.array(masks).reshape(-1, *size)).bool(),
         ),
-        truth=Annotated(
+        truth=Objects(
+            boxes=corners.astype(np.float32),
             xywh=xywh,
             classes=classes,
+            difficult=np.zeros(len(entries), dtype=bool),
             crowd=np.array([entry["iscrowd"] for entry in entries], dtype=bool),
             areas=np.array([entry["area"] for entry in entries], dtype=float),
+            masks=tuple(as_annotated(entry["segmentation"]) for entry in entries),
         ),
         true_masks=true_masks,
     )
+
+
+def as_annotated(segmentation: Any) -> Mask:
+    if isinstance(segmentation, list):
+        return Polygons(parts=tuple(np.array(part, dtype=float) for part in segmentation))
+    return RunLengths(counts=np.array(segmentation["counts"], dtype=np.int64))
 
 
 def pixels_of(segmentation: Any, size: tuple[int, int]) -> np.ndarray:

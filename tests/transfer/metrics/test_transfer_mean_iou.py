@@ -99,3 +99,10 @@ def test_an_unknown_class_in_the_truth_is_refused() -> None:
     metric.add(0, predicted=torch.zeros(1, 5, dtype=torch.int64), truth=truth)
     with pytest.raises(DataError, match="3 pixels"):
         metric.evaluate()
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_the_same() -> None:
+    pairs = random_maps(5, 21, 0.1)
+    on_gpu = [(predicted.cuda(), truth.cuda()) for predicted, truth in pairs]
+    assert torch.equal(scored(on_gpu, 21).confusion, scored(pairs, 21).confusion)

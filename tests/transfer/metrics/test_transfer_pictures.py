@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from relloc.data.annotations import Objects, RunLengths
+from relloc.transfer.detection.batch import Detections
 from relloc.transfer.metrics.pictures import (
     draw_class_confusion,
     draw_class_maps,
@@ -23,25 +24,12 @@ NAMES = ("cat", "dog")
 STRIP, GAP = 30, 8
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    boxes: Float[Tensor, "n 4"]
-    scores: Float[Tensor, "n"]
-    classes: Int[Tensor, "n"]
-    masks: Bool[Tensor, "n h w"] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Annotated:
-    boxes: Float[np.ndarray, "n 4"]
-    classes: Int[np.ndarray, "n"]
-    difficult: Bool[np.ndarray, "n"]
-
-
-def found(*rows: tuple[float, ...], masks: Tensor | None = None) -> Found:
+def found(*rows: tuple[float, ...], masks: Tensor | None = None) -> Detections:
     """`rows` are x1 y1 x2 y2 class score."""
     table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
-    return Found(boxes=table[:, :4], classes=table[:, 4].long(), scores=table[:, 5], masks=masks)
+    return Detections(
+        boxes=table[:, :4], classes=table[:, 4].long(), scores=table[:, 5], masks=masks
+    )
 
 
 def gray(height: int, width: int) -> np.ndarray:
@@ -98,19 +86,22 @@ def test_masks_are_translucent_and_the_surest_is_on_top(tmp_path: Path) -> None:
 
 
 def test_annotated_objects_are_drawn_beside(tmp_path: Path) -> None:
-    truth = Annotated(
+    truth = Objects(
         boxes=np.array([[50, 60, 150, 160]], dtype=np.float32),
+        xywh=np.array([[50.0, 60, 100, 100]]),
         classes=np.array([1]),
         difficult=np.array([True]),
+        crowd=np.array([False]),
+        areas=np.array([1e4]),
     )
     path = tmp_path / "both.png"
     draw_detections(gray(400, 500), found(), NAMES, path, truth=truth)
     assert (panel(path, 0, 400, 500) == 100).all()
     assert (panel(path, 1, 400, 500)[160, 100] != 100).any()
     assert panel(path, 1, 400, 500)[110, 100].tolist() == [100, 100, 100]
-    mask = np.zeros((400, 500), dtype=np.uint8)
-    mask[70:150, 60:140] = 1
-    draw_detections(gray(400, 500), found(), NAMES, path, truth=truth, true_masks=[mask])
+    left_part = RunLengths(counts=np.array([0, 120 * 400, 380 * 400]))
+    masked = dataclasses.replace(truth, masks=(left_part,))
+    draw_detections(gray(400, 500), found(), NAMES, path, truth=masked)
     assert panel(path, 1, 400, 500)[110, 100].tolist() != [100, 100, 100]
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
+from relloc.data.annotations import Objects
+from relloc.transfer.detection.batch import Detections
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
     DETECTRON2,
@@ -280,27 +280,15 @@ def test_a_score_that_is_nan_is_refused() -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    boxes: Float[Tensor, "n 4"]
-    scores: Float[Tensor, "n"]
-    classes: Int[Tensor, "n"]
-    masks: None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Annotated:
-    boxes: Float[np.ndarray, "n 4"]
-    classes: Int[np.ndarray, "n"]
-    difficult: Bool[np.ndarray, "n"]
-    crowd: Bool[np.ndarray, "n"]
-    areas: Float[np.ndarray, "n"]
-
-
 def test_an_image_is_made_of_detections_and_annotations() -> None:
-    half = Found(torch.tensor([[0, 0, 9, 9]]).half(), torch.ones(1).half(), torch.tensor([0]))
-    truth = Annotated(
+    half = Detections(
+        boxes=torch.tensor([[0, 0, 9, 9]]).half(),
+        scores=torch.ones(1).half(),
+        classes=torch.tensor([0]),
+    )
+    truth = Objects(
         boxes=np.array([[0, 0, 9, 9]], dtype=np.float32),
+        xywh=np.array([[0.0, 0, 9, 9]]),
         classes=np.array([0]),
         difficult=np.array([False]),
         crowd=np.array([False]),
