@@ -51,6 +51,8 @@ def explain(error: Exception, command: str) -> str | None:
         return _preset_of_another(preset[1], command) or str(error)
     unknown = re.match(r"Could not override '(.+?)'", str(error))
     if isinstance(error, ConfigCompositionException) and unknown:
+        if unknown[1] == "experiment" and command == "prepare":
+            return _prepare_takes_data(sys.argv[1:])
         return no_setting(unknown[1], command, sys.argv[1:])
     return str(error)
 
@@ -162,6 +164,19 @@ def no_setting(wrong: str, command: str, words: Sequence[str]) -> str:
     if old := nearest_old_name(wrong):
         return f"there is no setting {wrong}. Did you mean {new_name(old)}, which was {old} before?"
     return f"there is no setting {wrong}{_meant(wrong, known)}"
+
+
+def _prepare_takes_data(words: Sequence[str]) -> str:
+    """Returns the message for a preset given to relloc.prepare, which names the preset's data."""
+    given = next((word for word in words if word.startswith("experiment=")), "experiment=")
+    start = f"relloc.prepare takes no preset ({given}), only a data set: give data="
+    if given.partition("=")[2] in settings.members("experiment"):
+        # A preset is made for one of the commands.
+        for other in ("train", "evaluate"):
+            with contextlib.suppress(HydraException, OmegaConfBaseException):
+                data = settings.compose(other, [given]).value("data.name")
+                return f"{start}{data}, which that preset uses"
+    return f"{start}NAME, which may be {', '.join(settings.members('data'))}"
 
 
 def _members_with(wrong: str, command: str) -> list[str]:

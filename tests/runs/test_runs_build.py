@@ -3,19 +3,21 @@
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
 from relloc.data.image_set import Splits
 from relloc.data.photos import photos
 from relloc.errors import UsageError
 from relloc.pretext.relative_location import RelativeLocation
-from relloc.runs import build, saving
+from relloc.runs import build, explaining, saving
 from relloc.runs.build import refusals
 from relloc.runs.data_sets import DataSet
 from relloc.runs.settings import conf_dir
@@ -222,6 +224,21 @@ def test_all_data_sets_whose_place_nobody_said_are_told_at_once(
     assert said.startswith("2 evaluations don't know where their data set lies")
     assert "eval.voc07_svm.data.root=FOLDER or RELLOC_VOC" in said
     assert "eval.linear_in1k.data.root=FOLDER or RELLOC_IN1K" in said
+
+
+@pytest.mark.parametrize(
+    ("preset", "proposed"), [("card2022", "data=in1k"), ("nowhere", "in1k, "), ("", "in1k, ")]
+)
+def test_a_preset_given_to_prepare_is_answered_with_the_data_set_to_name(
+    preset: str, proposed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = f"experiment={preset}"
+    monkeypatch.setattr(sys, "argv", ["prepare", word])
+    mistake = ConfigCompositionException("Could not override 'experiment'.")
+    message = explaining.explain(mistake, "prepare") or ""
+    assert proposed in message
+    assert "data=" in message
+    assert word in message
 
 
 def test_a_preset_of_another_command_is_told() -> None:
