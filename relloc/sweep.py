@@ -32,6 +32,7 @@ from relloc.sweeps.table import (
     print_silent_schedulers,
     table,
 )
+from relloc.terminal import quantity
 from relloc.tracking.process_identity import is_elsewhere
 
 _POLL_S = 10.0
@@ -127,7 +128,10 @@ def _cancel(sweep: Sweep) -> int:
             # It may have ended meanwhile
             with contextlib.suppress(ProcessLookupError):
                 os.kill(job["pid"], signal.SIGTERM)
-    print_message(f"{len(reachable)} points were asked to end, and no other is started")
+    print_message(
+        f"{quantity(len(reachable), 'point was', 'points were')} asked to end, "
+        "and no other is started"
+    )
     print_message("the same command as before goes on with all of them")
     print_next(sweep)
     return 0

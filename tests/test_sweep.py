@@ -52,7 +52,7 @@ def test_without_a_cluster_the_table_is_shown_and_what_is_unknown(
         assert "1 done, 1 missing, 1 unknown" in told.out
         assert ("slurm 7_2" in told.out, f"pid {GONE} on " in told.out) == (True, True)
         assert r"[red]done\x1b[0m" in told.out  # as it is, without what a terminal would obey
-        assert len(re.findall(r"\b1 points\b.*unknown", told.out)) == 1
+        assert len(re.findall(r"\b1 point\b.*unknown", told.out)) == 1
         assert "next: python -m relloc.report sweep=s" in told.out
         assert told.err == ""
     (sweep.folder.parents[2] / "new").mkdir()

@@ -16,6 +16,7 @@ from relloc.checkpoints.fitting import check_fits, first_of
 from relloc.checkpoints.weight_files import leaves
 from relloc.errors import CheckpointError
 from relloc.pickles.inert import LeftOut
+from relloc.terminal import quantity
 
 KNOWN = (
     "mmselfsup 0.x and 1.x, OpenSelfSup, torchvision, timm, VISSL, PyTorch Lightning and "
@@ -150,7 +151,7 @@ class FoundResNet:
         if self.objects:
             parts.append(f"objects, which are never made ({first_of(self.objects)})")
         left_out = ", ".join(parts) or "none"
-        return f"{self.layout}, {len(self.weights)} tensors; left out: {left_out}"
+        return f"{self.layout}, {quantity(len(self.weights), 'tensor')}; left out: {left_out}"
 
 
 def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) -> FoundResNet:

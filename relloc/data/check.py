@@ -27,7 +27,7 @@ from relloc.data.parts import (
 )
 from relloc.data.processes import Progress, Tick, work_through
 from relloc.errors import UnreadableImage
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 # An image is reported as small if its short side is under SMALL_PX, and as long if its long side is
 # over LONG_RATIO times the short one.
@@ -106,10 +106,12 @@ class Check:
         """Returns a sentence for each problem, the most serious first."""
         sentences = []
         if self.leaked.n:
+            held_out = self.held_out.split
+            leaked = quantity(self.leaked.n, f"image of {held_out} is", f"images of {held_out} are")
             sentences.append(
-                f"LEAK: {self.leaked.n} images of {self.held_out.split} are also in "
+                f"LEAK: {leaked} also in "
                 f"{self.train.split}, with the same bytes ({self.leaked}): results on "
-                f"{self.held_out.split} would be too good"
+                f"{held_out} would be too good"
             )
         return sentences + _findings(self.train) + _findings(self.held_out)
 
@@ -282,7 +284,7 @@ def _findings(split_check: SplitCheck) -> list[str]:
     if split_check.unreadable:
         name, reason = next(iter(split_check.unreadable.items()))
         sentences.append(
-            f"{split}: {len(split_check.unreadable)} images can't be read, such as "
+            f"{split}: {quantity(len(split_check.unreadable), 'image')} can't be read, such as "
             f"{escaped(name)}: {escaped(reason)}"
         )
     if split_check.class_images and split_check.class_images[0] == 0:
@@ -291,14 +293,15 @@ def _findings(split_check: SplitCheck) -> list[str]:
         sentences.append(f"{split}: {counted.n} images {kind} ({counted})")
     # What may be intended comes last.
     kinds = (
-        (split_check.repeated, "repeat the bytes of an earlier one"),
-        (split_check.small, f"have a short side under {SMALL_PX} px"),
-        (split_check.long, f"are over {LONG_RATIO} times as long as wide"),
-        (split_check.single_color, "have a single color"),
+        (split_check.repeated, "repeats", "repeat", "the bytes of an earlier one"),
+        (split_check.small, "has", "have", f"a short side under {SMALL_PX} px"),
+        (split_check.long, "is", "are", f"over {LONG_RATIO} times as long as wide"),
+        (split_check.single_color, "has", "have", "a single color"),
     )
-    for counted, problem in kinds:
+    for counted, verb, verb_of_several, problem in kinds:
         if counted.n:
-            sentences.append(f"{split}: {counted.n} images {problem} ({counted})")
+            images = quantity(counted.n, f"image {verb}", f"images {verb_of_several}")
+            sentences.append(f"{split}: {images} {problem} ({counted})")
     return sentences
 
 

@@ -32,7 +32,7 @@ from relloc.data.manifest import is_packed
 from relloc.data.processes import Progress, without_progress
 from relloc.data.split_folders import Branch, images_by_folder, refuse_pooled_splits
 from relloc.errors import DataError
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 # How many of the empty class folders an error message names.
 _MOST_EMPTY_NAMED = 5
@@ -205,7 +205,8 @@ def class_folders(
     in_one_split = set(classes) ^ set(val_classes)
     if in_one_split:
         raise DataError(
-            f"{base}: {train} and {val} differ in {len(in_one_split)} classes, such as "
+            f"{base}: {train} and {val} differ in "
+            f"{quantity(len(in_one_split), 'class', 'classes')}, such as "
             f"{escaped(min(in_one_split))}: both splits need the same class folders"
         )
     # A single folder called "images" holds unlabeled images, and would become a class otherwise.
@@ -222,7 +223,8 @@ def class_folders(
 
     # Remarks for the user: what was found, and what was not used.
     counts = [
-        f"{images.split}: {len(images)} images of {len(classes)} classes"
+        f"{images.split}: {quantity(len(images), 'image')} of "
+        f"{quantity(len(classes), 'class', 'classes')}"
         for images in (train_images, val_images)
     ]
     remarks = ["; ".join(counts)]
@@ -267,7 +269,7 @@ def _unlabeled(
     held_out_paths = paths_of["held_out"]
     if not train_paths or not held_out_paths:
         raise DataError(
-            f"{', '.join(map(str, roots))}: {len(train_paths)} images to train on and "
+            f"{', '.join(map(str, roots))}: {quantity(len(train_paths), 'image')} to train on and "
             f"{len(held_out_paths)} held out ({', '.join(SUFFIXES)}); both need some: check "
             f"data.root and data.source.held_out_share. Found was {'. '.join(remarks)}"
         )
@@ -289,10 +291,10 @@ def _hash_fraction(name: str) -> float:
 
 def _unlabeled_remark(branch: Branch) -> str:
     """Returns a sentence on how many images a root has, and in which of its folders."""
-    remark = f"{branch.path}: {branch.images} images without labels"
+    remark = f"{branch.path}: {quantity(branch.images, 'image')} without labels"
     counts = [f"{name} {inner.images}" for name, inner in sorted(branch.folders.items())]
     if counts:
-        remark += f", in {len(counts)} folders ({first_names(counts)})"
+        remark += f", in {quantity(len(counts), 'folder')} ({first_names(counts)})"
     empty = [name for name in class_folders_of(branch.path) if name not in branch.folders]
     if empty:
         remark += f"; none in {first_names(empty)}"

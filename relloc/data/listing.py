@@ -7,7 +7,7 @@ from pathlib import Path
 
 from relloc.data.images import SUFFIXES, begins_as_image
 from relloc.errors import DataError, data_errors
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 # Folders that programs make beside a user's, in lower case: thumbnails of a network storage, trash,
 # what macOS packs into archives, what a repaired file system found. Names that begin with a dot are
@@ -139,7 +139,7 @@ def describe_passed_over(passed_over: PassedOver) -> str:
     sentence = f"passed over: {', '.join(kinds)}"
     n_others = passed_over.total() - sum(count for _, count in most_common)
     if n_others:
-        sentence += f" and {n_others} others"
+        sentence += f" and {quantity(n_others, 'other')}"
     if _OTHER_IMAGES & set(passed_over):
         sentence += "; to use them, convert them to JPEG or PNG"
     return sentence

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
 from relloc.data.shared_memory import can_be_handed, handed_over, to_hand_over
 from relloc.errors import DataError, Interrupted
+from relloc.terminal import quantity
 
 # Why images can't be used, by their names.
 Reasons = dict[str, str]
@@ -212,6 +213,7 @@ class Unreadable:
         if len(batch.pixels) < images:
             first, reason = next(iter(batch.unreadable.items()))
             raise DataError(
-                f"{len(batch.unreadable)} images in a row can't be used, so that none could "
+                f"{quantity(len(batch.unreadable), 'image')} in a row can't be used, "
+                "so that none could "
                 f"replace another; the first is {first}: {reason}. Repair or remove them"
             )

@@ -20,6 +20,7 @@ from relloc.data.images import MOST_PIXELS
 from relloc.data.processes import Progress, without_progress
 from relloc.errors import DataError, data_errors
 from relloc.files import read_text
+from relloc.terminal import quantity
 
 FORMAT = "relloc shards"
 VERSION = 1
@@ -259,7 +260,7 @@ def _shapes_misfit(index: dict[str, np.ndarray], about: dict[str, Any]) -> str:
         dtype = np.int8 if name == "presence" else np.int64
         values = index.get(name)
         if values is None or values.shape != shapes[name] or values.dtype != dtype:
-            return f"{name} is not of {n_images} images"
+            return f"{name} is not of {quantity(n_images, 'image')}"
     return ""
 
 

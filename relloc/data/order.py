@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 
 from relloc.errors import DataError
 from relloc.seeds import Use, seed_for
+from relloc.terminal import quantity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class StepPlan:
         """Returns the settings to give for a data set that is smaller than a step."""
         share_of_process = self.n_images // self.world
         if share_of_process == 0:
-            return f"start {self.n_images} processes or fewer"
+            return f"start {quantity(self.n_images, 'process', 'processes')} or fewer"
         # The largest step of whole ghost batches; these shrink only if not even one fits.
         ghost_images = min(self.images_per_batch_norm, share_of_process)
         process_images = share_of_process // ghost_images * ghost_images

@@ -22,6 +22,7 @@ from relloc import machine
 from relloc.data.loader import ImageBatch, Sample, load, write_samples
 from relloc.data.readers import PREFETCHED, Answer, ReadingProcesses, never
 from relloc.data.shared_memory import shared_with_forks
+from relloc.terminal import quantity
 
 
 def load_in_slots(
@@ -58,7 +59,8 @@ def load_in_slots(
         except OSError as error:
             megabytes = math.prod(shape) / 1e6
             print_message(
-                f"loader  {megabytes:.0f} MB of shared memory for {n_slots} batches could not be "
+                f"loader  {megabytes:.0f} MB of shared memory for "
+                f"{quantity(n_slots, 'batch', 'batches')} could not be "
                 f"allocated ({error.strerror}): images come slower. Give fewer workers=, or more "
                 "memory"
             )

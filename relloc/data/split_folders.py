@@ -13,7 +13,7 @@ from pathlib import Path
 
 from relloc.data.listing import class_folders_of
 from relloc.errors import DataError
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 # STL-10 has such images, which are meant to be trained on together with those of train.
 _UNLABELED = ("unlabeled", "unlabelled")
@@ -127,7 +127,10 @@ def _message(root: Branch, parent: Branch, splits: Sequence[str], *, alone: bool
     counts = []
     for name in splits:
         split = folders[name]
-        counts.append(f"{escaped(name)} ({split.images} images in {len(split.folders)} folders)")
+        counts.append(
+            f"{escaped(name)} ({quantity(split.images, 'image')} in "
+            f"{quantity(len(split.folders), 'folder')})"
+        )
     train = _by_word(splits, _TRAIN_WORDS)
     val = _by_word(splits, (*_VAL_WORDS, *_OTHER_WORDS))
     first = train or splits[0]

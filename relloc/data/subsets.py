@@ -15,6 +15,7 @@ from PIL import Image
 from relloc import checks
 from relloc.data.image_set import ImageSet, hash_lines
 from relloc.errors import DataError, data_errors
+from relloc.terminal import quantity
 
 
 class Subset:
@@ -133,7 +134,8 @@ def listed(images: ImageSet, path: Path) -> Subset:
         first = ambiguous[0]
         raise DataError(
             f"{path}: {len(ambiguous)} of {len(wanted)} names are not those of exactly one image "
-            f"of {images.name} {images.split}, such as {first} ({counts[first]} images): give a "
+            f"of {images.name} {images.split}, such as {first} "
+            f"({quantity(counts[first], 'image')}): give a "
             "list of this data set's file names"
         )
     indices = [index for index, name in enumerate(image_names) if name in wanted]

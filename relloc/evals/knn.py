@@ -26,6 +26,7 @@ from relloc.features.source import (
 )
 from relloc.features.voting import vote
 from relloc.results import Score, closest_to_20
+from relloc.terminal import quantity
 
 # Memory of the queries that are compared with the bank at once. The whole bank is read once for
 # each such group, so larger groups save time.
@@ -76,8 +77,8 @@ class Knn(Evaluation):
 
     def _too_few(self, n_images: int) -> UsageError:
         return UsageError(
-            f"eval.knn.k {list(self.k)}: the bank has only {n_images} images. Give a k of "
-            f"{n_images} or less, or more training images"
+            f"eval.knn.k {list(self.k)}: the bank has only {quantity(n_images, 'image')}. "
+            f"Give a k of {n_images} or less, or more training images"
         )
 
     def run(self, context: Context) -> Iterator[Score]:
@@ -157,7 +158,8 @@ class Knn(Evaluation):
         if needed > self.bank_gib:
             layers = ", ".join(self.layers)
             raise UsageError(
-                f"eval.knn needs {format_gib(needed)} for {n_images} images at {layers}, more than "
+                f"eval.knn needs {format_gib(needed)} for {quantity(n_images, 'image')} at "
+                f"{layers}, more than "
                 f"bank_gib={self.bank_gib}: name fewer layers in eval.knn.layers or raise bank_gib"
             )
         if isinstance(train, Bank):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from relloc import checks
+from relloc.terminal import quantity
 
 
 def describe_schedule(
@@ -15,7 +16,7 @@ def describe_schedule(
 
     Milestones that are never reached are left out.
     """
-    words = f"{epochs} epochs"
+    words = quantity(epochs, "epoch")
     reached = [str(milestone) for milestone in milestone_epochs if milestone < epochs]
     if reached:
         milestones = ", ".join(reached)

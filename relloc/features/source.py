@@ -23,6 +23,7 @@ from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.seeds import Use, seed_for
+from relloc.terminal import quantity
 
 T = TypeVar("T")
 ByteRangeImages = Float[Tensor, "b 3 s s"]  # RGB values from 0 to 255, as floating-point numbers
@@ -382,7 +383,8 @@ def fill_bank(
     needed_gib = bank_gib(source, layers, len(indices))
     available_gib = free_gib(device)
     too_large = UsageError(
-        f"features of {len(indices)} images at {', '.join(layers)} take {format_gib(needed_gib)}, "
+        f"features of {quantity(len(indices), 'image')} at {', '.join(layers)} take "
+        f"{format_gib(needed_gib)}, "
         f"but the memory of {device} has only {format_gib(available_gib)} free: name fewer layers, "
         "use a smaller data set, or free memory"
     )

@@ -21,6 +21,7 @@ import torch
 from relloc.pickles.arrays import ARRAYS
 from relloc.pickles.inert import LeftOut, Makers, Named, Pending, Source, TooLarge, read_pickle
 from relloc.pickles.plain import PLAIN
+from relloc.terminal import quantity
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
@@ -287,7 +288,7 @@ def _root(records: Mapping[str, zipfile.ZipInfo]) -> str:
     first = file_names[0] if file_names else "nothing"
     raise OtherKind(
         "is a zip that torch.save did not write "
-        f"(it holds {len(records)} files, such as {first[:80]!r}): "
+        f"(it holds {quantity(len(records), 'file')}, such as {first[:80]!r}): "
         f"give the file of weights itself, or {_SAVE_AGAIN}"
     )
 

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from relloc import checks
 from relloc.errors import UsageError
 from relloc.optimization import milestone_factor
+from relloc.terminal import quantity
 
 
 @runtime_checkable
@@ -92,7 +93,7 @@ class Step(_WarmedUp):
         if last >= self.epochs:
             raise ValueError(
                 f"schedule.milestone_epochs {list(self.milestone_epochs)}: {last} is "
-                f"never reached in {self.epochs} epochs; set them to fit, or [] for none"
+                f"never reached in {quantity(self.epochs, 'epoch')}; set them to fit, or [] for none"
             )
 
     def factor(self, epoch: float) -> float:

@@ -18,6 +18,7 @@ from relloc.reports.missing import MissingEvaluations
 from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
 from relloc.results import LAYERS, REFERENCE_MODELS, Result, read_results
 from relloc.sweeps.points import Point
+from relloc.terminal import quantity
 from relloc.tracking.record import RUN_FILE, RunRecord, Scalar
 
 # Columns of `SweepNumbers.rows` beside the settings and the fields of `Result`
@@ -424,7 +425,7 @@ def _cell(mean: float, std: float, count: float, *, is_best: bool) -> Cell | Non
     if not count > 0:
         return None
     if count > 1:
-        seeds = f"{count:.0f} seeds"
+        seeds = quantity(round(count), "seed")
         spread = f"± {std:.1f} ({count:.0f})"
     else:
         seeds = "one seed"

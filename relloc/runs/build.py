@@ -42,6 +42,7 @@ from relloc.runs.data_sets import DataSet
 from relloc.runs.engine import Engine, EngineSettings
 from relloc.runs.renamed import refuse_old_names
 from relloc.runs.settings import conf_dir, plain
+from relloc.terminal import quantity
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
 
 
@@ -123,10 +124,12 @@ class RunSettings:
         of_evaluations = [chosen.data for chosen in self.evaluations if chosen.data]
         missing = [data.missing_setting for data in of_evaluations if data.missing_setting]
         if missing:
-            raise UsageError(
-                f"{len(missing)} evaluations don't know where their data set lies; "
-                f"give {'; '.join(missing)}"
+            lost = quantity(
+                len(missing),
+                "evaluation doesn't know where its data set lies",
+                "evaluations don't know where their data set lies",
             )
+            raise UsageError(f"{lost}; give {'; '.join(missing)}")
 
     @property
     def needs_own_data(self) -> bool:

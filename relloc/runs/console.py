@@ -28,7 +28,7 @@ from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
 from relloc.results import LAYERS, REFERENCE_MODELS, Result
 from relloc.runs.command_line import as_word
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 T = TypeVar("T")
 # What a progress bar is called with: the number of items done, and a text beside the bar.
@@ -261,7 +261,7 @@ def print_measured(rows: Sequence[Result]) -> None:
 
 def pretext_line(row: Result) -> str:
     """Returns the line that tells the held-out pretext accuracy beside that of chance."""
-    interval = f"95 % interval {row.low:.1f} to {row.high:.1f}, {row.n} pairs"
+    interval = f"95 % interval {row.low:.1f} to {row.high:.1f}, {quantity(row.n, 'pair')}"
     return (
         f"pretext accuracy on {row.dataset} {row.split}: {row.value:.1f} % ({interval}); "
         f"chance is {CHANCE_PERCENT} %"

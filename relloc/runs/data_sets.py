@@ -18,6 +18,7 @@ from relloc.data.processes import without_progress
 from relloc.data.shards import shards
 from relloc.errors import DataError, UsageError
 from relloc.runs import console
+from relloc.terminal import quantity
 
 _LONGEST_NAME = 24  # characters, in the name of a run
 # The environment variables that conf/data takes folders from, by the beginning of a data set's name
@@ -182,15 +183,17 @@ class DataSet:
 
 def _report(found: Splits) -> None:
     """Prints the numbers of images and classes."""
-    labels = f"{len(found.train.classes)} classes" if found.labeled else "no labels"
+    labels = (
+        quantity(len(found.train.classes), "class", "classes") if found.labeled else "no labels"
+    )
     if isinstance(found.train, MultiLabeled):
         # Such as PASCAL VOC, where an image shows objects of several classes
-        labels = f"{len(found.train.classes)} classes, several an image"
+        labels = f"{quantity(len(found.train.classes), 'class', 'classes')}, several an image"
     elif isinstance(found.train, ObjectImages):
         labels = f"boxes of {len(found.train.classes)} classes"
     elif isinstance(found.train, SegmentedImages):
         labels = f"the class of each pixel, of {len(found.train.classes)}"
-    counts = f"{len(found.train)} images to train on, {len(found.held_out)} held out"
+    counts = f"{quantity(len(found.train), 'image')} to train on, {len(found.held_out)} held out"
     console.print_message(f"data    {found.train.name}: {counts}, {labels}")
     for remark in found.remarks:
         console.print_message(f"        {remark}")

@@ -19,6 +19,7 @@ import torch
 from relloc import checks, machine, ranks
 from relloc.errors import UsageError
 from relloc.runs import console
+from relloc.terminal import quantity
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # A gradient that flows into a batch norm is computed from many values and read by several kernels.
@@ -110,7 +111,7 @@ class Engine:
         words.append(self.memory_format)
         if self.deterministic:
             words.append("deterministic")
-        words.append(f"{self.workers} workers")
+        words.append(quantity(self.workers, "worker"))
         return ", ".join(words)
 
 

@@ -27,6 +27,7 @@ from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
+from relloc.terminal import quantity
 from relloc.tracking.journal import Journal
 
 
@@ -132,7 +133,9 @@ def report_known_answers(
     problems = []
     failed = [verdict for verdict in verdicts if not verdict.passed]
     if failed:
-        problems.append(f"{len(failed)} are outside their tolerance")
+        problems.append(
+            quantity(len(failed), "is outside its tolerance", "are outside their tolerance")
+        )
     if unchecked:
         problems.append(f"{len(unchecked)} could not be checked")
     if problems:

@@ -22,6 +22,7 @@ from relloc.runs.refusing import HYDRA_FOLDER, STATES, FolderSnapshot
 from relloc.runs.saving import TRAINING_FILE
 from relloc.status import Status
 from relloc.sweeps.points import POINT_FILE
+from relloc.terminal import quantity
 from relloc.tracking import (
     Mirror,
     RunRecord,
@@ -116,7 +117,8 @@ class RunFolder:
         write_whole(file, content.encode("utf-8", "surrogateescape"))
         self.keep(UNREADABLE_FILE)
         console.print_message(
-            f"{len(lines)} images could not be used, such as {min(lines)}; all are named in {file}"
+            f"{quantity(len(lines), 'image')} could not be used, such as "
+            f"{min(lines)}; all are named in {file}"
         )
 
 

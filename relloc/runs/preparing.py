@@ -19,7 +19,7 @@ from relloc.runs import console
 from relloc.runs.build import Preparing
 from relloc.runs.invocation import Invocation
 from relloc.runs.settings import members
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 
 def prepare(settings: Preparing, invocation: Invocation) -> None:
@@ -136,10 +136,11 @@ def _print_packed(out: Path, packing: Packing) -> None:
         split = manifest[role]
         stored = split["stored"]
         tars = split["shards"]
+        kept = quantity(stored["kept"], "JPEG kept as it was", "JPEGs kept as they were")
         megabytes = sum(tar["bytes"] for tar in tars) / 1e6
         console.print_message(
-            f"packed  {split['split']}: {megabytes:.1f} MB in {len(tars)} tars; "
-            f"{stored['kept']} JPEGs kept as they were, {stored['reduced']} reduced to "
+            f"packed  {split['split']}: {megabytes:.1f} MB in {quantity(len(tars), 'tar')}; "
+            f"{kept}, {stored['reduced']} reduced to "
             f"{packing.short_px} px, {stored['encoded']} encoded"
         )
     console.print_message(f"written {out}; what was checked is in {CHECK_FILE} there")

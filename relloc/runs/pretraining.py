@@ -44,6 +44,7 @@ from relloc.runs.reusing import EvalRun
 from relloc.runs.settings import content_of, flat, members
 from relloc.runs.training import Training, train_to_the_end
 from relloc.seeds import PRETRAINING_VERSION, Use, seed_for
+from relloc.terminal import quantity
 
 PICTURE = "patches.png"
 _PICTURE_IMAGES = 6
@@ -114,7 +115,9 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         record = invocation.record(name, data_sets, engine)
         with open_folder(invocation, record, run_dir) as folder, stop.reraised():
             saving.note_identity(run_dir, training.identity)
-            console.print_message(f"engine  {engine}; {plan.forward_images} images a forward")
+            console.print_message(
+                f"engine  {engine}; {quantity(plan.forward_images, 'image')} a forward"
+            )
             _draw_patches(settings, data, folder)
             train_to_the_end(training, done, folder)
             # From here on nothing is computed by several processes.
@@ -222,7 +225,8 @@ def _report_scaled_spans(settings: Pretraining) -> None:
     # A warm-up of 5 of 70 epochs becomes one of 0.5 of 7, which is easily overlooked.
     if schedule.epochs != recipe_epochs and spans:
         console.print_message(
-            f"spans   {schedule.epochs} epochs in place of the recipe's {recipe_epochs}: "
+            f"spans   {quantity(schedule.epochs, 'epoch')} in place of "
+            f"the recipe's {recipe_epochs}: "
             f"{', '.join(spans)}"
         )
 

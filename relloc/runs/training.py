@@ -36,6 +36,7 @@ from relloc.runs.saving import Saver
 from relloc.runs.watching import Monitoring, reporting
 from relloc.seeds import Use
 from relloc.status import Status
+from relloc.terminal import quantity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,7 +255,7 @@ def _explained_failures(training: Training) -> Iterator[None]:
         # Half as many, in whole ghost batches.
         fewer = max(images // 2 // ghost, 1) * ghost
         raise UsageError(
-            f"the GPU's memory is too small for {images} images at once: give "
+            f"the GPU's memory is too small for {quantity(images, 'image')} at once: give "
             f"images_per_forward={fewer} or less, a multiple of "
             f"recipe.images_per_batch_norm={ghost} (the results stay the same)"
         ) from error

@@ -16,7 +16,7 @@ from relloc.status import Status
 from relloc.sweeps.point_status import PointStatus
 from relloc.sweeps.points import Point, read_job
 from relloc.sweeps.sweep import Sweep, word_of
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 _LAST_LINES = 8  # of the log of a point that failed
 _READ_BYTES = 1 << 16  # of a log's end
@@ -117,7 +117,7 @@ def print_silent_schedulers(found: Sequence[PointStatus], silent: Sequence[str])
     if silent:
         count = sum(one.status is Status.UNKNOWN for one in found)
         print_message(
-            f"        the state of {count} points is unknown here; "
+            f"        the state of {quantity(count, 'point')} is unknown here; "
             "that of the others is as their folders say"
         )
 

@@ -24,6 +24,7 @@ from relloc.errors import DataError
 from relloc.evaluation import schedule
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.results import CHOSEN_WITHOUT_TEST, Score
+from relloc.terminal import quantity
 from relloc.transfer.classifier import TOP, Classifier, TrainingViews, count_top_hits
 from relloc.transfer.loop import Diverged, FineTuning, MicroBatch
 from relloc.transfer.schedule import Milestones
@@ -357,8 +358,8 @@ class SemiSupervised(Evaluation):
             yield "the list is ours, not SimCLR's"
         n_tried = len(self.settings)
         if n_tried != _PUBLISHED_SETTINGS:
-            plural = "s" if n_tried > 1 else ""
-            yield f"{n_tried} setting{plural} tried, published is the best of {_PUBLISHED_SETTINGS}"
+            tried = quantity(n_tried, "setting")
+            yield f"{tried} tried, published is the best of {_PUBLISHED_SETTINGS}"
 
 
 def _best_setting(outcomes: Sequence[Outcome], image_set: int) -> int:

@@ -89,7 +89,7 @@ def test_sizes_colors_and_broken_files_are_told(clean: Path) -> None:
     assert found.held_out.unreadable["b/empty.jpg"] == "is an empty file"
     assert found.held_out.repeated.n == 0  # two empty files are not one image twice
     findings = "\n".join(found.findings())
-    assert re.search(r"^train: 1 images .* 64 px \(a/s63\.png\)", findings, re.MULTILINE)
+    assert re.search(r"^train: 1 image .* 64 px \(a/s63\.png\)", findings, re.MULTILINE)
     assert re.search(r"^val: 3 images .*read", findings, re.MULTILINE)
 
 

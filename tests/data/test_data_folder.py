@@ -228,7 +228,7 @@ def test_too_few_images_are_counted(tmp_path: Path) -> None:
     ):
         unlabeled(str(tmp_path))
     touch(tmp_path, ["one.jpg"])
-    with pytest.raises(DataError, match=r"\b0 images .*\b1 held|\b1 images .*\b0 held"):
+    with pytest.raises(DataError, match=r"\b0 images .*\b1 held|\b1 image .*\b0 held"):
         unlabeled(str(tmp_path))
 
 
@@ -240,7 +240,7 @@ def test_a_share_is_between_0_and_1(tmp_path: Path, share: float) -> None:
 
 def test_splits_with_other_classes_are_refused_with_one_of_them(tmp_path: Path) -> None:
     touch(labeled_root(tmp_path), ["val/dog/1.jpg"])
-    with pytest.raises(DataError, match=r"\btrain\b.*\bval\b.*\b1 classes.*\bdog\b"):
+    with pytest.raises(DataError, match=r"\btrain\b.*\bval\b.*\b1 class\b.*\bdog\b"):
         unlabeled(str(tmp_path))
 
 

@@ -158,7 +158,7 @@ def test_what_is_told_for_few_images_makes_a_plan(
         "images_per_step": 512 * ghost * ghosts * world,
         "images_per_batch_norm": ghost,
     }
-    with pytest.raises(DataError, match=r": add recipe\.images_per_step|: .*\d processes") as error:
+    with pytest.raises(DataError, match=r": add recipe\.images_per_step|: .*\d process") as error:
         StepPlan(n_images=n_images, images_per_forward=ghost * ghosts, world=world, **given_numbers)
     advice = dict(word.split("=") for word in str(error.value).partition(": add ")[2].split())
     numbers = given_numbers | {

@@ -47,7 +47,7 @@ def test_a_check_alone_tells_and_writes_nothing(relloc, tmp_path):
     assert done.code == 0, done.text
     assert below(tmp_path) == before
     for words in (
-        "LEAK: 1 images of val are also in train",
+        "LEAK: 1 image of val is also in train",
         "b/seen.jpg = a/small.jpg",
         "out=FOLDER packs",
     ):

@@ -522,6 +522,6 @@ def test_a_running_point_is_ended_by_its_number(tmp_path: Path) -> None:
     with sweep.locked():
         sweep.add([running], ["train"])
     done = relloc(tmp_path, "sweep", "cancel", str(sweep.folder))
-    assert (done.returncode, "1 points were asked to end" in done.stdout) == (0, True)
+    assert (done.returncode, "1 point was asked to end" in done.stdout) == (0, True)
     assert child.wait(30) == -signal.SIGTERM
     child.communicate()

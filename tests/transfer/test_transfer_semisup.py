@@ -363,7 +363,7 @@ def test_the_protocol_names_images_and_constants() -> None:
         == f"fine-tuned on 18 labeled images (0.2 of each class by seed 1, hash {chosen.list_hash()})"
     )
     assert constants == [
-        *("lr 0.05, of the head x10", "momentum 0.9", "weight decay 0.0005", "1 epochs", "batch 5"),
+        *("lr 0.05, of the head x10", "momentum 0.9", "weight decay 0.0005", "1 epoch", "batch 5"),
         "batch norm trained",
     ]
     assert "random resized crops of 32 px" in views

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig
 
 from relloc.errors import UsageError
 from relloc.results import RESULTS_FILE, Result, read_results
+from relloc.terminal import quantity
 
 # Hydra's own sweeper, which runs a grid and needs no objective
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -86,7 +87,8 @@ def _value(rows: Sequence[Result], name: str, folder: Path) -> float:
     measured_on = {(row.dataset, row.split, row.checkpoint) for row in named}
     if len(measured_on) > 1:
         raise UsageError(
-            f"objective={name} has {len(measured_on)} values in {folder / RESULTS_FILE}, of "
+            f"objective={name} has {quantity(len(measured_on), 'value')} "
+            f"in {folder / RESULTS_FILE}, of "
             "several checkpoints or data sets: have each point evaluate one"
         )
     # A result that was measured again is appended: the last one counts.

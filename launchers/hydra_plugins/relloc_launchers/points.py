@@ -50,6 +50,7 @@ from relloc.sweeps.table import (
     reason_of,
     table,
 )
+from relloc.terminal import quantity
 
 _RELLOC_CONF = "RELLOC_CONF"
 _SCRATCH = "${scratch:}"  # a temporary folder, see relloc.runs.launch
@@ -130,7 +131,10 @@ class PointsLauncher(Launcher):
         points = [one.point for one in composed]
         n_repeated = len(given) - len(points)
         if n_repeated:
-            print_message(f"sweep   {n_repeated} points are others over again: each is run once")
+            repeated = quantity(
+                n_repeated, "point is another over again", "points are others over again"
+            )
+            print_message(f"sweep   {repeated}: each is run once")
 
         # Refuse what can be refused, before anything is written.
         content = self._content()
@@ -351,7 +355,7 @@ class PointsLauncher(Launcher):
         """Prints how many points there are, and how many are left to run."""
         n_done = sum(one.point not in todo and one.status is Status.DONE for one in before)
         n_in_flight = len(before) - n_done - len(todo)
-        counts = [f"{len(before)} points"]
+        counts = [quantity(len(before), "point")]
         if n_done:
             counts.append(f"{n_done} done before")
         if n_in_flight:

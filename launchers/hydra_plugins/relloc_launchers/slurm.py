@@ -36,6 +36,7 @@ from relloc.sweeps.point_status import StatesFunction, point_statuses_when_answe
 from relloc.sweeps.points import POINT_FILE, Point, note_job, read_job
 from relloc.sweeps.sweep import SWEEP_FILE
 from relloc.sweeps.table import print_message
+from relloc.terminal import quantity
 
 NAME = "slurm"
 _FIRST_POLL_S, _LONGEST_POLL_S = 1.0, 30.0
@@ -87,7 +88,8 @@ class SlurmLauncher(PointsLauncher):
             print_message(script)
             command = shlex.join(self.command(todo[0]))
             print_message(
-                f"nothing was submitted; each of {len(todo)} jobs would run a command such as\n"
+                f"nothing was submitted; each of {quantity(len(todo), 'job')} would "
+                "run a command such as\n"
                 f"  {command}"
             )
             sys.exit(0)
@@ -302,7 +304,8 @@ class SlurmLauncher(PointsLauncher):
 
     def _print_sent(self, jobs: Sequence[Job]) -> None:
         """Prints which jobs were submitted."""
-        print_message(f"sent    {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}; logs in {self._logs}")
+        numbers = f"{jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else f"{jobs[0]}"
+        print_message(f"sent    {quantity(len(jobs), 'job')}, {numbers}; logs in {self._logs}")
         print_message(
             "        they need this command no more: "
             f"python -m relloc.sweep status {self.sweep.folder}"
@@ -361,21 +364,23 @@ def _why_not(answer: str, n_points: int, n_sent: int) -> str:
     limits = r"QOS|Assoc|MaxSubmit|job count|accounting|temporarily unable to accept"
     if "Invalid job array specification" in answer:
         advice = (
-            f"the cluster allows no array of {n_points} jobs (MaxArraySize in `scontrol show "
+            f"the cluster allows no array of {quantity(n_points, 'job')} "
+            "(MaxArraySize in `scontrol show "
             "config`): start the sweep in parts, with fewer points at a time and the same "
             "sweep=NAME"
         )
     elif re.search(limits, answer, re.IGNORECASE):
         advice = (
             "an account, QOS or user may have only so many jobs, minutes or nodes at a time, and "
-            f"{n_points} jobs were to be added: start the sweep in parts, with fewer points at a "
+            f"{quantity(n_points, 'job was', 'jobs were')} to be added: start the sweep in "
+            "parts, with fewer points at a "
             "time and the same sweep=NAME, or when others have ended"
         )
     elif n_sent:
         advice = "the same command again sends the rest"
     else:
         advice = "correct the launcher's settings"
-    before = f"{n_sent} jobs were sent, " if n_sent else ""
+    before = quantity(n_sent, "job was sent, ", "jobs were sent, ") if n_sent else ""
     refused = "the others" if n_sent else "the jobs"
     return f"{before}SLURM does not take {refused} ({answer.strip()}): {advice}"
 
