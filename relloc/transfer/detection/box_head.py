@@ -45,8 +45,8 @@ def align(
 ) -> Float[Tensor, "n c side side"]:
     """Returns the features of each region by RoIAlign, aligned, and sampled at every pixel.
 
-    `stride` is that of the map. The computation is in float32, and the result in the type of the
-    features: in bfloat16 coordinates would be wrong by pixels.
+    `stride` is that of the map. The computation is in float32, as in bfloat16 coordinates would be
+    wrong by pixels. The result has the type and the memory layout of the features.
     """
     rows = torch.cat([images.unsqueeze(1).float(), boxes.float()], dim=1)
     # torchvision's decorator hides the type of roi_align from pyright.
@@ -58,7 +58,9 @@ def align(
         sampling_ratio=_ADAPTIVE_SAMPLING,
         aligned=True,
     )
-    return aligned.to(features.dtype)
+    channels_last = features.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return aligned.to(features.dtype, memory_format=layout)
 
 
 class BoxPredictor(nn.Module):

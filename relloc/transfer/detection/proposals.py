@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from relloc.transfer.detection.anchors import Anchors
 from relloc.transfer.detection.batch import Size, on_device
@@ -44,7 +44,8 @@ def propose(
     """Returns the proposals of each image, best first, clipped to the image of height and width.
 
     The best anchors are taken of each level, decoded and clipped. Those without width or height are
-    dropped, and non-maximum suppression is done within each level.
+    dropped, and so are those that are not numbers, with which RoIAlign would read beyond its
+    memory. Non-maximum suppression is done within each level.
     """
     # Anchors that the image has only because another one is larger must not be taken.
     own = anchors.of_images(sizes)
@@ -81,10 +82,12 @@ def propose(
     for image, number in enumerate(n_usable):
         places = order[image, :number]
         image_boxes = boxes[image, places]
-        kept = batched_nms(
-            image_boxes,
+        # Levels are moved apart, so that boxes of different ones do not overlap. torchvision's
+        # batched_nms does the same, but asks the device how far.
+        level_shift = level[image, places].unsqueeze(1) * (max(sizes[image]) + 1)
+        kept = nms(
+            image_boxes + level_shift,
             score[image, places],
-            level[image, places],
             counts.nms_overlap,
         )
         proposals.append(image_boxes[kept[: counts.after_nms]])

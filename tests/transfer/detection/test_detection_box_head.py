@@ -46,6 +46,16 @@ def test_features_in_bfloat16_are_aligned_in_float32() -> None:
     assert exact[0, 0, 0].tolist() == pytest.approx([25, 26])
 
 
+def test_aligned_features_have_the_layout_of_the_map() -> None:
+    features = torch.randn(2, 4, 5, 6)
+    boxes, images = torch.tensor([[4.0, 4, 60, 50]]), torch.tensor([1])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        own = features.contiguous(memory_format=layout)
+        aligned = align(own, boxes, images, side=3, stride=16)
+        assert aligned.is_contiguous(memory_format=layout)
+        assert torch.equal(aligned, align(features, boxes, images, side=3, stride=16))
+
+
 def test_the_predictor_starts_as_published() -> None:
     predictor = BoxPredictor(2048, 20, torch.Generator().manual_seed(0))
     assert predictor.score.weight.shape == (21, 2048)

@@ -2,11 +2,14 @@
 
 import copy
 import functools
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from detection_batches import batch_of, part, random_objects, targets
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from relloc.errors import UsageError
 from relloc.models.alexnet import AlexNetBackbone
@@ -18,6 +21,7 @@ from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4, s
 from relloc.transfer.detection.proposals import ProposalCounts
 from relloc.transfer.detection.regions import RegionTraining
 from relloc.transfer.detection.rpn import RpnTraining
+from relloc.transfer.sync_batch_norm import CpuSyncBatchNorm, synchronize
 
 LITTLE = C4Settings(
     rpn=RpnTraining(anchors_per_image=32, use_crossing_anchors=True),
@@ -206,6 +210,46 @@ def test_images_are_detected_alone_as_in_a_batch() -> None:
         assert found.boxes[:, 3].max() <= height
         assert 0 < len(found.boxes) <= 100
         assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that have to wait for a GPU, as the sizes of results depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1]
+        if name.split(".")[0] in ("nonzero", "masked_select", "_local_scalar_dense", "_unique2"):
+            self.counts[name] += 1
+        if name == "nms":
+            self.counts[name] += 1
+        if name.startswith("index."):
+            # An index of flags is turned into one of numbers, which are counted first.
+            flags = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+            self.counts["index by flags"] += len(flags)
+        return func(*args, **(kwargs or {}))
+
+
+def test_losses_wait_for_the_device_only_to_suppress_and_to_count() -> None:
+    network = small().eval()
+    batch = four_images()
+    with Operations() as operations:
+        losses = network.losses(batch)
+        sum(losses.values()).backward()
+    assert +operations.counts == {"nms": 4, "nonzero": 1}
+
+
+def test_batch_norms_can_be_synchronized() -> None:
+    network = small()
+    plain = network.losses(two_images())
+    synchronize(network, torch.device("cpu"))
+    kinds = {type(module) for module in network.modules()}
+    assert nn.BatchNorm2d not in kinds
+    assert CpuSyncBatchNorm in kinds
+    for name, loss in network.losses(two_images()).items():
+        assert loss.item() == pytest.approx(plain[name].item(), rel=1e-3)
 
 
 def test_a_group_has_at_least_one_image() -> None:

@@ -84,6 +84,16 @@ def test_levels_do_not_suppress_each_other_and_are_ranked_together() -> None:
     assert found.tolist() == [[0, 0, 16, 16]]
 
 
+def test_outputs_that_are_not_finite_give_no_boxes_that_are_not() -> None:
+    anchors = AnchorGrid(strides=[16], sizes=[[32]], ratios=[1.0]).at([(2, 2)], CPU)
+    scores = torch.tensor([[torch.nan, 1, 2, torch.inf]])
+    offsets = torch.zeros(1, 4, 4)
+    offsets[0, 1] = torch.nan
+    offsets[0, 2] = torch.tensor([torch.inf, 0, torch.inf, -torch.inf])
+    (found,) = propose(scores, offsets, anchors, [(32, 32)], COUNTS)
+    assert found.tolist() == [[0, 0, 32, 32]]
+
+
 def test_the_numbers_are_those_of_the_protocol() -> None:
     assert (C4_TRAINING.before_nms, C4_TRAINING.after_nms) == (12_000, 2_000)
     assert (C4_TEST.before_nms, C4_TEST.after_nms) == (6_000, 1_000)
