@@ -179,3 +179,9 @@ def test_a_score_has_to_exceed_the_least_and_classes_do_not_suppress_each_other(
     shares = torch.tensor([[0.2, 0.1, 0.1, 0.6], [0.3, 0.25, 0.21, 0.24]])
     (found,) = detections(shares.log(), torch.zeros(2, 3, 4), boxes, [2], [(60, 60)], strict)
     assert found.scores.tolist() == pytest.approx([0.3, 0.25])
+    # Four equal logits are scores of exactly a quarter.
+    logits, offsets = torch.zeros(1, 4), torch.zeros(1, 3, 4)
+    for above, n_found in ((0.25, 0), (0.2499, 3)):
+        rule = DetectionRule(above_score=above)
+        (found,) = detections(logits, offsets, boxes[:1], [1], [(60, 60)], rule)
+        assert len(found.scores) == n_found
