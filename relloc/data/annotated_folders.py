@@ -60,6 +60,9 @@ class ObjectFolder(FolderImages):
     def objects(self, index: int) -> Objects:
         return self.table.objects(index)
 
+    def count(self, index: int) -> int:
+        return len(self.table.rows(index))
+
     def size(self, index: int) -> tuple[int, int]:
         self.table.check_usable(index)
         height, width = self.table.sizes[index].tolist()

@@ -68,6 +68,10 @@ class ObjectImages(ImageSet, Protocol):
         """Returns the objects of an image. Raises `UnreadableImage` if its annotation is wrong."""
         ...
 
+    def count(self, index: int) -> int:
+        """Returns the number of objects of an image. Raises `UnreadableImage` as `objects`."""
+        ...
+
     def size(self, index: int) -> tuple[int, int]:
         """Returns height and width of an image in pixels, as its annotation says.
 
@@ -146,7 +150,7 @@ def images_with_objects(images: ObjectImages, *, least_px: int = 32) -> list[int
     for index in range(len(images)):
         if index in unusable or min(images.size(index)) < least_px:
             continue
-        if len(images.objects(index)):
+        if images.count(index):
             indices.append(index)
     return indices
 

@@ -82,8 +82,10 @@ class _Reader:
         try:
             value, self.position = self.decoder.raw_decode(self.text, self.position)
         except json.JSONDecodeError as error:
-            self.position = error.pos
-            self._fail(error.msg)
+            # A string without end goes on to the end of the file.
+            is_unterminated = error.msg.startswith("Unterminated string")
+            self.position = len(self.text) if is_unterminated else error.pos
+            self._fail(error.msg.removesuffix(" starting at"))
         except (ValueError, RecursionError) as error:
             self._fail(reason(error))
         self._skip_space()

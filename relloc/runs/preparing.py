@@ -17,6 +17,7 @@ from relloc.data.manifest import check_hashes, read_manifest
 from relloc.data.packing import CHECK_FILE, Packing, pack
 from relloc.runs import console
 from relloc.runs.build import Preparing
+from relloc.runs.data_sets import DataSet
 from relloc.runs.invocation import Invocation
 from relloc.runs.settings import members
 from relloc.terminal import escaped, quantity
@@ -46,7 +47,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
             workers=workers,
             progress=progress,
         )
-        _print_findings(findings)
+        _print_findings(findings, settings.data)
         _print_packed(out, settings.packing)
         if isinstance(data.train, CheckedAnnotations):
             console.print_message(
@@ -59,7 +60,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
             check_hashes(Path(shards), functools.partial(console.progress_bar, "hashes"))
         progress = functools.partial(console.progress_bar, "check")
         findings = check(data, published=settings.published, workers=workers, progress=progress)
-        _print_findings(findings)
+        _print_findings(findings, settings.data)
         console.print_message(
             "checked" if shards else "checked; out=FOLDER packs these images into shards"
         )
@@ -82,11 +83,18 @@ def _data_member(name: str, invocation: Invocation) -> str:
     return "folder" if chosen == "photos" else chosen
 
 
-def _print_findings(findings: Check) -> None:
+def _print_findings(findings: Check, data: DataSet) -> None:
     """Prints the table of counts, and a line for each thing that may be wrong."""
     # The console prints text as it is: it reads no markup in names of files.
     console.console.print(_table(findings))
     console.print_message(*(findings.findings() or ["nothing wrong was found"]))
+    for split in (findings.train, findings.held_out):
+        if len(split.unreadable) > data.unreadable_share * split.images:
+            console.print_message(
+                f"{split.split}: these are more than {data.setting}.unreadable_share="
+                f"{data.unreadable_share} allows, so that runs on them stop. Repair them, or raise "
+                "the share"
+            )
 
 
 def _table(findings: Check) -> Table:

@@ -1,24 +1,34 @@
 """Tests what `relloc.prepare` prints about checking and packing."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from annotated_sets import (
+    annotation_file,
+    coco_annotation,
+    write_cityscapes,
+    write_coco,
+    write_voc,
+    write_voc_masks,
+)
 from hydra import compose, initialize_config_dir
 from mixed_folder import BROKEN, write_mixed
 
 from relloc.data.manifest import MANIFEST
+from relloc.errors import DataError
 from relloc.runs import build
 from relloc.runs.invocation import Invocation
 from relloc.runs.preparing import prepare
 from relloc.runs.settings import conf_dir
 
 
-def run(*words: str, chosen: str = "folder") -> None:
+def run(
+    *words: str, chosen: str = "folder", data: Sequence[str] = ("data=folder", "data.name=mine")
+) -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        settings = build.preparing(
-            compose("prepare", ["data=folder", "data.name=mine", "workers=1", *words])
-        )
+        settings = build.preparing(compose("prepare", [*data, "workers=1", *words]))
     invocation = Invocation(
         command="prepare",
         folder=Path(),
@@ -69,3 +79,80 @@ def test_packing_tells_what_became_of_images_and_how_to_train_on_them(
     assert next_command in told
     run(f"data.shards={out}", chosen="photos")  # as where no data= was typed
     assert next_command in capsys.readouterr().out.replace("\n", " ")
+
+
+def prepared(
+    capsys: pytest.CaptureFixture[str], member: str, root: Path, *words: str
+) -> tuple[str, dict[str, list[str]]]:
+    """What is printed about an annotated set, and the cells of its table."""
+    run(
+        f"data.root={root}",
+        "data.source.published_images=null",
+        *words,
+        chosen=member,
+        data=[f"data={member}"],
+    )
+    told = capsys.readouterr().out
+    rows = {}
+    for line in told.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells:
+            rows[cells[0]] = cells[1:]
+    return " ".join(told.split()), rows
+
+
+def test_boxes_of_voc_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told, rows = prepared(capsys, "voc0712", write_voc(tmp_path))
+    assert "boxes of 20 classes" in told
+    assert "nothing wrong was found" in told
+    assert (rows["all"], rows["objects"]) == (["3", "1"], ["3", "1"])
+    annotation_file(tmp_path).write_text("<annotation><size>")
+    told, rows = prepared(capsys, "voc0712", tmp_path)
+    assert rows["unreadable"] == ["1", "0"]
+    assert re.search(r"trainval: 1 images can't be read.*000005\.xml is not XML.*line 1", told)
+    assert "runs on them stop" in told
+    told, _ = prepared(capsys, "voc0712", tmp_path, "data.unreadable_share=0.5")
+    assert "runs on them stop" not in told
+
+
+def test_masks_of_voc_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told, rows = prepared(capsys, "voc2012_segmentation", write_voc_masks(tmp_path, aug=True))
+    assert "the class of each pixel, of 21" in told
+    assert "2 of 4 images have masks of SegmentationClassAug" in told
+    assert "objects" not in rows
+    (tmp_path / "VOCdevkit/VOC2012/SegmentationClassAug/2008_000007.png").write_bytes(b"")
+    told, rows = prepared(capsys, "voc2012_segmentation", tmp_path)
+    assert rows["unreadable"] == ["1", "0"]
+    assert "2008_000007.png is an empty file" in told
+
+
+def test_coco_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = [
+        coco_annotation(1, 9, category_id=91),
+        coco_annotation(918, 25, bbox=[5, 5, 1.03, 0]),
+    ]
+    told, rows = prepared(capsys, "coco2017", write_coco(tmp_path, annotations))
+    assert "boxes of 3 classes" in told
+    assert (rows["unreadable"], rows["objects"]) == (["1", "0"], ["2", "1"])
+    assert "annotation 1 in" in told
+    assert "no category 91" in told
+    assert "object 918" in told
+    path = tmp_path / "annotations/instances_val2017.json"
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(DataError, match=r"instances_val2017\.json is cut off"):
+        prepared(capsys, "coco2017", tmp_path)
+
+
+def test_cityscapes_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told, rows = prepared(capsys, "cityscapes", write_cityscapes(tmp_path, "labelIds"))
+    assert "3 of 3 class maps are computed from labelIds" in told
+    assert (rows["all"], rows["unreadable"]) == (["2", "1"], ["0", "0"])
+
+
+def test_packing_says_that_boxes_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_coco(tmp_path / "coco")
+    told, _ = prepared(capsys, "coco2017", tmp_path / "coco", f"out={tmp_path / 'packed'}")
+    assert "without boxes and masks" in told
+    assert (tmp_path / "packed" / MANIFEST).exists()
