@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from relloc import checks
+from relloc.data.annotations import VOID
 from relloc.models.backbone import STAGES, Backbone
 from relloc.seeds import Use, seed_for
-from relloc.transfer.segmentation.transforms import VOID, SegmentationBatch
+from relloc.transfer.segmentation.transforms import SegmentationBatch
 
 # A head's width over that of its input: 512 of 2,048 and 256 of 1,024 channels for ResNet-50, and
 # 128 of 512 and 64 of 256 for ResNet-18 (configs/fcn/fcn_r18-d8_512x1024_80k_cityscapes.py).

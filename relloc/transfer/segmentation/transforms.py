@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from relloc import checks
+from relloc.data.annotations import VOID
 from relloc.patches.normalize import ByDataset
 from relloc.transfer.segmentation.photometric import (
     ColorChange,
@@ -31,8 +32,6 @@ from relloc.transfer.segmentation.resize import (
     nearest_indices,
 )
 
-# The class of pixels that are neither trained on nor counted, as data sets write it.
-VOID = 255
 _CLASS_NUMBERS = 256
 # `RandomCrop` of mmsegmentation 0.30 draws as often again before it keeps what it has.
 _MOST_REDRAWS = 10

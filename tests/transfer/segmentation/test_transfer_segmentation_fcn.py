@@ -7,13 +7,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
+from relloc.data.annotations import VOID
 from relloc.errors import UsageError
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.backbone import Backbone
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.transfer.segmentation.fcn import FullyConvolutionalNetwork, mean_over_all_pixels
-from relloc.transfer.segmentation.transforms import VOID, SegmentationBatch
+from relloc.transfer.segmentation.transforms import SegmentationBatch
 
 KINDS = {
     "small": lambda: SmallBackbone(widths=(8, 8, 8, 16, 24)),

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from relloc.data.annotations import VOID
 from relloc.models.small import SmallBackbone
 from relloc.transfer.loop import FineTuning, MicroBatch, split_for_rank
 from relloc.transfer.schedule import Constant, Poly
 from relloc.transfer.segmentation.fcn import FullyConvolutionalNetwork
 from relloc.transfer.segmentation.inference import WholeImage
 from relloc.transfer.segmentation.transforms import (
-    VOID,
     CropSample,
     SegmentationBatch,
     TrainingCrops,

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from relloc.data.annotations import VOID
 from relloc.errors import UsageError
 from relloc.transfer.segmentation.photometric import PhotometricDistortion
 from relloc.transfer.segmentation.resize import fitted_size
-from relloc.transfer.segmentation.transforms import VOID, CropSample, TrainingCrops, is_mixed
+from relloc.transfer.segmentation.transforms import CropSample, TrainingCrops, is_mixed
 
 CPU = torch.device("cpu")
 MEAN = np.array([123.675, 116.28, 103.53], dtype=np.float32)
