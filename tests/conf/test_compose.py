@@ -14,6 +14,7 @@ from relloc.runs.settings import conf_dir
 EVALS = [
     *(
         "card_classification",
+        "cityscapes_fcn",
         "knn",
         "knn_in1k",
         "label_free",
@@ -22,7 +23,7 @@ EVALS = [
         "linear_avgpool",
     ),
     *("linear_fast", "linear_in1k", "linear_inat18", "linear_places205", "semisup_1", "semisup_10"),
-    *("voc07_low_shot", "voc07_svm"),
+    *("voc07_low_shot", "voc07_svm", "voc12aug_fcn"),
 ]
 CARD = {
     "voc07_svm",

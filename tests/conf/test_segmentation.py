@@ -1,0 +1,53 @@
+"""The evaluations of segmentation are the published ones, value by value (protocols.md 3.10, 3.11)."""
+
+import pytest
+from hydra.utils import instantiate
+
+from relloc.transfer.cityscapes_fcn import CityscapesFcn
+from relloc.transfer.segmentation.fine_tuning import FcnFineTuning
+from relloc.transfer.segmentation.inference import SlidingWindows, WholeImage
+from relloc.transfer.voc12aug_fcn import Voc12AugFcn
+
+KINDS = {"voc12aug_fcn": Voc12AugFcn, "cityscapes_fcn": CityscapesFcn}
+
+
+def evaluation(compose, name: str, *words: str) -> FcnFineTuning:
+    changes = [f"eval.{name}.{word}" for word in words]
+    config = compose("evaluate", ["checkpoint=random", f"eval=[{name}]", *changes])
+    node = {key: value for key, value in config.eval[name].items() if key != "data"}
+    made = instantiate(node, _convert_="all")
+    assert type(made) is KINDS[name]
+    return made
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_all_values_are_those_that_the_class_calls_published(compose, name):
+    one = evaluation(compose, name)
+    for field, value in one.published.items():
+        assert getattr(one, field) == value
+    # Lists of the config are equal to tuples here, as only their text is compared.
+    assert str(one.augment) == str(one.published_augment)
+    assert one.augment.most_of_one_class == 0.75
+    assert one.augment.photometric == one.published_augment.photometric
+    assert one.name == name
+    assert one.images_per_forward is None
+
+
+def test_voc_is_tested_on_whole_images_and_cityscapes_on_windows(compose):
+    voc = evaluation(compose, "voc12aug_fcn")
+    assert voc.view == WholeImage(box=[2048, 512])
+    assert (voc.images_per_gpu, voc.evaluate_every, voc.align_corners) == (4, 2000, False)
+    cityscapes = evaluation(compose, "cityscapes_fcn")
+    assert cityscapes.view == SlidingWindows(box=[2049, 1025], window_px=769, stride_px=513)
+    assert cityscapes.images_per_gpu == 2
+    assert (cityscapes.evaluate_every, cityscapes.align_corners) == (4000, True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rates_follow_the_schedule_and_are_scaled_to_another_batch(compose, name):
+    one = evaluation(compose, name)
+    half = one.iterations / 2
+    by_hand = (0.01 - 1e-4) * (1 - half / one.iterations) ** 0.9 + 1e-4
+    assert 0.01 * one.schedule().factor(half) == pytest.approx(by_hand)
+    doubled = evaluation(compose, name, f"batch={2 * one.batch}")
+    assert (doubled.learning_rate, doubled.lowest_rate) == (0.02, 2e-4)
