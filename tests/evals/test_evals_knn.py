@@ -169,9 +169,7 @@ def test_features_that_are_not_finite_are_told_with_their_layer() -> None:
     spoilt = train.features["feature5"].clone()
     spoilt[3, 5] = float("nan")
     broken = dataclasses.replace(train, features={**train.features, "feature5": spoilt})
-    with pytest.raises(
-        UsageError, match=r"eval.knn at feature5: 1 of 400 images .*NaN or infinity"
-    ):
+    with pytest.raises(UsageError, match=r"eval\.knn .*feature5: 1 of 400 images .*NaN"):
         scores(evaluation(layers=layers), broken, held_out)
 
 
@@ -189,7 +187,7 @@ def test_memory_is_no_part_of_what_tells_evaluations_apart() -> None:
         ({"temperature": "abc"}, "eval.knn.temperature is abc: "),
         ({"temperature": 0}, "eval.knn.temperature is 0: "),
         ({"layers": "feature1"}, "eval.knn.layers is feature1: "),
-        ({"view": None}, "eval.knn.view is None: an evaluation sees images in a view"),
+        ({"view": None}, "eval.knn.view is None: "),
         ({"batch": 0}, "eval.knn.batch is 0: "),
         ({"bank_gib": "abc"}, "eval.knn.bank_gib is abc: "),
     ],

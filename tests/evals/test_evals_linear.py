@@ -388,7 +388,7 @@ def test_nothing_to_report_on_is_said() -> None:
         (published, {"lr": 0}, "eval.linear.lr is 0: "),
         (published, {"grid_lrs": 0.1}, "eval.linear.grid_lrs is 0.1: "),
         (published, {"grid_weight_decays": [-1]}, "eval.linear.grid_weight_decays is [-1]: "),
-        (published, {"grid_lrs": (0.1,)}, "give both grid_lrs and grid_weight_decays, or neither"),
+        (published, {"grid_lrs": (0.1,)}, "grid_lrs and grid_weight_decays"),
         (published, {"color": JitterAndLighting()}, "eval.linear.color needs eval.linear.augment"),
     ],
 )

@@ -251,7 +251,7 @@ def test_more_shots_than_there_are_images_are_left_out_and_said(sets: Context) -
     assert found["map_k1"].deviations == ("no k=64, for which a class has too few images",)
     with pytest.raises(
         UsageError,
-        match=r"eval\.voc07_low_shot\.shots.*\[64\].* \d+ positive images .* \d+ negative",
+        match=r"eval\.voc07_low_shot\.shots.*\[64\].* \d+ positive .* \d+ negative",
     ):
         scores_of(low_shot(shots=(64,)), sets)
 
@@ -285,7 +285,7 @@ def refuse(made: object, wrong: dict[str, object], message: str) -> None:
         ({"layers": ("conv1",)}, "layers is .*conv1"),
         ({"batch": 0}, "batch is 0: "),
         ({"batch": "abc"}, "batch is abc: "),
-        ({"view": None}, "view is None: an evaluation sees images in a view"),
+        ({"view": None}, "view is None: "),
     ],
 )
 def test_constants_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:
@@ -352,7 +352,7 @@ def test_too_few_images_are_told_before_features_are_asked_for(sets: Context) ->
         svm(folds=most + 1).check(enough)
     with pytest.raises(UsageError, match=r"eval\.voc07_low_shot\.shots.*\[64\]"):
         low_shot(shots=(64,)).check(enough)
-    with pytest.raises(UsageError, match="folds is 3: of 2 training images"):
+    with pytest.raises(UsageError, match=r"folds is 3: .*\b2 training images"):
         svm().check(splits_of(torch.tensor([[1, -1, -1], [-1, 1, 1]]), tested))
     for n in (1, 5):  # nothing to tell apart in one, no positive in five
         for evaluation in (svm(), low_shot()):
@@ -382,7 +382,7 @@ def test_what_images_show_has_to_be_known_of_both_splits(sets: Context) -> None:
         splits=Splits(train=packed_before, held_out=packed_before),
         unreadable_share=0.1,
     )
-    with pytest.raises(UsageError, match=r"voc2007 do not.*pack it again.*eval\.mine\.data\.root"):
+    with pytest.raises(UsageError, match=r"\bvoc2007\b.*pack it again.*eval\.mine\.data\.root"):
         job.check_images()
 
 
@@ -403,7 +403,7 @@ def test_a_missing_list_names_the_evaluations_own_root(
         job = NamedEvaluation(
             name="mine", evaluation=evaluation, splits=splits, unreadable_share=share
         )
-        with pytest.raises(DataError, match=f"^cat_test.txt is missing: {setting} is to hold VOC"):
+        with pytest.raises(DataError, match=rf"^cat_test\.txt is missing: {setting} "):
             job.check_images()
 
 
@@ -414,7 +414,7 @@ def test_folds_that_unreadable_images_leave_too_few_for_are_told_too(sets: Conte
         n_classes=3,
         channels={LAYER: 30},
     )
-    with pytest.raises(UsageError, match="folds is 4: of 5 training images.* 3 folds or fewer"):
+    with pytest.raises(UsageError, match=r"folds is 4: .*\b5 training images.*\b3 folds"):
         scores_of(svm(folds=4), dataclasses.replace(sets, train=left))
 
 

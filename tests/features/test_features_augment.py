@@ -93,7 +93,7 @@ def test_a_strength_out_of_range_is_refused(name: str, value: float) -> None:
 def test_a_strength_that_is_no_number_is_refused(name: str, limit: str, value: object) -> None:
     made = JitterAndLighting()
     object.__setattr__(made, name, value)  # the type checker of tests would be first
-    with pytest.raises(ValueError, match=rf"color\.{name} is {value}: give a number {limit}"):
+    with pytest.raises(ValueError, match=rf"color\.{name} is {value}: .*{limit}"):
         made.__post_init__()
 
 

@@ -118,18 +118,18 @@ def test_numbers_that_are_not_finite_are_an_error_with_their_count(
 ) -> None:
     features = noise(6, 5)
     features[2, 1:4] = value
-    with pytest.raises(ValueError, match="3 of 30 features are not finite"):
+    with pytest.raises(ValueError, match="3 of 30 features .*finite"):
         measure(features)
 
 
 def test_features_that_collapsed_have_no_rank_and_no_slope() -> None:
-    with pytest.raises(ValueError, match="features of 9 images are zero"):
+    with pytest.raises(ValueError, match=r"\b9 images .*zero"):
         rankme(torch.zeros(9, 6))
     same = torch.linspace(0.1, 0.7, 40).repeat(
         30, 1
     )  # sums round, so the mean is not exactly the row
     assert rankme(same) == pytest.approx(1, abs=1e-3)
-    with pytest.raises(ValueError, match="features of 30 images span 0 directions .* needs 5"):
+    with pytest.raises(ValueError, match=r"\b30 images .*\b0 directions .*\b5\b"):
         alpha_req(same)
     with pytest.raises(ValueError, match="span 4 directions"):
         alpha_req(noise(5, 20))

@@ -1,6 +1,7 @@
 """Any backbone through any evaluations."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -68,8 +69,7 @@ def test_both_batch_norms_are_named_rows(relloc, tmp_path, pretrained):
 def test_another_backbone_is_refused_with_what_does_not_fit(relloc, pretrained):
     done = relloc("evaluate", f"checkpoint={pretrained}", "model=resnet18", *LOOK, "tracking=none")
     assert done.code == 2
-    assert "does not fit this backbone" in done.text
-    assert "(a small)" in done.text
+    assert re.search(r"\(a small\) .*not fit", done.text)
 
 
 def test_torchvisions_supervised_weights_from_its_cache(relloc, environment, tmp_path):
@@ -139,7 +139,7 @@ def test_unreadable_images_are_skipped_counted_and_named_until_they_are_too_many
     tiny = tuple(word for word in TINY if not word.startswith("data.source"))
     done = relloc("train", *line, *tiny, f"hydra.run.dir={tmp_path / 'out'}")
     assert done.code == 0, done.text
-    assert "images could not be used" in done.text
+    assert re.search(r"\b2 images .*unreadable\.txt", done.text, re.DOTALL)
     named = (tmp_path / "out" / "unreadable.txt").read_text()
     assert "3.jpg" in named
     assert "7.jpg" in named
@@ -185,9 +185,7 @@ def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_p
     both = relloc("evaluate", *line, "eval=[knn]", f"hydra.run.dir={tmp_path / 'two'}", processes=2)
     assert (alone.code, both.code) == (0, 0), both.text
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
-    assert (
-        both.text.count("on images held out of the evaluation's training") == 1
-    )  # one process tells
+    assert both.text.count("held out of the evaluation") == 1  # one process tells
     # The broken image is in the second process's share
     unreadable = [(tmp_path / run / "unreadable.txt").read_text() for run in ("one", "two")]
     assert unreadable[0] == unreadable[1]
@@ -255,7 +253,7 @@ def test_a_signal_keeps_the_last_epoch_and_the_evaluation_goes_on_from_it(
     os.kill(command.pid, signal.Signals[name])
     assert command.wait(10) == 128 + signal.Signals[name], command.text
     assert written < load_state(file)["epoch"] < EPOCHS
-    assert "interrupted; what was saved and evaluated before stays" in command.text
+    assert "interrupted" in command.text
     assert not read_results(first)
     again = start("relloc.evaluate", *long_linear, f"hydra.run.dir={then}", folder=tmp_path)
     assert again.wait() == 0, again.text

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -245,7 +246,7 @@ def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(
     (saved,) = saved_trainings(run_dir)
     step = load_training(saved)["step"]
     assert step < STEPS
-    assert f"{name}: stopped after step {step} of {STEPS}; everything is saved" in command.text
+    assert re.search(rf"{name}: .*\bstep {step} of {STEPS}\b.*saved", command.text)
     assert status(run_dir) == "KILLED"
     assert_same_run(train(tmp_path, *line), straight)
     assert status(run_dir) == "FINISHED"
@@ -305,7 +306,7 @@ def test_only_damaged_checkpoints_end_in_one_message(
     for _ in range(2):  # a launcher may start it again
         command = start_training(tmp_path, *settings)
         assert command.wait() == 2, command.text
-        assert f"relloc: no checkpoint in {run_dir / 'checkpoints'} can be read" in command.text
+        assert f"relloc: no checkpoint in {run_dir / 'checkpoints'} " in command.text
         assert "Traceback" not in command.text
         assert not (run_dir / BACKBONE_FILE).exists()
 
@@ -345,7 +346,7 @@ def test_milestones_stay_and_can_be_evaluated(tmp_path: Path, settings: tuple[st
 def test_a_milestone_outside_the_run_is_refused(tmp_path: Path, settings: tuple[str, ...]) -> None:
     command = start_training(tmp_path, *settings, "milestones=[99]")
     assert command.wait() == 2, command.text
-    assert f"relloc: milestones=[99]: the run has no epoch 99, it has {EPOCHS}" in command.text
+    assert re.search(rf"relloc: milestones=\[99\]: .*\b99\b.*\b{EPOCHS}\b", command.text)
     assert "Traceback" not in command.text
     assert not (tmp_path / "run" / "journal.jsonl").exists()
 
@@ -420,7 +421,7 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
     assert "Traceback" not in command.text
     saved = saved_trainings(tmp_path / "run")
     assert saved
-    assert f"the last good checkpoint is {saved[-1]}" in command.text
+    assert f"last good checkpoint is {saved[-1]}" in command.text
     for path in saved:
         state = load_training(path)
         momenta = [value["momentum_buffer"] for value in state["optimizer"]["state"].values()]
@@ -434,8 +435,8 @@ def test_divergence_before_anything_was_saved_says_so(
 ) -> None:
     command = start_training(tmp_path, *settings, "optimizer.lr=1e20")
     assert command.wait() == 2, command.text
-    assert "relloc: training diverged: the loss is nan at step 3" in command.text
-    assert "no checkpoint was saved before" in command.text
+    assert re.search(r"relloc: training diverged: .*\bnan\b.*\bstep 3\b", command.text)
+    assert "no checkpoint" in command.text
     assert not saved_trainings(tmp_path / "run")
 
 
@@ -447,7 +448,7 @@ def test_a_killed_loader_worker_ends_in_one_message_and_the_same_command_goes_on
     assert command.wait_for(lambda: reported(tmp_path / "run")), command.text
     os.kill(descendants(command.pid)[0], signal.SIGKILL)
     assert command.wait() == 75, command.text  # EX_TEMPFAIL: the same command may well succeed
-    assert "relloc: a process that reads images was killed" in command.text
+    assert re.search(r"^relloc: .*killed", command.text, re.MULTILINE)
     assert "Traceback" not in command.text
     assert status(tmp_path / "run") == "FAILED"
     assert_same_run(train(tmp_path, *line), straight)

@@ -1,5 +1,7 @@
 """Real photographs from disk through both commands, small enough for a CPU."""
 
+import re
+
 import pytest
 
 from relloc.geometry import CHANCE_PERCENT
@@ -41,7 +43,7 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
         ),
     )
     assert pretrained.code == 0, pretrained.text
-    assert "skipped: folder has no labels" in pretrained.text
+    assert re.search(r"skipped: .*no labels", pretrained.text)
     curve = [entry.metrics for entry in read_journal(run_dir) if "train/loss" in entry.metrics]
     assert curve[-1]["train/loss"] < 2.06 < curve[0]["train/loss"]
     assert sum(point["train/top1"] for point in curve[-3:]) / 3 > CHANCE_PERCENT + 2

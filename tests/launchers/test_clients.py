@@ -258,7 +258,7 @@ def test_a_queue_that_does_not_answer_is_no_empty_queue(commands: Path, does: st
     else:
         (commands / "squeue").mkdir()
         (commands.parent / "elsewhere").mkdir()
-    with pytest.raises(UsageError, match="does not say how its jobs stand"):
+    with pytest.raises(UsageError, match="SLURM .*jobs"):
         states_without_others(commands)
 
 

@@ -126,5 +126,5 @@ def test_endless_descriptions_are_an_error() -> None:
     for _ in range(50):
         deep = [deep]
     for widths in (deep, [8] * 100_000):
-        with pytest.raises(CheckpointError, match="more values than one has"):
+        with pytest.raises(CheckpointError, match="more values"):
             described_backbone(model(_target_=TARGET, widths=widths), weights(), "x")

@@ -39,5 +39,5 @@ def test_the_generator_decides_everything() -> None:
 @pytest.mark.parametrize("side", [32, 34])
 def test_images_of_another_size_than_the_span_are_refused(side: int) -> None:
     pipeline = PatchPipeline(grid=GRID, color=Keep(), normalize=ByDataset())
-    with pytest.raises(ValueError, match=f"images are {side} px, the grid spans 33 px"):
+    with pytest.raises(ValueError, match=rf"\b{side} px.*\b33 px"):
         pipeline(torch.zeros(2, 3, side, side, dtype=torch.uint8), seeded(0))

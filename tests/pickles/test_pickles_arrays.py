@@ -71,7 +71,7 @@ def test_a_shape_that_its_bytes_do_not_fit_is_refused() -> None:
     content = pickle.dumps(np.arange(3, dtype="f4"), 4)
     three, four = b"K\x03\x85", b"K\x04\x85"
     assert content.count(three) == 1
-    with pytest.raises(pickle.UnpicklingError, match=r"array of shape \[4\] in 12 bytes"):
+    with pytest.raises(pickle.UnpicklingError, match=r"\[4\].* 12 bytes"):
         read(content.replace(three, four))
 
 

@@ -180,7 +180,7 @@ def test_a_compressed_file_is_read_and_a_bomb_is_not(saved: Path) -> None:
 
 def test_numbers_that_are_not_there_are_told(saved: Path) -> None:
     repacked(saved, zipfile.ZIP_STORED, {"data/0": bytes(3996)})
-    with pytest.raises(DamagedCheckpoint, match="fewer numbers than its tensors"):
+    with pytest.raises(DamagedCheckpoint, match="fewer numbers"):
         read(saved)
 
 
@@ -209,10 +209,8 @@ def test_programs_and_other_zips_are_called_what_they_are(
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
         other.writestr("weights/model.pth", b"x")
     recwarn.clear()
-    with pytest.raises(CheckpointError, match=r"script\.pt is a TorchScript file"):
+    with pytest.raises(CheckpointError, match=r"script\.pt .*TorchScript"):
         read(tmp_path / "script.pt")
-    with pytest.raises(
-        CheckpointError, match=r"other\.zip is a zip that torch\.save did not write"
-    ):
+    with pytest.raises(CheckpointError, match=r"other\.zip .*torch\.save"):
         read(tmp_path / "other.zip")
     assert not list(recwarn)

@@ -68,9 +68,7 @@ def test_a_resumed_run_counts_from_where_it_went_on() -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_ends_training(loss: float) -> None:
     alarm, warnings = new_alarm()
-    with pytest.raises(
-        Diverged, match=rf"the loss is {loss} at step 7 \(learning rate 0\.1\)"
-    ) as raised:
+    with pytest.raises(Diverged, match=rf"loss is {loss}\b.*\bstep 7\b.*\b0\.1\b") as raised:
         alarm.check(at(7, loss))
     assert isinstance(raised.value, UsageError)  # shown without a traceback
     assert warnings == []

@@ -86,7 +86,7 @@ SPANS = {"epochs": 10, "warmup_epochs": 1, "warmup_from": 0.1}
     [
         ({"epochs": 0}, "schedule.epochs is 0.* above 0"),
         ({"epochs": -1}, "schedule.epochs is -1"),
-        ({"warmup_epochs": 11}, r"schedule.warmup_epochs is 11, more than the 10 epochs"),
+        ({"warmup_epochs": 11}, r"schedule\.warmup_epochs is 11\b.*\b10 epochs"),
         ({"warmup_epochs": -1}, "schedule.warmup_epochs is -1"),
         ({"warmup_from": 1.5}, r"schedule.warmup_from is 1.5.* from 0 to 1"),
     ],
@@ -103,7 +103,7 @@ def test_spans_that_do_not_fit_are_errors_with_their_numbers(
 @pytest.mark.parametrize(
     ("milestones", "message"),
     [
-        ([5, 10], "10 is never reached in 10 epochs"),
+        ([5, 10], r"\b10 .*\b10 epochs"),
         ([5, 12.5], "12.5 is never reached"),
         ([6, 3], r"schedule.milestone_epochs is \[6, 3\]"),
         ([3, 3], r"schedule.milestone_epochs is \[3, 3\]"),
