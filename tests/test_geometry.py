@@ -143,7 +143,7 @@ def test_a_grid_larger_than_its_images_does_not_exist(
     assert PatchGrid(**sizes, resize=resize(px=255)).span_px == 255
     with pytest.raises(
         ValueError,
-        match=r"needs 255 px \(3 x 64 px .* 2 x 21 px .* 21 px of jitter.* 254 px.* to 255",
+        match=r"\b255 px \(3 x 64 px.* 2 x 21 px.* 21 px of jitter.*\b254 px.*\b255\b",
     ):
         PatchGrid(**sizes, resize=resize(px=254))
 
@@ -238,9 +238,9 @@ def test_rounding_never_leaves_an_enlarged_image_a_pixel_short() -> None:
 def test_without_resize_an_image_keeps_its_size_and_must_hold_the_grid() -> None:
     grid = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=None)
     assert grid.resized(255, 700, 0.3) == (255, 700)
-    with pytest.raises(ValueError, match="is 300x254 px, the grid needs 255 px"):
+    with pytest.raises(ValueError, match=r"\b300x254 px.*\b255 px"):
         grid.resized(254, 300, 0.3)
-    with pytest.raises(ValueError, match="is 254x300 px, the grid needs 255 px"):
+    with pytest.raises(ValueError, match=r"\b254x300 px.*\b255 px"):
         grid.resized(300, 254, 0.3)
 
 

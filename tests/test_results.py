@@ -246,7 +246,7 @@ def test_a_bad_line_is_an_error_with_its_number(tmp_path: Path, bad: str) -> Non
     with open(tmp_path / RESULTS_FILE, "a", encoding="utf-8") as file:
         file.write(bad + "\n")
     append_results(tmp_path, [ROW])
-    with pytest.raises(ValueError, match=r"results\.jsonl line 3 is not a result row: "):
+    with pytest.raises(ValueError, match=r"results\.jsonl line 3 .*result row: "):
         read_results(tmp_path)
 
 
@@ -294,7 +294,7 @@ def test_no_two_kinds_of_row_share_a_tracked_name() -> None:
 def test_a_row_without_a_layer_of_the_benchmark_or_without_samples_can_not_exist() -> None:
     with pytest.raises(ValueError, match=r"layer .* 'conv1': .* feature1, feature2, .*, avgpool"):
         row(layer="conv1")
-    with pytest.raises(ValueError, match="n of a result is 0"):
+    with pytest.raises(ValueError, match=r"\bn .*is 0\b"):
         row(n=0)
 
 

@@ -220,10 +220,10 @@ def test_all_data_sets_whose_place_nobody_said_are_told_at_once(
 ) -> None:
     for name in ("RELLOC_DATA", "RELLOC_VOC", "RELLOC_IN1K"):
         monkeypatch.delenv(name, raising=False)
-    said = said_of("evaluate", "checkpoint=random", "eval=[voc07_svm,linear_in1k]") or ""
-    assert said.startswith("2 evaluations don't know where their data set lies")
-    assert "eval.voc07_svm.data.root=FOLDER or RELLOC_VOC" in said
-    assert "eval.linear_in1k.data.root=FOLDER or RELLOC_IN1K" in said
+    message = said_of("evaluate", "checkpoint=random", "eval=[voc07_svm,linear_in1k]") or ""
+    assert message.startswith("2 evaluations ")
+    assert re.search(r"eval\.voc07_svm\.data\.root=FOLDER\b.*\bRELLOC_VOC\b", message)
+    assert re.search(r"eval\.linear_in1k\.data\.root=FOLDER\b.*\bRELLOC_IN1K\b", message)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_preset_given_to_prepare_is_answered_with_the_data_set_to_name(
 
 
 def test_a_preset_of_another_command_is_told() -> None:
-    with pytest.raises(UsageError, match=r"run it with python -m relloc\.evaluate"):
+    with pytest.raises(UsageError, match=r"python -m relloc\.evaluate"):
         build.pretraining(composed("evaluate", "checkpoint=random"))
 
 
@@ -252,7 +252,7 @@ def test_a_preset_of_another_command_is_told() -> None:
         (["out=''"], "out= names no folder"),
         (
             ["out=there", "data=folder", "data.shards=/packed"],
-            "data.shards names images that are packed already",
+            "data.shards",
         ),
         (["workers=0"], "workers is 0"),
         (["short_px=0"], "short_px is 0"),
@@ -268,22 +268,18 @@ def test_a_packing_that_cannot_be_is_told_by_its_setting(words: list[str], setti
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("milestones", 5, "milestones is 5: give a list, [5]"),
-        ("milestones", ["abc"], "milestones is ['abc']: give numbers of 0 or more"),
-        ("save_every_s", "abc", "save_every_s is abc: give a number of 0 or more"),
-        ("bank_gib", "abc", "bank_gib is abc: give a number of 0 or more"),
-        ("seed", 1.5, "seed is 1.5: give a whole number of 0 or more"),
-        (
-            "batch_norms",
-            ["fresh"],
-            "batch_norm is ['fresh']: give a list of some of as_trained, recalibrated",
-        ),
-        ("batch_norms", [], "batch_norm is []: give a list of some of as_trained, recalibrated"),
-        ("collapse_steps", "x", "collapse_steps is x: give a whole number of 1 or more"),
+        ("milestones", 5, r"milestones is 5: .*\[5\]"),
+        ("milestones", ["abc"], r"milestones is \['abc'\]: .*numbers of 0 or more"),
+        ("save_every_s", "abc", "save_every_s is abc: .* 0 or more"),
+        ("bank_gib", "abc", "bank_gib is abc: .* 0 or more"),
+        ("seed", 1.5, "seed is 1.5: .*whole number .*0 or more"),
+        ("batch_norms", ["fresh"], r"batch_norm is \['fresh'\]: .* as_trained, recalibrated"),
+        ("batch_norms", [], r"batch_norm is \[\]: .* as_trained, recalibrated"),
+        ("collapse_steps", "x", "collapse_steps is x: .*whole number .*1 or more"),
         (
             "images_per_step",
             "many",
-            "recipe.images_per_step is many: give a whole number of 1 or more",
+            "recipe.images_per_step is many: .*whole number .*1 or more",
         ),
     ],
 )
@@ -292,7 +288,7 @@ def test_settings_check_themselves(name: str, value: object, message: str) -> No
     object.__setattr__(
         settings, name, value
     )  # of whatever type: the type checker of tests would be first
-    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UsageError, match=f"^{message}"):
         settings.__post_init__()
 
 

@@ -1,5 +1,6 @@
 """A data set by its settings."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,19 @@ def test_folders_are_looked_for_unless_jobs_make_them(tmp_path: Path) -> None:
     data_set(source={"root": "/local/set"}).check_folders(["cp -r SET /local/set"])
     data_set(source={"root": "/local/set", "download": True}).check_folders([])
     data_set(source={}).check_folders([])
-    with pytest.raises(UsageError, match=r"data\.root=/local/set is not a folder here"):
+    with pytest.raises(UsageError, match=r"data\.root=/local/set .*folder"):
         data_set(source={"root": "/local/set"}).check_folders(["module load cuda"])
     with pytest.raises(UsageError, match=r"data\.root is not set"):
         data_set(source={"root": None, "download": True}).check_folders([])
-    with pytest.raises(UsageError, match=r"data\.shards=/local/set is not a folder here"):
+    with pytest.raises(UsageError, match=r"data\.shards=/local/set .*folder"):
         data_set(shards="/local/set").check_folders([])
 
 
 def test_reading_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     found = data_set().read()
-    told = capsys.readouterr().out
-    assert f"{len(found.train)} images to train on, {len(found.held_out)} held out" in told
+    output = capsys.readouterr().out
+    counts = rf"\b{len(found.train)} images .*train.*\b{len(found.held_out)} held out"
+    assert re.search(counts, output)
 
 
 def test_what_is_wrong_with_images_is_told_by_the_setting() -> None:
@@ -87,9 +89,7 @@ def test_the_variable_that_named_a_folder_is_told(monkeypatch: pytest.MonkeyPatc
     data = data_set(
         setting="eval.knn.data", name="in1k", source={"root": "/nowhere"}, list_images=failing
     )
-    with pytest.raises(
-        DataError, match=r"^eval\.knn\.data\.root=/nowhere \(by RELLOC_IN1K\) is not a folder$"
-    ):
+    with pytest.raises(DataError, match=r"^eval\.knn\.data\.root=/nowhere .*RELLOC_IN1K"):
         data.read()
 
 

@@ -69,33 +69,27 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("device", "tpu", "device is tpu: give one of auto, cpu, cuda"),
-        ("precision", "fp16", "precision is fp16: give one of auto, bf16, tf32, fp32"),
-        (
-            "precision",
-            "bf16",
-            "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 convolutions unset on "
-            "CPUs. Give precision=fp32",
-        ),
-        ("precision", 32, "precision is 32: give one of auto, bf16, tf32, fp32"),
-        ("compile", "yes please", "compile is yes please: give true or false"),
-        ("compile", 1, "compile is 1: give true or false"),
-        ("cuda_graphs", "maybe", "cuda_graphs is maybe: give true or false"),
-        ("cuda_graphs", True, "cuda_graphs=true, but the run is on a CPU: leave auto"),
-        ("memory_format", "nhwc", "memory_format is nhwc: give one of channels_last, contiguous"),
-        ("deterministic", "auto", "deterministic is auto: give true or false"),
-        ("workers", "many", "workers is many: give a whole number of 0 or more"),
-        ("workers", -1, "workers is -1: give a whole number of 0 or more"),
-        ("workers", 1.5, "workers is 1.5: give a whole number of 0 or more"),
-        ("workers", True, "workers is True: give a whole number of 0 or more"),
+        ("device", "tpu", "device is tpu: .* auto, cpu, cuda$"),
+        ("precision", "fp16", "precision is fp16: .* auto, bf16, tf32, fp32$"),
+        ("precision", "bf16", r"precision=bf16 .*GPUs.*\bprecision=fp32$"),
+        ("precision", 32, "precision is 32: .* auto, bf16, tf32, fp32$"),
+        ("compile", "yes please", "compile is yes please: .*true or false"),
+        ("compile", 1, "compile is 1: .*true or false"),
+        ("cuda_graphs", "maybe", "cuda_graphs is maybe: .*true or false"),
+        ("cuda_graphs", True, r"cuda_graphs=true.*\bCPU\b.*\bauto\b"),
+        ("memory_format", "nhwc", "memory_format is nhwc: .* channels_last, contiguous$"),
+        ("deterministic", "auto", "deterministic is auto: .*true or false"),
+        ("workers", "many", "workers is many: .*whole number .*0 or more"),
+        ("workers", -1, "workers is -1: .*whole number .*0 or more"),
+        ("workers", 1.5, "workers is 1.5: .*whole number .*0 or more"),
+        ("workers", True, "workers is True: .*whole number .*0 or more"),
     ],
 )
 def test_a_wrong_setting_is_one_message_with_what_there_is(
     setting: str, value: object, message: str
 ) -> None:
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(UsageError, match=f"^{message}"):
         resolve_engine(asked(**{setting: value}))
-    assert str(raised.value) == message
 
 
 @pytest.fixture
@@ -222,7 +216,7 @@ def test_what_can_not_be_compiled_later_names_compile(
     monkeypatch.setattr(
         torch, "compile", lambda of, *, dynamic, options: real(of, dynamic=dynamic, backend=failing)
     )
-    with pytest.raises(UsageError, match="no room for a kernel.*compile=false"):
+    with pytest.raises(UsageError, match="no room.*compile=false"):
         resolve_engine(asked(compile=True)).compile(lambda x: x + 1)(torch.ones(2))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import NoReturn
@@ -63,10 +64,9 @@ def test_a_file_of_another_project_needs_no_model_and_is_named_by_its_path(
     found = named(composed(f"checkpoint={moco}", "checkpoint_prefix=module.encoder_q"))
     assert (found.checkpoint, found.model) == (str(moco), "resnet18")
     assert digest(found.backbone.state_dict()) == digest(backbone.state_dict())
-    assert (
-        f"weights {moco}: torchvision's names below state_dict.module.encoder_q, 120 tensors; left out: 120 of mom"
-        in (capsys.readouterr().out.replace("\n", ""))
-    )
+    output = capsys.readouterr().out.replace("\n", "")
+    names = rf"{moco}: torchvision's names .*state_dict\.module\.encoder_q, 120 tensors"
+    assert re.search(f"{names}; left out: 120 of mom", output)
 
 
 def test_a_path_of_bytes_that_are_no_text_is_told_as_text(tmp_path: Path, moco: Path) -> None:
@@ -112,9 +112,7 @@ def test_code_that_a_file_names_is_called_neither_from_a_folder_nor_from_a_file(
     state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     trained = save_training(tmp_path, {"model": state, "about": about}, 3)
     checkpoint = {"folder": tmp_path, "file": tmp_path / BACKBONE_FILE, "training": trained}[where]
-    with pytest.raises(
-        CheckpointError, match=r"wants pathlib\.Path\.write_text to be called.*give model=NAME"
-    ):
+    with pytest.raises(CheckpointError, match=r"\bpathlib\.Path\.write_text .*model=NAME"):
         named(composed(f"checkpoint={checkpoint}"))
     assert not ran.exists()
     found = named(composed(f"checkpoint={checkpoint}", "model=resnet18"))  # the user's own word

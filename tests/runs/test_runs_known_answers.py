@@ -1,5 +1,6 @@
 """Tests which rows are compared with known answers, and the verdicts."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -65,21 +66,20 @@ def test_svm_and_low_shot_are_checked_where_they_are() -> None:
     ]
     left = unchecked(rows, known_answers())
     assert len(verdicts) + len(left) == len(known_answers())
-    assert (
-        "random voc07_low_shot feature2 map_k96 on voc2007 test: no such number was measured"
-        in left
-    )
+    absent = [one for one in left if one.startswith("random voc07_low_shot feature2 map_k96 ")]
+    assert len(absent) == 1
+    assert "voc2007 test: no such number" in absent[0]
 
 
 @pytest.mark.parametrize(
     ("unlike", "why"),
     [
-        ({"n": 49_990}, "measured on 49,990 images, where 50,000 are published"),
-        ({"dataset": "imagenette"}, "measured on imagenette val"),
-        ({"view": "center view 72/64 px"}, "measured in another view, center"),
-        ({"metric": "top1_tuned"}, "no such number was measured"),
-        ({"batch_norm": "recalibrated"}, "no such number was measured"),
-        ({"model": "resnet18"}, "no such number was measured"),
+        ({"n": 49_990}, r".*\b49,990 images.*\b50,000\b"),
+        ({"dataset": "imagenette"}, r".*\bimagenette val\b"),
+        ({"view": "center view 72/64 px"}, r".*\bcenter view 72/64 px"),
+        ({"metric": "top1_tuned"}, "no such number"),
+        ({"batch_norm": "recalibrated"}, "no such number"),
+        ({"model": "resnet18"}, "no such number"),
     ],
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
 )
@@ -89,8 +89,8 @@ def test_an_answer_that_no_row_gives_is_named_with_the_reason(
     (answer,) = applicable([("torchvision", "resnet50")], ["linear_avgpool"], ["as_trained"])
     fields = {"metric": "top1", "checkpoint": "torchvision", **unlike}
     row = result("linear_avgpool", "avgpool", fields.pop("metric"), 75.0, **fields)
-    (told,) = unchecked([row], [answer])
-    assert told.startswith(f"torchvision linear_avgpool avgpool top1 on in1k val: {why}")
+    (unanswered,) = unchecked([row], [answer])
+    assert re.match(rf"torchvision linear_avgpool avgpool top1 on in1k val: {why}", unanswered)
     good = result("linear_avgpool", "avgpool", "top1", 75.0, checkpoint="torchvision")
     assert unchecked([row, good], [answer]) == []
 

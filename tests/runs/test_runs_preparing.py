@@ -52,7 +52,7 @@ def test_a_check_names_findings_and_the_command_that_packs(
     run(f"data.root={originals}")
     told = capsys.readouterr().out
     assert "mine, as checked" in told
-    assert f"train: {len(BROKEN)} images can't be read" in told
+    assert re.search(rf"train: {len(BROKEN)} images .*read", told)
     assert (
         f"next: python -m relloc.prepare data=folder data.root={originals} out=SHARDS"
         in told.replace("\n", " ")

@@ -188,7 +188,7 @@ def test_sums_that_are_not_finite_are_not_saved(
     clock(0)
     saver = new_saver(tmp_path, new_task(), milestones={1: "epoch_0.25", 2: "epoch_0.5"})
     saver.after_step(standing(1))
-    with pytest.raises(Diverged, match="the loss is no longer finite after step 2"):
+    with pytest.raises(Diverged, match=r"\bfinite\b.*\bstep 2\b"):
         saver.after_step(standing(2, loss))
     assert names(tmp_path) == ["epoch_0.25.pt", "step_000000001.pt"]
 
@@ -296,9 +296,9 @@ def test_a_milestone_is_the_step_that_completes_its_epoch() -> None:
 
 @pytest.mark.parametrize("epoch", [0, -1, 3.1, 99])
 def test_a_milestone_outside_the_run_is_refused(epoch: float) -> None:
-    with pytest.raises(UsageError) as raised:
+    numbers = rf"^milestones=\[1, {epoch}\]: .* epoch {epoch},.*\b3\b"
+    with pytest.raises(UsageError, match=numbers):
         milestone_steps([1, epoch], new_task(epochs=3))
-    assert str(raised.value) == f"milestones=[1, {epoch}]: the run has no epoch {epoch}, it has 3"
 
 
 def flip_a_byte(path: Path) -> None:
@@ -350,9 +350,7 @@ def test_one_flipped_byte_that_torch_reads_without_complaint_is_noticed(tmp_path
     flip_a_byte(path)
     state = torch.load(path, weights_only=True)  # torch checks no sum of what it reads
     assert state["value"].count_nonzero() == 1
-    with pytest.raises(
-        CheckpointError, match="its SHA-256 is not the one noted in step_000000001.pt.sha256"
-    ):
+    with pytest.raises(CheckpointError, match=r"SHA-256 .*step_000000001\.pt\.sha256"):
         newest_sound(tmp_path, lambda text: (_ for _ in ()).throw(CheckpointError(text)))
 
 
@@ -388,9 +386,7 @@ def test_a_run_goes_on_from_a_milestone_where_all_else_is_damaged(tmp_path: Path
         Saver.save(saver, standing(done))
     for path in saved_trainings(tmp_path):
         flip_a_byte(path)
-    with pytest.raises(
-        CheckpointError, match=r"Copy a milestone to (step_\d+\.pt) to go on from there"
-    ) as raised:
+    with pytest.raises(CheckpointError, match=r"Copy a milestone to step_\d+\.pt") as raised:
         newest_sound(tmp_path, lambda _text: None)
     name = str(raised.value).partition("Copy a milestone to ")[2].split()[0]
     folder = training_folder(tmp_path)

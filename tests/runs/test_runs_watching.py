@@ -1,6 +1,7 @@
 """Tests the curves, progress and monitors of a training."""
 
 import math
+import re
 import time
 from pathlib import Path
 
@@ -112,9 +113,7 @@ def test_monitors_that_fail_end_themselves_and_not_the_training(
     )
     walk(monitoring, clock, steps=5, step_s=1)
     assert asked == [1]
-    assert (
-        "monitors stop: none of the images can be used. Training goes on" in capsys.readouterr().out
-    )
+    assert "none of the images can be used" in capsys.readouterr().out
 
 
 def test_the_picture_is_kept_for_the_tracker(clock: Clock, folder: RunFolder) -> None:
@@ -229,10 +228,9 @@ def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
     }
     assert second.metrics["speed/images_per_s"] == 4 * 16 / 1
     assert second.metrics["speed/waiting_percent"] == pytest.approx(10)
-    assert (
-        "pretrain 8/8 loss 1.250  top-1 20.0 %  64 images/s  waiting for data 10 %"
-        in capsys.readouterr().out
-    )
+    output = capsys.readouterr().out
+    for part in ("8/8", "loss 1.250", "top-1 20.0 %", "64 images/s", "data 10 %"):
+        assert part in output
 
 
 def test_a_loss_that_is_no_number_is_journaled_and_ends_training(
@@ -269,7 +267,5 @@ def test_a_collapse_is_told_once(
         for step in range(1, 8):
             clock.now += 1
             report(progress(step, CHANCE_LOSS))
-    assert (
-        capsys.readouterr().out.count("alarm   the loss has stayed at log 8 = 2.079 for 4 steps")
-        == 1
-    )
+    alarms = re.findall(r"^alarm .*\b2\.079\b.*\b4 steps", capsys.readouterr().out, re.MULTILINE)
+    assert len(alarms) == 1

@@ -85,9 +85,7 @@ def test_what_fails_on_the_way_leaves_nothing_and_names_the_log_that_says_why(
         with socket.create_server(("", int(environment["RELLOC_SLURM_PORT"]) + 11)):
             up = run(environment, SCRIPTS / "up.sh")
     assert (up.returncode, up.stdout) == (1, "")
-    assert up.stderr.startswith(
-        f"up.sh: {culprit} did not start, and what was running is stopped again. "
-    )
+    assert up.stderr.startswith(f"up.sh: {culprit} did not start")
     (log,) = (
         word for word in up.stderr.split() if word.startswith(f"{tmp_path}/slurm-failed/{culprit}.")
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -231,8 +232,8 @@ def test_what_a_cluster_killed_does_not_run_for_ever_in_mlflow(tmp_path: Path) -
     RunRecord(name="a", experiment="e", tracking_uri=uri).write(killed.folder)
     sync(killed.folder, uri)
     assert repair_status(point_statuses([killed], asked(job7=Status.RUNNING))) == []
-    (words,) = repair_status(point_statuses([killed], asked()))
-    assert words.startswith("gap_px=4 ")
+    (message,) = repair_status(point_statuses([killed], asked()))
+    assert re.search(r"^gap_px=4 .*\bstopped\b", message)
     assert status_of(killed.folder) == Status.STOPPED
     (run,) = search(uri, "e")
     assert run["status"] == "KILLED"

@@ -120,7 +120,7 @@ def test_a_sweep_is_found_by_name_and_folder(
     assert find_sweep(word_of(gaps)).folder == gaps
     monkeypatch.setenv("RELLOC_RUNS", str(tmp_path / "runs"))
     for word in ("sweep=", "other", "./other"):
-        with pytest.raises(UsageError, match=r"no sweep of .*gaps|is not the folder of a sweep"):
+        with pytest.raises(UsageError, match=r"no sweep .*gaps|not the folder"):
             find_sweep(word)
     monkeypatch.chdir(gaps)
     assert find_sweep(".").folder == gaps

@@ -83,8 +83,8 @@ def test_what_is_no_address_is_refused_with_one_that_is(
         ("http://h:99999", ("port", "from 1 to 65535", "http://HOST:PORT")),
         ("http://h:0", ("port", "from 1 to 65535", "http://HOST:PORT")),
         ("http://[::1", ("host", "http://HOST:PORT", "http://[ADDRESS]:PORT")),
-        ("http://h/#/experiments/3", ("page", "give that of the server, http://h")),
-        ("http:/h", ("does not begin with http:// and a host", "give http://h")),
+        ("http://h/#/experiments/3", ("page", "server, http://h")),
+        ("http:/h", ("http:// and a host", "give http://h")),
         ("host:5000", ("http://host:5000 or https://host:5000 for a server", "sqlite:")),
     ],
 )

@@ -24,7 +24,7 @@ def test_only_files_of_the_folder_can_be_added(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("x")
     with pytest.raises(ValueError, match="lies outside"):
         add_artifact(run_dir, "../secret.txt")
-    with pytest.raises(FileNotFoundError, match="is not a file in"):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
         add_artifact(run_dir, "none.txt")
     assert list_artifacts_to_send(run_dir) == []
 

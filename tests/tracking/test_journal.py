@@ -79,9 +79,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     Journal(tmp_path).log({"loss": 1.0}, step=0)
     with open(tmp_path / "journal.jsonl", "a") as file:
         file.write('{"step": 1}\n')
-    with pytest.raises(ValueError, match="line 2 is not a journal entry"):
+    with pytest.raises(ValueError, match="line 2 .*journal entry"):
         read_journal(tmp_path)
-    with pytest.raises(ValueError, match="line 2 is not a journal entry"):
+    with pytest.raises(ValueError, match="line 2 .*journal entry"):
         read_journal(tmp_path, first_line=1)
 
 

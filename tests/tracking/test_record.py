@@ -62,7 +62,7 @@ def test_a_relative_store_is_written_absolute(
 )
 def test_a_file_that_is_no_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json is not a run record"):
+    with pytest.raises(ValueError, match=r"run\.json .*run record"):
         RunRecord.read(tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_status_round_trip(tmp_path: Path) -> None:
     status = read_status(tmp_path)
     assert status is not None
     assert status.status == Status.STOPPED
-    with pytest.raises(ValueError, match="'done' is not a valid Status"):
+    with pytest.raises(ValueError, match="'done' .*Status"):
         write_status(tmp_path, "done")
 
 

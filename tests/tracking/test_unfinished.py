@@ -22,7 +22,7 @@ def test_a_stopped_training_tells_how_far_it_is_and_how_it_goes_on(tmp_path: Pat
     Journal(tmp_path).log({"train/epoch": 0.5}, 47)
     save_training(tmp_path, {}, 52)
     message = unfinished_training(tmp_path)
-    assert "was stopped at step 52 of 4700," in message
+    assert "stopped at step 52 of 4700" in message
     assert command in message
     with locked_run_folder(tmp_path):
         assert "is being trained" in unfinished_training(tmp_path)

@@ -231,18 +231,16 @@ def test_steps_of_too_few_samples_are_left_out() -> None:
     feed = Feed(missing=lambda step: 5 if step == 1 else 0)
     reports = list(training(feed, least_samples=2, length=2).reports(2))
     assert reports[0].samples == 6
-    with pytest.raises(
-        DataError, match="eval.detection: up to step 2 no step has 2 or more images"
-    ):
+    with pytest.raises(DataError, match=r"eval\.detection: .*\bstep 2\b.*\b2 or more"):
         list(training(Feed(missing=lambda step: 5), least_samples=2, length=2).reports(2))
     empty = training(Feed(missing=lambda step: 6, accumulation=2), length=1)
-    with pytest.raises(DataError, match="up to step 1 no step has 1 or more"):
+    with pytest.raises(DataError, match=r"\bstep 1\b.*\b1 or more"):
         list(empty.reports(1))
 
 
 def test_divergence_is_told_at_the_end_of_the_span_with_what_to_do() -> None:
     with pytest.raises(
-        Diverged, match="eval.detection diverged: .* after step 4 of 6, at a learning rate of 1e"
+        Diverged, match=r"eval\.detection diverged: .* step 4 of 6,.*learning rate.* 1e"
     ) as raised:
         list(training(Feed(), lr=1e200).reports(4))
     assert isinstance(raised.value, UsageError)

@@ -1,7 +1,6 @@
 import copy
 import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -346,11 +345,9 @@ def test_without_two_images_to_train_on_or_one_to_ask_about_nothing_is_reported(
     gone, there = Broken(split="train", n=90, every=1), SPLITS.train
     reading = dataclasses.replace(READING, unreadable_share=1.0)
     run = evaluation(epochs=1, milestone_epochs=[])
-    with pytest.raises(
-        DataError, match="fine-tuning on colors, lr 0.05.*no step has 2 or more images"
-    ):
+    with pytest.raises(DataError, match=r"\bcolors, lr 0\.05.*\b2 or more images"):
         scores(run, splits=Splits(train=gone, held_out=there), encode_config=reading)
-    with pytest.raises(DataError, match=r"none of the images of colors train .*can be read"):
+    with pytest.raises(DataError, match=r"none .*\bcolors train\b"):
         scores(run, splits=Splits(train=there, held_out=gone), encode_config=reading)
 
 
@@ -421,27 +418,18 @@ def test_a_batch_of_which_nothing_could_be_read_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"share": 0.0}, "eval.semisup.share is 0.0: give a number above 0 and of 1 or less"),
-        ({"share": 1.5}, "eval.semisup.share is 1.5: give a number above 0"),
-        ({"share": "x"}, "eval.semisup.share is x: give a number above 0"),
-        ({"list_file": 5}, "eval.semisup.list_file is 5: give the path of a file, or null"),
-        (
-            {"learning_rates": []},
-            "eval.semisup.learning_rates is []: give a list of numbers above 0",
-        ),
-        ({"learning_rates": 0.1}, "eval.semisup.learning_rates is 0.1: give a list, [0.1]"),
-        (
-            {"head_multipliers": ["x"]},
-            "eval.semisup.head_multipliers is ['x']: give numbers above 0",
-        ),
-        ({"epochs": 0}, "eval.semisup.epochs is 0: give a whole number of 1 or more"),
-        ({"batch": 1}, "eval.semisup.batch is 1: batch norm needs"),
-        ({"batch": 2.5}, "eval.semisup.batch is 2.5: give a whole number of 1 or more"),
-        ({"milestone_epochs": [3, 3]}, "eval.semisup.milestone_epochs is [3, 3]: give epochs"),
-        (
-            {"choosing_images": 0},
-            "eval.semisup.choosing_images is 0: give a whole number of 1 or more",
-        ),
+        ({"share": 0.0}, r"eval\.semisup\.share is 0\.0: .* above 0 .*\b1 or less"),
+        ({"share": 1.5}, r"eval\.semisup\.share is 1\.5: .* above 0"),
+        ({"share": "x"}, r"eval\.semisup\.share is x: .* above 0"),
+        ({"list_file": 5}, r"eval\.semisup\.list_file is 5: .*\bfile\b.*\bnull\b"),
+        ({"learning_rates": []}, r"eval\.semisup\.learning_rates is \[\]: .* above 0"),
+        ({"learning_rates": 0.1}, r"eval\.semisup\.learning_rates is 0\.1: .*\[0\.1\]"),
+        ({"head_multipliers": ["x"]}, r"eval\.semisup\.head_multipliers is \['x'\]: .* above 0"),
+        ({"epochs": 0}, r"eval\.semisup\.epochs is 0: .* 1 or more"),
+        ({"batch": 1}, r"eval\.semisup\.batch is 1: .*batch norm"),
+        ({"batch": 2.5}, r"eval\.semisup\.batch is 2\.5: .*whole number"),
+        ({"milestone_epochs": [3, 3]}, r"eval\.semisup\.milestone_epochs is \[3, 3\]: .*epochs"),
+        ({"choosing_images": 0}, r"eval\.semisup\.choosing_images is 0: .* 1 or more"),
     ],
 )
 def test_constants_that_train_nothing_or_make_no_sense_are_refused(
@@ -450,17 +438,15 @@ def test_constants_that_train_nothing_or_make_no_sense_are_refused(
     one = evaluation()
     for name, value in changes.items():  # in a test, wrong types are not let into a constructor
         object.__setattr__(one, name, value)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=f"^{message}"):
         one.__post_init__()
 
 
 def test_mistakes_are_told() -> None:
-    with pytest.raises(
-        DataError, match="no images beyond those that are trained on.*or a smaller share"
-    ):
+    with pytest.raises(DataError, match=r"\bno images\b.*\bshare\b"):
         scores(evaluation(share=1.0, learning_rates=[0.1, 0.2]))
     unlabeled = Splits(
         train=Colors(split="train", n=90, labeled=False), held_out=Colors(split="val", n=9)
     )
-    with pytest.raises(DataError, match="colors train has no labels"):
+    with pytest.raises(DataError, match="colors train .*no labels"):
         scores(evaluation(), splits=unlabeled)
