@@ -38,10 +38,10 @@ def test_a_command_is_run_with_its_words(
 
 
 @pytest.mark.parametrize(
-    ("word", "told"), [("trian", "Did you mean train?"), ("seed=0", "relloc.train seed=0")]
+    ("word", "message"), [("trian", "Did you mean train?"), ("seed=0", "relloc.train seed=0")]
 )
 def test_another_word_is_a_mistake(
-    word: str, told: str, capsys: pytest.CaptureFixture[str]
+    word: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

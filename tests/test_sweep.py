@@ -48,13 +48,13 @@ def test_without_a_cluster_the_table_is_shown_and_what_is_unknown(
     monkeypatch.setenv("PATH", "")  # no squeue
     for word in ("s", "sweep=s", "runs/sweeps/s"):
         assert main(["status", word]) == 1
-        told = capsys.readouterr()
-        assert "1 done, 1 missing, 1 unknown" in told.out
-        assert ("slurm 7_2" in told.out, f"pid {GONE} on " in told.out) == (True, True)
-        assert r"[red]done\x1b[0m" in told.out  # as it is, without what a terminal would obey
-        assert len(re.findall(r"\b1 point\b.*unknown", told.out)) == 1
-        assert "next: python -m relloc.report sweep=s" in told.out
-        assert told.err == ""
+        output = capsys.readouterr()
+        assert "1 done, 1 missing, 1 unknown" in output.out
+        assert ("slurm 7_2" in output.out, f"pid {GONE} on " in output.out) == (True, True)
+        assert r"[red]done\x1b[0m" in output.out  # as it is, without what a terminal would obey
+        assert len(re.findall(r"\b1 points\b.*unknown", output.out)) == 1
+        assert "next: python -m relloc.report sweep=s" in output.out
+        assert output.err == ""
     (sweep.folder.parents[2] / "new").mkdir()
     write_status(sweep.points()[2].folder, "FINISHED")
     assert main(["status", "s"]) == 75  # it may succeed another time
@@ -73,10 +73,10 @@ def test_a_failed_point_shows_why(
         + "".join(f"then {line}\n" for line in range(20))
     )
     assert main(["status", "s"]) == 1
-    told = capsys.readouterr().out
-    assert told.count("relloc: data.root=x holds nothing") == 1
-    assert ("then 19" in told, "then 3\n" in told) == (True, False)
-    assert f"again, alone: {failed.again}" in told
+    output = capsys.readouterr().out
+    assert output.count("relloc: data.root=x holds nothing") == 1
+    assert ("then 19" in output, "then 3\n" in output) == (True, False)
+    assert f"again, alone: {failed.again}" in output
 
 
 def test_a_name_that_no_sweep_has_is_one_message(

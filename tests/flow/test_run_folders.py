@@ -164,7 +164,7 @@ def test_commands_of_one_second_have_folders_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("eval.knn.k=[1000]",), "eval.knn.k"),
         (("eval=[knn,voc07_svm]", "eval.voc07_svm.data=null"), "eval.voc07_svm"),
@@ -186,13 +186,13 @@ def test_commands_of_one_second_have_folders_of_their_own(
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_refused_evaluation_leaves_no_folder_and_no_run_in_mlflow(
-    tmp_path: Path, images: Path, evaluation: tuple[str, ...], words: tuple[str, ...], told: str
+    tmp_path: Path, images: Path, evaluation: tuple[str, ...], words: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "flat").symlink_to(images / "train" / "a")
     line = [word.replace("UNLABELED", str(tmp_path / "flat")) for word in words]
     code, text = ended("relloc.evaluate", *evaluation, *line, "tracking=sqlite", folder=tmp_path)
     assert code == 2, text
-    assert told in text
+    assert message in text
     assert "Traceback" not in text
     assert "goes on from there" not in text
     runs = tmp_path / "runs"

@@ -55,7 +55,7 @@ def test_a_job_is_read_as_it_is_written(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "job"),
+    ("answer", "job"),
     [
         ("Submitted batch job 43\n", "43"),
         ("Submitted batch job 43 on cluster mpp2\n", "43@mpp2"),
@@ -69,8 +69,8 @@ def test_a_job_is_read_as_it_is_written(text: str) -> None:
         ("Your last job 41 used 12 h\nSubmitted batch job 43\n", "43"),
     ],
 )
-def test_sbatchs_answer_is_found_among_other_lines(told: str, job: str) -> None:
-    assert str(read_sbatch(told)) == job
+def test_sbatchs_answer_is_found_among_other_lines(answer: str, job: str) -> None:
+    assert str(read_sbatch(answer)) == job
 
 
 def test_a_cluster_that_was_asked_for_is_the_jobs_unless_slurm_chose_among_several() -> None:

@@ -75,9 +75,9 @@ def test_why_a_point_failed_is_kept(
     launcher, made = run(tmp_path, code, processes=processes)
     assert [now.status for now in point_statuses([made], {})] == [Status.FAILED]
     assert reason_of(launcher.log_of(made)) == "no data"
-    told = capfd.readouterr()
+    output = capfd.readouterr()
     # On the console where it runs alone there
-    assert ("on its way" in told.out, "relloc: no data" in told.err) == (
+    assert ("on its way" in output.out, "relloc: no data" in output.err) == (
         (processes == 1),
         (processes == 1),
     )
@@ -122,8 +122,8 @@ def test_a_sweep_says_how_many_points_run_at_a_time_and_which_setting_changes_it
     for batch in (points[:2], points[2:]):
         launcher.plan(batch)
         launcher.follow(batch)
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sweep ")]
-    assert len(told) == 1
-    assert re.findall(r"(\d+) points? at a time", told[0]) == [str(at_a_time)]
-    assert "launcher.processes" in told[0]
-    assert ("no GPU" in told[0]) == (processes == "auto" and not gpus)
+    output = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sweep ")]
+    assert len(output) == 1
+    assert re.findall(r"(\d+) points? at a time", output[0]) == [str(at_a_time)]
+    assert "launcher.processes" in output[0]
+    assert ("no GPU" in output[0]) == (processes == "auto" and not gpus)

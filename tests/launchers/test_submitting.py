@@ -128,7 +128,7 @@ def test_a_job_finds_what_it_runs_by_itself_and_keeps_what_it_saved(
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "message"),
     [
         ("Invalid job array specification", "MaxArraySize"),
         ("QOSMaxSubmitJobPerUserLimit", "in parts"),
@@ -140,13 +140,13 @@ def test_a_job_finds_what_it_runs_by_itself_and_keeps_what_it_saved(
     ],
 )
 def test_a_refusal_says_what_to_do_and_leaves_what_was_there(
-    tmp_path: Path, commands: Path, launcher: Makes, said: str, told: str
+    tmp_path: Path, commands: Path, launcher: Makes, said: str, message: str
 ) -> None:
     write(
         commands, "sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1"
     )
     made, todo = launcher(), points(tmp_path, 3)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         send(made, todo)
     assert not list(tmp_path.glob("runs/**/*.*"))
     assert not list(tmp_path.glob("runs/p*"))
@@ -155,7 +155,7 @@ def test_a_refusal_says_what_to_do_and_leaves_what_was_there(
     made.sweep.add(todo[:1], ["train"])
     note_job(todo[0], {"slurm": "1_0"})
     before = files(tmp_path / "runs")
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         send(made, todo)
     assert files(tmp_path / "runs") == before
 

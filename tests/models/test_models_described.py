@@ -45,7 +45,7 @@ def test_a_backbone_is_built_as_it_is_described() -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "told"),
+    ("node", "message"),
     [
         ({"_target_": "torch.load", "f": "x"}, "torch.load"),
         ({"_target_": "pathlib.Path.write_text"}, "pathlib.Path.write_text"),
@@ -65,10 +65,10 @@ def test_a_backbone_is_built_as_it_is_described() -> None:
         ({"_target_": "\x1b[2J"}, "x1b"),
     ],
 )
-def test_anything_else_is_refused_with_what_it_wanted(node: dict[str, Any], told: str) -> None:
+def test_anything_else_is_refused_with_what_it_wanted(node: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=r"^runs/x ") as raised:
         described_backbone(model(**node), weights(), "runs/x")
-    assert told in str(raised.value)
+    assert message in str(raised.value)
     assert "model=NAME" in str(raised.value)
     assert str(raised.value).isprintable()
 

@@ -42,9 +42,9 @@ def test_of_a_sweep_its_points_are_reported(
             ["evaluate"],
         )
     assert main([str(sweep.folder)]) == 0
-    told = capsys.readouterr().out
-    assert "random, seed 0" in told
-    assert "seed 1" not in told
+    output = capsys.readouterr().out
+    assert "random, seed 0" in output
+    assert "seed 1" not in output
 
 
 @pytest.mark.parametrize(

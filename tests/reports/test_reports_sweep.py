@@ -118,8 +118,8 @@ def test_a_sweep_is_printed_and_drawn(
         points[-1], {"pid": 1, "host": "another", "born": ""}
     )  # which has ended without a word
     assert main(["sweep=s"]) == 0
-    told = capsys.readouterr().out
-    assert tables(told, "linear/top1 on photos val") == [
+    output = capsys.readouterr().out
+    assert tables(output, "linear/top1 on photos val") == [
         "| | feature4 | feature5 |",
         "| gap_px=0, jitter_px=0, pretrained | 10.5 ± 0.7 (2) | **9.5** ± 0.7 (2) |",
         "| gap_px=0, jitter_px=7, pretrained | 17.5 ± 0.7 (2) | 2.5 ± 0.7 (2) |",
@@ -130,22 +130,22 @@ def test_a_sweep_is_printed_and_drawn(
         "| random | 9.5 ± 0.7 (2) | — |",
     ]
     highest = "linear/top1 on photos val at feature4, where the highest is: gap_px across and jitter_px down"
-    assert tables(told, highest) == [
+    assert tables(output, highest) == [
         "| | 0 | 16 | 100 |",
         "| 0 | 10.5 ± 0.7 (2) | 10.7 ± 0.7 (2) | missing, failed |",
         "| 7 | 17.5 ± 0.7 (2) | 17.7 ± 0.7 (2) | **18.5** ± 0.7 (2) |",
     ]
-    assert "## voc07_low_shot/map_k16 on photos val" in told
-    assert "map_k1 " not in told
+    assert "## voc07_low_shot/map_k16 on photos val" in output
+    assert "map_k1 " not in output
     assert (
         "failed (1): gap_px=100 jitter_px=0 seed=1; missing (1): gap_px=100 jitter_px=0 seed=0."
-        in told
+        in output
     )
     for point in points:
         words = "python -m relloc.train model=small {} {} {} ".format(*point.overrides[1:])
-        assert (f"\n    {words}" in told) == ("gap_px=100" in words and "jitter_px=0" in words)
+        assert (f"\n    {words}" in output) == ("gap_px=100" in words and "jitter_px=0" in words)
     picture = sweep.folder / "report.png"
-    assert told.endswith(f"picture {picture}\n")
+    assert output.endswith(f"picture {picture}\n")
     with Image.open(picture) as image:
         assert len(image.convert("RGB").getcolors(2**24) or ()) > 50
 

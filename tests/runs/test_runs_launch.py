@@ -116,8 +116,8 @@ def test_two_commands_of_one_second_have_names_of_their_own(launched: Launched) 
 def test_a_command_has_one_name_wherever_it_is_asked_for(launched: Launched) -> None:
     def note(config: DictConfig) -> None:
         assert OmegaConf.to_container(config, resolve=True)["sweep"] == config.sweep  # type: ignore[call-overload,index]
-        told = HydraConfig.get().run.dir
-        assert Path(told).name == Path(HydraConfig.get().runtime.output_dir).name
+        run_dir = HydraConfig.get().run.dir
+        assert Path(run_dir).name == Path(HydraConfig.get().runtime.output_dir).name
 
     assert launched(note, "train") == 0
 
@@ -187,7 +187,7 @@ def test_a_flag_may_stand_behind_settings(
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "expected"),
     [
         ("grid.gap_px=ten", "grid.gap_px=ten is not a number"),
         ("gap_px=10", "Did you mean grid.gap_px"),
@@ -211,16 +211,16 @@ def test_a_flag_may_stand_behind_settings(
     ],
 )
 def test_a_typing_mistake_is_one_line(
-    launched: Launched, capsys: pytest.CaptureFixture[str], word: str, told: str
+    launched: Launched, capsys: pytest.CaptureFixture[str], word: str, expected: str
 ) -> None:
     assert launched(refuse, "train", word) == 2
     message = capsys.readouterr().err
-    assert told in message
+    assert expected in message
     assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("experiment=card2022", " python -m relloc.train experiment=card2022\n"),
         ("runs", " checkpoint=runs\n"),
@@ -228,11 +228,11 @@ def test_a_typing_mistake_is_one_line(
     ],
 )
 def test_a_mistake_of_an_evaluation_is_told_with_what_to_write(
-    launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, told: str
+    launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, message: str
 ) -> None:
     (tmp_path / "runs").mkdir()
     assert launched(refuse, "evaluate", word) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -74,14 +74,14 @@ def test_an_evaluation_tells_whose_weights_on_which_data(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "name"),
     [
         ("/x/moco_v2.pth", "moco_v2 r50 on a"),
         ("/x/swav/checkpoint.pth", "swav/checkpoint r50 on a"),
     ],
 )
-def test_a_file_of_another_project_is_told_by_its_name(file: str, told: str) -> None:
-    assert evaluation_name([subject(file)], ["a"]) == told
+def test_a_file_of_another_project_is_told_by_its_name(file: str, name: str) -> None:
+    assert evaluation_name([subject(file)], ["a"]) == name
 
 
 def test_a_damaged_record_costs_only_the_name(tmp_path: Path) -> None:

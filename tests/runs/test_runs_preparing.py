@@ -50,12 +50,12 @@ def test_a_check_names_findings_and_the_command_that_packs(
     originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(f"data.root={originals}")
-    told = capsys.readouterr().out
-    assert "mine, as checked" in told
-    assert re.search(rf"train: {len(BROKEN)} images .*read", told)
+    output = capsys.readouterr().out
+    assert "mine, as checked" in output
+    assert re.search(rf"train: {len(BROKEN)} images .*read", output)
     assert (
         f"next: python -m relloc.prepare data=folder data.root={originals} out=SHARDS"
-        in told.replace("\n", " ")
+        in output.replace("\n", " ")
     )
     assert not list(tmp_path.rglob(MANIFEST))
 
@@ -65,18 +65,18 @@ def test_packing_tells_what_became_of_images_and_how_to_train_on_them(
 ) -> None:
     out = tmp_path / "packed"
     run(f"data.root={originals}", f"out={out}", "short_px=96")
-    told = capsys.readouterr().out.replace("\n", " ")
-    assert "packed  train: " in told
-    assert re.search(r"2 JPEGs kept.*3 reduced to 96 px.*3 encoded", told)
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert "packed  train: " in output
+    assert re.search(r"2 JPEGs kept.*3 reduced to 96 px.*3 encoded", output)
     next_command = f"next: python -m relloc.train data=folder data.shards={out}"
-    assert next_command in told
+    assert next_command in output
     assert (out / MANIFEST).is_file()
     # What is packed is checked by its hashes, and has no command that packs it again.
     run(f"data.shards={out}")
-    told = capsys.readouterr().out.replace("\n", " ")
-    assert "checked " in told
-    assert "out=SHARDS" not in told
-    assert next_command in told
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert "checked " in output
+    assert "out=SHARDS" not in output
+    assert next_command in output
     run(f"data.shards={out}", chosen="photos")  # as where no data= was typed
     assert next_command in capsys.readouterr().out.replace("\n", " ")
 

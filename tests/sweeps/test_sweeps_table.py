@@ -87,9 +87,9 @@ def test_names_of_points_mean_nothing_to_the_console(
     monkeypatch.setenv("COLUMNS", "160")
     made = table.table([point_status(Status.DONE, point(tmp_path, "[red]a\x1b[0m:smile:"))])
     table.print_message(made)
-    told = capsys.readouterr().out
-    assert r"[red]a\x1b[0m:smile:" in told
-    assert "\x1b" not in told
+    output = capsys.readouterr().out
+    assert r"[red]a\x1b[0m:smile:" in output
+    assert "\x1b" not in output
 
 
 @pytest.mark.parametrize("columns", [None, "60"])
@@ -103,9 +103,9 @@ def test_a_file_has_room_for_the_table_unless_a_width_is_asked_for(
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
     table.print_message(table.table([point_status(Status.DONE, point(tmp_path, "a" * 120))]))
-    told = capsys.readouterr().out
-    assert max(map(len, told.splitlines())) <= (int(columns) if columns else 160)
-    assert told.count("a") >= 120  # folded, not cut
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= (int(columns) if columns else 160)
+    assert output.count("a") >= 120  # folded, not cut
 
 
 def told_of_failed(
@@ -124,8 +124,8 @@ def test_of_a_failed_point_the_end_of_its_log_its_message_and_its_command_are_sh
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = "relloc: no data\n" + "".join(f"line {number}\n\n" for number in range(20))
-    told = told_of_failed(tmp_path, log + "bar 1 %\rbar 100 %\n", capsys)
-    lines = [line.strip() for line in told.splitlines()]
+    output = told_of_failed(tmp_path, log + "bar 1 %\rbar 100 %\n", capsys)
+    lines = [line.strip() for line in output.splitlines()]
     assert "relloc: no data" in lines
     assert [line for line in lines if line.startswith("line")] == [
         f"line {number}" for number in range(13, 20)
@@ -156,10 +156,10 @@ def test_a_point_without_output_is_said_to_have_none(
 def test_a_point_that_was_sent_to_a_cluster_is_sent_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = told_of_failed(
+    output = told_of_failed(
         tmp_path, "x", capsys, resend=("-m", "relloc.train", "launcher=slurm"), cwd="/elsewhere"
     )
-    assert "again, alone: cd /elsewhere && python -m relloc.train launcher=slurm" in told
+    assert "again, alone: cd /elsewhere && python -m relloc.train launcher=slurm" in output
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_who_does_not_answer_is_told_once_with_the_number_of_points_that_nobody_
         for status in (Status.UNKNOWN, Status.DONE, Status.UNKNOWN)
     ]
     table.print_silent_schedulers(unknown, ["squeue \x1b[2J is silent", "squeue \x1b[2J is silent"])
-    told = capsys.readouterr().out
-    assert told.count("is silent") == 1
-    assert "2 points" in told
-    assert "\x1b" not in told
+    output = capsys.readouterr().out
+    assert output.count("is silent") == 1
+    assert "2 points" in output
+    assert "\x1b" not in output
     table.print_silent_schedulers(unknown, [])
     assert capsys.readouterr().out == ""
 
@@ -202,9 +202,9 @@ def test_the_next_commands_name_the_sweep_as_a_shell_takes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table.print_next(Sweep(tmp_path / "a sweep's"))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for command in ("relloc.report sweep=", "relloc.sweep status "):
-        (line,) = (line for line in told.splitlines() if command in line)
+        (line,) = (line for line in output.splitlines() if command in line)
         assert "'\"'\"'" in line
 
 

@@ -21,14 +21,14 @@ def test_each_run_gets_one_line_with_counts(
     first, second = new_run("first", tracking_uri=uri), new_run("second", tracking_uri=uri)
     assert main([str(first), str(second)]) == 0
     counts = "4 params, 6 points, 0 artifacts"
-    told = capsys.readouterr()
-    assert told.out.splitlines()[:-1] == [
+    output = capsys.readouterr()
+    assert output.out.splitlines()[:-1] == [
         f"{first}: {counts} -> {uri}",
         f"{second}: {counts} -> {uri}",
     ]
-    assert told.out.splitlines()[-1].startswith("next: ")
-    assert uri in told.out.splitlines()[-1]
-    assert told.err == ""
+    assert output.out.splitlines()[-1].startswith("next: ")
+    assert uri in output.out.splitlines()[-1]
+    assert output.err == ""
     assert main([str(first)]) == 0
     assert capsys.readouterr().out.startswith(f"{first}: nothing new -> {uri}\n")
     assert {run["name"] for run in search(uri, "relloc")} == {"first", "second"}
