@@ -207,7 +207,7 @@ def test_a_flag_may_stand_behind_settings(
         ("+recipe.epoch=2", "Did you mean recipe.epochs?"),
         ("+foo=1", "no setting foo"),
         ("+bank_gib.x=1", "no setting bank_gib.x"),
-        ("++data.root=x", "belongs to data=folder"),
+        ("++data.root=x", " data=folder,"),
     ],
 )
 def test_a_typing_mistake_is_one_line(

@@ -31,7 +31,7 @@ def answered(*words: str, command: str = "train") -> str:
         ("grid.jitter_px", [": range of the displacement", "of mmselfsup.\n"]),
         ("bank_gib", ["12", "GiB", "conf/_settings.yaml", "features kept in memory"]),
         ("monitor.most_share", ["0.05", "conf/train.yaml", "cost"]),
-        ("data.root", ["data=folder", "conf/data/folder.yaml"]),
+        ("data.root", ["null", "with data=", "conf/data/"]),
         ("eval.linear.lr", ["0.01", "conf/eval/linear.yaml", "Linear"]),
         ("grid.gap_px=32", ["21"]),
         ("launcher.timeout_min", ["1440", "launcher=slurm", "of each start"]),
@@ -113,7 +113,7 @@ def test_comments_stand_behind_or_above_what_they_are_of(tmp_path: Path) -> None
         ("grid.gab_px", "Did you mean grid.gap_px"),
         ("lr", "optimizer.lr or recipe.lr"),
         ("optimizer.learning_rate", "Did you mean optimizer.lr"),
-        ("data.root", "belongs to data=folder"),
+        ("data.root", " data=folder,"),
     ],
 )
 def test_a_misspelt_setting_is_told_with_the_one_meant(word: str, message: str) -> None:
