@@ -521,6 +521,6 @@ def test_a_running_point_is_ended_by_its_number(tmp_path: Path) -> None:
         sweep.add([running], ["train"])
     done = relloc(tmp_path, "sweep", "cancel", str(sweep.folder))
     assert done.returncode == 0
-    assert "1 points" in done.stdout
+    assert "1 point" in done.stdout
     assert child.wait(30) == -signal.SIGTERM
     child.communicate()
