@@ -30,7 +30,7 @@ from relloc.data.listing import (
 )
 from relloc.data.manifest import is_packed
 from relloc.data.processes import Progress, without_progress
-from relloc.data.split_folders import Branch, images_by_folder, refuse_pooled_splits
+from relloc.data.split_folders import FolderTree, images_by_folder, refuse_pooled_splits
 from relloc.errors import DataError
 from relloc.terminal import escaped, quantity
 
@@ -255,10 +255,10 @@ def _unlabeled(
     for root in roots:
         passed_over = PassedOver()
         paths = list(images_below(root, passed_over))
-        branch = images_by_folder(root, paths)
+        tree = images_by_folder(root, paths)
         if not pool_splits:
-            refuse_pooled_splits(branch, alone=len(roots) == 1)
-        sentences += [_unlabeled_remark(branch), describe_passed_over(passed_over)]
+            refuse_pooled_splits(tree, is_only_root=len(roots) == 1)
+        sentences += [_unlabeled_remark(tree), describe_passed_over(passed_over)]
         for path in paths:
             is_held_out = _hash_fraction(os.path.relpath(path, root)) < held_out_share
             role: Role = "held_out" if is_held_out else "train"
@@ -289,13 +289,13 @@ def _hash_fraction(name: str) -> float:
     return int.from_bytes(hashed[:8], "big") / 2**64
 
 
-def _unlabeled_remark(branch: Branch) -> str:
+def _unlabeled_remark(tree: FolderTree) -> str:
     """Returns a sentence on how many images a root has, and in which of its folders."""
-    remark = f"{branch.path}: {quantity(branch.images, 'image')} without labels"
-    counts = [f"{name} {inner.images}" for name, inner in sorted(branch.folders.items())]
+    remark = f"{tree.path}: {quantity(tree.images, 'image')} without labels"
+    counts = [f"{name} {inner.images}" for name, inner in sorted(tree.folders.items())]
     if counts:
         remark += f", in {quantity(len(counts), 'folder')} ({first_names(counts)})"
-    empty = [name for name in class_folders_of(branch.path) if name not in branch.folders]
+    empty = [name for name in class_folders_of(tree.path) if name not in tree.folders]
     if empty:
         remark += f"; none in {first_names(empty)}"
     return remark

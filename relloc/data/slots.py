@@ -1,4 +1,4 @@
-"""A faster `load` for pretraining: workers write batches into fixed slots of shared memory.
+"""A faster `relloc.data.loader.load` for pretraining: workers write batches into fixed slots of shared memory.
 
 `relloc.data.loader.load` allocates memory for each batch, which the kernel has to clear and map
 every time, and which has to be copied to page-locked memory before a GPU can read it. At thousands
@@ -67,31 +67,33 @@ def load_in_slots(
     if slots is None:
         yield from load(samples, batches, workers=workers, pin=pin, stopping=stopping)
         return
-    # Batches take the slots in turn, so that a slot is free again when its turn comes.
-    numbered = ((number % len(slots), keys) for number, keys in enumerate(batches))
+    # Batches take the slots in turn. A slot is used again only after n_slots batches, when neither a
+    # worker nor the caller has its last batch any more.
+    slots_and_keys = ((number % len(slots), keys) for number, keys in enumerate(batches))
     read = functools.partial(_read_into_slot, samples, slots)
     with ReadingProcesses(
-        read, numbered, workers=workers, stopping=stopping, print_message=print_message
+        read, slots_and_keys, workers=workers, stopping=stopping, print_message=print_message
     ) as answers:
-        # The first answer forks the workers. Pages are locked after that, since locked pages
-        # would be missing in them.
+        # Asking for the first answer forks the workers. Pages are locked after the fork only, since
+        # forked processes do not inherit pages that are registered with CUDA.
         first = list(itertools.islice(answers, 1))
         with _page_locked(slots, print_message) if pin else contextlib.nullcontext():
             for answer in itertools.chain(first, answers):
-                slot, message = answer.content
-                yield message.batch(slots[slot, : len(message.indices)])
+                slot, batch_header = answer.content
+                n_read = len(batch_header.indices)
+                yield batch_header.batch(slots[slot, :n_read])
 
 
 def _read_into_slot(
     samples: Dataset[Sample],
     slots: UInt8[Tensor, "n images s s 3"],
-    numbered: tuple[int, list[Any]],
+    slot_and_keys: tuple[int, list[Any]],
 ) -> Answer:
-    """Reads a batch in a worker process, into the slot of the number that comes with its keys."""
-    slot, keys = numbered
+    """Reads the samples of some keys into a slot, in a worker process."""
+    slot, keys = slot_and_keys
     batch = [samples[key] for key in keys]
-    message, _ = write_samples(batch, lambda shape: slots[slot, : shape[0]])
-    return Answer(content=(slot, message))
+    batch_header, _ = write_samples(batch, lambda shape: slots[slot, : shape[0]])
+    return Answer(content=(slot, batch_header))
 
 
 @contextlib.contextmanager

@@ -43,57 +43,58 @@ _CAPITAL_WITHIN = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 @dataclasses.dataclass(kw_only=True)
-class Branch:
+class FolderTree:
     """A folder, the number of images in and below it, and its folders that hold images."""
 
     path: Path
     images: int = 0
-    folders: dict[str, "Branch"] = dataclasses.field(default_factory=dict)
+    folders: dict[str, "FolderTree"] = dataclasses.field(default_factory=dict)
 
 
-def images_by_folder(root: Path, paths: Sequence[str]) -> Branch:
+def images_by_folder(root: Path, paths: Sequence[str]) -> FolderTree:
     """Returns the tree of folders below `root` with the number of images in and below each."""
     counts = collections.Counter(path.rpartition("/")[0] for path in paths)
-    trunk = Branch(path=root, images=len(paths))
+    root_tree = FolderTree(path=root, images=len(paths))
     for folder, count in counts.items():
         # Every folder on the way to this one has its images, too.
-        branch = trunk
+        tree = root_tree
         for name in Path(os.path.relpath(folder, root)).parts:
-            branch = branch.folders.setdefault(name, Branch(path=branch.path / name))
-            branch.images += count
-    return trunk
+            tree = tree.folders.setdefault(name, FolderTree(path=tree.path / name))
+            tree.images += count
+    return root_tree
 
 
-def refuse_pooled_splits(branch: Branch, *, alone: bool) -> None:
+def refuse_pooled_splits(tree: FolderTree, *, is_only_root: bool) -> None:
     """Raises an error if a tree of folders holds several splits of a data set.
 
     Folders are splits of one data set if they lie beside each other, hold images, and their names
     differ in a word such as train, val or test, and otherwise at most in numbers; or if they are
-    numbered folds. `alone` is true if the tree is the only root, so that it may be a labeled set.
+    numbered folds. `is_only_root` is true if no other
+    root is pooled with the tree, so that it may be a labeled set.
 
     Raises:
-        DataError: there are such folders in or below `branch`.
+        DataError: there are such folders in or below `tree`.
     """
-    waiting = [branch]
+    waiting = [tree]
     while waiting:
         parent = waiting.pop()
         splits = _splits_in(parent)
         if splits:
-            raise DataError(_message(branch, parent, splits, alone=alone))
+            raise DataError(_message(tree, parent, splits, is_only_root=is_only_root))
         waiting += parent.folders.values()
 
 
-def _splits_in(branch: Branch) -> list[str]:
+def _splits_in(tree: FolderTree) -> list[str]:
     """Returns the folders of a folder that are splits of one data set: two or more, or none."""
-    # Folders whose names are the same but for the split belong together.
-    split_words_by_rest: dict[str, dict[str, tuple[str, ...]]] = {}
-    for name in branch.folders:
-        split_words, rest = _split_words_and_rest(name)
+    # Folders whose names have the same stem, which is the name without the split, belong together.
+    names_by_stem: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name in tree.folders:
+        split_words, stem = _split_words_and_stem(name)
         if split_words:
-            split_words_by_rest.setdefault(rest, {})[name] = split_words
-    for split_words_of in split_words_by_rest.values():
-        if len(set(split_words_of.values())) > 1:
-            return sorted(split_words_of)
+            names_by_stem.setdefault(stem, {})[name] = split_words
+    for split_words_by_name in names_by_stem.values():
+        if len(set(split_words_by_name.values())) > 1:
+            return sorted(split_words_by_name)
     return []
 
 
@@ -102,8 +103,8 @@ def _in_words(name: str) -> str:
     return _CAPITAL_WITHIN.sub("_", name).lower()
 
 
-def _split_words_and_rest(name: str) -> tuple[tuple[str, ...], str]:
-    """Returns the words of a folder's name that name a split, and the letters of the others.
+def _split_words_and_stem(name: str) -> tuple[tuple[str, ...], str]:
+    """Returns the words of a folder's name that name a split, and the stem: the other letters.
 
     Numbers do not count, so that train_1 and train_2 are the same split. The fold of a
     cross-validation is named by its number.
@@ -113,15 +114,17 @@ def _split_words_and_rest(name: str) -> tuple[tuple[str, ...], str]:
     if fold:
         return (fold[1],), "fold"
     split_words = tuple("train" if word in _UNLABELED else word for word in _WORD.findall(words))
-    # A star stands for each split word, a space for anything but letters; then one star for all
-    # stars in a row.
+    # A star stands for each split word, a space for anything but letters, and then one star for all
+    # stars in a row: seg_train_2 becomes "seg *".
     starred = _WORD.sub("*", words)
     letters = re.sub(r"(?:(?!\*)[\W\d_])+", " ", starred)
-    rest = re.sub(r"\*(?: ?\*)+", "*", letters)
-    return split_words, rest.strip()
+    stem = re.sub(r"\*(?: ?\*)+", "*", letters)
+    return split_words, stem.strip()
 
 
-def _message(root: Branch, parent: Branch, splits: Sequence[str], *, alone: bool) -> str:
+def _message(
+    root: FolderTree, parent: FolderTree, splits: Sequence[str], *, is_only_root: bool
+) -> str:
     """Returns the error message: which splits were found, and the settings that are possible."""
     folders = parent.folders
     counts = []
@@ -137,7 +140,7 @@ def _message(root: Branch, parent: Branch, splits: Sequence[str], *, alone: bool
     root_setting = "" if parent is root else f"data.root={parent.path} "
     ways = []
     # With class folders they may be a labeled data set, if both splits have the same classes.
-    if alone and train and val and folders[train].folders:
+    if is_only_root and train and val and folders[train].folders:
         if folders[train].folders.keys() == folders[val].folders.keys():
             ways.append(
                 f"{root_setting}data.source.train={train} data.source.val={val} takes them as the "
@@ -151,8 +154,8 @@ def _message(root: Branch, parent: Branch, splits: Sequence[str], *, alone: bool
     ways.append(f"data.root={parent.path / first} takes {first} alone, without labels")
     ways.append("data.source.pool_splits=true takes all as one set without labels")
     return (
-        f"{parent.path} holds several splits of a data set: {', '.join(counts)}. Taken as one set "
-        f"without labels, what is to be tested on would be trained on. {'; '.join(ways)}"
+        f"{parent.path} holds several splits of a data set: {', '.join(counts)}. Pooling "
+        f"them would train on images that are meant for testing. {'; '.join(ways)}"
     )
 
 

@@ -1,4 +1,7 @@
-"""Samples the positions of the nine patches of each image: a regular grid plus random jitter."""
+"""Samples the positions of the nine patches of each image: a regular grid plus random jitter.
+
+They lie within a square crop of the image, whose own position `relloc.data.crops` draws before.
+"""
 
 import functools
 

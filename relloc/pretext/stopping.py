@@ -1,7 +1,9 @@
 """Turns signals (Ctrl-C, SLURM's warnings) into a request to stop between two training steps.
 
-While a request can be honored, the run saves a checkpoint and ends in order; before and after that
-a signal ends it at once. Either way the exit code is that of the signal.
+While a training waits for requests, the run saves a checkpoint and ends in order: `StopRequest`
+notes the signal, `relloc.runs.saving.Saver.after_step` saves and ends the loop, and
+`relloc.runs.training.train_to_the_end` exits. Before and after that a signal ends the run at once.
+Either way the exit code is that of the signal.
 """
 
 import contextlib

@@ -103,7 +103,7 @@ def _our_line(entry: ReportEntry) -> Mapping[str, object]:
         **result,
         "deviations": "; ".join(result["deviations"]),
         "details": "; ".join(result["details"]),
-        "published": " / ".join(number.printed for number in entry.beside),
+        "published": " / ".join(number.printed for number in entry.compared_with),
         "origin": "ours",
         "group": entry.group,
         "row": entry.label,
@@ -114,12 +114,12 @@ def _our_line(entry: ReportEntry) -> Mapping[str, object]:
         "commit": run.commit,
         "mark": MARK_WORDS.get(entry.mark, ""),
         "best": "yes" if entry.is_best else "",
-        "why": entry.why,
+        "why": entry.layer_reason,
     }
     # Several published numbers beside it are editions of one row, which have one tolerance
-    if entry.beside:
-        line["beside"] = entry.beside[0].row
-        line["tolerance"] = entry.beside[0].tolerance
+    if entry.compared_with:
+        line["beside"] = entry.compared_with[0].row
+        line["tolerance"] = entry.compared_with[0].tolerance
     replaced = (f"{old.result.value!r} of {old.run.name}" for old in measured.older)
     line["replaces"] = " / ".join(replaced)
     return line

@@ -42,9 +42,9 @@ class ReportEntry:
         label: The name of its line.
         group: `CARD_GROUP`, or the name of the other images that it was measured on.
         is_shown: Whether a table shows it; CSV has all numbers.
-        beside: The published numbers that it is compared with.
+        compared_with: The published numbers that it is compared with.
         is_best: Whether none of our numbers in its column is better.
-        why: How the layer was chosen, where one was.
+        layer_reason: How the layer was chosen, where one was.
         spread: The "std", "min" and "max" over draws, where the evaluation measured them.
     """
 
@@ -52,9 +52,9 @@ class ReportEntry:
     label: str
     group: str
     is_shown: bool
-    beside: tuple[Published, ...] = ()
+    compared_with: tuple[Published, ...] = ()
     is_best: bool = False
-    why: str = ""
+    layer_reason: str = ""
     spread: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -78,7 +78,7 @@ class ReportEntry:
 
     @property
     def fills_card(self) -> bool:
-        """Whether the number fills a cell that the published model has on the card."""
+        """Whether the number is one of the card, measured by the published protocol."""
         row = self.result
         # The published nearest-neighbor numbers are those of the last layer
         is_as_published = row.variant in ("", LAYERS[-1]) and not foreign_view(row)
@@ -92,10 +92,10 @@ class ReportEntry:
     @property
     def mark(self) -> str:
         """`INSIDE`, `ABOVE` or `BELOW` the tolerance of the published numbers; "" without one."""
-        if not self.beside:
+        if not self.compared_with:
             return ""
         # With several editions of the published number, from the lowest to the highest
-        low, high = accepted(self.beside)
+        low, high = accepted(self.compared_with)
         if self.result.value < low - _ROUNDING:
             return BELOW
         if self.result.value > high + _ROUNDING:
@@ -111,7 +111,7 @@ def make_entries(measured: Iterable[Measured]) -> list[ReportEntry]:
     Args:
         measured: Our numbers, the oldest first, as `find_measured` returns them.
     """
-    # One number for each question, with a variant or an image digest where names alone mislead
+    # One number for each quantity, with a variant or an image digest where names alone mislead
     results = disambiguate(name_images(newest(measured)))
     labels = label_lines({each.line for each in results})
     order = {line: position for position, line in enumerate(labels)}
@@ -161,9 +161,9 @@ def _entry(
     """Returns the entry of one number; `best_layers` are the best-layer results of all tables."""
     row = each.result
     group = group_of(each)
-    # Details of an evaluation have no table, and are in CSV alone
+    # Secondary numbers of an evaluation have no table, and are in CSV alone
     is_shown = bool(row.table)
-    why = ""
+    layer_reason = ""
     # Some tables show one layer only, the best of another table (low-shot: that of the full SVM)
     sources = (part.layer_best_in for part in parts_of(row.table) if part.layer_best_in)
     source = next(sources, "")
@@ -175,18 +175,18 @@ def _entry(
             and one.line.without_variant == each.line.without_variant
             and group_of(one) == group
         ]
-        layer, why = _layer_to_show(each, candidates)
+        layer, layer_reason = _layer_to_show(each, candidates)
         is_shown = row.layer == layer
-    beside: tuple[Published, ...] = ()
+    compared_with: tuple[Published, ...] = ()
     if is_shown and group == CARD_GROUP:
-        beside = published_beside(each.line, row)
+        compared_with = published_beside(each.line, row)
     return ReportEntry(
         measured=each,
         label=label,
         group=group,
         is_shown=is_shown,
-        beside=beside,
-        why=why,
+        compared_with=compared_with,
+        layer_reason=layer_reason,
         spread=spread,
     )
 
@@ -238,27 +238,27 @@ def _mark_best(entries: Sequence[ReportEntry]) -> list[ReportEntry]:
     """Returns the entries with `is_best` set where several of our lines compete in a column."""
     values_of: dict[tuple[object, ...], list[float]] = {}
     for each in entries:
-        values = values_of.setdefault(_contest(each), [])
-        values.append(_goodness(each.result))
+        values = values_of.setdefault(_bold_group(each), [])
+        values.append(_signed_value(each.result))
     # Numbers that compete with none have the empty key
     values_of.pop((), None)
     best = {}
-    for contest, values in values_of.items():
+    for group_key, values in values_of.items():
         if len(values) > 1:
-            best[contest] = max(values)
+            best[group_key] = max(values)
     marked = []
     for each in entries:
-        is_best = best.get(_contest(each)) == _goodness(each.result)
+        is_best = best.get(_bold_group(each)) == _signed_value(each.result)
         marked.append(dataclasses.replace(each, is_best=is_best))
     return marked
 
 
-def _goodness(row: Result) -> float:
+def _signed_value(row: Result) -> float:
     """Returns the value, with its sign changed where lower is better."""
     return row.value if row.higher_is_better else -row.value
 
 
-def _contest(entry: ReportEntry) -> tuple[object, ...]:
+def _bold_group(entry: ReportEntry) -> tuple[object, ...]:
     """Returns a key that numbers share which compete for bold type: same column, same setting.
 
     The key is empty for numbers that compete with none: those of supervised weights, those that no

@@ -39,10 +39,11 @@ def group_of(each: Measured) -> str:
 
 
 def name_images(results: Sequence[Measured]) -> list[Measured]:
-    """Returns `results` with `images` set where a name of images is not enough.
+    """Returns `results` with `images` set where data set, split and count do not
+    identify the images.
 
-    That is so where a data set's name, split and number of images were recorded with several
-    digests: `images` then names the number's own digest.
+    That is so where images of one data set, split and count were recorded with several digests:
+    `images` then names the number's own digest.
     """
 
     def image_set(each: Measured) -> tuple[object, ...]:
@@ -61,14 +62,14 @@ def name_images(results: Sequence[Measured]) -> list[Measured]:
 
 
 def disambiguate(results: Sequence[Measured]) -> list[Measured]:
-    """Returns `results` with a `variant` where a line has several answers to one question.
+    """Returns `results` with a `variant` where a line has several measurements of one quantity.
 
-    Answers to a question differ by fingerprint: by weights, constants, images or seed. The variant
-    is the run's name, or its folder where several runs have the same name. A run that has several
-    answers itself gets one counted variant for each: `name`, `name (2)`.
+    They differ by fingerprint: by weights, hyperparameters, images or seed. The variant is the
+    run's name, or its folder where several runs have the same name. A run that has several
+    measurements itself gets one counted variant for each: `name`, `name (2)`.
     """
     names = _run_names(results)
-    # Lines are compared within a table: all numbers of a line in a table are to be of one kind
+    # Lines are compared within a table: all numbers of a line in a table should be made the same way
     tables: dict[tuple[object, ...], list[Measured]] = {}
     for each in results:
         row = each.result
@@ -81,18 +82,18 @@ def disambiguate(results: Sequence[Measured]) -> list[Measured]:
         tables.setdefault(key, []).append(each)
     separated: list[Measured] = []
     for table in tables.values():
-        if len({each.question for each in table}) == len(table):
-            # One answer to each question: nothing to separate, though runs may differ
+        if len({each.quantity for each in table}) == len(table):
+            # One measurement of each quantity: nothing to separate, though runs may differ
             separated += table
             continue
-        # The questions that each run has answered, in sets of which none has a question twice
-        answered: dict[Path, list[set[object]]] = {}
+        # The quantities that each run has measured, in sets of which none has a quantity twice
+        measured: dict[Path, list[set[object]]] = {}
         for each in table:
-            answer_sets = answered.setdefault(each.run.folder, [set()])
-            if each.question in answer_sets[-1]:
-                answer_sets.append(set())
-            answer_sets[-1].add(each.question)
-            count = f" ({len(answer_sets)})" if len(answer_sets) > 1 else ""
+            quantity_sets = measured.setdefault(each.run.folder, [set()])
+            if each.quantity in quantity_sets[-1]:
+                quantity_sets.append(set())
+            quantity_sets[-1].add(each.quantity)
+            count = f" ({len(quantity_sets)})" if len(quantity_sets) > 1 else ""
             variant = names[each.run.folder] + count
             separated.append(replace(each, variant=variant))
     return separated
@@ -127,12 +128,12 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
     def rank(line: Line) -> tuple[object, ...]:
         return (
             line.checkpoint not in REFERENCE_MODELS,
-            natural(names[line.checkpoint]),
+            natural_sort_key(names[line.checkpoint]),
             line.model,
             line.seed,
             line.batch_norm,
             line.checkpoint,
-            natural(line.variant),
+            natural_sort_key(line.variant),
         )
 
     # What is usual is left out of a name
@@ -176,7 +177,7 @@ def short_names(checkpoints: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def natural(text: str) -> list[tuple[int, str]]:
+def natural_sort_key(text: str) -> list[tuple[int, str]]:
     """Returns a sort key by which numbers in texts are sorted by size: run9 before run10."""
     # Pairs, so that numbers and words are never compared with each other
     key = []

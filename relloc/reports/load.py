@@ -89,10 +89,10 @@ class Measured:
         )
 
     @property
-    def question(self) -> tuple[object, ...]:
+    def quantity(self) -> tuple[object, ...]:
         """A key of what the number measures, by names alone.
 
-        Whether two answers to a question were measured alike is said by their fingerprints.
+        Whether two measurements of a quantity were made alike is said by their fingerprints.
         """
         row = self.result
         # Where the best layer is asked for, the layer is a part of the answer
@@ -191,24 +191,24 @@ def _read_run(folder: Path) -> Run:
 
 
 def newest(measured: Iterable[Measured]) -> list[Measured]:
-    """Returns the last of the results that share a question and a fingerprint.
+    """Returns the last of the results that share a quantity and a fingerprint.
 
     It holds the earlier ones in `older`. Copies of a result in other run folders count once.
 
     Args:
         measured: Results, the oldest first.
     """
-    # For each question and fingerprint its measurements, the newest first
-    answers: dict[object, dict[object, Measured]] = {}
+    # For each quantity and fingerprint its measurements, the newest first
+    by_quantity: dict[object, dict[object, Measured]] = {}
     for each in reversed(list(measured)):
         # The same in the folder that measured it and in those that it was copied to
         row = dataclasses.replace(each.result, measured_in="")
         measurement = (row, each.run.folder)
-        answer = answers.setdefault((each.question, each.result.fingerprint), {})
-        answer.setdefault(measurement, each)
+        measurements = by_quantity.setdefault((each.quantity, each.result.fingerprint), {})
+        measurements.setdefault(measurement, each)
     results = []
-    for answer in reversed(answers.values()):
-        last, *older = answer.values()
+    for measurements in reversed(by_quantity.values()):
+        last, *older = measurements.values()
         # `older` has the oldest first
         older.reverse()
         results.append(dataclasses.replace(last, older=tuple(older)))

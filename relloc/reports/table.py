@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from relloc.reports.compare import ABOVE, BELOW, INSIDE, MARK_WORDS, ReportEntry, make_entries
-from relloc.reports.lines import natural
+from relloc.reports.lines import natural_sort_key
 from relloc.reports.load import Measured
 from relloc.reports.missing import MissingEvaluations, advice, missing_evaluations
 from relloc.reports.published import (
@@ -187,7 +187,7 @@ def column_order(columns: Iterable[str], card_columns: Iterable[str]) -> list[st
     def rank(column: str) -> tuple[int, list[tuple[int, str]]]:
         own = stem(column)
         position = stems.index(own) if own in stems else len(stems)
-        return position, natural(column)
+        return position, natural_sort_key(column)
 
     return sorted(columns, key=rank)
 
@@ -320,7 +320,7 @@ def note(entries: Sequence[ReportEntry]) -> str:
     for name, values in origins.items():
         distinct = dict.fromkeys(values)
         phrases.append(f"{name} {' and '.join(distinct)}")
-    reasons = dict.fromkeys(entry.why for entry in entries if entry.why)
+    reasons = dict.fromkeys(entry.layer_reason for entry in entries if entry.layer_reason)
     phrases += shared
     phrases += gap
     phrases += reasons
@@ -354,12 +354,12 @@ def _details(entry: ReportEntry) -> Iterable[str]:
         yield f"95 % interval {row.low:.2f} to {row.high:.2f}"
     for name, value in entry.spread.items():
         yield f"{name} over draws: {value:.2f}"
-    if entry.why:
-        yield entry.why
+    if entry.layer_reason:
+        yield entry.layer_reason
     # How it compares with the published number, and with earlier measurements of ours
     if entry.mark:
-        printed = " / ".join(each.printed for each in entry.beside)
-        first = entry.beside[0]
+        printed = " / ".join(each.printed for each in entry.compared_with)
+        first = entry.compared_with[0]
         word = MARK_WORDS[entry.mark]
         yield f"{word}: {first.row} {printed}, tolerance {first.tolerance:g}"
     for old in entry.measured.older:

@@ -228,7 +228,7 @@ def _save_part(part: EvalPart, rows: Sequence[Result], folder: RunFolder) -> Non
     console.print_measured(rows)
     written = [path for path in (folder.path / part.folder).rglob("*") if path.is_file()]
     for file in sorted(written):
-        folder.keep(str(file.relative_to(folder.path)))
+        folder.mirror_file(str(file.relative_to(folder.path)))
     # The rows are on disk, so nothing has to be resumed any more.
     delete_state(state_file(folder.path, part.fingerprint))
 

@@ -68,25 +68,26 @@ _LOG_SUFFIXES = {".log", ".out", ".err", ".txt"}
 class RunFolder:
     """The folder of a run while it runs.
 
-    Args:
-        uri: the MLflow store that mirrors the run, or None.
-        status: how the run ended, known at its end.
-        is_mistake: True if a wrong command ended it, so that the same command would end alike.
-        tracked: names of the files of which the tracker holds copies.
-        unreadable: images that could not be used, with the reasons.
+    Attributes:
+        path: The folder.
+        uri: The MLflow store that mirrors the run, or None.
+        status: How the run ended, known at its end.
+        ended_by_mistake: True if the command itself was wrong, so that repeating it fails again.
+        mirrored_files: The names of the files that MLflow gets copies of.
+        unreadable: The images that could not be used, with the reasons.
     """
 
     path: Path
     uri: str | None
     status: Status = Status.FAILED
-    is_mistake: bool = False
-    tracked: set[str] = dataclasses.field(default_factory=set)
+    ended_by_mistake: bool = False
+    mirrored_files: set[str] = dataclasses.field(default_factory=set)
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def keep(self, name: str) -> None:
-        """Has the tracker keep a copy of a file of this folder, `name` being its path below it."""
+    def mirror_file(self, name: str) -> None:
+        """Has MLflow get a copy of a file of this folder, `name` being its path below it."""
         add_artifact(self.path, name)
-        self.tracked.add(name)
+        self.mirrored_files.add(name)
 
     def summarize(self, fingerprints: Collection[str] | None = None) -> None:
         """Marks the run as done and prints its results: the rows with `fingerprints`, or all."""
@@ -101,7 +102,7 @@ class RunFolder:
         if evaluated:
             console.show_results(evaluated)
         if rows:
-            self.keep(RESULTS_FILE)
+            self.mirror_file(RESULTS_FILE)
 
     def report_unreadable(self) -> None:
         """Writes and prints which images could not be used, now or in earlier starts of the run."""
@@ -115,7 +116,7 @@ class RunFolder:
             lines.update(earlier.splitlines())
         content = "".join(f"{line}\n" for line in sorted(lines))
         write_whole(file, content.encode("utf-8", "surrogateescape"))
-        self.keep(UNREADABLE_FILE)
+        self.mirror_file(UNREADABLE_FILE)
         console.print_message(
             f"{quantity(len(lines), 'image')} could not be used, such as "
             f"{min(lines)}; all are named in {file}"
@@ -133,7 +134,7 @@ def lock_folder(folder: Path) -> Iterator[Path]:
         FolderIsTaken: another run has the folder.
         UsageError: the folder holds files of something other than a run.
     """
-    # The default folder has the time in its name: processes may differ by a second.
+    # The default folder has the time in its name: each rank may have computed another name.
     run_dir = Path(ranks.from_first(str(folder)))
     with contextlib.ExitStack() as at_end:
         refusal = None
@@ -204,7 +205,7 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
     record.write(path)
     for name, text in invocation.files.items():
         write_whole(path / name, text.encode("utf-8", "surrogateescape"))
-    folder.keep(CONFIG_FILE)
+    folder.mirror_file(CONFIG_FILE)
     mirror = Mirror(path, folder.uri, warn=console.print_message) if folder.uri else None
     try:
         write_status(path, Status.RUNNING)
@@ -214,26 +215,27 @@ def open_folder(invocation: Invocation, record: RunRecord, path: Path) -> Iterat
     except (KeyboardInterrupt, Stopped):
         folder.status = Status.STOPPED
         remains = "nothing had been saved yet"
-        if _has_work(path):
+        if _has_results(path):
             remains = "what was saved and evaluated before stays"
         console.print_message(f"interrupted; {remains}")
         raise
     except UsageError as error:
         # Some errors of this type, such as images that do not come, may be gone another time: they
         # have exit codes of their own.
-        folder.is_mistake = error.exit_code == UsageError.exit_code
+        folder.ended_by_mistake = error.exit_code == UsageError.exit_code
         raise
     finally:
-        if folder.is_mistake and before.has_no_new_work():
-            _leave_as_before(folder, mirror, before)
+        if folder.ended_by_mistake and before.has_same_results():
+            _restore_folder(folder, mirror, before)
         else:
-            _close(folder, mirror, is_named=invocation.names_folder)
+            _close(folder, mirror, command_names_folder=invocation.names_folder)
 
 
-def _close(folder: RunFolder, mirror: Mirror | None, *, is_named: bool) -> None:
+def _close(folder: RunFolder, mirror: Mirror | None, *, command_names_folder: bool) -> None:
     """Writes how the run ended, sends MLflow the rest, and prints where everything is.
 
-    `is_named` says whether the command names the folder, so that repeating it resumes the run.
+    `command_names_folder` says whether the command gives hydra.run.dir, so that repeating it as it
+    is resumes the run.
     """
     path = folder.path
     # Everything is written into the folder before MLflow, which copies it.
@@ -247,20 +249,20 @@ def _close(folder: RunFolder, mirror: Mirror | None, *, is_named: bool) -> None:
         problem = mirror.close(folder.status)
         _print_mlflow_links(folder, problem)
     console.print_message(f"run     {path}: {folder.status.word}")
-    if folder.status is not Status.DONE and not folder.is_mistake:
-        effect = "goes on from there" if _has_work(path) else "starts it anew"
-        addition = "" if is_named else f"with hydra.run.dir={path} "
-        console.print_message(f"        the same command {addition}{effect}")
+    if folder.status is not Status.DONE and not folder.ended_by_mistake:
+        purpose = "to resume" if _has_results(path) else "to start anew"
+        addition = "" if command_names_folder else f" with hydra.run.dir={path}"
+        console.print_message(f"        repeat the command{addition} {purpose}")
 
 
-def _has_work(path: Path) -> bool:
-    """Returns True if the folder has anything from which a run can be resumed."""
+def _has_results(path: Path) -> bool:
+    """Returns True if the folder has anything trained or measured, from which a run resumes."""
     has_states = (path / STATES).exists()
     has_results = (path / RESULTS_FILE).exists()
     return bool(saved_trainings(path)) or has_states or has_results
 
 
-def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderSnapshot) -> None:
+def _restore_folder(folder: RunFolder, mirror: Mirror | None, before: FolderSnapshot) -> None:
     """Ends a run after a mistake in its command, as if it had never begun."""
     # First MLflow: the folder's note on it is what tells which run to delete there.
     if mirror:
@@ -270,7 +272,7 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderSna
             with contextlib.suppress(StoreError):
                 forget(folder.path)
     try:
-        before.restore(folder.tracked)
+        before.restore(folder.mirrored_files)
     except OSError as error:
         # The user still has to read of the mistake itself, which is raised after this.
         console.print_message(
@@ -281,7 +283,7 @@ def _leave_as_before(folder: RunFolder, mirror: Mirror | None, before: FolderSna
     if folder.unreadable:
         first = ", ".join(sorted(folder.unreadable)[:_MAX_NAMED])
         console.print_message(
-            f"could not be used: {first} and others, if any; python -m relloc.prepare names all "
+            f"images that could not be used include {first}; python -m relloc.prepare names all "
             "of a data set"
         )
 

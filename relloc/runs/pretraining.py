@@ -48,9 +48,9 @@ from relloc.terminal import quantity
 
 PICTURE = "patches.png"
 _PICTURE_IMAGES = 6
-# Settings of a schedule that are counted in epochs and scale with its length.
-_SPANS = ("warmup_epochs", "milestone_epochs")
-# A compiled ResNet-50 on patches of 96 px needs half of a GPU's 80 GB for so many images.
+# Settings of a schedule that are given in epochs and scaled when schedule.epochs changes.
+_SCALED_WITH_LENGTH = ("warmup_epochs", "milestone_epochs")
+# A compiled ResNet-50 on patches of 96 px needs half of a GPU's 80 GB for this many images.
 _MAX_FORWARD_IMAGES = 512
 
 
@@ -66,8 +66,8 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
     ranks.join(engine.device)
     with contextlib.ExitStack() as at_end:
         at_end.callback(ranks.leave)
-        # First of all take the folder, and look whether what lies there can be read: until
-        # `open_folder` nothing is written.
+        # First of all take the folder, and check that its files can be read: until `open_folder`
+        # nothing is written.
         stop = at_end.enter_context(stop_request())
         run_dir = at_end.enter_context(lock_folder(invocation.folder))
         check_files(run_dir)
@@ -78,7 +78,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             named.check_images()
         if ranks.rank() == 0:
             _warn_of_small_shards(settings)
-            _report_scaled_spans(settings)
+            _report_scaled_schedule(settings)
 
         # Build what is trained.
         plan = make_plan(settings, data, engine)
@@ -120,14 +120,14 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             )
             _draw_patches(settings, data, folder)
             train_to_the_end(training, done, folder)
-            # From here on nothing is computed by several processes.
+            # From here on rank 0 works alone.
             ranks.leave()
             _save_backbone(training, folder)
             _measure_pretext(training, folder)
             _evaluate(training, evaluations, folder)
             folder.summarize()
 
-        # Print the command to go on with, which works from the current folder.
+        # Print the next command; its paths are relative to the current folder.
         run = console.from_here(run_dir)
         if data.labeled:
             # This command also measures with recalibrated batch norm.
@@ -154,7 +154,7 @@ def _measurable(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]
 
 
 def _label_free_members() -> list[str]:
-    """Returns the members of conf/eval, of relloc itself, that need no labels."""
+    """Returns the names in relloc's own conf/eval that need no labels."""
     label_free = []
     for name in members("eval"):
         target = content_of(f"eval/{name}").get("_target_", "")
@@ -212,22 +212,24 @@ def _warn_of_small_shards(settings: Pretraining) -> None:
     # Small originals can't be packed larger: only images that packing reduced are worth a warning.
     if packed_px < wanted_px and manifest["train"]["stored"]["reduced"]:
         console.print_message(
-            f"shards  were reduced to a short side of {packed_px} px, and this grid enlarges them "
+            f"shards  packed at a short side of {packed_px} px, and this grid enlarges them "
             f"to up to {wanted_px} px: pack them with short_px={wanted_px}"
         )
 
 
-def _report_scaled_spans(settings: Pretraining) -> None:
+def _report_scaled_schedule(settings: Pretraining) -> None:
     """Prints warm-up and milestones where schedule.epochs differs from the recipe's length."""
     schedule = settings.schedule
     recipe_epochs = settings.recipe_epochs
-    spans = [f"{name} {value}" for name, value in vars(schedule).items() if name in _SPANS]
+    scaled = []
+    for name, value in vars(schedule).items():
+        if name in _SCALED_WITH_LENGTH:
+            scaled.append(f"{name} {value}")
     # A warm-up of 5 of 70 epochs becomes one of 0.5 of 7, which is easily overlooked.
-    if schedule.epochs != recipe_epochs and spans:
+    if schedule.epochs != recipe_epochs and scaled:
         console.print_message(
-            f"spans   {quantity(schedule.epochs, 'epoch')} in place of "
-            f"the recipe's {recipe_epochs}: "
-            f"{', '.join(spans)}"
+            f"schedule  {quantity(schedule.epochs, 'epoch')}, not the recipe's {recipe_epochs}: "
+            f"{', '.join(scaled)}"
         )
 
 
@@ -235,7 +237,7 @@ def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
     """Returns how the images of each step are divided into forwards and among processes."""
     images_per_forward = settings.images_per_forward
     if images_per_forward is None:
-        images_per_forward = fastest_forward(settings, compiled=engine.compiled)
+        images_per_forward = fastest_images_per_forward(settings, compiled=engine.compiled)
     return StepPlan(
         n_images=len(data.train),
         images_per_step=settings.images_per_step,
@@ -245,20 +247,22 @@ def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
     )
 
 
-def fastest_forward(settings: Pretraining, *, compiled: bool) -> int:
+def fastest_images_per_forward(settings: Pretraining, *, compiled: bool) -> int:
     """Returns how many images to pass through the network at once.
 
-    Without compilation that is one ghost batch (`recipe.images_per_batch_norm`). A compiled network
-    takes several ghost batches at once: the most, up to 512 images, that divide a process's share
-    of the step. Batch norm still normalizes each ghost batch by itself, so results stay the same.
+    Without compilation that is one ghost batch: the `recipe.images_per_batch_norm` images that share
+    batch-norm statistics. A compiled network takes several ghost batches at once: the most, up to
+    512 images, that divide a process's share of the step. Batch norm still normalizes each ghost
+    batch by itself, so results stay the same.
     """
-    ghost = settings.images_per_batch_norm
+    images_per_ghost_batch = settings.images_per_batch_norm
     if not compiled:
-        return ghost
+        return images_per_ghost_batch
     share = settings.images_per_step // ranks.world_size()
-    candidates = range(ghost, min(share, _MAX_FORWARD_IMAGES) + 1, ghost)
+    most = min(share, _MAX_FORWARD_IMAGES)
+    candidates = range(images_per_ghost_batch, most + 1, images_per_ghost_batch)
     divisors = [images for images in candidates if share % images == 0]
-    return max(divisors, default=ghost)
+    return max(divisors, default=images_per_ghost_batch)
 
 
 def make_task(
@@ -289,7 +293,7 @@ def make_task(
 
 
 def _draw_patches(settings: Pretraining, data: Splits, folder: RunFolder) -> None:
-    """Saves a picture of the patches that some training images become."""
+    """Saves a picture of the patches of some training images."""
     crops = Crops(
         data.train, settings.patches.grid, use=Use.PICTURE_CROP, seed=settings.seed, centered=False
     )
@@ -298,7 +302,7 @@ def _draw_patches(settings: Pretraining, data: Splits, folder: RunFolder) -> Non
     indices = range(0, len(data.train), spacing)[:_PICTURE_IMAGES]
     images = collate([crops[(index,)] for index in indices]).pixels
     draw_patches(images, settings.patches, folder.path / PICTURE, seed=settings.seed)
-    folder.keep(PICTURE)
+    folder.mirror_file(PICTURE)
     console.print_message(f"picture {folder.path / PICTURE}")
 
 
@@ -315,7 +319,7 @@ def _save_backbone(training: Training, folder: RunFolder) -> None:
         about = training.settings.about | {"step": training.task.steps}
         backbone_files.save_backbone(path, backbone, about)
     for file in (path, hash_file(path)):
-        folder.keep(file.name)
+        folder.mirror_file(file.name)
 
 
 def _problem_of_file(path: Path, backbone: Backbone) -> str:
@@ -386,7 +390,7 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
         protocol="1.1",
         details=(
             "center crop, eight pairs with the center, jitter and colors as in training",
-            "interval: t over sources",
+            "95 % t interval, clustered by source image",
         ),
         checkpoint=path_as_text(folder.path / backbone_files.BACKBONE_FILE),
         model=settings.model.name,

@@ -34,14 +34,14 @@ class FolderSnapshot:
     """What a run folder held before a run began.
 
     Args:
-        work: size (bytes) and time (ns) of the files that hold trained or measured results.
+        results: size (bytes) and time (ns) of the files that hold trained or measured results.
         rewritten: content of the files that every start of a run writes anew.
         names: all files there, by their paths below the folder.
         status: how the previous run in the folder ended, or None if there was none.
     """
 
     path: Path
-    work: dict[Path, tuple[int, int]]
+    results: dict[Path, tuple[int, int]]
     rewritten: dict[str, bytes]
     names: set[str]
     status: Status | None
@@ -58,7 +58,7 @@ class FolderSnapshot:
             status = read_status(path)
         return cls(
             path=path,
-            work=_signatures_of_work(path),
+            results=_signatures_of_results(path),
             rewritten=rewritten,
             names=names,
             status=status.status if status else None,
@@ -69,9 +69,9 @@ class FolderSnapshot:
         """True if no run had the folder before."""
         return RUN_FILE not in self.names
 
-    def has_no_new_work(self) -> bool:
+    def has_same_results(self) -> bool:
         """Returns True if nothing was trained or measured since."""
-        return self.work == _signatures_of_work(self.path)
+        return self.results == _signatures_of_results(self.path)
 
     def restore(self, made: Iterable[str]) -> None:
         """Removes the files that the run added and puts back those that it replaced.
@@ -88,7 +88,7 @@ class FolderSnapshot:
             (self.path / HYDRA_FOLDER).rmdir()
 
 
-def _signatures_of_work(path: Path) -> dict[Path, tuple[int, int]]:
+def _signatures_of_results(path: Path) -> dict[Path, tuple[int, int]]:
     """Returns size (bytes) and time (ns) of the files that hold trained or measured results."""
     files = [path / name for name in (JOURNAL_FILE, RESULTS_FILE, BACKBONE_FILE)]
     files += [*training_folder(path).glob("*"), *(path / STATES).glob("*")]

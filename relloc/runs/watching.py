@@ -138,6 +138,6 @@ class Monitoring:
             return
         finally:
             torch.use_deterministic_algorithms(deterministic)
-        self.folder.keep(confusion_picture(done))
+        self.folder.mirror_file(confusion_picture(done))
         self.asked_at_s = time.monotonic()
         self.cost_s = self.asked_at_s - started

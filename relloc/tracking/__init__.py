@@ -10,7 +10,7 @@ from relloc.tracking.experiments import experiment_name
 from relloc.tracking.imports import import_driver
 from relloc.tracking.journal import Journal, read_journal
 from relloc.tracking.mirror import Mirror
-from relloc.tracking.mlflow import Sent, forget, sync
+from relloc.tracking.mlflow import SyncCounts, forget, sync
 from relloc.tracking.note import Note, read_note
 from relloc.tracking.record import (
     DatasetRecord,
@@ -28,8 +28,8 @@ __all__ = [
     "Mirror",
     "Note",
     "RunRecord",
-    "Sent",
     "StoreError",
+    "SyncCounts",
     "absolute_uri",
     "add_artifact",
     "environment_tags",

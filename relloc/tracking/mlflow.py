@@ -1,11 +1,10 @@
 """Sends a run folder to MLflow: whatever the store lacks, exactly once, even after a crash.
 
-The file mlflow.json in the run folder (`relloc.tracking.note`) records what was sent to which
-store.
-MLflow does not deduplicate: a metric point that is sent twice is stored twice. So the note is
-written as `unsure` before points are sent and as sure again afterwards. A note that is unsure or
-missing means that a sender may have died half-way; then the store itself is asked which points it
-has, and only the others are sent.
+The file mlflow.json in the run folder, called the note (`relloc.tracking.note`), records what was
+sent to which store. MLflow does not deduplicate: a metric point that is sent twice is stored twice.
+So the note is marked `unsure` before points are sent, and the mark is cleared afterwards. Where the
+note is marked or missing, a sender may have died half-way; then the store itself is asked which
+points it has, and only the others are sent.
 """
 
 import dataclasses
@@ -56,7 +55,7 @@ PointBatch = tuple[list["Metric"], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sent:
+class SyncCounts:
     """Counts of what one `sync` sent, and the MLflow run that it was sent to.
 
     Attributes:
@@ -83,7 +82,7 @@ class Sent:
 
 
 @dataclasses.dataclass
-class _Sending:
+class _SyncState:
     """The state that the steps of one `sync` share: run folder, record, store and note."""
 
     client: "MlflowClient"
@@ -93,13 +92,13 @@ class _Sending:
     note: Note
 
     def update_note(self, **changes: Any) -> None:
-        """Change fields of the note, here and at once in the file, so that a crash loses none."""
+        """Changes fields of the note, here and at once in the file, so that a crash loses none."""
         self.note = dataclasses.replace(self.note, **changes)
         write_note(self.run_dir, self.note)
 
 
-def sync(run_dir: Path, uri: str, experiment: str | None = None) -> Sent:
-    """Send what the store lacks of a run folder. A second call in a row sends nothing.
+def sync(run_dir: Path, uri: str, experiment: str | None = None) -> SyncCounts:
+    """Sends what the store lacks of a run folder. A second call in a row sends nothing.
 
     Example: `sync(Path("runs/one"), "sqlite:////data/mlflow.db")`
 
@@ -121,24 +120,24 @@ def sync(run_dir: Path, uri: str, experiment: str | None = None) -> Sent:
     # The lock keeps a run's own mirror and a `relloc.sync` from sending the same points at once.
     with store_errors(uri), locked(run_dir / f"{NOTE_FILE}.lock"):
         note = read_note(run_dir) or Note(uri="", uid="", experiment_id="", run_id="")
-        sending = _Sending(client, uri, run_dir, record, note)
-        _find_run(sending, name, moves=experiment is not None)
-        params = _send_record(sending)
-        points = _send_points(sending)
-        artifacts, refused = _send_artifacts(sending)
-        _send_status(sending)
-    return Sent(
+        state = _SyncState(client, uri, run_dir, record, note)
+        _find_run(state, name, moves=experiment is not None)
+        params = _send_record(state)
+        points = _send_points(state)
+        artifacts, refused = _send_artifacts(state)
+        _send_status(state)
+    return SyncCounts(
         params=params,
         points=points,
         artifacts=artifacts,
-        experiment_id=sending.note.experiment_id,
-        run_id=sending.note.run_id,
+        experiment_id=state.note.experiment_id,
+        run_id=state.note.run_id,
         refused=tuple(refused),
     )
 
 
 def forget(run_dir: Path) -> None:
-    """Delete a folder's run from the store that it was last sent to, if it was sent anywhere.
+    """Deletes a folder's run from the store that it was last sent to, if it was sent anywhere.
 
     Raises:
         StoreError: the store can't be reached or written.
@@ -151,17 +150,17 @@ def forget(run_dir: Path) -> None:
         client.delete_run(note.run_id)
 
 
-def _find_run(sending: _Sending, experiment: str, *, moves: bool) -> None:
-    """Note which MLflow run belongs to this folder: the one noted, or found by uid, or a new one.
+def _find_run(state: _SyncState, experiment: str, *, moves: bool) -> None:
+    """Notes which MLflow run belongs to this folder: the one noted, or found by uid, or a new one.
 
     `moves` says that the caller named the experiment, so that a run in another one does not count.
     """
-    client, record, note = sending.client, sending.record, sending.note
+    client, record, note = state.client, state.record, state.note
     # A copied folder has the note of the run that it was copied from, hence the comparison of uids.
-    is_noted = note.uri == sending.uri and note.uid == record.uid
-    if is_noted and _is_usable(sending, experiment, moves):
+    is_noted = note.uri == state.uri and note.uid == record.uid
+    if is_noted and _is_usable(state, experiment, moves):
         return
-    experiment_id = find_or_make_experiment(client, experiment, sending.uri).experiment_id
+    experiment_id = find_or_make_experiment(client, experiment, state.uri).experiment_id
     # The uid is sent with the creation itself: a sender that dies right after it leaves a run that
     # is found again, and no second one is made.
     has_this_uid = f"tags.`relloc.uid` = '{record.uid}'"
@@ -175,22 +174,22 @@ def _find_run(sending: _Sending, experiment: str, *, moves: bool) -> None:
             tags={"relloc.uid": record.uid},
             run_name=record.name[:NAME_CHARACTERS],
         )
-    sending.note = Note(
-        uri=sending.uri, uid=record.uid, experiment_id=experiment_id, run_id=run.info.run_id
+    state.note = Note(
+        uri=state.uri, uid=record.uid, experiment_id=experiment_id, run_id=run.info.run_id
     )
     # A run that was there already may have points that the lost note knew of.
-    sending.update_note(unsure=bool(matches))
+    state.update_note(unsure=bool(matches))
 
 
-def _is_usable(sending: _Sending, experiment: str, moves: bool) -> bool:
-    """Return whether the noted run can be continued; False means to look for it or to make it anew.
+def _is_usable(state: _SyncState, experiment: str, moves: bool) -> bool:
+    """Returns whether the noted run can be continued; False means to look for it or to make it anew.
 
     Raises:
         StoreError: the run, or its experiment, was deleted in MLflow; the message says what to do.
     """
     from mlflow.exceptions import MlflowException
 
-    client, uri, note = sending.client, sending.uri, sending.note
+    client, uri, note = state.client, state.uri, state.note
     # A run that was deleted for good (`mlflow gc`), or a store that was made anew, knows no such
     # id.
     try:
@@ -214,21 +213,21 @@ def _is_usable(sending: _Sending, experiment: str, moves: bool) -> bool:
     raise StoreError(
         f"run {note.run_id} was deleted in {uri}. Restore it with "
         f"`MLFLOW_TRACKING_URI={uri} mlflow runs restore --run-id {note.run_id}`, "
-        f"or remove {sending.run_dir / NOTE_FILE} to send it as a new run"
+        f"or remove {state.run_dir / NOTE_FILE} to send it as a new run"
     )
 
 
-def _send_record(sending: _Sending) -> int:
-    """Send name, params, tags and data sets of the run if run.json changed.
+def _send_record(state: _SyncState) -> int:
+    """Sends name, params, tags and data sets of the run if run.json changed.
 
     Returns:
         How many params are new to the store.
     """
     from mlflow.entities import Param, RunTag
 
-    client, record, note = sending.client, sending.record, sending.note
+    client, record, note = state.client, state.record, state.note
     # A resumed run may have written run.json with other settings.
-    digest = hashlib.sha256((sending.run_dir / RUN_FILE).read_bytes()).hexdigest()
+    digest = hashlib.sha256((state.run_dir / RUN_FILE).read_bytes()).hexdigest()
     if digest == note.record:
         return 0
     # Values are cut to MLflow's limit, since one that is longer makes it refuse a whole batch.
@@ -239,7 +238,7 @@ def _send_record(sending: _Sending) -> int:
         params[legal_name(name)] = text[:PARAM_CHARACTERS]
     fresh = [Param(name, text) for name, text in params.items() if name not in stored]
 
-    tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(sending.run_dir)}
+    tags = record.tags | {"relloc.uid": record.uid, "relloc.run_dir": str(state.run_dir)}
     # MLflow's UI shows these tags as the source of a run: its command and its commit.
     kind = record.tags.get("relloc.kind")
     if kind:
@@ -260,12 +259,12 @@ def _send_record(sending: _Sending) -> int:
     client.log_batch(note.run_id, params=fresh, tags=run_tags)
     client.log_inputs(note.run_id, _inputs(record.datasets))
     client.update_run(note.run_id, name=record.name[:NAME_CHARACTERS])
-    sending.update_note(record=digest)
+    state.update_note(record=digest)
     return len(fresh)
 
 
 def _inputs(datasets: Iterable[DatasetRecord]) -> list[Any]:
-    """Return one MLflow input per data set, with all contexts that the run used the data set in.
+    """Returns one MLflow input per data set, with all contexts that the run used the data set in.
 
     MLflow would drop the second of two inputs of the same data set, such as its use for evaluation.
     """
@@ -291,15 +290,15 @@ def _inputs(datasets: Iterable[DatasetRecord]) -> list[Any]:
     return inputs
 
 
-def _send_points(sending: _Sending) -> int:
-    """Send the metric points of journals and results that the store lacks; return how many."""
-    in_doubt = sending.note.unsure
-    sent = _send_batches(sending, _journal_batches(sending), in_doubt)
-    rows = read_results(sending.run_dir)
+def _send_points(state: _SyncState) -> int:
+    """Sends the metric points of journals and results that the store lacks; returns how many."""
+    unsure = state.note.unsure
+    sent = _send_batches(state, _journal_batches(state), unsure)
+    rows = read_results(state.run_dir)
     # Journals only grow, but an evaluation that was repeated may have replaced result rows that
     # were sent before: then all rows are compared with the store again.
-    n_sent_rows = sending.note.results
-    were_replaced = n_sent_rows > 0 and _digest(rows[:n_sent_rows]) != sending.note.results_digest
+    n_sent_rows = state.note.results
+    were_replaced = n_sent_rows > 0 and _digest(rows[:n_sent_rows]) != state.note.results_digest
     fresh = rows if were_replaced else rows[n_sent_rows:]
     if fresh:
         # Of two values of one name and step, MLflow shows the one with the later time. Each row is
@@ -308,40 +307,40 @@ def _send_points(sending: _Sending) -> int:
         for later_ms, row in enumerate(fresh):
             points += _row_points(row, now_ms() + later_ms)
         batch = points, {"results": len(rows), "results_digest": _digest(rows)}
-        sent += _send_batches(sending, [batch], in_doubt or were_replaced)
-    if sending.note.unsure:
-        sending.update_note(unsure=False)
+        sent += _send_batches(state, [batch], unsure or were_replaced)
+    if state.note.unsure:
+        state.update_note(unsure=False)
     return sent
 
 
-def _send_batches(sending: _Sending, batches: Iterable[PointBatch], in_doubt: bool) -> int:
-    """Send batches of points and note each; return the number of points sent.
+def _send_batches(state: _SyncState, batches: Iterable[PointBatch], unsure: bool) -> int:
+    """Sends batches of points and notes each; returns the number of points sent.
 
-    If `in_doubt`, the points that the store has already are left out.
+    If `unsure`, the points that the store has already are left out.
     """
-    client, run_id = sending.client, sending.note.run_id
+    client, run_id = state.client, state.note.run_id
     sent = 0
     known = None
     for points, note_changes in batches:
         # The store's points are read once, and only if there is something to send.
         if known is None:
-            names = client.get_run(run_id).data.metrics if in_doubt else ()
+            names = client.get_run(run_id).data.metrics if unsure else ()
             known = set()
             for name in names:
                 history = client.get_metric_history(run_id, name)
                 known.update(_identity(point) for point in history)
         # A crash between these two notes leaves the note unsure, which the next `sync` sees.
-        sending.update_note(unsure=True)
+        state.update_note(unsure=True)
         fresh = [point for point in points if _identity(point) not in known]
         client.log_batch(run_id, metrics=fresh)
-        # While in doubt the note stays unsure until all batches were compared with the store.
-        sending.update_note(unsure=in_doubt, **note_changes)
+        # A note that was unsure stays so until all batches were compared with the store.
+        state.update_note(unsure=unsure, **note_changes)
         sent += len(fresh)
     return sent
 
 
 def _identity(point: "Metric") -> tuple[str, int, str]:
-    """Return what two equal points share: name, step, and the value as stores keep it."""
+    """Returns what two equal points share: name, step, and the value as stores keep it."""
     # Stores keep infinities as the largest float, and nan does not equal itself.
     largest = sys.float_info.max
     if math.isnan(point.value):
@@ -350,13 +349,13 @@ def _identity(point: "Metric") -> tuple[str, int, str]:
     return point.key, point.step, repr(stored_value)
 
 
-def _journal_batches(sending: _Sending) -> Iterator[PointBatch]:
-    """Yield the points of journal lines that were not sent, about `POINTS_A_BATCH` at a time."""
+def _journal_batches(state: _SyncState) -> Iterator[PointBatch]:
+    """Yields the points of journal lines that were not sent, about `POINTS_A_BATCH` at a time."""
     from mlflow.entities import Metric
 
     for note_field, file in (("lines", JOURNAL_FILE), ("system", SYSTEM_FILE)):
-        first_line = getattr(sending.note, note_field)
-        entries = read_journal(sending.run_dir, first_line, file)
+        first_line = getattr(state.note, note_field)
+        entries = read_journal(state.run_dir, first_line, file)
         last_line = first_line + len(entries)
         points: list[Metric] = []
         for line, entry in enumerate(entries, start=first_line + 1):
@@ -371,7 +370,7 @@ def _journal_batches(sending: _Sending) -> Iterator[PointBatch]:
 
 
 def _row_points(row: Result, time_ms: int) -> list["Metric"]:
-    """Return the points of one result row: its own at step 0, and its points of curves.
+    """Returns the points of one result row: its own at step 0, and its points of curves.
 
     Rows of a layer are also points of a curve over the layers (steps 1 to 5), and rows with a k of
     a curve over k. Rows of spread (intervals, deviations) are left out of curves, which they would
@@ -389,46 +388,46 @@ def _row_points(row: Result, time_ms: int) -> list["Metric"]:
 
 
 def _digest(rows: Sequence[Result]) -> str:
-    """Return a hash of result rows, by which replaced rows are noticed."""
+    """Returns a hash of result rows, by which replaced rows are noticed."""
     text = repr([dataclasses.astuple(row) for row in rows])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _send_artifacts(sending: _Sending) -> tuple[int, list[str]]:
-    """Send new and changed files; return their count, and a sentence for each refused file."""
+def _send_artifacts(state: _SyncState) -> tuple[int, list[str]]:
+    """Sends new and changed files; returns their count, and a sentence for each refused file."""
     from mlflow.exceptions import MlflowException
 
-    run_dir = sending.run_dir
+    run_dir = state.run_dir
     names, refused = sort_artifacts(run_dir)
     sent = 0
     for name in names:
         # Size and modification time tell a changed file; large ones are not read to compare them.
         file_stat = (run_dir / name).stat()
         version = [file_stat.st_size, file_stat.st_mtime_ns]
-        if sending.note.artifacts.get(name) == version:
+        if state.note.artifacts.get(name) == version:
             continue
         folder = str(PurePosixPath(name).parent)
         artifact_path = None if folder == "." else folder
         try:
-            sending.client.log_artifact(sending.note.run_id, str(run_dir / name), artifact_path)
+            state.client.log_artifact(state.note.run_id, str(run_dir / name), artifact_path)
         except MlflowException as error:
             # Any other error is the store's and not this file's, so the whole sending fails.
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             refused.append(f"{name!r} was not sent: MLflow does not accept this file name")
             continue
-        sending.update_note(artifacts={**sending.note.artifacts, name: version})
+        state.update_note(artifacts={**state.note.artifacts, name: version})
         sent += 1
     return sent, refused
 
 
-def _send_status(sending: _Sending) -> None:
-    """Send the run's status if it changed; MLflow wants an end time for statuses that are final."""
-    current = read_status(sending.run_dir)
-    if current is None or dataclasses.asdict(current) == sending.note.status:
+def _send_status(state: _SyncState) -> None:
+    """Sends the run's status if it changed; MLflow wants an end time for statuses that are final."""
+    current = read_status(state.run_dir)
+    if current is None or dataclasses.asdict(current) == state.note.status:
         return
     if current.status in (Status.RUNNING, Status.WAITING):
-        sending.client.update_run(sending.note.run_id, current.status)
+        state.client.update_run(state.note.run_id, current.status)
     else:
-        sending.client.set_terminated(sending.note.run_id, current.status, current.time_ms)
-    sending.update_note(status=dataclasses.asdict(current))
+        state.client.set_terminated(state.note.run_id, current.status, current.time_ms)
+    state.update_note(status=dataclasses.asdict(current))

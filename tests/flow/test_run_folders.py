@@ -102,7 +102,7 @@ def test_a_second_command_is_refused_and_changes_nothing(
     os.kill(command.pid, signal.SIGTERM)
     assert command.wait() == 143, command.text
     assert "with hydra.run.dir" not in command.text  # it was typed
-    assert "goes on from there" in command.text
+    assert "to resume" in command.text
     assert not (run_dir / LOCK_FILE).exists()
 
 
@@ -194,7 +194,7 @@ def test_a_refused_evaluation_leaves_no_folder_and_no_run_in_mlflow(
     assert code == 2, text
     assert message in text
     assert "Traceback" not in text
-    assert "goes on from there" not in text
+    assert "to resume" not in text
     runs = tmp_path / "runs"
     assert [file for file in runs.iterdir() if file.is_dir() and file.name != "mlartifacts"] == []
     if (runs / "mlflow.db").exists():

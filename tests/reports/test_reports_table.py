@@ -64,7 +64,7 @@ def test_of_several_published_values_the_range_counts(
 def test_each_line_is_compared_with_its_own_row(result: Callable[..., Result]) -> None:
     def beside(checkpoint: str, **fields: object) -> list[str]:
         row = result("semisup_1", "avgpool", "top5", 5.0, checkpoint=checkpoint, **fields)
-        return [f"{each.row} {each.printed}" for each in entry(row).beside]
+        return [f"{each.row} {each.printed}" for each in entry(row).compared_with]
 
     assert beside("random") == ["OpenSelfSup Random 4.99"]
     assert beside("torchvision") == ["OpenSelfSup Supervised 88.87"]
@@ -72,10 +72,10 @@ def test_each_line_is_compared_with_its_own_row(result: Callable[..., Result]) -
     assert beside(OURS, batch_norm="recalibrated") == ["OpenSelfSup Relative-Loc 40.37"]
     assert beside(OURS, model="small") == []
     knn = entry(result("knn", "avgpool", "top1_k20", 15.0, checkpoint=OURS))
-    assert [each.row for each in knn.beside] == ["mmselfsup Relative-Loc"]
-    assert entry(result("knn", "feature4", "top1_k20", 15.0, checkpoint=OURS)).beside == ()
+    assert [each.row for each in knn.compared_with] == ["mmselfsup Relative-Loc"]
+    assert entry(result("knn", "feature4", "top1_k20", 15.0, checkpoint=OURS)).compared_with == ()
     assert (
-        entry(result("knn", "avgpool", "top1_k20", 15.0)).beside == ()
+        entry(result("knn", "avgpool", "top1_k20", 15.0)).compared_with == ()
     )  # no random row was published
 
 
@@ -106,7 +106,7 @@ def test_an_evaluation_on_another_data_set_of_the_card_is_not_the_card(
 ) -> None:
     row = entry(result("knn", "avgpool", "top1_k20", 20.0, dataset="places205"))
     assert row.group == "places205 val, 20,500 images"
-    assert row.beside == ()
+    assert row.compared_with == ()
 
 
 def _texts(group) -> list[str]:
@@ -131,7 +131,7 @@ def test_low_shot_numbers_are_those_of_the_best_svm_layer_of_the_run(
             if each.result.eval == "voc07_low_shot" and each.is_shown
         ]
         assert len(placed) == 1
-        return placed[0].result.value, placed[0].why
+        return placed[0].result.value, placed[0].layer_reason
 
     assert shown(*measured(*shots)) == (
         4.0,

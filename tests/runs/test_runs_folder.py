@@ -56,12 +56,13 @@ def test_a_finished_run_has_its_record_config_and_status(
         == (tmp_path / ".hydra/config.yaml").read_text()
         == "seed: 0\n"
     )
-    assert "goes on from there" not in capsys.readouterr().out
+    assert "to resume" not in capsys.readouterr().out
     check_files(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("names_folder", "words"), [(True, "command goes on"), (False, "command with hydra.run.dir=")]
+    ("names_folder", "words"),
+    [(True, "command to resume"), (False, "command with hydra.run.dir=")],
 )
 def test_a_stopped_run_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], names_folder: bool, words: str
@@ -73,7 +74,7 @@ def test_a_stopped_run_says_how_to_go_on(
         (tmp_path / "results.jsonl").touch()
         raise Stopped(143)
     assert status(tmp_path) is Status.STOPPED
-    assert f"the same {words}" in capsys.readouterr().out.replace("\n", " ")
+    assert f"repeat the {words}" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_stopped_run_without_anything_saved_says_so(
@@ -84,7 +85,7 @@ def test_a_stopped_run_without_anything_saved_says_so(
     output = capsys.readouterr().out.replace("\n", " ")
     assert "interrupted" in output
     assert "nothing had been saved" in output
-    assert f"the same command with hydra.run.dir={tmp_path} " in output
+    assert f"repeat the command with hydra.run.dir={tmp_path} " in output
 
 
 def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_a_mistake_after_some_work_is_a_failed_run(
         (tmp_path / JOURNAL_FILE).write_text("")
         raise UsageError("the same command would end so again")
     assert status(tmp_path) is Status.FAILED
-    assert "goes on from there" not in capsys.readouterr().out
+    assert "to resume" not in capsys.readouterr().out
 
 
 def test_what_ended_outside_may_be_tried_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from relloc.runs import build, pretraining
 from relloc.runs.build import Pretraining
-from relloc.runs.pretraining import fastest_forward
+from relloc.runs.pretraining import fastest_images_per_forward
 from relloc.runs.settings import conf_dir
 
 
@@ -41,7 +41,7 @@ def test_a_forward_is_a_ghost_batch_or_compiled_the_most_that_divide_a_share(
 ) -> None:
     monkeypatch.setattr("relloc.ranks.world_size", lambda: world)
     asked = dataclasses.replace(settings, images_per_step=step, images_per_batch_norm=64)
-    assert fastest_forward(asked, compiled=compiled) == expected
+    assert fastest_images_per_forward(asked, compiled=compiled) == expected
 
 
 def test_what_needs_no_labels_is_proposed_for_images_without() -> None:

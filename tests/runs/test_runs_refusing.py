@@ -31,7 +31,7 @@ def test_a_new_folder_is_empty_again(tmp_path: Path) -> None:
     before = FolderSnapshot.of(tmp_path)
     write(tmp_path, RUN_FILE, STATUS_FILE, CONFIG, "mlflow.json", "patches.png", text="new")
     assert before.is_new
-    assert before.has_no_new_work()
+    assert before.has_same_results()
     before.restore(["patches.png"])
     assert list(tmp_path.iterdir()) == []
 
@@ -60,11 +60,11 @@ def test_what_nobody_names_stays(tmp_path: Path) -> None:
 def test_work_is_what_was_trained_or_measured(tmp_path: Path, name: str) -> None:
     before = FolderSnapshot.of(tmp_path)
     write(tmp_path, name, text="one")
-    assert not before.has_no_new_work()
+    assert not before.has_same_results()
     then = FolderSnapshot.of(tmp_path)
-    assert then.has_no_new_work()
+    assert then.has_same_results()
     write(tmp_path, name, text="another")  # of another size
-    assert not then.has_no_new_work()
+    assert not then.has_same_results()
 
 
 def test_a_damaged_status_counts_as_none(tmp_path: Path) -> None:
