@@ -190,7 +190,7 @@ def _members_with(wrong: str, command: str) -> list[str]:
         has_it = wrong in settings.compose(command, [choice]).names()
         return [choice] if has_it else []
     having = []
-    for member in settings.members(group):
+    for member in settings.members_general_first(group):
         content = settings.content_of(f"{group}/{member}")
         if inner in settings.flat(content.get(group, content)):
             having.append(f"{group}={member}")

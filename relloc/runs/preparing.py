@@ -61,9 +61,15 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         progress = functools.partial(console.progress_bar, "check")
         findings = check(data, published=settings.published, workers=workers, progress=progress)
         _print_findings(findings, settings.data)
+        is_annotated = isinstance(data.train, CheckedAnnotations)
         console.print_message(
-            "checked" if shards else "checked; out=FOLDER packs these images into shards"
+            "checked"
+            if shards or is_annotated
+            else "checked; out=FOLDER packs these images into shards"
         )
+        # Packed images have no boxes and masks: packing them is no step that most want next.
+        if is_annotated:
+            return
     if shards:
         member = _data_member(data.train.name, invocation)
         console.print_next("train", **{"data": member, "data.shards": shards})

@@ -147,7 +147,7 @@ def _composed_with(key: str, chosen: Sequence[str], command: str) -> tuple[Compo
     group, _, inner = key.partition(".")
     # The settings of an evaluation come below its name.
     named = [inner.partition(".")[0]] if group == "eval" else []
-    for member in (*named, *settings.members(group)):
+    for member in (*named, *settings.members_general_first(group)):
         choice = f"{group}={member}"
         if settings.file_of(f"{group}/{member}") is not None:
             composed = settings.compose(command, [*chosen, choice])

@@ -60,6 +60,14 @@ def members(group: str) -> list[str]:
     return sorted(names)
 
 
+def members_general_first(group: str) -> list[str]:
+    """Returns the members of a group, `folder` before those that are made for one data set.
+
+    It is the member that explanations of a setting should show.
+    """
+    return sorted(members(group), key=lambda member: (member != "folder", member))
+
+
 def file_of(member: str) -> Path | None:
     """Returns the file of a member such as `grid/mmselfsup`, or None if there is none."""
     for folder in conf_dirs():

@@ -109,7 +109,8 @@ def test_boxes_of_voc_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[
     annotation_file(tmp_path).write_text("<annotation><size>")
     told, rows = prepared(capsys, "voc0712", tmp_path)
     assert rows["unreadable"] == ["1", "0"]
-    assert re.search(r"trainval: 1 images can't be read.*000005\.xml is not XML.*line 1", told)
+    # A long path may be broken anywhere.
+    assert re.search(r"trainval:1images.*000005\.xmlisnotXML.*line1", told.replace(" ", ""))
     assert "runs on them stop" in told
     told, _ = prepared(capsys, "voc0712", tmp_path, "data.unreadable_share=0.5")
     assert "runs on them stop" not in told
@@ -123,7 +124,7 @@ def test_masks_of_voc_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "VOCdevkit/VOC2012/SegmentationClassAug/2008_000007.png").write_bytes(b"")
     told, rows = prepared(capsys, "voc2012_segmentation", tmp_path)
     assert rows["unreadable"] == ["1", "0"]
-    assert "2008_000007.png is an empty file" in told
+    assert "2008_000007.pngisanemptyfile" in told.replace(" ", "")
 
 
 def test_coco_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,8 +135,8 @@ def test_coco_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     told, rows = prepared(capsys, "coco2017", write_coco(tmp_path, annotations))
     assert "boxes of 3 classes" in told
     assert (rows["unreadable"], rows["objects"]) == (["1", "0"], ["2", "1"])
-    assert "annotation 1 in" in told
-    assert "no category 91" in told
+    assert "annotation1in" in told.replace(" ", "")
+    assert "nocategory91" in told.replace(" ", "")
     assert "object 918" in told
     path = tmp_path / "annotations/instances_val2017.json"
     path.write_text(path.read_text()[:-40])
