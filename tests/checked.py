@@ -1,4 +1,4 @@
-"""The run-time type checker of all tests: beartype, with an int allowed where a float is asked for (PEP 484)."""
+"""The run-time type checker of all tests: beartype, with an int allowed for a float (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""Commands that a test may kill, forked from a process that has relloc imported: a start takes no seconds."""
+"""Commands that a test may kill, forked from a process that has relloc imported to start fast."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ import pytest
 from relloc.tracking.imports import SETTINGS
 
 DEADLINE_S = 120
-# One thread, as torchrun sets it: sums in another order would hide whether processes compute the same.
+# One thread, as torchrun sets it: sums in another order would hide differences between processes.
 FIXED = {"COLUMNS": "160", "HYDRA_FULL_ERROR": "0", "OMP_NUM_THREADS": "1"}
 
 
@@ -48,7 +48,7 @@ class Command:
         return True
 
     def wait(self, seconds: float = DEADLINE_S) -> int:
-        """The exit code of the first process that failed, or 0; minus the signal for a killed one."""
+        """The exit code of the first process that failed, or 0; minus the signal if killed."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(end - time.monotonic())
@@ -78,8 +78,8 @@ def start(
 ) -> Command:
     """Start `python -m MODULE ARGUMENTS`, or `python MODULE` for a file, in an existing folder.
 
-    What it prints goes to the file `output`, or, where `messages` is given, what it prints on stderr goes there.
-    Of several processes each is told what torchrun tells it.
+    What it prints goes to the file `output`, or, where `messages` is given, what it prints on
+    stderr goes there. Of several processes each is told what torchrun tells it.
     """
     if environment is None:
         environment = {**os.environ, **FIXED, "RELLOC_RUNS": str(folder / "runs")}
@@ -168,7 +168,8 @@ def _become(
 
 
 def _exit_code(module: str) -> str | int | None:
-    # Caught and raised anew: what the command's frames hold must end before multiprocessing ends its children.
+    # Caught and raised anew: what the command's frames hold must end before multiprocessing ends
+    # its children.
     try:
         if module.endswith(".py"):
             runpy.run_path(module, run_name="__main__")

@@ -19,7 +19,8 @@ signal.signal(
 torch.set_num_threads(1)  # networks this small spend their time waiting for a second one
 
 
-# Files are handed out to processes in this order: what takes minutes first, so that none goes on alone at the end.
+# Files are handed out to processes in this order. What takes minutes is first, so that none goes on
+# alone at the end.
 LONG = (
     "slurm/test_sweeps_on_slurm",
     "flow",

@@ -28,7 +28,7 @@ def jpeg(image: Image.Image, **options: object) -> bytes:
 
 
 def write_mixed(root: Path) -> Path:
-    """ROOT/{train,val}/{a,b}: packed with a short side of 96, train/ has the kinds of files that are named above."""
+    """ROOT/{train,val}/{a,b}; train/ has the kinds of files above for a packed short side of 96."""
     turned = Image.Exif()
     turned[ORIENTATION] = 6
     files = {

@@ -1,4 +1,4 @@
-"""Small images of noise in train/CLASS and val/CLASS: whatever is trained on them, training takes no time."""
+"""Small images of noise in train/CLASS and val/CLASS, so that training on them takes no time."""
 
 from pathlib import Path
 

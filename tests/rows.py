@@ -18,7 +18,7 @@ def result(
     checkpoint: str = "random",
     **fields: Any,
 ) -> Result:
-    """A result as the evaluation of that name yields it, on the card's own images; `fields` replace its fields.
+    """A result as the named evaluation yields it on the card's images; `fields` replace its fields.
 
     n is the published number of images unless it is given.
     """

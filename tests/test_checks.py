@@ -10,7 +10,7 @@ from relloc.errors import UsageError
 
 @contextlib.contextmanager
 def refused(*words: str) -> Iterator[None]:
-    """Expects a `UsageError` whose message begins with the first of the words and has all the others."""
+    """Expects a `UsageError` whose message begins with the first word and has all the others."""
     with pytest.raises(UsageError) as raised:
         yield
     message = str(raised.value)

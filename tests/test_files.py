@@ -173,7 +173,7 @@ def test_a_file_that_may_not_grow_keeps_whole_lines(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_really_full_keeps_whole_lines(tmp_path: Path) -> None:
-    """Unlike a limit it takes a part of a line, and what is cut off makes room for what comes next."""
+    """Unlike a limit it takes a part of a line; cutting that off makes room for the next line."""
     mounted = [
         "unshare",
         "--mount",

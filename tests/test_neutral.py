@@ -7,7 +7,7 @@ from relloc.runs import settings
 
 
 def test_every_name_is_a_setting() -> None:
-    """A setting that was renamed would count again, and runs begun before could not be gone on with."""
+    """A setting that was renamed would count again, and older runs could not be continued."""
     known = {
         name for command in ("train", "evaluate") for name in settings.compose(command).names()
     }

@@ -85,15 +85,16 @@ import dataclasses, resource, sys
 from pathlib import Path
 from relloc.results import Result, append_results
 
-row = Result(eval="linear", dataset="d", split="val", layer="avgpool", metric="top1", value=1.0, n=1, seed=0,
-             protocol="p", checkpoint="random", model="small")
+row = Result(eval="linear", dataset="d", split="val", layer="avgpool", metric="top1", value=1.0,
+             n=1, seed=0, protocol="p", checkpoint="random", model="small")
 run_dir = Path(sys.argv[1])
 append_results(run_dir, [row])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 try:
     append_results(run_dir, [dataclasses.replace(row, seed=seed) for seed in range(1, 20)])
 except OSError:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # space was made
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)  # as if space was freed
     append_results(run_dir, [dataclasses.replace(row, seed=100)])
 else:
     sys.exit("rows were lost without a word")
@@ -168,10 +169,11 @@ from pathlib import Path
 from relloc.results import Result, append_results
 
 writer = int(sys.argv[2])
-row = Result(eval="linear", dataset="d", split="val", layer="avgpool", metric="top1", value=1.0, n=1, seed=0,
-             protocol="p" * 2000, checkpoint="random", model=str(writer))
+row = Result(eval="linear", dataset="d", split="val", layer="avgpool", metric="top1", value=1.0,
+             n=1, seed=0, protocol="p" * 2000, checkpoint="random", model=str(writer))
 for batch in range(30):
-    append_results(Path(sys.argv[1]), [dataclasses.replace(row, seed=5 * batch + each) for each in range(5)])
+    rows = [dataclasses.replace(row, seed=5 * batch + each) for each in range(5)]
+    append_results(Path(sys.argv[1]), rows)
 """
 
 

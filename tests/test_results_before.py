@@ -1,4 +1,4 @@
-"""Rows of results.jsonl from before lines said their format, as the code of then wrote them, become whole results."""
+"""Rows of results.jsonl from before lines said their format become whole results."""
 
 import dataclasses
 import json

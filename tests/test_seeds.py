@@ -1,4 +1,4 @@
-"""Every use of random numbers has its own seeds: what one draws says nothing about what another draws."""
+"""Every use of random numbers has its own seeds, so that no two uses draw the same numbers."""
 
 import ast
 import itertools

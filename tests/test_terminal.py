@@ -73,9 +73,14 @@ def test_a_command_whose_readers_both_leave_goes_on(tmp_path: Path) -> None:
 def test_streams_that_were_closed_before_the_start_lead_nowhere(tmp_path: Path) -> None:
     opened = tmp_path / "opened"
     program = (
-        "import os, sys\nfrom relloc import terminal\nterminal.survive_closed_output()\n"
+        "import os, sys\n"
+        "from relloc import terminal\n"
+        "terminal.survive_closed_output()\n"
         f"file = open({str(opened)!r}, 'w')\n"
-        "print('lost')\nprint('lost', file=sys.stderr)\nos.write(1, b'lost')\nfile.write(str(file.fileno()))\n"
+        "print('lost')\n"
+        "print('lost', file=sys.stderr)\n"
+        "os.write(1, b'lost')\n"
+        "file.write(str(file.fileno()))\n"
     )
     closing = f'exec {sys.executable} -c "$0" >&- 2>&-'
     assert subprocess.run(["sh", "-c", closing, program], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Backbones in files: coming back, which are ours, what weights are told apart by, and which are refused."""
+"""Backbones in files: loading them, telling ours and their weights apart, and refusing others."""
 
 import math
 import os
@@ -71,8 +71,11 @@ def test_a_digest_depends_on_names_shapes_types_and_bits_and_on_nothing_else() -
     first = digest(state)
     assert len(first) == 16
     assert int(first, 16) >= 0
-    same = {name: state[name].to(memory_format=torch.channels_last) if state[name].dim() == 4 else state[name].clone()
-            for name in reversed(state)}  # fmt: skip
+    same = {}
+    for name in reversed(state):
+        is_map = state[name].dim() == 4
+        layout = torch.channels_last if is_map else torch.contiguous_format
+        same[name] = state[name].clone(memory_format=layout)
     counted = changed(same, "1.num_batches_tracked", torch.tensor(99))
     without = {name: tensor for name, tensor in same.items() if name != "1.num_batches_tracked"}
     assert {digest(same), digest(counted), digest(without)} == {first}
@@ -93,7 +96,8 @@ def test_a_digest_depends_on_names_shapes_types_and_bits_and_on_nothing_else() -
 
 def test_a_digest_is_the_same_on_every_machine() -> None:
     state = {"b": torch.arange(3, dtype=torch.float32), "a": torch.tensor(-1, dtype=torch.int64)}
-    # printf 'a [] torch.int64\n' and eight 0xff, 'b [3] torch.float32\n' and 0, 1, 2 in IEEE 754 | sha256sum
+    # The sha256sum of 'a [] torch.int64\n' and eight 0xff, 'b [3] torch.float32\n' and 0, 1, 2 in
+    # IEEE 754
     assert digest(state) == "55f68af0c579c436"
 
 

@@ -412,9 +412,10 @@ def test_the_numbered_children_of_a_resnet_are_its_weights(weights: Weights, pre
     "wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
 )
 def test_torchs_wrappers_may_be_anywhere_in_names(weights: Weights, wrapper: str) -> None:
-    wrapped = {name.replace("layer1.", f"layer1.{wrapper}.").replace(".0.", f".0.{wrapper}."): tensor
-               for name, tensor in weights.items()}  # fmt: skip
-    content = {f"module.{wrapper}.{name}": tensor for name, tensor in wrapped.items()}
+    content = {}
+    for name, tensor in weights.items():
+        inside = name.replace("layer1.", f"layer1.{wrapper}.").replace(".0.", f".0.{wrapper}.")
+        content[f"module.{wrapper}.{inside}"] = tensor
     for prefix in (None, "module", f"module.{wrapper}"):
         assert find(content, origin="x", prefix=prefix).weights.keys() == weights.keys()
 

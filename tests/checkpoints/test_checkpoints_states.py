@@ -159,8 +159,8 @@ def test_a_write_that_fails_midway_says_what_to_do_and_what_was_before_still_loa
     assert done.returncode == 0, done.stderr
     of_training, of_backbone = done.stdout.splitlines()
     advice = (
-        "could not be written (File too large). What was saved before is untouched; free some space and start the "
-        "same command with the same hydra.run.dir to go on"
+        "could not be written (File too large). What was saved before is untouched; free some "
+        "space and start the same command with the same hydra.run.dir to go on"
     )
     assert of_training == f"{tmp_path}/checkpoints/step_000000002.pt {advice}"
     assert of_backbone == f"{tmp_path}/backbone.safetensors {advice}"

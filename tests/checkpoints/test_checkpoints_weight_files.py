@@ -169,7 +169,8 @@ def test_a_pickled_model_is_refused_and_its_class_is_named(
 
 
 def test_no_file_can_change_what_reads_the_next_one(tmp_path: Path) -> None:
-    evil = b"\x80\x04cnumpy._core.multiarray\n_reconstruct\nN}\x8c\x01xK\x01s\x86b."  # set an attribute of it
+    # Sets an attribute of the function
+    evil = b"\x80\x04cnumpy._core.multiarray\n_reconstruct\nN}\x8c\x01xK\x01s\x86b."
     (tmp_path / "evil.pkl").write_bytes(evil)
     with pytest.raises(CheckpointError, match=r"evil\.pkl is damaged"):
         read(tmp_path / "evil.pkl")

@@ -214,7 +214,7 @@ def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
 def differences(
     image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int
 ) -> np.ndarray:
-    """In gray levels from torchvision's resize and crop, which rounds twice, once after each axis."""
+    """In gray levels from torchvision's resize and crop, which rounds once after each axis."""
     found = np.asarray(crop_resized(image, size, corner, side)).astype(int)
     assert found.shape == (side, side, 3)
     return np.abs(found - torchvisions(image, size, corner, side))
@@ -315,7 +315,10 @@ def gray_tiff(
     photometric: int = 1,
     size: tuple[int, int] | None = None,
 ) -> Path:
-    """A gray TIFF, little endian, in one strip; `kind` 1 is unsigned, 2 signed, 3 float; photometric 0: 0 is white."""
+    """A gray little-endian TIFF in one strip.
+
+    `kind`: 1 is unsigned, 2 signed, 3 float. `photometric`: with 0, the value 0 is white.
+    """
     height, width = size or values.shape
     data = values.tobytes()
     tags = {
@@ -399,7 +402,10 @@ def test_a_deep_gray_image_is_turned_upright(tmp_path: Path) -> None:
     assert np.array_equal(gray_of(saved(tmp_path, deep, "a.png", exif=exif)), LEVELS)
 
 
-JPEG_OF_65500 = b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xdc\xff\xdc\x03\x01\x11\x00\x02\x11\x01\x03\x11\x01\xff\xda\x00\x02"
+JPEG_OF_65500 = (
+    b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xdc\xff\xdc\x03\x01\x11\x00\x02\x11\x01\x03\x11\x01"
+    b"\xff\xda\x00\x02"
+)
 
 
 @pytest.mark.parametrize(

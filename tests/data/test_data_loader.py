@@ -137,7 +137,7 @@ def test_an_image_is_counted_once_however_often_it_is_met() -> None:
 def test_more_than_the_allowed_share_ends_the_run_with_the_numbers_and_the_first_name() -> None:
     unreadable = Unreadable(n_images=20, most_share=0.1)
     unreadable.add({"a.jpg": "is empty", "b.jpg": "is text"})  # just the share
-    message = r"3 of 20 images .* data.unreadable_share=0.1 allows; the first is a.jpg: is empty.* raise the share"
+    message = r"3 of 20 images .* data.unreadable_share=0.1 .* a.jpg: is empty"
     with pytest.raises(DataError, match=message):
         unreadable.add({"c.jpg": "is empty"})
 

@@ -1,4 +1,4 @@
-"""Memory that processes share without a file: seen by forks, handed over once, and gone when nobody uses it."""
+"""Memory that processes share without a file: seen by forks, handed over, gone when unused."""
 
 import errno
 import os

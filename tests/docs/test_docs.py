@@ -1,4 +1,4 @@
-"""The pages: what they cite and link to exists, and each command that they tell of is understood."""
+"""The pages: what they cite and link to exists, and each command in them is understood."""
 
 import re
 import shutil
@@ -36,7 +36,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[tuple[str, ...]]:
-    """The words of each command of a page, as bash splits and expands them; the first is the program."""
+    """The words of each command of a page as bash expands them; the first is the program."""
     found = []
     for block in blocks(page):
         # Of other lines only variables and loops matter, which commands may use.
@@ -120,7 +120,7 @@ def test_a_command_of_a_page_is_understood(page: str, words: tuple[str, ...]) ->
 
 
 def _typed(words: list[str]) -> list[str]:
-    """The words that Hydra composes: of a sweep those of its first point, without sweepers that are not installed."""
+    """The words that Hydra composes; of a sweep those of its first point, without the sweeper."""
     sweeps = "-m" in words
     typed = []
     for word in words:

@@ -1,4 +1,4 @@
-"""Heads side by side against plain torch: each alone, nn.BatchNorm, nn.Linear, autograd and torch.optim.SGD."""
+"""Heads side by side against plain torch, one by one: nn.BatchNorm, nn.Linear, autograd, SGD."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -225,22 +225,25 @@ half = [slice(0, 137), slice(137, 400)][rank]
 found = vote(given["queries"], given["bank"][half], given["labels"][half], k=k, temperature=0.07,
              n_classes=n_classes, chunk=50, across_ranks=True)
 if rank == 0:  # as monitors do while the other ranks train on: this must not wait for them
-    alone = vote(given["queries"], given["bank"][half], given["labels"][half], k=k, temperature=0.07,
-                 n_classes=n_classes)
+    alone = vote(given["queries"], given["bank"][half], given["labels"][half], k=k,
+                 temperature=0.07, n_classes=n_classes)
     assert alone.keys() == found.keys()
 
 
 def bank_of(rows, labels):
-    return Bank(features={"avgpool": rows.float()}, labels=labels, n_classes=n_classes, channels={"avgpool": 16})
+    return Bank(features={"avgpool": rows.float()}, labels=labels, n_classes=n_classes,
+                channels={"avgpool": 16})
 
 
 class Unkept:
     def __init__(self, bank):
-        self.n, self.n_classes, self.dims, self.channels = bank.n, bank.n_classes, bank.dims, bank.channels
+        self.n, self.n_classes = bank.n, bank.n_classes
+        self.dims, self.channels = bank.dims, bank.channels
         self.batches = bank.batches
 
 
-knn = Knn(k=k, temperature=0.07, layers=("avgpool",), view=Center(short_px=8, crop_px=8), batch=64, bank_gib=1.0)
+knn = Knn(k=k, temperature=0.07, layers=("avgpool",), view=Center(short_px=8, crop_px=8), batch=64,
+          bank_gib=1.0)
 
 
 def scores(train):
@@ -248,7 +251,8 @@ def scores(train):
     return [str(score) for score in knn.run(given_to_it)]
 
 
-whole, few = bank_of(given["bank"], given["labels"]), bank_of(given["bank"][:5], given["labels"][:5])
+whole = bank_of(given["bank"], given["labels"])
+few = bank_of(given["bank"][:5], given["labels"][:5])
 told = {
     "vote": {k: classes.tolist() for k, classes in found.items()},
     "scores": scores(whole),

@@ -59,7 +59,7 @@ def bank(
 
 @dataclasses.dataclass
 class Augmented:
-    """A bank whose features say nothing of labels and are others each epoch; notes the epochs that were asked for."""
+    """A bank of other random features each epoch, which notes the epochs that were asked for."""
 
     bank: Bank
     epochs: list[int] = dataclasses.field(default_factory=list)
@@ -207,9 +207,7 @@ def test_what_is_reported_on_does_not_choose() -> None:
             assert score.details[:2] == ("one head a stage", "lr 0.1")
 
 
-def test_each_layer_gets_the_head_that_does_best_on_the_tenth_but_none_that_saw_it_or_diverged() -> (
-    None
-):
+def test_each_layer_gets_the_best_head_on_the_tenth_of_those_that_did_not_see_it() -> None:
     linear = published(**GRID)
     heads = (
         linear._training()
@@ -286,7 +284,7 @@ def test_the_best_epoch_on_val_is_a_row_beside_the_last() -> None:
 def test_even_of_few_images_one_is_held_back_to_choose(one: Linear | LinearFast) -> None:
     few = bank(14, spread=0.05, seed=1)
     longer = dataclasses.replace(one, epochs=40, milestone_epochs=())
-    # One image alone can choose wrongly, so that several seeds are asked; an untrained head has 33 %.
+    # One image alone can choose wrongly, so several seeds are asked; an untrained head has 33 %.
     found = [
         score
         for seed in range(5)

@@ -1,4 +1,4 @@
-"""The solver beside scikit-learn's LinearSVC (LIBLINEAR) converged far past its default tolerance."""
+"""The solver beside scikit-learn's LinearSVC (LIBLINEAR) with a much smaller tolerance."""
 
 import math
 
@@ -25,7 +25,7 @@ REAL_LAYERS = ("feature1", "feature5")
 
 
 def features(kind: str, n: int = N, dim: int = DIM) -> Tensor:
-    """Rows of length one, as the benchmark has them; networks' features are never negative and much alike."""
+    """Rows of length one, as in the benchmark; networks' features are much alike and positive."""
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(n, dim, generator=rng, dtype=torch.float64)
     if kind == "alike":
@@ -54,7 +54,8 @@ def objective(w: Tensor, x: Tensor, signs: Tensor, weights: Tensor) -> float:
 def liblinear(x: Tensor, signs: Tensor, cost: float) -> Tensor:
     """Weights with the intercept last.
 
-    It solves the problem in the span of the rows, where the weights lie: a rotation, and a hundredth of the columns.
+    It solves the problem in the span of the rows, where the weights lie: a rotation, and a
+    hundredth of the columns.
     """
     span, rows = torch.linalg.qr(x.T)
     svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, tol=1e-9, max_iter=2_000_000, dual=True)
@@ -79,7 +80,7 @@ def test_all_costs_equal_liblinear(kind: str, positives: int) -> None:
 
 
 def test_images_that_nearly_tie_keep_their_order() -> None:
-    """A solver that stops at a relative 1e-9 differs from LIBLINEAR by more than 1e-4 of average precision here."""
+    """A solver that stops at a relative 1e-9 has an AP that is more than 1e-4 off LIBLINEAR's."""
     x = features("alike", n=420, dim=600)
     assert_as_liblinear(x, signs_of(x, positives=15))
 
@@ -88,7 +89,7 @@ def test_images_that_nearly_tie_keep_their_order() -> None:
     scope="module", params=["photos", pytest.param("imagenette", marks=pytest.mark.data)]
 )
 def of_real_images(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], Tensor]:
-    """Features by layer, and signs: tiles of the photographs that come with the dependencies, or Imagenette."""
+    """Features by layer, and signs, of tiles of the images of `data=photos`, or of Imagenette."""
     if request.param == "photos":
         images = photos(tiles=[0.2, 0.4], stride=0.4).train
     else:
@@ -109,7 +110,7 @@ def of_real_images(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], T
 def test_all_costs_equal_liblinear_on_features_of_real_images(
     of_real_images: tuple[dict[str, Tensor], Tensor], layer: str
 ) -> None:
-    """More images than the preconditioner's rank: what it leaves out is worth preconditioning itself."""
+    """More images than the preconditioner's rank: even what it leaves out is ill-conditioned."""
     encoded, signs = of_real_images
     x = encoded[layer].double()
     x = x / (x.norm(dim=1, keepdim=True) + 1e-5)

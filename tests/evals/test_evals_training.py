@@ -53,7 +53,7 @@ def fit(one: HeadTraining, source: Any, state: Any = None, seed: int = 0) -> dic
 
 @dataclasses.dataclass
 class Watched:
-    """A bank that notes which images were asked for; `unreadable` ones are missing in what it gives."""
+    """A bank that notes which images were asked for, and gives no features of unreadable ones."""
 
     bank: Bank
     unreadable: frozenset[int] = frozenset()

@@ -1,4 +1,4 @@
-"""The VOC07 evaluations beside the published pipeline, written with scikit-learn as it was published."""
+"""The VOC07 evaluations beside the published pipeline, which was written with scikit-learn."""
 
 import dataclasses
 import itertools
@@ -115,7 +115,7 @@ def test_svm_equals_the_published_pipeline(sets: Context) -> None:
 
 
 def test_low_shot_equals_the_published_pipeline(sets: Context) -> None:
-    """Two draws of seed 7: the cost chosen on images not drawn is neither the first, nor always the best on test."""
+    """Two draws of seed 7: the chosen cost is neither the first nor always the best on test."""
     x, z = normalized(sets.train), normalized(sets.held_out)
     labels, tested = sets.train.labels.numpy(), sets.held_out.labels.numpy()
     found = scores_of(low_shot(draws=2, shots=(1, 2, 3)), sets, seed=7)
@@ -268,7 +268,7 @@ def test_features_that_are_not_finite_are_named(sets: Context) -> None:
 
 
 def refuse(made: object, wrong: dict[str, object], message: str) -> None:
-    """That the constants of an evaluation are looked at: the type checker of tests would be first in its call."""
+    """Expects a wrong constant to be refused; a call would fail in the type checker before that."""
     for name, value in wrong.items():
         object.__setattr__(made, name, value)
     with pytest.raises(ValueError, match=message):

@@ -39,7 +39,7 @@ VIEW = Center(short_px=PX, crop_px=PX)
 
 
 def write_split(folder: Path, split: str, n: int, broken: tuple[int, ...] = ()) -> FolderImages:
-    """Noise around the color of the class, so that classes can be told apart, but not in every image."""
+    """Noise around the color of the class, so that most images show which class is theirs."""
     rng = np.random.default_rng(len(split))
     paths = []
     for index in range(n):
@@ -198,7 +198,8 @@ def test_recalibrated_rows_say_so_and_the_subject_stays_as_it_was(
     before = copy.deepcopy(model.backbone.state_dict())
     rows = rows_of(model, splits, settings(batch_norms=["as_trained", "recalibrated"]))
     assert [row.batch_norm for row in rows] == ["as_trained"] * 4 + ["recalibrated"] * 4
-    reported = "batch-norm statistics re-estimated on 16 training images without labels"  # 20 hold two batches of 8
+    # 20 images hold two batches of 8
+    reported = "batch-norm statistics re-estimated on 16 training images without labels"
     assert all(row.details[-1] == reported for row in rows[4:])
     assert not any("batch-norm statistics" in " ".join(row.details) for row in rows[:4])
     assert all(
@@ -403,7 +404,7 @@ def test_too_many_unreadable_images_are_told_with_the_setting_that_counts(
 def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(
     model: EvaluatedModel, splits: Splits
 ) -> None:
-    """All training images in one batch: the statistics do not depend on which images were drawn first."""
+    """All training images in one batch: statistics do not depend on the order they are drawn in."""
     seen: dict[str, torch.Tensor] = {}
 
     def peek(given: Context) -> None:

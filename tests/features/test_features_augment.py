@@ -18,7 +18,7 @@ EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
 
 
 def one_by_one(color: JitterAndLighting, images: Tensor, seeds: list[int]) -> Tensor:
-    """Torchvision's functions on each image alone, in the order and with the numbers that were drawn."""
+    """Torchvision's functions on each image alone, in the drawn order with the drawn numbers."""
     changed = []
     for image, seed in zip(images, seeds, strict=True):
         drawn = color.draw(seed)

@@ -84,7 +84,7 @@ def test_alpha_req_fits_ranks_4_to_100_with_weights_that_fall_as_the_rank() -> N
 
 
 def test_alpha_req_ends_where_the_directions_do() -> None:
-    """Fewer images than numbers: the n - 1 eigenvalues of the covariance, none of the zeros after them."""
+    """Fewer images than numbers: only the n - 1 eigenvalues of the covariance that are not zero."""
     few = power_law(300, 200, 1.0)[:30]
     eigenvalues = np.sort(np.linalg.eigvalsh(np.cov(few.numpy(), rowvar=False)))[::-1][:29]
     ranks = np.arange(4, 30)

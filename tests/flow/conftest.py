@@ -44,10 +44,11 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def relloc(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
 ) -> Relloc:
-    """Run `python -m relloc.COMMAND ARGUMENTS` in an empty folder: by `fresh` in an interpreter of its own.
+    """Runs `python -m relloc.COMMAND ARGUMENTS` in an empty folder.
 
-    Otherwise it is forked from one that has relloc imported, which costs a tenth.
-    `through` names a module with its arguments that gets `-m relloc.COMMAND ARGUMENTS`, as torchrun does.
+    With `fresh` it has an interpreter of its own. Otherwise it is forked from one that has relloc
+    imported, which costs a tenth. `through` names a module with its arguments that, as torchrun,
+    gets `-m relloc.COMMAND ARGUMENTS`.
     """
 
     def run(

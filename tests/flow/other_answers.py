@@ -1,6 +1,7 @@
-"""`python other_answers.py FILE -m MODULE ARGUMENTS` is `python -m MODULE ARGUMENTS` where other numbers are published.
+"""Runs a command with other published numbers: `python other_answers.py FILE -m MODULE ARGUMENTS`.
 
-FILE is JSON: `images`, how many by "DATASET SPLIT", and `numbers`, the fields of each published number.
+FILE is JSON: `images`, how many by "DATASET SPLIT", and `numbers`, the fields of each published
+number.
 """
 
 import dataclasses

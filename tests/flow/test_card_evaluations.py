@@ -1,4 +1,4 @@
-"""`eval=card_classification` from one command, on small data sets in the layouts of the published ones."""
+"""`eval=card_classification` from one command, on small data sets in the published layouts."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def places(root: Path) -> Path:
 
 
 def voc(root: Path, n_test: int = 40, shown_as: int = 1) -> Path:
-    """Half of the images of a split show one class, half another, in its color, or all alike by `shown_as=0`."""
+    """Half of a split's images show one class, half another; with `shown_as=0` all look alike."""
     base = root / "VOCdevkit" / "VOC2007"
     for split, n in (("trainval", 40), ("test", n_test)):
         names = [f"{split}{number:02d}" for number in range(n)]
@@ -171,7 +171,7 @@ def test_the_whole_card_from_one_command_and_from_what_is_there_already(
 
 @pytest.fixture
 def few_known_answers(environment: dict[str, str], tmp_path: Path) -> tuple[str, ...]:
-    """`experiment=known_answers` on few images of noise, in the published views; torchvision's weights are random."""
+    """`experiment=known_answers` on few images of noise, with random weights for torchvision's."""
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     file = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
@@ -208,7 +208,7 @@ def few_known_answers(environment: dict[str, str], tmp_path: Path) -> tuple[str,
 def published_as(
     rows: Sequence[Result], file: Path, *, in1k_images: int, moved: float = 0
 ) -> tuple[str, ...]:
-    """What to go through for `rows` to be what is published, torchvision's SVM higher by `moved`."""
+    """Arguments with which `rows` are what is published, torchvision's SVM higher by `moved`."""
     names = {"random": RANDOM, "torchvision": SUPERVISED}
     numbers = []
     for number in published_numbers():

@@ -1,4 +1,4 @@
-"""Commands where /dev/shm has Docker's 64 MB or less, and where TMPDIR is full: they run as elsewhere."""
+"""Commands run as elsewhere where /dev/shm has Docker's 64 MB or less, or where TMPDIR is full."""
 
 import shutil
 import subprocess

@@ -132,7 +132,7 @@ def status(run_dir: Path) -> str:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """To the bit: weights, running statistics, optimizer, sums, journal, and the answers of held-out images."""
+    """To the bit: weights, running statistics, optimizer, sums, journal and held-out answers."""
     assert (one / BACKBONE_FILE).read_bytes() == (other / BACKBONE_FILE).read_bytes()
     last = [torch.load(saved_trainings(run_dir)[-1], weights_only=True) for run_dir in (one, other)]
     for part in ("step", "model", "optimizer", "tallies"):
@@ -390,9 +390,9 @@ def test_two_processes_compute_what_one_does_that_accumulates(
 def test_a_step_in_one_forward_is_that_of_two_but_for_rounding(
     tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
-    """The gradients of four groups (neighbors and centers of two ghost batches) are added in another order.
-
-    An epoch moves weights by 1e-3 and more; float32 rounds them to 6e-8 of their size, and so much each step.
+    """The gradients of neighbors and centers of two ghost batches are added in another order.
+    An epoch moves weights by 1e-3 and more; float32 rounds them to 6e-8 of their size, and so much
+    each step.
     """
     short = (
         *settings,

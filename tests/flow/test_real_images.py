@@ -81,8 +81,9 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
         5 + 6 * 4
     )  # two batch norms; linear at five layers, four k at six
     assert all(row.n == 300 for rows in by_name for row in rows.values())
-    # The statistics of patches are not those of images. At which layer that tells, after so short a training, depends
-    # on the processor's rounding; at random initialization, whose statistics are nobody's, it tells everywhere.
+    # The statistics of patches are not those of images. At which layer that tells, after so short a
+    # training, depends on the processor's rounding; at random initialization, whose statistics are
+    # nobody's, it tells everywhere.
     assert most_changed(by_name[0]) > 1
     assert most_changed(by_name[1]) > 4
     assert all(

@@ -1,4 +1,4 @@
-"""From photographs to a page of numbers: pretraining, evaluation and report, as fast as they go together."""
+"""From photographs to a page of numbers: pretraining, evaluation and report in few seconds."""
 
 from tiny import TINY
 

@@ -1,4 +1,4 @@
-"""SLURM's commands with what sites print beside their answers; each command is a script that a test writes."""
+"""SLURM's commands with what sites print beside their answers; tests write them as scripts."""
 
 import signal
 import subprocess
@@ -62,7 +62,10 @@ def test_a_job_is_read_as_it_is_written(text: str) -> None:
         ("20418660\n", "20418660"),
         ("20418660;mpp2\n", "20418660@mpp2"),
         (
-            "--- Welcome, 17 users are here ---\nsbatch: 2 nodes\nSubmitted batch job 43\nMaintenance on 2026-12-01\n",
+            "--- Welcome, 17 users are here ---\n"
+            "sbatch: 2 nodes\n"
+            "Submitted batch job 43\n"
+            "Maintenance on 2026-12-01\n",
             "43",
         ),
         ("Quota: 30 of 100\n20418660\n", "20418660"),
@@ -149,8 +152,13 @@ def test_an_sbatch_that_outlives_its_command_is_waited_for(commands: Path) -> No
     write(
         commands, "sbatch", "kill -9 $PPID; sleep 2; touch registered; echo Submitted batch job 42"
     )
-    asks = "import os, sys; from pathlib import Path; from hydra_plugins.relloc_launchers.clients import submit; "
-    asks += f"submit(Path('script'), token='{TOKEN}', environment=os.environ, cluster=None, lock=Path('lock'))"
+    asks = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from hydra_plugins.relloc_launchers.clients import submit\n"
+        f"submit(Path('script'), token='{TOKEN}', environment=os.environ, cluster=None, "
+        "lock=Path('lock'))"
+    )
     done = subprocess.run([sys.executable, "-c", asks], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     wait_for_sbatch(Path("lock"))
@@ -207,7 +215,11 @@ def test_a_token_finds_its_jobs_by_comment_and_by_name(commands: Path) -> None:
 
 
 def test_each_cluster_is_asked_for_its_jobs(commands: Path) -> None:
-    does = 'case "$*" in *--clusters=mpp2*) echo "CLUSTER: mpp2"; echo "43_0|RUNNING";; *) echo "43_1|RUNNING";; esac'
+    does = (
+        'case "$*" in '
+        '*--clusters=mpp2*) echo "CLUSTER: mpp2"; echo "43_0|RUNNING";; '
+        '*) echo "43_1|RUNNING";; esac'
+    )
     write(commands, "squeue", does)
     assert states(["43_0@mpp2", "43_1@mpp2", "43_1", "43_0"]) == {
         "43_0@mpp2": Status.RUNNING,
@@ -278,7 +290,13 @@ def test_the_largest_array_is_asked_where_it_can_be(
     assert largest_array(None) is None
 
 
-SCRIPT = "#!/bin/bash\n#SBATCH --partition=a\n#SBATCH --time=60\n#SBATCH --gres=gpu:4\n#SBATCH --mem-per-gpu=8G\n"
+SCRIPT = (
+    "#!/bin/bash\n"
+    "#SBATCH --partition=a\n"
+    "#SBATCH --time=60\n"
+    "#SBATCH --gres=gpu:4\n"
+    "#SBATCH --mem-per-gpu=8G\n"
+)
 
 
 def test_the_users_variables_reach_sbatch_but_for_what_the_script_decides() -> None:

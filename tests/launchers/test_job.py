@@ -1,30 +1,36 @@
 """A point's command inside of a SLURM job, with submitit's own handler of signals.
 
-What submitit and Hydra's launcher for it do to jobs, and the tests that tell when it comes back; those without a file
-are here, S is tests/slurm/test_sweeps_on_slurm.py, which has a SLURM.
+What submitit and Hydra's launcher for it do to jobs, and the tests that fail if it comes back.
+Those without a file are here; S is tests/slurm/test_sweeps_on_slurm.py, which has a SLURM.
 
  1. A task that failed counts as completed, with its traceback in no log.
-      S: a_failing_point_is_named_with_its_log_and_command_and_the_others_finish; a_command_that_fails_fails_its_job
- 2. A job that leaves no result (cancelled, lost with its node) hides the results of the jobs after it.
+      S: a_failing_point_is_named_with_its_log_and_command_and_the_others_finish;
+      a_command_that_fails_fails_its_job
+ 2. A job that leaves no result (cancelled, lost with its node) hides the results of later jobs.
       S: a_cancelled_point_hides_no_other_and_the_sweep_goes_on_without_its_command
  3. Code and configs are those of the moment at which a job starts, not at which it was submitted.
-      S: jobs_run_the_code_and_configs_of_their_submission; test_sweeps.py: the_copy_of_the_code_wins_over_any_other;
+      S: jobs_run_the_code_and_configs_of_their_submission;
+      test_sweeps.py: the_copy_of_the_code_wins_over_any_other;
       tests/sweeps: a_copy_of_the_code_is_shared_until_something_changes
- 4. Forked readers inherit submitit's handlers, and a signal of SLURM has each of them queue the job again.
-      commands_inherit_no_handler; S: a_job_that_the_cluster_takes_goes_on_to_the_same_bits, with a reader
+ 4. Forked readers inherit submitit's handlers, and at a signal of SLURM each queues the job again.
+      commands_inherit_no_handler;
+      S: a_job_that_the_cluster_takes_goes_on_to_the_same_bits, with a reader
  5. A cluster may preempt without the signal that submitit waits for: SIGTERM, and soon SIGKILL.
       S: a_job_that_the_cluster_takes_goes_on_to_the_same_bits (scontrol requeue does the same);
-      a_point_whose_node_dies_goes_on_on_another_to_the_same_bits; a_killed_process_is_started_again_in_its_job
+      a_point_whose_node_dies_goes_on_on_another_to_the_same_bits;
+      a_killed_process_is_started_again_in_its_job
  6. What is queued again is the same call, and the task is not asked for its state.
-      a_signal_has_the_command_save_before_the_job_is_queued_again; S: the tests that end in the same bits
- 7. At its time limit a job is not queued again unless that is allowed; when it was often enough, an exception is raised
-    inside of the task, which may swallow it.
+      a_signal_has_the_command_save_before_the_job_is_queued_again;
+      S: the tests that end in the same bits
+ 7. At its time limit a job is not queued again unless that is allowed; when it was often enough, an
+    exception is raised inside of the task, which may swallow it.
       used_up_starts_end_the_job_after_saving; S: a_job_at_its_time_limit_saves_and_is_queued_again
  8. Each of several tasks runs as if it were alone: all write the same files.
-      S: two_nodes_train_together_and_a_killed_rank_starts_the_job_again; tests/runs/test_runs_launch.py:
-      other_ranks_write_in_a_folder_that_goes
+      S: two_nodes_train_together_and_a_killed_rank_starts_the_job_again;
+      tests/runs/test_runs_launch.py: other_ranks_write_in_a_folder_that_goes
  9. Resolvers, and whatever __main__ holds, travel to the job in a pickle of Hydra's state.
-      nothing_of_hydra_is_pickled; test_sweeps.py: a_launcher_that_pickles_hydra_is_refused_before_anything_is_started
+      nothing_of_hydra_is_pickled;
+      test_sweeps.py: a_launcher_that_pickles_hydra_is_refused_before_anything_is_started
 10. Under torchrun each process names its run folder itself, after its own clock.
       tests/flow/test_train.py: two_processes_share_one_run_folder
 """
@@ -49,7 +55,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:R
 SAVING = """
 import pathlib, signal, sys, time
 names = ("SIGTERM", "SIGCONT", "SIGUSR1", "SIGUSR2")
-inherited = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_DFL]
+handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
+inherited = [name for name, handler in handlers.items() if handler is not signal.SIG_DFL]
 def save(number, _frame):
     time.sleep(0.3)
     pathlib.Path("saved").write_text(f"inherited: {inherited}")
@@ -68,7 +75,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job_module() -> Any:
-    """As it is now: Hydra imports plugins again when it looks for them, as other tests have it do."""
+    """The module as it is now: Hydra, in other tests, imports plugins again to look for them."""
     return importlib.import_module("hydra_plugins.relloc_launchers.job")
 
 
@@ -77,12 +84,13 @@ def job_of(script: str) -> DelayedSubmission:
 
 
 def signalled(job: DelayedSubmission) -> list[str]:
-    """Run a job; once its command has started, have submitit's handler get SIGUSR2. What it did, in order."""
+    """Runs a job, and submitit's handler once its command started; returns the steps."""
     did: list[str] = []
 
     def requeue(starts_left: int) -> None:
         did.append(
-            f"{'saved' if Path('saved').exists() else 'unsaved'}, queued again, {starts_left} starts left"
+            f"{'saved' if Path('saved').exists() else 'unsaved'}, queued again, "
+            f"{starts_left} starts left"
         )
 
     environment = SimpleNamespace(global_rank=0, _requeue=requeue)
@@ -149,7 +157,8 @@ def test_a_command_that_is_killed_starts_four_times_at_most(
 @pytest.mark.slow
 def test_a_command_that_lost_a_reading_process_starts_again() -> None:
     job_of(
-        "import pathlib; path = pathlib.Path('began'); again = path.exists(); path.touch(); exit(0 if again else 75)"
+        "import pathlib; path = pathlib.Path('began'); again = path.exists(); path.touch(); "
+        "exit(0 if again else 75)"
     ).result()
     assert Path("began").exists()
 

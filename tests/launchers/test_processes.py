@@ -39,12 +39,18 @@ def run(tmp_path: Path, code: str, *, processes: int) -> tuple[ProcessLauncher, 
 def test_what_a_signal_ends_before_it_began_was_stopped(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    code = f"import os, signal; signal.signal({number:d}, signal.SIG_DFL); os.kill(os.getpid(), {number:d})"
+    code = (
+        f"import os, signal; signal.signal({number:d}, signal.SIG_DFL); "
+        f"os.kill(os.getpid(), {number:d})"
+    )
     _, made = run(tmp_path, code, processes=1)
     assert [now.status for now in point_statuses([made], {})] == [Status.STOPPED]
 
 
-WAITS = "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(129)); open('begun', 'w'); signal.pause()"
+WAITS = (
+    "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(129)); "
+    "open('begun', 'w'); signal.pause()"
+)
 
 
 def test_a_closed_terminal_reaches_the_points(

@@ -1,4 +1,4 @@
-"""From points to jobs: what is noted when, and what a refusal leaves; SLURM's commands are scripts of the tests."""
+"""From points to jobs: what is noted when, and what a refusal leaves. SLURM is scripts of tests."""
 
 import json
 import os
@@ -233,7 +233,9 @@ point = Point(kind="train", name="a", overrides=(), identity="a", folder=folder)
 if sys.argv[2] == "dies":
     starting.note_job = lambda *_: os._exit(9)
 command = ["sh", "-c", f"echo $$ > {folder}/ran; sleep 1"]
-process = starting.start_noted(point, command, environment=os.environ, output=None, messages=sys.stderr.buffer)
+process = starting.start_noted(
+    point, command, environment=os.environ, output=None, messages=sys.stderr.buffer
+)
 assert is_alive(read_job(folder))
 assert process.wait() == 0
 assert read_job(folder)["pid"] == int((folder / "ran").read_text())

@@ -59,7 +59,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def relloc(folder: Path, module: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m relloc.MODULE WORDS` in a folder, to which nothing is added that the command does not write."""
+    """Runs `python -m relloc.MODULE WORDS` in a folder, to which only the command adds files."""
     if "PYTHONPATH" in more:  # for an interpreter that has not begun
         line = [sys.executable, "-m", f"relloc.{module}", *words]
         return subprocess.run(
@@ -142,7 +142,10 @@ def test_points_run_beside_each_other_each_with_a_gpu_of_its_own_and_a_failing_o
 
 def test_gpus_are_handed_out_one_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    seen = "import os, sys, time; time.sleep(0.5); open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    seen = (
+        "import os, sys, time; time.sleep(0.5); "
+        "open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
 
     class Telling(ProcessLauncher):
         def command(self, point: Point) -> list[str]:
@@ -165,8 +168,11 @@ def test_gpus_are_handed_out_one_a_point(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_waits_is_looked_at_again_before_it_starts(tmp_path: Path) -> None:
     """Two commands planned the same points; and one whose sweep is cancelled starts none."""
-    runs = "import pathlib, sys; from relloc.tracking import write_status; folder = pathlib.Path(sys.argv[1]);"
-    runs += "open(folder / 'started', 'a').write('x'); write_status(folder, 'FINISHED')"
+    runs = (
+        "import pathlib, sys; from relloc.tracking import write_status; "
+        "folder = pathlib.Path(sys.argv[1]); "
+        "open(folder / 'started', 'a').write('x'); write_status(folder, 'FINISHED')"
+    )
 
     class Short(ProcessLauncher):
         def command(self, point: Point) -> list[str]:
@@ -193,7 +199,7 @@ def test_what_waits_is_looked_at_again_before_it_starts(tmp_path: Path) -> None:
 def test_the_copy_of_the_code_wins_over_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over the checkout, which may change before a job begins, and over the folder that one stands in."""
+    """Over the checkout, which may change before a job begins, and over the current folder."""
     monkeypatch.delenv("RELLOC_CONF", raising=False)
     launcher = ProcessLauncher(OmegaConf.create({"name": "here", "processes": 1}))
     launcher.sweep = Sweep(tmp_path / "sweep")
@@ -202,8 +208,11 @@ def test_the_copy_of_the_code_wins_over_any_other(
     (tmp_path / "relloc/__init__.py").write_text("raise SystemExit('not this one')")
     one = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
     python = launcher.command(one)[: -len(one.arguments)]
-    asked = "from relloc.runs import launch, settings; import hydra_plugins.relloc_launchers as plugins; "
-    asked += "print(launch.__file__, settings.conf_dir(), plugins.__file__)"
+    asked = (
+        "from relloc.runs import launch, settings; "
+        "import hydra_plugins.relloc_launchers as plugins; "
+        "print(launch.__file__, settings.conf_dir(), plugins.__file__)"
+    )
     told = subprocess.run(
         [*python, "-c", asked],
         cwd=tmp_path,
@@ -352,7 +361,7 @@ def test_without_slurm_it_is_told_at_once(tmp_path: Path) -> None:
 def test_a_launcher_that_pickles_hydra_is_refused_before_anything_is_started(
     tmp_path: Path,
 ) -> None:
-    """hydra-submitit-launcher's own class, which hydra/launcher=submitit_local does not name here."""
+    """hydra-submitit-launcher's own class, which `hydra/launcher=submitit_local` does not name."""
     site = tmp_path / "own/hydra/launcher/site.yaml"
     site.parent.mkdir(parents=True)
     site.write_text(

@@ -15,7 +15,7 @@ def backbone() -> AlexNetBackbone:
 
 
 def caffe_response(maps: Tensor, n: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> Tensor:
-    """Caffe's normalization across channels: x / (1 + alpha / n * sum of n neighbors squared) ** beta."""
+    """Caffe's normalization across channels: x / (1 + alpha / n * sum of n squares) ** beta."""
     responses = torch.empty_like(maps)
     for channel in range(maps.shape[1]):
         near = maps[:, max(0, channel - n // 2) : channel + n // 2 + 1]

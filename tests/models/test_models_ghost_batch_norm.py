@@ -109,7 +109,7 @@ def test_every_batch_norm_inside_is_replaced_and_all_names_and_values_stay() -> 
 
 
 def test_gradients_reach_convolutions_in_their_memory_format() -> None:
-    """Else each is copied once more. ReLU and the residual sum of a ResNet write into the batch norm's output."""
+    """Else each is copied once more: ReLU and the residual sum write into a batch norm's output."""
     trunk = ResNetBackbone(depth=50).to(memory_format=torch.channels_last)
     use_ghost_batches(trunk, Groups(images=2, rows_per_image=(2, 1)))
     copied = []

@@ -114,7 +114,7 @@ def test_a_misspelt_way_is_refused(
 
 
 def of_different_contrast(n_images: int, p: int) -> Tensor:
-    """Patches whose standard deviations are 5, 20 and 40 in red, green and blue, times 0.5 to 1.5 by cell."""
+    """Patches with deviations of 5, 20 and 40 of red, green and blue, times 0.5 to 1.5 by cell."""
     unit = torch.randn(n_images, 9, 3, p, p, generator=seeded(5))
     return 100 + unit * torch.tensor([5.0, 20, 40]).view(3, 1, 1) * torch.linspace(
         0.5, 1.5, 9
@@ -140,7 +140,7 @@ def test_each_patch_keeps_exactly_one_channel_and_each_channel_a_third_of_the_ti
 
 
 def dropped_channels(patches: Tensor, treated: Tensor) -> tuple[Tensor, Tensor]:
-    """Values minus ImageNet's mean of both dropped channels of each patch, and the kept one's sd."""
+    """Both dropped channels of each patch minus ImageNet's mean, and the kept one's deviation."""
     assert torch.allclose(torch.tensor(IMAGENET_MEAN_PX), torch.tensor(IMAGENET_MEAN) * 255)
     centered = (treated - torch.tensor(IMAGENET_MEAN_PX).view(3, 1, 1)).flatten(0, 1)
     kept = (treated == patches).flatten(3).all(dim=3).flatten(0, 1)

@@ -32,7 +32,7 @@ def noise(n: int, side: int, generator: torch.Generator) -> Tensor:
 
 
 def correlations(first: Tensor, second: Tensor) -> Tensor:
-    """Sums of products over (..., p, p) at every shift, by FFT: (..., 2p, 2p), shift 0 in the middle."""
+    """Sums of products over (..., p, p) at every shift: (..., 2p, 2p), shift 0 in the middle."""
     size = (2 * PATCH_PX, 2 * PATCH_PX)
     product = torch.fft.rfft2(first, s=size) * torch.fft.rfft2(second, s=size).conj()
     return torch.fft.fftshift(torch.fft.irfft2(product, s=size), dim=(-2, -1))
@@ -102,7 +102,7 @@ def test_patches_that_share_a_line_of_pixels_are_found_out() -> None:
 
 
 def through_a_lens(n: int, generator: torch.Generator) -> Tensor:
-    """White noise whose red comes from 2 px further out than its green, in each cell but the center."""
+    """White noise whose red comes from 2 px further out than its green, but in the center cell."""
     green = noise(n, 48 + 4, generator)[:, 0]
     red = green.clone()
     for row, column in OFFSETS:

@@ -1,4 +1,4 @@
-"""numpy's arrays and scalars out of pickles: numpy itself is the oracle, and misfits are one exception."""
+"""numpy's arrays and scalars out of pickles: numpy is the oracle, and misfits raise one error."""
 
 import io
 import itertools

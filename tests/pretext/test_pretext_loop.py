@@ -42,7 +42,7 @@ def forwards(
 def random_task(
     *, initial_seed: int = 0, run_seed: int = 7, images_per_batch_norm: int = 4, **changes: object
 ) -> Task:
-    """Everything random at once: jitter, dropped colors, dropout; batch norm and momentum keep state."""
+    """All random at once: jitter, dropped colors, dropout; batch norm and momentum keep state."""
     torch.manual_seed(initial_seed)
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
     head = PairHead(
@@ -82,7 +82,7 @@ def random_task(
 
 
 def exact_task(**changes: object) -> Task:
-    """The same in float64; patches are made in float32, of which each is rounded alike in any forward."""
+    """The same in float64; patches are made in float32, which rounds each alike in any forward."""
     task = random_task(**changes)
     task.model.double()
     return dataclasses.replace(task, make=lambda *given: PIPELINE.make(*given).double())
@@ -368,10 +368,10 @@ def test_bfloat16_changes_reports_by_rounding_alone_and_weights_stay_float32() -
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_how_many_images_pass_at_once_changes_rounding_alone(size: int) -> None:
-    """Ghost batches of four images, in forwards of one, two or all four of them; random dropout and colors.
+    """Ghost batches of four images, in forwards of one, two or four; random dropout and colors.
 
-    In float64: batch norm of four images on small maps amplifies rounding 100,000 times in so few steps, so that
-    processors differ in float32 by more than a mistake would.
+    In float64: batch norm of four images on small maps amplifies rounding 100,000 times in so few
+    steps, so that processors differ in float32 by more than a mistake would.
     """
     once = exact_task(accumulation=16 // size)
     other = exact_task(accumulation=4)

@@ -61,7 +61,7 @@ def patches_of(b: int = 3) -> Tensor:
 
 
 def loss_with_every_center_encoded_eight_times(model: RelativeLocation, patches: Tensor) -> Tensor:
-    """The published way (mmselfsup): eight image pairs, both halves through the trunk, in two calls."""
+    """The published way (mmselfsup): eight pairs an image, neighbors and centers in two calls."""
     pairs = [
         (image[cell], image[4], label)
         for image in patches
@@ -177,7 +177,8 @@ from relloc.pretext.relative_location import RelativeLocation
 
 def model(one_pass):
     torch.manual_seed(0)
-    head = PairHead(embedding_dim=14, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.3, head_std=0.3)
+    head = PairHead(embedding_dim=14, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5,
+                    neck_std=0.3, head_std=0.3)
     return RelativeLocation(SmallBackbone(widths=(8, 8, 10, 12, 14)), head, batch_norm="separate",
                             images_per_batch_norm=8, one_pass=one_pass).train()
 
@@ -198,7 +199,7 @@ for bf16 in (False, True):
 
 @pytest.mark.slow
 def test_traced_for_compilation_gradients_are_those_of_the_plain_network(tmp_path: Path) -> None:
-    """Tracing is where a compiler goes wrong unseen; "aot_eager" traces all of it, and runs that op by op."""
+    """Tracing is where a compiler goes wrong unseen; "aot_eager" traces it, and runs op by op."""
     # In a process of its own: this one checks shapes at run time, which would be traced as well.
     script = tmp_path / "traced.py"
     script.write_text(TRACED)

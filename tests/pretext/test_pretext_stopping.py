@@ -15,7 +15,7 @@ from relloc.pretext.stopping import WATCHED, Stopped, stop_request
 
 @pytest.fixture
 def handlers() -> Iterator[dict[int, object]]:
-    """Handlers of our own before the block, so that putting them back shows; pytest's own return after."""
+    """Sets handlers of its own, so that it shows if they are put back; and then pytest's again."""
     seen: list[int] = []
     before = {number: signal.getsignal(number) for number in WATCHED}
     ours = {number: lambda got, _frame: seen.append(got) for number in before}

@@ -43,18 +43,20 @@ def images(forward):
 
 def trained(rank, world):
     torch.manual_seed(0)
-    head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5, neck_std=0.3, head_std=0.3)
+    head = PairHead(embedding_dim=8, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5,
+                    neck_std=0.3, head_std=0.3)
     model = RelativeLocation(SmallBackbone(widths=(8, 8, 8, 10, 8)), head, batch_norm="separate",
                              images_per_batch_norm=3).double()
     pipeline = PatchPipeline(
-        grid=PatchGrid(patch_px=32, gap_px=2, jitter_px=3, resize=None), color=Drop(noise="uniform"),
+        grid=PatchGrid(patch_px=32, gap_px=2, jitter_px=3, resize=None),
+        color=Drop(noise="uniform"),
         normalize=ByDataset(),
     )
     task = Task(
         model=model,
         network=model,
-        optimizer=sgd(model, lr=0.1, lr_images_per_step=12, images_per_step=12, momentum=0.9, weight_decay=1e-4,
-                      head_weight_decay=5e-4),
+        optimizer=sgd(model, lr=0.1, lr_images_per_step=12, images_per_step=12, momentum=0.9,
+                      weight_decay=1e-4, head_weight_decay=5e-4),
         schedule=Step(epochs=2, warmup_epochs=1, warmup_from=0.1, milestone_epochs=[], gamma=0.1),
         draw=pipeline.draw,
         make=lambda *given: pipeline.make(*given).double(),

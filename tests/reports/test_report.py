@@ -108,7 +108,10 @@ def test_a_mistake_is_one_message(
 
 
 def test_as_a_command_it_needs_no_torch(runs: Path) -> None:
-    code = "import sys, relloc.report; relloc.report.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, relloc.report; relloc.report.main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True
     )

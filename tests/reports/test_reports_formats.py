@@ -86,20 +86,24 @@ GOLDEN = """
 
 | | feature1 | feature2 | feature3 | feature4 | feature5 | avgpool |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
-| mmselfsup Relative-Loc | 15.11 [1] | 30.47 [1] | 42.83 [1] | 51.20 [1] | 40.96 [1] | 39.65 / 38.78 / 40.4 [2] |
+| mmselfsup Relative-Loc | 15.11 [1] | 30.47 [1] | 42.83 [1] | 51.20 [1] | 40.96 [1] \
+| 39.65 / 38.78 / 40.4 [2] |
 | OpenSelfSup Relative-Loc | 14.76 [3] | 31.29 [3] | 45.77 [3] | 49.31 [3] | 40.20 [3] | 38.83 [3] |
 | OpenSelfSup Random | 11.37 [3] | 16.21 [3] | 13.47 [3] | 9.07 [3] | 6.54 [3] | 4.35 [3] |
 | OpenSelfSup Supervised | 15.18 [3] | 33.96 [3] | 47.86 [3] | 67.56 [3] | 76.17 [3] | 74.12 [3] |
 | random, seed 0 | — | — | — | 9.00 ≈ [4] | — | — |
 | card_2022, seed 0 | — | — | — | **51.00** ≈ [4] | — | — |
 
-Tolerance: ± 1.5 points. Not measured: python -m relloc.evaluate checkpoint=RUN eval=linear_avgpool, about 8.2 h on \
-one GPU (an estimate).
+Tolerance: ± 1.5 points. Not measured: \
+python -m relloc.evaluate checkpoint=RUN eval=linear_avgpool, about 8.2 h on one GPU (an estimate).
 
 1. published: mmselfsup 0.x and 1.x, configs/selfsup/relative_loc/README.md (protocols.md 4.1)
-2. published: 39.65 in 0.x README (mmselfsup 0.x, configs/selfsup/relative_loc/README.md (protocols.md 4.1)); \
-38.78 in 0.x model_zoo.md and metafile (mmselfsup 0.x, docs/en/model_zoo.md and metafile (protocols.md 4.1)); \
-40.4 in 1.x README and metafile (mmselfsup 1.x, configs/selfsup/relative_loc/README.md and metafile, \
+2. published: 39.65 in 0.x README \
+(mmselfsup 0.x, configs/selfsup/relative_loc/README.md (protocols.md 4.1)); \
+38.78 in 0.x model_zoo.md and metafile \
+(mmselfsup 0.x, docs/en/model_zoo.md and metafile (protocols.md 4.1)); \
+40.4 in 1.x README and metafile \
+(mmselfsup 1.x, configs/selfsup/relative_loc/README.md and metafile, \
 another training (protocols.md 4.1))
 3. published: OpenSelfSup, docs/MODEL_ZOO.md (protocols.md 4.2)
 4. run a "b" \\<c\\> x_y; seed 0; commit 6a6cf28a1b-dirty; protocol 3.9; as published
@@ -207,8 +211,8 @@ def test_html_is_for_the_dark_and_for_phones(report: Report) -> None:
 def test_latex_has_nothing_that_latex_would_read_otherwise(report: Report) -> None:
     text = as_latex(report)
     assert (
-        r"card\_2022, seed 0 & --- & --- & --- & \textbf{51.00}$\approx$\textsuperscript{4} & --- & --- \\"
-        in text
+        r"card\_2022, seed 0 & --- & --- & --- "
+        r"& \textbf{51.00}$\approx$\textsuperscript{4} & --- & --- \\" in text
     )
     assert r"3.2; \textless{}five\textgreater{} draws \& 100 \% of test" in text
     assert r"9.00 $\pm$ 0.50$\approx$\textsuperscript" in text

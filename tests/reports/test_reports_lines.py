@@ -113,7 +113,7 @@ def test_another_evaluation_of_the_line_stays_whole(result: Rows) -> None:
 
 
 def of_two_sets(result: Rows, name: str, dataset: str, other: str) -> list[Measured]:
-    """Three checkpoints, the first two measured on the same images, the third on `other` ones of their name."""
+    """Three checkpoints: two measured on the same images, the third on `other` images."""
     rows = [
         result(name, "feature4", "top1", value, dataset=dataset, checkpoint=checkpoint)
         for value, checkpoint in (

@@ -282,8 +282,8 @@ def test_missing_cells_name_their_commands(result: Callable[..., Result]) -> Non
         f"{hours[name]} h" for name in [*evaluations, "semisup_1", "semisup_10"]
     ]
     assert (
-        f"python -m relloc.evaluate checkpoint=random model=resnet50 eval=knn_in1k  # about {hours['knn_in1k']} h"
-        in (missing["random, seed 0"])
+        "python -m relloc.evaluate checkpoint=random model=resnet50 eval=knn_in1k  "
+        f"# about {hours['knn_in1k']} h" in (missing["random, seed 0"])
     )
 
 
@@ -334,7 +334,8 @@ def test_a_recalibrated_line_asks_only_for_what_its_line_as_trained_has(
     missing = {fill.label: fill.commands for fill in make_report(measured(*both, *knn)).missing}
     assert "recalibrated" not in " ".join(missing["card2022, seed 0"])
     assert missing["card2022, recalibrated, seed 0"] == (
-        f"python -m relloc.evaluate checkpoint={OURS} eval=knn_in1k batch_norm=recalibrated  # about 0.1 h",
+        f"python -m relloc.evaluate checkpoint={OURS} eval=knn_in1k batch_norm=recalibrated  "
+        "# about 0.1 h",
     )
 
 

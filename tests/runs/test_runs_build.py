@@ -301,7 +301,7 @@ RECORDED = Path(__file__).parent / "recorded" / "training_version_0.json"
 def test_a_training_that_was_begun_before_recipes_is_known_by_its_settings(
     words: Sequence[str], changed: str
 ) -> None:
-    """`recorded/` has the identity of the default run as it was written when data sets held rates and spans."""
+    """`recorded/` has the default run's identity from when data sets held rates and spans."""
     noted = json.loads(RECORDED.read_text())
     now = build.pretraining(composed("train", *words)).identity
     of_the_images = {

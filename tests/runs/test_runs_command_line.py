@@ -1,4 +1,4 @@
-"""The words of a command line: flags anywhere, and of a word that can't be read, how it is written."""
+"""The words of a command line: flags anywhere, and how to write a word that can't be read."""
 
 import re
 import shlex

@@ -42,7 +42,7 @@ ran: list[object] = []  # what evaluations did, in order: epochs of training, an
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxedImages:
-    """Images of several sizes, each with as many boxes (left, top, right, bottom) as its number says."""
+    """Images of several sizes, each with as many boxes (left, top, right, bottom) as its number."""
 
     split: str
     n: int
@@ -78,7 +78,7 @@ SPLITS = Splits(train=BoxedImages(split="train", n=6), held_out=BoxedImages(spli
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeImage:
-    """What a detector sees: an image of any size. It can't be called, as views that are squares can."""
+    """What a detector sees: an image of any size. Unlike square views it can't be called."""
 
     def __str__(self) -> str:
         return "whole images"
@@ -86,7 +86,7 @@ class WholeImage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boxes(Evaluation):
-    """The mean box of an image, from a copy of the backbone that is trained on images of all sizes."""
+    """The mean box of an image, by a copy of the backbone trained on images of all sizes."""
 
     kind = "fine-tuned"
     labels = "own"

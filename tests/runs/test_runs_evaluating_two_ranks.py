@@ -70,16 +70,28 @@ if __name__ == "__main__":
     none = FolderImages(name="none", split="train", paths=[__file__])
     torch.manual_seed(0)
     model = EvaluatedModel(
-        backbone=SmallBackbone(widths=(8, 8, 8, 8, 8)), checkpoint="/one/backbone", model="small", weights="w"
+        backbone=SmallBackbone(widths=(8, 8, 8, 8, 8)),
+        checkpoint="/one/backbone",
+        model="small",
+        weights="w",
     )
-    named = NamedEvaluation(name="walk", evaluation=Walk(epochs=6), splits=Splits(train=none, held_out=none))
-    encode_config = EncodeConfig(batch=4, workers=0, device=CPU, precision="fp32", unreadable_share=0.0)
+    splits = Splits(train=none, held_out=none)
+    named = NamedEvaluation(name="walk", evaluation=Walk(epochs=6), splits=splits)
+    encode_config = EncodeConfig(
+        batch=4, workers=0, device=CPU, precision="fp32", unreadable_share=0.0
+    )
     settings = EvalSettings(
-        encode_config=encode_config, batch_norms=["as_trained"], calibration_images=4, bank_gib=1.0, seed=3
+        encode_config=encode_config,
+        batch_norms=["as_trained"],
+        calibration_images=4,
+        bank_gib=1.0,
+        seed=3,
     )
     with stop_request() as stop:
         folder = RunFolder(run_dir, None) if ranks.rank() == 0 else None
-        run = EvalRun(run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, reused_runs=None)
+        run = EvalRun(
+            run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, reused_runs=None
+        )
         try:
             evaluate_model(model, [named], settings, run)
         finally:

@@ -261,7 +261,8 @@ def test_an_evaluation_says_whose_data_it_takes(
 ) -> None:
     names = []
     (tmp_path / "run").mkdir()
-    data = "{name: mine, root: null, shards: null, source: {_target_: relloc.data.folder.folder, name: mine}}"
+    source = "{_target_: relloc.data.folder.folder, name: mine}"
+    data = f"{{name: mine, root: null, shards: null, source: {source}}}"
     (tmp_path / "run" / "config.yaml").write_text(f"data: {data}\n")
 
     def note(config: DictConfig) -> None:

@@ -53,7 +53,7 @@ def is_known(
     batch_norm: str = "as_trained",
     fingerprint: str = "mark",
 ) -> bool:
-    """Whether a part of an evaluation has rows in the run folder, or gets them from another run's."""
+    """Whether a part of an evaluation has rows in the run folder, or copies them from another's."""
     named = NamedEvaluation(name=name, evaluation=KNN, splits=Splits(train=IMAGES, held_out=IMAGES))
     part = EvalPart(named=named, evaluation=KNN, batch_norm=batch_norm, fingerprint=fingerprint)
     return not_measured([part], MODEL, eval_run(run_dir, runs=runs)) == []

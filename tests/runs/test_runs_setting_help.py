@@ -1,4 +1,4 @@
-"""--help of a setting, a group and a member, from what stands in conf/ and docstrings; and mistakes in them."""
+"""--help of a setting, a group and a member, from conf/ and docstrings; and misspelt names."""
 
 import textwrap
 from pathlib import Path

@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which SLURM's clients find it. Without accounting (sacct), which none may need."""
+    """The environment in which SLURM's clients find it. No test may need accounting (sacct)."""
     environment = environment_of(tmp_path_factory.mktemp("cluster") / "slurm", accounting=False)
     environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     subprocess.run([SCRIPTS / "up.sh"], env=environment, check=True, timeout=120)

@@ -17,7 +17,8 @@ def environment_of(folder: Path, *, accounting: bool) -> dict[str, str]:
     needed = ("slurmctld", *(("slurmdbd", "mariadbd") if accounting else ()))
     if missing := [program for program in needed if shutil.which(program) is None]:
         pytest.skip(
-            f"{' and '.join(missing)} not installed: launchers/one_machine/install.sh does that on Debian"
+            f"{' and '.join(missing)} not installed: "
+            "launchers/one_machine/install.sh does that on Debian"
         )
     return {
         **{
@@ -43,7 +44,7 @@ def _free_ports() -> int:
 
 
 def left_of(folder: Path) -> list[str]:
-    """What there still is of a cluster: processes that know its folder, its name in /etc/hosts, the folder itself."""
+    """What is left of a cluster: processes with its folder, its line in /etc/hosts, the folder."""
     left = [line for line in Path("/etc/hosts").read_text().splitlines() if str(folder) in line]
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

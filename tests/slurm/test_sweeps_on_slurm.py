@@ -1,4 +1,4 @@
-"""What clusters do to jobs, done by a real SLURM: points end as if nothing had happened, or are said to have failed."""
+"""What clusters do to jobs, by a real SLURM: points end as if undisturbed, or show as failed."""
 
 import contextlib
 import dataclasses
@@ -163,7 +163,7 @@ def settings(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
 
 @pytest.fixture(scope="module")
 def of_photographs(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
-    """A finished sweep over gap and jitter, evaluated and tracked; most of a job is Python's start."""
+    """A finished sweep over gap and jitter, evaluated and tracked; jobs mostly wait for imports."""
     settings = (
         *(
             "device=cpu",
@@ -365,7 +365,7 @@ def test_a_job_that_the_cluster_takes_goes_on_to_the_same_bits(
 def test_a_point_whose_node_dies_goes_on_on_another_to_the_same_bits(
     sweeps: Sweeps, undisturbed: Path, store: str
 ) -> None:
-    """A dead node has neither its daemon nor any process of the job. SLURM finds out by itself (SlurmdTimeout)."""
+    """A dead node has no daemon and no process of the job. SLURM finds out by SlurmdTimeout."""
     started = sweeps.start("seed=0", *on_slurm())
     sweeps.wait_for(lambda: sweeps.has_trained(STEPS // 4))
     number, node = sweeps.slurm("squeue", "-h", "-j", sweeps.job(), "-o", "%A %N").split()
@@ -410,7 +410,7 @@ def test_a_killed_process_is_started_again_in_its_job(
 
 
 def test_a_job_at_its_time_limit_saves_and_is_queued_again(sweeps: Sweeps) -> None:
-    """SLURM looks at limits every 30 s; a job has a minute to start in, which takes long where others use the cores."""
+    """SLURM looks at limits every 30 s; a job has a minute to start, as other work may slow it."""
     line = ("launcher.timeout_min=2", "launcher.signal_delay_s=60", "schedule.epochs=100000")
     started = sweeps.start("seed=0", *on_slurm(), *line)
     sweeps.wait_for(lambda: "everything is saved" in sweeps.logs())
@@ -537,7 +537,7 @@ def test_hydras_own_name_of_the_launcher_submits_sweeps_and_single_runs(
 def test_a_command_killed_before_it_notes_its_jobs_finds_them_again(
     sweeps: Sweeps, store: str
 ) -> None:
-    """Of two commands with the same points, the first dies the moment that sbatch has its answer."""
+    """The first of two commands with the same points dies as soon as sbatch has its answer."""
     real = shutil.which("sbatch")
     killing = sweeps.folder / "bin" / "sbatch"
     killing.parent.mkdir()
@@ -587,7 +587,7 @@ def clients_states(jobs: list[str], sweeps: Sweeps) -> dict[str, str]:
 
 
 def test_more_points_than_an_array_may_have_are_several_arrays(sweeps: Sweeps) -> None:
-    """This cluster allows a thousand: a smaller number is said by a scontrol that stands before the real one."""
+    """This cluster allows a thousand: a scontrol before the real one answers a smaller number."""
     saying = sweeps.folder / "bin" / "scontrol"
     saying.parent.mkdir()
     real = shutil.which("scontrol")

@@ -1,4 +1,4 @@
-"""The folder of a sweep: what may be one, what is found by a name, and what a refused command leaves."""
+"""The folder of a sweep: what may be one, finding it by name, and what a refused command leaves."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How a sweep is told on the console: one row a point, why points failed, and what may come next."""
+"""The table of a sweep on the console: one row a point, why points failed, and the next command."""
 
 from pathlib import Path
 

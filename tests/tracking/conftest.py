@@ -1,4 +1,4 @@
-"""A run folder and a fresh sqlite store; the schema is built once a session (5 s) and then copied."""
+"""A run folder and a fresh SQLite store; the schema is built once a session (5 s) and copied."""
 
 import shutil
 from collections.abc import Callable

@@ -155,7 +155,7 @@ class Page:
         self.driver = driver
 
     def until(self, true: Callable[[], T]) -> T:
-        """Its first value that is true; elements may vanish while they are looked at, as pages are drawn anew."""
+        """Its first value that is true; pages are drawn anew, so elements may vanish meanwhile."""
         waiting = WebDriverWait(
             self.driver, PATIENCE_S, 0.1, ignored_exceptions=[WebDriverException]
         )
@@ -188,13 +188,15 @@ class Page:
         self.until(lambda: self.shown(css))[-1].send_keys(text)
 
     def runs(self, column: str | None = None) -> list[str]:
-        """The names of the runs in the table from top to bottom, or what it has of them in a column."""
+        """The names of the table's runs from top to bottom, or their values in a column."""
         rows = self.driver.execute_script(
             "const rows = [];"
             "for (const row of document.querySelectorAll('.ag-row')) {"
             "  const told = rows[row.getAttribute('row-index')] ??= {};"
-            "  for (const run of row.querySelectorAll('a[href*=\"/runs/\"]')) told.name = run.innerText;"
-            "  for (const cell of row.querySelectorAll('.ag-cell')) told[cell.getAttribute('col-id')] = cell.innerText;"
+            "  for (const run of row.querySelectorAll('a[href*=\"/runs/\"]'))"
+            "    told.name = run.innerText;"
+            "  for (const cell of row.querySelectorAll('.ag-cell'))"
+            "    told[cell.getAttribute('col-id')] = cell.innerText;"
             "} return rows"
         )
         return [row.get(column or "name", "") for row in rows if "name" in row]  # others are groups
@@ -202,9 +204,11 @@ class Page:
     def plots(self) -> list[list[dict[str, Any]]]:
         """The traces of each plot that is drawn."""
         return self.driver.execute_script(
-            "return [...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot.checkVisibility()).map("
+            "const plots = [...document.querySelectorAll('.js-plotly-plot')];"
+            "return plots.filter(plot => plot.checkVisibility()).map("
             "  plot => plot.data.map(({type, name, mode, x, y, z, dimensions}) =>"
-            "    ({type, name, mode, x, y, z, dimensions: dimensions?.map(({label, values}) => [label, values])})))"
+            "    ({type, name, mode, x, y, z,"
+            "      dimensions: dimensions?.map(({label, values}) => [label, values])})))"
         )
 
     def plot(self, right: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
@@ -226,7 +230,8 @@ def page() -> Iterator[Page]:
     driver = shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip(
-            "Chromium or its driver is not installed (Debian: apt-get install chromium chromium-driver)"
+            "Chromium or its driver is not installed "
+            "(Debian: apt-get install chromium chromium-driver)"
         )
     options = webdriver.ChromeOptions()
     options.binary_location = browser
@@ -314,7 +319,8 @@ def test_runs_are_grouped_sorted_and_compared(page: Page, link: str) -> None:
     page.keep("runs")
 
     page.click(
-        "div:has(> input[aria-label='Select all runs']), label:has(input[aria-label='Select all runs'])"
+        "div:has(> input[aria-label='Select all runs']), "
+        "label:has(input[aria-label='Select all runs'])"
     )
     page.click("button", "Compare")
     drawn = page.plot(lambda traces: traces[0]["type"] == "parcoords")

@@ -1,4 +1,4 @@
-"""A sync in a thread imports nothing: tried in fresh processes, with a fresh file, an old one, and servers."""
+"""A sync in a thread imports nothing: in fresh processes with a new file, an old one, servers."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ import pytest
 from relloc.tracking import add_artifact, write_status
 
 NewRun = Callable[..., Path]
-# Notes what modules there are before a thread sends a run and the machine's load is sampled, and what there are after.
+# Notes which modules are imported before and after a thread sends a run and samples the load.
 CODE = """
 import json, pathlib, sys, threading
 from relloc.tracking.imports import import_for

@@ -31,9 +31,18 @@ from relloc.tracking.note import Note, write_note
 
 NewRun = Callable[..., Path]
 LINEAR = Result(
-    eval="linear", dataset="voc07", split="test", layer="feature1", metric="top1", value=10.0, n=100,
-    seed=0, protocol="test", checkpoint="runs/a.pt", model="resnet50",
-)  # fmt: skip
+    eval="linear",
+    dataset="voc07",
+    split="test",
+    layer="feature1",
+    metric="top1",
+    value=10.0,
+    n=100,
+    seed=0,
+    protocol="test",
+    checkpoint="runs/a.pt",
+    model="resnet50",
+)
 
 
 def rows(checkpoint: str = "runs/a.pt", scale: float = 10.0) -> list[Result]:

@@ -1,4 +1,4 @@
-"""A server over a real PostgreSQL, started by launchers/tracking_server/serve.sh, without and with a password."""
+"""A server over a real PostgreSQL by launchers/tracking_server/serve.sh, also with a password."""
 
 import contextlib
 import os
@@ -95,7 +95,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def asked(server: Server, host: str, origin: str | None = None, password: str | None = None) -> int:
-    """The status of an answer to what a client at that address, or a page of `origin` in a browser, would ask."""
+    """The status of the answer to a client at that address, or to a browser's page of `origin`."""
     headers = {"Host": f"{host}:{server.port}"} | (
         {"Origin": f"http://{origin}:{server.port}"} if origin else {}
     )

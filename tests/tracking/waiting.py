@@ -17,7 +17,7 @@ def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def wait_until_served(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once an MLflow server that was started answers, and fail with its log if it has ended."""
+    """Returns once a started MLflow server answers; fails with its log if it has ended."""
 
     def answers() -> bool:
         assert process.poll() is None, log.read_text()[-3000:]

@@ -356,8 +356,8 @@ def test_the_protocol_names_images_and_constants() -> None:
     chosen = stratified(SPLITS.train, 0.2, seed=1)
     images, *constants, views = score.details
     assert (
-        images
-        == f"fine-tuned on 18 labeled images (0.2 of each class by seed 1, hash {chosen.list_hash()})"
+        images == "fine-tuned on 18 labeled images "
+        f"(0.2 of each class by seed 1, hash {chosen.list_hash()})"
     )
     assert constants == [
         *("lr 0.05, of the head x10", "momentum 0.9", "weight decay 0.0005", "1 epoch", "batch 5"),

@@ -1,4 +1,4 @@
-"""Two processes, told what torchrun tells them, fine-tune a classifier as one does, and count its hits together."""
+"""Two processes, started as by torchrun, fine-tune a classifier as one does, and count its hits."""
 
 import runpy
 from pathlib import Path
@@ -24,10 +24,12 @@ from relloc.data.views import Center, RandomResized  # noqa: E402
 
 def evaluated():
     noted = {}
-    splits = Splits(train=Broken(split="train", n=90, every=4), held_out=Broken(split="val", n=31, every=4))
+    train, held_out = Broken(split="train", n=90, every=4), Broken(split="val", n=31, every=4)
+    splits = Splits(train=train, held_out=held_out)
     reading = dataclasses.replace(READING, unreadable_share=0.9, note_unreadable=noted.update)
     views = {"augment": RandomResized(crop_px=96), "view": Center(short_px=100, crop_px=96)}
-    run = evaluation(share=0.3, batch=8, learning_rates=[0.01, 0.005], head_multipliers=[1], **views)
+    run = evaluation(share=0.3, batch=8, learning_rates=[0.01, 0.005], head_multipliers=[1],
+                     **views)
     weights = []
 
     class Recording(Kept):

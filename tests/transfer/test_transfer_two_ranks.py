@@ -58,18 +58,23 @@ def task(way, accumulation):
             numbers = split_for_rank(range(BATCH), accumulation)
             if step == 1:  # half of them can't be read, which are all of the second process
                 numbers = [[number for number in part if number < BATCH // 2] for part in numbers]
-            yield [MicroBatch(content=[sample(step, number) for number in part], samples=len(part)) for part in numbers]
+            micro_batches = []
+            for part in numbers:
+                content = [sample(step, number) for number in part]
+                micro_batches.append(MicroBatch(content=content, samples=len(part)))
+            yield micro_batches
 
     def loss(part):
-        images = torch.stack([image for image, _ in part]) if part else torch.zeros(0, 3, 64, 64).double()
+        no_images = torch.zeros(0, 3, 64, 64).double()
+        images = torch.stack([image for image, _ in part]) if part else no_images
         targets = torch.tensor([target for _, target in part], dtype=torch.int64)
         return cross_entropy(network(images, way == "plain"), targets)
 
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     return FineTuning(
         network, optimizer, micro_batches=parts, loss=loss, length=STEPS // 2, steps_per_unit=2,
-        schedule=Milestones(milestones=[2], gamma=0.1, warmup=1, warmup_from=0.1), synchronized=way == "synchronized",
-        seed=1, device=CPU, bf16=False, name="test",
+        schedule=Milestones(milestones=[2], gamma=0.1, warmup=1, warmup_from=0.1),
+        synchronized=way == "synchronized", seed=1, device=CPU, bf16=False, name="test",
     )
 
 
@@ -79,7 +84,8 @@ def trained(way, accumulation):
     for number, span in enumerate(training.reports(1)):
         spans.append(dataclasses.asdict(span))
         if number == 0 and ranks.world_size() > 1:
-            torch.save(training.state_dict(), Path(sys.argv[1]) / f"stopped_{way}_{ranks.rank()}.pt")
+            stopped = Path(sys.argv[1]) / f"stopped_{way}_{ranks.rank()}.pt"
+            torch.save(training.state_dict(), stopped)
     return training.network.state_dict(), spans
 
 
@@ -119,7 +125,8 @@ def of_ranks(folder: Path, way: str) -> tuple[list[list[dict[str, Tensor]]], lis
     return states, [json.loads((folder / f"{way}_{rank}.json").read_text()) for rank in (0, 1)]
 
 
-# With plain batch norm two processes compute what one computes in two parts; synchronized, what one does at once.
+# With plain batch norm two processes compute what one computes in two parts; synchronized, what
+# one computes at once.
 @pytest.mark.parametrize(("way", "accumulation"), [("plain", 2), ("synchronized", 1)])
 def test_two_processes_are_one(folder: Path, way: str, accumulation: int) -> None:
     expected, reports = runpy.run_path(str(folder / "fine_tune_two.py"))["trained"](
@@ -130,7 +137,7 @@ def test_two_processes_are_one(folder: Path, way: str, accumulation: int) -> Non
     assert len(expected) > 60
     for name, value in expected.items():
         assert torch.equal(states[0][0][name], states[1][0][name]), name
-        # Statistics of plain batch norm are the first process's own: one process has seen both parts.
+        # Statistics of plain batch norm are the first process's own; one process saw both parts.
         if way == "synchronized" or name.endswith(("weight", "bias")):
             torch.testing.assert_close(states[0][0][name], value, rtol=1e-6, atol=1e-10, msg=name)
 
