@@ -27,7 +27,7 @@ from load import load_results, runs_folder
 results = load_results(runs_folder())
 is_percent = results["unit"] == "%"
 has_layer = results["layer"] != ""
-results = results[results["headline"] & is_percent & has_layer]
+results = results.loc[results["headline"] & is_percent & has_layer]
 
 # %% [markdown]
 # Runs that differ in their seed alone are one line, a study (`gap21 jit0..21 6ep photos small

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relloc.data.folder import class_folders
+from relloc.errors import DataError
 
 PLACES, INAT = "places205", "inat18"
 # Where each layout has its images
@@ -25,7 +26,10 @@ def main(layout: str, folder: Path, out: Path) -> None:
     link.parent.mkdir(parents=True)
     link.symlink_to(folder.resolve())
     for split, images in (("train", splits.train), ("val", splits.held_out)):
-        names = [Path(path).relative_to(folder).as_posix() for path in images.paths]
+        paths = [Path(images.source(index)) for index in range(len(images))]
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        if images.labels is None:
+            raise DataError(f"{folder / split} has no folders of classes")
         if layout == PLACES:
             _write_places(out, split, names, images.labels)
         else:

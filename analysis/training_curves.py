@@ -42,7 +42,7 @@ figure, axes = plt.subplots(
     1, len(PANELS), figsize=(4.6 * len(PANELS), 3.6), squeeze=False, layout="constrained"
 )
 for axis, (title, metrics) in zip(axes[0], PANELS.items(), strict=True):
-    shown = curves[curves["metric"].isin(metrics)]
+    shown = curves.loc[curves["metric"].isin(metrics)]
     for (run, metric), curve in shown.groupby(["run", "metric"], sort=False):
         axis.plot(curve["step"], curve["value"], linewidth=1.2, label=f"{run}, {metric}")
     axis.set(title=title, xlabel="step")

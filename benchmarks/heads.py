@@ -17,6 +17,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from features import images_below
@@ -24,6 +25,7 @@ from hydra import compose, initialize_config_dir
 from report import arguments, median_s, tell
 from torch import Tensor
 
+from relloc.errors import UsageError
 from relloc.evals.heads import HeadSettings, Sgd
 from relloc.evals.linear import Linear
 from relloc.evals.training import HeadTraining, draw_held_back
@@ -83,6 +85,8 @@ class FromFiles:
         images = images_below(options.root)
         labels = torch.randint(options.classes, (len(images),))
         of_eval = _linear(config)
+        if of_eval.augment is None:
+            raise UsageError("eval.linear_in1k.augment is null: give the random views of training")
         reading = config.encode_config(how, shown=False)
         self.live = LiveFeatures(
             backbone, images, reading, of_eval.augment, labels=labels, color=of_eval.color
@@ -147,13 +151,13 @@ def _timed(
     source: Resident | FromFiles,
     how: engine.Engine,
     options: argparse.Namespace,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     passes = {name: _pass(training, source, how.device) for name, training in sides.items()}
     spent = median_s(passes, device=how.device, rounds=options.rounds)
     return [_row(name, sides[name], spent[name] / options.steps, options) for name in sides]
 
 
-def _over_first(rows: list[dict[str, object]]) -> dict[str, float]:
+def _over_first(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {
         f"{row['side']}, over {rows[0]['side']}": row["ms a step"] / rows[0]["ms a step"]
         for row in rows[1:]
@@ -226,7 +230,7 @@ def _pass(training: HeadTraining, source: Resident | FromFiles, device: torch.de
 
 def _row(
     name: str, training: HeadTraining, seconds: float, options: argparse.Namespace
-) -> dict[str, object]:
+) -> dict[str, Any]:
     return {
         "side": name,
         "heads": len(training.layers) * len(training.sgd.settings),

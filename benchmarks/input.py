@@ -84,9 +84,15 @@ def training_rates(
     batches = [samples[start : start + BATCH] for start in places[::BATCH]]
     crops = Crops(images, GRID, use=Use.CROP, seed=0, centered=False)
     cpu_before = _cpu_s()
-    sizes = {"images": BATCH, "side_px": GRID.span_px, "held": HELD_FORWARDS}
     loaded = load_in_slots(
-        crops, batches, workers=workers, pin=device.type == "cuda", print_message=print, **sizes
+        crops,
+        batches,
+        workers=workers,
+        pin=device.type == "cuda",
+        images=BATCH,
+        side_px=GRID.span_px,
+        batches_held=HELD_FORWARDS,
+        print_message=print,
     )
     unreadable = Unreadable(n_images=len(images), most_share=1)
     feed = iter(

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -60,7 +61,7 @@ def _train(run_dir: Path, precision: str, overrides: list[str]) -> Curve:
     return [(entry.step, entry.metrics["train/loss"]) for entry in told]
 
 
-def _row(precision: str, curve: Curve, run_dir: Path) -> dict[str, object]:
+def _row(precision: str, curve: Curve, run_dir: Path) -> dict[str, Any]:
     last = [loss for step, loss in curve if step > 0.9 * curve[-1][0]]
     (asked,) = [row for row in read_results(run_dir) if row.eval == "pretext"]
     return {

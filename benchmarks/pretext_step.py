@@ -10,6 +10,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -107,7 +108,7 @@ def _published(config: Pretraining, how: engine.Engine) -> tuple[Callable[[], ob
 
 def _side(
     name: str, patch_px: int, step: Callable[[], object], n_images: int, options: argparse.Namespace
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Images a second, memory, and the seconds of the first step, in which compiling happens."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gc.collect()

@@ -8,7 +8,7 @@ sources, and how far features of whole views turn (one minus cosine), layer by l
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from report import arguments, tell
 from torch.nn.functional import cosine_similarity
 
@@ -60,7 +60,11 @@ def main() -> None:
 
 
 def _network(run: str) -> tuple[relative_location.RelativeLocation, PatchPipeline]:
-    settings = build.pretraining(OmegaConf.load(f"{run}/config.yaml"))
+    file = Path(run) / "config.yaml"
+    config = OmegaConf.load(file)
+    if not isinstance(config, DictConfig):
+        raise UsageError(f"{file} holds a list, not the settings of a run")
+    settings = build.pretraining(config)
     model = settings.network()
     saved = states.load_training(states.saved_trainings(Path(run))[-1])
     model.load_state_dict(saved["model"])

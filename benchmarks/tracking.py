@@ -38,6 +38,7 @@ from relloc.tracking import (
     sync,
     write_status,
 )
+from relloc.tracking.record import Scalar
 
 RESULTS = 200
 REPORT_S = 0.3
@@ -180,10 +181,10 @@ def _send(run_dirs: Sequence[Path], uri: str) -> None:
 
 def _write_run(run_dir: Path, number: int, experiment: str, reports: int) -> Path:
     run_dir.mkdir()
-    params = {f"group{place // 10}.setting{place}": place for place in range(100)}
-    record = RunRecord(
-        name=f"gap{number} jit0", experiment=experiment, params=params | {"grid.gap_px": number}
-    )
+    params: dict[str, Scalar] = {"grid.gap_px": number}
+    for place in range(100):
+        params[f"group{place // 10}.setting{place}"] = place
+    record = RunRecord(name=f"gap{number} jit0", experiment=experiment, params=params)
     record.write(run_dir)
     journal = Journal(run_dir)
     for step in range(10, 10 * reports + 1, 10):
