@@ -25,7 +25,7 @@ from relloc.geometry import ShortSide
 # RandomResizedCrop of torchvision tries as often before it takes the center of the image.
 _MOST_TRIES = 10
 
-Pixels = UInt8[np.ndarray, "s s 3"]
+ViewPixels = UInt8[np.ndarray, "s s 3"]  # a view as RGB values
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class View(Protocol):
     Its `str` describes it in the protocols of results.
     """
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels: ...
+    def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Center:
     def __str__(self) -> str:
         return f"center view {self.short_px}/{self.crop_px} px"
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
+    def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         corner = _central(size, self.crop_px)
         return np.asarray(crop_resized(image, size, corner, self.crop_px))
@@ -81,7 +81,7 @@ class Squash:
             f"squashed to {self.side_px} x {self.side_px} px"
         )
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
+    def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
         height, width = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         resized = _resized(image, width, height)
         squashed = _resized(resized, self.side_px, self.side_px)
@@ -117,7 +117,7 @@ class RandomResized:
             f"flip {self.flip}"
         )
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
+    def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
         top, left, bottom, right = self.box(image.height, image.width, rng)
         # The box is cut before it is resized, as torchvision does. `resize(box=)` would also read
         # pixels beyond the border of the box.
@@ -170,7 +170,7 @@ class RandomCrop:
             f"flip {self.flip}"
         )
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Pixels:
+    def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
         size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
         top, left = _central(size, self.short_px)
         # The crop stays within the central square, however long the image is.

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Pixels = Float[Tensor, "*b 3 h w"]
+FloatImages = Float[Tensor, "*b 3 h w"]  # images or patches
 # Of ImageNet's training images on the scale 0..1, as torchvision and mmselfsup give them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,7 +40,7 @@ class ByDataset:
     Used by mmselfsup 0.x (protocols.md 1.1) and by all evaluations.
     """
 
-    def __call__(self, pixels: Pixels) -> Pixels:
+    def __call__(self, pixels: FloatImages) -> FloatImages:
         mean = per_channel(IMAGENET_MEAN, pixels) * 255
         std = per_channel(IMAGENET_STD, pixels) * 255
         return (pixels - mean) / std
@@ -56,7 +56,7 @@ class PerPatch:
 
     floor_px: float = 1.0
 
-    def __call__(self, pixels: Pixels) -> Pixels:
+    def __call__(self, pixels: FloatImages) -> FloatImages:
         # Over channels, rows and columns together; differences between channels are kept.
         all_values = (-3, -2, -1)
         std, mean = torch.std_mean(pixels, dim=all_values, correction=0, keepdim=True)
