@@ -2,8 +2,8 @@
 
 The lists serve two purposes:
 
-* `settings_of_run` identifies a point of a sweep (`relloc.sweeps.points`). It leaves out how a run is
-  executed. Where images lie counts, since the images themselves are not read for it.
+* `settings_of_run` identifies a point of a sweep (`relloc.sweeps.points`). It leaves out how a run
+  is executed. Where images lie counts, since the images themselves are not read for it.
 * `settings_of_weights` decides whether a training may be resumed, and how runs differ in notebooks.
   It also leaves out what is only observed, and where images lie: their digest is compared instead.
 
