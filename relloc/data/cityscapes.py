@@ -56,7 +56,7 @@ def _class_of_label() -> UInt8[np.ndarray, "256"]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CityscapesImages(ClassMapFolder):
-    """Images of Cityscapes, whose class maps are made of labelIds where labelTrainIds are missing."""
+    """Images of Cityscapes, with class maps made of labelIds where labelTrainIds are missing."""
 
     def class_map(self, index: int) -> UInt8[np.ndarray, "h w"]:
         path = self.mask_paths[index]

@@ -245,7 +245,7 @@ class _Annotations:
         )
 
     def _image_of_object(self) -> Int64[np.ndarray, "objects"]:
-        """Returns the index of each object's image. Raises `DataError` if there is no such image."""
+        """Returns the index of each object's image; raises `DataError` if it does not exist."""
         indices = np.empty(len(self.images), np.int64)
         for row, image in enumerate(self.images):
             index = self.index_of_image.get(image)

@@ -38,8 +38,8 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
 
     Random and supervised weights are for comparison, so unless `model=` is given they take the
     model of the first other checkpoint, or a ResNet-50 if there is none. In a sweep over
-    checkpoints each point names one of them; the environment variable RELLOC_SWEEP_CHECKPOINTS lists all (in
-    JSON).
+    checkpoints each point names one of them; the environment variable RELLOC_SWEEP_CHECKPOINTS
+    lists all (in JSON).
 
     Raises:
         UsageError: `checkpoint` names no backbone, or needs another model=.

@@ -1,4 +1,4 @@
-"""Features, classes and boxes of regions: RoIAlign, the last layers, their losses, and detections."""
+"""Features, classes and boxes of regions: RoIAlign, the last layers, losses and detections."""
 
 import dataclasses
 from collections.abc import Sequence
