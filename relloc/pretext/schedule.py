@@ -92,8 +92,8 @@ class Step(_WarmedUp):
         last = self.milestone_epochs[-1]
         if last >= self.epochs:
             raise ValueError(
-                f"schedule.milestone_epochs {list(self.milestone_epochs)}: {last} is "
-                f"never reached in {quantity(self.epochs, 'epoch')}; set them to fit, or [] for none"
+                f"schedule.milestone_epochs {list(self.milestone_epochs)}: {last} is never reached "
+                f"in {quantity(self.epochs, 'epoch')}; set them to fit, or [] for none"
             )
 
     def factor(self, epoch: float) -> float:

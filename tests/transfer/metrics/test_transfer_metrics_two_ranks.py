@@ -1,4 +1,4 @@
-"""Two processes, told what torchrun tells them, measure what one does; a shared image counts once."""
+"""Two processes, started as by torchrun, measure what one does; a shared image counts once."""
 
 import json
 import runpy
@@ -60,7 +60,9 @@ def measured(numbers):
         voc.add(number, voc_image)
         coco.add(number, coco_image)
         pixels.add(number, predicted=predicted, truth=truth)
-    ap = voc.evaluate(lambda images: average_precision(images, n_classes=N_CLASSES, definition=MMDET))
+    ap = voc.evaluate(
+        lambda images: average_precision(images, n_classes=N_CLASSES, definition=MMDET)
+    )
     scores = coco.evaluate(lambda images: coco_scores(images, "boxes", n_classes=N_CLASSES))
     return [ap.tolist(), scores.statistics, pixels.evaluate().confusion.tolist()]
 
