@@ -225,7 +225,8 @@ def _by_pycocotools(images: Sequence[CocoImage], n_classes: int) -> np.ndarray:
                     "score": float(image.found_scores[place]),
                 }
             )
-    truth = COCO()
+    # Not COCO by its type stubs, which demand fields that it never reads and a file of results
+    truth: Any = COCO()
     truth.dataset = {
         "info": {},
         "images": [{"id": image_id} for image_id in range(len(images))],
