@@ -153,7 +153,7 @@ class IterativeFineTuning(Evaluation):
         training = FineTuning(
             network,
             optimizer,
-            micro_batches=lambda first, end: self._micro_batches(context, first, end),
+            micro_batches=lambda first, end: self.micro_batches(context, first, end),
             loss=lambda samples: self.loss(network, samples, context.device),
             length=self.iterations,
             steps_per_unit=1,
@@ -187,7 +187,7 @@ class IterativeFineTuning(Evaluation):
                 details=(*score.details, *self._details()),
             )
 
-    def _micro_batches(
+    def micro_batches(
         self, context: Context, first: int, end: int
     ) -> Iterator[list[MicroBatch[list[Any]]]]:
         """Yields this process's micro-batches of the steps from `first` to before `end`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from relloc import checks
 from relloc.patches.normalize import ByDataset
-from relloc.transfer.segmentation.resize import check_box, fitted_size, resized
+from relloc.transfer.resize import check_box, fitted_size, resized
 
 
 @runtime_checkable

@@ -17,12 +17,7 @@ from torch import Tensor
 from relloc import checks
 from relloc.data.annotations import VOID
 from relloc.patches.normalize import ByDataset
-from relloc.transfer.segmentation.photometric import (
-    ColorChange,
-    PhotometricDistortion,
-    distorted,
-)
-from relloc.transfer.segmentation.resize import (
+from relloc.transfer.resize import (
     Interpolation,
     Size,
     check_box,
@@ -30,6 +25,11 @@ from relloc.transfer.segmentation.resize import (
     interpolated,
     interpolation_table,
     nearest_indices,
+)
+from relloc.transfer.segmentation.photometric import (
+    ColorChange,
+    PhotometricDistortion,
+    distorted,
 )
 
 _CLASS_NUMBERS = 256

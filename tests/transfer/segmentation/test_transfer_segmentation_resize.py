@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relloc.errors import UsageError
-from relloc.transfer.segmentation.resize import (
+from relloc.transfer.resize import (
     Interpolation,
     check_box,
     fitted_size,

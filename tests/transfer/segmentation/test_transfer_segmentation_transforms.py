@@ -8,8 +8,8 @@ import torch
 
 from relloc.data.annotations import VOID
 from relloc.errors import UsageError
+from relloc.transfer.resize import fitted_size
 from relloc.transfer.segmentation.photometric import PhotometricDistortion
-from relloc.transfer.segmentation.resize import fitted_size
 from relloc.transfer.segmentation.transforms import CropSample, TrainingCrops, is_mixed
 
 CPU = torch.device("cpu")

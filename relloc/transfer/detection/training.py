@@ -1,0 +1,253 @@
+"""What the evaluations that fine-tune a detector have in common: training samples and testing."""
+
+import abc
+import dataclasses
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from relloc import checks
+from relloc.data.annotations import ObjectImages, Objects, images_with_objects
+from relloc.data.image_set import ImageSet, Splits
+from relloc.data.samples import read_samples
+from relloc.data.subsets import evenly_spaced
+from relloc.errors import UnreadableImage, UsageError
+from relloc.evaluation.contract import Context
+from relloc.transfer.detection.batch import DetectionBatch, Detections, Size, pad_images
+from relloc.transfer.detection.samples import (
+    DetectionSample,
+    FittedImage,
+    RandomSizes,
+    prepared,
+    to_batch,
+)
+from relloc.transfer.iterations import IterativeFineTuning
+from relloc.transfer.loop import split_for_rank
+from relloc.transfer.metrics.per_image import PerImage
+from relloc.transfer.metrics.pictures import draw_detections
+from relloc.transfer.schedule import Milestones
+
+T = TypeVar("T")
+# Images of which a picture is drawn.
+_PICTURES = 8
+
+
+class Detector(Protocol):
+    """What this module asks of a network."""
+
+    def losses(self, batch: DetectionBatch) -> dict[str, Float[Tensor, ""]]:
+        """Returns losses by name, whose sum is trained."""
+        ...
+
+    def detect(self, images: Float[Tensor, "b 3 h w"], sizes: Sequence[Size]) -> list[Detections]:
+        """Returns what is found in each image, in pixels of the images as they are given."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MakeTrainingSample:
+    """Makes training samples of images with objects, in worker processes."""
+
+    images: ObjectImages
+    augment: RandomSizes
+    difficult: bool
+    masks: bool
+
+    def __call__(self, index: int, seed: int) -> DetectionSample:
+        return self.augment.sample(
+            self.images, index, seed, difficult=self.difficult, masks=self.masks
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TestImage:
+    """An image to test on, with its number in the split and its objects."""
+
+    __test__ = False  # pytest takes classes of this name for tests
+
+    index: int
+    pixels: np.ndarray  # uint8, rows x columns x RGB
+    objects: Objects
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MakeTestImage:
+    """Reads images to test on, in worker processes."""
+
+    images: ObjectImages
+
+    def __call__(self, index: int, seed: int) -> TestImage:
+        pixels = np.array(self.images.read(index))  # a copy that torch may write to
+        return TestImage(index=index, pixels=pixels, objects=self.images.objects(index))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
+    """A training of a detector on images with objects, and its test on the held-out ones.
+
+    Images of less than 32 px or without any object are left out of the training.
+
+    Attributes:
+        augment: sizes of training images.
+        view: size of test images.
+        test_batch: most images that are tested at once. Only images of one size are, since padding
+            would change what a network sees at their border.
+        milestones, gamma, warmup, warmup_from: of `Milestones`, in iterations.
+    """
+
+    masks = False
+
+    augment: RandomSizes
+    view: FittedImage
+    test_batch: int = dataclasses.field(repr=False)  # decides no number
+    milestones: Sequence[int]
+    gamma: float
+    warmup: float
+    warmup_from: float
+
+    @property
+    def trains_difficult(self) -> bool:
+        """Whether objects that are difficult to recognize are trained on."""
+        return False
+
+    @abc.abstractmethod
+    def of_image(self, found: Detections, image: TestImage) -> T:
+        """Returns what the metric needs of an image, on the CPU.
+
+        `found` are detections in pixels of the original image.
+        """
+
+    def check_settings(self, setting: str) -> None:
+        super().check_settings(setting)
+        checks.whole(f"{setting}.test_batch", self.test_batch)
+        checks.wholes(f"{setting}.milestones", self.milestones)
+        checks.number(f"{setting}.warmup", self.warmup, at_least=0)
+
+    def schedule(self) -> Milestones:
+        return Milestones(
+            milestones=self.milestones,
+            gamma=self.gamma,
+            warmup=self.warmup,
+            warmup_from=self.warmup_from,
+        )
+
+    def check(self, splits: Splits) -> None:
+        """Checks that the images have objects.
+
+        Raises:
+            UsageError: their data set has none.
+            DataError: no image to train on has an object.
+        """
+        for images in (splits.train, splits.held_out):
+            if not isinstance(images, ObjectImages):
+                raise UsageError(
+                    f"{images.name} has no boxes of objects, which detectors are trained on: give "
+                    "a data set that has them, such as voc0712 or coco2017"
+                )
+        super().check(splits)
+
+    def training_indices(self, images: ImageSet) -> Sequence[int]:
+        return images_with_objects(_with_objects(images))
+
+    def kind_of(self, images: ImageSet, index: int) -> Hashable:
+        height, width = _with_objects(images).size(index)
+        return width > height
+
+    def make_sample(self, images: ImageSet) -> MakeTrainingSample:
+        return MakeTrainingSample(
+            images=_with_objects(images),
+            augment=self.augment,
+            difficult=self.trains_difficult,
+            masks=self.masks,
+        )
+
+    def loss(
+        self, network: nn.Module, samples: Sequence[DetectionSample], device: torch.device
+    ) -> Tensor:
+        losses = cast(Detector, network).losses(to_batch(samples, device))
+        return torch.stack(list(losses.values())).sum()
+
+    def detect_all(self, network: nn.Module, context: Context) -> PerImage[T]:
+        """Detects objects in this process's part of the held-out images.
+
+        Returns what the metric needs of each image, to be collected from all processes.
+        """
+        network.eval()
+        values: PerImage[T] = PerImage()
+        for images in self._test_batches(context):
+            found = self._detect(network, images, context)
+            for image, detections in zip(images, found, strict=True):
+                values.add(image.index, self.of_image(detections, image))
+        return values
+
+    def draw(self, network: nn.Module, context: Context) -> None:
+        """Draws what is found in some images that are evenly spaced over the held-out ones."""
+        images = _with_objects(context.splits.held_out)
+        make = MakeTestImage(images=images)
+        for index in evenly_spaced(len(images), _PICTURES):
+            try:
+                image = make(index, 0)
+            except UnreadableImage:
+                continue  # it was counted when it was tested
+            (found,) = self._detect(network, [image], context)
+            draw_detections(
+                image.pixels,
+                found,
+                images.classes,
+                context.folder / f"detections_{index}.png",
+                truth=image.objects,
+            )
+
+    def _test_batches(self, context: Context) -> Iterator[list[TestImage]]:
+        """Yields this process's images in batches of one size."""
+        images = _with_objects(context.splits.held_out)
+        config = context.encode_config
+        (own_indices,) = split_for_rank(range(len(images)))
+        by_size = defaultdict(list)
+        for index in own_indices:
+            by_size[images.size(index)].append((index, 0))
+        batches = []
+        for keys in by_size.values():
+            for start in range(0, len(keys), self.test_batch):
+                batches.append(keys[start : start + self.test_batch])
+        read = read_samples(
+            images,
+            MakeTestImage(images=images),
+            batches,
+            workers=config.workers,
+            stopping=config.stopping,
+        )
+        unreadable = config.unreadable_of(len(images))
+        what = f"detecting on {images.name} {images.split}"
+        for batch in config.progress(read, what, len(batches)):
+            unreadable.add(batch.unreadable)
+            if batch.samples:
+                yield batch.samples
+
+    @torch.no_grad()
+    def _detect(
+        self, network: nn.Module, images: Sequence[TestImage], context: Context
+    ) -> list[Detections]:
+        """Returns what is found in images of one size, in pixels of the original images."""
+        height, width = images[0].pixels.shape[:2]
+        size = self.view.size(height, width)
+        resized = []
+        for image in images:
+            pixels = torch.from_numpy(image.pixels).to(context.device, non_blocking=True)
+            resized.append(prepared(pixels, size))
+        bf16 = context.encode_config.bf16
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
+            found = cast(Detector, network).detect(pad_images(resized), [size] * len(images))
+        return [detections.rescaled(size, (height, width)) for detections in found]
+
+
+def _with_objects(images: ImageSet) -> ObjectImages:
+    """Returns the images as the type that `check` has found them to be."""
+    if not isinstance(images, ObjectImages):
+        raise TypeError(f"{images.name} {images.split} has no objects")
+    return images

@@ -1,0 +1,162 @@
+"""VOC07+12 detection: Faster R-CNN C4, fine-tuned for 24,000 iterations (docs/protocols.md 3.8).
+
+Two trainings of this name are published, and half of the literature's rows are of each kind. That
+of mmdetection 2.28.2 is `reference="mmdet"`. That of OpenSelfSup and MoCo, by detectron2, differs in
+six things, which `reference="detectron2"` changes together.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from relloc import checks, ranks
+from relloc.evaluation.contract import Context
+from relloc.results import Score
+from relloc.transfer.detection.batch import Detections
+from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4
+from relloc.transfer.detection.rpn import RpnTraining
+from relloc.transfer.detection.training import DetectionFineTuning, TestImage
+from relloc.transfer.metrics.voc_ap import (
+    AP_IOUS,
+    DETECTRON2,
+    MMDET,
+    MMDET_AREA,
+    VocImage,
+    average_precision,
+    mean_ap,
+    printed_ap,
+    voc_image,
+)
+
+REFERENCES = ("mmdet", "detectron2")
+_TABLE = "Detection, VOC07+12 protocol"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Voc0712Detection(DetectionFineTuning[VocImage]):
+    """Average precision of Faster R-CNN C4 on PASCAL VOC, after fine-tuning all weights.
+
+    `reference` is "mmdet" or "detectron2". The latter trains on difficult objects and on all
+    anchors, has no weight decay on norm layers, estimates batch norm anew before each test, reads
+    boxes otherwise (the data set's `reference`), and computes AP by its own code.
+    `precise_batches` is the number of batches of that estimate.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
+
+    version = 1
+    published: ClassVar = {"iterations": 24_000, "batch": 16, "learning_rate": 0.02}
+
+    reference: str
+    precise_batches: int
+
+    def __post_init__(self) -> None:
+        self.check_settings("eval.voc0712_detection")
+        checks.one_of("eval.voc0712_detection.reference", self.reference, REFERENCES)
+        checks.whole("eval.voc0712_detection.precise_batches", self.precise_batches)
+
+    @property
+    def _is_detectron2(self) -> bool:
+        return self.reference == "detectron2"
+
+    @property
+    def trains_difficult(self) -> bool:
+        return self._is_detectron2
+
+    def make_network(self, context: Context) -> nn.Module:
+        rpn = RpnTraining(use_crossing_anchors=self._is_detectron2)
+        settings = C4Settings(rpn=rpn, images_per_gpu=self.images_per_gpu)
+        n_classes = len(context.splits.train.classes)
+        return FasterRCNNC4(context.backbone, n_classes, settings, seed=context.seed)
+
+    def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        if not self._is_detectron2:
+            return super().parameter_groups(network)
+        norms, others = [], []
+        for module in network.modules():
+            is_norm = isinstance(module, _BatchNorm)
+            own = list(module.parameters(recurse=False))
+            (norms if is_norm else others).extend(own)
+        return [{"params": others}, {"params": norms, "weight_decay": 0.0}]
+
+    def of_image(self, found: Detections, image: TestImage) -> VocImage:
+        return voc_image(found, image.objects)
+
+    def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
+        if self._is_detectron2:
+            self._estimate_batch_norm(network, context)
+        images = self.detect_all(network, context)
+        n_classes = len(context.splits.held_out.classes)
+        precisions = images.evaluate(lambda values: self._precisions(values, n_classes))
+        if final and ranks.rank() == 0:
+            self.draw(network, context)
+        scores = []
+        for metric, (column, precision) in precisions.items():
+            score = Score(
+                table=_TABLE,
+                column=column,
+                variant="detectron2" if self._is_detectron2 else "",
+                metric=metric,
+                headline=metric == "ap50",
+                value=100 * precision,
+                n=len(context.splits.held_out),
+                protocol="3.8",
+                details=tuple(self._test_details(context)),
+            )
+            scores.append(score)
+        return scores
+
+    def _precisions(
+        self, images: Sequence[VocImage], n_classes: int
+    ) -> dict[str, tuple[str, float]]:
+        """Returns for each metric its column in reports and its value, from 0 to 1."""
+        definition = DETECTRON2 if self._is_detectron2 else MMDET
+        by_iou = {}
+        for iou, by_class in zip(
+            AP_IOUS,
+            average_precision(images, n_classes=n_classes, definition=definition, ious=AP_IOUS),
+            strict=True,
+        ):
+            by_iou[iou] = mean_ap(by_class)
+        precisions = {
+            "ap50": ("AP50", by_iou[0.5]),
+            "ap": ("AP", sum(by_iou.values()) / len(by_iou)),
+            "ap75": ("AP75", by_iou[0.75]),
+        }
+        if not self._is_detectron2:
+            # As its code prints it: a share of three decimals.
+            precisions["ap50"] = ("AP50", printed_ap(by_iou[0.5]))
+            (by_area,) = average_precision(images, n_classes=n_classes, definition=MMDET_AREA)
+            precisions["ap50_area"] = ("", mean_ap(by_area))
+        return precisions
+
+    def _estimate_batch_norm(self, network: nn.Module, context: Context) -> None:
+        """Replaces the statistics of batch norm by averages over training batches.
+
+        detectron2 calls it precise BN. The network is trained on nothing here.
+        """
+        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # PyTorch's way to ask for the plain average of all batches
+        network.train()
+        with torch.no_grad():
+            for micro_batches in self.micro_batches(context, 0, self.precise_batches):
+                for micro_batch in micro_batches:
+                    self.loss(network, micro_batch.content, context.device)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+    def _test_details(self, context: Context) -> Iterator[str]:
+        images = context.splits.train
+        n_trained = len(self.training_indices(images))
+        yield f"trained on {n_trained} images of {images.name} {images.split}, {self.augment}"
+        yield f"as {self.reference} does"
+        if self._is_detectron2:
+            yield f"batch norm estimated on {self.precise_batches} batches before the test"
