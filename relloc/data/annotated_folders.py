@@ -87,8 +87,8 @@ class ObjectFolder(FolderImages):
         reaches_over = np.any(np.array(overhangs) > _BORDER_PX, axis=0)
         is_empty = (box_width < _LEAST_SIDE_PX) | (box_height < _LEAST_SIDE_PX)
         kinds = {
-            "have a box that reaches over the border": reaches_over,
-            f"have a box with a side under {_LEAST_SIDE_PX:g} px": is_empty,
+            "a box that reaches over the border": reaches_over,
+            f"a box with a side under {_LEAST_SIDE_PX:g} px": is_empty,
         }
         odd = {}
         for kind, is_odd in kinds.items():
@@ -135,7 +135,7 @@ class ClassMapFolder(FolderImages):
         class_map = self.class_map(index)
         check_same_size("its mask", class_map.shape, (height, width))
         if (class_map == VOID).all():
-            return {"have no pixel of a class": Path(self.mask_paths[index]).name}
+            return {"no pixel of a class": Path(self.mask_paths[index]).name}
         return {}
 
     def other_content(self, progress: Progress) -> Iterator[str]:

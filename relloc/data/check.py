@@ -290,7 +290,8 @@ def _findings(split_check: SplitCheck) -> list[str]:
     if split_check.class_images and split_check.class_images[0] == 0:
         sentences.append(f"{split}: a class has no images")
     for kind, counted in split_check.odd_annotations.items():
-        sentences.append(f"{split}: {counted.n} images {kind} ({counted})")
+        images = quantity(counted.n, "image has", "images have")
+        sentences.append(f"{split}: {images} {kind} ({counted})")
     # What may be intended comes last.
     kinds = (
         (split_check.repeated, "repeats", "repeat", "the bytes of an earlier one"),

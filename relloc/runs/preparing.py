@@ -97,9 +97,9 @@ def _print_findings(findings: Check, data: DataSet) -> None:
     for split in (findings.train, findings.held_out):
         if len(split.unreadable) > data.unreadable_share * split.images:
             console.print_message(
-                f"{split.split}: these are more than {data.setting}.unreadable_share="
-                f"{data.unreadable_share} allows, so that runs on them stop. Repair them, or raise "
-                "the share"
+                f"{split.split}: more images can't be read than {data.setting}.unreadable_share="
+                f"{data.unreadable_share} allows, so that runs on these images stop: repair them, "
+                "or raise the share"
             )
 
 

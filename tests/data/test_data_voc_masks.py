@@ -170,7 +170,7 @@ def test_a_mask_of_void_alone_is_told_and_used(tmp_path: Path):
     found = checked(voc_of(tmp_path))
     assert found.train.unreadable == {}
     assert [kind for kind, images in found.train.odd_annotations.items() if images.n == 1] == [
-        "have no pixel of a class"
+        "no pixel of a class"
     ]
 
 

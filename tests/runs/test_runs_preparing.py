@@ -110,10 +110,10 @@ def test_boxes_of_voc_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[
     told, rows = prepared(capsys, "voc0712", tmp_path)
     assert rows["unreadable"] == ["1", "0"]
     # A long path may be broken anywhere.
-    assert re.search(r"trainval:1images.*000005\.xmlisnotXML.*line1", told.replace(" ", ""))
-    assert "runs on them stop" in told
+    assert re.search(r"trainval:1image.*000005\.xmlisnotXML.*line1", told.replace(" ", ""))
+    assert "runs on these images stop" in told
     told, _ = prepared(capsys, "voc0712", tmp_path, "data.unreadable_share=0.5")
-    assert "runs on them stop" not in told
+    assert "runs on these images stop" not in told
 
 
 def test_masks_of_voc_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
