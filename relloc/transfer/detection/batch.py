@@ -86,18 +86,21 @@ class Detections:
         boxes: x1, y1, x2, y2 in pixels.
         scores: 0 to 1.
         classes: 0 to number of classes - 1.
-        masks: one for each detection, where the network finds masks.
+        masks: one for each detection, of the size of the image, where the network finds masks.
+        mask_cells: the masks before they are pasted into the image (`relloc.transfer.detection.
+            masks.pasted`): the probability that a cell of a grid over the box is of the object.
     """
 
     boxes: Float[Tensor, "n 4"]
     scores: Float[Tensor, "n"]
     classes: Int[Tensor, "n"]
     masks: Bool[Tensor, "n h w"] | None = None
+    mask_cells: Float[Tensor, "n s s"] | None = None
 
     def rescaled(self, size: Size, original_size: Size) -> "Detections":
         """Returns them with boxes in pixels of the original image, which was resized to `size`.
 
-        Masks are left as they are: they are pasted into the image after its boxes are rescaled.
+        Cells of masks are left as they are: they lie over the box, whatever its size.
         """
         # Each side has its own scale, since resized sides are rounded to whole pixels.
         scale_y = original_size[0] / size[0]

@@ -16,6 +16,7 @@ from relloc import checks
 from relloc.data.annotations import VOID
 from relloc.models.backbone import STAGES, Backbone
 from relloc.seeds import Use, seed_for
+from relloc.transfer.convolution_block import ConvolutionBlock
 from relloc.transfer.segmentation.transforms import SegmentationBatch
 
 # A head's width over that of its input: 512 of 2,048 and 256 of 1,024 channels for ResNet-50, and
@@ -24,23 +25,6 @@ _HEAD_SHARE = 4
 _CLASSIFIER_STD = 0.01
 # Class maps are written with 8 bits, of which one value is void.
 _MOST_CLASSES = 255
-
-
-class ConvolutionBlock(nn.Sequential):
-    """A 3x3 convolution without bias, batch norm, and ReLU.
-
-    Weights are Kaiming normal with fan out, as mmcv's ConvModule initializes them.
-    """
-
-    def __init__(self, in_channels: int, channels: int, generator: torch.Generator) -> None:
-        convolution = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(
-            convolution.weight,
-            mode="fan_out",
-            nonlinearity="relu",
-            generator=generator,
-        )
-        super().__init__(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 class FcnHead(nn.Module):
