@@ -105,7 +105,8 @@ class CheckedAnnotations(Protocol):
     def check_annotation(self, index: int, height: int, width: int) -> Mapping[str, str]:
         """Returns what is odd in the annotation of an image that has this size, in pixels.
 
-        Keys complete the sentence "3 images have …", values say where. What is odd can be trained on.
+        Keys complete the sentence "3 images have …", values say where. What is odd can be trained
+        on.
 
         Raises:
             UnreadableImage: the image can't be used, because its annotation is missing or wrong.

@@ -1,4 +1,4 @@
-"""A faster `relloc.data.loader.load` for pretraining: workers write batches into fixed slots of shared memory.
+"""A faster `load` for pretraining: workers write batches into fixed slots of shared memory.
 
 `relloc.data.loader.load` allocates memory for each batch, which the kernel has to clear and map
 every time, and which has to be copied to page-locked memory before a GPU can read it. At thousands
@@ -67,8 +67,8 @@ def load_in_slots(
     if slots is None:
         yield from load(samples, batches, workers=workers, pin=pin, stopping=stopping)
         return
-    # Batches take the slots in turn. A slot is used again only after n_slots batches, when neither a
-    # worker nor the caller has its last batch any more.
+    # Batches take the slots in turn. A slot is used again only after n_slots batches, when neither
+    # a worker nor the caller has its last batch any more.
     slots_and_keys = ((number % len(slots), keys) for number, keys in enumerate(batches))
     read = functools.partial(_read_into_slot, samples, slots)
     with ReadingProcesses(

@@ -69,7 +69,7 @@ def disambiguate(results: Sequence[Measured]) -> list[Measured]:
     measurements itself gets one counted variant for each: `name`, `name (2)`.
     """
     names = _run_names(results)
-    # Lines are compared within a table: all numbers of a line in a table should be made the same way
+    # Lines are compared within a table, so all numbers of a line there should be made the same way
     tables: dict[tuple[object, ...], list[Measured]] = {}
     for each in results:
         row = each.result

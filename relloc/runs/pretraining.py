@@ -250,10 +250,10 @@ def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
 def fastest_images_per_forward(settings: Pretraining, *, compiled: bool) -> int:
     """Returns how many images to pass through the network at once.
 
-    Without compilation that is one ghost batch: the `recipe.images_per_batch_norm` images that share
-    batch-norm statistics. A compiled network takes several ghost batches at once: the most, up to
-    512 images, that divide a process's share of the step. Batch norm still normalizes each ghost
-    batch by itself, so results stay the same.
+    Without compilation that is one ghost batch: the `recipe.images_per_batch_norm` images that
+    share batch-norm statistics. A compiled network takes several ghost batches at once: the most,
+    up to 512 images, that divide a process's share of the step. Batch norm still normalizes each
+    ghost batch by itself, so results stay the same.
     """
     images_per_ghost_batch = settings.images_per_batch_norm
     if not compiled:

@@ -182,7 +182,7 @@ def _find_run(state: _SyncState, experiment: str, *, moves: bool) -> None:
 
 
 def _is_usable(state: _SyncState, experiment: str, moves: bool) -> bool:
-    """Returns whether the noted run can be continued; False means to look for it or to make it anew.
+    """Returns whether the noted run can be continued; False means to look for it or make it anew.
 
     Raises:
         StoreError: the run, or its experiment, was deleted in MLflow; the message says what to do.
@@ -422,7 +422,7 @@ def _send_artifacts(state: _SyncState) -> tuple[int, list[str]]:
 
 
 def _send_status(state: _SyncState) -> None:
-    """Sends the run's status if it changed; MLflow wants an end time for statuses that are final."""
+    """Sends the run's status if it changed; MLflow wants an end time for final statuses."""
     current = read_status(state.run_dir)
     if current is None or dataclasses.asdict(current) == state.note.status:
         return

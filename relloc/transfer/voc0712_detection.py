@@ -1,8 +1,8 @@
 """VOC07+12 detection: Faster R-CNN C4, fine-tuned for 24,000 iterations (docs/protocols.md 3.8).
 
 Two trainings of this name are published, and half of the literature's rows are of each kind. That
-of mmdetection 2.28.2 is `reference="mmdet"`. That of OpenSelfSup and MoCo, by detectron2, differs in
-six things, which `reference="detectron2"` changes together.
+of mmdetection 2.28.2 is `reference="mmdet"`. That of OpenSelfSup and MoCo, by detectron2, differs
+in six things, which `reference="detectron2"` changes together.
 """
 
 import dataclasses

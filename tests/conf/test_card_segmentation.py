@@ -1,4 +1,4 @@
-"""The evaluations of segmentation are the published ones, value by value (protocols.md 3.10, 3.11)."""
+"""The evaluations of segmentation are the published ones (protocols.md 3.10, 3.11)."""
 
 import pytest
 from hydra.utils import instantiate

@@ -44,7 +44,10 @@ def new_point(new_run, tmp_path: Path) -> NewPoint:
 
 @pytest.fixture
 def points(new_point: NewPoint, result) -> list[Point]:
-    """Gap x jitter x seed: linear at feature4 is 10 + gap / 100 + jitter + seed; gap 100, jitter 0 is not done."""
+    """Gap x jitter x seed: linear at feature4 is 10 + gap / 100 + jitter + seed.
+
+    Gap 100 with jitter 0 is not done.
+    """
 
     def rows(value: float, seed: int) -> Sequence[Result]:
         ours = {"checkpoint": f"{value}/backbone.safetensors", "dataset": "photos", "seed": seed}
@@ -129,7 +132,10 @@ def test_a_sweep_is_printed_and_drawn(
         "| gap_px=100, jitter_px=7, pretrained | **18.5** ± 0.7 (2) | 1.5 ± 0.7 (2) |",
         "| random | 9.5 ± 0.7 (2) | — |",
     ]
-    highest = "linear/top1 on photos val at feature4, where the highest is: gap_px across and jitter_px down"
+    highest = (
+        "linear/top1 on photos val at feature4, where the highest is: "
+        "gap_px across and jitter_px down"
+    )
     assert tables(output, highest) == [
         "| | 0 | 16 | 100 |",
         "| 0 | 10.5 ± 0.7 (2) | 10.7 ± 0.7 (2) | missing, failed |",
@@ -244,7 +250,10 @@ def test_pairs_of_settings_that_no_point_has_are_left_blank(new_point: NewPoint,
         new_point(row, gap_px=gap, jitter_px=jitter) for gap, jitter in ((0, 0), (0, 7), (8, 0))
     ]
     text = as_markdown(as_report(read_sweep("s", made, done(made)), []))
-    highest = "linear/top1 on in1k val at feature4, where the highest is: gap_px across and jitter_px down"
+    highest = (
+        "linear/top1 on in1k val at feature4, where the highest is: "
+        "gap_px across and jitter_px down"
+    )
     assert tables(text, highest) == [
         "| | 0 | 8 |",
         "| 0 | **50.0** | **50.0** |",

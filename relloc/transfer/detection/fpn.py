@@ -11,8 +11,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from relloc.transfer.detection.box_head import align
 
-# Cells of the finest level that the side of a region divides by: 56 px at stride 4. Regions belong to
-# this level up to twice that side.
+# Cells of the finest level that the side of a region divides by: 56 px at stride 4. Regions belong
+# to this level up to twice that side.
 _CELLS_OF_FINEST = 14
 # mmdetection adds it to the ratio of sides, so that rounding lifts a region onto a boundary.
 _BOUNDARY_SLACK = 1e-6
