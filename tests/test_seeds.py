@@ -27,7 +27,8 @@ AS_GIVEN = {
     "pretext/loop.py": "the task's seed_of derives it",
     "patches/picture.py": "derived once, for two draws that are to be the same",
     "evals/training.py": "the order of an epoch, whose seed the caller derives",
-    "transfer/segmentation/transforms.py": "the seed of a sample is part of its key",
+    "transfer/detection/samples.py": "the seed of a sample is part of its key",
+    "transfer/segmentation/transforms.py": "likewise",
     "evals/squared_hinge.py": "an approximation's start, the same whatever the seed",
 }
 

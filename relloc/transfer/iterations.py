@@ -95,6 +95,13 @@ class IterativeFineTuning(Evaluation):
         """Returns the kind of an image; images of one kind are put together on a GPU."""
         return None
 
+    def unusable(self, images: ImageSet) -> Mapping[int, str]:
+        """Returns why images can't be trained on that `training_indices` leaves out, by index.
+
+        They count as images that can't be read.
+        """
+        return {}
+
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         """Returns the parameters as torch's optimizers take them."""
         return [{"params": list(network.parameters())}]
@@ -194,6 +201,8 @@ class IterativeFineTuning(Evaluation):
         images = context.splits.train
         config = context.encode_config
         unreadable = config.unreadable_of(len(images))
+        reasons = self.unusable(images)
+        unreadable.add({images.source(index): reason for index, reason in reasons.items()})
         keys = self._keys(images, context.seed, first, end)
         accumulation = self._accumulation()
         # Workers read micro-batches, which are smaller than steps, one after the other.

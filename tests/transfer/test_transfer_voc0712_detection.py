@@ -168,6 +168,16 @@ def test_a_killed_training_goes_on_with_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(value, saved.state["network"][name]), name
 
 
+def test_images_with_a_wrong_annotation_are_counted_as_unreadable(tmp_path: Path) -> None:
+    train = Rectangles(n=12, wrong=(3,))
+    evaluation_of_all = evaluation(iterations=2)
+    assert 3 not in evaluation_of_all.training_indices(train)
+    with pytest.raises(DataError, match=r"1 of 12 images .* trainval 3: its annotation is wrong"):
+        list(evaluation_of_all.run(given(tmp_path, train=train)))
+    tolerant = dataclasses.replace(READING, unreadable_share=0.1)
+    list(evaluation_of_all.run(given(tmp_path, train=train, encode_config=tolerant)))
+
+
 @pytest.mark.slow
 def test_it_learns_to_find_rectangles(tmp_path: Path) -> None:
     one = evaluation(

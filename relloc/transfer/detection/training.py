@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar, cast
 
 import numpy as np
@@ -153,6 +153,9 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
 
     def training_indices(self, images: ImageSet) -> Sequence[int]:
         return images_with_objects(_with_objects(images))
+
+    def unusable(self, images: ImageSet) -> Mapping[int, str]:
+        return _with_objects(images).unusable()
 
     def kind_of(self, images: ImageSet, index: int) -> Hashable:
         height, width = _with_objects(images).size(index)

@@ -21,6 +21,7 @@ class Rectangles:
     labels: None = None
     classes: tuple[str, ...] = ("red", "green")
     crowd: tuple[int, ...] = ()
+    wrong: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.n
@@ -65,7 +66,7 @@ class Rectangles:
         return index
 
     def unusable(self) -> dict[int, str]:
-        return {}
+        return dict.fromkeys(self.wrong, "its annotation is wrong")
 
     def source(self, index: int) -> str:
         return f"{self.split} {index}"
