@@ -31,6 +31,7 @@ from relloc.transfer.metrics.voc_ap import (
     printed_ap,
     voc_image,
 )
+from relloc.transfer.schedule import Milestones
 
 REFERENCES = ("mmdet", "detectron2")
 _TABLE = "Detection, VOC07+12 protocol"
@@ -43,7 +44,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     `reference` is "mmdet" or "detectron2". The latter trains on difficult objects and on all
     anchors, has no weight decay on norm layers, estimates batch norm anew before each test, reads
     boxes otherwise (the data set's `reference`), and computes AP by its own code.
-    `precise_batches` is the number of batches of that estimate.
+    `precise_batches` is the number of batches of that estimate. `milestones` are in iterations.
 
     Raises:
         UsageError: a setting is out of range.
@@ -54,11 +55,21 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
 
     reference: str
     precise_batches: int
+    milestones: Sequence[int]
 
     def __post_init__(self) -> None:
         self.check_settings("eval.voc0712_detection")
         checks.one_of("eval.voc0712_detection.reference", self.reference, REFERENCES)
         checks.whole("eval.voc0712_detection.precise_batches", self.precise_batches)
+        checks.wholes("eval.voc0712_detection.milestones", self.milestones)
+
+    def schedule(self) -> Milestones:
+        return Milestones(
+            milestones=self.milestones,
+            gamma=self.gamma,
+            warmup=self.warmup,
+            warmup_from=self.warmup_from,
+        )
 
     @property
     def _is_detectron2(self) -> bool:

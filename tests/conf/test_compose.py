@@ -15,6 +15,7 @@ EVALS = [
     *(
         "card_classification",
         "cityscapes_fcn",
+        "coco_mask_rcnn_fpn_1x",
         "knn",
         "knn_in1k",
         "label_free",

@@ -198,7 +198,7 @@ def _targets(sample: DetectionSample, device: torch.device) -> Targets:
 
 def _resized_masks(
     sample: DetectionSample, packed: UInt8[np.ndarray, "n h _"], device: torch.device
-) -> UInt8[Tensor, "n h w"]:
+) -> UInt8[Tensor, "n h2 w2"]:
     """Returns the masks at the size of the resized image, each pixel from the nearest original."""
     original_height, original_width = sample.image.shape[:2]
     height, width = sample.size

@@ -19,6 +19,7 @@ from relloc.data.subsets import evenly_spaced
 from relloc.errors import UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
 from relloc.transfer.detection.batch import DetectionBatch, Detections, Size, pad_images
+from relloc.transfer.detection.masks import pasted
 from relloc.transfer.detection.samples import (
     DetectionSample,
     FittedImage,
@@ -30,7 +31,6 @@ from relloc.transfer.iterations import IterativeFineTuning
 from relloc.transfer.loop import split_for_rank
 from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.metrics.pictures import draw_detections
-from relloc.transfer.schedule import Milestones
 
 T = TypeVar("T")
 # Images of which a picture is drawn.
@@ -66,11 +66,12 @@ class MakeTrainingSample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TestImage:
-    """An image to test on, with its number in the split and its objects."""
+    """An image to test on, with its number in the split, its id in COCO, and its objects."""
 
     __test__ = False  # pytest takes classes of this name for tests
 
     index: int
+    image_id: int
     pixels: np.ndarray  # uint8, rows x columns x RGB
     objects: Objects
 
@@ -83,7 +84,12 @@ class MakeTestImage:
 
     def __call__(self, index: int, seed: int) -> TestImage:
         pixels = np.array(self.images.read(index))  # a copy that torch may write to
-        return TestImage(index=index, pixels=pixels, objects=self.images.objects(index))
+        return TestImage(
+            index=index,
+            image_id=self.images.image_id(index),
+            pixels=pixels,
+            objects=self.images.objects(index),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         view: size of test images.
         test_batch: most images that are tested at once. Only images of one size are, since padding
             would change what a network sees at their border.
-        milestones, gamma, warmup, warmup_from: of `Milestones`, in iterations.
+        gamma, warmup, warmup_from: of `Milestones`; the warm-up is in iterations.
     """
 
     masks = False
@@ -105,7 +111,6 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     augment: RandomSizes
     view: FittedImage
     test_batch: int = dataclasses.field(repr=False)  # decides no number
-    milestones: Sequence[int]
     gamma: float
     warmup: float
     warmup_from: float
@@ -125,16 +130,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     def check_settings(self, setting: str) -> None:
         super().check_settings(setting)
         checks.whole(f"{setting}.test_batch", self.test_batch)
-        checks.wholes(f"{setting}.milestones", self.milestones)
         checks.number(f"{setting}.warmup", self.warmup, at_least=0)
-
-    def schedule(self) -> Milestones:
-        return Milestones(
-            milestones=self.milestones,
-            gamma=self.gamma,
-            warmup=self.warmup,
-            warmup_from=self.warmup_from,
-        )
 
     def check(self, splits: Splits) -> None:
         """Checks that the images have objects.
@@ -235,8 +231,11 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     @torch.no_grad()
     def _detect(
         self, network: nn.Module, images: Sequence[TestImage], context: Context
-    ) -> list[Detections]:
-        """Returns what is found in images of one size, in pixels of the original images."""
+    ) -> Iterator[Detections]:
+        """Yields what is found in each of some images of one size, in pixels of the original.
+
+        Masks are pasted one image after the other, as those of a large image fill gigabytes.
+        """
         height, width = images[0].pixels.shape[:2]
         size = self.view.size(height, width)
         resized = []
@@ -246,7 +245,8 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         bf16 = context.encode_config.bf16
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
             found = cast(Detector, network).detect(pad_images(resized), [size] * len(images))
-        return [detections.rescaled(size, (height, width)) for detections in found]
+        for detections in found:
+            yield pasted(detections.rescaled(size, (height, width)), (height, width))
 
 
 def _with_objects(images: ImageSet) -> ObjectImages:

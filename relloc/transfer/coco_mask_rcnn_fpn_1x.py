@@ -1,0 +1,170 @@
+"""COCO: Mask R-CNN with a feature pyramid, fine-tuned for 12 epochs (docs/protocols.md 3.9).
+
+The constants are those of mmselfsup 0.x's configs/benchmarks/mmdetection/coco/
+mask_rcnn_r50_fpn_mstrain_1x_coco.py, with what it inherits from mmdetection 2.28.2.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple
+
+from torch import nn
+
+from relloc import checks, ranks
+from relloc.evaluation.contract import Context
+from relloc.results import Score
+from relloc.transfer.detection.batch import Detections
+from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
+from relloc.transfer.detection.samples import RandomSizes
+from relloc.transfer.detection.training import DetectionFineTuning, TestImage
+from relloc.transfer.metrics.coco_ap import CocoImage, Kind, coco_image, coco_scores
+from relloc.transfer.schedule import Milestones
+
+_SETTING = "eval.coco_mask_rcnn_fpn_1x"
+_TABLE = "COCO, Mask R-CNN FPN 1x"
+# 12 epochs of 117,266 images, of which the last step of each epoch is filled up.
+_PUBLISHED_ITERATIONS = 87_960
+_PUBLISHED_IMAGES = 117_266
+_PUBLISHED_MILESTONES = (8 / 12, 11 / 12)  # as shares of the training
+_PUBLISHED_AUGMENT = RandomSizes(short_px=[640, 672, 704, 736, 768, 800], long_px=1333)
+# What COCO's statistics are compared by, and what that is called in metrics and columns.
+_KINDS: tuple[tuple[Kind, str], ...] = (("boxes", "box"), ("masks", "mask"))
+# COCO's statistics that are reported, as they end the names of metrics, and those of columns: the
+# card has no columns for sizes of objects.
+_STATISTICS = (
+    ("AP", "ap", "AP"),
+    ("AP50", "ap50", "AP50"),
+    ("AP75", "ap75", "AP75"),
+    ("AP_small", "ap_small", ""),
+    ("AP_medium", "ap_medium", ""),
+    ("AP_large", "ap_large", ""),
+)
+
+
+class ImageOfId(NamedTuple):
+    """What the metric needs of an image, with its id: images count in the order of ids."""
+
+    image_id: int
+    image: CocoImage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
+    """Average precision of boxes and masks of Mask R-CNN on COCO, after fine-tuning all weights.
+
+    Attributes:
+        iterations: None for those that `epochs` have, of the images that are trained on.
+        epochs: how long the published training is.
+        milestone_epochs: its milestones. They and the warm-up, which is that of 87,960 iterations,
+            are in proportion to the length of the training.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
+
+    version = 1
+    masks = True
+    published: ClassVar = {
+        "iterations": _PUBLISHED_ITERATIONS,
+        "batch": 16,
+        "learning_rate": 0.02,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+    }
+
+    # The base class trains for a number of iterations, which `run` has found by then.
+    iterations: int | None  # pyright: ignore[reportIncompatibleVariableOverride]
+    epochs: int
+    milestone_epochs: Sequence[int]
+
+    def __post_init__(self) -> None:
+        checks.whole(f"{_SETTING}.epochs", self.epochs)
+        checks.wholes(f"{_SETTING}.milestone_epochs", self.milestone_epochs)
+        if self.iterations is None:
+            # The other settings are checked by making an evaluation of some length.
+            dataclasses.replace(self, iterations=self.epochs)
+        else:
+            self.check_settings(_SETTING)
+
+    def run(self, context: Context) -> Iterator[Score]:
+        evaluation = self
+        if self.iterations is None:
+            n_images = len(self.training_indices(context.splits.train))
+            steps_per_epoch = math.ceil(n_images / self.batch)
+            evaluation = dataclasses.replace(self, iterations=self.epochs * steps_per_epoch)
+        yield from super(CocoMaskRcnnFpn1x, evaluation).run(context)
+
+    def schedule(self) -> Milestones:
+        if self.iterations is None:
+            raise TypeError("a schedule needs the number of iterations")
+        milestones = []
+        for epoch in self.milestone_epochs:
+            milestones.append(epoch * self.iterations / self.epochs)
+        return Milestones(
+            milestones=milestones,
+            gamma=self.gamma,
+            warmup=self.warmup * self.iterations / _PUBLISHED_ITERATIONS,
+            warmup_from=self.warmup_from,
+        )
+
+    def make_network(self, context: Context) -> nn.Module:
+        settings = MaskRcnnSettings(images_per_gpu=self.images_per_gpu)
+        n_classes = len(context.splits.train.classes)
+        return MaskRCNNFPN(context.backbone, n_classes, settings, seed=context.seed)
+
+    def of_image(self, found: Detections, image: TestImage) -> ImageOfId:
+        height, width = image.pixels.shape[:2]
+        measured = coco_image(found, image.objects, (height, width))
+        return ImageOfId(image.image_id, measured)
+
+    def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
+        images = self.detect_all(network, context)
+        n_trained = len(self.training_indices(context.splits.train))
+        n_classes = len(context.splits.held_out.classes)
+        precisions = images.evaluate(lambda values: _precisions(values, n_classes))
+        if final and ranks.rank() == 0:
+            self.draw(network, context)
+        scores = []
+        for metric, (column, precision) in precisions.items():
+            score = Score(
+                table=_TABLE,
+                column=column,
+                metric=metric,
+                headline=metric == "box_ap",
+                value=100 * precision,
+                n=len(context.splits.held_out),
+                protocol="3.9",
+                deviations=tuple(self._differences(n_trained)),
+                details=(f"trained on {n_trained:,} images, {self.augment}",),
+            )
+            scores.append(score)
+        return scores
+
+    def _differences(self, n_trained: int) -> Iterator[str]:
+        """Yields how images and milestones differ from those of the published training."""
+        if n_trained != _PUBLISHED_IMAGES:
+            yield f"trained on {n_trained:,} images instead of {_PUBLISHED_IMAGES:,}"
+        if str(self.augment) != str(_PUBLISHED_AUGMENT):
+            yield f"images resized to {self.augment} instead of {_PUBLISHED_AUGMENT}"
+        shares = tuple(epoch / self.epochs for epoch in self.milestone_epochs)
+        if shares != _PUBLISHED_MILESTONES:
+            epochs = ", ".join(map(str, self.milestone_epochs))
+            yield f"milestones at epochs {epochs} of {self.epochs} instead of 8, 11 of 12"
+
+
+def _precisions(values: Sequence[ImageOfId], n_classes: int) -> dict[str, tuple[str, float]]:
+    """Returns for each metric its column in reports and its value, from 0 to 1.
+
+    Metrics of sizes that no true object has are left out.
+    """
+    by_id = sorted(values, key=lambda value: value.image_id)
+    images = [value.image for value in by_id]
+    precisions = {}
+    for kind, name in _KINDS:
+        statistics = coco_scores(images, kind, n_classes=n_classes).statistics
+        for statistic, ending, column in _STATISTICS:
+            value = statistics[statistic]
+            if not math.isnan(value):
+                precisions[f"{name}_{ending}"] = (column and f"{name} {column}", value)
+    return precisions
