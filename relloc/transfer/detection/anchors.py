@@ -42,9 +42,13 @@ class Anchors:
         """
         limits = []
         for height, width in sizes:
-            limits.append([round_up_side(width), round_up_side(height)])
+            padded_width = round_up_side(width)
+            padded_height = round_up_side(height)
+            limits.append([padded_width, padded_height])
+        # Images by anchors by x and y.
         limit = on_device(limits, self.centers).view(len(sizes), 1, 2)
-        return (self.centers < limit).all(dim=-1)
+        is_below_limit = self.centers < limit
+        return is_below_limit.all(dim=-1)
 
     def inside(self, sizes: Sequence[Size]) -> Bool[Tensor, "b a"]:
         """Returns which anchors lie inside of each image without its padding.
@@ -52,9 +56,12 @@ class Anchors:
         An anchor whose right or lower edge is that of the image does not, as in mmdetection.
         """
         limits = [[width, height] for height, width in sizes]
+        # Images by anchors by x and y.
         limit = on_device(limits, self.boxes).view(len(sizes), 1, 2)
-        starts_inside = (self.boxes[:, :2] >= 0).all(dim=-1)
-        ends_inside = (self.boxes[:, 2:] < limit).all(dim=-1)
+        top_left = self.boxes[:, :2]
+        bottom_right = self.boxes[:, 2:]
+        starts_inside = (top_left >= 0).all(dim=-1)
+        ends_inside = (bottom_right < limit).all(dim=-1)
         return starts_inside & ends_inside
 
 
@@ -79,8 +86,11 @@ class AnchorGrid:
     ratios: Sequence[float] = RATIOS
 
     def __post_init__(self) -> None:
+        # The head that scores anchors is shared by all levels, so that each level needs as many
+        # anchors at a cell.
         numbers = {len(sizes) for sizes in self.sizes}
-        if len(self.sizes) != len(self.strides) or len(numbers) != 1:
+        fits_strides = len(self.sizes) == len(self.strides)
+        if not fits_strides or len(numbers) != 1:
             raise ValueError(
                 f"anchors of sizes {self.sizes} for maps of strides {self.strides}: "
                 "give as many sizes for each stride"
@@ -89,7 +99,9 @@ class AnchorGrid:
     @property
     def per_cell(self) -> int:
         """Number of anchors at each cell."""
-        return len(self.ratios) * len(self.sizes[0])
+        # All levels have as many sizes.
+        n_sizes = len(self.sizes[0])
+        return len(self.ratios) * n_sizes
 
     def at(self, map_sizes: Sequence[Size], device: torch.device) -> Anchors:
         """Returns the anchors of maps of these rows and columns, row by row.
@@ -99,16 +111,23 @@ class AnchorGrid:
         Raises:
             ValueError: a map has more than 4096 rows or columns.
         """
-        boxes, centers, ids = [], [], []
+        boxes = []
+        centers = []
+        ids = []
+        most_cells = 1 << _BITS_OF_SIDE
         for level, (rows, columns) in enumerate(map_sizes):
-            if max(rows, columns) > 1 << _BITS_OF_SIDE:
+            if max(rows, columns) > most_cells:
                 raise ValueError(
                     f"a feature map has {rows} x {columns} cells, more than "
-                    f"{1 << _BITS_OF_SIDE} in a row or column: give smaller images"
+                    f"{most_cells} in a row or column: give smaller images"
                 )
-            row = torch.arange(rows, device=device).repeat_interleave(columns)
-            column = torch.arange(columns, device=device).repeat(rows)
-            level_centers = torch.stack([column, row], dim=1) * self.strides[level]
+            # Cells are in the order in which a map is flattened.
+            row_numbers = torch.arange(rows, device=device)
+            column_numbers = torch.arange(columns, device=device)
+            row = row_numbers.repeat_interleave(columns)
+            column = column_numbers.repeat(rows)
+            cells = torch.stack([column, row], dim=1)
+            level_centers = cells * self.strides[level]
             level_centers = level_centers.float()
 
             # Each cell's anchors lie around its center.
@@ -116,11 +135,17 @@ class AnchorGrid:
             shifts = level_centers.repeat(1, 2)
             level_boxes = shifts.unsqueeze(1) + at_origin
             boxes.append(level_boxes.reshape(-1, 4))
-            centers.append(level_centers.repeat_interleave(self.per_cell, dim=0))
+            anchor_centers = level_centers.repeat_interleave(self.per_cell, dim=0)
+            centers.append(anchor_centers)
 
-            cell_ids = (level << 2 * _BITS_OF_SIDE) + (row << _BITS_OF_SIDE) + column
+            # Level, row and column have bits of their own, and not a running number, which would
+            # depend on how many cells a map has.
+            level_bits = level << 2 * _BITS_OF_SIDE
+            row_bits = row << _BITS_OF_SIDE
+            cell_ids = level_bits + row_bits + column
+            first_ids = cell_ids * self.per_cell
             shape_ids = torch.arange(self.per_cell, device=device)
-            level_ids = cell_ids.unsqueeze(1) * self.per_cell + shape_ids
+            level_ids = first_ids.unsqueeze(1) + shape_ids
             ids.append(level_ids.reshape(-1))
         return Anchors(
             boxes=torch.cat(boxes),
@@ -133,8 +158,12 @@ class AnchorGrid:
         """Returns the anchors of a level around the point (0, 0)."""
         boxes = []
         for ratio in self.ratios:
+            # A height of size x root and a width of size / root have the area size², and their
+            # ratio is root².
+            root = math.sqrt(ratio)
             for size in self.sizes[level]:
-                half_width = size / math.sqrt(ratio) / 2
-                half_height = size * math.sqrt(ratio) / 2
-                boxes.append([-half_width, -half_height, half_width, half_height])
+                half_width = size / root / 2
+                half_height = size * root / 2
+                box = [-half_width, -half_height, half_width, half_height]
+                boxes.append(box)
         return boxes

@@ -48,6 +48,7 @@ def assign(
     the boxes that they overlap more, and a later box takes them from an earlier one.
     """
     *batch_shape, n_boxes, n_anchors = overlaps.shape
+    # An image without objects is background everywhere. There is no maximum to take over boxes.
     if not n_boxes:
         return torch.full(
             (*batch_shape, n_anchors),
@@ -55,15 +56,25 @@ def assign(
             dtype=torch.int64,
             device=overlaps.device,
         )
+
+    # Each anchor by the box that it overlaps most. Between the two limits it is ambiguous, and thus
+    # ignored.
     best_overlap, best_box = overlaps.max(dim=-2)
-    assigned = torch.where(best_overlap >= rule.positive, best_box, IGNORED)
-    assigned = assigned.masked_fill(best_overlap < rule.negative, BACKGROUND)
+    is_positive = best_overlap >= rule.positive
+    is_negative = best_overlap < rule.negative
+    assigned = torch.where(is_positive, best_box, IGNORED)
+    assigned = assigned.masked_fill(is_negative, BACKGROUND)
     if rule.low_quality is None or not n_anchors:
         return assigned
 
+    # Each box by the anchors that overlap it most, so that an object of an unusual shape is
+    # trained too (mmdetection's MaxIoUAssigner with match_low_quality).
     best_of_box = overlaps.amax(dim=-1, keepdim=True)
-    is_best = (overlaps == best_of_box) & (best_of_box >= rule.low_quality)
-    # Boxes are counted from 1 here, so that 0 means that the anchor is no box's best.
-    numbers = torch.arange(1, n_boxes + 1, device=overlaps.device).unsqueeze(-1)
-    last_number = (is_best * numbers).amax(dim=-2)
+    is_of_quality = best_of_box >= rule.low_quality
+    is_best = (overlaps == best_of_box) & is_of_quality
+    # mmdetection goes from box to box, and later ones overwrite earlier ones. The largest number
+    # is the last box. Numbers start at 1 here, so that 0 means that the anchor is no box's best.
+    numbers = torch.arange(1, n_boxes + 1, device=overlaps.device)
+    own_numbers = is_best * numbers.unsqueeze(-1)
+    last_number = own_numbers.amax(dim=-2)
     return torch.where(last_number > 0, last_number - 1, assigned)

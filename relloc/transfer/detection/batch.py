@@ -14,6 +14,8 @@ SIDE_MULTIPLE = 32
 _SIDE_OF_NO_IMAGES = 64
 
 Size = tuple[int, int]  # height and width, in pixels
+# True or 1 where a pixel is of the object.
+_TargetMasks = Bool[Tensor, "n h w"] | UInt8[Tensor, "n h w"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,12 +34,12 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         """Returns the same targets on `device`."""
-        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
-        return Targets(
-            boxes=self.boxes.to(device, non_blocking=True),
-            classes=self.classes.to(device, non_blocking=True),
-            masks=masks,
-        )
+        boxes = self.boxes.to(device, non_blocking=True)
+        classes = self.classes.to(device, non_blocking=True)
+        masks = self.masks
+        if masks is not None:
+            masks = masks.to(device, non_blocking=True)
+        return Targets(boxes=boxes, classes=classes, masks=masks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +65,8 @@ class DetectionBatch:
     def __post_init__(self) -> None:
         n_images = len(self.images)
         for name in ("sizes", "targets", "seeds"):
-            n_given = len(getattr(self, name))
+            part = getattr(self, name)
+            n_given = len(part)
             if n_given != n_images:
                 raise ValueError(
                     f"a batch of {n_images} images has {n_given} {name}: give one for each image"
@@ -71,11 +74,9 @@ class DetectionBatch:
 
     def to(self, device: torch.device) -> "DetectionBatch":
         """Returns the same batch on `device`."""
-        return dataclasses.replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            targets=[targets.to(device) for targets in self.targets],
-        )
+        images = self.images.to(device, non_blocking=True)
+        targets = [each.to(device) for each in self.targets]
+        return dataclasses.replace(self, images=images, targets=targets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,10 +104,14 @@ class Detections:
         Cells of masks are left as they are: they lie over the box, whatever its size.
         """
         # Each side has its own scale, since resized sides are rounded to whole pixels.
-        scale_y = original_size[0] / size[0]
-        scale_x = original_size[1] / size[1]
-        scales = on_device([[scale_x, scale_y, scale_x, scale_y]], self.boxes)
-        return dataclasses.replace(self, boxes=self.boxes * scales)
+        height, width = size
+        original_height, original_width = original_size
+        scale_x = original_width / width
+        scale_y = original_height / height
+        scale_of_box = [scale_x, scale_y, scale_x, scale_y]
+        scales = on_device([scale_of_box], self.boxes)
+        rescaled_boxes = self.boxes * scales
+        return dataclasses.replace(self, boxes=rescaled_boxes)
 
 
 def pad_images(images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "b 3 h w"]:
@@ -117,20 +122,25 @@ def pad_images(images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "b 3 h
     """
     if not images:
         return torch.zeros(0, 3, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES)
-    sides = []
-    for axis in (1, 2):
-        longest = max(image.shape[axis] for image in images)
-        sides.append(round_up_side(longest))
-    padded = images[0].new_zeros(len(images), 3, *sides)
-    for place, image in zip(padded, images, strict=True):
+    longest_height = max(image.shape[1] for image in images)
+    longest_width = max(image.shape[2] for image in images)
+    # A multiple of the strides of all stages, so that each stage halves the map without a rest
+    # (mmdetection's size_divisor).
+    padded_height = round_up_side(longest_height)
+    padded_width = round_up_side(longest_width)
+    # Zero is the mean color, as images are normalized already.
+    padded = images[0].new_zeros(len(images), 3, padded_height, padded_width)
+    for target, image in zip(padded, images, strict=True):
         _, height, width = image.shape
-        place[:, :height, :width] = image
+        target[:, :height, :width] = image
     return padded
 
 
 def round_up_side(side: int) -> int:
     """Returns the side of an image after padding to a multiple of 32 pixels."""
-    return -(-side // SIDE_MULTIPLE) * SIDE_MULTIPLE
+    # Twice negated, the division rounds up.
+    n_multiples = -(-side // SIDE_MULTIPLE)
+    return n_multiples * SIDE_MULTIPLE
 
 
 def on_device(
@@ -139,7 +149,8 @@ def on_device(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Returns numbers as a tensor on the device of `like`, without waiting for the device."""
-    return torch.tensor(numbers, dtype=dtype).to(like.device, non_blocking=True)
+    on_cpu = torch.tensor(numbers, dtype=dtype)
+    return on_cpu.to(like.device, non_blocking=True)
 
 
 def stack_boxes(
@@ -152,8 +163,13 @@ def stack_boxes(
     """
     if not boxes:
         no_boxes = torch.zeros(0, 0, 4, device=device)
-        return no_boxes, torch.zeros(0, 0, dtype=torch.bool, device=device)
+        none_real = torch.zeros(0, 0, dtype=torch.bool, device=device)
+        return no_boxes, none_real
+    # pad_sequence takes no empty list.
     stacked = pad_sequence(list(boxes), batch_first=True)
-    counts = on_device([len(each) for each in boxes], stacked, torch.int64)
-    places = torch.arange(stacked.shape[1], device=stacked.device)
-    return stacked, places < counts.unsqueeze(1)
+    # The lengths are known here, so that the device need not be asked which boxes are real.
+    lengths = [len(each) for each in boxes]
+    counts = on_device(lengths, stacked, torch.int64)
+    indices = torch.arange(stacked.shape[1], device=stacked.device)
+    is_real = indices < counts.unsqueeze(1)
+    return stacked, is_real

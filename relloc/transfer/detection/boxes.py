@@ -22,6 +22,11 @@ _LOG_SIDE_LIMIT = math.log(1000 / 16)
 _LEAST_UNION = 1e-6
 _LEAST_SIDE = 1e-6
 
+# Corners x1, y1, x2, y2, or offsets in x, y, width and height, of any number of boxes.
+_Boxes = Float[Tensor, "*b 4"]
+# x and y of any number of points, or widths and heights.
+_Pairs = Float[Tensor, "*b 2"]
+
 
 def overlaps(
     boxes: Float[Tensor, "*b n 4"],
@@ -31,27 +36,36 @@ def overlaps(
 
     Two boxes without area have an overlap of 0, also if they are equal.
     """
-    boxes, others = boxes.float(), others.float()
-    top_left = torch.maximum(boxes[..., :, None, :2], others[..., None, :, :2])
-    bottom_right = torch.minimum(boxes[..., :, None, 2:], others[..., None, :, 2:])
+    # Boxes are the rows of the result and others are its columns.
+    rows = boxes.float().unsqueeze(-2)
+    columns = others.float().unsqueeze(-3)
+
+    # The intersection of two boxes starts where the later one starts and ends where the earlier
+    # one ends. Its sides are negative where boxes lie apart.
+    top_left = torch.maximum(rows[..., :2], columns[..., :2])
+    bottom_right = torch.minimum(rows[..., 2:], columns[..., 2:])
     sides = (bottom_right - top_left).clamp(min=0)
-    intersection = sides[..., 0] * sides[..., 1]
-    area_sums = areas(boxes).unsqueeze(-1) + areas(others).unsqueeze(-2)
+    widths, heights = sides.unbind(-1)
+    intersection = widths * heights
+
+    # The sum of both areas has the intersection twice.
+    area_sums = areas(rows) + areas(columns)
     union = area_sums - intersection
     return intersection / union.clamp(min=_LEAST_UNION)
 
 
-def areas(boxes: Float[Tensor, "*b 4"]) -> Float[Tensor, "*b"]:
+def areas(boxes: _Boxes) -> Float[Tensor, "*b"]:
     """Returns the area of each box in square pixels."""
     sides = boxes[..., 2:] - boxes[..., :2]
-    return sides[..., 0] * sides[..., 1]
+    widths, heights = sides.unbind(-1)
+    return widths * heights
 
 
 def encode(
-    references: Float[Tensor, "*b 4"],
-    boxes: Float[Tensor, "*b 4"],
+    references: _Boxes,
+    boxes: _Boxes,
     stds: Sequence[float],
-) -> Float[Tensor, "*b 4"]:
+) -> _Boxes:
     """Returns the offsets that lead from each reference box to its box.
 
     They are the distances of the centers in sides of the reference, and the logarithms of the
@@ -59,54 +73,73 @@ def encode(
     """
     reference_centers, reference_sides = _centers_and_sides(references)
     centers, sides = _centers_and_sides(boxes)
-    shifts = (centers - reference_centers) / reference_sides
+
+    # Measured in sides of the reference, offsets of small and of large boxes are alike.
+    distances = centers - reference_centers
+    shifts = distances / reference_sides
     log_ratios = torch.log(sides / reference_sides)
+
+    # Division by typical values brings the losses of all four offsets to one scale.
     shift_stds, log_stds = _scales(stds, shifts)
-    return torch.cat([shifts / shift_stds, log_ratios / log_stds], dim=-1)
+    scaled_shifts = shifts / shift_stds
+    scaled_ratios = log_ratios / log_stds
+    return torch.cat([scaled_shifts, scaled_ratios], dim=-1)
 
 
 def decode(
-    references: Float[Tensor, "*b 4"],
-    offsets: Float[Tensor, "*b 4"],
+    references: _Boxes,
+    offsets: _Boxes,
     stds: Sequence[float],
-) -> Float[Tensor, "*b 4"]:
+) -> _Boxes:
     """Returns the boxes to which the offsets lead: the inverse of `encode`.
 
     Ratios of sides are limited to between 16/1000 and 1000/16.
     """
     reference_centers, reference_sides = _centers_and_sides(references)
     offsets = offsets.float()
-    shift_stds, log_stds = _scales(stds, offsets[..., :2])
+    shift_stds, log_stds = _scales(stds, offsets)
     shifts = offsets[..., :2] * shift_stds
     log_ratios = offsets[..., 2:] * log_stds
+
+    # The exponential of what an untrained network says may be infinite (mmdetection's
+    # wh_ratio_clip).
     log_ratios = log_ratios.clamp(-_LOG_SIDE_LIMIT, _LOG_SIDE_LIMIT)
-    centers = reference_centers + shifts * reference_sides
-    half_sides = reference_sides * log_ratios.exp() / 2
-    return torch.cat([centers - half_sides, centers + half_sides], dim=-1)
+    sides = reference_sides * log_ratios.exp()
+    half_sides = sides / 2
+
+    distances = shifts * reference_sides
+    centers = reference_centers + distances
+    top_left = centers - half_sides
+    bottom_right = centers + half_sides
+    return torch.cat([top_left, bottom_right], dim=-1)
 
 
 def clip(
-    boxes: Float[Tensor, "*b 4"],
+    boxes: _Boxes,
     sizes: Shaped[Tensor, "*#b 2"],
-) -> Float[Tensor, "*b 4"]:
+) -> _Boxes:
     """Returns the parts of boxes that lie inside of their images of height and width `sizes`."""
     # Coordinates are x, y, x, y, and sizes are height, width.
-    widths_and_heights = sizes.flip(-1).to(boxes.dtype)
-    limits = torch.cat([widths_and_heights, widths_and_heights], dim=-1)
-    return torch.minimum(boxes.clamp(min=0), limits)
+    lower_right = sizes.flip(-1).to(boxes.dtype)
+    limits = torch.cat([lower_right, lower_right], dim=-1)
+    at_least_zero = boxes.clamp(min=0)
+    return torch.minimum(at_least_zero, limits)
 
 
-def _centers_and_sides(
-    boxes: Float[Tensor, "*b 4"],
-) -> tuple[Float[Tensor, "*b 2"], Float[Tensor, "*b 2"]]:
+def _centers_and_sides(boxes: _Boxes) -> tuple[_Pairs, _Pairs]:
+    """Returns x and y of the boxes' centers, and their widths and heights, in float32."""
     boxes = boxes.float()
-    top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
-    centers = (top_left + bottom_right) / 2
-    sides = (bottom_right - top_left).clamp(min=_LEAST_SIDE)
-    return centers, sides
+    top_left = boxes[..., :2]
+    bottom_right = boxes[..., 2:]
+    corner_sums = top_left + bottom_right
+    centers = corner_sums / 2
+    sides = bottom_right - top_left
+    return centers, sides.clamp(min=_LEAST_SIDE)
 
 
 def _scales(stds: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the standard deviations of shifts and those of logarithms."""
     scales = on_device(stds, like)
-    return scales[:2], scales[2:]
+    shift_stds = scales[:2]
+    log_stds = scales[2:]
+    return shift_stds, log_stds

@@ -24,13 +24,18 @@ def mean_over_groups(
         images_per_group: images of a group.
     """
     n_images = len(sums)
-    # Images of zero loss and no samples fill up the last group.
+    # Images of zero loss and no samples fill up the last group, so that groups are rows.
     n_missing = -n_images % images_per_group
-    group_sums = pad(sums, (0, n_missing)).view(-1, images_per_group).sum(dim=1)
-    group_counts = pad(counts, (0, n_missing)).view(-1, images_per_group).sum(dim=1)
+    padded_sums = pad(sums, (0, n_missing))
+    padded_counts = pad(counts, (0, n_missing))
+    group_sums = padded_sums.view(-1, images_per_group).sum(dim=1)
+    group_counts = padded_counts.view(-1, images_per_group).sum(dim=1)
 
+    # A group counts by its real images.
     starts = torch.arange(0, n_images, images_per_group, device=sums.device)
-    images = (n_images - starts).clamp(max=images_per_group)
+    images_left = n_images - starts
+    images = images_left.clamp(max=images_per_group)
     # Without images there are no groups, and the sum below is 0 whatever is divided by.
     weights = images / max(n_images, 1)
-    return (weights * group_sums / group_counts.clamp(min=1)).sum()
+    group_losses = weights * group_sums / group_counts.clamp(min=1)
+    return group_losses.sum()

@@ -22,6 +22,7 @@ from relloc.transfer.detection.boxes import RPN_STDS, encode, overlaps
 from relloc.transfer.detection.groups import mean_over_groups
 from relloc.transfer.detection.sampling import choose, priorities
 
+# Of the published head's initial weights (Ren et al. 2015, section 3.1.3).
 _INITIAL_STD = 0.01
 
 
@@ -68,7 +69,8 @@ class RpnHead(nn.Module):
         maps: Sequence[Float[Tensor, "b _ _ _"]],
     ) -> tuple[Float[Tensor, "b a"], Float[Tensor, "b a 4"]]:
         """Returns the logit of each anchor, and its offsets, in the order of `AnchorGrid.at`."""
-        scores, offsets = [], []
+        scores = []
+        offsets = []
         for level_map in maps:
             hidden = relu(self.conv(level_map))
             # From (image, anchor, row, column) to rows, columns and anchors of a cell.
@@ -80,7 +82,9 @@ class RpnHead(nn.Module):
             n_anchors = rows * columns * channels // 4
             offsets.append(level_offsets.reshape(n_images, n_anchors, 4))
         # Losses and boxes in half precision would be too coarse.
-        return torch.cat(scores, dim=1).float(), torch.cat(offsets, dim=1).float()
+        all_scores = torch.cat(scores, dim=1).float()
+        all_offsets = torch.cat(offsets, dim=1).float()
+        return all_scores, all_offsets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,11 +109,14 @@ def anchor_targets(
     training: RpnTraining,
 ) -> AnchorTargets:
     """Assigns the anchors of each image to its boxes, and chooses those that it is trained on."""
+    # Anchors over the padding are not trained on. Neither are those that cross the border, whose
+    # large errors would prevent convergence (Ren et al. 2015, section 3.3).
     used = anchors.of_images(batch.sizes)
     if not training.use_crossing_anchors:
         used = used & anchors.inside(batch.sizes)
 
-    positive, negative = torch.zeros_like(used), torch.zeros_like(used)
+    positive = torch.zeros_like(used)
+    negative = torch.zeros_like(used)
     boxes = anchors.boxes.new_zeros(*used.shape, 4)
     # Image by image, as the overlaps of all images at once would fill gigabytes.
     for image, targets in enumerate(batch.targets):
@@ -119,8 +126,12 @@ def anchor_targets(
         positive[image] = assigned >= 0
         negative[image] = assigned == BACKGROUND
         if len(targets.boxes):
-            boxes[image] = targets.boxes[assigned.clamp(min=0)].float()
+            # Anchors without an object get the first one's box, which no loss reads. To leave them
+            # out would make the host wait for their number.
+            object_numbers = assigned.clamp(min=0)
+            boxes[image] = targets.boxes[object_numbers].float()
 
+    # Nearly all anchors are background, so that only a sample of them is trained on.
     seeds = [seed_for(Use.ANCHOR_SAMPLE, seed) for seed in batch.seeds]
     chosen_positive, chosen_negative = choose(
         positive & used,
@@ -144,6 +155,8 @@ def rpn_losses(
     Both are sums over the chosen anchors of a group of images, divided by their number. An image
     counts at least one positive and one negative anchor, also if it has none, as in mmdetection.
     """
+    # All anchors have a loss, and those that were not chosen are masked: to select the others
+    # would make the host wait for their number.
     is_chosen = targets.positive | targets.negative
     score_losses = binary_cross_entropy_with_logits(
         scores,
@@ -152,14 +165,14 @@ def rpn_losses(
     )
     score_sums = torch.where(is_chosen, score_losses, 0).sum(dim=1)
 
-    wanted_offsets = encode(
-        anchors.boxes.expand_as(targets.boxes),
-        targets.boxes,
-        RPN_STDS,
-    )
-    box_losses = (offsets - wanted_offsets).abs().sum(dim=2)
+    # Only positive anchors have an object whose box they are to reach.
+    references = anchors.boxes.expand_as(targets.boxes)
+    wanted_offsets = encode(references, targets.boxes, RPN_STDS)
+    errors = (offsets - wanted_offsets).abs()
+    box_losses = errors.sum(dim=2)
     box_sums = torch.where(targets.positive, box_losses, 0).sum(dim=1)
 
+    # Both losses are divided by the number of all chosen anchors, as in mmdetection.
     n_positive = targets.positive.sum(dim=1).clamp(min=1)
     n_negative = targets.negative.sum(dim=1).clamp(min=1)
     counts = n_positive + n_negative

@@ -14,69 +14,94 @@ from torch import Tensor
 from relloc.transfer.detection.batch import on_device
 
 _32_BITS = (1 << 32) - 1
+# The priority of what is no candidate. No candidate has it, as bit 31 of theirs is 0.
 _LARGEST = torch.iinfo(torch.int64).max
 
+# For each candidate of each image: whether it is one, and its priority.
+_Mask = Bool[Tensor, "b n"]
+_Numbers = Int[Tensor, "b n"]
 
-def priorities(seeds: Sequence[int], ids: Int[Tensor, "n"]) -> Int[Tensor, "b n"]:
+
+def priorities(seeds: Sequence[int], ids: Int[Tensor, "n"]) -> _Numbers:
     """Returns a random priority for each of `n` candidates in each of `b` images, all different.
 
     `seeds` are of 63 bits, one for each image. `ids` are different numbers from 0 to 2^31 - 1.
     """
     seed = on_device(seeds, ids, torch.int64).unsqueeze(1)
-    hashed = _mix(ids ^ (seed & _32_BITS))
-    hashed = _mix(hashed ^ (seed >> 32))
+    lower_half = seed & _32_BITS
+    upper_half = seed >> 32
+    # One half after the other, as the hash takes 32 bits at a time.
+    hashed = _mix(ids ^ lower_half)
+    hashed = _mix(hashed ^ upper_half)
     # The upper bits are random, and the lower ones make all priorities of an image different, so
-    # that no order among equals can depend on the device.
-    return ((hashed >> 1) << 32) | ids
+    # that no order among equals can depend on the device. One bit is given up for the sign.
+    random_bits = hashed >> 1
+    return (random_bits << 32) | ids
 
 
-def _mix(x: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+def _mix(x: _Numbers) -> _Numbers:
     """Returns 32-bit numbers hashed into 32-bit numbers.
 
     Two rounds of shift, xor and multiply, with constants from C. Wellons's hash-prospector. The
     factors are below 2^31, so no product leaves the signed 64-bit integers that torch computes in.
     """
     x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & _32_BITS
+    product = x * 0x21F0AAAD
+    x = product & _32_BITS
     x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & _32_BITS
+    product = x * 0x735A2D97
+    x = product & _32_BITS
     return x ^ (x >> 15)
 
 
 def choose(
-    positive: Bool[Tensor, "b n"],
-    negative: Bool[Tensor, "b n"],
-    priority: Int[Tensor, "b n"],
+    positive: _Mask,
+    negative: _Mask,
+    priority: _Numbers,
     *,
     number: int,
     positive_share: float,
-) -> tuple[Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
+) -> tuple[_Mask, _Mask]:
     """Returns which positive and which negative candidates are chosen for each image.
 
     Together they are `number`, or fewer where candidates are lacking. At most `positive_share` of
     `number` are positive, rounded down; negative ones fill up the rest.
     """
     most_positive = int(number * positive_share)
-    limit = priority.new_full((len(priority),), most_positive)
+    n_images = len(priority)
+    limit = priority.new_full((n_images,), most_positive)
     chosen_positive = _take_smallest(positive, priority, limit, most_positive)
-    rest = number - chosen_positive.sum(dim=1)
+    # Objects are rare: what they leave free of the number is background (mmdetection's
+    # RandomSampler with neg_pos_ub=-1).
+    n_positive = chosen_positive.sum(dim=1)
+    rest = number - n_positive
     chosen_negative = _take_smallest(negative, priority, rest, number)
     return chosen_positive, chosen_negative
 
 
 def _take_smallest(
-    candidates: Bool[Tensor, "b n"],
-    priority: Int[Tensor, "b n"],
+    candidates: _Mask,
+    priority: _Numbers,
     limits: Int[Tensor, "b"],
     most: int,
-) -> Bool[Tensor, "b n"]:
+) -> _Mask:
     """Returns which candidates are among the first of their image, as many as `limits` says.
 
     `most` is an upper bound of the limits, known without asking the device.
     """
     ordered = priority.masked_fill(~candidates, _LARGEST)
-    n_taken = min(most, candidates.shape[1])
-    values, places = ordered.topk(n_taken, dim=1, largest=False, sorted=True)
-    ranks = torch.arange(n_taken, device=candidates.device)
-    is_taken = (ranks < limits.unsqueeze(1)) & (values < _LARGEST)
-    return torch.zeros_like(candidates).scatter(1, places, is_taken)
+    n_columns = min(most, candidates.shape[1])
+    values, indices = ordered.topk(
+        n_columns,
+        dim=1,
+        largest=False,
+        sorted=True,
+    )
+    # Each image has a limit of its own, which only the device knows: as many columns are computed
+    # for all images, and those behind the limit or without a candidate are masked.
+    ranks = torch.arange(n_columns, device=candidates.device)
+    is_within_limit = ranks < limits.unsqueeze(1)
+    is_candidate = values < _LARGEST
+    is_taken = is_within_limit & is_candidate
+    none_taken = torch.zeros_like(candidates)
+    return none_taken.scatter(1, indices, is_taken)
