@@ -190,7 +190,7 @@ class IterativeFineTuning(Evaluation):
         for score in scores:
             yield dataclasses.replace(
                 score,
-                deviations=(*score.deviations, *self._deviations()),
+                deviations=(*score.deviations, *self.deviations()),
                 details=(*score.details, *self._details()),
             )
 
@@ -257,13 +257,17 @@ class IterativeFineTuning(Evaluation):
                 micro_batches.append(list(itertools.chain.from_iterable(own_groups)))
             yield micro_batches
 
+    def forward_images(self) -> int:
+        """Returns the number of images in a forward of this process."""
+        return self.batch // (ranks.world_size() * self._accumulation())
+
     def _accumulation(self) -> int:
         """Returns the number of forwards of each process in a step."""
         if self.images_per_forward is None:
             return 1
         return math.ceil(self.batch / (ranks.world_size() * self.images_per_forward))
 
-    def _deviations(self) -> Iterator[str]:
+    def deviations(self) -> Iterator[str]:
         """Yields how the training differs from the published one."""
         for name, value in self.published.items():
             own = getattr(self, name)
@@ -277,7 +281,7 @@ class IterativeFineTuning(Evaluation):
         yield f"learning rate {self.learning_rate:g}, momentum {self.momentum:g}"
         yield f"weight decay {self.weight_decay:g}"
         n_processes = ranks.world_size()
-        n_images = self.batch // (n_processes * self._accumulation())
+        n_images = self.forward_images()
         if n_processes > 1:
             yield f"batch norm synchronized over {n_processes} processes of {n_images} images"
         else:

@@ -78,6 +78,7 @@ def test_scores_are_those_of_the_reference_and_pictures_are_drawn(tmp_path: Path
     assert [score.headline for score in scores] == [True, False, False, False]
     assert all(score.n == 7 and score.protocol == "3.8" for score in scores)
     assert any("iterations 4 instead of 24000" in each for each in scores[0].deviations)
+    assert any("padded to the largest of 4" in each for each in scores[0].deviations)
     # mmdetection prints a share of three decimals
     assert scores[0].value == pytest.approx(round(scores[0].value, 1), abs=1e-9)
     assert len(list(tmp_path.glob("detections_*.png"))) == 7

@@ -150,6 +150,16 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     def training_indices(self, images: ImageSet) -> Sequence[int]:
         return images_with_objects(_with_objects(images))
 
+    def deviations(self) -> Iterator[str]:
+        yield from super().deviations()
+        n_images = self.forward_images()
+        # Batch norm sees the zeros beyond the border of smaller images.
+        if n_images != self.images_per_gpu:
+            yield (
+                f"images padded to the largest of {n_images}, "
+                f"and of {self.images_per_gpu} as published"
+            )
+
     def unusable(self, images: ImageSet) -> Mapping[int, str]:
         return _with_objects(images).unusable()
 

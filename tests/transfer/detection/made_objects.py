@@ -20,6 +20,7 @@ class Rectangles:
     name: str = "rectangles"
     labels: None = None
     classes: tuple[str, ...] = ("red", "green")
+    portraits: bool = True
     crowd: tuple[int, ...] = ()
     wrong: tuple[int, ...] = ()
 
@@ -27,7 +28,7 @@ class Rectangles:
         return self.n
 
     def size(self, index: int) -> tuple[int, int]:
-        return (72, 48) if index % 5 == 4 else (48, 64)
+        return (72, 48) if self.portraits and index % 5 == 4 else (48, 64)
 
     def read(self, index: int) -> Image.Image:
         rng = np.random.default_rng(index)
