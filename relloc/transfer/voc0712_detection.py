@@ -88,12 +88,19 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         if not self._is_detectron2:
             return super().parameter_groups(network)
-        norms, others = [], []
+        # detectron2's WEIGHT_DECAY_NORM is 0.
+        norm_parameters = []
+        other_parameters = []
         for module in network.modules():
-            is_norm = isinstance(module, _BatchNorm)
-            own = list(module.parameters(recurse=False))
-            (norms if is_norm else others).extend(own)
-        return [{"params": others}, {"params": norms, "weight_decay": 0.0}]
+            own_parameters = list(module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm):
+                norm_parameters += own_parameters
+            else:
+                other_parameters += own_parameters
+        return [
+            {"params": other_parameters},
+            {"params": norm_parameters, "weight_decay": 0.0},
+        ]
 
     def of_image(self, found: Detections, image: TestImage) -> VocImage:
         return voc_image(found, image.objects)
@@ -102,11 +109,13 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         if self._is_detectron2:
             self._estimate_batch_norm(network, context)
         images = self.detect_all(network, context)
+        # Average precision sorts the detections of all images, so rank 0 computes it for all.
         n_classes = len(context.splits.held_out.classes)
         precisions = images.evaluate(lambda values: self._precisions(values, n_classes))
         if final and ranks.rank() == 0:
             self.draw(network, context)
         scores = []
+        # Results are in percent, and average precisions in shares.
         for metric, (column, precision) in precisions.items():
             score = Score(
                 table=_TABLE,
@@ -127,23 +136,32 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     ) -> dict[str, tuple[str, float]]:
         """Returns for each metric its column in reports and its value, from 0 to 1."""
         definition = DETECTRON2 if self._is_detectron2 else MMDET
+        table = average_precision(
+            images,
+            n_classes=n_classes,
+            definition=definition,
+            ious=AP_IOUS,
+        )
         by_iou = {}
-        for iou, by_class in zip(
-            AP_IOUS,
-            average_precision(images, n_classes=n_classes, definition=definition, ious=AP_IOUS),
-            strict=True,
-        ):
+        for iou, by_class in zip(AP_IOUS, table, strict=True):
             by_iou[iou] = mean_ap(by_class)
+        mean_over_ious = sum(by_iou.values()) / len(by_iou)
         precisions = {
             "ap50": ("AP50", by_iou[0.5]),
-            "ap": ("AP", sum(by_iou.values()) / len(by_iou)),
+            "ap": ("AP", mean_over_ious),
             "ap75": ("AP75", by_iou[0.75]),
         }
-        if not self._is_detectron2:
-            # As its code prints it: a share of three decimals.
-            precisions["ap50"] = ("AP50", printed_ap(by_iou[0.5]))
-            (by_area,) = average_precision(images, n_classes=n_classes, definition=MMDET_AREA)
-            precisions["ap50_area"] = ("", mean_ap(by_area))
+        if self._is_detectron2:
+            return precisions
+        # As mmdetection's code prints it: a share of three decimals.
+        precisions["ap50"] = ("AP50", printed_ap(by_iou[0.5]))
+        # No published row has AP50 by area, so it has no column.
+        (by_area,) = average_precision(
+            images,
+            n_classes=n_classes,
+            definition=MMDET_AREA,
+        )
+        precisions["ap50_area"] = ("", mean_ap(by_area))
         return precisions
 
     def _estimate_batch_norm(self, network: nn.Module, context: Context) -> None:
@@ -151,16 +169,23 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
 
         detectron2 calls it precise BN. The network is trained on nothing here.
         """
-        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        norms = []
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                norms.append(module)
+        # Running averages weigh the last batches most; here all batches count alike.
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # PyTorch's way to ask for the plain average of all batches
+        # Batch norm gathers its statistics in training mode. The loss is computed for its forward
+        # alone, by which the norms of the heads see regions too.
         network.train()
         with torch.no_grad():
             for micro_batches in self.micro_batches(context, 0, self.precise_batches):
                 for micro_batch in micro_batches:
                     self.loss(network, micro_batch.content, context.device)
+        # The training may go on after this test, with its own momentum.
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 

@@ -30,7 +30,7 @@ class Targets:
 
     boxes: Float[Tensor, "n 4"]
     classes: Int[Tensor, "n"]
-    masks: Bool[Tensor, "n h w"] | UInt8[Tensor, "n h w"] | None = None
+    masks: _TargetMasks | None = None
 
     def to(self, device: torch.device) -> "Targets":
         """Returns the same targets on `device`."""

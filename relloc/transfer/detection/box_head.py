@@ -14,6 +14,7 @@ from relloc.transfer.detection.boxes import ROI_STDS, clip, decode, encode
 from relloc.transfer.detection.groups import mean_over_groups
 from relloc.transfer.detection.regions import Regions
 
+# Of Fast R-CNN's initial weights (Girshick 2015, section 2.3).
 _SCORE_STD = 0.01
 _MOVE_STD = 0.001
 # As many sample points in each bin as it has pixels of the map.
@@ -48,7 +49,9 @@ def align(
     `stride` is that of the map. The computation is in float32, as in bfloat16 coordinates would be
     wrong by pixels. The result has the type and the memory layout of the features.
     """
-    rows = torch.cat([images.unsqueeze(1).float(), boxes.float()], dim=1)
+    # torchvision takes the number of the image and the corners as one row of floats.
+    image_column = images.unsqueeze(1).float()
+    rows = torch.cat([image_column, boxes.float()], dim=1)
     # torchvision's decorator hides the type of roi_align from pyright.
     aligned = roi_align(  # pyright: ignore[reportCallIssue]
         features.float(),
@@ -58,8 +61,10 @@ def align(
         sampling_ratio=_ADAPTIVE_SAMPLING,
         aligned=True,
     )
-    channels_last = features.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    # RoIAlign gives the contiguous layout, and convolutions in another one are slower.
+    layout = torch.contiguous_format
+    if features.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
     return aligned.to(features.dtype, memory_format=layout)
 
 
@@ -90,8 +95,9 @@ class BoxPredictor(nn.Module):
     ) -> tuple[Float[Tensor, "n _"], Float[Tensor, "n _ 4"]]:
         """Returns logits of classes and background, and offsets for each class, in float32."""
         n_classes = self.score.out_features - 1
+        logits = self.score(features).float()
         offsets = self.move(features).float()
-        return self.score(features).float(), offsets.view(-1, n_classes, 4)
+        return logits, offsets.view(-1, n_classes, 4)
 
 
 def box_losses(
@@ -120,8 +126,11 @@ def box_losses(
     own_class = regions.classes.clamp(max=last_class).view(-1, 1, 1)
     own_offsets = offsets.take_along_dim(own_class, dim=1).squeeze(1)
     wanted_offsets = encode(regions.boxes, regions.object_boxes, ROI_STDS)
-    region_losses = (own_offsets - wanted_offsets).abs().sum(dim=1)
-    box_sums = torch.where(is_of_image & regions.positive, region_losses, 0).sum(dim=1)
+    errors = (own_offsets - wanted_offsets).abs()
+    region_losses = errors.sum(dim=1)
+    # Only regions with an object have a box to reach.
+    has_loss = is_of_image & regions.positive
+    box_sums = torch.where(has_loss, region_losses, 0).sum(dim=1)
     return {
         "class": mean_over_groups(class_sums, counts, images_per_group),
         "box": mean_over_groups(box_sums, counts, images_per_group),
@@ -148,12 +157,24 @@ def detections(
         rule: which boxes become detections.
     """
     n_classes = offsets.shape[1]
-    scores = logits.softmax(dim=1)[:, :n_classes]
-    moved = decode(boxes.unsqueeze(1).expand_as(offsets), offsets, ROI_STDS)
+    # Background takes part in the softmax, but is no detection.
+    shares = logits.softmax(dim=1)
+    scores = shares[:, :n_classes]
+    # Each class moves the region its own way.
+    references = boxes.unsqueeze(1).expand_as(offsets)
+    moved = decode(references, offsets, ROI_STDS)
+
+    scores_by_image = scores.split(list(counts))
+    boxes_by_image = moved.split(list(counts))
     found = []
-    of_images = zip(scores.split(list(counts)), moved.split(list(counts)), sizes, strict=True)
-    for image_scores, image_boxes, size in of_images:
-        clipped = clip(image_boxes, on_device(size, image_boxes))
+    for image_scores, image_boxes, size in zip(
+        scores_by_image,
+        boxes_by_image,
+        sizes,
+        strict=True,
+    ):
+        size_on_device = on_device(size, image_boxes)
+        clipped = clip(image_boxes, size_on_device)
         found.append(_of_image(image_scores, clipped, rule))
     return found
 
@@ -163,8 +184,18 @@ def _of_image(
     boxes: Float[Tensor, "n classes 4"],
     rule: DetectionRule,
 ) -> Detections:
-    region, class_ = (scores > rule.above_score).nonzero(as_tuple=True)
+    """Returns the detections of one image, of its regions' scores and moved boxes."""
+    # A region may become a detection of several classes (mmdetection's multiclass_nms).
+    is_detection = scores > rule.above_score
+    region, class_ = is_detection.nonzero(as_tuple=True)
     score = scores[region, class_]
     box = boxes[region, class_]
-    kept = batched_nms(box, score, class_, rule.nms_overlap)[: rule.most_per_image]
-    return Detections(boxes=box[kept], scores=score[kept], classes=class_[kept])
+    # Boxes of different classes do not suppress each other. The result is in the order of falling
+    # scores.
+    not_suppressed = batched_nms(box, score, class_, rule.nms_overlap)
+    best = not_suppressed[: rule.most_per_image]
+    return Detections(
+        boxes=box[best],
+        scores=score[best],
+        classes=class_[best],
+    )

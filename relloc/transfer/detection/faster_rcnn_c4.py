@@ -26,6 +26,7 @@ from relloc.transfer.detection.rpn import RpnHead, RpnTraining, anchor_targets, 
 
 # Square roots of the anchors' areas, in pixels.
 ANCHOR_SIZES = (32, 64, 128, 256, 512)
+# Cells of a region along each side. The fifth stage halves them to 7.
 _ALIGNED_SIDE = 14
 # Sides of the images on which strides are measured. They are multiples of any stride of a stage.
 _MEASURED_SIDES = (512, 1024)
@@ -87,8 +88,12 @@ class FasterRCNNC4(nn.Module):
         super().__init__()
         self.settings = settings
         self.n_classes = n_classes
-        generator = torch.Generator().manual_seed(seed_for(Use.DETECTOR_WEIGHTS, seed))
-        stages = list(copy.deepcopy(backbone).stages().values())
+        # A generator of its own: the weights depend on the seed, not on what was drawn before.
+        generator = torch.Generator()
+        generator.manual_seed(seed_for(Use.DETECTOR_WEIGHTS, seed))
+        # The evaluated backbone keeps its weights.
+        own_backbone = copy.deepcopy(backbone)
+        stages = list(own_backbone.stages().values())
         self.trunk = nn.Sequential(*stages[:4])
         self.stage5 = stages[4]
         self.stride = stride_of(self.trunk)
@@ -103,8 +108,11 @@ class FasterRCNNC4(nn.Module):
         """Returns the four losses, by name, whose sum is trained."""
         settings = self.settings
         features = self.trunk(batch.images)
+
+        # First the proposal network, on anchors.
         scores, offsets = self.rpn([features])
-        anchors = self._grid.at([features.shape[-2:]], features.device)
+        map_size = features.shape[-2:]
+        anchors = self._grid.at([map_size], features.device)
         targets = anchor_targets(anchors, batch, settings.rpn)
         losses = rpn_losses(scores, offsets, anchors, targets, settings.images_per_gpu)
 
@@ -116,6 +124,7 @@ class FasterRCNNC4(nn.Module):
             batch.sizes,
             settings.training_proposals,
         )
+        # Then the heads, on a sample of its proposals.
         regions = choose_regions(proposals, batch, self.n_classes, settings.regions)
         logits, box_offsets = self._look_at(features, regions.boxes, regions.images)
         losses |= box_losses(
@@ -139,7 +148,8 @@ class FasterRCNNC4(nn.Module):
         """
         features = self.trunk(images)
         scores, offsets = self.rpn([features])
-        anchors = self._grid.at([features.shape[-2:]], features.device)
+        map_size = features.shape[-2:]
+        anchors = self._grid.at([map_size], features.device)
         proposals = propose(
             scores,
             offsets,
@@ -147,12 +157,15 @@ class FasterRCNNC4(nn.Module):
             sizes,
             self.settings.test_proposals,
         )
+        # The regions of all images pass the head at once, each with the number of its image.
         counts = [len(boxes) for boxes in proposals]
         numbers = []
         for image, count in enumerate(counts):
-            numbers.append(torch.full((count,), image, device=features.device))
+            number = torch.full((count,), image, device=features.device)
+            numbers.append(number)
         boxes = torch.cat(proposals)
-        logits, box_offsets = self._look_at(features, boxes, torch.cat(numbers))
+        image_numbers = torch.cat(numbers)
+        logits, box_offsets = self._look_at(features, boxes, image_numbers)
         return detections(
             logits,
             box_offsets,
@@ -170,8 +183,11 @@ class FasterRCNNC4(nn.Module):
     ) -> tuple[Float[Tensor, "n _"], Float[Tensor, "n _ 4"]]:
         """Returns logits and offsets of the regions `boxes` of `images`."""
         regions = align(features, boxes, images, side=_ALIGNED_SIDE, stride=self.stride)
+        # The extra norm after the fifth stage is MoCo's (Res5ROIHeadsExtraNorm in its detection
+        # code) and mmselfsup's (ResLayerExtraNorm).
         hidden = self.norm(self.stage5(regions))
-        return self.predictor(hidden.mean(dim=(2, 3)))
+        pooled = hidden.mean(dim=(2, 3))
+        return self.predictor(pooled)
 
 
 def stride_of(stages: nn.Module) -> int:
@@ -185,5 +201,7 @@ def stride_of(stages: nn.Module) -> int:
     for side in _MEASURED_SIDES:
         image = torch.zeros(1, 3, side, side, device="meta")
         rows.append(shapes_only(image).shape[-2])
-    fewer, more = rows
-    return (_MEASURED_SIDES[1] - _MEASURED_SIDES[0]) // (more - fewer)
+    # Padding adds as many cells to both maps, so the difference is free of it.
+    fewer_rows, more_rows = rows
+    smaller_side, larger_side = _MEASURED_SIDES
+    return (larger_side - smaller_side) // (more_rows - fewer_rows)

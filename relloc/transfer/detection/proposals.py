@@ -51,27 +51,37 @@ def propose(
     own = anchors.of_images(sizes)
     scores = scores.detach().masked_fill(~own, -torch.inf)
 
-    top_scores, top_places, levels = [], [], []
+    # The best anchors of each level, as large maps would crowd out small ones otherwise.
+    top_scores = []
+    top_indices = []
+    levels = []
     first = 0
     for level, n_anchors in enumerate(anchors.of_levels):
-        level_scores = scores[:, first : first + n_anchors]
-        best = level_scores.topk(min(counts.before_nms, n_anchors), dim=1)
+        end = first + n_anchors
+        level_scores = scores[:, first:end]
+        n_best = min(counts.before_nms, n_anchors)
+        best = level_scores.topk(n_best, dim=1)
         top_scores.append(best.values)
-        top_places.append(best.indices + first)
+        top_indices.append(best.indices + first)
         levels.append(torch.full_like(best.indices, level))
-        first += n_anchors
+        first = end
     score = torch.cat(top_scores, dim=1)
-    place = torch.cat(top_places, dim=1)
+    anchor = torch.cat(top_indices, dim=1)
     level = torch.cat(levels, dim=1)
 
-    top_offsets = offsets.detach().gather(1, place.unsqueeze(2).expand(-1, -1, 4))
-    boxes = decode(anchors.boxes[place], top_offsets, RPN_STDS)
+    # Only the best anchors are decoded. An index of an anchor holds for its four offsets.
+    offset_indices = anchor.unsqueeze(2).expand(-1, -1, 4)
+    top_offsets = offsets.detach().gather(1, offset_indices)
+    top_anchors = anchors.boxes[anchor]
+    boxes = decode(top_anchors, top_offsets, RPN_STDS)
     # One size for all boxes of an image.
     image_sizes = on_device(sizes, boxes).view(len(sizes), 1, 2)
     boxes = clip(boxes, image_sizes)
 
     sides = boxes[..., 2:] - boxes[..., :2]
-    is_usable = (sides > 0).all(dim=2) & (score > -torch.inf)
+    has_area = (sides > 0).all(dim=2)
+    # A comparison with nan is false, so nan is not usable either.
+    is_usable = has_area & (score > -torch.inf)
     score = score.masked_fill(~is_usable, -torch.inf)
     # In descending order the usable ones come first, so that one number for each image says which
     # they are. To read all numbers at once is the only time that the device is waited for, apart
@@ -80,15 +90,16 @@ def propose(
     n_usable = is_usable.sum(dim=1).tolist()
     proposals = []
     for image, number in enumerate(n_usable):
-        places = order[image, :number]
-        image_boxes = boxes[image, places]
+        indices = order[image, :number]
+        image_boxes = boxes[image, indices]
+        image_scores = score[image, indices]
+        image_levels = level[image, indices].unsqueeze(1)
         # Levels are moved apart, so that boxes of different ones do not overlap. torchvision's
         # batched_nms does the same, but asks the device how far.
-        level_shift = level[image, places].unsqueeze(1) * (max(sizes[image]) + 1)
-        kept = nms(
-            image_boxes + level_shift,
-            score[image, places],
-            counts.nms_overlap,
-        )
-        proposals.append(image_boxes[kept[: counts.after_nms]])
+        distance = max(sizes[image]) + 1
+        moved_boxes = image_boxes + image_levels * distance
+        not_suppressed = nms(moved_boxes, image_scores, counts.nms_overlap)
+        # They come in the order of falling scores.
+        best = not_suppressed[: counts.after_nms]
+        proposals.append(image_boxes[best])
     return proposals

@@ -80,13 +80,15 @@ def choose_regions(
     proposal_boxes, is_proposal = stack_boxes(proposals, device)
     n_images, n_objects = is_object.shape
 
-    found = overlaps(object_boxes, proposal_boxes)
+    pair_overlaps = overlaps(object_boxes, proposal_boxes)
     # Boxes that only fill up the batch match nothing.
     is_pair = is_object.unsqueeze(2) & is_proposal.unsqueeze(1)
-    found = found.masked_fill(~is_pair, NO_MATCH)
-    assigned_proposals = assign(found, training.rule)
+    pair_overlaps = pair_overlaps.masked_fill(~is_pair, NO_MATCH)
+    assigned_proposals = assign(pair_overlaps, training.rule)
 
-    # Objects first, each assigned to itself; then the proposals.
+    # Objects first, each assigned to itself; then the proposals. Without objects among the regions
+    # an untrained proposal network would leave the heads without positive ones (mmdetection's
+    # add_gt_as_proposals).
     object_numbers = torch.arange(n_objects, device=device)
     assigned_objects = object_numbers.expand(n_images, -1)
     boxes = torch.cat([object_boxes, proposal_boxes], dim=1)
@@ -104,9 +106,11 @@ def choose_regions(
         positive_share=training.positive_share,
     )
     # The only wait for the device: how many regions there are.
-    image, place = (positive | negative).nonzero(as_tuple=True)
-    is_positive = positive[image, place]
-    number = assigned[image, place].clamp(min=0)
+    is_chosen = positive | negative
+    image, index = is_chosen.nonzero(as_tuple=True)
+    is_positive = positive[image, index]
+    # Background has no object: the first one stands in its place, which no loss reads.
+    number = assigned[image, index].clamp(min=0)
     if n_objects:
         classes = pad_sequence([targets.classes for targets in batch.targets], batch_first=True)
         region_classes = classes[image, number]
@@ -115,7 +119,7 @@ def choose_regions(
         region_classes = torch.zeros_like(image)
         region_object_boxes = object_boxes.new_zeros(len(image), 4)
     return Regions(
-        boxes=boxes[image, place],
+        boxes=boxes[image, index],
         images=image,
         objects=number,
         classes=torch.where(is_positive, region_classes, n_classes),

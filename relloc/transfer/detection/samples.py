@@ -14,12 +14,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from relloc import checks
-from relloc.data.annotations import ObjectImages, Objects, decode_mask
+from relloc.data.annotations import Mask, ObjectImages, Objects, decode_mask
 from relloc.patches.normalize import ByDataset
 from relloc.transfer.detection.batch import DetectionBatch, Size, Targets, pad_images
 from relloc.transfer.resize import check_box, fitted_size, nearest_indices, resized
 
+# Pixels of a mask in a byte.
 _BITS = 8
+_PackedMasks = UInt8[np.ndarray, "n h _"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +40,7 @@ class DetectionSample:
 
     image: UInt8[np.ndarray, "h w 3"]
     objects: Objects
-    packed_masks: UInt8[np.ndarray, "n h _"] | None
+    packed_masks: _PackedMasks | None
     size: Size
     flip: bool
     seed: int
@@ -66,7 +68,8 @@ class RandomSizes:
         checks.number("augment.flip", self.flip, at_least=0, at_most=1)
 
     def __str__(self) -> str:
-        lowest, highest = min(self.short_px), max(self.short_px)
+        lowest = min(self.short_px)
+        highest = max(self.short_px)
         return (
             f"shorter side one of {len(self.short_px)} from {lowest} to {highest} px, longer side "
             f"at most {self.long_px} px, flip {self.flip:g}"
@@ -84,17 +87,25 @@ class RandomSizes:
         Raises:
             UnreadableImage: the image or its annotation can't be used.
         """
+        # The order of these draws is part of the protocol: another one gives other samples.
         rng = random.Random(seed)
         short_px = rng.choice(list(self.short_px))
         flip = rng.random() < self.flip
+
         image = np.array(images.read(index))  # a copy that torch may write to
-        objects = _trained(images.objects(index), difficult=difficult)
         height, width = image.shape[:2]
+        annotated = images.objects(index)
+        objects = _trained(annotated, difficult=difficult)
+
+        packed_masks = None
+        if masks:
+            packed_masks = _packed_masks(objects, height, width)
+        # Encoded masks would only make the sample larger.
+        without_masks = dataclasses.replace(objects, masks=())
         return DetectionSample(
             image=image,
-            # Encoded masks would only make the sample larger.
-            objects=dataclasses.replace(objects, masks=()),
-            packed_masks=_packed_masks(objects, height, width) if masks else None,
+            objects=without_masks,
+            packed_masks=packed_masks,
             size=fitted_size(height, width, (self.long_px, short_px)),
             flip=flip,
             seed=seed,
@@ -124,12 +135,20 @@ class FittedImage:
 
 def _trained(objects: Objects, *, difficult: bool) -> Objects:
     """Returns the objects that are trained on."""
-    widths = objects.boxes[:, 2] - objects.boxes[:, 0]
-    heights = objects.boxes[:, 3] - objects.boxes[:, 1]
-    is_trained = ~objects.crowd & (widths >= 1) & (heights >= 1) & (objects.areas > 0)
+    # The conditions of mmdetection's CocoDataset (_parse_ann_info).
+    left, top, right, bottom = objects.boxes.T
+    is_wide = right - left >= 1
+    is_high = bottom - top >= 1
+    has_area = objects.areas > 0
+    is_trained = ~objects.crowd & is_wide & is_high & has_area
     if not difficult:
         is_trained &= ~objects.difficult
+
     indices = np.flatnonzero(is_trained)
+    masks: tuple[Mask, ...] = ()
+    # Sets without masks have none for any object.
+    if objects.masks:
+        masks = tuple(objects.masks[index] for index in indices)
     return Objects(
         boxes=objects.boxes[indices],
         xywh=objects.xywh[indices],
@@ -137,15 +156,19 @@ def _trained(objects: Objects, *, difficult: bool) -> Objects:
         difficult=objects.difficult[indices],
         crowd=objects.crowd[indices],
         areas=objects.areas[indices],
-        masks=tuple(objects.masks[index] for index in indices) if objects.masks else (),
+        masks=masks,
     )
 
 
-def _packed_masks(objects: Objects, height: int, width: int) -> UInt8[np.ndarray, "n h _"]:
+def _packed_masks(objects: Objects, height: int, width: int) -> _PackedMasks:
+    """Returns the objects' masks, eight pixels in a byte: an eighth to send between processes."""
     masks = [decode_mask(mask, height, width) for mask in objects.masks]
     if not masks:
-        return np.zeros((0, height, -(-width // _BITS)), dtype=np.uint8)
-    return np.packbits(np.stack(masks), axis=-1)
+        # Twice negated, the division rounds up, as packbits does.
+        n_bytes = -(-width // _BITS)
+        return np.zeros((0, height, n_bytes), dtype=np.uint8)
+    pixels = np.stack(masks)
+    return np.packbits(pixels, axis=-1)
 
 
 def to_batch(samples: Sequence[DetectionSample], device: torch.device) -> DetectionBatch:
@@ -156,9 +179,13 @@ def to_batch(samples: Sequence[DetectionSample], device: torch.device) -> Detect
     images = []
     targets = []
     for sample in samples:
-        pixels = torch.from_numpy(sample.image).to(device, non_blocking=True)
+        # Original pixels are sent as bytes, a quarter of what floats would take.
+        on_cpu = torch.from_numpy(sample.image)
+        pixels = on_cpu.to(device, non_blocking=True)
         image = prepared(pixels, sample.size)
-        images.append(image.flip(-1) if sample.flip else image)
+        if sample.flip:
+            image = image.flip(-1)
+        images.append(image)
         targets.append(_targets(sample, device))
     return DetectionBatch(
         images=pad_images(images).to(device),
@@ -170,8 +197,11 @@ def to_batch(samples: Sequence[DetectionSample], device: torch.device) -> Detect
 
 def prepared(image: UInt8[Tensor, "h w 3"], size: Size) -> Float[Tensor, "3 h2 w2"]:
     """Returns the resized and normalized image."""
-    pixels = resized(image, size).permute(2, 0, 1)
-    return ByDataset()(pixels.unsqueeze(0))[0]
+    channels_first = resized(image, size).permute(2, 0, 1)
+    # Normalization takes batches: here one of a single image.
+    batch = channels_first.unsqueeze(0)
+    normalize = ByDataset()
+    return normalize(batch)[0]
 
 
 def _targets(sample: DetectionSample, device: torch.device) -> Targets:
@@ -179,34 +209,54 @@ def _targets(sample: DetectionSample, device: torch.device) -> Targets:
     original_height, original_width = sample.image.shape[:2]
     height, width = sample.size
     # Each side has its own scale, since resized sides are rounded to whole pixels.
-    scale_x, scale_y = width / original_width, height / original_height
+    scale_x = width / original_width
+    scale_y = height / original_height
     scales = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
+    # Annotated boxes may reach over the border (mmdetection's bbox_clip_border).
     limits = np.array([width, height, width, height], dtype=np.float32)
-    boxes = (sample.objects.boxes * scales).clip(0, limits)
+    scaled = sample.objects.boxes * scales
+    boxes = scaled.clip(0, limits)
+
     if sample.flip:
+        # The mirrored right edge is the left one.
         left, top, right, bottom = boxes.T
-        boxes = np.stack([width - right, top, width - left, bottom], axis=1)
+        mirrored_left = width - right
+        mirrored_right = width - left
+        boxes = np.stack([mirrored_left, top, mirrored_right, bottom], axis=1)
     masks = None
     if sample.packed_masks is not None:
         masks = _resized_masks(sample, sample.packed_masks, device)
+
+    boxes_on_cpu = torch.from_numpy(boxes.astype(np.float32))
+    classes_on_cpu = torch.from_numpy(sample.objects.classes)
     return Targets(
-        boxes=torch.from_numpy(boxes.astype(np.float32)).to(device, non_blocking=True),
-        classes=torch.from_numpy(sample.objects.classes).to(device, non_blocking=True),
+        boxes=boxes_on_cpu.to(device, non_blocking=True),
+        classes=classes_on_cpu.to(device, non_blocking=True),
         masks=masks,
     )
 
 
 def _resized_masks(
-    sample: DetectionSample, packed: UInt8[np.ndarray, "n h _"], device: torch.device
+    sample: DetectionSample,
+    packed: _PackedMasks,
+    device: torch.device,
 ) -> UInt8[Tensor, "n h2 w2"]:
     """Returns the masks at the size of the resized image, each pixel from the nearest original."""
     original_height, original_width = sample.image.shape[:2]
     height, width = sample.size
-    rows = torch.from_numpy(nearest_indices(original_height, height)).to(device)
-    columns = torch.from_numpy(nearest_indices(original_width, width)).to(device)
+    nearest_rows = nearest_indices(original_height, height)
+    nearest_columns = nearest_indices(original_width, width)
+    rows = torch.from_numpy(nearest_rows).to(device)
+    columns = torch.from_numpy(nearest_columns).to(device)
     if sample.flip:
         columns = columns.flip(0)
-    packed_rows = torch.from_numpy(packed).to(device)[:, rows]
+
+    # Rows are taken while they are packed, so that an eighth of the bytes is moved.
+    packed_masks = torch.from_numpy(packed).to(device)
+    packed_rows = packed_masks[:, rows]
     # The pixel of a column is one bit of its byte, the highest one first.
-    shifts = (_BITS - 1 - columns % _BITS).to(torch.uint8)
-    return (packed_rows[:, :, columns // _BITS] >> shifts) & 1
+    byte_of_column = columns // _BITS
+    bit_of_column = columns % _BITS
+    shifts = (_BITS - 1 - bit_of_column).to(torch.uint8)
+    column_bytes = packed_rows[:, :, byte_of_column]
+    return (column_bytes >> shifts) & 1

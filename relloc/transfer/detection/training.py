@@ -139,6 +139,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
             UsageError: their data set has none.
             DataError: no image to train on has an object.
         """
+        # This comes first, as the checks of the base class ask for objects.
         for images in (splits.train, splits.held_out):
             if not isinstance(images, ObjectImages):
                 raise UsageError(
@@ -164,6 +165,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         return _with_objects(images).unusable()
 
     def kind_of(self, images: ImageSet, index: int) -> Hashable:
+        # mmdetection's GroupSampler: wide images together and high ones together need less padding.
         height, width = _with_objects(images).size(index)
         return width > height
 
@@ -178,8 +180,10 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     def loss(
         self, network: nn.Module, samples: Sequence[DetectionSample], device: torch.device
     ) -> Tensor:
-        losses = cast(Detector, network).losses(to_batch(samples, device))
-        return torch.stack(list(losses.values())).sum()
+        batch = to_batch(samples, device)
+        losses = cast(Detector, network).losses(batch)
+        parts = list(losses.values())
+        return torch.stack(parts).sum()
 
     def detect_all(self, network: nn.Module, context: Context) -> PerImage[T]:
         """Detects objects in this process's part of the held-out images.
@@ -198,15 +202,16 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         """Draws what is found in some images that are evenly spaced over the held-out ones."""
         images = _with_objects(context.splits.held_out)
         make = MakeTestImage(images=images)
+        # They are detected again: to keep the detections of the test would take memory for all.
         for index in evenly_spaced(len(images), _PICTURES):
             try:
                 image = make(index, 0)
             except UnreadableImage:
                 continue  # it was counted when it was tested
-            (found,) = self._detect(network, [image], context)
+            (detections,) = self._detect(network, [image], context)
             draw_detections(
                 image.pixels,
-                found,
+                detections,
                 images.classes,
                 context.folder / f"detections_{index}.png",
                 truth=image.objects,
@@ -216,14 +221,18 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         """Yields this process's images in batches of one size."""
         images = _with_objects(context.splits.held_out)
         config = context.encode_config
+        # Sizes are known from annotations, so that images need not be read to be grouped.
         (own_indices,) = split_for_rank(range(len(images)))
         by_size = defaultdict(list)
         for index in own_indices:
-            by_size[images.size(index)].append((index, 0))
+            size = images.size(index)
+            by_size[size].append((index, 0))  # nothing is random, so any seed will do
+
         batches = []
         for keys in by_size.values():
             for start in range(0, len(keys), self.test_batch):
-                batches.append(keys[start : start + self.test_batch])
+                end = start + self.test_batch
+                batches.append(keys[start:end])
         read = read_samples(
             images,
             MakeTestImage(images=images),
@@ -235,6 +244,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         what = f"detecting on {images.name} {images.split}"
         for batch in config.progress(read, what, len(batches)):
             unreadable.add(batch.unreadable)
+            # None is left of a batch whose images are all unreadable.
             if batch.samples:
                 yield batch.samples
 
@@ -250,13 +260,20 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         size = self.view.size(height, width)
         resized = []
         for image in images:
-            pixels = torch.from_numpy(image.pixels).to(context.device, non_blocking=True)
+            on_cpu = torch.from_numpy(image.pixels)
+            pixels = on_cpu.to(context.device, non_blocking=True)
             resized.append(prepared(pixels, size))
+        padded = pad_images(resized)
+
         bf16 = context.encode_config.bf16
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            found = cast(Detector, network).detect(pad_images(resized), [size] * len(images))
+            sizes = [size] * len(images)
+            found = cast(Detector, network).detect(padded, sizes)
+        # Metrics compare with annotations, which are in pixels of the original image.
+        original_size = (height, width)
         for detections in found:
-            yield pasted(detections.rescaled(size, (height, width)), (height, width))
+            rescaled = detections.rescaled(size, original_size)
+            yield pasted(rescaled, original_size)
 
 
 def _with_objects(images: ImageSet) -> ObjectImages:
