@@ -44,6 +44,9 @@ class Use(enum.Enum):
         "dropout and other chance inside a forward of fine-tuning: "
         "seed, step, its place in the step"
     )
+    TEST_CROPS = "crops of an image that a fine-tuned classifier is tested on: seed, image"
+    RESCALING_VIEW = "view of an image on which a network is rescaled: seed, image"
+    RESCALING_GRADIENT = "gradient at the outputs when layers are rescaled: seed"
     ANCHOR_SAMPLE = "anchors that a detector is trained on: seed of the image in its step"
     REGION_SAMPLE = (
         "regions that a detector's box head is trained on: seed of the image in its step"

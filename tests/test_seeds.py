@@ -29,6 +29,8 @@ AS_GIVEN = {
     "evals/training.py": "the order of an epoch, whose seed the caller derives",
     "transfer/detection/samples.py": "the seed of a sample is part of its key",
     "transfer/segmentation/transforms.py": "likewise",
+    "transfer/voc07_finetune.py": "likewise",
+    "transfer/rescaling.py": "the seed of the gradient is derived by its caller",
     "evals/squared_hinge.py": "an approximation's start, the same whatever the seed",
 }
 

@@ -1,7 +1,7 @@
 """Image transforms of evaluations: the squares of an image that a backbone is trained or tested on.
 
-`Center` and `Squash` are deterministic and used for testing; `RandomResized` and `RandomCrop` are
-random and used for training. `Views` is the PyTorch data set of such squares.
+`Center` and `Squash` are deterministic and used for testing; `RandomResized`, `RandomCrop` and
+`RandomSquare` are random and used for training. `Views` is the PyTorch data set of such squares.
 """
 
 import dataclasses
@@ -179,6 +179,55 @@ class RandomCrop:
         left += rng.randint(0, largest_shift)
         crop = crop_resized(image, size, (top, left), self.crop_px)
         return np.asarray(_flipped(crop, self.flip, rng))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomSquare:
+    """A square of random size and place, resized to `crop_px` pixels a side, randomly flipped.
+
+    The side of the square is `crop_px` times a number within `scale` (uniform), as far as the image
+    is so large. Pixels are interpolated linearly without antialiasing. `flip` is the probability of
+    a horizontal flip. The defaults are those of voc-classification (docs/protocols.md 3.15).
+    """
+
+    crop_px: int
+    scale: Sequence[float] = (0.5, 2.0)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        checks.whole("augment.crop_px", self.crop_px)
+        _check_range("augment.scale", self.scale, most=math.inf)
+        checks.number("augment.flip", self.flip, at_least=0, at_most=1)
+
+    def __str__(self) -> str:
+        ends = " to ".join(f"{end:.3g}" for end in self.scale)
+        return (
+            f"random squares of {ends} times {self.crop_px} px resized to {self.crop_px} px, "
+            f"flip {self.flip}"
+        )
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
+        box = self.box(image.height, image.width, rng)
+        top, left, bottom, right = box
+        resized = image.transform(
+            (self.crop_px, self.crop_px),
+            Image.Transform.EXTENT,
+            (left, top, right, bottom),
+            resample=Image.Resampling.BILINEAR,
+        )
+        return np.asarray(_flipped(resized, self.flip, rng))
+
+    def box(self, height: int, width: int, rng: random.Random) -> tuple[float, ...]:
+        """Returns a random square (top, left, bottom, right) in an image of `height` x `width`."""
+        least, most = self.scale
+        # The square lies within the image, also where that is smaller than the smallest square.
+        largest = min(most, height / self.crop_px, width / self.crop_px)
+        side = self.crop_px * rng.uniform(min(least, largest), largest)
+        # Rounding could lead beyond the border by a part of a pixel, which would be black.
+        side = min(side, height, width)
+        top = rng.uniform(0, height - side)
+        left = rng.uniform(0, width - side)
+        return top, left, min(top + side, height), min(left + side, width)
 
 
 @dataclasses.dataclass

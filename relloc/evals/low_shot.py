@@ -16,9 +16,9 @@ from relloc import checks
 from relloc.data.lists import DIFFICULT, NOT_THERE, THERE
 from relloc.data.views import View
 from relloc.errors import UsageError
-from relloc.evals.metrics import ap_area
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import GramMatrices, Presence, Voc07, VocLabels, class_weights
+from relloc.evaluation.average_precision import ap_area
 from relloc.evaluation.contract import Context
 from relloc.results import CHOSEN_WITHOUT_TEST, Score, closest_to_20
 from relloc.seeds import Use, seed_for

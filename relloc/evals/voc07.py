@@ -17,7 +17,7 @@ from relloc import checks
 from relloc.data.image_set import Splits
 from relloc.data.lists import DIFFICULT, THERE, MultiLabeled
 from relloc.errors import UsageError
-from relloc.evals.metrics import ap_area
+from relloc.evaluation.average_precision import ap_area
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.source import FeatureSource
 from relloc.results import Score

@@ -17,9 +17,9 @@ from relloc import checks
 from relloc.data.lists import THERE
 from relloc.data.views import View
 from relloc.errors import UsageError
-from relloc.evals.metrics import ap_steps
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import GramMatrices, Voc07, VocLabels, class_weights
+from relloc.evaluation.average_precision import ap_steps
 from relloc.evaluation.contract import Context
 from relloc.results import CHOSEN_WITHOUT_TEST, Result, Score
 

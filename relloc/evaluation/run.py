@@ -256,7 +256,8 @@ def _prepare_backbone(
 ) -> tuple[Backbone, tuple[str, ...]]:
     """Returns the backbone with the part's batch-norm statistics, and details for its results."""
     if part.evaluation.kind == "fine-tuned":
-        return backbone, ("batch-norm statistics trained with the weights",)
+        # Whether batch norm is trained with the weights is for the evaluation to say.
+        return backbone, ()
     if part.batch_norm == "as_trained":
         return backbone, ()
     # Recalibration changes the statistics, so it works on a copy: other groups need the original.

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from relloc import checks, ranks
 from relloc.data.image_set import ImageSet, Splits
@@ -33,9 +34,9 @@ _REPORT_EVERY = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IterativeFineTuning(Evaluation):
-    """A training of all weights by SGD with momentum, followed by a test on the held-out images.
+    """A training of weights by SGD with momentum, followed by a test on the held-out images.
 
-    Weight decay is on all parameters, unless `parameter_groups` says otherwise.
+    All weights are trained, with weight decay, unless `parameter_groups` says otherwise.
 
     Attributes:
         iterations: optimizer steps.
@@ -103,8 +104,12 @@ class IterativeFineTuning(Evaluation):
         return {}
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
-        """Returns the parameters as torch's optimizers take them."""
+        """Returns the parameters as torch's optimizers take them; others are not trained."""
         return [{"params": list(network.parameters())}]
+
+    def gradient_limit(self) -> float | None:
+        """Returns the largest norm of the gradient of a step; None for no limit."""
+        return None
 
     def check_settings(self, setting: str) -> None:
         """Checks the fields of the training configured at `setting`, in `__post_init__`.
@@ -149,10 +154,14 @@ class IterativeFineTuning(Evaluation):
             Diverged: loss or weights are not finite.
         """
         network = self.make_network(context).to(context.device)
-        network.requires_grad_(True)
+        groups = self.parameter_groups(network)
+        network.requires_grad_(False)
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
         _match_memory_format(network, context.backbone)
         optimizer = torch.optim.SGD(
-            self.parameter_groups(network),
+            groups,
             lr=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
@@ -170,6 +179,7 @@ class IterativeFineTuning(Evaluation):
             device=context.device,
             bf16=context.encode_config.bf16,
             name=f"fine-tuning on {context.splits.train.name}",
+            gradient_limit=self.gradient_limit(),
         )
         saved = context.state.load()
         if saved:
@@ -191,7 +201,7 @@ class IterativeFineTuning(Evaluation):
             yield dataclasses.replace(
                 score,
                 deviations=(*score.deviations, *self.deviations()),
-                details=(*score.details, *self._details()),
+                details=(*score.details, *self._details(network)),
             )
 
     def micro_batches(
@@ -275,11 +285,13 @@ class IterativeFineTuning(Evaluation):
                 words = name.replace("_", " ")
                 yield f"{words} {own:g} instead of {value:g}"
 
-    def _details(self) -> Iterator[str]:
+    def _details(self, network: nn.Module) -> Iterator[str]:
         """Yields the settings of the training, as results have them."""
         yield f"{self.iterations} iterations of {self.batch} images"
         yield f"learning rate {self.learning_rate:g}, momentum {self.momentum:g}"
         yield f"weight decay {self.weight_decay:g}"
+        if not _trains_batch_norm(network):
+            return
         n_processes = ranks.world_size()
         n_images = self.forward_images()
         if n_processes > 1:
@@ -292,6 +304,14 @@ def _in_steps(batches: Iterator[Any], accumulation: int) -> Iterator[list[Any]]:
     """Yields the micro-batches of one step after the other."""
     while step_batches := list(itertools.islice(batches, accumulation)):
         yield step_batches
+
+
+def _trains_batch_norm(network: nn.Module) -> bool:
+    """Returns whether a batch norm has weights that are trained, or none at all."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and all(p.requires_grad for p in module.parameters()):
+            return True
+    return False
 
 
 def _match_memory_format(network: nn.Module, backbone: nn.Module) -> None:

@@ -103,6 +103,8 @@ class FineTuning(Generic[T]):
         name: what messages call the training.
         least_samples: a step with fewer samples over all processes is left out. 2 where a batch
             norm sees one value per channel of a sample, which has no variance.
+        gradient_limit: the largest norm that the gradient of a step may have, over all trained
+            weights; larger gradients are scaled down to it. None for no limit.
     """
 
     network: nn.Module
@@ -119,6 +121,7 @@ class FineTuning(Generic[T]):
     bf16: bool
     name: str
     least_samples: int = 1
+    gradient_limit: float | None = None
     step: int = dataclasses.field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -240,6 +243,8 @@ class FineTuning(Generic[T]):
                 sum_of_losses = loss.detach().double() * samples
                 sums += torch.stack([sum_of_losses, sums.new_full((), samples)])
         self._gradients.average()
+        if self.gradient_limit is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_limit)
         self.optimizer.step()
         return sums
 

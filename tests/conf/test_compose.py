@@ -25,7 +25,7 @@ EVALS = [
     ),
     *("linear_fast", "linear_in1k", "linear_inat18", "linear_places205", "semisup_1", "semisup_10"),
     "voc0712_detection",
-    *("voc07_low_shot", "voc07_svm", "voc12aug_fcn"),
+    *("voc07_finetune", "voc07_finetune_fc", "voc07_low_shot", "voc07_svm", "voc12aug_fcn"),
 ]
 CARD = {
     "voc07_svm",

@@ -14,7 +14,16 @@ from torchvision.transforms import functional
 
 from relloc.data.folder import FolderImages
 from relloc.data.photos import read_photo
-from relloc.data.views import Center, RandomCrop, RandomResized, Squash, View, Views, check_view
+from relloc.data.views import (
+    Center,
+    RandomCrop,
+    RandomResized,
+    RandomSquare,
+    Squash,
+    View,
+    Views,
+    check_view,
+)
 from relloc.errors import UsageError
 
 SIZES = [
@@ -33,6 +42,7 @@ VIEWS = [
     Squash(short_px=64, side_px=56),
     RandomResized(crop_px=56),
     RandomCrop(short_px=64, crop_px=56),
+    RandomSquare(crop_px=56),
 ]
 
 
@@ -176,6 +186,46 @@ def test_a_random_crop_lies_in_the_central_square_and_reaches_all_of_it(
     assert len(corners) > 70  # of 81
     mirrored = RandomCrop(short_px=64, crop_px=56, flip=1)(image, random.Random(3))
     assert np.array_equal(mirrored, view(image, random.Random(3))[:, ::-1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_random_square_lies_in_the_image_and_has_the_published_sizes(
+    size: tuple[int, int],
+) -> None:
+    height, width = size
+    view = RandomSquare(crop_px=227)
+    rng = random.Random(0)
+    boxes = np.array([view.box(height, width, rng) for _ in range(2000)])
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert np.allclose(sides[:, 0], sides[:, 1])
+    assert boxes.min() >= 0
+    assert (boxes[:, 2:] <= [height, width]).all()
+    # Caffe's TransformationLayer: uniform from half of 227 px up to twice as many, in the image.
+    largest = min(2 * 227, height, width)
+    smallest = min(0.5 * 227, largest)
+    if largest > smallest:
+        uniform = stats.uniform(smallest, largest - smallest)
+        assert stats.kstest(sides[:, 0], uniform.cdf).pvalue > 1e-3
+    # All places that the square can have are equally likely.
+    free = width - sides[:, 0]
+    places = boxes[free > 1e-6, 1] / free[free > 1e-6]
+    if len(places):
+        assert stats.kstest(places, "uniform").pvalue > 1e-3
+
+
+def test_a_random_square_is_interpolated_linearly_between_pixel_centers() -> None:
+    # Red rises from column to column and green from row to row, so that values say where they are.
+    rows, columns = np.mgrid[0:60, 0:80].astype(np.uint8)
+    image = Image.fromarray(np.stack([3 * columns, 4 * rows, 0 * rows], axis=2))
+    view = RandomSquare(crop_px=16, scale=(0.5, 3.0), flip=0.0)
+    for seed in range(20):
+        top, left, bottom, right = view.box(60, 80, random.Random(seed))
+        pixels = view(image, random.Random(seed))
+        centers = (np.arange(16) + 0.5) / 16
+        x = np.clip(left + (right - left) * centers - 0.5, 0, 79)
+        y = np.clip(top + (bottom - top) * centers - 0.5, 0, 59)
+        assert np.abs(pixels[5, :, 0] - 3 * x).max() <= 1
+        assert np.abs(pixels[:, 5, 1] - 4 * y).max() <= 1
 
 
 @pytest.mark.parametrize(

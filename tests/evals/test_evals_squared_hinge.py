@@ -12,9 +12,9 @@ from relloc.data.loader import collate
 from relloc.data.photos import photos
 from relloc.data.views import Squash, Views
 from relloc.errors import UsageError
-from relloc.evals.metrics import ap_area
 from relloc.evals.squared_hinge import fit, leading_factor
 from relloc.evals.voc07 import class_weights
+from relloc.evaluation.average_precision import ap_area
 from relloc.features.source import encode
 from relloc.models.resnet import ResNetBackbone
 

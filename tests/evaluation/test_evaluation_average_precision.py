@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from relloc.evals.metrics import ap_area, ap_steps
+from relloc.evaluation.average_precision import ap_area, ap_steps
 
 
 def area_by_definition(scores: list[float], positive: list[bool]) -> float:

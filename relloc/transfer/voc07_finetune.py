@@ -1,0 +1,426 @@
+"""VOC2007 classification, fine-tuned as Krähenbühl et al. 2015 do (docs/protocols.md 3.15).
+
+The constants are those of the authors' code, philkr/voc-classification, src/train_cls.py at commit
+c209779, and of the data layer that it reads images with (caffe's TransformationLayer in the branch
+transforming_fast_hdf5). Later papers of networks like AlexNet use the same code.
+"""
+
+import copy
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from relloc import checks
+from relloc.data.image_set import ImageSet, Splits
+from relloc.data.lists import DIFFICULT, THERE, MultiLabeled
+from relloc.data.samples import read_samples
+from relloc.data.subsets import evenly_spaced
+from relloc.data.views import RandomSquare, View, check_view
+from relloc.errors import DataError, UsageError
+from relloc.evaluation.average_precision import ap_area, ap_steps
+from relloc.evaluation.contract import Context
+from relloc.models.alexnet import AlexNetBackbone
+from relloc.models.backbone import Backbone
+from relloc.patches.normalize import ByDataset
+from relloc.results import Score
+from relloc.seeds import Use, seed_for
+from relloc.transfer.alexnet import FineTunedAlexNet
+from relloc.transfer.classifier import Classifier
+from relloc.transfer.iterations import IterativeFineTuning
+from relloc.transfer.loop import split_for_rank
+from relloc.transfer.metrics.per_image import PerImage
+from relloc.transfer.rescaling import equalize_rates, normalize_outputs
+from relloc.transfer.schedule import Milestones
+
+TRAINED = ("fc6-8", "all layers")
+_TABLE = "Classification, VOC07 fine-tuned, mAP"
+# Biases of the layer that train_cls.py adds.
+_NEW_BIAS = 0.1
+# train_cls.py has `setLR(t, 1, 2)`: biases learn at twice the rate of weights.
+_BIAS_RATE = 2
+# magic_init.py's defaults: ten batches of 16 images, and a bias of 0.1 behind new layers.
+_RESCALING_BATCHES = 10
+_RESCALING_BATCH = 16
+_RESCALED_MEAN = 0.1
+# Convolutions ask for some height and width, also of no images.
+_SIDE_OF_NO_IMAGES = 227
+
+Presence = Int[np.ndarray, "n classes"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ViewSample:
+    """A view of an image, and for each class whether the image shows it."""
+
+    pixels: UInt8[np.ndarray, "s s 3"]
+    presence: Int[np.ndarray, "classes"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class CropsOfImage:
+    """Random views of an image, and its number in the split."""
+
+    index: int
+    pixels: UInt8[np.ndarray, "crops s s 3"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class MakeView:
+    """Makes training samples, in worker processes."""
+
+    images: ImageSet
+    presence: Presence
+    view: View
+
+    def __call__(self, index: int, seed: int) -> ViewSample:
+        pixels = self.view(self.images.read(index), random.Random(seed))
+        return ViewSample(pixels=pixels, presence=self.presence[index])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class MakeCrops:
+    """Makes the views of an image that it is tested on, in worker processes."""
+
+    images: ImageSet
+    view: View
+    crops: int
+
+    def __call__(self, index: int, seed: int) -> CropsOfImage:
+        image = self.images.read(index)
+        rng = random.Random(seed)
+        crops = [self.view(image, rng) for _ in range(self.crops)]
+        return CropsOfImage(index=index, pixels=np.stack(crops))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Voc07Finetune(IterativeFineTuning):
+    """mAP of multi-label classification on PASCAL VOC 2007, after fine-tuning.
+
+    Attributes:
+        trained: "fc6-8", the layers behind pool5, or "all layers". A backbone that is not the
+            AlexNet-like one has one linear layer on its average pool in place of fc6 to fc8.
+        rescale: whether layers are rescaled by data first; None where that is defined, which is for
+            the AlexNet-like network: one with batch norm has no such scales.
+        view: random views of `crop_px` pixels, to train and to test on.
+        crops: views of each test image, whose answers are averaged.
+        clip_norm: the largest norm of the gradient of a step.
+        milestones, gamma: the rate is multiplied by `gamma` at each of these iterations.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
+
+    labels = "presence"
+    version = 1
+    setting: ClassVar = "eval.voc07_finetune"
+    published: ClassVar = {
+        "iterations": 80_000,
+        "batch": 16,
+        "learning_rate": 0.001,
+        "momentum": 0.9,
+        "weight_decay": 1e-6,
+        "clip_norm": 10,
+        "gamma": 0.5,
+        "crops": 10,
+    }
+
+    published_view: ClassVar = RandomSquare(crop_px=227)
+
+    # Losses and batch norm know no groups of images: each image is one.
+    images_per_gpu: int = dataclasses.field(default=1, init=False)
+    trained: str
+    rescale: bool | None
+    view: View
+    crops: int
+    clip_norm: float
+    milestones: Sequence[int]
+    gamma: float
+
+    def __post_init__(self) -> None:
+        self.check_settings(self.setting)
+        checks.one_of(f"{self.setting}.trained", self.trained, TRAINED)
+        checks.one_of(f"{self.setting}.rescale", self.rescale, (None, True, False))
+        check_view(f"{self.setting}.view", self.view)
+        checks.whole(f"{self.setting}.crops", self.crops)
+        checks.number(f"{self.setting}.clip_norm", self.clip_norm, above=0)
+        checks.wholes(f"{self.setting}.milestones", self.milestones, may_be_empty=True)
+        checks.number(f"{self.setting}.gamma", self.gamma, above=0, at_most=1)
+
+    def check(self, splits: Splits) -> None:
+        """Checks that some class can be trained and tested.
+
+        Raises:
+            UsageError: there is no such class, or no image to train on.
+        """
+        super().check(splits)
+        if not usable_classes(splits).any():
+            raise UsageError(
+                f"{self.setting}: no class has images to train on, with it and without it, and an "
+                "image with it to be tested on: give more images"
+            )
+
+    def schedule(self) -> Milestones:
+        return Milestones(milestones=self.milestones, gamma=self.gamma)
+
+    def training_indices(self, images: ImageSet) -> Sequence[int]:
+        return range(len(images))
+
+    def make_sample(self, images: ImageSet) -> MakeView:
+        return MakeView(images=images, presence=presence_of(images), view=self.view)
+
+    def make_network(self, context: Context) -> nn.Module:
+        """Returns the network, rescaled if that is asked for.
+
+        Raises:
+            UsageError: a network with batch norm is to be rescaled, or its layers can't be.
+        """
+        backbone = context.backbone
+        n_classes = len(context.splits.train.classes)
+        if isinstance(backbone, AlexNetBackbone):
+            network = FineTunedAlexNet(backbone, n_classes, seed=context.seed)
+            network = network.to(context.device)
+            if self.rescales(backbone):
+                self._rescale(network, context)
+            return network
+        if self.rescale:
+            raise UsageError(
+                f"{self.setting}.rescale is true, but {type(backbone).__name__} has batch norm, "
+                "which undoes every scale: give model=alexnet weights, or rescale=null"
+            )
+        network = Classifier(copy.deepcopy(backbone), n_classes, seed=context.seed)
+        nn.init.constant_(network.head.bias, _NEW_BIAS)
+        return network
+
+    def rescales(self, backbone: Backbone) -> bool:
+        """Returns whether the layers of a network with this backbone are rescaled."""
+        if self.rescale is None:
+            return isinstance(backbone, AlexNetBackbone)
+        return self.rescale
+
+    def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        trained = network if self.trained == "all layers" else _head(network)
+        weights, biases = [], []
+        for module in trained.modules():
+            is_layer = isinstance(module, nn.Conv2d | nn.Linear)
+            for name, parameter in module.named_parameters(recurse=False):
+                (biases if is_layer and name == "bias" else weights).append(parameter)
+        fast_rate = _BIAS_RATE * self.learning_rate
+        return [{"params": weights}, {"params": biases, "lr": fast_rate}]
+
+    def gradient_limit(self) -> float:
+        return self.clip_norm
+
+    def loss(
+        self, network: nn.Module, samples: Sequence[ViewSample], device: torch.device
+    ) -> Float[Tensor, ""]:
+        """Returns the binary cross-entropy, summed over classes, as a mean over images.
+
+        A class that is marked as difficult in an image does not count there.
+        """
+        if self.trained == "fc6-8":
+            # Of layers that are not trained, batch norm must not move either.
+            _trunk(network).eval()
+        pixels = np.zeros((0, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES, 3), dtype=np.uint8)
+        if samples:
+            pixels = np.stack([sample.pixels for sample in samples])
+        logits = network(_normalized(pixels, device)).float()
+        presence = torch.full(logits.shape, DIFFICULT)
+        if samples:
+            presence = torch.from_numpy(np.stack([sample.presence for sample in samples]))
+        return multi_label_loss(logits, presence.to(device))
+
+    def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
+        answers = self._answers(network, context)
+        classes = usable_classes(context.splits)
+        presence = torch.from_numpy(presence_of(context.splits.held_out))
+
+        def precisions(of_images: Sequence[tuple[int, Tensor]]) -> tuple[int, dict[str, float]]:
+            indices = [index for index, _ in of_images]
+            logits = torch.stack([logits for _, logits in of_images])
+            return len(indices), self._precisions(
+                logits[:, :, classes], presence[indices][:, classes]
+            )
+
+        n_images, values = answers.evaluate(precisions)
+        rescaled = self.rescales(context.backbone)
+        scores = []
+        for metric, value in values.items():
+            is_headline = metric == "map"
+            score = Score(
+                table=_TABLE if is_headline else "",
+                column=self.trained if is_headline else "",
+                variant="rescaled" if rescaled else "",
+                metric=metric,
+                headline=is_headline,
+                value=100 * value,
+                n=n_images,
+                protocol="3.15",
+                deviations=tuple(self._own_deviations(context, classes)),
+                details=tuple(self._own_details(context, rescaled)),
+            )
+            scores.append(score)
+        return scores
+
+    @torch.no_grad()
+    def _answers(self, network: nn.Module, context: Context) -> PerImage[tuple[int, Tensor]]:
+        """Returns the logits (crops x classes) of this process's part of the held-out images."""
+        network.eval()
+        images = context.splits.held_out
+        config = context.encode_config
+        (own_indices,) = split_for_rank(range(len(images)))
+        batches = []
+        for start in range(0, len(own_indices), self.batch):
+            indices = own_indices[start : start + self.batch]
+            keys = []
+            for index in indices:
+                keys.append((index, seed_for(Use.TEST_CROPS, context.seed, index)))
+            batches.append(keys)
+        read = read_samples(
+            images,
+            MakeCrops(images=images, view=self.view, crops=self.crops),
+            batches,
+            workers=config.workers,
+            stopping=config.stopping,
+        )
+        unreadable = config.unreadable_of(len(images))
+        answers: PerImage[tuple[int, Tensor]] = PerImage()
+        what = f"classifying {images.name} {images.split}"
+        for batch in config.progress(read, what, len(batches)):
+            unreadable.add(batch.unreadable)
+            if not batch.samples:
+                continue
+            pixels = np.concatenate([sample.pixels for sample in batch.samples])
+            with torch.autocast(context.device.type, torch.bfloat16, enabled=config.bf16):
+                logits = network(_normalized(pixels, context.device))
+            by_image = logits.float().cpu().split(self.crops)
+            for sample, of_crops in zip(batch.samples, by_image, strict=True):
+                answers.add(sample.index, (sample.index, of_crops.clone()))
+        return answers
+
+    def _precisions(
+        self, logits: Float[Tensor, "n crops c"], presence: Int[Tensor, "n c"]
+    ) -> dict[str, float]:
+        """Returns mAP from 0 to 1, by its metric's name. Classes are those that can be tested."""
+        if not len(logits):
+            raise DataError("none of the images to test on can be read, so mAP has no value")
+        positive, counted = presence == THERE, presence != DIFFICULT
+        answers = logits.double().mean(dim=1)
+        return {
+            "map": float(ap_steps(answers, positive, counted).nanmean()),
+            # As VOC's own development kit computes it since 2010.
+            "map_area": float(ap_area(answers, positive, counted).nanmean()),
+            # The code also prints the result of a single view.
+            "map_1crop": float(ap_steps(logits[:, 0].double(), positive, counted).nanmean()),
+        }
+
+    def _rescale(self, network: FineTunedAlexNet, context: Context) -> None:
+        """Rescales the layers by views of training images, as magic_init.py does with `-l -cs`.
+
+        Layers that have weights keep them up to one scale a layer. New ones are normalized first.
+        The last layer is drawn again afterwards, as train_cls.py does it.
+        """
+        network.eval()
+        new = network.new_layers()
+        batches = list(self._rescaling_batches(context))
+        normalize_outputs(network, new, batches, mean=_RESCALED_MEAN)
+        gradient_seed = seed_for(Use.RESCALING_GRADIENT, context.seed)
+        equalize_rates(network, batches[0], seed=gradient_seed)
+        network.draw_last_layer()
+
+    def _rescaling_batches(self, context: Context) -> Iterator[Float[Tensor, "b 3 s s"]]:
+        images = context.splits.train
+        keys = []
+        for index in evenly_spaced(len(images), _RESCALING_BATCHES * _RESCALING_BATCH):
+            keys.append((index, seed_for(Use.RESCALING_VIEW, context.seed, index)))
+        # Neighbors in a list may be alike, so each batch takes images from all of it.
+        n_batches = -(-len(keys) // _RESCALING_BATCH)
+        batches = [keys[number::n_batches] for number in range(n_batches)]
+        what = f"rescaling by {images.name} {images.split}"
+        read = context.encode_config.read(images, self.view, batches, n_batches, what)
+        for batch in read:
+            if len(batch.pixels):
+                yield context.encode_config.to_device(batch.pixels)
+
+    def _own_deviations(self, context: Context, classes: Bool[Tensor, "all"]) -> Iterator[str]:
+        """Yields what differs from the published protocol beside the constants of the training."""
+        if isinstance(context.backbone, AlexNetBackbone):
+            yield "head of the paper's detector, as that of the published rows is not known"
+        else:
+            yield "a linear layer on the average pool in place of fc6 to fc8"
+        if str(self.view) != str(self.published_view):
+            yield f"{self.view} instead of {self.published_view}"
+        missing = []
+        for name, is_usable in zip(context.splits.train.classes, classes.tolist(), strict=True):
+            if not is_usable:
+                missing.append(name)
+        if missing:
+            yield f"without {', '.join(missing)} (no positive image to train on or to test on)"
+
+    def _own_details(self, context: Context, rescaled: bool) -> Iterator[str]:
+        images = context.splits.train
+        yield f"trained on {len(images)} images of {images.name} {images.split}, {self.view}"
+        yield f"{self.trained} trained"
+        yield f"mean of {self.crops} random crops"
+        if rescaled:
+            n_images = min(len(images), _RESCALING_BATCHES * _RESCALING_BATCH)
+            yield f"rescaled by views of {n_images} training images"
+
+
+def presence_of(images: ImageSet) -> Presence:
+    """Returns for each image and class whether it is there: 1, 0 (difficult) or -1."""
+    if not isinstance(images, MultiLabeled):
+        raise TypeError(f"{images.name} {images.split} does not say which classes are in an image")
+    return np.array(images.presence(), dtype=np.int64)
+
+
+def usable_classes(splits: Splits) -> Bool[Tensor, "classes"]:
+    """Returns of each class whether training images are with it and without it, and a test image.
+
+    A test image has to show the class, as its average precision has no value otherwise.
+    """
+    in_train = torch.from_numpy(presence_of(splits.train)) == THERE
+    in_test = torch.from_numpy(presence_of(splits.held_out)) == THERE
+    return in_train.any(dim=0) & ~in_train.all(dim=0) & in_test.any(dim=0)
+
+
+def multi_label_loss(
+    logits: Float[Tensor, "n classes"], presence: Int[Tensor, "n classes"]
+) -> Float[Tensor, ""]:
+    """Returns the binary cross-entropy without difficult classes: a sum over classes, mean over n.
+
+    Of no images it is NaN, but its gradients are zero.
+    """
+    targets = (presence == THERE).to(logits.dtype)
+    losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (losses * (presence != DIFFICULT)).sum() / len(logits)
+
+
+def _normalized(pixels: UInt8[np.ndarray, "n s s 3"], device: torch.device) -> Tensor:
+    """Returns images (n 3 s s) on the device, as networks take them."""
+    images = torch.from_numpy(pixels).to(device, non_blocking=True)
+    return ByDataset()(images.permute(0, 3, 1, 2).float())
+
+
+def _trunk(network: nn.Module) -> nn.Module:
+    if isinstance(network, FineTunedAlexNet):
+        return network.trunk
+    return _as_classifier(network).backbone
+
+
+def _head(network: nn.Module) -> nn.Module:
+    if isinstance(network, FineTunedAlexNet):
+        return network.head
+    return _as_classifier(network).head
+
+
+def _as_classifier(network: nn.Module) -> Classifier:
+    if not isinstance(network, Classifier):
+        raise TypeError(f"{type(network).__name__} is no network of this evaluation")
+    return network
