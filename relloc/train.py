@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from relloc.runs.launch import launch
+from relloc.runs.start_command import start_command
 
 
 def run(config: DictConfig) -> None:
@@ -14,4 +14,4 @@ def run(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(run, "train")
+    start_command(run, "train")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -99,25 +100,38 @@ class Check:
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Check":
         """Returns the check that `as_json` returned, from the JSON that it was written as."""
-        splits = {role: SplitCheck(**_with_types(content[role])) for role in ROLES}
-        return Check(**{**_with_types(content), **splits})
+        fields = _with_types(content)
+        for role in ROLES:
+            fields_of_split = _with_types(content[role])
+            fields[role] = SplitCheck(**fields_of_split)
+        return Check(**fields)
 
     def findings(self) -> list[str]:
         """Returns a sentence for each problem, the most serious first."""
         sentences = []
         if self.leaked.n:
+            train = self.train.split
             held_out = self.held_out.split
-            leaked = quantity(self.leaked.n, f"image of {held_out} is", f"images of {held_out} are")
-            sentences.append(
-                f"LEAK: {leaked} also in "
-                f"{self.train.split}, with the same bytes ({self.leaked}): results on "
-                f"{held_out} would be too good"
+            images = quantity(
+                self.leaked.n,
+                f"image of {held_out} is",
+                f"images of {held_out} are",
             )
-        return sentences + _findings(self.train) + _findings(self.held_out)
+            sentences.append(
+                f"LEAK: {images} also in {train}, with the same bytes ({self.leaked}): "
+                f"results on {held_out} would be too good"
+            )
+        sentences += _findings(self.train)
+        sentences += _findings(self.held_out)
+        return sentences
 
 
 def check(
-    data: Splits, *, published: Mapping[str, int] | None, workers: int, progress: Progress
+    data: Splits,
+    *,
+    published: Mapping[str, int] | None,
+    workers: int,
+    progress: Progress,
 ) -> Check:
     """Reads every image of both splits once, in `workers` processes, and returns the result.
 
@@ -125,29 +139,47 @@ def check(
     """
     parts = divide_into_parts(data, _IMAGES_PER_PART)
     total = len(data.train) + len(data.held_out)
-    with tempfile.TemporaryDirectory(prefix="relloc_check_") as folder:
-        work = functools.partial(_examine, data, Path(folder))
-        work_through(work, parts, workers=workers, total=total, done=0, progress=progress)
-        return summary(data, Path(folder), parts, published)
+    # Processes hand over their records in files, which nobody needs after the summary.
+    with tempfile.TemporaryDirectory(prefix="relloc_check_") as name:
+        folder = Path(name)
+        work = functools.partial(_examine, data, folder)
+        work_through(
+            work,
+            parts,
+            workers=workers,
+            total=total,
+            done=0,
+            progress=progress,
+        )
+        return summary(data, folder, parts, published)
 
 
 def summary(
-    data: Splits, folder: Path, parts: Sequence[Part], published: Mapping[str, int] | None
+    data: Splits,
+    folder: Path,
+    parts: Sequence[Part],
+    published: Mapping[str, int] | None,
 ) -> Check:
     """Returns the check of a data set all of whose parts are finished in `folder`."""
-    published_counts = published or {}
+    counts = published or {}
     train_parts = [part for part in parts if part.role == "train"]
     held_out_parts = [part for part in parts if part.role == "held_out"]
-    train, train_files = _split_check(data.train, folder, train_parts, published_counts)
-    held_out, held_out_files = _split_check(data.held_out, folder, held_out_parts, published_counts)
-    # Reversed, so that the first of several equal training files is named.
-    train_name_of = {content: name for name, content in reversed(train_files)}
-    leaks = [
-        f"{name} = {train_name_of[content]}"
-        for name, content in held_out_files
-        if content in train_name_of
-    ]
-    return Check(name=data.train.name, train=train, held_out=held_out, leaked=_counted(leaks))
+    train, train_files = _split_check(data.train, folder, train_parts, counts)
+    held_out, held_out_files = _split_check(data.held_out, folder, held_out_parts, counts)
+    # The first of several equal training files is named.
+    train_name_of: dict[bytes, str] = {}
+    for name, content in train_files:
+        train_name_of.setdefault(content, name)
+    leaks = []
+    for name, content in held_out_files:
+        if content in train_name_of:
+            leaks.append(f"{name} = {train_name_of[content]}")
+    return Check(
+        name=data.train.name,
+        train=train,
+        held_out=held_out,
+        leaked=_counted(leaks),
+    )
 
 
 def examine(
@@ -165,7 +197,8 @@ def examine(
     """
     records = np.zeros(len(part), kind)
     unreadable: dict[int, str] = {}
-    for record, index in zip(records, range(part.start, part.stop), strict=True):
+    indices = range(part.start, part.stop)
+    for record, index in zip(records, indices, strict=True):
         try:
             file = original(images, index)
             if store:
@@ -184,54 +217,63 @@ def _examine(data: Splits, folder: Path, part: Part, tick: Tick) -> None:
 
     def check_annotation(record: np.void, index: int, file: ImageFile) -> None:
         del record
-        if isinstance(images, CheckedAnnotations):
-            found = images.check_annotation(index, file.rgb.height, file.rgb.width)
-            if found:
-                odd[index] = found
+        if not isinstance(images, CheckedAnnotations):
+            return
+        # Annotations are compared with the size of the image, which is known only now.
+        found = images.check_annotation(index, file.rgb.height, file.rgb.width)
+        if found:
+            odd[index] = found
 
     records, unreadable = examine(images, part, FACTS, tick, check_annotation)
-    save_part(folder, part, records, {"unreadable": unreadable, "odd": odd})
+    about = {"unreadable": unreadable, "odd": odd}
+    save_part(folder, part, records, about)
 
 
 def _split_check(
-    images: ImageSet, folder: Path, parts: list[Part], published: Mapping[str, int]
+    images: ImageSet,
+    folder: Path,
+    parts: list[Part],
+    published: Mapping[str, int],
 ) -> tuple[SplitCheck, list[tuple[str, bytes]]]:
     """Returns the check of a split, and the names and hashes of its readable files."""
     image_names = names(images)
     records = records_of(folder, parts)
-    short, long = np.sort([records["height"], records["width"]], axis=0)
+    sides = [records["height"], records["width"]]
+    short, long = np.sort(sides, axis=0)
     # Sides are 0 where the image can't be read.
     readable = np.flatnonzero(short)
     readable_short = short[readable]
 
     # Hashes of files: evenly spaced ones are kept, equal ones are repetitions.
+    hashes = records["sha256"][readable]
     files: list[tuple[str, bytes]] = []
-    for index, content in zip(readable, records["sha256"][readable], strict=True):
-        files.append((image_names[index], content.tobytes()))
-    sampling_step = max(1, -(-len(files) // _HASHED))
-    sampled = files[::sampling_step]
-    first_name_of: dict[bytes, str] = {}
-    repeated = []
-    for name, content in files:
-        if content in first_name_of:
-            repeated.append(f"{name} = {first_name_of[content]}")
-        first_name_of.setdefault(content, name)
+    for index, content in zip(readable, hashes, strict=True):
+        name = image_names[index]
+        files.append((name, content.tobytes()))
+    # Rounded up, so that at most _HASHED of them are kept.
+    sampling_step = math.ceil(len(files) / _HASHED)
+    sampled = files[:: max(1, sampling_step)]
+    repeated = _repeated(files)
 
     unreadable, odd = _noted(folder, parts, image_names)
 
     # Statistics over classes and sizes, where there are labels and readable images.
     class_images = None
     if images.labels is not None:
-        counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes))
+        labels = np.asarray(images.labels)
+        counts = np.bincount(labels, minlength=len(images.classes))
         class_images = (int(counts.min()), int(counts.max()))
     short_px = None
     if len(readable):
+        smallest = int(readable_short.min())
         median = int(np.median(readable_short))
-        short_px = (int(readable_short.min()), median, int(readable_short.max()))
+        largest = int(readable_short.max())
+        short_px = (smallest, median, largest)
 
     def counted(chosen: np.ndarray) -> CountedImages:
         indices = np.flatnonzero(chosen & (short > 0))
-        return _counted([image_names[index] for index in indices])
+        chosen_names = [image_names[index] for index in indices]
+        return _counted(chosen_names)
 
     split_check = SplitCheck(
         split=images.split,
@@ -251,20 +293,41 @@ def _split_check(
     return split_check, files
 
 
+def _repeated(files: Sequence[tuple[str, bytes]]) -> list[str]:
+    """Returns a text NAME = EARLIER NAME for each file with the bytes of an earlier one.
+
+    `files` are pairs of a name and the hash of the content.
+    """
+    first_name_of: dict[bytes, str] = {}
+    repeated = []
+    for name, content in files:
+        if content in first_name_of:
+            repeated.append(f"{name} = {first_name_of[content]}")
+        else:
+            first_name_of[content] = name
+    return repeated
+
+
 def _noted(
-    folder: Path, parts: list[Part], image_names: Sequence[str]
+    folder: Path,
+    parts: list[Part],
+    image_names: Sequence[str],
 ) -> tuple[dict[str, str], dict[str, CountedImages]]:
     """Returns why images can't be read, by image, and images by what is odd in annotations."""
     unreadable: dict[str, str] = {}
     odd: dict[str, list[str]] = {}
     for part in parts:
         about = read_part(folder, part) or {}
+        # JSON has turned the numbers of images into texts.
         for index, reason in about["unreadable"].items():
-            unreadable[image_names[int(index)]] = reason
+            name = image_names[int(index)]
+            unreadable[name] = reason
         # Packing does not look at annotations.
         for index, found in about.get("odd", {}).items():
+            name = image_names[int(index)]
             for kind, where in found.items():
-                odd.setdefault(kind, []).append(f"{image_names[int(index)]}: {where}")
+                lines = odd.setdefault(kind, [])
+                lines.append(f"{name}: {where}")
     return unreadable, {kind: _counted(lines) for kind, lines in odd.items()}
 
 
@@ -281,14 +344,18 @@ def _findings(split_check: SplitCheck) -> list[str]:
         sentences.append(
             f"{split} has {split_check.images} images, the published set {split_check.published}"
         )
-    if split_check.unreadable:
-        name, reason = next(iter(split_check.unreadable.items()))
+    unreadable = split_check.unreadable
+    if unreadable:
+        images = quantity(len(unreadable), "image")
+        # One reason is enough: most often all have the same.
+        name, reason = next(iter(unreadable.items()))
         sentences.append(
-            f"{split}: {quantity(len(split_check.unreadable), 'image')} can't be read, such as "
-            f"{escaped(name)}: {escaped(reason)}"
+            f"{split}: {images} can't be read, such as {escaped(name)}: {escaped(reason)}"
         )
-    if split_check.class_images and split_check.class_images[0] == 0:
-        sentences.append(f"{split}: a class has no images")
+    if split_check.class_images:
+        fewest, _ = split_check.class_images
+        if fewest == 0:
+            sentences.append(f"{split}: a class has no images")
     for kind, counted in split_check.odd_annotations.items():
         images = quantity(counted.n, "image has", "images have")
         sentences.append(f"{split}: {images} {kind} ({counted})")
@@ -313,7 +380,9 @@ def _with_types(content: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, dict) and value.keys() == {"n", "examples"}:
-            value = CountedImages(n=value["n"], examples=tuple(value["examples"]))
+            # A dict with these two keys is what dataclasses.asdict made of a `CountedImages`.
+            examples = tuple(value["examples"])
+            value = CountedImages(n=value["n"], examples=examples)
         elif name == "odd_annotations":
             value = _with_types(value)
         fields[name] = value

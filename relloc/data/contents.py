@@ -53,26 +53,42 @@ def hash_files(
     """
     sizes = _in_threads(_size, paths, progress, "file sizes")
     hasher = hashlib.sha256(b"images in files\0")
-    sizes_and_names = (f"{size} {name}" for name, size in zip(names, sizes, strict=True))
+    # Names and sizes of all files count, however many there are.
+    named_sizes = zip(names, sizes, strict=True)
+    sizes_and_names = (f"{size} {name}" for name, size in named_sizes)
     for text in itertools.chain(other_content, sizes_and_names):
         # The length stands before the text: names may hold any character, even line ends, and two
         # different sets may not have the same text.
-        hasher.update(f"{len(text)}:{text}".encode("utf-8", "surrogateescape"))
+        counted_text = f"{len(text)}:{text}"
+        hasher.update(counted_text.encode("utf-8", "surrogateescape"))
+    # Of the bytes, those of all files or of a sample count.
     sampled = [paths[index] for index in _sampled(sizes)]
-    for content_hash in _in_threads(_content_hash, sampled, progress, "files"):
+    content_hashes = _in_threads(_content_hash, sampled, progress, "files")
+    for content_hash in content_hashes:
         hasher.update(content_hash)
     return versioned(hasher)
 
 
 def _in_threads(
-    function: Callable[[str], T], paths: Sequence[str], progress: Progress, what: str
+    function: Callable[[str], T],
+    paths: Sequence[str],
+    progress: Progress,
+    what: str,
 ) -> list[T]:
     """Returns the value of a function for each path, in their order, computed in threads."""
+
+    def work_on(task: Sequence[str]) -> list[T]:
+        return list(map(function, task))
+
     # A hundred paths are one task, since a task for each would cost more than the work.
-    tasks = [paths[start : start + _PER_TASK] for start in range(0, len(paths), _PER_TASK)]
+    tasks = []
+    for start in range(0, len(paths), _PER_TASK):
+        stop = start + _PER_TASK
+        tasks.append(paths[start:stop])
     values: list[T] = []
     with ThreadPoolExecutor(_THREADS) as threads, progress(len(paths), 0) as report:
-        for task_values in threads.map(lambda task: list(map(function, task)), tasks):
+        # map returns results in the order of the tasks.
+        for task_values in threads.map(work_on, tasks):
             values += task_values
             report(len(values), what)
     return values
@@ -85,7 +101,9 @@ def _size(path: str) -> int | None:
         status = os.stat(path)
     except (OSError, ValueError):
         return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return status.st_size
 
 
 def _sampled(sizes: Sequence[int | None]) -> list[int]:
@@ -93,17 +111,25 @@ def _sampled(sizes: Sequence[int | None]) -> list[int]:
 
     In a small set these are all, in a larger one a seeded sample of limited bytes.
     """
+    n_files = len(sizes)
     known_sizes = np.array([size or 0 for size in sizes], np.int64)
-    if len(sizes) <= WHOLE_IMAGES and known_sizes.sum() <= WHOLE_BYTES:
-        indices = np.arange(len(sizes))
+    is_small = n_files <= WHOLE_IMAGES and known_sizes.sum() <= WHOLE_BYTES
+    if is_small:
+        indices = np.arange(n_files)
     else:
-        count = min(len(sizes), SAMPLED_IMAGES)
+        count = min(n_files, SAMPLED_IMAGES)
+        # The same seed at every start: the digest has to be the same.
         rng = np.random.default_rng(0)
-        indices = rng.choice(len(sizes), count, replace=False)
+        drawn = rng.choice(n_files, count, replace=False)
         # Files are taken in random order until their bytes exceed the limit, then sorted.
-        bytes_so_far = np.cumsum(known_sizes[indices])
-        indices = np.sort(indices[bytes_so_far <= SAMPLED_BYTES])
-    return [index for index in indices.tolist() if sizes[index] is not None]
+        bytes_so_far = np.cumsum(known_sizes[drawn])
+        within_limit = drawn[bytes_so_far <= SAMPLED_BYTES]
+        indices = np.sort(within_limit)
+    sampled = []
+    for index in indices.tolist():
+        if sizes[index] is not None:
+            sampled.append(index)
+    return sampled
 
 
 def _content_hash(path: str) -> bytes:
@@ -111,7 +137,9 @@ def _content_hash(path: str) -> bytes:
     # O_NONBLOCK: to open a pipe would otherwise wait for its writer.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(os.open(path, flags), "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        descriptor = os.open(path, flags)
+        with open(descriptor, "rb") as file:
+            hasher = hashlib.file_digest(file, "sha256")
+            return hasher.digest()
     except OSError:
         return b"can't be read"

@@ -85,9 +85,11 @@ class FolderImages:
         `relloc.data.contents` describes how much of each file counts. `progress` shows the files
         that are read.
         """
+        # Hashing reads many files: it is done once, and only where the digest is needed.
         if not self._made:
+            names = self.names()
             other_content = self.other_content(progress)
-            digest = hash_files(self.paths, self.names(), other_content, progress)
+            digest = hash_files(self.paths, names, other_content, progress)
             self._made.append(digest)
         return self._made[0]
 
@@ -112,11 +114,13 @@ def names_below_common_folder(paths: Sequence[str]) -> Iterator[str]:
     # Millions of files lie in a few thousand folders: only these are made absolute.
     folders = {os.path.dirname(path) for path in paths}
     absolute = {folder: os.path.abspath(folder) for folder in folders}
-    common = os.path.commonpath(absolute.values()).rstrip("/")
+    common = os.path.commonpath(absolute.values())
+    # The common folder may be / itself, the only one that ends with a slash.
+    length = len(common.rstrip("/")) + 1
     for path in paths:
         folder, _, name = path.rpartition("/")
         absolute_path = f"{absolute[folder]}/{name}"
-        yield absolute_path[len(common) + 1 :]
+        yield absolute_path[length:]
 
 
 def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
@@ -141,19 +145,25 @@ def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
 
 
 def _labeled(
-    name: str, folder: Path, classes: tuple[str, ...], passed_over: PassedOver
+    name: str,
+    folder: Path,
+    classes: tuple[str, ...],
+    passed_over: PassedOver,
 ) -> FolderImages:
     """Returns one split from its class folders; what is skipped is counted in `passed_over`."""
     paths = []
     labels = []
     empty = []
+    # Images beside the class folders have no label.
     outside_of_classes(folder, passed_over)
     for label, class_name in enumerate(classes):
-        in_class = list(images_below(folder / class_name, passed_over))
+        class_folder = folder / class_name
+        in_class = list(images_below(class_folder, passed_over))
         paths += in_class
         labels += [label] * len(in_class)
         if not in_class:
             empty.append(class_name)
+    # An empty class is most often an archive that was unpacked in part.
     if empty:
         problem = (
             f"{folder}: {len(empty)} of {len(classes)} class folders hold no images "
@@ -222,28 +232,39 @@ def class_folders(
     val_images = _labeled(name, val_folder, classes, passed_over)
 
     # Remarks for the user: what was found, and what was not used.
-    counts = [
-        f"{images.split}: {quantity(len(images), 'image')} of "
-        f"{quantity(len(classes), 'class', 'classes')}"
-        for images in (train_images, val_images)
-    ]
+    n_classes = quantity(len(classes), "class", "classes")
+    counts = []
+    for images in (train_images, val_images):
+        n_images = quantity(len(images), "image")
+        counts.append(f"{images.split}: {n_images} of {n_classes}")
     remarks = ["; ".join(counts)]
     unused = [folder for folder in class_folders_of(base) if folder not in (train, val)]
     if unused:
         remarks.append(f"not used: the folders {first_names(unused)}")
+    # An empty text if nothing was passed over
     remarks.append(describe_passed_over(passed_over))
-    splits = Splits(train=train_images, held_out=val_images, remarks=tuple(filter(None, remarks)))
+    splits = Splits(
+        train=train_images,
+        held_out=val_images,
+        remarks=tuple(filter(None, remarks)),
+    )
     warn_of_other_counts(splits, published_images)
     return splits
 
 
 def _unlabeled(
-    name: str, roots: Sequence[Path], held_out_share: float, *, pool_splits: bool
+    name: str,
+    roots: Sequence[Path],
+    held_out_share: float,
+    *,
+    pool_splits: bool,
 ) -> Splits:
     """Returns all images in and below `roots` without labels, a share of them held out."""
     # No image may be counted twice, least of all in both splits.
     for outer, inner in itertools.permutations(roots, 2):
-        if inner.resolve().is_relative_to(outer.resolve()):
+        # Resolved, since one of them may be a link into the other.
+        is_inside = inner.resolve().is_relative_to(outer.resolve())
+        if is_inside:
             raise DataError(
                 f"data.root: {inner} lies in {outer}, so that its images would be taken twice: "
                 "name one of them"
@@ -258,9 +279,11 @@ def _unlabeled(
         tree = images_by_folder(root, paths)
         if not pool_splits:
             refuse_pooled_splits(tree, is_only_root=len(roots) == 1)
-        sentences += [_unlabeled_remark(tree), describe_passed_over(passed_over)]
+        sentences.append(_unlabeled_remark(tree))
+        sentences.append(describe_passed_over(passed_over))
         for path in paths:
-            is_held_out = _hash_fraction(os.path.relpath(path, root)) < held_out_share
+            relative_path = os.path.relpath(path, root)
+            is_held_out = _hash_fraction(relative_path) < held_out_share
             role: Role = "held_out" if is_held_out else "train"
             paths_of[role].append(path)
 
@@ -285,8 +308,12 @@ def _hash_fraction(name: str) -> float:
 
     It depends on this name alone, so that adding images moves none to the other split.
     """
-    hashed = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(hashed[:8], "big") / 2**64
+    # Names of files may have bytes that are no UTF-8.
+    encoded = name.encode("utf-8", "surrogateescape")
+    digest = hashlib.sha256(encoded).digest()
+    # The first 64 bits, as a whole number, in parts of 2^64
+    number = int.from_bytes(digest[:8], "big")
+    return number / 2**64
 
 
 def _unlabeled_remark(tree: FolderTree) -> str:
@@ -346,9 +373,14 @@ def folder(
             "means nothing, name two splits"
         )
 
+    first_root = roots[0]
     has_class_folders = (
-        len(roots) == 1 and class_folders_of(roots[0] / train) and class_folders_of(roots[0] / val)
+        len(roots) == 1
+        and class_folders_of(first_root / train)
+        and class_folders_of(first_root / val)
     )
-    if not pool_splits and (splits_are_named or has_class_folders):
-        return class_folders(name=name, root=str(roots[0]), train=train, val=val)
+    # Named splits without class folders are refused in there.
+    is_labeled = splits_are_named or has_class_folders
+    if is_labeled and not pool_splits:
+        return class_folders(name=name, root=str(first_root), train=train, val=val)
     return _unlabeled(name, roots, held_out_share, pool_splits=pool_splits)

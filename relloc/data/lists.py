@@ -82,13 +82,16 @@ class VocImages(FolderImages):
             annotations = self.devkit / "Annotations"
             return [_annotated_presence(annotations / f"{image}.xml") for image in self.listed]
         columns = [self._class_list(path) for path in class_lists]
-        return [list(row) for row in zip(*columns, strict=True)]
+        # From lists by class to lists by image
+        rows = zip(*columns, strict=True)
+        return [list(row) for row in rows]
 
     def _class_list(self, path: Path) -> list[int]:
         """Returns for each image whether it shows one class, from the list of that class."""
         presence = {}
         year = self.devkit.name.removeprefix("VOC")
         for number, line in numbered_lines(path, _VOC.format(year=year)):
+            # The name of an image, one or two spaces, and a number
             image, *rest = line.split()
             if rest not in (["1"], ["0"], ["-1"]):
                 raise DataError(
@@ -115,10 +118,12 @@ def _annotated_presence(path: Path) -> list[int]:
     presence = dict.fromkeys(VOC_CLASSES, NOT_THERE)
     for annotated in root.findall("object"):
         name = annotated.findtext("name", "")
-        is_difficult = annotated.findtext("difficult", "0").strip() == "1"
+        if name not in presence:
+            continue
+        flag = annotated.findtext("difficult", "0")
+        of_object = DIFFICULT if flag.strip() == "1" else THERE
         # A class is difficult only if all its objects are: one that is not outweighs others.
-        if name in presence:
-            presence[name] = max(presence[name], DIFFICULT if is_difficult else THERE)
+        presence[name] = max(presence[name], of_object)
     return list(presence.values())
 
 
@@ -144,21 +149,23 @@ def voc(
     """
     devkit = voc_devkit(root, year)
     splits = []
-    lists = [devkit / "ImageSets" / "Main" / f"{split}.txt" for split in (train, held_out)]
+    lists = []
     for split in (train, held_out):
+        lists.append(devkit / "ImageSets" / "Main" / f"{split}.txt")
         listed = voc_list(devkit, "Main", split)
-        paths = [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
-        splits.append(
-            VocImages(
-                name=name,
-                split=split,
-                paths=paths,
-                classes=VOC_CLASSES,
-                devkit=devkit,
-                listed=listed,
-            )
+        folder = devkit / "JPEGImages"
+        images = VocImages(
+            name=name,
+            split=split,
+            paths=[f"{folder}/{image}.jpg" for image in listed],
+            classes=VOC_CLASSES,
+            devkit=devkit,
+            listed=listed,
         )
-    return checked_splits(splits, lists, published_images if year == COUNTED_YEAR else None)
+        splits.append(images)
+    # Official numbers of images are those of one year.
+    counts = published_images if year == COUNTED_YEAR else None
+    return checked_splits(splits, lists, counts)
 
 
 def voc_devkit(root: str | None, year: int) -> Path:
@@ -169,13 +176,14 @@ def voc_devkit(root: str | None, year: int) -> Path:
     """
     holding = _VOC.format(year=year)
     above = require_root(root, holding)
-    candidates = (above / "VOCdevkit" / f"VOC{year}", above / f"VOC{year}", above)
-    devkit = next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
-    if devkit is None:
-        raise DataError(
-            f"{candidates[0] / 'JPEGImages'} is missing: data.root is to hold {holding}"
-        )
-    return devkit
+    below_devkit = above / "VOCdevkit" / f"VOC{year}"
+    candidates = (below_devkit, above / f"VOC{year}", above)
+    for folder in candidates:
+        if (folder / "JPEGImages").is_dir():
+            return folder
+    # The message names the place where the official archives put it.
+    expected = below_devkit / "JPEGImages"
+    raise DataError(f"{expected} is missing: data.root is to hold {holding}")
 
 
 def voc_list(devkit: Path, kind: str, split: str) -> list[str]:
@@ -184,10 +192,15 @@ def voc_list(devkit: Path, kind: str, split: str) -> list[str]:
     Raises:
         DataError: the list is missing, empty or damaged.
     """
-    holding = _VOC.format(year=devkit.name.removeprefix("VOC"))
+    year = devkit.name.removeprefix("VOC")
+    holding = _VOC.format(year=year)
     path = devkit / "ImageSets" / kind / f"{split}.txt"
-    # Lists of a class have a second column, which is not part of the name.
-    return [line.split()[0] for _, line in numbered_lines(path, holding)]
+    names = []
+    for _, line in numbered_lines(path, holding):
+        # Lists of a class have a second column, which is not part of the name.
+        name, *_ = line.split()
+        names.append(name)
+    return names
 
 
 def places205(
@@ -216,10 +229,13 @@ def places205(
     # Names of classes, for all numbers up to the largest training label.
     folder_of: dict[int, str] = {}
     for path, label in train:
-        folder_of.setdefault(label, str(Path(path).parent))
-    classes = tuple(folder_of.get(label, str(label)) for label in range(max(folder_of) + 1))
+        folder = Path(path).parent
+        folder_of.setdefault(label, str(folder))
+    # A number without images is its own name.
+    n_classes = max(folder_of) + 1
+    classes = tuple(folder_of.get(label, str(label)) for label in range(n_classes))
     largest = max(label for _, label in val)
-    if largest >= len(classes):
+    if largest >= n_classes:
         raise DataError(
             f"{lists[1]}: label {largest} is in no line of {lists[0]}: take both lists from the "
             "same release of the data set"
@@ -231,7 +247,8 @@ def places205(
     pairs = {(os.path.dirname(path), label) for path, label in train}
     label_of = dict(pairs)
     n_labels = len(set(label_of.values()))
-    if len(pairs) == len(label_of) == n_labels:
+    folders_are_classes = len(pairs) == len(label_of) == n_labels
+    if folders_are_classes:
         for path, label in val:
             folder = os.path.dirname(path)
             expected = label_of.get(folder, label)
@@ -340,6 +357,7 @@ def _annotated(
     labeled = []
     problem = f"{path}: an image without file name, annotation or known category"
     with data_errors(problem, KeyError, TypeError, AttributeError, advice=_UNPACK):
+        # The images of this data set show one species each.
         for annotation in content["annotations"]:
             image = annotation["image_id"]
             category = annotation["category_id"]
@@ -367,20 +385,17 @@ def _labeled_splits(
 ) -> Splits:
     """Returns both splits; `named` has the path below `folder` and the label of each image."""
     splits = []
-    for split, images in zip(("train", "val"), named, strict=True):
-        paths = [f"{folder}/{path}" for path, _ in images]
-        labels = [label for _, label in images]
+    for split, labeled in zip(("train", "val"), named, strict=True):
         # Labels are not part of the paths, so that the digest has to include them.
-        splits.append(
-            FolderImages(
-                name=name,
-                split=split,
-                paths=paths,
-                labels=labels,
-                classes=classes,
-                labels_are_listed=True,
-            )
+        images = FolderImages(
+            name=name,
+            split=split,
+            paths=[f"{folder}/{path}" for path, _ in labeled],
+            labels=[label for _, label in labeled],
+            classes=classes,
+            labels_are_listed=True,
         )
+        splits.append(images)
     return checked_splits(splits, lists, published_images)
 
 
@@ -420,8 +435,10 @@ def numbered_lines(path: Path, holding: str) -> list[tuple[int, str]]:
             raise DataError(
                 f"{path} line {number} holds a NUL byte: the file is damaged, unpack it again"
             )
-        if line.strip():
-            numbered.append((number, line.strip()))
+        # Lists may end with empty lines.
+        stripped = line.strip()
+        if stripped:
+            numbered.append((number, stripped))
     if not numbered:
         raise DataError(f"{path} names no images. {_UNPACK}")
     return numbered

@@ -90,9 +90,15 @@ def write_samples(
     side = len(pictures[0]) if pictures else 0
     shape = (len(pictures), side, side, 3)
     rows = memory(shape)
+    # Pictures are numpy arrays, and `rows.numpy()` is a view of the same memory.
     for row, pixels in zip(rows.numpy(), pictures, strict=True):
         row[:] = pixels
-    return BatchMessage(indices=indices, unreadable=unreadable, shape=shape), rows
+    message = BatchMessage(
+        indices=indices,
+        unreadable=unreadable,
+        shape=shape,
+    )
+    return message, rows
 
 
 def collate(samples: list[Sample], *, pin: bool = False) -> ImageBatch:
@@ -125,11 +131,21 @@ def load(
     # Without workers images are read here, one batch after another.
     if not workers:
         for keys in batches:
-            yield collate([samples[key] for key in keys], pin=pin)
+            batch = [samples[key] for key in keys]
+            yield collate(batch, pin=pin)
         return
+    # The workers get the data set once, when they start, and then only keys of samples.
     read = functools.partial(_read_and_hand_over, samples)
-    with ReadingProcesses(read, batches, workers=workers, stopping=stopping) as answers:
-        yield from look_ahead(answers, functools.partial(_received, pin=pin))
+    receive = functools.partial(_received, pin=pin)
+    reading = ReadingProcesses(
+        read,
+        batches,
+        workers=workers,
+        stopping=stopping,
+    )
+    with reading as answers:
+        # A few batches are received ahead, in threads, while the caller works on one.
+        yield from look_ahead(answers, receive)
 
 
 def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
@@ -155,17 +171,22 @@ def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
         descriptors.append(descriptor)
         return rows
 
-    message, rows = write_samples([samples[key] for key in keys], memory)
+    batch = [samples[key] for key in keys]
+    message, rows = write_samples(batch, memory)
     # As a numpy array, since torch would send a tensor through /dev/shm.
     pixels_in_message = None if descriptors else rows.numpy()
-    return Answer(content=(message, pixels_in_message), descriptors=tuple(descriptors))
+    return Answer(
+        content=(message, pixels_in_message),
+        descriptors=tuple(descriptors),
+    )
 
 
 def _received(answer: Answer, *, pin: bool) -> ImageBatch:
     """Returns, in the training process, the batch that `_read_and_hand_over` answered with."""
     message, pixels_in_message = answer.content
     if pixels_in_message is None:
-        rows = handed_over(answer.descriptors[0], message.shape)
+        [descriptor] = answer.descriptors
+        rows = handed_over(descriptor, message.shape)
     else:
         rows = torch.from_numpy(pixels_in_message)
     return message.batch(rows, pin=pin)
@@ -195,7 +216,9 @@ class Unreadable:
         self.reasons.update(reasons)
         if self.note:
             self.note(reasons)
-        if len(self.reasons) > self.most_share * self.n_images:
+        most = self.most_share * self.n_images
+        if len(self.reasons) > most:
+            # Dicts keep their order: this is the one that was met first.
             first, reason = next(iter(self.reasons.items()))
             raise DataError(
                 f"{len(self.reasons)} of {self.n_images} images can't be used, more than "
@@ -209,11 +232,12 @@ class Unreadable:
         Raises:
             DataError: as `add`, or the batch has fewer usable images.
         """
-        self.add(batch.unreadable)
+        unreadable = batch.unreadable
+        self.add(unreadable)
         if len(batch.pixels) < images:
-            first, reason = next(iter(batch.unreadable.items()))
+            n_unreadable = quantity(len(unreadable), "image")
+            first, reason = next(iter(unreadable.items()))
             raise DataError(
-                f"{quantity(len(batch.unreadable), 'image')} in a row can't be used, "
-                "so that none could "
+                f"{n_unreadable} in a row can't be used, so that none could "
                 f"replace another; the first is {first}: {reason}. Repair or remove them"
             )

@@ -55,12 +55,20 @@ def divide_into_parts(data: Splits, length: int) -> list[Part]:
         raise DataError(
             f"both splits of {data.train.name} are called {data.train.split}: give them two names"
         )
+    # No part has images of both splits, so that each file of records belongs to one of them.
     parts = []
     for role in ROLES:
         images = data.of(role)
-        for number, start in enumerate(range(0, len(images), length)):
-            stop = min(start + length, len(images))
-            part = Part(role=role, split=images.split, number=number, start=start, stop=stop)
+        n_images = len(images)
+        starts = range(0, n_images, length)
+        for number, start in enumerate(starts):
+            part = Part(
+                role=role,
+                split=images.split,
+                number=number,
+                start=start,
+                stop=min(start + length, n_images),
+            )
             parts.append(part)
     return parts
 
@@ -74,7 +82,13 @@ def original(images: ImageSet, index: int) -> ImageFile:
     if isinstance(images, FolderImages):
         return read_file(Path(images.paths[index]))
     rgb = images.read(index)
-    return ImageFile(content=b"%dx%d " % rgb.size + rgb.tobytes(), rgb=rgb, is_plain_jpeg=False)
+    # With the size, as images of other sizes may have the same pixels in one row after another.
+    size = b"%dx%d " % rgb.size
+    return ImageFile(
+        content=size + rgb.tobytes(),
+        rgb=rgb,
+        is_plain_jpeg=False,
+    )
 
 
 def names(images: ImageSet) -> list[str]:
@@ -86,47 +100,60 @@ def names(images: ImageSet) -> list[str]:
 
 def fill_facts(record: np.void, file: ImageFile) -> None:
     """Fills the fields of `FACTS` in the record of an image."""
-    record["height"] = file.rgb.height
-    record["width"] = file.rgb.width
+    rgb = file.rgb
+    record["height"] = rgb.height
+    record["width"] = rgb.width
     record["sha256"] = sha256(file.content)
     # For RGB, getextrema returns the lowest and the highest value of each channel.
-    record["single_color"] = all(low == high for low, high in file.rgb.getextrema())  # pyright: ignore[reportGeneralTypeIssues]
+    extrema: Any = rgb.getextrema()
+    record["single_color"] = all(low == high for low, high in extrema)
 
 
 def sha256(content: bytes) -> np.ndarray:
     """Returns the SHA-256 of bytes as 32 numbers."""
-    return np.frombuffer(hashlib.sha256(content).digest(), dtype=np.uint8)
+    hasher = hashlib.sha256(content)
+    return np.frombuffer(hasher.digest(), dtype=np.uint8)
 
 
 def as_json(content: Any) -> bytes:
     """Returns JSON that has the same bytes for the same content, and can hold any file name."""
-    return (json.dumps(content, indent=1) + "\n").encode("ascii")
+    # json escapes all that is not ASCII, such as the bytes of names that are no UTF-8.
+    text = json.dumps(content, indent=1)
+    return f"{text}\n".encode("ascii")
 
 
 def save_part(folder: Path, part: Part, records: np.ndarray, about: dict[str, Any]) -> None:
     """Saves the records of a part, and then the JSON value `about`, which marks it as finished."""
     with writing(folder / f"{part.stem}.npy") as file:
         np.save(file, records, allow_pickle=False)
-    write_whole(folder / f"{part.stem}.json", as_json(about))
+    # Last, so that a part with a JSON file has its records, too.
+    json_file = folder / f"{part.stem}.json"
+    write_whole(json_file, as_json(about))
 
 
 def read_part(folder: Path, part: Part) -> dict[str, Any] | None:
     """Returns the JSON value of a part; None if the part is not finished or damaged."""
+    json_file = folder / f"{part.stem}.json"
     try:
-        about = json.loads((folder / f"{part.stem}.json").read_bytes())
+        about = json.loads(json_file.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return about if isinstance(about, dict) else None
+    if not isinstance(about, dict):
+        return None
+    return about
 
 
 def records_of(folder: Path, parts: list[Part]) -> np.ndarray:
     """Returns the records of finished parts in one array. Raises `DataError` if one is damaged."""
     records = []
+    # What numpy raises for a file that is missing, empty or cut off
     errors = (FileNotFoundError, EOFError, ValueError)
     for part in parts:
         path = folder / f"{part.stem}.npy"
         # Without its JSON file a part counts as not finished, and is worked on again.
         advice = f"Remove {path.with_suffix('.json')}, and start the command again"
-        with data_errors(f"{path} is missing or damaged", *errors, advice=advice):
-            records.append(np.load(path, allow_pickle=False))
+        problem = f"{path} is missing or damaged"
+        with data_errors(problem, *errors, advice=advice):
+            of_part = np.load(path, allow_pickle=False)
+            records.append(of_part)
     return np.concatenate(records)

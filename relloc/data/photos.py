@@ -8,6 +8,7 @@ rest, so that the two splits share no pixel. The label of a tile is its photogra
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from relloc.data.images import read_rgb
 from relloc.errors import DataError
 
 Split = Literal["train", "held_out"]
+# The package that each photograph comes with, and its path in there
 _FILES = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "chelsea": ("skimage", "data/chelsea.png"),
@@ -39,11 +41,13 @@ def read_photo(name: str) -> Image.Image:
     package, file = _FILES[name]
     # importlib.resources would import the package, which takes seconds.
     spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
         raise DataError(
             f"data=photos needs {package}, which is not installed: install relloc again"
         )
-    return read_rgb(Path(spec.submodule_search_locations[0], file))
+    path = Path(folders[0], file)
+    return read_rgb(path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +66,25 @@ def _starts(low: int, high: int, stride: float) -> list[int]:
     They are about `stride` apart, but at least 1.
     """
     extent = high - low
-    n_steps = max(1, round(extent / max(stride, 1)))
+    # The stride is changed a little, so that a whole number of steps reaches the end.
+    n_steps = round(extent / max(stride, 1))
+    n_steps = max(1, n_steps)
     # A set, as rounding may give the same number twice.
-    starts = {low + round(step * extent / n_steps) for step in range(n_steps + 1)}
+    starts = set()
+    for step in range(n_steps + 1):
+        offset = round(step * extent / n_steps)
+        starts.add(low + offset)
     return sorted(starts)
 
 
 def tiles_of(
-    photo: str, width: int, height: int, *, split: Split, tiles: Sequence[float], stride: float
+    photo: str,
+    width: int,
+    height: int,
+    *,
+    split: Split,
+    tiles: Sequence[float],
+    stride: float,
 ) -> list[Tile]:
     """Returns the tiles of one photograph in one split, of every size in `tiles`.
 
@@ -92,15 +107,25 @@ def tiles_of(
             "short side between 0 and 0.5, so that each has 1 px at least and half a photograph at "
             f"most (here {width}x{height} px); the stride is a share of the tile, above 0"
         )
-    # The range of the split along the long side.
+    # The range of the split along the long side. No tile crosses the boundary.
     boundary = long - strip
-    begin, end = (boundary, long) if split == "held_out" else (0, boundary)
+    if split == "held_out":
+        begin = boundary
+        end = long
+    else:
+        begin = 0
+        end = boundary
+    is_upright = width < height
     result = []
     for side in sides:
-        for along in _starts(begin, end - side, stride * side):
-            for across in _starts(0, short - side, stride * side):
-                left, top = (along, across) if width >= height else (across, along)
-                result.append(Tile(photo=photo, left=left, top=top, side_px=side))
+        stride_px = stride * side
+        all_along = _starts(begin, end - side, stride_px)
+        all_across = _starts(0, short - side, stride_px)
+        for along, across in itertools.product(all_along, all_across):
+            left = across if is_upright else along
+            top = along if is_upright else across
+            tile = Tile(photo=photo, left=left, top=top, side_px=side)
+            result.append(tile)
     return result
 
 
@@ -116,8 +141,17 @@ class PhotoTiles:
         self._photos = {photo: read_photo(photo) for photo in _FILES}
         self.tiles: list[Tile] = []
         for photo, image in self._photos.items():
-            self.tiles += tiles_of(photo, *image.size, split=split, tiles=tiles, stride=stride)
-        self.labels: Sequence[int] | None = [self.classes.index(tile.photo) for tile in self.tiles]
+            self.tiles += tiles_of(
+                photo,
+                image.width,
+                image.height,
+                split=split,
+                tiles=tiles,
+                stride=stride,
+            )
+        # The classes are the photographs, in the order of their names.
+        labels = [self.classes.index(tile.photo) for tile in self.tiles]
+        self.labels: Sequence[int] | None = labels
 
     def __len__(self) -> int:
         return len(self.tiles)

@@ -81,7 +81,9 @@ def _claimed_size(jpeg: bytearray) -> tuple[int, int]:
             return width, height
         position += 1
         if marker not in _WITHOUT_LENGTH:
-            length = int.from_bytes(jpeg[position + 1 : position + 3], "big")
+            # The length counts its own two bytes, but not the marker.
+            length_bytes = jpeg[position + 1 : position + 3]
+            length = int.from_bytes(length_bytes, "big")
             position += 1 + length
     return 0, 0
 
@@ -109,6 +111,7 @@ class _Files:
                 # Files beyond the limit are closed after this read.
                 is_kept = len(self._open) < _MOST_OPEN
                 closing = self._until_gone if is_kept else until_read
+                # Without a buffer: each read is of exactly one image.
                 file = closing.enter_context(open(path, "rb", buffering=0))
                 if is_kept:
                     self._open[path] = file
@@ -138,17 +141,20 @@ class ShardImages:
         self.folder = folder.absolute()
         self.role = role
         manifest = read_manifest(folder)
-        self._about = manifest[role]
+        about = manifest[role]
+        packed = manifest["packed"]
+        self._about = about
         self.name: str = manifest["name"]
-        self.split: str = self._about["split"]
-        self.classes: tuple[str, ...] = tuple(self._about["classes"])
-        self._per_shard: int = manifest["packed"]["images_per_shard"]
+        self.split: str = about["split"]
+        self.classes: tuple[str, ...] = tuple(about["classes"])
+        self._per_shard: int = packed["images_per_shard"]
         self._names = self.folder / names_name(self.split)
-        self._index = read_index(self.folder, self._about, self._per_shard)
+        self._index = read_index(self.folder, about, self._per_shard)
         labels = self._index.get("label")
-        self.labels: Sequence[int] | None = (
-            None if labels is None else array.array("q", labels.tobytes())
-        )
+        self.labels: Sequence[int] | None = None
+        if labels is not None:
+            # 8 bytes a label, where a list would need several times as much.
+            self.labels = array.array("q", labels.tobytes())
         self._files = _Files()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -166,27 +172,35 @@ class ShardImages:
         Raises:
             UnreadableImage: the image could not be read when packed, or its tar is damaged.
         """
-        size = int(self._index["size"][index])
+        sizes = self._index["size"]
+        size = int(sizes[index])
         # Size 0 marks an image that could not be read when the folder was packed.
         if size == 0:
             reasons = self._about["unreadable"]
-            reason = reasons.get(self.source(index), "was not readable when packed")
+            name = self.source(index)
+            reason = reasons.get(name, "was not readable when packed")
             raise UnreadableImage(str(reason))
-        tar = self.folder / shard_name(self.split, index // self._per_shard)
-        offset = int(self._index["offset"][index])
+        shard = index // self._per_shard
+        tar = self.folder / shard_name(self.split, shard)
+        offsets = self._index["offset"]
+        offset = int(offsets[index])
         try:
             content = self._files.read(tar, offset, size)
         except (OSError, EOFError) as error:
-            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+            kind = type(error).__name__
+            raise UnreadableImage(f"{kind}: {error}") from error
         return decoded(content)
 
     def source(self, index: int) -> str:
         """Returns the original name of an image. Raises `DataError` if it can't be read."""
-        start, stop = self._index["name_offset"][index : index + 2].tolist()
-        with data_errors(
-            f"{self._names} can't be read", OSError, EOFError, ValueError, advice="Pack again"
-        ):
-            return str(json.loads(self._files.read(self._names, start, stop - start)))
+        # A name ends where the next one begins; the offsets have one entry more than the images.
+        offsets = self._index["name_offset"]
+        start, stop = offsets[index : index + 2].tolist()
+        errors = (OSError, EOFError, ValueError)
+        problem = f"{self._names} can't be read"
+        with data_errors(problem, *errors, advice="Pack again"):
+            line = self._files.read(self._names, start, stop - start)
+            return str(json.loads(line))
 
     def digest(self) -> str:
         """Returns a hash of names, labels and the stored bytes of all images.
@@ -199,13 +213,17 @@ class ShardImages:
 
     @functools.cached_property
     def _digest(self) -> str:
-        heading = f"{self._about['digest']} {json.dumps(self.classes)}\n"
+        digest_when_packed = self._about["digest"]
+        class_names = json.dumps(self.classes)
+        heading = f"{digest_when_packed} {class_names}\n"
         hasher = hashlib.sha256(heading.encode(errors="surrogatepass"))
         for name in ("size", "label", "presence"):
+            # The name also counts where there are no values: labels are not taken for presence.
             hasher.update(name.encode())
             values = self._index.get(name)
             if values is not None:
-                hasher.update(np.ascontiguousarray(values).tobytes())
+                contiguous = np.ascontiguousarray(values)
+                hasher.update(contiguous.tobytes())
         hasher.update(file_hash(self._names))
         return versioned(hasher)
 
@@ -233,7 +251,8 @@ def shards(*, root: str) -> Splits:
     manifest = read_manifest(folder)
     splits: dict[Role, ImageSet] = {}
     for role in ROLES:
-        is_multi_labeled = manifest[role].get("multi_labeled")
-        kind = MultiLabeledShards if is_multi_labeled else ShardImages
+        about = manifest[role]
+        # Only images that may show several classes have `presence`.
+        kind = MultiLabeledShards if about.get("multi_labeled") else ShardImages
         splits[role] = kind(folder, role)
     return Splits(**splits)

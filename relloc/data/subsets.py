@@ -41,19 +41,28 @@ class Subset:
         return self.images.source(self.indices[index])
 
     def digest(self) -> str:
-        return hash_lines([self.images.digest(), *map(str, self.indices)])
+        # Which images they are, and in which order: labels and contents are in the digest of all.
+        digest_of_all = self.images.digest()
+        chosen = map(str, self.indices)
+        return hash_lines([digest_of_all, *chosen])
 
     def list_hash(self) -> str:
         """Returns a hash of the sorted file names.
 
         It is the same for the same images in any folder, order or packing.
         """
-        return hash_lines(sorted(_file_names(self)))
+        names = _file_names(self)
+        return hash_lines(sorted(names))
 
 
 def _file_names(images: ImageSet) -> list[str]:
     """Returns the name of each image without its folders."""
-    return [images.source(index).rpartition("/")[2] for index in range(len(images))]
+    names = []
+    for index in range(len(images)):
+        path = images.source(index)
+        _, _, name = path.rpartition("/")
+        names.append(name)
+    return names
 
 
 def evenly_spaced(n: int, most: int) -> list[int]:
@@ -106,12 +115,23 @@ def stratified(images: ImageSet, share: float, *, seed: int) -> Subset:
 def _quotas(sizes: dict[int, int], share: float) -> dict[int, int]:
     """Returns how many images are taken of each class, by the number of images that it has."""
     # Rounded, since 0.29 x 100 is 28.999... in floating point.
-    exact = {label: round(share * size, 9) for label, size in sizes.items()}
-    quotas = {label: max(1, math.floor(quota)) for label, quota in exact.items()}
-    # What rounding down leaves over goes to the classes that lost most by it.
-    total = math.floor(round(share * sum(sizes.values()), 9))
+    exact = {}
+    quotas = {}
+    for label, size in sizes.items():
+        exact[label] = round(share * size, 9)
+        rounded_down = math.floor(exact[label])
+        # At least one, so that no class is without images.
+        quotas[label] = max(1, rounded_down)
+    n_images = sum(sizes.values())
+    total = math.floor(round(share * n_images, 9))
     left_over = max(total - sum(quotas.values()), 0)
-    neediest = sorted(exact, key=lambda label: (quotas[label] - exact[label], label))
+
+    # What rounding down leaves over goes to the classes that lost most by it; of classes that lost
+    # the same, to the one with the lower number.
+    def gain(label: int) -> tuple[float, int]:
+        return quotas[label] - exact[label], label
+
+    neediest = sorted(exact, key=gain)
     for label in neediest[:left_over]:
         quotas[label] += 1
     return quotas
@@ -132,13 +152,18 @@ def listed(images: ImageSet, path: Path) -> Subset:
     ambiguous = [name for name in wanted if counts[name] != 1]
     if ambiguous:
         first = ambiguous[0]
+        n_images = quantity(counts[first], "image")
         raise DataError(
             f"{path}: {len(ambiguous)} of {len(wanted)} names are not those of exactly one image "
             f"of {images.name} {images.split}, such as {first} "
-            f"({quantity(counts[first], 'image')}): give a "
+            f"({n_images}): give a "
             "list of this data set's file names"
         )
-    indices = [index for index, name in enumerate(image_names) if name in wanted]
+    # In the order of the images, so that the order of the list does not count.
+    indices = []
+    for index, name in enumerate(image_names):
+        if name in wanted:
+            indices.append(index)
     return Subset(images=images, indices=indices)
 
 
@@ -148,10 +173,20 @@ def list_names(path: Path) -> dict[str, None]:
     Raises:
         DataError: the list can't be read or is empty.
     """
-    with data_errors(f"{path} can't be read", OSError, advice="It is to have one file name a line"):
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    stripped = [line.strip() for line in lines]
-    names = dict.fromkeys(line.rpartition("/")[2] for line in stripped if line)
+    with data_errors(
+        f"{path} can't be read",
+        OSError,
+        advice="It is to have one file name a line",
+    ):
+        # Names of files may have bytes that are no UTF-8.
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    # Not splitlines, which would also split at characters that names may have.
+    names: dict[str, None] = {}
+    for line in text.split("\n"):
+        listed_path = line.strip()
+        if listed_path:
+            _, _, name = listed_path.rpartition("/")
+            names[name] = None
     if not names:
         raise DataError(f"{path} names no images: it is to have one file name a line")
     return names

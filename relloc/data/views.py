@@ -55,9 +55,11 @@ class Center:
         return f"center view {self.short_px}/{self.crop_px} px"
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
-        size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
+        # Only the pixels of the crop are resized: the others would be thrown away.
+        size = _resized_size(image, self.short_px)
         corner = _central(size, self.crop_px)
-        return np.asarray(crop_resized(image, size, corner, self.crop_px))
+        crop = crop_resized(image, size, corner, self.crop_px)
+        return np.asarray(crop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +84,10 @@ class Squash:
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
-        height, width = ShortSide(px=self.short_px).size(image.height, image.width, 0)
+        height, width = _resized_size(image, self.short_px)
         resized = _resized(image, width, height)
-        squashed = _resized(resized, self.side_px, self.side_px)
+        side = self.side_px
+        squashed = _resized(resized, side, side)
         return np.asarray(squashed)
 
 
@@ -105,13 +108,14 @@ class RandomResized:
 
     def __post_init__(self) -> None:
         checks.whole("augment.crop_px", self.crop_px)
+        # No box is larger than the image.
         _check_range("augment.scale", self.scale, most=1.0)
         _check_range("augment.ratio", self.ratio, most=math.inf)
-        checks.number("augment.flip", self.flip, at_least=0, at_most=1)
+        _check_flip(self.flip)
 
     def __str__(self) -> str:
-        area = "..".join(f"{end:.3g}" for end in self.scale)
-        aspect = "..".join(f"{end:.3g}" for end in self.ratio)
+        area = _range_in_words(self.scale)
+        aspect = _range_in_words(self.ratio)
         return (
             f"random resized crops of {self.crop_px} px (area {area}, aspect {aspect}), "
             f"flip {self.flip}"
@@ -122,30 +126,42 @@ class RandomResized:
         # The box is cut before it is resized, as torchvision does. `resize(box=)` would also read
         # pixels beyond the border of the box.
         cut = image.crop((left, top, right, bottom))
-        resized = _resized(cut, self.crop_px, self.crop_px)
-        return np.asarray(_flipped(resized, self.flip, rng))
+        side = self.crop_px
+        resized = _resized(cut, side, side)
+        flipped = _flipped(resized, self.flip, rng)
+        return np.asarray(flipped)
 
     def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
         """Returns a random box (top, left, bottom, right) in an image of `height` x `width` px."""
-        lowest = math.log(self.ratio[0])
-        highest = math.log(self.ratio[1])
+        narrowest, widest = self.ratio
+        lowest = math.log(narrowest)
+        highest = math.log(widest)
         # A box of random area and aspect ratio may be larger than the image: try again.
         for _ in range(_MOST_TRIES):
-            area = height * width * rng.uniform(*self.scale)
-            aspect = math.exp(rng.uniform(lowest, highest))
+            # The order of the draws is fixed: another one would give other boxes.
+            share = rng.uniform(*self.scale)
+            area = height * width * share
+            log_aspect = rng.uniform(lowest, highest)
+            aspect = math.exp(log_aspect)
             box_width = round(math.sqrt(area * aspect))
             box_height = round(math.sqrt(area / aspect))
-            if 0 < box_width <= width and 0 < box_height <= height:
+            fits = box_width <= width and box_height <= height
+            # Of a tiny image, a side may be rounded to 0.
+            if fits and box_width > 0 and box_height > 0:
                 top = rng.randint(0, height - box_height)
                 left = rng.randint(0, width - box_width)
                 break
         # After all tries, torchvision takes the largest central box of an allowed aspect ratio.
         else:
-            box_height = min(height, max(1, round(width / self.ratio[0])))
-            box_width = min(width, max(1, round(height * self.ratio[1])))
+            box_height = round(width / narrowest)
+            box_height = min(height, max(1, box_height))
+            box_width = round(height * widest)
+            box_width = min(width, max(1, box_width))
             top = (height - box_height) // 2
             left = (width - box_width) // 2
-        return top, left, top + box_height, left + box_width
+        bottom = top + box_height
+        right = left + box_width
+        return top, left, bottom, right
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +178,7 @@ class RandomCrop:
 
     def __post_init__(self) -> None:
         _check_fits(self.crop_px, self.short_px)
-        checks.number("augment.flip", self.flip, at_least=0, at_most=1)
+        _check_flip(self.flip)
 
     def __str__(self) -> str:
         return (
@@ -171,14 +187,16 @@ class RandomCrop:
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
-        size = ShortSide(px=self.short_px).size(image.height, image.width, 0)
+        size = _resized_size(image, self.short_px)
         top, left = _central(size, self.short_px)
         # The crop stays within the central square, however long the image is.
         largest_shift = self.short_px - self.crop_px
         top += rng.randint(0, largest_shift)
         left += rng.randint(0, largest_shift)
-        crop = crop_resized(image, size, (top, left), self.crop_px)
-        return np.asarray(_flipped(crop, self.flip, rng))
+        corner = (top, left)
+        crop = crop_resized(image, size, corner, self.crop_px)
+        flipped = _flipped(crop, self.flip, rng)
+        return np.asarray(flipped)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,17 +273,28 @@ class Views(Dataset[Sample]):
             image = self.images.read(index)
         except UnreadableImage as error:
             # An evaluation goes on without the image, and reports it.
-            reasons = {self.images.source(index): str(error)}
+            name = self.images.source(index)
+            reasons = {name: str(error)}
             return Sample(index=index, pixels=None, unreadable=reasons)
-        return Sample(index=index, pixels=self.view(image, random.Random(seed)))
+        # A generator of its own for each sample, so that no other sample changes this one.
+        rng = random.Random(seed)
+        return Sample(index=index, pixels=self.view(image, rng))
+
+
+def _resized_size(image: Image.Image, short_px: int) -> tuple[int, int]:
+    """Returns the height and width of an image whose short side is resized to `short_px`."""
+    short_side = ShortSide(px=short_px)
+    return short_side.size(image.height, image.width, 0)
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+    size = (width, height)
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def _flipped(image: Image.Image, flip: float, rng: random.Random) -> Image.Image:
     """Returns the image mirrored left to right with probability `flip`, else unchanged."""
+    # A number is drawn in any case, so that later draws do not depend on `flip`.
     if rng.random() < flip:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image
@@ -273,8 +302,9 @@ def _flipped(image: Image.Image, flip: float, rng: random.Random) -> Image.Image
 
 def _central(size: tuple[int, int], side_px: int) -> tuple[int, int]:
     """Returns the top left corner (row, column) of the central square, rounded as torchvision."""
-    top = round((size[0] - side_px) / 2)
-    left = round((size[1] - side_px) / 2)
+    height, width = size
+    top = round((height - side_px) / 2)
+    left = round((width - side_px) / 2)
     return top, left
 
 
@@ -292,6 +322,16 @@ def _check_fits(crop_px: Any, short_px: Any) -> None:
     checks.whole("view.short_px", short_px)
     if crop_px > short_px:
         raise UsageError(f"view.crop_px {crop_px} is larger than view.short_px {short_px}")
+
+
+def _check_flip(flip: Any) -> None:
+    checks.number("augment.flip", flip, at_least=0, at_most=1)
+
+
+def _range_in_words(ends: Sequence[float]) -> str:
+    # Three digits, so that 3/4 and 4/3 are 0.75 and 1.33.
+    rounded = [f"{end:.3g}" for end in ends]
+    return "..".join(rounded)
 
 
 def _check_range(setting: str, ends: Any, *, most: float) -> None:

@@ -101,16 +101,18 @@ def _flag(word: str, left: list[str]) -> list[str]:
     name, has_value, value = word.partition("=")
     known = (*_ALONE, *_WITH_VALUE, *_INFO)
     # As usual, a flag may be abbreviated if no other begins the same way.
-    meant = [flag for flag in known if flag.startswith(name)] if name.startswith("--") else []
-    if name not in known and len(meant) == 1:
-        name = meant[0]
+    if name.startswith("--") and name not in known:
+        meant = [flag for flag in known if flag.startswith(name)]
+        if len(meant) == 1:
+            name = meant[0]
     # From here on, the name is complete.
     if name in _ALONE and not has_value:
         return [name]
     if name in _INFO:
-        if not value:
-            value = left.pop(0) if left and left[0] in _INFOS else "all"
-        return [f"--info={value}"]
+        # As a word of its own, the value would not be told from a setting.
+        if not value and left and left[0] in _INFOS:
+            value = left.pop(0)
+        return [f"--info={value or 'all'}"]
     if name not in _WITH_VALUE:
         raise UsageError(f"there is no flag {word}{_as_setting(word, left)}. See --help")
     if has_value:
@@ -125,10 +127,14 @@ def _as_setting(flag: str, left: Sequence[str]) -> str:
     name, _, value = flag.lstrip("-").partition("=")
     if not _KEY.fullmatch(name):
         return ""
-    if not value:
-        has_value = left and not left[0].startswith("-") and "=" not in left[0]
-        value = left[0] if has_value else "VALUE"
-    word = _typed(usual_name(name) or name, value)
+    # The value may be the word behind the flag.
+    if not value and left:
+        following = left[0]
+        is_value = not following.startswith("-") and "=" not in following
+        if is_value:
+            value = following
+    setting = usual_name(name) or name
+    word = _typed(setting, value or "VALUE")
     return f": settings are written without dashes, {word}"
 
 
@@ -141,13 +147,21 @@ def check(words: Sequence[str], *, sweeps: bool) -> list[Override]:
     Raises:
         UsageError: Hydra can't read a word, or would read another value than the one written.
     """
-    sweeps = sweeps or any(word.startswith(_SWEEP_THEMSELVES) for word in words)
-    return [
-        _checked(word, words[index + 1 : index + 2], sweeps) for index, word in enumerate(words)
-    ]
+    for word in words:
+        if word.startswith(_SWEEP_THEMSELVES):
+            sweeps = True
+    overrides = []
+    for index, word in enumerate(words):
+        after = words[index + 1 : index + 2]
+        overrides.append(_checked(word, after, sweeps))
+    return overrides
 
 
-def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
+def _checked(
+    word: str,
+    after: Sequence[str],
+    sweeps: bool,
+) -> Override:
     """Parses a word; `after` has the word behind it, if there is one."""
     key, equals, value = word.partition("=")
     # ~KEY removes a setting and needs no value.
@@ -163,7 +177,8 @@ def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
     if override is None:
         raise UsageError(_unread(key, value, sweeps))
     name = key.lstrip("+")
-    if override.is_choice_sweep() and not sweeps and not name.startswith(_SWEEP_THEMSELVES):
+    may_sweep = sweeps or name.startswith(_SWEEP_THEMSELVES)
+    if override.is_choice_sweep() and not may_sweep:
         raise UsageError(_several(key, value))
     if name in _PATHS:
         _check_path(key, value, override)
@@ -172,10 +187,12 @@ def _checked(word: str, after: Sequence[str], sweeps: bool) -> Override:
 
 def parsed(word: str) -> Override | None:
     """Parses a word as Hydra does; None if Hydra can't."""
+    parser = OverridesParser.create()
     try:
-        return OverridesParser.create().parse_overrides([word])[0]
+        [override] = parser.parse_overrides([word])
     except OverrideParseException:
         return None
+    return override
 
 
 def _without_equals(word: str, after: Sequence[str]) -> str:
@@ -192,16 +209,25 @@ def _without_equals(word: str, after: Sequence[str]) -> str:
             "these are written KEY=VALUE, such as seed=0. See --help"
         )
     # As for many other commands: seed 0
-    if after and "=" not in after[0] and not _KEY.fullmatch(after[0]):
-        return f"{word} {after[0]} are two words: a setting is one, {_typed(word, after[0])}"
+    if after:
+        following = after[0]
+        if "=" not in following and not _KEY.fullmatch(following):
+            typed = _typed(word, following)
+            return f"{word} {following} are two words: a setting is one, {typed}"
     return f"{word} is given no value: write {word}=VALUE; --help {word} tells what it is"
 
 
-def _unread(key: str, value: str, sweeps: bool) -> str:
+def _unread(
+    key: str,
+    value: str,
+    sweeps: bool,
+) -> str:
     """Returns the message for a word that Hydra's grammar can't read: how it is to be written."""
     # ~ of a home folder, which a shell does not expand behind `=`
     if value.startswith("~"):
-        home = f"$HOME{value[1:]}" if value[1:2] in ("", "/") else os.path.expanduser(value)
+        is_own_home = value == "~" or value.startswith("~/")
+        home = f"$HOME{value[1:]}" if is_own_home else os.path.expanduser(value)
+        # ~NAME of an unknown user stays as it is.
         proposed = "" if home.startswith("~") else f'"{key}={home}", or '
         return (
             f"{key}={value}: the shell expands ~ only where a word begins with it. "
@@ -210,11 +236,13 @@ def _unread(key: str, value: str, sweeps: bool) -> str:
     typed = shlex.quote(f"{key}={value}")
     closed = f"{key}={_closed(value)}"
     # A bracket that a shell or a space has separated from its other half
-    if value.startswith("[") != value.endswith("]") and parsed(closed):
+    has_one_bracket = value.startswith("[") != value.endswith("]")
+    if has_one_bracket and parsed(closed):
         return f"{typed} has a bracket without its other half: write {shlex.quote(closed)}"
+    quoted = _with_quotes(key, value, sweeps)
     return (
         f"{typed} can't be read: a value with such characters stands in quotes, and these inside "
-        f"of the shell's. Write {_with_quotes(key, value, sweeps)}"
+        f"of the shell's. Write {quoted}"
     )
 
 
@@ -225,9 +253,13 @@ def _closed(value: str) -> str:
     for char in value:
         if char in _OPENING:
             missing.append(_OPENING[char])
-        elif char in _OPENING.values() and (not missing or missing.pop() != char):
-            return f"[{value}"
-    return value + "".join(reversed(missing))
+        elif char in _OPENING.values():
+            expected = missing.pop() if missing else None
+            # It closes what was never opened: the opening one has been lost.
+            if char != expected:
+                return f"[{value}"
+    missing.reverse()
+    return value + "".join(missing)
 
 
 def _with_quotes(key: str, value: str, sweeps: bool, *, as_text: bool = False) -> str:
@@ -241,21 +273,32 @@ def _with_quotes(key: str, value: str, sweeps: bool, *, as_text: bool = False) -
     # The parts between commas that are not within quotes
     elements = re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"']+|["'])+""", inner)
     is_sweep = sweeps and len(elements) > 1
-    parts = [part.strip() for part in elements] if is_list or is_sweep else [value]
+    parts = [value]
+    if is_list or is_sweep:
+        parts = [part.strip() for part in elements]
     for index, part in enumerate(parts):
         override = parsed(f"key={part}")
-        if override is None or (as_text and not isinstance(override.value(), str)):
+        if override is None:
+            needs_quotes = True
+        else:
+            needs_quotes = as_text and not isinstance(override.value(), str)
+        if needs_quotes:
             parts[index] = _in_quotes(part)
     quoted = ",".join(parts)
     word = f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
     # If even that can't be read, the whole value is quoted.
-    return shlex.quote(word if parsed(word) else f"{key}={_in_quotes(value)}")
+    if parsed(word) is None:
+        word = f"{key}={_in_quotes(value)}"
+    return shlex.quote(word)
 
 
 def _in_quotes(value: str) -> str:
     """Returns a text in quotes of Hydra's grammar, if possible without escapes."""
-    quote = Quote.single if '"' in value and "'" not in value else Quote.double
-    return QuotedString(text=value, quote=quote).with_quotes()
+    quote = Quote.double
+    if '"' in value and "'" not in value:
+        quote = Quote.single
+    quoted = QuotedString(text=value, quote=quote)
+    return quoted.with_quotes()
 
 
 def _several(key: str, value: str) -> str:
@@ -279,9 +322,10 @@ def _check_path(key: str, value: str, word: Override) -> None:
     if key in _TEXTS and str(read) == value:
         return
     elements = read if isinstance(read, list) else [read]
-    if any(isinstance(element, bool | int | float) for element in elements):
-        quoted = _with_quotes(key, value, sweeps=False, as_text=True)
-        raise UsageError(f"{key}={value} is read as a number, not as a name: write {quoted}")
+    for element in elements:
+        if isinstance(element, bool | int | float):
+            quoted = _with_quotes(key, value, sweeps=False, as_text=True)
+            raise UsageError(f"{key}={value} is read as a number, not as a name: write {quoted}")
 
 
 def values(word: Override) -> list[Any]:
@@ -294,8 +338,12 @@ def values(word: Override) -> list[Any]:
     if not word.is_choice_sweep():
         return []
     # Hydra gives the values of a sweep as texts, which are parsed once more.
-    points = [parsed(f"key={text}") for text in word.sweep_string_iterator()]
-    return [point.value() for point in points if point is not None]
+    found = []
+    for text in word.sweep_string_iterator():
+        override = parsed(f"key={text}")
+        if override is not None:
+            found.append(override.value())
+    return found
 
 
 def checkpoints(words: Sequence[Override]) -> list[list[str]]:
@@ -303,13 +351,17 @@ def checkpoints(words: Sequence[Override]) -> list[list[str]]:
 
     Where the setting is not given, there are none.
     """
-    named = [word for word in words if word.key_or_group == "checkpoint" and not word.is_delete()]
-    if not named:
+    last = None
+    for word in words:
+        # Of a setting that is given twice, the last one counts.
+        if word.key_or_group == "checkpoint" and not word.is_delete():
+            last = word
+    if last is None:
         return []
-    # Of a setting that is given twice, the last one counts.
     points = []
-    for value in values(named[-1]):
+    for value in values(last):
         names = value if isinstance(value, list) else [value]
+        # null and numbers are refused later, by the check of the setting.
         points.append([name for name in names if isinstance(name, str)])
     return points
 
@@ -317,10 +369,11 @@ def checkpoints(words: Sequence[Override]) -> list[list[str]]:
 def check_bare_checkpoint(words: Sequence[str]) -> None:
     """Raises `UsageError` for a checkpoint without its setting, such as `runs/one` or `random`."""
     for word in words:
-        if "=" not in word and (word in REFERENCE_MODELS or os.path.exists(word)):
-            raise UsageError(
-                f"{word} is given without its setting: write {as_word('checkpoint', word)}"
-            )
+        if "=" in word:
+            continue
+        if word in REFERENCE_MODELS or os.path.exists(word):
+            typed = as_word("checkpoint", word)
+            raise UsageError(f"{word} is given without its setting: write {typed}")
 
 
 def check_checkpoints(words: Sequence[Override]) -> None:
@@ -328,9 +381,10 @@ def check_checkpoints(words: Sequence[Override]) -> None:
     for names in checkpoints(words):
         for name in names:
             # A name with $ is an interpolation, which is not resolved yet.
-            if name in REFERENCE_MODELS or not name or os.path.lexists(name) or "$" in name:
-                continue
-            raise UsageError(f"checkpoint={name} does not exist{_hint(name)}")
+            is_no_path = name in REFERENCE_MODELS or not name or "$" in name
+            # lexists: a link whose target is missing has its own message when it is read.
+            if not is_no_path and not os.path.lexists(name):
+                raise UsageError(f"checkpoint={name} does not exist{_hint(name)}")
 
 
 def _hint(name: str) -> str:
@@ -340,10 +394,12 @@ def _hint(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), REFERENCE_MODELS, n=1, cutoff=0.75)
     if not near:
         siblings = sorted(file.name for file in folder.glob("*"))
-        similar = difflib.get_close_matches(Path(name).name, siblings, n=1, cutoff=0.75)
+        last_part = Path(name).name
+        similar = difflib.get_close_matches(last_part, siblings, n=1, cutoff=0.75)
         near = [str(folder / sibling) for sibling in similar]
     if near:
-        return f": did you mean {as_word('checkpoint', near[0])}?"
+        typed = as_word("checkpoint", near[0])
+        return f": did you mean {typed}?"
     if not folder.is_dir():
         return f", nor is there a folder {folder}; we are in {Path.cwd()}"
     others = " or ".join(REFERENCE_MODELS)
@@ -357,17 +413,21 @@ def as_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(as_value, value))}]"
+        elements = map(as_value, value)
+        return f"[{','.join(elements)}]"
     if isinstance(value, dict):
         entries = [f"{name}:{as_value(entry)}" for name, entry in value.items()]
         return "{" + ",".join(entries) + "}"
     if not isinstance(value, str):
         return repr(value)
-    # A text needs quotes unless Hydra reads it as itself. A backslash would escape what follows.
-    override = parsed(f"key={value}") if value and "\\" not in value else None
-    if override is None or override.is_sweep_override() or override.value() != value:
+    # An empty text needs quotes, and so does a backslash, which would escape what follows.
+    if not value or "\\" in value:
         return _in_quotes(value)
-    return value
+    # Any other text needs quotes unless Hydra reads it as itself.
+    override = parsed(f"key={value}")
+    if override is None or override.is_sweep_override():
+        return _in_quotes(value)
+    return value if override.value() == value else _in_quotes(value)
 
 
 def as_word(key: str, value: Any) -> str:
@@ -378,4 +438,6 @@ def as_word(key: str, value: Any) -> str:
 def _typed(key: str, value: str) -> str:
     """Returns `key=value` for a shell, with Hydra's quotes only if Hydra can't read it without."""
     word = f"{key}={value}"
-    return shlex.quote(word if parsed(word) else f"{key}={_in_quotes(value)}")
+    if parsed(word) is None:
+        word = f"{key}={_in_quotes(value)}"
+    return shlex.quote(word)

@@ -9,6 +9,7 @@ settings that a member of conf/data has, and that member says which function lis
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -56,13 +57,20 @@ class RunData:
             UsageError: the images are not where they were, and no other folder was given.
         """
         evaluations = given["eval"] or {}
-        if all(node.get("data") for node in evaluations.values()):
+        has_own_data = [bool(node.get("data")) for node in evaluations.values()]
+        if all(has_own_data):
             return ""
-        name = "shards" if given["data"].get("shards") else "root"
+        data = given["data"]
+        name = "shards" if data.get("shards") else "root"
         setting = f"data.{name}"
-        root = given["data"].get(name)
-        roots = root if isinstance(root, list) else [root] if root else []
-        missing = [str(folder) for folder in roots if not os.path.exists(str(folder))]
+        root = data.get(name)
+        roots = []
+        if root:
+            roots = root if isinstance(root, list) else [root]
+        missing = []
+        for folder in map(str, roots):
+            if not os.path.exists(folder):
+                missing.append(folder)
         # Another folder, which the user gave, is checked later with all other settings.
         if missing and root == self.folders.get(setting):
             raise UsageError(
@@ -76,7 +84,10 @@ class RunData:
         return f"data    that of {self.run}: {chosen}. data=NAME takes another"
 
 
-def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | None:
+def find(
+    words: Sequence[Override],
+    beside: Sequence[str] = (),
+) -> RunData | None:
     """Returns the data set of the first run among the checkpoints of one evaluation.
 
     If these are only random weights or files, the first run of `beside`, the checkpoints of other
@@ -86,7 +97,8 @@ def find(words: Sequence[Override], beside: Sequence[str] = ()) -> RunData | Non
     points = command_line.checkpoints(words)
     if len(points) != 1:
         return None
-    return _of_first([*points[0], *beside], words)
+    [own] = points
+    return _of_first([*own, *beside], words)
 
 
 def find_of_point(words: Sequence[Override]) -> RunData | None:
@@ -94,62 +106,87 @@ def find_of_point(words: Sequence[Override]) -> RunData | None:
 
     The variable RELLOC_SWEEP_CHECKPOINTS has the checkpoints of the other points.
     """
-    values = json.loads(os.environ.get("RELLOC_SWEEP_CHECKPOINTS", "[]"))
-    others = command_line.check([f"checkpoint={value}" for value in values], sweeps=False)
+    text = os.environ.get("RELLOC_SWEEP_CHECKPOINTS", "[]")
+    # Read as words of a command line, since a value may be a list or be in quotes.
+    words_of_others = [f"checkpoint={value}" for value in json.loads(text)]
+    others = command_line.check(words_of_others, sweeps=False)
     return find(words, _all_names(others))
 
 
 def find_shared(words: Sequence[Override]) -> RunData | None:
     """Returns the data set that all points of a sweep share, or None if they differ."""
     points = command_line.checkpoints(words)
-    beside = [name for names in points for name in names]
-    data_of_points = [_of_first([*names, *beside], words) for names in points]
-    distinct = {data.words if data else () for data in data_of_points}
-    return data_of_points[0] if len(distinct) == 1 else None
+    beside = itertools.chain.from_iterable(points)
+    all_checkpoints = list(beside)
+    data_of_points = []
+    distinct = set()
+    for names in points:
+        # A point without a run of its own takes the data of the sweep's first run.
+        data = _of_first([*names, *all_checkpoints], words)
+        data_of_points.append(data)
+        distinct.add(data.words if data else ())
+    if len(distinct) != 1:
+        return None
+    return data_of_points[0]
 
 
-def with_data(words: Sequence[str], command: Sequence[str]) -> list[str]:
+def with_data(
+    words: Sequence[str],
+    command: Sequence[str],
+) -> list[str]:
     """Returns the words of a sweep's point, preceded by those of the data set it evaluates on.
 
     `command` are the arguments of the command that started the sweep.
     """
     sweep = command_line.read(command)
-    beside = _all_names(command_line.check(sweep.words, sweeps=True))
-    data = find(command_line.check(words, sweeps=False), beside)
-    words_of_data = data.words if data else ()
-    return [*words_of_data, *words]
+    words_of_sweep = command_line.check(sweep.words, sweeps=True)
+    words_of_point = command_line.check(words, sweeps=False)
+    data = find(words_of_point, beside=_all_names(words_of_sweep))
+    if data is None:
+        return list(words)
+    # First, so that what the sweep itself sets wins.
+    return [*data.words, *words]
 
 
 def _all_names(words: Sequence[Override]) -> list[str]:
     """Returns the checkpoints that any of the words names."""
-    found = []
+    checkpoints = []
     for word in words:
         for names in command_line.checkpoints([word]):
-            found += names
-    return found
+            checkpoints += names
+    return checkpoints
 
 
-def _of_first(checkpoints: Sequence[str], words: Sequence[Override]) -> RunData | None:
+def _of_first(
+    checkpoints: Sequence[str],
+    words: Sequence[Override],
+) -> RunData | None:
     """Returns the data set of the first run folder among the checkpoints.
 
     The settings of its probe are left out if the words choose a probe.
     """
     chosen = {word.key_or_group for word in words}
-    runs = map(_run_of, checkpoints)
-    run = next((run for run in runs if run is not None), None)
-    if run is None or not chosen.isdisjoint(_CHOOSES_DATA):
+    if not chosen.isdisjoint(_CHOOSES_DATA):
         return None
-    return _read(run, chooses_probe="probe" in chosen)
+    for checkpoint in checkpoints:
+        run = _run_of(checkpoint)
+        if run is not None:
+            return _read(run, chooses_probe="probe" in chosen)
+    return None
 
 
 def _run_of(checkpoint: str) -> Path | None:
     """Returns the run folder of a checkpoint: a run folder itself, or a file within one."""
     path = Path(checkpoint)
+    folder = path.parent
     if path.name == BACKBONE_FILE:
-        path = path.parent
-    elif path.suffix == ".pt" and path.parent.name == TRAINING_FOLDER:
-        path = path.parent.parent
-    return path if os.path.isfile(path / CONFIG_FILE) else None
+        path = folder
+    elif path.suffix == ".pt" and folder.name == TRAINING_FOLDER:
+        path = folder.parent
+    # os.path, since pathlib raises an error for a name that is too long.
+    if not os.path.isfile(path / CONFIG_FILE):
+        return None
+    return path
 
 
 def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
@@ -160,24 +197,30 @@ def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
     """
     content = _load(run / CONFIG_FILE)
     data = content.get("data")
-    if not isinstance(data, Mapping) or not isinstance(data.get("source"), Mapping):
+    if not isinstance(data, Mapping):
+        return None
+    source = data.get("source")
+    if not isinstance(source, Mapping):
         return None
     # Runs of earlier versions have the sizes of their evaluations in `data`.
     probe = {} if chooses_probe else content.get("probe", data)
     given = settings.flat({"data": data, "probe": probe})
-    folders = {key: _from_where_it_was_started(run, given.get(key)) for key in _FOLDERS}
-    for key, folder in folders.items():
+    folders = {}
+    for key in _FOLDERS:
+        folder = _from_where_it_was_started(run, given.get(key))
+        folders[key] = folder
         if key in given:
             given[key] = folder
     # The members that list images by the same function, each with the words that turn it into the
     # run's data set
-    target = data["source"].get("_target_")
+    target = source.get("_target_")
     choices = []
     for member in settings.members("data"):
-        source = settings.content_of(f"data/{member}").get("source")
-        if target is not None and isinstance(source, dict) and source.get("_target_") == target:
-            words = _words(settings.compose("evaluate", [f"data={member}"]), given)
-            choices.append((len(words), member, words))
+        if target is None or _target_of(member) != target:
+            continue
+        composed = settings.compose("evaluate", [f"data={member}"])
+        words = _words(composed, given)
+        choices.append((len(words), member, words))
     if not choices:
         shown = escaped(str(target)[:_LONGEST_NAME])
         raise UsageError(
@@ -185,7 +228,21 @@ def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
         )
     # The member that needs the fewest words is the most similar one.
     _, member, words = min(choices)
-    return RunData(run=run, member=member, words=(f"data={member}", *words), folders=folders)
+    return RunData(
+        run=run,
+        member=member,
+        words=(f"data={member}", *words),
+        folders=folders,
+    )
+
+
+def _target_of(member: str) -> Any:
+    """Returns the function by which a member of conf/data lists its images; None if it has none."""
+    content = settings.content_of(f"data/{member}")
+    source = content.get("source")
+    if not isinstance(source, dict):
+        return None
+    return source.get("_target_")
 
 
 def _load(file: Path) -> Any:
@@ -198,12 +255,18 @@ def _load(file: Path) -> Any:
         if file.stat().st_size > _LARGEST_FILE:
             raise yaml.YAMLError(f"it has more than {_LARGEST_FILE} bytes")
         text = file.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise yaml.YAMLError("it has an alias, which relloc does not write")
+        # Events are read before anything is expanded.
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.YAMLError("it has an alias, which relloc does not write")
         content = yaml.safe_load(text)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} can't be read ({reason(error)}): give data=NAME") from error
-    return content if isinstance(content, dict) else {}
+        raise UsageError(
+            f"{file} can't be read ({reason(error)}): give data=NAME",
+        ) from error
+    if not isinstance(content, dict):
+        return {}
+    return content
 
 
 def _from_where_it_was_started(run: Path, folder: Any) -> Any:
@@ -212,35 +275,50 @@ def _from_where_it_was_started(run: Path, folder: Any) -> Any:
         return [_from_where_it_was_started(run, element) for element in folder]
     if not isinstance(folder, str) or os.path.isabs(folder):
         return folder
-    started_in = None
-    if (run / _HYDRA_FILE).is_file():
-        started_in = settings.flat(_load(run / _HYDRA_FILE)).get(_STARTED_IN)
-    there = os.path.join(started_in, folder) if isinstance(started_in, str) else folder
-    # A run that was moved to this machine may have been started in a folder that is not here.
-    return os.path.abspath(there if os.path.exists(there) else folder)
+    # Hydra's own record has the folder of the command, if the run has that record.
+    hydra_file = run / _HYDRA_FILE
+    hydras_settings = {}
+    if hydra_file.is_file():
+        hydras_settings = settings.flat(_load(hydra_file))
+    started_in = hydras_settings.get(_STARTED_IN)
+    if isinstance(started_in, str):
+        there = os.path.join(started_in, folder)
+        # A run that was moved to this machine may have been started in a folder that is not here.
+        if os.path.exists(there):
+            folder = there
+    return os.path.abspath(folder)
 
 
-def _words(composed: Composed, given: Mapping[str, Any]) -> tuple[str, ...]:
+def _words(
+    composed: Composed,
+    given: Mapping[str, Any],
+) -> tuple[str, ...]:
     """Returns the words for settings that the run has otherwise than the member of conf/data."""
     of_member = {}
     for key, value in composed.unresolved.items():
         if key.startswith(("data.", "probe.")):
             of_member[key] = value
+
     # Settings that follow others of the data set come last: once those are set, most of them have
     # the right value and need no word.
-    ordered = sorted(of_member, key=lambda key: "${." in str(of_member[key]))
-    found = {}
-    for key in ordered:
-        if key in given and _is_plain(given[key]) and given[key] != composed.value(key):
-            OmegaConf.update(composed.config, key, given[key], merge=False)
-            found[key] = given[key]
-    return tuple(f"{key}={command_line.as_value(value)}" for key, value in found.items())
+    def follows_another(key: str) -> bool:
+        return "${." in str(of_member[key])
+
+    words = []
+    for key in sorted(of_member, key=follows_another):
+        if key not in given:
+            continue
+        value = given[key]
+        if _is_plain(value) and value != composed.value(key):
+            OmegaConf.update(composed.config, key, value, merge=False)
+            words.append(f"{key}={command_line.as_value(value)}")
+    return tuple(words)
 
 
 def _is_plain(value: Any) -> bool:
     """Whether a value has no interpolation such as `${oc.env:SECRET}`, which Hydra resolves."""
     if isinstance(value, list):
-        return all(_is_plain(element) for element in value)
+        return all(map(_is_plain, value))
     if isinstance(value, str):
         return "${" not in value
     return value is None or isinstance(value, bool | int | float)

@@ -7,7 +7,8 @@ import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hydra.core.override_parser.types import Override
 from hydra.errors import (
@@ -48,12 +49,16 @@ def explain(error: Exception, command: str) -> str | None:
     # Hydra has one class for all errors of composing; its message tells which one this is.
     preset = re.match(r"In 'experiment/(.+?)': Could not override", str(error))
     if isinstance(error, ConfigCompositionException) and preset:
-        return _preset_of_another(preset[1], command) or str(error)
+        explained = _preset_of_another(preset[1], command)
+        return explained or str(error)
     unknown = re.match(r"Could not override '(.+?)'", str(error))
     if isinstance(error, ConfigCompositionException) and unknown:
-        if unknown[1] == "experiment" and command == "prepare":
-            return _prepare_takes_data(sys.argv[1:])
-        return no_setting(unknown[1], command, sys.argv[1:])
+        key = unknown[1]
+        words = sys.argv[1:]
+        # relloc.prepare has no group of presets, so Hydra takes the word for a setting.
+        if key == "experiment" and command == "prepare":
+            return _prepare_takes_data(words)
+        return no_setting(key, command, words)
     return str(error)
 
 
@@ -63,13 +68,15 @@ def _preset_of_another(preset: str, command: str) -> str | None:
     Returns None where no command has the preset.
     """
     for other in settings.COMMANDS:
-        if other != command:
-            with contextlib.suppress(HydraException, OmegaConfBaseException):
-                settings.compose(other, [f"experiment={preset}"])
-                return (
-                    f"experiment={preset} is a preset of relloc.{other}, not of relloc.{command}: "
-                    f"start python -m relloc.{other} experiment={preset}"
-                )
+        if other == command:
+            continue
+        # A preset belongs to the command whose config it can be composed with.
+        with contextlib.suppress(HydraException, OmegaConfBaseException):
+            settings.compose(other, [f"experiment={preset}"])
+            return (
+                f"experiment={preset} is a preset of relloc.{other}, not of relloc.{command}: "
+                f"start python -m relloc.{other} experiment={preset}"
+            )
     return None
 
 
@@ -85,10 +92,14 @@ def no_member(group: str, wrong: str) -> str:
     # Shorter words are found in too many descriptions.
     if len(wrong) > 3:
         for member in known:
-            first_line = "".join(settings.about(f"{group}/{member}")[:1])
+            about = settings.about(f"{group}/{member}")
+            first_line = "".join(about[:1])
             if wrong.lower() in first_line.lower():
                 meant.append(member)
-    hint = f"Did you mean {' or '.join(sorted(set(meant)))}? " if meant else ""
+    hint = ""
+    if meant:
+        distinct = sorted(set(meant))
+        hint = f"Did you mean {' or '.join(distinct)}? "
     return f"there is no {group}={wrong}. {hint}There are {', '.join(known)}"
 
 
@@ -102,12 +113,17 @@ def check_members(overrides: Sequence[Override]) -> None:
         group = override.key_or_group
         if override.is_delete():
             continue
-        if group == "eval" and None in values(override):
+        chosen = values(override)
+        if group == "eval" and None in chosen:
             raise UsageError(no_member(group, "null"))
-        if group in settings.CHOSEN_BY_DATA:
-            for value in values(override):
-                if isinstance(value, str) and settings.file_of(f"{group}/{value}") is None:
-                    raise UsageError(no_member(group, value))
+        if group not in settings.CHOSEN_BY_DATA:
+            continue
+        for value in chosen:
+            # Hydra itself refuses a value that is no text.
+            if not isinstance(value, str):
+                continue
+            if settings.file_of(f"{group}/{value}") is None:
+                raise UsageError(no_member(group, value))
 
 
 def _explain_call(error: InstantiationException) -> str | None:
@@ -118,65 +134,84 @@ def _explain_call(error: InstantiationException) -> str | None:
     if not isinstance(cause, TypeError):
         return None
     # A TypeError tells of an argument that is unknown or missing: name the words that gave it.
-    node = re.search(r"^full_key: (\S+)$", str(error), re.MULTILINE)
-    if node is None:
-        return str(error)
-    given = [word for word in sys.argv[1:] if word.startswith(f"{node[1]}.")]
+    text = str(error)
+    full_key = re.search(r"^full_key: (\S+)$", text, re.MULTILINE)
+    if full_key is None:
+        return text
+    node = full_key[1]
+    given = [word for word in sys.argv[1:] if word.startswith(f"{node}.")]
     if not given:
-        return str(error)
-    reason = str(cause).splitlines()[0]
-    setting = given[0].partition("=")[0]
-    return f"{node[1]} can't be made with {' '.join(given)}: {reason}. See --help {setting}"
+        return text
+    # Hydra appends what it called, and with which arguments.
+    reason, *_ = str(cause).splitlines()
+    setting, _, _ = given[0].partition("=")
+    return f"{node} can't be made with {' '.join(given)}: {reason}. See --help {setting}"
 
 
-def no_setting(wrong: str, command: str, words: Sequence[str]) -> str:
+def no_setting(
+    wrong: str,
+    command: str,
+    words: Sequence[str],
+) -> str:
     """Returns the message for a setting that does not exist, such as `gap_px` or `grid.gab_px`.
 
     It says which setting may have been meant, or which member or command has it. `words` are those
     of the command line.
     """
-    if renamed := new_name(wrong):
+    renamed = new_name(wrong)
+    if renamed:
         return f"{wrong} is now {renamed}"
     try:
-        known = settings.compose(command, settings.chosen_groups(words)).names()
+        chosen = settings.chosen_groups(words)
+        composed = settings.compose(command, chosen)
     except (HydraException, OmegaConfBaseException):
         # A group is misspelt as well.
-        known = settings.compose(command).names()
+        composed = settings.compose(command)
+    known = composed.names()
+    group, _, _ = wrong.partition(".")
     # A setting of another command, such as grid.gap_px with relloc.evaluate
-    if wrong.partition(".")[0] not in known:
+    if group not in known:
         for other in settings.COMMANDS:
-            if wrong in settings.compose(other).names():
+            of_other = settings.compose(other)
+            if wrong in of_other.names():
                 return (
                     f"relloc.{command} has no setting {wrong}: "
                     f"it belongs to python -m relloc.{other}"
                 )
     # A setting of another member of the group, such as data.root with data=photos
-    group = wrong.partition(".")[0]
-    if having := _members_with(wrong, command):
+    having = _members_with(wrong, command)
+    if having:
         swept = [word for word in words if word.startswith(f"{group}=") and "," in word]
         # Hydra first composes the default member with all words that are not swept.
         if swept:
             return f"{wrong} can't be given beside {swept[0]}: start one command for each {group}"
         return f"there is no setting {wrong} here. It belongs to {', '.join(having)}"
     # What other projects or earlier versions call a setting, and at last a similar name
-    if (usual := usual_name(wrong)) in known:
+    usual = usual_name(wrong)
+    if usual in known:
         return f"there is no setting {wrong}. Did you mean {usual}?"
-    if old := nearest_old_name(wrong):
+    old = nearest_old_name(wrong)
+    if old:
         return f"there is no setting {wrong}. Did you mean {new_name(old)}, which was {old} before?"
-    return f"there is no setting {wrong}{_meant(wrong, known)}"
+    hint = _meant(wrong, known)
+    return f"there is no setting {wrong}{hint}"
 
 
 def _prepare_takes_data(words: Sequence[str]) -> str:
     """Returns the message for a preset given to relloc.prepare, which names the preset's data."""
-    given = next((word for word in words if word.startswith("experiment=")), "experiment=")
+    presets = [word for word in words if word.startswith("experiment=")]
+    given = presets[0] if presets else "experiment="
     start = f"relloc.prepare takes no preset ({given}), only a data set: give data="
-    if given.partition("=")[2] in settings.members("experiment"):
+    _, _, preset = given.partition("=")
+    if preset in settings.members("experiment"):
         # A preset is made for one of the commands.
         for other in ("train", "evaluate"):
             with contextlib.suppress(HydraException, OmegaConfBaseException):
-                data = settings.compose(other, [given]).value("data.name")
+                composed = settings.compose(other, [given])
+                data = composed.value("data.name")
                 return f"{start}{data}, which that preset uses"
-    return f"{start}NAME, which may be {', '.join(settings.members('data'))}"
+    data_sets = settings.members("data")
+    return f"{start}NAME, which may be {', '.join(data_sets)}"
 
 
 def _members_with(wrong: str, command: str) -> list[str]:
@@ -184,15 +219,18 @@ def _members_with(wrong: str, command: str) -> list[str]:
     group, _, inner = wrong.partition(".")
     # The settings of an evaluation come below its name: eval.linear.lr is a setting of eval=linear.
     if group == "eval":
-        choice = f"eval={inner.partition('.')[0]}"
-        if inner.partition(".")[0] not in settings.members(group):
+        evaluation, _, _ = inner.partition(".")
+        if evaluation not in settings.members(group):
             return []
-        has_it = wrong in settings.compose(command, [choice]).names()
-        return [choice] if has_it else []
+        choice = f"eval={evaluation}"
+        composed = settings.compose(command, [choice])
+        return [choice] if wrong in composed.names() else []
     having = []
     for member in settings.members_general_first(group):
         content = settings.content_of(f"{group}/{member}")
-        if inner in settings.flat(content.get(group, content)):
+        # A file with another package names its group itself.
+        in_group = content.get(group, content)
+        if inner in settings.flat(in_group):
             having.append(f"{group}={member}")
     return having
 
@@ -200,21 +238,30 @@ def _members_with(wrong: str, command: str) -> list[str]:
 def _meant(wrong: str, known: Sequence[str]) -> str:
     """Returns the end of a message: which of the `known` settings may have been meant."""
     parent, _, name = wrong.rpartition(".")
-    beside = [key for key in known if key.rpartition(".")[0] == parent]
+    # The settings beside it, and the last words of their names
+    beside = []
+    names = []
+    for key in known:
+        parent_of_key, _, last_word = key.rpartition(".")
+        if parent_of_key == parent:
+            beside.append(key)
+            names.append(last_word)
     # A similar name within the same group is likelier than one elsewhere.
     near = difflib.get_close_matches(wrong, beside, n=1, cutoff=0.8)
     if not near:
         near = difflib.get_close_matches(wrong, known, n=1)
-    if parent and beside:
+    is_group = bool(parent and beside)
+    if is_group:
         near = [key for key in near if key in beside]
     elif not near or near[0] not in beside:
         # A setting of the same name in another group may be meant.
         elsewhere = [key for key in known if key.endswith(f".{name}")]
-        near = elsewhere if 0 < len(elsewhere) < 5 else near
+        # More than four would be no help.
+        if 0 < len(elsewhere) < 5:
+            near = elsewhere
     if near:
         return f". Did you mean {' or '.join(near)}?"
-    if parent and beside:
-        names = [key.rpartition(".")[2] for key in beside]
+    if is_group:
         return f": {parent} has {', '.join(names)}"
     return ". See --help for the settings there are"
 
@@ -227,34 +274,58 @@ def check_kinds(overrides: Sequence[Override], command: str) -> None:
     Raises:
         UsageError: a setting that is a number, or true or false, is given a word.
     """
+    worded = _set_to_words(overrides)
+    if not worded:
+        return
+    words = _as_typed(overrides)
+    try:
+        chosen = settings.chosen_groups(words)
+        composed = settings.compose(command, chosen)
+    except (HydraException, OmegaConfBaseException):
+        # Hydra raises it again when it composes the whole command line.
+        return
+    for key, value in worded:
+        # Unknown settings are refused with another message.
+        if key not in composed.unresolved:
+            continue
+        default = composed.default(key)
+        # bool first, as it is a kind of int.
+        if isinstance(default, bool):
+            wrong = "neither true nor false"
+        elif isinstance(default, int | float):
+            wrong = "not a number"
+        else:
+            continue
+        raise UsageError(
+            f"{key}={value} is {wrong}; {as_value(default)} by default. See --help {key}"
+        )
+
+
+def _set_to_words(overrides: Sequence[Override]) -> list[tuple[str, str]]:
+    """Returns the settings that are given words, and these words."""
     worded: list[tuple[str, str]] = []
     for override in overrides:
         key = override.key_or_group
-        is_free = settings.is_group(key) or key.partition(".")[0] in _FREE or key == "checkpoint"
-        if is_free or override.is_delete():
+        group, _, _ = key.partition(".")
+        is_free = group in _FREE or key == "checkpoint"
+        if is_free or settings.is_group(key) or override.is_delete():
             continue
         for value in values(override):
             # An interpolation may resolve to a number.
             if isinstance(value, str) and "${" not in value:
                 worded.append((key, value))
-    if not worded:
-        return
-    words = [override.input_line or "" for override in overrides]
-    try:
-        composed = settings.compose(command, settings.chosen_groups(words))
-    except (HydraException, OmegaConfBaseException):
-        # Hydra raises it again when it composes the whole command line.
-        return
-    for key, value in worded:
-        default = composed.default(key) if key in composed.unresolved else None
-        if isinstance(default, bool | int | float):
-            wrong = "neither true nor false" if isinstance(default, bool) else "not a number"
-            raise UsageError(
-                f"{key}={value} is {wrong}; {as_value(default)} by default. See --help {key}"
-            )
+    return worded
 
 
-def check_added(overrides: Sequence[Override], command: str) -> None:
+def _as_typed(overrides: Sequence[Override]) -> list[str]:
+    """Returns the words that the overrides were parsed from."""
+    return [override.input_line or "" for override in overrides]
+
+
+def check_added(
+    overrides: Sequence[Override],
+    command: str,
+) -> None:
     """Raises `UsageError` for added settings that nothing reads, such as `+recipe.epoch=2`.
 
     Hydra itself would add them. What is added to a call is left to the call, which knows its
@@ -266,22 +337,47 @@ def check_added(overrides: Sequence[Override], command: str) -> None:
         is_added = override.is_add() or override.is_force_add()
         if is_added and not settings.is_group(key) and not key.startswith(_FREE_TO_ADD):
             added.append(key)
+    # Most commands add nothing, and composing takes time.
+    if not added:
+        return
     # One of the members that are swept over may have the setting.
-    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
-    words = [override.input_line or "" for override in overrides]
+    sweeps = filter(Override.is_sweep_override, overrides)
+    swept = {override.key_or_group for override in sweeps}
+    words = _as_typed(overrides)
     try:
-        known = settings.compose(command, settings.chosen_groups(words)).unresolved if added else {}
+        chosen = settings.chosen_groups(words)
+        composed = settings.compose(command, chosen)
     except (HydraException, OmegaConfBaseException):
         # Hydra raises it again when it composes the whole command line.
         return
-    # The nodes that are calls
-    called = {
-        name for name, value in known.items() if isinstance(value, dict) and "_target_" in value
-    }
+    known = composed.unresolved
+    # The nodes that are calls: those that the added words make, and those of the config
+    called = {key.removesuffix("._target_") for key in added if key.endswith("._target_")}
+    called |= _calls(known)
     for key in added:
-        parts = key.split(".")
-        parents = [".".join(parts[:depth]) for depth in range(1, len(parts))]
-        is_of_call = any(f"{parent}._target_" in added or parent in called for parent in parents)
+        group, *_ = key.split(".")
+        parents = _parents(key)
+        is_of_call = not called.isdisjoint(parents)
+        # +eval.NAME adds a whole evaluation.
         is_evaluation = parents == ["eval"]
-        if key not in known and not is_of_call and not is_evaluation and parts[0] not in swept:
+        may_exist = is_of_call or is_evaluation or group in swept
+        if key not in known and not may_exist:
             raise UsageError(no_setting(key, command, words))
+
+
+def _calls(known: Mapping[str, Any]) -> set[str]:
+    """Returns the nodes of a config that are calls of a class or function."""
+    called = set()
+    for name, value in known.items():
+        if isinstance(value, dict) and "_target_" in value:
+            called.add(name)
+    return called
+
+
+def _parents(key: str) -> list[str]:
+    """Returns the nodes that hold a setting, the outermost first: a and a.b for a.b.c."""
+    parts = key.split(".")
+    parents = []
+    for depth in range(1, len(parts)):
+        parents.append(".".join(parts[:depth]))
+    return parents

@@ -11,7 +11,10 @@ from hydra.core.override_parser.types import ChoiceSweep
 from relloc.runs.command_line import parsed
 
 # SLURM itself writes partition=a,b and exclude=n[1-3],n7.
-_SETTING = re.compile(r"(\+{0,2}(?:hydra\.)?launcher\.[\w.@-]+)=(.+)", re.DOTALL)
+_SETTING = re.compile(
+    r"(\+{0,2}(?:hydra\.)?launcher\.[\w.@-]+)=(.+)",
+    re.DOTALL,
+)
 # For hydra-submitit-launcher these are texts: a list is turned into what SLURM writes, a,b.
 _LIST = re.compile(r"(hydra\.launcher\.(?:partition|exclude))=\[([\w.-]+(?: *, *[\w.-]+)*)\]")
 
@@ -23,23 +26,29 @@ def with_one_value_each(words: Sequence[str]) -> list[str]:
     hydra.launcher takes text), mappings and quoted values are left as they are, and so is
     choice(...): that is a sweep on purpose, which the launcher refuses.
     """
-    return [_with_one_value(word) for word in words]
+    quoted = []
+    for word in words:
+        quoted.append(_with_one_value(word))
+    return quoted
 
 
 def _with_one_value(word: str) -> str:
     """Quotes the value of one word if it is a setting of the launcher and needs quotes."""
     listed = _LIST.fullmatch(word)
     if listed is not None:
-        word = f"{listed[1]}={listed[2].replace(' ', '')}"
+        key, elements = listed.groups()
+        without_spaces = elements.replace(" ", "")
+        word = f"{key}={without_spaces}"
     setting = _SETTING.fullmatch(word)
     if setting is None or not _needs_quotes(word):
         return word
+    key, value = setting.groups()
     # Within quotes, a backslash escapes only before a quote: double those before one, and those
     # at the end, before the closing quote.
-    value = re.sub(r"(\\*)'", r"\1\1\\'", setting[2])
-    ending = re.search(r"\\*$", value)
-    backslashes = ending[0] if ending else ""
-    return f"{setting[1]}='{value}{backslashes}'"
+    value = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    without_backslashes = value.rstrip("\\")
+    backslashes = value[len(without_backslashes) :]
+    return f"{key}='{value}{backslashes}'"
 
 
 def _needs_quotes(word: str) -> bool:
@@ -50,5 +59,7 @@ def _needs_quotes(word: str) -> bool:
     value = override.value()
     # [rack1|rack2] looks like a list and is one constraint of SLURM's.
     if isinstance(value, list):
-        return word.partition("=")[0].endswith("launcher.constraint")
+        key, _, _ = word.partition("=")
+        return key.endswith("launcher.constraint")
+    # The simple form is a,b; the other one, choice(a,b), is a sweep on purpose.
     return isinstance(value, ChoiceSweep) and value.simple_form

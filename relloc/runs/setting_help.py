@@ -6,7 +6,6 @@ gets the setting, so that whoever changes a setting finds its explanation beside
 
 import ast
 import importlib.util
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,20 +54,37 @@ def answer(words: Sequence[str], command: str) -> str:
     Raises:
         UsageError: there is no setting, group or member of that name.
     """
-    refuse_old_names(word.lstrip("+~").partition("=")[0] for word in words)
+    names = [_split(word)[0] for word in words]
+    refuse_old_names(names)
     chosen = settings.chosen_groups(words)
-    answers = ["\n".join(_answer(word, chosen, command)) for word in words]
+    answers = []
+    for word in words:
+        lines = _answer(word, chosen, command)
+        answers.append("\n".join(lines))
     return "\n\n".join(answers)
 
 
-def _answer(word: str, chosen: Sequence[str], command: str) -> Iterator[str]:
-    """Yields the lines about one word."""
+def _split(word: str) -> tuple[str, str]:
+    """Returns the name and the value in a word, without Hydra's signs of adding and removing."""
     name, _, value = word.lstrip("+~").partition("=")
+    return name, value
+
+
+def _answer(
+    word: str,
+    chosen: Sequence[str],
+    command: str,
+) -> Iterator[str]:
+    """Yields the lines about one word."""
+    name, value = _split(word)
     # A name without a group is a setting; a/b is also taken for a.b.
     if not settings.is_group(name):
-        yield from _setting(name.replace("/", "."), chosen, command)
+        key = name.replace("/", ".")
+        yield from _setting(key, chosen, command)
     elif value:
-        for member in value.strip("[]").split(","):
+        # Several members may be given as in eval=[linear,knn].
+        members = value.strip("[]").split(",")
+        for member in members:
             yield from _member(name, member.strip())
     else:
         yield from _group(name, command)
@@ -84,11 +100,17 @@ def _member(group: str, member: str) -> Iterator[str]:
     for line in settings.about(f"{group}/{member}"):
         yield f"{_INDENT}{line}".rstrip()
     lines = file.read_text(encoding="utf-8").splitlines()
-    body = list(itertools.dropwhile(lambda line: not line or line.startswith("#"), lines))
+    while lines and _is_comment_or_empty(lines[0]):
+        lines.pop(0)
+    body = lines
     if body:
         yield f"{_INDENT}It sets:"
     for line in body:
         yield f"{_INDENT * 2}{line}".rstrip()
+
+
+def _is_comment_or_empty(line: str) -> bool:
+    return not line or line.startswith("#")
 
 
 def _group(group: str, command: str) -> Iterator[str]:
@@ -98,9 +120,12 @@ def _group(group: str, command: str) -> Iterator[str]:
     width = max(map(len, known), default=0)
     for member in known:
         # The first line of the comment that its file opens with
-        first = next(iter(settings.about(f"{group}/{member}")), "")
-        yield f"{_INDENT}{member:{width}}   {first}".rstrip()
-    inside = _directly_inside(group, settings.compose(command))
+        about = settings.about(f"{group}/{member}")
+        first = next(iter(about), "")
+        line = f"{_INDENT}{member:{width}}   {first}"
+        yield line.rstrip()
+    composed = settings.compose(command)
+    inside = _directly_inside(group, composed)
     if inside:
         yield f"Its settings: {', '.join(inside)}"
     example = inside[0] if inside else "SETTING"
@@ -109,10 +134,19 @@ def _group(group: str, command: str) -> Iterator[str]:
 
 def _directly_inside(key: str, composed: Composed) -> list[str]:
     """Returns the settings one level below another."""
-    return [name for name in composed.names() if name.rpartition(".")[0] == key]
+    inside = []
+    for name in composed.names():
+        parent, _, _ = name.rpartition(".")
+        if parent == key:
+            inside.append(name)
+    return inside
 
 
-def _setting(key: str, chosen: Sequence[str], command: str) -> Iterator[str]:
+def _setting(
+    key: str,
+    chosen: Sequence[str],
+    command: str,
+) -> Iterator[str]:
     """Yields the value of a setting, where it is set, its explanation, and what members set."""
     composed, choice = _composed_with(key, chosen, command)
     where = f" with {choice}" if choice else ""
@@ -124,10 +158,9 @@ def _setting(key: str, chosen: Sequence[str], command: str) -> Iterator[str]:
         if composed.unresolved[key] == "???":
             value = "to be given, it has no default"
         else:
-            value = f"{as_value(composed.default(key))} by default"
-        last_word = re.split(r"[._]", key)[-1]
-        unit = f", in {_UNITS[last_word]}" if last_word in _UNITS else ""
-        yield f"{key}: {value}{where}{unit}"
+            default = composed.default(key)
+            value = f"{as_value(default)} by default"
+        yield f"{key}: {value}{where}{_unit(key)}"
     source = _source_of(key, composed)
     if source is not None:
         yield from _from_conf(key, source)
@@ -135,24 +168,43 @@ def _setting(key: str, chosen: Sequence[str], command: str) -> Iterator[str]:
     yield from _from_members(key)
 
 
-def _composed_with(key: str, chosen: Sequence[str], command: str) -> tuple[Composed, str]:
+def _unit(key: str) -> str:
+    """Returns the end of a line that tells a setting's unit; "" if its name has none."""
+    words = re.split(r"[._]", key)
+    unit = _UNITS.get(words[-1])
+    if unit is None:
+        return ""
+    return f", in {unit}"
+
+
+def _composed_with(
+    key: str,
+    chosen: Sequence[str],
+    command: str,
+) -> tuple[Composed, str]:
     """Returns a config that has the setting, and the member that had to be chosen for it.
 
     The config is what the words choose or, if that lacks the setting, what comes with the first
     member of its group that has it.
     """
-    composed = settings.compose(command, chosen, with_hydra=key.startswith("hydra."))
+    is_hydras = key.startswith("hydra.")
+    composed = settings.compose(command, chosen, with_hydra=is_hydras)
     if key in composed.unresolved:
         return composed, ""
     group, _, inner = key.partition(".")
+    members = settings.members_general_first(group)
     # The settings of an evaluation come below its name.
-    named = [inner.partition(".")[0]] if group == "eval" else []
-    for member in (*named, *settings.members_general_first(group)):
+    if group == "eval":
+        evaluation, _, _ = inner.partition(".")
+        members = [evaluation, *members]
+    for member in members:
+        # The name of an evaluation may be misspelt.
+        if settings.file_of(f"{group}/{member}") is None:
+            continue
         choice = f"{group}={member}"
-        if settings.file_of(f"{group}/{member}") is not None:
-            composed = settings.compose(command, [*chosen, choice])
-            if key in composed.unresolved:
-                return composed, choice
+        composed = settings.compose(command, [*chosen, choice])
+        if key in composed.unresolved:
+            return composed, choice
     raise UsageError(no_setting(key, command, chosen))
 
 
@@ -161,7 +213,8 @@ def _source_of(key: str, composed: Composed) -> Source | None:
     # Later files override earlier ones.
     for source in reversed(composed.sources):
         inner = _inside(key, source)
-        if inner == "" or inner in settings.flat(settings.content_of(source.name)):
+        content = settings.content_of(source.name)
+        if inner == "" or inner in settings.flat(content):
             return source
     return None
 
@@ -174,20 +227,25 @@ def _inside(key: str, source: Source) -> str | None:
     if not source.package:
         return key
     # The final dot keeps `grid` from matching `gridlike.px`.
-    inside = f"{key}.".removeprefix(f"{source.package}.")
-    return inside.removesuffix(".") if inside != f"{key}." else None
+    package = f"{source.package}."
+    with_dot = f"{key}."
+    if not with_dot.startswith(package):
+        return None
+    inside = with_dot.removeprefix(package)
+    return inside.removesuffix(".")
 
 
 def _from_conf(key: str, source: Source) -> Iterator[str]:
     """Yields what a file sets a setting to, and the comment on it."""
     inner = _inside(key, source) or ""
     text = source.file.read_text(encoding="utf-8")
-    values = {name: text[start:end] for name, start, end in _spans(yaml.compose(text))}
     # The value as it is written in the file, in one line
     value = ""
-    if inner in values:
-        one_line = " ".join(line.strip() for line in values[inner].splitlines())
-        value = f": {one_line}"
+    for name, start, end in _spans(yaml.compose(text)):
+        if name == inner:
+            lines = text[start:end].splitlines()
+            one_line = " ".join(map(str.strip, lines))
+            value = f": {one_line}"
     yield f"{_INDENT}set in {_shown(source.file)}{value}"
     # Without a comment of its own, a setting has that of the one that holds it.
     explained = comments(source.file)
@@ -195,10 +253,14 @@ def _from_conf(key: str, source: Source) -> Iterator[str]:
         inner = inner.rpartition(".")[0]
     # The comment that a file opens with is about the whole member.
     is_member = "/" in source.name or key == source.package
-    opening = " ".join(settings.about(source.name)) if is_member else ""
-    for comment in dict.fromkeys([explained.get(inner), opening]):
-        if comment:
-            yield f"{_INDENT}{comment}"
+    opening = ""
+    if is_member:
+        opening = " ".join(settings.about(source.name))
+    own = explained.get(inner)
+    # Both may be the same comment, which is then shown once.
+    distinct = dict.fromkeys([own, opening])
+    for comment in filter(None, distinct):
+        yield f"{_INDENT}{comment}"
 
 
 def comments(file: Path) -> dict[str, str]:
@@ -208,15 +270,19 @@ def comments(file: Path) -> dict[str, str]:
     """
     text = file.read_text(encoding="utf-8")
     above = _above(text.splitlines())
-    found = {}
+    comment_behind = re.compile(r":?[ \t]*#[ \t]*(.*)")
+    comment_of = {}
     for key, start, end in _spans(yaml.compose(text)):
         # YAML drops comments while it parses: find them in the text, by the offsets of the values.
-        behind = re.compile(r":?[ \t]*#[ \t]*(.*)").match(text, end)
-        line_number = text.count("\n", 0, start)
-        comment = behind[1].strip() if behind else above[line_number]
+        behind = comment_behind.match(text, end)
+        if behind:
+            comment = behind[1].strip()
+        else:
+            line_number = text.count("\n", 0, start)
+            comment = above[line_number]
         if comment:
-            found[key] = comment
-    return found
+            comment_of[key] = comment
+    return comment_of
 
 
 def _spans(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int, int]]:
@@ -240,24 +306,31 @@ def _above(lines: Sequence[str]) -> list[str]:
     The comment has the same indentation, and no empty line is between. The comment that the file
     opens with does not count.
     """
-    opening = len(list(itertools.takewhile(lambda line: line.startswith("#"), lines)))
-    found = [""] * opening
+    above: list[str] = []
     comment: list[str] = []
     depth_of_comment = 0
     was_comment = False
-    for line in lines[opening:]:
+    is_opening = True
+    for line in lines:
+        # The opening ends with the first line that is no comment.
+        is_opening = is_opening and line.startswith("#")
+        if is_opening:
+            above.append("")
+            continue
         text = line.strip()
         depth = len(line) - len(line.lstrip())
         is_comment = text.startswith("#")
         # A comment counts until an empty line, another comment, or the end of its block.
-        if not text or (is_comment and not was_comment) or depth < depth_of_comment:
+        begins_another = is_comment and not was_comment
+        if not text or begins_another or depth < depth_of_comment:
             comment = []
             depth_of_comment = depth
         if is_comment:
             comment.append(text[1:].strip())
-        found.append(" ".join(comment) if depth == depth_of_comment else "")
+        is_of_block = depth == depth_of_comment
+        above.append(" ".join(comment) if is_of_block else "")
         was_comment = is_comment
-    return found
+    return above
 
 
 def _from_docstring(key: str, composed: Composed) -> Iterator[str]:
@@ -268,18 +341,27 @@ def _from_docstring(key: str, composed: Composed) -> Iterator[str]:
     """
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(composed.config, parent) if parent else None
-    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not isinstance(node, DictConfig):
+        return
+    target = node.get("_target_")
     if not isinstance(target, str) or not target.startswith("relloc."):
         return
     text = _docstring(target)
-    sentences = re.split(r"(?<=[.;])\s+", " ".join(text.split()))
-    # A docstring may explain a setting in any sentence.
-    naming = [sentence for sentence in sentences if f"`{name}`" in sentence]
+    in_one_line = " ".join(text.split())
+    sentences = re.split(r"(?<=[.;])\s+", in_one_line)
     # An entry may go on in lines that are indented further.
-    entry = re.search(rf"^    {re.escape(name)}: (.+(?:\n {{5,}}.+)*)", text, re.MULTILINE)
+    entry = re.search(
+        rf"^    {re.escape(name)}: (.+(?:\n {{5,}}.+)*)",
+        text,
+        re.MULTILINE,
+    )
     if entry:
-        naming = [" ".join(entry[1].split())]
-    explanation = " ".join(naming or sentences[:1]).rstrip(" ;")
+        explaining = entry[1].split()
+    else:
+        # A docstring may explain a setting in any sentence.
+        explaining = [sentence for sentence in sentences if f"`{name}`" in sentence]
+    explanation = " ".join(explaining or sentences[:1])
+    explanation = explanation.rstrip(" ;")
     if explanation:
         yield f"{_INDENT}{target}: {explanation}"
 
@@ -290,10 +372,12 @@ def _docstring(target: str) -> str:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return ""
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    tree = ast.parse(source)
     # Only classes and functions at the top of a module can be a `_target_`.
     for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+        is_definition = isinstance(node, ast.ClassDef | ast.FunctionDef)
+        if is_definition and node.name == name:
             return ast.get_docstring(node) or ""
     return ""
 
@@ -307,13 +391,16 @@ def _from_members(key: str) -> Iterator[str]:
     values = []
     for member in settings.members(group):
         content = settings.content_of(f"{group}/{member}")
-        of_member = settings.flat(content.get(group, content))
+        # A file with another package names its group itself.
+        in_group = content.get(group, content)
+        of_member = settings.flat(in_group)
         if inner not in of_member:
             continue
         value = of_member[inner]
         is_interpolation = "${" in str(value)
         if not isinstance(value, dict) and not is_interpolation:
             values.append(f"{group}={member} {as_value(value)}")
+    # A single value has been shown above already.
     if len(values) > 1:
         yield f"{_INDENT}elsewhere: {', '.join(values)}"
 
@@ -321,4 +408,6 @@ def _from_members(key: str) -> Iterator[str]:
 def _shown(file: Path) -> str:
     """Returns a file's path relative to the folder of conf/, or in full if it is a user's."""
     root = settings.conf_dir()
-    return str(file.relative_to(root.parent)) if file.is_relative_to(root) else str(file)
+    if not file.is_relative_to(root):
+        return str(file)
+    return str(file.relative_to(root.parent))

@@ -27,7 +27,7 @@ Those without a file are here; S is tests/slurm/test_sweeps_on_slurm.py, which h
       used_up_starts_end_the_job_after_saving; S: a_job_at_its_time_limit_saves_and_is_queued_again
  8. Each of several tasks runs as if it were alone: all write the same files.
       S: two_nodes_train_together_and_a_killed_rank_starts_the_job_again;
-      tests/runs/test_runs_launch.py: other_ranks_write_in_a_folder_that_goes
+      tests/runs/test_runs_start_command.py: other_ranks_write_in_a_folder_that_goes
  9. Resolvers, and whatever __main__ holds, travel to the job in a pickle of Hydra's state.
       nothing_of_hydra_is_pickled;
       test_sweeps.py: a_launcher_that_pickles_hydra_is_refused_before_anything_is_started

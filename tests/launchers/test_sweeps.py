@@ -209,9 +209,9 @@ def test_the_copy_of_the_code_wins_over_any_other(
     one = Point(kind="train", name="a", overrides=(), identity="a", folder=tmp_path / "run")
     python = launcher.command(one)[: -len(one.arguments)]
     asked = (
-        "from relloc.runs import launch, settings; "
+        "from relloc.runs import settings, start_command; "
         "import hydra_plugins.relloc_launchers as plugins; "
-        "print(launch.__file__, settings.conf_dir(), plugins.__file__)"
+        "print(start_command.__file__, settings.conf_dir(), plugins.__file__)"
     )
     told = subprocess.run(
         [*python, "-c", asked],
@@ -222,7 +222,7 @@ def test_the_copy_of_the_code_wins_over_any_other(
         timeout=60,
         check=True,
     )
-    used = ("relloc/runs/launch.py", "conf", "hydra_plugins/relloc_launchers/__init__.py")
+    used = ("relloc/runs/start_command.py", "conf", "hydra_plugins/relloc_launchers/__init__.py")
     assert told.stdout.split() == [str(launcher.code / name) for name in used]
 
 

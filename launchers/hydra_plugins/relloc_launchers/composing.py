@@ -22,25 +22,41 @@ class Composing:
     """
 
     def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
-        name = config.hydra.job.config_name
-        words = list(config.hydra.overrides.hydra)
-        self._groups = set(
-            loader.get_group_options("", ObjectType.GROUP, config_name=name, overrides=words)
+        hydra_config = config.hydra
+        groups = loader.get_group_options(
+            "",
+            ObjectType.GROUP,
+            config_name=hydra_config.job.config_name,
+            overrides=list(hydra_config.overrides.hydra),
         )
+        self._groups = set(groups)
         self._compose = loader.load_sweep_config
         self._parser = OverridesParser.create()
-        self._chosen: dict[tuple[str, ...], DictConfig] = {}
+        # The merged members by the words that choose them
+        self._merged: dict[tuple[str, ...], DictConfig] = {}
 
-    def __call__(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
-        words = self._parser.parse_overrides(list(sweep_overrides))
-        # Additions, removals and the like are left to Hydra.
-        if not all(self._is_choice(word) or _is_value(word) for word in words):
-            return self._compose(master_config, list(sweep_overrides))
-        choice = tuple(word.input_line or "" for word in words if self._is_choice(word))
-        if choice not in self._chosen:
-            self._chosen[choice] = self._compose(master_config, list(choice))
-        config = copy.deepcopy(self._chosen[choice])
-        values = [word for word in words if not self._is_choice(word)]
+    def __call__(
+        self,
+        master_config: DictConfig,
+        sweep_overrides: Sequence[str],
+    ) -> DictConfig:
+        overrides = list(sweep_overrides)
+        words = self._parser.parse_overrides(overrides)
+        choices = []
+        values = []
+        for word in words:
+            if self._is_choice(word):
+                choices.append(word.input_line or "")
+            elif _is_value(word):
+                values.append(word)
+            else:
+                # Additions, removals and the like are left to Hydra.
+                return self._compose(master_config, overrides)
+        key = tuple(choices)
+        if key not in self._merged:
+            self._merged[key] = self._compose(master_config, choices)
+        # A copy, since the values of this point are set in it.
+        config = copy.deepcopy(self._merged[key])
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         return config
 
@@ -51,5 +67,10 @@ class Composing:
 
 def _is_value(word: Override) -> bool:
     """Whether a word only sets a value that the config already has."""
-    plain = not (word.is_add() or word.is_force_add() or word.is_delete() or word.package)
-    return plain and "/" not in word.key_or_group and not word.is_hydra_override()
+    if word.is_add() or word.is_force_add() or word.is_delete():
+        return False
+    # A package moves the value elsewhere, and a slash names a group that does not exist.
+    if word.package or "/" in word.key_or_group:
+        return False
+    # Hydra keeps its own settings in another node.
+    return not word.is_hydra_override()

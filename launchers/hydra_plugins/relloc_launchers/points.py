@@ -30,8 +30,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from relloc.errors import Interrupted, UsageError
 from relloc.runs import data_of_run
 from relloc.runs.command_line import as_value
-from relloc.runs.launch import refuse_chdir, users_environment
 from relloc.runs.settings import conf_dir
+from relloc.runs.start_command import refuse_chdir, users_environment
 from relloc.status import Status
 from relloc.sweeps.point_status import (
     PointStatus,
@@ -53,7 +53,7 @@ from relloc.sweeps.table import (
 from relloc.terminal import quantity
 
 _RELLOC_CONF = "RELLOC_CONF"
-_SCRATCH = "${scratch:}"  # a temporary folder, see relloc.runs.launch
+_SCRATCH = "${scratch:}"  # a temporary folder, see relloc.runs.start_command
 CONFIG_FILE = "multirun.yaml"  # Hydra's record of the command
 _LISTED = 10  # points that can't be run, in a message
 

@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 from relloc.errors import UsageError
 from relloc.files import write_whole
-from relloc.runs.launch import FULL_ERROR
+from relloc.runs.start_command import FULL_ERROR
 from relloc.status import Status
 from relloc.sweeps.point_status import StatesFunction, point_statuses_when_answered
 from relloc.sweeps.points import POINT_FILE, Point, note_job, read_job

@@ -33,12 +33,13 @@ from relloc.runs.settings import conf_dir
 
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# The user's own value. `launch` sets the variable for this process, not for commands it starts.
-_USERS_FULL_ERROR = os.environ.get(FULL_ERROR)
-_NOBODY_READS = (
-    "nobody reads this command's output any more: it goes on, and its folder has all numbers"
+# The user's own value. `start_command` sets the variable for this process, not for commands that
+# it starts.
+_FULL_ERROR_BEFORE = os.environ.get(FULL_ERROR)
+_OUTPUT_IS_CLOSED = (
+    "the output was closed (broken pipe): the run continues, and its folder has all results"
 )
-# Flags of Hydra by which users bring groups of their own, which relloc does not see
+# Flags of Hydra that name config folders which the checks below can't read
 _OWN_CONFIGS = ("--config-", "-cd", "-cn", "-cp")
 _RERUN = "--experimental-rerun"  # a flag of Hydra
 # The disk is full or read-only, or the file server failed
@@ -66,11 +67,16 @@ _HYDRAS_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
 def users_environment() -> dict[str, str]:
     """Returns the environment as the user gave it, for commands that this one starts."""
-    given = {**os.environ, FULL_ERROR: _USERS_FULL_ERROR}
-    return {name: value for name, value in given.items() if value is not None}
+    environment = dict(os.environ)
+    # None: the user had not set it.
+    if _FULL_ERROR_BEFORE is None:
+        environment.pop(FULL_ERROR, None)
+    else:
+        environment[FULL_ERROR] = _FULL_ERROR_BEFORE
+    return environment
 
 
-def launch(task: Callable[..., None], config_name: str) -> NoReturn:
+def start_command(task: Callable[..., None], config_name: str) -> NoReturn:
     """Composes the config from the command line, runs `task` with it, and exits.
 
     Mistakes that a user can make end in one message on stderr and exit code 2, Ctrl-C in 130.
@@ -82,8 +88,9 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
     # Errors reach `_explained` below instead of Hydra's own printer, which hides the cause.
     os.environ[FULL_ERROR] = "1"
     warnings.showwarning = _show_warning
-    # One process may launch several commands, as tests do: each gets digits of its own.
-    _digits_of.cache_clear()
+    # One process may start several commands, as tests do: each gets its own random suffix for its
+    # folder's name.
+    _random_suffix.cache_clear()
     with contextlib.ExitStack() as at_end, _explained(config_name, show_all):
         OmegaConf.register_new_resolver("scratch", _Scratch(at_end), replace=True)
         # `--help SETTING` is answered here; a bare --help is left to Hydra.
@@ -92,20 +99,25 @@ def launch(task: Callable[..., None], config_name: str) -> NoReturn:
             print(setting_help.answer(given.words, config_name))
             sys.exit(0)
         data = _prepare_words(given, config_name)
-        start = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
+        run_with_hydra = hydra.main(
+            version_base="1.3",
+            config_path=str(conf_dir()),
+            config_name=config_name,
+        )
 
         @functools.wraps(task)
         def explained_task(config: DictConfig) -> None:
             # Explained in here too, before Hydra adds its comments to an error.
             with _explained(config_name, show_all):
-                refuse_chdir(HydraConfig.get())
-                _refuse_name_of_sweep(HydraConfig.get())
+                hydra_config = HydraConfig.get()
+                refuse_chdir(hydra_config)
+                _refuse_name_of_sweep(hydra_config)
                 if data:
                     _report_data(data, config)
-                terminal.print_when_reader_leaves(_NOBODY_READS)
+                terminal.print_when_reader_leaves(_OUTPUT_IS_CLOSED)
                 task(config)
 
-        start(explained_task)()
+        run_with_hydra(explained_task)()
     terminal.end_of_output()
     sys.exit(0)
 
@@ -119,30 +131,38 @@ def _report_data(data: RunData, config: DictConfig) -> None:
         print(terminal.escaped(line))
 
 
-def refuse_chdir(made: Any) -> None:
+def refuse_chdir(hydra_config: Any) -> None:
     """Raises `UsageError` where hydra.job.chdir is true.
 
     Relative paths would then be relative to the run's folder and not to the folder of the command.
     """
-    if made.job.chdir:
-        os.chdir(made.runtime.cwd)
+    if hydra_config.job.chdir:
+        # Hydra has changed the folder already; relative paths in messages count from the old one.
+        os.chdir(hydra_config.runtime.cwd)
         raise UsageError(
             "hydra.job.chdir=true is not supported: in relloc, relative paths count from the "
             "folder in which the command was started. Leave the setting out"
         )
 
 
-def _refuse_name_of_sweep(made: Any) -> None:
+def _refuse_name_of_sweep(hydra_config: Any) -> None:
     """Raises `UsageError` where a single run is given the name of a sweep."""
-    named = [word for word in made.overrides.task if word.lstrip("+").startswith("sweep=")]
-    if named and made.mode != RunMode.MULTIRUN:
-        raise UsageError(
-            f"{named[0]} names a sweep, and this is one run: start it with -m, or leave sweep= out"
-        )
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return
+    for word in hydra_config.overrides.task:
+        if word.lstrip("+").startswith("sweep="):
+            raise UsageError(
+                f"{word} names a sweep, and this is one run: start it with -m, or leave sweep= out"
+            )
 
 
 @functools.cache
-def _digits_of(_pid: int) -> str:
+def _random_suffix(pid: int) -> str:
+    """Returns six random hexadecimal digits, the same for every call in one process.
+
+    `pid` is only the key of the cache: a forked process gets another suffix than its parent.
+    """
+    del pid
     return secrets.token_hex(3)
 
 
@@ -151,7 +171,7 @@ def _unique() -> str:
 
     They distinguish this command from another that was started in the same second.
     """
-    return _digits_of(os.getpid())
+    return _random_suffix(os.getpid())
 
 
 # Registered at import, since the default names of runs and sweeps need it wherever conf/ is
@@ -228,13 +248,13 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UsageError, HydraException, OmegaConfBaseException) as error:
-        explained = None if show_all else explaining.explain(error, config_name)
-        if explained is None:
+        message = None if show_all else explaining.explain(error, config_name)
+        if message is None:
             raise
         # A refused run leaves no folder behind.
         if HydraConfig.initialized():
             _remove_untouched_folder(HydraConfig.get())
-        _exit(explained, getattr(error, "exit_code", EXIT_MISTAKE))
+        _exit(message, getattr(error, "exit_code", EXIT_MISTAKE))
     except OSError as error:
         if show_all or error.errno not in _DISK_ERRORS + _PATH_ERRORS:
             raise
@@ -246,20 +266,22 @@ def _explained(config_name: str, show_all: bool) -> Iterator[None]:
         )
 
 
-def _remove_untouched_folder(made: Any) -> None:
+def _remove_untouched_folder(hydra_config: Any) -> None:
     """Removes the folder of a refused run if it holds nothing but what Hydra wrote."""
-    if made.mode == RunMode.MULTIRUN or OmegaConf.is_missing(made.runtime, "output_dir"):
+    runtime = hydra_config.runtime
+    if hydra_config.mode == RunMode.MULTIRUN or OmegaConf.is_missing(runtime, "output_dir"):
         return
-    run_dir = Path(made.runtime.output_dir)
+    run_dir = Path(runtime.output_dir)
     # conf/ has Hydra write nothing, since the folder may be another run's. A user who sets
     # hydra.output_subdir has it write into that folder.
-    hydras_folder = run_dir / (made.output_subdir or "")
+    output_subdir = hydra_config.output_subdir
+    hydras_folder = run_dir / (output_subdir or "")
     # OSError: the folder is not empty, another process writes there, or it may not be removed.
     # Then it stays.
     with contextlib.suppress(OSError):
         hydras_files = {hydras_folder / name for name in _HYDRAS_FILES}
         present = {*run_dir.glob("*"), *hydras_folder.glob("*")}
-        if made.output_subdir and present == {hydras_folder, *hydras_files}:
+        if output_subdir and present == {hydras_folder, *hydras_files}:
             for name in _HYDRAS_FILES:
                 (hydras_folder / name).unlink()
             hydras_folder.rmdir()
@@ -267,8 +289,8 @@ def _remove_untouched_folder(made: Any) -> None:
             run_dir.rmdir()
 
 
-def _exit(explained: str, exit_code: int) -> NoReturn:
-    terminal.print_error(explained)
+def _exit(message: str, exit_code: int) -> NoReturn:
+    terminal.print_error(message)
     sys.exit(exit_code)
 
 

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from relloc.errors import DataError, UsageError
-from relloc.runs.launch import launch
+from relloc.runs.start_command import start_command
 
 Launched = Callable[..., int]
 Task = Callable[[DictConfig], None]
@@ -28,7 +28,7 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
         monkeypatch.setattr(sys, "argv", [config_name, *words])
         os.environ["HYDRA_FULL_ERROR"] = "0"  # the launch before has set it
         with pytest.raises(SystemExit) as ended:
-            launch(task, config_name)
+            start_command(task, config_name)
         return int(str(ended.value.code))
 
     return code
