@@ -1,5 +1,6 @@
 """Fine-tuned classification of VOC2007: its loss, groups, rescaling, test, and small trainings."""
 
+import copy
 import dataclasses
 import math
 import os
@@ -213,6 +214,41 @@ def test_accumulation_changes_nothing_where_no_batch_norm_is_trained() -> None:
     whole = losses_of(evaluation(**settings))
     assert len(whole) == 3
     assert losses_of(evaluation(**settings, images_per_forward=3)) == pytest.approx(whole, rel=1e-4)
+
+
+class Saved:
+    """A state that keeps what was saved, and ends the process after the first save if it is to."""
+
+    def __init__(self, state: Any = None, *, kill: bool = False) -> None:
+        self.state = state
+        self.kill = kill
+
+    def load(self) -> dict[str, Any] | None:
+        return self.state
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.state = copy.deepcopy(state)
+        if self.kill:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_training_of_the_papers_network_goes_on_to_the_same_bits() -> None:
+    # Its dropout, rescaling and redrawn layer are all that is random beside images and views.
+    one = evaluation(iterations=4, batch=4, evaluate_every=2, view=RandomSquare(crop_px=96))
+
+    def scores(state: Saved) -> list[Any]:
+        return list(one.run(given(backbone=alexnet(), state=state)))
+
+    finished = Saved()
+    expected = scores(finished)
+    killed = Saved(kill=True)
+    with pytest.raises(KeyboardInterrupt):
+        scores(killed)
+    assert killed.state["step"] == 2
+    resumed = Saved(killed.state)
+    assert scores(resumed) == expected
+    for name, value in finished.state["network"].items():
+        assert torch.equal(value, resumed.state["network"][name]), name
 
 
 def test_gradients_beyond_the_limit_are_scaled_down() -> None:
