@@ -232,6 +232,7 @@ class Saved:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_killed_training_of_the_papers_network_goes_on_to_the_same_bits() -> None:
     # Its dropout, rescaling and redrawn layer are all that is random beside images and views.
     one = evaluation(iterations=4, batch=4, evaluate_every=2, view=RandomSquare(crop_px=96))
