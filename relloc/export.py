@@ -23,13 +23,15 @@ from relloc.tracking.unfinished import unfinished_training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file, and print the settings that the other project needs.
+    """Writes the file, and prints the settings that the other project needs.
 
     Returns:
         The exit code: 0, or 2 after a message about a mistake.
     """
     options = parser().parse_args(arguments)
-    layout, out, classes = options.layout, options.out, options.fc
+    layout = options.layout
+    out = options.out
+    classes = options.fc
     # Everything is computed before the file is opened, and the file is replaced as a whole: after
     # any mistake a file that was there before is unchanged.
     try:
@@ -43,10 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         terminal.print_error(f"{out} could not be written ({error.strerror})")
         return CheckpointError.exit_code
+    # The path is absolute in there, since the other project may be started from another folder.
     settings = advice(
-        layout, out.resolve(), model, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=classes
+        layout,
+        out.resolve(),
+        model,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        classes=classes,
     )
-    print(f"{terminal.escaped(str(out))}: {model} in {layout}'s layout\n\n{settings}\n")
+    file_name = terminal.escaped(str(out))
+    print(f"{file_name}: {model} in {layout}'s layout\n\n{settings}\n")
     # The file can be evaluated like any other, which is the quickest check that it is right.
     checkpoint = shlex.quote(f"checkpoint={out}")
     terminal.print_next(f"python -m relloc.evaluate {checkpoint} data=NAME")
@@ -54,14 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+    """Returns the parser of the command line."""
     command_line = argparse.ArgumentParser(
         prog="python -m relloc.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command_line.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="a run folder or any file of weights"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="a run folder or any file of weights",
     )
     command_line.add_argument("--layout", required=True, choices=SUFFIXES)
     command_line.add_argument("--out", required=True, metavar="FILE", type=Path, help=_suffixes())
@@ -78,12 +90,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _suffixes() -> str:
-    """Return the suffixes of each layout as text, for the help and for messages."""
-    return "; ".join(f"{layout}: {' or '.join(suffixes)}" for layout, suffixes in SUFFIXES.items())
+    """Returns the suffixes of each layout as text, for the help and for messages."""
+    of_layouts = []
+    for layout, suffixes in SUFFIXES.items():
+        of_layouts.append(f"{layout}: {' or '.join(suffixes)}")
+    return "; ".join(of_layouts)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise `UsageError` for options that can't be used together, before anything is read."""
+    """Raises `UsageError` for options that can't be used together, before anything is read."""
     if options.out.suffix not in SUFFIXES[options.layout]:
         raise UsageError(
             f"--out {options.out} has none of the suffixes that tell the format: {_suffixes()}. "
@@ -100,12 +115,13 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _model_and_weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Return the name of the model, and all its weights by torchvision's names.
+    """Returns the name of the model, and all its weights by torchvision's names.
 
     Raises:
         CheckpointError: the checkpoint can't be read or is no ResNet that can be exported.
         UsageError: a prefix was given for a file that has none.
     """
+    # A run that has not ended has no final weights yet.
     unfinished = unfinished_training(checkpoint)
     if unfinished:
         raise CheckpointError(unfinished)
@@ -114,8 +130,10 @@ def _model_and_weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[
         model, weights = _from_our_file(file, prefix)
         backbone = ResNetBackbone(depth=DEPTHS[model])
     else:
+        # In a file of another project, the names of the weights tell which ResNet it is.
         check_hash(file)
-        found = layouts.find(weight_files.read(file), origin=str(file), prefix=prefix)
+        content = weight_files.read(file)
+        found = layouts.find(content, origin=str(file), prefix=prefix)
         model = found.model_or_advice()
         backbone = ResNetBackbone(depth=DEPTHS[model])
         weights = found.fitted(backbone.state_dict())
@@ -125,11 +143,13 @@ def _model_and_weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[
 
 
 def _from_our_file(file: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Return the name of the model and the weights in a file that relloc wrote."""
+    """Returns the name of the model and the weights in a file that relloc wrote."""
     weights, about = backbone_files.load_backbone(file)
+    # Our files have one backbone, whose names have no prefix.
     if prefix is not None:
         raise UsageError(f"{file} has no prefixes: leave --checkpoint-prefix out")
     model = backbone_files.model_name(about, file)
+    # Only ResNets have names and layouts that the other projects share.
     if model not in DEPTHS:
         raise CheckpointError(
             f"{file} is a {model}, which torchvision, detectron2 and mmdetection do not have: "

@@ -30,7 +30,7 @@ _TRAINING_KEYS = {
 
 
 def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> None:
-    """Save a backbone's weights as safetensors, with a description, and a SHA-256 file beside it.
+    """Saves a backbone's weights as safetensors, with a description, and a SHA-256 file beside it.
 
     Args:
         path: the file to write, atomically.
@@ -48,7 +48,7 @@ def save_backbone(path: Path, backbone: nn.Module, about: Mapping[str, Any]) -> 
 
 
 def backbone_file(path: Path) -> Path:
-    """Return the file with the weights: `path` itself, or the one in the run folder `path`.
+    """Returns the file with the weights: `path` itself, or the one in the run folder `path`.
 
     Raises:
         CheckpointError: no file can have this name, or a link leads to itself.
@@ -66,7 +66,7 @@ def backbone_file(path: Path) -> Path:
 
 
 def is_ours(file: Path) -> bool:
-    """Return whether relloc wrote a file, so that `load_backbone` can read it.
+    """Returns whether relloc wrote a file, so that `load_backbone` can read it.
 
     For files that can't be read at all it is False.
     """
@@ -80,7 +80,7 @@ def is_ours(file: Path) -> bool:
 
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load the weights and the description of a backbone.
+    """Loads the weights and the description of a backbone.
 
     Example: `weights, about = load_backbone(Path("runs/one"))`
 
@@ -128,7 +128,7 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load the backbone from a training checkpoint, which also has the head and the optimizer."""
+    """Loads the backbone from a training checkpoint, which also has the head and the optimizer."""
     expected = "checkpoint of relloc"
     # The names are read first: a large file that is no checkpoint is refused without loading it.
     names = weight_files.names_at_top(file, expected=expected)
@@ -147,7 +147,7 @@ def _backbone_of_training(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def model_name(about: Mapping[str, Any], file: Path) -> str:
-    """Return the name of the model that a file's description names, such as "resnet50".
+    """Returns the name of the model that a file's description names, such as "resnet50".
 
     Args:
         about: the description, as `load_backbone` returns it.
@@ -166,7 +166,7 @@ def model_name(about: Mapping[str, Any], file: Path) -> str:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """Return a fingerprint of weights: 16 hex digits from names, shapes, types and bytes.
+    """Returns a fingerprint of weights: 16 hex digits from names, shapes, types and bytes.
 
     Batch norm's counters (num_batches_tracked) are left out, since some layouts lack them and
     evaluations never read them.

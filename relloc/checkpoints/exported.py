@@ -49,7 +49,7 @@ C4 detectors, whose head is stage 4: roi_head=dict(shared_head=dict(init_cfg=<th
 def file_content(
     layout: str, suffix: str, weights: Mapping[str, Tensor], classes: int | None
 ) -> bytes:
-    """Return the bytes of a file of weights for another project.
+    """Returns the bytes of a file of weights for another project.
 
     Args:
         layout: one of `SUFFIXES`.
@@ -87,7 +87,7 @@ def advice(
     std: Sequence[float],
     classes: int | None,
 ) -> str:
-    """Return the settings with which the other project loads a file and normalizes images.
+    """Returns the settings with which the other project loads a file and normalizes images.
 
     Args:
         layout: one of `SUFFIXES`.

@@ -12,7 +12,7 @@ _LONGEST_SHOWN = 100  # characters of a tensor's name in a message
 
 
 def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Load weights into a backbone: either all of them or, after an error, none.
+    """Loads weights into a backbone: either all of them or, after an error, none.
 
     Batch norm's counters (num_batches_tracked) may be missing, as in files of torch before 0.4.1.
 
@@ -58,7 +58,7 @@ def check_fits(
     origin: str,
     advice: str = "Give the model it was trained with",
 ) -> None:
-    """Check that weights have the names, shapes and kinds of numbers of a state dict.
+    """Checks that weights have the names, shapes and kinds of numbers of a state dict.
 
     Batch norm's counters (num_batches_tracked) may be missing.
 
@@ -100,7 +100,7 @@ def check_fits(
 
 
 def first_of(names: Sequence[str], count: int = 3) -> str:
-    """Return the first `count` names as text that is short and can't control a terminal."""
+    """Returns the first `count` names as text that is short and can't control a terminal."""
     shown = [
         name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…"
         for name in names[:count]
@@ -109,7 +109,7 @@ def first_of(names: Sequence[str], count: int = 3) -> str:
 
 
 def _kind(tensor: Tensor) -> str:
-    """Return the kind of a tensor's numbers, within which types are converted on loading."""
+    """Returns the kind of a tensor's numbers, within which types are converted on loading."""
     if tensor.is_complex():
         return "complex"
     # A scalar is a counter of batch norm, which some projects save as a float.

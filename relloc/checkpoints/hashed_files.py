@@ -53,7 +53,7 @@ class HashedFile:
         self._file = file
 
     def write(self, content: bytes | memoryview) -> int:
-        """Write and hash bytes, unless an error occurred before; return how many were given."""
+        """Writes and hashes bytes, unless an error occurred before; returns how many were given."""
         if not self.error:
             try:
                 self._file.write(content)
@@ -63,14 +63,14 @@ class HashedFile:
         return len(content)
 
     def flush(self) -> None:
-        """Hand what was written to the operating system."""
+        """Hands what was written to the operating system."""
         if not self.error:
             self._file.flush()
 
 
 @contextlib.contextmanager
 def writing_hashed(path: Path) -> Iterator[HashedFile]:
-    """Write a file and its hash atomically: both are replaced when the block ends without an error.
+    """Writes a file and its hash atomically: both are replaced if the block ends without an error.
 
     Raises:
         CheckpointError: there is no space or no permission; what was at `path` stays.
@@ -96,12 +96,12 @@ def writing_hashed(path: Path) -> Iterator[HashedFile]:
 
 
 def hash_file(path: Path) -> Path:
-    """Return the file that holds the SHA-256 of `path`."""
+    """Returns the file that holds the SHA-256 of `path`."""
     return path.with_name(path.name + ".sha256")
 
 
 def check_hash(path: Path) -> bool:
-    """Compare a file with the SHA-256 beside it, if there is one.
+    """Compares a file with the SHA-256 beside it, if there is one.
 
     Files of older versions of relloc, of other projects, and copies may have none.
 
@@ -133,17 +133,17 @@ def check_hash(path: Path) -> bool:
 
 
 def damaged(path: Path) -> str:
-    """Return the beginning of a message about a file that is not as it was saved."""
+    """Returns the beginning of a message about a file that is not as it was saved."""
     return f"{path} is damaged or no checkpoint of relloc"
 
 
 def not_read(path: Path, error: OSError) -> CheckpointError:
-    """Return the error for a file that can't be read now, such as while a network is down."""
+    """Returns the error for a file that can't be read now, such as while a network is down."""
     return CheckpointError(f"{path} can't be read ({error.strerror}); nothing was changed")
 
 
 def not_written(path: Path, error: OSError) -> CheckpointError:
-    """Return the error for a file that can't be written, such as on a full disk."""
+    """Returns the error for a file that can't be written, such as on a full disk."""
     return CheckpointError(
         f"{path} could not be written ({error.strerror}). What was saved before is untouched; "
         "free some space and start the same command with the same hydra.run.dir to go on"
@@ -155,7 +155,7 @@ def _write_hash(path: Path, digest: str) -> None:
 
 
 def _refuse_pipe(path: Path) -> None:
-    """Raise `CheckpointError` if a path is there and is not a file: opening a pipe would block."""
+    """Raises `CheckpointError` if a path is there and is not a file: opening a pipe would block."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is no file: move it away, or give another path")
 

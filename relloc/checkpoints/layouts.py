@@ -113,7 +113,7 @@ class FoundResNet:
         return _MODELS.get(self.blocks)
 
     def model_or_advice(self) -> str:
-        """Return the name of our model with these blocks.
+        """Returns the name of our model with these blocks.
 
         Raises:
             CheckpointError: we have no such model; the message says what to do.
@@ -127,7 +127,7 @@ class FoundResNet:
         return self.model
 
     def fitted(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights after checking that they are those of a backbone.
+        """Returns the weights after checking that they are those of a backbone.
 
         Args:
             wanted: the backbone's state dict, which may be on the meta device. Batch norm's
@@ -155,7 +155,7 @@ class FoundResNet:
 
 
 def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) -> FoundResNet:
-    """Find the one ResNet in the content of a file.
+    """Finds the one ResNet in the content of a file.
 
     Tensors outside of its prefix are left out and counted. Below the prefix every tensor has to be
     one of the network's, or of a kind that is known to be left out, such as a classifier.
@@ -217,13 +217,13 @@ def find(content: Mapping[str, Any], *, origin: str, prefix: str | None = None) 
 
 
 def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a ResNet's weights by detectron2's names, as its converter from torchvision does."""
+    """Returns a ResNet's weights by detectron2's names, as its converter from torchvision does."""
     replacements = [(ours, theirs) for theirs, ours in _DETECTRON2.items()]
     return {_renamed(name, replacements): tensor for name, tensor in weights.items()}
 
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what torch's wrappers insert into names, unless two names would become the same."""
+    """Removes what torch's wrappers insert into names, unless two names would become the same."""
     renamed = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     return renamed if len(renamed) == len(tensors) else tensors
 
@@ -235,7 +235,7 @@ def _choose(
     names: Sequence[str],
     objects: Sequence[str],
 ) -> str:
-    """Return the one of the backbones' `prefixes` that the user wants.
+    """Returns the one of the backbones' `prefixes` that the user wants.
 
     Raises:
         CheckpointError: there is none, or more than one is possible.
@@ -270,7 +270,7 @@ def _choose(
 
 
 def _matching(prefixes: list[str], wanted: str) -> list[str]:
-    """Return the prefixes equal to `wanted`, or if none is, those with it among their parts."""
+    """Returns the prefixes equal to `wanted`, or if none is, those with it among their parts."""
     exact = [prefix for prefix in prefixes if prefix.rstrip(".") == wanted]
     if exact or not wanted:
         return exact
@@ -278,7 +278,7 @@ def _matching(prefixes: list[str], wanted: str) -> list[str]:
 
 
 def _kind(name: str) -> str | None:
-    """Return what a tensor is by its dotted name if it is to be left out, or else None."""
+    """Returns what a tensor is by its dotted name if it is to be left out, or else None."""
     for part in name.split("."):
         for kind, parts in _LEFT_OUT.items():
             if re.fullmatch(parts, part):
@@ -287,7 +287,7 @@ def _kind(name: str) -> str | None:
 
 
 def _renamed(name: str, replacements: Iterable[tuple[str, str]]) -> str:
-    """Return a name after replacing parts of it, where ^ stands for its beginning."""
+    """Returns a name after replacing parts of it, where ^ stands for its beginning."""
     name = f"^{name}"
     for old, new in replacements:
         name = name.replace(old, new)
@@ -295,7 +295,7 @@ def _renamed(name: str, replacements: Iterable[tuple[str, str]]) -> str:
 
 
 def _layout(content: Mapping[str, Any], prefix: str, stage: str) -> str:
-    """Return in words which project wrote a file, as far as names and other entries tell."""
+    """Returns in words which project wrote a file, as far as names and other entries tell."""
     below = f" below {prefix.rstrip('.')}" if prefix else ""
     names = "children by their numbers" if stage == "4" else "names"
     if stage == "res2":

@@ -7,11 +7,11 @@ TRAINING_FOLDER = "checkpoints"
 
 
 def training_folder(run_dir: Path) -> Path:
-    """Return the folder of the checkpoints of a training."""
+    """Returns the folder of the checkpoints of a training."""
     return run_dir / TRAINING_FOLDER
 
 
 def saved_trainings(run_dir: Path) -> list[Path]:
-    """Return the checkpoints in a run folder, oldest first, without the named milestones."""
+    """Returns the checkpoints in a run folder, oldest first, without the named milestones."""
     # The step in the name has nine digits, so that names sort like numbers.
     return sorted(training_folder(run_dir).glob("step_*.pt"))

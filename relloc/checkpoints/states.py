@@ -31,7 +31,7 @@ _NUMBER_KEPT = 2  # checkpoints of a training; if the newest is damaged, the one
 def save_training(
     run_dir: Path, state: Mapping[str, Any], step: int, milestone: str | None = None
 ) -> Path:
-    """Save the state of a training, and delete checkpoints older than the newest two.
+    """Saves the state of a training, and deletes checkpoints older than the newest two.
 
     Each file has its SHA-256 beside it, as `sha256sum --check` reads it.
 
@@ -59,7 +59,7 @@ def save_training(
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Save tensors and plain values for `load_state`, with their SHA-256 in a file beside them.
+    """Saves tensors and plain values for `load_state`, with their SHA-256 in a file beside them.
 
     The tensors are written one by one, so that this needs almost no memory.
 
@@ -72,14 +72,14 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def delete_state(path: Path) -> None:
-    """Delete what `save_state` saved or began to save at `path`, if it is there."""
+    """Deletes what `save_state` saved or began to save at `path`, if it is there."""
     for file in (path, hash_file(path)):
         file.unlink(missing_ok=True)
     files.remove_unfinished(path)
 
 
 def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint of a training that is not damaged, or None if there is none.
+    """Returns the newest checkpoint of a training that is not damaged, or None if there is none.
 
     A damaged one is renamed to `….damaged`, and `warn` is called with a message.
 
@@ -108,7 +108,7 @@ def newest_sound(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def load_training(path: Path) -> dict[str, Any]:
-    """Load the state that `save_training` saved; its tensors are on the CPU.
+    """Loads the state that `save_training` saved; its tensors are on the CPU.
 
     Raises:
         DamagedCheckpoint: the file is no checkpoint, or not as it was saved.
@@ -121,7 +121,7 @@ def load_training(path: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Load what `save_state` saved; its tensors are on the CPU and mapped from the file.
+    """Loads what `save_state` saved; its tensors are on the CPU and mapped from the file.
 
     Mapped tensors are read from the disk when they are used. A file without a hash is not mapped
     but read whole, since it may be cut off.
@@ -134,7 +134,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
-    """Load a checkpoint with torch's safe unpickler; tell damaged files from unreadable ones."""
+    """Loads a checkpoint with torch's safe unpickler; tells damaged files from unreadable ones."""
     is_as_saved = check_hash(path)
     # The file is opened once before, because torch's errors do not tell whether a file can't be
     # read or is no checkpoint.

@@ -38,7 +38,7 @@ _DEEPEST = 100  # nested containers
 
 
 def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
-    """Return the content of a file of weights, nested as it was saved, with tensors on the CPU.
+    """Returns the content of a file of weights, nested as it was saved, with tensors on the CPU.
 
     The format is recognized by the first bytes: safetensors; what torch.save wrote, as a zip or as
     one stream; and pickles of tensors or numpy arrays, such as detectron2's converters write.
@@ -74,7 +74,7 @@ def read(file: Path, *, expected: str = "file of weights") -> dict[str, Any]:
 
 
 def names_at_top(file: Path, *, expected: str = "file of weights") -> set[str]:
-    """Return the names at the top level of a file, without reading its tensors.
+    """Returns the names at the top level of a file, without reading its tensors.
 
     Raises:
         CheckpointError: as `read`.
@@ -86,7 +86,7 @@ def names_at_top(file: Path, *, expected: str = "file of weights") -> set[str]:
 
 
 def _content(file: Path, expected: str, *, numbers: bool = True) -> Any:
-    """Return what a file holds; without `numbers` its tensors are not read and stay unfinished."""
+    """Returns what a file holds; without `numbers` its tensors are not read and stay unfinished."""
     start, size = _first_bytes(file)
     try:
         # Warnings of the libraries are ignored: a file that is refused gives one message, the
@@ -102,7 +102,7 @@ def _content(file: Path, expected: str, *, numbers: bool = True) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the reason of a reader's error in one short line."""
+    """Returns the reason of a reader's error in one short line."""
     if isinstance(error, MemoryError):
         return "what it declares does not fit into memory"
     without_text = "it ends early" if isinstance(error, EOFError) else type(error).__name__
@@ -114,7 +114,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _first_bytes(file: Path) -> tuple[bytes, int]:
-    """Return the first 512 bytes of a file, and its size in bytes."""
+    """Returns the first 512 bytes of a file, and its size in bytes."""
     try:
         file_stat = file.stat()
         mode = file_stat.st_mode
@@ -133,7 +133,7 @@ def _first_bytes(file: Path) -> tuple[bytes, int]:
 
 
 def _reader(start: bytes, size: int) -> Callable[[Path, bool], Any]:
-    """Return the function that reads a file of `size` bytes that begins with `start`.
+    """Returns the function that reads a file of `size` bytes that begins with `start`.
 
     Raises:
         OtherKind, ValueError: the file is of a kind that can't be read; the message goes on after
@@ -169,7 +169,7 @@ def _reader(start: bytes, size: int) -> Callable[[Path, bool], Any]:
 
 
 def opened_safetensors(file: Path) -> Any:
-    """Return an open safetensors file, as `safetensors.safe_open` gives it.
+    """Returns an open safetensors file, as `safetensors.safe_open` gives it.
 
     Raises:
         FileNotFoundError: it is no regular file.
@@ -209,7 +209,7 @@ class _Unfolding:
         self._made: dict[Pending, Any] = {}
 
     def plain(self, value: Any, depth: int = 0) -> Any:
-        """Return dicts with text as keys, lists, tuples, tensors, `LeftOut` and plain values."""
+        """Returns dicts with text as keys, lists, tuples, tensors, `LeftOut` and plain values."""
         self._n_values += 1
         if depth > _DEEPEST:
             raise TooLarge(f"it is nested more than {_DEEPEST} deep")
@@ -229,13 +229,13 @@ class _Unfolding:
 
 
 def _text(key: Any) -> str:
-    """Return a key as text that can be printed; Python 2 wrote names as bytes."""
+    """Returns a key as text that can be printed; Python 2 wrote names as bytes."""
     text = key.decode("latin-1") if isinstance(key, bytes) else str(key)
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all values in nested containers with their dotted names.
+    """Yields all values in nested containers with their dotted names.
 
     Example: `{"model": {"fc": [1, 2]}}` yields ("model.fc.0", 1) and ("model.fc.1", 2).
     """
@@ -250,7 +250,7 @@ def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _main_object(content: Any) -> LeftOut:
-    """Return the object to name in the message about a file that holds objects instead of tensors.
+    """Returns the object to name in the message about a file that holds objects instead of tensors.
 
     That is the model, if it has one of the usual names, or else the first object.
     """

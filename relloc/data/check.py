@@ -49,6 +49,7 @@ class CountedImages:
 
     def __str__(self) -> str:
         text = first_names(self.examples)
+        # Only the first few have been kept.
         if self.n > len(self.examples):
             text += ", …"
         return text
@@ -164,6 +165,7 @@ def summary(
     counts = published or {}
     train_parts = [part for part in parts if part.role == "train"]
     held_out_parts = [part for part in parts if part.role == "held_out"]
+    # Files are compared by their hashes: the images are not read again.
     train, train_files = _split_check(data.train, folder, train_parts, counts)
     held_out, held_out_files = _split_check(data.held_out, folder, held_out_parts, counts)
     # The first of several equal training files is named.
@@ -195,6 +197,7 @@ def examine(
     by image number. `store(record, index, file)` is called for each image before its facts are
     recorded, and may raise `UnreadableImage`. `tick` is called after each image.
     """
+    # A record of zeros has height 0, which says that the image can't be read.
     records = np.zeros(len(part), kind)
     unreadable: dict[int, str] = {}
     indices = range(part.start, part.stop)
@@ -203,6 +206,7 @@ def examine(
             file = original(images, index)
             if store:
                 store(record, index, file)
+            # Afterwards, as `store` may still refuse the image.
             fill_facts(record, file)
         except UnreadableImage as error:
             unreadable[index] = str(error)
@@ -238,6 +242,7 @@ def _split_check(
     """Returns the check of a split, and the names and hashes of its readable files."""
     image_names = names(images)
     records = records_of(folder, parts)
+    # Which side is the height does not matter here.
     sides = [records["height"], records["width"]]
     short, long = np.sort(sides, axis=0)
     # Sides are 0 where the image can't be read.
@@ -261,6 +266,7 @@ def _split_check(
     class_images = None
     if images.labels is not None:
         labels = np.asarray(images.labels)
+        # Classes without images count as well, with zero.
         counts = np.bincount(labels, minlength=len(images.classes))
         class_images = (int(counts.min()), int(counts.max()))
     short_px = None
@@ -270,6 +276,7 @@ def _split_check(
         largest = int(readable_short.max())
         short_px = (smallest, median, largest)
 
+    # Unreadable images have no size, and are counted as unreadable only.
     def counted(chosen: np.ndarray) -> CountedImages:
         indices = np.flatnonzero(chosen & (short > 0))
         chosen_names = [image_names[index] for index in indices]

@@ -200,6 +200,7 @@ def class_folders(
         >>> splits = class_folders(name="in1k", root="/data/imagenet", train="train", val="val")
     """
     base = require_root(root, holding)
+    # The names of the folders of one level are read, which takes no time even for ImageNet.
     train_folder = base / train
     val_folder = base / val
     classes = class_folders_of(train_folder)
@@ -212,6 +213,7 @@ def class_folders(
             f"{without_classes} has no class folders: {name} needs {base}/{train}/CLASS/* and "
             f"{base}/{val}/CLASS/*; data.root is to hold {holding}"
         )
+    # Labels are numbers of classes in order: one more class would shift them.
     in_one_split = set(classes) ^ set(val_classes)
     if in_one_split:
         raise DataError(
@@ -367,6 +369,7 @@ def folder(
             "data set: leave them out where data.source.pool_splits=true or several roots make "
             "one set without labels"
         )
+    # The same folder for both would pass every other check.
     if train == val:
         raise DataError(
             f"data.source.train and data.source.val are both {train}: testing on training images "

@@ -75,12 +75,15 @@ class VocImages(FolderImages):
     @functools.cached_property
     def _presence(self) -> list[list[int]]:
         folder = self.devkit / "ImageSets" / "Main"
-        class_lists = [folder / f"{name}_{self.split}.txt" for name in VOC_CLASSES]
+        class_lists = []
+        for name in VOC_CLASSES:
+            class_lists.append(folder / f"{name}_{self.split}.txt")
         # The official splits have a list for each class. A split that users made themselves may
         # have none: then the annotations of the images say the same.
-        if not any(path.exists() for path in class_lists):
+        if not any(map(Path.exists, class_lists)):
             annotations = self.devkit / "Annotations"
-            return [_annotated_presence(annotations / f"{image}.xml") for image in self.listed]
+            files = [annotations / f"{image}.xml" for image in self.listed]
+            return [_annotated_presence(file) for file in files]
         columns = [self._class_list(path) for path in class_lists]
         # From lists by class to lists by image
         rows = zip(*columns, strict=True)
@@ -151,7 +154,7 @@ def voc(
     splits = []
     lists = []
     for split in (train, held_out):
-        lists.append(devkit / "ImageSets" / "Main" / f"{split}.txt")
+        lists.append(_list_file(devkit, "Main", split))
         listed = voc_list(devkit, "Main", split)
         folder = devkit / "JPEGImages"
         images = VocImages(
@@ -194,13 +197,19 @@ def voc_list(devkit: Path, kind: str, split: str) -> list[str]:
     """
     year = devkit.name.removeprefix("VOC")
     holding = _VOC.format(year=year)
-    path = devkit / "ImageSets" / kind / f"{split}.txt"
+    path = _list_file(devkit, kind, split)
     names = []
     for _, line in numbered_lines(path, holding):
         # Lists of a class have a second column, which is not part of the name.
         name, *_ = line.split()
         names.append(name)
     return names
+
+
+def _list_file(devkit: Path, kind: str, split: str) -> Path:
+    """Returns the file of a list: `kind` is "Main" or, for segmentation, "Segmentation"."""
+    folder = devkit / "ImageSets" / kind
+    return folder / f"{split}.txt"
 
 
 def places205(
@@ -246,7 +255,8 @@ def places205(
     # not stand for classes.
     pairs = {(os.path.dirname(path), label) for path, label in train}
     label_of = dict(pairs)
-    n_labels = len(set(label_of.values()))
+    distinct_labels = set(label_of.values())
+    n_labels = len(distinct_labels)
     folders_are_classes = len(pairs) == len(label_of) == n_labels
     if folders_are_classes:
         for path, label in val:
@@ -258,7 +268,14 @@ def places205(
                     f"{lists[0]} have {expected}: take both lists from the same release of the "
                     "data set"
                 )
-    return _labeled_splits(name, base / images, classes, lists, [train, val], published_images)
+    return _labeled_splits(
+        name,
+        base / images,
+        classes,
+        lists,
+        [train, val],
+        published_images,
+    )
 
 
 def _labeled_lines(path: Path) -> list[tuple[str, int]]:
@@ -267,7 +284,8 @@ def _labeled_lines(path: Path) -> list[tuple[str, int]]:
     for number, line in numbered_lines(path, _PLACES):
         # Only the last space separates: paths may have spaces, too.
         image, _, label = line.rpartition(" ")
-        if not image or not label.isdecimal() or len(label) > _LABEL_DIGITS:
+        is_number = label.isdecimal() and len(label) <= _LABEL_DIGITS
+        if not image or not is_number:
             raise DataError(
                 f"{path} line {number}: {line!r} is not a path, a space and a class number. "
                 f"{_UNPACK}"
@@ -315,8 +333,14 @@ def inaturalist2018(
     label_of = {category: label for label, category in enumerate(classes)}
     train = _annotated(train_content, lists[0], images, label_of)
     val = _annotated(val_content, lists[1], images, label_of)
-    class_names = tuple(classes.values())
-    return _labeled_splits(name, base / images, class_names, lists, [train, val], published_images)
+    return _labeled_splits(
+        name,
+        base / images,
+        tuple(classes.values()),
+        lists,
+        [train, val],
+        published_images,
+    )
 
 
 def _annotations(path: Path) -> dict[str, list[Any]]:
@@ -325,7 +349,8 @@ def _annotations(path: Path) -> dict[str, list[Any]]:
     with data_errors(f"{path} is not JSON", ValueError, RecursionError, advice=_UNPACK):
         content = json.loads(text)
     needed = {"images", "annotations", "categories"}
-    if not isinstance(content, dict) or not needed <= set(content):
+    has_all = isinstance(content, dict) and needed <= set(content)
+    if not has_all:
         raise DataError(
             f"{path} is no annotation file: it has no images, annotations and categories. {_UNPACK}"
         )
@@ -350,7 +375,10 @@ def _categories(content: Mapping[str, list[Any]], path: Path) -> dict[int, str]:
 
 
 def _annotated(
-    content: Mapping[str, list[Any]], path: Path, folder: str, label_of: Mapping[int, int]
+    content: Mapping[str, list[Any]],
+    path: Path,
+    folder: str,
+    label_of: Mapping[int, int],
 ) -> list[tuple[str, int]]:
     """Returns the file name and label of each image in an annotation file."""
     category_of: dict[int, int] = {}
@@ -367,9 +395,11 @@ def _annotated(
                     f"and {category}: keep the right one"
                 )
         for entry in content["images"]:
+            # Official files name images with their folder, others without it.
             file_name = entry["file_name"].removeprefix(f"{folder}/")
             category = category_of[entry["id"]]
-            labeled.append((file_name, label_of[category]))
+            label = label_of[category]
+            labeled.append((file_name, label))
     if not labeled:
         raise DataError(f"{path} names no images. {_UNPACK}")
     return labeled

@@ -60,6 +60,7 @@ class BatchMessage:
     unreadable: Reasons
     shape: Shape
 
+    # Pixels travel by another way, in memory that both processes see.
     def batch(self, rows: Rows, *, pin: bool = False) -> ImageBatch:
         """Returns the batch with the pixels `rows`, with `pin` copied to page-locked memory."""
         # A view: nothing is copied, and the memory keeps channels last.
@@ -82,6 +83,7 @@ def write_samples(
     pictures: list[UInt8[np.ndarray, "s s 3"]] = []
     unreadable: Reasons = {}
     for sample in samples:
+        # Also of a sample with pixels, which may stand for others that could not be read
         unreadable.update(sample.unreadable)
         if sample.pixels is not None:
             indices.append(sample.index)

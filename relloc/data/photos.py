@@ -95,10 +95,12 @@ def tiles_of(
     Raises:
         ValueError: a size is less than 1 px or leaves no room for training.
     """
+    # Both orientations are treated alike, along the long side.
     short, long = sorted((width, height))
     sides = [round(tile * short) for tile in tiles]
     smallest = min(sides, default=0)
     strip = max(sides, default=0)
+    # As wide as the largest tile, so that one row or column of tiles of that size fits into it.
     # The rest of the photograph has to hold a tile of every size, too.
     too_large = 2 * strip > long or strip > short
     if smallest < 1 or stride <= 0 or too_large:

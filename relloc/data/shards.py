@@ -59,7 +59,9 @@ def decoded(jpeg: bytearray) -> UInt8[np.ndarray, "h w 3"]:
         pixels: Any = decode_jpeg(encoded, mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
         raise UnreadableImage(f"can't be decoded: {error}") from error
-    return pixels.permute(1, 2, 0).numpy()
+    # From (channel, row, column) to Pillow's order, without copying
+    rgb = pixels.permute(1, 2, 0)
+    return rgb.numpy()
 
 
 def _claimed_size(jpeg: bytearray) -> tuple[int, int]:
@@ -158,13 +160,15 @@ class ShardImages:
         self._files = _Files()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder, self.role)
+        arguments = (self.folder, self.role)
+        return type(self), arguments
 
     def __len__(self) -> int:
         return len(self._index["size"])
 
     def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.read_array(index))
+        pixels = self.read_array(index)
+        return Image.fromarray(pixels)
 
     def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """Returns the pixels of an image; faster than `read` for callers that only cut them.
@@ -233,7 +237,8 @@ class MultiLabeledShards(ShardImages):
 
     def presence(self) -> list[list[int]]:
         """Returns 1 (there), 0 (difficult to recognize) or -1 (not there) by image and class."""
-        return self._index["presence"].tolist()
+        presence = self._index["presence"]
+        return presence.tolist()
 
 
 def shards(*, root: str) -> Splits:

@@ -27,18 +27,21 @@ class Subset:
         self.name = images.name
         self.split = images.split
         self.classes = images.classes
+        labels = images.labels
         self.labels: Sequence[int] | None = None
-        if images.labels is not None:
-            self.labels = [images.labels[index] for index in indices]
+        if labels is not None:
+            self.labels = [labels[index] for index in indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, index: int) -> Image.Image:
-        return self.images.read(self.indices[index])
+        index_of_all = self.indices[index]
+        return self.images.read(index_of_all)
 
     def source(self, index: int) -> str:
-        return self.images.source(self.indices[index])
+        index_of_all = self.indices[index]
+        return self.images.source(index_of_all)
 
     def digest(self) -> str:
         # Which images they are, and in which order: labels and contents are in the digest of all.
@@ -99,16 +102,24 @@ def stratified(images: ImageSet, share: float, *, seed: int) -> Subset:
     hashes = []
     for name in _file_names(images):
         text = f"{seed} {name}"
-        hashes.append(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest())
+        encoded = text.encode("utf-8", "surrogateescape")
+        hasher = hashlib.sha256(encoded)
+        hashes.append(hasher.digest())
+    all_indices = range(len(images))
+    in_order = sorted(all_indices, key=hashes.__getitem__)
     indices_of: dict[int, list[int]] = collections.defaultdict(list)
-    for index in sorted(range(len(images)), key=hashes.__getitem__):
+    for index in in_order:
         label = images.labels[index]
         indices_of[label].append(index)
-    class_sizes = {label: len(indices) for label, indices in indices_of.items()}
+    class_sizes = {}
+    for label, indices in indices_of.items():
+        class_sizes[label] = len(indices)
     quotas = _quotas(class_sizes, share)
+    # The first ones of each class: a larger share takes these and more.
     chosen = []
     for label, indices in indices_of.items():
-        chosen += indices[: quotas[label]]
+        quota = quotas[label]
+        chosen += indices[:quota]
     return Subset(images=images, indices=sorted(chosen))
 
 

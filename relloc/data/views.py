@@ -122,7 +122,11 @@ class RandomResized:
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
-        top, left, bottom, right = self.box(image.height, image.width, rng)
+        top, left, bottom, right = self.box(
+            image.height,
+            image.width,
+            rng,
+        )
         # The box is cut before it is resized, as torchvision does. `resize(box=)` would also read
         # pixels beyond the border of the box.
         cut = image.crop((left, top, right, bottom))
@@ -215,37 +219,48 @@ class RandomSquare:
     def __post_init__(self) -> None:
         checks.whole("augment.crop_px", self.crop_px)
         _check_range("augment.scale", self.scale, most=math.inf)
-        checks.number("augment.flip", self.flip, at_least=0, at_most=1)
+        _check_flip(self.flip)
 
     def __str__(self) -> str:
-        ends = " to ".join(f"{end:.3g}" for end in self.scale)
+        rounded = [f"{end:.3g}" for end in self.scale]
+        ends = " to ".join(rounded)
         return (
             f"random squares of {ends} times {self.crop_px} px resized to {self.crop_px} px, "
             f"flip {self.flip}"
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
-        box = self.box(image.height, image.width, rng)
-        top, left, bottom, right = box
+        top, left, bottom, right = self.box(
+            image.height,
+            image.width,
+            rng,
+        )
+        # EXTENT takes borders in parts of a pixel, which `crop` would round.
         resized = image.transform(
             (self.crop_px, self.crop_px),
             Image.Transform.EXTENT,
             (left, top, right, bottom),
             resample=Image.Resampling.BILINEAR,
         )
-        return np.asarray(_flipped(resized, self.flip, rng))
+        flipped = _flipped(resized, self.flip, rng)
+        return np.asarray(flipped)
 
     def box(self, height: int, width: int, rng: random.Random) -> tuple[float, ...]:
         """Returns a random square (top, left, bottom, right) in an image of `height` x `width`."""
         least, most = self.scale
         # The square lies within the image, also where that is smaller than the smallest square.
-        largest = min(most, height / self.crop_px, width / self.crop_px)
-        side = self.crop_px * rng.uniform(min(least, largest), largest)
+        highest_scale = height / self.crop_px
+        widest_scale = width / self.crop_px
+        largest = min(most, highest_scale, widest_scale)
+        smallest = min(least, largest)
+        side = self.crop_px * rng.uniform(smallest, largest)
         # Rounding could lead beyond the border by a part of a pixel, which would be black.
         side = min(side, height, width)
         top = rng.uniform(0, height - side)
         left = rng.uniform(0, width - side)
-        return top, left, min(top + side, height), min(left + side, width)
+        bottom = min(top + side, height)
+        right = min(left + side, width)
+        return top, left, bottom, right
 
 
 @dataclasses.dataclass
@@ -336,5 +351,6 @@ def _range_in_words(ends: Sequence[float]) -> str:
 
 def _check_range(setting: str, ends: Any, *, most: float) -> None:
     checks.numbers(setting, ends, above=0, at_most=most)
-    if len(ends) != 2 or ends[0] > ends[1]:
+    is_range = len(ends) == 2 and ends[0] <= ends[1]
+    if not is_range:
         raise UsageError(f"{setting} is {ends}: give two numbers, the lower first")

@@ -40,6 +40,8 @@ class _LinearEvaluation(Evaluation):
 
     kind = "frozen"
     labels = "class"
+    # Raised where numbers of an earlier version would not be equal, so that they are measured
+    # again.
     version = 2
 
     epochs: int
@@ -82,6 +84,7 @@ class _LinearEvaluation(Evaluation):
         the tenth, which is seen in the still view; 0 if all heads trained on the tenth, so that
         there is nothing to choose. `watched` are images to measure the best epoch on.
         """
+        # The same tenth for the same seed, so that candidates of several runs compare.
         tenth = draw_held_back(context.train.n, context.seed)
         trained = self._training().fit(
             source,
@@ -114,6 +117,7 @@ class _LinearEvaluation(Evaluation):
         Raises:
             DataError: none of the images can be read.
         """
+        # All heads of all layers are counted in one pass over the images.
         held_out = context.held_out
         indices = torch.arange(held_out.n)
         hits, n_images = count_hits(
@@ -123,6 +127,7 @@ class _LinearEvaluation(Evaluation):
             self.batch,
             context.device,
         )
+        # Some unreadable images are reported; a share of none can't be.
         if not n_images:
             raise DataError(
                 "none of the images to report on can be read: "
@@ -133,6 +138,7 @@ class _LinearEvaluation(Evaluation):
     def _describe_head(self, head: int) -> tuple[str, ...]:
         """Returns the hyperparameters of a head in words, for the details of its score."""
         setting = self._settings()[head]
+        # SGD's other kind of momentum is the usual one, and is not named.
         kind = "nesterov " if self.nesterov else ""
         return (
             f"lr {setting.lr:g}",
@@ -227,9 +233,11 @@ class Linear(_LinearEvaluation):
             UsageError: features are not finite.
             DataError: images cannot be read, or are too few.
         """
+        # The same images either way; random views are encoded anew in each epoch.
         source = context.train
         if self.augment:
             source = context.augmented(self.augment, self.color)
+        # Measuring after each epoch takes time: only where the published choice is asked for.
         watched = context.held_out if self.best_epoch else None
         trained, chosen = self._train(source, context, watched=watched)
         hits, n_images = self._count_held_out_hits(trained, context)
@@ -276,7 +284,9 @@ class Linear(_LinearEvaluation):
                 )
 
     def _settings(self) -> list[HeadSettings]:
+        # The published head comes first: `run` reports it by this index.
         settings = [HeadSettings(lr=self.lr, weight_decay=self.weight_decay, sees_all=True)]
+        # The heads of the grid never see the tenth that chooses among them.
         for lr, decay in itertools.product(self.grid_lrs, self.grid_weight_decays):
             settings.append(HeadSettings(lr=lr, weight_decay=decay, sees_all=False))
         return settings
@@ -289,6 +299,7 @@ class Linear(_LinearEvaluation):
         """Returns in words how a head was trained, and whether it diverged."""
         views = [str(part) for part in (self.augment, self.color) if part]
         training_views = ", ".join(views) or "the still view"
+        # The id of the protocol has a field of its own in the results.
         details = [
             self.follows.removeprefix(f"{self.protocol} "),
             *self._describe_head(head),
@@ -364,6 +375,7 @@ class LinearFast(_LinearEvaluation):
             UsageError: features are not finite.
             DataError: images cannot be read, or are too few.
         """
+        # Rates are chosen on the held-back tenth; held-out images are counted afterwards.
         trained, chosen = self._train(context.train, context)
         hits, n_images = self._count_held_out_hits(trained, context)
         n_rates = len(self.learning_rates)
@@ -404,6 +416,8 @@ def _best_head(hits: Int[Tensor, "heads"], heads: LayerHeads) -> int:
     Heads that trained on the tenth are never chosen, and diverged ones only if there is no other.
     """
     sees_all = torch.tensor([setting.sees_all for setting in heads.sgd.settings])
+    # Diverged first: a head that both diverged and saw the tenth has the lower of the two ranks.
     ranked = hits.masked_fill(have_diverged(heads), _RANK_OF_DIVERGED)
     ranked = ranked.masked_fill(sees_all, _RANK_OF_UNFAIR)
+    # Of equal numbers of right answers, argmax takes the first head.
     return int(ranked.argmax())

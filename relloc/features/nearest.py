@@ -108,6 +108,8 @@ def _product_precisions(
         if has_tf32:
             return _TF32, _FLOAT32
         return (_FLOAT32,)
+    # Each of the k nearest rows is compared in float64 once more: of a small bank that takes longer
+    # than all float64 products at once.
     if device.type == "cpu" and n_rows < _PAIR_COST * k:
         return ()
     return (_FLOAT32,)
@@ -129,7 +131,8 @@ class _KeyFormat:
     @property
     def grid(self) -> int:
         """Steps of the grid per unit of similarity; similarity and row share 62 bits of a key."""
-        return 2 ** min(_GRID_BITS, 62 - self.row_bits)
+        bits_left = 62 - self.row_bits
+        return 2 ** min(_GRID_BITS, bits_left)
 
     def pack(
         self,
@@ -141,16 +144,19 @@ class _KeyFormat:
         clamped = similarities.clamp(-1, 1)
         steps = clamped.mul(self.grid).round().long()
         # Counted from the last row of all ranks backwards, so that earlier rows have larger keys.
-        last_row = 2**self.row_bits - 1
+        n_rows = 2**self.row_bits
+        last_row = n_rows - 1
         reversed_rows = last_row - self.first_row - rows
-        return steps * 2**self.row_bits + reversed_rows
+        return steps * n_rows + reversed_rows
 
     def unpack(self, keys: Keys) -> tuple[Similarities, RowNumbers]:
         """Returns similarities and rows, which are counted through the banks of all ranks."""
         last_row = 2**self.row_bits - 1
-        similarities = (keys >> self.row_bits).double() / self.grid
-        rows = last_row - (keys & last_row)
-        return similarities, rows
+        # The upper bits, with their sign, are steps of the grid; the lower bits are the row.
+        steps = keys >> self.row_bits
+        similarities = steps.double() / self.grid
+        reversed_rows = keys & last_row
+        return similarities, last_row - reversed_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +178,11 @@ class _Search:
         """
         # Counted on the device and looked at once, since each look makes the host wait for the GPU.
         n_finite = torch.zeros((), dtype=torch.int64, device=self.device)
-        for start, rows in chunks_on_device(self.bank, self.chunk, self.device):
+        for start, rows in chunks_on_device(
+            self.bank,
+            self.chunk,
+            self.device,
+        ):
             norms = _norms(rows)
             n_finite += norms.isfinite().sum()
             yield start, rows, norms
@@ -182,8 +192,10 @@ class _Search:
     @property
     def block(self) -> int:
         """How many rows are computed in float64 at once."""
-        bytes_per_row = _BYTES_PER_BLOCK_VALUE * max(1, self.bank.shape[1])
-        return max(1, _BLOCK_BYTES[self.device.type] // bytes_per_row)
+        n_features = self.bank.shape[1]
+        bytes_per_row = _BYTES_PER_BLOCK_VALUE * max(1, n_features)
+        block_bytes = _BLOCK_BYTES[self.device.type]
+        return max(1, block_bytes // bytes_per_row)
 
 
 def nearest(
@@ -220,35 +232,50 @@ def nearest(
         UsageError: queries or rows contain NaN or infinity; the message calls them `name`.
     """
     # The rows of this rank are numbered after those of the ranks before it.
-    n_rows_of_ranks = [len(bank)]
+    n_own_rows = len(bank)
+    n_rows_of_ranks = [n_own_rows]
     first_row = 0
     if across_ranks:
-        gathered = ranks.gathered(torch.tensor([len(bank)]))
+        gathered = ranks.gathered(torch.tensor([n_own_rows]))
         n_rows_of_ranks = gathered.flatten().tolist()
-        first_row = sum(n_rows_of_ranks[: ranks.rank()])
+        n_rows_before = n_rows_of_ranks[: ranks.rank()]
+        first_row = sum(n_rows_before)
     n_rows = sum(n_rows_of_ranks)
 
-    work_bytes = _WORK_BYTES[queries.device.type]
+    # As many rows at once as fit, and then as many queries as their products with these rows leave
+    # room for.
+    device = queries.device
+    work_bytes = _WORK_BYTES[device.type]
     if not chunk:
-        bytes_per_row = _BYTES_PER_VALUE * max(1, queries.shape[1])
+        n_features = queries.shape[1]
+        bytes_per_row = _BYTES_PER_VALUE * max(1, n_features)
         chunk = max(1, work_bytes // bytes_per_row)
     if not tile:
-        rows_at_once = min(chunk, max(1, len(bank)))
-        tile = max(1, work_bytes // (_BYTES_PER_PRODUCT * rows_at_once))
+        rows_at_once = min(chunk, max(1, n_own_rows))
+        bytes_per_query = _BYTES_PER_PRODUCT * rows_at_once
+        tile = max(1, work_bytes // bytes_per_query)
 
+    key_format = _KeyFormat(
+        first_row=first_row,
+        row_bits=n_rows.bit_length(),
+    )
     search = _Search(
         bank=bank,
-        device=queries.device,
-        keys=_KeyFormat(first_row=first_row, row_bits=n_rows.bit_length()),
+        device=device,
+        keys=key_format,
         chunk=chunk,
         tile=tile,
         name=name,
     )
-    keys, retried = _nearest_keys(queries, search, min(k, len(bank)))
+    keys, retried = _nearest_keys(queries, search, min(k, n_own_rows))
     if across_ranks:
         keys = _merge_ranks(keys, min(k, n_rows))
-    similarities, rows = search.keys.unpack(keys)
-    return NearestNeighbors(similarities=similarities, rows=rows, retried=retried)
+    similarities, rows = key_format.unpack(keys)
+    return NearestNeighbors(
+        similarities=similarities,
+        rows=rows,
+        retried=retried,
+    )
 
 
 def _merge_ranks(keys: Keys, k: int) -> Int64[Tensor, "q all_k"]:
@@ -257,25 +284,35 @@ def _merge_ranks(keys: Keys, k: int) -> Int64[Tensor, "q all_k"]:
     The nearest rows of all ranks are among the nearest of each rank.
     """
     # A rank with fewer rows than k has fewer keys; the lowest key, which no row has, fills them up.
-    padded = keys.new_full((len(keys), k), _LOWEST_KEY)
-    padded[:, : keys.shape[1]] = keys
+    n_queries, n_own_keys = keys.shape
+    padded = keys.new_full((n_queries, k), _LOWEST_KEY)
+    padded[:, :n_own_keys] = keys
     keys_of_ranks = ranks.gathered(padded)
-    keys_of_queries = keys_of_ranks.transpose(0, 1).flatten(1)
+    # From (rank, query, key) to the keys of all ranks for each query
+    by_query = keys_of_ranks.transpose(0, 1)
+    keys_of_queries = by_query.flatten(1)
     return keys_of_queries.topk(k, dim=1).values
 
 
-def _nearest_keys(queries: Queries, search: _Search, k: int) -> tuple[Keys, int]:
+def _nearest_keys(
+    queries: Queries,
+    search: _Search,
+    k: int,
+) -> tuple[Keys, int]:
     """Returns keys of the `k` nearest rows, and how many queries needed a second precision."""
+    n_queries = len(queries)
+    device = queries.device
     is_finite = queries.isfinite().all(dim=1)
     n_bad = int((~is_finite).sum())
-    _check_all_finite(n_bad, len(queries), search.name)
-    keys = torch.full((len(queries), k), _LOWEST_KEY, device=queries.device)
+    _check_all_finite(n_bad, n_queries, search.name)
+    keys = torch.full((n_queries, k), _LOWEST_KEY, device=device)
     if not k:
         return keys, 0
-    remaining = torch.arange(len(queries), device=queries.device)
+    remaining = torch.arange(n_queries, device=device)
     n_unsettled = []
     # Each precision settles most of the queries that the one before it has left.
-    for precision in _product_precisions(queries.device, len(search.bank), k):
+    precisions = _product_precisions(device, len(search.bank), k)
+    for precision in precisions:
         new_keys, settled = _keys_from_candidates(
             queries[remaining],
             search,
@@ -289,8 +326,15 @@ def _nearest_keys(queries: Queries, search: _Search, k: int) -> tuple[Keys, int]
         if not len(remaining):
             return keys, n_unsettled[0]
     # What no precision could tell apart, such as crowds of almost equal rows.
-    keys[remaining] = _keys_in_float64(queries[remaining], search, k)
-    return keys, n_unsettled[0] if n_unsettled else 0
+    keys[remaining] = _keys_in_float64(
+        queries[remaining],
+        search,
+        k,
+    )
+    # Without any precision, all was searched in float64 at once and nothing again.
+    if not n_unsettled:
+        return keys, 0
+    return keys, n_unsettled[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -322,15 +366,18 @@ def _keys_from_candidates(
     error_bound = found.error_bound.unsqueeze(1)
     threshold = kth_best - 2 * error_bound - 2 / search.keys.grid
     # If the worst candidate lies below the threshold, so do all rows that are no candidates.
-    worst = found.products.amin(dim=1, keepdim=True).double()
-    settled = worst < threshold
-    has_all_rows = found.products.shape[1] == len(search.bank)
+    worst = found.products.amin(dim=1, keepdim=True)
+    settled = worst.double() < threshold
+    n_candidates = found.products.shape[1]
+    has_all_rows = n_candidates == len(search.bank)
     if has_all_rows:
         settled = torch.ones_like(settled)
     # Candidates below the threshold, and unsettled queries, need no exact comparison.
-    wanted = (found.products.double() >= threshold) & settled
+    may_be_nearest = found.products.double() >= threshold
+    wanted = may_be_nearest & settled
     keys = _exact_keys(unit, search, found.rows, wanted)
-    return keys.topk(k, dim=1).values, settled.squeeze(1)
+    nearest_keys = keys.topk(k, dim=1).values
+    return nearest_keys, settled.squeeze(1)
 
 
 def _find_candidates(
@@ -340,21 +387,37 @@ def _find_candidates(
     precision: _ProductPrecision,
 ) -> _Candidates:
     """Returns the rows with the largest products with each query, in the given precision."""
-    n_candidates = min(len(search.bank), 2 * k + _SPARE_CANDIDATES)
+    n_queries, n_features = unit.shape
+    most_candidates = 2 * k + _SPARE_CANDIDATES
+    n_candidates = min(len(search.bank), most_candidates)
+    # The queries have length one already.
     ones = torch.ones_like(unit[:, 0])
-    rounded_queries, query_errors = _round_to(precision, unit, ones, search.block)
-    shape = (len(unit), n_candidates)
+    rounded_queries, query_errors = _round_to(
+        precision,
+        unit,
+        ones,
+        search.block,
+    )
+    shape = (n_queries, n_candidates)
     products = torch.full(shape, -torch.inf, device=unit.device)
     candidate_rows = torch.zeros(shape, dtype=torch.int64, device=unit.device)
     max_row_error = query_errors.new_zeros(())
     with _matmul_precision(precision.matmul_precision):
         for start, rows, norms in search.chunks():
-            rounded_rows, row_errors = _round_to(precision, rows, norms, search.block)
+            rounded_rows, row_errors = _round_to(
+                precision,
+                rows,
+                norms,
+                search.block,
+            )
             max_row_error = torch.maximum(max_row_error, row_errors.max())
-            for tile in _slices(len(unit), search.tile):
+            for tile in _slices(n_queries, search.tile):
                 # The matrix of products gets no name: it would still be in memory when the next
                 # one is computed.
-                best, columns = _largest(rounded_queries[tile] @ rounded_rows.T, n_candidates)
+                best, columns = _largest(
+                    rounded_queries[tile] @ rounded_rows.T,
+                    n_candidates,
+                )
                 products[tile], candidate_rows[tile] = _merge_candidates(
                     products[tile],
                     candidate_rows[tile],
@@ -363,9 +426,13 @@ def _find_candidates(
                 )
     # By Cauchy-Schwarz, rounding a factor moves a product of unit vectors by at most the length of
     # the error. The sum over d terms adds its own rounding.
-    sum_error = precision.error_per_term * unit.shape[1]
-    error_bound = _BOUND_MARGIN * (query_errors + max_row_error + sum_error)
-    return _Candidates(products=products, rows=candidate_rows, error_bound=error_bound)
+    sum_error = precision.error_per_term * n_features
+    total_error = query_errors + max_row_error + sum_error
+    return _Candidates(
+        products=products,
+        rows=candidate_rows,
+        error_bound=_BOUND_MARGIN * total_error,
+    )
 
 
 def _merge_candidates(
@@ -394,8 +461,10 @@ def _largest(
     """
     n_columns = values.shape[1]
     n_groups = n_columns // _GROUP_SIZE
+    # With few groups, most columns would be compared in any case.
     if n_groups < 2 * count:
-        return values.topk(min(count, n_columns), dim=1, sorted=False)
+        n_wanted = min(count, n_columns)
+        return values.topk(n_wanted, dim=1, sorted=False)
     # Group g has the columns g, g + n_groups, g + 2 n_groups, ...: maxima over them are maxima over
     # contiguous parts of memory.
     n_grouped = n_groups * _GROUP_SIZE
@@ -403,13 +472,17 @@ def _largest(
     maxima = grouped.amax(dim=1)
     best_groups = maxima.topk(count, dim=1, sorted=False).indices
     offsets = torch.arange(0, n_grouped, n_groups, device=values.device)
-    grouped_columns = best_groups.unsqueeze(2) + offsets
+    columns_by_group = best_groups.unsqueeze(2) + offsets
+    grouped_columns = columns_by_group.flatten(1)
     # The columns that fill no group are compared, too.
     other_columns = torch.arange(n_grouped, n_columns, device=values.device)
     other_columns = other_columns.expand(len(values), -1)
-    columns = torch.cat([grouped_columns.flatten(1), other_columns], dim=1)
-    best = values.gather(1, columns).topk(count, dim=1, sorted=False)
-    return best.values, columns.gather(1, best.indices)
+    columns = torch.cat([grouped_columns, other_columns], dim=1)
+    compared = values.gather(1, columns)
+    best = compared.topk(count, dim=1, sorted=False)
+    # From positions among the compared values to columns
+    best_columns = columns.gather(1, best.indices)
+    return best.values, best_columns
 
 
 def _exact_keys(
@@ -426,7 +499,8 @@ def _exact_keys(
     for start, rows, norms in search.chunks():
         end = start + len(rows)
         is_in_chunk = (candidate_rows >= start) & (candidate_rows < end)
-        pairs = (wanted & is_in_chunk).nonzero()
+        is_compared = wanted & is_in_chunk
+        pairs = is_compared.nonzero()
         for block in pairs.split(search.block):
             query, column = block.unbind(1)
             row = candidate_rows[query, column]
@@ -438,18 +512,27 @@ def _exact_keys(
     return keys
 
 
-def _keys_in_float64(queries: Queries, search: _Search, k: int) -> Keys:
+def _keys_in_float64(
+    queries: Queries,
+    search: _Search,
+    k: int,
+) -> Keys:
     """Returns the keys of the `k` nearest rows by float64 products of all queries and rows."""
     unit = _normalize(queries)
-    keys = torch.full((len(queries), k), _LOWEST_KEY, device=queries.device)
+    n_queries = len(queries)
+    keys = torch.full((n_queries, k), _LOWEST_KEY, device=queries.device)
     # Float64 products, similarities and keys take about six times the memory of float32 products.
     tile_size = max(1, search.tile // 6)
     for start, rows, norms in search.chunks():
         unit_rows = rows / norms.unsqueeze(1)
         end = start + len(rows)
         row_numbers = torch.arange(start, end, device=queries.device)
-        for tile in _slices(len(unit), tile_size):
-            new_keys, _ = _largest(search.keys.pack(unit[tile] @ unit_rows.T, row_numbers), k)
+        for tile in _slices(n_queries, tile_size):
+            # One expression, so that products are freed before the largest keys are searched.
+            new_keys, _ = _largest(
+                search.keys.pack(unit[tile] @ unit_rows.T, row_numbers),
+                k,
+            )
             merged = torch.cat([keys[tile], new_keys], dim=1)
             keys[tile] = merged.topk(k, dim=1, sorted=False).values
             # Freed before the products of the next tile are computed.
@@ -458,13 +541,18 @@ def _keys_in_float64(queries: Queries, search: _Search, k: int) -> Keys:
 
 
 def _norms(rows: BankRows) -> Norms:
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(
+        rows,
+        dim=1,
+        dtype=torch.float64,
+    )
     return norms.clamp(min=_MIN_NORM)
 
 
 def _normalize(rows: BankRows) -> Float64[Tensor, "n d"]:
     """Returns the rows scaled to length one, in float64."""
-    return rows / _norms(rows).unsqueeze(1)
+    norms = _norms(rows)
+    return rows / norms.unsqueeze(1)
 
 
 def _round_to(
@@ -527,17 +615,23 @@ def chunks_on_device(bank: BankRows, size: int, device: torch.device) -> Iterato
     From the CPU to a GPU they go through two page-locked buffers and a CUDA stream of their own, so
     that the next chunk is on its way while the GPU works on one. At most two are on the GPU.
     """
+    n_rows, n_features = bank.shape
+    starts = range(0, n_rows, size)
     if bank.device == device or device.type != "cuda":
-        for start in range(0, len(bank), size):
-            yield start, bank[start : start + size].to(device)
+        for start in starts:
+            rows = bank[start : start + size]
+            yield start, rows.to(device)
         return
     compute_stream = torch.cuda.current_stream(device)
     copy_stream = torch.cuda.Stream(device)
-    shape = (min(size, len(bank)), bank.shape[1])
+    shape = (min(size, n_rows), n_features)
     # Only copies from page-locked memory run beside computation.
-    buffers = [torch.empty(shape, dtype=bank.dtype, pin_memory=True) for _ in range(2)]
+    buffers = []
+    for _ in range(2):
+        buffer = torch.empty(shape, dtype=bank.dtype, pin_memory=True)
+        buffers.append(buffer)
     chunk_done = [torch.cuda.Event(), torch.cuda.Event()]
-    for number, start in enumerate(range(0, len(bank), size)):
+    for number, start in enumerate(starts):
         buffer = buffers[number % 2]
         done = chunk_done[number % 2]
         # The chunk before the last used this buffer. Its work is done, and so is its copy.

@@ -33,12 +33,14 @@ def pool_stage(maps: FeatureMaps, side: int) -> PooledFeatures:
     size or backbone) get adaptive windows, which is the benchmark's "adaptive" mode.
     """
     height, width = maps.shape[-2:]
-    is_specified = height == width and _SPECIFIED_SIDES.get(height) == side
+    published_side = _SPECIFIED_SIDES.get(height)
+    is_specified = height == width and published_side == side
     if not is_specified:
         pooled = adaptive_avg_pool2d(maps, side)
         return pooled.flatten(1)
     kernel, stride, padding = _SPECIFIED_WINDOWS[height]
-    if torch.compiler.is_compiling() and stride > 1 and kernel % stride == 0:
+    has_whole_squares = stride > 1 and kernel % stride == 0
+    if torch.compiler.is_compiling() and has_whole_squares:
         # The compiler would copy the whole map to float32 for avg_pool2d. It fuses means over
         # squares of stride x stride pixels with the map as it is. A window is a whole number of
         # these squares, so the same mean is then taken over the few squares of each window.
@@ -65,11 +67,13 @@ def pooled_layers(
     """
     stages = backbone(images)
     pooled = {}
-    for name, side in zip(STAGES, backbone.pooled_sides, strict=True):
-        if name in layers:
-            # Half precision overflows in the sums over windows of feature5.
-            maps = stages[name].float()
-            pooled[name] = pool_stage(maps, side)
+    sides = backbone.pooled_sides
+    for name, side in zip(STAGES, sides, strict=True):
+        if name not in layers:
+            continue
+        # Half precision overflows in the sums over windows of feature5.
+        maps = stages[name].float()
+        pooled[name] = pool_stage(maps, side)
     if "avgpool" in layers:
         maps = stages["feature5"].float()
         pooled["avgpool"] = maps.mean(dim=(2, 3))
@@ -79,9 +83,11 @@ def pooled_layers(
 def layer_channels(backbone: Backbone) -> dict[str, int]:
     """Returns the number of channels of each layer, by layer."""
     # avgpool has the channels of the last stage.
-    last_channels = backbone.stage_channels[-1]
-    channels = (*backbone.stage_channels, last_channels)
-    return dict(zip(LAYERS, channels, strict=True))
+    stage_channels = backbone.stage_channels
+    last_channels = stage_channels[-1]
+    channels = (*stage_channels, last_channels)
+    by_layer = zip(LAYERS, channels, strict=True)
+    return dict(by_layer)
 
 
 def layer_dims(backbone: Backbone) -> dict[str, int]:

@@ -57,7 +57,8 @@ def vote(
     )
     # Rows are numbered through the banks of all ranks, and so labels have to be.
     all_labels = _gather_labels(labels) if across_ranks else labels
-    classes = all_labels.to(queries.device)[neighbors.rows]
+    labels_on_device = all_labels.to(queries.device)
+    classes = labels_on_device[neighbors.rows]
     # Weights relative to the nearest neighbor's: a common factor changes no vote, and without it
     # the exponential of a low temperature overflows.
     similarities = neighbors.similarities
@@ -79,7 +80,8 @@ def _gather_labels(labels: Int[Tensor, "mine"]) -> Int[Tensor, "n"]:
     n_labels = counts.flatten().tolist()
     # A collective needs tensors of one size.
     padding = max(n_labels) - len(labels)
-    gathered = ranks.gathered(pad(labels, (0, padding)))
+    padded_labels = pad(labels, (0, padding))
+    gathered = ranks.gathered(padded_labels)
     parts = []
     for padded, n in zip(gathered, n_labels, strict=True):
         parts.append(padded[:n])
@@ -98,8 +100,10 @@ def _winning_classes(
     queries_at_once = max(1, _VOTE_BYTES // (_BYTES_PER_VOTE * n_classes))
     for start in range(0, len(classes), queries_at_once):
         part = slice(start, start + queries_at_once)
-        sums = votes.new_zeros((len(votes[part]), n_classes))
-        sums.scatter_add_(1, classes[part], votes[part])
+        votes_of_part = votes[part]
+        n_queries = len(votes_of_part)
+        sums = votes.new_zeros((n_queries, n_classes))
+        sums.scatter_add_(1, classes[part], votes_of_part)
         # Of equal sums argmax takes the lower class.
         winners[part] = sums.argmax(dim=1)
     return winners

@@ -46,9 +46,11 @@ class Backbone(nn.Module, abc.ABC):
         """Returns the feature map of each stage by name."""
         maps = {}
         x = images
-        for name, layers in zip(STAGES, self.layers_of_stages(), strict=True):
+        stages = zip(STAGES, self.layers_of_stages(), strict=True)
+        for name, layers in stages:
             for layer in layers:
                 x = layer(x)
+            # The map after the last activation of the stage
             maps[name] = x
         return maps
 
@@ -61,13 +63,15 @@ class Backbone(nn.Module, abc.ABC):
             stages = list(copy.deepcopy(backbone).stages().values())
             trunk, head = nn.Sequential(*stages[:4]), stages[4]
         """
-        stages = {}
-        for name, layers in zip(STAGES, self.layers_of_stages(), strict=True):
+        stages: dict[str, nn.Module] = {}
+        layers_of_stages = self.layers_of_stages()
+        for name, layers in zip(STAGES, layers_of_stages, strict=True):
             # A single module needs no container around it.
             if len(layers) == 1:
-                stages[name] = layers[0]
+                [stage] = layers
             else:
-                stages[name] = nn.Sequential(*layers)
+                stage = nn.Sequential(*layers)
+            stages[name] = stage
         return stages
 
     def dilated(self) -> "Backbone":
@@ -95,12 +99,21 @@ class Backbone(nn.Module, abc.ABC):
                     # The strided convolution itself still reads the undilated input of the stage.
                     # Only what comes after it sees a map with additional pixels in between.
                     conv_dilation = dilation
-                    stage_stride = convolution.stride[0]
+                    stage_stride, _ = convolution.stride
                     convolution.stride = (1, 1)
+                # A kernel of one pixel sees no neighbors, so dilation means nothing to it.
                 if convolution.kernel_size != (1, 1):
-                    convolution.dilation = (conv_dilation, conv_dilation)
-                    # "Same" padding of a dilated kernel, so that the map keeps its size.
-                    half_sides = [side // 2 for side in convolution.kernel_size]
-                    convolution.padding = tuple(half * conv_dilation for half in half_sides)
+                    _dilate(convolution, conv_dilation)
             dilation *= stage_stride
         return network
+
+
+def _dilate(convolution: nn.Conv2d, dilation: int) -> None:
+    """Dilates a convolution of stride 1, which then returns a map of the size of its input."""
+    convolution.dilation = (dilation, dilation)
+    # "Same" padding of a dilated kernel, so that the map keeps its size.
+    padding = []
+    for side in convolution.kernel_size:
+        half = side // 2
+        padding.append(half * dilation)
+    convolution.padding = tuple(padding)

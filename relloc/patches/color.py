@@ -74,8 +74,13 @@ class Gray:
 
     def draw(self, b: int, n: int, p: int, generator: torch.Generator) -> Drawn:
         """Returns which of the `b` images become gray (b)."""
-        u = torch.rand(b, generator=generator, device=generator.device)
-        return (u < self.p,)
+        u = torch.rand(
+            b,
+            generator=generator,
+            device=generator.device,
+        )
+        becomes_gray = u < self.p
+        return (becomes_gray,)
 
     def __call__(self, patches: Patches, becomes_gray: Tensor) -> Patches:
         if self.weights == "mean":
@@ -111,9 +116,19 @@ class Drop:
         """Returns the channel that each patch keeps (b n), and noise of unit size (b n 3 p p)."""
         device = generator.device
         random = torch.randn if self.noise == "gaussian" else torch.rand
-        channel = torch.randint(3, (b, n), generator=generator, device=device)
+        # The order of the two draws is fixed: another one would give other numbers.
+        channel = torch.randint(
+            3,
+            (b, n),
+            generator=generator,
+            device=device,
+        )
         shape = (b, n, 3, p, p)
-        unit_noise = random(shape, generator=generator, device=device)
+        unit_noise = random(
+            shape,
+            generator=generator,
+            device=device,
+        )
         return channel, unit_noise
 
     def __call__(
@@ -122,20 +137,28 @@ class Drop:
         channel: Tensor,
         unit_noise: Tensor,
     ) -> Patches:
+        # Compared with the number of each channel: true in one channel of each patch (b n 3 1 1)
         channel = channel.view(*channel.shape, 1, 1, 1)
-        channels = torch.arange(3, device=patches.device).view(3, 1, 1)
-        is_kept = channels == channel
+        channels = torch.arange(3, device=patches.device)
+        is_kept = channels.view(3, 1, 1) == channel
         if self.noise == "uniform":
-            noise = (unit_noise - 0.5) * 100 * self.noise_ratio
+            # From [0, 1) to numbers around 0
+            noise = unit_noise - 0.5
+            noise = noise * 100 * self.noise_ratio
         else:
             # The contrast of the channel that is kept sets the size of the noise.
             p = patches.shape[-1]
             indices = channel.expand(-1, -1, -1, p, p)
             kept_channel = patches.gather(2, indices)
             std = kept_channel.std(dim=(3, 4), keepdim=True)
-            noise = unit_noise * (std * self.noise_ratio)
+            noise_std = std * self.noise_ratio
+            noise = unit_noise * noise_std
         mean = per_channel(IMAGENET_MEAN_PX, patches)
-        return torch.where(is_kept, patches, mean + noise)
+        return torch.where(
+            is_kept,
+            patches,
+            mean + noise,
+        )
 
 
 class Project(_NotRandom):
@@ -147,7 +170,8 @@ class Project(_NotRandom):
     def __call__(self, patches: Patches) -> Patches:
         red, green, blue = IMAGENET_MEAN_PX
         component_of_mean = 2 * green - red - blue
-        component = _weighted_sum(patches, _GREEN_MAGENTA) - component_of_mean
+        component = _weighted_sum(patches, _GREEN_MAGENTA)
+        component = component - component_of_mean
         # Removed along a; the factors hold the division by aa' = 6.
         direction = per_channel(_GREEN_MAGENTA_OVER_6, patches)
         return patches - component * direction

@@ -21,13 +21,14 @@ def cut(
     rows_of_windows = images.unfold(2, patch_px, 1)
     windows = rows_of_windows.unfold(3, patch_px, 1)
     # Negative indices would count from the end; an index beyond the last raises IndexError instead.
-    out_of_range = max(images.shape[-2:])
+    height, width = images.shape[-2:]
+    out_of_range = max(height, width)
     corners = corners.where(corners >= 0, out_of_range)
-    rows = corners[..., 0]
-    columns = corners[..., 1]
-    image_indices = torch.arange(len(images), device=images.device)
+    rows, columns = corners.unbind(-1)
     # Indexing broadcasts the image's number over its patches.
-    patches = windows[image_indices.unsqueeze(1), :, rows, columns]
+    image_indices = torch.arange(len(images), device=images.device)
+    image_indices = image_indices.unsqueeze(1)
+    patches = windows[image_indices, :, rows, columns]
     # Decoders leave images with interleaved channels, and a CPU is faster on one plane a channel.
     # On a GPU, and in compiled code, which chooses layouts itself, a copy would gain nothing.
     if patches.is_cuda or torch.compiler.is_compiling():

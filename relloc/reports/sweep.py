@@ -6,6 +6,7 @@ combination of settings and weights, and a column for each layer.
 
 import dataclasses
 import fnmatch
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,25 +59,35 @@ class SweepNumbers:
     @property
     def has_ours(self) -> bool:
         """Whether any result is of weights that are neither random nor torchvision's."""
-        is_ours = ~self.rows[WEIGHTS].isin(REFERENCE_MODELS)
         has_result = self.rows["eval"].notna()
-        return bool((has_result & is_ours).any())
+        our_results = has_result & self._is_ours()
+        return bool(our_results.any())
 
     @property
     def axes(self) -> list[str]:
         """The `keys` in which lines of our own weights differ; the first key if there are none."""
-        ours = self.rows[~self.rows[WEIGHTS].isin(REFERENCE_MODELS)]
-        varied = [key for key in self.keys if ours[key].nunique() > 1]
+        ours = self.rows[self._is_ours()]
+        varied = []
+        for key in self.keys:
+            if ours[key].nunique() > 1:
+                varied.append(key)
         return varied or self.keys[:1]
+
+    def _is_ours(self) -> Any:
+        """Returns for each row whether its weights are neither random nor torchvision's."""
+        is_reference = self.rows[WEIGHTS].isin(REFERENCE_MODELS)
+        return ~is_reference
 
     def lacking(self) -> dict[object, str]:
         """Returns the states of points without results, by their `keys`, such as "failed"."""
-        has_result = self.rows["eval"].notna()
-        is_done = self.rows["state"] == "done"
-        blank = self.rows[~has_result & ~is_done]
+        has_no_result = self.rows["eval"].isna()
+        is_not_done = self.rows["state"] != "done"
+        blank = self.rows[has_no_result & is_not_done]
         # Several seeds of one setting may be in different states
-        states = blank.groupby(self.keys, observed=True)["state"].unique()
-        return states.map(", ".join).to_dict()
+        by_setting = blank.groupby(self.keys, observed=True)
+        states = by_setting["state"].unique()
+        in_words = states.map(", ".join)
+        return in_words.to_dict()
 
 
 def read_sweep(
@@ -102,14 +113,18 @@ def read_sweep(
         settings = _with_defaults(points)
     except (ValueError, OSError) as error:
         raise DataError(f"{error}: repair or remove it") from error
-    all_rows = [row for rows in results for row in rows]
-    selected = _selected(all_rows, name, metrics)
+    all_rows = itertools.chain.from_iterable(results)
+    selected = _selected(list(all_rows), name, metrics)
     swept = _swept(settings)
     # One line for each result, in the order of the points
     lines: list[dict[str, Any]] = []
     of_points = zip(points, states, results, settings, strict=True)
     for point, state, rows, setting in of_points:
-        line = {"point": point.name, "folder": str(point.folder), "state": state}
+        line = {
+            "point": point.name,
+            "folder": str(point.folder),
+            "state": state,
+        }
         for key, short_name in swept.items():
             line[short_name] = setting.get(key, MISSING)
         described = []
@@ -118,11 +133,13 @@ def read_sweep(
                 described.append(line | _described(row, point.kind))
         # A point without results keeps its line, so that tables show how it stands
         lines += described or [line]
-    columns = dict.fromkeys(lines[0])
-    # Also where no line has them
-    columns |= dict.fromkeys([WEIGHTS, TITLE, COLUMN])
-    columns |= dict.fromkeys(_RESULT_FIELDS)
-    frame = pd.DataFrame(lines, columns=pd.Index(columns), dtype=object)
+    # Also columns that no line has. A dict drops the second of two equal names
+    columns = dict.fromkeys((*lines[0], WEIGHTS, TITLE, COLUMN, *_RESULT_FIELDS))
+    frame = pd.DataFrame(
+        lines,
+        columns=pd.Index(columns),
+        dtype=object,
+    )
     frame = frame.astype({"value": float})
     short_names_of_swept = tuple(swept.values())
     return SweepNumbers(
@@ -154,16 +171,17 @@ def _selected(
     if metrics is None:
         return {row for row in rows if row.headline}
     # Names as of a run's own weights: points that evaluate other files match the same pattern
-    names = {row: dataclasses.replace(row, checkpoint="").tracked_name for row in rows}
     selected = set()
-    for row, name in names.items():
+    patterns = set()
+    for row in rows:
+        of_own_weights = dataclasses.replace(row, checkpoint="")
+        name = of_own_weights.tracked_name
         if fnmatch.fnmatchcase(name, metrics):
             selected.add(row)
+        # Which names there are, once for all layers
+        pattern = name.replace(f"/{row.layer}/", "/*/")
+        patterns.add(pattern)
     if not selected:
-        # Say which names there are, once for all layers
-        patterns = set()
-        for row, name in names.items():
-            patterns.add(name.replace(f"/{row.layer}/", "/*/"))
         known = ", ".join(sorted(patterns))
         raise DataError(f"--metrics {metrics} fits nothing that was measured: {known}")
     return selected
@@ -178,22 +196,31 @@ def _with_defaults(points: Sequence[Point]) -> list[dict[str, str]]:
     settings = []
     for point in points:
         own = {}
-        for word in point.overrides:
-            key, _, value = word.lstrip("+~").partition("=")
+        for override in point.overrides:
+            # Hydra's + adds a setting, and ~ removes one
+            word = override.lstrip("+~")
+            key, _, value = word.partition("=")
             if key not in _NAMED_BY_TABLE:
                 own[key] = value
         settings.append(own)
-    keys = dict.fromkeys(key for own in settings for key in own)
+    keys = _all_keys(settings)
     for point, own in zip(points, settings, strict=True):
         lacking = [key for key in keys if key not in own]
+        record_file = point.folder / RUN_FILE
         # A run that has not begun has no record
-        if not lacking or not (point.folder / RUN_FILE).exists():
+        if not lacking or not record_file.exists():
             continue
-        recorded = RunRecord.read(point.folder).params
+        record = RunRecord.read(point.folder)
         for key in lacking:
-            if key in recorded:
-                own[key] = _word(recorded[key])
+            if key in record.params:
+                own[key] = _word(record.params[key])
     return settings
+
+
+def _all_keys(settings: Iterable[Mapping[str, str]]) -> list[str]:
+    """Returns the names of all settings, each once, in order of appearance."""
+    keys = itertools.chain.from_iterable(settings)
+    return list(dict.fromkeys(keys))
 
 
 def _word(value: Scalar) -> str:
@@ -210,14 +237,17 @@ def _swept(settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
     The seed is left out if anything else differs, as tables average over it. The shown name is the
     last part of the setting's, unless that is ambiguous.
     """
-    keys = dict.fromkeys(key for own in settings for key in own)
     differing = []
-    for key in keys:
+    for key in _all_keys(settings):
         values = {own.get(key) for own in settings}
         if key != _SEED and len(values) > 1:
             differing.append(key)
-    differing = differing or [_SEED]
-    short = [key.rpartition(".")[2] for key in differing]
+    if not differing:
+        differing = [_SEED]
+    short = []
+    for key in differing:
+        _, _, last_part = key.rpartition(".")
+        short.append(last_part)
     # Fields of results are columns of the same data frame
     taken = [*short, *_RESULT_FIELDS]
     shown = {}
@@ -236,9 +266,11 @@ def _described(row: Result, kind: str) -> dict[str, Any]:
     described = {
         WEIGHTS: "pretrained" if is_own else row.checkpoint,
         TITLE: f"{metric} on {row.dataset} {row.split}{unit}",
+        # Results that are of no layer have a column of their own
         COLUMN: row.layer or row.column,
     }
-    return described | dataclasses.asdict(row)
+    fields = dataclasses.asdict(row)
+    return described | fields
 
 
 def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
@@ -247,8 +279,10 @@ def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
     ours = [name for path, name in names.items() if path not in REFERENCE_MODELS]
     # Points without results belong to our weights if there is only one file of them
     blank = ours[0] if len(ours) == 1 else MISSING
-    weights = rows[WEIGHTS].map(names.get).fillna(blank)
+    weights = rows[WEIGHTS].map(names.get)
+    weights = weights.fillna(blank)
     rows = rows.assign(**{WEIGHTS: weights})
+    # Values of settings are compared as they are written, also where some are numbers
     rows = rows.astype(dict.fromkeys(swept, str))
     order = {
         WEIGHTS: [*ours, MISSING, *REFERENCE_MODELS],
@@ -259,6 +293,7 @@ def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
         if are_numbers(values):
             values = sorted(values, key=float)
         order[key] = [*values, _ANY]
+    # A value that stands twice in an order is placed where it stands first
     categories = {}
     for key, values in order.items():
         distinct = list(dict.fromkeys(values))
@@ -269,9 +304,10 @@ def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
 def are_numbers(values: Iterable[str]) -> bool:
     """Returns whether all values of a setting are numbers, and there are some."""
     try:
-        return bool([float(value) for value in values])
+        numbers = [float(value) for value in values]
     except ValueError:
         return False
+    return bool(numbers)
 
 
 def mean_tables(numbers: SweepNumbers) -> Iterator[tuple[str, Frame]]:
@@ -284,31 +320,43 @@ def mean_tables(numbers: SweepNumbers) -> Iterator[tuple[str, Frame]]:
     """
     keys = numbers.keys
     is_blank = numbers.rows["eval"].isna()
+    # A copy, since settings of reference models are replaced below
     rows = numbers.rows[~is_blank].copy()
     blank = numbers.rows[is_blank]
     # Results of random weights do not depend on pretraining settings. Equal fingerprints show that
     # every point measured the same thing, so one line serves all of them
     others = rows[WEIGHTS].isin(REFERENCE_MODELS)
     same_cell = [TITLE, WEIGHTS, COLUMN, _SEED]
-    fingerprints = rows[others].groupby(same_cell, observed=True)["fingerprint"]
-    if (fingerprints.nunique() == 1).all():
+    by_cell = rows[others].groupby(same_cell, observed=True)
+    n_fingerprints = by_cell["fingerprint"].nunique()
+    measured_alike = (n_fingerprints == 1).all()
+    if measured_alike:
         rows.loc[others, list(numbers.swept)] = _ANY
         identifying = [TITLE, *keys, COLUMN, _SEED, "fingerprint"]
         rows = rows.drop_duplicates(identifying)
     for title, part in rows.groupby(TITLE, sort=False):
         # Points without results are lines of every table; they need some column to stand in
         first_column = part[COLUMN].iloc[0]
-        part = pd.concat([part, blank.fillna({COLUMN: first_column})])
-        values = part.groupby([*keys, COLUMN], observed=True)["value"]
-        statistics = values.agg(["mean", "std", "count"])
+        blank_lines = blank.fillna({COLUMN: first_column})
+        part = pd.concat([part, blank_lines])
+        by_cell = part.groupby([*keys, COLUMN], observed=True)
+        statistics = by_cell["value"].agg(["mean", "std", "count"])
+        # From a line for each layer to a column for each layer
         yield str(title), statistics.unstack(COLUMN)
 
 
 def our_lines(numbers: SweepNumbers, table: Frame) -> Frame:
     """Returns the lines of a table that are of our own weights, indexed by `numbers.axes`."""
-    ours = table[~table.index.get_level_values(WEIGHTS).isin(REFERENCE_MODELS)]
+    ours = _of_our_weights(table)
     constant = [key for key in numbers.keys if key not in numbers.axes]
     return ours.droplevel(constant)
+
+
+def _of_our_weights(table: Frame) -> Frame:
+    """Returns the lines of a table without those of random and torchvision's weights."""
+    weights = table.index.get_level_values(WEIGHTS)
+    is_reference = weights.isin(REFERENCE_MODELS)
+    return table[~is_reference]
 
 
 LEGEND = (
@@ -334,14 +382,20 @@ def as_report(sweep: SweepNumbers, commands: Sequence[str]) -> Report:
     for state, names in not_done.groupby("state")["point"]:
         listed = ", ".join(map(str, names))
         lists.append(f"{state} ({len(names)}): {listed}")
+    advice = f"Points that are not done: {'; '.join(lists)}." if lists else ""
     missing = MissingEvaluations(
-        label="What neither runs nor waits, each by its own command", commands=tuple(commands)
+        label="What neither runs nor waits, each by its own command",
+        commands=tuple(commands),
+    )
+    group = Group(
+        title="Means over seeds",
+        tables=tuple(tables),
     )
     return Report(
         title=f"Sweep {sweep.name}",
-        groups=(Group(title="Means over seeds", tables=tuple(tables)),),
+        groups=(group,),
         legend=(LEGEND,),
-        advice=f"Points that are not done: {'; '.join(lists)}." if lists else "",
+        advice=advice,
         missing=(missing,) if commands else (),
     )
 
@@ -359,21 +413,23 @@ def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
         for name, value in zip(sweep.swept, settings, strict=True):
             if value != _ANY:
                 words.append(f"{name}={value}")
-        rows.append(
-            Row(
-                label=", ".join(words) or weights,
-                setting=weights if words else "",
-                is_published=False,
-                cells=tuple(line),
-                empty=lacking.get(key, MISSING),
-            )
+        row = Row(
+            label=", ".join(words) or weights,
+            setting=weights if words else "",
+            is_published=False,
+            cells=tuple(line),
+            empty=lacking.get(key, MISSING),
         )
-    yield Table(title=title, columns=tuple(cells), rows=tuple(rows))
+        rows.append(row)
+    yield Table(
+        title=title,
+        columns=tuple(cells),
+        rows=tuple(rows),
+    )
     # A grid has room for two settings, and needs some number
-    means = our_lines(sweep, table)["mean"]
-    has_ours = means.notna().any(axis=None)
+    ours = _of_our_weights(table)
+    has_ours = ours["mean"].notna().any(axis=None)
     if len(sweep.axes) == 2 and has_ours:
-        ours = table[~table.index.get_level_values(WEIGHTS).isin(REFERENCE_MODELS)]
         yield _grid(sweep, title, ours, lacking)
 
 
@@ -384,11 +440,15 @@ def _grid(
     lacking: Mapping[object, str],
 ) -> Table:
     """Returns the means at the best layer with the first axis across and the second down."""
-    layer = ours["mean"].max().idxmax()
+    highest_of_layers = ours["mean"].max()
+    layer = highest_of_layers.idxmax()
     cells = _cells(ours)[layer]
     # Points that are not done say in their cells how they stand
-    for key in cells.index[cells.isna()]:
-        cells[key] = Cell(text=lacking.get(key, MISSING))
+    empty_keys = cells.index[cells.isna()]
+    for key in empty_keys:
+        state = lacking.get(key, MISSING)
+        cells[key] = Cell(text=state)
+    # The first axis becomes the columns
     grid = our_lines(sweep, cells).unstack(0)
     # Pairs of settings that no point has become empty cells
     grid = grid.where(grid.notna(), None)
@@ -414,9 +474,15 @@ def _cells(table: Frame) -> Frame:
         counts = table["count", layer]
         column = []
         for mean, std, count in zip(means, stds, counts, strict=True):
-            column.append(_cell(mean, std, count, is_best=mean == highest))
+            is_best = mean == highest
+            cell = _cell(mean, std, count, is_best=is_best)
+            column.append(cell)
         cells[layer] = column
-    return pd.DataFrame(cells, index=table.index, dtype=object)
+    return pd.DataFrame(
+        cells,
+        index=table.index,
+        dtype=object,
+    )
 
 
 def _cell(mean: float, std: float, count: float, *, is_best: bool) -> Cell | None:

@@ -80,7 +80,12 @@ class Table:
         """The notes of rows and cells, each once, with numbers from 1 in reading order."""
         numbers: dict[str, int] = {}
         for row in self.rows:
-            for text in (row.note, *(cell.note for cell in row.cells if cell)):
+            # The row's own note stands before those of its cells
+            texts = [row.note]
+            for cell in row.cells:
+                if cell:
+                    texts.append(cell.note)
+            for text in texts:
                 if text and text not in numbers:
                     numbers[text] = len(numbers) + 1
         return numbers
@@ -128,10 +133,12 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     groups = []
     for title in (CARD_GROUP, *sorted(other_titles)):
         ours = [each for each in entries if each.group == title and each.is_shown]
+        # Published numbers were measured on the images of the card, and compare with no others
         numbers = published if title == CARD_GROUP else ()
         # Tables in the order of the card, then those that it does not have
-        names = dict.fromkeys(part.table for part in card_parts())
-        names |= dict.fromkeys(sorted({each.result.table for each in ours}))
+        on_card = [part.table for part in card_parts()]
+        of_ours = {each.result.table for each in ours}
+        names = dict.fromkeys([*on_card, *sorted(of_ours)])
         tables = [_table(name, ours, numbers) for name in names]
         # A table without any row says nothing
         shown = tuple(table for table in tables if table.rows)
@@ -157,18 +164,27 @@ def _table(
     """Returns one table of a group; `ours` and `published` are all numbers of the group."""
     numbers = [each for each in published if each.table == title]
     entries = [each for each in ours if each.result.table == title]
-    card_columns = [column for part in parts_of(title) for column in part.columns]
+    card_columns: list[str] = []
+    for part in parts_of(title):
+        card_columns += part.columns
     columns = {each.column for each in numbers}
     columns |= {each.result.column for each in entries}
     # Beside published numbers the card's columns stay though nothing fills them yet
     if published:
         columns |= set(card_columns)
     ordered = column_order(columns, card_columns)
+    caption = ""
+    # The caption names gaps of the card, which numbers on other images do not fill
+    if published:
+        sentences = _caption(title, entries, numbers)
+        caption = " ".join(sentences)
+    rows = list(_published_rows(numbers, ordered))
+    rows += _our_rows(entries, ordered)
     return Table(
         title=title,
-        caption=" ".join(_caption(title, entries, numbers)) if published else "",
+        caption=caption,
         columns=tuple(ordered),
-        rows=(*_published_rows(numbers, ordered), *_our_rows(entries, ordered)),
+        rows=tuple(rows),
     )
 
 
@@ -186,6 +202,7 @@ def column_order(columns: Iterable[str], card_columns: Iterable[str]) -> list[st
 
     def rank(column: str) -> tuple[int, list[tuple[int, str]]]:
         own = stem(column)
+        # Columns that are on neither list stand last
         position = stems.index(own) if own in stems else len(stems)
         return position, natural_sort_key(column)
 
@@ -206,6 +223,7 @@ def _caption(
     if tolerances:
         yield f"Tolerance: ± {' or '.join(tolerances)} points."
     measured_columns = {entry.result.column for entry in entries}
+    # A part is what one evaluation fills: some columns of the table
     for part in parts_of(title):
         if not part.evaluation:
             yield "Not built: relloc has no such evaluation yet."
@@ -233,6 +251,7 @@ def _published_cell(numbers: Sequence[Published]) -> Cell:
     """Returns the cell of one row's number, or of its several editions."""
     first = numbers[0]
     text = " / ".join(number.printed for number in numbers)
+    # As in our own cells of such a column, the layer is a part of the answer
     if first.column == BEST_LAYER and first.layer:
         text += f" ({first.layer})"
     if len(numbers) == 1:
@@ -246,6 +265,7 @@ def _published_cell(numbers: Sequence[Published]) -> Cell:
 
 
 def _our_rows(entries: Sequence[ReportEntry], columns: Sequence[str]) -> Iterable[Row]:
+    # A row is a model with a setting: numbers by other settings have rows of their own
     rows: dict[tuple[str, str], dict[str, ReportEntry]] = {}
     for entry in entries:
         in_column = rows.setdefault((entry.label, entry.setting), {})
@@ -254,19 +274,22 @@ def _our_rows(entries: Sequence[ReportEntry], columns: Sequence[str]) -> Iterabl
         same_label = [entry for entry in entries if entry.label == label]
         # A dash promises a command below the tables that fills the cell. There is none for rows
         # that fill no cell of the card, or that hold repeated measurements
-        is_to_be_filled = any(
-            entry.fills_card and not entry.measured.variant for entry in in_column.values()
-        )
+        is_to_be_filled = False
+        for entry in in_column.values():
+            if entry.fills_card and not entry.measured.variant:
+                is_to_be_filled = True
         cells = []
         for column in columns:
             cells.append(_our_cell(in_column[column]) if column in in_column else None)
+        # On the card each cell has a note of its own instead
+        is_on_card = same_label[0].group == CARD_GROUP
         yield Row(
             label=label,
             is_published=False,
             cells=tuple(cells),
             setting=setting,
             empty=MISSING if is_to_be_filled else "",
-            note="" if same_label[0].group == CARD_GROUP else note(same_label),
+            note="" if is_on_card else note(same_label),
         )
 
 
@@ -290,10 +313,14 @@ def _our_cell(entry: ReportEntry) -> Cell:
 
 def facts(row: Result) -> list[str]:
     """Returns phrases on how a number was measured, such as its protocol, view and precision."""
-    phrases = [f"protocol {row.protocol}"] if row.protocol else []
+    phrases = []
+    if row.protocol:
+        phrases.append(f"protocol {row.protocol}")
     phrases += [row.choice, *row.details]
-    phrases += [f"deviation: {deviation}" for deviation in row.deviations]
+    for deviation in row.deviations:
+        phrases.append(f"deviation: {deviation}")
     phrases += [row.view, row.precision]
+    # Facts that are not given are empty texts
     return [phrase for phrase in phrases if phrase]
 
 
@@ -320,10 +347,11 @@ def note(entries: Sequence[ReportEntry]) -> str:
     for name, values in origins.items():
         distinct = dict.fromkeys(values)
         phrases.append(f"{name} {' and '.join(distinct)}")
-    reasons = dict.fromkeys(entry.layer_reason for entry in entries if entry.layer_reason)
+    reasons = [entry.layer_reason for entry in entries if entry.layer_reason]
     phrases += shared
     phrases += gap
-    phrases += reasons
+    # Each reason once, in the order of the numbers
+    phrases += dict.fromkeys(reasons)
     return "; ".join(phrases)
 
 
@@ -334,7 +362,8 @@ def short_commit(commit: str) -> str:
 
 def _details(entry: ReportEntry) -> Iterable[str]:
     """Yields the lines that say all that is known of one of our numbers."""
-    row, run = entry.result, entry.measured.run
+    row = entry.result
+    run = entry.measured.run
     # Where it comes from, and how it was measured
     yield f"run {run.name} ({run.folder})"
     yield f"seed {row.seed}, commit {run.commit}"

@@ -25,6 +25,7 @@ POINT_FILE = "point.json"
 _PATHS = ("root", "shards", "checkpoint")
 _NO_PATHS = ("random", "torchvision")  # values of `checkpoint` that are no files
 _IDENTITY_DIGITS = 12
+_LONGEST_NAME = 80  # characters of a point's name in that of its folder
 _HOW_TO_REPAIR = "Remove it if no job or process has the point"
 # What Hydra takes as a value without quotes
 _PLAIN = re.compile(r"[\w./+:@%-]*")
@@ -74,7 +75,8 @@ class Point:
     @property
     def again(self) -> str:
         """A shell command that runs this point alone once more, as its sweep ran it."""
-        line = shlex.join(["python", *(self.resend or self.arguments)])
+        words = self.resend or self.arguments
+        line = shlex.join(["python", *words])
         # Relative paths count from where the sweep was started
         if self.cwd in ("", os.getcwd()):
             return line
@@ -82,7 +84,9 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON can hold them."""
-        return dataclasses.asdict(self) | {"folder": str(self.folder)}
+        fields = dataclasses.asdict(self)
+        fields["folder"] = str(self.folder)
+        return fields
 
 
 def identity_of(config: Mapping[str, Any]) -> str:
@@ -98,10 +102,16 @@ def identity_of(config: Mapping[str, Any]) -> str:
     settings = neutral.settings_of_run(config)
     settings = _with_absolute_paths(settings)
     # Sorted, as the order in which settings were composed means nothing
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
+    text = json.dumps(
+        settings,
+        sort_keys=True,
+        ensure_ascii=False,
+        default=str,
+    )
     # Names of files may have bytes that are no UTF-8
     data = text.encode("utf-8", "surrogateescape")
-    return hashlib.sha256(data).hexdigest()[:_IDENTITY_DIGITS]
+    digest = hashlib.sha256(data).hexdigest()
+    return digest[:_IDENTITY_DIGITS]
 
 
 def _with_absolute_paths(value: Any, name: str = "") -> Any:
@@ -111,16 +121,21 @@ def _with_absolute_paths(value: Any, name: str = "") -> Any:
     is written, so that points of earlier sweeps are found again.
     """
     if isinstance(value, Mapping):
-        return {key: _with_absolute_paths(inner, key) for key, inner in value.items()}
+        settings = {}
+        for key, inner in value.items():
+            settings[key] = _with_absolute_paths(inner, key)
+        return settings
     if name not in _PATHS:
         return value
     # Several files, or the folders of several data sets
     if isinstance(value, list):
         return [_with_absolute_paths(item, name) for item in value]
-    is_path = isinstance(value, str) and value and value not in _NO_PATHS
-    if is_path and not os.path.isabs(value):
-        return os.path.abspath(value)
-    return value
+    # null, an empty text, and models without a file
+    if not isinstance(value, str) or value in ("", *_NO_PATHS):
+        return value
+    if os.path.isabs(value):
+        return value
+    return os.path.abspath(value)
 
 
 def folder_of(runs: Path, kind: str, name: str, identity: str) -> Path:
@@ -136,12 +151,16 @@ def folder_of(runs: Path, kind: str, name: str, identity: str) -> Path:
     """
     # Long names are cut: the identity tells their points from others
     readable = re.sub(r"[^\w.+-]+", "_", name)
-    readable = readable.strip("_")[:80]
-    words = filter(None, (kind, readable, identity))
-    new = runs / "_".join(words)
+    readable = readable.strip("_")
+    readable = readable[:_LONGEST_NAME]
     # Another sweep may have named the same point by other settings
-    existing = sorted(runs.glob(f"{kind}_*{identity}"))
-    return next(filter(Path.is_dir, existing), new)
+    existing = runs.glob(f"{kind}_*{identity}")
+    for folder in sorted(existing):
+        if folder.is_dir():
+            return folder
+    # A name of nothing but other characters leaves no readable part
+    words = filter(None, (kind, readable, identity))
+    return runs / "_".join(words)
 
 
 def name_of(overrides: Sequence[str], swept: Sequence[str], seed: int) -> str:
@@ -154,9 +173,10 @@ def name_of(overrides: Sequence[str], swept: Sequence[str], seed: int) -> str:
     words = []
     for override in overrides:
         # Hydra's + adds a setting, and ~ removes one
-        key, _, value = override.lstrip("+~").partition("=")
+        word = override.lstrip("+~")
+        key, _, value = word.partition("=")
         if key in swept:
-            last_part = key.rpartition(".")[2]
+            _, _, last_part = key.rpartition(".")
             words.append(f"{last_part}={value}")
     return " ".join(words) or f"seed={seed}"
 
@@ -184,8 +204,10 @@ def note_ending(folder: Path, how: Status) -> None:
     """
     note = read_note(folder)
     # Cancelling goes first: the process that then ends says that it was stopped
-    if note and note.get("ended") != Status.CANCELLED.word:
-        write_json(folder / POINT_FILE, note | {"ended": how.word})
+    is_cancelled = note.get("ended") == Status.CANCELLED.word
+    if note and not is_cancelled:
+        note["ended"] = how.word
+        write_json(folder / POINT_FILE, note)
 
 
 def read_note(folder: Path) -> dict[str, Any]:
@@ -197,18 +219,26 @@ def read_note(folder: Path) -> dict[str, Any]:
     path = folder / POINT_FILE
     try:
         note: dict[str, Any] = read_json(
-            path, dict[str, Any], "the note of a point", _HOW_TO_REPAIR
+            path,
+            dict[str, Any],
+            "the note of a point",
+            _HOW_TO_REPAIR,
         )
     except FileNotFoundError:
         return {}
-    # A process is known by its host and start too, as its number may have passed to another
-    job = note.get("job")
-    is_job = isinstance(job, dict)
-    if isinstance(job, dict) and "pid" in job:
-        is_job = {"host", "born"} <= job.keys()
-    if not is_job:
+    if not _is_job(note.get("job")):
         raise DamagedFile(f"{path} does not say which job has the point. {_HOW_TO_REPAIR}")
     return note
+
+
+def _is_job(job: Any) -> bool:
+    """Returns whether a value of a note names a job of a scheduler, or a process."""
+    if not isinstance(job, dict):
+        return False
+    # A process is known by its host and start too, as its number may have passed to another
+    if "pid" in job:
+        return {"host", "born"} <= job.keys()
+    return True
 
 
 def read_job(folder: Path) -> dict[str, Any]:
@@ -217,4 +247,5 @@ def read_job(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedFile: The note can't be read.
     """
-    return read_note(folder).get("job", {})
+    note = read_note(folder)
+    return note.get("job", {})
