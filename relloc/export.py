@@ -104,10 +104,12 @@ def _check(options: argparse.Namespace) -> None:
             f"--out {options.out} has none of the suffixes that tell the format: {_suffixes()}. "
             f"Give a name with one of those of {options.layout}"
         )
+    # Files of weights are often the only copy: none is replaced unasked.
     if options.out.exists() and not options.force:
         raise UsageError(
             f"{options.out} is there already: give another --out, or --force to replace it"
         )
+    # Detectors take a backbone without a classifier.
     if options.fc is not None and (options.layout != "torchvision" or options.fc < 1):
         raise UsageError(
             f"--fc {options.fc}: it takes a number of classes, and only with --layout torchvision"

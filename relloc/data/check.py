@@ -260,6 +260,7 @@ def _split_check(
     sampled = files[:: max(1, sampling_step)]
     repeated = _repeated(files)
 
+    # What the processes that read the images have noted beside the records
     unreadable, odd = _noted(folder, parts, image_names)
 
     # Statistics over classes and sizes, where there are labels and readable images.
@@ -359,14 +360,16 @@ def _findings(split_check: SplitCheck) -> list[str]:
         sentences.append(
             f"{split}: {images} can't be read, such as {escaped(name)}: {escaped(reason)}"
         )
+    # Only labeled images have classes.
     if split_check.class_images:
         fewest, _ = split_check.class_images
         if fewest == 0:
             sentences.append(f"{split}: a class has no images")
+    # Boxes outside of the image and the like, by the words of the check of annotations
     for kind, counted in split_check.odd_annotations.items():
         images = quantity(counted.n, "image has", "images have")
         sentences.append(f"{split}: {images} {kind} ({counted})")
-    # What may be intended comes last.
+    # What may be intended comes last: small images, or one color, are no mistake of a data set.
     kinds = (
         (split_check.repeated, "repeats", "repeat", "the bytes of an earlier one"),
         (split_check.small, "has", "have", f"a short side under {SMALL_PX} px"),
@@ -382,6 +385,7 @@ def _findings(split_check: SplitCheck) -> list[str]:
 
 def _with_types(content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a check from its JSON, which has neither tuples nor `CountedImages`."""
+    # JSON has lists where the fields are tuples.
     fields: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, list):

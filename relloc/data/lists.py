@@ -91,6 +91,7 @@ class VocImages(FolderImages):
 
     def _class_list(self, path: Path) -> list[int]:
         """Returns for each image whether it shows one class, from the list of that class."""
+        # By name, as the list of a class may have another order than that of the split.
         presence = {}
         year = self.devkit.name.removeprefix("VOC")
         for number, line in numbered_lines(path, _VOC.format(year=year)):
@@ -118,6 +119,7 @@ def _annotated_presence(path: Path) -> list[int]:
         )
     with data_errors(f"{path} is not XML", OSError, ET.ParseError, advice=_UNPACK):
         root = ET.parse(path).getroot()
+    # Classes that have no object in the annotation are not there.
     presence = dict.fromkeys(VOC_CLASSES, NOT_THERE)
     for annotated in root.findall("object"):
         name = annotated.findtext("name", "")
@@ -243,6 +245,7 @@ def places205(
     # A number without images is its own name.
     n_classes = max(folder_of) + 1
     classes = tuple(folder_of.get(label, str(label)) for label in range(n_classes))
+    # A label that is tested but never trained on can't be right.
     largest = max(label for _, label in val)
     if largest >= n_classes:
         raise DataError(
@@ -442,6 +445,7 @@ def checked_splits(
         DataError: both lists name the same image, which would be tested after training on it.
     """
     train, held_out = images
+    # Paths tell images from each other: the same file name may stand in several folders.
     tested = set(held_out.paths)
     shared = tested.intersection(train.paths)
     if shared:

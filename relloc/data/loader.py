@@ -66,6 +66,7 @@ class BatchMessage:
         # A view: nothing is copied, and the memory keeps channels last.
         pixels = rows.permute(0, 3, 1, 2)
         indices = torch.tensor(self.indices, dtype=torch.int64)
+        # pin_memory makes a copy, which `relloc.data.slots` avoids.
         if pin:
             pixels = pixels.pin_memory()
         return ImageBatch(pixels=pixels, indices=indices, unreadable=self.unreadable)
@@ -170,6 +171,7 @@ def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
                 f"images ({error.strerror}): give fewer, such as workers=2, or more memory, and "
                 "start the same command again"
             ) from error
+        # The training process maps the same memory by this descriptor.
         descriptors.append(descriptor)
         return rows
 

@@ -97,6 +97,7 @@ def tiles_of(
     """
     # Both orientations are treated alike, along the long side.
     short, long = sorted((width, height))
+    # Tiles are squares, so that their sides are shares of the short side alone.
     sides = [round(tile * short) for tile in tiles]
     smallest = min(sides, default=0)
     strip = max(sides, default=0)
@@ -118,6 +119,7 @@ def tiles_of(
         begin = 0
         end = boundary
     is_upright = width < height
+    # All sizes one after another, each in rows along the long side
     result = []
     for side in sides:
         stride_px = stride * side

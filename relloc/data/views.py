@@ -84,6 +84,7 @@ class Squash:
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
+        # Two resizes: a single one would give other pixels than the published ones.
         height, width = _resized_size(image, self.short_px)
         resized = _resized(image, width, height)
         side = self.side_px
@@ -191,6 +192,7 @@ class RandomCrop:
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
+        # The corner of the central square, in pixels of the resized image
         size = _resized_size(image, self.short_px)
         top, left = _central(size, self.short_px)
         # The crop stays within the central square, however long the image is.
@@ -283,6 +285,7 @@ class Views(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, sample: tuple[int, int]) -> Sample:
+        # The seed travels with the key, so that workers need no state of their own.
         index, seed = sample
         try:
             image = self.images.read(index)

@@ -26,7 +26,10 @@ _SPECIFIED_WINDOWS = {
 _SPECIFIED_SIDES = {112: 12, 56: 6, 28: 4, 14: 3, 7: 2}
 
 
-def pool_stage(maps: FeatureMaps, side: int) -> PooledFeatures:
+def pool_stage(
+    maps: FeatureMaps,
+    side: int,
+) -> PooledFeatures:
     """Average-pools each map to `side` x `side` and flattens it.
 
     Uses the published windows where they give that side. Maps of other sizes (of another input
@@ -44,10 +47,12 @@ def pool_stage(maps: FeatureMaps, side: int) -> PooledFeatures:
         # The compiler would copy the whole map to float32 for avg_pool2d. It fuses means over
         # squares of stride x stride pixels with the map as it is. A window is a whole number of
         # these squares, so the same mean is then taken over the few squares of each window.
-        padded = pad(maps, (padding,) * 4)
-        columns_split = padded.unflatten(-1, (-1, stride))
-        squares = columns_split.unflatten(-3, (-1, stride))
-        maps = squares.mean((-3, -1))
+        maps = pad(maps, (padding,) * 4)
+        whole_squares = (-1, stride)
+        maps = maps.unflatten(-1, whole_squares)
+        maps = maps.unflatten(-3, whole_squares)
+        # The mean over the rows and columns of each square
+        maps = maps.mean((-3, -1))
         kernel = kernel // stride
         stride = 1
         padding = 0
@@ -97,6 +102,7 @@ def layer_dims(backbone: Backbone) -> dict[str, int]:
     sides = (*backbone.pooled_sides, 1)
     dims = {}
     for layer, side in zip(LAYERS, sides, strict=True):
-        pixels = side * side
-        dims[layer] = channels[layer] * pixels
+        n_channels = channels[layer]
+        n_pixels = side * side
+        dims[layer] = n_channels * n_pixels
     return dims

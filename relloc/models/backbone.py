@@ -46,7 +46,8 @@ class Backbone(nn.Module, abc.ABC):
         """Returns the feature map of each stage by name."""
         maps = {}
         x = images
-        stages = zip(STAGES, self.layers_of_stages(), strict=True)
+        layers_of_stages = self.layers_of_stages()
+        stages = zip(STAGES, layers_of_stages, strict=True)
         for name, layers in stages:
             for layer in layers:
                 x = layer(x)
@@ -65,7 +66,8 @@ class Backbone(nn.Module, abc.ABC):
         """
         stages: dict[str, nn.Module] = {}
         layers_of_stages = self.layers_of_stages()
-        for name, layers in zip(STAGES, layers_of_stages, strict=True):
+        named = zip(STAGES, layers_of_stages, strict=True)
+        for name, layers in named:
             # A single module needs no container around it.
             if len(layers) == 1:
                 [stage] = layers

@@ -153,7 +153,8 @@ def _results_of(point: Point) -> Iterable[Result]:
     """Returns the results of a point; of a number that was measured again only the last."""
     last: dict[object, Result] = {}
     for row in read_results(point.folder):
-        last[row.tracked_name, row.dataset, row.split, row.checkpoint] = row
+        number = (row.tracked_name, row.dataset, row.split, row.checkpoint)
+        last[number] = row
     return last.values()
 
 
@@ -278,7 +279,8 @@ def _in_order(rows: Frame, swept: Iterable[str]) -> Frame:
     names = short_names(rows[WEIGHTS].dropna())
     ours = [name for path, name in names.items() if path not in REFERENCE_MODELS]
     # Points without results belong to our weights if there is only one file of them
-    blank = ours[0] if len(ours) == 1 else MISSING
+    is_one_file = len(ours) == 1
+    blank = ours[0] if is_one_file else MISSING
     weights = rows[WEIGHTS].map(names.get)
     weights = weights.fillna(blank)
     rows = rows.assign(**{WEIGHTS: weights})
@@ -410,7 +412,8 @@ def _tables(sweep: SweepNumbers, title: str, table: Frame) -> Iterator[Table]:
         *settings, weights = key
         # Weights that are not ours have one line for all points, without their settings
         words = []
-        for name, value in zip(sweep.swept, settings, strict=True):
+        named = zip(sweep.swept, settings, strict=True)
+        for name, value in named:
             if value != _ANY:
                 words.append(f"{name}={value}")
         row = Row(
@@ -455,7 +458,12 @@ def _grid(
     across, down = sweep.axes
     rows = []
     for label, line in grid.iterrows():
-        rows.append(Row(label=label, is_published=False, cells=tuple(line)))
+        row = Row(
+            label=label,
+            is_published=False,
+            cells=tuple(line),
+        )
+        rows.append(row)
     axes = f"{across} across and {down} down"
     return Table(
         title=f"{title} at {layer}, where the highest is: {axes}",
@@ -468,7 +476,8 @@ def _cells(table: Frame) -> Frame:
     """Returns a cell for each mean, the highest of each column bold; None where there is none."""
     # By layer, as the highest of each is bold
     cells = {}
-    for layer, highest in table["mean"].max().items():
+    highest_of_layers = table["mean"].max()
+    for layer, highest in highest_of_layers.items():
         means = table["mean", layer]
         stds = table["std", layer]
         counts = table["count", layer]

@@ -144,6 +144,7 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
         shown = tuple(table for table in tables if table.rows)
         if shown:
             groups.append(Group(title=title, tables=shown))
+    # Commands that would fill the dashes of the card
     missing = missing_evaluations(entries)
     return Report(
         title="Our numbers beside the published ones",
@@ -219,9 +220,11 @@ def _caption(
     They give the tolerance of its published numbers, and the evaluations that are not built or not
     measured yet, with the command that measures them.
     """
-    tolerances = dict.fromkeys(f"{number.tolerance:.1f}" for number in numbers)
+    rounded = [f"{number.tolerance:.1f}" for number in numbers]
+    tolerances = dict.fromkeys(rounded)
     if tolerances:
-        yield f"Tolerance: ± {' or '.join(tolerances)} points."
+        listed = " or ".join(tolerances)
+        yield f"Tolerance: ± {listed} points."
     measured_columns = {entry.result.column for entry in entries}
     # A part is what one evaluation fills: some columns of the table
     for part in parts_of(title):
@@ -239,16 +242,19 @@ def _published_rows(numbers: Sequence[Published], columns: Sequence[str]) -> Ite
     rows: dict[str, dict[str, list[Published]]] = {}
     for number in numbers:
         in_column = rows.setdefault(number.row, {})
-        in_column.setdefault(number.column, []).append(number)
+        editions = in_column.setdefault(number.column, [])
+        editions.append(number)
     for name, in_column in rows.items():
         cells = []
         for column in columns:
-            cells.append(_published_cell(in_column[column]) if column in in_column else None)
+            editions = in_column.get(column)
+            cells.append(_published_cell(editions) if editions else None)
         yield Row(label=name, is_published=True, cells=tuple(cells))
 
 
 def _published_cell(numbers: Sequence[Published]) -> Cell:
     """Returns the cell of one row's number, or of its several editions."""
+    # As printed in the source, with its own number of digits
     first = numbers[0]
     text = " / ".join(number.printed for number in numbers)
     # As in our own cells of such a column, the layer is a part of the answer
@@ -280,7 +286,8 @@ def _our_rows(entries: Sequence[ReportEntry], columns: Sequence[str]) -> Iterabl
                 is_to_be_filled = True
         cells = []
         for column in columns:
-            cells.append(_our_cell(in_column[column]) if column in in_column else None)
+            entry = in_column.get(column)
+            cells.append(_our_cell(entry) if entry else None)
         # On the card each cell has a note of its own instead
         is_on_card = same_label[0].group == CARD_GROUP
         yield Row(
@@ -346,7 +353,8 @@ def note(entries: Sequence[ReportEntry]) -> str:
     phrases = []
     for name, values in origins.items():
         distinct = dict.fromkeys(values)
-        phrases.append(f"{name} {' and '.join(distinct)}")
+        listed = " and ".join(distinct)
+        phrases.append(f"{name} {listed}")
     reasons = [entry.layer_reason for entry in entries if entry.layer_reason]
     phrases += shared
     phrases += gap
@@ -364,7 +372,7 @@ def _details(entry: ReportEntry) -> Iterable[str]:
     """Yields the lines that say all that is known of one of our numbers."""
     row = entry.result
     run = entry.measured.run
-    # Where it comes from, and how it was measured
+    # Where it comes from, and how it was measured.
     yield f"run {run.name} ({run.folder})"
     yield f"seed {row.seed}, commit {run.commit}"
     yield from facts(row)

@@ -114,7 +114,8 @@ def _flag(word: str, left: list[str]) -> list[str]:
             value = left.pop(0)
         return [f"--info={value or 'all'}"]
     if name not in _WITH_VALUE:
-        raise UsageError(f"there is no flag {word}{_as_setting(word, left)}. See --help")
+        advice = _as_setting(word, left)
+        raise UsageError(f"there is no flag {word}{advice}. See --help")
     if has_value:
         return [f"{name}={value}"]
     if not left:
@@ -124,7 +125,8 @@ def _flag(word: str, left: list[str]) -> list[str]:
 
 def _as_setting(flag: str, left: Sequence[str]) -> str:
     """Returns how a setting with dashes, such as `--seed 0`, is to be written; "" for others."""
-    name, _, value = flag.lstrip("-").partition("=")
+    without_dashes = flag.lstrip("-")
+    name, _, value = without_dashes.partition("=")
     if not _KEY.fullmatch(name):
         return ""
     # The value may be the word behind the flag.
@@ -202,7 +204,8 @@ def _without_equals(word: str, after: Sequence[str]) -> str:
     # As in YAML: seed:0
     key, colon, value = word.partition(":")
     if colon and value and _KEY.fullmatch(key):
-        return f"{shlex.quote(word)} sets nothing: it is written with =, {_typed(key, value)}"
+        typed = _typed(key, value)
+        return f"{shlex.quote(word)} sets nothing: it is written with =, {typed}"
     if not _KEY.fullmatch(word):
         return (
             f"{shlex.quote(word)} is no setting: "
@@ -303,7 +306,8 @@ def _in_quotes(value: str) -> str:
 
 def _several(key: str, value: str) -> str:
     """Returns the message for several values where one is expected, such as `seed=0,1`."""
-    whole = shlex.quote(f"{key}={_in_quotes(value)}")
+    in_quotes = _in_quotes(value)
+    whole = shlex.quote(f"{key}={in_quotes}")
     if Path(value).exists():
         # A file or folder whose name has a comma
         return f"{key}={value} is read as several values: write {whole} for what is called that"
@@ -391,11 +395,21 @@ def _hint(name: str) -> str:
     """Returns the end of the message for a checkpoint that does not exist."""
     folder = Path(name).parent
     # A misspelt name such as Random, then a misspelt file or folder
-    near = difflib.get_close_matches(name.lower(), REFERENCE_MODELS, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(
+        name.lower(),
+        REFERENCE_MODELS,
+        n=1,
+        cutoff=0.75,
+    )
     if not near:
         siblings = sorted(file.name for file in folder.glob("*"))
         last_part = Path(name).name
-        similar = difflib.get_close_matches(last_part, siblings, n=1, cutoff=0.75)
+        similar = difflib.get_close_matches(
+            last_part,
+            siblings,
+            n=1,
+            cutoff=0.75,
+        )
         near = [str(folder / sibling) for sibling in similar]
     if near:
         typed = as_word("checkpoint", near[0])
@@ -416,8 +430,11 @@ def as_value(value: Any) -> str:
         elements = map(as_value, value)
         return f"[{','.join(elements)}]"
     if isinstance(value, dict):
-        entries = [f"{name}:{as_value(entry)}" for name, entry in value.items()]
-        return "{" + ",".join(entries) + "}"
+        entries = []
+        for name, entry in value.items():
+            entries.append(f"{name}:{as_value(entry)}")
+        joined = ",".join(entries)
+        return f"{{{joined}}}"
     if not isinstance(value, str):
         return repr(value)
     # An empty text needs quotes, and so does a backslash, which would escape what follows.
@@ -432,7 +449,8 @@ def as_value(value: Any) -> str:
 
 def as_word(key: str, value: Any) -> str:
     """Returns `key=value` as it is typed in a shell."""
-    return shlex.quote(f"{key}={as_value(value)}")
+    in_grammar = as_value(value)
+    return shlex.quote(f"{key}={in_grammar}")
 
 
 def _typed(key: str, value: str) -> str:

@@ -80,7 +80,8 @@ class RunData:
             )
         chosen = f"data={self.member}"
         if root:
-            chosen += f" {command_line.as_word(setting, root)}"
+            word = command_line.as_word(setting, root)
+            chosen += f" {word}"
         return f"data    that of {self.run}: {chosen}. data=NAME takes another"
 
 
@@ -166,6 +167,7 @@ def _of_first(
     The settings of its probe are left out if the words choose a probe.
     """
     chosen = {word.key_or_group for word in words}
+    # What the user chooses wins over what a run was trained on.
     if not chosen.isdisjoint(_CHOOSES_DATA):
         return None
     for checkpoint in checkpoints:
@@ -205,6 +207,7 @@ def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
     # Runs of earlier versions have the sizes of their evaluations in `data`.
     probe = {} if chooses_probe else content.get("probe", data)
     given = settings.flat({"data": data, "probe": probe})
+    # Relative folders count from where the run was started, which may not be where we are.
     folders = {}
     for key in _FOLDERS:
         folder = _from_where_it_was_started(run, given.get(key))

@@ -100,7 +100,8 @@ def no_member(group: str, wrong: str) -> str:
     if meant:
         distinct = sorted(set(meant))
         hint = f"Did you mean {' or '.join(distinct)}? "
-    return f"there is no {group}={wrong}. {hint}There are {', '.join(known)}"
+    listed = ", ".join(known)
+    return f"there is no {group}={wrong}. {hint}There are {listed}"
 
 
 def check_members(overrides: Sequence[Override]) -> None:
@@ -139,13 +140,17 @@ def _explain_call(error: InstantiationException) -> str | None:
     if full_key is None:
         return text
     node = full_key[1]
-    given = [word for word in sys.argv[1:] if word.startswith(f"{node}.")]
+    given = []
+    for word in sys.argv[1:]:
+        if word.startswith(f"{node}."):
+            given.append(word)
     if not given:
         return text
     # Hydra appends what it called, and with which arguments.
     reason, *_ = str(cause).splitlines()
     setting, _, _ = given[0].partition("=")
-    return f"{node} can't be made with {' '.join(given)}: {reason}. See --help {setting}"
+    shown = " ".join(given)
+    return f"{node} can't be made with {shown}: {reason}. See --help {setting}"
 
 
 def no_setting(
@@ -185,7 +190,8 @@ def no_setting(
         # Hydra first composes the default member with all words that are not swept.
         if swept:
             return f"{wrong} can't be given beside {swept[0]}: start one command for each {group}"
-        return f"there is no setting {wrong} here. It belongs to {', '.join(having)}"
+        members = ", ".join(having)
+        return f"there is no setting {wrong} here. It belongs to {members}"
     # What other projects or earlier versions call a setting, and at last a similar name
     usual = usual_name(wrong)
     if usual in known:
@@ -352,8 +358,10 @@ def check_added(
         return
     known = composed.unresolved
     # The nodes that are calls: those that the added words make, and those of the config
-    called = {key.removesuffix("._target_") for key in added if key.endswith("._target_")}
-    called |= _calls(known)
+    called = _calls(known)
+    for key in added:
+        if key.endswith("._target_"):
+            called.add(key.removesuffix("._target_"))
     for key in added:
         group, *_ = key.split(".")
         parents = _parents(key)

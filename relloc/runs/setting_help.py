@@ -54,8 +54,13 @@ def answer(words: Sequence[str], command: str) -> str:
     Raises:
         UsageError: there is no setting, group or member of that name.
     """
-    names = [_split(word)[0] for word in words]
+    # What a setting is called now is the whole answer about an old name.
+    names = []
+    for word in words:
+        name, _ = _split(word)
+        names.append(name)
     refuse_old_names(names)
+    # The words choose members of groups, such as data=voc before data.root.
     chosen = settings.chosen_groups(words)
     answers = []
     for word in words:
@@ -66,7 +71,8 @@ def answer(words: Sequence[str], command: str) -> str:
 
 def _split(word: str) -> tuple[str, str]:
     """Returns the name and the value in a word, without Hydra's signs of adding and removing."""
-    name, _, value = word.lstrip("+~").partition("=")
+    without_sign = word.lstrip("+~")
+    name, _, value = without_sign.partition("=")
     return name, value
 
 
@@ -96,7 +102,8 @@ def _member(group: str, member: str) -> Iterator[str]:
     file = settings.file_of(f"{group}/{member}")
     if file is None:
         raise UsageError(no_member(group, member))
-    yield f"{group}={member}   ({_shown(file)})"
+    shown = _shown(file)
+    yield f"{group}={member}   ({shown})"
     for line in settings.about(f"{group}/{member}"):
         yield f"{_INDENT}{line}".rstrip()
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -160,7 +167,9 @@ def _setting(
         else:
             default = composed.default(key)
             value = f"{as_value(default)} by default"
-        yield f"{key}: {value}{where}{_unit(key)}"
+        unit = _unit(key)
+        yield f"{key}: {value}{where}{unit}"
+    # What conf/ says, then the code that gets the setting, then the other members of its group
     source = _source_of(key, composed)
     if source is not None:
         yield from _from_conf(key, source)
@@ -199,7 +208,8 @@ def _composed_with(
         members = [evaluation, *members]
     for member in members:
         # The name of an evaluation may be misspelt.
-        if settings.file_of(f"{group}/{member}") is None:
+        file = settings.file_of(f"{group}/{member}")
+        if file is None:
             continue
         choice = f"{group}={member}"
         composed = settings.compose(command, [*chosen, choice])
@@ -213,8 +223,11 @@ def _source_of(key: str, composed: Composed) -> Source | None:
     # Later files override earlier ones.
     for source in reversed(composed.sources):
         inner = _inside(key, source)
+        # The file's whole package is set by the file, even if no line of it has that name.
+        if inner == "":
+            return source
         content = settings.content_of(source.name)
-        if inner == "" or inner in settings.flat(content):
+        if inner in settings.flat(content):
             return source
     return None
 
@@ -241,12 +254,14 @@ def _from_conf(key: str, source: Source) -> Iterator[str]:
     text = source.file.read_text(encoding="utf-8")
     # The value as it is written in the file, in one line
     value = ""
-    for name, start, end in _spans(yaml.compose(text)):
+    tree = yaml.compose(text)
+    for name, start, end in _spans(tree):
         if name == inner:
             lines = text[start:end].splitlines()
             one_line = " ".join(map(str.strip, lines))
             value = f": {one_line}"
-    yield f"{_INDENT}set in {_shown(source.file)}{value}"
+    shown = _shown(source.file)
+    yield f"{_INDENT}set in {shown}{value}"
     # Without a comment of its own, a setting has that of the one that holds it.
     explained = comments(source.file)
     while inner and inner not in explained:
@@ -294,9 +309,12 @@ def _spans(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int,
         return
     for key, value in node.value:
         name = f"{prefix}{key.value}"
+        # A flow style is [a, b] or {a: b}, whose value ends in one line with its name.
         is_flat = isinstance(value, yaml.ScalarNode) or value.flow_style
         last = value if is_flat else key
-        yield name, key.start_mark.index, last.end_mark.index
+        start = key.start_mark
+        end = last.end_mark
+        yield name, start.index, end.index
         yield from _spans(value, f"{name}.")
 
 
@@ -318,7 +336,8 @@ def _above(lines: Sequence[str]) -> list[str]:
             above.append("")
             continue
         text = line.strip()
-        depth = len(line) - len(line.lstrip())
+        without_indent = line.lstrip()
+        depth = len(line) - len(without_indent)
         is_comment = text.startswith("#")
         # A comment counts until an empty line, another comment, or the end of its block.
         begins_another = is_comment and not was_comment
@@ -340,10 +359,14 @@ def _from_docstring(key: str, composed: Composed) -> Iterator[str]:
     first sentence.
     """
     parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(composed.config, parent) if parent else None
+    # A setting at the top is an argument of no call.
+    if not parent:
+        return
+    node = OmegaConf.select(composed.config, parent)
     if not isinstance(node, DictConfig):
         return
     target = node.get("_target_")
+    # Docstrings of other projects explain other things than what is set here.
     if not isinstance(target, str) or not target.startswith("relloc."):
         return
     text = _docstring(target)
@@ -359,7 +382,8 @@ def _from_docstring(key: str, composed: Composed) -> Iterator[str]:
         explaining = entry[1].split()
     else:
         # A docstring may explain a setting in any sentence.
-        explaining = [sentence for sentence in sentences if f"`{name}`" in sentence]
+        named = f"`{name}`"
+        explaining = [sentence for sentence in sentences if named in sentence]
     explanation = " ".join(explaining or sentences[:1])
     explanation = explanation.rstrip(" ;")
     if explanation:
