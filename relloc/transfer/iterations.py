@@ -121,6 +121,7 @@ class IterativeFineTuning(Evaluation):
         checks.whole(f"{setting}.batch", self.batch)
         checks.whole(f"{setting}.images_per_gpu", self.images_per_gpu)
         checks.whole(f"{setting}.evaluate_every", self.evaluate_every)
+        # Groups stay whole, as losses may be normalized over the images of a group.
         checks.multiple(f"{setting}.batch", self.batch, self.images_per_gpu)
         if self.images_per_forward is not None:
             checks.whole(f"{setting}.images_per_forward", self.images_per_forward)
@@ -137,6 +138,7 @@ class IterativeFineTuning(Evaluation):
         Raises:
             DataError: the protocol leaves no image to train on.
         """
+        # Known before the training, as no step could be made of no image.
         if not self.training_indices(splits.train):
             raise DataError(
                 f"{splits.train.name} {splits.train.split} has no image to train on: none of its "
@@ -155,6 +157,7 @@ class IterativeFineTuning(Evaluation):
         """
         network = self.make_network(context).to(context.device)
         groups = self.parameter_groups(network)
+        # What the optimizer does not get needs no gradients.
         network.requires_grad_(False)
         for group in groups:
             for parameter in group["params"]:
@@ -181,6 +184,7 @@ class IterativeFineTuning(Evaluation):
             name=f"fine-tuning on {context.splits.train.name}",
             gradient_limit=self.gradient_limit(),
         )
+        # A training that was stopped goes on where its last state was saved.
         saved = context.state.load()
         if saved:
             training.load_state_dict(saved)
@@ -190,19 +194,22 @@ class IterativeFineTuning(Evaluation):
         # Reports lie at multiples of this, so tests do too.
         report_every = math.gcd(_REPORT_EVERY, self.evaluate_every)
         for report in training.reports(every=report_every):
-            context.log({"loss": report.loss, "lr": report.lr}, report.step)
+            logged = {"loss": report.loss, "lr": report.lr}
+            context.log(logged, report.step)
             context.state.save(training.state_dict())
-            if report.step % self.evaluate_every == 0 and report.step < self.iterations:
+            is_due = report.step % self.evaluate_every == 0
+            # After the last step comes the final test.
+            if is_due and report.step < self.iterations:
                 scores = self.test(network, quiet_context, final=False)
-                context.log({score.metric: score.value for score in scores}, report.step)
+                context.log(_by_metric(scores), report.step)
         scores = self.test(network, context, final=True)
-        context.log({score.metric: score.value for score in scores}, self.iterations)
+        context.log(_by_metric(scores), self.iterations)
+
+        # What the test says of its settings comes first, then the training's.
         for score in scores:
-            yield dataclasses.replace(
-                score,
-                deviations=(*score.deviations, *self.deviations()),
-                details=(*score.details, *self._details(network)),
-            )
+            deviations = (*score.deviations, *self.deviations())
+            details = (*score.details, *self._details(network))
+            yield dataclasses.replace(score, deviations=deviations, details=details)
 
     def micro_batches(
         self, context: Context, first: int, end: int
@@ -211,8 +218,11 @@ class IterativeFineTuning(Evaluation):
         images = context.splits.train
         config = context.encode_config
         unreadable = config.unreadable_of(len(images))
-        reasons = self.unusable(images)
-        unreadable.add({images.source(index): reason for index, reason in reasons.items()})
+        # Images that are left out for a wrong annotation are never read, so they are counted here.
+        unusable = {}
+        for index, reason in self.unusable(images).items():
+            unusable[images.source(index)] = reason
+        unreadable.add(unusable)
         keys = self._keys(images, context.seed, first, end)
         accumulation = self._accumulation()
         # Workers read micro-batches, which are smaller than steps, one after the other.
@@ -230,7 +240,9 @@ class IterativeFineTuning(Evaluation):
             for batch in step_batches:
                 unreadable.add(batch.unreadable)
                 # Unreadable images are missing, so samples are counted after reading.
-                micro_batches.append(MicroBatch(content=batch.samples, samples=len(batch.samples)))
+                n_samples = len(batch.samples)
+                micro_batch = MicroBatch(content=batch.samples, samples=n_samples)
+                micro_batches.append(micro_batch)
             yield micro_batches
 
     def _keys(
@@ -253,18 +265,21 @@ class IterativeFineTuning(Evaluation):
             # A resumed training passes over the steps that are done.
             if step < first:
                 continue
+            # Seeds are given before the groups are dealt to processes.
             keyed_groups = []
             position = step * self.batch
             for group in groups:
                 keyed = []
                 for index in group:
-                    keyed.append((index, seed_for(Use.FINE_TUNING_SAMPLE, seed, position)))
+                    sample_seed = seed_for(Use.FINE_TUNING_SAMPLE, seed, position)
+                    keyed.append((index, sample_seed))
                     position += 1
                 keyed_groups.append(keyed)
             # Groups stay whole, as losses may be normalized over the images of a group.
             micro_batches = []
             for own_groups in split_for_rank(keyed_groups, accumulation):
-                micro_batches.append(list(itertools.chain.from_iterable(own_groups)))
+                keys = list(itertools.chain.from_iterable(own_groups))
+                micro_batches.append(keys)
             yield micro_batches
 
     def forward_images(self) -> int:
@@ -275,7 +290,8 @@ class IterativeFineTuning(Evaluation):
         """Returns the number of forwards of each process in a step."""
         if self.images_per_forward is None:
             return 1
-        return math.ceil(self.batch / (ranks.world_size() * self.images_per_forward))
+        images_at_once = ranks.world_size() * self.images_per_forward
+        return math.ceil(self.batch / images_at_once)
 
     def deviations(self) -> Iterator[str]:
         """Yields how the training differs from the published one."""
@@ -300,6 +316,11 @@ class IterativeFineTuning(Evaluation):
             yield f"batch norm of one process, over the {n_images} images of a forward"
 
 
+def _by_metric(scores: Sequence[Score]) -> dict[str, float]:
+    """Returns the values of scores by the names of their metrics."""
+    return {score.metric: score.value for score in scores}
+
+
 def _in_steps(batches: Iterator[Any], accumulation: int) -> Iterator[list[Any]]:
     """Yields the micro-batches of one step after the other."""
     while step_batches := list(itertools.islice(batches, accumulation)):
@@ -316,6 +337,11 @@ def _trains_batch_norm(network: nn.Module) -> bool:
 
 def _match_memory_format(network: nn.Module, backbone: nn.Module) -> None:
     """Brings the weights of the network into the memory format that those of the backbone have."""
-    weights = [parameter for parameter in backbone.parameters() if parameter.dim() == 4]
-    if all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights):
+    # Only convolutions have weights of four axes, to which the memory format applies.
+    kernels = [parameter for parameter in backbone.parameters() if parameter.dim() == 4]
+    are_channels_last = []
+    for kernel in kernels:
+        is_channels_last = kernel.is_contiguous(memory_format=torch.channels_last)
+        are_channels_last.append(is_channels_last)
+    if all(are_channels_last):
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

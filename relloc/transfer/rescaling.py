@@ -52,9 +52,12 @@ def layers_in_order(network: nn.Module, images: Images) -> list[Layer]:
             raise ValueError(f"{name} is a batch norm: fold it into the layer before it")
     layers = []
 
+    # Modules are listed in the order of their definition, which need not be that of a forward. So
+    # each layer notes itself when its turn comes.
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Conv2d | nn.Linear, _inputs: tuple[Tensor, ...]) -> None:
-            if any(layer.module is module for layer in layers):
+            is_noted = any(layer.module is module for layer in layers)
+            if is_noted:
                 raise ValueError(f"layer {name} is used twice, so its rate has no meaning")
             layers.append(Layer(name=name, module=module))
 
@@ -63,7 +66,8 @@ def layers_in_order(network: nn.Module, images: Images) -> list[Layer]:
     handles = []
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            handles.append(module.register_forward_pre_hook(note(name)))
+            handle = module.register_forward_pre_hook(note(name))
+            handles.append(handle)
     with _removed(handles), torch.no_grad():
         network(images)
     return layers
@@ -88,11 +92,16 @@ def normalize_outputs(
             continue
         means, stds = _output_statistics(network, layer, batches)
         scales = torch.where(stds > 0, 1 / stds, torch.ones_like(stds))
+
+        # One scale for each output channel, which is the first axis of the weights.
         weight = layer.module.weight
-        weight.mul_(scales.view(-1, *(1,) * (weight.dim() - 1)).to(weight.dtype))
+        other_axes = (1,) * (weight.dim() - 1)
+        channel_scales = scales.view(-1, *other_axes)
+        weight.mul_(channel_scales.to(weight.dtype))
+
         # (b - m) / s + mean: the outputs had the old bias in them.
-        shifted = (layer.bias.double() - means) * scales + mean
-        layer.bias.copy_(shifted)
+        centered = layer.bias.double() - means
+        layer.bias.copy_(centered * scales + mean)
 
 
 def equalize_rates(network: nn.Module, images: Images, *, seed: int) -> float:
@@ -113,15 +122,23 @@ def equalize_rates(network: nn.Module, images: Images, *, seed: int) -> float:
     input_sizes = _input_sizes(network, layers, images)
     for _ in range(_MOST_ROUNDS):
         rates = rates_of_change(network, images, seed=seed)
-        target = _target(rates, _output_std(network, images))
-        if max(abs(math.log(rate / target)) for rate in rates.values()) < _TOLERANCE:
+        output_std = _output_std(network, images)
+        target = _target(rates, output_std)
+        # How far each rate is off, as a logarithm: too high and too low count alike.
+        errors = [abs(math.log(rate / target)) for rate in rates.values()]
+        if max(errors) < _TOLERANCE:
             break
         # The rate of a layer falls with the square of its scale, and rises with all scales'
         # product, as gradients pass through the other layers.
-        scales = {name: math.sqrt(rate / target) for name, rate in rates.items()}
+        scales = {}
+        for name, rate in rates.items():
+            scales[name] = math.sqrt(rate / target)
         input_sizes = _scale(network, layers, images, scales, input_sizes)
+    # The last round changed the rates once more.
     rates = rates_of_change(network, images, seed=seed)
-    return max(rates.values()) / min(rates.values())
+    highest = max(rates.values())
+    lowest = min(rates.values())
+    return highest / lowest
 
 
 def rates_of_change(network: nn.Module, images: Images, *, seed: int) -> dict[str, float]:
@@ -135,20 +152,30 @@ def rates_of_change(network: nn.Module, images: Images, *, seed: int) -> dict[st
     """
     layers = layers_in_order(network, images)
     weights = [layer.module.weight for layer in layers]
+    # Frozen layers have a rate too.
     needed_gradients = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
+
     with torch.enable_grad():
         outputs = network(images)
-        noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(seed))
+        # Drawn on the CPU, so that the noise is the same on each device.
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(outputs.shape, generator=generator)
+        # The gradient of this sum at the outputs is the noise itself.
         loss = (outputs * noise.to(outputs)).sum()
         gradients = torch.autograd.grad(loss, weights)
     for weight, needed in zip(weights, needed_gradients, strict=True):
         weight.requires_grad_(needed)
+
     rates = {}
     for layer, gradient in zip(layers, gradients, strict=True):
-        size = layer.module.weight.detach().double().square().mean()
-        rate = float((gradient.double().square().mean() / size).sqrt())
+        weight = layer.module.weight.detach()
+        # In double precision, as squares of small gradients fall below what float32 holds.
+        mean_square_weight = weight.double().square().mean()
+        mean_square_gradient = gradient.double().square().mean()
+        ratio = mean_square_gradient / mean_square_weight
+        rate = float(ratio.sqrt())
         if not (math.isfinite(rate) and rate > 0):
             raise UsageError(
                 f"layer {layer.name} can't be rescaled: its relative rate of change is {rate}. Its "
@@ -166,7 +193,10 @@ def _target(rates: dict[str, float], output_std: float) -> float:
     standard deviation closer to 1 in each round.
     """
     logs = [math.log(rate) for rate in rates.values()]
-    return math.exp(sum(logs) / len(logs)) * output_std ** (1 / len(logs))
+    geometric_mean = math.exp(sum(logs) / len(logs))
+    # Each of n layers takes the n-th root of what the outputs are off by.
+    factor = output_std ** (1 / len(logs))
+    return geometric_mean * factor
 
 
 @torch.no_grad()
@@ -174,13 +204,16 @@ def _output_std(network: nn.Module, images: Images) -> float:
     """Returns the mean over channels of the standard deviation of the network's outputs."""
     outputs = network(images).double()
     by_channel = outputs.transpose(0, 1).flatten(1)
-    return float(by_channel.std(dim=1, correction=0).mean())
+    stds = by_channel.std(dim=1, correction=0)
+    return float(stds.mean())
 
 
 @torch.no_grad()
 def _input_sizes(network: nn.Module, layers: Sequence[Layer], images: Images) -> dict[str, float]:
     """Returns the mean magnitude of the inputs of each layer."""
-    return _scale(network, layers, images, {layer.name: 1.0 for layer in layers}, {})
+    # Scales of 1 leave the layers as they are.
+    no_change = {layer.name: 1.0 for layer in layers}
+    return _scale(network, layers, images, no_change, {})
 
 
 @torch.no_grad()
@@ -200,11 +233,15 @@ def _scale(
 
     def change(layer: Layer) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            size = float(inputs[0].double().abs().mean())
+            (layer_inputs,) = inputs
+            size = float(layer_inputs.double().abs().mean())
             sizes[layer.name] = size
             former_size = former_sizes.get(layer.name, size)
             # Inputs that are all zero have no size to grow from; such a layer has no rate either.
-            growth = size / former_size if former_size else 1.0
+            growth = 1.0
+            if former_size:
+                growth = size / former_size
+            # A bias is to keep its share in the outputs, which grow with inputs and weights.
             scale = scales[layer.name]
             layer.module.weight.mul_(scale)
             if layer.module.bias is not None:
@@ -212,7 +249,10 @@ def _scale(
 
         return hook
 
-    handles = [layer.module.register_forward_pre_hook(change(layer)) for layer in layers]
+    handles = []
+    for layer in layers:
+        handle = layer.module.register_forward_pre_hook(change(layer))
+        handles.append(handle)
     with _removed(handles):
         network(images)
     return sizes
@@ -225,13 +265,18 @@ def _output_statistics(
     outputs_by_channel = []
 
     def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        outputs_by_channel.append(outputs.double().transpose(0, 1).flatten(1))
+        # Channels by images and positions together.
+        by_channel = outputs.double().transpose(0, 1).flatten(1)
+        outputs_by_channel.append(by_channel)
 
-    with _removed([layer.module.register_forward_hook(keep)]):
+    handle = layer.module.register_forward_hook(keep)
+    with _removed([handle]):
         for images in batches:
             network(images)
     outputs = torch.cat(outputs_by_channel, dim=1)
-    return outputs.mean(dim=1), outputs.std(dim=1, correction=0)
+    means = outputs.mean(dim=1)
+    stds = outputs.std(dim=1, correction=0)
+    return means, stds
 
 
 @contextmanager

@@ -40,11 +40,15 @@ def fitted_size(height: int, width: int, box: Sequence[int]) -> Size:
         (512, 683)
     """
     long_side, short_side = box
-    scale = min(long_side / max(height, width), short_side / min(height, width))
+    # The side that leaves less room decides.
+    long_scale = long_side / max(height, width)
+    short_scale = short_side / min(height, width)
+    scale = min(long_scale, short_scale)
+    # Halves are rounded up, as in mmcv; Python's round takes them to the even number.
+    new_height = int(height * scale + 0.5)
+    new_width = int(width * scale + 0.5)
     # A very long image would otherwise lose its shorter side altogether.
-    new_height = max(1, int(height * scale + 0.5))
-    new_width = max(1, int(width * scale + 0.5))
-    return new_height, new_width
+    return max(1, new_height), max(1, new_width)
 
 
 def nearest_indices(source: int, target: int) -> Int[np.ndarray, "target"]:
@@ -52,7 +56,8 @@ def nearest_indices(source: int, target: int) -> Int[np.ndarray, "target"]:
     # The product is that of OpenCV's resizeNN: a reciprocal of a quotient, in double precision.
     # target/source could differ from it in the last bit, and at a boundary by a pixel.
     pixels_per_target = 1 / (target / source)
-    indices = np.floor(np.arange(target) * pixels_per_target).astype(np.int64)
+    positions = np.arange(target) * pixels_per_target
+    indices = np.floor(positions).astype(np.int64)
     return np.minimum(indices, source - 1)
 
 
@@ -81,12 +86,17 @@ def interpolation_table(source: int, target: int) -> Float[Tensor, "3 target"]:
     cv2.INTER_LINEAR. All is float32, so that a single copy brings it to a GPU; it holds whole
     numbers up to 2^24 exactly.
     """
-    centers = (np.arange(target) + 0.5) * (source / target) - 0.5
+    # The center of pixel i lies at i + 1/2 of its own grid.
+    target_centers = np.arange(target) + 0.5
+    pixels_per_target = source / target
+    positions = target_centers * pixels_per_target - 0.5
     # Beyond the outermost centers the image goes on as it ends.
-    centers = np.clip(centers, 0, source - 1)
-    lower = np.floor(centers)
-    upper = np.minimum(lower + 1, source - 1)
-    table = np.stack([lower, upper, centers - lower])
+    last = source - 1
+    positions = np.clip(positions, 0, last)
+    lower = np.floor(positions)
+    upper = np.minimum(lower + 1, last)
+    weights = positions - lower
+    table = np.stack([lower, upper, weights])
     return torch.from_numpy(table.astype(np.float32))
 
 
@@ -99,14 +109,18 @@ def interpolated(
 
     They are cv2.INTER_LINEAR's within one gray level, as OpenCV rounds its weights to 11 bits.
     """
-    upper_left = image[rows.lower].float()
-    lower_left = image[rows.upper].float()
-    of_rows = torch.lerp(upper_left, lower_left, rows.weight[:, None, None])
-    of_columns = torch.lerp(
-        of_rows[:, columns.lower],
-        of_rows[:, columns.upper],
-        columns.weight[:, None],
-    )
+    # First down the columns, at the full width of the image. `rows.lower` has the lower index,
+    # which is the upper row.
+    upper_rows = image[rows.lower].float()
+    lower_rows = image[rows.upper].float()
+    row_weights = rows.weight[:, None, None]
+    of_rows = torch.lerp(upper_rows, lower_rows, row_weights)
+
+    # Then along the rows.
+    left_columns = of_rows[:, columns.lower]
+    right_columns = of_rows[:, columns.upper]
+    column_weights = columns.weight[:, None]
+    of_columns = torch.lerp(left_columns, right_columns, column_weights)
     # OpenCV rounds halves up.
     return (of_columns + 0.5).floor()
 
@@ -114,9 +128,9 @@ def interpolated(
 def resized(image: UInt8[Tensor, "h w 3"], size: Size) -> Float[Tensor, "h2 w2 3"]:
     """Returns the whole image at another size, as whole numbers from 0 to 255."""
     height, width = size
-    tables = [
-        interpolation_table(image.shape[0], height),
-        interpolation_table(image.shape[1], width),
-    ]
-    rows, columns = [Interpolation.from_table(table.to(image.device)) for table in tables]
+    original_height, original_width = image.shape[:2]
+    row_table = interpolation_table(original_height, height)
+    column_table = interpolation_table(original_width, width)
+    rows = Interpolation.from_table(row_table.to(image.device))
+    columns = Interpolation.from_table(column_table.to(image.device))
     return interpolated(image, rows, columns)

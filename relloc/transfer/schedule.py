@@ -46,8 +46,10 @@ class Milestones:
         if milestones != sorted(set(milestones)):
             raise ValueError(f"milestones are {milestones}: give numbers that rise")
         # A gamma of 0 would end the training, and a negative one climb the loss.
-        _check("gamma", self.gamma, self.gamma > 0, "above 0")
-        _check("warmup", self.warmup, self.warmup >= 0, "of 0 or more")
+        is_positive = self.gamma > 0
+        _check("gamma", self.gamma, is_positive, "above 0")
+        is_length = self.warmup >= 0
+        _check("warmup", self.warmup, is_length, "of 0 or more")
         # A warm-up that starts above the base rate would be none.
         is_share = 0 <= self.warmup_from <= 1
         _check("warmup_from", self.warmup_from, is_share, "in 0..1")
@@ -56,7 +58,9 @@ class Milestones:
         factor = milestone_factor(position, self.milestones, self.gamma)
         # Warm-up multiplies what the milestones give, as a milestone may lie within it.
         if position < self.warmup:
-            warmup_rise = (1 - self.warmup_from) * position / self.warmup
+            # mmcv's LrUpdaterHook with warmup="linear".
+            missing_share = 1 - self.warmup_from
+            warmup_rise = missing_share * position / self.warmup
             factor *= self.warmup_from + warmup_rise
         return factor
 
@@ -77,14 +81,21 @@ class Poly:
     floor: float = 0
 
     def __post_init__(self) -> None:
-        _check("length", self.length, self.length > 0, "above 0")
-        _check("power", self.power, self.power > 0, "above 0")
-        _check("floor", self.floor, 0 <= self.floor <= 1, "in 0..1")
+        has_length = self.length > 0
+        _check("length", self.length, has_length, "above 0")
+        # A power of 0 would be a constant rate, and a negative one would rise.
+        falls = self.power > 0
+        _check("power", self.power, falls, "above 0")
+        is_share = 0 <= self.floor <= 1
+        _check("floor", self.floor, is_share, "in 0..1")
 
     def factor(self, position: float) -> float:
         # Beyond the end the rate stays at the floor.
-        remaining = max(0.0, 1 - position / self.length)
-        return (1 - self.floor) * remaining**self.power + self.floor
+        done = position / self.length
+        remaining = max(0.0, 1 - done)
+        # mmcv's PolyLrUpdaterHook.
+        above_floor = 1 - self.floor
+        return above_floor * remaining**self.power + self.floor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -90,17 +90,24 @@ def coco_image(
     Raises:
         UnreadableImage: an annotated mask does not fill the image.
     """
+    # COCO's boxes are x, y, width and height.
     corners = detected.boxes.double().cpu().numpy()
-    upper_left, lower_right = corners[:, :2], corners[:, 2:]
+    upper_left = corners[:, :2]
+    lower_right = corners[:, 2:]
+    sides = lower_right - upper_left
+    found_boxes = np.concatenate([upper_left, sides], axis=1)
+
+    # Compressed now, as the masks of all images would fill gigabytes.
     found_masks: Sequence[EncodedMask] = ()
     if detected.masks is not None:
         found_masks = _encode(detected.masks)
     true_masks = []
     for mask in truth.masks:
-        true_masks.append(_encode_one(decode_mask(mask, *size)))
+        pixels = decode_mask(mask, *size)
+        true_masks.append(_encode_one(pixels))
     return CocoImage(
         size=size,
-        found_boxes=np.concatenate([upper_left, lower_right - upper_left], axis=1),
+        found_boxes=found_boxes,
         found_scores=detected.scores.double().cpu().numpy(),
         found_classes=detected.classes.cpu().numpy(),
         found_masks=found_masks,
@@ -125,13 +132,20 @@ def coco_scores(images: Sequence[CocoImage], kind: Kind, *, n_classes: int) -> C
     """
     for number, image in enumerate(images):
         _check(image, kind, number)
-    truth = COCO(_annotations(images, kind, n_classes))
-    found = truth.loadRes(_results(images, kind))
-    evaluation = COCOeval_faster(truth, found, iouType="bbox" if kind == "boxes" else "segm")
+    annotations = _annotations(images, kind, n_classes)
+    results = _results(images, kind)
+    truth = COCO(annotations)
+    found = truth.loadRes(results)
+    iou_type = "bbox" if kind == "boxes" else "segm"
+    evaluation = COCOeval_faster(truth, found, iouType=iou_type)
+
+    # The three steps of COCO's protocol: match per image, join over images, average.
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    values = _nan_if_nothing(np.array(evaluation.stats[: len(STATISTICS)], dtype=np.float64))
+    # Behind COCO's twelve statistics faster-coco-eval has some of its own.
+    own_statistics = evaluation.stats[: len(STATISTICS)]
+    values = _nan_if_nothing(np.array(own_statistics, dtype=np.float64))
     return CocoScores(
         statistics=dict(zip(STATISTICS, values.tolist(), strict=True)),
         by_class=_by_class(evaluation.eval["precision"]),
@@ -139,14 +153,17 @@ def coco_scores(images: Sequence[CocoImage], kind: Kind, *, n_classes: int) -> C
 
 
 def _check(image: CocoImage, kind: Kind, number: int) -> None:
+    """Checks what COCO's code would take without a word; `number` is the image's."""
+    # A sort by scores puts nan anywhere.
     if np.isnan(image.found_scores).any():
         raise ValueError(f"image {number}: a detection has nan as its score")
     if kind == "boxes":
         return
-    for name, masks, objects in (
+    masks_of_objects = (
         ("detections", image.found_masks, image.found_boxes),
         ("annotated objects", image.true_masks, image.true_boxes),
-    ):
+    )
+    for name, masks, objects in masks_of_objects:
         if len(masks) != len(objects):
             raise ValueError(
                 f"image {number} has {len(masks)} masks for {len(objects)} {name}: "
@@ -166,19 +183,24 @@ def _annotations(images: Sequence[CocoImage], kind: Kind, n_classes: int) -> dic
         image_entries.append({"id": image_id, "height": height, "width": width})
         boxes = image.true_boxes.tolist()
         areas = image.areas.tolist()
-        for place, (box, area) in enumerate(zip(boxes, areas, strict=True)):
+        for index, (box, area) in enumerate(zip(boxes, areas, strict=True)):
+            category = int(image.true_classes[index]) + 1
             entry = {
                 "id": len(object_entries) + 1,
                 "image_id": image_id,
-                "category_id": int(image.true_classes[place]) + 1,
+                "category_id": category,
                 "bbox": box,
                 "area": area,
-                "iscrowd": int(image.crowd[place]),
+                "iscrowd": int(image.crowd[index]),
             }
             if kind == "masks":
-                entry["segmentation"] = _run_lengths(image, image.true_masks[place])
+                mask = image.true_masks[index]
+                entry["segmentation"] = _run_lengths(image, mask)
             object_entries.append(entry)
-    categories = [{"id": number, "name": str(number)} for number in range(1, n_classes + 1)]
+    # Categories without any object are given too, so that tables by class have all rows.
+    categories = []
+    for number in range(1, n_classes + 1):
+        categories.append({"id": number, "name": str(number)})
     return {
         "info": {},
         "images": image_entries,
@@ -196,14 +218,16 @@ def _results(images: Sequence[CocoImage], kind: Kind) -> list[dict[str, Any]]:
     for image_id, image in enumerate(images, start=1):
         boxes = image.found_boxes.tolist()
         scores = image.found_scores.tolist()
-        for place, (box, score) in enumerate(zip(boxes, scores, strict=True)):
+        for index, (box, score) in enumerate(zip(boxes, scores, strict=True)):
+            category = int(image.found_classes[index]) + 1
             entry: dict[str, Any] = {
                 "image_id": image_id,
-                "category_id": int(image.found_classes[place]) + 1,
+                "category_id": category,
                 "score": score,
             }
             if kind == "masks":
-                entry["segmentation"] = _run_lengths(image, image.found_masks[place])
+                mask = image.found_masks[index]
+                entry["segmentation"] = _run_lengths(image, mask)
             else:
                 entry["bbox"] = box
             entries.append(entry)
@@ -211,6 +235,7 @@ def _results(images: Sequence[CocoImage], kind: Kind) -> list[dict[str, Any]]:
 
 
 def _run_lengths(image: CocoImage, mask: EncodedMask) -> dict[str, Any]:
+    """Returns a mask of an image as COCO's files have it."""
     return {"size": list(image.size), "counts": mask}
 
 
@@ -219,13 +244,19 @@ def _encode(masks: Bool[Tensor, "n h w"]) -> list[EncodedMask]:
     if len(masks) == 0:
         return []
     # Run lengths go down the columns. Transposed on the device, nothing is left to copy here.
-    by_column = masks.byte().transpose(1, 2).contiguous().cpu().numpy()
-    encoded = mask_codec.encode(by_column.transpose(2, 1, 0))
+    transposed = masks.byte().transpose(1, 2).contiguous()
+    by_column = transposed.cpu().numpy()
+    # The codec takes height, width and mask, each mask column by column: a view of these bytes.
+    as_codec_takes_it = by_column.transpose(2, 1, 0)
+    encoded = mask_codec.encode(as_codec_takes_it)
     return [mask["counts"] for mask in encoded]
 
 
 def _encode_one(mask: UInt8[np.ndarray, "h w"]) -> EncodedMask:
-    (encoded,) = mask_codec.encode(np.asfortranarray(mask[:, :, np.newaxis]))
+    """Returns one mask compressed."""
+    single = mask[:, :, np.newaxis]
+    by_column = np.asfortranarray(single)
+    (encoded,) = mask_codec.encode(by_column)
     return encoded["counts"]
 
 
@@ -233,9 +264,13 @@ def _by_class(
     precision: Float[np.ndarray, "ious recalls classes areas limits"],
 ) -> Float[np.ndarray, "classes"]:
     """Returns AP by class of COCO's table of precisions: objects of all sizes, most detections."""
+    # COCO's first range of areas is that of all sizes, and its last limit is 100 detections.
     of_all_sizes = precision[:, :, :, 0, -1]
-    return _nan_if_nothing(of_all_sizes).mean(axis=(0, 1))
+    # AP is the mean over IoU thresholds and recalls.
+    measured = _nan_if_nothing(of_all_sizes)
+    return measured.mean(axis=(0, 1))
 
 
 def _nan_if_nothing(values: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
+    # A -1 that is printed, or averaged, would pass for a result.
     return np.where(values == _NOTHING_TO_MEASURE, np.nan, values)

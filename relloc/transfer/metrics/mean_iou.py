@@ -18,6 +18,7 @@ from relloc.errors import DataError
 from relloc.transfer.metrics.per_image import PerImage
 
 ClassMap = UInt8[Tensor, "h w"] | Int[Tensor, "h w"]
+_ByClass = Float64[Tensor, "classes"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,12 +28,15 @@ class SegmentationScores:
     confusion: Int64[Tensor, "classes classes"]
 
     @property
-    def iou_by_class(self) -> Float64[Tensor, "classes"]:
+    def iou_by_class(self) -> _ByClass:
         """The IoU of each class, from 0 to 1; nan for a class that is nowhere."""
         agreed = self.confusion.diagonal().double()
-        n_true, n_predicted = self.confusion.sum(dim=1), self.confusion.sum(dim=0)
+        n_true = self.confusion.sum(dim=1)
+        n_predicted = self.confusion.sum(dim=0)
+        # The sum has the pixels on which both agree twice.
+        union = n_true + n_predicted - agreed
         # 0 / 0 is nan.
-        return agreed / (n_true + n_predicted - agreed)
+        return agreed / union
 
     @property
     def mean_iou(self) -> float:
@@ -48,7 +52,9 @@ class SegmentationScores:
     def pixel_accuracy(self) -> float:
         """The share of pixels that are right, from 0 to 1 (mmseg's aAcc); nan if there are none."""
         n_pixels = self.confusion.sum().double()
-        return (self.confusion.diagonal().sum() / n_pixels).item()
+        n_right = self.confusion.diagonal().sum()
+        share = n_right / n_pixels
+        return share.item()
 
 
 class SegmentationMetric:
@@ -80,15 +86,22 @@ class SegmentationMetric:
         """
         n_classes = self._n_classes
         true_classes = truth.flatten().long()
-        bins = true_classes * n_classes + predicted.flatten().long()
+        predicted_classes = predicted.flatten().long()
+        # Each pair of true and predicted class has one bin.
+        bins = true_classes * n_classes + predicted_classes
         # Void and unknown classes have bins of their own behind the others. Leaving their pixels
         # out would make the host wait for their number.
-        void_bin, unknown_bin = n_classes**2, n_classes**2 + 1
+        void_bin = n_classes**2
+        unknown_bin = void_bin + 1
         is_unknown = (true_classes < 0) | (true_classes >= n_classes)
         bins = bins.masked_fill(is_unknown, unknown_bin)
-        bins = bins.masked_fill(true_classes == self._void, void_bin)
+        is_void = true_classes == self._void
+        bins = bins.masked_fill(is_void, void_bin)
+        # Sums of whole numbers, which are the same in any order; bincount would wait for the
+        # largest bin.
         counts = bins.new_zeros(n_classes**2 + 2)
-        self._counts[image] = counts.scatter_add_(0, bins, torch.ones_like(bins))
+        ones = torch.ones_like(bins)
+        self._counts[image] = counts.scatter_add_(0, bins, ones)
 
     def evaluate(self) -> SegmentationScores:
         """Returns the scores over the images of all processes, which call it together.
@@ -99,9 +112,11 @@ class SegmentationMetric:
         images: PerImage[np.ndarray] = PerImage()
         if self._counts:
             # In one piece, since each copy from a GPU waits for it.
-            on_cpu = torch.stack(list(self._counts.values())).cpu().numpy()
+            stacked = torch.stack(list(self._counts.values()))
+            on_cpu = stacked.cpu().numpy()
             for image, counts in zip(self._counts, on_cpu, strict=True):
                 images.add(image, counts)
+        # Pixels of all images are counted together, and an image that two processes had once.
         n_bins = self._n_classes**2 + 2
         no_pixels = np.zeros(n_bins, dtype=np.int64)
         counts = images.evaluate(lambda of_images: sum(of_images, start=no_pixels))
@@ -111,5 +126,7 @@ class SegmentationMetric:
                 f"{n_unknown:,} pixels of true class maps are neither one of {self._n_classes} "
                 f"classes nor void ({self._void}). Check the masks with relloc.prepare."
             )
-        confusion = counts[: self._n_classes**2].reshape(self._n_classes, self._n_classes)
+        # The bins of void and unknown classes are left out.
+        of_classes = counts[: self._n_classes**2]
+        confusion = of_classes.reshape(self._n_classes, self._n_classes)
         return SegmentationScores(confusion=torch.from_numpy(confusion))

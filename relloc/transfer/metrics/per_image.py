@@ -34,13 +34,15 @@ class PerImage(Generic[T]):
 
         All processes call it together. Rank 0 computes, the others wait and get what it returned.
         """
-        of_all_images: dict[int, T] = {}
-        of_all_ranks = ranks.gathered_on_first(self._values)
-        for of_rank in of_all_ranks:
-            of_all_images.update(of_rank)
+        value_of_image: dict[int, T] = {}
+        values_of_ranks = ranks.gathered_on_first(self._values)
+        for values in values_of_ranks:
+            value_of_image.update(values)
         # On the other ranks nothing is there to compute from, and rank 0's result replaces None.
         result = None
         if ranks.rank() == 0:
-            in_order = [of_all_images[image] for image in sorted(of_all_images)]
+            # In the order of images, as metrics decide ties by it.
+            indices = sorted(value_of_image)
+            in_order = [value_of_image[index] for index in indices]
             result = compute(in_order)
         return ranks.from_first(result)  # pyright: ignore[reportReturnType]

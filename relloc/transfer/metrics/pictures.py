@@ -30,6 +30,7 @@ _MASK_OPACITY = 0.5
 # names of objects would cover smaller ones.
 _LEAST_SIDE = 480
 _TEXT_SIZE = 14
+_FIRST_CHANNEL_BIT = 7  # the highest bit of a color channel
 _GAP = 8  # between panels, and around texts
 _STRIP = _TEXT_SIZE + 2 * _GAP  # height of a line of titles or of the legend
 _WHITE: Rgb = (255, 255, 255)
@@ -67,26 +68,32 @@ def draw_detections(
     scores = detected.scores.float().cpu().numpy()
     # The surest objects are drawn last, over the others.
     by_score = np.argsort(scores, kind="stable")
-    shown = by_score[scores[by_score] >= least_score]
+    is_shown = scores[by_score] >= least_score
+    shown = by_score[is_shown]
     classes = detected.classes.cpu().numpy()[shown]
+    boxes = detected.boxes.float().cpu().numpy()[shown]
     labels = []
     for number, score in zip(classes, scores[shown], strict=True):
-        labels.append(f"{class_names[number]} {score:.2f}")
+        name = class_names[number]
+        labels.append(f"{name} {score:.2f}")
     masks = None
     if detected.masks is not None:
         masks = detected.masks.bool().cpu().numpy()[shown]
-    boxes = detected.boxes.float().cpu().numpy()[shown]
     found = _with_objects(image, boxes, classes, labels, masks)
     panels = [(f"found, score {least_score:g} or more", found)]
+
     if truth is not None:
         true_labels = []
         for number, is_difficult in zip(truth.classes, truth.difficult, strict=True):
             name = class_names[number]
-            true_labels.append(f"{name} (difficult)" if is_difficult else name)
-        masks = _true_masks(truth, image)
-        true = _with_objects(image, truth.boxes, truth.classes, true_labels, masks)
+            if is_difficult:
+                name = f"{name} (difficult)"
+            true_labels.append(name)
+        true_masks = _true_masks(truth, image)
+        true = _with_objects(image, truth.boxes, truth.classes, true_labels, true_masks)
         panels.append(("annotated", true))
-    _save(_side_by_side(panels), path)
+    picture = _side_by_side(panels)
+    _save(picture, path)
 
 
 def draw_class_maps(
@@ -108,16 +115,21 @@ def draw_class_maps(
         path: where the picture is saved.
     """
     palette = voc_palette()
-    panels = []
-    maps = (("image", image), ("true", palette[truth]), ("predicted", palette[predicted]))
-    for title, pixels in maps:
-        panels.append((title, _enlarged(pixels)))
+    panels = [
+        ("image", _enlarged(image)),
+        ("true", _enlarged(palette[truth])),
+        ("predicted", _enlarged(palette[predicted])),
+    ]
+    # The legend names only the classes that are in the picture.
     entries = []
     for number in np.union1d(predicted, truth).tolist():
         name = "void" if number == VOID else class_names[number]
-        entries.append((name, _rgb(palette[number])))
-    picture = _side_by_side(panels)
-    _save(_above(picture, _legend(entries, picture.width)), path)
+        color = _rgb(palette[number])
+        entries.append((name, color))
+    maps = _side_by_side(panels)
+    legend = _legend(entries, maps.width)
+    picture = _above(maps, legend)
+    _save(picture, path)
 
 
 def draw_class_confusion(
@@ -138,13 +150,18 @@ def draw_class_confusion(
     """
     n_classes = len(class_names)
     counts = confusion.double().cpu().numpy()
-    of_row = counts.sum(axis=1, keepdims=True)
-    percent = 100 * counts / np.where(of_row == 0, np.nan, of_row)
+    row_sums = counts.sum(axis=1, keepdims=True)
+    # Cells of nan are left empty by matplotlib.
+    denominators = np.where(row_sums == 0, np.nan, row_sums)
+    percent = 100 * counts / denominators
 
     # A cell is as large as its number needs; without numbers, a name sets the size of a row.
     has_numbers = n_classes <= _MOST_CLASSES_WITH_NUMBERS
-    side = max(5.0, n_classes * (0.36 if has_numbers else 0.16)) + 2
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    inches_per_cell = 0.36 if has_numbers else 0.16
+    side = max(5.0, n_classes * inches_per_cell) + 2
+    # The color bar stands to the right.
+    figure_size = (side + 0.6, side)
+    figure = Figure(figsize=figure_size, layout="constrained")
     axis = figure.add_subplot()
     # The square root keeps small confusions visible; fixed limits make pictures comparable.
     color_scale = PowerNorm(0.5, vmin=0, vmax=100)
@@ -156,9 +173,12 @@ def draw_class_confusion(
     axis.set_xticks(range(n_classes), class_names, rotation=90, fontsize=name_size)
     axis.set_yticks(range(n_classes), class_names, fontsize=name_size)
     if has_numbers:
-        for row, column in np.argwhere(percent >= _LEAST_PERCENT_WRITTEN).tolist():
+        is_written = percent >= _LEAST_PERCENT_WRITTEN
+        for row, column in np.argwhere(is_written).tolist():
             value = percent[row, column]
             color = "white" if value >= _WHITE_TEXT_FROM_PERCENT else "black"
+            # Right predictions lie on the diagonal.
+            weight = "bold" if row == column else "normal"
             axis.text(
                 column,
                 row,
@@ -167,7 +187,7 @@ def draw_class_confusion(
                 va="center",
                 color=color,
                 fontsize=8,
-                fontweight="bold" if row == column else "normal",
+                fontweight=weight,
             )
     bar = figure.colorbar(drawn, ax=axis, shrink=0.6, ticks=[0, 1, 5, 25, 50, 75, 100])
     bar.set_label("% of the true class")
@@ -185,8 +205,10 @@ def voc_palette() -> UInt8[np.ndarray, "256 3"]:
     palette = np.zeros((256, 3), dtype=np.uint8)
     for digit in range(3):
         for channel in range(3):
-            bit = (numbers >> (3 * digit + channel)) & 1
-            palette[:, channel] |= (bit << (7 - digit)).astype(np.uint8)
+            source_bit = 3 * digit + channel
+            target_bit = _FIRST_CHANNEL_BIT - digit
+            bit = (numbers >> source_bit) & 1
+            palette[:, channel] |= (bit << target_bit).astype(np.uint8)
     return palette
 
 
@@ -208,7 +230,9 @@ def _with_objects(
 ) -> Image.Image:
     """Returns an image with its objects drawn on it, the last one on top."""
     # Masks of objects of one class overlap, so each object has its own color; boxes do without.
-    color_numbers = classes if masks is None else np.arange(len(boxes))
+    color_numbers = classes
+    if masks is not None:
+        color_numbers = np.arange(len(boxes))
     colors = [_object_color(number) for number in color_numbers.tolist()]
     pixels = image
     if masks is not None:
@@ -218,6 +242,7 @@ def _with_objects(
             painted[mask] = color
         blend = (1 - _MASK_OPACITY) * image + _MASK_OPACITY * painted
         pixels = blend.round().astype(np.uint8)
+    # Lines and texts are drawn after the enlargement, so that they are not enlarged.
     picture = _enlarged(pixels)
     scale = picture.width / image.shape[1]
     corners = [_in_order(box) for box in boxes * scale]
@@ -245,31 +270,45 @@ def _write_label(
 ) -> None:
     """Writes a label above a box, or into it where there is no room above."""
     font = ImageFont.load_default(_TEXT_SIZE)
-    width, height = math.ceil(font.getlength(label)) + 6, _TEXT_SIZE + 4
-    x = min(max(box[0], 0), picture.width - width)
-    y = box[1] - height if box[1] >= height else max(box[1], 0)
-    pen.rectangle((x, y, x + width, y + height), fill=color)
-    pen.text((x + 3, y + height / 2), label, fill=_text_color(color), font=font, anchor="lm")
+    # Room for the text and a margin around it.
+    width = math.ceil(font.getlength(label)) + 6
+    height = _TEXT_SIZE + 4
+    box_left, box_top, _, _ = box
+    last_left = picture.width - width
+    left = min(max(box_left, 0), last_left)
+    top = max(box_top, 0)
+    if box_top >= height:
+        top = box_top - height
+    background = (left, top, left + width, top + height)
+    pen.rectangle(background, fill=color)
+    # The anchor is the text's left end, in the middle of its height.
+    text_at = (left + 3, top + height / 2)
+    pen.text(text_at, label, fill=_text_color(color), font=font, anchor="lm")
 
 
 def _enlarged(pixels: Pixels) -> Image.Image:
     """Returns the pixels as an image that is large enough to write on."""
-    height, width = pixels.shape[:2]
-    factor = max(1, math.ceil(_LEAST_SIDE / max(height, width)))
-    enlarged = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    longer_side = max(pixels.shape[:2])
+    factor = max(1, math.ceil(_LEAST_SIDE / longer_side))
+    # Pixels are repeated, not interpolated, which would give class maps colors of no class.
+    higher = pixels.repeat(factor, axis=0)
+    enlarged = higher.repeat(factor, axis=1)
     return Image.fromarray(enlarged)
 
 
 def _side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Returns images of one size beside each other, each below its title."""
     _, first = panels[0]
-    width = len(panels) * (first.width + _GAP) + _GAP
-    canvas = Image.new("RGB", (width, first.height + _STRIP + _GAP), _WHITE)
+    panel_width = first.width + _GAP
+    width = _GAP + len(panels) * panel_width
+    height = _STRIP + first.height + _GAP
+    canvas = Image.new("RGB", (width, height), _WHITE)
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(_TEXT_SIZE)
-    for place, (title, image) in enumerate(panels):
-        left = _GAP + place * (first.width + _GAP)
-        pen.text((left, _STRIP / 2), title, fill=_BLACK, font=font, anchor="lm")
+    for number, (title, image) in enumerate(panels):
+        left = _GAP + number * panel_width
+        title_at = (left, _STRIP / 2)
+        pen.text(title_at, title, fill=_BLACK, font=font, anchor="lm")
         canvas.paste(image, (left, _STRIP))
     return canvas
 
@@ -277,18 +316,26 @@ def _side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 def _legend(entries: Sequence[tuple[str, Rgb]], width: int) -> Image.Image:
     """Returns names with their colors, in as many lines as the width asks for."""
     font = ImageFont.load_default(_TEXT_SIZE)
-    places = []
-    left, top = _GAP, 0
+    # First where each entry stands, as the number of lines is the height of the image.
+    positions = []
+    left = _GAP
+    top = 0
     for name, color in entries:
-        needed = _TEXT_SIZE + math.ceil(font.getlength(name)) + 3 * _GAP
-        if left + needed > width and left > _GAP:
-            left, top = _GAP, top + _STRIP
-        places.append((left, top, name, color))
+        text_width = math.ceil(font.getlength(name))
+        # A square of the color, the name, and gaps.
+        needed = _TEXT_SIZE + text_width + 3 * _GAP
+        is_full = left + needed > width
+        # A name that is wider than the image stands in a line of its own.
+        if is_full and left > _GAP:
+            left = _GAP
+            top += _STRIP
+        positions.append((left, top, name, color))
         left += needed
     canvas = Image.new("RGB", (width, top + _STRIP), _WHITE)
     pen = ImageDraw.Draw(canvas)
-    for left, top, name, color in places:
-        swatch = (left, top + _GAP, left + _TEXT_SIZE, top + _GAP + _TEXT_SIZE)
+    for left, top, name, color in positions:
+        swatch_top = top + _GAP
+        swatch = (left, swatch_top, left + _TEXT_SIZE, swatch_top + _TEXT_SIZE)
         pen.rectangle(swatch, fill=color, outline=_BLACK)
         text_at = (left + _TEXT_SIZE + _GAP, top + _STRIP / 2)
         pen.text(text_at, name, fill=_BLACK, font=font, anchor="lm")
@@ -296,7 +343,9 @@ def _legend(entries: Sequence[tuple[str, Rgb]], width: int) -> Image.Image:
 
 
 def _above(upper: Image.Image, lower: Image.Image) -> Image.Image:
-    canvas = Image.new("RGB", (upper.width, upper.height + lower.height), _WHITE)
+    """Returns two images of one width, one above the other."""
+    height = upper.height + lower.height
+    canvas = Image.new("RGB", (upper.width, height), _WHITE)
     canvas.paste(upper, (0, 0))
     canvas.paste(lower, (0, upper.height))
     return canvas
@@ -309,11 +358,13 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 def _object_color(number: int) -> Rgb:
     """Returns the color with that number: bright, so that it is seen on dark images too."""
-    red, green, blue = colorsys.hsv_to_rgb(number * _HUE_STEP % 1, 0.85, 0.95)
+    hue = number * _HUE_STEP % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _text_color(background: Rgb) -> Rgb:
+    """Returns black or white, whichever is easier to read on a background."""
     # Luma of ITU-R BT.601, in which green looks brightest.
     red, green, blue = background
     brightness = 0.299 * red + 0.587 * green + 0.114 * blue

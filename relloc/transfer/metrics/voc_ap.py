@@ -25,6 +25,10 @@ from relloc.transfer.detection.batch import Detections
 _RECALL_POINTS = np.arange(0, 1.001, 0.1)
 # Corners x1 y1 x2 y2, in pixels.
 _Boxes = Float[np.ndarray, "n 4"]
+# One value for each of several boxes: a number, and whether something holds.
+_Floats = Float[np.ndarray, "n"]
+_Indices = Int[np.ndarray, "n"]
+_Mask = Bool[np.ndarray, "n"]
 _DTYPES = {"mmdet": np.dtype(np.float32), "detectron2": np.dtype(np.float64)}
 _LEAST_UNION = 1e-6  # mmdet's, against a division by zero
 # The rounding of the files through which detectron2 evaluates.
@@ -110,24 +114,31 @@ def average_precision(
     """
     found = _found_by_image(images, definition)
     true = _true_by_image(images, definition)
-    result = np.full((len(ious), n_classes), np.nan, dtype=_DTYPES[definition.reference])
+    dtype = _DTYPES[definition.reference]
+    result = np.full((len(ious), n_classes), np.nan, dtype=dtype)
+    summarize = _at_points if definition.points == "11" else _area
     for class_number in range(n_classes):
-        true_of_class = _select(true, np.flatnonzero(true.classes == class_number))
+        true_rows = np.flatnonzero(true.classes == class_number)
+        true_of_class = _select(true, true_rows)
         is_difficult = true_of_class.difficult
         n_to_find = int((~is_difficult).sum())
+        # Recall has no value where nothing is to be found.
         if n_to_find == 0:
             continue
         # By falling score; stable, so that equal scores keep the order of images.
-        of_class = np.flatnonzero(found.classes == class_number)
-        by_score = np.argsort(-found.scores[of_class], kind="stable")
-        found_of_class = _select(found, of_class[by_score])
+        found_rows = np.flatnonzero(found.classes == class_number)
+        by_score = np.argsort(-found.scores[found_rows], kind="stable")
+        found_of_class = _select(found, found_rows[by_score])
+
+        # Which true box a detection may take does not depend on the threshold.
         overlaps, nearest = _nearest_true_boxes(found_of_class, true_of_class, definition)
         for row, iou in enumerate(ious):
-            is_near = overlaps > iou if definition.reference == "detectron2" else overlaps >= iou
+            is_near = overlaps >= iou
+            if definition.reference == "detectron2":
+                is_near = overlaps > iou
             right, wrong = _judge(is_near, nearest, is_difficult)
-            recall, precision = _curve(right, wrong, n_to_find, result.dtype)
-            of_points = _at_points if definition.points == "11" else _area
-            result[row, class_number] = of_points(recall, precision)
+            recall, precision = _curve(right, wrong, n_to_find, dtype)
+            result[row, class_number] = summarize(recall, precision)
     return result
 
 
@@ -136,8 +147,11 @@ def mean_ap(by_class: Float[np.ndarray, "classes"]) -> float:
 
     What mmdet prints is this number rounded to 3 decimals (`printed_ap`).
     """
-    measured = by_class[~np.isnan(by_class)]
-    return measured.mean().item() if len(measured) else 0.0
+    is_measured = ~np.isnan(by_class)
+    measured = by_class[is_measured]
+    if len(measured) == 0:
+        return 0.0
+    return measured.mean().item()
 
 
 def printed_ap(mean: float) -> float:
@@ -149,60 +163,72 @@ def printed_ap(mean: float) -> float:
 class _Found:
     """Found objects of several images."""
 
-    images: Int[np.ndarray, "n"]
-    classes: Int[np.ndarray, "n"]
+    images: _Indices
+    classes: _Indices
     boxes: _Boxes
-    scores: Float[np.ndarray, "n"]
+    scores: _Floats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _True:
     """True objects of several images, in the order of images."""
 
-    images: Int[np.ndarray, "n"]
-    classes: Int[np.ndarray, "n"]
+    images: _Indices
+    classes: _Indices
     boxes: _Boxes
-    difficult: Bool[np.ndarray, "n"]
+    difficult: _Mask
 
 
 _Objects = TypeVar("_Objects", _Found, _True)
 
 
-def _select(objects: _Objects, places: Int[np.ndarray, "m"]) -> _Objects:
-    """Returns the objects at the given places, in their order."""
+def _select(objects: _Objects, indices: Int[np.ndarray, "m"]) -> _Objects:
+    """Returns the objects with the given indices, in their order."""
     selected = {}
     for field in dataclasses.fields(objects):
-        selected[field.name] = getattr(objects, field.name).take(places, axis=0)
+        values = getattr(objects, field.name)
+        selected[field.name] = values.take(indices, axis=0)
     return dataclasses.replace(objects, **selected)
 
 
 def _found_by_image(images: Sequence[VocImage], definition: Definition) -> _Found:
+    """Returns the found objects of all images, in the numbers that the reference computes with."""
     dtype = _DTYPES[definition.reference]
-    boxes = _joined([image.found_boxes for image in images], dtype).reshape(-1, 4)
-    scores = _joined([image.found_scores for image in images], dtype)
-    if np.isnan(scores).any():
-        n_nan = int(np.isnan(scores).sum())
+    boxes_by_image = [image.found_boxes for image in images]
+    scores_by_image = [image.found_scores for image in images]
+    classes_by_image = [image.found_classes for image in images]
+    counts = [len(boxes) for boxes in boxes_by_image]
+
+    boxes = _joined(boxes_by_image, dtype).reshape(-1, 4)
+    scores = _joined(scores_by_image, dtype)
+    # numpy sorts nan last, like a low score, so that the result would look plausible.
+    is_nan = np.isnan(scores)
+    if is_nan.any():
+        n_nan = int(is_nan.sum())
         raise ValueError(f"{n_nan} of {len(scores)} detections have nan as their score")
     if definition.reference == "detectron2":
         scores = scores.round(_SCORE_DECIMALS)
         boxes = boxes.round(_BOX_DECIMALS)
     return _Found(
-        images=_image_numbers([len(image.found_boxes) for image in images]),
-        classes=_joined([image.found_classes for image in images], np.dtype(np.int64)),
+        images=_image_numbers(counts),
+        classes=_joined(classes_by_image, np.dtype(np.int64)),
         boxes=boxes,
         scores=scores,
     )
 
 
 def _true_by_image(images: Sequence[VocImage], definition: Definition) -> _True:
+    """Returns the true objects of all images, in the order in which the reference meets them."""
+    dtype = _DTYPES[definition.reference]
+    boxes_by_image = [image.true_boxes for image in images]
+    classes_by_image = [image.true_classes for image in images]
+    difficult_by_image = [image.difficult for image in images]
+    counts = [len(boxes) for boxes in boxes_by_image]
     true = _True(
-        images=_image_numbers([len(image.true_boxes) for image in images]),
-        classes=_joined([image.true_classes for image in images], np.dtype(np.int64)),
-        boxes=_joined(
-            [image.true_boxes for image in images],
-            _DTYPES[definition.reference],
-        ).reshape(-1, 4),
-        difficult=_joined([image.difficult for image in images], np.dtype(bool)),
+        images=_image_numbers(counts),
+        classes=_joined(classes_by_image, np.dtype(np.int64)),
+        boxes=_joined(boxes_by_image, dtype).reshape(-1, 4),
+        difficult=_joined(difficult_by_image, np.dtype(bool)),
     )
     if definition.reference == "detectron2":
         return true
@@ -215,20 +241,22 @@ def _joined(parts: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """Returns arrays of images as one of the given type, flat, also where there is no image."""
     flat = [np.zeros(0, dtype=dtype)]
     for part in parts:
-        flat.append(part.reshape(-1).astype(dtype))
+        values = part.reshape(-1)
+        flat.append(values.astype(dtype))
     return np.concatenate(flat)
 
 
-def _image_numbers(counts: list[int]) -> Int[np.ndarray, "n"]:
+def _image_numbers(counts: list[int]) -> _Indices:
     """Returns for each object the number of its image; `counts` says how many each image has."""
-    return np.repeat(np.arange(len(counts)), counts)
+    numbers = np.arange(len(counts))
+    return np.repeat(numbers, counts)
 
 
 def _nearest_true_boxes(
     found: _Found,
     true: _True,
     definition: Definition,
-) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+) -> tuple[_Floats, _Indices]:
     """Returns for each found box its largest IoU with a true box of its image, and which that is.
 
     Both are of one class. The first one counts where several true boxes have the largest IoU. In an
@@ -237,22 +265,29 @@ def _nearest_true_boxes(
     overlaps = np.full(len(found.boxes), -1, dtype=found.boxes.dtype)
     nearest = np.zeros(len(found.boxes), dtype=np.int64)
     # The true boxes of an image follow one another: from `first` on there are `count`.
-    n_images = 1 + max(found.images.max(initial=0), true.images.max(initial=0))
-    count_in_image = np.bincount(true.images, minlength=n_images)
+    last_image = max(found.images.max(initial=0), true.images.max(initial=0))
+    count_in_image = np.bincount(true.images, minlength=last_image + 1)
     first_in_image = np.cumsum(count_in_image) - count_in_image
-    with_true_boxes = np.flatnonzero(count_in_image[found.images])
+    count_of_found = count_in_image[found.images]
+    with_true_boxes = np.flatnonzero(count_of_found)
     if len(with_true_boxes) == 0:
         return overlaps, nearest
     images = found.images[with_true_boxes]
-    first, count = first_in_image[images], count_in_image[images]
+    first = first_in_image[images]
+    count = count_in_image[images]
 
-    # All pairs of a found and a true box of the same image, one after another by found box.
+    # All pairs of a found and a true box of the same image, one after another by found box. The
+    # running number of a pair, less that of its found box's first pair, counts the true boxes.
     pair_starts = np.cumsum(count) - count
-    place_in_image = np.arange(count.sum()) - np.repeat(pair_starts, count)
-    true_of_pair = np.repeat(first, count) + place_in_image
+    pairs = np.arange(count.sum())
+    number_in_image = pairs - np.repeat(pair_starts, count)
+    true_of_pair = np.repeat(first, count) + number_in_image
     found_of_pair = np.repeat(with_true_boxes, count)
-    of_pairs = _iou(found.boxes[found_of_pair], true.boxes[true_of_pair], definition)
+    found_boxes = found.boxes[found_of_pair]
+    true_boxes = true.boxes[true_of_pair]
+    of_pairs = _iou(found_boxes, true_boxes, definition)
 
+    # The largest IoU of each found box, over its own pairs.
     largest = np.maximum.reduceat(of_pairs, pair_starts)
     # Of the pairs with the largest IoU the one with the smallest number: the first true box.
     is_largest = of_pairs == np.repeat(largest, count)
@@ -262,25 +297,35 @@ def _nearest_true_boxes(
     return overlaps, nearest
 
 
-def _iou(first: _Boxes, second: _Boxes, definition: Definition) -> Float[np.ndarray, "n"]:
-    """Returns the IoU of each box of `first` with the box of `second` at the same place."""
-    more = first.dtype.type(1 if definition.plus_one else 0)
-    width = np.minimum(first[:, 2], second[:, 2]) - np.maximum(first[:, 0], second[:, 0]) + more
-    height = np.minimum(first[:, 3], second[:, 3]) - np.maximum(first[:, 1], second[:, 1]) + more
+def _iou(first: _Boxes, second: _Boxes, definition: Definition) -> _Floats:
+    """Returns the IoU of each box of `first` with the box of `second` in the same row."""
+    # In the type of the boxes, as 64 bits would round otherwise than the reference.
+    to_dtype = first.dtype.type
+    more = to_dtype(1 if definition.plus_one else 0)
+    left1, top1, right1, bottom1 = first.T
+    left2, top2, right2, bottom2 = second.T
+
+    width = np.minimum(right1, right2) - np.maximum(left1, left2) + more
+    height = np.minimum(bottom1, bottom2) - np.maximum(top1, top2) + more
+    # Sides are negative where boxes lie apart.
     shared = np.maximum(width, 0) * np.maximum(height, 0)
     union = _areas(first, more) + _areas(second, more) - shared
-    return shared / np.maximum(union, first.dtype.type(_LEAST_UNION))
+    return shared / np.maximum(union, to_dtype(_LEAST_UNION))
 
 
-def _areas(boxes: _Boxes, more: np.floating) -> Float[np.ndarray, "n"]:
-    return (boxes[:, 2] - boxes[:, 0] + more) * (boxes[:, 3] - boxes[:, 1] + more)
+def _areas(boxes: _Boxes, more: np.floating) -> _Floats:
+    """Returns areas of boxes; `more` is added to each side."""
+    left, top, right, bottom = boxes.T
+    widths = right - left + more
+    heights = bottom - top + more
+    return widths * heights
 
 
 def _judge(
-    is_near: Bool[np.ndarray, "n"],
-    nearest: Int[np.ndarray, "n"],
+    is_near: _Mask,
+    nearest: _Indices,
     is_difficult: Bool[np.ndarray, "m"],
-) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+) -> tuple[_Mask, _Mask]:
     """Returns which found boxes are right, and which are wrong; some are neither.
 
     Args:
@@ -288,22 +333,28 @@ def _judge(
         nearest: the number of that true box.
         is_difficult: of each true box.
     """
-    right = np.zeros_like(is_near)
+    # Those that are nearest to a difficult box count neither way.
     takes_difficult = np.zeros_like(is_near)
-    takes_difficult[is_near] = is_difficult[nearest[is_near]]
+    true_boxes = nearest[is_near]
+    takes_difficult[is_near] = is_difficult[true_boxes]
+
     # Of the found boxes that are nearest to the same true box, the first one takes it.
     candidates = np.flatnonzero(is_near & ~takes_difficult)
-    _, first_candidates = np.unique(nearest[candidates], return_index=True)
-    right[candidates[first_candidates]] = True
-    return right, ~right & ~takes_difficult
+    wanted = nearest[candidates]
+    _, first_candidates = np.unique(wanted, return_index=True)
+    takers = candidates[first_candidates]
+    right = np.zeros_like(is_near)
+    right[takers] = True
+    wrong = ~right & ~takes_difficult
+    return right, wrong
 
 
 def _curve(
-    right: Bool[np.ndarray, "n"],
-    wrong: Bool[np.ndarray, "n"],
+    right: _Mask,
+    wrong: _Mask,
     n_to_find: int,
     dtype: np.dtype,
-) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+) -> tuple[_Floats, _Floats]:
     """Returns recall, in 64 bits, and precision, in the given type, after each found box.
 
     Precision is already the highest one at this or any higher recall.
@@ -312,24 +363,33 @@ def _curve(
     n_judged = n_right + np.cumsum(wrong)
     recall = n_right / n_to_find
     # Before the first box that is judged precision is 0, not 0 / 0.
-    precision = n_right.astype(dtype) / np.maximum(n_judged, 1).astype(dtype)
-    return recall, np.maximum.accumulate(precision[::-1])[::-1]
+    n_at_least_one = np.maximum(n_judged, 1)
+    precision = n_right.astype(dtype) / n_at_least_one.astype(dtype)
+    # The running maximum from the end.
+    backwards = precision[::-1]
+    highest = np.maximum.accumulate(backwards)
+    return recall, highest[::-1]
 
 
-def _at_points(recall: Float[np.ndarray, "n"], precision: Float[np.ndarray, "n"]) -> np.floating:
+def _at_points(recall: _Floats, precision: _Floats) -> np.floating:
     """Returns the mean precision at the eleven recalls; it is 0 at one that is not reached."""
-    total = precision.dtype.type(0)
-    for place in np.searchsorted(recall, _RECALL_POINTS, side="left"):
-        if place < len(precision):
-            total += precision[place]
-    return total / precision.dtype.type(len(_RECALL_POINTS))
+    # Added one after the other in the type of the precisions, as the references do: numpy's sum
+    # would add in another order.
+    to_dtype = precision.dtype.type
+    total = to_dtype(0)
+    for index in np.searchsorted(recall, _RECALL_POINTS, side="left"):
+        if index < len(precision):
+            total += precision[index]
+    return total / to_dtype(len(_RECALL_POINTS))
 
 
-def _area(recall: Float[np.ndarray, "n"], precision: Float[np.ndarray, "n"]) -> np.floating:
+def _area(recall: _Floats, precision: _Floats) -> np.floating:
     """Returns the area under the curve, of which the part beyond the last recall is 0."""
     # Only where recall rises is there an area. The last step, to a recall of 1, is of height 0.
     recall = np.concatenate([[0.0], recall, [1.0]])
     precision = np.concatenate([precision, [0.0]])
     steps = np.diff(recall)
     rises = np.flatnonzero(steps)
-    return np.sum(steps[rises] * precision[rises])
+    widths = steps[rises]
+    heights = precision[rises]
+    return np.sum(widths * heights)
