@@ -32,6 +32,11 @@ _KINDS = {
 # How many of the wrong values in a mask a message names.
 _MOST_VALUES_NAMED = 5
 
+# Red, green and blue, each from 0 to 255, and the class that each color stands for.
+_Rgb = tuple[int, int, int]
+_Palette = Mapping[_Rgb, int]
+_ClassMap = UInt8[np.ndarray, "h w"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectFolder(FolderImages):
@@ -52,6 +57,7 @@ class ObjectFolder(FolderImages):
             UnreadableImage: its file can't be read, its annotation can't be used, or the annotation
                 says another size: the boxes would then be those of another image.
         """
+        # An annotation that can't be used is noticed before the image is decoded.
         size = self.size(index)
         rgb = super().read(index)
         check_same_size("its annotation", size, (rgb.height, rgb.width))
@@ -83,8 +89,11 @@ class ObjectFolder(FolderImages):
         rows = self.table.rows(index)
         check_same_size("its annotation", self.size(index), (height, width))
         left, top, box_width, box_height = self.table.xywh[rows].T
-        overhangs = [-left, -top, left + box_width - width, top + box_height - height]
-        reaches_over = np.any(np.array(overhangs) > _BORDER_PX, axis=0)
+        # By how many pixels each box leaves the image at each border.
+        right_overhang = left + box_width - width
+        bottom_overhang = top + box_height - height
+        overhangs = np.array([-left, -top, right_overhang, bottom_overhang])
+        reaches_over = np.any(overhangs > _BORDER_PX, axis=0)
         is_empty = (box_width < _LEAST_SIDE_PX) | (box_height < _LEAST_SIDE_PX)
         kinds = {
             "a box that reaches over the border": reaches_over,
@@ -93,8 +102,10 @@ class ObjectFolder(FolderImages):
         odd = {}
         for kind, is_odd in kinds.items():
             if is_odd.any():
-                numbers = self.table.ids[rows[is_odd]].tolist()
-                odd[kind] = f"object {', '.join(map(str, numbers))}"
+                odd_rows = rows[is_odd]
+                numbers = self.table.ids[odd_rows].tolist()
+                named = ", ".join(map(str, numbers))
+                odd[kind] = f"object {named}"
         return odd
 
     def other_content(self, progress: Progress) -> Iterator[str]:
@@ -113,44 +124,47 @@ class ClassMapFolder(FolderImages):
 
     mask_paths: Sequence[str]
     modes: tuple[str, ...]
-    palette: Mapping[tuple[int, int, int], int] = dataclasses.field(
-        default_factory=dict, repr=False
-    )
+    palette: _Palette = dataclasses.field(default_factory=dict, repr=False)
 
-    def class_map(self, index: int) -> UInt8[np.ndarray, "h w"]:
+    def class_map(self, index: int) -> _ClassMap:
+        path = Path(self.mask_paths[index])
         values = self.mask_values(index)
-        _check_values(Path(self.mask_paths[index]), values, len(self.classes))
+        _check_values(path, values, len(self.classes))
         return values
 
-    def mask_values(self, index: int) -> UInt8[np.ndarray, "h w"]:
+    def mask_values(self, index: int) -> _ClassMap:
         """Returns the values of a mask as they are stored.
 
         Raises:
             UnreadableImage: the file is missing, damaged, of another kind than `modes`, or shows
                 classes in the colors of others.
         """
-        return _class_values(Path(self.mask_paths[index]), self.modes, self.palette)
+        path = Path(self.mask_paths[index])
+        return _class_values(path, self.modes, self.palette)
 
     def check_annotation(self, index: int, height: int, width: int) -> Mapping[str, str]:
         class_map = self.class_map(index)
         check_same_size("its mask", class_map.shape, (height, width))
-        if (class_map == VOID).all():
-            return {"no pixel of a class": Path(self.mask_paths[index]).name}
+        is_void = class_map == VOID
+        if is_void.all():
+            path = Path(self.mask_paths[index])
+            return {"no pixel of a class": path.name}
         return {}
 
     def other_content(self, progress: Progress) -> Iterator[str]:
         yield from super().other_content(progress)
-        yield hash_files(self.mask_paths, names_below_common_folder(self.mask_paths), (), progress)
+        # Names below the common folder, so that copies in other places have the same hash.
+        names = names_below_common_folder(self.mask_paths)
+        yield hash_files(self.mask_paths, names, (), progress)
 
 
-def _class_values(
-    path: Path, modes: tuple[str, ...], palette: Mapping[tuple[int, int, int], int]
-) -> UInt8[np.ndarray, "h w"]:
+def _class_values(path: Path, modes: tuple[str, ...], palette: _Palette) -> _ClassMap:
     """Returns the values of a mask file as they are stored. Raises `UnreadableImage`."""
     try:
         mask = read_unconverted(path)
     except UnreadableImage as error:
         raise UnreadableImage(f"its mask {path} {error}") from error
+    # Another mode is another kind of file: colors, say, instead of numbers.
     if mask.mode not in modes:
         wanted = " or ".join(_KINDS[mode] for mode in modes)
         found = _KINDS.get(mask.mode, f"of mode {mask.mode}")
@@ -158,17 +172,19 @@ def _class_values(
             f"its mask {path} is {found}, and should be {wanted} with the number of a class in "
             "each pixel"
         )
+    # Pillow gives the numbers of a palette file, not its colors.
     values = np.array(mask)
     if mask.mode == "P":
-        _check_palette(path, values, mask.getpalette("RGB") or [], palette)
+        colors = mask.getpalette("RGB") or []
+        _check_palette(path, values, colors, palette)
     return values
 
 
 def _check_palette(
     path: Path,
-    values: UInt8[np.ndarray, "h w"],
+    values: _ClassMap,
     colors: list[int],
-    palette: Mapping[tuple[int, int, int], int],
+    palette: _Palette,
 ) -> None:
     """Checks that a palette shows no class in the color of another.
 
@@ -179,7 +195,11 @@ def _check_palette(
         UnreadableImage: a class is shown in the color of another.
     """
     for value in np.unique(values).tolist():
-        red, green, blue = (*colors[3 * value : 3 * value + 3], 0, 0, 0)[:3]
+        start = 3 * value
+        color = colors[start : start + 3]
+        # A palette may be shorter than 256 colors: the others are black.
+        red, green, blue = (*color, 0, 0, 0)[:3]
+        # A color that is of no class says nothing.
         expected = palette.get((red, green, blue), value)
         if expected != value:
             raise UnreadableImage(
@@ -188,10 +208,13 @@ def _check_palette(
             )
 
 
-def _check_values(path: Path, values: UInt8[np.ndarray, "h w"], n_classes: int) -> None:
+def _check_values(path: Path, values: _ClassMap, n_classes: int) -> None:
     """Checks that a mask has only numbers of classes, and `VOID`. Raises `UnreadableImage`."""
-    wrong = np.flatnonzero(np.bincount(values.ravel(), minlength=VOID + 1))
-    wrong = wrong[(wrong >= n_classes) & (wrong != VOID)].tolist()
+    # Counting is quicker than np.unique, which sorts all pixels, and each training sample needs it.
+    counts = np.bincount(values.ravel(), minlength=VOID + 1)
+    present = np.flatnonzero(counts)
+    is_wrong = (present >= n_classes) & (present != VOID)
+    wrong = present[is_wrong].tolist()
     if wrong:
         named = ", ".join(map(str, wrong[:_MOST_VALUES_NAMED]))
         raise UnreadableImage(

@@ -121,16 +121,21 @@ def decode_mask(mask: Mask, height: int, width: int) -> UInt8[np.ndarray, "{heig
         UnreadableImage: run lengths that do not fill the image.
     """
     if isinstance(mask, RunLengths):
-        if mask.counts.sum() != height * width:
-            raise UnreadableImage(
-                f"a mask has {mask.counts.sum()} pixels, its image {height * width}"
-            )
-        is_inside = (np.arange(len(mask.counts)) % 2).astype(np.uint8)
-        columns = np.repeat(is_inside, mask.counts).reshape(width, height)
+        n_mask_pixels = mask.counts.sum()
+        n_image_pixels = height * width
+        if n_mask_pixels != n_image_pixels:
+            raise UnreadableImage(f"a mask has {n_mask_pixels} pixels, its image {n_image_pixels}")
+        # The first run is outside, and each one changes sides.
+        run_numbers = np.arange(len(mask.counts))
+        is_inside = (run_numbers % 2).astype(np.uint8)
+        pixels = np.repeat(is_inside, mask.counts)
+        # Runs go down the columns, from left to right.
+        columns = pixels.reshape(width, height)
         return np.ascontiguousarray(columns.T)
     # Imported here, since most runs need no masks.
     from faster_coco_eval.core import mask as rasterizer
 
+    # pycocotools fills outlines by rules of its own, which faster-coco-eval's code shares.
     parts = [part.tolist() for part in mask.parts]
     encoded_parts = rasterizer.frPyObjects(parts, height, width)
     # Parts are united: a pixel is inside if it is inside of one of them.
@@ -149,8 +154,13 @@ def images_with_objects(images: ObjectImages, *, least_px: int = 32) -> list[int
     indices = []
     unusable = images.unusable()
     for index in range(len(images)):
-        if index in unusable or min(images.size(index)) < least_px:
+        # Such an annotation has no size that could be asked for.
+        if index in unusable:
             continue
+        shorter_side = min(images.size(index))
+        if shorter_side < least_px:
+            continue
+        # Crowds and difficult objects count too, as mmdetection counts them.
         if images.count(index):
             indices.append(index)
     return indices
@@ -166,6 +176,7 @@ def read_with_class_map(
     """
     rgb = images.read(index)
     class_map = images.class_map(index)
+    # A mask of another size would give pixels the classes of others.
     check_same_size("its mask", class_map.shape, (rgb.height, rgb.width))
     return np.array(rgb), class_map
 
@@ -177,7 +188,9 @@ def check_same_size(what: str, found: tuple[int, ...], image_size: tuple[int, in
         UnreadableImage: they differ; the message begins with `what`.
     """
     if found != image_size:
+        # Messages give the width first, as programs that show images do.
+        found_height, found_width = found
         height, width = image_size
         raise UnreadableImage(
-            f"{what} has {found[1]} x {found[0]} px, the image {width} x {height} px"
+            f"{what} has {found_width} x {found_height} px, the image {width} x {height} px"
         )

@@ -49,6 +49,7 @@ _LARGEST_LABEL = 33
 
 def _class_of_label() -> UInt8[np.ndarray, "256"]:
     """Returns the class of each label; `VOID` for those that are not evaluated."""
+    # A table of all values of a byte turns a whole mask at once.
     class_of = np.full(256, VOID, np.uint8)
     class_of[list(_LABELS)] = np.arange(len(_LABELS))
     return class_of
@@ -60,11 +61,13 @@ class CityscapesImages(ClassMapFolder):
 
     def class_map(self, index: int) -> UInt8[np.ndarray, "h w"]:
         path = self.mask_paths[index]
+        # Files labelTrainIds hold the numbers of classes already.
         if not path.endswith(_LABEL_IDS):
             return super().class_map(index)
         labels = self.mask_values(index)
         # License plates have the label -1, which some tools write as 255.
-        wrong = labels[(labels > _LARGEST_LABEL) & (labels != VOID)]
+        is_wrong = (labels > _LARGEST_LABEL) & (labels != VOID)
+        wrong = labels[is_wrong]
         if wrong.size:
             raise UnreadableImage(
                 f"its mask {path} has the label {wrong[0]}; labels of Cityscapes are 0 to "
@@ -97,6 +100,7 @@ def cityscapes(
     train_images, n_train_converted = _split(name, base, train)
     held_out_images, n_held_out_converted = _split(name, base, held_out)
     n_converted = n_train_converted + n_held_out_converted
+    # The user is told, as files that scripts make should be there.
     remarks = ()
     if n_converted:
         n_images = len(train_images) + len(held_out_images)
@@ -116,6 +120,7 @@ def _split(name: str, base: Path, split: str) -> tuple[CityscapesImages, int]:
     for needed in (folder, masks):
         if not needed.is_dir():
             raise DataError(f"{needed} is missing: data.root is to hold {_HOLDING}")
+    # Sorted, as file systems list files in any order, which training and results would depend on.
     images = sorted(folder.glob(f"*/*{_IMAGE}"))
     if not images:
         raise DataError(f"{folder} holds no images CITY/*{_IMAGE}: unpack the archive again")
@@ -126,18 +131,20 @@ def _split(name: str, base: Path, split: str) -> tuple[CityscapesImages, int]:
     for image in images:
         stem = image.name.removesuffix(_IMAGE)
         suffix = _TRAIN_IDS
-        if stem + _TRAIN_IDS not in existing and stem + _LABEL_IDS in existing:
+        # Where neither is there, labelTrainIds is what messages name as missing.
+        has_train_ids = stem + _TRAIN_IDS in existing
+        has_label_ids = stem + _LABEL_IDS in existing
+        if has_label_ids and not has_train_ids:
             suffix = _LABEL_IDS
             n_converted += 1
-        mask_paths.append(f"{masks / image.parent.name}/{stem}{suffix}")
-    return (
-        CityscapesImages(
-            name=name,
-            split=split,
-            paths=[str(image) for image in images],
-            classes=CLASSES,
-            mask_paths=mask_paths,
-            modes=("L",),
-        ),
-        n_converted,
+        city_folder = masks / image.parent.name
+        mask_paths.append(f"{city_folder}/{stem}{suffix}")
+    of_split = CityscapesImages(
+        name=name,
+        split=split,
+        paths=[str(image) for image in images],
+        classes=CLASSES,
+        mask_paths=mask_paths,
+        modes=("L",),
     )
+    return of_split, n_converted

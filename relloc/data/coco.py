@@ -52,15 +52,22 @@ def coco(
         >>> coco(name="coco2017", root="/data/coco", train="train2017", held_out="val2017")
     """
     base = require_root(root, _COCO)
-    images = [_split(name, base, split) for split in (train, held_out)]
-    files = [_annotation_file(base, split) for split in (train, held_out)]
-    if images[0].classes != images[1].classes:
-        in_one = sorted(set(images[0].classes) ^ set(images[1].classes))
+    train_images = _split(name, base, train)
+    held_out_images = _split(name, base, held_out)
+    train_file = _annotation_file(base, train)
+    held_out_file = _annotation_file(base, held_out)
+    # Class numbers follow from the categories, so other ones would give the numbers other meanings.
+    if train_images.classes != held_out_images.classes:
+        train_classes = set(train_images.classes)
+        held_out_classes = set(held_out_images.classes)
+        in_one = sorted(train_classes ^ held_out_classes)
         example = f", such as {in_one[0]}" if in_one else " in their order"
         raise DataError(
-            f"{files[0]} and {files[1].name} differ in their categories{example}: take both files "
-            "from the same release of the data set"
+            f"{train_file} and {held_out_file.name} differ in their categories{example}: take both "
+            "files from the same release of the data set"
         )
+    images = [train_images, held_out_images]
+    files = [train_file, held_out_file]
     return checked_splits(images, files, published_images)
 
 
@@ -70,10 +77,13 @@ def _annotation_file(base: Path, split: str) -> Path:
 
 def _split(name: str, base: Path, split: str) -> ObjectFolder:
     """Returns the images of one split with their objects."""
-    candidates = (base / split, base / "images" / split)
-    folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
-    if folder is None:
-        raise DataError(f"{candidates[0]} is missing: data.root is to hold {_COCO}")
+    # As the archives are laid out, and as some frameworks ask for.
+    usual_folder = base / split
+    folder = usual_folder
+    if not folder.is_dir():
+        folder = base / "images" / split
+    if not folder.is_dir():
+        raise DataError(f"{usual_folder} is missing: data.root is to hold {_COCO}")
     path = _annotation_file(base, split)
     annotations = _Annotations(path)
     handlers = {
@@ -133,12 +143,15 @@ class _Annotations:
     def add_category(self, place: int, entry: Any) -> None:
         number = self._id(entry, "id", f"category {place + 1}")
         name = entry.get("name")
-        if not isinstance(name, str) or self.name_of_category.setdefault(number, name) != name:
+        # An entry that is there twice does no harm.
+        is_first_name = self.name_of_category.setdefault(number, name) == name
+        if not isinstance(name, str) or not is_first_name:
             raise DataError(f"{self.path}: category {number} has no name, or two. {_AGAIN}")
 
     def add_image(self, place: int, entry: Any) -> None:
         number = self._id(entry, "id", f"image {place + 1}")
         file_name = entry.get("file_name")
+        # Opening a name with a zero byte would raise ValueError.
         if not isinstance(file_name, str) or not file_name or "\0" in file_name:
             raise DataError(f"{self.path}: image {number} has no file_name. {_AGAIN}")
         size = [entry.get("height"), entry.get("width")]
@@ -158,6 +171,7 @@ class _Annotations:
     def add_annotation(self, place: int, entry: Any) -> None:
         number = self._id(entry, "id", f"annotation {place + 1}")
         image = self._id(entry, "image_id", f"annotation {number}")
+        # A wrong annotation makes its image unusable, and no other.
         try:
             category = _whole(entry.get("category_id"), "category_id")
             crowd = _whole(entry.get("iscrowd", 0), "iscrowd")
@@ -171,8 +185,10 @@ class _Annotations:
                 )
             parts = _parts(entry.get("segmentation"))
         except ValueError as error:
-            self.problems.setdefault(image, f"annotation {number} in {self.path}: {error}")
+            problem = f"annotation {number} in {self.path}: {error}"
+            self.problems.setdefault(image, problem)
             return
+        # All is checked before the first array grows, so that they stay of one length.
         self.ids.append(number)
         self.images.append(image)
         self.categories.append(category)
@@ -188,6 +204,7 @@ class _Annotations:
     def _id(self, entry: Any, key: str, what: str) -> int:
         """Returns a number by which one thing refers to another, which nothing can do without."""
         value = entry.get(key) if isinstance(entry, dict) else None
+        # Python's True is an int, too.
         if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _MOST_ID:
             raise DataError(f"{self.path}: {what} has no {key}. {_AGAIN}")
         return value
@@ -210,23 +227,31 @@ class _Annotations:
             is_run_lengths=np.array(self.is_run_lengths, bool),
         )
 
+        # What was noticed while the file was read.
         unusable = {}
         for image, problem in self.problems.items():
             if image not in self.index_of_image:
                 raise DataError(f"{self.path} has no image {image}, and in it {problem}. {_AGAIN}")
-            unusable[self.index_of_image[image]] = problem
-        outside = boxes_outside(sizes[image_of_object], xywh).tolist()
+            index = self.index_of_image[image]
+            unusable[index] = problem
+
+        # What can be noticed only now that images and categories are known.
+        size_of_object = sizes[image_of_object]
+        outside = boxes_outside(size_of_object, xywh).tolist()
         wrong = dict.fromkeys(outside, "its box lies outside of the image")
-        wrong |= _wrong_masks(masks, sizes[image_of_object])
+        wrong |= _wrong_masks(masks, size_of_object)
         classes = self._classes(wrong)
         for row, problem in sorted(wrong.items()):
-            unusable.setdefault(
-                int(image_of_object[row]), f"annotation {ids[row]} in {self.path}: {problem}"
-            )
+            index = int(image_of_object[row])
+            unusable.setdefault(index, f"annotation {ids[row]} in {self.path}: {problem}")
+
+        # Objects are sorted by image: those of an image begin where those before it end.
         counts = np.bincount(image_of_object, minlength=len(sizes))
+        ends = np.cumsum(counts)
+        starts = np.concatenate([[0], ends])
         return ObjectTable(
             sizes=sizes,
-            starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            starts=starts.astype(np.int64),
             # Stable, since ties in metrics are decided by the order of the file.
             order=np.argsort(image_of_object, kind="stable"),
             ids=ids,
@@ -259,7 +284,10 @@ class _Annotations:
 
     def _classes(self, wrong: dict[int, str]) -> np.ndarray:
         """Returns the class of each object, and notes unknown categories in `wrong`."""
-        class_of = {category: number for number, category in enumerate(self.class_names)}
+        # Category ids of COCO have gaps, and class numbers do not.
+        class_of = {}
+        for number, category in enumerate(self.class_names):
+            class_of[category] = number
         classes = np.zeros(len(self.categories), np.int16)
         for row, category in enumerate(self.categories):
             if category in class_of:
@@ -282,7 +310,8 @@ def _numbers(values: Any, name: str) -> "array.array[float]":
         numbers = array.array("d", values)
     except (TypeError, OverflowError):
         numbers = None
-    # A text would be taken as a list of its characters.
+    # A text would be taken as a list of its characters. A sum is finite only if all numbers are,
+    # and one number is quicker to check than millions.
     if numbers is None or isinstance(values, str) or not math.isfinite(sum(numbers)):
         raise ValueError(f"{name} is {str(values)[:60]}, and should be finite numbers")
     return numbers
@@ -300,7 +329,8 @@ def _parts(segmentation: Any) -> Sequence["array.array[float]"]:
         if isinstance(counts, str):
             counts = counts_of_text(counts)
         lengths = _numbers(counts, "counts of segmentation")
-        if not lengths or min(lengths) < 0 or any(length % 1 for length in lengths):
+        has_fractions = any(length % 1 for length in lengths)
+        if not lengths or min(lengths) < 0 or has_fractions:
             raise ValueError("counts of segmentation should be whole numbers of 0 or more")
         return [lengths]
     if not isinstance(segmentation, list) or not segmentation:
@@ -328,15 +358,19 @@ def counts_of_text(text: str) -> list[int]:
     value = 0
     shift = 0
     for character in text:
-        code = ord(character) - 48
+        # Six bits are written as a character from "0" on.
+        code = ord(character) - ord("0")
         if not 0 <= code < 64:
             raise ValueError(f"counts of segmentation hold {character!r}")
-        value |= (code & 31) << shift
+        five_bits = code & 0b011111
+        value |= five_bits << shift
         shift += 5
-        if code & 32:
+        continues = code & 0b100000
+        if continues:
             continue
         # The highest bit of the last character is the sign.
-        if code & 16:
+        is_negative = code & 0b010000
+        if is_negative:
             value -= 1 << shift
         if len(counts) > 2:
             value += counts[-2]
@@ -353,9 +387,12 @@ def _wrong_masks(masks: MaskTable, sizes: Int64[np.ndarray, "masks 2"]) -> dict[
     wrong = {}
     starts = masks.number_starts
     first_parts = masks.part_starts[:-1]
+    # Runs go on to the last pixel, so that their lengths add up to the image.
     for row in np.flatnonzero(masks.is_run_lengths).tolist():
         part = first_parts[row]
-        n_pixels = masks.numbers[starts[part] : starts[part + 1]].sum()
+        start = starts[part]
+        end = starts[part + 1]
+        n_pixels = masks.numbers[start:end].sum()
         height, width = sizes[row].tolist()
         if n_pixels != height * width:
             wrong[row] = f"its mask has {n_pixels:.0f} pixels, its image {height * width}"
@@ -363,10 +400,15 @@ def _wrong_masks(masks: MaskTable, sizes: Int64[np.ndarray, "masks 2"]) -> dict[
     if len(starts) > 1:
         largest = _by_part(np.maximum, masks.numbers, starts)
         smallest = _by_part(np.minimum, masks.numbers, starts)
-        row_of_part = np.repeat(np.arange(len(first_parts)), np.diff(masks.part_starts))
+        rows = np.arange(len(first_parts))
+        n_parts = np.diff(masks.part_starts)
+        row_of_part = np.repeat(rows, n_parts)
         longest_side = sizes[row_of_part].max(axis=1)
-        is_far = (largest > 2 * longest_side) | (smallest < -longest_side)
-        is_far &= ~masks.is_run_lengths[row_of_part]
+        # By a whole image, as outlines that are a little outside are in COCO itself.
+        is_far_behind = largest > 2 * longest_side
+        is_far_before = smallest < -longest_side
+        is_polygon = ~masks.is_run_lengths[row_of_part]
+        is_far = (is_far_behind | is_far_before) & is_polygon
         for row in np.unique(row_of_part[is_far]).tolist():
             wrong[row] = "its mask reaches far out of the image"
     return wrong

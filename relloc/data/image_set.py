@@ -88,6 +88,7 @@ class Splits:
         """True if both splits have labels and the same classes."""
         if self.train.labels is None or self.held_out.labels is None:
             return False
+        # Equal numbers would otherwise mean different classes.
         return self.train.classes == self.held_out.classes
 
 
@@ -96,7 +97,10 @@ def hash_lines(lines: Iterable[str]) -> str:
     hasher = hashlib.sha256()
     for line in lines:
         # File names on Linux need not be valid Unicode; surrogateescape keeps their bytes.
-        hasher.update(line.encode("utf-8", "surrogateescape") + b"\n")
+        content = line.encode("utf-8", "surrogateescape")
+        # The end of each line counts, so that "a", "bc" and "ab", "c" differ.
+        hasher.update(content + b"\n")
+    # 64 bits tell data sets apart, and fit into a name.
     return hasher.hexdigest()[:16]
 
 
@@ -108,6 +112,7 @@ def warn_of_other_counts(splits: Splits, published_images: Mapping[str, int] | N
     """
     published_counts = published_images or {}
     for images in (splits.train, splits.held_out):
+        # Of a split that is not among the published ones nothing is known.
         published = published_counts.get(images.split, len(images))
         if len(images) != published:
             warnings.warn(

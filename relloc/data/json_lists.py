@@ -13,13 +13,18 @@ from typing import Any
 from relloc.errors import DataError, reason
 from relloc.files import read_text
 
+# What JSON takes for space, which is less than what Python does.
 _SPACE = re.compile(r"[ \t\n\r]*")
 _UNPACK = "Unpack or download it again"
 # How much of a file's beginning a message shows.
 _SHOWN = 20
 
 
-def read_lists(path: Path, handlers: Mapping[str, Callable[[int, Any], None]], advice: str) -> None:
+# Takes the place of an entry in its list (from 0), and its value.
+_Handler = Callable[[int, Any], None]
+
+
+def read_lists(path: Path, handlers: Mapping[str, _Handler], advice: str) -> None:
     """Calls a handler with the place (from 0) and the value of each entry of some lists.
 
     `handlers` has the names of lists in the JSON object of the file. Whatever else the object holds
@@ -28,7 +33,8 @@ def read_lists(path: Path, handlers: Mapping[str, Callable[[int, Any], None]], a
     Raises:
         DataError: the file is missing, is cut off or no JSON object, or lacks one of the lists.
     """
-    reader = _Reader(path, read_text(path, advice))
+    text = read_text(path, advice)
+    reader = _Reader(path, text)
     reader.read(handlers)
 
 
@@ -44,7 +50,9 @@ class _Reader:
         self.where = ""
         self._skip_space()
 
-    def read(self, handlers: Mapping[str, Callable[[int, Any], None]]) -> None:
+    def read(self, handlers: Mapping[str, _Handler]) -> None:
+        """Reads the JSON object of the whole file."""
+        # A dict, and not a set, so that messages name lists in their order.
         missing = dict.fromkeys(handlers)
         self._expect("{")
         while self._next() != "}":
@@ -54,22 +62,24 @@ class _Reader:
                 self._read_list(name, handlers[name])
                 missing.pop(name, None)
             else:
+                # Its value is passed over.
                 self._value()
             self._end_of_entry("}")
         self._expect("}")
+        # What follows may be a second copy, or the rest of an older, longer file.
         if self.position < len(self.text):
             self._fail("goes on after its end")
         if missing:
-            raise DataError(
-                f"{self.path} is no annotation file: it has no list {', '.join(missing)}. {_UNPACK}"
-            )
+            named = ", ".join(missing)
+            raise DataError(f"{self.path} is no annotation file: it has no list {named}. {_UNPACK}")
 
-    def _read_list(self, name: str, handle: Callable[[int, Any], None]) -> None:
+    def _read_list(self, name: str, handle: _Handler) -> None:
         """Reads one list, handing over each entry."""
         self._expect("[")
         count = 0
         self.where = f" in {name}"
         while self._next() != "]":
+            # Each entry is freed as soon as it was handled.
             handle(count, self._value())
             count += 1
             self.where = f" in {name}, after {count} entries"
@@ -92,7 +102,10 @@ class _Reader:
         return value
 
     def _next(self) -> str:
-        return self.text[self.position : self.position + 1]
+        """Returns the character at the current position; nothing at the end."""
+        # A slice, as an index would raise at the end.
+        end = self.position + 1
+        return self.text[self.position : end]
 
     def _expect(self, token: str) -> None:
         """Goes on behind a token that has to be here."""
@@ -111,17 +124,22 @@ class _Reader:
 
     def _skip_space(self) -> None:
         matched = _SPACE.match(self.text, self.position)
-        self.position = matched.end() if matched else self.position
+        if matched:
+            self.position = matched.end()
 
     def _fail(self, why: str) -> None:
         """Raises a `DataError` that says where and why the text is not JSON."""
-        if self.position >= len(self.text.rstrip()):
+        # Whatever is missing at the end, the file is too short: that is what the user can mend.
+        end_of_content = len(self.text.rstrip())
+        if self.position >= end_of_content:
             problem = f"is cut off after {len(self.text):,} characters{self.where}"
         else:
+            # Lines and columns are counted from 1, as editors do.
             line = self.text.count("\n", 0, self.position) + 1
             line_start = self.text.rfind("\n", 0, self.position) + 1
             column = self.position - line_start + 1
             problem = f"is not JSON at line {line} column {column}{self.where}"
+            # A page of HTML, or an archive, shows by its beginning.
             if self.position == 0:
                 problem += f" (it begins with {self.text[:_SHOWN]!r})"
         raise DataError(f"{self.path} {problem}: {why}. {_UNPACK}")

@@ -20,6 +20,9 @@ _HUNDREDTHS = 100
 # How many numbers are converted at once, to bound the memory for intermediate results.
 _CHUNK = 1 << 20
 
+# For each object of a split: whether something holds.
+_Mask = Bool[np.ndarray, "objects"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class MaskTable:
@@ -37,29 +40,40 @@ class MaskTable:
 
     def mask(self, row: int) -> Mask:
         """Returns one mask."""
+        first_part = self.part_starts[row]
+        end_of_parts = self.part_starts[row + 1]
         parts = []
-        for part in range(self.part_starts[row], self.part_starts[row + 1]):
-            numbers = self.numbers[self.number_starts[part] : self.number_starts[part + 1]]
+        for part in range(first_part, end_of_parts):
+            start = self.number_starts[part]
+            end = self.number_starts[part + 1]
+            numbers = self.numbers[start:end]
             if numbers.dtype != np.float64:
                 # Dividing whole hundredths gives the same bits as reading the decimal number.
                 numbers = numbers / _HUNDREDTHS
             parts.append(numbers)
+        # Run lengths are a single part.
         if self.is_run_lengths[row]:
-            return RunLengths(counts=parts[0].astype(np.int64))
+            (counts,) = parts
+            return RunLengths(counts=counts.astype(np.int64))
         return Polygons(parts=tuple(parts))
 
 
 def in_hundredths(numbers: Float64[np.ndarray, "n"]) -> Num[np.ndarray, "n"]:
     """Returns numbers as whole hundredths in 32 bits or, if that would change one, unchanged."""
+    # 32 bits reach to coordinates of 21 million pixels.
     hundredths = np.empty(len(numbers), np.int32)
     largest = np.iinfo(np.int32).max
     for start in range(0, len(numbers), _CHUNK):
-        chunk = numbers[start : start + _CHUNK]
+        end = start + _CHUNK
+        chunk = numbers[start:end]
         rounded = np.rint(chunk * _HUNDREDTHS)
-        is_exact = (rounded / _HUNDREDTHS == chunk) & (np.abs(rounded) <= largest)
+        # What `MaskTable.mask` will compute of it has to be the same number.
+        gives_same = rounded / _HUNDREDTHS == chunk
+        fits = np.abs(rounded) <= largest
+        is_exact = gives_same & fits
         if not is_exact.all():
             return numbers
-        hundredths[start : start + _CHUNK] = rounded
+        hundredths[start:end] = rounded
     return hundredths
 
 
@@ -78,8 +92,8 @@ class ObjectTable:
     ids: Int64[np.ndarray, "objects"]
     xywh: Float64[np.ndarray, "objects 4"]
     classes: Int[np.ndarray, "objects"]
-    difficult: Bool[np.ndarray, "objects"]
-    crowd: Bool[np.ndarray, "objects"]
+    difficult: _Mask
+    crowd: _Mask
     areas: Float64[np.ndarray, "objects"]
     unusable: Mapping[int, str]
     masks: MaskTable | None = None
@@ -91,7 +105,9 @@ class ObjectTable:
             UnreadableImage: the annotation of the image can't be used.
         """
         self.check_usable(index)
-        return self.order[self.starts[index] : self.starts[index + 1]]
+        start = self.starts[index]
+        end = self.starts[index + 1]
+        return self.order[start:end]
 
     def check_usable(self, index: int) -> None:
         """Raises `UnreadableImage` if the annotation of an image can't be used."""
@@ -105,8 +121,12 @@ class ObjectTable:
             UnreadableImage: the annotation of the image can't be used.
         """
         rows = self.rows(index)
+        # Corners are computed in double precision, and rounded once.
         xywh = self.xywh[rows]
-        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        top_left = xywh[:, :2]
+        sides = xywh[:, 2:]
+        corners = np.concatenate([top_left, top_left + sides], axis=1)
+
         masks: list[Mask] = []
         if self.masks is not None:
             masks = [self.masks.mask(row) for row in rows.tolist()]
@@ -123,22 +143,38 @@ class ObjectTable:
     def hash(self) -> str:
         """Returns a hash of all that is annotated."""
         hasher = hashlib.sha256(b"objects of images\0")
-        arrays = [self.sizes, self.starts, self.order, self.ids, self.xywh]
-        arrays += [self.classes, self.difficult, self.crowd, self.areas]
+        # The order of the arrays decides the hash, which results on disk have.
+        arrays = [
+            self.sizes,
+            self.starts,
+            self.order,
+            self.ids,
+            self.xywh,
+            self.classes,
+            self.difficult,
+            self.crowd,
+            self.areas,
+        ]
         if self.masks is not None:
-            arrays += [self.masks.numbers, self.masks.number_starts, self.masks.part_starts]
+            arrays.append(self.masks.numbers)
+            arrays.append(self.masks.number_starts)
+            arrays.append(self.masks.part_starts)
             arrays.append(self.masks.is_run_lengths)
         for array in arrays:
             # Type and shape come first, so that two different tables never have the same bytes.
-            hasher.update(f"{array.dtype.str} {array.shape}\0".encode())
-            hasher.update(np.ascontiguousarray(array).data)
+            header = f"{array.dtype.str} {array.shape}\0"
+            hasher.update(header.encode())
+            content = np.ascontiguousarray(array)
+            hasher.update(content.data)
         # Which images can't be used counts, but not why: reasons name folders of this machine.
-        hasher.update(repr(sorted(self.unusable)).encode())
+        unusable_indices = repr(sorted(self.unusable))
+        hasher.update(unusable_indices.encode())
         return hasher.hexdigest()
 
 
 def boxes_outside(
-    sizes: Int64[np.ndarray, "n 2"], xywh: Float64[np.ndarray, "n 4"]
+    sizes: Int64[np.ndarray, "n 2"],
+    xywh: Float64[np.ndarray, "n 4"],
 ) -> Int64[np.ndarray, "m"]:
     """Returns the indices of boxes that no pixel of their image is in.
 
@@ -146,7 +182,13 @@ def boxes_outside(
     also one without extent.
     """
     height, width = sizes.T
-    left, top = xywh[:, 0], xywh[:, 1]
-    right, bottom = left + xywh[:, 2], top + xywh[:, 3]
-    is_outside = (left >= width) | (top >= height) | (right < 0) | (bottom < 0)
+    left, top, box_width, box_height = xywh.T
+    right = left + box_width
+    bottom = top + box_height
+    # The first column behind the image has the number `width`.
+    is_right_of_it = left >= width
+    is_below_it = top >= height
+    is_left_of_it = right < 0
+    is_above_it = bottom < 0
+    is_outside = is_right_of_it | is_below_it | is_left_of_it | is_above_it
     return np.flatnonzero(is_outside)

@@ -44,6 +44,7 @@ def voc_segmentation(
     """
     devkit = voc_devkit(root, _YEAR)
     masks = devkit / "SegmentationClass"
+    image_folder = devkit / "JPEGImages"
     if not masks.is_dir():
         raise DataError(
             f"{masks} is missing: it holds the masks of VOC{_YEAR} trainval. Unpack its archive "
@@ -52,7 +53,10 @@ def voc_segmentation(
     train_names = voc_list(devkit, "Segmentation", train)
     held_out_names = voc_list(devkit, "Segmentation", held_out)
     train_masks = [f"{masks}/{image}.png" for image in train_names]
+    held_out_masks = [f"{masks}/{image}.png" for image in held_out_names]
 
+    # The masks of SBD are trained on where they are; what was done is told to the user, as results
+    # of either kind are published.
     more_masks = devkit / "SegmentationClassAug"
     if aug is None:
         remark = f"{train}: masks of VOC alone, as data.source.aug is null"
@@ -62,7 +66,8 @@ def voc_segmentation(
             "trains on those of SBD, too (mmsegmentation's tools/convert_datasets/voc_aug.py)"
         )
     else:
-        more_names, listed_by = _more_names(devkit, aug, more_masks, train_names + held_out_names)
+        own_names = train_names + held_out_names
+        more_names, listed_by = _more_names(devkit, aug, more_masks, own_names)
         train_names = train_names + more_names
         train_masks += [f"{more_masks}/{image}.png" for image in more_names]
         remark = (
@@ -71,22 +76,22 @@ def voc_segmentation(
         )
 
     images = []
+    lists = []
     for split, names, mask_paths in (
         (train, train_names, train_masks),
-        (held_out, held_out_names, [f"{masks}/{image}.png" for image in held_out_names]),
+        (held_out, held_out_names, held_out_masks),
     ):
-        images.append(
-            ClassMapFolder(
-                name=name,
-                split=split,
-                paths=[f"{devkit / 'JPEGImages'}/{image}.jpg" for image in names],
-                classes=CLASSES,
-                mask_paths=mask_paths,
-                modes=_MODES,
-                palette=voc_colors(),
-            )
+        of_split = ClassMapFolder(
+            name=name,
+            split=split,
+            paths=[f"{image_folder}/{image}.jpg" for image in names],
+            classes=CLASSES,
+            mask_paths=mask_paths,
+            modes=_MODES,
+            palette=voc_colors(),
         )
-    lists = [devkit / "ImageSets" / "Segmentation" / f"{split}.txt" for split in (train, held_out)]
+        images.append(of_split)
+        lists.append(devkit / "ImageSets" / "Segmentation" / f"{split}.txt")
     return checked_splits(images, lists, published_images, remarks=(remark,))
 
 
@@ -96,9 +101,11 @@ def _more_names(devkit: Path, aug: str, masks: Path, others: list[str]) -> tuple
     The copy of SegmentationClassAug that is passed around since DeepLab comes without aug.txt, and
     has masks of VOC's own images, too.
     """
+    # A list decides, if there is one.
     path = devkit / "ImageSets" / "Segmentation" / f"{aug}.txt"
     if path.exists():
         return voc_list(devkit, "Segmentation", aug), path.name
+    # Masks of images that the other lists name are VOC's own, or those to test on.
     in_folder = {mask.stem for mask in masks.glob("*.png")}
     names = sorted(in_folder - set(others))
     if not names:
@@ -115,12 +122,15 @@ def voc_colors() -> dict[tuple[int, int, int], int]:
     The bits of a number go to red, green and blue in turn, from the highest bit of each down.
     """
     number_of = {}
+    # Void has a color of its own, too.
     for number in (*range(len(CLASSES)), 255):
         channels = [0, 0, 0]
         for position in range(24):
             bit = number >> position & 1
             # Bit 0 is the highest bit of red, bit 1 that of green, bit 2 that of blue.
-            channels[position % 3] |= bit << (7 - position // 3)
+            channel = position % 3
+            target_position = 7 - position // 3
+            channels[channel] |= bit << target_position
         red, green, blue = channels
         number_of[red, green, blue] = number
     return number_of

@@ -30,6 +30,9 @@ PUBLISHED_TEST_YEAR = 2007
 _THREADS = 16
 _CLASS_OF = {name: number for number, name in enumerate(VOC_CLASSES)}
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+# Height and width of an image, and a row of numbers for each of its objects (see `_annotation`).
+_Content = tuple[tuple[int, int], list[list[float]]]
+_ROW_LENGTH = 7
 
 
 def voc_detection(
@@ -70,11 +73,15 @@ def voc_detection(
     _check_folders(root, {*years, held_out_year})
     train_images = _split(root, years, train, reference)
     held_out_images = _split(root, [held_out_year], held_out, reference)
-    lists = [Path(f"{split.name} {split.split}") for split in (train_images, held_out_images)]
-    is_published = (*years, held_out_year) == (*PUBLISHED_YEARS, PUBLISHED_TEST_YEAR)
-    return checked_splits(
-        [train_images, held_out_images], lists, published_images if is_published else None
-    )
+    splits = [train_images, held_out_images]
+    # A split may be made of the lists of several years, so messages name it and not a file.
+    lists = [Path(f"{split.name} {split.split}") for split in splits]
+    # Published counts are those of the published years alone.
+    own_years = (*years, held_out_year)
+    published_years = (*PUBLISHED_YEARS, PUBLISHED_TEST_YEAR)
+    if own_years != published_years:
+        published_images = None
+    return checked_splits(splits, lists, published_images)
 
 
 def _check_folders(root: str | None, years: set[int]) -> None:
@@ -84,10 +91,13 @@ def _check_folders(root: str | None, years: set[int]) -> None:
         DataError: a folder is missing, or `root` is the folder of one year only.
     """
     folders = {voc_devkit(root, year) for year in years}
+    # A root that is itself the folder of a year is taken for every year.
     if len(folders) < len(years):
+        names = [f"VOC{year}" for year in sorted(years)]
+        named = ", ".join(names)
         raise DataError(
             f"data.root={root} is the folder of one year: give the folder above, which holds "
-            f"{', '.join(f'VOC{year}' for year in sorted(years))}"
+            f"{named}"
         )
 
 
@@ -95,6 +105,7 @@ def _split(root: str | None, years: Sequence[int], split: str, reference: str) -
     """Returns the images of the lists of some years, with their objects."""
     images = []
     annotations = []
+    # Each year has a development kit of its own, with its own lists.
     for year in years:
         devkit = voc_devkit(root, year)
         folder = devkit / "Annotations"
@@ -104,7 +115,8 @@ def _split(root: str | None, years: Sequence[int], split: str, reference: str) -
                 f"{folder} is missing: it holds the boxes of objects. Unpack the archives of "
                 f"PASCAL VOC{year} again, those of trainval and of test in one folder"
             )
-        images += [f"{devkit / 'JPEGImages'}/{image}.jpg" for image in listed]
+        image_folder = devkit / "JPEGImages"
+        images += [f"{image_folder}/{image}.jpg" for image in listed]
         annotations += [folder / f"{image}.xml" for image in listed]
     return ObjectFolder(
         name=_name(years),
@@ -119,18 +131,21 @@ def _name(years: Sequence[int]) -> str:
     """Returns the usual name of some years of VOC: voc2007, voc0712."""
     if len(years) == 1:
         return f"voc{years[0]}"
-    return "voc" + "".join(f"{year % 100:02d}" for year in years)
+    last_digits = [f"{year % 100:02d}" for year in years]
+    return "voc" + "".join(last_digits)
 
 
 def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
     """Returns the objects in annotation files, one for each image."""
 
-    def read(path: Path) -> tuple[tuple[int, int], list[list[float]]] | str:
+    def read(path: Path) -> _Content | str:
+        # An error is kept as its text, as it is no error of the data set but of one image.
         try:
             return _annotation(path, reference)
         except UnreadableImage as error:
             return str(error)
 
+    # One call for each file, as files of a server answer at different times.
     with ThreadPoolExecutor(_THREADS) as threads:
         contents = list(threads.map(read, annotations, chunksize=1))
 
@@ -139,7 +154,9 @@ def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
     counts = []
     rows: list[list[float]] = []
     for index, content in enumerate(contents):
-        size, objects = (0, 0), []
+        # An image that can't be used keeps its place, without objects.
+        size = (0, 0)
+        objects: list[list[float]] = []
         if isinstance(content, str):
             unusable[index] = content
         else:
@@ -147,21 +164,25 @@ def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
         sizes.append(size)
         counts.append(len(objects))
         rows += objects
-    table = np.array(rows, np.float64).reshape(-1, 7)
-    ids, classes, difficult = table[:, :3].astype(np.int64).T
+    table = np.array(rows, np.float64).reshape(-1, _ROW_LENGTH)
+    whole_numbers = table[:, :3].astype(np.int64)
+    ids, classes, difficult = whole_numbers.T
     xywh = np.ascontiguousarray(table[:, 3:])
     image_sizes = np.array(sizes, np.int64)
-    image_of_row = np.repeat(np.arange(len(sizes)), counts)
+    indices = np.arange(len(sizes))
+    image_of_row = np.repeat(indices, counts)
 
     # A box without any pixel of its image can't be cut to it.
-    for row in boxes_outside(image_sizes[image_of_row], xywh).tolist():
+    size_of_row = image_sizes[image_of_row]
+    for row in boxes_outside(size_of_row, xywh).tolist():
         index = int(image_of_row[row])
         height, width = sizes[index]
-        unusable.setdefault(
-            index,
+        problem = (
             f"{annotations[index]}: the box of object {ids[row]} lies outside of the image, which "
-            f"has {width} x {height} px",
+            f"has {width} x {height} px"
         )
+        unusable.setdefault(index, problem)
+    # Rows are in the order of images already.
     return ObjectTable(
         sizes=image_sizes,
         starts=np.cumsum([0, *counts], dtype=np.int64),
@@ -176,7 +197,7 @@ def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
     )
 
 
-def _annotation(path: Path, reference: str) -> tuple[tuple[int, int], list[list[float]]]:
+def _annotation(path: Path, reference: str) -> _Content:
     """Returns height and width of an image, and a row of numbers for each of its objects.
 
     A row is: place in the file (from 1), class, difficult (0 or 1), x, y, width and height.
@@ -192,8 +213,9 @@ def _annotation(path: Path, reference: str) -> tuple[tuple[int, int], list[list[
     except (OSError, ET.ParseError, ValueError, LookupError) as error:
         problem = "is missing" if isinstance(error, FileNotFoundError) else "is not XML"
         raise UnreadableImage(f"its annotation {path} {problem}: {reason(error)}") from error
-    height = _number(path, "the image", root.find("size"), "height")
-    width = _number(path, "the image", root.find("size"), "width")
+    size = root.find("size")
+    height = _number(path, "the image", size, "height")
+    width = _number(path, "the image", size, "width")
     if min(height, width) < 1:
         raise UnreadableImage(f"{path}: the image has {width:g} x {height:g} px")
     rows = []
@@ -202,7 +224,9 @@ def _annotation(path: Path, reference: str) -> tuple[tuple[int, int], list[list[
         what = f"object {place} ({name})"
         if name not in _CLASS_OF:
             raise UnreadableImage(f"{path}: {what} is of no class of PASCAL VOC")
-        is_difficult = annotated.findtext("difficult", "0").strip() == "1"
+        # The element may be missing.
+        difficult_text = annotated.findtext("difficult", "0")
+        is_difficult = difficult_text.strip() == "1"
         xywh = _box(path, what, annotated, reference)
         rows.append([place, _CLASS_OF[name], is_difficult, *xywh])
     return (int(height), int(width)), rows
@@ -210,18 +234,19 @@ def _annotation(path: Path, reference: str) -> tuple[tuple[int, int], list[list[
 
 def _box(path: Path, what: str, annotated: ET.Element, reference: str) -> list[float]:
     """Returns the box of an object as x, y, width and height, counted from 0."""
-    corners = [_number(path, what, annotated.find("bndbox"), corner) for corner in _CORNERS]
+    element = annotated.find("bndbox")
+    corners = [_number(path, what, element, corner) for corner in _CORNERS]
     if reference == "mmdet":
         # Some coordinates of VOC2012 have decimals.
         left, top, right, bottom = [int(corner) - 1 for corner in corners]
     else:
         left, top, right, bottom = corners
-        left, top = left - 1, top - 1
+        left -= 1
+        top -= 1
     if right <= left or bottom <= top:
-        named = ", ".join(f"{corner:g}" for corner in corners)
-        raise UnreadableImage(
-            f"{path}: the box of {what} is empty ({', '.join(_CORNERS)} are {named})"
-        )
+        names = ", ".join(_CORNERS)
+        values = ", ".join(f"{corner:g}" for corner in corners)
+        raise UnreadableImage(f"{path}: the box of {what} is empty ({names} are {values})")
     return [left, top, right - left, bottom - top]
 
 
@@ -232,6 +257,7 @@ def _number(path: Path, what: str, parent: ET.Element | None, name: str) -> floa
         number = float(text)
     except ValueError:
         number = math.nan
+    # float takes "nan" and "inf" too.
     if not math.isfinite(number):
         raise UnreadableImage(f"{path}: {name} of {what} is {text!r}, and should be a number")
     return number

@@ -16,6 +16,9 @@ from torch import Tensor
 from relloc import checks
 
 Size = tuple[int, int]  # height, width
+# RGB pixels, as they are decoded, and after interpolation: whole numbers from 0 to 255 in float32.
+_Pixels = UInt8[Tensor, "h w 3"]
+_Resized = Float[Tensor, "rows columns 3"]
 
 
 def check_box(setting: str, box: Any) -> None:
@@ -26,7 +29,8 @@ def check_box(setting: str, box: Any) -> None:
     """
     checks.wholes(setting, box)
     checks.one_of(f"the number of sides in {setting}", len(box), [2])
-    checks.whole(f"{setting}'s first side", box[0], at_least=box[1])
+    long_side, short_side = box
+    checks.whole(f"{setting}'s first side", long_side, at_least=short_side)
 
 
 def fitted_size(height: int, width: int, box: Sequence[int]) -> Size:
@@ -41,8 +45,10 @@ def fitted_size(height: int, width: int, box: Sequence[int]) -> Size:
     """
     long_side, short_side = box
     # The side that leaves less room decides.
-    long_scale = long_side / max(height, width)
-    short_scale = short_side / min(height, width)
+    longer = max(height, width)
+    shorter = min(height, width)
+    long_scale = long_side / longer
+    short_scale = short_side / shorter
     scale = min(long_scale, short_scale)
     # Halves are rounded up, as in mmcv; Python's round takes them to the even number.
     new_height = int(height * scale + 0.5)
@@ -75,8 +81,13 @@ class Interpolation:
     @classmethod
     def from_table(cls, table: Float[Tensor, "3 n"]) -> "Interpolation":
         """Returns the interpolation of a table of `interpolation_table`, on its device."""
+        # Indices were written as floats, which torch does not index with.
         lower, upper, weight = table.unbind()
-        return cls(lower=lower.long(), upper=upper.long(), weight=weight)
+        return cls(
+            lower=lower.long(),
+            upper=upper.long(),
+            weight=weight,
+        )
 
 
 def interpolation_table(source: int, target: int) -> Float[Tensor, "3 target"]:
@@ -101,10 +112,10 @@ def interpolation_table(source: int, target: int) -> Float[Tensor, "3 target"]:
 
 
 def interpolated(
-    image: UInt8[Tensor, "h w 3"],
+    image: _Pixels,
     rows: Interpolation,
     columns: Interpolation,
-) -> Float[Tensor, "rows columns 3"]:
+) -> _Resized:
     """Returns pixels of the resized image, as whole numbers from 0 to 255.
 
     They are cv2.INTER_LINEAR's within one gray level, as OpenCV rounds its weights to 11 bits.
@@ -125,7 +136,7 @@ def interpolated(
     return (of_columns + 0.5).floor()
 
 
-def resized(image: UInt8[Tensor, "h w 3"], size: Size) -> Float[Tensor, "h2 w2 3"]:
+def resized(image: _Pixels, size: Size) -> _Resized:
     """Returns the whole image at another size, as whole numbers from 0 to 255."""
     height, width = size
     original_height, original_width = image.shape[:2]

@@ -80,6 +80,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         return self._is_detectron2
 
     def make_network(self, context: Context) -> nn.Module:
+        # detectron2's RPN.BOUNDARY_THRESH of -1 keeps anchors that leave the image.
         rpn = RpnTraining(use_crossing_anchors=self._is_detectron2)
         settings = C4Settings(rpn=rpn, images_per_gpu=self.images_per_gpu)
         n_classes = len(context.splits.train.classes)
@@ -112,6 +113,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         # Average precision sorts the detections of all images, so rank 0 computes it for all.
         n_classes = len(context.splits.held_out.classes)
         precisions = images.evaluate(lambda values: self._precisions(values, n_classes))
+        # One process draws, as all would write the same files.
         if final and ranks.rank() == 0:
             self.draw(network, context)
         scores = []

@@ -14,6 +14,8 @@ from relloc.transfer.detection.batch import Size, on_device, round_up_side
 RATIOS = (0.5, 1.0, 2.0)
 # Bits of an anchor's id that number its row, and as many its column.
 _BITS_OF_SIDE = 12
+# For each image and each anchor: whether something holds.
+_OfImages = Bool[Tensor, "b a"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +35,7 @@ class Anchors:
     ids: Int[Tensor, "a"]
     of_levels: Sequence[int]
 
-    def of_images(self, sizes: Sequence[Size]) -> Bool[Tensor, "b a"]:
+    def of_images(self, sizes: Sequence[Size]) -> _OfImages:
         """Returns which anchors belong to the map of each image, padded to a multiple of 32 alone.
 
         The others exist only because another image of the batch is larger. mmdetection does not
@@ -50,7 +52,7 @@ class Anchors:
         is_below_limit = self.centers < limit
         return is_below_limit.all(dim=-1)
 
-    def inside(self, sizes: Sequence[Size]) -> Bool[Tensor, "b a"]:
+    def inside(self, sizes: Sequence[Size]) -> _OfImages:
         """Returns which anchors lie inside of each image without its padding.
 
         An anchor whose right or lower edge is that of the image does not, as in mmdetection.

@@ -28,8 +28,10 @@ def mean_over_groups(
     n_missing = -n_images % images_per_group
     padded_sums = pad(sums, (0, n_missing))
     padded_counts = pad(counts, (0, n_missing))
-    group_sums = padded_sums.view(-1, images_per_group).sum(dim=1)
-    group_counts = padded_counts.view(-1, images_per_group).sum(dim=1)
+    sums_by_group = padded_sums.view(-1, images_per_group)
+    counts_by_group = padded_counts.view(-1, images_per_group)
+    group_sums = sums_by_group.sum(dim=1)
+    group_counts = counts_by_group.sum(dim=1)
 
     # A group counts by its real images.
     starts = torch.arange(0, n_images, images_per_group, device=sums.device)
@@ -37,5 +39,6 @@ def mean_over_groups(
     images = images_left.clamp(max=images_per_group)
     # Without images there are no groups, and the sum below is 0 whatever is divided by.
     weights = images / max(n_images, 1)
-    group_losses = weights * group_sums / group_counts.clamp(min=1)
+    denominators = group_counts.clamp(min=1)
+    group_losses = weights * group_sums / denominators
     return group_losses.sum()

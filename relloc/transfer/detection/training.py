@@ -191,6 +191,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         Returns what the metric needs of each image, to be collected from all processes.
         """
         network.eval()
+        # Only what the metric needs is kept: detections and pixels of all images would fill memory.
         values: PerImage[T] = PerImage()
         for images in self._test_batches(context):
             found = self._detect(network, images, context)
@@ -223,6 +224,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         config = context.encode_config
         # Sizes are known from annotations, so that images need not be read to be grouped.
         (own_indices,) = split_for_rank(range(len(images)))
+        # Images of one size share a batch, and none is padded for another.
         by_size = defaultdict(list)
         for index in own_indices:
             size = images.size(index)

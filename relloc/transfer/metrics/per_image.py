@@ -45,4 +45,5 @@ class PerImage(Generic[T]):
             indices = sorted(value_of_image)
             in_order = [value_of_image[index] for index in indices]
             result = compute(in_order)
+        # All ranks go on with one result, so that they take the same decisions by it.
         return ranks.from_first(result)  # pyright: ignore[reportReturnType]

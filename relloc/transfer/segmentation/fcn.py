@@ -4,7 +4,6 @@ Sources: mmseg/models/decode_heads/fcn_head.py and decode_head.py, and configs/_
 fcn_r50-d8.py, with torchvision's ResNet-50 in the place of its deep-stem variant.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +21,7 @@ from relloc.transfer.segmentation.transforms import SegmentationBatch
 # A head's width over that of its input: 512 of 2,048 and 256 of 1,024 channels for ResNet-50, and
 # 128 of 512 and 64 of 256 for ResNet-18 (configs/fcn/fcn_r18-d8_512x1024_80k_cityscapes.py).
 _HEAD_SHARE = 4
+# mmsegmentation's init_cfg of the classifier (decode_head.py).
 _CLASSIFIER_STD = 0.01
 # Class maps are written with 8 bits, of which one value is void.
 _MOST_CLASSES = 255
@@ -51,15 +51,19 @@ class FcnHead(nn.Module):
     ) -> None:
         super().__init__()
         channels = max(1, in_channels // _HEAD_SHARE)
-        widths = [in_channels, *[channels] * n_convolutions]
+        # The first convolution narrows the map, and the others keep its width.
         blocks = []
-        for width, next_width in itertools.pairwise(widths):
-            blocks.append(ConvolutionBlock(width, next_width, generator))
+        width = in_channels
+        for _ in range(n_convolutions):
+            blocks.append(ConvolutionBlock(width, channels, generator))
+            width = channels
         self.convolutions = nn.Sequential(*blocks)
+        # mmsegmentation's concat_input.
         self.after_concatenation = None
         if concatenates:
             joined = in_channels + channels
             self.after_concatenation = ConvolutionBlock(joined, channels, generator)
+        # Whole channels, as neighboring pixels of one channel are nearly equal.
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, n_classes, 1)
         nn.init.normal_(self.classifier.weight, std=_CLASSIFIER_STD, generator=generator)
@@ -68,7 +72,8 @@ class FcnHead(nn.Module):
     def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes h w"]:
         features = self.convolutions(maps)
         if self.after_concatenation is not None:
-            features = self.after_concatenation(torch.cat([maps, features], dim=1))
+            joined = torch.cat([maps, features], dim=1)
+            features = self.after_concatenation(joined)
         return self.classifier(self.dropout(features))
 
 
@@ -102,6 +107,7 @@ class FullyConvolutionalNetwork(nn.Module):
         checks.one_of("the number of classes", n_classes, range(1, _MOST_CLASSES + 1))
         self.align_corners = align_corners
         self.auxiliary_weight = auxiliary_weight
+        # The last two stages keep the resolution of the third (D8: a stride of 8 pixels).
         self.backbone = backbone.dilated()
         # A generator of its own: the weights depend on the seed, not on what was drawn before.
         generator = torch.Generator()
@@ -146,13 +152,20 @@ class FullyConvolutionalNetwork(nn.Module):
     def losses(self, batch: SegmentationBatch) -> dict[str, Float[Tensor, ""]]:
         """Returns the parts of the loss, whose sum is trained on."""
         maps = self.backbone(batch.images)
+        # Logits are brought to the size of the class maps, not the reverse: no pixel's class is
+        # lost.
         size = batch.class_maps.shape[-2:]
-        logits = self.resized(self.head(maps[STAGES[-1]]), size)
-        auxiliary_logits = self.resized(self.auxiliary_head(maps[STAGES[-2]]), size)
-        auxiliary = mean_over_all_pixels(auxiliary_logits, batch.class_maps)
+        small_logits = self.head(maps[STAGES[-1]])
+        logits = self.resized(small_logits, size)
+        decode_loss = mean_over_all_pixels(logits, batch.class_maps)
+
+        # The auxiliary head brings gradients to the middle of the backbone, in training alone.
+        small_logits = self.auxiliary_head(maps[STAGES[-2]])
+        logits = self.resized(small_logits, size)
+        auxiliary_loss = mean_over_all_pixels(logits, batch.class_maps)
         return {
-            "decode": mean_over_all_pixels(logits, batch.class_maps),
-            "auxiliary": self.auxiliary_weight * auxiliary,
+            "decode": decode_loss,
+            "auxiliary": self.auxiliary_weight * auxiliary_loss,
         }
 
     @torch.no_grad()
@@ -166,7 +179,8 @@ class FullyConvolutionalNetwork(nn.Module):
         Logits are resized twice, to the size of the images and then to `out_size` (height, width),
         as in mmsegmentation. The network has to be in eval mode.
         """
-        logits = self.resized(self(images), out_size)
+        image_size_logits = self(images)
+        logits = self.resized(image_size_logits, out_size)
         return logits.argmax(dim=1).to(torch.uint8)
 
 

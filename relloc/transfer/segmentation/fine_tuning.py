@@ -80,6 +80,7 @@ class FcnFineTuning(IterativeFineTuning):
         """
         for images in (splits.train, splits.held_out):
             self._segmented(images)
+        # The classifier has one output for each class of the training images.
         if splits.train.classes != splits.held_out.classes:
             raise UsageError(
                 f"eval.{self.name}: {splits.train.name} has {len(splits.train.classes)} classes "
@@ -97,6 +98,7 @@ class FcnFineTuning(IterativeFineTuning):
         )
 
     def schedule(self) -> Schedule:
+        # Schedules are factors on the learning rate, and the setting is a rate (mmcv's min_lr).
         floor = self.lowest_rate / self.learning_rate
         return Poly(length=self.iterations, power=self.power, floor=floor)
 
@@ -112,8 +114,10 @@ class FcnFineTuning(IterativeFineTuning):
         samples: Sequence[CropSample],
         device: torch.device,
     ) -> Float[Tensor, ""]:
-        parts = network.losses(self.augment.batch(samples, device))
-        return torch.stack(list(parts.values())).sum()
+        batch = self.augment.batch(samples, device)
+        losses = network.losses(batch)
+        parts = list(losses.values())
+        return torch.stack(parts).sum()
 
     def test(
         self,
@@ -125,15 +129,18 @@ class FcnFineTuning(IterativeFineTuning):
         network.eval()
         images = context.splits.held_out
         metric = SegmentationMetric(len(images.classes))
+        # Pictures are for the finished network alone.
         pictured = evenly_spaced(len(images), _PICTURES) if final else ()
         n_tested = 0
         for tested, predicted in self._class_maps(network, context):
+            # Counted on the device, where the prediction is.
             truth = torch.from_numpy(tested.class_map).to(context.device)
             metric.add(tested.index, predicted=predicted, truth=truth)
             n_tested += 1
             if tested.index in pictured:
                 _draw(tested, predicted, images.classes, context.folder)
         scores = metric.evaluate()
+        # Over all processes: those that read none of their images still take part.
         n_tested = int(ranks.total(torch.tensor(n_tested)))
         if not n_tested:
             raise DataError(
@@ -173,13 +180,15 @@ class FcnFineTuning(IterativeFineTuning):
         for batch in config.progress(batches, what, len(keys)):
             unreadable.add(batch.unreadable)
             for tested in batch.samples:
-                pixels = torch.from_numpy(tested.image).to(context.device, non_blocking=True)
+                on_cpu = torch.from_numpy(tested.image)
+                pixels = on_cpu.to(context.device, non_blocking=True)
                 with torch.autocast(context.device.type, torch.bfloat16, enabled=config.bf16):
                     predicted = self.view.class_map(network, pixels)
                 yield tested, predicted
 
     def _scores(self, scores: SegmentationScores, n: int, splits: Splits) -> list[Score]:
         """Returns mIoU, the IoU of each class that is somewhere, and the share of right pixels."""
+        # They are part of each score, as scores are read one by one.
         deviations = tuple(self._differences(splits.train))
         details = (f"trained on {self.augment}",)
         miou = Score(
@@ -193,25 +202,27 @@ class FcnFineTuning(IterativeFineTuning):
             deviations=deviations,
             details=details,
         )
-        found = [miou]
         numbers = {"pixel_accuracy": scores.pixel_accuracy}
         by_class = scores.iou_by_class.tolist()
         for name, iou in zip(splits.held_out.classes, by_class, strict=True):
             # A class that is neither shown nor predicted has no IoU.
             if not math.isnan(iou):
-                numbers[f"iou_{name.replace(' ', '_')}"] = iou
+                class_name = name.replace(" ", "_")
+                numbers[f"iou_{class_name}"] = iou
+
+        # Tables of reports have a column for mIoU alone.
+        all_scores = [miou]
         for metric, share in numbers.items():
-            found.append(
-                dataclasses.replace(
-                    miou,
-                    table="",
-                    column="",
-                    metric=metric,
-                    value=100 * share,
-                    headline=False,
-                )
+            score = dataclasses.replace(
+                miou,
+                table="",
+                column="",
+                metric=metric,
+                value=100 * share,
+                headline=False,
             )
-        return found
+            all_scores.append(score)
+        return all_scores
 
     def _segmented(self, images: ImageSet) -> SegmentedImages:
         """Returns the images. Raises `UsageError` if they have no class maps."""
@@ -224,6 +235,7 @@ class FcnFineTuning(IterativeFineTuning):
 
     def _differences(self, train: ImageSet) -> Iterator[str]:
         """Yields how images and crops differ from those of the published training."""
+        # Such results stand beside published ones, which they are not comparable with.
         if len(train) != self.published_images:
             yield f"trained on {len(train):,} images instead of {self.published_images:,}"
         if str(self.augment) != str(self.published_augment):
@@ -236,6 +248,7 @@ def _draw(
     classes: Sequence[str],
     folder: Path,
 ) -> None:
+    """Draws an image with its true and its predicted class map."""
     folder.mkdir(parents=True, exist_ok=True)
     draw_class_maps(
         tested.image,

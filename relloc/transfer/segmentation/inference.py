@@ -65,7 +65,11 @@ class WholeImage:
         image: UInt8[Tensor, "h w 3"],
     ) -> UInt8[Tensor, "h w"]:
         """Returns the most likely class of each pixel of an image, at its own size."""
-        return network.segment(_fitted(image, self.box), image.shape[:2])[0]
+        fitted = _fitted(image, self.box)
+        own_size = image.shape[:2]
+        # The batch has one image: images have different sizes.
+        (class_map,) = network.segment(fitted, own_size)
+        return class_map
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,7 @@ class SlidingWindows:
         check_box("view.box", self.box)
         checks.whole("view.window_px", self.window_px)
         checks.whole("view.stride_px", self.stride_px)
+        # A larger stride would leave pixels without a prediction.
         checks.number("view.stride_px", self.stride_px, at_most=self.window_px)
 
     def __str__(self) -> str:
@@ -104,8 +109,9 @@ class SlidingWindows:
         """Returns the most likely class of each pixel of an image, at its own size."""
         logits = self.logits(network, _fitted(image, self.box))
         # The source takes a softmax before the maximum, which changes no order.
-        at_own_size = network.resized(logits, image.shape[:2])
-        return at_own_size[0].argmax(dim=0).to(torch.uint8)
+        own_size = image.shape[:2]
+        (at_own_size,) = network.resized(logits, own_size)
+        return at_own_size.argmax(dim=0).to(torch.uint8)
 
     def logits(
         self,
@@ -114,17 +120,21 @@ class SlidingWindows:
     ) -> Float[Tensor, "b classes h w"]:
         """Returns the mean logits, over all windows that show it, of each pixel."""
         height, width = images.shape[-2:]
+        # Made when the first logits show how many classes there are.
         total = None
         counts = images.new_zeros(height, width)
         for rows in self._windows(height):
             for columns in self._windows(width):
-                window_logits = network(images[:, :, rows, columns])
+                window = images[:, :, rows, columns]
+                window_logits = network(window)
                 if total is None:
-                    total = window_logits.new_zeros(*window_logits.shape[:2], height, width)
+                    n_images, n_classes = window_logits.shape[:2]
+                    total = window_logits.new_zeros(n_images, n_classes, height, width)
                 total[:, :, rows, columns] += window_logits
                 counts[rows, columns] += 1
         if total is None:
             raise ValueError(f"images of {height} x {width} pixels have no windows")
+        # Each pixel is divided by the number of windows that show it.
         return total / counts
 
     def _windows(self, side: int) -> Iterator[slice]:
@@ -134,7 +144,9 @@ class SlidingWindows:
         n_steps = -(-last_start // self.stride_px)
         for step in range(n_steps + 1):
             start = min(step * self.stride_px, last_start)
-            yield slice(start, min(start + self.window_px, side))
+            # An image that is smaller than a window is a window of its own.
+            end = min(start + self.window_px, side)
+            yield slice(start, end)
 
 
 def _fitted(
@@ -143,7 +155,9 @@ def _fitted(
 ) -> Float[Tensor, "1 3 h2 w2"]:
     """Returns an image as a network takes it, at the largest size that fits into the box."""
     height, width = image.shape[:2]
-    pixels = resized(image, fitted_size(height, width, box))
+    size = fitted_size(height, width, box)
+    pixels = resized(image, size)
     # The result of a permutation is not laid out as convolutions expect it.
     channels_first = pixels.permute(2, 0, 1).contiguous()
-    return ByDataset()(channels_first).unsqueeze(0)
+    normalize = ByDataset()
+    return normalize(channels_first).unsqueeze(0)

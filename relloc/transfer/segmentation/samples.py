@@ -21,6 +21,7 @@ class MakeCrop:
     augment: TrainingCrops
 
     def __call__(self, index: int, seed: int) -> CropSample:
+        # Both are read together, so that sizes that differ are noticed here.
         image, class_map = read_with_class_map(self.images, index)
         return self.augment.sample(image, class_map, seed)
 
@@ -47,5 +48,6 @@ class MakeTested:
     images: SegmentedImages
 
     def __call__(self, index: int, seed: int) -> TestedImage:
+        # Not resized: mIoU counts the pixels of the original class map.
         image, class_map = read_with_class_map(self.images, index)
         return TestedImage(index=index, image=image, class_map=class_map)

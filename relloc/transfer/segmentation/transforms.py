@@ -102,17 +102,20 @@ class TrainingCrops:
         check_box("augment.box", self.box)
         checks.numbers("augment.ratio", self.ratio, above=0)
         checks.one_of("the number of limits in augment.ratio", len(self.ratio), [2])
-        checks.number("augment.ratio's upper limit", self.ratio[1], at_least=self.ratio[0])
+        lower, upper = self.ratio
+        checks.number("augment.ratio's upper limit", upper, at_least=lower)
         # At a smaller ratio the box would have no pixels.
-        checks.number("augment.ratio's lower limit", self.ratio[0], at_least=1 / self.box[1])
+        least_ratio = 1 / self.box[1]
+        checks.number("augment.ratio's lower limit", lower, at_least=least_ratio)
         checks.whole("augment.crop_px", self.crop_px)
         checks.number("augment.most_of_one_class", self.most_of_one_class, above=0, at_most=1)
         checks.number("augment.flip", self.flip, at_least=0, at_most=1)
 
     def __str__(self) -> str:
         low, high = self.ratio
+        long, short = self.box
         return (
-            f"crops of {self.crop_px} px from images fitted into {self.box[0]} x {self.box[1]} px "
+            f"crops of {self.crop_px} px from images fitted into {long} x {short} px "
             f"times {low:g}..{high:g}, photometric distortion, flip {self.flip:g}"
         )
 
@@ -123,18 +126,24 @@ class TrainingCrops:
         seed: int,
     ) -> CropSample:
         """Returns a random crop of an image, whose only source of randomness is `seed`."""
+        # The order of all draws is part of the protocol: another one gives other samples.
         rng = random.Random(seed)
         height, width = class_map.shape
         ratio = rng.uniform(*self.ratio)
+        # mmcv scales the box, cuts its sides to whole numbers, and fits the image after that.
         scaled_box = [int(side * ratio) for side in self.box]
         size = fitted_size(height, width, scaled_box)
-        rows = nearest_indices(height, size[0])
-        columns = nearest_indices(width, size[1])
+        new_height, new_width = size
+        # Class maps are not interpolated: there is no class between two others.
+        rows = nearest_indices(height, new_height)
+        columns = nearest_indices(width, new_width)
 
         # A class map is cut before the crop is known, as the choice depends on its classes.
+        last_top = max(new_height - self.crop_px, 0)
+        last_left = max(new_width - self.crop_px, 0)
         for redraw in range(_MOST_REDRAWS + 1):
-            top = rng.randint(0, max(size[0] - self.crop_px, 0))
-            left = rng.randint(0, max(size[1] - self.crop_px, 0))
+            top = rng.randint(0, last_top)
+            left = rng.randint(0, last_left)
             crop_rows = rows[top : top + self.crop_px]
             crop_columns = columns[left : left + self.crop_px]
             classes = class_map[crop_rows][:, crop_columns]
@@ -146,8 +155,10 @@ class TrainingCrops:
         flip = rng.random() < self.flip
         if flip:
             classes = classes[:, ::-1]
+        # What a small image lacks counts for no class.
         padded = np.full((self.crop_px, self.crop_px), VOID, dtype=np.uint8)
-        padded[: classes.shape[0], : classes.shape[1]] = classes
+        n_rows, n_columns = classes.shape
+        padded[:n_rows, :n_columns] = classes
         color = self.photometric.draw(rng)
         plan = CropPlan(size=size, top=top, left=left, flip=flip, color=color)
         return CropSample(image=image, class_map=padded, plan=plan)
@@ -161,23 +172,29 @@ class TrainingCrops:
                 class_maps=torch.zeros(0, side, side, dtype=torch.int64, device=device),
             )
         # A single copy brings all tables to the device.
-        tables = _to_device(torch.stack([self._tables(sample) for sample in samples]), device)
+        tables_on_cpu = [self._tables(sample) for sample in samples]
+        tables = _to_device(torch.stack(tables_on_cpu), device)
         crops = []
         for sample, (row_table, column_table) in zip(samples, tables, strict=True):
-            pixels = torch.from_numpy(sample.image).to(device, non_blocking=True)
+            # Images have different sizes, so each is copied by itself.
+            on_cpu = torch.from_numpy(sample.image)
+            pixels = on_cpu.to(device, non_blocking=True)
             rows = Interpolation.from_table(row_table)
             columns = Interpolation.from_table(column_table)
             crops.append(interpolated(pixels, rows, columns))
-        images = torch.stack(crops).permute(0, 3, 1, 2).contiguous()
-        images = distorted(images, [sample.plan.color for sample in samples])
+        # Crops are of one size now, so that the rest is computed for all at once.
+        channels_first = torch.stack(crops).permute(0, 3, 1, 2)
+        colors = [sample.plan.color for sample in samples]
+        images = distorted(channels_first.contiguous(), colors)
         # Padding is black after the normalization, as the source normalizes before it pads.
         is_image = _to_device(self._filled(samples), device)
-        images = torch.where(is_image, ByDataset()(images), 0)
-        class_maps = torch.from_numpy(np.stack([sample.class_map for sample in samples]))
-        return SegmentationBatch(
-            images=images,
-            class_maps=_to_device(class_maps, device).long(),
-        )
+        normalize = ByDataset()
+        images = torch.where(is_image, normalize(images), 0)
+
+        # Bytes on the way, and the numbers that cross-entropy takes on the device.
+        class_maps = np.stack([sample.class_map for sample in samples])
+        on_device = _to_device(torch.from_numpy(class_maps), device)
+        return SegmentationBatch(images=images, class_maps=on_device.long())
 
     def _tables(self, sample: CropSample) -> Float[Tensor, "2 3 s"]:
         """Returns the interpolation tables of a crop's rows and columns; 0 where it is padded."""
@@ -185,17 +202,21 @@ class TrainingCrops:
         source_sides = sample.image.shape[:2]
         tables = torch.zeros(2, 3, self.crop_px)
         for axis, first in enumerate((plan.top, plan.left)):
-            table = interpolation_table(source_sides[axis], plan.size[axis])
-            table = table[:, first : first + self.crop_px]
+            whole_table = interpolation_table(source_sides[axis], plan.size[axis])
+            end = first + self.crop_px
+            table = whole_table[:, first:end]
+            # To read columns backwards mirrors the crop at no cost.
             is_column = axis == 1
             if plan.flip and is_column:
                 table = table.flip(1)
-            tables[axis, :, : table.shape[1]] = table
+            n_pixels = table.shape[1]
+            tables[axis, :, :n_pixels] = table
         return tables
 
     def _filled(self, samples: Sequence[CropSample]) -> Bool[Tensor, "b 1 s s"]:
         """Returns which pixels of each crop show its image."""
-        filled = torch.zeros(len(samples), 1, self.crop_px, self.crop_px, dtype=torch.bool)
+        side = self.crop_px
+        filled = torch.zeros(len(samples), 1, side, side, dtype=torch.bool)
         for index, sample in enumerate(samples):
             height, width = sample.plan.size
             # What lies beyond the crop's side is cut off by the slice itself.
@@ -211,7 +232,11 @@ def is_mixed(class_map: UInt8[np.ndarray, "h w"], most_of_one_class: float) -> b
     counts = np.bincount(class_map.ravel(), minlength=_CLASS_NUMBERS)
     counts[VOID] = 0
     shows_several = np.count_nonzero(counts) > 1
-    return bool(shows_several and counts.max() / counts.sum() < most_of_one_class)
+    # A crop of void alone has no share, and is not mixed either.
+    if not shows_several:
+        return False
+    largest_share = counts.max() / counts.sum()
+    return bool(largest_share < most_of_one_class)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
