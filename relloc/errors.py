@@ -29,6 +29,13 @@ class DataError(UsageError):
     """A data set that can't be used as it is."""
 
 
+class MissingData(DataError):
+    """A data set of which nothing is there, or of which no setting says where it is.
+
+    What is there in part, or damaged, is a plain `DataError`.
+    """
+
+
 class DamagedFile(UsageError):
     """A file of a run folder that is not as relloc writes it."""
 

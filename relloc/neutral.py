@@ -27,6 +27,8 @@ _EXECUTION = {
     "bank_gib": "features that do not fit in memory are computed again",
     "save_every_s": "how often a run is saved",
     "reuse": "rows that are copied equal those that would be measured",
+    "missing_data": "an evaluation without its data has no results",
+    "report": "what is printed at the end",
     "runs": "where run folders lie",
     "tracking": "where numbers are mirrored to",
     "launcher": "which machines run it",

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 
 from relloc.data.annotated_folders import ClassMapFolder
 from relloc.data.annotations import VOID
-from relloc.data.folder import require_root
+from relloc.data.folder import require_root, require_some_of
 from relloc.data.image_set import Splits, warn_of_other_counts
 from relloc.errors import DataError, UnreadableImage
 
@@ -97,6 +97,7 @@ def cityscapes(
         >>> cityscapes(name="cityscapes", root="/data/cityscapes", train="train", held_out="val")
     """
     base = require_root(root, _HOLDING)
+    require_some_of(base, ["leftImg8bit", "gtFine"], _HOLDING)
     train_images, n_train_converted = _split(name, base, train)
     held_out_images, n_held_out_converted = _split(name, base, held_out)
     n_converted = n_train_converted + n_held_out_converted

@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int64
 
 from relloc.data.annotated_folders import ObjectFolder
 from relloc.data.annotations import LEAST_POLYGON_NUMBERS
-from relloc.data.folder import require_root
+from relloc.data.folder import require_root, require_some_of
 from relloc.data.image_set import Splits
 from relloc.data.json_lists import read_lists
 from relloc.data.lists import checked_splits
@@ -52,6 +52,7 @@ def coco(
         >>> coco(name="coco2017", root="/data/coco", train="train2017", held_out="val2017")
     """
     base = require_root(root, _COCO)
+    require_some_of(base, [train, held_out, "images", "annotations"], _COCO)
     train_images = _split(name, base, train)
     held_out_images = _split(name, base, held_out)
     train_file = _annotation_file(base, train)

@@ -31,7 +31,7 @@ from relloc.data.listing import (
 from relloc.data.manifest import is_packed
 from relloc.data.processes import Progress, without_progress
 from relloc.data.split_folders import FolderTree, images_by_folder, refuse_pooled_splits
-from relloc.errors import DataError
+from relloc.errors import DataError, MissingData
 from relloc.terminal import escaped, quantity
 
 # How many of the empty class folders an error message names.
@@ -127,10 +127,11 @@ def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
     """Returns the folder that the setting data.root names; `holding` says what it should hold.
 
     Raises:
-        DataError: data.root is not set, is no folder, or is a folder that relloc.prepare packed.
+        MissingData: data.root is not set.
+        DataError: data.root is no folder, or is a folder that relloc.prepare packed.
     """
     if not root:
-        raise DataError(
+        raise MissingData(
             "data.root is not set: give data.root=FOLDER, or set the environment variable "
             f"RELLOC_DATA, to a folder with {holding}"
         )
@@ -142,6 +143,19 @@ def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
             "instead"
         )
     return Path(root)
+
+
+def require_some_of(base: Path, parts: Sequence[str], holding: str) -> None:
+    """Checks that a folder has at least one of the files and folders that make up a data set.
+
+    `holding` says what the folder should hold. That something of it is there tells a damaged data
+    set from the folder of another one.
+
+    Raises:
+        MissingData: the folder has none of `parts`.
+    """
+    if not any((base / part).exists() for part in parts):
+        raise MissingData(f"{base / parts[0]} is missing: data.root is to hold {holding}")
 
 
 def _labeled(
@@ -193,6 +207,7 @@ def class_folders(
     number of images by split; a differing number is a warning.
 
     Raises:
+        MissingData: no root is given, or it has neither of the splits.
         DataError: the root or a split is missing, a split or a class is empty, or the classes of
             the two splits differ.
 
@@ -200,6 +215,7 @@ def class_folders(
         >>> splits = class_folders(name="in1k", root="/data/imagenet", train="train", val="val")
     """
     base = require_root(root, holding)
+    require_some_of(base, [train, val], holding)
     # The names of the folders of one level are read, which takes no time even for ImageNet.
     train_folder = base / train
     val_folder = base / val

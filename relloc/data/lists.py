@@ -9,14 +9,15 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from relloc.data.folder import FolderImages, require_root
+from relloc.data.folder import FolderImages, require_root, require_some_of
 from relloc.data.image_set import Splits, warn_of_other_counts
-from relloc.errors import DataError, data_errors
+from relloc.errors import DataError, MissingData, data_errors
 from relloc.files import read_text
 
 _VOC_NAMES = (
@@ -177,7 +178,8 @@ def voc_devkit(root: str | None, year: int) -> Path:
     """Returns the folder VOC<year>: `root` holds VOCdevkit, or is VOCdevkit or VOC<year> itself.
 
     Raises:
-        DataError: `root` is not set or no folder, or it holds no JPEGImages of that year.
+        MissingData: `root` is not set, or holds nothing of that year.
+        DataError: `root` is no folder, or holds no JPEGImages of that year.
     """
     holding = _VOC.format(year=year)
     above = require_root(root, holding)
@@ -185,10 +187,25 @@ def voc_devkit(root: str | None, year: int) -> Path:
     candidates = (below_devkit, above / f"VOC{year}", above)
     for folder in candidates:
         if (folder / "JPEGImages").is_dir():
+            _refuse_other_year(folder, year)
             return folder
     # The message names the place where the official archives put it.
     expected = below_devkit / "JPEGImages"
-    raise DataError(f"{expected} is missing: data.root is to hold {holding}")
+    message = f"{expected} is missing: data.root is to hold {holding}"
+    # The folder of the year without images is not missing, but damaged.
+    if any(folder.is_dir() for folder in candidates[:2]):
+        raise DataError(message)
+    raise MissingData(message)
+
+
+def _refuse_other_year(folder: Path, year: int) -> None:
+    """Raises `MissingData` if the name of a folder says that it is VOC of another year."""
+    is_named_by_year = re.fullmatch(r"VOC\d{4}", folder.name) is not None
+    if is_named_by_year and folder.name != f"VOC{year}":
+        raise MissingData(
+            f"data.root={folder} is the folder of one year: give the folder above, which is to "
+            f"hold VOC{year} besides: {_VOC.format(year=year)}"
+        )
 
 
 def voc_list(devkit: Path, kind: str, split: str) -> list[str]:
@@ -233,6 +250,7 @@ def places205(
             same image, or their labels disagree.
     """
     base = require_root(root, _PLACES)
+    require_some_of(base, [train_list, val_list, images], _PLACES)
     lists = [base / train_list, base / val_list]
     train = _labeled_lines(lists[0])
     val = _labeled_lines(lists[1])
@@ -316,6 +334,7 @@ def inaturalist2018(
             categories disagree.
     """
     base = require_root(root, _INATURALIST)
+    require_some_of(base, [train_annotations, val_annotations, images], _INATURALIST)
     lists = [base / train_annotations, base / val_annotations]
     train_content = _annotations(lists[0])
     val_content = _annotations(lists[1])

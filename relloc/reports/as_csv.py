@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from relloc.reports.compare import MARK_WORDS, ReportEntry
-from relloc.reports.published import CARD_GROUP, Published, part_with
+from relloc.reports.published import CARD_GROUP, Published, part_with, published_variant
 from relloc.reports.table import Report
 from relloc.results import Result
 from relloc.terminal import escaped
@@ -48,11 +48,11 @@ def as_csv(report: Report) -> str:
     )
     writer.writeheader()
     # The cells of the card that we have measured
-    measured = {
-        (entry.result.table, entry.result.column)
-        for entry in report.entries
-        if entry.group == CARD_GROUP
-    }
+    measured = set()
+    for entry in report.entries:
+        row = entry.result
+        if entry.group == CARD_GROUP:
+            measured.add((row.table, row.column, published_variant(row)))
     lines = [_published_line(number, measured) for number in report.published]
     lines += [_our_line(entry) for entry in report.entries]
     for line in lines:
@@ -73,12 +73,12 @@ def as_text(value: object) -> object:
 
 
 def _published_line(
-    number: Published, measured: Collection[tuple[str, str]]
+    number: Published, measured: Collection[tuple[str, str, str]]
 ) -> Mapping[str, object]:
     """Returns the line of a published number; `measured` are the cells of the card that we have."""
     part = part_with(number.table, number.column)
     state = "missing" if part.evaluation else "not built"
-    if (number.table, number.column) in measured:
+    if (number.table, number.column, number.variant) in measured:
         state = "measured"
     return {
         **dataclasses.asdict(number),

@@ -22,6 +22,7 @@ from relloc.reports.published import (
     foreign_view,
     parts_of,
     published_numbers,
+    published_variant,
 )
 from relloc.results import LAYERS, Result
 
@@ -161,8 +162,8 @@ def _entry(
     """Returns the entry of one number; `best_layers` are the best-layer results of all tables."""
     row = each.result
     group = group_of(each)
-    # Secondary numbers of an evaluation have no table, and are in CSV alone
-    is_shown = bool(row.table)
+    # Secondary numbers of an evaluation have no table or no column, and are in CSV alone
+    is_shown = bool(row.table and row.column)
     layer_reason = ""
     # Some tables show one layer only, the best of another table (low-shot: that of the full SVM)
     sources = (part.layer_best_in for part in parts_of(row.table) if part.layer_best_in)
@@ -216,16 +217,19 @@ def _layer_to_show(each: Measured, best_layers: Sequence[Measured]) -> tuple[str
 def published_beside(line: Line, row: Result) -> tuple[Published, ...]:
     """Returns the published numbers that one of our numbers on the card is compared with.
 
-    They are of the published row for the checkpoint, in the same table and column. There are none
-    for other models, other views of the images, and other layers than the published one.
+    They are of the published row for the checkpoint, in the same table and column, and of the same
+    of two protocols that share a name. There are none for other models, other views of the images,
+    and other layers than the published one.
     """
     if line.model != PUBLISHED_MODEL or foreign_view(row):
         return ()
+    variant = published_variant(row)
     for name in _COMPARED_WITH.get(line.checkpoint, (CARD, CARD_OSS)):
         numbers = tuple(
             each
             for each in published_numbers()
             if (each.row, each.table, each.column) == (name, row.table, row.column)
+            and each.variant == variant
             # A variant that is a layer compares with that layer only
             and (row.variant not in LAYERS or row.variant == each.layer)
         )

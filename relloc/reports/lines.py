@@ -43,11 +43,15 @@ def name_images(results: Sequence[Measured]) -> list[Measured]:
     identify the images.
 
     That is so where images of one data set, split and count were recorded with several digests:
-    `images` then names the number's own digest.
+    `images` then names the number's own digest. A digest covers annotations, which fine-tuned
+    evaluations of the same images may read differently, so that only numbers of one such
+    evaluation, measured in one way, are held against each other.
     """
 
     def image_set(each: Measured) -> tuple[object, ...]:
-        return each.result.dataset, each.result.split, each.result.n
+        row = each.result
+        evaluation = (row.eval, row.variant) if row.kind == "fine-tuned" else ()
+        return row.dataset, row.split, row.n, evaluation
 
     # A digest counts once, however many numbers were measured on it
     recorded = {(image_set(each), each.digest) for each in results if each.digest}

@@ -34,7 +34,8 @@ class CardPart:
         columns: The columns that it fills.
         dataset, split, images: The images of the published numbers, and how many they are.
         view: How the published numbers saw whole images.
-        hours: An estimate for a ResNet-50 on one GPU, from the rates in docs/benchmarks.md.
+        hours: An estimate for a ResNet-50 on one GPU, from the rates in docs/benchmarks.md, or
+            those that docs/card.md assumes where none was measured.
         layer_best_in: The table whose best layer is the layer of these numbers, or "" where there
             is a column for each layer or the layer is given.
     """
@@ -59,6 +60,8 @@ class Published:
         kind: "card" (relative location and its controls) or "other" (other pretext tasks).
         row: The name of the row, by project and method.
         table, column: Where the card has the number.
+        variant: The variant of our results that it compares with, where one name stands for two
+            protocols. It is "detectron2" for detection that detectron2 trained and tested.
         evaluation: The evaluation that measures it, as conf/eval names it.
         dataset, split: The images that it was measured on.
         layer: The layer, or "" where the source names none or the whole network was trained.
@@ -81,6 +84,7 @@ class Published:
     row: str
     table: str
     column: str
+    variant: str
     evaluation: str
     dataset: str
     split: str
@@ -168,6 +172,18 @@ def part_with(table: str, column: str) -> CardPart:
         f"card.csv has no column {column!r} of a table {table!r}: correct the spelling in "
         "published.csv, or add the column to card.csv first"
     )
+
+
+def published_variant(row: Result) -> str:
+    """Returns the variant of the published numbers that one of ours compares with, mostly "".
+
+    It is the variant of the row where that names a published protocol, and not only a choice or a
+    layer of ours.
+    """
+    for number in published_numbers():
+        if (number.table, number.variant) == (row.table, row.variant):
+            return row.variant
+    return ""
 
 
 def is_on_card(row: Result) -> bool:

@@ -239,17 +239,17 @@ def _caption(
 
 def _published_rows(numbers: Sequence[Published], columns: Sequence[str]) -> Iterable[Row]:
     # A cell has several numbers where editions of one source disagree
-    rows: dict[str, dict[str, list[Published]]] = {}
+    rows: dict[tuple[str, str], dict[str, list[Published]]] = {}
     for number in numbers:
-        in_column = rows.setdefault(number.row, {})
+        in_column = rows.setdefault((number.row, number.variant), {})
         editions = in_column.setdefault(number.column, [])
         editions.append(number)
-    for name, in_column in rows.items():
+    for (name, variant), in_column in rows.items():
         cells = []
         for column in columns:
             editions = in_column.get(column)
             cells.append(_published_cell(editions) if editions else None)
-        yield Row(label=name, is_published=True, cells=tuple(cells))
+        yield Row(label=name, is_published=True, cells=tuple(cells), setting=variant)
 
 
 def _published_cell(numbers: Sequence[Published]) -> Cell:
@@ -416,7 +416,8 @@ def _legend(entries: Sequence[ReportEntry]) -> Iterable[str]:
         f"lines: random with {RANDOM}, torchvision with {SUPERVISED}, all others with {CARD}, or "
         f"{CARD_OSS} where that has no number. Recalibrated lines and those with a setting of "
         "their own are marked as well, though they follow another protocol; not so other views of "
-        "the images and other layers of nearest neighbors."
+        "the images and other layers of nearest neighbors. Lines with the setting detectron2 are "
+        "compared with published ones of that setting, and all others with those without it."
     )
     yield (
         "Bold: the highest of several rows of ours in a column with the same setting, supervised "

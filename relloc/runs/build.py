@@ -28,7 +28,7 @@ from relloc.data.image_set import Splits
 from relloc.data.order import StepPlan
 from relloc.data.packing import Packing
 from relloc.data.views import Center
-from relloc.errors import UsageError
+from relloc.errors import MissingData, UsageError
 from relloc.evaluation.contract import BATCH_NORMS, EvalSettings, Evaluation, NamedEvaluation
 from relloc.features.batch_norm import check_one_image
 from relloc.features.source import EncodeConfig, encode
@@ -44,6 +44,9 @@ from relloc.runs.renamed import refuse_old_names
 from relloc.runs.settings import conf_dir, plain
 from relloc.terminal import quantity
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
+
+# What may become of an evaluation whose data set is not there
+MISSING_DATA = ("error", "skip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,9 @@ class RunSettings:
     """The settings that pretraining and evaluating share.
 
     `view` crops and resizes whole images, of which `view_batch` are encoded at once. Results of
-    other runs in the folder `reused_runs` are used again.
+    other runs in the folder `reused_runs` are used again. `missing_data` says what becomes of an
+    evaluation whose data set is not there: "error" ends the run, "skip" leaves the evaluation out.
+    With `report` the run ends in the report of its results beside the published ones.
     """
 
     seed: int
@@ -113,9 +118,12 @@ class RunSettings:
     bank_gib: float
     save_every_s: float
     reused_runs: Path | None
+    missing_data: str
+    report: bool
 
     def __post_init__(self) -> None:
         checks.whole("seed", self.seed, at_least=0)
+        checks.one_of("missing_data", self.missing_data, MISSING_DATA)
         checks.whole("view.batch", self.view_batch)
         checks.some_of("batch_norm", self.batch_norms, BATCH_NORMS)
         checks.whole("calibration_images", self.calibration_images)
@@ -123,7 +131,9 @@ class RunSettings:
         checks.number("save_every_s", self.save_every_s, at_least=0, at_most=math.inf)
         of_evaluations = [chosen.data for chosen in self.evaluations if chosen.data]
         missing = [data.missing_setting for data in of_evaluations if data.missing_setting]
-        if missing:
+        # Evaluations may be left out, but not all of them.
+        is_error = self.missing_data == "error" or len(missing) == len(self.evaluations)
+        if missing and is_error:
             lost = quantity(
                 len(missing),
                 "evaluation doesn't know where its data set lies",
@@ -144,7 +154,8 @@ class RunSettings:
         if self.needs_own_data:
             self.data.check_folders(made_by_jobs)
         for chosen in self.evaluations:
-            if chosen.data:
+            # A data set that no setting names is an error before this, or left out.
+            if chosen.data and not chosen.data.missing_setting:
                 chosen.data.check_folders(made_by_jobs)
 
     def encode_config(self, engine: Engine, *, shown: bool = True) -> EncodeConfig:
@@ -172,18 +183,31 @@ class RunSettings:
             seed=self.seed,
         )
 
-    def named_evaluations(self, own: Splits | None) -> list[NamedEvaluation]:
+    def named_evaluations(self, own: Splits | None) -> tuple[list[NamedEvaluation], dict[str, str]]:
         """Returns the evaluations with their images: the run's `own`, or those they bring.
 
-        A data set that several evaluations bring is listed once.
+        A data set that several evaluations bring is listed once. The dictionary has the reason for
+        each evaluation that is left out because its data set is not there, by its name.
+
+        Raises:
+            MissingData: the data set of an evaluation is not there, and it is not to be left out;
+                or none is there.
+            DataError: images can't be listed.
         """
         # Data sets that were listed already, by a text that is equal for equal images
         listed = {self.data.images: own} if own else {}
         evaluations = []
+        left_out: dict[str, str] = {}
         for chosen in self.evaluations:
             data = chosen.data or self.data
             if data.images not in listed:
-                listed[data.images] = data.read()
+                try:
+                    listed[data.images] = data.read()
+                except MissingData as error:
+                    if self.missing_data == "error":
+                        raise
+                    left_out[chosen.name] = str(error)
+                    continue
             named = NamedEvaluation(
                 name=chosen.name,
                 evaluation=chosen.evaluation,
@@ -193,7 +217,12 @@ class RunSettings:
                 how_to_give=chosen.data.how_to_give if chosen.data else "",
             )
             evaluations.append(named)
-        return evaluations
+        if left_out and not evaluations:
+            raise MissingData(
+                f"none of {quantity(len(left_out), 'evaluation')} has its data set: "
+                f"{'; '.join(dict.fromkeys(left_out.values()))}"
+            )
+        return evaluations, left_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -471,6 +500,8 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
         "view_batch": view["batch"],
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
         "reused_runs": Path(given["runs"]) if given["reuse"] else None,
+        "missing_data": given["missing_data"],
+        "report": given["report"],
     }
 
 

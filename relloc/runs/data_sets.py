@@ -16,7 +16,7 @@ from relloc.data.image_set import Splits, warn_of_other_counts
 from relloc.data.lists import COUNTED_YEAR, MultiLabeled
 from relloc.data.processes import without_progress
 from relloc.data.shards import shards
-from relloc.errors import DataError, UsageError
+from relloc.errors import DataError, MissingData, UsageError
 from relloc.runs import console
 from relloc.terminal import quantity
 
@@ -125,17 +125,24 @@ class DataSet:
         false, the digest of the images is computed as well, with a progress bar.
 
         Raises:
+            MissingData: nothing of the data set is there, as rank 0 sees it.
             DataError: the images can't be listed.
         """
         # The others wait here, and rank 0 lets them go below.
         is_first = ranks.rank() == 0
-        if not is_first:
-            ranks.from_first("")
+        missing = "" if is_first else ranks.from_first("")
+        if missing:
+            raise MissingData(missing)
         try:
             found = shards(root=self.shards) if self.shards else self.list_images()
         except DataError as error:
             # The readers know one data set only, and call its settings data.root and data.shards.
-            raise DataError(self._with_own_setting(str(error))) from error
+            message = self._with_own_setting(str(error))
+            is_missing = isinstance(error, MissingData) or self.missing_setting
+            # All ranks may go on without this data set, so that they have to agree.
+            if is_missing and is_first:
+                raise MissingData(ranks.from_first(message)) from error
+            raise DataError(message) from error
         if self.shards:
             self._warn_of_other_images(found)
         if is_first:
@@ -155,6 +162,8 @@ class DataSet:
         """
         # Readers write data.root or data.shards; put this data set's own setting there.
         message = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", message)
+        # Where the folder is not known, they name the variable that all data sets share.
+        message = message.replace("variable RELLOC_DATA", f"variable {self._variable}")
         # The folder may have been set by a variable that the user has forgotten.
         variables = [name for name in (self._variable, "RELLOC_DATA") if os.environ.get(name)]
         variable = variables[0] if variables else ""

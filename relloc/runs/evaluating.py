@@ -18,6 +18,9 @@ from relloc.errors import KnownAnswerMissed, UsageError
 from relloc.evaluation.contract import EvalSettings, EvaluatedModel, LogCurves, NamedEvaluation
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
 from relloc.pretext.stopping import stop_request
+from relloc.reports.load import find_measured
+from relloc.reports.render import as_markdown
+from relloc.reports.table import make_report
 from relloc.results import RESULTS_FILE, Result, append_results, read_results, tracked_eval
 from relloc.runs import console, known_answers
 from relloc.runs.build import Evaluating
@@ -29,6 +32,8 @@ from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
 from relloc.terminal import quantity
 from relloc.tracking.journal import Journal
+
+_DATA_PAGE = "docs/evaluations.md (Data sets)"
 
 
 def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
@@ -61,7 +66,8 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         check_files(run_dir)
         # Most evaluations bring their data set; the others use the one that data= names.
         shared_data = settings.data.read() if settings.needs_own_data else None
-        evaluations = settings.named_evaluations(shared_data)
+        evaluations, left_out = settings.named_evaluations(shared_data)
+        print_left_out(left_out)
         _refuse_several_processes(evaluations)
         # Missing data of the last evaluation is an error before the first is run.
         for named in evaluations:
@@ -95,9 +101,35 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
             return
         # The folder may also hold rows of other commands, which are not shown.
         folder.summarize(fingerprints)
+    if settings.report:
+        print_report(run_dir)
+        # After hours of evaluations, what was said at the start is far above.
+        print_left_out(left_out)
     if settings.verdict:
         report_known_answers(run_dir, answers, fingerprints)
-    console.print_next("report", console.from_here(run_dir))
+    if settings.report:
+        console.print_next("report", console.from_here(run_dir), "--out", "report.html")
+    else:
+        console.print_next("report", console.from_here(run_dir))
+
+
+def print_left_out(reasons: Mapping[str, str]) -> None:
+    """Prints on rank 0 which evaluations have no data set, and what to do about it.
+
+    `reasons` has what is missing, by the name of the evaluation.
+    """
+    if not reasons or ranks.rank() > 0:
+        return
+    for name, reason in reasons.items():
+        console.print_message(f"skipped {name}: {reason}")
+    console.print_message(
+        f"        {_DATA_PAGE} tells what to unpack where. The same command then measures the rest"
+    )
+
+
+def print_report(run_dir: Path) -> None:
+    """Prints the report of a run folder, as `python -m relloc.report` does."""
+    print(as_markdown(make_report(find_measured([run_dir]))), end="")
 
 
 def _refuse_several_processes(evaluations: Sequence[NamedEvaluation]) -> None:

@@ -29,13 +29,13 @@ from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, count_hits, predict_positions
 from relloc.pretext.loop import Task
 from relloc.pretext.stopping import stop_request
-from relloc.results import Result, append_results, read_results
+from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console, saving
 from relloc.runs.build import Pretraining
 from relloc.runs.command_line import as_value
 from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import make_evaluated_model
-from relloc.runs.evaluating import evaluate_model
+from relloc.runs.evaluating import evaluate_model, print_left_out, print_report
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.monitors import held_out_crops
@@ -73,7 +73,8 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         check_files(run_dir)
         data = settings.data.read()
         # Missing data of an evaluation is an error now, not after days of training.
-        evaluations = settings.named_evaluations(data)
+        evaluations, left_out = settings.named_evaluations(data)
+        print_left_out(left_out)
         for named in _measurable(evaluations):
             named.check_images()
         if ranks.rank() == 0:
@@ -127,6 +128,9 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             _evaluate(training, evaluations, folder)
             folder.summarize()
 
+        if settings.report and (run_dir / RESULTS_FILE).exists():
+            print_report(run_dir)
+            print_left_out(left_out)
         # Print the next command; its paths are relative to the current folder.
         run = console.from_here(run_dir)
         if data.labeled:

@@ -13,6 +13,7 @@ from relloc.runs.settings import conf_dir
 
 EVALS = [
     *(
+        "card",
         "card_classification",
         "cityscapes_fcn",
         "coco_mask_rcnn_fpn_1x",
@@ -37,6 +38,7 @@ CARD = {
     "semisup_1",
 }
 CARD |= {"semisup_10", "label_free_in1k"}
+TRANSFER = {"voc0712_detection", "voc12aug_fcn", "coco_mask_rcnn_fpn_1x"}
 GROUPS = (
     "model",
     "recipe",
@@ -160,6 +162,8 @@ def test_a_data_set_of_ones_own_needs_no_recipe(compose, tmp_path):
         ("linear", {"linear"}),
         ("[]", set()),
         ("card_classification", CARD),
+        ("card", {*CARD, *TRANSFER}),
+        ("[card,linear_inat18]", {*CARD, *TRANSFER, "linear_inat18"}),
         ("[card_classification,linear_inat18]", {*CARD, "linear_inat18"}),
     ],
 )
@@ -168,6 +172,24 @@ def test_eval_names_several_one_or_none(compose, asked, names, monkeypatch):
     assert {
         one.name for one in build.pretraining(compose("train", [f"eval={asked}"])).evaluations
     } == names
+
+
+@pytest.mark.parametrize(
+    ("words", "missing_data", "report"),
+    [
+        (["eval=card"], "skip", True),
+        (["eval=[card,linear_inat18]"], "skip", True),
+        (["eval=card", "missing_data=error", "report=false"], "error", False),
+        (["eval=card_classification"], "error", False),
+        (["eval=voc0712_detection"], "error", False),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_the_whole_card_leaves_out_what_has_no_data_and_ends_in_the_report(
+    compose, command, words, missing_data, report
+):
+    config = compose(command, words)
+    assert (config.missing_data, config.report) == (missing_data, report)
 
 
 def test_a_preset_wins_over_the_root_and_the_command_line_over_both(compose):

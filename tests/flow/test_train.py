@@ -274,10 +274,10 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["eval.knn.layers=[stage4]"], "eval.knn.layers is ['stage4']"),
         (["optimizer.learning_rate=1"], "Did you mean optimizer.lr?"),
         (["grid=mmselfsupp"], "there is no grid=mmselfsupp. Did you mean mmselfsup?"),
-        (["eval=[svm]"], "there is no eval=svm. There are card_classification, knn"),
+        (["eval=[svm]"], "there is no eval=svm. There are card, card_classification, "),
         (["grid.gap_px=300"], "grid needs 813 px"),
         (["grid.gap_px=-1"], "grid.gap_px is -1"),
-        (["data=in1k"], "set the environment variable RELLOC_DATA"),
+        (["data=in1k"], "set the environment variable RELLOC_IN1K"),
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
         (["data=folder", f"data.root={tmp_path / 'empty'}"], "0 images to train on"),
         (

@@ -1,4 +1,6 @@
+import csv
 import dataclasses
+import io
 import re
 import shlex
 from collections.abc import Callable
@@ -8,11 +10,12 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
+from relloc.reports.as_csv import as_csv
 from relloc.reports.compare import ABOVE, BELOW, INSIDE, ReportEntry, make_entries
 from relloc.reports.lines import RUN_WEIGHTS, label_lines
 from relloc.reports.load import Line, Measured, Run
 from relloc.reports.missing import command
-from relloc.reports.published import CARD_GROUP, card_parts
+from relloc.reports.published import CARD_GROUP, card_parts, published_numbers
 from relloc.reports.table import MISSING, Report, Row, column_order, make_report, note, short_commit
 from relloc.results import CHOSEN_WITHOUT_TEST, Result
 
@@ -77,6 +80,99 @@ def test_each_line_is_compared_with_its_own_row(result: Callable[..., Result]) -
     assert (
         entry(result("knn", "avgpool", "top1_k20", 15.0)).compared_with == ()
     )  # no random row was published
+
+
+DETECTION = "Detection, VOC07+12 protocol"
+
+
+def detection(
+    result: Callable[..., Result], checkpoint: str, column: str, value: float, variant: str = ""
+) -> Result:
+    return result(
+        "voc0712_detection",
+        "",
+        column.lower(),
+        value,
+        dataset="voc2007",
+        checkpoint=checkpoint,
+        kind="fine-tuned",
+        table=DETECTION,
+        column=column,
+        variant=variant,
+        view="whole image fitted into 1333 x 800 px",
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "column", "variant", "beside"),
+    [
+        (OURS, "AP50", "", ["mmselfsup Relative-Loc 79.70"]),
+        # mmselfsup published AP50 alone
+        (OURS, "AP75", "", []),
+        (OURS, "AP50", "detectron2", ["OpenSelfSup Relative-Loc 80.36"]),
+        (OURS, "AP75", "detectron2", ["OpenSelfSup Relative-Loc 61.18"]),
+        # Controls were published by OpenSelfSup alone
+        ("random", "AP50", "", []),
+        ("random", "AP50", "detectron2", ["OpenSelfSup Random 59.02"]),
+        ("torchvision", "AP", "", []),
+        ("torchvision", "AP", "detectron2", ["OpenSelfSup Supervised 54.19"]),
+    ],
+)
+def test_detection_is_compared_with_published_rows_of_its_own_reference(
+    result: Callable[..., Result], checkpoint: str, column: str, variant: str, beside: list[str]
+) -> None:
+    found = entry(detection(result, checkpoint, column, 60.0, variant))
+    assert [f"{each.row} {each.printed}" for each in found.compared_with] == beside
+    assert bool(found.mark) == bool(beside)
+
+
+def test_detection_of_the_two_references_stands_in_lines_of_their_own(
+    result: Callable[..., Result],
+) -> None:
+    by_detectron2 = detection(result, OURS, "AP50", 80.5, "detectron2")
+    alone = make_report(measured(by_detectron2))
+    lines = rows_of(alone, DETECTION)
+    assert lines["OpenSelfSup Relative-Loc, detectron2"].is_published
+    assert lines["mmselfsup Relative-Loc"].is_published
+    assert [cell.mark for cell in lines["card2022, seed 0, detectron2"].cells if cell] == [INSIDE]
+    # It fills no cell of the card, whose protocol is mmselfsup's
+    assert alone.missing == ()
+    published = {
+        line["row"]: line["state"]
+        for line in csv.DictReader(io.StringIO(as_csv(alone)))
+        if (line["table"], line["column"], line["origin"]) == (DETECTION, "AP50", "published")
+    }
+    assert published["OpenSelfSup Relative-Loc"] == "measured"
+    assert published["mmselfsup Relative-Loc"] == "missing"
+
+    # The same annotations are read in two ways, so that the digests of the images differ
+    by_mmdet = detection(result, OURS, "AP50", 78.0)
+    runs = [
+        dataclasses.replace(each.run, digests={"voc2007-test": digest})
+        for each, digest in zip(measured(by_detectron2, by_mmdet), ("aaa", "bbb"), strict=True)
+    ]
+    both = [
+        Measured(result=row, run=run)
+        for row, run in zip((by_detectron2, by_mmdet), runs, strict=True)
+    ]
+    lines = rows_of(make_report(both), DETECTION)
+    marks = {
+        name: [cell.mark for cell in row.cells if cell]
+        for name, row in lines.items()
+        if not row.is_published
+    }
+    assert marks == {"card2022, seed 0": [BELOW], "card2022, seed 0, detectron2": [INSIDE]}
+
+
+def test_a_number_without_a_column_is_in_csv_alone(result: Callable[..., Result]) -> None:
+    rows = (
+        detection(result, OURS, "AP50", 79.0),
+        dataclasses.replace(detection(result, OURS, "AP50_area", 78.0), column=""),
+    )
+    report = make_report(measured(*rows))
+    (table,) = (each for each in report.groups[0].tables if each.title == DETECTION)
+    assert table.columns == ("AP", "AP50", "AP75")
+    assert [each.result.value for each in report.entries] == [79.0, 78.0]
 
 
 @pytest.mark.parametrize(
@@ -274,12 +370,19 @@ def test_missing_cells_name_their_commands(result: Callable[..., Result]) -> Non
         "linear_avgpool",
         "linear_places205",
         "linear_inat18",
+        "semisup_1",
+        "semisup_10",
+        "voc0712_detection",
+        "coco_mask_rcnn_fpn_1x",
+        "voc12aug_fcn",
+        "voc07_finetune_fc",
+        "voc07_finetune",
     ]
     commands = [each.partition("  # about ")[0] for each in missing["card2022, seed 0"]]
-    assert commands == [ours + name for name in [*evaluations, "semisup_1", "semisup_10"]]
+    assert commands == [ours + name for name in evaluations]
     hours = {part.evaluation: part.hours for part in card_parts()}
     assert [each.partition("  # about ")[2] for each in missing["card2022, seed 0"]] == [
-        f"{hours[name]} h" for name in [*evaluations, "semisup_1", "semisup_10"]
+        f"{hours[name]} h" for name in evaluations
     ]
     assert (
         "python -m relloc.evaluate checkpoint=random model=resnet50 eval=knn_in1k  "
@@ -317,10 +420,9 @@ def test_lines_that_are_not_on_the_card_get_one_sentence(result: Callable[..., R
         "torchvision, seed 0",
         "run9, seed 0",
     ]
-    assert (
-        "RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205 and RELLOC_INAT18, or eval.NAME.data.root="
-        in report.advice
-    )
+    sets = ("VOC", "IN1K", "PLACES205", "INAT18", "COCO")
+    assert [name for name in sets if f"RELLOC_{name}" not in report.advice] == []
+    assert "eval.NAME.data.root=" in report.advice
 
 
 def test_a_recalibrated_line_asks_only_for_what_its_line_as_trained_has(
@@ -395,9 +497,8 @@ def test_every_table_of_the_card_says_its_tolerance_and_how_it_stands(
     row = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS)
     (card,) = make_report(measured(row)).groups
     captions = {table.title: table.caption for table in card.tables}
-    assert captions.keys() == {part.table for part in card_parts()} - {
-        "Linear, iNaturalist 2018 protocol, top-1"
-    }
+    # Tables without any row are not shown, and published rows of other tasks only when asked for
+    assert captions.keys() == {each.table for each in published_numbers() if each.kind == "card"}
     for part in card_parts():
         caption = captions.get(part.table, "")
         assert ("Not built" in caption) == (bool(caption) and not part.evaluation)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from relloc.data.image_set import Splits
 from relloc.data.photos import photos
-from relloc.errors import UsageError
+from relloc.errors import DataError, UsageError
 from relloc.pretext.relative_location import RelativeLocation
 from relloc.runs import build, explaining, saving
 from relloc.runs.build import refusals
@@ -199,7 +199,8 @@ def test_evaluations_of_the_same_images_list_them_once(
 
     monkeypatch.setattr(DataSet, "read", listing)
     own = photos(tiles=[0.4], stride=0.2)
-    found = settings.named_evaluations(own)
+    found, left_out = settings.named_evaluations(own)
+    assert left_out == {}
     assert read == ["eval.voc07_svm.data"]
     assert found[0].splits is found[1].splits
     assert found[2].splits is own
@@ -224,6 +225,50 @@ def test_all_data_sets_whose_place_nobody_said_are_told_at_once(
     assert message.startswith("2 evaluations ")
     assert re.search(r"eval\.voc07_svm\.data\.root=FOLDER\b.*\bRELLOC_VOC\b", message)
     assert re.search(r"eval\.linear_in1k\.data\.root=FOLDER\b.*\bRELLOC_IN1K\b", message)
+
+
+def test_of_evaluations_without_data_some_may_be_left_out_but_not_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RELLOC_DATA", "RELLOC_VOC", "RELLOC_IN1K", "RELLOC_COCO"):
+        monkeypatch.delenv(name, raising=False)
+    asked = ("checkpoint=random", "eval=[voc07_svm,linear_in1k,knn]", "missing_data=skip")
+    own = photos(tiles=[0.4], stride=0.2)
+    named, left_out = build.evaluating(composed("evaluate", *asked)).named_evaluations(own)
+    assert [one.name for one in named] == ["knn"]
+    assert list(left_out) == ["voc07_svm", "linear_in1k"]
+    for setting, variable, where in (
+        ("voc07_svm", "RELLOC_VOC", "PASCAL VOC2007"),
+        ("linear_in1k", "RELLOC_IN1K", "ImageNet"),
+    ):
+        assert re.search(
+            rf"eval\.{setting}\.data\.root=FOLDER\b.*\b{variable}\b.*\b{where}\b",
+            left_out[setting],
+        )
+    said = said_of("evaluate", *asked, "eval=[voc07_svm,linear_in1k]") or ""
+    assert said.startswith("2 evaluations ")
+    said = said_of("evaluate", *asked, "missing_data=leave") or ""
+    assert re.search(r"missing_data is leave\b.*\berror\b.*\bskip\b", said)
+
+
+def test_a_folder_without_anything_of_the_data_set_is_missing_data_but_a_half_one_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RELLOC_DATA", raising=False)
+    asked = ["checkpoint=random", "eval=[voc12aug_fcn,knn]", "missing_data=skip"]
+    asked.append(f"eval.voc12aug_fcn.data.root={tmp_path}")
+    own = photos(tiles=[0.4], stride=0.2)
+    # As where RELLOC_VOC holds 2007 alone
+    (tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages").mkdir(parents=True)
+    _, left_out = build.evaluating(composed("evaluate", *asked)).named_evaluations(own)
+    assert re.search(r"VOC2012/JPEGImages is missing.*eval\.voc12aug_fcn", left_out["voc12aug_fcn"])
+    (tmp_path / "VOCdevkit" / "VOC2012" / "JPEGImages").mkdir(parents=True)
+    with pytest.raises(DataError, match="SegmentationClass is missing"):
+        build.evaluating(composed("evaluate", *asked)).named_evaluations(own)
+    with pytest.raises(DataError, match="/nowhere is not a folder"):
+        build.evaluating(
+            composed("evaluate", *asked, "eval.voc12aug_fcn.data.root=/nowhere")
+        ).named_evaluations(own)
 
 
 @pytest.mark.parametrize(
