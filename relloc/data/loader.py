@@ -60,7 +60,7 @@ class BatchMessage:
     unreadable: Reasons
     shape: Shape
 
-    # Pixels travel by another way, in memory that both processes see.
+    # The pixels are no field: they travel in shared memory, where the system has it.
     def batch(self, rows: Rows, *, pin: bool = False) -> ImageBatch:
         """Returns the batch with the pixels `rows`, with `pin` copied to page-locked memory."""
         # A view: nothing is copied, and the memory keeps channels last.

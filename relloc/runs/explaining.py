@@ -120,7 +120,7 @@ def check_members(overrides: Sequence[Override]) -> None:
         if group not in settings.CHOSEN_BY_DATA:
             continue
         for value in chosen:
-            # Hydra itself refuses a value that is no text.
+            # Only texts are names of members.
             if not isinstance(value, str):
                 continue
             if settings.file_of(f"{group}/{value}") is None:
