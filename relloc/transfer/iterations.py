@@ -253,6 +253,7 @@ class IterativeFineTuning(Evaluation):
         A seed depends on the number of the sample in the whole training alone, so that processes
         and accumulation change no sample.
         """
+        # The same order on all processes, each of which takes its part of every step.
         steps = order.steps(
             self.training_indices(images),
             lambda index: self.kind_of(images, index),

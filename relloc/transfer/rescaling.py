@@ -120,6 +120,7 @@ def equalize_rates(network: nn.Module, images: Images, *, seed: int) -> float:
     """
     layers = layers_in_order(network, images)
     input_sizes = _input_sizes(network, layers, images)
+    # To scale one layer changes the rates of all others, so that it takes several rounds.
     for _ in range(_MOST_ROUNDS):
         rates = rates_of_change(network, images, seed=seed)
         output_std = _output_std(network, images)

@@ -122,14 +122,15 @@ def pad_images(images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "b 3 h
     """
     if not images:
         return torch.zeros(0, 3, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES)
-    longest_height = max(image.shape[1] for image in images)
-    longest_width = max(image.shape[2] for image in images)
+    heights = [image.shape[1] for image in images]
+    widths = [image.shape[2] for image in images]
     # A multiple of the strides of all stages, so that each stage halves the map without a rest
     # (mmdetection's size_divisor).
-    padded_height = round_up_side(longest_height)
-    padded_width = round_up_side(longest_width)
+    padded_height = round_up_side(max(heights))
+    padded_width = round_up_side(max(widths))
     # Zero is the mean color, as images are normalized already.
-    padded = images[0].new_zeros(len(images), 3, padded_height, padded_width)
+    shape = (len(images), 3, padded_height, padded_width)
+    padded = images[0].new_zeros(shape)
     for target, image in zip(padded, images, strict=True):
         _, height, width = image.shape
         target[:, :height, :width] = image
@@ -170,6 +171,7 @@ def stack_boxes(
     # The lengths are known here, so that the device need not be asked which boxes are real.
     lengths = [len(each) for each in boxes]
     counts = on_device(lengths, stacked, torch.int64)
-    indices = torch.arange(stacked.shape[1], device=stacked.device)
+    longest = stacked.shape[1]
+    indices = torch.arange(longest, device=stacked.device)
     is_real = indices < counts.unsqueeze(1)
     return stacked, is_real

@@ -223,6 +223,7 @@ def _targets(sample: DetectionSample, device: torch.device) -> Targets:
         mirrored_left = width - right
         mirrored_right = width - left
         boxes = np.stack([mirrored_left, top, mirrored_right, bottom], axis=1)
+    # Masks are resized on the device, where their pixels are soon needed.
     masks = None
     if sample.packed_masks is not None:
         masks = _resized_masks(sample, sample.packed_masks, device)

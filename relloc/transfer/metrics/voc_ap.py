@@ -115,7 +115,8 @@ def average_precision(
     found = _found_by_image(images, definition)
     true = _true_by_image(images, definition)
     dtype = _DTYPES[definition.reference]
-    result = np.full((len(ious), n_classes), np.nan, dtype=dtype)
+    shape = (len(ious), n_classes)
+    result = np.full(shape, np.nan, dtype=dtype)
     summarize = _at_points if definition.points == "11" else _area
     for class_number in range(n_classes):
         true_rows = np.flatnonzero(true.classes == class_number)
@@ -262,10 +263,13 @@ def _nearest_true_boxes(
     Both are of one class. The first one counts where several true boxes have the largest IoU. In an
     image without true boxes the IoU is -1, and the number of the box means nothing.
     """
-    overlaps = np.full(len(found.boxes), -1, dtype=found.boxes.dtype)
-    nearest = np.zeros(len(found.boxes), dtype=np.int64)
+    n_found = len(found.boxes)
+    overlaps = np.full(n_found, -1, dtype=found.boxes.dtype)
+    nearest = np.zeros(n_found, dtype=np.int64)
     # The true boxes of an image follow one another: from `first` on there are `count`.
-    last_image = max(found.images.max(initial=0), true.images.max(initial=0))
+    last_found = found.images.max(initial=0)
+    last_true = true.images.max(initial=0)
+    last_image = max(last_found, last_true)
     count_in_image = np.bincount(true.images, minlength=last_image + 1)
     first_in_image = np.cumsum(count_in_image) - count_in_image
     count_of_found = count_in_image[found.images]
@@ -305,12 +309,20 @@ def _iou(first: _Boxes, second: _Boxes, definition: Definition) -> _Floats:
     left1, top1, right1, bottom1 = first.T
     left2, top2, right2, bottom2 = second.T
 
-    width = np.minimum(right1, right2) - np.maximum(left1, left2) + more
-    height = np.minimum(bottom1, bottom2) - np.maximum(top1, top2) + more
+    # The intersection starts where the later box starts and ends where the earlier one ends.
+    left = np.maximum(left1, left2)
+    top = np.maximum(top1, top2)
+    right = np.minimum(right1, right2)
+    bottom = np.minimum(bottom1, bottom2)
     # Sides are negative where boxes lie apart.
-    shared = np.maximum(width, 0) * np.maximum(height, 0)
-    union = _areas(first, more) + _areas(second, more) - shared
-    return shared / np.maximum(union, to_dtype(_LEAST_UNION))
+    width = np.maximum(right - left + more, 0)
+    height = np.maximum(bottom - top + more, 0)
+    shared = width * height
+
+    area_sum = _areas(first, more) + _areas(second, more)
+    union = area_sum - shared
+    least_union = to_dtype(_LEAST_UNION)
+    return shared / np.maximum(union, least_union)
 
 
 def _areas(boxes: _Boxes, more: np.floating) -> _Floats:

@@ -126,6 +126,7 @@ class FcnFineTuning(IterativeFineTuning):
         *,
         final: bool,
     ) -> list[Score]:
+        # Batch norm takes its averages, so that images don't depend on each other.
         network.eval()
         images = context.splits.held_out
         metric = SegmentationMetric(len(images.classes))
@@ -147,6 +148,7 @@ class FcnFineTuning(IterativeFineTuning):
                 f"none of the images of {images.name} {images.split} can be read, so mIoU has no "
                 "value. Repair them."
             )
+        # All processes have the same scores; one draws them.
         if final and ranks.rank() == 0:
             context.folder.mkdir(parents=True, exist_ok=True)
             draw_class_confusion(

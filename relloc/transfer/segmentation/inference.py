@@ -130,6 +130,7 @@ class SlidingWindows:
                 if total is None:
                     n_images, n_classes = window_logits.shape[:2]
                     total = window_logits.new_zeros(n_images, n_classes, height, width)
+                # Logits are averaged, not probabilities, as in the source.
                 total[:, :, rows, columns] += window_logits
                 counts[rows, columns] += 1
         if total is None:
