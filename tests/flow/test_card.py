@@ -107,6 +107,21 @@ def test_a_data_set_that_is_there_but_damaged_is_an_error(
     assert {row.eval for row in read_results(tmp_path / "run")} == {"voc07_svm"}
 
 
+def test_two_processes_leave_out_the_same(
+    relloc, tmp_path: Path, line: list[str], roots: dict[str, Path]
+) -> None:
+    # One data set is found missing by its setting, and one when it is read
+    shutil.rmtree(roots["voc0712_detection"] / "VOCdevkit" / "VOC2012")
+    in_one_process = [f"~eval.{name}" for name in ("voc07_svm", "linear_places205")]
+    kept = [word for word in line if "eval.voc07_svm" not in word]
+    done = relloc("evaluate", *kept, *in_one_process, "device=cpu", processes=2)
+    assert done.code == 0, done.text
+    for name in ("voc0712_detection", "coco_mask_rcnn_fpn_1x"):
+        # One process says it, at the start and at the end
+        assert done.text.count(f"skipped {name}: ") == 2
+    assert {row.eval for row in read_results(tmp_path / "run")} == {"voc12aug_fcn"}
+
+
 def test_killed_between_two_evaluations_it_goes_on_with_the_second(
     tmp_path: Path, line: list[str], environment: dict[str, str]
 ) -> None:

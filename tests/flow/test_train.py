@@ -266,7 +266,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
     cases = [
         (["grid.gap_pxx=3"], "there is no setting grid.gap_pxx. Did you mean grid.gap_px?"),
         (["mdoel=resnet50"], "there is no setting mdoel. Did you mean model?"),
-        (["data.root=/x"], "data.root here. It belongs to data=folder, data=imagenette, data=in1k"),
+        (["data.root=/x"], "data.root here. It belongs to data=folder, data=cityscapes, "),
         (["data=in1k", "data.rot=/x"], "there is no setting data.rot. Did you mean data.root?"),
         (["pretext_batch_norm=sync"], "pretext_batch_norm is sync: give one of"),
         (["report_every_steps=0"], "report_every_steps is 0: give a whole number of 1 or more"),
