@@ -155,35 +155,8 @@ class IterativeFineTuning(Evaluation):
             DataError: too many images can't be read.
             Diverged: loss or weights are not finite.
         """
-        network = self.make_network(context).to(context.device)
-        groups = self.parameter_groups(network)
-        # What the optimizer does not get needs no gradients.
-        network.requires_grad_(False)
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(True)
-        _match_memory_format(network, context.backbone)
-        optimizer = torch.optim.SGD(
-            groups,
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
-        training = FineTuning(
-            network,
-            optimizer,
-            micro_batches=lambda first, end: self.micro_batches(context, first, end),
-            loss=lambda samples: self.loss(network, samples, context.device),
-            length=self.iterations,
-            steps_per_unit=1,
-            schedule=self.schedule(),
-            synchronized=True,
-            seed=context.seed,
-            device=context.device,
-            bf16=context.encode_config.bf16,
-            name=f"fine-tuning on {context.splits.train.name}",
-            gradient_limit=self.gradient_limit(),
-        )
+        training = self.training(context)
+        network = training.network
         # A training that was stopped goes on where its last state was saved.
         saved = context.state.load()
         if saved:
@@ -210,6 +183,38 @@ class IterativeFineTuning(Evaluation):
             deviations = (*score.deviations, *self.deviations())
             details = (*score.details, *self._details(network))
             yield dataclasses.replace(score, deviations=deviations, details=details)
+
+    def training(self, context: Context) -> FineTuning[list[Any]]:
+        """Returns the training from its beginning, of a network that is on the device."""
+        network = self.make_network(context).to(context.device)
+        groups = self.parameter_groups(network)
+        # What the optimizer does not get needs no gradients.
+        network.requires_grad_(False)
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        _match_memory_format(network, context.backbone)
+        optimizer = torch.optim.SGD(
+            groups,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        return FineTuning(
+            network,
+            optimizer,
+            micro_batches=lambda first, end: self.micro_batches(context, first, end),
+            loss=lambda samples: self.loss(network, samples, context.device),
+            length=self.iterations,
+            steps_per_unit=1,
+            schedule=self.schedule(),
+            synchronized=True,
+            seed=context.seed,
+            device=context.device,
+            bf16=context.encode_config.bf16,
+            name=f"fine-tuning on {context.splits.train.name}",
+            gradient_limit=self.gradient_limit(),
+        )
 
     def micro_batches(
         self, context: Context, first: int, end: int

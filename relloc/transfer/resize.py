@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from relloc import checks
+from relloc.transfer.to_device import to_device
 
 Size = tuple[int, int]  # height, width
 # RGB pixels, as they are decoded, and after interpolation: whole numbers from 0 to 255 in float32.
@@ -138,10 +139,25 @@ def interpolated(
 
 def resized(image: _Pixels, size: Size) -> _Resized:
     """Returns the whole image at another size, as whole numbers from 0 to 255."""
-    height, width = size
-    original_height, original_width = image.shape[:2]
-    row_table = interpolation_table(original_height, height)
-    column_table = interpolation_table(original_width, width)
-    rows = Interpolation.from_table(row_table.to(image.device))
-    columns = Interpolation.from_table(column_table.to(image.device))
-    return interpolated(image, rows, columns)
+    return all_resized([image], [size])[0]
+
+
+def all_resized(
+    images: Sequence[UInt8[Tensor, "_ _ 3"]],
+    sizes: Sequence[Size],
+) -> list[Float[Tensor, "_ _ 3"]]:
+    """Returns whole images, all on one device, at other sizes, as whole numbers from 0 to 255."""
+    if not images:
+        return []
+    tables = []
+    for image, (height, width) in zip(images, sizes, strict=True):
+        tables.append(interpolation_table(image.shape[0], height))
+        tables.append(interpolation_table(image.shape[1], width))
+    lengths = [table.shape[1] for table in tables]
+    # A single copy brings all tables to the device.
+    on_device = to_device(torch.cat(tables, dim=1), images[0].device).split(lengths, dim=1)
+    axes = [Interpolation.from_table(table) for table in on_device]
+    results = []
+    for image, rows, columns in zip(images, axes[::2], axes[1::2], strict=True):
+        results.append(interpolated(image, rows, columns))
+    return results

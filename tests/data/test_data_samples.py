@@ -41,3 +41,20 @@ def test_samples_of_any_size_come_in_order_and_broken_ones_are_named(workers: in
 
 def test_no_batches_give_none() -> None:
     assert read(2, []) == []
+
+
+def test_large_arrays_of_a_sample_are_those_that_were_made_and_can_be_written() -> None:
+    def make_large(index: int, seed: int) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        pixels = rng.integers(256, size=(123, 457, 3), dtype=np.uint8)
+        # Neither contiguous in memory nor of whole bytes, nor small, nor of any element.
+        return [pixels, pixels[:, ::-1], pixels[..., 0] > 99, pixels[:0], rng.random((99, 101))]
+
+    batches = [[(0, 5), (1, 6)], [(2, 7)]]
+    found = list(read_samples(IMAGES, make_large, batches, workers=2))
+    for batch, keys in zip(found, batches, strict=True):
+        for sample, (index, seed) in zip(batch.samples, keys, strict=True):
+            for array, expected in zip(sample, make_large(index, seed), strict=True):
+                assert array.dtype == expected.dtype
+                np.testing.assert_array_equal(array, expected)
+                array[...] = 0  # torch shares memory that can be written to

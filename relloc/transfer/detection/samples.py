@@ -17,7 +17,8 @@ from relloc import checks
 from relloc.data.annotations import Mask, ObjectImages, Objects, decode_mask
 from relloc.patches.normalize import ByDataset
 from relloc.transfer.detection.batch import DetectionBatch, Size, Targets, pad_images
-from relloc.transfer.resize import check_box, fitted_size, nearest_indices, resized
+from relloc.transfer.resize import all_resized, check_box, fitted_size, nearest_indices
+from relloc.transfer.to_device import bytes_to_device, to_device
 
 # Pixels of a mask in a byte.
 _BITS = 8
@@ -176,36 +177,56 @@ def to_batch(samples: Sequence[DetectionSample], device: torch.device) -> Detect
 
     Targets are moved as their images are, and cut at the border of the resized image.
     """
-    images = []
-    targets = []
-    for sample in samples:
-        # Original pixels are sent as bytes, a quarter of what floats would take.
-        on_cpu = torch.from_numpy(sample.image)
-        pixels = on_cpu.to(device, non_blocking=True)
-        image = prepared(pixels, sample.size)
+    sizes = [sample.size for sample in samples]
+    images = prepared([sample.image for sample in samples], sizes, device)
+    for number, sample in enumerate(samples):
         if sample.flip:
-            image = image.flip(-1)
-        images.append(image)
-        targets.append(_targets(sample, device))
+            images[number] = images[number].flip(-1)
     return DetectionBatch(
         images=pad_images(images).to(device),
-        sizes=[sample.size for sample in samples],
-        targets=targets,
+        sizes=sizes,
+        targets=moved_targets(samples, device),
         seeds=[sample.seed for sample in samples],
     )
 
 
-def prepared(image: UInt8[Tensor, "h w 3"], size: Size) -> Float[Tensor, "3 h2 w2"]:
-    """Returns the resized and normalized image."""
-    channels_first = resized(image, size).permute(2, 0, 1)
-    # Normalization takes batches: here one of a single image.
-    batch = channels_first.unsqueeze(0)
+def prepared(
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]], sizes: Sequence[Size], device: torch.device
+) -> list[Float[Tensor, "3 _ _"]]:
+    """Returns the images on the device, resized and normalized."""
     normalize = ByDataset()
-    return normalize(batch)[0]
+    # Original pixels are sent as bytes, a quarter of what floats would take.
+    original = bytes_to_device(images, device)
+    results = []
+    for image in all_resized(original, sizes):
+        channels_first = image.permute(2, 0, 1)
+        # Normalization takes batches: here one of a single image.
+        batch = channels_first.unsqueeze(0)
+        results.append(normalize(batch)[0])
+    return results
 
 
-def _targets(sample: DetectionSample, device: torch.device) -> Targets:
-    """Returns the objects of a sample in pixels of its resized, mirrored image."""
+def moved_targets(samples: Sequence[DetectionSample], device: torch.device) -> list[Targets]:
+    """Returns the objects of each sample in pixels of its resized, mirrored image."""
+    if not samples:
+        return []
+    counts = [len(sample.objects) for sample in samples]
+    # One copy for the boxes of all images, and one for their classes.
+    boxes = torch.from_numpy(np.concatenate([_boxes(sample) for sample in samples]))
+    classes = torch.from_numpy(np.concatenate([sample.objects.classes for sample in samples]))
+    targets = []
+    for image_boxes, image_classes, masks in zip(
+        to_device(boxes, device).split(counts),
+        to_device(classes, device).split(counts),
+        _resized_masks(samples, device),
+        strict=True,
+    ):
+        targets.append(Targets(boxes=image_boxes, classes=image_classes, masks=masks))
+    return targets
+
+
+def _boxes(sample: DetectionSample) -> Float[np.ndarray, "n 4"]:
+    """Returns the boxes of a sample in pixels of its resized, mirrored image."""
     original_height, original_width = sample.image.shape[:2]
     height, width = sample.size
     # Each side has its own scale, since resized sides are rounded to whole pixels.
@@ -223,41 +244,43 @@ def _targets(sample: DetectionSample, device: torch.device) -> Targets:
         mirrored_left = width - right
         mirrored_right = width - left
         boxes = np.stack([mirrored_left, top, mirrored_right, bottom], axis=1)
-    # Masks are resized on the device, where their pixels are soon needed.
-    masks = None
-    if sample.packed_masks is not None:
-        masks = _resized_masks(sample, sample.packed_masks, device)
-
-    boxes_on_cpu = torch.from_numpy(boxes.astype(np.float32))
-    classes_on_cpu = torch.from_numpy(sample.objects.classes)
-    return Targets(
-        boxes=boxes_on_cpu.to(device, non_blocking=True),
-        classes=classes_on_cpu.to(device, non_blocking=True),
-        masks=masks,
-    )
+    return boxes.astype(np.float32)
 
 
 def _resized_masks(
-    sample: DetectionSample,
-    packed: _PackedMasks,
-    device: torch.device,
-) -> UInt8[Tensor, "n h2 w2"]:
-    """Returns the masks at the size of the resized image, each pixel from the nearest original."""
-    original_height, original_width = sample.image.shape[:2]
-    height, width = sample.size
-    nearest_rows = nearest_indices(original_height, height)
-    nearest_columns = nearest_indices(original_width, width)
-    rows = torch.from_numpy(nearest_rows).to(device)
-    columns = torch.from_numpy(nearest_columns).to(device)
-    if sample.flip:
-        columns = columns.flip(0)
+    samples: Sequence[DetectionSample], device: torch.device
+) -> list[UInt8[Tensor, "_ _ _"] | None]:
+    """Returns the masks of each sample at the size of its resized image.
 
-    # Rows are taken while they are packed, so that an eighth of the bytes is moved.
-    packed_masks = torch.from_numpy(packed).to(device)
-    packed_rows = packed_masks[:, rows]
-    # The pixel of a column is one bit of its byte, the highest one first.
-    byte_of_column = columns // _BITS
-    bit_of_column = columns % _BITS
-    shifts = (_BITS - 1 - bit_of_column).to(torch.uint8)
-    column_bytes = packed_rows[:, :, byte_of_column]
-    return (column_bytes >> shifts) & 1
+    Each pixel is the nearest one of the original mask. None stands for samples without masks.
+    """
+    masks: list[UInt8[Tensor, "_ _ _"] | None] = [None] * len(samples)
+    with_masks = []
+    packed: list[_PackedMasks] = []
+    tables = []
+    for index, sample in enumerate(samples):
+        if sample.packed_masks is None:
+            continue
+        with_masks.append(index)
+        packed.append(sample.packed_masks)
+        for original_side, side in zip(sample.image.shape[:2], sample.size, strict=True):
+            tables.append(torch.from_numpy(nearest_indices(original_side, side)))
+    if not with_masks:
+        return masks
+    lengths = [len(table) for table in tables]
+    indices = to_device(torch.cat(tables), device).split(lengths)
+    rows_of, columns_of = indices[::2], indices[1::2]
+    for index, image_masks, rows, columns in zip(
+        with_masks, bytes_to_device(packed, device), rows_of, columns_of, strict=True
+    ):
+        if samples[index].flip:
+            columns = columns.flip(0)
+        # Rows are taken while they are packed, so that an eighth of the bytes is moved.
+        packed_rows = image_masks[:, rows]
+        # The pixel of a column is one bit of its byte, the highest one first.
+        byte_of_column = columns // _BITS
+        bit_of_column = columns % _BITS
+        shifts = (_BITS - 1 - bit_of_column).to(torch.uint8)
+        column_bytes = packed_rows[:, :, byte_of_column]
+        masks[index] = (column_bytes >> shifts) & 1
+    return masks

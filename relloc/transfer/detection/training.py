@@ -260,16 +260,12 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         """
         height, width = images[0].pixels.shape[:2]
         size = self.view.size(height, width)
-        resized = []
-        for image in images:
-            on_cpu = torch.from_numpy(image.pixels)
-            pixels = on_cpu.to(context.device, non_blocking=True)
-            resized.append(prepared(pixels, size))
+        sizes = [size] * len(images)
+        resized = prepared([image.pixels for image in images], sizes, context.device)
         padded = pad_images(resized)
 
         bf16 = context.encode_config.bf16
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            sizes = [size] * len(images)
             found = cast(Detector, network).detect(padded, sizes)
         # Metrics compare with annotations, which are in pixels of the original image.
         original_size = (height, width)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relloc import checks
+from relloc.transfer.to_device import to_device
 
 # Pixels hold whole numbers from 0 to 255, as if they were uint8. On a GPU arithmetic of floats is
 # faster, and no type has to be changed between steps.
@@ -140,11 +141,9 @@ def _change(
             chosen_indices.append(index)
     if not chosen_indices:
         return
-    # One copy for both, from page-locked memory, as otherwise the host waits for the GPU.
+    # One copy for both.
     numbers = torch.tensor([chosen_values, chosen_indices])
-    if images.is_cuda:
-        numbers = numbers.pin_memory()
-    amounts, indices = numbers.to(images.device, non_blocking=True)
+    amounts, indices = to_device(numbers, images.device)
     indices = indices.long()
     # One amount for all channels, rows and columns of an image.
     amount_of_image = amounts[:, None, None, None]

@@ -31,6 +31,7 @@ from relloc.transfer.segmentation.photometric import (
     PhotometricDistortion,
     distorted,
 )
+from relloc.transfer.to_device import bytes_to_device, to_device
 
 _CLASS_NUMBERS = 256
 # `RandomCrop` of mmsegmentation 0.30 draws as often again before it keeps what it has.
@@ -173,12 +174,10 @@ class TrainingCrops:
             )
         # A single copy brings all tables to the device.
         tables_on_cpu = [self._tables(sample) for sample in samples]
-        tables = _to_device(torch.stack(tables_on_cpu), device)
+        tables = to_device(torch.stack(tables_on_cpu), device)
+        sources = bytes_to_device([sample.image for sample in samples], device)
         crops = []
-        for sample, (row_table, column_table) in zip(samples, tables, strict=True):
-            # Images have different sizes, so each is copied by itself.
-            on_cpu = torch.from_numpy(sample.image)
-            pixels = on_cpu.to(device, non_blocking=True)
+        for pixels, (row_table, column_table) in zip(sources, tables, strict=True):
             rows = Interpolation.from_table(row_table)
             columns = Interpolation.from_table(column_table)
             crops.append(interpolated(pixels, rows, columns))
@@ -187,14 +186,13 @@ class TrainingCrops:
         colors = [sample.plan.color for sample in samples]
         images = distorted(channels_first.contiguous(), colors)
         # Padding is black after the normalization, as the source normalizes before it pads.
-        is_image = _to_device(self._filled(samples), device)
+        is_image = self._filled(samples, device)
         normalize = ByDataset()
         images = torch.where(is_image, normalize(images), 0)
 
         # Bytes on the way, and the numbers that cross-entropy takes on the device.
-        class_maps = np.stack([sample.class_map for sample in samples])
-        on_device = _to_device(torch.from_numpy(class_maps), device)
-        return SegmentationBatch(images=images, class_maps=on_device.long())
+        class_maps = bytes_to_device([sample.class_map for sample in samples], device)
+        return SegmentationBatch(images=images, class_maps=torch.stack(class_maps).long())
 
     def _tables(self, sample: CropSample) -> Float[Tensor, "2 3 s"]:
         """Returns the interpolation tables of a crop's rows and columns; 0 where it is padded."""
@@ -213,15 +211,19 @@ class TrainingCrops:
             tables[axis, :, :n_pixels] = table
         return tables
 
-    def _filled(self, samples: Sequence[CropSample]) -> Bool[Tensor, "b 1 s s"]:
-        """Returns which pixels of each crop show its image."""
-        side = self.crop_px
-        filled = torch.zeros(len(samples), 1, side, side, dtype=torch.bool)
-        for index, sample in enumerate(samples):
-            height, width = sample.plan.size
-            # What lies beyond the crop's side is cut off by the slice itself.
-            filled[index, :, :height, :width] = True
-        return filled
+    def _filled(
+        self,
+        samples: Sequence[CropSample],
+        device: torch.device,
+    ) -> Bool[Tensor, "b 1 s s"]:
+        """Returns which pixels of each crop show its image; others are right of it or below."""
+        sizes = torch.tensor([sample.plan.size for sample in samples])
+        heights, widths = to_device(sizes, device).unbind(dim=1)
+        places = torch.arange(self.crop_px, device=device)
+        is_row = places < heights.unsqueeze(1)
+        is_column = places < widths.unsqueeze(1)
+        is_image = is_row.unsqueeze(2) & is_column.unsqueeze(1)
+        return is_image.unsqueeze(1)
 
 
 def is_mixed(class_map: UInt8[np.ndarray, "h w"], most_of_one_class: float) -> bool:
@@ -237,10 +239,3 @@ def is_mixed(class_map: UInt8[np.ndarray, "h w"], most_of_one_class: float) -> b
         return False
     largest_share = counts.max() / counts.sum()
     return bool(largest_share < most_of_one_class)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        # Without page-locked memory the host waits for everything that is queued on the GPU.
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

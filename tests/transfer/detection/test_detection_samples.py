@@ -85,7 +85,7 @@ def test_a_batch_may_be_empty() -> None:
 
 def test_an_image_to_test_on_is_prepared_as_one_to_train_on() -> None:
     one = sample(0, 0)
-    image = prepared(torch.from_numpy(one.image), one.size)
+    (image,) = prepared([one.image], [one.size], torch.device("cpu"))
     batch = to_batch([one], CPU)
     height, width = one.size
     shown = batch.images[0, :, :height, :width]
