@@ -27,7 +27,8 @@ class CpuSyncBatchNorm(_BatchNorm):
     """A batch norm that uses the statistics of all processes in training, for CPUs.
 
     It takes over the weights and running statistics of `norm`. Processes may have different numbers
-    of images, also none; they have to call `forward` the same number of times.
+    of images, also none; they have to call `forward` the same number of times. Where no process has
+    a value, the input is returned as it is, and the running statistics stay.
 
     Raises:
         ValueError: all processes together have one value per channel, which has no variance.
@@ -62,6 +63,8 @@ class CpuSyncBatchNorm(_BatchNorm):
         # Sums and counts of all processes, so that each image has the same weight.
         own_count = torch.tensor(input.numel() / channels, dtype=torch.float64)
         count = ranks.total(own_count).item()
+        if count == 0:
+            return self._of_no_values(input, per_channel)
         if count == 1:
             raise ValueError(
                 "a batch norm has no variance of one value per channel: "
@@ -79,6 +82,15 @@ class CpuSyncBatchNorm(_BatchNorm):
             scaled = normalized * self.weight.view(per_channel)
             normalized = scaled + self.bias.view(per_channel)
         return normalized.to(input.dtype)
+
+    def _of_no_values(self, input: Tensor, per_channel: tuple[int, ...]) -> Tensor:
+        """Returns an empty input, as a function of the weights."""
+        if not self.affine:
+            return input
+        # Gradients are 0 and not missing, so that weight decay and momentum go on as in a single
+        # process, where PyTorch's own batch norm does the same.
+        scaled = input * self.weight.view(per_channel) + self.bias.view(per_channel)
+        return scaled.to(input.dtype)
 
     @torch.no_grad()
     def _update_running_statistics(

@@ -4,6 +4,7 @@ import pytest
 from hydra.utils import instantiate
 
 from relloc.transfer.cityscapes_fcn import CityscapesFcn
+from relloc.transfer.same_settings import same_settings
 from relloc.transfer.segmentation.fine_tuning import FcnFineTuning
 from relloc.transfer.segmentation.inference import SlidingWindows, WholeImage
 from relloc.transfer.voc12aug_fcn import Voc12AugFcn
@@ -25,12 +26,32 @@ def test_all_values_are_those_that_the_class_calls_published(compose, name):
     one = evaluation(compose, name)
     for field, value in one.published.items():
         assert getattr(one, field) == value
-    # Lists of the config are equal to tuples here, as only their text is compared.
-    assert str(one.augment) == str(one.published_augment)
+    assert same_settings(one.augment, one.published_augment)
     assert one.augment.most_of_one_class == 0.75
-    assert one.augment.photometric == one.published_augment.photometric
+    photometric = one.augment.photometric
+    assert (photometric.brightness, photometric.hue) == (32, 18)
+    assert photometric.contrast == photometric.saturation == [0.5, 1.5]
     assert one.name == name
     assert one.images_per_forward is None
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("photometric.brightness=0", "brightness 0"),
+        ("photometric.contrast=[1,1.5]", "contrast 1..1.5"),
+        ("photometric.saturation=[0.5,1]", "saturation 0.5..1,"),
+        ("photometric.hue=1", "hue 1)"),
+        ("most_of_one_class=1", "less than 1 of one class"),
+        ("flip=0", "flip 0,"),
+    ],
+)
+def test_each_setting_of_the_crops_is_a_deviation_where_it_differs(compose, name, word, text):
+    one = evaluation(compose, name, f"augment.{word}")
+    assert not same_settings(one.augment, one.published_augment)
+    assert text in str(one.augment)
+    assert text not in str(one.published_augment)
 
 
 def test_voc_is_tested_on_whole_images_and_cityscapes_on_windows(compose):

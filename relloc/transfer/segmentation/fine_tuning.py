@@ -22,6 +22,7 @@ from relloc.transfer.iterations import IterativeFineTuning
 from relloc.transfer.loop import split_for_rank
 from relloc.transfer.metrics.mean_iou import SegmentationMetric, SegmentationScores
 from relloc.transfer.metrics.pictures import draw_class_confusion, draw_class_maps
+from relloc.transfer.same_settings import same_settings
 from relloc.transfer.schedule import Poly, Schedule
 from relloc.transfer.segmentation.fcn import FullyConvolutionalNetwork
 from relloc.transfer.segmentation.inference import SlidingWindows, WholeImage
@@ -240,7 +241,7 @@ class FcnFineTuning(IterativeFineTuning):
         # Such results stand beside published ones, which they are not comparable with.
         if len(train) != self.published_images:
             yield f"trained on {len(train):,} images instead of {self.published_images:,}"
-        if str(self.augment) != str(self.published_augment):
+        if not same_settings(self.augment, self.published_augment):
             yield f"trained on {self.augment} instead of {self.published_augment}"
 
 

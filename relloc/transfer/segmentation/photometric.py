@@ -79,6 +79,15 @@ class PhotometricDistortion:
             checks.number(f"{setting}'s upper limit", upper, at_least=lower)
         checks.whole("photometric.hue", self.hue)
 
+    def __str__(self) -> str:
+        least_contrast, most_contrast = self.contrast
+        least_saturation, most_saturation = self.saturation
+        return (
+            f"photometric distortion (brightness {self.brightness:g}, "
+            f"contrast {least_contrast:g}..{most_contrast:g}, "
+            f"saturation {least_saturation:g}..{most_saturation:g}, hue {self.hue})"
+        )
+
     def draw(self, rng: random.Random) -> ColorChange:
         """Returns a random change of colors."""
         # All numbers are drawn, also those that are not used, so that each image draws as many.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from relloc import checks
 from relloc.data.annotations import VOID
+from relloc.errors import UsageError
 from relloc.patches.normalize import ByDataset
 from relloc.transfer.resize import (
     Interpolation,
@@ -111,13 +112,20 @@ class TrainingCrops:
         checks.whole("augment.crop_px", self.crop_px)
         checks.number("augment.most_of_one_class", self.most_of_one_class, above=0, at_most=1)
         checks.number("augment.flip", self.flip, at_least=0, at_most=1)
+        if not isinstance(self.photometric, PhotometricDistortion):
+            kind = f"{PhotometricDistortion.__module__}.{PhotometricDistortion.__name__}"
+            raise UsageError(
+                f"augment.photometric is {self.photometric!r}: give the numbers of a "
+                f"PhotometricDistortion with _target_={kind}"
+            )
 
     def __str__(self) -> str:
         low, high = self.ratio
         long, short = self.box
         return (
             f"crops of {self.crop_px} px from images fitted into {long} x {short} px "
-            f"times {low:g}..{high:g}, photometric distortion, flip {self.flip:g}"
+            f"times {low:g}..{high:g}, less than {self.most_of_one_class:g} of one class, "
+            f"flip {self.flip:g}, {self.photometric}"
         )
 
     def sample(

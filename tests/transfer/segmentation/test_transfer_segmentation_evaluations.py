@@ -134,8 +134,17 @@ def test_rows_name_all_that_differs_from_the_published_training(tmp_path: Path) 
     text = " | ".join(score.deviations)
     for words in ("6 images", "10,582", "crops of 64 px", "iterations 4", "batch 4"):
         assert words in text
+    assert "brightness 32" in text
     assert "momentum" not in text
     assert "power" not in text
+
+
+def test_numbers_of_colors_without_their_class_are_refused() -> None:
+    crops = dataclasses.replace(CROPS)
+    # As Hydra gives it; the type checks of the tests would refuse it as an argument.
+    object.__setattr__(crops, "photometric", {"brightness": 0})
+    with pytest.raises(UsageError, match=r"augment.photometric .*_target_=.*photometric\.Photo"):
+        crops.__post_init__()
 
 
 def test_another_seed_gives_other_losses_and_the_same_gives_the_same(tmp_path: Path) -> None:
