@@ -34,8 +34,8 @@ class CardPart:
         columns: The columns that it fills.
         dataset, split, images: The images of the published numbers, and how many they are.
         view: How the published numbers saw whole images.
-        hours: An estimate for a ResNet-50 on one GPU, from the rates in docs/benchmarks.md, or
-            those that docs/card.md assumes where none was measured.
+        hours: An estimate for a ResNet-50 on one GPU, from the rates in docs/benchmarks.md, or,
+            for fine-tuned classification of VOC2007, from those that docs/card.md assumes.
         layer_best_in: The table whose best layer is the layer of these numbers, or "" where there
             is a column for each layer or the layer is given.
     """

@@ -38,7 +38,8 @@ CARD = {
     "semisup_1",
 }
 CARD |= {"semisup_10", "label_free_in1k"}
-TRANSFER = {"voc0712_detection", "voc12aug_fcn", "coco_mask_rcnn_fpn_1x"}
+TRANSFER = {"voc0712_detection", "voc12aug_fcn", "coco_mask_rcnn_fpn_1x", "cityscapes_fcn"}
+TRANSFER |= {"voc07_finetune_fc", "voc07_finetune"}
 GROUPS = (
     "model",
     "recipe",

@@ -375,6 +375,7 @@ def test_missing_cells_name_their_commands(result: Callable[..., Result]) -> Non
         "voc0712_detection",
         "coco_mask_rcnn_fpn_1x",
         "voc12aug_fcn",
+        "cityscapes_fcn",
         "voc07_finetune_fc",
         "voc07_finetune",
     ]
