@@ -108,11 +108,11 @@ def numbers(
 
 
 def increasing(setting: str, values: Iterable[float]) -> None:
-    """Checks that each epoch of a list is later than the one before."""
+    """Checks that each number of a list, such as an epoch, is larger than the one before."""
     values = list(values)
     sorted_without_repeats = sorted(set(values))
     if values != sorted_without_repeats:
-        raise _wrong(setting, values, "epochs in increasing order")
+        raise _wrong(setting, values, "numbers in increasing order")
 
 
 def _list_of(

@@ -97,8 +97,8 @@ def test_choices_are_named() -> None:
             checks.some_of("layers", wrong, ("bf16", "fp32"))
 
 
-def test_epochs_rise() -> None:
+def test_numbers_rise() -> None:
     checks.increasing("milestone_epochs", [1, 2, 5])
     for wrong in ([2, 1], [1, 1]):
-        with refused(f"milestone_epochs is {wrong}: ", "epochs"):
+        with refused(f"milestone_epochs is {wrong}: ", "increasing"):
             checks.increasing("milestone_epochs", wrong)

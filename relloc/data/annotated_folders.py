@@ -42,13 +42,15 @@ _ClassMap = UInt8[np.ndarray, "h w"]
 class ObjectFolder(FolderImages):
     """The images of one split as files, with their objects: `ObjectImages`.
 
-    `ids` are the numbers that COCO gives to images; None in other sets.
+    `ids` are the numbers that COCO gives to images; None in other sets. `reading` says which
+    reference's way of reading boxes made `table`, for sets that several are defined for.
     """
 
     table: ObjectTable = dataclasses.field(repr=False, compare=False)
     ids: Int64[np.ndarray, "images"] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )
+    reading: str | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def read(self, index: int) -> Image.Image:
         """Returns the image in RGB.

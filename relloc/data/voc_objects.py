@@ -124,6 +124,7 @@ def _split(root: str | None, years: Sequence[int], split: str, reference: str) -
         paths=images,
         classes=VOC_CLASSES,
         table=_table(annotations, reference),
+        reading=reference,
     )
 
 

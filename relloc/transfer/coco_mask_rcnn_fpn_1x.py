@@ -25,9 +25,7 @@ _SETTING = "eval.coco_mask_rcnn_fpn_1x"
 _TABLE = "COCO, Mask R-CNN FPN 1x"
 # 12 epochs of 117,266 images, of which the last step of each epoch is filled up.
 _PUBLISHED_ITERATIONS = 87_960
-_PUBLISHED_IMAGES = 117_266
 _PUBLISHED_MILESTONES = (8 / 12, 11 / 12)  # as shares of the training
-_PUBLISHED_AUGMENT = RandomSizes(short_px=[640, 672, 704, 736, 768, 800], long_px=1333)
 # What COCO's statistics are compared by, and what that is called in metrics and columns.
 _KINDS: tuple[tuple[Kind, str], ...] = (("boxes", "box"), ("masks", "mask"))
 # COCO's statistics that are reported, as they end the names of metrics, and those of columns: the
@@ -68,10 +66,19 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
     published: ClassVar = {
         "iterations": _PUBLISHED_ITERATIONS,
         "batch": 16,
+        "images_per_gpu": 2,
         "learning_rate": 0.02,
         "momentum": 0.9,
         "weight_decay": 1e-4,
+        "gamma": 0.1,
+        "warmup": 1000,
+        "warmup_from": 0.001,
     }
+    published_augment: ClassVar = RandomSizes(
+        short_px=[640, 672, 704, 736, 768, 800],
+        long_px=1333,
+    )
+    published_images: ClassVar = "117,266 images of coco2017 train2017"
 
     # The base class trains for a number of iterations, which `run` has found by then.
     iterations: int | None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -81,6 +88,7 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
     def __post_init__(self) -> None:
         checks.whole(f"{_SETTING}.epochs", self.epochs)
         checks.wholes(f"{_SETTING}.milestone_epochs", self.milestone_epochs)
+        checks.increasing(f"{_SETTING}.milestone_epochs", self.milestone_epochs)
         if self.iterations is None:
             # The other settings are checked by making an evaluation of some length.
             dataclasses.replace(self, iterations=self.epochs)
@@ -119,10 +127,13 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         return ImageOfId(image.image_id, measured)
 
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
-        images = self.detect_all(network, context)
         n_trained = len(self.training_indices(context.splits.train))
         n_classes = len(context.splits.held_out.classes)
-        precisions = images.evaluate(lambda values: _precisions(values, n_classes))
+        precisions, n_tested = self.measure(
+            network,
+            context,
+            lambda values: _precisions(values, n_classes),
+        )
         if final and ranks.rank() == 0:
             self.draw(network, context)
         scores = []
@@ -133,20 +144,16 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
                 metric=metric,
                 headline=metric == "box_ap",
                 value=100 * precision,
-                n=len(context.splits.held_out),
+                n=n_tested,
                 protocol="3.9",
-                deviations=tuple(self._differences(n_trained)),
+                deviations=tuple(self.image_differences(context.splits.train)),
                 details=(f"trained on {n_trained:,} images, {self.augment}",),
             )
             scores.append(score)
         return scores
 
-    def _differences(self, n_trained: int) -> Iterator[str]:
-        """Yields how images and milestones differ from those of the published training."""
-        if n_trained != _PUBLISHED_IMAGES:
-            yield f"trained on {n_trained:,} images instead of {_PUBLISHED_IMAGES:,}"
-        if str(self.augment) != str(_PUBLISHED_AUGMENT):
-            yield f"images resized to {self.augment} instead of {_PUBLISHED_AUGMENT}"
+    def deviations(self) -> Iterator[str]:
+        yield from super().deviations()
         shares = tuple(epoch / self.epochs for epoch in self.milestone_epochs)
         if shares != _PUBLISHED_MILESTONES:
             epochs = ", ".join(map(str, self.milestone_epochs))

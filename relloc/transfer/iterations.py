@@ -288,9 +288,21 @@ class IterativeFineTuning(Evaluation):
                 micro_batches.append(keys)
             yield micro_batches
 
-    def forward_images(self) -> int:
-        """Returns the number of images in a forward of this process."""
-        return self.batch // (ranks.world_size() * self._accumulation())
+    def forward_images(self) -> tuple[int, int]:
+        """Returns the smallest and the largest number of images in a forward of any process."""
+        n_groups = self.batch // self.images_per_gpu
+        n_forwards = ranks.world_size() * self._accumulation()
+        # `split_for_rank` cuts the groups of a step as evenly as possible.
+        smallest = n_groups // n_forwards
+        largest = math.ceil(n_groups / n_forwards)
+        return smallest * self.images_per_gpu, largest * self.images_per_gpu
+
+    def forward_text(self) -> str:
+        """Returns the number of images in a forward, such as "4" or "4 to 6"."""
+        smallest, largest = self.forward_images()
+        if smallest == largest:
+            return str(largest)
+        return f"{smallest} to {largest}"
 
     def _accumulation(self) -> int:
         """Returns the number of forwards of each process in a step."""
@@ -315,7 +327,7 @@ class IterativeFineTuning(Evaluation):
         if not _trains_batch_norm(network):
             return
         n_processes = ranks.world_size()
-        n_images = self.forward_images()
+        n_images = self.forward_text()
         if n_processes > 1:
             yield f"batch norm synchronized over {n_processes} processes of {n_images} images"
         else:

@@ -6,6 +6,7 @@ in six things, which `reference="detectron2"` changes together.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -14,11 +15,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from relloc import checks, ranks
+from relloc.data.annotated_folders import ObjectFolder
+from relloc.data.image_set import ImageSet, Splits
+from relloc.errors import UsageError
 from relloc.evaluation.contract import Context
 from relloc.results import Score
 from relloc.transfer.detection.batch import Detections
 from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4
 from relloc.transfer.detection.rpn import RpnTraining
+from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import DetectionFineTuning, TestImage
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
@@ -34,7 +39,16 @@ from relloc.transfer.metrics.voc_ap import (
 from relloc.transfer.schedule import Milestones
 
 REFERENCES = ("mmdet", "detectron2")
+_SETTING = "eval.voc0712_detection"
 _TABLE = "Detection, VOC07+12 protocol"
+# In iterations of the published training; others have them in proportion.
+_PUBLISHED_ITERATIONS = 24_000
+_PUBLISHED_MILESTONES = (18_000, 22_000)
+_PUBLISHED_WARMUP = 100
+# detectron2's TEST.PRECISE_BN.NUM_ITER.
+_PUBLISHED_PRECISE_BATCHES = 200
+# The config rounds scaled numbers to six digits.
+_ROUNDING = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,18 +64,55 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         UsageError: a setting is out of range.
     """
 
-    version = 1
-    published: ClassVar = {"iterations": 24_000, "batch": 16, "learning_rate": 0.02}
+    version = 2
+    published: ClassVar = {
+        "iterations": _PUBLISHED_ITERATIONS,
+        "batch": 16,
+        "images_per_gpu": 2,
+        "learning_rate": 0.02,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "gamma": 0.1,
+        "warmup_from": 0.001,
+    }
+    published_augment: ClassVar = RandomSizes(
+        short_px=[480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+        long_px=1333,
+    )
+    published_images: ClassVar = "16,551 images of voc0712 trainval"
 
     reference: str
     precise_batches: int
     milestones: Sequence[int]
 
     def __post_init__(self) -> None:
-        self.check_settings("eval.voc0712_detection")
-        checks.one_of("eval.voc0712_detection.reference", self.reference, REFERENCES)
-        checks.whole("eval.voc0712_detection.precise_batches", self.precise_batches)
-        checks.wholes("eval.voc0712_detection.milestones", self.milestones)
+        self.check_settings(_SETTING)
+        checks.one_of(f"{_SETTING}.reference", self.reference, REFERENCES)
+        checks.whole(f"{_SETTING}.precise_batches", self.precise_batches)
+        # The config leaves none to a training of one or two iterations.
+        checks.wholes(f"{_SETTING}.milestones", self.milestones, may_be_empty=True)
+        checks.increasing(f"{_SETTING}.milestones", self.milestones)
+
+    def check(self, splits: Splits) -> None:
+        """Checks that the images have objects, whose boxes are read as `reference` does.
+
+        Raises:
+            UsageError: their data set has none, or reads boxes as the other reference does.
+            DataError: no image to train or to test on has an object that counts.
+        """
+        super().check(splits)
+        for images in (splits.train, splits.held_out):
+            self._check_reading(images)
+
+    def _check_reading(self, images: ImageSet) -> None:
+        """Checks that boxes are read as `reference` does. Raises `UsageError`."""
+        reading = images.reading if isinstance(images, ObjectFolder) else None
+        # The references differ in several things, of which a mixture was never published.
+        if reading not in (None, self.reference):
+            raise UsageError(
+                f"{_SETTING}.data.source.reference is {reading}, and {_SETTING}.reference is "
+                f"{self.reference}: give the second one alone, which sets both"
+            )
 
     def schedule(self) -> Milestones:
         return Milestones(
@@ -70,6 +121,18 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
             warmup=self.warmup,
             warmup_from=self.warmup_from,
         )
+
+    def deviations(self) -> Iterator[str]:
+        yield from super().deviations()
+        milestones = _published_milestones(self.iterations)
+        if list(self.milestones) != milestones:
+            yield f"milestones {list(self.milestones)} instead of {milestones}"
+        warmup = _PUBLISHED_WARMUP * self.iterations / _PUBLISHED_ITERATIONS
+        if not math.isclose(self.warmup, warmup, rel_tol=_ROUNDING):
+            yield f"warmup {self.warmup:g} instead of {warmup:g}"
+        # The other reference makes no use of them.
+        if self._is_detectron2 and self.precise_batches != _PUBLISHED_PRECISE_BATCHES:
+            yield f"precise batches {self.precise_batches} instead of {_PUBLISHED_PRECISE_BATCHES}"
 
     @property
     def _is_detectron2(self) -> bool:
@@ -109,10 +172,13 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         if self._is_detectron2:
             self._estimate_batch_norm(network, context)
-        images = self.detect_all(network, context)
         # Average precision sorts the detections of all images, so rank 0 computes it for all.
         n_classes = len(context.splits.held_out.classes)
-        precisions = images.evaluate(lambda values: self._precisions(values, n_classes))
+        precisions, n_tested = self.measure(
+            network,
+            context,
+            lambda values: self._precisions(values, n_classes),
+        )
         # One process draws, as all would write the same files.
         if final and ranks.rank() == 0:
             self.draw(network, context)
@@ -126,8 +192,9 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
                 metric=metric,
                 headline=metric == "ap50",
                 value=100 * precision,
-                n=len(context.splits.held_out),
+                n=n_tested,
                 protocol="3.8",
+                deviations=tuple(self.image_differences(context.splits.train)),
                 details=tuple(self._test_details(context)),
             )
             scores.append(score)
@@ -198,3 +265,14 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         yield f"as {self.reference} does"
         if self._is_detectron2:
             yield f"batch norm estimated on {self.precise_batches} batches before the test"
+
+
+def _published_milestones(iterations: int) -> list[int]:
+    """Returns the published milestones in proportion to a training, as the config rounds them."""
+    milestones = set()
+    for milestone in _PUBLISHED_MILESTONES:
+        scaled = round(milestone * iterations / _PUBLISHED_ITERATIONS)
+        # Before the first iteration, or after the last one, a milestone changes nothing.
+        if 1 <= scaled < iterations:
+            milestones.add(scaled)
+    return sorted(milestones)

@@ -90,7 +90,7 @@ SETTINGS: dict[str, Any] = {
     "view": FittedImage(box=[128, 64]),
     "test_batch": 3,
 }
-CARD = {
+CARD: dict[str, Any] = {
     "epochs": 12,
     "milestone_epochs": [8, 11],
     "batch": 16,
@@ -146,10 +146,40 @@ def test_scores_have_the_columns_of_the_card_and_pictures_are_drawn(tmp_path: Pa
         assert words in deviations
 
 
+def deviations_of(one: CocoMaskRcnnFpn1x, n: int = 117_266, name: str = "coco2017") -> list[str]:
+    train = Drawn(n=n, name=name, split="train2017")
+    return [*one.deviations(), *one.image_differences(train)]
+
+
+PUBLISHED = {
+    **CARD,
+    "iterations": 87_960,
+    "images_per_forward": 2,
+    "view": FittedImage(box=[1333, 800]),
+}
+
+
 def test_the_card_has_no_deviations_of_its_own() -> None:
-    one = evaluation(**CARD)
-    assert list(one._differences(117_266)) == []
-    assert len(list(one._differences(117_265))) == 1
+    one = evaluation(**PUBLISHED)
+    assert deviations_of(one) == []
+    assert len(deviations_of(one, n=117_265)) == 1
+    assert len(deviations_of(one, name="other")) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"gamma": 0.5}, "gamma 0.5"),
+        ({"warmup": 50}, "warmup 50"),
+        ({"warmup_from": 0.1}, "warmup from 0.1"),
+        ({"images_per_gpu": 1}, "images per gpu 1"),
+        ({"milestone_epochs": [9]}, "milestones at epochs 9 of 12"),
+        ({"augment": RandomSizes(short_px=[640, 800], long_px=1333)}, "640, 800 px"),
+    ],
+)
+def test_each_other_setting_is_named(changes: dict[str, Any], name: str) -> None:
+    (deviation,) = deviations_of(evaluation(**{**PUBLISHED, **changes}))
+    assert name in deviation
 
 
 def test_epochs_are_counted_in_iterations_of_the_images_that_are_trained_on(
@@ -201,6 +231,9 @@ def test_shorter_trainings_have_them_in_proportion() -> None:
         ({"iterations": 0}, "coco_mask_rcnn_fpn_1x.iterations is 0"),
         ({"epochs": 0}, "coco_mask_rcnn_fpn_1x.epochs is 0"),
         ({"milestone_epochs": []}, "coco_mask_rcnn_fpn_1x.milestone_epochs"),
+        ({"milestone_epochs": [5, 3]}, "coco_mask_rcnn_fpn_1x.milestone_epochs"),
+        ({"warmup_from": 2}, "coco_mask_rcnn_fpn_1x.warmup_from is 2"),
+        ({"gamma": 0}, "coco_mask_rcnn_fpn_1x.gamma is 0"),
         ({"batch": 0}, "coco_mask_rcnn_fpn_1x.batch is 0"),
         ({"batch": 3}, "coco_mask_rcnn_fpn_1x.batch is 3"),
         ({"test_batch": 0}, "coco_mask_rcnn_fpn_1x.test_batch is 0"),

@@ -209,6 +209,24 @@ def test_samples_and_their_noise_do_not_depend_on_accumulation() -> None:
     assert found.value == pytest.approx(expected.value, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("images_per_forward", "words"), [(None, "the 8 images"), (6, "the 4 images"), (2, "the 2 im")]
+)
+def test_results_tell_the_images_of_a_forward(images_per_forward: int | None, words: str) -> None:
+    one = evaluation(batch=8, images_per_forward=images_per_forward)
+    (score,) = one.run(given())
+    assert any(words in detail for detail in score.details)
+    assert {len(samples) for samples in one.seen} == {one.forward_images()[1]}
+
+
+def test_forwards_of_two_sizes_are_told_as_a_range() -> None:
+    one = evaluation(batch=16, images_per_forward=6)
+    (score,) = one.run(given())
+    assert {len(samples) for samples in one.seen} == {4, 6}
+    assert one.forward_images() == (4, 6)
+    assert any("the 4 to 6 images" in detail for detail in score.details)
+
+
 def test_images_of_a_group_are_of_one_kind() -> None:
     one = evaluation(images_per_forward=2)
     list(one.run(given()))

@@ -4,15 +4,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from annotated_sets import write_voc
 from contexts import context
+from PIL import Image
 
+from relloc.data.annotations import Objects
 from relloc.data.image_set import Splits
-from relloc.errors import DataError, UsageError
+from relloc.data.voc_objects import voc_detection
+from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
+from relloc.runs.resolvers import scaled, scaled_whole
 from relloc.transfer.detection.samples import FittedImage, RandomSizes
 from relloc.transfer.metrics.voc_ap import MMDET, average_precision, voc_image
 from relloc.transfer.voc0712_detection import Voc0712Detection
@@ -20,6 +26,18 @@ from relloc.transfer.voc0712_detection import Voc0712Detection
 sys.path.insert(0, str(Path(__file__).parent / "detection"))
 from made_objects import Rectangles
 
+# What conf/eval/voc0712_detection.yaml has, apart from the images.
+CARD: dict[str, Any] = {
+    "iterations": 24_000,
+    "batch": 16,
+    "images_per_forward": 2,
+    "learning_rate": 0.02,
+    "milestones": [18_000, 22_000],
+    "warmup": 100,
+    "precise_batches": 200,
+    "augment": RandomSizes(short_px=tuple(range(480, 801, 32)), long_px=1333),
+    "view": FittedImage(box=(1333, 800)),
+}
 READING = EncodeConfig(
     batch=4, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0.0
 )
@@ -54,6 +72,25 @@ def given(folder: Path, *, train: Any = None, **changes: Any) -> Context:
     splits = Splits(train=train or Rectangles(n=12), held_out=Rectangles(n=7, split="test"))
     settings = {"backbone": backbone, "splits": splits, "encode_config": READING}
     return context(folder=folder, **{**settings, **changes})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Odd(Rectangles):
+    """Rectangles of which some can't be read, or with all objects difficult."""
+
+    broken: tuple[int, ...] = ()
+    all_difficult: bool = False
+
+    def read(self, index: int) -> Image.Image:
+        if index in self.broken:
+            raise UnreadableImage("it is broken")
+        return super().read(index)
+
+    def objects(self, index: int) -> Objects:
+        objects = super().objects(index)
+        if not self.all_difficult:
+            return objects
+        return dataclasses.replace(objects, difficult=np.ones(len(objects), bool))
 
 
 class Saved:
@@ -177,6 +214,123 @@ def test_images_with_a_wrong_annotation_are_counted_as_unreadable(tmp_path: Path
         list(evaluation_of_all.run(given(tmp_path, train=train)))
     tolerant = dataclasses.replace(READING, unreadable_share=0.1)
     list(evaluation_of_all.run(given(tmp_path, train=train, encode_config=tolerant)))
+
+
+def given_broken(folder: Path, *broken: int) -> Context:
+    held_out = Odd(n=7, split="test", broken=broken)
+    tolerant = dataclasses.replace(READING, unreadable_share=1.0)
+    splits = Splits(train=Rectangles(n=12), held_out=held_out)
+    return given(folder, splits=splits, encode_config=tolerant)
+
+
+def published_set(n: int = 16_551) -> Rectangles:
+    return Rectangles(n=n, name="voc0712")
+
+
+def deviations_of(one: Voc0712Detection, train: Rectangles) -> list[str]:
+    return [*one.deviations(), *one.image_differences(train)]
+
+
+@pytest.mark.parametrize("reference", ["mmdet", "detectron2"])
+def test_the_published_training_has_no_deviations(reference: str) -> None:
+    one = evaluation(**CARD, reference=reference)
+    assert deviations_of(one, published_set()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"momentum": 0.5}, "momentum 0.5"),
+        ({"weight_decay": 0.0}, "weight decay 0"),
+        ({"gamma": 0.5}, "gamma 0.5"),
+        ({"warmup": 50}, "warmup 50"),
+        ({"warmup_from": 0.1}, "warmup from 0.1"),
+        ({"milestones": [12_000]}, "[12000]"),
+        ({"images_per_gpu": 1}, "images per gpu 1"),
+        ({"precise_batches": 20, "reference": "detectron2"}, "precise batches 20"),
+        ({"augment": RandomSizes(short_px=[480, 800], long_px=1333)}, "480, 800 px"),
+        ({"augment": dataclasses.replace(CARD["augment"], flip=0.0)}, "flip 0"),
+        ({"view": FittedImage(box=[1000, 600])}, "1000"),
+    ],
+)
+def test_each_other_setting_is_named(changes: dict[str, Any], name: str) -> None:
+    (deviation,) = deviations_of(evaluation(**{**CARD, **changes}), published_set())
+    assert name in deviation
+
+
+def test_other_images_to_train_on_are_named() -> None:
+    one = evaluation(**CARD)
+    for train in (published_set(16_550), Rectangles(n=16_551)):
+        (deviation,) = deviations_of(one, train)
+        assert train.name in deviation
+        assert f"{train.n:,}" in deviation
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 7, 100, 12_345])
+def test_a_shorter_training_has_milestones_and_warm_up_in_proportion(iterations: int) -> None:
+    """Those that the config computes are no deviations of their own."""
+    one = evaluation(
+        **{
+            **CARD,
+            "iterations": iterations,
+            "milestones": scaled_whole([18_000, 22_000], 24_000, iterations),
+            "warmup": scaled(100, 24_000, iterations),
+        }
+    )
+    (deviation,) = deviations_of(one, published_set())
+    assert f"iterations {iterations}" in deviation
+
+
+def test_padding_is_compared_with_the_published_pairs() -> None:
+    one = evaluation(**{**CARD, "images_per_gpu": 1, "images_per_forward": 1})
+    padded = [each for each in one.deviations() if "padded" in each]
+    assert len(padded) == 1
+    assert "of 1, and of 2 as published" in padded[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gamma": 0}, "gamma is 0"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"warmup_from": 2}, "warmup_from is 2"),
+        ({"milestones": [5, 3]}, "milestones is"),
+    ],
+)
+def test_a_wrong_setting_is_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=f"eval.voc0712_detection.{words}"):
+        evaluation(**changes)
+
+
+def test_images_that_can_not_be_read_are_not_counted_as_tested(tmp_path: Path) -> None:
+    scores = list(evaluation(iterations=1).run(given_broken(tmp_path, 1, 4)))
+    assert {score.n for score in scores} == {5}
+
+
+def test_a_test_of_no_image_that_can_be_read_has_no_score(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of the 7 images of rectangles test"):
+        list(evaluation(iterations=1).run(given_broken(tmp_path, *range(7))))
+
+
+def test_a_test_without_an_object_that_counts_is_refused_before_the_training() -> None:
+    for changes in ({"all_difficult": True}, {"crowd": tuple(range(7))}, {"n": 0}):
+        held_out = Odd(**{"n": 7, "split": "test", **changes})
+        with pytest.raises(DataError, match="rectangles test has no object"):
+            evaluation().check(Splits(train=Rectangles(n=12), held_out=held_out))
+
+
+def test_boxes_of_the_other_reference_are_refused(tmp_path: Path) -> None:
+    splits = voc_detection(
+        root=str(write_voc(tmp_path)),
+        years=[2007, 2012],
+        train="trainval",
+        held_out="test",
+        held_out_year=2007,
+        reference="mmdet",
+    )
+    evaluation().check(splits)
+    with pytest.raises(UsageError, match=r"data.source.reference is mmdet"):
+        evaluation(reference="detectron2").check(splits)
 
 
 @pytest.mark.slow

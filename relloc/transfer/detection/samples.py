@@ -69,11 +69,11 @@ class RandomSizes:
         checks.number("augment.flip", self.flip, at_least=0, at_most=1)
 
     def __str__(self) -> str:
-        lowest = min(self.short_px)
-        highest = max(self.short_px)
+        # All sizes, as results tell by this text how a training differs from another.
+        sizes = ", ".join(map(str, self.short_px))
         return (
-            f"shorter side one of {len(self.short_px)} from {lowest} to {highest} px, longer side "
-            f"at most {self.long_px} px, flip {self.flip:g}"
+            f"shorter side one of {sizes} px, longer side at most {self.long_px} px, "
+            f"flip {self.flip}"
         )
 
     def sample(

@@ -3,8 +3,8 @@
 import abc
 import dataclasses
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar, cast
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from relloc.data.annotations import ObjectImages, Objects, images_with_objects
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.samples import read_samples
 from relloc.data.subsets import evenly_spaced
-from relloc.errors import UnreadableImage, UsageError
+from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
 from relloc.transfer.detection.batch import DetectionBatch, Detections, Size, pad_images
 from relloc.transfer.detection.masks import pasted
@@ -33,6 +33,7 @@ from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.metrics.pictures import draw_detections
 
 T = TypeVar("T")
+Measured = TypeVar("Measured")
 # Images of which a picture is drawn.
 _PICTURES = 8
 
@@ -107,6 +108,10 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     """
 
     masks = False
+    # Sizes and images of the published training and test; others are named in results.
+    published_augment: ClassVar[RandomSizes]
+    published_view: ClassVar = FittedImage(box=[1333, 800])
+    published_images: ClassVar[str]  # as in "16,551 images of voc0712 trainval"
 
     augment: RandomSizes
     view: FittedImage
@@ -130,14 +135,16 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     def check_settings(self, setting: str) -> None:
         super().check_settings(setting)
         checks.whole(f"{setting}.test_batch", self.test_batch)
+        checks.number(f"{setting}.gamma", self.gamma, above=0)
         checks.number(f"{setting}.warmup", self.warmup, at_least=0)
+        checks.number(f"{setting}.warmup_from", self.warmup_from, at_least=0, at_most=1)
 
     def check(self, splits: Splits) -> None:
         """Checks that the images have objects.
 
         Raises:
             UsageError: their data set has none.
-            DataError: no image to train on has an object.
+            DataError: no image to train on has an object, or no held-out image one that counts.
         """
         # This comes first, as the checks of the base class ask for objects.
         for images in (splits.train, splits.held_out):
@@ -147,19 +154,38 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
                     "a data set that has them, such as voc0712 or coco2017"
                 )
         super().check(splits)
+        # Without such an object no metric has a value, which the training would end with.
+        held_out = _with_objects(splits.held_out)
+        if not _has_counting_object(held_out):
+            raise DataError(
+                f"{held_out.name} {held_out.split} has no object to test on: none of its "
+                f"{len(held_out)} images shows one that is neither difficult nor a crowd. "
+                "Give images that do."
+            )
 
     def training_indices(self, images: ImageSet) -> Sequence[int]:
         return images_with_objects(_with_objects(images))
 
     def deviations(self) -> Iterator[str]:
         yield from super().deviations()
-        n_images = self.forward_images()
+        n_published = int(self.published["images_per_gpu"])
         # Batch norm sees the zeros beyond the border of smaller images.
-        if n_images != self.images_per_gpu:
+        if self.forward_images() != (n_published, n_published):
             yield (
-                f"images padded to the largest of {n_images}, "
-                f"and of {self.images_per_gpu} as published"
+                f"images padded to the largest of {self.forward_text()}, "
+                f"and of {n_published} as published"
             )
+
+    def image_differences(self, train: ImageSet) -> Iterator[str]:
+        """Yields how images and their sizes differ from those of the published training."""
+        n_trained = len(self.training_indices(train))
+        images = f"{n_trained:,} images of {train.name} {train.split}"
+        if images != self.published_images:
+            yield f"trained on {images} instead of {self.published_images}"
+        if not _is_same(self.augment, self.published_augment):
+            yield f"images resized to {self.augment} instead of {self.published_augment}"
+        if not _is_same(self.view, self.published_view):
+            yield f"tested on {self.view} instead of {self.published_view}"
 
     def unusable(self, images: ImageSet) -> Mapping[int, str]:
         return _with_objects(images).unusable()
@@ -198,6 +224,34 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
             for image, detections in zip(images, found, strict=True):
                 values.add(image.index, self.of_image(detections, image))
         return values
+
+    def measure(
+        self,
+        network: nn.Module,
+        context: Context,
+        compute: Callable[[Sequence[T]], Measured],
+    ) -> tuple[Measured, int]:
+        """Returns what `compute` gives for the held-out images, and the number of those.
+
+        Images that can't be read are missing. All processes call it together.
+
+        Raises:
+            DataError: none can be read.
+        """
+
+        def compute_and_count(values: Sequence[T]) -> tuple[Measured, int] | None:
+            if not values:
+                return None
+            return compute(values), len(values)
+
+        measured = self.detect_all(network, context).evaluate(compute_and_count)
+        if measured is None:
+            images = context.splits.held_out
+            raise DataError(
+                f"none of the {len(images)} images of {images.name} {images.split} can be read, "
+                "so average precision has no value. Repair them."
+            )
+        return measured
 
     def draw(self, network: nn.Module, context: Context) -> None:
         """Draws what is found in some images that are evenly spaced over the held-out ones."""
@@ -272,6 +326,34 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         for detections in found:
             rescaled = detections.rescaled(size, original_size)
             yield pasted(rescaled, original_size)
+
+
+def _is_same(own: RandomSizes | FittedImage, published: RandomSizes | FittedImage) -> bool:
+    """Returns whether all settings are equal; a list and a tuple of equal numbers are."""
+    if type(own) is not type(published):
+        return False
+    for field in dataclasses.fields(published):
+        values = []
+        for settings in (own, published):
+            value = getattr(settings, field.name)
+            # Sizes come as a list from the config.
+            values.append(list(value) if isinstance(value, list | tuple) else value)
+        if values[0] != values[1]:
+            return False
+    return True
+
+
+def _has_counting_object(images: ObjectImages) -> bool:
+    """Returns whether an image has an object that is neither difficult nor a crowd."""
+    unusable = images.unusable()
+    for index in range(len(images)):
+        if index in unusable:
+            continue
+        objects = images.objects(index)
+        counts = ~objects.difficult & ~objects.crowd
+        if counts.any():
+            return True
+    return False
 
 
 def _with_objects(images: ImageSet) -> ObjectImages:

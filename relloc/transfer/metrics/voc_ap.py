@@ -59,8 +59,8 @@ class Definition:
 
 # The AP50 of mmselfsup's row. True boxes are the annotation minus 1 on all four.
 MMDET = Definition(points="11", plus_one=True, reference="mmdet")
-# The same by area, as mmdet computes it for data sets other than VOC.
-MMDET_AREA = Definition(points="area", plus_one=False, reference="mmdet")
+# The same by area, as mmdet computes it for VOC2012 (voc.py, use_legacy_coordinate).
+MMDET_AREA = Definition(points="area", plus_one=True, reference="mmdet")
 # AP, AP50 and AP75 of MoCo's row. True boxes are the annotation minus 1 on xmin and ymin only.
 # detectron2 adds these again before it computes widths with + 1, so none is added here.
 DETECTRON2 = Definition(points="11", plus_one=False, reference="detectron2")

@@ -213,12 +213,13 @@ def test_widths_include_the_last_pixel_only_where_asked() -> None:
     # 100 pixels against 50 of them; without + 1, 81 against 36.
     half = [image([(0, 0, 4, 9, 0.9)], [(0, 0, 9, 9)])]
     assert ap(half) == 1
+    assert ap(half, MMDET_AREA) == 1
     assert ap(half, dataclasses.replace(MMDET, plus_one=False)) == 0
 
 
 def test_an_overlap_of_exactly_the_threshold_is_enough_for_mmdet_only() -> None:
     half = [image([(0, 0, 5, 10, 0.9)], [(0, 0, 10, 10)])]
-    assert ap(half, MMDET_AREA) == 1
+    assert ap(half, dataclasses.replace(MMDET, plus_one=False)) == 1
     assert ap(half, DETECTRON2) == 0
     assert ap(half, DETECTRON2, 0.45) == 1
 
