@@ -100,6 +100,9 @@ def no_member(group: str, wrong: str) -> str:
     if meant:
         distinct = sorted(set(meant))
         hint = f"Did you mean {' or '.join(distinct)}? "
+    if not known:
+        # Plugins bring the members of a group such as hydra/sweeper.
+        return f"there is no {group}={wrong}: the package that brings it is not installed"
     listed = ", ".join(known)
     return f"there is no {group}={wrong}. {hint}There are {listed}"
 

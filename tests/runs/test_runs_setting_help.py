@@ -197,3 +197,9 @@ def test_a_word_for_a_number_is_told_before_anything_is_composed(word: str, swee
 )
 def test_other_words_are_left_to_what_takes_them(words: tuple[str, ...]) -> None:
     explaining.check_kinds(check(words, sweeps=False), "train")
+
+
+def test_a_member_that_a_plugin_would_bring_is_said_to_be_not_installed() -> None:
+    message = explaining.no_member("hydra/sweeper", "optuna")
+    assert "hydra/sweeper=optuna" in message
+    assert "not installed" in message
