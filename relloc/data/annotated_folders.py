@@ -1,6 +1,7 @@
 """Image files with annotations: `ObjectFolder` with objects, `ClassMapFolder` with class maps."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from relloc.data.folder import FolderImages, names_below_common_folder
 from relloc.data.images import read_unconverted
 from relloc.data.object_table import ObjectTable
 from relloc.data.processes import Progress
-from relloc.errors import UnreadableImage
+from relloc.errors import DataError, UnreadableImage
 
 # A box may reach over the border by so much before that is reported: it is rounding.
 _BORDER_PX = 1.0
@@ -158,6 +159,31 @@ class ClassMapFolder(FolderImages):
         # Names below the common folder, so that copies in other places have the same hash.
         names = names_below_common_folder(self.mask_paths)
         yield hash_files(self.mask_paths, names, (), progress)
+
+
+def require_masks(images: str, mask_paths: Sequence[str]) -> None:
+    """Checks that no mask is missing, which would otherwise be noticed when it is first read.
+
+    Held-out masks are read after the first part of a training, which may have taken hours.
+    `images` is what messages call the images.
+
+    Raises:
+        DataError: masks are missing.
+    """
+    # Listing folders is faster than asking for each file, above all on a file server.
+    existing: dict[str, set[str]] = {}
+    missing = []
+    for path in mask_paths:
+        folder, name = os.path.split(path)
+        if folder not in existing:
+            existing[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in existing[folder]:
+            missing.append(path)
+    if missing:
+        raise DataError(
+            f"{len(missing):,} of {len(mask_paths):,} masks of {images} are missing, the first is "
+            f"{missing[0]}: unpack their archive again, or make them anew"
+        )
 
 
 def _class_values(path: Path, modes: tuple[str, ...], palette: _Palette) -> _ClassMap:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from relloc.data.annotated_folders import ClassMapFolder
+from relloc.data.annotated_folders import ClassMapFolder, require_masks
 from relloc.data.annotations import VOID
 from relloc.data.folder import require_root, require_some_of
 from relloc.data.image_set import Splits, warn_of_other_counts
@@ -91,7 +91,7 @@ def cityscapes(
     from labelIds, which the download has, by the same table.
 
     Raises:
-        DataError: a folder is missing or holds no images.
+        DataError: a folder or mask is missing, or a folder holds no images.
 
     Example:
         >>> cityscapes(name="cityscapes", root="/data/cityscapes", train="train", held_out="val")
@@ -140,6 +140,7 @@ def _split(name: str, base: Path, split: str) -> tuple[CityscapesImages, int]:
             n_converted += 1
         city_folder = masks / image.parent.name
         mask_paths.append(f"{city_folder}/{stem}{suffix}")
+    require_masks(f"{name} {split}", mask_paths)
     of_split = CityscapesImages(
         name=name,
         split=split,

@@ -220,6 +220,9 @@ def _reason(path: Path, error: Exception) -> str:
     """Returns why a file can't be read, without its name, which whoever reports it adds."""
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "is an empty file"
+    # The error's own text repeats the path.
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
     # Pillow's own message holds the address of an object, which differs in every run.
     if isinstance(error, UnidentifiedImageError):
         return (

@@ -8,7 +8,7 @@ SegmentationClassAug.
 from collections.abc import Mapping
 from pathlib import Path
 
-from relloc.data.annotated_folders import ClassMapFolder
+from relloc.data.annotated_folders import ClassMapFolder, require_masks
 from relloc.data.image_set import Splits
 from relloc.data.lists import VOC_CLASSES, checked_splits, voc_devkit, voc_list
 from relloc.errors import DataError
@@ -37,7 +37,8 @@ def voc_segmentation(
     leaves them out.
 
     Raises:
-        DataError: a folder or list is missing or empty, or both splits have the same image.
+        DataError: a folder, list or mask is missing, one is empty, or both splits have the same
+            image.
 
     Example:
         >>> voc_segmentation(name="voc2012", root="/data", train="train", held_out="val", aug="aug")
@@ -92,7 +93,11 @@ def voc_segmentation(
         )
         images.append(of_split)
         lists.append(devkit / "ImageSets" / "Segmentation" / f"{split}.txt")
-    return checked_splits(images, lists, published_images, remarks=(remark,))
+    splits = checked_splits(images, lists, published_images, remarks=(remark,))
+    # Wrong lists are told first: they may name images that have no masks.
+    for of_split in images:
+        require_masks(f"{name} {of_split.split}", of_split.mask_paths)
+    return splits
 
 
 def _more_names(devkit: Path, aug: str, masks: Path, others: list[str]) -> tuple[list[str], str]:

@@ -77,15 +77,15 @@ def test_wrong_values_make_an_image_unusable(tmp_path: Path, suffix: str, value:
     ]
 
 
-def test_missing_and_palette_masks_make_an_image_unusable(tmp_path: Path):
+def test_a_palette_mask_makes_an_image_unusable_and_a_missing_one_is_told_first(tmp_path: Path):
     path = write_cityscapes(tmp_path) / f"{STEM}_labelTrainIds.png"
     write_mask(path, mode="P")
     with pytest.raises(UnreadableImage, match="is palette, and should be gray"):
         train_of(tmp_path).class_map(0)
-    path.unlink()
-    with pytest.raises(UnreadableImage, match=r"labelTrainIds.png FileNotFoundError"):
-        train_of(tmp_path).class_map(0)
     assert len(checked(cityscapes_of(tmp_path)).train.unreadable) == 1
+    path.unlink()
+    with pytest.raises(DataError, match=rf"1 of 2 masks .*{STEM}_labelTrainIds\.png"):
+        cityscapes_of(tmp_path)
 
 
 def test_missing_folders_are_named(tmp_path: Path):

@@ -168,7 +168,7 @@ def test_empty_text_and_missing_files_are_told_apart(tmp_path: Path) -> None:
     for name, reason in [
         ("empty.jpg", "is an empty file"),
         ("text.jpg", "cannot identify image file"),
-        ("missing.jpg", "No such file"),
+        ("missing.jpg", "is missing"),
         ("folder.jpg", "Is a directory"),
         ("x" * 300 + ".jpg", "File name too long"),
     ]:

@@ -210,7 +210,7 @@ def test_places_lines_are_split_at_the_last_space(tmp_path: Path) -> None:
 
 def test_an_image_that_is_listed_and_not_there_is_unreadable_when_read(tmp_path: Path) -> None:
     splits = places_of(places_root(tmp_path))
-    with pytest.raises(UnreadableImage, match="No such file"):
+    with pytest.raises(UnreadableImage, match="is missing"):
         splits.train.read(2)
 
 

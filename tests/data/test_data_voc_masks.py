@@ -135,7 +135,6 @@ def empty(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (Path.unlink, "FileNotFoundError"),
         (rgb, "is RGB color, and should be palette or gray"),
         (gray_of_colors, "has the values 38"),
         (sorted_palette, "shows 1 in the color of 20"),
@@ -157,6 +156,36 @@ def test_a_wrong_mask_makes_its_image_unusable(tmp_path: Path, damage, problem: 
     found = checked(splits)
     assert list(found.train.unreadable) == ["2007_000032.jpg"]
     assert found.held_out.unreadable == {}
+
+
+@pytest.mark.parametrize(
+    ("aug", "lost", "told"),
+    [
+        (False, ["SegmentationClass/2007_000032"], "1 of 2 masks of voc2012 train"),
+        (False, ["SegmentationClass/2007_000033"], "1 of 1 masks of voc2012 val"),
+        (
+            True,
+            ["SegmentationClassAug/2008_000003", "SegmentationClassAug/2008_000007"],
+            "2 of 4 masks of voc2012 train",
+        ),
+    ],
+)
+def test_missing_masks_are_counted_before_they_are_read(
+    tmp_path: Path, aug: bool, lost: list[str], told: str
+):
+    devkit = write_voc_masks(tmp_path, aug=aug) / "VOCdevkit/VOC2012"
+    for name in lost:
+        (devkit / f"{name}.png").unlink()
+    with pytest.raises(DataError, match=rf"{told} are missing.*{lost[0]}\.png"):
+        voc_of(tmp_path)
+
+
+def test_a_mask_that_vanishes_later_is_called_missing(tmp_path: Path):
+    write_voc_masks(tmp_path, aug=False)
+    images = train_of(tmp_path)
+    (tmp_path / MASK).unlink()
+    with pytest.raises(UnreadableImage, match=r"2007_000032\.png is missing"):
+        images.class_map(0)
 
 
 def test_a_class_out_of_range_in_sbd_is_told(tmp_path: Path):

@@ -156,7 +156,7 @@ class FcnFineTuning(IterativeFineTuning):
                 scores.confusion,
                 images.classes,
                 context.folder / "confusion.png",
-                title=f"{images.name} {images.split}, mIoU {100 * scores.mean_iou:.2f} %",
+                title=f"{images.name} {images.split}, mIoU {scores.printed_mean_iou:.2f} %",
             )
         return self._scores(scores, n_tested, context.splits)
 
@@ -198,14 +198,17 @@ class FcnFineTuning(IterativeFineTuning):
             table=self.table,
             column="mIoU",
             metric="miou",
-            value=100 * scores.mean_iou,
+            value=scores.printed_mean_iou,
             n=n,
             headline=True,
             protocol=self.protocol,
             deviations=deviations,
             details=details,
         )
-        numbers = {"pixel_accuracy": scores.pixel_accuracy}
+        numbers = {
+            "miou_unrounded": scores.mean_iou,
+            "pixel_accuracy": scores.pixel_accuracy,
+        }
         by_class = scores.iou_by_class.tolist()
         for name, iou in zip(splits.held_out.classes, by_class, strict=True):
             # A class that is neither shown nor predicted has no IoU.
