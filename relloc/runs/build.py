@@ -139,7 +139,9 @@ class RunSettings:
                 "evaluation doesn't know where its data set lies",
                 "evaluations don't know where their data set lies",
             )
-            raise UsageError(f"{lost}; give {'; '.join(missing)}")
+            # The whole card has a dozen of them: a line each.
+            listed = "\n  ".join(missing)
+            raise UsageError(f"{lost}; give\n  {listed}")
 
     @property
     def needs_own_data(self) -> bool:
