@@ -152,7 +152,9 @@ def test_a_wait_that_lasts_is_told_and_ends(monkeypatch: pytest.MonkeyPatch) -> 
         pytest.raises(Interrupted, match="has read none for"),
     ):
         list(found)
-    assert 1 < len(said) < 6  # twice as long before each
+    # Twice as long before each: four messages, and some of a busy machine's first answers. Without
+    # doubling there would be fifteen.
+    assert 1 < len(said) < 10
 
 
 def test_processes_that_can_not_be_started_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
