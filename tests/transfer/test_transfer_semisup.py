@@ -428,7 +428,10 @@ def test_a_batch_of_which_nothing_could_be_read_changes_nothing() -> None:
         ({"epochs": 0}, r"eval\.semisup\.epochs is 0: .* 1 or more"),
         ({"batch": 1}, r"eval\.semisup\.batch is 1: .*batch norm"),
         ({"batch": 2.5}, r"eval\.semisup\.batch is 2\.5: .*whole number"),
-        ({"milestone_epochs": [3, 3]}, r"eval\.semisup\.milestone_epochs is \[3, 3\]: .*increasing"),
+        (
+            {"milestone_epochs": [3, 3]},
+            r"eval\.semisup\.milestone_epochs is \[3, 3\]: .*increasing",
+        ),
         ({"choosing_images": 0}, r"eval\.semisup\.choosing_images is 0: .* 1 or more"),
     ],
 )
