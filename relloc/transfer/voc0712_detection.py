@@ -8,6 +8,7 @@ in six things, which `reference="detectron2"` changes together.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,8 @@ from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4
 from relloc.transfer.detection.rpn import RpnTraining
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import DetectionFineTuning, TestImage
+from relloc.transfer.metrics.box_confusion import box_confusion
+from relloc.transfer.metrics.pictures import draw_class_confusion
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
     DETECTRON2,
@@ -172,13 +175,15 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         if self._is_detectron2:
             self._estimate_batch_norm(network, context)
+        classes = context.splits.held_out.classes
+
         # Average precision sorts the detections of all images, so rank 0 computes it for all.
-        n_classes = len(context.splits.held_out.classes)
-        precisions, n_tested = self.measure(
-            network,
-            context,
-            lambda values: self._precisions(values, n_classes),
-        )
+        def compute(values: Sequence[VocImage]) -> dict[str, tuple[str, float]]:
+            if final:
+                _draw_confusion(values, classes, context.folder)
+            return self._precisions(values, len(classes))
+
+        precisions, n_tested = self.measure(network, context, compute)
         # One process draws, as all would write the same files.
         if final and ranks.rank() == 0:
             self.draw(network, context)
@@ -265,6 +270,16 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         yield f"as {self.reference} does"
         if self._is_detectron2:
             yield f"batch norm estimated on {self.precise_batches} batches before the test"
+
+
+def _draw_confusion(images: Sequence[VocImage], classes: Sequence[str], folder: Path) -> None:
+    """Draws which classes are taken for which; "none" stands for no object."""
+    draw_class_confusion(
+        box_confusion(images, n_classes=len(classes)),
+        [*classes, "none"],
+        folder / "confusion.png",
+        title="objects of VOC, detected with a score of 0.3 or more and an IoU of 0.5",
+    )
 
 
 def _published_milestones(iterations: int) -> list[int]:
