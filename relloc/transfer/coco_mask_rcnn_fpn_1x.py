@@ -14,6 +14,7 @@ from torch import nn
 from relloc import checks, ranks
 from relloc.evaluation.contract import Context
 from relloc.results import Score
+from relloc.transfer import order
 from relloc.transfer.detection.batch import Detections
 from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.samples import RandomSizes
@@ -23,7 +24,7 @@ from relloc.transfer.schedule import Milestones
 
 _SETTING = "eval.coco_mask_rcnn_fpn_1x"
 _TABLE = "COCO, Mask R-CNN FPN 1x"
-# 12 epochs of 117,266 images, of which the last step of each epoch is filled up.
+# 12 epochs of 117,266 images, of which the last step of each orientation and epoch is filled up.
 _PUBLISHED_ITERATIONS = 87_960
 _PUBLISHED_MILESTONES = (8 / 12, 11 / 12)  # as shares of the training
 # What COCO's statistics are compared by, and what that is called in metrics and columns.
@@ -61,8 +62,11 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         UsageError: a setting is out of range.
     """
 
-    version = 1
+    # 1: images came from an endless stream, and masks were not padded beside their images
+    version = 2
     masks = True
+    # mmdetection trains for epochs here, and for iterations on VOC.
+    deal = staticmethod(order.steps_by_epochs)
     published: ClassVar = {
         "iterations": _PUBLISHED_ITERATIONS,
         "batch": 16,
@@ -98,8 +102,12 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
     def run(self, context: Context) -> Iterator[Score]:
         evaluation = self
         if self.iterations is None:
-            n_images = len(self.training_indices(context.splits.train))
-            steps_per_epoch = math.ceil(n_images / self.batch)
+            images = context.splits.train
+            steps_per_epoch = order.steps_in_epoch(
+                self.training_indices(images),
+                lambda index: self.kind_of(images, index),
+                self.batch,
+            )
             evaluation = dataclasses.replace(self, iterations=self.epochs * steps_per_epoch)
         yield from super(CocoMaskRcnnFpn1x, evaluation).run(context)
 

@@ -25,7 +25,7 @@ from relloc.features.source import SeededIndex, no_progress
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.transfer import order
-from relloc.transfer.loop import FineTuning, MicroBatch, split_for_rank
+from relloc.transfer.loop import FineTuning, MicroBatch, forward_conditions, split_for_rank
 from relloc.transfer.schedule import Schedule
 
 # Steps between reports of the loss. States are saved at reports, if the last one is old enough.
@@ -53,6 +53,8 @@ class IterativeFineTuning(Evaluation):
     labels = "own"
     across_ranks = True
     layers = ()
+    # The order in which images are dealt to steps: one of `relloc.transfer.order`.
+    deal = staticmethod(order.steps)
     # The published values of fields; other values are named in results.
     published: ClassVar[Mapping[str, float]]
 
@@ -216,10 +218,35 @@ class IterativeFineTuning(Evaluation):
             gradient_limit=self.gradient_limit(),
         )
 
+    @torch.no_grad()
+    def forward_training_batches(
+        self, network: nn.Module, context: Context, n_batches: int, *, what: str
+    ) -> None:
+        """Runs the forwards of the first `n_batches` steps as the training does, without learning.
+
+        For what networks gather in training mode, in which it leaves the network. `what` is the
+        text beside the progress bar.
+        """
+        network.train()
+        config = context.encode_config
+        for step, micro_batches in enumerate(self.micro_batches(context, 0, n_batches, what=what)):
+            first_number = ranks.rank() * len(micro_batches)
+            for number, micro_batch in enumerate(micro_batches, start=first_number):
+                # Of no image there is nothing to gather. But where batch norm is synchronized, the
+                # other processes wait in it for this one.
+                if not micro_batch.samples and ranks.world_size() == 1:
+                    continue
+                seed = seed_for(Use.FINE_TUNING_FORWARD, context.seed, step, number)
+                with forward_conditions(context.device, bf16=config.bf16, seed=seed):
+                    self.loss(network, micro_batch.content, context.device)
+
     def micro_batches(
-        self, context: Context, first: int, end: int
+        self, context: Context, first: int, end: int, *, what: str | None = None
     ) -> Iterator[list[MicroBatch[list[Any]]]]:
-        """Yields this process's micro-batches of the steps from `first` to before `end`."""
+        """Yields this process's micro-batches of the steps from `first` to before `end`.
+
+        `what` is the text beside the progress bar; None for that of the training.
+        """
         images = context.splits.train
         config = context.encode_config
         unreadable = config.unreadable_of(len(images))
@@ -229,7 +256,7 @@ class IterativeFineTuning(Evaluation):
             unusable[images.source(index)] = reason
         unreadable.add(unusable)
         keys = self._keys(images, context.seed, first, end)
-        accumulation = self._accumulation()
+        accumulation = self.forwards_in_step()
         # Workers read micro-batches, which are smaller than steps, one after the other.
         batches = read_samples(
             images,
@@ -238,7 +265,7 @@ class IterativeFineTuning(Evaluation):
             workers=config.workers,
             stopping=config.stopping,
         )
-        what = f"fine-tuning on {images.name} {images.split}"
+        what = what or f"fine-tuning on {images.name} {images.split}"
         shown = config.progress(_in_steps(batches, accumulation), what, end - first)
         for step_batches in shown:
             micro_batches = []
@@ -259,14 +286,14 @@ class IterativeFineTuning(Evaluation):
         and accumulation change no sample.
         """
         # The same order on all processes, each of which takes its part of every step.
-        steps = order.steps(
+        steps = self.deal(
             self.training_indices(images),
             lambda index: self.kind_of(images, index),
             gpus=self.batch // self.images_per_gpu,
             images_per_gpu=self.images_per_gpu,
             seed=seed,
         )
-        accumulation = self._accumulation()
+        accumulation = self.forwards_in_step()
         for step, groups in enumerate(itertools.islice(steps, end)):
             # A resumed training passes over the steps that are done.
             if step < first:
@@ -291,7 +318,7 @@ class IterativeFineTuning(Evaluation):
     def forward_images(self) -> tuple[int, int]:
         """Returns the smallest and the largest number of images in a forward of any process."""
         n_groups = self.batch // self.images_per_gpu
-        n_forwards = ranks.world_size() * self._accumulation()
+        n_forwards = ranks.world_size() * self.forwards_in_step()
         # `split_for_rank` cuts the groups of a step as evenly as possible.
         smallest = n_groups // n_forwards
         largest = math.ceil(n_groups / n_forwards)
@@ -304,7 +331,7 @@ class IterativeFineTuning(Evaluation):
             return str(largest)
         return f"{smallest} to {largest}"
 
-    def _accumulation(self) -> int:
+    def forwards_in_step(self) -> int:
         """Returns the number of forwards of each process in a step."""
         if self.images_per_forward is None:
             return 1

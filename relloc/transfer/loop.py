@@ -4,6 +4,7 @@ Of a batch it knows how many samples it has and how their loss is computed, and 
 images may be one tensor or a list of different sizes, and targets anything.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -250,10 +251,18 @@ class FineTuning(Generic[T]):
 
     def _forward(self, step: int, number: int, content: T) -> Tensor:
         """Returns the loss of micro-batch `number` of a step, counted through all processes."""
-        gpus = [self.device] if self.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(gpus),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
-        ):
-            torch.manual_seed(seed_for(Use.FINE_TUNING_FORWARD, self.seed, step, number))
+        seed = seed_for(Use.FINE_TUNING_FORWARD, self.seed, step, number)
+        with forward_conditions(self.device, bf16=self.bf16, seed=seed):
             return self.loss(content)
+
+
+@contextlib.contextmanager
+def forward_conditions(device: torch.device, *, bf16: bool, seed: int) -> Iterator[None]:
+    """Sets precision and PyTorch's global generators for a forward of a training in the block."""
+    gpus = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(gpus),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+    ):
+        torch.manual_seed(seed)
+        yield

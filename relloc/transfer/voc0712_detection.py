@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -67,7 +66,8 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         UsageError: a setting is out of range.
     """
 
-    version = 2
+    # 2: batch norm of detectron2's kind was estimated in float32, whatever the precision was
+    version = 3
     published: ClassVar = {
         "iterations": _PUBLISHED_ITERATIONS,
         "batch": 16,
@@ -239,7 +239,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         return precisions
 
     def _estimate_batch_norm(self, network: nn.Module, context: Context) -> None:
-        """Replaces the statistics of batch norm by averages over training batches.
+        """Replaces the statistics of batch norm by averages over the forwards of training batches.
 
         detectron2 calls it precise BN. The network is trained on nothing here.
         """
@@ -252,13 +252,14 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # PyTorch's way to ask for the plain average of all batches
-        # Batch norm gathers its statistics in training mode. The loss is computed for its forward
-        # alone, by which the norms of the heads see regions too.
-        network.train()
-        with torch.no_grad():
-            for micro_batches in self.micro_batches(context, 0, self.precise_batches):
-                for micro_batch in micro_batches:
-                    self.loss(network, micro_batch.content, context.device)
+        # The loss is computed for its forward alone, by which the norms of the heads see regions.
+        images = context.splits.train
+        self.forward_training_batches(
+            network,
+            context,
+            self.precise_batches,
+            what=f"estimating batch norm on {images.name} {images.split}",
+        )
         # The training may go on after this test, with its own momentum.
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -269,7 +270,14 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         yield f"trained on {n_trained} images of {images.name} {images.split}, {self.augment}"
         yield f"as {self.reference} does"
         if self._is_detectron2:
-            yield f"batch norm estimated on {self.precise_batches} batches before the test"
+            yield f"batch norm estimated before the test in {self._precise_forwards()}"
+
+    def _precise_forwards(self) -> str:
+        """Returns how many forwards of how many images batch norm is estimated in."""
+        n_forwards = self.precise_batches * self.forwards_in_step()
+        text = f"{n_forwards} forwards of {self.forward_text()} images"
+        n_processes = ranks.world_size()
+        return f"{text} on each of {n_processes} processes" if n_processes > 1 else text
 
 
 def _draw_confusion(images: Sequence[VocImage], classes: Sequence[str], folder: Path) -> None:

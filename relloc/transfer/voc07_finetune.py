@@ -151,6 +151,7 @@ class Voc07Finetune(IterativeFineTuning):
         checks.whole(f"{self.setting}.crops", self.crops)
         checks.number(f"{self.setting}.clip_norm", self.clip_norm, above=0)
         checks.wholes(f"{self.setting}.milestones", self.milestones, may_be_empty=True)
+        checks.increasing(f"{self.setting}.milestones", self.milestones)
         checks.number(f"{self.setting}.gamma", self.gamma, above=0, at_most=1)
 
     def check(self, splits: Splits) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relloc.transfer.order import endless, grouped, steps
+from relloc.transfer.order import endless, grouped, steps, steps_by_epochs, steps_in_epoch
 
 
 def taken(*, gpus: int, images_per_gpu: int, n: int, n_steps: int) -> list[list[list[int]]]:
@@ -74,3 +74,45 @@ def test_all_gpus_together_see_images_about_equally_often() -> None:
         counts.update(itertools.chain.from_iterable(groups))
     # 400 images of 40, and at most a group of each kind and GPU waits
     assert set(counts.values()) <= {9, 10, 11}
+
+
+def is_portrait(index: int) -> bool:
+    return index % 3 == 0
+
+
+@given(n=st.integers(1, 60), gpus=st.integers(1, 4), images_per_gpu=st.integers(1, 3))
+def test_an_epoch_has_each_image_and_fills_up_each_kind(
+    n: int, gpus: int, images_per_gpu: int
+) -> None:
+    """mmdetection's DistributedGroupSampler: kinds are filled up to whole steps by repeats."""
+    dealt = steps_by_epochs(range(n), is_portrait, gpus=gpus, images_per_gpu=images_per_gpu, seed=5)
+    a_step = gpus * images_per_gpu
+    n_steps = steps_in_epoch(range(n), is_portrait, a_step)
+    orders = []
+    for _ in range(2):
+        epoch = list(itertools.islice(dealt, n_steps))
+        assert {len(groups) for groups in epoch} == {gpus}
+        groups = list(itertools.chain.from_iterable(epoch))
+        for group in groups:
+            assert len(group) == images_per_gpu
+            assert len({is_portrait(index) for index in group}) == 1
+        counts = Counter(itertools.chain.from_iterable(groups))
+        assert set(counts) == set(range(n))
+        for kind in (True, False):
+            of_kind = [counts[index] for index in range(n) if is_portrait(index) is kind]
+            if of_kind:
+                assert sum(of_kind) % a_step == 0
+                assert sum(of_kind) - len(of_kind) < a_step
+                # Repeats are spread over the kind.
+                assert max(of_kind) - min(of_kind) <= 1
+        orders.append(groups)
+    if n > 20:
+        assert orders[0] != orders[1]
+
+
+def test_both_kinds_come_throughout_an_epoch_by_epochs() -> None:
+    dealt = steps_by_epochs(range(96), is_portrait, gpus=2, images_per_gpu=2, seed=0)
+    kinds = [[is_portrait(group[0]) for group in groups] for groups in itertools.islice(dealt, 24)]
+    first, second = kinds[:12], kinds[12:]
+    for part in (first, second):
+        assert {kind for of_step in part for kind in of_step} == {True, False}

@@ -19,6 +19,7 @@ from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.runs.resolvers import scaled, scaled_whole
+from relloc.transfer.detection.batch import DetectionBatch
 from relloc.transfer.detection.samples import FittedImage, RandomSizes
 from relloc.transfer.metrics.voc_ap import MMDET, average_precision, voc_image
 from relloc.transfer.voc0712_detection import Voc0712Detection
@@ -166,6 +167,44 @@ def test_batch_norm_is_estimated_before_the_test_of_the_other_reference(tmp_path
     assert network.norm.running_var.ne(1).any()
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, weights[name])
+
+
+@pytest.mark.parametrize(("images_per_forward", "forwards"), [(None, [4, 4]), (2, [2, 2, 2, 2])])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batch_norm_is_estimated_in_forwards_like_those_of_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    images_per_forward: int | None,
+    forwards: list[int],
+    precision: str,
+) -> None:
+    labels = []
+
+    def progress(batches: Any, what: str, n: int) -> Any:
+        labels.append((what, n))
+        return batches
+
+    one = evaluation(reference="detectron2", images_per_forward=images_per_forward)
+    config = dataclasses.replace(READING, precision=precision, progress=progress)
+    where = given(tmp_path, encode_config=config)
+    network: Any = one.make_network(where)
+    seen = []
+
+    def losses(batch: DetectionBatch) -> dict[str, torch.Tensor]:
+        assert network.training
+        assert not torch.is_grad_enabled()
+        seen.append((len(batch.images), torch.is_autocast_enabled("cpu")))
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(network, "losses", losses)
+    one._estimate_batch_norm(network, where)
+    assert seen == [(n_images, precision == "bf16") for n_images in forwards]
+    ((what, n_batches),) = labels
+    assert what.startswith("estimating batch norm")
+    assert n_batches == 2
+    n_forwards, n_images = len(forwards), forwards[0]
+    details = list(one._test_details(where))
+    assert any(f"in {n_forwards} forwards of {n_images} images" in detail for detail in details)
 
 
 def test_trunk_and_head_come_from_the_checkpoint(tmp_path: Path) -> None:

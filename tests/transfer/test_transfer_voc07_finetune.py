@@ -90,6 +90,12 @@ def evaluation(**changes: Any) -> Voc07Finetune:
     return Voc07Finetune(**{**settings, **changes})
 
 
+@pytest.mark.parametrize("milestones", [[30, 20], [10, 10]])
+def test_milestones_that_do_not_rise_are_refused(milestones: list[int]) -> None:
+    with pytest.raises(UsageError, match=r"eval\.voc07_finetune\.milestones is \["):
+        evaluation(milestones=milestones)
+
+
 def given(**changes: Any) -> Context:
     return context(**{"splits": small_splits(), **changes})
 

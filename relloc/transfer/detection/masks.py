@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, grid_sample
+from torch.nn.functional import binary_cross_entropy_with_logits, grid_sample, pad
 
-from relloc.transfer.detection.batch import Detections, Size, Targets
+from relloc.transfer.detection.batch import Detections, Size, Targets, round_up_side
 from relloc.transfer.detection.box_head import align
 from relloc.transfer.detection.fpn_heads import MASK_SIDE
 from relloc.transfer.detection.groups import mean_over_groups
@@ -48,7 +48,9 @@ def mask_targets(
 ) -> Bool[Tensor, "n 28 28"]:
     """Returns the part of each region's object that lies in the region, in 28 x 28 cells.
 
-    A cell is of the object if half of its sample points are, or more.
+    A cell is of the object if half of its sample points are, or more. Between the last pixels of
+    an image and its padding, if it has any, a sample point is partly of the padding, which is of no
+    object.
 
     Args:
         regions: those that are assigned to objects, image after image.
@@ -67,10 +69,22 @@ def mask_targets(
             raise ValueError("an image has no masks to train on: give `Targets.masks`")
         if not len(boxes):
             continue
-        bitmaps = each.masks.unsqueeze(1).float()
+        bitmaps = _padded(each.masks.float()).unsqueeze(1)
         shares = align(bitmaps, boxes, objects, side=MASK_SIDE, stride=1)
         cells.append(shares.squeeze(1))
     return torch.cat(cells) >= _THRESHOLD
+
+
+def _padded(masks: Float[Tensor, "n h w"]) -> Float[Tensor, "n h2 w2"]:
+    """Returns masks that are padded by zeros as their image is.
+
+    Without, RoIAlign would take the last row and column for what lies beyond them. mmdetection pads
+    masks beside each image (mmdet/datasets/pipelines/transforms.py, `Pad._pad_masks`).
+    """
+    height, width = masks.shape[1:]
+    bottom = round_up_side(height) - height
+    right = round_up_side(width) - width
+    return pad(masks, (0, right, 0, bottom))
 
 
 def mask_loss(

@@ -67,7 +67,11 @@ def test_targets_are_those_of_plain_loops() -> None:
         image, object_ = int(regions.images[number]), int(regions.objects[number])
         bitmap = targets[image].masks
         assert bitmap is not None
-        shares = plain.roi_align(bitmap[object_][None].numpy(), boxes[number].tolist(), 28, 1)[0]
+        # Images are padded to multiples of 32 px.
+        rows, columns = bitmap.shape[1:]
+        padded = np.zeros((1, -(-rows // 32) * 32, -(-columns // 32) * 32))
+        padded[0, :rows, :columns] = bitmap[object_].numpy()
+        shares = plain.roi_align(padded, boxes[number].tolist(), 28, 1)[0]
         is_sure = np.abs(shares - 0.5) > UNSURE
         assert is_sure.mean() > 0.9
         np.testing.assert_array_equal(found[number].numpy()[is_sure], (shares >= 0.5)[is_sure])
@@ -88,6 +92,28 @@ def test_half_a_cell_is_in_the_target_and_pixels_are_squares() -> None:
     (found,) = mask_targets(between, [1], [objects_with(bitmap)])
     expected[:, 20] = True
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("side", "corner"), [(32, True), (40, False)])
+def test_beyond_the_last_pixel_lies_the_padding_of_the_image(side: int, corner: bool) -> None:
+    """An object fills the image, and a region of 14 px lies in its lower right corner.
+
+    Cells are half a pixel wide, and each has one sample point. That of the last one lies a quarter
+    of a pixel beyond the center of the last pixel. Where the image is padded, three quarters are of
+    the object in each direction, so 9/16 in the corner; a cell that is a fifth of a pixel wide has
+    a share of 0.6 in each direction, and 0.36 in the corner.
+    """
+    image = objects_with(torch.ones(1, side, side, dtype=torch.uint8))
+    large = regions_of(torch.tensor([[side - 14.0, side - 14, side, side]]), [0], [0])
+    (found,) = mask_targets(large, [1], [image])
+    assert found.all()
+    short = side - 28 / 5
+    small = regions_of(torch.tensor([[short, short, side, side]]), [0], [0])
+    (found,) = mask_targets(small, [1], [image])
+    assert bool(found[-1, -1]) is corner
+    # At the edge alone, more than half of each sample point is of the object.
+    assert found[-1, :20].all()
+    assert found[:20, -1].all()
 
 
 def test_targets_of_an_image_without_masks_are_refused() -> None:
