@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+from jaxtyping import Float
 from torch import nn
 
 from relloc import checks, ranks
@@ -19,6 +21,7 @@ from relloc.transfer.detection.batch import Detections
 from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import DetectionFineTuning, TestImage
+from relloc.transfer.metrics.box_confusion import BoxesOfImage, save_box_confusion
 from relloc.transfer.metrics.coco_ap import CocoImage, Kind, coco_image, coco_scores
 from relloc.transfer.schedule import Milestones
 
@@ -136,12 +139,20 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
 
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         n_trained = len(self.training_indices(context.splits.train))
-        n_classes = len(context.splits.held_out.classes)
-        precisions, n_tested = self.measure(
-            network,
-            context,
-            lambda values: _precisions(values, n_classes),
-        )
+        images = context.splits.held_out
+
+        # COCO's statistics are of all images, so rank 0 computes them for all.
+        def compute(values: Sequence[ImageOfId]) -> dict[str, tuple[str, float]]:
+            if final:
+                save_box_confusion(
+                    map(_boxes, values),
+                    images.classes,
+                    context.folder,
+                    name=f"{images.name} {images.split}",
+                )
+            return _precisions(values, len(images.classes))
+
+        precisions, n_tested = self.measure(network, context, compute)
         if final and ranks.rank() == 0:
             self.draw(network, context)
         scores = []
@@ -166,6 +177,27 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         if shares != _PUBLISHED_MILESTONES:
             epochs = ", ".join(map(str, self.milestone_epochs))
             yield f"milestones at epochs {epochs} of {self.epochs} instead of 8, 11 of 12"
+
+
+def _boxes(value: ImageOfId) -> BoxesOfImage:
+    """Returns the boxes of an image. COCO marks no object as difficult."""
+    image = value.image
+    return BoxesOfImage(
+        found_boxes=_corners(image.found_boxes),
+        found_scores=image.found_scores,
+        found_classes=image.found_classes,
+        true_boxes=_corners(image.true_boxes),
+        true_classes=image.true_classes,
+        difficult=np.zeros(len(image.true_classes), dtype=bool),
+        crowd=image.crowd,
+    )
+
+
+def _corners(xywh: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
+    """Returns boxes of x, y, width and height as x1 y1 x2 y2."""
+    upper_left = xywh[:, :2]
+    sides = xywh[:, 2:]
+    return np.concatenate([upper_left, upper_left + sides], axis=1)
 
 
 def _precisions(values: Sequence[ImageOfId], n_classes: int) -> dict[str, tuple[str, float]]:

@@ -8,9 +8,9 @@ in six things, which `reference="detectron2"` changes together.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,8 +25,7 @@ from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4
 from relloc.transfer.detection.rpn import RpnTraining
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import DetectionFineTuning, TestImage
-from relloc.transfer.metrics.box_confusion import box_confusion
-from relloc.transfer.metrics.pictures import draw_class_confusion
+from relloc.transfer.metrics.box_confusion import BoxesOfImage, save_box_confusion
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
     DETECTRON2,
@@ -175,13 +174,18 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         if self._is_detectron2:
             self._estimate_batch_norm(network, context)
-        classes = context.splits.held_out.classes
+        images = context.splits.held_out
 
         # Average precision sorts the detections of all images, so rank 0 computes it for all.
         def compute(values: Sequence[VocImage]) -> dict[str, tuple[str, float]]:
             if final:
-                _draw_confusion(values, classes, context.folder)
-            return self._precisions(values, len(classes))
+                save_box_confusion(
+                    map(_boxes, values),
+                    images.classes,
+                    context.folder,
+                    name=f"{images.name} {images.split}",
+                )
+            return self._precisions(values, len(images.classes))
 
         precisions, n_tested = self.measure(network, context, compute)
         # One process draws, as all would write the same files.
@@ -280,13 +284,16 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         return f"{text} on each of {n_processes} processes" if n_processes > 1 else text
 
 
-def _draw_confusion(images: Sequence[VocImage], classes: Sequence[str], folder: Path) -> None:
-    """Draws which classes are taken for which; "none" stands for no object."""
-    draw_class_confusion(
-        box_confusion(images, n_classes=len(classes)),
-        [*classes, "none"],
-        folder / "confusion.png",
-        title="objects of VOC, detected with a score of 0.3 or more and an IoU of 0.5",
+def _boxes(image: VocImage) -> BoxesOfImage:
+    """Returns the boxes of an image. VOC knows no crowds."""
+    return BoxesOfImage(
+        found_boxes=image.found_boxes,
+        found_scores=image.found_scores,
+        found_classes=image.found_classes,
+        true_boxes=image.true_boxes,
+        true_classes=image.true_classes,
+        difficult=image.difficult,
+        crowd=np.zeros(len(image.true_classes), dtype=bool),
     )
 
 

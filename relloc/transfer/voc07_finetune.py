@@ -7,6 +7,7 @@ transforming_fast_hdf5). Later papers of networks like AlexNet use the same code
 
 import copy
 import dataclasses
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -35,6 +36,11 @@ from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.classifier import Classifier
 from relloc.transfer.iterations import IterativeFineTuning
 from relloc.transfer.loop import split_for_rank
+from relloc.transfer.metrics.class_answers import (
+    draw_ap_by_class,
+    draw_examples,
+    strongest_answers,
+)
 from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.rescaling import equalize_rates, normalize_outputs
 from relloc.transfer.schedule import Milestones
@@ -245,6 +251,8 @@ class Voc07Finetune(IterativeFineTuning):
         def precisions(of_images: Sequence[tuple[int, Tensor]]) -> tuple[int, dict[str, float]]:
             indices = [index for index, _ in of_images]
             logits = torch.stack([logits for _, logits in of_images])
+            if final and indices:
+                self._draw(context, indices, logits)
             return len(indices), self._precisions(
                 logits[:, :, classes], presence[indices][:, classes]
             )
@@ -320,6 +328,51 @@ class Voc07Finetune(IterativeFineTuning):
             # The code also prints the result of a single view.
             "map_1crop": float(ap_steps(logits[:, 0].double(), positive, counted).nanmean()),
         }
+
+    def _draw(
+        self, context: Context, indices: Sequence[int], logits: Float[Tensor, "n crops c"]
+    ) -> None:
+        """Draws the average precision of each class, and the strongest right and wrong answers.
+
+        `indices` are the numbers of the images that were read.
+        """
+        images = context.splits.held_out
+        presence = torch.from_numpy(presence_of(images)[np.array(indices)])
+        positive, counted = presence == THERE, presence != DIFFICULT
+        answers = logits.double().mean(dim=1)
+        by_class = ap_steps(answers, positive, counted).tolist()
+        probabilities = answers.sigmoid().numpy()
+        is_usable = usable_classes(context.splits).tolist()
+        precisions, counts, examples = {}, {}, {}
+        for number, name in enumerate(images.classes):
+            # A class without training images has no answers worth showing. One of which no image
+            # could be read has no average precision.
+            if not is_usable[number] or math.isnan(by_class[number]):
+                continue
+            precisions[name] = by_class[number]
+            counts[name] = int(positive[:, number].sum())
+            examples[name] = strongest_answers(
+                probabilities[:, number],
+                positive[:, number].numpy(),
+                counted[:, number].numpy(),
+                indices,
+            )
+        if not precisions:
+            return
+        mean = 100 * sum(precisions.values()) / len(precisions)
+        title = f"{images.name} {images.split}, {self.trained} trained"
+        draw_ap_by_class(
+            precisions,
+            counts,
+            context.folder / "ap_by_class.png",
+            title=f"{title}: mAP {mean:.2f} %",
+        )
+        draw_examples(
+            examples,
+            images.read,
+            context.folder / "examples.png",
+            title=f"{title}: strongest answers, with the probability of the class",
+        )
 
     def _rescale(self, network: FineTunedAlexNet, context: Context) -> None:
         """Rescales the layers by views of training images, as magic_init.py does with `-l -cs`.

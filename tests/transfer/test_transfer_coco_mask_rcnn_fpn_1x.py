@@ -1,4 +1,5 @@
 import copy
+import csv
 import dataclasses
 import os
 import sys
@@ -30,6 +31,7 @@ from relloc.transfer.detection.regions import Regions, RegionTraining
 from relloc.transfer.detection.rpn import RpnTraining
 from relloc.transfer.detection.samples import FittedImage, RandomSizes, to_batch
 from relloc.transfer.detection.training import MakeTestImage
+from relloc.transfer.metrics.per_image import PerImage
 
 sys.path.insert(0, str(Path(__file__).parent / "detection"))
 from made_objects import Rectangles
@@ -140,6 +142,7 @@ def test_scores_have_the_columns_of_the_card_and_pictures_are_drawn(tmp_path: Pa
     assert all(score.n == 7 and score.protocol == "3.9" for score in scores)
     assert {score.table for score in scores} == {"COCO, Mask R-CNN FPN 1x"}
     assert len(list(tmp_path.glob("detections_*.png"))) == 7
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
     # 12 images, 6 of each orientation, in batches of 4 for two epochs.
     deviations = "; ".join(scores[0].deviations)
     for words in ("iterations 8 instead of 87960", "12 images", "128 px", "epochs 1 of 2"):
@@ -273,6 +276,29 @@ def perfect(images: Any, one: CocoMaskRcnnFpn1x) -> list[ImageOfId]:
         )
         values.append(one.of_image(found, image))
     return values
+
+
+def test_confusion_counts_the_detections_of_the_last_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = evaluation()
+    given_context = given(tmp_path)
+    images = given_context.splits.held_out
+    found: PerImage[ImageOfId] = PerImage()
+    for index, value in enumerate(perfect(images, one)):
+        found.add(index, value)
+    monkeypatch.setattr(Little, "detect_all", lambda *_: found)
+    monkeypatch.setattr(Little, "draw", lambda *_: None)
+    one.test(nn.Identity(), given_context, final=False)
+    assert not list(tmp_path.iterdir())
+    one.test(nn.Identity(), given_context, final=True)
+    with (tmp_path / "confusion.csv").open(newline="") as file:
+        header, *lines = csv.reader(file)
+    counts = [[int(cell) for cell in line[1:]] for line in lines]
+    classes = np.concatenate([value.image.true_classes for value in perfect(images, one)])
+    assert header[1:] == [*images.classes, "none"]
+    assert counts == np.diag([*np.bincount(classes, minlength=2), 0]).tolist()
+    assert sum(map(sum, counts)) == len(classes) > 1
 
 
 def test_a_perfect_detector_has_an_ap_of_one() -> None:

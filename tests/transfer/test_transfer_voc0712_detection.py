@@ -121,6 +121,7 @@ def test_scores_are_those_of_the_reference_and_pictures_are_drawn(tmp_path: Path
     assert scores[0].value == pytest.approx(round(scores[0].value, 1), abs=1e-9)
     assert len(list(tmp_path.glob("detections_*.png"))) == 7
     assert (tmp_path / "confusion.png").stat().st_size > 1000
+    assert "none" in (tmp_path / "confusion.csv").read_text()
 
 
 def test_rows_of_the_other_reference_have_a_line_of_their_own(tmp_path: Path) -> None:

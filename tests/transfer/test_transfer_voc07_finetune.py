@@ -25,8 +25,10 @@ from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.small import SmallBackbone
+from relloc.transfer import voc07_finetune
 from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.classifier import Classifier
+from relloc.transfer.metrics.class_answers import draw_ap_by_class, draw_examples
 from relloc.transfer.rescaling import rates_of_change
 from relloc.transfer.voc07_finetune import MakeCrops, Voc07Finetune, multi_label_loss
 
@@ -64,6 +66,12 @@ class Colored:
 
 
 ROWS = [(1, -1), (-1, 1), (1, 1), (-1, -1)] * 6
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures go below the working directory, where no test says otherwise."""
+    monkeypatch.chdir(tmp_path)
 
 
 def small_splits() -> Splits:
@@ -181,6 +189,43 @@ def test_it_learns_which_colors_are_there(trained: str) -> None:
     trains_norm = any("batch norm" in detail for detail in headline.details)
     assert trains_norm == (trained == "all layers")
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_average_precisions_and_the_strongest_answers_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+
+    def keep_bars(precisions: Any, counts: Any, path: Path, *, title: str) -> None:
+        drawn.update(precisions=precisions, counts=counts, title=title)
+        draw_ap_by_class(precisions, counts, path, title=title)
+
+    def keep_examples(examples: Any, read: Any, path: Path, *, title: str) -> None:
+        drawn.update(examples=examples)
+        draw_examples(examples, read, path, title=title)
+
+    monkeypatch.setattr(voc07_finetune, "draw_ap_by_class", keep_bars)
+    monkeypatch.setattr(voc07_finetune, "draw_examples", keep_examples)
+    # Difficult in the first test image, which says nothing of red.
+    test = Colored(rows=[(0, -1), *ROWS[:8]], split="test")
+    splits = Splits(train=Colored(rows=ROWS), held_out=test)
+    scores = list(evaluation().run(given(splits=splits, folder=tmp_path / "pictures")))
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"ap_by_class.png", "examples.png"}
+    assert drawn["counts"] == {"red": 4, "green": 4}
+    mean = 100 * sum(drawn["precisions"].values()) / 2
+    assert mean == pytest.approx(scores[0].value)
+    assert f"{mean:.2f}" in drawn["title"]
+    presence = np.array(test.presence())
+    for number, name in enumerate(("red", "green")):
+        examples = drawn["examples"][name]
+        for example, expected in (
+            (examples.found, 1),
+            (examples.missed, 1),
+            (examples.false, -1),
+        ):
+            assert presence[example.image, number] == expected
+        assert examples.found.probability >= examples.missed.probability
 
 
 def test_layers_that_are_not_trained_stay_with_their_batch_norm() -> None:

@@ -1,29 +1,53 @@
 """Which classes of objects a detector takes for which."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from relloc.transfer.metrics.voc_ap import VocImage
+from relloc.transfer.metrics.class_confusion import save_class_confusion
+
+# Which detections are shown: those with this score. And which find an object: those with this IoU.
+LEAST_SCORE = 0.3
+LEAST_IOU = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class BoxesOfImage:
+    """The boxes of one image: `found` objects and `true` objects, as x1 y1 x2 y2 in pixels.
+
+    Nothing has to find true objects that are `difficult`. A `crowd` is a region with many objects
+    of its class: what is found there is neither right nor wrong.
+    """
+
+    found_boxes: Float[np.ndarray, "found 4"]
+    found_scores: Float[np.ndarray, "found"]
+    found_classes: Int[np.ndarray, "found"]
+    true_boxes: Float[np.ndarray, "true 4"]
+    true_classes: Int[np.ndarray, "true"]
+    difficult: Bool[np.ndarray, "true"]
+    crowd: Bool[np.ndarray, "true"]
 
 
 def box_confusion(
-    images: Sequence[VocImage],
+    images: Iterable[BoxesOfImage],
     *,
     n_classes: int,
-    iou: float = 0.5,
-    least_score: float = 0.3,
+    iou: float = LEAST_IOU,
+    least_score: float = LEAST_SCORE,
 ) -> Int[Tensor, "classes_and_none classes_and_none"]:
     """Returns the numbers of objects by true class (row) and found class (column).
 
     The last row counts detections that overlap no true box, the last column true boxes that no
     detection found. Classes play no part in the matching: in the order of falling scores, each
     detection takes the box that it overlaps most of those that are left. Boxes that are difficult
-    are counted only where they are taken.
+    are counted only where they are taken. Crowds are no boxes, and a detection that takes no box
+    is left out where a crowd of its class covers it.
 
     Args:
         images: the images to count in.
@@ -44,23 +68,27 @@ def box_confusion(
         shown = by_score[is_shown]
         found_classes = image.found_classes[shown]
         found_boxes = image.found_boxes[shown]
-        overlaps = _overlaps(found_boxes, image.true_boxes)
+        is_one_object = ~image.crowd
+        true_classes = image.true_classes[is_one_object]
+        overlaps = _overlaps(found_boxes, image.true_boxes[is_one_object])
         taken_by = _match(overlaps, iou)
 
         # True boxes that a detection takes.
         is_taken = taken_by >= 0
         takers = taken_by[is_taken]
-        rows.append(image.true_classes[is_taken])
+        rows.append(true_classes[is_taken])
         columns.append(found_classes[takers])
 
         # True boxes that none takes. Nothing has to find difficult ones.
-        is_missed = ~is_taken & ~image.difficult
-        missed = image.true_classes[is_missed]
+        is_missed = ~is_taken & ~image.difficult[is_one_object]
+        missed = true_classes[is_missed]
         rows.append(missed)
         columns.append(np.full(len(missed), none))
 
         # Detections that take no box.
-        without_box = np.delete(found_classes, takers)
+        is_alone = ~_lie_in_crowds(found_boxes, found_classes, image, iou)
+        is_alone[takers] = False
+        without_box = found_classes[is_alone]
         rows.append(np.full(len(without_box), none))
         columns.append(without_box)
 
@@ -73,6 +101,29 @@ def box_confusion(
     return torch.from_numpy(table)
 
 
+def save_box_confusion(
+    images: Iterable[BoxesOfImage],
+    class_names: Sequence[str],
+    folder: Path,
+    *,
+    name: str,
+) -> None:
+    """Saves which classes of objects are taken for which, as `save_class_confusion` does.
+
+    Args:
+        images: the images to count in.
+        class_names: names by class.
+        folder: where the files are saved.
+        name: what the images are called, such as "voc2007 test".
+    """
+    save_class_confusion(
+        box_confusion(images, n_classes=len(class_names)),
+        class_names,
+        folder,
+        title=f"objects of {name} (score {LEAST_SCORE:g} or more, IoU {LEAST_IOU:g} or more)",
+    )
+
+
 def _overlaps(
     found: Float[np.ndarray, "found 4"],
     true: Float[np.ndarray, "true 4"],
@@ -81,6 +132,30 @@ def _overlaps(
     found_boxes = torch.from_numpy(found).double()
     true_boxes = torch.from_numpy(true).double()
     return box_iou(found_boxes, true_boxes).numpy()
+
+
+def _lie_in_crowds(
+    found_boxes: Float[np.ndarray, "found 4"],
+    found_classes: Int[np.ndarray, "found"],
+    image: BoxesOfImage,
+    share: float,
+) -> Bool[np.ndarray, "found"]:
+    """Returns of each found box whether a crowd of its class covers at least this share of it.
+
+    This is how COCO's evaluation compares with crowds, since a box in a large one has a small IoU.
+    """
+    crowd_boxes = image.true_boxes[image.crowd]
+    crowd_classes = image.true_classes[image.crowd]
+    upper_left = np.maximum(found_boxes[:, None, :2], crowd_boxes[None, :, :2])
+    lower_right = np.minimum(found_boxes[:, None, 2:], crowd_boxes[None, :, 2:])
+    covered_sides = np.clip(lower_right - upper_left, 0, None)
+    covered_areas = covered_sides.prod(axis=2)
+    sides = np.clip(found_boxes[:, 2:] - found_boxes[:, :2], 0, None)
+    areas = sides.prod(axis=1)
+    # Multiplied, as a box that a network shrank to nothing has no share.
+    is_covered = (covered_areas > 0) & (covered_areas >= share * areas[:, None])
+    is_of_class = found_classes[:, None] == crowd_classes[None, :]
+    return (is_covered & is_of_class).any(axis=1)
 
 
 def _match(overlaps: Float[np.ndarray, "found true"], iou: float) -> Int[np.ndarray, "true"]:

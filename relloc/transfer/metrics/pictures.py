@@ -1,4 +1,4 @@
-"""Draws what detectors and segmenters found: objects, class maps, and which classes are confused.
+"""Draws what detectors and segmenters found: objects and class maps.
 
 Pictures are PNG files. One that is there already is replaced as a whole, since a tracker may be
 reading it.
@@ -11,10 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from relloc.data.annotations import VOID, Objects, decode_mask
 from relloc.files import writing
@@ -39,11 +36,6 @@ _BLACK: Rgb = (0, 0, 0)
 _BRIGHT = 140
 # Steps of the hue that keep the colors of any number of classes apart: the golden ratio.
 _HUE_STEP = (math.sqrt(5) - 1) / 2
-
-# Numbers are written into the cells of a confusion picture up to so many classes.
-_MOST_CLASSES_WITH_NUMBERS = 30
-_LEAST_PERCENT_WRITTEN = 1
-_WHITE_TEXT_FROM_PERCENT = 40  # on cells as dark as this, white is easier to read than black
 
 
 def draw_detections(
@@ -130,69 +122,6 @@ def draw_class_maps(
     legend = _legend(entries, maps.width)
     picture = _above(maps, legend)
     _save(picture, path)
-
-
-def draw_class_confusion(
-    confusion: Int[Tensor, "classes classes"],
-    class_names: Sequence[str],
-    path: Path,
-    *,
-    title: str,
-) -> None:
-    """Saves a picture of which classes are taken for which.
-
-    Args:
-        confusion: counts by true class (row) and predicted class (column). They are shown in
-            percent of their row; the row of a class without counts is empty.
-        class_names: names by class.
-        path: where the picture is saved.
-        title: what the picture is headed.
-    """
-    n_classes = len(class_names)
-    counts = confusion.double().cpu().numpy()
-    row_sums = counts.sum(axis=1, keepdims=True)
-    # Cells of nan are left empty by matplotlib.
-    denominators = np.where(row_sums == 0, np.nan, row_sums)
-    percent = 100 * counts / denominators
-
-    # A cell is as large as its number needs; without numbers, a name sets the size of a row.
-    has_numbers = n_classes <= _MOST_CLASSES_WITH_NUMBERS
-    inches_per_cell = 0.36 if has_numbers else 0.16
-    side = max(5.0, n_classes * inches_per_cell) + 2
-    # The color bar stands to the right.
-    figure_size = (side + 0.6, side)
-    figure = Figure(figsize=figure_size, layout="constrained")
-    axis = figure.add_subplot()
-    # The square root keeps small confusions visible; fixed limits make pictures comparable.
-    color_scale = PowerNorm(0.5, vmin=0, vmax=100)
-    drawn = axis.imshow(percent, cmap="Blues", norm=color_scale)
-    axis.set_title(title)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("true")
-    name_size = 9 if has_numbers else 7
-    axis.set_xticks(range(n_classes), class_names, rotation=90, fontsize=name_size)
-    axis.set_yticks(range(n_classes), class_names, fontsize=name_size)
-    if has_numbers:
-        is_written = percent >= _LEAST_PERCENT_WRITTEN
-        for row, column in np.argwhere(is_written).tolist():
-            value = percent[row, column]
-            color = "white" if value >= _WHITE_TEXT_FROM_PERCENT else "black"
-            # Right predictions lie on the diagonal.
-            weight = "bold" if row == column else "normal"
-            axis.text(
-                column,
-                row,
-                f"{value:.0f}",
-                ha="center",
-                va="center",
-                color=color,
-                fontsize=8,
-                fontweight=weight,
-            )
-    bar = figure.colorbar(drawn, ax=axis, shrink=0.6, ticks=[0, 1, 5, 25, 50, 75, 100])
-    bar.set_label("% of the true class")
-    with writing(path) as file:
-        figure.savefig(file, dpi=110, format="png")
 
 
 def voc_palette() -> UInt8[np.ndarray, "256 3"]:

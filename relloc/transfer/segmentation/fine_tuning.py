@@ -20,8 +20,9 @@ from relloc.evaluation.contract import Context
 from relloc.results import Score
 from relloc.transfer.iterations import IterativeFineTuning
 from relloc.transfer.loop import split_for_rank
+from relloc.transfer.metrics.class_confusion import save_class_confusion
 from relloc.transfer.metrics.mean_iou import SegmentationMetric, SegmentationScores
-from relloc.transfer.metrics.pictures import draw_class_confusion, draw_class_maps
+from relloc.transfer.metrics.pictures import draw_class_maps
 from relloc.transfer.same_settings import same_settings
 from relloc.transfer.schedule import Poly, Schedule
 from relloc.transfer.segmentation.fcn import FullyConvolutionalNetwork
@@ -151,11 +152,10 @@ class FcnFineTuning(IterativeFineTuning):
             )
         # All processes have the same scores; one draws them.
         if final and ranks.rank() == 0:
-            context.folder.mkdir(parents=True, exist_ok=True)
-            draw_class_confusion(
+            save_class_confusion(
                 scores.confusion,
                 images.classes,
-                context.folder / "confusion.png",
+                context.folder,
                 title=f"{images.name} {images.split}, mIoU {scores.printed_mean_iou:.2f} %",
             )
         return self._scores(scores, n_tested, context.splits)

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from jaxtyping import Float
 
-from relloc.transfer.metrics.box_confusion import box_confusion
-from relloc.transfer.metrics.voc_ap import VocImage
+from relloc.transfer.metrics.box_confusion import BoxesOfImage, box_confusion
 
 LEFT, RIGHT = (0, 0, 20, 20), (50, 0, 70, 20)
 
@@ -12,17 +11,19 @@ def image(
     found: list[tuple[tuple[float, ...], int, float]],
     true: list[tuple[tuple[float, ...], int]],
     difficult: tuple[bool, ...] | None = None,
-) -> VocImage:
+    crowd: tuple[bool, ...] | None = None,
+) -> BoxesOfImage:
     def boxes(rows: list) -> Float[np.ndarray, "n 4"]:
         return np.array([row[0] for row in rows], dtype=np.float32).reshape(-1, 4)
 
-    return VocImage(
+    return BoxesOfImage(
         found_boxes=boxes(found),
         found_classes=np.array([row[1] for row in found], dtype=np.int64),
         found_scores=np.array([row[2] for row in found], dtype=np.float32),
         true_boxes=boxes(true),
         true_classes=np.array([row[1] for row in true], dtype=np.int64),
         difficult=np.array(difficult or [False] * len(true), dtype=bool),
+        crowd=np.array(crowd or [False] * len(true), dtype=bool),
     )
 
 
@@ -58,3 +59,20 @@ def test_a_difficult_box_is_not_missed() -> None:
 def test_an_image_without_objects_counts_what_is_found() -> None:
     found = image([(LEFT, 1, 0.9), (RIGHT, 1, 0.9)], [])
     assert box_confusion([found], n_classes=2).tolist() == [[0, 0, 0], [0, 0, 0], [0, 2, 0]]
+
+
+def test_a_crowd_is_no_box_and_excuses_what_lies_in_it() -> None:
+    crowd = (0, 0, 400, 400)
+    true = [(crowd, 0), (RIGHT, 1)]
+    is_crowd = (True, False)
+    # Nothing has to find the crowd.
+    nothing = image([], true, crowd=is_crowd)
+    assert box_confusion([nothing], n_classes=2).tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
+    # Half of a detection of its class is enough; another class, or too little of it, finds nothing.
+    halfway, hardly = (390, 0, 410, 20), (395, 0, 415, 20)
+    found = image([(LEFT, 0, 0.9), (halfway, 0, 0.9), (hardly, 0, 0.9), (LEFT, 1, 0.9)], true,
+                  crowd=is_crowd)  # fmt: skip
+    assert box_confusion([found], n_classes=2).tolist() == [[0, 0, 0], [0, 0, 1], [1, 1, 0]]
+    # A box within the crowd is taken all the same.
+    taken = image([(RIGHT, 0, 0.9)], true, crowd=is_crowd)
+    assert box_confusion([taken], n_classes=2).tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]

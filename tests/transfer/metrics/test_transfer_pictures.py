@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from relloc.data.annotations import Objects, RunLengths
 from relloc.transfer.detection.batch import Detections
 from relloc.transfer.metrics.pictures import (
-    draw_class_confusion,
     draw_class_maps,
     draw_detections,
     voc_palette,
@@ -148,36 +146,3 @@ def test_the_palette_is_that_in_vocs_files() -> None:
             colors = np.array(image.getpalette()).reshape(-1, 3)
     assert len(colors) == 256
     assert np.array_equal(colors, voc_palette())
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    figures: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *to, **how: (figures.append(self), save(self, *to, **how))
-    )
-    return figures
-
-
-def test_confusion_is_in_percent_of_the_true_class(tmp_path: Path, drawn: list[Figure]) -> None:
-    counts = torch.tensor([[30, 10, 0], [0, 0, 0], [1, 0, 999]])
-    path = tmp_path / "confusion.png"
-    path.write_bytes(b"the picture of an earlier test")
-    draw_class_confusion(counts, ["a", "b", "c"], path, title="three classes")
-    (figure,) = drawn
-    matrix = figure.axes[0]
-    shown = np.ma.filled(matrix.images[0].get_array().astype(float), np.nan)
-    expected = [[75, 25, 0], [np.nan] * 3, [0.1, 0, 99.9]]
-    np.testing.assert_allclose(shown, expected)
-    assert [text.get_text() for text in matrix.texts] == ["75", "25", "100"]
-    assert [label.get_text() for label in matrix.get_yticklabels()] == ["a", "b", "c"]
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-
-
-def test_confusion_of_many_classes_has_no_numbers(tmp_path: Path, drawn: list[Figure]) -> None:
-    names = [f"class {number}" for number in range(40)]
-    draw_class_confusion(torch.eye(40).long(), names, tmp_path / "many.png", title="many")
-    assert len(drawn[0].axes[0].texts) == 0
-    assert len(drawn[0].axes[0].get_xticklabels()) == 40

@@ -126,7 +126,8 @@ def test_squares_are_found_after_a_few_iterations(
     assert not scores["iou_square"].table
     assert curves["miou"] == [30, 60]
     pictures = {path.name for path in folder.iterdir()}
-    assert pictures == {"confusion.png", *(f"image_{index}.png" for index in range(3))}
+    files = {"confusion.png", "confusion.csv", *(f"image_{index}.png" for index in range(3))}
+    assert pictures == files
     # A copy of the backbone is trained.
     for name, value in given_context.backbone.state_dict().items():
         assert torch.equal(value, before[name])
