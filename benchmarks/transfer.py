@@ -332,7 +332,7 @@ def _ours(evaluation: IterativeFineTuning, context: Context) -> Side:
 
     def iterations() -> Generator[None]:
         # A report for each iteration would have the process wait for the GPU.
-        steps = training.micro_batches(0, evaluation.iterations)
+        steps = training.micro_batches(0, training.length)
         training.network.train()
         for step, micro_batches in enumerate(steps):
             training._take_step(step, micro_batches)
@@ -361,9 +361,10 @@ def _torchvision(
     waited: list[float] = []
 
     def iterations() -> Generator[None]:
-        steps = evaluation.micro_batches(context, 0, evaluation.iterations)
+        length = evaluation.length(context.splits.train)
+        steps = evaluation.micro_batches(context, 0, length)
         for micro_batches in _waited(steps, waited):
-            samples = list(itertools.chain(*(each.content for each in micro_batches)))
+            samples = list(itertools.chain(*(each.content.samples for each in micro_batches)))
             with torch.autocast(how.device.type, torch.bfloat16, enabled=how.bf16):
                 value = find_loss(network, evaluation, samples, how.device)
             optimizer.zero_grad()

@@ -31,9 +31,13 @@ MakeSample = Callable[[int, int], S]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleBatch(Generic[S]):
-    """The samples that could be made, in their order, and why others could not, by their names."""
+    """The samples that could be made, in their order, and why others could not, by their names.
+
+    `places` are where the keys of these samples stand among those that were given.
+    """
 
     samples: list[S]
+    places: list[int]
     unreadable: Reasons
 
 
@@ -80,13 +84,15 @@ def _make_batch(
     images: ImageSet, make: MakeSample[Any], keys: list[tuple[int, int]]
 ) -> SampleBatch[Any]:
     samples = []
+    places = []
     unreadable: Reasons = {}
-    for index, seed in keys:
+    for place, (index, seed) in enumerate(keys):
         try:
             samples.append(make(index, seed))
+            places.append(place)
         except UnreadableImage as error:
             unreadable[images.source(index)] = str(error)
-    return SampleBatch(samples=samples, unreadable=unreadable)
+    return SampleBatch(samples=samples, places=places, unreadable=unreadable)
 
 
 def _answer(make_batch: Callable[[Any], SampleBatch[Any]], keys: Any) -> Answer:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import nn
 
 from relloc import checks, ranks
+from relloc.data.image_set import ImageSet
 from relloc.evaluation.contract import Context
 from relloc.results import Score
 from relloc.transfer import order
@@ -87,48 +88,42 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
     )
     published_images: ClassVar = "117,266 images of coco2017 train2017"
 
-    # The base class trains for a number of iterations, which `run` has found by then.
-    iterations: int | None  # pyright: ignore[reportIncompatibleVariableOverride]
     epochs: int
     milestone_epochs: Sequence[int]
 
     def __post_init__(self) -> None:
-        checks.whole(f"{_SETTING}.epochs", self.epochs)
+        self.check_settings(_SETTING)
         checks.wholes(f"{_SETTING}.milestone_epochs", self.milestone_epochs)
         checks.increasing(f"{_SETTING}.milestone_epochs", self.milestone_epochs)
-        if self.iterations is None:
-            # The other settings are checked by making an evaluation of some length.
-            dataclasses.replace(self, iterations=self.epochs)
-        else:
-            self.check_settings(_SETTING)
 
-    def run(self, context: Context) -> Iterator[Score]:
-        evaluation = self
-        if self.iterations is None:
-            images = context.splits.train
-            steps_per_epoch = order.steps_in_epoch(
-                self.training_indices(images),
-                lambda index: self.kind_of(images, index),
-                self.batch,
-            )
-            evaluation = dataclasses.replace(self, iterations=self.epochs * steps_per_epoch)
-        yield from super(CocoMaskRcnnFpn1x, evaluation).run(context)
+    def check_length(self, setting: str) -> None:
+        checks.whole(f"{setting}.epochs", self.epochs)
+        if self.iterations is not None:
+            super().check_length(setting)
 
-    def schedule(self) -> Milestones:
-        if self.iterations is None:
-            raise TypeError("a schedule needs the number of iterations")
+    def length(self, images: ImageSet) -> int:
+        if self.iterations is not None:
+            return self.iterations
+        steps_per_epoch = order.steps_in_epoch(
+            self.training_indices(images),
+            lambda index: self.kind_of(images, index),
+            self.batch,
+        )
+        return self.epochs * steps_per_epoch
+
+    def schedule(self, length: int) -> Milestones:
         milestones = []
         for epoch in self.milestone_epochs:
-            milestones.append(epoch * self.iterations / self.epochs)
+            milestones.append(epoch * length / self.epochs)
         return Milestones(
             milestones=milestones,
             gamma=self.gamma,
-            warmup=self.warmup * self.iterations / _PUBLISHED_ITERATIONS,
+            warmup=self.warmup * length / _PUBLISHED_ITERATIONS,
             warmup_from=self.warmup_from,
         )
 
     def make_network(self, context: Context) -> nn.Module:
-        settings = MaskRcnnSettings(images_per_gpu=self.images_per_gpu)
+        settings = MaskRcnnSettings()
         n_classes = len(context.splits.train.classes)
         return MaskRCNNFPN(context.backbone, n_classes, settings, seed=context.seed)
 
@@ -171,8 +166,8 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
             scores.append(score)
         return scores
 
-    def deviations(self) -> Iterator[str]:
-        yield from super().deviations()
+    def deviations(self, length: int) -> Iterator[str]:
+        yield from super().deviations(length)
         shares = tuple(epoch / self.epochs for epoch in self.milestone_epochs)
         if shares != _PUBLISHED_MILESTONES:
             epochs = ", ".join(map(str, self.milestone_epochs))

@@ -9,8 +9,9 @@ import abc
 import dataclasses
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,20 @@ from relloc.transfer.schedule import Schedule
 # Steps between reports of the loss. States are saved at reports, if the last one is old enough.
 _REPORT_EVERY = 20
 
+S = TypeVar("S")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardSamples(Generic[S]):
+    """The samples of one forward, as many of them as could be read.
+
+    `groups` are the numbers of their groups: one GPU of the published training had the samples of a
+    group. So a group may have fewer samples than others, or none.
+    """
+
+    samples: Sequence[S]
+    groups: Sequence[int]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IterativeFineTuning(Evaluation):
@@ -39,7 +54,7 @@ class IterativeFineTuning(Evaluation):
     All weights are trained, with weight decay, unless `parameter_groups` says otherwise.
 
     Attributes:
-        iterations: optimizer steps.
+        iterations: optimizer steps; see `length`.
         batch: images of a step, over all processes.
         images_per_gpu: images that one GPU of the published training had in a step.
         images_per_forward: images in one forward, whose gradients are added up to those of a step;
@@ -58,7 +73,7 @@ class IterativeFineTuning(Evaluation):
     # The published values of fields; other values are named in results.
     published: ClassVar[Mapping[str, float]]
 
-    iterations: int
+    iterations: int | None
     batch: int
     images_per_gpu: int
     images_per_forward: int | None
@@ -72,8 +87,8 @@ class IterativeFineTuning(Evaluation):
         """Returns the network to train, made of a copy of the backbone."""
 
     @abc.abstractmethod
-    def schedule(self) -> Schedule:
-        """Returns the schedule of the learning rate, in iterations."""
+    def schedule(self, length: int) -> Schedule:
+        """Returns the schedule of the learning rate of a training of `length` iterations."""
 
     @abc.abstractmethod
     def training_indices(self, images: ImageSet) -> Sequence[int]:
@@ -84,7 +99,9 @@ class IterativeFineTuning(Evaluation):
         """Returns the function that makes a training sample, in a worker process."""
 
     @abc.abstractmethod
-    def loss(self, network: nn.Module, samples: Sequence[Any], device: torch.device) -> Tensor:
+    def loss(
+        self, network: nn.Module, forward: ForwardSamples[Any], device: torch.device
+    ) -> Tensor:
         """Returns the mean loss of the samples of a forward, of which there may be none."""
 
     @abc.abstractmethod
@@ -93,6 +110,15 @@ class IterativeFineTuning(Evaluation):
 
         After the last iteration (`final`) it also draws pictures into `context.folder`.
         """
+
+    def length(self, images: ImageSet) -> int:
+        """Returns the number of iterations of the training on `images`.
+
+        A class whose `iterations` may be None says here how many that are.
+        """
+        if self.iterations is None:
+            raise TypeError(f"{type(self).__name__} needs a number of iterations")
+        return self.iterations
 
     def kind_of(self, images: ImageSet, index: int) -> Hashable:
         """Returns the kind of an image; images of one kind are put together on a GPU."""
@@ -119,7 +145,7 @@ class IterativeFineTuning(Evaluation):
         Raises:
             UsageError: a field is out of range, or the batch is not a whole number of groups.
         """
-        checks.whole(f"{setting}.iterations", self.iterations)
+        self.check_length(setting)
         checks.whole(f"{setting}.batch", self.batch)
         checks.whole(f"{setting}.images_per_gpu", self.images_per_gpu)
         checks.whole(f"{setting}.evaluate_every", self.evaluate_every)
@@ -133,6 +159,10 @@ class IterativeFineTuning(Evaluation):
         checks.number(f"{setting}.learning_rate", self.learning_rate, above=0)
         checks.number(f"{setting}.momentum", self.momentum, at_least=0, at_most=1)
         checks.number(f"{setting}.weight_decay", self.weight_decay, at_least=0)
+
+    def check_length(self, setting: str) -> None:
+        """Checks what `length` computes with. Raises `UsageError` if it is out of range."""
+        checks.whole(f"{setting}.iterations", self.iterations)
 
     def check(self, splits: Splits) -> None:
         """Checks that there are images to train on, and that the batch fits the processes.
@@ -174,20 +204,21 @@ class IterativeFineTuning(Evaluation):
             context.state.save(training.state_dict())
             is_due = report.step % self.evaluate_every == 0
             # After the last step comes the final test.
-            if is_due and report.step < self.iterations:
+            if is_due and report.step < training.length:
                 scores = self.test(network, quiet_context, final=False)
                 context.log(_by_metric(scores), report.step)
         scores = self.test(network, context, final=True)
-        context.log(_by_metric(scores), self.iterations)
+        context.log(_by_metric(scores), training.length)
 
         # What the test says of its settings comes first, then the training's.
         for score in scores:
-            deviations = (*score.deviations, *self.deviations())
-            details = (*score.details, *self._details(network))
+            deviations = (*score.deviations, *self.deviations(training.length))
+            details = (*score.details, *self._details(network, training.length))
             yield dataclasses.replace(score, deviations=deviations, details=details)
 
-    def training(self, context: Context) -> FineTuning[list[Any]]:
+    def training(self, context: Context) -> FineTuning[ForwardSamples[Any]]:
         """Returns the training from its beginning, of a network that is on the device."""
+        length = self.length(context.splits.train)
         network = self.make_network(context).to(context.device)
         groups = self.parameter_groups(network)
         # What the optimizer does not get needs no gradients.
@@ -206,10 +237,10 @@ class IterativeFineTuning(Evaluation):
             network,
             optimizer,
             micro_batches=lambda first, end: self.micro_batches(context, first, end),
-            loss=lambda samples: self.loss(network, samples, context.device),
-            length=self.iterations,
+            loss=lambda forward: self.loss(network, forward, context.device),
+            length=length,
             steps_per_unit=1,
-            schedule=self.schedule(),
+            schedule=self.schedule(length),
             synchronized=True,
             seed=context.seed,
             device=context.device,
@@ -242,7 +273,7 @@ class IterativeFineTuning(Evaluation):
 
     def micro_batches(
         self, context: Context, first: int, end: int, *, what: str | None = None
-    ) -> Iterator[list[MicroBatch[list[Any]]]]:
+    ) -> Iterator[list[MicroBatch[ForwardSamples[Any]]]]:
         """Yields this process's micro-batches of the steps from `first` to before `end`.
 
         `what` is the text beside the progress bar; None for that of the training.
@@ -271,11 +302,53 @@ class IterativeFineTuning(Evaluation):
             micro_batches = []
             for batch in step_batches:
                 unreadable.add(batch.unreadable)
-                # Unreadable images are missing, so samples are counted after reading.
-                n_samples = len(batch.samples)
-                micro_batch = MicroBatch(content=batch.samples, samples=n_samples)
-                micro_batches.append(micro_batch)
+                # Unreadable images are missing, so samples are counted after reading, and those
+                # behind them stay in their groups.
+                groups = [place // self.images_per_gpu for place in batch.places]
+                content = ForwardSamples(samples=batch.samples, groups=groups)
+                micro_batches.append(MicroBatch(content=content, samples=len(batch.samples)))
             yield micro_batches
+
+    def read_held_out(
+        self,
+        context: Context,
+        make: MakeSample[S],
+        *,
+        doing: str,
+        batch: int,
+        kind_of: Callable[[int], Hashable] = lambda _index: None,
+    ) -> Iterator[list[S]]:
+        """Yields the samples of this process's part of the held-out images, of those it can read.
+
+        Args:
+            context: where the images are, and how they are read.
+            make: makes the sample of an image, in a worker process.
+            doing: what is shown beside the progress bar before the name of the images.
+            batch: most images at once.
+            kind_of: only images of one kind are in a batch, given their index.
+
+        Raises:
+            DataError: too many images can't be read.
+        """
+        images = context.splits.held_out
+        config = context.encode_config
+        keys_of_kind: dict[Hashable, list[SeededIndex]] = defaultdict(list)
+        for index in own_part(images):
+            # A sample is the same in any batch and in any process.
+            key = (index, seed_for(Use.TEST_CROPS, context.seed, index))
+            keys_of_kind[kind_of(index)].append(key)
+        batches = []
+        for keys in keys_of_kind.values():
+            for start in range(0, len(keys), batch):
+                batches.append(keys[start : start + batch])
+        read = read_samples(images, make, batches, workers=config.workers, stopping=config.stopping)
+        unreadable = config.unreadable_of(len(images))
+        what = f"{doing} {images.name} {images.split}"
+        for each in config.progress(read, what, len(batches)):
+            unreadable.add(each.unreadable)
+            # None is left of a batch whose images are all unreadable.
+            if each.samples:
+                yield each.samples
 
     def _keys(
         self, images: ImageSet, seed: int, first: int, end: int
@@ -338,17 +411,17 @@ class IterativeFineTuning(Evaluation):
         images_at_once = ranks.world_size() * self.images_per_forward
         return math.ceil(self.batch / images_at_once)
 
-    def deviations(self) -> Iterator[str]:
-        """Yields how the training differs from the published one."""
+    def deviations(self, length: int) -> Iterator[str]:
+        """Yields how the training, of `length` iterations, differs from the published one."""
         for name, value in self.published.items():
-            own = getattr(self, name)
+            own = length if name == "iterations" else getattr(self, name)
             if own != value:
                 words = name.replace("_", " ")
                 yield f"{words} {own:g} instead of {value:g}"
 
-    def _details(self, network: nn.Module) -> Iterator[str]:
+    def _details(self, network: nn.Module, length: int) -> Iterator[str]:
         """Yields the settings of the training, as results have them."""
-        yield f"{self.iterations} iterations of {self.batch} images"
+        yield f"{length} iterations of {self.batch} images"
         yield f"learning rate {self.learning_rate:g}, momentum {self.momentum:g}"
         yield f"weight decay {self.weight_decay:g}"
         if not _trains_batch_norm(network):
@@ -359,6 +432,12 @@ class IterativeFineTuning(Evaluation):
             yield f"batch norm synchronized over {n_processes} processes of {n_images} images"
         else:
             yield f"batch norm of one process, over the {n_images} images of a forward"
+
+
+def own_part(images: ImageSet) -> Sequence[int]:
+    """Returns the indices of the images that this process tests."""
+    (indices,) = split_for_rank(range(len(images)))
+    return indices
 
 
 def _by_metric(scores: Sequence[Score]) -> dict[str, float]:

@@ -116,7 +116,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
                 f"{self.reference}: give the second one alone, which sets both"
             )
 
-    def schedule(self) -> Milestones:
+    def schedule(self, length: int) -> Milestones:
         return Milestones(
             milestones=self.milestones,
             gamma=self.gamma,
@@ -124,12 +124,12 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
             warmup_from=self.warmup_from,
         )
 
-    def deviations(self) -> Iterator[str]:
-        yield from super().deviations()
-        milestones = _published_milestones(self.iterations)
+    def deviations(self, length: int) -> Iterator[str]:
+        yield from super().deviations(length)
+        milestones = _published_milestones(length)
         if list(self.milestones) != milestones:
             yield f"milestones {list(self.milestones)} instead of {milestones}"
-        warmup = _PUBLISHED_WARMUP * self.iterations / _PUBLISHED_ITERATIONS
+        warmup = _PUBLISHED_WARMUP * length / _PUBLISHED_ITERATIONS
         if not math.isclose(self.warmup, warmup, rel_tol=_ROUNDING):
             yield f"warmup {self.warmup:g} instead of {warmup:g}"
         # The other reference makes no use of them.
@@ -147,7 +147,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     def make_network(self, context: Context) -> nn.Module:
         # detectron2's RPN.BOUNDARY_THRESH of -1 keeps anchors that leave the image.
         rpn = RpnTraining(use_crossing_anchors=self._is_detectron2)
-        settings = C4Settings(rpn=rpn, images_per_gpu=self.images_per_gpu)
+        settings = C4Settings(rpn=rpn)
         n_classes = len(context.splits.train.classes)
         return FasterRCNNC4(context.backbone, n_classes, settings, seed=context.seed)
 

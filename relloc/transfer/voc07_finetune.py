@@ -21,7 +21,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from relloc import checks
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import DIFFICULT, THERE, MultiLabeled
-from relloc.data.samples import read_samples
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import RandomSquare, View, check_view
 from relloc.errors import DataError, UsageError
@@ -34,8 +33,7 @@ from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.classifier import Classifier
-from relloc.transfer.iterations import IterativeFineTuning
-from relloc.transfer.loop import split_for_rank
+from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
 from relloc.transfer.metrics.class_answers import (
     draw_ap_by_class,
     draw_examples,
@@ -173,7 +171,7 @@ class Voc07Finetune(IterativeFineTuning):
                 "image with it to be tested on: give more images"
             )
 
-    def schedule(self) -> Milestones:
+    def schedule(self, length: int) -> Milestones:
         return Milestones(milestones=self.milestones, gamma=self.gamma)
 
     def training_indices(self, images: ImageSet) -> Sequence[int]:
@@ -225,7 +223,7 @@ class Voc07Finetune(IterativeFineTuning):
         return self.clip_norm
 
     def loss(
-        self, network: nn.Module, samples: Sequence[ViewSample], device: torch.device
+        self, network: nn.Module, forward: ForwardSamples[ViewSample], device: torch.device
     ) -> Float[Tensor, ""]:
         """Returns the binary cross-entropy, summed over classes, as a mean over images.
 
@@ -234,6 +232,7 @@ class Voc07Finetune(IterativeFineTuning):
         if self.trained == "fc6-8":
             # Of layers that are not trained, batch norm must not move either.
             _trunk(network).eval()
+        samples = forward.samples
         pixels = np.zeros((0, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES, 3), dtype=np.uint8)
         if samples:
             pixels = np.stack([sample.pixels for sample in samples])
@@ -281,35 +280,15 @@ class Voc07Finetune(IterativeFineTuning):
     def _answers(self, network: nn.Module, context: Context) -> PerImage[tuple[int, Tensor]]:
         """Returns the logits (crops x classes) of this process's part of the held-out images."""
         network.eval()
-        images = context.splits.held_out
-        config = context.encode_config
-        (own_indices,) = split_for_rank(range(len(images)))
-        batches = []
-        for start in range(0, len(own_indices), self.batch):
-            indices = own_indices[start : start + self.batch]
-            keys = []
-            for index in indices:
-                keys.append((index, seed_for(Use.TEST_CROPS, context.seed, index)))
-            batches.append(keys)
-        read = read_samples(
-            images,
-            MakeCrops(images=images, view=self.view, crops=self.crops),
-            batches,
-            workers=config.workers,
-            stopping=config.stopping,
-        )
-        unreadable = config.unreadable_of(len(images))
+        make = MakeCrops(images=context.splits.held_out, view=self.view, crops=self.crops)
+        bf16 = context.encode_config.bf16
         answers: PerImage[tuple[int, Tensor]] = PerImage()
-        what = f"classifying {images.name} {images.split}"
-        for batch in config.progress(read, what, len(batches)):
-            unreadable.add(batch.unreadable)
-            if not batch.samples:
-                continue
-            pixels = np.concatenate([sample.pixels for sample in batch.samples])
-            with torch.autocast(context.device.type, torch.bfloat16, enabled=config.bf16):
+        for samples in self.read_held_out(context, make, doing="classifying", batch=self.batch):
+            pixels = np.concatenate([sample.pixels for sample in samples])
+            with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
                 logits = network(_normalized(pixels, context.device))
             by_image = logits.float().cpu().split(self.crops)
-            for sample, of_crops in zip(batch.samples, by_image, strict=True):
+            for sample, of_crops in zip(samples, by_image, strict=True):
                 answers.add(sample.index, (sample.index, of_crops.clone()))
         return answers
 

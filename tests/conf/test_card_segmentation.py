@@ -69,6 +69,6 @@ def test_rates_follow_the_schedule_and_are_scaled_to_another_batch(compose, name
     one = evaluation(compose, name)
     half = one.iterations / 2
     by_hand = (0.01 - 1e-4) * (1 - half / one.iterations) ** 0.9 + 1e-4
-    assert 0.01 * one.schedule().factor(half) == pytest.approx(by_hand)
+    assert 0.01 * one.schedule(one.iterations).factor(half) == pytest.approx(by_hand)
     doubled = evaluation(compose, name, f"batch={2 * one.batch}")
     assert (doubled.learning_rate, doubled.lowest_rate) == (0.02, 2e-4)

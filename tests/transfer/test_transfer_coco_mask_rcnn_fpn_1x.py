@@ -4,7 +4,6 @@ import dataclasses
 import os
 import sys
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,6 @@ class Little(CocoMaskRcnnFpn1x):
             training_proposals=ProposalCounts(before_nms=100, after_nms=40),
             test_proposals=ProposalCounts(before_nms=50, after_nms=20),
             regions=RegionTraining(regions_per_image=16),
-            images_per_gpu=self.images_per_gpu,
         )
         n_classes = len(context.splits.train.classes)
         return MaskRCNNFPN(context.backbone, n_classes, settings, seed=context.seed)
@@ -151,7 +149,7 @@ def test_scores_have_the_columns_of_the_card_and_pictures_are_drawn(tmp_path: Pa
 
 def deviations_of(one: CocoMaskRcnnFpn1x, n: int = 117_266, name: str = "coco2017") -> list[str]:
     train = Drawn(n=n, name=name, split="train2017")
-    return [*one.deviations(), *one.image_differences(train)]
+    return [*one.deviations(one.length(train)), *one.image_differences(train)]
 
 
 PUBLISHED = {
@@ -186,29 +184,26 @@ def test_each_other_setting_is_named(changes: dict[str, Any], name: str) -> None
 
 
 def test_epochs_are_counted_in_iterations_of_the_images_that_are_trained_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one = evaluation(**CARD)
-    seen = []
-
-    def remember(self: CocoMaskRcnnFpn1x, context: Context) -> Sequence[Any]:
-        seen.append(self.iterations)
-        return ()
-
-    monkeypatch.setattr(coco_mask_rcnn_fpn_1x.DetectionFineTuning, "run", remember)
     monkeypatch.setattr(Little, "training_indices", lambda self, images: range(117_266))
-    for wide in (0, 2_000, 87_265):
-        # Images of each orientation fill their last step up.
+    images = Drawn(n=12)
+    # Images of each orientation fill their last step up.
+    for wide, batch, expected in (
+        (0, 16, 87_960),
+        (0, 8, 175_908),
+        (2_000, 16, 87_960),
+        (2_000, 8, 175_908),
+        (87_265, 16, 87_972),
+        (87_265, 8, 175_920),
+    ):
         monkeypatch.setattr(Little, "kind_of", lambda *given, last=wide: given[-1] < last)
-        for batch in (16, 8):
-            list(evaluation(**{**CARD, "batch": batch}).run(given(tmp_path)))
-    list(evaluation(**CARD, iterations=50).run(given(tmp_path)))
-    assert seen == [87_960, 175_908, 87_960, 175_908, 87_972, 175_920, 50]
-    assert one.iterations is None
+        assert evaluation(**{**CARD, "batch": batch}).length(images) == expected
+    assert evaluation(**CARD, iterations=50).length(images) == 50
 
 
 def test_milestones_and_warm_up_are_those_of_the_card() -> None:
-    schedule = evaluation(**CARD, iterations=87_960).schedule()
+    schedule = evaluation(**CARD).schedule(87_960)
     expected = {
         0: 0.001,
         500: 0.001 + 0.999 / 2,
@@ -224,11 +219,11 @@ def test_milestones_and_warm_up_are_those_of_the_card() -> None:
 
 
 def test_shorter_trainings_have_them_in_proportion() -> None:
-    schedule = evaluation(**CARD, iterations=8_796).schedule()
+    schedule = evaluation(**CARD).schedule(8_796)
     for position, factor in {0: 0.001, 100: 1, 5_863: 1, 5_864: 0.1, 8_063: 0.01}.items():
         assert schedule.factor(position) == pytest.approx(factor, rel=1e-9), position
     # A single step has milestones, too.
-    assert evaluation(**CARD, iterations=1).schedule().factor(0) == 0.001
+    assert evaluation(**CARD).schedule(1).factor(0) == 0.001
 
 
 @pytest.mark.parametrize(
@@ -251,9 +246,9 @@ def test_a_wrong_setting_is_named(changes: dict[str, Any], words: str) -> None:
 
 
 def test_the_network_has_the_settings_of_the_card(tmp_path: Path) -> None:
-    one = CocoMaskRcnnFpn1x(**{**SETTINGS, "images_per_gpu": 4})
+    one = CocoMaskRcnnFpn1x(**SETTINGS)
     network: Any = one.make_network(given(tmp_path))
-    assert network.settings == MaskRcnnSettings(images_per_gpu=4)
+    assert network.settings == MaskRcnnSettings()
     assert network.n_classes == 2
     assert one.make_sample(Drawn(n=2)).masks
     assert not one.make_sample(Drawn(n=2)).difficult
@@ -420,7 +415,7 @@ def test_masks_that_are_learned_perfectly_come_back_to_their_place(coco_tiny: Sp
     make_sample, make_image = one.make_sample(images), MakeTestImage(images=images)
     values = []
     for index in range(len(images)):
-        batch = to_batch([make_sample(index, 0)], CPU)
+        batch = to_batch([make_sample(index, 0)], [0], CPU)
         (targets,), (size,) = batch.targets, batch.sizes
         n = len(targets.boxes)
         regions = Regions(

@@ -18,7 +18,7 @@ from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.results import Score
-from relloc.transfer.iterations import IterativeFineTuning
+from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
 from relloc.transfer.schedule import Milestones, Schedule
 
 CPU = torch.device("cpu")
@@ -83,6 +83,7 @@ class LearnGray(IterativeFineTuning):
     n_used: int | None = None
     tests: list[int] = dataclasses.field(default_factory=list, repr=False)
     seen: list[list[Any]] = dataclasses.field(default_factory=list, repr=False)
+    groups: list[list[int]] = dataclasses.field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.check_settings("eval.gray")
@@ -94,7 +95,7 @@ class LearnGray(IterativeFineTuning):
             network.norm.momentum = 0.0
         return network
 
-    def schedule(self) -> Schedule:
+    def schedule(self, length: int) -> Schedule:
         return Milestones(milestones=[30], gamma=0.1, warmup=4, warmup_from=0.1)
 
     def training_indices(self, images: ImageSet) -> Sequence[int]:
@@ -106,11 +107,14 @@ class LearnGray(IterativeFineTuning):
     def make_sample(self, images: ImageSet) -> MakeSample[Any]:
         return MakeGray(images=images)
 
-    def loss(self, network: nn.Module, samples: Sequence[Any], device: torch.device) -> Tensor:
-        self.seen.append(list(samples))
+    def loss(
+        self, network: nn.Module, forward: ForwardSamples[Any], device: torch.device
+    ) -> Tensor:
+        self.seen.append(list(forward.samples))
+        self.groups.append(list(forward.groups))
         if self.freeze_norm:
             network.norm.eval()  # type: ignore[union-attr]
-        values = torch.tensor(samples)
+        values = torch.tensor(forward.samples)
         return (network(values)[:, 0] - values[:, 0]).square().mean()
 
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
@@ -243,6 +247,22 @@ def test_an_image_that_can_not_be_read_is_left_out_and_counted() -> None:
     strict = dataclasses.replace(config, unreadable_share=0.1)
     with pytest.raises(DataError, match=r"gray 4: it is broken"):
         list(evaluation().run(given(Gray(n=9, broken=(4,)), encode_config=strict)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_image_leaves_the_others_in_their_groups(workers: int) -> None:
+    config = EncodeConfig(
+        batch=4, workers=workers, device=CPU, precision="fp32", unreadable_share=0.2
+    )
+    one = evaluation(freeze_norm=True)
+    list(one.run(given(Gray(n=9, broken=(4,)), encode_config=config)))
+    for samples, groups in zip(one.seen, one.groups, strict=True):
+        # Images of a group are of one kind, which is the parity of the index.
+        kinds: dict[int, set[int]] = {}
+        for (level, _), group in zip(samples, groups, strict=True):
+            kinds.setdefault(group, set()).add(round(level * 255 / 20) % 2)
+        assert all(len(of_group) == 1 for of_group in kinds.values())
+    assert {tuple(groups) for groups in one.groups} >= {(0, 0, 1, 1), (0, 1, 1), (0, 0, 1)}
 
 
 def test_workers_read_the_same_samples() -> None:

@@ -32,15 +32,6 @@ class Targets:
     classes: Int[Tensor, "n"]
     masks: _TargetMasks | None = None
 
-    def to(self, device: torch.device) -> "Targets":
-        """Returns the same targets on `device`."""
-        boxes = self.boxes.to(device, non_blocking=True)
-        classes = self.classes.to(device, non_blocking=True)
-        masks = self.masks
-        if masks is not None:
-            masks = masks.to(device, non_blocking=True)
-        return Targets(boxes=boxes, classes=classes, masks=masks)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DetectionBatch:
@@ -50,6 +41,7 @@ class DetectionBatch:
         images: normalized, and padded with zeros at the right and bottom (`pad_images`).
         sizes: height and width of each image before padding.
         targets: the objects of each image.
+        groups: number of the group of each image (see `mean_over_groups`).
         seeds: one for each image. All randomness of the anchors and regions that an image is
             trained on comes from its seed, so that it does not depend on the rest of the batch.
 
@@ -60,23 +52,18 @@ class DetectionBatch:
     images: Float[Tensor, "b 3 h w"]
     sizes: Sequence[Size]
     targets: Sequence[Targets]
+    groups: Sequence[int]
     seeds: Sequence[int]
 
     def __post_init__(self) -> None:
         n_images = len(self.images)
-        for name in ("sizes", "targets", "seeds"):
+        for name in ("sizes", "targets", "groups", "seeds"):
             part = getattr(self, name)
             n_given = len(part)
             if n_given != n_images:
                 raise ValueError(
                     f"a batch of {n_images} images has {n_given} {name}: give one for each image"
                 )
-
-    def to(self, device: torch.device) -> "DetectionBatch":
-        """Returns the same batch on `device`."""
-        images = self.images.to(device, non_blocking=True)
-        targets = [each.to(device) for each in self.targets]
-        return dataclasses.replace(self, images=images, targets=targets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

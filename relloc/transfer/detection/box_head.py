@@ -104,17 +104,16 @@ def box_losses(
     logits: Float[Tensor, "n _"],
     offsets: Float[Tensor, "n classes 4"],
     regions: Regions,
-    n_images: int,
-    images_per_group: int,
+    groups: Sequence[int],
 ) -> dict[str, Float[Tensor, ""]]:
     """Returns the losses `class` and `box`: cross-entropy, and L1 of the true class's offsets.
 
     Both are divided by the number of all regions of a group of images, though only positive ones
-    have an L1 loss.
+    have an L1 loss. `groups` are the numbers of the groups of the images.
     """
     # Whether a region is of an image. Sums over it are the same in every run, which those by
     # scattered additions on a GPU are not.
-    image = torch.arange(n_images, device=logits.device).unsqueeze(1)
+    image = torch.arange(len(groups), device=logits.device).unsqueeze(1)
     is_of_image = image == regions.images
     counts = is_of_image.sum(dim=1)
 
@@ -132,8 +131,8 @@ def box_losses(
     has_loss = is_of_image & regions.positive
     box_sums = torch.where(has_loss, region_losses, 0).sum(dim=1)
     return {
-        "class": mean_over_groups(class_sums, counts, images_per_group),
-        "box": mean_over_groups(box_sums, counts, images_per_group),
+        "class": mean_over_groups(class_sums, counts, groups),
+        "box": mean_over_groups(box_sums, counts, groups),
     }
 
 

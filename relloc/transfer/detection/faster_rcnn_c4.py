@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from relloc import checks
 from relloc.models.backbone import Backbone
 from relloc.seeds import Use, seed_for
 from relloc.transfer.detection.anchors import AnchorGrid
@@ -43,11 +42,6 @@ class C4Settings:
         test_proposals: number of proposals otherwise.
         regions: what the heads of regions are trained on.
         detection: which boxes become detections.
-        images_per_gpu: images of a GPU of the published training, by whose samples its losses are
-            divided.
-
-    Raises:
-        UsageError: `images_per_gpu` is not a whole number of 1 or more.
     """
 
     rpn: RpnTraining = dataclasses.field(default_factory=RpnTraining)
@@ -55,10 +49,6 @@ class C4Settings:
     test_proposals: ProposalCounts = C4_TEST
     regions: RegionTraining = dataclasses.field(default_factory=RegionTraining)
     detection: DetectionRule = dataclasses.field(default_factory=DetectionRule)
-    images_per_gpu: int = 2
-
-    def __post_init__(self) -> None:
-        checks.whole("images_per_gpu", self.images_per_gpu)
 
 
 class FasterRCNNC4(nn.Module):
@@ -114,7 +104,7 @@ class FasterRCNNC4(nn.Module):
         map_size = features.shape[-2:]
         anchors = self._grid.at([map_size], features.device)
         targets = anchor_targets(anchors, batch, settings.rpn)
-        losses = rpn_losses(scores, offsets, anchors, targets, settings.images_per_gpu)
+        losses = rpn_losses(scores, offsets, anchors, targets, batch.groups)
 
         # Proposals are a given for the heads: no gradient passes through their boxes.
         proposals = propose(
@@ -127,13 +117,7 @@ class FasterRCNNC4(nn.Module):
         # Then the heads, on a sample of its proposals.
         regions = choose_regions(proposals, batch, self.n_classes, settings.regions)
         logits, box_offsets = self._look_at(features, regions.boxes, regions.images)
-        losses |= box_losses(
-            logits,
-            box_offsets,
-            regions,
-            len(batch.images),
-            settings.images_per_gpu,
-        )
+        losses |= box_losses(logits, box_offsets, regions, batch.groups)
         return losses
 
     @torch.no_grad()

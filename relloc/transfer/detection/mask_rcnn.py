@@ -49,11 +49,9 @@ class MaskRcnnSettings:
         test_proposals: number of proposals otherwise.
         regions: what the heads of regions are trained on.
         detection: which boxes become detections.
-        images_per_gpu: images of a GPU of the published training, by whose samples its losses are
-            divided.
 
     Raises:
-        UsageError: `channels`, `hidden` or `images_per_gpu` is not a whole number of 1 or more.
+        UsageError: `channels` or `hidden` is not a whole number of 1 or more.
     """
 
     channels: int = 256
@@ -63,12 +61,10 @@ class MaskRcnnSettings:
     test_proposals: ProposalCounts = _TEST_PROPOSALS
     regions: RegionTraining = _REGION_TRAINING
     detection: DetectionRule = _DETECTION_RULE
-    images_per_gpu: int = 2
 
     def __post_init__(self) -> None:
         checks.whole("channels", self.channels)
         checks.whole("hidden", self.hidden)
-        checks.whole("images_per_gpu", self.images_per_gpu)
 
 
 class MaskRCNNFPN(nn.Module):
@@ -130,7 +126,7 @@ class MaskRCNNFPN(nn.Module):
         scores, offsets = self.rpn(maps)
         anchors = self._anchors(maps)
         targets = anchor_targets(anchors, batch, settings.rpn)
-        losses = rpn_losses(scores, offsets, anchors, targets, settings.images_per_gpu)
+        losses = rpn_losses(scores, offsets, anchors, targets, batch.groups)
 
         # Proposals are a given for the heads: no gradient passes through their boxes.
         proposals = propose(
@@ -147,17 +143,11 @@ class MaskRCNNFPN(nn.Module):
         mask_regions = by_level(positive.boxes, positive.images, self._region_strides)
 
         logits, box_offsets = self._find_boxes(maps, box_regions)
-        losses |= box_losses(logits, box_offsets, regions, n_images, settings.images_per_gpu)
+        losses |= box_losses(logits, box_offsets, regions, batch.groups)
 
         wanted_masks = mask_targets(positive, counts, batch.targets)
         mask_logits = self._find_masks(maps, mask_regions, positive.classes)
-        losses["mask"] = mask_loss(
-            mask_logits,
-            wanted_masks,
-            positive.images,
-            n_images,
-            settings.images_per_gpu,
-        )
+        losses["mask"] = mask_loss(mask_logits, wanted_masks, positive.images, batch.groups)
         return losses
 
     @torch.no_grad()

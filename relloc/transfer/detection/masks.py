@@ -91,8 +91,7 @@ def mask_loss(
     logits: Float[Tensor, "n 28 28"],
     targets: Bool[Tensor, "n 28 28"],
     images: Int[Tensor, "n"],
-    n_images: int,
-    images_per_group: int,
+    groups: Sequence[int],
 ) -> Float[Tensor, ""]:
     """Returns the binary cross-entropy of the cells, averaged over the regions of a group.
 
@@ -100,8 +99,7 @@ def mask_loss(
         logits: of the mask of each region's true class.
         targets: the mask of its object.
         images: the image of each region.
-        n_images: number of images.
-        images_per_group: images of a GPU of the published training (see `mean_over_groups`).
+        groups: number of the group of each image (see `mean_over_groups`).
     """
     cell_losses = binary_cross_entropy_with_logits(
         logits,
@@ -109,10 +107,10 @@ def mask_loss(
         reduction="none",
     )
     region_losses = cell_losses.mean(dim=(1, 2))
-    image = torch.arange(n_images, device=images.device).unsqueeze(1)
+    image = torch.arange(len(groups), device=images.device).unsqueeze(1)
     is_of_image = image == images
     sums = torch.where(is_of_image, region_losses, 0).sum(dim=1)
-    return mean_over_groups(sums, is_of_image.sum(dim=1), images_per_group)
+    return mean_over_groups(sums, is_of_image.sum(dim=1), groups)
 
 
 def pasted(found: Detections, size: Size) -> Detections:

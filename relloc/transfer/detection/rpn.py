@@ -148,12 +148,13 @@ def rpn_losses(
     offsets: Float[Tensor, "b a 4"],
     anchors: Anchors,
     targets: AnchorTargets,
-    images_per_group: int,
+    groups: Sequence[int],
 ) -> dict[str, Float[Tensor, ""]]:
     """Returns the losses `rpn_score` and `rpn_box`: binary cross-entropy, and L1 of offsets.
 
     Both are sums over the chosen anchors of a group of images, divided by their number. An image
     counts at least one positive and one negative anchor, also if it has none, as in mmdetection.
+    `groups` are the numbers of the groups of the images.
     """
     # All anchors have a loss, and those that were not chosen are masked: to select the others
     # would make the host wait for their number.
@@ -177,6 +178,6 @@ def rpn_losses(
     n_negative = targets.negative.sum(dim=1).clamp(min=1)
     counts = n_positive + n_negative
     return {
-        "rpn_score": mean_over_groups(score_sums, counts, images_per_group),
-        "rpn_box": mean_over_groups(box_sums, counts, images_per_group),
+        "rpn_score": mean_over_groups(score_sums, counts, groups),
+        "rpn_box": mean_over_groups(box_sums, counts, groups),
     }

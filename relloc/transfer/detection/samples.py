@@ -172,9 +172,12 @@ def _packed_masks(objects: Objects, height: int, width: int) -> _PackedMasks:
     return np.packbits(pixels, axis=-1)
 
 
-def to_batch(samples: Sequence[DetectionSample], device: torch.device) -> DetectionBatch:
+def to_batch(
+    samples: Sequence[DetectionSample], groups: Sequence[int], device: torch.device
+) -> DetectionBatch:
     """Returns the samples as a batch on the device, where their pixels are computed.
 
+    `groups` are the numbers of their groups (see `mean_over_groups`).
     Targets are moved as their images are, and cut at the border of the resized image.
     """
     sizes = [sample.size for sample in samples]
@@ -186,6 +189,7 @@ def to_batch(samples: Sequence[DetectionSample], device: torch.device) -> Detect
         images=pad_images(images).to(device),
         sizes=sizes,
         targets=moved_targets(samples, device),
+        groups=groups,
         seeds=[sample.seed for sample in samples],
     )
 

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from relloc import checks
 from relloc.data.annotations import ObjectImages, Objects, images_with_objects
 from relloc.data.image_set import ImageSet, Splits
-from relloc.data.samples import read_samples
 from relloc.data.subsets import evenly_spaced
 from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
@@ -27,8 +25,7 @@ from relloc.transfer.detection.samples import (
     prepared,
     to_batch,
 )
-from relloc.transfer.iterations import IterativeFineTuning
-from relloc.transfer.loop import split_for_rank
+from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
 from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.metrics.pictures import draw_detections
 
@@ -166,8 +163,8 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     def training_indices(self, images: ImageSet) -> Sequence[int]:
         return images_with_objects(_with_objects(images))
 
-    def deviations(self) -> Iterator[str]:
-        yield from super().deviations()
+    def deviations(self, length: int) -> Iterator[str]:
+        yield from super().deviations(length)
         n_published = int(self.published["images_per_gpu"])
         # Batch norm sees the zeros beyond the border of smaller images.
         if self.forward_images() != (n_published, n_published):
@@ -204,9 +201,9 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         )
 
     def loss(
-        self, network: nn.Module, samples: Sequence[DetectionSample], device: torch.device
+        self, network: nn.Module, forward: ForwardSamples[DetectionSample], device: torch.device
     ) -> Tensor:
-        batch = to_batch(samples, device)
+        batch = to_batch(forward.samples, forward.groups, device)
         losses = cast(Detector, network).losses(batch)
         parts = list(losses.values())
         return torch.stack(parts).sum()
@@ -217,9 +214,24 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         Returns what the metric needs of each image, to be collected from all processes.
         """
         network.eval()
+        held_out = _with_objects(context.splits.held_out)
+        unusable = held_out.unusable()
+
+        # Only images of one size share a batch, as padding would change what the network sees at
+        # their border. Annotations know it, so that images need not be read to be grouped.
+        def size_of(index: int) -> Size | None:
+            return None if index in unusable else held_out.size(index)
+
+        batches = self.read_held_out(
+            context,
+            MakeTestImage(images=held_out),
+            doing="detecting on",
+            batch=self.test_batch,
+            kind_of=size_of,
+        )
         # Only what the metric needs is kept: detections and pixels of all images would fill memory.
         values: PerImage[T] = PerImage()
-        for images in self._test_batches(context):
+        for images in batches:
             found = self._detect(network, images, context)
             for image, detections in zip(images, found, strict=True):
                 values.add(image.index, self.of_image(detections, image))
@@ -271,38 +283,6 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
                 context.folder / f"detections_{index}.png",
                 truth=image.objects,
             )
-
-    def _test_batches(self, context: Context) -> Iterator[list[TestImage]]:
-        """Yields this process's images in batches of one size."""
-        images = _with_objects(context.splits.held_out)
-        config = context.encode_config
-        # Sizes are known from annotations, so that images need not be read to be grouped.
-        (own_indices,) = split_for_rank(range(len(images)))
-        # Images of one size share a batch, and none is padded for another.
-        by_size = defaultdict(list)
-        for index in own_indices:
-            size = images.size(index)
-            by_size[size].append((index, 0))  # nothing is random, so any seed will do
-
-        batches = []
-        for keys in by_size.values():
-            for start in range(0, len(keys), self.test_batch):
-                end = start + self.test_batch
-                batches.append(keys[start:end])
-        read = read_samples(
-            images,
-            MakeTestImage(images=images),
-            batches,
-            workers=config.workers,
-            stopping=config.stopping,
-        )
-        unreadable = config.unreadable_of(len(images))
-        what = f"detecting on {images.name} {images.split}"
-        for batch in config.progress(read, what, len(batches)):
-            unreadable.add(batch.unreadable)
-            # None is left of a batch whose images are all unreadable.
-            if batch.samples:
-                yield batch.samples
 
     @torch.no_grad()
     def _detect(

@@ -13,13 +13,12 @@ from torch import Tensor
 from relloc import checks, ranks
 from relloc.data.annotations import SegmentedImages
 from relloc.data.image_set import ImageSet, Splits
-from relloc.data.samples import MakeSample, read_samples
+from relloc.data.samples import MakeSample
 from relloc.data.subsets import evenly_spaced
 from relloc.errors import DataError, UsageError
 from relloc.evaluation.contract import Context
 from relloc.results import Score
-from relloc.transfer.iterations import IterativeFineTuning
-from relloc.transfer.loop import split_for_rank
+from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
 from relloc.transfer.metrics.class_confusion import save_class_confusion
 from relloc.transfer.metrics.mean_iou import SegmentationMetric, SegmentationScores
 from relloc.transfer.metrics.pictures import draw_class_maps
@@ -99,10 +98,10 @@ class FcnFineTuning(IterativeFineTuning):
             seed=context.seed,
         )
 
-    def schedule(self) -> Schedule:
+    def schedule(self, length: int) -> Schedule:
         # Schedules are factors on the learning rate, and the setting is a rate (mmcv's min_lr).
         floor = self.lowest_rate / self.learning_rate
-        return Poly(length=self.iterations, power=self.power, floor=floor)
+        return Poly(length=length, power=self.power, floor=floor)
 
     def training_indices(self, images: ImageSet) -> Sequence[int]:
         return range(len(images))
@@ -113,10 +112,10 @@ class FcnFineTuning(IterativeFineTuning):
     def loss(
         self,
         network: FullyConvolutionalNetwork,
-        samples: Sequence[CropSample],
+        forward: ForwardSamples[CropSample],
         device: torch.device,
     ) -> Float[Tensor, ""]:
-        batch = self.augment.batch(samples, device)
+        batch = self.augment.batch(forward.samples, device)
         losses = network.losses(batch)
         parts = list(losses.values())
         return torch.stack(parts).sum()
@@ -166,28 +165,14 @@ class FcnFineTuning(IterativeFineTuning):
         context: Context,
     ) -> Iterator[tuple[TestedImage, UInt8[Tensor, "h w"]]]:
         """Yields this process's held-out images, and the predicted class of each pixel."""
-        images = context.splits.held_out
-        config = context.encode_config
-        unreadable = config.unreadable_of(len(images))
-        (own_indices,) = split_for_rank(range(len(images)))
-        # Images have different sizes, so that each is a batch of its own. Nothing is random.
-        keys = [[(index, 0)] for index in own_indices]
-        batches = read_samples(
-            images,
-            MakeTested(images=self._segmented(images)),
-            keys,
-            workers=config.workers,
-            stopping=config.stopping,
-        )
-        what = f"segmenting {images.name} {images.split}"
-        for batch in config.progress(batches, what, len(keys)):
-            unreadable.add(batch.unreadable)
-            for tested in batch.samples:
-                on_cpu = torch.from_numpy(tested.image)
-                pixels = on_cpu.to(context.device, non_blocking=True)
-                with torch.autocast(context.device.type, torch.bfloat16, enabled=config.bf16):
-                    predicted = self.view.class_map(network, pixels)
-                yield tested, predicted
+        make = MakeTested(images=self._segmented(context.splits.held_out))
+        bf16 = context.encode_config.bf16
+        # Images have different sizes, so that each is a batch of its own.
+        for (tested,) in self.read_held_out(context, make, doing="segmenting", batch=1):
+            pixels = torch.from_numpy(tested.image).to(context.device, non_blocking=True)
+            with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
+                predicted = self.view.class_map(network, pixels)
+            yield tested, predicted
 
     def _scores(self, scores: SegmentationScores, n: int, splits: Splits) -> list[Score]:
         """Returns mIoU, the IoU of each class that is somewhere, and the share of right pixels."""

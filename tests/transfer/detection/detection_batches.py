@@ -26,8 +26,14 @@ def batch_of(
         images=pad_images(images),
         sizes=list(sizes),
         targets=list(objects),
+        groups=pairs(len(sizes)),
         seeds=list(range(len(sizes))) if seeds is None else list(seeds),
     )
+
+
+def pairs(n: int) -> list[int]:
+    """The groups of `n` images, of which each GPU had two."""
+    return [image // 2 for image in range(n)]
 
 
 def random_objects(n: int, size: Size, n_classes: int, generator: torch.Generator) -> Targets:
@@ -46,6 +52,7 @@ def part(batch: DetectionBatch, images: slice) -> DetectionBatch:
         images=batch.images[images],
         sizes=batch.sizes[images],
         targets=batch.targets[images],
+        groups=batch.groups[images],
         seeds=batch.seeds[images],
     )
 

@@ -91,7 +91,7 @@ def test_both_losses_are_divided_by_all_regions_of_their_group() -> None:
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(6, 4, generator=generator, requires_grad=True)
     offsets = torch.randn(6, 3, 4, generator=generator, requires_grad=True)
-    losses = box_losses(logits, offsets, regions, 3, 2)
+    losses = box_losses(logits, offsets, regions, [0, 0, 1])
 
     class_losses, region_losses = [], []
     for number in range(6):
@@ -118,7 +118,7 @@ def test_both_losses_are_divided_by_all_regions_of_their_group() -> None:
 def test_a_uniform_answer_to_512_regions_an_image_has_the_loss_log_21() -> None:
     images = [0] * 512 + [1] * 512
     regions = regions_of(images, [20] * 1024, n_classes=20)
-    losses = box_losses(torch.zeros(1024, 21), torch.zeros(1024, 20, 4), regions, 2, 2)
+    losses = box_losses(torch.zeros(1024, 21), torch.zeros(1024, 20, 4), regions, [0, 0])
     assert losses["class"].item() == pytest.approx(math.log(21), rel=1e-5)
     assert losses["box"].item() == 0
 

@@ -1,11 +1,12 @@
 """Mask R-CNN: its weights, how its losses are put together, and that it learns."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
 import torch
-from detection_batches import part, random_objects
+from detection_batches import pairs, part, random_objects
 from torch import Tensor, nn
 
 from relloc.errors import UsageError
@@ -77,7 +78,7 @@ def test_the_settings_are_those_of_the_protocol() -> None:
     assert detection.most_per_image == 100
 
 
-@pytest.mark.parametrize("setting", ["channels", "hidden", "images_per_gpu"])
+@pytest.mark.parametrize("setting", ["channels", "hidden"])
 def test_numbers_of_zero_are_refused(setting: str) -> None:
     with pytest.raises(UsageError, match=f"{setting} is 0"):
         MaskRcnnSettings(**{setting: 0})
@@ -168,6 +169,7 @@ def images_with(numbers: list[int], sizes: list[Size]) -> DetectionBatch:
         images=pad_images(images),
         sizes=sizes,
         targets=objects,
+        groups=pairs(len(sizes)),
         seeds=[31 + number for number in range(len(sizes))],
     )
 
@@ -192,12 +194,7 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
 def test_four_images_have_the_mean_loss_and_gradient_of_two_pairs() -> None:
     network = small().double().eval()
     batch = four_images()
-    batch = DetectionBatch(
-        images=batch.images.double(),
-        sizes=batch.sizes,
-        targets=batch.targets,
-        seeds=batch.seeds,
-    )
+    batch = dataclasses.replace(batch, images=batch.images.double())
     whole = network.losses(batch)
     assert set(whole) == {"rpn_score", "rpn_box", "class", "box", "mask"}
     sum(whole.values()).backward()
@@ -249,9 +246,7 @@ def test_the_layout_of_memory_changes_no_loss() -> None:
 def test_targets_without_masks_are_refused() -> None:
     batch = two_images()
     targets = [Targets(boxes=each.boxes, classes=each.classes) for each in batch.targets]
-    without = DetectionBatch(
-        images=batch.images, sizes=batch.sizes, targets=targets, seeds=batch.seeds
-    )
+    without = dataclasses.replace(batch, targets=targets)
     with pytest.raises(ValueError, match="masks"):
         small().losses(without)
 
@@ -337,7 +332,11 @@ def test_it_learns_to_find_rectangles_and_angles_with_their_masks() -> None:
     mask_losses = []
     for step in range(200):
         batch = DetectionBatch(
-            images=padded, sizes=sizes, targets=objects, seeds=[2 * step, 2 * step + 1]
+            images=padded,
+            sizes=sizes,
+            targets=objects,
+            groups=[0, 0],
+            seeds=[2 * step, 2 * step + 1],
         )
         losses = network.losses(batch)
         optimizer.zero_grad()

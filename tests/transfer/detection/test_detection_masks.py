@@ -159,12 +159,12 @@ def test_the_loss_is_a_mean_over_the_regions_of_a_pair_of_images() -> None:
     # The first pair has three regions, all of the second image; then one; the last image has one.
     images = torch.tensor([1, 1, 1, 2, 4])
     losses = [cross_entropy(value, 1) for value in (2, -1, 0.5, 3, -2)]
-    found = mask_loss(logits, targets, images, 5, 2)
+    found = mask_loss(logits, targets, images, [0, 0, 1, 1, 2])
     pairs = [sum(losses[:3]) / 3, losses[3], losses[4]]
     expected = (2 * pairs[0] + 2 * pairs[1] + 1 * pairs[2]) / 5
     assert found.item() == pytest.approx(expected, rel=1e-6)
     # One group of all has another denominator.
-    of_all = mask_loss(logits, targets, images, 5, 5)
+    of_all = mask_loss(logits, targets, images, [0] * 5)
     assert of_all.item() == pytest.approx(sum(losses) / 5, rel=1e-6)
 
 
@@ -175,14 +175,14 @@ def test_the_loss_of_a_region_is_the_mean_over_its_cells() -> None:
     values = []
     for logit, target in zip(logits.flatten(), targets.flatten(), strict=True):
         values.append(cross_entropy(float(logit), float(target)))
-    found = mask_loss(logits, targets, torch.tensor([0, 1]), 2, 2)
+    found = mask_loss(logits, targets, torch.tensor([0, 1]), [0, 0])
     assert found.item() == pytest.approx(sum(values) / (2 * 28 * 28), rel=1e-5)
 
 
 def test_the_loss_of_no_regions_is_zero_and_has_a_gradient() -> None:
     logits = torch.zeros(0, 28, 28, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
-    loss = mask_loss(logits, torch.zeros(0, 28, 28, dtype=torch.bool), nothing, 3, 2)
+    loss = mask_loss(logits, torch.zeros(0, 28, 28, dtype=torch.bool), nothing, [0, 0, 1])
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None

@@ -171,7 +171,7 @@ def test_losses_are_divided_by_the_anchors_of_their_group() -> None:
     chosen = AnchorTargets(positive=positive, negative=negative, boxes=boxes)
     scores = torch.zeros(3, 4)
     offsets = torch.zeros(3, 4, 4)
-    losses = rpn_losses(scores, offsets, anchors, chosen, 2)
+    losses = rpn_losses(scores, offsets, anchors, chosen, [0, 0, 1])
     # Each loss is log 2; an image counts at least one positive and one negative anchor.
     first_group = 7 / (2 + 1 + 1 + 4)
     second_group = 1 / (1 + 1)
@@ -192,7 +192,7 @@ def test_losses_are_those_of_plain_loops_and_have_gradients_at_chosen_anchors_al
     n = len(anchors.boxes)
     scores = torch.randn(2, n, generator=generator, requires_grad=True)
     offsets = torch.randn(2, n, 4, generator=generator, requires_grad=True)
-    losses = rpn_losses(scores, offsets, anchors, chosen, 2)
+    losses = rpn_losses(scores, offsets, anchors, chosen, [0, 0])
     score_sum, box_sum, count = 0.0, 0.0, 0
     for image in range(2):
         for number in range(n):

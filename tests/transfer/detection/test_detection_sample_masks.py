@@ -95,7 +95,7 @@ def test_masks_are_resized_as_by_opencv(short_px: int, flip: float) -> None:
         random_run_lengths(rng),
     )
     sample = sample_of(objects(masks), short_px=short_px, flip=flip)
-    batch = to_batch([sample], CPU)
+    batch = to_batch([sample], [0], CPU)
     (size,), (targets,) = batch.sizes, batch.targets
     assert targets.masks is not None
     assert targets.masks.shape == (3, *size)
@@ -116,19 +116,19 @@ def test_only_the_masks_of_trained_objects_are_there() -> None:
     found.areas[2] = 0
     found.boxes[3, 2] = found.boxes[3, 0] + 0.5
     sample = sample_of(found, short_px=61, flip=0.0)
-    (targets,) = to_batch([sample], CPU).targets
+    (targets,) = to_batch([sample], [0], CPU).targets
     assert targets.classes.tolist() == [0, 4]
     assert targets.masks is not None
     for own, number in zip(targets.masks.numpy(), (0, 4), strict=True):
         np.testing.assert_array_equal(own, decode_mask(masks[number], HEIGHT, WIDTH))
     without = sample_of(found, short_px=61, flip=0.0, masks=False)
-    assert to_batch([without], CPU).targets[0].masks is None
+    assert to_batch([without], [0], CPU).targets[0].masks is None
 
 
 def test_an_image_of_crowds_alone_has_no_masks() -> None:
     found = objects((random_run_lengths(np.random.default_rng(0)),))
     found.crowd[0] = True
-    (targets,) = to_batch([sample_of(found, short_px=40, flip=1.0)], CPU).targets
+    (targets,) = to_batch([sample_of(found, short_px=40, flip=1.0)], [0], CPU).targets
     assert targets.boxes.shape == (0, 4)
     assert targets.masks is not None
     assert targets.masks.shape == (0, 40, 54)

@@ -47,7 +47,7 @@ def test_the_longer_side_is_limited_and_sides_are_rounded() -> None:
 def test_pixels_and_boxes_are_moved_together(seed: int) -> None:
     one = sample(4, seed)
     height, width = one.size
-    batch = to_batch([one], CPU)
+    batch = to_batch([one], [0], CPU)
     expected = cv2.resize(one.image, (width, height), interpolation=cv2.INTER_LINEAR)
     x1, y1, x2, y2 = one.objects.boxes[0]
     scale_x, scale_y = width / one.image.shape[1], height / one.image.shape[0]
@@ -74,19 +74,19 @@ def test_difficult_objects_and_crowds_are_background() -> None:
 
 
 def test_an_image_without_objects_left_has_no_targets() -> None:
-    batch = to_batch([sample(5, 0), sample(0, 0)], CPU)
+    batch = to_batch([sample(5, 0), sample(0, 0)], [0, 0], CPU)
     assert [len(targets.boxes) for targets in batch.targets] == [0, 1]
 
 
 def test_a_batch_may_be_empty() -> None:
-    batch = to_batch([], CPU)
+    batch = to_batch([], [], CPU)
     assert len(batch.images) == 0
 
 
 def test_an_image_to_test_on_is_prepared_as_one_to_train_on() -> None:
     one = sample(0, 0)
     (image,) = prepared([one.image], [one.size], torch.device("cpu"))
-    batch = to_batch([one], CPU)
+    batch = to_batch([one], [0], CPU)
     height, width = one.size
     shown = batch.images[0, :, :height, :width]
     assert torch.equal(shown.flip(-1) if one.flip else shown, image)

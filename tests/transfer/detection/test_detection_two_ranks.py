@@ -65,7 +65,10 @@ def batch_of(step, numbers):
     whole = torch.zeros(len(images), 3, 128, 128)
     whole[:, :, : padded.shape[2], : padded.shape[3]] = padded
     seeds = [100 * step + number for number in numbers]
-    return DetectionBatch(images=whole, sizes=sizes, targets=objects, seeds=seeds)
+    groups = [number // 2 for number in numbers]
+    return DetectionBatch(
+        images=whole, sizes=sizes, targets=objects, groups=groups, seeds=seeds
+    )
 
 
 def trained(kind):
