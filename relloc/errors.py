@@ -33,7 +33,15 @@ class MissingData(DataError):
     """A data set of which nothing is there, or of which no setting says where it is.
 
     What is there in part, or damaged, is a plain `DataError`.
+
+    Attributes:
+        holding: what its folder is to hold and where that comes from, as an object of "to hold";
+            empty where nobody said it.
     """
+
+    def __init__(self, message: str, *, holding: str = "") -> None:
+        super().__init__(message)
+        self.holding = holding
 
 
 class DamagedFile(UsageError):

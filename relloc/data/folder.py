@@ -133,7 +133,8 @@ def require_root(root: str | Sequence[str] | None, holding: str) -> Path:
     if not root:
         raise MissingData(
             "data.root is not set: give data.root=FOLDER, or set the environment variable "
-            f"RELLOC_DATA, to a folder with {holding}"
+            f"RELLOC_DATA, to a folder with {holding}",
+            holding=holding,
         )
     if not isinstance(root, str) or not os.path.isdir(root):
         raise DataError(f"data.root={root} is not a folder: give the folder that holds {holding}")
@@ -155,7 +156,8 @@ def require_some_of(base: Path, parts: Sequence[str], holding: str) -> None:
         MissingData: the folder has none of `parts`.
     """
     if not any((base / part).exists() for part in parts):
-        raise MissingData(f"{base / parts[0]} is missing: data.root is to hold {holding}")
+        message = f"{base / parts[0]} is missing: data.root is to hold {holding}"
+        raise MissingData(message, holding=holding)
 
 
 def _labeled(

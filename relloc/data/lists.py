@@ -174,20 +174,23 @@ def voc(
     return checked_splits(splits, lists, counts)
 
 
-def voc_devkit(root: str | None, year: int) -> Path:
+def voc_devkit(root: str | None, year: int, *, holding: str = "") -> Path:
     """Returns the folder VOC<year>: `root` holds VOCdevkit, or is VOCdevkit or VOC<year> itself.
+
+    `holding` says for errors what `root` should hold, where that is more than the lists and images
+    of the year.
 
     Raises:
         MissingData: `root` is not set, or holds nothing of that year.
         DataError: `root` is no folder, or holds no JPEGImages of that year.
     """
-    holding = _VOC.format(year=year)
+    holding = holding or _VOC.format(year=year)
     above = require_root(root, holding)
     below_devkit = above / "VOCdevkit" / f"VOC{year}"
     candidates = (below_devkit, above / f"VOC{year}", above)
     for folder in candidates:
         if (folder / "JPEGImages").is_dir():
-            _refuse_other_year(folder, year)
+            _refuse_other_year(folder, year, holding)
             return folder
     # The message names the place where the official archives put it.
     expected = below_devkit / "JPEGImages"
@@ -195,16 +198,17 @@ def voc_devkit(root: str | None, year: int) -> Path:
     # The folder of the year without images is not missing, but damaged.
     if any(folder.is_dir() for folder in candidates[:2]):
         raise DataError(message)
-    raise MissingData(message)
+    raise MissingData(message, holding=holding)
 
 
-def _refuse_other_year(folder: Path, year: int) -> None:
+def _refuse_other_year(folder: Path, year: int, holding: str) -> None:
     """Raises `MissingData` if the name of a folder says that it is VOC of another year."""
     is_named_by_year = re.fullmatch(r"VOC\d{4}", folder.name) is not None
     if is_named_by_year and folder.name != f"VOC{year}":
         raise MissingData(
             f"data.root={folder} is the folder of one year: give the folder above, which is to "
-            f"hold VOC{year} besides: {_VOC.format(year=year)}"
+            f"hold VOC{year} besides: {holding}",
+            holding=holding,
         )
 
 

@@ -15,6 +15,10 @@ from relloc.errors import DataError
 
 # VOC's masks number the background, too.
 CLASSES = ("background", *VOC_CLASSES)
+_HOLDING = (
+    "the PASCAL VOC2012 development kit (the archive of trainval), from the PASCAL VOC site, and "
+    "for the published training set also masks of SBD (docs/transfer.md)"
+)
 # The masks of VOC are palette files; those that converters make of SBD are gray.
 _MODES = ("P", "L")
 _YEAR = 2012
@@ -43,7 +47,7 @@ def voc_segmentation(
     Example:
         >>> voc_segmentation(name="voc2012", root="/data", train="train", held_out="val", aug="aug")
     """
-    devkit = voc_devkit(root, _YEAR)
+    devkit = voc_devkit(root, _YEAR, holding=_HOLDING)
     masks = devkit / "SegmentationClass"
     image_folder = devkit / "JPEGImages"
     if not masks.is_dir():

@@ -70,7 +70,14 @@ def voc_detection(
     checks.one_of("data.source.reference", reference, REFERENCES)
     if len(set(years)) < len(years):
         raise DataError(f"data.source.years is {list(years)}: name each year once")
-    _check_folders(root, {*years, held_out_year})
+    # Which archives of which year are read, for errors.
+    archives = {year: [train] for year in years}
+    archives.setdefault(held_out_year, []).append(held_out)
+    kits = []
+    for year, names in archives.items():
+        kits.append(f"PASCAL VOC{year} ({' and '.join(names)})")
+    holding = f"the development kits of {', '.join(kits)}, with boxes, from the PASCAL VOC site"
+    _check_folders(root, {*years, held_out_year}, holding)
     train_images = _split(root, years, train, reference)
     held_out_images = _split(root, [held_out_year], held_out, reference)
     splits = [train_images, held_out_images]
@@ -84,13 +91,13 @@ def voc_detection(
     return checked_splits(splits, lists, published_images)
 
 
-def _check_folders(root: str | None, years: set[int]) -> None:
-    """Checks that each year has a folder of its own.
+def _check_folders(root: str | None, years: set[int], holding: str) -> None:
+    """Checks that each year has a folder of its own; `holding` says what `root` is to hold.
 
     Raises:
         DataError: a folder is missing, or `root` is the folder of one year only.
     """
-    folders = {voc_devkit(root, year) for year in years}
+    folders = {voc_devkit(root, year, holding=holding) for year in years}
     # A root that is itself the folder of a year is taken for every year.
     if len(folders) < len(years):
         names = [f"VOC{year}" for year in sorted(years)]

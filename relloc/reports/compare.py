@@ -243,7 +243,7 @@ def _mark_best(entries: Sequence[ReportEntry]) -> list[ReportEntry]:
     values_of: dict[tuple[object, ...], list[float]] = {}
     for each in entries:
         values = values_of.setdefault(_bold_group(each), [])
-        values.append(_signed_value(each.result))
+        values.append(signed_value(each.result))
     # Numbers that compete with none have the empty key
     values_of.pop((), None)
     best = {}
@@ -252,12 +252,12 @@ def _mark_best(entries: Sequence[ReportEntry]) -> list[ReportEntry]:
             best[group_key] = max(values)
     marked = []
     for each in entries:
-        is_best = best.get(_bold_group(each)) == _signed_value(each.result)
+        is_best = best.get(_bold_group(each)) == signed_value(each.result)
         marked.append(dataclasses.replace(each, is_best=is_best))
     return marked
 
 
-def _signed_value(row: Result) -> float:
+def signed_value(row: Result) -> float:
     """Returns the value, with its sign changed where lower is better."""
     return row.value if row.higher_is_better else -row.value
 

@@ -8,7 +8,15 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from relloc.reports.compare import ABOVE, BELOW, INSIDE, MARK_WORDS, ReportEntry, make_entries
+from relloc.reports.compare import (
+    ABOVE,
+    BELOW,
+    INSIDE,
+    MARK_WORDS,
+    ReportEntry,
+    make_entries,
+    signed_value,
+)
 from relloc.reports.lines import natural_sort_key
 from relloc.reports.load import Measured
 from relloc.reports.missing import MissingEvaluations, advice, missing_evaluations
@@ -20,6 +28,7 @@ from relloc.reports.published import (
     PUBLISHED_MODEL,
     RANDOM,
     SUPERVISED,
+    CardPart,
     Published,
     card_parts,
     parts_of,
@@ -30,6 +39,8 @@ from relloc.results import LAYERS, Result
 # The choices of --rows: published relative location and its controls, or other pretext tasks too
 ROWS = ("card", "all")
 MISSING = "—"  # the text of a cell of ours that is not measured
+# Lines of other images whose numbers a caption gives: the tables of these images have all of them.
+_MOST_LINES_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,13 +144,14 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     groups = []
     for title in (CARD_GROUP, *sorted(other_titles)):
         ours = [each for each in entries if each.group == title and each.is_shown]
+        elsewhere = [each for each in entries if each.group != title and each.is_shown]
         # Published numbers were measured on the images of the card, and compare with no others
         numbers = published if title == CARD_GROUP else ()
         # Tables in the order of the card, then those that it does not have
         on_card = [part.table for part in card_parts()]
         of_ours = {each.result.table for each in ours}
         names = dict.fromkeys([*on_card, *sorted(of_ours)])
-        tables = [_table(name, ours, numbers) for name in names]
+        tables = [_table(name, ours, elsewhere, numbers) for name in names]
         # A table without any row says nothing
         shown = tuple(table for table in tables if table.rows)
         if shown:
@@ -160,11 +172,16 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
 def _table(
     title: str,
     ours: Sequence[ReportEntry],
+    elsewhere: Sequence[ReportEntry],
     published: Sequence[Published],
 ) -> Table:
-    """Returns one table of a group; `ours` and `published` are all numbers of the group."""
+    """Returns one table of a group.
+
+    `ours` and `published` are all numbers of the group, `elsewhere` those of ours in other groups.
+    """
     numbers = [each for each in published if each.table == title]
     entries = [each for each in ours if each.result.table == title]
+    on_other_images = [each for each in elsewhere if each.result.table == title]
     card_columns: list[str] = []
     for part in parts_of(title):
         card_columns += part.columns
@@ -177,7 +194,7 @@ def _table(
     caption = ""
     # The caption names gaps of the card, which numbers on other images do not fill
     if published:
-        sentences = _caption(title, entries, numbers)
+        sentences = _caption(title, entries, on_other_images, numbers)
         caption = " ".join(sentences)
     rows = list(_published_rows(numbers, ordered))
     rows += _our_rows(entries, ordered)
@@ -213,12 +230,14 @@ def column_order(columns: Iterable[str], card_columns: Iterable[str]) -> list[st
 def _caption(
     title: str,
     entries: Sequence[ReportEntry],
+    on_other_images: Sequence[ReportEntry],
     numbers: Sequence[Published],
 ) -> Iterable[str]:
     """Yields the sentences below a table of the card.
 
     They give the tolerance of its published numbers, and the evaluations that are not built or not
-    measured yet, with the command that measures them.
+    measured yet, with the command that measures them. What was measured on other images alone is
+    named with its numbers.
     """
     rounded = [f"{number.tolerance:.1f}" for number in numbers]
     tolerances = dict.fromkeys(rounded)
@@ -231,10 +250,40 @@ def _caption(
         if not part.evaluation:
             yield "Not built: relloc has no such evaluation yet."
         elif measured_columns.isdisjoint(part.columns):
-            yield (
-                f"Not measured: python -m relloc.evaluate checkpoint=RUN eval={part.evaluation}, "
-                f"about {part.hours} h on one GPU (an estimate)."
+            command = (
+                f"python -m relloc.evaluate checkpoint=RUN eval={part.evaluation}, "
+                f"about {part.hours} h on one GPU (an estimate)"
             )
+            found = list(_numbers_by_images(on_other_images, part))
+            if found:
+                listed = "; ".join(found)
+                yield f"Measured on other images alone: {listed}. On those of the card: {command}."
+            else:
+                yield f"Not measured: {command}."
+
+
+def _numbers_by_images(entries: Sequence[ReportEntry], part: CardPart) -> Iterable[str]:
+    """Yields for each other set of images what the evaluation of a part measured there.
+
+    Of each line it gives one number: the headline, or the best where several are or none is.
+    """
+    by_images: dict[str, dict[str, list[ReportEntry]]] = {}
+    for entry in entries:
+        row = entry.result
+        if row.eval != part.evaluation or row.column not in part.columns:
+            continue
+        images = f"{row.dataset} {row.split}, {row.n:,} images"
+        line = ", ".join(filter(None, (entry.label, entry.setting)))
+        by_images.setdefault(images, {}).setdefault(line, []).append(entry)
+    for images, lines in sorted(by_images.items()):
+        phrases = []
+        for line, of_line in list(lines.items())[:_MOST_LINES_NAMED]:
+            headlines = [each for each in of_line if each.result.headline]
+            best = max(headlines or of_line, key=lambda each: signed_value(each.result)).result
+            phrases.append(f"{best.column} {best.value:.2f} ({line})")
+        if len(lines) > len(phrases):
+            phrases.append(f"{len(lines) - len(phrases)} more below")
+        yield f"{images}: {', '.join(phrases)}"
 
 
 def _published_rows(numbers: Sequence[Published], columns: Sequence[str]) -> Iterable[Row]:

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
 from relloc.pretext.schedule import Schedule
 from relloc.results import REFERENCE_MODELS
 from relloc.runs import console
-from relloc.runs.data_sets import DataSet
+from relloc.runs.data_sets import DATA_PAGE, DataSet
 from relloc.runs.engine import Engine, EngineSettings
 from relloc.runs.renamed import refuse_old_names
 from relloc.runs.settings import conf_dir, plain
@@ -129,8 +129,7 @@ class RunSettings:
         checks.whole("calibration_images", self.calibration_images)
         checks.number("bank_gib", self.bank_gib, at_least=0, at_most=math.inf)
         checks.number("save_every_s", self.save_every_s, at_least=0, at_most=math.inf)
-        of_evaluations = [chosen.data for chosen in self.evaluations if chosen.data]
-        missing = [data.missing_setting for data in of_evaluations if data.missing_setting]
+        missing = [one for one in self.evaluations if one.data and one.data.missing_setting]
         # Evaluations may be left out, but not all of them.
         is_error = self.missing_data == "error" or len(missing) == len(self.evaluations)
         if missing and is_error:
@@ -139,9 +138,11 @@ class RunSettings:
                 "evaluation doesn't know where its data set lies",
                 "evaluations don't know where their data set lies",
             )
-            # The whole card has a dozen of them: a line each.
-            listed = "\n  ".join(missing)
-            raise UsageError(f"{lost}; give\n  {listed}")
+            listed = "\n  ".join(_missing_data_sets(missing))
+            raise UsageError(
+                f"{lost}. Unpack each data set into a folder, and name the folder by its variable "
+                f"or setting ({DATA_PAGE}):\n  {listed}"
+            )
 
     @property
     def needs_own_data(self) -> bool:
@@ -220,9 +221,10 @@ class RunSettings:
             )
             evaluations.append(named)
         if left_out and not evaluations:
+            listed = "\n  ".join(dict.fromkeys(left_out.values()))
             raise MissingData(
-                f"none of {quantity(len(left_out), 'evaluation')} has its data set: "
-                f"{'; '.join(dict.fromkeys(left_out.values()))}"
+                f"none of {quantity(len(left_out), 'evaluation')} has its data set "
+                f"({DATA_PAGE} tells what to unpack where):\n  {listed}"
             )
         return evaluations, left_out
 
@@ -555,6 +557,26 @@ def _evaluation(name: str, node: Mapping[str, Any]) -> ChosenEvaluation:
         raise UsageError(message) from error
     data = _data_set(f"eval.{name}.data", node["data"]) if node.get("data") else None
     return ChosenEvaluation(name=name, evaluation=evaluation, data=data)
+
+
+def _missing_data_sets(evaluations: Sequence[ChosenEvaluation]) -> Iterator[str]:
+    """Yields a line for each data set that no setting says the place of.
+
+    It has the variable and the setting that would say it, and what the folder is to hold.
+    """
+    names_of: dict[str, list[str]] = {}
+    data_of: dict[str, DataSet] = {}
+    for one in evaluations:
+        if one.data:
+            # Evaluations of equal images share a line.
+            names_of.setdefault(one.data.images, []).append(one.name)
+            data_of.setdefault(one.data.images, one.data)
+    for images, data in data_of.items():
+        names = ",".join(names_of[images])
+        # As shells expand it, where there are several.
+        listed = f"{{{names}}}" if "," in names else names
+        line = f"{data.variable} or eval.{listed}.data.root=FOLDER"
+        yield f"{line}: {data.holding}" if data.holding else line
 
 
 def _unless_auto(value: Any) -> Any:

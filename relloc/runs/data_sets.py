@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
+
 from relloc import checks, ranks
 from relloc.data.annotations import ObjectImages, SegmentedImages
 from relloc.data.folder import FolderImages
@@ -20,6 +22,8 @@ from relloc.errors import DataError, MissingData, UsageError
 from relloc.runs import console
 from relloc.terminal import quantity
 
+# Tells what to unpack where.
+DATA_PAGE = "docs/evaluations.md, Data sets"
 _LONGEST_NAME = 24  # characters, in the name of a run
 # The environment variables that conf/data takes folders from, by the beginning of a data set's name
 _VARIABLES = {
@@ -80,12 +84,28 @@ class DataSet:
         return "" if is_located else self.how_to_give
 
     @property
-    def how_to_give(self) -> str:
-        """The setting and the environment variable that say where the images are."""
-        return f"{self.setting}.root=FOLDER or {self._variable}"
+    def holding(self) -> str:
+        """What the folder of a data set is to hold that no setting says the place of.
+
+        It is empty where the function that lists the images does not say it.
+        """
+        try:
+            # Without a folder nothing is read: this is the first thing that a reader asks for.
+            self.list_images()
+        except MissingData as error:
+            return error.holding
+        except (UsageError, InstantiationException):
+            # A reader of the user's own may answer in another way.
+            return ""
+        return ""
 
     @property
-    def _variable(self) -> str:
+    def how_to_give(self) -> str:
+        """The setting and the environment variable that say where the images are."""
+        return f"{self.setting}.root=FOLDER or {self.variable}"
+
+    @property
+    def variable(self) -> str:
         """The environment variable that conf/data takes the folder from, where it is set."""
         for beginning, variable in _VARIABLES.items():
             if self.name.startswith(beginning):
@@ -163,9 +183,9 @@ class DataSet:
         # Readers write data.root or data.shards; put this data set's own setting there.
         message = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", message)
         # Where the folder is not known, they name the variable that all data sets share.
-        message = message.replace("variable RELLOC_DATA", f"variable {self._variable}")
+        message = message.replace("variable RELLOC_DATA", f"variable {self.variable}")
         # The folder may have been set by a variable that the user has forgotten.
-        variables = [name for name in (self._variable, "RELLOC_DATA") if os.environ.get(name)]
+        variables = [name for name in (self.variable, "RELLOC_DATA") if os.environ.get(name)]
         variable = variables[0] if variables else ""
         folder = self.shards or self.source.get("root")
         if variable and os.environ[variable] == folder:

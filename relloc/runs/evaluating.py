@@ -24,6 +24,7 @@ from relloc.reports.table import make_report
 from relloc.results import RESULTS_FILE, Result, append_results, read_results, tracked_eval
 from relloc.runs import console, known_answers
 from relloc.runs.build import Evaluating
+from relloc.runs.data_sets import DATA_PAGE
 from relloc.runs.engine import resolve_engine
 from relloc.runs.evaluated_models import evaluated_models
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
@@ -32,8 +33,6 @@ from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
 from relloc.terminal import quantity
 from relloc.tracking.journal import Journal
-
-_DATA_PAGE = "docs/evaluations.md (Data sets)"
 
 
 def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
@@ -123,7 +122,7 @@ def print_left_out(reasons: Mapping[str, str]) -> None:
     for name, reason in reasons.items():
         console.print_message(f"skipped {name}: {reason}")
     console.print_message(
-        f"        {_DATA_PAGE} tells what to unpack where. The same command then measures the rest"
+        f"        {DATA_PAGE}, tells what to unpack where. The same command then measures the rest"
     )
 
 

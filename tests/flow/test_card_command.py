@@ -87,7 +87,7 @@ def test_what_has_data_is_measured_and_the_rest_is_told_before_the_report(
     for asked in (["eval=coco_mask_rcnn_fpn_1x"], [*line, "missing_data=error"]):
         refused = relloc("evaluate", "checkpoint=random", "model=small", *asked)
         assert refused.code == 2
-        assert "eval.coco_mask_rcnn_fpn_1x.data.root=FOLDER or RELLOC_COCO" in refused.text
+        assert "RELLOC_COCO or eval.coco_mask_rcnn_fpn_1x.data.root=FOLDER: COCO" in refused.text
     assert {row.eval for row in read_results(tmp_path / "run")} == set(MEASURED)
 
 

@@ -511,6 +511,56 @@ def test_every_table_of_the_card_says_its_tolerance_and_how_it_stands(
             )
 
 
+def test_what_was_measured_on_other_images_alone_is_named_with_its_numbers(
+    result: Callable[..., Result],
+) -> None:
+    def caption(*rows: Result, table: str = DETECTION) -> str:
+        (card, *_) = make_report(measured(*rows)).groups
+        captions = {each.title: each.caption for each in card.tables}
+        return captions[table]
+
+    command = "checkpoint=RUN eval=voc0712_detection, about 2.4 h"
+    on_card = detection(result, OURS, "AP50", 78.9)
+    # A subset of the card's images, another data set, and a number that is no headline.
+    subset = dataclasses.replace(on_card, value=12.3, n=321, headline=True)
+    minor = dataclasses.replace(detection(result, OURS, "AP", 6.5), n=321, headline=False)
+    control = dataclasses.replace(subset, checkpoint="random", value=4.56)
+    other = dataclasses.replace(subset, dataset="voc2012", value=23.4)
+
+    assert "Not measured: " in caption()
+    said = caption(subset, minor, control, other)
+    assert "Not measured" not in said
+    assert re.search(
+        r"other images alone: "
+        r"voc2007 test, 321 images: AP50 4\.56 \(random, seed 0\), "
+        r"AP50 12\.30 \(card2022, seed 0\); "
+        r"voc2012 test, 321 images: AP50 23\.40 \(card2022, seed 0\)\.",
+        said,
+    )
+    assert command in said
+    assert "6.50" not in said
+    # Once the card's images are measured, its table has the number.
+    said = caption(on_card, subset)
+    assert "12.30" not in said
+    assert command not in said
+    # What another evaluation measured is nothing that this one's command would add to.
+    pictures = result("knn", "avgpool", "top1_k20", 31.0, dataset="photos", checkpoint=OURS)
+    assert pictures.table == "Nearest neighbors, top-1"
+    assert "Not measured: " in caption(pictures, table=pictures.table)
+
+
+def test_of_many_lines_on_other_images_the_first_are_named(result: Callable[..., Result]) -> None:
+    rows = []
+    for number in range(5):
+        row = detection(result, f"/data/runs/run{number}", "AP50", 50.0 + number)
+        rows.append(dataclasses.replace(row, n=321))
+    (card, _) = make_report(measured(*rows)).groups
+    (caption,) = [each.caption for each in card.tables if each.title == DETECTION]
+    named = re.findall(r"AP50 (\S+) \((run\d)", caption)
+    assert named == [("50.00", "run0"), ("51.00", "run1"), ("52.00", "run2")]
+    assert "2 more" in caption
+
+
 def test_commits_are_shortened_but_say_that_files_had_been_changed() -> None:
     assert short_commit("6a6cf28a1b2c3d4e5f60-dirty") == "6a6cf28a1b-dirty"
     assert short_commit("unknown commit") == "unknown commit"

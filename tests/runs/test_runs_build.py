@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from relloc.data.image_set import Splits
 from relloc.data.photos import photos
-from relloc.errors import DataError, UsageError
+from relloc.errors import DataError, MissingData, UsageError
 from relloc.pretext.relative_location import RelativeLocation
 from relloc.runs import build, explaining, saving
 from relloc.runs.build import refusals
@@ -216,15 +216,62 @@ def test_evaluations_that_bring_their_own_data_leave_that_of_the_run_alone() -> 
     assert build.evaluating(composed("evaluate", *asked, "eval=[voc07_svm,knn]")).needs_own_data
 
 
+VARIABLES = (
+    *("RELLOC_DATA", "RELLOC_VOC", "RELLOC_IN1K", "RELLOC_PLACES205"),
+    *("RELLOC_COCO", "RELLOC_CITYSCAPES"),
+)
+
+
 def test_all_data_sets_whose_place_nobody_said_are_told_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("RELLOC_DATA", "RELLOC_VOC", "RELLOC_IN1K"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    message = said_of("evaluate", "checkpoint=random", "eval=[voc07_svm,linear_in1k]") or ""
-    assert message.startswith("2 evaluations ")
-    assert re.search(r"eval\.voc07_svm\.data\.root=FOLDER\b.*\bRELLOC_VOC\b", message)
-    assert re.search(r"eval\.linear_in1k\.data\.root=FOLDER\b.*\bRELLOC_IN1K\b", message)
+    with pytest.raises(UsageError) as refused:
+        build.evaluating(composed("evaluate", "checkpoint=random", "eval=card"))
+    first, *lines = str(refused.value).splitlines()
+    assert first.startswith("15 evaluations ")
+    # A line for each data set, whoever needs it: its variable, its setting, what it is, and whence.
+    voc07 = "voc07_svm,voc07_low_shot,voc07_finetune_fc,voc07_finetune"
+    for variable, evaluation, words in (
+        ("RELLOC_VOC", f"{{{voc07}}}", "VOC2007 .*VOC site"),
+        ("RELLOC_VOC", "voc0712_detection", "VOC2007 .*trainval and test.*VOC2012 .*VOC site"),
+        ("RELLOC_VOC", "voc12aug_fcn", "VOC2012 .*VOC site.*SBD"),
+        ("RELLOC_PLACES205", "linear_places205", "Places site"),
+        ("RELLOC_COCO", "coco_mask_rcnn_fpn_1x", "zip.*COCO site"),
+        ("RELLOC_CITYSCAPES", "cityscapes_fcn", "zip.*Cityscapes site"),
+    ):
+        setting = re.escape(f"{variable} or eval.{evaluation}.data.root=FOLDER: ")
+        (line,) = [line for line in lines if re.match(rf"\s*{setting}", line)]
+        assert re.search(words, line)
+    # The seventh is ImageNet.
+    assert len(lines) == 7
+
+
+def test_a_data_set_of_a_reader_that_asks_for_nothing_is_told_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RELLOC_DATA", raising=False)
+    monkeypatch.delenv("RELLOC_VOC", raising=False)
+    own = "eval.voc07_svm.data.source._target_=relloc.data.photos.photos"
+    with pytest.raises(UsageError) as refused:
+        build.evaluating(composed("evaluate", "checkpoint=random", "eval=voc07_svm", own))
+    assert str(refused.value).endswith("RELLOC_VOC or eval.voc07_svm.data.root=FOLDER")
+
+
+def test_folders_that_hold_nothing_of_any_data_set_are_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    asked = ["checkpoint=random", "eval=[voc07_svm,linear_in1k]", "missing_data=skip"]
+    asked.append(f"eval.voc07_svm.data.root={tmp_path}")
+    with pytest.raises(MissingData) as refused:
+        build.evaluating(composed("evaluate", *asked)).named_evaluations(None)
+    first, *lines = str(refused.value).splitlines()
+    assert "2 evaluations" in first
+    assert [bool(re.search("is missing.*VOC2007", line)) for line in lines] == [True, False]
+    assert [bool(re.search("RELLOC_IN1K.*ImageNet", line)) for line in lines] == [False, True]
 
 
 def test_of_evaluations_without_data_some_may_be_left_out_but_not_all(
