@@ -21,8 +21,9 @@ from relloc.transfer import order
 from relloc.transfer.detection.batch import Detections
 from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.samples import RandomSizes
-from relloc.transfer.detection.training import DetectionFineTuning, TestImage
+from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
 from relloc.transfer.metrics.box_confusion import BoxesOfImage, save_box_confusion
+from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.coco_ap import CocoImage, Kind, coco_image, coco_scores
 from relloc.transfer.schedule import Milestones
 
@@ -53,6 +54,19 @@ class ImageOfId(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CocoPrecisions:
+    """Average precisions, from 0 to 1.
+
+    Attributes:
+        of_all: for each metric its column in reports and its value.
+        by_class: for each metric its value of each class; nan for a class without true objects.
+    """
+
+    of_all: dict[str, tuple[str, float]]
+    by_class: dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
     """Average precision of boxes and masks of Mask R-CNN on COCO, after fine-tuning all weights.
 
@@ -67,7 +81,8 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
     """
 
     # 1: images came from an endless stream, and masks were not padded beside their images
-    version = 2
+    # 2: objects of test images that can't be read did not count
+    version = 3
     masks = True
     # mmdetection trains for epochs here, and for iterations on VOC.
     deal = staticmethod(order.steps_by_epochs)
@@ -127,9 +142,8 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         n_classes = len(context.splits.train.classes)
         return MaskRCNNFPN(context.backbone, n_classes, settings, seed=context.seed)
 
-    def of_image(self, found: Detections, image: TestImage) -> ImageOfId:
-        height, width = image.pixels.shape[:2]
-        measured = coco_image(found, image.objects, (height, width))
+    def of_image(self, found: Detections, image: AnnotatedImage) -> ImageOfId:
+        measured = coco_image(found, image.objects, image.size)
         return ImageOfId(image.image_id, measured)
 
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
@@ -137,7 +151,7 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         images = context.splits.held_out
 
         # COCO's statistics are of all images, so rank 0 computes them for all.
-        def compute(values: Sequence[ImageOfId]) -> dict[str, tuple[str, float]]:
+        def compute(values: Sequence[ImageOfId]) -> CocoPrecisions:
             if final:
                 save_box_confusion(
                     map(_boxes, values),
@@ -151,7 +165,7 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         if final and ranks.rank() == 0:
             self.draw(network, context)
         scores = []
-        for metric, (column, precision) in precisions.items():
+        for metric, (column, precision) in precisions.of_all.items():
             score = Score(
                 table=_TABLE,
                 column=column,
@@ -160,10 +174,17 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
                 value=100 * precision,
                 n=n_tested,
                 protocol="3.9",
-                deviations=tuple(self.image_differences(context.splits.train)),
+                deviations=(
+                    *self.image_differences(context.splits.train),
+                    *self.test_differences(images, n_tested),
+                ),
                 details=(f"trained on {n_trained:,} images, {self.augment}",),
             )
             scores.append(score)
+        # They are too many for curves.
+        if final:
+            for metric, values in precisions.by_class.items():
+                scores += scores_by_class(scores[0], metric, images.classes, values)
         return scores
 
     def deviations(self, length: int) -> Iterator[str]:
@@ -195,18 +216,17 @@ def _corners(xywh: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
     return np.concatenate([upper_left, upper_left + sides], axis=1)
 
 
-def _precisions(values: Sequence[ImageOfId], n_classes: int) -> dict[str, tuple[str, float]]:
-    """Returns for each metric its column in reports and its value, from 0 to 1.
-
-    Metrics of sizes that no true object has are left out.
-    """
+def _precisions(values: Sequence[ImageOfId], n_classes: int) -> CocoPrecisions:
+    """Returns average precisions. Metrics of sizes that no true object has are left out."""
     by_id = sorted(values, key=lambda value: value.image_id)
     images = [value.image for value in by_id]
-    precisions = {}
+    of_all = {}
+    by_class = {}
     for kind, name in _KINDS:
-        statistics = coco_scores(images, kind, n_classes=n_classes).statistics
+        scores = coco_scores(images, kind, n_classes=n_classes)
         for statistic, ending, column in _STATISTICS:
-            value = statistics[statistic]
+            value = scores.statistics[statistic]
             if not math.isnan(value):
-                precisions[f"{name}_{ending}"] = (column and f"{name} {column}", value)
-    return precisions
+                of_all[f"{name}_{ending}"] = (column and f"{name} {column}", value)
+        by_class[f"{name}_ap"] = scores.by_class.tolist()
+    return CocoPrecisions(of_all=of_all, by_class=by_class)

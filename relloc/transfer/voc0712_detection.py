@@ -24,8 +24,9 @@ from relloc.transfer.detection.batch import Detections
 from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4
 from relloc.transfer.detection.rpn import RpnTraining
 from relloc.transfer.detection.samples import RandomSizes
-from relloc.transfer.detection.training import DetectionFineTuning, TestImage
+from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
 from relloc.transfer.metrics.box_confusion import BoxesOfImage, save_box_confusion
+from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
     DETECTRON2,
@@ -66,7 +67,8 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     """
 
     # 2: batch norm of detectron2's kind was estimated in float32, whatever the precision was
-    version = 3
+    # 3: objects of test images that can't be read did not count
+    version = 4
     published: ClassVar = {
         "iterations": _PUBLISHED_ITERATIONS,
         "batch": 16,
@@ -168,7 +170,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
             {"params": norm_parameters, "weight_decay": 0.0},
         ]
 
-    def of_image(self, found: Detections, image: TestImage) -> VocImage:
+    def of_image(self, found: Detections, image: AnnotatedImage) -> VocImage:
         return voc_image(found, image.objects)
 
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
@@ -177,7 +179,9 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         images = context.splits.held_out
 
         # Average precision sorts the detections of all images, so rank 0 computes it for all.
-        def compute(values: Sequence[VocImage]) -> dict[str, tuple[str, float]]:
+        def compute(
+            values: Sequence[VocImage],
+        ) -> tuple[dict[str, tuple[str, float]], list[float]]:
             if final:
                 save_box_confusion(
                     map(_boxes, values),
@@ -187,7 +191,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
                 )
             return self._precisions(values, len(images.classes))
 
-        precisions, n_tested = self.measure(network, context, compute)
+        (precisions, ap50_by_class), n_tested = self.measure(network, context, compute)
         # One process draws, as all would write the same files.
         if final and ranks.rank() == 0:
             self.draw(network, context)
@@ -203,16 +207,26 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
                 value=100 * precision,
                 n=n_tested,
                 protocol="3.8",
-                deviations=tuple(self.image_differences(context.splits.train)),
+                deviations=(
+                    *self.image_differences(context.splits.train),
+                    *self.test_differences(images, n_tested),
+                ),
                 details=tuple(self._test_details(context)),
             )
             scores.append(score)
+        # They are too many for curves.
+        if final:
+            scores += scores_by_class(scores[0], "ap50", images.classes, ap50_by_class)
         return scores
 
     def _precisions(
         self, images: Sequence[VocImage], n_classes: int
-    ) -> dict[str, tuple[str, float]]:
-        """Returns for each metric its column in reports and its value, from 0 to 1."""
+    ) -> tuple[dict[str, tuple[str, float]], list[float]]:
+        """Returns average precisions, from 0 to 1.
+
+        For each metric its column in reports and its value, and AP50 of each class, which is nan
+        for a class without true boxes.
+        """
         definition = DETECTRON2 if self._is_detectron2 else MMDET
         table = average_precision(
             images,
@@ -220,6 +234,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
             definition=definition,
             ious=AP_IOUS,
         )
+        ap50_by_class = table[AP_IOUS.index(0.5)].tolist()
         by_iou = {}
         for iou, by_class in zip(AP_IOUS, table, strict=True):
             by_iou[iou] = mean_ap(by_class)
@@ -230,7 +245,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
             "ap75": ("AP75", by_iou[0.75]),
         }
         if self._is_detectron2:
-            return precisions
+            return precisions, ap50_by_class
         # As mmdetection's code prints it: a share of three decimals.
         precisions["ap50"] = ("AP50", printed_ap(by_iou[0.5]))
         # No published row has AP50 by area, so it has no column.
@@ -240,7 +255,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
             definition=MMDET_AREA,
         )
         precisions["ap50_area"] = ("", mean_ap(by_area))
-        return precisions
+        return precisions, ap50_by_class
 
     def _estimate_batch_norm(self, network: nn.Module, context: Context) -> None:
         """Replaces the statistics of batch norm by averages over the forwards of training batches.

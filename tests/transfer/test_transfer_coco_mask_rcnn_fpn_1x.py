@@ -132,13 +132,15 @@ def test_scores_have_the_columns_of_the_card_and_pictures_are_drawn(tmp_path: Pa
     # All objects are smaller than 32 x 32 px.
     endings = ["ap", "ap50", "ap75", "ap_small"]
     metrics = [f"{kind}_{ending}" for kind in ("box", "mask") for ending in endings]
+    metrics += [f"{kind}_ap_{name}" for kind in ("box", "mask") for name in ("red", "green")]
     assert [score.metric for score in scores] == metrics
-    columns = [score.column for score in scores]
+    columns = [score.column for score in scores[:8]]
+    assert {score.table for score in scores[8:]} == {""}
     names = [f"{kind} {name}" for kind in ("box", "mask") for name in ("AP", "AP50", "AP75", "")]
     assert columns == [name if not name.endswith(" ") else "" for name in names]
     assert [score.metric for score in scores if score.headline] == ["box_ap"]
     assert all(score.n == 7 and score.protocol == "3.9" for score in scores)
-    assert {score.table for score in scores} == {"COCO, Mask R-CNN FPN 1x"}
+    assert {score.table for score in scores[:8]} == {"COCO, Mask R-CNN FPN 1x"}
     assert len(list(tmp_path.glob("detections_*.png"))) == 7
     assert (tmp_path / "confusion.png").stat().st_size > 1000
     # 12 images, 6 of each orientation, in batches of 4 for two epochs.
@@ -282,7 +284,7 @@ def test_confusion_counts_the_detections_of_the_last_test(
     found: PerImage[ImageOfId] = PerImage()
     for index, value in enumerate(perfect(images, one)):
         found.add(index, value)
-    monkeypatch.setattr(Little, "detect_all", lambda *_: found)
+    monkeypatch.setattr(Little, "detect_all", lambda *_: (found, 7))
     monkeypatch.setattr(Little, "draw", lambda *_: None)
     one.test(nn.Identity(), given_context, final=False)
     assert not list(tmp_path.iterdir())
@@ -299,8 +301,12 @@ def test_confusion_counts_the_detections_of_the_last_test(
 def test_a_perfect_detector_has_an_ap_of_one() -> None:
     values = perfect(Drawn(n=7), evaluation())
     precisions = coco_mask_rcnn_fpn_1x._precisions(values, 2)
-    assert len(precisions) == 8
-    for _, precision in precisions.values():
+    assert len(precisions.of_all) == 8
+    assert precisions.by_class == {
+        "box_ap": pytest.approx([1, 1]),
+        "mask_ap": pytest.approx([1, 1]),
+    }
+    for _, precision in precisions.of_all.values():
         assert precision == pytest.approx(1)
 
 
@@ -331,7 +337,7 @@ def test_tests_of_images_one_by_one_give_the_same_numbers(tmp_path: Path) -> Non
             network = one.make_network(where)
             # Untrained, no box has a score that is high enough.
             nn.init.constant_(network.box_head.predictor.score.bias[2:], -1)  # type: ignore
-        found.append(one.detect_all(network, where).evaluate(list))
+        found.append(one.detect_all(network, where)[0].evaluate(list))
     for alone, together in zip(*found, strict=True):
         assert alone.image_id == together.image_id
         one, other = alone.image, together.image
@@ -390,7 +396,7 @@ def test_it_trains_and_tests_on_real_images(coco_tiny: Splits, tmp_path: Path) -
     )
     one.check(coco_tiny)
     scores = list(one.run(given(tmp_path, splits=coco_tiny)))
-    assert len(scores) == 12
+    assert len([score for score in scores if score.table]) == 12
     assert all(score.n == 20 for score in scores)
     assert len(list(tmp_path.glob("detections_*.png"))) == 8
 
@@ -399,8 +405,8 @@ def test_it_trains_and_tests_on_real_images(coco_tiny: Splits, tmp_path: Path) -
 def test_a_perfect_detector_of_real_images_has_an_ap_of_one(coco_tiny: Splits) -> None:
     values = perfect(coco_tiny.held_out, evaluation())
     precisions = coco_mask_rcnn_fpn_1x._precisions(values, 80)
-    assert len(precisions) == 12
-    for _, precision in precisions.values():
+    assert len(precisions.of_all) == 12
+    for _, precision in precisions.of_all.values():
         assert precision == pytest.approx(1)
 
 
@@ -437,7 +443,7 @@ def test_masks_that_are_learned_perfectly_come_back_to_their_place(coco_tiny: Sp
         whole = pasted(found.rescaled(size, (height, width)), (height, width))
         values.append(one.of_image(whole, image))
     precisions = coco_mask_rcnn_fpn_1x._precisions(values, 80)
-    shares = {metric: precision for metric, (_, precision) in precisions.items()}
+    shares = {metric: precision for metric, (_, precision) in precisions.of_all.items()}
     assert shares["box_ap"] > 0.98
     assert shares["mask_ap50"] > 0.98
     assert shares["mask_ap"] > 0.8

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.runs.resolvers import scaled, scaled_whole
-from relloc.transfer.detection.batch import DetectionBatch
+from relloc.transfer.detection.batch import DetectionBatch, Detections
 from relloc.transfer.detection.samples import FittedImage, RandomSizes
 from relloc.transfer.metrics.voc_ap import MMDET, average_precision, voc_image
 from relloc.transfer.voc0712_detection import Voc0712Detection
@@ -112,8 +113,10 @@ class Saved:
 
 def test_scores_are_those_of_the_reference_and_pictures_are_drawn(tmp_path: Path) -> None:
     scores = list(evaluation().run(given(tmp_path)))
-    assert [score.metric for score in scores] == ["ap50", "ap", "ap75", "ap50_area"]
-    assert [score.headline for score in scores] == [True, False, False, False]
+    metrics = ["ap50", "ap", "ap75", "ap50_area", "ap50_red", "ap50_green"]
+    assert [score.metric for score in scores] == metrics
+    assert [score.headline for score in scores] == [True, False, False, False, False, False]
+    assert [score.table for score in scores[4:]] == ["", ""]
     assert all(score.n == 7 and score.protocol == "3.8" for score in scores)
     assert any("iterations 4 instead of 24000" in each for each in scores[0].deviations)
     assert any("padded to the largest of 4" in each for each in scores[0].deviations)
@@ -127,7 +130,7 @@ def test_scores_are_those_of_the_reference_and_pictures_are_drawn(tmp_path: Path
 def test_rows_of_the_other_reference_have_a_line_of_their_own(tmp_path: Path) -> None:
     scores = list(evaluation(reference="detectron2").run(given(tmp_path)))
     assert {score.variant for score in scores} == {"detectron2"}
-    assert [score.metric for score in scores] == ["ap50", "ap", "ap75"]
+    assert [score.metric for score in scores] == ["ap50", "ap", "ap75", "ap50_red", "ap50_green"]
 
 
 def test_the_other_reference_has_no_weight_decay_on_norm_layers(tmp_path: Path) -> None:
@@ -225,7 +228,9 @@ def test_tests_of_images_one_by_one_give_the_same_numbers(tmp_path: Path) -> Non
         one = evaluation(test_batch=test_batch)
         where = given(tmp_path)
         network = network or one.make_network(where)
-        found.append(one.detect_all(network, where).evaluate(list))
+        values, n_read = one.detect_all(network, where)
+        assert n_read == 7
+        found.append(values.evaluate(list))
     for alone, together in zip(*found, strict=True):
         assert len(alone.found_scores) == len(together.found_scores) > 0
         torch.testing.assert_close(
@@ -257,8 +262,8 @@ def test_images_with_a_wrong_annotation_are_counted_as_unreadable(tmp_path: Path
     list(evaluation_of_all.run(given(tmp_path, train=train, encode_config=tolerant)))
 
 
-def given_broken(folder: Path, *broken: int) -> Context:
-    held_out = Odd(n=7, split="test", broken=broken)
+def given_broken(folder: Path, *broken: int, wrong: tuple[int, ...] = ()) -> Context:
+    held_out = Odd(n=7, split="test", broken=broken, wrong=wrong)
     tolerant = dataclasses.replace(READING, unreadable_share=1.0)
     splits = Splits(train=Rectangles(n=12), held_out=held_out)
     return given(folder, splits=splits, encode_config=tolerant)
@@ -343,9 +348,56 @@ def test_a_wrong_setting_is_named(changes: dict[str, Any], words: str) -> None:
         evaluation(**changes)
 
 
-def test_images_that_can_not_be_read_are_not_counted_as_tested(tmp_path: Path) -> None:
-    scores = list(evaluation(iterations=1).run(given_broken(tmp_path, 1, 4)))
+def find_all(self: Any, network: Any, images: Any, context: Context) -> Iterator[Detections]:
+    """Finds what is annotated."""
+    for image in images:
+        n = len(image.objects)
+        boxes = torch.from_numpy(image.objects.boxes)
+        classes = torch.from_numpy(image.objects.classes)
+        yield Detections(boxes=boxes, scores=torch.ones(n), classes=classes)
+
+
+def test_objects_of_images_that_can_not_be_read_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Voc0712Detection, "_detect", find_all)
+    # Images 1 and 3 are of the second class, as is 5, which is difficult.
+    whole, broken = (
+        {score.metric: score for score in evaluation(iterations=1).run(where)}
+        for where in (given_broken(tmp_path), given_broken(tmp_path, 1))
+    )
+    assert {score.n for score in whole.values()} == {7}
+    assert {score.n for score in broken.values()} == {6}
+    assert whole["ap50_green"].value == whole["ap50_red"].value == 100
+    # At recalls of 0 to .5 precision is 1, and beyond it is 0.
+    assert broken["ap50_green"].value == pytest.approx(100 * 6 / 11)
+    assert broken["ap50_red"].value == 100
+    (deviation,) = set(broken["ap50"].deviations) - set(whole["ap50"].deviations)
+    assert "1 of 7 test images" in deviation
+
+
+def test_images_with_a_wrong_annotation_are_not_tested(tmp_path: Path) -> None:
+    scores = list(evaluation(iterations=1).run(given_broken(tmp_path, 1, wrong=(4,))))
     assert {score.n for score in scores} == {5}
+
+
+@pytest.mark.parametrize("reference", ["mmdet", "detectron2"])
+def test_images_without_an_object_that_is_trained_on_are_refused(reference: str) -> None:
+    one = evaluation(reference=reference)
+    held_out = Rectangles(n=7, split="test")
+    difficult = Odd(n=12, all_difficult=True)
+    crowds = Rectangles(n=12, crowd=tuple(range(12)))
+    few = Odd(n=12, crowd=tuple(range(11)))
+    one.check(Splits(train=few if reference == "detectron2" else Odd(n=12), held_out=held_out))
+    refused = [crowds]
+    if reference == "mmdet":
+        # The other reference trains on difficult objects.
+        refused += [difficult, few]
+    else:
+        one.check(Splits(train=difficult, held_out=held_out))
+    for train in refused:
+        with pytest.raises(DataError, match="rectangles trainval has no object"):
+            one.check(Splits(train=train, held_out=held_out))
 
 
 def test_a_test_of_no_image_that_can_be_read_has_no_score(tmp_path: Path) -> None:

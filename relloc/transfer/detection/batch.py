@@ -101,6 +101,15 @@ class Detections:
         return dataclasses.replace(self, boxes=rescaled_boxes)
 
 
+def nothing_found() -> Detections:
+    """Returns no detections, on the CPU."""
+    return Detections(
+        boxes=torch.zeros(0, 4),
+        scores=torch.zeros(0),
+        classes=torch.zeros(0, dtype=torch.int64),
+    )
+
+
 def pad_images(images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "b 3 h w"]:
     """Returns images of several sizes as one tensor, each in the upper left corner.
 

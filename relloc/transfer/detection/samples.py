@@ -96,7 +96,7 @@ class RandomSizes:
         image = np.array(images.read(index))  # a copy that torch may write to
         height, width = image.shape[:2]
         annotated = images.objects(index)
-        objects = _trained(annotated, difficult=difficult)
+        objects = trained_objects(annotated, difficult=difficult)
 
         packed_masks = None
         if masks:
@@ -134,7 +134,7 @@ class FittedImage:
         return fitted_size(height, width, self.box)
 
 
-def _trained(objects: Objects, *, difficult: bool) -> Objects:
+def trained_objects(objects: Objects, *, difficult: bool) -> Objects:
     """Returns the objects that are trained on."""
     # The conditions of mmdetection's CocoDataset (_parse_ann_info).
     left, top, right, bottom = objects.boxes.T

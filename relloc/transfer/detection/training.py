@@ -3,20 +3,26 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from relloc import checks
+from relloc import checks, ranks
 from relloc.data.annotations import ObjectImages, Objects, images_with_objects
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.subsets import evenly_spaced
 from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
-from relloc.transfer.detection.batch import DetectionBatch, Detections, Size, pad_images
+from relloc.transfer.detection.batch import (
+    DetectionBatch,
+    Detections,
+    Size,
+    nothing_found,
+    pad_images,
+)
 from relloc.transfer.detection.masks import pasted
 from relloc.transfer.detection.samples import (
     DetectionSample,
@@ -24,8 +30,9 @@ from relloc.transfer.detection.samples import (
     RandomSizes,
     prepared,
     to_batch,
+    trained_objects,
 )
-from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
+from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning, own_part
 from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.metrics.pictures import draw_detections
 
@@ -63,15 +70,43 @@ class MakeTrainingSample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TestImage:
-    """An image to test on, with its number in the split, its id in COCO, and its objects."""
+class AnnotatedImage:
+    """What is annotated of an image to test on.
 
-    __test__ = False  # pytest takes classes of this name for tests
+    Attributes:
+        index: its number in the split.
+        image_id: its id in COCO.
+        size: its height and width in pixels.
+        objects: in pixels of the image.
+    """
 
     index: int
     image_id: int
-    pixels: np.ndarray  # uint8, rows x columns x RGB
+    size: Size
     objects: Objects
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TestImage(AnnotatedImage):
+    """An image to test on, of RGB pixels."""
+
+    __test__ = False  # pytest takes classes of this name for tests
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+
+
+def annotation(images: ObjectImages, index: int) -> dict[str, Any]:
+    """Returns the fields of the `AnnotatedImage` with this index.
+
+    Raises:
+        UnreadableImage: the annotation can't be used.
+    """
+    return {
+        "index": index,
+        "image_id": images.image_id(index),
+        "size": images.size(index),
+        "objects": images.objects(index),
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +117,7 @@ class MakeTestImage:
 
     def __call__(self, index: int, seed: int) -> TestImage:
         pixels = np.array(self.images.read(index))  # a copy that torch may write to
-        return TestImage(
-            index=index,
-            image_id=self.images.image_id(index),
-            pixels=pixels,
-            objects=self.images.objects(index),
-        )
+        return TestImage(**annotation(self.images, index), pixels=pixels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +153,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         return False
 
     @abc.abstractmethod
-    def of_image(self, found: Detections, image: TestImage) -> T:
+    def of_image(self, found: Detections, image: AnnotatedImage) -> T:
         """Returns what the metric needs of an image, on the CPU.
 
         `found` are detections in pixels of the original image.
@@ -141,7 +171,8 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
 
         Raises:
             UsageError: their data set has none.
-            DataError: no image to train on has an object, or no held-out image one that counts.
+            DataError: no image to train on has an object that is trained on, or no held-out image
+                one that counts.
         """
         # This comes first, as the checks of the base class ask for objects.
         for images in (splits.train, splits.held_out):
@@ -151,6 +182,14 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
                     "a data set that has them, such as voc0712 or coco2017"
                 )
         super().check(splits)
+        train = _with_objects(splits.train)
+        # A detector would learn that there is nothing anywhere.
+        if not self._has_trained_object(train):
+            raise DataError(
+                f"{train.name} {train.split} has no object to train on: each of its {len(train)} "
+                "images shows crowds, difficult objects or ones of less than a pixel alone. Give "
+                "images with others."
+            )
         # Without such an object no metric has a value, which the training would end with.
         held_out = _with_objects(splits.held_out)
         if not _has_counting_object(held_out):
@@ -159,6 +198,13 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
                 f"{len(held_out)} images shows one that is neither difficult nor a crowd. "
                 "Give images that do."
             )
+
+    def _has_trained_object(self, images: ObjectImages) -> bool:
+        for index in self.training_indices(images):
+            objects = images.objects(index)
+            if len(trained_objects(objects, difficult=self.trains_difficult)):
+                return True
+        return False
 
     def training_indices(self, images: ImageSet) -> Sequence[int]:
         return images_with_objects(_with_objects(images))
@@ -184,6 +230,15 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         if not _is_same(self.view, self.published_view):
             yield f"tested on {self.view} instead of {self.published_view}"
 
+    def test_differences(self, held_out: ImageSet, n_tested: int) -> Iterator[str]:
+        """Yields what became of held-out images that could not be read, if there are any."""
+        n_unreadable = len(held_out) - n_tested
+        if n_unreadable:
+            yield (
+                f"objects of {n_unreadable:,} of {len(held_out):,} test images, which can't be "
+                "read, count as missed"
+            )
+
     def unusable(self, images: ImageSet) -> Mapping[int, str]:
         return _with_objects(images).unusable()
 
@@ -208,10 +263,11 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         parts = list(losses.values())
         return torch.stack(parts).sum()
 
-    def detect_all(self, network: nn.Module, context: Context) -> PerImage[T]:
+    def detect_all(self, network: nn.Module, context: Context) -> tuple[PerImage[T], int]:
         """Detects objects in this process's part of the held-out images.
 
-        Returns what the metric needs of each image, to be collected from all processes.
+        Returns what the metric needs of each image, to be collected from all processes, and the
+        number of images that could be read. In the others nothing is found.
         """
         network.eval()
         held_out = _with_objects(context.splits.held_out)
@@ -231,11 +287,19 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         )
         # Only what the metric needs is kept: detections and pixels of all images would fill memory.
         values: PerImage[T] = PerImage()
+        read = set()
         for images in batches:
             found = self._detect(network, images, context)
             for image, detections in zip(images, found, strict=True):
                 values.add(image.index, self.of_image(detections, image))
-        return values
+                read.add(image.index)
+        # Without the objects of the other images, average precision would rise. Objects of a wrong
+        # annotation are not known.
+        for index in own_part(held_out):
+            if index not in read and index not in unusable:
+                image = AnnotatedImage(**annotation(held_out, index))
+                values.add(index, self.of_image(nothing_found(), image))
+        return values, len(read)
 
     def measure(
         self,
@@ -243,27 +307,23 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         context: Context,
         compute: Callable[[Sequence[T]], Measured],
     ) -> tuple[Measured, int]:
-        """Returns what `compute` gives for the held-out images, and the number of those.
+        """Returns what `compute` gives for the held-out images, and how many could be read.
 
-        Images that can't be read are missing. All processes call it together.
+        All processes call it together.
 
         Raises:
             DataError: none can be read.
         """
-
-        def compute_and_count(values: Sequence[T]) -> tuple[Measured, int] | None:
-            if not values:
-                return None
-            return compute(values), len(values)
-
-        measured = self.detect_all(network, context).evaluate(compute_and_count)
-        if measured is None:
+        values, n_own = self.detect_all(network, context)
+        # Over all processes: those that read none of their images still take part.
+        n_tested = int(ranks.total(torch.tensor(n_own)))
+        if not n_tested:
             images = context.splits.held_out
             raise DataError(
                 f"none of the {len(images)} images of {images.name} {images.split} can be read, "
                 "so average precision has no value. Repair them."
             )
-        return measured
+        return values.evaluate(compute), n_tested
 
     def draw(self, network: nn.Module, context: Context) -> None:
         """Draws what is found in some images that are evenly spaced over the held-out ones."""

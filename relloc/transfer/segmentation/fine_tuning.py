@@ -1,7 +1,6 @@
 """Base class of the evaluations that fine-tune a fully convolutional network on class maps."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +18,7 @@ from relloc.errors import DataError, UsageError
 from relloc.evaluation.contract import Context
 from relloc.results import Score
 from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
+from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.class_confusion import save_class_confusion
 from relloc.transfer.metrics.mean_iou import SegmentationMetric, SegmentationScores
 from relloc.transfer.metrics.pictures import draw_class_maps
@@ -194,13 +194,6 @@ class FcnFineTuning(IterativeFineTuning):
             "miou_unrounded": scores.mean_iou,
             "pixel_accuracy": scores.pixel_accuracy,
         }
-        by_class = scores.iou_by_class.tolist()
-        for name, iou in zip(splits.held_out.classes, by_class, strict=True):
-            # A class that is neither shown nor predicted has no IoU.
-            if not math.isnan(iou):
-                class_name = name.replace(" ", "_")
-                numbers[f"iou_{class_name}"] = iou
-
         # Tables of reports have a column for mIoU alone.
         all_scores = [miou]
         for metric, share in numbers.items():
@@ -213,6 +206,8 @@ class FcnFineTuning(IterativeFineTuning):
                 headline=False,
             )
             all_scores.append(score)
+        by_class = scores.iou_by_class.tolist()
+        all_scores += scores_by_class(miou, "iou", splits.held_out.classes, by_class)
         return all_scores
 
     def _segmented(self, images: ImageSet) -> SegmentedImages:

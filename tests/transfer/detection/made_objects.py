@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from relloc.data.annotations import Objects
+from relloc.errors import UnreadableImage
 
 # The color of each class.
 _COLORS = ((255, 40, 40), (40, 255, 40))
@@ -13,7 +14,10 @@ _COLORS = ((255, 40, 40), (40, 255, 40))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rectangles:
-    """One rectangle in each image; every fifth image is a portrait, every sixth is difficult."""
+    """One rectangle in each image; every fifth image is a portrait, every sixth is difficult.
+
+    Annotations of `wrong` images can't be used.
+    """
 
     n: int
     split: str = "trainval"
@@ -27,7 +31,12 @@ class Rectangles:
     def __len__(self) -> int:
         return self.n
 
+    def _check(self, index: int) -> None:
+        if index in self.wrong:
+            raise UnreadableImage(self.unusable()[index])
+
     def size(self, index: int) -> tuple[int, int]:
+        self._check(index)
         return (72, 48) if self.portraits and index % 5 == 4 else (48, 64)
 
     def read(self, index: int) -> Image.Image:
@@ -40,6 +49,7 @@ class Rectangles:
         return Image.fromarray(pixels)
 
     def objects(self, index: int) -> Objects:
+        self._check(index)
         boxes, classes = self._drawn(index)
         corner, other = boxes[:, :2], boxes[:, 2:]
         sides = other - corner
