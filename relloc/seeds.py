@@ -44,6 +44,7 @@ class Use(enum.Enum):
         "dropout and other chance inside a forward of fine-tuning: "
         "seed, step, its place in the step"
     )
+    FINE_TUNING_DROPOUT = "dropout of a sample of a segmenter or classifier: seed of the sample"
     TEST_CROPS = "crops of an image that a fine-tuned classifier is tested on: seed, image"
     RESCALING_VIEW = "view of an image on which a network is rescaled: seed, image"
     RESCALING_GRADIENT = "gradient at the outputs when layers are rescaled: seed"

@@ -6,7 +6,7 @@ Both give the same numbers for the same image. Which one is used is a matter of 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import psutil
 import torch
@@ -113,6 +113,10 @@ class FeatureSource(Protocol):
         ...
 
 
+def _not_compiled(function: Any) -> Any:
+    return function
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
     """How views of images are read and encoded; the same for all evaluations of a run.
@@ -127,6 +131,8 @@ class EncodeConfig:
         progress: shows how far reading has come.
         encode: the function `encode`, or what a compiler made of it. It is used for full batches
             only, as each other size would be compiled anew.
+        compile: compiles a function of tensors of one size, or returns it as it is. Trainings use
+            it for full batches.
         stopping: returns whether the run was asked to stop, for waits within a step.
         note_unreadable: is called with the names of unreadable images and the reasons, as they are
             met.
@@ -140,6 +146,7 @@ class EncodeConfig:
     share_setting: str = "data.unreadable_share"
     progress: ProgressBar = no_progress
     encode: EncodeFunction = encode
+    compile: Callable[[Any], Any] = _not_compiled
     stopping: Callable[[], bool] = never
     note_unreadable: Callable[[dict[str, str]], None] = _note_nothing
 

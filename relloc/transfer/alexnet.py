@@ -7,13 +7,14 @@ a convolution that reduces its channels, a pooling, and two linear layers are ad
 import copy
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from relloc.errors import UsageError
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.seeds import Use, seed_for
+from relloc.transfer.dropout import SampleDropout
 
 _CONV6_SIDE = 3  # the side of pool5 of a patch, all of which fc6 sees
 _CONV6B_CHANNELS = 1024
@@ -46,14 +47,14 @@ class FineTunedAlexNet(nn.Module):
         self.head = nn.Sequential(
             conv6,
             nn.ReLU(),
-            nn.Dropout(_DROPOUT),
+            SampleDropout(_DROPOUT, 0),
             nn.Conv2d(conv6.out_channels, _CONV6B_CHANNELS, 1),
             nn.ReLU(),
             nn.AdaptiveMaxPool2d(_POOL6_SIDE),
             nn.Flatten(),
             nn.Linear(_CONV6B_CHANNELS * _POOL6_SIDE**2, _FC7_DIM),
             nn.ReLU(),
-            nn.Dropout(_DROPOUT),
+            SampleDropout(_DROPOUT, 1),
             nn.Linear(_FC7_DIM, n_outputs),
         )
         self._generator = torch.Generator()
@@ -70,7 +71,10 @@ class FineTunedAlexNet(nn.Module):
         """Draws the weights of fc8 once more."""
         self._draw(self.new_layers()[-1])
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b outputs"]:
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], seeds: Int[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b outputs"]:
+        """Returns the outputs. `seeds` are those of dropout, which training needs."""
         pool5 = self.trunk(images)
         height, width = pool5.shape[2:]
         if min(height, width) < _CONV6_SIDE:
@@ -79,7 +83,10 @@ class FineTunedAlexNet(nn.Module):
                 f"{height} positions, but conv6 needs {_CONV6_SIDE} x {_CONV6_SIDE}: give a larger "
                 "crop_px, such as 227"
             )
-        return self.head(pool5)
+        values = pool5
+        for layer in self.head:
+            values = layer(values, seeds) if isinstance(layer, SampleDropout) else layer(values)
+        return values
 
     @torch.no_grad()
     def _draw(self, layer: nn.Conv2d | nn.Linear) -> None:

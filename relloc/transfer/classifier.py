@@ -1,7 +1,7 @@
 """Fine-tuning a classifier: its network, its training data, and its accuracy."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -116,8 +116,27 @@ class TrainingViews:
                 keys.append((index, view_seed))
             yield keys
 
-    def loss(self, network: Classifier, views: ImageBatch) -> Float[Tensor, ""]:
-        """Returns the mean cross-entropy of a batch.
+    def loss_function(self, network: Classifier) -> Callable[[ImageBatch], Float[Tensor, ""]]:
+        """Returns the function that `loss` is, compiled for whole batches if the run compiles."""
+        compiled = mean_cross_entropy
+        # Synchronized batch norm waits for other processes, which nothing compiled can do.
+        if ranks.world_size() == 1:
+            compiled = self.encode_config.compile(mean_cross_entropy)
+
+        def loss_of(views: ImageBatch) -> Float[Tensor, ""]:
+            # The last step of an epoch has fewer images, and would be compiled anew.
+            is_whole = len(views.pixels) == self.batch
+            return self.loss(network, views, compiled if is_whole else mean_cross_entropy)
+
+        return loss_of
+
+    def loss(
+        self,
+        network: Classifier,
+        views: ImageBatch,
+        compute: Callable[..., Float[Tensor, ""]] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Returns the mean cross-entropy of a batch, by `mean_cross_entropy` or `compute`.
 
         Of a batch without images it is NaN, but its gradients are zero, so that a process without
         readable images can take part in synchronized batch norm.
@@ -127,10 +146,18 @@ class TrainingViews:
             no_images = (0, 3, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES)
             pixels = torch.zeros(no_images, dtype=torch.uint8)
         images = self.encode_config.to_device(pixels)
-        # Cross-entropy of bfloat16 logits would be too coarse.
-        logits = network(images).float()
-        labels = labels_of(self.images)[views.indices]
-        return cross_entropy(logits, labels.to(logits.device))
+        labels = labels_of(self.images)[views.indices].to(images.device)
+        compute = compute or mean_cross_entropy
+        return compute(network, images, labels)
+
+
+def mean_cross_entropy(
+    network: Classifier, images: Float[Tensor, "b 3 h w"], labels: Int[Tensor, "b"]
+) -> Float[Tensor, ""]:
+    """Returns the mean cross-entropy of normalized images; NaN of none."""
+    # Cross-entropy of bfloat16 logits would be too coarse.
+    logits = network(images).float()
+    return cross_entropy(logits, labels)
 
 
 def labels_of(images: ImageSet) -> Int[Tensor, "n"]:

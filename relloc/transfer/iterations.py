@@ -68,6 +68,8 @@ class IterativeFineTuning(Evaluation):
     labels = "own"
     across_ranks = True
     layers = ()
+    # Whether all training samples have one size, so that a network is compiled once for them all.
+    one_size: ClassVar[bool] = False
     # The order in which images are dealt to steps: one of `relloc.transfer.order`.
     deal = staticmethod(order.steps)
     # The published values of fields; other values are named in results.
@@ -99,10 +101,15 @@ class IterativeFineTuning(Evaluation):
         """Returns the function that makes a training sample, in a worker process."""
 
     @abc.abstractmethod
-    def loss(
-        self, network: nn.Module, forward: ForwardSamples[Any], device: torch.device
-    ) -> Tensor:
-        """Returns the mean loss of the samples of a forward, of which there may be none."""
+    def batch_of(self, forward: ForwardSamples[Any], device: torch.device) -> Any:
+        """Returns the samples of a forward on the device, of which there may be none.
+
+        `images` of what is returned are the network's input.
+        """
+
+    @abc.abstractmethod
+    def loss(self, network: nn.Module, batch: Any) -> Tensor:
+        """Returns the mean loss of what `batch_of` returned."""
 
     @abc.abstractmethod
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
@@ -119,6 +126,9 @@ class IterativeFineTuning(Evaluation):
         if self.iterations is None:
             raise TypeError(f"{type(self).__name__} needs a number of iterations")
         return self.iterations
+
+    def before_forward(self, network: nn.Module) -> None:
+        """Puts parts of a network that is in training mode into another mode."""
 
     def kind_of(self, images: ImageSet, index: int) -> Hashable:
         """Returns the kind of an image; images of one kind are put together on a GPU."""
@@ -237,7 +247,7 @@ class IterativeFineTuning(Evaluation):
             network,
             optimizer,
             micro_batches=lambda first, end: self.micro_batches(context, first, end),
-            loss=lambda forward: self.loss(network, forward, context.device),
+            loss=self._loss_function(network, context),
             length=length,
             steps_per_unit=1,
             schedule=self.schedule(length),
@@ -248,6 +258,26 @@ class IterativeFineTuning(Evaluation):
             name=f"fine-tuning on {context.splits.train.name}",
             gradient_limit=self.gradient_limit(),
         )
+
+    def _loss_function(
+        self, network: nn.Module, context: Context
+    ) -> Callable[[ForwardSamples[Any]], Tensor]:
+        """Returns a function that returns the mean loss of the samples of a forward."""
+        compiled_loss = self.loss
+        # Synchronized batch norm waits for other processes, which nothing compiled can do.
+        if self.one_size and ranks.world_size() == 1:
+            compiled_loss = context.encode_config.compile(self.loss)
+        full_forwards = self.forward_images()
+
+        def loss_of(forward: ForwardSamples[Any]) -> Tensor:
+            self.before_forward(network)
+            batch = self.batch_of(forward, context.device)
+            # Where images could not be read, another number would be compiled anew.
+            is_full = len(forward.samples) in full_forwards
+            loss = compiled_loss if is_full else self.loss
+            return loss(network, batch)
+
+        return loss_of
 
     @torch.no_grad()
     def forward_training_batches(
@@ -269,7 +299,8 @@ class IterativeFineTuning(Evaluation):
                     continue
                 seed = seed_for(Use.FINE_TUNING_FORWARD, context.seed, step, number)
                 with forward_conditions(context.device, bf16=config.bf16, seed=seed):
-                    self.loss(network, micro_batch.content, context.device)
+                    self.before_forward(network)
+                    self.loss(network, self.batch_of(micro_batch.content, context.device))
 
     def micro_batches(
         self, context: Context, first: int, end: int, *, what: str | None = None

@@ -250,7 +250,7 @@ class SemiSupervised(Evaluation):
             network,
             optimizer,
             micro_batches=micro_batches,
-            loss=lambda batch: views.loss(network, batch),
+            loss=views.loss_function(network),
             length=self.epochs,
             steps_per_unit=views.steps_per_epoch,
             schedule=Milestones(milestones=self.milestone_epochs, gamma=self.gamma),

@@ -33,6 +33,7 @@ from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.classifier import Classifier
+from relloc.transfer.dropout import dropout_seeds
 from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
 from relloc.transfer.metrics.class_answers import (
     draw_ap_by_class,
@@ -61,10 +62,20 @@ Presence = Int[np.ndarray, "n classes"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ViewSample:
-    """A view of an image, and for each class whether the image shows it."""
+    """A view of an image, for each class whether the image shows it, and the seed of the view."""
 
     pixels: UInt8[np.ndarray, "s s 3"]
     presence: Int[np.ndarray, "classes"]
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ViewBatch:
+    """Normalized views, what they show, and the seeds of dropout (`relloc.transfer.dropout`)."""
+
+    images: Float[Tensor, "b 3 s s"]
+    presence: Int[Tensor, "b classes"]
+    seeds: Int[Tensor, "b"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +96,7 @@ class MakeView:
 
     def __call__(self, index: int, seed: int) -> ViewSample:
         pixels = self.view(self.images.read(index), random.Random(seed))
-        return ViewSample(pixels=pixels, presence=self.presence[index])
+        return ViewSample(pixels=pixels, presence=self.presence[index], seed=seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,7 +133,8 @@ class Voc07Finetune(IterativeFineTuning):
     """
 
     labels = "presence"
-    version = 1
+    one_size = True
+    version = 2  # 1: dropout was drawn by forward
     setting: ClassVar = "eval.voc07_finetune"
     published: ClassVar = {
         "iterations": 80_000,
@@ -222,25 +234,34 @@ class Voc07Finetune(IterativeFineTuning):
     def gradient_limit(self) -> float:
         return self.clip_norm
 
-    def loss(
-        self, network: nn.Module, forward: ForwardSamples[ViewSample], device: torch.device
-    ) -> Float[Tensor, ""]:
+    def batch_of(self, forward: ForwardSamples[ViewSample], device: torch.device) -> ViewBatch:
+        samples = forward.samples
+        pixels = np.zeros((0, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES, 3), dtype=np.uint8)
+        presence = np.zeros((0, 1), dtype=np.int64)  # beside any number of classes
+        if samples:
+            pixels = np.stack([sample.pixels for sample in samples])
+            presence = np.stack([sample.presence for sample in samples])
+        return ViewBatch(
+            images=_normalized(pixels, device),
+            presence=torch.from_numpy(presence).to(device),
+            seeds=dropout_seeds([sample.seed for sample in samples], device),
+        )
+
+    def before_forward(self, network: nn.Module) -> None:
+        if self.trained == "fc6-8":
+            # Of layers that are not trained, batch norm must not move either.
+            _trunk(network).eval()
+
+    def loss(self, network: nn.Module, batch: ViewBatch) -> Float[Tensor, ""]:
         """Returns the binary cross-entropy, summed over classes, as a mean over images.
 
         A class that is marked as difficult in an image does not count there.
         """
-        if self.trained == "fc6-8":
-            # Of layers that are not trained, batch norm must not move either.
-            _trunk(network).eval()
-        samples = forward.samples
-        pixels = np.zeros((0, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES, 3), dtype=np.uint8)
-        if samples:
-            pixels = np.stack([sample.pixels for sample in samples])
-        logits = network(_normalized(pixels, device)).float()
-        presence = torch.full(logits.shape, DIFFICULT)
-        if samples:
-            presence = torch.from_numpy(np.stack([sample.presence for sample in samples]))
-        return multi_label_loss(logits, presence.to(device))
+        if isinstance(network, FineTunedAlexNet):
+            logits = network(batch.images, batch.seeds)
+        else:
+            logits = network(batch.images)
+        return multi_label_loss(logits.float(), batch.presence)
 
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         answers = self._answers(network, context)
@@ -424,13 +445,13 @@ def usable_classes(splits: Splits) -> Bool[Tensor, "classes"]:
 
 
 def multi_label_loss(
-    logits: Float[Tensor, "n classes"], presence: Int[Tensor, "n classes"]
+    logits: Float[Tensor, "n classes"], presence: Int[Tensor, "n #classes"]
 ) -> Float[Tensor, ""]:
     """Returns the binary cross-entropy without difficult classes: a sum over classes, mean over n.
 
-    Of no images it is NaN, but its gradients are zero.
+    Of no images it is NaN, but its gradients are zero; their `presence` may have one column.
     """
-    targets = (presence == THERE).to(logits.dtype)
+    targets = (presence == THERE).to(logits.dtype).expand_as(logits)
     losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (losses * (presence != DIFFICULT)).sum() / len(logits)
 

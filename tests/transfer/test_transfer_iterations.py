@@ -107,15 +107,17 @@ class LearnGray(IterativeFineTuning):
     def make_sample(self, images: ImageSet) -> MakeSample[Any]:
         return MakeGray(images=images)
 
-    def loss(
-        self, network: nn.Module, forward: ForwardSamples[Any], device: torch.device
-    ) -> Tensor:
+    def batch_of(self, forward: ForwardSamples[Any], device: torch.device) -> Tensor:
         self.seen.append(list(forward.samples))
         self.groups.append(list(forward.groups))
+        return torch.tensor(forward.samples)
+
+    def before_forward(self, network: nn.Module) -> None:
         if self.freeze_norm:
             network.norm.eval()  # type: ignore[union-attr]
-        values = torch.tensor(forward.samples)
-        return (network(values)[:, 0] - values[:, 0]).square().mean()
+
+    def loss(self, network: nn.Module, batch: Tensor) -> Tensor:
+        return (network(batch)[:, 0] - batch[:, 0]).square().mean()
 
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         self.tests.append(len(self.seen))
@@ -263,6 +265,38 @@ def test_a_missing_image_leaves_the_others_in_their_groups(workers: int) -> None
             kinds.setdefault(group, set()).add(round(level * 255 / 20) % 2)
         assert all(len(of_group) == 1 for of_group in kinds.values())
     assert {tuple(groups) for groups in one.groups} >= {(0, 0, 1, 1), (0, 1, 1), (0, 0, 1)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnGrayOfOneSize(LearnGray):
+    one_size = True
+
+
+@pytest.mark.parametrize(("kind", "is_compiled"), [(LearnGrayOfOneSize, True), (LearnGray, False)])
+def test_full_batches_of_one_size_are_compiled(kind: type[LearnGray], is_compiled: bool) -> None:
+    sizes = []
+
+    def compiled(loss: Any) -> Any:
+        def call(network: nn.Module, batch: Tensor) -> Tensor:
+            sizes.append(len(batch))
+            return loss(network, batch)
+
+        return call
+
+    config = EncodeConfig(
+        batch=4,
+        workers=0,
+        device=CPU,
+        precision="fp32",
+        unreadable_share=0.2,
+        compile=compiled,
+    )
+    one = evaluation(freeze_norm=True)
+    one = kind(**{field.name: getattr(one, field.name) for field in dataclasses.fields(one)})
+    list(one.run(given(Gray(n=9, broken=(4,)), encode_config=config)))
+    n_full = sum(len(samples) == 4 for samples in one.seen)
+    assert 0 < n_full < len(one.seen)
+    assert sizes == [4] * (n_full if is_compiled else 0)
 
 
 def test_workers_read_the_same_samples() -> None:

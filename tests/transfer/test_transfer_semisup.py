@@ -453,3 +453,24 @@ def test_mistakes_are_told() -> None:
     )
     with pytest.raises(DataError, match="colors train .*no labels"):
         scores(evaluation(), splits=unlabeled)
+
+
+def test_whole_batches_are_compiled_and_others_are_not() -> None:
+    sizes = []
+
+    def compiled(function: Any) -> Any:
+        def call(network: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+            sizes.append(len(images))
+            return function(network, images, labels)
+
+        return call
+
+    view = RandomResized(crop_px=32)
+    config = dataclasses.replace(READING, compile=compiled)
+    views = TrainingViews(images=SPLITS.train, view=view, batch=4, encode_config=config, seed=0)
+    network = Classifier(trunk(), len(SPLITS.train.classes), seed=0)
+    loss = views.loss_function(network)
+    for n_images in (4, 3, 0):
+        batch = collate([Views(SPLITS.train, view)[index, 0] for index in range(n_images)])
+        torch.testing.assert_close(loss(batch), views.loss(network, batch), equal_nan=True)
+    assert sizes == [4]

@@ -28,6 +28,7 @@ from relloc.models.small import SmallBackbone
 from relloc.transfer import voc07_finetune
 from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.classifier import Classifier
+from relloc.transfer.iterations import ForwardSamples
 from relloc.transfer.metrics.class_answers import draw_ap_by_class, draw_examples
 from relloc.transfer.rescaling import rates_of_change
 from relloc.transfer.voc07_finetune import MakeCrops, Voc07Finetune, multi_label_loss
@@ -265,6 +266,26 @@ def test_accumulation_changes_nothing_where_no_batch_norm_is_trained() -> None:
     whole = losses_of(evaluation(**settings))
     assert len(whole) == 3
     assert losses_of(evaluation(**settings, images_per_forward=3)) == pytest.approx(whole, rel=1e-4)
+
+
+def test_accumulation_changes_nothing_where_dropout_draws() -> None:
+    network = FineTunedAlexNet(alexnet(), 2, seed=0)
+    one = evaluation(view=RandomSquare(crop_px=96))
+    make = one.make_sample(small_splits().train)
+    samples = [make(index, 10 + index) for index in range(4)]
+    gradients = []
+    for size in (4, 2, 1):
+        network.zero_grad()
+        for start in range(0, 4, size):
+            of_forward = samples[start : start + size]
+            forward = ForwardSamples(samples=of_forward, groups=[0] * len(of_forward))
+            part = one.batch_of(forward, CPU)
+            (one.loss(network, part) * size / 4).backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])  # type: ignore[union-attr]
+    whole, *parted = gradients
+    for parts in parted:
+        for found, expected in zip(parts, whole, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
 class Saved:

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from relloc.transfer.detection.batch import on_device
+from relloc.transfer.random_bits import random_bits
 
-_32_BITS = (1 << 32) - 1
 # The priority of what is no candidate. No candidate has it, as bit 31 of theirs is 0.
 _LARGEST = torch.iinfo(torch.int64).max
 
@@ -27,31 +27,11 @@ def priorities(seeds: Sequence[int], ids: Int[Tensor, "n"]) -> _Numbers:
 
     `seeds` are of 63 bits, one for each image. `ids` are different numbers from 0 to 2^31 - 1.
     """
-    seed = on_device(seeds, ids, torch.int64).unsqueeze(1)
-    lower_half = seed & _32_BITS
-    upper_half = seed >> 32
-    # One half after the other, as the hash takes 32 bits at a time.
-    hashed = _mix(ids ^ lower_half)
-    hashed = _mix(hashed ^ upper_half)
+    hashed = random_bits(on_device(seeds, ids, torch.int64), ids)
     # The upper bits are random, and the lower ones make all priorities of an image different, so
     # that no order among equals can depend on the device. One bit is given up for the sign.
-    random_bits = hashed >> 1
-    return (random_bits << 32) | ids
-
-
-def _mix(x: _Numbers) -> _Numbers:
-    """Returns 32-bit numbers hashed into 32-bit numbers.
-
-    Two rounds of shift, xor and multiply, with constants from C. Wellons's hash-prospector. The
-    factors are below 2^31, so no product leaves the signed 64-bit integers that torch computes in.
-    """
-    x = x ^ (x >> 16)
-    product = x * 0x21F0AAAD
-    x = product & _32_BITS
-    x = x ^ (x >> 15)
-    product = x * 0x735A2D97
-    x = product & _32_BITS
-    return x ^ (x >> 15)
+    upper_bits = hashed >> 1
+    return (upper_bits << 32) | ids
 
 
 def choose(

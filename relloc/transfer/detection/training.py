@@ -255,10 +255,12 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
             masks=self.masks,
         )
 
-    def loss(
-        self, network: nn.Module, forward: ForwardSamples[DetectionSample], device: torch.device
-    ) -> Tensor:
-        batch = to_batch(forward.samples, forward.groups, device)
+    def batch_of(
+        self, forward: ForwardSamples[DetectionSample], device: torch.device
+    ) -> DetectionBatch:
+        return to_batch(forward.samples, forward.groups, device)
+
+    def loss(self, network: nn.Module, batch: DetectionBatch) -> Tensor:
         losses = cast(Detector, network).losses(batch)
         parts = list(losses.values())
         return torch.stack(parts).sum()

@@ -16,6 +16,7 @@ from relloc.data.annotations import VOID
 from relloc.models.backbone import STAGES, Backbone
 from relloc.seeds import Use, seed_for
 from relloc.transfer.convolution_block import ConvolutionBlock
+from relloc.transfer.dropout import SampleDropout
 from relloc.transfer.segmentation.transforms import SegmentationBatch
 
 # A head's width over that of its input: 512 of 2,048 and 256 of 1,024 channels for ResNet-50, and
@@ -36,6 +37,7 @@ class FcnHead(nn.Module):
         n_convolutions: of 3x3 pixels, one after the other.
         concatenates: whether one more convolution sees what these gave beside the head's input.
         dropout: probability with which a whole channel is dropped before the classifier.
+        number: of this head among those of the network; dropout of each draws anew.
         generator: of the initial weights.
     """
 
@@ -47,6 +49,7 @@ class FcnHead(nn.Module):
         n_convolutions: int,
         concatenates: bool,
         dropout: float,
+        number: int,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
@@ -64,17 +67,20 @@ class FcnHead(nn.Module):
             joined = in_channels + channels
             self.after_concatenation = ConvolutionBlock(joined, channels, generator)
         # Whole channels, as neighboring pixels of one channel are nearly equal.
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = SampleDropout(dropout, number, whole_channels=True)
         self.classifier = nn.Conv2d(channels, n_classes, 1)
         nn.init.normal_(self.classifier.weight, std=_CLASSIFIER_STD, generator=generator)
         self.classifier.bias = nn.Parameter(torch.zeros(n_classes))
 
-    def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes h w"]:
+    def forward(
+        self, maps: Float[Tensor, "b c h w"], seeds: Int[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b classes h w"]:
+        """Returns logits. `seeds` are those of dropout, which training needs."""
         features = self.convolutions(maps)
         if self.after_concatenation is not None:
             joined = torch.cat([maps, features], dim=1)
             features = self.after_concatenation(joined)
-        return self.classifier(self.dropout(features))
+        return self.classifier(self.dropout(features, seeds))
 
 
 class FullyConvolutionalNetwork(nn.Module):
@@ -118,6 +124,7 @@ class FullyConvolutionalNetwork(nn.Module):
             n_convolutions=2,
             concatenates=True,
             dropout=dropout,
+            number=0,
             generator=generator,
         )
         self.auxiliary_head = FcnHead(
@@ -126,6 +133,7 @@ class FullyConvolutionalNetwork(nn.Module):
             n_convolutions=1,
             concatenates=False,
             dropout=dropout,
+            number=1,
             generator=generator,
         )
 
@@ -155,12 +163,12 @@ class FullyConvolutionalNetwork(nn.Module):
         # Logits are brought to the size of the class maps, not the reverse: no pixel's class is
         # lost.
         size = batch.class_maps.shape[-2:]
-        small_logits = self.head(maps[STAGES[-1]])
+        small_logits = self.head(maps[STAGES[-1]], batch.seeds)
         logits = self.resized(small_logits, size)
         decode_loss = mean_over_all_pixels(logits, batch.class_maps)
 
         # The auxiliary head brings gradients to the middle of the backbone, in training alone.
-        small_logits = self.auxiliary_head(maps[STAGES[-2]])
+        small_logits = self.auxiliary_head(maps[STAGES[-2]], batch.seeds)
         logits = self.resized(small_logits, size)
         auxiliary_loss = mean_over_all_pixels(logits, batch.class_maps)
         return {

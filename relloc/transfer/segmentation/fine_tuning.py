@@ -27,7 +27,7 @@ from relloc.transfer.schedule import Poly, Schedule
 from relloc.transfer.segmentation.fcn import FullyConvolutionalNetwork
 from relloc.transfer.segmentation.inference import SlidingWindows, WholeImage
 from relloc.transfer.segmentation.samples import MakeCrop, MakeTested, TestedImage
-from relloc.transfer.segmentation.transforms import CropSample, TrainingCrops
+from relloc.transfer.segmentation.transforms import CropSample, SegmentationBatch, TrainingCrops
 
 # Held-out images whose class maps are drawn beside the true ones.
 _PICTURES = 8
@@ -47,6 +47,7 @@ class FcnFineTuning(IterativeFineTuning):
         UsageError: a setting is out of range.
     """
 
+    one_size = True
     # The name of the evaluation in the config.
     name: ClassVar[str]
     table: ClassVar[str]
@@ -109,13 +110,14 @@ class FcnFineTuning(IterativeFineTuning):
     def make_sample(self, images: ImageSet) -> MakeSample[CropSample]:
         return MakeCrop(images=self._segmented(images), augment=self.augment)
 
+    def batch_of(
+        self, forward: ForwardSamples[CropSample], device: torch.device
+    ) -> SegmentationBatch:
+        return self.augment.batch(forward.samples, device)
+
     def loss(
-        self,
-        network: FullyConvolutionalNetwork,
-        forward: ForwardSamples[CropSample],
-        device: torch.device,
+        self, network: FullyConvolutionalNetwork, batch: SegmentationBatch
     ) -> Float[Tensor, ""]:
-        batch = self.augment.batch(forward.samples, device)
         losses = network.losses(batch)
         parts = list(losses.values())
         return torch.stack(parts).sum()

@@ -18,6 +18,7 @@ from relloc import checks
 from relloc.data.annotations import VOID
 from relloc.errors import UsageError
 from relloc.patches.normalize import ByDataset
+from relloc.transfer.dropout import dropout_seeds
 from relloc.transfer.resize import (
     Interpolation,
     Size,
@@ -60,20 +61,26 @@ class CropPlan:
 class CropSample:
     """An image as it was decoded, the classes of its crop's pixels, and the plan of the crop.
 
-    The classes are those of the finished crop: flipped, and padded by `VOID`.
+    The classes are those of the finished crop: flipped, and padded by `VOID`. `seed` decided all of
+    it, and decides the dropout of the crop.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
     class_map: UInt8[np.ndarray, "s s"]
     plan: CropPlan
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SegmentationBatch:
-    """Normalized crops, and the class of each pixel, `VOID` where it has none."""
+    """Normalized crops, and the class of each pixel, `VOID` where it has none.
+
+    `seeds` are those of dropout (`relloc.transfer.dropout`), one for each crop.
+    """
 
     images: Float[Tensor, "b 3 s s"]
     class_maps: Int[Tensor, "b s s"]
+    seeds: Int[Tensor, "b"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +177,7 @@ class TrainingCrops:
         padded[:n_rows, :n_columns] = classes
         color = self.photometric.draw(rng)
         plan = CropPlan(size=size, top=top, left=left, flip=flip, color=color)
-        return CropSample(image=image, class_map=padded, plan=plan)
+        return CropSample(image=image, class_map=padded, plan=plan, seed=seed)
 
     def batch(self, samples: Sequence[CropSample], device: torch.device) -> SegmentationBatch:
         """Returns the crops of the samples on the device; of no samples, an empty batch."""
@@ -179,6 +186,7 @@ class TrainingCrops:
             return SegmentationBatch(
                 images=torch.zeros(0, 3, side, side, device=device),
                 class_maps=torch.zeros(0, side, side, dtype=torch.int64, device=device),
+                seeds=dropout_seeds([], device),
             )
         # A single copy brings all tables to the device.
         tables_on_cpu = [self._tables(sample) for sample in samples]
@@ -200,7 +208,11 @@ class TrainingCrops:
 
         # Bytes on the way, and the numbers that cross-entropy takes on the device.
         class_maps = bytes_to_device([sample.class_map for sample in samples], device)
-        return SegmentationBatch(images=images, class_maps=torch.stack(class_maps).long())
+        return SegmentationBatch(
+            images=images,
+            class_maps=torch.stack(class_maps).long(),
+            seeds=dropout_seeds([sample.seed for sample in samples], device),
+        )
 
     def _tables(self, sample: CropSample) -> Float[Tensor, "2 3 s"]:
         """Returns the interpolation tables of a crop's rows and columns; 0 where it is padded."""

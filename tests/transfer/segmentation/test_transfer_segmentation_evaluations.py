@@ -107,7 +107,7 @@ def test_squares_are_found_after_a_few_iterations(
             curves.setdefault(name, []).append(step)
 
     folder = tmp_path / "pictures"
-    one = evaluation(kind, iterations=60, evaluate_every=30, view=view)
+    one = evaluation(kind, iterations=80, evaluate_every=40, view=view)
     given_context = given(folder=folder, log=log)
     before = {name: value.clone() for name, value in given_context.backbone.state_dict().items()}
     scores = by_metric(list(one.run(given_context)))
@@ -124,7 +124,7 @@ def test_squares_are_found_after_a_few_iterations(
     assert scores["miou"].n == 3
     assert scores["miou"].table == one.table
     assert not scores["iou_square"].table
-    assert curves["miou"] == [30, 60]
+    assert curves["miou"] == [40, 80]
     pictures = {path.name for path in folder.iterdir()}
     files = {"confusion.png", "confusion.csv", *(f"image_{index}.png" for index in range(3))}
     assert pictures == files

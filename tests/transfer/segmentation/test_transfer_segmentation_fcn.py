@@ -35,7 +35,7 @@ def batch(n: int = 2, side: int = 64) -> SegmentationBatch:
     class_maps[:, :5] = VOID
     class_maps[0, :, side // 2 :] = VOID  # padding
     images = torch.randn(n, 3, side, side, generator=generator)
-    return SegmentationBatch(images=images, class_maps=class_maps)
+    return SegmentationBatch(images=images, class_maps=class_maps, seeds=torch.arange(n))
 
 
 def n_values(module: nn.Module) -> int:
@@ -193,7 +193,9 @@ def test_classes_are_the_largest_logits_resized_first_to_the_image_and_then_furt
 def test_a_batch_without_images_has_gradients_of_zero() -> None:
     network = small_network().eval()  # batch norm has nothing to normalize by
     nothing = SegmentationBatch(
-        images=torch.zeros(0, 3, 64, 64), class_maps=torch.zeros(0, 64, 64, dtype=torch.int64)
+        images=torch.zeros(0, 3, 64, 64),
+        class_maps=torch.zeros(0, 64, 64, dtype=torch.int64),
+        seeds=torch.zeros(0, dtype=torch.int64),
     )
     sum(network.losses(nothing).values(), torch.zeros(())).backward()
     assert all(value.grad is None or not value.grad.any() for value in network.parameters())

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relloc.data.annotations import VOID
 from relloc.models.small import SmallBackbone
@@ -60,8 +60,10 @@ def trained(
     frozen = changes.pop("frozen", False)
 
     def loss(batch: SegmentationBatch) -> Tensor:
-        if frozen:  # batch norm as it is, and no dropout
-            net.eval()
+        if frozen:  # batch norm as it is
+            for module in net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         return sum(net.losses(batch).values(), torch.zeros(()))
 
     def micro_batches(first: int, end: int) -> Iterator[Sequence[MicroBatch[SegmentationBatch]]]:

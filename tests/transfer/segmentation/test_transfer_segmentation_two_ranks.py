@@ -33,14 +33,13 @@ def sample(step, number):
     image = rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)
     blocks = rng.integers(0, 3, (8, 10), dtype=np.uint8)
     classes = np.kron(blocks, np.ones((8, 8), dtype=np.uint8))
-    return VIEW.sample(image, classes, seed=number)
+    return VIEW.sample(image, classes, seed=10 * step + number)
 
 
 def trained():
     torch.manual_seed(ranks.rank())  # the weights of the first process are everybody's
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
-    # Dropout draws by the place of a forward in the step, which processes change.
-    network = FullyConvolutionalNetwork(backbone, 3, align_corners=False, dropout=0.0, seed=0)
+    network = FullyConvolutionalNetwork(backbone, 3, align_corners=False, dropout=0.5, seed=0)
 
     def micro_batches(first, end):
         for step in range(first, end):

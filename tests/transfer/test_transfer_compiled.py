@@ -1,0 +1,94 @@
+"""Trainings of images of one size are compiled, and end where those that are not do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+# In a process of its own, as the tests check types at run time, which can't be compiled.
+SCRIPT = """
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = sys.argv[2:]
+from contexts import context
+from test_transfer_segmentation_evaluations import evaluation, given
+
+torch.set_num_threads(1)
+calls = []
+
+
+class Saved:
+    def __init__(self, state=None, kill_after=None):
+        self.state = state
+        self.kill_after = kill_after
+
+    def load(self):
+        return self.state
+
+    def save(self, state):
+        self.state = copy.deepcopy(state)
+        if state["step"] == self.kill_after:
+            raise KeyboardInterrupt
+
+
+def compiled(function):
+    fast = torch.compile(function, dynamic=False)
+
+    def call(*of):
+        calls.append(len(of[1].images))
+        return fast(*of)
+
+    return call
+
+
+def run(state, compile):
+    one = evaluation(iterations=4, evaluate_every=1)
+    where = given(folder=Path(sys.argv[1]), state=state)
+    config = dataclasses.replace(where.encode_config, compile=compile)
+    return list(one.run(dataclasses.replace(where, encode_config=config)))
+
+
+plain, fast = Saved(), Saved()
+run(plain, lambda function: function)
+expected = copy.deepcopy(plain.state)
+assert not calls
+run(fast, compiled)
+assert calls == [4] * 4, calls
+found = copy.deepcopy(fast.state)
+for name, value in expected["network"].items():
+    torch.testing.assert_close(found["network"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+# Killed after two steps, it goes on to the same bits.
+killed = Saved(kill_after=2)
+try:
+    run(killed, compiled)
+except KeyboardInterrupt:
+    pass
+assert killed.state["step"] == 2
+run(again := Saved(killed.state), compiled)
+for name, value in found["network"].items():
+    assert torch.equal(again.state["network"][name], value), name
+"""
+
+
+def test_a_compiled_training_equals_one_that_is_not_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    script = tmp_path / "compiled.py"
+    script.write_text(SCRIPT)
+    tests = Path(__file__).parents[1]
+    folders = [str(tests), str(Path(__file__).parent / "segmentation")]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), *folders],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
