@@ -130,6 +130,8 @@ class Evaluation(abc.ABC):
     independent_layers: ClassVar[bool] = False
     # Features are read more than once, and are kept in memory if there is room.
     keeps_features: ClassVar[bool] = False
+    # A fine-tuned evaluation whose test encodes as many images at once as `EncodeConfig.batch` has.
+    tests_in_shared_batches: ClassVar[bool] = False
 
     layers: Sequence[str]  # whose pooled features are read; () for none
     # How images are cropped and resized, in words by its `str`: a relloc.data.views.View, except

@@ -41,7 +41,7 @@ from relloc.runs import console
 from relloc.runs.data_sets import DATA_PAGE, DataSet
 from relloc.runs.engine import Engine, EngineSettings
 from relloc.runs.renamed import refuse_old_names
-from relloc.runs.settings import conf_dir, plain
+from relloc.runs.settings import conf_dir, content_of, plain
 from relloc.terminal import quantity
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
 
@@ -90,11 +90,15 @@ class MonitorSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChosenEvaluation:
-    """An evaluation, the name of its results, and its data set, or None for that of the run."""
+    """An evaluation, the name of its results, and its data set, or None for that of the run.
+
+    `shared_view` has the names of the settings of the run's `view` that it takes its own from.
+    """
 
     name: str
     evaluation: Evaluation
     data: DataSet | None
+    shared_view: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,23 @@ class RunSettings:
     def needs_own_data(self) -> bool:
         """Whether the run's own data set is read, which is not so if each evaluation brings one."""
         return any(one.data is None for one in self.evaluations)
+
+    def used_view_settings(self, batch_norms: Sequence[str]) -> set[str]:
+        """Returns which settings of `view`, such as "crop_px", the evaluations make use of.
+
+        Many have a view of their own. `batch` is the number of images that are encoded at once
+        where batch norm is recalibrated, and where features are kept; `batch_norms` says whether
+        it is recalibrated.
+        """
+        used: set[str] = set()
+        for chosen in self.evaluations:
+            evaluation = chosen.evaluation
+            used |= chosen.shared_view
+            is_recalibrated = evaluation.kind != "fine-tuned" and "recalibrated" in batch_norms
+            keeps_features = evaluation.keeps_features or evaluation.tests_in_shared_batches
+            if is_recalibrated or keeps_features:
+                used.add("batch")
+        return used
 
     def check_paths(self, made_by_jobs: Sequence[str]) -> None:
         """Raises `UsageError` if a file or folder that is to be read does not exist.
@@ -323,6 +344,30 @@ class Evaluating(RunSettings):
             raise UsageError(
                 "eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]"
             )
+        self._refuse_unused_view()
+
+    def _refuse_unused_view(self) -> None:
+        """Raises `UsageError` for a setting of `view` that was given and changes nothing."""
+        given = {
+            "short_px": self.view.short_px,
+            "crop_px": self.view.crop_px,
+            "batch": self.view_batch,
+        }
+        by_default = content_of("_settings")["view"]
+        used = self.used_view_settings(self.batch_norms)
+        unused = []
+        for name, value in given.items():
+            if value != by_default[name] and name not in used:
+                unused.append(f"view.{name}={value}")
+        if unused:
+            names = [chosen.name for chosen in self.evaluations]
+            listed = names[0] if len(names) == 1 else f"[{','.join(names)}]"
+            own = f"eval.{names[0]}"
+            raise UsageError(
+                f"{' '.join(unused)} would change nothing of eval={listed}, which has settings of "
+                f"its own, such as those of {own}.view and {own}.batch: give these (python -m "
+                f"relloc.evaluate --help eval={names[0]} lists them), or leave it out"
+            )
 
     def check_paths(self, made_by_jobs: Sequence[str]) -> None:
         for name in self.checkpoints:
@@ -375,7 +420,7 @@ def pretraining(config: DictConfig) -> Pretraining:
             "this experiment evaluates checkpoints: run it with python -m relloc.evaluate"
         )
     settings = Pretraining(
-        **_shared(given),
+        **_shared(config, given),
         model=_model(given["model"]),
         patches=PatchPipeline(
             **{name: call(name, given[name]) for name in ("grid", "color", "normalize")}
@@ -415,7 +460,7 @@ def evaluating(config: DictConfig) -> Evaluating:
     # Reading a checkpoint that is not set raises Hydra's own error, which names the setting.
     named: Any = given["checkpoint"] if config.checkpoint is not None else None
     return Evaluating(
-        **_shared(given),
+        **_shared(config, given),
         checkpoints=named if isinstance(named, list) else [named],
         checkpoint_prefix=given["checkpoint_prefix"],
         model=_model(given["model"]) if given.get("model") else None,
@@ -483,8 +528,8 @@ def model_of_conf(member: str) -> Model:
     return _model(plain(OmegaConf.load(conf_dir() / "model" / f"{member}.yaml")))
 
 
-def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of `RunSettings`."""
+def _shared(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `RunSettings`; `given` are the resolved settings of `config`."""
     # Presets and data sets of users may still have names of earlier versions.
     refuse_old_names(flatten(given))
     _check_tracking(**given["tracking"])
@@ -492,7 +537,12 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
     view = given["view"]
     # Settings of the engine are at the top of the config, under the names of its fields.
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
-    evaluations = given["eval"] or {}
+    evaluations = []
+    for name, node in (given["eval"] or {}).items():
+        unresolved = OmegaConf.to_yaml(config.eval[name])
+        # Interpolations say which settings of the run's view it takes over.
+        shared_view = frozenset(re.findall(r"\$\{view\.(\w+)\}", unresolved))
+        evaluations.append(_evaluation(name, node, shared_view))
     return {
         "seed": given["seed"],
         "calibration_images": given["calibration_images"],
@@ -500,7 +550,7 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
         "save_every_s": given["save_every_s"],
         "engine": EngineSettings(**engine),
         "data": _data_set("data", given["data"]),
-        "evaluations": [_evaluation(name, node) for name, node in evaluations.items()],
+        "evaluations": evaluations,
         "view": Center(short_px=view["short_px"], crop_px=view["crop_px"]),
         "view_batch": view["batch"],
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
@@ -547,7 +597,9 @@ def _model(node: Mapping[str, Any]) -> Model:
     )
 
 
-def _evaluation(name: str, node: Mapping[str, Any]) -> ChosenEvaluation:
+def _evaluation(
+    name: str, node: Mapping[str, Any], shared_view: frozenset[str]
+) -> ChosenEvaluation:
     # The data set is built here; everything else in the node is for the evaluation itself.
     constants = {key: value for key, value in node.items() if key != "data"}
     try:
@@ -557,7 +609,7 @@ def _evaluation(name: str, node: Mapping[str, Any]) -> ChosenEvaluation:
         message = re.sub(r"\beval\.[a-z0-9_]+", f"eval.{name}", str(error))
         raise UsageError(message) from error
     data = _data_set(f"eval.{name}.data", node["data"]) if node.get("data") else None
-    return ChosenEvaluation(name=name, evaluation=evaluation, data=data)
+    return ChosenEvaluation(name=name, evaluation=evaluation, data=data, shared_view=shared_view)
 
 
 def _missing_data_sets(evaluations: Sequence[ChosenEvaluation]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from relloc.data.loader import collate
 from relloc.data.manifest import read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
-from relloc.evaluation.contract import NamedEvaluation
+from relloc.evaluation.contract import BATCH_NORMS, NamedEvaluation
 from relloc.files import path_as_text
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
@@ -142,7 +142,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             names = _label_free_members()
         if names != _default_evaluations():
             words.append(f"eval={as_value(names)}")
-        console.print_next("evaluate", *words, *_words_of_evaluations(invocation, names))
+        console.print_next("evaluate", *words, *_words_of_evaluations(invocation, names, settings))
 
 
 def _measurable(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
@@ -185,7 +185,9 @@ def _chosen_evaluations(invocation: Invocation) -> list[str]:
     return names or _default_evaluations()
 
 
-def _words_of_evaluations(invocation: Invocation, names: Sequence[str]) -> list[str]:
+def _words_of_evaluations(
+    invocation: Invocation, names: Sequence[str], settings: Pretraining
+) -> list[str]:
     """Returns the words by which relloc.evaluate measures `names` as this training does.
 
     relloc.evaluate takes the data set and its probe from the run folder, but not these settings.
@@ -198,6 +200,11 @@ def _words_of_evaluations(invocation: Invocation, names: Sequence[str]) -> list[
     of_run = flat(invocation.settings)
     by_default = flat(content_of("_settings"))
     shared = [name for name in by_default if name.startswith("view.")]
+    # relloc.evaluate refuses those that no evaluation makes use of. The evaluations that are
+    # proposed where the training has none make use of all.
+    if settings.evaluations and names == _chosen_evaluations(invocation):
+        used = settings.used_view_settings(BATCH_NORMS)
+        shared = [name for name in shared if name.removeprefix("view.") in used]
     for name in (*shared, "calibration_images", "seed"):
         if of_run[name] != by_default[name]:
             words.append(f"{name}={as_value(of_run[name])}")

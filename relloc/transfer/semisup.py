@@ -82,6 +82,7 @@ class SemiSupervised(Evaluation):
     labels = "class"
     version = 2
     across_ranks = True
+    tests_in_shared_batches = True
     layers = ()
 
     share: float

@@ -222,6 +222,46 @@ VARIABLES = (
 )
 
 
+@pytest.mark.parametrize(
+    ("evaluations", "words", "unused"),
+    [
+        ("voc07_svm", ["view.short_px=64", "view.crop_px=56"], ["view.short_px=64", "crop_px=56"]),
+        ("voc07_svm", ["view.batch=3"], []),  # features are kept, and encoded so many at once
+        ("linear_in1k", ["view.crop_px=56"], ["view.crop_px=56"]),
+        ("linear", ["view.crop_px=56", "batch_norm=as_trained"], []),
+        ("linear", ["view.batch=3"], []),  # of recalibrated batch norm
+        ("linear", ["view.batch=3", "batch_norm=as_trained"], ["view.batch=3"]),
+        ("voc0712_detection", ["view.batch=3"], ["view.batch=3"]),
+        ("voc07_finetune", ["view.batch=3"], ["view.batch=3"]),
+        ("cityscapes_fcn", ["view.batch=3", "view.crop_px=56"], ["crop_px=56", "view.batch=3"]),
+        ("semisup_1", ["view.batch=3"], []),  # so many are tested at once
+        ("semisup_1", ["view.short_px=300"], ["view.short_px=300"]),
+        ("[voc0712_detection,knn]", ["view.batch=3", "view.crop_px=56"], []),  # knn has a use
+        ("[voc07_svm,voc12aug_fcn]", ["view.crop_px=56"], ["view.crop_px=56"]),
+        ("voc12aug_fcn", ["view.batch=64", "view.crop_px=224"], []),  # as they are anyway
+    ],
+)
+def test_a_setting_of_the_view_that_no_evaluation_takes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, evaluations: str, words: list[str], unused: list[str]
+) -> None:
+    monkeypatch.setenv("RELLOC_DATA", "/data")
+    for name in VARIABLES[1:]:
+        monkeypatch.delenv(name, raising=False)
+    asked = composed("evaluate", "checkpoint=random", f"eval={evaluations}", *words)
+    if not unused:
+        build.evaluating(asked)
+        return
+    with pytest.raises(UsageError) as refused:
+        build.evaluating(asked)
+    message = str(refused.value)
+    for word in unused:
+        assert word in message
+    # The setting that would do something is named.
+    first = evaluations.strip("[]").split(",")[0]
+    assert f"eval={evaluations}" in message
+    assert f"eval.{first}.view" in message
+
+
 def test_all_data_sets_whose_place_nobody_said_are_told_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,14 +1,16 @@
 """Tests what a pretraining works out from its settings."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from relloc.runs import build, pretraining
 from relloc.runs.build import Pretraining
+from relloc.runs.invocation import Invocation
 from relloc.runs.pretraining import fastest_images_per_forward
-from relloc.runs.settings import conf_dir
+from relloc.runs.settings import conf_dir, plain
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +48,35 @@ def test_a_forward_is_a_ghost_batch_or_compiled_the_most_that_divide_a_share(
 
 def test_what_needs_no_labels_is_proposed_for_images_without() -> None:
     assert pretraining._label_free_members() == ["label_free"]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "proposed"),
+    [
+        ("knn", {"view.short_px=64", "view.crop_px=56", "view.batch=8"}),
+        # It has a view of its own, and relloc.evaluate refuses what nothing makes use of.
+        ("voc07_svm", {"view.batch=8"}),
+        ("voc12aug_fcn", set()),
+        ("[]", {"view.short_px=64", "view.crop_px=56", "view.batch=8"}),
+    ],
+)
+def test_the_next_command_has_the_settings_of_the_view_that_its_evaluations_take(
+    monkeypatch: pytest.MonkeyPatch, evaluation: str, proposed: set[str]
+) -> None:
+    monkeypatch.setenv("RELLOC_VOC", "/voc")
+    words = ["view.short_px=64", "view.crop_px=56", "view.batch=8", f"eval={evaluation}"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", words)
+    chosen = [] if evaluation == "[]" else [evaluation]
+    invocation = Invocation(
+        command="train",
+        folder=Path("/runs/a"),
+        names_folder=False,
+        words=tuple(words),
+        choices={"eval": chosen},
+        settings=plain(config),
+        files={},
+    )
+    names = pretraining._chosen_evaluations(invocation)
+    given = pretraining._words_of_evaluations(invocation, names, build.pretraining(config))
+    assert set(given) == proposed
