@@ -221,7 +221,7 @@ def _packed(files: Splits, given: Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="relloc_shards_") as made:
         out = Path(made) / "packed"
         workers = len(os.sched_getaffinity(0))
-        pack(files, out, PACKING, published=None, workers=workers, progress=lambda *_: _untold())
+        pack(files, out, PACKING, workers=workers, progress=lambda *_: _untold())
         yield out
 
 

@@ -24,7 +24,7 @@ def unseen(total: int, done: int) -> Iterator[Any]:
 
 
 def checked(splits: Splits) -> Check:
-    return check(splits, published=None, workers=1, progress=unseen)
+    return check(splits, workers=1, progress=unseen)
 
 
 def write_image(path: Path, seed: int = 0) -> None:

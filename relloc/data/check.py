@@ -130,14 +130,10 @@ class Check:
 def check(
     data: Splits,
     *,
-    published: Mapping[str, int] | None,
     workers: int,
     progress: Progress,
 ) -> Check:
-    """Reads every image of both splits once, in `workers` processes, and returns the result.
-
-    `published` gives the official number of images by the name of the split.
-    """
+    """Reads every image of both splits once, in `workers` processes, and returns the result."""
     parts = divide_into_parts(data, _IMAGES_PER_PART)
     total = len(data.train) + len(data.held_out)
     # Processes hand over their records in files, which nobody needs after the summary.
@@ -152,17 +148,16 @@ def check(
             done=0,
             progress=progress,
         )
-        return summary(data, folder, parts, published)
+        return summary(data, folder, parts)
 
 
 def summary(
     data: Splits,
     folder: Path,
     parts: Sequence[Part],
-    published: Mapping[str, int] | None,
 ) -> Check:
     """Returns the check of a data set all of whose parts are finished in `folder`."""
-    counts = published or {}
+    counts = data.published_images
     train_parts = [part for part in parts if part.role == "train"]
     held_out_parts = [part for part in parts if part.role == "held_out"]
     # Files are compared by their hashes: the images are not read again.

@@ -109,8 +109,13 @@ def cityscapes(
             f"{n_converted} of {n_images} class maps are computed from labelIds, since their "
             "labelTrainIds are missing",
         )
-    splits = Splits(train=train_images, held_out=held_out_images, remarks=remarks)
-    warn_of_other_counts(splits, published_images)
+    splits = Splits(
+        train=train_images,
+        held_out=held_out_images,
+        remarks=remarks,
+        published_images=published_images or {},
+    )
+    warn_of_other_counts(splits)
     return splits
 
 

@@ -267,8 +267,9 @@ def class_folders(
         train=train_images,
         held_out=val_images,
         remarks=tuple(filter(None, remarks)),
+        published_images=published_images or {},
     )
-    warn_of_other_counts(splits, published_images)
+    warn_of_other_counts(splits)
     return splits
 
 

@@ -71,11 +71,14 @@ class Splits:
     """The training images and the held-out images of a data set.
 
     `remarks` are sentences for the user about how the folders on disk were understood.
+    `published_images` are the numbers of images of the published splits, by their names; it is
+    empty where the splits were chosen otherwise.
     """
 
     train: ImageSet
     held_out: ImageSet
     remarks: tuple[str, ...] = ()
+    published_images: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def of(self, role: Role) -> ImageSet:
         """Returns the training split or the held-out split."""
@@ -104,16 +107,14 @@ def hash_lines(lines: Iterable[str]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def warn_of_other_counts(splits: Splits, published_images: Mapping[str, int] | None) -> None:
+def warn_of_other_counts(splits: Splits) -> None:
     """Warns if a split has another number of images than the published split of the same name.
 
-    Results on such a split can't be compared with published ones. `published_images` gives the
-    number of images by the name of the split.
+    Results on such a split can't be compared with published ones.
     """
-    published_counts = published_images or {}
     for images in (splits.train, splits.held_out):
         # Of a split that is not among the published ones nothing is known.
-        published = published_counts.get(images.split, len(images))
+        published = splits.published_images.get(images.split, len(images))
         if len(images) != published:
             warnings.warn(
                 f"{images.name} {images.split} has {len(images)} images, "

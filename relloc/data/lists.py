@@ -477,8 +477,13 @@ def checked_splits(
             f"{lists[0].name}, such as {min(shared)}: results on images that were trained on mean "
             "nothing; name lists that share none"
         )
-    splits = Splits(train=train, held_out=held_out, remarks=remarks)
-    warn_of_other_counts(splits, published_images)
+    splits = Splits(
+        train=train,
+        held_out=held_out,
+        remarks=remarks,
+        published_images=published_images or {},
+    )
+    warn_of_other_counts(splits)
     return splits
 
 

@@ -15,7 +15,7 @@ import json
 import shutil
 import tarfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,12 @@ def pack(
     out: Path,
     packing: Packing,
     *,
-    published: Mapping[str, int] | None,
     workers: int,
     progress: Progress,
 ) -> Check:
     """Checks every image and packs all into the folder `out`; returns the result of the check.
 
     A call that was interrupted is continued: tars that are finished are not packed again.
-    `published` gives the official number of images by split.
 
     Raises:
         DataError: `out` holds other files, or can't be written to, as on a full disk. What is
@@ -134,7 +132,7 @@ def pack(
         done = total - sum(map(len, left))
         work = functools.partial(_pack_part, data, out, packing)
         work_through(work, left, workers=workers, total=total, done=done, progress=progress)
-        return _finish(data, out, wanted, parts, published)
+        return _finish(data, out, wanted, parts)
 
 
 def _wanted(data: Splits, packing: Packing) -> dict[str, Any]:
@@ -310,10 +308,9 @@ def _finish(
     out: Path,
     wanted: dict[str, Any],
     parts: Sequence[Part],
-    published: Mapping[str, int] | None,
 ) -> Check:
     """Writes the indices, the check and the manifest of a folder whose tars are all finished."""
-    result = summary(data, out / UNFINISHED, parts, published)
+    result = summary(data, out / UNFINISHED, parts)
     manifest = {"format": FORMAT, "version": VERSION, "name": data.train.name, "packed": wanted}
     for role, split_check in zip(ROLES, (result.train, result.held_out), strict=True):
         role_parts = [part for part in parts if part.role == role]

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from relloc.data.image_set import Splits
 from relloc.data.lists import VOC_CLASSES, checked_splits, voc_devkit, voc_list
 from relloc.data.object_table import ObjectTable, boxes_outside
 from relloc.errors import DataError, UnreadableImage, reason
+from relloc.terminal import quantity
 
 REFERENCES = ("mmdet", "detectron2")
 # The years of the published split, which the setting published_images gives counts of.
@@ -30,9 +32,19 @@ PUBLISHED_TEST_YEAR = 2007
 _THREADS = 16
 _CLASS_OF = {name: number for number, name in enumerate(VOC_CLASSES)}
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-# Height and width of an image, and a row of numbers for each of its objects (see `_annotation`).
-_Content = tuple[tuple[int, int], list[list[float]]]
 _ROW_LENGTH = 7
+
+
+class _Content(NamedTuple):
+    """The annotation of one image.
+
+    `size` is its height and width, and `rows` are numbers of each object (see `_annotation`).
+    `left_out` names objects of other classes than those of PASCAL VOC.
+    """
+
+    size: tuple[int, int]
+    rows: list[list[float]]
+    left_out: list[str]
 
 
 def voc_detection(
@@ -49,7 +61,8 @@ def voc_detection(
 
     The training split is the list `train` of all `years`, one after the other; the held-out split
     is the list `held_out` of `held_out_year`. `reference` says how coordinates are read: "mmdet" or
-    "detectron2". Every annotation is read now; one that is wrong counts as an unreadable image.
+    "detectron2". Every annotation is read now; one that is wrong counts as an unreadable image. An
+    object of a class that is none of VOC's 20 is left out, as mmdetection does it.
 
     Raises:
         DataError: a folder or list is missing or empty, or both splits have the same image.
@@ -78,9 +91,10 @@ def voc_detection(
         kits.append(f"PASCAL VOC{year} ({' and '.join(names)})")
     holding = f"the development kits of {', '.join(kits)}, with boxes, from the PASCAL VOC site"
     _check_folders(root, {*years, held_out_year}, holding)
-    train_images = _split(root, years, train, reference)
-    held_out_images = _split(root, [held_out_year], held_out, reference)
+    train_images, train_remarks = _split(root, years, train, reference)
+    held_out_images, held_out_remarks = _split(root, [held_out_year], held_out, reference)
     splits = [train_images, held_out_images]
+    remarks = train_remarks + held_out_remarks
     # A split may be made of the lists of several years, so messages name it and not a file.
     lists = [Path(f"{split.name} {split.split}") for split in splits]
     # Published counts are those of the published years alone.
@@ -88,7 +102,7 @@ def voc_detection(
     published_years = (*PUBLISHED_YEARS, PUBLISHED_TEST_YEAR)
     if own_years != published_years:
         published_images = None
-    return checked_splits(splits, lists, published_images)
+    return checked_splits(splits, lists, published_images, remarks=remarks)
 
 
 def _check_folders(root: str | None, years: set[int], holding: str) -> None:
@@ -108,8 +122,10 @@ def _check_folders(root: str | None, years: set[int], holding: str) -> None:
         )
 
 
-def _split(root: str | None, years: Sequence[int], split: str, reference: str) -> ObjectFolder:
-    """Returns the images of the lists of some years, with their objects."""
+def _split(
+    root: str | None, years: Sequence[int], split: str, reference: str
+) -> tuple[ObjectFolder, tuple[str, ...]]:
+    """Returns the images of the lists of some years, with their objects, and remarks on those."""
     images = []
     annotations = []
     # Each year has a development kit of its own, with its own lists.
@@ -125,14 +141,22 @@ def _split(root: str | None, years: Sequence[int], split: str, reference: str) -
         image_folder = devkit / "JPEGImages"
         images += [f"{image_folder}/{image}.jpg" for image in listed]
         annotations += [folder / f"{image}.xml" for image in listed]
-    return ObjectFolder(
+    table, left_out = _table(annotations, reference)
+    remarks = ()
+    if left_out:
+        objects = quantity(len(left_out), "object is", "objects are")
+        remarks = (
+            f"{split}: {objects} of no class of PASCAL VOC and left out, such as {left_out[0]}",
+        )
+    of_split = ObjectFolder(
         name=_name(years),
         split=split,
         paths=images,
         classes=VOC_CLASSES,
-        table=_table(annotations, reference),
+        table=table,
         reading=reference,
     )
+    return of_split, remarks
 
 
 def _name(years: Sequence[int]) -> str:
@@ -143,8 +167,8 @@ def _name(years: Sequence[int]) -> str:
     return "voc" + "".join(last_digits)
 
 
-def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
-    """Returns the objects in annotation files, one for each image."""
+def _table(annotations: Sequence[Path], reference: str) -> tuple[ObjectTable, list[str]]:
+    """Returns the objects in annotation files, one for each image, and those that are left out."""
 
     def read(path: Path) -> _Content | str:
         # An error is kept as its text, as it is no error of the data set but of one image.
@@ -161,21 +185,20 @@ def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
     sizes = []
     counts = []
     rows: list[list[float]] = []
+    left_out: list[str] = []
     for index, content in enumerate(contents):
         # An image that can't be used keeps its place, without objects.
-        size = (0, 0)
-        objects: list[list[float]] = []
         if isinstance(content, str):
             unusable[index] = content
-        else:
-            size, objects = content
-        sizes.append(size)
-        counts.append(len(objects))
-        rows += objects
-    table = np.array(rows, np.float64).reshape(-1, _ROW_LENGTH)
-    whole_numbers = table[:, :3].astype(np.int64)
+            content = _Content(size=(0, 0), rows=[], left_out=[])
+        sizes.append(content.size)
+        counts.append(len(content.rows))
+        rows += content.rows
+        left_out += content.left_out
+    numbers = np.array(rows, np.float64).reshape(-1, _ROW_LENGTH)
+    whole_numbers = numbers[:, :3].astype(np.int64)
     ids, classes, difficult = whole_numbers.T
-    xywh = np.ascontiguousarray(table[:, 3:])
+    xywh = np.ascontiguousarray(numbers[:, 3:])
     image_sizes = np.array(sizes, np.int64)
     indices = np.arange(len(sizes))
     image_of_row = np.repeat(indices, counts)
@@ -191,7 +214,7 @@ def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
         )
         unusable.setdefault(index, problem)
     # Rows are in the order of images already.
-    return ObjectTable(
+    table = ObjectTable(
         sizes=image_sizes,
         starts=np.cumsum([0, *counts], dtype=np.int64),
         order=np.arange(len(xywh)),
@@ -203,12 +226,14 @@ def _table(annotations: Sequence[Path], reference: str) -> ObjectTable:
         areas=xywh[:, 2] * xywh[:, 3],
         unusable=unusable,
     )
+    return table, left_out
 
 
 def _annotation(path: Path, reference: str) -> _Content:
-    """Returns height and width of an image, and a row of numbers for each of its objects.
+    """Returns the annotation of an image.
 
-    A row is: place in the file (from 1), class, difficult (0 or 1), x, y, width and height.
+    The row of an object is: its place in the file (from 1), its class, whether it is difficult (0
+    or 1), x, y, width and height.
 
     Raises:
         UnreadableImage: the file is missing or not XML, or an object is not as it should be.
@@ -227,17 +252,19 @@ def _annotation(path: Path, reference: str) -> _Content:
     if min(height, width) < 1:
         raise UnreadableImage(f"{path}: the image has {width:g} x {height:g} px")
     rows = []
+    left_out = []
     for place, annotated in enumerate(root.findall("object"), start=1):
         name = annotated.findtext("name", "").strip()
         what = f"object {place} ({name})"
         if name not in _CLASS_OF:
-            raise UnreadableImage(f"{path}: {what} is of no class of PASCAL VOC")
+            left_out.append(f"{what} in {path}")
+            continue
         # The element may be missing.
         difficult_text = annotated.findtext("difficult", "0")
         is_difficult = difficult_text.strip() == "1"
         xywh = _box(path, what, annotated, reference)
         rows.append([place, _CLASS_OF[name], is_difficult, *xywh])
-    return (int(height), int(width)), rows
+    return _Content(size=(int(height), int(width)), rows=rows, left_out=left_out)
 
 
 def _box(path: Path, what: str, annotated: ET.Element, reference: str) -> list[float]:

@@ -387,7 +387,6 @@ class Preparing:
     """
 
     data: DataSet
-    published: Mapping[str, int] | None
     out: str | None
     packing: Packing
     workers: int | None
@@ -474,8 +473,6 @@ def preparing(config: DictConfig) -> Preparing:
     names = ("short_px", "quality", "subsampling", "images_per_shard")
     return Preparing(
         data=_data_set("data", given["data"]),
-        # The number of images in each split that the data set was published with, if that is known
-        published=given["data"]["source"].get("published_images"),
         out=given["out"],
         packing=Packing(**{name: given[name] for name in names}),
         workers=_unless_auto(given["workers"]),

@@ -164,6 +164,7 @@ class DataSet:
                 raise MissingData(ranks.from_first(message)) from error
             raise DataError(message) from error
         if self.shards:
+            found = dataclasses.replace(found, published_images=self._published_images())
             self._warn_of_other_images(found)
         if is_first:
             ranks.from_first("")
@@ -197,8 +198,7 @@ class DataSet:
 
         The readers of original files warn of that themselves.
         """
-        is_counted_year = self.source.get("year", COUNTED_YEAR) == COUNTED_YEAR
-        if "published_images" not in self.source or not is_counted_year:
+        if not found.published_images:
             return
         # Folders of shards know the name of the data set that was packed.
         if found.train.name != self.name:
@@ -207,7 +207,13 @@ class DataSet:
                 "results name them so",
                 stacklevel=3,
             )
-        warn_of_other_counts(found, self.source["published_images"])
+        warn_of_other_counts(found)
+
+    def _published_images(self) -> Mapping[str, int]:
+        """Returns the published numbers of images, by split, where they are of the chosen year."""
+        is_counted_year = self.source.get("year", COUNTED_YEAR) == COUNTED_YEAR
+        counts = self.source.get("published_images")
+        return counts if counts and is_counted_year else {}
 
 
 def _report(found: Splits) -> None:

@@ -43,7 +43,6 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
             data,
             out,
             settings.packing,
-            published=settings.published,
             workers=workers,
             progress=progress,
         )
@@ -59,7 +58,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
             # Copying may have damaged shards: compare them with the hashes of their manifest.
             check_hashes(Path(shards), functools.partial(console.progress_bar, "hashes"))
         progress = functools.partial(console.progress_bar, "check")
-        findings = check(data, published=settings.published, workers=workers, progress=progress)
+        findings = check(data, workers=workers, progress=progress)
         _print_findings(findings, settings.data)
         is_annotated = isinstance(data.train, CheckedAnnotations)
         console.print_message(

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -21,7 +22,8 @@ def unseen(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
 
 def checked(root: Path, published: Mapping[str, int] | None = None, workers: int = 2) -> Check:
     data = folder(name="mine", root=str(root), held_out_share=0.5)
-    return check(data, published=published, workers=workers, progress=unseen)
+    data = dataclasses.replace(data, published_images=published or {})
+    return check(data, workers=workers, progress=unseen)
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_it_survives_json_and_does_not_depend_on_processes(clean: Path) -> None:
 
 
 def test_images_in_memory_and_unlabeled_ones_are_checked(tmp_path: Path) -> None:
-    found = check(photos(tiles=[0.4], stride=1.0), published=None, workers=1, progress=unseen)
+    found = check(photos(tiles=[0.4], stride=1.0), workers=1, progress=unseen)
     assert found.findings() == []
     unlabeled = checked(write_many(tmp_path, 12, 1) / "train")
     assert unlabeled.train.images + unlabeled.held_out.images == 12

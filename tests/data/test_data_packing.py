@@ -30,9 +30,7 @@ def unseen(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
 
 
 def packed(data: Splits, out: Path, workers: int = 2, **settings: object) -> Check:
-    return pack(
-        data, out, Packing(**(PACKING | settings)), published=None, workers=workers, progress=unseen
-    )
+    return pack(data, out, Packing(**(PACKING | settings)), workers=workers, progress=unseen)
 
 
 def of(root: Path) -> Splits:
@@ -186,9 +184,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
     for after in (12, 30):
         stop = Interrupt(after)
         with pytest.raises(KeyboardInterrupt):
-            pack(
-                data, tmp_path / "out", Packing(**PACKING), published=None, workers=2, progress=stop
-            )
+            pack(data, tmp_path / "out", Packing(**PACKING), workers=2, progress=stop)
         befores += stop.done_before
         unfinished = tmp_path / "out" / "unfinished"
         finished = {path.stem for path in unfinished.glob("*-*.json")}
@@ -243,7 +239,6 @@ def test_other_images_in_an_unfinished_folder_are_refused(tmp_path: Path) -> Non
             data,
             tmp_path / "out",
             Packing(**PACKING),
-            published=None,
             workers=1,
             progress=Interrupt(5),
         )
@@ -352,7 +347,6 @@ def test_damaged_settings_of_unfinished_packing_are_told(tmp_path: Path) -> None
             data,
             tmp_path / "out",
             Packing(**PACKING),
-            published=None,
             workers=1,
             progress=Interrupt(5),
         )

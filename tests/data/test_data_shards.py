@@ -40,7 +40,7 @@ def packed(data: Splits, out: Path, images_per_shard: int = 4) -> Path:
     packing = Packing(
         short_px=96, quality=90, subsampling="4:2:0", images_per_shard=images_per_shard
     )
-    pack(data, out, packing, published=None, workers=1, progress=unseen)
+    pack(data, out, packing, workers=1, progress=unseen)
     return out
 
 

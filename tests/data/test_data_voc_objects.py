@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -96,9 +97,32 @@ def test_other_counts_than_published_are_a_warning_for_the_published_years(tmp_p
         splits = voc_of(tmp_path, published_images=PUBLISHED)
     assert [str(warning.message).split()[0] for warning in told] == ["voc0712", "voc2007"]
     assert checked(splits).train.objects == 3
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        voc_of(tmp_path, years=[2007], published_images=PUBLISHED)
+    published = {"trainval": (3, 16551), "test": (1, 4952)}
+    for check in (checked(splits).train, checked(splits).held_out):
+        assert (check.images, check.published) == published[check.split]
+    for years in ([2007], [2012], [2012, 2007]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            splits = voc_of(tmp_path, years=years, published_images=PUBLISHED)
+        found = checked(splits)
+        assert found.train.published is found.held_out.published is None
+        assert found.findings() == []
+
+
+def test_objects_of_other_classes_are_left_out_and_counted(tmp_path: Path):
+    dog = voc_object("dog", (1, 1, 9, 9))
+    # Its box is not looked at.
+    unicorn = voc_object("unicorn", (9, "x", 2, 2))
+    objects_of(annotation_file(write_voc(tmp_path)), unicorn, dog, "<object></object>")
+    splits = voc_of(tmp_path)
+    assert isinstance(splits.train, ObjectFolder)
+    assert splits.train.unusable() == {}
+    assert splits.train.objects(0).classes.tolist() == [11]
+    assert splits.train.table.ids.tolist() == [2, 1, 1]
+    (remark,) = splits.remarks
+    assert re.search(r"^trainval: 2 objects .*object 1 \(unicorn\) in .*000005\.xml", remark)
+    objects_of(annotation_file(tmp_path), dog)
+    assert voc_of(tmp_path).remarks == ()
 
 
 @pytest.mark.parametrize(
@@ -108,10 +132,6 @@ def test_other_counts_than_published_are_a_warning_for_the_published_years(tmp_p
         ("", "000005.xml is not XML"),
         (voc_annotation()[:60], r"000005.xml is not XML: .*line 2"),
         ("PK\x03\x04", "000005.xml is not XML"),
-        (
-            voc_annotation(voc_object("unicorn", (1, 1, 9, 9))),
-            r"object 1 \(unicorn\) is of no class",
-        ),
         (voc_annotation(voc_object("dog", (9, 1, 9, 9))), r"object 1 \(dog\) is empty"),
         (voc_annotation(voc_object("dog", (9, 8, 19, 2))), r"object 1 \(dog\) is empty"),
         (voc_annotation(voc_object("dog", (9, "x", 19, 2))), r"ymin of object 1 \(dog\) is 'x'"),

@@ -102,7 +102,6 @@ def test_packed_images_that_are_not_the_published_ones_are_told(
         photographs,
         tmp_path / "packed",
         packing,
-        published=None,
         workers=1,
         progress=without_progress,
     )

@@ -101,6 +101,20 @@ def prepared(
     return " ".join(told.split()), rows
 
 
+def test_one_year_of_voc_is_not_compared_with_the_published_counts_of_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_voc(tmp_path)
+    published = "data.source.published_images={trainval: 2, test: 1}"
+    told, rows = prepared(capsys, "voc0712", tmp_path, published, "data.source.years=[2007]")
+    assert rows["published"] == ["", ""]
+    assert "nothing wrong was found" in told
+    with pytest.warns(UserWarning, match="the published set 2"):
+        told, rows = prepared(capsys, "voc0712", tmp_path, published)
+    assert rows["published"] == ["2", "1"]
+    assert "nothing wrong was found" not in told
+
+
 def test_boxes_of_voc_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told, rows = prepared(capsys, "voc0712", write_voc(tmp_path))
     assert "boxes of 20 classes" in told
