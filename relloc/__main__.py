@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from relloc import terminal
 
-COMMANDS = ("prepare", "train", "evaluate", "report", "export", "sync", "sweep")
+COMMANDS = ("prepare", "train", "evaluate", "study", "report", "export", "sync", "sweep")
 _HELP = ("-h", "--help", "help")
 _COMPLETION = ("--completion", "--complete")  # what a shell asks for
 _EXIT_MISTAKE = 2

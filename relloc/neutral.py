@@ -48,6 +48,7 @@ _OBSERVATION = {
     "collapse_steps": "when a warning is given",
     "monitor": "what is measured while training",
     "eval": "evaluations of the trained weights",
+    "study": "studies of the trained weights",
     "probe": "sizes of evaluations",
     "batch_norm": "of evaluations",
     "calibration_images": "of evaluations",

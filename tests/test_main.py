@@ -7,7 +7,7 @@ import pytest
 
 from relloc.__main__ import main
 
-COMMANDS = ["prepare", "train", "evaluate", "report", "export", "sync", "sweep"]
+COMMANDS = ["prepare", "train", "evaluate", "study", "report", "export", "sync", "sweep"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])

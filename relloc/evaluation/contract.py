@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from relloc import checks
 from relloc.data.image_set import Splits
@@ -21,6 +22,7 @@ from relloc.data.views import View, check_view
 from relloc.errors import DataError, UsageError
 from relloc.features.source import ColorAugmentation, EncodeConfig, FeatureSource, LiveFeatures
 from relloc.models.backbone import Backbone
+from relloc.patches.pipeline import PatchPipeline
 from relloc.results import LAYERS, Result, Score
 
 # Writes numbers of a training, by their names, at a step of it into the curves of the run.
@@ -65,6 +67,20 @@ def log_nothing(_numbers: Mapping[str, float], _step: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PretextModel:
+    """A trained network of the pretext task, and how the patches that it was trained on are made.
+
+    `network` takes patches (b 9 3 p p) and returns logits (b 8 8): of each pair of a neighbor and
+    the center, and each label. It is in eval mode and on the device of the backbone, whose weights
+    it has copies of. `digest` identifies its weights and settings.
+    """
+
+    network: nn.Module
+    patches: PatchPipeline
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
     """Everything that the runner gives an evaluation: the model, its features and the settings."""
 
@@ -83,6 +99,11 @@ class Context:
     # For pictures and tables. It belongs to this evaluation of this model, and need not exist yet.
     folder: Path
     log: LogCurves = log_nothing  # for trainings, such as their loss
+    # For an evaluation that declares `wants_pretext`: None for weights that have no pretext head,
+    # such as random ones and files of other projects.
+    pretext: PretextModel | None = None
+    # "random" and "torchvision" for weights to compare with, otherwise a path
+    checkpoint: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +153,8 @@ class Evaluation(abc.ABC):
     keeps_features: ClassVar[bool] = False
     # A fine-tuned evaluation whose test encodes as many images at once as `EncodeConfig.batch` has.
     tests_in_shared_batches: ClassVar[bool] = False
+    # The network of the pretext task is loaded too, where the checkpoint has one.
+    wants_pretext: ClassVar[bool] = False
 
     layers: Sequence[str]  # whose pooled features are read; () for none
     # How images are cropped and resized, in words by its `str`: a relloc.data.views.View, except
@@ -176,12 +199,13 @@ class NamedEvaluation:
 
     `unreadable_share` is the share of these images that may be broken; None if the images are the
     run's own, for which the run's share holds. `how_to_give` says how to choose images that the
-    evaluation brings.
+    evaluation brings. `group` is the config group that it was chosen from: "eval" or "study".
     """
 
     name: str
     evaluation: Evaluation
     splits: Splits
+    group: str = "eval"
     unreadable_share: float | None = None
     how_to_give: str = ""
 
@@ -190,7 +214,7 @@ class NamedEvaluation:
         """The setting that chooses the images: the run's `data`, or the evaluation's own."""
         if self.unreadable_share is None:
             return "data"
-        return f"eval.{self.name}.data"
+        return f"{self.group}.{self.name}.data"
 
     def check_images(self) -> None:
         """Checks that the images have the labels that the evaluation needs, and enough of them.
@@ -199,7 +223,7 @@ class NamedEvaluation:
             UsageError: labels are missing, or there are too few images.
             DataError: a list of labels is missing or damaged.
         """
-        setting = f"eval.{self.name}"
+        setting = f"{self.group}.{self.name}"
         dataset = self.splits.train.name
         both_splits = (self.splits.train, self.splits.held_out)
 
@@ -243,6 +267,7 @@ class EvaluatedModel:
     # A digest of the backbone's tensors: results of equal weights can be used again, whatever file
     # the weights come from.
     weights: str
+    pretext: PretextModel | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

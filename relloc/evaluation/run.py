@@ -146,6 +146,8 @@ def fingerprint(
             settings.encode_config.batch,
         )
     weights = (model.weights, model.model, batch_norm, calibration)
+    if evaluation.wants_pretext and model.pretext:
+        weights = (*weights, model.pretext.digest)
     facts = (
         repr(evaluation),
         evaluation.version,
@@ -230,6 +232,8 @@ def evaluate(
             state=open_state(part.fingerprint),
             folder=run_dir / part.folder,
             log=log_of(part),
+            pretext=model.pretext if part.evaluation.wants_pretext else None,
+            checkpoint=model.checkpoint,
         )
         results = []
         for score in part.evaluation.run(context):

@@ -41,7 +41,7 @@ from relloc.runs import console
 from relloc.runs.data_sets import DATA_PAGE, DataSet
 from relloc.runs.engine import Engine, EngineSettings
 from relloc.runs.renamed import refuse_old_names
-from relloc.runs.settings import conf_dir, content_of, plain
+from relloc.runs.settings import EVALUATION_GROUPS, conf_dir, content_of, plain
 from relloc.terminal import quantity
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
 
@@ -92,10 +92,12 @@ class MonitorSettings:
 class ChosenEvaluation:
     """An evaluation, the name of its results, and its data set, or None for that of the run.
 
-    `shared_view` has the names of the settings of the run's `view` that it takes its own from.
+    `group` is the config group that it was chosen from: "eval" or "study". `shared_view` has the
+    names of the settings of the run's `view` that it takes its own from.
     """
 
     name: str
+    group: str
     evaluation: Evaluation
     data: DataSet | None
     shared_view: frozenset[str]
@@ -235,6 +237,7 @@ class RunSettings:
                     continue
             named = NamedEvaluation(
                 name=chosen.name,
+                group=chosen.group,
                 evaluation=chosen.evaluation,
                 splits=listed[data.images],
                 # None for the run's own data, whose share `encode_config` passes on
@@ -342,7 +345,8 @@ class Evaluating(RunSettings):
             )
         if not self.evaluations:
             raise UsageError(
-                "eval=[] leaves nothing to do: name evaluations, such as eval=[linear_fast,knn]"
+                "nothing to do: name evaluations, such as eval=[linear_fast,knn], or with "
+                "relloc.study a study (--help study lists them)"
             )
         self._refuse_unused_view()
 
@@ -362,11 +366,12 @@ class Evaluating(RunSettings):
         if unused:
             names = [chosen.name for chosen in self.evaluations]
             listed = names[0] if len(names) == 1 else f"[{','.join(names)}]"
-            own = f"eval.{names[0]}"
+            group = self.evaluations[0].group
+            own = f"{group}.{names[0]}"
             raise UsageError(
-                f"{' '.join(unused)} would change nothing of eval={listed}, which has settings of "
-                f"its own, such as those of {own}.view and {own}.batch: give these (python -m "
-                f"relloc.evaluate --help eval={names[0]} lists them), or leave it out"
+                f"{' '.join(unused)} would change nothing of {group}={listed}, which has settings of "
+                f"its own, such as those of {own}.view and {own}.batch: give these (--help "
+                f"{group}={names[0]} lists them), or leave it out"
             )
 
     def check_paths(self, made_by_jobs: Sequence[str]) -> None:
@@ -534,12 +539,13 @@ def _shared(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     view = given["view"]
     # Settings of the engine are at the top of the config, under the names of its fields.
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
-    evaluations = []
-    for name, node in (given["eval"] or {}).items():
-        unresolved = OmegaConf.to_yaml(config.eval[name])
-        # Interpolations say which settings of the run's view it takes over.
-        shared_view = frozenset(re.findall(r"\$\{view\.(\w+)\}", unresolved))
-        evaluations.append(_evaluation(name, node, shared_view))
+    chosen = []
+    for group in EVALUATION_GROUPS:
+        for name, node in (given[group] or {}).items():
+            unresolved = OmegaConf.to_yaml(config[group][name])
+            # Interpolations say which settings of the run's view it takes over.
+            shared_view = frozenset(re.findall(r"\$\{view\.(\w+)\}", unresolved))
+            chosen.append(_evaluation(group, name, node, shared_view))
     return {
         "seed": given["seed"],
         "calibration_images": given["calibration_images"],
@@ -547,7 +553,7 @@ def _shared(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         "save_every_s": given["save_every_s"],
         "engine": EngineSettings(**engine),
         "data": _data_set("data", given["data"]),
-        "evaluations": evaluations,
+        "evaluations": chosen,
         "view": Center(short_px=view["short_px"], crop_px=view["crop_px"]),
         "view_batch": view["batch"],
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
@@ -595,18 +601,20 @@ def _model(node: Mapping[str, Any]) -> Model:
 
 
 def _evaluation(
-    name: str, node: Mapping[str, Any], shared_view: frozenset[str]
+    group: str, name: str, node: Mapping[str, Any], shared_view: frozenset[str]
 ) -> ChosenEvaluation:
     # The data set is built here; everything else in the node is for the evaluation itself.
     constants = {key: value for key, value in node.items() if key != "data"}
     try:
-        evaluation = call(f"eval.{name}", constants)
+        evaluation = call(f"{group}.{name}", constants)
     except UsageError as error:
         # The evaluation names its kind, such as eval.linear, and doesn't know the name it has here.
-        message = re.sub(r"\beval\.[a-z0-9_]+", f"eval.{name}", str(error))
+        message = re.sub(r"\b(eval|study)\.[a-z0-9_]+", f"{group}.{name}", str(error))
         raise UsageError(message) from error
-    data = _data_set(f"eval.{name}.data", node["data"]) if node.get("data") else None
-    return ChosenEvaluation(name=name, evaluation=evaluation, data=data, shared_view=shared_view)
+    data = _data_set(f"{group}.{name}.data", node["data"]) if node.get("data") else None
+    return ChosenEvaluation(
+        name=name, group=group, evaluation=evaluation, data=data, shared_view=shared_view
+    )
 
 
 def _missing_data_sets(evaluations: Sequence[ChosenEvaluation]) -> Iterator[str]:

@@ -56,8 +56,10 @@ class RunData:
         Raises:
             UsageError: the images are not where they were, and no other folder was given.
         """
-        evaluations = given["eval"] or {}
-        has_own_data = [bool(node.get("data")) for node in evaluations.values()]
+        evaluations = []
+        for group in settings.EVALUATION_GROUPS:
+            evaluations += (given[group] or {}).values()
+        has_own_data = [bool(node.get("data")) for node in evaluations]
         if all(has_own_data):
             return ""
         data = given["data"]
@@ -197,7 +199,7 @@ def _read(run: Path, *, chooses_probe: bool) -> RunData | None:
     Raises:
         UsageError: no member of conf/data lists images by the function that the run used.
     """
-    content = _load(run / CONFIG_FILE)
+    content = load_config(run / CONFIG_FILE)
     data = content.get("data")
     if not isinstance(data, Mapping):
         return None
@@ -248,7 +250,7 @@ def _target_of(member: str) -> Any:
     return source.get("_target_")
 
 
-def _load(file: Path) -> Any:
+def load_config(file: Path) -> Any:
     """Returns the content of a file of plain YAML.
 
     Raises `UsageError` for a file that is too large for a config or has aliases. relloc writes
@@ -282,7 +284,7 @@ def _from_where_it_was_started(run: Path, folder: Any) -> Any:
     hydra_file = run / _HYDRA_FILE
     hydras_settings = {}
     if hydra_file.is_file():
-        hydras_settings = settings.flat(_load(hydra_file))
+        hydras_settings = settings.flat(load_config(hydra_file))
     started_in = hydras_settings.get(_STARTED_IN)
     if isinstance(started_in, str):
         there = os.path.join(started_in, folder)

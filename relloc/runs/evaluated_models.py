@@ -4,6 +4,7 @@ These are run folders and files of relloc, files of other projects, "random" for
 "torchvision" for its supervised ImageNet weights.
 """
 
+import dataclasses
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from relloc.models.described import described_backbone
 from relloc.results import REFERENCE_MODELS
 from relloc.runs import console
 from relloc.runs.build import Evaluating, model_of_conf
+from relloc.runs.pretext_models import pretext_model
 from relloc.tracking.unfinished import unfinished_training
 
 # The enumeration of weights in torchvision.models, by model.
@@ -64,7 +66,18 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     else:
         model = "resnet50"
 
-    return [loaded.get(name) or _control(settings, name, model) for name in names]
+    models = [loaded.get(name) or _control(settings, name, model) for name in names]
+    if any(one.evaluation.wants_pretext for one in settings.evaluations):
+        return [_with_pretext(each) for each in models]
+    return models
+
+
+def _with_pretext(model: EvaluatedModel) -> EvaluatedModel:
+    """Adds the network of the pretext task, where the checkpoint has one."""
+    if model.checkpoint in REFERENCE_MODELS:
+        return model
+    pretext = pretext_model(Path(model.checkpoint), model.backbone)
+    return dataclasses.replace(model, pretext=pretext)
 
 
 def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:

@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from torch import nn
 
 from relloc import ranks
 from relloc.checkpoints.states import delete_state
@@ -25,7 +27,7 @@ from relloc.results import RESULTS_FILE, Result, append_results, read_results, t
 from relloc.runs import console, known_answers
 from relloc.runs.build import Evaluating
 from relloc.runs.data_sets import DATA_PAGE
-from relloc.runs.engine import resolve_engine
+from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import evaluated_models
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
@@ -92,10 +94,8 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         eval_settings = settings.eval_settings(engine)
         fingerprints: set[str] = set()
         for model in models:
-            # One backbone at a time is on the device, which leaves its memory to features.
-            engine.place(model.backbone)
-            fingerprints |= evaluate_model(model, evaluations, eval_settings, run)
-            model.backbone.cpu()
+            with _placed(model, engine):
+                fingerprints |= evaluate_model(model, evaluations, eval_settings, run)
         if folder is None:
             return
         # The folder may also hold rows of other commands, which are not shown.
@@ -110,6 +110,22 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         console.print_next("report", console.from_here(run_dir), "--out", "report.html")
     else:
         console.print_next("report", console.from_here(run_dir))
+
+
+@contextlib.contextmanager
+def _placed(model: EvaluatedModel, engine: Engine) -> Iterator[None]:
+    """Has the model's networks on the device within the block.
+
+    One model at a time is there, which leaves the memory of the device to features.
+    """
+    networks: list[nn.Module] = [model.backbone]
+    if model.pretext:
+        networks.append(model.pretext.network)
+    for network in networks:
+        engine.place(network)
+    yield
+    for network in networks:
+        network.cpu()
 
 
 def print_left_out(reasons: Mapping[str, str]) -> None:
@@ -136,7 +152,7 @@ def _refuse_several_processes(evaluations: Sequence[NamedEvaluation]) -> None:
     single = [named.name for named in evaluations if not named.evaluation.across_ranks]
     if ranks.world_size() > 1 and single:
         raise UsageError(
-            f"eval={','.join(single)} runs in one process, which takes one GPU: leave torchrun "
+            f"{','.join(single)} runs in one process, which takes one GPU: leave torchrun "
             "out, or name only evaluations that divide their work, as nearest neighbors and "
             "fine-tuning do"
         )

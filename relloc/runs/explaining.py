@@ -85,8 +85,8 @@ def no_member(group: str, wrong: str) -> str:
 
     It proposes a member with a similar name, and those whose descriptions contain the word.
     """
-    if group == "eval" and wrong in ("none", "null"):
-        return f"there is no eval={wrong}: write eval=[] for no evaluation"
+    if group in settings.EVALUATION_GROUPS and wrong in ("none", "null"):
+        return f"there is no {group}={wrong}: write {group}=[] for none"
     known = settings.members(group)
     meant = difflib.get_close_matches(wrong, known, n=1)
     # Shorter words are found in too many descriptions.
@@ -118,7 +118,7 @@ def check_members(overrides: Sequence[Override]) -> None:
         if override.is_delete():
             continue
         chosen = values(override)
-        if group == "eval" and None in chosen:
+        if group in settings.EVALUATION_GROUPS and None in chosen:
             raise UsageError(no_member(group, "null"))
         if group not in settings.CHOSEN_BY_DATA:
             continue
@@ -214,7 +214,7 @@ def _prepare_takes_data(words: Sequence[str]) -> str:
     _, _, preset = given.partition("=")
     if preset in settings.members("experiment"):
         # A preset is made for one of the commands.
-        for other in ("train", "evaluate"):
+        for other in settings.COMMANDS:
             with contextlib.suppress(HydraException, OmegaConfBaseException):
                 composed = settings.compose(other, [given])
                 data = composed.value("data.name")
@@ -227,11 +227,11 @@ def _members_with(wrong: str, command: str) -> list[str]:
     """Returns the members, such as `data=folder`, that have the setting `wrong`."""
     group, _, inner = wrong.partition(".")
     # The settings of an evaluation come below its name: eval.linear.lr is a setting of eval=linear.
-    if group == "eval":
+    if group in settings.EVALUATION_GROUPS:
         evaluation, _, _ = inner.partition(".")
         if evaluation not in settings.members(group):
             return []
-        choice = f"eval={evaluation}"
+        choice = f"{group}={evaluation}"
         composed = settings.compose(command, [choice])
         return [choice] if wrong in composed.names() else []
     having = []
@@ -370,7 +370,7 @@ def check_added(
         parents = _parents(key)
         is_of_call = not called.isdisjoint(parents)
         # +eval.NAME adds a whole evaluation.
-        is_evaluation = parents == ["eval"]
+        is_evaluation = parents in (["eval"], ["study"])
         may_exist = is_of_call or is_evaluation or group in swept
         if key not in known and not may_exist:
             raise UsageError(no_setting(key, command, words))

@@ -15,7 +15,7 @@ from relloc.data.image_set import ImageSet, Splits
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.engine import Engine
 from relloc.runs.refusing import HYDRA_FILES
-from relloc.runs.settings import plain
+from relloc.runs.settings import EVALUATION_GROUPS, plain
 from relloc.sweeps.points import identity_of
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
@@ -113,14 +113,15 @@ class Invocation:
         recorded = {
             name: value for name, value in self.settings.items() if name not in _NOT_RECORDED
         }
-        evaluations = {}
-        for name, node in recorded["eval"].items():
-            if "data" in node:
-                data = {key: node["data"][key] for key in _RECORDED_OF_DATA}
-                evaluations[name] = node | {"data": data}
-            else:
-                evaluations[name] = node
-        recorded["eval"] = evaluations
+        for group in EVALUATION_GROUPS:
+            evaluations = {}
+            for name, node in recorded[group].items():
+                if "data" in node:
+                    data = {key: node["data"][key] for key in _RECORDED_OF_DATA}
+                    evaluations[name] = node | {"data": data}
+                else:
+                    evaluations[name] = node
+            recorded[group] = evaluations
         return flatten(recorded)
 
 

@@ -40,6 +40,7 @@ from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.monitors import held_out_crops
 from relloc.runs.naming import pretraining_name
+from relloc.runs.pretext_models import make_pretext_model
 from relloc.runs.reusing import EvalRun
 from relloc.runs.settings import content_of, flat, members
 from relloc.runs.training import Training, train_to_the_end
@@ -443,4 +444,11 @@ def _evaluate(
     for checkpoint, backbone in ((weights, trained), ("random", untrained)):
         engine.place(backbone)
         model = make_evaluated_model(backbone, checkpoint, settings.model.name)
+        if backbone is trained and any(each.evaluation.wants_pretext for each in measurable):
+            # A network with ordinary batch norm too, with the head that was trained.
+            network = settings.network()
+            network.load_state_dict(training.task.model.state_dict())
+            engine.place(network)
+            pretext = make_pretext_model(network, settings.patches)
+            model = dataclasses.replace(model, pretext=pretext)
         evaluate_model(model, measurable, settings.eval_settings(engine), run)

@@ -203,7 +203,7 @@ def _composed_with(
     group, _, inner = key.partition(".")
     members = settings.members_general_first(group)
     # The settings of an evaluation come below its name.
-    if group == "eval":
+    if group in settings.EVALUATION_GROUPS:
         evaluation, _, _ = inner.partition(".")
         members = [evaluation, *members]
     for member in members:
@@ -409,8 +409,8 @@ def _docstring(target: str) -> str:
 def _from_members(key: str) -> Iterator[str]:
     """Yields one line with the values that the members of the setting's group set it to."""
     group, _, inner = key.partition(".")
-    # Members of `eval` are evaluations, each with settings of its own.
-    if group == "eval":
+    # Evaluations and studies have settings of their own.
+    if group in settings.EVALUATION_GROUPS:
         return
     values = []
     for member in settings.members(group):

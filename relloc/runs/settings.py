@@ -19,7 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from relloc.errors import UsageError
 from relloc.runs import resolvers as _resolvers  # noqa: F401  (registers what conf/ names)
 
-COMMANDS = ("train", "evaluate", "prepare")  # the commands that Hydra composes a config for
+COMMANDS = ("train", "evaluate", "study", "prepare")  # those that Hydra composes a config for
+# The commands that measure checkpoints which exist already
+EVALUATING_COMMANDS = ("evaluate", "study")
+# The groups that evaluations are chosen from, and the settings that hold them
+EVALUATION_GROUPS = ("eval", "study")
 # A data set chooses the member of these groups that has its own name, if there is one.
 CHOSEN_BY_DATA = ("recipe", "probe")
 

@@ -29,7 +29,7 @@ from relloc.runs.command_line import CommandLine
 from relloc.runs.data_of_run import RunData
 from relloc.runs.launcher_words import with_one_value_each
 from relloc.runs.renamed import refuse_old_names
-from relloc.runs.settings import conf_dir
+from relloc.runs.settings import EVALUATING_COMMANDS, conf_dir
 
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -191,7 +191,7 @@ def _prepare_words(given: CommandLine, config_name: str) -> RunData | None:
         )
     # Checks that need no composed config, from those of syntax to those of meaning
     typed = with_one_value_each(given.words)
-    if config_name == "evaluate":
+    if config_name in EVALUATING_COMMANDS:
         command_line.check_bare_checkpoint(typed)
     words = command_line.check(typed, sweeps=given.sweeps)
     refuse_old_names(word.key_or_group for word in words)
@@ -201,7 +201,7 @@ def _prepare_words(given: CommandLine, config_name: str) -> RunData | None:
         explaining.check_added(words, config_name)
 
     data = None
-    if config_name == "evaluate":
+    if config_name in EVALUATING_COMMANDS:
         command_line.check_checkpoints(words)
         find = data_of_run.find_shared if given.sweeps else data_of_run.find_of_point
         data = find(words)

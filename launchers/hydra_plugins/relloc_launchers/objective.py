@@ -48,7 +48,11 @@ def check_sweeper(config: DictConfig) -> None:
 
 def check_names(config: DictConfig, kind: str) -> None:
     """Raises `UsageError` if a point runs no evaluation that gives the result `objective` names."""
-    evaluations = [*(config.eval or {}), *([_PRETEXT] if kind == "train" else [])]
+    evaluations = [
+        *(config.eval or {}),
+        *(config.study or {}),
+        *([_PRETEXT] if kind == "train" else []),
+    ]
     for name in names_of(config):
         first = name.partition("/")[0]
         # Weights and batch norm may follow the evaluation's name, as in knn_random_recalibrated.

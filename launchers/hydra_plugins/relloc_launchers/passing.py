@@ -12,7 +12,7 @@ from relloc.errors import UsageError
 
 # Keeps a point from being launched again by a launcher that a config file chooses
 RUN_ALONE = "hydra.mode=RUN"
-_COMMANDS = ("train", "evaluate")
+_COMMANDS = ("train", "evaluate", "study")
 _OF_LAUNCHER = ("launcher=", "launcher.", "sweep=")
 # Hydra's own settings that say how and where a sweep is made, not how a point runs
 _OF_SWEEP = (
@@ -28,7 +28,7 @@ _FOLDERS = {"--config-path": "main", "--config-dir": "command-line"}
 
 
 def command_of(config: DictConfig) -> str:
-    """Returns the command that was started, train or evaluate, whatever hydra.job.name says."""
+    """Returns the command that was started, such as train, whatever hydra.job.name says."""
     # Users may rename the job in Hydra's settings.
     started = Path(sys.argv[0]).stem
     return started if started in _COMMANDS else config.hydra.job.name

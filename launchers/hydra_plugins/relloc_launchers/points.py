@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from relloc.errors import Interrupted, UsageError
 from relloc.runs import data_of_run
 from relloc.runs.command_line import as_value
-from relloc.runs.settings import conf_dir
+from relloc.runs.settings import EVALUATING_COMMANDS, conf_dir
 from relloc.runs.start_command import refuse_chdir, users_environment
 from relloc.status import Status
 from relloc.sweeps.point_status import (
@@ -116,7 +116,7 @@ class PointsLauncher(Launcher):
         """Composes a point, and keeps the config until `_composed_from` asks for it."""
         words = sweep_overrides
         # An evaluation takes over the data set of the run that it evaluates.
-        if self.config.hydra.job.name == "evaluate":
+        if self._kind in EVALUATING_COMMANDS:
             words = data_of_run.with_data(sweep_overrides, sys.argv[1:])
         composed = self._compose(master_config, words)
         self._composed[tuple(sweep_overrides)] = composed
