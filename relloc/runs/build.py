@@ -345,7 +345,7 @@ class Evaluating(RunSettings):
             )
         if not self.evaluations:
             raise UsageError(
-                "nothing to do: name evaluations, such as eval=[linear_fast,knn], or with "
+                "eval=[] leaves nothing to do: name some, such as eval=[linear_fast,knn], or with "
                 "relloc.study a study (--help study lists them)"
             )
         self._refuse_unused_view()
@@ -369,8 +369,8 @@ class Evaluating(RunSettings):
             group = self.evaluations[0].group
             own = f"{group}.{names[0]}"
             raise UsageError(
-                f"{' '.join(unused)} would change nothing of {group}={listed}, which has settings of "
-                f"its own, such as those of {own}.view and {own}.batch: give these (--help "
+                f"{' '.join(unused)} would change nothing of {group}={listed}, which has settings "
+                f"of its own, such as those of {own}.view and {own}.batch: give these (--help "
                 f"{group}={names[0]} lists them), or leave it out"
             )
 
