@@ -38,8 +38,8 @@ from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import NOT_THERE, THERE, MultiLabeled
 from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
+from relloc.evaluation.calibration import calibration_batches
 from relloc.evaluation.contract import Context, Evaluation, NullState
-from relloc.evaluation.run import calibration_batches
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import Bank, LiveFeatures, fill_bank
 from relloc.runs import build, engine
@@ -194,7 +194,14 @@ def _features(
         splits = (config.evaluations[0].data or config.data).read()
     view = config.evaluations[0].evaluation.view
     if options.recalibrate:
-        recalibrate(backbone, calibration_batches(splits.train, view, config.eval_settings(how)))
+        calibration_images = calibration_batches(
+            splits.train,
+            view,
+            n_images=config.calibration_images,
+            seed=config.seed,
+            config=config.encode_config(how),
+        )
+        recalibrate(backbone, calibration_images)
     kept = {}
     for split, images in (("train", splits.train), ("held_out", splits.held_out)):
         live = LiveFeatures(

@@ -10,7 +10,8 @@ Both begin with random weights, and all weights and batch norms are trained.
 "waiting" is the share of time in which the training process waited for samples; "read/s" is how
 many iterations a second the worker processes read when nothing is trained. "TFLOP" are those
 of convolutions and matrix products, forward and backward, of one iteration; networks that differ in
-them are to be compared by "TFLOP/s".
+them are to be compared by "TFLOP/s". Nothing is compiled, but for a side "relloc compiled" that
+`--compile` adds where all images have one size.
 
 Networks of torchvision: fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn and fcn_resnet50, whose head
 is smaller than ours. It has no Faster R-CNN C4, so that beside the pyramid, another architecture,
@@ -137,6 +138,10 @@ TASKS = {
 }
 
 
+# Our side where compile=true.
+_COMPILED = "relloc compiled"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Side:
     """One of the two networks that are timed.
@@ -196,7 +201,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--sides",
         nargs="+",
-        help="relloc, torchvision, torchvision C4 or torchvision FPN; default: all that a task has",
+        help="relloc, relloc compiled, torchvision, torchvision C4, torchvision FPN; default: all",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help=f"time our side of tasks of one image size once more, as {_COMPILED!r}",
     )
     parser.add_argument("--images", type=int, default=96, help="to write for each task")
     parser.add_argument("--root", type=Path, help="where to write them, or where they are already")
@@ -221,11 +231,11 @@ def _timed_task(
     options: argparse.Namespace,
 ) -> list[Row]:
     """Returns a row for each side, and notes in `measured` what was not measured yet."""
-    # No network here is compiled, so nobody need find out whether it could be.
     engine_settings = [
         f"precision={precision}",
         f"memory_format={memory_format}",
-        "compile=false",
+        # Where nothing is compiled nobody need find out whether it could be.
+        f"compile={str(options.compile).lower()}",
     ]
     settings = _evaluating(name, root, [*engine_settings, *options.overrides])
     how = engine.resolve_engine(settings.engine)
@@ -240,6 +250,8 @@ def _timed_task(
     context = _context(settings, how, backbone, named)
 
     makers: dict[str, Callable[[Context], Side]] = {"relloc": functools.partial(_ours, evaluation)}
+    if options.compile and evaluation.one_size:
+        makers[_COMPILED] = functools.partial(_ours, evaluation)
     for twin, make_network in TASKS[name].twins.items():
         makers[twin] = functools.partial(_torchvision, make_network, evaluation, how)
     words = precision
@@ -251,8 +263,12 @@ def _timed_task(
     for side_name, make in makers.items():
         if options.sides and side_name not in options.sides:
             continue
-        side = make(context)
-        if (name, side_name) not in measured.tflop:
+        is_compiled = side_name == _COMPILED
+        side = make(context if is_compiled else _not_compiled(context))
+        if is_compiled:
+            # The same network; what is compiled can't be counted.
+            measured.tflop[name, side_name] = measured.tflop.get((name, "relloc"), float("nan"))
+        elif (name, side_name) not in measured.tflop:
             measured.tflop[name, side_name] = _tflop(side)
         seconds, waiting, gigabytes = _timed(side, how.device, options)
         # Networks and their optimizers refer to themselves.
@@ -317,6 +333,12 @@ def _context(
         state=NullState(),
         folder=Path(),
     )
+
+
+def _not_compiled(context: Context) -> Context:
+    """Returns the context of a run with compile=false."""
+    encode_config = dataclasses.replace(context.encode_config, compile=lambda function: function)
+    return dataclasses.replace(context, encode_config=encode_config)
 
 
 def _ours(evaluation: IterativeFineTuning, context: Context) -> Side:

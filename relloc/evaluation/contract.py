@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from relloc import checks
-from relloc.data.image_set import Splits
+from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import MultiLabeled
 from relloc.data.shards import ShardImages
 from relloc.data.views import View, check_view
 from relloc.errors import DataError, UsageError
+from relloc.evaluation.calibration import calibration_batches
 from relloc.features.source import ColorAugmentation, EncodeConfig, FeatureSource, LiveFeatures
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
@@ -27,8 +28,8 @@ from relloc.results import LAYERS, Result, Score
 
 # Writes numbers of a training, by their names, at a step of it into the curves of the run.
 LogCurves = Callable[[Mapping[str, float], int], None]
-# Which statistics frozen batch norm uses: those of the pretraining, which are of patches, or ones
-# estimated anew on the whole images that evaluations show.
+# Which statistics batch norm has when an evaluation begins: those of the pretraining, which are of
+# patches, or ones estimated anew on the whole images that the evaluation shows.
 BATCH_NORMS = ("as_trained", "recalibrated")
 Kind = Literal["frozen", "fine-tuned", "study"]
 Labels = Literal["class", "presence", "own", "none"]
@@ -137,7 +138,7 @@ class Evaluation(abc.ABC):
     """
 
     # "frozen" and "study" see the backbone under each of the run's batch norms; "fine-tuned" trains
-    # a copy of it, batch norm included, and runs once.
+    # a copy of it, under batch norms of its own choice.
     kind: ClassVar[Kind]
     # What an image must be labeled with: one class ("class"), the presence of each class
     # ("presence"), nothing ("none"), or what the evaluation itself looks for in `check`, such as
@@ -175,6 +176,23 @@ class Evaluation(abc.ABC):
         checks.some_of(f"{setting}.layers", self.layers, LAYERS)
         check_view(f"{setting}.view", self.view)
         checks.whole(f"{setting}.batch", self.batch)
+
+    def batch_norms(self, of_run: Sequence[str]) -> Sequence[str]:
+        """Returns the batch norms, of `BATCH_NORMS`, that it is measured under.
+
+        `of_run` are those of the run. Fine-tuning takes as long as it takes for each of them, and
+        trains batch norm with the weights, so it has only "as_trained" unless it says otherwise.
+        """
+        return ("as_trained",) if self.kind == "fine-tuned" else of_run
+
+    def calibration_batches(
+        self, images: ImageSet, *, n_images: int, seed: int, config: EncodeConfig
+    ) -> Iterator[torch.Tensor]:
+        """Yields training images (b 3 h w) to recalibrate batch norm on, on the device.
+
+        About `n_images` of `images` are drawn by the run's seed.
+        """
+        return calibration_batches(images, self.view, n_images=n_images, seed=seed, config=config)
 
     def check(self, splits: Splits) -> None:  # noqa: B027 - most evaluations have no further demands
         """Checks before any computation whether the evaluation can work on these images.
@@ -275,7 +293,8 @@ class EvalSettings:
     """Settings that all evaluations of a run share."""
 
     encode_config: EncodeConfig  # how images are read and encoded
-    # Some of `BATCH_NORMS`; frozen evaluations are measured under each of them.
+    # Some of `BATCH_NORMS`; frozen evaluations are measured under each of them, and others under
+    # those of their own (`Evaluation.batch_norms`).
     batch_norms: Sequence[str]
     # Number of training images that recalibrated batch-norm statistics are estimated on.
     calibration_images: int

@@ -19,7 +19,6 @@ from torch import Tensor
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.lists import MultiLabeled
-from relloc.data.views import View
 from relloc.evaluation.contract import (
     BATCH_NORMS,
     Context,
@@ -44,7 +43,6 @@ from relloc.features.source import (
 )
 from relloc.models.backbone import Backbone
 from relloc.results import Result, Score
-from relloc.seeds import Use, seed_for
 
 # Enters fingerprints. To raise when other images are drawn to recalibrate batch norm on.
 _CALIBRATION_VERSION = 2
@@ -86,14 +84,11 @@ def split_evaluation(
     """Returns the parts of an evaluation under a batch norm.
 
     An evaluation whose layers are independent has one part per layer, others have a single part.
+    One that is not measured under this batch norm has none.
     """
     evaluation = named.evaluation
-    if evaluation.kind == "fine-tuned":
-        # Fine-tuning trains batch norm with the weights, so it runs once, under the first one.
-        if batch_norm != settings.batch_norms[0]:
-            return []
-        batch_norm = "as_trained"
-
+    if batch_norm not in evaluation.batch_norms(settings.batch_norms):
+        return []
     evaluations = [evaluation]
     if evaluation.independent_layers:
         evaluations = []
@@ -259,14 +254,16 @@ def _prepare_backbone(
     settings: EvalSettings,
 ) -> tuple[Backbone, tuple[str, ...]]:
     """Returns the backbone with the part's batch-norm statistics, and details for its results."""
-    if part.evaluation.kind == "fine-tuned":
-        # Whether batch norm is trained with the weights is for the evaluation to say.
-        return backbone, ()
     if part.batch_norm == "as_trained":
         return backbone, ()
     # Recalibration changes the statistics, so it works on a copy: other groups need the original.
     backbone = copy.deepcopy(backbone)
-    batches = calibration_batches(part.named.splits.train, part.evaluation.view, settings)
+    batches = part.evaluation.calibration_batches(
+        part.named.splits.train,
+        n_images=settings.calibration_images,
+        seed=settings.seed,
+        config=settings.encode_config,
+    )
     n_images = recalibrate(backbone, batches)
     detail = f"batch-norm statistics re-estimated on {n_images} training images without labels"
     return backbone, (detail,)
@@ -337,37 +334,6 @@ def _cache_features(
     train_bank = fill_bank(train, layers, batch, device)
     held_out_bank = fill_bank(held_out, layers, batch, device)
     return train_bank, held_out_bank
-
-
-def calibration_batches(
-    images: ImageSet,
-    view: View,
-    settings: EvalSettings,
-) -> Iterator[torch.Tensor]:
-    """Yields pixels (b 3 s s), on the device, to estimate batch-norm statistics on.
-
-    The images are drawn by the run's seed. All batches have the same number of images, except for
-    those that cannot be read.
-    """
-    encode_config = settings.encode_config
-    generator = torch.Generator().manual_seed(seed_for(Use.CALIBRATION_IMAGES, settings.seed))
-    order = torch.randperm(len(images), generator=generator)
-
-    # Whole batches only: each counts the same in the statistics, whatever its size.
-    size = min(encode_config.batch, len(images))
-    n_batches = min(settings.calibration_images, len(images)) // size
-    n_images = max(size, n_batches * size)
-
-    # Views may be random. Each image has a seed of its own, whatever batch it is in.
-    keys = []
-    for index in order[:n_images].tolist():
-        seed = seed_for(Use.CALIBRATION_VIEW, settings.seed, index)
-        keys.append((index, seed))
-    unreadable = encode_config.unreadable_of(len(images))
-    for views in encode_config.views(images, view, keys, size):
-        unreadable.add(views.unreadable)
-        if len(views.pixels):
-            yield encode_config.to_device(views.pixels)
 
 
 def _to_result(

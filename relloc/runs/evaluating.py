@@ -218,7 +218,7 @@ def evaluate_model(
     # Split each evaluation into parts, one batch norm after the other.
     parts_by_evaluation = [
         split_evaluation(named, batch_norm, model, settings)
-        for batch_norm in settings.batch_norms
+        for batch_norm in _all_batch_norms(evaluations, settings)
         for named in evaluations
     ]
     parts = list(itertools.chain(*parts_by_evaluation))
@@ -250,6 +250,14 @@ def evaluate_model(
     if folder:
         fingerprints |= _summarize(model, parts_by_evaluation, settings, run_dir)
     return fingerprints
+
+
+def _all_batch_norms(evaluations: Sequence[NamedEvaluation], settings: EvalSettings) -> list[str]:
+    """Returns the batch norms of the run, and then those that evaluations have beside them."""
+    batch_norms = list(settings.batch_norms)
+    for named in evaluations:
+        batch_norms += named.evaluation.batch_norms(settings.batch_norms)
+    return list(dict.fromkeys(batch_norms))
 
 
 def _log_of(model: EvaluatedModel, folder: RunFolder | None, part: EvalPart) -> LogCurves:

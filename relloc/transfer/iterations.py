@@ -21,8 +21,9 @@ from relloc import checks, ranks
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.samples import MakeSample, read_samples
 from relloc.errors import DataError
-from relloc.evaluation.contract import Context, Evaluation
-from relloc.features.source import SeededIndex, no_progress
+from relloc.evaluation.calibration import calibration_keys
+from relloc.evaluation.contract import BATCH_NORMS, Context, Evaluation
+from relloc.features.source import EncodeConfig, SeededIndex, no_progress
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.transfer import order
@@ -62,6 +63,9 @@ class IterativeFineTuning(Evaluation):
             of all processes, so fewer images change its statistics.
         learning_rate, momentum, weight_decay: of SGD.
         evaluate_every: iterations between tests; the last one is always after the training.
+        batch_norm: whether the backbone begins with batch-norm statistics "as_trained" or
+            "recalibrated" on training images, or both in a list for a training of each. They have
+            an effect where batch norm is not trained, as a training uses those of its batches.
     """
 
     kind = "fine-tuned"
@@ -83,6 +87,8 @@ class IterativeFineTuning(Evaluation):
     momentum: float
     weight_decay: float
     evaluate_every: int = dataclasses.field(repr=False)  # decides no number
+    # Results are told apart by it anyway, as those of frozen evaluations are.
+    batch_norm: str | Sequence[str] = dataclasses.field(default="as_trained", repr=False)
 
     @abc.abstractmethod
     def make_network(self, context: Context) -> nn.Module:
@@ -166,6 +172,7 @@ class IterativeFineTuning(Evaluation):
             checks.multiple(
                 f"{setting}.images_per_forward", self.images_per_forward, self.images_per_gpu
             )
+        checks.some_of(f"{setting}.batch_norm", self.batch_norms(()), BATCH_NORMS)
         checks.number(f"{setting}.learning_rate", self.learning_rate, above=0)
         checks.number(f"{setting}.momentum", self.momentum, at_least=0, at_most=1)
         checks.number(f"{setting}.weight_decay", self.weight_decay, at_least=0)
@@ -173,6 +180,33 @@ class IterativeFineTuning(Evaluation):
     def check_length(self, setting: str) -> None:
         """Checks what `length` computes with. Raises `UsageError` if it is out of range."""
         checks.whole(f"{setting}.iterations", self.iterations)
+
+    def batch_norms(self, of_run: Sequence[str]) -> Sequence[str]:
+        return [self.batch_norm] if isinstance(self.batch_norm, str) else self.batch_norm
+
+    def calibration_batches(
+        self, images: ImageSet, *, n_images: int, seed: int, config: EncodeConfig
+    ) -> Iterator[Tensor]:
+        """Yields training samples as a forward of the training takes them, unlabeled."""
+        _, size = self.forward_images()
+        batches = calibration_keys(
+            self.training_indices(images), n_images=n_images, size=size, seed=seed
+        )
+        read = read_samples(
+            images,
+            self.make_sample(images),
+            batches,
+            workers=config.workers,
+            stopping=config.stopping,
+        )
+        unreadable = config.unreadable_of(len(images))
+        what = f"recalibrating batch norm on {images.name} {images.split}"
+        for batch in config.progress(read, what, len(batches)):
+            unreadable.add(batch.unreadable)
+            if batch.samples:
+                # Groups have an effect on losses alone.
+                forward = ForwardSamples(samples=batch.samples, groups=batch.places)
+                yield self.batch_of(forward, config.device).images
 
     def check(self, splits: Splits) -> None:
         """Checks that there are images to train on, and that the batch fits the processes.

@@ -22,7 +22,7 @@ from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, strat
 from relloc.data.views import View, check_view
 from relloc.errors import DataError
 from relloc.evaluation import schedule
-from relloc.evaluation.contract import Context, Evaluation
+from relloc.evaluation.contract import BATCH_NORMS, Context, Evaluation
 from relloc.results import CHOSEN_WITHOUT_TEST, Score
 from relloc.terminal import quantity
 from relloc.transfer.classifier import TOP, Classifier, TrainingViews, count_top_hits
@@ -73,6 +73,9 @@ class SemiSupervised(Evaluation):
     the setting that is best on `choosing_images` other training images. A setting that diverged
     ranks last and is named.
 
+    `batch_norm` says whether the backbone begins with batch-norm statistics "as_trained" or
+    "recalibrated" on images in the test view, or both in a list for a training of each.
+
     Raises:
         ValueError: a constant with which nothing can be trained.
         DataError: `list_file` can't be read or names nothing.
@@ -99,8 +102,11 @@ class SemiSupervised(Evaluation):
     augment: View
     view: View
     list_digest: str = dataclasses.field(init=False)
+    # Results are told apart by it anyway, as those of frozen evaluations are.
+    batch_norm: str | Sequence[str] = dataclasses.field(default="as_trained", repr=False)
 
     def __post_init__(self) -> None:
+        checks.some_of("eval.semisup.batch_norm", self.batch_norms(()), BATCH_NORMS)
         checks.number("eval.semisup.share", self.share, above=0, at_most=1)
         if not isinstance(self.list_file, str | None):
             raise ValueError(
@@ -126,6 +132,9 @@ class SemiSupervised(Evaluation):
         for rate, multiplier in itertools.product(self.learning_rates, self.head_multipliers):
             settings.append(Rates(learning_rate=rate, head_multiplier=multiplier))
         return settings
+
+    def batch_norms(self, of_run: Sequence[str]) -> Sequence[str]:
+        return [self.batch_norm] if isinstance(self.batch_norm, str) else self.batch_norm
 
     def run(self, context: Context) -> Iterator[Score]:
         """Yields top-1 and top-5 accuracy on held-out images after the last epoch.
