@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from relloc import checks
+from relloc.patches.normalize import ByDataset
 from relloc.transfer.to_device import to_device
 
 Size = tuple[int, int]  # height, width
@@ -137,11 +138,6 @@ def interpolated(
     return (of_columns + 0.5).floor()
 
 
-def resized(image: _Pixels, size: Size) -> _Resized:
-    """Returns the whole image at another size, as whole numbers from 0 to 255."""
-    return all_resized([image], [size])[0]
-
-
 def all_resized(
     images: Sequence[UInt8[Tensor, "_ _ 3"]],
     sizes: Sequence[Size],
@@ -160,4 +156,20 @@ def all_resized(
     results = []
     for image, rows, columns in zip(images, axes[::2], axes[1::2], strict=True):
         results.append(interpolated(image, rows, columns))
+    return results
+
+
+def resized_and_normalized(
+    images: Sequence[UInt8[Tensor, "_ _ 3"]],
+    sizes: Sequence[Size],
+) -> list[Float[Tensor, "3 _ _"]]:
+    """Returns whole images, all on one device, at other sizes and as networks take them."""
+    normalize = ByDataset()
+    results = []
+    for image in all_resized(images, sizes):
+        # The result of a permutation is not laid out as convolutions expect it.
+        channels_first = image.permute(2, 0, 1).contiguous()
+        # Normalization takes batches: here one of a single image.
+        batch = normalize(channels_first.unsqueeze(0))
+        results.append(batch[0])
     return results

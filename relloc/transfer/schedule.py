@@ -98,14 +98,6 @@ class Poly:
         return above_floor * remaining**self.power + self.floor
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Constant:
-    """The base rate throughout."""
-
-    def factor(self, position: float) -> float:
-        return 1.0
-
-
 def _check(name: str, value: float, fits: bool, limit: str) -> None:
     """Raises `ValueError` unless `value` is finite and fits."""
     if not fits or not math.isfinite(value):

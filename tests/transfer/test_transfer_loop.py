@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from relloc.errors import DataError, UsageError
 from relloc.transfer.loop import Diverged, FineTuning, MicroBatch, split_for_rank
-from relloc.transfer.schedule import Constant, Milestones, Poly, Schedule
+from relloc.transfer.schedule import Milestones, Poly, Schedule
 
 CPU = torch.device("cpu")
 Pair = tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ def training(
         "loss": loss_of(net),
         "length": 6,
         "steps_per_unit": 1,
-        "schedule": Constant(),
+        "schedule": Milestones(milestones=[], gamma=1),
         "synchronized": False,
         "seed": 3,
         "device": CPU,

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from relloc.transfer.schedule import Constant, Milestones, Poly
+from relloc.transfer.schedule import Milestones, Poly
 
 
 def test_milestones_with_linear_warm_up_are_those_of_the_detectors() -> None:
@@ -43,7 +43,9 @@ def test_the_poly_schedule_is_that_of_the_segmenters() -> None:
 
 
 def test_a_constant_rate_stays() -> None:
-    assert {Constant().factor(position) for position in (0, 7.5, 1e6)} == {1.0}
+    assert {Milestones(milestones=[], gamma=1).factor(position) for position in (0, 7.5, 1e6)} == {
+        1.0
+    }
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from relloc import checks
 from relloc.data.annotations import Mask, ObjectImages, Objects, decode_mask
-from relloc.patches.normalize import ByDataset
 from relloc.transfer.detection.batch import DetectionBatch, Size, Targets, pad_images
-from relloc.transfer.resize import all_resized, check_box, fitted_size, nearest_indices
+from relloc.transfer.resize import check_box, fitted_size, nearest_indices, resized_and_normalized
 from relloc.transfer.to_device import bytes_to_device, to_device
 
 # Pixels of a mask in a byte.
@@ -198,16 +197,8 @@ def prepared(
     images: Sequence[UInt8[np.ndarray, "_ _ 3"]], sizes: Sequence[Size], device: torch.device
 ) -> list[Float[Tensor, "3 _ _"]]:
     """Returns the images on the device, resized and normalized."""
-    normalize = ByDataset()
     # Original pixels are sent as bytes, a quarter of what floats would take.
-    original = bytes_to_device(images, device)
-    results = []
-    for image in all_resized(original, sizes):
-        channels_first = image.permute(2, 0, 1)
-        # Normalization takes batches: here one of a single image.
-        batch = channels_first.unsqueeze(0)
-        results.append(normalize(batch)[0])
-    return results
+    return resized_and_normalized(bytes_to_device(images, device), sizes)
 
 
 def moved_targets(samples: Sequence[DetectionSample], device: torch.device) -> list[Targets]:

@@ -35,6 +35,7 @@ from relloc.transfer.detection.samples import (
 from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning, own_part
 from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.metrics.pictures import draw_detections
+from relloc.transfer.same_settings import same_settings
 
 T = TypeVar("T")
 Measured = TypeVar("Measured")
@@ -225,9 +226,9 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         images = f"{n_trained:,} images of {train.name} {train.split}"
         if images != self.published_images:
             yield f"trained on {images} instead of {self.published_images}"
-        if not _is_same(self.augment, self.published_augment):
+        if not same_settings(self.augment, self.published_augment):
             yield f"images resized to {self.augment} instead of {self.published_augment}"
-        if not _is_same(self.view, self.published_view):
+        if not same_settings(self.view, self.published_view):
             yield f"tested on {self.view} instead of {self.published_view}"
 
     def test_differences(self, held_out: ImageSet, n_tested: int) -> Iterator[str]:
@@ -368,21 +369,6 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         for detections in found:
             rescaled = detections.rescaled(size, original_size)
             yield pasted(rescaled, original_size)
-
-
-def _is_same(own: RandomSizes | FittedImage, published: RandomSizes | FittedImage) -> bool:
-    """Returns whether all settings are equal; a list and a tuple of equal numbers are."""
-    if type(own) is not type(published):
-        return False
-    for field in dataclasses.fields(published):
-        values = []
-        for settings in (own, published):
-            value = getattr(settings, field.name)
-            # Sizes come as a list from the config.
-            values.append(list(value) if isinstance(value, list | tuple) else value)
-        if values[0] != values[1]:
-            return False
-    return True
 
 
 def _has_counting_object(images: ObjectImages) -> bool:

@@ -17,7 +17,7 @@ from relloc.models.backbone import STAGES, Backbone
 from relloc.seeds import Use, seed_for
 from relloc.transfer.convolution_block import ConvolutionBlock
 from relloc.transfer.dropout import SampleDropout
-from relloc.transfer.segmentation.transforms import SegmentationBatch
+from relloc.transfer.segmentation.batch import SegmentationBatch
 
 # A head's width over that of its input: 512 of 2,048 and 256 of 1,024 channels for ResNet-50, and
 # 128 of 512 and 64 of 256 for ResNet-18 (configs/fcn/fcn_r18-d8_512x1024_80k_cityscapes.py).

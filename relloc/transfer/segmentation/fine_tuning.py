@@ -24,10 +24,11 @@ from relloc.transfer.metrics.mean_iou import SegmentationMetric, SegmentationSco
 from relloc.transfer.metrics.pictures import draw_class_maps
 from relloc.transfer.same_settings import same_settings
 from relloc.transfer.schedule import Poly, Schedule
+from relloc.transfer.segmentation.batch import SegmentationBatch
 from relloc.transfer.segmentation.fcn import FullyConvolutionalNetwork
 from relloc.transfer.segmentation.inference import SlidingWindows, WholeImage
 from relloc.transfer.segmentation.samples import MakeCrop, MakeTested, TestedImage
-from relloc.transfer.segmentation.transforms import CropSample, SegmentationBatch, TrainingCrops
+from relloc.transfer.segmentation.transforms import CropSample, TrainingCrops
 
 # Held-out images whose class maps are drawn beside the true ones.
 _PICTURES = 8

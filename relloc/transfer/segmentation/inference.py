@@ -13,8 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from relloc import checks
-from relloc.patches.normalize import ByDataset
-from relloc.transfer.resize import check_box, fitted_size, resized
+from relloc.transfer.resize import check_box, fitted_size, resized_and_normalized
 
 
 @runtime_checkable
@@ -157,8 +156,5 @@ def _fitted(
     """Returns an image as a network takes it, at the largest size that fits into the box."""
     height, width = image.shape[:2]
     size = fitted_size(height, width, box)
-    pixels = resized(image, size)
-    # The result of a permutation is not laid out as convolutions expect it.
-    channels_first = pixels.permute(2, 0, 1).contiguous()
-    normalize = ByDataset()
-    return normalize(channels_first).unsqueeze(0)
+    (pixels,) = resized_and_normalized([image], [size])
+    return pixels.unsqueeze(0)

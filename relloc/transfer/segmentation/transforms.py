@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from relloc import checks
@@ -28,6 +28,7 @@ from relloc.transfer.resize import (
     interpolation_table,
     nearest_indices,
 )
+from relloc.transfer.segmentation.batch import SegmentationBatch
 from relloc.transfer.segmentation.photometric import (
     ColorChange,
     PhotometricDistortion,
@@ -69,18 +70,6 @@ class CropSample:
     class_map: UInt8[np.ndarray, "s s"]
     plan: CropPlan
     seed: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class SegmentationBatch:
-    """Normalized crops, and the class of each pixel, `VOID` where it has none.
-
-    `seeds` are those of dropout (`relloc.transfer.dropout`), one for each crop.
-    """
-
-    images: Float[Tensor, "b 3 s s"]
-    class_maps: Int[Tensor, "b s s"]
-    seeds: Int[Tensor, "b"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

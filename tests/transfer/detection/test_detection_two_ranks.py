@@ -23,7 +23,7 @@ from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.proposals import ProposalCounts
 from relloc.transfer.detection.regions import RegionTraining
 from relloc.transfer.loop import FineTuning, MicroBatch, split_for_rank
-from relloc.transfer.schedule import Constant
+from relloc.transfer.schedule import Milestones
 
 CPU = torch.device("cpu")
 STEPS = 2
@@ -93,7 +93,7 @@ def trained(kind):
         loss=loss,
         length=STEPS,
         steps_per_unit=1,
-        schedule=Constant(),
+        schedule=Milestones(milestones=[], gamma=1),
         synchronized=True,
         seed=0,
         device=CPU,

@@ -13,8 +13,8 @@ from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.backbone import Backbone
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
+from relloc.transfer.segmentation.batch import SegmentationBatch
 from relloc.transfer.segmentation.fcn import FullyConvolutionalNetwork, mean_over_all_pixels
-from relloc.transfer.segmentation.transforms import SegmentationBatch
 
 KINDS = {
     "small": lambda: SmallBackbone(widths=(8, 8, 8, 16, 24)),

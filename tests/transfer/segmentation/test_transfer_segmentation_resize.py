@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from relloc.errors import UsageError
 from relloc.transfer.resize import (
     Interpolation,
+    all_resized,
     check_box,
     fitted_size,
     interpolated,
     interpolation_table,
     nearest_indices,
-    resized,
 )
 
 SIDES = st.integers(1, 150)
@@ -60,7 +60,7 @@ def test_interpolated_pixels_are_those_of_opencv_within_a_gray_level(
     height: int, width: int, new_height: int, new_width: int
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    found = resized(torch.from_numpy(image), (new_height, new_width))
+    (found,) = all_resized([torch.from_numpy(image)], [(new_height, new_width)])
     theirs = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
     assert found.shape == (new_height, new_width, 3)
     assert torch.equal(found, found.round())
@@ -69,7 +69,7 @@ def test_interpolated_pixels_are_those_of_opencv_within_a_gray_level(
 
 def test_an_image_at_its_own_size_is_as_it_was() -> None:
     image = torch.randint(0, 256, (7, 9, 3), dtype=torch.uint8)
-    assert torch.equal(resized(image, (7, 9)), image.float())
+    assert torch.equal(all_resized([image], [(7, 9)])[0], image.float())
 
 
 def test_a_part_of_the_resized_image_is_what_the_whole_has_there() -> None:
@@ -77,4 +77,4 @@ def test_a_part_of_the_resized_image_is_what_the_whole_has_there() -> None:
     tables = (interpolation_table(23, 50)[:, 11:30], interpolation_table(31, 40)[:, 5:38])
     rows, columns = (Interpolation.from_table(table) for table in tables)
     found = interpolated(image, rows, columns)
-    assert torch.equal(found, resized(image, (50, 40))[11:30, 5:38])
+    assert torch.equal(found, all_resized([image], [(50, 40)])[0][11:30, 5:38])

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from relloc.data.annotations import VOID
 from relloc.models.small import SmallBackbone
 from relloc.transfer.loop import FineTuning, MicroBatch, split_for_rank
-from relloc.transfer.schedule import Constant, Poly
+from relloc.transfer.schedule import Milestones, Poly
+from relloc.transfer.segmentation.batch import SegmentationBatch
 from relloc.transfer.segmentation.fcn import FullyConvolutionalNetwork
 from relloc.transfer.segmentation.inference import WholeImage
 from relloc.transfer.segmentation.transforms import (
     CropSample,
-    SegmentationBatch,
     TrainingCrops,
 )
 
@@ -71,7 +71,11 @@ def trained(
             parts = split_for_rank(samples_of(step), accumulation)
             yield [MicroBatch(content=view.batch(part, CPU), samples=len(part)) for part in parts]
 
-    settings: dict[str, Any] = {"schedule": Constant(), "length": 1, **changes}
+    settings: dict[str, Any] = {
+        "schedule": Milestones(milestones=[], gamma=1),
+        "length": 1,
+        **changes,
+    }
     training = FineTuning(
         net,
         torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
