@@ -54,6 +54,10 @@ class Use(enum.Enum):
     )
     DETECTOR_WEIGHTS = "initial weights of the layers that a detector adds: seed"
     LOW_SHOT_IMAGES = "images of a low-shot draw: seed, class, k, number of the draw"
+    LIDAR_PATCHES = "places of the patches of an image that LiDAR compares: seed, image"
+    DENSE_GROUPS = "which images DSE puts into a group: seed"
+    DENSE_GROUP_CLUSTERS = "first centroids of the clusters of a group of images: seed, group"
+    DENSE_IMAGE_CLUSTERS = "first centroids of the clusters of an image: seed, image"
 
 
 def seed_for(use: Use, *numbers: int) -> int:

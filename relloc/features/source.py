@@ -283,6 +283,21 @@ class LiveFeatures:
         epoch: int = 0,
         epochs: int = 1,
     ) -> Iterator[FeatureBatch]:
+        for features, views in self.batches_with_views(indices, size, layers, epoch, epochs):
+            yield features, self.labels[views.indices]
+
+    def batches_with_views(
+        self,
+        indices: Int[Tensor, "m"],
+        size: int,
+        layers: Sequence[str],
+        epoch: int = 0,
+        epochs: int = 1,
+    ) -> Iterator[tuple[Features, ImageBatch]]:
+        """Yields the features that `batches` yields, with the views that they are of.
+
+        So an evaluation that needs more than pooled features reads images once.
+        """
         # Batch norm has to use its running statistics, whatever the caller did before.
         self.backbone.eval()
         batches = indices.split(size)
@@ -302,8 +317,7 @@ class LiveFeatures:
         for views in read:
             # A batch may be empty, as no image of it could be read.
             if len(views.pixels):
-                features = self._encode(views, size, layers, epoch)
-                yield features, self.labels[views.indices]
+                yield self._encode(views, size, layers, epoch), views
 
     def _keys(self, indices: Int[Tensor, "m"], epoch: int) -> list[SeededIndex]:
         """Returns each image with the seed of its view, which depends on image and epoch alone."""

@@ -1,18 +1,43 @@
 """Measures how many directions features use, without labels, from their singular values.
 
-`rankme` is an effective rank; `alpha_req` is the exponent of the decay of the eigenvalues.
+`rankme` and `stable_rank` are effective ranks; `alpha_req` is the exponent of the decay of the
+eigenvalues.
 """
+
+import dataclasses
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 FeatureMatrix = Float[Tensor, "n d"]  # one row per image
+SingularValues = Float[Tensor, "m"]  # min(n, d) of them, in float64
 
 _RANKME_EPSILON = 1e-7  # RankMe's constant for float32
 # Ranks, counted from 1 at the largest eigenvalue, between which alpha-ReQ's line is fitted.
 _FIRST_RANK = 4
 _LAST_RANK = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EffectiveRanks:
+    """RankMe and the stable rank of the same features."""
+
+    rankme: float
+    stable_rank: float
+
+
+def effective_ranks(features: FeatureMatrix) -> EffectiveRanks:
+    """Returns `rankme` and `stable_rank` of features, which are decomposed once for both.
+
+    Raises:
+        ValueError: features are not finite, or all are zero.
+    """
+    singular_values = _singular_values(features)
+    return EffectiveRanks(
+        rankme=_rankme(singular_values),
+        stable_rank=_stable_rank(singular_values),
+    )
 
 
 def rankme(features: FeatureMatrix) -> float:
@@ -28,16 +53,44 @@ def rankme(features: FeatureMatrix) -> float:
     Raises:
         ValueError: features are not finite, or all are zero.
     """
+    return _rankme(_singular_values(features))
+
+
+def stable_rank(features: FeatureMatrix) -> float:
+    """Returns the stable rank, between 1 and min(n, d): the sum of s² divided by the largest s².
+
+    s are the singular values of the features, not centered, as of RankMe. It is 1 where RankMe is,
+    and counts strong directions only: small singular values, also those of rounding, hardly
+    change it.
+
+    Raises:
+        ValueError: features are not finite, or all are zero.
+    """
+    return _stable_rank(_singular_values(features))
+
+
+def _singular_values(features: FeatureMatrix) -> SingularValues:
+    """Returns the singular values, not all of which are zero. Raises `ValueError` as `rankme`."""
     singular_values = torch.linalg.svdvals(_to_float64(features))
     if not singular_values.any():
         raise ValueError(
             f"all features of {len(features)} images are zero, so they have no directions to count"
         )
+    return singular_values
+
+
+def _rankme(singular_values: SingularValues) -> float:
     # The constant keeps the logarithm of a zero finite.
     p = singular_values / singular_values.sum() + _RANKME_EPSILON
     log_p = p.log()
     entropy = -(p * log_p).sum()
     return float(torch.exp(entropy))
+
+
+def _stable_rank(singular_values: SingularValues) -> float:
+    # Divided by the largest at first, as squares of tiny features would be zero.
+    shares = singular_values / singular_values.max()
+    return float(shares.square().sum())
 
 
 def alpha_req(features: FeatureMatrix) -> float:

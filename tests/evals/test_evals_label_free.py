@@ -1,16 +1,27 @@
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from contexts import context
+from contexts import MadeContext, context
+from PIL import Image
 from torch import Tensor
 
+from relloc.data.folder import FolderImages
 from relloc.data.views import Center
 from relloc.errors import UsageError
-from relloc.evals.label_free import LabelFree
-from relloc.features.source import Bank
-from relloc.features.spectrum import alpha_req, rankme
+from relloc.evals.label_free import Dse, LabelFree, Lidar
+from relloc.features.dense_structure import dense_structure, unit_places
+from relloc.features.lidar import ViewScatter
+from relloc.features.pool import pooled_layers
+from relloc.features.source import Bank, LiveFeatures
+from relloc.features.spectrum import alpha_req, rankme, stable_rank
+from relloc.models.small import SmallBackbone
+from relloc.patches.normalize import ByDataset
 from relloc.results import Score
+from relloc.seeds import Use, seed_for
 
 CPU = torch.device("cpu")
 ROWS = torch.randn(60, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 12)
@@ -30,7 +41,12 @@ def evaluation(
     layers: Sequence[str] = ("feature4", "avgpool"), n_images: int = 100, batch: int = 7
 ) -> LabelFree:
     return LabelFree(
-        layers=layers, n_images=n_images, view=Center(short_px=8, crop_px=8), batch=batch
+        layers=layers,
+        n_images=n_images,
+        view=Center(short_px=8, crop_px=8),
+        batch=batch,
+        lidar=None,
+        dse=None,
     )
 
 
@@ -38,20 +54,23 @@ def scores(run: LabelFree, held_out: Bank) -> list[Score]:
     return list(run.run(context(held_out, held_out)))
 
 
-def test_each_layer_has_both_measures_of_its_features() -> None:
+def test_each_layer_has_the_measures_of_its_spectrum() -> None:
     run = evaluation()
     found = scores(run, bank_of(feature4=ROWS, avgpool=ROWS.square()))
     assert [(score.layer, score.metric) for score in found] == [
-        *(("feature4", "rankme"), ("feature4", "alpha_req")),
-        *(("avgpool", "rankme"), ("avgpool", "alpha_req")),
+        *(("feature4", "rankme"), ("feature4", "stable_rank"), ("feature4", "alpha_req")),
+        *(("avgpool", "rankme"), ("avgpool", "stable_rank"), ("avgpool", "alpha_req")),
     ]
-    expected = [measure(rows) for rows in (ROWS, ROWS.square()) for measure in (rankme, alpha_req)]
+    expected = []
+    for rows in (ROWS, ROWS.square()):
+        expected += [measure(rows) for measure in (rankme, stable_rank, alpha_req)]
     assert [score.value for score in found] == expected
     assert {score.n for score in found} == {60}
     assert "features of feature4 pooled as in 3.1" in found[0].details
-    assert found[2].details == ("singular values of 60 images, evenly spaced over the split",)
-    assert [(score.unit, score.higher_is_better, score.headline) for score in found[:2]] == [
+    assert found[3].details == ("singular values of 60 images, evenly spaced over the split",)
+    assert [(score.unit, score.higher_is_better, score.headline) for score in found[:3]] == [
         ("directions", None, True),
+        ("directions", None, False),
         ("exponent", None, False),
     ]
 
@@ -65,7 +84,7 @@ def test_more_images_than_asked_for_are_taken_in_even_steps() -> None:
 def test_a_layer_of_few_directions_has_no_alpha_and_says_so() -> None:
     flat = ROWS[:, :3].contiguous()
     found = scores(evaluation(("avgpool",)), bank_of(avgpool=flat))
-    assert [score.metric for score in found] == ["rankme"]
+    assert [score.metric for score in found] == ["rankme", "stable_rank"]
     assert "no alpha-ReQ: features of 60 images span 3 directions" in " ".join(found[0].details)
 
 
@@ -82,6 +101,143 @@ def test_features_without_directions_are_told_with_their_layer(
         UsageError, match=f"eval.label_free at feature5: .*{reason}.*batch_norm=recalibrated"
     ):
         scores(evaluation(("feature5",)), bank_of(feature5=rows))
+
+
+PX = 64
+LAYERS = ("feature2", "feature5", "avgpool")
+WITH_ALL = LabelFree(
+    layers=LAYERS,
+    n_images=22,
+    view=Center(short_px=PX, crop_px=PX),
+    batch=5,
+    lidar=Lidar(n_images=11, patches=4, patch_share=0.5),
+    dse=Dse(n_images=16),
+)
+
+
+def live(folder: Path, broken: Sequence[int] = (), n: int = 24, grey: bool = False) -> MadeContext:
+    """A context whose held-out images are files, some of them broken."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for index in range(n):
+        pixels = rng.integers(256, size=(PX, PX, 3), dtype=np.uint8)
+        # Coarse structure, as whole images of noise look alike to any network.
+        pixels[: PX // 2] //= 1 + index % 4
+        path = folder / f"{index}.png"
+        Image.fromarray(pixels if not grey else np.full_like(pixels, 99)).save(path)
+        if index in broken:
+            path.write_bytes(b"no image")
+        paths.append(str(path))
+    images = FolderImages(name="noise", split="val", paths=paths, labels=[0] * n, classes=("a",))
+    torch.manual_seed(0)
+    backbone = SmallBackbone(widths=(8, 8, 8, 10, 12)).eval()
+    made = context(backbone=backbone, seed=3)
+    config = dataclasses.replace(made.encode_config, unreadable_share=0.5)
+    source = LiveFeatures(backbone, images, config, WITH_ALL.view)
+    return dataclasses.replace(made, held_out=source, encode_config=config)
+
+
+def pixels_of(made: MadeContext, indices: Sequence[int]) -> Tensor:
+    """Normalized images, read by Pillow alone."""
+    assert isinstance(made.held_out, LiveFeatures)
+    arrays = [np.asarray(made.held_out.images.read(index)) for index in indices]
+    return ByDataset()(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float())
+
+
+def values(found: Sequence[Score]) -> dict[tuple[str, str], float]:
+    return {(score.layer, score.metric): score.value for score in found}
+
+
+def test_one_reading_gives_what_each_measure_gives_by_itself(tmp_path: Path) -> None:
+    made = live(tmp_path)
+    found = values(list(WITH_ALL.run(made)))
+    read = [24 * step // 22 for step in range(22)]
+    with torch.no_grad():
+        pooled = pooled_layers(made.backbone, pixels_of(made, read), LAYERS)
+        of_dse = [read[22 * step // 16] for step in range(16)]
+        maps = made.backbone(pixels_of(made, of_dse))
+        of_lidar = [read[2 * step] for step in range(11)]
+        scatter = ViewScatter()
+        for index, image in zip(of_lidar, pixels_of(made, of_lidar), strict=True):
+            generator = torch.Generator().manual_seed(seed_for(Use.LIDAR_PATCHES, 3, index))
+            corners = torch.randint(PX // 2 + 1, (4, 2), generator=generator).tolist()
+            patches = [image[:, top : top + 32, left : left + 32] for top, left in corners]
+            means = made.backbone(torch.stack(patches))["feature5"].mean(dim=(2, 3))
+            scatter.add(means[None])
+    for layer in LAYERS:
+        assert found[layer, "rankme"] == pytest.approx(rankme(pooled[layer]), rel=1e-4)
+        assert found[layer, "stable_rank"] == pytest.approx(stable_rank(pooled[layer]), rel=1e-4)
+        assert (layer, "dse") not in found or layer != "avgpool"
+    assert found["feature5", "lidar"] == pytest.approx(scatter.lidar(), rel=1e-3)
+    assert found["avgpool", "lidar"] == found["feature5", "lidar"]
+    places = unit_places(maps["feature2"])
+    alone = dense_structure(places, of_dse, seed=3, device=CPU)
+    assert found["feature2", "dse"] == pytest.approx(alone.dse, rel=1e-3)
+    assert found["feature2", "dse_between"] == pytest.approx(alone.between, rel=1e-3)
+
+
+def test_rows_say_what_each_measure_compared(tmp_path: Path) -> None:
+    found = list(WITH_ALL.run(live(tmp_path)))
+    by_metric = {score.metric: score for score in found if score.layer == "feature2"}
+    lidar, dse, term = by_metric["lidar"], by_metric["dse"], by_metric["dse_within_image"]
+    assert (lidar.n, dse.n, by_metric["rankme"].n) == (11, 16, 22)
+    assert {"3.17"} == {lidar.protocol, dse.protocol}
+    assert "4 patches of 32 px" in lidar.details[0]
+    assert "64 places" in dse.details[0]  # 8 x 8 of stride 8
+    assert (dse.table, term.table) == (by_metric["rankme"].table, "")
+    assert [score.metric for score in found if score.headline] == ["rankme"] * 3
+
+
+def test_batches_change_nothing_and_the_spectra_are_those_of_features_alone(
+    tmp_path: Path,
+) -> None:
+    made = live(tmp_path)
+    found = values(list(WITH_ALL.run(made)))
+    other = values(list(dataclasses.replace(WITH_ALL, batch=22).run(made)))
+    assert found == pytest.approx(other, rel=1e-3)
+    alone = dataclasses.replace(WITH_ALL, lidar=None, dse=None)
+    for key, value in values(list(alone.run(made))).items():
+        assert found[key] == value
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    found = list(WITH_ALL.run(live(tmp_path, broken=(0, 5))))
+    n_of = {score.metric: score.n for score in found}
+    assert (n_of["rankme"], n_of["lidar"], n_of["dse"]) == (20, 10, 8)
+
+
+def test_measures_that_features_do_not_define_say_why(tmp_path: Path) -> None:
+    few = list(dataclasses.replace(WITH_ALL, n_images=6).run(live(tmp_path)))
+    assert {score.metric for score in few} == {"rankme", "stable_rank", "alpha_req", "lidar"}
+    assert "no DSE: 6 images" in " ".join(few[0].details)
+    same = list(WITH_ALL.run(live(tmp_path, grey=True)))
+    # One place of the map of feature5
+    reasons = " ".join(same[-2].details)
+    assert "no LiDAR" in reasons
+    assert "no alpha-ReQ" in reasons
+    assert {score.metric for score in same if score.layer == "avgpool"} == {
+        "rankme",
+        "stable_rank",
+    }
+
+
+def test_kept_features_have_no_images() -> None:
+    with pytest.raises(TypeError, match="Bank"):
+        scores(dataclasses.replace(evaluation(), dse=Dse(n_images=8)), bank_of(feature4=ROWS))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: Lidar(n_images=1, patches=2, patch_share=0.5), "lidar.n_images is 1"),
+        (lambda: Lidar(n_images=2, patches=1, patch_share=0.5), "lidar.patches is 1"),
+        (lambda: Lidar(n_images=2, patches=2, patch_share=1.5), "lidar.patch_share is 1.5"),
+        (lambda: Dse(n_images=7), "dse.n_images is 7"),
+    ],
+)
+def test_wrong_constants_of_a_measure_are_refused(made, message: str) -> None:
+    with pytest.raises(UsageError, match=f"eval.label_free.{message}"):
+        made()
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from relloc.features.spectrum import alpha_req, rankme
+from relloc.features.spectrum import alpha_req, effective_ranks, rankme, stable_rank
 
 Measure = Callable[[Tensor], float]
-MEASURES = pytest.mark.parametrize("measure", [rankme, alpha_req])
+MEASURES = pytest.mark.parametrize("measure", [rankme, stable_rank, alpha_req])
 
 
 def orthonormal(n: int, d: int, seed: int = 0) -> Tensor:
@@ -54,6 +54,23 @@ def test_rankme_reaches_from_one_to_the_smaller_side() -> None:
     assert rankme(orthonormal(30, 10).T) == pytest.approx(10, abs=1e-3)
     wide = torch.randn(5000, 10, generator=torch.Generator().manual_seed(0))
     assert 9.9 < rankme(wide) < 10
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60)])
+def test_stable_rank_is_the_ratio_of_squared_norms(shape: tuple[int, int]) -> None:
+    features = noise(*shape)
+    exact = features.double().numpy()
+    expected = np.linalg.norm(exact, "fro") ** 2 / np.linalg.norm(exact, 2) ** 2
+    assert stable_rank(features) == pytest.approx(expected, rel=1e-12)
+    assert stable_rank(1e-200 * features.double()) == pytest.approx(expected, rel=1e-9)
+    ranks = effective_ranks(features)
+    assert (ranks.rankme, ranks.stable_rank) == (rankme(features), stable_rank(features))
+
+
+def test_stable_rank_reaches_from_one_to_the_smaller_side() -> None:
+    line = torch.arange(1.0, 31).outer(torch.arange(1.0, 11))
+    assert stable_rank(line) == pytest.approx(1, abs=1e-9)
+    assert stable_rank(orthonormal(30, 10)) == pytest.approx(10, abs=1e-9)
 
 
 def test_rankme_is_not_centered_alpha_req_is() -> None:
@@ -123,8 +140,9 @@ def test_numbers_that_are_not_finite_are_an_error_with_their_count(
 
 
 def test_features_that_collapsed_have_no_rank_and_no_slope() -> None:
-    with pytest.raises(ValueError, match=r"\b9 images .*zero"):
-        rankme(torch.zeros(9, 6))
+    for measure in (rankme, stable_rank, effective_ranks):
+        with pytest.raises(ValueError, match=r"\b9 images .*zero"):
+            measure(torch.zeros(9, 6))
     same = torch.linspace(0.1, 0.7, 40).repeat(
         30, 1
     )  # sums round, so the mean is not exactly the row
