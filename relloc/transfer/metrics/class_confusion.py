@@ -62,7 +62,7 @@ def save_class_confusion(
     if n_classes <= _MOST_CLASSES:
         _draw(counts, names, names, folder / PICTURE, title=title)
         return
-    shown = most_confused(counts[:n_classes, :n_classes], _MOST_CLASSES)
+    shown = most_confused(counts[:n_classes], _MOST_CLASSES)
     left_out = np.setdiff1d(np.arange(n_classes), shown)
     without_object = list(range(n_classes, len(counts)))
     rows = [*shown, *without_object]
@@ -76,18 +76,20 @@ def save_class_confusion(
     _draw(drawn, row_names, column_names, folder / PICTURE, title=title)
 
 
-def most_confused(counts: Int[np.ndarray, "classes classes"], n_shown: int) -> list[int]:
+def most_confused(counts: Int[np.ndarray, "classes columns"], n_shown: int) -> list[int]:
     """Returns the numbers of the classes that are confused most, in the order of classes.
 
     They are those of the pairs that are most often taken for one another. Where no more classes
     are confused, those with the most counts follow.
 
     Args:
-        counts: by true class (row) and predicted class (column).
+        counts: by true class (row) and predicted class (column). A column behind those of the
+            classes stands for no object.
         n_shown: how many classes are wanted; no more than there are.
     """
     # Either of two classes may be the true one. Each pair counts once, and no class with itself.
-    of_pairs = np.triu(counts + counts.T, k=1)
+    of_classes = counts[:, : len(counts)]
+    of_pairs = np.triu(of_classes + of_classes.T, k=1)
     pairs = np.argwhere(of_pairs > 0)
     by_count = np.argsort(-of_pairs[of_pairs > 0], kind="stable")
     candidates = pairs[by_count].flatten().tolist()

@@ -101,6 +101,9 @@ def test_where_few_classes_are_confused_frequent_ones_follow() -> None:
     assert most_confused(counts, 4) == [1, 2, 3, 4]
     assert most_confused(counts, 1) == [1]
     assert most_confused(counts, 6) == list(range(6))
+    # Objects that a detector misses count as well.
+    missed = np.concatenate([np.zeros((4, 4), dtype=int), [[0], [3], [0], [1]]], axis=1)
+    assert most_confused(missed, 2) == [1, 3]
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (1, 1), (2, 3)])
