@@ -67,6 +67,10 @@ def log_nothing(_numbers: Mapping[str, float], _step: int) -> None:
     """Writes no curves."""
 
 
+def print_nothing(_line: str) -> None:
+    """Prints nothing."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretextModel:
     """A trained network of the pretext task, and how the patches that it was trained on are made.
@@ -100,6 +104,8 @@ class Context:
     # For pictures and tables. It belongs to this evaluation of this model, and need not exist yet.
     folder: Path
     log: LogCurves = log_nothing  # for trainings, such as their loss
+    # Prints a line for the user, for findings in words beside the numbers.
+    print_line: Callable[[str], None] = print_nothing
     # For an evaluation that declares `wants_pretext`: None for weights that have no pretext head,
     # such as random ones and files of other projects.
     pretext: PretextModel | None = None

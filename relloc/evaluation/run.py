@@ -29,6 +29,7 @@ from relloc.evaluation.contract import (
     Labels,
     LogCurves,
     NamedEvaluation,
+    print_nothing,
 )
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import (
@@ -195,11 +196,13 @@ def evaluate(
     run_dir: Path,
     open_state: Callable[[str], EvaluationState],
     log_of: Callable[[EvalPart], LogCurves],
+    print_line: Callable[[str], None] = print_nothing,
 ) -> Iterator[tuple[EvalPart, list[Result]]]:
     """Yields each part of a group from `group_parts` with its results, as they are measured.
 
     `open_state` returns the state that the part with a given fingerprint resumes from, and `log_of`
-    the function that writes the curves of a part.
+    the function that writes the curves of a part. `print_line` prints what evaluations say in
+    words.
     """
     # All parts of a group agree in everything that is read from the first one here.
     first = parts[0]
@@ -227,6 +230,7 @@ def evaluate(
             state=open_state(part.fingerprint),
             folder=run_dir / part.folder,
             log=log_of(part),
+            print_line=print_line,
             pretext=model.pretext if part.evaluation.wants_pretext else None,
             checkpoint=model.checkpoint,
         )

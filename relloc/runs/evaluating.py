@@ -17,7 +17,13 @@ from torch import nn
 from relloc import ranks
 from relloc.checkpoints.states import delete_state
 from relloc.errors import KnownAnswerMissed, UsageError
-from relloc.evaluation.contract import EvalSettings, EvaluatedModel, LogCurves, NamedEvaluation
+from relloc.evaluation.contract import (
+    EvalSettings,
+    EvaluatedModel,
+    LogCurves,
+    NamedEvaluation,
+    print_nothing,
+)
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
 from relloc.pretext.stopping import stop_request
 from relloc.reports.load import find_measured
@@ -236,7 +242,14 @@ def evaluate_model(
     log_of = functools.partial(_log_of, model, folder)
     for group in group_parts(missing_parts):
         measured = evaluate(
-            model, group, settings, run_dir=run_dir, open_state=open_state, log_of=log_of
+            model,
+            group,
+            settings,
+            run_dir=run_dir,
+            open_state=open_state,
+            log_of=log_of,
+            # Only the process with the run folder prints.
+            print_line=console.print_message if folder else print_nothing,
         )
         for part, rows in measured:
             if folder:
